@@ -1,0 +1,21 @@
+"""The errors a user can cause: one clear line each, shown by the command line without a stack trace."""
+
+
+class GraspError(ValueError):
+    """A mistake in what the user gave us. The message says what arrived, what is allowed and what to do."""
+
+
+class RecipeError(GraspError):
+    """The recipe, an override or the run folder does not fit."""
+
+
+class AdapterError(GraspError):
+    """An adapter cannot be read, merged or put on this backbone."""
+
+
+class DataError(GraspError):
+    """A data file is missing, malformed or too small, or splits overlap."""
+
+
+class ProbeError(GraspError):
+    """A probe of the controller gave a loss that is not a finite number."""
