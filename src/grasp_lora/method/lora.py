@@ -1,0 +1,111 @@
+"""LoRA factors as plain tensors: what merging and masking work on, free of any training library.
+
+A LoRA module adds scaling * B @ A to a frozen weight, A [rank, d_in], B [d_out, rank]. Layers that store their weight
+transposed (fan_in_fan_out, GPT-2's Conv1D) have the same two factors; only whoever adds the delta to the weight transposes.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from grasp_lora.errors import AdapterError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rank-one components that came from one adapter: its name and how many there are."""
+
+    name: str
+    rank: int
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The two factors of one LoRA module.
+
+    Args:
+        A: [rank, d_in].
+        B: [d_out, rank].
+        scaling: factor on B @ A (alpha / rank, or alpha / sqrt(rank) with rsLoRA).
+        segments: where the rank-one components came from, in order; their ranks add up to the rank.
+
+    Raises:
+        AdapterError: the factors do not fit each other.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float = 1.0
+    segments: tuple[Segment, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise AdapterError(
+                f"LoRA factors of shapes A {tuple(self.A.shape)} and B {tuple(self.B.shape)} do not fit; "
+                "A must be [rank, d_in] and B [d_out, rank]"
+            )
+        if self.segments and sum(segment.rank for segment in self.segments) != self.rank:
+            raise AdapterError(f"the segments {self.segments} do not add up to rank {self.rank}")
+
+    @property
+    def rank(self) -> int:
+        """Number of rank-one components."""
+        return self.A.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(d_out, d_in) of the delta."""
+        return self.B.shape[0], self.A.shape[1]
+
+    def delta(self) -> Tensor:
+        """Return scaling * B @ A, [d_out, d_in]."""
+        return self.scaling * (self.B @ self.A)
+
+    def balanced(self, weight: float = 1.0) -> "LoraPair":
+        """Return weight * scaling * B @ A with scaling 1 and both factors of each rank-one component of equal norm.
+
+        (c a, b / c) is the same component for every c, so magnitudes of LoRA weights are comparable only once c is fixed.
+        A component with a zero factor (a fresh adapter's B) keeps the other one, since two zero factors never train.
+
+        What training sees: a component of norms |a|, |b| becomes one of norms n = sqrt(weight * scaling * |a| * |b|). To
+        first order one Adam step (every entry moves by the learning rate) moves the delta by lr * n through A and
+        lr * n through B, where the original moved it by lr * scaling * |b| and lr * scaling * |a|. A trained adapter has
+        |b| much below |a|, so a merged adapter moves several times less at the same learning rate. Our choice; the paper
+        does not balance.
+        """
+        total = weight * self.scaling
+        # float64, so that the product equals the original to float32 precision.
+        A, B = self.A.double(), self.B.double()
+        norm_A, norm_B = A.norm(dim=1), B.norm(dim=0)
+        size = (abs(total) * norm_A * norm_B).sqrt()
+        alive = size > 0
+        even = abs(total) ** 0.5
+        scale_A = torch.where(alive, size / norm_A.where(alive, torch.ones_like(norm_A)), even)
+        scale_B = torch.where(alive, size / norm_B.where(alive, torch.ones_like(norm_B)), even)
+        if total < 0:
+            scale_B = -scale_B
+        A, B = A * scale_A[:, None], B * scale_B[None, :]
+        return LoraPair(A.to(self.A.dtype), B.to(self.B.dtype), 1.0, self.segments)
+
+
+@dataclass(frozen=True)
+class AdapterWeights(Mapping[str, LoraPair]):
+    """A whole adapter: module name in the backbone -> its LoRA pair.
+
+    >>> pair = LoraPair(torch.ones(2, 4), torch.ones(3, 2), scaling=0.5)
+    >>> AdapterWeights({"layers.0.q_proj": pair})["layers.0.q_proj"].delta()[0, 0].item()
+    1.0
+    """
+
+    pairs: Mapping[str, LoraPair]
+
+    def __getitem__(self, module: str) -> LoraPair:
+        return self.pairs[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)

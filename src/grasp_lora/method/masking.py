@@ -1,0 +1,382 @@
+"""Which weights of a LoRA adapter are pruned: importance scores, exact-count keep masks and the set of live masks.
+
+A keep mask is True where a weight is kept. Weights are ranked once by (importance, position), so a mask at any ratio is one
+comparison, counts are exact under ties, and raising the ratio only adds weights to the pruned set. Tensors are
+changed by arithmetic and `where` only, never by boolean indexing, so that the same code serves DTensors.
+Paper: masking step of the controller, pruning of the final run.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from grasp_lora.errors import AdapterError
+from grasp_lora.method.lora import LoraPair
+
+SCORES = ("magnitude", "input_aware", "gradient_of_delta", "sensitivity")
+SCOPES = ("factor", "tensor", "global")
+GRANULARITIES = ("weight", "component")
+FACTORS = ("A", "B")
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """What is pruned first.
+
+    Args:
+        score: importance of a weight w. `magnitude` |w|; `input_aware` |A_ij| * ||x_j|| and |B_ij| * ||(A x)_j|| (Wanda);
+            `gradient_of_delta` |d/dw sum(|B A| * ||x||)| (adaptive LoRA merge); `sensitivity` |w * gradient|.
+        scope: who competes: the weights of one adapter's A or B in one module (`factor`, the paper's), of a whole
+            concatenated A or B (`tensor`), or of all modules (`global`).
+        granularity: `weight`, or `component`: a rank-one component (a row of A with its column of B) as a whole, scored
+            by the sum of its weights' scores.
+
+    Raises:
+        ValueError: a name that does not exist.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    score: str = "magnitude"
+    scope: str = "factor"
+    granularity: str = "weight"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("score", SCORES), ("scope", SCOPES), ("granularity", GRANULARITIES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"mask {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the score needs the norms of each module's inputs."""
+        return self.score in ("input_aware", "gradient_of_delta")
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the score needs gradients of the LoRA weights."""
+        return self.score == "sensitivity"
+
+
+@dataclass(frozen=True)
+class InputNorms:
+    """L2 norms over calibration tokens of what enters the two factors of a module.
+
+    Args:
+        A: norm of each input feature x_j, [d_in].
+        B: norm of each component's activation (A x)_j, [rank].
+    """
+
+    A: Tensor
+    B: Tensor
+
+
+def prune_count(prune_ratio: float, weights: int) -> int:
+    """Turn a prune ratio into a whole number of weights to zero.
+
+    Raising the ratio can only add weights to the pruned set.
+
+    Args:
+        prune_ratio: share to remove, a fraction in [0, 1], not a percentage.
+        weights: how many weights are in scope, >= 0.
+
+    Raises:
+        ValueError: the ratio is NaN or outside [0, 1].
+
+    Paper: masking step. It leaves rounding open; rounding down is our choice.
+
+    >>> prune_count(0.29, 100)   # int(0.29 * 100) would give 28
+    29
+    """
+    if not 0.0 <= prune_ratio <= 1.0:
+        raise ValueError(f"prune ratio is {prune_ratio}; it must be a fraction in [0, 1]")
+    # The nearest whole number wins when only float rounding separates the product from it.
+    product = prune_ratio * weights
+    nearest = round(product)
+    return nearest if math.isclose(product, nearest, rel_tol=1e-12) else math.floor(product)
+
+
+def score_pair(
+    pair: LoraPair, score: str, norms: InputNorms | None = None, gradients: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the importance of every weight of A and of B, both >= 0 and shaped as the factors.
+
+    Args:
+        pair: the factors; stashed values stand in for masked weights.
+        score: one of `SCORES`.
+        norms: needed by `input_aware` and `gradient_of_delta`.
+        gradients: of A and B, needed by `sensitivity`.
+
+    Raises:
+        ValueError: the score is unknown, or what it needs is missing.
+    """
+    A, B = pair.A, pair.B
+    if score == "magnitude":
+        return A.abs(), B.abs()
+    if score == "sensitivity":
+        if gradients is None:
+            raise ValueError("score 'sensitivity' needs gradients; take a training step first")
+        return (A * gradients[0]).abs(), (B * gradients[1]).abs()
+    if norms is None:
+        raise ValueError(f"score {score!r} needs input norms; run a calibration pass first")
+    if score == "input_aware":
+        return A.abs() * norms.A, B.abs() * norms.B
+    if score == "gradient_of_delta":
+        # d/dw sum(|B A| * x) in closed form: two products, no autograd (Miyano & Arase 2025).
+        slope = torch.sign(B @ A) * norms.A
+        return (B.T @ slope).abs(), (slope @ A.T).abs()
+    raise ValueError(f"score is {score!r}; allowed: {', '.join(SCORES)}")
+
+
+def rank_weights(scores: Tensor) -> Tensor:
+    """Return each entry's place in the order of importance, 0 for the least, ties by position; int64, same shape."""
+    flat = scores.flatten()
+    order = flat.argsort(stable=True)
+    return torch.empty_like(order).scatter(0, order, torch.arange(order.numel(), device=order.device)).view_as(scores)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Places of the weights of one factor in the order of importance.
+
+    Args:
+        places: place of each weight within its group, 0 for the least important, shaped as the factor.
+        groups: runs along the rank dimension: (number of components, size of the group that they are ranked in).
+    """
+
+    places: Tensor
+    groups: tuple[tuple[int, int], ...]
+
+    def keep(self, prune_ratio: float, rank_dimension: int) -> Tensor:
+        """Return the keep mask that prunes floor(ratio * size) weights of each group."""
+        counts = [prune_count(prune_ratio, size) for components, size in self.groups for _ in range(components)]
+        pruned = torch.tensor(counts, device=self.places.device)
+        return self.places >= (pruned[:, None] if rank_dimension == 0 else pruned[None, :])
+
+
+WeightKey = tuple[str, str]  # (module, factor)
+RANK_DIMENSION = {"A": 0, "B": 1}
+
+
+class MaskSet:
+    """The masks of one adapter's live weights: scores them, prunes, restores, reports.
+
+    Holds the parameters themselves (float LoRA factors, changed in place), a keep mask for each, and a stash with the
+    value that each masked weight had, so that a lower ratio can revive it.
+
+    Args:
+        pairs: module name -> pair whose A and B are the live parameters, scaling and segments included.
+        settings: score, scope and granularity.
+
+    Raises:
+        AdapterError: there are no pairs, or two modules share a factor.
+    """
+
+    def __init__(self, pairs: Mapping[str, LoraPair], settings: MaskSettings) -> None:
+        if not pairs:
+            raise AdapterError("there are no LoRA weights to mask; give a model with a LoRA adapter")
+        self.settings = settings
+        self.pairs = dict(pairs)
+        self.norms: dict[str, InputNorms] = {}
+        self.gradients: dict[WeightKey, Tensor] = {}
+        self.ratio = 0.0
+        self.weights: dict[WeightKey, Tensor] = {}
+        for module, pair in self.pairs.items():
+            self.weights[module, "A"] = pair.A
+            self.weights[module, "B"] = pair.B
+        if len({id(weight) for weight in self.weights.values()}) < len(self.weights):
+            raise AdapterError("two modules share a LoRA factor; masks need separate ones")
+        self.keep = {key: torch.ones_like(weight, dtype=torch.bool) for key, weight in self.weights.items()}
+        self.stash = {key: torch.zeros_like(weight) for key, weight in self.weights.items()}
+
+    @torch.no_grad()
+    def rank(self) -> dict[WeightKey, Ranking]:
+        """Score all weights as they are now, stashed ones with their stashed values, and rank them within their scope."""
+        scores = self._scores()
+        if self.settings.granularity == "weight":
+            return self._rank_in_scope(scores)
+        sums = {(module, "A"): scores[module, "A"].sum(1) + scores[module, "B"].sum(0) for module in self.pairs}
+        ranked = self._rank_in_scope(sums)
+        spread = {}
+        for (module, _), ranking in ranked.items():
+            A, B = self.weights[module, "A"], self.weights[module, "B"]
+            spread[module, "A"] = Ranking(ranking.places[:, None].expand(A.shape), ranking.groups)
+            spread[module, "B"] = Ranking(ranking.places[None, :].expand(B.shape), ranking.groups)
+        return spread
+
+    def keep_masks(
+        self, prune_ratio: float, ranking: Mapping[WeightKey, Ranking] | None = None
+    ) -> dict[WeightKey, Tensor]:
+        """Build the keep masks at a ratio: in each group the floor(ratio * n) least important weights are False.
+
+        Args:
+            prune_ratio: fraction in [0, 1].
+            ranking: of `rank()`, to build several masks from one scoring.
+        """
+        ranked = self.rank() if ranking is None else ranking
+        return {key: one.keep(prune_ratio, RANK_DIMENSION[key[1]]) for key, one in ranked.items()}
+
+    @torch.no_grad()
+    def commit(self, prune_ratio: float, ranking: Mapping[WeightKey, Ranking] | None = None) -> dict[WeightKey, Tensor]:
+        """Prune at a ratio for good: revive what the new mask keeps, stash and zero what it does not.
+
+        Returns:
+            For each factor where a weight was newly masked, for `reset_moments`.
+        """
+        masks = self.keep_masks(prune_ratio, ranking)
+        newly_masked = {}
+        for key, keep in masks.items():
+            weight, before = self.weights[key], self.keep[key]
+            dense = torch.where(before, weight, self.stash[key])
+            weight.copy_(torch.where(keep, dense, torch.zeros_like(dense)))
+            self.stash[key] = torch.where(keep, torch.zeros_like(dense), dense)
+            newly_masked[key] = before & ~keep
+            self.keep[key] = keep
+        self.ratio = prune_ratio
+        return newly_masked
+
+    @torch.no_grad()
+    def enforce(self) -> None:
+        """Hold masked weights at zero; call it after every optimizer step."""
+        for key, weight in self.weights.items():
+            weight.masked_fill_(~self.keep[key], 0.0)
+
+    @torch.no_grad()
+    def reselect(self, prune_ratio: float) -> None:
+        """Zero the least important of the weights as they are now, without a stash: the paper's final run.
+
+        A weight pruned earlier may have been moved away from zero by the optimizer and then competes again.
+        """
+        for stash in self.stash.values():
+            stash.zero_()
+        for keep in self.keep.values():
+            keep.fill_(True)
+        for key, keep in self.keep_masks(prune_ratio).items():
+            self.weights[key].masked_fill_(~keep, 0.0)
+            self.keep[key] = keep
+        self.ratio = prune_ratio
+
+    @torch.no_grad()
+    def mask_gradients(self) -> None:
+        """Zero the gradients of masked weights, so that their optimizer moments stay zero too."""
+        for key, weight in self.weights.items():
+            if weight.grad is not None:
+                weight.grad.masked_fill_(~self.keep[key], 0.0)
+
+    @torch.no_grad()
+    def record_gradients(self) -> None:
+        """Remember the gradients of this step for the score `sensitivity`; call it before `mask_gradients`."""
+        for key, weight in self.weights.items():
+            if weight.grad is not None:
+                self.gradients[key] = weight.grad.detach().clone()
+
+    @contextmanager
+    def probe(self, prune_ratio: float, ranking: Mapping[WeightKey, Ranking] | None = None) -> Iterator[None]:
+        """Prune at a candidate ratio inside the context; afterwards every weight is bit for bit what it was."""
+        with torch.no_grad():
+            masks = self.keep_masks(prune_ratio, ranking)
+            saved = {key: weight.detach().clone() for key, weight in self.weights.items()}
+        try:
+            with torch.no_grad():
+                for key, weight in self.weights.items():
+                    dense = torch.where(self.keep[key], weight, self.stash[key])
+                    weight.copy_(torch.where(masks[key], dense, torch.zeros_like(dense)))
+            yield
+        finally:
+            with torch.no_grad():
+                for key, weight in self.weights.items():
+                    weight.copy_(saved[key])
+
+    @torch.no_grad()
+    def sparsity(self) -> float:
+        """Return the measured share of weights that are masked and really are zero."""
+        zeros = sum(int(((weight == 0) & ~self.keep[key]).sum()) for key, weight in self.weights.items())
+        return zeros / sum(weight.numel() for weight in self.weights.values())
+
+    @torch.no_grad()
+    def survival(self) -> list[dict[str, str | int]]:
+        """Count kept weights per module, factor and origin: rows of module, factor, segment, weights, kept."""
+        rows: list[dict[str, str | int]] = []
+        for (module, factor), keep in self.keep.items():
+            pair = self.pairs[module]
+            names = [segment.name for segment in pair.segments] or ["merged"]
+            for name, block in zip(
+                names, torch.split(keep, self._segment_ranks(module), RANK_DIMENSION[factor]), strict=True
+            ):
+                rows.append(
+                    {
+                        "module": module,
+                        "factor": factor,
+                        "segment": name,
+                        "weights": block.numel(),
+                        "kept": int(block.sum()),
+                    }
+                )
+        return rows
+
+    def _segment_ranks(self, module: str) -> list[int]:
+        pair = self.pairs[module]
+        return [segment.rank for segment in pair.segments] or [pair.rank]
+
+    def _scores(self) -> dict[WeightKey, Tensor]:
+        scores = {}
+        for module, pair in self.pairs.items():
+            dense = [
+                torch.where(
+                    self.keep[module, factor], self.weights[module, factor], self.stash[module, factor]
+                ).detach()
+                for factor in FACTORS
+            ]
+            gradients = None
+            if (module, "A") in self.gradients and (module, "B") in self.gradients:
+                gradients = self.gradients[module, "A"], self.gradients[module, "B"]
+            scores[module, "A"], scores[module, "B"] = score_pair(
+                LoraPair(dense[0], dense[1], pair.scaling), self.settings.score, self.norms.get(module), gradients
+            )
+        return scores
+
+    def _rank_in_scope(self, scores: Mapping[WeightKey, Tensor]) -> dict[WeightKey, Ranking]:
+        """Rank scores shaped as their factor, or one score a component under the key of A."""
+        if self.settings.scope == "global":
+            places = rank_weights(torch.cat([score.flatten() for score in scores.values()]))
+            parts = torch.split(places, [score.numel() for score in scores.values()])
+            return {
+                key: Ranking(part.view_as(score), ((self.pairs[key[0]].rank, places.numel()),))
+                for (key, score), part in zip(scores.items(), parts, strict=True)
+            }
+        ranked = {}
+        for key, score in scores.items():
+            module, factor = key
+            sizes = self._segment_ranks(module) if self.settings.scope == "factor" else [self.pairs[module].rank]
+            blocks = torch.split(score, sizes, dim=RANK_DIMENSION[factor])
+            ranked[key] = Ranking(
+                torch.cat([rank_weights(block) for block in blocks], dim=RANK_DIMENSION[factor]),
+                tuple((size, block.numel()) for size, block in zip(sizes, blocks, strict=True)),
+            )
+        return ranked
+
+
+@torch.no_grad()
+def reset_moments(
+    optimizer: torch.optim.Optimizer,
+    weights: Mapping[WeightKey, Tensor],
+    entries: Mapping[WeightKey, Tensor],
+) -> None:
+    """Zero the optimizer's moments at the given entries only.
+
+    Zeroing a whole tensor's state would stop the other weights' momentum; leaving it would move a revived weight by an old
+    average. Works on every per-parameter state tensor of the weight's own shape (Adam's two moments, SGD's momentum).
+
+    Args:
+        optimizer: the live optimizer; wrappers that expose `.state` will do.
+        weights: the parameters, by the same keys as `entries`.
+        entries: boolean, True where moments are zeroed, shaped as the weight.
+    """
+    for key, weight in weights.items():
+        for value in optimizer.state.get(weight, {}).values():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                value.masked_fill_(entries[key], 0.0)

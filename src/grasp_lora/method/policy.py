@@ -1,0 +1,302 @@
+"""Who chooses the next candidate prune ratios: ask for candidates, tell their losses, read off the ratio.
+
+One round: `ask()` draws candidate ratios, the caller measures the micro-dev loss of each, `tell()` turns the losses
+into rewards, updates the policy and says whether the current ratio moves. `best_ratio()` is the learned ratio p*.
+Paper: controller and policy update sections.
+"""
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, ClassVar
+
+from grasp_lora.errors import ProbeError
+from grasp_lora.method.estimation import RatioEstimate, best_reward, smooth_fit
+
+STATE_VERSION = 1
+
+EstimateRule = Callable[[Sequence["Round"], float, float], RatioEstimate]
+ESTIMATE_RULES: dict[str, EstimateRule] = {"smooth_fit": smooth_fit, "best_reward": best_reward}
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """How a policy samples, learns and commits.
+
+    Args:
+        kind: `gaussian` (the paper's policy) or `uniform` (best of C uniform candidates, no learning: a control).
+        ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
+        ratio_init: first mean and first current ratio, within the bounds.
+        std_init: first standard deviation; None takes (ratio_max - ratio_min) / 6 as the paper does.
+        candidates: ratios per round (C), >= 1.
+        learning_rate, kl_coef, entropy_bonus: step size, pull towards the current ratio and growth of the
+            deviation per round (Paper: policy update), all >= 0.
+        max_step: furthest that one commit moves the current ratio, > 0.
+        estimate: rule for the learned ratio, `smooth_fit` (default) or `best_reward` (the paper's).
+        seed: seed of the policy's own generator.
+
+    Raises:
+        ValueError: a setting is outside its range.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    kind: str = "gaussian"
+    ratio_min: float = 0.10
+    ratio_max: float = 0.80
+    ratio_init: float = 0.40
+    std_init: float | None = None
+    candidates: int = 3
+    learning_rate: float = 0.05
+    kl_coef: float = 0.05
+    entropy_bonus: float = 0.01
+    max_step: float = 0.10
+    estimate: str = "smooth_fit"
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.kind not in POLICIES:
+            raise ValueError(f"policy kind is {self.kind!r}; allowed: {', '.join(POLICIES)}")
+        if self.estimate not in ESTIMATE_RULES:
+            raise ValueError(f"estimate is {self.estimate!r}; allowed: {', '.join(ESTIMATE_RULES)}")
+        if not 0.0 <= self.ratio_min < self.ratio_max <= 1.0:
+            raise ValueError(
+                f"ratio bounds are [{self.ratio_min}, {self.ratio_max}]; "
+                "both must lie in [0, 1] and ratio_min must be below ratio_max"
+            )
+        if not self.ratio_min <= self.ratio_init <= self.ratio_max:
+            raise ValueError(
+                f"ratio_init is {self.ratio_init}; it must lie between ratio_min {self.ratio_min} "
+                f"and ratio_max {self.ratio_max}"
+            )
+        if self.std_init is not None and not 0.0 < self.std_init < math.inf:
+            raise ValueError(f"std_init is {self.std_init}; it must be a positive number, or left out")
+        if self.candidates < 1:
+            raise ValueError(f"candidates is {self.candidates}; at least 1 is needed")
+        for name in ("learning_rate", "kl_coef", "entropy_bonus"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number >= 0")
+        if not 0.0 < self.max_step <= 1.0:
+            raise ValueError(f"max_step is {self.max_step}; it must lie in (0, 1]")
+
+
+def preset(name: str, **changes: Any) -> PolicySettings:
+    """Return the settings of a named preset, with changes.
+
+    Presets: `default` (the paper's update, ratio from a smooth fit), `paper` (ratio from the best reward) and
+    `random` (the control without learning).
+
+    Raises:
+        ValueError: there is no such preset, or a change is out of range.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"there is no policy preset {name!r}; allowed: {', '.join(PRESETS)}")
+    return replace(PRESETS[name], **changes)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round measured.
+
+    Args:
+        current_ratio: committed ratio at which the baseline was measured.
+        candidates: C ratios.
+        baseline_losses: loss of each micro-dev example under the committed mask, [examples].
+        candidate_losses: loss of each example under each candidate's mask, [C][examples].
+    """
+
+    current_ratio: float
+    candidates: tuple[float, ...]
+    baseline_losses: tuple[float, ...]
+    candidate_losses: tuple[tuple[float, ...], ...]
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """Mean baseline loss minus mean candidate loss, one per candidate; higher is better."""
+        baseline = math.fsum(self.baseline_losses) / len(self.baseline_losses)
+        return tuple(baseline - math.fsum(losses) / len(losses) for losses in self.candidate_losses)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows from a round.
+
+    Args:
+        rewards: one per candidate.
+        committed: whether the current ratio moves; if so the mask is rebuilt at `ratio`.
+        ratio: the current ratio after the round.
+        clipped: the winner lay further away than `max_step`, so the mask at `ratio` was not itself probed.
+    """
+
+    rewards: tuple[float, ...]
+    committed: bool
+    ratio: float
+    clipped: bool
+
+
+class RatioPolicy(ABC):
+    """Base of the policies: bookkeeping, commit rule, history and state.
+
+    A new policy implements `_draw` and `_learn`, and keeps what it learns in `mean` and `std`. Draws of a round depend on
+    the seed and the round's number alone, so asking twice gives the same candidates and a resume needs no generator state.
+    """
+
+    def __init__(self, settings: PolicySettings) -> None:
+        self.settings = settings
+        self.mean = settings.ratio_init
+        self.std = (settings.ratio_max - settings.ratio_min) / 6 if settings.std_init is None else settings.std_init
+        self.current_ratio = settings.ratio_init
+        self.history: list[Round] = []
+
+    @abstractmethod
+    def _draw(self, generator: random.Random) -> list[float]:
+        """Draw C ratios, not necessarily within the bounds."""
+
+    @abstractmethod
+    def _learn(self, candidates: Sequence[float], rewards: Sequence[float]) -> None:
+        """Update `mean` and `std`; `current_ratio` still holds its value before the commit."""
+
+    def ask(self) -> list[float]:
+        """Return the C candidate ratios of the next round, each within the bounds."""
+        # A string seed is hashed with SHA-512 by the standard library, so close seeds give unrelated draws.
+        generator = random.Random(f"{self.settings.seed}/{len(self.history)}")
+        return [self._clamp(ratio) for ratio in self._draw(generator)]
+
+    def tell(self, measured: Round) -> Decision:
+        """Learn from a measured round and decide whether the current ratio moves.
+
+        Raises:
+            ProbeError: a loss is not a finite number.
+            ValueError: the numbers of candidates or examples do not fit.
+        """
+        if len(measured.candidates) != len(measured.candidate_losses) or not measured.candidates:
+            raise ValueError(
+                f"{len(measured.candidates)} candidates but losses for {len(measured.candidate_losses)}; "
+                "each candidate needs its list of losses"
+            )
+        for losses in (measured.baseline_losses, *measured.candidate_losses):
+            if not losses or len(losses) != len(measured.baseline_losses):
+                raise ValueError("every candidate needs the loss of the same examples as the baseline")
+            for example, loss in enumerate(losses):
+                if not math.isfinite(loss):
+                    raise ProbeError(f"the loss of micro-dev example {example} is {loss}; it must be finite")
+        rewards = measured.rewards
+        self._learn(measured.candidates, rewards)
+        decision = self._decide(measured.candidates, rewards)
+        self.current_ratio = decision.ratio
+        self.history.append(measured)
+        return decision
+
+    def tell_rewards(self, candidates: Sequence[float], rewards: Sequence[float]) -> Decision:
+        """Learn from given candidates and rewards: for tests and for replaying a record."""
+        return self.tell(Round(self.current_ratio, tuple(candidates), (0.0,), tuple((-reward,) for reward in rewards)))
+
+    def best_ratio(self) -> RatioEstimate:
+        """Return the learned ratio p* of all rounds so far, with an interval.
+
+        Raises:
+            ValueError: no round has been told yet.
+        """
+        if not self.history:
+            raise ValueError("no round was measured yet, so there is no learned ratio; tell at least one round")
+        rule = ESTIMATE_RULES[self.settings.estimate]
+        return rule(self.history, self.settings.ratio_min, self.settings.ratio_max)
+
+    def state(self) -> dict[str, Any]:
+        """Return everything a resume needs, as plain JSON values."""
+        return {
+            "version": STATE_VERSION,
+            "settings": asdict(self.settings),
+            "mean": self.mean,
+            "std": self.std,
+            "current_ratio": self.current_ratio,
+            "history": [asdict(measured) for measured in self.history],
+        }
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> "RatioPolicy":
+        """Rebuild the policy that `state()` described.
+
+        Raises:
+            ValueError: the state is of another version.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"policy state has version {state.get('version')}; this program reads {STATE_VERSION}")
+        policy = make_policy(PolicySettings(**state["settings"]))
+        policy.mean, policy.std = state["mean"], state["std"]
+        policy.current_ratio = state["current_ratio"]
+        policy.history = [
+            Round(
+                measured["current_ratio"],
+                tuple(measured["candidates"]),
+                tuple(measured["baseline_losses"]),
+                tuple(tuple(losses) for losses in measured["candidate_losses"]),
+            )
+            for measured in state["history"]
+        ]
+        return policy
+
+    def _clamp(self, ratio: float) -> float:
+        return min(max(ratio, self.settings.ratio_min), self.settings.ratio_max)
+
+    def _decide(self, candidates: Sequence[float], rewards: Sequence[float]) -> Decision:
+        best = max(range(len(rewards)), key=rewards.__getitem__)
+        if rewards[best] < 0.0:
+            return Decision(tuple(rewards), False, self.current_ratio, False)
+        distance = candidates[best] - self.current_ratio
+        clipped = abs(distance) > self.settings.max_step
+        ratio = self.current_ratio + math.copysign(self.settings.max_step, distance) if clipped else candidates[best]
+        return Decision(tuple(rewards), True, self._clamp(ratio), clipped)
+
+
+class GaussianPolicy(RatioPolicy):
+    """A Gaussian over the ratio, updated with group-relative advantages.
+
+    Score function of the Gaussian, a pull of the mean towards the current ratio and a constant entropy bonus.
+    Paper: policy update; the released code floors the variance at 1e-4 and the deviation at 1e-3, and so do we.
+    """
+
+    def _draw(self, generator: random.Random) -> list[float]:
+        return [generator.gauss(self.mean, self.std) for _ in range(self.settings.candidates)]
+
+    def _learn(self, candidates: Sequence[float], rewards: Sequence[float]) -> None:
+        settings = self.settings
+        average = math.fsum(rewards) / len(rewards)
+        advantages = [reward - average for reward in rewards]
+        variance = max(self.std**2, 1e-4)
+        deviations = [candidate - self.mean for candidate in candidates]
+        mean_terms = [a * d / variance for a, d in zip(advantages, deviations, strict=True)]
+        std_terms = [a * (d * d / variance - 1.0) for a, d in zip(advantages, deviations, strict=True)]
+        mean_gradient = math.fsum(mean_terms) / len(rewards)
+        std_gradient = math.fsum(std_terms) / len(rewards)
+        pull = settings.kl_coef * (self.mean - self.current_ratio)
+        self.mean = self._clamp(self.mean + settings.learning_rate * (mean_gradient - pull))
+        self.std = max(1e-3, self.std + settings.learning_rate * std_gradient + settings.entropy_bonus)
+
+
+class UniformPolicy(RatioPolicy):
+    """Best of C uniform candidates, no learning: the control that a learning policy has to beat."""
+
+    def _draw(self, generator: random.Random) -> list[float]:
+        low, high = self.settings.ratio_min, self.settings.ratio_max
+        return [generator.uniform(low, high) for _ in range(self.settings.candidates)]
+
+    def _learn(self, candidates: Sequence[float], rewards: Sequence[float]) -> None:
+        """Nothing is learned; the mean follows the commits so that the log shows them."""
+        self.mean = self.current_ratio
+
+
+POLICIES: dict[str, type[RatioPolicy]] = {"gaussian": GaussianPolicy, "uniform": UniformPolicy}
+
+PRESETS: dict[str, PolicySettings] = {
+    "default": PolicySettings(),
+    "paper": PolicySettings(estimate="best_reward"),
+    "random": PolicySettings(kind="uniform"),
+}
+
+
+def make_policy(settings: PolicySettings) -> RatioPolicy:
+    """Build the policy that the settings name."""
+    return POLICIES[settings.kind](settings)
