@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from grasp_lora.errors import AdapterError
-from grasp_lora.method.lora import LoraPair
+from grasp_lora.method.lora import LoraPair, Segment
 
 SCORES = ("magnitude", "input_aware", "gradient_of_delta", "sensitivity")
 SCOPES = ("factor", "tensor", "global")
@@ -269,10 +269,14 @@ class MaskSet:
 
     @torch.no_grad()
     def record_gradients(self) -> None:
-        """Remember the gradients of this step for the score `sensitivity`; call it before `mask_gradients`."""
+        """Keep a running average of |gradient| for the score `sensitivity`; call it before `mask_gradients`.
+
+        One training example's gradient is mostly noise; the average forgets with factor 0.9 a step (our choice).
+        """
         for key, weight in self.weights.items():
             if weight.grad is not None:
-                self.gradients[key] = weight.grad.detach().clone()
+                size = weight.grad.detach().abs()
+                self.gradients[key] = 0.9 * self.gradients[key] + 0.1 * size if key in self.gradients else size
 
     @contextmanager
     def probe(self, prune_ratio: float, ranking: Mapping[WeightKey, Ranking] | None = None) -> Iterator[None]:
@@ -296,27 +300,6 @@ class MaskSet:
         """Return the measured share of weights that are masked and really are zero."""
         zeros = sum(int(((weight == 0) & ~self.keep[key]).sum()) for key, weight in self.weights.items())
         return zeros / sum(weight.numel() for weight in self.weights.values())
-
-    @torch.no_grad()
-    def survival(self) -> list[dict[str, str | int]]:
-        """Count kept weights per module, factor and origin: rows of module, factor, segment, weights, kept."""
-        rows: list[dict[str, str | int]] = []
-        for (module, factor), keep in self.keep.items():
-            pair = self.pairs[module]
-            names = [segment.name for segment in pair.segments] or ["merged"]
-            for name, block in zip(
-                names, torch.split(keep, self._segment_ranks(module), RANK_DIMENSION[factor]), strict=True
-            ):
-                rows.append(
-                    {
-                        "module": module,
-                        "factor": factor,
-                        "segment": name,
-                        "weights": block.numel(),
-                        "kept": int(block.sum()),
-                    }
-                )
-        return rows
 
     def _segment_ranks(self, module: str) -> list[int]:
         pair = self.pairs[module]
@@ -358,6 +341,20 @@ class MaskSet:
                 tuple((size, block.numel()) for size, block in zip(sizes, blocks, strict=True)),
             )
         return ranked
+
+
+@torch.no_grad()
+def survival(pairs: Mapping[str, LoraPair]) -> list[dict[str, str | int]]:
+    """Count weights that are not zero per module, factor and origin: rows of module, factor, segment, weights, kept."""
+    rows: list[dict[str, str | int]] = []
+    for module, pair in pairs.items():
+        segments = pair.segments or (Segment("merged", pair.rank),)
+        for factor, weight in (("A", pair.A), ("B", pair.B)):
+            blocks = torch.split(weight, [segment.rank for segment in segments], dim=RANK_DIMENSION[factor])
+            for segment, block in zip(segments, blocks, strict=True):
+                row: dict[str, str | int] = {"module": module, "factor": factor, "segment": segment.name}
+                rows.append(row | {"weights": block.numel(), "kept": int((block != 0).sum())})
+    return rows
 
 
 @torch.no_grad()

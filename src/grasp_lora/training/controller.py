@@ -1,0 +1,255 @@
+"""Trainer callbacks that keep a LoRA adapter pruned, and that learn how far to prune it.
+
+`PrunedTraining` holds or reselects a mask at a fixed ratio (the final run). `GraspController` holds the committed mask and every
+few optimizer steps runs a round: probe candidate ratios, tell the policy, commit. Both work in any transformers `Trainer`
+or TRL `SFTTrainer` whose model is a PEFT LoRA model. They decide nothing: ratios come from the policy, masks from the mask set.
+Paper: controller run and final run.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from grasp_lora.errors import ProbeError
+from grasp_lora.method.lora import Segment
+from grasp_lora.method.masking import MaskSet, MaskSettings, reset_moments
+from grasp_lora.method.policy import PolicySettings, RatioPolicy, Round, make_policy
+from grasp_lora.training.adapters import live_pairs
+from grasp_lora.training.probing import ProbeSet, calibrate
+
+log = logging.getLogger(__name__)
+
+MASK_MODES = ("hold", "reselect")
+ROUNDS_FILE = "rounds.jsonl"
+TIMINGS_FILE = "timings.jsonl"
+
+
+@dataclass(frozen=True)
+class ControllerSettings:
+    """How the controller run learns the ratio.
+
+    Args:
+        policy: sampling, update, commit and estimate.
+        probe_every: optimizer steps between rounds (K), >= 1.
+
+    Raises:
+        ValueError: a setting is outside its range.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    policy: PolicySettings = field(default_factory=PolicySettings)
+    probe_every: int = 10
+
+    def __post_init__(self) -> None:
+        if self.probe_every < 1:
+            raise ValueError(f"probe_every is {self.probe_every}; it must be at least 1 optimizer step")
+
+
+class PrunedTraining(TrainerCallback):
+    """Train a LoRA adapter pruned at a fixed ratio.
+
+    Args:
+        prune_ratio: fraction in [0, 1].
+        calibration: examples on which scores that need inputs or gradients are measured.
+        mask: score, scope and granularity.
+        mode: `hold` keeps one mask, `reselect` selects the least important weights anew after every optimizer step.
+        segments: module name -> origin of its rank-one components (`segments_of` a merged adapter), for scope `factor`.
+
+    Raises:
+        ValueError: the mode is unknown.
+    """
+
+    def __init__(
+        self,
+        prune_ratio: float,
+        calibration: ProbeSet,
+        mask: MaskSettings | None = None,
+        mode: str = "hold",
+        segments: Mapping[str, tuple[Segment, ...]] | None = None,
+    ) -> None:
+        if mode not in MASK_MODES:
+            raise ValueError(f"mask mode is {mode!r}; allowed: {', '.join(MASK_MODES)}")
+        self.prune_ratio = prune_ratio
+        self.calibration = calibration
+        self.mask = mask or MaskSettings()
+        self.mode = mode
+        self.segments = segments
+        self._masks: MaskSet | None = None
+
+    @property
+    def masks(self) -> MaskSet:
+        """The live mask set; there is one from the beginning of training on."""
+        if self._masks is None:
+            raise RuntimeError("training has not begun, so there are no masks yet")
+        return self._masks
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prune before the first step."""
+        self._masks = MaskSet(live_pairs(kwargs["model"], self.segments), self.mask)
+        calibrate(kwargs["model"], self.masks, self.calibration)
+        if self.mode == "reselect":
+            self.masks.reselect(self.prune_ratio)
+        else:
+            self.masks.commit(self.prune_ratio)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the gradients that scores need, then stop those of held weights."""
+        if self.mask.needs_gradients:
+            self.masks.record_gradients()
+        if self.mode == "hold":
+            self.masks.mask_gradients()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Put the mask back on."""
+        if self.mode == "hold":
+            self.masks.enforce()
+        else:
+            self.masks.reselect(self.prune_ratio)
+
+
+class GraspController(PrunedTraining):
+    """Learn one global prune ratio while an adapter trains.
+
+    Args:
+        micro_dev: the examples on which candidates are probed, 16 in the paper.
+        settings: policy and spacing of rounds.
+        mask: score, scope and granularity.
+        segments: module name -> origin of its rank-one components, for scope `factor`.
+        folder: where `rounds.jsonl` and `timings.jsonl` go; None writes no files.
+        on_round: called with each round's record, for a progress display.
+
+    After training, `policy.best_ratio()` is the learned ratio. Raises ProbeError during training when a probe's loss is not
+    finite.
+    """
+
+    def __init__(
+        self,
+        micro_dev: ProbeSet,
+        settings: ControllerSettings | None = None,
+        mask: MaskSettings | None = None,
+        segments: Mapping[str, tuple[Segment, ...]] | None = None,
+        folder: Path | None = None,
+        on_round: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self.settings = settings or ControllerSettings()
+        self.policy: RatioPolicy = make_policy(self.settings.policy)
+        super().__init__(self.policy.current_ratio, micro_dev, mask, "hold", segments)
+        self.micro_dev = micro_dev
+        self.folder = folder
+        self._on_round = on_round
+        self._log: Callable[[dict[str, float]], None] | None = None
+        self._round_end = 0.0
+
+    def add_to(self, trainer: Trainer) -> "GraspController":
+        """Register with a trainer, so that its trackers receive the ratio, the deviation and the rewards too."""
+        trainer.add_callback(self)
+        self._log = trainer.log
+        return self
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Prune at the policy's first ratio and start the records."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.folder is not None and state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for name in (ROUNDS_FILE, TIMINGS_FILE):
+                (self.folder / name).write_text("", encoding="utf-8")
+        self._round_end = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Run a round when it is due."""
+        if state.global_step % self.settings.probe_every:
+            return
+        started = time.perf_counter()
+        record = self.run_round(kwargs["model"], kwargs.get("optimizer"))
+        record = {"round": len(self.policy.history), "step": state.global_step, "epoch": state.epoch, **record}
+        ended = time.perf_counter()
+        timing = {
+            "round": record["round"],
+            "step": state.global_step,
+            "probe_seconds": ended - started,
+            "train_seconds": started - self._round_end,
+        }
+        if state.is_world_process_zero:
+            self._write(record, timing)
+            if self._log is not None:
+                self._log(_tracked(record))
+            if self._on_round is not None:
+                self._on_round(record)
+        self._round_end = time.perf_counter()
+
+    def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+        """Probe the candidates, tell the policy, commit what it decides; return the record of the round.
+
+        Raises:
+            ProbeError: a loss is not a finite number.
+        """
+        masks, policy = self.masks, self.policy
+        ratio_before = policy.current_ratio
+        baseline = calibrate(model, masks, self.micro_dev) or self.micro_dev.losses(model)
+        ranking = masks.rank()
+        candidates = policy.ask()
+        candidate_losses = []
+        for candidate in candidates:
+            try:
+                with masks.probe(candidate, ranking):
+                    candidate_losses.append(self.micro_dev.losses(model))
+            except ProbeError as error:
+                raise ProbeError(f"probe of prune ratio {candidate:.4f}: {error}") from error
+        decision = policy.tell(
+            Round(ratio_before, tuple(candidates), tuple(baseline), tuple(tuple(losses) for losses in candidate_losses))
+        )
+        if decision.committed:
+            newly_masked = masks.commit(decision.ratio, ranking)
+            self.prune_ratio = decision.ratio
+            if optimizer is not None:
+                reset_moments(optimizer, masks.weights, newly_masked)
+        return {
+            "candidates": candidates,
+            "baseline_losses": baseline,
+            "candidate_losses": candidate_losses,
+            "rewards": list(decision.rewards),
+            "policy_mean": policy.mean,
+            "policy_std": policy.std,
+            "committed": decision.committed,
+            "clipped": decision.clipped,
+            "ratio_before": ratio_before,
+            "ratio": decision.ratio,
+            "measured_sparsity": masks.sparsity(),
+        }
+
+    def _write(self, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+        if self.folder is None:
+            return
+        for name, row in ((ROUNDS_FILE, record), (TIMINGS_FILE, timing)):
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _tracked(record: Mapping[str, Any]) -> dict[str, float]:
+    """The round's scalars, as trackers take them."""
+    baseline = record["baseline_losses"]
+    return {
+        "grasp/prune_ratio": record["ratio"],
+        "grasp/policy_mean": record["policy_mean"],
+        "grasp/policy_std": record["policy_std"],
+        "grasp/best_reward": max(record["rewards"]),
+        "grasp/micro_dev_loss": math.fsum(baseline) / len(baseline),
+        "grasp/measured_sparsity": record["measured_sparsity"],
+    }

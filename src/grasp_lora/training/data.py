@@ -1,0 +1,461 @@
+"""Settings of the data, splits by whole groups, the proof that they are disjoint, and tokenised examples."""
+
+import logging
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from grasp_lora.errors import DataError
+from grasp_lora.training.prompts import TASKS, Encoder, Example, Tally, resolve_template, task_fields
+from grasp_lora.training.readers import FORMATS, OPTIONAL_COLUMNS, Pool, Record, read_files, read_hub, resolve_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
+HELD_OUT = ("test", "dev", "micro_dev")  # of the target: no source example may touch their groups
+TARGET_COUNTS = {"test": 100, "dev": 50, "micro_dev": 16}  # Paper: experimental setup
+SOURCE_DEV_SHARE, SOURCE_DEV_MOST = 10, 1000  # Paper: 1000 dev beside 10000 train, 315 beside 3030
+LEAST_PORTION = 256
+
+Counts = dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """Data of one language: one pool (`files` or `hub`) split by counts, or files for each split.
+
+    Args:
+        language: code such as `en`, `ar`, `zh`; chooses prompts and metrics.
+        format: `auto`, `squad`, `xlsum`, `records` or `hub`.
+        files: the pool: paths, or `demo:NAME` for a built-in text.
+        hub, hub_config, hub_split: the pool from a data set on the hub; the split defaults to `train`.
+        columns: field -> column of generic records; fields are the task's, and id, group, title, references, messages.
+        train, dev, micro_dev, test: how many examples. For a pool, None means 100 test, 50 dev and 16 micro-dev
+            examples of the target, a tenth (at most 1000) for the source's dev, and all the rest for train. For
+            files of one split None means all, and a count is a cap. dev and test may be 0, train and micro_dev not.
+        train_files, dev_files, micro_dev_files, test_files: files of each split, in place of a pool. Without
+            micro_dev_files, the micro-dev set is taken by whole groups from the dev files, or else the train files.
+
+    Raises:
+        ValueError: a value is out of range, or two ways to give the data are mixed.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    language: str
+    format: str = "auto"
+    files: tuple[str, ...] = ()
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    train: int | None = None
+    dev: int | None = None
+    micro_dev: int | None = None
+    test: int | None = None
+    train_files: tuple[str, ...] = ()
+    dev_files: tuple[str, ...] = ()
+    micro_dev_files: tuple[str, ...] = ()
+    test_files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.language.strip():
+            raise ValueError("language is empty; give a code such as en, ar or zh")
+        if self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}; allowed: {', '.join(FORMATS)}")
+        given = [name for name in ("files", "hub", "train_files") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(
+                f"data of {self.language} is given by {' and '.join(given) or 'nothing'}; "
+                "give exactly one of files (a pool), hub (a pool) and train_files (with dev_files, test_files)"
+            )
+        if not self.explicit and (self.dev_files or self.micro_dev_files or self.test_files):
+            raise ValueError(f"files of single splits need train_files, and exclude {given[0]}")
+        if self.hub is None and (self.format == "hub" or self.hub_config or self.hub_split):
+            raise ValueError("format hub, hub_config and hub_split need hub: the name of the data set")
+        if self.hub is not None and self.format == "squad":
+            raise ValueError("format squad reads files; a data set on the hub has rows: use format hub or auto")
+        known = {*OPTIONAL_COLUMNS}.union(*((*task.inputs, task.answer) for task in TASKS.values()))
+        unknown = sorted(set(self.columns) - known)
+        if unknown:
+            raise ValueError(f"columns names {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
+        if self.columns and self.format in ("squad", "xlsum"):
+            raise ValueError(f"columns apply to generic records, not to format {self.format}: remove them")
+        for name, least in (("train", 1), ("dev", 0), ("micro_dev", 1), ("test", 0)):
+            count = getattr(self, name)
+            if count is not None and count < least:
+                raise ValueError(f"{name} must be >= {least}, or left out; it is {count}")
+            if self.explicit and name in ("dev", "test") and count and not getattr(self, name + "_files"):
+                raise ValueError(f"{name} is {count} but there are no {name}_files; name them, or remove {name}")
+
+    @property
+    def explicit(self) -> bool:
+        """Whether each split has files of its own."""
+        return bool(self.train_files)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Task, data of both languages, prompts and length limits.
+
+    Args:
+        task: `qa`, `summarization` or `completion`.
+        source: data of the rich language; None to train on the target alone.
+        target: data of the language to adapt to.
+        root: folder of relative paths, tried before GRASP_LORA_DATA and the folder of the recipe.
+        max_tokens: examples of more tokens (prompt, completion and end) are dropped, >= 8.
+        max_document_tokens: articles and contexts are cut to this many tokens before templating; None to cut nothing.
+        prompt, completion: templates in place of the built-in ones, for both languages.
+        chat_template: give the prompt as a user turn through the tokenizer's chat template.
+        split_seed: seed of the splits; None takes the recipe's seed. Set it to keep splits over several seeds.
+
+    Raises:
+        ValueError: a value is out of range, or a template names an unknown field.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    task: str
+    target: CorpusSettings
+    source: CorpusSettings | None = None
+    root: str | None = None
+    max_tokens: int = 512
+    max_document_tokens: int | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    chat_template: bool = False
+    split_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        document = task_fields(self.task).document
+        if self.max_tokens < 8:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be >= 8")
+        if self.max_document_tokens is not None and self.max_document_tokens < 1:
+            raise ValueError(f"max_document_tokens is {self.max_document_tokens}; it must be >= 1, or left out")
+        if self.max_document_tokens is not None and document is None:
+            raise ValueError(f"max_document_tokens: the task {self.task} has no document to cut; remove it")
+        resolve_template(self.task, "en", self.prompt, self.completion)
+        source = self.source
+        if source is not None and (source.test or source.micro_dev or source.test_files or source.micro_dev_files):
+            raise ValueError("the source has only train and dev splits: remove its test and micro_dev settings")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Disjoint splits; the source's may be empty, dev is empty in dev-free mode. `report` is JSON-able."""
+
+    source_train: tuple[Example, ...]
+    source_dev: tuple[Example, ...]
+    train: tuple[Example, ...]
+    dev: tuple[Example, ...]
+    micro_dev: tuple[Example, ...]
+    test: tuple[Example, ...]
+    report: dict[str, Any]
+
+
+def build_splits(
+    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int, base: Path | None = None
+) -> Splits:
+    """Read, filter, tokenise and split the data; the result is proved disjoint.
+
+    The same settings, files and seed give the same splits. Target splits are filled in the order test, dev,
+    micro-dev, train; source examples whose group touches a held-out target split are left out.
+
+    Args:
+        settings: task, files and limits.
+        tokenizer: with an EOS token.
+        seed: seed of the recipe, used where settings.split_seed is None.
+        base: folder of the recipe, for relative paths; None for the working folder.
+
+    Raises:
+        DataError: files are missing or malformed, there are too few examples, or given splits overlap.
+    """
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no EOS token, so the model could not learn where an answer ends")
+    if settings.chat_template and not getattr(tokenizer, "chat_template", None):
+        raise DataError("chat_template is true but the tokenizer has no chat template: set it to false")
+    split_seed = seed if settings.split_seed is None else settings.split_seed
+    corpora = {"target": settings.target}
+    if settings.source is not None:
+        corpora["source"] = settings.source
+    shares = {role: _read_corpus(settings, corpus, role, base) for role, corpus in corpora.items()}
+    pools = [pool for corpus_shares in shares.values() for pool, _ in corpus_shares]
+    groups = join_groups(record.keys for pool in pools for record in pool.records)
+    splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    report: dict[str, Any] = {"task": settings.task, "split_seed": split_seed, "max_tokens": settings.max_tokens}
+    held_out: set[str] = set()
+    for role, corpus in corpora.items():
+        template = resolve_template(
+            settings.task, corpus.language, settings.prompt, settings.completion, settings.chat_template
+        )
+        encoder = Encoder(
+            tokenizer,
+            settings.task,
+            corpus.language,
+            template,
+            settings.max_tokens,
+            settings.max_document_tokens,
+            settings.chat_template,
+        )
+        # Splits that the user made on both sides are checked, not changed.
+        barred = set() if corpus.explicit and settings.target.explicit else held_out
+        tally = Tally()
+        for pool, counts in shares[role]:
+            generator = random.Random(f"{split_seed} {role} {' '.join(counts)}")
+            splits |= _split_pool(pool, counts, corpus, role, groups, barred, encoder, generator, tally)
+        used = sum(len(splits[name]) for name in splits if name.startswith("source") == (role == "source"))
+        dropped = tally.excluded_for_leak + tally.answers_cut_away + tally.too_long
+        tally.unused = tally.read - dropped - used
+        held_out = {example.group for name in HELD_OUT for example in splits[name]}
+        report[role] = {"language": corpus.language, **asdict(tally)}
+        logger.info("%s (%s): %s", role, corpus.language, report[role])
+    result = Splits(**{name: tuple(examples) for name, examples in splits.items()}, report=report)
+    check_disjoint(result)
+    report["splits"] = {name: _measure(splits[name]) for name in SPLITS}
+    return result
+
+
+def _read_corpus(
+    settings: DataSettings, corpus: CorpusSettings, role: str, base: Path | None
+) -> list[tuple[Pool, Counts]]:
+    """Read each pool of a corpus, with the splits it serves in the order of filling and their counts."""
+
+    def read(names: tuple[str, ...]) -> Pool:
+        files = [(name, resolve_file(name, settings.root, base)) for name in names]
+        return read_files(files, settings.task, corpus.format, corpus.columns)
+
+    if corpus.explicit:
+        return [(read(names), counts) for names, counts in _given_splits(corpus, role) if names]
+    if corpus.hub is not None:
+        split = corpus.hub_split or "train"
+        pool = read_hub(corpus.hub, corpus.hub_config, split, settings.task, corpus.format, corpus.columns)
+    else:
+        pool = read(corpus.files)
+    if role == "source":
+        most = len(pool.records) if corpus.train is None else corpus.train
+        dev = min(most // SOURCE_DEV_SHARE, SOURCE_DEV_MOST) if corpus.dev is None else corpus.dev
+        return [(pool, {"source_dev": dev, "source_train": corpus.train})]
+    counts: Counts = {}
+    for name, usual in TARGET_COUNTS.items():
+        asked = getattr(corpus, name)
+        counts[name] = usual if asked is None else asked
+    return [(pool, counts | {"train": corpus.train})]
+
+
+def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ...], Counts]]:
+    if role == "source":
+        return [(corpus.dev_files, {"source_dev": corpus.dev}), (corpus.train_files, {"source_train": corpus.train})]
+    dev: Counts = {"dev": corpus.dev}
+    train: Counts = {"train": corpus.train}
+    shares: list[tuple[tuple[str, ...], Counts]] = [(corpus.test_files, {"test": corpus.test})]
+    if corpus.micro_dev_files:
+        shares.append((corpus.micro_dev_files, {"micro_dev": corpus.micro_dev}))
+    else:
+        micro_dev: Counts = {"micro_dev": corpus.micro_dev or TARGET_COUNTS["micro_dev"]}
+        dev, train = (micro_dev | dev, train) if corpus.dev_files else (dev, micro_dev | train)
+    return [*shares, (corpus.dev_files, dev), (corpus.train_files, train)]
+
+
+def _split_pool(
+    pool: Pool,
+    counts: Counts,
+    corpus: CorpusSettings,
+    role: str,
+    groups: Mapping[str, str],
+    barred: set[str],
+    encoder: Encoder,
+    generator: random.Random,
+    tally: Tally,
+) -> dict[str, list[Example]]:
+    """Tokenise a pool group by group in a random order until its splits are full."""
+    members: dict[str, list[Record]] = {}
+    tally.read += len(pool.records)
+    tally.characters_mapped += pool.characters_mapped
+    tally.characters_removed += pool.characters_removed
+    # Sorted, so that neither the order of the files nor that of their lines matters.
+    for record in sorted(pool.records, key=lambda record: record.id):
+        members.setdefault(groups[next(iter(record.keys))], []).append(record)
+    order = [group for group in members if group not in barred]
+    tally.excluded_for_leak += sum(len(records) for group, records in members.items() if group in barred)
+    generator.shuffle(order)
+    asked = [count for count in counts.values() if count is not None]
+    # A pool far larger than what is asked for, such as a whole hub data set, is not tokenised to its end.
+    portion = 2 * sum(asked) + LEAST_PORTION if len(asked) == len(counts) else len(pool.records)
+    kept: list[list[Example]] = []
+    position = 0
+    while True:
+        batch: list[str] = []
+        size = 0
+        while position < len(order) and size < portion:
+            batch.append(order[position])
+            size += len(members[order[position]])
+            position += 1
+        names = [group for group in batch for _ in members[group]]
+        encoded = iter(encoder.encode([record for group in batch for record in members[group]], names, tally))
+        for group in batch:
+            fitting = [example for _ in members[group] if (example := next(encoded)) is not None]
+            if fitting:
+                kept.append(fitting)
+        splits = assign(kept, counts)
+        if position == len(order) or all(len(splits[name]) == count for name, count in counts.items()):
+            break
+    for name, count in counts.items():
+        # Files of one split are taken as they are, so there a count is a cap; but no split may come out empty.
+        least = count if count is not None and not (count and corpus.explicit) else 1
+        if len(splits[name]) < least:
+            raise DataError(_shortage(name, splits, counts, kept, f"{role} ({corpus.language})", encoder, tally))
+    return splits
+
+
+def _shortage(
+    name: str,
+    splits: Mapping[str, Sequence[Example]],
+    counts: Counts,
+    kept: Sequence[Sequence[Example]],
+    label: str,
+    encoder: Encoder,
+    tally: Tally,
+) -> str:
+    if not kept and tally.too_long and tally.shortest is not None and tally.shortest > encoder.max_tokens:
+        return (
+            f"{label}: all {tally.too_long} examples are longer than max_tokens {encoder.max_tokens}; the shortest has "
+            f"{tally.shortest} tokens. Raise max_tokens, or set max_document_tokens to cut articles"
+        )
+    asked = ", ".join(f"{split} {'the rest' if count is None else count}" for split, count in counts.items())
+    total = sum(count for count in counts.values() if count is not None)
+    return (
+        f"{label}: asked for {asked} (together {total}), but {sum(map(len, kept))} examples in {len(kept)} groups are "
+        f"available: of {tally.read} read, {tally.too_long} are longer than max_tokens {encoder.max_tokens}, "
+        f"{tally.answers_cut_away} lost their answer to max_document_tokens and {tally.excluded_for_leak} share a group "
+        f"with held-out target examples; {name} got {len(splits[name])}. Each split takes whole groups. Lower "
+        f"{' or '.join(counts)}, raise max_tokens, or add files"
+    )
+
+
+def assign(groups: Sequence[Sequence[Example]], counts: Counts) -> dict[str, list[Example]]:
+    """Fill splits one after the other by whole groups; None takes all that is left.
+
+    A group that does not fit is kept for the next split. Where none fits any more, the smallest one is cut, and the
+    rest of it stays unused. A split comes out short only when no group is left.
+
+    Args:
+        groups: examples by group, in the order of choice.
+        counts: examples per split, in the order of filling.
+    """
+    left = list(groups)
+    splits: dict[str, list[Example]] = {}
+    for name, count in counts.items():
+        chosen: list[Example] = []
+        passed: list[Sequence[Example]] = []
+        for group in left:
+            if count is None or len(chosen) + len(group) <= count:
+                chosen.extend(group)
+            else:
+                passed.append(group)
+        if count is not None and len(chosen) < count and passed:
+            smallest = min(range(len(passed)), key=lambda i: len(passed[i]))
+            chosen.extend(passed.pop(smallest)[: count - len(chosen)])
+        splits[name] = chosen
+        left = passed
+    return splits
+
+
+def join_groups(key_sets: Iterable[frozenset[str]]) -> dict[str, str]:
+    """Join keys that stand together in a record, over all records: key -> name of its connected component.
+
+    Parallel corpora are joined through shared ids, and paragraphs of an article through its title. The name is the
+    hash of one of the component's texts, so it does not depend on where the files lie.
+
+    >>> names = join_groups([frozenset({"id:1", "text:b"}), frozenset({"id:1", "text:a"}), frozenset({"text:c"})])
+    >>> names["text:b"], names["text:c"]
+    ('a', 'c')
+    """
+    parent: dict[str, str] = {}
+
+    def find(key: str) -> str:
+        parent.setdefault(key, key)
+        while parent[key] != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    for keys in key_sets:
+        first, *others = keys
+        for key in others:
+            parent[find(key)] = find(first)
+    names: dict[str, str] = {}
+    for key in sorted(key for key in parent if key.startswith("text:")):
+        names.setdefault(find(key), key.removeprefix("text:"))
+    return {key: names[find(key)] for key in parent}
+
+
+def check_disjoint(splits: Splits) -> None:
+    """Check that no two splits share an id, a prompt or a group, where sharing would leak.
+
+    Target splits and source splits are compared among themselves, and each source split with the target's test, dev
+    and micro-dev. The source may share groups with the target's train split: translations of it are fair training data.
+
+    Raises:
+        DataError: the counts of each pair that overlaps, or of ids that stand twice in one split.
+    """
+    contents: dict[str, tuple[set[str], set[str], set[str]]] = {}
+    problems: list[str] = []
+    for name in SPLITS:
+        examples: tuple[Example, ...] = getattr(splits, name)
+        ids = {example.id for example in examples}
+        prompts = {" ".join(example.prompt.split()) for example in examples}
+        contents[name] = ids, prompts, {example.group for example in examples}
+        if len(ids) < len(examples):
+            problems.append(f"{name} holds {len(examples) - len(ids)} ids twice")
+    pairs = [*combinations(("train", *reversed(HELD_OUT)), 2), ("source_train", "source_dev")]
+    pairs += [(source, name) for source in ("source_train", "source_dev") for name in HELD_OUT]
+    for first, second in pairs:
+        shared = [len(a & b) for a, b in zip(contents[first], contents[second], strict=True)]
+        if any(shared):
+            problems.append(f"{first} and {second} share {shared[0]} ids, {shared[1]} prompts and {shared[2]} groups")
+    if problems:
+        raise DataError(
+            f"splits overlap: {'; '.join(problems)}. A group joins records with the same id, context, document or "
+            "article; remove the shared ones from a file, or give one pool (files) and let it be split"
+        )
+
+
+def _measure(examples: Sequence[Example]) -> dict[str, Any]:
+    def quantiles(lengths: list[int]) -> dict[str, int]:
+        ordered = sorted(lengths)
+        shares = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+        return {name: ordered[round(share * (len(ordered) - 1))] for name, share in shares.items()} if ordered else {}
+
+    return {
+        "examples": len(examples),
+        "groups": len({example.group for example in examples}),
+        "prompt_tokens": quantiles([len(example.prompt_ids) for example in examples]),
+        "completion_tokens": quantiles([len(example.completion_ids) for example in examples]),
+    }
+
+
+def describe(splits: Splits) -> str:
+    """Return the report as a few lines of plain text."""
+    report = splits.report
+    lines = [f"task {report['task']}, split seed {report['split_seed']}, at most {report['max_tokens']} tokens"]
+    for role in ("source", "target"):
+        if role in report:
+            tally = {name: value for name, value in report[role].items() if name not in ("language", "read") and value}
+            details = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in tally.items())
+            lines.append(
+                f"{role} ({report[role]['language']}): {report[role]['read']} read" + f", {details}" * bool(details)
+            )
+    for name, measure in report["splits"].items():
+        if measure["examples"]:
+            prompt, completion = measure["prompt_tokens"], measure["completion_tokens"]
+            lines.append(
+                f"{name}: {measure['examples']} examples in {measure['groups']} groups, tokens (median, longest): "
+                f"prompt {prompt['median']}, {prompt['max']}; completion {completion['median']}, {completion['max']}"
+            )
+    return "\n".join(lines)

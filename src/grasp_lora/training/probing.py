@@ -1,0 +1,267 @@
+"""The one loss of this project, and cheap ways to measure it on a fixed set of examples.
+
+Loss: mean over examples of the mean negative log-likelihood of the answer's tokens. Training, dev sets, probes and reports
+all use it, so their numbers can be compared.
+"""
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from grasp_lora.errors import DataError, ProbeError
+from grasp_lora.method.masking import InputNorms, MaskSet
+from grasp_lora.training.adapters import ADAPTER_NAME, lora_layers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100  # the label of positions without loss, in all of transformers
+_LABEL_BUDGET = 512  # bounds the logits of a batch: 512 positions x 262k vocabulary in float32 are 0.5 GB
+
+
+class Encoded(Protocol):
+    """A tokenised example (`data.Example` is one)."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt_ids(self) -> Sequence[int]: ...
+    @property
+    def completion_ids(self) -> Sequence[int]: ...
+
+
+def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+    """Pad examples on the right into input_ids, attention_mask and labels, each [examples, longest]."""
+    length = max(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
+    input_ids = torch.full((len(examples), length), pad_id)
+    attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
+    labels = torch.full((len(examples), length), IGNORED)
+    for row, example in enumerate(examples):
+        prompt, completion = list(example.prompt_ids), list(example.completion_ids)
+        end = len(prompt) + len(completion)
+        input_ids[row, :end] = torch.tensor(prompt + completion)
+        attention_mask[row, :end] = 1
+        labels[row, len(prompt) : end] = torch.tensor(completion)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def takes_label_positions(model: torch.nn.Module) -> bool:
+    """Whether the backbone computes logits at chosen positions only (`logits_to_keep`); else they are cut afterwards."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def example_losses(model: torch.nn.Module, batch: Mapping[str, Tensor], *, label_positions: bool) -> Tensor:
+    """Return each example's mean answer NLL, float32, [examples].
+
+    Args:
+        model: causal language model, with or without adapters, wrapped or not.
+        batch: of `collate`, on the model's device.
+        label_positions: what `takes_label_positions` says of the model.
+    """
+    labels = batch["labels"]
+    # Position i predicts token i + 1.
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORED
+    targets = labels[:, 1:][predicts[:, :-1]]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    logits = model(**inputs, logits_to_keep=predicts).logits if label_positions else model(**inputs).logits[predicts]
+    token_losses = torch.nn.functional.cross_entropy(
+        logits.view(-1, logits.shape[-1]).float(), targets, reduction="none"
+    )
+    counts = predicts.sum(1)
+    rows = torch.arange(len(labels), device=labels.device).repeat_interleave(counts, output_size=len(targets))
+    return torch.zeros(len(labels), device=labels.device).index_add(0, rows, token_losses) / counts
+
+
+class ProbeSet:
+    """A fixed set of examples, tokenised and batched once, whose losses are measured again and again.
+
+    Args:
+        examples: at least one, each with a completion.
+        pad_id: token id for padding.
+        token_budget: most tokens, padding included, in one batch.
+
+    Raises:
+        DataError: there are no examples, or one has no completion.
+    """
+
+    def __init__(self, examples: Sequence[Encoded], pad_id: int, token_budget: int = 4096) -> None:
+        if not examples:
+            raise DataError("the set of examples to measure is empty; at least one is needed")
+        for example in examples:
+            if not example.completion_ids:
+                raise DataError(f"example {example.id} has no answer tokens to measure")
+        self.ids = [example.id for example in examples]
+        self._batches: list[tuple[list[int], dict[str, Tensor]]] = []
+        lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
+        batch: list[int] = []
+        label_tokens = 0
+        for index in sorted(range(len(examples)), key=lengths.__getitem__):
+            labels = len(examples[index].completion_ids)
+            full = (len(batch) + 1) * lengths[index] > token_budget or label_tokens + labels > _LABEL_BUDGET
+            if batch and full:
+                self._batches.append((batch, collate([examples[i] for i in batch], pad_id)))
+                batch, label_tokens = [], 0
+            batch.append(index)
+            label_tokens += labels
+        self._batches.append((batch, collate([examples[i] for i in batch], pad_id)))
+
+    @classmethod
+    def from_rows(
+        cls, rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", token_budget: int = 4096
+    ) -> "ProbeSet":
+        """Build a set from rows in TRL's prompt/completion convention (texts, or lists of messages)."""
+        from grasp_lora.training.data import encode_rows
+
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return cls(encode_rows(rows, tokenizer), int(pad_id), token_budget)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @torch.no_grad()
+    def losses(self, model: torch.nn.Module, collector: "NormCollector | None" = None) -> list[float]:
+        """Measure every example's loss in eval mode; the training mode and the random state are as before afterwards.
+
+        In a distributed run every rank takes its share of the batches and all get all losses.
+
+        Raises:
+            ProbeError: a loss is not a finite number; the message names the example.
+        """
+        device = next(model.parameters()).device
+        label_positions = takes_label_positions(model)
+        losses = torch.zeros(len(self.ids), device=device)
+        with _evaluating(model):
+            for indices, batch in self._share():
+                on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+                if collector is not None:
+                    collector.token_mask = on_device["attention_mask"]
+                measured = example_losses(model, on_device, label_positions=label_positions)
+                if indices:
+                    losses[indices] = measured
+        if _world_size() > 1:
+            torch.distributed.all_reduce(losses)
+        values: list[float] = losses.tolist()
+        for example, value, finite in zip(self.ids, values, torch.isfinite(losses).tolist(), strict=True):
+            if not finite:
+                raise ProbeError(
+                    f"the loss of example {example} is {value}, not a finite number; "
+                    "lower the learning rate or check the example and the adapters"
+                )
+        return values
+
+    def gradients(self, model: torch.nn.Module) -> None:
+        """Add the gradients of the mean loss to the parameters' `.grad`, in eval mode."""
+        device = next(model.parameters()).device
+        label_positions = takes_label_positions(model)
+        with _evaluating(model):
+            for _, batch in self._batches:
+                on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+                total = example_losses(model, on_device, label_positions=label_positions).sum() / len(self.ids)
+                total.backward()
+
+    def _share(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """This rank's batches; every rank gets equally many, so that sharded models stay in step."""
+        ranks = _world_size()
+        if ranks == 1:
+            yield from self._batches
+            return
+        rank = torch.distributed.get_rank()
+        for start in range(0, len(self._batches), ranks):
+            if start + rank < len(self._batches):
+                yield self._batches[start + rank]
+            else:
+                yield [], self._batches[0][1]  # nothing left for this rank: run any batch and count none of it
+
+
+class NormCollector:
+    """Sums of squares of what enters the LoRA factors, gathered by hooks while the context is open."""
+
+    def __init__(self, model: torch.nn.Module, adapter: str = ADAPTER_NAME) -> None:
+        self.token_mask: Tensor | None = None
+        self._layers = lora_layers(model, adapter)
+        self._adapter = adapter
+        self._sums: dict[tuple[str, str], Tensor] = {}
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Hook the layers inside the context."""
+        handles = []
+        for name, layer in self._layers.items():
+            for factor, module in (("A", layer.lora_A[self._adapter]), ("B", layer.lora_B[self._adapter])):
+                handles.append(module.register_forward_pre_hook(self._hook(name, factor)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def norms(self) -> dict[str, InputNorms]:
+        """Return the norms gathered so far, one a module; in a distributed run over all ranks."""
+        for total in self._sums.values():
+            if _world_size() > 1:
+                torch.distributed.all_reduce(total)
+        return {
+            name: InputNorms(self._sums[name, "A"].sqrt(), self._sums[name, "B"].sqrt())
+            for name in self._layers
+            if (name, "A") in self._sums
+        }
+
+    def _hook(self, name: str, factor: str) -> Any:
+        def add(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            values = inputs[0].detach().float()
+            if self.token_mask is not None and values.shape[:2] == self.token_mask.shape:
+                values = values * self.token_mask[:, :, None]
+            total = values.flatten(0, -2).square().sum(0)
+            key = (name, factor)
+            self._sums[key] = self._sums[key] + total if key in self._sums else total
+
+        return add
+
+
+def calibrate(model: torch.nn.Module, masks: MaskSet, examples: ProbeSet) -> list[float] | None:
+    """Give the mask set what its score needs, measured on these examples with the weights as they are.
+
+    Returns:
+        The losses of the examples where a forward pass was needed anyway, else None.
+    """
+    if masks.settings.needs_inputs:
+        collector = NormCollector(model)
+        with collector.collecting():
+            losses = examples.losses(model, collector)
+        masks.norms = collector.norms()
+        return losses
+    if masks.settings.needs_gradients and not masks.gradients:
+        held = {key: weight.grad for key, weight in masks.weights.items()}
+        for weight in masks.weights.values():
+            weight.grad = None
+        examples.gradients(model)
+        masks.record_gradients()
+        for key, weight in masks.weights.items():
+            weight.grad = held[key]
+    return None
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _world_size() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1

@@ -1,0 +1,301 @@
+"""From fields to tokens: the tasks, the templates of each language as data, and how records become examples."""
+
+import logging
+import string
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+from grasp_lora.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from grasp_lora.training.readers import Record
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Field names of a task.
+
+    Args:
+        inputs: fields that a prompt template may name.
+        answer: field that the model learns to write; only a completion template may name it.
+        document: the input that may be cut when it is too long, or None.
+    """
+
+    inputs: tuple[str, ...]
+    answer: str
+    document: str | None = None
+
+
+TASKS: dict[str, Task] = {
+    "qa": Task(inputs=("context", "question"), answer="answer", document="context"),
+    "summarization": Task(inputs=("document",), answer="summary", document="document"),
+    "completion": Task(inputs=("prompt",), answer="completion"),
+}
+
+
+@dataclass(frozen=True)
+class Template:
+    """Prompt and completion text with {named} fields; `{{` and `}}` stand for literal braces."""
+
+    prompt: str
+    completion: str
+
+
+ANY_LANGUAGE = "any"
+FALLBACK_LANGUAGE = "en"
+
+# Chinese puts no space between the label and the answer.
+TEMPLATES: dict[str, dict[str, Template]] = {
+    "qa": {
+        "en": Template("Context: {context}\nQuestion: {question}\nAnswer:", " {answer}"),
+        "ar": Template("السياق: {context}\nالسؤال: {question}\nالإجابة:", " {answer}"),
+        "zh": Template("背景：{context}\n问题：{question}\n答案：", "{answer}"),
+    },
+    "summarization": {
+        "en": Template("Article: {document}\nSummary:", " {summary}"),
+        "ar": Template("المقال: {document}\nالملخص:", " {summary}"),
+        "zh": Template("文章：{document}\n摘要：", "{summary}"),
+    },
+    "completion": {ANY_LANGUAGE: Template("{prompt}", "{completion}")},
+}
+
+
+def task_fields(task: str) -> Task:
+    """Return the field names of a task.
+
+    Raises:
+        DataError: there is no such task.
+    """
+    if task not in TASKS:
+        raise DataError(f"there is no task {task!r}; allowed: {', '.join(TASKS)}")
+    return TASKS[task]
+
+
+def resolve_template(
+    task: str, language: str, prompt: str | None = None, completion: str | None = None, chat: bool = False
+) -> Template:
+    """Choose the built-in templates of a task and language, and put the overrides in their place.
+
+    Args:
+        task: a key of TASKS.
+        language: code such as `ar` or `zh-Hans`; only the part before the first `-` or `_` counts. A language
+            without templates of its own takes the English ones, with a warning.
+        prompt, completion: templates to use in place of the built-in ones.
+        chat: the completion is a whole assistant turn, so the built-in one is the bare answer.
+
+    Raises:
+        DataError: no such task, or a template names an unknown field or has stray braces.
+    """
+    fields = task_fields(task)
+    table = TEMPLATES[task]
+    code = language.lower().replace("_", "-").split("-")[0]
+    built_in = table.get(code) or table.get(ANY_LANGUAGE)
+    if built_in is None:
+        built_in = table[FALLBACK_LANGUAGE]
+        if prompt is None or completion is None:
+            logger.warning(
+                "no built-in %s templates for language %r: using the English ones; "
+                "set data.prompt and data.completion to write your own",
+                task,
+                language,
+            )
+    bare_answer = "{" + fields.answer + "}"
+    template = Template(
+        prompt=built_in.prompt if prompt is None else prompt,
+        completion=completion if completion is not None else bare_answer if chat else built_in.completion,
+    )
+    check_template("prompt", template.prompt, fields.inputs)
+    check_template("completion", template.completion, (fields.answer,))
+    return template
+
+
+def check_template(kind: str, template: str, allowed: Sequence[str]) -> None:
+    """Refuse a template that names no field, or anything but plain `{field}` of the allowed ones.
+
+    Raises:
+        DataError: the message lists the allowed fields.
+    """
+    choices = ", ".join("{" + field + "}" for field in allowed)
+    try:
+        parts = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise DataError(
+            f"{kind} template {template!r}: {error}; fields: {choices}; write {{{{ or }}}} for a literal brace"
+        ) from None
+    names = [part for part in parts if part[0] is not None]
+    for name, spec, conversion in names:
+        if name not in allowed or spec or conversion:
+            written = f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
+            raise DataError(f"{kind} template {template!r} names {{{written}}}; allowed fields: {choices}")
+    if not names:
+        raise DataError(f"{kind} template {template!r} names no field; allowed fields: {choices}")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised example; the model is fed prompt_ids + completion_ids and learns completion_ids.
+
+    Args:
+        id: id of the record.
+        prompt, completion: texts that were tokenised.
+        references: gold answers or summaries, untemplated.
+        language: code of its corpus.
+        group: name of the component of records that share an id, a text or an article.
+        prompt_ids, completion_ids: token ids; completion_ids end with EOS.
+    """
+
+    id: str
+    prompt: str
+    completion: str
+    references: tuple[str, ...]
+    language: str
+    group: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+
+
+@dataclass
+class Tally:
+    """What became of the records of a corpus; `shortest` is the length of its shortest example in tokens."""
+
+    read: int = 0
+    characters_mapped: int = 0
+    characters_removed: int = 0
+    excluded_for_leak: int = 0
+    documents_cut: int = 0
+    answers_cut_away: int = 0
+    too_long: int = 0
+    unused: int = 0
+    shortest: int | None = None
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Fills the templates of one language and tokenises, a whole batch in one call of the tokenizer.
+
+    Args:
+        tokenizer: with an EOS token, and a chat template where `chat` is set.
+        task: a key of TASKS.
+        language: code of the corpus.
+        template: as `resolve_template` gives it.
+        max_tokens: prompt, completion and EOS together.
+        max_document_tokens: the task's document is cut to so many tokens; None to cut nothing.
+        chat: give the prompt as a user turn.
+    """
+
+    tokenizer: "PreTrainedTokenizerBase"
+    task: str
+    language: str
+    template: Template
+    max_tokens: int
+    max_document_tokens: int | None = None
+    chat: bool = False
+
+    def encode(self, records: Sequence["Record"], groups: Sequence[str], tally: Tally) -> list[Example | None]:
+        """Tokenise records; None for one that is too long, or whose answer was cut off with its context.
+
+        Raises:
+            DataError: a conversation needs a chat template, or the chat template refuses one.
+        """
+        if not records:
+            return []
+        task = TASKS[self.task]
+        inputs = [record.fields for record in records]
+        answer_lost = [False] * len(records)
+        if task.document is not None and self.max_document_tokens is not None:
+            whole = [fields[task.document] for fields in inputs]
+            cut = self._cut(whole, self.max_document_tokens)
+            inputs = [{**fields, task.document: text} for fields, text in zip(inputs, cut, strict=True)]
+            tally.documents_cut += sum(after != before for before, after in zip(whole, cut, strict=True))
+            if self.task == "qa":
+                answer_lost = [
+                    record.answer in before and record.answer not in after
+                    for record, before, after in zip(records, whole, cut, strict=True)
+                ]
+        prompts = self._prompts(records, inputs)
+        completions = [self.template.completion.format(**{task.answer: record.answer}) for record in records]
+        eos = self.tokenizer.eos_token_id
+        # A chat template writes the special tokens itself.
+        prompt_ids = self._tokenize(prompts, add_special_tokens=not self.chat)
+        completion_ids = self._tokenize(completions, add_special_tokens=False)
+        examples: list[Example | None] = []
+        for i, record in enumerate(records):
+            before, after = prompt_ids[i], [*completion_ids[i], eos]
+            if before and before[-1] == eos and not self.chat:
+                before = before[:-1]
+            length = len(before) + len(after)
+            tally.shortest = length if tally.shortest is None else min(length, tally.shortest)
+            tally.too_long += length > self.max_tokens
+            tally.answers_cut_away += answer_lost[i] and length <= self.max_tokens
+            if length > self.max_tokens or answer_lost[i]:
+                examples.append(None)
+                continue
+            examples.append(
+                Example(
+                    record.id,
+                    prompts[i],
+                    completions[i],
+                    record.references,
+                    self.language,
+                    groups[i],
+                    tuple(before),
+                    tuple(after),
+                )
+            )
+        return examples
+
+    def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+        # verbose=False: that a text is longer than the model's window is what max_tokens is for.
+        return self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    def _prompts(self, records: Sequence["Record"], inputs: Sequence[Mapping[str, str]]) -> list[str]:
+        conversations = []
+        for record, fields in zip(records, inputs, strict=True):
+            turns = list(record.messages)
+            if turns and self.template.prompt != TEMPLATES["completion"][ANY_LANGUAGE].prompt:
+                raise DataError(f"record {record.id} is a conversation, to which no prompt template applies")
+            if turns and not self.chat:
+                if [turn["role"] for turn in turns] not in (["user"], ["system", "user"]):
+                    raise DataError(
+                        f"record {record.id} is a conversation of {len(turns)} messages before the answer: "
+                        "set chat_template: true, or give plain prompts"
+                    )
+                turns = [{"role": "user", "content": "\n".join(turn["content"] for turn in turns)}]
+            if not turns:
+                turns = [{"role": "user", "content": self.template.prompt.format(**fields)}]
+            conversations.append(turns)
+        if not self.chat:
+            return [turns[0]["content"] for turns in conversations]
+        import jinja2
+
+        try:
+            return cast(
+                list[str],
+                self.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False),
+            )
+        except jinja2.TemplateError as error:
+            raise DataError(f"the tokenizer's chat template refuses the {self.language} data: {error}") from error
+
+    def _cut(self, texts: Sequence[str], limit: int) -> list[str]:
+        """Cut texts to `limit` tokens, at the border between two tokens."""
+        # A token is at least one byte, so a text of fewer bytes needs no look. Contexts recur: once each.
+        long = list(dict.fromkeys(text for text in texts if len(text.encode()) > limit))
+        if not long:
+            return list(texts)
+        fast = self.tokenizer.is_fast
+        tokens = self.tokenizer(long, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        shortened = {}
+        for i, text in enumerate(long):
+            ids = tokens["input_ids"][i]
+            if len(ids) > limit and fast:
+                # Up to where the first dropped token starts, so that no half of a character stays.
+                shortened[text] = text[: tokens["offset_mapping"][i][limit][0]].rstrip()
+            elif len(ids) > limit:
+                decoded = cast(str, self.tokenizer.decode(ids[:limit], clean_up_tokenization_spaces=False))
+                shortened[text] = decoded.rstrip("\ufffd").rstrip()
+        return [shortened.get(text, text) for text in texts]
