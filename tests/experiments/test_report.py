@@ -73,7 +73,13 @@ def write_run(folder: Path) -> Path:
     write_json(
         folder / "data.json",
         {
-            "report": {"filtered_too_long": 3, "excluded_for_leak": 41},
+            "report": {
+                "task": "qa",
+                "split_seed": 42,
+                "target": {"language": "ar", "read": 230, "excluded_for_leak": 0, "too_long": 3},
+                "source": {"language": "en", "read": 1190, "excluded_for_leak": 41, "too_long": 0},
+                "splits": {split: {"examples": size, "groups": -(-size // 5)} for split, size in sizes.items()},
+            },
             "ids": {split: [f"{split}-{i}" for i in range(size)] for split, size in sizes.items()},
         },
     )
@@ -107,7 +113,7 @@ def write_run(folder: Path) -> Path:
     for layer in range(LAYERS):
         for projection, width in (("q_proj", 1024), ("v_proj", 256)):
             for factor, weights in (("A", 8 * 640), ("B", 8 * width)):
-                for segment, kept in (("source", 0.46), ("target", 0.62)):
+                for segment, kept in (("source", 0.42), ("target", 0.57)):
                     share = kept + 0.12 * math.sin(layer / 4) + noise.gauss(0, 0.03)
                     module = f"model.layers.{layer}.self_attn.{projection}"
                     entry = {"module": module, "factor": factor, "segment": segment}
@@ -409,7 +415,7 @@ def test_rule_without_a_curve_is_drawn_as_differences(run_folder: Path) -> None:
     page = report_of(run_folder)
     [points] = page.figures["curve"]["data"]
     assert points["y"][0] == 0.0
-    assert "minus the baseline" in page.figures["curve"]["layout"]["yaxis"]["title"]["text"]
+    assert "minus baseline" in page.figures["curve"]["layout"]["yaxis"]["title"]["text"]
 
 
 @pytest.mark.parametrize(
@@ -464,7 +470,8 @@ def test_unavailable_and_non_finite_scores_are_no_numbers(run_folder: Path) -> N
         ("metrics.json", '{"systems": {}}', "test_examples"),
         ("metrics.json", "[1]", "valid dictionary"),
         ("run.json", '{"name": "x"}', "grasp_lora"),
-        ("data.json", "[]", "must hold an object"),
+        ("data.json", "[]", "valid dictionary"),
+        ("data.json", '{"ids": {"test": 100}}', "ids.test"),
         ("recipe.yaml", "a: [", "not valid YAML"),
         ("recipe.yaml", "- a", "keys and values"),
         ("stages/final.json", '{"stage": "final", "seconds": "long"}', "seconds"),
@@ -529,6 +536,23 @@ def test_model_card_says_what_the_adapter_is_and_holds_no_path(run_folder: Path)
     assert len(code) == 5
     compile("\n".join(code), "card", "exec")
     assert "| GRASP | **0.857** | **0.822** | **43.2** |" in body
+
+
+def test_model_card_names_a_quantised_backbone_as_the_hub_does(run_folder: Path) -> None:
+    name = "google/gemma-3-270m (Q4_K_M GGUF)"
+    change(run_folder / "run.json", lambda run: run["backbone"].update(name=name))
+    text = write_model_card(run_folder, run_folder / "adapter").read_text(encoding="utf-8")
+    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == "google/gemma-3-270m"
+    assert 'AutoModelForCausalLM.from_pretrained("google/gemma-3-270m")' in text
+    assert "Q4\\_K\\_M GGUF" in text
+
+
+def test_sizes_and_languages_come_from_what_there_is(run_folder: Path) -> None:
+    change(run_folder / "data.json", lambda data: data.pop("ids"))
+    (run_folder / "recipe.yaml").unlink()
+    text = write_report(run_folder).read_text(encoding="utf-8")
+    assert "source train 765, source dev 80, train 50, dev 50, micro-dev 16, test 100" in text
+    assert "English to Arabic" in text
 
 
 @pytest.mark.parametrize("local", ["/home/someone/models/llama", r"C:\Users\me\llama", "~/models/llama/", "../llama"])

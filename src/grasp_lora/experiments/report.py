@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 import yaml
@@ -55,7 +55,6 @@ LANGUAGES = {"ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "
     "id": "Indonesian", "ja": "Japanese", "ru": "Russian", "sw": "Swahili", "tr": "Turkish", "vi": "Vietnamese",
     "zh": "Chinese",
 }  # fmt: skip
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt", ".arrow", ".gz", ".zst")
 EXAMPLES_SHOWN = 8
 CHARACTERS_SHOWN = 1000
 PAPER = "https://arxiv.org/abs/2601.06702"
@@ -85,6 +84,13 @@ class RunInfo(_Record):
     created: str
     backbone: Parent
     libraries: dict[str, str] = {}
+
+
+class DataFacts(_Record):
+    """data.json: the report of the splits, and the ids in each of them."""
+
+    report: dict[str, Any] = {}
+    ids: dict[str, list[str]] = {}
 
 
 class StageMarker(_Record):
@@ -208,7 +214,7 @@ class RunRecord:
     run: RunInfo | None
     recipe_text: str
     recipe: dict[str, Any]
-    data: dict[str, Any]
+    data: DataFacts
     stages: dict[str, StageMarker]
     rounds: list[Round]
     timings: list[Timing]
@@ -278,7 +284,8 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         raise RecipeError(f"{run_folder / 'run.json'} is missing; a model card needs it. Start the run again.")
     if not adapter_folder.is_dir():
         raise RecipeError(f"There is no adapter folder {adapter_folder}; give the folder of a saved adapter.")
-    base_model = _public_name(record.run.backbone.name)
+    backbone = _public_name(record.run.backbone.name)
+    base_model = backbone.split(" (")[0]  # what the hub knows: without a remark on the quantisation
     front = {
         "library_name": "peft",
         "base_model": base_model,
@@ -288,18 +295,18 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     language = _language(record, "target")
     if language is not None and re.fullmatch(r"[a-z]{2,3}", language):
         front["language"] = [language]
-    parents = [("Backbone", base_model, record.run.backbone.fingerprint)]
+    parents = [("Backbone", backbone, record.run.backbone.fingerprint)]
     for side in ("source", "target"):
         weights = run_folder / side / "adapter_model.safetensors"
         if weights.is_file():
             digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-            parents.append((f"{side.capitalize()} adapter", f"trained or given as `{side}`", f"sha256:{digest}"))
+            parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{digest}"))
     context = _view(record) | {
         "front_matter": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         "base_model": json.dumps(base_model),
-        "base_model_name": base_model,
+        "base_model_name": backbone,
         "parents": parents,
-        "files": _data_files(record.recipe.get("data")),
+        "files": _data_names(record),
     }
     path = adapter_folder / "README.md"
     path.write_text(_render("model_card.md.j2", context), encoding="utf-8")
@@ -329,15 +336,12 @@ def read_run(run_folder: Path) -> RunRecord:
     sparsity = _json(sparsity_file) if sparsity_file.is_file() else []
     if not isinstance(sparsity, list):
         raise _damaged(sparsity_file, "it must hold a list")
-    data = _json(run_folder / "data.json") if (run_folder / "data.json").is_file() else {}
-    if not isinstance(data, dict):
-        raise _damaged(run_folder / "data.json", "it must hold an object")
     markers = {stage: _object(run_folder / "stages" / f"{stage}.json", StageMarker) for stage in STAGES}
     return RunRecord(
         run=_object(run_folder / "run.json", RunInfo),
         recipe_text=recipe_text,
         recipe=recipe,
-        data=data,
+        data=_object(run_folder / "data.json", DataFacts) or DataFacts(),
         stages={stage: marker for stage, marker in markers.items() if marker is not None},
         rounds=_lines(run_folder / "controller" / "rounds.jsonl", Round),
         timings=_lines(run_folder / "controller" / "timings.jsonl", Timing),
@@ -487,9 +491,8 @@ def _headline(record: RunRecord) -> str:
         sentences = [f"Prune {percent(ratio)} of the merged adapter."]
     else:
         low, high = (f"{100 * bound:.0f}" for bound in interval)
-        sentences = [
-            f"Prune {percent(ratio)} of the merged adapter ({percent(confidence)} interval {low} to {high}\u00a0%)."
-        ]
+        span = f"{percent(confidence)} interval {low} to {high} %".replace(" ", "\u00a0")
+        sentences = [f"Prune {percent(ratio)} of the merged adapter ({span})."]
     compared = _compared(record, "target")
     if compared is not None:
         metric, ours, theirs = compared
@@ -536,13 +539,17 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _sizes(record: RunRecord) -> str:
-    """Examples per split: from the ids, or from the counts of the report."""
-    report = record.data.get("report", record.data)
-    found = record.data.get("ids") or (report.get("counts") if isinstance(report, dict) else None)
-    if not isinstance(found, dict):
-        return ""
-    sizes = {split: len(ids) if isinstance(ids, list) else ids for split, ids in found.items()}
-    return ", ".join(f"{name} {sizes[split]}" for split, name in SPLITS.items() if sizes.get(split))
+    """Examples per split, from the ids or from the measures of the data report."""
+    measures = _inner(record.data.report, "splits")
+    sizes = {split: len(record.data.ids.get(split, ())) or _inner(measures, split).get("examples") for split in SPLITS}
+    return ", ".join(f"{name} {sizes[split]}" for split, name in SPLITS.items() if sizes[split])
+
+
+def _inner(content: Any, *keys: str) -> dict[str, Any]:
+    """The object under nested keys, empty where there is none."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
 
 
 def _languages(record: RunRecord) -> str:
@@ -551,19 +558,11 @@ def _languages(record: RunRecord) -> str:
 
 
 def _language(record: RunRecord, side: str) -> str | None:
-    """The language code of one side, where metrics.json, data.json or the recipe names it."""
+    """The language code of one side, from metrics.json, the data report or the recipe."""
     if side == "target" and record.metrics is not None and record.metrics.language:
         return record.metrics.language
-    recipe = record.recipe.get("data")
-    for place in (record.data, record.data.get("report"), recipe):
-        if not isinstance(place, dict):
-            continue
-        inner = place.get(side)
-        nested = inner.get("language") if isinstance(inner, dict) else None
-        for code in (place.get(f"{side}_language"), nested):
-            if isinstance(code, str) and code:
-                return code
-    return None
+    found = _inner(record.data.report, side).get("language") or _inner(record.recipe, "data", side).get("language")
+    return str(found) if found else None
 
 
 def _signatures(record: RunRecord) -> dict[str, str]:
@@ -592,7 +591,13 @@ def _scores_table(record: RunRecord) -> Table | None:
         [Cell(SYSTEMS[name]), *cells, Cell(pruned if name == "grasp" else percent(0))]
         for name, *cells in zip(names, *columns, strict=True)
     ]
-    heads = ["System", "Test loss ↓", "Dev loss ↓", *(f"{METRIC_NAMES.get(key, key)} ↑" for key in keys), "Pruned"]
+    heads = [
+        "System",
+        "Test loss\u00a0↓",
+        "Dev loss\u00a0↓",
+        *(f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys),
+        "Pruned",
+    ]
     return Table("Scores on the test set", heads, rows)
 
 
@@ -618,12 +623,10 @@ def _score_notes(record: RunRecord) -> list[str]:
         if compared is None:
             continue
         metric, ours, theirs = compared
-        note = (
-            f"GRASP against {SYSTEMS[other].lower()}: {METRIC_NAMES.get(metric, metric)} {_signed(ours - theirs)} points, "
-            f"what {abs(ours - theirs) / worth:.1f} examples are worth"
-        )
+        gap = f"{_signed(ours - theirs)} points ({abs(ours - theirs) / worth:.1f} test examples)"
+        note = f"GRASP against {SYSTEMS[other].lower()}: {METRIC_NAMES.get(metric, metric)} {gap}"
         better, shared = _lower_losses(record, other)
-        notes.append(note + (f"; lower loss on {better} of {shared} test examples." if shared else "."))
+        notes.append(note + (f", lower loss on {better} of {shared} test examples." if shared else "."))
     return notes
 
 
@@ -727,6 +730,9 @@ def _sparsity_note(record: RunRecord) -> str | None:
     note = f"Measured over all factors, {percent(1 - _kept(record.sparsity), 2)} of the weights are zero."
     if max(shares) - min(shares) < 0.01:
         note += " Every factor keeps the same share: the ratio is applied to each of them separately."
+    ratio = _ratio(record)[0]
+    if ratio is not None and abs(1 - _kept(record.sparsity) - ratio) > 0.005:
+        note += f" That is not the ratio of {percent(ratio, 2)} above: check the final run."
     segments = {name: [e for e in record.sparsity if e.segment == name] for name in ("source", "target")}
     if all(segments.values()):
         kept = {name: percent(_kept(entries), 1) for name, entries in segments.items()}
@@ -791,22 +797,28 @@ def _cut(text: str) -> str:
 
 
 def _public_name(name: str) -> str:
-    """A model's name as others know it: `owner/name` stays, of a local path only the last part is left."""
-    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    """A model's name as others know it: `owner/name` stays, of a local path only the last part is left.
+
+    >>> _public_name("google/gemma-3-270m (Q4_K_M GGUF)"), _public_name("/data/models/llama")
+    ('google/gemma-3-270m (Q4_K_M GGUF)', 'llama')
+    """
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?( \([\w .-]*\))?", name):
         return name
     last = re.split(r"[\\/]", name.rstrip("\\/"))[-1]
     return re.sub(r"[^\w.-]", "-", last) or "unnamed"
 
 
-def _data_files(value: Any) -> list[str]:
-    """Names, without folders, of the data files that the recipe mentions."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return list(dict.fromkeys(name for part in value for name in _data_files(part)))
-    if isinstance(value, str) and value.lower().endswith(DATA_SUFFIXES):
-        return [re.split(r"[\\/]", value)[-1]]
-    return []
+def _data_names(record: RunRecord) -> list[str]:
+    """Names of the data sets and files in the recipe, without their folders."""
+    names = []
+    for side in ("source", "target"):
+        corpus = _inner(record.recipe, "data", side)
+        if isinstance(corpus.get("hub"), str):
+            names.append(_public_name(corpus["hub"]))
+        for key, files in corpus.items():
+            if key.endswith("files") and isinstance(files, list):
+                names += [re.split(r"[\\/]", str(file))[-1] for file in files]
+    return list(dict.fromkeys(names))
 
 
 # ---- figures ----------------------------------------------------------------------------------------------------------
@@ -872,12 +884,12 @@ def _plot_curve(record: RunRecord) -> Figure | None:
              "line": {"width": 2.5, "color": "var(--grasp)"},
              "hovertemplate": "ratio %{x:.3f}<br>fit %{y:.4f}<extra></extra>"}
         )  # fmt: skip
-    zero = "above the fitted minimum" if curve.ratios else "minus the baseline of the round"
+    zero = "above minimum" if curve.ratios else "minus baseline"
     star = learned.prune_ratio
     return _figure(
         traces,
         "Prune ratio (fraction of weights)",
-        f"Micro-dev loss {zero} (nats per token)",
+        f"Loss {zero} (nats per token)",
         shapes=[
             {"type": "rect", "xref": "x", "yref": "paper", "x0": learned.low, "x1": learned.high, "y0": 0, "y1": 1,
              "fillcolor": "var(--mark-soft)", "line": {"width": 0}, "layer": "below"},
@@ -929,8 +941,8 @@ def _plot_trajectory(record: RunRecord) -> Figure | None:
         for ratio, reward in zip(measured.candidates, measured.rewards, strict=True)
     ]
     rewards = [reward for _, _, reward in points]
-    # The colours end at the 90th percentile: one disastrous candidate would turn all others grey.
-    limit = sorted(abs(reward) for reward in rewards)[int(0.9 * (len(rewards) - 1))] or 1e-6
+    # One disastrous candidate must not turn all others grey, so half of the rewards have a full colour.
+    limit = median(abs(reward) for reward in rewards) or 1e-6
     low = [max(0.0, measured.policy_mean - measured.policy_std) for measured in rounds]
     high = [min(1.0, measured.policy_mean + measured.policy_std) for measured in rounds]
     traces = [
@@ -943,8 +955,8 @@ def _plot_trajectory(record: RunRecord) -> Figure | None:
          "marker": {"size": 8, "color": rewards, "colorscale": _DIVERGING, "cmin": -limit, "cmax": limit,
                     "line": {"width": 0.75, "color": "var(--muted)"},
                     "colorbar": {"title": {"text": "Reward<br>(nats per<br>token)"}}}},
-        {"type": "scatter", "mode": "lines", "name": "committed ratio", "x": steps,
-         "y": [measured.ratio for measured in rounds],
+        {"type": "scatter", "mode": "lines", "name": "committed ratio", "x": [0, *steps],
+         "y": [rounds[0].ratio_before, *(measured.ratio for measured in rounds)],
          "line": {"width": 2.5, "shape": "hv", "color": "var(--grasp)"}},
     ]  # fmt: skip
     return _figure(traces, "Optimizer step", "Prune ratio (fraction of weights)")
@@ -1111,6 +1123,5 @@ def _plotly_js() -> Any:
     from plotly.offline import get_plotlyjs
 
     source = get_plotlyjs()
-    if "</script" in source.lower():
-        raise AssertionError("the plotly library would end its own script element")
+    assert "</script" not in source.lower(), "the plotly library would end its own script element"
     return Markup(source)

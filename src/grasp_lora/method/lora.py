@@ -67,13 +67,14 @@ class LoraPair:
         """Return weight * scaling * B @ A with scaling 1 and both factors of each rank-one component of equal norm.
 
         (c a, b / c) is the same component for every c, so magnitudes of LoRA weights are comparable only once c is fixed.
-        A component with a zero factor (a fresh adapter's B) keeps the other one, since two zero factors never train.
+        A component with a zero factor (a fresh adapter's B), or of weight 0 (B becomes zero), keeps its other factor, since
+        two zero factors never train.
 
-        What training sees: a component of norms |a|, |b| becomes one of norms n = sqrt(weight * scaling * |a| * |b|). To
-        first order one Adam step (every entry moves by the learning rate) moves the delta by lr * n through A and
-        lr * n through B, where the original moved it by lr * scaling * |b| and lr * scaling * |a|. A trained adapter has
-        |b| much below |a|, so a merged adapter moves several times less at the same learning rate. Our choice; the paper
-        does not balance.
+        What training sees: a component of norms |a|, |b| becomes one of norms n = sqrt(|weight| * scaling * |a| * |b|). To
+        first order Adam's first step, in which every entry moves by lr, moves each column of the delta by lr * n (through A)
+        and each row by lr * n (through B), where the original moved columns by lr * scaling * |b| and rows by
+        lr * scaling * |a|. A trained adapter has |b| much below |a|, so the merged one moves several times less at the
+        same learning rate. Our choice; the paper does not balance.
         """
         total = weight * self.scaling
         # float64, so that the product equals the original to float32 precision.
@@ -81,9 +82,11 @@ class LoraPair:
         norm_A, norm_B = A.norm(dim=1), B.norm(dim=0)
         size = (abs(total) * norm_A * norm_B).sqrt()
         alive = size > 0
-        even = abs(total) ** 0.5
+        even = abs(total) ** 0.5 or 1.0
         scale_A = torch.where(alive, size / norm_A.where(alive, torch.ones_like(norm_A)), even)
         scale_B = torch.where(alive, size / norm_B.where(alive, torch.ones_like(norm_B)), even)
+        if total == 0:
+            scale_B = torch.where(norm_A > 0, 0.0, scale_B)
         if total < 0:
             scale_B = -scale_B
         A, B = A * scale_A[:, None], B * scale_B[None, :]

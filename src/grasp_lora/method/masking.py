@@ -1,8 +1,8 @@
 """Which weights of a LoRA adapter are pruned: importance scores, exact-count keep masks and the set of live masks.
 
 A keep mask is True where a weight is kept. Weights are ranked once by (importance, position), so a mask at any ratio is one
-comparison, counts are exact under ties, and raising the ratio only adds weights to the pruned set. Tensors are
-changed by arithmetic and `where` only, never by boolean indexing, so that the same code serves DTensors.
+comparison, counts are exact under ties, and raising the ratio only adds weights to the pruned set. Sharded weights
+(DTensors, FSDP2) are gathered to be ranked, since an order needs all of them; their masks are sharded as they are.
 Paper: masking step of the controller, pruning of the final run.
 """
 
@@ -114,6 +114,8 @@ def score_pair(
     Raises:
         ValueError: the score is unknown, or what it needs is missing.
     """
+    if score not in SCORES:
+        raise ValueError(f"score is {score!r}; allowed: {', '.join(SCORES)}")
     A, B = pair.A, pair.B
     if score == "magnitude":
         return A.abs(), B.abs()
@@ -125,11 +127,9 @@ def score_pair(
         raise ValueError(f"score {score!r} needs input norms; run a calibration pass first")
     if score == "input_aware":
         return A.abs() * norms.A, B.abs() * norms.B
-    if score == "gradient_of_delta":
-        # d/dw sum(|B A| * x) in closed form: two products, no autograd (Miyano & Arase 2025).
-        slope = torch.sign(B @ A) * norms.A
-        return (B.T @ slope).abs(), (slope @ A.T).abs()
-    raise ValueError(f"score is {score!r}; allowed: {', '.join(SCORES)}")
+    # gradient_of_delta: d/dw sum(|B A| * x) in closed form, two products and no autograd (Miyano & Arase 2025).
+    slope = torch.sign(B @ A) * norms.A
+    return (B.T @ slope).abs(), (slope @ A.T).abs()
 
 
 def rank_weights(scores: Tensor) -> Tensor:
@@ -218,7 +218,10 @@ class MaskSet:
             ranking: of `rank()`, to build several masks from one scoring.
         """
         ranked = self.rank() if ranking is None else ranking
-        return {key: one.keep(prune_ratio, RANK_DIMENSION[key[1]]) for key, one in ranked.items()}
+        return {
+            key: _sharded_as(self.weights[key], one.keep(prune_ratio, RANK_DIMENSION[key[1]]))
+            for key, one in ranked.items()
+        }
 
     @torch.no_grad()
     def commit(self, prune_ratio: float, ranking: Mapping[WeightKey, Ranking] | None = None) -> dict[WeightKey, Tensor]:
@@ -298,27 +301,27 @@ class MaskSet:
     @torch.no_grad()
     def sparsity(self) -> float:
         """Return the measured share of weights that are masked and really are zero."""
-        zeros = sum(int(((weight == 0) & ~self.keep[key]).sum()) for key, weight in self.weights.items())
+        zeros = sum(int(_whole((weight == 0) & ~self.keep[key]).sum()) for key, weight in self.weights.items())
         return zeros / sum(weight.numel() for weight in self.weights.values())
 
     def _segment_ranks(self, module: str) -> list[int]:
         pair = self.pairs[module]
         return [segment.rank for segment in pair.segments] or [pair.rank]
 
+    def _dense(self, module: str, factor: str) -> Tensor:
+        """The whole factor with stashed values in place of masked ones."""
+        key = module, factor
+        return _whole(torch.where(self.keep[key], self.weights[key], self.stash[key]).detach())
+
     def _scores(self) -> dict[WeightKey, Tensor]:
         scores = {}
         for module, pair in self.pairs.items():
-            dense = [
-                torch.where(
-                    self.keep[module, factor], self.weights[module, factor], self.stash[module, factor]
-                ).detach()
-                for factor in FACTORS
-            ]
+            A, B = (self._dense(module, factor) for factor in FACTORS)
             gradients = None
             if (module, "A") in self.gradients and (module, "B") in self.gradients:
-                gradients = self.gradients[module, "A"], self.gradients[module, "B"]
+                gradients = _whole(self.gradients[module, "A"]), _whole(self.gradients[module, "B"])
             scores[module, "A"], scores[module, "B"] = score_pair(
-                LoraPair(dense[0], dense[1], pair.scaling), self.settings.score, self.norms.get(module), gradients
+                LoraPair(A, B, pair.scaling), self.settings.score, self.norms.get(module), gradients
             )
         return scores
 
@@ -343,6 +346,21 @@ class MaskSet:
         return ranked
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all shards of a DTensor; then every rank has to call it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _sharded_as(weight: Tensor, mask: Tensor) -> Tensor:
+    """The mask itself, or its shards where the weight is a DTensor."""
+    if not (hasattr(weight, "device_mesh") and hasattr(weight, "placements")):
+        return mask
+    from torch.distributed.tensor import distribute_tensor  # not in every build of torch
+
+    # All ranks hold the same mask, so each takes its shard and none sends anything.
+    return distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None)
+
+
 @torch.no_grad()
 def survival(pairs: Mapping[str, LoraPair]) -> list[dict[str, str | int]]:
     """Count weights that are not zero per module, factor and origin: rows of module, factor, segment, weights, kept."""
@@ -350,7 +368,8 @@ def survival(pairs: Mapping[str, LoraPair]) -> list[dict[str, str | int]]:
     for module, pair in pairs.items():
         segments = pair.segments or (Segment("merged", pair.rank),)
         for factor, weight in (("A", pair.A), ("B", pair.B)):
-            blocks = torch.split(weight, [segment.rank for segment in segments], dim=RANK_DIMENSION[factor])
+            ranks = [segment.rank for segment in segments]
+            blocks = torch.split(_whole(weight), ranks, dim=RANK_DIMENSION[factor])
             for segment, block in zip(segments, blocks, strict=True):
                 row: dict[str, str | int] = {"module": module, "factor": factor, "segment": segment.name}
                 rows.append(row | {"weights": block.numel(), "kept": int((block != 0).sum())})
@@ -366,7 +385,8 @@ def reset_moments(
     """Zero the optimizer's moments at the given entries only.
 
     Zeroing a whole tensor's state would stop the other weights' momentum; leaving it would move a revived weight by an old
-    average. Works on every per-parameter state tensor of the weight's own shape (Adam's two moments, SGD's momentum).
+    average. Works on every float state tensor of the weight's own shape (Adam's two moments, SGD's momentum); moments that
+    an optimizer keeps quantised or factored are left alone, as a zero code need not mean zero.
 
     Args:
         optimizer: the live optimizer; wrappers that expose `.state` will do.
@@ -375,5 +395,5 @@ def reset_moments(
     """
     for key, weight in weights.items():
         for value in optimizer.state.get(weight, {}).values():
-            if isinstance(value, Tensor) and value.shape == weight.shape:
+            if isinstance(value, Tensor) and value.is_floating_point() and value.shape == weight.shape:
                 value.masked_fill_(entries[key], 0.0)

@@ -101,7 +101,7 @@ def merge(
         names: a name per adapter for the segments, `source` and `target` for two, else `adapter_0` and so on.
 
     Raises:
-        AdapterError: no adapters, a number of weights that differs, or shapes and ranks that do not fit.
+        AdapterError: no adapters, a number of weights or names that differs, or shapes and ranks that do not fit.
     """
     if not adapters:
         raise AdapterError("there is no adapter to merge; give at least one")
@@ -112,6 +112,8 @@ def merge(
         raise AdapterError(f"{len(weights)} merge weights for {len(adapters)} adapters; give one per adapter, or none")
     if names is None:
         names = ("source", "target") if len(adapters) == 2 else [f"adapter_{i}" for i in range(len(adapters))]
+    if len(names) != len(adapters):
+        raise AdapterError(f"{len(names)} names for {len(adapters)} adapters; give one per adapter, or none")
     generator = torch.Generator().manual_seed(settings.seed)
     merged: dict[str, LoraPair] = {}
     # Sorted, so that the random drops of DARE do not depend on the order of a file.
@@ -284,7 +286,9 @@ MERGE_RULES: dict[str, MergeRule] = {
         equal_ranks=True,
     ),
     "ties": MergeRule(_ties, "TIES on the A's and on the B's, each times sqrt(w_i s_i)", _one_each, equal_ranks=True),
-    "ties_svd": MergeRule(_ties_svd, "TIES on w_i s_i B_i A_i, then best rank r", _one_each, takes_rank=True),
+    "ties_svd": MergeRule(
+        _ties_svd, "TIES on s_i B_i A_i with weights w_i, then best rank r", _one_each, takes_rank=True
+    ),
     "dare": MergeRule(_dare, "DARE on the A's and on the B's, each times sqrt(w_i s_i), summed", equal_ranks=True),
     "dare_svd": MergeRule(_dare_svd, "DARE on w_i s_i B_i A_i, summed, then best rank r", takes_rank=True),
     "dare_ties": MergeRule(

@@ -169,19 +169,9 @@ class RatioPolicy(ABC):
 
         Raises:
             ProbeError: a loss is not a finite number.
-            ValueError: the numbers of candidates or examples do not fit.
+            ValueError: the round does not fit this policy: numbers of candidates or examples, ratios. Nothing changes.
         """
-        if len(measured.candidates) != len(measured.candidate_losses) or not measured.candidates:
-            raise ValueError(
-                f"{len(measured.candidates)} candidates but losses for {len(measured.candidate_losses)}; "
-                "each candidate needs its list of losses"
-            )
-        for losses in (measured.baseline_losses, *measured.candidate_losses):
-            if not losses or len(losses) != len(measured.baseline_losses):
-                raise ValueError("every candidate needs the loss of the same examples as the baseline")
-            for example, loss in enumerate(losses):
-                if not math.isfinite(loss):
-                    raise ProbeError(f"the loss of micro-dev example {example} is {loss}; it must be finite")
+        self._check(measured)
         rewards = measured.rewards
         self._learn(measured.candidates, rewards)
         decision = self._decide(measured.candidates, rewards)
@@ -238,6 +228,38 @@ class RatioPolicy(ABC):
         ]
         return policy
 
+    def _check(self, measured: Round) -> None:
+        if len(measured.candidates) != len(measured.candidate_losses) or not measured.candidates:
+            raise ValueError(
+                f"{len(measured.candidates)} candidates but losses for {len(measured.candidate_losses)}; "
+                "each candidate needs its list of losses"
+            )
+        low, high = self.settings.ratio_min, self.settings.ratio_max
+        # `not in between` also catches NaN, which would spread to the mean and stay there.
+        outside = [ratio for ratio in measured.candidates if not low <= ratio <= high]
+        if outside:
+            raise ValueError(f"candidates {outside} lie outside [{low}, {high}]; tell the ratios that ask() gave")
+        if measured.current_ratio != self.current_ratio:
+            raise ValueError(
+                f"the baseline was measured at ratio {measured.current_ratio}, but the committed ratio is "
+                f"{self.current_ratio}; measure it under the committed mask"
+            )
+        for losses in (measured.baseline_losses, *measured.candidate_losses):
+            if not losses or len(losses) != len(measured.baseline_losses):
+                raise ValueError(
+                    f"a list of {len(losses)} losses beside a baseline of {len(measured.baseline_losses)}; "
+                    "the baseline and every candidate need the loss of each micro-dev example"
+                )
+            for example, loss in enumerate(losses):
+                if not math.isfinite(loss):
+                    raise ProbeError(f"the loss of micro-dev example {example} is {loss}; it must be finite")
+        examples = len(measured.baseline_losses)
+        if self.history and examples != len(self.history[0].baseline_losses):
+            raise ValueError(
+                f"{examples} micro-dev examples, but {len(self.history[0].baseline_losses)} in earlier rounds; "
+                "the micro-dev set is fixed for a run"
+            )
+
     def _clamp(self, ratio: float) -> float:
         return min(max(ratio, self.settings.ratio_min), self.settings.ratio_max)
 
@@ -279,13 +301,17 @@ class GaussianPolicy(RatioPolicy):
 class UniformPolicy(RatioPolicy):
     """Best of C uniform candidates, no learning: the control that a learning policy has to beat."""
 
+    def __init__(self, settings: PolicySettings) -> None:
+        super().__init__(settings)
+        self.mean = (settings.ratio_min + settings.ratio_max) / 2
+        self.std = (settings.ratio_max - settings.ratio_min) / math.sqrt(12)
+
     def _draw(self, generator: random.Random) -> list[float]:
         low, high = self.settings.ratio_min, self.settings.ratio_max
         return [generator.uniform(low, high) for _ in range(self.settings.candidates)]
 
     def _learn(self, candidates: Sequence[float], rewards: Sequence[float]) -> None:
-        """Nothing is learned; the mean follows the commits so that the log shows them."""
-        self.mean = self.current_ratio
+        """Nothing is learned: mean and deviation stay those of the uniform distribution."""
 
 
 POLICIES: dict[str, type[RatioPolicy]] = {"gaussian": GaussianPolicy, "uniform": UniformPolicy}

@@ -14,12 +14,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.training.settings import LoraSettings
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -34,42 +35,6 @@ ADAPTER_NAME = "default"
 _PREFIX = "base_model.model."
 # Initialisations that subtract something from the backbone's own weights: the saved factors alone are not the change.
 _CHANGES_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """A fresh LoRA adapter.
-
-    Args:
-        rank: r, >= 1.
-        alpha: numerator of the scaling alpha / r, > 0.
-        dropout: on the adapter's input, in [0, 1).
-        target_modules: names or name endings of the modules to adapt.
-        rslora: scale by alpha / sqrt(r) instead.
-
-    Raises:
-        ValueError: a setting is outside its range.
-
-    Paper: r 8, alpha 32, dropout 0.05, q_proj and v_proj.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    rank: int = 8
-    alpha: float = 32.0
-    dropout: float = 0.05
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
-    rslora: bool = False
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"LoRA rank is {self.rank}; it must be at least 1")
-        if not 0.0 < self.alpha < math.inf:
-            raise ValueError(f"LoRA alpha is {self.alpha}; it must be above 0")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"LoRA dropout is {self.dropout}; it must lie in [0, 1)")
-        if not self.target_modules:
-            raise ValueError("LoRA target_modules is empty; name at least one module, such as q_proj")
 
 
 @dataclass(frozen=True)
@@ -120,10 +85,10 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
         ) from error
     info_file = folder / OUR_FILE
     info = _read_json(info_file) if info_file.is_file() else {}
-    weights = _pair_up(tensors, config, str(place), info.get("segments", {}))
+    weights = _pair_up(tensors, config, str(place), _origins(info, str(place)))
     return LoadedAdapter(
         weights,
-        name=folder.name if Path(place).is_dir() else str(place),
+        name=folder.resolve().name if Path(place).is_dir() else str(place),
         base_model=config.get("base_model_name_or_path"),
         sha256=hashlib.sha256(weights_file.read_bytes()).hexdigest(),
         info=info,
@@ -138,19 +103,7 @@ def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_nam
     Raises:
         AdapterError: a module does not exist, a shape differs, or the adapter was trained on another backbone's weights.
     """
-    modules = dict(model.named_modules())
-    for name, pair in adapter.weights.items():
-        if name not in modules:
-            raise AdapterError(
-                f"adapter {adapter.name} changes {name}, which backbone {backbone_name} does not have; "
-                "use an adapter of this backbone"
-            )
-        shape = _linear_shape(modules[name])
-        if shape != pair.shape:
-            raise AdapterError(
-                f"adapter {adapter.name} fits a {name} of shape {pair.shape} (d_out, d_in), but backbone "
-                f"{backbone_name} has {shape}; use an adapter of this backbone"
-            )
+    _check_shapes(model, adapter.weights, f"adapter {adapter.name}", f"backbone {backbone_name}")
     stated = adapter.info.get("backbone_fingerprint")
     if stated is not None and stated != fingerprint:
         raise AdapterError(
@@ -173,7 +126,7 @@ def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -
     Its initial values depend on `seed` alone; the global generator is left as it was.
 
     Raises:
-        AdapterError: the backbone has none of the target modules.
+        AdapterError: the backbone lacks one of the target modules, or carries an adapter already.
     """
     from peft import LoraConfig
 
@@ -187,8 +140,9 @@ def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -
         task_type="CAUSAL_LM",
         fan_in_fan_out=_transposed(model, settings.target_modules),
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    # PEFT draws on the CPU and moves the factors afterwards; torch.manual_seed would also seed every GPU.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         peft_model = _inject(model, config)
     try:
         yield peft_model
@@ -201,9 +155,10 @@ def attached(model: "PreTrainedModel", weights: AdapterWeights, *, dropout: floa
     """Put given weights on the backbone as an ordinary, trainable PEFT LoRA adapter for the length of the context.
 
     Raises:
-        AdapterError: the backbone lacks one of the modules.
+        AdapterError: the backbone lacks one of the modules, has it in another shape, or carries an adapter already.
     """
     check_target_modules(model, tuple(weights))
+    _check_shapes(model, weights, "the adapter", "the backbone")
     peft_model = _inject(model, config_of(weights, model, dropout))
     try:
         with torch.no_grad():
@@ -220,7 +175,7 @@ def config_of(weights: AdapterWeights, model: "PreTrainedModel", dropout: float 
     from peft import LoraConfig
 
     rank = Counter(pair.rank for pair in weights.values()).most_common(1)[0][0]
-    alphas = {name: _whole(pair.scaling * pair.rank) for name, pair in weights.items()}
+    alphas = {name: _alpha(pair.scaling, pair.rank) for name, pair in weights.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     return LoraConfig(
         r=rank,
@@ -326,6 +281,24 @@ def save_adapter(
     (folder / OUR_FILE).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
 
+def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str, backbone: str) -> None:
+    modules = dict(model.named_modules())
+    for name, pair in weights.items():
+        if name not in modules:
+            raise AdapterError(f"{adapter} changes {name}, which {backbone} does not have; use an adapter of this backbone")
+        shape = _linear_shape(modules[name])
+        if shape is None:
+            raise AdapterError(
+                f"{adapter} changes {name}, which is a {type(modules[name]).__name__} in {backbone}, no linear layer; "
+                "use an adapter of this backbone"
+            )
+        if shape != pair.shape:
+            raise AdapterError(
+                f"{adapter} fits a {name} of shape {pair.shape} (d_out, d_in), but {backbone} has {shape}; "
+                "use an adapter of this backbone"
+            )
+
+
 def check_target_modules(model: torch.nn.Module, target_modules: tuple[str, ...]) -> None:
     """Check that every target names a linear module of the backbone.
 
@@ -382,6 +355,9 @@ def _refuse_unmergeable(config: Mapping[str, Any], name: str) -> None:
         "QALoRA": config.get("use_qalora"),
         "activated LoRA": config.get("alora_invocation_tokens"),
         "an Arrow router": config.get("arrow_config"),
+        "KaSA": config.get("kasa_config"),
+        "MonteCLoRA": config.get("monteclora_config"),
+        "block-diagonal factors (BD-LoRA)": config.get("use_bdlora"),
     }
     initialisation = str(config.get("init_lora_weights", "")).lower()
     reasons[f"an initialisation that changes the backbone ({initialisation})"] = initialisation.startswith(
@@ -395,7 +371,10 @@ def _refuse_unmergeable(config: Mapping[str, Any], name: str) -> None:
 
 
 def _pair_up(
-    tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: str, segments: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    name: str,
+    segments: Mapping[str, tuple[Segment, ...]],
 ) -> AdapterWeights:
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
@@ -408,9 +387,10 @@ def _pair_up(
             raise AdapterError(
                 f"adapter {name}: {key} has shape {tuple(tensor.shape)}; only linear layers can be merged"
             )
-        if not torch.isfinite(tensor).all():
+        values = tensor.float()
+        if not torch.isfinite(values).all():
             raise AdapterError(f"adapter {name}: {key} holds NaN or infinity; it is broken, train it again")
-        factors.setdefault(module, {})[rest[0]] = tensor.float()
+        factors.setdefault(module, {})[rest[0]] = values
     if not factors:
         raise AdapterError(f"adapter {name} holds no LoRA weights")
     pairs = {}
@@ -418,11 +398,31 @@ def _pair_up(
         if len(pair) < 2:
             raise AdapterError(f"adapter {name}: {module} has only factor {next(iter(pair))}; both A and B are needed")
         rank, scaling = _rank_and_scaling(config, module, name)
-        if pair["A"].shape[0] != rank:
-            raise AdapterError(f"adapter {name}: {module} has rank {pair['A'].shape[0]}, its config says {rank}")
-        origin = tuple(Segment(str(label), int(size)) for label, size in segments.get(module, ()))
+        for factor, stored in (("A", pair["A"].shape[0]), ("B", pair["B"].shape[1])):
+            if stored != rank:
+                raise AdapterError(
+                    f"adapter {name}: factor {factor} of {module} has rank {stored}, its config says {rank}; "
+                    f"the weights and {CONFIG_FILE} are not of the same adapter"
+                )
+        origin = segments.get(module, ())
+        if origin and sum(segment.rank for segment in origin) != rank:
+            raise AdapterError(
+                f"adapter {name}: {OUR_FILE} describes another rank of {module} than its weights have; "
+                f"delete {OUR_FILE} if the adapter was trained on or replaced by another program"
+            )
         pairs[module] = LoraPair(pair["A"], pair["B"], scaling, origin)
     return AdapterWeights(pairs)
+
+
+def _origins(info: Mapping[str, Any], name: str) -> dict[str, tuple[Segment, ...]]:
+    """Where each module's components came from, as `save_adapter` wrote it."""
+    try:
+        return {
+            module: tuple(Segment(str(label), int(rank)) for label, rank in rows)
+            for module, rows in info.get("segments", {}).items()
+        }
+    except (AttributeError, TypeError, ValueError) as error:
+        raise AdapterError(f"adapter {name}: the segments in {OUR_FILE} are malformed; delete that file") from error
 
 
 def _rank_and_scaling(config: Mapping[str, Any], module: str, name: str) -> tuple[int, float]:
@@ -433,7 +433,7 @@ def _rank_and_scaling(config: Mapping[str, Any], module: str, name: str) -> tupl
         return patterns.get(get_pattern_key(list(patterns), module), config.get(default))
 
     rank, alpha = look_up("rank_pattern", "r"), look_up("alpha_pattern", "lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise AdapterError(
             f"adapter {name}: r is {rank!r} and lora_alpha is {alpha!r}; both must be numbers, r at least 1"
         )
@@ -442,7 +442,10 @@ def _rank_and_scaling(config: Mapping[str, Any], module: str, name: str) -> tupl
 
 def _inject(model: "PreTrainedModel", config: "LoraConfig") -> "PeftModel":
     from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise AdapterError("the backbone carries an adapter already; take that one off first")
     with warnings.catch_warnings():
         # PEFT 0.21 reads an attribute that transformers 5.24 renamed; nothing for our users to act on.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -507,6 +510,15 @@ def _shortest_targets(modules: tuple[str, ...], model: torch.nn.Module) -> list[
 def _whole(value: float) -> float:
     """An int where the value is one: other programs read alpha as an integer."""
     return int(value) if float(value).is_integer() else value
+
+
+def _alpha(scaling: float, rank: int) -> float:
+    """The alpha whose alpha / rank is this very scaling, whole where possible: (29 / 7) * 7 is not 29 in floats."""
+    product = scaling * rank
+    for alpha in (float(round(product)), product, math.nextafter(product, -math.inf), math.nextafter(product, math.inf)):
+        if alpha / rank == scaling:
+            return _whole(alpha)
+    return product
 
 
 def _anchored(module: str) -> str:

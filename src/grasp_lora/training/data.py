@@ -21,6 +21,8 @@ SPLITS = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
 HELD_OUT = ("test", "dev", "micro_dev")  # of the target: no source example may touch their groups
 TARGET_COUNTS = {"test": 100, "dev": 50, "micro_dev": 16}  # Paper: experimental setup
 SOURCE_DEV_SHARE, SOURCE_DEV_MOST = 10, 1000  # Paper: 1000 dev beside 10000 train, 315 beside 3030
+SPREAD = 8
+FEW_GROUPS = 4
 LEAST_PORTION = 256
 
 Counts = dict[str, int | None]
@@ -217,6 +219,14 @@ def build_splits(
         logger.info("%s (%s): %s", role, corpus.language, report[role])
     result = Splits(**{name: tuple(examples) for name, examples in splits.items()}, report=report)
     check_disjoint(result)
+    articles = len({example.group for example in result.micro_dev})
+    if articles < min(FEW_GROUPS, len(result.micro_dev) // FEW_GROUPS):
+        logger.warning(
+            "the %d micro-dev examples come from %d group(s) only, so their losses say little about other articles; "
+            "set target.train to a number, so that they can be drawn from more",
+            len(result.micro_dev),
+            articles,
+        )
     report["splits"] = {name: _measure(splits[name]) for name in SPLITS}
     return result
 
@@ -284,9 +294,14 @@ def _split_pool(
     order = [group for group in members if group not in barred]
     tally.excluded_for_leak += sum(len(records) for group, records in members.items() if group in barred)
     generator.shuffle(order)
+    for group in order:
+        generator.shuffle(members[group])
     asked = [count for count in counts.values() if count is not None]
     # A pool far larger than what is asked for, such as a whole hub data set, is not tokenised to its end.
     portion = 2 * sum(asked) + LEAST_PORTION if len(asked) == len(counts) else len(pool.records)
+    # 16 micro-dev examples of one article would say little about others, so they come from many where the data has
+    # that much to spare. Test and dev do not, because each of their groups takes an article from the source.
+    spreads: list[tuple[str, ...]] = [()] if None in counts.values() else [("micro_dev", "train"), ("micro_dev",), ()]
     kept: list[list[Example]] = []
     position = 0
     while True:
@@ -302,9 +317,13 @@ def _split_pool(
             fitting = [example for _ in members[group] if (example := next(encoded)) is not None]
             if fitting:
                 kept.append(fitting)
-        splits = assign(kept, counts)
-        if position == len(order) or all(len(splits[name]) == count for name, count in counts.items()):
+        splits = assign(kept, counts, spreads[0])
+        if all(len(splits[name]) == count for name, count in counts.items()):
             break
+        if position == len(order):
+            if len(spreads) == 1:
+                break
+            spreads.pop(0)
     for name, count in counts.items():
         # Files of one split are taken as they are, so there a count is a cap; but no split may come out empty.
         least = count if count is not None and not (count and corpus.explicit) else 1
@@ -322,10 +341,10 @@ def _shortage(
     encoder: Encoder,
     tally: Tally,
 ) -> str:
-    if not kept and tally.too_long and tally.shortest is not None and tally.shortest > encoder.max_tokens:
+    if not kept and tally.too_long and tally.shortest_tokens is not None and tally.shortest_tokens > encoder.max_tokens:
         return (
             f"{label}: all {tally.too_long} examples are longer than max_tokens {encoder.max_tokens}; the shortest has "
-            f"{tally.shortest} tokens. Raise max_tokens, or set max_document_tokens to cut articles"
+            f"{tally.shortest_tokens} tokens. Raise max_tokens, or set max_document_tokens to cut articles"
         )
     asked = ", ".join(f"{split} {'the rest' if count is None else count}" for split, count in counts.items())
     total = sum(count for count in counts.values() if count is not None)
@@ -334,11 +353,12 @@ def _shortage(
         f"available: of {tally.read} read, {tally.too_long} are longer than max_tokens {encoder.max_tokens}, "
         f"{tally.answers_cut_away} lost their answer to max_document_tokens and {tally.excluded_for_leak} share a group "
         f"with held-out target examples; {name} got {len(splits[name])}. Each split takes whole groups. Lower "
-        f"{' or '.join(counts)}, raise max_tokens, or add files"
+        f"{' or '.join(split for split, count in counts.items() if count)}, raise max_tokens, cut documents with "
+        "max_document_tokens, or add files"
     )
 
 
-def assign(groups: Sequence[Sequence[Example]], counts: Counts) -> dict[str, list[Example]]:
+def assign(groups: Sequence[Sequence[Example]], counts: Counts, spread: Sequence[str] = ()) -> dict[str, list[Example]]:
     """Fill splits one after the other by whole groups; None takes all that is left.
 
     A group that does not fit is kept for the next split. Where none fits any more, the smallest one is cut, and the
@@ -347,20 +367,23 @@ def assign(groups: Sequence[Sequence[Example]], counts: Counts) -> dict[str, lis
     Args:
         groups: examples by group, in the order of choice.
         counts: examples per split, in the order of filling.
+        spread: splits of which no group gives more than an eighth; the rest of such a group stays unused.
     """
     left = list(groups)
     splits: dict[str, list[Example]] = {}
     for name, count in counts.items():
         chosen: list[Example] = []
         passed: list[Sequence[Example]] = []
-        for group in left:
+        quota = -(-count // SPREAD) if count and name in spread else None
+        for whole in left:
+            group = whole[:quota]
             if count is None or len(chosen) + len(group) <= count:
                 chosen.extend(group)
             else:
-                passed.append(group)
+                passed.append(whole)
         if count is not None and len(chosen) < count and passed:
             smallest = min(range(len(passed)), key=lambda i: len(passed[i]))
-            chosen.extend(passed.pop(smallest)[: count - len(chosen)])
+            chosen.extend(passed.pop(smallest)[:quota][: count - len(chosen)])
         splits[name] = chosen
         left = passed
     return splits
@@ -387,8 +410,9 @@ def join_groups(key_sets: Iterable[frozenset[str]]) -> dict[str, str]:
 
     for keys in key_sets:
         first, *others = keys
+        root = find(first)
         for key in others:
-            parent[find(key)] = find(first)
+            parent[find(key)] = root
     names: dict[str, str] = {}
     for key in sorted(key for key in parent if key.startswith("text:")):
         names.setdefault(find(key), key.removeprefix("text:"))
@@ -446,7 +470,11 @@ def describe(splits: Splits) -> str:
     lines = [f"task {report['task']}, split seed {report['split_seed']}, at most {report['max_tokens']} tokens"]
     for role in ("source", "target"):
         if role in report:
-            tally = {name: value for name, value in report[role].items() if name not in ("language", "read") and value}
+            tally = {
+                name: value
+                for name, value in report[role].items()
+                if name not in ("language", "read", "shortest_tokens") and value
+            }
             details = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in tally.items())
             lines.append(
                 f"{role} ({report[role]['language']}): {report[role]['read']} read" + f", {details}" * bool(details)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,75 +19,12 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from grasp_lora.errors import GraspError
 from grasp_lora.training.adapters import live_pairs
 from grasp_lora.training.probing import Encoded, ProbeSet, collate, example_losses, takes_label_positions
+from grasp_lora.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How one adapter is trained.
-
-    Args:
-        epochs: passes over the training examples, > 0, fractions allowed.
-        batch_size: examples in one forward pass, >= 1.
-        accumulation: forward passes for one optimizer step, >= 1.
-        learning_rate: of AdamW, > 0.
-        weight_decay: >= 0.
-        lr_decay: factor on the learning rate after each epoch, in (0, 1].
-        max_grad_norm: gradient clipping, 0 for none.
-        patience: dev evaluations without a new best before training stops; None trains all epochs.
-        evaluate_every: dev evaluations per epoch are this far apart, in epochs, in (0, 1].
-        keep: `best` keeps the adapter of the lowest dev loss, `last` that of the last step.
-        gradient_checkpointing: trade time for memory.
-
-    Raises:
-        ValueError: a setting is outside its range.
-
-    Paper: AdamW lr 1e-4, weight decay 0, lr times 0.85 an epoch, 10 epochs, patience 3, batch 1 with 8 accumulation steps.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    epochs: float = 5.0
-    batch_size: int = 1
-    accumulation: int = 1
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    lr_decay: float = 0.85
-    max_grad_norm: float = 1.0
-    patience: int | None = 1
-    evaluate_every: float = 1.0
-    keep: str = "best"
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("weight_decay", "max_grad_norm"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number >= 0")
-        for name in ("lr_decay", "evaluate_every"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in (0, 1]")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience is {self.patience}; it must be at least 1, or null to train all epochs")
-        if self.keep not in ("best", "last"):
-            raise ValueError(f"keep is {self.keep!r}; allowed: best, last")
-
-    def steps_per_epoch(self, examples: int) -> int:
-        """Optimizer steps in one epoch over so many examples, on one process."""
-        return math.ceil(math.ceil(examples / self.batch_size) / self.accumulation)
-
-    def steps(self, examples: int) -> int:
-        """Optimizer steps of the whole run over so many examples, on one process."""
-        return math.ceil(self.epochs * self.steps_per_epoch(examples))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Loss: mean over examples of the mean negative log-likelihood of the answer's tok
 all use it, so their numbers can be compared.
 """
 
-import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from torch import Tensor
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.method.masking import InputNorms, MaskSet
 from grasp_lora.training.adapters import ADAPTER_NAME, lora_layers
+from grasp_lora.training.backbone import supports_logits_to_keep
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,10 +52,22 @@ def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def check_measurable(examples: Sequence[Encoded]) -> None:
+    """Check that every example has a loss.
+
+    Raises:
+        DataError: an example has no prompt or no answer; the message names it.
+    """
+    for example in examples:
+        if not example.completion_ids:
+            raise DataError(f"example {example.id} has no answer tokens to measure")
+        if not example.prompt_ids:
+            raise DataError(f"example {example.id} has no prompt tokens to predict its answer from")
+
+
 def takes_label_positions(model: torch.nn.Module) -> bool:
     """Whether the backbone computes logits at chosen positions only (`logits_to_keep`); else they are cut afterwards."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return supports_logits_to_keep(model)
 
 
 def example_losses(model: torch.nn.Module, batch: Mapping[str, Tensor], *, label_positions: bool) -> Tensor:
@@ -90,15 +102,13 @@ class ProbeSet:
         token_budget: most tokens, padding included, in one batch.
 
     Raises:
-        DataError: there are no examples, or one has no completion.
+        DataError: there are no examples, or one has no prompt or no completion.
     """
 
     def __init__(self, examples: Sequence[Encoded], pad_id: int, token_budget: int = 4096) -> None:
         if not examples:
             raise DataError("the set of examples to measure is empty; at least one is needed")
-        for example in examples:
-            if not example.completion_ids:
-                raise DataError(f"example {example.id} has no answer tokens to measure")
+        check_measurable(examples)
         self.ids = [example.id for example in examples]
         self._batches: list[tuple[list[int], dict[str, Tensor]]] = []
         lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
@@ -143,7 +153,8 @@ class ProbeSet:
             for indices, batch in self._share():
                 on_device = {name: tensor.to(device) for name, tensor in batch.items()}
                 if collector is not None:
-                    collector.token_mask = on_device["attention_mask"]
+                    # A batch that only keeps this rank in step counts for another rank already.
+                    collector.token_mask = on_device["attention_mask"] * bool(indices)
                 measured = example_losses(model, on_device, label_positions=label_positions)
                 if indices:
                     losses[indices] = measured
@@ -189,14 +200,22 @@ class NormCollector:
         self.token_mask: Tensor | None = None
         self._layers = lora_layers(model, adapter)
         self._adapter = adapter
-        self._sums: dict[tuple[str, str], Tensor] = {}
+        # All of them from the start, so that ranks add up the same ones in the same order (a rank may never call an expert).
+        self._sums = {
+            (name, factor): torch.zeros(module.in_features, device=module.weight.device)
+            for name, layer in self._layers.items()
+            for factor, module in self._factors(layer)
+        }
+
+    def _factors(self, layer: Any) -> tuple[tuple[str, Any], tuple[str, Any]]:
+        return ("A", layer.lora_A[self._adapter]), ("B", layer.lora_B[self._adapter])
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Hook the layers inside the context."""
         handles = []
         for name, layer in self._layers.items():
-            for factor, module in (("A", layer.lora_A[self._adapter]), ("B", layer.lora_B[self._adapter])):
+            for factor, module in self._factors(layer):
                 handles.append(module.register_forward_pre_hook(self._hook(name, factor)))
         try:
             yield
@@ -206,23 +225,18 @@ class NormCollector:
 
     def norms(self) -> dict[str, InputNorms]:
         """Return the norms gathered so far, one a module; in a distributed run over all ranks."""
-        for total in self._sums.values():
-            if _world_size() > 1:
+        sums = {key: total.clone() for key, total in self._sums.items()}
+        if _world_size() > 1:
+            for total in sums.values():
                 torch.distributed.all_reduce(total)
-        return {
-            name: InputNorms(self._sums[name, "A"].sqrt(), self._sums[name, "B"].sqrt())
-            for name in self._layers
-            if (name, "A") in self._sums
-        }
+        return {name: InputNorms(sums[name, "A"].sqrt(), sums[name, "B"].sqrt()) for name in self._layers}
 
     def _hook(self, name: str, factor: str) -> Any:
         def add(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             values = inputs[0].detach().float()
             if self.token_mask is not None and values.shape[:2] == self.token_mask.shape:
                 values = values * self.token_mask[:, :, None]
-            total = values.flatten(0, -2).square().sum(0)
-            key = (name, factor)
-            self._sums[key] = self._sums[key] + total if key in self._sums else total
+            self._sums[name, factor] += values.flatten(0, -2).square().sum(0)
 
         return add
 
@@ -240,13 +254,16 @@ def calibrate(model: torch.nn.Module, masks: MaskSet, examples: ProbeSet) -> lis
         masks.norms = collector.norms()
         return losses
     if masks.settings.needs_gradients and not masks.gradients:
-        held = {key: weight.grad for key, weight in masks.weights.items()}
-        for weight in masks.weights.values():
-            weight.grad = None
-        examples.gradients(model)
-        masks.record_gradients()
-        for key, weight in masks.weights.items():
-            weight.grad = held[key]
+        # Every trainable parameter, not only the masked ones: a user's model may train others beside the adapter.
+        held = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.requires_grad]
+        for parameter, _ in held:
+            parameter.grad = None
+        try:
+            examples.gradients(model)
+            masks.record_gradients()
+        finally:
+            for parameter, gradient in held:
+                parameter.grad = gradient
     return None
 
 

@@ -161,7 +161,7 @@ class Example:
 
 @dataclass
 class Tally:
-    """What became of the records of a corpus; `shortest` is the length of its shortest example in tokens."""
+    """What became of the records of a corpus; the shortest example counts even if too long."""
 
     read: int = 0
     characters_mapped: int = 0
@@ -171,7 +171,7 @@ class Tally:
     answers_cut_away: int = 0
     too_long: int = 0
     unused: int = 0
-    shortest: int | None = None
+    shortest_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -224,12 +224,13 @@ class Encoder:
         prompt_ids = self._tokenize(prompts, add_special_tokens=not self.chat)
         completion_ids = self._tokenize(completions, add_special_tokens=False)
         examples: list[Example | None] = []
+        shortest = tally.shortest_tokens
         for i, record in enumerate(records):
             before, after = prompt_ids[i], [*completion_ids[i], eos]
             if before and before[-1] == eos and not self.chat:
                 before = before[:-1]
             length = len(before) + len(after)
-            tally.shortest = length if tally.shortest is None else min(length, tally.shortest)
+            shortest = length if shortest is None else min(length, shortest)
             tally.too_long += length > self.max_tokens
             tally.answers_cut_away += answer_lost[i] and length <= self.max_tokens
             if length > self.max_tokens or answer_lost[i]:
@@ -247,6 +248,7 @@ class Encoder:
                     tuple(after),
                 )
             )
+        tally.shortest_tokens = shortest
         return examples
 
     def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:

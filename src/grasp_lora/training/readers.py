@@ -262,7 +262,7 @@ def _csv_rows(text: str, name: str, delimiter: str) -> list[Row]:
                 raise DataError(f"{where}: the number of cells differs from the {len(reader.fieldnames or ())} columns")
             rows.append((where, dict(row)))
     except csv.Error as error:
-        raise DataError(f"{name}, line {reader.line_num}: not valid CSV ({error})") from None
+        raise DataError(f"{name}, line {reader.reader.line_num}: not valid CSV ({error})") from None
     return rows
 
 
@@ -330,7 +330,7 @@ def _record(
         identity = _plain(row.get(columns.get("id", "id")), "id", where)
         keys.add("id:" + identity)
     group = row.get(columns.get("group", "group"))
-    if group is not None:
+    if group not in (None, ""):
         keys.add("group:" + _plain(group, "group", where))
     title = row.get(columns.get("title", "title"))
     if task != "completion" and isinstance(title, str) and title.strip():

@@ -1,0 +1,289 @@
+"""The command line: parse, call, print. A user's mistake is one line and exit status 2."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from grasp_lora.experiments.session import Session
+
+app = typer.Typer(
+    name="grasp-lora",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="""Adapt a language model to a language with little data: merge a source and a target LoRA adapter and
+[bold]learn how much of the merge to prune[/bold] in one training run (GRASP LoRA, arXiv 2601.06702).
+
+Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv[/bold] for your own examples.""",
+)
+console = Console()
+error_console = Console(stderr=True)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in one (see `recipes`).")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Change one value: a.b=value, for example data.root=/data. May be repeated."),
+]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; default runs/NAME.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens in detail.")]
+AdapterFolder = Annotated[str, typer.Option("--adapter", "-a", help="PEFT adapter: a folder or a hub id.")]
+StepOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument, overrides: SetOption = None, output: OutputOption = None, verbose: VerboseOption = False
+) -> None:
+    """Do the whole job: adapters, merge, learn the ratio, final run, evaluation, report.
+
+    Run it again on the same folder to go on after an interruption: completed stages are skipped.
+    """
+    _log(verbose)
+    _run(recipe, overrides or [], output)
+
+
+@app.command()
+def demo(
+    language: Annotated[str, typer.Option(help="Target language of the demo: ar or zh.")] = "ar",
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run the main job on an embedded model and embedded texts; minutes on a laptop."""
+    from grasp_lora.errors import RecipeError
+
+    _log(verbose)
+    if language not in ("ar", "zh"):
+        raise RecipeError(f"demo language is {language!r}; allowed: ar, zh")
+    _run(f"demo-{language}", overrides or [], output)
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: SetOption = None, verbose: VerboseOption = False) -> None:
+    """Check a recipe before running it: files, adapters, label masks, lengths, splits, leaks, rounds and cost."""
+    from grasp_lora.experiments.preflight import preflight
+
+    _log(verbose)
+    for finding in preflight(_session(recipe, overrides)):
+        mark = "[green]ok     [/green]" if finding.level == "ok" else "[yellow]warning[/yellow]"
+        console.print(f"{mark} [bold]{finding.topic:<10}[/bold]", end=" ")
+        console.print(finding.text, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def recipes() -> None:
+    """List the built-in recipes."""
+    from grasp_lora.experiments.recipe import builtin_recipes
+
+    for name in builtin_recipes():
+        console.print(name, highlight=False)
+
+
+@app.command()
+def init(
+    data: Annotated[
+        Path, typer.Argument(help="Your examples: CSV, JSONL or parquet with prompt and completion, or SQuAD JSON.")
+    ],
+    language: Annotated[str, typer.Option("--language", "-l", help="Language of the examples, such as ar, zh or sw.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The recipe file; default NAME.yaml here.")
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--source", help="Data file of the rich language, or a PEFT adapter folder or hub id trained on it."
+        ),
+    ] = None,
+    source_language: Annotated[str, typer.Option(help="Language of the source data.")] = "en",
+    backbone: Annotated[str, typer.Option(help="Backbone: a hub id, a folder, or gemma3-270m.")] = "gemma3-270m",
+) -> None:
+    """Write a commented recipe, with split sizes that fit your own examples."""
+    from grasp_lora.experiments.starter import write_recipe
+
+    file = write_recipe(data, language, output, source or [], source_language, backbone)
+    console.print(f"wrote {file}; next: grasp-lora check {file}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def predict(
+    adapter: Annotated[str, typer.Argument(help="PEFT adapter: a folder or a hub id.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Prompts; without any, one a line from standard input.")
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="Backbone; default: the one that the adapter names.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Answer prompts with an adapter, one answer a line."""
+    from grasp_lora.experiments.steps import predict_texts
+
+    _log(False)
+    texts = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    for answer in predict_texts(adapter, texts, backbone, max_new_tokens, device):
+        sys.stdout.write(answer + "\n")
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[str], typer.Argument(help="PEFT adapters to merge: folders or hub ids.")],
+    output: StepOutput,
+    backbone: Annotated[
+        str | None, typer.Option(help="Backbone; default: the one that the first adapter names.")
+    ] = None,
+    rule: Annotated[str, typer.Option(help="exact, svd, paper_sum, ties, dare, ...")] = "exact",
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="Weight of an adapter, once per adapter in order; default: the rule's own."),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the result, for rules that end in an SVD.")] = None,
+    density: Annotated[float, typer.Option(help="Share of weights that TIES and DARE keep.")] = 0.5,
+) -> None:
+    """Merge LoRA adapters into one ordinary PEFT adapter."""
+    from grasp_lora.experiments.steps import merge_folders
+
+    _log(False)
+    facts = merge_folders(adapters, output, backbone, rule, weight, rank, density)
+    console.print(facts, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def learn(
+    recipe: RecipeArgument,
+    adapter: AdapterFolder,
+    output: StepOutput,
+    overrides: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Learn the prune ratio of a merged adapter (the controller run alone)."""
+    from grasp_lora.experiments.steps import learn_folder
+
+    _log(verbose)
+    estimate = learn_folder(_session(recipe, overrides), adapter, output)
+    console.print(
+        f"prune ratio {estimate.ratio:.4f} (95 % interval {estimate.low:.4f} to {estimate.high:.4f}, "
+        f"{estimate.rounds} rounds) -> {output}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def finetune(
+    recipe: RecipeArgument,
+    adapter: AdapterFolder,
+    ratio: Annotated[float, typer.Option(help="Prune ratio, a fraction in [0, 1].")],
+    output: StepOutput,
+    overrides: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Prune a merged adapter at a given ratio and fine-tune it (the final run alone)."""
+    from grasp_lora.experiments.steps import finetune_folder
+
+    _log(verbose)
+    result = finetune_folder(_session(recipe, overrides), adapter, ratio, output)
+    loss = "" if result.dev_loss is None else f", dev loss {result.dev_loss:.4f}"
+    console.print(
+        f"{result.steps} steps, best at step {result.best_step}{loss} -> {output}", highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeArgument,
+    adapter: Annotated[list[str], typer.Option("--adapter", "-a", help="PEFT adapter; may be repeated.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for predictions and metrics.")] = None,
+    overrides: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure adapters on the recipe's dev and test splits."""
+    from grasp_lora.experiments.steps import evaluate_folders
+
+    _log(verbose)
+    _print_table(evaluate_folders(_session(recipe, overrides), adapter, output))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html and report.md of a run folder again."""
+    from grasp_lora.experiments.report import write_report
+
+    console.print(f"wrote {write_report(folder)}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; a GraspError becomes one line and exit status 2."""
+    from grasp_lora.errors import GraspError
+
+    try:
+        app()
+    except GraspError as error:
+        error_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _session(recipe: str, overrides: list[str] | None) -> "Session":
+    from grasp_lora.experiments.recipe import load_recipe
+    from grasp_lora.experiments.session import Session
+
+    loaded, base = load_recipe(recipe, overrides or [])
+    return Session(loaded, base)
+
+
+def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
+    from grasp_lora.experiments.recipe import load_recipe
+
+    loaded, base = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / loaded.name
+    with console.status("loading", spinner="dots") if console.is_terminal else _nothing():
+        from grasp_lora.experiments.pipeline import Run
+        from grasp_lora.experiments.progress import TerminalProgress
+    progress = TerminalProgress(console)
+    try:
+        metrics = Run(loaded, base, folder, progress).execute()
+    finally:
+        progress.stop()
+    _print_table(metrics)
+    ratio, interval = metrics["prune_ratio"], metrics["prune_ratio_interval"]
+    learned = f" (95 % interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else " (given)"
+    console.print(f"prune ratio {ratio:.1%}{learned}", highlight=False)
+    console.print(f"adapter {folder / 'adapter'}   report {folder / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _print_table(metrics: dict[str, Any]) -> None:
+    names = list(metrics["signatures"])
+    table = Table("system", "dev loss", "test loss", *names)
+    for system, row in metrics["systems"].items():
+        losses = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("dev_loss", "test_loss")]
+        table.add_row(
+            system, *losses, *(f"{row['metrics'][name]:.1f}" if name in row["metrics"] else "-" for name in names)
+        )
+    console.print(table)
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def _log(verbose: bool) -> None:
+    """Show warnings of ours, and with --verbose what happens; libraries stay quiet."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    ours = logging.getLogger("grasp_lora")
+    ours.handlers[:] = [handler]
+    ours.setLevel(logging.INFO if verbose else logging.WARNING)
+    ours.propagate = False

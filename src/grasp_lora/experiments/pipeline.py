@@ -1,0 +1,275 @@
+"""The main job in a run folder: data, source, target, merge, controller, final, evaluate, report.
+
+Each stage leaves a marker when it is complete and is skipped on a rerun; a run folder of another recipe is refused. Nothing is
+written before the recipe, the backbone, the data and the adapters have been checked.
+"""
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.errors import RecipeError
+from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
+from grasp_lora.experiments.report import write_model_card, write_report
+from grasp_lora.experiments.session import Evaluation, Progress, Session, ratio_record, write_json, write_jsonl
+from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.training.adapters import read_adapter
+
+log = logging.getLogger(__name__)
+
+STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate", "report")
+LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
+
+
+class StageProgress(Progress):
+    """A `Progress` that is also told of stages; this one is silent."""
+
+    def stage(self, name: str) -> None:
+        """A stage begins."""
+
+    def finished(self, name: str, seconds: float, summary: dict[str, Any], *, skipped: bool) -> None:
+        """A stage is complete, now or already before."""
+
+
+class Run:
+    """One experiment in its folder.
+
+    Args:
+        recipe: what to do.
+        base: folder that the recipe's relative paths start from.
+        folder: the run folder; made if missing.
+        progress: told of stages and steps.
+
+    Raises:
+        RecipeError: the folder belongs to another recipe, or holds something else.
+    """
+
+    def __init__(self, recipe: Recipe, base: Path, folder: Path, progress: StageProgress | None = None) -> None:
+        self.recipe = recipe
+        self.folder = folder
+        self.progress = progress or StageProgress()
+        self.session = Session(recipe, base, self.progress)
+        self._check_folder()
+
+    def execute(self) -> dict[str, Any]:
+        """Do every stage that is not complete yet; return the content of `metrics.json`.
+
+        Raises:
+            GraspError: something the user gave does not fit; completed stages stay.
+        """
+        if not all(self._marker(stage).is_file() for stage in STAGES):
+            self.session.prepare()
+            self._begin()
+        self._stage("data", self._data)
+        self._stage("source", self._source)
+        self._stage("target", self._target)
+        self._stage("merge", self._merge)
+        if self.recipe.final.prune_ratio is None:
+            self._stage("controller", self._controller)
+        self._stage("final", self._final)
+        self._stage("evaluate", self._evaluate)
+        self._stage("report", self._report)
+        metrics: dict[str, Any] = self._read("metrics.json")
+        return metrics
+
+    def _data(self) -> dict[str, Any]:
+        splits = self.session.splits
+        names = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
+        ids = {name: [example.id for example in getattr(splits, name)] for name in names}
+        write_json(self.folder / "data.json", {"report": splits.report, "ids": ids})
+        return {name: len(members) for name, members in ids.items()}
+
+    def _source(self) -> dict[str, Any]:
+        session, recipe = self.session, self.recipe
+        if recipe.source.adapters:
+            return {"adapters": [session.existing_adapters[place].name for place in recipe.source.adapters]}
+        folder = self.folder / "source"
+        weights, result = session.train_adapter(
+            "source", session.splits.source_train, session.splits.source_dev, recipe.source.training, folder
+        )
+        session.save(folder, weights)
+        return {"steps": result.steps, "best_step": result.best_step, "dev_loss": result.dev_loss}
+
+    def _target(self) -> dict[str, Any]:
+        session, recipe = self.session, self.recipe
+        if recipe.target.adapter:
+            return {"adapters": [session.existing_adapters[recipe.target.adapter].name]}
+        folder = self.folder / "target"
+        weights, result = session.train_adapter(
+            "target", session.splits.train, session.splits.dev, recipe.target.training, folder
+        )
+        session.save(folder, weights)
+        return {"steps": result.steps, "best_step": result.best_step, "dev_loss": result.dev_loss}
+
+    def _merge(self) -> dict[str, Any]:
+        parents = self._parents()
+        merged = self.session.merge(list(parents.values()), list(parents), self.recipe.merge)
+        self.session.save(self.folder / "merged", merged)
+        weights = sum(pair.A.numel() + pair.B.numel() for pair in merged.values())
+        return {"rule": self.recipe.merge.rule, "modules": len(merged), "weights": weights}
+
+    def _controller(self) -> dict[str, Any]:
+        folder = self.folder / "controller"
+        estimate, _, last = self.session.learn_ratio(self._adapter("merged"), folder)
+        write_json(folder / "ratio.json", ratio_record(estimate, last))
+        return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}
+
+    def _final(self) -> dict[str, Any]:
+        folder = self.folder / "final"
+        ratio = self._prune_ratio()
+        weights, result, rows = self.session.finetune_pruned(self._adapter("merged"), ratio, folder)
+        write_json(folder / "sparsity.json", rows)
+        self.session.save(self.folder / "adapter", weights)
+        pruned = 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)
+        return {
+            "prune_ratio": ratio,
+            "measured_sparsity": pruned,
+            "steps": result.steps,
+            "best_step": result.best_step,
+            "dev_loss": result.dev_loss,
+        }
+
+    def _evaluate(self) -> dict[str, Any]:
+        systems = {**self._parents(), "merged": self._adapter("merged"), "grasp": self._adapter("adapter")}
+        evaluations = {}
+        for name, weights in systems.items():
+            evaluations[name] = self.session.evaluate(weights)
+            self._write_predictions(name, evaluations[name])
+        self._write_metrics(evaluations)
+        grasp = evaluations["grasp"]
+        return {"test_loss": grasp.test_loss, **{name: entry.value for name, entry in grasp.scores.items()}}
+
+    def _report(self) -> dict[str, Any]:
+        self._write_costs()
+        write_model_card(self.folder, self.folder / "adapter")
+        return {"report": write_report(self.folder).name}
+
+    def _parents(self) -> dict[str, AdapterWeights]:
+        """The adapters that are merged, by name: source (source_2, ...) and target."""
+        recipe, session = self.recipe, self.session
+        parents = {}
+        for number, place in enumerate(recipe.source.adapters, start=1):
+            parents["source" if number == 1 else f"source_{number}"] = session.existing_adapters[place].weights
+        if not parents:
+            parents["source"] = self._adapter("source")
+        place = recipe.target.adapter
+        parents["target"] = session.existing_adapters[place].weights if place else self._adapter("target")
+        return parents
+
+    def _adapter(self, name: str) -> AdapterWeights:
+        return read_adapter(self.folder / name).weights
+
+    def _prune_ratio(self) -> float:
+        if self.recipe.final.prune_ratio is not None:
+            return self.recipe.final.prune_ratio
+        return float(self._read("controller/ratio.json")["prune_ratio"])
+
+    def _write_predictions(self, system: str, evaluation: Evaluation) -> None:
+        rows = [
+            {"id": example.id, "prediction": prediction, "references": list(example.references), "loss": loss}
+            for example, prediction, loss in zip(
+                self.session.splits.test, evaluation.predictions, evaluation.test_losses, strict=True
+            )
+        ]
+        write_jsonl(self.folder / "evaluation" / f"{system}.jsonl", rows)
+
+    def _write_metrics(self, evaluations: dict[str, Evaluation]) -> None:
+        ratio: dict[str, Any] = {"prune_ratio": self._prune_ratio(), "prune_ratio_interval": None}
+        if self.recipe.final.prune_ratio is None:
+            learned = self._read("controller/ratio.json")
+            ratio["prune_ratio_interval"] = [learned["low"], learned["high"]]
+        signatures = {name: entry.signature for name, entry in evaluations["grasp"].scores.items()}
+        systems = {
+            name: {
+                "dev_loss": evaluation.dev_loss,
+                "test_loss": evaluation.test_loss,
+                "metrics": {metric: entry.value for metric, entry in evaluation.scores.items()},
+            }
+            for name, evaluation in evaluations.items()
+        }
+        write_json(
+            self.folder / "metrics.json",
+            {
+                "systems": systems,
+                **ratio,
+                "signatures": signatures,
+                "test_examples": len(self.session.splits.test),
+                "language": self.session.language,
+                "cost": {},
+            },
+        )
+
+    def _write_costs(self) -> None:
+        metrics = self._read("metrics.json")
+        metrics["cost"] = {
+            stage: json.loads(self._marker(stage).read_text(encoding="utf-8"))["seconds"]
+            for stage in STAGES
+            if self._marker(stage).is_file()
+        }
+        write_json(self.folder / "metrics.json", metrics)
+
+    def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        marker = self._marker(name)
+        if marker.is_file():
+            done = self._read(f"stages/{name}.json")
+            self.progress.finished(name, done["seconds"], done["summary"], skipped=True)
+            return
+        self.progress.stage(name)
+        started = time.perf_counter()
+        summary = work()
+        seconds = time.perf_counter() - started
+        write_json(marker, {"stage": name, "seconds": round(seconds, 3), "summary": summary})
+        self.progress.finished(name, seconds, summary, skipped=False)
+
+    def _marker(self, stage: str) -> Path:
+        return self.folder / "stages" / f"{stage}.json"
+
+    def _read(self, name: str) -> Any:
+        file = self.folder / name
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                f"{file} cannot be read ({error}); remove its stage's marker in stages/ to redo it"
+            ) from error
+
+    def _check_folder(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise RecipeError(f"{self.folder} is a file; give a folder for the run")
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return
+        if not (self.folder / "run.json").is_file():
+            raise RecipeError(f"{self.folder} is not empty and no run folder; choose another with --output")
+        stated = self._read("run.json").get("recipe_hash")
+        if stated != self.recipe.fingerprint():
+            raise RecipeError(
+                f"{self.folder} holds a run of another recipe (hash {stated}, yours is {self.recipe.fingerprint()}; "
+                f"its recipe is in {RECIPE_FILE} there); choose another folder with --output, or delete it"
+            )
+
+    def _begin(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / "run.json").is_file():
+            return
+        (self.folder / RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+        adapters = self.session.existing_adapters
+        write_json(
+            self.folder / "run.json",
+            {
+                "grasp_lora": version("grasp-lora"),
+                "recipe_hash": self.recipe.fingerprint(),
+                "name": self.recipe.name,
+                "seed": self.recipe.seed,
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "backbone": {"name": self.session.backbone.name, "fingerprint": self.session.backbone.fingerprint},
+                "parents": [{"name": adapter.name, "sha256": adapter.sha256} for adapter in adapters.values()],
+                "libraries": {name: version(name) for name in LIBRARIES},
+                "python": platform.python_version(),
+            },
+        )

@@ -1,0 +1,117 @@
+"""What will happen before it happens: the checks of `grasp-lora check`, as lines a person reads."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grasp_lora.experiments.recipe import Recipe
+from grasp_lora.experiments.session import Session, expected_rounds
+from grasp_lora.training.data import Example
+from grasp_lora.training.probing import takes_label_positions
+
+FEW_ROUNDS = 10
+FEW_MICRO_DEV = 8
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the preflight: `ok` or `warning`, a topic and what was found."""
+
+    level: str
+    topic: str
+    text: str
+
+
+def preflight(session: Session) -> list[Finding]:
+    """Load and check everything that a run needs and say what to expect; nothing is written.
+
+    Raises:
+        GraspError: something does not fit, so that a run would stop.
+    """
+    session.prepare()
+    recipe, splits, backbone = session.recipe, session.splits, session.backbone
+    findings = [_backbone(session)]
+    findings += [
+        Finding("ok", "adapter", f"{name}: {len(adapter.weights)} modules, ranks {_ranks(adapter.weights.values())}")
+        for name, adapter in session.existing_adapters.items()
+    ]
+    names = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
+    sizes = {name: len(getattr(splits, name)) for name in names}
+    findings.append(Finding("ok", "splits", ", ".join(f"{name} {size}" for name, size in sizes.items())))
+    findings.append(Finding("ok", "leaks", "no question, context or article is shared between splits or languages"))
+    for side in ("source", "target"):
+        if side in splits.report:
+            findings.append(_counts(side, splits.report[side]))
+    findings.append(_lengths("train", splits.train))
+    findings.append(_label_mask(splits.train[0], backbone.tokenizer))
+    if not splits.dev:
+        findings.append(
+            Finding("warning", "dev", "no dev set: no early stopping, the last step of every fine-tune is kept")
+        )
+    if not splits.test:
+        findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
+    if len(splits.micro_dev) < FEW_MICRO_DEV:
+        findings.append(
+            Finding("warning", "micro-dev", f"{len(splits.micro_dev)} examples choose the ratio; 16 are usual")
+        )
+    findings += _plan(recipe, sizes)
+    return findings
+
+
+def _backbone(session: Session) -> Finding:
+    backbone = session.backbone
+    parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
+    text = (
+        f"{backbone.name}, {parameters / 1e6:.0f} M weights in {backbone.model.dtype}".replace("torch.", "")
+        + f", on {backbone.model.device}, fingerprint {backbone.fingerprint}"
+    )
+    if not takes_label_positions(backbone.model):
+        return Finding(
+            "warning", "backbone", f"{text}; it computes logits at every position, which costs time and memory"
+        )
+    if getattr(backbone.model.config, "quantization_config", None) is not None:
+        return Finding(
+            "warning", "backbone", f"{text}; it is quantised: adapters are measured on the quantised weights"
+        )
+    return Finding("ok", "backbone", text)
+
+
+def _counts(side: str, report: dict[str, object]) -> Finding:
+    facts = [f"{key.replace('_', ' ')} {value}" for key, value in report.items() if isinstance(value, int) and value]
+    return Finding("ok", side, f"{report.get('language', '')}: {', '.join(facts)}")
+
+
+def _lengths(name: str, examples: Sequence[Example]) -> Finding:
+    lengths = sorted(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
+    return Finding(
+        "ok", "lengths", f"{name}: {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}"
+    )
+
+
+def _label_mask(example: Example, tokenizer: object) -> Finding:
+    answer = tokenizer.decode(list(example.completion_ids))  # type: ignore[attr-defined]
+    return Finding("ok", "label mask", f"loss on the answer only, for example {answer!r} of {example.id}")
+
+
+def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
+    rounds = expected_rounds(recipe, sizes["train"])
+    findings = []
+    trained = 0.0
+    if not recipe.source.adapters:
+        trained += recipe.source.training.epochs * sizes["source_train"]
+    if not recipe.target.adapter:
+        trained += recipe.target.training.epochs * sizes["train"]
+    trained += recipe.final.training.epochs * sizes["train"]
+    probed = 0
+    if recipe.final.prune_ratio is None:
+        trained += recipe.controller.training.epochs * sizes["train"]
+        probed = rounds * (1 + recipe.controller.policy.candidates) * sizes["micro_dev"]
+        level = "warning" if rounds < FEW_ROUNDS else "ok"
+        advice = "; raise controller.training.epochs or lower controller.probe_every" if level == "warning" else ""
+        findings.append(Finding(level, "rounds", f"the controller will run {rounds} rounds{advice}"))
+    text = f"at most {trained:.0f} training examples and {probed} probed examples"
+    findings.append(Finding("ok", "cost", text))
+    return findings
+
+
+def _ranks(pairs: object) -> str:
+    return ", ".join(map(str, sorted({pair.rank for pair in pairs})))  # type: ignore[attr-defined]

@@ -1,0 +1,306 @@
+"""The recipe: one typed YAML file that says everything about an experiment.
+
+The settings live beside the code that they steer; the recipe nests them. Unknown keys are errors. `--set a.b=value` changes
+single values; the resolved recipe is saved with the run.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from grasp_lora.errors import RecipeError
+from grasp_lora.evaluation.generation import GenerationSettings
+from grasp_lora.method.masking import MaskSettings
+from grasp_lora.method.merging import MergeSettings
+from grasp_lora.method.policy import PRESETS, PolicySettings
+from grasp_lora.training.backbone import BackboneSettings
+from grasp_lora.training.data import DataSettings
+from grasp_lora.training.settings import LoraSettings, TrainingSettings
+
+RECIPE_FILE = "recipe.yaml"
+_MAX_BYTES = 1_000_000
+
+
+def _policy(value: Any) -> Any:
+    """Allow `policy: paper`, and `policy: {preset: paper, max_step: 0.05}`."""
+    if isinstance(value, str):
+        value = {"preset": value}
+    if not isinstance(value, dict) or "preset" not in value:
+        return value
+    changes = dict(value)
+    name = changes.pop("preset")
+    if name not in PRESETS:
+        raise ValueError(f"there is no policy preset {name!r}; allowed: {', '.join(PRESETS)}")
+    return asdict(PRESETS[name]) | changes
+
+
+Policy = Annotated[PolicySettings, BeforeValidator(_policy)]
+
+
+@dataclass(frozen=True)
+class SourceStage:
+    """The source adapters: existing ones, or one trained on the source data.
+
+    Args:
+        adapters: PEFT folders or hub ids to merge; empty trains one.
+        training: how that one is trained.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    adapters: tuple[str, ...] = ()
+    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=2, learning_rate=2e-4))
+
+
+@dataclass(frozen=True)
+class TargetStage:
+    """The target adapter: an existing one, or one trained on the target data.
+
+    Args:
+        adapter: PEFT folder or hub id; None trains one.
+        training: how it is trained.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    adapter: str | None = None
+    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(learning_rate=2e-4))
+
+
+@dataclass(frozen=True)
+class ControllerStage:
+    """The run that learns the ratio.
+
+    Args:
+        policy: settings of the policy, a preset's name, or a preset with changes.
+        probe_every: optimizer steps between rounds, >= 1.
+        training: batch 1, all epochs and no early stopping by default, since the late probes are the informative ones.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    policy: Policy = field(default_factory=PolicySettings)
+    probe_every: int = 10
+    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(patience=None, keep="last"))
+
+    def __post_init__(self) -> None:
+        if self.probe_every < 1:
+            raise ValueError(f"probe_every is {self.probe_every}; it must be at least 1 optimizer step")
+
+
+@dataclass(frozen=True)
+class FinalStage:
+    """The final run at the learned ratio.
+
+    Args:
+        mode: `hold` one mask, or `reselect` after every optimizer step (the paper's final run).
+        mask: another score, scope or granularity than the controller's; None takes the same.
+        prune_ratio: use this fraction instead of learning one; the controller run is then left out.
+        training: how it is trained.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    mode: str = "hold"
+    mask: MaskSettings | None = None
+    prune_ratio: float | None = None
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("hold", "reselect"):
+            raise ValueError(f"mode is {self.mode!r}; allowed: hold, reselect")
+        if self.prune_ratio is not None and not 0.0 <= self.prune_ratio <= 1.0:
+            raise ValueError(f"prune_ratio is {self.prune_ratio}; it must be a fraction in [0, 1]")
+
+
+class Recipe(BaseModel):
+    """Everything about one experiment; see the recipes that come with the package for examples."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=42, ge=0)
+    backbone: BackboneSettings = BackboneSettings()
+    data: DataSettings
+    lora: LoraSettings = LoraSettings()
+    source: SourceStage = SourceStage()
+    target: TargetStage = TargetStage()
+    merge: MergeSettings = MergeSettings()
+    mask: MaskSettings = MaskSettings()
+    controller: ControllerStage = ControllerStage()
+    final: FinalStage = FinalStage()
+    generation: GenerationSettings = GenerationSettings()
+    metrics: tuple[str, ...] = ()
+    report_to: tuple[str, ...] = ()
+
+    def seed_of(self, part: str) -> int:
+        """Return the seed of one part of the experiment, so that no two parts share their random numbers."""
+        return int.from_bytes(hashlib.sha256(f"{self.seed}/{part}".encode()).digest()[:4], "big") >> 1
+
+    def fingerprint(self) -> str:
+        """Return a hash of what decides the result: everything but the place of the data, the device and the trackers."""
+        content = self.model_dump(
+            mode="json", exclude={"data": {"root"}, "backbone": {"device", "offline"}, "report_to": True}
+        )
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        """Return the resolved recipe, every default filled in; without the place of the data, which is a machine's own."""
+        content = self.model_dump(mode="json", exclude={"data": {"root"}})
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def builtin_recipes() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = resources.files("grasp_lora") / "recipes"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
+    """Read a recipe by file or built-in name and apply overrides.
+
+    Args:
+        recipe: path of a YAML file, or a name of `builtin_recipes()`.
+        overrides: `a.b=value`, the value read as YAML.
+
+    Returns:
+        The recipe, and the folder that its relative paths start from.
+
+    Raises:
+        RecipeError: one line that names the field, what arrived and what is allowed.
+    """
+    file = Path(recipe)
+    if file.is_file():
+        if file.stat().st_size > _MAX_BYTES:
+            raise RecipeError(f"recipe {file} has {file.stat().st_size} bytes; a recipe has at most {_MAX_BYTES}")
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"recipe {file} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        base = file.parent
+    elif str(recipe) in builtin_recipes():
+        text = (resources.files("grasp_lora") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        base = Path()
+    else:
+        raise RecipeError(
+            f"there is no recipe {str(recipe)!r}: neither a file nor a built-in name ({', '.join(builtin_recipes())})"
+        )
+    content = _parse(text, str(recipe))
+    for override in overrides:
+        _apply(content, override)
+    return validate(content, str(recipe)), base
+
+
+def validate(content: dict[str, Any], name: str) -> Recipe:
+    """Build a recipe from plain values.
+
+    Raises:
+        RecipeError: one line on the first thing that does not fit, with the dotted path of the field.
+    """
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {name}: {_explain(error)}") from error
+
+
+def _parse(text: str, name: str) -> dict[str, Any]:
+    try:
+        # Aliases are what an "anchor bomb" is made of, and a recipe has no use for them.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+            raise RecipeError(f"recipe {name} uses YAML aliases (*name); write the values out")
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"recipe {name} is no valid YAML{where}: {getattr(error, 'problem', None) or error}"
+        ) from error
+    except RecursionError as error:
+        raise RecipeError(f"recipe {name} is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"recipe {name} must hold keys and values, such as 'name: my-recipe'")
+    return content
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override {override!r} must look like a.b=value, for example data.target.train=100")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"override {override!r}: the value is no valid YAML") from error
+    # YAML 1.1 reads 1e-4 as text, since it has no dot; every user means the number.
+    if isinstance(value, str):
+        value = _number(value)
+    place = content
+    for key in keys[:-1]:
+        inner = place.get(key)
+        if isinstance(inner, str) and key == "policy":
+            inner = {"preset": inner}
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"override {override!r}: {key} is no section of the recipe")
+        place[key] = inner
+        place = inner
+    place[keys[-1]] = value
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line; for an unknown key the nearest one that exists."""
+    problem = error.errors(include_url=False)[0]
+    place = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
+    path = ".".join(place)
+    others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        known = _known_keys(place[:-1])
+        near = difflib.get_close_matches(place[-1], known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown key {path!r}; {hint}{others}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{path!r} is missing{others}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{path}: {message}{others}" if path else f"{message}{others}"
+    arrived = problem["input"]
+    shown = "" if isinstance(arrived, dict | list) else f" (it is {arrived!r})"
+    return f"{path}: {message[0].lower()}{message[1:]}{shown}{others}"
+
+
+def _known_keys(place: list[str]) -> list[str]:
+    node: Any = Recipe
+    for key in place:
+        hints = {name: info.annotation for name, info in Recipe.model_fields.items()} if node is Recipe else {}
+        if is_dataclass(node):
+            hints = {entry.name: entry.type for entry in fields(node)}
+        node = _settings_class(hints.get(key))
+        if node is None:
+            return []
+    return list(Recipe.model_fields) if node is Recipe else [entry.name for entry in fields(node)]
+
+
+def _settings_class(annotation: Any) -> Any:
+    """The dataclass inside an annotation such as `X | None` or Annotated[X, ...]."""
+    if is_dataclass(annotation):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        if found := _settings_class(part):
+            return found
+    return _settings_class(annotation.__origin__) if hasattr(annotation, "__metadata__") else None

@@ -1,0 +1,322 @@
+"""The steps of an experiment on one loaded backbone: train an adapter, merge, learn the ratio, fine-tune, evaluate.
+
+A `Session` holds what the steps share. It writes only into folders that it is given, and knows nothing of run folders, markers or
+reports. Every method of the paper and every baseline is a few calls on it.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.evaluation.generation import generate
+from grasp_lora.evaluation.metrics import METRICS, MetricScore, metrics_for, score
+from grasp_lora.experiments.recipe import Recipe
+from grasp_lora.method.estimation import RatioEstimate
+from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.method.masking import MaskSettings, survival
+from grasp_lora.method.merging import MergeSettings, merge
+from grasp_lora.training.adapters import (
+    LoadedAdapter,
+    adapter_weights,
+    attached,
+    check_fits,
+    check_target_modules,
+    fresh_adapter,
+    read_adapter,
+    save_adapter,
+    segments_of,
+)
+from grasp_lora.training.backbone import Backbone, load_backbone
+from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
+from grasp_lora.training.data import Example, Splits, build_splits
+from grasp_lora.training.finetune import FineTuneResult, finetune
+from grasp_lora.training.probing import ProbeSet
+from grasp_lora.training.settings import TrainingSettings
+
+log = logging.getLogger(__name__)
+
+CALIBRATION_EXAMPLES = 16  # of the train set, for scores that need inputs or gradients in the final run
+
+
+@dataclass
+class Progress:
+    """Where a session reports to while it works; this one is silent."""
+
+    def step(self, report: Mapping[str, float]) -> None:
+        """Take step, steps, epoch and loss of the fine-tune that is running."""
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Take a controller round's record."""
+
+    def answered(self, answered: int, prompts: int) -> None:
+        """Take how many prompts have been answered."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one system is worth on the test split.
+
+    Args:
+        dev_loss, test_loss: mean answer NLL, None without such a split.
+        scores: by metric name.
+        predictions: one a test example.
+        test_losses: one a test example.
+    """
+
+    dev_loss: float | None
+    test_loss: float | None
+    scores: dict[str, MetricScore] = field(default_factory=dict)
+    predictions: tuple[str, ...] = ()
+    test_losses: tuple[float, ...] = ()
+
+
+class Session:
+    """One recipe's backbone, data and steps.
+
+    Args:
+        recipe: what to do.
+        base: folder that relative paths of the recipe start from.
+        progress: told how far the work is.
+
+    Raises:
+        GraspError: (from the properties) the backbone, the data or an adapter cannot be used.
+    """
+
+    def __init__(self, recipe: Recipe, base: Path, progress: Progress | None = None) -> None:
+        self.recipe = recipe
+        self.base = base
+        self.progress = progress or Progress()
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The frozen model, loaded once."""
+        return load_backbone(self.recipe.backbone)
+
+    @cached_property
+    def splits(self) -> Splits:
+        """The tokenised data."""
+        return build_splits(self.recipe.data, self.backbone.tokenizer, self.recipe.seed, self.base)
+
+    @cached_property
+    def existing_adapters(self) -> dict[str, LoadedAdapter]:
+        """The adapters that the recipe names, read and checked against the backbone; by what the recipe calls them."""
+        places = [*self.recipe.source.adapters, *([self.recipe.target.adapter] if self.recipe.target.adapter else [])]
+        return {place: self.read(place) for place in places}
+
+    @property
+    def pad_id(self) -> int:
+        """Token id for padding."""
+        return int(self.backbone.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+    @property
+    def language(self) -> str:
+        """Language of the target."""
+        return self.recipe.data.target.language
+
+    def prepare(self) -> None:
+        """Load and check everything a run needs, before anything is written.
+
+        Raises:
+            GraspError: something does not fit; one line.
+        """
+        recipe = self.recipe
+        if recipe.data.source is None and not recipe.source.adapters:
+            raise RecipeError("there is no source: give data.source to train an adapter, or source.adapters to use one")
+        for name in recipe.metrics:
+            if name not in METRICS:
+                raise RecipeError(f"metrics names {name!r}; allowed: {', '.join(METRICS)}")
+        check_target_modules(self.backbone.model, recipe.lora.target_modules)
+        if self.existing_adapters:
+            log.info("adapters in use: %s", ", ".join(self.existing_adapters))
+        if not self.splits.train:
+            raise DataError("the target has no training examples; give data.target.train at least 1")
+
+    def read(self, place: str | Path) -> LoadedAdapter:
+        """Read an adapter (a folder, relative to the recipe's, or a hub id) and check that it fits the backbone."""
+        beside_recipe = self.base / place
+        found = beside_recipe if beside_recipe.is_dir() else place
+        adapter = read_adapter(found, offline=self.recipe.backbone.offline)
+        check_fits(
+            adapter,
+            self.backbone.model,
+            backbone_name=self.backbone.name,
+            fingerprint=self.backbone.fingerprint,
+        )
+        return adapter
+
+    def train_adapter(
+        self,
+        part: str,
+        train: Sequence[Example],
+        dev: Sequence[Example],
+        training: TrainingSettings,
+        folder: Path,
+    ) -> tuple[AdapterWeights, FineTuneResult]:
+        """Train a fresh LoRA adapter; `part` names it and chooses its seed."""
+        seed = self.recipe.seed_of(part)
+        with fresh_adapter(self.backbone.model, self.recipe.lora, seed) as model:
+            result = self._finetune(model, train, dev, training, part, folder)
+            return adapter_weights(model), result
+
+    def merge(
+        self, adapters: Sequence[AdapterWeights], names: Sequence[str], settings: MergeSettings
+    ) -> AdapterWeights:
+        """Merge adapters by the rule of the settings."""
+        return merge(adapters, settings, names)
+
+    def learn_ratio(self, merged: AdapterWeights, folder: Path) -> tuple[RatioEstimate, AdapterWeights, float]:
+        """Run the controller on a merged adapter.
+
+        Returns:
+            The learned ratio, the adapter after the run, and the ratio committed last.
+        """
+        stage = self.recipe.controller
+        policy = replace(stage.policy, seed=self.recipe.seed_of("policy"))
+        controller = GraspController(
+            ProbeSet(self.splits.micro_dev, self.pad_id),
+            ControllerSettings(policy, stage.probe_every),
+            self.recipe.mask,
+            segments_of(merged),
+            folder,
+            self.progress.round,
+        )
+        rounds = expected_rounds(self.recipe, len(self.splits.train))
+        if rounds < 1:
+            raise RecipeError(
+                f"the controller run has {stage.training.steps(len(self.splits.train))} optimizer steps and probes every "
+                f"{stage.probe_every}, so there is no round; raise controller.training.epochs or lower controller.probe_every"
+            )
+        with attached(self.backbone.model, merged, dropout=self.recipe.lora.dropout) as model:
+            self._finetune(model, self.splits.train, (), stage.training, "controller", folder, controller=controller)
+            estimate = controller.policy.best_ratio()
+            return estimate, adapter_weights(model, segments_of(merged)), controller.policy.current_ratio
+
+    def finetune_pruned(
+        self, merged: AdapterWeights, prune_ratio: float, folder: Path
+    ) -> tuple[AdapterWeights, FineTuneResult, list[dict[str, Any]]]:
+        """Prune a merged adapter at a fixed ratio and fine-tune it: the final run, or one run of a grid.
+
+        Returns:
+            The adapter at its best dev loss, how training went, and its kept weights per module, factor and origin.
+        """
+        stage = self.recipe.final
+        mask: MaskSettings = stage.mask or self.recipe.mask
+        segments = segments_of(merged)
+        calibration = ProbeSet(self.splits.train[:CALIBRATION_EXAMPLES], self.pad_id)
+        pruning = PrunedTraining(prune_ratio, calibration, mask, stage.mode, segments)
+        with attached(self.backbone.model, merged, dropout=self.recipe.lora.dropout) as model:
+            result = self._finetune(
+                model, self.splits.train, self.splits.dev, stage.training, "final", folder, callbacks=[pruning]
+            )
+            weights = adapter_weights(model, segments)
+        return weights, result, survival(weights)
+
+    def evaluate(self, weights: AdapterWeights | None) -> Evaluation:
+        """Measure an adapter (None: the backbone alone) on the dev and test splits."""
+        if weights is None:
+            return self._evaluate(self.backbone.model)
+        with attached(self.backbone.model, weights) as model:
+            return self._evaluate(model)
+
+    def save(self, folder: Path, weights: AdapterWeights) -> None:
+        """Write an adapter as an ordinary PEFT folder."""
+        save_adapter(
+            folder,
+            weights,
+            self.backbone.model,
+            backbone_name=self.backbone.model.name_or_path if _is_hub_id(self.backbone) else self.backbone.name,
+            fingerprint=self.backbone.fingerprint,
+            dropout=self.recipe.lora.dropout,
+        )
+
+    def _evaluate(self, model: Any) -> Evaluation:
+        splits = self.splits
+        dev_losses = ProbeSet(splits.dev, self.pad_id).losses(model) if splits.dev else []
+        dev_loss = math.fsum(dev_losses) / len(dev_losses) if dev_losses else None
+        if not splits.test:
+            return Evaluation(dev_loss, None)
+        test_losses = ProbeSet(splits.test, self.pad_id).losses(model)
+        prompts = [example.prompt_ids for example in splits.test]
+        predictions = generate(model, self.backbone.tokenizer, prompts, self.recipe.generation, self.progress.answered)
+        names = self.recipe.metrics or metrics_for(self.recipe.data.task)
+        references = [example.references for example in splits.test]
+        return Evaluation(
+            dev_loss,
+            math.fsum(test_losses) / len(test_losses),
+            score(names, predictions, references, self.language),
+            tuple(predictions),
+            tuple(test_losses),
+        )
+
+    def _finetune(
+        self,
+        model: Any,
+        train: Sequence[Example],
+        dev: Sequence[Example],
+        training: TrainingSettings,
+        part: str,
+        folder: Path,
+        callbacks: Sequence[Any] = (),
+        controller: GraspController | None = None,
+    ) -> FineTuneResult:
+        return finetune(
+            model,
+            train,
+            dev,
+            training,
+            pad_id=self.pad_id,
+            seed=self.recipe.seed_of(f"{part} order"),
+            folder=folder,
+            callbacks=callbacks,
+            controller=controller,
+            report_to=self.recipe.report_to,
+            on_step=self.progress.step,
+        )
+
+
+def expected_rounds(recipe: Recipe, train_examples: int) -> int:
+    """Rounds of the controller run over so many training examples."""
+    stage = recipe.controller
+    return stage.training.steps(train_examples) // stage.probe_every
+
+
+def write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as JSON lines, whole or not at all."""
+    _replace(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    _replace(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def ratio_record(estimate: RatioEstimate, last_committed: float | None) -> dict[str, Any]:
+    """The learned ratio as `ratio.json` holds it."""
+    record = asdict(estimate)
+    curve = record.pop("curve")
+    columns: list[list[float]] = [list(column) for column in zip(*curve, strict=True)] if curve else [[], [], [], []]
+    return {
+        "prune_ratio": record.pop("ratio"),
+        **record,
+        "curve": dict(zip(("ratios", "mean", "low", "high"), columns, strict=True)),
+        "last_committed_ratio": last_committed,
+    }
+
+
+def _replace(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draft = file.with_name(file.name + ".part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(file)
+
+
+def _is_hub_id(backbone: Backbone) -> bool:
+    """Whether the model knows a name that others can load, rather than a folder of this machine."""
+    place = str(backbone.model.name_or_path)
+    return bool(place) and not Path(place).exists()

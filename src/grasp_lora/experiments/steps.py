@@ -1,0 +1,139 @@
+"""The single steps of the command line on folders: merge, learn, finetune, evaluate, predict."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.errors import AdapterError, DataError, RecipeError
+from grasp_lora.evaluation.generation import GenerationSettings, generate
+from grasp_lora.experiments.session import Session, ratio_record, write_json, write_jsonl
+from grasp_lora.method.estimation import RatioEstimate
+from grasp_lora.method.merging import MergeSettings
+from grasp_lora.method.merging import merge as merge_weights
+from grasp_lora.training.adapters import LoadedAdapter, attached, check_fits, read_adapter, save_adapter
+from grasp_lora.training.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME, Backbone, BackboneSettings, load_backbone
+from grasp_lora.training.finetune import FineTuneResult
+
+
+def merge_folders(
+    places: Sequence[str],
+    output: Path,
+    backbone: str | None,
+    rule: str,
+    weights: Sequence[float] | None,
+    rank: int | None,
+    density: float,
+) -> str:
+    """Merge adapters from folders or hub ids into a new folder; return one line on the result.
+
+    Raises:
+        GraspError: an adapter, the rule's settings or the output folder does not fit.
+    """
+    try:
+        settings = MergeSettings(rule, tuple(weights) if weights else None, rank, density)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    _refuse_existing(output)
+    adapters = [read_adapter(place) for place in places]
+    loaded = _backbone_of(adapters[0], backbone, "cpu")
+    for adapter in adapters:
+        check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
+    merged = merge_weights([adapter.weights for adapter in adapters], settings)
+    save_adapter(
+        output,
+        merged,
+        loaded.model,
+        backbone_name=adapters[0].base_model or loaded.name,
+        fingerprint=loaded.fingerprint,
+        dropout=0.0,
+    )
+    ranks = sorted({pair.rank for pair in merged.values()})
+    return f"merged {len(adapters)} adapters by {rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"
+
+
+def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
+    """Run the controller on an adapter; write its records, ratio.json and the trained adapter."""
+    _refuse_existing(output)
+    session.prepare()
+    adapter = session.read(place)
+    estimate, weights, last = session.learn_ratio(adapter.weights, output)
+    write_json(output / "ratio.json", ratio_record(estimate, last))
+    session.save(output / "adapter", weights)
+    return estimate
+
+
+def finetune_folder(session: Session, place: str, prune_ratio: float, output: Path) -> FineTuneResult:
+    """Prune an adapter at a ratio and fine-tune it; write the adapter, its history and its sparsity."""
+    if not 0.0 <= prune_ratio <= 1.0:
+        raise RecipeError(f"the prune ratio is {prune_ratio}; it must be a fraction in [0, 1]")
+    _refuse_existing(output)
+    session.prepare()
+    adapter = session.read(place)
+    weights, result, rows = session.finetune_pruned(adapter.weights, prune_ratio, output)
+    write_json(output / "sparsity.json", rows)
+    session.save(output, weights)
+    return result
+
+
+def evaluate_folders(session: Session, places: Sequence[str], output: Path | None) -> dict[str, Any]:
+    """Measure adapters on dev and test; return a table as `metrics.json` holds it, and write it with the predictions."""
+    session.prepare()
+    adapters = {place: session.read(place) for place in places}
+    systems, signatures = {}, {}
+    for place, adapter in adapters.items():
+        evaluation = session.evaluate(adapter.weights)
+        name = adapter.name if adapter.name not in systems else place
+        systems[name] = {
+            "dev_loss": evaluation.dev_loss,
+            "test_loss": evaluation.test_loss,
+            "metrics": {metric: entry.value for metric, entry in evaluation.scores.items()},
+        }
+        signatures = {metric: entry.signature for metric, entry in evaluation.scores.items()}
+        if output is not None:
+            rows = [
+                {"id": example.id, "prediction": prediction, "references": list(example.references)}
+                for example, prediction in zip(session.splits.test, evaluation.predictions, strict=True)
+            ]
+            write_jsonl(output / f"{name.replace('/', '--')}.jsonl", rows)
+    table = {"systems": systems, "signatures": signatures, "test_examples": len(session.splits.test)}
+    if output is not None:
+        write_json(output / "metrics.json", table)
+    return table
+
+
+def predict_texts(
+    place: str, prompts: Sequence[str], backbone: str | None, max_new_tokens: int, device: str
+) -> list[str]:
+    """Answer prompts with an adapter on its backbone, greedily.
+
+    Raises:
+        GraspError: there are no prompts, or the adapter does not fit the backbone.
+    """
+    if not prompts:
+        raise DataError("there are no prompts; give them as arguments or one a line on standard input")
+    adapter = read_adapter(place)
+    loaded = _backbone_of(adapter, backbone, device)
+    check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
+    try:
+        settings = GenerationSettings(max_new_tokens=max_new_tokens)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    ids = [loaded.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    with attached(loaded.model, adapter.weights) as model:
+        return generate(model, loaded.tokenizer, ids, settings)
+
+
+def _backbone_of(adapter: LoadedAdapter, named: str | None, device: str) -> Backbone:
+    name = named or adapter.base_model
+    if not name:
+        raise AdapterError(f"adapter {adapter.name} does not name its base model; give --backbone")
+    try:
+        settings = BackboneSettings(EMBEDDED_NAME if name == EMBEDDED_HUB_ID else name, device=device)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    return load_backbone(settings)
+
+
+def _refuse_existing(output: Path) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RecipeError(f"{output} exists and is not an empty folder; choose another with --output")

@@ -1,0 +1,678 @@
+"""Splits are exact, disjoint by whole groups and reproducible; examples are tokenised as the model is fed."""
+
+import copy
+import dataclasses
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pydantic
+import pytest
+from hypothesis import given, reject
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+
+from grasp_lora.errors import DataError
+from grasp_lora.training.data import (
+    HELD_OUT,
+    SPLITS,
+    CorpusSettings,
+    DataSettings,
+    Example,
+    Splits,
+    assign,
+    build_splits,
+    check_disjoint,
+    describe,
+    join_groups,
+)
+from grasp_lora.training.prompts import Encoder, Tally, Template, resolve_template
+from grasp_lora.training.readers import Record
+
+EOS = 2
+
+
+def squad(language: str, articles: int, questions: int = 2, titled: bool = True) -> dict:
+    """Build parallel SQuAD data: ids are shared between languages, texts and titles are not."""
+    data = []
+    for a in range(articles):
+        context = f"{language} article {a} says yes"
+        qas = [
+            {"id": f"q{a}-{q}", "question": f"{language} {q}?", "answers": [{"text": "yes", "answer_start": 0}]}
+            for q in range(questions)
+        ]
+        title = f"{language} title {a}" if titled else ""
+        data.append({"title": title, "paragraphs": [{"context": context, "qas": qas}]})
+    return {"data": data}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str, object], str]:
+    """Give `write(name, content)`: rows as JSON lines, an object as JSON; returns the name."""
+
+    def to_file(name: str, content: object) -> str:
+        lines = map(json.dumps, content) if isinstance(content, list) else [json.dumps(content)]
+        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
+        return name
+
+    return to_file
+
+
+def prompt_rows(names: str | range, completion: str = "ok") -> list[dict[str, str]]:
+    return [{"prompt": f"prompt {name}", "completion": completion} for name in names]
+
+
+def example(identity: str, group: str = "", prompt: str = "") -> Example:
+    return Example(identity, prompt or identity, "c", ("c",), "ar", group or identity, (1,), (2,))
+
+
+def splits_of(**named: list[Example]) -> Splits:
+    return Splits(**{name: tuple(named.get(name, ())) for name in SPLITS}, report={})
+
+
+def ids(examples: tuple[Example, ...]) -> list[str]:
+    return [e.id for e in examples]
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"micro_dev": 0}, "micro_dev must be >= 1, or left out; it is 0"),
+            ({"train": 0}, "train must be >= 1"),
+            ({"dev": -1}, "dev must be >= 0"),
+            ({"language": " "}, "language is empty"),
+            ({"format": "xml"}, "format is 'xml'; allowed: auto, squad, xlsum, records, hub"),
+            ({"files": ()}, "data of ar is given by nothing; give exactly one of files"),
+            ({"hub": "a/b"}, "is given by files and hub; give exactly one"),
+            ({"train_files": ("b",)}, "is given by files and train_files"),
+            ({"test_files": ("b",)}, "files of single splits need train_files, and exclude files"),
+            ({"format": "hub"}, "need hub: the name of the data set"),
+            ({"hub_split": "train"}, "need hub: the name of the data set"),
+            ({"files": (), "hub": "a/b", "format": "squad"}, "format squad reads files"),
+            ({"columns": {"body": "text"}}, "columns names body; allowed: answer, completion, context"),
+            ({"columns": {"id": "key"}, "format": "xlsum"}, "columns apply to generic records, not to format xlsum"),
+            ({"files": (), "train_files": ("b",), "dev": 5}, "dev is 5 but there are no dev_files"),
+        ],
+    )
+    def test_corpus(self, changes: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            CorpusSettings(**{"language": "ar", "files": ("a.json",), **changes})
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"task": "qna"}, "there is no task 'qna'; allowed: qa, summarization, completion"),
+            ({"max_tokens": 4}, "max_tokens is 4; it must be >= 8"),
+            ({"max_document_tokens": 0}, "max_document_tokens is 0; it must be >= 1"),
+            ({"task": "completion", "max_document_tokens": 9}, "the task completion has no document to cut"),
+            ({"prompt": "{context} {title}"}, r"names \{title\}; allowed fields: \{context\}, \{question\}"),
+            ({"prompt": "{answer}"}, r"names \{answer\}; allowed fields"),
+            ({"prompt": "{question!r}"}, r"names \{question!r\}"),
+            ({"prompt": "{question.__class__}"}, r"names \{question.__class__\}"),
+            ({"prompt": "{}"}, r"names \{\}"),
+            ({"prompt": "plain"}, "names no field"),
+            ({"prompt": "{question"}, r"prompt template '\{question'.*write \{\{ or \}\} for a literal brace"),
+            ({"completion": "yes"}, r"completion template 'yes' names no field; allowed fields: \{answer\}"),
+            ({"source": CorpusSettings("en", files=("a",), test=5)}, "the source has only train and dev splits"),
+            ({"source": CorpusSettings("en", files=("a",), micro_dev=5)}, "the source has only train and dev"),
+        ],
+    )
+    def test_data(self, changes: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            DataSettings(**{"task": "qa", "target": CorpusSettings("ar", files=("a.json",)), **changes})
+
+    def test_nest_in_pydantic(self) -> None:
+        adapter = pydantic.TypeAdapter(DataSettings)
+        recipe = {"task": "qa", "target": {"language": "ar", "files": ["a.json"], "columns": {"id": "key"}}}
+        assert adapter.validate_python(recipe).target.files == ("a.json",)
+        with pytest.raises(pydantic.ValidationError, match=r"target\.colums"):
+            adapter.validate_python({"task": "qa", "target": {"language": "ar", "files": ["a"], "colums": {}}})
+        with pytest.raises(pydantic.ValidationError, match="micro_dev must be >= 1"):
+            adapter.validate_python({"task": "qa", "target": {"language": "ar", "files": ["a"], "micro_dev": 0}})
+
+    def test_importing_loads_no_heavy_library(self) -> None:
+        code = (
+            "import sys, grasp_lora.training.data as d;"
+            "print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'jinja2'} & set(sys.modules))"
+        )
+        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+class TestTemplates:
+    def test_languages(self, caplog: pytest.LogCaptureFixture) -> None:
+        assert resolve_template("qa", "zh_Hans") == resolve_template("qa", "zh")
+        assert resolve_template("qa", "zh").completion == "{answer}"
+        assert resolve_template("completion", "sw") == Template("{prompt}", "{completion}")
+        assert not caplog.records
+        assert resolve_template("qa", "sw") == resolve_template("qa", "en")
+        assert "no built-in qa templates for language 'sw': using the English ones" in caplog.text
+
+    def test_overrides(self) -> None:
+        template = resolve_template("qa", "ar", prompt="{{{question}}}", completion="<{answer}>")
+        assert template.prompt.format(question="q") == "{q}"
+        assert template.completion.format(answer="{a}") == "<{a}>"
+        assert resolve_template("qa", "en", chat=True).completion == "{answer}"
+
+
+class TestEncoding:
+    def encoder(self, tokenizer: PreTrainedTokenizerFast, **changes: object) -> Encoder:
+        defaults = {"task": "qa", "language": "en", "template": resolve_template("qa", "en"), "max_tokens": 500}
+        return Encoder(tokenizer, **{**defaults, **changes})
+
+    def record(self, context: str = "the sky", answer: str = "sky", **changes: object) -> Record:
+        fields = {"context": context, "question": "what?"}
+        return dataclasses.replace(Record("r", fields, answer, (answer,), frozenset()), **changes)
+
+    def test_prompt_completion_and_eos(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        tally = Tally()
+        (e,) = self.encoder(tiny_tokenizer).encode([self.record()], ["g"], tally)
+        assert (e.prompt, e.completion) == ("Context: the sky\nQuestion: what?\nAnswer:", " sky")
+        assert e.prompt_ids[0] == 1
+        assert tiny_tokenizer.decode(e.prompt_ids[1:]) == e.prompt
+        assert e.completion_ids[-1] == EOS
+        assert tiny_tokenizer.decode(e.completion_ids[:-1]) == " sky"
+        assert (e.group, e.references) == ("g", ("sky",))
+
+    def test_an_end_token_after_the_prompt_is_removed(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", EOS)]
+        )
+        assert tokenizer("a").input_ids[-1] == EOS
+        first, second = (
+            self.encoder(t).encode([self.record()], ["g"], Tally())[0] for t in (tokenizer, tiny_tokenizer)
+        )
+        assert first == second
+
+    def test_too_long_is_dropped_and_counted(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        (fits,) = self.encoder(tiny_tokenizer).encode([self.record()], ["g"], Tally())
+        length = len(fits.prompt_ids) + len(fits.completion_ids)
+        for limit, dropped in ((length, 0), (length - 1, 1)):
+            tally = Tally()
+            (e,) = self.encoder(tiny_tokenizer, max_tokens=limit).encode([self.record()], ["g"], tally)
+            assert (e is None, tally.too_long, tally.shortest_tokens) == (bool(dropped), dropped, length)
+
+    def test_documents_are_cut_at_tokens_and_answers_are_not(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        tally = Tally()
+        records = [
+            self.record("abcdefgh", "abc"),
+            self.record("abcd", "abc"),
+            self.record("你好吗朋友", "好"),  # 3 bytes, thus 3 tokens, a character: 5 tokens hold one character
+            self.record("abcdefgh", "fgh"),
+            self.record("abcd", "a much longer answer"),
+        ]
+        encoder = self.encoder(tiny_tokenizer, max_document_tokens=5, template=Template("{context}", "{answer}"))
+        examples = encoder.encode(records, ["g"] * 5, tally)
+        assert [e and e.prompt for e in examples] == ["abcde", "abcd", None, None, "abcd"]
+        assert examples[4].completion == "a much longer answer"
+        assert (tally.documents_cut, tally.answers_cut_away, tally.too_long) == (3, 2, 0)
+        (e,) = encoder.encode([self.record("你好吗", "你")], ["g"], tally)
+        assert e.prompt == "你"
+
+    def test_documents_are_cut_without_offsets(self) -> None:
+        class Slow:
+            is_fast = False
+            eos_token_id = EOS
+
+            def __call__(self, texts: list[str], **options: object) -> dict[str, list[list[int]]]:
+                return {"input_ids": [list(text.encode()) for text in texts]}
+
+            def decode(self, ids: list[int], **options: object) -> str:
+                return bytes(ids).decode(errors="replace")
+
+        encoder = self.encoder(Slow(), max_document_tokens=4, template=Template("{context}", "{answer}"))
+        first, second = encoder.encode([self.record("你好", "你"), self.record("abc defg", "abc")], ["g"] * 2, Tally())
+        assert (first.prompt, second.prompt) == ("你", "abc")
+
+    def test_chat_template(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = (
+            "<bos>{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+            "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+        )
+        template = resolve_template("qa", "en", chat=True)
+        encoder = self.encoder(tokenizer, chat=True, template=template)
+        (e,) = encoder.encode([self.record()], ["g"], Tally())
+        assert e.prompt == "<bos>[user]Context: the sky\nQuestion: what?\nAnswer:[assistant]"
+        assert list(e.prompt_ids).count(1) == 1
+        assert tokenizer.decode(e.prompt_ids[1:]) == e.prompt.removeprefix("<bos>")
+        assert e.completion == "sky"
+        turns = (
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        )
+        encoder = self.encoder(tokenizer, chat=True, task="completion", template=resolve_template("completion", "en"))
+        (e,) = encoder.encode([self.record(messages=turns, fields={})], ["g"], Tally())
+        assert e.prompt == "<bos>[user]a[assistant]b[user]c[assistant]"
+        with pytest.raises(DataError, match="chat template refuses the en data: no tools"):
+            encoder.encode([self.record(messages=({"role": "tool", "content": "x"},), fields={})], ["g"], Tally())
+
+    def test_conversations_without_chat_template(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}
+        encoder = self.encoder(tiny_tokenizer, task="completion", template=resolve_template("completion", "en"))
+        (e,) = encoder.encode([self.record(messages=(system, user), fields={})], ["g"], Tally())
+        assert e.prompt == "s\nu"
+        with pytest.raises(DataError, match=r"record r is a conversation of 2 messages .* set chat_template: true"):
+            encoder.encode([self.record(messages=(user, user), fields={})], ["g"], Tally())
+        encoder = dataclasses.replace(encoder, template=Template("Q: {prompt}", "{completion}"))
+        with pytest.raises(DataError, match="record r is a conversation, to which no prompt template applies"):
+            encoder.encode([self.record(messages=(user,), fields={})], ["g"], Tally())
+
+
+class TestGroups:
+    def test_chains_are_joined(self) -> None:
+        keys = [{"id:1", "text:a"}, {"text:a", "article:x"}, {"article:x", "text:b"}, {"id:2", "text:c"}]
+        groups = join_groups(map(frozenset, keys))
+        assert [groups[min(k)] for k in keys] == ["a", "a", "a", "c"]
+
+    @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 8)), max_size=40), st.randoms())
+    def test_equals_a_closure_and_ignores_the_order(
+        self, links: list[tuple[int, int, int]], generator: random.Random
+    ) -> None:
+        keys = [frozenset({f"id:{i}", f"text:{t}", f"article:{a}"}) for i, t, a in links]
+        groups = join_groups(keys)
+        for start in keys:
+            reached = set(start)
+            while more := {key for other in keys if other & reached for key in other} - reached:
+                reached |= more
+            assert {groups[key] for key in reached} == {min(k[5:] for k in reached if k.startswith("text:"))}
+        generator.shuffle(keys)
+        assert join_groups(keys) == groups
+
+
+class TestAssign:
+    @staticmethod
+    def groups(sizes: list[int]) -> list[list[Example]]:
+        return [[example(f"{g}-{i}", str(g)) for i in range(size)] for g, size in enumerate(sizes)]
+
+    def test_a_group_is_cut_only_where_none_fits(self) -> None:
+        result = assign(self.groups([3, 2, 4, 1]), {"test": 5, "dev": 2, "train": None})
+        assert [e.id for e in result["test"]] == ["0-0", "0-1", "0-2", "1-0", "1-1"]
+        assert [e.id for e in result["dev"]] == ["3-0", "2-0"]
+        assert result["train"] == []
+
+    def test_spread_takes_little_of_each_group(self) -> None:
+        result = assign(self.groups([20] * 20), {"test": 20, "micro_dev": 16, "train": 9}, ("micro_dev", "train"))
+        groups = {name: Counter(e.group for e in examples) for name, examples in result.items()}
+        assert groups["test"] == {"0": 20}
+        assert set(groups["micro_dev"].values()) == {2}
+        assert max(groups["train"].values()) == 2
+        assert sum(groups["train"].values()) == 9
+
+    @given(
+        st.lists(st.integers(1, 9), max_size=30),
+        st.lists(st.one_of(st.none(), st.integers(0, 20)), min_size=4, max_size=4),
+        st.lists(st.sampled_from(["test", "micro_dev", "train"])),
+    )
+    def test_exact_and_disjoint(self, sizes: list[int], asked: list[int | None], spread: list[str]) -> None:
+        groups = self.groups(sizes)
+        counts = dict(zip(("test", "dev", "micro_dev", "train"), asked, strict=True))
+        result = assign(groups, counts, spread)
+        taken = [{e.group for e in examples} for examples in result.values()]
+        assert sum(map(len, taken)) == len(set().union(*taken))
+        for name, count in counts.items():
+            chosen = result[name]
+            assert len({e.id for e in chosen}) == len(chosen)
+            assert count is None or len(chosen) <= count
+            if count is not None and len(chosen) < count:  # short only when nothing is left
+                assert len(set().union(*taken)) == len(groups)
+
+
+class TestCheckDisjoint:
+    def test_clean_splits_pass(self) -> None:
+        named = {name: [example(f"{name}{i}") for i in range(3)] for name in SPLITS}
+        named["source_train"].append(example("translation", group="train0"))
+        check_disjoint(splits_of(**named))
+
+    @pytest.mark.parametrize("kind", ["id", "prompt", "group"])
+    @pytest.mark.parametrize(
+        "pair",
+        [
+            ("train", "test"),
+            ("train", "dev"),
+            ("micro_dev", "dev"),
+            ("micro_dev", "test"),
+            ("source_train", "test"),
+            ("source_train", "micro_dev"),
+            ("source_dev", "dev"),
+            ("source_train", "source_dev"),
+        ],
+    )
+    def test_planted_leaks(self, pair: tuple[str, str], kind: str) -> None:
+        named = {name: [example(f"{name}{i}") for i in range(3)] for name in SPLITS}
+        victim = named[pair[1]][0]
+        planted = example("new") if kind != "id" else example(victim.id, group="new", prompt="new")
+        if kind == "prompt":
+            planted = example("new", prompt=f"  {victim.prompt}\n")
+        elif kind == "group":
+            planted = example("new", group=victim.group)
+        named[pair[0]].append(planted)
+        shared = {"id": 0, "prompt": 0, "group": 0, kind: 1}
+        message = f"share {shared['id']} ids, {shared['prompt']} prompts and {shared['group']} groups"
+        with pytest.raises(DataError, match=message) as caught:
+            check_disjoint(splits_of(**named))
+        assert any(f"{a} and {b} share" in str(caught.value) for a, b in (pair, pair[::-1]))
+
+    def test_an_id_twice_in_one_split(self) -> None:
+        with pytest.raises(DataError, match="dev holds 1 ids twice"):
+            check_disjoint(splits_of(dev=[example("a"), example("a", group="b", prompt="c")]))
+
+
+class TestBuildSplits:
+    COUNTS = ("test", "dev", "micro_dev", "train")
+
+    def qa(self, write: Callable[[str, object], str], **changes: object) -> DataSettings:
+        write("en.json", squad("en", 60))
+        write("ar.json", squad("ar", 50))
+        defaults = {
+            "task": "qa",
+            "source": CorpusSettings("en", files=("en.json",)),
+            "target": CorpusSettings("ar", files=("ar.json",), test=20, dev=9, micro_dev=8, train=10),
+        }
+        return DataSettings(**{**defaults, **changes})
+
+    def test_pools(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        splits = build_splits(self.qa(write), tiny_tokenizer, seed=1, base=tmp_path)
+        assert [len(getattr(splits, name)) for name in self.COUNTS] == [20, 9, 8, 10]
+        held_out = {e.id.split("-")[0] for name in HELD_OUT for e in getattr(splits, name)}
+        assert not held_out & {e.id.split("-")[0] for e in splits.source_train + splits.source_dev}
+        assert not held_out & {e.id.split("-")[0] for e in splits.train}
+        source = splits.report["source"]
+        assert source["read"] == 120
+        assert source["excluded_for_leak"] == 2 * len(held_out)
+        assert len(splits.source_dev) == 12
+        assert len(splits.source_train) == 120 - 12 - 2 * len(held_out)
+        assert source["unused"] == 0
+        assert splits.report["target"]["unused"] == 100 - 47
+        assert {e.language for e in splits.source_dev} == {"en"}
+        assert splits.train[0].prompt.startswith("السياق: ar article")
+        assert json.loads(json.dumps(splits.report)) == splits.report
+        assert splits.report["splits"]["test"]["examples"] == 20
+        text = describe(splits)
+        assert "source (en): 120 read" in text
+        assert "test: 20 examples in" in text
+
+    def test_same_seed_same_splits(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        settings = self.qa(write)
+        state = random.getstate()
+        first, again, other = (build_splits(settings, tiny_tokenizer, seed, tmp_path) for seed in (1, 1, 2))
+        assert random.getstate() == state
+        assert first == again
+        assert first.test != other.test
+        fixed = dataclasses.replace(settings, split_seed=1)
+        assert build_splits(fixed, tiny_tokenizer, 2, tmp_path).test == first.test
+
+    def test_the_order_of_the_files_does_not_matter(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        content = squad("ar", 50)
+        halves = [write(f"{i}.json", {"data": content["data"][i * 25 :][:25]}) for i in (0, 1)]
+        found = []
+        for files in (halves, halves[::-1]):
+            target = CorpusSettings("ar", files=tuple(files), test=20, dev=0, micro_dev=8, train=10)
+            found.append(build_splits(DataSettings("qa", target), tiny_tokenizer, 3, tmp_path))
+        assert found[0] == found[1]
+
+    def test_dev_free_and_without_source(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        target = CorpusSettings("sw", files=(write("x.jsonl", prompt_rows(range(200))),), dev=0)
+        splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
+        sizes = [len(getattr(splits, name)) for name in ("source_train", "source_dev", *self.COUNTS)]
+        assert sizes == [0, 0, 100, 0, 16, 84]
+
+    def test_a_pool_from_the_hub(
+        self, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        def load(name: str, config: str, split: str) -> list[dict[str, str]]:
+            assert (name, config, split) == ("org/talk", "ar", "train")
+            return prompt_rows(range(30))
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        target = CorpusSettings("ar", hub="org/talk", hub_config="ar", test=5, dev=0, micro_dev=4)
+        splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0)
+        assert len(splits.train) == 21
+        assert splits.train[0].id.startswith("hub:org/talk/ar/train:")
+
+    def test_too_few(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        rows = [*prompt_rows(range(30)), {"prompt": "x" * 600, "completion": "y"}]
+        target = CorpusSettings("en", files=(write("x.jsonl", rows),), test=20, dev=5, micro_dev=4, train=2)
+        with pytest.raises(DataError, match=r"asked for test 20, dev 5, micro_dev 4, train 2 \(together 31") as caught:
+            build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
+        for part in ("30 examples in 30 groups", "31 read, 1 are longer than max_tokens 512", "train got 1", "Lower"):
+            assert part in str(caught.value)
+
+    def test_all_too_long(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        target = CorpusSettings("en", files=(write("x.jsonl", prompt_rows(["a" * 90, "b" * 50])),))
+        # bos + "prompt " + 50 + "ok" + eos
+        with pytest.raises(DataError, match="all 2 examples are longer than max_tokens 20; the shortest has 61 tokens"):
+            build_splits(DataSettings("completion", target, max_tokens=20), tiny_tokenizer, 0, tmp_path)
+
+    def test_a_source_of_translations_only(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        article = squad("en", 1, questions=60)
+        write("one.json", article)
+        rows = squad("ar", 60)
+        for i, a in enumerate(rows["data"]):
+            a["paragraphs"][0]["qas"] = [{**a["paragraphs"][0]["qas"][0], "id": f"q0-{i}"}]
+        write("many.json", rows)
+        target = CorpusSettings("ar", files=("many.json",), test=2, dev=0, micro_dev=1, train=1)
+        source = CorpusSettings("en", files=("one.json",))
+        with pytest.raises(DataError, match=r"target .*60 examples in 1 groups"):  # the English article joins them all
+            build_splits(DataSettings("qa", target, source), tiny_tokenizer, 0, tmp_path)
+
+    def test_a_large_pool_is_not_read_to_its_end(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        rows = [*prompt_rows(range(1000)), *prompt_rows(["x" * 600 + str(i) for i in range(1000)])]
+        counts = {"test": 20, "dev": 5, "micro_dev": 4, "train": 2}
+        target = CorpusSettings("en", files=(write("x.jsonl", rows),), **counts)
+        splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
+        assert 0 < splits.report["target"]["too_long"] < 300
+        target = CorpusSettings("en", files=("x.jsonl",), **{**counts, "train": 900})
+        splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
+        assert len(splits.train) == 900
+
+    def test_few_articles_in_micro_dev_are_warned_about(
+        self,
+        write: Callable[[str, object], str],
+        tiny_tokenizer: PreTrainedTokenizerFast,
+        tmp_path: Path,
+        caplog: pytest.LogCaptureFixture,
+    ) -> None:
+        write("ar.json", squad("ar", 20, questions=20))
+        for train, groups in ((None, 1), (30, 8)):
+            target = CorpusSettings("ar", files=("ar.json",), train=train)
+            caplog.clear()
+            with caplog.at_level(logging.WARNING):
+                splits = build_splits(DataSettings("qa", target), tiny_tokenizer, 0, tmp_path)
+            assert splits.report["splits"]["micro_dev"]["groups"] == groups
+            assert ("16 micro-dev examples come from 1 group(s) only" in caplog.text) == (groups == 1)
+
+    def test_tokenizers_that_do_not_fit(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        settings = DataSettings("qa", CorpusSettings("ar", files=("a.json",)), chat_template=True)
+        with pytest.raises(DataError, match="chat_template is true but the tokenizer has no chat template"):
+            build_splits(settings, tiny_tokenizer, 0)
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.eos_token = None
+        with pytest.raises(DataError, match="no EOS token"):
+            build_splits(settings, tokenizer, 0)
+
+    @hypothesis_settings(deadline=None, max_examples=25)
+    @given(
+        st.lists(st.tuples(st.integers(0, 200), st.integers(0, 300)), min_size=40, max_size=90),
+        st.lists(st.tuples(st.integers(0, 200), st.integers(0, 300)), min_size=20, max_size=60),
+        st.integers(0, 99),
+    )
+    def test_random_groups_never_leak(
+        self,
+        tmp_path_factory: pytest.TempPathFactory,
+        tiny_tokenizer: PreTrainedTokenizerFast,
+        target: list[tuple[int, int]],
+        source: list[tuple[int, int]],
+        seed: int,
+    ) -> None:
+        folder = tmp_path_factory.mktemp("random")
+        rows = {"ar": target, "en": source}
+        for language, links in rows.items():
+            lines = [
+                json.dumps({"id": f"{language}{i}", "group": g, "prompt": f"{p}", "completion": "c"})
+                for i, (g, p) in enumerate(links)
+            ]
+            (folder / f"{language}.jsonl").write_text("\n".join(lines))
+        settings = DataSettings(
+            "completion",
+            CorpusSettings("ar", files=("ar.jsonl",), test=6, dev=3, micro_dev=3),
+            CorpusSettings("en", files=("en.jsonl",), dev=0),
+        )
+        try:
+            splits = build_splits(settings, tiny_tokenizer, seed, folder)
+        except DataError as error:
+            if "available" not in str(error):
+                raise
+            reject()  # one component holds nearly all
+        links_of = {f"{language}{i}": link for language, links in rows.items() for i, link in enumerate(links)}
+        for kind in (0, 1):  # neither a group nor a prompt stands in two splits
+            values = {name: {links_of[e.id][kind] for e in getattr(splits, name)} for name in SPLITS}
+            for name in HELD_OUT:
+                assert not values[name] & values["source_train"]
+                assert not values[name] & values["train"]
+            assert not values["test"] & (values["dev"] | values["micro_dev"])
+            assert not values["dev"] & values["micro_dev"]
+
+
+class TestGivenSplits:
+    def build(self, tokenizer: PreTrainedTokenizerFast, base: Path, **target: object) -> Splits:
+        return build_splits(DataSettings("completion", CorpusSettings("en", **target)), tokenizer, 0, base)
+
+    def files(self, write: Callable[[str, object], str]) -> dict[str, tuple[str, ...]]:
+        names = {"train": range(9), "dev": range(10, 16), "micro_dev": range(20, 24), "test": range(30, 37)}
+        return {f"{name}_files": (write(f"{name}.jsonl", prompt_rows(span)),) for name, span in names.items()}
+
+    def test_all_of_each_file_or_up_to_the_cap(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        files = self.files(write)
+        splits = self.build(tiny_tokenizer, tmp_path, **files)
+        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [9, 6, 4, 7]
+        splits = self.build(tiny_tokenizer, tmp_path, **files, train=5, dev=50, test=0)
+        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [5, 6, 4, 0]
+
+    def test_micro_dev_comes_from_dev_or_train(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        files = self.files(write)
+        del files["micro_dev_files"]
+        splits = self.build(tiny_tokenizer, tmp_path, **files, micro_dev=2)
+        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [9, 4, 2, 7]
+        assert {e.id.split(":")[0] for e in splits.micro_dev} == {"dev.jsonl"}
+        del files["dev_files"]
+        splits = self.build(tiny_tokenizer, tmp_path, **files, micro_dev=2)
+        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [7, 0, 2, 7]
+
+    def test_a_split_may_not_come_out_empty(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        files = self.files(write)
+        del files["micro_dev_files"]
+        with pytest.raises(DataError, match=r"asked for micro_dev 16, dev the rest .*dev got 0"):
+            self.build(tiny_tokenizer, tmp_path, **files)
+
+    def test_overlaps_are_errors(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        files = self.files(write)
+        write("test.jsonl", prompt_rows(range(7, 12)))
+        with pytest.raises(DataError, match="splits overlap") as caught:
+            self.build(tiny_tokenizer, tmp_path, **files)
+        assert "train and test share 0 ids, 2 prompts and 2 groups" in str(caught.value)
+        assert "dev and test share 0 ids, 2 prompts and 2 groups" in str(caught.value)
+
+    def test_the_source_is_checked_where_both_are_given_and_filtered_where_not(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        target = CorpusSettings("en", **self.files(write))
+        write("source.jsonl", prompt_rows(range(34, 60)))
+        given = CorpusSettings("en", train_files=("source.jsonl",))
+        with pytest.raises(DataError, match="source_train and test share 0 ids, 3 prompts and 3 groups"):
+            build_splits(DataSettings("completion", target, given), tiny_tokenizer, 0, tmp_path)
+        pool = CorpusSettings("en", files=("source.jsonl",))
+        splits = build_splits(DataSettings("completion", target, pool), tiny_tokenizer, 0, tmp_path)
+        assert splits.report["source"]["excluded_for_leak"] == 3
+        assert len(splits.source_train) + len(splits.source_dev) == 23
+
+
+MLQA = Path(os.environ.get("GRASP_LORA_DATA", "nowhere")) / "mlqa"
+
+
+@pytest.fixture(scope="module")
+def mlqa_splits(tiny_tokenizer: PreTrainedTokenizerFast) -> Splits:
+    files = {language: f"mlqa/dev-context-{language}-question-{language}.json" for language in ("ar", "en")}
+    settings = DataSettings(
+        "qa",
+        CorpusSettings("ar", files=(files["ar"],), train=50, dev=50, micro_dev=16, test=100),
+        CorpusSettings("en", files=(files["en"],)),
+        max_tokens=2000,  # of bytes
+    )
+    return build_splits(settings, tiny_tokenizer, seed=42)
+
+
+@pytest.mark.skipif(not MLQA.is_dir(), reason="GRASP_LORA_DATA holds no mlqa folder")
+class TestMlqa:
+    def test_sizes(self, mlqa_splits: Splits) -> None:
+        sizes = [len(getattr(mlqa_splits, name)) for name in SPLITS]
+        assert sizes[2:] == [50, 50, 16, 100]
+        assert sizes[0] > 500
+        assert len({e.group for e in mlqa_splits.micro_dev}) >= 8
+
+    def test_no_id_context_or_title_leaks_between_languages(self, mlqa_splits: Splits) -> None:
+        titles: dict[str, dict[str, str]] = {}
+        contexts: dict[str, dict[str, str]] = {}
+        for language in ("ar", "en"):
+            content = json.loads((MLQA / f"dev-context-{language}-question-{language}.json").read_text())
+            titles[language], contexts[language] = {}, {}
+            for article in content["data"]:
+                for paragraph in article["paragraphs"]:
+                    for question in paragraph["qas"]:
+                        titles[language][question["id"]] = article["title"]
+                        contexts[language][question["id"]] = paragraph["context"]
+        target = {name: set(ids(getattr(mlqa_splits, name))) for name in ("train", *HELD_OUT)}
+        source = {name: set(ids(getattr(mlqa_splits, name))) for name in ("source_train", "source_dev")}
+        for name, held in target.items():
+            for other in target:
+                if other != name:
+                    assert not held & target[other]
+                    for table in (titles["ar"], contexts["ar"]):
+                        assert not {table[i] for i in held} & {table[i] for i in target[other]}
+            if name == "train":
+                continue
+            # The English articles that are parallel to a held-out Arabic question, through any of its article's ids.
+            held_titles = {titles["ar"][i] for i in held}
+            related = {i for i, title in titles["ar"].items() if title in held_titles}
+            english_titles = {titles["en"][i] for i in related if i in titles["en"]}
+            assert english_titles
+            for ids_of_source in source.values():
+                assert not related & ids_of_source
+                assert not english_titles & {titles["en"][i] for i in ids_of_source}
+                assert not held_titles & {titles["en"][i] for i in ids_of_source}
+        assert mlqa_splits.report["source"]["excluded_for_leak"] > 100

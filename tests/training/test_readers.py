@@ -1,0 +1,325 @@
+"""Files become records; every malformed one is refused with its name and line."""
+
+import json
+from pathlib import Path
+from typing import ClassVar
+
+import datasets
+import pytest
+
+from grasp_lora.errors import DataError
+from grasp_lora.training.readers import Pool, read_files, read_hub, resolve_file, text_key
+
+
+def squad(*articles: tuple[str, list[tuple[str, list[tuple[str, str, list[str]]]]]]) -> dict:
+    """Build SQuAD data from (title, [(context, [(id, question, answers)])])."""
+    return {
+        "data": [
+            {
+                "title": title,
+                "paragraphs": [
+                    {
+                        "context": context,
+                        "qas": [
+                            {
+                                "id": identity,
+                                "question": question,
+                                "answers": [{"text": a, "answer_start": max(context.find(a), 0)} for a in answers],
+                            }
+                            for identity, question, answers in questions
+                        ],
+                    }
+                    for context, questions in paragraphs
+                ],
+            }
+            for title, paragraphs in articles
+        ]
+    }
+
+
+def read(path: Path, content: object, task: str, format: str = "auto", **columns: str) -> Pool:
+    """Write content (text, bytes, rows for JSON lines, or an object for JSON) to a file and read it."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    elif isinstance(content, list) and path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8")
+    else:
+        path.write_text(json.dumps(content), encoding="utf-8")
+    return read_files([(path.name, path)], task, format, columns)
+
+
+class TestSquad:
+    def test_reads_fields_references_and_keys(self, tmp_path: Path) -> None:
+        content = squad(("قط", [("القطة سوداء جدا", [("q1", "ما لونها؟", ["سوداء", "سوداء جدا", "سوداء"])])]))
+        (record,) = read(tmp_path / "ar.json", content, "qa").records
+        assert record.id == "q1"
+        assert record.fields == {"context": "القطة سوداء جدا", "question": "ما لونها؟"}
+        assert record.answer == "سوداء"
+        assert record.references == ("سوداء", "سوداء جدا")
+        assert record.keys == {"id:q1", text_key("القطة سوداء جدا"), "article:ar.json#قط"}
+
+    def test_untitled_articles_are_told_apart_by_position(self, tmp_path: Path) -> None:
+        content = squad(("", [("a b", [("1", "?", ["a"])])]), ("", [("c d", [("2", "?", ["c"])])]))
+        first, second = read(tmp_path / "x.json", content, "qa").records
+        assert not first.keys & second.keys
+
+    def test_a_wrong_offset_is_accepted_but_not_a_foreign_answer(self, tmp_path: Path) -> None:
+        content = squad(("T", [("one two", [("q7", "?", ["two"])])]))
+        answer = content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]
+        answer["answer_start"] = 1
+        assert len(read(tmp_path / "x.json", content, "qa").records) == 1
+        answer["text"] = "three"
+        with pytest.raises(DataError, match=r"x\.json, article 1, question q7: the answer 'three' does not stand"):
+            read(tmp_path / "x.json", content, "qa")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({"data": [{"title": "T"}]}, r"x\.json, article 1: paragraphs must be a list, found NoneType"),
+            ({"data": [{"paragraphs": [{"qas": []}]}]}, r"article 1: context must be a text, found NoneType"),
+            ({"data": [{"paragraphs": [{"context": "c", "qas": [{}]}]}]}, r"article 1: a question has no id"),
+            ({"data": []}, r"x\.json holds no questions"),
+            (squad(("T", [("c", [("q", "?", [])])])), r"question q: no answer; .* remove them"),
+            (squad(("T", [("c", [("q", " ", ["c"])])])), r"question q: question is empty"),
+            (squad(("T", [("c", [("q", "?", [""])])])), r"question q: answer is empty"),
+            ({"rows": []}, r"x\.json is not SQuAD data"),
+        ],
+    )
+    def test_malformed(self, tmp_path: Path, content: dict, message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / "x.json", content, "qa", "squad")
+
+    def test_fits_only_the_task_qa(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="is SQuAD data, which fits the task qa, not summarization"):
+            read(tmp_path / "x.json", squad(("T", [("c", [("q", "?", ["c"])])])), "summarization")
+
+
+class TestXlsum:
+    ROW: ClassVar = {
+        "id": "z-1",
+        "url": "",
+        "title": "标题",
+        "summary": "摘要",
+        "text": "\x93引用\x94\x00文\t章\r\n第二",
+    }
+
+    def test_maps_and_removes_control_characters(self, tmp_path: Path) -> None:
+        pool = read(tmp_path / "zh.jsonl", [self.ROW], "summarization")
+        assert pool.records[0].fields == {"document": "“引用”文\t章\n第二"}
+        assert pool.records[0].references == ("摘要",)
+        assert (pool.characters_mapped, pool.characters_removed) == (2, 1)
+        assert {"id:z-1", "article:zh.jsonl#标题"} < pool.records[0].keys
+
+    def test_an_unusual_separator_does_not_end_the_line(self, tmp_path: Path) -> None:
+        row = {**self.ROW, "text": "a\u2028b\u0085c"}
+        assert read(tmp_path / "zh.jsonl", [row], "summarization").records[0].fields["document"] == "a\u2028bc"
+
+    def test_the_format_may_be_stated(self, tmp_path: Path) -> None:
+        assert read(tmp_path / "zh.txt", json.dumps(self.ROW), "summarization", "xlsum").records[0].id == "z-1"
+        with pytest.raises(DataError, match="XL-Sum data, which fits the task summarization, not completion"):
+            read(tmp_path / "zh.jsonl", [self.ROW], "completion", "xlsum")
+
+    def test_missing_key_and_empty_summary(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"zh\.jsonl, line 1: no column 'text'"):
+            read(tmp_path / "zh.jsonl", [{"id": "1", "title": "", "summary": "s"}], "summarization", "xlsum")
+        with pytest.raises(DataError, match=r"zh\.jsonl, line 2: summary is empty"):
+            read(tmp_path / "zh.jsonl", [self.ROW, {**self.ROW, "summary": " "}], "summarization")
+
+
+class TestRecords:
+    @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+    def test_every_file_type_reads_the_same(self, tmp_path: Path, suffix: str) -> None:
+        rows = [{"prompt": 'say "a",\nplease', "completion": "a"}, {"prompt": "قل", "completion": "ب"}]
+        path = tmp_path / f"x.{suffix}"
+        if suffix in ("csv", "tsv"):
+            separator = "," if suffix == "csv" else "\t"
+            lines = [["prompt", "completion"], ['"say ""a"",\nplease"', "a"], ["قل", "ب"]]
+            path.write_text("\n".join(separator.join(cells) for cells in lines), encoding="utf-8-sig")
+        elif suffix == "parquet":
+            datasets.Dataset.from_list(rows).to_parquet(path)
+        else:
+            path.write_text(json.dumps(rows) if suffix == "json" else "\n\n".join(map(json.dumps, rows)))
+        records = read_files([("x", path)], "completion").records
+        assert [(r.fields["prompt"], r.answer) for r in records] == [(r["prompt"], r["completion"]) for r in rows]
+        assert [r.id for r in records] == ["x:1", "x:2"]
+        assert not any(key.startswith("id:") for r in records for key in r.keys)
+
+    def test_json_lines_saved_as_json(self, tmp_path: Path) -> None:
+        text = '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n'
+        assert len(read(tmp_path / "x.json", text, "completion").records) == 2
+
+    def test_columns_ids_groups_and_references(self, tmp_path: Path) -> None:
+        row = {"key": 7, "text": "doc", "tldr": "s", "topic": "t", "gold": ["s", "short"]}
+        pool = read(
+            tmp_path / "x.jsonl",
+            [row],
+            "summarization",
+            id="key",
+            document="text",
+            summary="tldr",
+            group="topic",
+            references="gold",
+        )
+        (record,) = pool.records
+        assert (record.id, record.answer, record.references) == ("7", "s", ("s", "short"))
+        assert record.keys == {"id:7", "group:t", text_key("doc")}
+
+    @pytest.mark.parametrize(
+        "answers", ["blue", ["blue", "sky blue"], {"text": ["blue"], "answer_start": [0]}, [{"text": "blue"}]]
+    )
+    def test_answers_in_the_shapes_of_hub_data(self, tmp_path: Path, answers: object) -> None:
+        row = {"context": "c", "question": "?", "title": "T", "answers": answers}
+        (record,) = read(tmp_path / "x.jsonl", [row], "qa").records
+        assert record.answer == "blue"
+        assert "article:x.jsonl#T" in record.keys
+
+    def test_messages(self, tmp_path: Path) -> None:
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+        rows = [{"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}]
+        for record in read(tmp_path / "x.jsonl", rows, "completion").records:
+            assert record.messages == (turns[0],)
+            assert (record.answer, record.references, record.fields) == ("hello", ("hello",), {})
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ([{"messages": "hi"}], r"line 1: messages must be a list of objects with the texts"),
+            ([{"messages": [{"role": "user", "content": "hi"}]}], r"line 1: messages must end with an assistant"),
+            ([{"prompt": "a"}], r"line 1: no column 'completion'; found: prompt\. .*columns: {completion: NAME}"),
+            ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}], "line 2: completion is empty"),
+            ([{"prompt": "a", "completion": 3}], "line 1: completion must be a text, found int"),
+            ([{"prompt": "a\ud800", "completion": "b"}], "line 1: prompt holds half of a surrogate pair"),
+            ([{"prompt": "a", "completion": "b", "references": []}], "line 1: the list of references is empty"),
+            ([{"id": 1, "prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}], "line 2: id must be"),
+            (["text"], "line 1: expected an object with named fields, found str"),
+            (
+                [{"id": i // 2, "prompt": "a", "completion": "b"} for i in range(14)],
+                "7 ids stand more than once, first 0, 1, 2, 3, 4;",
+            ),
+        ],
+    )
+    def test_malformed(self, tmp_path: Path, rows: list, message: str) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / "x.jsonl", text, "completion")
+
+    def test_no_answer_and_unknown_column(self, tmp_path: Path) -> None:
+        row = {"context": "c", "question": "?", "answers": {"text": [], "answer_start": []}}
+        with pytest.raises(DataError, match="line 1: no answer; questions without an answer are not supported"):
+            read(tmp_path / "x.jsonl", [row], "qa")
+        with pytest.raises(DataError, match=r"no column 'topic' \(columns\.group\); found: context, question"):
+            read(tmp_path / "x.jsonl", [row], "qa", group="topic")
+
+
+class TestEncodings:
+    ROW = '{"prompt": "é", "completion": "b"}\n'
+
+    def test_byte_order_mark(self, tmp_path: Path) -> None:
+        records = read(tmp_path / "x.jsonl", self.ROW.encode("utf-8-sig"), "completion").records
+        assert records[0].fields["prompt"] == "é"
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("x.jsonl", (ROW + ROW).encode() + ROW.encode("latin-1"), r"x\.jsonl, line 3: not UTF-8"),
+            ("x.jsonl", ROW + ROW + '{"prompt"\n', r"x\.jsonl, line 3: not valid JSON"),
+            ("x.json", '{"data":\n [1,}', r"x\.json, line 2: not valid JSON"),
+            ("x.jsonl", b"\xef\xbb\xbf \n", r"x\.jsonl is empty"),
+            ("x.json", "[]", r"x\.json holds no records"),
+            ("x.csv", "prompt,completion\n", r"x\.csv holds no records"),
+            ("x.csv", "prompt,completion\na,b\nc\n", r"x\.csv, line 3: the number of cells differs from the 2"),
+            ("x.csv", "prompt,completion\na,b,c\n", r"x\.csv, line 2: the number of cells differs from the 2"),
+            ("x.csv", 'prompt,completion\n"a"b,c\n', r"x\.csv, line 2: not valid CSV"),
+            ("x.parquet", "PAR", r"x\.parquet: not a valid parquet file"),
+            ("x.txt", "hello", r"x\.txt: cannot tell the format from the suffix '\.txt'; allowed: \.json"),
+        ],
+    )
+    def test_malformed(self, tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / name, content, "completion")
+
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"data file 'x\.json' is missing"):
+            read_files([("x.json", tmp_path / "x.json")], "qa")
+
+
+class TestResolveFile:
+    def test_places_in_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        places = [tmp_path / name for name in ("root", "variable", "recipe")]
+        for place in places:
+            place.mkdir()
+            (place / "x.json").write_text("x")
+        monkeypatch.setenv("GRASP_LORA_DATA", str(places[1]))
+        for place in places:
+            assert resolve_file("x.json", root=str(places[0]), base=places[2]) == place / "x.json"
+            (place / "x.json").unlink()
+        with pytest.raises(DataError, match="missing; tried") as caught:
+            resolve_file("x.json", root=str(places[0]), base=places[2])
+        for part in (*map(str, places), "data.root", "GRASP_LORA_DATA", "folder of the recipe"):
+            assert part in str(caught.value)
+
+    def test_root_is_relative_to_the_recipe_and_absolute_paths_stand_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("GRASP_LORA_DATA", raising=False)
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "x.json").write_text("x")
+        assert resolve_file("x.json", root="data", base=tmp_path) == tmp_path / "data" / "x.json"
+        assert resolve_file(str(tmp_path / "data" / "x.json")) == tmp_path / "data" / "x.json"
+        with pytest.raises(DataError, match=r"nowhere\.json \(absolute path\)"):
+            resolve_file(str(tmp_path / "nowhere.json"))
+
+    def test_demo_texts(self) -> None:
+        records = read_files([("demo:zh.json", resolve_file("demo:zh.json"))], "qa").records
+        assert len(records) > 50
+        with pytest.raises(DataError, match=r"no demo text 'xx\.json'; available: ar\.json, en\.json, zh\.json"):
+            resolve_file("demo:xx.json")
+
+
+class TestHub:
+    ROWS: ClassVar = [{"id": "1", "title": "", "summary": "s", "text": "\x93t\x94"}]
+
+    def test_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = []
+
+        def load(*args: object, **kwargs: object) -> list[dict]:
+            calls.append((args, kwargs))
+            return self.ROWS
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        pool = read_hub("org/sums", "arabic", "train[:10]", "summarization")
+        assert calls == [(("org/sums", "arabic"), {"split": "train[:10]"})]
+        assert pool.records[0].fields == {"document": "“t”"}
+
+    def test_a_loading_script_is_replaced_by_the_parquet_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load(name: str, *args: object, **kwargs: object) -> list[dict]:
+            if "revision" not in kwargs:
+                raise RuntimeError("Dataset scripts are no longer supported, but found sums.py")
+            assert (name, args) == ("org/sums", ())
+            assert kwargs == {"data_dir": "arabic", "split": "train", "revision": "refs/convert/parquet"}
+            return self.ROWS
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        assert len(read_hub("org/sums", "arabic", "train", "summarization").records) == 1
+
+    def test_offline(self) -> None:
+        with pytest.raises(DataError, match=r"hub:no/such/train: the hub cannot be reached .* under `files`"):
+            read_hub("no/such", None, "train", "qa")
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ValueError("BuilderConfig 'x' not found"),
+            datasets.exceptions.DatasetNotFoundError("does not exist"),
+            RuntimeError("odd"),
+        ],
+    )
+    def test_other_failures(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        def load(*args: object, **kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        with pytest.raises(DataError, match=r"hub:a/b/c/train: cannot be loaded \(.*\)\. Check the names"):
+            read_hub("a/b", "c", "train", "qa")
