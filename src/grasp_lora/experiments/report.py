@@ -491,8 +491,8 @@ def _headline(record: RunRecord) -> str:
         sentences = [f"Prune {percent(ratio)} of the merged adapter."]
     else:
         low, high = (f"{100 * bound:.0f}" for bound in interval)
-        span = f"{percent(confidence)} interval {low} to {high} %".replace(" ", "\u00a0")
-        sentences = [f"Prune {percent(ratio)} of the merged adapter ({span})."]
+        span = f"{low} to {high} %".replace(" ", "\u00a0")
+        sentences = [f"Prune {percent(ratio)} of the merged adapter ({percent(confidence)} interval {span})."]
     compared = _compared(record, "target")
     if compared is not None:
         metric, ours, theirs = compared

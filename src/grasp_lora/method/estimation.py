@@ -85,8 +85,9 @@ def smooth_fit(rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: flo
     half in proportion to their place in it: while the network still learns, the loss just after pruning rises with the
     ratio whatever the ratio is worth later. Our choice; the paper takes the best reward.
 
-    The interval comes from resampling rounds and micro-dev examples together (1000 times, fixed seed). Ratios that were never
-    probed are not eligible: the minimum is sought between the lowest and the highest probed ratio.
+    The interval comes from resampling rounds and micro-dev examples together (1000 times, fixed seed). It does not contain the
+    error of the cubic itself, where the true curve is another one. Ratios that were never probed are not eligible: the
+    minimum is sought between the lowest and the highest probed ratio.
     """
     count = len(rounds)
     weights = torch.tensor([min(1.0, 2.0 * (index + 1) / count) for index in range(count)], dtype=torch.float64)

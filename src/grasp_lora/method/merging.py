@@ -259,9 +259,9 @@ def _from_svd(left: Tensor, sizes: Tensor, right: Tensor, rank: int, dtype: torc
         )
         rank = sizes.numel()
     root = sizes[:rank].sqrt()
-    return _single_segment(
-        LoraPair((root[:, None] * right[:rank]).to(dtype), (left[:, :rank] * root[None, :]).to(dtype))
-    )
+    # As in LoraPair.balanced, a component of size zero keeps its A, since two zero factors never train.
+    A, B = torch.where(root > 0, root, 1.0)[:, None] * right[:rank], left[:, :rank] * root[None, :]
+    return _single_segment(LoraPair(A.to(dtype), B.to(dtype)))
 
 
 def _result_rank(parts: list[_Part], settings: MergeSettings) -> int:

@@ -285,7 +285,9 @@ def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str,
     modules = dict(model.named_modules())
     for name, pair in weights.items():
         if name not in modules:
-            raise AdapterError(f"{adapter} changes {name}, which {backbone} does not have; use an adapter of this backbone")
+            raise AdapterError(
+                f"{adapter} changes {name}, which {backbone} does not have; use an adapter of this backbone"
+            )
         shape = _linear_shape(modules[name])
         if shape is None:
             raise AdapterError(
@@ -376,6 +378,11 @@ def _pair_up(
     name: str,
     segments: Mapping[str, tuple[Segment, ...]],
 ) -> AdapterWeights:
+    embeddings = [key for key in tensors if ".lora_embedding_" in key]
+    if embeddings:
+        raise AdapterError(
+            f"adapter {name} changes an embedding ({embeddings[0]}), which cannot be merged; train one on linear layers only"
+        )
     factors: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         module, _, rest = key.removeprefix(_PREFIX).rpartition(".lora_")
@@ -453,7 +460,7 @@ def _inject(model: "PreTrainedModel", config: "LoraConfig") -> "PeftModel":
     for module in lora_layers(peft_model).values():
         module.lora_A[ADAPTER_NAME].float()
         module.lora_B[ADAPTER_NAME].float()
-    return peft_model  # type: ignore[return-value]
+    return peft_model
 
 
 def _remove(peft_model: "PeftModel") -> None:
@@ -513,12 +520,9 @@ def _whole(value: float) -> float:
 
 
 def _alpha(scaling: float, rank: int) -> float:
-    """The alpha whose alpha / rank is this very scaling, whole where possible: (29 / 7) * 7 is not 29 in floats."""
+    """The alpha whose alpha / rank is this scaling, whole where possible: (29 / 7) * 7 is not 29 in floats."""
     product = scaling * rank
-    for alpha in (float(round(product)), product, math.nextafter(product, -math.inf), math.nextafter(product, math.inf)):
-        if alpha / rank == scaling:
-            return _whole(alpha)
-    return product
+    return round(product) if round(product) / rank == scaling else product
 
 
 def _anchored(module: str) -> str:

@@ -110,7 +110,7 @@ class ProbeSet:
             raise DataError("the set of examples to measure is empty; at least one is needed")
         check_measurable(examples)
         self.ids = [example.id for example in examples]
-        self._batches: list[tuple[list[int], dict[str, Tensor]]] = []
+        self.batches: list[tuple[list[int], dict[str, Tensor]]] = []
         lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
         batch: list[int] = []
         label_tokens = 0
@@ -118,11 +118,11 @@ class ProbeSet:
             labels = len(examples[index].completion_ids)
             full = (len(batch) + 1) * lengths[index] > token_budget or label_tokens + labels > _LABEL_BUDGET
             if batch and full:
-                self._batches.append((batch, collate([examples[i] for i in batch], pad_id)))
+                self.batches.append((batch, collate([examples[i] for i in batch], pad_id)))
                 batch, label_tokens = [], 0
             batch.append(index)
             label_tokens += labels
-        self._batches.append((batch, collate([examples[i] for i in batch], pad_id)))
+        self.batches.append((batch, collate([examples[i] for i in batch], pad_id)))
 
     @classmethod
     def from_rows(
@@ -174,7 +174,7 @@ class ProbeSet:
         device = next(model.parameters()).device
         label_positions = takes_label_positions(model)
         with _evaluating(model):
-            for _, batch in self._batches:
+            for _, batch in self.batches:
                 on_device = {name: tensor.to(device) for name, tensor in batch.items()}
                 total = example_losses(model, on_device, label_positions=label_positions).sum() / len(self.ids)
                 total.backward()
@@ -183,14 +183,14 @@ class ProbeSet:
         """This rank's batches; every rank gets equally many, so that sharded models stay in step."""
         ranks = _world_size()
         if ranks == 1:
-            yield from self._batches
+            yield from self.batches
             return
         rank = torch.distributed.get_rank()
-        for start in range(0, len(self._batches), ranks):
-            if start + rank < len(self._batches):
-                yield self._batches[start + rank]
+        for start in range(0, len(self.batches), ranks):
+            if start + rank < len(self.batches):
+                yield self.batches[start + rank]
             else:
-                yield [], self._batches[0][1]  # nothing left for this rank: run any batch and count none of it
+                yield [], self.batches[0][1]  # nothing left for this rank: run any batch and count none of it
 
 
 class NormCollector:

@@ -1,0 +1,47 @@
+# Each target does all its set-up: a virtual environment in .venv, the packages, then the work.
+#   make demo              the main job on the embedded model and texts (DEMO_LANGUAGE=zh for Chinese)
+#   make test              the tests
+#   make check             the one gate: lint, format, types, import contract, tests
+# TORCH_INDEX=URL installs torch from that wheel index first (for a CPU build, see the README).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+DEMO_LANGUAGE ?= ar
+BIN := $(VENV)/bin
+
+.PHONY: demo test slow lint types imports check clean
+
+demo: $(VENV)/.demo
+	$(BIN)/grasp-lora demo --language $(DEMO_LANGUAGE)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --cov=grasp_lora.method --cov-branch --cov-report=term --cov-fail-under=95
+
+slow: $(VENV)/.dev $(VENV)/.demo
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+check: lint types imports test
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; use make PYTHON=python3.11 (or newer)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --index-url $(TORCH_INDEX) torch)
+
+$(VENV)/.%: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,171 @@
+"""LoRA factors: exact deltas, balancing, and what balancing does to training."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grasp_lora.errors import AdapterError
+from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+
+
+def random_pair(seed: int = 0, rank: int = 3, d_in: int = 7, d_out: int = 5, scaling: float = 2.0) -> LoraPair:
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(rank, d_in, generator=generator)
+    B = 0.01 * torch.randn(d_out, rank, generator=generator)
+    return LoraPair(A, B, scaling, (Segment("source", 1), Segment("target", rank - 1)))
+
+
+def assert_same(actual: Tensor, expected: Tensor, relative: float = 1e-6) -> None:
+    assert (actual - expected).norm() <= relative * expected.norm()
+
+
+def test_shapes_and_delta() -> None:
+    pair = LoraPair(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[10.0], [20.0]]), scaling=0.5)
+    assert (pair.rank, pair.shape) == (1, (2, 3))
+    assert pair.delta().tolist() == [[5.0, 10.0, 15.0], [10.0, 20.0, 30.0]]
+
+
+@pytest.mark.parametrize(
+    ("A", "B"),
+    [
+        (torch.ones(2, 4), torch.ones(3, 3)),
+        (torch.ones(4), torch.ones(3, 2)),
+        (torch.ones(2, 4), torch.ones(3, 2, 1)),
+        (torch.ones(4, 2), torch.ones(2, 3)),  # both transposed
+    ],
+)
+def test_factors_that_do_not_fit_are_an_error(A: Tensor, B: Tensor) -> None:
+    with pytest.raises(AdapterError, match=r"do not fit; A must be \[rank, d_in\] and B \[d_out, rank\]"):
+        LoraPair(A, B)
+
+
+def test_segments_have_to_add_up() -> None:
+    with pytest.raises(AdapterError, match="do not add up to rank 2"):
+        LoraPair(torch.ones(2, 4), torch.ones(3, 2), segments=(Segment("source", 1),))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 1000),
+    rank=st.integers(2, 9),
+    scaling=st.floats(1e-3, 1e3),
+    weight=st.floats(-100, 100).filter(lambda weight: abs(weight) > 1e-6),
+)
+def test_balanced_is_the_same_delta_with_equal_norms(seed: int, rank: int, scaling: float, weight: float) -> None:
+    pair = random_pair(seed, rank, scaling=scaling)
+    balanced = pair.balanced(weight)
+    assert balanced.scaling == 1.0
+    assert balanced.segments == pair.segments
+    assert_same(balanced.delta().double(), weight * scaling * (pair.B.double() @ pair.A.double()))
+    norm_A, norm_B = balanced.A.norm(dim=1), balanced.B.norm(dim=0)
+    torch.testing.assert_close(norm_A, norm_B, rtol=1e-5, atol=0)
+    expected = (abs(weight) * scaling * pair.A.norm(dim=1) * pair.B.norm(dim=0)).sqrt()
+    torch.testing.assert_close(norm_A, expected, rtol=1e-4, atol=0)
+
+
+def test_balanced_undoes_any_rescaling_of_a_component() -> None:
+    pair = random_pair()
+    scales = torch.tensor([1e-4, 1.0, 1e4])
+    other = LoraPair(pair.A * scales[:, None], pair.B / scales, pair.scaling)
+    torch.testing.assert_close(pair.balanced().A, other.balanced().A)
+    torch.testing.assert_close(pair.balanced().B, other.balanced().B)
+
+
+def test_balanced_twice_is_balanced_once() -> None:
+    once = random_pair().balanced(-0.3)
+    torch.testing.assert_close(once.balanced().A, once.A)
+    torch.testing.assert_close(once.balanced().B, once.B)
+
+
+def test_balanced_leaves_its_input_alone() -> None:
+    pair = random_pair()
+    before = pair.A.clone(), pair.B.clone()
+    pair.balanced(-2.0)
+    assert torch.equal(pair.A, before[0])
+    assert torch.equal(pair.B, before[1])
+
+
+@pytest.mark.parametrize("weight", [2.0, -2.0, 0.0])
+@pytest.mark.parametrize("zero", ["A", "B"])
+def test_a_component_with_a_zero_factor_keeps_the_other(zero: str, weight: float) -> None:
+    pair = random_pair()
+    A, B = pair.A.clone(), pair.B.clone()
+    (A[1] if zero == "A" else B[:, 1]).zero_()
+    balanced = LoraPair(A, B, 2.0).balanced(weight)
+    assert torch.isfinite(balanced.A).all()
+    assert torch.isfinite(balanced.B).all()
+    assert_same(balanced.delta(), weight * 2.0 * (B @ A))
+    alive, dead = (balanced.B[:, 1], balanced.A[1]) if zero == "A" else (balanced.A[1], balanced.B[:, 1])
+    assert alive.norm() > 0
+    assert dead.norm() == 0
+
+
+def test_weight_zero_is_a_fresh_component_that_can_train() -> None:
+    balanced = random_pair().balanced(0.0)
+    assert balanced.delta().abs().max() == 0
+    assert (balanced.A.norm(dim=1) > 0).all()
+
+
+def test_a_component_of_two_zero_factors_stays_zero() -> None:
+    balanced = LoraPair(torch.zeros(1, 3), torch.zeros(2, 1)).balanced()
+    assert balanced.A.tolist() == [[0.0, 0.0, 0.0]]
+    assert balanced.B.tolist() == [[0.0], [0.0]]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-18, 1e18, 1e30])
+def test_extreme_norms_neither_vanish_nor_overflow(size: float) -> None:
+    pair = LoraPair(torch.full((1, 4), size), torch.full((3, 1), 1 / size))
+    balanced = pair.balanced()
+    assert torch.isfinite(balanced.A).all()
+    assert_same(balanced.delta(), torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_balanced_keeps_the_dtype(dtype: torch.dtype) -> None:
+    pair = random_pair()
+    balanced = LoraPair(pair.A.to(dtype), pair.B.to(dtype)).balanced()
+    assert balanced.A.dtype == balanced.B.dtype == dtype
+
+
+def adam_moves(pair: LoraPair, learning_rate: float) -> tuple[Tensor, Tensor]:
+    """What Adam's first step moves in the delta: norm of each column (through A) and of each row (through B)."""
+    A, B = pair.A.clone().requires_grad_(), pair.B.clone().requires_grad_()
+    optimizer = torch.optim.Adam([A, B], lr=learning_rate, eps=1e-16)
+    slopes = torch.randn(pair.shape, generator=torch.Generator().manual_seed(5))
+    (slopes * (pair.scaling * B @ A)).sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        through_A = pair.scaling * pair.B @ (A - pair.A)
+        through_B = pair.scaling * (B - pair.B) @ pair.A
+    return through_A.norm(dim=0), through_B.norm(dim=1)
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.5, -0.5])
+def test_one_adam_step_moves_the_delta_as_the_docstring_says(weight: float) -> None:
+    several = random_pair()
+    pair = LoraPair(several.A[:1].double(), several.B[:, :1].double(), scaling=4.0)
+    rate = 1e-3
+    norm_a, norm_b = pair.A.norm(), pair.B.norm()
+    columns, rows = adam_moves(pair, rate)
+    torch.testing.assert_close(columns, torch.full_like(columns, float(rate * 4.0 * norm_b)), rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows, torch.full_like(rows, float(rate * 4.0 * norm_a)), rtol=1e-6, atol=0)
+
+    balanced_size = math.sqrt(abs(weight) * 4.0 * norm_a * norm_b)
+    columns, rows = adam_moves(pair.balanced(weight), rate)
+    torch.testing.assert_close(columns, torch.full_like(columns, rate * balanced_size), rtol=1e-6, atol=0)
+    torch.testing.assert_close(rows, torch.full_like(rows, rate * balanced_size), rtol=1e-6, atol=0)
+    # A trained adapter's B is the small one here, so most of its movement came through B, and now is less.
+    assert balanced_size < 4.0 * norm_a
+
+
+def test_adapter_weights_is_a_mapping() -> None:
+    pair = random_pair()
+    adapter = AdapterWeights({"layers.0": pair, "layers.1": pair})
+    assert adapter["layers.1"] is pair
+    assert list(adapter) == ["layers.0", "layers.1"]
+    assert len(adapter) == 2
+    assert "layers.2" not in adapter

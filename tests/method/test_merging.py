@@ -1,0 +1,515 @@
+"""The merge contract: what every row of MERGE_RULES has to hold, what each states, and PEFT as the second opinion."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from grasp_lora.errors import AdapterError
+from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.method.merging import (
+    MERGE_RULES,
+    MergeSettings,
+    drop_and_rescale,
+    elect_and_average,
+    keep_largest,
+    merge,
+)
+
+D_IN, D_OUT = 12, 10
+MODULES = ("layers.0.q_proj", "layers.1.v_proj")
+every_rule = pytest.mark.parametrize("rule", MERGE_RULES)
+EQUAL_RANK_RULES = [name for name, row in MERGE_RULES.items() if row.equal_ranks]
+RANK_RULES = [name for name, row in MERGE_RULES.items() if row.takes_rank]
+
+
+def adapter(seed: int, rank: int = 3, scaling: float = 2.0, modules: Sequence[str] = MODULES) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(seed)
+    return AdapterWeights(
+        {
+            module: LoraPair(
+                torch.randn(rank, D_IN, generator=generator),
+                0.1 * torch.randn(D_OUT, rank, generator=generator),
+                scaling,
+            )
+            for module in modules
+        }
+    )
+
+
+def weighted_sum(adapters: Sequence[AdapterWeights], weights: Sequence[float], module: str) -> Tensor:
+    """Sum of w_i s_i B_i A_i in float64."""
+    total = torch.zeros(D_OUT, D_IN, dtype=torch.float64)
+    for one, weight in zip(adapters, weights, strict=True):
+        if module in one:
+            pair = one[module]
+            total += weight * pair.scaling * pair.B.double() @ pair.A.double()
+    return total
+
+
+def assert_same(actual: Tensor, expected: Tensor, relative: float = 1e-6) -> None:
+    assert actual.shape == expected.shape
+    assert (actual.double() - expected.double()).norm() <= relative * expected.double().norm()
+
+
+def one_pair(merged: AdapterWeights) -> LoraPair:
+    (pair,) = merged.values()
+    return pair
+
+
+def pair_of(A: list[list[float]], B: list[list[float]], scaling: float = 1.0) -> AdapterWeights:
+    return AdapterWeights({"m": LoraPair(torch.tensor(A), torch.tensor(B), scaling)})
+
+
+# --- the contract: every rule ----------------------------------------------------------------------------------------
+
+
+@every_rule
+@pytest.mark.parametrize("adapters", [1, 2, 3])
+def test_shapes_scaling_and_segments(rule: str, adapters: int) -> None:
+    merged = merge([adapter(seed) for seed in range(adapters)], MergeSettings(rule))
+    assert list(merged) == sorted(MODULES)
+    for pair in merged.values():
+        assert pair.shape == (D_OUT, D_IN)
+        assert pair.scaling == 1.0
+        assert pair.rank == (3 * adapters if rule == "exact" else 3)
+        assert sum(segment.rank for segment in pair.segments) == pair.rank
+        assert pair.A.dtype == pair.B.dtype == torch.float32
+        assert torch.isfinite(pair.A).all()
+        assert torch.isfinite(pair.B).all()
+
+
+@every_rule
+def test_factors_come_out_balanced(rule: str) -> None:
+    merged = merge([adapter(0), adapter(1, scaling=0.5)], MergeSettings(rule, weights=(0.7, -0.4)))
+    for pair in merged.values():
+        torch.testing.assert_close(pair.A.norm(dim=1), pair.B.norm(dim=0), rtol=1e-5, atol=1e-7)
+
+
+@every_rule
+def test_merging_twice_gives_the_same_bits_and_leaves_the_inputs_alone(rule: str) -> None:
+    adapters = [adapter(0), adapter(1)]
+    before = [(pair.A.clone(), pair.B.clone()) for one in adapters for pair in one.values()]
+    generator_state = torch.get_rng_state()
+    first, second = (merge(adapters, MergeSettings(rule)) for _ in range(2))
+    for module in MODULES:
+        assert torch.equal(first[module].A, second[module].A)
+        assert torch.equal(first[module].B, second[module].B)
+    after = [(pair.A, pair.B) for one in adapters for pair in one.values()]
+    assert all(torch.equal(a, b) for old, new in zip(before, after, strict=True) for a, b in zip(old, new, strict=True))
+    assert torch.equal(torch.get_rng_state(), generator_state)
+
+
+@every_rule
+def test_the_order_of_modules_in_a_file_does_not_matter(rule: str) -> None:
+    adapters = [adapter(0), adapter(1)]
+    turned = [AdapterWeights(dict(reversed(list(one.items())))) for one in adapters]
+    first, second = merge(adapters, MergeSettings(rule)), merge(turned, MergeSettings(rule))
+    for module in MODULES:
+        assert torch.equal(first[module].A, second[module].A)
+
+
+@every_rule
+def test_a_module_of_one_adapter_only_is_merged_from_that_one(rule: str) -> None:
+    both, alone = adapter(0), adapter(1, modules=MODULES[:1])
+    options: dict[str, Any] = {"weights": (0.5, 0.5), "density": 1.0}
+    merged = merge([both, alone], MergeSettings(rule, **options))
+    assert list(merged) == sorted(MODULES)
+    expected = 0.5 * both[MODULES[1]].delta() / (2.0 if rule == "paper_sum_unscaled" else 1.0)
+    assert_same(merged[MODULES[1]].delta(), expected, 1e-5)
+    if rule == "exact":
+        assert merged[MODULES[1]].segments == (Segment("source", 3),)
+
+
+@every_rule
+def test_default_weights_are_the_rows_own(rule: str) -> None:
+    adapters = [adapter(0), adapter(1)]
+    given_ = merge(adapters, MergeSettings(rule, weights=(MERGE_RULES[rule].default_weight(2),) * 2))
+    assert torch.equal(merge(adapters, MergeSettings(rule))[MODULES[0]].A, given_[MODULES[0]].A)
+    assert MERGE_RULES[rule].default_weight(2) == (1.0 if "ties" in rule else 0.5)
+
+
+@every_rule
+def test_adapters_fresh_from_initialisation_can_still_train(rule: str) -> None:
+    fresh = [
+        AdapterWeights({name: LoraPair(pair.A, torch.zeros_like(pair.B)) for name, pair in adapter(seed).items()})
+        for seed in range(2)
+    ]
+    for pair in merge(fresh, MergeSettings(rule, density=1.0)).values():
+        assert pair.delta().abs().max() == 0
+        assert (pair.A.norm(dim=1) > 0).all()
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_are_kept(rule: str, dtype: torch.dtype) -> None:
+    adapters = [
+        AdapterWeights({name: LoraPair(pair.A.to(dtype), pair.B.to(dtype), pair.scaling) for name, pair in one.items()})
+        for one in (adapter(0), adapter(1))
+    ]
+    merged = merge(adapters, MergeSettings(rule))
+    assert {tensor.dtype for pair in merged.values() for tensor in (pair.A, pair.B)} == {dtype}
+
+
+@pytest.mark.parametrize("rule", ["exact", "svd", "paper_sum"])
+def test_one_adapter_of_weight_one_gives_itself(rule: str) -> None:
+    one = adapter(0)
+    merged = merge([one], MergeSettings(rule))
+    for module in MODULES:
+        assert_same(merged[module].delta(), one[module].delta(), 1e-5)
+        assert merged[module].rank == one[module].rank
+
+
+@every_rule
+def test_at_full_density_one_adapter_gives_itself(rule: str) -> None:
+    one = adapter(0, scaling=1.0)
+    for module, pair in merge([one], MergeSettings(rule, density=1.0)).items():
+        assert_same(pair.delta(), one[module].delta(), 1e-5)
+
+
+@every_rule
+def test_a_negative_weight_turns_one_adapter_around(rule: str) -> None:
+    one = adapter(0, scaling=1.0)
+    for module, pair in merge([one], MergeSettings(rule, weights=(-0.25,), density=1.0)).items():
+        assert_same(pair.delta(), -0.25 * one[module].delta(), 1e-5)
+
+
+# --- what each rule states -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "weights"),
+    [
+        ((3, 3), (0.5, 0.5)),
+        ((2, 5), (1.0, 0.3)),
+        ((1, 4, 2), (0.2, -0.7, 1.5)),
+        ((6, 6, 6), (1.0, 1.0, 1.0)),  # more components than the delta has rows
+        ((3, 3), (1.0, 0.0)),
+    ],
+)
+def test_exact_is_the_weighted_scaled_sum(ranks: tuple[int, ...], weights: tuple[float, ...]) -> None:
+    adapters = [adapter(seed, rank, scaling=2.0 / rank) for seed, rank in enumerate(ranks)]
+    merged = merge(adapters, MergeSettings("exact", weights=weights))
+    for module in MODULES:
+        assert_same(merged[module].delta(), weighted_sum(adapters, weights, module))
+        assert [segment.rank for segment in merged[module].segments] == list(ranks)
+
+
+def test_exact_keeps_source_and_target_apart() -> None:
+    source, target = adapter(0, 2), adapter(1, 4)
+    pair = merge([source, target], MergeSettings("exact", weights=(0.3, 0.7)))[MODULES[0]]
+    assert pair.segments == (Segment("source", 2), Segment("target", 4))
+    assert_same(pair.B[:, :2] @ pair.A[:2], 0.3 * source[MODULES[0]].delta())
+    assert_same(pair.B[:, 2:] @ pair.A[2:], 0.7 * target[MODULES[0]].delta())
+
+
+def test_names_of_segments() -> None:
+    three = [adapter(seed, 1) for seed in range(3)]
+    by_default = merge(three, MergeSettings())[MODULES[0]].segments
+    assert [segment.name for segment in by_default] == ["adapter_0", "adapter_1", "adapter_2"]
+    named = merge(three, MergeSettings(), names=("en", "ar", "zh"))[MODULES[0]].segments
+    assert [segment.name for segment in named] == ["en", "ar", "zh"]
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    shares=st.lists(
+        st.tuples(st.integers(1, 6), st.floats(-2, 2).filter(lambda weight: abs(weight) > 0.01), st.floats(0.1, 8)),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_exact_property(shares: list[tuple[int, float, float]]) -> None:
+    adapters = [adapter(seed, rank, scaling) for seed, (rank, _, scaling) in enumerate(shares)]
+    weights = tuple(weight for _, weight, _ in shares)
+    pair = merge(adapters, MergeSettings("exact", weights=weights))[MODULES[0]]
+    assert_same(pair.delta(), weighted_sum(adapters, weights, MODULES[0]), 2e-6)
+
+
+def best_of_rank(delta: Tensor, rank: int) -> Tensor:
+    left, sizes, right = torch.linalg.svd(delta.double(), full_matrices=False)
+    return left[:, :rank] @ sizes[:rank].diag() @ right[:rank]
+
+
+@pytest.mark.parametrize("rank", [None, 1, 2, 5, 7])
+@pytest.mark.parametrize("ranks", [(3, 3), (2, 5), (8, 8)])
+def test_svd_is_the_best_approximation_of_its_rank(rank: int | None, ranks: tuple[int, int]) -> None:
+    adapters = [adapter(seed, own) for seed, own in enumerate(ranks)]
+    weights = (0.8, -0.4)
+    merged = merge(adapters, MergeSettings("svd", weights=weights, rank=rank))
+    for module in MODULES:
+        expected_rank = min(sum(ranks), D_OUT, rank or max(ranks))
+        assert merged[module].rank == expected_rank
+        assert_same(merged[module].delta(), best_of_rank(weighted_sum(adapters, weights, module), expected_rank), 1e-5)
+
+
+@pytest.mark.parametrize("rule", RANK_RULES)
+def test_a_rank_beyond_the_components_is_cut_and_logged(rule: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        merged = merge([adapter(0), adapter(1)], MergeSettings(rule, rank=40))
+    available = 6 if rule == "svd" else D_OUT
+    assert {pair.rank for pair in merged.values()} == {available}
+    assert f"rank 40 is more than the {available} components there are" in caplog.text
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_paper_sum_multiplies_the_sums(unscaled: bool) -> None:
+    adapters = [adapter(0, scaling=4.0), adapter(1, scaling=0.5)]
+    weights = (0.3, 0.6)
+    merged = merge(adapters, MergeSettings("paper_sum_unscaled" if unscaled else "paper_sum", weights=weights))
+    for module in MODULES:
+        roots = [
+            math.sqrt(weight * (1.0 if unscaled else one[module].scaling))
+            for one, weight in zip(adapters, weights, strict=True)
+        ]
+        sum_A = sum(root * one[module].A.double() for root, one in zip(roots, adapters, strict=True))
+        sum_B = sum(root * one[module].B.double() for root, one in zip(roots, adapters, strict=True))
+        assert_same(merged[module].delta(), sum_B @ sum_A, 1e-5)
+        assert merged[module].segments == (Segment("merged", 3),)
+
+
+def test_unscaled_at_weight_one_is_the_released_codes_merge() -> None:
+    adapters = [adapter(0, scaling=4.0), adapter(1, scaling=4.0)]
+    pair = merge(adapters, MergeSettings("paper_sum_unscaled", weights=(1.0, 1.0)))[MODULES[0]]
+    first, second = (one[MODULES[0]] for one in adapters)
+    assert_same(pair.delta(), (first.B + second.B) @ (first.A + second.A), 1e-5)
+
+
+def test_ties_by_hand() -> None:
+    # rank 1, density 0.5: two of the four entries of A stay, one of the two of B.
+    first = pair_of([[4.0, -3.0, 1.0, 0.5]], [[2.0], [-1.0]])
+    second = pair_of([[-1.0, -5.0, 3.0, 0.2]], [[-3.0], [0.5]])
+    pair = one_pair(merge([first, second], MergeSettings("ties")))
+    # A: [4, -3, 0, 0] and [0, -5, 3, 0]; signs + - + (+); means of the agreeing: 4, -4, 3, 0.
+    # B: [2, 0] and [-3, 0]; sign of -1 is -, only -3 agrees.
+    expected = torch.tensor([[-3.0], [0.0]]) @ torch.tensor([[4.0, -4.0, 3.0, 0.0]])
+    torch.testing.assert_close(pair.delta(), expected)
+
+
+def test_ties_svd_by_hand() -> None:
+    # The deltas (2 B A) are [[8, 2]] and [[-6, 1]]; density 0.5 keeps 8 and -6; + is elected, only 0.5 * 8 agrees.
+    first, second = pair_of([[4.0, 1.0]], [[1.0]], 2.0), pair_of([[-3.0, 0.5]], [[1.0]], 2.0)
+    pair = one_pair(merge([first, second], MergeSettings("ties_svd", weights=(0.5, 0.5))))
+    torch.testing.assert_close(pair.delta(), torch.tensor([[4.0, 0.0]]))
+    assert pair.rank == 1
+
+
+def test_trim_elect_and_average() -> None:
+    assert keep_largest(torch.tensor([[1.0, -4.0], [3.0, 2.0]]), 0.5).tolist() == [[0.0, -4.0], [3.0, 0.0]]
+    assert keep_largest(torch.tensor([1.0, 2.0, 3.0]), 0.5).tolist() == [0.0, 0.0, 3.0]  # floor(1.5) = 1
+    assert keep_largest(torch.tensor([2.0, -2.0, 2.0, 2.0]), 0.5).count_nonzero() == 2  # exact under ties
+    assert keep_largest(torch.tensor([1.0, 2.0]), 1.0).tolist() == [1.0, 2.0]
+    # Signs elected by the unweighted sum: +, - and (for a sum of zero) +.
+    stacked = [torch.tensor([3.0, -2.0, 1.0]), torch.tensor([-1.0, -1.0, -1.0])]
+    assert elect_and_average(stacked, [1.0, 2.0]).tolist() == [3.0, (-2.0 - 2.0) / 2, 1.0]
+    assert elect_and_average([torch.zeros(2), torch.zeros(2)], [1.0, 1.0]).tolist() == [0.0, 0.0]
+
+
+def test_drop_and_rescale() -> None:
+    generator = torch.Generator().manual_seed(0)
+    dropped = drop_and_rescale(torch.ones(100, 100), 0.25, generator)
+    assert set(dropped.unique().tolist()) == {0.0, 4.0}
+    assert dropped.mean().item() == pytest.approx(1.0, abs=0.1)  # so the expectation is kept
+    assert torch.equal(drop_and_rescale(torch.ones(4), 1.0, generator), torch.ones(4))
+
+
+def test_dare_by_hand() -> None:
+    draws = torch.Generator().manual_seed(7)
+    keeps = [torch.rand(shape, generator=draws) < 0.4 for shape in ((3, D_IN), (3, D_IN), (D_OUT, 3), (D_OUT, 3))]
+    assert all(0 < keep.sum() < keep.numel() for keep in keeps)
+    adapters = [adapter(0, scaling=2.0, modules=["m"]), adapter(1, scaling=0.5, modules=["m"])]
+    merged = one_pair(merge(adapters, MergeSettings("dare", weights=(0.5, -1.0), density=0.4, seed=7)))
+    first, second = (one["m"] for one in adapters)
+    # sqrt(0.5 * 2) = 1; sqrt(|-1 * 0.5|), its sign on A only.
+    A = (first.A * keeps[0] - math.sqrt(0.5) * second.A * keeps[1]) / 0.4
+    B = (first.B * keeps[2] + math.sqrt(0.5) * second.B * keeps[3]) / 0.4
+    assert_same(merged.delta(), B @ A, 1e-5)
+
+
+def test_dare_svd_by_hand() -> None:
+    draws = torch.Generator().manual_seed(42)
+    keeps = [torch.rand((D_OUT, D_IN), generator=draws) < 0.5 for _ in range(2)]
+    adapters = [adapter(0, modules=["m"]), adapter(1, modules=["m"])]
+    delta = sum(keep * one["m"].delta() for keep, one in zip(keeps, adapters, strict=True))  # 1/2 over density 1/2
+    full = one_pair(merge(adapters, MergeSettings("dare_svd", rank=D_OUT)))
+    assert_same(full.delta(), delta, 1e-5)
+    cut = one_pair(merge(adapters, MergeSettings("dare_svd")))
+    assert cut.rank == 3
+    assert_same(cut.delta(), best_of_rank(delta, 3), 1e-5)
+
+
+@pytest.mark.parametrize("rule", ["dare", "dare_svd", "dare_ties"])
+def test_seeds_of_dare_differ(rule: str) -> None:
+    adapters = [adapter(0), adapter(1)]
+    first, second = (merge(adapters, MergeSettings(rule, seed=seed))[MODULES[0]] for seed in (1, 2))
+    assert not torch.equal(first.A, second.A)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@every_rule
+def test_no_adapter(rule: str) -> None:
+    with pytest.raises(AdapterError, match="there is no adapter to merge; give at least one"):
+        merge([], MergeSettings(rule))
+
+
+@every_rule
+@pytest.mark.parametrize("weights", [(), (1.0,), (1.0, 1.0, 1.0)])
+def test_wrong_number_of_weights(rule: str, weights: tuple[float, ...]) -> None:
+    with pytest.raises(AdapterError, match=f"{len(weights)} merge weights for 2 adapters; give one per adapter"):
+        merge([adapter(0), adapter(1)], MergeSettings(rule, weights=weights))
+
+
+@every_rule
+@pytest.mark.parametrize("names", [("en",), ("en", "ar", "zh")])
+def test_wrong_number_of_names(rule: str, names: tuple[str, ...]) -> None:
+    with pytest.raises(AdapterError, match=f"{len(names)} names for 2 adapters; give one per adapter"):
+        merge([adapter(0), adapter(1)], MergeSettings(rule), names=names)
+
+
+@every_rule
+def test_adapters_of_different_backbones(rule: str) -> None:
+    other = AdapterWeights({MODULES[0]: LoraPair(torch.ones(3, D_IN + 1), torch.ones(D_OUT, 3))})
+    with pytest.raises(AdapterError, match=rf"differ in the shape \(d_out, d_in\) of {MODULES[0]}"):
+        merge([adapter(0), other], MergeSettings(rule))
+
+
+@pytest.mark.parametrize("rule", EQUAL_RANK_RULES)
+def test_rules_on_the_factors_need_equal_ranks(rule: str) -> None:
+    with pytest.raises(AdapterError, match=rf"merge rule '{rule}' needs equal ranks, but .* has \[2, 3\]; use 'exact'"):
+        merge([adapter(0, 2), adapter(1, 3)], MergeSettings(rule))
+
+
+@pytest.mark.parametrize("rule", [name for name in MERGE_RULES if name not in EQUAL_RANK_RULES])
+def test_the_other_rules_take_mixed_ranks(rule: str) -> None:
+    merged = merge([adapter(0, 2), adapter(1, 3)], MergeSettings(rule))
+    assert {pair.rank for pair in merged.values()} == {5 if rule == "exact" else 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rule": "mean"}, "merge rule is 'mean'; allowed: exact, svd, paper_sum"),
+        ({"weights": (1.0, math.nan)}, r"merge weights are \[1.0, nan\]; each must be a finite number"),
+        ({"weights": (math.inf,)}, "each must be a finite number"),
+        ({"rule": "svd", "rank": 0}, "merge rank is 0; it must be at least 1"),
+        ({"density": 0.0}, r"merge density is 0.0; it must lie in \(0, 1\]"),
+        ({"density": 1.01}, "merge density is 1.01"),
+        ({"density": math.nan}, "merge density is nan"),
+    ],
+)
+def test_a_setting_out_of_range_is_an_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MergeSettings(**changes)
+
+
+@pytest.mark.parametrize("rule", [name for name in MERGE_RULES if name not in RANK_RULES])
+def test_a_rank_for_a_rule_that_takes_none_is_an_error(rule: str) -> None:
+    with pytest.raises(ValueError, match=f"merge rule '{rule}' does not take a rank; .* svd, ties_svd, dare_svd"):
+        MergeSettings(rule, rank=4)
+
+
+# --- PEFT's add_weighted_adapter as the second opinion -----------------------------------------------------------------
+
+
+class TwoLayers(torch.nn.Module):
+    """Layers whose names sort as they stand, so that both implementations draw in the same order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(D_IN, D_OUT, bias=False)
+        self.second = torch.nn.Linear(D_IN, D_OUT, bias=False)
+
+
+@pytest.fixture
+def peft_deltas() -> Callable[..., tuple[list[AdapterWeights], dict[str, Tensor]]]:
+    """Build adapters in PEFT, merge them there; give the adapters and the merged deltas."""
+
+    def build(
+        weights: Sequence[float], combination: str, ranks: Sequence[int] = (3, 3), **options: Any
+    ) -> tuple[list[AdapterWeights], dict[str, Tensor]]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            names = [f"adapter_{index}" for index in range(len(ranks))]
+            configs = [
+                peft.LoraConfig(
+                    r=rank, lora_alpha=(2, 9, 4)[index], target_modules=["first", "second"], init_lora_weights=False
+                )
+                for index, rank in enumerate(ranks)
+            ]
+            model = peft.PeftModel(TwoLayers(), configs[0], names[0])
+            for name, config in zip(names[1:], configs[1:], strict=True):
+                model.add_adapter(name, config)
+        layers = {name: getattr(model.base_model.model, name) for name in ("first", "second")}
+        adapters = [
+            AdapterWeights(
+                {
+                    module: LoraPair(
+                        layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), layer.scaling[name]
+                    )
+                    for module, layer in layers.items()
+                }
+            )
+            for name in names
+        ]
+        model.add_weighted_adapter(names, list(weights), "merged", combination_type=combination, **options)
+        return adapters, {module: layer.get_delta_weight("merged").detach() for module, layer in layers.items()}
+
+    return build
+
+
+def assert_agree(merged: AdapterWeights, deltas: dict[str, Tensor]) -> None:
+    assert set(merged) == set(deltas)
+    for module, delta in deltas.items():
+        assert delta.norm() > 0
+        assert_same(merged[module].delta(), delta, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rule", "combination"),
+    [("exact", "cat"), ("svd", "svd"), ("paper_sum", "linear"), ("ties", "ties"), ("ties_svd", "ties_svd")],
+)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 0.7), (1.2, -0.5)])
+def test_rules_agree_with_peft(
+    rule: str, combination: str, weights: tuple[float, ...], peft_deltas: Callable[..., Any]
+) -> None:
+    options = {"density": 0.4} if "ties" in rule else {}
+    adapters, deltas = peft_deltas(weights, combination, **options)
+    assert_agree(merge(adapters, MergeSettings(rule, weights=weights, **options)), deltas)
+
+
+@pytest.mark.parametrize(("rule", "combination"), [("exact", "cat"), ("svd", "svd")])
+def test_rules_agree_with_peft_on_mixed_ranks(rule: str, combination: str, peft_deltas: Callable[..., Any]) -> None:
+    weights = (0.5, 0.2, -1.0)
+    adapters, deltas = peft_deltas(weights, combination, ranks=(2, 5, 3))
+    assert_agree(merge(adapters, MergeSettings(rule, weights=weights)), deltas)
+
+
+@pytest.mark.parametrize(
+    ("rule", "combination"), [("dare", "dare_linear"), ("dare_ties", "dare_ties"), ("dare_svd", "dare_linear_svd")]
+)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 0.7), (1.2, -0.5)])
+def test_dare_agrees_with_peft_under_the_same_drops(
+    rule: str,
+    combination: str,
+    weights: tuple[float, ...],
+    peft_deltas: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draws = torch.Generator().manual_seed(42)
+
+    def same_drops(tensor: Tensor, density: float, rescale: bool) -> Tensor:
+        assert rescale
+        return tensor * (torch.rand(tensor.shape, generator=draws) < density) / density
+
+    monkeypatch.setattr("peft.utils.merge_utils.random_pruning", same_drops)
+    adapters, deltas = peft_deltas(weights, combination, density=0.6)
+    assert_agree(merge(adapters, MergeSettings(rule, weights=weights, density=0.6)), deltas)

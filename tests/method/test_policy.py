@@ -1,0 +1,468 @@
+"""The policies: golden trajectories of the paper's, and a conformance suite that every policy has to pass."""
+
+import json
+import math
+import random
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grasp_lora.errors import ProbeError
+from grasp_lora.method.policy import (
+    ESTIMATE_RULES,
+    POLICIES,
+    PRESETS,
+    PolicySettings,
+    RatioPolicy,
+    Round,
+    make_policy,
+    preset,
+)
+
+GOLDEN = json.loads((Path(__file__).parent / "golden_policy.json").read_text(encoding="utf-8"))
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def quadratic(ratio: float) -> float:
+    return (ratio - 0.55) ** 2
+
+
+def run(policy: RatioPolicy, rounds: int, loss: Callable[[float], float] = quadratic, seed: int = 0) -> list[Round]:
+    """Play rounds of four micro-dev examples whose level drifts, and return what was told."""
+    noise = random.Random(seed)
+    told = []
+    for _ in range(rounds):
+        levels = [noise.uniform(0, 3) for _ in range(4)]
+        candidates = tuple(policy.ask())
+        told.append(
+            Round(
+                policy.current_ratio,
+                candidates,
+                tuple(level + loss(policy.current_ratio) for level in levels),
+                tuple(tuple(level + loss(ratio) for level in levels) for ratio in candidates),
+            )
+        )
+        policy.tell(told[-1])
+    return told
+
+
+def a_round(policy: RatioPolicy, **changes: Any) -> Round:
+    fields: dict[str, Any] = {
+        "current_ratio": policy.current_ratio,
+        "candidates": (0.3, 0.4, 0.5),
+        "baseline_losses": (1.0, 2.0),
+        "candidate_losses": ((1.0, 2.0), (0.5, 2.0), (3.0, 2.0)),
+    }
+    return Round(**{**fields, **changes})
+
+
+# --- the paper's policy ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_paper_preset_reproduces_the_golden_trajectory(name: str) -> None:
+    policy = make_policy(preset("paper", **GOLDEN[name]["settings"]))
+    for expected in GOLDEN[name]["rounds"]:
+        decision = policy.tell_rewards(expected["candidates"], expected["rewards"])
+        assert decision.rewards == tuple(expected["rewards"])
+        assert policy.mean == pytest.approx(expected["policy_mean"], rel=0, abs=1e-12)
+        assert policy.std == pytest.approx(expected["policy_std"], rel=0, abs=1e-12)
+        assert policy.current_ratio == pytest.approx(expected["current_ratio"], rel=0, abs=1e-12)
+        if expected["committed_ratio"] is None:
+            assert not decision.committed
+        else:
+            assert decision.committed
+            assert decision.ratio == pytest.approx(expected["committed_ratio"], rel=0, abs=1e-12)
+
+
+def test_paper_preset_has_the_papers_numbers() -> None:
+    settings_ = preset("paper")
+    assert settings_.kind == "gaussian"
+    assert settings_.estimate == "best_reward"
+    assert (settings_.ratio_min, settings_.ratio_max, settings_.ratio_init) == (0.10, 0.80, 0.40)
+    assert (settings_.candidates, settings_.max_step, settings_.seed) == (3, 0.10, 42)
+    assert (settings_.learning_rate, settings_.kl_coef, settings_.entropy_bonus) == (0.05, 0.05, 0.01)
+    assert make_policy(settings_).std == pytest.approx(0.7 / 6)
+
+
+def test_std_init_replaces_the_papers_sixth() -> None:
+    assert make_policy(PolicySettings(std_init=0.03)).std == 0.03
+
+
+def test_gaussian_mean_follows_the_better_side_and_its_spread_the_better_distance() -> None:
+    still = preset("paper", kl_coef=0.0, entropy_bonus=0.0)
+    up, down, near = (make_policy(still) for _ in range(3))
+    up.tell_rewards((0.3, 0.5), (-0.1, 0.1))
+    down.tell_rewards((0.3, 0.5), (0.1, -0.1))
+    assert up.mean > 0.4 > down.mean
+    assert up.mean - 0.4 == pytest.approx(0.4 - down.mean)
+    near.tell_rewards((0.4, 0.7), (0.1, -0.1))
+    assert near.std < 0.7 / 6
+
+
+def test_the_pull_uses_the_ratio_from_before_the_commit() -> None:
+    policy = make_policy(preset("paper", entropy_bonus=0.0))
+    policy.tell_rewards((0.5,), (1.0,))  # one candidate: no advantage, and mean = current ratio: no pull either
+    assert policy.current_ratio == 0.5
+    assert policy.mean == 0.4
+    policy.tell_rewards((0.5,), (-1.0,))
+    assert policy.mean == pytest.approx(0.4 + 0.05 * 0.05 * 0.1)
+
+
+def test_deviation_has_a_floor() -> None:
+    policy = make_policy(preset("paper", learning_rate=10.0, entropy_bonus=0.0))
+    policy.tell_rewards((0.4, 0.8), (5.0, -5.0))
+    assert policy.std == 1e-3
+
+
+def test_uniform_policy_reports_its_own_mean_and_deviation() -> None:
+    policy = make_policy(preset("random", ratio_min=0.0, ratio_max=0.6, ratio_init=0.1))
+    run(policy, 5)
+    assert policy.mean == pytest.approx(0.3)
+    assert policy.std == pytest.approx(0.6 / math.sqrt(12))
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_draws_cover_the_bounds_fairly(kind: str) -> None:
+    policy = make_policy(PolicySettings(kind=kind, ratio_init=0.45, candidates=4000))
+    drawn = torch.tensor(policy.ask(), dtype=torch.float64)
+    assert drawn.mean().item() == pytest.approx(0.45, abs=0.015)
+    assert drawn.std().item() == pytest.approx(policy.std, rel=0.05)
+
+
+# --- conformance: every policy ---------------------------------------------------------------------------------------
+
+every_policy = pytest.mark.parametrize("kind", POLICIES)
+
+
+@every_policy
+@pytest.mark.parametrize("candidates", [1, 3, 8])
+def test_candidates_lie_within_the_bounds_and_are_as_many_as_asked(kind: str, candidates: int) -> None:
+    policy = make_policy(
+        PolicySettings(kind=kind, ratio_min=0.2, ratio_max=0.3, ratio_init=0.3, std_init=5.0, candidates=candidates)
+    )
+    for _ in range(30):
+        run(policy, 1)
+        drawn = policy.ask()
+        assert len(drawn) == candidates
+        assert all(0.2 <= ratio <= 0.3 for ratio in drawn)
+
+
+@every_policy
+def test_asking_twice_gives_the_same_and_each_round_other_candidates(kind: str) -> None:
+    policy = make_policy(PolicySettings(kind=kind))
+    seen = set()
+    for _ in range(20):
+        first = policy.ask()
+        assert policy.ask() == first
+        assert tuple(first) not in seen
+        seen.add(tuple(first))
+        run(policy, 1)
+
+
+@every_policy
+def test_seeds_give_unrelated_draws(kind: str) -> None:
+    draws = [make_policy(PolicySettings(kind=kind, seed=seed)).ask() for seed in range(50)]
+    assert len({tuple(drawn) for drawn in draws}) == 50
+    assert make_policy(PolicySettings(kind=kind, seed=7)).ask() == draws[7]
+
+
+def test_draws_are_the_same_on_every_machine() -> None:
+    # Pinned, so that a change of the generator does not go unnoticed: it would silently change every run.
+    assert make_policy(preset("paper")).ask() == pytest.approx(PINNED_GAUSSIAN, abs=1e-12)
+    assert make_policy(preset("random")).ask() == pytest.approx(PINNED_UNIFORM, abs=1e-12)
+
+
+PINNED_GAUSSIAN = [0.37736492376755, 0.6142712155187089, 0.4992321985825299]
+PINNED_UNIFORM = [0.28672542484062713, 0.6728089201295364, 0.17260221962698555]
+
+
+@every_policy
+@pytest.mark.parametrize("estimate", ESTIMATE_RULES)
+@pytest.mark.parametrize("before", [0, 1, 7])
+def test_state_survives_json_and_goes_on_identically(kind: str, estimate: str, before: int) -> None:
+    policy = make_policy(PolicySettings(kind=kind, estimate=estimate, seed=3, std_init=0.2))
+    run(policy, before)
+    resumed = RatioPolicy.from_state(json.loads(json.dumps(policy.state(), allow_nan=False)))
+    assert type(resumed) is type(policy)
+    assert resumed.settings == policy.settings
+    for step in range(5):
+        assert resumed.ask() == policy.ask()
+        assert run(resumed, 1, seed=step) == run(policy, 1, seed=step)
+        assert (resumed.mean, resumed.std, resumed.current_ratio) == (policy.mean, policy.std, policy.current_ratio)
+    assert resumed.best_ratio() == policy.best_ratio()
+    assert resumed.state() == policy.state()
+
+
+@every_policy
+def test_state_does_not_follow_the_policy(kind: str) -> None:
+    policy = make_policy(PolicySettings(kind=kind))
+    run(policy, 2)
+    state = policy.state()
+    before = json.dumps(state)
+    run(policy, 3)
+    assert json.dumps(state) == before
+
+
+@pytest.mark.parametrize("version", [0, 2, None])
+def test_state_of_another_version_is_refused(version: int | None) -> None:
+    state = make_policy(PolicySettings()).state()
+    state["version"] = version
+    with pytest.raises(ValueError, match=f"policy state has version {version}; this program reads 1"):
+        RatioPolicy.from_state(state)
+
+
+@st.composite
+def any_rounds(draw: st.DrawFn, largest: float) -> list[tuple[list[float], list[float]]]:
+    """Per round: a baseline of two examples, and two losses for each of three candidates, flat."""
+    losses = st.floats(-largest, largest)
+    return draw(
+        st.lists(
+            st.tuples(st.lists(losses, min_size=2, max_size=2), st.lists(losses, min_size=6, max_size=6)),
+            min_size=1,
+            max_size=6,
+        )
+    )
+
+
+@every_policy
+@settings(deadline=None)
+@given(rounds=any_rounds(FLOAT32_MAX), seed=st.integers(0, 2**64), step=st.floats(0.001, 1.0))
+def test_any_finite_losses_keep_the_policy_finite_and_its_steps_short(
+    kind: str, rounds: list[tuple[list[float], list[float]]], seed: int, step: float
+) -> None:
+    policy = make_policy(PolicySettings(kind=kind, seed=seed, max_step=step))
+    for baseline, flat in rounds:
+        candidates = tuple(policy.ask())
+        before = policy.current_ratio
+        losses = tuple(tuple(flat[2 * i : 2 * i + 2]) for i in range(3))
+        decision = policy.tell(Round(before, candidates, tuple(baseline), losses))
+        assert math.isfinite(policy.mean)
+        assert math.isfinite(policy.std)
+        assert policy.std > 0
+        assert 0.1 <= policy.mean <= 0.8
+        assert decision.ratio == policy.current_ratio
+        assert 0.1 <= policy.current_ratio <= 0.8
+        assert abs(policy.current_ratio - before) <= step + 1e-12
+        assert decision.committed == (max(decision.rewards) >= 0)
+        if decision.committed:
+            winner = candidates[decision.rewards.index(max(decision.rewards))]
+            assert decision.clipped == (abs(winner - before) > step)
+            if not decision.clipped:
+                assert decision.ratio == winner
+        else:
+            assert policy.current_ratio == before
+            assert not decision.clipped
+    estimate = policy.best_ratio()
+    assert 0.1 <= estimate.low <= estimate.ratio <= estimate.high <= 0.8
+
+
+@every_policy
+def test_negative_rewards_never_commit(kind: str) -> None:
+    policy = make_policy(PolicySettings(kind=kind))
+    for _ in range(30):
+        decision = policy.tell_rewards(policy.ask(), (-0.1, -1e-9, -3.0))
+        assert not decision.committed
+        assert policy.current_ratio == 0.4
+
+
+@every_policy
+def test_a_reward_of_zero_commits(kind: str) -> None:
+    policy = make_policy(PolicySettings(kind=kind))
+    assert policy.tell_rewards((0.45, 0.7), (0.0, -1.0)).committed
+    assert policy.current_ratio == 0.45
+
+
+@every_policy
+@pytest.mark.parametrize(("far", "ratio"), [(0.8, 0.5), (0.1, 0.3)])
+def test_a_far_winner_is_clipped_and_says_so(kind: str, far: float, ratio: float) -> None:
+    decision = make_policy(PolicySettings(kind=kind)).tell_rewards((far, 0.4), (1.0, 0.5))
+    assert decision.clipped
+    assert decision.ratio == pytest.approx(ratio)
+
+
+@every_policy
+@settings(deadline=None)
+@given(
+    rounds=st.lists(
+        st.tuples(st.integers(-(2**20), 2**20), st.lists(st.integers(-4096, 4096), min_size=16, max_size=16)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_a_constant_added_to_all_losses_of_a_round_changes_nothing(
+    kind: str, rounds: list[tuple[int, list[int]]]
+) -> None:
+    plain, shifted = make_policy(PolicySettings(kind=kind)), make_policy(PolicySettings(kind=kind))
+    for shift, numbers in rounds:
+        candidates = tuple(plain.ask())
+        assert tuple(shifted.ask()) == pytest.approx(candidates, abs=1e-9)
+        decisions = []
+        for policy, constant in ((plain, 0), (shifted, shift)):
+            # Multiples of 1/1024 add without rounding, so that no commit hangs on the last bit.
+            losses = [tuple((n + constant) / 1024 for n in numbers[4 * i : 4 * i + 4]) for i in range(4)]
+            decisions.append(policy.tell(Round(policy.current_ratio, candidates, losses[0], tuple(losses[1:]))))
+        assert decisions[0].committed == decisions[1].committed
+        assert shifted.mean == pytest.approx(plain.mean, abs=1e-9)
+        assert shifted.std == pytest.approx(plain.std, abs=1e-9)
+        assert shifted.current_ratio == pytest.approx(plain.current_ratio, abs=1e-9)
+
+
+@every_policy
+@settings(deadline=None)
+@given(
+    rewards=st.lists(st.floats(-10, 10), min_size=3, max_size=3),
+    shift=st.floats(-100, 100),
+)
+def test_advantages_ignore_the_baseline(kind: str, rewards: list[float], shift: float) -> None:
+    plain, shifted = make_policy(PolicySettings(kind=kind)), make_policy(PolicySettings(kind=kind))
+    plain.tell_rewards(plain.ask(), rewards)
+    shifted.tell_rewards(shifted.ask(), [reward + shift for reward in rewards])
+    assert shifted.mean == pytest.approx(plain.mean, abs=1e-9)
+    assert shifted.std == pytest.approx(plain.std, abs=1e-9)
+
+
+@every_policy
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["baseline", "candidate"])
+def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing(kind: str, bad: float, where: str) -> None:
+    policy = make_policy(PolicySettings(kind=kind))
+    run(policy, 2)
+    before = policy.state()
+    good = ((1.0,) * 4, (1.0,) * 4, (1.0,) * 4)
+    spoiled = (1.0, 1.0, bad, 1.0)
+    told = (
+        a_round(policy, baseline_losses=spoiled, candidate_losses=good)
+        if where == "baseline"
+        else a_round(policy, baseline_losses=(1.0,) * 4, candidate_losses=(good[0], good[1], spoiled))
+    )
+    with pytest.raises(ProbeError, match=f"the loss of micro-dev example 2 is {bad}; it must be finite"):
+        policy.tell(told)
+    assert policy.state() == before
+
+
+@every_policy
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"candidates": (0.3, 0.4)}, "2 candidates but losses for 3"),
+        ({"candidate_losses": ((1.0, 2.0),)}, "3 candidates but losses for 1"),
+        ({"candidates": (), "candidate_losses": ()}, "0 candidates but losses for 0"),
+        ({"candidate_losses": ((1.0, 2.0), (1.0,), (1.0, 2.0))}, "a list of 1 losses beside a baseline of 2"),
+        ({"baseline_losses": ()}, "a list of 0 losses"),
+        ({"baseline_losses": (), "candidate_losses": ((), (), ())}, "a list of 0 losses"),
+        ({"candidates": (0.3, 0.4, 0.81)}, r"candidates \[0.81\] lie outside \[0.1, 0.8\]"),
+        ({"candidates": (0.3, math.nan, 0.4)}, r"candidates \[nan\] lie outside"),
+        ({"current_ratio": 0.41}, "measured at ratio 0.41, but the committed ratio is 0.4"),
+    ],
+)
+def test_a_round_that_does_not_fit_is_an_error_and_changes_nothing(
+    kind: str, changes: dict[str, Any], message: str
+) -> None:
+    policy = make_policy(PolicySettings(kind=kind))
+    before = policy.state()
+    with pytest.raises(ValueError, match=message):
+        policy.tell(a_round(policy, **changes))
+    assert policy.state() == before
+
+
+@every_policy
+def test_the_micro_dev_set_cannot_change_within_a_run(kind: str) -> None:
+    policy = make_policy(PolicySettings(kind=kind))
+    run(policy, 1)  # four examples
+    with pytest.raises(ValueError, match="2 micro-dev examples, but 4 in earlier rounds"):
+        policy.tell(a_round(policy))
+
+
+@every_policy
+def test_candidates_and_rewards_of_different_lengths_are_an_error(kind: str) -> None:
+    with pytest.raises(ValueError, match="2 candidates but losses for 1"):
+        make_policy(PolicySettings(kind=kind)).tell_rewards((0.3, 0.4), (1.0,))
+
+
+@every_policy
+def test_no_learned_ratio_before_the_first_round(kind: str) -> None:
+    with pytest.raises(ValueError, match="no round was measured yet"):
+        make_policy(PolicySettings(kind=kind)).best_ratio()
+
+
+@every_policy
+@pytest.mark.parametrize("estimate", ESTIMATE_RULES)
+def test_global_generators_are_left_alone(kind: str, estimate: str) -> None:
+    before = random.getstate(), torch.get_rng_state()
+    policy = make_policy(PolicySettings(kind=kind, estimate=estimate))
+    run(policy, 5)
+    assert policy.best_ratio().rule == estimate
+    RatioPolicy.from_state(policy.state())
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+
+
+@every_policy
+def test_global_seeds_do_not_matter(kind: str) -> None:
+    drawn = []
+    for seed in (1, 2):
+        random.seed(seed)
+        torch.manual_seed(seed)
+        policy = make_policy(PolicySettings(kind=kind))
+        run(policy, 3)
+        drawn.append((policy.ask(), policy.best_ratio()))
+    assert drawn[0] == drawn[1]
+
+
+@every_policy
+def test_learned_ratio_of_a_clear_optimum(kind: str) -> None:
+    policy = make_policy(PolicySettings(kind=kind))
+    run(policy, 20)
+    assert policy.best_ratio().ratio == pytest.approx(0.55, abs=0.01)
+    assert policy.best_ratio().rounds == 20
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "grid"}, "policy kind is 'grid'; allowed: gaussian, uniform"),
+        ({"estimate": "mean"}, "estimate is 'mean'; allowed: smooth_fit, best_reward"),
+        ({"ratio_min": -0.1}, r"ratio bounds are \[-0.1, 0.8\]"),
+        ({"ratio_max": 1.1}, r"ratio bounds are \[0.1, 1.1\]"),
+        ({"ratio_min": 0.8}, r"ratio bounds are \[0.8, 0.8\]"),
+        ({"ratio_min": math.nan}, r"ratio bounds are \[nan, 0.8\]"),
+        ({"ratio_init": 0.05}, "ratio_init is 0.05; it must lie between ratio_min 0.1 and ratio_max 0.8"),
+        ({"ratio_init": math.nan}, "ratio_init is nan"),
+        ({"std_init": 0.0}, "std_init is 0.0; it must be a positive number, or left out"),
+        ({"std_init": math.inf}, "std_init is inf"),
+        ({"std_init": math.nan}, "std_init is nan"),
+        ({"candidates": 0}, "candidates is 0; at least 1 is needed"),
+        ({"learning_rate": -0.1}, "learning_rate is -0.1; it must be a number >= 0"),
+        ({"kl_coef": math.inf}, "kl_coef is inf"),
+        ({"entropy_bonus": math.nan}, "entropy_bonus is nan"),
+        ({"max_step": 0.0}, r"max_step is 0.0; it must lie in \(0, 1\]"),
+        ({"max_step": 1.5}, "max_step is 1.5"),
+        ({"max_step": math.nan}, "max_step is nan"),
+    ],
+)
+def test_a_setting_out_of_range_is_an_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        preset("default", **changes)
+
+
+def test_presets() -> None:
+    assert set(PRESETS) == {"default", "paper", "random"}
+    assert preset("default") == PolicySettings()
+    assert preset("random", seed=9) == PolicySettings(kind="uniform", seed=9)
+    assert asdict(preset("paper", max_step=0.2)) == {
+        **asdict(PolicySettings()),
+        "estimate": "best_reward",
+        "max_step": 0.2,
+    }
+    with pytest.raises(ValueError, match="there is no policy preset 'fast'; allowed: default, paper, random"):
+        preset("fast")
