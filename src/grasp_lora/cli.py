@@ -1,6 +1,7 @@
 """The command line: parse, call, print. A user's mistake is one line and exit status 2."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,9 +71,9 @@ def demo(
 @app.command()
 def check(recipe: RecipeArgument, overrides: SetOption = None, verbose: VerboseOption = False) -> None:
     """Check a recipe before running it: files, adapters, label masks, lengths, splits, leaks, rounds and cost."""
+    _log(verbose)
     from grasp_lora.experiments.preflight import preflight
 
-    _log(verbose)
     for finding in preflight(_session(recipe, overrides)):
         mark = "[green]ok     [/green]" if finding.level == "ok" else "[yellow]warning[/yellow]"
         console.print(f"{mark} [bold]{finding.topic:<10}[/bold]", end=" ")
@@ -91,7 +92,11 @@ def recipes() -> None:
 @app.command()
 def init(
     data: Annotated[
-        Path, typer.Argument(help="Your examples: CSV, JSONL or parquet with prompt and completion, or SQuAD JSON.")
+        Path,
+        typer.Argument(
+            help="Your examples, at least about 40: CSV, TSV, JSON, JSONL or parquet with columns prompt and completion, "
+            "messages, context, question and answer, or document and summary; or SQuAD JSON."
+        ),
     ],
     language: Annotated[str, typer.Option("--language", "-l", help="Language of the examples, such as ar, zh or sw.")],
     output: Annotated[
@@ -100,7 +105,8 @@ def init(
     source: Annotated[
         list[str] | None,
         typer.Option(
-            "--source", help="Data file of the rich language, or a PEFT adapter folder or hub id trained on it."
+            "--source",
+            help="Data file of the rich language, or a PEFT adapter folder or hub id trained on it. May be repeated.",
         ),
     ] = None,
     source_language: Annotated[str, typer.Option(help="Language of the source data.")] = "en",
@@ -110,7 +116,8 @@ def init(
     from grasp_lora.experiments.starter import write_recipe
 
     file = write_recipe(data, language, output, source or [], source_language, backbone)
-    console.print(f"wrote {file}; next: grasp-lora check {file}", highlight=False, soft_wrap=True)
+    name_source = "" if source else "name a source in it, then "
+    console.print(f"wrote {file}; next: {name_source}grasp-lora check {file}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -223,10 +230,13 @@ def main() -> None:
     """Run the command line; a GraspError becomes one line and exit status 2."""
     from grasp_lora.errors import GraspError
 
+    _quiet_libraries()
     try:
         app()
     except GraspError as error:
-        error_console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        # What a library or a file put into the message may hold line breaks.
+        line = " ".join(str(error).split())
+        error_console.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -274,13 +284,17 @@ def _nothing() -> Iterator[None]:
     yield
 
 
-def _log(verbose: bool) -> None:
-    """Show warnings of ours, and with --verbose what happens; libraries stay quiet."""
-    import os
-
+def _quiet_libraries() -> None:
+    """Ask the libraries for errors only; they read this when they are imported, so it comes before all of them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not error_console.is_terminal:  # in a terminal a download of gigabytes should show that it moves
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+def _log(verbose: bool) -> None:
+    """Show warnings of ours, and with --verbose what happens."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
     ours = logging.getLogger("grasp_lora")

@@ -103,6 +103,18 @@ def test_smooth_fit_interval_shows_that_examples_disagree() -> None:
     assert 0.1 < estimate.high - estimate.low < 0.4
 
 
+def test_smooth_fit_interval_shows_that_rounds_disagree() -> None:
+    """Examples are all alike, but every other round wants 0.3 and 0.7."""
+    draw = random.Random(0)
+    rounds = []
+    for index in range(20):
+        ratios = tuple(draw.uniform(LOW, HIGH) for _ in range(3))
+        losses = [((p - (0.3, 0.7)[index % 2]) ** 2,) * 16 for p in (0.4, *ratios)]
+        rounds.append(Round(0.4, ratios, losses[0], tuple(losses[1:])))
+    estimate = smooth_fit(rounds, LOW, HIGH)
+    assert 0.05 < estimate.high - estimate.low < 0.5
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_smooth_fit_of_a_monotone_loss_ends_at_the_outermost_probe(sign: int) -> None:
     rounds = history(lambda ratio: sign * 0.5 * ratio, 20, noise=0.001)

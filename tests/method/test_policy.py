@@ -115,6 +115,14 @@ def test_the_pull_uses_the_ratio_from_before_the_commit() -> None:
     assert policy.mean == pytest.approx(0.4 + 0.05 * 0.05 * 0.1)
 
 
+def test_variance_has_a_floor_in_the_gradients() -> None:
+    policy = make_policy(preset("paper", kl_coef=0.0, entropy_bonus=0.0, std_init=0.001))
+    policy.tell_rewards((0.399, 0.401), (-0.1, 0.1))
+    assert policy.mean == pytest.approx(
+        0.4 + 0.05 * 0.1 * 0.001 / 1e-4
+    )  # the true variance, 1e-6, would give a hundred times as much
+
+
 def test_deviation_has_a_floor() -> None:
     policy = make_policy(preset("paper", learning_rate=10.0, entropy_bonus=0.0))
     policy.tell_rewards((0.4, 0.8), (5.0, -5.0))

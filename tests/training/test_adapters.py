@@ -356,6 +356,17 @@ def test_an_attached_adapter_is_all_that_trains(make_tiny_model):
         assert peft_model.peft_config["default"].lora_dropout == 0.5
 
 
+def test_dropout_follows_the_mode_of_the_backbone(make_tiny_model):
+    model = make_tiny_model("llama")  # in eval mode
+    weights = random_weights(model, ("q_proj",), 4, 1)
+    with attached(model, weights) as peft_model:
+        expected = logits(peft_model)
+    with attached(model, weights, dropout=0.9) as peft_model:
+        assert torch.equal(logits(peft_model), expected)
+        peft_model.train()
+        assert not torch.equal(logits(peft_model), expected)
+
+
 def test_attached_weights_are_copied(make_tiny_model):
     model = make_tiny_model("llama")
     weights = random_weights(model, ("q_proj",), 4, 1)
@@ -436,7 +447,7 @@ def test_a_fresh_adapter_depends_on_its_seed_alone(make_tiny_model):
 
 def test_a_fresh_adapter_leaves_the_global_generators_alone(make_tiny_model):
     model = make_tiny_model("llama")
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # noqa: NPY002
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     with fresh_adapter(model, LoraSettings(), 7):
         assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
@@ -456,9 +467,11 @@ def test_an_untrained_fresh_adapter_changes_nothing(make_tiny_model, architectur
 def test_a_wrong_target_module_lists_what_exists(make_tiny_model):
     model = make_tiny_model("llama")
     for wrong in ("query", "proj", "embed_tokens"):  # proj ends q_proj, but is no name; embed_tokens is not linear
-        with pytest.raises(AdapterError, match=f"no linear module '{wrong}'.*q_proj.*v_proj") as error:
-            with fresh_adapter(model, LoraSettings(target_modules=("q_proj", wrong)), 1):
-                pass
+        with (
+            pytest.raises(AdapterError, match=f"no linear module '{wrong}'.*q_proj.*v_proj") as error,
+            fresh_adapter(model, LoraSettings(target_modules=("q_proj", wrong)), 1),
+        ):
+            pass
         assert "\n" not in str(error.value)
     assert not any("lora" in name for name, _ in model.named_modules())
 

@@ -1,4 +1,4 @@
-"""Splits are exact, disjoint by whole groups and reproducible; examples are tokenised as the model is fed."""
+"""Settings are checked, splits are reproducible and leak nothing; examples are tokenised as the model is fed."""
 
 import copy
 import dataclasses
@@ -8,7 +8,6 @@ import os
 import random
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,23 +21,18 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from grasp_lora.errors import DataError
-from grasp_lora.training.data import (
-    HELD_OUT,
-    SPLITS,
-    CorpusSettings,
-    DataSettings,
-    Example,
-    Splits,
-    assign,
-    build_splits,
-    check_disjoint,
-    describe,
-    join_groups,
-)
-from grasp_lora.training.prompts import Encoder, Tally, Template, resolve_template
+from grasp_lora.training.data import CorpusSettings, DataSettings, build_splits, describe, encode_rows
+from grasp_lora.training.probing import ProbeSet
+from grasp_lora.training.prompts import Encoder, Example, Tally, Template, resolve_template
 from grasp_lora.training.readers import Record
+from grasp_lora.training.splitting import HELD_OUT, SPLITS, Splits
 
 EOS = 2
+CHAT_TEMPLATE = (
+    "<bos>{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
 
 def squad(language: str, articles: int, questions: int = 2, titled: bool = True) -> dict:
@@ -69,14 +63,6 @@ def write(tmp_path: Path) -> Callable[[str, object], str]:
 
 def prompt_rows(names: str | range, completion: str = "ok") -> list[dict[str, str]]:
     return [{"prompt": f"prompt {name}", "completion": completion} for name in names]
-
-
-def example(identity: str, group: str = "", prompt: str = "") -> Example:
-    return Example(identity, prompt or identity, "c", ("c",), "ar", group or identity, (1,), (2,))
-
-
-def splits_of(**named: list[Example]) -> Splits:
-    return Splits(**{name: tuple(named.get(name, ())) for name in SPLITS}, report={})
 
 
 def ids(examples: tuple[Example, ...]) -> list[str]:
@@ -236,10 +222,7 @@ class TestEncoding:
 
     def test_chat_template(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         tokenizer = copy.deepcopy(tiny_tokenizer)
-        tokenizer.chat_template = (
-            "<bos>{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-            "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-        )
+        tokenizer.chat_template = CHAT_TEMPLATE
         template = resolve_template("qa", "en", chat=True)
         encoder = self.encoder(tokenizer, chat=True, template=template)
         (e,) = encoder.encode([self.record()], ["g"], Tally())
@@ -270,103 +253,80 @@ class TestEncoding:
             encoder.encode([self.record(messages=(user,), fields={})], ["g"], Tally())
 
 
-class TestGroups:
-    def test_chains_are_joined(self) -> None:
-        keys = [{"id:1", "text:a"}, {"text:a", "article:x"}, {"article:x", "text:b"}, {"id:2", "text:c"}]
-        groups = join_groups(map(frozenset, keys))
-        assert [groups[min(k)] for k in keys] == ["a", "a", "a", "c"]
+class TestEncodeRows:
+    @pytest.fixture
+    def chat_tokenizer(self, tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        return tokenizer
 
-    @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 8)), max_size=40), st.randoms())
-    def test_equals_a_closure_and_ignores_the_order(
-        self, links: list[tuple[int, int, int]], generator: random.Random
+    def test_texts_are_taken_as_they_are(self, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+        rows = [{"prompt": "1 + 1 =", "completion": " 2"}, {"id": 7, "prompt": "x" * 5000, "completion": "y"}]
+        first, second = encode_rows(rows, chat_tokenizer)
+        assert (first.id, first.prompt, first.completion, first.references) == ("row 0", "1 + 1 =", " 2", (" 2",))
+        assert first.prompt_ids == tuple(chat_tokenizer("1 + 1 =").input_ids)
+        assert first.completion_ids == (*chat_tokenizer(" 2", add_special_tokens=False).input_ids, EOS)
+        assert (second.id, len(second.prompt_ids)) == ("7", 5001)
+
+    @pytest.mark.parametrize("row", [{"messages": [USER, ASSISTANT]}, {"prompt": [USER], "completion": [ASSISTANT]}])
+    def test_messages_go_through_the_chat_template(self, row: dict, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+        _, e = encode_rows([{"prompt": "a", "completion": "b"}, row], chat_tokenizer)
+        assert (e.id, e.prompt, e.completion) == ("row 1", "<bos>[user]hi[assistant]", "hello")
+        assert list(e.prompt_ids).count(1) == 1
+        assert chat_tokenizer.decode(e.prompt_ids) == e.prompt
+        assert e.completion_ids[-1] == EOS
+
+    @pytest.mark.parametrize("chat", [False, True])
+    def test_equals_what_build_splits_gives(
+        self,
+        chat: bool,
+        write: Callable[[str, object], str],
+        chat_tokenizer: PreTrainedTokenizerFast,
+        tmp_path: Path,
     ) -> None:
-        keys = [frozenset({f"id:{i}", f"text:{t}", f"article:{a}"}) for i, t, a in links]
-        groups = join_groups(keys)
-        for start in keys:
-            reached = set(start)
-            while more := {key for other in keys if other & reached for key in other} - reached:
-                reached |= more
-            assert {groups[key] for key in reached} == {min(k[5:] for k in reached if k.startswith("text:"))}
-        generator.shuffle(keys)
-        assert join_groups(keys) == groups
+        rows = [{"id": f"r{i}", "prompt": f"prompt {i}", "completion": f"{i}", "title": "t"} for i in range(5)]
+        if chat:
+            turns = [[{**USER, "content": row["prompt"]}, {**ASSISTANT, "content": row["completion"]}] for row in rows]
+            rows = [{"id": row["id"], "messages": messages} for row, messages in zip(rows, turns, strict=True)]
+        target = CorpusSettings("ar", files=(write("x.jsonl", rows),), test=1, dev=1, micro_dev=1)
+        splits = build_splits(DataSettings("completion", target, chat_template=chat), chat_tokenizer, 0, tmp_path)
+        built = {e.id: dataclasses.replace(e, language="") for name in SPLITS for e in getattr(splits, name)}
+        assert {e.id: e for e in encode_rows(rows, chat_tokenizer)} == built
+        assert len(built) == 5
 
+    def test_a_set_to_probe_takes_the_same_rows(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        assert ProbeSet.from_rows(prompt_rows("ab"), tiny_tokenizer).ids == ["row 0", "row 1"]
 
-class TestAssign:
-    @staticmethod
-    def groups(sizes: list[int]) -> list[list[Example]]:
-        return [[example(f"{g}-{i}", str(g)) for i in range(size)] for g, size in enumerate(sizes)]
-
-    def test_a_group_is_cut_only_where_none_fits(self) -> None:
-        result = assign(self.groups([3, 2, 4, 1]), {"test": 5, "dev": 2, "train": None})
-        assert [e.id for e in result["test"]] == ["0-0", "0-1", "0-2", "1-0", "1-1"]
-        assert [e.id for e in result["dev"]] == ["3-0", "2-0"]
-        assert result["train"] == []
-
-    def test_spread_takes_little_of_each_group(self) -> None:
-        result = assign(self.groups([20] * 20), {"test": 20, "micro_dev": 16, "train": 9}, ("micro_dev", "train"))
-        groups = {name: Counter(e.group for e in examples) for name, examples in result.items()}
-        assert groups["test"] == {"0": 20}
-        assert set(groups["micro_dev"].values()) == {2}
-        assert max(groups["train"].values()) == 2
-        assert sum(groups["train"].values()) == 9
-
-    @given(
-        st.lists(st.integers(1, 9), max_size=30),
-        st.lists(st.one_of(st.none(), st.integers(0, 20)), min_size=4, max_size=4),
-        st.lists(st.sampled_from(["test", "micro_dev", "train"])),
-    )
-    def test_exact_and_disjoint(self, sizes: list[int], asked: list[int | None], spread: list[str]) -> None:
-        groups = self.groups(sizes)
-        counts = dict(zip(("test", "dev", "micro_dev", "train"), asked, strict=True))
-        result = assign(groups, counts, spread)
-        taken = [{e.group for e in examples} for examples in result.values()]
-        assert sum(map(len, taken)) == len(set().union(*taken))
-        for name, count in counts.items():
-            chosen = result[name]
-            assert len({e.id for e in chosen}) == len(chosen)
-            assert count is None or len(chosen) <= count
-            if count is not None and len(chosen) < count:  # short only when nothing is left
-                assert len(set().union(*taken)) == len(groups)
-
-
-class TestCheckDisjoint:
-    def test_clean_splits_pass(self) -> None:
-        named = {name: [example(f"{name}{i}") for i in range(3)] for name in SPLITS}
-        named["source_train"].append(example("translation", group="train0"))
-        check_disjoint(splits_of(**named))
-
-    @pytest.mark.parametrize("kind", ["id", "prompt", "group"])
     @pytest.mark.parametrize(
-        "pair",
+        ("row", "message"),
         [
-            ("train", "test"),
-            ("train", "dev"),
-            ("micro_dev", "dev"),
-            ("micro_dev", "test"),
-            ("source_train", "test"),
-            ("source_train", "micro_dev"),
-            ("source_dev", "dev"),
-            ("source_train", "source_dev"),
+            ("text", "^row 1: expected an object with named fields, found str"),
+            ({"text": "a"}, "^row 1: no column 'prompt'; found: text, id. Rename the right one"),
+            ({"prompt": "a", "completion": ""}, "^row 1: completion is empty"),
+            ({"prompt": [USER], "completion": "b"}, "^row 1: prompt must be a text, found list"),
+            ({"messages": [ASSISTANT, USER]}, "^row 1: messages must end with an assistant message"),
+            ({"prompt": "a", "completion": "b", "id": 0.5}, "^row 1: id must be a text or a whole number, found 0.5"),
+            ({"prompt": "a", "completion": "b", "references": 3}, "^row 1: references must be a text, found int"),
+            ({"prompt": "a", "completion": "b", "id": "row 0"}, "1 ids stand more than once, first row 0;"),
+            (
+                {"messages": [{**USER, "role": "tool"}, ASSISTANT]},
+                "^row 1: the tokenizer's chat template refuses it: no tools",
+            ),
         ],
     )
-    def test_planted_leaks(self, pair: tuple[str, str], kind: str) -> None:
-        named = {name: [example(f"{name}{i}") for i in range(3)] for name in SPLITS}
-        victim = named[pair[1]][0]
-        planted = example("new") if kind != "id" else example(victim.id, group="new", prompt="new")
-        if kind == "prompt":
-            planted = example("new", prompt=f"  {victim.prompt}\n")
-        elif kind == "group":
-            planted = example("new", group=victim.group)
-        named[pair[0]].append(planted)
-        shared = {"id": 0, "prompt": 0, "group": 0, kind: 1}
-        message = f"share {shared['id']} ids, {shared['prompt']} prompts and {shared['group']} groups"
-        with pytest.raises(DataError, match=message) as caught:
-            check_disjoint(splits_of(**named))
-        assert any(f"{a} and {b} share" in str(caught.value) for a, b in (pair, pair[::-1]))
+    def test_errors_name_the_row(self, row: object, message: str, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(DataError, match=message):
+            encode_rows([{"prompt": "a", "completion": "b"}, row], chat_tokenizer)
 
-    def test_an_id_twice_in_one_split(self) -> None:
-        with pytest.raises(DataError, match="dev holds 1 ids twice"):
-            check_disjoint(splits_of(dev=[example("a"), example("a", group="b", prompt="c")]))
+    def test_tokenizers_that_do_not_fit(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        with pytest.raises(DataError, match="row 0 holds messages but the tokenizer has no chat template"):
+            encode_rows([{"messages": [USER, ASSISTANT]}], tiny_tokenizer)
+        with pytest.raises(DataError, match="the list of rows holds no records"):
+            encode_rows([], tiny_tokenizer)
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.eos_token = None
+        with pytest.raises(DataError, match="no EOS token"):
+            encode_rows(prompt_rows("a"), tokenizer)
 
 
 class TestBuildSplits:

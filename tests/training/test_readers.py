@@ -8,7 +8,7 @@ import datasets
 import pytest
 
 from grasp_lora.errors import DataError
-from grasp_lora.training.readers import Pool, read_files, read_hub, resolve_file, text_key
+from grasp_lora.training.readers import Pool, read_files, text_key
 
 
 def squad(*articles: tuple[str, list[tuple[str, list[tuple[str, str, list[str]]]]]]) -> dict:
@@ -243,83 +243,3 @@ class TestEncodings:
     def test_missing(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"data file 'x\.json' is missing"):
             read_files([("x.json", tmp_path / "x.json")], "qa")
-
-
-class TestResolveFile:
-    def test_places_in_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        places = [tmp_path / name for name in ("root", "variable", "recipe")]
-        for place in places:
-            place.mkdir()
-            (place / "x.json").write_text("x")
-        monkeypatch.setenv("GRASP_LORA_DATA", str(places[1]))
-        for place in places:
-            assert resolve_file("x.json", root=str(places[0]), base=places[2]) == place / "x.json"
-            (place / "x.json").unlink()
-        with pytest.raises(DataError, match="missing; tried") as caught:
-            resolve_file("x.json", root=str(places[0]), base=places[2])
-        for part in (*map(str, places), "data.root", "GRASP_LORA_DATA", "folder of the recipe"):
-            assert part in str(caught.value)
-
-    def test_root_is_relative_to_the_recipe_and_absolute_paths_stand_alone(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.delenv("GRASP_LORA_DATA", raising=False)
-        (tmp_path / "data").mkdir()
-        (tmp_path / "data" / "x.json").write_text("x")
-        assert resolve_file("x.json", root="data", base=tmp_path) == tmp_path / "data" / "x.json"
-        assert resolve_file(str(tmp_path / "data" / "x.json")) == tmp_path / "data" / "x.json"
-        with pytest.raises(DataError, match=r"nowhere\.json \(absolute path\)"):
-            resolve_file(str(tmp_path / "nowhere.json"))
-
-    def test_demo_texts(self) -> None:
-        records = read_files([("demo:zh.json", resolve_file("demo:zh.json"))], "qa").records
-        assert len(records) > 50
-        with pytest.raises(DataError, match=r"no demo text 'xx\.json'; available: ar\.json, en\.json, zh\.json"):
-            resolve_file("demo:xx.json")
-
-
-class TestHub:
-    ROWS: ClassVar = [{"id": "1", "title": "", "summary": "s", "text": "\x93t\x94"}]
-
-    def test_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls = []
-
-        def load(*args: object, **kwargs: object) -> list[dict]:
-            calls.append((args, kwargs))
-            return self.ROWS
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        pool = read_hub("org/sums", "arabic", "train[:10]", "summarization")
-        assert calls == [(("org/sums", "arabic"), {"split": "train[:10]"})]
-        assert pool.records[0].fields == {"document": "“t”"}
-
-    def test_a_loading_script_is_replaced_by_the_parquet_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def load(name: str, *args: object, **kwargs: object) -> list[dict]:
-            if "revision" not in kwargs:
-                raise RuntimeError("Dataset scripts are no longer supported, but found sums.py")
-            assert (name, args) == ("org/sums", ())
-            assert kwargs == {"data_dir": "arabic", "split": "train", "revision": "refs/convert/parquet"}
-            return self.ROWS
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        assert len(read_hub("org/sums", "arabic", "train", "summarization").records) == 1
-
-    def test_offline(self) -> None:
-        with pytest.raises(DataError, match=r"hub:no/such/train: the hub cannot be reached .* under `files`"):
-            read_hub("no/such", None, "train", "qa")
-
-    @pytest.mark.parametrize(
-        "error",
-        [
-            ValueError("BuilderConfig 'x' not found"),
-            datasets.exceptions.DatasetNotFoundError("does not exist"),
-            RuntimeError("odd"),
-        ],
-    )
-    def test_other_failures(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-        def load(*args: object, **kwargs: object) -> None:
-            raise error
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        with pytest.raises(DataError, match=r"hub:a/b/c/train: cannot be loaded \(.*\)\. Check the names"):
-            read_hub("a/b", "c", "train", "qa")

@@ -4,6 +4,7 @@ Each stage leaves a marker when it is complete and is skipped on a rerun; a run 
 written before the recipe, the backbone, the data and the adapters have been checked.
 """
 
+import hashlib
 import json
 import logging
 import platform
@@ -20,6 +21,7 @@ from grasp_lora.experiments.report import write_model_card, write_report
 from grasp_lora.experiments.session import Evaluation, Progress, Session, ratio_record, write_json, write_jsonl
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.training.adapters import read_adapter
+from grasp_lora.training.data import SPLITS, Splits
 
 log = logging.getLogger(__name__)
 
@@ -63,26 +65,24 @@ class Run:
         Raises:
             GraspError: something the user gave does not fit; completed stages stay.
         """
-        if not all(self._marker(stage).is_file() for stage in STAGES):
+        if not all(self._marker(stage).is_file() for stage in self.stages):
             self.session.prepare()
             self._begin()
-        self._stage("data", self._data)
-        self._stage("source", self._source)
-        self._stage("target", self._target)
-        self._stage("merge", self._merge)
-        if self.recipe.final.prune_ratio is None:
-            self._stage("controller", self._controller)
-        self._stage("final", self._final)
-        self._stage("evaluate", self._evaluate)
-        self._stage("report", self._report)
+        for name in self.stages:
+            self._stage(name, getattr(self, f"_{name}"))
         metrics: dict[str, Any] = self._read("metrics.json")
         return metrics
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of this recipe: with a given prune ratio there is no controller run."""
+        learns = self.recipe.final.prune_ratio is None
+        return tuple(stage for stage in STAGES if learns or stage != "controller")
+
     def _data(self) -> dict[str, Any]:
         splits = self.session.splits
-        names = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
-        ids = {name: [example.id for example in getattr(splits, name)] for name in names}
-        write_json(self.folder / "data.json", {"report": splits.report, "ids": ids})
+        ids = {name: [example.id for example in getattr(splits, name)] for name in SPLITS}
+        write_json(self.folder / "data.json", {"report": splits.report, "ids": ids, "sha256": _hash_of(splits)})
         return {name: len(members) for name, members in ids.items()}
 
     def _source(self) -> dict[str, Any]:
@@ -158,8 +158,8 @@ class Run:
             parents["source" if number == 1 else f"source_{number}"] = session.existing_adapters[place].weights
         if not parents:
             parents["source"] = self._adapter("source")
-        place = recipe.target.adapter
-        parents["target"] = session.existing_adapters[place].weights if place else self._adapter("target")
+        target = recipe.target.adapter
+        parents["target"] = session.existing_adapters[target].weights if target else self._adapter("target")
         return parents
 
     def _adapter(self, name: str) -> AdapterWeights:
@@ -220,6 +220,8 @@ class Run:
             done = self._read(f"stages/{name}.json")
             self.progress.finished(name, done["seconds"], done["summary"], skipped=True)
             return
+        for later in STAGES[STAGES.index(name) :]:  # they rest on what is done anew here
+            self._marker(later).unlink(missing_ok=True)
         self.progress.stage(name)
         started = time.perf_counter()
         summary = work()
@@ -254,22 +256,44 @@ class Run:
             )
 
     def _begin(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if (self.folder / "run.json").is_file():
+        """Write what the run starts from; when it goes on, check that this is still the same."""
+        backbone, adapters = self.session.backbone, self.session.existing_adapters
+        started = {
+            "grasp_lora": version("grasp-lora"),
+            "recipe_hash": self.recipe.fingerprint(),
+            "name": self.recipe.name,
+            "seed": self.recipe.seed,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
+            "parents": [{"name": adapter.name, "sha256": adapter.sha256} for adapter in adapters.values()],
+            "libraries": {name: version(name) for name in LIBRARIES},
+            "python": platform.python_version(),
+        }
+        if not (self.folder / "run.json").is_file():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+            except OSError as error:
+                raise RecipeError(
+                    f"{self.folder} cannot be written ({error.strerror}); choose another folder with --output"
+                ) from error
+            write_json(self.folder / "run.json", started)
             return
-        (self.folder / RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
-        adapters = self.session.existing_adapters
-        write_json(
-            self.folder / "run.json",
-            {
-                "grasp_lora": version("grasp-lora"),
-                "recipe_hash": self.recipe.fingerprint(),
-                "name": self.recipe.name,
-                "seed": self.recipe.seed,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "backbone": {"name": self.session.backbone.name, "fingerprint": self.session.backbone.fingerprint},
-                "parents": [{"name": adapter.name, "sha256": adapter.sha256} for adapter in adapters.values()],
-                "libraries": {name: version(name) for name in LIBRARIES},
-                "python": platform.python_version(),
-            },
-        )
+        before = self._read("run.json")
+        changed = [what for what in ("backbone", "parents") if before.get(what) != started[what]]
+        if self._marker("data").is_file() and self._read("data.json").get("sha256") != _hash_of(self.session.splits):
+            changed.append("data")
+        if changed:
+            raise RecipeError(
+                f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
+                "put those back, or choose another folder with --output"
+            )
+
+
+def _hash_of(splits: Splits) -> str:
+    """A hash of every token and its place, so that a run never goes on with other data."""
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        for example in getattr(splits, name):
+            digest.update(repr((name, example.id, example.prompt_ids, example.completion_ids)).encode())
+    return digest.hexdigest()

@@ -27,6 +27,14 @@ from grasp_lora.training.settings import LoraSettings, TrainingSettings
 
 RECIPE_FILE = "recipe.yaml"
 _MAX_BYTES = 1_000_000
+_PLAIN_WORDS = {  # of pydantic's error types, for those who do not know Python
+    "string_pattern_mismatch": "use Latin letters, digits, '.', '_' and '-' only, and begin with a letter or digit",
+    "tuple_type": "must be a list, such as [first, second]",
+    "dataclass_type": "must be a section of keys and values",
+    "model_type": "must be a section of keys and values",
+    "dict_type": "must be a section of keys and values",
+    "string_type": "must be a text",
+}
 
 
 def _policy(value: Any) -> Any:
@@ -211,20 +219,36 @@ def validate(content: dict[str, Any], name: str) -> Recipe:
         raise RecipeError(f"recipe {name}: {_explain(error)}") from error
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping from its node."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key.value!r} stands twice; remove one", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def _parse(text: str, name: str) -> dict[str, Any]:
     try:
         # Aliases are what an "anchor bomb" is made of, and a recipe has no use for them.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
-            raise RecipeError(f"recipe {name} uses YAML aliases (*name); write the values out")
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        aliases = [token.start_mark.line + 1 for token in yaml.scan(text) if isinstance(token, yaml.AliasToken)]
+        content = None if aliases else yaml.load(text, _UniqueKeys)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         raise RecipeError(
-            f"recipe {name} is no valid YAML{where}: {getattr(error, 'problem', None) or error}"
+            f"recipe {name} is no valid YAML{where}: {getattr(error, 'problem', None) or ' '.join(str(error).split())}"
         ) from error
     except RecursionError as error:
-        raise RecipeError(f"recipe {name} is nested too deeply") from error
+        raise RecipeError(f"recipe {name} is nested too deeply; a recipe has at most four levels") from error
+    if aliases:
+        raise RecipeError(f"recipe {name} uses a YAML alias (*name) in line {aliases[0]}; write the values out")
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {name} must hold keys and values, such as 'name: my-recipe'")
     return content
@@ -237,11 +261,8 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"override {override!r} must look like a.b=value, for example data.target.train=100")
     try:
         value = yaml.safe_load(text) if text else None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is no valid YAML") from error
-    # YAML 1.1 reads 1e-4 as text, since it has no dot; every user means the number.
-    if isinstance(value, str):
-        value = _number(value)
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"override {override!r}: the value is no valid YAML; put text in quotes") from error
     place = content
     for key in keys[:-1]:
         inner = place.get(key)
@@ -254,13 +275,6 @@ def _apply(content: dict[str, Any], override: str) -> None:
         place[key] = inner
         place = inner
     place[keys[-1]] = value
-
-
-def _number(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _explain(error: ValidationError) -> str:
@@ -276,18 +290,22 @@ def _explain(error: ValidationError) -> str:
         return f"unknown key {path!r}; {hint}{others}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{path!r} is missing{others}"
-    message = problem["msg"].removeprefix("Value error, ")
+    message = _PLAIN_WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
     if problem["type"] == "value_error":
         return f"{path}: {message}{others}" if path else f"{message}{others}"
     arrived = problem["input"]
     shown = "" if isinstance(arrived, dict | list) else f" (it is {arrived!r})"
+    if problem["type"] == "string_type" and isinstance(arrived, bool | int | float):
+        shown += "; put it in quotes"  # YAML reads the language code `no` as false
     return f"{path}: {message[0].lower()}{message[1:]}{shown}{others}"
 
 
 def _known_keys(place: list[str]) -> list[str]:
     node: Any = Recipe
     for key in place:
-        hints = {name: info.annotation for name, info in Recipe.model_fields.items()} if node is Recipe else {}
+        hints: dict[str, Any] = (
+            {name: info.annotation for name, info in Recipe.model_fields.items()} if node is Recipe else {}
+        )
         if is_dataclass(node):
             hints = {entry.name: entry.type for entry in fields(node)}
         node = _settings_class(hints.get(key))

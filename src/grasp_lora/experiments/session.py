@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.evaluation.generation import generate
 from grasp_lora.evaluation.metrics import METRICS, MetricScore, metrics_for, score
 from grasp_lora.experiments.recipe import Recipe
 from grasp_lora.method.estimation import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masking import MaskSettings, survival
-from grasp_lora.method.merging import MergeSettings, merge
+from grasp_lora.method.merging import MERGE_RULES, MergeSettings, merge
 from grasp_lora.training.adapters import (
     LoadedAdapter,
     adapter_weights,
@@ -32,12 +32,15 @@ from grasp_lora.training.adapters import (
     save_adapter,
     segments_of,
 )
-from grasp_lora.training.backbone import Backbone, load_backbone
-from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
+from grasp_lora.training.backbone import EMBEDDED_NAME, Backbone, load_backbone
 from grasp_lora.training.data import Example, Splits, build_splits
-from grasp_lora.training.finetune import FineTuneResult, finetune
 from grasp_lora.training.probing import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.sources import resolve_file
+
+if TYPE_CHECKING:  # these bring transformers' Trainer, which takes a second to import; who only checks does without
+    from grasp_lora.training.controller import GraspController
+    from grasp_lora.training.finetune import FineTuneResult
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +98,14 @@ class Session:
 
     @cached_property
     def backbone(self) -> Backbone:
-        """The frozen model, loaded once."""
-        return load_backbone(self.recipe.backbone)
+        """The frozen model, loaded once; a relative folder starts from that of the recipe, or else from the working one."""
+        settings = self.recipe.backbone
+        beside_recipe = self.base / settings.name
+        if settings.name == EMBEDDED_NAME or not beside_recipe.is_dir():
+            return load_backbone(settings)
+        loaded = load_backbone(replace(settings, name=str(beside_recipe)))
+        loaded.name = settings.name
+        return loaded
 
     @cached_property
     def splits(self) -> Splits:
@@ -112,30 +121,78 @@ class Session:
     @property
     def pad_id(self) -> int:
         """Token id for padding."""
-        return int(self.backbone.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return int(self.backbone.tokenizer.pad_token_id)
 
     @property
     def language(self) -> str:
         """Language of the target."""
         return self.recipe.data.target.language
 
-    def prepare(self) -> None:
-        """Load and check everything a run needs, before anything is written.
+    def prepare(self, *, parents: bool = True) -> None:
+        """Load and check everything a run needs, before anything is written; what is quick to check comes first.
+
+        Args:
+            parents: whether a source and a target adapter are needed, too.
 
         Raises:
             GraspError: something does not fit; one line.
         """
         recipe = self.recipe
-        if recipe.data.source is None and not recipe.source.adapters:
-            raise RecipeError("there is no source: give data.source to train an adapter, or source.adapters to use one")
         for name in recipe.metrics:
             if name not in METRICS:
                 raise RecipeError(f"metrics names {name!r}; allowed: {', '.join(METRICS)}")
-        check_target_modules(self.backbone.model, recipe.lora.target_modules)
-        if self.existing_adapters:
-            log.info("adapters in use: %s", ", ".join(self.existing_adapters))
+        if parents:
+            self._check_parents()
+        self._check_files()
+        if parents:
+            self._check_adapters()
         if not self.splits.train:
             raise DataError("the target has no training examples; give data.target.train at least 1")
+        if parents and recipe.final.prune_ratio is None:
+            self._check_rounds()
+
+    def _check_parents(self) -> None:
+        recipe = self.recipe
+        if recipe.data.source is None and not recipe.source.adapters:
+            raise RecipeError("there is no source: give data.source to train an adapter, or source.adapters to use one")
+        weights, parents = recipe.merge.weights, max(1, len(recipe.source.adapters)) + 1
+        if weights is not None and len(weights) != parents:
+            raise RecipeError(
+                f"merge.weights has {len(weights)} numbers for {parents} adapters; "
+                "give one for each source adapter and one for the target, or leave it out"
+            )
+
+    def _check_files(self) -> None:
+        """Look for the data files before the backbone is loaded, which takes long."""
+        data = self.recipe.data
+        for corpus in filter(None, (data.source, data.target)):
+            for files in (
+                corpus.files, corpus.train_files, corpus.dev_files, corpus.micro_dev_files, corpus.test_files
+            ):  # fmt: skip
+                for name in files:
+                    resolve_file(name, data.root, self.base)
+
+    def _check_adapters(self) -> None:
+        """Check the modules to train, and that the merge rule can take the adapters: it would stop a run half way."""
+        recipe = self.recipe
+        trains = not (recipe.source.adapters and recipe.target.adapter)
+        if trains:
+            check_target_modules(self.backbone.model, recipe.lora.target_modules)
+        ranks = {pair.rank for adapter in self.existing_adapters.values() for pair in adapter.weights.values()}
+        ranks |= {recipe.lora.rank} if trains else set()
+        if MERGE_RULES[recipe.merge.rule].equal_ranks and len(ranks) > 1:
+            raise AdapterError(
+                f"merge rule {recipe.merge.rule!r} needs equal ranks, but the adapters have {sorted(ranks)}; "
+                "use 'exact' or 'svd'" + (", or set lora.rank to the rank of the others" if trains else "")
+            )
+
+    def _check_rounds(self) -> None:
+        stage = self.recipe.controller
+        if expected_rounds(self.recipe, len(self.splits.train)) < 1:
+            raise RecipeError(
+                f"the controller run has {stage.training.steps(len(self.splits.train))} optimizer steps and probes every "
+                f"{stage.probe_every}, so there is no round; raise controller.training.epochs or lower controller.probe_every"
+            )
 
     def read(self, place: str | Path) -> LoadedAdapter:
         """Read an adapter (a folder, relative to the recipe's, or a hub id) and check that it fits the backbone."""
@@ -157,7 +214,7 @@ class Session:
         dev: Sequence[Example],
         training: TrainingSettings,
         folder: Path,
-    ) -> tuple[AdapterWeights, FineTuneResult]:
+    ) -> tuple[AdapterWeights, "FineTuneResult"]:
         """Train a fresh LoRA adapter; `part` names it and chooses its seed."""
         seed = self.recipe.seed_of(part)
         with fresh_adapter(self.backbone.model, self.recipe.lora, seed) as model:
@@ -175,7 +232,14 @@ class Session:
 
         Returns:
             The learned ratio, the adapter after the run, and the ratio committed last.
+
+        Raises:
+            RecipeError: the run is too short for a single round.
+            ProbeError: a loss is not finite.
         """
+        from grasp_lora.training.controller import ControllerSettings, GraspController
+
+        self._check_rounds()
         stage = self.recipe.controller
         policy = replace(stage.policy, seed=self.recipe.seed_of("policy"))
         controller = GraspController(
@@ -186,12 +250,6 @@ class Session:
             folder,
             self.progress.round,
         )
-        rounds = expected_rounds(self.recipe, len(self.splits.train))
-        if rounds < 1:
-            raise RecipeError(
-                f"the controller run has {stage.training.steps(len(self.splits.train))} optimizer steps and probes every "
-                f"{stage.probe_every}, so there is no round; raise controller.training.epochs or lower controller.probe_every"
-            )
         with attached(self.backbone.model, merged, dropout=self.recipe.lora.dropout) as model:
             self._finetune(model, self.splits.train, (), stage.training, "controller", folder, controller=controller)
             estimate = controller.policy.best_ratio()
@@ -199,12 +257,14 @@ class Session:
 
     def finetune_pruned(
         self, merged: AdapterWeights, prune_ratio: float, folder: Path
-    ) -> tuple[AdapterWeights, FineTuneResult, list[dict[str, Any]]]:
+    ) -> tuple[AdapterWeights, "FineTuneResult", list[dict[str, Any]]]:
         """Prune a merged adapter at a fixed ratio and fine-tune it: the final run, or one run of a grid.
 
         Returns:
             The adapter at its best dev loss, how training went, and its kept weights per module, factor and origin.
         """
+        from grasp_lora.training.controller import PrunedTraining
+
         stage = self.recipe.final
         mask: MaskSettings = stage.mask or self.recipe.mask
         segments = segments_of(merged)
@@ -230,7 +290,7 @@ class Session:
             folder,
             weights,
             self.backbone.model,
-            backbone_name=self.backbone.model.name_or_path if _is_hub_id(self.backbone) else self.backbone.name,
+            backbone_name=str(self.backbone.model.name_or_path) if _is_hub_id(self.backbone) else self.backbone.name,
             fingerprint=self.backbone.fingerprint,
             dropout=self.recipe.lora.dropout,
         )
@@ -263,8 +323,10 @@ class Session:
         part: str,
         folder: Path,
         callbacks: Sequence[Any] = (),
-        controller: GraspController | None = None,
-    ) -> FineTuneResult:
+        controller: "GraspController | None" = None,
+    ) -> "FineTuneResult":
+        from grasp_lora.training.finetune import finetune
+
         return finetune(
             model,
             train,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.evaluation.generation import GenerationSettings, generate
@@ -12,7 +12,9 @@ from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.merging import merge as merge_weights
 from grasp_lora.training.adapters import LoadedAdapter, attached, check_fits, read_adapter, save_adapter
 from grasp_lora.training.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME, Backbone, BackboneSettings, load_backbone
-from grasp_lora.training.finetune import FineTuneResult
+
+if TYPE_CHECKING:
+    from grasp_lora.training.finetune import FineTuneResult
 
 
 def merge_folders(
@@ -35,10 +37,10 @@ def merge_folders(
         raise RecipeError(str(error)) from error
     _refuse_existing(output)
     adapters = [read_adapter(place) for place in places]
+    merged = merge_weights([adapter.weights for adapter in adapters], settings)
     loaded = _backbone_of(adapters[0], backbone, "cpu")
     for adapter in adapters:
         check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
-    merged = merge_weights([adapter.weights for adapter in adapters], settings)
     save_adapter(
         output,
         merged,
@@ -54,21 +56,21 @@ def merge_folders(
 def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
     """Run the controller on an adapter; write its records, ratio.json and the trained adapter."""
     _refuse_existing(output)
-    session.prepare()
-    adapter = session.read(place)
+    session.prepare(parents=False)
+    adapter = session.read(_from_here(place))
     estimate, weights, last = session.learn_ratio(adapter.weights, output)
     write_json(output / "ratio.json", ratio_record(estimate, last))
     session.save(output / "adapter", weights)
     return estimate
 
 
-def finetune_folder(session: Session, place: str, prune_ratio: float, output: Path) -> FineTuneResult:
+def finetune_folder(session: Session, place: str, prune_ratio: float, output: Path) -> "FineTuneResult":
     """Prune an adapter at a ratio and fine-tune it; write the adapter, its history and its sparsity."""
     if not 0.0 <= prune_ratio <= 1.0:
         raise RecipeError(f"the prune ratio is {prune_ratio}; it must be a fraction in [0, 1]")
     _refuse_existing(output)
-    session.prepare()
-    adapter = session.read(place)
+    session.prepare(parents=False)
+    adapter = session.read(_from_here(place))
     weights, result, rows = session.finetune_pruned(adapter.weights, prune_ratio, output)
     write_json(output / "sparsity.json", rows)
     session.save(output, weights)
@@ -77,12 +79,13 @@ def finetune_folder(session: Session, place: str, prune_ratio: float, output: Pa
 
 def evaluate_folders(session: Session, places: Sequence[str], output: Path | None) -> dict[str, Any]:
     """Measure adapters on dev and test; return a table as `metrics.json` holds it, and write it with the predictions."""
-    session.prepare()
-    adapters = {place: session.read(place) for place in places}
+    if output is not None:
+        _refuse_existing(output)
+    session.prepare(parents=False)
+    adapters = [session.read(_from_here(place)) for place in places]
     systems, signatures = {}, {}
-    for place, adapter in adapters.items():
+    for name, adapter in zip(_names(places, adapters), adapters, strict=True):
         evaluation = session.evaluate(adapter.weights)
-        name = adapter.name if adapter.name not in systems else place
         systems[name] = {
             "dev_loss": evaluation.dev_loss,
             "test_loss": evaluation.test_loss,
@@ -91,8 +94,10 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
         signatures = {metric: entry.signature for metric, entry in evaluation.scores.items()}
         if output is not None:
             rows = [
-                {"id": example.id, "prediction": prediction, "references": list(example.references)}
-                for example, prediction in zip(session.splits.test, evaluation.predictions, strict=True)
+                {"id": example.id, "prediction": prediction, "references": list(example.references), "loss": loss}
+                for example, prediction, loss in zip(
+                    session.splits.test, evaluation.predictions, evaluation.test_losses, strict=True
+                )
             ]
             write_jsonl(output / f"{name.replace('/', '--')}.jsonl", rows)
     table = {"systems": systems, "signatures": signatures, "test_examples": len(session.splits.test)}
@@ -123,10 +128,21 @@ def predict_texts(
         return generate(model, loaded.tokenizer, ids, settings)
 
 
+def _from_here(place: str) -> str | Path:
+    """A folder that the command line names starts from the working folder, not from that of the recipe."""
+    return Path(place).resolve() if Path(place).is_dir() else place
+
+
+def _names(places: Sequence[str], adapters: Sequence[LoadedAdapter]) -> list[str]:
+    """Names of adapters for tables and files: their own, or the places if two are called alike."""
+    names = [adapter.name for adapter in adapters]
+    return names if len(set(names)) == len(names) else list(places)
+
+
 def _backbone_of(adapter: LoadedAdapter, named: str | None, device: str) -> Backbone:
     name = named or adapter.base_model
     if not name:
-        raise AdapterError(f"adapter {adapter.name} does not name its base model; give --backbone")
+        raise AdapterError(f"adapter {adapter.name} does not name its base model; give it with --backbone")
     try:
         settings = BackboneSettings(EMBEDDED_NAME if name == EMBEDDED_HUB_ID else name, device=device)  # type: ignore[arg-type]
     except ValueError as error:

@@ -460,6 +460,8 @@ def _inject(model: "PreTrainedModel", config: "LoraConfig") -> "PeftModel":
     for module in lora_layers(peft_model).values():
         module.lora_A[ADAPTER_NAME].float()
         module.lora_B[ADAPTER_NAME].float()
+        # PEFT's new modules are in training mode whatever the backbone's is: its dropout would act on an eval model.
+        module.train(module.get_base_layer().training)
     return peft_model
 
 

@@ -132,7 +132,7 @@ class ProbeSet:
         from grasp_lora.training.data import encode_rows
 
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return cls(encode_rows(rows, tokenizer), int(pad_id), token_budget)  # type: ignore[arg-type]
+        return cls(encode_rows(rows, tokenizer), int(pad_id), token_budget)
 
     def __len__(self) -> int:
         return len(self.ids)

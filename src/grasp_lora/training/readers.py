@@ -1,15 +1,12 @@
-"""Data files and hub data sets to records: SQuAD JSON, XL-Sum JSONL, generic JSONL, JSON, CSV and parquet."""
+"""Data files and rows to records: SQuAD JSON, XL-Sum JSONL, generic JSONL, JSON, CSV and parquet."""
 
 import csv
 import hashlib
-import importlib.resources
 import io
 import json
-import logging
-import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +14,9 @@ from typing import Any
 from grasp_lora.errors import DataError
 from grasp_lora.training.prompts import task_fields
 
-logger = logging.getLogger(__name__)
-
 FORMATS = ("auto", "squad", "xlsum", "records", "hub")
 OPTIONAL_COLUMNS = ("id", "group", "title", "references", "messages")
 XLSUM_COLUMNS = {"id": "id", "title": "title", "document": "text", "summary": "summary"}
-PARQUET_EXPORT = "refs/convert/parquet"  # where the hub keeps data sets that have a loading script
-DATA_VARIABLE = "GRASP_LORA_DATA"
-DEMO_PREFIX = "demo:"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 MAPPED = {"\x93": "“", "\x94": "”"}  # Windows-1252 quotation marks in XL-Sum's Chinese articles
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -72,46 +64,6 @@ def text_key(text: str) -> str:
     return "text:" + hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
-def resolve_file(name: str, root: str | None = None, base: Path | None = None) -> Path:
-    """Find a data file: `demo:NAME`, an absolute path, or a path below the first place that has it.
-
-    The places are `data.root`, the environment variable GRASP_LORA_DATA and the folder of the recipe.
-
-    Args:
-        name: path as the recipe writes it.
-        root: `data.root` of the recipe; relative to `base`.
-        base: folder of the recipe; None for the working folder.
-
-    Raises:
-        DataError: it is in none of them; the message names every place tried.
-    """
-    if name.startswith(DEMO_PREFIX):
-        texts = Path(str(importlib.resources.files("grasp_lora.demo").joinpath("texts")))
-        built_in = {path.name: path for path in sorted(texts.glob("*.json"))}
-        demo = name.removeprefix(DEMO_PREFIX)
-        if demo not in built_in:
-            raise DataError(f"there is no demo text {demo!r}; available: {', '.join(built_in)}")
-        return built_in[demo]
-    path = Path(name).expanduser()
-    base = Path.cwd() if base is None else base
-    variable = os.environ.get(DATA_VARIABLE)
-    places = {"absolute path": path}
-    if not path.is_absolute():
-        places = {"folder of the recipe": base / path}
-        if variable:
-            places = {DATA_VARIABLE: Path(variable).expanduser() / path, **places}
-        if root is not None:
-            places = {"data.root": base / Path(root).expanduser() / path, **places}
-    for place in places.values():
-        if place.is_file():
-            return place
-    tried = ", ".join(f"{place} ({label})" for label, place in places.items())
-    raise DataError(
-        f"data file {name!r} is missing; tried {tried}. "
-        f"Set data.root or the environment variable {DATA_VARIABLE} to the folder that holds it"
-    )
-
-
 def read_files(
     files: Sequence[tuple[str, Path]], task: str, format: str = "auto", columns: Mapping[str, str] | None = None
 ) -> Pool:
@@ -139,45 +91,26 @@ def read_files(
     return _pool(records, counts)
 
 
-def read_hub(
+def read_rows(
+    rows: Iterable[tuple[str, Any]],
     name: str,
-    config: str | None,
-    split: str,
     task: str,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
 ) -> Pool:
-    """Read one split of a data set on the hub; never runs code of its repository.
+    """Turn rows that are in memory into one pool.
 
-    A repository with a loading script is read from the hub's own parquet export of it.
+    Args:
+        rows: where each stands, for messages, and what it says: a mapping from column to value.
+        name: name of them all, for messages and made-up ids.
+        task, format, columns: as for `read_files`; SQuAD data is no rows.
 
     Raises:
-        DataError: the hub or the data set cannot be reached, or the rows do not fit the task.
+        DataError: there are no rows, one is malformed, or an id stands twice.
     """
-    import datasets
-
-    label = "/".join(part for part in ("hub:" + name, config, split) if part)
-    try:
-        try:
-            table = datasets.load_dataset(name, config, split=split)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error):
-                raise
-            logger.info("%s has a loading script: reading the hub's parquet export instead", name)
-            # The export knows no configurations: each is a folder.
-            table = datasets.load_dataset(name, data_dir=config, split=split, revision=PARQUET_EXPORT)
-    except ConnectionError as error:
-        raise DataError(
-            f"{label}: the hub cannot be reached ({error}). Load it once while online, which keeps a copy in the "
-            "cache, or download its files and name them under `files`"
-        ) from error
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(
-            f"{label}: cannot be loaded ({error}). Check the names of the data set, the configuration and the split"
-        ) from error
     counts: Counter[str] = Counter()
-    rows = [(f"{label}, row {number}", dict(row)) for number, row in enumerate(table, start=1)]
-    return _pool(_convert(rows, label, task, format, columns or {}, counts), counts)
+    checked = [_row(item, where) for where, item in rows]
+    return _pool(_convert(checked, name, task, format, columns or {}, counts), counts)
 
 
 def _pool(records: list[Record], counts: Counter[str]) -> Pool:
@@ -234,9 +167,9 @@ def _load(name: str, path: Path, format: str) -> list[Row] | dict[str, Any]:
 
 
 def _row(item: Any, where: str) -> Row:
-    if not isinstance(item, dict):
+    if not isinstance(item, Mapping):
         raise DataError(f"{where}: expected an object with named fields, found {type(item).__name__}")
-    return where, item
+    return where, dict(item)
 
 
 def _json_lines(text: str, name: str) -> list[Row]:
@@ -346,7 +279,7 @@ def _record(
         keys.add(text_key(inputs[fields.document or fields.inputs[0]]))
     references = row.get(columns.get("references", "references"))
     if references is not None:
-        listed = [references] if isinstance(references, str) else list(references)
+        listed = list(references) if isinstance(references, list | tuple) else [references]
         gold = [_text(reference, "references", where) for reference in listed]
     else:
         gold = answers
@@ -361,7 +294,7 @@ def _cell(row: dict[str, Any], field: str, where: str, columns: Mapping[str, str
             return row[column]
     raise DataError(
         f"{where}: no column {columns.get(field, field)!r}; found: {', '.join(map(str, row))}. "
-        f"Name the right one in the recipe: columns: {{{field}: NAME}}"
+        f"Rename the right one, or name it in the recipe: columns: {{{field}: NAME}}"
     )
 
 

@@ -1,0 +1,258 @@
+"""Figures of a run as plain plotly JSON, and how a page embeds them.
+
+Colours are names of CSS variables, which the page resolves, so that one file suits light and dark.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any
+
+from grasp_lora.experiments.run_folder import (
+    TRAINED,
+    Curve,
+    FactorSparsity,
+    HistoryRow,
+    Round,
+    RunRecord,
+    kept_share,
+    places,
+)
+
+Figure = dict[str, Any]
+Trace = dict[str, Any]
+
+_SEQUENTIAL = [[0, "var(--low)"], [1, "var(--high)"]]
+_DIVERGING = [[0, "var(--bad)"], [0.5, "var(--neutral)"], [1, "var(--good)"]]
+_STEP, _RATIO = "Optimizer step", "Prune ratio (fraction of weights)"
+
+
+def figures_of(record: RunRecord) -> dict[str, Figure]:
+    """Return all figures that the record has data for, by the name under which the page places them."""
+    figures = {
+        "curve": _curve(record),
+        "trajectory": _trajectory(record.rounds),
+        "baseline": _baseline(record.rounds),
+        **{f"history-{stage}": _history(record.history[stage]) for stage in TRAINED},
+        "sparsity": _sparsity(record.sparsity),
+        "survival": _survival(record.sparsity),
+        "cost": _cost(record),
+    }
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def script_json(value: Any) -> Any:
+    """Return JSON that is safe inside a script element: no tag can end it, and no line separator can break it."""
+    from markupsafe import Markup
+
+    text = json.dumps(_finite(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def plotly_js() -> Any:
+    """Return the plotly library, to be written into a script element."""
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    source = get_plotlyjs()
+    assert "</script" not in source.lower(), "the plotly library would end its own script element"
+    return Markup(source)
+
+
+def _finite(value: Any) -> Any:
+    """The same value with None, which plotly leaves out, for every number that JSON cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
+
+
+def _figure(traces: list[Trace], x: str, y: str, **layout: Any) -> Figure:
+    axes = {name: {"title": {"text": text}} | layout.pop(name, {}) for name, text in (("xaxis", x), ("yaxis", y))}
+    return {"data": traces, "layout": axes | layout}
+
+
+def _scatter(name: str, x: Sequence[float], y: Sequence[float], mode: str = "lines", **style: Any) -> Trace:
+    return {"type": "scatter", "mode": mode, "name": name, "x": x, "y": y, **style}
+
+
+def _band(name: str, x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str) -> Trace:
+    style = {"fill": "toself", "fillcolor": color, "line": {"width": 0}, "hoverinfo": "skip"}
+    return _scatter(name, [*x, *reversed(x)], [*high, *reversed(low)], **style)
+
+
+def _curve(record: RunRecord) -> Figure | None:
+    """The fitted curve, and the differences that it was fitted to."""
+    learned = record.learned
+    if learned is None:
+        return None
+    curve, star = learned.curve, learned.prune_ratio
+    traces = []
+    if curve.ratios:
+        interval = f"{100 * learned.confidence:.0f} % interval of the fit"
+        traces.append(_band(interval, curve.ratios, curve.low, curve.high, "var(--grasp-soft)"))
+    points = [point for measured in record.rounds for point in _differences(measured, curve)]
+    if points:
+        ratios, losses, rounds = zip(*points, strict=True)
+        hover = "round %{customdata}<br>ratio %{x:.3f}<br>loss difference %{y:.4f}<extra></extra>"
+        line, bar = {"width": 0.5, "color": "var(--paper)"}, {"title": {"text": "Round"}}
+        marker = {"size": 7, "color": rounds, "colorscale": _SEQUENTIAL, "line": line, "colorbar": bar}
+        style = {"customdata": rounds, "hovertemplate": hover, "marker": marker}
+        traces.append(_scatter("one probe", ratios, losses, "markers", **style))
+    if curve.ratios:
+        line = {"width": 2.5, "color": "var(--grasp)"}
+        hover = "ratio %{x:.3f}<br>fit %{y:.4f}<extra></extra>"
+        traces.append(_scatter("fitted loss", curve.ratios, curve.mean, line=line, hovertemplate=hover))
+    strip = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1}
+    dashed = {"width": 1.5, "dash": "dash", "color": "var(--mark)"}
+    label = {"text": f"p* = {star:.3f}", "font": {"color": "var(--mark)"}, "showarrow": False, "yanchor": "bottom"}
+    return _figure(
+        traces,
+        _RATIO,
+        f"Loss {'above minimum' if curve.ratios else 'minus baseline'} (nats per token)",
+        shapes=[
+            strip | {"type": "rect", "x0": learned.low, "x1": learned.high, "line": {"width": 0}}
+            | {"fillcolor": "var(--mark-soft)", "layer": "below"},
+            strip | {"type": "line", "x0": star, "x1": star, "line": dashed},
+        ],
+        annotations=[label | {"xref": "x", "yref": "paper", "x": star, "y": 1}],
+    )  # fmt: skip
+
+
+def _differences(measured: Round, curve: Curve) -> Iterator[tuple[float, float, int]]:
+    """Ratio, loss and round of each probe of a round.
+
+    Only differences within a round mean something, so a round is moved as a whole to where the curve runs at its
+    ratios; without a curve the baseline of the round is zero.
+    """
+    baseline = fmean(measured.baseline_losses)
+    ratios = [measured.ratio_before, *measured.candidates]
+    losses = [0.0, *(fmean(losses) - baseline for losses in measured.candidate_losses)]
+    shift = fmean(_interpolated(curve, ratio) for ratio in ratios) - fmean(losses) if curve.ratios else 0.0
+    for ratio, loss in zip(ratios, losses, strict=True):
+        yield ratio, loss + shift, measured.round
+
+
+def _interpolated(curve: Curve, ratio: float) -> float:
+    for (x0, y0), (x1, y1) in pairwise(zip(curve.ratios, curve.mean, strict=True)):
+        if x0 <= ratio <= x1 and x1 > x0:
+            return y0 + (y1 - y0) * (ratio - x0) / (x1 - x0)
+    return curve.mean[0] if ratio < curve.ratios[0] else curve.mean[-1]
+
+
+def _trajectory(rounds: Sequence[Round]) -> Figure | None:
+    if not rounds:
+        return None
+    steps = [measured.step for measured in rounds]
+    low = [max(0.0, measured.policy_mean - measured.policy_std) for measured in rounds]
+    high = [min(1.0, measured.policy_mean + measured.policy_std) for measured in rounds]
+    candidates = [(measured.step, ratio) for measured in rounds for ratio in measured.candidates]
+    rewards = [reward for measured in rounds for reward in measured.rewards]
+    # One disastrous candidate must not turn all others grey, so half of the rewards have a full colour.
+    limit = median(abs(reward) for reward in rewards) or 1e-6
+    marker = {
+        "size": 8, "color": rewards, "colorscale": _DIVERGING, "cmin": -limit, "cmax": limit,
+        "line": {"width": 0.75, "color": "var(--muted)"},
+        "colorbar": {"title": {"text": "Reward<br>(nats per<br>token)"}},
+    }  # fmt: skip
+    hover = "step %{x}<br>candidate %{y:.3f}<br>reward %{customdata:.4f}<extra></extra>"
+    style = {"customdata": rewards, "hovertemplate": hover, "marker": marker}
+    dotted = {"width": 1.5, "dash": "dot", "color": "var(--target)"}
+    stairs = {"width": 2.5, "shape": "hv", "color": "var(--grasp)"}
+    committed = [rounds[0].ratio_before, *(measured.ratio for measured in rounds)]
+    traces = [
+        _band("policy ± 1 deviation", steps, low, high, "var(--target-soft)"),
+        _scatter("policy mean", steps, [measured.policy_mean for measured in rounds], line=dotted),
+        _scatter("candidate", *zip(*candidates, strict=True), "markers", **style),
+        _scatter("committed ratio", [0, *steps], committed, line=stairs),
+    ]
+    return _figure(traces, _STEP, _RATIO)
+
+
+def _baseline(rounds: Sequence[Round]) -> Figure | None:
+    if not rounds:
+        return None
+    losses = [fmean(measured.baseline_losses) for measured in rounds]
+    style = {"line": {"width": 2, "color": "var(--grasp)"}, "marker": {"size": 5}}
+    trace = _scatter("committed mask", [measured.step for measured in rounds], losses, "lines+markers", **style)
+    return _figure([trace], _STEP, "Micro-dev loss (nats per token)", showlegend=False)
+
+
+def _history(history: Sequence[HistoryRow]) -> Figure | None:
+    train = [(row.step, row.loss) for row in history if row.loss is not None]
+    dev = [(row.step, row.dev_loss) for row in history if row.dev_loss is not None]
+    traces = [
+        _scatter(name, *zip(*rows, strict=True), mode, line={"width": width, "color": color}, marker={"size": 6})
+        for name, rows, mode, width, color in (
+            ("train", train, "lines", 1.25, "var(--merged)"),
+            ("dev", dev, "lines+markers", 2, "var(--grasp)"),
+        )
+        if rows
+    ]
+    return _figure(traces, _STEP, "Loss (nats per token)", yaxis={"rangemode": "tozero"}) if traces else None
+
+
+def _sparsity(entries: Sequence[FactorSparsity]) -> Figure | None:
+    if not entries:
+        return None
+    shares: dict[tuple[str, str], float] = {}
+    for entry, (kind, layer) in zip(entries, places(entries), strict=True):
+        shares[f"{kind} {entry.factor}, {entry.segment}", layer] = entry.kept / entry.weights
+    rows = sorted({row for row, _ in shares}, reverse=True)
+    layers = sorted({layer for _, layer in shares}, key=lambda layer: (layer.isdigit(), len(layer), layer))
+    trace = {
+        "type": "heatmap", "x": [_label(layer) for layer in layers], "y": [_label(row) for row in rows],
+        "z": [[shares.get((row, layer)) for layer in layers] for row in rows],
+        "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1, "colorscale": _SEQUENTIAL,
+        "hovertemplate": "layer %{x}<br>%{y}<br>kept %{z:.3f}<extra></extra>",
+        "colorbar": {"title": {"text": "Kept share<br>(fraction)"}},
+    }  # fmt: skip
+    layout: Figure = {"height": 150 + 26 * len(rows), "xaxis": {"type": "category"}, "yaxis": {"type": "category"}}
+    return _figure([trace], "Layer (index)", "Factor, segment", **layout)
+
+
+def _survival(entries: Sequence[FactorSparsity]) -> Figure | None:
+    groups: dict[str, dict[str, list[FactorSparsity]]] = {"source": {}, "target": {}}
+    for entry, (kind, _) in zip(entries, places(entries), strict=True):
+        if entry.segment in groups:
+            groups[entry.segment].setdefault(f"{kind} {entry.factor}", []).append(entry)
+    if not all(groups.values()):
+        return None
+    traces = [
+        {"type": "bar", "name": segment, "x": [_label(name) for name in sorted(factors)],
+         "y": [kept_share(factors[name]) for name in sorted(factors)], "marker": {"color": f"var(--{segment})"},
+         "hovertemplate": "%{x}<br>kept %{y:.3f}<extra>" + segment + "</extra>"}
+        for segment, factors in groups.items()
+    ]  # fmt: skip
+    return _figure(traces, "Factor", "Kept share (fraction of weights)", yaxis={"range": [0, 1]}, bargap=0.35)
+
+
+def _cost(record: RunRecord) -> Figure | None:
+    cost = record.cost
+    if not cost:
+        return None
+    unit, name = (60, "minutes") if max(cost.values()) >= 180 else (1, "seconds")
+    probes = dict.fromkeys(cost, 0.0)
+    if "controller" in cost:
+        probes["controller"] = min(record.probe_seconds, cost["controller"])
+    rest = {stage: seconds - probes[stage] for stage, seconds in cost.items()}
+    traces = [
+        {"type": "bar", "orientation": "h", "name": label, "y": [_label(stage) for stage in cost],
+         "x": [value / unit for value in seconds.values()], "marker": {"color": color}}
+        for label, seconds, color in (
+            ("training and the rest", rest, "var(--merged)"), ("probes", probes, "var(--grasp)")
+        )
+        if seconds is rest or any(seconds.values())
+    ]  # fmt: skip
+    stages = {"autorange": "reversed", "type": "category"}
+    return _figure(traces, f"Time ({name})", "Stage", barmode="stack", height=130 + 34 * len(cost), yaxis=stages)
+
+
+def _label(text: str) -> str:
+    """Plotly reads tags in its texts, so a text from a file must not hold any."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,312 @@
+"""What a run folder holds, read once into typed records; every file is checked against its shape."""
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+import yaml
+from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from grasp_lora.errors import RecipeError
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate")
+TRAINED = {"source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run"}
+SYSTEMS = {"source": "Source only", "target": "Target only", "merged": "Merged, not pruned", "grasp": "GRASP"}
+
+Loss = Annotated[float, AllowInfNan(True)]  # a run that diverged deserves a report, too
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+class Parent(_Record):
+    """A model that the run started from."""
+
+    name: str
+    fingerprint: str
+
+
+class RunInfo(_Record):
+    """run.json."""
+
+    grasp_lora: str
+    recipe_hash: str
+    name: str
+    seed: int
+    created: str
+    backbone: Parent
+    libraries: dict[str, str] = {}
+
+
+class DataFacts(_Record):
+    """data.json: the report of the splits, and the ids in each of them."""
+
+    report: dict[str, Any] = {}
+    ids: dict[str, list[str]] = {}
+
+
+class StageMarker(_Record):
+    """stages/<stage>.json."""
+
+    seconds: float
+
+
+class Round(_Record):
+    """One line of controller/rounds.jsonl."""
+
+    round: int
+    step: int
+    candidates: list[float] = Field(min_length=1)
+    baseline_losses: list[float] = Field(min_length=1)
+    candidate_losses: list[Annotated[list[float], Field(min_length=1)]]
+    rewards: list[float]
+    policy_mean: float
+    policy_std: float
+    committed: bool
+    clipped: bool
+    ratio_before: float
+    ratio: float
+
+    @model_validator(mode="after")
+    def _one_entry_per_candidate(self) -> Self:
+        if not len(self.candidates) == len(self.rewards) == len(self.candidate_losses):
+            raise ValueError("candidates, rewards and candidate_losses must be equally many")
+        return self
+
+
+class Timing(_Record):
+    """One line of controller/timings.jsonl."""
+
+    probe_seconds: float
+    train_seconds: float
+
+
+class Curve(_Record):
+    """Fitted loss above its minimum over the ratio, with bounds."""
+
+    ratios: list[float] = []
+    mean: list[float] = []
+    low: list[float] = []
+    high: list[float] = []
+
+    @model_validator(mode="after")
+    def _equally_long(self) -> Self:
+        if not len(self.ratios) == len(self.mean) == len(self.low) == len(self.high):
+            raise ValueError("ratios, mean, low and high must be equally long")
+        return self
+
+
+class LearnedRatio(_Record):
+    """controller/ratio.json."""
+
+    prune_ratio: float = Field(ge=0, le=1)
+    low: float
+    high: float
+    confidence: float
+    rule: str
+    curve: Curve = Curve()
+
+
+class HistoryRow(_Record):
+    """One line of a history.jsonl."""
+
+    step: int
+    loss: Loss | None = None
+    dev_loss: Loss | None = None
+
+
+class FactorSparsity(_Record):
+    """One entry of final/sparsity.json."""
+
+    module: str
+    factor: str
+    segment: str
+    weights: int = Field(ge=1)
+    kept: int = Field(ge=0)
+
+
+class Prediction(_Record):
+    """One line of evaluation/<system>.jsonl."""
+
+    id: str
+    prediction: str
+    references: list[str] = []
+    loss: Loss | None = None
+
+
+class SystemScores(_Record):
+    """What one system scored; None where a metric was not available."""
+
+    test_loss: Loss | None = None
+    dev_loss: Loss | None = None
+    metrics: dict[str, Loss | None] = {}
+
+
+class Metrics(_Record):
+    """metrics.json."""
+
+    systems: dict[str, SystemScores]
+    prune_ratio: float | None = None
+    prune_ratio_interval: tuple[float, float] | None = None
+    signatures: dict[str, str] = {}
+    test_examples: int = Field(ge=1)
+    language: str | None = None
+    cost: dict[str, float] = {}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder as far as it has got: None or empty where a stage has not written its files."""
+
+    run: RunInfo | None
+    recipe_text: str
+    recipe: dict[str, Any]
+    data: DataFacts
+    stages: dict[str, StageMarker]
+    rounds: list[Round]
+    timings: list[Timing]
+    learned: LearnedRatio | None
+    history: dict[str, list[HistoryRow]]
+    sparsity: list[FactorSparsity]
+    predictions: dict[str, list[Prediction]]
+    metrics: Metrics | None
+
+    @property
+    def given_ratio(self) -> float | None:
+        """The recipe's final.prune_ratio; where it is given, the run has no controller by design."""
+        given = inner(self.recipe, "final").get("prune_ratio")
+        return float(given) if isinstance(given, int | float) else None
+
+    @property
+    def missing(self) -> list[str]:
+        """Stages that the run has yet to complete."""
+        expected = STAGES if self.given_ratio is None else [stage for stage in STAGES if stage != "controller"]
+        return [stage for stage in expected if stage not in self.stages]
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """Seconds by stage."""
+        if self.metrics is not None and self.metrics.cost:
+            return self.metrics.cost
+        return {stage: marker.seconds for stage, marker in self.stages.items()}
+
+    @property
+    def probe_seconds(self) -> float:
+        """Seconds of the controller run that went into probes."""
+        return sum(timing.probe_seconds for timing in self.timings)
+
+
+def inner(content: Any, *keys: str) -> dict[str, Any]:
+    """Return the object under nested keys, empty where there is none."""
+    for key in keys:
+        content = content.get(key) if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
+
+
+def kept_share(entries: Iterable[FactorSparsity]) -> float:
+    """Return the share of kept weights over some entries, a fraction in [0, 1]."""
+    found = list(entries)
+    return sum(entry.kept for entry in found) / sum(entry.weights for entry in found)
+
+
+def places(entries: Sequence[FactorSparsity]) -> list[tuple[str, str]]:
+    """Return kind of projection and layer of each entry: `model.layers.3.self_attn.q_proj` is q_proj in layer 3."""
+    matches = [re.search(r"\.(\d+)\.(.+)$", entry.module) for entry in entries]
+    parts = [(m[2], m[1]) if m else (entry.module, "–") for entry, m in zip(entries, matches, strict=True)]
+    short = {kind: kind.rsplit(".", 1)[-1] for kind, _ in parts}
+    # GPT-2 has a c_proj in its attention and another in its MLP: then the full names are needed.
+    if len(set(short.values())) < len(short):
+        return parts
+    return [(short[kind], layer) for kind, layer in parts]
+
+
+def read_run(run_folder: Path) -> RunRecord:
+    """Read all that a run folder holds.
+
+    A run may still be in progress: the line that it is just writing is left out.
+
+    Raises:
+        RecipeError: there is neither a run.json nor a recipe.yaml, or a file is damaged; the message names it.
+    """
+    recipe_file = run_folder / "recipe.yaml"
+    if not (recipe_file.is_file() or (run_folder / "run.json").is_file()):
+        raise RecipeError(f"{run_folder} is no run folder: it holds neither run.json nor recipe.yaml.")
+    recipe_text = _text(recipe_file) if recipe_file.is_file() else ""
+    try:
+        recipe = yaml.safe_load(recipe_text) if recipe_text else {}
+    except yaml.YAMLError as error:
+        raise _damaged(recipe_file, "it is not valid YAML") from error
+    if not isinstance(recipe, dict):
+        raise _damaged(recipe_file, "it must hold keys and values")
+    controller, evaluation = run_folder / "controller", run_folder / "evaluation"
+    markers = {stage: _read(run_folder / "stages" / f"{stage}.json", StageMarker) for stage in STAGES}
+    return RunRecord(
+        run=_read(run_folder / "run.json", RunInfo),
+        recipe_text=recipe_text,
+        recipe=recipe,
+        data=_read(run_folder / "data.json", DataFacts) or DataFacts(),
+        stages={stage: marker for stage, marker in markers.items() if marker is not None},
+        rounds=_lines(controller / "rounds.jsonl", Round, growing=True),
+        timings=_lines(controller / "timings.jsonl", Timing, growing=True),
+        learned=_read(controller / "ratio.json", LearnedRatio),
+        history={stage: _lines(run_folder / stage / "history.jsonl", HistoryRow, growing=True) for stage in TRAINED},
+        sparsity=_read(run_folder / "final" / "sparsity.json", list[FactorSparsity]) or [],
+        predictions={name: _lines(evaluation / f"{name}.jsonl", Prediction) for name in SYSTEMS},
+        metrics=_read(run_folder / "metrics.json", Metrics),
+    )
+
+
+_Shape = TypeVar("_Shape")
+
+
+def _read(path: Path, shape: type[_Shape]) -> _Shape | None:
+    return _checked(_text(path), shape, path) if path.is_file() else None
+
+
+def _lines(path: Path, shape: type[_Shape], growing: bool = False) -> list[_Shape]:
+    """Read JSON lines; `growing` says that the run appends to the file, so that its last line may be unfinished."""
+    if not path.is_file():
+        return []
+    # Not splitlines(): it also cuts at U+2028, which JSON allows inside a text.
+    lines = _text(path).split("\n")
+    if growing and lines[-1] and not _is_json(lines[-1]):
+        logger.info("%s: left out its last line, which is not finished", path)
+        lines.pop()
+    rows = enumerate(lines, start=1)
+    return [_checked(line, shape, path, f" (line {number})") for number, line in rows if line.strip()]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise _damaged(path, "it is not UTF-8 text") from error
+
+
+def _checked(text: str, shape: type[_Shape], path: Path, where: str = "") -> _Shape:
+    try:
+        return TypeAdapter(shape).validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].replace("Invalid JSON: ", "it is not valid JSON, ")
+        place = ".".join(str(part) for part in first["loc"])
+        raise _damaged(path, f"{place}: {reason.lower()}" if place else reason, where) from error
+
+
+def _damaged(path: Path, reason: str, where: str = "") -> RecipeError:
+    return RecipeError(f"{path}{where} is damaged: {reason}. Delete it and run its stage again.")

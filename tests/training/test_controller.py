@@ -1,0 +1,645 @@
+"""Masks that hold through training and rounds that tell the truth, in three trainers: ours, transformers' and TRL's."""
+
+import json
+import math
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from grasp_lora.errors import ProbeError
+from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.method.masking import MaskSettings, prune_count, survival
+from grasp_lora.method.merging import MergeSettings, merge
+from grasp_lora.method.policy import Decision, GaussianPolicy, PolicySettings
+from grasp_lora.training import finetune as finetune_module
+from grasp_lora.training import probing
+from grasp_lora.training.adapters import LoraSettings, adapter_weights, attached, fresh_adapter, live_pairs, segments_of
+from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
+from grasp_lora.training.finetune import finetune
+from grasp_lora.training.probing import ProbeSet, collate
+from grasp_lora.training.settings import TrainingSettings
+
+TARGETS = {
+    "llama": ("q_proj", "v_proj"),
+    "gemma3": ("q_proj", "v_proj"),
+    "qwen3": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn",),
+}
+ARCHITECTURES = list(TARGETS)
+TRAINERS = ["ours", "transformers", "trl"]
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    id: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+
+
+def make_examples(count: int, seed: int = 0, name: str = "e") -> list[Example]:
+    generator = random.Random(seed)
+    return [
+        Example(
+            f"{name}{index}",
+            tuple(generator.randrange(4, 260) for _ in range(generator.randint(2, 12))),
+            (*(generator.randrange(4, 260) for _ in range(generator.randint(0, 4))), 2),
+        )
+        for index in range(count)
+    ]
+
+
+TRAIN = make_examples(12)
+MICRO_DEV = make_examples(5, 1, "m")
+
+
+def merged_adapter(model, architecture: str) -> AdapterWeights:
+    """A source of rank 3 and a target of rank 2, merged; every weight is away from zero."""
+    parts = []
+    for seed, rank in ((1, 3), (2, 2)):
+        generator = torch.Generator().manual_seed(seed)
+        with fresh_adapter(model, LoraSettings(rank=rank, target_modules=TARGETS[architecture]), seed) as peft_model:
+            parts.append(
+                AdapterWeights(
+                    {
+                        name: LoraPair(
+                            0.3 * torch.randn(pair.A.shape, generator=generator),
+                            0.3 * torch.randn(pair.B.shape, generator=generator),
+                        )
+                        for name, pair in live_pairs(peft_model).items()
+                    }
+                )
+            )
+    return merge(parts, MergeSettings())
+
+
+class Watch(TrainerCallback):
+    """After every step, with the controller's own work done: the mask is on, exactly as far as it says."""
+
+    def __init__(self, pruned: PrunedTraining) -> None:
+        self.pruned = pruned
+        self.steps = 0
+        self.ratios: list[float] = []
+        self.masks: list[torch.Tensor] = []
+        self.weights: list[torch.Tensor] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        masks, ratio = self.pruned.masks, self.pruned.prune_ratio
+        live = live_pairs(kwargs["model"])
+        moments = kwargs["optimizer"].state
+        pruned, groups = 0, 0
+        for (module, factor), keep in masks.keep.items():
+            weight = masks.weights[module, factor]
+            assert weight is getattr(live[module], factor)
+            assert (weight[~keep] == 0).all()
+            assert (weight[keep] != 0).all()
+            pair = masks.pairs[module]
+            sizes = [segment.rank for segment in pair.segments] or [pair.rank]
+            for part in keep.split(sizes, dim=0 if factor == "A" else 1):
+                pruned += int((~part).sum())
+                groups += 1
+                if masks.settings.scope == "factor" and masks.settings.granularity == "weight":
+                    assert int((~part).sum()) == prune_count(ratio, part.numel())
+            if self.pruned.mode == "hold":
+                for name in ("exp_avg", "exp_avg_sq"):
+                    assert (moments[weight][name][~keep] == 0).all()
+                    if masks.settings.granularity == "weight":  # of components, only a just revived one may be left
+                        assert (moments[weight][name][keep] != 0).any()
+        total = sum(weight.numel() for weight in masks.weights.values())
+        assert masks.sparsity() == pruned / total
+        if masks.settings.granularity == "weight":
+            assert abs(pruned - ratio * total) <= groups
+        assert masks.ratio == ratio
+        self.steps += 1
+        self.ratios.append(ratio)
+        self.masks.append(torch.cat([keep.flatten() for keep in masks.keep.values()]))
+        self.weights.append(torch.cat([weight.detach().flatten() for weight in masks.weights.values()]))
+
+
+def controller_for(weights: AdapterWeights, micro_dev=None, mask=None, folder=None, probe_every=3, **policy):
+    return GraspController(
+        micro_dev or ProbeSet(MICRO_DEV, PAD, token_budget=40),
+        ControllerSettings(PolicySettings(**policy), probe_every=probe_every),
+        mask=mask,
+        segments=segments_of(weights),
+        folder=folder,
+    )
+
+
+def settings(**changes) -> TrainingSettings:
+    return TrainingSettings(**{"epochs": 1, "learning_rate": 1e-2, "patience": None, **changes})
+
+
+def train_ours(model, folder, controller=None, dev=(), callbacks=(), seed=1, **changes):
+    return finetune(
+        model,
+        TRAIN,
+        dev,
+        settings(**changes),
+        pad_id=PAD,
+        seed=seed,
+        folder=folder / "run",
+        controller=controller,
+        callbacks=callbacks,
+    )
+
+
+def arguments(folder, kind=TrainingArguments, **changes):
+    return kind(
+        output_dir=str(folder / "run"),
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=True,
+        **changes,
+    )
+
+
+def train_transformers(model, folder, controller, callbacks=()) -> Trainer:
+    trainer = Trainer(
+        model=model,
+        args=arguments(folder, remove_unused_columns=False),
+        train_dataset=TRAIN,
+        data_collator=lambda examples: collate(examples, PAD),
+    )
+    controller.add_to(trainer)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train()
+    return trainer
+
+
+ROWS = [{"prompt": f"What is {i} + {i}?", "completion": f" It is {2 * i}."} for i in range(12)]
+
+
+def make_sft_trainer(model, folder, tokenizer):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    return SFTTrainer(
+        model=model,
+        args=arguments(folder, SFTConfig, bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False),
+        train_dataset=Dataset.from_list(ROWS),
+        processing_class=tokenizer,
+    )
+
+
+def train_with(name, model, folder, tokenizer, controller, callbacks=()) -> Trainer | None:
+    if name == "ours":
+        train_ours(model, folder, controller, callbacks=callbacks)
+        return None
+    if name == "transformers":
+        return train_transformers(model, folder, controller, callbacks)
+    trainer = make_sft_trainer(model, folder, tokenizer)
+    controller.add_to(trainer)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    trainer.train()
+    return trainer
+
+
+class AfterTheController(TrainerCallback):
+    """`finetune` registers the controller after the callbacks: this one brings the watch in behind it."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step and self.watch.steps < state.global_step:
+            self.watch.on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.watch.on_step_end(args, state, control, **kwargs)
+
+
+def read_rows(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+# In three trainers
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("trainer_name", TRAINERS)
+@pytest.mark.filterwarnings("ignore:.*(deprecated|pin_memory|logging_dir|warmup_ratio).*")  # of TRL and transformers
+def test_masks_hold_and_rounds_add_up(make_tiny_model, tiny_tokenizer, tmp_path, architecture, trainer_name):
+    backbone = make_tiny_model(architecture)
+    weights = merged_adapter(backbone, architecture)
+    micro_dev = ProbeSet.from_rows(ROWS[:5], tiny_tokenizer) if trainer_name == "trl" else None
+    with attached(backbone, weights, dropout=0.05) as model:
+        controller = controller_for(weights, micro_dev, folder=tmp_path / "controller", probe_every=3, candidates=3)
+        watch = Watch(controller)
+        callbacks = [AfterTheController(watch)] if trainer_name == "ours" else [watch]
+        train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller, callbacks)
+        assert watch.steps == 12
+        # The probes of a round count in the loss of the very weights that it found.
+        assert (
+            controller.micro_dev.losses(model) != read_rows(tmp_path / "controller/rounds.jsonl")[0]["baseline_losses"]
+        )
+    rounds = read_rows(tmp_path / "controller" / "rounds.jsonl")
+    timings = read_rows(tmp_path / "controller" / "timings.jsonl")
+    assert len(rounds) == len(timings) == 12 // 3 == len(controller.policy.history)
+    assert [row["round"] for row in rounds] == [1, 2, 3, 4]
+    assert [row["step"] for row in rounds] == [3, 6, 9, 12]
+    assert [row["epoch"] for row in rounds] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    ratio = 0.40
+    for row, timing in zip(rounds, timings, strict=True):
+        assert (timing["round"], timing["step"]) == (row["round"], row["step"])
+        assert timing["probe_seconds"] > 0
+        assert timing["train_seconds"] > 0
+        assert len(row["candidates"]) == len(row["candidate_losses"]) == len(row["rewards"]) == 3
+        assert all(0.10 <= candidate <= 0.80 for candidate in row["candidates"])
+        assert {len(losses) for losses in [row["baseline_losses"], *row["candidate_losses"]]} == {5}
+        for reward, losses in zip(row["rewards"], row["candidate_losses"], strict=True):
+            assert reward == pytest.approx((sum(row["baseline_losses"]) - sum(losses)) / 5, abs=1e-9)
+        assert row["ratio_before"] == ratio
+        assert row["committed"] == (max(row["rewards"]) >= 0)
+        assert row["committed"] or row["ratio"] == ratio
+        assert abs(row["ratio"] - ratio) <= 0.10 + 1e-9
+        ratio = row["ratio"]
+        assert ratio == watch.ratios[row["step"] - 1]
+        groups = 2 * 2 * len(weights)  # two factors of two segments
+        total = sum(pair.A.numel() + pair.B.numel() for pair in weights.values())
+        assert abs(row["measured_sparsity"] - ratio) * total <= groups
+    assert rounds[-1]["ratio"] == controller.policy.current_ratio == controller.prune_ratio
+    assert rounds[-1]["policy_mean"] == controller.policy.mean
+    assert rounds[-1]["policy_std"] == controller.policy.std
+    assert 0.10 <= controller.policy.best_ratio().ratio <= 0.80
+
+
+@pytest.mark.filterwarnings("ignore:.*(deprecated|pin_memory|logging_dir|warmup_ratio).*")
+def test_rows_are_tokenised_as_trl_tokenises_them(make_tiny_model, tiny_tokenizer, tmp_path):
+    backbone = make_tiny_model("llama")
+    with attached(backbone, merged_adapter(backbone, "llama")) as model:
+        trainer = make_sft_trainer(model, tmp_path, tiny_tokenizer)
+        trained_on = list(trainer.train_dataset)
+    from grasp_lora.training.data import encode_rows
+
+    for ours, theirs in zip(encode_rows(ROWS, tiny_tokenizer), trained_on, strict=True):
+        assert [*ours.prompt_ids, *ours.completion_ids] == theirs["input_ids"]
+        completion = [
+            token for token, label in zip(theirs["input_ids"], theirs["labels"], strict=True) if label != -100
+        ]
+        assert list(ours.completion_ids) == completion
+
+
+@pytest.mark.parametrize("trainer_name", ["transformers", "trl"])
+@pytest.mark.filterwarnings("ignore:.*(deprecated|pin_memory|logging_dir|warmup_ratio).*")
+def test_trackers_receive_the_rounds(make_tiny_model, tiny_tokenizer, tmp_path, trainer_name):
+    class Tracker(TrainerCallback):
+        def __init__(self) -> None:
+            self.rows: list[dict] = []
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            self.rows.append({"step": state.global_step, **logs})
+
+    tracker = Tracker()
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        controller = controller_for(weights, folder=tmp_path / "controller")
+        trainer = train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller, [tracker])
+    rounds = read_rows(tmp_path / "controller" / "rounds.jsonl")
+    for rows in (tracker.rows, trainer.state.log_history):
+        rows = [row for row in rows if "grasp/prune_ratio" in row]
+        assert [row["step"] for row in rows] == [3, 6, 9, 12]
+        for row, measured in zip(rows, rounds, strict=True):
+            assert row["grasp/prune_ratio"] == measured["ratio"]
+            assert row["grasp/policy_mean"] == measured["policy_mean"]
+            assert row["grasp/policy_std"] == measured["policy_std"]
+            assert row["grasp/best_reward"] == max(measured["rewards"])
+            assert row["grasp/micro_dev_loss"] == pytest.approx(sum(measured["baseline_losses"]) / 5)
+            assert row["grasp/measured_sparsity"] == measured["measured_sparsity"]
+
+
+# What a round measures
+
+
+@pytest.mark.parametrize("score", ["magnitude", "input_aware", "gradient_of_delta", "sensitivity"])
+def test_candidate_losses_are_those_of_the_pruned_model(make_tiny_model, tmp_path, score):
+    """A round's numbers, measured again from its weights by hand."""
+
+    class Keep(TrainerCallback):
+        dense = None
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:  # this callback stands before the controller
+                masks = controller.masks
+                self.dense = {
+                    key: torch.where(masks.keep[key], weight, masks.stash[key]).detach().clone()
+                    for key, weight in masks.weights.items()
+                }
+                self.pruned = {key: weight.detach().clone() for key, weight in masks.weights.items()}
+
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    keep = Keep()
+    ranking = {}
+    with attached(backbone, weights) as model:
+        controller = controller_for(weights, folder=tmp_path, mask=MaskSettings(score), probe_every=3)
+
+        class Remember(TrainerCallback):  # the ranking is made of what only the round knows
+            def on_train_begin(self, args, state, control, **kwargs):
+                rank = controller.masks.rank
+                controller.masks.rank = lambda: ranking.setdefault(state.global_step, rank())
+
+        callbacks = [keep]
+        original = controller.on_train_begin
+        controller.on_train_begin = lambda *a, **k: (original(*a, **k), Remember().on_train_begin(*a, **k))[0]
+        train_ours(model, tmp_path, controller, callbacks=callbacks)
+        row = read_rows(tmp_path / "rounds.jsonl")[0]
+        probe = ProbeSet(MICRO_DEV, PAD, token_budget=40)
+
+        def measure(values) -> list[float]:
+            with torch.no_grad():
+                for (module, factor), value in values.items():
+                    getattr(live_pairs(model)[module], factor).copy_(value)
+            return probe.losses(model)
+
+        assert measure(keep.pruned) == pytest.approx(row["baseline_losses"], abs=1e-6)
+        for candidate, losses in zip(row["candidates"], row["candidate_losses"], strict=True):
+            masks = controller.masks.keep_masks(candidate, ranking[3])
+            assert measure({key: value * masks[key] for key, value in keep.dense.items()}) == pytest.approx(
+                losses, abs=1e-6
+            )
+
+
+class NeverCommits(GaussianPolicy):
+    """Draws and learns as always, but takes every reward for a negative one."""
+
+    def _decide(self, candidates, rewards):
+        return Decision(tuple(rewards), False, self.current_ratio, False)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "score"),
+    [*((name, "magnitude") for name in ARCHITECTURES), ("llama", "input_aware"), ("gpt2", "sensitivity")],
+)
+def test_probing_without_a_commit_does_not_change_the_training(make_tiny_model, tmp_path, architecture, score):
+    found = []
+    for probe_every in (2, 1000):
+        backbone = make_tiny_model(architecture)
+        weights = merged_adapter(backbone, architecture)
+        with attached(backbone, weights, dropout=0.3) as model:
+            controller = controller_for(weights, mask=MaskSettings(score), probe_every=probe_every)
+            controller.policy = NeverCommits(controller.settings.policy)
+            train_ours(model, tmp_path, controller)
+            assert len(controller.policy.history) == (6 if probe_every == 2 else 0)
+            found.append(adapter_weights(model))
+    for name, pair in found[0].items():
+        assert torch.equal(pair.A, found[1][name].A)
+        assert torch.equal(pair.B, found[1][name].B)
+
+
+class Scripted(GaussianPolicy):
+    """Commits these ratios, one a round."""
+
+    ratios = (0.5, 0.2, 0.7, 0.0)
+
+    def _decide(self, candidates, rewards):
+        return Decision(tuple(rewards), True, self.ratios[len(self.history)], True)
+
+
+@pytest.mark.parametrize("scope", ["factor", "tensor", "global"])
+@pytest.mark.parametrize("granularity", ["weight", "component"])
+def test_ratios_that_rise_and_fall_are_followed_exactly(make_tiny_model, tmp_path, scope, granularity):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        controller = controller_for(weights, mask=MaskSettings(scope=scope, granularity=granularity))
+        controller.policy = Scripted(controller.settings.policy)
+        watch = Watch(controller)
+        train_transformers(model, tmp_path, controller, [watch])
+    assert watch.ratios == [0.4, 0.4, 0.5, 0.5, 0.5, 0.2, 0.2, 0.2, 0.7, 0.7, 0.7, 0.0]
+    assert watch.masks[-1].all()
+    if granularity == "weight":  # a component is a whole unit; its count is rounded down coarsely
+        shares = [1 - float(mask.float().mean()) for mask in watch.masks]
+        assert shares == pytest.approx(watch.ratios, abs=0.01)
+    assert (watch.weights[5] != 0).sum() > (watch.weights[4] != 0).sum()  # revived ones are back at their values
+
+
+# Errors
+
+
+def test_a_probe_that_fails_names_the_ratio_and_the_example(make_tiny_model, tmp_path, monkeypatch):
+    measure = probing.example_losses
+    calls = []
+
+    def fail(model, batch, *, label_positions):
+        losses = measure(model, batch, label_positions=label_positions)
+        calls.append(len(losses))
+        return losses if len(calls) < 3 else losses.index_fill(0, torch.tensor([1]), math.inf)
+
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    micro_dev = ProbeSet([Example(f"m{i}", (5, 6, 7), (8, 2)) for i in range(3)], PAD)
+    with attached(backbone, weights) as model:
+        controller = controller_for(weights, micro_dev, folder=tmp_path)
+        candidates = controller.policy.ask()
+        monkeypatch.setattr(probing, "example_losses", fail)
+        with pytest.raises(ProbeError) as error:
+            train_ours(model, tmp_path, controller)
+        assert str(error.value).startswith(f"probe of prune ratio {candidates[1]:.4f}: the loss of example m1 is inf")
+        assert "\n" not in str(error.value)
+        assert len(calls) == 3  # baseline, first candidate, second candidate
+        # The committed mask is on again, not the candidate's; nothing was learned.
+        assert controller.masks.sparsity() == pytest.approx(0.4, abs=0.01)
+        assert not controller.policy.history
+        assert not any(module.training for module in backbone.modules())
+    assert read_rows(tmp_path / "rounds.jsonl") == []
+
+
+def test_masks_before_training_are_an_error():
+    pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD))
+    with pytest.raises(RuntimeError, match="training has not begun"):
+        _ = pruned.masks
+    with pytest.raises(ValueError, match="mask mode is 'keep'; allowed: hold, reselect"):
+        PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), mode="keep")
+    with pytest.raises(ValueError, match="probe_every is 0; it must be at least 1"):
+        ControllerSettings(probe_every=0)
+
+
+def test_each_run_starts_new_records(make_tiny_model, tmp_path):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    for _ in range(2):
+        with attached(backbone, weights) as model:
+            train_ours(model, tmp_path, controller_for(weights, folder=tmp_path))
+    for name in ("rounds.jsonl", "timings.jsonl"):
+        assert [row["round"] for row in read_rows(tmp_path / name)] == [1, 2, 3, 4]
+
+
+def test_equal_seeds_give_equal_rounds(make_tiny_model, tmp_path):
+    found = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        random.seed(noise)
+        backbone = make_tiny_model("llama")
+        weights = merged_adapter(backbone, "llama")
+        with attached(backbone, weights, dropout=0.3) as model:
+            train_ours(model, tmp_path, controller_for(weights, folder=tmp_path))
+        found.append(read_rows(tmp_path / "rounds.jsonl"))
+    assert found[0] == found[1]
+
+
+def test_on_round_gets_each_record(make_tiny_model, tmp_path):
+    seen = []
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        controller = GraspController(
+            ProbeSet(MICRO_DEV, PAD), ControllerSettings(probe_every=5), folder=tmp_path / "new", on_round=seen.append
+        )
+        train_ours(model, tmp_path, controller)
+    assert seen == read_rows(tmp_path / "new" / "rounds.jsonl")
+    assert len(seen) == 12 // 5
+
+
+# The final run
+
+
+@pytest.mark.parametrize("mode", ["hold", "reselect"])
+@pytest.mark.parametrize(
+    ("architecture", "score"),
+    [*((name, "gradient_of_delta") for name in ARCHITECTURES), ("llama", "magnitude"), ("gemma3", "sensitivity")],
+)
+def test_a_fixed_ratio_holds_after_every_step(make_tiny_model, tmp_path, architecture, mode, score):
+    backbone = make_tiny_model(architecture)
+    weights = merged_adapter(backbone, architecture)
+    with attached(backbone, weights, dropout=0.05) as model:
+        pruned = PrunedTraining(0.37, ProbeSet(MICRO_DEV, PAD), MaskSettings(score), mode, segments_of(weights))
+        watch = Watch(pruned)
+        train_ours(model, tmp_path, callbacks=[pruned, watch], learning_rate=5e-2)
+    assert watch.steps == 12
+    changed = any(not torch.equal(mask, watch.masks[0]) for mask in watch.masks)
+    assert changed == (mode == "reselect")
+
+
+def test_reselect_takes_the_least_important_of_the_weights_as_they_are(make_tiny_model, tmp_path):
+    class Dense(TrainerCallback):
+        """Stands before the pruning: sees what the optimizer made of the weights."""
+
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            self.weights = {key: weight.detach().clone() for key, weight in pruned.masks.weights.items()}
+
+    class Check(TrainerCallback):
+        steps = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            for (module, factor), keep in pruned.masks.keep.items():
+                sizes = [segment.rank for segment in weights[module].segments]
+                dimension = 0 if factor == "A" else 1
+                now, before = pruned.masks.weights[module, factor], dense.weights[module, factor]
+                assert torch.equal(now, before * keep)
+                for part, mask in zip(before.split(sizes, dimension), keep.split(sizes, dimension), strict=True):
+                    assert part[~mask].abs().max() <= part[mask].abs().min()
+            self.steps += 1
+
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), None, "reselect", segments_of(weights))
+        dense, check = Dense(), Check()
+        train_ours(model, tmp_path, callbacks=[dense, pruned, check])
+    assert check.steps == 12
+
+
+def script_dev_losses(monkeypatch, losses) -> None:
+    """Let the dev set of `finetune` measure these; probes and calibration measure as always."""
+    remaining = iter(losses)
+
+    class Scripted(ProbeSet):
+        def losses(self, model, collector=None):
+            return [next(remaining)] * len(self)
+
+    monkeypatch.setattr(finetune_module, "ProbeSet", Scripted)
+
+
+BEST = [(0, [1.0, 2.0, 3.0, 4.0, 5.0]), (6, [3.0, 2.0, 1.0, 4.0, 5.0]), (12, [5.0, 4.0, 3.0, 2.0, 1.0])]
+
+
+@pytest.mark.parametrize("mode", ["hold", "reselect"])
+@pytest.mark.parametrize(("best_step", "losses"), BEST)
+def test_the_best_weights_are_pruned_exactly(make_tiny_model, tmp_path, monkeypatch, mode, best_step, losses):
+    script_dev_losses(monkeypatch, losses)
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), None, mode, segments_of(weights))
+        result = train_ours(model, tmp_path, dev=MICRO_DEV[:2], callbacks=[pruned], evaluate_every=0.25)
+        assert result.best_step == best_step
+        for row in survival(live_pairs(model, segments_of(weights))):
+            assert row["weights"] - row["kept"] == prune_count(0.5, row["weights"])
+
+
+@pytest.mark.parametrize(("best_step", "losses"), BEST)
+def test_a_controller_prunes_before_the_dev_loss_is_measured(make_tiny_model, tmp_path, monkeypatch, best_step, losses):
+    script_dev_losses(monkeypatch, losses)
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        controller = controller_for(weights, folder=tmp_path, probe_every=3)
+        controller.policy = Scripted(controller.settings.policy)
+        result = train_ours(model, tmp_path, controller, dev=MICRO_DEV[:2], evaluate_every=0.25)  # every third step
+        assert result.best_step == best_step
+        ratio = {0: 0.4, 6: 0.2, 12: 0.0}[best_step]
+        for row in survival(live_pairs(model, segments_of(weights))):
+            assert row["weights"] - row["kept"] == prune_count(ratio, row["weights"])
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_the_extremes_work(make_tiny_model, tmp_path, ratio):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        pruned = PrunedTraining(ratio, ProbeSet(MICRO_DEV, PAD), segments=segments_of(weights))
+        train_ours(model, tmp_path, callbacks=[pruned])
+        assert pruned.masks.sparsity() == ratio
+        for pair in live_pairs(model).values():
+            assert (pair.A == 0).all() == (ratio == 1.0)
+
+
+def test_a_ratio_of_zero_trains_as_if_there_were_no_masks(make_tiny_model, tmp_path):
+    found = []
+    for with_masks in (True, False):
+        backbone = make_tiny_model("llama")
+        weights = merged_adapter(backbone, "llama")
+        with attached(backbone, weights, dropout=0.3) as model:
+            callbacks = [PrunedTraining(0.0, ProbeSet(MICRO_DEV, PAD))] if with_masks else []
+            train_ours(model, tmp_path, callbacks=callbacks, weight_decay=0.1)
+            found.append(adapter_weights(model))
+    for name, pair in found[0].items():
+        assert torch.equal(pair.A, found[1][name].A)
+        assert torch.equal(pair.B, found[1][name].B)
+
+
+def test_accumulation_counts_optimizer_steps(make_tiny_model, tmp_path):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        controller = controller_for(weights, folder=tmp_path, probe_every=2)
+        result = train_ours(model, tmp_path, controller, accumulation=3, epochs=2)
+    assert result.steps == 8
+    assert [row["step"] for row in read_rows(tmp_path / "rounds.jsonl")] == [2, 4, 6, 8]
+
+
+def test_the_controllers_settings_choose_the_policy(make_tiny_model, tmp_path):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    policy = PolicySettings(kind="uniform", ratio_min=0.2, ratio_max=0.3, ratio_init=0.25, candidates=2)
+    with attached(backbone, weights) as model:
+        controller = GraspController(
+            ProbeSet(MICRO_DEV, PAD), replace(ControllerSettings(), policy=policy, probe_every=4), folder=tmp_path
+        )
+        train_ours(model, tmp_path, controller)
+    rows = read_rows(tmp_path / "rounds.jsonl")
+    assert len(rows) == 3
+    assert all(0.2 <= candidate <= 0.3 for row in rows for candidate in row["candidates"])
+    assert {len(row["candidates"]) for row in rows} == {2}

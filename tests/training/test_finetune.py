@@ -1,0 +1,406 @@
+"""One fine-tune: the gradient of a step, the schedule, the choice of the best step, and what it leaves behind."""
+
+import json
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging as transformers_logging
+
+from grasp_lora.errors import DataError, GraspError, ProbeError
+from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.training import finetune as finetune_module
+from grasp_lora.training.adapters import LoraSettings, adapter_weights, attached, fresh_adapter, live_pairs
+from grasp_lora.training.finetune import finetune
+from grasp_lora.training.probing import ProbeSet
+from grasp_lora.training.settings import TrainingSettings
+
+TARGETS = {
+    "llama": ("q_proj", "v_proj"),
+    "gemma3": ("q_proj", "v_proj"),
+    "qwen3": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn",),
+}
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    id: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+
+
+def make_examples(count: int, seed: int = 0, name: str = "e") -> list[Example]:
+    generator = random.Random(seed)
+    return [
+        Example(
+            f"{name}{index}",
+            tuple(generator.randrange(4, 260) for _ in range(generator.randint(2, 12))),
+            (*(generator.randrange(4, 260) for _ in range(generator.randint(0, 4))), 2),
+        )
+        for index in range(count)
+    ]
+
+
+def naive_loss(model, examples) -> torch.Tensor:
+    """Mean over examples of the mean NLL of the answer, each example alone and unpadded."""
+    losses = []
+    for example in examples:
+        tokens = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
+        logits = model(input_ids=tokens, use_cache=False).logits[0, len(example.prompt_ids) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(example.completion_ids)))
+    return torch.stack(losses).mean()
+
+
+def random_adapter(model, architecture: str = "llama", seed: int = 1) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(seed)
+    with fresh_adapter(model, LoraSettings(rank=4, target_modules=TARGETS[architecture]), seed) as peft_model:
+        return AdapterWeights(
+            {
+                name: LoraPair(
+                    0.2 * torch.randn(pair.A.shape, generator=generator),
+                    0.2 * torch.randn(pair.B.shape, generator=generator),
+                    2.0,
+                )
+                for name, pair in live_pairs(peft_model).items()
+            }
+        )
+
+
+def factors(model) -> list[torch.Tensor]:
+    return [factor for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
+
+
+def values(model) -> torch.Tensor:
+    return torch.cat([factor.detach().flatten() for factor in factors(model)])
+
+
+def settings(**changes) -> TrainingSettings:
+    return TrainingSettings(**{"epochs": 2, "learning_rate": 1e-2, "patience": None, "batch_size": 2, **changes})
+
+
+class Watch(TrainerCallback):
+    """Keeps the weights, gradients and learning rate of every step."""
+
+    def __init__(self) -> None:
+        self.before: list[list[torch.Tensor]] = []
+        self.gradients: list[list[torch.Tensor]] = []
+        self.rates: list[float] = []
+        self.after: dict[int, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.before.append([factor.detach().clone() for factor in factors(kwargs["model"])])
+        self.gradients.append([factor.grad.clone() for factor in factors(kwargs["model"])])
+        self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.after[state.global_step] = values(kwargs["model"])
+
+
+@pytest.fixture
+def model(make_tiny_model):
+    """A tiny Llama with a random adapter, no dropout."""
+    backbone = make_tiny_model("llama")
+    with attached(backbone, random_adapter(backbone)) as peft_model:
+        yield peft_model
+
+
+@pytest.fixture
+def run(model, tmp_path):
+    """Fine-tune `model` on ten examples."""
+
+    def call(train=None, dev=(), callbacks=(), seed=1, on=None, **changes):
+        train = make_examples(10) if train is None else train
+        return finetune(
+            on or model, train, dev, settings(**changes), pad_id=PAD, seed=seed, folder=tmp_path, callbacks=callbacks
+        )
+
+    return call
+
+
+def script_dev_losses(monkeypatch, losses) -> None:
+    """Let the dev set measure these losses, one after the other."""
+    remaining = iter(losses)
+    monkeypatch.setattr(ProbeSet, "losses", lambda self, model: [next(remaining)] * len(self))
+
+
+# The gradient
+
+
+@pytest.mark.parametrize("architecture", list(TARGETS))
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_a_step_follows_the_mean_over_its_examples(
+    make_tiny_model, tmp_path, monkeypatch, architecture, gradient_checkpointing
+):
+    # 11 examples, batch 2, accumulation 3: steps of 2 + 2 + 2 and 2 + 2 + 1 examples with answers of 1 to 5 tokens.
+    fed = []
+    collate = finetune_module.collate
+    monkeypatch.setattr(finetune_module, "collate", lambda batch, pad_id: fed.append(batch) or collate(batch, pad_id))
+    backbone = make_tiny_model(architecture)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # GPT-2 has some of its own
+    watch = Watch()
+    with attached(backbone, random_adapter(backbone, architecture)) as peft_model:
+        changes = {"epochs": 1, "accumulation": 3, "max_grad_norm": 0.0}
+        result = finetune(
+            peft_model,
+            make_examples(11),
+            [],
+            settings(gradient_checkpointing=gradient_checkpointing, **changes),
+            pad_id=PAD,
+            seed=1,
+            folder=tmp_path,
+            callbacks=[watch],
+        )
+        assert result.steps == 2
+        assert [len(batch) for batch in fed] == [2, 2, 2, 2, 2, 1]
+        for step, batches in enumerate((fed[:3], fed[3:])):
+            with torch.no_grad():
+                for factor, value in zip(factors(peft_model), watch.before[step], strict=True):
+                    factor.copy_(value)
+            loss = naive_loss(peft_model, [example for batch in batches for example in batch])
+            expected = torch.autograd.grad(loss, factors(peft_model))
+            for found, gradient in zip(watch.gradients[step], expected, strict=True):
+                torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+            assert result.history[step]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+
+
+def test_batch_and_accumulation_are_interchangeable(make_tiny_model, run):
+    found = []
+    for batch_size, accumulation in ((6, 1), (2, 3), (1, 6)):
+        backbone = make_tiny_model("llama")
+        with attached(backbone, random_adapter(backbone)) as peft_model:
+            run(make_examples(13), on=peft_model, batch_size=batch_size, accumulation=accumulation, learning_rate=1e-3)
+            found.append(values(peft_model))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-3, atol=1e-5)
+
+
+# The schedule
+
+
+@pytest.mark.parametrize(
+    ("epochs", "accumulation", "expected"),
+    [
+        (3, 1, [1] * 5 + [0.5] * 5 + [0.25] * 5),
+        (3, 2, [1] * 3 + [0.5] * 3 + [0.25] * 3),
+        (1.5, 2, [1] * 3 + [0.5] * 2),
+        (1.1, 2, [1] * 3 + [0.5]),  # four steps, of which the last belongs to the second epoch
+        (0.4, 1, [1, 1]),
+    ],
+)
+def test_the_learning_rate_decays_with_each_epoch(run, epochs, accumulation, expected):
+    watch = Watch()
+    result = run(epochs=epochs, accumulation=accumulation, lr_decay=0.5, callbacks=[watch])
+    assert watch.rates == pytest.approx([1e-2 * factor for factor in expected])
+    assert result.steps == len(expected)
+    assert result.steps == settings(epochs=epochs, accumulation=accumulation).steps(10)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1.0, [0, 5, 10]), (0.4, [0, 2, 4, 6, 8, 10]), (0.01, range(11))])
+def test_the_dev_loss_is_measured_when_due_and_at_the_end(run, every, expected):
+    result = run(dev=make_examples(3, 1), evaluate_every=every)
+    assert [row["step"] for row in result.history if "dev_loss" in row] == list(expected)
+    result = run(dev=make_examples(3, 1), evaluate_every=every, epochs=1.4)  # 7 steps
+    assert [row["step"] for row in result.history if "dev_loss" in row][-1] == 7
+
+
+# The best step
+
+
+@pytest.mark.parametrize(
+    ("scripted", "patience", "steps", "best_step"),
+    [
+        ([3.0, 2.0, 1.0, 1.5, 1.6, 0.1, 0.1], 2, 20, 10),  # stops before it could see 0.1
+        ([3.0, 2.0, 1.0, 1.5, 0.9, 1.6, 1.6], 2, 30, 20),  # a new best starts the count anew
+        ([3.0, 2.0, 1.0, 1.5, 1.6, 0.1, 0.2], None, 30, 25),
+        ([1.0, 2.0, 0.5, 0.4, 0.3, 0.2, 0.1], 1, 5, 0),  # the untrained adapter is a candidate
+        ([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], 3, 15, 0),  # no better is no better
+    ],
+)
+def test_training_stops_early_and_the_best_adapter_is_kept(
+    run, model, monkeypatch, scripted, patience, steps, best_step
+):
+    untrained = values(model)
+    script_dev_losses(monkeypatch, scripted)
+    watch = Watch()
+    result = run(dev=make_examples(2, 1), epochs=6, patience=patience, callbacks=[watch])
+    assert (result.steps, result.best_step) == (steps, best_step)
+    assert result.dev_loss == min(scripted[: steps // 5 + 1])
+    assert torch.equal(values(model), watch.after[best_step] if best_step else untrained)
+
+
+def test_keep_last_keeps_the_last_adapter_and_its_loss(run, model, monkeypatch):
+    script_dev_losses(monkeypatch, [1.0, 0.5, 0.7])
+    watch = Watch()
+    result = run(dev=make_examples(2, 1), keep="last", callbacks=[watch])
+    assert (result.steps, result.best_step, result.dev_loss) == (10, 10, 0.7)
+    assert torch.equal(values(model), watch.after[10])
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+@pytest.mark.parametrize("architecture", list(TARGETS))
+def test_the_model_has_the_dev_loss_of_the_result(make_tiny_model, run, architecture, keep):
+    backbone = make_tiny_model(architecture)
+    dev = make_examples(4, 1)
+    with attached(backbone, random_adapter(backbone, architecture), dropout=0.1) as peft_model:
+        result = run(dev=dev, on=peft_model, keep=keep, epochs=3, learning_rate=3e-2)
+        losses = ProbeSet(dev, PAD).losses(peft_model)
+        with torch.no_grad():
+            naive = naive_loss(peft_model, dev).item()
+    assert result.dev_loss == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+    assert result.dev_loss == pytest.approx(naive, abs=1e-5)
+
+
+def test_without_a_dev_set_all_epochs_are_trained(run, model):
+    watch = Watch()
+    result = run(patience=1, callbacks=[watch])
+    assert (result.steps, result.best_step, result.dev_loss) == (10, 10, None)
+    assert torch.equal(values(model), watch.after[10])
+    assert all("dev_loss" not in row for row in result.history)
+
+
+def test_training_lowers_the_loss(run):
+    result = run(train=make_examples(4), dev=make_examples(4), epochs=8)
+    assert result.dev_loss < 0.7 * result.history[0]["dev_loss"]
+    assert result.best_step > 0
+
+
+# Records
+
+
+def test_history_is_written_and_nothing_else(run, tmp_path):
+    result = run(dev=make_examples(3, 1))
+    assert [file.name for file in tmp_path.rglob("*")] == ["history.jsonl"]
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == result.history
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    assert all(set(row) in ({"step", "epoch", "loss"}, {"step", "epoch", "dev_loss"}) for row in rows)
+    assert [row["epoch"] for row in rows if "dev_loss" in row] == [0.0, 1.0, 2.0]
+    assert sum("loss" in row for row in rows) == 10
+
+
+def test_progress_is_reported(model, tmp_path):
+    seen = []
+    finetune(model, make_examples(10), [], settings(), pad_id=PAD, seed=1, folder=tmp_path, on_step=seen.append)
+    assert [row["step"] for row in seen] == list(range(1, 11))
+    assert {row["steps"] for row in seen} == {10}
+    assert all(math.isfinite(row["loss"]) for row in seen)
+
+
+def test_nothing_is_printed(run, capfd):
+    run(dev=make_examples(3, 1))
+    assert capfd.readouterr() == ("", "")
+
+
+# Randomness
+
+
+def test_the_seed_decides_and_nothing_else(make_tiny_model, run):
+    found = {}
+    for name, seed in (("one", 1), ("same", 1), ("other", 2)):
+        torch.manual_seed(len(found))  # what was drawn before does not matter
+        backbone = make_tiny_model("llama")
+        with attached(backbone, random_adapter(backbone), dropout=0.3) as peft_model:
+            run(dev=make_examples(3, 1), seed=seed, on=peft_model)
+            found[name] = adapter_weights(peft_model)
+    for name, pair in found["one"].items():
+        assert torch.equal(pair.A, found["same"][name].A)
+        assert torch.equal(pair.B, found["same"][name].B)
+        assert not torch.equal(pair.A, found["other"][name].A)
+
+
+def test_measuring_the_dev_loss_does_not_change_the_training(make_tiny_model, run):
+    found = []
+    for dev in ([], make_examples(3, 1)):
+        backbone = make_tiny_model("llama")
+        with attached(backbone, random_adapter(backbone), dropout=0.3) as peft_model:
+            run(dev=dev, keep="last", evaluate_every=0.2, on=peft_model)
+            found.append(values(peft_model))
+    assert torch.equal(*found)
+
+
+# What goes wrong
+
+
+def test_a_loss_that_explodes_is_an_error_at_once(run):
+    watch = Watch()
+    with pytest.raises(
+        GraspError, match=r"training loss is (nan|inf) at step \d+; lower the learning rate \(now 1e\+"
+    ) as error:
+        run(learning_rate=1e25, epochs=50, callbacks=[watch])
+    assert not isinstance(error.value, ProbeError)
+    assert "\n" not in str(error.value)
+    assert len(watch.after) < 10
+
+
+def test_a_dev_loss_that_explodes_names_its_example(run):
+    with pytest.raises(ProbeError, match=r"loss of example d\d is nan"):
+        run(dev=make_examples(3, 1, "d"), learning_rate=1e25, evaluate_every=0.1)
+
+
+def test_a_last_step_that_explodes_is_an_error_too(run, tmp_path):
+    class Explode(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            factors(kwargs["model"])[0].data[0, 0] = math.inf  # no forward pass follows that would show it
+
+    with pytest.raises(GraspError, match="no longer finite at step 1; lower the learning rate"):
+        run(train=make_examples(2), epochs=1, callbacks=[Explode()])
+    assert not (tmp_path / "history.jsonl").exists()
+
+
+def test_examples_without_a_loss_are_refused_before_training(run):
+    with pytest.raises(DataError, match="no training examples"):
+        run(train=[])
+    with pytest.raises(DataError, match="example empty has no answer tokens"):
+        run(train=[*make_examples(3), Example("empty", (4, 5), ())])
+    with pytest.raises(DataError, match="example bare has no prompt tokens"):
+        run(train=[*make_examples(3), Example("bare", (), (4, 2))])
+
+
+# What it leaves behind
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_backbone_is_left_as_it_was(make_tiny_model, run, fails):
+    backbone = make_tiny_model("gpt2")  # with dropout of its own
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    facts, use_cache = set(vars(backbone)), backbone.config.use_cache
+    verbosity = transformers_logging.get_verbosity()
+
+    class Fail(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if fails and state.global_step == 3:
+                raise RuntimeError("on purpose")
+
+    with attached(backbone, random_adapter(backbone, "gpt2"), dropout=0.3) as peft_model:
+        try:
+            run(on=peft_model, callbacks=[Fail()], gradient_checkpointing=True)
+        except RuntimeError:
+            assert fails
+        assert not any(module.training for module in backbone.modules())
+        assert not backbone.is_activation_checkpointing
+    assert use_cache
+    assert backbone.config.use_cache
+    assert transformers_logging.get_verbosity() == verbosity
+    assert set(vars(backbone)) - facts <= {"_require_grads_hooks"}
+    assert not any(module._forward_hooks for module in backbone.modules())
+    after = backbone.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_a_bfloat16_backbone_trains_a_float32_adapter(make_tiny_model, run):
+    backbone = make_tiny_model("gemma3").to(torch.bfloat16)
+    with attached(backbone, random_adapter(make_tiny_model("gemma3"), "gemma3")) as peft_model:
+        before = values(peft_model)
+        result = run(dev=make_examples(3, 1), on=peft_model, keep="last", learning_rate=1e-4)
+        assert values(peft_model).dtype == torch.float32
+        assert not torch.equal(values(peft_model), before)
+    assert math.isfinite(result.dev_loss)
