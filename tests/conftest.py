@@ -3,9 +3,13 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads these once
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-from collections.abc import Callable
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -124,4 +128,75 @@ def tiny_backbone_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenize
     folder = tmp_path_factory.mktemp("backbone") / "tiny-llama"
     build_tiny_model("llama").save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class CliResult:
+    """What a command left: exit status and output."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., CliResult]]:
+    """Give `cli("check", "recipe.yaml", ...)`, which calls the real entry point in this process."""
+    from grasp_lora.cli import main
+
+    logger = logging.getLogger("grasp_lora")
+    before = logger.handlers[:], logger.level, logger.propagate
+
+    def call(*arguments: object) -> CliResult:
+        monkeypatch.setattr("sys.argv", ["grasp-lora", *map(str, arguments)])
+        capsys.readouterr()
+        status = 0
+        try:
+            main()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        output = capsys.readouterr()
+        return CliResult(status, output.out, output.err)
+
+    yield call
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
+
+
+TINY_RECIPE = """\
+name: tiny
+backbone: {name: tiny-llama, dtype: float32}
+data:
+  task: completion
+  source: {language: en, files: [source.jsonl], train: 12, dev: 4}
+  target: {language: de, files: [target.jsonl], train: 10, dev: 6, micro_dev: 4, test: 8}
+lora: {rank: 2, alpha: 4}
+source: {training: {epochs: 1, batch_size: 2, learning_rate: 1.0e-2}}
+target: {training: {epochs: 1, learning_rate: 1.0e-2}}
+controller: {probe_every: 3, training: {epochs: 1, learning_rate: 1.0e-2, patience: null, keep: last}}
+final: {training: {epochs: 1, learning_rate: 1.0e-2}}
+generation: {max_new_tokens: 4}
+"""
+
+
+def write_tiny_workspace(folder: Path, backbone: Path) -> Path:
+    """Write data, a link to the backbone and a recipe that uses them by relative paths; return the recipe."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tiny-llama").symlink_to(backbone, target_is_directory=True)
+    for name, rows in (("source", 20), ("target", 40)):
+        lines = [{"prompt": f"{name} {i}: what?", "completion": f" {i % 7}{i % 3}"} for i in range(rows)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(TINY_RECIPE, encoding="utf-8")
+    return recipe
+
+
+@pytest.fixture
+def tiny_workspace(tmp_path: Path, tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder, made the current one, with `tiny.yaml`, its data and its backbone `tiny-llama`."""
+    folder = tmp_path / "work"
+    write_tiny_workspace(folder, tiny_backbone_folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("GRASP_LORA_DATA", raising=False)
     return folder

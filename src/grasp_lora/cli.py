@@ -146,7 +146,10 @@ def merge(
     backbone: Annotated[
         str | None, typer.Option(help="Backbone; default: the one that the first adapter names.")
     ] = None,
-    rule: Annotated[str, typer.Option(help="exact, svd, paper_sum, ties, dare, ...")] = "exact",
+    rule: Annotated[
+        str,
+        typer.Option(help="exact, svd, paper_sum, paper_sum_unscaled, ties, ties_svd, dare, dare_svd or dare_ties."),
+    ] = "exact",
     weight: Annotated[
         list[float] | None,
         typer.Option(help="Weight of an adapter, once per adapter in order; default: the rule's own."),
@@ -232,7 +235,7 @@ def main() -> None:
 
     _quiet_libraries()
     try:
-        app()
+        app(prog_name="grasp-lora")
     except GraspError as error:
         # What a library or a file put into the message may hold line breaks.
         line = " ".join(str(error).split())

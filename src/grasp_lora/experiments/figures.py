@@ -5,28 +5,19 @@ Colours are names of CSS variables, which the page resolves, so that one file su
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from grasp_lora.experiments.run_folder import (
-    TRAINED,
-    Curve,
-    FactorSparsity,
-    HistoryRow,
-    Round,
-    RunRecord,
-    kept_share,
-    places,
-)
+from grasp_lora.experiments.run_folder import TRAINED, Curve, HistoryRow, Round, RunRecord, by_factor, kept_share
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]
 
 _SEQUENTIAL = [[0, "var(--low)"], [1, "var(--high)"]]
 _DIVERGING = [[0, "var(--bad)"], [0.5, "var(--neutral)"], [1, "var(--good)"]]
-_STEP, _RATIO = "Optimizer step", "Prune ratio (fraction of weights)"
+_RATIO = "Prune ratio (fraction of weights)"
 
 
 def figures_of(record: RunRecord) -> dict[str, Figure]:
@@ -36,8 +27,8 @@ def figures_of(record: RunRecord) -> dict[str, Figure]:
         "trajectory": _trajectory(record.rounds),
         "baseline": _baseline(record.rounds),
         **{f"history-{stage}": _history(record.history[stage]) for stage in TRAINED},
-        "sparsity": _sparsity(record.sparsity),
-        "survival": _survival(record.sparsity),
+        "sparsity": _sparsity(record),
+        "survival": _survival(record),
         "cost": _cost(record),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
@@ -77,13 +68,14 @@ def _figure(traces: list[Trace], x: str, y: str, **layout: Any) -> Figure:
     return {"data": traces, "layout": axes | layout}
 
 
-def _scatter(name: str, x: Sequence[float], y: Sequence[float], mode: str = "lines", **style: Any) -> Trace:
+def _scatter(name: str, points: Iterable[tuple[float, float]], mode: str = "lines", **style: Any) -> Trace:
+    x, y = zip(*points, strict=True)
     return {"type": "scatter", "mode": mode, "name": name, "x": x, "y": y, **style}
 
 
 def _band(name: str, x: Sequence[float], low: Sequence[float], high: Sequence[float], color: str) -> Trace:
-    style = {"fill": "toself", "fillcolor": color, "line": {"width": 0}, "hoverinfo": "skip"}
-    return _scatter(name, [*x, *reversed(x)], [*high, *reversed(low)], **style)
+    outline = [*zip(x, high, strict=True), *reversed([*zip(x, low, strict=True)])]
+    return _scatter(name, outline, fill="toself", fillcolor=color, line={"width": 0}, hoverinfo="skip")
 
 
 def _curve(record: RunRecord) -> Figure | None:
@@ -96,36 +88,39 @@ def _curve(record: RunRecord) -> Figure | None:
     if curve.ratios:
         interval = f"{100 * learned.confidence:.0f} % interval of the fit"
         traces.append(_band(interval, curve.ratios, curve.low, curve.high, "var(--grasp-soft)"))
-    points = [point for measured in record.rounds for point in _differences(measured, curve)]
-    if points:
-        ratios, losses, rounds = zip(*points, strict=True)
+    if record.rounds:
+        probes = [(measured.round, probe) for measured in record.rounds for probe in _differences(measured, curve)]
+        rounds = [number for number, _ in probes]
+        marker = {
+            "size": 7, "color": rounds, "colorscale": _SEQUENTIAL, "colorbar": {"title": {"text": "Round"}},
+            "line": {"width": 0.5, "color": "var(--paper)"},
+        }  # fmt: skip
         hover = "round %{customdata}<br>ratio %{x:.3f}<br>loss difference %{y:.4f}<extra></extra>"
-        line, bar = {"width": 0.5, "color": "var(--paper)"}, {"title": {"text": "Round"}}
-        marker = {"size": 7, "color": rounds, "colorscale": _SEQUENTIAL, "line": line, "colorbar": bar}
         style = {"customdata": rounds, "hovertemplate": hover, "marker": marker}
-        traces.append(_scatter("one probe", ratios, losses, "markers", **style))
+        traces.append(_scatter("one probe", (probe for _, probe in probes), "markers", **style))
     if curve.ratios:
         line = {"width": 2.5, "color": "var(--grasp)"}
         hover = "ratio %{x:.3f}<br>fit %{y:.4f}<extra></extra>"
-        traces.append(_scatter("fitted loss", curve.ratios, curve.mean, line=line, hovertemplate=hover))
-    strip = {"xref": "x", "yref": "paper", "y0": 0, "y1": 1}
-    dashed = {"width": 1.5, "dash": "dash", "color": "var(--mark)"}
-    label = {"text": f"p* = {star:.3f}", "font": {"color": "var(--mark)"}, "showarrow": False, "yanchor": "bottom"}
+        points = zip(curve.ratios, curve.mean, strict=True)
+        traces.append(_scatter("fitted loss", points, line=line, hovertemplate=hover))
+    y = f"Loss {'above minimum' if curve.ratios else 'minus baseline'} (nats per token)"
     return _figure(
-        traces,
-        _RATIO,
-        f"Loss {'above minimum' if curve.ratios else 'minus baseline'} (nats per token)",
+        traces, _RATIO, y,
         shapes=[
-            strip | {"type": "rect", "x0": learned.low, "x1": learned.high, "line": {"width": 0}}
-            | {"fillcolor": "var(--mark-soft)", "layer": "below"},
-            strip | {"type": "line", "x0": star, "x1": star, "line": dashed},
+            {"type": "rect", "xref": "x", "yref": "paper", "x0": learned.low, "x1": learned.high, "y0": 0, "y1": 1,
+             "fillcolor": "var(--mark-soft)", "line": {"width": 0}, "layer": "below"},
+            {"type": "line", "xref": "x", "yref": "paper", "x0": star, "x1": star, "y0": 0, "y1": 1,
+             "line": {"width": 1.5, "dash": "dash", "color": "var(--mark)"}},
         ],
-        annotations=[label | {"xref": "x", "yref": "paper", "x": star, "y": 1}],
+        annotations=[
+            {"xref": "x", "yref": "paper", "x": star, "y": 1, "yanchor": "bottom", "showarrow": False,
+             "text": f"p* = {star:.3f}", "font": {"color": "var(--mark)"}}
+        ],
     )  # fmt: skip
 
 
-def _differences(measured: Round, curve: Curve) -> Iterator[tuple[float, float, int]]:
-    """Ratio, loss and round of each probe of a round.
+def _differences(measured: Round, curve: Curve) -> list[tuple[float, float]]:
+    """Ratio and loss of each probe of a round.
 
     Only differences within a round mean something, so a round is moved as a whole to where the curve runs at its
     ratios; without a curve the baseline of the round is zero.
@@ -134,8 +129,7 @@ def _differences(measured: Round, curve: Curve) -> Iterator[tuple[float, float, 
     ratios = [measured.ratio_before, *measured.candidates]
     losses = [0.0, *(fmean(losses) - baseline for losses in measured.candidate_losses)]
     shift = fmean(_interpolated(curve, ratio) for ratio in ratios) - fmean(losses) if curve.ratios else 0.0
-    for ratio, loss in zip(ratios, losses, strict=True):
-        yield ratio, loss + shift, measured.round
+    return [(ratio, loss + shift) for ratio, loss in zip(ratios, losses, strict=True)]
 
 
 def _interpolated(curve: Curve, ratio: float) -> float:
@@ -148,7 +142,6 @@ def _interpolated(curve: Curve, ratio: float) -> float:
 def _trajectory(rounds: Sequence[Round]) -> Figure | None:
     if not rounds:
         return None
-    steps = [measured.step for measured in rounds]
     low = [max(0.0, measured.policy_mean - measured.policy_std) for measured in rounds]
     high = [min(1.0, measured.policy_mean + measured.policy_std) for measured in rounds]
     candidates = [(measured.step, ratio) for measured in rounds for ratio in measured.candidates]
@@ -162,73 +155,78 @@ def _trajectory(rounds: Sequence[Round]) -> Figure | None:
     }  # fmt: skip
     hover = "step %{x}<br>candidate %{y:.3f}<br>reward %{customdata:.4f}<extra></extra>"
     style = {"customdata": rewards, "hovertemplate": hover, "marker": marker}
+    means = [(measured.step, measured.policy_mean) for measured in rounds]
+    committed = [(0, rounds[0].ratio_before), *((measured.step, measured.ratio) for measured in rounds)]
     dotted = {"width": 1.5, "dash": "dot", "color": "var(--target)"}
     stairs = {"width": 2.5, "shape": "hv", "color": "var(--grasp)"}
-    committed = [rounds[0].ratio_before, *(measured.ratio for measured in rounds)]
     traces = [
-        _band("policy ± 1 deviation", steps, low, high, "var(--target-soft)"),
-        _scatter("policy mean", steps, [measured.policy_mean for measured in rounds], line=dotted),
-        _scatter("candidate", *zip(*candidates, strict=True), "markers", **style),
-        _scatter("committed ratio", [0, *steps], committed, line=stairs),
+        _band("policy ± 1 deviation", [measured.step for measured in rounds], low, high, "var(--target-soft)"),
+        _scatter("policy mean", means, line=dotted),
+        _scatter("candidate", candidates, "markers", **style),
+        _scatter("committed ratio", committed, line=stairs),
     ]
-    return _figure(traces, _STEP, _RATIO)
+    return _figure(traces, "Optimizer step", _RATIO)
 
 
 def _baseline(rounds: Sequence[Round]) -> Figure | None:
     if not rounds:
         return None
-    losses = [fmean(measured.baseline_losses) for measured in rounds]
-    style = {"line": {"width": 2, "color": "var(--grasp)"}, "marker": {"size": 5}}
-    trace = _scatter("committed mask", [measured.step for measured in rounds], losses, "lines+markers", **style)
-    return _figure([trace], _STEP, "Micro-dev loss (nats per token)", showlegend=False)
+    losses = [(measured.step, fmean(measured.baseline_losses)) for measured in rounds]
+    line = {"width": 2, "color": "var(--grasp)"}
+    trace = _scatter("committed mask", losses, "lines+markers", line=line, marker={"size": 5})
+    return _figure([trace], "Optimizer step", "Micro-dev loss (nats per token)", showlegend=False)
 
 
 def _history(history: Sequence[HistoryRow]) -> Figure | None:
     train = [(row.step, row.loss) for row in history if row.loss is not None]
     dev = [(row.step, row.dev_loss) for row in history if row.dev_loss is not None]
     traces = [
-        _scatter(name, *zip(*rows, strict=True), mode, line={"width": width, "color": color}, marker={"size": 6})
-        for name, rows, mode, width, color in (
+        _scatter(name, points, mode, line={"width": width, "color": color}, marker={"size": 6})
+        for name, points, mode, width, color in (
             ("train", train, "lines", 1.25, "var(--merged)"),
             ("dev", dev, "lines+markers", 2, "var(--grasp)"),
         )
-        if rows
+        if points
     ]
-    return _figure(traces, _STEP, "Loss (nats per token)", yaxis={"rangemode": "tozero"}) if traces else None
+    y = "Loss (nats per token)"
+    return _figure(traces, "Optimizer step", y, yaxis={"rangemode": "tozero"}) if traces else None
 
 
-def _sparsity(entries: Sequence[FactorSparsity]) -> Figure | None:
-    if not entries:
+def _sparsity(record: RunRecord) -> Figure | None:
+    groups = by_factor(record.sparsity)
+    if not groups:
         return None
-    shares: dict[tuple[str, str], float] = {}
-    for entry, (kind, layer) in zip(entries, places(entries), strict=True):
-        shares[f"{kind} {entry.factor}, {entry.segment}", layer] = entry.kept / entry.weights
-    rows = sorted({row for row, _ in shares}, reverse=True)
-    layers = sorted({layer for _, layer in shares}, key=lambda layer: (layer.isdigit(), len(layer), layer))
+    shares = {
+        f"{factor}, {segment}": {layer: entry.kept / entry.weights for layer, entry in entries}
+        for (factor, segment), entries in reversed(groups.items())
+    }
+    layers = sorted(
+        {layer for row in shares.values() for layer in row}, key=lambda name: (name.isdigit(), len(name), name)
+    )
     trace = {
-        "type": "heatmap", "x": [_label(layer) for layer in layers], "y": [_label(row) for row in rows],
-        "z": [[shares.get((row, layer)) for layer in layers] for row in rows],
+        "type": "heatmap", "x": [_label(layer) for layer in layers], "y": [_label(name) for name in shares],
+        "z": [[row.get(layer) for layer in layers] for row in shares.values()],
         "zmin": 0, "zmax": 1, "xgap": 1, "ygap": 1, "colorscale": _SEQUENTIAL,
         "hovertemplate": "layer %{x}<br>%{y}<br>kept %{z:.3f}<extra></extra>",
         "colorbar": {"title": {"text": "Kept share<br>(fraction)"}},
     }  # fmt: skip
-    layout: Figure = {"height": 150 + 26 * len(rows), "xaxis": {"type": "category"}, "yaxis": {"type": "category"}}
-    return _figure([trace], "Layer (index)", "Factor, segment", **layout)
+    category, height = {"type": "category"}, 150 + 26 * len(shares)
+    return _figure([trace], "Layer (index)", "Factor, segment", height=height, xaxis=category, yaxis=category)
 
 
-def _survival(entries: Sequence[FactorSparsity]) -> Figure | None:
-    groups: dict[str, dict[str, list[FactorSparsity]]] = {"source": {}, "target": {}}
-    for entry, (kind, _) in zip(entries, places(entries), strict=True):
-        if entry.segment in groups:
-            groups[entry.segment].setdefault(f"{kind} {entry.factor}", []).append(entry)
-    if not all(groups.values()):
-        return None
-    traces = [
-        {"type": "bar", "name": segment, "x": [_label(name) for name in sorted(factors)],
-         "y": [kept_share(factors[name]) for name in sorted(factors)], "marker": {"color": f"var(--{segment})"},
-         "hovertemplate": "%{x}<br>kept %{y:.3f}<extra>" + segment + "</extra>"}
-        for segment, factors in groups.items()
-    ]  # fmt: skip
+def _survival(record: RunRecord) -> Figure | None:
+    traces = []
+    for segment in ("source", "target"):
+        shares = {
+            _label(factor): kept_share(entry for _, entry in entries)
+            for (factor, origin), entries in by_factor(record.sparsity).items()
+            if origin == segment
+        }
+        if not shares:
+            return None
+        hover = "%{x}<br>kept %{y:.3f}<extra>" + segment + "</extra>"
+        trace = {"type": "bar", "name": segment, "x": list(shares), "y": list(shares.values()), "hovertemplate": hover}
+        traces.append(trace | {"marker": {"color": f"var(--{segment})"}})
     return _figure(traces, "Factor", "Kept share (fraction of weights)", yaxis={"range": [0, 1]}, bargap=0.35)
 
 
@@ -237,17 +235,13 @@ def _cost(record: RunRecord) -> Figure | None:
     if not cost:
         return None
     unit, name = (60, "minutes") if max(cost.values()) >= 180 else (1, "seconds")
-    probes = dict.fromkeys(cost, 0.0)
-    if "controller" in cost:
-        probes["controller"] = min(record.probe_seconds, cost["controller"])
-    rest = {stage: seconds - probes[stage] for stage, seconds in cost.items()}
+    probes = {stage: min(record.probe_seconds, cost[stage]) if stage == "controller" else 0.0 for stage in cost}
+    rest = [cost[stage] - probes[stage] for stage in cost]
+    bars = [("training and the rest", rest, "var(--merged)"), ("probes", [*probes.values()], "var(--grasp)")]
     traces = [
-        {"type": "bar", "orientation": "h", "name": label, "y": [_label(stage) for stage in cost],
-         "x": [value / unit for value in seconds.values()], "marker": {"color": color}}
-        for label, seconds, color in (
-            ("training and the rest", rest, "var(--merged)"), ("probes", probes, "var(--grasp)")
-        )
-        if seconds is rest or any(seconds.values())
+        {"type": "bar", "orientation": "h", "name": label, "x": [part / unit for part in seconds],
+         "y": [_label(stage) for stage in cost], "marker": {"color": color}}
+        for label, seconds, color in (bars if any(probes.values()) else bars[:1])
     ]  # fmt: skip
     stages = {"autorange": "reversed", "type": "category"}
     return _figure(traces, f"Time ({name})", "Stage", barmode="stack", height=130 + 34 * len(cost), yaxis=stages)

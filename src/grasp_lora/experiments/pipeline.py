@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
 from grasp_lora.experiments.report import write_model_card, write_report
@@ -26,6 +28,7 @@ from grasp_lora.training.data import SPLITS, Splits
 log = logging.getLogger(__name__)
 
 STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate", "report")
+DIFFERENCES_SHOWN = 3
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
 
 
@@ -251,9 +254,21 @@ class Run:
         stated = self._read("run.json").get("recipe_hash")
         if stated != self.recipe.fingerprint():
             raise RecipeError(
-                f"{self.folder} holds a run of another recipe (hash {stated}, yours is {self.recipe.fingerprint()}; "
-                f"its recipe is in {RECIPE_FILE} there); choose another folder with --output, or delete it"
+                f"{self.folder} holds a run of another recipe ({self._differences()}); "
+                "choose another folder with --output, or delete it"
             )
+
+    def _differences(self) -> str:
+        """Which settings differ from those of the run in the folder."""
+        try:
+            theirs = _flat(yaml.safe_load((self.folder / RECIPE_FILE).read_text(encoding="utf-8")))
+        except (OSError, ValueError, yaml.YAMLError):
+            return f"its {RECIPE_FILE} cannot be read"
+        ours = _flat(yaml.safe_load(self.recipe.to_yaml()))
+        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        shown = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in keys[:DIFFERENCES_SHOWN]]
+        more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
+        return ", ".join(shown) + more if shown else f"by its hash; its recipe is in {RECIPE_FILE} there"
 
     def _begin(self) -> None:
         """Write what the run starts from; when it goes on, check that this is still the same."""
@@ -288,6 +303,16 @@ class Run:
                 f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
                 "put those back, or choose another folder with --output"
             )
+
+
+def _flat(content: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> value of every setting."""
+    if not isinstance(content, dict) or not content:
+        return {path: content}
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{path}.{key}" if path else str(key))
+    return flat
 
 
 def _hash_of(splits: Splits) -> str:

@@ -240,11 +240,7 @@ def _parse(text: str, name: str) -> dict[str, Any]:
         aliases = [token.start_mark.line + 1 for token in yaml.scan(text) if isinstance(token, yaml.AliasToken)]
         content = None if aliases else yaml.load(text, _UniqueKeys)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise RecipeError(
-            f"recipe {name} is no valid YAML{where}: {getattr(error, 'problem', None) or ' '.join(str(error).split())}"
-        ) from error
+        raise RecipeError(f"recipe {name} is no valid YAML{_yaml_problem(error)}") from error
     except RecursionError as error:
         raise RecipeError(f"recipe {name} is nested too deeply; a recipe has at most four levels") from error
     if aliases:
@@ -252,6 +248,16 @@ def _parse(text: str, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecipeError(f"recipe {name} must hold keys and values, such as 'name: my-recipe'")
     return content
+
+
+def _yaml_problem(error: Exception) -> str:
+    """Where YAML failed, what it says, and where what it was reading begins: an open bracket shows far below."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f": {' '.join(str(error).split())}"
+    begun = (
+        f", {error.context} from line {error.context_mark.line + 1} on" if error.context and error.context_mark else ""
+    )
+    return f" in line {error.problem_mark.line + 1}: {error.problem}{begun}"
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

@@ -11,8 +11,8 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -21,26 +21,17 @@ import yaml
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.figures import figures_of, plotly_js, script_json
-from grasp_lora.experiments.run_folder import (
-    SYSTEMS,
-    TRAINED,
-    FactorSparsity,
-    RunRecord,
-    inner,
-    kept_share,
-    places,
-    read_run,
-)
+from grasp_lora.experiments.run_folder import SYSTEMS, TRAINED, RunRecord, by_factor, inner, kept_share, read_run
 
 logger = logging.getLogger(__name__)
 
-METRIC_NAMES = {"f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L"} | {
-    "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "bleu": "BLEU",
+METRIC_NAMES = {
+    "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2", "bleu": "BLEU",
 }  # fmt: skip
-SPLITS = {"source_train": "source train", "source_dev": "source dev", "train": "train", "dev": "dev"} | {
-    "micro_dev": "micro-dev", "test": "test",
-}  # fmt: skip
-LANGUAGES = {"ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "hi": "Hindi"} | {
+SPLITS = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
+LANGUAGES = {
+    "ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "hi": "Hindi",
     "id": "Indonesian", "ja": "Japanese", "ru": "Russian", "sw": "Swahili", "tr": "Turkish", "vi": "Vietnamese",
     "zh": "Chinese",
 }  # fmt: skip
@@ -56,8 +47,7 @@ class Cell(NamedTuple):
     best: bool = False
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table of texts; the first column names the row."""
 
     caption: str
@@ -98,11 +88,9 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         adapter_folder: an existing PEFT adapter folder.
 
     Raises:
-        RecipeError: the run folder does not fit (see `write_report`), has no run.json, or the adapter folder is missing.
+        RecipeError: the run folder does not fit (see `write_report`), or the adapter folder is missing.
     """
     record = read_run(run_folder)
-    if record.run is None:
-        raise RecipeError(f"{run_folder / 'run.json'} is missing; a model card needs it. Start the run again.")
     if not adapter_folder.is_dir():
         raise RecipeError(f"There is no adapter folder {adapter_folder}; give the folder of a saved adapter.")
     backbone = _public_name(record.run.backbone.name)
@@ -114,7 +102,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "pipeline_tag": "text-generation",
     }
     language = _language(record, "target")
-    if language is not None and re.fullmatch(r"[a-z]{2,3}", language):
+    if re.fullmatch(r"[a-z]{2,3}", language):
         front["language"] = [language]
     parents = [("Backbone", backbone, record.run.backbone.fingerprint)]
     for side in ("source", "target"):
@@ -136,28 +124,27 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
 
 def _view(record: RunRecord) -> dict[str, Any]:
     """Everything that both reports and the model card print, as texts and tables."""
-    ratio, interval, confidence = _ratio(record)
-    given = record.given_ratio is not None
+    learned, given = record.learned, record.given_ratio is not None
     signatures = record.metrics.signatures if record.metrics else {}
     return {
         "version": version("grasp-lora"),
         "paper": PAPER,
         "run": record.run,
-        "name": record.run.name if record.run else record.recipe.get("name", "unnamed run"),
+        "name": record.run.name,
         "headline": _headline(record),
         "facts": _facts(record),
         "missing": record.missing,
-        "ratio": None if ratio is None else percent(ratio, 1),
+        "ratio": None if record.prune_ratio is None else percent(record.prune_ratio, 1),
         "given": given,
-        "interval": None if interval is None else [percent(bound, 1) for bound in interval],
-        "confidence": percent(confidence),
-        "language": _language(record, "target") or "",
+        "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
+        "confidence": percent(learned.confidence) if learned else None,
+        "language": _language(record, "target"),
         "languages": _languages(record),
         "sizes": _sizes(record),
         "scores": _scores_table(record),
         "signatures": {METRIC_NAMES.get(key, key): text for key, text in signatures.items()},
         "notes": _score_notes(record),
-        "rule": record.learned.rule if record.learned and not given else None,
+        "rule": learned.rule if learned and not given else None,
         "curve": _curve_table(record),
         "rounds": _rounds_table(record),
         "losses": _losses_table(record),
@@ -202,27 +189,16 @@ def _signed(value: float, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
-def _ratio(record: RunRecord) -> tuple[float | None, tuple[float, float] | None, float]:
-    """The ratio of the result, its interval and the confidence of that."""
-    learned, metrics = record.learned, record.metrics
-    confidence = learned.confidence if learned else 0.95
-    if metrics is not None and metrics.prune_ratio is not None:
-        return metrics.prune_ratio, metrics.prune_ratio_interval, confidence
-    if record.given_ratio is not None or learned is None:
-        return record.given_ratio, None, confidence
-    return learned.prune_ratio, (learned.low, learned.high), confidence
-
-
 def _headline(record: RunRecord) -> str:
-    ratio, interval, confidence = _ratio(record)
-    if ratio is None:
-        sentences = ["No prune ratio has been learned yet."]
+    learned = record.learned
+    if record.given_ratio is not None:
+        sentences = [f"Prune {percent(record.given_ratio)} of the merged adapter (given, not learned)."]
+    elif learned is not None:
+        span = f"{100 * learned.low:.0f} to {100 * learned.high:.0f} %".replace(" ", "\u00a0")
+        interval = f"{percent(learned.confidence)} interval {span}"
+        sentences = [f"Prune {percent(learned.prune_ratio)} of the merged adapter ({interval})."]
     else:
-        remark = " (given, not learned)" if record.given_ratio is not None else ""
-        if interval is not None:
-            span = f"{100 * interval[0]:.0f} to {100 * interval[1]:.0f} %".replace(" ", "\u00a0")
-            remark = f" ({percent(confidence)} interval {span})"
-        sentences = [f"Prune {percent(ratio)} of the merged adapter{remark}."]
+        sentences = ["No prune ratio has been learned yet."]
     compared = _compared(record, "target")
     if compared is not None:
         metric, ours, theirs, worth = compared
@@ -249,25 +225,25 @@ def _compared(record: RunRecord, other: str) -> tuple[str, float, float, float] 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
     """What was run, as pairs of label and text."""
-    facts = [("Languages", _languages(record)), ("Examples", _sizes(record))]
-    if (run := record.run) is not None:
-        versions = [f"grasp-lora {run.grasp_lora}", *(f"{name} {number}" for name, number in run.libraries.items())]
-        facts = [
-            ("Backbone", _public_name(run.backbone.name)),
-            *facts,
-            ("Seed", str(run.seed)),
-            ("Date", run.created[:16].replace("T", " ")),
-            ("Versions", ", ".join(versions)),
-            ("Recipe", f"{run.name}, {run.recipe_hash[:19]}"),
-        ]
+    run = record.run
+    versions = [f"grasp-lora {run.grasp_lora}", *(f"{name} {number}" for name, number in run.libraries.items())]
+    facts = [
+        ("Backbone", _public_name(run.backbone.name)),
+        ("Languages", _languages(record)),
+        ("Examples", _sizes(record)),
+        ("Seed", str(run.seed)),
+        ("Date", run.created[:16].replace("T", " ")),
+        ("Versions", ", ".join(versions)),
+        ("Recipe", f"{run.name}, {run.recipe_hash[:19]}"),
+    ]
     return [(label, text) for label, text in facts if text]
 
 
 def _sizes(record: RunRecord) -> str:
-    """Examples per split, from the ids or from the measures of the data report."""
-    measures = inner(record.data.report, "splits")
-    sizes = {split: len(record.data.ids.get(split, ())) or inner(measures, split).get("examples") for split in SPLITS}
-    return ", ".join(f"{name} {sizes[split]}" for split, name in SPLITS.items() if sizes[split])
+    """Examples per split."""
+    sizes = {split: len(record.data.ids.get(split, ())) for split in SPLITS}
+    names = {split: split.replace("_", " " if split.startswith("source") else "-") for split in SPLITS}
+    return ", ".join(f"{names[split]} {size}" for split, size in sizes.items() if size)
 
 
 def _languages(record: RunRecord) -> str:
@@ -275,12 +251,9 @@ def _languages(record: RunRecord) -> str:
     return " to ".join(LANGUAGES.get(code, code) for code in codes if code)
 
 
-def _language(record: RunRecord, side: str) -> str | None:
-    """The language code of one side, from metrics.json, the data report or the recipe."""
-    if side == "target" and record.metrics is not None and record.metrics.language:
-        return record.metrics.language
-    found = inner(record.data.report, side).get("language") or inner(record.recipe, "data", side).get("language")
-    return str(found) if found else None
+def _language(record: RunRecord, side: str) -> str:
+    """The language code of one side; empty where the recipe gives no data of it."""
+    return str(inner(record.recipe, "data", side).get("language") or "")
 
 
 def _table(caption: str, columns: Sequence[str], rows: Iterable[Iterable[str | Cell]]) -> Table | None:
@@ -296,7 +269,7 @@ def _scores_table(record: RunRecord) -> Table | None:
     used = {key for system in metrics.systems.values() for key in system.metrics}
     keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
     scores = {name: metrics.systems[name] for name in SYSTEMS if name in metrics.systems}
-    pruned = "–" if metrics.prune_ratio is None else percent(metrics.prune_ratio, 1)
+    pruned = "–" if record.prune_ratio is None else percent(record.prune_ratio, 1)
     columns: list[list[Cell]] = [
         [Cell(SYSTEMS[name]) for name in scores],
         _column([score.test_loss for score in scores.values()], 3, min),
@@ -318,9 +291,9 @@ def _column(values: Sequence[float | None], digits: int, choose: Callable[[Itera
 
 def _score_notes(record: RunRecord) -> list[str]:
     """How much of the table is noise, and what separates GRASP from each other system."""
-    if record.metrics is None:
+    count = record.metrics.test_examples if record.metrics else 0
+    if not count:
         return []
-    count = record.metrics.test_examples
     notes = [
         f"The test set has {count} examples: one example is worth {100 / count:.2f} points of a score that is a mean "
         "over examples. Differences of one or two examples are noise."
@@ -331,19 +304,11 @@ def _score_notes(record: RunRecord) -> list[str]:
             continue
         metric, ours, theirs, worth = compared
         gap = f"{_signed(ours - theirs)} points ({abs(ours - theirs) / worth:.1f} test examples)"
-        better, shared = _lower_losses(record, other)
-        losses = f", lower loss on {better} of {shared} test examples." if shared else "."
+        pairs = list(zip(record.predictions["grasp"], record.predictions[other], strict=False))
+        better = sum(mine.loss < its.loss for mine, its in pairs)
+        losses = f", lower loss on {better} of {len(pairs)} test examples." if pairs else "."
         notes.append(f"GRASP against {SYSTEMS[other].lower()}: {metric} {gap}{losses}")
     return notes
-
-
-def _lower_losses(record: RunRecord, other: str) -> tuple[int, int]:
-    """On how many test examples GRASP has the lower loss, and how many have a loss for both."""
-    ours, theirs = (
-        {row.id: row.loss for row in record.predictions[name] if row.loss is not None} for name in ("grasp", other)
-    )
-    shared = ours.keys() & theirs.keys()
-    return sum(ours[identity] < theirs[identity] for identity in shared), len(shared)
 
 
 def _curve_table(record: RunRecord) -> Table | None:
@@ -379,25 +344,22 @@ def _losses_table(record: RunRecord) -> Table | None:
     rows = []
     for stage, title in TRAINED.items():
         history = record.history[stage]
-        train = [row.loss for row in history if row.loss is not None] or [None]
+        train = [_number(row.loss, 3) for row in history if row.loss is not None] or ["–"]
         dev = [(row.dev_loss, row.step) for row in history if row.dev_loss is not None and math.isfinite(row.dev_loss)]
-        loss, step = min(dev, default=(None, "–"))
+        best = [_number(min(dev)[0], 3), str(min(dev)[1])] if dev else ["–", "–"]
         if history:
-            losses = [_number(value, 3) for value in (train[0], train[-1], loss)]
-            rows.append([title, str(history[-1].step), *losses, str(step)])
+            rows.append([title, str(history[-1].step), train[0], train[-1], *best])
     heads = ["Stage", "Steps", "First train loss", "Last train loss", "Best dev loss", "at step"]
     return _table("Losses of each training stage", heads, rows)
 
 
 def _sparsity_table(record: RunRecord) -> Table | None:
-    groups: dict[tuple[str, str, str], list[FactorSparsity]] = {}
-    for entry, (kind, _) in zip(record.sparsity, places(record.sparsity), strict=True):
-        groups.setdefault((kind, entry.factor, entry.segment), []).append(entry)
     rows = []
-    for (kind, factor, segment), entries in sorted(groups.items()):
+    for (factor, segment), members in by_factor(record.sparsity).items():
+        entries = [entry for _, entry in members]
         shares = [entry.kept / entry.weights for entry in entries]
         texts = [percent(share, 1) for share in (kept_share(entries), min(shares), max(shares))]
-        rows.append([f"{kind} {factor}, {segment}", str(sum(entry.weights for entry in entries)), *texts])
+        rows.append([f"{factor}, {segment}", str(sum(entry.weights for entry in entries)), *texts])
     return _table("Kept weights per factor", ["Factor", "Weights", "Kept", "Lowest layer", "Highest layer"], rows)
 
 
@@ -409,7 +371,7 @@ def _sparsity_note(record: RunRecord) -> str | None:
     note = f"Measured over all factors, {percent(pruned, 2)} of the weights are zero."
     if max(shares) - min(shares) < 0.01:
         note += " Every factor keeps the same share: the ratio is applied to each of them separately."
-    ratio = _ratio(record)[0]
+    ratio = record.prune_ratio
     if ratio is not None and abs(pruned - ratio) > 0.005:
         note += f" That is not the ratio of {percent(ratio, 2)} above: check the final run."
     segments = [[entry for entry in record.sparsity if entry.segment == name] for name in ("source", "target")]
@@ -442,18 +404,15 @@ def _probe_note(record: RunRecord) -> str | None:
 
 
 def _examples(record: RunRecord) -> list[dict[str, Any]]:
-    """The first test examples, side by side."""
+    """The first test examples, side by side; every system answers the same ones in the same order."""
     shown = {name: record.predictions[name] for name in ("target", "grasp") if record.predictions[name]}
-    if not shown:
-        return []
-    by_id = {name: {row.id: row.prediction for row in rows} for name, rows in shown.items()}
     return [
         {
-            "id": row.id,
-            "references": [_cut(text) for text in row.references],
-            "predictions": [(SYSTEMS[name], _cut(texts.get(row.id, "–"))) for name, texts in by_id.items()],
+            "id": rows[0].id,
+            "references": [_cut(text) for text in rows[0].references],
+            "predictions": [(SYSTEMS[name], _cut(row.prediction)) for name, row in zip(shown, rows, strict=True)],
         }
-        for row in next(reversed(shown.values()))[:EXAMPLES_SHOWN]
+        for rows in islice(zip(*shown.values(), strict=False), EXAMPLES_SHOWN)
     ]
 
 

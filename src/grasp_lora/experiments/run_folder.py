@@ -1,7 +1,5 @@
 """What a run folder holds, read once into typed records; every file is checked against its shape."""
 
-import json
-import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,8 +10,6 @@ import yaml
 from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from grasp_lora.errors import RecipeError
-
-logger = logging.getLogger(__name__)
 
 STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate")
 TRAINED = {"source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run"}
@@ -46,9 +42,8 @@ class RunInfo(_Record):
 
 
 class DataFacts(_Record):
-    """data.json: the report of the splits, and the ids in each of them."""
+    """data.json."""
 
-    report: dict[str, Any] = {}
     ids: dict[str, list[str]] = {}
 
 
@@ -138,7 +133,7 @@ class Prediction(_Record):
     id: str
     prediction: str
     references: list[str] = []
-    loss: Loss | None = None
+    loss: Loss
 
 
 class SystemScores(_Record):
@@ -153,11 +148,8 @@ class Metrics(_Record):
     """metrics.json."""
 
     systems: dict[str, SystemScores]
-    prune_ratio: float | None = None
-    prune_ratio_interval: tuple[float, float] | None = None
     signatures: dict[str, str] = {}
-    test_examples: int = Field(ge=1)
-    language: str | None = None
+    test_examples: int = Field(ge=0)
     cost: dict[str, float] = {}
 
 
@@ -165,7 +157,7 @@ class Metrics(_Record):
 class RunRecord:
     """A run folder as far as it has got: None or empty where a stage has not written its files."""
 
-    run: RunInfo | None
+    run: RunInfo
     recipe_text: str
     recipe: dict[str, Any]
     data: DataFacts
@@ -183,6 +175,12 @@ class RunRecord:
         """The recipe's final.prune_ratio; where it is given, the run has no controller by design."""
         given = inner(self.recipe, "final").get("prune_ratio")
         return float(given) if isinstance(given, int | float) else None
+
+    @property
+    def prune_ratio(self) -> float | None:
+        """The ratio of the result, given or learned."""
+        learned = self.learned.prune_ratio if self.learned else None
+        return learned if self.given_ratio is None else self.given_ratio
 
     @property
     def missing(self) -> list[str]:
@@ -216,15 +214,21 @@ def kept_share(entries: Iterable[FactorSparsity]) -> float:
     return sum(entry.kept for entry in found) / sum(entry.weights for entry in found)
 
 
-def places(entries: Sequence[FactorSparsity]) -> list[tuple[str, str]]:
-    """Return kind of projection and layer of each entry: `model.layers.3.self_attn.q_proj` is q_proj in layer 3."""
+def by_factor(entries: Sequence[FactorSparsity]) -> dict[tuple[str, str], list[tuple[str, FactorSparsity]]]:
+    """Sort entries by factor and segment, each with its layer.
+
+    The factor A of `model.layers.3.self_attn.q_proj` is "q_proj A" in layer "3".
+    """
     matches = [re.search(r"\.(\d+)\.(.+)$", entry.module) for entry in entries]
-    parts = [(m[2], m[1]) if m else (entry.module, "–") for entry, m in zip(entries, matches, strict=True)]
-    short = {kind: kind.rsplit(".", 1)[-1] for kind, _ in parts}
+    places = [(m[2], m[1]) if m else (entry.module, "–") for entry, m in zip(entries, matches, strict=True)]
+    short = {kind: kind.rsplit(".", 1)[-1] for kind, _ in places}
     # GPT-2 has a c_proj in its attention and another in its MLP: then the full names are needed.
-    if len(set(short.values())) < len(short):
-        return parts
-    return [(short[kind], layer) for kind, layer in parts]
+    ambiguous = len(set(short.values())) < len(short)
+    groups: dict[tuple[str, str], list[tuple[str, FactorSparsity]]] = {}
+    for entry, (kind, layer) in zip(entries, places, strict=True):
+        factor = f"{kind if ambiguous else short[kind]} {entry.factor}"
+        groups.setdefault((factor, entry.segment), []).append((layer, entry))
+    return dict(sorted(groups.items()))
 
 
 def read_run(run_folder: Path) -> RunRecord:
@@ -233,14 +237,14 @@ def read_run(run_folder: Path) -> RunRecord:
     A run may still be in progress: the line that it is just writing is left out.
 
     Raises:
-        RecipeError: there is neither a run.json nor a recipe.yaml, or a file is damaged; the message names it.
+        RecipeError: run.json or recipe.yaml is missing, or a file is damaged; the message names it.
     """
-    recipe_file = run_folder / "recipe.yaml"
-    if not (recipe_file.is_file() or (run_folder / "run.json").is_file()):
-        raise RecipeError(f"{run_folder} is no run folder: it holds neither run.json nor recipe.yaml.")
-    recipe_text = _text(recipe_file) if recipe_file.is_file() else ""
+    run, recipe_file = _read(run_folder / "run.json", RunInfo), run_folder / "recipe.yaml"
+    if run is None or not recipe_file.is_file():
+        raise RecipeError(f"{run_folder} is no run folder: {'run.json' if run is None else 'recipe.yaml'} is missing.")
+    recipe_text = _text(recipe_file)
     try:
-        recipe = yaml.safe_load(recipe_text) if recipe_text else {}
+        recipe = yaml.safe_load(recipe_text)
     except yaml.YAMLError as error:
         raise _damaged(recipe_file, "it is not valid YAML") from error
     if not isinstance(recipe, dict):
@@ -248,7 +252,7 @@ def read_run(run_folder: Path) -> RunRecord:
     controller, evaluation = run_folder / "controller", run_folder / "evaluation"
     markers = {stage: _read(run_folder / "stages" / f"{stage}.json", StageMarker) for stage in STAGES}
     return RunRecord(
-        run=_read(run_folder / "run.json", RunInfo),
+        run=run,
         recipe_text=recipe_text,
         recipe=recipe,
         data=_read(run_folder / "data.json", DataFacts) or DataFacts(),
@@ -271,24 +275,14 @@ def _read(path: Path, shape: type[_Shape]) -> _Shape | None:
 
 
 def _lines(path: Path, shape: type[_Shape], growing: bool = False) -> list[_Shape]:
-    """Read JSON lines; `growing` says that the run appends to the file, so that its last line may be unfinished."""
     if not path.is_file():
         return []
     # Not splitlines(): it also cuts at U+2028, which JSON allows inside a text.
     lines = _text(path).split("\n")
-    if growing and lines[-1] and not _is_json(lines[-1]):
-        logger.info("%s: left out its last line, which is not finished", path)
+    if growing and not lines[-1].endswith("}"):  # the rows that grow are flat, so only a whole one ends with a brace
         lines.pop()
     rows = enumerate(lines, start=1)
     return [_checked(line, shape, path, f" (line {number})") for number, line in rows if line.strip()]
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return True
 
 
 def _text(path: Path) -> str:

@@ -225,6 +225,7 @@ class Session:
         self, adapters: Sequence[AdapterWeights], names: Sequence[str], settings: MergeSettings
     ) -> AdapterWeights:
         """Merge adapters by the rule of the settings."""
+        settings = replace(settings, seed=self.recipe.seed_of(f"merge {settings.seed}"))
         return merge(adapters, settings, names)
 
     def learn_ratio(self, merged: AdapterWeights, folder: Path) -> tuple[RatioEstimate, AdapterWeights, float]:
@@ -241,7 +242,7 @@ class Session:
 
         self._check_rounds()
         stage = self.recipe.controller
-        policy = replace(stage.policy, seed=self.recipe.seed_of("policy"))
+        policy = replace(stage.policy, seed=self.recipe.seed_of(f"policy {stage.policy.seed}"))
         controller = GraspController(
             ProbeSet(self.splits.micro_dev, self.pad_id),
             ControllerSettings(policy, stage.probe_every),

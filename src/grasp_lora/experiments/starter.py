@@ -142,22 +142,20 @@ def _read(name: str, path: Path, folder: Path, task: str | None = None) -> _Corp
     return _Corpus(written, found, format, columns, pool)
 
 
-def _guess(found: Sequence[str], name: str, task: str | None) -> tuple[str, dict[str, str]]:
-    """Return the task whose fields are all among the columns, and the columns that are called otherwise."""
+def _guess(found: Sequence[str], name: str, preferred: str | None) -> tuple[str, dict[str, str]]:
+    """Return a task whose fields are all among the columns, and the columns that are called otherwise."""
     by_name = {column.strip().lower(): column for column in found}
-    if by_name.get("messages") == "messages" and task in (None, "completion"):
-        return "completion", {}
-    for candidate, fields in COLUMNS.items():
+    for task in sorted(COLUMNS, key=lambda task: task != preferred):
         chosen = {
             field: next((by_name[known] for known in names if known in by_name), None)
-            for field, names in fields.items()
+            for field, names in COLUMNS[task].items()
         }
-        if all(chosen.values()) and task in (None, candidate):
+        if task == "completion" and "messages" in found:
+            return task, {}
+        if all(chosen.values()):
             # The reader finds `answers` by itself, and there it may hold SQuAD's lists.
             understood = {field: ("answer", "answers") if field == "answer" else (field,) for field in chosen}
-            return candidate, {
-                field: str(column) for field, column in chosen.items() if column not in understood[field]
-            }
+            return task, {field: str(column) for field, column in chosen.items() if column not in understood[field]}
     known = "; ".join(f"{task}: {' and '.join(fields)}" for task, fields in COLUMNS.items())
     raise DataError(
         f"{name} has the columns {', '.join(found)}, which fit no task ({known}, or messages); rename them, or write "

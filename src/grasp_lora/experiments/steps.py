@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grasp_lora.errors import AdapterError, DataError, RecipeError
+from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
 from grasp_lora.evaluation.generation import GenerationSettings, generate
 from grasp_lora.experiments.session import Session, ratio_record, write_json, write_jsonl
 from grasp_lora.method.estimation import RatioEstimate
@@ -147,7 +147,14 @@ def _backbone_of(adapter: LoadedAdapter, named: str | None, device: str) -> Back
         settings = BackboneSettings(EMBEDDED_NAME if name == EMBEDDED_HUB_ID else name, device=device)  # type: ignore[arg-type]
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    return load_backbone(settings)
+    if named:
+        return load_backbone(settings)
+    try:
+        return load_backbone(settings)
+    except GraspError as error:
+        raise GraspError(
+            f"{error}. Adapter {adapter.name} names this backbone; give another with --backbone"
+        ) from error
 
 
 def _refuse_existing(output: Path) -> None:

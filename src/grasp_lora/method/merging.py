@@ -28,7 +28,7 @@ class MergeSettings:
         weights: one per adapter, in their order; None takes the rule's own default (1/N each, TIES 1 each).
         rank: rank of the result for rules that end in an SVD; None takes the highest rank of the inputs.
         density: share of weights that TIES and DARE keep, in (0, 1].
-        seed: seed of DARE's random drops.
+        seed: seed of DARE's random drops; a recipe combines it with its own seed.
 
     Raises:
         ValueError: a setting is outside its range, or does not belong to the rule.

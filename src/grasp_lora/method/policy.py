@@ -35,7 +35,7 @@ class PolicySettings:
             deviation per round (Paper: policy update), all >= 0.
         max_step: furthest that one commit moves the current ratio, > 0.
         estimate: rule for the learned ratio, `smooth_fit` (default) or `best_reward` (the paper's).
-        seed: seed of the policy's own generator.
+        seed: seed of the policy's own generator; a recipe combines it with its own seed.
 
     Raises:
         ValueError: a setting is outside its range.

@@ -6,6 +6,7 @@ or TRL `SFTTrainer` whose model is a PEFT LoRA model. They decide nothing: ratio
 Paper: controller run and final run.
 """
 
+import functools
 import json
 import logging
 import math
@@ -158,7 +159,8 @@ class GraspController(PrunedTraining):
     def add_to(self, trainer: Trainer) -> "GraspController":
         """Register with a trainer, so that its trackers receive the ratio, the deviation and the rewards too."""
         trainer.add_callback(self)
-        self._log = trainer.log
+        # Not trainer.log: TRL's adds its own running metrics to every row and starts them anew.
+        self._log = functools.partial(Trainer.log, trainer)
         return self
 
     def on_train_begin(
@@ -186,10 +188,13 @@ class GraspController(PrunedTraining):
             "probe_seconds": ended - started,
             "train_seconds": started - self._round_end,
         }
+        if self._log is not None:
+            # Any log call ends the trainer's wish to log this step's loss, which all ranks gather together: put it back.
+            should_log = control.should_log
+            self._log(_tracked(record))
+            control.should_log = should_log
         if state.is_world_process_zero:
             self._write(record, timing)
-            if self._log is not None:
-                self._log(_tracked(record))
             if self._on_round is not None:
                 self._on_round(record)
         self._round_end = time.perf_counter()

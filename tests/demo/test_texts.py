@@ -1,0 +1,151 @@
+"""The embedded texts: enough of them, well formed, in the right script, and fit for the demo's splits."""
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from importlib import resources
+from itertools import combinations
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from grasp_lora.experiments.recipe import load_recipe
+from grasp_lora.training.data import build_splits
+from grasp_lora.training.splitting import SPLITS
+
+FEWEST = {"en": 150, "ar": 140, "zh": 140}
+LANGUAGES = tuple(FEWEST)
+PAIRS = list(combinations(LANGUAGES, 2))
+SCRIPTS = {"en": "LATIN", "ar": "ARABIC", "zh": "CJK"}
+
+
+def load(language: str) -> list[dict[str, Any]]:
+    text = (resources.files("grasp_lora.demo") / "texts" / f"{language}.json").read_text(encoding="utf-8")
+    articles: list[dict[str, Any]] = json.loads(text)["data"]
+    return articles
+
+
+def passages(language: str) -> list[dict[str, Any]]:
+    return [paragraph for article in load(language) for paragraph in article["paragraphs"]]
+
+
+def questions(language: str) -> list[tuple[str, dict[str, Any]]]:
+    """Each question with its passage."""
+    return [(passage["context"], question) for passage in passages(language) for question in passage["qas"]]
+
+
+def all_texts(language: str) -> list[str]:
+    texts = [article["title"] for article in load(language)]
+    texts += [passage["context"] for passage in passages(language)]
+    for _, question in questions(language):
+        texts += [question["id"], question["question"], *(answer["text"] for answer in question["answers"])]
+    return texts
+
+
+def repeated(items: list[str]) -> list[str]:
+    return [item for item, count in Counter(items).items() if count > 1]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_there_are_enough_questions_about_three_a_passage(language: str) -> None:
+    assert len(questions(language)) >= FEWEST[language]
+    counts = [len(passage["qas"]) for passage in passages(language)]
+    assert min(counts) >= 2
+    assert max(counts) <= 4
+    assert 2.5 <= sum(counts) / len(counts) <= 3.5
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_each_answer_stands_in_its_passage_once_where_it_says(language: str) -> None:
+    for passage, question in questions(language):
+        assert len(question["answers"]) == 1
+        answer = question["answers"][0]
+        assert answer["text"] == answer["text"].strip() != ""
+        assert passage.count(answer["text"]) == 1, question["id"]
+        assert passage.index(answer["text"]) == answer["answer_start"], question["id"]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_passages_are_of_middle_length(language: str) -> None:
+    for passage in passages(language):
+        text = passage["context"]
+        length = len(text) if language == "zh" else len(text.split())
+        low, high = (90, 170) if language == "zh" else (40, 90)
+        assert low <= length <= high, f"{passage['qas'][0]['id']}: {length}"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_nothing_stands_twice(language: str) -> None:
+    assert repeated([article["title"] for article in load(language)]) == []
+    assert repeated([passage["context"] for passage in passages(language)]) == []
+    assert repeated([question["question"] for _, question in questions(language)]) == []
+
+
+def test_ids_are_unique_over_all_languages() -> None:
+    assert repeated([question["id"] for language in LANGUAGES for _, question in questions(language)]) == []
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_letters_are_of_the_right_script(language: str) -> None:
+    for passage, question in questions(language):
+        for text in (passage, question["question"]):
+            letters = [unicodedata.name(letter) for letter in text if letter.isalpha()]
+            share = sum(name.startswith(SCRIPTS[language]) for name in letters) / len(letters)
+            assert share > 0.95, question["id"]
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_texts_are_normalised_and_hold_no_invisible_characters(language: str) -> None:
+    for text in all_texts(language):
+        assert unicodedata.is_normalized("NFC", text), text
+        # Cc and Cf hold the control and bidi characters; Co and Cn are no characters at all.
+        strange = [character for character in text if unicodedata.category(character) in ("Cc", "Cf", "Co", "Cn", "Cs")]
+        assert not strange, text
+        assert "  " not in text
+        assert text == text.strip()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_question_gives_its_answer_away(language: str) -> None:
+    given = [
+        question["id"] for _, question in questions(language) if question["answers"][0]["text"] in question["question"]
+    ]
+    assert given == []
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_no_passage_is_a_translation_by_its_numbers(first: str, second: str) -> None:
+    """A translated passage would keep its numbers; sets of three or more that agree are no chance."""
+
+    def number_sets(language: str) -> dict[frozenset[str], str]:
+        found = {}
+        for passage in passages(language):
+            # NFKC turns full-width digits into plain ones, \d takes Arabic-Indic ones as well.
+            numbers = re.findall(r"\d+", unicodedata.normalize("NFKC", passage["context"]))
+            plain = frozenset(str(int(number)) for number in numbers)
+            if len(plain) >= 3:
+                found[plain] = passage["qas"][0]["id"]
+        return found
+
+    left, right = number_sets(first), number_sets(second)
+    assert [(left[numbers], right[numbers]) for numbers in left.keys() & right.keys()] == []
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_no_title_recurs_in_another_language(first: str, second: str) -> None:
+    titles = [{article["title"].casefold() for article in load(language)} for language in (first, second)]
+    assert titles[0] & titles[1] == set()
+
+
+@pytest.mark.parametrize("language", ["ar", "zh"])
+def test_the_splits_of_the_demo_share_no_passage(language: str, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    recipe, base = load_recipe(f"demo-{language}", ["data.max_tokens=4096"])  # one token a byte
+    splits = build_splits(recipe.data, tiny_tokenizer, recipe.seed, base)
+    sizes = {name: len(getattr(splits, name)) for name in SPLITS}
+    assert sizes == {"source_train": 150, "source_dev": 24, "train": 50, "dev": 30, "micro_dev": 16, "test": 60}
+    context_of = {question["id"]: passage for code in LANGUAGES for passage, question in questions(code)}
+    used = {name: {context_of[example.id] for example in getattr(splits, name)} for name in SPLITS}
+    for one, other in combinations(SPLITS, 2):
+        assert used[one] & used[other] == set(), f"{one} and {other}"

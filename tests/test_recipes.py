@@ -1,0 +1,133 @@
+"""Every shipped recipe loads, and dry-runs through the real command on a tiny model and tiny data of the same format."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from grasp_lora.experiments.recipe import builtin_recipes, load_recipe
+
+COUNTS = {
+    "source": {"train": 6, "dev": 3},
+    "target": {"train": 6, "dev": 3, "micro_dev": 2, "test": 4},
+}
+STAGES = ("source", "target", "controller", "final")
+GROUPS = 24
+
+
+def question_answering(language: str) -> list[dict[str, str]]:
+    """Parallel questions as MLQA has them: ids are shared between languages."""
+    return [
+        {
+            "id": f"q{i}",
+            "title": f"{language} {i}",
+            "context": f"{language} {i}: it is {i % 7}.",
+            "question": f"{language}?",
+            "answer": str(i % 7),
+        }
+        for i in range(GROUPS)
+    ]
+
+
+def news(language: str) -> list[dict[str, str]]:
+    return [
+        {
+            "id": f"{language}-{i}",
+            "url": f"https://example.org/{language}/{i}",
+            "title": f"{language} {i}",
+            "text": f"{language} {i} long text {i % 5}",
+            "summary": f"s{i % 5}",
+        }
+        for i in range(GROUPS)
+    ]
+
+
+def as_squad(rows: list[dict[str, str]]) -> dict[str, Any]:
+    data = []
+    for row in rows:
+        answer = {"text": row["answer"], "answer_start": row["context"].index(row["answer"])}
+        questions = [{"id": row["id"], "question": row["question"], "answers": [answer]}]
+        data.append({"title": row["title"], "paragraphs": [{"context": row["context"], "qas": questions}]})
+    return {"version": "1", "data": data}
+
+
+def hub_rows(name: str, config: str | None, **options: Any) -> datasets.Dataset:
+    """Stand in for `datasets.load_dataset`: rows in the schema of the data set."""
+    language = {"english": "en", "arabic": "ar", "chinese_simplified": "zh"}.get(
+        str(config), str(config).split(".")[-1]
+    )
+    if name == "csebuetnlp/xlsum":
+        return datasets.Dataset.from_list(news(language))
+    assert name == "facebook/mlqa", f"there is no stand-in for {name}"
+    rows = [
+        {key: row[key] for key in ("id", "title", "context", "question")}
+        | {"answers": {"text": [row["answer"]], "answer_start": [row["context"].index(row["answer"])]}}
+        for row in question_answering(language)
+    ]
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.fixture
+def arguments(
+    tmp_path: Path, tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], list[str]]:
+    """Give the `--set` options that put tiny things in place of a recipe's model and data, and cut it short."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GRASP_LORA_DATA", raising=False)
+    monkeypatch.setattr(datasets, "load_dataset", hub_rows)
+
+    def settings(name: str) -> list[str]:
+        recipe, _ = load_recipe(name)
+        changes = [f"backbone.name={tiny_backbone_folder}", "backbone.dtype=float32", "generation.max_new_tokens=4"]
+        for role, counts in COUNTS.items():
+            corpus = getattr(recipe.data, role)
+            changes += [f"data.{role}.{split}={count}" for split, count in counts.items()]
+            files = []
+            for number, file in enumerate(corpus.files):
+                rows = news(f"{corpus.language}{number}")
+                if recipe.data.task == "summarization":
+                    content = "".join(json.dumps(row) + "\n" for row in rows)
+                else:
+                    content = json.dumps(as_squad(question_answering(corpus.language)))
+                place = Path(file.replace("demo:", "demo/"))
+                place.parent.mkdir(exist_ok=True)
+                place.write_text(content, encoding="utf-8")
+                files.append(str(place))
+            if files:
+                changes.append(f"data.{role}.files={json.dumps(files)}")
+        for stage in STAGES:
+            training = getattr(recipe, stage).training
+            changes.append(f"{stage}.training.epochs={2 if training.accumulation == 1 else 1}")
+        changes.append("controller.probe_every=3")
+        return [part for change in changes for part in ("--set", change)]
+
+    return settings
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_a_shipped_recipe_says_what_its_file_is_called(name: str) -> None:
+    recipe, base = load_recipe(name)
+    assert recipe.name == name
+    assert base == Path()
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_a_shipped_recipe_can_be_checked_and_run(
+    name: str, arguments: Callable[[str], list[str]], cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    settings = arguments(name)
+    checked = cli("check", name, *settings)
+    assert checked.status == 0, checked.err
+    assert "source_train 6, source_dev 3, train 6, dev 3, micro_dev 2, test 4" in checked.out
+    assert "controller will run 4 rounds" in checked.out
+    result = cli("run", name, *settings)
+    assert result.status == 0, result.err
+    folder = tmp_path / "runs" / name
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    assert set(metrics["systems"]) == {"source", "target", "merged", "grasp"}
+    assert 0.1 <= metrics["prune_ratio"] <= 0.8
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    assert (folder / "report.html").is_file()

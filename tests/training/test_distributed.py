@@ -1,0 +1,359 @@
+"""Two gloo processes on the CPU: they draw the same candidates, see the same losses and end with the same adapter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grasp_lora.training.adapters import attached, live_pairs
+from grasp_lora.training.probing import NormCollector, ProbeSet
+
+RANKS = 2
+PAD = 0
+
+# What both processes and the tests need to make the same things; the processes run it as a module of its own.
+COMMON = """
+import random
+from dataclasses import dataclass
+
+import torch
+from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.training.adapters import LoraSettings, fresh_adapter, live_pairs
+
+
+@dataclass(frozen=True)
+class Example:
+    id: str
+    prompt_ids: tuple
+    completion_ids: tuple
+
+
+def make_examples(count, seed=0, name="e"):
+    generator = random.Random(seed)
+    return [
+        Example(
+            f"{name}{index}",
+            tuple(generator.randrange(4, 260) for _ in range(generator.randint(2, 12))),
+            (*(generator.randrange(4, 260) for _ in range(generator.randint(0, 4))), 2),
+        )
+        for index in range(count)
+    ]
+
+
+MICRO_DEV = make_examples(5, 1, "m")
+MICRO_DEV_BUDGET = 20  # three batches for two processes: one has to keep the other company
+DEV = make_examples(4, 2, "d")
+
+
+def random_adapter(model):
+    generator = torch.Generator().manual_seed(1)
+    with fresh_adapter(model, LoraSettings(rank=4), 1) as peft_model:
+        return AdapterWeights({
+            name: LoraPair(
+                0.3 * torch.randn(pair.A.shape, generator=generator),
+                0.3 * torch.randn(pair.B.shape, generator=generator),
+            )
+            for name, pair in live_pairs(peft_model).items()
+        })
+
+
+def values(model):
+    return [factor.detach().clone() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
+"""
+
+WORKER = """
+import os, sys
+from pathlib import Path
+
+sys.path.insert(0, os.environ["TESTS_FOLDER"])
+import torch
+from conftest import build_tiny_model
+from common_to_ranks import DEV, MICRO_DEV, MICRO_DEV_BUDGET, make_examples, random_adapter, values
+from transformers import TrainerCallback, TrainingArguments
+
+from grasp_lora.method.masking import MaskSettings
+from grasp_lora.training import finetune as finetune_module
+from grasp_lora.training.adapters import attached, live_pairs
+from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
+from grasp_lora.training.finetune import FineTuneTrainer, finetune
+from grasp_lora.training.probing import ProbeSet
+from grasp_lora.training.settings import TrainingSettings
+
+folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+fed = []
+collate = finetune_module.collate
+finetune_module.collate = lambda batch, pad_id: fed.append([example.id for example in batch]) or collate(batch, pad_id)
+results = {}
+
+
+class Watch(TrainerCallback):
+    def __init__(self):
+        self.before, self.gradients, self.rates = [], [], []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.before.append(values(kwargs["model"]))
+        self.gradients.append([f.grad.clone() for p in live_pairs(kwargs["model"]).values() for f in (p.A, p.B)])
+        self.rates.append(kwargs["optimizer"].param_groups[0]["lr"])
+
+
+# A step over several processes. Seven examples do not divide evenly.
+backbone = build_tiny_model("llama")
+settings = TrainingSettings(epochs=2, accumulation=2, learning_rate=1e-2, lr_decay=0.5, max_grad_norm=0.0)
+with attached(backbone, random_adapter(backbone)) as model:
+    watch = Watch()
+    found = finetune(
+        model, make_examples(7), [], settings, pad_id=0, seed=1, folder=folder / "plain", callbacks=[watch]
+    )
+    results["plain"] = {"fed": fed[:4], "steps": found.steps, "watch": vars(watch), "history": found.history}
+
+# Processes with different numbers of examples in a step: two and one.
+finetune_module.collate = collate
+with attached(backbone, random_adapter(backbone)) as model:
+    watch = Watch()
+    trainer = FineTuneTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(folder / "uneven"), num_train_epochs=1, per_device_train_batch_size=2, max_grad_norm=0.0,
+            learning_rate=1e-2, report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True,
+            remove_unused_columns=False, logging_steps=1, accelerator_config={"even_batches": False},
+        ),
+        train_dataset=make_examples(3),
+        data_collator=lambda examples: collate(examples, 0),
+        callbacks=[watch],
+    )
+    trainer.train()
+    logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    results["uneven"] = {"watch": vars(watch), "loss": logged[0], "sizes": int(trainer._examples_per_rank * 2)}
+
+
+# The controller, with dev set and a score that gathers norms on all processes.
+class First(TrainerCallback):  # before the controller, at its first round
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            results["at_first_round"] = values(kwargs["model"])
+
+
+class Rounds(GraspController):
+    records = []
+
+    def run_round(self, model, optimizer):
+        self.records.append(super().run_round(model, optimizer))
+        return self.records[-1]
+
+
+for score in ("input_aware", "sensitivity"):
+    with attached(backbone, random_adapter(backbone), dropout=0.3) as model:
+        micro_dev = ProbeSet(MICRO_DEV, 0, MICRO_DEV_BUDGET)
+        controller = Rounds(micro_dev, ControllerSettings(probe_every=2), MaskSettings(score), folder=folder / score)
+        controller.records = []
+        callbacks = [First()] if score == "input_aware" else []
+        found = finetune(
+            model, make_examples(12), DEV, TrainingSettings(epochs=2, learning_rate=1e-2, patience=None), pad_id=0,
+            seed=1, folder=folder / score, callbacks=callbacks, controller=controller,
+        )
+        results[score] = {
+            "records": controller.records,
+            "keep": controller.masks.keep,
+            "weights": values(model),
+            "ratio": controller.policy.current_ratio,
+            "best": controller.policy.best_ratio().ratio,
+            "result": vars(found),
+        }
+
+# The final run.
+for mode in ("hold", "reselect"):
+    with attached(backbone, random_adapter(backbone), dropout=0.3) as model:
+        pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV, 0, MICRO_DEV_BUDGET), MaskSettings("gradient_of_delta"), mode)
+        finetune(
+            model, make_examples(6), DEV, TrainingSettings(epochs=1, learning_rate=1e-2), pad_id=0, seed=1,
+            folder=folder / mode, callbacks=[pruned],
+        )
+        results[mode] = {
+            "weights": values(model),
+            "keep": pruned.masks.keep,
+            "norms": {name: (norm.A, norm.B) for name, norm in pruned.masks.norms.items()},
+            "sparsity": pruned.masks.sparsity(),
+        }
+
+# All processes refuse a loss that is not finite, also the one that did not measure it.
+with torch.no_grad():
+    backbone.get_input_embeddings().weight[MICRO_DEV[0].prompt_ids[0]] = float("nan")
+try:
+    ProbeSet(MICRO_DEV, 0, 1).losses(backbone)
+except ValueError as error:
+    results["error"] = str(error)
+torch.save(results, folder / f"rank{rank}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory):
+    """The module that both processes import, here as well."""
+    folder = tmp_path_factory.mktemp("distributed")
+    (folder / "common_to_ranks.py").write_text(COMMON, encoding="utf-8")
+    sys.path.insert(0, str(folder))
+    try:
+        import common_to_ranks
+    finally:
+        sys.path.remove(str(folder))
+    yield common_to_ranks
+    del sys.modules["common_to_ranks"]
+
+
+@pytest.fixture(scope="module")
+def folder(common) -> Path:
+    """Where two processes have run the worker; a hang ends after two minutes."""
+    folder = Path(common.__file__).parent
+    (folder / "worker.py").write_text(WORKER, encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, "worker.py", str(folder)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TESTS_FOLDER": str(Path(__file__).parent.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # the launcher and its two processes: a session of their own
+        output, _ = process.communicate()
+        pytest.fail(f"the processes hang: {output[-3000:]}")
+    assert process.returncode == 0, output[-5000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder) -> list[dict]:
+    """What each process found."""
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+def same(one, other) -> bool:
+    """Whether nested lists, dicts and tensors are equal bit for bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return one == other
+
+
+def naive_gradients(model, weights, examples) -> tuple[float, tuple[torch.Tensor, ...]]:
+    """Loss and gradients of the mean over the examples, each alone, with these weights in the model."""
+    factors = [factor for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
+    with torch.no_grad():
+        for factor, value in zip(factors, weights, strict=True):
+            factor.copy_(value)
+    losses = []
+    for example in examples:
+        tokens = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
+        logits = model(input_ids=tokens, use_cache=False).logits[0, len(example.prompt_ids) - 1 : -1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(example.completion_ids)))
+    loss = torch.stack(losses).mean()
+    return loss.item(), torch.autograd.grad(loss, factors)
+
+
+def test_a_step_follows_the_mean_over_the_examples_of_all_ranks(ranks, common, make_tiny_model):
+    plain = [rank["plain"] for rank in ranks]
+    examples = {example.id: example for example in common.make_examples(7)}
+    fed = [[name for batch in rank["fed"] for name in batch] for rank in plain]
+    assert len(set(fed[0]) & set(fed[1])) <= 1  # one example is repeated to fill the last batch
+    assert {*fed[0], *fed[1]} == set(examples)
+    assert same(plain[0]["watch"], plain[1]["watch"])
+    backbone = make_tiny_model("llama")
+    with attached(backbone, common.random_adapter(backbone)) as model:
+        for step in range(2):  # of the first epoch: two batches of one example on each process
+            both = [examples[name] for names in fed for name in names[2 * step : 2 * step + 2]]
+            loss, expected = naive_gradients(model, plain[0]["watch"]["before"][step], both)
+            for found, gradient in zip(plain[0]["watch"]["gradients"][step], expected, strict=True):
+                torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+            assert plain[0]["history"][step]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_epochs_are_counted_over_all_ranks(ranks):
+    # Seven examples, two processes, two batches of one in a step: two steps an epoch.
+    for rank in ranks:
+        assert rank["plain"]["steps"] == 4
+        assert rank["plain"]["watch"]["rates"] == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3])
+
+
+def test_ranks_with_unequal_numbers_of_examples_weigh_each_alike(ranks, common, make_tiny_model):
+    uneven = [rank["uneven"] for rank in ranks]
+    assert same(uneven[0]["watch"], uneven[1]["watch"])
+    assert uneven[0]["sizes"] == 3
+    backbone = make_tiny_model("llama")
+    with attached(backbone, common.random_adapter(backbone)) as model:
+        loss, expected = naive_gradients(model, uneven[0]["watch"]["before"][0], common.make_examples(3))
+        for found, gradient in zip(uneven[0]["watch"]["gradients"][0], expected, strict=True):
+            torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+    assert uneven[0]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("score", ["input_aware", "sensitivity"])
+def test_ranks_agree_on_every_round(ranks, score):
+    one, other = (rank[score] for rank in ranks)
+    assert len(one["records"]) == 12 * 2 // RANKS // 2
+    assert same(one["records"], other["records"])  # candidates, losses, rewards, policy, commits, sparsity
+    assert same(one["keep"], other["keep"])
+    assert same(one["weights"], other["weights"])
+    assert (one["ratio"], one["best"]) == (other["ratio"], other["best"])
+    assert one["result"]["dev_loss"] == other["result"]["dev_loss"]
+    assert one["result"]["best_step"] == other["result"]["best_step"]
+    assert any(record["committed"] for record in one["records"])
+
+
+@pytest.mark.parametrize("mode", ["hold", "reselect"])
+def test_ranks_agree_on_the_final_run(ranks, mode):
+    one, other = (rank[mode] for rank in ranks)
+    assert same(one, other)
+    assert one["sparsity"] == 0.5
+
+
+def test_losses_are_those_that_one_process_measures(ranks, common, make_tiny_model):
+    backbone = make_tiny_model("llama")
+    with attached(backbone, common.random_adapter(backbone)) as model:
+        naive_gradients(model, ranks[0]["at_first_round"], common.MICRO_DEV[:1])  # puts the weights in
+        alone = ProbeSet(common.MICRO_DEV, PAD, common.MICRO_DEV_BUDGET).losses(model)
+    for rank in ranks:
+        assert rank["input_aware"]["records"][0]["baseline_losses"] == pytest.approx(alone, abs=1e-6)
+
+
+def test_norms_count_each_example_once(ranks, common, make_tiny_model):
+    backbone = make_tiny_model("llama")
+    with attached(backbone, common.random_adapter(backbone)) as model:
+        collector = NormCollector(model)
+        examples = ProbeSet(common.MICRO_DEV, PAD, common.MICRO_DEV_BUDGET)
+        with collector.collecting():
+            examples.losses(model, collector)
+        norms = collector.norms()
+    assert len(examples.batches) % RANKS  # else no process would have run a batch for company
+    for name, (norm_A, norm_B) in ranks[0]["hold"]["norms"].items():
+        torch.testing.assert_close(norm_A, norms[name].A, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(norm_B, norms[name].B, rtol=1e-5, atol=1e-6)
+
+
+def test_records_are_written_once(ranks, folder):
+    for score in ("input_aware", "sensitivity"):
+        rows = [json.loads(line) for line in (folder / score / "rounds.jsonl").read_text().splitlines()]
+        assert [row["round"] for row in rows] == list(range(1, 7))
+        assert [row["baseline_losses"] for row in rows] == [
+            record["baseline_losses"] for record in ranks[0][score]["records"]
+        ]
+        history = [json.loads(line) for line in (folder / score / "history.jsonl").read_text().splitlines()]
+        assert history == ranks[0][score]["result"]["history"]
+        # The dev loss is measured once an epoch, whose steps are shared by the processes.
+        assert [row["step"] for row in history if "dev_loss" in row] == [0, 6, 12]
+
+
+def test_every_rank_refuses_a_loss_that_is_not_finite(ranks, common):
+    for rank in ranks:
+        assert rank["error"].startswith(f"the loss of example {common.MICRO_DEV[0].id} is nan")
