@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,3 +201,21 @@ def tiny_workspace(tmp_path: Path, tiny_backbone_folder: Path, monkeypatch: pyte
     monkeypatch.chdir(folder)
     monkeypatch.delenv("GRASP_LORA_DATA", raising=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def reference_run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> Path:
+    """The folder of a whole, uninterrupted run of `tiny.yaml`; treat it as read-only."""
+    from grasp_lora.experiments.pipeline import Run
+    from grasp_lora.experiments.recipe import load_recipe
+
+    recipe = write_tiny_workspace(tmp_path_factory.mktemp("reference") / "work", tiny_backbone_folder)
+    folder = recipe.parent / "run"
+    Run(*load_recipe(recipe), folder).execute()
+    return folder
+
+
+@pytest.fixture
+def finished_run(tiny_workspace: Path, reference_run: Path) -> Path:
+    """The folder `run` in the working folder: a copy of the reference run."""
+    return Path(shutil.copytree(reference_run, tiny_workspace / "run"))

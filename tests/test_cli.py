@@ -104,9 +104,14 @@ def overlapping_splits(workspace: Path) -> None:
     edit_recipe(workspace, data__target=target)
 
 
+def widen(adapter: Path) -> None:
+    """Make it one of a backbone twice as wide, at the same rank 2."""
+    change_weights(adapter, lambda tensor: torch.cat([tensor, tensor], dim=int(tensor.shape[0] == 2)))
+
+
 def wide_adapter(workspace: Path) -> None:
     use_adapter(workspace)
-    change_weights(workspace / "adapter", lambda tensor: torch.cat([tensor, tensor], dim=int(tensor.shape[0] == 2)))
+    widen(workspace / "adapter")
 
 
 def unequal_ranks(workspace: Path) -> None:
@@ -226,6 +231,7 @@ def test_a_mistake_in_the_recipe_is_one_line_and_nothing_is_written(
         (["merge", "adapter", "adapter", "-o", "out", "--rule", "sum"], r"merge rule is 'sum'; allowed: exact, "),
         (["merge", "adapter", "adapter", "-o", "."], r"exists and is not an empty folder; choose another with --output"),
         (["merge", "adapter", "rank3", "-o", "out", "--rule", "ties"], r"'ties' needs equal ranks.*use 'exact' or 'svd'"),
+        (["merge", "adapter", "wide", "-o", "out"], r"adapters differ in the shape .*q_proj.*of the same backbone"),
         (["learn", "tiny.yaml", "-a", "nowhere/at/all", "-o", "out"], r"adapter nowhere/at/all: there is no such folder"),
         (["learn", "tiny.yaml", "-a", "adapter", "-o", "."], r"exists and is not an empty folder"),
         (["finetune", "tiny.yaml", "-a", "adapter", "--ratio", "40", "-o", "out"], r"the prune ratio is 40\.0; it must be a"),
@@ -241,6 +247,7 @@ def test_a_mistake_on_the_command_line_is_one_line_and_nothing_is_written(
 
     write_adapter(tiny_workspace)
     write_adapter(tiny_workspace, "rank3", rank=3)
+    widen(write_adapter(tiny_workspace, "wide"))
     write_adapter(tiny_workspace, "moved")
     change_config(tiny_workspace / "moved", base_model_name_or_path="./gone")
     before = contents(tiny_workspace)

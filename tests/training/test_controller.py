@@ -579,6 +579,22 @@ def test_reselect_takes_the_least_important_of_the_weights_as_they_are(make_tiny
     assert check.steps == 12
 
 
+def test_a_held_mask_survives_a_step_that_moves_every_weight(make_tiny_model, tmp_path):
+    # Gradients of masked weights are stopped, so Adam leaves them alone; an optimizer with noise of its own does not.
+    class Disturb(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            for weight in pruned.masks.weights.values():
+                weight.data += 1.0
+
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), segments=segments_of(weights))
+        watch = Watch(pruned)
+        train_ours(model, tmp_path, callbacks=[Disturb(), pruned, watch])
+    assert watch.steps == 12
+
+
 def script_dev_losses(monkeypatch, losses) -> None:
     """Let the dev set of `finetune` measure these; probes and calibration measure as always."""
     remaining = iter(losses)

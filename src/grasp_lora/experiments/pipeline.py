@@ -35,6 +35,9 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebl
 class StageProgress(Progress):
     """A `Progress` that is also told of stages; this one is silent."""
 
+    def preparing(self) -> None:
+        """The backbone, the data and the adapters are being loaded."""
+
     def stage(self, name: str) -> None:
         """A stage begins."""
 
@@ -69,6 +72,7 @@ class Run:
             GraspError: something the user gave does not fit; completed stages stay.
         """
         if not all(self._marker(stage).is_file() for stage in self.stages):
+            self.progress.preparing()
             self.session.prepare()
             self._begin()
         for name in self.stages:

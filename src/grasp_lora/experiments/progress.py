@@ -43,11 +43,13 @@ class TerminalProgress(StageProgress):
         self._task: Any = None
         self._ratio: float | None = None
 
+    def preparing(self) -> None:
+        """Show that something is going on."""
+        self._begin("load the model and the data")
+
     def stage(self, name: str) -> None:
         """Start the bar of a stage."""
-        self._ratio = None
-        self._bar.start()
-        self._task = self._bar.add_task(_TITLES.get(name, name), total=None, facts="")
+        self._begin(_TITLES.get(name, name))
 
     def step(self, report: Mapping[str, float]) -> None:
         """Move the bar of a fine-tune."""
@@ -68,17 +70,26 @@ class TerminalProgress(StageProgress):
 
     def finished(self, name: str, seconds: float, summary: Mapping[str, Any], *, skipped: bool) -> None:
         """Replace the bar by one line."""
-        self._bar.stop()
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
+        self._end()
         facts = "  ".join(f"{key} {_short(value)}" for key, value in summary.items() if value is not None)
         took = "already done" if skipped else f"{seconds:.1f} s"
         self._console.print(f"{_TITLES.get(name, name):<26} {took:>12}   {facts}", highlight=False, soft_wrap=True)
 
     def stop(self) -> None:
         """Remove the live bar, before an error is shown."""
+        self._end()
+
+    def _begin(self, title: str) -> None:
+        self._end()
+        self._ratio = None
+        self._bar.start()
+        self._task = self._bar.add_task(title, total=None, facts="")
+
+    def _end(self) -> None:
         self._bar.stop()
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
 
 
 def _short(value: Any) -> str:

@@ -88,7 +88,10 @@ class PrunedTraining(TrainerCallback):
 
     @property
     def masks(self) -> MaskSet:
-        """The live mask set; there is one from the beginning of training on."""
+        """The live mask set; there is one from the beginning of training on.
+
+        It is that of the last step: count zeros of the weights (`survival`) where `finetune` put an earlier step back.
+        """
         if self._masks is None:
             raise RuntimeError("training has not begun, so there are no masks yet")
         return self._masks

@@ -1,0 +1,81 @@
+"""What `check` says before a run, and what it warns about."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.experiments.preflight import Finding, preflight
+from grasp_lora.experiments.recipe import load_recipe
+from grasp_lora.experiments.session import Session
+
+Check = Callable[..., dict[str, Finding]]
+
+
+@pytest.fixture
+def check(tiny_workspace: Path) -> Check:
+    """Give `check(*overrides)`: the findings by topic."""
+
+    def call(*overrides: str) -> dict[str, Finding]:
+        return {finding.topic: finding for finding in preflight(Session(*load_recipe("tiny.yaml", overrides)))}
+
+    return call
+
+
+def test_all_that_a_run_needs_is_said(check: Check) -> None:
+    found = check()
+    assert found["backbone"].text.startswith("tiny-llama, 0 M weights in float32, on cpu, fingerprint ")
+    assert found["splits"].text == "source_train 12, source_dev 4, train 10, dev 6, micro_dev 4, test 8"
+    assert found["source"].text.startswith("en: read 20")
+    assert found["target"].text.startswith("de: read 40")
+    assert found["lengths"].text.startswith("train: ")
+    assert "loss on the answer only, for example ' " in found["label mask"].text
+    assert "<eos>" in found["label mask"].text
+    assert found["cost"].text == "at most 42 training examples and 48 probed examples"
+
+
+def test_few_rounds_and_few_micro_dev_examples_are_warned_of(check: Check) -> None:
+    found = check()
+    assert found["rounds"].level == "warning"
+    assert "3 rounds; raise controller.training.epochs or lower controller.probe_every" in found["rounds"].text
+    assert found["micro-dev"] == Finding("warning", "micro-dev", "4 examples choose the ratio; 16 are usual")
+
+
+def test_nothing_is_warned_of_where_all_is_usual(check: Check) -> None:
+    found = check("data.target.micro_dev=8", "controller.probe_every=1")
+    assert {finding.level for finding in found.values()} == {"ok"}
+    assert found["rounds"].text == "the controller will run 10 rounds"
+
+
+def test_no_dev_and_no_test_set_are_warned_of(check: Check) -> None:
+    found = check("data.target.dev=0", "data.target.test=0")
+    assert found["dev"].level == found["test"].level == "warning"
+    assert "the last step of every fine-tune is kept" in found["dev"].text
+
+
+def test_a_given_ratio_needs_no_rounds(check: Check) -> None:
+    found = check("final.prune_ratio=0.4", "controller.probe_every=1000")
+    assert "rounds" not in found
+    assert found["cost"].text == "at most 32 training examples and 0 probed examples"
+
+
+def test_a_controller_run_without_a_round_is_an_error_before_the_run(check: Check) -> None:
+    with pytest.raises(RecipeError, match="10 optimizer steps and probes every 11, so there is no round"):
+        check("controller.probe_every=11")
+
+
+def test_data_files_are_looked_for_before_the_backbone_is_loaded(check: Check) -> None:
+    with pytest.raises(DataError, match=r"data file 'none\.jsonl' is missing"):
+        check("data.source.files=[none.jsonl]", "backbone.name=./nowhere")
+
+
+def test_existing_adapters_are_named_with_their_ranks(check: Check, tiny_workspace: Path) -> None:
+    session = Session(*load_recipe("tiny.yaml"))
+    weights, _ = session.train_adapter(
+        "source", session.splits.source_train, (), session.recipe.source.training, Path("scratch")
+    )
+    session.save(Path("ready"), weights)
+    found = check("source.adapters=[ready]", "data.source=null")
+    assert found["adapter"].text == "ready: 4 modules, ranks 2"
+    assert found["cost"].text.startswith("at most 30 training examples")
