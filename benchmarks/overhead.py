@@ -45,7 +45,11 @@ def measure(session: Session, examples: int, pairs: int) -> dict[str, object]:
     train = session.splits.train[:examples]
     settings = TrainingSettings(epochs=1, batch_size=1, patience=None, keep="last")
     pad_id = session.pad_id
-    with fresh_adapter(session.backbone.model, session.recipe.lora, seed=0) as model, tempfile.TemporaryDirectory() as folder:
+    with (
+        fresh_adapter(session.backbone.model, session.recipe.lora, seed=0) as model,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+
         def ours() -> None:
             finetune(model, train, (), settings, pad_id=pad_id, seed=0, folder=Path(folder))
 
