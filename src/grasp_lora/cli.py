@@ -259,6 +259,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
     with console.status("loading", spinner="dots") if console.is_terminal else _nothing():
         from grasp_lora.experiments.pipeline import Run
         from grasp_lora.experiments.progress import TerminalProgress
+        from grasp_lora.method.estimation import WIDE_INTERVAL
     progress = TerminalProgress(console)
     try:
         metrics = Run(loaded, base, folder, progress).execute()
@@ -268,6 +269,11 @@ def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
     ratio, interval = metrics["prune_ratio"], metrics["prune_ratio_interval"]
     learned = f" (95 % interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else " (given)"
     console.print(f"prune ratio {ratio:.1%}{learned}", highlight=False)
+    if interval and interval[1] - interval[0] >= WIDE_INTERVAL:
+        console.print(
+            "[yellow]the interval is wide: these probes do not settle the ratio; the report says what narrows it[/yellow]",
+            soft_wrap=True,
+        )
     console.print(f"adapter {folder / 'adapter'}   report {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -144,7 +144,16 @@ def test_the_splits_of_the_demo_share_no_passage(language: str, tiny_tokenizer: 
     recipe, base = load_recipe(f"demo-{language}", ["data.max_tokens=4096"])  # one token a byte
     splits = build_splits(recipe.data, tiny_tokenizer, recipe.seed, base)
     sizes = {name: len(getattr(splits, name)) for name in SPLITS}
-    assert sizes == {"source_train": 150, "source_dev": 24, "train": 50, "dev": 30, "micro_dev": 16, "test": 60}
+    source, target = recipe.data.source, recipe.data.target
+    assert source is not None
+    assert sizes == {
+        "source_train": source.train,
+        "source_dev": source.dev,
+        "train": target.train,
+        "dev": target.dev,
+        "micro_dev": target.micro_dev,
+        "test": target.test,
+    }
     context_of = {question["id"]: passage for code in LANGUAGES for passage, question in questions(code)}
     used = {name: {context_of[example.id] for example in getattr(splits, name)} for name in SPLITS}
     for one, other in combinations(SPLITS, 2):

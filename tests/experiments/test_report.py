@@ -438,6 +438,14 @@ def test_half_finished_run_says_what_is_not_there(run_folder: Path, removed: lis
     assert said in (run_folder / "report.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("high", "wide"), [(0.55, False), (0.79, True)])
+def test_a_wide_interval_is_called_wide(run_folder: Path, high: float, wide: bool) -> None:
+    change(run_folder / "controller" / "ratio.json", lambda ratio: ratio.update(low=0.4, high=high))
+    page = write_report(run_folder).read_text(encoding="utf-8")
+    assert ("do not settle the ratio" in page) is wide
+    assert ("do not settle the ratio" in (run_folder / "report.md").read_text(encoding="utf-8")) is wide
+
+
 def test_predictions_stand_in_the_page_only(run_folder: Path) -> None:
     # Data sets' licences may forbid to share their texts: the Markdown report can be shared.
     [first, *_] = read_run(run_folder).predictions["grasp"]

@@ -22,6 +22,7 @@ import yaml
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.figures import figures_of, plotly_js, script_json
 from grasp_lora.experiments.run_folder import SYSTEMS, TRAINED, RunRecord, by_factor, inner, kept_share, read_run
+from grasp_lora.method.estimation import WIDE_INTERVAL
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,7 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "given": given,
         "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
         "confidence": percent(learned.confidence) if learned else None,
+        "interval_note": _interval_note(record),
         "language": _language(record, "target"),
         "languages": _languages(record),
         "sizes": _sizes(record),
@@ -208,6 +210,22 @@ def _headline(record: RunRecord) -> str:
     elif record.metrics is None:
         sentences.append("The result has not been evaluated yet.")
     return " ".join(sentences)
+
+
+def _interval_note(record: RunRecord) -> str:
+    """What the interval of a learned ratio covers, and whether it is wide."""
+    learned = record.learned
+    if learned is None:
+        return ""
+    note = "The interval covers the choice of micro-dev examples and rounds, not the shape of the fitted curve."
+    if learned.rule == "best_reward":
+        note = "The interval covers the choice of rounds only."
+    if learned.high - learned.low >= WIDE_INTERVAL:
+        note += (
+            " It is wide: these probes do not settle the ratio. More micro-dev examples or more rounds narrow it, and"
+            " runs with other seeds show how much the result depends on it."
+        )
+    return note
 
 
 def _compared(record: RunRecord, other: str) -> tuple[str, float, float, float] | None:

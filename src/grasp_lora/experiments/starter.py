@@ -16,7 +16,7 @@ from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.experiments.recipe import ControllerStage, validate
 from grasp_lora.training.adapters import CONFIG_FILE
 from grasp_lora.training.prompts import TASKS
-from grasp_lora.training.readers import XLSUM_COLUMNS, Pool, Record, _load, read_files
+from grasp_lora.training.readers import XLSUM_COLUMNS, Pool, Record, read_content, read_files
 from grasp_lora.training.sources import DEMO_PREFIX, resolve_file
 from grasp_lora.training.splitting import assign, join_groups
 
@@ -122,7 +122,7 @@ def _check_languages(*languages: str) -> None:
 
 def _read(name: str, path: Path, folder: Path, task: str | None = None) -> _Corpus:
     """Read a file and find its task; with a given task, its columns must fit that one."""
-    content = _load(name, path, "auto")
+    content = read_content(name, path, "auto")
     columns: dict[str, str] = {}
     if isinstance(content, dict):
         found, format = "qa", "squad"

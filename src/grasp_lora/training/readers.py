@@ -81,7 +81,7 @@ def read_files(
     records: list[Record] = []
     counts: Counter[str] = Counter()
     for name, path in files:
-        content = _load(name, path, format)
+        content = read_content(name, path, format)
         if isinstance(content, list):
             records += _convert(content, name, task, format, columns or {}, counts)
         elif task != "qa":
@@ -124,7 +124,7 @@ def _pool(records: list[Record], counts: Counter[str]) -> Pool:
     return Pool(tuple(records), counts["mapped"], counts["removed"])
 
 
-def _load(name: str, path: Path, format: str) -> list[Row] | dict[str, Any]:
+def read_content(name: str, path: Path, format: str) -> list[Row] | dict[str, Any]:
     """Parse a file into rows, or into the object that a SQuAD file is."""
     if not path.is_file():
         raise DataError(f"data file {name!r} is missing: {path} is not a file")
