@@ -300,6 +300,7 @@ def _quiet_libraries() -> None:
     if not error_console.is_terminal:  # in a terminal a download of gigabytes should show that it moves
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion of GGUF weights heeds only this
 
 
 def _log(verbose: bool) -> None:

@@ -308,28 +308,3 @@ def _measure(examples: Sequence[Example]) -> dict[str, Any]:
         "prompt_tokens": quantiles([len(example.prompt_ids) for example in examples]),
         "completion_tokens": quantiles([len(example.completion_ids) for example in examples]),
     }
-
-
-def describe(splits: Splits) -> str:
-    """Return the report as a few lines of plain text."""
-    report = splits.report
-    lines = [f"task {report['task']}, split seed {report['split_seed']}, at most {report['max_tokens']} tokens"]
-    for role in ("source", "target"):
-        if role in report:
-            tally = {
-                name: value
-                for name, value in report[role].items()
-                if name not in ("language", "read", "shortest_tokens") and value
-            }
-            details = ", ".join(f"{value} {name.replace('_', ' ')}" for name, value in tally.items())
-            lines.append(
-                f"{role} ({report[role]['language']}): {report[role]['read']} read" + f", {details}" * bool(details)
-            )
-    for name, measure in report["splits"].items():
-        if measure["examples"]:
-            prompt, completion = measure["prompt_tokens"], measure["completion_tokens"]
-            lines.append(
-                f"{name}: {measure['examples']} examples in {measure['groups']} groups, tokens (median, longest): "
-                f"prompt {prompt['median']}, {prompt['max']}; completion {completion['median']}, {completion['max']}"
-            )
-    return "\n".join(lines)
