@@ -9,7 +9,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,8 @@ from grasp_lora.experiments.report import write_model_card, write_report
 from grasp_lora.experiments.session import Evaluation, Progress, Session, ratio_record, write_json, write_jsonl
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.training.adapters import read_adapter
-from grasp_lora.training.data import SPLITS, Splits
+from grasp_lora.training.data import SPLITS, Example, Splits
+from grasp_lora.training.settings import TrainingSettings
 
 log = logging.getLogger(__name__)
 
@@ -96,22 +97,22 @@ class Run:
         session, recipe = self.session, self.recipe
         if recipe.source.adapters:
             return {"adapters": [session.existing_adapters[place].name for place in recipe.source.adapters]}
-        folder = self.folder / "source"
-        weights, result = session.train_adapter(
-            "source", session.splits.source_train, session.splits.source_dev, recipe.source.training, folder
-        )
-        session.save(folder, weights)
-        return {"steps": result.steps, "best_step": result.best_step, "dev_loss": result.dev_loss}
+        splits = session.splits
+        return self._train("source", splits.source_train, splits.source_dev, recipe.source.training)
 
     def _target(self) -> dict[str, Any]:
         session, recipe = self.session, self.recipe
         if recipe.target.adapter:
             return {"adapters": [session.existing_adapters[recipe.target.adapter].name]}
-        folder = self.folder / "target"
-        weights, result = session.train_adapter(
-            "target", session.splits.train, session.splits.dev, recipe.target.training, folder
-        )
-        session.save(folder, weights)
+        splits = session.splits
+        return self._train("target", splits.train, splits.dev, recipe.target.training)
+
+    def _train(
+        self, part: str, train: Sequence[Example], dev: Sequence[Example], training: TrainingSettings
+    ) -> dict[str, Any]:
+        """Train a fresh adapter into the folder of its name."""
+        weights, result = self.session.train_adapter(part, train, dev, training, self.folder / part)
+        self.session.save(self.folder / part, weights)
         return {"steps": result.steps, "best_step": result.best_step, "dev_loss": result.dev_loss}
 
     def _merge(self) -> dict[str, Any]:
