@@ -1,0 +1,227 @@
+"""BERTScore-F1, by bert-score, with a model of the language; where there is none it says so and never 0."""
+
+import csv
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import resources
+from importlib.metadata import version
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+from grasp_lora.errors import RecipeError
+from grasp_lora.evaluation.outputs import MetricScore, Outputs, sign
+
+_DECIMALS = 4  # of a percentage: what float32 leaves over batches of different shapes
+
+
+@dataclass(frozen=True)
+class BertScoreSettings:
+    """Which model BERTScore compares texts with.
+
+    Args:
+        models: for each language code, such as `zh`, an encoder: a folder, relative to the recipe's, or a hub id with
+            safetensors weights. A language without one has no BERTScore.
+        num_layers: the layer whose states are compared, >= 1. None takes the one that bert-score found best for a model of this
+            name, and three quarters of the layers, rounded up, for a model it does not know. It is in the signature.
+        rescale: map bert-score's baseline, the score of unrelated texts, to 0; then scores below 0 occur. There are
+            baselines for English and Chinese, and none for Arabic.
+
+    Raises:
+        ValueError: a language is no code, a model has no name, or `num_layers` is below 1.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    models: dict[str, str] = field(default_factory=dict)
+    num_layers: int | None = None
+    rescale: bool = False
+
+    def __post_init__(self) -> None:
+        for language, place in self.models.items():
+            if not re.fullmatch("[a-z]{2,3}", language):
+                raise ValueError(f"models has the key {language!r}; use a language code such as zh, without a region")
+            if not place.strip():
+                raise ValueError(f"models has no model for {language}; give a folder or a hub id, or remove the key")
+        if self.num_layers is not None and self.num_layers < 1:
+            raise ValueError(f"num_layers is {self.num_layers}; use a whole number of at least 1")
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A loaded model, cut off above the layer that counts."""
+
+    model: Any
+    tokenizer: Any
+    layer: str  # such as 9/12
+    baseline: float | None
+    device: str
+
+
+def bertscore(
+    outputs: Outputs, settings: BertScoreSettings | None = None, *, base: Path = Path(), offline: bool = False
+) -> MetricScore:
+    """Score the BERTScore-F1 of each prediction against its best reference, without idf weights.
+
+    Without a model for the language the value is None. A blank text scores 0, with and without rescaling, where bert-score
+    fails. Identical texts score 100. Texts longer than the model's context are cut off.
+
+    Args:
+        outputs: what to score.
+        settings: the models; None: there are none.
+        base: folder that relative folders start from.
+        offline: use only models that are on this machine.
+
+    Raises:
+        RecipeError: see `check_bertscore`.
+
+    Source: Zhang et al. 2020; bert-score.
+    """
+    settings = settings or BertScoreSettings()
+    code = outputs.language_code
+    if code not in settings.models:
+        return MetricScore("bertscore", None, sign(unavailable=f"no model for {code}"), ())
+    encoder = _load(code, settings.models[code], settings.num_layers, settings.rescale, base, offline)
+    counts = [len(references) for references in outputs.references]
+    fractions = iter(
+        _similarities(
+            encoder,
+            [prediction for prediction, count in zip(outputs.predictions, counts, strict=True) for _ in range(count)],
+            [reference for references in outputs.references for reference in references],
+        )
+    )
+    best = [round(min(100.0, 100.0 * max(islice(fractions, count))), _DECIMALS) for count in counts]
+    signature = sign(
+        nrefs=outputs.reference_count,
+        refs="best",
+        measure="f",
+        model=settings.models[code],
+        layer=encoder.layer,
+        idf="no",
+        rescaled="yes" if settings.rescale else "no",
+        blank="0",
+        bert_score=version("bert-score"),
+        transformers=version("transformers"),
+    )
+    return MetricScore("bertscore", sum(best) / len(best), signature, tuple(best))
+
+
+def check_bertscore(settings: BertScoreSettings, language: str, *, base: Path = Path(), offline: bool = False) -> None:
+    """Load the model for a language, if there is one, so that what does not fit shows before hours of training.
+
+    Raises:
+        RecipeError: bert-score is not installed, the model is missing or cannot be used, it has fewer layers than
+            `num_layers`, or there is no baseline to rescale with.
+    """
+    code = re.split("[-_]", language.lower())[0]
+    if code in settings.models:
+        _load(code, settings.models[code], settings.num_layers, settings.rescale, base, offline)
+
+
+def _is_blank(text: str) -> bool:
+    return all(unicodedata.category(character)[0] in "CZ" for character in text)
+
+
+def _similarities(encoder: _Encoder, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """F of each pair, a fraction; 0 where either is blank."""
+    from bert_score.utils import bert_cos_score_idf
+
+    similarities = [0.0] * len(predictions)
+    pairs = zip(predictions, references, strict=True)
+    rows = [row for row, pair in enumerate(pairs) if not any(map(_is_blank, pair))]
+    if not rows:
+        return similarities
+    weights: dict[int, float] = defaultdict(lambda: 1.0)
+    weights[encoder.tokenizer.sep_token_id] = weights[encoder.tokenizer.cls_token_id] = 0.0
+    scores = bert_cos_score_idf(
+        encoder.model,
+        [references[row] for row in rows],
+        [predictions[row] for row in rows],
+        encoder.tokenizer,
+        weights,
+        device=encoder.device,
+    )
+    for row, value in zip(rows, scores[:, 2].tolist(), strict=True):
+        similarities[row] = value if encoder.baseline is None else (value - encoder.baseline) / (1.0 - encoder.baseline)
+    return similarities
+
+
+@lru_cache(maxsize=1)  # a comparison scores dozens of systems with the same model
+def _load(language: str, place: str, num_layers: int | None, rescale: bool, base: Path, offline: bool) -> _Encoder:
+    if find_spec("bert_score") is None:
+        raise RecipeError("BERTScore needs bert-score, which is not installed: pip install 'grasp-lora[eval]'")
+    import torch
+    from bert_score.utils import get_model, model2layers
+    from transformers import AutoConfig, AutoTokenizer
+
+    folder = _find(place, base, offline)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        layers = int(config.num_hidden_layers)
+        tuned = _by_name(model2layers, place)
+        layer = num_layers or tuned or -(-3 * layers // 4)
+        if layer > layers:
+            raise RecipeError(f"bertscore.num_layers is {layer}, but {place} has {layers} layers")
+        if "t5" in folder and "t5" not in config.model_type:
+            raise RecipeError(f"bert-score takes any path with 't5' in it for a T5 model: rename or move {folder}")
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = get_model(folder, layer)
+    except RecipeError:
+        raise
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RecipeError(f"BERTScore model {place} cannot be loaded: {reason}") from error
+    # Some tokenizers know no limit, and say so with a number that overflows theirs.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _context(config))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    baseline = _baseline(language, place, layer) if rescale else None
+    return _Encoder(model.float().eval().to(device), tokenizer, f"{layer}/{layers}", baseline, device)
+
+
+def _context(config: Any) -> int:
+    """Longest input in tokens. RoBERTa and its kin count positions from behind the padding's."""
+    positions = int(getattr(config, "max_position_embeddings", None) or 512)
+    return positions - 2 if positions % 64 == 2 else positions
+
+
+def _find(place: str, base: Path, offline: bool) -> str:
+    """Find the folder of a model, from the hub where it is none here."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    for folder in (base / place, Path(place).expanduser()):
+        if folder.is_dir():
+            return str(folder)
+    try:
+        patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
+        return str(snapshot_download(place, allow_patterns=patterns, local_files_only=offline))
+    except HFValidationError as error:
+        raise RecipeError(f"BERTScore model {place}: there is no such folder, and it is no hub id either") from error
+    except OSError as error:  # every network, authorisation and missing-repository error of the hub client is one
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RecipeError(
+            f"BERTScore model {place}: there is no such folder, and the hub gave: {reason}; check the name, or download it first"
+        ) from error
+
+
+def _by_name(table: Mapping[str, int], place: str) -> int | None:
+    """Look a model up by its hub id, or by the name of its folder."""
+    return table.get(place, table.get(Path(place).name))
+
+
+def _baseline(language: str, place: str, layer: int) -> float:
+    """Read F of unrelated texts at a layer, as bert-score measured it."""
+    folder = Path(str(resources.files("bert_score"))) / "rescale_baseline" / language
+    for name in (place, Path(place).name):
+        file = folder / f"{name}.tsv"
+        if file.is_file():
+            rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+            return float(rows[layer]["F"])
+    raise RecipeError(
+        f"bert-score has no baseline for {place} in {language!r}, so bertscore.rescale is not possible; set it to false"
+    )

@@ -1,0 +1,99 @@
+"""What metrics take and give: `Outputs` of a model, and a `MetricScore`."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grasp_lora.errors import DataError
+
+
+@dataclass(frozen=True)
+class MetricScore:
+    """One metric on one set of outputs.
+
+    Args:
+        name: the metric, a key of `resolve_metrics`.
+        value: the score of the whole set, higher is better: 0 to 100, save for a rescaled BERTScore and metrics of a user's own.
+            None where the metric is not available here; the signature then says why.
+        signature: how it was computed, as `key:value` pairs between bars.
+        per_example: one score per output, in their order; empty where `value` is None. `value` is their mean, except for BLEU,
+            which is a score of the corpus and no mean.
+        statistics: of a score that is no mean, one row of counts per output, from whose sums `Metric.from_statistics` computes
+            it; empty for a mean.
+    """
+
+    name: str
+    value: float | None
+    signature: str
+    per_example: tuple[float, ...]
+    statistics: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model wrote and what it should have written; checked on construction.
+
+    Args:
+        predictions: one text per example; may be empty texts.
+        references: one or more good texts per example.
+        language: code of the language of the texts, such as `ar` or `zh-CN`; only the part before the first
+            hyphen or underscore counts.
+        arabic_normalisation: see `score`.
+
+    Raises:
+        DataError: nothing to score, lengths that differ, an example without references or with one bare text
+            in their place, or a language that is no code.
+    """
+
+    predictions: Sequence[str]
+    references: Sequence[Sequence[str]]
+    language: str
+    arabic_normalisation: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.predictions:
+            raise DataError("There are no predictions to score: pass at least one example.")
+        if len(self.predictions) != len(self.references):
+            raise DataError(
+                f"{len(self.predictions)} predictions came with {len(self.references)} lists of references: "
+                "pass one list of references per prediction."
+            )
+        for index, references in enumerate(self.references):
+            if isinstance(references, str):
+                raise DataError(f"The references of example {index} are one text: pass a list of texts, even for one.")
+            if not references:
+                raise DataError(f"Example {index} has no references: give it at least one or leave it out.")
+        if not re.fullmatch(r"[A-Za-z]{2,3}(?:[-_].+)?", self.language):
+            raise DataError(
+                f"{self.language!r} is no language code: pass one of two or three letters such as 'ar' or 'zh-CN'."
+            )
+
+    @property
+    def language_code(self) -> str:
+        """The language without region or script, in lower case: `zh` for `zh-CN`."""
+        return re.split("[-_]", self.language.lower())[0]
+
+    @property
+    def reference_count(self) -> str:
+        """How many references an example has: a number, or `var` where it differs."""
+        counts = {len(references) for references in self.references}
+        return str(counts.pop()) if len(counts) == 1 else "var"
+
+
+def sign(**parts: str) -> str:
+    """Join the parts of a signature.
+
+    >>> sign(case="lc", stem="no")
+    'case:lc|stem:no'
+    """
+    return "|".join(f"{key}:{value}" for key, value in parts.items())
+
+
+def mean_percent(fractions: Sequence[float]) -> float:
+    """Return the mean of at least one fraction as a percentage, rounded as the official MLQA script rounds it."""
+    # Added up one by one and divided last: sum() rounds differently from Python 3.12 on, and the value has to agree to
+    # the last bit.
+    total = 0.0
+    for value in fractions:
+        total += value
+    return 100.0 * total / len(fractions)

@@ -1,0 +1,156 @@
+"""ROUGE and BLEU that hold for Arabic and Chinese, too."""
+
+import re
+import unicodedata
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from grasp_lora.evaluation.outputs import MetricScore, Outputs, mean_percent, sign
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Written without spaces, so each one is a word to ROUGE: ideographs (with 々, 〇 and planes 2 and 3) and kana.
+_IDEOGRAPH_OR_KANA = re.compile(
+    "[\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
+    "\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
+)
+_ZERO_WIDTH_SPACE = "\u200b"
+
+_ARABIC_DIACRITICS_AND_TATWEEL = re.compile(
+    "[\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed]"
+)
+_ARABIC_LETTERS = str.maketrans("أإآٱى", "ااااي")
+
+
+class UnicodeTokenizer:
+    """Split text of any script into the tokens that ROUGE counts; the stock tokenizer knows a-z and 0-9 only.
+
+    A token is an ideograph or kana, or a run of letters and digits of any other script with their combining
+    marks (Arabic diacritics, Devanagari vowel signs). Punctuation, symbols and emoji separate tokens and are
+    dropped; so are marks that stand alone. Invisible format characters (joiners, direction marks) are dropped
+    without separating, save the zero-width space. Text is lower-cased and put in Unicode form NFC, no words
+    are stemmed. On ASCII it equals the stock tokenizer without stemmer. Thai, Lao and Khmer, which are
+    written without spaces, are not segmented.
+
+    Args:
+        arabic_normalisation: also write أ إ آ ٱ as ا and ى as ي, and remove tatweel and diacritics. Ta
+            marbuta and the hamza on waw and ya stay.
+
+    >>> UnicodeTokenizer().tokenize("हिन्दी 2026年, كِتَاب!")
+    ['हिन्दी', '2026', '年', 'كِتَاب']
+    """
+
+    def __init__(self, arabic_normalisation: bool = False) -> None:
+        self.arabic_normalisation = arabic_normalisation
+
+    def tokenize(self, text: str) -> list[str]:
+        """List the tokens of `text` in their order; the name is the one rouge-score calls."""
+        text = unicodedata.normalize("NFC", text.lower())
+        if self.arabic_normalisation:
+            text = _ARABIC_DIACRITICS_AND_TATWEEL.sub("", text).translate(_ARABIC_LETTERS)
+        tokens = []
+        word = ""
+        for character in _IDEOGRAPH_OR_KANA.sub(r" \g<0> ", text) + " ":
+            category = unicodedata.category(character)
+            if category[0] in "LN" or (category[0] == "M" and word):
+                word += character
+            elif category == "Cf" and character != _ZERO_WIDTH_SPACE:
+                continue
+            elif word:
+                tokens.append(word)
+                word = ""
+        return tokens
+
+
+def rouge(kind: str, outputs: Outputs) -> MetricScore:
+    """Score the F-measure of one kind of ROUGE against the best reference, on `UnicodeTokenizer` tokens.
+
+    A text without tokens scores 0, even against itself; so does one of a single token under rouge2.
+
+    Source: rouge-score, the Python port of ROUGE-1.5.5 (Lin 2004).
+    """
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: not at the top
+
+    normalise = outputs.arabic_normalisation and outputs.language_code == "ar"
+    scorer = RougeScorer([kind], tokenizer=UnicodeTokenizer(normalise))
+    fractions = [
+        float(scorer.score_multi(references, prediction)[kind].fmeasure)
+        for prediction, references in zip(outputs.predictions, outputs.references, strict=True)
+    ]
+    signature = sign(
+        nrefs=outputs.reference_count,
+        refs="best",
+        measure="f",
+        case="lc",
+        form="nfc",
+        tok="unicode",
+        stem="no",
+        arabic_norm="alef_ya_tatweel_diacritics" if normalise else "no",
+        unicode=unicodedata.unidata_version,
+        rouge_score=version("rouge-score"),
+    )
+    return MetricScore(kind, mean_percent(fractions), signature, tuple(100.0 * value for value in fractions))
+
+
+def bleu(outputs: Outputs) -> MetricScore:
+    """Score BLEU-4 over the whole set, case-sensitive, with the signature of sacrebleu.
+
+    Tokenizer `zh` for Chinese, `13a` for English, `intl` for every other language. Several references are
+    pooled as sacrebleu does it, so adding one can lower the score through the length penalty. `per_example`
+    is sentence BLEU with effective order. Identical texts score 100 from 4 tokens on; below that the corpus
+    score is what sacrebleu gives, 0 where no text reaches 4 tokens, and the sentence score is 100.
+
+    Source: sacrebleu (Post 2018).
+    """
+    from sacrebleu.metrics.bleu import BLEU  # takes a moment: not at the top
+
+    tokenizer = {"zh": "zh", "en": "13a"}.get(outputs.language_code, "intl")
+    corpus = BLEU(tokenize=tokenizer)
+    most = max(len(references) for references in outputs.references)
+    # sacrebleu wants the first references of all examples, then the second ones, with None for a missing one;
+    # its type hints do not know of None.
+    columns: list[Any] = [
+        [references[rank] if rank < len(references) else None for references in outputs.references]
+        for rank in range(most)
+    ]
+    value = corpus.corpus_score(outputs.predictions, columns).score
+    sentence = BLEU(tokenize=tokenizer, effective_order=True)
+    sentences: list[Any] = [
+        sentence.sentence_score(prediction, references)
+        for prediction, references in zip(outputs.predictions, outputs.references, strict=True)
+    ]
+    return MetricScore(
+        "bleu",
+        _at_most_100(value),
+        str(corpus.get_signature()),
+        tuple(_at_most_100(one.score) for one in sentences),
+        tuple((float(one.sys_len), float(one.ref_len), *map(float, one.counts + one.totals)) for one in sentences),
+    )
+
+
+def bleu_from_statistics(sums: "Tensor") -> "Tensor":
+    """Compute many BLEU-4 scores of a corpus at once, each what sacrebleu gives with its default smoothing `exp`.
+
+    Args:
+        sums: the `statistics` of `bleu` added up over examples [..., 10]: length of the predictions, length of the nearest
+            references, matches of 1- to 4-grams, number of 1- to 4-grams.
+
+    Returns:
+        Scores in [0, 100], of shape [...].
+    """
+    import torch
+
+    length, wanted, matches, counts = sums[..., 0], sums[..., 1], sums[..., 2:6], sums[..., 6:]
+    # The first order without a match counts as half a match, the second as a quarter, and so on.
+    smoothed = torch.where(matches > 0, matches, 0.5 ** (matches == 0).cumsum(dim=-1))
+    precision = (smoothed / counts).log().mean(dim=-1).exp()
+    brevity = (1.0 - wanted / length).clamp(max=0.0).exp()
+    # Without any match, or any 4-gram, the score is 0; what was computed for such a row is no number.
+    scored = (matches.sum(dim=-1) > 0) & (counts[..., 3] > 0)
+    return torch.where(scored, 100.0 * brevity * precision, 0.0).clamp(max=100.0)
+
+
+def _at_most_100(value: float) -> float:
+    # exp(log(100)) is 100.00000000000004: a perfect score must not leave the range.
+    return min(value, 100.0)

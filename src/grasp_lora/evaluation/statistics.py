@@ -1,0 +1,231 @@
+"""How sure a comparison is: mean and spread over seeds, and the paired bootstrap over test examples.
+
+All methods of a comparison answered the same test examples, so it is the examples that are drawn again, the same ones for
+every method; how hard they happen to be cancels out.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grasp_lora.errors import DataError
+
+# What one method got: a value per test example; or such a list per run (seed); or per run and example a row of statistics.
+Runs = Sequence[float] | Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]]
+
+_CHUNK = 2**24  # drawn examples held at once; a float64 each
+_DECIMALS = 9  # of a difference: sums in floating point must not turn a tie into a win
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """One method against another on the same examples.
+
+    Args:
+        difference: score of ours minus score of theirs.
+        low, high: bounds of the difference; see `comparisons`.
+        p_value: two-sided, in (0, 1]; corrected where `comparisons` is above 1.
+        confidence: level in (0, 1) of the interval, or of all intervals of the comparison jointly.
+        examples: test examples behind it.
+        resamples: how often they were drawn.
+        comparisons: how many differences are looked at together.
+        higher_is_better: False for a loss.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    confidence: float
+    examples: int
+    resamples: int
+    comparisons: int = 1
+    higher_is_better: bool = True
+
+    @property
+    def verdict(self) -> str:
+        """What the interval shows of ours: "better", "worse", or "no difference shown" where it holds 0."""
+        if self.low <= 0.0 <= self.high:
+            return "no difference shown"
+        return "better" if (self.low > 0.0) == self.higher_is_better else "worse"
+
+
+def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return mean and sample standard deviation (n - 1); a single value has no deviation.
+
+    Raises:
+        DataError: there is no value.
+
+    >>> mean_and_sd([1.0, 2.0, 3.0]), mean_and_sd([5.0])
+    ((2.0, 1.0), (5.0, None))
+    """
+    if not values:
+        raise DataError("there is no value to take the mean of; give at least one")
+    return math.fsum(values) / len(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p values that are looked at together, in their order, so that one below alpha is rarely a fluke.
+
+    Source: Holm 1979; it holds whatever the dependence between them.
+
+    >>> holm([0.02, 0.01, 0.5])
+    [0.04, 0.03, 0.5]
+    """
+    adjusted = [1.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def paired_bootstrap(
+    ours: Runs,
+    theirs: Runs,
+    *,
+    corpus_score: Callable[[Tensor], Tensor] | None = None,
+    higher_is_better: bool = True,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> PairedComparison:
+    """Compare two methods; `compare_with_baselines` with a single baseline, so without correction.
+
+    >>> paired_bootstrap([3.0, 2.0, 4.0, 3.0], [1.0, 2.0, 1.0, 2.0]).verdict
+    'better'
+    """
+    return compare_with_baselines(
+        ours,
+        {"theirs": theirs},
+        corpus_score=corpus_score,
+        higher_is_better=higher_is_better,
+        resamples=resamples,
+        confidence=confidence,
+        seed=seed,
+    )["theirs"]
+
+
+def compare_with_baselines(
+    ours: Runs,
+    baselines: Mapping[str, Runs],
+    *,
+    corpus_score: Callable[[Tensor], Tensor] | None = None,
+    higher_is_better: bool = True,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, PairedComparison]:
+    """Compare one method with each baseline by the paired bootstrap, corrected for the number of baselines.
+
+    Test examples are drawn with replacement, the same ones for all methods. Runs are averaged within a draw: each example's
+    values where the score is a mean over examples, the corpus scores of the runs otherwise. With m baselines, interval and
+    p value come from the same sorted draws:
+
+    - The interval is the percentile interval at 1 - (1 - confidence) / m (Bonferroni), so all of them hold at once. Its bounds
+      are draws, no interpolations.
+    - p is min(1, 2 (k + 1) / (resamples + 1)), k the draws with a difference of at most 0 or those of at least 0, whichever
+      are fewer, then corrected after Holm. Before that, the interval leaves 0 out just where m p <= 1 - confidence. Holm is
+      the less strict correction: it can call a difference small enough whose interval, and so whose verdict, still says no.
+
+    The interval is about other examples of this kind, not about other seeds. It is a little too narrow: against Student's t
+    by a tenth at 20 examples, by 2 % at 100.
+
+    Args:
+        ours: the method's runs; the values of a single run, or ones already averaged, may come without the outer list.
+        baselines: the same of each method by name; the number of runs may differ, examples and their order may not.
+        corpus_score: for a score that is no mean, a function from summed statistics [..., k] to scores [...], such as
+            `Metric.from_statistics`; an example is then a row of k statistics.
+        higher_is_better: False for a loss; it decides the verdict only.
+        resamples: how many draws, at least 2 m / (1 - confidence) - 1.
+        confidence: in (0, 1).
+        seed: of the draws.
+
+    Raises:
+        DataError: the examples of two methods differ in number, are fewer than two, or hold a value that is not finite.
+        ValueError: `confidence` is outside its range, or `resamples` too few for it.
+
+    Source: Efron & Tibshirani 1993, chapter 13; Koehn 2004 for the resampling of test sets.
+    """
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence is {confidence}; it must be between 0 and 1")
+    if not baselines:
+        return {}
+    tail = (1.0 - confidence) / 2.0 / len(baselines)
+    outside = math.floor(tail * (resamples + 1) + 1e-9)  # draws beyond a bound, the bound included
+    if outside < 1:
+        raise ValueError(
+            f"{resamples} resamples are too few for {len(baselines)} comparisons at confidence {confidence}; "
+            f"use at least {math.ceil(1.0 / tail - 1e-9) - 1}"
+        )
+    mine = _statistics("ours", ours, corpus_score)
+    others = {name: _statistics(name, runs, corpus_score) for name, runs in baselines.items()}
+    examples = mine.shape[1]
+    for name, statistics_of in others.items():
+        if statistics_of.shape[1:] != mine.shape[1:]:
+            raise DataError(
+                f"{name} has {statistics_of.shape[1]} examples of {statistics_of.shape[2]} values, ours has {examples} of "
+                f"{mine.shape[2]}; compare methods on the same test examples"
+            )
+    evaluate = corpus_score or (lambda sums: sums[..., 0] / examples)
+
+    def differences(weights: Tensor) -> Tensor:
+        """Ours minus each of the others [draws, methods] when example i counts weights[:, i] times."""
+        scores = [evaluate(torch.einsum("de,rek->drk", weights, of)).mean(dim=1) for of in (mine, *others.values())]
+        return torch.stack([scores[0] - score for score in scores[1:]], dim=1).round(decimals=_DECIMALS) + 0.0
+
+    observed = differences(torch.ones(1, examples, dtype=torch.float64))[0].tolist()
+    draws = torch.cat([differences(weights) for weights in _draws(examples, resamples, seed)])
+    tails = torch.minimum((draws <= 0).sum(dim=0), (draws >= 0).sum(dim=0)).tolist()
+    p_values = holm([min(1.0, 2.0 * (count + 1) / (resamples + 1)) for count in tails])
+    draws = draws.sort(dim=0).values
+    lows, highs = draws[outside - 1].tolist(), draws[resamples - outside].tolist()
+    return {
+        name: PairedComparison(
+            difference=observed[index],
+            low=lows[index],
+            high=highs[index],
+            p_value=p_values[index],
+            confidence=confidence,
+            examples=examples,
+            resamples=resamples,
+            comparisons=len(others),
+            higher_is_better=higher_is_better,
+        )
+        for index, name in enumerate(others)
+    }
+
+
+def _statistics(name: str, runs: Runs, corpus_score: object) -> Tensor:
+    """Turn the runs of a method into float64 [runs, examples, k]; k is 1 where the score is a mean."""
+    try:
+        values = torch.tensor(runs, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"the values of {name} are no table of numbers, equally many in each run: {error}") from error
+    if values.dim() == (1 if corpus_score is None else 2):
+        values = values.unsqueeze(0)
+    if corpus_score is None:
+        # Averaged first, so that a method of several runs costs no more than one.
+        values = values.mean(dim=0, keepdim=True).unsqueeze(-1)
+    if values.dim() != 3 or values.shape[1] < 2 or not values.numel():
+        raise DataError(
+            f"the values of {name} have shape {list(values.shape)}; give one list a run, with "
+            f"{'one number' if corpus_score is None else 'one row of statistics'} for each of at least 2 test examples"
+        )
+    if not bool(values.isfinite().all()):
+        raise DataError(f"{name} has a value that is not finite, which cannot be compared; leave the method out")
+    return values
+
+
+def _draws(examples: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """How often each example was drawn, in blocks [draws, examples] of bounded size."""
+    generator = torch.Generator().manual_seed(seed)
+    block = max(1, _CHUNK // examples)
+    for start in range(0, resamples, block):
+        drawn = torch.randint(examples, (min(block, resamples - start), examples), generator=generator)
+        counts = torch.zeros(drawn.shape, dtype=torch.float64)
+        yield counts.scatter_add_(1, drawn, torch.ones_like(counts))

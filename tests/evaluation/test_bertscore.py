@@ -1,0 +1,227 @@
+"""BERTScore with a tiny random encoder: what bert-score gives where it works, and sound answers where it does not."""
+
+import csv
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from grasp_lora.errors import RecipeError
+from grasp_lora.evaluation.bertscore import BertScoreSettings, _load, check_bertscore
+from grasp_lora.evaluation.metrics import MetricScore, resolve_metrics, score
+
+pytest.importorskip("bert_score", reason="needs the extra 'eval'")
+
+LAYERS = 4
+CONTEXT = 24
+PREDICTIONS = ["the red house", "去北京", "كتاب جديد", "a b c d e f", "house"]
+REFERENCES = [["a red house", "the house"], ["去上海"], ["كتاب قديم"], ["a b x d"], ["house"]]
+
+
+def save_encoder(folder, *, limit=True):
+    """Write a random BERT that reads characters, and its tokenizer; without `limit` that one knows no longest text."""
+    letters = sorted(set("abcdefghijklmnopqrstuvwxyz" + "".join(map(str, range(10))) + "去北京上海كتابجديقم"))
+    vocabulary = {token: index for index, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
+    )
+    ends = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        **({"model_max_length": CONTEXT} if limit else {}),
+    ).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(vocabulary),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            initializer_range=0.2,
+        )
+        BertModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """The folder of a tiny random BERT; treat it as read-only."""
+    return save_encoder(tmp_path_factory.mktemp("encoder") / "tiny-bert")
+
+
+@pytest.fixture(autouse=True)
+def fresh_cache():
+    _load.cache_clear()
+    yield
+    _load.cache_clear()
+
+
+def compute(settings, predictions, references, language="zh", **options):
+    return score(resolve_metrics(["bertscore"], settings, **options), predictions, references, language)["bertscore"]
+
+
+def test_agrees_with_bert_score_where_that_works(encoder):
+    from bert_score import score as official
+
+    result = compute(BertScoreSettings({"zh": str(encoder)}, num_layers=2), PREDICTIONS, REFERENCES)
+    _, _, expected = official(PREDICTIONS, REFERENCES, model_type=str(encoder), num_layers=2, device="cpu")
+    assert result.per_example == pytest.approx([100 * value for value in expected.tolist()], abs=1e-3)
+    assert result.value == pytest.approx(sum(result.per_example) / len(PREDICTIONS))
+    assert len(set(result.per_example)) == len(PREDICTIONS)
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")  # of bert-score itself
+def test_rescaling_agrees_with_bert_score_and_is_in_the_signature(encoder, tmp_path, monkeypatch):
+    from bert_score import score as official
+
+    folder = tmp_path / "rescale_baseline" / "en"
+    folder.mkdir(parents=True)
+    with (folder / "tiny-bert.tsv").open("w") as file:
+        csv.writer(file).writerows(
+            [["LAYER", "P", "R", "F"], *([layer, 0.1, 0.2, layer / 10] for layer in range(LAYERS + 1))]
+        )
+    monkeypatch.setattr("grasp_lora.evaluation.bertscore.resources.files", lambda _: tmp_path)
+    settings = BertScoreSettings({"en": str(encoder)}, num_layers=3, rescale=True)
+    result = compute(settings, ["the red house", "", "house"], [["a house"], ["x"], ["house"]], "en")
+    _, _, expected = official(
+        ["the red house"],
+        ["a house"],
+        model_type=str(encoder),
+        num_layers=3,
+        device="cpu",
+        lang="en",
+        rescale_with_baseline=True,
+        baseline_path=str(folder / "tiny-bert.tsv"),
+    )
+    assert result.per_example == pytest.approx([100 * expected.item(), 0, 100], abs=1e-3)
+    assert "|rescaled:yes|" in result.signature
+    plain = compute(BertScoreSettings({"en": str(encoder)}, num_layers=3), ["x"], [["x"]], "en")
+    assert "|rescaled:no|" in plain.signature
+
+
+def test_without_a_baseline_rescaling_is_refused(encoder):
+    with pytest.raises(RecipeError, match=r"no baseline for .*tiny-bert in 'ar'.*rescale is not possible"):
+        check_bertscore(BertScoreSettings({"ar": str(encoder)}, rescale=True), "ar")
+
+
+@pytest.mark.parametrize("language", ["en", "ar", "zh", "de", "es", "hi", "vi"])
+def test_blank_texts_score_0_and_identical_ones_100(encoder, language):
+    settings = BertScoreSettings({language: str(encoder)})
+    predictions = ["", " \n", "\u200b", "كتاب", "去北京 2026!", "ñ", "x"]
+    references = [["x"], ["x"], ["x"], ["كتاب"], ["else", "去北京 2026!"], ["ñ"], [""]]
+    assert compute(settings, predictions, references, language).per_example == (0, 0, 0, 100, 100, 100, 0)
+    assert compute(settings, [""], [[""]], language).value == 0
+
+
+def test_the_best_reference_counts(encoder):
+    settings = BertScoreSettings({"zh": str(encoder)})
+    first, second = (compute(settings, ["the red house"], [[text]]).value for text in ("a red house", "b c"))
+    assert compute(settings, ["the red house"], [["b c", "", "a red house"]]).value == max(first, second)
+
+
+def test_without_a_model_it_is_unavailable_and_not_0():
+    expected = MetricScore("bertscore", None, "unavailable:no model for ar", ())
+    assert compute(None, ["x"], [["x"]], "ar") == expected
+    assert compute(BertScoreSettings({"zh": "no/model"}), ["x"], [["x"]], "ar-EG") == expected
+    check_bertscore(BertScoreSettings({"zh": "no/model"}), "ar")
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, "3/4"), (1, "1/4"), (4, "4/4")])
+def test_layer_is_three_quarters_up_unless_asked_for(encoder, asked, used):
+    result = compute(BertScoreSettings({"zh": str(encoder)}, num_layers=asked), ["x y"], [["x z"]])
+    assert f"|layer:{used}|" in result.signature
+
+
+def test_layer_of_a_known_model_is_the_tuned_one(encoder, tmp_path, monkeypatch):
+    import bert_score.utils
+
+    monkeypatch.setitem(bert_score.utils.model2layers, "tiny-bert", 2)
+    assert "|layer:2/4|" in compute(BertScoreSettings({"zh": str(encoder)}), ["x"], [["x"]]).signature
+
+
+def test_signature_names_the_model_as_the_recipe_does(encoder):
+    settings = BertScoreSettings({"zh": encoder.name})
+    result = compute(settings, ["x", "y"], [["x"], ["y", "z"]], base=encoder.parent)
+    assert result.signature.startswith("nrefs:var|refs:best|measure:f|model:tiny-bert|layer:3/4|idf:no|rescaled:no|")
+    assert "|bert_score:0.3." in result.signature
+
+
+@pytest.mark.parametrize("limit", [True, False])
+def test_long_texts_are_cut_at_the_context(tmp_path, limit):
+    folder = save_encoder(tmp_path / "encoder", limit=limit)
+    long = "a b c d e f g h i j" * 30
+    assert compute(BertScoreSettings({"zh": str(folder)}), [long], [[long[:60]]]).value == 100
+
+
+def test_the_model_is_loaded_once(encoder, monkeypatch):
+    settings = BertScoreSettings({"zh": str(encoder)})
+    check_bertscore(settings, "zh")
+    monkeypatch.setattr("bert_score.utils.get_model", None)
+    assert compute(settings, ["x"], [["x"]]).value == 100
+
+
+def test_global_random_state_is_not_touched(encoder):
+    state = torch.get_rng_state()
+    compute(BertScoreSettings({"zh": str(encoder)}), PREDICTIONS, REFERENCES)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": 5}, "num_layers is 5, but .*tiny-bert has 4 layers"),
+        (
+            {"models": {"zh": "no-such-model-anywhere"}},
+            "no-such-model-anywhere: there is no such folder, and the hub gave",
+        ),
+        ({"models": {"zh": "a/b/c"}}, "a/b/c: there is no such folder, and it is no hub id either"),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_an_error_of_one_line(encoder, changes, message):
+    settings = BertScoreSettings(**({"models": {"zh": str(encoder)}} | changes))
+    with pytest.raises(RecipeError, match=message) as caught:
+        check_bertscore(settings, "zh-CN", offline=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_folder_is_an_error(tmp_path):
+    with pytest.raises(RecipeError, match=r"BERTScore model .* cannot be loaded"):
+        check_bertscore(BertScoreSettings({"zh": str(tmp_path)}), "zh")
+
+
+def test_a_path_that_bert_score_would_misread_is_refused(tmp_path):
+    folder = save_encoder(tmp_path / "my-t5-tests")
+    with pytest.raises(RecipeError, match="'t5' in it for a T5 model"):
+        check_bertscore(BertScoreSettings({"zh": str(folder)}), "zh")
+
+
+def test_without_bert_score_the_error_names_the_extra(encoder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bert_score", None)
+    monkeypatch.setattr("grasp_lora.evaluation.bertscore.find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"pip install 'grasp-lora\[eval\]'"):
+        check_bertscore(BertScoreSettings({"zh": str(encoder)}), "zh")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"models": {"zh-CN": "x"}}, "models has the key 'zh-CN'"),
+        ({"models": {"Chinese": "x"}}, "models has the key 'Chinese'"),
+        ({"models": {"zh": " "}}, "no model for zh"),
+        ({"num_layers": 0}, "num_layers is 0"),
+    ],
+)
+def test_settings_are_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        BertScoreSettings(**values)

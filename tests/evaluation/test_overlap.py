@@ -1,0 +1,245 @@
+"""ROUGE and BLEU against values worked out by hand; the arithmetic stands in the comments."""
+
+import unicodedata
+from fractions import Fraction
+from math import exp
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grasp_lora.evaluation.metrics import score
+from grasp_lora.evaluation.overlap import UnicodeTokenizer, bleu_from_statistics
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
+
+def percent(share: Fraction | int | float) -> object:
+    return pytest.approx(100 * float(share), rel=1e-12, abs=0)
+
+
+def nfd(text: str) -> str:
+    return unicodedata.normalize("NFD", text)
+
+
+# Token F1 from numbers of tokens (shared, in the prediction, in the reference) is 2 * shared / (both lengths):
+F_1_OF_2_1 = Fraction(2, 3)  # 2 * 1 / (2 + 1)
+F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
+
+
+@pytest.mark.parametrize(
+    ("language", "prediction", "references", "rouge1", "rouge2", "rouge_l"),
+    [
+        # 4 words each, 3 shared; 3 pairs each, 2 shared; the first 3 words in order.
+        (
+            "ar",
+            "ذهب الولد إلى المدرسة",
+            ["ذهب الولد إلى البيت"],
+            Fraction(3, 4),
+            Fraction(2, 3),
+            Fraction(3, 4),
+        ),
+        # The same 4 words backwards: no pair; a common subsequence of 1 word.
+        ("ar", "المدرسة إلى الولد ذهب", ["ذهب الولد إلى المدرسة"], 1, 0, Fraction(1, 4)),
+        # Diacritics stay inside their word: 1 of 2 words against 1.
+        ("ar", "كِتَابٌ جديد", ["كِتَابٌ"], F_1_OF_2_1, 0, F_1_OF_2_1),
+        ("ar", "كِتَاب", ["كتاب"], 0, 0, 0),
+        ("ar", "«مصر»، القاهرة؟", ["مصر القاهرة"], 1, 1, 1),
+        # 2 of 3 words, the first and the last.
+        ("ar", "شركة Apple 2026", ["شركة أبل 2026"], Fraction(2, 3), 0, Fraction(2, 3)),
+        ("ar", "٢٠٢٦ سنة 🙂", ["سنة ٢٠٢٦"], 1, 0, Fraction(1, 2)),
+        ("ar", "", ["كتاب"], 0, 0, 0),
+        # 我去学校 / 我去上学: 我 去 学 of 4; 我去 of 3 pairs; 我去学 in order.
+        ("zh", "我去学校", ["我去上学"], Fraction(3, 4), Fraction(1, 3), Fraction(3, 4)),
+        # 2 of 3 characters against 2; 1 of 2 pairs against 1.
+        ("zh", "北京市", ["北京"], F_2_OF_3_2, F_1_OF_2_1, F_2_OF_3_2),
+        ("zh", "你好，世界！", ["你好世界"], 1, 1, 1),
+        ("zh", "iPhone 15很好", ["IPHONE　15 很好。"], 1, 1, 1),
+        # ２０２６ is another token than 2026: 年 of 2 and 2.
+        ("zh", "２０２６年", ["2026年"], Fraction(1, 2), 0, Fraction(1, 2)),
+        ("zh", "café我", ["cafe我"], Fraction(1, 2), 0, Fraction(1, 2)),
+        ("zh", "我们😀去北京。", ["我们去北京"], 1, 1, 1),
+        ("zh", "", ["我"], 0, 0, 0),
+        # カ once and ナ of 4 and 2: 2*2/6; カナ of 3 pairs and 1: 2*1/4; カ ナ in order.
+        ("ja", "カタカナ", ["カナ"], Fraction(2, 3), Fraction(1, 2), Fraction(2, 3)),
+        ("hi", "हिन्दी भाषा", ["हिन्दी"], F_1_OF_2_1, 0, F_1_OF_2_1),
+        ("hi", "नई दिल्ली।", ["नई दिल्ली"], 1, 1, 1),
+        ("en", "The cat sat", ["the cat"], F_2_OF_3_2, F_1_OF_2_1, F_2_OF_3_2),
+        ("vi", "Hà Nội", [nfd("Hà Nội")], 1, 1, 1),
+        ("es", "¡Año nuevo!", ["año nuevo"], 1, 1, 1),
+        ("de", "Straße", ["Strasse"], 0, 0, 0),
+        # Emoji are no words.
+        ("en", "good 👍🏽 day", ["good day"], 1, 1, 1),
+        ("en", "😀", ["😀"], 0, 0, 0),
+        ("en", "", ["word"], 0, 0, 0),
+        ("ar", "كتاب", [""], 0, 0, 0),
+        # Best reference, for each kind by itself: all 4 words of the first; pair ab of 3 of the second;
+        # a b d of the first in order.
+        ("en", "a b c d", ["a c b d", "a b x y"], 1, Fraction(1, 3), Fraction(3, 4)),
+    ],
+)
+def test_rouge_by_hand(language, prediction, references, rouge1, rouge2, rouge_l):
+    result = score(ROUGE, [prediction], [references], language)
+    assert result["rouge1"].value == percent(rouge1)
+    assert result["rouge2"].value == percent(rouge2)
+    assert result["rougeL"].value == percent(rouge_l)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "plain", "normalised"),
+    [
+        ("أَحْمَدُ إلى مصرــ", "احمد الى مصر", 0, 1),
+        (nfd("أحمد آمن"), "احمد امن", 0, 1),
+        ("ٱلكتاب", "الكتاب", 0, 1),
+        ("مصطفى", "مصطفي", 0, 1),
+        ("مدرسة", "مدرسه", 0, 0),  # ta marbuta stays
+        ("مؤمن", "مومن", 0, 0),  # hamza on waw stays
+    ],
+)
+def test_arabic_normalisation_is_asked_for(prediction, reference, plain, normalised):
+    without = score(["rougeL"], [prediction], [[reference]], "ar")["rougeL"]
+    with_it = score(["rougeL"], [prediction], [[reference]], "ar", arabic_normalisation=True)["rougeL"]
+    assert (without.value, with_it.value) == (100 * plain, 100 * normalised)
+    assert "|arabic_norm:no|" in without.signature
+    assert "|arabic_norm:alef_ya_tatweel_diacritics|" in with_it.signature
+
+
+def test_arabic_normalisation_leaves_other_languages_and_metrics_alone():
+    urdu = score(["rouge1"], ["أردو"], [["اردو"]], "ur", arabic_normalisation=True)["rouge1"]
+    assert urdu.value == 0
+    assert "|arabic_norm:no|" in urdu.signature
+    assert score(["f1"], ["أحمد"], [["احمد"]], "ar", arabic_normalisation=True)["f1"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("Can't stop_now, 3.5%", ["can", "t", "stop", "now", "3", "5"]),
+        ("كِتَابٌ، جديد", ["كِتَابٌ", "جديد"]),
+        ("क्षत्रिय की।", ["क्षत्रिय", "की"]),
+        ("中文 and 日本語の々", ["中", "文", "and", "日", "本", "語", "の", "々"]),
+        ("版2本", ["版", "2", "本"]),
+        ("𠀀𠀁", ["𠀀", "𠀁"]),
+        ("か\u3099", ["が"]),
+        ("한국어 문장", ["한국어", "문장"]),
+        (nfd("Été"), ["été"]),
+        ("می\u200cخواهم", ["میخواهم"]),  # a joiner does not split a word
+        ("\u200fمصر\u200f", ["مصر"]),
+        ("a\u200bb", ["a", "b"]),  # a zero-width space does
+        ("❤\ufe0flove", ["love"]),  # the mark after an emoji belongs to no word
+        ("👩\u200d👩\u200d👧 \u0301", []),
+        ("", []),
+    ],
+)
+def test_unicode_tokens(text, tokens):
+    assert UnicodeTokenizer().tokenize(text) == tokens
+
+
+@given(st.text(st.characters(codec="ascii")))
+def test_unicode_tokens_of_ascii_text_are_those_of_rouge_score(text):
+    from rouge_score.tokenize import tokenize
+
+    assert UnicodeTokenizer().tokenize(text) == tokenize(text, None)
+
+
+SCHOOL = "ذهب الولد إلى المدرسة"
+
+
+@pytest.mark.parametrize(
+    ("language", "prediction", "references", "expected"),
+    [
+        # 5 words, the last one wrong: precisions 4/5 * 3/4 * 2/3 * 1/2 = 1/5.
+        ("ar", f"{SCHOOL} اليوم", [f"{SCHOOL} غدا"], (1 / 5) ** 0.25),
+        # Signs are words: 5 of 6, all right: only the length counts, exp(1 - 6/5).
+        ("ar", "ذهب الولد، إلى المدرسة", ["ذهب الولد، إلى المدرسة!"], exp(-1 / 5)),
+        # 5 characters: 4/5 (我们去学), 2/4 (我们, 们去), 1/3 (我们去), 0/2 smoothed to 1/(2*2); product 1/30.
+        ("zh", "我们去学校", ["我们去上学"], (1 / 30) ** 0.25),
+        # 4 of 6 characters, all right: exp(1 - 6/4).
+        ("zh", "我们去学", ["我们去学校了"], exp(-1 / 2)),
+        # The full stop is a character too: 4/5 * 3/4 * 2/3 * 1/2.
+        ("zh", "我们上学。", ["我们上学"], (1 / 5) ** 0.25),
+        # Full-width digits are characters, 20 is one word: 3/5 (年 我 去), 2/4, 1/3, 0/2 smoothed to 1/4; product 1/40.
+        ("zh", "２０年我去", ["20年我去"], (1 / 40) ** 0.25),
+        # An emoji is a word: 4/5, 3/4, 2/3, 1/2.
+        ("ar", f"{SCHOOL}😀", [SCHOOL], (1 / 5) ** 0.25),
+        # 4/5 words, 2/4 pairs (on both sides of the year), 0/3 smoothed to 1/6, 0/2 to 1/8; product 1/120.
+        ("ar", "في عام ٢٠٢٦ ذهب الولد", ["في عام 2026 ذهب الولد"], (1 / 120) ** 0.25),
+        # Diacritics make another word: 4/5, 2/4 (first two words, last two), and so on as above.
+        ("ar", "ذهب الولد إِلى المدرسة اليوم", [f"{SCHOOL} اليوم"], (1 / 120) ** 0.25),
+        # Case counts: 4/5, 3/4, 2/3, 1/2.
+        ("en", "One two three four Five", ["One two three four five"], (1 / 5) ** 0.25),
+        # 13a splits "four." as well: 5 of 5.
+        ("en", "one two three four.", ["one two three four ."], 1),
+        # The two references are pooled: all 5 words; 3 of 4 pairs (1 2, 2 3, 4 5); 1 of 3 triples (1 2 3);
+        # 0/2 smoothed to 1/4; the product is 1/16.
+        ("en", "1 2 3 4 5", ["1 2 3 x x", "x x x 4 5"], 1 / 2),
+        ("hi", "यह एक नई किताब है।", ["यह एक नई किताब है।"], 1),
+        ("ar", "", [SCHOOL], 0),
+        ("zh", "我们去学校", [""], 0),
+        ("ar", "قرأت كتابا عن التاريخ", [SCHOOL], 0),
+    ],
+)
+def test_bleu_by_hand(language, prediction, references, expected):
+    result = score(["bleu"], [prediction], [references], language)["bleu"]
+    assert result.value == percent(expected)
+    assert result.per_example == (percent(expected),)
+
+
+def test_bleu_counts_over_the_corpus():
+    # 4 of 4 words and 0 of 4: 4/8, 3/6, 2/4, 1/2.
+    result = score(["bleu"], [SCHOOL, "قرأت كتابا عن التاريخ"], [[SCHOOL], ["شاهد محمد فيلما جديدا"]], "ar")["bleu"]
+    assert result.value == percent(1 / 2)
+    assert result.per_example == (100, 0)
+
+
+def test_bleu_of_identical_short_texts_is_what_sacrebleu_gives():
+    result = score(["bleu"], ["我去了"], [["我去了"]], "zh")["bleu"]
+    assert (result.value, result.per_example) == (0, (100,))
+
+
+def test_another_reference_can_lower_bleu():
+    # 3/5, 2/4, 1/3, 0/2 smoothed to 1/4; the reference of 6 words is nearer to 5 than that of 3: exp(1 - 6/5).
+    near = score(["bleu"], ["a b c d e"], [["a b c"]], "en")["bleu"].value
+    both = score(["bleu"], ["a b c d e"], [["a b c", "u v w x y z"]], "en")["bleu"].value
+    assert near == percent((1 / 40) ** 0.25)
+    assert both == percent((1 / 40) ** 0.25 * exp(-1 / 5))
+
+
+@pytest.mark.parametrize(
+    ("language", "tokenizer"),
+    [("zh", "zh"), ("zh-TW", "zh"), ("en", "13a"), ("en_GB", "13a"), ("ar", "intl"), ("fr", "intl")],
+)
+def test_bleu_tokenizer_is_in_the_signature(language, tokenizer):
+    signature = score(["bleu"], ["x"], [["x"]], language)["bleu"].signature
+    assert signature.startswith(f"nrefs:1|case:mixed|eff:no|tok:{tokenizer}|smooth:exp|version:2.")
+
+
+snippets = st.sampled_from(["我们", "去", "学校", "。", "the", "cat", "كتاب", "ذهب", "，", "7", "", "x y"])
+passages = st.lists(snippets, max_size=9).map(" ".join)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from(["zh", "en", "ar"]),
+    st.lists(st.tuples(passages, st.lists(passages, min_size=1, max_size=3)), min_size=1, max_size=5),
+    st.data(),
+)
+def test_statistics_give_the_corpus_score_of_any_resample(language, examples, data):
+    predictions, references = zip(*examples, strict=True)
+    rows = torch.tensor(score(["bleu"], predictions, references, language)["bleu"].statistics, dtype=torch.float64)
+    drawn = data.draw(st.lists(st.integers(0, len(examples) - 1), min_size=1, max_size=6))
+    found = bleu_from_statistics(torch.stack([rows[drawn].sum(dim=0), rows.sum(dim=0)]))
+    drawn_predictions, drawn_references = [predictions[i] for i in drawn], [references[i] for i in drawn]
+    for value, some_predictions, some_references in (
+        (found[0], drawn_predictions, drawn_references),
+        (found[1], predictions, references),
+    ):
+        expected = score(["bleu"], some_predictions, some_references, language)["bleu"].value
+        assert value.item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_statistics_are_lengths_matches_and_counts():
+    # 3 of 5 words, 2 of 4 pairs, 1 of 3 triples, 0 of 2; the reference of 6 words is nearer to 5 than that of 3.
+    result = score(["bleu"], ["a b c d e"], [["a b c", "u v w x y z"]], "en")["bleu"]
+    assert result.statistics == ((5, 6, 3, 2, 1, 0, 5, 4, 3, 2),)

@@ -1,0 +1,268 @@
+"""Means, Holm and the paired bootstrap: by hand, against a slow implementation, and on data whose truth is known."""
+
+import math
+import random
+import statistics
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grasp_lora.errors import DataError
+from grasp_lora.evaluation.metrics import METRICS, score
+from grasp_lora.evaluation.statistics import (
+    PairedComparison,
+    compare_with_baselines,
+    holm,
+    mean_and_sd,
+    paired_bootstrap,
+)
+
+
+def normal(count: int, seed: int, mean: float = 0.0) -> list[float]:
+    draw = random.Random(seed)
+    return [draw.gauss(mean, 1.0) for _ in range(count)]
+
+
+def mean_of_first(sums: torch.Tensor) -> torch.Tensor:
+    return sums[..., 0] / sums[..., 1]
+
+
+def test_mean_and_sample_deviation():
+    assert mean_and_sd([2, 4, 4, 4, 5, 5, 7, 9]) == (5, pytest.approx(math.sqrt(32 / 7)))
+    assert mean_and_sd([3.5]) == (3.5, None)
+    assert mean_and_sd([0.1] * 10) == (0.1, 0.0)
+    with pytest.raises(DataError, match="no value"):
+        mean_and_sd([])
+
+
+@pytest.mark.parametrize(
+    ("p_values", "adjusted"),
+    [
+        ([], []),
+        ([0.03], [0.03]),
+        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),  # 4 * .005, 3 * .01, 2 * .03, and .04 not below .06
+        ([0.5, 0.4, 0.9], [1.0, 1.0, 1.0]),
+        ([0.02, 0.02], [0.04, 0.04]),
+    ],
+)
+def test_holm_by_hand(p_values, adjusted):
+    assert holm(p_values) == pytest.approx(adjusted)
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_keeps_the_order_and_lies_between_none_and_bonferroni(p_values):
+    adjusted = holm(p_values)
+    for one, other in zip(p_values, adjusted, strict=True):
+        assert one <= other <= min(1.0, len(p_values) * one)
+    by_p = sorted(range(len(p_values)), key=lambda index: (p_values[index], adjusted[index]))
+    assert [adjusted[index] for index in by_p] == sorted(adjusted)
+
+
+def test_known_answer_of_two_examples():
+    # Differences 1 and 3: a draw gives 1, 2 or 3 with shares 1/4, 1/2, 1/4. None is at most 0.
+    result = paired_bootstrap([3.0, 5.0], [2.0, 2.0], resamples=999)
+    assert result == PairedComparison(
+        difference=2.0, low=1.0, high=3.0, p_value=2 / 1000, confidence=0.95, examples=2, resamples=999
+    )
+    assert result.verdict == "better"
+
+
+def test_share_of_draws_beyond_zero_is_the_p_value():
+    # Differences -1 and 3: a quarter of the draws gives -1, so p is about a half; 1 and -1: ties count on both sides, so p is 1.
+    result = paired_bootstrap([-1.0, 3.0], [0.0, 0.0])
+    assert result.p_value == pytest.approx(0.5, abs=0.03)
+    assert (result.low, result.high, result.verdict) == (-1, 3, "no difference shown")
+    assert paired_bootstrap([1.0, -1.0], [0.0, 0.0]).p_value == 1
+
+
+def test_equal_methods_differ_by_nothing():
+    values = normal(30, 0)
+    result = paired_bootstrap([values, values[::-1]], [values[::-1], values])  # equal once averaged
+    assert (result.difference, result.low, result.high, result.p_value) == (0, 0, 0, 1)
+    assert result.verdict == "no difference shown"
+
+
+def test_rounding_makes_no_winner_of_a_tie():
+    assert paired_bootstrap([[0.1, 0.1], [0.2, 0.2]], [[0.3, 0.3], [0.0, 0.0]]).p_value == 1
+
+
+def test_agrees_with_a_slow_implementation():
+    ours = [normal(25, seed, 0.3) for seed in (1, 2, 3)]
+    theirs = [normal(25, seed) for seed in (4, 5)]
+    fast = paired_bootstrap(ours, theirs, resamples=4000)
+    differences = [
+        statistics.fmean(run[i] for run in ours) - statistics.fmean(run[i] for run in theirs) for i in range(25)
+    ]
+    drawn = torch.randint(25, (4000, 25), generator=torch.Generator().manual_seed(0)).tolist()
+    slow = sorted(statistics.fmean(differences[i] for i in draw) for draw in drawn)
+    beyond = min(sum(value <= 0 for value in slow), sum(value >= 0 for value in slow))
+    # 100 of 4001 draws, the bound included, lie beyond each bound.
+    assert (fast.difference, fast.low, fast.high, fast.p_value) == pytest.approx(
+        (statistics.fmean(differences), slow[99], slow[-100], 2 * (beyond + 1) / 4001), abs=1e-9
+    )
+
+
+def test_swapping_the_methods_turns_the_result_round():
+    ours, theirs = normal(40, 1, 0.4), normal(40, 2)
+    one, other = paired_bootstrap(ours, theirs), paired_bootstrap(theirs, ours)
+    assert (one.difference, one.low, one.high) == (-other.difference, -other.high, -other.low)
+    assert one.p_value == other.p_value
+
+
+def test_a_common_shift_changes_nothing():
+    ours, theirs, shift = normal(40, 1, 0.4), normal(40, 2), normal(40, 3)
+    moved = [[value + 10 * by for value, by in zip(some, shift, strict=True)] for some in (ours, theirs)]
+    before, after = paired_bootstrap(ours, theirs), paired_bootstrap(*moved)
+    assert after.p_value == before.p_value
+    assert (after.difference, after.low, after.high) == pytest.approx((before.difference, before.low, before.high))
+
+
+def test_interval_covers_the_truth_about_as_often_as_it_says():
+    covered = found = 0
+    for seed in range(300):
+        result = paired_bootstrap(normal(50, 2 * seed, 0.2), normal(50, 2 * seed + 1), resamples=600, seed=seed)
+        covered += result.low <= 0.2 <= result.high
+        null = paired_bootstrap(normal(50, 2 * seed), normal(50, 2 * seed + 1), resamples=600, seed=seed)
+        found += null.p_value <= 0.05
+    assert 0.90 <= covered / 300 <= 0.98
+    assert found / 300 <= 0.10
+
+
+def test_many_equal_methods_seldom_look_different():
+    families = 0
+    for seed in range(60):
+        baselines = {str(other): normal(40, 1000 * seed + other) for other in range(1, 11)}
+        results = compare_with_baselines(normal(40, 1000 * seed), baselines, resamples=1500, seed=seed)
+        families += any(result.verdict != "no difference shown" for result in results.values())
+    assert families <= 8  # 5 % of 60 is 3; without correction about 15 families would
+
+
+def test_correction_for_the_number_of_methods():
+    ours, close, far = normal(60, 1, -0.2), normal(60, 2), normal(60, 3, -2.0)
+    alone = paired_bootstrap(ours, close)
+    both = compare_with_baselines(ours, {"close": close, "far": far})
+    assert list(both) == ["close", "far"]
+    assert both["close"].comparisons == 2
+    assert (
+        both["close"].low < alone.low < alone.difference == both["close"].difference < alone.high < both["close"].high
+    )
+    assert both["far"].p_value == pytest.approx(4 / 10_001)  # the smallest there is, times two
+    assert both["close"].p_value == alone.p_value  # Holm: the larger of two counts once
+    # Two methods at 95 % have the intervals of one at 97.5 %, from the same draws.
+    single = paired_bootstrap(ours, close, confidence=0.975)
+    assert (both["close"].low, both["close"].high) == (single.low, single.high)
+
+
+@given(st.integers(0, 40), st.sampled_from([0.8, 0.9, 0.95]))
+def test_interval_and_p_value_say_the_same(seed, confidence):
+    draw = random.Random(seed)
+    ours = [float(draw.randint(0, 2)) for _ in range(12)]
+    theirs = [float(draw.randint(0, 1)) for _ in range(12)]
+    result = paired_bootstrap(ours, theirs, resamples=499, confidence=confidence, seed=seed)
+    assert (result.low > 0 or result.high < 0) == (result.p_value <= 1 - confidence + 1e-12)
+    assert 0 < result.p_value <= 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "higher_is_better", "verdict"),
+    [
+        (0.1, 0.5, True, "better"),
+        (-0.5, -0.1, True, "worse"),
+        (0.1, 0.5, False, "worse"),
+        (-0.5, -0.1, False, "better"),
+        (-0.1, 0.5, True, "no difference shown"),
+        (0.0, 0.5, True, "no difference shown"),
+    ],
+)
+def test_verdict(low, high, higher_is_better, verdict):
+    result = PairedComparison(0.2, low, high, 0.04, 0.95, 10, 100, higher_is_better=higher_is_better)
+    assert result.verdict == verdict
+
+
+def test_equal_seeds_give_equal_results():
+    ours, theirs = normal(20, 1), normal(20, 2)
+    assert paired_bootstrap(ours, theirs, seed=3) == paired_bootstrap(ours, theirs, seed=3)
+    assert paired_bootstrap(ours, theirs, seed=3) != paired_bootstrap(ours, theirs, seed=4)
+
+
+def test_blocks_of_draws_do_not_change_the_result(monkeypatch):
+    ours, theirs = normal(20, 1), normal(20, 2)
+    whole = paired_bootstrap(ours, theirs, resamples=500)
+    monkeypatch.setattr("grasp_lora.evaluation.statistics._CHUNK", 20 * 7)
+    assert paired_bootstrap(ours, theirs, resamples=500) == whole
+
+
+def test_a_mean_through_statistics_equals_the_mean():
+    ours, theirs = [normal(30, seed, 0.3) for seed in (1, 2)], [normal(30, 3)]
+    rows = [[[[value, 1.0] for value in run] for run in runs] for runs in (ours, theirs)]
+    plain, through = paired_bootstrap(ours, theirs), paired_bootstrap(*rows, corpus_score=mean_of_first)
+    assert (through.difference, through.low, through.high) == pytest.approx((plain.difference, plain.low, plain.high))
+    assert through.p_value == plain.p_value
+    assert paired_bootstrap(rows[0], rows[1][0], corpus_score=mean_of_first) == through  # a single run, bare
+
+
+def test_bleu_is_computed_again_for_each_draw_and_averaged_over_runs():
+    references = [["the cat sat on the mat"], ["a dog ran in the park today"], ["we saw two birds on a tree"]]
+    answers = {
+        "first": ["the cat sat on the mat", "a dog ran in a park", "we saw birds"],
+        "second": ["the cat sat on a mat", "a dog ran in the park today", "we saw two birds on a roof"],
+        "theirs": ["the cat is on the mat", "the dog ran in a park", "we saw two birds on trees"],
+    }
+    scores = {name: score(["bleu"], texts, references, "en")["bleu"] for name, texts in answers.items()}
+    result = paired_bootstrap(
+        [scores["first"].statistics, scores["second"].statistics],
+        [scores["theirs"].statistics],
+        corpus_score=METRICS["bleu"].from_statistics,
+    )
+    ours = (scores["first"].value + scores["second"].value) / 2
+    assert result.difference == pytest.approx(ours - scores["theirs"].value, abs=1e-8)
+    # Slowly, over all 27 equally likely draws of three examples.
+    possible = []
+    for drawn in ((a, b, c) for a in range(3) for b in range(3) for c in range(3)):
+        values = {
+            name: score(["bleu"], [texts[i] for i in drawn], [references[i] for i in drawn], "en")["bleu"].value
+            for name, texts in answers.items()
+        }
+        possible.append((values["first"] + values["second"]) / 2 - values["theirs"])
+    assert (result.low, result.high) == pytest.approx((min(possible), max(possible)), abs=1e-8)
+    share = min(sum(value <= 0 for value in possible), sum(value >= 0 for value in possible)) / 27
+    assert result.p_value == pytest.approx(2 * share, abs=0.03)
+
+
+def test_without_baselines_there_is_nothing_to_compare():
+    assert compare_with_baselines([1.0, 2.0], {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "message"),
+    [
+        ([1.0, 2.0, 3.0], [1.0, 2.0], "grid has 2 examples of 1 values, ours has 3"),
+        ([1.0], [1.0], "at least 2 test examples"),
+        ([], [], "at least 2 test examples"),
+        ([[], []], [[], []], "at least 2 test examples"),
+        ([1.0, float("nan")], [1.0, 2.0], "ours has a value that is not finite"),
+        ([1.0, 2.0], [1.0, float("inf")], "grid has a value that is not finite"),
+        ([1.0, 2.0], [1.0, None], "the values of grid are no table of numbers"),
+        ([[1.0, 2.0], [1.0]], [1.0, 2.0], "the values of ours are no table of numbers"),
+        ([[[1.0], [2.0]]], [1.0, 2.0], "the values of ours have shape"),
+    ],
+)
+def test_what_cannot_be_compared_is_an_error(ours, theirs, message):
+    with pytest.raises(DataError, match=message):
+        compare_with_baselines(ours, {"grid": theirs})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"confidence": 1.0}, "confidence is 1.0"),
+        ({"confidence": 95}, "confidence is 95"),
+        ({"resamples": 38}, "38 resamples are too few for 1 comparisons at confidence 0.95; use at least 39"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        paired_bootstrap([1.0, 2.0], [1.0, 3.0], **settings)
+    assert paired_bootstrap([1.0, 2.0], [1.0, 3.0], resamples=39).resamples == 39
