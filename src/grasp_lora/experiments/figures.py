@@ -5,7 +5,7 @@ Colours are names of CSS variables, which the page resolves, so that one file su
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
@@ -32,6 +32,32 @@ def figures_of(record: RunRecord) -> dict[str, Figure]:
         "cost": _cost(record),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def comparison_figure(content: Mapping[str, Any]) -> Figure:
+    """Return the dev and test loss of the grid's runs over the ratio, mean over seeds, with the learned ratios marked."""
+    points: dict[float, list[dict[str, float]]] = {}
+    for point in content["curve"]:
+        points.setdefault(point["prune_ratio"], []).append(point)
+    traces = [
+        _scatter(
+            f"{split} loss",
+            [(ratio, fmean(one[split] for one in ones)) for ratio, ones in sorted(points.items())],
+            "lines+markers",
+            line={"color": f"var(--{color})"},
+        )
+        for split, color in (("dev", "target"), ("test", "grasp"))
+    ]
+    row: Mapping[str, Any] = next((row for row in content["rows"] if row["method"] == content["reference"]), {})
+    learned = (row.get("prune_ratio") or {}).get("values", [])
+    marks = [
+        {
+            "type": "line", "x0": ratio, "x1": ratio, "yref": "paper", "y0": 0, "y1": 1,
+            "line": {"color": "var(--mark)", "dash": "dash"},
+        }
+        for ratio in learned
+    ]  # fmt: skip
+    return _figure(traces, _RATIO, "Loss (nats per answer token)", shapes=marks)
 
 
 def script_json(value: Any) -> Any:

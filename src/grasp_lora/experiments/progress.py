@@ -1,12 +1,15 @@
-"""What a run shows in a terminal: one live bar a stage; elsewhere one line a finished stage."""
+"""What a run or a comparison shows in a terminal: live bars; elsewhere one line for each thing that is finished."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from grasp_lora.experiments.comparison import ComparisonProgress
 from grasp_lora.experiments.pipeline import StageProgress
+from grasp_lora.experiments.records import Record
 
 _TITLES = {
     "data": "read and split the data",
@@ -90,6 +93,62 @@ class TerminalProgress(StageProgress):
         if self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
+
+
+class TerminalComparisonProgress(ComparisonProgress):
+    """Shows how far a comparison is, what it does, and the time left.
+
+    Args:
+        console: where to; a live bar only if it is a terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started = time.monotonic()
+        self._total = self._done = self._skipped = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description:<46}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %  {task.fields[left]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: Any = None
+        self._new = False
+        self._title = ""
+
+    def begin(self, units: float) -> None:
+        """Start the bar."""
+        self._total = units
+        self._bar.start()
+        self._task = self._bar.add_task("load the model and the data", total=units, left="")
+
+    def method(self, title: str, seed: int) -> None:
+        """Say what is being done."""
+        self._title, self._new = f"{title}, seed {seed}", False
+        self._bar.update(self._task, description=self._title)
+
+    def record(self, record: Record, there: bool) -> None:
+        """One line for each step that was really done."""
+        if not there:
+            self._new = True
+            self._console.print(f"{self._title:<46} {record.step:<14} {record.seconds:8.1f} s", highlight=False)
+
+    def done(self, units: float) -> None:
+        """Move the bar; the time left counts only what was not on record."""
+        self._done += units
+        self._skipped += 0.0 if self._new else units
+        fresh = self._done - self._skipped
+        left = ""
+        if fresh:
+            seconds = (time.monotonic() - self._started) / fresh * (self._total - self._done)
+            left = f"about {seconds / 60:.0f} min left"
+        self._bar.update(self._task, completed=self._done, left=left)
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        self._bar.stop()
 
 
 def _short(value: Any) -> str:

@@ -4,22 +4,25 @@ A `Session` holds what the steps share. It writes only into folders that it is g
 reports. Every method of the paper and every baseline is a few calls on it.
 """
 
+import hashlib
 import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.errors import AdapterError, DataError, RecipeError
+from grasp_lora.evaluation.bertscore import check_bertscore
 from grasp_lora.evaluation.generation import generate
-from grasp_lora.evaluation.metrics import METRICS, MetricScore, metrics_for, score
+from grasp_lora.evaluation.metrics import Metric, MetricScore, metrics_for, resolve_metrics, score
 from grasp_lora.experiments.recipe import Recipe
 from grasp_lora.method.estimation import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.masking import MaskSettings, survival
+from grasp_lora.method.masking import MaskSet, MaskSettings, survival
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings, merge
 from grasp_lora.training.adapters import (
     LoadedAdapter,
@@ -28,19 +31,21 @@ from grasp_lora.training.adapters import (
     check_fits,
     check_target_modules,
     fresh_adapter,
+    live_pairs,
     read_adapter,
     save_adapter,
     segments_of,
 )
 from grasp_lora.training.backbone import EMBEDDED_NAME, Backbone, load_backbone
-from grasp_lora.training.data import Example, Splits, build_splits
-from grasp_lora.training.probing import ProbeSet
+from grasp_lora.training.data import SPLITS, Example, Splits, build_splits
+from grasp_lora.training.probing import ProbeSet, calibrate
 from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.sources import resolve_file
 
 if TYPE_CHECKING:  # these bring transformers' Trainer, which takes a second to import; who only checks does without
+    from grasp_lora.training.checkpoint import Checkpointing
     from grasp_lora.training.controller import GraspController
-    from grasp_lora.training.finetune import FineTuneResult
+    from grasp_lora.training.finetune import FineTuneResult, OnDev
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +100,8 @@ class Session:
         self.recipe = recipe
         self.base = base
         self.progress = progress or Progress()
+        self.checkpoints: Checkpointing | None = None  # of every fine-tune; a run folder sets it
+        self.on_dev: OnDev | None = None  # told of every dev evaluation of the final run; a sweep sets it
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -118,10 +125,24 @@ class Session:
         places = [*self.recipe.source.adapters, *([self.recipe.target.adapter] if self.recipe.target.adapter else [])]
         return {place: self.read(place) for place in places}
 
+    def variant(self, recipe: Recipe) -> "Session":
+        """Return a session of another recipe on this one's backbone and data, which must be the same in both."""
+        other = Session(recipe, self.base, self.progress)
+        other.backbone, other.splits = self.backbone, self.splits
+        other.checkpoints, other.on_dev = self.checkpoints, self.on_dev
+        return other
+
     @property
     def pad_id(self) -> int:
         """Token id for padding."""
         return int(self.backbone.tokenizer.pad_token_id)
+
+    @cached_property
+    def metrics(self) -> dict[str, Metric]:
+        """The metrics of the recipe, or else those of its task, by name."""
+        recipe = self.recipe
+        names = recipe.metrics or metrics_for(recipe.data.task)
+        return resolve_metrics(names, recipe.bertscore, base=self.base, offline=recipe.backbone.offline)
 
     @property
     def language(self) -> str:
@@ -138,9 +159,8 @@ class Session:
             GraspError: something does not fit; one line.
         """
         recipe = self.recipe
-        for name in recipe.metrics:
-            if name not in METRICS:
-                raise RecipeError(f"metrics names {name!r}; allowed: {', '.join(METRICS)}")
+        if "bertscore" in self.metrics:
+            check_bertscore(recipe.bertscore, self.language, base=self.base, offline=recipe.backbone.offline)
         if parents:
             self._check_parents()
         self._check_files()
@@ -228,8 +248,15 @@ class Session:
         settings = replace(settings, seed=self.recipe.seed_of(f"merge {settings.seed}"))
         return merge(adapters, settings, names)
 
-    def learn_ratio(self, merged: AdapterWeights, folder: Path) -> tuple[RatioEstimate, AdapterWeights, float]:
+    def learn_ratio(
+        self, merged: AdapterWeights, folder: Path, probes: Sequence[Example] | None = None
+    ) -> tuple[RatioEstimate, AdapterWeights, float]:
         """Run the controller on a merged adapter.
+
+        Args:
+            merged: the adapter to start from.
+            folder: for the records of the rounds.
+            probes: the examples to probe on; None takes the micro-dev split.
 
         Returns:
             The learned ratio, the adapter after the run, and the ratio committed last.
@@ -244,7 +271,7 @@ class Session:
         stage = self.recipe.controller
         policy = replace(stage.policy, seed=self.recipe.seed_of(f"policy {stage.policy.seed}"))
         controller = GraspController(
-            ProbeSet(self.splits.micro_dev, self.pad_id),
+            ProbeSet(self.splits.micro_dev if probes is None else probes, self.pad_id),
             ControllerSettings(policy, stage.probe_every),
             self.recipe.mask,
             segments_of(merged),
@@ -257,9 +284,15 @@ class Session:
             return estimate, adapter_weights(model, segments_of(merged)), controller.policy.current_ratio
 
     def finetune_pruned(
-        self, merged: AdapterWeights, prune_ratio: float, folder: Path
+        self, merged: AdapterWeights, prune_ratio: float, folder: Path, dev: Sequence[Example] | None = None
     ) -> tuple[AdapterWeights, "FineTuneResult", list[dict[str, Any]]]:
         """Prune a merged adapter at a fixed ratio and fine-tune it: the final run, or one run of a grid.
+
+        Args:
+            merged: the adapter to start from.
+            prune_ratio: fraction in [0, 1].
+            folder: for the history.
+            dev: the examples for early stopping, empty for none; None takes the dev split.
 
         Returns:
             The adapter at its best dev loss, how training went, and its kept weights per module, factor and origin.
@@ -273,17 +306,48 @@ class Session:
         pruning = PrunedTraining(prune_ratio, calibration, mask, stage.mode, segments)
         with attached(self.backbone.model, merged, dropout=self.recipe.lora.dropout) as model:
             result = self._finetune(
-                model, self.splits.train, self.splits.dev, stage.training, "final", folder, callbacks=[pruning]
+                model,
+                self.splits.train,
+                self.splits.dev if dev is None else dev,
+                stage.training,
+                "final",
+                folder,
+                callbacks=[pruning],
+                on_dev=self.on_dev,
             )
             weights = adapter_weights(model, segments)
         return weights, result, survival(weights)
 
+    def prune(self, merged: AdapterWeights, prune_ratio: float) -> AdapterWeights:
+        """Prune a merged adapter at a ratio, as the final run does before its first step."""
+        mask: MaskSettings = self.recipe.final.mask or self.recipe.mask
+        segments = segments_of(merged)
+        with attached(self.backbone.model, merged) as model:
+            masks = MaskSet(live_pairs(model, segments), mask)
+            calibrate(model, masks, ProbeSet(self.splits.train[:CALIBRATION_EXAMPLES], self.pad_id))
+            masks.commit(prune_ratio)
+            return adapter_weights(model, segments)
+
     def evaluate(self, weights: AdapterWeights | None) -> Evaluation:
-        """Measure an adapter (None: the backbone alone) on the dev and test splits."""
-        if weights is None:
-            return self._evaluate(self.backbone.model)
-        with attached(self.backbone.model, weights) as model:
-            return self._evaluate(model)
+        """Measure an adapter (None: the backbone alone) on the dev and test splits: losses, answers and their scores."""
+        with self._with(weights) as model:
+            dev_losses = self._losses(model, self.splits.dev)
+            dev_loss = mean(dev_losses) if dev_losses else None
+            if not self.splits.test:
+                return Evaluation(dev_loss, None)
+            test_losses = self._losses(model, self.splits.test)
+            predictions, scores = self._answer(model)
+        return Evaluation(dev_loss, mean(test_losses), scores, predictions, tuple(test_losses))
+
+    def losses(self, weights: AdapterWeights | None, *splits: str) -> dict[str, list[float]]:
+        """Measure every example's loss on the named splits (`dev`, `micro_dev`, `test`); an empty split has no losses."""
+        with self._with(weights) as model:
+            return {name: self._losses(model, getattr(self.splits, name)) for name in splits}
+
+    def answer(self, weights: AdapterWeights | None) -> tuple[tuple[str, ...], dict[str, MetricScore]]:
+        """Answer the test prompts; return the answers, in the order of the split, and their scores."""
+        with self._with(weights) as model:
+            return self._answer(model)
 
     def save(self, folder: Path, weights: AdapterWeights) -> None:
         """Write an adapter as an ordinary PEFT folder."""
@@ -296,24 +360,19 @@ class Session:
             dropout=self.recipe.lora.dropout,
         )
 
-    def _evaluate(self, model: Any) -> Evaluation:
-        splits = self.splits
-        dev_losses = ProbeSet(splits.dev, self.pad_id).losses(model) if splits.dev else []
-        dev_loss = math.fsum(dev_losses) / len(dev_losses) if dev_losses else None
-        if not splits.test:
-            return Evaluation(dev_loss, None)
-        test_losses = ProbeSet(splits.test, self.pad_id).losses(model)
-        prompts = [example.prompt_ids for example in splits.test]
+    def _with(self, weights: AdapterWeights | None) -> AbstractContextManager[Any]:
+        """The backbone with an adapter, or alone."""
+        return nullcontext(self.backbone.model) if weights is None else attached(self.backbone.model, weights)
+
+    def _losses(self, model: Any, examples: Sequence[Example]) -> list[float]:
+        return ProbeSet(examples, self.pad_id).losses(model) if examples else []
+
+    def _answer(self, model: Any) -> tuple[tuple[str, ...], dict[str, MetricScore]]:
+        test = self.splits.test
+        prompts = [example.prompt_ids for example in test]
         predictions = generate(model, self.backbone.tokenizer, prompts, self.recipe.generation, self.progress.answered)
-        names = self.recipe.metrics or metrics_for(self.recipe.data.task)
-        references = [example.references for example in splits.test]
-        return Evaluation(
-            dev_loss,
-            math.fsum(test_losses) / len(test_losses),
-            score(names, predictions, references, self.language),
-            tuple(predictions),
-            tuple(test_losses),
-        )
+        scores = score(self.metrics, predictions, [example.references for example in test], self.language)
+        return tuple(predictions), scores
 
     def _finetune(
         self,
@@ -325,6 +384,7 @@ class Session:
         folder: Path,
         callbacks: Sequence[Any] = (),
         controller: "GraspController | None" = None,
+        on_dev: "OnDev | None" = None,
     ) -> "FineTuneResult":
         from grasp_lora.training.finetune import finetune
 
@@ -340,13 +400,29 @@ class Session:
             controller=controller,
             report_to=self.recipe.report_to,
             on_step=self.progress.step,
+            on_dev=on_dev,
+            checkpoints=self.checkpoints,
         )
+
+
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of at least one value, summed exactly."""
+    return math.fsum(values) / len(values)
 
 
 def expected_rounds(recipe: Recipe, train_examples: int) -> int:
     """Rounds of the controller run over so many training examples."""
     stage = recipe.controller
     return stage.training.steps(train_examples) // stage.probe_every
+
+
+def hash_of(splits: Splits) -> str:
+    """Return a hash of every token and its place, so that a run never goes on with other data."""
+    digest = hashlib.sha256()
+    for name in SPLITS:
+        for example in getattr(splits, name):
+            digest.update(repr((name, example.id, example.prompt_ids, example.completion_ids)).encode())
+    return digest.hexdigest()
 
 
 def write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

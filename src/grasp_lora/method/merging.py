@@ -169,6 +169,14 @@ def _paper_sum_unscaled(parts: list[_Part], settings: MergeSettings, generator: 
     return _paper_sum(unscaled, settings, generator)
 
 
+def _lorahub(parts: list[_Part], settings: MergeSettings, generator: torch.Generator) -> LoraPair:
+    roots = [part.pair.scaling**0.5 for part in parts]
+    weights = [part.weight * root for part, root in zip(parts, roots, strict=True)]
+    A = _weighted_sum([part.pair.A for part in parts], weights)
+    B = _weighted_sum([part.pair.B for part in parts], weights)
+    return _single_segment(LoraPair(A, B)).balanced()
+
+
 def _ties(parts: list[_Part], settings: MergeSettings, generator: torch.Generator) -> LoraPair:
     return _on_factors(
         parts,
@@ -284,6 +292,9 @@ MERGE_RULES: dict[str, MergeRule] = {
         _paper_sum_unscaled,
         "(sum of sqrt(w_i) B_i)(sum of sqrt(w_i) A_i); alpha / r is left out as in the released code",
         equal_ranks=True,
+    ),
+    "lorahub": MergeRule(
+        _lorahub, "(sum of w_i sqrt(s_i) B_i)(sum of w_i sqrt(s_i) A_i), as LoRAHub composes", equal_ranks=True
     ),
     "ties": MergeRule(_ties, "TIES on the A's and on the B's, each times sqrt(w_i s_i)", _one_each, equal_ranks=True),
     "ties_svd": MergeRule(

@@ -1,0 +1,593 @@
+"""Every method of the comparison, as a few steps on one fine-tune code, with the same splits, seeds and early stopping.
+
+A `Bench` holds the steps of one seed. Each step is on record under a hash of what decides it and of the steps it rests on, so
+methods share what they have in common, and a changed controller makes only those rows anew that rest on it. Choices are made
+on the dev or micro-dev split; the one exception says so in its title.
+Paper: baselines of the main table; more that a reviewer would ask for.
+"""
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from grasp_lora.errors import AdapterError
+from grasp_lora.experiments.recipe import Recipe
+from grasp_lora.experiments.records import Record, Records, key_of
+from grasp_lora.experiments.session import Session, hash_of, mean, write_jsonl
+from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.method.masking import MaskSettings
+from grasp_lora.method.merging import MERGE_RULES, MergeSettings
+from grasp_lora.method.policy import ESTIMATE_RULES, PRESETS, PolicySettings, Round
+from grasp_lora.training.adapters import LoadedAdapter, read_adapter
+from grasp_lora.training.data import Example
+from grasp_lora.training.settings import TrainingSettings
+
+ROUNDS_FILE = "rounds.jsonl"  # of the controller, whose module brings the Trainer and is slow to import
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
+LORAHUB_BUDGET = 40  # Huang et al. 2023: evaluations, bound of the weights and strength of the L1 term
+LORAHUB_BOUND = 1.5
+LORAHUB_L1 = 0.05
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that a step made.
+
+    Args:
+        key: what identifies it: the key of its step, or the hash of a given adapter's file.
+        load: gives the weights; trains them anew if they are not on this machine. None: the backbone alone.
+        records: of all steps that led to it, in order.
+    """
+
+    key: str
+    load: Callable[[], AdapterWeights | None]
+    records: tuple[Record, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method came to with one seed.
+
+    Args:
+        losses: record with the losses of the test examples.
+        scores: record with the scores of the answers to the test prompts.
+        records: of every step that the method needed, shared ones included.
+        prune_ratio: of the result, None where nothing is pruned.
+        chosen_on: the split on which a choice was made, if one was.
+        curve: for a grid, ratio -> split -> mean loss of its run.
+    """
+
+    losses: Record
+    scores: Record
+    records: tuple[Record, ...]
+    prune_ratio: float | None = None
+    chosen_on: str | None = None
+    curve: Mapping[float, Mapping[str, float]] | None = None
+
+
+class Bench:
+    """The steps of the comparison with one seed.
+
+    Args:
+        session: of the recipe with this seed.
+        shared: of the recipe whose seed the source adapter is trained with.
+        records: where finished steps are kept.
+        grid: prune ratios of the grid search.
+    """
+
+    def __init__(self, session: Session, shared: Session, records: Records, grid: Sequence[float] = GRID) -> None:
+        self.session = session
+        self.recipe = session.recipe
+        self.records = records
+        self.grid = tuple(grid)
+        self._shared = shared
+
+    @property
+    def final_epochs(self) -> float:
+        """Epochs over the target data that GRASP takes at most in all: target adapter, controller and final run."""
+        recipe = self.recipe
+        return sum(stage.training.epochs for stage in (recipe.target, recipe.controller, recipe.final))
+
+    def backbone(self) -> Adapter:
+        """The backbone alone."""
+        return Adapter("backbone", lambda: None)
+
+    @cached_property
+    def source(self) -> Adapter:
+        """The source adapter, shared by all seeds; several given ones are averaged exactly."""
+        recipe, session = self._shared.recipe, self._shared
+        if not recipe.source.adapters:
+            splits = session.splits
+            return self._trained("source", splits.source_train, splits.source_dev, recipe.source.training, session)
+        given = [_given(session.existing_adapters[place]) for place in recipe.source.adapters]
+        return given[0] if len(given) == 1 else self._merged("source", MergeSettings("exact"), given)
+
+    @cached_property
+    def target(self) -> Adapter:
+        """The target adapter."""
+        recipe, splits = self.recipe, self.session.splits
+        if recipe.target.adapter is not None:
+            return _given(self.session.existing_adapters[recipe.target.adapter])
+        return self._trained("target", splits.train, splits.dev, recipe.target.training)
+
+    @cached_property
+    def parents(self) -> list[Adapter]:
+        """Every adapter that is merged."""
+        places = self.recipe.source.adapters
+        if len(places) < 2:
+            return [self.source, self.target]
+        return [*(_given(self._shared.existing_adapters[place]) for place in places), self.target]
+
+    @cached_property
+    def merged(self) -> Adapter:
+        """The merge of the recipe."""
+        return self._merged("merged", self.recipe.merge, self.parents)
+
+    def merged_by(self, rule: str) -> Adapter:
+        """The merge by another rule, with its own default weights."""
+        return self._merged(rule, MergeSettings(rule), self.parents)
+
+    def trained_on_target(self, name: str, rank_factor: int = 1, epochs: float | None = None) -> Adapter:
+        """A fresh adapter on the target data: of a multiple of the rank, or for a number of epochs without early stop."""
+        lora, training = self.recipe.lora, self.recipe.target.training
+        lora = replace(lora, rank=lora.rank * rank_factor, alpha=lora.alpha * rank_factor)
+        if epochs is not None:
+            training = replace(training, epochs=epochs, patience=None)
+        session = self.session.variant(self.recipe.model_copy(update={"lora": lora}))
+        return self._trained(name, session.splits.train, session.splits.dev, training, session)
+
+    def trained_jointly(self) -> Adapter:
+        """One fresh adapter on the source and target data together, trained as the source adapter is."""
+        splits = self.session.splits
+        train = [*splits.source_train, *splits.train]
+        return self._trained("joint", train, splits.dev, self.recipe.source.training)
+
+    def finetuned(
+        self, start: Adapter, prune_ratio: float, changes: Mapping[str, Any] | None = None, dev_free: bool = False
+    ) -> Adapter:
+        """The final run of the recipe.
+
+        Args:
+            start: the adapter it starts from.
+            prune_ratio: fraction in [0, 1].
+            changes: of the final stage.
+            dev_free: all epochs, no dev set, the last adapter.
+        """
+        stage = replace(self.recipe.final, prune_ratio=None, **(changes or {}))
+        if dev_free:
+            stage = replace(stage, training=replace(stage.training, patience=None, keep="last"))
+        settings = self._settings(
+            start=start.key,
+            prune_ratio=prune_ratio,
+            final=asdict(stage),
+            mask=asdict(stage.mask or self.recipe.mask),
+            dropout=self.recipe.lora.dropout,
+            dev_free=dev_free,
+        )
+
+        def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
+            session = self.session.variant(self.recipe.model_copy(update={"final": stage}))
+            weights = _loaded(start)
+            adapter, result, _ = session.finetune_pruned(
+                weights, prune_ratio, self._folder(key), () if dev_free else None
+            )
+            return adapter, _facts(result, stage.training, 0 if dev_free else len(session.splits.dev))
+
+        return self._adapter(f"final {prune_ratio:.2f}", settings, [start], work)
+
+    def controlled(self, policy: PolicySettings, probes: str = "micro_dev") -> tuple[float, Adapter]:
+        """The controller run on the merged adapter, probing on a split.
+
+        The run does not depend on the rule that reads the ratio off its rounds, so policies that differ in the rule alone
+        share it.
+
+        Returns:
+            The learned ratio, and the merged adapter with the run's record among its own: what it cost.
+        """
+        stage = replace(self.recipe.controller, policy=replace(policy, estimate=PolicySettings().estimate))
+        merged, examples = self.merged, getattr(self.session.splits, probes)
+        settings = self._settings(
+            start=merged.key,
+            controller=asdict(stage),
+            mask=asdict(self.recipe.mask),
+            dropout=self.recipe.lora.dropout,
+            probes=probes,
+        )
+
+        def work(key: str) -> dict[str, Any]:
+            session = self.session.variant(self.recipe.model_copy(update={"controller": stage}))
+            folder = self._folder(key)
+            session.learn_ratio(_loaded(merged), folder, examples)
+            rounds = [json.loads(line) for line in (folder / ROUNDS_FILE).read_text(encoding="utf-8").splitlines()]
+            steps = stage.training.steps(len(session.splits.train))
+            return {
+                "rounds": rounds,
+                "trained_examples": steps * stage.training.batch_size * stage.training.accumulation,
+                "measured_examples": len(rounds) * (policy.candidates + 1) * len(examples),
+            }
+
+        record = self.records.get("controller", settings, work)
+        estimate = ESTIMATE_RULES[policy.estimate](rounds_of(record), policy.ratio_min, policy.ratio_max)
+        return estimate.ratio, replace(merged, records=(*merged.records, record))
+
+    def pruned(self, start: Adapter, prune_ratio: float) -> Adapter:
+        """An adapter pruned at a ratio, without training."""
+        mask = asdict(self.recipe.final.mask or self.recipe.mask)
+        settings = self._settings(start=start.key, prune_ratio=prune_ratio, mask=mask)
+        return self._adapter(
+            "one-shot", settings, [start], lambda key: (self.session.prune(_loaded(start), prune_ratio), {})
+        )
+
+    def lorahub(self) -> Adapter:
+        """Merge weights found without gradients on the micro-dev loss (Huang et al. 2023)."""
+        parents, examples = self.parents, len(self.session.splits.micro_dev)
+        settings = self._settings(
+            start=[parent.key for parent in parents], budget=LORAHUB_BUDGET, bound=LORAHUB_BOUND, l1=LORAHUB_L1
+        )
+
+        def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
+            adapters = [_loaded(parent) for parent in parents]
+            weights, evaluations = search_weights(self.session, adapters, self.recipe.seed_of("lorahub"))
+            merged = self.session.merge(adapters, _names(adapters), MergeSettings("lorahub", weights))
+            return merged, {"weights": list(weights), "measured_examples": evaluations * examples}
+
+        return self._adapter("lorahub", settings, parents, work)
+
+    def losses(self, adapter: Adapter, split: str = "test") -> Record:
+        """The losses of the examples of a split: `dev`, `micro_dev` or `test`."""
+
+        def work(key: str) -> dict[str, Any]:
+            return {"losses": self.session.losses(adapter.load(), split)[split]}
+
+        return self.records.get(f"{split} losses", self._measured(adapter, split=split), work)
+
+    def scores(self, adapter: Adapter) -> Record:
+        """The scores of the answers to the test prompts; the answers themselves are written beside the records."""
+        recipe = self.recipe
+        settings = self._measured(
+            adapter,
+            generation=asdict(recipe.generation),
+            metrics=list(self.session.metrics),
+            bertscore=asdict(recipe.bertscore),
+        )
+
+        def work(key: str) -> dict[str, Any]:
+            answers, scores = self.session.answer(adapter.load())
+            test = self.session.splits.test
+            rows = [{"id": one.id, "prediction": text} for one, text in zip(test, answers, strict=True)]
+            write_jsonl(self.records.folder / "predictions" / f"{key}.jsonl", rows)
+            return {name: asdict(entry) for name, entry in scores.items()}
+
+        return self.records.get("scores", settings, work)
+
+    def outcome(self, adapter: Adapter, prune_ratio: float | None = None, **facts: Any) -> Outcome:
+        """Measure what a method came to."""
+        return Outcome(self.losses(adapter), self.scores(adapter), adapter.records, prune_ratio, **facts)
+
+    def _settings(self, **settings: Any) -> dict[str, Any]:
+        """What decides a step of training, with what decides all of them."""
+        return _plain({**self._common, "seed": self.recipe.seed, **settings})
+
+    def _measured(self, adapter: Adapter, **settings: Any) -> dict[str, Any]:
+        """What decides a measurement: no seed has a part in it."""
+        return _plain({**self._common, "adapter": adapter.key, **settings})
+
+    @cached_property
+    def _common(self) -> dict[str, str]:
+        backbone = self.session.backbone
+        return {
+            "backbone": backbone.fingerprint,
+            "dtype": str(backbone.model.dtype),
+            "data": hash_of(self.session.splits),
+        }
+
+    def _trained(
+        self,
+        name: str,
+        train: Sequence[Example],
+        dev: Sequence[Example],
+        training: TrainingSettings,
+        session: Session | None = None,
+    ) -> Adapter:
+        session = session or self.session
+        settings = self._settings(
+            lora=asdict(session.recipe.lora), training=asdict(training), examples=len(train), seed=session.recipe.seed
+        )
+
+        def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
+            # Every target-only variant begins as the target adapter does: they differ in what their name says alone.
+            part = "source" if name == "source" else "target"
+            weights, result = session.train_adapter(part, train, dev, training, self._folder(key))
+            return weights, _facts(result, training, len(dev))
+
+        return self._adapter(name, settings, [], work)
+
+    def _merged(self, name: str, merge: MergeSettings, parents: Sequence[Adapter]) -> Adapter:
+        settings = self._settings(merge=asdict(merge), parents=[parent.key for parent in parents])
+        key = key_of(name, settings)  # quick and exact, so it is never on record
+
+        def load() -> AdapterWeights:
+            adapters = [_loaded(parent) for parent in parents]
+            return self.session.merge(adapters, _names(adapters), merge)
+
+        return Adapter(key, _once(load), _unique([record for parent in parents for record in parent.records]))
+
+    def _adapter(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        starts: Sequence[Adapter],
+        work: Callable[[str], tuple[AdapterWeights, dict[str, Any]]],
+    ) -> Adapter:
+        """A step that makes an adapter: on record with its facts, its weights in a folder beside the records."""
+
+        def make(key: str) -> dict[str, Any]:
+            weights, facts = work(key)
+            self.session.save(self._folder(key), weights)
+            return facts
+
+        record = self.records.get(name, settings, make)
+        folder = self._folder(record.key)
+
+        def load() -> AdapterWeights:
+            if not (folder / "adapter_config.json").is_file():
+                self.records.get(name, settings, make, redo=True)
+            return read_adapter(folder).weights
+
+        earlier = [past for start in starts for past in start.records]
+        return Adapter(record.key, _once(load), _unique([*earlier, record]))
+
+    def _folder(self, key: str) -> Any:
+        return self.records.folder / "adapters" / key
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Args:
+        title: as the table prints it.
+        run: does what is not on record yet.
+        units: rough cost in final runs, for the time left.
+        unavailable: why it cannot run with this recipe here, or None.
+        warning: what a reader has to be told of it.
+    """
+
+    title: str
+    run: Callable[[Bench], Outcome]
+    units: float = 1.0
+    unavailable: Callable[[Session], str | None] = lambda session: None
+    warning: str | None = None
+
+
+def search_weights(session: Session, adapters: Sequence[AdapterWeights], seed: int) -> tuple[tuple[float, ...], int]:
+    """Search one weight per adapter without gradients: mean micro-dev loss plus an L1 term (LoRAHub, Huang et al. 2023).
+
+    Returns:
+        The weights, and how many were tried.
+    """
+    import nevergrad
+    import numpy
+
+    space = nevergrad.p.Array(init=[0.0] * len(adapters), lower=-LORAHUB_BOUND, upper=LORAHUB_BOUND)
+    space.random_state = numpy.random.RandomState(seed)
+    search = nevergrad.optimizers.NGOpt(parametrization=space, budget=LORAHUB_BUDGET)
+    with warnings.catch_warnings():
+        # Of the optimisers that it chooses among, about their own defaults: nothing that a user could act on.
+        warnings.filterwarnings("ignore", module="scipy|nevergrad|cma")
+        for _ in range(LORAHUB_BUDGET):
+            tried = search.ask()
+            weights = tuple(float(weight) for weight in tried.value)
+            merged = session.merge(adapters, _names(adapters), MergeSettings("lorahub", weights))
+            loss = mean(session.losses(merged, "micro_dev")["micro_dev"])
+            search.tell(tried, loss + LORAHUB_L1 * mean([abs(weight) for weight in weights]))
+        best = search.provide_recommendation()
+    return tuple(float(weight) for weight in best.value), LORAHUB_BUDGET
+
+
+def _run_grid(choose_on: str, dev_free: bool = False) -> Callable[[Bench], Outcome]:
+    """A grid search: one final run per ratio, the best of them by the mean loss on a split."""
+
+    def run(bench: Bench) -> Outcome:
+        runs = {ratio: bench.finetuned(bench.merged, ratio, dev_free=dev_free) for ratio in bench.grid}
+        splits = dict.fromkeys((choose_on, "test"))
+        curve = {
+            ratio: {split: mean(bench.losses(adapter, split).result["losses"]) for split in splits}
+            for ratio, adapter in runs.items()
+        }
+        best = min(curve, key=lambda ratio: curve[ratio][choose_on])
+        records = _unique([record for adapter in runs.values() for record in adapter.records])
+        outcome = bench.outcome(runs[best], best, chosen_on=choose_on, curve=curve)
+        return replace(outcome, records=records)
+
+    return run
+
+
+def _run_grasp(
+    policy: Callable[[Recipe], PolicySettings],
+    probes: str = "micro_dev",
+    final: Mapping[str, Any] | None = None,
+    dev_free: bool = False,
+) -> Callable[[Bench], Outcome]:
+    """GRASP: learn the ratio in one controller run, then one final run."""
+
+    def run(bench: Bench) -> Outcome:
+        ratio, merged = bench.controlled(policy(bench.recipe), probes)
+        adapter = bench.finetuned(merged, ratio, final, dev_free)
+        return bench.outcome(adapter, ratio, chosen_on=probes)
+
+    return run
+
+
+def _one_shot(bench: Bench) -> Outcome:
+    ratio, merged = bench.controlled(bench.recipe.controller.policy)
+    return bench.outcome(bench.pruned(merged, ratio), ratio, chosen_on="micro_dev")
+
+
+def _own_policy(recipe: Recipe) -> PolicySettings:
+    return recipe.controller.policy
+
+
+def _preset_policy(name: str) -> Callable[[Recipe], PolicySettings]:
+    """A preset within the recipe's own bounds, with its number of candidates."""
+
+    def policy(recipe: Recipe) -> PolicySettings:
+        own = recipe.controller.policy
+        return replace(
+            PRESETS[name],
+            ratio_min=own.ratio_min,
+            ratio_max=own.ratio_max,
+            ratio_init=own.ratio_init,
+            candidates=own.candidates,
+        )
+
+    return policy
+
+
+def _needs_source(session: Session) -> str | None:
+    return None if session.splits.source_train else "needs data.source, the recipe gives source adapters only"
+
+
+def _needs_dev(session: Session) -> str | None:
+    return None if session.splits.dev else "needs a dev split, data.target.dev is 0"
+
+
+def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
+    def unavailable(session: Session) -> str | None:
+        ranks = {pair.rank for adapter in session.existing_adapters.values() for pair in adapter.weights.values()}
+        recipe = session.recipe
+        if not (recipe.source.adapters and recipe.target.adapter):
+            ranks.add(recipe.lora.rank)
+        if MERGE_RULES[rule].equal_ranks and len(ranks) > 1:
+            return f"merge rule {rule!r} needs equal ranks, the adapters have {sorted(ranks)}"
+        if rule == "lorahub" and importlib.util.find_spec("nevergrad") is None:
+            return "needs nevergrad: pip install 'grasp-lora[compare]'"
+        return None
+
+    return unavailable
+
+
+PAPER_FINAL = {"mode": "reselect", "mask": MaskSettings(score="gradient_of_delta")}  # method of the released code
+
+METHODS: dict[str, Method] = {
+    "zero_shot": Method("zero shot", lambda bench: bench.outcome(bench.backbone()), 0.3),
+    "source_only": Method("source only", lambda bench: bench.outcome(bench.source)),
+    "target_only": Method("target only (LoRA)", lambda bench: bench.outcome(bench.target)),
+    "target_wide": Method(
+        "target only, rank of the merge",
+        lambda bench: bench.outcome(bench.trained_on_target("target-wide", rank_factor=len(bench.parents))),
+    ),
+    "target_long": Method(
+        "target only, steps of GRASP",
+        lambda bench: bench.outcome(bench.trained_on_target("target-long", epochs=bench.final_epochs)),
+        4,
+    ),
+    "continued": Method(
+        "source adapter continued on the target",
+        lambda bench: bench.outcome(bench.finetuned(bench.source, 0.0)),
+    ),
+    "joint": Method(
+        "source and target data together",
+        lambda bench: bench.outcome(bench.trained_jointly()),
+        2,
+        _needs_source,
+    ),
+    "ties": Method("TIES", lambda bench: bench.outcome(bench.merged_by("ties")), 0.3, _needs_equal_ranks("ties")),
+    "dare_ties": Method(
+        "DARE-TIES", lambda bench: bench.outcome(bench.merged_by("dare_ties")), 0.3, _needs_equal_ranks("dare_ties")
+    ),
+    "lorahub": Method("LoRAHub", lambda bench: bench.outcome(bench.lorahub()), 2, _needs_equal_ranks("lorahub")),
+    "merged": Method("merged, not trained", lambda bench: bench.outcome(bench.merged), 0.3),
+    "adaptive_merge": Method(
+        "adaptive LoRA merge", lambda bench: bench.outcome(bench.finetuned(bench.merged, 0.0), 0.0)
+    ),
+    "grid": Method("adaptive LoRA merge + pruning, grid", _run_grid("dev"), 8, _needs_dev),
+    "grid_16": Method("grid chosen on the micro-dev set", _run_grid("micro_dev"), 0.3, _needs_dev),
+    "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12),
+    "grasp": Method("GRASP", _run_grasp(_own_policy), 5),
+    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_preset_policy("paper"), final=PAPER_FINAL), 5),
+    "grasp_random": Method("GRASP, random candidates", _run_grasp(_preset_policy("random")), 5),
+    "grasp_50": Method("GRASP probing the dev set", _run_grasp(_own_policy, "dev"), 10, _needs_dev),
+    "grasp_dev_free": Method("GRASP without a dev set", _run_grasp(_own_policy, dev_free=True), 1.5),
+    "one_shot": Method("pruned at the learned ratio, not trained", _one_shot, 0.3),
+    "grid_oracle": Method(
+        "grid chosen on the TEST set",
+        _run_grid("test"),
+        0.3,
+        warning="chooses its ratio on the test split: a bound on what any choice could reach, no fair method",
+    ),
+}
+DEFAULT_METHODS = tuple(name for name in METHODS if name != "grid_oracle")
+
+
+def rounds_of(record: Record) -> list[Round]:
+    """Return the rounds of a controller run that is on record."""
+    return [
+        Round(
+            row["ratio_before"],
+            tuple(row["candidates"]),
+            tuple(row["baseline_losses"]),
+            tuple(tuple(losses) for losses in row["candidate_losses"]),
+        )
+        for row in record.result["rounds"]
+    ]
+
+
+def _given(adapter: LoadedAdapter) -> Adapter:
+    return Adapter(adapter.sha256, lambda: adapter.weights)
+
+
+def _loaded(adapter: Adapter) -> AdapterWeights:
+    weights = adapter.load()
+    if weights is None:
+        raise AdapterError("the backbone alone cannot be merged, pruned or trained on; name an adapter")
+    return weights
+
+
+def _names(adapters: Sequence[Any]) -> tuple[str, ...]:
+    sources = len(adapters) - 1
+    return (*("source" if number == 0 else f"source_{number + 1}" for number in range(sources)), "target")
+
+
+def _facts(result: Any, training: TrainingSettings, dev_examples: int) -> dict[str, Any]:
+    """What a fine-tune did and cost, as plain values."""
+    measured = sum("dev_loss" in row for row in result.history) * dev_examples
+    return {
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "dev_loss": result.dev_loss,
+        "trained_examples": result.steps * training.batch_size * training.accumulation,
+        "measured_examples": measured,
+        "history": result.history,
+    }
+
+
+def _unique(records: Sequence[Record]) -> tuple[Record, ...]:
+    return tuple({record.key: record for record in records}.values())
+
+
+def _once(load: Callable[[], AdapterWeights]) -> Callable[[], AdapterWeights]:
+    """Load at the first call, and keep it."""
+    kept: list[AdapterWeights] = []
+
+    def loaded() -> AdapterWeights:
+        if not kept:
+            kept.append(load())
+        return kept[0]
+
+    return loaded
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same as JSON gives it back: lists for tuples."""
+    return {key: _plain_value(value) for key, value in settings.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain_value(entry) for key, entry in value.items()}
+    return [_plain_value(entry) for entry in value] if isinstance(value, list | tuple) else value

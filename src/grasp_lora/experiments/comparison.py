@@ -1,0 +1,295 @@
+"""`grasp-lora compare`: every method on the user's own data under one protocol, and one table with uncertainty and cost.
+
+The work is a list of (method, seed); what is on record is not done again. The table is made from the records alone, anew after
+each seed, so that a long comparison can be read while it runs. Paper: main table and runtime table.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from grasp_lora.errors import RecipeError
+from grasp_lora.evaluation.statistics import compare_with_baselines, mean_and_sd
+from grasp_lora.experiments.baselines import DEFAULT_METHODS, GRID, METHODS, Bench, Outcome
+from grasp_lora.experiments.interruption import Interruption
+from grasp_lora.experiments.lock import only_writer
+from grasp_lora.experiments.records import Record, Records
+from grasp_lora.experiments.session import Session, mean, write_json
+from grasp_lora.training.durable import clear_write_errors
+
+SEEDS = (42, 1337, 9001)  # Paper: experimental setup
+TRAINED_AS_MEASURED = 3  # forward passes that one training example counts as
+TEST_LOSS = "test_loss"
+
+
+@dataclass(frozen=True)
+class ComparisonSettings:
+    """What is compared.
+
+    Args:
+        methods: keys of `METHODS`.
+        seeds: of initialisation, order of the data and controller; the source adapter is that of the recipe's seed.
+        grid: prune ratios of the grid search, fractions in [0, 1].
+        reference: the method that the others are compared with.
+        resamples: of the bootstrap.
+
+    Raises:
+        ValueError: an unknown name, a list that is empty or says something twice, a ratio out of range.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    seeds: tuple[int, ...] = SEEDS
+    grid: tuple[float, ...] = GRID
+    reference: str = "grasp"
+    resamples: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name in (*self.methods, self.reference):
+            if name not in METHODS:
+                raise ValueError(f"there is no method {name!r}; allowed: {', '.join(METHODS)}")
+        for what in ("methods", "seeds", "grid"):
+            values: tuple[Any, ...] = getattr(self, what)
+            if not values:
+                raise ValueError(f"{what} is empty; give at least one")
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise ValueError(f"{what} names {twice[0]} more than once; name each one once")
+        for ratio in self.grid:
+            if not 0.0 <= ratio <= 1.0:
+                raise ValueError(f"grid holds {ratio}; each prune ratio must be a fraction in [0, 1]")
+        for seed in self.seeds:
+            if seed < 0:
+                raise ValueError(f"seed is {seed}; it must be at least 0")
+
+
+@dataclass
+class ComparisonProgress:
+    """Where a comparison reports to while it works; this one is silent."""
+
+    def begin(self, units: float) -> None:
+        """Take how much there is to do, in rough units of a final run."""
+
+    def method(self, title: str, seed: int) -> None:
+        """A method begins with a seed."""
+
+    def record(self, record: Record, there: bool) -> None:
+        """A step is done, now or already before."""
+
+    def done(self, units: float) -> None:
+        """A method is finished with a seed."""
+
+
+@dataclass
+class _Row:
+    """The outcomes of one method, by seed."""
+
+    outcomes: dict[int, Outcome] = field(default_factory=dict)
+    unavailable: str | None = None
+
+
+def compare(
+    session: Session, folder: Path, settings: ComparisonSettings, progress: ComparisonProgress | None = None
+) -> dict[str, Any]:
+    """Run what is not on record yet, and write and return the content of `compare.json`.
+
+    Args:
+        session: of the recipe.
+        folder: of the comparison; records of any recipe may stand in it side by side.
+        settings: methods, seeds and the rest.
+        progress: told how far the work is.
+
+    Raises:
+        GraspError: the recipe, the data or an adapter does not fit, the folder cannot be written or another process writes there;
+            what is on record stays.
+        Interrupted: SIGTERM or SIGINT came.
+    """
+    session.prepare()
+    if not session.splits.test:
+        raise RecipeError("a comparison needs a test split, but data.target.test is 0; give it at least 2 examples")
+    place = ["before it began"]
+    with Interruption(lambda: place[0]).handled(), clear_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_writer(folder):
+            return _compare(session, folder, settings, progress or ComparisonProgress(), place)
+
+
+def _compare(
+    session: Session, folder: Path, settings: ComparisonSettings, progress: ComparisonProgress, place: list[str]
+) -> dict[str, Any]:
+    records = Records(folder, progress.record)
+    split_seed = session.recipe.seed if session.recipe.data.split_seed is None else session.recipe.data.split_seed
+    data = replace(session.recipe.data, split_seed=split_seed)  # the split stays while the seed changes
+    shared = session.variant(session.recipe.model_copy(update={"data": data}))
+    rows = {name: _Row(unavailable=METHODS[name].unavailable(shared)) for name in settings.methods}
+    possible = [name for name, row in rows.items() if row.unavailable is None]
+    progress.begin(len(settings.seeds) * sum(METHODS[name].units for name in possible))
+    content: dict[str, Any] = {}
+    for seed in settings.seeds:
+        bench = Bench(shared.variant(shared.recipe.model_copy(update={"seed": seed})), shared, records, settings.grid)
+        for name in possible:
+            place[0] = f"in {METHODS[name].title}, seed {seed}"
+            progress.method(METHODS[name].title, seed)
+            rows[name].outcomes[seed] = METHODS[name].run(bench)
+            progress.done(METHODS[name].units)
+        content = _content(shared, settings, rows, split_seed)
+        write_json(folder / "compare.json", content)
+    return content
+
+
+def _content(
+    session: Session, settings: ComparisonSettings, rows: Mapping[str, _Row], split_seed: int
+) -> dict[str, Any]:
+    finished = {name: row for name, row in rows.items() if row.outcomes}
+    metrics = _metrics(finished)
+    comparisons = {metric: _comparisons(session, settings, finished, metric) for metric in metrics}
+    signatures = {
+        metric: entry["signature"]
+        for row in finished.values()
+        for outcome in row.outcomes.values()
+        for metric, entry in outcome.scores.result.items()
+    }
+    return {
+        "name": session.recipe.name,
+        "recipe_hash": session.recipe.fingerprint(),
+        "backbone": session.backbone.name,
+        "language": session.language,
+        "seeds": sorted({seed for row in finished.values() for seed in row.outcomes}, key=settings.seeds.index),
+        "split_seed": split_seed,
+        "test_examples": len(session.splits.test),
+        "dev_examples": len(session.splits.dev),
+        "micro_dev_examples": len(session.splits.micro_dev),
+        "reference": settings.reference,
+        "metrics": metrics,
+        "signatures": signatures,
+        "resamples": settings.resamples,
+        "rows": [_row(name, row, finished, metrics, comparisons) for name, row in rows.items()],
+        "curve": _curve(finished),
+        "warnings": _warnings(finished),
+        "made_with": _made_with(finished),
+    }
+
+
+def _metrics(rows: Mapping[str, _Row]) -> list[str]:
+    """Test loss first, then the scores in the order of the recipe."""
+    names = [name for row in rows.values() for outcome in row.outcomes.values() for name in outcome.scores.result]
+    return [TEST_LOSS, *dict.fromkeys(names)]
+
+
+def _value(outcome: Outcome, metric: str) -> float | None:
+    """The score, or None for a metric that is not available, such as BERTScore without a model."""
+    if metric == TEST_LOSS:
+        return mean(outcome.losses.result["losses"])
+    value = outcome.scores.result[metric]["value"]
+    return None if value is None else float(value)
+
+
+def _comparisons(
+    session: Session, settings: ComparisonSettings, rows: Mapping[str, _Row], metric: str
+) -> dict[str, dict[str, Any]]:
+    """The reference method against each other one, over the seeds that both have."""
+    values_of = [_value(outcome, metric) for row in rows.values() for outcome in row.outcomes.values()]
+    if settings.reference not in rows or len(session.splits.test) < 2 or None in values_of:
+        return {}
+    corpus = None if metric == TEST_LOSS else session.metrics[metric].from_statistics
+    values = {name: [_per_example(one, metric, corpus) for one in row.outcomes.values()] for name, row in rows.items()}
+    ours = values.pop(settings.reference)
+    compared = compare_with_baselines(
+        ours,
+        values,
+        corpus_score=corpus,
+        higher_is_better=metric != TEST_LOSS,
+        resamples=settings.resamples,
+    )
+    return {name: {**asdict(one), "verdict": one.verdict} for name, one in compared.items()}
+
+
+def _per_example(outcome: Outcome, metric: str, corpus: Any) -> list[Any]:
+    if metric == TEST_LOSS:
+        return list(outcome.losses.result["losses"])
+    entry = outcome.scores.result[metric]
+    return list(entry["per_example"] if corpus is None else entry["statistics"])
+
+
+def _row(
+    name: str,
+    row: _Row,
+    rows: Mapping[str, _Row],
+    metrics: Sequence[str],
+    comparisons: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    method = METHODS[name]
+    facts: dict[str, Any] = {"method": name, "title": method.title, "unavailable": row.unavailable}
+    if not row.outcomes:
+        return facts
+    outcomes = list(row.outcomes.values())
+    # Where no seed has a part, as in zero shot, there is one result and no spread.
+    distinct = list({outcome.losses.key: outcome for outcome in outcomes}.values())
+    ratios = [outcome.prune_ratio for outcome in outcomes if outcome.prune_ratio is not None]
+    return facts | {
+        "warning": method.warning,
+        "seeds": len(outcomes),
+        "scores": {metric: _spread([_value(outcome, metric) for outcome in distinct]) for metric in metrics},
+        "prune_ratio": _spread(ratios),
+        "chosen_on": outcomes[0].chosen_on,
+        "cost": _cost(row, rows),
+        "against": {metric: compared[name] for metric, compared in comparisons.items() if name in compared},
+    }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
+    there = [value for value in values if value is not None]
+    if not there or len(there) < len(values):
+        return None
+    average, deviation = mean_and_sd(there)
+    return {"mean": average, "sd": deviation, "values": there}
+
+
+def _cost(row: _Row, rows: Mapping[str, _Row]) -> dict[str, Any]:
+    """Mean over the seeds: all that the method needs, and what it needs beyond the adapters that are merged."""
+    totals = []
+    for seed, outcome in row.outcomes.items():
+        merged = rows["merged"].outcomes.get(seed) if "merged" in rows else None
+        shared = {record.key for record in merged.records} if merged else set()
+        own = [record for record in outcome.records if record.key not in shared]
+        totals.append(
+            {
+                "runs": sum("trained_examples" in record.result for record in own),
+                "seconds": sum(record.seconds for record in own),
+                "seconds_with_parents": sum(record.seconds for record in outcome.records),
+                "work": sum(_work(record) for record in own),
+            }
+        )
+    return {key: mean([float(total[key]) for total in totals]) for key in totals[0]}
+
+
+def _work(record: Record) -> int:
+    """Forward passes of one example, a training example counted as three."""
+    trained, measured = record.result.get("trained_examples", 0), record.result.get("measured_examples", 0)
+    return int(TRAINED_AS_MEASURED * trained + measured)
+
+
+def _curve(rows: Mapping[str, _Row]) -> list[dict[str, Any]]:
+    """Mean dev and test loss of each run of the grid that chooses on the dev set, by seed."""
+    outcomes = rows["grid"].outcomes if "grid" in rows else {}
+    points = []
+    for seed, outcome in outcomes.items():
+        for ratio, losses in (outcome.curve or {}).items():
+            points.append({"seed": seed, "prune_ratio": ratio, **losses})
+    return points
+
+
+def _warnings(rows: Mapping[str, _Row]) -> list[str]:
+    return [f"{METHODS[name].title} {warning}" for name in rows if (warning := METHODS[name].warning)]
+
+
+def _made_with(rows: Mapping[str, _Row]) -> list[dict[str, str]]:
+    """The environments of the records; seconds of different ones cannot be compared."""
+    found: list[dict[str, str]] = []
+    for row in rows.values():
+        for outcome in row.outcomes.values():
+            for record in (*outcome.records, outcome.losses, outcome.scores):
+                if record.made_with not in found:
+                    found.append(record.made_with)
+    return found

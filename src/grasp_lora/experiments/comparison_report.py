@@ -1,0 +1,150 @@
+"""From `compare.json` to what a person reads: a table in the terminal, compare.md and report.html."""
+
+import secrets
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from grasp_lora.experiments.baselines import METHODS
+from grasp_lora.experiments.figures import comparison_figure, plotly_js
+from grasp_lora.experiments.report import METRIC_NAMES, PAPER, Cell, Table, render
+
+PLUS_MINUS = "±"
+FULL_WIDTH = 160  # of a table that does not go to a terminal
+
+
+def write_comparison(folder: Path, content: Mapping[str, Any]) -> Path:
+    """Write compare.md and report.html into the folder of a comparison; return the path of the latter."""
+    view = _view(content)
+    (folder / "compare.md").write_text(render("comparison.md.j2", view), encoding="utf-8")
+    page = {
+        "figures": {"grid": comparison_figure(content)} if content["curve"] else {},
+        "plotly_js": plotly_js(),
+        "nonce": secrets.token_urlsafe(16),
+    }
+    path = folder / "report.html"
+    path.write_text(render("comparison.html.j2", view | page), encoding="utf-8")
+    return path
+
+
+def print_comparison(content: Mapping[str, Any], console: Console) -> None:
+    """Print the table of a comparison."""
+    table = score_table(content)
+    printed = RichTable(*table.columns)
+    for row in table.rows:
+        printed.add_row(*(f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in row))
+    console.print(printed, width=None if console.is_terminal else FULL_WIDTH, crop=False)
+    for warning in content["warnings"]:
+        console.print(f"[bold red]WARNING: {warning}[/bold red]", soft_wrap=True)
+
+
+def score_table(content: Mapping[str, Any]) -> Table:
+    """Rows methods, columns the learned ratio and the metrics, mean and deviation over seeds; the best of a column is marked."""
+    metrics, reference = content["metrics"], METHODS[content["reference"]].title
+    columns = [
+        "method",
+        "prune ratio",
+        *(_heading(metric) for metric in metrics),
+        f"{reference} against it, by test loss",
+    ]
+    rows = []
+    best = {metric: _best(content, metric) for metric in metrics}
+    for row in content["rows"]:
+        if row["unavailable"]:
+            rows.append(
+                [Cell(row["title"]), Cell(f"unavailable: {row['unavailable']}"), *[Cell("")] * (len(metrics) + 1)]
+            )
+            continue
+        cells = [Cell(_spread(row["scores"][metric], metric), row["method"] == best[metric]) for metric in metrics]
+        rows.append([Cell(row["title"]), Cell(_ratio(row)), *cells, Cell(_verdict(row, content, metrics[0]))])
+    return Table("Scores of every method, mean and standard deviation over seeds", columns, rows)
+
+
+def cost_table(content: Mapping[str, Any]) -> Table:
+    """What each method needs beyond the adapters that are merged, and how it compares with the grid search."""
+    columns = ["method", "training runs", "seconds", "examples forward", "times the grid's speed"]
+    done = [row for row in content["rows"] if not row["unavailable"]]
+    grid = next((row["cost"] for row in done if row["method"] == "grid"), None)
+    rows = []
+    for row in done:
+        cost = row["cost"]
+        faster = f"{grid['seconds'] / cost['seconds']:.2f}" if grid and cost["seconds"] else "–"
+        facts = (f"{cost['runs']:.0f}", f"{cost['seconds']:.0f}", f"{cost['work']:.0f}", faster)
+        rows.append([Cell(row["title"]), *map(Cell, facts)])
+    return Table("Cost of every method beyond the adapters that are merged, mean over seeds", columns, rows)
+
+
+def verdict_table(content: Mapping[str, Any]) -> Table:
+    """The reference method minus each other one, with the corrected interval, for every metric."""
+    metrics = content["metrics"]
+    columns = ["method", *(f"{_heading(metric)}: difference, interval, verdict" for metric in metrics)]
+    rows = []
+    for row in content["rows"]:
+        if row["unavailable"] or not row["against"]:
+            continue
+        cells = []
+        for metric in metrics:
+            one = row["against"].get(metric)
+            if one is None:
+                cells.append(Cell("unavailable"))
+                continue
+            digits = 4 if metric == "test_loss" else 2
+            text = f"{one['difference']:+.{digits}f} [{one['low']:+.{digits}f}, {one['high']:+.{digits}f}] {one['verdict']}"
+            cells.append(Cell(text))
+        rows.append([Cell(row["title"]), *cells])
+    return Table("The reference method against every other one", columns, rows)
+
+
+def _view(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "version": version("grasp-lora"),
+        "paper": PAPER,
+        "name": content["name"],
+        "content": content,
+        "reference": METHODS[content["reference"]].title,
+        "scores": score_table(content),
+        "cost": cost_table(content),
+        "verdicts": verdict_table(content),
+        "confidence": next(
+            (f"{one['confidence']:.0%}" for row in content["rows"] for one in row.get("against", {}).values()), "95%"
+        ),
+        "machines": len(content["made_with"]),
+    }
+
+
+def _heading(metric: str) -> str:
+    return "test loss" if metric == "test_loss" else METRIC_NAMES.get(metric, metric)
+
+
+def _best(content: Mapping[str, Any], metric: str) -> str | None:
+    """The method with the best mean; one that chose on the test split is no candidate."""
+    fair = [row for row in content["rows"] if not row["unavailable"] and not row["warning"] and row["scores"][metric]]
+    sign = -1 if metric == "test_loss" else 1
+    return max(fair, key=lambda row: sign * row["scores"][metric]["mean"])["method"] if fair else None
+
+
+def _spread(value: Mapping[str, Any] | None, metric: str) -> str:
+    if value is None:
+        return "unavailable"
+    digits = 4 if metric == "test_loss" else 2
+    deviation = "" if value["sd"] is None else f" {PLUS_MINUS} {value['sd']:.{digits}f}"
+    return f"{value['mean']:.{digits}f}{deviation}"
+
+
+def _ratio(row: Mapping[str, Any]) -> str:
+    ratio = row["prune_ratio"]
+    if ratio is None:
+        return "–"
+    deviation = "" if ratio["sd"] is None else f" {PLUS_MINUS} {100 * ratio['sd']:.1f}"
+    return f"{100 * ratio['mean']:.1f}{deviation} %"
+
+
+def _verdict(row: Mapping[str, Any], content: Mapping[str, Any], metric: str) -> str:
+    if row["method"] == content["reference"]:
+        return "reference"
+    one = row["against"].get(metric)
+    return "–" if one is None else f"{one['verdict']} ({one['difference']:+.4f})"

@@ -1,0 +1,115 @@
+"""Records of finished steps: what is on record is not done again, on this machine or another.
+
+A record is one small JSON file under a hash of everything that decides the step. Trained adapters lie beside the records; one
+that is missing, since the records came from another machine, is trained again only if something rests on it.
+"""
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from grasp_lora.errors import RecipeError
+from grasp_lora.experiments.session import write_json
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One finished step.
+
+    Args:
+        step: its name, such as `final 0.40`.
+        key: hash of `settings`.
+        settings: everything that decides the result, the keys of the steps it rests on included.
+        result: what came out: losses, scores, a ratio.
+        seconds: wall time.
+        made_with: versions and processor.
+        version: of this format.
+    """
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    step: str
+    key: str
+    settings: dict[str, Any]
+    result: dict[str, Any]
+    seconds: float
+    made_with: dict[str, str] = field(default_factory=dict)
+    version: int = VERSION
+
+
+class Records:
+    """A folder of records.
+
+    Args:
+        folder: holds `records/` and what else the steps leave; made when the first one ends.
+        on_done: told of each record that is used, and whether it was there already.
+    """
+
+    def __init__(self, folder: Path, on_done: Callable[[Record, bool], None] | None = None) -> None:
+        self.folder = folder
+        self._on_done = on_done
+        self._known: dict[str, Record] = {}
+
+    def get(
+        self, step: str, settings: Mapping[str, Any], work: Callable[[str], dict[str, Any]], *, redo: bool = False
+    ) -> Record:
+        """Return the record of a step; where there is none, do the step first.
+
+        Args:
+            step: short name, for people; the first part of the file's name.
+            settings: everything that decides the result, as plain JSON values.
+            work: does the step, given its key, and returns the result as plain JSON values.
+            redo: do the work although it is on record, because an adapter is missing; the record stays.
+
+        Raises:
+            RecipeError: a record is damaged.
+        """
+        key = key_of(step, settings)
+        if key in self._known and not redo:
+            return self._known[key]
+        file = self.folder / "records" / f"{step.replace(' ', '-')}-{key}.json"
+        there = file.is_file()
+        if there:
+            record = _read(file, key)
+        if not there or redo:
+            started = time.perf_counter()
+            result = work(key)
+            if not there:
+                seconds = round(time.perf_counter() - started, 3)
+                record = Record(step, key, dict(settings), result, seconds, _made_with())
+                write_json(file, asdict(record))
+        self._known[key] = record
+        if self._on_done is not None:
+            self._on_done(record, there)
+        return record
+
+
+def key_of(step: str, settings: Mapping[str, Any]) -> str:
+    """Return the hash under which a step is on record."""
+    text = json.dumps([VERSION, step, settings], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(file: Path, key: str) -> Record:
+    try:
+        record = TypeAdapter(Record).validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise RecipeError(f"record {file} cannot be read; delete it, and its step is done again") from error
+    if record.key != key or key_of(record.step, record.settings) != key:
+        raise RecipeError(f"record {file} was changed: its settings do not give its key; delete it")
+    return record
+
+
+def _made_with() -> dict[str, str]:
+    libraries = {name: version(name) for name in ("grasp-lora", "torch", "transformers", "peft")}
+    return libraries | {"python": platform.python_version(), "machine": platform.machine()}

@@ -1,0 +1,432 @@
+"""The comparison: every method under one protocol, records that are never done twice, choices made on the right split."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from conftest import write_tiny_workspace
+
+from grasp_lora.errors import RecipeError
+from grasp_lora.evaluation.statistics import compare_with_baselines
+from grasp_lora.experiments import baselines
+from grasp_lora.experiments.baselines import DEFAULT_METHODS, METHODS, Bench, search_weights
+from grasp_lora.experiments.comparison import ComparisonProgress, ComparisonSettings, compare
+from grasp_lora.experiments.comparison_report import write_comparison
+from grasp_lora.experiments.recipe import load_recipe
+from grasp_lora.experiments.records import Record, Records
+from grasp_lora.experiments.session import Session, mean
+from grasp_lora.method.lora import AdapterWeights, LoraPair
+
+ROUNDS_EVERY = "controller.probe_every=3"
+SMALL = ComparisonSettings(seeds=(1,), grid=(0.2, 0.6), resamples=1000)
+FEW = ("target_only", "adaptive_merge", "grid", "grasp")
+
+
+class Recorder(ComparisonProgress):
+    """Remembers which steps were done and which were on record."""
+
+    def __init__(self) -> None:
+        self.done_steps: list[str] = []
+        self.skipped: list[str] = []
+
+    def record(self, record: Record, there: bool) -> None:
+        (self.skipped if there else self.done_steps).append(record.step)
+
+
+def session(recipe: Path | str = "tiny.yaml", *overrides: str) -> Session:
+    return Session(*load_recipe(recipe, [ROUNDS_EVERY, *overrides]))
+
+
+def run(folder: Path, settings: ComparisonSettings, *overrides: str) -> tuple[dict[str, Any], Recorder]:
+    recorder = Recorder()
+    return compare(session("tiny.yaml", *overrides), folder, settings, recorder), recorder
+
+
+def without_seconds(content: dict[str, Any]) -> dict[str, Any]:
+    content = json.loads(json.dumps(content))
+    for row in content["rows"]:
+        for key in ("seconds", "seconds_with_parents"):
+            row.get("cost", {}).pop(key, None)
+    return content
+
+
+@pytest.fixture(scope="session")
+def whole_comparison(
+    tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path
+) -> tuple[Path, dict[str, Any]]:
+    """The folder and the content of a comparison of all methods; treat it as read-only."""
+    recipe = write_tiny_workspace(tmp_path_factory.mktemp("comparison") / "work", tiny_backbone_folder)
+    folder = recipe.parent / "compare"
+    return folder, compare(session(recipe), folder, SMALL)
+
+
+@pytest.fixture
+def finished(tiny_workspace: Path, whole_comparison: tuple[Path, dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """A copy of the whole comparison in the working folder."""
+    folder, content = whole_comparison
+    return Path(shutil.copytree(folder, tiny_workspace / "compare")), content
+
+
+def test_every_method_has_a_row_with_scores_cost_and_a_verdict(whole_comparison):
+    _, content = whole_comparison
+    rows = {row["method"]: row for row in content["rows"]}
+    assert tuple(rows) == DEFAULT_METHODS
+    assert content["metrics"] == ["test_loss", "exact_match", "rougeL"]
+    for name, row in rows.items():
+        assert row["unavailable"] is None
+        assert set(row["scores"]) == set(content["metrics"])
+        assert set(row["against"]) == (set() if name == "grasp" else set(content["metrics"]))
+
+
+def test_the_files_are_complete_and_hold_no_answers(whole_comparison, tmp_path):
+    folder, content = whole_comparison
+    assert json.loads((folder / "compare.json").read_text(encoding="utf-8")) == json.loads(json.dumps(content))
+    texts = [file.read_text(encoding="utf-8") for file in (folder / "predictions").iterdir()]
+    answers = [json.loads(line) for text in texts for line in text.splitlines()]
+    assert {row["id"] for row in answers}
+    assert all(set(row) == {"id", "prediction"} for row in answers)
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "records").iterdir()]
+    assert not any("prediction" in json.dumps(record) for record in records)
+    page = write_comparison(tmp_path, content)
+    html, text = page.read_text(encoding="utf-8"), (tmp_path / "compare.md").read_text(encoding="utf-8")
+    for row in content["rows"]:
+        assert row["title"] in html
+        assert row["title"] in text.replace("\\", "")
+
+
+def test_a_finished_comparison_does_nothing_again(finished):
+    folder, content = finished
+    again, recorder = run(folder, SMALL)
+    assert not recorder.done_steps
+    assert again == content
+
+
+def test_records_alone_are_enough_on_another_machine(finished, monkeypatch):
+    folder, content = finished
+    shutil.rmtree(folder / "adapters")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing is to be trained")
+
+    monkeypatch.setattr(Session, "_finetune", fail)
+    again, recorder = run(folder, SMALL)
+    assert again == content
+    assert not recorder.done_steps
+
+
+def test_a_missing_adapter_is_trained_again_only_for_what_rests_on_it(finished):
+    folder, content = finished
+    shutil.rmtree(folder / "adapters")
+    for file in (folder / "records").glob("final-0.60-*"):
+        file.unlink()
+    again, recorder = run(folder, SMALL)
+    assert set(recorder.done_steps) == {"final 0.60"}
+    assert without_seconds(again) == without_seconds(content)
+
+
+def test_a_changed_controller_leaves_the_other_rows_alone(finished):
+    folder, content = finished
+    again, recorder = run(folder, SMALL, "controller.policy.max_step=0.05")
+    steps = set(recorder.done_steps)
+    assert "controller" in steps
+    assert not steps & {"source", "target", "joint", "target-wide", "lorahub"}
+    before, after = ({row["method"]: row for row in one["rows"]} for one in (content, again))
+    for name in ("target_only", "continued", "grid", "grid_dev_free", "lorahub"):
+        assert before[name]["scores"] == after[name]["scores"]
+
+
+def test_grasp_and_its_paper_preset_share_a_controller_run_that_differs_in_the_rule_alone(whole_comparison):
+    folder, _ = whole_comparison
+    controllers = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "records").glob("controller-*")]
+    # Of grasp (and its paper preset), of the random control, and of the one that probes the dev set.
+    assert len(controllers) == 3
+
+
+class Killed(BaseException):
+    """Ends a comparison as a kill would."""
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_an_interrupted_comparison_goes_on_without_repeating_a_step(tiny_workspace, step):
+    settings = ComparisonSettings(FEW, (1,), (0.2, 0.6), resamples=1000)
+
+    class Kill(Recorder):
+        def record(self, record: Record, there: bool) -> None:
+            super().record(record, there)
+            if len(self.done_steps) == step:
+                raise Killed
+
+    first = Kill()
+    with pytest.raises(Killed):
+        compare(session(), tiny_workspace / "one", settings, first)
+    content, second = run(tiny_workspace / "one", settings)
+    whole, uninterrupted = run(tiny_workspace / "other", settings)
+    assert first.done_steps + second.done_steps == uninterrupted.done_steps
+    assert without_seconds(content) == without_seconds(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_comparison_killed_while_a_record_is_written_goes_on(tiny_workspace, monkeypatch):
+    settings = ComparisonSettings(("target_only", "adaptive_merge"), (1,), (0.2,), "adaptive_merge", resamples=1000)
+    folder = tiny_workspace / "compare"
+    child = os.fork()
+    if child == 0:
+        writes = 0
+        replace = Path.replace
+
+        def kill(self: Path, target: Path) -> Path:
+            nonlocal writes
+            writes += "records" in self.parts
+            if writes == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(self, target)
+
+        Path.replace = kill  # type: ignore[method-assign]  # in the child only
+        compare(session(), folder, settings)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    there = len([file for file in (folder / "records").iterdir() if file.suffix == ".json"])
+    assert there == 2
+    content, recorder = run(folder, settings)
+    assert len(recorder.skipped) >= there
+    assert [row["unavailable"] for row in content["rows"]] == [None, None]
+
+
+def test_the_source_adapter_is_shared_and_everything_else_has_its_own_seed(tiny_workspace):
+    settings = ComparisonSettings(FEW, (1, 2), (0.2,), resamples=1000)
+    content, recorder = run(tiny_workspace / "compare", settings)
+    assert recorder.done_steps.count("source") == 1
+    assert recorder.done_steps.count("target") == recorder.done_steps.count("controller") == 2
+    rows = {row["method"]: row for row in content["rows"]}
+    assert len(set(rows["target_only"]["scores"]["test_loss"]["values"])) == 2
+    assert rows["target_only"]["scores"]["test_loss"]["sd"] > 0
+    assert content["seeds"] == [1, 2]
+    assert content["split_seed"] == 42
+
+
+def test_without_a_part_in_the_seed_there_is_one_result_and_no_spread(tiny_workspace):
+    settings = ComparisonSettings(("zero_shot", "source_only"), (1, 2), (0.2,), "zero_shot", resamples=1000)
+    content, _ = run(tiny_workspace / "compare", settings)
+    assert [row["scores"]["test_loss"]["sd"] for row in content["rows"]] == [None, None]
+
+
+def test_the_verdict_is_that_of_the_records(whole_comparison):
+    folder, content = whole_comparison
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "records").glob("test-losses-*")]
+    by_mean = {mean(record["result"]["losses"]): record["result"]["losses"] for record in records}
+    rows = {row["method"]: row["scores"]["test_loss"]["mean"] for row in content["rows"]}
+    values = {name: by_mean[value] for name, value in rows.items()}
+    ours = values.pop("grasp")
+    expected = compare_with_baselines(ours, values, higher_is_better=False, resamples=1000)
+    for row in content["rows"]:
+        if row["method"] != "grasp":
+            assert row["against"]["test_loss"]["low"] == expected[row["method"]].low
+            assert row["against"]["test_loss"]["verdict"] == expected[row["method"]].verdict
+
+
+def test_cost_counts_runs_and_examples_beyond_the_adapters_that_are_merged(whole_comparison):
+    _, content = whole_comparison
+    cost = {row["method"]: row["cost"] for row in content["rows"]}
+    assert (
+        cost["zero_shot"]["runs"] == cost["merged"]["runs"] == cost["ties"]["runs"] == cost["target_only"]["runs"] == 0
+    )
+    assert cost["adaptive_merge"]["runs"] == 1
+    assert cost["grid"]["runs"] == 2
+    assert cost["grasp"]["runs"] == 2
+    # A final run: 10 training examples counted threefold, and the 6 dev examples before and after the only epoch.
+    assert cost["adaptive_merge"]["work"] == 10 * 3 + 6 * 2
+    assert cost["grid"]["work"] == 2 * cost["adaptive_merge"]["work"]
+    # The controller: 10 steps, and 3 rounds of 1 + 3 probes on 4 micro-dev examples.
+    assert cost["grasp"]["work"] == 10 * 3 + 3 * 4 * 4 + cost["adaptive_merge"]["work"]
+    assert cost["grasp_dev_free"]["work"] == 10 * 3 + 3 * 4 * 4 + 10 * 3
+    assert cost["lorahub"]["work"] == 40 * 4
+
+
+class FakeBench(Bench):
+    """Losses by ratio that no training gave: the best ratio differs from split to split."""
+
+    LOSSES: ClassVar = {
+        0.2: {"dev": [1.0], "micro_dev": [3.0], "test": [2.0]},
+        0.6: {"dev": [2.0], "micro_dev": [1.0], "test": [3.0]},
+        0.8: {"dev": [3.0], "micro_dev": [2.0], "test": [1.0]},
+    }
+
+    def __init__(self) -> None:
+        self.grid = tuple(self.LOSSES)
+
+    merged = baselines.Adapter("merged", lambda: None)
+
+    def finetuned(self, start: Any, prune_ratio: float, changes: Any = None, dev_free: bool = False) -> Any:
+        return baselines.Adapter(str(prune_ratio), lambda: None)
+
+    def losses(self, adapter: Any, split: str = "test") -> Record:
+        return Record("losses", adapter.key, {}, {"losses": self.LOSSES[float(adapter.key)][split]}, 0.0)
+
+    def scores(self, adapter: Any) -> Record:
+        return Record("scores", adapter.key, {}, {}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "ratio", "split"),
+    [
+        ("grid", 0.2, "dev"),
+        ("grid_16", 0.6, "micro_dev"),
+        ("grid_dev_free", 0.6, "micro_dev"),
+        ("grid_oracle", 0.8, "test"),
+    ],
+)
+def test_a_grid_chooses_on_the_split_that_it_says(method, ratio, split):
+    outcome = METHODS[method].run(FakeBench())
+    assert outcome.prune_ratio == ratio
+    assert outcome.chosen_on == split
+    assert outcome.losses.key == outcome.scores.key == str(ratio)
+
+
+def test_a_choice_on_the_test_split_is_a_loud_warning_and_never_the_best(finished, cli):
+    folder, _ = finished
+    result = cli("compare", "tiny.yaml", "--set", ROUNDS_EVERY, "--seeds", "1", "--grid", "0.2,0.6", "--output", folder,
+                 "--methods", "target_only,grid,grasp,grid_oracle")  # fmt: skip
+    assert result.status == 0
+    assert "WARNING: grid chosen on the TEST set chooses its ratio on the test split" in " ".join(result.out.split())
+    assert "WARNING" in (folder / "compare.md").read_text(encoding="utf-8")
+    assert "test split" in (folder / "report.html").read_text(encoding="utf-8")
+    fair = [name for name, method in METHODS.items() if method.warning is None]
+    assert tuple(fair) == DEFAULT_METHODS
+
+
+def test_what_cannot_run_here_says_why_in_its_row(finished, monkeypatch):
+    folder, _ = finished
+    monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda name: None)
+    content, _ = run(folder, ComparisonSettings(("target_only", "lorahub", "grasp"), (1,), (0.2, 0.6), resamples=1000))
+    rows = {row["method"]: row["unavailable"] for row in content["rows"]}
+    assert rows["target_only"] is None
+    assert "grasp-lora[compare]" in rows["lorahub"]
+
+
+def test_given_source_adapters_leave_no_source_data_for_the_joint_row(finished_run, tiny_workspace):
+    settings = ComparisonSettings(("source_only", "joint", "ties"), (1,), (0.2,), "source_only", resamples=1000)
+    overrides = ("source.adapters=[run/source]", "data.source=null", "lora.rank=3")
+    content, recorder = run(tiny_workspace / "compare", settings, *overrides)
+    rows = {row["method"]: row["unavailable"] for row in content["rows"]}
+    assert rows["source_only"] is None
+    assert "source" not in recorder.done_steps
+    assert "data.source" in rows["joint"]
+    assert "equal ranks" in rows["ties"]
+
+
+def test_several_given_sources_are_merged_for_the_source_only_row(finished_run, tiny_workspace):
+    settings = ComparisonSettings(("source_only", "merged"), (1,), (0.2,), "merged", resamples=1000)
+    overrides = ("source.adapters=[run/source, run/target]", "data.source=null")
+    content, _ = run(tiny_workspace / "compare", settings, *overrides)
+    assert all(row["unavailable"] is None for row in content["rows"])
+
+
+def test_lorahub_finds_the_better_of_two_adapters_when_the_other_is_noise(tiny_workspace, tmp_path):
+    import torch
+
+    one = session("tiny.yaml", "target.training.epochs=6")
+    good, _ = one.train_adapter("target", one.splits.train, (), one.recipe.target.training, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    noise = AdapterWeights(
+        {
+            name: LoraPair(*(0.5 * torch.randn(t.shape, generator=generator) for t in (pair.A, pair.B)), pair.scaling)
+            for name, pair in good.items()
+        }
+    )
+    weights, tried = search_weights(one, [noise, good], seed=3)
+    assert tried == baselines.LORAHUB_BUDGET
+    assert abs(weights[1]) > 3 * abs(weights[0])
+    assert abs(weights[1]) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methods", "grasp,gird"), "there is no method 'gird'"),
+        (("--methods", ","), "methods is empty"),
+        (("--methods", "grasp,grasp"), "grasp more than once"),
+        (("--seeds", "1,1"), "1 more than once"),
+        (("--seeds", "one"), "one"),
+        (("--seeds", "-1"), "seed is -1"),
+        (("--grid", "0.5,1.5"), "grid holds 1.5"),
+        (("--grid", "nan"), "grid holds nan"),
+        (("--set", "data.target.test=0"), "needs a test split"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(tiny_workspace, cli: Callable[..., Any], arguments, message):
+    result = cli("compare", "tiny.yaml", *arguments)
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+    assert result.err.startswith("error: ")
+    assert message in result.err
+    assert not (tiny_workspace / "runs").exists()
+
+
+def test_a_damaged_or_changed_record_is_refused(finished):
+    folder, _ = finished
+    file = next((folder / "records").glob("test-losses-*"))
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text[:50], encoding="utf-8")
+    with pytest.raises(RecipeError, match="cannot be read; delete it"):
+        run(folder, SMALL)
+    content = json.loads(text)
+    content["settings"]["dtype"] = "torch.float16"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(RecipeError, match="was changed"):
+        run(folder, SMALL)
+
+
+def test_a_step_that_fails_leaves_no_record(tmp_path):
+    records = Records(tmp_path)
+
+    def fail(_: str) -> dict[str, Any]:
+        raise RecipeError("no")
+
+    with pytest.raises(RecipeError, match="no"):
+        records.get("step", {"a": 1}, fail)
+    assert records.get("step", {"a": 1}, lambda _: {"b": 2}).result == {"b": 2}
+    assert Records(tmp_path).get("step", {"a": 1}, fail).result == {"b": 2}
+
+
+def test_a_signal_stops_a_comparison_with_status_75_and_it_goes_on(tiny_workspace, cli, monkeypatch):
+    arguments = (
+        "compare",
+        "tiny.yaml",
+        "--seeds",
+        "1",
+        "--methods",
+        "target_only,adaptive_merge,grasp",
+        "--set",
+        ROUNDS_EVERY,
+    )
+    finetune = Session.finetune_pruned
+
+    def interrupted(self: Session, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finetune(self, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "finetune_pruned", interrupted)
+    stopped = cli(*arguments)
+    assert stopped.status == 75
+    assert stopped.err == "stopped by SIGTERM in adaptive LoRA merge, seed 1; run the same command again to go on\n"
+    monkeypatch.setattr(Session, "finetune_pruned", finetune)
+    resumed = cli(*arguments)
+    assert resumed.status == 0
+    assert "target only (LoRA), seed 1" not in resumed.out
+    assert "adaptive LoRA merge, seed 1" in resumed.out
+
+
+def test_two_comparisons_never_write_into_one_folder(tiny_workspace, cli):
+    from grasp_lora.experiments.lock import only_writer
+
+    (tiny_workspace / "one").mkdir()
+    with only_writer(tiny_workspace / "one"):
+        result = cli("compare", "tiny.yaml", "--seeds", "1", "--methods", "zero_shot", "--output", "one")
+    assert result.status == 2
+    assert "is being written by" in result.err
