@@ -20,7 +20,7 @@ from grasp_lora.method.merging import MERGE_RULES
 from grasp_lora.training.adapters import CONFIG_FILE, WEIGHTS_FILE
 
 COMMANDS = (
-    "run", "demo", "check", "recipes", "init", "predict", "merge", "learn", "finetune", "evaluate", "report",
+    "run", "demo", "check", "recipes", "init", "predict", "merge", "export", "learn", "finetune", "evaluate", "report",
 )  # fmt: skip
 
 Cli = Callable[..., object]
@@ -166,7 +166,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "given ratio in percent": (changes(final__prune_ratio=40), r"prune_ratio is 40\.0; it must be a fraction in \[0, 1\]"),
     "unknown preset": (changes(controller__policy="papr"), r"no policy preset 'papr'; allowed: default, paper, random"),
-    "unknown metric": (changes(metrics=["f2"]), r"metrics names 'f2'; allowed: .*exact_match"),
+    "unknown metric": (changes(metrics=["f2"]), r"there is no metric 'f2'; allowed: exact_match"),
     "micro-dev of size 0": (changes(data__target__micro_dev=0), r"data\.target: micro_dev must be >= 1, or left out; it is 0"),
     "too few examples": (changes(data__target__test=400), r"asked for test 400.*40 examples in 40 groups.*Lower test"),
     "all too long": (changes(data__max_tokens=9), r"all 40 examples are longer than max_tokens 9.*Raise max_tokens"),

@@ -26,6 +26,7 @@ app = typer.Typer(
 
 Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv[/bold] for your own examples.""",
 )
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 console = Console()
 error_console = Console(stderr=True)
 
@@ -148,7 +149,9 @@ def merge(
     ] = None,
     rule: Annotated[
         str,
-        typer.Option(help="exact, svd, paper_sum, paper_sum_unscaled, ties, ties_svd, dare, dare_svd or dare_ties."),
+        typer.Option(
+            help="exact, svd, paper_sum, paper_sum_unscaled, lorahub, ties, ties_svd, dare, dare_svd or dare_ties."
+        ),
     ] = "exact",
     weight: Annotated[
         list[float] | None,
@@ -163,6 +166,36 @@ def merge(
     _log(False)
     facts = merge_folders(adapters, output, backbone, rule, weight, rank, density)
     console.print(facts, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    adapter: Annotated[str, typer.Argument(help="PEFT adapter: a folder or a hub id.")],
+    output: StepOutput,
+    rank: Annotated[int | None, typer.Option(help="Best approximation of this rank; the error is printed.")] = None,
+    prune_rank: Annotated[
+        bool, typer.Option("--prune-rank", help="Drop the rank-one components that the mask has emptied.")
+    ] = False,
+    uniform_rank: Annotated[
+        bool, typer.Option("--uniform-rank", help="Pad all modules with zeros to one rank, as llama.cpp needs it.")
+    ] = False,
+    fold: Annotated[bool, typer.Option("--fold", help="Add it to the backbone and write the whole model.")] = False,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; default float32, with --fold none.")
+    ] = None,
+    backbone: Annotated[str | None, typer.Option(help="Backbone; default: the one that the adapter names.")] = None,
+) -> None:
+    """Make an adapter ready for others: smaller, in another dtype, or folded into its backbone.
+
+    Prints the error that this costs, and what vLLM and llama.cpp need to take the result.
+    """
+    from grasp_lora.experiments.export import ExportSettings, export_folder
+
+    _log(False)
+    settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype)
+    for line in export_folder(adapter, output, settings, backbone):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"-> {output}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -222,6 +255,29 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    recipe: RecipeArgument,
+    methods: Annotated[
+        str | None, typer.Option(help="Methods, separated by commas; default: all (see `grasp-lora compare --help`).")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "42,1337,9001",
+    grid: Annotated[str, typer.Option(help="Prune ratios of the grid search.")] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run every baseline and GRASP under one protocol; print the table with uncertainty and cost.
+
+    Run it again to go on after an interruption, or on another machine with a copy of the folder's records: what is on record is
+    not done again. Methods: zero_shot, source_only, target_only, target_wide (rank of the merge), target_long (steps of GRASP),
+    continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged, adaptive_merge, grid, grid_16,
+    grid_dev_free, grasp, grasp_paper, grasp_random, grasp_50, grasp_dev_free, one_shot, and grid_oracle, which is not fair.
+    """
+    _log(verbose)
+    _compare(recipe, overrides or [], output, methods, seeds, grid)
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html and report.md of a run folder again."""
     from grasp_lora.experiments.report import write_report
@@ -230,12 +286,15 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 
 
 def main() -> None:
-    """Run the command line; a GraspError becomes one line and exit status 2."""
-    from grasp_lora.errors import GraspError
+    """Run the command line; a GraspError becomes one line and exit status 2, a stop by a signal one line and 75."""
+    from grasp_lora.errors import GraspError, Interrupted
 
     _quiet_libraries()
     try:
         app(prog_name="grasp-lora")
+    except Interrupted as stop:
+        error_console.print(str(stop), style="yellow", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(STOPPED)
     except GraspError as error:
         # What a library or a file put into the message may hold line breaks.
         line = " ".join(str(error).split())
@@ -277,14 +336,49 @@ def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
     console.print(f"adapter {folder / 'adapter'}   report {folder / 'report.html'}", highlight=False, soft_wrap=True)
 
 
+def _compare(
+    recipe: str, overrides: list[str], output: Path | None, methods: str | None, seeds: str, grid: str
+) -> None:
+    from grasp_lora.errors import RecipeError
+    from grasp_lora.experiments.recipe import load_recipe
+
+    loaded, base = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / f"{loaded.name}-compare"
+    with console.status("loading", spinner="dots") if console.is_terminal else _nothing():
+        from grasp_lora.experiments.baselines import DEFAULT_METHODS
+        from grasp_lora.experiments.comparison import ComparisonSettings, compare
+        from grasp_lora.experiments.comparison_report import print_comparison, write_comparison
+        from grasp_lora.experiments.progress import TerminalComparisonProgress
+        from grasp_lora.experiments.session import Session
+    try:
+        settings = ComparisonSettings(
+            DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
+            tuple(int(seed) for seed in _parts(seeds)),
+            tuple(float(ratio) for ratio in _parts(grid)),
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    progress = TerminalComparisonProgress(console)
+    try:
+        content = compare(Session(loaded, base), folder, settings, progress)
+    finally:
+        progress.stop()
+    page = write_comparison(folder, content)
+    print_comparison(content, console)
+    console.print(f"report {page}", highlight=False, soft_wrap=True)
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
 def _print_table(metrics: dict[str, Any]) -> None:
     names = list(metrics["signatures"])
     table = Table("system", "dev loss", "test loss", *names)
     for system, row in metrics["systems"].items():
         losses = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("dev_loss", "test_loss")]
-        table.add_row(
-            system, *losses, *(f"{row['metrics'][name]:.1f}" if name in row["metrics"] else "-" for name in names)
-        )
+        scores = [row["metrics"].get(name) for name in names]
+        table.add_row(system, *losses, *("unavailable" if value is None else f"{value:.1f}" for value in scores))
     console.print(table)
 
 

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.metrics import score
+from grasp_lora.experiments.lock import LOCK_FILE, only_writer
 from grasp_lora.experiments.pipeline import STAGES, Run, StageProgress
 from grasp_lora.experiments.recipe import load_recipe
 from grasp_lora.experiments.session import Session
@@ -24,7 +26,7 @@ from grasp_lora.training.finetune import BestOnDev
 
 SYSTEMS = ("source", "target", "merged", "grasp")
 FILES = {
-    "recipe.yaml", "run.json", "data.json", "metrics.json", "report.html", "report.md",
+    "recipe.yaml", "run.json", "data.json", "metrics.json", "cost.json", "report.html", "report.md",
     *(f"stages/{stage}.json" for stage in STAGES),
     *(f"{adapter}/{file}" for adapter in ("source", "target", "merged", "adapter")
       for file in ("adapter_config.json", "adapter_model.safetensors", "grasp_lora.json")),
@@ -52,7 +54,7 @@ def execute(*overrides: str, folder: str = "run", progress: StageProgress | None
 
 def same_result(one: Path, other: Path) -> None:
     for name in ("adapter/adapter_model.safetensors", "merged/adapter_model.safetensors", "controller/rounds.jsonl",
-                 "controller/ratio.json", "final/history.jsonl", "evaluation/grasp.jsonl"):  # fmt: skip
+                 "controller/ratio.json", "final/history.jsonl", "evaluation/grasp.jsonl", "metrics.json"):  # fmt: skip
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
@@ -161,8 +163,9 @@ class TestFiles:
         learned = read(reference_run / "controller/ratio.json")
         assert metrics["prune_ratio"] == learned["prune_ratio"]
         assert metrics["prune_ratio_interval"] == [learned["low"], learned["high"]]
-        assert set(metrics["cost"]) == set(STAGES) - {"report"}
-        assert all(seconds >= 0 for seconds in metrics["cost"].values())
+        cost = read(reference_run / "cost.json")
+        assert set(cost) == set(STAGES) - {"report"}
+        assert all(seconds >= 0 for seconds in cost.values())
 
     def test_no_file_names_a_place_of_this_machine(self, reference_run: Path, tiny_backbone_folder: Path) -> None:
         places = {
@@ -241,11 +244,11 @@ class TestAgain:
         assert recorder.skipped == list(STAGES[: STAGES.index(stage)])
         after = files_of(finished_run)
         assert set(after) == set(before)
-        timed = {"metrics.json", "report.html", "report.md", "adapter/README.md", "controller/timings.jsonl"}
+        timed = {"cost.json", "report.html", "report.md", "controller/timings.jsonl"}
         for name in set(before) - timed:
             if not name.startswith("stages/"):
                 assert after[name] == before[name], name
-        assert set(read(finished_run / "metrics.json")["cost"]) == set(STAGES) - {"report"}
+        assert set(read(finished_run / "cost.json")) == set(STAGES) - {"report"}
 
     @pytest.mark.parametrize(
         ("part", "method", "after", "stage"),
@@ -284,6 +287,55 @@ class TestAgain:
         same_result(Path("run"), reference_run)
         assert set(files_of(Path("run"))) == FILES
 
+    def test_a_second_writer_is_refused_and_changes_nothing(self, finished_run: Path) -> None:
+        with only_writer(finished_run):
+            assert execute()["test_examples"] == 8  # a complete run is only read
+            (finished_run / "stages/report.json").unlink()
+            before = files_of(finished_run)
+            with pytest.raises(
+                RecipeError, match=r"run is being written by process \d+ on .*choose another folder with"
+            ):
+                execute()
+            assert files_of(finished_run) == before
+        execute()
+
+    def test_checkpoints_and_drafts_that_a_kill_left_behind_are_removed(self, finished_run: Path) -> None:
+        (finished_run / "stages/final.json").unlink()
+        for name in ("controller/checkpoint-9", "final/checkpoint-3", "adapter.part"):  # the second has no manifest
+            (finished_run / name).mkdir()
+            (finished_run / name / "weights.safetensors").write_bytes(b"half")
+        execute()
+        assert set(files_of(finished_run)) == FILES
+        assert not (finished_run / "adapter.part").exists()
+
+    @pytest.mark.parametrize("left", [(LOCK_FILE,), (LOCK_FILE, "run.json.part")])
+    def test_a_folder_that_a_run_was_killed_in_before_it_began_is_a_new_one(
+        self, left: tuple[str, ...], tiny_workspace: Path
+    ) -> None:
+        Path("run").mkdir()
+        for name in left:
+            (Path("run") / name).write_text("{")
+        execute("data.target.test=0")
+        assert Path("run/adapter/adapter_model.safetensors").is_file()
+
+    def test_the_time_of_an_interrupted_stage_counts_up(
+        self, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = GraspController.run_round
+
+        def slow(self: GraspController, *arguments: Any) -> Any:
+            if len(self.policy.history) == 2:
+                raise KeyboardInterrupt
+            time.sleep(0.3)
+            return original(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GraspController, "run_round", slow)
+            with pytest.raises(KeyboardInterrupt):
+                execute("save_every=7")
+        execute("save_every=7")
+        assert read(Path("run/cost.json"))["controller"] >= 0.6  # two rounds before the checkpoint
+
     def test_other_data_than_the_run_began_with_are_refused(self, finished_run: Path) -> None:
         (finished_run / "stages/final.json").unlink()
         lines = Path("target.jsonl").read_text().splitlines()
@@ -307,7 +359,7 @@ class TestAgain:
         with pytest.raises(RecipeError, match=r"another recipe \(seed is 42 there and 7 here\); choose another folder"):
             execute("seed=7")
 
-    @pytest.mark.parametrize("change", ["report_to=[]", "backbone.device=cpu", "data.root=."])
+    @pytest.mark.parametrize("change", ["report_to=[]", "backbone.device=cpu", "data.root=.", "save_every=3"])
     def test_what_does_not_decide_the_result_may_change(self, change: str, finished_run: Path) -> None:
         execute(change)
 
@@ -328,7 +380,7 @@ class TestWays:
         assert not Path("given/controller").exists()
         assert metrics["prune_ratio"] == 0.5
         assert metrics["prune_ratio_interval"] is None
-        assert "controller" not in metrics["cost"]
+        assert "controller" not in read(Path("given/cost.json"))
         assert all(2 * row["kept"] == row["weights"] for row in read(Path("given/final/sparsity.json")))
         again = Recorder()
         execute("final.prune_ratio=0.5", folder="given", progress=again)

@@ -151,9 +151,9 @@ def write_run(folder: Path) -> Path:
             },
             "test_examples": sizes["test"],
             "language": "ar",
-            "cost": seconds,
         },
     )
+    write_json(folder / "cost.json", seconds)
     return folder
 
 
@@ -476,7 +476,7 @@ def give_ratio(run_folder: Path) -> None:
     (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"final": {"prune_ratio": 0.46}}), encoding="utf-8")
     shutil.rmtree(run_folder / "controller")
     (run_folder / "stages" / "controller.json").unlink()
-    change(run_folder / "metrics.json", lambda metrics: metrics["cost"].pop("controller"))
+    change(run_folder / "cost.json", lambda cost: cost.pop("controller"))
 
 
 def test_run_with_a_given_ratio_is_complete_without_a_controller(run_folder: Path) -> None:
@@ -523,7 +523,7 @@ def test_unavailable_and_non_finite_scores_are_no_numbers(run_folder: Path) -> N
         history.write('{"step": 99, "epoch": 9.0, "loss": NaN}\n')
     page = report_of(run_folder)
     row = next(cells for cells in page.rows if cells[0] == "GRASP")
-    assert row[5] == "–"
+    assert row[5] == "unavailable"
     assert next(cells for cells in page.rows if cells[0] == "Source only")[1] == "not finite"
     assert page.figures["history-final"]["data"][0]["y"][-1] is None
 

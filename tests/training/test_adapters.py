@@ -485,9 +485,9 @@ def test_a_wrong_target_module_lists_what_exists(make_tiny_model):
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "bias='all'"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"init_lora_weights": "pissa"}, "changes the backbone .pissa"),
-        ({"init_lora_weights": "pissa_niter_2"}, "changes the backbone .pissa_niter_2"),
-        ({"init_lora_weights": "olora"}, "changes the backbone .olora"),
+        ({"init_lora_weights": "pissa"}, r"changes the backbone \('pissa"),
+        ({"init_lora_weights": "pissa_niter_2"}, r"changes the backbone \('pissa_niter_2"),
+        ({"init_lora_weights": "olora"}, r"changes the backbone \('olora"),
         ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
         ({"targets": ("embed_tokens",)}, r"changes an embedding .*embed_tokens\.lora_embedding_A"),
     ],
@@ -520,14 +520,14 @@ def saved_by_peft_without_deltas(make_tiny_model, folder: Path, **config) -> Non
         ({"kasa_config": {"beta": 0.1}}, "KaSA"),
         ({"monteclora_config": {"num_samples": 4}}, "MonteCLoRA"),
         ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"),
-        ({"peft_type": "ADALORA"}, "type ADALORA"),
+        ({"peft_type": "ADALORA"}, "type 'ADALORA'"),
         ({"peft_type": None}, "type None"),
         ({"r": 3}, "rank 4, its config says 3"),
         ({"rank_pattern": {"q_proj": 2}}, "q_proj has rank 4, its config says 2"),
         ({"r": "4"}, "r is '4'"),
         ({"r": 0}, "r is 0"),
         ({"lora_alpha": None}, "lora_alpha is None"),
-        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": float("nan")}, "NaN is none of its numbers"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -577,7 +577,7 @@ def test_a_pickle_is_never_loaded(folder):
 def test_a_truncated_file_is_refused(folder, length):
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:length])
-    with pytest.raises(AdapterError, match="cannot be read") as error:
+    with pytest.raises(AdapterError, match="it is truncated or") as error:
         read_adapter(folder)
     assert "\n" not in str(error.value)
 
@@ -590,6 +590,63 @@ def test_a_broken_config_is_refused(folder, content):
     (folder / "adapter_config.json").unlink()
     with pytest.raises(AdapterError, match=r"no PEFT adapter: it has no adapter_config\.json"):
         read_adapter(folder)
+
+
+def test_nothing_that_a_config_names_is_imported(folder, monkeypatch):
+    (folder / "evil_library.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(folder))
+    mapping = {"base_model_class": "Evil", "parent_library": "evil_library"}
+    edit_config(
+        folder, auto_mapping=mapping, megatron_core="evil_library", auto_map={"AutoConfig": "evil_library.Evil"}
+    )
+    assert read_adapter(folder).weights
+    assert "evil_library" not in sys.modules
+
+
+def test_a_link_to_the_weights_is_followed(folder, tmp_path):
+    """The caches of the hub are made of links."""
+    (folder / WEIGHTS).rename(tmp_path / "blob")
+    (folder / WEIGHTS).symlink_to(tmp_path / "blob")
+    assert read_adapter(folder).weights
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["q_proj", "self_attn.q_proj", "^model", r"^model\.layers\.0\.self_attn\.q_proj", r".*\.q_proj", r"(q|k)_proj", "layers.0.*",
+     "proj", "q.proj", "q_proj|v_proj", "layers.[01].self_attn.v_proj", r"model\.layers\.\d+\.self_attn\.q_proj", "Q_proj", "",
+     "layers.0.self_attn.q_proj$", "x|.*"],
+)  # fmt: skip
+def test_patterns_mean_what_they_mean_to_peft(folder, pattern):
+    from peft.utils.other import get_pattern_key
+
+    edit_config(folder, alpha_pattern={pattern: 64.0})
+    plain = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    for module, pair in read_adapter(folder).weights.items():
+        meant = get_pattern_key([pattern], module) == pattern
+        assert pair.scaling == (64.0 if meant else plain) / pair.rank, module
+
+
+def test_patterns_and_modules_must_not_be_too_many(folder, monkeypatch):
+    import grasp_lora.training.adapter_files as adapter_files
+
+    monkeypatch.setattr(adapter_files, "MOST_EFFORT", 50)
+    edit_config(folder, alpha_pattern={f"^x{i}": 2 for i in range(50)})
+    with pytest.raises(AdapterError, match=r"modules are too many for the patterns of adapter_config\.json"):
+        read_adapter(folder)
+
+
+def test_modules_without_weights_are_named(make_tiny_model, folder, caplog):
+    def drop(tensors) -> None:
+        for factor in "AB":
+            tensors.pop(KEY.format(factor))
+
+    edit_tensors(folder, drop)
+    with caplog.at_level(logging.WARNING):
+        check(folder, make_tiny_model("llama"), name="someone/tiny")
+    assert any(
+        "1 modules of the backbone for which it has no weights, first model.layers.0" in line
+        for line in caplog.messages
+    )
 
 
 def test_a_place_that_is_neither_folder_nor_hub_id_is_refused(tmp_path):

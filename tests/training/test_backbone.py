@@ -29,6 +29,7 @@ from grasp_lora.training.backbone import (
     EMBEDDED_PUBLIC_NAME,
     BackboneSettings,
     cache_folder,
+    find_dtype,
     find_stop_ids,
     fingerprint,
     load_backbone,
@@ -57,7 +58,7 @@ def load(name, **settings):
 def test_a_local_folder_loads_frozen_in_eval_mode(tiny_backbone_folder):
     backbone = load(tiny_backbone_folder)
     assert backbone.name == str(tiny_backbone_folder)
-    assert backbone.model.dtype == torch.bfloat16
+    assert str(backbone.model.dtype) == f"torch.{find_dtype('cpu')}"
     assert not backbone.model.training
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
     assert backbone.stop_ids == (2,)
@@ -66,8 +67,27 @@ def test_a_local_folder_loads_frozen_in_eval_mode(tiny_backbone_folder):
     assert backbone.tokenizer.decode(backbone.tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "float32"),
+        ({"avx512_f": True}, "float32"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+    ],
+)
+def test_auto_takes_bfloat16_only_where_the_processor_computes_in_it(monkeypatch, capabilities, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert find_dtype("cpu") == dtype
+
+
+def test_auto_is_float32_where_torch_does_not_tell(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert find_dtype("cpu") == "float32"
+
+
 def test_float32_and_bfloat16_share_a_fingerprint(tiny_backbone_folder):
-    wide, narrow = load(tiny_backbone_folder, dtype="float32"), load(tiny_backbone_folder)
+    wide, narrow = load(tiny_backbone_folder, dtype="float32"), load(tiny_backbone_folder, dtype="bfloat16")
     assert wide.model.dtype == torch.float32
     assert wide.fingerprint == narrow.fingerprint
     assert len(wide.fingerprint) == 16
@@ -216,6 +236,34 @@ def test_own_code_runs_only_when_asked_for(folder, caplog, monkeypatch, tmp_path
     with caplog.at_level(logging.WARNING), pytest.raises(GraspError, match="not a causal language model"):
         load(folder, trust_remote_code=True)  # its code ran, and gave a config that has no model
     assert "will run on this machine" in caplog.text
+
+
+def test_kernels_of_the_hub_are_code_too(folder):
+    edit_json(folder / "config.json", _attn_implementation="lab/kernel")
+    with pytest.raises(
+        GraspError, match=r"asks for compiled attention code of the hub \('lab/kernel'\): read that code"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"hidden_size": "many"}),
+        ("config.json", {"hidden_size": 64}),
+        ("config.json", {"hidden_act": "nothing"}),
+        ("config.json", {"auto_map": 5}),
+        ("tokenizer.json", {"model": {"type": "BPE"}}),
+        ("tokenizer_config.json", {"eos_token": 7}),
+        ("generation_config.json", {"eos_token_id": "end"}),
+    ],
+)
+def test_a_damaged_folder_is_one_line(folder, file, changes):
+    edit_json(folder / file, **changes)
+    with pytest.raises(GraspError, match=r"Cannot load backbone|has no EOS token") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

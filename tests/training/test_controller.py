@@ -154,11 +154,10 @@ def arguments(folder, kind=TrainingArguments, **changes):
         per_device_train_batch_size=1,
         learning_rate=1e-2,
         report_to="none",
-        save_strategy="no",
         logging_steps=1,
         disable_tqdm=True,
         use_cpu=True,
-        **changes,
+        **{"save_strategy": "no", **changes},
     )
 
 
@@ -225,6 +224,36 @@ def read_rows(file) -> list[dict]:
 
 
 # In three trainers
+
+
+@pytest.mark.parametrize("trainer_name", ["transformers", "trl"])
+def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
+    make_tiny_model, tiny_tokenizer, tmp_path, trainer_name
+):
+    def train(resume: bool) -> tuple[list[torch.Tensor], dict, list[dict]]:
+        backbone = make_tiny_model("llama")
+        weights = merged_adapter(backbone, "llama")
+        controller = controller_for(weights, mask=MaskSettings("sensitivity"), folder=tmp_path / "records")
+        saving = {"save_strategy": "steps", "save_steps": 5}
+        with attached(backbone, weights, dropout=0.2) as model:
+            if trainer_name == "trl":
+                trainer = make_sft_trainer(model, tmp_path, tiny_tokenizer, **saving)
+            else:
+                trainer = Trainer(
+                    model=model,
+                    args=arguments(tmp_path, remove_unused_columns=False, **saving),
+                    train_dataset=TRAIN,
+                    data_collator=lambda examples: collate(examples, PAD),
+                )
+            controller.add_to(trainer)
+            trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5") if resume else None)
+            factors = [factor.detach().clone() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
+        return factors, controller.policy.state(), read_rows(tmp_path / "records" / "rounds.jsonl")
+
+    whole, resumed = train(resume=False), train(resume=True)
+    assert all(torch.equal(one, other) for one, other in zip(whole[0], resumed[0], strict=True))
+    assert whole[1:] == resumed[1:]
+    assert [row["step"] for row in resumed[2]] == [3, 6, 9, 12]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -213,6 +213,80 @@ class TestRecords:
             read(tmp_path / "x.jsonl", [row], "qa", group="topic")
 
 
+class TestCleaning:
+    def test_control_characters_go_from_every_text_and_are_counted(self, tmp_path: Path) -> None:
+        rows = [
+            {"id": "a", "prompt": "x\x1b[2Jy\r\nz", "completion": "\x93b\x94\x00", "references": ["c\x7f"]},
+            {"id": "b", "messages": [{"role": "user", "content": "h\x07i"}, {"role": "assistant", "content": "o\rk"}]},
+        ]
+        pool = read(tmp_path / "x.jsonl", rows, "completion")
+        first, second = pool.records
+        assert (first.fields["prompt"], first.answer, first.references) == ("x[2Jy\nz", "“b”", ("c",))
+        assert (second.messages[0]["content"], second.answer) == ("hi", "o\nk")
+        assert (pool.characters_mapped, pool.characters_removed) == (3, 4)
+
+    def test_squad_answers_are_cleaned_with_their_context(self, tmp_path: Path) -> None:
+        content = squad(("T", [("one\x0c two", [("q", "which?\x00", ["e\x0c t"])])]))
+        pool = read(tmp_path / "x.json", content, "qa")
+        assert pool.records[0].answer == "e t"
+        assert pool.characters_removed == 3
+
+    @pytest.mark.parametrize(
+        "mark", ["\u200e", "\u200f", "\u061c", "\u202b", "\u2067", "\u200d", "\ufeff", "\u2028", "\U000e0041"]
+    )
+    def test_marks_that_texts_need_stay(self, tmp_path: Path, mark: str) -> None:
+        row = {"prompt": f"a{mark}b", "completion": f"c{mark}"}
+        pool = read(tmp_path / "x.jsonl", [row], "completion")
+        assert (pool.records[0].fields["prompt"], pool.records[0].answer) == (row["prompt"], row["completion"])
+        assert pool.characters_removed == 0
+
+    def test_line_ends_may_be_mixed(self, tmp_path: Path) -> None:
+        row = '{"prompt": "a", "completion": "b"}'
+        assert len(read(tmp_path / "x.jsonl", f"{row}\r\n{row}\n\n{row}\r\n", "completion").records) == 3
+        assert len(read(tmp_path / "x.csv", "prompt,completion\r\na,b\nc,d\re,f\r\n", "completion").records) == 3
+
+    def test_a_long_cell_is_a_cell(self, tmp_path: Path) -> None:
+        import csv
+
+        before = csv.field_size_limit()
+        text = "x" * 200_000
+        assert (
+            read(tmp_path / "x.csv", f"prompt,completion\n{text},b\n", "completion").records[0].fields["prompt"] == text
+        )
+        assert csv.field_size_limit() == before
+
+    def test_a_name_with_a_control_character_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "x.csv").write_text("prompt,completion\na,b\n")
+        with pytest.raises(DataError, match=r"the data file 'a\\nseed: 7\.csv' has a control character in its name"):
+            read_files([("a\nseed: 7.csv", tmp_path / "x.csv")], "completion")
+
+    def test_parquet_that_unpacks_without_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import grasp_lora.training.rows as rows
+
+        monkeypatch.setattr(rows, "MOST_BYTES", 100_000)
+        table = {"prompt": ["x" * 1000] * 5000, "completion": ["y"] * 5000}
+        datasets.Dataset.from_dict(table).to_parquet(tmp_path / "x.parquet")
+        assert (tmp_path / "x.parquet").stat().st_size < 100_000
+        with pytest.raises(DataError, match=r"x\.parquet unpacks to more than 100000 bytes"):
+            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
+
+    @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+    def test_rows_without_end(self, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        import grasp_lora.training.rows as rows
+
+        monkeypatch.setattr(rows, "MOST_ROWS", 3)
+        table = datasets.Dataset.from_dict({"prompt": list("abcd"), "completion": list("abcd")})
+        path = tmp_path / f"x.{suffix}"
+        if suffix == "csv":
+            table.to_csv(path)
+        elif suffix == "parquet":
+            table.to_parquet(path)
+        else:
+            path.write_text("\n".join(map(json.dumps, table)) if suffix == "jsonl" else json.dumps(list(table)))
+        with pytest.raises(DataError, match=rf"x\.{suffix} holds more than 3 records"):
+            read_files([(path.name, path)], "completion")
+
+
 class TestEncodings:
     ROW = '{"prompt": "é", "completion": "b"}\n'
 

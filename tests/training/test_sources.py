@@ -70,6 +70,23 @@ class TestHub:
         monkeypatch.setattr(datasets, "load_dataset", load)
         assert len(read_hub("org/sums", "arabic", "train", "summarization").records) == 1
 
+    def test_offline_is_on_only_while_it_reads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import huggingface_hub
+
+        seen = []
+
+        def load(*args: object, **kwargs: object) -> list[dict]:
+            seen.append((datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE))
+            return self.ROWS
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        for offline in (True, False):
+            read_hub("org/sums", None, "train", "summarization", offline=offline)
+        assert seen == [(True, True), (False, False)]
+        assert not datasets.config.HF_HUB_OFFLINE
+
     def test_offline(self) -> None:
         with pytest.raises(DataError, match=r"hub:no/such/train: the hub cannot be reached .* under `files`"):
             read_hub("no/such", None, "train", "qa")

@@ -1,6 +1,7 @@
 """The main job in a run folder: data, source, target, merge, controller, final, evaluate, report.
 
-Each stage leaves a marker when it is complete and is skipped on a rerun; a run folder of another recipe is refused. Nothing is
+Each stage leaves a marker when it is complete and is skipped on a rerun; a training stage goes on from its last checkpoint, to
+the same bits as without an interruption. A run folder of another recipe is refused, and so is a second writer. Nothing is
 written before the recipe, the backbone, the data and the adapters have been checked.
 """
 
@@ -8,8 +9,10 @@ import hashlib
 import json
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,17 +21,23 @@ from typing import Any
 import yaml
 
 from grasp_lora.errors import RecipeError
+from grasp_lora.experiments.interruption import Interruption
+from grasp_lora.experiments.lock import LOCK_FILE, only_writer
 from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
 from grasp_lora.experiments.report import write_model_card, write_report
+from grasp_lora.experiments.run_folder import COST_FILE, TRAINED
 from grasp_lora.experiments.session import Evaluation, Progress, Session, ratio_record, write_json, write_jsonl
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.training.adapters import read_adapter
+from grasp_lora.training.checkpoint import Checkpointing, newest_checkpoint, remove_checkpoints, seconds_of
 from grasp_lora.training.data import SPLITS, Example, Splits
+from grasp_lora.training.durable import clear_write_errors, sync, vanished, write_whole
 from grasp_lora.training.settings import TrainingSettings
 
 log = logging.getLogger(__name__)
 
 STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate", "report")
+RUN_FILE = "run.json"
 DIFFERENCES_SHOWN = 3
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
 
@@ -64,21 +73,28 @@ class Run:
         self.folder = folder
         self.progress = progress or StageProgress()
         self.session = Session(recipe, base, self.progress)
+        self._place = "before it began"
+        self._interruption = Interruption(lambda: self._place)
+        self.session.checkpoints = Checkpointing(recipe.save_every, lambda: self._interruption.asked_by)
         self._check_folder()
 
     def execute(self) -> dict[str, Any]:
-        """Do every stage that is not complete yet; return the content of `metrics.json`.
+        """Do what is not done yet; return the content of `metrics.json`.
 
         Raises:
-            GraspError: something the user gave does not fit; completed stages stay.
+            GraspError: something the user gave does not fit, the folder cannot be written or another process writes there;
+                what is done stays.
+            Interrupted: SIGTERM or SIGINT came. A training stage finishes its step and saves a checkpoint, others stop at once
+                and are done again; a second signal ends the process.
         """
-        if not all(self._marker(stage).is_file() for stage in self.stages):
-            self.progress.preparing()
-            self.session.prepare()
-            self._begin()
-        for name in self.stages:
-            self._stage(name, getattr(self, f"_{name}"))
-        metrics: dict[str, Any] = self._read("metrics.json")
+        with self._interruption.handled(), clear_write_errors(self.folder), ExitStack() as lock:
+            if not all(self._marker(stage).is_file() for stage in self.stages):
+                self._prepare(lock)
+            elif (self.folder / LOCK_FILE).is_file():  # a kill came when all was done: the file goes with the lock
+                lock.enter_context(only_writer(self.folder))
+            for name in self.stages:
+                self._stage(name, getattr(self, f"_{name}"))
+            metrics: dict[str, Any] = self._read("metrics.json")
         return metrics
 
     @property
@@ -112,13 +128,13 @@ class Run:
     ) -> dict[str, Any]:
         """Train a fresh adapter into the folder of its name."""
         weights, result = self.session.train_adapter(part, train, dev, training, self.folder / part)
-        self.session.save(self.folder / part, weights)
+        self._save(part, weights)
         return {"steps": result.steps, "best_step": result.best_step, "dev_loss": result.dev_loss}
 
     def _merge(self) -> dict[str, Any]:
         parents = self._parents()
         merged = self.session.merge(list(parents.values()), list(parents), self.recipe.merge)
-        self.session.save(self.folder / "merged", merged)
+        self._save("merged", merged)
         weights = sum(pair.A.numel() + pair.B.numel() for pair in merged.values())
         return {"rule": self.recipe.merge.rule, "modules": len(merged), "weights": weights}
 
@@ -133,7 +149,7 @@ class Run:
         ratio = self._prune_ratio()
         weights, result, rows = self.session.finetune_pruned(self._adapter("merged"), ratio, folder)
         write_json(folder / "sparsity.json", rows)
-        self.session.save(self.folder / "adapter", weights)
+        self._save("adapter", weights)
         pruned = 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)
         return {
             "prune_ratio": ratio,
@@ -169,6 +185,19 @@ class Run:
         target = recipe.target.adapter
         parents["target"] = session.existing_adapters[target].weights if target else self._adapter("target")
         return parents
+
+    def _save(self, name: str, weights: AdapterWeights) -> None:
+        """Write an adapter into the folder of its name, each file whole or not at all."""
+        folder, draft = self.folder / name, self.folder / f"{name}.part"
+        if draft.exists():
+            shutil.rmtree(draft)
+        self.session.save(draft, weights)
+        folder.mkdir(exist_ok=True)
+        for file in sorted(draft.iterdir()):
+            sync(file)
+            file.replace(folder / file.name)
+        draft.rmdir()
+        sync(folder)
 
     def _adapter(self, name: str) -> AdapterWeights:
         return read_adapter(self.folder / name).weights
@@ -209,33 +238,41 @@ class Run:
                 "signatures": signatures,
                 "test_examples": len(self.session.splits.test),
                 "language": self.session.language,
-                "cost": {},
             },
         )
 
     def _write_costs(self) -> None:
-        metrics = self._read("metrics.json")
-        metrics["cost"] = {
-            stage: json.loads(self._marker(stage).read_text(encoding="utf-8"))["seconds"]
-            for stage in STAGES
-            if self._marker(stage).is_file()
-        }
-        write_json(self.folder / "metrics.json", metrics)
+        """Write the seconds of each stage; apart from the metrics, which are the same in every run of a recipe."""
+        done = [stage for stage in STAGES if self._marker(stage).is_file()]
+        write_json(self.folder / COST_FILE, {stage: self._read(f"stages/{stage}.json")["seconds"] for stage in done})
 
     def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
-        marker = self._marker(name)
+        self._interruption.stop_if_asked()
+        self._place = f"in the stage {name}"
+        marker, folder = self._marker(name), self.folder / name
         if marker.is_file():
+            remove_checkpoints(folder)  # a kill may have come between the marker and their removal
             done = self._read(f"stages/{name}.json")
             self.progress.finished(name, done["seconds"], done["summary"], skipped=True)
             return
-        for later in STAGES[STAGES.index(name) :]:  # they rest on what is done anew here
+        self._check_presence()
+        for later in STAGES[STAGES.index(name) + 1 :]:  # they rest on what is done anew here
             self._marker(later).unlink(missing_ok=True)
+            remove_checkpoints(self.folder / later)
         self.progress.stage(name)
-        started = time.perf_counter()
-        summary = work()
-        seconds = time.perf_counter() - started
-        write_json(marker, {"stage": name, "seconds": round(seconds, 3), "summary": summary})
-        self.progress.finished(name, seconds, summary, skipped=False)
+        checkpoint = newest_checkpoint(folder)
+        started = time.perf_counter() - (seconds_of(checkpoint) if checkpoint else 0.0)
+        with self._interruption.deferred() if name in TRAINED else nullcontext():
+            summary = work()
+            seconds = time.perf_counter() - started
+            self._check_presence()
+            write_json(marker, {"stage": name, "seconds": round(seconds, 3), "summary": summary})
+            remove_checkpoints(folder)
+            self.progress.finished(name, seconds, summary, skipped=False)
+
+    def _check_presence(self) -> None:
+        if not (self.folder / RUN_FILE).is_file():
+            raise vanished(self.folder)
 
     def _marker(self, stage: str) -> Path:
         return self.folder / "stages" / f"{stage}.json"
@@ -252,11 +289,13 @@ class Run:
     def _check_folder(self) -> None:
         if self.folder.exists() and not self.folder.is_dir():
             raise RecipeError(f"{self.folder} is a file; give a folder for the run")
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+        # What a run that was killed before it really began may have left.
+        beginnings = {LOCK_FILE, f"{RUN_FILE}.part"}
+        if not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} <= beginnings:
             return
-        if not (self.folder / "run.json").is_file():
+        if not (self.folder / RUN_FILE).is_file():
             raise RecipeError(f"{self.folder} is not empty and no run folder; choose another with --output")
-        stated = self._read("run.json").get("recipe_hash")
+        stated = self._read(RUN_FILE).get("recipe_hash")
         if stated != self.recipe.fingerprint():
             raise RecipeError(
                 f"{self.folder} holds a run of another recipe ({self._differences()}); "
@@ -275,6 +314,25 @@ class Run:
         more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
         return ", ".join(shown) + more if shown else f"by its hash; its recipe is in {RECIPE_FILE} there"
 
+    def _prepare(self, lock: ExitStack) -> None:
+        """Become the folder's only writer, load and check everything, and begin."""
+        self._place = "before its first stage"
+        existing = self.folder.is_dir()
+        if existing:
+            lock.enter_context(only_writer(self.folder))
+        self.progress.preparing()
+        self.session.prepare()
+        if not existing:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise RecipeError(
+                    f"{self.folder} cannot be written ({error.strerror}); choose another folder with --output"
+                ) from error
+            lock.enter_context(only_writer(self.folder))
+        self._check_folder()  # again: until now another run may have begun there
+        self._begin()
+
     def _begin(self) -> None:
         """Write what the run starts from; when it goes on, check that this is still the same."""
         backbone, adapters = self.session.backbone, self.session.existing_adapters
@@ -289,17 +347,11 @@ class Run:
             "libraries": {name: version(name) for name in LIBRARIES},
             "python": platform.python_version(),
         }
-        if not (self.folder / "run.json").is_file():
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                (self.folder / RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
-            except OSError as error:
-                raise RecipeError(
-                    f"{self.folder} cannot be written ({error.strerror}); choose another folder with --output"
-                ) from error
-            write_json(self.folder / "run.json", started)
-            return
-        before = self._read("run.json")
+        if not (self.folder / RUN_FILE).is_file():
+            write_json(self.folder / RUN_FILE, started)
+        if not (self.folder / RECIPE_FILE).is_file():
+            write_whole(self.folder / RECIPE_FILE, self.recipe.to_yaml())
+        before = self._read(RUN_FILE)
         changed = [what for what in ("backbone", "parents") if before.get(what) != started[what]]
         if self._marker("data").is_file() and self._read("data.json").get("sha256") != _hash_of(self.session.splits):
             changed.append("data")

@@ -7,8 +7,11 @@ single values; the resolved recipe is saved with the run.
 import difflib
 import hashlib
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from datetime import date
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -16,17 +19,27 @@ from typing import Annotated, Any, ClassVar
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from grasp_lora.display import CONTROLS, escaped, one_line, quoted
 from grasp_lora.errors import RecipeError
+from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.evaluation.generation import GenerationSettings
+from grasp_lora.experiments.recipe_text import MOST_BYTES, decode, parse
 from grasp_lora.method.masking import MaskSettings
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import PRESETS, PolicySettings
 from grasp_lora.training.backbone import BackboneSettings
 from grasp_lora.training.data import DataSettings
 from grasp_lora.training.settings import LoraSettings, TrainingSettings
+from grasp_lora.training.untrusted import RefusedError, is_file, read_bounded
 
 RECIPE_FILE = "recipe.yaml"
-_MAX_BYTES = 1_000_000
+MOST_WHOLE = 10**9  # of any whole number but a seed
+MOST_SEED = 2**63 - 1
+MOST_OF = {"rank": 16_384, "candidates": 1_024}  # what would be allocated or tried at once
+MOST_TEXT = 1_024  # characters of a text that is no template
+MOST_PART = 255  # bytes of a part of a path, as file systems have it
+SURROGATES = re.compile("[\ud800-\udfff]")
+_FREE_TEXTS = ("data.prompt", "data.completion", "generation.stop")  # which may hold any characters, and many
 _PLAIN_WORDS = {  # of pydantic's error types, for those who do not know Python
     "string_pattern_mismatch": "use Latin letters, digits, '.', '_' and '-' only, and begin with a letter or digit",
     "tuple_type": "must be a list, such as [first, second]",
@@ -45,8 +58,8 @@ def _policy(value: Any) -> Any:
         return value
     changes = dict(value)
     name = changes.pop("preset")
-    if name not in PRESETS:
-        raise ValueError(f"there is no policy preset {name!r}; allowed: {', '.join(PRESETS)}")
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"there is no policy preset {quoted(name)}; allowed: {', '.join(PRESETS)}")
     return asdict(PRESETS[name]) | changes
 
 
@@ -67,6 +80,10 @@ class SourceStage:
     adapters: tuple[str, ...] = ()
     training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=2, learning_rate=2e-4))
 
+    def __post_init__(self) -> None:
+        if not all(adapter.strip() for adapter in self.adapters):
+            raise ValueError("adapters names an empty place; give a folder or a hub id")
+
 
 @dataclass(frozen=True)
 class TargetStage:
@@ -81,6 +98,10 @@ class TargetStage:
 
     adapter: str | None = None
     training: TrainingSettings = field(default_factory=lambda: TrainingSettings(learning_rate=2e-4))
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and not self.adapter.strip():
+            raise ValueError("adapter is empty; give a folder or a hub id, or leave it out to train one")
 
 
 @dataclass(frozen=True)
@@ -134,7 +155,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(default=42, ge=0)
     backbone: BackboneSettings = BackboneSettings()
     data: DataSettings
@@ -147,16 +168,19 @@ class Recipe(BaseModel):
     final: FinalStage = FinalStage()
     generation: GenerationSettings = GenerationSettings()
     metrics: tuple[str, ...] = ()
+    bertscore: BertScoreSettings = BertScoreSettings()
     report_to: tuple[str, ...] = ()
+    save_every: int | None = Field(default=None, ge=1)  # optimizer steps between checkpoints; see `Checkpointing`
 
     def seed_of(self, part: str) -> int:
         """Return the seed of one part of the experiment, so that no two parts share their random numbers."""
         return int.from_bytes(hashlib.sha256(f"{self.seed}/{part}".encode()).digest()[:4], "big") >> 1
 
     def fingerprint(self) -> str:
-        """Return a hash of what decides the result: everything but the place of the data, the device and the trackers."""
+        """Return a hash of what decides the result: all but the place of the data, the device, trackers and checkpoints."""
         content = self.model_dump(
-            mode="json", exclude={"data": {"root"}, "backbone": {"device", "offline"}, "report_to": True}
+            mode="json",
+            exclude={"data": {"root"}, "backbone": {"device", "offline"}, "report_to": True, "save_every": True},
         )
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -185,26 +209,26 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Reci
     Raises:
         RecipeError: one line that names the field, what arrived and what is allowed.
     """
-    file = Path(recipe)
-    if file.is_file():
-        if file.stat().st_size > _MAX_BYTES:
-            raise RecipeError(f"recipe {file} has {file.stat().st_size} bytes; a recipe has at most {_MAX_BYTES}")
+    name = f"recipe {escaped(str(recipe))}"
+    if is_file(Path(recipe)):
         try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RecipeError(f"recipe {file} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-        base = file.parent
+            text = decode(read_bounded(Path(recipe), MOST_BYTES), name)
+        except RefusedError as error:
+            raise RecipeError(f"{name}: {error}") from error
+        base = Path(recipe).parent
     elif str(recipe) in builtin_recipes():
         text = (resources.files("grasp_lora") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
         base = Path()
     else:
         raise RecipeError(
-            f"there is no recipe {str(recipe)!r}: neither a file nor a built-in name ({', '.join(builtin_recipes())})"
+            f"there is no recipe {quoted(str(recipe))}: neither a file nor a built-in name ({', '.join(builtin_recipes())})"
         )
-    content = _parse(text, str(recipe))
+    content = parse(text, name)
+    if not isinstance(content, dict):
+        raise RecipeError(f"{name} must hold keys and values, such as 'name: my-recipe'")
     for override in overrides:
         _apply(content, override)
-    return validate(content, str(recipe)), base
+    return validate(content, escaped(str(recipe))), base
 
 
 def validate(content: dict[str, Any], name: str) -> Recipe:
@@ -214,61 +238,88 @@ def validate(content: dict[str, Any], name: str) -> Recipe:
         RecipeError: one line on the first thing that does not fit, with the dotted path of the field.
     """
     try:
-        return Recipe.model_validate(content)
+        recipe = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"recipe {name}: {_explain(error)}") from error
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping from its node."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} stands twice; remove one", problem_mark=key.start_mark
-                )
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def _parse(text: str, name: str) -> dict[str, Any]:
     try:
-        # Aliases are what an "anchor bomb" is made of, and a recipe has no use for them.
-        aliases = [token.start_mark.line + 1 for token in yaml.scan(text) if isinstance(token, yaml.AliasToken)]
-        content = None if aliases else yaml.load(text, _UniqueKeys)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
-        raise RecipeError(f"recipe {name} is no valid YAML{_yaml_problem(error)}") from error
-    except RecursionError as error:
-        raise RecipeError(f"recipe {name} is nested too deeply; a recipe has at most four levels") from error
-    if aliases:
-        raise RecipeError(f"recipe {name} uses a YAML alias (*name) in line {aliases[0]}; write the values out")
-    if not isinstance(content, dict):
-        raise RecipeError(f"recipe {name} must hold keys and values, such as 'name: my-recipe'")
-    return content
+        _check_values(content, recipe, ())
+    except ValueError as error:
+        raise RecipeError(f"recipe {name}: {error}") from error
+    return recipe
 
 
-def _yaml_problem(error: Exception) -> str:
-    """Where YAML failed, what it says, and where what it was reading begins: an open bracket shows far below."""
-    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
-        return f": {' '.join(str(error).split())}"
-    begun = (
-        f", {error.context} from line {error.context_mark.line + 1} on" if error.context and error.context_mark else ""
-    )
-    return f" in line {error.problem_mark.line + 1}: {error.problem}{begun}"
+def _check_values(given: Any, value: Any, place: tuple[str, ...]) -> None:
+    """Check every value by what holds for all of its kind, beside what the settings check themselves.
+
+    Args:
+        given: what the recipe says here, or None where it says nothing.
+        value: what it was read as.
+        place: keys that lead here.
+
+    Raises:
+        ValueError: with the dotted path.
+    """
+    if isinstance(value, Recipe) or is_dataclass(value):
+        names = Recipe.model_fields if isinstance(value, Recipe) else [entry.name for entry in fields(value)]
+        for name in names:
+            inner = given.get(name) if isinstance(given, dict) else None
+            _check_values(inner, getattr(value, name), (*place, name))
+        return
+    if isinstance(value, dict | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in items:
+            inner = given[key] if isinstance(given, dict | list | tuple) else None
+            _check_values(inner, part, (*place, str(key)))
+        return
+    problem = _problem_of(given, value, place)
+    if problem:
+        raise ValueError(f"{'.'.join(place)}: {problem}")
+
+
+def _problem_of(given: Any, value: Any, place: tuple[str, ...]) -> str | None:
+    if given is not None and isinstance(given, bool) is not isinstance(value, bool):
+        wanted = "true or false" if isinstance(value, bool) else "a number"  # pydantic takes 1 for true, and true for 1
+        return f"must be {wanted} (it is {quoted(given)})"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be a finite number (it is {value})"
+    if isinstance(value, int) and not isinstance(value, bool):
+        key = place[-1]
+        most = MOST_SEED if key.endswith("seed") else MOST_OF.get(key, MOST_WHOLE)
+        return f"must be at most {most} (it is {quoted(value)})" if abs(value) > most else None
+    if isinstance(value, str):
+        free = ".".join(place).startswith(_FREE_TEXTS)
+        return _text_problem(value, free)
+    return None
+
+
+def _text_problem(text: str, free: bool) -> str | None:
+    """Why a text cannot be a name or a path; a free one may be anything that can be written down."""
+    found = SURROGATES.search(text) if free else CONTROLS.search(text)
+    if found:
+        return f"holds the character U+{ord(found.group()):04X}, which is not allowed here; remove it"
+    if free:
+        return None
+    if len(text) > MOST_TEXT:
+        return f"has {len(text)} characters; at most {MOST_TEXT} are allowed"
+    if max(len(part.encode()) for part in text.split("/")) > MOST_PART:
+        return f"holds a name of more than {MOST_PART} bytes, which no file can have"
+    return None
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
+    shown = quoted(override)
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"override {override!r} must look like a.b=value, for example data.target.train=100")
+        raise RecipeError(f"override {shown} must look like a.b=value, for example data.target.train=100")
     try:
-        value = yaml.safe_load(text) if text else None
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"override {override!r}: the value is no valid YAML; put text in quotes") from error
+        value = parse(text, "the value") if text else None
+    except RecipeError as error:
+        problem = str(error)
+        if "no valid YAML" in problem:
+            where = problem.partition("no valid YAML")[2].lstrip(": ")
+            problem = f"the value is no valid YAML; put text in quotes ({where})"
+        raise RecipeError(f"override {shown}: {problem}") from error
     place = content
     for key in keys[:-1]:
         inner = place.get(key)
@@ -277,7 +328,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):
-            raise RecipeError(f"override {override!r}: {key} is no section of the recipe")
+            raise RecipeError(f"override {shown}: {escaped(key)} is no section of the recipe")
         place[key] = inner
         place = inner
     place[keys[-1]] = value
@@ -293,17 +344,21 @@ def _explain(error: ValidationError) -> str:
         known = _known_keys(place[:-1])
         near = difflib.get_close_matches(place[-1], known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {path!r}; {hint}{others}"
+        return f"unknown key {quoted(path)}; {hint}{others}"
     if problem["type"] in ("missing", "missing_argument"):
-        return f"{path!r} is missing{others}"
-    message = _PLAIN_WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, "))
+        return f"{quoted(path)} is missing{others}"
+    message = one_line(_PLAIN_WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, ")))
     if problem["type"] == "value_error":
-        return f"{path}: {message}{others}" if path else f"{message}{others}"
+        return f"{escaped(path)}: {message}{others}" if path else f"{message}{others}"
     arrived = problem["input"]
-    shown = "" if isinstance(arrived, dict | list) else f" (it is {arrived!r})"
-    if problem["type"] == "string_type" and isinstance(arrived, bool | int | float):
+    shown = (
+        ""
+        if isinstance(arrived, dict | list)
+        else f" (it is {arrived if isinstance(arrived, date) else quoted(arrived)})"
+    )
+    if problem["type"] == "string_type" and isinstance(arrived, bool | int | float | date):
         shown += "; put it in quotes"  # YAML reads the language code `no` as false
-    return f"{path}: {message[0].lower()}{message[1:]}{shown}{others}"
+    return f"{escaped(path)}: {message[0].lower()}{message[1:]}{shown}{others}"
 
 
 def _known_keys(place: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from grasp_lora.display import escaped, one_line
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.figures import figures_of, plotly_js, script_json
 from grasp_lora.experiments.run_folder import SYSTEMS, TRAINED, RunRecord, by_factor, inner, kept_share, read_run
@@ -71,8 +72,8 @@ def write_report(run_folder: Path) -> Path:
     record = read_run(run_folder)
     view = _view(record)
     page = {"figures": figures_of(record), "plotly_js": plotly_js(), "nonce": secrets.token_urlsafe(16)}
-    html = _render("report.html.j2", view | page)
-    (run_folder / "report.md").write_text(_render("report.md.j2", view), encoding="utf-8")
+    html = render("report.html.j2", view | page)
+    (run_folder / "report.md").write_text(render("report.md.j2", view), encoding="utf-8")
     path = run_folder / "report.html"
     path.write_text(html, encoding="utf-8")
     logger.info("Wrote %s", path)
@@ -119,7 +120,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "files": _data_names(record),
     }
     path = adapter_folder / "README.md"
-    path.write_text(_render("model_card.md.j2", context), encoding="utf-8")
+    path.write_text(render("model_card.md.j2", context), encoding="utf-8")
     return path
 
 
@@ -155,7 +156,7 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "cost": _cost_table(record),
         "probe_note": _probe_note(record),
         "examples": _examples(record),
-        "recipe": record.recipe_text,
+        "recipe": "\n".join(escaped(line) for line in record.recipe_text.split("\n")),
     }
 
 
@@ -292,7 +293,7 @@ def _scores_table(record: RunRecord) -> Table | None:
         [Cell(SYSTEMS[name]) for name in scores],
         _column([score.test_loss for score in scores.values()], 3, min),
         _column([score.dev_loss for score in scores.values()], 3, min),
-        *(_column([score.metrics.get(key) for score in scores.values()], 1, max) for key in keys),
+        *(_column([score.metrics.get(key) for score in scores.values()], 1, max, "unavailable") for key in keys),
         [Cell(pruned if name == "grasp" else percent(0)) for name in scores],
     ]
     names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
@@ -300,11 +301,14 @@ def _scores_table(record: RunRecord) -> Table | None:
     return _table("Scores on the test set", heads, zip(*columns, strict=True))
 
 
-def _column(values: Sequence[float | None], digits: int, choose: Callable[[Iterable[float]], float]) -> list[Cell]:
+def _column(
+    values: Sequence[float | None], digits: int, choose: Callable[[Iterable[float]], float], absent: str = "–"
+) -> list[Cell]:
     """Cells of one column; all that print like the best one are best, since the rest cannot be seen."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     best = _number(choose(finite), digits) if len(finite) > 1 else None
-    return [Cell(text, text == best) for text in (_number(value, digits) for value in values)]
+    texts = (absent if value is None else _number(value, digits) for value in values)
+    return [Cell(text, text == best) for text in texts]
 
 
 def _score_notes(record: RunRecord) -> list[str]:
@@ -459,11 +463,12 @@ def _data_names(record: RunRecord) -> list[str]:
             names.append(_public_name(corpus["hub"]))
         for key, files in corpus.items():
             if key.endswith("files") and isinstance(files, list):
-                names += [re.split(r"[\\/]", str(file))[-1] for file in files]
+                names += [re.split(r"[\\/]", file)[-1] for file in files if isinstance(file, str)]
     return list(dict.fromkeys(names))
 
 
-def _render(template: str, context: dict[str, Any]) -> str:
+def render(template: str, context: dict[str, Any]) -> str:
+    """Fill a template of this package; HTML is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -485,6 +490,9 @@ def _markdown(text: str) -> str:
     >>> _markdown("a|b<i>*c*")
     'a\\\\|b&lt;i&gt;\\\\*c\\\\*'
     """
-    line = " ".join(str(text).split())
-    line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", line)
-    return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = re.sub(r"([\\`*_\[\]|~])", r"\\\1", one_line(str(text)))
+    line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    # Bare addresses become links in many a viewer: a name must not be able to send a reader anywhere.
+    return re.sub(
+        r"(?i)(?<=http)://|(?<=https)://|(?<=www)\.", lambda found: f"&#{ord(found[0][0])};{found[0][1:]}", line
+    )

@@ -13,6 +13,7 @@ from grasp_lora.errors import RecipeError
 
 STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate")
 TRAINED = {"source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run"}
+COST_FILE = "cost.json"
 SYSTEMS = {"source": "Source only", "target": "Target only", "merged": "Merged, not pruned", "grasp": "GRASP"}
 
 Loss = Annotated[float, AllowInfNan(True)]  # a run that diverged deserves a report, too
@@ -150,7 +151,6 @@ class Metrics(_Record):
     systems: dict[str, SystemScores]
     signatures: dict[str, str] = {}
     test_examples: int = Field(ge=0)
-    cost: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,7 @@ class RunRecord:
     sparsity: list[FactorSparsity]
     predictions: dict[str, list[Prediction]]
     metrics: Metrics | None
+    cost: dict[str, float]  # seconds by stage
 
     @property
     def given_ratio(self) -> float | None:
@@ -187,13 +188,6 @@ class RunRecord:
         """Stages that the run has yet to complete."""
         expected = STAGES if self.given_ratio is None else [stage for stage in STAGES if stage != "controller"]
         return [stage for stage in expected if stage not in self.stages]
-
-    @property
-    def cost(self) -> dict[str, float]:
-        """Seconds by stage."""
-        if self.metrics is not None and self.metrics.cost:
-            return self.metrics.cost
-        return {stage: marker.seconds for stage, marker in self.stages.items()}
 
     @property
     def probe_seconds(self) -> float:
@@ -251,6 +245,7 @@ def read_run(run_folder: Path) -> RunRecord:
         raise _damaged(recipe_file, "it must hold keys and values")
     controller, evaluation = run_folder / "controller", run_folder / "evaluation"
     markers = {stage: _read(run_folder / "stages" / f"{stage}.json", StageMarker) for stage in STAGES}
+    seconds = {stage: marker.seconds for stage, marker in markers.items() if marker is not None}
     return RunRecord(
         run=run,
         recipe_text=recipe_text,
@@ -264,6 +259,7 @@ def read_run(run_folder: Path) -> RunRecord:
         sparsity=_read(run_folder / "final" / "sparsity.json", list[FactorSparsity]) or [],
         predictions={name: _lines(evaluation / f"{name}.jsonl", Prediction) for name in SYSTEMS},
         metrics=_read(run_folder / "metrics.json", Metrics),
+        cost=_read(run_folder / COST_FILE, dict[str, float]) or seconds,
     )
 
 

@@ -298,6 +298,46 @@ class MaskSet:
                 for key, weight in self.weights.items():
                     weight.copy_(saved[key])
 
+    def state(self) -> dict[str, Tensor]:
+        """Return all that a resume needs beside `ratio` and the weights themselves, by names such as `keep.A.MODULE`."""
+        parts: dict[str, Mapping[WeightKey, Tensor]] = {
+            "keep": self.keep,
+            "stash": self.stash,
+            "gradients": self.gradients,
+            "norms": {(module, f): getattr(norms, f) for module, norms in self.norms.items() for f in FACTORS},
+        }
+        return {f"{part}.{f}.{module}": _whole(t) for part, ts in parts.items() for (module, f), t in ts.items()}
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor], ratio: float) -> None:
+        """Take up the state of another set over the same modules; the weights have to be those of that moment.
+
+        Raises:
+            ValueError: the state is of other modules or shapes.
+        """
+        parts: dict[str, dict[WeightKey, Tensor]] = {"keep": {}, "stash": {}, "gradients": {}, "norms": {}}
+        for name, tensor in state.items():
+            part, factor, module = name.split(".", 2)
+            parts[part][module, factor] = tensor
+        for part in ("keep", "stash"):
+            shapes = {key: tensor.shape for key, tensor in parts[part].items()}
+            if shapes != {key: weight.shape for key, weight in self.weights.items()}:
+                raise ValueError(f"the saved masks ({part}) are of another adapter; resume with the one they belong to")
+        for key, weight in self.weights.items():
+            self.keep[key] = _sharded_as(weight, parts["keep"][key].to(weight.device))
+            self.stash[key] = _sharded_as(weight, parts["stash"][key].to(weight.device))
+        self.gradients = {
+            key: _sharded_as(self.weights[key], tensor.to(self.weights[key].device))
+            for key, tensor in parts["gradients"].items()
+        }
+        norms = {key: tensor.to(self.weights[key].device) for key, tensor in parts["norms"].items()}
+        self.norms = {
+            module: InputNorms(norms[module, "A"], norms[module, "B"])
+            for module in self.pairs
+            if (module, "A") in norms
+        }
+        self.ratio = ratio
+
     @torch.no_grad()
     def sparsity(self) -> float:
         """Return the measured share of weights that are masked and really are zero."""

@@ -1,98 +1,58 @@
-"""Between PEFT and plain factors: read adapter folders, put adapters on a backbone, save them as ordinary PEFT.
+"""Between PEFT and plain factors: check that adapters fit, put them on a backbone, save them as ordinary PEFT.
 
-Only safetensors files are read. What the merge could not represent exactly (DoRA, biases, extra trained modules, adapters
-that assume changed backbone weights) is refused by name.
+Reading them is the work of `adapter_files`, whose public names are offered here, too.
 """
 
-import hashlib
 import json
 import logging
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from grasp_lora.display import quoted
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.training.adapter_config import CONFIG_FILE
+from grasp_lora.training.adapter_files import (
+    OUR_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    LoadedAdapter,
+    read_adapter,
+)
 from grasp_lora.training.settings import LoraSettings
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
+__all__ = [
+    "ADAPTER_NAME",
+    "CONFIG_FILE",
+    "OUR_FILE",
+    "WEIGHTS_FILE",
+    "LoadedAdapter",
+    "adapter_weights",
+    "attached",
+    "check_fits",
+    "check_target_modules",
+    "config_of",
+    "fresh_adapter",
+    "live_pairs",
+    "lora_layers",
+    "read_adapter",
+    "save_adapter",
+    "segments_of",
+]
+
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-OUR_FILE = "grasp_lora.json"
 ADAPTER_NAME = "default"
-_PREFIX = "base_model.model."
-# Initialisations that subtract something from the backbone's own weights: the saved factors alone are not the change.
-_CHANGES_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """An adapter read from a folder.
-
-    Args:
-        weights: module name -> pair with its scaling.
-        name: public name: the hub id, or the folder's own name, never a path.
-        base_model: name of the backbone that its config states, or None.
-        sha256: hash of the weights file.
-        info: what grasp-lora wrote beside it (fingerprint of the backbone, origin of components), or empty.
-    """
-
-    weights: AdapterWeights
-    name: str
-    base_model: str | None
-    sha256: str
-    info: dict[str, Any] = field(default_factory=dict)
-
-
-def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
-    """Read a LoRA adapter from a PEFT folder or a hub id.
-
-    Raises:
-        AdapterError: it is missing, no safetensors LoRA, holds what cannot be merged right, or a number that is not finite.
-    """
-    folder = Path(place)
-    if not folder.is_dir():
-        folder = _download(str(place), offline)
-    config = _read_json(folder / CONFIG_FILE)
-    _refuse_unmergeable(config, folder.name)
-    weights_file = folder / WEIGHTS_FILE
-    if not weights_file.is_file():
-        pickled = [name for name in ("adapter_model.bin", "pytorch_model.bin") if (folder / name).exists()]
-        found = f"it holds {pickled[0]}, a pickle, which is never loaded" if pickled else "the file is missing"
-        raise AdapterError(
-            f"adapter {place}: no {WEIGHTS_FILE} ({found}); save it again with PEFT's save_pretrained, which writes safetensors"
-        )
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(weights_file)
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(
-            f"adapter {place}: {WEIGHTS_FILE} cannot be read ({error}); copy or save it again"
-        ) from error
-    info_file = folder / OUR_FILE
-    info = _read_json(info_file) if info_file.is_file() else {}
-    weights = _pair_up(tensors, config, str(place), _origins(info, str(place)))
-    return LoadedAdapter(
-        weights,
-        name=folder.resolve().name if Path(place).is_dir() else str(place),
-        base_model=config.get("base_model_name_or_path"),
-        sha256=hashlib.sha256(weights_file.read_bytes()).hexdigest(),
-        info=info,
-    )
 
 
 def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_name: str, fingerprint: str) -> None:
@@ -101,9 +61,11 @@ def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_nam
     A different base model name only warns, since paths and hub ids differ for the same model.
 
     Raises:
-        AdapterError: a module does not exist, a shape differs, or the adapter was trained on another backbone's weights.
+        AdapterError: a module does not exist, a shape differs, the config does not name it, or the adapter was trained on
+            another backbone's weights.
     """
     _check_shapes(model, adapter.weights, f"adapter {adapter.name}", f"backbone {backbone_name}")
+    _check_targets(model, adapter)
     stated = adapter.info.get("backbone_fingerprint")
     if stated is not None and stated != fingerprint:
         raise AdapterError(
@@ -113,9 +75,9 @@ def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_nam
     if stated is None and adapter.base_model and Path(adapter.base_model).name != Path(backbone_name).name:
         log.warning(
             "adapter %s names base model %s, the backbone is %s; shapes fit, so it is taken as the same model",
-            adapter.name,
-            adapter.base_model,
-            backbone_name,
+            quoted(adapter.name),
+            quoted(adapter.base_model),
+            quoted(backbone_name),
         )
 
 
@@ -266,8 +228,8 @@ def save_adapter(
     config.save_pretrained(str(folder))
     tensors = {}
     for name, pair in weights.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     info = {
         "backbone": backbone_name,
@@ -301,6 +263,32 @@ def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str,
             )
 
 
+def _check_targets(model: torch.nn.Module, adapter: LoadedAdapter) -> None:
+    """Compare the modules that the config lists with those that have weights, since PEFT goes by the list."""
+    if not adapter.targets:
+        return
+    for name in adapter.weights:
+        if not _is_named(name, adapter.targets):
+            raise AdapterError(
+                f"adapter {adapter.name} holds weights of {name}, which target_modules of its {CONFIG_FILE} does not name; "
+                "PEFT would leave them out: add it there, or save the adapter again"
+            )
+    linear = [name for name, module in model.named_modules() if _linear_shape(module) is not None]
+    absent = [name for name in linear if _is_named(name, adapter.targets) and name not in adapter.weights]
+    if absent:
+        log.warning(
+            "adapter %s names %d modules of the backbone for which it has no weights, first %s; they stay unchanged, as in PEFT",
+            quoted(adapter.name),
+            len(absent),
+            absent[0],
+        )
+
+
+def _is_named(module: str, targets: tuple[str, ...]) -> bool:
+    """Whether PEFT takes a module for one of the targets: by its full name or an ending of it."""
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
 def check_target_modules(model: torch.nn.Module, target_modules: tuple[str, ...]) -> None:
     """Check that every target names a linear module of the backbone.
 
@@ -309,142 +297,9 @@ def check_target_modules(model: torch.nn.Module, target_modules: tuple[str, ...]
     """
     linear = [name for name, module in model.named_modules() if _linear_shape(module) is not None]
     for target in target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in linear):
+        if not any(_is_named(name, (target,)) for name in linear):
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise AdapterError(f"the backbone has no linear module {target!r}; it has: {known}")
-
-
-def _download(hub_id: str, offline: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors"], local_files_only=offline))
-    except HFValidationError as error:
-        raise AdapterError(f"adapter {hub_id}: there is no such folder, and it is no hub id either") from error
-    except OSError as error:  # every network, authorisation and missing-repository error of the hub client is one
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise AdapterError(
-            f"adapter {hub_id}: there is no such folder, and the hub gave: {reason}; check the name, or download it first"
-        ) from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise AdapterError(f"{file.parent.name} is no PEFT adapter: it has no {file.name}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{file.name} of adapter {file.parent.name} is no valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise AdapterError(f"{file.name} of adapter {file.parent.name} must hold a JSON object")
-    return content
-
-
-def _refuse_unmergeable(config: Mapping[str, Any], name: str) -> None:
-    kind = str(config.get("peft_type", "none"))
-    if kind.upper() != "LORA":
-        raise AdapterError(f"adapter {name} is of type {kind}; only LORA can be merged")
-    bias = config.get("bias", "none")
-    reasons = {
-        "DoRA": config.get("use_dora"),
-        "a trained LoRA bias (lora_bias)": config.get("lora_bias"),
-        f"trained biases (bias={bias!r})": bias not in ("none", None),
-        "modules_to_save": config.get("modules_to_save"),
-        "trainable_token_indices": config.get("trainable_token_indices"),
-        "target_parameters": config.get("target_parameters"),
-        "layer_replication": config.get("layer_replication"),
-        "QALoRA": config.get("use_qalora"),
-        "activated LoRA": config.get("alora_invocation_tokens"),
-        "an Arrow router": config.get("arrow_config"),
-        "KaSA": config.get("kasa_config"),
-        "MonteCLoRA": config.get("monteclora_config"),
-        "block-diagonal factors (BD-LoRA)": config.get("use_bdlora"),
-    }
-    initialisation = str(config.get("init_lora_weights", "")).lower()
-    reasons[f"an initialisation that changes the backbone ({initialisation})"] = initialisation.startswith(
-        _CHANGES_BACKBONE
-    )
-    for reason, present in reasons.items():
-        if present:
-            raise AdapterError(
-                f"adapter {name} uses {reason}, which cannot be merged exactly; train or convert it to plain LoRA"
-            )
-
-
-def _pair_up(
-    tensors: Mapping[str, torch.Tensor],
-    config: Mapping[str, Any],
-    name: str,
-    segments: Mapping[str, tuple[Segment, ...]],
-) -> AdapterWeights:
-    embeddings = [key for key in tensors if ".lora_embedding_" in key]
-    if embeddings:
-        raise AdapterError(
-            f"adapter {name} changes an embedding ({embeddings[0]}), which cannot be merged; train one on linear layers only"
-        )
-    factors: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        module, _, rest = key.removeprefix(_PREFIX).rpartition(".lora_")
-        if not module or rest not in ("A.weight", "B.weight"):
-            raise AdapterError(
-                f"adapter {name} holds {key}, which is no LoRA factor of a linear layer and cannot be merged"
-            )
-        if tensor.ndim != 2:
-            raise AdapterError(
-                f"adapter {name}: {key} has shape {tuple(tensor.shape)}; only linear layers can be merged"
-            )
-        values = tensor.float()
-        if not torch.isfinite(values).all():
-            raise AdapterError(f"adapter {name}: {key} holds NaN or infinity; it is broken, train it again")
-        factors.setdefault(module, {})[rest[0]] = values
-    if not factors:
-        raise AdapterError(f"adapter {name} holds no LoRA weights")
-    pairs = {}
-    for module, pair in factors.items():
-        if len(pair) < 2:
-            raise AdapterError(f"adapter {name}: {module} has only factor {next(iter(pair))}; both A and B are needed")
-        rank, scaling = _rank_and_scaling(config, module, name)
-        for factor, stored in (("A", pair["A"].shape[0]), ("B", pair["B"].shape[1])):
-            if stored != rank:
-                raise AdapterError(
-                    f"adapter {name}: factor {factor} of {module} has rank {stored}, its config says {rank}; "
-                    f"the weights and {CONFIG_FILE} are not of the same adapter"
-                )
-        origin = segments.get(module, ())
-        if origin and sum(segment.rank for segment in origin) != rank:
-            raise AdapterError(
-                f"adapter {name}: {OUR_FILE} describes another rank of {module} than its weights have; "
-                f"delete {OUR_FILE} if the adapter was trained on or replaced by another program"
-            )
-        pairs[module] = LoraPair(pair["A"], pair["B"], scaling, origin)
-    return AdapterWeights(pairs)
-
-
-def _origins(info: Mapping[str, Any], name: str) -> dict[str, tuple[Segment, ...]]:
-    """Where each module's components came from, as `save_adapter` wrote it."""
-    try:
-        return {
-            module: tuple(Segment(str(label), int(rank)) for label, rank in rows)
-            for module, rows in info.get("segments", {}).items()
-        }
-    except (AttributeError, TypeError, ValueError) as error:
-        raise AdapterError(f"adapter {name}: the segments in {OUR_FILE} are malformed; delete that file") from error
-
-
-def _rank_and_scaling(config: Mapping[str, Any], module: str, name: str) -> tuple[int, float]:
-    from peft.utils.other import get_pattern_key
-
-    def look_up(pattern: str, default: str) -> Any:
-        patterns = config.get(pattern) or {}
-        return patterns.get(get_pattern_key(list(patterns), module), config.get(default))
-
-    rank, alpha = look_up("rank_pattern", "r"), look_up("alpha_pattern", "lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise AdapterError(
-            f"adapter {name}: r is {rank!r} and lora_alpha is {alpha!r}; both must be numbers, r at least 1"
-        )
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _inject(model: "PreTrainedModel", config: "LoraConfig") -> "PeftModel":
@@ -477,7 +332,7 @@ def lora_layers(model: torch.nn.Module, adapter: str = ADAPTER_NAME) -> dict[str
     from peft.tuners.lora import LoraLayer
 
     return {
-        name.removeprefix(_PREFIX): module
+        name.removeprefix(PREFIX): module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter in module.lora_A
     }
@@ -501,8 +356,7 @@ def _transposed(model: torch.nn.Module, target_modules: tuple[str, ...]) -> bool
     kinds = {
         isinstance(module, Conv1D)
         for name, module in model.named_modules()
-        if any(name == target or name.endswith(f".{target}") for target in target_modules)
-        and _linear_shape(module) is not None
+        if _is_named(name, target_modules) and _linear_shape(module) is not None
     }
     if len(kinds) > 1:
         raise AdapterError("the target modules mix Conv1D and Linear layers; PEFT takes one kind in an adapter")

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from grasp_lora.display import one_line, quoted
 from grasp_lora.errors import GraspError
+from grasp_lora.training.offline import no_network
+from grasp_lora.training.untrusted import expanded, is_folder
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +53,8 @@ class BackboneSettings:
 
     Args:
         name: "gemma3-270m" (the embedded default), a local folder, or a Hugging Face hub id.
-        dtype: what the weights are loaded in.
+        dtype: what the weights are loaded in; "auto" takes bfloat16 where the device computes in it, else float32: a
+            processor that does not is 40 times slower in bfloat16.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run the Python code that comes with the model.
         offline: use only what is on this machine.
@@ -63,7 +67,7 @@ class BackboneSettings:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: str = EMBEDDED_NAME
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     revision: str | None = None
     trust_remote_code: bool = False
     offline: bool = False
@@ -72,8 +76,8 @@ class BackboneSettings:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise ValueError("backbone name is empty: give a local folder, a hub id or 'gemma3-270m'")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise ValueError(f"backbone dtype is {self.dtype!r}: use 'bfloat16' or 'float32'")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"backbone dtype is {self.dtype!r}: use 'auto', 'bfloat16' or 'float32'")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"backbone device is {self.device!r}: use 'auto', 'cpu' or 'cuda'")
         if self.name == EMBEDDED_NAME and self.revision is not None:
@@ -118,10 +122,17 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     location = str(_embedded_folder()) if embedded else _find_location(settings.name)
     name = EMBEDDED_PUBLIC_NAME if embedded else settings.name
     if settings.trust_remote_code and not embedded:
-        logger.warning("trust_remote_code is on: Python code that comes with %s will run on this machine", name)
+        logger.warning(
+            "trust_remote_code is on: Python code that comes with %s will run on this machine", one_line(name)
+        )
     try:
-        model, tokenizer = _load(location, settings, device)
-    except (OSError, ValueError, ImportError) as error:
+        with no_network(settings.offline):
+            model, tokenizer = _load(location, settings, device)
+        stop_ids = find_stop_ids(model, tokenizer)
+    except GraspError:
+        raise
+    # On a damaged or hostile folder the libraries raise whatever comes first: KeyError, ZeroDivisionError, Exception itself.
+    except Exception as error:
         raise GraspError(_explain(error, name, settings)) from error
     if tokenizer.eos_token_id is None:
         raise GraspError(f"The tokenizer of backbone {name!r} has no EOS token: answers could not end; add one to it")
@@ -134,8 +145,8 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     model.requires_grad_(False)
     model.eval()
     seconds = time.perf_counter() - started
-    logger.info("Loaded backbone %s in %s on %s (%.1f s)", name, settings.dtype, device, seconds)
-    return Backbone(model, tokenizer, name, fingerprint(model), find_stop_ids(model, tokenizer))
+    logger.info("Loaded backbone %s in %s on %s (%.1f s)", name, model.dtype, device, seconds)
+    return Backbone(model, tokenizer, name, fingerprint(model), stop_ids)
 
 
 def find_stop_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -191,6 +202,17 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "grasp-lora"
 
 
+def find_dtype(device: str) -> str:
+    """Return the dtype that "auto" stands for: bfloat16 where the device has instructions for it, else float32."""
+    import torch
+
+    if device.startswith("cuda"):
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is Arm's
+    return "bfloat16" if native else "float32"
+
+
 def _find_device(wanted: str) -> str:
     import torch
 
@@ -204,8 +226,8 @@ def _find_device(wanted: str) -> str:
 
 def _find_location(name: str) -> str:
     """Tell a local folder from a hub id; what can only be a path must exist."""
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder = expanded(name)
+    if is_folder(folder):
         if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
             raise GraspError(f"Backbone {name!r} is the folder of an adapter: give the model it was trained on")
         return str(folder)
@@ -225,11 +247,13 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
     }
     config = AutoConfig.from_pretrained(location, **source)
     _check_causal(config)
+    if not settings.trust_remote_code:
+        _refuse_foreign_kernels(config)
     tokenizer = AutoTokenizer.from_pretrained(location, **source)
     result: Any = AutoModelForCausalLM.from_pretrained(
         location,
         config=config,
-        dtype=getattr(torch, settings.dtype),
+        dtype=getattr(torch, find_dtype(device) if settings.dtype == "auto" else settings.dtype),
         # Quantised weights are packed for the device they arrive on, and refuse `.to` later.
         device_map={"": device} if getattr(config, "quantization_config", None) is not None else None,
         use_safetensors=True,
@@ -244,10 +268,21 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
     return model, tokenizer
 
 
+def _refuse_foreign_kernels(config: PretrainedConfig) -> None:
+    """Refuse a config that names a repository of compiled attention code: transformers would fetch and run it."""
+    for part in (config, config.get_text_config(decoder=True)):
+        wanted = part._attn_implementation
+        if wanted is not None and "/" in wanted:
+            raise GraspError(
+                f"The config of the backbone asks for compiled attention code of the hub ({quoted(wanted)}): read that "
+                "code, then set trust_remote_code to true, or remove the entry"
+            )
+
+
 def _check_causal(config: PretrainedConfig) -> None:
     """Refuse what AutoModelForCausalLM would load, but not as a language model that reads left to right."""
     architectures = config.architectures or []
-    if config.is_encoder_decoder or any(name.endswith("ForMaskedLM") for name in architectures):
+    if config.is_encoder_decoder or any(str(name).endswith("ForMaskedLM") for name in architectures):
         kind = architectures[0] if architectures else config.model_type
         raise ValueError(f"{kind} is not a causal language model")
 
@@ -262,10 +297,12 @@ def _explain(error: Exception, name: str, settings: BackboneSettings) -> str:
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    head = f"Cannot load backbone {name!r}"
     text = str(error)
-    is_local = name == EMBEDDED_PUBLIC_NAME or Path(name).expanduser().is_dir()
+    first_line = one_line(next((line for line in text.splitlines() if line.strip()), type(error).__name__))
+    if not isinstance(error, OSError | ValueError | ImportError):
+        first_line = f"its files are damaged or do not fit each other ({type(error).__name__}: {first_line})"
+    head = f"Cannot load backbone {name!r}"
+    is_local = name == EMBEDDED_PUBLIC_NAME or is_folder(expanded(name))
     if any(isinstance(found, GatedRepoError) for found in causes) or "gated repo" in text:
         return f"{head}: it is gated; accept its terms on huggingface.co and run `hf auth login`"
     if "trust_remote_code" in text:

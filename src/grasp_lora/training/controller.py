@@ -12,18 +12,20 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from grasp_lora.errors import ProbeError
+from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masking import MaskSet, MaskSettings, reset_moments
 from grasp_lora.method.policy import PolicySettings, RatioPolicy, Round, make_policy
 from grasp_lora.training.adapters import live_pairs
+from grasp_lora.training.checkpoint import SavedInCheckpoints, State
+from grasp_lora.training.durable import write_whole
 from grasp_lora.training.probing import ProbeSet, calibrate
 
 log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ class ControllerSettings:
             raise ValueError(f"probe_every is {self.probe_every}; it must be at least 1 optimizer step")
 
 
-class PrunedTraining(TrainerCallback):
+class PrunedTraining(SavedInCheckpoints):
     """Train a LoRA adapter pruned at a fixed ratio.
 
     Args:
@@ -68,6 +70,8 @@ class PrunedTraining(TrainerCallback):
     Raises:
         ValueError: the mode is unknown.
     """
+
+    state_name = "pruning"
 
     def __init__(
         self,
@@ -99,13 +103,31 @@ class PrunedTraining(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prune before the first step."""
+        """Prune before the first step, or take up the masks of the checkpoint that training resumes from."""
         self._masks = MaskSet(live_pairs(kwargs["model"], self.segments), self.mask)
+        if saved := self.saved_state(args, state):
+            self.restore(*saved)
+            return
         calibrate(kwargs["model"], self.masks, self.calibration)
         if self.mode == "reselect":
             self.masks.reselect(self.prune_ratio)
         else:
             self.masks.commit(self.prune_ratio)
+
+    def state(self) -> State:
+        """Return the ratio and the masks with what they rest on."""
+        return {"ratio": self.masks.ratio}, self.masks.state()
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take up a state.
+
+        Raises:
+            GraspError: it does not fit this adapter or these settings.
+        """
+        try:
+            self.masks.restore(tensors, values["ratio"])
+        except ValueError as error:
+            raise GraspError(str(error)) from error
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -138,8 +160,10 @@ class GraspController(PrunedTraining):
         on_round: called with each round's record, for a progress display.
 
     After training, `policy.best_ratio()` is the learned ratio. Raises ProbeError during training when a probe's loss is not
-    finite.
+    finite. Where the trainer saves checkpoints, everything is in them, and a resumed training goes on with the same rounds.
     """
+
+    state_name = "controller"
 
     def __init__(
         self,
@@ -157,6 +181,7 @@ class GraspController(PrunedTraining):
         self.folder = folder
         self._on_round = on_round
         self._log: Callable[[dict[str, float]], None] | None = None
+        self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
         self._round_end = 0.0
 
     def add_to(self, trainer: Trainer) -> "GraspController":
@@ -169,13 +194,34 @@ class GraspController(PrunedTraining):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prune at the policy's first ratio and start the records."""
+        """Prune at the policy's first ratio and start the records; a resume cuts off rounds after its checkpoint."""
+        self._rows = {ROUNDS_FILE: [], TIMINGS_FILE: []}
         super().on_train_begin(args, state, control, **kwargs)
         if self.folder is not None and state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in (ROUNDS_FILE, TIMINGS_FILE):
-                (self.folder / name).write_text("", encoding="utf-8")
+            for name, rows in self._rows.items():
+                write_whole(self.folder / name, "".join(map(_line, rows)))
         self._round_end = time.perf_counter()
+
+    def state(self) -> State:
+        """Return masks, policy and records."""
+        values, tensors = super().state()
+        return values | {"policy": self.policy.state(), "rows": self._rows}, tensors
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take up a state of the same policy settings.
+
+        Raises:
+            GraspError: the state does not fit.
+        """
+        if values["policy"]["settings"] != asdict(self.settings.policy):
+            raise GraspError(
+                "training resumes with other settings of the policy than it began with; give it the same, or start anew"
+            )
+        super().restore(values, tensors)
+        self.policy = RatioPolicy.from_state(values["policy"])
+        self.prune_ratio = self.policy.current_ratio
+        self._rows = values["rows"]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Run a round when it is due."""
@@ -196,10 +242,10 @@ class GraspController(PrunedTraining):
             should_log = control.should_log
             self._log(_tracked(record))
             control.should_log = should_log
-        if state.is_world_process_zero:
-            self._write(record, timing)
-            if self._on_round is not None:
-                self._on_round(record)
+        self._record(ROUNDS_FILE, record, state)
+        self._record(TIMINGS_FILE, timing, state)
+        if self._on_round is not None and state.is_world_process_zero:
+            self._on_round(record)
         self._round_end = time.perf_counter()
 
     def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -242,12 +288,15 @@ class GraspController(PrunedTraining):
             "measured_sparsity": masks.sparsity(),
         }
 
-    def _write(self, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
-        if self.folder is None:
-            return
-        for name, row in ((ROUNDS_FILE, record), (TIMINGS_FILE, timing)):
+    def _record(self, name: str, row: dict[str, Any], state: TrainerState) -> None:
+        self._rows[name].append(row)
+        if self.folder is not None and state.is_world_process_zero:
             with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(_line(row))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 def _tracked(record: Mapping[str, Any]) -> dict[str, float]:

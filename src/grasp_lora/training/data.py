@@ -145,7 +145,12 @@ class DataSettings:
 
 
 def build_splits(
-    settings: DataSettings, tokenizer: "PreTrainedTokenizerBase", seed: int, base: Path | None = None
+    settings: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+    base: Path | None = None,
+    *,
+    offline: bool = False,
 ) -> Splits:
     """Read, filter, tokenise and split the data; the result is proved disjoint.
 
@@ -157,6 +162,7 @@ def build_splits(
         tokenizer: with an EOS token.
         seed: seed of the recipe, used where settings.split_seed is None.
         base: folder of the recipe, for relative paths; None for the working folder.
+        offline: take data sets of the hub from the cache only.
 
     Raises:
         DataError: files are missing or malformed, there are too few examples, or given splits overlap.
@@ -168,7 +174,7 @@ def build_splits(
     corpora = {"target": settings.target}
     if settings.source is not None:
         corpora["source"] = settings.source
-    shares = {role: _read_corpus(settings, corpus, role, base) for role, corpus in corpora.items()}
+    shares = {role: _read_corpus(settings, corpus, role, base, offline) for role, corpus in corpora.items()}
     pools = [pool for corpus_shares in shares.values() for pool, _ in corpus_shares]
     groups = join_groups(record.keys for pool in pools for record in pool.records)
     splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
@@ -256,7 +262,7 @@ def _check_eos(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def _read_corpus(
-    settings: DataSettings, corpus: CorpusSettings, role: str, base: Path | None
+    settings: DataSettings, corpus: CorpusSettings, role: str, base: Path | None, offline: bool
 ) -> list[tuple[Pool, Counts]]:
     """Read each pool of a corpus, with the splits it serves in the order of filling and their counts."""
 
@@ -268,7 +274,9 @@ def _read_corpus(
         return [(read(names), counts) for names, counts in _given_splits(corpus, role) if names]
     if corpus.hub is not None:
         split = corpus.hub_split or "train"
-        pool = read_hub(corpus.hub, corpus.hub_config, split, settings.task, corpus.format, corpus.columns)
+        pool = read_hub(
+            corpus.hub, corpus.hub_config, split, settings.task, corpus.format, corpus.columns, offline=offline
+        )
     else:
         pool = read(corpus.files)
     if role == "source":

@@ -1,40 +1,40 @@
 """One fine-tune: an adapter on a backbone, examples, callbacks; out comes the adapter at its best dev loss.
 
 The loop is transformers' Trainer with logits at label positions only and the loss of `probing`, also under gradient
-accumulation: each optimizer step follows the mean over all its examples.
+accumulation: each optimizer step follows the mean over all its examples. With checkpoints an interrupted fine-tune goes on to the
+same bits as an uninterrupted one.
 """
 
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
 from grasp_lora.errors import DataError, GraspError
 from grasp_lora.training.adapters import live_pairs
 from grasp_lora.training.backbone import without_peft
-from grasp_lora.training.probing import (
-    Encoded,
-    ProbeSet,
-    check_measurable,
-    collate,
-    example_losses,
-    takes_label_positions,
-)
+from grasp_lora.training.checkpoint import Checkpointing, SavedInCheckpoints, State, newest_checkpoint
+from grasp_lora.training.durable import clear_write_errors, write_whole
+from grasp_lora.training.probing import Encoded, ProbeSet, check_measurable, collate
 from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.trainer import FineTuneTrainer, Saving
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 log = logging.getLogger(__name__)
+
+OnDev = Callable[[int, Sequence[float]], None]
 
 
 @dataclass(frozen=True)
@@ -54,62 +54,19 @@ class FineTuneResult:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-class FineTuneTrainer(Trainer):
-    """The Trainer with this project's loss and learning-rate schedule.
-
-    Args:
-        lr_decay: factor on the learning rate after each epoch.
-        kwargs: of transformers' Trainer.
-    """
-
-    def __init__(self, *, lr_decay: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.loss_is_scaled_for_ga = True
-        self.lr_decay = lr_decay
-        self._examples_per_rank = torch.ones(())
-        self._label_positions = takes_label_positions(kwargs["model"])
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
-        """Count the examples of an optimizer step, to weigh each of them alike."""
-        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(float(sum(len(batch["labels"]) for batch in samples)), device=device)
-        # DDP averages the gradients of the ranks, so all of them divide by the same number.
-        self._examples_per_rank = self.accelerator.reduce(count, "mean")
-        return samples, items
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return this batch's share of the mean example loss of the optimizer step."""
-        losses = example_losses(model, inputs, label_positions=self._label_positions)
-        return losses.sum() / self._examples_per_rank
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Multiply the learning rate by `lr_decay` after every epoch."""
-        if self.lr_scheduler is None:
-            # Not num_training_steps / epochs, which is rounded up where the epochs are a fraction.
-            examples = len(self.train_dataset)  # type: ignore[arg-type]  # a list here
-            batches = math.ceil(examples / (self.args.per_device_train_batch_size * self.args.world_size))
-            per_epoch = math.ceil(batches / self.args.gradient_accumulation_steps)
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-                optimizer if optimizer is not None else self.optimizer,  # type: ignore[arg-type]
-                lambda step: self.lr_decay ** (step // per_epoch),
-            )
-        return self.lr_scheduler
-
-
-class BestOnDev(TrainerCallback):
+class BestOnDev(SavedInCheckpoints):
     """Measures the dev loss, keeps the best adapter in memory and stops when it no longer improves.
 
     The untrained adapter counts as well: a merge that training only makes worse is kept as it was.
     """
 
-    def __init__(self, dev: ProbeSet, settings: TrainingSettings, evaluate_steps: int) -> None:
+    state_name = "dev"
+
+    def __init__(
+        self, dev: ProbeSet, settings: TrainingSettings, evaluate_steps: int, on_dev: OnDev | None = None
+    ) -> None:
         self.dev = dev
+        self._on_dev = on_dev
         self.patience = settings.patience
         self.evaluate_steps = evaluate_steps
         self.best_loss = math.inf
@@ -121,8 +78,11 @@ class BestOnDev(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the adapter before training."""
-        self._evaluate(kwargs["model"], state)
+        """Measure the adapter before training, or take up what was measured so far."""
+        if saved := self.saved_state(args, state):
+            self._take_up(*saved)
+        else:
+            self._evaluate(kwargs["model"], state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure when it is due; stop when patience has run out."""
@@ -131,6 +91,18 @@ class BestOnDev(TrainerCallback):
         self._evaluate(kwargs["model"], state)
         if self.patience is not None and self._bad >= self.patience:
             control.should_training_stop = True
+
+    def state(self) -> State:
+        """Return the best adapter, its loss and all measurements."""
+        values = {"loss": self.best_loss, "step": self.best_step, "bad": self._bad, "history": self.history}
+        tensors = {f"{f}.{name}": pair[index] for name, pair in self._best.items() for index, f in enumerate("AB")}
+        return values, tensors
+
+    def _take_up(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        self.best_loss, self.best_step, self._bad = values["loss"], values["step"], values["bad"]
+        self.history = values["history"]
+        names = [name.removeprefix("A.") for name in tensors if name.startswith("A.")]
+        self._best = {name: (tensors[f"A.{name}"], tensors[f"B.{name}"]) for name in names}
 
     def restore(self, model: torch.nn.Module) -> None:
         """Put the best adapter back into the model."""
@@ -150,6 +122,8 @@ class BestOnDev(TrainerCallback):
             }
         else:
             self._bad += 1
+        if self._on_dev is not None:
+            self._on_dev(state.global_step, losses)
 
 
 class _FiniteLoss(TrainerCallback):
@@ -190,6 +164,8 @@ def finetune(
     controller: Any = None,
     report_to: Sequence[str] = (),
     on_step: Callable[[dict[str, float]], None] | None = None,
+    on_dev: OnDev | None = None,
+    checkpoints: Checkpointing | None = None,
 ) -> FineTuneResult:
     """Train the model's LoRA adapter in place and leave it at its best dev loss.
 
@@ -205,10 +181,16 @@ def finetune(
         controller: a `GraspController`, registered with the trainer so that trackers see its rounds.
         report_to: trackers of transformers, none by default.
         on_step: called with step, steps, epoch and loss every few steps, for a progress display.
+        on_dev: called with the step and each dev example's loss after every dev evaluation, the one before training included;
+            what it raises ends the training.
+        checkpoints: when to save `folder`/checkpoint-STEP; training goes on from the newest whole one that is there, which has
+            to be of these same arguments, and leaves them for the caller to remove once the result is safe
+            (`remove_checkpoints`). None saves and resumes nothing.
 
     Raises:
         DataError: there are no training examples, or one has no prompt or no answer.
-        GraspError: the loss or a weight became NaN or infinite.
+        GraspError: the loss or a weight became NaN or infinite; or the folder cannot be written.
+        Interrupted: `checkpoints` asked for a stop, and a checkpoint was saved.
     """
     if not train:
         raise DataError("there are no training examples; at least one is needed")
@@ -238,8 +220,8 @@ def finetune(
         arguments._n_gpu = 1  # else one process would use them all through DataParallel; torchrun is the way to several
     steps_per_epoch = settings.steps_per_epoch(math.ceil(len(train) / arguments.world_size))
     arguments.logging_steps = max(1, min(10, steps_per_epoch // 5))
-    on_dev = None
-    with _leaving_backbone_as_it_was(model):
+    best, resumed = None, None
+    with _leaving_backbone_as_it_was(model), clear_write_errors(folder) if checkpoints else nullcontext():
         trainer = FineTuneTrainer(
             lr_decay=settings.lr_decay,
             model=model,
@@ -253,11 +235,20 @@ def finetune(
             controller.add_to(trainer)
         if dev:  # after the callbacks that prune, so that it measures and keeps pruned weights
             evaluate_steps = max(1, round(settings.evaluate_every * steps_per_epoch))
-            on_dev = BestOnDev(ProbeSet(dev, pad_id), settings, evaluate_steps)
-            trainer.add_callback(on_dev)
+            best = BestOnDev(ProbeSet(dev, pad_id), settings, evaluate_steps, on_dev)
+            trainer.add_callback(best)
         if on_step is not None:
             trainer.add_callback(_Progress(on_step))
-        trainer.train()
+        if checkpoints is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with arguments.main_process_first(local=False):  # it removes what is not whole
+                resumed = newest_checkpoint(folder)
+            every = checkpoints.steps_between(steps_per_epoch, settings.steps(len(train) // arguments.world_size))
+            trainer.add_callback(Saving(trainer, checkpoints, every, resumed))
+        try:
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        except pickle.UnpicklingError as error:  # the Trainer's own files are loaded with weights_only
+            raise GraspError(f"{resumed} holds a file that is unsafe to load; remove it to start anew") from error
     steps = trainer.state.global_step
     if not all(torch.isfinite(factor).all() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)):
         raise GraspError(
@@ -270,16 +261,16 @@ def finetune(
         if "loss" in row
     ]
     best_step, dev_loss = steps, None
-    if on_dev is not None:
-        history = sorted(history + on_dev.history, key=lambda row: row["step"])
+    if best is not None:
+        history = sorted(history + best.history, key=lambda row: row["step"])
         if settings.keep == "best":
-            on_dev.restore(model)
-            best_step, dev_loss = on_dev.best_step, on_dev.best_loss
+            best.restore(model)
+            best_step, dev_loss = best.best_step, best.best_loss
         else:
-            dev_loss = on_dev.history[-1]["dev_loss"]
+            dev_loss = best.history[-1]["dev_loss"]
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+        write_whole(folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     return FineTuneResult(steps, best_step, dev_loss, history)
 
 

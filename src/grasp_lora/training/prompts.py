@@ -280,7 +280,8 @@ class Encoder:
                 list[str],
                 self.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False),
             )
-        except jinja2.TemplateError as error:
+        # A template is a program: beside its own refusals it may divide by zero, or take a text for a list.
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise DataError(f"the tokenizer's chat template refuses the {self.language} data: {error}") from error
 
     def _cut(self, texts: Sequence[str], limit: int) -> list[str]:

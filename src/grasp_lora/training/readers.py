@@ -1,9 +1,10 @@
-"""Data files and rows to records: SQuAD JSON, XL-Sum JSONL, generic JSONL, JSON, CSV and parquet."""
+"""Rows to records: SQuAD data, XL-Sum, and generic rows with named columns. Texts are cleaned by one rule and checked.
 
-import csv
+Control characters other than newline and tab are removed from texts, or replaced by what they stand for, and counted. Ids are
+never changed: one with a control character is refused.
+"""
+
 import hashlib
-import io
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,17 +12,35 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.display import CONTROLS, listed, quoted
 from grasp_lora.errors import DataError
 from grasp_lora.training.prompts import task_fields
+from grasp_lora.training.rows import Row, as_row, read_content
+
+__all__ = [
+    "FORMATS",
+    "OPTIONAL_COLUMNS",
+    "XLSUM_COLUMNS",
+    "Message",
+    "Pool",
+    "Record",
+    "Row",
+    "read_content",
+    "read_files",
+    "read_rows",
+    "text_key",
+]
 
 FORMATS = ("auto", "squad", "xlsum", "records", "hub")
 OPTIONAL_COLUMNS = ("id", "group", "title", "references", "messages")
 XLSUM_COLUMNS = {"id": "id", "title": "title", "document": "text", "summary": "summary"}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-MAPPED = {"\x93": "“", "\x94": "”"}  # Windows-1252 quotation marks in XL-Sum's Chinese articles
+# Windows-1252 quotation marks, as in XL-Sum's Chinese articles, and the line ends of old Macs.
+MAPPED = {"\x93": "“", "\x94": "”", "\r": "\n"}
 SURROGATE = re.compile("[\ud800-\udfff]")
+MOST_TEXT = 1_000_000  # characters
+MOST_ID = 500
 
-Row = tuple[str, dict[str, Any]]  # where it stands ("a.jsonl, line 3") and what it says
 Message = dict[str, str]
 
 
@@ -87,7 +106,7 @@ def read_files(
         elif task != "qa":
             raise DataError(f"{name} is SQuAD data, which fits the task qa, not {task}")
         else:
-            records += _squad_records(content, name)
+            records += _squad_records(_clean(content, counts, "id"), name)
     return _pool(records, counts)
 
 
@@ -109,7 +128,7 @@ def read_rows(
         DataError: there are no rows, one is malformed, or an id stands twice.
     """
     counts: Counter[str] = Counter()
-    checked = [_row(item, where) for where, item in rows]
+    checked = [as_row(item, where) for where, item in rows]
     return _pool(_convert(checked, name, task, format, columns or {}, counts), counts)
 
 
@@ -118,113 +137,24 @@ def _pool(records: list[Record], counts: Counter[str]) -> Pool:
     twice = [identity for identity, count in seen.items() if count > 1]
     if twice:
         raise DataError(
-            f"{len(twice)} ids stand more than once, first {', '.join(twice[:5])}; every record needs its own id, "
+            f"{len(twice)} ids stand more than once, first {listed(twice[:5])}; every record needs its own id, "
             "and no file may be listed twice"
         )
     return Pool(tuple(records), counts["mapped"], counts["removed"])
 
 
-def read_content(name: str, path: Path, format: str) -> list[Row] | dict[str, Any]:
-    """Parse a file into rows, or into the object that a SQuAD file is."""
-    if not path.is_file():
-        raise DataError(f"data file {name!r} is missing: {path} is not a file")
-    data = path.read_bytes()
-    if not data.removeprefix(b"\xef\xbb\xbf").strip():
-        raise DataError(f"{name} is empty")
-    suffix = path.suffix.lower()
-    if format == "squad":
-        suffix = ".json"
-    elif format == "xlsum":
-        suffix = ".jsonl"
-    if suffix == ".parquet":
-        return _parquet_rows(data, name)
-    if suffix not in (".json", ".jsonl", ".ndjson", ".csv", ".tsv"):
-        raise DataError(
-            f"{name}: cannot tell the format from the suffix {path.suffix!r}; "
-            "allowed: .json, .jsonl, .ndjson, .csv, .tsv, .parquet (or set format to squad or xlsum)"
-        )
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{name}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    if suffix in (".csv", ".tsv"):
-        return _csv_rows(text, name, "," if suffix == ".csv" else "\t")
-    if suffix != ".json":
-        return _json_lines(text, name)
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and format != "squad":
-            return _json_lines(text, name)  # JSON lines are often saved as .json
-        raise DataError(f"{name}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
-        return content
-    if format == "squad":
-        raise DataError(f"{name} is not SQuAD data: it must be a JSON object with a list `data`")
-    listed = content if isinstance(content, list) else [content]
-    return [_row(item, f"{name}, record {number}") for number, item in enumerate(listed, start=1)]
-
-
-def _row(item: Any, where: str) -> Row:
-    if not isinstance(item, Mapping):
-        raise DataError(f"{where}: expected an object with named fields, found {type(item).__name__}")
-    return where, dict(item)
-
-
-def _json_lines(text: str, name: str) -> list[Row]:
-    rows = []
-    # Not splitlines(): it also splits at characters, such as U+2028, that may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                item = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{name}, line {number}: not valid JSON ({error.msg})") from None
-            rows.append(_row(item, f"{name}, line {number}"))
-    return rows
-
-
-def _csv_rows(text: str, name: str, delimiter: str) -> list[Row]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
-    try:
-        for row in reader:
-            where = f"{name}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise DataError(f"{where}: the number of cells differs from the {len(reader.fieldnames or ())} columns")
-            rows.append((where, dict(row)))
-    except csv.Error as error:
-        raise DataError(f"{name}, line {reader.reader.line_num}: not valid CSV ({error})") from None
-    return rows
-
-
-def _parquet_rows(data: bytes, name: str) -> list[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(io.BytesIO(data))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not a valid parquet file ({error})") from None
-    return [(f"{name}, row {number}", row) for number, row in enumerate(table.to_pylist(), start=1)]
-
-
 def _convert(
     rows: list[Row], name: str, task: str, format: str, columns: Mapping[str, str], counts: Counter[str]
 ) -> list[Record]:
-    """Turn rows into records, as XL-Sum (which cleans them) or as generic ones."""
+    """Turn rows into records, as XL-Sum or as generic ones."""
     if not rows:
         raise DataError(f"{name} holds no records")
     looks_like_xlsum = set(XLSUM_COLUMNS.values()) <= rows[0][1].keys() and not columns
     if format == "xlsum" or (format == "auto" and task == "summarization" and looks_like_xlsum):
         if task != "summarization":
             raise DataError(f"{name} is XL-Sum data, which fits the task summarization, not {task}")
-        rows = [
-            (where, {key: _clean(value, counts) if isinstance(value, str) else value for key, value in row.items()})
-            for where, row in rows
-        ]
         columns = XLSUM_COLUMNS
+    rows = [(where, _clean(row, counts, columns.get("id", "id"))) for where, row in rows]
     has_ids = any(row.get(columns.get("id", "id")) is not None for _, row in rows)
     return [
         _record(row, where, f"{name}:{number}", name, task, columns, has_ids)
@@ -232,16 +162,21 @@ def _convert(
     ]
 
 
-def _clean(text: str, counts: Counter[str]) -> str:
-    """Map or remove control characters other than newline and tab, and count them."""
-    text = text.replace("\r\n", "\n")
+def _clean(value: Any, counts: Counter[str], identity: str) -> Any:
+    """Map or remove control characters other than newline and tab in every text but ids, and count them."""
+    if isinstance(value, dict):
+        return {key: part if key == identity else _clean(part, counts, identity) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(part, counts, identity) for part in value]
+    if not isinstance(value, str):
+        return value
 
     def replacement(match: re.Match[str]) -> str:
         mapped = MAPPED.get(match.group(), "")
         counts["mapped" if mapped else "removed"] += 1
         return mapped
 
-    return CONTROL.sub(replacement, text)
+    return CONTROL.sub(replacement, value.replace("\r\n", "\n"))
 
 
 def _record(
@@ -256,7 +191,7 @@ def _record(
     fields = task_fields(task)
     for field, column in columns.items():
         if column not in row:
-            raise DataError(f"{where}: no column {column!r} (columns.{field}); found: {', '.join(map(str, row))}")
+            raise DataError(f"{where}: no column {quoted(column)} (columns.{field}); found: {listed(row)}")
     identity = position
     keys = set()
     if has_ids:
@@ -279,8 +214,8 @@ def _record(
         keys.add(text_key(inputs[fields.document or fields.inputs[0]]))
     references = row.get(columns.get("references", "references"))
     if references is not None:
-        listed = list(references) if isinstance(references, list | tuple) else [references]
-        gold = [_text(reference, "references", where) for reference in listed]
+        several = references if isinstance(references, list | tuple) else [references]
+        gold = [_text(reference, "references", where) for reference in several]
     else:
         gold = answers
     if not gold:
@@ -293,7 +228,7 @@ def _cell(row: dict[str, Any], field: str, where: str, columns: Mapping[str, str
         if column is not None and column in row:
             return row[column]
     raise DataError(
-        f"{where}: no column {columns.get(field, field)!r}; found: {', '.join(map(str, row))}. "
+        f"{where}: no column {quoted(columns.get(field, field))}; found: {listed(row)}. "
         f"Rename the right one, or name it in the recipe: columns: {{{field}: NAME}}"
     )
 
@@ -328,7 +263,8 @@ def _conversation(row: dict[str, Any], where: str, columns: Mapping[str, str]) -
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise DataError(f"{where}: {column} must end with an assistant message, and one must stand before it")
     for message in messages[:-1]:
-        _text(message["content"], f"a message of the {message['role']}", where)
+        _text(message["role"], "the role of a message", where)
+        _text(message["content"], "a message", where)
     return messages
 
 
@@ -361,7 +297,7 @@ def _squad_answer(answer: Any, context: str, where: str) -> str:
     text = _text(answer.get("text") if isinstance(answer, dict) else None, "answer", where)
     # An answer elsewhere in the context is only a wrong offset, which nothing here uses.
     if text not in context:
-        raise DataError(f"{where}: the answer {text!r} does not stand in its context")
+        raise DataError(f"{where}: the answer {quoted(text)} does not stand in its context")
     return text
 
 
@@ -373,9 +309,15 @@ def _list(mapping: Any, key: str, where: str) -> list[Any]:
 
 
 def _plain(value: Any, label: str, where: str) -> str:
+    """A text or a whole number that names something: short and printable, since it stands in messages, files and reports."""
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise DataError(f"{where}: {label} must be a text or a whole number, found {value!r}")
-    return str(value)
+        raise DataError(f"{where}: {label} must be a text or a whole number, found {quoted(value)}")
+    text = str(value)
+    if len(text) > MOST_ID:
+        raise DataError(f"{where}: {label} has {len(text)} characters; at most {MOST_ID} are allowed")
+    if found := CONTROLS.search(text):
+        raise DataError(f"{where}: {label} holds the control character U+{ord(found.group()):04X}; remove it")
+    return text
 
 
 def _text(value: Any, label: str, where: str) -> str:
@@ -383,6 +325,8 @@ def _text(value: Any, label: str, where: str) -> str:
         raise DataError(f"{where}: {label} must be a text, found {type(value).__name__}")
     if not value.strip():
         raise DataError(f"{where}: {label} is empty")
+    if len(value) > MOST_TEXT:
+        raise DataError(f"{where}: {label} has {len(value)} characters; at most {MOST_TEXT} are allowed")
     if SURROGATE.search(value):
         raise DataError(f"{where}: {label} holds half of a surrogate pair, which is no valid text")
     return value

@@ -6,8 +6,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from grasp_lora.display import escaped, one_line
 from grasp_lora.errors import DataError
+from grasp_lora.training.offline import no_network
 from grasp_lora.training.readers import Pool, read_rows
+from grasp_lora.training.untrusted import expanded, is_file
 
 logger = logging.getLogger(__name__)
 
@@ -36,20 +39,20 @@ def resolve_file(name: str, root: str | None = None, base: Path | None = None) -
         if demo not in built_in:
             raise DataError(f"there is no demo text {demo!r}; available: {', '.join(built_in)}")
         return built_in[demo]
-    path = Path(name).expanduser()
+    path = expanded(name)
     base = Path.cwd() if base is None else base
     variable = os.environ.get(DATA_VARIABLE)
     places = {"absolute path": path}
     if not path.is_absolute():
         places = {"folder of the recipe": base / path}
         if variable:
-            places = {DATA_VARIABLE: Path(variable).expanduser() / path, **places}
+            places = {DATA_VARIABLE: expanded(variable) / path, **places}
         if root is not None:
-            places = {"data.root": base / Path(root).expanduser() / path, **places}
+            places = {"data.root": base / expanded(root) / path, **places}
     for place in places.values():
-        if place.is_file():
+        if is_file(place):
             return place
-    tried = ", ".join(f"{place} ({label})" for label, place in places.items())
+    tried = ", ".join(f"{escaped(str(place))} ({label})" for label, place in places.items())
     raise DataError(
         f"data file {name!r} is missing; tried {tried}. "
         f"Set data.root or the environment variable {DATA_VARIABLE} to the folder that holds it"
@@ -63,10 +66,13 @@ def read_hub(
     task: str,
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
+    *,
+    offline: bool = False,
 ) -> Pool:
     """Read one split of a data set on the hub; never runs code of its repository.
 
-    A repository with a loading script is read from the hub's own parquet export of it.
+    A repository with a loading script is read from the hub's own parquet export of it. With `offline`, only what is in the
+    cache is used, and no connection is tried.
 
     Raises:
         DataError: the hub or the data set cannot be reached, or the rows do not fit the task.
@@ -75,22 +81,24 @@ def read_hub(
 
     label = "/".join(part for part in ("hub:" + name, config, split) if part)
     try:
-        try:
-            table = datasets.load_dataset(name, config, split=split)
-        except RuntimeError as error:
-            if "scripts are no longer supported" not in str(error):
-                raise
-            logger.info("%s has a loading script: reading the hub's parquet export instead", name)
-            # The export knows no configurations: each is a folder.
-            table = datasets.load_dataset(name, data_dir=config, split=split, revision=PARQUET_EXPORT)
+        with no_network(offline):
+            try:
+                table = datasets.load_dataset(name, config, split=split)
+            except RuntimeError as error:
+                if "scripts are no longer supported" not in str(error):
+                    raise
+                logger.info("%s has a loading script: reading the hub's parquet export instead", name)
+                # The export knows no configurations: each is a folder.
+                table = datasets.load_dataset(name, data_dir=config, split=split, revision=PARQUET_EXPORT)
     except ConnectionError as error:
         raise DataError(
-            f"{label}: the hub cannot be reached ({error}). Load it once while online, which keeps a copy in the "
+            f"{label}: the hub cannot be reached ({one_line(str(error))}). Load it once while online, which keeps a copy in the "
             "cache, or download its files and name them under `files`"
         ) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"{label}: cannot be loaded ({error}). Check the names of the data set, the configuration and the split"
+            f"{label}: cannot be loaded ({one_line(str(error))}). Check the names of the data set, the configuration and "
+            "the split"
         ) from error
     rows = [(f"{label}, row {number}", row) for number, row in enumerate(table, start=1)]
     return read_rows(rows, label, task, format, columns)

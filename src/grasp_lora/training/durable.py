@@ -1,0 +1,86 @@
+"""Files that are whole or not there at all, also after a kill or a power cut, and one clear line where none can be written."""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from grasp_lora.errors import GraspError
+
+# What only a file system says; other OSErrors (a network that is down) count if they name a file inside the folder.
+_STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE}
+
+
+def write_whole(file: Path, content: str | bytes) -> None:
+    """Write a file so that at any moment it holds its old content or the new one.
+
+    Args:
+        file: in an existing folder.
+        content: text is written as UTF-8.
+
+    Raises:
+        OSError: it cannot be written; the old content stays.
+    """
+    draft = file.with_name(file.name + ".part")
+    try:
+        with draft.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        draft.replace(file)
+    except OSError:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows keeps names by itself and cannot open a folder
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def clear_write_errors(folder: Path) -> Iterator[None]:
+    """Turn an error of the file system that holds a folder into one line; other errors pass.
+
+    Raises:
+        GraspError: the disk is full or read-only, a file may not be written, or the folder has vanished.
+    """
+    try:
+        yield
+    except OSError as error:
+        inside = isinstance(error.filename, str | os.PathLike) and _is_inside(Path(error.filename), folder)
+        if error.errno not in _STORAGE and not inside:
+            raise
+        raise cannot_write(folder, error.strerror or str(error)) from error
+    except SafetensorError as error:  # safetensors tells of a full disk in its own way
+        raise cannot_write(folder, str(error)) from error
+
+
+def cannot_write(folder: Path, reason: str) -> GraspError:
+    """The error to raise when something could not be written into a folder."""
+    if not folder.is_dir():
+        return vanished(folder)
+    return GraspError(
+        f"{folder} cannot be written ({reason}); make room or make it writable, then run the same command again: "
+        "it goes on from what is there"
+    )
+
+
+def vanished(folder: Path) -> GraspError:
+    """The error to raise when a folder that work had begun in is no longer there."""
+    return GraspError(f"the folder {folder} has vanished: it was removed or moved, or its disk is gone")
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.absolute().is_relative_to(folder.absolute())

@@ -1,0 +1,251 @@
+"""A whole run, in processes of its own, that is killed, stopped or robbed of its disk, and goes on to the same bits."""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_tiny_workspace
+from killed_runs import Attempt
+
+COMMAND = ("run", "tiny.yaml", "--output")
+SAVE_EVERY = 3
+READ_ONLY = "mount --bind {0} {0} && mount -o remount,bind,ro {0}"  # over what is there, until it is unmounted
+NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]  # a user's own mounts, where the system allows that
+
+
+def may_mount() -> bool:
+    return (
+        shutil.which("unshare") is not None and not subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode
+    )
+
+
+class Runs:
+    """Attempts in one workspace, each forked from the same prepared process."""
+
+    def __init__(self, workspace: Path, server: subprocess.Popen[str], mounts: bool) -> None:
+        self.workspace, self.mounts = workspace, mounts
+        self._server = server
+        self._ways: dict[tuple[str, ...], Attempt] = {}
+
+    def __call__(self, folder: str | Path, *changes: str, **moments: str) -> Attempt:
+        """Run in a folder; `at_12="kill"` kills it at event 12."""
+        sets = [text for change in (f"save_every={SAVE_EVERY}", *changes) for text in ("--set", change)]
+        place = self.workspace / folder
+        actions = {name.removeprefix("at_"): action for name, action in moments.items()}
+        return Attempt(**self._ask(
+            workspace=str(self.workspace), folder=str(place), arguments=[*COMMAND, str(folder), *sets], moments=actions
+        ))  # fmt: skip
+
+    def shell(self, command: str) -> None:
+        """Run a command where the attempts run, which sees their mounts."""
+        assert self._ask(shell=command)["status"] == 0
+
+    def uninterrupted(self, *changes: str) -> Attempt:
+        """The attempt that nothing happens to."""
+        if changes not in self._ways:
+            self._ways[changes] = self(f"reference-{len(self._ways)}", *changes)
+            assert self._ways[changes].status == 0, self._ways[changes].error
+        return self._ways[changes]
+
+    def _ask(self, **question: Any) -> dict[str, Any]:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(question) + "\n")
+        self._server.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
+        return answer
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> Iterator[Runs]:
+    workspace = write_tiny_workspace(tmp_path_factory.mktemp("killed") / "work", tiny_backbone_folder).parent
+    mounts = may_mount()
+    environment = {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+    server = subprocess.Popen(
+        [*(NAMESPACE if mounts else []), sys.executable, str(Path(__file__).with_name("killed_runs.py"))],
+        env={**os.environ, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    yield Runs(workspace, server, mounts)
+    server.communicate(timeout=30)
+    assert server.returncode == 0
+
+
+def moment(attempt: Attempt, event: str, which: int = 0) -> str:
+    """The keyword for an event of an attempt by its name."""
+    found = [number for number, name in enumerate(attempt.events, start=1) if name == event]
+    assert found, f"there is no {event!r} in {attempt.events}"
+    return f"at_{found[which]}"
+
+
+def assert_resumed(runs: Runs, first: Attempt, folder: str, *changes: str) -> None:
+    """Go on after a first attempt, and find what an uninterrupted run finds without doing everything again."""
+    whole = runs.uninterrupted(*changes)
+    rest = runs(folder, *changes)
+    assert (rest.status, rest.error) == (0, "")
+    assert rest.files == whole.files
+    assert first.steps + rest.steps <= whole.steps + SAVE_EVERY
+
+
+# Kills
+
+
+def kill(runs: Runs, number: int, folder: str, *changes: str) -> None:
+    first = runs(folder, *changes, **{f"at_{number}": "kill"})
+    assert first.status == -9
+    assert len(first.events) == number
+    assert_resumed(runs, first, folder, *changes)
+
+
+@pytest.mark.parametrize(
+    "stages", [("source",), ("target",), ("controller",), ("final",), ("begin", "data", "merge", "evaluate", "report")]
+)
+def test_a_kill_at_a_random_moment_loses_nothing(runs: Runs, stages: tuple[str, ...]) -> None:
+    events = runs.uninterrupted().events
+    numbers = [number for number, event in enumerate(events, start=1) if event.split()[0] in stages]
+    kill(runs, random.Random(f"kill in {stages}").choice(numbers), f"killed-{stages[0]}")
+
+
+HARDER = (
+    "source.training.epochs=1.5", "target.training.accumulation=2", "target.training.epochs=3", "controller.probe_every=2",
+    "target.training.evaluate_every=0.5", "target.training.patience=3", "mask.score=sensitivity", "mask.scope=global",
+    "final.mode=reselect", "final.mask.score=gradient_of_delta", "final.training.epochs=2",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_a_kill_at_any_moment_loses_nothing(runs: Runs, seed: int) -> None:
+    changes = HARDER if seed % 2 else ()
+    events = runs.uninterrupted(*changes).events
+    kill(runs, random.Random(f"kill {seed}").randint(1, len(events)), f"killed-{seed}", *changes)
+
+
+# Between the lines of the list in the documentation: each of these was once a way to lose something.
+@pytest.mark.parametrize(
+    ("event", "which"),
+    [
+        ("begin os.rename run.json.part", 0),
+        ("begin open recipe.yaml.part", 0),
+        ("controller after commit", 1),
+        ("controller open controller/timings.jsonl", 2),
+        ("controller os.rename controller/checkpoint-6/manifest.json.part", 0),
+        ("controller os.rmdir controller/checkpoint-3", 0),
+        ("final os.rename adapter.part/adapter_model.safetensors", 0),
+        ("final os.remove final/checkpoint-9/manifest.json", 0),
+    ],
+)
+@pytest.mark.slow
+def test_a_kill_between_two_writes_loses_nothing(runs: Runs, event: str, which: int) -> None:
+    name = moment(runs.uninterrupted(), event, which)
+    kill(runs, int(name.removeprefix("at_")), f"between-{name}")
+
+
+# Signals
+
+
+@pytest.mark.parametrize(
+    ("signal", "event", "step"), [("SIGTERM", "controller before step", 5), ("SIGINT", "source after step", 2)]
+)
+def test_a_signal_finishes_the_step_and_saves(runs: Runs, signal: str, event: str, step: int) -> None:
+    stage = event.split()[0]
+    folder = f"stopped-{stage}"
+    first = runs(folder, **{moment(runs.uninterrupted(), event, step - 1): signal})
+    assert first.status == 75
+    assert first.error == f"stopped by {signal} at {stage} step {step}; run the same command again to go on\n"
+    assert f"{stage}/checkpoint-{step}/manifest.json" in first.files
+    assert "grasp-lora.lock" not in first.files
+    whole = runs.uninterrupted()
+    rest = runs(folder)
+    assert (rest.status, rest.error, rest.files) == (0, "", whole.files)
+    assert first.steps + rest.steps == whole.steps  # no step was done twice
+
+
+def test_a_signal_in_the_last_step_completes_the_stage(runs: Runs) -> None:
+    first = runs("last", **{moment(runs.uninterrupted(), "target before step", -1): "SIGTERM"})
+    assert (first.status, first.error) == (
+        75, "stopped by SIGTERM in the stage target; run the same command again to go on\n",
+    )  # fmt: skip
+    assert "stages/target.json" in first.files
+    assert_resumed(runs, first, "last")
+
+
+def test_a_signal_elsewhere_stops_at_once(runs: Runs) -> None:
+    event = "evaluate os.rename evaluation/merged.jsonl.part"
+    first = runs("elsewhere", **{moment(runs.uninterrupted(), event): "SIGTERM"})
+    assert (first.status, first.error) == (
+        75, "stopped by SIGTERM in the stage evaluate; run the same command again to go on\n",
+    )  # fmt: skip
+    assert "evaluation/grasp.jsonl" not in first.files
+    assert_resumed(runs, first, "elsewhere")
+
+
+def test_a_second_signal_ends_at_once(runs: Runs) -> None:
+    events = runs.uninterrupted()
+    first = runs("twice", **{
+        moment(events, "final before step", 3): "SIGTERM", moment(events, "final after step", 3): "SIGINT",
+    })  # fmt: skip
+    assert first.status == -2
+    assert first.events[-1] == "final after step"
+    assert_resumed(runs, first, "twice")
+
+
+# Disks
+
+
+@pytest.fixture
+def disk(runs: Runs, tmp_path: Path) -> Iterator[Path]:
+    """A small file system of its own."""
+    if not runs.mounts:
+        pytest.skip("mounting is not allowed here")
+    place = tmp_path / "disk"
+    place.mkdir()
+    runs.shell(f"mount -t tmpfs -o size=16m tmpfs {place}")
+    yield place
+    runs.shell(f"umount {place}")
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(runs: Runs, disk: Path) -> None:
+    full = f"sh head -c 32000000 /dev/zero > {disk}/filler 2> /dev/null || true"
+    event = "controller os.mkdir controller/checkpoint-6"
+    first = runs(disk / "run", **{moment(runs.uninterrupted(), event): full})
+    assert first.status == 2
+    assert first.error.startswith(f"error: {disk}/run/controller cannot be written (")
+    assert first.error.endswith(
+        "make room or make it writable, then run the same command again: it goes on from what is there\n"
+    )
+    assert first.error.count("\n") == 1
+    assert "controller/checkpoint-3/manifest.json" in first.files
+    runs.shell(f"rm {disk}/filler")
+    assert_resumed(runs, first, disk / "run")
+
+
+def test_a_disk_that_turns_read_only_is_one_line_and_loses_nothing(runs: Runs, disk: Path) -> None:
+    event = "final os.mkdir final/checkpoint-6"
+    first = runs(disk / "run", **{moment(runs.uninterrupted(), event): f"sh {READ_ONLY.format(disk)}"})
+    assert (first.status, first.error.count("\n")) == (2, 1)
+    assert first.error.startswith(
+        f"error: {disk}/run/final cannot be written (Read-only file system); make room or make"
+    )
+    again = runs(disk / "run")
+    assert (again.status, again.error.count("\n")) == (2, 1)
+    assert "cannot be written (Read-only file system)" in again.error
+    runs.shell(f"umount {disk}")
+    assert_resumed(runs, first, disk / "run")
+
+
+@pytest.mark.parametrize("event", ["controller os.mkdir controller/checkpoint-6", "evaluate open metrics.json.part"])
+def test_a_folder_that_vanishes_is_one_line(runs: Runs, event: str) -> None:
+    folder = f"gone-{event.split()[0]}"
+    first = runs(folder, **{moment(runs.uninterrupted(), event): f"sh mv {folder} elsewhere-{folder}"})
+    assert (first.status, first.error.count("\n")) == (2, 1)
+    assert "has vanished: it was removed or moved, or its disk is gone" in first.error

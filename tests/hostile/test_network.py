@@ -1,0 +1,103 @@
+"""With `offline`, or HF_HUB_OFFLINE, not one connection is tried: for backbones, adapters and data sets of the hub alike."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+# In a process of its own: the libraries read the places of their caches when they are imported.
+PROGRAM = """
+import json, socket, sys
+tried = []
+
+def refuse(*arguments, **options):
+    tried.append(str(arguments[:1]))
+    raise OSError("no connection in this test")
+
+socket.socket.connect = socket.socket.connect_ex = refuse
+socket.getaddrinfo = socket.create_connection = refuse
+
+from grasp_lora.errors import GraspError
+from grasp_lora.training.adapters import read_adapter
+from grasp_lora.training.backbone import BackboneSettings, load_backbone
+from grasp_lora.training.sources import read_hub
+
+offline = sys.argv[1] == "offline"
+chosen = sys.argv[2:]
+steps = {
+    "backbone": lambda: load_backbone(BackboneSettings("lab/tiny", dtype="float32", offline=offline)).name,
+    "no backbone": lambda: load_backbone(BackboneSettings("lab/none", offline=offline)),
+    "adapter": lambda: read_adapter("lab/adapter", offline=offline).name,
+    "no adapter": lambda: read_adapter("lab/none", offline=offline),
+    "data": lambda: len(read_hub("lab/sums", None, "train", "completion", offline=offline).records),
+    "no data": lambda: read_hub("lab/none", None, "train", "completion", offline=offline),
+}
+found = {}
+for name in chosen or steps:
+    step = steps[name]
+    tried.clear()
+    try:
+        result = step()
+    except GraspError as error:
+        result = f"error: {error}"
+    found[name] = [result if isinstance(result, int | str) else None, len(tried)]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub_home(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> Path:
+    """A home of the hub's libraries in which a backbone, an adapter and a data set are cached."""
+    import datasets
+    from test_bad_inputs import write_tiny_adapter
+
+    home = tmp_path_factory.mktemp("home")
+    write_tiny_adapter(home / "adapter")
+    for name, folder in (("tiny", tiny_backbone_folder), ("adapter", home / "adapter")):
+        repository = home / "hub" / f"models--lab--{name}"
+        shutil.copytree(folder, repository / "snapshots" / COMMIT)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(COMMIT)
+    rows = home / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"p{i}", "completion": f"c{i}"}) + "\n" for i in range(5)))
+    datasets.load_dataset("json", data_files=str(rows), split="train", cache_dir=str(home / "made"))
+    (made,) = (home / "made" / "json").glob("*/*/*/dataset_info.json")
+    place = home / "datasets" / "lab___sums" / "default" / "0.0.0" / COMMIT
+    shutil.copytree(made.parent, place)
+    (place / "json-train.arrow").rename(place / "sums-train.arrow")
+    info = json.loads((place / "dataset_info.json").read_text())
+    (place / "dataset_info.json").write_text(json.dumps(info | {"dataset_name": "sums", "config_name": "default"}))
+    return home
+
+
+def run(hub_home: Path, how: str, *steps: str, **environment: str) -> dict[str, tuple[int | str | None, int]]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS"))}
+    result = subprocess.run(
+        [sys.executable, "-c", PROGRAM, how, *steps],
+        env=kept | {"HF_HOME": str(hub_home), "OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return {name: (value, tried) for name, (value, tried) in json.loads(result.stdout.splitlines()[-1]).items()}
+
+
+@pytest.mark.parametrize(("how", "environment"), [("offline", {}), ("online", {"HF_HUB_OFFLINE": "1"})])
+def test_offline_opens_no_socket(how: str, environment: dict[str, str], hub_home: Path) -> None:
+    found = run(hub_home, how, **environment)
+    assert {name: tried for name, (_, tried) in found.items() if tried} == {}
+    assert found["backbone"][0] == "lab/tiny"
+    assert found["adapter"][0] == "lab/adapter"
+    assert found["data"][0] == 5
+    assert "offline is set; download it first" in str(found["no backbone"][0])
+    assert "there is no such folder, and the hub gave" in str(found["no adapter"][0])
+    assert "the hub cannot be reached" in str(found["no data"][0])
+
+
+def test_the_sockets_are_watched(hub_home: Path) -> None:
+    """The counterproof: online, the same call does try to connect."""
+    assert run(hub_home, "online", "no adapter")["no adapter"][1] > 0

@@ -1,0 +1,152 @@
+"""What a run leaves behind: nothing of the environment, and nothing foreign that a viewer or a terminal would act upon."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import write_tiny_workspace
+
+from grasp_lora.experiments.pipeline import Run
+from grasp_lora.experiments.recipe import load_recipe
+from grasp_lora.experiments.report import write_model_card, write_report
+
+SECRETS = {
+    "HF_TOKEN": "hf_secretTokenNobodyMaySee", "WANDB_API_KEY": "wandb0secret0key", "AWS_SECRET_ACCESS_KEY": "aws/secret/key",
+    "HOSTILE_SETTING": "value-of-the-environment",
+}  # fmt: skip
+SCRIPT = "<script>alert(1)</script>"
+ATTACKS = (
+    SCRIPT, "</script><img src=x onerror=alert(2)>", "{{ 7 * 7 }}{% raw %}", "[click](javascript:alert(3))",
+    "![x](http://evil.example/x.png)", "a|b|c", "`code`", "http://evil.example", "www.evil.example", "# title",
+    "\x1b[2J\x1b[31m", "\u202egnp.exe", "a\n\n## b", '" onmouseover="alert(4)', "${alert(5)}", "</title><base href=//evil>",
+    "\u2028x", "<a href='data:text/html,x'>",
+)  # fmt: skip
+RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+@pytest.fixture(scope="module")
+def run_with_secrets(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> Path:
+    """The folder of a whole run, made while secrets stood in the environment; treat it as read-only."""
+    work = tmp_path_factory.mktemp("secrets") / "work"
+    recipe = write_tiny_workspace(work, tiny_backbone_folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        patch.chdir(work)
+        Run(*load_recipe(recipe), work / "run").execute()
+    return work / "run"
+
+
+@pytest.fixture
+def run_folder(run_with_secrets: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(run_with_secrets, tmp_path / "run"))
+
+
+def test_no_secret_and_no_environment_is_saved(run_with_secrets: Path) -> None:
+    files = [path for path in run_with_secrets.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    private = [*SECRETS.values(), str(run_with_secrets.parent)]  # nor where on this machine the work was done
+    private += [value for name in ("HOSTNAME", "USER") if len(value := os.environ.get(name, "")) > 5]
+    for path in files:
+        content = path.read_bytes()
+        for secret in private:
+            assert secret.encode() not in content, path.relative_to(run_with_secrets)
+
+
+def test_nothing_is_a_pickle(run_with_secrets: Path) -> None:
+    suffixes = {path.suffix for path in run_with_secrets.rglob("*") if path.is_file()}
+    assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}
+
+
+class Page(HTMLParser):
+    """Tags and attributes of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+
+def change(file: Path, how: Callable[[Any], object]) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    how(content)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def put_everywhere(run_folder: Path, attack: str) -> None:
+    """Put a text into every place of a run folder that a model, a file or a stranger's recipe fills."""
+    change(run_folder / "run.json", lambda run: run["backbone"].update(name=attack, fingerprint=attack))
+    change(run_folder / "run.json", lambda run: run.update(libraries={attack: attack}, name=attack, recipe_hash=attack))
+    change(run_folder / "metrics.json", lambda metrics: metrics.update(signatures={"f1": attack, attack: attack}))
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["data"]["target"] |= {"language": attack, "files": [attack, f"folder/{attack}"]}
+    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+
+    def rename(entries: list[dict]) -> None:
+        entries[0]["module"] = f"model.layers.0.{attack}"
+
+    change(run_folder / "final" / "sparsity.json", rename)
+    for system in ("target", "grasp"):
+        file = run_folder / "evaluation" / f"{system}.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        rows = [row | {"id": attack, "prediction": attack, "references": [attack]} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_reports_hold_foreign_texts_as_texts(attack: str, run_folder: Path) -> None:
+    before = Page(write_report(run_folder).read_text(encoding="utf-8"))
+    put_everywhere(run_folder, attack)
+    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
+    assert [tag for tag, _ in page.tags if tag not in ("li", "td", "th", "tr", "div", "code")] == [
+        tag for tag, _ in before.tags if tag not in ("li", "td", "th", "tr", "div", "code")
+    ]
+    assert {name for _, attributes in page.tags for name in attributes} == {
+        name for _, attributes in before.tags for name in attributes
+    }
+    adapter = run_folder / "adapter"
+    write_model_card(run_folder, adapter)
+    for file in (run_folder / "report.md", adapter / "README.md"):
+        text = file.read_text(encoding="utf-8")
+        assert not RAW.search(text), (file.name, attack)
+        prose = re.sub(r"(?m)^    .*$|^```[\s\S]*?^```", "", text)
+        assert not re.search(r"<(?!/?details|/?summary)[a-zA-Z/!]", prose), (file.name, attack)
+        prose = re.sub(r"^---\n[\s\S]*?\n---\n", "", prose)
+        assert not re.search(r"(?<!\\)\]\(javascript", prose)
+        assert "evil" not in prose or not re.search(r"(https?://|www\.)evil", prose), (file.name, attack)
+        assert "\n## b" not in prose
+    for line in (adapter / "README.md").read_text(encoding="utf-8").split("---\n")[1].splitlines():
+        assert re.match(r"(- |[a-z_]+:)", line), line  # the front matter is what it was
+
+
+def test_a_page_asks_for_nothing_from_elsewhere(run_folder: Path) -> None:
+    text = write_report(run_folder).read_text(encoding="utf-8")
+    page = Page(text)
+    for tag, attributes in page.tags:
+        assert not {"src", "srcset", "poster", "action", "background"} & attributes.keys()
+        assert tag not in ("link", "iframe", "object", "embed", "base", "img", "form")
+        if "href" in attributes:
+            assert tag == "a"
+            assert str(attributes["href"]).startswith("https://arxiv.org/")
+    (policy,) = [
+        str(attributes["content"])
+        for _, attributes in page.tags
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    # Whatever the plotting library may try (it knows addresses of map tiles), a browser must not let it.
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    assert "connect-src" not in rules
+    assert "font-src" not in rules
+    assert rules["img-src"] == "data: blob:"
+    assert re.fullmatch(r"'nonce-[\w-]+'", rules["script-src"])
