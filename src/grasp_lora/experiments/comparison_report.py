@@ -12,6 +12,7 @@ from rich.table import Table as RichTable
 from grasp_lora.experiments.baselines import METHODS
 from grasp_lora.experiments.figures import comparison_figure, plotly_js
 from grasp_lora.experiments.report import METRIC_NAMES, PAPER, Cell, Table, render
+from grasp_lora.training.durable import write_whole
 
 PLUS_MINUS = "±"
 FULL_WIDTH = 160  # of a table that does not go to a terminal
@@ -20,14 +21,14 @@ FULL_WIDTH = 160  # of a table that does not go to a terminal
 def write_comparison(folder: Path, content: Mapping[str, Any]) -> Path:
     """Write compare.md and report.html into the folder of a comparison; return the path of the latter."""
     view = _view(content)
-    (folder / "compare.md").write_text(render("comparison.md.j2", view), encoding="utf-8")
+    write_whole(folder / "compare.md", render("comparison.md.j2", view))
     page = {
         "figures": {"grid": comparison_figure(content)} if content["curve"] else {},
         "plotly_js": plotly_js(),
         "nonce": secrets.token_urlsafe(16),
     }
     path = folder / "report.html"
-    path.write_text(render("comparison.html.j2", view | page), encoding="utf-8")
+    write_whole(path, render("comparison.html.j2", view | page))
     return path
 
 

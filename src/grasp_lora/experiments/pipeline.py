@@ -5,14 +5,13 @@ the same bits as without an interruption. A run folder of another recipe is refu
 written before the recipe, the backbone, the data and the adapters have been checked.
 """
 
-import hashlib
 import json
 import logging
 import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +25,11 @@ from grasp_lora.experiments.lock import LOCK_FILE, only_writer
 from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
 from grasp_lora.experiments.report import write_model_card, write_report
 from grasp_lora.experiments.run_folder import COST_FILE, TRAINED
-from grasp_lora.experiments.session import Evaluation, Progress, Session, ratio_record, write_json, write_jsonl
+from grasp_lora.experiments.session import Evaluation, Progress, Session, hash_of, ratio_record, write_json, write_jsonl
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.training.adapters import read_adapter
 from grasp_lora.training.checkpoint import Checkpointing, newest_checkpoint, remove_checkpoints, seconds_of
-from grasp_lora.training.data import SPLITS, Example, Splits
+from grasp_lora.training.data import SPLITS, Example
 from grasp_lora.training.durable import clear_write_errors, sync, vanished, write_whole
 from grasp_lora.training.settings import TrainingSettings
 
@@ -91,7 +90,8 @@ class Run:
             if not all(self._marker(stage).is_file() for stage in self.stages):
                 self._prepare(lock)
             elif (self.folder / LOCK_FILE).is_file():  # a kill came when all was done: the file goes with the lock
-                lock.enter_context(only_writer(self.folder))
+                with suppress(RecipeError, OSError):  # unless someone lives who holds it; a complete run is only read
+                    lock.enter_context(only_writer(self.folder))
             for name in self.stages:
                 self._stage(name, getattr(self, f"_{name}"))
             metrics: dict[str, Any] = self._read("metrics.json")
@@ -106,7 +106,7 @@ class Run:
     def _data(self) -> dict[str, Any]:
         splits = self.session.splits
         ids = {name: [example.id for example in getattr(splits, name)] for name in SPLITS}
-        write_json(self.folder / "data.json", {"report": splits.report, "ids": ids, "sha256": _hash_of(splits)})
+        write_json(self.folder / "data.json", {"report": splits.report, "ids": ids, "sha256": hash_of(splits)})
         return {name: len(members) for name, members in ids.items()}
 
     def _source(self) -> dict[str, Any]:
@@ -353,7 +353,7 @@ class Run:
             write_whole(self.folder / RECIPE_FILE, self.recipe.to_yaml())
         before = self._read(RUN_FILE)
         changed = [what for what in ("backbone", "parents") if before.get(what) != started[what]]
-        if self._marker("data").is_file() and self._read("data.json").get("sha256") != _hash_of(self.session.splits):
+        if self._marker("data").is_file() and self._read("data.json").get("sha256") != hash_of(self.session.splits):
             changed.append("data")
         if changed:
             raise RecipeError(
@@ -370,12 +370,3 @@ def _flat(content: Any, path: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flat(value, f"{path}.{key}" if path else str(key))
     return flat
-
-
-def _hash_of(splits: Splits) -> str:
-    """A hash of every token and its place, so that a run never goes on with other data."""
-    digest = hashlib.sha256()
-    for name in SPLITS:
-        for example in getattr(splits, name):
-            digest.update(repr((name, example.id, example.prompt_ids, example.completion_ids)).encode())
-    return digest.hexdigest()

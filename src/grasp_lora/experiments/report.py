@@ -24,6 +24,7 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.figures import figures_of, plotly_js, script_json
 from grasp_lora.experiments.run_folder import SYSTEMS, TRAINED, RunRecord, by_factor, inner, kept_share, read_run
 from grasp_lora.method.estimation import WIDE_INTERVAL
+from grasp_lora.training.durable import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -73,9 +74,9 @@ def write_report(run_folder: Path) -> Path:
     view = _view(record)
     page = {"figures": figures_of(record), "plotly_js": plotly_js(), "nonce": secrets.token_urlsafe(16)}
     html = render("report.html.j2", view | page)
-    (run_folder / "report.md").write_text(render("report.md.j2", view), encoding="utf-8")
+    write_whole(run_folder / "report.md", render("report.md.j2", view))
     path = run_folder / "report.html"
-    path.write_text(html, encoding="utf-8")
+    write_whole(path, html)
     logger.info("Wrote %s", path)
     return path
 
@@ -120,7 +121,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "files": _data_names(record),
     }
     path = adapter_folder / "README.md"
-    path.write_text(render("model_card.md.j2", context), encoding="utf-8")
+    write_whole(path, render("model_card.md.j2", context))
     return path
 
 
@@ -272,7 +273,8 @@ def _languages(record: RunRecord) -> str:
 
 def _language(record: RunRecord, side: str) -> str:
     """The language code of one side; empty where the recipe gives no data of it."""
-    return str(inner(record.recipe, "data", side).get("language") or "")
+    language = inner(record.recipe, "data", side).get("language")
+    return language if isinstance(language, str) else ""
 
 
 def _table(caption: str, columns: Sequence[str], rows: Iterable[Iterable[str | Cell]]) -> Table | None:

@@ -38,6 +38,7 @@ from grasp_lora.training.adapters import (
 )
 from grasp_lora.training.backbone import EMBEDDED_NAME, Backbone, load_backbone
 from grasp_lora.training.data import SPLITS, Example, Splits, build_splits
+from grasp_lora.training.durable import write_whole
 from grasp_lora.training.probing import ProbeSet, calibrate
 from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.sources import resolve_file
@@ -450,9 +451,7 @@ def ratio_record(estimate: RatioEstimate, last_committed: float | None) -> dict[
 
 def _replace(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    draft = file.with_name(file.name + ".part")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(file)
+    write_whole(file, text)
 
 
 def _is_hub_id(backbone: Backbone) -> bool:
