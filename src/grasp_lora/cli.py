@@ -278,6 +278,37 @@ def compare(
 
 
 @app.command()
+def sweep(
+    recipe: RecipeArgument,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--param",
+            "-p",
+            help=r"What to vary: KEY=low..high, KEY=low..high:log, KEY=low..high/n for n values, KEY=\[a, b]. May be repeated.",
+        ),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(help="How many trials in all; default 20, with the grid sampler all combinations.")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="tpe, random or grid.")] = "tpe",
+    pruner: Annotated[str, typer.Option(help="Stop bad trials early: none, median, halving or wilcoxon.")] = "none",
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampler; default: the recipe's.")] = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Search good values for any keys of a recipe with Optuna, by the dev loss of the final run.
+
+    For example --param final.prune_ratio=0.1..0.8, the search that the learned ratio replaces. Writes best.yaml for `run`. Run it
+    again to go on after an interruption.
+    """
+    _log(verbose)
+    options = {"trials": trials, "sampler": sampler, "pruner": pruner, "seed": seed}
+    _sweep(recipe, overrides or [], output, {"params": tuple(param or ()), **options})
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html and report.md of a run folder again."""
     from grasp_lora.experiments.report import write_report
@@ -366,6 +397,29 @@ def _compare(
     page = write_comparison(folder, content)
     print_comparison(content, console)
     console.print(f"report {page}", highlight=False, soft_wrap=True)
+
+
+def _sweep(recipe: str, overrides: list[str], output: Path | None, options: dict[str, Any]) -> None:
+    from grasp_lora.errors import RecipeError
+    from grasp_lora.experiments.recipe import load_recipe
+
+    loaded, base = load_recipe(recipe, overrides)
+    folder = output or Path("runs") / f"{loaded.name}-sweep"
+    with console.status("loading", spinner="dots") if console.is_terminal else _nothing():
+        from grasp_lora.experiments.progress import TerminalSweepProgress, print_sweep
+        from grasp_lora.experiments.session import Session
+        from grasp_lora.experiments.sweep import BEST_FILE, SweepSettings, sweep
+    try:
+        settings = SweepSettings(**options)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    progress = TerminalSweepProgress(console)
+    try:
+        content = sweep(Session(loaded, base), folder, settings, progress)
+    finally:
+        progress.stop()
+    print_sweep(content, console)
+    console.print(f"best recipe {folder / BEST_FILE}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _parts(text: str) -> list[str]:

@@ -426,7 +426,7 @@ def test_rule_without_a_curve_is_drawn_as_differences(run_folder: Path) -> None:
         (["controller"], "has not chosen a ratio yet"),
         (["controller/rounds.jsonl"], "No round of the controller has been measured yet"),
         (["final"], "sparsity of the result has not been written yet"),
-        (["metrics.json", "stages"], "No stage has finished yet"),
+        (["metrics.json", "cost.json", "stages"], "No stage has finished yet"),
         (["source", "target", "controller", "final"], "No losses have been recorded yet"),
     ],
 )

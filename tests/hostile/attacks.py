@@ -67,7 +67,9 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     "messages": [{"id": f"m{i}", "messages": TURNS} for i in range(3)],
     "qa": [{"context": "blue sky", "question": "?", "title": "T", "answers": {"text": ["blue"], "answer_start": [0]}}],
     "flat qa": [{"context": "blue sky", "question": "?", "answer": "blue"}],
-    "xlsum": [{"id": f"x{i}", "url": "u", "title": "t", "summary": "s", "text": "a \x93text\x94 \x00"} for i in range(3)],
+    "xlsum": [
+        {"id": f"x{i}", "url": "u", "title": "t", "summary": "s", "text": "a \x93text\x94 \x00"} for i in range(3)
+    ],
 }
 
 VALUES: list[Any] = [
@@ -202,7 +204,9 @@ def _recipes(folder: Path) -> Target:
         return load_recipe(file)
 
     def spoil(content: bytes, rng: random.Random) -> bytes:
-        return yaml.safe_dump(spoil_tree(yaml.safe_load(content), rng), allow_unicode=True).encode(errors="surrogatepass")
+        return yaml.safe_dump(spoil_tree(yaml.safe_load(content), rng), allow_unicode=True).encode(
+            errors="surrogatepass"
+        )
 
     return Target("recipe", (RECIPE.encode(),), read, spoil)
 
@@ -213,7 +217,9 @@ def _overrides(folder: Path) -> Target:
     sections = list(yaml.safe_load(RECIPE))
 
     def spoil(content: bytes, rng: random.Random) -> bytes:
-        path = ".".join(rng.choice((*sections, "training", "policy", "rank", "", "x\x1b")) for _ in range(rng.randint(1, 4)))
+        path = ".".join(
+            rng.choice((*sections, "training", "policy", "rank", "", "x\x1b")) for _ in range(rng.randint(1, 4))
+        )
         value = yaml.safe_dump(rng.choice(VALUES), default_flow_style=True).removesuffix("\n...\n")
         return f"{path}={value}".encode(errors="surrogatepass")
 
@@ -281,7 +287,10 @@ def _adapter(folder: Path, name: str, model: torch.nn.Module) -> Target:
         "rank_pattern": {"^model\\.layers\\.0\\.self_attn\\.q_proj": 2}, "alpha_pattern": {".*v_proj": 8.5},
         "use_rslora": False, "use_dora": False, "base_model_name_or_path": "tiny", "auto_mapping": None,
     }  # fmt: skip
-    ours = {"backbone_fingerprint": "f", "segments": {"model.layers.0.self_attn.q_proj": [["source", 1], ["target", 1]]}}
+    ours = {
+        "backbone_fingerprint": "f",
+        "segments": {"model.layers.0.self_attn.q_proj": [["source", 1], ["target", 1]]},
+    }
     files = {
         CONFIG_FILE: json.dumps(config).encode(),
         OUR_FILE: json.dumps(ours).encode(),

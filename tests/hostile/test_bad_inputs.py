@@ -276,7 +276,9 @@ def write_json(file: Path, content: object) -> None:
 
 
 def write(name: str, content: str | bytes) -> Make:
-    return adapter(lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode()))
+    return adapter(
+        lambda folder: (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    )
 
 
 def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Make:
@@ -579,3 +581,20 @@ def test_so_it_is_in_a_process_of_its_own(table: str, name: str, workspace: Path
     )  # fmt: skip
     check_refusal(result.returncode, result.stdout, result.stderr, message)
     assert contents(workspace) == before
+
+
+def test_code_of_others_is_announced(workspace: Path, cli: Cli) -> None:
+    setting(backbone__trust_remote_code=True)(workspace)
+    result = cli("check", "tiny.yaml")
+    assert result.status == 0  # type: ignore[attr-defined]
+    line = "WARNING: trust_remote_code is on: Python code that comes with tiny-llama will run on this machine\n"
+    assert result.err.endswith(line)  # type: ignore[attr-defined]
+
+
+def test_texts_that_are_taken_reach_the_terminal_harmless(workspace: Path, cli: Cli) -> None:
+    lines = [json.dumps({"prompt": f"p\x1b[2J{i}", "completion": f"\u202ec\x07{i}\u2028"}) for i in range(40)]
+    data("\n".join(lines))(workspace)
+    result = cli("check", "tiny.yaml")
+    assert result.status == 0, result.err  # type: ignore[attr-defined]
+    assert "characters removed 80" in result.out  # type: ignore[attr-defined]
+    assert not RAW.search(result.out.replace("\n", ""))  # type: ignore[attr-defined]

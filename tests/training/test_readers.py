@@ -270,6 +270,19 @@ class TestCleaning:
         with pytest.raises(DataError, match=r"x\.parquet unpacks to more than 100000 bytes"):
             read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
 
+    def test_what_a_library_says_is_shown_harmless(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Found by the fuzzer: thrift quotes the byte that it does not know."""
+        import pyarrow.parquet
+
+        def refuse(source: object) -> None:
+            raise OSError("don't know what type: \x0f\n" + "x" * 5000)
+
+        monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refuse)
+        (tmp_path / "x.parquet").write_bytes(b"PAR1")
+        with pytest.raises(DataError, match=r"not a valid parquet file \(don't know what type: \\x0f x+\)") as caught:
+            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
+        assert len(str(caught.value)) < 400
+
     @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
     def test_rows_without_end(self, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
         import grasp_lora.training.rows as rows

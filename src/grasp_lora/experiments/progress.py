@@ -1,4 +1,4 @@
-"""What a run or a comparison shows in a terminal: live bars; elsewhere one line for each thing that is finished."""
+"""What a run, a comparison or a sweep shows in a terminal: live bars; elsewhere one line for each thing that is finished."""
 
 import time
 from collections.abc import Mapping
@@ -6,10 +6,14 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
 
+from grasp_lora.display import escaped
 from grasp_lora.experiments.comparison import ComparisonProgress
 from grasp_lora.experiments.pipeline import StageProgress
 from grasp_lora.experiments.records import Record
+from grasp_lora.experiments.sweep import SweepProgress
 
 _TITLES = {
     "data": "read and split the data",
@@ -149,6 +153,85 @@ class TerminalComparisonProgress(ComparisonProgress):
     def stop(self) -> None:
         """Remove the bar."""
         self._bar.stop()
+
+
+class TerminalSweepProgress(SweepProgress):
+    """Shows how far a sweep is, what it tries, and the time left.
+
+    Args:
+        console: where to; a live bar only if it is a terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description:<46}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: Any = None
+
+    def begin(self, trials: int, finished: int) -> None:
+        """Start the bar."""
+        self._bar.start()
+        self._task = self._bar.add_task("", total=trials, completed=finished)
+
+    def trial(self, number: int, values: Mapping[str, Any]) -> None:
+        """Say what is tried."""
+        self._bar.update(self._task, description=f"trial {number}: {shown_values(values)}")
+
+    def record(self, record: Record, there: bool) -> None:
+        """One line for each adapter to merge that was trained."""
+        if not there and record.step in ("source", "target"):
+            self._console.print(f"{_TITLES[record.step]:<26} {record.seconds:.1f} s", highlight=False)
+
+    def done(self, row: Mapping[str, Any]) -> None:
+        """One line for each trial; move the bar."""
+        loss = "" if row["dev_loss"] is None else f"dev loss {row['dev_loss']:.4f}"
+        text = f"trial {row['trial']:<4} {row['state']:<9} {row['seconds']:7.1f} s   {loss}   {shown_values(row['values'])}"
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._bar.advance(self._task)
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        self._bar.stop()
+
+
+def print_sweep(content: Mapping[str, Any], console: Console) -> None:
+    """Print the trials of a sweep, the best one bold, and what they cost."""
+    rows = content["trials"]
+    table = Table(
+        "trial", *(Column(key, overflow="fold") for key in rows[0]["values"]), "dev loss", "steps", "seconds", "state"
+    )
+    for row in rows:
+        loss = "-" if row["dev_loss"] is None else f"{row['dev_loss']:.4f}"
+        state = f"{row['state']}, as an earlier trial" if "repeats" in row else row["state"]
+        cells = [
+            str(row["trial"]),
+            *(escaped(_short(value)) for value in row["values"].values()),
+            loss,
+            str(row["steps"]),
+        ]
+        style = "bold" if row["trial"] == content["best"] else ""
+        table.add_row(*(Text(cell) for cell in (*cells, f"{row['seconds']:.1f}", state)), style=style)
+    console.print(table)
+    cost = content["cost"]
+    console.print(
+        f"trial {content['best']} is the best by dev loss; {cost['runs']} final runs took {cost['seconds']:.0f} s and "
+        f"{cost['work']} examples forward",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def shown_values(values: Mapping[str, Any]) -> str:
+    """The values of a trial in one line."""
+    return "  ".join(f"{key} {escaped(_short(value))}" for key, value in values.items())
 
 
 def _short(value: Any) -> str:
