@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from grasp_lora.display import escaped, one_line
+
 if TYPE_CHECKING:
     from grasp_lora.experiments.session import Session
 
@@ -78,7 +80,7 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, verbose: VerboseO
     for finding in preflight(_session(recipe, overrides)):
         mark = "[green]ok     [/green]" if finding.level == "ok" else "[yellow]warning[/yellow]"
         console.print(f"{mark} [bold]{finding.topic:<10}[/bold]", end=" ")
-        console.print(finding.text, markup=False, highlight=False, soft_wrap=True)
+        _say(finding.text)
 
 
 @app.command()
@@ -118,7 +120,7 @@ def init(
 
     file = write_recipe(data, language, output, source or [], source_language, backbone)
     name_source = "" if source else "name a source in it, then "
-    console.print(f"wrote {file}; next: {name_source}grasp-lora check {file}", highlight=False, soft_wrap=True)
+    _say(f"wrote {file}; next: {name_source}grasp-lora check {file}")
 
 
 @app.command()
@@ -137,7 +139,7 @@ def predict(
     _log(False)
     texts = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     for answer in predict_texts(adapter, texts, backbone, max_new_tokens, device):
-        sys.stdout.write(answer + "\n")
+        sys.stdout.write((escaped(answer) if sys.stdout.isatty() else answer) + "\n")
 
 
 @app.command()
@@ -165,7 +167,7 @@ def merge(
 
     _log(False)
     facts = merge_folders(adapters, output, backbone, rule, weight, rank, density)
-    console.print(facts, highlight=False, soft_wrap=True)
+    _say(facts)
 
 
 @app.command()
@@ -194,8 +196,8 @@ def export(
     _log(False)
     settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype)
     for line in export_folder(adapter, output, settings, backbone):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"-> {output}", markup=False, highlight=False, soft_wrap=True)
+        _say(line)
+    _say(f"-> {output}")
 
 
 @app.command()
@@ -211,11 +213,9 @@ def learn(
 
     _log(verbose)
     estimate = learn_folder(_session(recipe, overrides), adapter, output)
-    console.print(
+    _say(
         f"prune ratio {estimate.ratio:.4f} (95 % interval {estimate.low:.4f} to {estimate.high:.4f}, "
-        f"{estimate.rounds} rounds) -> {output}",
-        highlight=False,
-        soft_wrap=True,
+        f"{estimate.rounds} rounds) -> {output}"
     )
 
 
@@ -234,9 +234,7 @@ def finetune(
     _log(verbose)
     result = finetune_folder(_session(recipe, overrides), adapter, ratio, output)
     loss = "" if result.dev_loss is None else f", dev loss {result.dev_loss:.4f}"
-    console.print(
-        f"{result.steps} steps, best at step {result.best_step}{loss} -> {output}", highlight=False, soft_wrap=True
-    )
+    _say(f"{result.steps} steps, best at step {result.best_step}{loss} -> {output}")
 
 
 @app.command()
@@ -313,7 +311,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
     """Write report.html and report.md of a run folder again."""
     from grasp_lora.experiments.report import write_report
 
-    console.print(f"wrote {write_report(folder)}", highlight=False, soft_wrap=True)
+    _say(f"wrote {write_report(folder)}")
 
 
 def main() -> None:
@@ -324,12 +322,13 @@ def main() -> None:
     try:
         app(prog_name="grasp-lora")
     except Interrupted as stop:
-        error_console.print(str(stop), style="yellow", markup=False, highlight=False, soft_wrap=True)
+        error_console.print(one_line(str(stop)), style="yellow", markup=False, highlight=False, soft_wrap=True)
         sys.exit(STOPPED)
     except GraspError as error:
-        # What a library or a file put into the message may hold line breaks.
-        line = " ".join(str(error).split())
-        error_console.print(f"error: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+        # What a library or a file put into the message may hold line breaks, or worse.
+        error_console.print(
+            f"error: {one_line(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         sys.exit(2)
 
 
@@ -364,7 +363,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
             "[yellow]the interval is wide: these probes do not settle the ratio; the report says what narrows it[/yellow]",
             soft_wrap=True,
         )
-    console.print(f"adapter {folder / 'adapter'}   report {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    _say(f"adapter {folder / 'adapter'}   report {folder / 'report.html'}")
 
 
 def _compare(
@@ -396,7 +395,7 @@ def _compare(
         progress.stop()
     page = write_comparison(folder, content)
     print_comparison(content, console)
-    console.print(f"report {page}", highlight=False, soft_wrap=True)
+    _say(f"report {page}")
 
 
 def _sweep(recipe: str, overrides: list[str], output: Path | None, options: dict[str, Any]) -> None:
@@ -419,7 +418,7 @@ def _sweep(recipe: str, overrides: list[str], output: Path | None, options: dict
     finally:
         progress.stop()
     print_sweep(content, console)
-    console.print(f"best recipe {folder / BEST_FILE}", markup=False, highlight=False, soft_wrap=True)
+    _say(f"best recipe {folder / BEST_FILE}")
 
 
 def _parts(text: str) -> list[str]:
@@ -432,7 +431,9 @@ def _print_table(metrics: dict[str, Any]) -> None:
     for system, row in metrics["systems"].items():
         losses = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("dev_loss", "test_loss")]
         scores = [row["metrics"].get(name) for name in names]
-        table.add_row(system, *losses, *("unavailable" if value is None else f"{value:.1f}" for value in scores))
+        table.add_row(
+            one_line(system), *losses, *("unavailable" if value is None else f"{value:.1f}" for value in scores)
+        )
     console.print(table)
 
 
@@ -451,10 +452,22 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion of GGUF weights heeds only this
 
 
+class _OneLine(logging.Formatter):
+    """What a file or a model put into a message must not reach the terminal as control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return one_line(super().format(record))
+
+
+def _say(text: str) -> None:
+    """Print one line as it is."""
+    console.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
+
+
 def _log(verbose: bool) -> None:
     """Show warnings of ours, and with --verbose what happens."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
     ours = logging.getLogger("grasp_lora")
     ours.handlers[:] = [handler]
     ours.setLevel(logging.INFO if verbose else logging.WARNING)

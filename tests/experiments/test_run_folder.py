@@ -41,7 +41,7 @@ def write(path: Path, content: str | bytes) -> None:
         ("run.json", '{"name": "x"}', "grasp_lora"),
         ("data.json", "[]", "should be an object"),
         ("data.json", '{"ids": {"test": 100}}', "ids.test"),
-        ("recipe.yaml", "a: [", "not valid YAML"),
+        ("recipe.yaml", "a: [", "no valid YAML"),
         ("recipe.yaml", "- a", "keys and values"),
         ("stages/final.json", '{"stage": "final", "seconds": "long"}', "seconds"),
         ("controller/rounds.jsonl", '{"round": 1\n', "(line 1) is damaged: it is not valid JSON"),
@@ -105,3 +105,12 @@ def test_factors_are_named_in_short_where_that_is_clear() -> None:
     clear = named("model.layers.10.self_attn.v_proj", "model.layers.2.self_attn.q_proj", "lm_head")
     assert clear == [("lm_head A", "–"), ("q_proj A", "2"), ("v_proj A", "10")]
     assert named("h.0.attn.c_proj", "h.0.mlp.c_proj") == [("attn.c_proj A", "0"), ("mlp.c_proj A", "0")]
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "a: &a [1]\nb: *a\n", "a: 1\na: 2\n"])
+def test_a_recipe_that_was_tampered_with_is_damaged(finished_run, cli, text):
+    (finished_run / "recipe.yaml").write_text(text, encoding="utf-8")
+    result = cli("report", finished_run)
+    assert result.status == 2
+    assert "recipe.yaml is damaged" in result.err
+    assert result.err.count("\n") == 1

@@ -321,3 +321,28 @@ def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callab
     options = ("--source", "s.jsonl", "--backbone", "tiny-llama", "-o", "full.yaml")
     assert cli("init", "t.jsonl", "-l", "de", *options).out == "wrote full.yaml; next: grasp-lora check full.yaml\n"
     assert cli("check", "full.yaml").status == 0
+
+
+def test_records_without_fields_are_refused(tmp_path, cli):
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}\n{}\n", encoding="utf-8")
+    result = cli("init", data, "--language", "ar", "--output", tmp_path / "recipe.yaml")
+    assert result.status == 2
+    assert "a record without fields" in result.err
+
+
+def test_columns_are_shown_without_control_characters(tmp_path, cli):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"\\u001b[31mred": "x"}\n', encoding="utf-8")
+    result = cli("init", data, "--language", "ar", "--output", tmp_path / "recipe.yaml")
+    assert result.status == 2
+    assert "\x1b" not in result.err
+    assert "red" in result.err
+
+
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path, cli):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 60, encoding="utf-8")
+    result = cli("init", data, "--language", "ar", "--output", tmp_path / ("x" * 300))
+    assert result.status == 2
+    assert result.err.count("\n") == 1

@@ -42,8 +42,8 @@ def test_the_steps_of_a_run_one_by_one_give_the_same_adapter(finished_run: Path)
 
 
 def test_predictions_are_those_of_the_evaluation(finished_run: Path) -> None:
-    in_bfloat16 = session("backbone.dtype=bfloat16")  # as `predict` loads it
-    evaluate_folders(in_bfloat16, ["run/adapter"], Path("measured"))
+    as_predict_loads_it = session("backbone.dtype=auto")
+    evaluate_folders(as_predict_loads_it, ["run/adapter"], Path("measured"))
     rows = [json.loads(line) for line in Path("measured/adapter.jsonl").read_text(encoding="utf-8").splitlines()]
     prompts = {example.id: example.prompt for example in session().splits.test}
     answers = predict_texts("run/adapter", [prompts[row["id"]] for row in rows], None, 4, "cpu")

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from grasp_lora.experiments.baselines import METHODS
 from grasp_lora.experiments.figures import comparison_figure, plotly_js
@@ -37,10 +38,10 @@ def print_comparison(content: Mapping[str, Any], console: Console) -> None:
     table = score_table(content)
     printed = RichTable(*table.columns)
     for row in table.rows:
-        printed.add_row(*(f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in row))
+        printed.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
     console.print(printed, width=None if console.is_terminal else FULL_WIDTH, crop=False)
     for warning in content["warnings"]:
-        console.print(f"[bold red]WARNING: {warning}[/bold red]", soft_wrap=True)
+        console.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
 
 
 def score_table(content: Mapping[str, Any]) -> Table:

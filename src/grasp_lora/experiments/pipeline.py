@@ -17,12 +17,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.interruption import Interruption
 from grasp_lora.experiments.lock import LOCK_FILE, only_writer
 from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
+from grasp_lora.experiments.recipe_text import parse
 from grasp_lora.experiments.report import write_model_card, write_report
 from grasp_lora.experiments.run_folder import COST_FILE, TRAINED
 from grasp_lora.experiments.session import Evaluation, Progress, Session, hash_of, ratio_record, write_json, write_jsonl
@@ -305,10 +304,10 @@ class Run:
     def _differences(self) -> str:
         """Which settings differ from those of the run in the folder."""
         try:
-            theirs = _flat(yaml.safe_load((self.folder / RECIPE_FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, yaml.YAMLError):
+            theirs = _flat(parse((self.folder / RECIPE_FILE).read_text(encoding="utf-8"), "it"))
+        except (OSError, ValueError, RecipeError):
             return f"its {RECIPE_FILE} cannot be read"
-        ours = _flat(yaml.safe_load(self.recipe.to_yaml()))
+        ours = _flat(parse(self.recipe.to_yaml(), "the recipe"))
         keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         shown = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in keys[:DIFFERENCES_SHOWN]]
         more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""

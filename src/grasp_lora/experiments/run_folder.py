@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-import yaml
 from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from grasp_lora.errors import RecipeError
+from grasp_lora.experiments.recipe_text import parse
 
 STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate")
 TRAINED = {"source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run"}
@@ -238,9 +238,9 @@ def read_run(run_folder: Path) -> RunRecord:
         raise RecipeError(f"{run_folder} is no run folder: {'run.json' if run is None else 'recipe.yaml'} is missing.")
     recipe_text = _text(recipe_file)
     try:
-        recipe = yaml.safe_load(recipe_text)
-    except yaml.YAMLError as error:
-        raise _damaged(recipe_file, "it is not valid YAML") from error
+        recipe = parse(recipe_text, "it")
+    except RecipeError as error:
+        raise _damaged(recipe_file, str(error)) from error
     if not isinstance(recipe, dict):
         raise _damaged(recipe_file, "it must hold keys and values")
     controller, evaluation = run_folder / "controller", run_folder / "evaluation"
@@ -286,6 +286,8 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise _damaged(path, "it is not UTF-8 text") from error
+    except OSError as error:
+        raise _damaged(path, f"it cannot be read ({error.strerror})") from error
 
 
 def _checked(text: str, shape: type[_Shape], path: Path, where: str = "") -> _Shape:

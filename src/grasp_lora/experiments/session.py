@@ -118,7 +118,10 @@ class Session:
     @cached_property
     def splits(self) -> Splits:
         """The tokenised data."""
-        return build_splits(self.recipe.data, self.backbone.tokenizer, self.recipe.seed, self.base)
+        recipe = self.recipe
+        return build_splits(
+            recipe.data, self.backbone.tokenizer, recipe.seed, self.base, offline=recipe.backbone.offline
+        )
 
     @cached_property
     def existing_adapters(self) -> dict[str, LoadedAdapter]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from grasp_lora.display import listed, quoted
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.experiments.recipe import ControllerStage, validate
 from grasp_lora.training.adapters import CONFIG_FILE
@@ -19,6 +20,7 @@ from grasp_lora.training.prompts import TASKS
 from grasp_lora.training.readers import XLSUM_COLUMNS, Pool, Record, read_content, read_files
 from grasp_lora.training.sources import DEMO_PREFIX, resolve_file
 from grasp_lora.training.splitting import assign, join_groups
+from grasp_lora.training.untrusted import is_there
 
 PAPER_SIZES = {"test": 100, "dev": 50, "micro_dev": 16, "train": 50}  # Paper: experimental setup
 FEWEST = 36
@@ -89,7 +91,7 @@ def write_recipe(
         GraspError: the data cannot be used, the source is neither data nor adapter, or the recipe exists already.
     """
     file = Path(f"{data.stem}.yaml") if output is None else output
-    if file.exists():
+    if is_there(file):
         raise RecipeError(f"{file} exists already; remove it, or choose another name with --output")
     _check_languages(language, source_language)
     target = _read(str(data), data, file.parent)
@@ -157,9 +159,11 @@ def _guess(found: Sequence[str], name: str, preferred: str | None) -> tuple[str,
             understood = {field: ("answer", "answers") if field == "answer" else (field,) for field in chosen}
             return task, {field: str(column) for field, column in chosen.items() if column not in understood[field]}
     known = "; ".join(f"{task}: {' and '.join(fields)}" for task, fields in COLUMNS.items())
+    if not found:
+        raise DataError(f"{name} begins with a record without fields; give each record those of a task ({known})")
     raise DataError(
-        f"{name} has the columns {', '.join(found)}, which fit no task ({known}, or messages); rename them, or write "
-        "them into a recipe, for example data.target.columns: {prompt: " + f"{found[0]}" + "}"
+        f"{name} has the columns {listed(found)}, which fit no task ({known}, or messages); rename them, or write "
+        "them into a recipe, for example data.target.columns: {prompt: " + quoted(found[0]) + "}"
     )
 
 
