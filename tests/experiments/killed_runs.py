@@ -93,6 +93,7 @@ def attempt(
         status = 70
         try:
             os.chdir(workspace)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
             for number, name in ((1, "out"), (2, "err"), (3, "events")):
                 os.dup2(os.open(record / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             _watch(folder.absolute(), moments or {})

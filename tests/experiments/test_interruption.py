@@ -13,9 +13,12 @@ from grasp_lora.experiments.interruption import SIGNALS, Interruption
 @pytest.fixture
 def interruption():
     """An interruption at a place called `here`; afterwards no handler may be left over."""
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
     before = [signal.getsignal(number) for number in SIGNALS]
     yield Interruption(lambda: "here")
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    after = [signal.getsignal(number) for number in SIGNALS]
+    signal.signal(signal.SIGINT, outside)
+    assert after == before
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -122,7 +122,9 @@ def test_a_module_of_one_adapter_only_is_merged_from_that_one(rule: str) -> None
     options: dict[str, Any] = {"weights": (0.5, 0.5), "density": 1.0}
     merged = merge([both, alone], MergeSettings(rule, **options))
     assert list(merged) == sorted(MODULES)
-    expected = 0.5 * both[MODULES[1]].delta() / (2.0 if rule == "paper_sum_unscaled" else 1.0)
+    # LoRAHub weighs both factors, so a weight counts twice; the scaling of these adapters is 2.
+    share = {"paper_sum_unscaled": 0.5 / 2.0, "lorahub": 0.5**2}.get(rule, 0.5)
+    expected = share * both[MODULES[1]].delta()
     assert_same(merged[MODULES[1]].delta(), expected, 1e-5)
     if rule == "exact":
         assert merged[MODULES[1]].segments == (Segment("source", 3),)
@@ -177,8 +179,18 @@ def test_at_full_density_one_adapter_gives_itself(rule: str) -> None:
 @every_rule
 def test_a_negative_weight_turns_one_adapter_around(rule: str) -> None:
     one = adapter(0, scaling=1.0)
+    share = (-0.25) ** 2 if rule == "lorahub" else -0.25  # both factors are turned around there
     for module, pair in merge([one], MergeSettings(rule, weights=(-0.25,), density=1.0)).items():
-        assert_same(pair.delta(), -0.25 * one[module].delta(), 1e-5)
+        assert_same(pair.delta(), share * one[module].delta(), 1e-5)
+
+
+def test_lorahub_composes_the_factors_by_hand() -> None:
+    one, two = adapter(0, scaling=4.0), adapter(1, scaling=1.0)
+    merged = merge([one, two], MergeSettings("lorahub", weights=(0.5, -2.0)))
+    for module, pair in merged.items():
+        A = 0.5 * 2.0 * one[module].A - 2.0 * two[module].A
+        B = 0.5 * 2.0 * one[module].B - 2.0 * two[module].B
+        assert_same(pair.delta(), B @ A, 1e-5)
 
 
 # --- what each rule states -------------------------------------------------------------------------------------------
