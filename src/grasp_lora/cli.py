@@ -256,10 +256,18 @@ def evaluate(
 def compare(
     recipe: RecipeArgument,
     methods: Annotated[
-        str | None, typer.Option(help="Methods, separated by commas; default: all (see `grasp-lora compare --help`).")
+        str | None,
+        typer.Option(help="Methods, separated by commas; default: all that are named above but the last two."),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "42,1337,9001",
-    grid: Annotated[str, typer.Option(help="Prune ratios of the grid search.")] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
+    grid: Annotated[
+        str, typer.Option(help="Prune ratios of the grid search, fractions in [0, 1].")
+    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
+    reference: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "grasp",
+    split_seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Do all of it once more, with the first seed, on the split of this seed. May be repeated."),
+    ] = None,
     overrides: SetOption = None,
     output: OutputOption = None,
     verbose: VerboseOption = False,
@@ -268,11 +276,44 @@ def compare(
 
     Run it again to go on after an interruption, or on another machine with a copy of the folder's records: what is on record is
     not done again. Methods: zero_shot, source_only, target_only, target_wide (rank of the merge), target_long (steps of GRASP),
-    continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged, adaptive_merge, grid, grid_16,
-    grid_dev_free, grasp, grasp_paper, grasp_random, grasp_50, grasp_dev_free, one_shot, and grid_oracle, which is not fair.
+    continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged, adaptive_merge, grid_paper (the
+    paper's baseline), grid (of the recipe's own final runs), grid_16 (16 examples choose), grasp, grasp_paper, grasp_random,
+    grasp_50 (probes the dev set), one_shot, merge_dev_free, grid_dev_free, grasp_dev_free; grasp_default, and
+    grid_oracle, which is not fair.
     """
+    from grasp_lora.errors import GraspError, RecipeError
+    from grasp_lora.experiments.recipe import load_recipe
+
     _log(verbose)
-    _compare(recipe, overrides or [], output, methods, seeds, grid)
+    loaded, base = load_recipe(recipe, overrides or [])
+    folder = output or Path("runs") / f"{loaded.name}-compare"
+    with console.status("loading", spinner="dots") if console.is_terminal else _nothing():
+        from grasp_lora.experiments.baselines import DEFAULT_METHODS
+        from grasp_lora.experiments.comparison import ComparisonSettings
+        from grasp_lora.experiments.comparison import compare as run_comparison
+        from grasp_lora.experiments.comparison_report import print_comparison
+        from grasp_lora.experiments.progress import TerminalComparisonProgress
+        from grasp_lora.experiments.session import Session
+    try:
+        settings = ComparisonSettings(
+            DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
+            tuple(_number(int, "--seeds", seed) for seed in _parts(seeds)),
+            tuple(_number(float, "--grid", ratio) for ratio in _parts(grid)),
+            reference,
+            tuple(split_seed or ()),
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    progress = TerminalComparisonProgress(console)
+    try:
+        content = run_comparison(Session(loaded, base), folder, settings, progress)
+    finally:
+        progress.stop()
+    print_comparison(content, console)
+    _say(f"tables {folder / 'compare.md'}   report {folder / 'report.html'}")
+    failed = [f"{row['title']} {row['unavailable']}" for row in content["rows"] if row["failed"]]
+    if failed:
+        raise GraspError(f"{len(failed)} of {len(content['rows'])} methods failed: {'; '.join(failed)}")
 
 
 @app.command()
@@ -366,38 +407,6 @@ def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
     _say(f"adapter {folder / 'adapter'}   report {folder / 'report.html'}")
 
 
-def _compare(
-    recipe: str, overrides: list[str], output: Path | None, methods: str | None, seeds: str, grid: str
-) -> None:
-    from grasp_lora.errors import RecipeError
-    from grasp_lora.experiments.recipe import load_recipe
-
-    loaded, base = load_recipe(recipe, overrides)
-    folder = output or Path("runs") / f"{loaded.name}-compare"
-    with console.status("loading", spinner="dots") if console.is_terminal else _nothing():
-        from grasp_lora.experiments.baselines import DEFAULT_METHODS
-        from grasp_lora.experiments.comparison import ComparisonSettings, compare
-        from grasp_lora.experiments.comparison_report import print_comparison, write_comparison
-        from grasp_lora.experiments.progress import TerminalComparisonProgress
-        from grasp_lora.experiments.session import Session
-    try:
-        settings = ComparisonSettings(
-            DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
-            tuple(int(seed) for seed in _parts(seeds)),
-            tuple(float(ratio) for ratio in _parts(grid)),
-        )
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    progress = TerminalComparisonProgress(console)
-    try:
-        content = compare(Session(loaded, base), folder, settings, progress)
-    finally:
-        progress.stop()
-    page = write_comparison(folder, content)
-    print_comparison(content, console)
-    _say(f"report {page}")
-
-
 def _sweep(recipe: str, overrides: list[str], output: Path | None, options: dict[str, Any]) -> None:
     from grasp_lora.errors import RecipeError
     from grasp_lora.experiments.recipe import load_recipe
@@ -423,6 +432,13 @@ def _sweep(recipe: str, overrides: list[str], output: Path | None, options: dict
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(kind: type[int] | type[float], option: str, text: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"{option} holds {text!r}; give numbers, separated by commas") from error
 
 
 def _print_table(metrics: dict[str, Any]) -> None:

@@ -175,10 +175,10 @@ def test_a_grid_tries_all_or_as_many_as_asked_for_and_shared_steps_are_done_once
     assert again["trials"][:2] == content["trials"]
     assert recorder.steps.count("source") == recorder.steps.count("target") == 1
     assert len(resumed.steps) == 1
-    # A final run: 10 examples counted threefold, 6 dev examples before and after; both parents were trained once.
-    assert [row["work"] for row in again["trials"]] == [10 * 3 + 6 * 2] * 3
-    assert again["cost"]["work"] == 3 * 42
-    assert again["cost"]["work_with_parents"] == 3 * 42 + (12 * 3 + 4 * 2) + 42
+    # A final run: 10 examples counted twice, 6 dev examples before and after; both parents were trained once.
+    assert [row["work"] for row in again["trials"]] == [10 * 2 + 6 * 2] * 3
+    assert again["cost"]["work"] == 3 * 32
+    assert again["cost"]["work_with_parents"] == 3 * 32 + (12 * 2 + 4 * 2) + 32
     assert again["cost"]["runs"] == 3
 
 
@@ -224,8 +224,8 @@ def test_each_pruner_stops_a_bad_trial_and_not_the_best(tiny_workspace, pruner):
     assert bad["values"] == {RATE: 1e-9}
     assert bad["state"] == "pruned"
     assert 0 < bad["steps"] < 30
-    # Stopped after its first epoch: 10 examples counted threefold, and 6 dev examples before and after.
-    assert bad["work"] == 3 * bad["steps"] + 6 * (1 + bad["steps"] // 10)
+    # Stopped after its first epoch: 10 examples counted twice, and 6 dev examples before and after.
+    assert bad["work"] == 2 * bad["steps"] + 6 * (1 + bad["steps"] // 10)
     assert sane[0]["state"] == "complete"
     assert content["trials"][content["best"] - 1]["state"] == "complete"
     if pruner == "median":

@@ -6,12 +6,15 @@ on the dev or micro-dev split; the one exception says so in its title.
 Paper: baselines of the main table; more that a reviewer would ask for.
 """
 
+import hashlib
 import importlib.util
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from grasp_lora.errors import AdapterError
@@ -23,7 +26,6 @@ from grasp_lora.method.masking import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
 from grasp_lora.method.policy import ESTIMATE_RULES, PRESETS, PolicySettings, Round
 from grasp_lora.training.adapters import LoadedAdapter, read_adapter
-from grasp_lora.training.data import Example
 from grasp_lora.training.settings import TrainingSettings
 
 ROUNDS_FILE = "rounds.jsonl"  # of the controller, whose module brings the Trainer and is slow to import
@@ -31,6 +33,9 @@ GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
 LORAHUB_BUDGET = 40  # Huang et al. 2023: evaluations, bound of the weights and strength of the L1 term
 LORAHUB_BOUND = 1.5
 LORAHUB_L1 = 0.05
+# Part of what a record is found by: raise one when a change of the code changes the result of such steps.
+REVISIONS = {"training": 1, "controller": 1, "losses": 1, "scores": 1}
+JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,6 @@ class Bench:
         self.grid = tuple(grid)
         self._shared = shared
 
-    @property
-    def final_epochs(self) -> float:
-        """Epochs over the target data that GRASP takes at most in all: target adapter, controller and final run."""
-        recipe = self.recipe
-        return sum(stage.training.epochs for stage in (recipe.target, recipe.controller, recipe.final))
-
     def backbone(self) -> Adapter:
         """The backbone alone."""
         return Adapter("backbone", lambda: None)
@@ -99,52 +98,58 @@ class Bench:
     @cached_property
     def source(self) -> Adapter:
         """The source adapter, shared by all seeds; several given ones are averaged exactly."""
-        recipe, session = self._shared.recipe, self._shared
-        if not recipe.source.adapters:
-            splits = session.splits
-            return self._trained("source", splits.source_train, splits.source_dev, recipe.source.training, session)
-        given = [_given(session.existing_adapters[place]) for place in recipe.source.adapters]
-        return given[0] if len(given) == 1 else self._merged("source", MergeSettings("exact"), given)
+        sources = self._sources
+        names = [f"source_{number}" for number in range(1, len(sources) + 1)]
+        return sources[0] if len(sources) == 1 else self._merged("source", MergeSettings("exact"), sources, names)
 
     @cached_property
     def target(self) -> Adapter:
         """The target adapter."""
-        recipe, splits = self.recipe, self.session.splits
-        if recipe.target.adapter is not None:
-            return _given(self.session.existing_adapters[recipe.target.adapter])
-        return self._trained("target", splits.train, splits.dev, recipe.target.training)
+        return self._target(dev_free=False)
 
-    @cached_property
-    def parents(self) -> list[Adapter]:
-        """Every adapter that is merged."""
-        places = self.recipe.source.adapters
-        if len(places) < 2:
-            return [self.source, self.target]
-        return [*(_given(self._shared.existing_adapters[place]) for place in places), self.target]
+    def parents(self, dev_free: bool = False) -> list[Adapter]:
+        """Every adapter that is merged; the target's of all epochs, without a look at the dev set, if `dev_free`."""
+        return [*self._sources, self._target(dev_free=True) if dev_free else self.target]
 
-    @cached_property
-    def merged(self) -> Adapter:
+    def merged(self, dev_free: bool = False) -> Adapter:
         """The merge of the recipe."""
-        return self._merged("merged", self.recipe.merge, self.parents)
+        parents = self.parents(dev_free)
+        return self._merged("merged", self.recipe.merge, parents, _names(parents))
 
     def merged_by(self, rule: str) -> Adapter:
         """The merge by another rule, with its own default weights."""
-        return self._merged(rule, MergeSettings(rule), self.parents)
+        parents = self.parents()
+        return self._merged(rule, MergeSettings(rule), parents, _names(parents))
 
-    def trained_on_target(self, name: str, rank_factor: int = 1, epochs: float | None = None) -> Adapter:
-        """A fresh adapter on the target data: of a multiple of the rank, or for a number of epochs without early stop."""
-        lora, training = self.recipe.lora, self.recipe.target.training
-        lora = replace(lora, rank=lora.rank * rank_factor, alpha=lora.alpha * rank_factor)
-        if epochs is not None:
-            training = replace(training, epochs=epochs, patience=None)
-        session = self.session.variant(self.recipe.model_copy(update={"lora": lora}))
-        return self._trained(name, session.splits.train, session.splits.dev, training, session)
+    def trained_wide(self) -> Adapter:
+        """A fresh adapter on the target data, of the rank of the merge and the scaling of the recipe's adapters."""
+        lora, merge = self.recipe.lora, self.recipe.merge
+        given = self.session.existing_adapters
+        ranks = [max(pair.rank for pair in adapter.weights.values()) for adapter in given.values()]
+        ranks += [lora.rank] * (max(1, len(self.recipe.source.adapters)) + 1 - len(ranks))
+        rank = sum(ranks) if merge.rule == "exact" else merge.rank or max(ranks)
+        growth = rank / lora.rank
+        wide = replace(lora, rank=rank, alpha=lora.alpha * (growth**0.5 if lora.rslora else growth))
+        session = self.session.variant(self.recipe.model_copy(update={"lora": wide}))
+        return self._trained("target-wide", ("train",), ("dev",), self.recipe.target.training, session)
+
+    def trained_long(self) -> Adapter:
+        """A fresh adapter on the target data for at most as many optimizer steps as GRASP takes on it, all stages together."""
+        recipe, examples = self.recipe, len(self.session.splits.train)
+        stages = [recipe.controller.training, recipe.final.training]
+        if recipe.target.adapter is None:
+            stages.append(recipe.target.training)
+        training = recipe.target.training
+        epochs = sum(stage.steps(examples) for stage in stages) / training.steps_per_epoch(examples)
+        return self._trained("target-long", ("train",), ("dev",), replace(training, epochs=epochs, patience=None))
 
     def trained_jointly(self) -> Adapter:
-        """One fresh adapter on the source and target data together, trained as the source adapter is."""
-        splits = self.session.splits
-        train = [*splits.source_train, *splits.train]
-        return self._trained("joint", train, splits.dev, self.recipe.source.training)
+        """One fresh adapter on source and target data together, the target's repeated as often as its own adapter sees it."""
+        source, target = self._shared.recipe.source.training, self.recipe.target.training
+        repeats = max(1, round(target.epochs / source.epochs))
+        evaluate_every = min(source.evaluate_every, 1 / JOINT_EVALUATIONS)
+        training = replace(source, evaluate_every=evaluate_every, patience=None, keep="best")
+        return self._trained("joint", ("source_train", *["train"] * repeats), ("dev",), training)
 
     def finetuned(
         self, start: Adapter, prune_ratio: float, changes: Mapping[str, Any] | None = None, dev_free: bool = False
@@ -161,6 +166,8 @@ class Bench:
         if dev_free:
             stage = replace(stage, training=replace(stage.training, patience=None, keep="last"))
         settings = self._settings(
+            data=self._data("train", *([] if dev_free else ["dev"])),
+            revision=REVISIONS["training"],
             start=start.key,
             prune_ratio=prune_ratio,
             final=asdict(stage),
@@ -172,14 +179,15 @@ class Bench:
         def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
             session = self.session.variant(self.recipe.model_copy(update={"final": stage}))
             weights = _loaded(start)
-            adapter, result, _ = session.finetune_pruned(
-                weights, prune_ratio, self._folder(key), () if dev_free else None
-            )
-            return adapter, _facts(result, stage.training, 0 if dev_free else len(session.splits.dev))
+            dev = () if dev_free else session.splits.dev
+            adapter, result, _ = session.finetune_pruned(weights, prune_ratio, self._draft(key), dev)
+            return adapter, _facts(result, stage.training, len(session.splits.train), len(dev))
 
         return self._adapter(f"final {prune_ratio:.2f}", settings, [start], work)
 
-    def controlled(self, policy: PolicySettings, probes: str = "micro_dev") -> tuple[float, Adapter]:
+    def controlled(
+        self, policy: PolicySettings, probes: str = "micro_dev", dev_free: bool = False
+    ) -> tuple[float, Adapter]:
         """The controller run on the merged adapter, probing on a split.
 
         The run does not depend on the rule that reads the ratio off its rounds, so policies that differ in the rule alone
@@ -189,8 +197,10 @@ class Bench:
             The learned ratio, and the merged adapter with the run's record among its own: what it cost.
         """
         stage = replace(self.recipe.controller, policy=replace(policy, estimate=PolicySettings().estimate))
-        merged, examples = self.merged, getattr(self.session.splits, probes)
+        merged, examples = self.merged(dev_free), getattr(self.session.splits, probes)
         settings = self._settings(
+            data=self._data("train", probes),
+            revision=REVISIONS["controller"],
             start=merged.key,
             controller=asdict(stage),
             mask=asdict(self.recipe.mask),
@@ -200,13 +210,13 @@ class Bench:
 
         def work(key: str) -> dict[str, Any]:
             session = self.session.variant(self.recipe.model_copy(update={"controller": stage}))
-            folder = self._folder(key)
+            folder = self._draft(key)
             session.learn_ratio(_loaded(merged), folder, examples)
             rounds = [json.loads(line) for line in (folder / ROUNDS_FILE).read_text(encoding="utf-8").splitlines()]
-            steps = stage.training.steps(len(session.splits.train))
+            shutil.rmtree(folder)
             return {
                 "rounds": rounds,
-                "trained_examples": steps * stage.training.batch_size * stage.training.accumulation,
+                "trained_examples": round(stage.training.epochs * len(session.splits.train)),
                 "measured_examples": len(rounds) * (policy.candidates + 1) * len(examples),
             }
 
@@ -217,16 +227,27 @@ class Bench:
     def pruned(self, start: Adapter, prune_ratio: float) -> Adapter:
         """An adapter pruned at a ratio, without training."""
         mask = asdict(self.recipe.final.mask or self.recipe.mask)
-        settings = self._settings(start=start.key, prune_ratio=prune_ratio, mask=mask)
+        settings = self._settings(
+            data=self._data("train"),
+            revision=REVISIONS["training"],
+            start=start.key,
+            prune_ratio=prune_ratio,
+            mask=mask,
+        )
         return self._adapter(
             "one-shot", settings, [start], lambda key: (self.session.prune(_loaded(start), prune_ratio), {})
         )
 
     def lorahub(self) -> Adapter:
         """Merge weights found without gradients on the micro-dev loss (Huang et al. 2023)."""
-        parents, examples = self.parents, len(self.session.splits.micro_dev)
+        parents, examples = self.parents(), len(self.session.splits.micro_dev)
         settings = self._settings(
-            start=[parent.key for parent in parents], budget=LORAHUB_BUDGET, bound=LORAHUB_BOUND, l1=LORAHUB_L1
+            data=self._data("micro_dev"),
+            revision=REVISIONS["training"],
+            start=[parent.key for parent in parents],
+            budget=LORAHUB_BUDGET,
+            bound=LORAHUB_BOUND,
+            l1=LORAHUB_L1,
         )
 
         def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
@@ -243,33 +264,41 @@ class Bench:
         def work(key: str) -> dict[str, Any]:
             return {"losses": self.session.losses(adapter.load(), split)[split]}
 
-        return self.records.get(f"{split} losses", self._measured(adapter, split=split), work)
+        settings = self._measured(adapter, data=self._data(split), revision=REVISIONS["losses"], split=split)
+        return self.records.get(f"{split} losses", settings, work)
 
     def scores(self, adapter: Adapter) -> Record:
         """The scores of the answers to the test prompts; the answers themselves are written beside the records."""
-        recipe = self.recipe
-        settings = self._measured(
-            adapter,
-            generation=asdict(recipe.generation),
-            metrics=list(self.session.metrics),
-            bertscore=asdict(recipe.bertscore),
-        )
+        recipe, session, test = self.recipe, self.session, self.session.splits.test
+        generation = {"max_new_tokens": recipe.generation.max_new_tokens, "stop": recipe.generation.stop}
+        asked = self._measured(adapter, data=self._data("test"), revision=REVISIONS["scores"], generation=generation)
+        references = [example.references for example in test]
+        settings = asked | {
+            "metrics": list(session.metrics),
+            "bertscore": asdict(recipe.bertscore) if "bertscore" in session.metrics else None,
+            "language": session.language,
+            "references": hashlib.sha256(repr(references).encode()).hexdigest(),
+        }
+        # Under a key of their own, so that another metric does not need new answers.
+        file = self.records.folder / "predictions" / f"{key_of('answers', asked)}.jsonl"
 
         def work(key: str) -> dict[str, Any]:
-            answers, scores = self.session.answer(adapter.load())
-            test = self.session.splits.test
-            rows = [{"id": one.id, "prediction": text} for one, text in zip(test, answers, strict=True)]
-            write_jsonl(self.records.folder / "predictions" / f"{key}.jsonl", rows)
-            return {name: asdict(entry) for name, entry in scores.items()}
+            if not file.is_file():
+                answers = session.answer(adapter.load())
+                rows = [{"id": one.id, "prediction": text} for one, text in zip(test, answers, strict=True)]
+                write_jsonl(file, rows)
+            lines = file.read_text(encoding="utf-8").split("\n")
+            answers = tuple(json.loads(line)["prediction"] for line in lines if line)
+            return {name: asdict(entry) for name, entry in session.score(answers).items()}
 
-        return self.records.get("scores", settings, work)
+        return self.records.get("scores", _plain(settings), work)
 
     def outcome(self, adapter: Adapter, prune_ratio: float | None = None, **facts: Any) -> Outcome:
         """Measure what a method came to."""
         return Outcome(self.losses(adapter), self.scores(adapter), adapter.records, prune_ratio, **facts)
 
     def _settings(self, **settings: Any) -> dict[str, Any]:
-        """What decides a step of training, with what decides all of them."""
+        """What decides a step that draws random numbers, with what decides all of them."""
         return _plain({**self._common, "seed": self.recipe.seed, **settings})
 
     def _measured(self, adapter: Adapter, **settings: Any) -> dict[str, Any]:
@@ -279,40 +308,67 @@ class Bench:
     @cached_property
     def _common(self) -> dict[str, str]:
         backbone = self.session.backbone
-        return {
-            "backbone": backbone.fingerprint,
-            "dtype": str(backbone.model.dtype),
-            "data": hash_of(self.session.splits),
-        }
+        return {"backbone": backbone.fingerprint, "dtype": str(backbone.model.dtype)}
+
+    def _data(self, *splits: str) -> str:
+        return hash_of(self.session.splits, splits)
+
+    @cached_property
+    def _sources(self) -> list[Adapter]:
+        recipe, session = self._shared.recipe, self._shared
+        if recipe.source.adapters:
+            return [_given(session.existing_adapters[place]) for place in recipe.source.adapters]
+        return [self._trained("source", ("source_train",), ("source_dev",), recipe.source.training, session)]
+
+    def _target(self, dev_free: bool) -> Adapter:
+        recipe = self.recipe
+        if recipe.target.adapter is not None:
+            return _given(self.session.existing_adapters[recipe.target.adapter])
+        if not dev_free:
+            return self._trained("target", ("train",), ("dev",), recipe.target.training)
+        return self._trained("target", ("train",), (), replace(recipe.target.training, patience=None, keep="last"))
 
     def _trained(
         self,
         name: str,
-        train: Sequence[Example],
-        dev: Sequence[Example],
+        train: Sequence[str],
+        dev: Sequence[str],
         training: TrainingSettings,
         session: Session | None = None,
     ) -> Adapter:
+        """A fresh adapter, trained on the named splits and judged on others."""
         session = session or self.session
+        train_set, dev_set = (
+            [one for split in names for one in getattr(session.splits, split)] for names in (train, dev)
+        )
         settings = self._settings(
-            lora=asdict(session.recipe.lora), training=asdict(training), examples=len(train), seed=session.recipe.seed
+            data=self._data(*train, *dev),
+            revision=REVISIONS["training"],
+            splits=[list(train), list(dev)],
+            lora=asdict(session.recipe.lora),
+            training=asdict(training),
+            seed=session.recipe.seed,
         )
 
         def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
             # Every target-only variant begins as the target adapter does: they differ in what their name says alone.
             part = "source" if name == "source" else "target"
-            weights, result = session.train_adapter(part, train, dev, training, self._folder(key))
-            return weights, _facts(result, training, len(dev))
+            weights, result = session.train_adapter(part, train_set, dev_set, training, self._draft(key))
+            return weights, _facts(result, training, len(train_set), len(dev_set))
 
         return self._adapter(name, settings, [], work)
 
-    def _merged(self, name: str, merge: MergeSettings, parents: Sequence[Adapter]) -> Adapter:
-        settings = self._settings(merge=asdict(merge), parents=[parent.key for parent in parents])
-        key = key_of(name, settings)  # quick and exact, so it is never on record
+    def _merged(self, name: str, merge: MergeSettings, parents: Sequence[Adapter], names: Sequence[str]) -> Adapter:
+        settings = {
+            "merge": asdict(merge),
+            "parents": [parent.key for parent in parents],
+            "names": list(names),
+            "seed": self.recipe.seed if merge.rule.startswith("dare") else None,  # the others draw nothing
+        }
+        key = key_of(name, _plain(settings))  # quick and exact, so it is never on record
 
         def load() -> AdapterWeights:
-            adapters = [_loaded(parent) for parent in parents]
-            return self.session.merge(adapters, _names(adapters), merge)
+            return self.session.merge([_loaded(parent) for parent in parents], names, merge)
 
         return Adapter(key, _once(load), _unique([record for parent in parents for record in parent.records]))
 
@@ -327,7 +383,11 @@ class Bench:
 
         def make(key: str) -> dict[str, Any]:
             weights, facts = work(key)
-            self.session.save(self._folder(key), weights)
+            draft, folder = self._draft(key), self._folder(key)
+            self.session.save(draft, weights)
+            if folder.exists():
+                shutil.rmtree(folder)
+            draft.rename(folder)  # whole or not there: a kill may come at any moment
             return facts
 
         record = self.records.get(name, settings, make)
@@ -341,8 +401,11 @@ class Bench:
         earlier = [past for start in starts for past in start.records]
         return Adapter(record.key, _once(load), _unique([*earlier, record]))
 
-    def _folder(self, key: str) -> Any:
+    def _folder(self, key: str) -> Path:
         return self.records.folder / "adapters" / key
+
+    def _draft(self, key: str) -> Path:
+        return self.records.folder / "adapters" / f"{key}.part"
 
 
 @dataclass(frozen=True)
@@ -389,11 +452,14 @@ def search_weights(session: Session, adapters: Sequence[AdapterWeights], seed: i
     return tuple(float(weight) for weight in best.value), LORAHUB_BUDGET
 
 
-def _run_grid(choose_on: str, dev_free: bool = False) -> Callable[[Bench], Outcome]:
+def _run_grid(
+    choose_on: str, final: Mapping[str, Any] | None = None, dev_free: bool = False
+) -> Callable[[Bench], Outcome]:
     """A grid search: one final run per ratio, the best of them by the mean loss on a split."""
 
     def run(bench: Bench) -> Outcome:
-        runs = {ratio: bench.finetuned(bench.merged, ratio, dev_free=dev_free) for ratio in bench.grid}
+        merged = bench.merged(dev_free)
+        runs = {ratio: bench.finetuned(merged, ratio, final, dev_free) for ratio in bench.grid}
         splits = dict.fromkeys((choose_on, "test"))
         curve = {
             ratio: {split: mean(bench.losses(adapter, split).result["losses"]) for split in splits}
@@ -416,7 +482,7 @@ def _run_grasp(
     """GRASP: learn the ratio in one controller run, then one final run."""
 
     def run(bench: Bench) -> Outcome:
-        ratio, merged = bench.controlled(policy(bench.recipe), probes)
+        ratio, merged = bench.controlled(policy(bench.recipe), probes, dev_free)
         adapter = bench.finetuned(merged, ratio, final, dev_free)
         return bench.outcome(adapter, ratio, chosen_on=probes)
 
@@ -430,6 +496,11 @@ def _one_shot(bench: Bench) -> Outcome:
 
 def _own_policy(recipe: Recipe) -> PolicySettings:
     return recipe.controller.policy
+
+
+def _random_policy(recipe: Recipe) -> PolicySettings:
+    """The recipe's own policy, but with uniform candidates and nothing learned."""
+    return replace(recipe.controller.policy, kind="uniform")
 
 
 def _preset_policy(name: str) -> Callable[[Recipe], PolicySettings]:
@@ -471,49 +542,46 @@ def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
     return unavailable
 
 
-PAPER_FINAL = {"mode": "reselect", "mask": MaskSettings(score="gradient_of_delta")}  # method of the released code
+PAPER_FINAL = {"mode": "reselect", "mask": MaskSettings(score="gradient_of_delta")}  # Paper: adaptive LoRA merge
 
 METHODS: dict[str, Method] = {
     "zero_shot": Method("zero shot", lambda bench: bench.outcome(bench.backbone()), 0.3),
     "source_only": Method("source only", lambda bench: bench.outcome(bench.source)),
     "target_only": Method("target only (LoRA)", lambda bench: bench.outcome(bench.target)),
-    "target_wide": Method(
-        "target only, rank of the merge",
-        lambda bench: bench.outcome(bench.trained_on_target("target-wide", rank_factor=len(bench.parents))),
-    ),
-    "target_long": Method(
-        "target only, steps of GRASP",
-        lambda bench: bench.outcome(bench.trained_on_target("target-long", epochs=bench.final_epochs)),
-        4,
-    ),
+    "target_wide": Method("target only, rank of the merge", lambda bench: bench.outcome(bench.trained_wide())),
+    "target_long": Method("target only, steps of GRASP", lambda bench: bench.outcome(bench.trained_long()), 4),
     "continued": Method(
         "source adapter continued on the target",
         lambda bench: bench.outcome(bench.finetuned(bench.source, 0.0)),
     ),
     "joint": Method(
-        "source and target data together",
-        lambda bench: bench.outcome(bench.trained_jointly()),
-        2,
-        _needs_source,
+        "source and target data together", lambda bench: bench.outcome(bench.trained_jointly()), 4, _needs_source
     ),
     "ties": Method("TIES", lambda bench: bench.outcome(bench.merged_by("ties")), 0.3, _needs_equal_ranks("ties")),
     "dare_ties": Method(
         "DARE-TIES", lambda bench: bench.outcome(bench.merged_by("dare_ties")), 0.3, _needs_equal_ranks("dare_ties")
     ),
     "lorahub": Method("LoRAHub", lambda bench: bench.outcome(bench.lorahub()), 2, _needs_equal_ranks("lorahub")),
-    "merged": Method("merged, not trained", lambda bench: bench.outcome(bench.merged), 0.3),
+    "merged": Method("merged, not trained", lambda bench: bench.outcome(bench.merged()), 0.3),
     "adaptive_merge": Method(
-        "adaptive LoRA merge", lambda bench: bench.outcome(bench.finetuned(bench.merged, 0.0), 0.0)
+        "adaptive LoRA merge", lambda bench: bench.outcome(bench.finetuned(bench.merged(), 0.0), 0.0)
     ),
-    "grid": Method("adaptive LoRA merge + pruning, grid", _run_grid("dev"), 8, _needs_dev),
-    "grid_16": Method("grid chosen on the micro-dev set", _run_grid("micro_dev"), 0.3, _needs_dev),
-    "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12),
+    "grid_paper": Method("adaptive LoRA merge + pruning, grid", _run_grid("dev", final=PAPER_FINAL), 10, _needs_dev),
+    "grid": Method("grid of GRASP's final runs", _run_grid("dev"), 8, _needs_dev),
+    "grid_16": Method("the same grid, 16 examples choose", _run_grid("micro_dev"), 0.3, _needs_dev),
     "grasp": Method("GRASP", _run_grasp(_own_policy), 5),
-    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_preset_policy("paper"), final=PAPER_FINAL), 5),
-    "grasp_random": Method("GRASP, random candidates", _run_grasp(_preset_policy("random")), 5),
+    "grasp_default": Method("GRASP, preset default", _run_grasp(_preset_policy("default")), 5),
+    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_preset_policy("paper"), final=PAPER_FINAL), 2),
+    "grasp_random": Method("GRASP, random candidates", _run_grasp(_random_policy), 5),
     "grasp_50": Method("GRASP probing the dev set", _run_grasp(_own_policy, "dev"), 10, _needs_dev),
-    "grasp_dev_free": Method("GRASP without a dev set", _run_grasp(_own_policy, dev_free=True), 1.5),
     "one_shot": Method("pruned at the learned ratio, not trained", _one_shot, 0.3),
+    "merge_dev_free": Method(
+        "adaptive LoRA merge without a dev set",
+        lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),
+        2,
+    ),
+    "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12),
+    "grasp_dev_free": Method("GRASP without a dev set", _run_grasp(_own_policy, dev_free=True), 6),
     "grid_oracle": Method(
         "grid chosen on the TEST set",
         _run_grid("test"),
@@ -521,7 +589,8 @@ METHODS: dict[str, Method] = {
         warning="chooses its ratio on the test split: a bound on what any choice could reach, no fair method",
     ),
 }
-DEFAULT_METHODS = tuple(name for name in METHODS if name != "grid_oracle")
+# The preset default is what a recipe has unless it says otherwise, and the oracle is not fair.
+DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("grasp_default", "grid_oracle"))
 
 
 def rounds_of(record: Record) -> list[Round]:
@@ -538,7 +607,11 @@ def rounds_of(record: Record) -> list[Round]:
 
 
 def _given(adapter: LoadedAdapter) -> Adapter:
-    return Adapter(adapter.sha256, lambda: adapter.weights)
+    # The file of weights does not hold the scaling, which decides as much.
+    facts = {
+        name: [pair.scaling, [[one.name, one.rank] for one in pair.segments]] for name, pair in adapter.weights.items()
+    }
+    return Adapter(key_of("given", {"sha256": adapter.sha256, "facts": facts}), lambda: adapter.weights)
 
 
 def _loaded(adapter: Adapter) -> AdapterWeights:
@@ -553,15 +626,15 @@ def _names(adapters: Sequence[Any]) -> tuple[str, ...]:
     return (*("source" if number == 0 else f"source_{number + 1}" for number in range(sources)), "target")
 
 
-def _facts(result: Any, training: TrainingSettings, dev_examples: int) -> dict[str, Any]:
+def _facts(result: Any, training: TrainingSettings, train_examples: int, dev_examples: int) -> dict[str, Any]:
     """What a fine-tune did and cost, as plain values."""
-    measured = sum("dev_loss" in row for row in result.history) * dev_examples
+    epochs = result.steps / training.steps_per_epoch(train_examples)
     return {
         "steps": result.steps,
         "best_step": result.best_step,
         "dev_loss": result.dev_loss,
-        "trained_examples": result.steps * training.batch_size * training.accumulation,
-        "measured_examples": measured,
+        "trained_examples": round(epochs * train_examples),
+        "measured_examples": sum("dev_loss" in row for row in result.history) * dev_examples,
         "history": result.history,
     }
 

@@ -9,18 +9,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from grasp_lora.errors import RecipeError
+from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines, mean_and_sd
 from grasp_lora.experiments.baselines import DEFAULT_METHODS, GRID, METHODS, Bench, Outcome
+from grasp_lora.experiments.comparison_report import write_comparison
 from grasp_lora.experiments.interruption import Interruption
 from grasp_lora.experiments.lock import only_writer
+from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
 from grasp_lora.experiments.records import Record, Records
 from grasp_lora.experiments.session import Session, mean, write_json
-from grasp_lora.training.durable import clear_write_errors
+from grasp_lora.training.adapters import check_target_modules
+from grasp_lora.training.durable import clear_write_errors, write_whole
 
 SEEDS = (42, 1337, 9001)  # Paper: experimental setup
-TRAINED_AS_MEASURED = 3  # forward passes that one training example counts as
 TEST_LOSS = "test_loss"
+PARENTS = ("source", "target")  # steps that train the adapters that are merged
+LEAST_TEST = 2
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class ComparisonSettings:
         methods: keys of `METHODS`.
         seeds: of initialisation, order of the data and controller; the source adapter is that of the recipe's seed.
         grid: prune ratios of the grid search, fractions in [0, 1].
-        reference: the method that the others are compared with.
+        reference: the method that the others are compared with; it is run even if `methods` leaves it out.
+        split_seeds: of further splits of the data, on which all is done once more with the first seed.
         resamples: of the bootstrap.
 
     Raises:
@@ -44,6 +49,7 @@ class ComparisonSettings:
     seeds: tuple[int, ...] = SEEDS
     grid: tuple[float, ...] = GRID
     reference: str = "grasp"
+    split_seeds: tuple[int, ...] = ()
     resamples: int = 10_000
 
     def __post_init__(self) -> None:
@@ -59,7 +65,7 @@ class ComparisonSettings:
         for ratio in self.grid:
             if not 0.0 <= ratio <= 1.0:
                 raise ValueError(f"grid holds {ratio}; each prune ratio must be a fraction in [0, 1]")
-        for seed in self.seeds:
+        for seed in (*self.seeds, *self.split_seeds):
             if seed < 0:
                 raise ValueError(f"seed is {seed}; it must be at least 0")
 
@@ -83,10 +89,14 @@ class ComparisonProgress:
 
 @dataclass
 class _Row:
-    """The outcomes of one method, by seed."""
+    """What came of one method: an outcome by seed, or why there is none."""
 
     outcomes: dict[int, Outcome] = field(default_factory=dict)
     unavailable: str | None = None
+    failed: bool = False
+
+
+_Rows = dict[str, _Row]
 
 
 def compare(
@@ -94,8 +104,10 @@ def compare(
 ) -> dict[str, Any]:
     """Run what is not on record yet, and write and return the content of `compare.json`.
 
+    A method that fails, for example because its training diverges, leaves its reason in its row, and the others go on.
+
     Args:
-        session: of the recipe.
+        session: of the recipe; a prune ratio that it gives is left aside.
         folder: of the comparison; records of any recipe may stand in it side by side.
         settings: methods, seeds and the rest.
         progress: told how far the work is.
@@ -105,42 +117,84 @@ def compare(
             what is on record stays.
         Interrupted: SIGTERM or SIGINT came.
     """
+    recipe = session.recipe
+    recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
+    session = Session(recipe, session.base, session.progress)
     session.prepare()
-    if not session.splits.test:
-        raise RecipeError("a comparison needs a test split, but data.target.test is 0; give it at least 2 examples")
-    place = ["before it began"]
-    with Interruption(lambda: place[0]).handled(), clear_write_errors(folder):
+    check_target_modules(session.backbone.model, recipe.lora.target_modules)
+    if len(session.splits.test) < LEAST_TEST:
+        raise RecipeError(
+            f"a comparison needs a test split, but it has {len(session.splits.test)} examples (data.target.test); "
+            f"give it at least {LEAST_TEST}"
+        )
+    work = _Work(session, folder, settings, progress or ComparisonProgress())
+    with Interruption(lambda: work.place).handled(), clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with only_writer(folder):
-            return _compare(session, folder, settings, progress or ComparisonProgress(), place)
+            write_whole(folder / RECIPE_FILE, recipe.to_yaml())
+            return work.execute()
 
 
-def _compare(
-    session: Session, folder: Path, settings: ComparisonSettings, progress: ComparisonProgress, place: list[str]
-) -> dict[str, Any]:
-    records = Records(folder, progress.record)
-    split_seed = session.recipe.seed if session.recipe.data.split_seed is None else session.recipe.data.split_seed
-    data = replace(session.recipe.data, split_seed=split_seed)  # the split stays while the seed changes
-    shared = session.variant(session.recipe.model_copy(update={"data": data}))
-    rows = {name: _Row(unavailable=METHODS[name].unavailable(shared)) for name in settings.methods}
-    possible = [name for name, row in rows.items() if row.unavailable is None]
-    progress.begin(len(settings.seeds) * sum(METHODS[name].units for name in possible))
-    content: dict[str, Any] = {}
-    for seed in settings.seeds:
-        bench = Bench(shared.variant(shared.recipe.model_copy(update={"seed": seed})), shared, records, settings.grid)
-        for name in possible:
-            place[0] = f"in {METHODS[name].title}, seed {seed}"
-            progress.method(METHODS[name].title, seed)
-            rows[name].outcomes[seed] = METHODS[name].run(bench)
-            progress.done(METHODS[name].units)
-        content = _content(shared, settings, rows, split_seed)
-        write_json(folder / "compare.json", content)
-    return content
+class _Work:
+    """One comparison that is under way."""
+
+    def __init__(
+        self, session: Session, folder: Path, settings: ComparisonSettings, progress: ComparisonProgress
+    ) -> None:
+        self.session, self.folder, self.settings, self.progress = session, folder, settings, progress
+        self.records = Records(folder, progress.record)
+        self.place = "before it began"
+        self.names = [name for name in METHODS if name in {*settings.methods, settings.reference}]
+
+    def execute(self) -> dict[str, Any]:
+        settings, data = self.settings, self.session.recipe.data
+        split_seed = self.session.recipe.seed if data.split_seed is None else data.split_seed
+        rows = {name: _Row(unavailable=METHODS[name].unavailable(self.session)) for name in self.names}
+        runs = len(settings.seeds) + len(settings.split_seeds)
+        self.progress.begin(runs * sum(METHODS[name].units for name, row in rows.items() if not row.unavailable))
+        content: dict[str, Any] = {}
+        shared = self.session.variant(self._with_split(split_seed))
+        for seed in settings.seeds:
+            self._run(shared, rows, seed)
+            content = _content(shared, settings, rows, split_seed)
+            self._write(content)
+        for other in settings.split_seeds:
+            again = {name: _Row(unavailable=row.unavailable) for name, row in rows.items()}
+            elsewhere = Session(self._with_split(other), self.session.base, self.session.progress)
+            elsewhere.backbone = self.session.backbone
+            self._run(elsewhere, again, settings.seeds[0])
+            content["other_splits"].append(_other_split(rows, again, settings, other))
+            self._write(content)
+        return content
+
+    def _with_split(self, split_seed: int) -> Recipe:
+        """The recipe with a split that does not move with its seed."""
+        recipe = self.session.recipe
+        return recipe.model_copy(update={"data": replace(recipe.data, split_seed=split_seed)})
+
+    def _run(self, shared: Session, rows: _Rows, seed: int) -> None:
+        seeded = shared.variant(shared.recipe.model_copy(update={"seed": seed}))
+        bench = Bench(seeded, shared, self.records, self.settings.grid)
+        for name, row in rows.items():
+            if row.unavailable is not None:
+                continue
+            self.place = f"in {METHODS[name].title}, seed {seed}"
+            self.progress.method(METHODS[name].title, seed)
+            try:
+                row.outcomes[seed] = METHODS[name].run(bench)
+            except RecipeError:  # of a record or a setting: that concerns the whole comparison
+                raise
+            except GraspError as error:
+                row.unavailable, row.failed = f"failed with seed {seed}: {error}", True
+                row.outcomes.clear()
+            self.progress.done(METHODS[name].units)
+
+    def _write(self, content: dict[str, Any]) -> None:
+        write_json(self.folder / "compare.json", content)
+        write_comparison(self.folder, content)
 
 
-def _content(
-    session: Session, settings: ComparisonSettings, rows: Mapping[str, _Row], split_seed: int
-) -> dict[str, Any]:
+def _content(session: Session, settings: ComparisonSettings, rows: _Rows, split_seed: int) -> dict[str, Any]:
     finished = {name: row for name, row in rows.items() if row.outcomes}
     metrics = _metrics(finished)
     comparisons = {metric: _comparisons(session, settings, finished, metric) for metric in metrics}
@@ -153,6 +207,7 @@ def _content(
     return {
         "name": session.recipe.name,
         "recipe_hash": session.recipe.fingerprint(),
+        "settings": asdict(settings),
         "backbone": session.backbone.name,
         "language": session.language,
         "seeds": sorted({seed for row in finished.values() for seed in row.outcomes}, key=settings.seeds.index),
@@ -164,10 +219,36 @@ def _content(
         "metrics": metrics,
         "signatures": signatures,
         "resamples": settings.resamples,
-        "rows": [_row(name, row, finished, metrics, comparisons) for name, row in rows.items()],
+        "comparisons": max((len(compared) for compared in comparisons.values()), default=0),
+        "rows": [_row(name, row, metrics, comparisons) for name, row in rows.items()],
+        "other_splits": [],
         "curve": _curve(finished),
         "warnings": _warnings(finished),
         "made_with": _made_with(finished),
+    }
+
+
+def _other_split(rows: _Rows, again: _Rows, settings: ComparisonSettings, split_seed: int) -> dict[str, Any]:
+    """The test losses of the first seed on the usual split and on another one, and what separates the reference from each row."""
+    seed = settings.seeds[0]
+    both = {
+        name: [mean(one.outcomes[seed].losses.result["losses"]) for one in (rows[name], again[name])]
+        for name in rows
+        if seed in rows[name].outcomes and seed in again[name].outcomes
+    }
+    reference = both.get(settings.reference)
+    return {
+        "split_seed": split_seed,
+        "seed": seed,
+        "rows": [
+            {
+                "method": name,
+                "title": METHODS[name].title,
+                "test_loss": losses,
+                "difference": None if reference is None else [a - b for a, b in zip(reference, losses, strict=True)],
+            }
+            for name, losses in both.items()
+        ],
     }
 
 
@@ -190,10 +271,14 @@ def _comparisons(
 ) -> dict[str, dict[str, Any]]:
     """The reference method against each other one, over the seeds that both have."""
     values_of = [_value(outcome, metric) for row in rows.values() for outcome in row.outcomes.values()]
-    if settings.reference not in rows or len(session.splits.test) < 2 or None in values_of:
+    if settings.reference not in rows or None in values_of:
         return {}
     corpus = None if metric == TEST_LOSS else session.metrics[metric].from_statistics
-    values = {name: [_per_example(one, metric, corpus) for one in row.outcomes.values()] for name, row in rows.items()}
+    values = {
+        name: [_per_example(one, metric, corpus) for one in row.outcomes.values()]
+        for name, row in rows.items()
+        if METHODS[name].warning is None or name == settings.reference  # what is not fair is not tested
+    }
     ours = values.pop(settings.reference)
     compared = compare_with_baselines(
         ours,
@@ -215,12 +300,16 @@ def _per_example(outcome: Outcome, metric: str, corpus: Any) -> list[Any]:
 def _row(
     name: str,
     row: _Row,
-    rows: Mapping[str, _Row],
     metrics: Sequence[str],
     comparisons: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     method = METHODS[name]
-    facts: dict[str, Any] = {"method": name, "title": method.title, "unavailable": row.unavailable}
+    facts: dict[str, Any] = {
+        "method": name,
+        "title": method.title,
+        "unavailable": row.unavailable,
+        "failed": row.failed,
+    }
     if not row.outcomes:
         return facts
     outcomes = list(row.outcomes.values())
@@ -233,7 +322,7 @@ def _row(
         "scores": {metric: _spread([_value(outcome, metric) for outcome in distinct]) for metric in metrics},
         "prune_ratio": _spread(ratios),
         "chosen_on": outcomes[0].chosen_on,
-        "cost": _cost(row, rows),
+        "cost": _cost(row),
         "against": {metric: compared[name] for metric, compared in comparisons.items() if name in compared},
     }
 
@@ -246,28 +335,22 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
     return {"mean": average, "sd": deviation, "values": there}
 
 
-def _cost(row: _Row, rows: Mapping[str, _Row]) -> dict[str, Any]:
-    """Mean over the seeds: all that the method needs, and what it needs beyond the adapters that are merged."""
+def _cost(row: _Row) -> dict[str, Any]:
+    """Mean over the seeds: of all that the method needs, and of what it needs beyond the adapters that are merged."""
     totals = []
-    for seed, outcome in row.outcomes.items():
-        merged = rows["merged"].outcomes.get(seed) if "merged" in rows else None
-        shared = {record.key for record in merged.records} if merged else set()
-        own = [record for record in outcome.records if record.key not in shared]
+    for outcome in row.outcomes.values():
+        own = [record for record in outcome.records if record.step not in PARENTS]
         totals.append(
             {
                 "runs": sum("trained_examples" in record.result for record in own),
                 "seconds": sum(record.seconds for record in own),
-                "seconds_with_parents": sum(record.seconds for record in outcome.records),
-                "work": sum(_work(record) for record in own),
+                "work": sum(record.work for record in own),
+                "runs_in_all": sum("trained_examples" in record.result for record in outcome.records),
+                "seconds_in_all": sum(record.seconds for record in outcome.records),
+                "work_in_all": sum(record.work for record in outcome.records),
             }
         )
     return {key: mean([float(total[key]) for total in totals]) for key in totals[0]}
-
-
-def _work(record: Record) -> int:
-    """Forward passes of one example, a training example counted as three."""
-    trained, measured = record.result.get("trained_examples", 0), record.result.get("measured_examples", 0)
-    return int(TRAINED_AS_MEASURED * trained + measured)
 
 
 def _curve(rows: Mapping[str, _Row]) -> list[dict[str, Any]]:

@@ -16,7 +16,8 @@ from grasp_lora.experiments.report import METRIC_NAMES, PAPER, Cell, Table, rend
 from grasp_lora.training.durable import write_whole
 
 PLUS_MINUS = "±"
-FULL_WIDTH = 160  # of a table that does not go to a terminal
+CHOSEN_ON = {"dev": "dev", "micro_dev": "micro-dev", "test": "TEST"}
+FULL_WIDTH = 180  # of a table that does not go to a terminal
 
 
 def write_comparison(folder: Path, content: Mapping[str, Any]) -> Path:
@@ -45,39 +46,59 @@ def print_comparison(content: Mapping[str, Any], console: Console) -> None:
 
 
 def score_table(content: Mapping[str, Any]) -> Table:
-    """Rows methods, columns the learned ratio and the metrics, mean and deviation over seeds; the best of a column is marked."""
+    """Rows methods, columns the ratio and the metrics, mean and deviation over seeds; the best of a column is marked."""
     metrics, reference = content["metrics"], METHODS[content["reference"]].title
-    columns = [
-        "method",
-        "prune ratio",
-        *(_heading(metric) for metric in metrics),
-        f"{reference} against it, by test loss",
-    ]
+    columns = ["method", "prune ratio", "chosen on", *(_heading(metric) for metric in metrics)]
+    columns.append(f"is {reference} better? (test loss)")
     rows = []
     best = {metric: _best(content, metric) for metric in metrics}
     for row in content["rows"]:
         if row["unavailable"]:
-            rows.append(
-                [Cell(row["title"]), Cell(f"unavailable: {row['unavailable']}"), *[Cell("")] * (len(metrics) + 1)]
-            )
+            reason = row["unavailable"] if row["failed"] else f"unavailable: {row['unavailable']}"
+            rows.append([Cell(row["title"]), Cell(reason), *[Cell("")] * (len(metrics) + 2)])
             continue
         cells = [Cell(_spread(row["scores"][metric], metric), row["method"] == best[metric]) for metric in metrics]
-        rows.append([Cell(row["title"]), Cell(_ratio(row)), *cells, Cell(_verdict(row, content, metrics[0]))])
+        chosen = Cell(CHOSEN_ON.get(row["chosen_on"], "–"))
+        rows.append([Cell(row["title"]), Cell(_ratio(row)), chosen, *cells, Cell(_verdict(row, content))])
     return Table("Scores of every method, mean and standard deviation over seeds", columns, rows)
 
 
 def cost_table(content: Mapping[str, Any]) -> Table:
-    """What each method needs beyond the adapters that are merged, and how it compares with the grid search."""
-    columns = ["method", "training runs", "seconds", "examples forward", "times the grid's speed"]
+    """What each method needs, in all and beyond the adapters that are merged, and how it compares with the grid search."""
+    columns = ["method", "runs", "seconds", "forward passes", "speed-up over the grid", "the same in forward passes",
+               "runs in all", "seconds in all"]  # fmt: skip
     done = [row for row in content["rows"] if not row["unavailable"]]
     grid = next((row["cost"] for row in done if row["method"] == "grid"), None)
+    one_machine = len(content["made_with"]) == 1
     rows = []
     for row in done:
         cost = row["cost"]
-        faster = f"{grid['seconds'] / cost['seconds']:.2f}" if grid and cost["seconds"] else "–"
-        facts = (f"{cost['runs']:.0f}", f"{cost['seconds']:.0f}", f"{cost['work']:.0f}", faster)
+        facts = [f"{cost['runs']:.0f}", f"{cost['seconds']:.0f}", f"{cost['work']:.0f}"]
+        facts.append(_speedup(grid, cost, "seconds") if one_machine else "–")
+        facts += [_speedup(grid, cost, "work"), f"{cost['runs_in_all']:.0f}", f"{cost['seconds_in_all']:.0f}"]
         rows.append([Cell(row["title"]), *map(Cell, facts)])
-    return Table("Cost of every method beyond the adapters that are merged, mean over seeds", columns, rows)
+    return Table("Cost of every method, mean over seeds", columns, rows)
+
+
+def split_tables(content: Mapping[str, Any]) -> list[Table]:
+    """For each further split: test loss with the first seed there and on the usual split, and the difference to the reference."""
+    reference = METHODS[content["reference"]].title
+    tables = []
+    for other in content["other_splits"]:
+        names = [f"split {content['split_seed']}", f"split {other['split_seed']}"]
+        columns = [
+            "method",
+            *(f"test loss, {name}" for name in names),
+            *(f"{reference} minus it, {name}" for name in names),
+        ]
+        rows = []
+        for row in other["rows"]:
+            differences = row["difference"] or [None, None]
+            cells = [f"{loss:.4f}" for loss in row["test_loss"]]
+            cells += ["–" if one is None else f"{one:+.4f}" for one in differences]
+            rows.append([Cell(row["title"]), *map(Cell, cells)])
+        tables.append(Table(f"Seed {other['seed']} on another split of the data", columns, rows))
+    return tables
 
 
 def verdict_table(content: Mapping[str, Any]) -> Table:
@@ -111,6 +132,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "scores": score_table(content),
         "cost": cost_table(content),
         "verdicts": verdict_table(content),
+        "splits": split_tables(content),
         "confidence": next(
             (f"{one['confidence']:.0%}" for row in content["rows"] for one in row.get("against", {}).values()), "95%"
         ),
@@ -145,8 +167,12 @@ def _ratio(row: Mapping[str, Any]) -> str:
     return f"{100 * ratio['mean']:.1f}{deviation} %"
 
 
-def _verdict(row: Mapping[str, Any], content: Mapping[str, Any], metric: str) -> str:
+def _verdict(row: Mapping[str, Any], content: Mapping[str, Any]) -> str:
     if row["method"] == content["reference"]:
-        return "reference"
-    one = row["against"].get(metric)
+        return "it is the reference"
+    one = row["against"].get("test_loss")
     return "–" if one is None else f"{one['verdict']} ({one['difference']:+.4f})"
+
+
+def _speedup(grid: Mapping[str, float] | None, cost: Mapping[str, float], what: str) -> str:
+    return f"{grid[what] / cost[what]:.2f}" if grid and cost[what] else "–"

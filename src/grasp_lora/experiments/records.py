@@ -20,6 +20,7 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.session import write_json
 
 VERSION = 1
+TRAINED_AS_MEASURED = 2  # forward passes that a training example counts as: the frozen backbone has no weight gradients
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class Record:
         key: hash of `settings`.
         settings: everything that decides the result, the keys of the steps it rests on included.
         result: what came out: losses, scores, a ratio.
-        seconds: wall time.
-        made_with: versions and processor.
+        seconds: wall time, without that of steps which had to be done within this one.
+        made_with: versions, processor or GPU, and threads.
         version: of this format.
     """
 
@@ -45,6 +46,12 @@ class Record:
     seconds: float
     made_with: dict[str, str] = field(default_factory=dict)
     version: int = VERSION
+
+    @property
+    def work(self) -> int:
+        """What the step cost: forward passes of one example, a training example counted as two."""
+        trained, measured = self.result.get("trained_examples", 0), self.result.get("measured_examples", 0)
+        return int(TRAINED_AS_MEASURED * trained + measured)
 
 
 class Records:
@@ -59,6 +66,7 @@ class Records:
         self.folder = folder
         self._on_done = on_done
         self._known: dict[str, Record] = {}
+        self._inside = 0.0  # seconds of the steps that were done within the current one
 
     def get(
         self, step: str, settings: Mapping[str, Any], work: Callable[[str], dict[str, Any]], *, redo: bool = False
@@ -82,10 +90,12 @@ class Records:
         if there:
             record = _read(file, key)
         if not there or redo:
-            started = time.perf_counter()
+            started, before = time.perf_counter(), self._inside
+            self._inside = 0.0
             result = work(key)
+            elapsed = time.perf_counter() - started
+            seconds, self._inside = round(elapsed - self._inside, 3), before + elapsed
             if not there:
-                seconds = round(time.perf_counter() - started, 3)
                 record = Record(step, key, dict(settings), result, seconds, _made_with())
                 write_json(file, asdict(record))
         self._known[key] = record
@@ -111,5 +121,16 @@ def _read(file: Path, key: str) -> Record:
 
 
 def _made_with() -> dict[str, str]:
+    import torch
+
     libraries = {name: version(name) for name in ("grasp-lora", "torch", "transformers", "peft")}
-    return libraries | {"python": platform.python_version(), "machine": platform.machine()}
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        device = str(processor.get("cpu_name") or platform.machine())
+    return libraries | {
+        "python": platform.python_version(),
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+    }

@@ -340,18 +340,22 @@ class Session:
             if not self.splits.test:
                 return Evaluation(dev_loss, None)
             test_losses = self._losses(model, self.splits.test)
-            predictions, scores = self._answer(model)
-        return Evaluation(dev_loss, mean(test_losses), scores, predictions, tuple(test_losses))
+            answers = self._answer(model)
+        return Evaluation(dev_loss, mean(test_losses), self.score(answers), answers, tuple(test_losses))
 
     def losses(self, weights: AdapterWeights | None, *splits: str) -> dict[str, list[float]]:
         """Measure every example's loss on the named splits (`dev`, `micro_dev`, `test`); an empty split has no losses."""
         with self._with(weights) as model:
             return {name: self._losses(model, getattr(self.splits, name)) for name in splits}
 
-    def answer(self, weights: AdapterWeights | None) -> tuple[tuple[str, ...], dict[str, MetricScore]]:
-        """Answer the test prompts; return the answers, in the order of the split, and their scores."""
+    def answer(self, weights: AdapterWeights | None) -> tuple[str, ...]:
+        """Answer the test prompts; return the answers in the order of the split."""
         with self._with(weights) as model:
             return self._answer(model)
+
+    def score(self, answers: Sequence[str]) -> dict[str, MetricScore]:
+        """Score answers to the test prompts, in the order of the split."""
+        return score(self.metrics, answers, [example.references for example in self.splits.test], self.language)
 
     def save(self, folder: Path, weights: AdapterWeights) -> None:
         """Write an adapter as an ordinary PEFT folder."""
@@ -371,12 +375,10 @@ class Session:
     def _losses(self, model: Any, examples: Sequence[Example]) -> list[float]:
         return ProbeSet(examples, self.pad_id).losses(model) if examples else []
 
-    def _answer(self, model: Any) -> tuple[tuple[str, ...], dict[str, MetricScore]]:
-        test = self.splits.test
-        prompts = [example.prompt_ids for example in test]
-        predictions = generate(model, self.backbone.tokenizer, prompts, self.recipe.generation, self.progress.answered)
-        scores = score(self.metrics, predictions, [example.references for example in test], self.language)
-        return tuple(predictions), scores
+    def _answer(self, model: Any) -> tuple[str, ...]:
+        prompts = [example.prompt_ids for example in self.splits.test]
+        tokenizer, settings = self.backbone.tokenizer, self.recipe.generation
+        return tuple(generate(model, tokenizer, prompts, settings, self.progress.answered))
 
     def _finetune(
         self,
@@ -420,10 +422,10 @@ def expected_rounds(recipe: Recipe, train_examples: int) -> int:
     return stage.training.steps(train_examples) // stage.probe_every
 
 
-def hash_of(splits: Splits) -> str:
-    """Return a hash of every token and its place, so that a run never goes on with other data."""
+def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:
+    """Return a hash of every token and its place in the named splits, so that nothing goes on with other data."""
     digest = hashlib.sha256()
-    for name in SPLITS:
+    for name in names:
         for example in getattr(splits, name):
             digest.update(repr((name, example.id, example.prompt_ids, example.completion_ids)).encode())
     return digest.hexdigest()

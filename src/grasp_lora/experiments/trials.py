@@ -21,8 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from grasp_lora.display import escaped
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.experiments.baselines import Bench
-from grasp_lora.experiments.comparison import TRAINED_AS_MEASURED
-from grasp_lora.experiments.records import Record, Records
+from grasp_lora.experiments.records import Records
 from grasp_lora.experiments.search_space import Grid, Parameter, trial_recipe
 from grasp_lora.experiments.session import Session, mean, write_json
 from grasp_lora.training.durable import write_whole
@@ -142,8 +141,8 @@ class Trials:
         facts: dict[str, Any] = {}
         started = time.perf_counter()
         try:
-            merged = bench.merged
-            facts["parents"] = {one.key: [one.seconds, _work(one)] for one in merged.records}
+            merged = bench.merged()
+            facts["parents"] = {one.key: [one.seconds, one.work] for one in merged.records}
             started = time.perf_counter()
             adapter = bench.finetuned(merged, stage.prune_ratio or 0.0)
         except (optuna.TrialPruned, GraspError) as stop:
@@ -162,7 +161,7 @@ class Trials:
             elif self._settings.pruner == "wilcoxon":
                 trial.set_user_attr(_LOSSES, evaluations.kept)
             result = {key: record.result[key] for key in ("dev_loss", "steps", "best_step")}
-            facts |= result | {"seconds": record.seconds, "work": _work(record), "adapter": adapter.key}
+            facts |= result | {"seconds": record.seconds, "work": record.work, "adapter": adapter.key}
             self._tell(trial, result["dev_loss"], facts)
 
     def _repeat(self, trial: optuna.Trial, earlier: FrozenTrial) -> None:
@@ -364,10 +363,3 @@ def _measured(losses: Sequence[float]) -> FrozenTrial:
 
 def _is_complete(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.COMPLETE
-
-
-def _work(record: Record) -> int:
-    """Forward passes of one example, a training example counted as three."""
-    return int(
-        TRAINED_AS_MEASURED * record.result.get("trained_examples", 0) + record.result.get("measured_examples", 0)
-    )
