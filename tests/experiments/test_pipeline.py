@@ -465,3 +465,14 @@ class TestWays:
         metrics = execute(*changes)
         assert 0.1 <= metrics["prune_ratio"] <= 0.8
         assert math.isfinite(metrics["systems"]["grasp"]["test_loss"])
+
+
+def test_going_on_in_another_dtype_is_said(finished_run, caplog):
+    started = read(finished_run / "run.json")
+    assert started["dtype"] == "float32"
+    (finished_run / "run.json").write_text(json.dumps(started | {"dtype": "bfloat16"}), encoding="utf-8")
+    (finished_run / "stages/report.json").unlink()
+    with caplog.at_level("WARNING", logger="grasp_lora"):
+        execute()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "was begun in bfloat16 and goes on in float32" in said

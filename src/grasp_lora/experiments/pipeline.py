@@ -342,6 +342,7 @@ class Run:
             "seed": self.recipe.seed,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
+            "dtype": str(backbone.model.dtype).removeprefix("torch."),
             "parents": [{"name": adapter.name, "sha256": adapter.sha256} for adapter in adapters.values()],
             "libraries": {name: version(name) for name in LIBRARIES},
             "python": platform.python_version(),
@@ -358,6 +359,14 @@ class Run:
             raise RecipeError(
                 f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
                 "put those back, or choose another folder with --output"
+            )
+        if before.get("dtype", started["dtype"]) != started["dtype"]:
+            log.warning(
+                "%s was begun in %s and goes on in %s, which backbone.dtype 'auto' means on this machine: the result is sound, "
+                "but not that of an uninterrupted run",
+                self.folder,
+                before["dtype"],
+                started["dtype"],
             )
 
 
