@@ -28,7 +28,6 @@ from grasp_lora.method.policy import ESTIMATE_RULES, PRESETS, PolicySettings, Ro
 from grasp_lora.training.adapters import LoadedAdapter, read_adapter
 from grasp_lora.training.settings import TrainingSettings
 
-ROUNDS_FILE = "rounds.jsonl"  # of the controller, whose module brings the Trainer and is slow to import
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
 LORAHUB_BUDGET = 40  # Huang et al. 2023: evaluations, bound of the weights and strength of the L1 term
 LORAHUB_BOUND = 1.5
@@ -209,6 +208,8 @@ class Bench:
         )
 
         def work(key: str) -> dict[str, Any]:
+            from grasp_lora.training.controller import ROUNDS_FILE  # brings the Trainer, which is slow to import
+
             session = self.session.variant(self.recipe.model_copy(update={"controller": stage}))
             folder = self._draft(key)
             session.learn_ratio(_loaded(merged), folder, examples)

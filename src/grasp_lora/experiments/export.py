@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
+from grasp_lora.experiments.steps import backbone_of, refuse_existing
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.shrinking import (
     DeltaError,
@@ -26,11 +27,8 @@ from grasp_lora.method.shrinking import (
 from grasp_lora.training.adapters import CONFIG_FILE, OUR_FILE, LoadedAdapter, check_fits, read_adapter, save_adapter
 from grasp_lora.training.backbone import (
     EMBEDDED_HUB_ID,
-    EMBEDDED_NAME,
     EMBEDDED_PUBLIC_NAME,
     Backbone,
-    BackboneSettings,
-    load_backbone,
 )
 from grasp_lora.training.folding import fold
 
@@ -91,11 +89,10 @@ def export_folder(place: str, output: Path, settings: ExportSettings, backbone: 
     Raises:
         GraspError: the adapter, its backbone, a setting or the output does not fit. Nothing is written then.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RecipeError(f"{output} exists and is not an empty folder; choose another with --output")
+    refuse_existing(output)
     adapter = read_adapter(place)
     weights, facts = _shrink(adapter, settings)
-    loaded = _backbone_of(adapter, backbone, "float32" if settings.fold else "bfloat16")
+    loaded = backbone_of(adapter, backbone, "cpu", "float32" if settings.fold else "bfloat16")
     check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
     dtype = DTYPES[settings.dtype or "float32"]
     if settings.fold:
@@ -228,24 +225,6 @@ def _shrinking_lines(facts: dict[str, Any], error: DeltaError) -> list[str]:
         return [*lines, "delta: unchanged"]
     worst = f"at worst {error.worst_error:.3g} ({error.worst_module})"
     return [*lines, f"delta: relative error {error.relative_error:.3g} over all modules, {worst}"]
-
-
-def _backbone_of(adapter: LoadedAdapter, named: str | None, dtype: str) -> Backbone:
-    name = named or adapter.base_model
-    if not name:
-        raise AdapterError(f"adapter {adapter.name} does not name its base model; give it with --backbone")
-    try:
-        settings = BackboneSettings(EMBEDDED_NAME if name == EMBEDDED_HUB_ID else name, dtype=dtype, device="cpu")  # type: ignore[arg-type]
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    try:
-        return load_backbone(settings)
-    except GraspError as error:
-        if named:
-            raise
-        raise GraspError(
-            f"{error}. Adapter {adapter.name} names this backbone; give another with --backbone"
-        ) from error
 
 
 def _stated_backbone(adapter: LoadedAdapter, backbone: Backbone) -> str:

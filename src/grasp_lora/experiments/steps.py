@@ -35,10 +35,10 @@ def merge_folders(
         settings = MergeSettings(rule, tuple(weights) if weights else None, rank, density)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    _refuse_existing(output)
+    refuse_existing(output)
     adapters = [read_adapter(place) for place in places]
     merged = merge_weights([adapter.weights for adapter in adapters], settings)
-    loaded = _backbone_of(adapters[0], backbone, "cpu")
+    loaded = backbone_of(adapters[0], backbone, "cpu")
     for adapter in adapters:
         check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
     save_adapter(
@@ -55,7 +55,7 @@ def merge_folders(
 
 def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
     """Run the controller on an adapter; write its records, ratio.json and the trained adapter."""
-    _refuse_existing(output)
+    refuse_existing(output)
     session.prepare(parents=False)
     adapter = session.read(_from_here(place))
     estimate, weights, last = session.learn_ratio(adapter.weights, output)
@@ -68,7 +68,7 @@ def finetune_folder(session: Session, place: str, prune_ratio: float, output: Pa
     """Prune an adapter at a ratio and fine-tune it; write the adapter, its history and its sparsity."""
     if not 0.0 <= prune_ratio <= 1.0:
         raise RecipeError(f"the prune ratio is {prune_ratio}; it must be a fraction in [0, 1]")
-    _refuse_existing(output)
+    refuse_existing(output)
     session.prepare(parents=False)
     adapter = session.read(_from_here(place))
     weights, result, rows = session.finetune_pruned(adapter.weights, prune_ratio, output)
@@ -80,7 +80,7 @@ def finetune_folder(session: Session, place: str, prune_ratio: float, output: Pa
 def evaluate_folders(session: Session, places: Sequence[str], output: Path | None) -> dict[str, Any]:
     """Measure adapters on dev and test; return a table as `metrics.json` holds it, and write it with the predictions."""
     if output is not None:
-        _refuse_existing(output)
+        refuse_existing(output)
     session.prepare(parents=False)
     adapters = [session.read(_from_here(place)) for place in places]
     systems, signatures = {}, {}
@@ -117,7 +117,7 @@ def predict_texts(
     if not prompts:
         raise DataError("there are no prompts; give them as arguments or one a line on standard input")
     adapter = read_adapter(place)
-    loaded = _backbone_of(adapter, backbone, device)
+    loaded = backbone_of(adapter, backbone, device)
     check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
     try:
         settings = GenerationSettings(max_new_tokens=max_new_tokens)
@@ -139,24 +139,34 @@ def _names(places: Sequence[str], adapters: Sequence[LoadedAdapter]) -> list[str
     return names if len(set(names)) == len(names) else list(places)
 
 
-def _backbone_of(adapter: LoadedAdapter, named: str | None, device: str) -> Backbone:
+def backbone_of(adapter: LoadedAdapter, named: str | None, device: str, dtype: str = "auto") -> Backbone:
+    """Load the backbone of an adapter: the one given by the user, or else the one that the adapter names.
+
+    Raises:
+        GraspError: there is no name, a setting is not allowed, or the backbone cannot be loaded.
+    """
     name = named or adapter.base_model
     if not name:
         raise AdapterError(f"adapter {adapter.name} does not name its base model; give it with --backbone")
     try:
-        settings = BackboneSettings(EMBEDDED_NAME if name == EMBEDDED_HUB_ID else name, device=device)  # type: ignore[arg-type]
+        settings = BackboneSettings(EMBEDDED_NAME if name == EMBEDDED_HUB_ID else name, dtype=dtype, device=device)  # type: ignore[arg-type]
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    if named:
-        return load_backbone(settings)
     try:
         return load_backbone(settings)
     except GraspError as error:
+        if named:
+            raise
         raise GraspError(
             f"{error}. Adapter {adapter.name} names this backbone; give another with --backbone"
         ) from error
 
 
-def _refuse_existing(output: Path) -> None:
+def refuse_existing(output: Path) -> None:
+    """Check that a folder for a result is not there yet, or empty.
+
+    Raises:
+        RecipeError: it holds something, or is a file.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RecipeError(f"{output} exists and is not an empty folder; choose another with --output")
