@@ -20,7 +20,8 @@ from grasp_lora.method.merging import MERGE_RULES
 from grasp_lora.training.adapters import CONFIG_FILE, WEIGHTS_FILE
 
 COMMANDS = (
-    "run", "demo", "check", "recipes", "init", "predict", "merge", "export", "learn", "finetune", "evaluate", "sweep", "report",
+    "run", "demo", "check", "recipes", "init", "predict", "merge", "export", "learn", "finetune", "evaluate", "compare", "sweep",
+    "record", "report",
 )  # fmt: skip
 
 Cli = Callable[..., object]

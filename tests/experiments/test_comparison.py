@@ -16,9 +16,10 @@ from conftest import write_tiny_workspace
 from grasp_lora.errors import AdapterError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.experiments import baselines
-from grasp_lora.experiments.baselines import DEFAULT_METHODS, METHODS, Bench, search_weights
-from grasp_lora.experiments.comparison import ComparisonProgress, ComparisonSettings, compare
+from grasp_lora.experiments.baselines import Bench, BenchProgress, search_weights
+from grasp_lora.experiments.comparison import ComparisonSettings, compare
 from grasp_lora.experiments.comparison_report import write_comparison
+from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS
 from grasp_lora.experiments.recipe import load_recipe
 from grasp_lora.experiments.records import Record, Records
 from grasp_lora.experiments.session import Session, mean
@@ -29,7 +30,7 @@ SMALL = ComparisonSettings(seeds=(1,), grid=(0.2, 0.6), resamples=1000)
 FEW = ("target_only", "adaptive_merge", "grid", "grasp")
 
 
-class Recorder(ComparisonProgress):
+class Recorder(BenchProgress):
     """Remembers which steps were done and which were on record."""
 
     def __init__(self) -> None:

@@ -1,31 +1,27 @@
-"""Every method of the comparison, as a few steps on one fine-tune code, with the same splits, seeds and early stopping.
+"""The steps that experiments are made of, on one fine-tune code, with the same splits, seeds and early stopping.
 
 A `Bench` holds the steps of one seed. Each step is on record under a hash of what decides it and of the steps it rests on, so
-methods share what they have in common, and a changed controller makes only those rows anew that rest on it. Choices are made
-on the dev or micro-dev split; the one exception says so in its title.
-Paper: baselines of the main table; more that a reviewer would ask for.
+methods share what they have in common, and a changed controller makes only those steps anew that rest on it.
 """
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.errors import AdapterError
-from grasp_lora.experiments.recipe import Recipe
 from grasp_lora.experiments.records import Record, Records, key_of
 from grasp_lora.experiments.session import Session, hash_of, mean, write_jsonl
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.masking import MaskSettings
-from grasp_lora.method.merging import MERGE_RULES, MergeSettings
-from grasp_lora.method.policy import ESTIMATE_RULES, PRESETS, PolicySettings, Round
-from grasp_lora.training.adapters import LoadedAdapter, read_adapter
+from grasp_lora.method.merging import MergeSettings
+from grasp_lora.method.policy import ESTIMATE_RULES, PolicySettings, Round
+from grasp_lora.training.adapters import LoadedAdapter, attached, read_adapter, segments_of
+from grasp_lora.training.probing import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
@@ -33,7 +29,7 @@ LORAHUB_BUDGET = 40  # Huang et al. 2023: evaluations, bound of the weights and 
 LORAHUB_BOUND = 1.5
 LORAHUB_L1 = 0.05
 # Part of what a record is found by: raise one when a change of the code changes the result of such steps.
-REVISIONS = {"training": 1, "controller": 1, "losses": 1, "scores": 1}
+REVISIONS = {"training": 1, "controller": 1, "trajectory": 1, "losses": 1, "scores": 1}
 JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
 
 
@@ -73,8 +69,25 @@ class Outcome:
     curve: Mapping[float, Mapping[str, float]] | None = None
 
 
+@dataclass
+class BenchProgress:
+    """Where an experiment on a bench reports to while it works; this one is silent."""
+
+    def begin(self, units: float) -> None:
+        """Take how much there is to do, in rough units of any kind."""
+
+    def task(self, title: str) -> None:
+        """A part of the work begins."""
+
+    def record(self, record: Record, there: bool) -> None:
+        """A step is done, now or already before."""
+
+    def done(self, units: float) -> None:
+        """The part that began last is finished."""
+
+
 class Bench:
-    """The steps of the comparison with one seed.
+    """The steps of experiments with one seed.
 
     Args:
         session: of the recipe with this seed.
@@ -225,6 +238,54 @@ class Bench:
         estimate = ESTIMATE_RULES[policy.estimate](rounds_of(record), policy.ratio_min, policy.ratio_max)
         return estimate.ratio, replace(merged, records=(*merged.records, record))
 
+    def trajectory(self, train_ratio: float | None, ratios: Sequence[float], every: int) -> Record:
+        """The micro-dev losses at many prune ratios, again and again during a training run like the controller's.
+
+        Args:
+            train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step (`shared_ratio`).
+            ratios: what is measured, fractions in [0, 1].
+            every: optimizer steps between measurements, >= 1.
+
+        Returns:
+            Record with `steps` and `losses` of a `LossLandscape`.
+        """
+        recipe, session, merged = self.recipe, self.session, self.merged()
+        training, train, examples = recipe.controller.training, session.splits.train, session.splits.micro_dev
+        settings = self._settings(
+            data=self._data("train", "micro_dev"),
+            revision=REVISIONS["trajectory"],
+            start=merged.key,
+            training=asdict(training),
+            mask=asdict(recipe.mask),
+            dropout=recipe.lora.dropout,
+            train_ratio=train_ratio,
+            ratios=ratios,
+            every=every,
+        )
+
+        def work(key: str) -> dict[str, Any]:
+            from grasp_lora.training.finetune import finetune  # both bring the Trainer, which is slow to import
+            from grasp_lora.training.landscape import LossLandscape
+
+            weights, folder = _loaded(merged), self._draft(key)
+            probes = ProbeSet(examples, session.pad_id)
+            landscape = LossLandscape(probes, ratios, every, train_ratio, recipe.mask, segments_of(weights))
+            with attached(session.backbone.model, weights, dropout=recipe.lora.dropout) as model:
+                order = recipe.seed_of("controller order")  # the controller run sees its examples in this order, too
+                finetune(
+                    model, train, (), training, pad_id=session.pad_id, seed=order, folder=folder, callbacks=[landscape]
+                )
+            shutil.rmtree(folder)
+            return {
+                "steps": landscape.steps,
+                "losses": landscape.losses,
+                "trained_examples": round(training.epochs * len(train)),
+                "measured_examples": len(landscape.steps) * len(ratios) * len(examples),
+            }
+
+        name = "shared" if train_ratio is None else f"{train_ratio:.2f}"
+        return self.records.get(f"trajectory {name}", settings, work)
+
     def pruned(self, start: Adapter, prune_ratio: float) -> Adapter:
         """An adapter pruned at a ratio, without training."""
         mask = asdict(self.recipe.final.mask or self.recipe.mask)
@@ -294,9 +355,23 @@ class Bench:
 
         return self.records.get("scores", _plain(settings), work)
 
-    def outcome(self, adapter: Adapter, prune_ratio: float | None = None, **facts: Any) -> Outcome:
-        """Measure what a method came to."""
-        return Outcome(self.losses(adapter), self.scores(adapter), adapter.records, prune_ratio, **facts)
+    def outcome(
+        self,
+        adapter: Adapter,
+        prune_ratio: float | None = None,
+        chosen_on: str | None = None,
+        curve: Mapping[float, Mapping[str, float]] | None = None,
+        chosen_among: Iterable[Adapter] = (),
+    ) -> Outcome:
+        """Measure what a method came to.
+
+        Args:
+            adapter: the result.
+            prune_ratio, chosen_on, curve: as in `Outcome`.
+            chosen_among: the adapters that a choice was made among, the result included: all of them were needed.
+        """
+        needed = _unique([record for one in (*chosen_among, adapter) for record in one.records])
+        return Outcome(self.losses(adapter), self.scores(adapter), needed, prune_ratio, chosen_on, curve)
 
     def _settings(self, **settings: Any) -> dict[str, Any]:
         """What decides a step that draws random numbers, with what decides all of them."""
@@ -409,25 +484,6 @@ class Bench:
         return self.records.folder / "adapters" / f"{key}.part"
 
 
-@dataclass(frozen=True)
-class Method:
-    """A row of the table.
-
-    Args:
-        title: as the table prints it.
-        run: does what is not on record yet.
-        units: rough cost in final runs, for the time left.
-        unavailable: why it cannot run with this recipe here, or None.
-        warning: what a reader has to be told of it.
-    """
-
-    title: str
-    run: Callable[[Bench], Outcome]
-    units: float = 1.0
-    unavailable: Callable[[Session], str | None] = lambda session: None
-    warning: str | None = None
-
-
 def search_weights(session: Session, adapters: Sequence[AdapterWeights], seed: int) -> tuple[tuple[float, ...], int]:
     """Search one weight per adapter without gradients: mean micro-dev loss plus an L1 term (LoRAHub, Huang et al. 2023).
 
@@ -453,158 +509,42 @@ def search_weights(session: Session, adapters: Sequence[AdapterWeights], seed: i
     return tuple(float(weight) for weight in best.value), LORAHUB_BUDGET
 
 
-def _run_grid(
-    choose_on: str, final: Mapping[str, Any] | None = None, dev_free: bool = False
-) -> Callable[[Bench], Outcome]:
-    """A grid search: one final run per ratio, the best of them by the mean loss on a split."""
+def check_list(name: str, values: Sequence[Any]) -> None:
+    """Check that a list of settings says something, and nothing twice.
 
-    def run(bench: Bench) -> Outcome:
-        merged = bench.merged(dev_free)
-        runs = {ratio: bench.finetuned(merged, ratio, final, dev_free) for ratio in bench.grid}
-        splits = dict.fromkeys((choose_on, "test"))
-        curve = {
-            ratio: {split: mean(bench.losses(adapter, split).result["losses"]) for split in splits}
-            for ratio, adapter in runs.items()
-        }
-        best = min(curve, key=lambda ratio: curve[ratio][choose_on])
-        records = _unique([record for adapter in runs.values() for record in adapter.records])
-        outcome = bench.outcome(runs[best], best, chosen_on=choose_on, curve=curve)
-        return replace(outcome, records=records)
-
-    return run
+    Raises:
+        ValueError: it does not.
+    """
+    if not values:
+        raise ValueError(f"{name} is empty; give at least one")
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{name} names {twice[0]} more than once; name each one once")
 
 
-def _run_grasp(
-    policy: Callable[[Recipe], PolicySettings],
-    probes: str = "micro_dev",
-    final: Mapping[str, Any] | None = None,
-    dev_free: bool = False,
-) -> Callable[[Bench], Outcome]:
-    """GRASP: learn the ratio in one controller run, then one final run."""
+def check_ratios(name: str, ratios: Sequence[float]) -> None:
+    """Check a list of prune ratios.
 
-    def run(bench: Bench) -> Outcome:
-        ratio, merged = bench.controlled(policy(bench.recipe), probes, dev_free)
-        adapter = bench.finetuned(merged, ratio, final, dev_free)
-        return bench.outcome(adapter, ratio, chosen_on=probes)
-
-    return run
+    Raises:
+        ValueError: it is empty, says something twice, or holds something else than fractions in [0, 1].
+    """
+    check_list(name, ratios)
+    for ratio in ratios:
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(f"{name} holds {ratio}; each prune ratio must be a fraction in [0, 1]")
 
 
-def _one_shot(bench: Bench) -> Outcome:
-    ratio, merged = bench.controlled(bench.recipe.controller.policy)
-    return bench.outcome(bench.pruned(merged, ratio), ratio, chosen_on="micro_dev")
-
-
-def _own_policy(recipe: Recipe) -> PolicySettings:
-    return recipe.controller.policy
-
-
-def _random_policy(recipe: Recipe) -> PolicySettings:
-    """The recipe's own policy, but with uniform candidates and nothing learned."""
-    return replace(recipe.controller.policy, kind="uniform")
-
-
-def _preset_policy(name: str) -> Callable[[Recipe], PolicySettings]:
-    """A preset within the recipe's own bounds, with its number of candidates."""
-
-    def policy(recipe: Recipe) -> PolicySettings:
-        own = recipe.controller.policy
-        return replace(
-            PRESETS[name],
-            ratio_min=own.ratio_min,
-            ratio_max=own.ratio_max,
-            ratio_init=own.ratio_init,
-            candidates=own.candidates,
-        )
-
-    return policy
-
-
-def _needs_source(session: Session) -> str | None:
-    return None if session.splits.source_train else "needs data.source, the recipe gives source adapters only"
-
-
-def _needs_dev(session: Session) -> str | None:
-    return None if session.splits.dev else "needs a dev split, data.target.dev is 0"
-
-
-def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
-    def unavailable(session: Session) -> str | None:
-        ranks = {pair.rank for adapter in session.existing_adapters.values() for pair in adapter.weights.values()}
-        recipe = session.recipe
-        if not (recipe.source.adapters and recipe.target.adapter):
-            ranks.add(recipe.lora.rank)
-        if MERGE_RULES[rule].equal_ranks and len(ranks) > 1:
-            return f"merge rule {rule!r} needs equal ranks, the adapters have {sorted(ranks)}"
-        if rule == "lorahub" and importlib.util.find_spec("nevergrad") is None:
-            return "needs nevergrad: pip install 'grasp-lora[compare]'"
-        return None
-
-    return unavailable
-
-
-PAPER_FINAL = {"mode": "reselect", "mask": MaskSettings(score="gradient_of_delta")}  # Paper: adaptive LoRA merge
-
-METHODS: dict[str, Method] = {
-    "zero_shot": Method("zero shot", lambda bench: bench.outcome(bench.backbone()), 0.3),
-    "source_only": Method("source only", lambda bench: bench.outcome(bench.source)),
-    "target_only": Method("target only (LoRA)", lambda bench: bench.outcome(bench.target)),
-    "target_wide": Method("target only, rank of the merge", lambda bench: bench.outcome(bench.trained_wide())),
-    "target_long": Method("target only, steps of GRASP", lambda bench: bench.outcome(bench.trained_long()), 4),
-    "continued": Method(
-        "source adapter continued on the target",
-        lambda bench: bench.outcome(bench.finetuned(bench.source, 0.0)),
-    ),
-    "joint": Method(
-        "source and target data together", lambda bench: bench.outcome(bench.trained_jointly()), 4, _needs_source
-    ),
-    "ties": Method("TIES", lambda bench: bench.outcome(bench.merged_by("ties")), 0.3, _needs_equal_ranks("ties")),
-    "dare_ties": Method(
-        "DARE-TIES", lambda bench: bench.outcome(bench.merged_by("dare_ties")), 0.3, _needs_equal_ranks("dare_ties")
-    ),
-    "lorahub": Method("LoRAHub", lambda bench: bench.outcome(bench.lorahub()), 2, _needs_equal_ranks("lorahub")),
-    "merged": Method("merged, not trained", lambda bench: bench.outcome(bench.merged()), 0.3),
-    "adaptive_merge": Method(
-        "adaptive LoRA merge", lambda bench: bench.outcome(bench.finetuned(bench.merged(), 0.0), 0.0)
-    ),
-    "grid_paper": Method("adaptive LoRA merge + pruning, grid", _run_grid("dev", final=PAPER_FINAL), 10, _needs_dev),
-    "grid": Method("grid of GRASP's final runs", _run_grid("dev"), 8, _needs_dev),
-    "grid_16": Method("the same grid, 16 examples choose", _run_grid("micro_dev"), 0.3, _needs_dev),
-    "grasp": Method("GRASP", _run_grasp(_own_policy), 5),
-    "grasp_default": Method("GRASP, preset default", _run_grasp(_preset_policy("default")), 5),
-    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_preset_policy("paper"), final=PAPER_FINAL), 2),
-    "grasp_random": Method("GRASP, random candidates", _run_grasp(_random_policy), 5),
-    "grasp_50": Method("GRASP probing the dev set", _run_grasp(_own_policy, "dev"), 10, _needs_dev),
-    "one_shot": Method("pruned at the learned ratio, not trained", _one_shot, 0.3),
-    "merge_dev_free": Method(
-        "adaptive LoRA merge without a dev set",
-        lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),
-        2,
-    ),
-    "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12),
-    "grasp_dev_free": Method("GRASP without a dev set", _run_grasp(_own_policy, dev_free=True), 6),
-    "grid_oracle": Method(
-        "grid chosen on the TEST set",
-        _run_grid("test"),
-        0.3,
-        warning="chooses its ratio on the test split: a bound on what any choice could reach, no fair method",
-    ),
-}
-# The preset default is what a recipe has unless it says otherwise, and the oracle is not fair.
-DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("grasp_default", "grid_oracle"))
+def environments(records: Iterable[Record]) -> list[dict[str, str]]:
+    """Return the different environments that records were made with; seconds of different ones cannot be compared."""
+    found: list[dict[str, str]] = []
+    for record in records:
+        if record.made_with not in found:
+            found.append(record.made_with)
+    return found
 
 
 def rounds_of(record: Record) -> list[Round]:
     """Return the rounds of a controller run that is on record."""
-    return [
-        Round(
-            row["ratio_before"],
-            tuple(row["candidates"]),
-            tuple(row["baseline_losses"]),
-            tuple(tuple(losses) for losses in row["candidate_losses"]),
-        )
-        for row in record.result["rounds"]
-    ]
+    return [Round.from_json(row["ratio_before"], row) for row in record.result["rounds"]]
 
 
 def _given(adapter: LoadedAdapter) -> Adapter:

@@ -11,12 +11,21 @@ from typing import Any, ClassVar
 
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines, mean_and_sd
-from grasp_lora.experiments.baselines import DEFAULT_METHODS, GRID, METHODS, Bench, Outcome
+from grasp_lora.experiments.baselines import (
+    GRID,
+    Bench,
+    BenchProgress,
+    Outcome,
+    check_list,
+    check_ratios,
+    environments,
+)
 from grasp_lora.experiments.comparison_report import write_comparison
 from grasp_lora.experiments.interruption import Interruption
 from grasp_lora.experiments.lock import only_writer
+from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS
 from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
-from grasp_lora.experiments.records import Record, Records
+from grasp_lora.experiments.records import Records
 from grasp_lora.experiments.session import Session, mean, write_json
 from grasp_lora.training.adapters import check_target_modules
 from grasp_lora.training.durable import clear_write_errors, write_whole
@@ -56,35 +65,12 @@ class ComparisonSettings:
         for name in (*self.methods, self.reference):
             if name not in METHODS:
                 raise ValueError(f"there is no method {name!r}; allowed: {', '.join(METHODS)}")
-        for what in ("methods", "seeds", "grid"):
-            values: tuple[Any, ...] = getattr(self, what)
-            if not values:
-                raise ValueError(f"{what} is empty; give at least one")
-            if twice := [value for value in values if values.count(value) > 1]:
-                raise ValueError(f"{what} names {twice[0]} more than once; name each one once")
-        for ratio in self.grid:
-            if not 0.0 <= ratio <= 1.0:
-                raise ValueError(f"grid holds {ratio}; each prune ratio must be a fraction in [0, 1]")
+        check_list("methods", self.methods)
+        check_list("seeds", self.seeds)
+        check_ratios("grid", self.grid)
         for seed in (*self.seeds, *self.split_seeds):
             if seed < 0:
                 raise ValueError(f"seed is {seed}; it must be at least 0")
-
-
-@dataclass
-class ComparisonProgress:
-    """Where a comparison reports to while it works; this one is silent."""
-
-    def begin(self, units: float) -> None:
-        """Take how much there is to do, in rough units of a final run."""
-
-    def method(self, title: str, seed: int) -> None:
-        """A method begins with a seed."""
-
-    def record(self, record: Record, there: bool) -> None:
-        """A step is done, now or already before."""
-
-    def done(self, units: float) -> None:
-        """A method is finished with a seed."""
 
 
 @dataclass
@@ -100,7 +86,7 @@ _Rows = dict[str, _Row]
 
 
 def compare(
-    session: Session, folder: Path, settings: ComparisonSettings, progress: ComparisonProgress | None = None
+    session: Session, folder: Path, settings: ComparisonSettings, progress: BenchProgress | None = None
 ) -> dict[str, Any]:
     """Run what is not on record yet, and write and return the content of `compare.json`.
 
@@ -127,7 +113,7 @@ def compare(
             f"a comparison needs a test split, but it has {len(session.splits.test)} examples (data.target.test); "
             f"give it at least {LEAST_TEST}"
         )
-    work = _Work(session, folder, settings, progress or ComparisonProgress())
+    work = _Work(session, folder, settings, progress or BenchProgress())
     with Interruption(lambda: work.place).handled(), clear_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with only_writer(folder):
@@ -138,9 +124,7 @@ def compare(
 class _Work:
     """One comparison that is under way."""
 
-    def __init__(
-        self, session: Session, folder: Path, settings: ComparisonSettings, progress: ComparisonProgress
-    ) -> None:
+    def __init__(self, session: Session, folder: Path, settings: ComparisonSettings, progress: BenchProgress) -> None:
         self.session, self.folder, self.settings, self.progress = session, folder, settings, progress
         self.records = Records(folder, progress.record)
         self.place = "before it began"
@@ -178,8 +162,9 @@ class _Work:
         for name, row in rows.items():
             if row.unavailable is not None:
                 continue
-            self.place = f"in {METHODS[name].title}, seed {seed}"
-            self.progress.method(METHODS[name].title, seed)
+            title = f"{METHODS[name].title}, seed {seed}"
+            self.place = f"in {title}"
+            self.progress.task(title)
             try:
                 row.outcomes[seed] = METHODS[name].run(bench)
             except RecipeError:  # of a record or a setting: that concerns the whole comparison
@@ -368,11 +353,5 @@ def _warnings(rows: Mapping[str, _Row]) -> list[str]:
 
 
 def _made_with(rows: Mapping[str, _Row]) -> list[dict[str, str]]:
-    """The environments of the records; seconds of different ones cannot be compared."""
-    found: list[dict[str, str]] = []
-    for row in rows.values():
-        for outcome in row.outcomes.values():
-            for record in (*outcome.records, outcome.losses, outcome.scores):
-                if record.made_with not in found:
-                    found.append(record.made_with)
-    return found
+    outcomes = [outcome for row in rows.values() for outcome in row.outcomes.values()]
+    return environments(record for one in outcomes for record in (*one.records, one.losses, one.scores))

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from grasp_lora.experiments.baselines import METHODS
 from grasp_lora.experiments.figures import comparison_figure, plotly_js
+from grasp_lora.experiments.methods import METHODS
 from grasp_lora.experiments.report import METRIC_NAMES, PAPER, Cell, Table, render
 from grasp_lora.training.durable import write_whole
 

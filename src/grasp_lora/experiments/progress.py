@@ -1,8 +1,8 @@
-"""What a run, a comparison or a sweep shows in a terminal: live bars; elsewhere one line for each thing that is finished."""
+"""What a run or an experiment shows in a terminal: live bars; elsewhere one line for each thing that is finished."""
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -10,10 +10,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from grasp_lora.display import escaped
-from grasp_lora.experiments.comparison import ComparisonProgress
+from grasp_lora.experiments.baselines import BenchProgress
 from grasp_lora.experiments.pipeline import StageProgress
 from grasp_lora.experiments.records import Record
+from grasp_lora.experiments.session import mean
 from grasp_lora.experiments.sweep import SweepProgress
+
+if TYPE_CHECKING:
+    from grasp_lora.experiments.landscape import Landscape
 
 _TITLES = {
     "data": "read and split the data",
@@ -99,8 +103,8 @@ class TerminalProgress(StageProgress):
             self._task = None
 
 
-class TerminalComparisonProgress(ComparisonProgress):
-    """Shows how far a comparison is, what it does, and the time left.
+class TerminalBenchProgress(BenchProgress):
+    """Shows how far a comparison or a recording is, what it does, and the time left.
 
     Args:
         console: where to; a live bar only if it is a terminal.
@@ -128,16 +132,16 @@ class TerminalComparisonProgress(ComparisonProgress):
         self._bar.start()
         self._task = self._bar.add_task("load the model and the data", total=units, left="")
 
-    def method(self, title: str, seed: int) -> None:
+    def task(self, title: str) -> None:
         """Say what is being done."""
-        self._title, self._new = f"{title}, seed {seed}", False
+        self._title, self._new = title, False
         self._bar.update(self._task, description=self._title)
 
     def record(self, record: Record, there: bool) -> None:
         """One line for each step that was really done."""
         if not there:
             self._new = True
-            self._console.print(f"{self._title:<46} {record.step:<14} {record.seconds:8.1f} s", highlight=False)
+            self._console.print(f"{self._title:<46} {record.step:<17} {record.seconds:8.1f} s", highlight=False)
 
     def done(self, units: float) -> None:
         """Move the bar; the time left counts only what was not on record."""
@@ -224,6 +228,23 @@ def print_sweep(content: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"trial {content['best']} is the best by dev loss; {cost['runs']} final runs took {cost['seconds']:.0f} s and "
         f"{cost['work']} examples forward",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_landscape(landscape: "Landscape", console: Console) -> None:
+    """Print the mean losses of the final runs of a landscape, the lowest of each split bold."""
+    splits = {"micro_dev": "micro-dev", "dev": "dev", "test": "test"}
+    runs = landscape.finals
+    best = {split: min(runs, key=lambda run: mean(run.losses[split])) for split in splits}
+    table = Table("prune ratio", *(f"{name} loss" for name in splits.values()), "best step", "steps")
+    for run in runs:
+        cells = [Text(f"{mean(run.losses[split]):.4f}", style="bold" if run is best[split] else "") for split in splits]
+        table.add_row(f"{run.ratio:g}", *cells, str(run.best_step), str(run.steps))
+    console.print(table)
+    console.print(
+        f"lowest dev loss at ratio {best['dev'].ratio:g}, lowest test loss at {best['test'].ratio:g}",
         highlight=False,
         soft_wrap=True,
     )

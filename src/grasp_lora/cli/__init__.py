@@ -1,17 +1,26 @@
 """The command line: parse, call, print. A user's mistake is one line and exit status 2."""
 
-import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from grasp_lora.cli.experiments import compare, record, sweep
+from grasp_lora.cli.terminal import (
+    OutputOption,
+    RecipeArgument,
+    SetOption,
+    VerboseOption,
+    console,
+    error_console,
+    loading,
+    log_to_terminal,
+    say,
+    shown,
+)
 from grasp_lora.display import escaped, one_line
 
 if TYPE_CHECKING:
@@ -29,16 +38,7 @@ app = typer.Typer(
 Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv[/bold] for your own examples.""",
 )
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
-console = Console()
-error_console = Console(stderr=True)
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in one (see `recipes`).")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="Change one value: a.b=value, for example data.root=/data. May be repeated."),
-]
-OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; default runs/NAME.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens in detail.")]
 AdapterFolder = Annotated[str, typer.Option("--adapter", "-a", help="PEFT adapter: a folder or a hub id.")]
 StepOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
 
@@ -51,7 +51,7 @@ def run(
 
     Run it again on the same folder to go on after an interruption: completed stages are skipped.
     """
-    _log(verbose)
+    log_to_terminal(verbose)
     _run(recipe, overrides or [], output)
 
 
@@ -65,7 +65,7 @@ def demo(
     """Run the main job on an embedded model and embedded texts; minutes on a laptop."""
     from grasp_lora.errors import RecipeError
 
-    _log(verbose)
+    log_to_terminal(verbose)
     if language not in ("ar", "zh"):
         raise RecipeError(f"demo language is {language!r}; allowed: ar, zh")
     _run(f"demo-{language}", overrides or [], output)
@@ -74,13 +74,13 @@ def demo(
 @app.command()
 def check(recipe: RecipeArgument, overrides: SetOption = None, verbose: VerboseOption = False) -> None:
     """Check a recipe before running it: files, adapters, label masks, lengths, splits, leaks, rounds and cost."""
-    _log(verbose)
+    log_to_terminal(verbose)
     from grasp_lora.experiments.preflight import preflight
 
     for finding in preflight(_session(recipe, overrides)):
         mark = "[green]ok     [/green]" if finding.level == "ok" else "[yellow]warning[/yellow]"
         console.print(f"{mark} [bold]{finding.topic:<10}[/bold]", end=" ")
-        _say(finding.text)
+        say(finding.text)
 
 
 @app.command()
@@ -120,7 +120,7 @@ def init(
 
     file = write_recipe(data, language, output, source or [], source_language, backbone)
     name_source = "" if source else "name a source in it, then "
-    _say(f"wrote {file}; next: {name_source}grasp-lora check {file}")
+    say(f"wrote {file}; next: {name_source}grasp-lora check {file}")
 
 
 @app.command()
@@ -136,7 +136,7 @@ def predict(
     """Answer prompts with an adapter, one answer a line."""
     from grasp_lora.experiments.steps import predict_texts
 
-    _log(False)
+    log_to_terminal(False)
     texts = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     for answer in predict_texts(adapter, texts, backbone, max_new_tokens, device):
         sys.stdout.write((escaped(answer) if sys.stdout.isatty() else answer) + "\n")
@@ -165,9 +165,9 @@ def merge(
     """Merge LoRA adapters into one ordinary PEFT adapter."""
     from grasp_lora.experiments.steps import merge_folders
 
-    _log(False)
+    log_to_terminal(False)
     facts = merge_folders(adapters, output, backbone, rule, weight, rank, density)
-    _say(facts)
+    say(facts)
 
 
 @app.command()
@@ -193,11 +193,11 @@ def export(
     """
     from grasp_lora.experiments.export import ExportSettings, export_folder
 
-    _log(False)
+    log_to_terminal(False)
     settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype)
     for line in export_folder(adapter, output, settings, backbone):
-        _say(line)
-    _say(f"-> {output}")
+        say(line)
+    say(f"-> {output}")
 
 
 @app.command()
@@ -211,9 +211,9 @@ def learn(
     """Learn the prune ratio of a merged adapter (the controller run alone)."""
     from grasp_lora.experiments.steps import learn_folder
 
-    _log(verbose)
+    log_to_terminal(verbose)
     estimate = learn_folder(_session(recipe, overrides), adapter, output)
-    _say(
+    say(
         f"prune ratio {estimate.ratio:.4f} (95 % interval {estimate.low:.4f} to {estimate.high:.4f}, "
         f"{estimate.rounds} rounds) -> {output}"
     )
@@ -231,10 +231,10 @@ def finetune(
     """Prune a merged adapter at a given ratio and fine-tune it (the final run alone)."""
     from grasp_lora.experiments.steps import finetune_folder
 
-    _log(verbose)
+    log_to_terminal(verbose)
     result = finetune_folder(_session(recipe, overrides), adapter, ratio, output)
     loss = "" if result.dev_loss is None else f", dev loss {result.dev_loss:.4f}"
-    _say(f"{result.steps} steps, best at step {result.best_step}{loss} -> {output}")
+    say(f"{result.steps} steps, best at step {result.best_step}{loss} -> {output}")
 
 
 @app.command()
@@ -248,103 +248,12 @@ def evaluate(
     """Measure adapters on the recipe's dev and test splits."""
     from grasp_lora.experiments.steps import evaluate_folders
 
-    _log(verbose)
+    log_to_terminal(verbose)
     _print_table(evaluate_folders(_session(recipe, overrides), adapter, output))
 
 
-@app.command()
-def compare(
-    recipe: RecipeArgument,
-    methods: Annotated[
-        str | None,
-        typer.Option(help="Methods, separated by commas; default: all that are named above but the last two."),
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "42,1337,9001",
-    grid: Annotated[
-        str, typer.Option(help="Prune ratios of the grid search, fractions in [0, 1].")
-    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
-    reference: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "grasp",
-    split_seed: Annotated[
-        list[int] | None,
-        typer.Option(help="Do all of it once more, with the first seed, on the split of this seed. May be repeated."),
-    ] = None,
-    overrides: SetOption = None,
-    output: OutputOption = None,
-    verbose: VerboseOption = False,
-) -> None:
-    """Run every baseline and GRASP under one protocol; print the table with uncertainty and cost.
-
-    Run it again to go on after an interruption, or on another machine with a copy of the folder's records: what is on record is
-    not done again. Methods: zero_shot, source_only, target_only, target_wide (rank of the merge), target_long (steps of GRASP),
-    continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged, adaptive_merge, grid_paper (the
-    paper's baseline), grid (of the recipe's own final runs), grid_16 (16 examples choose), grasp, grasp_paper, grasp_random,
-    grasp_50 (probes the dev set), one_shot, merge_dev_free, grid_dev_free, grasp_dev_free; grasp_default, and
-    grid_oracle, which is not fair.
-    """
-    from grasp_lora.errors import GraspError, RecipeError
-    from grasp_lora.experiments.recipe import load_recipe
-
-    _log(verbose)
-    loaded, base = load_recipe(recipe, overrides or [])
-    folder = output or Path("runs") / f"{loaded.name}-compare"
-    with console.status("loading", spinner="dots") if console.is_terminal else _nothing():
-        from grasp_lora.experiments.baselines import DEFAULT_METHODS
-        from grasp_lora.experiments.comparison import ComparisonSettings
-        from grasp_lora.experiments.comparison import compare as run_comparison
-        from grasp_lora.experiments.comparison_report import print_comparison
-        from grasp_lora.experiments.progress import TerminalComparisonProgress
-        from grasp_lora.experiments.session import Session
-    try:
-        settings = ComparisonSettings(
-            DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
-            tuple(_number(int, "--seeds", seed) for seed in _parts(seeds)),
-            tuple(_number(float, "--grid", ratio) for ratio in _parts(grid)),
-            reference,
-            tuple(split_seed or ()),
-        )
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    progress = TerminalComparisonProgress(console)
-    try:
-        content = run_comparison(Session(loaded, base), folder, settings, progress)
-    finally:
-        progress.stop()
-    print_comparison(content, console)
-    _say(f"tables {folder / 'compare.md'}   report {folder / 'report.html'}")
-    failed = [f"{row['title']} {row['unavailable']}" for row in content["rows"] if row["failed"]]
-    if failed:
-        raise GraspError(f"{len(failed)} of {len(content['rows'])} methods failed: {'; '.join(failed)}")
-
-
-@app.command()
-def sweep(
-    recipe: RecipeArgument,
-    param: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--param",
-            "-p",
-            help=r"What to vary: KEY=low..high, KEY=low..high:log, KEY=low..high/n for n values, KEY=\[a, b]. May be repeated.",
-        ),
-    ] = None,
-    trials: Annotated[
-        int | None, typer.Option(help="How many trials in all; default 20, with the grid sampler all combinations.")
-    ] = None,
-    sampler: Annotated[str, typer.Option(help="tpe, random or grid.")] = "tpe",
-    pruner: Annotated[str, typer.Option(help="Stop bad trials early: none, median, halving or wilcoxon.")] = "none",
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampler; default: the recipe's.")] = None,
-    overrides: SetOption = None,
-    output: OutputOption = None,
-    verbose: VerboseOption = False,
-) -> None:
-    """Search good values for any keys of a recipe with Optuna, by the dev loss of the final run.
-
-    For example --param final.prune_ratio=0.1..0.8, the search that the learned ratio replaces. Writes best.yaml for `run`. Run it
-    again to go on after an interruption.
-    """
-    _log(verbose)
-    options = {"trials": trials, "sampler": sampler, "pruner": pruner, "seed": seed}
-    _sweep(recipe, overrides or [], output, {"params": tuple(param or ()), **options})
+for experiment in (compare, sweep, record):
+    app.command()(experiment)
 
 
 @app.command()
@@ -352,7 +261,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
     """Write report.html and report.md of a run folder again."""
     from grasp_lora.experiments.report import write_report
 
-    _say(f"wrote {write_report(folder)}")
+    say(f"wrote {write_report(folder)}")
 
 
 def main() -> None:
@@ -386,15 +295,12 @@ def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
 
     loaded, base = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
-    with console.status("loading", spinner="dots") if console.is_terminal else _nothing():
+    with loading():
         from grasp_lora.experiments.pipeline import Run
         from grasp_lora.experiments.progress import TerminalProgress
         from grasp_lora.method.estimation import WIDE_INTERVAL
-    progress = TerminalProgress(console)
-    try:
+    with shown(TerminalProgress(console)) as progress:
         metrics = Run(loaded, base, folder, progress).execute()
-    finally:
-        progress.stop()
     _print_table(metrics)
     ratio, interval = metrics["prune_ratio"], metrics["prune_ratio_interval"]
     learned = f" (95 % interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else " (given)"
@@ -404,41 +310,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
             "[yellow]the interval is wide: these probes do not settle the ratio; the report says what narrows it[/yellow]",
             soft_wrap=True,
         )
-    _say(f"adapter {folder / 'adapter'}   report {folder / 'report.html'}")
-
-
-def _sweep(recipe: str, overrides: list[str], output: Path | None, options: dict[str, Any]) -> None:
-    from grasp_lora.errors import RecipeError
-    from grasp_lora.experiments.recipe import load_recipe
-
-    loaded, base = load_recipe(recipe, overrides)
-    folder = output or Path("runs") / f"{loaded.name}-sweep"
-    with console.status("loading", spinner="dots") if console.is_terminal else _nothing():
-        from grasp_lora.experiments.progress import TerminalSweepProgress, print_sweep
-        from grasp_lora.experiments.session import Session
-        from grasp_lora.experiments.sweep import BEST_FILE, SweepSettings, sweep
-    try:
-        settings = SweepSettings(**options)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    progress = TerminalSweepProgress(console)
-    try:
-        content = sweep(Session(loaded, base), folder, settings, progress)
-    finally:
-        progress.stop()
-    print_sweep(content, console)
-    _say(f"best recipe {folder / BEST_FILE}")
-
-
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _number(kind: type[int] | type[float], option: str, text: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise ValueError(f"{option} holds {text!r}; give numbers, separated by commas") from error
+    say(f"adapter {folder / 'adapter'}   report {folder / 'report.html'}")
 
 
 def _print_table(metrics: dict[str, Any]) -> None:
@@ -453,11 +325,6 @@ def _print_table(metrics: dict[str, Any]) -> None:
     console.print(table)
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def _quiet_libraries() -> None:
     """Ask the libraries for errors only; they read this when they are imported, so it comes before all of them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -466,25 +333,3 @@ def _quiet_libraries() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")  # the conversion of GGUF weights heeds only this
-
-
-class _OneLine(logging.Formatter):
-    """What a file or a model put into a message must not reach the terminal as control characters."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return one_line(super().format(record))
-
-
-def _say(text: str) -> None:
-    """Print one line as it is."""
-    console.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
-
-
-def _log(verbose: bool) -> None:
-    """Show warnings of ours, and with --verbose what happens."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
-    ours = logging.getLogger("grasp_lora")
-    ours.handlers[:] = [handler]
-    ours.setLevel(logging.INFO if verbose else logging.WARNING)
-    ours.propagate = False

@@ -1,0 +1,175 @@
+"""Every method of the comparison, a few steps on a `Bench` each: the rows of the table.
+
+Choices are made on the dev or micro-dev split; the one exception says so in its title.
+Paper: baselines of the main table; more that a reviewer would ask for.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grasp_lora.experiments.baselines import Bench, Outcome
+from grasp_lora.experiments.recipe import Recipe
+from grasp_lora.experiments.session import Session, mean
+from grasp_lora.method.masking import MaskSettings
+from grasp_lora.method.merging import MERGE_RULES
+from grasp_lora.method.policy import PRESETS, PolicySettings
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Args:
+        title: as the table prints it.
+        run: does what is not on record yet.
+        units: rough cost in final runs, for the time left.
+        unavailable: why it cannot run with this recipe here, or None.
+        warning: what a reader has to be told of it.
+    """
+
+    title: str
+    run: Callable[[Bench], Outcome]
+    units: float = 1.0
+    unavailable: Callable[[Session], str | None] = lambda session: None
+    warning: str | None = None
+
+
+def _run_grid(
+    choose_on: str, final: Mapping[str, Any] | None = None, dev_free: bool = False
+) -> Callable[[Bench], Outcome]:
+    """A grid search: one final run per ratio, the best of them by the mean loss on a split."""
+
+    def run(bench: Bench) -> Outcome:
+        merged = bench.merged(dev_free)
+        runs = {ratio: bench.finetuned(merged, ratio, final, dev_free) for ratio in bench.grid}
+        splits = dict.fromkeys((choose_on, "test"))
+        curve = {
+            ratio: {split: mean(bench.losses(adapter, split).result["losses"]) for split in splits}
+            for ratio, adapter in runs.items()
+        }
+        best = min(curve, key=lambda ratio: curve[ratio][choose_on])
+        return bench.outcome(runs[best], best, chosen_on=choose_on, curve=curve, chosen_among=runs.values())
+
+    return run
+
+
+def _run_grasp(
+    policy: Callable[[Recipe], PolicySettings],
+    probes: str = "micro_dev",
+    final: Mapping[str, Any] | None = None,
+    dev_free: bool = False,
+) -> Callable[[Bench], Outcome]:
+    """GRASP: learn the ratio in one controller run, then one final run."""
+
+    def run(bench: Bench) -> Outcome:
+        ratio, merged = bench.controlled(policy(bench.recipe), probes, dev_free)
+        adapter = bench.finetuned(merged, ratio, final, dev_free)
+        return bench.outcome(adapter, ratio, chosen_on=probes)
+
+    return run
+
+
+def _one_shot(bench: Bench) -> Outcome:
+    ratio, merged = bench.controlled(bench.recipe.controller.policy)
+    return bench.outcome(bench.pruned(merged, ratio), ratio, chosen_on="micro_dev")
+
+
+def _own_policy(recipe: Recipe) -> PolicySettings:
+    return recipe.controller.policy
+
+
+def _random_policy(recipe: Recipe) -> PolicySettings:
+    """The recipe's own policy, but with uniform candidates and nothing learned."""
+    return replace(recipe.controller.policy, kind="uniform")
+
+
+def _preset_policy(name: str) -> Callable[[Recipe], PolicySettings]:
+    """A preset within the recipe's own bounds, with its number of candidates."""
+
+    def policy(recipe: Recipe) -> PolicySettings:
+        own = recipe.controller.policy
+        return replace(
+            PRESETS[name],
+            ratio_min=own.ratio_min,
+            ratio_max=own.ratio_max,
+            ratio_init=own.ratio_init,
+            candidates=own.candidates,
+        )
+
+    return policy
+
+
+def _needs_source(session: Session) -> str | None:
+    return None if session.splits.source_train else "needs data.source, the recipe gives source adapters only"
+
+
+def _needs_dev(session: Session) -> str | None:
+    return None if session.splits.dev else "needs a dev split, data.target.dev is 0"
+
+
+def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
+    def unavailable(session: Session) -> str | None:
+        ranks = {pair.rank for adapter in session.existing_adapters.values() for pair in adapter.weights.values()}
+        recipe = session.recipe
+        if not (recipe.source.adapters and recipe.target.adapter):
+            ranks.add(recipe.lora.rank)
+        if MERGE_RULES[rule].equal_ranks and len(ranks) > 1:
+            return f"merge rule {rule!r} needs equal ranks, the adapters have {sorted(ranks)}"
+        if rule == "lorahub" and importlib.util.find_spec("nevergrad") is None:
+            return "needs nevergrad: pip install 'grasp-lora[compare]'"
+        return None
+
+    return unavailable
+
+
+PAPER_FINAL = {"mode": "reselect", "mask": MaskSettings(score="gradient_of_delta")}  # Paper: adaptive LoRA merge
+
+METHODS: dict[str, Method] = {
+    "zero_shot": Method("zero shot", lambda bench: bench.outcome(bench.backbone()), 0.3),
+    "source_only": Method("source only", lambda bench: bench.outcome(bench.source)),
+    "target_only": Method("target only (LoRA)", lambda bench: bench.outcome(bench.target)),
+    "target_wide": Method("target only, rank of the merge", lambda bench: bench.outcome(bench.trained_wide())),
+    "target_long": Method("target only, steps of GRASP", lambda bench: bench.outcome(bench.trained_long()), 4),
+    "continued": Method(
+        "source adapter continued on the target",
+        lambda bench: bench.outcome(bench.finetuned(bench.source, 0.0)),
+    ),
+    "joint": Method(
+        "source and target data together", lambda bench: bench.outcome(bench.trained_jointly()), 4, _needs_source
+    ),
+    "ties": Method("TIES", lambda bench: bench.outcome(bench.merged_by("ties")), 0.3, _needs_equal_ranks("ties")),
+    "dare_ties": Method(
+        "DARE-TIES", lambda bench: bench.outcome(bench.merged_by("dare_ties")), 0.3, _needs_equal_ranks("dare_ties")
+    ),
+    "lorahub": Method("LoRAHub", lambda bench: bench.outcome(bench.lorahub()), 2, _needs_equal_ranks("lorahub")),
+    "merged": Method("merged, not trained", lambda bench: bench.outcome(bench.merged()), 0.3),
+    "adaptive_merge": Method(
+        "adaptive LoRA merge", lambda bench: bench.outcome(bench.finetuned(bench.merged(), 0.0), 0.0)
+    ),
+    "grid_paper": Method("adaptive LoRA merge + pruning, grid", _run_grid("dev", final=PAPER_FINAL), 10, _needs_dev),
+    "grid": Method("grid of GRASP's final runs", _run_grid("dev"), 8, _needs_dev),
+    "grid_16": Method("the same grid, 16 examples choose", _run_grid("micro_dev"), 0.3, _needs_dev),
+    "grasp": Method("GRASP", _run_grasp(_own_policy), 5),
+    "grasp_default": Method("GRASP, preset default", _run_grasp(_preset_policy("default")), 5),
+    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_preset_policy("paper"), final=PAPER_FINAL), 2),
+    "grasp_random": Method("GRASP, random candidates", _run_grasp(_random_policy), 5),
+    "grasp_50": Method("GRASP probing the dev set", _run_grasp(_own_policy, "dev"), 10, _needs_dev),
+    "one_shot": Method("pruned at the learned ratio, not trained", _one_shot, 0.3),
+    "merge_dev_free": Method(
+        "adaptive LoRA merge without a dev set",
+        lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),
+        2,
+    ),
+    "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12),
+    "grasp_dev_free": Method("GRASP without a dev set", _run_grasp(_own_policy, dev_free=True), 6),
+    "grid_oracle": Method(
+        "grid chosen on the TEST set",
+        _run_grid("test"),
+        0.3,
+        warning="chooses its ratio on the test split: a bound on what any choice could reach, no fair method",
+    ),
+}
+# The preset default is what a recipe has unless it says otherwise, and the oracle is not fair.
+DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("grasp_default", "grid_oracle"))
