@@ -1,0 +1,470 @@
+"""Judge controllers on recorded landscapes: which prune ratio each would have chosen, what it is worth and what it cost.
+
+    python benchmarks/controllers.py FOLDER/landscape.parquet... --seeds 200 --output controllers.json
+    python benchmarks/controllers.py FOLDER/landscape.parquet... --signals
+
+Landscapes come from `grasp-lora record`. No model is loaded: policies are replayed on the recorded losses, and so are the
+rivals that choose among final runs. Tables go to standard output as Markdown. With --signals, another question: which
+signal, at which moment of training, ranks ratios as the final loss does? What the figures mean and where a replay can mislead:
+docs/controllers.md.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from grasp_lora.errors import GraspError
+from grasp_lora.experiments.landscape import Cost, Floats, Landscape
+from grasp_lora.experiments.smoothing import smooth
+from grasp_lora.method.estimation import RatioEstimate
+from grasp_lora.method.policy import POLICIES, PRESETS, PolicySettings, Round, make_policy, preset
+
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
+FIXED = 0.4
+BUDGETS = (2, 3, 4, 8)  # final runs of a rival
+RUNGS = (2, 3, 4)  # of successive halving, at the cost of 3, 4 and 5 final runs
+STARTUP = 2  # random trials of TPE; with Optuna's default of 10 all of so few would be random
+RESAMPLES = 2000
+FRACTIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # of training, for signals
+MEASURES = (("dev", "smooth"), ("dev", "recorded"), ("test", "smooth"), ("test", "recorded"))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a contestant chose with one seed, and all that it cost, the final run at that ratio included."""
+
+    ratio: float
+    cost: Cost
+
+
+Contestant = Callable[["Setting", int], Choice]
+
+
+class Setting:
+    """A landscape with what every contestant is judged by.
+
+    Args:
+        name: for tables.
+        landscape: the recorded losses.
+        low, high: the ratios that may be chosen: the bounds of the default policy.
+        probe_every: optimizer steps between rounds; None takes the recipe's.
+
+    Raises:
+        GraspError: the landscape does not say how often its recipe probes, or what a controller run trains on.
+    """
+
+    def __init__(self, name: str, landscape: Landscape, probe_every: int | None = None) -> None:
+        self.name = name
+        self.landscape = landscape
+        bounds = preset("default")
+        recorded = sorted(run.ratio for run in landscape.finals)
+        self.low, self.high = max(bounds.ratio_min, recorded[0]), min(bounds.ratio_max, recorded[-1])
+        every = landscape.facts.get("probe_every") if probe_every is None else probe_every
+        if not isinstance(every, int) or every < 1:
+            raise GraspError(f"{name}: the fact probe_every is {every!r}; give --probe-every")
+        self.probe_every = every
+        landscape.controller_cost(probes=0)  # raises where the costs of a controller run are not known
+        self.smooth = {split: landscape.smooth_final(split, self.low, self.high) for split in ("dev", "test")}
+        inside = [ratio for ratio in recorded if self.low <= ratio <= self.high]
+        self.best = {split: min(landscape.final_loss(ratio, split) for ratio in inside) for split in self.smooth}
+
+    def regret(self, ratio: float, split: str, against: str) -> float:
+        """How much worse the final loss is at a ratio than it could be, in percent.
+
+        `smooth`: on the smooth curve, against its minimum, so that the luck of single runs counts neither for nor against a
+        contestant. `recorded`: the loss between the recorded runs, against the best of them.
+        """
+        if against == "recorded":
+            return 100 * (self.landscape.final_loss(ratio, split) / self.best[split] - 1)
+        fit = self.smooth[split]
+        return 100 * (fit(min(max(ratio, self.low), self.high)) / fit.loss - 1)
+
+
+def replay(
+    landscape: Landscape, settings: PolicySettings, seed: int, probe_every: int = 10
+) -> tuple[RatioEstimate, Cost]:
+    """Let a policy run through a recorded training.
+
+    It starts at its own first ratio. Every `probe_every` steps it is asked for candidates, gets the recorded losses of a network
+    trained at its current ratio, and commits as it likes. A policy whose `shared` is true gets those of the shared trajectory.
+
+    Args:
+        landscape: the recorded losses.
+        settings: of the policy; its seed is replaced.
+        seed: of the policy, and of the micro-dev examples: as many are drawn with replacement as there are.
+        probe_every: optimizer steps between rounds.
+
+    Returns:
+        The learned ratio, and the cost of the controller run.
+    """
+    policy = make_policy(replace(settings, seed=seed))
+    shared = policy.shared  # such a policy begins with a round before the first step
+    examples = drawn_examples(landscape, seed)
+    probes = 0
+    for step in range(0 if shared else probe_every, landscape.last_step + 1, probe_every):
+        current, candidates = policy.current_ratio, tuple(policy.ask())
+        train_ratio = None if shared else current
+        baseline, *losses = (
+            tuple(landscape.probe(train_ratio, step, ratio)[examples].tolist()) for ratio in (current, *candidates)
+        )
+        policy.tell(Round(current, candidates, baseline, tuple(losses)))
+        probes += 1 + len(candidates)
+    return policy.best_ratio(), landscape.controller_cost(probes)
+
+
+def drawn_examples(landscape: Landscape, seed: int) -> np.ndarray:
+    """The micro-dev examples of a seed, drawn with replacement."""
+    count = landscape.micro_dev_examples
+    return np.random.default_rng(seed).integers(count, size=count)
+
+
+# Contestants
+
+
+def learned(settings: PolicySettings, setting: Setting, seed: int) -> Choice:
+    """A policy's ratio after a controller run."""
+    estimate, cost = replay(setting.landscape, settings, seed, setting.probe_every)
+    return Choice(estimate.ratio, cost + setting.landscape.final_cost(estimate.ratio))
+
+
+def fixed(ratio: float, setting: Setting, seed: int) -> Choice:
+    """A ratio that nobody chose."""
+    return Choice(ratio, setting.landscape.final_cost(ratio))
+
+
+def grid(split: str, setting: Setting, seed: int) -> Choice:
+    """The best of the grid's final runs by a split; the micro-dev examples are those of the seed."""
+    landscape = setting.landscape
+    examples = drawn_examples(landscape, seed) if split == "micro_dev" else slice(None)
+    best = min(GRID, key=lambda ratio: float(landscape.final_losses(ratio, split)[examples].mean()))
+    return Choice(best, total(landscape.final_cost(ratio) for ratio in GRID))
+
+
+def tpe(budget: int, setting: Setting, seed: int) -> Choice:
+    """The best of so many final runs by dev loss, their ratios proposed by Optuna's TPE sampler one after the other."""
+    tried = tpe_trials(setting, seed)[:budget]
+    best = min(tried, key=lambda ratio: setting.landscape.final_loss(ratio, "dev"))
+    return Choice(best, total(setting.landscape.final_cost(ratio) for ratio in tried))
+
+
+@cache
+def tpe_trials(setting: Setting, seed: int) -> tuple[float, ...]:
+    """The ratios of the largest budget; a smaller one would have begun with the same."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP))
+    study.optimize(
+        lambda trial: setting.landscape.final_loss(trial.suggest_float("ratio", setting.low, setting.high), "dev"),
+        n_trials=max(BUDGETS),
+    )
+    return tuple(trial.params["ratio"] for trial in study.trials)
+
+
+def halving(rungs: int, setting: Setting, seed: int) -> Choice:
+    """Successive halving: 2 to the power of `rungs` uniform ratios, at each rung the better half trains on for as long again.
+
+    Runs that are not done are compared by micro-dev loss, which is the one recorded along training, those that are done by dev
+    loss. It costs `rungs + 1` whole final runs where all of them cost the same.
+    """
+    landscape = setting.landscape
+    generator, examples = random.Random(f"halving/{seed}"), drawn_examples(landscape, seed)
+    running = [generator.uniform(setting.low, setting.high) for _ in range(2**rungs)]
+    done, costs = 0.0, []
+    for rung in range(1, rungs + 1):
+        share = 2.0 ** (rung - rungs)
+        costs += [landscape.final_cost(ratio) * (share - done) for ratio in running]
+        done = share
+        losses = {ratio: _so_far(landscape, ratio, share, examples) for ratio in running}
+        running = sorted(running, key=losses.__getitem__)[: len(running) // 2]
+    return Choice(running[0], total(costs))
+
+
+def _so_far(landscape: Landscape, ratio: float, share: float, examples: np.ndarray) -> float:
+    """What a final run at a ratio shows after a share of its training."""
+    if share == 1.0:
+        return landscape.final_loss(ratio, "dev")
+    seen = share * landscape.final_cost(ratio).trained_examples / landscape.controller_cost(0).trained_examples
+    return float(landscape.probe(ratio, seen * landscape.last_step, ratio)[examples].mean())
+
+
+def total(costs: Any) -> Cost:
+    """The sum of several costs."""
+    return sum(costs, start=Cost(0, 0))
+
+
+def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple[dict[str, Contestant], list[str]]:
+    """All contestants by name, and what had to be left out.
+
+    Args:
+        settings: on which they will be judged.
+        extra: more policies, each a preset and changes to it: `default,candidates=5`.
+
+    Raises:
+        GraspError: an extra one is none.
+    """
+    first = [name for name in ("paper", "default", "random") if name in PRESETS]
+    policies = {f"preset {name}": PRESETS[name] for name in [*first, *(PRESETS.keys() - set(first))]}
+    for kind in sorted(POLICIES.keys() - {one.kind for one in policies.values()}):
+        policies[f"kind {kind}"] = PolicySettings(kind=kind)
+    policies |= {text: policy_of(text) for text in extra}
+    found: dict[str, Contestant] = {}
+    missing = ["Continuous CMA-ES is left out: no package with it is among the dependencies."]
+    recorded = all(one.landscape.shared is not None for one in settings)
+    for name, policy in policies.items():
+        if not recorded and getattr(make_policy(policy), "shared", False):
+            missing.append(f"{name} is left out: not every landscape has a shared trajectory.")
+        else:
+            found[name] = partial(learned, policy)
+    found[f"fixed {FIXED}"] = partial(fixed, FIXED)
+    found["grid of 8, by dev"] = partial(grid, "dev")
+    found["grid of 8, by micro-dev"] = partial(grid, "micro_dev")
+    if find_spec("optuna") is None:
+        missing.append('Optuna TPE is left out: it is not installed (pip install "grasp-lora[sweep]").')
+    else:
+        found |= {f"Optuna TPE, {budget} final runs": partial(tpe, budget) for budget in BUDGETS}
+    found |= {f"successive halving of {2**rungs}": partial(halving, rungs) for rungs in RUNGS}
+    return found, missing
+
+
+def policy_of(text: str) -> PolicySettings:
+    """Read `PRESET,KEY=VALUE,...`.
+
+    Raises:
+        GraspError: there is no such preset or setting, or a value is not allowed.
+    """
+    name, *changes = text.split(",")
+    try:
+        return preset(name, **{key: yaml.safe_load(value) for key, value in (one.split("=", 1) for one in changes)})
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise GraspError(f"--policy {text}: {error}; write PRESET,KEY=VALUE,...") from error
+
+
+# Figures of merit
+
+
+def judge(settings: Sequence[Setting], rivals: dict[str, Contestant], seeds: int) -> dict[str, Any]:
+    """Let every contestant choose on every setting with every seed; return all figures as plain JSON values."""
+    rows = {}
+    for name, contestant in rivals.items():
+        choices = [[contestant(setting, seed) for seed in range(seeds)] for setting in settings]
+        rows[name] = figures(settings, choices)
+    optima = {
+        one.name: {
+            split: {"ratio": fit.ratio, "loss": fit.loss, "degree": fit.degree} for split, fit in one.smooth.items()
+        }
+        for one in settings
+    }
+    return {"seeds": seeds, "optima": optima, "contestants": rows}
+
+
+def figures(settings: Sequence[Setting], choices: Sequence[Sequence[Choice]]) -> dict[str, Any]:
+    """The figures of one contestant; `choices` is [settings][seeds]."""
+    ratios = np.array([[choice.ratio for choice in row] for row in choices])
+    costs = np.array(
+        [[(c.cost.trained_examples, c.cost.measured_examples, c.cost.work) for c in row] for row in choices]
+    )
+    grids = np.array([total(one.landscape.final_cost(ratio) for ratio in GRID).work for one in settings])
+    regrets = {}
+    for split, against in MEASURES:
+        values = np.array(
+            [[one.regret(ratio, split, against) for ratio in row] for one, row in zip(settings, ratios, strict=True)]
+        )
+        low, high = interval(values)
+        regrets[f"{split}_{against}"] = {
+            "mean": float(values.mean()), "low": low, "high": high, "by_setting": values.mean(1).tolist(),
+        }  # fmt: skip
+    return {
+        "regret_percent": regrets,
+        "ratio_sd": float(ratios.std(1).mean()),
+        "ratio_sd_by_setting": ratios.std(1).tolist(),
+        "ratio_mean_by_setting": ratios.mean(1).tolist(),
+        "trained_examples": float(costs[..., 0].mean()),
+        "measured_examples": float(costs[..., 1].mean()),
+        "work": float(costs[..., 2].mean()),
+        "share_of_grid": float((costs[..., 2] / grids[:, None]).mean()),
+        "ratios": ratios.round(6).tolist(),
+    }
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """A 95 % bootstrap interval of the mean: settings are drawn with replacement, then the seeds of each; [settings, seeds]."""
+    count, seeds = values.shape
+    generator = np.random.default_rng(0)
+    means = []
+    for _ in range(RESAMPLES):
+        rows = generator.integers(count, size=count)[:, None]
+        means.append(values[rows, generator.integers(seeds, size=(count, seeds))].mean())
+    low, high = np.quantile(means, (0.025, 0.975)).tolist()
+    return low, high
+
+
+# Signals
+
+
+def signals(landscape: Landscape) -> dict[str, dict[str, tuple[tuple[int, ...], tuple[float, ...], Floats]]]:
+    """Every signal along every trajectory: trajectory -> signal -> (steps, ratios, [steps, ratios]).
+
+    `own` is the network that was trained at the very ratio, between the committed ones: what a reward would see if each candidate
+    had been in force from the beginning.
+    """
+    found: dict[str, tuple[tuple[int, ...], tuple[float, ...], Floats]] = {}
+    for one in (*([landscape.shared] if landscape.shared else []), *landscape.committed):
+        name = "shared" if one.train_ratio is None else f"trained at {one.train_ratio:g}"
+        found[name] = (one.steps, one.ratios, one.losses.mean(2))
+    if len(landscape.committed) > 1:
+        one = landscape.committed[0]
+        own = [[landscape.probe(ratio, step, ratio).mean() for ratio in one.ratios] for step in one.steps]
+        found["own"] = (one.steps, one.ratios, np.array(own))
+    return {
+        name: {signal: (steps, ratios, rule(curves)) for signal, rule in SIGNALS.items()}
+        for name, (steps, ratios, curves) in found.items()
+    }
+
+
+def running_mean(curves: Floats) -> Floats:
+    return np.cumsum(curves, axis=0) / np.arange(1, len(curves) + 1)[:, None]
+
+
+def late_half(curves: Floats) -> Floats:
+    return np.array([curves[(last + 1) // 2 : last + 1].mean(0) for last in range(len(curves))])
+
+
+SIGNALS: dict[str, Callable[[Floats], Floats]] = {
+    "immediate": lambda curves: curves,
+    "running mean": running_mean,
+    "running minimum": lambda curves: np.minimum.accumulate(curves, axis=0),
+    "mean of the late half": late_half,
+}
+
+
+def judge_signals(settings: Sequence[Setting]) -> dict[str, Any]:
+    """Rank correlation and regret of every signal: `trajectory / signal` -> setting -> lists over FRACTIONS of training."""
+    rows: dict[str, Any] = {}
+    for one in settings:
+        for trajectory, by_signal in signals(one.landscape).items():
+            for signal, (steps, ratios, values) in by_signal.items():
+                final = [one.landscape.final_loss(ratio, "dev") for ratio in ratios]
+                moments = [int(np.abs(np.array(steps) / steps[-1] - fraction).argmin()) for fraction in FRACTIONS]
+                chosen = [smooth(ratios, values[moment], one.low, one.high).ratio for moment in moments]
+                rows.setdefault(f"{trajectory} / {signal}", {})[one.name] = {
+                    "spearman": [spearman(values[moment], final) for moment in moments],
+                    "ratio": chosen,
+                    "regret_percent": [one.regret(ratio, "dev", "smooth") for ratio in chosen],
+                }
+    return {"fractions": list(FRACTIONS), "signals": rows}
+
+
+def spearman(first: Sequence[float] | Floats, second: Sequence[float] | Floats) -> float:
+    """Rank correlation; 0 where one of the two ranks nothing."""
+    ranks = []
+    for values in (np.asarray(first), np.asarray(second)):
+        below, same = (values[:, None] > values).sum(1), (values[:, None] == values).sum(1)
+        ranks.append(below + (same - 1) / 2)
+    if not all(rank.std() for rank in ranks):
+        return 0.0
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+# Tables
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def merit_tables(found: dict[str, Any]) -> str:
+    """The table over settings and the one by setting."""
+    header = [
+        "contestant", "dev regret % (smooth)", "dev regret % (recorded)", "test regret % (smooth)",
+        "test regret % (recorded)", "sd of ratio", "trained examples", "forwards", "total", "of the grid",
+    ]  # fmt: skip
+    rows = []
+    for name, row in found["contestants"].items():
+        cells = [row["regret_percent"]["_".join(measure)] for measure in MEASURES]
+        rows.append([
+            name, *(f"{cell['mean']:.2f} ({cell['low']:.2f} to {cell['high']:.2f})" for cell in cells),
+            f"{row['ratio_sd']:.3f}", f"{row['trained_examples']:.0f}", f"{row['measured_examples']:.0f}",
+            f"{row['work']:.0f}", f"{100 * row['share_of_grid']:.0f} %",
+        ])  # fmt: skip
+    names = list(found["optima"])
+    by_setting = [
+        [f"*lowest smooth {split} loss*", *(f"at {found['optima'][name][split]['ratio']:.2f}" for name in names)]
+        for split in ("dev", "test")
+    ]
+    for name, row in found["contestants"].items():
+        cells = zip(
+            row["regret_percent"]["dev_smooth"]["by_setting"], row["ratio_mean_by_setting"], row["ratio_sd_by_setting"],
+            strict=True,
+        )  # fmt: skip
+        by_setting.append([name, *(f"{regret:.2f} (at {mean:.2f} ± {sd:.2f})" for regret, mean, sd in cells)])
+    return f"{table(header, rows)}\n\nDev regret % (smooth) by setting, with the ratio and its sd:\n\n" + table(
+        ["contestant", *names], by_setting
+    )
+
+
+def signal_tables(found: dict[str, Any]) -> str:
+    """One table of rank correlations and one of regrets, mean over settings."""
+    header = ["trajectory / signal", *(f"{100 * fraction:.0f} %" for fraction in found["fractions"])]
+    texts = []
+    for key, title, form in (
+        ("spearman", "Rank correlation with the final dev loss, by fraction of training", "{:+.2f}"),
+        ("regret_percent", "Dev regret % (smooth) at the signal's lowest ratio", "{:.2f}"),
+        ("ratio", "The signal's lowest ratio", "{:.2f}"),
+    ):
+        rows = [
+            [name, *(form.format(value) for value in np.mean([one[key] for one in by_setting.values()], axis=0))]
+            for name, by_setting in found["signals"].items()
+        ]
+        texts.append(f"{title}, mean over settings:\n\n{table(header, rows)}")
+    return "\n\n".join(texts)
+
+
+def name_of(file: Path) -> str:
+    """The file's own name, or that of its folder if it is called as `grasp-lora record` calls all of them."""
+    return file.resolve().parent.name if file.stem == "landscape" else file.stem
+
+
+def main() -> int:
+    """Read the landscapes, judge, print tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--signals", action="store_true", help="judge signals instead of contestants")
+    parser.add_argument("--policy", action="append", default=[], help="one more policy: PRESET,KEY=VALUE,...")
+    parser.add_argument("--probe-every", type=int, help="steps between rounds; else the recipe's")
+    parser.add_argument("--output", type=Path, help="write all figures as JSON")
+    arguments = parser.parse_args()
+    try:
+        settings = [Setting(name_of(file), Landscape.load(file), arguments.probe_every) for file in arguments.files]
+        if len({one.name for one in settings}) < len(settings):
+            raise GraspError("two landscapes have the same name; give each file a name of its own")
+        rivals, missing = contestants(settings, arguments.policy)
+    except GraspError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if arguments.signals:
+        found = judge_signals(settings)
+        text = signal_tables(found)
+    else:
+        found = judge(settings, rivals, arguments.seeds)
+        text = "\n\n".join([merit_tables(found), *missing])
+    sys.stdout.write(text + "\n")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

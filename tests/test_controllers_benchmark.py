@@ -1,0 +1,364 @@
+"""The benchmark of controllers, on landscapes whose optimum is known: every figure here can be computed by hand."""
+
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from grasp_lora.errors import GraspError
+from grasp_lora.experiments.baselines import GRID
+from grasp_lora.experiments.landscape import Cost, FinalRun, Landscape, Trajectory
+from grasp_lora.method.policy import POLICIES, GaussianPolicy, PolicySettings, Round, preset
+
+BEST = 0.5
+RATIOS = tuple(number / 20 for number in range(17))
+STEPS = (0, 20, 40, 60, 80)
+EXAMPLES = 4
+Curve = Callable[[float | None, float, float], float]
+
+
+def load_benchmark() -> ModuleType:
+    file = Path(__file__).parent.parent / "benchmarks" / "controllers.py"
+    spec = importlib.util.spec_from_file_location("controllers_benchmark", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+benchmark = load_benchmark()
+FRACTIONS = benchmark.FRACTIONS
+
+
+def final_loss(ratio: float) -> float:
+    return 1 + (ratio - BEST) ** 2
+
+
+def landscape(curve: Curve, shared: bool = True, noise: float = 0.0) -> Landscape:
+    """Micro-dev losses by `curve(train ratio, step, ratio)`; final runs that are best at 0.5, all of one cost."""
+    random = np.random.default_rng(0)
+    trajectories = []
+    for train_ratio in (0.0, 0.4, 0.7, *([None] if shared else [])):
+        losses = [[[curve(train_ratio, s, r) + e for e in range(EXAMPLES)] for r in RATIOS] for s in STEPS]
+        noisy = np.array(losses) + random.normal(0, noise, (len(STEPS), len(RATIOS), EXAMPLES))
+        trajectories.append(Trajectory(train_ratio, STEPS, RATIOS, noisy))
+    finals = []
+    for ratio in RATIOS:
+        losses = {"micro_dev": (final_loss(ratio),) * EXAMPLES, "dev": (final_loss(ratio),) * 3, "test": (2.0, 2.0)}
+        finals.append(FinalRun(ratio, 10, 10, losses, trained_examples=100, measured_examples=50))
+    return Landscape({"probe_every": 10, "trained_examples": 80}, tuple(trajectories), tuple(finals))
+
+
+def rising(train_ratio: float | None, step: float, ratio: float) -> float:
+    """While the network still learns, pruning more looks worse at once, whatever it is worth later."""
+    return 1 + 0.3 * ratio
+
+
+def telling(train_ratio: float | None, step: float, ratio: float) -> float:
+    """The loss has its lowest point where the final loss has it."""
+    return final_loss(ratio)
+
+
+@pytest.fixture(scope="module")
+def setting() -> Any:
+    return benchmark.Setting("known", landscape(telling))
+
+
+class TestRegret:
+    def test_against_the_smooth_curve_and_the_best_run(self, setting: Any) -> None:
+        assert setting.smooth["dev"].ratio == pytest.approx(BEST, abs=1e-3)
+        for against in ("smooth", "recorded"):
+            assert setting.regret(0.5, "dev", against) == pytest.approx(0.0, abs=1e-4)
+            assert setting.regret(0.4, "dev", against) == pytest.approx(1.0, abs=1e-4)
+            assert setting.regret(0.8, "dev", against) == pytest.approx(9.0, abs=1e-4)
+            assert setting.regret(0.4, "test", against) == pytest.approx(0.0, abs=1e-4)
+
+    def test_a_lucky_run_counts_in_one_of_them_only(self) -> None:
+        whole = landscape(telling)
+        lucky = replace(whole.finals[14], losses=whole.finals[14].losses | {"dev": (0.9,) * 3})
+        spoiled = replace(whole, finals=(*whole.finals[:14], lucky, *whole.finals[15:]))
+        one = benchmark.Setting("lucky", spoiled)
+        assert one.regret(0.7, "dev", "recorded") == pytest.approx(0.0, abs=1e-9)
+        assert one.regret(0.7, "dev", "smooth") > 1.0
+
+    def test_the_range_is_that_of_the_default_policy(self, setting: Any) -> None:
+        default = preset("default")
+        assert (setting.low, setting.high) == (default.ratio_min, default.ratio_max)
+        early = replace(
+            setting.landscape, finals=tuple(replace(one, ratio=one.ratio / 2) for one in setting.landscape.finals)
+        )
+        assert benchmark.Setting("early", early).high == pytest.approx(0.4)
+
+    @pytest.mark.parametrize("missing", ["probe_every", "trained_examples"])
+    def test_a_landscape_without_the_facts_is_refused(self, missing: str) -> None:
+        whole = landscape(telling)
+        facts = {name: value for name, value in whole.facts.items() if name != missing}
+        with pytest.raises(GraspError, match=missing):
+            benchmark.Setting("poor", replace(whole, facts=facts))
+
+
+class TestRivals:
+    def test_a_fixed_ratio_costs_one_final_run(self, setting: Any) -> None:
+        assert benchmark.fixed(0.4, setting, seed=0) == benchmark.Choice(0.4, Cost(100, 50))
+
+    @pytest.mark.parametrize("split", ["dev", "micro_dev"])
+    def test_the_grid_finds_the_best_of_eight_and_pays_for_all(self, split: str, setting: Any) -> None:
+        assert benchmark.GRID == GRID
+        assert benchmark.grid(split, setting, seed=0) == benchmark.Choice(0.5, Cost(800, 400))
+
+    def test_the_micro_dev_grid_sees_the_examples_of_its_seed(self) -> None:
+        whole = landscape(telling)
+        # One example of four prefers the highest ratio so strongly that two copies of it decide.
+        finals = tuple(
+            replace(
+                run,
+                losses=run.losses | {"micro_dev": (*[final_loss(run.ratio)] * 3, final_loss(run.ratio) - run.ratio)},
+            )
+            for run in whole.finals
+        )
+        one = benchmark.Setting("uneven", replace(whole, finals=finals))
+        chosen = {benchmark.grid("micro_dev", one, seed).ratio for seed in range(20)}
+        assert len(chosen) > 1
+
+    def test_tpe_takes_the_best_of_what_it_tried(self, setting: Any) -> None:
+        pytest.importorskip("optuna")
+        for seed in range(3):
+            tried = benchmark.tpe_trials(setting, seed)
+            for budget in (2, 8):
+                choice = benchmark.tpe(budget, setting, seed)
+                assert choice.ratio == min(tried[:budget], key=lambda ratio: abs(ratio - BEST))
+                assert choice.cost == Cost(pytest.approx(budget * 100), pytest.approx(budget * 50))
+        assert benchmark.tpe_trials(setting, 0) != benchmark.tpe_trials(setting, 1)
+
+    @pytest.mark.parametrize("rungs", [1, 2, 3])
+    def test_halving_costs_what_it_says_and_keeps_the_better(self, rungs: int, setting: Any) -> None:
+        choice = benchmark.halving(rungs, setting, seed=1)
+        assert choice.cost.work == pytest.approx((rungs + 1) * (2 * 100 + 50))
+        arms = [benchmark.random.Random("halving/1")]
+        tried = [arms[0].uniform(setting.low, setting.high) for _ in range(2**rungs)]
+        assert choice.ratio == min(tried, key=lambda ratio: abs(ratio - BEST))
+
+    def test_halving_is_misled_where_half_done_runs_are(self) -> None:
+        one = benchmark.Setting("misled", landscape(rising))
+        seeds = range(30)
+        regrets = [one.regret(benchmark.halving(3, one, seed).ratio, "dev", "smooth") for seed in seeds]
+        fair = benchmark.Setting("fair", landscape(telling))
+        assert np.mean(regrets) > 5 * np.mean(
+            [fair.regret(benchmark.halving(3, fair, s).ratio, "dev", "smooth") for s in seeds]
+        )
+
+
+class TestReplay:
+    def test_a_reward_that_always_falls_with_the_ratio_sends_the_paper_policy_to_the_wrong_place(self) -> None:
+        wrong, right = benchmark.Setting("wrong", landscape(rising)), benchmark.Setting("right", landscape(telling))
+        paper = partial(benchmark.learned, preset("paper"))
+        misled = [paper(wrong, seed).ratio for seed in range(10)]
+        assert np.mean(misled) < 0.3
+        assert np.mean([wrong.regret(ratio, "dev", "smooth") for ratio in misled]) > 4.0
+        found = [paper(right, seed).ratio for seed in range(10)]
+        assert np.mean([right.regret(ratio, "dev", "smooth") for ratio in found]) < 0.5
+
+    @pytest.mark.parametrize("kind", POLICIES)
+    def test_every_policy_finds_what_its_probes_show(self, kind: str, setting: Any) -> None:
+        settings = PolicySettings(kind=kind, estimate="smooth_fit")
+        ratios = [benchmark.learned(settings, setting, seed).ratio for seed in range(2)]
+        assert max(setting.regret(ratio, "dev", "smooth") for ratio in ratios) < 0.5
+
+    def test_the_cost_is_training_and_probes(self) -> None:
+        one = landscape(telling)
+        _, cost = benchmark.replay(one, preset("paper", candidates=3), seed=0, probe_every=20)
+        assert cost == Cost(80, 4 * (1 + 3) * EXAMPLES)  # rounds after steps 20, 40, 60 and 80
+        _, cost = benchmark.replay(one, preset("paper", candidates=1), seed=0, probe_every=30)
+        assert cost == Cost(80, 2 * (1 + 1) * EXAMPLES)
+        choice = benchmark.learned(preset("paper"), benchmark.Setting("one", one, probe_every=40), 0)
+        assert choice.cost.trained_examples == pytest.approx(180)
+        assert choice.cost.measured_examples == pytest.approx(2 * 4 * EXAMPLES + 50)
+
+    def test_a_round_is_what_the_network_at_the_current_ratio_shows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        told = watch(monkeypatch)
+        one = landscape(lambda train_ratio, step, ratio: 10 * (train_ratio or 0) + step / 100 - ratio)
+        estimate, _ = benchmark.replay(one, preset("paper", ratio_init=0.4), seed=3, probe_every=20)
+        assert len(told) == 4
+        assert told[0].current_ratio == 0.4
+        assert len({measured.current_ratio for measured in told}) > 1  # it committed
+        drawn = benchmark.drawn_examples(one, 3)
+        for number, measured in enumerate(told, start=1):
+            for ratio, losses in zip(
+                (measured.current_ratio, *measured.candidates),
+                (measured.baseline_losses, *measured.candidate_losses),
+                strict=True,
+            ):
+                level = 10 * min(measured.current_ratio, 0.7) + 0.2 * number
+                assert losses == pytest.approx([level - ratio + example for example in drawn])
+        assert 0.1 <= estimate.ratio <= 0.8
+
+    def test_a_shared_policy_reads_the_shared_trajectory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        told = watch(monkeypatch)
+        monkeypatch.setattr(GaussianPolicy, "shared", True, raising=False)
+        one = landscape(lambda train_ratio, step, ratio: 100.0 if train_ratio is None else 1.0)
+        benchmark.replay(one, preset("paper"), seed=0, probe_every=20)
+        assert min(min(measured.baseline_losses) for measured in told) >= 100
+        with pytest.raises(GraspError, match="no shared trajectory"):
+            benchmark.replay(landscape(telling, shared=False), preset("paper"), seed=0)
+
+    def test_a_seed_decides_policy_and_examples(self) -> None:
+        one = landscape(telling, noise=0.05)
+        estimates = [benchmark.replay(one, preset("paper"), seed)[0] for seed in (0, 0, 1)]
+        assert estimates[0] == estimates[1] != estimates[2]
+        drawn = [benchmark.drawn_examples(one, seed).tolist() for seed in range(5)]
+        assert len({tuple(one) for one in drawn}) > 1
+        assert all(len(one) == EXAMPLES and max(one) < EXAMPLES for one in drawn)
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[Round]:
+    """Keep what a Gaussian policy is told."""
+    told: list[Round] = []
+    tell = GaussianPolicy.tell
+
+    def kept(self: GaussianPolicy, measured: Round) -> Any:
+        told.append(measured)
+        return tell(self, measured)
+
+    monkeypatch.setattr(GaussianPolicy, "tell", kept)
+    return told
+
+
+class TestFigures:
+    def test_by_hand(self, setting: Any) -> None:
+        worse = benchmark.Setting("worse", landscape(telling))
+        choice = benchmark.Choice
+        choices = [
+            [choice(0.4, Cost(10, 5)), choice(0.6, Cost(10, 5))],
+            [choice(0.3, Cost(30, 5)), choice(0.3, Cost(30, 5))],
+        ]
+        row = benchmark.figures([setting, worse], choices)
+        regret = row["regret_percent"]["dev_smooth"]
+        assert regret["by_setting"] == pytest.approx([1.0, 4.0], abs=1e-4)
+        assert regret["mean"] == pytest.approx(2.5, abs=1e-4)
+        assert (regret["low"], regret["high"]) == pytest.approx((1.0, 4.0), abs=1e-4)  # both are drawn, or one twice
+        assert row["ratio_sd_by_setting"] == pytest.approx([0.1, 0.0])
+        assert row["ratio_sd"] == pytest.approx(0.05)
+        assert (row["trained_examples"], row["measured_examples"], row["work"]) == pytest.approx((20, 5, 45))
+        assert row["share_of_grid"] == pytest.approx(45 / (8 * 250))
+
+    def test_the_interval_covers_settings_and_seeds(self) -> None:
+        random = np.random.default_rng(0)
+        between, within = random.normal(size=(6, 1)), random.normal(size=(6, 50))
+        low, high = benchmark.interval(between + 0 * within)
+        assert low < between.mean() < high
+        assert benchmark.interval(np.ones((3, 4))) == (1.0, 1.0)
+        narrow = benchmark.interval(0 * between + within)
+        assert 0 < narrow[1] - narrow[0] < high - low
+
+    def test_all_contestants_stand_in_both_tables(self, setting: Any) -> None:
+        rivals, left_out = benchmark.contestants([setting], ["default,candidates=2"])
+        assert {"preset paper", "preset default", "preset random", "default,candidates=2", "fixed 0.4"} <= set(rivals)
+        kinds = {contestant.args[0].kind for contestant in rivals.values() if contestant.func is benchmark.learned}
+        assert kinds == set(POLICIES)
+        few = {name: rivals[name] for name in ("preset paper", "fixed 0.4")}
+        found = json.loads(json.dumps(benchmark.judge([setting], few, seeds=2)))
+        text = benchmark.merit_tables(found)
+        assert text.count("| preset paper |") == text.count("| fixed 0.4 |") == 2
+        assert "| fixed 0.4 | 1.00 (1.00 to 1.00) |" in text
+        assert "at 0.50" in text
+        assert any("CMA-ES" in line for line in left_out)
+
+    def test_shared_policies_are_left_out_where_they_cannot_be_replayed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(GaussianPolicy, "shared", True, raising=False)
+        one = benchmark.Setting("unshared", landscape(telling, shared=False))
+        rivals, left_out = benchmark.contestants([one])
+        assert "preset paper" not in rivals
+        assert "preset random" in rivals
+        assert any(line.startswith("preset paper is left out") for line in left_out)
+
+    @pytest.mark.parametrize("text", ["nothing", "default,candidates", "default,candidates=0", "default,colour=1"])
+    def test_a_policy_that_is_none(self, text: str) -> None:
+        with pytest.raises(GraspError, match="--policy"):
+            benchmark.policy_of(text)
+
+
+class TestSignals:
+    def test_rank_correlation(self) -> None:
+        assert benchmark.spearman([1, 2, 3, 4], [10, 20, 30, 99]) == pytest.approx(1.0)
+        assert benchmark.spearman([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1.0)
+        assert benchmark.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
+        assert benchmark.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(math.sqrt(3) / 2)
+        assert benchmark.spearman([1, 1, 1], [1, 2, 3]) == 0.0
+
+    def test_of_the_past_by_hand(self) -> None:
+        curves = np.array([[4.0, 0.0], [2.0, 8.0], [6.0, 1.0], [0.0, 3.0]])
+        expected = {
+            "immediate": curves,
+            "running mean": [[4, 0], [3, 4], [4, 3], [3, 3]],
+            "running minimum": [[4, 0], [2, 0], [2, 0], [0, 0]],
+            "mean of the late half": [[4, 0], [2, 8], [4, 4.5], [3, 2]],
+        }
+        assert list(benchmark.SIGNALS) == list(expected)
+        for name, rule in benchmark.SIGNALS.items():
+            assert rule(curves) == pytest.approx(np.array(expected[name])), name
+
+    def test_a_blind_phase_shows(self) -> None:
+        """First the loss rises with the ratio, later it is the final loss; only the dense network stays blind."""
+
+        def curve(train_ratio: float | None, step: float, ratio: float) -> float:
+            return rising(None, step, ratio) if step < 40 or train_ratio == 0.0 else telling(None, step, ratio)
+
+        found = benchmark.judge_signals([benchmark.Setting("phases", landscape(curve))])
+        half = found["fractions"].index(0.5)
+        late = found["signals"]["trained at 0.4 / immediate"]["phases"]
+        assert late["spearman"][-1] == pytest.approx(1.0)
+        assert late["spearman"][0] < 0.0
+        assert late["regret_percent"][0] == pytest.approx(16.0, abs=0.01)  # at 0.1
+        assert late["regret_percent"][half:] == pytest.approx([0.0] * (len(FRACTIONS) - half), abs=0.01)
+        blind = found["signals"]["trained at 0 / immediate"]["phases"]
+        assert blind["ratio"] == pytest.approx([0.1] * len(FRACTIONS))
+        own = found["signals"]["own / immediate"]["phases"]
+        assert own["regret_percent"][-1] < 1.0
+        text = benchmark.signal_tables(found)
+        assert text.count("| shared / running mean |") == 3
+        assert "| trained at 0.4 / immediate | 16.00 |" in text
+
+
+class TestCommand:
+    def run(self, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["controllers.py", *map(str, arguments)])
+        return int(benchmark.main())
+
+    def test_writes_tables_and_figures(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        (tmp_path / "first").mkdir()
+        files = [tmp_path / "first" / "landscape.parquet", tmp_path / "second.parquet"]
+        for file in files:
+            landscape(telling).save(file)
+        monkeypatch.setattr(
+            benchmark, "contestants", lambda *_: ({"fixed 0.4": partial(benchmark.fixed, 0.4)}, ["Left out."])
+        )
+        assert self.run(monkeypatch, *files, "--seeds", 2, "--output", tmp_path / "out.json") == 0
+        text = capsys.readouterr().out
+        assert "| contestant | first | second |" in text
+        assert "Left out." in text
+        found = json.loads((tmp_path / "out.json").read_text())
+        assert found["contestants"]["fixed 0.4"]["ratios"] == [[0.4, 0.4], [0.4, 0.4]]
+        assert self.run(monkeypatch, files[1], "--signals") == 0
+        assert "Rank correlation" in capsys.readouterr().out
+
+    def test_says_in_one_line_what_is_wrong(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert self.run(monkeypatch, tmp_path / "nothing.parquet") == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        landscape(telling).save(tmp_path / "one.parquet")
+        assert self.run(monkeypatch, tmp_path / "one.parquet", tmp_path / "one.parquet") == 2
+        assert "same name" in capsys.readouterr().err
