@@ -1,5 +1,6 @@
 """The policies: golden trajectories of the paper's, and a conformance suite that every policy has to pass."""
 
+import itertools
 import json
 import math
 import random
@@ -147,6 +148,7 @@ def test_draws_cover_the_bounds_fairly(kind: str) -> None:
 # --- conformance: every policy ---------------------------------------------------------------------------------------
 
 every_policy = pytest.mark.parametrize("kind", POLICIES)
+committing_policy = pytest.mark.parametrize("kind", [kind for kind in POLICIES if not POLICIES[kind].shared])
 
 
 @every_policy
@@ -257,6 +259,9 @@ def test_any_finite_losses_keep_the_policy_finite_and_its_steps_short(
         assert 0.1 <= policy.mean <= 0.8
         assert decision.ratio == policy.current_ratio
         assert 0.1 <= policy.current_ratio <= 0.8
+        if POLICIES[kind].shared:
+            assert decision.committed == (decision.ratio != before)
+            continue
         assert abs(policy.current_ratio - before) <= step + 1e-12
         assert decision.committed == (max(decision.rewards) >= 0)
         if decision.committed:
@@ -271,7 +276,7 @@ def test_any_finite_losses_keep_the_policy_finite_and_its_steps_short(
     assert 0.1 <= estimate.low <= estimate.ratio <= estimate.high <= 0.8
 
 
-@every_policy
+@committing_policy
 def test_negative_rewards_never_commit(kind: str) -> None:
     policy = make_policy(PolicySettings(kind=kind))
     for _ in range(30):
@@ -280,14 +285,14 @@ def test_negative_rewards_never_commit(kind: str) -> None:
         assert policy.current_ratio == 0.4
 
 
-@every_policy
+@committing_policy
 def test_a_reward_of_zero_commits(kind: str) -> None:
     policy = make_policy(PolicySettings(kind=kind))
     assert policy.tell_rewards((0.45, 0.7), (0.0, -1.0)).committed
     assert policy.current_ratio == 0.45
 
 
-@every_policy
+@committing_policy
 @pytest.mark.parametrize(("far", "ratio"), [(0.8, 0.5), (0.1, 0.3)])
 def test_a_far_winner_is_clipped_and_says_so(kind: str, far: float, ratio: float) -> None:
     decision = make_policy(PolicySettings(kind=kind)).tell_rewards((far, 0.4), (1.0, 0.5))
@@ -295,7 +300,7 @@ def test_a_far_winner_is_clipped_and_says_so(kind: str, far: float, ratio: float
     assert decision.ratio == pytest.approx(ratio)
 
 
-@every_policy
+@committing_policy  # a fit to the level of each moment is not of this kind
 @settings(deadline=None)
 @given(
     rounds=st.lists(
@@ -322,7 +327,7 @@ def test_a_constant_added_to_all_losses_of_a_round_changes_nothing(
         assert shifted.current_ratio == pytest.approx(plain.current_ratio, abs=1e-9)
 
 
-@every_policy
+@committing_policy
 @settings(deadline=None)
 @given(
     rewards=st.lists(st.floats(-10, 10), min_size=3, max_size=3),
@@ -432,14 +437,51 @@ def test_learned_ratio_of_a_clear_optimum(kind: str) -> None:
     assert policy.best_ratio().rounds == 20
 
 
+# --- all ratios together ---------------------------------------------------------------------------------------------
+
+
+def test_a_shared_policy_trains_at_every_ratio_equally_often() -> None:
+    policy = make_policy(preset("shared"))
+    for start in (0, 37):
+        drawn = sorted(policy.training_ratio(step) for step in range(start, start + 70))
+        assert all(0.1 <= ratio <= 0.8 for ratio in drawn)
+        gaps = [b - a for a, b in zip([0.1, *drawn], [*drawn, 0.8], strict=True)]
+        assert max(gaps) < 0.03  # 70 uniform draws would leave one of about 0.05
+
+
+def test_a_shared_policy_spreads_its_candidates_and_holds_none() -> None:
+    policy = make_policy(preset("shared", candidates=4))
+    drawn = []
+    for _ in range(10):
+        candidates = policy.ask()
+        assert all(b - a == pytest.approx(0.7 / 4) for a, b in itertools.pairwise(candidates))
+        drawn += candidates
+        policy.tell_rewards(candidates, [-quadratic(ratio) for ratio in candidates])
+    assert len({round(ratio, 3) for ratio in drawn}) == 40
+    assert policy.training_ratio(3) != policy.current_ratio
+
+
+def test_a_shared_policys_ratio_is_its_best_one_so_far() -> None:
+    policy = make_policy(preset("shared"))
+    run(policy, 8)
+    assert policy.current_ratio == policy.best_ratio().ratio == pytest.approx(0.55, abs=0.02)
+
+
+def test_the_other_policies_train_at_the_committed_ratio() -> None:
+    for name in ("default", "paper", "random"):
+        policy = make_policy(preset(name))
+        run(policy, 3)
+        assert {policy.training_ratio(step) for step in range(5)} == {policy.current_ratio}
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "grid"}, "policy kind is 'grid'; allowed: gaussian, uniform"),
-        ({"estimate": "mean"}, "estimate is 'mean'; allowed: smooth_fit, best_reward"),
+        ({"kind": "grid"}, "policy kind is 'grid'; allowed: gaussian, uniform, shared"),
+        ({"estimate": "mean"}, "estimate is 'mean'; allowed: smooth_fit, lowest_loss, best_reward"),
         ({"ratio_min": -0.1}, r"ratio bounds are \[-0.1, 0.8\]"),
         ({"ratio_max": 1.1}, r"ratio bounds are \[0.1, 1.1\]"),
         ({"ratio_min": 0.8}, r"ratio bounds are \[0.8, 0.8\]"),
@@ -464,7 +506,7 @@ def test_a_setting_out_of_range_is_an_error(changes: dict[str, Any], message: st
 
 
 def test_presets() -> None:
-    assert set(PRESETS) == {"default", "paper", "random"}
+    assert set(PRESETS) == {"default", "paper", "random", "shared"}
     assert preset("default") == PolicySettings()
     assert preset("random", seed=9) == PolicySettings(kind="uniform", seed=9)
     assert asdict(preset("paper", max_step=0.2)) == {
@@ -472,5 +514,5 @@ def test_presets() -> None:
         "estimate": "best_reward",
         "max_step": 0.2,
     }
-    with pytest.raises(ValueError, match="there is no policy preset 'fast'; allowed: default, paper, random"):
+    with pytest.raises(ValueError, match="there is no policy preset 'fast'; allowed: default, paper, random, shared"):
         preset("fast")

@@ -1,5 +1,6 @@
 """Masks that hold through training and rounds that tell the truth, in three trainers: ours, transformers' and TRL's."""
 
+import itertools
 import json
 import math
 import random
@@ -226,14 +227,16 @@ def read_rows(file) -> list[dict]:
 # In three trainers
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "shared"])
 @pytest.mark.parametrize("trainer_name", ["transformers", "trl"])
 def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
-    make_tiny_model, tiny_tokenizer, tmp_path, trainer_name
+    make_tiny_model, tiny_tokenizer, tmp_path, trainer_name, kind
 ):
     def train(resume: bool) -> tuple[list[torch.Tensor], dict, list[dict]]:
         backbone = make_tiny_model("llama")
         weights = merged_adapter(backbone, "llama")
-        controller = controller_for(weights, mask=MaskSettings("sensitivity"), folder=tmp_path / "records")
+        mask = MaskSettings("sensitivity")
+        controller = controller_for(weights, mask=mask, folder=tmp_path / "records", kind=kind)
         saving = {"save_strategy": "steps", "save_steps": 5}
         with attached(backbone, weights, dropout=0.2) as model:
             if trainer_name == "trl":
@@ -253,7 +256,7 @@ def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
     whole, resumed = train(resume=False), train(resume=True)
     assert all(torch.equal(one, other) for one, other in zip(whole[0], resumed[0], strict=True))
     assert whole[1:] == resumed[1:]
-    assert [row["step"] for row in resumed[2]] == [3, 6, 9, 12]
+    assert [row["step"] for row in resumed[2]] == ([0] if kind == "shared" else []) + [3, 6, 9, 12]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -461,7 +464,7 @@ class Scripted(GaussianPolicy):
     ratios = (0.5, 0.2, 0.7, 0.0)
 
     def _decide(self, candidates, rewards):
-        return Decision(tuple(rewards), True, self.ratios[len(self.history)], True)
+        return Decision(tuple(rewards), True, self.ratios[len(self.history) - 1], True)
 
 
 @pytest.mark.parametrize("scope", ["factor", "tensor", "global"])
@@ -716,3 +719,92 @@ def test_the_controllers_settings_choose_the_policy(make_tiny_model, tmp_path):
     assert len(rows) == 3
     assert all(0.2 <= candidate <= 0.3 for row in rows for candidate in row["candidates"])
     assert {len(row["candidates"]) for row in rows} == {2}
+
+
+# All ratios together
+
+
+class WatchShared(TrainerCallback):
+    """The ratio and the weights that each step trains, seen between its begin and its optimizer step."""
+
+    def __init__(self, controller: GraspController) -> None:
+        self.controller = controller
+        self.ratios: list[float] = []
+        self.pruned: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        masks = self.controller.masks
+        self.ratios.append(masks.ratio)
+        self.pruned.append(torch.cat([(weight == 0).flatten() for weight in masks.weights.values()]))
+        assert all(torch.equal(weight == 0, ~masks.keep[key]) for key, weight in masks.weights.items())
+
+
+@pytest.mark.parametrize("trainer_name", TRAINERS)
+def test_each_step_of_a_shared_policy_trains_at_its_own_ratio(make_tiny_model, tiny_tokenizer, tmp_path, trainer_name):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    micro_dev = ProbeSet.from_rows(ROWS[:5], tiny_tokenizer) if trainer_name == "trl" else None
+    with attached(backbone, weights, dropout=0.05) as model:
+        controller = controller_for(weights, micro_dev, folder=tmp_path, probe_every=4, kind="shared")
+        watch = WatchShared(controller)
+        train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller, [watch])
+        left = torch.cat([(weight == 0).flatten() for weight in controller.masks.weights.values()])
+    assert watch.ratios == [controller.policy.training_ratio(step) for step in range(12)]
+    assert max(watch.ratios) - min(watch.ratios) > 0.5
+    in_order = [pruned for _, pruned in sorted(zip(watch.ratios, watch.pruned, strict=True), key=lambda pair: pair[0])]
+    for lower, higher in itertools.pairwise(in_order):
+        assert (higher | ~lower).all()  # one ranking, so the masks nest although the weights move
+    rows = read_rows(tmp_path / "rounds.jsonl")
+    assert [row["step"] for row in rows] == [0, 4, 8, 12]
+    assert [row["ratio_before"] for row in rows[1:]] == [row["ratio"] for row in rows[:-1]]
+    assert all(row["measured_sparsity"] == pytest.approx(row["ratio"], abs=0.02) for row in rows)
+    # What is left is pruned at the learned ratio, not at that of the last step.
+    assert controller.masks.ratio == controller.policy.current_ratio == controller.policy.best_ratio().ratio
+    assert left.double().mean().item() == pytest.approx(controller.policy.current_ratio, abs=0.02)
+
+
+def test_the_first_round_of_a_shared_policy_sees_the_untrained_adapter(make_tiny_model, tmp_path):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    probes = ProbeSet(MICRO_DEV, PAD)
+    with attached(backbone, weights) as model:
+        masks = MaskSet(live_pairs(model, segments_of(weights)), MaskSettings())
+        with masks.probe(0.4):
+            untrained = probes.losses(model)
+    with attached(backbone, weights) as model:
+        controller = controller_for(weights, probes, folder=tmp_path, probe_every=5, kind="shared", ratio_init=0.4)
+        train_ours(model, tmp_path, controller)
+    assert read_rows(tmp_path / "rounds.jsonl")[0]["baseline_losses"] == pytest.approx(untrained, abs=1e-6)
+
+
+def test_a_weight_that_is_masked_for_a_step_is_not_trained_in_it(make_tiny_model, tmp_path):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        controller = controller_for(weights, probe_every=50, kind="shared")
+        dense: list[dict] = []
+
+        class Dense(TrainerCallback):
+            def on_step_begin(self, args, state, control, **kwargs):
+                masks = controller.masks
+                stashed = {k: torch.where(masks.keep[k], w, masks.stash[k]) for k, w in masks.weights.items()}
+                dense.append({"values": stashed, "keep": dict(masks.keep)})
+
+        train_ours(model, tmp_path, controller, callbacks=[AfterwardsOnly(Dense(), controller)])
+    moved = 0
+    for before, after in itertools.pairwise(dense):
+        for key, keep in before["keep"].items():
+            same = before["values"][key] == after["values"][key]
+            assert same[~keep].all()
+            moved += int((~same[keep]).sum())
+    assert moved
+
+
+class AfterwardsOnly(TrainerCallback):
+    """`finetune` registers the controller after the callbacks: this one looks once the controller has put its masks on."""
+
+    def __init__(self, inner: TrainerCallback, controller: GraspController) -> None:
+        self.inner, self.controller = inner, controller
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.inner.on_step_begin(args, state, control, **kwargs)

@@ -24,6 +24,7 @@ from grasp_lora.method.estimation import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masking import MaskSet, MaskSettings, survival
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings, merge
+from grasp_lora.method.policy import POLICIES
 from grasp_lora.training.adapters import (
     LoadedAdapter,
     adapter_weights,
@@ -419,7 +420,8 @@ def mean(values: Sequence[float]) -> float:
 def expected_rounds(recipe: Recipe, train_examples: int) -> int:
     """Rounds of the controller run over so many training examples."""
     stage = recipe.controller
-    return stage.training.steps(train_examples) // stage.probe_every
+    before_training = 1 if POLICIES[stage.policy.kind].shared else 0
+    return before_training + stage.training.steps(train_examples) // stage.probe_every
 
 
 def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:

@@ -15,7 +15,11 @@ CONFIDENCE = 0.95
 WIDE_INTERVAL = 0.3  # from here on a reader is told that the probes did not settle the ratio
 _DEGREE = 3
 _GRID = 281
+_CURVE_STEP = 7  # every so many ratios of the grid are reported
 _RESAMPLES = 1000
+_SPLINES = 17
+_STRENGTHS = tuple(10.0**power for power in range(-4, 4))  # of the penalty, relative to the scale of the probes
+_LEAST_FOR_CHOICE = 4  # rounds
 _RIDGE = 1e-6
 
 
@@ -32,6 +36,14 @@ class MeasuredRound(Protocol):
     def candidate_losses(self) -> tuple[tuple[float, ...], ...]: ...
     @property
     def rewards(self) -> tuple[float, ...]: ...
+
+
+class EstimateRule(Protocol):
+    """From rounds and bounds to a ratio; `interval=False` leaves the interval out (both ends are the ratio), which is faster."""
+
+    def __call__(
+        self, rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: float, *, interval: bool = True
+    ) -> "RatioEstimate": ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +69,9 @@ class RatioEstimate:
     confidence: float = CONFIDENCE
 
 
-def best_reward(rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: float) -> RatioEstimate:
+def best_reward(
+    rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: float, *, interval: bool = True
+) -> RatioEstimate:
     """Return the candidate with the best reward of the whole run.
 
     The interval is that of the winner when the rounds are resampled: a wide one means that one lucky probe decided.
@@ -67,17 +81,21 @@ def best_reward(rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: fl
     for measured in rounds:
         best = max(range(len(measured.candidates)), key=measured.rewards.__getitem__)
         winners.append((measured.rewards[best], measured.candidates[best]))
-    ratio = max(winners, key=lambda winner: winner[0])[1]
+    ratio = min(max(max(winners, key=lambda winner: winner[0])[1], ratio_min), ratio_max)
+    if not interval:
+        return RatioEstimate(ratio, ratio, ratio, "best_reward", len(rounds))
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(winners), (_RESAMPLES, len(winners)), generator=generator)
     rewards = torch.tensor([reward for reward, _ in winners], dtype=torch.float64)
     ratios = torch.tensor([candidate for _, candidate in winners], dtype=torch.float64)
     chosen = ratios[picks.gather(1, rewards[picks].argmax(1, keepdim=True)).squeeze(1)]
     low, high = _interval(chosen)
-    return RatioEstimate(min(max(ratio, ratio_min), ratio_max), low, high, "best_reward", len(rounds))
+    return RatioEstimate(ratio, low, high, "best_reward", len(rounds))
 
 
-def smooth_fit(rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: float) -> RatioEstimate:
+def smooth_fit(
+    rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: float, *, interval: bool = True
+) -> RatioEstimate:
     """Return the minimum of a cubic in the ratio, fitted to loss differences within rounds.
 
     Model: loss(round, ratio, example) = level(round, example) + f(ratio, example), f a cubic, by least squares. The levels
@@ -109,7 +127,8 @@ def smooth_fit(rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: flo
     examples = moment.shape[2]
     fitted = _curves(gram, moment, weights[None], torch.ones(1, examples, dtype=torch.float64) / examples, basis)[0]
     ratio = float(grid[fitted.argmin()])
-
+    if not interval:
+        return RatioEstimate(ratio, ratio, ratio, "smooth_fit", count)
     generator = torch.Generator().manual_seed(0)
     round_weights = weights * _resample(count, generator)
     example_weights = _resample(examples, generator) / examples
@@ -119,7 +138,8 @@ def smooth_fit(rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: flo
     anchored = resampled - resampled[:, fitted.argmin()][:, None]
     bounds = torch.quantile(anchored, torch.tensor(_tails(), dtype=torch.float64), dim=0)
     curve = tuple(
-        (float(grid[i]), float(reference[i]), float(bounds[0, i]), float(bounds[1, i])) for i in range(0, _GRID, 7)
+        (float(grid[i]), float(reference[i]), float(bounds[0, i]), float(bounds[1, i]))
+        for i in range(0, _GRID, _CURVE_STEP)
     )
     # Resampling scatters around the estimate but need not cover it when it sits on a bound.
     return RatioEstimate(ratio, min(low, ratio), max(high, ratio), "smooth_fit", count, curve)
@@ -140,6 +160,115 @@ def _curves(gram: Tensor, moment: Tensor, round_weights: Tensor, example_weights
     ridge = _RIDGE * scale[:, None, None] * torch.eye(_DEGREE, dtype=torch.float64)
     coefficients: Tensor = torch.linalg.solve(left + ridge, right)
     return coefficients @ basis.T
+
+
+def lowest_loss(
+    rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: float, *, interval: bool = True
+) -> RatioEstimate:
+    """Return the ratio at which the micro-dev loss gets lowest at any moment of the run, by a smooth fit to all probes.
+
+    Model: loss(round, ratio, example) = level(round, example) + f(ratio) + time * g(ratio). The levels drop out by centring each
+    round, so that only probes taken at the same moment are compared; baselines take part as probes at the current ratio. f
+    and g are cubic splines with a penalty on their bends (P-splines, Eilers & Marx 1996), its strength chosen by leaving out
+    one round at a time: pruning costs little at first and then steeply more, which no low polynomial follows. With the mean level
+    of each round (itself smooth in time) that gives the loss of each ratio at each moment. Early stopping keeps a run's best
+    moment, so a ratio counts for its own: while the network still learns the lowest ratio looks best, and later
+    one that keeps it from overfitting. Our choice; the paper takes the best reward.
+
+    The interval comes from resampling rounds and micro-dev examples together (1000 times, fixed seed). Ratios that were never
+    probed are not eligible: the minimum is sought between the lowest and the highest probed ratio.
+    """
+    fit = _Fit(rounds, ratio_min, ratio_max)
+    count, examples = len(rounds), len(rounds[0].baseline_losses)
+    fitted = fit.curves(torch.ones(1, count, dtype=torch.float64), torch.full((1, examples), 1 / examples).double())[0]
+    ratio = float(fit.grid[fitted.argmin()])
+    if not interval:
+        return RatioEstimate(ratio, ratio, ratio, "lowest_loss", count)
+    generator = torch.Generator().manual_seed(0)
+    resampled = fit.curves(_resample(count, generator), _resample(examples, generator) / examples)
+    low, high = _interval(fit.grid[resampled.argmin(1)])
+    reference = fitted - fitted.min()
+    anchored = resampled - resampled[:, fitted.argmin()][:, None]
+    bounds = torch.quantile(anchored, torch.tensor(_tails(), dtype=torch.float64), dim=0)
+    curve = tuple(
+        (float(fit.grid[i]), float(reference[i]), float(bounds[0, i]), float(bounds[1, i]))
+        for i in range(0, _GRID, _CURVE_STEP)
+    )
+    # Resampling scatters around the estimate but need not cover it when it sits on a bound.
+    return RatioEstimate(ratio, min(low, ratio), max(high, ratio), "lowest_loss", count, curve)
+
+
+class _Fit:
+    """The sums over probes that every fit of `lowest_loss` needs, whatever weights rounds and examples have."""
+
+    def __init__(self, rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: float) -> None:
+        self._bounds = ratio_min, ratio_max
+        probed = [ratio for measured in rounds for ratio in (measured.current_ratio, *measured.candidates)]
+        self.grid = torch.linspace(min(probed), max(probed), _GRID, dtype=torch.float64)
+        self._times = torch.linspace(-1, 1, len(rounds), dtype=torch.float64) if len(rounds) > 1 else torch.zeros(1)
+        grams, moments, means, levels = [], [], [], []
+        for measured, time in zip(rounds, self._times.tolist(), strict=True):
+            ratios = torch.tensor([measured.current_ratio, *measured.candidates], dtype=torch.float64)
+            losses = torch.tensor([measured.baseline_losses, *measured.candidate_losses], dtype=torch.float64)
+            features = self._features(ratios, time)
+            means.append(features.mean(0))
+            levels.append(losses.mean(0))
+            centred = features - means[-1]
+            grams.append(centred.T @ centred)
+            moments.append(centred.T @ (losses - levels[-1]))
+        self._gram, self._moment = torch.stack(grams), torch.stack(moments)  # [rounds, K, K], [rounds, K, examples]
+        self._means, self._levels = torch.stack(means), torch.stack(levels)  # [rounds, K], [rounds, examples]
+        bends = torch.diff(torch.eye(_SPLINES, dtype=torch.float64), n=2, dim=0)
+        self._penalty = torch.block_diag(bends.T @ bends, bends.T @ bends)
+        self._strength = self._choose_strength()
+
+    def curves(self, round_weights: Tensor, example_weights: Tensor) -> Tensor:
+        """Lowest fitted loss over time of each ratio of the grid, one row per row of weights, [fits, grid]."""
+        coefficients = self._solve(
+            torch.einsum("fr,rij->fij", round_weights, self._gram),
+            torch.einsum("fr,rie,fe->fi", round_weights, self._moment, example_weights),
+            self._strength,
+        )
+        levels = example_weights @ self._levels.T - coefficients @ self._means.T  # [fits, rounds]
+        trend = torch.stack([self._times**power for power in range(min(3, len(self._times)))], dim=1).double()
+        # Least squares with the weights of the rounds: the level of a moment is noisy, and all ratios share it.
+        weighted = torch.einsum("fr,ri,rj->fij", round_weights, trend, trend)
+        right = torch.einsum("fr,ri,fr->fi", round_weights, trend, levels)
+        smooth = torch.linalg.solve(weighted + _RIDGE * torch.eye(trend.shape[1]).double(), right) @ trend.T
+        lowest = torch.full((len(levels), _GRID), torch.inf, dtype=torch.float64)
+        for index, time in enumerate(self._times.tolist()):
+            fitted = coefficients @ self._features(self.grid, time).T + smooth[:, index, None]
+            lowest = torch.minimum(lowest, fitted)
+        return lowest
+
+    def _features(self, ratios: Tensor, time: float) -> Tensor:
+        """Cubic B-splines of the ratio, and the same times the moment in [-1, 1], [ratios, K]."""
+        low, high = self._bounds
+        places = 1 + (ratios - low) / (high - low) * (_SPLINES - 3)  # one spline lies beyond each end
+        distance = (places[:, None] - torch.arange(_SPLINES, dtype=torch.float64)).abs()
+        near = (4 - 6 * distance**2 + 3 * distance**3) / 6
+        splines = torch.where(distance < 1, near, (2 - distance).clamp_min(0.0) ** 3 / 6)
+        return torch.cat([splines, time * splines], dim=1)
+
+    def _solve(self, gram: Tensor, moment: Tensor, strength: float) -> Tensor:
+        # Relative to the scale of the probes; the ridge keeps rounds whose candidates coincide solvable.
+        scale = gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None, None]
+        penalty = strength * self._penalty + _RIDGE * torch.eye(2 * _SPLINES, dtype=torch.float64)
+        solution: Tensor = torch.linalg.solve(gram + scale * penalty, moment)
+        return solution
+
+    def _choose_strength(self) -> float:
+        """The strength that predicts the differences within a round best from the other rounds."""
+        if len(self._gram) < _LEAST_FOR_CHOICE:
+            return _STRENGTHS[len(_STRENGTHS) // 2]
+        moment = self._moment.mean(2)  # [rounds, K]
+        errors = {}
+        for strength in _STRENGTHS:
+            left = self._solve(self._gram.sum(0) - self._gram, moment.sum(0) - moment, strength)
+            # Squared error of a round, less what no fit changes.
+            quadratic = torch.einsum("ri,rij,rj->r", left, self._gram, left)
+            errors[strength] = float((quadratic - 2 * (left * moment).sum(1)).sum())
+        return min(errors, key=errors.__getitem__)
 
 
 def _resample(size: int, generator: torch.Generator) -> Tensor:

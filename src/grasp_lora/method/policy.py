@@ -8,17 +8,21 @@ Paper: controller and policy update sections.
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 from grasp_lora.errors import ProbeError
-from grasp_lora.method.estimation import RatioEstimate, best_reward, smooth_fit
+from grasp_lora.method.estimation import EstimateRule, RatioEstimate, best_reward, lowest_loss, smooth_fit
 
 STATE_VERSION = 1
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, fill [0, 1] evenly at any length
 
-EstimateRule = Callable[[Sequence["Round"], float, float], RatioEstimate]
-ESTIMATE_RULES: dict[str, EstimateRule] = {"smooth_fit": smooth_fit, "best_reward": best_reward}
+ESTIMATE_RULES: dict[str, EstimateRule] = {
+    "smooth_fit": smooth_fit,
+    "lowest_loss": lowest_loss,
+    "best_reward": best_reward,
+}
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,8 @@ class PolicySettings:
     """How a policy samples, learns and commits.
 
     Args:
-        kind: `gaussian` (the paper's policy) or `uniform` (best of C uniform candidates, no learning: a control).
+        kind: `gaussian` (the paper's policy), `uniform` (best of C uniform candidates, no learning: a control) or `shared`
+            (each step trains at a ratio of its own, so that no ratio's probes are biased).
         ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
         ratio_init: first mean and first current ratio, within the bounds.
         std_init: first standard deviation; None takes (ratio_max - ratio_min) / 6 as the paper does.
@@ -34,7 +39,7 @@ class PolicySettings:
         learning_rate, kl_coef, entropy_bonus: step size, pull towards the current ratio and growth of the
             deviation per round (Paper: policy update), all >= 0.
         max_step: furthest that one commit moves the current ratio, > 0.
-        estimate: rule for the learned ratio, `smooth_fit` (default) or `best_reward` (the paper's).
+        estimate: rule for the learned ratio, `smooth_fit` (default), `lowest_loss` or `best_reward` (the paper's).
         seed: seed of the policy's own generator; a recipe combines it with its own seed.
 
     Raises:
@@ -53,7 +58,7 @@ class PolicySettings:
     kl_coef: float = 0.05
     entropy_bonus: float = 0.01
     max_step: float = 0.10
-    estimate: str = "smooth_fit"
+    estimate: str = "lowest_loss"
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -85,8 +90,8 @@ class PolicySettings:
 def preset(name: str, **changes: Any) -> PolicySettings:
     """Return the settings of a named preset, with changes.
 
-    Presets: `default` (the paper's update, ratio from a smooth fit), `paper` (ratio from the best reward) and
-    `random` (the control without learning).
+    Presets: `default` (the paper's update, ratio from a smooth fit), `paper` (ratio from the best reward),
+    `random` (the control without learning) and `shared` (all ratios train together, lowest fitted loss).
 
     Raises:
         ValueError: there is no such preset, or a change is out of range.
@@ -111,6 +116,16 @@ class Round:
     candidates: tuple[float, ...]
     baseline_losses: tuple[float, ...]
     candidate_losses: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def from_json(cls, current_ratio: float, row: Mapping[str, Any]) -> "Round":
+        """Rebuild a round from plain JSON values: of a policy's state, or of a line of `rounds.jsonl`."""
+        return cls(
+            current_ratio,
+            tuple(row["candidates"]),
+            tuple(row["baseline_losses"]),
+            tuple(tuple(losses) for losses in row["candidate_losses"]),
+        )
 
     @property
     def rewards(self) -> tuple[float, ...]:
@@ -139,9 +154,15 @@ class Decision:
 class RatioPolicy(ABC):
     """Base of the policies: bookkeeping, commit rule, history and state.
 
-    A new policy implements `_draw` and `_learn`, and keeps what it learns in `mean` and `std`. Draws of a round depend on
-    the seed and the round's number alone, so asking twice gives the same candidates and a resume needs no generator state.
+    A new policy implements `_draw` and `_learn`, and keeps what it learns in `mean` and `std`; when it learns and decides,
+    the round stands in `history` already. Draws of a round depend on the seed and the round's number alone, so asking twice gives
+    the same candidates and a resume needs no generator state.
+
+    Where `shared` is true, the controller trains under the ratio that `training_ratio` gives for each step, with nested masks
+    from one ranking; elsewhere under the current ratio.
     """
+
+    shared: ClassVar[bool] = False
 
     def __init__(self, settings: PolicySettings) -> None:
         self.settings = settings
@@ -173,18 +194,22 @@ class RatioPolicy(ABC):
         """
         self._check(measured)
         rewards = measured.rewards
+        self.history.append(measured)
         self._learn(measured.candidates, rewards)
         decision = self._decide(measured.candidates, rewards)
         self.current_ratio = decision.ratio
-        self.history.append(measured)
         return decision
+
+    def training_ratio(self, step: int) -> float:
+        """Return the ratio at which optimizer step `step` (from 0) trains."""
+        return self.current_ratio
 
     def tell_rewards(self, candidates: Sequence[float], rewards: Sequence[float]) -> Decision:
         """Learn from given candidates and rewards: for tests and for replaying a record."""
         return self.tell(Round(self.current_ratio, tuple(candidates), (0.0,), tuple((-reward,) for reward in rewards)))
 
-    def best_ratio(self) -> RatioEstimate:
-        """Return the learned ratio p* of all rounds so far, with an interval.
+    def best_ratio(self, *, interval: bool = True) -> RatioEstimate:
+        """Return the learned ratio p* of all rounds so far, with an interval unless that is not wanted, which is faster.
 
         Raises:
             ValueError: no round has been told yet.
@@ -192,7 +217,7 @@ class RatioPolicy(ABC):
         if not self.history:
             raise ValueError("no round was measured yet, so there is no learned ratio; tell at least one round")
         rule = ESTIMATE_RULES[self.settings.estimate]
-        return rule(self.history, self.settings.ratio_min, self.settings.ratio_max)
+        return rule(self.history, self.settings.ratio_min, self.settings.ratio_max, interval=interval)
 
     def state(self) -> dict[str, Any]:
         """Return everything a resume needs, as plain JSON values."""
@@ -217,15 +242,7 @@ class RatioPolicy(ABC):
         policy = make_policy(PolicySettings(**state["settings"]))
         policy.mean, policy.std = state["mean"], state["std"]
         policy.current_ratio = state["current_ratio"]
-        policy.history = [
-            Round(
-                measured["current_ratio"],
-                tuple(measured["candidates"]),
-                tuple(measured["baseline_losses"]),
-                tuple(tuple(losses) for losses in measured["candidate_losses"]),
-            )
-            for measured in state["history"]
-        ]
+        policy.history = [Round.from_json(measured["current_ratio"], measured) for measured in state["history"]]
         return policy
 
     def _check(self, measured: Round) -> None:
@@ -298,13 +315,17 @@ class GaussianPolicy(RatioPolicy):
         self.std = max(1e-3, self.std + settings.learning_rate * std_gradient + settings.entropy_bonus)
 
 
+def _even(settings: PolicySettings) -> tuple[float, float]:
+    """Mean and deviation of a uniform distribution between the bounds."""
+    return (settings.ratio_min + settings.ratio_max) / 2, (settings.ratio_max - settings.ratio_min) / math.sqrt(12)
+
+
 class UniformPolicy(RatioPolicy):
     """Best of C uniform candidates, no learning: the control that a learning policy has to beat."""
 
     def __init__(self, settings: PolicySettings) -> None:
         super().__init__(settings)
-        self.mean = (settings.ratio_min + settings.ratio_max) / 2
-        self.std = (settings.ratio_max - settings.ratio_min) / math.sqrt(12)
+        self.mean, self.std = _even(settings)
 
     def _draw(self, generator: random.Random) -> list[float]:
         low, high = self.settings.ratio_min, self.settings.ratio_max
@@ -314,12 +335,49 @@ class UniformPolicy(RatioPolicy):
         """Nothing is learned: mean and deviation stay those of the uniform distribution."""
 
 
-POLICIES: dict[str, type[RatioPolicy]] = {"gaussian": GaussianPolicy, "uniform": UniformPolicy}
+class SharedPolicy(RatioPolicy):
+    """All ratios train together: each optimizer step draws the ratio it trains at, and candidates spread over the range.
+
+    A ratio that is held biases its own probes: the network heals around its mask, and every other ratio looks worse the longer
+    that goes on. Here none is held, so that the probes of a round compare like with like at any moment of training. The
+    current ratio is the best one by the fit so far. Our choice, after slimmable networks (Yu et al. 2019) and one-shot
+    architecture search (Bender et al. 2018); nothing of the paper's update is used.
+    """
+
+    shared = True
+
+    def __init__(self, settings: PolicySettings) -> None:
+        super().__init__(settings)
+        self.mean, self.std = _even(settings)
+
+    def training_ratio(self, step: int) -> float:
+        """Return the ratio of a step: any few steps in a row cover the range evenly."""
+        return self._spread(random.Random(f"{self.settings.seed}/training").random() + step * GOLDEN)
+
+    def _draw(self, generator: random.Random) -> list[float]:
+        count = self.settings.candidates
+        offset = random.Random(f"{self.settings.seed}/candidates").random() + len(self.history) * GOLDEN
+        return [self._spread((number + offset % 1.0) / count) for number in range(count)]
+
+    def _learn(self, candidates: Sequence[float], rewards: Sequence[float]) -> None:
+        """Nothing is sampled from a mean and a deviation; they are those of an even spread."""
+
+    def _decide(self, candidates: Sequence[float], rewards: Sequence[float]) -> Decision:
+        ratio = self.best_ratio(interval=False).ratio
+        return Decision(tuple(rewards), ratio != self.current_ratio, ratio, False)
+
+    def _spread(self, place: float) -> float:
+        low, high = self.settings.ratio_min, self.settings.ratio_max
+        return low + (high - low) * (place % 1.0)
+
+
+POLICIES: dict[str, type[RatioPolicy]] = {"gaussian": GaussianPolicy, "uniform": UniformPolicy, "shared": SharedPolicy}
 
 PRESETS: dict[str, PolicySettings] = {
     "default": PolicySettings(),
     "paper": PolicySettings(estimate="best_reward"),
     "random": PolicySettings(kind="uniform"),
+    "shared": PolicySettings(kind="shared", estimate="lowest_loss"),
 }
 
 

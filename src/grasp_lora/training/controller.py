@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
-from grasp_lora.method.masking import MaskSet, MaskSettings, reset_moments
+from grasp_lora.method.masking import MaskSet, MaskSettings, Ranking, WeightKey, reset_moments
 from grasp_lora.method.policy import PolicySettings, RatioPolicy, Round, make_policy
 from grasp_lora.training.adapters import live_pairs
 from grasp_lora.training.checkpoint import SavedInCheckpoints, State
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 MASK_MODES = ("hold", "reselect")
 ROUNDS_FILE = "rounds.jsonl"
 TIMINGS_FILE = "timings.jsonl"
+PLACES = "places."  # of the tensors in a checkpoint that hold the order of importance
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,7 @@ class GraspController(PrunedTraining):
         self._log: Callable[[dict[str, float]], None] | None = None
         self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
         self._round_end = 0.0
+        self._shared: dict[WeightKey, Ranking] | None = None  # order of importance before training, if all ratios train
 
     def add_to(self, trainer: Trainer) -> "GraspController":
         """Register with a trainer, so that its trackers receive the ratio, the deviation and the rewards too."""
@@ -197,6 +199,8 @@ class GraspController(PrunedTraining):
         """Prune at the policy's first ratio and start the records; a resume cuts off rounds after its checkpoint."""
         self._rows = {ROUNDS_FILE: [], TIMINGS_FILE: []}
         super().on_train_begin(args, state, control, **kwargs)
+        if self.policy.shared and self._shared is None:
+            self._shared = self.masks.rank()
         if self.folder is not None and state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             for name, rows in self._rows.items():
@@ -206,6 +210,8 @@ class GraspController(PrunedTraining):
     def state(self) -> State:
         """Return masks, policy and records."""
         values, tensors = super().state()
+        if self._shared is not None:
+            tensors |= {f"{PLACES}{factor}.{module}": one.places for (module, factor), one in self._shared.items()}
         return values | {"policy": self.policy.state(), "rows": self._rows}, tensors
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -218,17 +224,42 @@ class GraspController(PrunedTraining):
             raise GraspError(
                 "training resumes with other settings of the policy than it began with; give it the same, or start anew"
             )
-        super().restore(values, tensors)
+        places = {name.removeprefix(PLACES): tensor for name, tensor in tensors.items() if name.startswith(PLACES)}
+        super().restore(values, {name: tensor for name, tensor in tensors.items() if not name.startswith(PLACES)})
         self.policy = RatioPolicy.from_state(values["policy"])
+        if self.policy.shared:
+            self._shared = {
+                (module, factor): replace(ranking, places=places[f"{factor}.{module}"].to(ranking.places.device))
+                for (module, factor), ranking in self.masks.rank().items()
+            }
         self.prune_ratio = self.policy.current_ratio
         self._rows = values["rows"]
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where all ratios train together, put the mask of this step's own ratio on; before the first step comes a round."""
+        if self._shared is None:
+            return
+        if not self.policy.history:
+            self._round(state, control, kwargs["model"], None)
+        self.masks.commit(self.policy.training_ratio(state.global_step), self._shared)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Run a round when it is due."""
-        if state.global_step % self.settings.probe_every:
-            return
+        if state.global_step % self.settings.probe_every == 0:
+            self._round(state, control, kwargs["model"], kwargs.get("optimizer"))
+
+    def _round(
+        self,
+        state: TrainerState,
+        control: TrainerControl,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
+        """Run a round and put it on record."""
         started = time.perf_counter()
-        record = self.run_round(kwargs["model"], kwargs.get("optimizer"))
+        record = self.run_round(model, optimizer)
         record = {"round": len(self.policy.history), "step": state.global_step, "epoch": state.epoch, **record}
         ended = time.perf_counter()
         timing = {
@@ -248,6 +279,13 @@ class GraspController(PrunedTraining):
             self._on_round(record)
         self._round_end = time.perf_counter()
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the adapter pruned at the policy's ratio, not at that of the last step."""
+        if self._shared is not None:
+            self.masks.commit(self.policy.current_ratio, self._shared)
+
     def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         """Probe the candidates, tell the policy, commit what it decides; return the record of the round.
 
@@ -256,8 +294,12 @@ class GraspController(PrunedTraining):
         """
         masks, policy = self.masks, self.policy
         ratio_before = policy.current_ratio
-        baseline = calibrate(model, masks, self.micro_dev) or self.micro_dev.losses(model)
-        ranking = masks.rank()
+        if self._shared is not None:
+            masks.commit(ratio_before, self._shared)  # in place of the mask of the last step's ratio
+            baseline, ranking = self.micro_dev.losses(model), self._shared
+        else:
+            baseline = calibrate(model, masks, self.micro_dev) or self.micro_dev.losses(model)
+            ranking = masks.rank()
         candidates = policy.ask()
         candidate_losses = []
         for candidate in candidates:
@@ -272,7 +314,7 @@ class GraspController(PrunedTraining):
         if decision.committed:
             newly_masked = masks.commit(decision.ratio, ranking)
             self.prune_ratio = decision.ratio
-            if optimizer is not None:
+            if optimizer is not None and self._shared is None:  # a weight that comes and goes keeps its moments
                 reset_moments(optimizer, masks.weights, newly_masked)
         return {
             "candidates": candidates,
