@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from grasp_lora.experiments.recipe import load_recipe
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.training.adapters import save_adapter
@@ -46,3 +47,10 @@ def test_the_python_example_runs_and_is_short(
     exec(compile(code, "README.md", "exec"), names)
     assert "RatioEstimate(ratio=" in capsys.readouterr().out
     assert len(Path("controller/rounds.jsonl").read_text(encoding="utf-8").splitlines()) == 4  # 40 steps
+
+
+def test_the_recipe_that_it_shows_is_the_one_that_comes_along(tmp_path: Path) -> None:
+    [text] = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(text, encoding="utf-8")
+    assert load_recipe(shown)[0] == load_recipe("mlqa-ar")[0]
