@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from conftest import write_tiny_workspace
 
 from grasp_lora.errors import AdapterError, RecipeError
@@ -24,6 +25,7 @@ from grasp_lora.experiments.recipe import load_recipe
 from grasp_lora.experiments.records import Record, Records
 from grasp_lora.experiments.session import Session, mean
 from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.training.adapters import read_adapter
 
 ROUNDS_EVERY = "controller.probe_every=3"
 SMALL = ComparisonSettings(seeds=(1,), grid=(0.2, 0.6), resamples=1000)
@@ -148,6 +150,52 @@ def test_grasp_and_its_paper_preset_share_a_controller_run_that_differs_in_the_r
     controllers = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "records").glob("controller-*")]
     # Of grasp (and its paper preset), of the random control, of the one that probes the dev set, and of the dev-free one.
     assert len(controllers) == 4
+
+
+def test_a_single_run_finishes_the_adapter_of_its_own_controller_run(tiny_workspace):
+    settings = ComparisonSettings(("grasp", "grasp_single"), (1,), (0.2,), resamples=1000)
+    folder = tiny_workspace / "compare"
+    content, recorder = run(folder, settings)
+    assert recorder.done_steps.count("controller") == recorder.done_steps.count("controller adapter") == 1
+    grasp, single = content["rows"]
+    assert single["title"] == "GRASP in a single run"
+    assert single["prune_ratio"] == grasp["prune_ratio"]  # the same run, once without and once with its adapter kept
+    for counted in ("runs", "work", "runs_in_all", "work_in_all"):
+        assert single["cost"][counted] == grasp["cost"][counted]
+    assert single["scores"]["test_loss"] != grasp["scores"]["test_loss"]
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "records").iterdir()]
+    [start] = [record for record in records if record["step"] == "controller adapter"]
+    adapters = {step["key"]: read_adapter(folder / "adapters" / step["key"]).weights for step in records
+                if step["step"].startswith(("controller adapter", "final"))}  # fmt: skip
+    finished = next(record for record in records if record["settings"].get("start") == start["key"])
+    assert finished["result"]["history"][0]["step"] == 0
+    for name, pair in adapters[start["key"]].items():
+        for factor in "AB":
+            zeros = getattr(pair, factor) == 0
+            assert zeros.any()
+            assert torch.equal(zeros, getattr(adapters[finished["key"]][name], factor) == 0)
+    _, again = run(folder, settings)
+    assert not again.done_steps
+
+
+def test_a_single_run_leaves_the_keys_of_all_other_steps_as_they_are(finished):
+    folder, content = finished
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "records").iterdir()]
+    finals = [record for record in records if "final" in record["settings"]]
+    assert finals
+    assert {frozenset(record["settings"]["final"]) for record in finals} == {
+        frozenset({"mode", "mask", "prune_ratio", "training"})
+    }
+    controllers = [record for record in records if record["step"] == "controller"]
+    assert {frozenset(record["settings"]["controller"]) for record in controllers} == {
+        frozenset({"policy", "probe_every", "training"})
+    }
+    again, recorder = run(
+        folder, SMALL, "final.start=controller"
+    )  # the rows start from a merge, whatever the recipe does
+    assert not recorder.done_steps
+    assert [row["scores"] for row in again["rows"]] == [row["scores"] for row in content["rows"]]
+    assert "grasp_single" not in DEFAULT_METHODS
 
 
 class Killed(BaseException):

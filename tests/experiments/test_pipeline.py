@@ -1,5 +1,6 @@
 """A whole run in its folder: complete and consistent files, resume, determinism, and every way to start."""
 
+import itertools
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -20,7 +22,7 @@ from grasp_lora.experiments.lock import LOCK_FILE, only_writer
 from grasp_lora.experiments.pipeline import STAGES, Run, StageProgress
 from grasp_lora.experiments.recipe import load_recipe
 from grasp_lora.experiments.session import Session
-from grasp_lora.method.masking import prune_count
+from grasp_lora.method.masking import MaskSettings, prune_count, survival
 from grasp_lora.training.controller import GraspController, PrunedTraining
 from grasp_lora.training.finetune import BestOnDev
 
@@ -451,6 +453,68 @@ class TestWays:
             assert row["weights"] - row["kept"] == prune_count(metrics["prune_ratio"], row["weights"])
         merged = yaml.safe_load(Path("run/recipe.yaml").read_text())["controller"]["policy"]
         assert merged["estimate"] == "best_reward"
+
+    @pytest.mark.parametrize("policy", ["default", "shared"])
+    def test_a_single_run_finishes_the_adapter_of_the_controller_run(self, policy: str, finished_run: Path) -> None:
+        changes = ("final.start=controller", f"controller.policy={policy}")
+        recorder = Recorder()
+        metrics = execute(*changes, folder="single", progress=recorder)
+        run = Path("single")
+        assert recorder.begun == list(STAGES)
+        left = {
+            f"controller/adapter/{file}"
+            for file in ("adapter_config.json", "adapter_model.safetensors", "grasp_lora.json")
+        }
+        assert set(files_of(run)) == FILES | left
+        if policy == "default":  # the controller run itself is that of two runs
+            for name in ("controller/rounds.jsonl", "controller/ratio.json", "merged/adapter_model.safetensors"):
+                assert (run / name).read_bytes() == (finished_run / name).read_bytes()
+        start, result = (
+            load_file(run / name / "adapter_model.safetensors") for name in ("controller/adapter", "adapter")
+        )
+        assert all(torch.equal(tensor == 0, result[name] == 0) for name, tensor in start.items())
+        ratio = read(run / "controller/ratio.json")["prune_ratio"]
+        assert metrics["prune_ratio"] == ratio
+        for row in read(run / "final/sparsity.json"):
+            assert row["weights"] - row["kept"] == prune_count(ratio, row["weights"])
+        # Step 0 is the adapter that the controller run left.
+        session = Session(*load_recipe("tiny.yaml", changes))
+        unfinished = session.evaluate(session.read("single/controller/adapter").weights).dev_loss
+        first = read_lines(run / "final/history.jsonl")[0]
+        assert (first["step"], first["dev_loss"]) == (0, pytest.approx(unfinished, rel=1e-6))
+        before = files_of(run)
+        for stage, begun in (("final", 3), ("controller", 4)):
+            (run / "stages" / f"{stage}.json").unlink()
+            again = Recorder()
+            execute(*changes, folder="single", progress=again)
+            assert again.begun == list(STAGES[-begun:])
+            for name in ("adapter/adapter_model.safetensors", *left, "metrics.json"):
+                assert (run / name).read_bytes() == before[name], name
+
+    @pytest.mark.parametrize("score", ["magnitude", "input_aware", "gradient_of_delta", "sensitivity"])
+    def test_a_pruned_adapter_keeps_exactly_its_mask(self, score: str, finished_run: Path) -> None:
+        training = ("final.training.epochs=0.3", "final.training.keep=last", "final.training.patience=null")
+        first = Session(*load_recipe("tiny.yaml", training))
+        merged = first.read("run/merged").weights
+        chosen_anew = 0
+        for scope, granularity in itertools.product(("factor", "tensor", "global"), ("weight", "component")):
+            mask = MaskSettings(score, scope, granularity)
+            session = first.variant(first.recipe.model_copy(update={"mask": mask}))
+            start = session.prune(merged, 0.45)
+            finished, result, rows = session.finetune_pruned(start, 0.45, Path("scratch"), pruned=True)
+            again, *_ = session.finetune_pruned(start, 0.45, Path("scratch"))
+            assert result.best_step == 3
+            moved = 0
+            for name, pair in start.items():
+                for factor in "AB":
+                    before, after = getattr(pair, factor), getattr(finished[name], factor)
+                    assert torch.equal(before == 0, after == 0)
+                    moved += int((before != after).sum())
+                    chosen_anew += not torch.equal(before == 0, getattr(again[name], factor) == 0)
+            assert moved
+            assert rows == survival(start)
+        if score == "gradient_of_delta":
+            assert chosen_anew  # else there were no need to say that it is pruned
 
     @pytest.mark.parametrize(
         "changes",

@@ -79,3 +79,15 @@ def test_existing_adapters_are_named_with_their_ranks(check: Check, tiny_workspa
     found = check("source.adapters=[ready]", "data.source=null")
     assert found["adapter"].text == "ready: 4 modules, ranks 2"
     assert found["cost"].text.startswith("at most 30 training examples")
+
+
+def test_a_single_run_is_said_and_costs_the_controller_run_and_the_final_run(check: Check) -> None:
+    found = check("final.start=controller", "final.training.epochs=2")
+    assert found["start"].text == (
+        "single run: the controller run's own adapter, of its best round and pruned at the learned ratio, is finished "
+        "for at most 20 steps"
+    )
+    assert found["start"].level == "ok"
+    assert found["cost"].text == check("final.training.epochs=2")["cost"].text
+    assert found["cost"].text == "at most 52 training examples and 48 probed examples"
+    assert "start" not in check()

@@ -62,6 +62,7 @@ def test_the_resolved_copy_says_every_default_but_no_place_of_the_data(load: Loa
         "seed=7", "backbone.name=other", "backbone.dtype=float32", "data.max_tokens=100", "data.target.train=9",
         "lora.rank=4", "source.training.epochs=1", "target.adapter=x", "merge.rule=svd", "mask.scope=global",
         "controller.policy.max_step=0.2", "controller.probe_every=3", "final.prune_ratio=0.5", "final.mode=reselect",
+        "final.start=controller",
         "generation.max_new_tokens=3", "metrics=[f1]", "name=b",
     ],
 )  # fmt: skip
@@ -152,6 +153,19 @@ class TestOverrides:
         (SMALL + "seed: -1", r"seed: .*greater than or equal to 0 \(it is -1\)"),
         (SMALL + "seed: one", r"seed: .*valid integer.*\(it is 'one'\)"),
         (SMALL + "metrics: bleu", r"metrics: must be a list, such as \[first, second\] \(it is 'bleu'\)"),
+        (SMALL + "final: {start: fresh}", r"final: start is 'fresh'; allowed: merged, controller"),
+        (
+            SMALL + "final: {start: controller, prune_ratio: 0.4}",
+            r"final\.start is 'controller', but final\.prune_ratio 0\.4 leaves out the controller run; remove one of them",
+        ),
+        (
+            SMALL + "final: {start: controller, mode: reselect}",
+            r"final\.start is 'controller', which holds the controller's mask; remove final\.mode, or start from 'merged'",
+        ),
+        (
+            SMALL + "final: {start: controller, mask: {score: input_aware}}",
+            r"the controller's mask; remove final\.mask, or",
+        ),
         (SMALL + "merge: svd", r"merge: must be a section of keys and values \(it is 'svd'\)"),
         (SMALL.replace("de,", "no,"), r"data\.target\.language: must be a text \(it is False\); put it in quotes"),
         (SMALL + "seed: 1\nseed: 1", r"line 4: the key 'seed' stands twice; remove one"),

@@ -561,6 +561,18 @@ def test_model_card_says_what_the_adapter_is_and_holds_no_path(run_folder: Path)
     assert "| GRASP | **0.857** | **0.822** | **43.2** |" in body
 
 
+def test_card_and_reports_name_the_start_of_a_single_run(run_folder: Path) -> None:
+    card = write_model_card(run_folder, run_folder / "adapter").read_text(encoding="utf-8")
+    assert "- The final run starts from a fresh merge\n" in card
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["final"] = {**recipe.get("final", {}), "start": "controller"}
+    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    card = write_model_card(run_folder, run_folder / "adapter").read_text(encoding="utf-8")
+    write_report(run_folder)
+    for text in (card, (run_folder / "report.md").read_text(encoding="utf-8")):
+        assert "the controller run's own adapter, at its best round, with its mask held (single run)" in text
+
+
 def test_model_card_names_a_quantised_backbone_as_the_hub_does(run_folder: Path) -> None:
     name = "google/gemma-3-270m (Q4_K_M GGUF)"
     change(run_folder / "run.json", lambda run: run["backbone"].update(name=name))

@@ -115,6 +115,17 @@ def test_a_kill_at_a_random_moment_loses_nothing(runs: Runs, stages: tuple[str, 
     kill(runs, random.Random(f"kill in {stages}").choice(numbers), f"killed-{stages[0]}")
 
 
+@pytest.mark.parametrize(
+    ("stage", "policy"), [("controller", "default"), ("controller", "shared"), ("final", "shared")]
+)
+def test_a_kill_in_a_single_run_loses_nothing(runs: Runs, stage: str, policy: str) -> None:
+    changes = ("final.start=controller", f"controller.policy={policy}")
+    events = runs.uninterrupted(*changes).events
+    assert "controller open controller/adapter.part/adapter_config.json" in events
+    numbers = [number for number, event in enumerate(events, start=1) if event.split()[0] == stage]
+    kill(runs, random.Random(f"single {stage} {policy}").choice(numbers), f"single-{stage}-{policy}", *changes)
+
+
 HARDER = (
     "source.training.epochs=1.5", "target.training.accumulation=2", "target.training.epochs=3", "controller.probe_every=2",
     "target.training.evaluate_every=0.5", "target.training.patience=3", "mask.score=sensitivity", "mask.scope=global",

@@ -216,6 +216,12 @@ def test_the_best_recipe_finds_data_and_adapters_wherever_they_were(finished_run
     assert content["best"] == 1
 
 
+def test_the_trials_of_a_single_run_start_from_a_merge(tiny_workspace):
+    run("out", "merge.density=[0.5]", sampler="grid", overrides=("final.start=controller",))
+    recipe, _ = load_recipe("out/best.yaml")
+    assert (recipe.final.start, recipe.final.prune_ratio) == ("merged", 0.0)
+
+
 @pytest.mark.parametrize("pruner", ["median", "halving", "wilcoxon"])
 def test_each_pruner_stops_a_bad_trial_and_not_the_best(tiny_workspace, pruner):
     param = f"{RATE}=[0.01, 0.011, 0.012, 0.013, 0.014, 1.0e-9]"  # the last learns nothing
@@ -474,6 +480,7 @@ def test_a_folder_belongs_to_one_sweep_and_one_process(tiny_workspace, cli):
         (("--param", "final.prune_ratio.x=0.1..0.8"), "prune_ratio is no section of the recipe"),
         (("--param", "lora.rank.x=1..8"), "no section of the recipe"),
         (("--param", "final.prune_ratio"), "must look like key=RANGE"),
+        (("--param", "final.start=[merged, controller]"), "a trial has no controller run"),
         (("--param", "final.prune_ratio=0.4"), "'0.4' is no range; write low..high"),
         (("--param", "final.prune_ratio=0.8..0.1"), "must go from a lower to a higher number"),
         (("--param", "final.prune_ratio=0.1..1e999"), "must go from a lower to a higher number"),

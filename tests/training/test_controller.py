@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from grasp_lora.errors import ProbeError
+from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masking import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
@@ -18,6 +18,7 @@ from grasp_lora.method.policy import Decision, GaussianPolicy, PolicySettings
 from grasp_lora.training import finetune as finetune_module
 from grasp_lora.training import probing
 from grasp_lora.training.adapters import LoraSettings, adapter_weights, attached, fresh_adapter, live_pairs, segments_of
+from grasp_lora.training.checkpoint import read_state, write_state
 from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
 from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probing import ProbeSet, collate
@@ -120,13 +121,16 @@ class Watch(TrainerCallback):
         self.weights.append(torch.cat([weight.detach().flatten() for weight in masks.weights.values()]))
 
 
-def controller_for(weights: AdapterWeights, micro_dev=None, mask=None, folder=None, probe_every=3, **policy):
+def controller_for(
+    weights: AdapterWeights, micro_dev=None, mask=None, folder=None, probe_every=3, keep_best=False, **policy
+):
     return GraspController(
         micro_dev or ProbeSet(MICRO_DEV, PAD, token_budget=40),
         ControllerSettings(PolicySettings(**policy), probe_every=probe_every),
         mask=mask,
         segments=segments_of(weights),
         folder=folder,
+        keep_best=keep_best,
     )
 
 
@@ -227,16 +231,16 @@ def read_rows(file) -> list[dict]:
 # In three trainers
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "shared"])
+@pytest.mark.parametrize(("kind", "keep_best"), [("gaussian", False), ("gaussian", True), ("shared", True)])
 @pytest.mark.parametrize("trainer_name", ["transformers", "trl"])
 def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
-    make_tiny_model, tiny_tokenizer, tmp_path, trainer_name, kind
+    make_tiny_model, tiny_tokenizer, tmp_path, trainer_name, kind, keep_best
 ):
     def train(resume: bool) -> tuple[list[torch.Tensor], dict, list[dict]]:
         backbone = make_tiny_model("llama")
         weights = merged_adapter(backbone, "llama")
         mask = MaskSettings("sensitivity")
-        controller = controller_for(weights, mask=mask, folder=tmp_path / "records", kind=kind)
+        controller = controller_for(weights, mask=mask, folder=tmp_path / "records", keep_best=keep_best, kind=kind)
         saving = {"save_strategy": "steps", "save_steps": 5}
         with attached(backbone, weights, dropout=0.2) as model:
             if trainer_name == "trl":
@@ -250,7 +254,8 @@ def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
                 )
             controller.add_to(trainer)
             trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5") if resume else None)
-            factors = [factor.detach().clone() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
+            pairs = [*live_pairs(model).values(), *(controller.best_adapter(0.5).values() if keep_best else ())]
+            factors = [factor.detach().clone() for pair in pairs for factor in (pair.A, pair.B)]
         return factors, controller.policy.state(), read_rows(tmp_path / "records" / "rounds.jsonl")
 
     whole, resumed = train(resume=False), train(resume=True)
@@ -808,3 +813,134 @@ class AfterwardsOnly(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.inner.on_step_begin(args, state, control, **kwargs)
+
+
+# The best round
+
+
+class ScriptedBaselines(ProbeSet):
+    """Measures these baselines; candidates are measured as always."""
+
+    def __init__(self, baselines, candidates: int) -> None:
+        super().__init__(MICRO_DEV, PAD)
+        self._baselines = iter(baselines)
+        self._calls = itertools.cycle([True] + candidates * [False])
+
+    def losses(self, model, collector=None):
+        measured = super().losses(model, collector)
+        return [next(self._baselines)] * len(measured) if next(self._calls) else measured
+
+
+class DenseAtRounds(TrainerCallback):
+    """Stands before the controller: the weights that each round finds, stashed ones included, and those of the beginning."""
+
+    def __init__(self, controller: GraspController) -> None:
+        self.controller = controller
+        self.dense: list[dict] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.note()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.controller.settings.probe_every == 0:
+            self.note()
+
+    def note(self) -> None:
+        masks = self.controller.masks
+        self.dense.append({k: torch.where(masks.keep[k], w, masks.stash[k]) for k, w in masks.weights.items()})
+
+
+def pruned_by_hand(values: torch.Tensor, by: torch.Tensor, sizes, dimension: int, ratio: float) -> torch.Tensor:
+    """Zero the values whose `by` is smallest, in each segment."""
+    parts = []
+    for value, size in zip(values.split(sizes, dimension), by.abs().split(sizes, dimension), strict=True):
+        part = value.clone().contiguous()
+        part.view(-1)[size.flatten().argsort(stable=True)[: prune_count(ratio, size.numel())]] = 0.0
+        parts.append(part)
+    return torch.cat(parts, dimension)
+
+
+@pytest.mark.parametrize(
+    ("kind", "baselines", "best"),
+    [
+        ("gaussian", [3.0, 1.0, 2.0, 1.0], 1),
+        ("gaussian", [3.0, 2.0, 1.5, 1.0], 3),
+        ("shared", [3.0, 2.0, 1.0, 1.0, 4.0], 2),
+        ("shared", [1.0, 2.0, 3.0, 4.0, 5.0], 0),  # the round before training
+    ],
+)
+def test_the_best_round_is_given_as_it_was_and_pruned_as_the_masks_are(
+    make_tiny_model, tmp_path, kind, baselines, best
+):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        probes = ScriptedBaselines(baselines, candidates=3)
+        controller = controller_for(weights, probes, folder=tmp_path, keep_best=True, kind=kind)
+        seen = DenseAtRounds(controller)
+        train_ours(model, tmp_path, controller, callbacks=[seen])
+        before = adapter_weights(model)
+        found = controller.best_adapter(0.37)
+        after = adapter_weights(model)
+    assert [row["baseline_losses"][0] for row in read_rows(tmp_path / "rounds.jsonl")] == baselines
+    rounds = seen.dense if kind == "shared" else seen.dense[1:]
+    dense, order = rounds[best], seen.dense[0] if kind == "shared" else rounds[best]
+    for module, pair in found.items():
+        sizes = [segment.rank for segment in weights[module].segments]
+        for factor, dimension in (("A", 0), ("B", 1)):
+            key = module, factor
+            assert torch.equal(
+                getattr(pair, factor), pruned_by_hand(dense[key], order[key], sizes, dimension, 0.37).detach()
+            )
+            assert torch.equal(getattr(before[module], factor), getattr(after[module], factor))
+        assert (pair.scaling, pair.segments) == (weights[module].scaling, weights[module].segments)
+    for row in survival(found):
+        assert row["weights"] - row["kept"] == prune_count(0.37, row["weights"])
+
+
+def test_a_best_round_is_kept_only_when_asked_and_changes_no_training(make_tiny_model, tmp_path):
+    found = []
+    for keep_best in (True, False):
+        backbone = make_tiny_model("llama")
+        weights = merged_adapter(backbone, "llama")
+        with attached(backbone, weights, dropout=0.3) as model:
+            controller = controller_for(weights, folder=tmp_path, keep_best=keep_best)
+            train_ours(model, tmp_path, controller)
+            found.append((adapter_weights(model), read_rows(tmp_path / "rounds.jsonl")))
+    values, tensors = controller.state()
+    assert "best_loss" not in values
+    assert not any(name.startswith("best") for name in tensors)
+    with pytest.raises(RuntimeError, match="no round was kept; give keep_best=True"):
+        controller.best_adapter(0.5)
+    assert found[0][1] == found[1][1]
+    for name, pair in found[0][0].items():
+        assert torch.equal(pair.A, found[1][0][name].A)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "shared"])
+@pytest.mark.parametrize(
+    "mask", [MaskSettings(), MaskSettings("input_aware", "global"), MaskSettings("sensitivity", "tensor", "component")]
+)
+def test_a_state_holds_the_best_round_to_the_bit(make_tiny_model, tmp_path, kind, mask):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        first = controller_for(weights, mask=mask, keep_best=True, kind=kind)
+        train_ours(model, tmp_path, first)
+        checkpoint = tmp_path / "checkpoint-12"
+        checkpoint.mkdir()
+        write_state(checkpoint, first.state_name, *first.state())
+        second, third = (controller_for(weights, mask=mask, keep_best=kept, kind=kind) for kept in (True, False))
+        for other in (second, third):
+            other._masks = MaskSet(live_pairs(model, segments_of(weights)), mask)
+            other.restore(*read_state(checkpoint, first.state_name))
+        for ratio in (0.2, 0.6):
+            one, same = first.best_adapter(ratio), second.best_adapter(ratio)
+            for name, pair in one.items():
+                assert torch.equal(pair.A, same[name].A)
+                assert torch.equal(pair.B, same[name].B)
+        assert first.state()[0] == second.state()[0]
+        write_state(checkpoint, first.state_name, *third.state())  # one that kept nothing
+        with pytest.raises(GraspError, match="resumes from a checkpoint that kept no best round; leave keep_best out"):
+            second.restore(*read_state(checkpoint, first.state_name))

@@ -52,8 +52,8 @@ def compare(
     not done again. Methods: zero_shot, source_only, target_only, target_wide (rank of the merge), target_long (steps of GRASP),
     continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged, adaptive_merge, grid_paper (the
     paper's baseline), grid (of the recipe's own final runs), grid_16 (16 examples choose), grasp, grasp_paper, grasp_random,
-    grasp_50 (probes the dev set), one_shot, merge_dev_free, grid_dev_free, grasp_dev_free; grasp_default, and
-    grid_oracle, which is not fair.
+    grasp_50 (probes the dev set), one_shot, merge_dev_free, grid_dev_free, grasp_dev_free; grasp_single
+    (the controller run's own adapter finished), grasp_default, and grid_oracle, which is not fair.
     """
     from grasp_lora.errors import GraspError
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.errors import AdapterError
+from grasp_lora.experiments.recipe import ControllerStage, FinalStage
 from grasp_lora.experiments.records import Record, Records, key_of
 from grasp_lora.experiments.session import Session, hash_of, mean, write_jsonl
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
-from grasp_lora.method.policy import ESTIMATE_RULES, PolicySettings, Round
+from grasp_lora.method.policy import ESTIMATE_RULES, POLICIES, PolicySettings, Round
 from grasp_lora.training.adapters import LoadedAdapter, attached, read_adapter, segments_of
 from grasp_lora.training.probing import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
@@ -171,10 +172,11 @@ class Bench:
         Args:
             start: the adapter it starts from.
             prune_ratio: fraction in [0, 1].
-            changes: of the final stage.
+            changes: of the final stage; its own ratio and its start are left aside. With `start` "controller" the adapter is one
+                of `controlled_adapter`, whose mask is held.
             dev_free: all epochs, no dev set, the last adapter.
         """
-        stage = replace(self.recipe.final, prune_ratio=None, **(changes or {}))
+        stage = replace(self.recipe.final, **{"prune_ratio": None, "start": "merged", **(changes or {})})
         if dev_free:
             stage = replace(stage, training=replace(stage.training, patience=None, keep="last"))
         settings = self._settings(
@@ -182,7 +184,7 @@ class Bench:
             revision=REVISIONS["training"],
             start=start.key,
             prune_ratio=prune_ratio,
-            final=asdict(stage),
+            final=_final_settings(stage),
             mask=asdict(stage.mask or self.recipe.mask),
             dropout=self.recipe.lora.dropout,
             dev_free=dev_free,
@@ -192,7 +194,8 @@ class Bench:
             session = self.session.variant(self.recipe.model_copy(update={"final": stage}))
             weights = _loaded(start)
             dev = () if dev_free else session.splits.dev
-            adapter, result, _ = session.finetune_pruned(weights, prune_ratio, self._draft(key), dev)
+            pruned = stage.start == "controller"
+            adapter, result, _ = session.finetune_pruned(weights, prune_ratio, self._draft(key), dev, pruned=pruned)
             return adapter, _facts(result, stage.training, len(session.splits.train), len(dev))
 
         return self._adapter(f"final {prune_ratio:.2f}", settings, [start], work)
@@ -202,15 +205,40 @@ class Bench:
     ) -> tuple[float, Adapter]:
         """The controller run on the merged adapter, probing on a split.
 
-        The run does not depend on the rule that reads the ratio off its rounds, so policies that differ in the rule alone
-        share it.
+        Where a ratio is held the run does not depend on the rule that reads the ratio off its rounds, so policies that differ in
+        the rule alone share it.
 
         Returns:
             The learned ratio, and the merged adapter with the run's record among its own: what it cost.
         """
-        stage = replace(self.recipe.controller, policy=replace(policy, estimate=PolicySettings().estimate))
-        merged, examples = self.merged(dev_free), getattr(self.session.splits, probes)
-        settings = self._settings(
+        run_by = policy if POLICIES[policy.kind].shared else replace(policy, estimate=PolicySettings().estimate)
+        stage = replace(self.recipe.controller, policy=run_by)
+        merged = self.merged(dev_free)
+        record = self.records.get(
+            "controller",
+            self._control_settings(stage, merged, probes),
+            lambda key: self._control(stage, merged, probes, key)[1],
+        )
+        estimate = ESTIMATE_RULES[policy.estimate](rounds_of(record), policy.ratio_min, policy.ratio_max)
+        return estimate.ratio, replace(merged, records=(*merged.records, record))
+
+    def controlled_adapter(self, policy: PolicySettings) -> tuple[float, Adapter]:
+        """The controller run again, for the adapter that a single run finishes; it rests on the rule, which prunes it.
+
+        Returns:
+            The learned ratio, and the adapter of the best round, pruned at it.
+        """
+        stage, merged = replace(self.recipe.controller, policy=policy), self.merged()
+        adapter = self._adapter(
+            "controller adapter",
+            self._control_settings(stage, merged, "micro_dev"),
+            [merged],
+            lambda key: self._control(stage, merged, "micro_dev", key, keep_best=True),
+        )
+        return float(adapter.records[-1].result["prune_ratio"]), adapter
+
+    def _control_settings(self, stage: ControllerStage, merged: Adapter, probes: str) -> dict[str, Any]:
+        return self._settings(
             data=self._data("train", probes),
             revision=REVISIONS["controller"],
             start=merged.key,
@@ -220,23 +248,23 @@ class Bench:
             probes=probes,
         )
 
-        def work(key: str) -> dict[str, Any]:
-            from grasp_lora.training.controller import ROUNDS_FILE  # brings the Trainer, which is slow to import
+    def _control(
+        self, stage: ControllerStage, merged: Adapter, probes: str, key: str, *, keep_best: bool = False
+    ) -> tuple[AdapterWeights, dict[str, Any]]:
+        """Run the controller; return what it leaves, and its rounds and its cost."""
+        from grasp_lora.training.controller import ROUNDS_FILE  # brings the Trainer, which is slow to import
 
-            session = self.session.variant(self.recipe.model_copy(update={"controller": stage}))
-            folder = self._draft(key)
-            session.learn_ratio(_loaded(merged), folder, examples)
-            rounds = [json.loads(line) for line in (folder / ROUNDS_FILE).read_text(encoding="utf-8").splitlines()]
-            shutil.rmtree(folder)
-            return {
-                "rounds": rounds,
-                "trained_examples": round(stage.training.epochs * len(session.splits.train)),
-                "measured_examples": len(rounds) * (policy.candidates + 1) * len(examples),
-            }
-
-        record = self.records.get("controller", settings, work)
-        estimate = ESTIMATE_RULES[policy.estimate](rounds_of(record), policy.ratio_min, policy.ratio_max)
-        return estimate.ratio, replace(merged, records=(*merged.records, record))
+        session = self.session.variant(self.recipe.model_copy(update={"controller": stage}))
+        folder, examples = self._draft(key), getattr(session.splits, probes)
+        estimate, weights, _ = session.learn_ratio(_loaded(merged), folder, examples, keep_best=keep_best)
+        rounds = [json.loads(line) for line in (folder / ROUNDS_FILE).read_text(encoding="utf-8").splitlines()]
+        shutil.rmtree(folder)
+        facts = {
+            "rounds": rounds,
+            "trained_examples": round(stage.training.epochs * len(session.splits.train)),
+            "measured_examples": len(rounds) * (stage.policy.candidates + 1) * len(examples),
+        }
+        return weights, facts | ({"prune_ratio": estimate.ratio} if keep_best else {})
 
     def trajectory(self, train_ratio: float | None, ratios: Sequence[float], every: int) -> Record:
         """The micro-dev losses at many prune ratios, again and again during a training run like the controller's.
@@ -545,6 +573,14 @@ def environments(records: Iterable[Record]) -> list[dict[str, str]]:
 def rounds_of(record: Record) -> list[Round]:
     """Return the rounds of a controller run that is on record."""
     return [Round.from_json(row["ratio_before"], row) for row in record.result["rounds"]]
+
+
+def _final_settings(stage: FinalStage) -> dict[str, Any]:
+    """What decides a final run of this stage; the usual start is left out, as in the records made before there was another."""
+    settings = asdict(stage)
+    if stage.start == "merged":
+        del settings["start"]
+    return settings
 
 
 def _given(adapter: LoadedAdapter) -> Adapter:

@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate", "report")
 RUN_FILE = "run.json"
+CONTROLLED = "controller/adapter"  # of a single run: what the controller run leaves for the final run
 DIFFERENCES_SHOWN = 3
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
 
@@ -138,15 +139,18 @@ class Run:
         return {"rule": self.recipe.merge.rule, "modules": len(merged), "weights": weights}
 
     def _controller(self) -> dict[str, Any]:
-        folder = self.folder / "controller"
-        estimate, _, last = self.session.learn_ratio(self._adapter("merged"), folder)
+        folder, single = self.folder / "controller", self._single_run
+        estimate, weights, last = self.session.learn_ratio(self._adapter("merged"), folder, keep_best=single)
         write_json(folder / "ratio.json", ratio_record(estimate, last))
+        if single:
+            self._save(CONTROLLED, weights)
         return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}
 
     def _final(self) -> dict[str, Any]:
         folder = self.folder / "final"
         ratio = self._prune_ratio()
-        weights, result, rows = self.session.finetune_pruned(self._adapter("merged"), ratio, folder)
+        start = self._adapter(CONTROLLED if self._single_run else "merged")
+        weights, result, rows = self.session.finetune_pruned(start, ratio, folder, pruned=self._single_run)
         write_json(folder / "sparsity.json", rows)
         self._save("adapter", weights)
         pruned = 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)
@@ -200,6 +204,11 @@ class Run:
 
     def _adapter(self, name: str) -> AdapterWeights:
         return read_adapter(self.folder / name).weights
+
+    @property
+    def _single_run(self) -> bool:
+        """Whether the final run finishes the controller run's own adapter."""
+        return self.recipe.final.start == "controller"
 
     def _prune_ratio(self) -> float:
         if self.recipe.final.prune_ratio is not None:

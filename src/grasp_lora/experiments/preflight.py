@@ -108,6 +108,12 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
         level = "warning" if rounds < FEW_ROUNDS else "ok"
         advice = "; raise controller.training.epochs or lower controller.probe_every" if level == "warning" else ""
         findings.append(Finding(level, "rounds", f"the controller will run {rounds} rounds{advice}"))
+    if recipe.final.start == "controller":
+        text = (
+            "single run: the controller run's own adapter, of its best round and pruned at the learned ratio, is finished "
+            f"for at most {recipe.final.training.steps(sizes['train'])} steps"
+        )
+        findings.append(Finding("ok", "start", text))
     text = f"at most {trained:.0f} training examples and {probed} probed examples"
     findings.append(Finding("ok", "cost", text))
     return findings

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import date
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from grasp_lora.display import CONTROLS, escaped, one_line, quoted
 from grasp_lora.errors import RecipeError
@@ -134,6 +134,8 @@ class FinalStage:
         mask: another score, scope or granularity than the controller's; None takes the same.
         prune_ratio: use this fraction instead of learning one; the controller run is then left out.
         training: how it is trained.
+        start: `merged`, a fresh merge that is pruned at the learned ratio; or `controller` (single run): the controller run's own
+            adapter as it was at the round with the lowest micro-dev loss, pruned at that ratio, with that mask held.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -142,8 +144,11 @@ class FinalStage:
     mask: MaskSettings | None = None
     prune_ratio: float | None = None
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    start: str = "merged"
 
     def __post_init__(self) -> None:
+        if self.start not in ("merged", "controller"):
+            raise ValueError(f"start is {self.start!r}; allowed: merged, controller")
         if self.mode not in ("hold", "reselect"):
             raise ValueError(f"mode is {self.mode!r}; allowed: hold, reselect")
         if self.prune_ratio is not None and not 0.0 <= self.prune_ratio <= 1.0:
@@ -171,6 +176,26 @@ class Recipe(BaseModel):
     bertscore: BertScoreSettings = BertScoreSettings()
     report_to: tuple[str, ...] = ()
     save_every: int | None = Field(default=None, ge=1)  # optimizer steps between checkpoints; see `Checkpointing`
+
+    @model_validator(mode="after")
+    def _single_run_has_its_mask(self) -> Self:
+        """Refuse what contradicts a single run.
+
+        Not in `FinalStage`, where grids and sweeps set a ratio on a stage whose start they then leave aside.
+        """
+        final = self.final
+        if final.start == "controller":
+            if final.prune_ratio is not None:
+                raise ValueError(
+                    f"final.start is 'controller', but final.prune_ratio {final.prune_ratio} leaves out the controller run; "
+                    "remove one of them"
+                )
+            if final.mode != "hold" or final.mask is not None:
+                raise ValueError(
+                    "final.start is 'controller', which holds the controller's mask; "
+                    f"remove {'final.mask' if final.mask is not None else 'final.mode'}, or start from 'merged'"
+                )
+        return self
 
     def seed_of(self, part: str) -> int:
         """Return the seed of one part of the experiment, so that no two parts share their random numbers."""

@@ -139,6 +139,7 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "missing": record.missing,
         "ratio": None if record.prune_ratio is None else percent(record.prune_ratio, 1),
         "given": given,
+        "start": _start(record),
         "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
         "confidence": percent(learned.confidence) if learned else None,
         "interval_note": _interval_note(record),
@@ -251,12 +252,20 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("Backbone", _public_name(run.backbone.name)),
         ("Languages", _languages(record)),
         ("Examples", _sizes(record)),
+        ("Final run starts from", _start(record)),
         ("Seed", str(run.seed)),
         ("Date", run.created[:16].replace("T", " ")),
         ("Versions", ", ".join(versions)),
         ("Recipe", f"{run.name}, {run.recipe_hash[:19]}"),
     ]
     return [(label, text) for label, text in facts if text]
+
+
+def _start(record: RunRecord) -> str:
+    """What the final run began with; run folders of older versions do not say, and began with a merge."""
+    if inner(record.recipe, "final").get("start") == "controller":
+        return "the controller run's own adapter, at its best round, with its mask held (single run)"
+    return "a fresh merge"
 
 
 def _sizes(record: RunRecord) -> str:

@@ -147,11 +147,14 @@ def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 def trial_recipe(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     """Return the recipe of a trial: with its values, and without a controller run, so that an unset prune ratio is 0.
 
+    Without that run, a trial starts from a merge.
+
     Raises:
         RecipeError: a key does not exist, or a value is not allowed.
     """
     changed = with_values(recipe, values)
-    return changed.model_copy(update={"final": replace(changed.final, prune_ratio=changed.final.prune_ratio or 0.0)})
+    final = replace(changed.final, prune_ratio=changed.final.prune_ratio or 0.0, start="merged")
+    return changed.model_copy(update={"final": final})
 
 
 def _read(param: str) -> Parameter:
@@ -164,6 +167,8 @@ def _read(param: str) -> Parameter:
             f"--param {escaped(key)}: {section} cannot be swept, since trials share seed, data and backbone and are judged by "
             f"their final run; sweep a key of {', '.join(SECTIONS)}"
         )
+    if key == "final.start":
+        raise RecipeError("--param final.start: a trial has no controller run, so that it always starts from a merge")
     if text.startswith("["):
         return Parameter(key, _listed(key, text))
     match = _RANGE.fullmatch(text)

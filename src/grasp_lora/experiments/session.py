@@ -254,7 +254,12 @@ class Session:
         return merge(adapters, settings, names)
 
     def learn_ratio(
-        self, merged: AdapterWeights, folder: Path, probes: Sequence[Example] | None = None
+        self,
+        merged: AdapterWeights,
+        folder: Path,
+        probes: Sequence[Example] | None = None,
+        *,
+        keep_best: bool = False,
     ) -> tuple[RatioEstimate, AdapterWeights, float]:
         """Run the controller on a merged adapter.
 
@@ -262,9 +267,11 @@ class Session:
             merged: the adapter to start from.
             folder: for the records of the rounds.
             probes: the examples to probe on; None takes the micro-dev split.
+            keep_best: give the adapter of the round with the lowest baseline loss, pruned at the learned ratio, for
+                `finetune_pruned` to finish.
 
         Returns:
-            The learned ratio, the adapter after the run, and the ratio committed last.
+            The learned ratio, the adapter after the run (or that of its best round), and the ratio committed last.
 
         Raises:
             RecipeError: the run is too short for a single round.
@@ -282,22 +289,33 @@ class Session:
             segments_of(merged),
             folder,
             self.progress.round,
+            keep_best=keep_best,
         )
         with attached(self.backbone.model, merged, dropout=self.recipe.lora.dropout) as model:
             self._finetune(model, self.splits.train, (), stage.training, "controller", folder, controller=controller)
             estimate = controller.policy.best_ratio()
-            return estimate, adapter_weights(model, segments_of(merged)), controller.policy.current_ratio
+            last = controller.policy.current_ratio
+            if keep_best:
+                return estimate, controller.best_adapter(estimate.ratio), last
+            return estimate, adapter_weights(model, segments_of(merged)), last
 
     def finetune_pruned(
-        self, merged: AdapterWeights, prune_ratio: float, folder: Path, dev: Sequence[Example] | None = None
+        self,
+        start: AdapterWeights,
+        prune_ratio: float,
+        folder: Path,
+        dev: Sequence[Example] | None = None,
+        *,
+        pruned: bool = False,
     ) -> tuple[AdapterWeights, "FineTuneResult", list[dict[str, Any]]]:
-        """Prune a merged adapter at a fixed ratio and fine-tune it: the final run, or one run of a grid.
+        """Prune an adapter at a fixed ratio and fine-tune it: the final run, or one run of a grid.
 
         Args:
-            merged: the adapter to start from.
+            start: the adapter to start from.
             prune_ratio: fraction in [0, 1].
             folder: for the history.
             dev: the examples for early stopping, empty for none; None takes the dev split.
+            pruned: whether it is pruned at this ratio already, by the controller's mask, which is then held as it is.
 
         Returns:
             The adapter at its best dev loss, how training went, and its kept weights per module, factor and origin.
@@ -306,10 +324,15 @@ class Session:
 
         stage = self.recipe.final
         mask: MaskSettings = stage.mask or self.recipe.mask
-        segments = segments_of(merged)
+        mode = stage.mode
+        if pruned:
+            # In the same groups, as many weights as are zero are pruned, and by magnitude zeros come first: the mask is found
+            # again whatever score made it. Other scores would choose anew: gradient_of_delta, say, ranks many a zero high.
+            mask, mode = replace(self.recipe.mask, score="magnitude"), "hold"
+        segments = segments_of(start)
         calibration = ProbeSet(self.splits.train[:CALIBRATION_EXAMPLES], self.pad_id)
-        pruning = PrunedTraining(prune_ratio, calibration, mask, stage.mode, segments)
-        with attached(self.backbone.model, merged, dropout=self.recipe.lora.dropout) as model:
+        pruning = PrunedTraining(prune_ratio, calibration, mask, mode, segments)
+        with attached(self.backbone.model, start, dropout=self.recipe.lora.dropout) as model:
             result = self._finetune(
                 model,
                 self.splits.train,

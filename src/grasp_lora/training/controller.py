@@ -20,8 +20,16 @@ import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError, ProbeError
-from grasp_lora.method.lora import Segment
-from grasp_lora.method.masking import MaskSet, MaskSettings, Ranking, WeightKey, reset_moments
+from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.method.masking import (
+    FACTORS,
+    RANK_DIMENSION,
+    MaskSet,
+    MaskSettings,
+    Ranking,
+    WeightKey,
+    reset_moments,
+)
 from grasp_lora.method.policy import PolicySettings, RatioPolicy, Round, make_policy
 from grasp_lora.training.adapters import live_pairs
 from grasp_lora.training.checkpoint import SavedInCheckpoints, State
@@ -33,7 +41,8 @@ log = logging.getLogger(__name__)
 MASK_MODES = ("hold", "reselect")
 ROUNDS_FILE = "rounds.jsonl"
 TIMINGS_FILE = "timings.jsonl"
-PLACES = "places."  # of the tensors in a checkpoint that hold the order of importance
+# What begins the names of the tensors in a checkpoint that hold the order of importance, and the best round's weights and order.
+PLACES, BEST, BEST_PLACES = "places.", "best.", "best_places."
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,21 @@ class PrunedTraining(SavedInCheckpoints):
             self.masks.reselect(self.prune_ratio)
 
 
+@dataclass(frozen=True)
+class _BestRound:
+    """What a controller keeps of the round with the lowest baseline loss.
+
+    Args:
+        loss: mean baseline loss.
+        dense: every weight, masked ones with their stashed values; whole, also of sharded weights.
+        ranking: the order of importance that the round's masks were made from.
+    """
+
+    loss: float
+    dense: Mapping[WeightKey, torch.Tensor]
+    ranking: Mapping[WeightKey, Ranking]
+
+
 class GraspController(PrunedTraining):
     """Learn one global prune ratio while an adapter trains.
 
@@ -159,6 +183,8 @@ class GraspController(PrunedTraining):
         segments: module name -> origin of its rank-one components, for scope `factor`.
         folder: where `rounds.jsonl` and `timings.jsonl` go; None writes no files.
         on_round: called with each round's record, for a progress display.
+        keep_best: keep a copy of the dense weights at the round with the lowest baseline loss, for `best_adapter`. It costs the
+            memory of a second adapter and of its order of importance.
 
     After training, `policy.best_ratio()` is the learned ratio. Raises ProbeError during training when a probe's loss is not
     finite. Where the trainer saves checkpoints, everything is in them, and a resumed training goes on with the same rounds.
@@ -174,12 +200,15 @@ class GraspController(PrunedTraining):
         segments: Mapping[str, tuple[Segment, ...]] | None = None,
         folder: Path | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
+        keep_best: bool = False,
     ) -> None:
         self.settings = settings or ControllerSettings()
         self.policy: RatioPolicy = make_policy(self.settings.policy)
         super().__init__(self.policy.current_ratio, micro_dev, mask, "hold", segments)
         self.micro_dev = micro_dev
         self.folder = folder
+        self.keep_best = keep_best
+        self._best: _BestRound | None = None
         self._on_round = on_round
         self._log: Callable[[dict[str, float]], None] | None = None
         self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
@@ -207,12 +236,43 @@ class GraspController(PrunedTraining):
                 write_whole(self.folder / name, "".join(map(_line, rows)))
         self._round_end = time.perf_counter()
 
+    def best_adapter(self, prune_ratio: float) -> AdapterWeights:
+        """Return the adapter of the round with the lowest baseline loss, pruned as that round's masks are; float32, on the CPU.
+
+        The last step is of no use to go on from: with few examples the run overfits long before its end, which the baselines
+        show. Nothing of the live adapter changes.
+
+        Args:
+            prune_ratio: fraction in [0, 1].
+
+        Raises:
+            RuntimeError: no round was kept, since `keep_best` is off or none was run.
+        """
+        if self._best is None:
+            raise RuntimeError("no round was kept; give keep_best=True and train for at least one round")
+        pairs = {}
+        for module, pair in self.masks.pairs.items():
+            pruned = []
+            for factor in FACTORS:
+                dense = self._best.dense[module, factor]
+                keep = self._best.ranking[module, factor].keep(prune_ratio, RANK_DIMENSION[factor])
+                pruned.append(torch.where(keep, dense, torch.zeros_like(dense)).float().cpu())
+            pairs[module] = LoraPair(pruned[0], pruned[1], pair.scaling, pair.segments)
+        return AdapterWeights(pairs)
+
     def state(self) -> State:
-        """Return masks, policy and records."""
+        """Return masks, policy, records and the best round."""
         values, tensors = super().state()
+        values |= {"policy": self.policy.state(), "rows": self._rows}
         if self._shared is not None:
-            tensors |= {f"{PLACES}{factor}.{module}": one.places for (module, factor), one in self._shared.items()}
-        return values | {"policy": self.policy.state(), "rows": self._rows}, tensors
+            tensors |= _named(PLACES, _places(self._shared))
+        if self.keep_best:
+            values["best_loss"] = None if self._best is None else self._best.loss
+        if self._best is not None:
+            tensors |= _named(BEST, self._best.dense)
+            if self._shared is None:  # else it is that of all rounds
+                tensors |= _named(BEST_PLACES, _places(self._best.ranking))
+        return values, tensors
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Take up a state of the same policy settings.
@@ -224,16 +284,28 @@ class GraspController(PrunedTraining):
             raise GraspError(
                 "training resumes with other settings of the policy than it began with; give it the same, or start anew"
             )
-        places = {name.removeprefix(PLACES): tensor for name, tensor in tensors.items() if name.startswith(PLACES)}
-        super().restore(values, {name: tensor for name, tensor in tensors.items() if not name.startswith(PLACES)})
+        if self.keep_best and "best_loss" not in values:
+            raise GraspError(
+                "training resumes from a checkpoint that kept no best round; leave keep_best out as it was, or start anew"
+            )
+        own = (PLACES, BEST, BEST_PLACES)
+        super().restore(values, {name: tensor for name, tensor in tensors.items() if not name.startswith(own)})
         self.policy = RatioPolicy.from_state(values["policy"])
         if self.policy.shared:
-            self._shared = {
-                (module, factor): replace(ranking, places=places[f"{factor}.{module}"].to(ranking.places.device))
-                for (module, factor), ranking in self.masks.rank().items()
+            self._shared = self._ranking(tensors, PLACES)
+        if self.keep_best and values["best_loss"] is not None:
+            dense = {
+                key: tensor.to(self.masks.weights[key].device) for key, tensor in _of_prefix(BEST, tensors).items()
             }
+            ranking = self._shared if self._shared is not None else self._ranking(tensors, BEST_PLACES)
+            self._best = _BestRound(values["best_loss"], dense, ranking)
         self.prune_ratio = self.policy.current_ratio
         self._rows = values["rows"]
+
+    def _ranking(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[WeightKey, Ranking]:
+        """The order of importance in a checkpoint; its groups are those of the masks."""
+        places = _of_prefix(prefix, tensors)
+        return {key: replace(one, places=places[key].to(one.places.device)) for key, one in self.masks.rank().items()}
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -300,6 +372,8 @@ class GraspController(PrunedTraining):
         else:
             baseline = calibrate(model, masks, self.micro_dev) or self.micro_dev.losses(model)
             ranking = masks.rank()
+        if self.keep_best:
+            self._keep_if_best(math.fsum(baseline) / len(baseline), ranking)
         candidates = policy.ask()
         candidate_losses = []
         for candidate in candidates:
@@ -330,11 +404,40 @@ class GraspController(PrunedTraining):
             "measured_sparsity": masks.sparsity(),
         }
 
+    @torch.no_grad()
+    def _keep_if_best(self, loss: float, ranking: Mapping[WeightKey, Ranking]) -> None:
+        if self._best is not None and loss >= self._best.loss:
+            return
+        masks = self.masks
+        dense = {key: torch.where(masks.keep[key], weight, masks.stash[key]) for key, weight in masks.weights.items()}
+        # Gathered where they are sharded, as an order of importance is.
+        whole = {key: one.full_tensor() if hasattr(one, "full_tensor") else one for key, one in dense.items()}
+        self._best = _BestRound(loss, whole, ranking)
+
     def _record(self, name: str, row: dict[str, Any], state: TrainerState) -> None:
         self._rows[name].append(row)
         if self.folder is not None and state.is_world_process_zero:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(_line(row))
+
+
+def _places(ranking: Mapping[WeightKey, Ranking]) -> dict[WeightKey, torch.Tensor]:
+    return {key: one.places for key, one in ranking.items()}
+
+
+def _named(prefix: str, tensors: Mapping[WeightKey, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the factors by the names that they have in a checkpoint."""
+    return {f"{prefix}{factor}.{module}": tensor for (module, factor), tensor in tensors.items()}
+
+
+def _of_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[WeightKey, torch.Tensor]:
+    """What `_named` named, among other tensors."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            factor, module = name.removeprefix(prefix).split(".", 1)
+            found[module, factor] = tensor
+    return found
 
 
 def _line(row: Mapping[str, Any]) -> str:
