@@ -508,6 +508,7 @@ def test_a_setting_out_of_range_is_an_error(changes: dict[str, Any], message: st
 def test_presets() -> None:
     assert set(PRESETS) == {"default", "paper", "random", "shared"}
     assert preset("default") == PolicySettings()
+    assert (PolicySettings().kind, PolicySettings().estimate) == ("gaussian", "smooth_fit")
     assert preset("random", seed=9) == PolicySettings(kind="uniform", seed=9)
     assert asdict(preset("paper", max_step=0.2)) == {
         **asdict(PolicySettings()),

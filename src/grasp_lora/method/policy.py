@@ -58,7 +58,7 @@ class PolicySettings:
     kl_coef: float = 0.05
     entropy_bonus: float = 0.01
     max_step: float = 0.10
-    estimate: str = "lowest_loss"
+    estimate: str = "smooth_fit"
     seed: int = 42
 
     def __post_init__(self) -> None:
