@@ -14,7 +14,6 @@ from speed_figures import clock_of, take_turns
 
 from grasp_lora.experiments.baselines import GRID
 from grasp_lora.experiments.recipe import Recipe
-from grasp_lora.experiments.records import TRAINED_AS_MEASURED
 from grasp_lora.experiments.session import CALIBRATION_EXAMPLES, Session, expected_rounds
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.policy import PolicySettings
@@ -23,7 +22,7 @@ from grasp_lora.training.controller import ControllerSettings, GraspController, 
 from grasp_lora.training.data import Example
 from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probing import ProbeSet
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.settings import TRAINED_AS_MEASURED, TrainingSettings
 
 RATIO = 0.4  # of probes and final runs; costs do not depend on it
 

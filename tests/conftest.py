@@ -10,7 +10,7 @@ import gc
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,6 +167,21 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     yield call
     logger.handlers[:], logger.propagate = before[0], before[2]
     logger.setLevel(before[1])
+
+
+@pytest.fixture
+def refused(tiny_workspace: Path, cli: Callable[..., CliResult]) -> Callable[..., None]:
+    """Give `refused("compare", arguments, message)`: one line, exit status 2, and nothing written."""
+
+    def check(command: str, arguments: Sequence[str], message: str) -> None:
+        result = cli(command, "tiny.yaml", *arguments)
+        assert result.status == 2
+        assert result.err.count("\n") == 1
+        assert result.err.startswith("error: ")
+        assert message in result.err
+        assert not (tiny_workspace / "runs").exists()
+
+    return check
 
 
 TINY_RECIPE = """\

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
 from html import unescape
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,8 +15,8 @@ from conftest import write_tiny_workspace
 
 from grasp_lora.errors import AdapterError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
-from grasp_lora.experiments import baselines
-from grasp_lora.experiments.baselines import Bench, BenchProgress, search_weights
+from grasp_lora.experiments import baselines, lorahub
+from grasp_lora.experiments.baselines import Bench, BenchProgress
 from grasp_lora.experiments.comparison import ComparisonSettings, compare
 from grasp_lora.experiments.comparison_report import write_comparison
 from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS
@@ -118,7 +117,7 @@ def test_records_alone_are_enough_on_another_machine(finished, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("nothing is to be trained")
 
-    monkeypatch.setattr(Session, "_finetune", fail)
+    monkeypatch.setattr(Session, "finetune", fail)
     again, recorder = run(folder, SMALL)
     assert again == content
     assert not recorder.done_steps
@@ -496,7 +495,7 @@ def test_several_given_sources_are_merged_for_the_source_only_row(finished_run, 
     assert all(row["unavailable"] is None for row in content["rows"])
 
 
-def test_lorahub_finds_the_better_of_two_adapters_when_the_other_is_noise(tiny_workspace, tmp_path):
+def test_lorahub_finds_the_better_of_two_adapters_when_the_other_is_noise(tiny_workspace, tmp_path, monkeypatch):
     import torch
 
     one = session("tiny.yaml", "target.training.epochs=6")
@@ -508,8 +507,10 @@ def test_lorahub_finds_the_better_of_two_adapters_when_the_other_is_noise(tiny_w
             for name, pair in good.items()
         }
     )
-    weights, tried = search_weights(one, [noise, good], seed=3)
-    assert tried == baselines.LORAHUB_BUDGET
+    measured, losses = [], Session.losses
+    monkeypatch.setattr(Session, "losses", lambda *given: measured.append(given[2:]) or losses(*given))
+    weights = lorahub.search_weights(one, [noise, good], ("source", "target"), seed=3)
+    assert measured == [("micro_dev",)] * lorahub.BUDGET
     assert abs(weights[1]) > 3 * abs(weights[0])
     assert abs(weights[1]) > 0.3
 
@@ -528,13 +529,8 @@ def test_lorahub_finds_the_better_of_two_adapters_when_the_other_is_noise(tiny_w
         (("--set", "data.target.test=0"), "needs a test split"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(tiny_workspace, cli: Callable[..., Any], arguments, message):
-    result = cli("compare", "tiny.yaml", *arguments)
-    assert result.status == 2
-    assert result.err.count("\n") == 1
-    assert result.err.startswith("error: ")
-    assert message in result.err
-    assert not (tiny_workspace / "runs").exists()
+def test_what_makes_no_sense_is_refused_in_one_line(refused, arguments, message):
+    refused("compare", arguments, message)
 
 
 def test_a_damaged_or_changed_record_is_refused(finished):

@@ -14,7 +14,6 @@ import pytest
 from grasp_lora.errors import GraspError
 from grasp_lora.experiments import landscape as landscape_module
 from grasp_lora.experiments.landscape import SPLITS, Cost, FinalRun, Landscape, Trajectory
-from grasp_lora.experiments.records import TRAINED_AS_MEASURED
 from grasp_lora.experiments.smoothing import smooth
 
 FACTS = {"name": "رسم", "probe_every": 10, "trained_examples": 80, "made_with": {"python": ["3.11"]}}
@@ -256,9 +255,6 @@ class TestCost:
         assert recorded.controller_cost(probes=12) == Cost(80, 24)
         assert recorded.final_cost(0.3) == Cost(pytest.approx(130), pytest.approx(40))
         assert (Cost(80, 24) + Cost(100, 40)).work == 2 * 180 + 64
-
-    def test_counts_as_the_records_do(self) -> None:
-        assert landscape_module.TRAINED_AS_MEASURED == TRAINED_AS_MEASURED
 
     @pytest.mark.parametrize("fact", [None, 0, "80"])
     def test_of_a_controller_run_that_the_facts_do_not_tell(self, recorded: Landscape, fact: object) -> None:

@@ -251,13 +251,8 @@ def test_two_recordings_never_write_into_one_folder(tiny_workspace, cli):
         (("--set", "data.source=null"), "there is no source"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(tiny_workspace, cli, arguments, message):
-    result = cli("record", "tiny.yaml", *arguments)
-    assert result.status == 2
-    assert result.err.count("\n") == 1
-    assert result.err.startswith("error: ")
-    assert message in result.err
-    assert not (tiny_workspace / "runs").exists()
+def test_what_makes_no_sense_is_refused_in_one_line(refused, arguments, message):
+    refused("record", arguments, message)
 
 
 def test_a_damaged_record_stops_the_recording(tiny_workspace):

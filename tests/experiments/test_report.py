@@ -610,3 +610,16 @@ def test_card_of_a_half_finished_run_says_so(run_folder: Path) -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(59.96, "1 min 0 s"), (3599.7, "1 h 0 min"), (0.0, "0.0 s")])
 def test_duration_carries_over(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_the_caption_says_how_the_current_ratio_moves(run_folder: Path) -> None:
+    held = "moves towards the best candidate of a round"
+    write_report(run_folder)
+    assert held in (run_folder / "report.html").read_text(encoding="utf-8")
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["controller"] = {"policy": {"kind": "shared"}}
+    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    write_report(run_folder)
+    page = (run_folder / "report.html").read_text(encoding="utf-8")
+    assert held not in page
+    assert "Each step trained at a ratio of its own" in page

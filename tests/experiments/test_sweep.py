@@ -513,13 +513,8 @@ def test_a_folder_belongs_to_one_sweep_and_one_process(tiny_workspace, cli):
         (("--param", RATIO, "--set", "data.target.dev=0"), "needs a dev split"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(tiny_workspace, cli, arguments, message):
-    result = cli("sweep", "tiny.yaml", *arguments)
-    assert result.status == 2
-    assert result.err.count("\n") == 1
-    assert result.err.startswith("error: ")
-    assert message in result.err
-    assert not (tiny_workspace / "runs").exists()
+def test_what_makes_no_sense_is_refused_in_one_line(refused, arguments, message):
+    refused("sweep", arguments, message)
 
 
 @pytest.mark.parametrize(("missing", "pruner"), [("optuna", "none"), ("scipy", "wilcoxon")])

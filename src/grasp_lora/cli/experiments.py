@@ -31,7 +31,7 @@ def compare(
     recipe: RecipeArgument,
     methods: Annotated[
         str | None,
-        typer.Option(help="Methods, separated by commas; default: all that are named above but the last two."),
+        typer.Option(help="Methods, separated by commas; default: all that are named above but the last three."),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "42,1337,9001",
     grid: Annotated[

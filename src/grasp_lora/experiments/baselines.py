@@ -7,7 +7,6 @@ methods share what they have in common, and a changed controller makes only thos
 import hashlib
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -15,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.errors import AdapterError
+from grasp_lora.experiments import lorahub
 from grasp_lora.experiments.recipe import ControllerStage, FinalStage
 from grasp_lora.experiments.records import Record, Records, key_of
-from grasp_lora.experiments.session import Session, hash_of, mean, write_jsonl
+from grasp_lora.experiments.session import Session, hash_of, write_jsonl
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import ESTIMATE_RULES, POLICIES, PolicySettings, Round
@@ -26,9 +26,6 @@ from grasp_lora.training.probing import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
-LORAHUB_BUDGET = 40  # Huang et al. 2023: evaluations, bound of the weights and strength of the L1 term
-LORAHUB_BOUND = 1.5
-LORAHUB_L1 = 0.05
 # Part of what a record is found by: raise one when a change of the code changes the result of such steps.
 REVISIONS = {"training": 1, "controller": 1, "trajectory": 1, "losses": 1, "scores": 1}
 JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
@@ -292,17 +289,13 @@ class Bench:
         )
 
         def work(key: str) -> dict[str, Any]:
-            from grasp_lora.training.finetune import finetune  # both bring the Trainer, which is slow to import
-            from grasp_lora.training.landscape import LossLandscape
+            from grasp_lora.training.landscape import LossLandscape  # brings the Trainer, which is slow to import
 
             weights, folder = _loaded(merged), self._draft(key)
             probes = ProbeSet(examples, session.pad_id)
             landscape = LossLandscape(probes, ratios, every, train_ratio, recipe.mask, segments_of(weights))
             with attached(session.backbone.model, weights, dropout=recipe.lora.dropout) as model:
-                order = recipe.seed_of("controller order")  # the controller run sees its examples in this order, too
-                finetune(
-                    model, train, (), training, pad_id=session.pad_id, seed=order, folder=folder, callbacks=[landscape]
-                )
+                session.finetune(model, train, (), training, "controller", folder, callbacks=[landscape])
             shutil.rmtree(folder)
             return {
                 "steps": landscape.steps,
@@ -335,16 +328,17 @@ class Bench:
             data=self._data("micro_dev"),
             revision=REVISIONS["training"],
             start=[parent.key for parent in parents],
-            budget=LORAHUB_BUDGET,
-            bound=LORAHUB_BOUND,
-            l1=LORAHUB_L1,
+            budget=lorahub.BUDGET,
+            bound=lorahub.BOUND,
+            l1=lorahub.L1,
         )
 
         def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
             adapters = [_loaded(parent) for parent in parents]
-            weights, evaluations = search_weights(self.session, adapters, self.recipe.seed_of("lorahub"))
-            merged = self.session.merge(adapters, _names(adapters), MergeSettings("lorahub", weights))
-            return merged, {"weights": list(weights), "measured_examples": evaluations * examples}
+            names, seed = _names(adapters), self.recipe.seed_of("lorahub")
+            weights = lorahub.search_weights(self.session, adapters, names, seed)
+            merged = self.session.merge(adapters, names, MergeSettings("lorahub", weights))
+            return merged, {"weights": list(weights), "measured_examples": lorahub.BUDGET * examples}
 
         return self._adapter("lorahub", settings, parents, work)
 
@@ -512,31 +506,6 @@ class Bench:
         return self.records.folder / "adapters" / f"{key}.part"
 
 
-def search_weights(session: Session, adapters: Sequence[AdapterWeights], seed: int) -> tuple[tuple[float, ...], int]:
-    """Search one weight per adapter without gradients: mean micro-dev loss plus an L1 term (LoRAHub, Huang et al. 2023).
-
-    Returns:
-        The weights, and how many were tried.
-    """
-    import nevergrad
-    import numpy
-
-    space = nevergrad.p.Array(init=[0.0] * len(adapters), lower=-LORAHUB_BOUND, upper=LORAHUB_BOUND)
-    space.random_state = numpy.random.RandomState(seed)
-    search = nevergrad.optimizers.NGOpt(parametrization=space, budget=LORAHUB_BUDGET)
-    with warnings.catch_warnings():
-        # Of the optimisers that it chooses among, about their own defaults: nothing that a user could act on.
-        warnings.filterwarnings("ignore", module="scipy|nevergrad|cma")
-        for _ in range(LORAHUB_BUDGET):
-            tried = search.ask()
-            weights = tuple(float(weight) for weight in tried.value)
-            merged = session.merge(adapters, _names(adapters), MergeSettings("lorahub", weights))
-            loss = mean(session.losses(merged, "micro_dev")["micro_dev"])
-            search.tell(tried, loss + LORAHUB_L1 * mean([abs(weight) for weight in weights]))
-        best = search.provide_recommendation()
-    return tuple(float(weight) for weight in best.value), LORAHUB_BUDGET
-
-
 def check_list(name: str, values: Sequence[Any]) -> None:
     """Check that a list of settings says something, and nothing twice.
 
@@ -559,15 +528,6 @@ def check_ratios(name: str, ratios: Sequence[float]) -> None:
     for ratio in ratios:
         if not 0.0 <= ratio <= 1.0:
             raise ValueError(f"{name} holds {ratio}; each prune ratio must be a fraction in [0, 1]")
-
-
-def environments(records: Iterable[Record]) -> list[dict[str, str]]:
-    """Return the different environments that records were made with; seconds of different ones cannot be compared."""
-    found: list[dict[str, str]] = []
-    for record in records:
-        if record.made_with not in found:
-            found.append(record.made_with)
-    return found
 
 
 def rounds_of(record: Record) -> list[Round]:

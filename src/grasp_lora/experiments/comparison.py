@@ -18,17 +18,15 @@ from grasp_lora.experiments.baselines import (
     Outcome,
     check_list,
     check_ratios,
-    environments,
 )
 from grasp_lora.experiments.comparison_report import write_comparison
-from grasp_lora.experiments.interruption import Interruption
-from grasp_lora.experiments.lock import only_writer
+from grasp_lora.experiments.lock import working_in
 from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS
 from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
-from grasp_lora.experiments.records import Records
+from grasp_lora.experiments.records import Records, environments
 from grasp_lora.experiments.session import Session, mean, write_json
 from grasp_lora.training.adapters import check_target_modules
-from grasp_lora.training.durable import clear_write_errors, write_whole
+from grasp_lora.training.durable import write_whole
 
 SEEDS = (42, 1337, 9001)  # Paper: experimental setup
 TEST_LOSS = "test_loss"
@@ -114,11 +112,9 @@ def compare(
             f"give it at least {LEAST_TEST}"
         )
     work = _Work(session, folder, settings, progress or BenchProgress())
-    with Interruption(lambda: work.place).handled(), clear_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder):
-            write_whole(folder / RECIPE_FILE, recipe.to_yaml())
-            return work.execute()
+    with working_in(folder, lambda: work.place):
+        write_whole(folder / RECIPE_FILE, recipe.to_yaml())
+        return work.execute()
 
 
 class _Work:

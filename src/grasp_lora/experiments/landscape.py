@@ -24,12 +24,12 @@ from grasp_lora.display import one_line, quoted
 from grasp_lora.errors import GraspError
 from grasp_lora.experiments.smoothing import SmoothFit, smooth
 from grasp_lora.training.durable import write_whole
+from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 Floats = NDArray[np.float64]
 
 VERSION = 1
 SPLITS = ("micro_dev", "dev", "test")
-TRAINED_AS_MEASURED = 2  # forward passes that a training example counts as, as in the records of a comparison
 MOST_ROWS = 1_000_000  # a damaged file of a few bytes can claim any number
 
 _METADATA = b"grasp_lora.landscape"

@@ -4,12 +4,14 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.errors import RecipeError
+from grasp_lora.experiments.interruption import Interruption
+from grasp_lora.training.durable import clear_write_errors
 
 try:
     import fcntl
@@ -19,6 +21,24 @@ except ImportError:  # Windows
 log = logging.getLogger(__name__)
 
 LOCK_FILE = "grasp-lora.lock"
+
+
+@contextmanager
+def working_in(folder: Path, place: Callable[[], str]) -> Iterator[None]:
+    """Make the folder of an experiment and be its only writer, inside the context, where signals and failed writes are one line.
+
+    Args:
+        folder: made if missing.
+        place: where the work is when a signal comes, for its message.
+
+    Raises:
+        GraspError: the folder cannot be written, or another process writes there.
+        Interrupted: SIGTERM or SIGINT came.
+    """
+    with Interruption(place).handled(), clear_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_writer(folder):
+            yield
 
 
 @contextmanager

@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.experiments.baselines import Bench, BenchProgress, check_list, check_ratios, environments
-from grasp_lora.experiments.interruption import Interruption
+from grasp_lora.experiments.baselines import Bench, BenchProgress, check_list, check_ratios
 from grasp_lora.experiments.landscape import SPLITS, FinalRun, Landscape, Trajectory
-from grasp_lora.experiments.lock import only_writer
+from grasp_lora.experiments.lock import working_in
 from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
-from grasp_lora.experiments.records import TRAINED_AS_MEASURED, Record, Records
+from grasp_lora.experiments.records import Record, Records, environments
 from grasp_lora.experiments.session import Session
-from grasp_lora.training.durable import clear_write_errors, write_whole
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.durable import write_whole
+from grasp_lora.training.settings import TRAINED_AS_MEASURED, TrainingSettings
 
 LANDSCAPE_FILE = "landscape.parquet"
 MEASUREMENTS = 8  # of a trajectory after training has begun, where nothing else is asked for
@@ -96,12 +95,10 @@ def record(
                 f"a landscape needs a {split} split, but data.target.{split} is 0; give it at least 1 example"
             )
     work = _Work(session, folder, settings, progress or BenchProgress())
-    with Interruption(lambda: work.place).handled(), clear_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder):
-            write_whole(folder / RECIPE_FILE, recipe.to_yaml())
-            landscape = work.execute(recipe, command)
-            landscape.save(folder / LANDSCAPE_FILE)
+    with working_in(folder, lambda: work.place):
+        write_whole(folder / RECIPE_FILE, recipe.to_yaml())
+        landscape = work.execute(recipe, command)
+        landscape.save(folder / LANDSCAPE_FILE)
     return landscape
 
 

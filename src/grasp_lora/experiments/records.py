@@ -8,7 +8,7 @@ import hashlib
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,9 +18,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.session import write_json
+from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 VERSION = 1
-TRAINED_AS_MEASURED = 2  # forward passes that a training example counts as: the frozen backbone has no weight gradients
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,15 @@ def key_of(step: str, settings: Mapping[str, Any]) -> str:
     """Return the hash under which a step is on record."""
     text = json.dumps([VERSION, step, settings], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def environments(records: Iterable[Record]) -> list[dict[str, str]]:
+    """Return the different environments that records were made with; seconds of different ones cannot be compared."""
+    found: list[dict[str, str]] = []
+    for record in records:
+        if record.made_with not in found:
+            found.append(record.made_with)
+    return found
 
 
 def _read(file: Path, key: str) -> Record:

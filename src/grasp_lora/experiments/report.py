@@ -24,6 +24,7 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.figures import figures_of, plotly_js, script_json
 from grasp_lora.experiments.run_folder import SYSTEMS, TRAINED, RunRecord, by_factor, inner, kept_share, read_run
 from grasp_lora.method.estimation import WIDE_INTERVAL
+from grasp_lora.method.policy import POLICIES
 from grasp_lora.training.durable import write_whole
 
 logger = logging.getLogger(__name__)
@@ -140,6 +141,7 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "ratio": None if record.prune_ratio is None else percent(record.prune_ratio, 1),
         "given": given,
         "start": _start(record),
+        "shared": _shares(record),
         "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
         "confidence": percent(learned.confidence) if learned else None,
         "interval_note": _interval_note(record),
@@ -192,6 +194,12 @@ def _number(value: float | None, digits: int) -> str:
 
 def _signed(value: float, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "\u2212")
+
+
+def _shares(record: RunRecord) -> bool:
+    """Whether the controller held no ratio, but trained each step at one of its own."""
+    kind = inner(record.recipe, "controller", "policy").get("kind")
+    return kind in POLICIES and POLICIES[kind].shared
 
 
 def _headline(record: RunRecord) -> str:

@@ -243,8 +243,39 @@ class Session:
         """Train a fresh LoRA adapter; `part` names it and chooses its seed."""
         seed = self.recipe.seed_of(part)
         with fresh_adapter(self.backbone.model, self.recipe.lora, seed) as model:
-            result = self._finetune(model, train, dev, training, part, folder)
+            result = self.finetune(model, train, dev, training, part, folder)
             return adapter_weights(model), result
+
+    def finetune(
+        self,
+        model: Any,
+        train: Sequence[Example],
+        dev: Sequence[Example],
+        training: TrainingSettings,
+        part: str,
+        folder: Path,
+        callbacks: Sequence[Any] = (),
+        controller: "GraspController | None" = None,
+        on_dev: "OnDev | None" = None,
+    ) -> "FineTuneResult":
+        """Train the adapter of a model in place; `part` chooses the order of the examples. See `training.finetune.finetune`."""
+        from grasp_lora.training.finetune import finetune
+
+        return finetune(
+            model,
+            train,
+            dev,
+            training,
+            pad_id=self.pad_id,
+            seed=self.recipe.seed_of(f"{part} order"),
+            folder=folder,
+            callbacks=callbacks,
+            controller=controller,
+            report_to=self.recipe.report_to,
+            on_step=self.progress.step,
+            on_dev=on_dev,
+            checkpoints=self.checkpoints,
+        )
 
     def merge(
         self, adapters: Sequence[AdapterWeights], names: Sequence[str], settings: MergeSettings
@@ -292,7 +323,7 @@ class Session:
             keep_best=keep_best,
         )
         with attached(self.backbone.model, merged, dropout=self.recipe.lora.dropout) as model:
-            self._finetune(model, self.splits.train, (), stage.training, "controller", folder, controller=controller)
+            self.finetune(model, self.splits.train, (), stage.training, "controller", folder, controller=controller)
             estimate = controller.policy.best_ratio()
             last = controller.policy.current_ratio
             if keep_best:
@@ -333,7 +364,7 @@ class Session:
         calibration = ProbeSet(self.splits.train[:CALIBRATION_EXAMPLES], self.pad_id)
         pruning = PrunedTraining(prune_ratio, calibration, mask, mode, segments)
         with attached(self.backbone.model, start, dropout=self.recipe.lora.dropout) as model:
-            result = self._finetune(
+            result = self.finetune(
                 model,
                 self.splits.train,
                 self.splits.dev if dev is None else dev,
@@ -403,36 +434,6 @@ class Session:
         prompts = [example.prompt_ids for example in self.splits.test]
         tokenizer, settings = self.backbone.tokenizer, self.recipe.generation
         return tuple(generate(model, tokenizer, prompts, settings, self.progress.answered))
-
-    def _finetune(
-        self,
-        model: Any,
-        train: Sequence[Example],
-        dev: Sequence[Example],
-        training: TrainingSettings,
-        part: str,
-        folder: Path,
-        callbacks: Sequence[Any] = (),
-        controller: "GraspController | None" = None,
-        on_dev: "OnDev | None" = None,
-    ) -> "FineTuneResult":
-        from grasp_lora.training.finetune import finetune
-
-        return finetune(
-            model,
-            train,
-            dev,
-            training,
-            pad_id=self.pad_id,
-            seed=self.recipe.seed_of(f"{part} order"),
-            folder=folder,
-            callbacks=callbacks,
-            controller=controller,
-            report_to=self.recipe.report_to,
-            on_step=self.progress.step,
-            on_dev=on_dev,
-            checkpoints=self.checkpoints,
-        )
 
 
 def mean(values: Sequence[float]) -> float:

@@ -15,14 +15,13 @@ from typing import Any
 import yaml
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.experiments.interruption import Interruption
-from grasp_lora.experiments.lock import only_writer
+from grasp_lora.experiments.lock import working_in
 from grasp_lora.experiments.recipe import Recipe
 from grasp_lora.experiments.records import Record
 from grasp_lora.experiments.search_space import Grid, search_space, trial_recipe
 from grasp_lora.experiments.session import Session, hash_of
 from grasp_lora.training.backbone import EMBEDDED_NAME
-from grasp_lora.training.durable import clear_write_errors, write_whole
+from grasp_lora.training.durable import write_whole
 from grasp_lora.training.sources import resolve_file
 
 SAMPLERS = ("tpe", "random", "grid")
@@ -116,20 +115,16 @@ def sweep(
     if not base.splits.dev:
         raise RecipeError("a sweep needs a dev split, but data.target.dev is 0; give it at least 1 example")
     place = ["before it began"]
-    with Interruption(lambda: place[0]).handled(), clear_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder), quiet_optuna():
-            identity = _identity(base, settings, seed)
-            trials = Trials(
-                base, folder, identity, parameters, grid, settings, seed, progress or SweepProgress(), place
-            )
-            content = trials.run(wanted)
-            rows, best = content["trials"], content["best"]
-            if best is None:
-                reason = next((row["error"] for row in rows if "error" in row), "all were pruned")
-                raise RecipeError(f"none of the {len(rows)} trials could be finished; the first says: {reason}")
-            tuned = trial_recipe(given, rows[best - 1]["values"])
-            write_whole(folder / BEST_FILE, relocated(tuned, session.base, folder))
+    with working_in(folder, lambda: place[0]), quiet_optuna():
+        identity = _identity(base, settings, seed)
+        trials = Trials(base, folder, identity, parameters, grid, settings, seed, progress or SweepProgress(), place)
+        content = trials.run(wanted)
+        rows, best = content["trials"], content["best"]
+        if best is None:
+            reason = next((row["error"] for row in rows if "error" in row), "all were pruned")
+            raise RecipeError(f"none of the {len(rows)} trials could be finished; the first says: {reason}")
+        tuned = trial_recipe(given, rows[best - 1]["values"])
+        write_whole(folder / BEST_FILE, relocated(tuned, session.base, folder))
     return content
 
 

@@ -21,11 +21,11 @@ from optuna.trial import FrozenTrial, TrialState
 from grasp_lora.display import escaped
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.experiments.baselines import Bench
-from grasp_lora.experiments.records import TRAINED_AS_MEASURED, Records
+from grasp_lora.experiments.records import Records
 from grasp_lora.experiments.search_space import Grid, Parameter, trial_recipe
 from grasp_lora.experiments.session import Session, mean, write_json
 from grasp_lora.training.durable import write_whole
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.settings import TRAINED_AS_MEASURED, TrainingSettings
 
 if TYPE_CHECKING:
     from grasp_lora.experiments.sweep import SweepProgress, SweepSettings

@@ -4,7 +4,7 @@ Losses of different rounds are not comparable, since the network trains on betwe
 rule gets the rounds and the bounds and returns a `RatioEstimate`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -125,24 +125,11 @@ def smooth_fit(
     grid = torch.linspace(min(probed), max(probed), _GRID, dtype=torch.float64)
     basis = _features(grid, ratio_min, ratio_max)
     examples = moment.shape[2]
-    fitted = _curves(gram, moment, weights[None], torch.ones(1, examples, dtype=torch.float64) / examples, basis)[0]
-    ratio = float(grid[fitted.argmin()])
-    if not interval:
-        return RatioEstimate(ratio, ratio, ratio, "smooth_fit", count)
-    generator = torch.Generator().manual_seed(0)
-    round_weights = weights * _resample(count, generator)
-    example_weights = _resample(examples, generator) / examples
-    resampled = _curves(gram, moment, round_weights, example_weights, basis)
-    low, high = _interval(grid[resampled.argmin(1)])
-    reference = fitted - fitted.min()
-    anchored = resampled - resampled[:, fitted.argmin()][:, None]
-    bounds = torch.quantile(anchored, torch.tensor(_tails(), dtype=torch.float64), dim=0)
-    curve = tuple(
-        (float(grid[i]), float(reference[i]), float(bounds[0, i]), float(bounds[1, i]))
-        for i in range(0, _GRID, _CURVE_STEP)
-    )
-    # Resampling scatters around the estimate but need not cover it when it sits on a bound.
-    return RatioEstimate(ratio, min(low, ratio), max(high, ratio), "smooth_fit", count, curve)
+
+    def curves(round_weights: Tensor, example_weights: Tensor) -> Tensor:
+        return _curves(gram, moment, weights * round_weights, example_weights, basis)
+
+    return _estimate("smooth_fit", grid, count, examples, curves, interval=interval)
 
 
 def _features(ratios: Tensor, ratio_min: float, ratio_max: float) -> Tensor:
@@ -179,23 +166,8 @@ def lowest_loss(
     probed are not eligible: the minimum is sought between the lowest and the highest probed ratio.
     """
     fit = _Fit(rounds, ratio_min, ratio_max)
-    count, examples = len(rounds), len(rounds[0].baseline_losses)
-    fitted = fit.curves(torch.ones(1, count, dtype=torch.float64), torch.full((1, examples), 1 / examples).double())[0]
-    ratio = float(fit.grid[fitted.argmin()])
-    if not interval:
-        return RatioEstimate(ratio, ratio, ratio, "lowest_loss", count)
-    generator = torch.Generator().manual_seed(0)
-    resampled = fit.curves(_resample(count, generator), _resample(examples, generator) / examples)
-    low, high = _interval(fit.grid[resampled.argmin(1)])
-    reference = fitted - fitted.min()
-    anchored = resampled - resampled[:, fitted.argmin()][:, None]
-    bounds = torch.quantile(anchored, torch.tensor(_tails(), dtype=torch.float64), dim=0)
-    curve = tuple(
-        (float(fit.grid[i]), float(reference[i]), float(bounds[0, i]), float(bounds[1, i]))
-        for i in range(0, _GRID, _CURVE_STEP)
-    )
-    # Resampling scatters around the estimate but need not cover it when it sits on a bound.
-    return RatioEstimate(ratio, min(low, ratio), max(high, ratio), "lowest_loss", count, curve)
+    examples = len(rounds[0].baseline_losses)
+    return _estimate("lowest_loss", fit.grid, len(rounds), examples, fit.curves, interval=interval)
 
 
 class _Fit:
@@ -269,6 +241,38 @@ class _Fit:
             quadratic = torch.einsum("ri,rij,rj->r", left, self._gram, left)
             errors[strength] = float((quadratic - 2 * (left * moment).sum(1)).sum())
         return min(errors, key=errors.__getitem__)
+
+
+def _estimate(
+    rule: str, grid: Tensor, rounds: int, examples: int, curves: Callable[[Tensor, Tensor], Tensor], *, interval: bool
+) -> RatioEstimate:
+    """The lowest point of a fitted curve, with its interval from resampling rounds and examples together.
+
+    Args:
+        rule: its name.
+        grid: the eligible ratios, [grid].
+        rounds, examples: how many there are.
+        curves: from weights of the rounds, [fits, rounds], and of the examples, [fits, examples], to a loss per ratio,
+            [fits, grid].
+        interval: whether to resample.
+    """
+    equally = torch.full((1, examples), 1 / examples, dtype=torch.float64)
+    fitted = curves(torch.ones(1, rounds, dtype=torch.float64), equally)[0]
+    ratio = float(grid[fitted.argmin()])
+    if not interval:
+        return RatioEstimate(ratio, ratio, ratio, rule, rounds)
+    generator = torch.Generator().manual_seed(0)
+    resampled = curves(_resample(rounds, generator), _resample(examples, generator) / examples)
+    low, high = _interval(grid[resampled.argmin(1)])
+    reference = fitted - fitted.min()
+    anchored = resampled - resampled[:, fitted.argmin()][:, None]
+    bounds = torch.quantile(anchored, torch.tensor(_tails(), dtype=torch.float64), dim=0)
+    curve = tuple(
+        (float(grid[i]), float(reference[i]), float(bounds[0, i]), float(bounds[1, i]))
+        for i in range(0, _GRID, _CURVE_STEP)
+    )
+    # Resampling scatters around the estimate but need not cover it when it sits on a bound.
+    return RatioEstimate(ratio, min(low, ratio), max(high, ratio), rule, rounds, curve)
 
 
 def _resample(size: int, generator: torch.Generator) -> Tensor:

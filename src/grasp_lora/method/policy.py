@@ -87,6 +87,22 @@ class PolicySettings:
             raise ValueError(f"max_step is {self.max_step}; it must lie in (0, 1]")
 
 
+def shared_ratio(step: int, low: float, high: float, offset: float = 0.5) -> float:
+    """Return the prune ratio at which one step of a shared run trains.
+
+    An additive golden-ratio sequence: any stretch of steps covers the whole range evenly.
+
+    Args:
+        step: optimizer steps taken before it, >= 0.
+        low, high: bounds of the ratio, fractions in [0, 1].
+        offset: where the sequence begins, in [0, 1).
+
+    >>> [round(shared_ratio(step, 0.0, 0.8), 3) for step in range(4)]
+    [0.4, 0.094, 0.589, 0.283]
+    """
+    return low + (high - low) * ((offset + step * GOLDEN) % 1.0)
+
+
 def preset(name: str, **changes: Any) -> PolicySettings:
     """Return the settings of a named preset, with changes.
 
@@ -352,12 +368,15 @@ class SharedPolicy(RatioPolicy):
 
     def training_ratio(self, step: int) -> float:
         """Return the ratio of a step: any few steps in a row cover the range evenly."""
-        return self._spread(random.Random(f"{self.settings.seed}/training").random() + step * GOLDEN)
+        return self._ratio("training", step)
 
     def _draw(self, generator: random.Random) -> list[float]:
         count = self.settings.candidates
-        offset = random.Random(f"{self.settings.seed}/candidates").random() + len(self.history) * GOLDEN
-        return [self._spread((number + offset % 1.0) / count) for number in range(count)]
+        width = (self.settings.ratio_max - self.settings.ratio_min) / count
+        lowest = (
+            self.settings.ratio_min + (self._ratio("candidates", len(self.history)) - self.settings.ratio_min) / count
+        )
+        return [lowest + number * width for number in range(count)]
 
     def _learn(self, candidates: Sequence[float], rewards: Sequence[float]) -> None:
         """Nothing is sampled from a mean and a deviation; they are those of an even spread."""
@@ -366,9 +385,11 @@ class SharedPolicy(RatioPolicy):
         ratio = self.best_ratio(interval=False).ratio
         return Decision(tuple(rewards), ratio != self.current_ratio, ratio, False)
 
-    def _spread(self, place: float) -> float:
-        low, high = self.settings.ratio_min, self.settings.ratio_max
-        return low + (high - low) * (place % 1.0)
+    def _ratio(self, purpose: str, number: int) -> float:
+        """The ratio with a number in the even sequence of a purpose, which begins where the seed says."""
+        settings = self.settings
+        offset = random.Random(f"{settings.seed}/{purpose}").random()
+        return shared_ratio(number, settings.ratio_min, settings.ratio_max, offset)
 
 
 POLICIES: dict[str, type[RatioPolicy]] = {"gaussian": GaussianPolicy, "uniform": UniformPolicy, "shared": SharedPolicy}

@@ -3,7 +3,6 @@
 Not a method but its test bench: from recorded landscapes every policy can be replayed without a model.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,25 +12,9 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masking import MaskSettings, Ranking, WeightKey
+from grasp_lora.method.policy import shared_ratio
 from grasp_lora.training.controller import PrunedTraining
 from grasp_lora.training.probing import ProbeSet, calibrate
-
-_GOLDEN_SECTION = (math.sqrt(5) - 1) / 2
-
-
-def shared_ratio(step: int, low: float, high: float) -> float:
-    """Return the prune ratio in force during one step of a shared run.
-
-    An additive golden-ratio sequence: any stretch of steps covers the whole range evenly, with no random numbers.
-
-    Args:
-        step: optimizer steps taken before it, >= 0.
-        low, high: bounds of the ratio, fractions in [0, 1].
-
-    >>> [round(shared_ratio(step, 0.0, 0.8), 3) for step in range(4)]
-    [0.4, 0.094, 0.589, 0.283]
-    """
-    return low + (high - low) * ((0.5 + step * _GOLDEN_SECTION) % 1.0)
 
 
 class LossLandscape(PrunedTraining):
