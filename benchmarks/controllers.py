@@ -213,16 +213,12 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
     Raises:
         GraspError: an extra one is none.
     """
-    first = [name for name in ("paper", "default", "random") if name in PRESETS]
-    policies = {f"preset {name}": PRESETS[name] for name in [*first, *(PRESETS.keys() - set(first))]}
-    for kind in sorted(POLICIES.keys() - {one.kind for one in policies.values()}):
-        policies[f"kind {kind}"] = PolicySettings(kind=kind)
-    policies |= {text: policy_of(text) for text in extra}
+    policies = {f"preset {name}": one for name, one in PRESETS.items()} | {text: policy_of(text) for text in extra}
     found: dict[str, Contestant] = {}
     missing = ["Continuous CMA-ES is left out: no package with it is among the dependencies."]
     recorded = all(one.landscape.shared is not None for one in settings)
     for name, policy in policies.items():
-        if not recorded and getattr(make_policy(policy), "shared", False):
+        if not recorded and POLICIES[policy.kind].shared:
             missing.append(f"{name} is left out: not every landscape has a shared trajectory.")
         else:
             found[name] = partial(learned, policy)
