@@ -142,7 +142,8 @@ def test_draws_cover_the_bounds_fairly(kind: str) -> None:
     policy = make_policy(PolicySettings(kind=kind, ratio_init=0.45, candidates=4000))
     drawn = torch.tensor(policy.ask(), dtype=torch.float64)
     assert drawn.mean().item() == pytest.approx(0.45, abs=0.015)
-    assert drawn.std().item() == pytest.approx(policy.std, rel=0.05)
+    # On the scale of logits a deviation is that of the ratio to first order only.
+    assert drawn.std().item() == pytest.approx(policy.std, rel=0.1 if kind == "adaptive" else 0.05)
 
 
 # --- conformance: every policy ---------------------------------------------------------------------------------------
@@ -263,8 +264,10 @@ def test_any_finite_losses_keep_the_policy_finite_and_its_steps_short(
             assert decision.committed == (decision.ratio != before)
             continue
         assert abs(policy.current_ratio - before) <= step + 1e-12
-        assert decision.committed == (max(decision.rewards) >= 0)
+        if kind != "adaptive":  # which wants to be surer
+            assert decision.committed == (max(decision.rewards) >= 0)
         if decision.committed:
+            assert max(decision.rewards) >= 0
             winner = candidates[decision.rewards.index(max(decision.rewards))]
             assert decision.clipped == (abs(winner - before) > step)
             if not decision.clipped:
@@ -480,8 +483,8 @@ def test_the_other_policies_train_at_the_committed_ratio() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "grid"}, "policy kind is 'grid'; allowed: gaussian, uniform, shared"),
-        ({"estimate": "mean"}, "estimate is 'mean'; allowed: smooth_fit, lowest_loss, best_reward"),
+        ({"kind": "grid"}, "policy kind is 'grid'; allowed: gaussian, uniform, adaptive, shared, surrogate"),
+        ({"estimate": "mean"}, "estimate is 'mean'; allowed: smooth_fit, lowest_loss, surrogate, best_reward"),
         ({"ratio_min": -0.1}, r"ratio bounds are \[-0.1, 0.8\]"),
         ({"ratio_max": 1.1}, r"ratio bounds are \[0.1, 1.1\]"),
         ({"ratio_min": 0.8}, r"ratio bounds are \[0.8, 0.8\]"),
@@ -506,7 +509,7 @@ def test_a_setting_out_of_range_is_an_error(changes: dict[str, Any], message: st
 
 
 def test_presets() -> None:
-    assert set(PRESETS) == {"default", "paper", "random", "shared"}
+    assert set(PRESETS) == {"default", "paper", "random", "adaptive", "shared", "surrogate"}
     assert preset("default") == PolicySettings()
     assert (PolicySettings().kind, PolicySettings().estimate) == ("gaussian", "smooth_fit")
     assert preset("random", seed=9) == PolicySettings(kind="uniform", seed=9)
@@ -515,5 +518,5 @@ def test_presets() -> None:
         "estimate": "best_reward",
         "max_step": 0.2,
     }
-    with pytest.raises(ValueError, match="there is no policy preset 'fast'; allowed: default, paper, random, shared"):
+    with pytest.raises(ValueError, match="there is no policy preset 'fast'; allowed: default, paper, random, adaptive, shared"):
         preset("fast")

@@ -15,8 +15,8 @@ CONFIDENCE = 0.95
 WIDE_INTERVAL = 0.3  # from here on a reader is told that the probes did not settle the ratio
 _DEGREE = 3
 _GRID = 281
-_CURVE_STEP = 7  # every so many ratios of the grid are reported
-_RESAMPLES = 1000
+_CURVE_POINTS = 40  # of the grid are reported, and one more
+RESAMPLES = 1000
 _SPLINES = 17
 _STRENGTHS = tuple(10.0**power for power in range(-4, 4))  # of the penalty, relative to the scale of the probes
 _LEAST_FOR_CHOICE = 4  # rounds
@@ -85,11 +85,11 @@ def best_reward(
     if not interval:
         return RatioEstimate(ratio, ratio, ratio, "best_reward", len(rounds))
     generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(winners), (_RESAMPLES, len(winners)), generator=generator)
+    picks = torch.randint(len(winners), (RESAMPLES, len(winners)), generator=generator)
     rewards = torch.tensor([reward for reward, _ in winners], dtype=torch.float64)
     ratios = torch.tensor([candidate for _, candidate in winners], dtype=torch.float64)
     chosen = ratios[picks.gather(1, rewards[picks].argmax(1, keepdim=True)).squeeze(1)]
-    low, high = _interval(chosen)
+    low, high = interval_of(chosen)
     return RatioEstimate(ratio, low, high, "best_reward", len(rounds))
 
 
@@ -262,30 +262,46 @@ def _estimate(
     if not interval:
         return RatioEstimate(ratio, ratio, ratio, rule, rounds)
     generator = torch.Generator().manual_seed(0)
-    resampled = curves(_resample(rounds, generator), _resample(examples, generator) / examples)
-    low, high = _interval(grid[resampled.argmin(1)])
-    reference = fitted - fitted.min()
-    anchored = resampled - resampled[:, fitted.argmin()][:, None]
+    resampled = curves(resample(rounds, generator), resample(examples, generator) / examples)
+    return settle(rule, grid, rounds, fitted, resampled)
+
+
+def settle(rule: str, grid: Tensor, rounds: int, fitted: Tensor, resampled: Tensor) -> RatioEstimate:
+    """The lowest point of a fitted curve, its interval and the curve's own.
+
+    Args:
+        rule: its name.
+        grid: the eligible ratios, [grid].
+        rounds: how many there are.
+        fitted: the loss of each ratio, [grid].
+        resampled: what it might have been as well, [resamples, grid].
+    """
+    lowest = int(fitted.argmin())
+    ratio = float(grid[lowest])
+    low, high = interval_of(grid[resampled.argmin(1)])
+    reference = fitted - fitted[lowest]
+    anchored = resampled - resampled[:, lowest][:, None]
     bounds = torch.quantile(anchored, torch.tensor(_tails(), dtype=torch.float64), dim=0)
     curve = tuple(
         (float(grid[i]), float(reference[i]), float(bounds[0, i]), float(bounds[1, i]))
-        for i in range(0, _GRID, _CURVE_STEP)
+        for i in range(0, len(grid), max(1, (len(grid) - 1) // _CURVE_POINTS))
     )
     # Resampling scatters around the estimate but need not cover it when it sits on a bound.
     return RatioEstimate(ratio, min(low, ratio), max(high, ratio), rule, rounds, curve)
 
 
-def _resample(size: int, generator: torch.Generator) -> Tensor:
-    """How often each of `size` items is drawn, [resamples, size]."""
-    picks = torch.randint(size, (_RESAMPLES, size), generator=generator)
-    ones = torch.ones(_RESAMPLES, size, dtype=torch.float64)
-    return torch.zeros(_RESAMPLES, size, dtype=torch.float64).scatter_add_(1, picks, ones)
+def resample(size: int, generator: torch.Generator) -> Tensor:
+    """Draw `size` items with replacement, again and again: how often each comes, [resamples, size]."""
+    picks = torch.randint(size, (RESAMPLES, size), generator=generator)
+    ones = torch.ones(RESAMPLES, size, dtype=torch.float64)
+    return torch.zeros(RESAMPLES, size, dtype=torch.float64).scatter_add_(1, picks, ones)
 
 
 def _tails() -> tuple[float, float]:
     return (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
 
 
-def _interval(values: Tensor) -> tuple[float, float]:
+def interval_of(values: Tensor) -> tuple[float, float]:
+    """Return the bounds between which `CONFIDENCE` of the values lie."""
     low, high = torch.quantile(values, torch.tensor(_tails(), dtype=torch.float64)).tolist()
     return low, high

@@ -1,0 +1,159 @@
+"""A Gaussian process over ratio and time through the probes of a controller run: where the loss gets lowest, and how sure that is.
+
+Losses after pruning hardly change with the ratio at first and rise steeply later, so the process sees the ratio p as -ln(1 - p),
+in which the rise is even. Source: Rasmussen & Williams 2006, chapters 2 and 5; the kernel is our choice.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grasp_lora.method.estimation import MeasuredRound, RatioEstimate, resample, settle
+
+RATIOS = 57  # on which the process is read, at so many moments
+TIMES = 6
+SAMPLES = 256
+
+_TIME_LENGTH = 0.5  # of the run
+_LENGTHS = (0.25, 0.5, 1.0)  # in -ln(1 - p)
+_SCALES = (1.0, 4.0, 16.0)  # variance of the curve over that of the probes within a round
+_NOISES = (1e-4, 1e-3, 1e-2, 1e-1)  # variance of a probe over that of the probes within a round
+_CHANGE = 0.5  # share of the curve's variance that changes with time
+_HIGHEST = 0.99  # where -ln(1 - p) ends
+_LEAST = 1e-12
+_JITTER = 1e-6  # of the curve's variance
+
+
+def lowest_surrogate(
+    rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: float, *, interval: bool = True
+) -> RatioEstimate:
+    """Return the ratio whose expected loss gets lowest at any moment of the run, by a Gaussian process over ratio and time.
+
+    As in `lowest_loss` a ratio counts for its best moment. Away from all probes the process falls back on the level of the
+    moment, so that nothing is extrapolated far. The interval comes from draws of the process, each with its own resample of the micro-dev examples (1000,
+    fixed seed). Our choice; the paper takes the best reward.
+    """
+    surrogate = Surrogate(rounds, ratio_min, ratio_max)
+    fitted = surrogate.lowest_mean()
+    ratio = float(surrogate.grid[fitted.argmin()])
+    if not interval:
+        return RatioEstimate(ratio, ratio, ratio, "surrogate", len(rounds))
+    generator = torch.Generator().manual_seed(0)
+    examples = len(rounds[0].baseline_losses)
+    resampled = surrogate.sample(resample(examples, generator) / examples, generator)
+    return settle("surrogate", surrogate.grid, len(rounds), fitted, resampled)
+
+
+class Surrogate:
+    """The process after some rounds.
+
+    Model: loss(time, p) = level(time) + shift of the round + curve(p) + change(p, time) + noise, all Gaussian. Only the shift
+    and the noise are not part of what is read off. The scales come from the probes, lengths and noise by marginal likelihood.
+
+    Args:
+        rounds: at least one, evenly spaced in time.
+        ratio_min, ratio_max: bounds of the ratio.
+    """
+
+    def __init__(self, rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: float) -> None:
+        probes = [(one.current_ratio, *one.candidates) for one in rounds]
+        self.grid = torch.linspace(ratio_min, ratio_max, RATIOS, dtype=torch.float64)
+        counts = torch.tensor([len(ratios) for ratios in probes])
+        self._number = torch.arange(len(rounds)).repeat_interleave(counts)  # the round of each probe
+        self._times = self._number.double() / max(1, len(rounds) - 1)
+        self._places = _place(torch.tensor([ratio for ratios in probes for ratio in ratios], dtype=torch.float64))
+        # [probes, examples]
+        self._losses = torch.tensor(
+            [losses for one in rounds for losses in (one.baseline_losses, *one.candidate_losses)], dtype=torch.float64
+        )
+        means = self._losses.mean(1)
+        sums = torch.zeros(len(rounds), dtype=torch.float64).index_add(0, self._number, means)
+        levels = sums / counts
+        self._centre = float(levels.mean())
+        self._level = max(float((levels - self._centre).square().mean()), _LEAST)
+        self._within = max(float((means - levels[self._number]).square().mean()), _LEAST)
+        self._fit(means - self._centre)
+
+    def sample(self, weights: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw curves of the lowest loss over time, each with weights of the examples, [draws, ratios].
+
+        Args:
+            weights: of the micro-dev examples, each row adds up to 1, [draws, examples].
+            generator: of the draws.
+        """
+        means = self._losses @ weights.T - self._centre  # [probes, draws]
+        around = torch.randn(len(self._root), len(weights), generator=generator, dtype=torch.float64)
+        drawn = self._gain @ means + self._root @ around + self._centre
+        return drawn.view(TIMES, RATIOS, -1).amin(0).T
+
+    def lowest_mean(self) -> Tensor:
+        """The expected loss of each ratio of the grid at its best moment, [ratios]."""
+        mean: Tensor = self._gain @ (self._losses.mean(1) - self._centre) + self._centre
+        return mean.view(TIMES, RATIOS).amin(0)
+
+    def lowest(self, seed: int) -> Tensor:
+        """Draw the ratio at which the loss gets lowest, [`SAMPLES`], increasing."""
+        generator = torch.Generator().manual_seed(seed)
+        examples = self._losses.shape[1]
+        equally = torch.full((SAMPLES, examples), 1 / examples, dtype=torch.float64)
+        ratios = self.grid[self.sample(equally, generator).argmin(1)]
+        # The minimum lies somewhere between the neighbours on the grid.
+        step = self.grid[1] - self.grid[0]
+        spread = ratios + step * (torch.rand(SAMPLES, generator=generator, dtype=torch.float64) - 0.5)
+        return spread.clamp(float(self.grid[0]), float(self.grid[-1])).sort().values
+
+    def _fit(self, values: Tensor) -> None:
+        """Choose lengths, scale and noise, and prepare what is read off."""
+        best = (-torch.inf, 0.0, 0.0, 0.0)
+        same = (self._number[:, None] == self._number).double()
+        trend = self._level * (_near(self._times, self._times, _TIME_LENGTH) + 0.1 * same)
+        for length, scale, noise in itertools.product(_LENGTHS, _SCALES, _NOISES):
+            kernel = trend + self._curve(self._places, self._times, length, scale)
+            root = torch.linalg.cholesky(kernel + self._noise(noise))
+            white = torch.linalg.solve_triangular(root, values[:, None], upper=False)
+            likelihood = -float(white.square().sum()) / 2 - float(root.diagonal().log().sum())
+            best = max(best, (likelihood, length, scale, noise))
+        _, length, scale, noise = best
+        kernel = trend + self._curve(self._places, self._times, length, scale) + self._noise(noise)
+        root = torch.linalg.cholesky(kernel)
+        times = torch.linspace(0, 1, TIMES, dtype=torch.float64).repeat_interleave(RATIOS)
+        places = _place(self.grid).repeat(TIMES)
+        cross = self._level * _near(times, self._times, _TIME_LENGTH)
+        cross = cross + self._curve(places, times, length, scale, self._places, self._times)
+        self._gain = torch.cholesky_solve(cross.T, root).T  # [times * ratios, probes]
+        # The level is common to all ratios, so its own uncertainty is left out of the draws.
+        own = self._curve(places, times, length, scale)
+        shared = self._curve(places, times, length, scale, self._places, self._times)
+        rest = own - shared @ torch.cholesky_solve(shared.T, root)
+        # What is far from every probe is known to about this much of its variance.
+        jitter = _JITTER * scale * self._within * torch.eye(len(rest), dtype=torch.float64)
+        self._root = torch.linalg.cholesky((rest + rest.T) / 2 + jitter)
+
+    def _noise(self, noise: float) -> Tensor:
+        return (noise * self._within + _LEAST) * torch.eye(len(self._places), dtype=torch.float64)
+
+    def _curve(
+        self,
+        places: Tensor,
+        times: Tensor,
+        length: float,
+        scale: float,
+        other_places: Tensor | None = None,
+        other_times: Tensor | None = None,
+    ) -> Tensor:
+        """Covariance of curve and change."""
+        other_places = places if other_places is None else other_places
+        other_times = times if other_times is None else other_times
+        change = _near(times, other_times, _TIME_LENGTH)
+        return scale * self._within * _near(places, other_places, length) * (1 - _CHANGE + _CHANGE * change)
+
+
+def _place(ratios: Tensor) -> Tensor:
+    return -torch.log1p(-ratios.clamp_max(_HIGHEST))
+
+
+def _near(first: Tensor, second: Tensor, length: float) -> Tensor:
+    """Squared-exponential kernel, [first, second]."""
+    return torch.exp(-((first[:, None] - second) ** 2) / (2 * length**2))
