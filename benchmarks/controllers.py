@@ -11,6 +11,7 @@ docs/controllers.md.
 
 import argparse
 import json
+import math
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -48,6 +49,23 @@ class Choice:
 
 
 Contestant = Callable[["Setting", int], Choice]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A policy and how its rounds are run.
+
+    Args:
+        policy: its settings.
+        every: optimizer steps between rounds; None takes the setting's.
+        race: examples of a heat; candidates that are clearly behind after one drop out of the round. None measures all.
+        patience: rounds without a lower loss at any ratio, after which the run ends. None goes on to the end.
+    """
+
+    policy: PolicySettings
+    every: int | None = None
+    race: int | None = None
+    patience: int | None = None
 
 
 class Setting:
@@ -90,9 +108,7 @@ class Setting:
         return 100 * (fit(min(max(ratio, self.low), self.high)) / fit.loss - 1)
 
 
-def replay(
-    landscape: Landscape, settings: PolicySettings, seed: int, probe_every: int = 10
-) -> tuple[RatioEstimate, Cost]:
+def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -> tuple[RatioEstimate, Cost]:
     """Let a policy run through a recorded training.
 
     It starts at its own first ratio. Every `probe_every` steps it is asked for candidates, gets the recorded losses of a network
@@ -100,26 +116,56 @@ def replay(
 
     Args:
         landscape: the recorded losses.
-        settings: of the policy; its seed is replaced.
+        plan: the policy, whose seed is replaced, and its rounds.
         seed: of the policy, and of the micro-dev examples: as many are drawn with replacement as there are.
-        probe_every: optimizer steps between rounds.
+        probe_every: optimizer steps between rounds, unless the plan has its own.
 
     Returns:
         The learned ratio, and the cost of the controller run.
     """
-    policy = make_policy(replace(settings, seed=seed))
+    policy = make_policy(replace(plan.policy, seed=seed))
     shared = policy.shared  # such a policy begins with a round before the first step
     examples = drawn_examples(landscape, seed)
-    probes = 0
-    for step in range(0 if shared else probe_every, landscape.last_step + 1, probe_every):
+    every, measured, lowest, waited = plan.every or probe_every, 0, math.inf, 0
+    steps = range(0 if shared else every, landscape.last_step + 1, every)
+    for step in steps:
         current, candidates = policy.current_ratio, tuple(policy.ask())
         train_ratio = None if shared else current
-        baseline, *losses = (
-            tuple(landscape.probe(train_ratio, step, ratio)[examples].tolist()) for ratio in (current, *candidates)
-        )
-        policy.tell(Round(current, candidates, baseline, tuple(losses)))
-        probes += 1 + len(candidates)
-    return policy.best_ratio(), landscape.controller_cost(probes)
+        losses = np.array([landscape.probe(train_ratio, step, ratio)[examples] for ratio in (current, *candidates)])
+        if plan.race is None:
+            measured += (1 + len(set(candidates))) * losses.shape[1]  # a controller measures no candidate twice
+        else:
+            losses, forwards = raced(losses, plan.race)
+            measured += forwards
+        baseline, *others = (tuple(row) for row in losses.tolist())
+        policy.tell(Round(current, candidates, baseline, tuple(others)))
+        waited = waited + 1 if losses.mean(1).min() >= lowest else 0
+        lowest = min(lowest, losses.mean(1).min())
+        if plan.patience is not None and waited >= plan.patience:
+            break
+    else:
+        step = landscape.last_step
+    training = landscape.controller_cost(0) * (step / landscape.last_step)
+    return policy.best_ratio(interval=False), training + Cost(0, measured)
+
+
+def raced(losses: Floats, heat: int) -> tuple[Floats, int]:
+    """What a racing round would have seen of all losses, [probes, examples], and how many forward passes it needed.
+
+    After each heat of examples a candidate drops out when its mean difference from the leader is above two standard errors. The
+    rest of its losses are then the leader's and that difference. The baseline, row 0, runs to the end.
+    """
+    seen, running, forwards = losses.copy(), list(range(len(losses))), 0
+    for start in range(0, losses.shape[1], heat):
+        end = min(start + heat, losses.shape[1])
+        forwards += len(running) * (end - start)
+        leader = min(running, key=lambda row: losses[row, :end].mean())
+        for row in [row for row in running if row not in (0, leader)]:
+            behind = losses[row, :end] - losses[leader, :end]
+            if end < losses.shape[1] and behind.mean() > 2 * behind.std(ddof=1) / np.sqrt(end):
+                seen[row, end:] = losses[leader, end:] + behind.mean()
+                running.remove(row)
+    return seen, forwards
 
 
 def drawn_examples(landscape: Landscape, seed: int) -> np.ndarray:
@@ -131,9 +177,9 @@ def drawn_examples(landscape: Landscape, seed: int) -> np.ndarray:
 # Contestants
 
 
-def learned(settings: PolicySettings, setting: Setting, seed: int) -> Choice:
+def learned(plan: Plan, setting: Setting, seed: int) -> Choice:
     """A policy's ratio after a controller run."""
-    estimate, cost = replay(setting.landscape, settings, seed, setting.probe_every)
+    estimate, cost = replay(setting.landscape, plan, seed, setting.probe_every)
     return Choice(estimate.ratio, cost + setting.landscape.final_cost(estimate.ratio))
 
 
@@ -208,20 +254,20 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
 
     Args:
         settings: on which they will be judged.
-        extra: more policies, each a preset and changes to it: `default,candidates=5`.
+        extra: more policies, each a preset and changes to it: `default,candidates=5`; see `plan_of`.
 
     Raises:
         GraspError: an extra one is none.
     """
-    policies = {f"preset {name}": one for name, one in PRESETS.items()} | {text: policy_of(text) for text in extra}
+    plans = {f"preset {name}": Plan(one) for name, one in PRESETS.items()} | {text: plan_of(text) for text in extra}
     found: dict[str, Contestant] = {}
     missing = ["Continuous CMA-ES is left out: no package with it is among the dependencies."]
     recorded = all(one.landscape.shared is not None for one in settings)
-    for name, policy in policies.items():
-        if not recorded and POLICIES[policy.kind].shared:
+    for name, plan in plans.items():
+        if not recorded and POLICIES[plan.policy.kind].shared:
             missing.append(f"{name} is left out: not every landscape has a shared trajectory.")
         else:
-            found[name] = partial(learned, policy)
+            found[name] = partial(learned, plan)
     found[f"fixed {FIXED}"] = partial(fixed, FIXED)
     found["grid of 8, by dev"] = partial(grid, "dev")
     found["grid of 8, by micro-dev"] = partial(grid, "micro_dev")
@@ -233,15 +279,19 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
     return found, missing
 
 
-def policy_of(text: str) -> PolicySettings:
-    """Read `PRESET,KEY=VALUE,...`.
+def plan_of(text: str) -> Plan:
+    """Read `PRESET,KEY=VALUE,...`; the keys are those of the policy's settings, `every`, `race` and `patience` (see `Plan`).
 
     Raises:
         GraspError: there is no such preset or setting, or a value is not allowed.
     """
     name, *changes = text.split(",")
     try:
-        return preset(name, **{key: yaml.safe_load(value) for key, value in (one.split("=", 1) for one in changes)})
+        values = {key: yaml.safe_load(value) for key, value in (one.split("=", 1) for one in changes)}
+        rounds = {key: values.pop(key) for key in ("every", "race", "patience") if key in values}
+        if any(type(value) is not int or value < 1 for value in rounds.values()):
+            raise ValueError(f"{rounds} must be whole numbers, at least 1")
+        return Plan(preset(name, **values), **rounds)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise GraspError(f"--policy {text}: {error}; write PRESET,KEY=VALUE,...") from error
 

@@ -41,6 +41,11 @@ benchmark = load_benchmark()
 FRACTIONS = benchmark.FRACTIONS
 
 
+def plan(name: str, **changes: Any) -> Any:
+    """A policy whose rounds are the setting's."""
+    return benchmark.Plan(preset(name, **changes))
+
+
 def final_loss(ratio: float) -> float:
     return 1 + (ratio - BEST) ** 2
 
@@ -162,7 +167,7 @@ class TestRivals:
 class TestReplay:
     def test_a_reward_that_always_falls_with_the_ratio_sends_the_paper_policy_to_the_wrong_place(self) -> None:
         wrong, right = benchmark.Setting("wrong", landscape(rising)), benchmark.Setting("right", landscape(telling))
-        paper = partial(benchmark.learned, preset("paper"))
+        paper = partial(benchmark.learned, plan("paper"))
         misled = [paper(wrong, seed).ratio for seed in range(10)]
         assert np.mean(misled) < 0.3
         assert np.mean([wrong.regret(ratio, "dev", "smooth") for ratio in misled]) > 4.0
@@ -171,24 +176,47 @@ class TestReplay:
 
     @pytest.mark.parametrize("kind", POLICIES)
     def test_every_policy_finds_what_its_probes_show(self, kind: str, setting: Any) -> None:
-        settings = PolicySettings(kind=kind, estimate="smooth_fit")
-        ratios = [benchmark.learned(settings, setting, seed).ratio for seed in range(2)]
+        held = benchmark.Plan(PolicySettings(kind=kind, estimate="smooth_fit"))
+        ratios = [benchmark.learned(held, setting, seed).ratio for seed in range(2)]
         assert max(setting.regret(ratio, "dev", "smooth") for ratio in ratios) < 0.5
 
     def test_the_cost_is_training_and_probes(self) -> None:
         one = landscape(telling)
-        _, cost = benchmark.replay(one, preset("paper", candidates=3), seed=0, probe_every=20)
+        _, cost = benchmark.replay(one, plan("paper", candidates=3), seed=0, probe_every=20)
         assert cost == Cost(80, 4 * (1 + 3) * EXAMPLES)  # rounds after steps 20, 40, 60 and 80
-        _, cost = benchmark.replay(one, preset("paper", candidates=1), seed=0, probe_every=30)
+        _, cost = benchmark.replay(one, plan("paper", candidates=1), seed=0, probe_every=30)
         assert cost == Cost(80, 2 * (1 + 1) * EXAMPLES)
-        choice = benchmark.learned(preset("paper"), benchmark.Setting("one", one, probe_every=40), 0)
+        choice = benchmark.learned(plan("paper"), benchmark.Setting("one", one, probe_every=40), 0)
         assert choice.cost.trained_examples == pytest.approx(180)
         assert choice.cost.measured_examples == pytest.approx(2 * 4 * EXAMPLES + 50)
+
+    def test_a_run_may_end_when_no_ratio_gets_lower(self) -> None:
+        rising_with_time = landscape(lambda train_ratio, step, ratio: 1 + step / 100 + (ratio - BEST) ** 2)
+        patient = benchmark.Plan(preset("paper", candidates=1), patience=2)
+        _, cost = benchmark.replay(rising_with_time, patient, seed=0, probe_every=20)
+        assert cost == Cost(60, 3 * 2 * EXAMPLES)  # the round after 20 steps is the best, those after 40 and 60 are not
+
+    def test_candidates_that_coincide_are_measured_once(self) -> None:
+        at_the_bound = benchmark.Plan(preset("paper", ratio_max=0.101, ratio_init=0.1, std_init=9.0, candidates=64))
+        _, cost = benchmark.replay(landscape(telling), at_the_bound, seed=0, probe_every=80)
+        assert cost.measured_examples < 5 * EXAMPLES  # nearly all are clamped to one of the two bounds
+
+    def test_a_race_drops_who_is_clearly_behind(self) -> None:
+        noise = np.random.default_rng(0).normal(0, 0.01, (4, 16))
+        losses = np.array([1.0, 1.01, 0.99, 3.0])[:, None] + noise
+        seen, forwards = benchmark.raced(losses, 4)
+        assert forwards < losses.size
+        assert (seen[[0, 2]] == losses[[0, 2]]).all()  # baseline and leader run to the end
+        assert (seen[3, :4] == losses[3, :4]).all()
+        assert seen[3, 4:] == pytest.approx(losses[2, 4:] + (losses[3, :4] - losses[2, :4]).mean())
+        whole, all_of_them = benchmark.raced(losses, 16)
+        assert (whole == losses).all()
+        assert all_of_them == losses.size
 
     def test_a_round_is_what_the_network_at_the_current_ratio_shows(self, monkeypatch: pytest.MonkeyPatch) -> None:
         told = watch(monkeypatch)
         one = landscape(lambda train_ratio, step, ratio: 10 * (train_ratio or 0) + step / 100 - ratio)
-        estimate, _ = benchmark.replay(one, preset("paper", ratio_init=0.4), seed=3, probe_every=20)
+        estimate, _ = benchmark.replay(one, plan("paper", ratio_init=0.4), seed=3, probe_every=20)
         assert len(told) == 4
         assert told[0].current_ratio == 0.4
         assert len({measured.current_ratio for measured in told}) > 1  # it committed
@@ -207,14 +235,14 @@ class TestReplay:
         told = watch(monkeypatch)
         monkeypatch.setattr(GaussianPolicy, "shared", True, raising=False)
         one = landscape(lambda train_ratio, step, ratio: 100.0 if train_ratio is None else 1.0)
-        benchmark.replay(one, preset("paper"), seed=0, probe_every=20)
+        benchmark.replay(one, plan("paper"), seed=0, probe_every=20)
         assert min(min(measured.baseline_losses) for measured in told) >= 100
         with pytest.raises(GraspError, match="no shared trajectory"):
-            benchmark.replay(landscape(telling, shared=False), preset("paper"), seed=0)
+            benchmark.replay(landscape(telling, shared=False), plan("paper"), seed=0)
 
     def test_a_seed_decides_policy_and_examples(self) -> None:
         one = landscape(telling, noise=0.05)
-        estimates = [benchmark.replay(one, preset("paper"), seed)[0] for seed in (0, 0, 1)]
+        estimates = [benchmark.replay(one, plan("paper"), seed)[0] for seed in (0, 0, 1)]
         assert estimates[0] == estimates[1] != estimates[2]
         drawn = [benchmark.drawn_examples(one, seed).tolist() for seed in range(5)]
         assert len({tuple(one) for one in drawn}) > 1
@@ -264,7 +292,7 @@ class TestFigures:
     def test_all_contestants_stand_in_both_tables(self, setting: Any) -> None:
         rivals, left_out = benchmark.contestants([setting], ["default,candidates=2"])
         assert {"preset paper", "preset default", "preset random", "default,candidates=2", "fixed 0.4"} <= set(rivals)
-        kinds = {contestant.args[0].kind for contestant in rivals.values() if contestant.func is benchmark.learned}
+        kinds = {contestant.args[0].policy.kind for contestant in rivals.values() if contestant.func is benchmark.learned}
         assert kinds == set(POLICIES)
         few = {name: rivals[name] for name in ("preset paper", "fixed 0.4")}
         found = json.loads(json.dumps(benchmark.judge([setting], few, seeds=2)))
@@ -285,7 +313,7 @@ class TestFigures:
     @pytest.mark.parametrize("text", ["nothing", "default,candidates", "default,candidates=0", "default,colour=1"])
     def test_a_policy_that_is_none(self, text: str) -> None:
         with pytest.raises(GraspError, match="--policy"):
-            benchmark.policy_of(text)
+            benchmark.plan_of(text)
 
 
 class TestSignals:

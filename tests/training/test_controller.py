@@ -122,11 +122,18 @@ class Watch(TrainerCallback):
 
 
 def controller_for(
-    weights: AdapterWeights, micro_dev=None, mask=None, folder=None, probe_every=3, keep_best=False, **policy
+    weights: AdapterWeights,
+    micro_dev=None,
+    mask=None,
+    folder=None,
+    probe_every=3,
+    keep_best=False,
+    patience=None,
+    **policy,
 ):
     return GraspController(
         micro_dev or ProbeSet(MICRO_DEV, PAD, token_budget=40),
-        ControllerSettings(PolicySettings(**policy), probe_every=probe_every),
+        ControllerSettings(PolicySettings(**policy), probe_every, patience),
         mask=mask,
         segments=segments_of(weights),
         folder=folder,
@@ -461,6 +468,29 @@ def test_probing_without_a_commit_does_not_change_the_training(make_tiny_model, 
     for name, pair in found[0].items():
         assert torch.equal(pair.A, found[1][name].A)
         assert torch.equal(pair.B, found[1][name].B)
+
+
+class Clamped(GaussianPolicy):
+    """All candidates of a round but one are the same, as bounds make them."""
+
+    def _draw(self, generator):
+        return [0.9, 0.9, 0.3]
+
+
+def test_candidates_that_coincide_are_measured_once(make_tiny_model, tmp_path, monkeypatch):
+    measured = []
+    losses = ProbeSet.losses
+    monkeypatch.setattr(ProbeSet, "losses", lambda self, model, *rest: measured.append(1) or losses(self, model, *rest))
+    model = make_tiny_model("llama")
+    weights = merged_adapter(model, "llama")
+    controller = controller_for(weights, probe_every=12)
+    controller.policy = Clamped(PolicySettings())
+    with attached(model, weights) as peft_model:
+        train_ours(peft_model, tmp_path, controller)
+    (told,) = controller.policy.history
+    assert len(measured) == 3  # the baseline, 0.8 and 0.3
+    assert told.candidates == (0.8, 0.8, 0.3)
+    assert told.candidate_losses[0] == told.candidate_losses[1] != told.candidate_losses[2]
 
 
 class Scripted(GaussianPolicy):
@@ -897,6 +927,27 @@ def test_the_best_round_is_given_as_it_was_and_pruned_as_the_masks_are(
         assert (pair.scaling, pair.segments) == (weights[module].scaling, weights[module].segments)
     for row in survival(found):
         assert row["weights"] - row["kept"] == prune_count(0.37, row["weights"])
+
+
+@pytest.mark.parametrize(
+    ("baselines", "patience", "rounds"),
+    [
+        ([3.0, 1.0, 2.0, 1.5, 1.2], 2, 4),
+        ([3.0, 1.0, 2.0, 0.5, 1.2], 2, 5),  # a new best in time; then the steps are over
+        ([1.0, 2.0, 3.0, 4.0, 5.0], 1, 2),
+        ([1.0, 2.0, 3.0, 4.0, 5.0], None, 5),
+    ],
+)
+def test_training_stops_when_no_ratio_gets_lower(make_tiny_model, tmp_path, baselines, patience, rounds):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        controller = controller_for(
+            weights, ScriptedBaselines(baselines, candidates=3), folder=tmp_path, kind="shared", patience=patience
+        )
+        result = train_ours(model, tmp_path, controller)
+    assert len(read_rows(tmp_path / "rounds.jsonl")) == rounds
+    assert result.steps == 3 * (rounds - 1)  # the first round comes before training
 
 
 def test_a_best_round_is_kept_only_when_asked_and_changes_no_training(make_tiny_model, tmp_path):

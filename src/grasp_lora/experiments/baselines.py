@@ -239,7 +239,7 @@ class Bench:
             data=self._data("train", probes),
             revision=REVISIONS["controller"],
             start=merged.key,
-            controller=asdict(stage),
+            controller=_controller_settings(stage),
             mask=asdict(self.recipe.mask),
             dropout=self.recipe.lora.dropout,
             probes=probes,
@@ -253,15 +253,15 @@ class Bench:
 
         session = self.session.variant(self.recipe.model_copy(update={"controller": stage}))
         folder, examples = self._draft(key), getattr(session.splits, probes)
-        estimate, weights, _ = session.learn_ratio(_loaded(merged), folder, examples, keep_best=keep_best)
+        learned = session.learn_ratio(_loaded(merged), folder, examples, keep_best=keep_best)
         rounds = [json.loads(line) for line in (folder / ROUNDS_FILE).read_text(encoding="utf-8").splitlines()]
         shutil.rmtree(folder)
         facts = {
             "rounds": rounds,
-            "trained_examples": round(stage.training.epochs * len(session.splits.train)),
-            "measured_examples": len(rounds) * (stage.policy.candidates + 1) * len(examples),
+            "trained_examples": _trained_examples(learned.steps, stage.training, len(session.splits.train)),
+            "measured_examples": len(examples) * sum(1 + len(set(row["candidates"])) for row in rounds),
         }
-        return weights, facts | ({"prune_ratio": estimate.ratio} if keep_best else {})
+        return learned.adapter, facts | ({"prune_ratio": learned.estimate.ratio} if keep_best else {})
 
     def trajectory(self, train_ratio: float | None, ratios: Sequence[float], every: int) -> Record:
         """The micro-dev losses at many prune ratios, again and again during a training run like the controller's.
@@ -543,6 +543,14 @@ def _final_settings(stage: FinalStage) -> dict[str, Any]:
     return settings
 
 
+def _controller_settings(stage: ControllerStage) -> dict[str, Any]:
+    """What decides a controller run; no patience is left out, as in the records made before there was any."""
+    settings = asdict(stage)
+    if stage.patience is None:
+        del settings["patience"]
+    return settings
+
+
 def _given(adapter: LoadedAdapter) -> Adapter:
     # The file of weights does not hold the scaling, which decides as much.
     facts = {
@@ -565,15 +573,18 @@ def _names(adapters: Sequence[Any]) -> tuple[str, ...]:
 
 def _facts(result: Any, training: TrainingSettings, train_examples: int, dev_examples: int) -> dict[str, Any]:
     """What a fine-tune did and cost, as plain values."""
-    epochs = result.steps / training.steps_per_epoch(train_examples)
     return {
         "steps": result.steps,
         "best_step": result.best_step,
         "dev_loss": result.dev_loss,
-        "trained_examples": round(epochs * train_examples),
+        "trained_examples": _trained_examples(result.steps, training, train_examples),
         "measured_examples": sum("dev_loss" in row for row in result.history) * dev_examples,
         "history": result.history,
     }
+
+
+def _trained_examples(steps: int, training: TrainingSettings, examples: int) -> int:
+    return round(steps / training.steps_per_epoch(examples) * examples)
 
 
 def _unique(records: Sequence[Record]) -> tuple[Record, ...]:

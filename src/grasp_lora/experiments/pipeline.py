@@ -140,11 +140,18 @@ class Run:
 
     def _controller(self) -> dict[str, Any]:
         folder, single = self.folder / "controller", self._single_run
-        estimate, weights, last = self.session.learn_ratio(self._adapter("merged"), folder, keep_best=single)
-        write_json(folder / "ratio.json", ratio_record(estimate, last))
+        learned = self.session.learn_ratio(self._adapter("merged"), folder, keep_best=single)
+        estimate = learned.estimate
+        write_json(folder / "ratio.json", ratio_record(estimate, learned.last_committed))
         if single:
-            self._save(CONTROLLED, weights)
-        return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}
+            self._save(CONTROLLED, learned.adapter)
+        return {
+            "prune_ratio": estimate.ratio,
+            "low": estimate.low,
+            "high": estimate.high,
+            "rounds": estimate.rounds,
+            "steps": learned.steps,
+        }
 
     def _final(self) -> dict[str, Any]:
         folder = self.folder / "final"

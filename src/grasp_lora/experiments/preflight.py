@@ -107,7 +107,8 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
         probed = rounds * (1 + recipe.controller.policy.candidates) * sizes["micro_dev"]
         level = "warning" if rounds < FEW_ROUNDS else "ok"
         advice = "; raise controller.training.epochs or lower controller.probe_every" if level == "warning" else ""
-        findings.append(Finding(level, "rounds", f"the controller will run {rounds} rounds{advice}"))
+        most = "" if recipe.controller.patience is None else "at most "
+        findings.append(Finding(level, "rounds", f"the controller will run {most}{rounds} rounds{advice}"))
     if recipe.final.start == "controller":
         text = (
             "single run: the controller run's own adapter, of its best round and pruned at the learned ratio, is finished "

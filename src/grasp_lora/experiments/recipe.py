@@ -111,6 +111,7 @@ class ControllerStage:
     Args:
         policy: settings of the policy, a preset's name, or a preset with changes.
         probe_every: optimizer steps between rounds, >= 1.
+        patience: rounds in a row without a lower micro-dev loss at any probed ratio, after which the run stops; None for never.
         training: batch 1, all epochs and no early stopping by default, since the late probes are the informative ones.
     """
 
@@ -118,11 +119,14 @@ class ControllerStage:
 
     policy: Policy = field(default_factory=PolicySettings)
     probe_every: int = 10
+    patience: int | None = None
     training: TrainingSettings = field(default_factory=lambda: TrainingSettings(patience=None, keep="last"))
 
     def __post_init__(self) -> None:
         if self.probe_every < 1:
             raise ValueError(f"probe_every is {self.probe_every}; it must be at least 1 optimizer step")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}; it must be at least 1 round, or null to train to the end")
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,23 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class LearnedRatio:
+    """What a controller run came to.
+
+    Args:
+        estimate: the learned ratio.
+        adapter: as it was after the run, or at its best round.
+        last_committed: the ratio in force at the end.
+        steps: optimizer steps taken.
+    """
+
+    estimate: RatioEstimate
+    adapter: AdapterWeights
+    last_committed: float
+    steps: int
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What one system is worth on the test split.
 
@@ -291,7 +308,7 @@ class Session:
         probes: Sequence[Example] | None = None,
         *,
         keep_best: bool = False,
-    ) -> tuple[RatioEstimate, AdapterWeights, float]:
+    ) -> LearnedRatio:
         """Run the controller on a merged adapter.
 
         Args:
@@ -300,9 +317,6 @@ class Session:
             probes: the examples to probe on; None takes the micro-dev split.
             keep_best: give the adapter of the round with the lowest baseline loss, pruned at the learned ratio, for
                 `finetune_pruned` to finish.
-
-        Returns:
-            The learned ratio, the adapter after the run (or that of its best round), and the ratio committed last.
 
         Raises:
             RecipeError: the run is too short for a single round.
@@ -315,7 +329,7 @@ class Session:
         policy = replace(stage.policy, seed=self.recipe.seed_of(f"policy {stage.policy.seed}"))
         controller = GraspController(
             ProbeSet(self.splits.micro_dev if probes is None else probes, self.pad_id),
-            ControllerSettings(policy, stage.probe_every),
+            ControllerSettings(policy, stage.probe_every, stage.patience),
             self.recipe.mask,
             segments_of(merged),
             folder,
@@ -323,12 +337,14 @@ class Session:
             keep_best=keep_best,
         )
         with attached(self.backbone.model, merged, dropout=self.recipe.lora.dropout) as model:
-            self.finetune(model, self.splits.train, (), stage.training, "controller", folder, controller=controller)
+            result = self.finetune(
+                model, self.splits.train, (), stage.training, "controller", folder, controller=controller
+            )
             estimate = controller.policy.best_ratio()
-            last = controller.policy.current_ratio
-            if keep_best:
-                return estimate, controller.best_adapter(estimate.ratio), last
-            return estimate, adapter_weights(model, segments_of(merged)), last
+            kept = (
+                controller.best_adapter(estimate.ratio) if keep_best else adapter_weights(model, segments_of(merged))
+            )
+        return LearnedRatio(estimate, kept, controller.policy.current_ratio, result.steps)
 
     def finetune_pruned(
         self,

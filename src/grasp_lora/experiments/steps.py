@@ -58,10 +58,10 @@ def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
     refuse_existing(output)
     session.prepare(parents=False)
     adapter = session.read(_from_here(place))
-    estimate, weights, last = session.learn_ratio(adapter.weights, output)
-    write_json(output / "ratio.json", ratio_record(estimate, last))
-    session.save(output / "adapter", weights)
-    return estimate
+    learned = session.learn_ratio(adapter.weights, output)
+    write_json(output / "ratio.json", ratio_record(learned.estimate, learned.last_committed))
+    session.save(output / "adapter", learned.adapter)
+    return learned.estimate
 
 
 def finetune_folder(session: Session, place: str, prune_ratio: float, output: Path) -> "FineTuneResult":

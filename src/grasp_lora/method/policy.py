@@ -227,6 +227,14 @@ class RatioPolicy(ABC):
         """Return the ratio at which optimizer step `step` (from 0) trains."""
         return self.current_ratio
 
+    @property
+    def rounds_since_best(self) -> int:
+        """Rounds since the one in which a probe, baselines included, had the lowest mean loss so far."""
+        lowest = [
+            min(math.fsum(losses) for losses in (one.baseline_losses, *one.candidate_losses)) for one in self.history
+        ]
+        return len(lowest) - 1 - lowest.index(min(lowest)) if lowest else 0
+
     def tell_rewards(self, candidates: Sequence[float], rewards: Sequence[float]) -> Decision:
         """Learn from given candidates and rewards: for tests and for replaying a record."""
         return self.tell(Round(self.current_ratio, tuple(candidates), (0.0,), tuple((-reward,) for reward in rewards)))

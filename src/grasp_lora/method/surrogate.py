@@ -13,7 +13,7 @@ from torch import Tensor
 from grasp_lora.method.estimation import MeasuredRound, RatioEstimate, resample, settle
 
 RATIOS = 57  # on which the process is read, at so many moments
-TIMES = 6
+TIMES = 11
 SAMPLES = 256
 
 _TIME_LENGTH = 0.5  # of the run

@@ -52,6 +52,8 @@ class ControllerSettings:
     Args:
         policy: sampling, update, commit and estimate.
         probe_every: optimizer steps between rounds (K), >= 1.
+        patience: rounds in a row without a lower micro-dev loss at any probed ratio, after which training stops: the moment that
+            early stopping would keep is over at every ratio. None goes on to the last step.
 
     Raises:
         ValueError: a setting is outside its range.
@@ -61,10 +63,13 @@ class ControllerSettings:
 
     policy: PolicySettings = field(default_factory=PolicySettings)
     probe_every: int = 10
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         if self.probe_every < 1:
             raise ValueError(f"probe_every is {self.probe_every}; it must be at least 1 optimizer step")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}; it must be at least 1 round, or None to train to the end")
 
 
 class PrunedTraining(SavedInCheckpoints):
@@ -318,9 +323,11 @@ class GraspController(PrunedTraining):
         self.masks.commit(self.policy.training_ratio(state.global_step), self._shared)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Run a round when it is due."""
+        """Run a round when it is due; stop when patience has run out."""
         if state.global_step % self.settings.probe_every == 0:
             self._round(state, control, kwargs["model"], kwargs.get("optimizer"))
+            if self.settings.patience is not None and self.policy.rounds_since_best >= self.settings.patience:
+                control.should_training_stop = True
 
     def _round(
         self,
@@ -375,13 +382,17 @@ class GraspController(PrunedTraining):
         if self.keep_best:
             self._keep_if_best(math.fsum(baseline) / len(baseline), ranking)
         candidates = policy.ask()
-        candidate_losses = []
+        # Candidates coincide where bounds clamp them. The mask in force may be of an older order of importance than theirs.
+        measured = {ratio_before: baseline} if self._shared is not None else {}
         for candidate in candidates:
+            if candidate in measured:
+                continue
             try:
                 with masks.probe(candidate, ranking):
-                    candidate_losses.append(self.micro_dev.losses(model))
+                    measured[candidate] = self.micro_dev.losses(model)
             except ProbeError as error:
                 raise ProbeError(f"probe of prune ratio {candidate:.4f}: {error}") from error
+        candidate_losses = [measured[candidate] for candidate in candidates]
         decision = policy.tell(
             Round(ratio_before, tuple(candidates), tuple(baseline), tuple(tuple(losses) for losses in candidate_losses))
         )
