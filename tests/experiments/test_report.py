@@ -17,7 +17,7 @@ import yaml
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.report import duration, percent, write_model_card, write_report
 from grasp_lora.experiments.run_folder import read_run
-from grasp_lora.method.policy import Round, make_policy, preset
+from grasp_lora.method.policy import ESTIMATE_RULES, Round, make_policy, preset
 
 LAYERS = 18
 ANSWERS = [
@@ -436,6 +436,14 @@ def test_half_finished_run_says_what_is_not_there(run_folder: Path, removed: lis
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert said in write_report(run_folder).read_text(encoding="utf-8")
     assert said in (run_folder / "report.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("rule", ESTIMATE_RULES)
+def test_every_rule_is_explained(run_folder: Path, rule: str) -> None:
+    change(run_folder / "controller" / "ratio.json", lambda ratio: ratio.update(rule=rule))
+    page = write_report(run_folder).read_text(encoding="utf-8")
+    assert "Each round of the controller pruned the adapter" in page
+    assert f"by the rule <code>{rule}" not in page
 
 
 @pytest.mark.parametrize(("high", "wide"), [(0.55, False), (0.79, True)])
