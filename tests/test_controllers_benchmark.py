@@ -292,7 +292,9 @@ class TestFigures:
     def test_all_contestants_stand_in_both_tables(self, setting: Any) -> None:
         rivals, left_out = benchmark.contestants([setting], ["default,candidates=2"])
         assert {"preset paper", "preset default", "preset random", "default,candidates=2", "fixed 0.4"} <= set(rivals)
-        kinds = {contestant.args[0].policy.kind for contestant in rivals.values() if contestant.func is benchmark.learned}
+        kinds = {
+            contestant.args[0].policy.kind for contestant in rivals.values() if contestant.func is benchmark.learned
+        }
         assert kinds == set(POLICIES)
         few = {name: rivals[name] for name in ("preset paper", "fixed 0.4")}
         found = json.loads(json.dumps(benchmark.judge([setting], few, seeds=2)))

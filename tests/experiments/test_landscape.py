@@ -41,6 +41,24 @@ def recorded() -> Landscape:
     return Landscape(FACTS, trajectories, tuple(final(ratio, 1 + ratio) for ratio in (0.8, 0.0, 0.2, 0.4)))
 
 
+def test_trajectories_on_dev_stand_apart(recorded: Landscape, tmp_path: Path) -> None:
+    dev = replace(trajectory(None, examples=3), split="dev")
+    both = replace(recorded, trajectories=(dev, *recorded.trajectories))
+    both.save(tmp_path / "l")
+    loaded = Landscape.load(tmp_path / "l")
+    for one in (both, loaded):
+        assert one.shared_dev is not None
+        assert one.shared_dev.losses.shape[2] == 3
+        assert one.shared is not None
+        assert one.shared.losses.shape[2] == one.micro_dev_examples == 2
+        assert [held.train_ratio for held in one.committed] == [0.0, 0.4, 0.7]
+    assert recorded.shared_dev is None
+    with pytest.raises(GraspError, match="dev has"):
+        replace(recorded, trajectories=(replace(dev, losses=dev.losses[:, :, :2]), *recorded.trajectories))
+    with pytest.raises(GraspError, match="is of the split 'test'; allowed: micro_dev, dev"):
+        replace(dev, split="test")
+
+
 class TestFile:
     def test_comes_back_as_it_was_to_the_last_bit_of_float32(self, tmp_path: Path) -> None:
         random = np.random.default_rng(0)

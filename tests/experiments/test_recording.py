@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from grasp_lora.experiments.session import Session
 
 SMALL = RecordingSettings((0.2, 0.6), (0.0, 0.4, None), (0.0, 0.4, 0.8), every=4)
 SMALL_OPTIONS = ("--ratios", "0.2,0.6", "--train-ratios", "0,0.4,shared", "--probe-ratios", "0,0.4,0.8", "--every", "4")
-TRAJECTORIES = ["trajectory 0.00", "trajectory 0.40", "trajectory shared"]
+TRAJECTORIES = ["trajectory 0.00", "trajectory 0.40", "trajectory shared", "trajectory shared dev"]
 
 
 class Recorder(BenchProgress):
@@ -58,7 +59,7 @@ def same(one: Landscape, other: Landscape) -> bool:
         and one.finals == other.finals
         and len(one.trajectories) == len(other.trajectories)
         and all(
-            (a.train_ratio, a.steps, a.ratios) == (b.train_ratio, b.steps, b.ratios)
+            (a.train_ratio, a.split, a.steps, a.ratios) == (b.train_ratio, b.split, b.steps, b.ratios)
             and np.array_equal(a.losses, b.losses)
             for a, b in zip(one.trajectories, other.trajectories, strict=True)
         )
@@ -75,14 +76,15 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Pat
 
 def test_a_landscape_holds_trajectories_and_final_runs(recorded):
     _, landscape = recorded
-    assert [one.train_ratio for one in landscape.trajectories] == [0.0, 0.4, None]
+    assert [one.train_ratio for one in landscape.trajectories] == [0.0, 0.4, None, None]
+    assert [one.split for one in landscape.trajectories] == ["micro_dev"] * 3 + ["dev"]
     for one in landscape.trajectories:
         assert one.steps == (0, 4, 8, 10)  # the last step, too
         assert one.ratios == (0.0, 0.4, 0.8)
-        assert one.losses.shape == (4, 3, 4)
-    first = [one.losses[0] for one in landscape.trajectories]
+        assert one.losses.shape == (4, 3, 6 if one.split == "dev" else 4)
+    first = [one.losses[0] for one in landscape.trajectories[:3]]
     assert all(np.array_equal(losses, first[0]) for losses in first)
-    assert len({one.losses[-1].tobytes() for one in landscape.trajectories}) == 3
+    assert len({one.losses[-1].tobytes() for one in landscape.trajectories}) == 4
     assert [one.ratio for one in landscape.finals] == [0.0, 0.2, 0.6]
     for one in landscape.finals:
         assert {split: len(losses) for split, losses in one.losses.items()} == {"micro_dev": 4, "dev": 6, "test": 8}
@@ -134,7 +136,7 @@ def test_an_interrupted_recording_goes_on_without_repeating_a_step(tiny_workspac
     done = first.done_steps + second.done_steps
     assert [name for name in done if name.startswith("trajectory")] == TRAJECTORIES
     assert [name for name in done if name.startswith("final")] == ["final 0.00", "final 0.20", "final 0.60"]
-    assert len(done) == 2 + 3 + 3 * 4  # parents, trajectories, final runs with three splits each
+    assert len(done) == 2 + 4 + 3 * 4  # parents, trajectories, final runs with three splits each
     whole = Landscape(landscape.facts, recorded[1].trajectories, recorded[1].finals)
     assert same(landscape, whole)
     assert second.left == pytest.approx(0.0)
@@ -229,6 +231,20 @@ def test_two_recordings_never_write_into_one_folder(tiny_workspace, cli):
         result = cli("record", "tiny.yaml", *SMALL_OPTIONS, "--output", "one")
     assert result.status == 2
     assert "is being written by" in result.err
+
+
+def test_the_dev_set_is_measured_along_the_same_shared_training(recorded, tiny_workspace):
+    _, landscape = recorded
+    assert landscape.shared_dev is not None
+    assert landscape.shared_dev.losses.shape[2] == 6
+    settings = RecordingSettings((0.2,), (0.4, None), (0.0, 0.8), every=99, dev=False)
+    without, recorder = run(tiny_workspace / "one", settings)
+    assert without.shared_dev is None
+    assert "trajectory shared dev" not in recorder.done_steps
+    # At ratio 0, before training, the dev losses are those of the merge: `final 0.00` measures them, too, if it is not trained.
+    untrained, _ = run(tiny_workspace / "two", replace(settings, dev=True), "final.training.learning_rate=1e-12")
+    assert untrained.shared_dev is not None
+    assert untrained.shared_dev.losses[0, 0] == pytest.approx(untrained.finals[0].losses["dev"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -518,5 +518,7 @@ def test_presets() -> None:
         "estimate": "best_reward",
         "max_step": 0.2,
     }
-    with pytest.raises(ValueError, match="there is no policy preset 'fast'; allowed: default, paper, random, adaptive, shared"):
+    with pytest.raises(
+        ValueError, match="there is no policy preset 'fast'; allowed: default, paper, random, adaptive, shared"
+    ):
         preset("fast")

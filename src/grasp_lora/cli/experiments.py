@@ -141,6 +141,9 @@ def record(
     probe_ratios: Annotated[
         str, typer.Option(help="The grid of ratios that are measured along each training.")
     ] = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
+    dev: Annotated[
+        bool, typer.Option(help="Train at shared ratios once more, and measure the dev set along the way.")
+    ] = True,
     overrides: SetOption = None,
     output: FolderOption = None,
     verbose: VerboseOption = False,
@@ -166,10 +169,17 @@ def record(
             ),
             _ratios("--probe-ratios", probe_ratios),
             every,
+            dev,
         )
     options = {"every": every, "ratios": ratios, "train-ratios": train_ratios, "probe-ratios": probe_ratios}
     with shown(TerminalBenchProgress(console)) as progress:
-        landscape = run_recording(session, folder, settings, progress, _command("record", recipe, options, overrides))
+        landscape = run_recording(
+            session,
+            folder,
+            settings,
+            progress,
+            _command("record", recipe, options, overrides, [] if dev else ["--no-dev"]),
+        )
     print_landscape(landscape, console)
     say(f"landscape {folder / LANDSCAPE_FILE}")
 
@@ -184,11 +194,11 @@ def _opened(recipe: str, overrides: list[str] | None, output: Path | None, kind:
     return Session(loaded, base), output or Path("runs") / f"{loaded.name}-{kind}"
 
 
-def _command(name: str, recipe: str, options: dict[str, Any], overrides: list[str] | None) -> str:
+def _command(name: str, recipe: str, options: dict[str, Any], overrides: list[str] | None, flags: list[str]) -> str:
     """The command as another machine would be given it: without the places of the data and of the result."""
     given = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
     given += [word for one in overrides or [] if not one.startswith("data.root=") for word in ("--set", one)]
-    return shlex.join(["grasp-lora", name, recipe, *given])
+    return shlex.join(["grasp-lora", name, recipe, *given, *flags])
 
 
 @contextmanager

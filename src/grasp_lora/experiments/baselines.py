@@ -263,21 +263,24 @@ class Bench:
         }
         return learned.adapter, facts | ({"prune_ratio": learned.estimate.ratio} if keep_best else {})
 
-    def trajectory(self, train_ratio: float | None, ratios: Sequence[float], every: int) -> Record:
-        """The micro-dev losses at many prune ratios, again and again during a training run like the controller's.
+    def trajectory(
+        self, train_ratio: float | None, ratios: Sequence[float], every: int, split: str = "micro_dev"
+    ) -> Record:
+        """The losses of a split at many prune ratios, again and again during a training run like the controller's.
 
         Args:
             train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step (`shared_ratio`).
             ratios: what is measured, fractions in [0, 1].
             every: optimizer steps between measurements, >= 1.
+            split: `micro_dev` or `dev`; scores that need inputs or gradients are calibrated on it, too.
 
         Returns:
             Record with `steps` and `losses` of a `LossLandscape`.
         """
         recipe, session, merged = self.recipe, self.session, self.merged()
-        training, train, examples = recipe.controller.training, session.splits.train, session.splits.micro_dev
+        training, train, examples = recipe.controller.training, session.splits.train, getattr(session.splits, split)
         settings = self._settings(
-            data=self._data("train", "micro_dev"),
+            data=self._data("train", split),
             revision=REVISIONS["trajectory"],
             start=merged.key,
             training=asdict(training),
@@ -305,6 +308,7 @@ class Bench:
             }
 
         name = "shared" if train_ratio is None else f"{train_ratio:.2f}"
+        name += "" if split == "micro_dev" else f" {split}"
         return self.records.get(f"trajectory {name}", settings, work)
 
     def pruned(self, start: Adapter, prune_ratio: float) -> Adapter:

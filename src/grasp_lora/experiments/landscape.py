@@ -30,6 +30,7 @@ Floats = NDArray[np.float64]
 
 VERSION = 1
 SPLITS = ("micro_dev", "dev", "test")
+PROBED = ("micro_dev", "dev")  # what trajectories measure
 MOST_ROWS = 1_000_000  # a damaged file of a few bytes can claim any number
 
 _METADATA = b"grasp_lora.landscape"
@@ -77,14 +78,15 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Trajectory:
-    """The micro-dev losses over a grid of ratios, again and again along one training.
+    """The losses of a split over a grid of ratios, again and again along one training.
 
     Args:
         train_ratio: the ratio whose mask was held while training, a fraction; None where it was drawn anew for each
             step (`shared`).
         steps: optimizer steps after which was measured, increasing, 0 is before training.
         ratios: the ratios that were measured, fractions, increasing.
-        losses: loss of each micro-dev example under a mask at each ratio, [steps, ratios, examples].
+        losses: loss of each example under a mask at each ratio, [steps, ratios, examples].
+        split: whose examples: `micro_dev`, or `dev` for what a controller would see that probes there.
 
     Raises:
         GraspError: the parts do not fit together, or a loss is not finite.
@@ -94,10 +96,13 @@ class Trajectory:
     steps: tuple[int, ...]
     ratios: tuple[float, ...]
     losses: Floats
+    split: str = "micro_dev"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "losses", np.asarray(self.losses, dtype=np.float64))
         name = str(self)
+        if self.split not in PROBED:
+            raise GraspError(f"{name} is of the split {quoted(self.split)}; allowed: {', '.join(PROBED)}")
         _check_ratios(self.ratios, name)
         if self.train_ratio is not None:
             _check_ratios((self.train_ratio,), name)
@@ -112,7 +117,10 @@ class Trajectory:
         _check_losses(self.losses, name)
 
     def __str__(self) -> str:
-        return "the shared trajectory" if self.train_ratio is None else f"the trajectory at ratio {self.train_ratio}"
+        where = "" if self.split == "micro_dev" else f" on {one_line(self.split)}"
+        return (
+            "the shared trajectory" if self.train_ratio is None else f"the trajectory at ratio {self.train_ratio}"
+        ) + where
 
     def at(self, step: float, ratio: float) -> Floats:
         """The losses at a step and ratio, [examples]: bilinear between the recorded ones, clamped at the ends."""
@@ -160,7 +168,7 @@ class Landscape:
     Args:
         facts: what it was recorded from, as plain JSON values. Two of them are read by programs: `trained_examples`, the
             training examples of one trajectory, and `probe_every`, the recipe's optimizer steps between rounds.
-        trajectories: one per committed ratio, and at most one shared one.
+        trajectories: on micro_dev one per committed ratio, and at most one shared one; on dev at most one each.
         finals: final runs at different ratios.
 
     Raises:
@@ -172,36 +180,45 @@ class Landscape:
     finals: tuple[FinalRun, ...]
 
     def __post_init__(self) -> None:
-        trained = [one.train_ratio for one in self.trajectories]
-        if all(ratio is None for ratio in trained):
+        if not self.committed:
             raise GraspError("there is no trajectory of a committed ratio; record at least one")
-        if len(set(trained)) < len(trained):
-            raise GraspError(f"there are two trajectories of one ratio: {trained}; each may be there once")
+        for split in PROBED:
+            trained = [one.train_ratio for one in self.trajectories if one.split == split]
+            if len(set(trained)) < len(trained):
+                raise GraspError(f"there are two trajectories of one ratio: {trained}; each may be there once")
         if len({run.ratio for run in self.finals}) < max(2, len(self.finals)):
             ratios = [run.ratio for run in self.finals]
             raise GraspError(f"the final runs are at ratios {ratios}; at least two are needed, and each ratio once")
         for split in SPLITS:
             counts = {len(run.losses[split]) for run in self.finals}
-            if split == "micro_dev":
-                counts |= {one.losses.shape[2] for one in self.trajectories}
+            counts |= {one.losses.shape[2] for one in self.trajectories if one.split == split}
             if len(counts) > 1:
                 raise GraspError(f"{split} has {sorted(counts)} examples; all parts must measure the same ones")
 
     @cached_property
     def committed(self) -> tuple[Trajectory, ...]:
-        """The trajectories of a committed ratio, the lowest first."""
-        found = [(one.train_ratio, one) for one in self.trajectories if one.train_ratio is not None]
+        """The trajectories of a committed ratio on micro_dev, the lowest first."""
+        here = [one for one in self.trajectories if one.split == "micro_dev"]
+        found = [(one.train_ratio, one) for one in here if one.train_ratio is not None]
         return tuple(one for _, one in sorted(found, key=lambda pair: pair[0]))
 
     @cached_property
     def shared(self) -> Trajectory | None:
-        """The trajectory whose ratio was drawn anew for each step, if it was recorded."""
-        return next((one for one in self.trajectories if one.train_ratio is None), None)
+        """The trajectory on micro_dev whose ratio was drawn anew for each step, if it was recorded."""
+        return self._shared_on("micro_dev")
+
+    @cached_property
+    def shared_dev(self) -> Trajectory | None:
+        """The same on dev, if it was recorded."""
+        return self._shared_on("dev")
+
+    def _shared_on(self, split: str) -> Trajectory | None:
+        return next((one for one in self.trajectories if one.train_ratio is None and one.split == split), None)
 
     @cached_property
     def micro_dev_examples(self) -> int:
         """Number of examples that a probe measures."""
-        return int(self.trajectories[0].losses.shape[2])
+        return int(self.committed[0].losses.shape[2])
 
     @cached_property
     def last_step(self) -> int:
@@ -292,7 +309,11 @@ class Landscape:
             facts = json.dumps({"version": VERSION, "facts": dict(self.facts)}, sort_keys=True, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise GraspError(f"the facts of a landscape must be plain JSON values ({error})") from error
-        trajectories = [*([self.shared] if self.shared else []), *self.committed]
+        # None comes first, then the ratios; micro_dev before dev.
+        trajectories = sorted(
+            self.trajectories,
+            key=lambda one: (PROBED.index(one.split), one.train_ratio is not None, one.train_ratio or 0.0),
+        )
         columns = zip(*_rows(trajectories, sorted(self.finals, key=lambda run: run.ratio)), strict=True)
         arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
         table = pa.Table.from_arrays(arrays, schema=_SCHEMA.with_metadata({_METADATA: facts.encode()}))
@@ -342,7 +363,7 @@ def _rows(trajectories: Sequence[Trajectory], finals: Sequence[FinalRun]) -> Ite
         for step, curve in zip(one.steps, one.losses.tolist(), strict=True):
             for ratio, losses in zip(one.ratios, curve, strict=True):
                 for example, loss in enumerate(losses):
-                    yield _TRAJECTORY, one.train_ratio, step, ratio, "micro_dev", example, loss, None, None, None
+                    yield _TRAJECTORY, one.train_ratio, step, ratio, one.split, example, loss, None, None, None
     for run in finals:
         cost = run.trained_examples, run.measured_examples
         for split in SPLITS:
@@ -362,12 +383,13 @@ def _facts(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
 
 
 def _parse(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[Trajectory, ...], tuple[FinalRun, ...]]:
-    cells: dict[float | None, dict[tuple[int, float, int], float]] = {}
+    cells: dict[tuple[float | None, str], dict[tuple[int, float, int], float]] = {}
     runs: dict[float, dict[str, dict[int, float]]] = {}
     numbers: dict[float, set[tuple[int, int, int, int]]] = {}
     for row in rows:
         if row["part"] == _TRAJECTORY:
-            cells.setdefault(row["train_ratio"], {})[row["step"], row["ratio"], row["example"]] = row["loss"]
+            of_one = cells.setdefault((row["train_ratio"], row["split"]), {})
+            of_one[row["step"], row["ratio"], row["example"]] = row["loss"]
         elif row["part"] == _FINAL:
             runs.setdefault(row["ratio"], {}).setdefault(row["split"], {})[row["example"]] = row["loss"]
             of_run = row["step"], row["best_step"], row["trained_examples"], row["measured_examples"]
@@ -387,17 +409,17 @@ def _parse(rows: Sequence[Mapping[str, Any]]) -> tuple[tuple[Trajectory, ...], t
                 raise GraspError(f"the final run at ratio {ratio} lacks examples of {quoted(split)}")
         ordered = {split: tuple(losses[example] for example in range(len(losses))) for split, losses in splits.items()}
         finals.append(FinalRun(ratio, steps, best_step, ordered, trained, measured))
-    return tuple(_trajectory(ratio, found) for ratio, found in cells.items()), tuple(finals)
+    return tuple(_trajectory(*which, found) for which, found in cells.items()), tuple(finals)
 
 
-def _trajectory(train_ratio: float | None, cells: Mapping[tuple[int, float, int], float]) -> Trajectory:
+def _trajectory(train_ratio: float | None, split: str, cells: Mapping[tuple[int, float, int], float]) -> Trajectory:
     steps = sorted({step for step, _, _ in cells})
     ratios = sorted({ratio for _, ratio, _ in cells})
     examples = sorted({example for _, _, example in cells})
     if len(cells) < len(steps) * len(ratios) * len(examples) or examples != list(range(len(examples))):
         raise GraspError(f"rows of the training at ratio {train_ratio} are missing")
     losses = [[[cells[step, ratio, example] for example in examples] for ratio in ratios] for step in steps]
-    return Trajectory(train_ratio, tuple(steps), tuple(ratios), np.array(losses))
+    return Trajectory(train_ratio, tuple(steps), tuple(ratios), np.array(losses), split)
 
 
 def _check_ratios(ratios: Sequence[float], name: str) -> None:

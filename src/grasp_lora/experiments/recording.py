@@ -41,6 +41,7 @@ class RecordingSettings:
         train_ratios: held in one trajectory each, fractions in [0, 1]; None is the shared one, where each step draws its own.
         probe_ratios: measured along the trajectories, fractions in [0, 1].
         every: optimizer steps between measurements; None measures about eight times, the last step always included.
+        dev: whether the shared trajectory is trained once more and dev measured along it, for controllers that probe there.
 
     Raises:
         ValueError: a number is out of range; a list is empty, says something twice, or leaves nothing to compare.
@@ -50,6 +51,7 @@ class RecordingSettings:
     train_ratios: tuple[float | None, ...] = TRAIN_RATIOS
     probe_ratios: tuple[float, ...] = PROBE_RATIOS
     every: int | None = None
+    dev: bool = True
 
     def __post_init__(self) -> None:
         check_ratios("ratios", self.ratios)
@@ -156,22 +158,28 @@ class _Work:
         measurements = 1 + math.ceil(self._controller_steps / self.every)
         probes = measurements * len(settings.probe_ratios) * len(splits.micro_dev)
         trajectory = _passes(recipe.controller.training, splits.train) + probes
+        on_dev = trajectory + probes * (len(splits.dev) / len(splits.micro_dev) - 1)
         parents = 0.0 if recipe.source.adapters else _passes(recipe.source.training, splits.source_train)
         parents += 0.0 if recipe.target.adapter else _passes(recipe.target.training, splits.train)
         return [
             _Task("training of the adapters to merge", parents, self._bench.merged),
             *(_Task(_title(ratio), trajectory, partial(self._train, ratio)) for ratio in settings.train_ratios),
             *(
+                [_Task(f"{_title(None)} on dev", on_dev, partial(self._train, None, "dev"))]
+                if settings.dev and None in settings.train_ratios
+                else []
+            ),
+            *(
                 _Task(f"final run at ratio {ratio:g}", final, partial(self._finish, ratio))
                 for ratio in sorted({0.0, *settings.ratios})
             ),
         ]
 
-    def _train(self, train_ratio: float | None) -> None:
+    def _train(self, train_ratio: float | None, split: str = "micro_dev") -> None:
         ratios = sorted(self.settings.probe_ratios)
-        result = self._bench.trajectory(train_ratio, ratios, self.every).result
+        result = self._bench.trajectory(train_ratio, ratios, self.every, split).result
         losses = np.array(result["losses"], dtype=np.float64)
-        self._trajectories.append(Trajectory(train_ratio, tuple(result["steps"]), tuple(ratios), losses))
+        self._trajectories.append(Trajectory(train_ratio, tuple(result["steps"]), tuple(ratios), losses, split))
 
     def _finish(self, ratio: float) -> None:
         adapter = self._bench.finetuned(self._bench.merged(), ratio)

@@ -341,9 +341,7 @@ class Session:
                 model, self.splits.train, (), stage.training, "controller", folder, controller=controller
             )
             estimate = controller.policy.best_ratio()
-            kept = (
-                controller.best_adapter(estimate.ratio) if keep_best else adapter_weights(model, segments_of(merged))
-            )
+            kept = controller.best_adapter(estimate.ratio) if keep_best else adapter_weights(model, segments_of(merged))
         return LearnedRatio(estimate, kept, controller.policy.current_ratio, result.steps)
 
     def finetune_pruned(

@@ -1,4 +1,4 @@
-"""A Gaussian process over ratio and time through the probes of a controller run: where the loss gets lowest, and how sure that is.
+"""A Gaussian process over ratio and time through the probes of a controller run: where the loss gets lowest.
 
 Losses after pruning hardly change with the ratio at first and rise steeply later, so the process sees the ratio p as -ln(1 - p),
 in which the rise is even. Source: Rasmussen & Williams 2006, chapters 2 and 5; the kernel is our choice.
@@ -32,8 +32,8 @@ def lowest_surrogate(
     """Return the ratio whose expected loss gets lowest at any moment of the run, by a Gaussian process over ratio and time.
 
     As in `lowest_loss` a ratio counts for its best moment. Away from all probes the process falls back on the level of the
-    moment, so that nothing is extrapolated far. The interval comes from draws of the process, each with its own resample of the micro-dev examples (1000,
-    fixed seed). Our choice; the paper takes the best reward.
+    moment, so that nothing is extrapolated far. The interval comes from draws of the process, each with its own resample of the
+    micro-dev examples (1000, fixed seed). Our choice; the paper takes the best reward.
     """
     surrogate = Surrogate(rounds, ratio_min, ratio_max)
     fitted = surrogate.lowest_mean()
