@@ -15,7 +15,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +32,7 @@ from grasp_lora.method.policy import POLICIES, PRESETS, PolicySettings, Round, m
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
 FIXED = 0.4
+POOLS = ("micro_dev", "dev", "both")
 BUDGETS = (2, 3, 4, 8)  # final runs of a rival
 RUNGS = (2, 3, 4)  # of successive halving, at the cost of 3, 4 and 5 final runs
 STARTUP = 2  # random trials of TPE; with Optuna's default of 10 all of so few would be random
@@ -60,12 +61,29 @@ class Plan:
         every: optimizer steps between rounds; None takes the setting's.
         race: examples of a heat; candidates that are clearly behind after one drop out of the round. None measures all.
         patience: rounds without a lower loss at any ratio, after which the run ends. None goes on to the end.
+        pool: the examples that are probed: `micro_dev`, `dev`, or `both`. The latter two need a shared policy and a landscape
+            with a shared trajectory on dev.
+        turn: examples of a round, taken from the pool in turn. None measures all of them in each round.
     """
 
     policy: PolicySettings
     every: int | None = None
     race: int | None = None
     patience: int | None = None
+    pool: str = "micro_dev"
+    turn: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every", "race", "patience", "turn"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+        if self.pool not in POOLS:
+            raise ValueError(f"pool is {self.pool!r}; allowed: {', '.join(POOLS)}")
+        if self.pool != "micro_dev" and not POLICIES[self.policy.kind].shared:
+            raise ValueError(
+                f"pool is {self.pool}; dev was measured along the shared trajectory only: take a shared policy"
+            )
 
 
 class Setting:
@@ -125,13 +143,15 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
     """
     policy = make_policy(replace(plan.policy, seed=seed))
     shared = policy.shared  # such a policy begins with a round before the first step
-    examples = drawn_examples(landscape, seed)
+    pool = pool_of(landscape, plan.pool, seed)
     every, measured, lowest, waited = plan.every or probe_every, 0, math.inf, 0
     steps = range(0 if shared else every, landscape.last_step + 1, every)
-    for step in steps:
+    for number, step in enumerate(steps):
         current, candidates = policy.current_ratio, tuple(policy.ask())
         train_ratio = None if shared else current
-        losses = np.array([landscape.probe(train_ratio, step, ratio)[examples] for ratio in (current, *candidates)])
+        losses = np.array([pool(train_ratio, step, ratio) for ratio in (current, *candidates)])
+        if plan.turn is not None:
+            losses = losses[:, (number * plan.turn + np.arange(plan.turn)) % losses.shape[1]]
         if plan.race is None:
             measured += (1 + len(set(candidates))) * losses.shape[1]  # a controller measures no candidate twice
         else:
@@ -147,6 +167,29 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
         step = landscape.last_step
     training = landscape.controller_cost(0) * (step / landscape.last_step)
     return policy.best_ratio(interval=False), training + Cost(0, measured)
+
+
+def pool_of(landscape: Landscape, name: str, seed: int) -> Callable[[float | None, float, float], Floats]:
+    """The losses of the examples of a pool, in the order of a seed, as a function of committed ratio, step and ratio.
+
+    The micro-dev examples are drawn with replacement, as many as there are; those of dev are all there, as they are for rivals
+    that choose by dev loss.
+
+    Raises:
+        GraspError: there is no shared trajectory on dev.
+    """
+    micro_dev, on_dev = drawn_examples(landscape, seed), landscape.shared_dev
+    if name == "micro_dev":
+        return lambda train_ratio, step, ratio: landscape.probe(train_ratio, step, ratio)[micro_dev]
+    if on_dev is None:
+        raise GraspError(f"a landscape has no shared trajectory on dev, which pool={name} needs; record it with --dev")
+
+    def both(train_ratio: float | None, step: float, ratio: float) -> Floats:
+        parts = [on_dev.at(step, ratio)] + ([landscape.probe(None, step, ratio)[micro_dev]] if name == "both" else [])
+        losses = np.concatenate(parts)
+        return losses[np.random.default_rng(seed).permutation(len(losses))]
+
+    return both
 
 
 def raced(losses: Floats, heat: int) -> tuple[Floats, int]:
@@ -280,7 +323,7 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
 
 
 def plan_of(text: str) -> Plan:
-    """Read `PRESET,KEY=VALUE,...`; the keys are those of the policy's settings, `every`, `race` and `patience` (see `Plan`).
+    """Read `PRESET,KEY=VALUE,...`; the keys are those of the policy's settings and of `Plan`.
 
     Raises:
         GraspError: there is no such preset or setting, or a value is not allowed.
@@ -288,9 +331,8 @@ def plan_of(text: str) -> Plan:
     name, *changes = text.split(",")
     try:
         values = {key: yaml.safe_load(value) for key, value in (one.split("=", 1) for one in changes)}
-        rounds = {key: values.pop(key) for key in ("every", "race", "patience") if key in values}
-        if any(type(value) is not int or value < 1 for value in rounds.values()):
-            raise ValueError(f"{rounds} must be whole numbers, at least 1")
+        own = {one.name for one in fields(Plan)} - {"policy"}
+        rounds = {key: values.pop(key) for key in own & set(values)}
         return Plan(preset(name, **values), **rounds)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise GraspError(f"--policy {text}: {error}; write PRESET,KEY=VALUE,...") from error

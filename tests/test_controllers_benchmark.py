@@ -201,6 +201,26 @@ class TestReplay:
         _, cost = benchmark.replay(landscape(telling), at_the_bound, seed=0, probe_every=80)
         assert cost.measured_examples < 5 * EXAMPLES  # nearly all are clamped to one of the two bounds
 
+    def test_the_dev_set_can_be_probed_a_few_examples_in_turn(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        told = watch(monkeypatch)
+        monkeypatch.setattr(GaussianPolicy, "shared", True, raising=False)
+        plain = landscape(telling)
+        own = np.arange(6.0)[None, None, :] * 100
+        finals = tuple(replace(run, losses={**run.losses, "dev": (1.0,) * 6}) for run in plain.finals)
+        on_dev = replace(plain.shared, losses=plain.shared.losses[:, :, :1] + own, split="dev")
+        one = replace(plain, trajectories=(*plain.trajectories, on_dev), finals=finals)
+        _, cost = benchmark.replay(one, benchmark.Plan(preset("paper"), pool="dev", turn=2), seed=0, probe_every=40)
+        seen = [tuple(round(loss / 100) for loss in measured.baseline_losses) for measured in told]
+        assert len(seen) == 3
+        assert all(len(number) == 2 for number in seen)
+        assert sorted(sum(seen, ())) == list(range(6))  # each example once
+        assert cost == Cost(80, 3 * 4 * 2)
+        told.clear()
+        benchmark.replay(one, benchmark.Plan(preset("paper"), pool="both"), seed=0, probe_every=40)
+        assert {len(measured.baseline_losses) for measured in told} == {6 + EXAMPLES}
+        with pytest.raises(GraspError, match="no shared trajectory on dev"):
+            benchmark.replay(plain, benchmark.Plan(preset("paper"), pool="dev"), seed=0)
+
     def test_a_race_drops_who_is_clearly_behind(self) -> None:
         noise = np.random.default_rng(0).normal(0, 0.01, (4, 16))
         losses = np.array([1.0, 1.01, 0.99, 3.0])[:, None] + noise
@@ -312,7 +332,18 @@ class TestFigures:
         assert "preset random" in rivals
         assert any(line.startswith("preset paper is left out") for line in left_out)
 
-    @pytest.mark.parametrize("text", ["nothing", "default,candidates", "default,candidates=0", "default,colour=1"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "nothing",
+            "default,candidates",
+            "default,candidates=0",
+            "default,colour=1",
+            "shared,every=0",
+            "shared,pool=test",
+            "paper,pool=dev",
+        ],
+    )
     def test_a_policy_that_is_none(self, text: str) -> None:
         with pytest.raises(GraspError, match="--policy"):
             benchmark.plan_of(text)
