@@ -142,10 +142,11 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
         The learned ratio, and the cost of the controller run.
     """
     policy = make_policy(replace(plan.policy, seed=seed))
-    shared = policy.shared  # such a policy begins with a round before the first step
+    shared = policy.shared
     pool = pool_of(landscape, plan.pool, seed)
     every, measured, lowest, waited = plan.every or probe_every, 0, math.inf, 0
-    steps = range(0 if shared else every, landscape.last_step + 1, every)
+    last = landscape.last_step
+    steps = [step for step in range(last + 1) if policy.settings.round_follows(step, last, every)]
     for number, step in enumerate(steps):
         current, candidates = policy.current_ratio, tuple(policy.ask())
         train_ratio = None if shared else current
@@ -164,8 +165,8 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
         if plan.patience is not None and waited >= plan.patience:
             break
     else:
-        step = landscape.last_step
-    training = landscape.controller_cost(0) * (step / landscape.last_step)
+        step = last
+    training = landscape.controller_cost(0) * (step / last)
     return policy.best_ratio(interval=False), training + Cost(0, measured)
 
 

@@ -166,6 +166,11 @@ class TestOverrides:
             SMALL + "final: {start: controller, mask: {score: input_aware}}",
             r"the controller's mask; remove final\.mask, or",
         ),
+        (
+            SMALL + "final: {start: controller}\ncontroller: {policy: late}",
+            r"the policy's probe_from 1\.0 leaves rounds to the end of the run",
+        ),
+        (SMALL + "controller: {patience: 0}", r"controller: patience is 0; it must be at least 1 round"),
         (SMALL + "merge: svd", r"merge: must be a section of keys and values \(it is 'svd'\)"),
         (SMALL.replace("de,", "no,"), r"data\.target\.language: must be a text \(it is False\); put it in quotes"),
         (SMALL + "seed: 1\nseed: 1", r"line 4: the key 'seed' stands twice; remove one"),

@@ -501,6 +501,9 @@ def test_the_other_policies_train_at_the_committed_ratio() -> None:
         ({"max_step": 0.0}, r"max_step is 0.0; it must lie in \(0, 1\]"),
         ({"max_step": 1.5}, "max_step is 1.5"),
         ({"max_step": math.nan}, "max_step is nan"),
+        ({"probe_from": -0.1}, r"probe_from is -0.1; it must be a share of the run, in \[0, 1\]"),
+        ({"probe_from": 1.5}, "probe_from is 1.5"),
+        ({"probe_from": math.nan}, "probe_from is nan"),
     ],
 )
 def test_a_setting_out_of_range_is_an_error(changes: dict[str, Any], message: str) -> None:
@@ -508,8 +511,34 @@ def test_a_setting_out_of_range_is_an_error(changes: dict[str, Any], message: st
         preset("default", **changes)
 
 
+@pytest.mark.parametrize(
+    ("name", "probe_from", "followed"),
+    [
+        ("paper", 0.0, [3, 6, 9]),
+        ("shared", 0.0, [0, 3, 6, 9]),
+        ("paper", 0.5, [6, 9, 10]),
+        ("shared", 0.5, [6, 9, 10]),
+        ("shared", 1.0, [10]),
+        ("shared", 0.9, [9, 10]),
+    ],
+)
+def test_which_steps_a_round_follows(name: str, probe_from: float, followed: list[int]) -> None:
+    chosen = preset(name, probe_from=probe_from)
+    assert [step for step in range(11) if chosen.round_follows(step, 10, every=3)] == followed
+
+
+def test_the_late_preset_probes_once_and_all_over_the_range() -> None:
+    late = preset("late")
+    assert [step for step in range(51) if late.round_follows(step, 50, every=10)] == [50]
+    policy = make_policy(late)
+    told = run(policy, 1)
+    assert len(told[0].candidates) == 8
+    assert max(told[0].candidates) - min(told[0].candidates) > 0.6
+    assert quadratic(policy.best_ratio().ratio) < 0.002
+
+
 def test_presets() -> None:
-    assert set(PRESETS) == {"default", "paper", "random", "adaptive", "shared", "surrogate"}
+    assert set(PRESETS) == {"default", "paper", "random", "adaptive", "shared", "surrogate", "late"}
     assert preset("default") == PolicySettings()
     assert (PolicySettings().kind, PolicySettings().estimate) == ("gaussian", "smooth_fit")
     assert preset("random", seed=9) == PolicySettings(kind="uniform", seed=9)

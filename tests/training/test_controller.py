@@ -950,6 +950,24 @@ def test_training_stops_when_no_ratio_gets_lower(make_tiny_model, tmp_path, base
     assert result.steps == 3 * (rounds - 1)  # the first round comes before training
 
 
+@pytest.mark.parametrize(
+    ("kind", "probe_from", "steps"),
+    [("shared", 1.0, [12]), ("shared", 0.6, [10, 12]), ("gaussian", 0.6, [10, 12]), ("gaussian", 0.0, [5, 10])],
+)
+def test_rounds_may_begin_late(make_tiny_model, tmp_path, kind, probe_from, steps):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        controller = controller_for(weights, folder=tmp_path, kind=kind, probe_from=probe_from, probe_every=5)
+        train_ours(model, tmp_path, controller)
+        kept = adapter_weights(model, segments_of(weights))
+    rows = read_rows(tmp_path / "rounds.jsonl")
+    assert [row["step"] for row in rows] == steps
+    assert rows[0]["ratio_before"] == 0.4
+    for row in survival(kept):
+        assert row["weights"] - row["kept"] == prune_count(controller.policy.current_ratio, row["weights"])
+
+
 def test_a_best_round_is_kept_only_when_asked_and_changes_no_training(make_tiny_model, tmp_path):
     found = []
     for keep_best in (True, False):

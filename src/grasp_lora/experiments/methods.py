@@ -93,7 +93,7 @@ def _random_policy(recipe: Recipe) -> PolicySettings:
 
 
 def _preset_policy(name: str) -> Callable[[Recipe], PolicySettings]:
-    """A preset within the recipe's own bounds, with its number of candidates."""
+    """A preset within the recipe's own bounds."""
 
     def policy(recipe: Recipe) -> PolicySettings:
         own = recipe.controller.policy
@@ -102,7 +102,6 @@ def _preset_policy(name: str) -> Callable[[Recipe], PolicySettings]:
             ratio_min=own.ratio_min,
             ratio_max=own.ratio_max,
             ratio_init=own.ratio_init,
-            candidates=own.candidates,
         )
 
     return policy

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from grasp_lora.experiments.recipe import Recipe
 from grasp_lora.experiments.session import Session, expected_rounds
+from grasp_lora.method.policy import POLICIES
 from grasp_lora.training.data import Example
 from grasp_lora.training.probing import takes_label_positions
 
@@ -105,7 +106,8 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
     if recipe.final.prune_ratio is None:
         trained += recipe.controller.training.epochs * sizes["train"]
         probed = rounds * (1 + recipe.controller.policy.candidates) * sizes["micro_dev"]
-        level = "warning" if rounds < FEW_ROUNDS else "ok"
+        shared = POLICIES[recipe.controller.policy.kind].shared  # its rounds do not depend on each other
+        level = "warning" if rounds < FEW_ROUNDS and not shared else "ok"
         advice = "; raise controller.training.epochs or lower controller.probe_every" if level == "warning" else ""
         most = "" if recipe.controller.patience is None else "at most "
         findings.append(Finding(level, "rounds", f"the controller will run {most}{rounds} rounds{advice}"))

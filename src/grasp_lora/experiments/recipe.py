@@ -199,6 +199,12 @@ class Recipe(BaseModel):
                     "final.start is 'controller', which holds the controller's mask; "
                     f"remove {'final.mask' if final.mask is not None else 'final.mode'}, or start from 'merged'"
                 )
+            if self.controller.policy.probe_from > 0.0:
+                raise ValueError(
+                    "final.start is 'controller', which keeps the adapter of the best round, but the policy's probe_from "
+                    f"{self.controller.policy.probe_from} leaves rounds to the end of the run, when it has overfitted; "
+                    "set controller.policy.probe_from to 0, or start from 'merged'"
+                )
         return self
 
     def seed_of(self, part: str) -> int:

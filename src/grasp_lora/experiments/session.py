@@ -24,7 +24,6 @@ from grasp_lora.method.estimation import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masking import MaskSet, MaskSettings, survival
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings, merge
-from grasp_lora.method.policy import POLICIES
 from grasp_lora.training.adapters import (
     LoadedAdapter,
     adapter_weights,
@@ -458,8 +457,8 @@ def mean(values: Sequence[float]) -> float:
 def expected_rounds(recipe: Recipe, train_examples: int) -> int:
     """Rounds of the controller run over so many training examples."""
     stage = recipe.controller
-    before_training = 1 if POLICIES[stage.policy.kind].shared else 0
-    return before_training + stage.training.steps(train_examples) // stage.probe_every
+    steps = stage.training.steps(train_examples)
+    return sum(stage.policy.round_follows(step, steps, stage.probe_every) for step in range(steps + 1))
 
 
 def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:

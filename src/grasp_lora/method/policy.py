@@ -45,6 +45,8 @@ class PolicySettings:
         learning_rate, kl_coef, entropy_bonus: step size, pull towards the current ratio and growth of the
             deviation per round (Paper: policy update), all >= 0.
         max_step: furthest that one commit moves the current ratio, > 0.
+        probe_from: share of the run before the first round, in [0, 1]; above 0 there is always a round after the last step,
+            with 1 only that one. Pruning repairs what overfitting breaks: late probes differ by more than examples disagree.
         estimate: rule for the learned ratio, `smooth_fit` (default), `lowest_loss`, `surrogate` or `best_reward` (the paper's).
         seed: seed of the policy's own generator; a recipe combines it with its own seed.
 
@@ -64,6 +66,7 @@ class PolicySettings:
     kl_coef: float = 0.05
     entropy_bonus: float = 0.01
     max_step: float = 0.10
+    probe_from: float = 0.0
     estimate: str = "smooth_fit"
     seed: int = 42
 
@@ -91,6 +94,22 @@ class PolicySettings:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number >= 0")
         if not 0.0 < self.max_step <= 1.0:
             raise ValueError(f"max_step is {self.max_step}; it must lie in (0, 1]")
+        if not 0.0 <= self.probe_from <= 1.0:
+            raise ValueError(f"probe_from is {self.probe_from}; it must be a share of the run, in [0, 1]")
+
+    def round_follows(self, step: int, steps: int, every: int) -> bool:
+        """Return whether a round follows an optimizer step.
+
+        Args:
+            step: optimizer steps taken, 0 before the first one.
+            steps: of the whole run.
+            every: optimizer steps between rounds, >= 1.
+        """
+        if step == 0:
+            return POLICIES[self.kind].shared and self.probe_from == 0.0
+        if step == steps and self.probe_from > 0.0:
+            return True
+        return step >= self.probe_from * steps and step % every == 0
 
 
 def shared_ratio(step: int, low: float, high: float, offset: float = 0.5) -> float:
@@ -114,7 +133,8 @@ def preset(name: str, **changes: Any) -> PolicySettings:
 
     Presets: `default` (the paper's update, ratio from a smooth fit), `paper` (ratio from the best reward),
     `random` (the control without learning), `adaptive` (a Gaussian that narrows), `shared` (all ratios train together, lowest
-    fitted loss) and `surrogate` (the same with probes and ratio from a Gaussian process).
+    fitted loss), `surrogate` (the same with probes and ratio from a Gaussian process) and `late` (all ratios train together, one
+    round of many candidates after the last step).
 
     Raises:
         ValueError: there is no such preset, or a change is out of range.
@@ -508,6 +528,7 @@ PRESETS: dict[str, PolicySettings] = {
     "adaptive": PolicySettings(kind="adaptive", estimate="surrogate"),
     "shared": PolicySettings(kind="shared", estimate="lowest_loss"),
     "surrogate": PolicySettings(kind="surrogate", estimate="surrogate"),
+    "late": PolicySettings(kind="shared", candidates=8, probe_from=1.0, estimate="lowest_loss"),
 }
 
 

@@ -318,16 +318,19 @@ class GraspController(PrunedTraining):
         """Where all ratios train together, put the mask of this step's own ratio on; before the first step comes a round."""
         if self._shared is None:
             return
-        if not self.policy.history:
+        if not self.policy.history and self._round_follows(state):
             self._round(state, control, kwargs["model"], None)
         self.masks.commit(self.policy.training_ratio(state.global_step), self._shared)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Run a round when it is due; stop when patience has run out."""
-        if state.global_step % self.settings.probe_every == 0:
+        if self._round_follows(state):
             self._round(state, control, kwargs["model"], kwargs.get("optimizer"))
             if self.settings.patience is not None and self.policy.rounds_since_best >= self.settings.patience:
                 control.should_training_stop = True
+
+    def _round_follows(self, state: TrainerState) -> bool:
+        return self.policy.settings.round_follows(state.global_step, state.max_steps, self.settings.probe_every)
 
     def _round(
         self,
