@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from grasp_lora.method.policy import PolicySettings, preset
     from grasp_lora.training.adapters import attached, read_adapter, save_adapter, segments_of
     from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
-    from grasp_lora.training.probing import ProbeSet
+    from grasp_lora.training.probing import ProbeSet, ProbesInTurn
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ _HOMES = {
     "PolicySettings": "method.policy",
     "ProbeError": "errors",
     "ProbeSet": "training.probing",
+    "ProbesInTurn": "training.probing",
     "PrunedTraining": "training.controller",
     "RecipeError": "errors",
     "attached": "training.adapters",
@@ -48,6 +49,7 @@ __all__ = [
     "PolicySettings",
     "ProbeError",
     "ProbeSet",
+    "ProbesInTurn",
     "PrunedTraining",
     "RecipeError",
     "attached",

@@ -522,13 +522,23 @@ class TestWays:
             ("mask.score=input_aware", "mask.scope=tensor"),
             ("mask.score=sensitivity", "mask.scope=global"),
             ("mask.granularity=component", "merge.rule=svd", "merge.rank=3"),
+            ("controller.policy=late", "controller.probe_on=dev", "mask.score=input_aware"),
         ],
-        ids=["input_aware", "sensitivity", "component"],
+        ids=["input_aware", "sensitivity", "component", "late"],
     )
     def test_other_masks_and_merges_run_through(self, changes: tuple[str, ...], tiny_workspace: Path) -> None:
         metrics = execute(*changes)
         assert 0.1 <= metrics["prune_ratio"] <= 0.8
         assert math.isfinite(metrics["systems"]["grasp"]["test_loss"])
+
+    def test_late_rounds_on_examples_in_turn(self, tiny_workspace: Path) -> None:
+        policy = "controller.policy={preset: shared, probe_from: 0.5, candidates: 2, estimate: smooth_fit}"
+        metrics = execute(policy, "controller.probe_on=both", "controller.probe_examples=3", "controller.probe_every=2")
+        rows = read_lines(Path("run/controller/rounds.jsonl"))
+        assert [row["step"] for row in rows] == [6, 8, 10]
+        assert all(len(row["baseline_losses"]) == 3 for row in rows)
+        assert len({loss for row in rows for loss in row["baseline_losses"]}) == 9  # of 4 micro-dev and 6 dev examples
+        assert metrics["prune_ratio"] == read(Path("run/controller/ratio.json"))["prune_ratio"]
 
 
 def test_going_on_in_another_dtype_is_said(finished_run, caplog):

@@ -65,6 +65,19 @@ def test_a_controller_run_without_a_round_is_an_error_before_the_run(check: Chec
         check("controller.probe_every=11")
 
 
+def test_what_a_controller_cannot_probe_is_an_error_before_the_run(check: Check) -> None:
+    with pytest.raises(RecipeError, match=r"probe_on is 'both', but data\.target\.dev is 0; give it examples"):
+        check("controller.probe_on=both", "data.target.dev=0")
+    with pytest.raises(RecipeError, match=r"probe_examples is 11, but controller\.probe_on 'both' gives 10 examples"):
+        check("controller.probe_on=both", "controller.probe_examples=11")
+
+
+def test_few_late_rounds_are_as_planned(check: Check) -> None:
+    found = check("controller.policy=late", "controller.probe_on=both", "controller.probe_examples=5")
+    assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run 1 round")
+    assert found["cost"].text.endswith("and 45 probed examples")  # the baseline and 8 candidates on 5 examples
+
+
 def test_data_files_are_looked_for_before_the_backbone_is_loaded(check: Check) -> None:
     with pytest.raises(DataError, match=r"data file 'none\.jsonl' is missing"):
         check("data.source.files=[none.jsonl]", "backbone.name=./nowhere")

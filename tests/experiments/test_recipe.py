@@ -170,6 +170,13 @@ class TestOverrides:
             SMALL + "final: {start: controller}\ncontroller: {policy: late}",
             r"the policy's probe_from 1\.0 leaves rounds to the end of the run",
         ),
+        (SMALL + "controller: {probe_on: test}", r"controller: probe_on is 'test'; allowed: micro_dev, dev, both"),
+        (SMALL + "controller: {probe_examples: 0}", r"controller: probe_examples is 0; it must be at least 1"),
+        (SMALL + "controller: {probe_examples: 4, patience: 2}", r"patience 2 compares the losses of rounds"),
+        (
+            SMALL + "final: {start: controller}\ncontroller: {probe_examples: 4}",
+            r"with controller\.probe_examples 4 each round measures other examples",
+        ),
         (SMALL + "controller: {patience: 0}", r"controller: patience is 0; it must be at least 1 round"),
         (SMALL + "merge: svd", r"merge: must be a section of keys and values \(it is 'svd'\)"),
         (SMALL.replace("de,", "no,"), r"data\.target\.language: must be a text \(it is False\); put it in quotes"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from grasp_lora.errors import GraspError, ProbeError
+from grasp_lora.errors import DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masking import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
@@ -21,7 +21,7 @@ from grasp_lora.training.adapters import LoraSettings, adapter_weights, attached
 from grasp_lora.training.checkpoint import read_state, write_state
 from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
 from grasp_lora.training.finetune import finetune
-from grasp_lora.training.probing import ProbeSet, collate
+from grasp_lora.training.probing import ProbeSet, ProbesInTurn, collate
 from grasp_lora.training.settings import TrainingSettings
 
 TARGETS = {
@@ -948,6 +948,40 @@ def test_training_stops_when_no_ratio_gets_lower(make_tiny_model, tmp_path, base
         result = train_ours(model, tmp_path, controller)
     assert len(read_rows(tmp_path / "rounds.jsonl")) == rounds
     assert result.steps == 3 * (rounds - 1)  # the first round comes before training
+
+
+@pytest.mark.parametrize("kind", ["shared", "gaussian"])
+def test_examples_take_turns_and_a_round_compares_like_with_like(make_tiny_model, tmp_path, monkeypatch, kind):
+    pool = make_examples(7, 1, "m")
+    seen = []
+    losses = ProbeSet.losses
+    monkeypatch.setattr(ProbeSet, "losses", lambda self, *rest: seen.append(self.ids) or losses(self, *rest))
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        probes = ProbesInTurn(pool, PAD, count=3, seed=5)
+        controller = controller_for(weights, probes, folder=tmp_path, kind=kind)
+        train_ours(model, tmp_path, controller)
+    rows = read_rows(tmp_path / "rounds.jsonl")
+    turns = [probes.at(number).ids for number in range(len(rows))]
+    assert seen == [ids for ids in turns for _ in range(4)]  # baseline and three candidates on the same ones
+    assert len({name for ids in turns for name in ids}) == 7
+    assert sorted(itertools.chain(*turns[:2], turns[2][:1])) == sorted(
+        one.id for one in pool
+    )  # each once before any comes again
+    assert all(len(row["baseline_losses"]) == 3 for row in rows)
+    assert turns != [ProbesInTurn(pool, PAD, count=3, seed=6).at(number).ids for number in range(len(rows))]
+
+
+def test_turns_that_cannot_be_are_refused():
+    for count in (0, 8):
+        with pytest.raises(DataError, match=f"each round is to measure {count} examples, but there are 7"):
+            ProbesInTurn(make_examples(7), PAD, count, seed=0)
+    probes = ProbesInTurn(make_examples(7), PAD, 3, seed=0)
+    with pytest.raises(ValueError, match="keep_best and patience compare the losses of rounds"):
+        GraspController(probes, keep_best=True)
+    with pytest.raises(ValueError, match="keep_best and patience"):
+        GraspController(probes, ControllerSettings(patience=1))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.experiments import lorahub
-from grasp_lora.experiments.recipe import ControllerStage, FinalStage
+from grasp_lora.experiments.recipe import PROBE_SPLITS, ControllerStage, FinalStage
 from grasp_lora.experiments.records import Record, Records, key_of
 from grasp_lora.experiments.session import Session, hash_of, write_jsonl
 from grasp_lora.method.lora import AdapterWeights
@@ -198,9 +198,14 @@ class Bench:
         return self._adapter(f"final {prune_ratio:.2f}", settings, [start], work)
 
     def controlled(
-        self, policy: PolicySettings, probes: str = "micro_dev", dev_free: bool = False
+        self, policy: PolicySettings, probe_on: str | None = None, dev_free: bool = False
     ) -> tuple[float, Adapter]:
-        """The controller run on the merged adapter, probing on a split.
+        """The controller run on the merged adapter.
+
+        Args:
+            policy: of the controller.
+            probe_on: all examples of these splits in each round (see `ControllerStage`); None probes as the recipe does.
+            dev_free: of the merged adapter.
 
         Where a ratio is held the run does not depend on the rule that reads the ratio off its rounds, so policies that differ in
         the rule alone share it.
@@ -210,11 +215,13 @@ class Bench:
         """
         run_by = policy if POLICIES[policy.kind].shared else replace(policy, estimate=PolicySettings().estimate)
         stage = replace(self.recipe.controller, policy=run_by)
+        if probe_on is not None:
+            stage = replace(stage, probe_on=probe_on, probe_examples=None)
         merged = self.merged(dev_free)
         record = self.records.get(
             "controller",
-            self._control_settings(stage, merged, probes),
-            lambda key: self._control(stage, merged, probes, key)[1],
+            self._control_settings(stage, merged),
+            lambda key: self._control(stage, merged, key)[1],
         )
         estimate = ESTIMATE_RULES[policy.estimate](rounds_of(record), policy.ratio_min, policy.ratio_max)
         return estimate.ratio, replace(merged, records=(*merged.records, record))
@@ -222,44 +229,47 @@ class Bench:
     def controlled_adapter(self, policy: PolicySettings) -> tuple[float, Adapter]:
         """The controller run again, for the adapter that a single run finishes; it rests on the rule, which prunes it.
 
+        It compares the losses of all rounds, so that each of them measures the micro-dev set.
+
         Returns:
             The learned ratio, and the adapter of the best round, pruned at it.
         """
-        stage, merged = replace(self.recipe.controller, policy=policy), self.merged()
+        own, merged = self.recipe.controller, self.merged()
+        stage = replace(own, policy=replace(policy, probe_from=0.0), probe_on="micro_dev", probe_examples=None)
         adapter = self._adapter(
             "controller adapter",
-            self._control_settings(stage, merged, "micro_dev"),
+            self._control_settings(stage, merged),
             [merged],
-            lambda key: self._control(stage, merged, "micro_dev", key, keep_best=True),
+            lambda key: self._control(stage, merged, key, keep_best=True),
         )
         return float(adapter.records[-1].result["prune_ratio"]), adapter
 
-    def _control_settings(self, stage: ControllerStage, merged: Adapter, probes: str) -> dict[str, Any]:
+    def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
         return self._settings(
-            data=self._data("train", probes),
+            data=self._data("train", *PROBE_SPLITS[stage.probe_on]),
             revision=REVISIONS["controller"],
             start=merged.key,
             controller=_controller_settings(stage),
             mask=asdict(self.recipe.mask),
             dropout=self.recipe.lora.dropout,
-            probes=probes,
+            probes=stage.probe_on,
         )
 
     def _control(
-        self, stage: ControllerStage, merged: Adapter, probes: str, key: str, *, keep_best: bool = False
+        self, stage: ControllerStage, merged: Adapter, key: str, *, keep_best: bool = False
     ) -> tuple[AdapterWeights, dict[str, Any]]:
         """Run the controller; return what it leaves, and its rounds and its cost."""
         from grasp_lora.training.controller import ROUNDS_FILE  # brings the Trainer, which is slow to import
 
         session = self.session.variant(self.recipe.model_copy(update={"controller": stage}))
-        folder, examples = self._draft(key), getattr(session.splits, probes)
-        learned = session.learn_ratio(_loaded(merged), folder, examples, keep_best=keep_best)
+        folder = self._draft(key)
+        learned = session.learn_ratio(_loaded(merged), folder, keep_best=keep_best)
         rounds = [json.loads(line) for line in (folder / ROUNDS_FILE).read_text(encoding="utf-8").splitlines()]
         shutil.rmtree(folder)
         facts = {
             "rounds": rounds,
             "trained_examples": _trained_examples(learned.steps, stage.training, len(session.splits.train)),
-            "measured_examples": len(examples) * sum(1 + len(set(row["candidates"])) for row in rounds),
+            "measured_examples": sum(len(row["baseline_losses"]) * (1 + len(set(row["candidates"]))) for row in rounds),
         }
         return learned.adapter, facts | ({"prune_ratio": learned.estimate.ratio} if keep_best else {})
 
@@ -548,11 +558,10 @@ def _final_settings(stage: FinalStage) -> dict[str, Any]:
 
 
 def _controller_settings(stage: ControllerStage) -> dict[str, Any]:
-    """What decides a controller run; no patience is left out, as in the records made before there was any."""
+    """What decides a controller run; what it does not make use of is left out, as in records made before that was there."""
     settings = asdict(stage)
-    if stage.patience is None:
-        del settings["patience"]
-    return settings
+    del settings["probe_on"]  # among the settings already
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def _given(adapter: LoadedAdapter) -> Adapter:

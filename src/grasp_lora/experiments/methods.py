@@ -57,16 +57,16 @@ def _run_grid(
 
 def _run_grasp(
     policy: Callable[[Recipe], PolicySettings],
-    probes: str = "micro_dev",
+    probe_on: str | None = None,
     final: Mapping[str, Any] | None = None,
     dev_free: bool = False,
 ) -> Callable[[Bench], Outcome]:
     """GRASP: learn the ratio in one controller run, then one final run."""
 
     def run(bench: Bench) -> Outcome:
-        ratio, merged = bench.controlled(policy(bench.recipe), probes, dev_free)
+        ratio, merged = bench.controlled(policy(bench.recipe), probe_on, dev_free)
         adapter = bench.finetuned(merged, ratio, final, dev_free)
-        return bench.outcome(adapter, ratio, chosen_on=probes)
+        return bench.outcome(adapter, ratio, chosen_on=probe_on or bench.recipe.controller.probe_on)
 
     return run
 
@@ -80,7 +80,7 @@ def _run_single(bench: Bench) -> Outcome:
 
 def _one_shot(bench: Bench) -> Outcome:
     ratio, merged = bench.controlled(bench.recipe.controller.policy)
-    return bench.outcome(bench.pruned(merged, ratio), ratio, chosen_on="micro_dev")
+    return bench.outcome(bench.pruned(merged, ratio), ratio, chosen_on=bench.recipe.controller.probe_on)
 
 
 def _own_policy(recipe: Recipe) -> PolicySettings:
@@ -159,8 +159,8 @@ METHODS: dict[str, Method] = {
     "grid_16": Method("the same grid, 16 examples choose", _run_grid("micro_dev"), 0.3, _needs_dev),
     "grasp": Method("GRASP", _run_grasp(_own_policy), 5),
     "grasp_single": Method("GRASP in a single run", _run_single, 5),
-    "grasp_default": Method("GRASP, preset default", _run_grasp(_preset_policy("default")), 5),
-    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_preset_policy("paper"), final=PAPER_FINAL), 2),
+    "grasp_default": Method("GRASP, preset default", _run_grasp(_preset_policy("default"), "micro_dev"), 5),
+    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_preset_policy("paper"), "micro_dev", PAPER_FINAL), 5),
     "grasp_random": Method("GRASP, random candidates", _run_grasp(_random_policy), 5),
     "grasp_50": Method("GRASP probing the dev set", _run_grasp(_own_policy, "dev"), 10, _needs_dev),
     "one_shot": Method("pruned at the learned ratio, not trained", _one_shot, 0.3),
@@ -170,7 +170,7 @@ METHODS: dict[str, Method] = {
         2,
     ),
     "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12),
-    "grasp_dev_free": Method("GRASP without a dev set", _run_grasp(_own_policy, dev_free=True), 6),
+    "grasp_dev_free": Method("GRASP without a dev set", _run_grasp(_own_policy, "micro_dev", dev_free=True), 6),
     "grid_oracle": Method(
         "grid chosen on the TEST set",
         _run_grid("test"),

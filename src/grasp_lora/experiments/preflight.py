@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grasp_lora.experiments.recipe import Recipe
+from grasp_lora.experiments.recipe import PROBE_SPLITS, Recipe
 from grasp_lora.experiments.session import Session, expected_rounds
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.training.data import Example
@@ -105,12 +105,15 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
     probed = 0
     if recipe.final.prune_ratio is None:
         trained += recipe.controller.training.epochs * sizes["train"]
-        probed = rounds * (1 + recipe.controller.policy.candidates) * sizes["micro_dev"]
+        stage = recipe.controller
+        examples = stage.probe_examples or sum(sizes[split] for split in PROBE_SPLITS[stage.probe_on])
+        probed = rounds * (1 + stage.policy.candidates) * examples
         shared = POLICIES[recipe.controller.policy.kind].shared  # its rounds do not depend on each other
         level = "warning" if rounds < FEW_ROUNDS and not shared else "ok"
         advice = "; raise controller.training.epochs or lower controller.probe_every" if level == "warning" else ""
+        noun = "round" if rounds == 1 else "rounds"
         most = "" if recipe.controller.patience is None else "at most "
-        findings.append(Finding(level, "rounds", f"the controller will run {most}{rounds} rounds{advice}"))
+        findings.append(Finding(level, "rounds", f"the controller will run {most}{rounds} {noun}{advice}"))
     if recipe.final.start == "controller":
         text = (
             "single run: the controller run's own adapter, of its best round and pruned at the learned ratio, is finished "

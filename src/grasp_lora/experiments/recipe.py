@@ -104,6 +104,10 @@ class TargetStage:
             raise ValueError("adapter is empty; give a folder or a hub id, or leave it out to train one")
 
 
+# What a controller may probe: the splits of each choice.
+PROBE_SPLITS = {"micro_dev": ("micro_dev",), "dev": ("dev",), "both": ("micro_dev", "dev")}
+
+
 @dataclass(frozen=True)
 class ControllerStage:
     """The run that learns the ratio.
@@ -111,6 +115,8 @@ class ControllerStage:
     Args:
         policy: settings of the policy, a preset's name, or a preset with changes.
         probe_every: optimizer steps between rounds, >= 1.
+        probe_on: examples that are probed: `micro_dev`, `dev`, or `both`. Dev then chooses the ratio and stops the final run.
+        probe_examples: how many of them a round measures, in turn, so that each round has others; None takes all in each.
         patience: rounds in a row without a lower micro-dev loss at any probed ratio, after which the run stops; None for never.
         training: batch 1, all epochs and no early stopping by default, since the late probes are the informative ones.
     """
@@ -119,6 +125,8 @@ class ControllerStage:
 
     policy: Policy = field(default_factory=PolicySettings)
     probe_every: int = 10
+    probe_on: str = "micro_dev"
+    probe_examples: int | None = None
     patience: int | None = None
     training: TrainingSettings = field(default_factory=lambda: TrainingSettings(patience=None, keep="last"))
 
@@ -127,6 +135,15 @@ class ControllerStage:
             raise ValueError(f"probe_every is {self.probe_every}; it must be at least 1 optimizer step")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}; it must be at least 1 round, or null to train to the end")
+        if self.probe_on not in PROBE_SPLITS:
+            raise ValueError(f"probe_on is {self.probe_on!r}; allowed: {', '.join(PROBE_SPLITS)}")
+        if self.probe_examples is not None and self.probe_examples < 1:
+            raise ValueError(f"probe_examples is {self.probe_examples}; it must be at least 1, or null for all")
+        if self.probe_examples is not None and self.patience is not None:
+            raise ValueError(
+                f"patience {self.patience} compares the losses of rounds, but with probe_examples {self.probe_examples} each "
+                "round measures other examples; remove one of them"
+            )
 
 
 @dataclass(frozen=True)
@@ -198,6 +215,12 @@ class Recipe(BaseModel):
                 raise ValueError(
                     "final.start is 'controller', which holds the controller's mask; "
                     f"remove {'final.mask' if final.mask is not None else 'final.mode'}, or start from 'merged'"
+                )
+            if self.controller.probe_examples is not None:
+                raise ValueError(
+                    "final.start is 'controller', which keeps the adapter of the round with the lowest loss, but with "
+                    f"controller.probe_examples {self.controller.probe_examples} each round measures other examples; "
+                    "remove one of them"
                 )
             if self.controller.policy.probe_from > 0.0:
                 raise ValueError(

@@ -19,7 +19,7 @@ from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.evaluation.bertscore import check_bertscore
 from grasp_lora.evaluation.generation import generate
 from grasp_lora.evaluation.metrics import Metric, MetricScore, metrics_for, resolve_metrics, score
-from grasp_lora.experiments.recipe import Recipe
+from grasp_lora.experiments.recipe import PROBE_SPLITS, Recipe
 from grasp_lora.method.estimation import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masking import MaskSet, MaskSettings, survival
@@ -39,7 +39,7 @@ from grasp_lora.training.adapters import (
 from grasp_lora.training.backbone import EMBEDDED_NAME, Backbone, load_backbone
 from grasp_lora.training.data import SPLITS, Example, Splits, build_splits
 from grasp_lora.training.durable import write_whole
-from grasp_lora.training.probing import ProbeSet, calibrate
+from grasp_lora.training.probing import ProbeSet, ProbesInTurn, calibrate
 from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.sources import resolve_file
 
@@ -229,11 +229,29 @@ class Session:
 
     def _check_rounds(self) -> None:
         stage = self.recipe.controller
+        for split in PROBE_SPLITS[stage.probe_on]:
+            if not getattr(self.splits, split):
+                raise RecipeError(
+                    f"controller.probe_on is {stage.probe_on!r}, but data.target.{split} is 0; "
+                    "give it examples, or probe elsewhere"
+                )
+        there = len(self.probe_pool)
+        if stage.probe_examples is not None and stage.probe_examples > there:
+            raise RecipeError(
+                f"controller.probe_examples is {stage.probe_examples}, but controller.probe_on {stage.probe_on!r} gives {there} "
+                "examples; lower it, or remove it to measure all in each round"
+            )
         if expected_rounds(self.recipe, len(self.splits.train)) < 1:
             raise RecipeError(
                 f"the controller run has {stage.training.steps(len(self.splits.train))} optimizer steps and probes every "
                 f"{stage.probe_every}, so there is no round; raise controller.training.epochs or lower controller.probe_every"
             )
+
+    @property
+    def probe_pool(self) -> list[Example]:
+        """The examples that the controller may probe."""
+        splits = PROBE_SPLITS[self.recipe.controller.probe_on]
+        return [example for split in splits for example in getattr(self.splits, split)]
 
     def read(self, place: str | Path) -> LoadedAdapter:
         """Read an adapter (a folder, relative to the recipe's, or a hub id) and check that it fits the backbone."""
@@ -304,7 +322,6 @@ class Session:
         self,
         merged: AdapterWeights,
         folder: Path,
-        probes: Sequence[Example] | None = None,
         *,
         keep_best: bool = False,
     ) -> LearnedRatio:
@@ -313,7 +330,6 @@ class Session:
         Args:
             merged: the adapter to start from.
             folder: for the records of the rounds.
-            probes: the examples to probe on; None takes the micro-dev split.
             keep_best: give the adapter of the round with the lowest baseline loss, pruned at the learned ratio, for
                 `finetune_pruned` to finish.
 
@@ -326,8 +342,9 @@ class Session:
         self._check_rounds()
         stage = self.recipe.controller
         policy = replace(stage.policy, seed=self.recipe.seed_of(f"policy {stage.policy.seed}"))
+        pool, pad_id, turn = self.probe_pool, self.pad_id, stage.probe_examples
         controller = GraspController(
-            ProbeSet(self.splits.micro_dev if probes is None else probes, self.pad_id),
+            ProbeSet(pool, pad_id) if turn is None else ProbesInTurn(pool, pad_id, turn, policy.seed),
             ControllerSettings(policy, stage.probe_every, stage.patience),
             self.recipe.mask,
             segments_of(merged),

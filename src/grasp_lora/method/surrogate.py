@@ -86,12 +86,14 @@ class Surrogate:
         means = self._losses @ weights.T - self._centre  # [probes, draws]
         around = torch.randn(len(self._root), len(weights), generator=generator, dtype=torch.float64)
         drawn = self._gain @ means + self._root @ around + self._centre
-        return drawn.view(TIMES, RATIOS, -1).amin(0).T
+        lowest: Tensor = drawn.view(TIMES, RATIOS, -1).amin(0).T
+        return lowest
 
     def lowest_mean(self) -> Tensor:
         """The expected loss of each ratio of the grid at its best moment, [ratios]."""
         mean: Tensor = self._gain @ (self._losses.mean(1) - self._centre) + self._centre
-        return mean.view(TIMES, RATIOS).amin(0)
+        lowest: Tensor = mean.view(TIMES, RATIOS).amin(0)
+        return lowest
 
     def lowest(self, seed: int) -> Tensor:
         """Draw the ratio at which the loss gets lowest, [`SAMPLES`], increasing."""

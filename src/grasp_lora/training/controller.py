@@ -34,7 +34,7 @@ from grasp_lora.method.policy import PolicySettings, RatioPolicy, Round, make_po
 from grasp_lora.training.adapters import live_pairs
 from grasp_lora.training.checkpoint import SavedInCheckpoints, State
 from grasp_lora.training.durable import write_whole
-from grasp_lora.training.probing import ProbeSet, calibrate
+from grasp_lora.training.probing import ProbeSet, ProbesInTurn, calibrate
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class GraspController(PrunedTraining):
     """Learn one global prune ratio while an adapter trains.
 
     Args:
-        micro_dev: the examples on which candidates are probed, 16 in the paper.
+        micro_dev: the examples on which candidates are probed, 16 in the paper; or a pool of which rounds take a few in turn.
         settings: policy and spacing of rounds.
         mask: score, scope and granularity.
         segments: module name -> origin of its rank-one components, for scope `factor`.
@@ -199,7 +199,7 @@ class GraspController(PrunedTraining):
 
     def __init__(
         self,
-        micro_dev: ProbeSet,
+        micro_dev: ProbeSet | ProbesInTurn,
         settings: ControllerSettings | None = None,
         mask: MaskSettings | None = None,
         segments: Mapping[str, tuple[Segment, ...]] | None = None,
@@ -209,7 +209,11 @@ class GraspController(PrunedTraining):
     ) -> None:
         self.settings = settings or ControllerSettings()
         self.policy: RatioPolicy = make_policy(self.settings.policy)
-        super().__init__(self.policy.current_ratio, micro_dev, mask, "hold", segments)
+        super().__init__(self.policy.current_ratio, micro_dev.at(0), mask, "hold", segments)
+        if isinstance(micro_dev, ProbesInTurn) and (keep_best or self.settings.patience is not None):
+            raise ValueError(
+                "keep_best and patience compare the losses of rounds, which examples in turn do not allow; leave one of them out"
+            )
         self.micro_dev = micro_dev
         self.folder = folder
         self.keep_best = keep_best
@@ -375,12 +379,13 @@ class GraspController(PrunedTraining):
             ProbeError: a loss is not a finite number.
         """
         masks, policy = self.masks, self.policy
+        probes = self.micro_dev.at(len(policy.history))
         ratio_before = policy.current_ratio
         if self._shared is not None:
             masks.commit(ratio_before, self._shared)  # in place of the mask of the last step's ratio
-            baseline, ranking = self.micro_dev.losses(model), self._shared
+            baseline, ranking = probes.losses(model), self._shared
         else:
-            baseline = calibrate(model, masks, self.micro_dev) or self.micro_dev.losses(model)
+            baseline = calibrate(model, masks, probes) or probes.losses(model)
             ranking = masks.rank()
         if self.keep_best:
             self._keep_if_best(math.fsum(baseline) / len(baseline), ranking)
@@ -392,7 +397,7 @@ class GraspController(PrunedTraining):
                 continue
             try:
                 with masks.probe(candidate, ranking):
-                    measured[candidate] = self.micro_dev.losses(model)
+                    measured[candidate] = probes.losses(model)
             except ProbeError as error:
                 raise ProbeError(f"probe of prune ratio {candidate:.4f}: {error}") from error
         candidate_losses = [measured[candidate] for candidate in candidates]

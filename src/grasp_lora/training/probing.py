@@ -5,6 +5,7 @@ all use it, so their numbers can be compared.
 """
 
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -137,6 +138,10 @@ class ProbeSet:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def at(self, number: int) -> "ProbeSet":
+        """The examples of a controller round: all of them in each; see `ProbesInTurn`."""
+        return self
+
     @torch.no_grad()
     def losses(self, model: torch.nn.Module, collector: "NormCollector | None" = None) -> list[float]:
         """Measure every example's loss in eval mode; the training mode and the random state are as before afterwards.
@@ -191,6 +196,41 @@ class ProbeSet:
                 yield self.batches[start + rank]
             else:
                 yield [], self.batches[0][1]  # nothing left for this rank: run any batch and count none of it
+
+
+class ProbesInTurn:
+    """A pool of examples of which each controller round measures a few, in turn.
+
+    A round compares ratios on its own examples, so that rounds need not share any: many have their say at the cost of few.
+    Levels of different rounds cannot be compared, only differences within one.
+
+    Args:
+        examples: the pool.
+        pad_id: token id for padding.
+        count: examples of a round, between 1 and the size of the pool.
+        seed: of the order in which they take turns.
+        token_budget: as of `ProbeSet`.
+
+    Raises:
+        DataError: there are fewer examples than a round measures.
+    """
+
+    def __init__(
+        self, examples: Sequence[Encoded], pad_id: int, count: int, seed: int, token_budget: int = 4096
+    ) -> None:
+        if not 1 <= count <= len(examples):
+            raise DataError(
+                f"each round is to measure {count} examples, but there are {len(examples)} to take turns; ask for 1 to that many"
+            )
+        self._examples = list(examples)
+        random.Random(f"{seed}/turns").shuffle(self._examples)
+        self._pad_id, self._token_budget, self.count = pad_id, token_budget, count
+
+    def at(self, number: int) -> ProbeSet:
+        """The examples of a round, numbered from 0."""
+        pool = self._examples
+        chosen = [pool[(number * self.count + place) % len(pool)] for place in range(self.count)]
+        return ProbeSet(chosen, self._pad_id, self._token_budget)
 
 
 class NormCollector:
