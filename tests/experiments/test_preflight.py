@@ -74,8 +74,8 @@ def test_what_a_controller_cannot_probe_is_an_error_before_the_run(check: Check)
 
 def test_few_late_rounds_are_as_planned(check: Check) -> None:
     found = check("controller.policy=late", "controller.probe_on=both", "controller.probe_examples=5")
-    assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run 1 round")
-    assert found["cost"].text.endswith("and 45 probed examples")  # the baseline and 8 candidates on 5 examples
+    assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run 3 rounds")
+    assert found["cost"].text.endswith("and 60 probed examples")  # the baseline and 3 candidates on 5 examples
 
 
 def test_data_files_are_looked_for_before_the_backbone_is_loaded(check: Check) -> None:

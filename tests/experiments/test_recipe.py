@@ -168,7 +168,7 @@ class TestOverrides:
         ),
         (
             SMALL + "final: {start: controller}\ncontroller: {policy: late}",
-            r"the policy's probe_from 1\.0 leaves rounds to the end of the run",
+            r"the policy's probe_from 0\.5 leaves rounds to the end of the run",
         ),
         (SMALL + "controller: {probe_on: test}", r"controller: probe_on is 'test'; allowed: micro_dev, dev, both"),
         (SMALL + "controller: {probe_examples: 0}", r"controller: probe_examples is 0; it must be at least 1"),

@@ -14,7 +14,8 @@ import yaml
 
 from grasp_lora.display import listed, quoted
 from grasp_lora.errors import AdapterError, DataError, RecipeError
-from grasp_lora.experiments.recipe import ControllerStage, validate
+from grasp_lora.experiments.recipe import validate
+from grasp_lora.method.policy import preset
 from grasp_lora.training.adapters import CONFIG_FILE
 from grasp_lora.training.prompts import TASKS
 from grasp_lora.training.readers import XLSUM_COLUMNS, Pool, Record, read_content, read_files
@@ -29,7 +30,8 @@ FEWEST_SOURCE = 20
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
 ORDERS = 20  # random orders of the groups in which the split sizes must fit
 EPOCHS = 5  # of the controller run, as the template has it
-ROUNDS = 20  # wanted in it
+MOST_PROBED = 16  # examples in a round
+ROUNDS = 3  # wanted in its second half
 
 # Column names, in lower case, that are understood for each field of a task.
 COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -284,7 +286,9 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
     records, splits = len(target.pool.records), sizes.splits
     spare = records - sum(splits.values())
     steps = EPOCHS * splits["train"]
-    probe_every = max(1, min(ControllerStage().probe_every, steps // ROUNDS))
+    probe_every = math.ceil(steps / (2 * (ROUNDS - 1)))
+    policy = preset("late")
+    pool = splits["micro_dev"] + splits["dev"]
     source_dev = min(sizes.source // 10, MOST_SOURCE // 10)
     return environment.get_template("recipe.yaml.j2").render(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or f"{target.task}-{facts['language']}",
@@ -303,7 +307,8 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
         source_left=sizes.source - source_dev,
         several_turns=any(len(record.messages) > 2 for record in target.pool.records),
         probe_every=probe_every,
-        rounds=steps // probe_every,
+        probe_examples=max(1, min(MOST_PROBED, pool // ROUNDS)),
+        rounds=sum(policy.round_follows(step, steps, probe_every) for step in range(steps + 1)),
         answer_tokens=_answer_tokens(target.pool),
         **facts,
     )

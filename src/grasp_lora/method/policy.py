@@ -133,8 +133,8 @@ def preset(name: str, **changes: Any) -> PolicySettings:
 
     Presets: `default` (the paper's update, ratio from a smooth fit), `paper` (ratio from the best reward),
     `random` (the control without learning), `adaptive` (a Gaussian that narrows), `shared` (all ratios train together, lowest
-    fitted loss), `surrogate` (the same with probes and ratio from a Gaussian process) and `late` (all ratios train together, one
-    round of many candidates after the last step).
+    fitted loss), `surrogate` (the same with probes and ratio from a Gaussian process) and `late` (all ratios train together,
+    probes in the second half of the run only, ratio from a smooth fit).
 
     Raises:
         ValueError: there is no such preset, or a change is out of range.
@@ -528,7 +528,7 @@ PRESETS: dict[str, PolicySettings] = {
     "adaptive": PolicySettings(kind="adaptive", estimate="surrogate"),
     "shared": PolicySettings(kind="shared", estimate="lowest_loss"),
     "surrogate": PolicySettings(kind="surrogate", estimate="surrogate"),
-    "late": PolicySettings(kind="shared", candidates=8, probe_from=1.0, estimate="lowest_loss"),
+    "late": PolicySettings(kind="shared", probe_from=0.5),
 }
 
 
