@@ -142,6 +142,7 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "given": given,
         "start": _start(record),
         "shared": _shares(record),
+        "in_turn": inner(record.recipe, "controller").get("probe_examples") is not None,
         "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
         "confidence": percent(learned.confidence) if learned else None,
         "interval_note": _interval_note(record),
