@@ -446,6 +446,16 @@ def test_every_rule_is_explained(run_folder: Path, rule: str) -> None:
     assert f"by the rule <code>{rule}" not in page
 
 
+def test_it_says_which_examples_were_probed(run_folder: Path) -> None:
+    assert "measured the loss on the micro-dev set." in write_report(run_folder).read_text(encoding="utf-8")
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["controller"] = recipe.get("controller", {}) | {"probe_on": "both", "probe_examples": 3}
+    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    page = write_report(run_folder).read_text(encoding="utf-8")
+    assert "on the micro-dev and the dev set, other examples in each round." in page
+    assert "cannot be compared with each other" in page
+
+
 @pytest.mark.parametrize(("high", "wide"), [(0.55, False), (0.79, True)])
 def test_a_wide_interval_is_called_wide(run_folder: Path, high: float, wide: bool) -> None:
     change(run_folder / "controller" / "ratio.json", lambda ratio: ratio.update(low=0.4, high=high))

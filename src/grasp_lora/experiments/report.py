@@ -142,7 +142,8 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "given": given,
         "start": _start(record),
         "shared": _shares(record),
-        "in_turn": inner(record.recipe, "controller").get("probe_examples") is not None,
+        "in_turn": _in_turn(record),
+        "probed_on": _probed_on(record),
         "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
         "confidence": percent(learned.confidence) if learned else None,
         "interval_note": _interval_note(record),
@@ -201,6 +202,18 @@ def _shares(record: RunRecord) -> bool:
     """Whether the controller held no ratio, but trained each step at one of its own."""
     kind = inner(record.recipe, "controller", "policy").get("kind")
     return kind in POLICIES and POLICIES[kind].shared
+
+
+def _in_turn(record: RunRecord) -> bool:
+    """Whether each round measured other examples."""
+    return inner(record.recipe, "controller").get("probe_examples") is not None
+
+
+def _probed_on(record: RunRecord) -> str:
+    """Which examples the rounds measured, as the end of a sentence."""
+    splits = {"dev": "dev set", "both": "micro-dev and the dev set"}
+    found = splits.get(str(inner(record.recipe, "controller").get("probe_on")), "micro-dev set")
+    return f"on the {found}, other examples in each round" if _in_turn(record) else f"on the {found}"
 
 
 def _headline(record: RunRecord) -> str:
