@@ -202,8 +202,8 @@ class ProbesInTurn:
     """A pool of examples of which each controller round measures a few, in turn.
 
     A round compares ratios on its own examples, so that rounds need not share any: many have their say at the cost of few.
-    Levels of different rounds cannot be compared, only differences within one. Rules that resample examples resample places in the
-    round: a place stands for other examples in each round, and all of them are drawn or left out together.
+    Levels of different rounds cannot be compared, only differences within one. Rules that resample examples resample places in
+    the round: a place stands for other examples in each round, and all of them are drawn or left out together.
 
     Args:
         examples: the pool.
