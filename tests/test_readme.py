@@ -46,7 +46,8 @@ def test_the_python_example_runs_and_is_short(
     names = {"BACKBONE": str(tiny_backbone_folder), "train": Dataset.from_list(rows), "micro_dev": rows[:4]}
     exec(compile(code, "README.md", "exec"), names)
     assert "RatioEstimate(ratio=" in capsys.readouterr().out
-    assert len(Path("controller/rounds.jsonl").read_text(encoding="utf-8").splitlines()) == 2  # in the second half of 40 steps
+    rounds = Path("controller/rounds.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(rounds) == 2  # in the second half of 40 steps
 
 
 def test_the_recipe_that_it_shows_is_the_one_that_comes_along(tmp_path: Path) -> None:
