@@ -1,6 +1,6 @@
 """What everything around the method costs: one table of ratios, all measured in one run.
 
-    python benchmarks/speed.py mlqa-ar --set data.root=FOLDER --policy shared --output speed.json
+    python benchmarks/speed.py mlqa-ar --set data.root=FOLDER --policy paper@10 --output speed.json
     python benchmarks/speed.py demo-ar --only step,probe --profile
     python benchmarks/speed.py demo-ar --only compile
 
@@ -23,9 +23,9 @@ from speed_figures import Row, child, clock_of, peak_megabytes, profile, row, sh
 from speed_lab import RATIO, Lab, length, taken
 
 from grasp_lora.experiments.baselines import GRID
-from grasp_lora.experiments.recipe import Recipe, load_recipe
+from grasp_lora.experiments.recipe import ControllerStage, Recipe, load_recipe
 from grasp_lora.method.masking import MaskSet
-from grasp_lora.method.policy import PRESETS, preset
+from grasp_lora.method.policy import preset
 from grasp_lora.training.adapters import live_pairs, segments_of
 from grasp_lora.training.data import Example
 from grasp_lora.training.probing import ProbeSet, calibrate, collate, example_losses, takes_label_positions
@@ -110,27 +110,31 @@ def end_to_end(lab: Lab) -> list[Row]:
     """The grid, or as many trials of Optuna, over controller and final run."""
     final, trials, rows = lab.parts.whole_final(), len(GRID), []
     grid = [trials * seconds for seconds in final]
-    for name in lab.policies:
+    rivals = f"grid of {trials}, or Optuna at {trials} trials"
+    for name in lab.stages:
         ours = [one + other for one, other in zip(lab.parts.whole_controller(name), final, strict=True)]
-        what = f"grid of {trials}, or Optuna at {trials} trials / controller run ({name}) + final run"
+        what = f"{rivals} / controller run ({name}) + final run"
         note = f"in units of work {lab.parts.work_ratio(name):.2f}"
         rows.append(row("end to end", what, grid, ours, computed=True, note=note))
+    note = f"in units of work {lab.parts.single_work_ratio(len(lab.session.splits.micro_dev)):.2f}"
+    rows.append(row("end to end", f"{rivals} / single run", grid, lab.parts.whole_single(), computed=True, note=note))
     return rows
 
 
 def growth(lab: Lab) -> list[Row]:
     """What a round costs beside the recipe's own round when one thing differs."""
-    policy, splits, rank = lab.recipe.controller.policy, lab.session.splits, lab.recipe.lora.rank
-    micro_dev = splits.micro_dev
+    stage, splits, rank = lab.recipe.controller, lab.session.splits, lab.recipe.lora.rank
+    policy, micro_dev = stage.policy, splits.micro_dev
     pool = sorted((*splits.train, *splits.dev, *micro_dev), key=length)
     third = max(1, len(pool) // 3)
     thirds = {"shortest third": pool[:third], "longest third": pool[-third:]}
 
     def a_round(**changed: Any) -> Callable[[], float]:
-        how = {"policy": policy, "probes": micro_dev} | changed
+        how = {"probes": micro_dev} | changed
+        rounds = replace(stage, probe_every=1, policy=how.pop("policy", policy))
 
         def work() -> float:
-            run = lab.controlled(pool[:1], probe_every=1, **how)  # the cheapest training that has a round
+            run = lab.controlled(pool[:1], rounds, **how)  # the cheapest training that has a round
             return run.round_seconds / run.rounds
 
         return work
@@ -182,7 +186,7 @@ def memory_of(lab: Lab, kind: str) -> dict[str, float]:
     train = taken(longest, training.batch_size * training.accumulation * MEMORY_STEPS)
     loaded = peak_megabytes()
     if kind == "controller":
-        lab.controlled(train, stage.policy, MEMORY_STEPS, splits.micro_dev)
+        lab.controlled(train, replace(stage, probe_every=MEMORY_STEPS))
     else:
         callbacks = [lab.pruning()] if kind == "final" else []
         lab.trained(train, training, dev=() if kind == "plain" else splits.dev, callbacks=callbacks)
@@ -283,7 +287,11 @@ def main(given: Sequence[str] | None = None) -> None:
         "--only", default=",".join(DEFAULT), help=f"any of {', '.join(MEASURES)}; not compile by default"
     )
     parser.add_argument(
-        "--policy", action="append", default=[], choices=sorted(PRESETS), help="beside the recipe's own"
+        "--policy",
+        action="append",
+        default=[],
+        metavar="PRESET[@STEPS]",
+        help="a controller beside the recipe's own that probes the micro-dev set, every so many steps",
     )
     parser.add_argument("--pairs", type=int, default=5, help="turns of each measurement")
     parser.add_argument("--examples", type=int, default=24, help="training examples in a timed epoch")
@@ -298,14 +306,32 @@ def main(given: Sequence[str] | None = None) -> None:
         parser.error(f"--pairs is {options.pairs} and --examples {options.examples}; both must be at least 1")
     recipe, base = load_recipe(options.recipe, options.overrides)
     arguments = [options.recipe, *(part for override in options.overrides for part in ("--set", override))]
-    policies = {"the recipe's": recipe.controller.policy} | {name: preset(name) for name in options.policy}
-    lab = Lab(recipe, base, arguments, options.examples, options.pairs, policies)
+    try:
+        stages = {"the recipe's": recipe.controller} | {text: stage_of(recipe, text) for text in options.policy}
+    except ValueError as error:
+        parser.error(str(error))
+    lab = Lab(recipe, base, arguments, options.examples, options.pairs, stages)
     if options.memory_of:
         sys.stdout.write(json.dumps(memory_of(lab, options.memory_of)) + "\n")
         return
     content = measure(lab, [name for name in MEASURES if name in names], profiled=options.profile)
     if options.output:
         options.output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def stage_of(recipe: Recipe, text: str) -> ControllerStage:
+    """Read `PRESET` or `PRESET@STEPS`: the recipe's controller run with that policy, probing the micro-dev set.
+
+    Raises:
+        ValueError: there is no such preset, or the steps are no number above 0.
+    """
+    name, _, steps = text.partition("@")
+    own = replace(recipe.controller, policy=preset(name), probe_on="micro_dev", probe_examples=None)
+    if not steps:
+        return own
+    if not steps.isdecimal():
+        raise ValueError(f"--policy {text}: {steps!r} is no number of steps; write PRESET or PRESET@STEPS")
+    return replace(own, probe_every=int(steps))
 
 
 def measure(lab: Lab, names: Sequence[str], *, profiled: bool = False) -> dict[str, Any]:

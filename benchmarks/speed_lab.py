@@ -13,17 +13,18 @@ import torch
 from speed_figures import clock_of, take_turns
 
 from grasp_lora.experiments.baselines import GRID
-from grasp_lora.experiments.recipe import Recipe
+from grasp_lora.experiments.methods import single_run
+from grasp_lora.experiments.recipe import PROBE_SPLITS, ControllerStage, FinalStage, Recipe
 from grasp_lora.experiments.session import CALIBRATION_EXAMPLES, Session, expected_rounds
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.policy import PolicySettings
 from grasp_lora.training.adapters import adapter_weights, attached, fresh_adapter, segments_of
 from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
 from grasp_lora.training.data import Example
 from grasp_lora.training.finetune import finetune
-from grasp_lora.training.probing import ProbeSet
+from grasp_lora.training.probing import ProbeSet, ProbesInTurn
 from grasp_lora.training.settings import TRAINED_AS_MEASURED, TrainingSettings
 
+SINGLE = "single"
 RATIO = 0.4  # of probes and final runs; costs do not depend on it
 
 
@@ -60,24 +61,27 @@ class Parts:
 
     Args:
         recipe: the run.
-        train, dev, micro_dev: examples of its splits.
-        policies: of the controller runs, by name.
+        train, dev: examples of its splits.
+        stages: the controller runs, by name.
+        probed: examples of a round of each of them.
         timed: training examples of each training that was timed.
         plain, final: a training without pruning, and one with the mask held at a fixed ratio.
         per_dev: measuring one dev example; zeros without a dev split.
-        controlled: the controller runs, by the policy's name.
+        controlled: the timed controller runs, by name.
+        single: those of a single run.
     """
 
     recipe: Recipe
     train: int
     dev: int
-    micro_dev: int
-    policies: Mapping[str, PolicySettings]
+    stages: Mapping[str, ControllerStage]
+    probed: Mapping[str, int]
     timed: int
     plain: list[float]
     final: list[float]
     per_dev: list[float]
     controlled: Mapping[str, list[ControllerRun]]
+    single: list[ControllerRun]
 
     def whole_training(self) -> list[float]:
         """The controller's training without a controller."""
@@ -86,40 +90,59 @@ class Parts:
 
     def whole_controller(self, name: str) -> list[float]:
         """The controller run: its training as it is between rounds, and all rounds."""
-        trained, rounds = self._trained(self.recipe.controller.training), self._rounds(name)
-        return [
-            trained * (run.seconds - run.round_seconds) / self.timed + rounds * run.round_seconds / run.rounds
-            for run in self.controlled[name]
-        ]
+        return [self._whole(self.stages[name], run) for run in self.controlled[name]]
 
     def whole_final(self) -> list[float]:
         """The final run with its dev evaluations."""
-        trained = self._trained(self.recipe.final.training)
-        evaluations = self.dev_evaluations()
-        return [trained * one / self.timed + other for one, other in zip(self.final, evaluations, strict=True)]
+        return self._finals(self.recipe.final)
 
-    def dev_evaluations(self) -> list[float]:
+    def whole_single(self) -> list[float]:
+        """A single run: its shorter controller run, and the rest of a final run with its dev evaluations."""
+        learn, finish = single_run(self.recipe)
+        return [self._whole(learn, run) + rest for run, rest in zip(self.single, self._finals(finish), strict=True)]
+
+    def dev_evaluations(self, stage: FinalStage | None = None) -> list[float]:
         """The dev evaluations of the final run: before the first step, when they are due, and after the last step."""
-        return [self._measured() * seconds for seconds in self.per_dev]
+        return [self._measured(stage or self.recipe.final) * seconds for seconds in self.per_dev]
 
     def work_ratio(self, name: str) -> float:
         """The grid over controller and final run in forward passes of one example, a training example counted as two."""
-        stage, final = self.recipe.controller, self.recipe.final
-        probed = self._rounds(name) * (self.policies[name].candidates + 1) * self.micro_dev
-        controller_run = TRAINED_AS_MEASURED * self._trained(stage.training) + probed
-        final_run = TRAINED_AS_MEASURED * self._trained(final.training) + self._measured()
-        return len(GRID) * final_run / (controller_run + final_run)
+        return self._grid_work() / (
+            self._work(self.stages[name], self.probed[name]) + self._final_work(self.recipe.final)
+        )
+
+    def single_work_ratio(self, micro_dev: int) -> float:
+        """The same over a single run, which probes so many micro-dev examples."""
+        learn, finish = single_run(self.recipe)
+        return self._grid_work() / (self._work(learn, micro_dev) + self._final_work(finish))
+
+    def _grid_work(self) -> float:
+        return len(GRID) * self._final_work(self.recipe.final)
+
+    def _work(self, stage: ControllerStage, probed: int) -> float:
+        probes = self._rounds(stage) * (stage.policy.candidates + 1) * probed
+        return TRAINED_AS_MEASURED * self._trained(stage.training) + probes
+
+    def _final_work(self, stage: FinalStage) -> float:
+        return TRAINED_AS_MEASURED * self._trained(stage.training) + self._measured(stage)
+
+    def _whole(self, stage: ControllerStage, run: ControllerRun) -> float:
+        between = (run.seconds - run.round_seconds) / self.timed
+        return self._trained(stage.training) * between + self._rounds(stage) * run.round_seconds / run.rounds
+
+    def _finals(self, stage: FinalStage) -> list[float]:
+        trained, evaluations = self._trained(stage.training), self.dev_evaluations(stage)
+        return [trained * one / self.timed + other for one, other in zip(self.final, evaluations, strict=True)]
 
     def _trained(self, training: TrainingSettings) -> float:
         return training.epochs * self.train
 
-    def _measured(self) -> int:
-        training = self.recipe.final.training
+    def _measured(self, stage: FinalStage) -> int:
+        training = stage.training
         every = max(1, round(training.evaluate_every * training.steps_per_epoch(self.train)))
         return (1 + math.ceil(training.steps(self.train) / every)) * self.dev
 
-    def _rounds(self, name: str) -> int:
-        stage = replace(self.recipe.controller, policy=self.policies[name])
+    def _rounds(self, stage: ControllerStage) -> int:
         return expected_rounds(self.recipe.model_copy(update={"controller": stage}), self.train)
 
 
@@ -130,9 +153,9 @@ class Lab:
     Args:
         recipe, base: of `load_recipe`.
         arguments: of the command line, from which a child process loads the same recipe.
-        examples: training examples of a timed epoch; controller runs take whole rounds.
+        examples: training examples of a timed epoch, as many as fill whole steps.
         pairs: turns of every measurement.
-        policies: by name, those of the controller runs.
+        stages: by name, the controller runs.
         now: reads the time in seconds; None takes the clock that fits the device.
         notes: what could not be measured, and why.
     """
@@ -142,7 +165,7 @@ class Lab:
     arguments: Sequence[str]
     examples: int
     pairs: int
-    policies: Mapping[str, PolicySettings]
+    stages: Mapping[str, ControllerStage]
     now: Callable[[], float] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -170,31 +193,38 @@ class Lab:
 
     @cached_property
     def parts(self) -> Parts:
-        """The parts of a run, timed in turn, controller runs over as many whole rounds as the examples fill."""
-        splits, stage, final = self.session.splits, self.recipe.controller, self.recipe.final.training
-        a_round = stage.probe_every * stage.training.batch_size * stage.training.accumulation
-        train = taken(splits.train, a_round * max(1, round(self.examples / a_round)))
+        """The parts of a run, timed in turn; rounds that are too far apart for the timed epoch come at its end."""
+        splits, training, final = self.session.splits, self.recipe.controller.training, self.recipe.final.training
+        a_step = training.batch_size * training.accumulation
+        steps = max(1, self.examples // a_step)
+        train = taken(splits.train, steps * a_step)
         works: dict[str, Callable[[], Any]] = {
-            "plain": lambda: self.trained(train, stage.training),
+            "plain": lambda: self.trained(train, training),
             "final": lambda: self.trained(train, final, callbacks=[self.pruning()]),
         }
         if dev := splits.dev[: self.examples]:
             works["dev"] = lambda: self.measured(dev) / len(dev)
-        for name, policy in self.policies.items():
-            works[f"policy {name}"] = partial(self.controlled, train, policy, stage.probe_every, splits.micro_dev)
+        for name, stage in (*self.stages.items(), (SINGLE, single_run(self.recipe)[0])):
+            timed = replace(stage, probe_every=min(stage.probe_every, steps))
+            works[f"run {name}"] = partial(self.controlled, train, timed)
         times = take_turns(works, self.pairs)
         return Parts(
             self.recipe,
             len(splits.train),
             len(splits.dev),
-            len(splits.micro_dev),
-            self.policies,
+            self.stages,
+            {name: stage.probe_examples or len(self.pool(stage)) for name, stage in self.stages.items()},
             len(train),
             times["plain"],
             times["final"],
             times.get("dev", [0.0] * self.pairs),
-            {name: times[f"policy {name}"] for name in self.policies},
+            {name: times[f"run {name}"] for name in self.stages},
+            times[f"run {SINGLE}"],
         )
+
+    def pool(self, stage: ControllerStage) -> list[Example]:
+        """The examples that a controller run may probe."""
+        return [example for split in PROBE_SPLITS[stage.probe_on] for example in getattr(self.session.splits, split)]
 
     def adapter(self, rank: int, count: int) -> AdapterWeights:
         """Merge so many random adapters of a rank by the recipe's rule, with the rule's own weights."""
@@ -257,22 +287,33 @@ class Lab:
     def controlled(
         self,
         train: Sequence[Example],
-        policy: PolicySettings,
-        probe_every: int,
-        probes: Sequence[Example],
+        stage: ControllerStage,
+        probes: Sequence[Example] | None = None,
         weights: AdapterWeights | None = None,
     ) -> ControllerRun:
-        """Time a controller run of one epoch on the merged adapter, or another one."""
+        """Time a controller run of one epoch.
+
+        Args:
+            train: the examples of the epoch.
+            stage: how it probes.
+            probes: probe all of these in each round instead.
+            weights: of another adapter than the merged one.
+        """
         weights = self.merged if weights is None else weights
+        pad_id = self.session.pad_id
+        if probes is None and stage.probe_examples is not None:
+            measured: ProbeSet | ProbesInTurn = ProbesInTurn(self.pool(stage), pad_id, stage.probe_examples, 0)
+        else:
+            measured = ProbeSet(self.pool(stage) if probes is None else probes, pad_id)
         controller = TimedController(
-            ProbeSet(probes, self.session.pad_id),
-            ControllerSettings(policy, probe_every),
+            measured,
+            ControllerSettings(stage.policy, stage.probe_every),
             self.recipe.mask,
             segments_of(weights),
         )
         controller.now = self.now or clock_of(self.device)[1]
         with self.on(weights) as model:
-            seconds = self.epoch(model, train, self.recipe.controller.training, controller=controller)
+            seconds = self.epoch(model, train, stage.training, controller=controller)
         return ControllerRun(seconds, controller.seconds, controller.rounds)
 
     def measured(self, examples: Sequence[Example]) -> float:

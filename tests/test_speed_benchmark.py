@@ -37,8 +37,8 @@ def lab(tiny_workspace: Path) -> Iterator[speed_lab.Lab]:
         nonlocal passed
         passed += len(named["input_ids"])
 
-    policies = {"paper": preset("paper"), "shared": preset("shared")}
-    lab = speed_lab.Lab(recipe, base, ["tiny.yaml"], examples=6, pairs=1, policies=policies, now=lambda: passed)
+    stages = {name: speed.stage_of(recipe, name) for name in ("paper", "shared")}
+    lab = speed_lab.Lab(recipe, base, ["tiny.yaml"], examples=6, pairs=1, stages=stages, now=lambda: passed)
     handle = lab.session.backbone.model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
     yield lab
     handle.remove()
@@ -135,13 +135,26 @@ class TestMeasures:
             assert found[f"controller run ({name}) / training with dev, all epochs"] == pytest.approx(with_dev)
 
     def test_end_to_end_is_computed_from_the_same_parts(self, lab: speed_lab.Lab) -> None:
-        [paper, _] = rows = speed.end_to_end(lab)
+        [paper, _, single] = rows = speed.end_to_end(lab)
         assert all(one.computed for one in rows)
         final, controller = 10 + 2 * 6, 10 + 3 * A_ROUND
         assert paper.name == "grid of 8, or Optuna at 8 trials / controller run (paper) + final run"
         assert paper.ratio == pytest.approx(8 * final / (controller + final))
         work = 8 * (final + 10) / (controller + 10 + final + 10)  # a training example counts as two
         assert paper.note == f"in units of work {work:.2f}"
+        learn, finish = 6 + 2 * A_ROUND, 4 + 2 * 6  # of ten examples, and the dev set before and after
+        assert single.ratio == pytest.approx(8 * final / (learn + finish))
+        assert single.note == f"in units of work {8 * (final + 10) / (learn + 6 + finish + 4):.2f}"
+
+    def test_examples_in_turn_are_timed_and_counted_as_such(self, lab: speed_lab.Lab) -> None:
+        turn = replace(preset_stage := lab.stages["shared"], probe_on="both", probe_examples=3)
+        lab.stages = {"all": preset_stage, "in turn": turn, "rare": replace(turn, probe_every=100)}
+        assert lab.parts.probed == {"all": MICRO_DEV, "in turn": 3, "rare": 3}
+        seconds = {
+            name: [run.round_seconds / run.rounds for run in runs] for name, runs in lab.parts.controlled.items()
+        }
+        assert seconds == {"all": [A_ROUND], "in turn": [(CANDIDATES + 1) * 3], "rare": [(CANDIDATES + 1) * 3]}
+        assert lab.parts.whole_controller("rare") == [10 + (CANDIDATES + 1) * 3]  # the round before the first step
 
     def test_whole_runs_follow_the_recipe(self, lab: speed_lab.Lab) -> None:
         final = replace(lab.recipe.final.training, epochs=3, evaluate_every=0.5)
@@ -237,12 +250,26 @@ class TestCommand:
     ) -> None:
         speed.main(["tiny.yaml", "--only", "end", "--policy", "random", "--pairs", "1", "--examples", "3"])
         lines = capsys.readouterr().out.splitlines()
-        assert [name in line for name, line in zip(("the recipe's", "random"), lines[2:], strict=True)] == [True, True]
+        names = ("the recipe's", "random", "single run")
+        assert [name in line for name, line in zip(names, lines[2:], strict=True)] == [True, True, True]
+
+    def test_a_policy_may_name_its_spacing(self) -> None:
+        recipe, _ = load_recipe("demo-ar")
+        stage = speed.stage_of(recipe, "paper@10")
+        assert (stage.policy, stage.probe_every) == (preset("paper"), 10)
+        assert (stage.probe_on, stage.probe_examples) == ("micro_dev", None)
+        assert speed.stage_of(recipe, "paper").probe_every == recipe.controller.probe_every
 
     @pytest.mark.parametrize(
         ("options", "message"),
-        [(["--only", "step,nothing"], "--only names nothing; allowed: start"), (["--pairs", "0"], "at least 1")],
+        [
+            (["--only", "step,nothing"], "--only names nothing; allowed: start"),
+            (["--pairs", "0"], "at least 1"),
+            (["--policy", "paper@often"], "'often' is no number of steps"),
+            (["--policy", "quick"], "there is no policy preset 'quick'"),
+        ],
     )
+    @pytest.mark.usefixtures("tiny_workspace")
     def test_a_mistake_is_one_line(self, options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit, match="2"):
             speed.main(["tiny.yaml", *options])

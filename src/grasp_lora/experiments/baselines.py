@@ -226,16 +226,13 @@ class Bench:
         estimate = ESTIMATE_RULES[policy.estimate](rounds_of(record), policy.ratio_min, policy.ratio_max)
         return estimate.ratio, replace(merged, records=(*merged.records, record))
 
-    def controlled_adapter(self, policy: PolicySettings) -> tuple[float, Adapter]:
-        """The controller run again, for the adapter that a single run finishes; it rests on the rule, which prunes it.
-
-        It compares the losses of all rounds, so that each of them measures the micro-dev set.
+    def controlled_adapter(self, stage: ControllerStage) -> tuple[float, Adapter]:
+        """A controller run for the adapter that a single run finishes; it rests on the rule, which prunes it.
 
         Returns:
             The learned ratio, and the adapter of the best round, pruned at it.
         """
-        own, merged = self.recipe.controller, self.merged()
-        stage = replace(own, policy=replace(policy, probe_from=0.0), probe_on="micro_dev", probe_examples=None)
+        merged = self.merged()
         adapter = self._adapter(
             "controller adapter",
             self._control_settings(stage, merged),

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grasp_lora.experiments.baselines import Bench, Outcome
-from grasp_lora.experiments.recipe import Recipe
+from grasp_lora.experiments.recipe import ControllerStage, FinalStage, Recipe
 from grasp_lora.experiments.session import Session, mean
 from grasp_lora.method.masking import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES
 from grasp_lora.method.policy import PRESETS, PolicySettings
+
+SINGLE_SHARE = 0.6  # of the epochs of a final run, in which a single run learns its ratio
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,37 @@ def _run_grasp(
     return run
 
 
+def single_run(recipe: Recipe) -> tuple[ControllerStage, FinalStage]:
+    """The two stages of GRASP in a single run, together as many epochs as a final run has.
+
+    The controller run compares the losses of all its rounds to keep the best adapter, so that each round measures the micro-dev
+    set, from the first step on.
+    """
+    own, final = recipe.controller, recipe.final
+    epochs = final.training.epochs
+    learn = replace(
+        own,
+        policy=replace(own.policy, probe_from=0.0),
+        probe_on="micro_dev",
+        probe_examples=None,
+        training=replace(own.training, epochs=SINGLE_SHARE * epochs),
+    )
+    finish = replace(
+        final,
+        start="controller",
+        mode="hold",
+        mask=None,
+        prune_ratio=None,
+        training=replace(final.training, epochs=epochs - learn.training.epochs),
+    )
+    return learn, finish
+
+
 def _run_single(bench: Bench) -> Outcome:
     """GRASP in a single run: the controller run's own adapter, pruned at the learned ratio and finished."""
-    ratio, adapter = bench.controlled_adapter(bench.recipe.controller.policy)
-    finished = bench.finetuned(adapter, ratio, {"start": "controller", "mode": "hold", "mask": None})
-    return bench.outcome(finished, ratio, chosen_on="micro_dev")
+    learn, finish = single_run(bench.recipe)
+    ratio, adapter = bench.controlled_adapter(learn)
+    return bench.outcome(bench.finetuned(adapter, ratio, vars(finish)), ratio, chosen_on="micro_dev")
 
 
 def _one_shot(bench: Bench) -> Outcome:
