@@ -12,17 +12,33 @@ docs/controllers.md.
 import argparse
 import json
 import math
-import random
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
+from controllers_rivals import (
+    BUDGETS,
+    FIXED,
+    GRID,
+    RUNGS,
+    Choice,
+    Setting,
+    best_of,
+    brent_trials,
+    cma_trials,
+    drawn_examples,
+    fixed,
+    grid,
+    halving,
+    total,
+    tpe_trials,
+)
 
 from grasp_lora.errors import GraspError
 from grasp_lora.experiments.landscape import Cost, Floats, Landscape
@@ -30,26 +46,18 @@ from grasp_lora.experiments.smoothing import smooth
 from grasp_lora.method.estimation import RatioEstimate
 from grasp_lora.method.policy import POLICIES, PRESETS, PolicySettings, Round, make_policy, preset
 
-GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
-FIXED = 0.4
 POOLS = ("micro_dev", "dev", "both")
-BUDGETS = (2, 3, 4, 8)  # final runs of a rival
-RUNGS = (2, 3, 4)  # of successive halving, at the cost of 3, 4 and 5 final runs
-STARTUP = 2  # random trials of TPE; with Optuna's default of 10 all of so few would be random
 RESAMPLES = 2000
 FRACTIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # of training, for signals
 MEASURES = (("dev", "smooth"), ("dev", "recorded"), ("test", "smooth"), ("test", "recorded"))
+# Rivals that propose final runs: their package, and how to get it.
+PROPOSERS = {
+    "Optuna TPE": (tpe_trials, "optuna", "grasp-lora[sweep]"),
+    "CMA-ES": (cma_trials, "cma", "grasp-lora[compare]"),
+    "Brent's method": (brent_trials, "scipy", "grasp-lora[sweep]"),
+}
 
-
-@dataclass(frozen=True)
-class Choice:
-    """What a contestant chose with one seed, and all that it cost, the final run at that ratio included."""
-
-    ratio: float
-    cost: Cost
-
-
-Contestant = Callable[["Setting", int], Choice]
+Contestant = Callable[[Setting, int], Choice]
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,7 @@ class Plan:
         pool: the examples that are probed: `micro_dev`, `dev`, or `both`. The latter two need a shared policy and a landscape
             with a shared trajectory on dev.
         turn: examples of a round, taken from the pool in turn. None measures all of them in each round.
+        size: micro-dev examples, drawn with replacement from the recorded ones. None draws as many as there are.
     """
 
     policy: PolicySettings
@@ -72,9 +81,10 @@ class Plan:
     patience: int | None = None
     pool: str = "micro_dev"
     turn: int | None = None
+    size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("every", "race", "patience", "turn"):
+        for name in ("every", "race", "patience", "turn", "size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
@@ -84,46 +94,6 @@ class Plan:
             raise ValueError(
                 f"pool is {self.pool}; dev was measured along the shared trajectory only: take a shared policy"
             )
-
-
-class Setting:
-    """A landscape with what every contestant is judged by.
-
-    Args:
-        name: for tables.
-        landscape: the recorded losses.
-        low, high: the ratios that may be chosen: the bounds of the default policy.
-        probe_every: optimizer steps between rounds; None takes the recipe's.
-
-    Raises:
-        GraspError: the landscape does not say how often its recipe probes, or what a controller run trains on.
-    """
-
-    def __init__(self, name: str, landscape: Landscape, probe_every: int | None = None) -> None:
-        self.name = name
-        self.landscape = landscape
-        bounds = preset("default")
-        recorded = sorted(run.ratio for run in landscape.finals)
-        self.low, self.high = max(bounds.ratio_min, recorded[0]), min(bounds.ratio_max, recorded[-1])
-        every = landscape.facts.get("probe_every") if probe_every is None else probe_every
-        if not isinstance(every, int) or every < 1:
-            raise GraspError(f"{name}: the fact probe_every is {every!r}; give --probe-every")
-        self.probe_every = every
-        landscape.controller_cost(probes=0)  # raises where the costs of a controller run are not known
-        self.smooth = {split: landscape.smooth_final(split, self.low, self.high) for split in ("dev", "test")}
-        inside = [ratio for ratio in recorded if self.low <= ratio <= self.high]
-        self.best = {split: min(landscape.final_loss(ratio, split) for ratio in inside) for split in self.smooth}
-
-    def regret(self, ratio: float, split: str, against: str) -> float:
-        """How much worse the final loss is at a ratio than it could be, in percent.
-
-        `smooth`: on the smooth curve, against its minimum, so that the luck of single runs counts neither for nor against a
-        contestant. `recorded`: the loss between the recorded runs, against the best of them.
-        """
-        if against == "recorded":
-            return 100 * (self.landscape.final_loss(ratio, split) / self.best[split] - 1)
-        fit = self.smooth[split]
-        return 100 * (fit(min(max(ratio, self.low), self.high)) / fit.loss - 1)
 
 
 def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -> tuple[RatioEstimate, Cost]:
@@ -143,7 +113,7 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
     """
     policy = make_policy(replace(plan.policy, seed=seed))
     shared = policy.shared
-    pool = pool_of(landscape, plan.pool, seed)
+    pool = pool_of(landscape, plan.pool, seed, plan.size)
     every, measured, lowest, waited = plan.every or probe_every, 0, math.inf, 0
     last = landscape.last_step
     steps = [step for step in range(last + 1) if policy.settings.round_follows(step, last, every)]
@@ -170,16 +140,18 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
     return policy.best_ratio(interval=False), training + Cost(0, measured)
 
 
-def pool_of(landscape: Landscape, name: str, seed: int) -> Callable[[float | None, float, float], Floats]:
+def pool_of(
+    landscape: Landscape, name: str, seed: int, size: int | None = None
+) -> Callable[[float | None, float, float], Floats]:
     """The losses of the examples of a pool, in the order of a seed, as a function of committed ratio, step and ratio.
 
-    The micro-dev examples are drawn with replacement, as many as there are; those of dev are all there, as they are for rivals
-    that choose by dev loss.
+    The micro-dev examples are drawn with replacement, `size` or as many as there are; those of dev are all there, as they are
+    for rivals that choose by dev loss.
 
     Raises:
         GraspError: there is no shared trajectory on dev.
     """
-    micro_dev, on_dev = drawn_examples(landscape, seed), landscape.shared_dev
+    micro_dev, on_dev = drawn_examples(landscape, seed, size), landscape.shared_dev
     if name == "micro_dev":
         return lambda train_ratio, step, ratio: landscape.probe(train_ratio, step, ratio)[micro_dev]
     if on_dev is None:
@@ -212,12 +184,6 @@ def raced(losses: Floats, heat: int) -> tuple[Floats, int]:
     return seen, forwards
 
 
-def drawn_examples(landscape: Landscape, seed: int) -> np.ndarray:
-    """The micro-dev examples of a seed, drawn with replacement."""
-    count = landscape.micro_dev_examples
-    return np.random.default_rng(seed).integers(count, size=count)
-
-
 # Contestants
 
 
@@ -225,72 +191,6 @@ def learned(plan: Plan, setting: Setting, seed: int) -> Choice:
     """A policy's ratio after a controller run."""
     estimate, cost = replay(setting.landscape, plan, seed, setting.probe_every)
     return Choice(estimate.ratio, cost + setting.landscape.final_cost(estimate.ratio))
-
-
-def fixed(ratio: float, setting: Setting, seed: int) -> Choice:
-    """A ratio that nobody chose."""
-    return Choice(ratio, setting.landscape.final_cost(ratio))
-
-
-def grid(split: str, setting: Setting, seed: int) -> Choice:
-    """The best of the grid's final runs by a split; the micro-dev examples are those of the seed."""
-    landscape = setting.landscape
-    examples = drawn_examples(landscape, seed) if split == "micro_dev" else slice(None)
-    best = min(GRID, key=lambda ratio: float(landscape.final_losses(ratio, split)[examples].mean()))
-    return Choice(best, total(landscape.final_cost(ratio) for ratio in GRID))
-
-
-def tpe(budget: int, setting: Setting, seed: int) -> Choice:
-    """The best of so many final runs by dev loss, their ratios proposed by Optuna's TPE sampler one after the other."""
-    tried = tpe_trials(setting, seed)[:budget]
-    best = min(tried, key=lambda ratio: setting.landscape.final_loss(ratio, "dev"))
-    return Choice(best, total(setting.landscape.final_cost(ratio) for ratio in tried))
-
-
-@cache
-def tpe_trials(setting: Setting, seed: int) -> tuple[float, ...]:
-    """The ratios of the largest budget; a smaller one would have begun with the same."""
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP))
-    study.optimize(
-        lambda trial: setting.landscape.final_loss(trial.suggest_float("ratio", setting.low, setting.high), "dev"),
-        n_trials=max(BUDGETS),
-    )
-    return tuple(trial.params["ratio"] for trial in study.trials)
-
-
-def halving(rungs: int, setting: Setting, seed: int) -> Choice:
-    """Successive halving: 2 to the power of `rungs` uniform ratios, at each rung the better half trains on for as long again.
-
-    Runs that are not done are compared by micro-dev loss, which is the one recorded along training, those that are done by dev
-    loss. It costs `rungs + 1` whole final runs where all of them cost the same.
-    """
-    landscape = setting.landscape
-    generator, examples = random.Random(f"halving/{seed}"), drawn_examples(landscape, seed)
-    running = [generator.uniform(setting.low, setting.high) for _ in range(2**rungs)]
-    done, costs = 0.0, []
-    for rung in range(1, rungs + 1):
-        share = 2.0 ** (rung - rungs)
-        costs += [landscape.final_cost(ratio) * (share - done) for ratio in running]
-        done = share
-        losses = {ratio: _so_far(landscape, ratio, share, examples) for ratio in running}
-        running = sorted(running, key=losses.__getitem__)[: len(running) // 2]
-    return Choice(running[0], total(costs))
-
-
-def _so_far(landscape: Landscape, ratio: float, share: float, examples: np.ndarray) -> float:
-    """What a final run at a ratio shows after a share of its training."""
-    if share == 1.0:
-        return landscape.final_loss(ratio, "dev")
-    seen = share * landscape.final_cost(ratio).trained_examples / landscape.controller_cost(0).trained_examples
-    return float(landscape.probe(ratio, seen * landscape.last_step, ratio)[examples].mean())
-
-
-def total(costs: Any) -> Cost:
-    """The sum of several costs."""
-    return sum(costs, start=Cost(0, 0))
 
 
 def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple[dict[str, Contestant], list[str]]:
@@ -305,7 +205,7 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
     """
     plans = {f"preset {name}": Plan(one) for name, one in PRESETS.items()} | {text: plan_of(text) for text in extra}
     found: dict[str, Contestant] = {}
-    missing = ["Continuous CMA-ES is left out: no package with it is among the dependencies."]
+    missing: list[str] = []
     recorded = all(one.landscape.shared is not None for one in settings)
     for name, plan in plans.items():
         if not recorded and POLICIES[plan.policy.kind].shared:
@@ -315,10 +215,11 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
     found[f"fixed {FIXED}"] = partial(fixed, FIXED)
     found["grid of 8, by dev"] = partial(grid, "dev")
     found["grid of 8, by micro-dev"] = partial(grid, "micro_dev")
-    if find_spec("optuna") is None:
-        missing.append('Optuna TPE is left out: it is not installed (pip install "grasp-lora[sweep]").')
-    else:
-        found |= {f"Optuna TPE, {budget} final runs": partial(tpe, budget) for budget in BUDGETS}
+    for name, (trials, package, extra_name) in PROPOSERS.items():
+        if find_spec(package) is None:
+            missing.append(f'{name} is left out: {package} is not installed (pip install "{extra_name}").')
+        else:
+            found |= {f"{name}, {budget} final runs": partial(best_of, trials, budget) for budget in BUDGETS}
     found |= {f"successive halving of {2**rungs}": partial(halving, rungs) for rungs in RUNGS}
     return found, missing
 

@@ -1,6 +1,5 @@
 """The benchmark of controllers, on landscapes whose optimum is known: every figure here can be computed by hand."""
 
-import importlib.util
 import json
 import math
 import sys
@@ -8,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,11 @@ from grasp_lora.experiments.baselines import GRID
 from grasp_lora.experiments.landscape import Cost, FinalRun, Landscape, Trajectory
 from grasp_lora.method.policy import POLICIES, GaussianPolicy, PolicySettings, Round, preset
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # its files import each other
+
+import controllers as benchmark
+import controllers_rivals
+
 BEST = 0.5
 RATIOS = tuple(number / 20 for number in range(17))
 STEPS = (0, 20, 40, 60, 80)
@@ -26,18 +29,6 @@ EXAMPLES = 4
 Curve = Callable[[float | None, float, float], float]
 
 
-def load_benchmark() -> ModuleType:
-    file = Path(__file__).parent.parent / "benchmarks" / "controllers.py"
-    spec = importlib.util.spec_from_file_location("controllers_benchmark", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-benchmark = load_benchmark()
 FRACTIONS = benchmark.FRACTIONS
 
 
@@ -136,21 +127,29 @@ class TestRivals:
         chosen = {benchmark.grid("micro_dev", one, seed).ratio for seed in range(20)}
         assert len(chosen) > 1
 
-    def test_tpe_takes_the_best_of_what_it_tried(self, setting: Any) -> None:
-        pytest.importorskip("optuna")
+    @pytest.mark.parametrize("name", benchmark.PROPOSERS)
+    def test_a_proposer_takes_the_best_of_what_it_tried(self, name: str, setting: Any) -> None:
+        trials, package, _ = benchmark.PROPOSERS[name]
+        pytest.importorskip(package)
         for seed in range(3):
-            tried = benchmark.tpe_trials(setting, seed)
+            tried = trials(setting, seed)
+            assert all(setting.low <= ratio <= setting.high for ratio in tried)
             for budget in (2, 8):
-                choice = benchmark.tpe(budget, setting, seed)
+                choice = benchmark.best_of(trials, budget, setting, seed)
                 assert choice.ratio == min(tried[:budget], key=lambda ratio: abs(ratio - BEST))
                 assert choice.cost == Cost(pytest.approx(budget * 100), pytest.approx(budget * 50))
-        assert benchmark.tpe_trials(setting, 0) != benchmark.tpe_trials(setting, 1)
+        assert (trials(setting, 0) != trials(setting, 1)) == (name != "Brent's method")
+
+    def test_brent_needs_few_runs_where_nothing_is_noisy(self, setting: Any) -> None:
+        pytest.importorskip("scipy")
+        choice = benchmark.best_of(benchmark.brent_trials, 4, setting, seed=0)
+        assert choice.ratio == pytest.approx(BEST, abs=0.02)
 
     @pytest.mark.parametrize("rungs", [1, 2, 3])
     def test_halving_costs_what_it_says_and_keeps_the_better(self, rungs: int, setting: Any) -> None:
         choice = benchmark.halving(rungs, setting, seed=1)
         assert choice.cost.work == pytest.approx((rungs + 1) * (2 * 100 + 50))
-        arms = [benchmark.random.Random("halving/1")]
+        arms = [controllers_rivals.random.Random("halving/1")]
         tried = [arms[0].uniform(setting.low, setting.high) for _ in range(2**rungs)]
         assert choice.ratio == min(tried, key=lambda ratio: abs(ratio - BEST))
 
@@ -322,7 +321,14 @@ class TestFigures:
         assert text.count("| preset paper |") == text.count("| fixed 0.4 |") == 2
         assert "| fixed 0.4 | 1.00 (1.00 to 1.00) |" in text
         assert "at 0.50" in text
-        assert any("CMA-ES" in line for line in left_out)
+        assert {"CMA-ES, 4 final runs", "Brent's method, 4 final runs"} <= set(rivals)
+        assert left_out == []
+
+    def test_a_smaller_micro_dev_set_costs_less(self, setting: Any) -> None:
+        costs = [benchmark.learned(benchmark.Plan(preset("paper"), size=size), setting, 0).cost for size in (None, 2)]
+        final = setting.landscape.final_cost(BEST).measured_examples
+        assert costs[1].measured_examples - final == (costs[0].measured_examples - final) / 2  # two of four examples
+        assert costs[1].trained_examples == costs[0].trained_examples
 
     def test_shared_policies_are_left_out_where_they_cannot_be_replayed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(GaussianPolicy, "shared", True, raising=False)
