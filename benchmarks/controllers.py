@@ -116,8 +116,7 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
     pool = pool_of(landscape, plan.pool, seed, plan.size)
     every, measured, lowest, waited = plan.every or probe_every, 0, math.inf, 0
     last = landscape.last_step
-    steps = [step for step in range(last + 1) if policy.settings.round_follows(step, last, every)]
-    for number, step in enumerate(steps):
+    for number, step in enumerate(policy.settings.round_steps(last, every)):
         current, candidates = policy.current_ratio, tuple(policy.ask())
         train_ratio = None if shared else current
         losses = np.array([pool(train_ratio, step, ratio) for ratio in (current, *candidates)])

@@ -474,8 +474,7 @@ def mean(values: Sequence[float]) -> float:
 def expected_rounds(recipe: Recipe, train_examples: int) -> int:
     """Rounds of the controller run over so many training examples."""
     stage = recipe.controller
-    steps = stage.training.steps(train_examples)
-    return sum(stage.policy.round_follows(step, steps, stage.probe_every) for step in range(steps + 1))
+    return len(stage.policy.round_steps(stage.training.steps(train_examples), stage.probe_every))
 
 
 def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:

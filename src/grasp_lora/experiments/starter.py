@@ -308,7 +308,7 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
         several_turns=any(len(record.messages) > 2 for record in target.pool.records),
         probe_every=probe_every,
         probe_examples=max(1, min(MOST_PROBED, pool // ROUNDS)),
-        rounds=sum(policy.round_follows(step, steps, probe_every) for step in range(steps + 1)),
+        rounds=len(policy.round_steps(steps, probe_every)),
         answer_tokens=_answer_tokens(target.pool),
         **facts,
     )

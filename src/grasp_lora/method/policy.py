@@ -111,6 +111,10 @@ class PolicySettings:
             return True
         return step >= self.probe_from * steps and step % every == 0
 
+    def round_steps(self, steps: int, every: int) -> list[int]:
+        """Return the optimizer steps that a round follows, in a run of so many; see `round_follows`."""
+        return [step for step in range(steps + 1) if self.round_follows(step, steps, every)]
+
 
 def shared_ratio(step: int, low: float, high: float, offset: float = 0.5) -> float:
     """Return the prune ratio at which one step of a shared run trains.
