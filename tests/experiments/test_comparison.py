@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 from html import unescape
@@ -18,7 +19,7 @@ from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.experiments import baselines, lorahub
 from grasp_lora.experiments.baselines import Bench, BenchProgress
 from grasp_lora.experiments.comparison import ComparisonSettings, compare
-from grasp_lora.experiments.comparison_report import write_comparison
+from grasp_lora.experiments.comparison_report import command_of, write_comparison
 from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS, SINGLE_SHARE
 from grasp_lora.experiments.recipe import load_recipe
 from grasp_lora.experiments.records import Record, Records
@@ -101,6 +102,23 @@ def test_the_files_are_complete_and_hold_no_answers(whole_comparison, tmp_path):
     for row in content["rows"]:
         assert row["title"] in html
         assert row["title"] in text.replace("\\", "")
+
+
+def test_the_pages_say_how_they_were_made(finished, cli, monkeypatch):
+    folder, content = finished
+    command = command_of(content)
+    for name in ("compare.md", "report.html"):
+        assert command in (folder / name).read_text(encoding="utf-8")
+    shutil.copy(folder / "recipe.yaml", folder.parent / "again.yaml")  # where its relative paths lead
+    name, *words = shlex.split(command.replace("recipe.yaml", "again.yaml").replace("--output .", f"--output {folder}"))
+    monkeypatch.setattr(Session, "finetune", None)  # nothing is to be trained
+    assert name == "grasp-lora"
+    assert cli(*words).status == 0
+    again = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    assert again["settings"] | {"resamples": 0} == json.loads(json.dumps(content["settings"])) | {"resamples": 0}
+    assert [row["scores"] for row in again["rows"]] == [
+        row["scores"] for row in json.loads(json.dumps(content["rows"]))
+    ]
 
 
 def test_a_finished_comparison_does_nothing_again(finished):

@@ -11,7 +11,8 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from grasp_lora.experiments.figures import comparison_figure, plotly_js
-from grasp_lora.experiments.methods import METHODS
+from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS
+from grasp_lora.experiments.recipe import RECIPE_FILE
 from grasp_lora.experiments.report import METRIC_NAMES, PAPER, Cell, Table, render
 from grasp_lora.training.durable import write_whole
 
@@ -43,6 +44,19 @@ def print_comparison(content: Mapping[str, Any], console: Console) -> None:
     console.print(printed, width=None if console.is_terminal else FULL_WIDTH, crop=False)
     for warning in content["warnings"]:
         console.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
+
+
+def command_of(content: Mapping[str, Any]) -> str:
+    """The command that makes the comparison from the recipe in its folder; with the records there it only writes it anew."""
+    settings = content["settings"]
+    words = ["grasp-lora", "compare", RECIPE_FILE]
+    if set(settings["methods"]) != set(DEFAULT_METHODS):
+        words += ["--methods", ",".join(settings["methods"])]
+    words += ["--seeds", ",".join(map(str, settings["seeds"])), "--grid", ",".join(map(str, settings["grid"]))]
+    words += ["--reference", settings["reference"]]
+    for seed in settings["split_seeds"]:
+        words += ["--split-seed", str(seed)]
+    return " ".join([*words, "--output", "."])
 
 
 def score_table(content: Mapping[str, Any]) -> Table:
@@ -137,6 +151,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
             (f"{one['confidence']:.0%}" for row in content["rows"] for one in row.get("against", {}).values()), "95%"
         ),
         "machines": len(content["made_with"]),
+        "command": command_of(content),
     }
 
 
