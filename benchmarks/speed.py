@@ -28,10 +28,18 @@ from grasp_lora.method.masking import MaskSet
 from grasp_lora.method.policy import preset
 from grasp_lora.training.adapters import live_pairs, segments_of
 from grasp_lora.training.data import Example
-from grasp_lora.training.probing import ProbeSet, calibrate, collate, example_losses, takes_label_positions
+from grasp_lora.training.probing import (
+    TOKEN_BUDGET,
+    ProbeSet,
+    calibrate,
+    collate,
+    example_losses,
+    takes_label_positions,
+)
 from grasp_lora.training.settings import TrainingSettings
 
 CANDIDATES, MICRO_DEV, RANKS, ADAPTERS = (1, 3, 6), (4, 16), (4, 16, 64), (2, 4)
+BUDGETS = (256, 512, 1024, 4096, 8192)
 PROFILED = 4  # examples under the profiler, which is slow and holds every event
 MEMORY_KINDS = ("plain", "plain with dev", "controller", "final")
 MEMORY_STEPS, MEMORY_PAIRS = 2, 2
@@ -83,6 +91,17 @@ def probe(lab: Lab) -> list[Row]:
 
         times = take_turns({"ours": lambda: lab.clocked(ours), "forward": lambda: lab.clocked(forward)}, lab.pairs)
     return [row("probe", f"probe / pure forward, {len(probes)} examples", times["ours"], times["forward"])]
+
+
+def batches(lab: Lab) -> list[Row]:
+    """Losses of the test examples in batches of so many tokens over those in our batches."""
+    examples = lab.session.splits.test
+    sets = {budget: ProbeSet(examples, lab.session.pad_id, budget) for budget in (*BUDGETS, TOKEN_BUDGET)}
+    with lab.on() as model:
+        works = {budget: partial(lab.clocked, partial(one.losses, model)) for budget, one in sets.items()}
+        times = take_turns(works, lab.pairs)
+    ours = f"{TOKEN_BUDGET} tokens a batch, {len(examples)} examples"
+    return [row("batches", f"{one} / {ours}", times[one], times[TOKEN_BUDGET]) for one in BUDGETS]
 
 
 def controller(lab: Lab) -> list[Row]:
@@ -270,12 +289,13 @@ MEASURES: dict[str, Callable[[Lab], list[Row]]] = {
     "memory": memory,
     "step": step,
     "probe": probe,
+    "batches": batches,
     "controller": controller,
     "end": end_to_end,
     "growth": growth,
     "compile": compiled,
 }
-DEFAULT = tuple(name for name in MEASURES if name != "compile")
+DEFAULT = tuple(name for name in MEASURES if name not in ("batches", "compile"))
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -284,7 +304,9 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("recipe")
     parser.add_argument("--set", action="append", default=[], dest="overrides", help="a.b=value, of the recipe")
     parser.add_argument(
-        "--only", default=",".join(DEFAULT), help=f"any of {', '.join(MEASURES)}; not compile by default"
+        "--only",
+        default=",".join(DEFAULT),
+        help=f"any of {', '.join(MEASURES)}; all but batches and compile by default",
     )
     parser.add_argument(
         "--policy",

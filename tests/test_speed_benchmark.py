@@ -120,6 +120,10 @@ class TestMeasures:
         assert ratios(speed.step(lab)) == {"fine-tune / bare loop, 6 examples": 1.0}
         assert ratios(speed.probe(lab)) == {"probe / pure forward, 4 examples": 1.0}
 
+    def test_the_size_of_a_batch_changes_no_count(self, lab: speed_lab.Lab) -> None:
+        found = ratios(speed.batches(lab))
+        assert found == {f"{one} / 2048 tokens a batch, 8 examples": 1.0 for one in speed.BUDGETS}
+
     def test_controller_runs_are_compared_with_the_training_alone(self, lab: speed_lab.Lab) -> None:
         lab.pairs = 2
         found = ratios(speed.controller(lab))
