@@ -19,9 +19,9 @@ from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.experiments import baselines, lorahub
 from grasp_lora.experiments.baselines import Bench, BenchProgress
 from grasp_lora.experiments.comparison import ComparisonSettings, compare
-from grasp_lora.experiments.comparison_report import command_of, write_comparison
+from grasp_lora.experiments.comparison_report import command_of, score_table, write_comparison
 from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS, SINGLE_SHARE
-from grasp_lora.experiments.recipe import load_recipe
+from grasp_lora.experiments.recipe import PROBE_SPLITS, load_recipe
 from grasp_lora.experiments.records import Record, Records
 from grasp_lora.experiments.session import Session, mean
 from grasp_lora.method.lora import AdapterWeights, LoraPair
@@ -102,6 +102,15 @@ def test_the_files_are_complete_and_hold_no_answers(whole_comparison, tmp_path):
     for row in content["rows"]:
         assert row["title"] in html
         assert row["title"] in text.replace("\\", "")
+
+
+def test_the_table_says_what_each_ratio_was_chosen_on(whole_comparison):
+    _, content = whole_comparison
+    rows = [
+        row | {"chosen_on": split} for row, split in zip(content["rows"], (*PROBE_SPLITS, "test", None), strict=False)
+    ]
+    table = score_table(content | {"rows": rows})
+    assert [row[2].text for row in table.rows] == ["micro-dev", "dev", "micro-dev and dev", "TEST", "–"]
 
 
 def test_the_pages_say_how_they_were_made(finished, cli, monkeypatch):

@@ -17,7 +17,7 @@ from grasp_lora.experiments.report import METRIC_NAMES, PAPER, Cell, Table, rend
 from grasp_lora.training.durable import write_whole
 
 PLUS_MINUS = "±"
-CHOSEN_ON = {"dev": "dev", "micro_dev": "micro-dev", "test": "TEST"}
+CHOSEN_ON = {"dev": "dev", "micro_dev": "micro-dev", "both": "micro-dev and dev", "test": "TEST"}
 FULL_WIDTH = 180  # of a table that does not go to a terminal
 
 
@@ -72,7 +72,7 @@ def score_table(content: Mapping[str, Any]) -> Table:
             rows.append([Cell(row["title"]), Cell(reason), *[Cell("")] * (len(metrics) + 2)])
             continue
         cells = [Cell(_spread(row["scores"][metric], metric), row["method"] == best[metric]) for metric in metrics]
-        chosen = Cell(CHOSEN_ON.get(row["chosen_on"], "–"))
+        chosen = Cell("–" if row["chosen_on"] is None else CHOSEN_ON[row["chosen_on"]])
         rows.append([Cell(row["title"]), Cell(_ratio(row)), chosen, *cells, Cell(_verdict(row, content))])
     return Table("Scores of every method, mean and standard deviation over seeds", columns, rows)
 
