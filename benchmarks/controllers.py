@@ -72,6 +72,7 @@ class Plan:
         pool: the examples that are probed: `micro_dev`, `dev`, or `both`. The latter two need a shared policy and a landscape
             with a shared trajectory on dev.
         turn: examples of a round, taken from the pool in turn. None measures all of them in each round.
+        fixed: examples of the pool, drawn once, that every round measures. None measures all of them.
         size: micro-dev examples, drawn with replacement from the recorded ones. None draws as many as there are.
     """
 
@@ -81,13 +82,16 @@ class Plan:
     patience: int | None = None
     pool: str = "micro_dev"
     turn: int | None = None
+    fixed: int | None = None
     size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("every", "race", "patience", "turn", "size"):
+        for name in ("every", "race", "patience", "turn", "fixed", "size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+        if self.turn is not None and self.fixed is not None:
+            raise ValueError("turn and fixed exclude each other")
         if self.pool not in POOLS:
             raise ValueError(f"pool is {self.pool!r}; allowed: {', '.join(POOLS)}")
         if self.pool != "micro_dev" and not POLICIES[self.policy.kind].shared:
@@ -122,6 +126,8 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
         losses = np.array([pool(train_ratio, step, ratio) for ratio in (current, *candidates)])
         if plan.turn is not None:
             losses = losses[:, (number * plan.turn + np.arange(plan.turn)) % losses.shape[1]]
+        if plan.fixed is not None:
+            losses = losses[:, : plan.fixed]
         if plan.race is None:
             measured += (1 + len(set(candidates))) * losses.shape[1]  # a controller measures no candidate twice
         else:
