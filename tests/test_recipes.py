@@ -9,6 +9,7 @@ import datasets
 import pytest
 
 from grasp_lora.experiments.recipe import builtin_recipes, load_recipe
+from grasp_lora.method.policy import POLICIES
 
 COUNTS = {
     "source": {"train": 6, "dev": 3},
@@ -102,8 +103,6 @@ def arguments(
             training = getattr(recipe, stage).training
             changes.append(f"{stage}.training.epochs={2 if training.accumulation == 1 else 1}")
         changes.append("controller.probe_every=3")
-        if recipe.controller.probe_examples is not None:
-            changes.append("controller.probe_examples=2")
         return [part for change in changes for part in ("--set", change)]
 
     return settings
@@ -124,8 +123,10 @@ def test_a_shipped_recipe_can_be_checked_and_run(
     checked = cli("check", name, *settings)
     assert checked.status == 0, checked.err
     assert "source_train 6, source_dev 3, train 6, dev 3, micro_dev 2, test 4" in checked.out
-    late = load_recipe(name)[0].controller.policy.probe_from > 0
-    assert f"controller will run {3 if late else 4} rounds" in checked.out
+    stage = load_recipe(name)[0].controller
+    rounds = 4 + POLICIES[stage.policy.kind].shared  # one before the first step
+    most = "at most " if stage.patience is not None else ""
+    assert f"controller will run {most}{rounds} rounds" in checked.out
     result = cli("run", name, *settings)
     assert result.status == 0, result.err
     folder = tmp_path / "runs" / name

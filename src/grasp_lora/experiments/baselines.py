@@ -197,26 +197,22 @@ class Bench:
 
         return self._adapter(f"final {prune_ratio:.2f}", settings, [start], work)
 
-    def controlled(
-        self, policy: PolicySettings, probe_on: str | None = None, dev_free: bool = False
-    ) -> tuple[float, Adapter]:
+    def controlled(self, stage: ControllerStage, dev_free: bool = False) -> tuple[float, Adapter]:
         """The controller run on the merged adapter.
-
-        Args:
-            policy: of the controller.
-            probe_on: all examples of these splits in each round (see `ControllerStage`); None probes as the recipe does.
-            dev_free: of the merged adapter.
 
         Where a ratio is held the run does not depend on the rule that reads the ratio off its rounds, so policies that differ in
         the rule alone share it.
 
+        Args:
+            stage: in place of the recipe's own.
+            dev_free: of the merged adapter.
+
         Returns:
             The learned ratio, and the merged adapter with the run's record among its own: what it cost.
         """
+        policy = stage.policy
         run_by = policy if POLICIES[policy.kind].shared else replace(policy, estimate=PolicySettings().estimate)
-        stage = replace(self.recipe.controller, policy=run_by)
-        if probe_on is not None:
-            stage = replace(stage, probe_on=probe_on, probe_examples=None)
+        stage = replace(stage, policy=run_by)
         merged = self.merged(dev_free)
         record = self.records.get(
             "controller",

@@ -58,17 +58,17 @@ def _run_grid(
 
 
 def _run_grasp(
-    policy: Callable[[Recipe], PolicySettings],
-    probe_on: str | None = None,
+    stage: Callable[[Recipe], ControllerStage],
     final: Mapping[str, Any] | None = None,
     dev_free: bool = False,
 ) -> Callable[[Bench], Outcome]:
     """GRASP: learn the ratio in one controller run, then one final run."""
 
     def run(bench: Bench) -> Outcome:
-        ratio, merged = bench.controlled(policy(bench.recipe), probe_on, dev_free)
+        chosen = stage(bench.recipe)
+        ratio, merged = bench.controlled(chosen, dev_free)
         adapter = bench.finetuned(merged, ratio, final, dev_free)
-        return bench.outcome(adapter, ratio, chosen_on=probe_on or bench.recipe.controller.probe_on)
+        return bench.outcome(adapter, ratio, chosen_on=chosen.probe_on)
 
     return run
 
@@ -107,32 +107,49 @@ def _run_single(bench: Bench) -> Outcome:
 
 
 def _one_shot(bench: Bench) -> Outcome:
-    ratio, merged = bench.controlled(bench.recipe.controller.policy)
+    ratio, merged = bench.controlled(bench.recipe.controller)
     return bench.outcome(bench.pruned(merged, ratio), ratio, chosen_on=bench.recipe.controller.probe_on)
 
 
-def _own_policy(recipe: Recipe) -> PolicySettings:
-    return recipe.controller.policy
+def _own(recipe: Recipe) -> ControllerStage:
+    return recipe.controller
 
 
-def _random_policy(recipe: Recipe) -> PolicySettings:
-    """The recipe's own policy, but with uniform candidates and nothing learned."""
-    return replace(recipe.controller.policy, kind="uniform")
+def _own_on_dev(recipe: Recipe) -> ControllerStage:
+    return replace(recipe.controller, probe_on="dev", probe_examples=None)
 
 
-def _preset_policy(name: str) -> Callable[[Recipe], PolicySettings]:
-    """A preset within the recipe's own bounds."""
+def _random(recipe: Recipe) -> ControllerStage:
+    """The recipe's own, but with uniform candidates and nothing learned."""
+    return replace(recipe.controller, policy=replace(recipe.controller.policy, kind="uniform"))
 
-    def policy(recipe: Recipe) -> PolicySettings:
-        own = recipe.controller.policy
+
+def _preset(name: str) -> Callable[[Recipe], ControllerStage]:
+    """A preset within the recipe's own bounds, as the paper runs it: the whole micro-dev set every ten steps, to the end."""
+
+    def stage(recipe: Recipe) -> ControllerStage:
+        own = recipe.controller
         return replace(
-            PRESETS[name],
-            ratio_min=own.ratio_min,
-            ratio_max=own.ratio_max,
-            ratio_init=own.ratio_init,
+            own,
+            policy=_bounded(name, own.policy),
+            probe_every=min(PAPER_PROBE_EVERY, own.probe_every),
+            patience=None,
+            probe_on="micro_dev",
+            probe_examples=None,
         )
 
-    return policy
+    return stage
+
+
+def _dev_free(recipe: Recipe) -> ControllerStage:
+    """Late probes of the micro-dev set: where the final run trains all epochs, its end decides, not its best moment."""
+    own = recipe.controller
+    policy = _bounded("late", own.policy)
+    return replace(own, policy=policy, patience=None, probe_on="micro_dev", probe_examples=None)
+
+
+def _bounded(name: str, own: PolicySettings) -> PolicySettings:
+    return replace(PRESETS[name], ratio_min=own.ratio_min, ratio_max=own.ratio_max, ratio_init=own.ratio_init)
 
 
 def _needs_source(session: Session) -> str | None:
@@ -158,6 +175,7 @@ def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
     return unavailable
 
 
+PAPER_PROBE_EVERY = 10  # optimizer steps; Paper: controller settings
 PAPER_FINAL = {"mode": "reselect", "mask": MaskSettings(score="gradient_of_delta")}  # Paper: adaptive LoRA merge
 
 METHODS: dict[str, Method] = {
@@ -185,12 +203,12 @@ METHODS: dict[str, Method] = {
     "grid_paper": Method("adaptive LoRA merge + pruning, grid", _run_grid("dev", final=PAPER_FINAL), 10, _needs_dev),
     "grid": Method("grid of GRASP's final runs", _run_grid("dev"), 8, _needs_dev),
     "grid_16": Method("the same grid, 16 examples choose", _run_grid("micro_dev"), 0.3, _needs_dev),
-    "grasp": Method("GRASP", _run_grasp(_own_policy), 5),
+    "grasp": Method("GRASP", _run_grasp(_own), 5),
     "grasp_single": Method("GRASP in a single run", _run_single, 5),
-    "grasp_default": Method("GRASP, preset default", _run_grasp(_preset_policy("default"), "micro_dev"), 5),
-    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_preset_policy("paper"), "micro_dev", PAPER_FINAL), 5),
-    "grasp_random": Method("GRASP, random candidates", _run_grasp(_random_policy), 5),
-    "grasp_50": Method("GRASP probing the dev set", _run_grasp(_own_policy, "dev"), 10, _needs_dev),
+    "grasp_default": Method("GRASP, preset default", _run_grasp(_preset("default")), 5),
+    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_preset("paper"), PAPER_FINAL), 5),
+    "grasp_random": Method("GRASP, random candidates", _run_grasp(_random), 5),
+    "grasp_50": Method("GRASP probing the dev set", _run_grasp(_own_on_dev), 10, _needs_dev),
     "one_shot": Method("pruned at the learned ratio, not trained", _one_shot, 0.3),
     "merge_dev_free": Method(
         "adaptive LoRA merge without a dev set",
@@ -198,7 +216,7 @@ METHODS: dict[str, Method] = {
         2,
     ),
     "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12),
-    "grasp_dev_free": Method("GRASP without a dev set", _run_grasp(_own_policy, "micro_dev", dev_free=True), 6),
+    "grasp_dev_free": Method("GRASP without a dev set", _run_grasp(_dev_free, dev_free=True), 6),
     "grid_oracle": Method(
         "grid chosen on the TEST set",
         _run_grid("test"),

@@ -30,8 +30,7 @@ FEWEST_SOURCE = 20
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
 ORDERS = 20  # random orders of the groups in which the split sizes must fit
 EPOCHS = 5  # of the controller run, as the template has it
-MOST_PROBED = 16  # examples in a round
-ROUNDS = 3  # wanted in its second half
+LATE_ROUNDS = 3  # wanted in its second half, without a dev set
 
 # Column names, in lower case, that are understood for each field of a task.
 COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -286,9 +285,9 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
     records, splits = len(target.pool.records), sizes.splits
     spare = records - sum(splits.values())
     steps = EPOCHS * splits["train"]
-    probe_every = math.ceil(steps / (2 * (ROUNDS - 1)))
-    policy = preset("late")
-    pool = splits["micro_dev"] + splits["dev"]
+    # Without a dev set the final run trains all epochs: its end decides, not its best moment.
+    name = "shared" if splits["dev"] else "late"
+    probe_every = splits["train"] if splits["dev"] else math.ceil(steps / (2 * (LATE_ROUNDS - 1)))
     source_dev = min(sizes.source // 10, MOST_SOURCE // 10)
     return environment.get_template("recipe.yaml.j2").render(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or f"{target.task}-{facts['language']}",
@@ -307,8 +306,8 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
         source_left=sizes.source - source_dev,
         several_turns=any(len(record.messages) > 2 for record in target.pool.records),
         probe_every=probe_every,
-        probe_examples=max(1, min(MOST_PROBED, pool // ROUNDS)),
-        rounds=len(policy.round_steps(steps, probe_every)),
+        preset=name,
+        rounds=len(preset(name).round_steps(steps, probe_every)),
         answer_tokens=_answer_tokens(target.pool),
         **facts,
     )

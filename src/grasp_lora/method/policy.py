@@ -530,7 +530,7 @@ PRESETS: dict[str, PolicySettings] = {
     "paper": PolicySettings(estimate="best_reward"),
     "random": PolicySettings(kind="uniform"),
     "adaptive": PolicySettings(kind="adaptive", estimate="surrogate"),
-    "shared": PolicySettings(kind="shared", estimate="lowest_loss"),
+    "shared": PolicySettings(kind="shared", estimate="surrogate"),
     "surrogate": PolicySettings(kind="surrogate", estimate="surrogate"),
     "late": PolicySettings(kind="shared", probe_from=0.5),
 }
