@@ -47,7 +47,7 @@ def test_the_python_example_runs_and_is_short(
     exec(compile(code, "README.md", "exec"), names)
     assert "RatioEstimate(ratio=" in capsys.readouterr().out
     rounds = Path("controller/rounds.jsonl").read_text(encoding="utf-8").splitlines()
-    assert len(rounds) == 2  # in the second half of 40 steps
+    assert len(rounds) == 3  # before the first of 40 steps and after every 20
 
 
 def test_the_recipe_that_it_shows_is_the_one_that_comes_along(tmp_path: Path) -> None:
