@@ -28,6 +28,7 @@ from grasp_lora.training import backbone as backbone_module
 from grasp_lora.training.backbone import (
     EMBEDDED_PUBLIC_NAME,
     BackboneSettings,
+    bfloat16_speed,
     cache_folder,
     find_dtype,
     find_stop_ids,
@@ -68,17 +69,35 @@ def test_a_local_folder_loads_frozen_in_eval_mode(tiny_backbone_folder):
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "dtype"),
+    ("capabilities", "speed", "dtype"),
     [
-        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, "float32"),
-        ({"avx512_f": True}, "float32"),
-        ({"avx512_bf16": True}, "bfloat16"),
-        ({"amx_bf16": True}, "bfloat16"),
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, 9.0, "float32"),
+        ({"avx512_f": True}, 9.0, "float32"),
+        ({"avx512_bf16": True}, 2.0, "bfloat16"),
+        ({"avx512_bf16": True}, 0.5, "float32"),
+        ({"avx512_bf16": True}, 1.0, "float32"),
+        ({"amx_bf16": True}, 4.0, "bfloat16"),
     ],
 )
-def test_auto_takes_bfloat16_only_where_the_processor_computes_in_it(monkeypatch, capabilities, dtype):
+def test_auto_takes_bfloat16_only_where_the_processor_is_faster_in_it(monkeypatch, capabilities, speed, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(backbone_module, "bfloat16_speed", lambda: speed)
     assert find_dtype("cpu") == dtype
+
+
+def test_the_speed_of_bfloat16_is_that_of_its_products(monkeypatch):
+    """By a clock that only products move, 3 ticks in float32 and 2 in bfloat16, and one of each is disturbed."""
+    now, calls, product = [0.0], [], torch.mm
+
+    def slow_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        calls.append(left.dtype)
+        now[0] += {torch.float32: 3.0, torch.bfloat16: 2.0}[left.dtype] * (10.0 if len(calls) < 3 else 1.0)
+        return product(left, right)
+
+    monkeypatch.setattr(torch, "mm", slow_product)
+    monkeypatch.setattr(backbone_module.time, "perf_counter", lambda: now[0])
+    assert bfloat16_speed.__wrapped__() == 1.5
+    assert calls.count(torch.float32) == calls.count(torch.bfloat16)
 
 
 def test_auto_is_float32_where_torch_does_not_tell(monkeypatch):

@@ -9,11 +9,13 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -33,6 +35,7 @@ EMBEDDED_PUBLIC_NAME = "google/gemma-3-270m (Q4_K_M GGUF)"
 EMBEDDED_HUB_ID = "google/gemma-3-270m"
 EMBEDDED_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 CONVERTER_VERSION = 1  # raise it whenever _convert_embedded writes something else
+FASTER = 1.2  # times as fast in bfloat16 as in float32, for the device to be faster in it
 SAMPLED_WEIGHTS = 16  # of every parameter, in a fingerprint
 FINGERPRINT_FACTS = (
     "model_type",
@@ -53,8 +56,8 @@ class BackboneSettings:
 
     Args:
         name: "gemma3-270m" (the embedded default), a local folder, or a Hugging Face hub id.
-        dtype: what the weights are loaded in; "auto" takes bfloat16 where the device computes in it, else float32: a
-            processor that does not is 40 times slower in bfloat16.
+        dtype: what the weights are loaded in; "auto" takes bfloat16 where the device computes faster in it, else float32: a
+            processor without instructions for it is 40 times slower in bfloat16, and one with some may be, too.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run the Python code that comes with the model.
         offline: use only what is on this machine.
@@ -203,14 +206,33 @@ def cache_folder() -> Path:
 
 
 def find_dtype(device: str) -> str:
-    """Return the dtype that "auto" stands for: bfloat16 where the device has instructions for it, else float32."""
+    """Return the dtype that "auto" stands for: bfloat16 where the device is faster in it, else float32.
+
+    Of a processor it is asked whether it has instructions for bfloat16, and then it is measured: some Intel servers without
+    AMX have them and take twice as long as in float32 (`docs/log.md`).
+    """
     import torch
 
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is Arm's
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if native and bfloat16_speed() > FASTER else "float32"
+
+
+@cache
+def bfloat16_speed() -> float:
+    """Return how many times faster matrix products are in bfloat16 than in float32 on this processor; takes some milliseconds."""
+    import torch
+
+    times = {torch.bfloat16: math.inf, torch.float32: math.inf}
+    factors = {dtype: (torch.ones(256, 640, dtype=dtype), torch.ones(640, 640, dtype=dtype)) for dtype in times}
+    for _ in range(8):  # in turn, so that other work on the machine slows both; the first one warms up
+        for dtype, (left, right) in factors.items():
+            started = time.perf_counter()
+            torch.mm(left, right.T)
+            times[dtype] = min(times[dtype], time.perf_counter() - started)
+    return times[torch.float32] / times[torch.bfloat16]
 
 
 def _find_device(wanted: str) -> str:
