@@ -44,7 +44,7 @@ from grasp_lora.errors import GraspError
 from grasp_lora.experiments.landscape import Cost, Floats, Landscape
 from grasp_lora.experiments.smoothing import smooth
 from grasp_lora.method.estimation import RatioEstimate
-from grasp_lora.method.policy import POLICIES, PRESETS, PolicySettings, Round, make_policy, preset
+from grasp_lora.method.policy import COMPARE_LEVELS, POLICIES, PRESETS, PolicySettings, Round, make_policy, preset
 
 POOLS = ("micro_dev", "dev", "both")
 RESAMPLES = 2000
@@ -66,7 +66,7 @@ class Plan:
 
     Args:
         policy: its settings.
-        every: optimizer steps between rounds; None takes the setting's.
+        every: optimizer steps between rounds, or "epoch"; None takes the setting's.
         race: examples of a heat; candidates that are clearly behind after one drop out of the round. None measures all.
         patience: rounds without a lower loss at any ratio, after which the run ends. None goes on to the end.
         pool: the examples that are probed: `micro_dev`, `dev`, or `both`. The latter two need a shared policy and a landscape
@@ -77,7 +77,7 @@ class Plan:
     """
 
     policy: PolicySettings
-    every: int | None = None
+    every: int | str | None = None
     race: int | None = None
     patience: int | None = None
     pool: str = "micro_dev"
@@ -88,10 +88,12 @@ class Plan:
     def __post_init__(self) -> None:
         for name in ("every", "race", "patience", "turn", "fixed", "size"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
+            if value is not None and (type(value) is not int or value < 1) and (name, value) != ("every", "epoch"):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
-        if self.turn is not None and self.fixed is not None:
-            raise ValueError("turn and fixed exclude each other")
+        if self.turn is not None and (self.fixed is not None or self.patience is not None):
+            raise ValueError("turn measures other examples in each round, which fixed and patience exclude")
+        if self.turn is not None and self.policy.estimate in COMPARE_LEVELS:
+            raise ValueError(f"the estimate {self.policy.estimate} compares rounds, which turn does not allow")
         if self.pool not in POOLS:
             raise ValueError(f"pool is {self.pool!r}; allowed: {', '.join(POOLS)}")
         if self.pool != "micro_dev" and not POLICIES[self.policy.kind].shared:
@@ -118,8 +120,10 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
     policy = make_policy(replace(plan.policy, seed=seed))
     shared = policy.shared
     pool = pool_of(landscape, plan.pool, seed, plan.size)
+    last, facts = landscape.last_step, landscape.facts
     every, measured, lowest, waited = plan.every or probe_every, 0, math.inf, 0
-    last = landscape.last_step
+    if every == "epoch":
+        every = round(last * facts["examples"]["train"] / facts["trained_examples"])
     for number, step in enumerate(policy.settings.round_steps(last, every)):
         current, candidates = policy.current_ratio, tuple(policy.ask())
         train_ratio = None if shared else current
@@ -446,15 +450,15 @@ def main() -> int:
         if len({one.name for one in settings}) < len(settings):
             raise GraspError("two landscapes have the same name; give each file a name of its own")
         rivals, missing = contestants(settings, arguments.policy)
+        if arguments.signals:
+            found = judge_signals(settings)
+            text = signal_tables(found)
+        else:
+            found = judge(settings, rivals, arguments.seeds)
+            text = "\n\n".join([merit_tables(found), *missing])
     except GraspError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    if arguments.signals:
-        found = judge_signals(settings)
-        text = signal_tables(found)
-    else:
-        found = judge(settings, rivals, arguments.seeds)
-        text = "\n\n".join([merit_tables(found), *missing])
     sys.stdout.write(text + "\n")
     if arguments.output:
         arguments.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -141,7 +141,7 @@ def end_to_end(lab: Lab) -> list[Row]:
 
 
 def growth(lab: Lab) -> list[Row]:
-    """What a round costs beside the recipe's own round when one thing differs."""
+    """What a round on the micro-dev set costs beside the same when one thing differs."""
     stage, splits, rank = lab.recipe.controller, lab.session.splits, lab.recipe.lora.rank
     policy, micro_dev = stage.policy, splits.micro_dev
     pool = sorted((*splits.train, *splits.dev, *micro_dev), key=length)
@@ -348,7 +348,7 @@ def stage_of(recipe: Recipe, text: str) -> ControllerStage:
         ValueError: there is no such preset, or the steps are no number above 0.
     """
     name, _, steps = text.partition("@")
-    own = replace(recipe.controller, policy=preset(name), probe_on="micro_dev", probe_examples=None)
+    own = replace(recipe.controller, policy=preset(name), probe_on="micro_dev", probe_examples=None, patience=None)
     if not steps:
         return own
     if not steps.isdecimal():

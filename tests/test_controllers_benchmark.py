@@ -189,6 +189,13 @@ class TestReplay:
         assert choice.cost.trained_examples == pytest.approx(180)
         assert choice.cost.measured_examples == pytest.approx(2 * 4 * EXAMPLES + 50)
 
+    def test_rounds_may_follow_epochs(self) -> None:
+        one = landscape(telling)
+        one = replace(one, facts=one.facts | {"examples": {"train": 40}})  # two epochs of 40 steps
+        _, cost = benchmark.replay(one, benchmark.Plan(preset("shared"), every="epoch"), seed=0, probe_every=7)
+        assert cost.measured_examples <= 3 * 4 * EXAMPLES  # rounds at 0, 40 and 80
+        assert cost == benchmark.replay(one, benchmark.Plan(preset("shared"), every=40), seed=0)[1]
+
     def test_a_run_may_end_when_no_ratio_gets_lower(self) -> None:
         rising_with_time = landscape(lambda train_ratio, step, ratio: 1 + step / 100 + (ratio - BEST) ** 2)
         patient = benchmark.Plan(preset("paper", candidates=1), patience=2)
@@ -348,6 +355,10 @@ class TestFigures:
             "shared,every=0",
             "shared,pool=test",
             "paper,pool=dev",
+            "paper,patience=epoch",
+            "late,turn=2,patience=1",
+            "late,turn=2,fixed=3",
+            "shared,turn=2",
         ],
     )
     def test_a_policy_that_is_none(self, text: str) -> None:
@@ -429,3 +440,6 @@ class TestCommand:
         landscape(telling).save(tmp_path / "one.parquet")
         assert self.run(monkeypatch, tmp_path / "one.parquet", tmp_path / "one.parquet") == 2
         assert "same name" in capsys.readouterr().err
+        # known only when the policy is replayed: nothing was measured on dev
+        assert self.run(monkeypatch, tmp_path / "one.parquet", "--policy", "shared,pool=both", "--seeds", 1) == 2
+        assert capsys.readouterr().err.startswith("error: a landscape has no shared trajectory on dev")

@@ -115,6 +115,17 @@ def test_a_shipped_recipe_says_what_its_file_is_called(name: str) -> None:
     assert base == Path()
 
 
+@pytest.mark.parametrize("name", [name for name in builtin_recipes() if not name.startswith("llama3")])
+def test_a_round_comes_before_training_and_after_each_epoch(name: str) -> None:
+    recipe, _ = load_recipe(name)
+    stage, train = recipe.controller, recipe.data.target.train
+    epoch = stage.training.steps_per_epoch(train)
+    assert stage.policy.round_steps(stage.training.steps(train), stage.probe_every) == [
+        number * epoch for number in range(round(stage.training.epochs) + 1)
+    ]
+    assert stage.patience == 1
+
+
 @pytest.mark.parametrize("name", builtin_recipes())
 def test_a_shipped_recipe_can_be_checked_and_run(
     name: str, arguments: Callable[[str], list[str]], cli: Callable[..., Any], tmp_path: Path

@@ -151,7 +151,8 @@ class TestMeasures:
         assert single.note == f"in units of work {8 * (final + 10) / (learn + 6 + finish + 4):.2f}"
 
     def test_examples_in_turn_are_timed_and_counted_as_such(self, lab: speed_lab.Lab) -> None:
-        turn = replace(preset_stage := lab.stages["shared"], probe_on="both", probe_examples=3)
+        policy = preset("shared", estimate="smooth_fit")
+        turn = replace(preset_stage := lab.stages["shared"], policy=policy, probe_on="both", probe_examples=3)
         lab.stages = {"all": preset_stage, "in turn": turn, "rare": replace(turn, probe_every=100)}
         assert lab.parts.probed == {"all": MICRO_DEV, "in turn": 3, "rare": 3}
         seconds = {
@@ -261,7 +262,7 @@ class TestCommand:
         recipe, _ = load_recipe("demo-ar")
         stage = speed.stage_of(recipe, "paper@10")
         assert (stage.policy, stage.probe_every) == (preset("paper"), 10)
-        assert (stage.probe_on, stage.probe_examples) == ("micro_dev", None)
+        assert (stage.probe_on, stage.probe_examples, stage.patience) == ("micro_dev", None, None)
         assert speed.stage_of(recipe, "paper").probe_every == recipe.controller.probe_every
 
     @pytest.mark.parametrize(

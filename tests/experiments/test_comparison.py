@@ -16,7 +16,7 @@ from conftest import write_tiny_workspace
 
 from grasp_lora.errors import AdapterError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
-from grasp_lora.experiments import baselines, lorahub
+from grasp_lora.experiments import baselines, lorahub, methods
 from grasp_lora.experiments.baselines import Bench, BenchProgress
 from grasp_lora.experiments.comparison import ComparisonSettings, compare
 from grasp_lora.experiments.comparison_report import command_of, score_table, write_comparison
@@ -224,6 +224,49 @@ def test_a_single_run_leaves_the_keys_of_all_other_steps_as_they_are(finished):
     assert not recorder.done_steps
     assert [row["scores"] for row in again["rows"]] == [row["scores"] for row in content["rows"]]
     assert "grasp_single" not in DEFAULT_METHODS
+
+
+@pytest.mark.parametrize("name", ["demo-ar", "mlqa-ar", "xlsum-zh", "llama3-8b-mlqa-ar"])
+def test_controllers_beside_the_recipes_own_are_run_as_their_authors_do(name):
+    recipe, _ = load_recipe(name)
+    own = recipe.controller.policy
+    for stage, kind in ((methods._preset("paper"), "gaussian"), (methods._random, "uniform")):
+        found = stage(recipe)
+        assert (found.policy.kind, found.policy.estimate) == (kind, "best_reward")
+        assert (found.probe_every, found.patience, found.probe_on, found.probe_examples) == (
+            10,
+            None,
+            "micro_dev",
+            None,
+        )
+        assert (found.policy.ratio_min, found.policy.ratio_max) == (own.ratio_min, own.ratio_max)
+    late = methods._dev_free(recipe)
+    assert (late.policy.kind, late.policy.probe_from, late.patience, late.probe_on) == (
+        "shared",
+        0.5,
+        None,
+        "micro_dev",
+    )
+    dev = methods._own_on_dev(recipe)
+    assert (dev.policy, dev.probe_on, dev.probe_examples) == (own, "dev", None)
+
+
+@pytest.mark.parametrize("epochs", [1.0, 3.0, 5.0, 6.0, 10.0])
+def test_a_single_run_has_the_steps_of_one_final_run(epochs):
+    recipe, _ = load_recipe("mlqa-ar", [f"final.training.epochs={epochs}"])
+    learn, finish = methods.single_run(recipe)
+    steps = [stage.training.steps(50) for stage in (learn, finish)]
+    assert sum(steps) == recipe.final.training.steps(50)
+    assert learn.policy.round_steps(steps[0], learn.probe_every)[0] == 0
+
+
+def test_a_single_run_too_short_to_learn_is_left_out(tiny_workspace):
+    settings = ComparisonSettings(("target_only", "grasp", "grasp_single"), (1,), (0.2,), resamples=1000)
+    content, recorder = run(tiny_workspace / "compare", settings, "controller.probe_every=7")
+    rows = {row["method"]: row for row in content["rows"]}
+    assert rows["grasp_single"]["unavailable"].startswith("the controller run has 6 optimizer steps and probes every 7")
+    assert "unavailable" not in rows["grasp"] or rows["grasp"]["unavailable"] is None
+    assert recorder.done_steps.count("controller") == 1
 
 
 class Killed(BaseException):
@@ -469,7 +512,7 @@ def test_another_split_is_done_with_its_own_source_adapter(tiny_workspace):
 
 def test_a_given_prune_ratio_is_left_aside_and_everything_is_checked_first(tiny_workspace):
     settings = ComparisonSettings(("target_only", "grasp"), (1,), (0.2,), resamples=1000)
-    with pytest.raises(RecipeError, match="so there is no round"):
+    with pytest.raises(RecipeError, match="so no round follows a step"):
         run(tiny_workspace / "compare", settings, "final.prune_ratio=0.3", "controller.probe_every=99")
     assert not (tiny_workspace / "compare").exists()
 

@@ -39,7 +39,7 @@ def test_few_rounds_and_few_micro_dev_examples_are_warned_of(check: Check) -> No
     found = check()
     assert found["rounds"].level == "warning"
     assert "3 rounds; raise controller.training.epochs or lower controller.probe_every" in found["rounds"].text
-    assert found["micro-dev"] == Finding("warning", "micro-dev", "4 examples choose the ratio; 16 are usual")
+    assert found["probes"] == Finding("warning", "probes", "4 examples choose the ratio; 16 are usual")
 
 
 def test_nothing_is_warned_of_where_all_is_usual(check: Check) -> None:
@@ -61,8 +61,52 @@ def test_a_given_ratio_needs_no_rounds(check: Check) -> None:
 
 
 def test_a_controller_run_without_a_round_is_an_error_before_the_run(check: Check) -> None:
-    with pytest.raises(RecipeError, match="10 optimizer steps and probes every 11, so there is no round"):
+    with pytest.raises(RecipeError, match="10 optimizer steps and probes every 11, so no round follows a step"):
         check("controller.probe_every=11")
+    with pytest.raises(
+        RecipeError, match="so no round follows a step"
+    ):  # the one before training alone learns nothing of it
+        check("controller.policy=shared", "controller.probe_every=11")
+
+
+def test_a_round_before_training_and_one_after_are_few(check: Check) -> None:
+    found = check("controller.policy=shared", "controller.probe_every=10")
+    assert found["rounds"].level == "warning"
+    assert "2 rounds; raise controller.training.epochs or lower" in found["rounds"].text
+    found = check("controller.policy=shared", "controller.probe_every=10", "controller.training.epochs=2")
+    assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run 3 rounds")
+
+
+def test_all_that_is_probed_counts(check: Check) -> None:
+    assert "probes" not in check("controller.probe_on=both")  # 4 micro-dev and 6 dev examples
+    assert check("controller.probe_on=dev")["probes"].text == "6 examples choose the ratio; 16 are usual"
+    assert "probes" not in check("final.prune_ratio=0.4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (("policy=shared", "probe_every=10"), None),
+        (("policy=shared", "probe_every=5", "patience=2"), None),
+        (
+            ("policy=shared", "probe_every=3"),
+            "the run stops after 3 steps without a lower loss, less than an epoch (10 steps); "
+            "set controller.probe_every to 10, or controller.patience to 4",
+        ),
+        (("policy=paper",), "controller.patience is 1, but this policy needs its rounds to the end of the run; "),
+        (("policy=late",), "controller.patience is 1, but this policy needs its rounds to the end of the run; "),
+        (("policy=paper", "patience=null"), None),
+    ],
+)
+def test_patience_that_stops_before_the_probes_tell_anything_is_warned_of(
+    check: Check, changes: tuple[str, ...], warning: str | None
+) -> None:
+    changed = ("patience=1", "training.epochs=2", *changes)
+    found = check(*(f"controller.{change}" for change in changed)).get("patience")
+    assert (found is None) is (warning is None)
+    if found is not None and warning is not None:
+        assert found.level == "warning"
+        assert found.text.startswith(warning)
 
 
 def test_what_a_controller_cannot_probe_is_an_error_before_the_run(check: Check) -> None:

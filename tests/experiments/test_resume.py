@@ -119,7 +119,7 @@ def test_a_kill_at_a_random_moment_loses_nothing(runs: Runs, stages: tuple[str, 
     ("stage", "policy"), [("controller", "default"), ("controller", "shared"), ("final", "shared")]
 )
 def test_a_kill_in_a_single_run_loses_nothing(runs: Runs, stage: str, policy: str) -> None:
-    changes = ("final.start=controller", f"controller.policy={policy}")
+    changes = ("final.start=controller", f"controller.policy={policy}", "controller.patience=2")
     events = runs.uninterrupted(*changes).events
     assert "controller open controller/adapter.part/adapter_config.json" in events
     numbers = [number for number, event in enumerate(events, start=1) if event.split()[0] == stage]

@@ -15,6 +15,7 @@ from grasp_lora.experiments.preflight import preflight
 from grasp_lora.experiments.recipe import load_recipe
 from grasp_lora.experiments.session import Session
 from grasp_lora.experiments.starter import FEWEST, write_recipe
+from grasp_lora.method.policy import PRESETS
 
 Rows = list[dict[str, Any]]
 
@@ -137,6 +138,23 @@ def test_sizes_fit_however_many_examples_there_are(count: int, start: Callable[.
     assert 8 <= target.micro_dev <= 16
     assert target.dev == 0 or target.dev >= 8
     assert target.train >= 10
+
+
+@pytest.mark.parametrize("count", [FEWEST, 216])
+def test_the_controller_follows_the_final_run(count: int, start: Callable[..., Path]) -> None:
+    file = start(write(Path("t.jsonl"), completion(count)))
+    recipe, _ = load_recipe(file)
+    stage, train = recipe.controller, recipe.data.target.train
+    steps = stage.policy.round_steps(stage.training.steps(train), stage.probe_every)
+    text = file.read_text(encoding="utf-8")
+    if recipe.data.target.dev:
+        assert steps == [number * train for number in range(6)]  # before training and after each of five epochs
+        assert (stage.policy, stage.patience, stage.probe_on) == (PRESETS["shared"], 1, "both")
+        assert "after each epoch, 6 at most" in text
+    else:
+        assert min(steps) >= 0.5 * stage.training.steps(train)
+        assert (stage.policy, stage.patience, stage.probe_on) == (PRESETS["late"], None, "micro_dev")
+        assert f": {len(steps)} rounds, in the second half" in text
 
 
 def test_too_few_for_a_dev_set_is_said(start: Callable[..., Path]) -> None:

@@ -14,7 +14,7 @@ from grasp_lora.errors import DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masking import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.method.policy import Decision, GaussianPolicy, PolicySettings
+from grasp_lora.method.policy import COMPARE_LEVELS, Decision, GaussianPolicy, PolicySettings
 from grasp_lora.training import finetune as finetune_module
 from grasp_lora.training import probing
 from grasp_lora.training.adapters import LoraSettings, adapter_weights, attached, fresh_adapter, live_pairs, segments_of
@@ -948,6 +948,38 @@ def test_training_stops_when_no_ratio_gets_lower(make_tiny_model, tmp_path, base
         result = train_ours(model, tmp_path, controller)
     assert len(read_rows(tmp_path / "rounds.jsonl")) == rounds
     assert result.steps == 3 * (rounds - 1)  # the first round comes before training
+
+
+def test_a_training_that_patience_had_stopped_stops_again_without_a_round(make_tiny_model, tmp_path):
+    """In a trainer of one's own, which saves at the very step that patience stops."""
+
+    def train(resume: bool) -> tuple[int, list[dict]]:
+        backbone = make_tiny_model("llama")
+        weights = merged_adapter(backbone, "llama")
+        with attached(backbone, weights) as model:
+            probes = ScriptedBaselines([1.0, *itertools.repeat(9.0, 9)], candidates=3)
+            controller = controller_for(weights, probes, folder=tmp_path / "records", kind="shared", patience=1)
+            trainer = Trainer(
+                model=model,
+                args=arguments(tmp_path, remove_unused_columns=False, save_strategy="steps", save_steps=3),
+                train_dataset=TRAIN,
+                data_collator=lambda examples: collate(examples, PAD),
+            )
+            controller.add_to(trainer)
+            trainer.train(resume_from_checkpoint=resume)
+        return trainer.state.global_step, read_rows(tmp_path / "records" / "rounds.jsonl")
+
+    stopped, rounds = train(resume=False)
+    assert (stopped, [row["step"] for row in rounds]) == (3, [0, 3])
+    assert train(resume=True) == (4, rounds)
+
+
+def test_rules_that_compare_rounds_refuse_examples_in_turn(make_tiny_model):
+    weights = merged_adapter(make_tiny_model("llama"), "llama")
+    probes = ProbesInTurn(make_examples(7, 1, "m"), PAD, count=3, seed=5)
+    for estimate in COMPARE_LEVELS:
+        with pytest.raises(ValueError, match=f"estimate '{estimate}' compares the losses of rounds"):
+            controller_for(weights, probes, kind="shared", estimate=estimate)
 
 
 @pytest.mark.parametrize("kind", ["shared", "gaussian"])

@@ -200,7 +200,7 @@ def _baseline(rounds: Sequence[Round]) -> Figure | None:
     losses = [(measured.step, fmean(measured.baseline_losses)) for measured in rounds]
     line = {"width": 2, "color": "var(--grasp)"}
     trace = _scatter("committed mask", losses, "lines+markers", line=line, marker={"size": 5})
-    return _figure([trace], "Optimizer step", "Micro-dev loss (nats per token)", showlegend=False)
+    return _figure([trace], "Optimizer step", "Loss of the probed examples (nats per token)", showlegend=False)
 
 
 def _history(history: Sequence[HistoryRow]) -> Figure | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from grasp_lora.experiments.baselines import Bench, Outcome
 from grasp_lora.experiments.recipe import ControllerStage, FinalStage, Recipe
-from grasp_lora.experiments.session import Session, mean
+from grasp_lora.experiments.session import Session, lack_of_rounds, mean
 from grasp_lora.method.masking import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES
 from grasp_lora.method.policy import PRESETS, PolicySettings
@@ -76,8 +76,8 @@ def _run_grasp(
 def single_run(recipe: Recipe) -> tuple[ControllerStage, FinalStage]:
     """The two stages of GRASP in a single run, together as many epochs as a final run has.
 
-    The controller run compares the losses of all its rounds to keep the best adapter, so that each round measures the micro-dev
-    set, from the first step on.
+    Rounds come from the first step on, since their losses decide which adapter is kept, and measure the micro-dev set alone,
+    whatever the recipe probes: with the dev set, too, a single run would cost twice as much.
     """
     own, final = recipe.controller, recipe.final
     epochs = final.training.epochs
@@ -94,7 +94,9 @@ def single_run(recipe: Recipe) -> tuple[ControllerStage, FinalStage]:
         mode="hold",
         mask=None,
         prune_ratio=None,
-        training=replace(final.training, epochs=epochs - learn.training.epochs),
+        training=replace(
+            final.training, epochs=round(epochs - learn.training.epochs, 9)
+        ),  # 3 - 1.8 is a bit more than 1.2
     )
     return learn, finish
 
@@ -120,8 +122,9 @@ def _own_on_dev(recipe: Recipe) -> ControllerStage:
 
 
 def _random(recipe: Recipe) -> ControllerStage:
-    """The recipe's own, but with uniform candidates and nothing learned."""
-    return replace(recipe.controller, policy=replace(recipe.controller.policy, kind="uniform"))
+    """The paper's, but with uniform candidates and nothing learned: what its policy is worth."""
+    paper = _preset("paper")(recipe)
+    return replace(paper, policy=replace(paper.policy, kind="uniform"))
 
 
 def _preset(name: str) -> Callable[[Recipe], ControllerStage]:
@@ -150,6 +153,11 @@ def _dev_free(recipe: Recipe) -> ControllerStage:
 
 def _bounded(name: str, own: PolicySettings) -> PolicySettings:
     return replace(PRESETS[name], ratio_min=own.ratio_min, ratio_max=own.ratio_max, ratio_init=own.ratio_init)
+
+
+def _needs_learning(session: Session) -> str | None:
+    """A single run learns in a part of the epochs of a final run, which may be too short for a round."""
+    return lack_of_rounds(single_run(session.recipe)[0], len(session.splits.train))
 
 
 def _needs_source(session: Session) -> str | None:
@@ -204,10 +212,10 @@ METHODS: dict[str, Method] = {
     "grid": Method("grid of GRASP's final runs", _run_grid("dev"), 8, _needs_dev),
     "grid_16": Method("the same grid, 16 examples choose", _run_grid("micro_dev"), 0.3, _needs_dev),
     "grasp": Method("GRASP", _run_grasp(_own), 5),
-    "grasp_single": Method("GRASP in a single run", _run_single, 5),
+    "grasp_single": Method("GRASP in a single run", _run_single, 5, _needs_learning),
     "grasp_default": Method("GRASP, preset default", _run_grasp(_preset("default")), 5),
     "grasp_paper": Method("GRASP, preset paper", _run_grasp(_preset("paper"), PAPER_FINAL), 5),
-    "grasp_random": Method("GRASP, random candidates", _run_grasp(_random), 5),
+    "grasp_random": Method("preset paper with random candidates", _run_grasp(_random, PAPER_FINAL), 5),
     "grasp_50": Method("GRASP probing the dev set", _run_grasp(_own_on_dev), 10, _needs_dev),
     "one_shot": Method("pruned at the learned ratio, not trained", _one_shot, 0.3),
     "merge_dev_free": Method(

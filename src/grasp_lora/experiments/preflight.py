@@ -1,16 +1,18 @@
 """What will happen before it happens: the checks of `grasp-lora check`, as lines a person reads."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grasp_lora.experiments.recipe import PROBE_SPLITS, Recipe
+from grasp_lora.experiments.recipe import PROBE_SPLITS, ControllerStage, Recipe
 from grasp_lora.experiments.session import Session, expected_rounds
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.training.data import Example
 from grasp_lora.training.probing import takes_label_positions
 
 FEW_ROUNDS = 10
-FEW_MICRO_DEV = 8
+FEW_SHARED_ROUNDS = 3  # they do not depend on each other
+FEW_PROBED = 8
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,6 @@ def preflight(session: Session) -> list[Finding]:
         )
     if not splits.test:
         findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
-    if len(splits.micro_dev) < FEW_MICRO_DEV:
-        findings.append(
-            Finding("warning", "micro-dev", f"{len(splits.micro_dev)} examples choose the ratio; 16 are usual")
-        )
     findings += _plan(recipe, sizes)
     return findings
 
@@ -106,14 +104,17 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
     if recipe.final.prune_ratio is None:
         trained += recipe.controller.training.epochs * sizes["train"]
         stage = recipe.controller
-        examples = stage.probe_examples or sum(sizes[split] for split in PROBE_SPLITS[stage.probe_on])
-        probed = rounds * (1 + stage.policy.candidates) * examples
-        shared = POLICIES[recipe.controller.policy.kind].shared  # its rounds do not depend on each other
-        level = "warning" if rounds < FEW_ROUNDS and not shared else "ok"
+        pool = sum(sizes[split] for split in PROBE_SPLITS[stage.probe_on])
+        if pool < FEW_PROBED:
+            findings.append(Finding("warning", "probes", f"{pool} examples choose the ratio; 16 are usual"))
+        probed = rounds * (1 + stage.policy.candidates) * (stage.probe_examples or pool)
+        few = FEW_SHARED_ROUNDS if POLICIES[stage.policy.kind].shared else FEW_ROUNDS
+        level = "warning" if rounds < few else "ok"
         advice = "; raise controller.training.epochs or lower controller.probe_every" if level == "warning" else ""
         noun = "round" if rounds == 1 else "rounds"
-        most = "" if recipe.controller.patience is None else "at most "
+        most = "" if stage.patience is None else "at most "
         findings.append(Finding(level, "rounds", f"the controller will run {most}{rounds} {noun}{advice}"))
+        findings += _patience(stage, sizes["train"])
     if recipe.final.start == "controller":
         text = (
             "single run: the controller run's own adapter, of its best round and pruned at the learned ratio, is finished "
@@ -123,6 +124,26 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
     text = f"at most {trained:.0f} training examples and {probed} probed examples"
     findings.append(Finding("ok", "cost", text))
     return findings
+
+
+def _patience(stage: ControllerStage, train: int) -> list[Finding]:
+    """Warn where a controller run would stop before its probes can tell anything."""
+    patience, policy, epoch = stage.patience, stage.policy, stage.training.steps_per_epoch(train)
+    if patience is None:
+        return []
+    if not POLICIES[policy.kind].shared or policy.probe_from > 0.0:
+        text = (
+            f"controller.patience is {patience}, but this policy needs its rounds to the end of the run; set "
+            "controller.patience to null" + (", and controller.probe_every to 10 as in the paper" if epoch > 10 else "")
+        )
+        return [Finding("warning", "patience", text)]
+    if patience * stage.probe_every < epoch:
+        text = (
+            f"the run stops after {patience * stage.probe_every} steps without a lower loss, less than an epoch ({epoch} steps); "
+            f"set controller.probe_every to {epoch}, or controller.patience to {math.ceil(epoch / stage.probe_every)}"
+        )
+        return [Finding("warning", "patience", text)]
+    return []
 
 
 def _ranks(pairs: object) -> str:

@@ -26,7 +26,7 @@ from grasp_lora.evaluation.generation import GenerationSettings
 from grasp_lora.experiments.recipe_text import MOST_BYTES, decode, parse
 from grasp_lora.method.masking import MaskSettings
 from grasp_lora.method.merging import MergeSettings
-from grasp_lora.method.policy import PRESETS, PolicySettings
+from grasp_lora.method.policy import COMPARE_LEVELS, PRESETS, PolicySettings
 from grasp_lora.training.backbone import BackboneSettings
 from grasp_lora.training.data import DataSettings
 from grasp_lora.training.settings import LoraSettings, TrainingSettings
@@ -64,6 +64,14 @@ def _policy(value: Any) -> Any:
 
 
 Policy = Annotated[PolicySettings, BeforeValidator(_policy)]
+
+
+def _to_the_end(value: Any) -> Any:
+    """Fill in what a training without a dev set has to be, where nothing is said."""
+    return {"patience": None, "keep": "last"} | value if isinstance(value, dict) else value
+
+
+ControllerTraining = Annotated[TrainingSettings, BeforeValidator(_to_the_end)]
 
 
 @dataclass(frozen=True)
@@ -117,8 +125,12 @@ class ControllerStage:
         probe_every: optimizer steps between rounds, >= 1.
         probe_on: examples that are probed: `micro_dev`, `dev`, or `both`. Dev then chooses the ratio and stops the final run.
         probe_examples: how many of them a round measures, in turn, so that each round has others; None takes all in each.
-        patience: rounds in a row without a lower micro-dev loss at any probed ratio, after which the run stops; None for never.
-        training: batch 1, all epochs and no early stopping by default, since the late probes are the informative ones.
+        patience: rounds in a row without a lower loss of the probed examples at any ratio, after which the run stops; None for
+            never.
+        training: batch 1 by default; `patience` and `keep` do not apply, since the run measures no dev loss of its own.
+
+    Raises:
+        ValueError: a setting is out of range, or two contradict each other.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -128,9 +140,14 @@ class ControllerStage:
     probe_on: str = "micro_dev"
     probe_examples: int | None = None
     patience: int | None = None
-    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(patience=None, keep="last"))
+    training: ControllerTraining = field(default_factory=lambda: TrainingSettings(patience=None, keep="last"))
 
     def __post_init__(self) -> None:
+        if self.training.patience is not None or self.training.keep != "last":
+            raise ValueError(
+                f"training.patience is {self.training.patience} and training.keep {self.training.keep!r}, but the controller run "
+                "measures no dev loss; remove both, or set controller.patience to stop it by its rounds"
+            )
         if self.probe_every < 1:
             raise ValueError(f"probe_every is {self.probe_every}; it must be at least 1 optimizer step")
         if self.patience is not None and self.patience < 1:
@@ -144,6 +161,11 @@ class ControllerStage:
                 f"patience {self.patience} compares the losses of rounds, but with probe_examples {self.probe_examples} each "
                 "round measures other examples; remove one of them"
             )
+        if self.probe_examples is not None and self.policy.estimate in COMPARE_LEVELS:
+            raise ValueError(
+                f"the estimate {self.policy.estimate!r} compares the losses of rounds, but with probe_examples "
+                f"{self.probe_examples} each round measures other examples; remove it, or set policy.estimate to 'smooth_fit'"
+            )
 
 
 @dataclass(frozen=True)
@@ -156,7 +178,7 @@ class FinalStage:
         prune_ratio: use this fraction instead of learning one; the controller run is then left out.
         training: how it is trained.
         start: `merged`, a fresh merge that is pruned at the learned ratio; or `controller` (single run): the controller run's own
-            adapter as it was at the round with the lowest micro-dev loss, pruned at that ratio, with that mask held.
+            adapter as it was at the round with the lowest loss, pruned at that ratio, with that mask held.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

@@ -242,12 +242,15 @@ def _interval_note(record: RunRecord) -> str:
     learned = record.learned
     if learned is None:
         return ""
-    note = "The interval covers the choice of micro-dev examples and rounds, not the shape of the fitted curve."
+    covered = "the choice of probed examples and rounds, not the shape of the fitted curve"
     if learned.rule == "best_reward":
-        note = "The interval covers the choice of rounds only."
+        covered = "the choice of rounds only"
+    elif learned.rule == "surrogate":
+        covered = "the choice of probed examples and what the surface leaves open between probes, not how smooth it is"
+    note = f"The interval covers {covered}."
     if learned.high - learned.low >= WIDE_INTERVAL:
         note += (
-            " It is wide: these probes do not settle the ratio. More micro-dev examples or more rounds narrow it, and"
+            " It is wide: these probes do not settle the ratio. More probed examples or more rounds narrow it, and"
             " runs with other seeds show how much the result depends on it."
         )
     return note
@@ -378,7 +381,7 @@ def _curve_table(record: RunRecord) -> Table | None:
 
 
 def _rounds_table(record: RunRecord) -> Table | None:
-    heads = ["Round", "Step", "Micro-dev loss", "Candidates", "Rewards", "Policy", "Current ratio", "Commit"]
+    heads = ["Round", "Step", "Probed loss", "Candidates", "Rewards", "Policy", "Current ratio", "Commit"]
     rows = [
         [
             str(measured.round),

@@ -19,7 +19,7 @@ from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.evaluation.bertscore import check_bertscore
 from grasp_lora.evaluation.generation import generate
 from grasp_lora.evaluation.metrics import Metric, MetricScore, metrics_for, resolve_metrics, score
-from grasp_lora.experiments.recipe import PROBE_SPLITS, Recipe
+from grasp_lora.experiments.recipe import PROBE_SPLITS, ControllerStage, Recipe
 from grasp_lora.method.estimation import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masking import MaskSet, MaskSettings, survival
@@ -241,11 +241,8 @@ class Session:
                 f"controller.probe_examples is {stage.probe_examples}, but controller.probe_on {stage.probe_on!r} gives {there} "
                 "examples; lower it, or remove it to measure all in each round"
             )
-        if expected_rounds(self.recipe, len(self.splits.train)) < 1:
-            raise RecipeError(
-                f"the controller run has {stage.training.steps(len(self.splits.train))} optimizer steps and probes every "
-                f"{stage.probe_every}, so there is no round; raise controller.training.epochs or lower controller.probe_every"
-            )
+        if problem := lack_of_rounds(stage, len(self.splits.train)):
+            raise RecipeError(problem)
 
     @property
     def probe_pool(self) -> list[Example]:
@@ -475,6 +472,17 @@ def expected_rounds(recipe: Recipe, train_examples: int) -> int:
     """Rounds of the controller run over so many training examples."""
     stage = recipe.controller
     return len(stage.policy.round_steps(stage.training.steps(train_examples), stage.probe_every))
+
+
+def lack_of_rounds(stage: ControllerStage, train_examples: int) -> str | None:
+    """Say why a controller run over so many training examples would learn nothing of training, or None if it does."""
+    steps = stage.training.steps(train_examples)
+    if any(stage.policy.round_steps(steps, stage.probe_every)[-1:]):
+        return None
+    return (
+        f"the controller run has {steps} optimizer steps and probes every {stage.probe_every}, so no round follows a step; "
+        "raise controller.training.epochs or lower controller.probe_every"
+    )
 
 
 def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:

@@ -28,6 +28,7 @@ ESTIMATE_RULES: dict[str, EstimateRule] = {
     "surrogate": lowest_surrogate,
     "best_reward": best_reward,
 }
+COMPARE_LEVELS = ("lowest_loss", "surrogate")  # rules for which every round has to measure the same examples
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ def preset(name: str, **changes: Any) -> PolicySettings:
     """Return the settings of a named preset, with changes.
 
     Presets: `default` (the paper's update, ratio from a smooth fit), `paper` (ratio from the best reward),
-    `random` (the control without learning), `adaptive` (a Gaussian that narrows), `shared` (all ratios train together, lowest
-    fitted loss), `surrogate` (the same with probes and ratio from a Gaussian process) and `late` (all ratios train together,
+    `random` (the control without learning), `adaptive` (a Gaussian that narrows), `shared` (all ratios train together, ratio
+    from a Gaussian process), `surrogate` (the same with probes from that process, too) and `late` (all ratios train together,
     probes in the second half of the run only, ratio from a smooth fit).
 
     Raises:

@@ -30,7 +30,7 @@ from grasp_lora.method.masking import (
     WeightKey,
     reset_moments,
 )
-from grasp_lora.method.policy import PolicySettings, RatioPolicy, Round, make_policy
+from grasp_lora.method.policy import COMPARE_LEVELS, PolicySettings, RatioPolicy, Round, make_policy
 from grasp_lora.training.adapters import live_pairs
 from grasp_lora.training.checkpoint import SavedInCheckpoints, State
 from grasp_lora.training.durable import write_whole
@@ -192,7 +192,8 @@ class GraspController(PrunedTraining):
             memory of a second adapter and of its order of importance.
 
     After training, `policy.best_ratio()` is the learned ratio. Raises ProbeError during training when a probe's loss is not
-    finite. Where the trainer saves checkpoints, everything is in them, and a resumed training goes on with the same rounds.
+    finite. Where the trainer saves checkpoints, everything is in them, and a resumed training goes on with the same rounds; one
+    that patience had stopped takes a step, without a round, and stops again.
     """
 
     state_name = "controller"
@@ -213,6 +214,11 @@ class GraspController(PrunedTraining):
         if isinstance(micro_dev, ProbesInTurn) and (keep_best or self.settings.patience is not None):
             raise ValueError(
                 "keep_best and patience compare the losses of rounds, which examples in turn do not allow; leave one of them out"
+            )
+        if isinstance(micro_dev, ProbesInTurn) and self.settings.policy.estimate in COMPARE_LEVELS:
+            raise ValueError(
+                f"the estimate {self.settings.policy.estimate!r} compares the losses of rounds, which examples in turn do not "
+                "allow; take 'smooth_fit', or a ProbeSet"
             )
         self.micro_dev = micro_dev
         self.folder = folder
@@ -328,10 +334,15 @@ class GraspController(PrunedTraining):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Run a round when it is due; stop when patience has run out."""
-        if self._round_follows(state):
+        if not self._settled and self._round_follows(state):
             self._round(state, control, kwargs["model"], kwargs.get("optimizer"))
-            if self.settings.patience is not None and self.policy.rounds_since_best >= self.settings.patience:
-                control.should_training_stop = True
+        if self._settled:
+            control.should_training_stop = True
+
+    @property
+    def _settled(self) -> bool:
+        """Whether patience has run out, now or before the checkpoint that training resumed from."""
+        return self.settings.patience is not None and self.policy.rounds_since_best >= self.settings.patience
 
     def _round_follows(self, state: TrainerState) -> bool:
         return self.policy.settings.round_follows(state.global_step, state.max_steps, self.settings.probe_every)
