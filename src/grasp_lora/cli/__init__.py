@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,8 @@ from grasp_lora.cli.terminal import (
     shown,
 )
 from grasp_lora.display import escaped, one_line
+from grasp_lora.errors import FailedElsewhere, GraspError, Interrupted
+from grasp_lora.training.ranks import leave, world_size
 
 if TYPE_CHECKING:
     from grasp_lora.experiments.session import Session
@@ -38,9 +41,17 @@ app = typer.Typer(
 Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv[/bold] for your own examples.""",
 )
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
+IN_SEVERAL_PROCESSES = ("run", "demo")
+TIME_TO_SPEAK = 3  # seconds
 
 AdapterFolder = Annotated[str, typer.Option("--adapter", "-a", help="PEFT adapter: a folder or a hub id.")]
 StepOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
+
+
+@app.callback()
+def _start(context: typer.Context) -> None:
+    if world_size() > 1 and context.invoked_subcommand not in IN_SEVERAL_PROCESSES:
+        raise GraspError(f"{context.invoked_subcommand} runs in one process; start it without torchrun")
 
 
 @app.command()
@@ -266,11 +277,12 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 
 def main() -> None:
     """Run the command line; a GraspError becomes one line and exit status 2, a stop by a signal one line and 75."""
-    from grasp_lora.errors import GraspError, Interrupted
-
     _quiet_libraries()
     try:
         app(prog_name="grasp-lora")
+    except FailedElsewhere:
+        time.sleep(TIME_TO_SPEAK)  # else torchrun might end the process that says what happened before it has
+        sys.exit(2)
     except Interrupted as stop:
         error_console.print(one_line(str(stop)), style="yellow", markup=False, highlight=False, soft_wrap=True)
         sys.exit(STOPPED)
@@ -311,6 +323,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
             soft_wrap=True,
         )
     say(f"adapter {folder / 'adapter'}   report {folder / 'report.html'}")
+    leave()
 
 
 def _print_table(metrics: dict[str, Any]) -> None:

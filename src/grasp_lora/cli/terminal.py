@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 
 from grasp_lora.display import one_line
+from grasp_lora.training.ranks import is_first
 
-console = Console()
+console = Console(quiet=not is_first())  # of processes that torchrun started one speaks
 error_console = Console(stderr=True)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in one (see `recipes`).")]
@@ -60,7 +61,7 @@ def log_to_terminal(verbose: bool) -> None:
     handler.setFormatter(_OneLine("%(levelname)s: %(message)s"))
     ours = logging.getLogger("grasp_lora")
     ours.handlers[:] = [handler]
-    ours.setLevel(logging.INFO if verbose else logging.WARNING)
+    ours.setLevel((logging.INFO if verbose else logging.WARNING) if is_first() else logging.ERROR)
     ours.propagate = False
 
 

@@ -2,7 +2,8 @@
 
 Each stage leaves a marker when it is complete and is skipped on a rerun; a training stage goes on from its last checkpoint, to
 the same bits as without an interruption. A run folder of another recipe is refused, and so is a second writer. Nothing is
-written before the recipe, the backbone, the data and the adapters have been checked.
+written before the recipe, the backbone, the data and the adapters have been checked. Under torchrun all processes train and
+measure together, the first one writes, and the folder has to be one that all of them see.
 """
 
 import json
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from grasp_lora.training.adapters import read_adapter
 from grasp_lora.training.checkpoint import Checkpointing, newest_checkpoint, remove_checkpoints, seconds_of
 from grasp_lora.training.data import SPLITS, Example
 from grasp_lora.training.durable import clear_write_errors, sync, vanished, write_whole
+from grasp_lora.training.ranks import first, is_first, join, together
 from grasp_lora.training.settings import TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -87,9 +90,12 @@ class Run:
                 and are done again; a second signal ends the process.
         """
         with self._interruption.handled(), clear_write_errors(self.folder), ExitStack() as lock:
-            if not all(self._marker(stage).is_file() for stage in self.stages):
+            join(self.recipe.backbone.device)
+            if not first(lambda: all(self._marker(stage).is_file() for stage in self.stages)):
                 self._prepare(lock)
-            elif (self.folder / LOCK_FILE).is_file():  # a kill came when all was done: the file goes with the lock
+            elif (
+                is_first() and (self.folder / LOCK_FILE).is_file()
+            ):  # a kill came when all was done: the file goes with the lock
                 with suppress(RecipeError, OSError):  # unless someone lives who holds it; a complete run is only read
                     lock.enter_context(only_writer(self.folder))
             for name in self.stages:
@@ -104,6 +110,9 @@ class Run:
         return tuple(stage for stage in STAGES if learns or stage != "controller")
 
     def _data(self) -> dict[str, Any]:
+        return first(self._write_data)
+
+    def _write_data(self) -> dict[str, Any]:
         splits = self.session.splits
         ids = {name: [example.id for example in getattr(splits, name)] for name in SPLITS}
         write_json(self.folder / "data.json", {"report": splits.report, "ids": ids, "sha256": hash_of(splits)})
@@ -128,10 +137,13 @@ class Run:
     ) -> dict[str, Any]:
         """Train a fresh adapter into the folder of its name."""
         weights, result = self.session.train_adapter(part, train, dev, training, self.folder / part)
-        self._save(part, weights)
+        first(lambda: self._save(part, weights))
         return {"steps": result.steps, "best_step": result.best_step, "dev_loss": result.dev_loss}
 
     def _merge(self) -> dict[str, Any]:
+        return first(self._write_merged)
+
+    def _write_merged(self) -> dict[str, Any]:
         parents = self._parents()
         merged = self.session.merge(list(parents.values()), list(parents), self.recipe.merge)
         self._save("merged", merged)
@@ -142,9 +154,13 @@ class Run:
         folder, single = self.folder / "controller", self._single_run
         learned = self.session.learn_ratio(self._adapter("merged"), folder, keep_best=single)
         estimate = learned.estimate
-        write_json(folder / "ratio.json", ratio_record(estimate, learned.last_committed))
-        if single:
-            self._save(CONTROLLED, learned.adapter)
+
+        def write() -> None:
+            write_json(folder / "ratio.json", ratio_record(estimate, learned.last_committed))
+            if single:
+                self._save(CONTROLLED, learned.adapter)
+
+        first(write)
         return {
             "prune_ratio": estimate.ratio,
             "low": estimate.low,
@@ -158,8 +174,12 @@ class Run:
         ratio = self._prune_ratio()
         start = self._adapter(CONTROLLED if self._single_run else "merged")
         weights, result, rows = self.session.finetune_pruned(start, ratio, folder, pruned=self._single_run)
-        write_json(folder / "sparsity.json", rows)
-        self._save("adapter", weights)
+
+        def write() -> None:
+            write_json(folder / "sparsity.json", rows)
+            self._save("adapter", weights)
+
+        first(write)
         pruned = 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)
         return {
             "prune_ratio": ratio,
@@ -173,13 +193,16 @@ class Run:
         systems = {**self._parents(), "merged": self._adapter("merged"), "grasp": self._adapter("adapter")}
         evaluations = {}
         for name, weights in systems.items():
-            evaluations[name] = self.session.evaluate(weights)
-            self._write_predictions(name, evaluations[name])
-        self._write_metrics(evaluations)
+            found = evaluations[name] = self.session.evaluate(weights)
+            first(partial(self._write_predictions, name, found))
+        first(partial(self._write_metrics, evaluations))
         grasp = evaluations["grasp"]
         return {"test_loss": grasp.test_loss, **{name: entry.value for name, entry in grasp.scores.items()}}
 
     def _report(self) -> dict[str, Any]:
+        return first(self._write_report)
+
+    def _write_report(self) -> dict[str, Any]:
         self._write_costs()
         write_model_card(self.folder, self.folder / "adapter")
         return {"report": write_report(self.folder).name}
@@ -264,26 +287,38 @@ class Run:
     def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
         self._interruption.stop_if_asked()
         self._place = f"in the stage {name}"
-        marker, folder = self._marker(name), self.folder / name
-        if marker.is_file():
-            remove_checkpoints(folder)  # a kill may have come between the marker and their removal
-            done = self._read(f"stages/{name}.json")
+        if done := first(partial(self._done_before, name)):
             self.progress.finished(name, done["seconds"], done["summary"], skipped=True)
             return
-        self._check_presence()
-        for later in STAGES[STAGES.index(name) + 1 :]:  # they rest on what is done anew here
-            self._marker(later).unlink(missing_ok=True)
-            remove_checkpoints(self.folder / later)
         self.progress.stage(name)
-        checkpoint = newest_checkpoint(folder)
-        started = time.perf_counter() - (seconds_of(checkpoint) if checkpoint else 0.0)
+        started = time.perf_counter() - first(partial(self._begin_stage, name))
         with self._interruption.deferred() if name in TRAINED else nullcontext():
             summary = work()
             seconds = time.perf_counter() - started
-            self._check_presence()
-            write_json(marker, {"stage": name, "seconds": round(seconds, 3), "summary": summary})
-            remove_checkpoints(folder)
+            first(partial(self._complete, name, seconds, summary))
             self.progress.finished(name, seconds, summary, skipped=False)
+
+    def _done_before(self, stage: str) -> dict[str, Any] | None:
+        """What a complete stage left, None where it is not complete."""
+        if not self._marker(stage).is_file():
+            return None
+        remove_checkpoints(self.folder / stage)  # a kill may have come between the marker and their removal
+        done: dict[str, Any] = self._read(f"stages/{stage}.json")
+        return done
+
+    def _begin_stage(self, stage: str) -> float:
+        """Drop the later stages, which rest on what is done anew here; return the seconds that are in its last checkpoint."""
+        self._check_presence()
+        for later in STAGES[STAGES.index(stage) + 1 :]:
+            self._marker(later).unlink(missing_ok=True)
+            remove_checkpoints(self.folder / later)
+        checkpoint = newest_checkpoint(self.folder / stage)
+        return seconds_of(checkpoint) if checkpoint else 0.0
+
+    def _complete(self, stage: str, seconds: float, summary: dict[str, Any]) -> None:
+        self._check_presence()
+        write_json(self._marker(stage), {"stage": stage, "seconds": round(seconds, 3), "summary": summary})
+        remove_checkpoints(self.folder / stage)
 
     def _check_presence(self) -> None:
         if not (self.folder / RUN_FILE).is_file():
@@ -332,24 +367,30 @@ class Run:
     def _prepare(self, lock: ExitStack) -> None:
         """Become the folder's only writer, load and check everything, and begin."""
         self._place = "before its first stage"
-        existing = self.folder.is_dir()
+        existing = first(self.folder.is_dir)
         if existing:
-            lock.enter_context(only_writer(self.folder))
+            first(partial(self._lock, lock))
         self.progress.preparing()
-        self.session.prepare()
+        together(self.session.prepare)
         if not existing:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise RecipeError(
-                    f"{self.folder} cannot be written ({error.strerror}); choose another folder with --output"
-                ) from error
-            lock.enter_context(only_writer(self.folder))
-        self._check_folder()  # again: until now another run may have begun there
-        self._begin()
+            first(partial(self._make_folder, lock))
+        first(self._begin)
+
+    def _lock(self, lock: ExitStack) -> None:
+        lock.enter_context(only_writer(self.folder))
+
+    def _make_folder(self, lock: ExitStack) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RecipeError(
+                f"{self.folder} cannot be written ({error.strerror}); choose another folder with --output"
+            ) from error
+        self._lock(lock)
 
     def _begin(self) -> None:
         """Write what the run starts from; when it goes on, check that this is still the same."""
+        self._check_folder()  # again: until now another run may have begun there
         backbone, adapters = self.session.backbone, self.session.existing_adapters
         started = {
             "grasp_lora": version("grasp-lora"),

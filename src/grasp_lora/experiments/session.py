@@ -40,6 +40,7 @@ from grasp_lora.training.backbone import EMBEDDED_NAME, Backbone, load_backbone
 from grasp_lora.training.data import SPLITS, Example, Splits, build_splits
 from grasp_lora.training.durable import write_whole
 from grasp_lora.training.probing import ProbeSet, ProbesInTurn, calibrate
+from grasp_lora.training.ranks import shared, world_size
 from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.sources import resolve_file
 
@@ -191,6 +192,8 @@ class Session:
             raise DataError("the target has no training examples; give data.target.train at least 1")
         if parents and recipe.final.prune_ratio is None:
             self._check_rounds()
+        if parents:
+            self._check_processes()
 
     def _check_parents(self) -> None:
         recipe = self.recipe
@@ -226,6 +229,20 @@ class Session:
                 f"merge rule {recipe.merge.rule!r} needs equal ranks, but the adapters have {sorted(ranks)}; "
                 "use 'exact' or 'svd'" + (", or set lora.rank to the rank of the others" if trains else "")
             )
+
+    def _check_processes(self) -> None:
+        recipe = self.recipe
+        trained = {
+            "source": not recipe.source.adapters,
+            "target": not recipe.target.adapter,
+            "controller": recipe.final.prune_ratio is None,
+            "final": True,
+        }
+        for stage in (stage for stage, trains in trained.items() if trains):
+            try:
+                getattr(recipe, stage).training.shared_by(world_size())
+            except ValueError as error:
+                raise RecipeError(f"{stage}.training: {error}, or start fewer processes") from error
 
     def _check_rounds(self) -> None:
         stage = self.recipe.controller
@@ -289,14 +306,17 @@ class Session:
         controller: "GraspController | None" = None,
         on_dev: "OnDev | None" = None,
     ) -> "FineTuneResult":
-        """Train the adapter of a model in place; `part` chooses the order of the examples. See `training.finetune.finetune`."""
+        """Train the adapter of a model in place; `part` chooses the order of the examples. See `training.finetune.finetune`.
+
+        Several processes share the examples of each optimizer step, so that there are as many steps and rounds as with one.
+        """
         from grasp_lora.training.finetune import finetune
 
         return finetune(
             model,
             train,
             dev,
-            training,
+            training.shared_by(world_size()),
             pad_id=self.pad_id,
             seed=self.recipe.seed_of(f"{part} order"),
             folder=folder,
@@ -460,7 +480,7 @@ class Session:
     def _answer(self, model: Any) -> tuple[str, ...]:
         prompts = [example.prompt_ids for example in self.splits.test]
         tokenizer, settings = self.backbone.tokenizer, self.recipe.generation
-        return tuple(generate(model, tokenizer, prompts, settings, self.progress.answered))
+        return tuple(shared(prompts, lambda own: generate(model, tokenizer, own, settings, self.progress.answered)))
 
 
 def mean(values: Sequence[float]) -> float:

@@ -1,7 +1,7 @@
 """Settings of adapters and their training, importable without torch so that the command line starts at once."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 TRAINED_AS_MEASURED = 2  # forward passes that a training example counts as: the frozen backbone has no weight gradients
@@ -97,6 +97,21 @@ class TrainingSettings:
             raise ValueError(f"patience is {self.patience}; it must be at least 1, or null to train all epochs")
         if self.keep not in ("best", "last"):
             raise ValueError(f"keep is {self.keep!r}; allowed: best, last")
+
+    def shared_by(self, processes: int) -> "TrainingSettings":
+        """Return the settings of each of several processes that together take the same optimizer steps.
+
+        Raises:
+            ValueError: an optimizer step has too few examples to be shared evenly.
+        """
+        passes = math.gcd(self.accumulation, processes)
+        examples, rest = divmod(self.batch_size, processes // passes)
+        if rest or not examples:
+            raise ValueError(
+                f"an optimizer step takes batch_size {self.batch_size} times accumulation {self.accumulation} examples, which "
+                f"{processes} processes cannot share evenly; make accumulation a multiple of {processes}"
+            )
+        return replace(self, batch_size=examples, accumulation=self.accumulation // passes)
 
     def steps_per_epoch(self, examples: int) -> int:
         """Optimizer steps in one epoch over so many examples, on one process."""
