@@ -310,7 +310,7 @@ def test_a_probe_loss_that_is_not_finite_names_the_example_and_keeps_the_stages(
 
 def test_training_that_diverges_says_to_lower_the_learning_rate(cli: Cli, tiny_workspace: Path) -> None:
     # So that the weights themselves overflow: a norm may turn what is merely huge, such as 1e30, into zeros and a finite loss.
-    result = cli("run", "tiny.yaml", "-o", "out", "-s", "target.training.learning_rate=3e38")
+    result = cli("run", "tiny.yaml", "-o", "out", "-s", "target.training.learning_rate=3e37")
     assert result.status == 2
     assert re.fullmatch(r"error: [^\n]*lower the learning rate[^\n]*\n", result.err), result.err
 
