@@ -4,17 +4,20 @@ import itertools
 import json
 import math
 import random
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masking import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.policy import COMPARE_LEVELS, Decision, GaussianPolicy, PolicySettings
+from grasp_lora.training import controller as controller_module
 from grasp_lora.training import finetune as finetune_module
 from grasp_lora.training import probing
 from grasp_lora.training.adapters import LoraSettings, adapter_weights, attached, fresh_adapter, live_pairs, segments_of
@@ -972,6 +975,21 @@ def test_a_training_that_patience_had_stopped_stops_again_without_a_round(make_t
     stopped, rounds = train(resume=False)
     assert (stopped, [row["step"] for row in rounds]) == (3, [0, 3])
     assert train(resume=True) == (4, rounds)
+
+
+@pytest.mark.parametrize(
+    ("name", "plugin", "message"),
+    [
+        ("fsdp_plugin", SimpleNamespace(fsdp_version=1), "FSDP1"),
+        ("fsdp_plugin", SimpleNamespace(fsdp_version=2), None),
+        ("deepspeed_plugin", SimpleNamespace(), "DeepSpeed"),
+    ],
+)
+def test_sharding_that_hides_the_weights_is_refused(make_tiny_model, monkeypatch, name, plugin, message):
+    weights = merged_adapter(backbone := make_tiny_model("llama"), "llama")
+    monkeypatch.setattr(controller_module, "AcceleratorState", lambda: SimpleNamespace(**{name: plugin}))
+    with attached(backbone, weights) as model, pytest.raises(GraspError, match=message) if message else nullcontext():
+        controller_for(weights).on_train_begin(None, TrainerState(), TrainerControl(), model=model)
 
 
 def test_rules_that_compare_rounds_refuse_examples_in_turn(make_tiny_model):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError, ProbeError
@@ -118,7 +119,12 @@ class PrunedTraining(SavedInCheckpoints):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Prune before the first step, or take up the masks of the checkpoint that training resumes from."""
+        """Prune before the first step, or take up the masks of the checkpoint that training resumes from.
+
+        Raises:
+            GraspError: the trainer shards weights in a way that hides them.
+        """
+        _check_weights_are_whole()
         self._masks = MaskSet(live_pairs(kwargs["model"], self.segments), self.mask)
         if saved := self.saved_state(args, state):
             self.restore(*saved)
@@ -449,6 +455,20 @@ class GraspController(PrunedTraining):
         if self.folder is not None and state.is_world_process_zero:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(_line(row))
+
+
+def _check_weights_are_whole() -> None:
+    """Refuse what flattens or partitions the weights that masks are laid on, or steps the optimizer by itself."""
+    state = AcceleratorState()
+    if getattr(state, "deepspeed_plugin", None) is not None:
+        raise GraspError(
+            "the trainer uses DeepSpeed, under which masks cannot be held; train with DDP (plain torchrun)"
+        )
+    plugin = getattr(state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise GraspError(
+            "the trainer uses FSDP1, which flattens the weights that are masked; train with DDP (plain torchrun)"
+        )
 
 
 def _places(ranking: Mapping[WeightKey, Ranking]) -> dict[WeightKey, torch.Tensor]:
