@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.experiments.report import duration, percent, write_model_card, write_report
+from grasp_lora.experiments.report import write_model_card, write_report
+from grasp_lora.experiments.report_tables import duration, percent
 from grasp_lora.experiments.run_folder import read_run
 from grasp_lora.method.policy import ESTIMATE_RULES, Round, make_policy, preset
 

@@ -13,7 +13,8 @@ from rich.text import Text
 from grasp_lora.experiments.figures import comparison_figure, plotly_js
 from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS
 from grasp_lora.experiments.recipe import RECIPE_FILE
-from grasp_lora.experiments.report import METRIC_NAMES, PAPER, Cell, Table, render
+from grasp_lora.experiments.report import PAPER, render
+from grasp_lora.experiments.report_tables import METRIC_NAMES, Cell, Table
 from grasp_lora.training.durable import write_whole
 
 PLUS_MINUS = "±"

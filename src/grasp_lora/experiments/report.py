@@ -7,32 +7,39 @@ should have computed, and nothing that was not measured is shown as a number.
 import hashlib
 import json
 import logging
-import math
 import re
 import secrets
-from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from grasp_lora.display import escaped, one_line
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.figures import figures_of, plotly_js, script_json
-from grasp_lora.experiments.run_folder import SYSTEMS, TRAINED, RunRecord, by_factor, inner, kept_share, read_run
+from grasp_lora.experiments.report_tables import (
+    METRIC_NAMES,
+    compare_with,
+    cost_table,
+    curve_table,
+    losses_table,
+    percent,
+    probe_note,
+    rounds_table,
+    score_notes,
+    scores_table,
+    sparsity_note,
+    sparsity_table,
+)
+from grasp_lora.experiments.run_folder import SYSTEMS, RunRecord, inner, read_run
 from grasp_lora.method.estimation import WIDE_INTERVAL
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.training.durable import write_whole
 
 logger = logging.getLogger(__name__)
 
-METRIC_NAMES = {
-    "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2", "bleu": "BLEU",
-}  # fmt: skip
 SPLITS = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
 LANGUAGES = {
     "ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "hi": "Hindi",
@@ -42,21 +49,6 @@ LANGUAGES = {
 EXAMPLES_SHOWN = 8
 CHARACTERS_SHOWN = 1000
 PAPER = "https://arxiv.org/abs/2601.06702"
-
-
-class Cell(NamedTuple):
-    """A table cell; `best` marks the best of its column."""
-
-    text: str
-    best: bool = False
-
-
-class Table(NamedTuple):
-    """A table of texts; the first column names the row."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: list[list[Cell]]
 
 
 def write_report(run_folder: Path) -> Path:
@@ -150,52 +142,20 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "language": _language(record, "target"),
         "languages": _languages(record),
         "sizes": _sizes(record),
-        "scores": _scores_table(record),
+        "scores": scores_table(record),
         "signatures": {METRIC_NAMES.get(key, key): text for key, text in signatures.items()},
-        "notes": _score_notes(record),
+        "notes": score_notes(record),
         "rule": learned.rule if learned and not given else None,
-        "curve": _curve_table(record),
-        "rounds": _rounds_table(record),
-        "losses": _losses_table(record),
-        "sparsity": _sparsity_table(record),
-        "sparsity_note": _sparsity_note(record),
-        "cost": _cost_table(record),
-        "probe_note": _probe_note(record),
+        "curve": curve_table(record),
+        "rounds": rounds_table(record),
+        "losses": losses_table(record),
+        "sparsity": sparsity_table(record),
+        "sparsity_note": sparsity_note(record),
+        "cost": cost_table(record),
+        "probe_note": probe_note(record),
         "examples": _examples(record),
         "recipe": "\n".join(escaped(line) for line in record.recipe_text.split("\n")),
     }
-
-
-def percent(fraction: float, digits: int = 0) -> str:
-    """Print a fraction as a percentage, with a space that does not break.
-
-    >>> percent(0.4567, 1)
-    '45.7\\xa0%'
-    """
-    return f"{100 * fraction:.{digits}f}\u00a0%"
-
-
-def duration(seconds: float) -> str:
-    """Print seconds the way one says them.
-
-    >>> duration(7.25), duration(125), duration(4000)
-    ('7.2 s', '2 min 5 s', '1 h 7 min')
-    """
-    if round(seconds, 1) < 60:
-        return f"{seconds:.1f} s"
-    if round(seconds) < 3600:
-        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
-    return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60} min"
-
-
-def _number(value: float | None, digits: int) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
-
-
-def _signed(value: float, digits: int = 1) -> str:
-    return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
 def _shares(record: RunRecord) -> bool:
@@ -226,9 +186,9 @@ def _headline(record: RunRecord) -> str:
         sentences = [f"Prune {percent(learned.prune_ratio)} of the merged adapter ({interval})."]
     else:
         sentences = ["No prune ratio has been learned yet."]
-    compared = _compared(record, "target")
-    if compared is not None:
-        metric, ours, theirs, worth = compared
+    found = compare_with(record, "target")
+    if found is not None:
+        metric, ours, theirs, worth = found
         sentences.append(f"Test {metric} {ours:.1f} against {theirs:.1f} for the target adapter alone.")
         if abs(ours - theirs) <= 2 * worth:
             sentences.append("That difference is no more than two test examples: treat it as noise.")
@@ -254,19 +214,6 @@ def _interval_note(record: RunRecord) -> str:
             " runs with other seeds show how much the result depends on it."
         )
     return note
-
-
-def _compared(record: RunRecord, other: str) -> tuple[str, float, float, float] | None:
-    """Name of the leading metric, its scores for GRASP and another system, and what one test example is worth."""
-    metrics = record.metrics
-    if metrics is None or not {"grasp", other} <= metrics.systems.keys():
-        return None
-    scores, others = (metrics.systems[name].metrics for name in ("grasp", other))
-    for metric in [*METRIC_NAMES, *scores]:
-        ours, theirs = scores.get(metric), others.get(metric)
-        if ours is not None and theirs is not None and math.isfinite(ours) and math.isfinite(theirs):
-            return METRIC_NAMES.get(metric, metric), ours, theirs, 100 / metrics.test_examples
-    return None
 
 
 def _facts(record: RunRecord) -> list[tuple[str, str]]:
@@ -309,156 +256,6 @@ def _language(record: RunRecord, side: str) -> str:
     """The language code of one side; empty where the recipe gives no data of it."""
     language = inner(record.recipe, "data", side).get("language")
     return language if isinstance(language, str) else ""
-
-
-def _table(caption: str, columns: Sequence[str], rows: Iterable[Iterable[str | Cell]]) -> Table | None:
-    """A table, or None where it would have no rows."""
-    cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
-    return Table(caption, columns, cells) if cells else None
-
-
-def _scores_table(record: RunRecord) -> Table | None:
-    metrics = record.metrics
-    if metrics is None:
-        return None
-    used = {key for system in metrics.systems.values() for key in system.metrics}
-    keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
-    scores = {name: metrics.systems[name] for name in SYSTEMS if name in metrics.systems}
-    pruned = "–" if record.prune_ratio is None else percent(record.prune_ratio, 1)
-    columns: list[list[Cell]] = [
-        [Cell(SYSTEMS[name]) for name in scores],
-        _column([score.test_loss for score in scores.values()], 3, min),
-        _column([score.dev_loss for score in scores.values()], 3, min),
-        *(_column([score.metrics.get(key) for score in scores.values()], 1, max, "unavailable") for key in keys),
-        [Cell(pruned if name == "grasp" else percent(0)) for name in scores],
-    ]
-    names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
-    heads = ["System", "Test loss\u00a0↓", "Dev loss\u00a0↓", *names, "Pruned"]
-    return _table("Scores on the test set", heads, zip(*columns, strict=True))
-
-
-def _column(
-    values: Sequence[float | None], digits: int, choose: Callable[[Iterable[float]], float], absent: str = "–"
-) -> list[Cell]:
-    """Cells of one column; all that print like the best one are best, since the rest cannot be seen."""
-    finite = [value for value in values if value is not None and math.isfinite(value)]
-    best = _number(choose(finite), digits) if len(finite) > 1 else None
-    texts = (absent if value is None else _number(value, digits) for value in values)
-    return [Cell(text, text == best) for text in texts]
-
-
-def _score_notes(record: RunRecord) -> list[str]:
-    """How much of the table is noise, and what separates GRASP from each other system."""
-    count = record.metrics.test_examples if record.metrics else 0
-    if not count:
-        return []
-    notes = [
-        f"The test set has {count} examples: one example is worth {100 / count:.2f} points of a score that is a mean "
-        "over examples. Differences of one or two examples are noise."
-    ]
-    for other in ("merged", "target", "source"):
-        compared = _compared(record, other)
-        if compared is None:
-            continue
-        metric, ours, theirs, worth = compared
-        gap = f"{_signed(ours - theirs)} points ({abs(ours - theirs) / worth:.1f} test examples)"
-        pairs = list(zip(record.predictions["grasp"], record.predictions[other], strict=False))
-        better = sum(mine.loss < its.loss for mine, its in pairs)
-        losses = f", lower loss on {better} of {len(pairs)} test examples." if pairs else "."
-        notes.append(f"GRASP against {SYSTEMS[other].lower()}: {metric} {gap}{losses}")
-    return notes
-
-
-def _curve_table(record: RunRecord) -> Table | None:
-    if record.learned is None:
-        return None
-    curve = record.learned.curve
-    rows = list(zip(curve.ratios, curve.mean, curve.low, curve.high, strict=True))
-    # About ten rows say what the curve says.
-    picked = rows[:: max(1, len(rows) // 10)]
-    texts = [[percent(ratio, 1), *(f"{loss:.4f}" for loss in losses)] for ratio, *losses in picked]
-    return _table("Fitted loss above its minimum", ["Pruned", "Fit", "Low", "High"], texts)
-
-
-def _rounds_table(record: RunRecord) -> Table | None:
-    heads = ["Round", "Step", "Probed loss", "Candidates", "Rewards", "Policy", "Current ratio", "Commit"]
-    rows = [
-        [
-            str(measured.round),
-            str(measured.step),
-            f"{fmean(measured.baseline_losses):.4f}",
-            ", ".join(percent(ratio, 1) for ratio in measured.candidates),
-            ", ".join(_signed(reward, 4) for reward in measured.rewards),
-            f"{percent(measured.policy_mean, 1)} ± {100 * measured.policy_std:.1f}",
-            percent(measured.ratio, 1),
-            ("moved, clipped" if measured.clipped else "moved") if measured.committed else "stayed",
-        ]
-        for measured in record.rounds
-    ]
-    return _table("Rounds of the controller", heads, rows)
-
-
-def _losses_table(record: RunRecord) -> Table | None:
-    rows = []
-    for stage, title in TRAINED.items():
-        history = record.history[stage]
-        train = [_number(row.loss, 3) for row in history if row.loss is not None] or ["–"]
-        dev = [(row.dev_loss, row.step) for row in history if row.dev_loss is not None and math.isfinite(row.dev_loss)]
-        best = [_number(min(dev)[0], 3), str(min(dev)[1])] if dev else ["–", "–"]
-        if history:
-            rows.append([title, str(history[-1].step), train[0], train[-1], *best])
-    heads = ["Stage", "Steps", "First train loss", "Last train loss", "Best dev loss", "at step"]
-    return _table("Losses of each training stage", heads, rows)
-
-
-def _sparsity_table(record: RunRecord) -> Table | None:
-    rows = []
-    for (factor, segment), members in by_factor(record.sparsity).items():
-        entries = [entry for _, entry in members]
-        shares = [entry.kept / entry.weights for entry in entries]
-        texts = [percent(share, 1) for share in (kept_share(entries), min(shares), max(shares))]
-        rows.append([f"{factor}, {segment}", str(sum(entry.weights for entry in entries)), *texts])
-    return _table("Kept weights per factor", ["Factor", "Weights", "Kept", "Lowest layer", "Highest layer"], rows)
-
-
-def _sparsity_note(record: RunRecord) -> str | None:
-    if not record.sparsity:
-        return None
-    shares = [entry.kept / entry.weights for entry in record.sparsity]
-    pruned = 1 - kept_share(record.sparsity)
-    note = f"Measured over all factors, {percent(pruned, 2)} of the weights are zero."
-    if max(shares) - min(shares) < 0.01:
-        note += " Every factor keeps the same share: the ratio is applied to each of them separately."
-    ratio = record.prune_ratio
-    if ratio is not None and abs(pruned - ratio) > 0.005:
-        note += f" That is not the ratio of {percent(ratio, 2)} above: check the final run."
-    segments = [[entry for entry in record.sparsity if entry.segment == name] for name in ("source", "target")]
-    if all(segments):
-        source, target = (percent(kept_share(entries), 1) for entries in segments)
-        note += f" Of the source adapter {source} of the weights survive, of the target adapter {target}."
-    return note
-
-
-def _cost_table(record: RunRecord) -> Table | None:
-    if not record.cost:
-        return None
-    total = sum(record.cost.values())
-    rows = [
-        [stage, f"{seconds:.1f}", duration(seconds), percent(seconds / total if total else 0.0)]
-        for stage, seconds in [*record.cost.items(), ("all", total)]
-    ]
-    return _table("Time per stage", ["Stage", "Seconds", "Time", "Share"], rows)
-
-
-def _probe_note(record: RunRecord) -> str | None:
-    probing = record.probe_seconds
-    together = probing + sum(timing.train_seconds for timing in record.timings)
-    if not together:
-        return None
-    return (
-        f"Probes took {percent(probing / together)} of the controller run: {duration(probing)} of {duration(together)} "
-        f"in {len(record.timings)} rounds."
-    )
 
 
 def _examples(record: RunRecord) -> list[dict[str, Any]]:

@@ -1,0 +1,231 @@
+"""The tables of a run's report, and what has to be said beside them."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+from grasp_lora.experiments.run_folder import SYSTEMS, TRAINED, RunRecord, by_factor, kept_share
+
+METRIC_NAMES = {
+    "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2", "bleu": "BLEU",
+}  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """A table cell; `best` marks the best of its column."""
+
+    text: str
+    best: bool = False
+
+
+class Table(NamedTuple):
+    """A table of texts; the first column names the row."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: list[list[Cell]]
+
+
+def percent(fraction: float, digits: int = 0) -> str:
+    """Print a fraction as a percentage, with a space that does not break.
+
+    >>> percent(0.4567, 1)
+    '45.7\\xa0%'
+    """
+    return f"{100 * fraction:.{digits}f}\u00a0%"
+
+
+def duration(seconds: float) -> str:
+    """Print seconds the way one says them.
+
+    >>> duration(7.25), duration(125), duration(4000)
+    ('7.2 s', '2 min 5 s', '1 h 7 min')
+    """
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    if round(seconds) < 3600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+    return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60} min"
+
+
+def _number(value: float | None, digits: int) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
+
+
+def _signed(value: float, digits: int = 1) -> str:
+    return f"{value:+.{digits}f}".replace("-", "\u2212")
+
+
+def compare_with(record: RunRecord, other: str) -> tuple[str, float, float, float] | None:
+    """Name of the leading metric, its scores for GRASP and another system, and what one test example is worth."""
+    metrics = record.metrics
+    if metrics is None or not {"grasp", other} <= metrics.systems.keys():
+        return None
+    scores, others = (metrics.systems[name].metrics for name in ("grasp", other))
+    for metric in [*METRIC_NAMES, *scores]:
+        ours, theirs = scores.get(metric), others.get(metric)
+        if ours is not None and theirs is not None and math.isfinite(ours) and math.isfinite(theirs):
+            return METRIC_NAMES.get(metric, metric), ours, theirs, 100 / metrics.test_examples
+    return None
+
+
+def _table(caption: str, columns: Sequence[str], rows: Iterable[Iterable[str | Cell]]) -> Table | None:
+    """A table, or None where it would have no rows."""
+    cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
+    return Table(caption, columns, cells) if cells else None
+
+
+def scores_table(record: RunRecord) -> Table | None:
+    """Losses and scores of every system; None before the evaluation."""
+    metrics = record.metrics
+    if metrics is None:
+        return None
+    used = {key for system in metrics.systems.values() for key in system.metrics}
+    keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
+    scores = {name: metrics.systems[name] for name in SYSTEMS if name in metrics.systems}
+    pruned = "–" if record.prune_ratio is None else percent(record.prune_ratio, 1)
+    columns: list[list[Cell]] = [
+        [Cell(SYSTEMS[name]) for name in scores],
+        _column([score.test_loss for score in scores.values()], 3, min),
+        _column([score.dev_loss for score in scores.values()], 3, min),
+        *(_column([score.metrics.get(key) for score in scores.values()], 1, max, "unavailable") for key in keys),
+        [Cell(pruned if name == "grasp" else percent(0)) for name in scores],
+    ]
+    names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
+    heads = ["System", "Test loss\u00a0↓", "Dev loss\u00a0↓", *names, "Pruned"]
+    return _table("Scores on the test set", heads, zip(*columns, strict=True))
+
+
+def _column(
+    values: Sequence[float | None], digits: int, choose: Callable[[Iterable[float]], float], absent: str = "–"
+) -> list[Cell]:
+    """Cells of one column; all that print like the best one are best, since the rest cannot be seen."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    best = _number(choose(finite), digits) if len(finite) > 1 else None
+    texts = (absent if value is None else _number(value, digits) for value in values)
+    return [Cell(text, text == best) for text in texts]
+
+
+def score_notes(record: RunRecord) -> list[str]:
+    """How much of the table is noise, and what separates GRASP from each other system."""
+    count = record.metrics.test_examples if record.metrics else 0
+    if not count:
+        return []
+    notes = [
+        f"The test set has {count} examples: one example is worth {100 / count:.2f} points of a score that is a mean "
+        "over examples. Differences of one or two examples are noise."
+    ]
+    for other in ("merged", "target", "source"):
+        found = compare_with(record, other)
+        if found is None:
+            continue
+        metric, ours, theirs, worth = found
+        gap = f"{_signed(ours - theirs)} points ({abs(ours - theirs) / worth:.1f} test examples)"
+        pairs = list(zip(record.predictions["grasp"], record.predictions[other], strict=False))
+        better = sum(mine.loss < its.loss for mine, its in pairs)
+        losses = f", lower loss on {better} of {len(pairs)} test examples." if pairs else "."
+        notes.append(f"GRASP against {SYSTEMS[other].lower()}: {metric} {gap}{losses}")
+    return notes
+
+
+def curve_table(record: RunRecord) -> Table | None:
+    """About ten points of the fitted curve; None where no ratio was learned."""
+    if record.learned is None:
+        return None
+    curve = record.learned.curve
+    rows = list(zip(curve.ratios, curve.mean, curve.low, curve.high, strict=True))
+    # About ten rows say what the curve says.
+    picked = rows[:: max(1, len(rows) // 10)]
+    texts = [[percent(ratio, 1), *(f"{loss:.4f}" for loss in losses)] for ratio, *losses in picked]
+    return _table("Fitted loss above its minimum", ["Pruned", "Fit", "Low", "High"], texts)
+
+
+def rounds_table(record: RunRecord) -> Table | None:
+    """One row a round of the controller."""
+    heads = ["Round", "Step", "Probed loss", "Candidates", "Rewards", "Policy", "Current ratio", "Commit"]
+    rows = [
+        [
+            str(measured.round),
+            str(measured.step),
+            f"{fmean(measured.baseline_losses):.4f}",
+            ", ".join(percent(ratio, 1) for ratio in measured.candidates),
+            ", ".join(_signed(reward, 4) for reward in measured.rewards),
+            f"{percent(measured.policy_mean, 1)} ± {100 * measured.policy_std:.1f}",
+            percent(measured.ratio, 1),
+            ("moved, clipped" if measured.clipped else "moved") if measured.committed else "stayed",
+        ]
+        for measured in record.rounds
+    ]
+    return _table("Rounds of the controller", heads, rows)
+
+
+def losses_table(record: RunRecord) -> Table | None:
+    """How far each training came."""
+    rows = []
+    for stage, title in TRAINED.items():
+        history = record.history[stage]
+        train = [_number(row.loss, 3) for row in history if row.loss is not None] or ["–"]
+        dev = [(row.dev_loss, row.step) for row in history if row.dev_loss is not None and math.isfinite(row.dev_loss)]
+        best = [_number(min(dev)[0], 3), str(min(dev)[1])] if dev else ["–", "–"]
+        if history:
+            rows.append([title, str(history[-1].step), train[0], train[-1], *best])
+    heads = ["Stage", "Steps", "First train loss", "Last train loss", "Best dev loss", "at step"]
+    return _table("Losses of each training stage", heads, rows)
+
+
+def sparsity_table(record: RunRecord) -> Table | None:
+    """Shares of kept weights by factor and origin."""
+    rows = []
+    for (factor, segment), members in by_factor(record.sparsity).items():
+        entries = [entry for _, entry in members]
+        shares = [entry.kept / entry.weights for entry in entries]
+        texts = [percent(share, 1) for share in (kept_share(entries), min(shares), max(shares))]
+        rows.append([f"{factor}, {segment}", str(sum(entry.weights for entry in entries)), *texts])
+    return _table("Kept weights per factor", ["Factor", "Weights", "Kept", "Lowest layer", "Highest layer"], rows)
+
+
+def sparsity_note(record: RunRecord) -> str | None:
+    """What the shares say together, and whether they are those of the ratio."""
+    if not record.sparsity:
+        return None
+    shares = [entry.kept / entry.weights for entry in record.sparsity]
+    pruned = 1 - kept_share(record.sparsity)
+    note = f"Measured over all factors, {percent(pruned, 2)} of the weights are zero."
+    if max(shares) - min(shares) < 0.01:
+        note += " Every factor keeps the same share: the ratio is applied to each of them separately."
+    ratio = record.prune_ratio
+    if ratio is not None and abs(pruned - ratio) > 0.005:
+        note += f" That is not the ratio of {percent(ratio, 2)} above: check the final run."
+    segments = [[entry for entry in record.sparsity if entry.segment == name] for name in ("source", "target")]
+    if all(segments):
+        source, target = (percent(kept_share(entries), 1) for entries in segments)
+        note += f" Of the source adapter {source} of the weights survive, of the target adapter {target}."
+    return note
+
+
+def cost_table(record: RunRecord) -> Table | None:
+    """Seconds of each stage."""
+    if not record.cost:
+        return None
+    total = sum(record.cost.values())
+    rows = [
+        [stage, f"{seconds:.1f}", duration(seconds), percent(seconds / total if total else 0.0)]
+        for stage, seconds in [*record.cost.items(), ("all", total)]
+    ]
+    return _table("Time per stage", ["Stage", "Seconds", "Time", "Share"], rows)
+
+
+def probe_note(record: RunRecord) -> str | None:
+    """How much of the controller run went into probes."""
+    probing = record.probe_seconds
+    together = probing + sum(timing.train_seconds for timing in record.timings)
+    if not together:
+        return None
+    return (
+        f"Probes took {percent(probing / together)} of the controller run: {duration(probing)} of {duration(together)} "
+        f"in {len(record.timings)} rounds."
+    )
