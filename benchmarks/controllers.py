@@ -44,7 +44,7 @@ from grasp_lora.errors import GraspError
 from grasp_lora.experiments.landscape import Cost, Floats, Landscape
 from grasp_lora.experiments.smoothing import smooth
 from grasp_lora.method.estimation import RatioEstimate
-from grasp_lora.method.policy import COMPARE_LEVELS, POLICIES, PRESETS, PolicySettings, Round, make_policy, preset
+from grasp_lora.method.policy import POLICIES, PRESETS, PolicySettings, Round, make_policy, preset
 
 POOLS = ("micro_dev", "dev", "both")
 RESAMPLES = 2000
@@ -92,8 +92,6 @@ class Plan:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
         if self.turn is not None and (self.fixed is not None or self.patience is not None):
             raise ValueError("turn measures other examples in each round, which fixed and patience exclude")
-        if self.turn is not None and self.policy.estimate in COMPARE_LEVELS:
-            raise ValueError(f"the estimate {self.policy.estimate} compares rounds, which turn does not allow")
         if self.pool not in POOLS:
             raise ValueError(f"pool is {self.pool!r}; allowed: {', '.join(POOLS)}")
         if self.pool != "micro_dev" and not POLICIES[self.policy.kind].shared:

@@ -358,7 +358,6 @@ class TestFigures:
             "paper,patience=epoch",
             "late,turn=2,patience=1",
             "late,turn=2,fixed=3",
-            "shared,turn=2",
         ],
     )
     def test_a_policy_that_is_none(self, text: str) -> None:
