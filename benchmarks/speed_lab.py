@@ -205,7 +205,7 @@ class Lab:
         if dev := splits.dev[: self.examples]:
             works["dev"] = lambda: self.measured(dev) / len(dev)
         for name, stage in (*self.stages.items(), (SINGLE, single_run(self.recipe)[0])):
-            timed = replace(stage, probe_every=min(stage.probe_every, steps))
+            timed = replace(stage, probe_every=min(stage.spacing(len(self.session.splits.train)), steps))
             works[f"run {name}"] = partial(self.controlled, train, timed)
         times = take_turns(works, self.pairs)
         return Parts(
@@ -307,7 +307,7 @@ class Lab:
             measured = ProbeSet(self.pool(stage) if probes is None else probes, pad_id)
         controller = TimedController(
             measured,
-            ControllerSettings(stage.policy, stage.probe_every),
+            ControllerSettings(stage.policy, stage.spacing(len(train))),
             self.recipe.mask,
             segments_of(weights),
         )

@@ -120,10 +120,8 @@ def test_a_round_comes_before_training_and_after_each_epoch(name: str) -> None:
     recipe, _ = load_recipe(name)
     stage, train = recipe.controller, recipe.data.target.train
     epoch = stage.training.steps_per_epoch(train)
-    assert stage.policy.round_steps(stage.training.steps(train), stage.probe_every) == [
-        number * epoch for number in range(round(stage.training.epochs) + 1)
-    ]
-    assert stage.patience == 1
+    assert stage.round_steps(train) == [number * epoch for number in range(round(stage.training.epochs) + 1)]
+    assert (stage.patience, stage.probe_on) == (1, "both")
 
 
 @pytest.mark.parametrize("name", builtin_recipes())

@@ -147,6 +147,10 @@ def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, monkeypatch, ca
 def test_the_first_of_several_ranks_holds_it_for_all(tmp_path, monkeypatch):
     with only_writer(tmp_path):
         monkeypatch.setenv("RANK", "1")
+        with pytest.raises(RecipeError, match="is being written by"), only_writer(tmp_path):
+            pass  # an array of jobs may set RANK, too
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
         with only_writer(tmp_path):
             pass
         assert (tmp_path / LOCK_FILE).is_file()

@@ -72,9 +72,9 @@ def test_a_controller_run_without_a_round_is_an_error_before_the_run(check: Chec
 def test_a_round_before_training_and_one_after_are_few(check: Check) -> None:
     found = check("controller.policy=shared", "controller.probe_every=10")
     assert found["rounds"].level == "warning"
-    assert "2 rounds; raise controller.training.epochs or lower" in found["rounds"].text
+    assert "at most 2 rounds; raise controller.training.epochs or lower" in found["rounds"].text
     found = check("controller.policy=shared", "controller.probe_every=10", "controller.training.epochs=2")
-    assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run 3 rounds")
+    assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run at most 3 rounds")
 
 
 def test_all_that_is_probed_counts(check: Check) -> None:
@@ -90,8 +90,8 @@ def test_all_that_is_probed_counts(check: Check) -> None:
         (("policy=shared", "probe_every=5", "patience=2"), None),
         (
             ("policy=shared", "probe_every=3"),
-            "the run stops after 3 steps without a lower loss, less than an epoch (10 steps); "
-            "set controller.probe_every to 10, or controller.patience to 4",
+            "the run stops after 3 steps without a lower loss, less than an epoch (10 steps); leave controller.probe_every out "
+            "for a round after each epoch, or set controller.patience to 4",
         ),
         (("policy=paper",), "controller.patience is 1, but this policy needs its rounds to the end of the run; "),
         (("policy=late",), "controller.patience is 1, but this policy needs its rounds to the end of the run; "),

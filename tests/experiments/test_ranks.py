@@ -2,8 +2,11 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ from typing import Any
 import pytest
 
 from grasp_lora.errors import GraspError
-from grasp_lora.training.ranks import first, is_first, shared, together, world_size
+from grasp_lora.training.ranks import STARTED, first, is_first, shared, together, world_size
 from grasp_lora.training.settings import TrainingSettings
 
 TWO_A_STEP = [f"{stage}.training.accumulation=2" for stage in ("source", "target", "controller", "final")]
@@ -19,7 +22,7 @@ CHANGES = [*TWO_A_STEP, "controller.probe_every=2"]
 READ_DATA, ANSWER = "read and split the data", "answer the test questions"
 
 
-def launch(*changes: str) -> tuple[int, str]:
+def launch(*changes: str, during: Callable[[subprocess.Popen[str]], None] | None = None) -> tuple[int, str]:
     """Run `tiny.yaml` into the folder `run` in two processes; return the exit status and the output of both. A hang ends."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "grasp_lora"]
     settings = [part for change in changes for part in ("--set", change)]
@@ -31,6 +34,8 @@ def launch(*changes: str) -> tuple[int, str]:
         text=True,
         start_new_session=True,
     )
+    if during is not None:
+        during(process)
     try:
         output, _ = process.communicate(timeout=180)
     except subprocess.TimeoutExpired:
@@ -64,6 +69,39 @@ def test_two_processes_take_the_steps_of_one_and_go_on_where_they_were(tiny_work
     assert read("run/metrics.json") == metrics
 
 
+@pytest.mark.slow
+def test_two_processes_that_a_signal_stopped_end_in_the_same_bits(tiny_workspace: Path) -> None:
+    changes = [*CHANGES, "target.training.epochs=60", "target.training.patience=null", "save_every=5"]
+
+    def stop(process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 120
+        while not list(Path("run/target").glob("checkpoint-*/manifest.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+
+    status, output = launch(*changes, during=stop)
+    assert status != 0
+    assert output.count("stopped by SIGTERM at target step") == 1, output[-3000:]
+    assert list(Path("run/target").glob("checkpoint-*/manifest.json"))
+    status, output = launch(*changes)
+    assert status == 0, output[-3000:]
+    resumed, metrics = Path("run/target/adapter_model.safetensors").read_bytes(), read("run/metrics.json")
+    shutil.rmtree("run")
+    assert launch(*changes)[0] == 0
+    assert Path("run/target/adapter_model.safetensors").read_bytes() == resumed
+    assert read("run/metrics.json") == metrics
+
+
+def test_another_number_of_processes_does_not_go_on(finished_run: Path, cli: Callable[..., Any]) -> None:
+    started = read("run/run.json")
+    assert started["processes"] == 1
+    Path("run/run.json").write_text(json.dumps(started | {"processes": 4}), encoding="utf-8")
+    Path("run/stages/final.json").unlink()
+    result = cli("run", "tiny.yaml", "--output", "run")
+    assert result.status == 2
+    assert result.err.startswith("error: run was begun with 4 processes and would end otherwise with 1; start as many")
+
+
 def test_what_cannot_be_shared_is_said_once(tiny_workspace: Path) -> None:
     status, output = launch()
     assert status != 0
@@ -95,11 +133,29 @@ def test_a_step_with_too_few_examples_is_refused(batch_size: int, accumulation: 
 def test_commands_of_one_process_say_so(
     tiny_workspace: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     for command in ("compare", "record", "sweep", "check", "learn"):
         result = cli(command, "tiny.yaml")
         assert (result.status, result.err) == (2, f"error: {command} runs in one process; start it without torchrun\n")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "4"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"RANK": "0", "LOCAL_RANK": "", "WORLD_SIZE": ""},
+    ],
+)
+def test_what_torchrun_alone_tells_counts(told: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in STARTED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert (world_size(), is_first()) == (1, True)
+    assert first(lambda: 3) == 3
 
 
 def test_one_process_does_everything_itself() -> None:

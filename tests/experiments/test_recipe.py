@@ -10,7 +10,7 @@ import yaml
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.recipe import Recipe, builtin_recipes, load_recipe, validate
-from grasp_lora.method.policy import preset
+from grasp_lora.method.policy import PRESETS, preset
 
 SMALL = "name: a\ndata: {task: completion, target: {language: de, files: [x.csv]}}\n"
 
@@ -91,11 +91,42 @@ class TestPolicy:
 
     def test_plain_settings(self, load: Load) -> None:
         assert load(SMALL + "controller: {policy: {ratio_init: 0.2}}").controller.policy == preset(
-            "default", ratio_init=0.2
+            "shared", ratio_init=0.2
         )
 
 
 class TestOverrides:
+    @pytest.mark.parametrize(
+        ("changes", "policy", "rounds"),
+        [
+            ((), "shared", (None, "both", 1)),
+            (("data.target.dev=0",), "late", (10, "micro_dev", None)),
+            (("controller.policy=shared", "data.target.dev=0"), "shared", (None, "micro_dev", 1)),
+            (("controller.policy=paper",), "paper", (10, "micro_dev", None)),
+            (("controller.policy=late", "controller.probe_every=7"), "late", (7, "micro_dev", None)),
+            (("controller.policy=surrogate", "controller.probe_on=dev"), "surrogate", (None, "dev", 1)),
+            (("controller.policy=shared", "controller.policy=paper"), "paper", (10, "micro_dev", None)),
+            (("controller.patience=null", "controller.probe_every=5"), "shared", (5, "both", None)),
+        ],
+    )
+    def test_how_rounds_are_run_follows_from_the_policy(
+        self, changes: tuple[str, ...], policy: str, rounds: tuple[int | None, str, int | None], load: Load
+    ) -> None:
+        stage = load(SMALL, *changes).controller
+        assert stage.policy == PRESETS[policy]
+        assert (stage.probe_every, stage.probe_on, stage.patience) == rounds
+
+    def test_a_policy_by_its_settings_alone_is_known_for_what_it_is(self, load: Load) -> None:
+        held = load(SMALL, "controller.policy.candidates=5").controller
+        assert (held.policy.kind, held.policy.candidates, held.probe_every, held.patience) == ("shared", 5, None, 1)
+        turn = load(SMALL, "controller.policy={kind: shared}", "controller.probe_examples=4").controller
+        assert (turn.policy.estimate, turn.probe_every, turn.probe_on, turn.patience) == (
+            "smooth_fit",
+            None,
+            "both",
+            None,
+        )
+
     @pytest.mark.parametrize(
         ("override", "path", "value"),
         [
@@ -176,7 +207,7 @@ class TestOverrides:
         (SMALL + "controller: {probe_examples: 0}", r"controller: probe_examples is 0; it must be at least 1"),
         (SMALL + "controller: {probe_examples: 4, patience: 2}", r"patience 2 compares the losses of rounds"),
         (
-            SMALL + "final: {start: controller}\ncontroller: {probe_examples: 4}",
+            SMALL + "final: {start: controller}\ncontroller: {policy: default, probe_examples: 4}",
             r"with controller\.probe_examples 4 each round measures other examples",
         ),
         (

@@ -145,7 +145,7 @@ def test_the_controller_follows_the_final_run(count: int, start: Callable[..., P
     file = start(write(Path("t.jsonl"), completion(count)))
     recipe, _ = load_recipe(file)
     stage, train = recipe.controller, recipe.data.target.train
-    steps = stage.policy.round_steps(stage.training.steps(train), stage.probe_every)
+    steps = stage.round_steps(train)
     text = file.read_text(encoding="utf-8")
     if recipe.data.target.dev:
         assert steps == [number * train for number in range(6)]  # before training and after each of five epochs

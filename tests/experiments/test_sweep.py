@@ -527,7 +527,8 @@ def test_a_missing_extra_is_named(tiny_workspace, cli, monkeypatch, missing, pru
 
 
 def test_processes_that_torchrun_started_are_refused(tiny_workspace, cli, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
     result = cli("sweep", "tiny.yaml", "--param", RATIO)
     assert result.status == 2
     assert "start it without torchrun" in result.err

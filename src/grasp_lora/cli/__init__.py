@@ -24,7 +24,7 @@ from grasp_lora.cli.terminal import (
 )
 from grasp_lora.display import escaped, one_line
 from grasp_lora.errors import FailedElsewhere, GraspError, Interrupted
-from grasp_lora.training.ranks import leave, world_size
+from grasp_lora.training.ranks import is_first, leave, world_size
 
 if TYPE_CHECKING:
     from grasp_lora.experiments.session import Session
@@ -284,9 +284,12 @@ def main() -> None:
         time.sleep(TIME_TO_SPEAK)  # else torchrun might end the process that says what happened before it has
         sys.exit(2)
     except Interrupted as stop:
-        error_console.print(one_line(str(stop)), style="yellow", markup=False, highlight=False, soft_wrap=True)
+        if is_first():
+            error_console.print(one_line(str(stop)), style="yellow", markup=False, highlight=False, soft_wrap=True)
         sys.exit(STOPPED)
     except GraspError as error:
+        if not is_first():
+            time.sleep(TIME_TO_SPEAK)  # where all have the same to say, torchrun ends this one before it does
         # What a library or a file put into the message may hold line breaks, or worse.
         error_console.print(
             f"error: {one_line(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True

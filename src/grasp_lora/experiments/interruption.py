@@ -2,13 +2,16 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from grasp_lora.errors import Interrupted
+from grasp_lora.training.ranks import world_size
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO = 5.0  # seconds: a signal to a group of processes comes to each of them, and once more from torchrun
 
 
 class _Stop(BaseException):
@@ -26,6 +29,7 @@ class Interruption:
         self._place = place
         self._deferred = False
         self._signal: str | None = None
+        self._since = 0.0
 
     @property
     def asked_by(self) -> str | None:
@@ -72,9 +76,14 @@ class Interruption:
             raise _Stop
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._signal = signal.Signals(number).name
-        for other in SIGNALS:
-            if signal.getsignal(other) == self._handle:
-                signal.signal(other, signal.SIG_DFL)
+        if self._signal is not None and time.monotonic() - self._since < ECHO:
+            return
+        again, self._signal, self._since = self._signal is not None, signal.Signals(number).name, time.monotonic()
+        if again or world_size() == 1:
+            for other in SIGNALS:
+                if signal.getsignal(other) == self._handle:
+                    signal.signal(other, signal.SIG_DFL)
+        if again:
+            signal.raise_signal(number)
         if not self._deferred:
             raise _Stop

@@ -12,6 +12,7 @@ from typing import Any
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.interruption import Interruption
 from grasp_lora.training.durable import clear_write_errors
+from grasp_lora.training.ranks import is_first
 
 try:
     import fcntl
@@ -56,7 +57,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         RecipeError: another process writes there; the message names it.
         OSError: the lock file cannot be written.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         yield
         return
     file = folder / LOCK_FILE

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grasp_lora.experiments.baselines import Bench, Outcome
-from grasp_lora.experiments.recipe import ControllerStage, FinalStage, Recipe
+from grasp_lora.experiments.recipe import PAPER_PROBE_EVERY, ControllerStage, FinalStage, Recipe
 from grasp_lora.experiments.session import Session, lack_of_rounds, mean
 from grasp_lora.method.masking import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES
@@ -135,7 +135,7 @@ def _preset(name: str) -> Callable[[Recipe], ControllerStage]:
         return replace(
             own,
             policy=_bounded(name, own.policy),
-            probe_every=min(PAPER_PROBE_EVERY, own.probe_every),
+            probe_every=min(PAPER_PROBE_EVERY, own.probe_every or PAPER_PROBE_EVERY),
             patience=None,
             probe_on="micro_dev",
             probe_examples=None,
@@ -155,9 +155,9 @@ def _bounded(name: str, own: PolicySettings) -> PolicySettings:
     return replace(PRESETS[name], ratio_min=own.ratio_min, ratio_max=own.ratio_max, ratio_init=own.ratio_init)
 
 
-def _needs_learning(session: Session) -> str | None:
-    """A single run learns in a part of the epochs of a final run, which may be too short for a round."""
-    return lack_of_rounds(single_run(session.recipe)[0], len(session.splits.train))
+def _needs_rounds(stage: Callable[[Recipe], ControllerStage]) -> Callable[[Session], str | None]:
+    """A controller beside the recipe's own has other epochs or another spacing, so that a run may be too short for it."""
+    return lambda session: lack_of_rounds(stage(session.recipe), len(session.splits.train))
 
 
 def _needs_source(session: Session) -> str | None:
@@ -183,7 +183,6 @@ def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
     return unavailable
 
 
-PAPER_PROBE_EVERY = 10  # optimizer steps; Paper: controller settings
 PAPER_FINAL = {"mode": "reselect", "mask": MaskSettings(score="gradient_of_delta")}  # Paper: adaptive LoRA merge
 
 METHODS: dict[str, Method] = {
@@ -212,10 +211,18 @@ METHODS: dict[str, Method] = {
     "grid": Method("grid of GRASP's final runs", _run_grid("dev"), 8, _needs_dev),
     "grid_16": Method("the same grid, 16 examples choose", _run_grid("micro_dev"), 0.3, _needs_dev),
     "grasp": Method("GRASP", _run_grasp(_own), 5),
-    "grasp_single": Method("GRASP in a single run", _run_single, 5, _needs_learning),
-    "grasp_default": Method("GRASP, preset default", _run_grasp(_preset("default")), 5),
-    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_preset("paper"), PAPER_FINAL), 5),
-    "grasp_random": Method("preset paper with random candidates", _run_grasp(_random, PAPER_FINAL), 5),
+    "grasp_single": Method(
+        "GRASP in a single run", _run_single, 5, _needs_rounds(lambda recipe: single_run(recipe)[0])
+    ),
+    "grasp_default": Method(
+        "GRASP, preset default", _run_grasp(_preset("default")), 5, _needs_rounds(_preset("default"))
+    ),
+    "grasp_paper": Method(
+        "GRASP, preset paper", _run_grasp(_preset("paper"), PAPER_FINAL), 5, _needs_rounds(_preset("paper"))
+    ),
+    "grasp_random": Method(
+        "preset paper with random candidates", _run_grasp(_random, PAPER_FINAL), 5, _needs_rounds(_random)
+    ),
     "grasp_50": Method("GRASP probing the dev set", _run_grasp(_own_on_dev), 10, _needs_dev),
     "one_shot": Method("pruned at the learned ratio, not trained", _one_shot, 0.3),
     "merge_dev_free": Method(

@@ -8,6 +8,7 @@ measure together, the first one writes, and the folder has to be one that all of
 
 import json
 import logging
+import os
 import platform
 import shutil
 import time
@@ -32,7 +33,7 @@ from grasp_lora.training.adapters import read_adapter
 from grasp_lora.training.checkpoint import Checkpointing, newest_checkpoint, remove_checkpoints, seconds_of
 from grasp_lora.training.data import SPLITS, Example
 from grasp_lora.training.durable import clear_write_errors, sync, vanished, write_whole
-from grasp_lora.training.ranks import first, is_first, join, together
+from grasp_lora.training.ranks import first, is_first, join, together, world_size
 from grasp_lora.training.settings import TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -375,6 +376,13 @@ class Run:
         if not existing:
             first(partial(self._make_folder, lock))
         first(self._begin)
+        together(self._check_sight)
+
+    def _check_sight(self) -> None:
+        if not (self.folder / RUN_FILE).is_file():
+            raise RecipeError(
+                f"{self.folder} is not there for process {os.environ['RANK']}; give a folder that all machines see"
+            )
 
     def _lock(self, lock: ExitStack) -> None:
         lock.enter_context(only_writer(self.folder))
@@ -403,6 +411,7 @@ class Run:
             "parents": [{"name": adapter.name, "sha256": adapter.sha256} for adapter in adapters.values()],
             "libraries": {name: version(name) for name in LIBRARIES},
             "python": platform.python_version(),
+            "processes": world_size(),
         }
         if not (self.folder / RUN_FILE).is_file():
             write_json(self.folder / RUN_FILE, started)
@@ -416,6 +425,11 @@ class Run:
             raise RecipeError(
                 f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
                 "put those back, or choose another folder with --output"
+            )
+        if before.get("processes", 1) != world_size():
+            raise RecipeError(
+                f"{self.folder} was begun with {before['processes']} processes and would end otherwise with {world_size()}; "
+                "start as many, or choose another folder with --output"
             )
         if before.get("dtype", started["dtype"]) != started["dtype"]:
             log.warning(

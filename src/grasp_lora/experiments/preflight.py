@@ -128,19 +128,24 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
 
 def _patience(stage: ControllerStage, train: int) -> list[Finding]:
     """Warn where a controller run would stop before its probes can tell anything."""
-    patience, policy, epoch = stage.patience, stage.policy, stage.training.steps_per_epoch(train)
+    patience, policy, epoch, every = (
+        stage.patience,
+        stage.policy,
+        stage.training.steps_per_epoch(train),
+        stage.spacing(train),
+    )
     if patience is None:
         return []
     if not POLICIES[policy.kind].shared or policy.probe_from > 0.0:
         text = (
-            f"controller.patience is {patience}, but this policy needs its rounds to the end of the run; set "
-            "controller.patience to null" + (", and controller.probe_every to 10 as in the paper" if epoch > 10 else "")
+            f"controller.patience is {patience}, but this policy needs its rounds to the end of the run; leave patience and "
+            "probe_every out, which gives what is usual with it"
         )
         return [Finding("warning", "patience", text)]
-    if patience * stage.probe_every < epoch:
+    if patience * every < epoch:
         text = (
-            f"the run stops after {patience * stage.probe_every} steps without a lower loss, less than an epoch ({epoch} steps); "
-            f"set controller.probe_every to {epoch}, or controller.patience to {math.ceil(epoch / stage.probe_every)}"
+            f"the run stops after {patience * every} steps without a lower loss, less than an epoch ({epoch} steps); leave "
+            f"controller.probe_every out for a round after each epoch, or set controller.patience to {math.ceil(epoch / every)}"
         )
         return [Finding("warning", "patience", text)]
     return []

@@ -26,7 +26,7 @@ from grasp_lora.evaluation.generation import GenerationSettings
 from grasp_lora.experiments.recipe_text import MOST_BYTES, decode, parse
 from grasp_lora.method.masking import MaskSettings
 from grasp_lora.method.merging import MergeSettings
-from grasp_lora.method.policy import COMPARE_LEVELS, PRESETS, PolicySettings
+from grasp_lora.method.policy import COMPARE_LEVELS, POLICIES, PRESETS, PolicySettings
 from grasp_lora.training.backbone import BackboneSettings
 from grasp_lora.training.data import DataSettings
 from grasp_lora.training.settings import LoraSettings, TrainingSettings
@@ -112,6 +112,7 @@ class TargetStage:
             raise ValueError("adapter is empty; give a folder or a hub id, or leave it out to train one")
 
 
+PAPER_PROBE_EVERY = 10  # optimizer steps; Paper: controller settings
 # What a controller may probe: the splits of each choice.
 PROBE_SPLITS = {"micro_dev": ("micro_dev",), "dev": ("dev",), "both": ("micro_dev", "dev")}
 
@@ -120,9 +121,12 @@ PROBE_SPLITS = {"micro_dev": ("micro_dev",), "dev": ("dev",), "both": ("micro_de
 class ControllerStage:
     """The run that learns the ratio.
 
+    What a recipe leaves out follows from its policy (`Recipe`): where all ratios train together and rounds begin before training,
+    a round follows each epoch, on micro-dev and dev, and patience is 1; else rounds are the paper's.
+
     Args:
         policy: settings of the policy, a preset's name, or a preset with changes.
-        probe_every: optimizer steps between rounds, >= 1.
+        probe_every: optimizer steps between rounds, >= 1; None for an epoch.
         probe_on: examples that are probed: `micro_dev`, `dev`, or `both`. Dev then chooses the ratio and stops the final run.
         probe_examples: how many of them a round measures, in turn, so that each round has others; None takes all in each.
         patience: rounds in a row without a lower loss of the probed examples at any ratio, after which the run stops; None for
@@ -136,7 +140,7 @@ class ControllerStage:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     policy: Policy = field(default_factory=PolicySettings)
-    probe_every: int = 10
+    probe_every: int | None = PAPER_PROBE_EVERY
     probe_on: str = "micro_dev"
     probe_examples: int | None = None
     patience: int | None = None
@@ -148,8 +152,10 @@ class ControllerStage:
                 f"training.patience is {self.training.patience} and training.keep {self.training.keep!r}, but the controller run "
                 "measures no dev loss; remove both, or set controller.patience to stop it by its rounds"
             )
-        if self.probe_every < 1:
-            raise ValueError(f"probe_every is {self.probe_every}; it must be at least 1 optimizer step")
+        if self.probe_every is not None and self.probe_every < 1:
+            raise ValueError(
+                f"probe_every is {self.probe_every}; it must be at least 1 optimizer step, or null for an epoch"
+            )
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}; it must be at least 1 round, or null to train to the end")
         if self.probe_on not in PROBE_SPLITS:
@@ -166,6 +172,14 @@ class ControllerStage:
                 f"the estimate {self.policy.estimate!r} compares the losses of rounds, but with probe_examples "
                 f"{self.probe_examples} each round measures other examples; remove it, or set policy.estimate to 'smooth_fit'"
             )
+
+    def spacing(self, train_examples: int) -> int:
+        """Optimizer steps between rounds of a run over so many training examples."""
+        return self.probe_every or self.training.steps_per_epoch(train_examples)
+
+    def round_steps(self, train_examples: int) -> list[int]:
+        """The optimizer steps that a round follows in a run over so many training examples, 0 for one before the first step."""
+        return self.policy.round_steps(self.training.steps(train_examples), self.spacing(train_examples))
 
 
 @dataclass(frozen=True)
@@ -220,6 +234,26 @@ class Recipe(BaseModel):
     report_to: tuple[str, ...] = ()
     save_every: int | None = Field(default=None, ge=1)  # optimizer steps between checkpoints; see `Checkpointing`
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rounds_follow_the_policy(cls, content: Any) -> Any:
+        """Fill in what the recipe leaves out of its controller, by the policy and whether there is a dev set."""
+        stage = content.get("controller", {}) if isinstance(content, dict) else None
+        if not isinstance(stage, dict):
+            return content
+        dev = _has_dev(content.get("data"))
+        usual_policy = "shared" if dev else "late"
+        stage = {"policy": usual_policy} | stage
+        policy = stage["policy"]
+        if isinstance(policy, dict) and not {"preset", "kind"} & policy.keys():
+            stage["policy"] = {"preset": usual_policy} | policy
+        if _follows_the_final_run(stage["policy"]):
+            patience = None if stage.get("probe_examples") is not None else 1
+            usual = {"probe_every": None, "probe_on": "both" if dev else "micro_dev", "patience": patience}
+        else:
+            usual = {"probe_every": PAPER_PROBE_EVERY, "probe_on": "micro_dev", "patience": None}
+        return content | {"controller": usual | stage}
+
     @model_validator(mode="after")
     def _single_run_has_its_mask(self) -> Self:
         """Refuse what contradicts a single run.
@@ -268,6 +302,26 @@ class Recipe(BaseModel):
         """Return the resolved recipe, every default filled in; without the place of the data, which is a machine's own."""
         content = self.model_dump(mode="json", exclude={"data": {"root"}})
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _has_dev(data: Any) -> bool:
+    """Whether the target of a recipe's plain values will have a dev set."""
+    target = data.get("target") if isinstance(data, dict) else None
+    if not isinstance(target, dict):
+        return True
+    return target.get("dev") != 0 and (bool(target.get("dev_files")) or not target.get("train_files"))
+
+
+def _follows_the_final_run(policy: Any) -> bool:
+    """Whether a policy's plain values let all ratios train together, with rounds from before the first step on."""
+    changes = policy if isinstance(policy, dict) else {"preset": policy}
+    name = changes.get("preset", "default")
+    base = PRESETS.get(name) if isinstance(name, str) else None
+    if base is None:  # it is refused where it is read
+        return False
+    kind = changes.get("kind", base.kind)
+    shared = isinstance(kind, str) and kind in POLICIES and POLICIES[kind].shared
+    return shared and changes.get("probe_from", base.probe_from) == 0
 
 
 def builtin_recipes() -> list[str]:

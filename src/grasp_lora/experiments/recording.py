@@ -206,7 +206,7 @@ class _Work:
             "examples": {split: len(getattr(splits, split)) for split in ("train", *SPLITS)},
             "steps": self._controller_steps,
             "every": self.every,
-            "probe_every": controller.probe_every,
+            "probe_every": controller.spacing(len(splits.train)),
             "trained_examples": round(controller.training.epochs * len(splits.train)),
             "made_with": environments(self._used),
         }

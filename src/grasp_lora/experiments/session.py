@@ -185,6 +185,7 @@ class Session:
             check_bertscore(recipe.bertscore, self.language, base=self.base, offline=recipe.backbone.offline)
         if parents:
             self._check_parents()
+            self._check_processes()
         self._check_files()
         if parents:
             self._check_adapters()
@@ -192,8 +193,6 @@ class Session:
             raise DataError("the target has no training examples; give data.target.train at least 1")
         if parents and recipe.final.prune_ratio is None:
             self._check_rounds()
-        if parents:
-            self._check_processes()
 
     def _check_parents(self) -> None:
         recipe = self.recipe
@@ -362,7 +361,7 @@ class Session:
         pool, pad_id, turn = self.probe_pool, self.pad_id, stage.probe_examples
         controller = GraspController(
             ProbeSet(pool, pad_id) if turn is None else ProbesInTurn(pool, pad_id, turn, policy.seed),
-            ControllerSettings(policy, stage.probe_every, stage.patience),
+            ControllerSettings(policy, stage.spacing(len(self.splits.train)), stage.patience),
             self.recipe.mask,
             segments_of(merged),
             folder,
@@ -490,17 +489,16 @@ def mean(values: Sequence[float]) -> float:
 
 def expected_rounds(recipe: Recipe, train_examples: int) -> int:
     """Rounds of the controller run over so many training examples."""
-    stage = recipe.controller
-    return len(stage.policy.round_steps(stage.training.steps(train_examples), stage.probe_every))
+    return len(recipe.controller.round_steps(train_examples))
 
 
 def lack_of_rounds(stage: ControllerStage, train_examples: int) -> str | None:
     """Say why a controller run over so many training examples would learn nothing of training, or None if it does."""
-    steps = stage.training.steps(train_examples)
-    if any(stage.policy.round_steps(steps, stage.probe_every)[-1:]):
+    if any(stage.round_steps(train_examples)[-1:]):
         return None
+    steps, every = stage.training.steps(train_examples), stage.spacing(train_examples)
     return (
-        f"the controller run has {steps} optimizer steps and probes every {stage.probe_every}, so no round follows a step; "
+        f"the controller run has {steps} optimizer steps and probes every {every}, so no round follows a step; "
         "raise controller.training.epochs or lower controller.probe_every"
     )
 

@@ -9,8 +9,8 @@ import hashlib
 import inspect
 import json
 import logging
-import math
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from grasp_lora.display import one_line, quoted
 from grasp_lora.errors import GraspError
 from grasp_lora.training.offline import no_network
+from grasp_lora.training.ranks import first, join
 from grasp_lora.training.untrusted import expanded, is_folder
 
 if TYPE_CHECKING:
@@ -217,22 +218,31 @@ def find_dtype(device: str) -> str:
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is Arm's
-    return "bfloat16" if native and bfloat16_speed() > FASTER else "float32"
+    if not native:
+        return "float32"
+    join(device)
+    return "bfloat16" if first(bfloat16_speed) > FASTER else "float32"
 
 
 @cache
 def bfloat16_speed() -> float:
-    """Return how many times faster matrix products are in bfloat16 than in float32 on this processor; takes some milliseconds."""
+    """Return how many times faster matrix products are in bfloat16 than in float32 on this processor; takes some milliseconds.
+
+    The median over many turns, in each of which both take their time, so that other work on the machine decides nothing.
+    """
     import torch
 
-    times = {torch.bfloat16: math.inf, torch.float32: math.inf}
-    factors = {dtype: (torch.ones(256, 640, dtype=dtype), torch.ones(640, 640, dtype=dtype)) for dtype in times}
-    for _ in range(8):  # in turn, so that other work on the machine slows both; the first one warms up
-        for dtype, (left, right) in factors.items():
+    dtypes = (torch.float32, torch.bfloat16)
+    factors = {dtype: (torch.ones(256, 640, dtype=dtype), torch.ones(640, 640, dtype=dtype)) for dtype in dtypes}
+    ratios = []
+    for _ in range(26):
+        seconds = []
+        for left, right in factors.values():
             started = time.perf_counter()
             torch.mm(left, right.T)
-            times[dtype] = min(times[dtype], time.perf_counter() - started)
-    return times[torch.float32] / times[torch.bfloat16]
+            seconds.append(time.perf_counter() - started)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios[1:])  # the first one warms up
 
 
 def _find_device(wanted: str) -> str:

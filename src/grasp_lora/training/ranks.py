@@ -5,6 +5,7 @@ Without torchrun there is one process, and everything here does nothing but call
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 from grasp_lora.errors import FailedElsewhere, GraspError
@@ -13,9 +14,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+WAITING = timedelta(hours=6)  # for the slowest process, which may have a model to download
+STARTED = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # what torchrun tells each process
+
+
 def world_size() -> int:
     """How many processes were started together."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    told = [os.environ.get(name, "") for name in STARTED]
+    return int(told[-1]) if all(value.isdecimal() for value in told) else 1
 
 
 def is_first() -> bool:
@@ -28,12 +34,24 @@ def join(device: str) -> None:
 
     Args:
         device: what the backbone's settings say: "auto", "cpu" or "cuda".
-    """
-    if world_size() > 1:
-        import torch
-        from accelerate import PartialState
 
-        PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    Raises:
+        GraspError: there are more processes than GPUs, or they do not find each other.
+    """
+    if world_size() == 1:
+        return
+    import torch
+    from accelerate import PartialState
+
+    on_gpus = device != "cpu" and torch.cuda.is_available()
+    if on_gpus and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        raise GraspError(
+            f"torchrun started process {int(os.environ['LOCAL_RANK']) + 1} on this machine, but torch sees "
+            f"{torch.cuda.device_count()} GPUs; start one process for each"
+        )
+    met = PartialState(cpu=not on_gpus, timeout=WAITING).num_processes
+    if met != world_size():
+        raise GraspError(f"WORLD_SIZE is {world_size()}, but {met} processes have met; start them with torchrun")
 
 
 def leave() -> None:

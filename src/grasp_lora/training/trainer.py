@@ -151,6 +151,7 @@ class Saving(SavedInCheckpoints):
         self._trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             complete(checkpoint, time.perf_counter() - self._started)
+        self._trainer.accelerator.wait_for_everyone()  # one that ended now would have the others ended, too
         if self._stop:
             raise Interrupted(
                 f"stopped by {self._stop} at {checkpoint.parent.name} step {state.global_step}; "
