@@ -257,7 +257,7 @@ def test_a_single_run_has_the_steps_of_one_final_run(epochs):
     learn, finish = methods.single_run(recipe)
     steps = [stage.training.steps(50) for stage in (learn, finish)]
     assert sum(steps) == recipe.final.training.steps(50)
-    assert learn.policy.round_steps(steps[0], learn.probe_every)[0] == 0
+    assert learn.round_steps(50)[0] == 0
 
 
 def test_a_single_run_too_short_to_learn_is_left_out(tiny_workspace):
