@@ -118,7 +118,8 @@ def _curve(record: RunRecord) -> Figure | None:
         probes = [(measured.round, probe) for measured in record.rounds for probe in _differences(measured, curve)]
         rounds = [number for number, _ in probes]
         marker = {
-            "size": 7, "color": rounds, "colorscale": _SEQUENTIAL, "colorbar": {"title": {"text": "Round"}},
+            "size": 7, "color": rounds, "colorscale": _SEQUENTIAL, "cmin": 0, "cmax": max(rounds),
+            "colorbar": {"title": {"text": "Round"}, "tick0": 0, "dtick": math.ceil(max(rounds) / 8)},
             "line": {"width": 0.5, "color": "var(--paper)"},
         }  # fmt: skip
         hover = "round %{customdata}<br>ratio %{x:.3f}<br>loss difference %{y:.4f}<extra></extra>"
@@ -139,8 +140,10 @@ def _curve(record: RunRecord) -> Figure | None:
              "line": {"width": 1.5, "dash": "dash", "color": "var(--mark)"}},
         ],
         annotations=[
-            {"xref": "x", "yref": "paper", "x": star, "y": 1, "yanchor": "bottom", "showarrow": False,
-             "text": f"p* = {star:.3f}", "font": {"color": "var(--mark)"}}
+            # Inside, at the foot of the line: above it stands the legend.
+            {"xref": "x", "yref": "paper", "x": star, "y": 0, "yanchor": "bottom", "showarrow": False,
+             "xanchor": "left" if 2 * star < learned.low + learned.high else "right",
+             "text": f" p* = {star:.3f} ", "font": {"color": "var(--mark)"}}
         ],
     )  # fmt: skip
 
