@@ -10,6 +10,8 @@ import gc
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +136,43 @@ def tiny_backbone_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenize
     build_tiny_model("llama").save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+def run_ranks(
+    count: int,
+    arguments: Sequence[str],
+    cwd: Path | None = None,
+    during: Callable[[subprocess.Popen[str]], None] | None = None,
+    **env: str,
+) -> tuple[int, str]:
+    """Start so many processes as torchrun does; return the exit status and the output of all. A hang ends after three minutes.
+
+    Args:
+        count: of processes.
+        arguments: of torchrun: a script or `-m` and a module, and its own.
+        cwd: working folder.
+        during: called with the launcher while they run.
+        env: variables to add.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    process = subprocess.Popen(
+        [sys.executable, *launcher, *arguments],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    if during is not None:
+        during(process)
+    try:
+        output, _ = process.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)  # the launcher and its processes: a session of their own
+        output, _ = process.communicate()
+        pytest.fail(f"the processes hang: {output[-3000:]}")
+    return process.returncode, output
 
 
 @dataclass(frozen=True)

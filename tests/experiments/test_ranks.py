@@ -1,17 +1,16 @@
 """A run in two processes, as torchrun starts them: the steps of one process, one writer, one voice."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import run_ranks
 
 from grasp_lora.errors import GraspError
 from grasp_lora.training.ranks import STARTED, first, is_first, shared, together, world_size
@@ -24,25 +23,8 @@ READ_DATA, ANSWER = "read and split the data", "answer the test questions"
 
 def launch(*changes: str, during: Callable[[subprocess.Popen[str]], None] | None = None) -> tuple[int, str]:
     """Run `tiny.yaml` into the folder `run` in two processes; return the exit status and the output of both. A hang ends."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "grasp_lora"]
     settings = [part for change in changes for part in ("--set", change)]
-    process = subprocess.Popen(
-        [sys.executable, *launcher, "run", "tiny.yaml", "--output", "run", *settings],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    if during is not None:
-        during(process)
-    try:
-        output, _ = process.communicate(timeout=180)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # the launcher and its two processes: a session of their own
-        output, _ = process.communicate()
-        pytest.fail(f"the processes hang: {output[-3000:]}")
-    return process.returncode, output
+    return run_ranks(2, ["-m", "grasp_lora", "run", "tiny.yaml", "--output", "run", *settings], during=during)
 
 
 def read(file: str) -> Any:

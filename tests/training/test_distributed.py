@@ -1,13 +1,12 @@
 """Two gloo processes on the CPU: they draw the same candidates, see the same losses and end with the same adapter."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_ranks
 
 from grasp_lora.training.adapters import attached, live_pairs
 from grasp_lora.training.probing import NormCollector, ProbeSet
@@ -214,26 +213,13 @@ def common(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(common) -> Path:
-    """Where two processes have run the worker; a hang ends after two minutes."""
+    """Where two processes have run the worker; a hang ends."""
     folder = Path(common.__file__).parent
     (folder / "worker.py").write_text(WORKER, encoding="utf-8")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    process = subprocess.Popen(
-        [sys.executable, *launcher, "worker.py", str(folder)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TESTS_FOLDER": str(Path(__file__).parent.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+    status, output = run_ranks(
+        RANKS, ["worker.py", str(folder)], cwd=folder, TESTS_FOLDER=str(Path(__file__).parent.parent)
     )
-    try:
-        output, _ = process.communicate(timeout=120)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # the launcher and its two processes: a session of their own
-        output, _ = process.communicate()
-        pytest.fail(f"the processes hang: {output[-3000:]}")
-    assert process.returncode == 0, output[-5000:]
+    assert status == 0, output[-5000:]
     return folder
 
 

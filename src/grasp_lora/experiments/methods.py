@@ -94,9 +94,8 @@ def single_run(recipe: Recipe) -> tuple[ControllerStage, FinalStage]:
         mode="hold",
         mask=None,
         prune_ratio=None,
-        training=replace(
-            final.training, epochs=round(epochs - learn.training.epochs, 9)
-        ),  # 3 - 1.8 is a bit more than 1.2
+        # Rounded, since 3 - 1.8 is a bit more than 1.2 and would be a step more.
+        training=replace(final.training, epochs=round(epochs - learn.training.epochs, 9)),
     )
     return learn, finish
 

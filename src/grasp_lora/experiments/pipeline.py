@@ -94,10 +94,9 @@ class Run:
             join(self.recipe.backbone.device)
             if not first(lambda: all(self._marker(stage).is_file() for stage in self.stages)):
                 self._prepare(lock)
-            elif (
-                is_first() and (self.folder / LOCK_FILE).is_file()
-            ):  # a kill came when all was done: the file goes with the lock
-                with suppress(RecipeError, OSError):  # unless someone lives who holds it; a complete run is only read
+            elif is_first() and (self.folder / LOCK_FILE).is_file():
+                # A kill came when all was done: the file goes with the lock, unless someone lives who holds it.
+                with suppress(RecipeError, OSError):  # a complete run is only read
                     lock.enter_context(only_writer(self.folder))
             for name in self.stages:
                 self._stage(name, getattr(self, f"_{name}"))
@@ -426,9 +425,9 @@ class Run:
                 f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
                 "put those back, or choose another folder with --output"
             )
-        if before.get("processes", 1) != world_size():
+        if (processes := before.get("processes", 1)) != world_size():
             raise RecipeError(
-                f"{self.folder} was begun with {before['processes']} processes and would end otherwise with {world_size()}; "
+                f"{self.folder} was begun with {processes} processes and would end otherwise with {world_size()}; "
                 "start as many, or choose another folder with --output"
             )
         if before.get("dtype", started["dtype"]) != started["dtype"]:

@@ -22,7 +22,6 @@ from grasp_lora.experiments.search_space import Grid, search_space, trial_recipe
 from grasp_lora.experiments.session import Session, hash_of
 from grasp_lora.training.backbone import EMBEDDED_NAME
 from grasp_lora.training.durable import write_whole
-from grasp_lora.training.ranks import world_size
 from grasp_lora.training.sources import resolve_file
 
 SAMPLERS = ("tpe", "random", "grid")
@@ -97,8 +96,6 @@ def sweep(
             sweep, cannot be written, or another process writes there; no trial could be finished. What is finished stays.
         Interrupted: SIGTERM or SIGINT came.
     """
-    if world_size() > 1:
-        raise RecipeError("a sweep runs in one process; start it without torchrun")
     _check_installed("optuna", *(["scipy"] if settings.pruner == "wilcoxon" else []))
     from grasp_lora.experiments.trials import Trials, quiet_optuna
 
