@@ -135,7 +135,7 @@ def end_to_end(lab: Lab) -> list[Row]:
         what = f"{rivals} / controller run ({name}) + final run"
         note = f"in units of work {lab.parts.work_ratio(name):.2f}"
         rows.append(row("end to end", what, grid, ours, computed=True, note=note))
-    note = f"in units of work {lab.parts.single_work_ratio(len(lab.session.splits.micro_dev)):.2f}"
+    note = f"in units of work {lab.parts.single_work_ratio():.2f}"
     rows.append(row("end to end", f"{rivals} / single run", grid, lab.parts.whole_single(), computed=True, note=note))
     return rows
 

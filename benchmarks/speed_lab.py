@@ -63,7 +63,7 @@ class Parts:
         recipe: the run.
         train, dev: examples of its splits.
         stages: the controller runs, by name.
-        probed: examples of a round of each of them.
+        pools: how many examples each of them may probe, and a single run.
         timed: training examples of each training that was timed.
         plain, final: a training without pruning, and one with the mask held at a fixed ratio.
         per_dev: measuring one dev example; zeros without a dev split.
@@ -75,7 +75,7 @@ class Parts:
     train: int
     dev: int
     stages: Mapping[str, ControllerStage]
-    probed: Mapping[str, int]
+    pools: Mapping[str, int]
     timed: int
     plain: list[float]
     final: list[float]
@@ -108,19 +108,19 @@ class Parts:
     def work_ratio(self, name: str) -> float:
         """The grid over controller and final run in forward passes of one example, a training example counted as two."""
         return self._grid_work() / (
-            self._work(self.stages[name], self.probed[name]) + self._final_work(self.recipe.final)
+            self._work(self.stages[name], self.pools[name]) + self._final_work(self.recipe.final)
         )
 
-    def single_work_ratio(self, micro_dev: int) -> float:
-        """The same over a single run, which probes so many micro-dev examples."""
+    def single_work_ratio(self) -> float:
+        """The same over a single run."""
         learn, finish = single_run(self.recipe)
-        return self._grid_work() / (self._work(learn, micro_dev) + self._final_work(finish))
+        return self._grid_work() / (self._work(learn, self.pools[SINGLE]) + self._final_work(finish))
 
     def _grid_work(self) -> float:
         return len(GRID) * self._final_work(self.recipe.final)
 
-    def _work(self, stage: ControllerStage, probed: int) -> float:
-        probes = self._rounds(stage) * (stage.policy.candidates + 1) * probed
+    def _work(self, stage: ControllerStage, pool: int) -> float:
+        probes = self._rounds(stage) * stage.probed_examples(pool)
         return TRAINED_AS_MEASURED * self._trained(stage.training) + probes
 
     def _final_work(self, stage: FinalStage) -> float:
@@ -204,7 +204,8 @@ class Lab:
         }
         if dev := splits.dev[: self.examples]:
             works["dev"] = lambda: self.measured(dev) / len(dev)
-        for name, stage in (*self.stages.items(), (SINGLE, single_run(self.recipe)[0])):
+        stages = self.stages | {SINGLE: single_run(self.recipe)[0]}
+        for name, stage in stages.items():
             timed = replace(stage, probe_every=min(stage.spacing(len(self.session.splits.train)), steps))
             works[f"run {name}"] = partial(self.controlled, train, timed)
         times = take_turns(works, self.pairs)
@@ -213,7 +214,7 @@ class Lab:
             len(splits.train),
             len(splits.dev),
             self.stages,
-            {name: stage.probe_examples or len(self.pool(stage)) for name, stage in self.stages.items()},
+            {name: len(self.pool(stage)) for name, stage in stages.items()},
             len(train),
             times["plain"],
             times["final"],
@@ -301,10 +302,12 @@ class Lab:
         """
         weights = self.merged if weights is None else weights
         pad_id = self.session.pad_id
-        if probes is None and stage.probe_examples is not None:
-            measured: ProbeSet | ProbesInTurn = ProbesInTurn(self.pool(stage), pad_id, stage.probe_examples, 0)
+        pool = self.pool(stage)
+        turn = stage.in_turn(len(pool))
+        if probes is None and turn is not None:
+            measured: ProbeSet | ProbesInTurn = ProbesInTurn(pool, pad_id, turn, 0)
         else:
-            measured = ProbeSet(self.pool(stage) if probes is None else probes, pad_id)
+            measured = ProbeSet(pool if probes is None else probes, pad_id)
         controller = TimedController(
             measured,
             ControllerSettings(stage.policy, stage.spacing(len(train))),

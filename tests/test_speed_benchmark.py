@@ -153,13 +153,25 @@ class TestMeasures:
     def test_examples_in_turn_are_timed_and_counted_as_such(self, lab: speed_lab.Lab) -> None:
         policy = preset("shared", estimate="smooth_fit")
         turn = replace(preset_stage := lab.stages["shared"], policy=policy, probe_on="both", probe_examples=3)
-        lab.stages = {"all": preset_stage, "in turn": turn, "rare": replace(turn, probe_every=100)}
-        assert lab.parts.probed == {"all": MICRO_DEV, "in turn": 3, "rare": 3}
+        compared = replace(turn, policy=preset("shared"))
+        lab.stages = {
+            "all": preset_stage, "in turn": turn, "rare": replace(turn, probe_every=100), "compared": compared,
+        }  # fmt: skip
+        whole = MICRO_DEV + len(lab.session.splits.dev)
+        assert lab.parts.pools == {"all": MICRO_DEV, "single": MICRO_DEV} | dict.fromkeys(
+            ("in turn", "rare", "compared"), whole
+        )
         seconds = {
             name: [run.round_seconds / run.rounds for run in runs] for name, runs in lab.parts.controlled.items()
         }
-        assert seconds == {"all": [A_ROUND], "in turn": [(CANDIDATES + 1) * 3], "rare": [(CANDIDATES + 1) * 3]}
-        assert lab.parts.whole_controller("rare") == [10 + (CANDIDATES + 1) * 3]  # the round before the first step
+        probes = 1 + policy.candidates
+        assert seconds == {
+            "all": [probes * MICRO_DEV],
+            "in turn": [probes * 3],
+            "rare": [probes * 3],
+            "compared": [whole + policy.candidates * 3],  # the baseline on all
+        }
+        assert lab.parts.whole_controller("rare") == [10 + probes * 3]  # the round before the first step
 
     def test_whole_runs_follow_the_recipe(self, lab: speed_lab.Lab) -> None:
         final = replace(lab.recipe.final.training, epochs=3, evaluate_every=0.5)

@@ -99,14 +99,14 @@ class TestOverrides:
     @pytest.mark.parametrize(
         ("changes", "policy", "rounds"),
         [
-            ((), "shared", (None, "both", 1)),
+            ((), "shared", (None, "dev", 1)),
             (("data.target.dev=0",), "late", (10, "micro_dev", None)),
             (("controller.policy=shared", "data.target.dev=0"), "shared", (None, "micro_dev", 1)),
             (("controller.policy=paper",), "paper", (10, "micro_dev", None)),
             (("controller.policy=late", "controller.probe_every=7"), "late", (7, "micro_dev", None)),
             (("controller.policy=surrogate", "controller.probe_on=dev"), "surrogate", (None, "dev", 1)),
             (("controller.policy=shared", "controller.policy=paper"), "paper", (10, "micro_dev", None)),
-            (("controller.patience=null", "controller.probe_every=5"), "shared", (5, "both", None)),
+            (("controller.patience=null", "controller.probe_every=5"), "shared", (5, "dev", None)),
         ],
     )
     def test_how_rounds_are_run_follows_from_the_policy(
@@ -115,6 +115,7 @@ class TestOverrides:
         stage = load(SMALL, *changes).controller
         assert stage.policy == PRESETS[policy]
         assert (stage.probe_every, stage.probe_on, stage.patience) == rounds
+        assert stage.probe_examples == (12 if stage.probe_on == "dev" else None)
 
     def test_a_policy_by_its_settings_alone_is_known_for_what_it_is(self, load: Load) -> None:
         held = load(SMALL, "controller.policy.candidates=5").controller
@@ -123,9 +124,18 @@ class TestOverrides:
         assert (turn.policy.estimate, turn.probe_every, turn.probe_on, turn.patience) == (
             "smooth_fit",
             None,
-            "both",
-            None,
+            "dev",
+            1,
         )
+        assert turn.probe_examples == 4
+        assert load(SMALL, "controller.policy.estimate=lowest_loss").controller.probe_examples is None
+
+    def test_a_round_measures_all_at_the_baseline_where_rounds_are_compared(self, load: Load) -> None:
+        turn = load(SMALL).controller
+        assert [turn.in_turn(pool) for pool in (50, 13, 12, 6)] == [12, 12, None, None]
+        assert [turn.probed_examples(pool) for pool in (50, 6)] == [50 + 2 * 12, 3 * 6]
+        late = load(SMALL, "controller.policy=late", "controller.probe_examples=4").controller
+        assert late.probed_examples(50) == 4 * 4
 
     @pytest.mark.parametrize(
         ("override", "path", "value"),
@@ -205,14 +215,9 @@ class TestOverrides:
         ),
         (SMALL + "controller: {probe_on: test}", r"controller: probe_on is 'test'; allowed: micro_dev, dev, both"),
         (SMALL + "controller: {probe_examples: 0}", r"controller: probe_examples is 0; it must be at least 1"),
-        (SMALL + "controller: {probe_examples: 4, patience: 2}", r"patience 2 compares the losses of rounds"),
         (
-            SMALL + "final: {start: controller}\ncontroller: {policy: default, probe_examples: 4}",
-            r"with controller\.probe_examples 4 each round measures other examples",
-        ),
-        (
-            SMALL + "controller: {probe_examples: 4, policy: shared}",
-            r"controller: the estimate 'surrogate' compares the losses of rounds, but with probe_examples 4 .* to 'smooth_fit'",
+            SMALL + "controller: {probe_examples: 4, policy: {preset: shared, estimate: lowest_loss}}",
+            r"controller: the estimate 'lowest_loss' needs all examples in each round, but probe_examples is 4; set",
         ),
         (
             SMALL + "controller: {training: {patience: 1}}",

@@ -5,7 +5,7 @@ import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -376,6 +376,9 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing(kind: str, ba
         ({"candidates": (0.3, 0.4, 0.81)}, r"candidates \[0.81\] lie outside \[0.1, 0.8\]"),
         ({"candidates": (0.3, math.nan, 0.4)}, r"candidates \[nan\] lie outside"),
         ({"current_ratio": 0.41}, "measured at ratio 0.41, but the committed ratio is 0.4"),
+        ({"places": (0, 0)}, r"places \[0, 0\] are not different places among 2 baseline losses"),
+        ({"places": (1, 2)}, r"places \[1, 2\] are not different places among 2"),
+        ({"places": (1,)}, "a list of 2 losses beside a baseline of 1"),
     ],
 )
 def test_a_round_that_does_not_fit_is_an_error_and_changes_nothing(
@@ -394,6 +397,29 @@ def test_the_micro_dev_set_cannot_change_within_a_run(kind: str) -> None:
     run(policy, 1)  # four examples
     with pytest.raises(ValueError, match="2 micro-dev examples, but 4 in earlier rounds"):
         policy.tell(a_round(policy))
+
+
+def test_candidates_on_some_examples_are_compared_on_those() -> None:
+    told = Round(0.4, (0.3, 0.5), (4.0, 1.0, 2.0, 5.0), ((1.5, 4.0), (0.5, 4.5)), places=(1, 3))
+    assert told.common_losses == ((1.0, 5.0), (1.5, 4.0), (0.5, 4.5))
+    assert told.rewards == (0.25, 0.5)
+    assert told.lowest_loss == 3.0 - 0.5  # the baseline on all four, and what the better one gains on its two
+    assert replace(told, candidate_losses=((1.5, 7.0), (1.0, 5.5))).lowest_loss == 3.0
+    policy = make_policy(PolicySettings(kind="shared"))
+    policy.tell(told)
+    again = RatioPolicy.from_state(json.loads(json.dumps(policy.state())))
+    assert again.history == policy.history
+    assert again.best_ratio() == policy.best_ratio()
+
+
+def test_a_rule_that_needs_whole_rounds_is_told_no_others() -> None:
+    told = Round(0.4, (0.3, 0.5), (4.0, 1.0, 2.0, 5.0), ((1.5, 4.0), (0.5, 4.5)), places=(1, 3))
+    policy = make_policy(PolicySettings(kind="shared", estimate="lowest_loss"))
+    with pytest.raises(
+        ValueError, match="measured on 2 of 4 examples, but the estimate 'lowest_loss' needs all of them"
+    ):
+        policy.tell(told)
+    assert policy.history == []
 
 
 @every_policy

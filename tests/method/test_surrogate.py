@@ -3,6 +3,7 @@
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -189,3 +190,40 @@ def test_the_adaptive_policys_deviation_stays_between_its_bounds_and_mean_within
         assert LOW < policy.mean < HIGH
         assert 0 < policy.std <= 0.7
         assert math.isfinite(policy.std)
+
+
+def measured_on(told: list[Round], count: int) -> list[Round]:
+    """The same rounds, had their candidates been measured on `count` examples in turn."""
+    examples = len(told[0].baseline_losses)
+    few = []
+    for number, one in enumerate(told):
+        places = tuple((number * count + place) % examples for place in range(count))
+        losses = tuple(tuple(row[place] for place in places) for row in one.candidate_losses)
+        few.append(replace(one, candidate_losses=losses, places=places))
+    return few
+
+
+def test_candidates_on_all_examples_in_turn_are_candidates_on_all() -> None:
+    told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=0.05, shift=0.1)
+    whole, turned = lowest_surrogate(told, LOW, HIGH), lowest_surrogate(measured_on(told, 8), LOW, HIGH)
+    assert turned.ratio == whole.ratio
+    assert (turned.low, turned.high) == pytest.approx((whole.low, whole.high), abs=0.02)
+
+
+def test_few_examples_do_when_examples_agree_whichever_they_are() -> None:
+    """Examples differ in their level, not in what pruning does to them: their differences from the baseline count."""
+    told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=0.0, shift=0.1)
+    whole = lowest_surrogate(told, LOW, HIGH, interval=False).ratio
+    for count in (1, 3):
+        assert lowest_surrogate(measured_on(told, count), LOW, HIGH, interval=False).ratio == pytest.approx(
+            whole, abs=1e-9
+        )
+
+
+def test_fewer_examples_that_disagree_leave_more_open() -> None:
+    widths = []
+    for count in (24, 3):
+        told = rounds_of(lambda ratio, time: curve(ratio), EVEN, noise=0.15, examples=24)
+        estimate = lowest_surrogate(measured_on(told, count), LOW, HIGH)
+        widths.append(estimate.high - estimate.low)
+    assert widths[0] < widths[1]

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import random
+import statistics
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from grasp_lora.errors import DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masking import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.method.policy import COMPARE_LEVELS, Decision, GaussianPolicy, PolicySettings
+from grasp_lora.method.policy import Decision, GaussianPolicy, PolicySettings, Round
 from grasp_lora.training import controller as controller_module
 from grasp_lora.training import finetune as finetune_module
 from grasp_lora.training import probing
@@ -992,12 +993,11 @@ def test_sharding_that_hides_the_weights_is_refused(make_tiny_model, monkeypatch
         controller_for(weights).on_train_begin(None, TrainerState(), TrainerControl(), model=model)
 
 
-def test_rules_that_compare_rounds_refuse_examples_in_turn(make_tiny_model):
+def test_a_rule_that_needs_whole_rounds_refuses_examples_in_turn(make_tiny_model):
     weights = merged_adapter(make_tiny_model("llama"), "llama")
     probes = ProbesInTurn(make_examples(7, 1, "m"), PAD, count=3, seed=5)
-    for estimate in COMPARE_LEVELS:
-        with pytest.raises(ValueError, match=f"estimate '{estimate}' compares the losses of rounds"):
-            controller_for(weights, probes, kind="shared", estimate=estimate)
+    with pytest.raises(ValueError, match="estimate 'lowest_loss' needs all examples in each round, not some in turn"):
+        controller_for(weights, probes, kind="shared", estimate="lowest_loss")
 
 
 @pytest.mark.parametrize("kind", ["shared", "gaussian"])
@@ -1023,15 +1023,40 @@ def test_examples_take_turns_and_a_round_compares_like_with_like(make_tiny_model
     assert turns != [ProbesInTurn(pool, PAD, count=3, seed=6).at(number).ids for number in range(len(rows))]
 
 
+@pytest.mark.parametrize("compared_by", ["patience", "keep_best", "surrogate"])
+@pytest.mark.parametrize("kind", ["shared", "gaussian"])
+def test_the_baseline_is_measured_on_all_where_rounds_are_compared(
+    make_tiny_model, tmp_path, monkeypatch, kind, compared_by
+):
+    pool = make_examples(7, 1, "m")
+    seen = []
+    losses = ProbeSet.losses
+    monkeypatch.setattr(ProbeSet, "losses", lambda self, *rest: seen.append(self.ids) or losses(self, *rest))
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    how = {"patience": {"patience": 99}, "keep_best": {"keep_best": True}, "surrogate": {"estimate": "surrogate"}}
+    with attached(backbone, weights) as model:
+        probes = ProbesInTurn(pool, PAD, count=3, seed=5)
+        controller = controller_for(weights, probes, folder=tmp_path, kind=kind, **how[compared_by])
+        train_ours(model, tmp_path, controller)
+    rows = read_rows(tmp_path / "rounds.jsonl")
+    whole = probes.whole.ids
+    assert sorted(whole) == sorted(one.id for one in pool)
+    expected = [[whole, *[probes.at(number).ids] * 3] for number in range(len(rows))]
+    assert seen == list(itertools.chain(*expected))
+    for number, (row, told) in enumerate(zip(rows, controller.policy.history, strict=True)):
+        assert [whole[place] for place in row["places"]] == probes.at(number).ids
+        assert (len(row["baseline_losses"]), {len(one) for one in row["candidate_losses"]}) == (7, {3})
+        baseline = [row["baseline_losses"][place] for place in row["places"]]
+        rewards = [statistics.fmean(baseline) - statistics.fmean(one) for one in row["candidate_losses"]]
+        assert row["rewards"] == pytest.approx(rewards)
+        assert told == Round.from_json(row["ratio_before"], row)
+
+
 def test_turns_that_cannot_be_are_refused():
     for count in (0, 8):
         with pytest.raises(DataError, match=f"each round is to measure {count} examples, but there are 7"):
             ProbesInTurn(make_examples(7), PAD, count, seed=0)
-    probes = ProbesInTurn(make_examples(7), PAD, 3, seed=0)
-    with pytest.raises(ValueError, match="keep_best and patience compare the losses of rounds"):
-        GraspController(probes, keep_best=True)
-    with pytest.raises(ValueError, match="keep_best and patience"):
-        GraspController(probes, ControllerSettings(patience=1))
 
 
 @pytest.mark.parametrize(

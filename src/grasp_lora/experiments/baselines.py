@@ -262,7 +262,10 @@ class Bench:
         facts = {
             "rounds": rounds,
             "trained_examples": _trained_examples(learned.steps, stage.training, len(session.splits.train)),
-            "measured_examples": sum(len(row["baseline_losses"]) * (1 + len(set(row["candidates"]))) for row in rounds),
+            "measured_examples": sum(
+                len(row["baseline_losses"]) + len(set(row["candidates"])) * len(row["candidate_losses"][0])
+                for row in rounds
+            ),
         }
         return learned.adapter, facts | ({"prune_ratio": learned.estimate.ratio} if keep_best else {})
 

@@ -154,9 +154,8 @@ def _differences(measured: Round, curve: Curve) -> list[tuple[float, float]]:
     Only differences within a round mean something, so a round is moved as a whole to where the curve runs at its
     ratios; without a curve the baseline of the round is zero.
     """
-    baseline = fmean(measured.baseline_losses)
     ratios = [measured.ratio_before, *measured.candidates]
-    losses = [0.0, *(fmean(losses) - baseline for losses in measured.candidate_losses)]
+    losses = [0.0, *(-reward for reward in measured.rewards)]
     shift = fmean(_interpolated(curve, ratio) for ratio in ratios) - fmean(losses) if curve.ratios else 0.0
     return [(ratio, loss + shift) for ratio, loss in zip(ratios, losses, strict=True)]
 

@@ -76,16 +76,15 @@ def _run_grasp(
 def single_run(recipe: Recipe) -> tuple[ControllerStage, FinalStage]:
     """The two stages of GRASP in a single run, together as many epochs as a final run has.
 
-    Rounds come from the first step on, since their losses decide which adapter is kept, and measure the micro-dev set alone,
-    whatever the recipe probes: with the dev set, too, a single run would cost twice as much.
+    Rounds come from the first step on, since their losses decide which adapter is kept. They measure what the recipe's do if
+    those take examples in turn, else the micro-dev set alone: with all of dev, too, a single run would cost twice as much.
     """
     own, final = recipe.controller, recipe.final
     epochs = final.training.epochs
     learn = replace(
         own,
         policy=replace(own.policy, probe_from=0.0),
-        probe_on="micro_dev",
-        probe_examples=None,
+        probe_on="micro_dev" if own.probe_examples is None else own.probe_on,
         training=replace(own.training, epochs=SINGLE_SHARE * epochs),
     )
     finish = replace(
@@ -104,7 +103,7 @@ def _run_single(bench: Bench) -> Outcome:
     """GRASP in a single run: the controller run's own adapter, pruned at the learned ratio and finished."""
     learn, finish = single_run(bench.recipe)
     ratio, adapter = bench.controlled_adapter(learn)
-    return bench.outcome(bench.finetuned(adapter, ratio, vars(finish)), ratio, chosen_on="micro_dev")
+    return bench.outcome(bench.finetuned(adapter, ratio, vars(finish)), ratio, chosen_on=learn.probe_on)
 
 
 def _one_shot(bench: Bench) -> Outcome:
@@ -222,7 +221,7 @@ METHODS: dict[str, Method] = {
     "grasp_random": Method(
         "preset paper with random candidates", _run_grasp(_random, PAPER_FINAL), 5, _needs_rounds(_random)
     ),
-    "grasp_50": Method("GRASP probing the dev set", _run_grasp(_own_on_dev), 10, _needs_dev),
+    "grasp_50": Method("GRASP probing all of the dev set", _run_grasp(_own_on_dev), 10, _needs_dev),
     "one_shot": Method("pruned at the learned ratio, not trained", _one_shot, 0.3),
     "merge_dev_free": Method(
         "adaptive LoRA merge without a dev set",

@@ -26,7 +26,7 @@ from grasp_lora.evaluation.generation import GenerationSettings
 from grasp_lora.experiments.recipe_text import MOST_BYTES, decode, parse
 from grasp_lora.method.masking import MaskSettings
 from grasp_lora.method.merging import MergeSettings
-from grasp_lora.method.policy import COMPARE_LEVELS, POLICIES, PRESETS, PolicySettings
+from grasp_lora.method.policy import COMPARE_LEVELS, POLICIES, PRESETS, WHOLE_ROUNDS, PolicySettings
 from grasp_lora.training.backbone import BackboneSettings
 from grasp_lora.training.data import DataSettings
 from grasp_lora.training.settings import LoraSettings, TrainingSettings
@@ -113,6 +113,7 @@ class TargetStage:
 
 
 PAPER_PROBE_EVERY = 10  # optimizer steps; Paper: controller settings
+IN_TURN = 12  # examples of dev that a round measures at each candidate: `docs/results/controllers.md`
 # What a controller may probe: the splits of each choice.
 PROBE_SPLITS = {"micro_dev": ("micro_dev",), "dev": ("dev",), "both": ("micro_dev", "dev")}
 
@@ -122,13 +123,16 @@ class ControllerStage:
     """The run that learns the ratio.
 
     What a recipe leaves out follows from its policy (`Recipe`): where all ratios train together and rounds begin before training,
-    a round follows each epoch, on micro-dev and dev, and patience is 1; else rounds are the paper's.
+    a round follows each epoch, its baseline on dev, its candidates on 12 examples of it in turn, and patience is 1; else rounds
+    are the paper's.
 
     Args:
         policy: settings of the policy, a preset's name, or a preset with changes.
         probe_every: optimizer steps between rounds, >= 1; None for an epoch.
         probe_on: examples that are probed: `micro_dev`, `dev`, or `both`. Dev then chooses the ratio and stops the final run.
-        probe_examples: how many of them a round measures, in turn, so that each round has others; None takes all in each.
+        probe_examples: how many of them a round measures at each candidate at most, in turn, so that each round has others; None
+            takes all. The baseline is measured on all where rounds are compared: by patience, a single run or the estimate
+            `surrogate`.
         patience: rounds in a row without a lower loss of the probed examples at any ratio, after which the run stops; None for
             never.
         training: batch 1 by default; `patience` and `keep` do not apply, since the run measures no dev loss of its own.
@@ -162,16 +166,25 @@ class ControllerStage:
             raise ValueError(f"probe_on is {self.probe_on!r}; allowed: {', '.join(PROBE_SPLITS)}")
         if self.probe_examples is not None and self.probe_examples < 1:
             raise ValueError(f"probe_examples is {self.probe_examples}; it must be at least 1, or null for all")
-        if self.probe_examples is not None and self.patience is not None:
+        if self.probe_examples is not None and self.policy.estimate in WHOLE_ROUNDS:
             raise ValueError(
-                f"patience {self.patience} compares the losses of rounds, but with probe_examples {self.probe_examples} each "
-                "round measures other examples; remove one of them"
+                f"the estimate {self.policy.estimate!r} needs all examples in each round, but probe_examples is "
+                f"{self.probe_examples}; set it to null, or policy.estimate to 'surrogate' or 'smooth_fit'"
             )
-        if self.probe_examples is not None and self.policy.estimate in COMPARE_LEVELS:
-            raise ValueError(
-                f"the estimate {self.policy.estimate!r} compares the losses of rounds, but with probe_examples "
-                f"{self.probe_examples} each round measures other examples; remove it, or set policy.estimate to 'smooth_fit'"
-            )
+
+    def in_turn(self, pool: int) -> int | None:
+        """How many examples of a pool of so many a round measures at each candidate, in turn; None for all of them in each."""
+        return self.probe_examples if self.probe_examples is not None and self.probe_examples < pool else None
+
+    @property
+    def compares_rounds(self) -> bool:
+        """Whether the losses of one round are compared with those of another, so that its baseline needs all examples."""
+        return self.patience is not None or self.policy.estimate in COMPARE_LEVELS
+
+    def probed_examples(self, pool: int) -> int:
+        """Examples measured in a round, with each ratio counted anew, at most."""
+        few = self.in_turn(pool) or pool
+        return (pool if self.compares_rounds else few) + self.policy.candidates * few
 
     def spacing(self, train_examples: int) -> int:
         """Optimizer steps between rounds of a run over so many training examples."""
@@ -248,8 +261,9 @@ class Recipe(BaseModel):
         if isinstance(policy, dict) and not {"preset", "kind"} & policy.keys():
             stage["policy"] = {"preset": usual_policy} | policy
         if _follows_the_final_run(stage["policy"]):
-            patience = None if stage.get("probe_examples") is not None else 1
-            usual = {"probe_every": None, "probe_on": "both" if dev else "micro_dev", "patience": patience}
+            usual = {"probe_every": None, "probe_on": "dev" if dev else "micro_dev", "patience": 1}
+            if stage.get("probe_on", usual["probe_on"]) != "micro_dev" and not _needs_whole_rounds(stage["policy"]):
+                usual["probe_examples"] = IN_TURN
         else:
             usual = {"probe_every": PAPER_PROBE_EVERY, "probe_on": "micro_dev", "patience": None}
         return content | {"controller": usual | stage}
@@ -271,12 +285,6 @@ class Recipe(BaseModel):
                 raise ValueError(
                     "final.start is 'controller', which holds the controller's mask; "
                     f"remove {'final.mask' if final.mask is not None else 'final.mode'}, or start from 'merged'"
-                )
-            if self.controller.probe_examples is not None:
-                raise ValueError(
-                    "final.start is 'controller', which keeps the adapter of the round with the lowest loss, but with "
-                    f"controller.probe_examples {self.controller.probe_examples} each round measures other examples; "
-                    "remove one of them"
                 )
             if self.controller.policy.probe_from > 0.0:
                 raise ValueError(
@@ -314,14 +322,25 @@ def _has_dev(data: Any) -> bool:
 
 def _follows_the_final_run(policy: Any) -> bool:
     """Whether a policy's plain values let all ratios train together, with rounds from before the first step on."""
-    changes = policy if isinstance(policy, dict) else {"preset": policy}
-    name = changes.get("preset", "default")
-    base = PRESETS.get(name) if isinstance(name, str) else None
+    changes, base = _preset_of(policy)
     if base is None:  # it is refused where it is read
         return False
     kind = changes.get("kind", base.kind)
     shared = isinstance(kind, str) and kind in POLICIES and POLICIES[kind].shared
     return shared and changes.get("probe_from", base.probe_from) == 0
+
+
+def _needs_whole_rounds(policy: Any) -> bool:
+    """Whether the estimate of a policy's plain values needs all examples in each round."""
+    changes, base = _preset_of(policy)
+    return base is not None and changes.get("estimate", base.estimate) in WHOLE_ROUNDS
+
+
+def _preset_of(policy: Any) -> tuple[dict[str, Any], PolicySettings | None]:
+    """The plain values of a policy, and the preset that they change; None where there is none of that name."""
+    changes = policy if isinstance(policy, dict) else {"preset": policy}
+    name = changes.get("preset", "default")
+    return changes, PRESETS.get(name) if isinstance(name, str) else None
 
 
 def builtin_recipes() -> list[str]:

@@ -251,12 +251,6 @@ class Session:
                     f"controller.probe_on is {stage.probe_on!r}, but data.target.{split} is 0; "
                     "give it examples, or probe elsewhere"
                 )
-        there = len(self.probe_pool)
-        if stage.probe_examples is not None and stage.probe_examples > there:
-            raise RecipeError(
-                f"controller.probe_examples is {stage.probe_examples}, but controller.probe_on {stage.probe_on!r} gives {there} "
-                "examples; lower it, or remove it to measure all in each round"
-            )
         if problem := lack_of_rounds(stage, len(self.splits.train)):
             raise RecipeError(problem)
 
@@ -358,7 +352,7 @@ class Session:
         self._check_rounds()
         stage = self.recipe.controller
         policy = replace(stage.policy, seed=self.recipe.seed_of(f"policy {stage.policy.seed}"))
-        pool, pad_id, turn = self.probe_pool, self.pad_id, stage.probe_examples
+        pool, pad_id, turn = self.probe_pool, self.pad_id, stage.in_turn(len(self.probe_pool))
         controller = GraspController(
             ProbeSet(pool, pad_id) if turn is None else ProbesInTurn(pool, pad_id, turn, policy.seed),
             ControllerSettings(policy, stage.spacing(len(self.splits.train)), stage.patience),

@@ -35,6 +35,10 @@ class MeasuredRound(Protocol):
     @property
     def candidate_losses(self) -> tuple[tuple[float, ...], ...]: ...
     @property
+    def places(self) -> tuple[int, ...] | None: ...
+    @property
+    def common_losses(self) -> tuple[tuple[float, ...], ...]: ...
+    @property
     def rewards(self) -> tuple[float, ...]: ...
 
 
@@ -113,7 +117,7 @@ def smooth_fit(
     grams, moments = [], []
     for measured in rounds:
         ratios = torch.tensor([measured.current_ratio, *measured.candidates], dtype=torch.float64)
-        losses = torch.tensor([measured.baseline_losses, *measured.candidate_losses], dtype=torch.float64)
+        losses = torch.tensor(measured.common_losses, dtype=torch.float64)
         features = _features(ratios, ratio_min, ratio_max)
         features = features - features.mean(0)
         losses = losses - losses.mean(0)
@@ -181,7 +185,7 @@ class _Fit:
         grams, moments, means, levels = [], [], [], []
         for measured, time in zip(rounds, self._times.tolist(), strict=True):
             ratios = torch.tensor([measured.current_ratio, *measured.candidates], dtype=torch.float64)
-            losses = torch.tensor([measured.baseline_losses, *measured.candidate_losses], dtype=torch.float64)
+            losses = torch.tensor(measured.common_losses, dtype=torch.float64)
             features = self._features(ratios, time)
             means.append(features.mean(0))
             levels.append(losses.mean(0))

@@ -28,7 +28,8 @@ ESTIMATE_RULES: dict[str, EstimateRule] = {
     "surrogate": lowest_surrogate,
     "best_reward": best_reward,
 }
-COMPARE_LEVELS = ("lowest_loss", "surrogate")  # rules for which every round has to measure the same examples
+COMPARE_LEVELS = ("lowest_loss", "surrogate")  # rules that compare the losses of rounds, not only those within one
+WHOLE_ROUNDS = ("lowest_loss",)  # rules for which a round has to measure all examples at every ratio
 
 
 @dataclass(frozen=True)
@@ -157,13 +158,16 @@ class Round:
         current_ratio: committed ratio at which the baseline was measured.
         candidates: C ratios.
         baseline_losses: loss of each micro-dev example under the committed mask, [examples].
-        candidate_losses: loss of each example under each candidate's mask, [C][examples].
+        candidate_losses: loss of each example under each candidate's mask, [C][examples]; only of those in `places` if there
+            are any.
+        places: the examples that the candidates were measured on, as places in `baseline_losses`; None for all.
     """
 
     current_ratio: float
     candidates: tuple[float, ...]
     baseline_losses: tuple[float, ...]
     candidate_losses: tuple[tuple[float, ...], ...]
+    places: tuple[int, ...] | None = None
 
     @classmethod
     def from_json(cls, current_ratio: float, row: Mapping[str, Any]) -> "Round":
@@ -173,13 +177,30 @@ class Round:
             tuple(row["candidates"]),
             tuple(row["baseline_losses"]),
             tuple(tuple(losses) for losses in row["candidate_losses"]),
+            None if row.get("places") is None else tuple(row["places"]),
         )
 
     @property
+    def common_losses(self) -> tuple[tuple[float, ...], ...]:
+        """Losses of the examples that every probe measured, the baseline first, [1 + C][examples]."""
+        baseline = self.baseline_losses
+        if self.places is not None:
+            baseline = tuple(baseline[place] for place in self.places)
+        return baseline, *self.candidate_losses
+
+    @property
     def rewards(self) -> tuple[float, ...]:
-        """Mean baseline loss minus mean candidate loss, one per candidate; higher is better."""
+        """Mean baseline loss minus mean candidate loss on the same examples, one per candidate; higher is better."""
+        baseline, *candidates = (math.fsum(losses) / len(losses) for losses in self.common_losses)
+        return tuple(baseline - loss for loss in candidates)
+
+    @property
+    def lowest_loss(self) -> float:
+        """Lowest mean loss of a probe, baseline included; that of one on a few examples is the baseline's minus its reward."""
         baseline = math.fsum(self.baseline_losses) / len(self.baseline_losses)
-        return tuple(baseline - math.fsum(losses) / len(losses) for losses in self.candidate_losses)
+        if self.places is not None:
+            return baseline - max(0.0, *self.rewards)
+        return min(baseline, *(math.fsum(losses) / len(losses) for losses in self.candidate_losses))
 
 
 @dataclass(frozen=True)
@@ -255,9 +276,7 @@ class RatioPolicy(ABC):
     @property
     def rounds_since_best(self) -> int:
         """Rounds since the one in which a probe, baselines included, had the lowest mean loss so far."""
-        lowest = [
-            min(math.fsum(losses) for losses in (one.baseline_losses, *one.candidate_losses)) for one in self.history
-        ]
+        lowest = [one.lowest_loss for one in self.history]
         return len(lowest) - 1 - lowest.index(min(lowest)) if lowest else 0
 
     def tell_rewards(self, candidates: Sequence[float], rewards: Sequence[float]) -> Decision:
@@ -317,21 +336,32 @@ class RatioPolicy(ABC):
                 f"the baseline was measured at ratio {measured.current_ratio}, but the committed ratio is "
                 f"{self.current_ratio}; measure it under the committed mask"
             )
-        for losses in (measured.baseline_losses, *measured.candidate_losses):
-            if not losses or len(losses) != len(measured.baseline_losses):
+        examples, places = len(measured.baseline_losses), measured.places
+        if places is not None and (len(set(places)) < len(places) or not set(places) <= set(range(examples))):
+            raise ValueError(f"places {list(places)} are not different places among {examples} baseline losses")
+        if places is not None and self.settings.estimate in WHOLE_ROUNDS:
+            raise ValueError(
+                f"the candidates were measured on {len(places)} of {examples} examples, but the estimate "
+                f"{self.settings.estimate!r} needs all of them"
+            )
+        few = examples if places is None else len(places)
+        for number, losses in enumerate((measured.baseline_losses, *measured.candidate_losses)):
+            if not losses or len(losses) != (few if number else examples):
                 raise ValueError(
-                    f"a list of {len(losses)} losses beside a baseline of {len(measured.baseline_losses)}; "
+                    f"a list of {len(losses)} losses beside a baseline of {few}; "
                     "the baseline and every candidate need the loss of each micro-dev example"
                 )
             for example, loss in enumerate(losses):
                 if not math.isfinite(loss):
                     raise ProbeError(f"the loss of micro-dev example {example} is {loss}; it must be finite")
-        examples = len(measured.baseline_losses)
-        if self.history and examples != len(self.history[0].baseline_losses):
-            raise ValueError(
-                f"{examples} micro-dev examples, but {len(self.history[0].baseline_losses)} in earlier rounds; "
-                "the micro-dev set is fixed for a run"
-            )
+        if self.history:
+            earlier = self.history[0]
+            for what, count, before in (
+                ("micro-dev examples", examples, len(earlier.baseline_losses)),
+                ("losses of a candidate", len(measured.candidate_losses[0]), len(earlier.candidate_losses[0])),
+            ):
+                if count != before:
+                    raise ValueError(f"{count} {what}, but {before} in earlier rounds; their number is fixed for a run")
 
     def _clamp(self, ratio: float) -> float:
         return min(max(ratio, self.settings.ratio_min), self.settings.ratio_max)
@@ -492,8 +522,9 @@ class AdaptivePolicy(RatioPolicy):
         self.std = min(max(std * self._DECAY, self._NARROWEST), self._WIDEST) * self._slope()
 
     def _decide(self, candidates: Sequence[float], rewards: Sequence[float]) -> Decision:
-        measured, best = self.history[-1], max(range(len(rewards)), key=rewards.__getitem__)
-        gains = [b - c for b, c in zip(measured.baseline_losses, measured.candidate_losses[best], strict=True)]
+        best = max(range(len(rewards)), key=rewards.__getitem__)
+        baseline, *candidate_losses = self.history[-1].common_losses
+        gains = [b - c for b, c in zip(baseline, candidate_losses[best], strict=True)]
         error = stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
         if rewards[best] < error:
             return Decision(tuple(rewards), False, self.current_ratio, False)
@@ -531,7 +562,7 @@ PRESETS: dict[str, PolicySettings] = {
     "paper": PolicySettings(estimate="best_reward"),
     "random": PolicySettings(kind="uniform"),
     "adaptive": PolicySettings(kind="adaptive", estimate="surrogate"),
-    "shared": PolicySettings(kind="shared", estimate="surrogate"),
+    "shared": PolicySettings(kind="shared", candidates=2, estimate="surrogate"),
     "surrogate": PolicySettings(kind="surrogate", estimate="surrogate"),
     "late": PolicySettings(kind="shared", probe_from=0.5),
 }

@@ -64,16 +64,29 @@ class Surrogate:
         self._number = torch.arange(len(rounds)).repeat_interleave(counts)  # the round of each probe
         self._times = self._number.double() / max(1, len(rounds) - 1)
         self._places = _place(torch.tensor([ratio for ratios in probes for ratio in ratios], dtype=torch.float64))
-        # [probes, examples]
+        # Of each probe the losses that its mean starts from, [probes, examples], and what was measured on a few of them.
         self._losses = torch.tensor(
-            [losses for one in rounds for losses in (one.baseline_losses, *one.candidate_losses)], dtype=torch.float64
+            [
+                one.baseline_losses if one.places is not None else losses
+                for one in rounds
+                for losses in (one.baseline_losses, *one.candidate_losses)
+            ],
+            dtype=torch.float64,
         )
-        means = self._losses.mean(1)
+        self._few: list[tuple[slice, list[int], Tensor]] = []
+        for end, one in zip(counts.cumsum(0).tolist(), rounds, strict=True):
+            if one.places is not None:
+                baseline, *candidates = torch.tensor(one.common_losses, dtype=torch.float64)
+                rows = slice(end - len(candidates), end)
+                self._few.append((rows, list(one.places), torch.stack(candidates) - baseline))
+        examples = self._losses.shape[1]
+        means = self._means(torch.full((1, examples), 1 / examples, dtype=torch.float64))[:, 0]
         sums = torch.zeros(len(rounds), dtype=torch.float64).index_add(0, self._number, means)
         levels = sums / counts
         self._centre = float(levels.mean())
         self._level = max(float((levels - self._centre).square().mean()), _LEAST)
         self._within = max(float((means - levels[self._number]).square().mean()), _LEAST)
+        self._values = means
         self._fit(means - self._centre)
 
     def sample(self, weights: Tensor, generator: torch.Generator) -> Tensor:
@@ -83,7 +96,7 @@ class Surrogate:
             weights: of the micro-dev examples, each row adds up to 1, [draws, examples].
             generator: of the draws.
         """
-        means = self._losses @ weights.T - self._centre  # [probes, draws]
+        means = self._means(weights) - self._centre
         around = torch.randn(len(self._root), len(weights), generator=generator, dtype=torch.float64)
         drawn = self._gain @ means + self._root @ around + self._centre
         lowest: Tensor = drawn.view(TIMES, RATIOS, -1).amin(0).T
@@ -91,7 +104,7 @@ class Surrogate:
 
     def lowest_mean(self) -> Tensor:
         """The expected loss of each ratio of the grid at its best moment, [ratios]."""
-        mean: Tensor = self._gain @ (self._losses.mean(1) - self._centre) + self._centre
+        mean: Tensor = self._gain @ (self._values - self._centre) + self._centre
         lowest: Tensor = mean.view(TIMES, RATIOS).amin(0)
         return lowest
 
@@ -105,6 +118,21 @@ class Surrogate:
         step = self.grid[1] - self.grid[0]
         spread = ratios + step * (torch.rand(SAMPLES, generator=generator, dtype=torch.float64) - 0.5)
         return spread.clamp(float(self.grid[0]), float(self.grid[-1])).sort().values
+
+    def _means(self, weights: Tensor) -> Tensor:
+        """Mean loss of each probe over all examples, [probes, draws].
+
+        A candidate that was measured on a few has the mean of the baseline plus its mean difference from it on those.
+
+        Args:
+            weights: of the examples, [draws, examples].
+        """
+        means: Tensor = self._losses @ weights.T
+        for rows, places, differences in self._few:
+            own = weights[:, places]
+            own = torch.where(own.sum(1, keepdim=True) > 0, own, 1.0)  # a resample may leave all of the few out
+            means[rows] += differences @ (own / own.sum(1, keepdim=True)).T
+        return means
 
     def _fit(self, values: Tensor) -> None:
         """Choose lengths, scale and noise, and prepare what is read off."""

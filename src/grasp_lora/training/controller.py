@@ -31,7 +31,7 @@ from grasp_lora.method.masking import (
     WeightKey,
     reset_moments,
 )
-from grasp_lora.method.policy import COMPARE_LEVELS, PolicySettings, RatioPolicy, Round, make_policy
+from grasp_lora.method.policy import COMPARE_LEVELS, WHOLE_ROUNDS, PolicySettings, RatioPolicy, Round, make_policy
 from grasp_lora.training.adapters import live_pairs
 from grasp_lora.training.checkpoint import SavedInCheckpoints, State
 from grasp_lora.training.durable import write_whole
@@ -217,16 +217,15 @@ class GraspController(PrunedTraining):
         self.settings = settings or ControllerSettings()
         self.policy: RatioPolicy = make_policy(self.settings.policy)
         super().__init__(self.policy.current_ratio, micro_dev.at(0), mask, "hold", segments)
-        if isinstance(micro_dev, ProbesInTurn) and (keep_best or self.settings.patience is not None):
+        estimate = self.settings.policy.estimate
+        if isinstance(micro_dev, ProbesInTurn) and estimate in WHOLE_ROUNDS:
             raise ValueError(
-                "keep_best and patience compare the losses of rounds, which examples in turn do not allow; leave one of them out"
-            )
-        if isinstance(micro_dev, ProbesInTurn) and self.settings.policy.estimate in COMPARE_LEVELS:
-            raise ValueError(
-                f"the estimate {self.settings.policy.estimate!r} compares the losses of rounds, which examples in turn do not "
-                "allow; take 'smooth_fit', or a ProbeSet"
+                f"the estimate {estimate!r} needs all examples in each round, not some in turn; take 'surrogate' or "
+                "'smooth_fit', or a ProbeSet"
             )
         self.micro_dev = micro_dev
+        # Only then the baseline of a round with examples in turn needs the others, too.
+        self._compares_rounds = keep_best or self.settings.patience is not None or estimate in COMPARE_LEVELS
         self.folder = folder
         self.keep_best = keep_best
         self._best: _BestRound | None = None
@@ -396,19 +395,24 @@ class GraspController(PrunedTraining):
             ProbeError: a loss is not a finite number.
         """
         masks, policy = self.masks, self.policy
-        probes = self.micro_dev.at(len(policy.history))
+        number = len(policy.history)
+        probes = at_baseline = self.micro_dev.at(number)
+        places = None
+        if isinstance(self.micro_dev, ProbesInTurn) and self._compares_rounds:
+            at_baseline, places = self.micro_dev.whole, self.micro_dev.places(number)
         ratio_before = policy.current_ratio
         if self._shared is not None:
             masks.commit(ratio_before, self._shared)  # in place of the mask of the last step's ratio
-            baseline, ranking = probes.losses(model), self._shared
+            baseline, ranking = at_baseline.losses(model), self._shared
         else:
-            baseline = calibrate(model, masks, probes) or probes.losses(model)
+            baseline = calibrate(model, masks, at_baseline) or at_baseline.losses(model)
             ranking = masks.rank()
         if self.keep_best:
             self._keep_if_best(math.fsum(baseline) / len(baseline), ranking)
         candidates = policy.ask()
         # Candidates coincide where bounds clamp them. The mask in force may be of an older order of importance than theirs.
-        measured = {ratio_before: baseline} if self._shared is not None else {}
+        known = baseline if places is None else [baseline[place] for place in places]
+        measured = {ratio_before: known} if self._shared is not None else {}
         for candidate in candidates:
             if candidate in measured:
                 continue
@@ -419,7 +423,13 @@ class GraspController(PrunedTraining):
                 raise ProbeError(f"probe of prune ratio {candidate:.4f}: {error}") from error
         candidate_losses = [measured[candidate] for candidate in candidates]
         decision = policy.tell(
-            Round(ratio_before, tuple(candidates), tuple(baseline), tuple(tuple(losses) for losses in candidate_losses))
+            Round(
+                ratio_before,
+                tuple(candidates),
+                tuple(baseline),
+                tuple(tuple(losses) for losses in candidate_losses),
+                places,
+            )
         )
         if decision.committed:
             newly_masked = masks.commit(decision.ratio, ranking)
@@ -430,6 +440,7 @@ class GraspController(PrunedTraining):
             "candidates": candidates,
             "baseline_losses": baseline,
             "candidate_losses": candidate_losses,
+            "places": None if places is None else list(places),
             "rewards": list(decision.rewards),
             "policy_mean": policy.mean,
             "policy_std": policy.std,

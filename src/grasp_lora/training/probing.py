@@ -202,9 +202,10 @@ class ProbeSet:
 class ProbesInTurn:
     """A pool of examples of which each controller round measures a few, in turn.
 
-    A round compares ratios on its own examples, so that rounds need not share any: many have their say at the cost of few.
-    Levels of different rounds cannot be compared, only differences within one. Rules that resample examples resample places in
-    the round: a place stands for other examples in each round, and all of them are drawn or left out together.
+    A round compares ratios on its own examples, so that rounds need not share any: many have their say at the cost of few. Where
+    nothing compares one round with another, that is all. Else the baseline of each round is measured on the whole pool, as early
+    stopping measures a dev set, and what a candidate differs by from it on the few is taken for its difference on all.
+    `smooth_fit` resamples places in the round: a place stands for other examples in each round, all drawn or left out together.
 
     Args:
         examples: the pool.
@@ -227,12 +228,22 @@ class ProbesInTurn:
         self._examples = list(examples)
         random.Random(f"{seed}/turns").shuffle(self._examples)
         self._pad_id, self._token_budget, self.count = pad_id, token_budget, count
+        self._whole: ProbeSet | None = None
+
+    @property
+    def whole(self) -> ProbeSet:
+        """All examples of the pool, in the order of their turns."""
+        if self._whole is None:
+            self._whole = ProbeSet(self._examples, self._pad_id, self._token_budget)
+        return self._whole
+
+    def places(self, number: int) -> tuple[int, ...]:
+        """The places in `whole` of the examples of a round, numbered from 0."""
+        return tuple((number * self.count + place) % len(self._examples) for place in range(self.count))
 
     def at(self, number: int) -> ProbeSet:
         """The examples of a round, numbered from 0."""
-        pool = self._examples
-        chosen = [pool[(number * self.count + place) % len(pool)] for place in range(self.count)]
-        return ProbeSet(chosen, self._pad_id, self._token_budget)
+        return ProbeSet([self._examples[place] for place in self.places(number)], self._pad_id, self._token_budget)
 
 
 class NormCollector:
