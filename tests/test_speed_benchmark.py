@@ -128,12 +128,13 @@ class TestMeasures:
         lab.pairs = 2
         found = ratios(speed.controller(lab))
         for name, before in (("paper", 0), ("shared", 1)):  # rounds before the first step
+            a_round = (1 + preset(name).candidates) * MICRO_DEV
             rounds = before + 6 // PROBE_EVERY
             size = f"6 examples, {rounds} rounds"
-            assert found[f"controller run ({name}) / training without, {size}"] == (6 + rounds * A_ROUND) / 6
-            share = rounds * A_ROUND / (6 + rounds * A_ROUND)
+            assert found[f"controller run ({name}) / training without, {size}"] == (6 + rounds * a_round) / 6
+            share = rounds * a_round / (6 + rounds * a_round)
             assert found[f"its rounds / controller run ({name}), {size}"] == share
-            whole = 10 + (before + 10 // PROBE_EVERY) * A_ROUND  # ten training examples, one epoch
+            whole = 10 + (before + 10 // PROBE_EVERY) * a_round  # ten training examples, one epoch
             assert found[f"controller run ({name}) / training without, all epochs"] == pytest.approx(whole / 10)
             with_dev = whole / (10 + 2 * 6)  # 6 dev examples, measured before and after
             assert found[f"controller run ({name}) / training with dev, all epochs"] == pytest.approx(with_dev)

@@ -307,6 +307,7 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
         several_turns=any(len(record.messages) > 2 for record in target.pool.records),
         probe_every=probe_every,
         preset=name,
+        candidates=preset(name).candidates,
         rounds=len(preset(name).round_steps(steps, probe_every)),
         answer_tokens=_answer_tokens(target.pool),
         **facts,
