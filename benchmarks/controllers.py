@@ -11,7 +11,6 @@ docs/controllers.md.
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -44,7 +43,16 @@ from grasp_lora.errors import GraspError
 from grasp_lora.experiments.landscape import Cost, Floats, Landscape
 from grasp_lora.experiments.smoothing import smooth
 from grasp_lora.method.estimation import RatioEstimate
-from grasp_lora.method.policy import POLICIES, PRESETS, PolicySettings, Round, make_policy, preset
+from grasp_lora.method.policy import (
+    COMPARE_LEVELS,
+    POLICIES,
+    PRESETS,
+    WHOLE_ROUNDS,
+    PolicySettings,
+    Round,
+    make_policy,
+    preset,
+)
 
 POOLS = ("micro_dev", "dev", "both")
 RESAMPLES = 2000
@@ -71,7 +79,8 @@ class Plan:
         patience: rounds without a lower loss at any ratio, after which the run ends. None goes on to the end.
         pool: the examples that are probed: `micro_dev`, `dev`, or `both`. The latter two need a shared policy and a landscape
             with a shared trajectory on dev.
-        turn: examples of a round, taken from the pool in turn. None measures all of them in each round.
+        turn: examples of a round, taken from the pool in turn. None measures all of them in each round. Where rounds are
+            compared, the baseline is measured on all, as a controller does.
         fixed: examples of the pool, drawn once, that every round measures. None measures all of them.
         size: micro-dev examples, drawn with replacement from the recorded ones. None draws as many as there are.
     """
@@ -90,8 +99,12 @@ class Plan:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1) and (name, value) != ("every", "epoch"):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
-        if self.turn is not None and (self.fixed is not None or self.patience is not None):
-            raise ValueError("turn measures other examples in each round, which fixed and patience exclude")
+        if self.turn is not None and (self.fixed is not None or self.race is not None):
+            raise ValueError("turn measures other examples in each round, which fixed and race exclude")
+        if self.turn is not None and self.policy.estimate in WHOLE_ROUNDS:
+            raise ValueError(
+                f"the estimate {self.policy.estimate!r} needs all examples in each round, which turn excludes"
+            )
         if self.pool not in POOLS:
             raise ValueError(f"pool is {self.pool!r}; allowed: {', '.join(POOLS)}")
         if self.pool != "micro_dev" and not POLICIES[self.policy.kind].shared:
@@ -119,27 +132,30 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
     shared = policy.shared
     pool = pool_of(landscape, plan.pool, seed, plan.size)
     last, facts = landscape.last_step, landscape.facts
-    every, measured, lowest, waited = plan.every or probe_every, 0, math.inf, 0
+    every, measured = plan.every or probe_every, 0
+    compared = plan.patience is not None or plan.policy.estimate in COMPARE_LEVELS
     if every == "epoch":
         every = round(last * facts["examples"]["train"] / facts["trained_examples"])
     for number, step in enumerate(policy.settings.round_steps(last, every)):
         current, candidates = policy.current_ratio, tuple(policy.ask())
         train_ratio = None if shared else current
         losses = np.array([pool(train_ratio, step, ratio) for ratio in (current, *candidates)])
-        if plan.turn is not None:
-            losses = losses[:, (number * plan.turn + np.arange(plan.turn)) % losses.shape[1]]
         if plan.fixed is not None:
             losses = losses[:, : plan.fixed]
+        places = None
+        if plan.turn is not None:
+            chosen = (number * plan.turn + np.arange(min(plan.turn, losses.shape[1]))) % losses.shape[1]
+            places = tuple(chosen.tolist()) if compared else None
+            losses = losses if compared else losses[:, chosen]
         if plan.race is None:
-            measured += (1 + len(set(candidates))) * losses.shape[1]  # a controller measures no candidate twice
+            few = losses.shape[1] if places is None else len(places)
+            measured += losses.shape[1] + len(set(candidates)) * few  # a controller measures no candidate twice
         else:
             losses, forwards = raced(losses, plan.race)
             measured += forwards
-        baseline, *others = (tuple(row) for row in losses.tolist())
-        policy.tell(Round(current, candidates, baseline, tuple(others)))
-        waited = waited + 1 if losses.mean(1).min() >= lowest else 0
-        lowest = min(lowest, losses.mean(1).min())
-        if plan.patience is not None and waited >= plan.patience:
+        others = losses[1:] if places is None else losses[1:, places]
+        policy.tell(Round(current, candidates, tuple(losses[0].tolist()), tuple(map(tuple, others.tolist())), places))
+        if plan.patience is not None and policy.rounds_since_best >= plan.patience:
             break
     else:
         step = last

@@ -222,6 +222,14 @@ class TestReplay:
         assert sorted(sum(seen, ())) == list(range(6))  # each example once
         assert cost == Cost(80, 3 * 4 * 2)
         told.clear()
+        _, cost = benchmark.replay(
+            one, benchmark.Plan(preset("paper"), pool="dev", turn=2, patience=9), seed=0, probe_every=40
+        )
+        assert [(len(measured.baseline_losses), len(measured.candidate_losses[0])) for measured in told] == [(6, 2)] * 3
+        assert sorted(place for measured in told for place in measured.places or ()) == list(range(6))
+        assert all(min(measured.rewards) > -50 for measured in told)  # on the same examples, whose levels are 100 apart
+        assert cost == Cost(80, 3 * (6 + 3 * 2))
+        told.clear()
         benchmark.replay(one, benchmark.Plan(preset("paper"), pool="both"), seed=0, probe_every=40)
         assert {len(measured.baseline_losses) for measured in told} == {6 + EXAMPLES}
         with pytest.raises(GraspError, match="no shared trajectory on dev"):
@@ -356,8 +364,9 @@ class TestFigures:
             "shared,pool=test",
             "paper,pool=dev",
             "paper,patience=epoch",
-            "late,turn=2,patience=1",
+            "late,turn=2,race=1",
             "late,turn=2,fixed=3",
+            "shared,turn=2,estimate=lowest_loss",
         ],
     )
     def test_a_policy_that_is_none(self, text: str) -> None:
