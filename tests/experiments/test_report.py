@@ -455,6 +455,12 @@ def test_it_says_which_examples_were_probed(run_folder: Path) -> None:
     page = write_report(run_folder).read_text(encoding="utf-8")
     assert "on the micro-dev and the dev set, other examples in each round." in page
     assert "cannot be compared with each other" in page
+    rounds = run_folder / "controller" / "rounds.jsonl"
+    rows = [json.loads(line) | {"places": [0, 2]} for line in rounds.read_text(encoding="utf-8").splitlines()]
+    rounds.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    page = write_report(run_folder).read_text(encoding="utf-8")
+    assert "on the micro-dev and the dev set, of candidates on 2 of its examples in turn." in page
+    assert "cannot be compared with each other" not in page
 
 
 @pytest.mark.parametrize(("high", "wide"), [(0.55, False), (0.79, True)])

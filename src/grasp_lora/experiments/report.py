@@ -19,6 +19,7 @@ import yaml
 from grasp_lora.display import escaped, one_line
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.figures import figures_of, plotly_js, script_json
+from grasp_lora.experiments.recipe import PROBE_SPLITS
 from grasp_lora.experiments.report_tables import (
     METRIC_NAMES,
     compare_with,
@@ -165,15 +166,21 @@ def _shares(record: RunRecord) -> bool:
 
 
 def _in_turn(record: RunRecord) -> bool:
-    """Whether each round measured other examples."""
-    return inner(record.recipe, "controller").get("probe_examples") is not None
+    """Whether each round measured other examples, the baseline too, so that the losses of rounds cannot be compared."""
+    count = inner(record.recipe, "controller").get("probe_examples")
+    splits = PROBE_SPLITS.get(str(inner(record.recipe, "controller").get("probe_on")), ("micro_dev",))
+    pool = sum(len(record.data.ids.get(split, ())) for split in splits)
+    return isinstance(count, int) and count < pool and not any(measured.places for measured in record.rounds)
 
 
 def _probed_on(record: RunRecord) -> str:
     """Which examples the rounds measured, as the end of a sentence."""
     splits = {"dev": "dev set", "both": "micro-dev and the dev set"}
     found = splits.get(str(inner(record.recipe, "controller").get("probe_on")), "micro-dev set")
-    return f"on the {found}, other examples in each round" if _in_turn(record) else f"on the {found}"
+    if _in_turn(record):
+        return f"on the {found}, other examples in each round"
+    few = {len(measured.places) for measured in record.rounds if measured.places}
+    return f"on the {found}, of candidates on {few.pop()} of its examples in turn" if few else f"on the {found}"
 
 
 def _headline(record: RunRecord) -> str:

@@ -62,6 +62,7 @@ class Round(_Record):
     candidates: list[float] = Field(min_length=1)
     baseline_losses: list[float] = Field(min_length=1)
     candidate_losses: list[Annotated[list[float], Field(min_length=1)]]
+    places: list[int] | None = None
     rewards: list[float]
     policy_mean: float
     policy_std: float
