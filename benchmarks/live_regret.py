@@ -2,9 +2,9 @@
 
     python benchmarks/live_regret.py FOLDER/compare.json...
 
-For every method that learned or chose a ratio with a grid in the same comparison: how much higher the dev loss of the grid's
-final runs is at that ratio (linear between its ratios, constant beyond them) than at the best of them, in percent, mean over seeds and folders. As
-`dev regret (recorded)` of controllers.py, but every ratio was chosen by a run of its own.
+For every method that learned or chose a ratio, with a grid in the same comparison: how much higher the dev loss of the grid's
+final runs is at that ratio (linear between its ratios, constant beyond them) than at the best of them, in percent; mean over
+seeds and comparisons. As `dev regret (recorded)` of controllers.py, but every ratio was chosen by a run of its own.
 """
 
 import argparse
