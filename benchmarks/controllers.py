@@ -44,10 +44,8 @@ from grasp_lora.experiments.landscape import Cost, Floats, Landscape
 from grasp_lora.experiments.smoothing import smooth
 from grasp_lora.method.estimation import RatioEstimate
 from grasp_lora.method.policy import (
-    COMPARE_LEVELS,
     POLICIES,
     PRESETS,
-    WHOLE_ROUNDS,
     PolicySettings,
     Round,
     make_policy,
@@ -101,7 +99,7 @@ class Plan:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
         if self.turn is not None and (self.fixed is not None or self.race is not None):
             raise ValueError("turn measures other examples in each round, which fixed and race exclude")
-        if self.turn is not None and self.policy.estimate in WHOLE_ROUNDS:
+        if self.turn is not None and self.policy.whole_rounds:
             raise ValueError(
                 f"the estimate {self.policy.estimate!r} needs all examples in each round, which turn excludes"
             )
@@ -133,7 +131,7 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
     pool = pool_of(landscape, plan.pool, seed, plan.size)
     last, facts = landscape.last_step, landscape.facts
     every, measured = plan.every or probe_every, 0
-    compared = plan.patience is not None or plan.policy.estimate in COMPARE_LEVELS
+    compared = plan.policy.compares_rounds(plan.patience)
     if every == "epoch":
         every = round(last * facts["examples"]["train"] / facts["trained_examples"])
     for number, step in enumerate(policy.settings.round_steps(last, every)):

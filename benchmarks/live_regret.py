@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from controllers import table
 
 
 def regrets(content: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
@@ -39,20 +40,20 @@ def regret(ratio: float, curve: Sequence[tuple[float, float]]) -> float:
     return float(100 * (np.interp(ratio, ratios, losses) / min(losses) - 1))
 
 
-def table(contents: Sequence[dict[str, Any]]) -> str:
+def regret_table(contents: Sequence[dict[str, Any]]) -> str:
     """Markdown: one row a method, one column a comparison, and the mean over all."""
     each = [regrets(content) for content in contents]
     names = [title for title in each[0] if all(title in one for one in each)]
     heads = [f"{content['name']}: ratios, regret %" for content in contents]
-    lines = [["method", *heads, "mean regret %"], ["---", *["---:"] * (len(contents) + 1)]]
+    rows = []
     for title in names:
         cells = []
         for one in each:
             ratios = ", ".join(f"{ratio:.2f}" for ratio, _ in one[title])
             cells.append(f"{ratios}; {np.mean([value for _, value in one[title]]):.2f}")
         overall = np.mean([value for one in each for _, value in one[title]])
-        lines.append([title, *cells, f"{overall:.2f}"])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        rows.append([title, *cells, f"{overall:.2f}"])
+    return table(["method", *heads, "mean regret %"], rows)
 
 
 def main() -> int:
@@ -62,7 +63,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         contents = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.files]
-        sys.stdout.write(table(contents) + "\n")
+        sys.stdout.write(regret_table(contents) + "\n")
     except (OSError, ValueError, KeyError) as error:
         sys.stderr.write(f"error: {error}; give files that `grasp-lora compare` wrote, with the method grid\n")
         return 2

@@ -120,6 +120,14 @@ def test_few_late_rounds_are_as_planned(check: Check) -> None:
     assert found["cost"].text.endswith("and 60 probed examples")  # the baseline and 3 candidates on 5 examples
 
 
+@pytest.mark.parametrize(("start", "baseline"), [("merged", 5), ("controller", 6 + 4)])
+def test_a_single_run_measures_its_baseline_on_all_that_it_probes(check: Check, start: str, baseline: int) -> None:
+    turn = ("controller.policy=default", "controller.probe_on=both", "controller.probe_examples=5")
+    found = check(*turn, "controller.probe_every=5", f"final.start={start}")
+    rounds = int(found["rounds"].text.split("run ")[1].split()[0])
+    assert found["cost"].text.endswith(f"and {rounds * (baseline + 3 * 5)} probed examples")
+
+
 def test_data_files_are_looked_for_before_the_backbone_is_loaded(check: Check) -> None:
     with pytest.raises(DataError, match=r"data file 'none\.jsonl' is missing"):
         check("data.source.files=[none.jsonl]", "backbone.name=./nowhere")

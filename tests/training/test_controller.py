@@ -1000,12 +1000,18 @@ def test_a_rule_that_needs_whole_rounds_refuses_examples_in_turn(make_tiny_model
         controller_for(weights, probes, kind="shared", estimate="lowest_loss")
 
 
-@pytest.mark.parametrize("kind", ["shared", "gaussian"])
-def test_examples_take_turns_and_a_round_compares_like_with_like(make_tiny_model, tmp_path, monkeypatch, kind):
-    pool = make_examples(7, 1, "m")
+@pytest.fixture
+def probed(monkeypatch):
+    """The ids of the examples of each measurement, in order."""
     seen = []
     losses = ProbeSet.losses
     monkeypatch.setattr(ProbeSet, "losses", lambda self, *rest: seen.append(self.ids) or losses(self, *rest))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["shared", "gaussian"])
+def test_examples_take_turns_and_a_round_compares_like_with_like(make_tiny_model, tmp_path, probed, kind):
+    pool = make_examples(7, 1, "m")
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
     with attached(backbone, weights) as model:
@@ -1014,7 +1020,7 @@ def test_examples_take_turns_and_a_round_compares_like_with_like(make_tiny_model
         train_ours(model, tmp_path, controller)
     rows = read_rows(tmp_path / "rounds.jsonl")
     turns = [probes.at(number).ids for number in range(len(rows))]
-    assert seen == [ids for ids in turns for _ in range(4)]  # baseline and three candidates on the same ones
+    assert probed == [ids for ids in turns for _ in range(4)]  # baseline and three candidates on the same ones
     assert len({name for ids in turns for name in ids}) == 7
     assert sorted(itertools.chain(*turns[:2], turns[2][:1])) == sorted(
         one.id for one in pool
@@ -1026,12 +1032,9 @@ def test_examples_take_turns_and_a_round_compares_like_with_like(make_tiny_model
 @pytest.mark.parametrize("compared_by", ["patience", "keep_best", "surrogate"])
 @pytest.mark.parametrize("kind", ["shared", "gaussian"])
 def test_the_baseline_is_measured_on_all_where_rounds_are_compared(
-    make_tiny_model, tmp_path, monkeypatch, kind, compared_by
+    make_tiny_model, tmp_path, probed, kind, compared_by
 ):
     pool = make_examples(7, 1, "m")
-    seen = []
-    losses = ProbeSet.losses
-    monkeypatch.setattr(ProbeSet, "losses", lambda self, *rest: seen.append(self.ids) or losses(self, *rest))
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
     how = {"patience": {"patience": 99}, "keep_best": {"keep_best": True}, "surrogate": {"estimate": "surrogate"}}
@@ -1043,7 +1046,7 @@ def test_the_baseline_is_measured_on_all_where_rounds_are_compared(
     whole = probes.whole.ids
     assert sorted(whole) == sorted(one.id for one in pool)
     expected = [[whole, *[probes.at(number).ids] * 3] for number in range(len(rows))]
-    assert seen == list(itertools.chain(*expected))
+    assert probed == list(itertools.chain(*expected))
     for number, (row, told) in enumerate(zip(rows, controller.policy.history, strict=True)):
         assert [whole[place] for place in row["places"]] == probes.at(number).ids
         assert (len(row["baseline_losses"]), {len(one) for one in row["candidate_losses"]}) == (7, {3})

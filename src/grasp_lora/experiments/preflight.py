@@ -107,7 +107,7 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
         pool = sum(sizes[split] for split in PROBE_SPLITS[stage.probe_on])
         if pool < FEW_PROBED:
             findings.append(Finding("warning", "probes", f"{pool} examples choose the ratio; 16 are usual"))
-        probed = rounds * stage.probed_examples(pool)
+        probed = rounds * stage.probed_examples(pool, keep_best=recipe.final.start == "controller")
         few = FEW_SHARED_ROUNDS if POLICIES[stage.policy.kind].shared else FEW_ROUNDS
         level = "warning" if rounds < few else "ok"
         advice = "; raise controller.training.epochs or lower controller.probe_every" if level == "warning" else ""

@@ -26,7 +26,7 @@ from grasp_lora.evaluation.generation import GenerationSettings
 from grasp_lora.experiments.recipe_text import MOST_BYTES, decode, parse
 from grasp_lora.method.masking import MaskSettings
 from grasp_lora.method.merging import MergeSettings
-from grasp_lora.method.policy import COMPARE_LEVELS, POLICIES, PRESETS, WHOLE_ROUNDS, PolicySettings
+from grasp_lora.method.policy import POLICIES, PRESETS, WHOLE_ROUNDS, PolicySettings
 from grasp_lora.training.backbone import BackboneSettings
 from grasp_lora.training.data import DataSettings
 from grasp_lora.training.settings import LoraSettings, TrainingSettings
@@ -166,7 +166,7 @@ class ControllerStage:
             raise ValueError(f"probe_on is {self.probe_on!r}; allowed: {', '.join(PROBE_SPLITS)}")
         if self.probe_examples is not None and self.probe_examples < 1:
             raise ValueError(f"probe_examples is {self.probe_examples}; it must be at least 1, or null for all")
-        if self.probe_examples is not None and self.policy.estimate in WHOLE_ROUNDS:
+        if self.probe_examples is not None and self.policy.whole_rounds:
             raise ValueError(
                 f"the estimate {self.policy.estimate!r} needs all examples in each round, but probe_examples is "
                 f"{self.probe_examples}; set it to null, or policy.estimate to 'surrogate' or 'smooth_fit'"
@@ -176,15 +176,11 @@ class ControllerStage:
         """How many examples of a pool of so many a round measures at each candidate, in turn; None for all of them in each."""
         return self.probe_examples if self.probe_examples is not None and self.probe_examples < pool else None
 
-    @property
-    def compares_rounds(self) -> bool:
-        """Whether the losses of one round are compared with those of another, so that its baseline needs all examples."""
-        return self.patience is not None or self.policy.estimate in COMPARE_LEVELS
-
-    def probed_examples(self, pool: int) -> int:
-        """Examples measured in a round, with each ratio counted anew, at most."""
+    def probed_examples(self, pool: int, keep_best: bool = False) -> int:
+        """Examples measured in a round, with each ratio counted anew, at most; `keep_best` as in a single run."""
         few = self.in_turn(pool) or pool
-        return (pool if self.compares_rounds else few) + self.policy.candidates * few
+        whole = self.policy.compares_rounds(self.patience, keep_best)
+        return (pool if whole else few) + self.policy.candidates * few
 
     def spacing(self, train_examples: int) -> int:
         """Optimizer steps between rounds of a run over so many training examples."""

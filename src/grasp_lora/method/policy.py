@@ -113,6 +113,20 @@ class PolicySettings:
             return True
         return step >= self.probe_from * steps and step % every == 0
 
+    def compares_rounds(self, patience: int | None = None, keep_best: bool = False) -> bool:
+        """Return whether losses of one round are compared with those of another, so that its baseline needs all examples.
+
+        Args:
+            patience: rounds in a row without a lower loss, after which the run stops; None for never.
+            keep_best: whether the adapter of the round with the lowest loss is kept.
+        """
+        return keep_best or patience is not None or self.estimate in COMPARE_LEVELS
+
+    @property
+    def whole_rounds(self) -> bool:
+        """Whether the estimate needs all examples at every ratio of a round, so that they cannot take turns."""
+        return self.estimate in WHOLE_ROUNDS
+
     def round_steps(self, steps: int, every: int) -> list[int]:
         """Return the optimizer steps that a round follows, in a run of so many; see `round_follows`."""
         return [step for step in range(steps + 1) if self.round_follows(step, steps, every)]
@@ -339,7 +353,7 @@ class RatioPolicy(ABC):
         examples, places = len(measured.baseline_losses), measured.places
         if places is not None and (len(set(places)) < len(places) or not set(places) <= set(range(examples))):
             raise ValueError(f"places {list(places)} are not different places among {examples} baseline losses")
-        if places is not None and self.settings.estimate in WHOLE_ROUNDS:
+        if places is not None and self.settings.whole_rounds:
             raise ValueError(
                 f"the candidates were measured on {len(places)} of {examples} examples, but the estimate "
                 f"{self.settings.estimate!r} needs all of them"

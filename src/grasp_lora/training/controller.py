@@ -31,7 +31,7 @@ from grasp_lora.method.masking import (
     WeightKey,
     reset_moments,
 )
-from grasp_lora.method.policy import COMPARE_LEVELS, WHOLE_ROUNDS, PolicySettings, RatioPolicy, Round, make_policy
+from grasp_lora.method.policy import PolicySettings, RatioPolicy, Round, make_policy
 from grasp_lora.training.adapters import live_pairs
 from grasp_lora.training.checkpoint import SavedInCheckpoints, State
 from grasp_lora.training.durable import write_whole
@@ -217,15 +217,14 @@ class GraspController(PrunedTraining):
         self.settings = settings or ControllerSettings()
         self.policy: RatioPolicy = make_policy(self.settings.policy)
         super().__init__(self.policy.current_ratio, micro_dev.at(0), mask, "hold", segments)
-        estimate = self.settings.policy.estimate
-        if isinstance(micro_dev, ProbesInTurn) and estimate in WHOLE_ROUNDS:
+        rules = self.settings.policy
+        if isinstance(micro_dev, ProbesInTurn) and rules.whole_rounds:
             raise ValueError(
-                f"the estimate {estimate!r} needs all examples in each round, not some in turn; take 'surrogate' or "
+                f"the estimate {rules.estimate!r} needs all examples in each round, not some in turn; take 'surrogate' or "
                 "'smooth_fit', or a ProbeSet"
             )
         self.micro_dev = micro_dev
-        # Only then the baseline of a round with examples in turn needs the others, too.
-        self._compares_rounds = keep_best or self.settings.patience is not None or estimate in COMPARE_LEVELS
+        self._compares_rounds = rules.compares_rounds(self.settings.patience, keep_best)
         self.folder = folder
         self.keep_best = keep_best
         self._best: _BestRound | None = None
