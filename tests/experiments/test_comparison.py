@@ -497,6 +497,17 @@ def test_without_a_dev_set_neither_the_target_adapter_nor_the_final_run_looks_at
     assert not any("dev_loss" in row for record in trained for row in record["result"]["history"])
 
 
+def test_without_a_micro_dev_set_only_the_methods_that_need_one_are_left_out(tiny_workspace):
+    needy = ("lorahub", "grid_16", "grasp_single", "grasp_paper", "grid_dev_free", "grasp_dev_free")
+    settings = ComparisonSettings(("target_only", "grid", "grasp", *needy), (1,), (0.2, 0.6), resamples=1000)
+    content, _ = run(tiny_workspace / "compare", settings, "data.target.micro_dev=0", "controller.probe_on=dev")
+    assert {row["method"]: row["unavailable"] for row in content["rows"]} == {
+        **dict.fromkeys(("target_only", "grid", "grasp")),
+        **dict.fromkeys(needy, "needs a micro_dev split, data.target.micro_dev is 0"),
+    }
+    assert content["micro_dev_examples"] == 0
+
+
 def test_another_split_is_done_with_its_own_source_adapter(tiny_workspace):
     settings = ComparisonSettings(("target_only", "grasp"), (1, 2), (0.2,), split_seeds=(7,), resamples=1000)
     content, recorder = run(tiny_workspace / "compare", settings)

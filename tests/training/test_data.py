@@ -73,7 +73,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"micro_dev": 0}, "micro_dev must be >= 1, or left out; it is 0"),
+            ({"micro_dev": -1}, "micro_dev must be >= 0, or left out; it is -1"),
             ({"train": 0}, "train must be >= 1"),
             ({"dev": -1}, "dev must be >= 0"),
             ({"language": " "}, "language is empty"),
@@ -123,8 +123,8 @@ class TestSettings:
         assert adapter.validate_python(recipe).target.files == ("a.json",)
         with pytest.raises(pydantic.ValidationError, match=r"target\.colums"):
             adapter.validate_python({"task": "qa", "target": {"language": "ar", "files": ["a"], "colums": {}}})
-        with pytest.raises(pydantic.ValidationError, match="micro_dev must be >= 1"):
-            adapter.validate_python({"task": "qa", "target": {"language": "ar", "files": ["a"], "micro_dev": 0}})
+        with pytest.raises(pydantic.ValidationError, match="micro_dev must be >= 0"):
+            adapter.validate_python({"task": "qa", "target": {"language": "ar", "files": ["a"], "micro_dev": -1}})
 
     def test_importing_loads_no_heavy_library(self) -> None:
         code = (
@@ -534,6 +534,9 @@ class TestGivenSplits:
         assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [9, 6, 4, 7]
         splits = self.build(tiny_tokenizer, tmp_path, **files, train=5, dev=50, test=0)
         assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [5, 6, 4, 0]
+        del files["micro_dev_files"]
+        splits = self.build(tiny_tokenizer, tmp_path, **files, micro_dev=0)
+        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [9, 6, 0, 7]
 
     def test_micro_dev_comes_from_dev_or_train(
         self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path

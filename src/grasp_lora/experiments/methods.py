@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grasp_lora.experiments.baselines import Bench, Outcome
-from grasp_lora.experiments.recipe import PAPER_PROBE_EVERY, ControllerStage, FinalStage, Recipe
+from grasp_lora.experiments.recipe import PAPER_PROBE_EVERY, PROBE_SPLITS, ControllerStage, FinalStage, Recipe
 from grasp_lora.experiments.session import Session, lack_of_rounds, mean
 from grasp_lora.method.masking import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES
@@ -154,16 +154,28 @@ def _bounded(name: str, own: PolicySettings) -> PolicySettings:
 
 
 def _needs_rounds(stage: Callable[[Recipe], ControllerStage]) -> Callable[[Session], str | None]:
-    """A controller beside the recipe's own has other epochs or another spacing, so that a run may be too short for it."""
-    return lambda session: lack_of_rounds(stage(session.recipe), len(session.splits.train))
+    """A controller beside the recipe's own has other epochs, spacing or probes: a run may be too short, or nothing to probe."""
+
+    def unavailable(session: Session) -> str | None:
+        own = stage(session.recipe)
+        missing = [_needs(split)(session) for split in PROBE_SPLITS[own.probe_on]]
+        return next(filter(None, missing), None) or lack_of_rounds(own, len(session.splits.train))
+
+    return unavailable
 
 
 def _needs_source(session: Session) -> str | None:
     return None if session.splits.source_train else "needs data.source, the recipe gives source adapters only"
 
 
-def _needs_dev(session: Session) -> str | None:
-    return None if session.splits.dev else "needs a dev split, data.target.dev is 0"
+def _needs(*splits: str) -> Callable[[Session], str | None]:
+    """The first of the target's splits that is empty."""
+
+    def unavailable(session: Session) -> str | None:
+        empty = (split for split in splits if not getattr(session.splits, split))
+        return next((f"needs a {split} split, data.target.{split} is 0" for split in empty), None)
+
+    return unavailable
 
 
 def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
@@ -174,6 +186,8 @@ def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
             ranks.add(recipe.lora.rank)
         if MERGE_RULES[rule].equal_ranks and len(ranks) > 1:
             return f"merge rule {rule!r} needs equal ranks, the adapters have {sorted(ranks)}"
+        if rule == "lorahub" and (problem := _needs("micro_dev")(session)):
+            return problem
         if rule == "lorahub" and importlib.util.find_spec("nevergrad") is None:
             return "needs nevergrad: pip install 'grasp-lora[compare]'"
         return None
@@ -205,9 +219,9 @@ METHODS: dict[str, Method] = {
     "adaptive_merge": Method(
         "adaptive LoRA merge", lambda bench: bench.outcome(bench.finetuned(bench.merged(), 0.0), 0.0)
     ),
-    "grid_paper": Method("adaptive LoRA merge + pruning, grid", _run_grid("dev", final=PAPER_FINAL), 10, _needs_dev),
-    "grid": Method("grid of GRASP's final runs", _run_grid("dev"), 8, _needs_dev),
-    "grid_16": Method("the same grid, 16 examples choose", _run_grid("micro_dev"), 0.3, _needs_dev),
+    "grid_paper": Method("adaptive LoRA merge + pruning, grid", _run_grid("dev", final=PAPER_FINAL), 10, _needs("dev")),
+    "grid": Method("grid of GRASP's final runs", _run_grid("dev"), 8, _needs("dev")),
+    "grid_16": Method("the same grid, 16 examples choose", _run_grid("micro_dev"), 0.3, _needs("dev", "micro_dev")),
     "grasp": Method("GRASP", _run_grasp(_own), 5),
     "grasp_single": Method(
         "GRASP in a single run", _run_single, 5, _needs_rounds(lambda recipe: single_run(recipe)[0])
@@ -221,15 +235,17 @@ METHODS: dict[str, Method] = {
     "grasp_random": Method(
         "preset paper with random candidates", _run_grasp(_random, PAPER_FINAL), 5, _needs_rounds(_random)
     ),
-    "grasp_50": Method("GRASP probing all of the dev set", _run_grasp(_own_on_dev), 10, _needs_dev),
+    "grasp_50": Method("GRASP probing all of the dev set", _run_grasp(_own_on_dev), 10, _needs("dev")),
     "one_shot": Method("pruned at the learned ratio, not trained", _one_shot, 0.3),
     "merge_dev_free": Method(
         "adaptive LoRA merge without a dev set",
         lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),
         2,
     ),
-    "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12),
-    "grasp_dev_free": Method("GRASP without a dev set", _run_grasp(_dev_free, dev_free=True), 6),
+    "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12, _needs("micro_dev")),
+    "grasp_dev_free": Method(
+        "GRASP without a dev set", _run_grasp(_dev_free, dev_free=True), 6, _needs_rounds(_dev_free)
+    ),
     "grid_oracle": Method(
         "grid chosen on the TEST set",
         _run_grid("test"),

@@ -36,7 +36,8 @@ class CorpusSettings:
         columns: field -> column of generic records; fields are the task's, and id, group, title, references, messages.
         train, dev, micro_dev, test: how many examples. For a pool, None means 100 test, 50 dev and 16 micro-dev
             examples of the target, a tenth (at most 1000) for the source's dev, and all the rest for train. For
-            files of one split None means all, and a count is a cap. dev and test may be 0, train and micro_dev not.
+            files of one split None means all, and a count is a cap. dev, micro_dev and test may be 0, train
+            not; without micro_dev the controller has to probe dev.
         train_files, dev_files, micro_dev_files, test_files: files of each split, in place of a pool. Without
             micro_dev_files, the micro-dev set is taken by whole groups from the dev files, or else the train files.
 
@@ -85,7 +86,7 @@ class CorpusSettings:
             raise ValueError(f"columns names {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
         if self.columns and self.format in ("squad", "xlsum"):
             raise ValueError(f"columns apply to generic records, not to format {self.format}: remove them")
-        for name, least in (("train", 1), ("dev", 0), ("micro_dev", 1), ("test", 0)):
+        for name, least in (("train", 1), ("dev", 0), ("micro_dev", 0), ("test", 0)):
             count = getattr(self, name)
             if count is not None and count < least:
                 raise ValueError(f"{name} must be >= {least}, or left out; it is {count}")
@@ -299,7 +300,7 @@ def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ..
     if corpus.micro_dev_files:
         shares.append((corpus.micro_dev_files, {"micro_dev": corpus.micro_dev}))
     else:
-        micro_dev: Counts = {"micro_dev": corpus.micro_dev or TARGET_COUNTS["micro_dev"]}
+        micro_dev: Counts = {"micro_dev": TARGET_COUNTS["micro_dev"] if corpus.micro_dev is None else corpus.micro_dev}
         dev, train = (micro_dev | dev, train) if corpus.dev_files else (dev, micro_dev | train)
     return [*shares, (corpus.dev_files, dev), (corpus.train_files, train)]
 
