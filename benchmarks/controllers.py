@@ -130,9 +130,10 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
     shared = policy.shared
     pool = pool_of(landscape, plan.pool, seed, plan.size)
     last, facts = landscape.last_step, landscape.facts
-    every, measured = plan.every or probe_every, 0
+    measured = 0
     compared = plan.policy.compares_rounds(plan.patience)
-    if every == "epoch":
+    every = plan.every or probe_every
+    if isinstance(every, str):  # "epoch"
         every = round(last * facts["examples"]["train"] / facts["trained_examples"])
     for number, step in enumerate(policy.settings.round_steps(last, every)):
         current, candidates = policy.current_ratio, tuple(policy.ask())
@@ -314,7 +315,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     generator = np.random.default_rng(0)
     means = []
     for _ in range(RESAMPLES):
-        rows = generator.integers(count, size=count)[:, None]
+        rows = generator.integers(count, size=(count, 1))
         means.append(values[rows, generator.integers(seeds, size=(count, seeds))].mean())
     low, high = np.quantile(means, (0.025, 0.975)).tolist()
     return low, high
@@ -415,11 +416,11 @@ def merit_tables(found: dict[str, Any]) -> str:
         for split in ("dev", "test")
     ]
     for name, row in found["contestants"].items():
-        cells = zip(
+        triples = zip(
             row["regret_percent"]["dev_smooth"]["by_setting"], row["ratio_mean_by_setting"], row["ratio_sd_by_setting"],
             strict=True,
         )  # fmt: skip
-        by_setting.append([name, *(f"{regret:.2f} (at {mean:.2f} ± {sd:.2f})" for regret, mean, sd in cells)])
+        by_setting.append([name, *(f"{regret:.2f} (at {mean:.2f} ± {sd:.2f})" for regret, mean, sd in triples)])
     return f"{table(header, rows)}\n\nDev regret % (smooth) by setting, with the ratio and its sd:\n\n" + table(
         ["contestant", *names], by_setting
     )

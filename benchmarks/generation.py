@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,7 @@ def measure(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
         settings = replace(recipe.generation, batch_size=size)
         with timed(model, now) as clock:
             runs = [
-                run(clock, lambda settings=settings: generate(model, tokenizer, prompts, settings))
-                for _ in range(arguments.repeats)
+                run(clock, partial(generate, model, tokenizer, prompts, settings)) for _ in range(arguments.repeats)
             ]
         best = min(runs, key=lambda parts: parts.total)
         rows[str(size)] = {

@@ -88,14 +88,14 @@ class LookAhead(LossLandscape):
             for batch in self.batches:
                 batch.gradients(model)
             for weight in weights.values():
-                weight.grad /= len(self.batches)
+                _gradient(weight).div_(len(self.batches))
             self._step(keep)
             moved = {key: weight.detach() - before[key] for key, weight in weights.items()}
             with torch.no_grad():
                 for key, weight in weights.items():
                     weight.copy_(before[key])
             self.calibration.gradients(model)
-            return sum(float((weight.grad * moved[key]).sum()) for key, weight in weights.items())
+            return sum(float((_gradient(weight) * moved[key]).sum()) for key, weight in weights.items())
 
     def _after_steps(self, model: torch.nn.Module, keep: Mapping[WeightKey, torch.Tensor]) -> list[float]:
         with _SameOptimizer(self._optimizer):
@@ -107,12 +107,17 @@ class LookAhead(LossLandscape):
     def _step(self, keep: Mapping[WeightKey, torch.Tensor]) -> None:
         """An optimizer step that leaves masked weights at zero; gradients are gone afterwards."""
         for key, weight in self.masks.weights.items():
-            weight.grad.masked_fill_(~keep[key], 0.0)
+            _gradient(weight).masked_fill_(~keep[key], 0.0)
         self._optimizer.step()
         with torch.no_grad():
             for key, weight in self.masks.weights.items():
                 weight.masked_fill_(~keep[key], 0.0)
         self._optimizer.zero_grad()
+
+
+def _gradient(weight: torch.Tensor) -> torch.Tensor:
+    assert weight.grad is not None, "there was no backward pass"
+    return weight.grad
 
 
 class _SameOptimizer:

@@ -98,10 +98,10 @@ def batches(lab: Lab) -> list[Row]:
     examples = lab.session.splits.test
     sets = {budget: ProbeSet(examples, lab.session.pad_id, budget) for budget in (*BUDGETS, TOKEN_BUDGET)}
     with lab.on() as model:
-        works = {budget: partial(lab.clocked, partial(one.losses, model)) for budget, one in sets.items()}
+        works = {str(budget): partial(lab.clocked, partial(one.losses, model)) for budget, one in sets.items()}
         times = take_turns(works, lab.pairs)
     ours = f"{TOKEN_BUDGET} tokens a batch, {len(examples)} examples"
-    return [row("batches", f"{one} / {ours}", times[one], times[TOKEN_BUDGET]) for one in BUDGETS]
+    return [row("batches", f"{one} / {ours}", times[str(one)], times[str(TOKEN_BUDGET)]) for one in BUDGETS]
 
 
 def controller(lab: Lab) -> list[Row]:

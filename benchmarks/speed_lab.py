@@ -204,7 +204,7 @@ class Lab:
         }
         if dev := splits.dev[: self.examples]:
             works["dev"] = lambda: self.measured(dev) / len(dev)
-        stages = self.stages | {SINGLE: single_run(self.recipe)[0]}
+        stages = {**self.stages, SINGLE: single_run(self.recipe)[0]}
         for name, stage in stages.items():
             timed = replace(stage, probe_every=min(stage.spacing(len(self.session.splits.train)), steps))
             works[f"run {name}"] = partial(self.controlled, train, timed)
