@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from grasp_lora.errors import DataError
 from grasp_lora.evaluation.metrics import METRICS, score
@@ -61,19 +62,22 @@ def test_holm_keeps_the_order_and_lies_between_none_and_bonferroni(p_values):
 
 
 def test_known_answer_of_two_examples():
-    # Differences 1 and 3: a draw gives 1, 2 or 3 with shares 1/4, 1/2, 1/4. None is at most 0.
+    # Differences 1 and 3: a draw gives 1, 2 or 3 with shares 1/4, 1/2, 1/4, which is all inside of Student's interval.
     result = paired_bootstrap([3.0, 5.0], [2.0, 2.0], resamples=999)
+    assert (result.low, result.high) == pytest.approx((2 - 12.706, 2 + 12.706), rel=0.05)
     assert result == PairedComparison(
-        difference=2.0, low=1.0, high=3.0, p_value=2 / 1000, confidence=0.95, examples=2, resamples=999
+        2.0, result.low, result.high, result.p_value, confidence=0.95, examples=2, resamples=999
     )
-    assert result.verdict == "better"
+    assert result.p_value == pytest.approx(0.5, abs=0.05)  # a quarter of the draws at either side
+    assert result.verdict == "no difference shown"
 
 
 def test_share_of_draws_beyond_zero_is_the_p_value():
     # Differences -1 and 3: a quarter of the draws gives -1, so p is about a half; 1 and -1: ties count on both sides, so p is 1.
     result = paired_bootstrap([-1.0, 3.0], [0.0, 0.0])
-    assert result.p_value == pytest.approx(0.5, abs=0.03)
-    assert (result.low, result.high, result.verdict) == (-1, 3, "no difference shown")
+    assert result.p_value > 0.5
+    assert (result.low, result.high) == pytest.approx((1 - 2 * 12.706, 1 + 2 * 12.706), rel=0.05)
+    assert result.verdict == "no difference shown"
     assert paired_bootstrap([1.0, -1.0], [0.0, 0.0]).p_value == 1
 
 
@@ -97,11 +101,28 @@ def test_agrees_with_a_slow_implementation():
     ]
     drawn = torch.randint(25, (4000, 25), generator=torch.Generator().manual_seed(0)).tolist()
     slow = sorted(statistics.fmean(differences[i] for i in draw) for draw in drawn)
-    beyond = min(sum(value <= 0 for value in slow), sum(value >= 0 for value in slow))
+    center = statistics.fmean(differences)
+    low, high, spread = [], [], statistics.pstdev(slow)
+    for rank in range(1999):
+        tail = (rank + 1) / 4001
+        student = -stats.t.ppf(tail, 24) * math.sqrt(25 / 24)
+        widened = [student / stats.norm.ppf(tail) * (slow[place] - center) for place in (rank, -1 - rank)]
+        low.append(center - max(widened[0], student * spread))
+        high.append(center + max(-widened[1], student * spread))
+    beyond = min(sum(value <= 0 for value in low), sum(value >= 0 for value in high))
     # 100 of 4001 draws, the bound included, lie beyond each bound.
     assert (fast.difference, fast.low, fast.high, fast.p_value) == pytest.approx(
-        (statistics.fmean(differences), slow[99], slow[-100], 2 * (beyond + 1) / 4001), abs=1e-9
+        (center, low[99], high[99], 2 * (beyond + 1) / 4001), abs=1e-8
     )
+
+
+def test_the_interval_of_normal_differences_is_students():
+    ours, theirs = normal(12, 3, 0.5), normal(12, 4)
+    differences = [one - other for one, other in zip(ours, theirs, strict=True)]
+    result = compare_with_baselines(ours, {str(name): theirs for name in range(20)}, resamples=100_000)["0"]
+    reach = stats.t.ppf(1 - 0.025 / 20, 11) * statistics.stdev(differences) / math.sqrt(12)
+    assert (result.high - result.low) / 2 == pytest.approx(reach, rel=0.15)
+    assert paired_bootstrap(ours, theirs).p_value == pytest.approx(stats.ttest_rel(ours, theirs).pvalue, abs=0.03)
 
 
 def test_swapping_the_methods_turns_the_result_round():
@@ -137,6 +158,16 @@ def test_many_equal_methods_seldom_look_different():
         results = compare_with_baselines(normal(40, 1000 * seed), baselines, resamples=1500, seed=seed)
         families += any(result.verdict != "no difference shown" for result in results.values())
     assert families <= 8  # 5 % of 60 is 3; without correction about 15 families would
+
+
+@pytest.mark.parametrize(("examples", "most"), [(2, 7), (5, 7), (10, 7), (20, 7)])
+def test_few_examples_seldom_make_equal_methods_look_different(examples, most):
+    families = 0
+    for seed in range(60):
+        baselines = {str(other): normal(examples, 1000 * seed + other) for other in range(1, 24)}
+        results = compare_with_baselines(normal(examples, 1000 * seed), baselines, resamples=2000, seed=seed)
+        families += any(result.verdict != "no difference shown" for result in results.values())
+    assert families <= most  # 5 % of 60 is 3; without widening 60, 41, 16 and 4
 
 
 def test_correction_for_the_number_of_methods():
@@ -226,9 +257,12 @@ def test_bleu_is_computed_again_for_each_draw_and_averaged_over_runs():
             for name, texts in answers.items()
         }
         possible.append((values["first"] + values["second"]) / 2 - values["theirs"])
-    assert (result.low, result.high) == pytest.approx((min(possible), max(possible)), abs=1e-8)
-    share = min(sum(value <= 0 for value in possible), sum(value >= 0 for value in possible)) / 27
-    assert result.p_value == pytest.approx(2 * share, abs=0.03)
+    student = stats.t.ppf(0.975, 2) * math.sqrt(3 / 2)
+    widening, reach = student / stats.norm.ppf(0.975), student * statistics.pstdev(possible)
+    low = result.difference - max(reach, widening * (result.difference - min(possible)))
+    high = result.difference + max(reach, widening * (max(possible) - result.difference))
+    assert (result.low, result.high) == pytest.approx((low, high), rel=0.03)
+    assert result.verdict == "no difference shown"
 
 
 def test_without_baselines_there_is_nothing_to_compare():

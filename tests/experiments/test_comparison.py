@@ -1,11 +1,13 @@
 """The comparison: every method under one protocol, records that are never done twice, choices made on the right split."""
 
 import importlib.util
+import io
 import json
 import os
 import shlex
 import shutil
 import signal
+import sys
 from html import unescape
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,13 +15,21 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import write_tiny_workspace
+from rich.console import Console
 
-from grasp_lora.errors import AdapterError, RecipeError
+from grasp_lora.errors import AdapterError, ProbeError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.experiments import baselines, lorahub, methods
 from grasp_lora.experiments.baselines import Bench, BenchProgress
 from grasp_lora.experiments.comparison import ComparisonSettings, compare
-from grasp_lora.experiments.comparison_report import command_of, score_table, write_comparison
+from grasp_lora.experiments.comparison_report import (
+    command_of,
+    cost_table,
+    print_comparison,
+    score_table,
+    write_comparison,
+)
+from grasp_lora.experiments.figures import learned_row
 from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS, SINGLE_SHARE
 from grasp_lora.experiments.recipe import PROBE_SPLITS, load_recipe
 from grasp_lora.experiments.records import Record, Records
@@ -30,6 +40,14 @@ from grasp_lora.training.adapters import read_adapter
 ROUNDS_EVERY = "controller.probe_every=3"
 SMALL = ComparisonSettings(seeds=(1,), grid=(0.2, 0.6), resamples=1000)
 FEW = ("target_only", "adaptive_merge", "grid", "grasp")
+
+
+OWN_METRIC = """
+from grasp_lora.evaluation.metrics import MetricScore
+
+def constant(outputs):
+    return MetricScore("constant", {value}, "own", tuple([{value}] * len(outputs.predictions)))
+"""
 
 
 class Recorder(BenchProgress):
@@ -207,7 +225,7 @@ def test_a_single_run_finishes_the_adapter_of_its_own_controller_run(tiny_worksp
 
 
 def test_a_single_run_leaves_the_keys_of_all_other_steps_as_they_are(finished):
-    folder, content = finished
+    folder, _ = finished
     records = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "records").iterdir()]
     finals = [record for record in records if "final" in record["settings"]]
     assert finals
@@ -218,11 +236,6 @@ def test_a_single_run_leaves_the_keys_of_all_other_steps_as_they_are(finished):
     assert {frozenset(record["settings"]["controller"]) for record in controllers} == {
         frozenset({"policy", "probe_every", "training"})
     }
-    again, recorder = run(
-        folder, SMALL, "final.start=controller"
-    )  # the rows start from a merge, whatever the recipe does
-    assert not recorder.done_steps
-    assert [row["scores"] for row in again["rows"]] == [row["scores"] for row in content["rows"]]
     assert "grasp_single" not in DEFAULT_METHODS
 
 
@@ -521,6 +534,139 @@ def test_another_split_is_done_with_its_own_source_adapter(tiny_workspace):
     assert "split 7" in (tiny_workspace / "compare" / "compare.md").read_text(encoding="utf-8")
 
 
+def test_a_method_that_fails_on_another_split_is_named(tiny_workspace, cli, monkeypatch):
+    learn = Session.learn_ratio
+
+    def fail(self: Session, *given: Any, **more: Any) -> Any:
+        if self.recipe.data.split_seed == 7:
+            raise ProbeError("no such luck")
+        return learn(self, *given, **more)
+
+    monkeypatch.setattr(Session, "learn_ratio", fail)
+    arguments = ("--seeds", "1", "--methods", "target_only,grasp", "--split-seed", "7", "--set", ROUNDS_EVERY)
+    result = cli("compare", "tiny.yaml", *arguments)
+    assert result.status == 2
+    assert "on another split methods failed: GRASP on split 7 failed with seed 1: no such luck" in result.err
+    assert "no such luck" in Path("runs/tiny-compare/compare.md").read_text(encoding="utf-8")
+
+
+def test_a_grid_goes_on_without_a_ratio_whose_run_fails_and_does_not_try_it_again(tiny_workspace, monkeypatch):
+    finish, tried = Session.finetune_pruned, []
+
+    def fail(self: Session, start: Any, prune_ratio: float, *given: Any, **more: Any) -> Any:
+        tried.append(prune_ratio)
+        if prune_ratio == 0.6:
+            raise ProbeError("it diverges")
+        return finish(self, start, prune_ratio, *given, **more)
+
+    monkeypatch.setattr(Session, "finetune_pruned", fail)
+    settings = ComparisonSettings(("grid", "grid_16"), (1,), (0.2, 0.6), "grid", resamples=1000)
+    content, _ = run(tiny_workspace / "compare", settings)
+    assert [row["prune_ratio"]["mean"] for row in content["rows"]] == [0.2, 0.2]
+    assert content["warnings"] == [
+        f"{METHODS[name].title}, seed 1, is without ratio 0.6, whose run failed: it diverges"
+        for name in ("grid", "grid_16")
+    ]
+    assert tried == [0.2, 0.6]
+    assert [point["prune_ratio"] for point in content["curve"]] == [0.2]
+
+
+def test_a_rule_that_compares_rounds_gets_baselines_on_all_examples(tiny_workspace):
+    turn = ("controller.policy=adaptive", "controller.probe_on=dev", "controller.probe_examples=2")
+    settings = ComparisonSettings(("target_only", "grasp"), (1,), (0.2,), resamples=1000)
+    found = {}
+    for estimate in ("surrogate", "smooth_fit"):
+        folder = tiny_workspace / estimate
+        run(folder, settings, *turn, f"controller.policy={{preset: adaptive, estimate: {estimate}}}")
+        (file,) = (folder / "records").glob("controller-*")
+        found[estimate] = json.loads(file.read_text(encoding="utf-8"))["result"]["rounds"]
+    sizes = {
+        name: {(len(row["baseline_losses"]), len(row["candidate_losses"][0])) for row in rounds}
+        for name, rounds in found.items()
+    }
+    assert sizes == {"surrogate": {(6, 2)}, "smooth_fit": {(2, 2)}}
+
+
+def test_a_metric_of_the_users_own_that_changed_is_computed_anew(tiny_workspace, monkeypatch):
+    monkeypatch.syspath_prepend(str(tiny_workspace))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    settings = ComparisonSettings(("target_only", "merged"), (1,), (0.2,), "merged", resamples=1000)
+    for value in (10.0, 99.0):
+        (tiny_workspace / "own_metric.py").write_text(OWN_METRIC.format(value=value), encoding="utf-8")
+        sys.modules.pop("own_metric", None)
+        importlib.invalidate_caches()
+        content, recorder = run(tiny_workspace / "compare", settings, "metrics=['own_metric:constant']")
+        assert [row["scores"]["own_metric:constant"]["mean"] for row in content["rows"]] == [value] * 2
+    assert set(recorder.done_steps) == {"scores"}
+
+
+def test_the_folder_of_a_run_is_refused(finished_run, tiny_workspace):
+    with pytest.raises(
+        RecipeError, match="is the folder of a run, whose recipe and report a comparison would overwrite"
+    ):
+        run(tiny_workspace / "run", SMALL)
+
+
+def test_records_of_another_number_format_are_not_passed_over_in_silence(finished, caplog):
+    folder, _ = finished
+    Records(folder).check_dtype("torch.float32")
+    assert not caplog.records
+    Records(folder).check_dtype("torch.bfloat16")
+    assert "to go on with them set backbone.dtype=float32" in caplog.text
+
+
+def test_a_table_that_goes_to_a_file_is_wide_and_one_for_a_narrow_terminal_cuts_nothing_off(whole_comparison):
+    _, content = whole_comparison
+    file, narrow = io.StringIO(), io.StringIO()
+    print_comparison(content, Console(file=file, width=80))
+    assert max(map(len, file.getvalue().splitlines())) > 120
+    assert METHODS["grasp"].title in file.getvalue()
+    print_comparison(content, Console(file=narrow, width=80, force_terminal=True, color_system=None))
+    assert max(map(len, narrow.getvalue().splitlines())) <= 80
+    assert "…" not in file.getvalue() + narrow.getvalue()
+
+
+def test_the_ratio_on_the_curve_is_a_controllers(whole_comparison):
+    _, content = whole_comparison
+    assert learned_row(content)["method"] == "grasp"
+    assert learned_row(content | {"reference": "grid"})["method"] == "grasp"
+    assert learned_row(content | {"reference": "grasp_paper"})["method"] == "grasp_paper"
+    assert learned_row(content | {"rows": content["rows"][:3]}) is None
+
+
+def test_speed_ups_name_their_grid_and_leave_out_what_trains_the_source(whole_comparison):
+    _, content = whole_comparison
+    table = cost_table(content)
+    assert table.columns[4] == f"speed-up over {METHODS['grid'].title}"
+    ups = {row[0].text: row[4].text for row in table.rows}
+    assert ups[METHODS["joint"].title] == "–"
+    assert ups[METHODS["grid"].title] == "1.00"
+    without = content | {"rows": [row for row in content["rows"] if row["method"] != "grid"]}
+    assert cost_table(without).columns[4] == f"speed-up over {METHODS['grid_paper'].title}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "says", "says_not"),
+    [
+        ({}, "stop early on the dev set, except in the rows “without a dev set”, whose target adapter", "no dev set:"),
+        ({"given_target": True}, "except in the rows “without a dev set”.", "whose target adapter"),
+        ({"dev_examples": 0}, "There is no dev set: all runs train to their end.", "stop early"),
+    ],
+)
+def test_the_page_says_which_runs_look_at_dev(whole_comparison, tmp_path, changes, says, says_not):
+    _, content = whole_comparison
+    write_comparison(tmp_path, content | changes)
+    for name in ("compare.md", "report.html"):
+        text = unescape((tmp_path / name).read_text(encoding="utf-8")).replace("\\", "")
+        assert says in text
+        assert says_not not in text
+
+
+def test_too_few_resamples_are_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="resamples is 38; so many methods need at least 39"):
+        ComparisonSettings(("target_only", "grasp"), resamples=38)
+
+
 def test_a_given_prune_ratio_is_left_aside_and_everything_is_checked_first(tiny_workspace):
     settings = ComparisonSettings(("target_only", "grasp"), (1,), (0.2,), resamples=1000)
     with pytest.raises(RecipeError, match="so no round follows a step"):
@@ -605,7 +751,10 @@ def test_lorahub_finds_the_better_of_two_adapters_when_the_other_is_noise(tiny_w
         (("--methods", ","), "methods is empty"),
         (("--methods", "grasp,grasp"), "grasp more than once"),
         (("--seeds", "1,1"), "1 more than once"),
-        (("--seeds", "one"), "--seeds holds 'one'; give numbers"),
+        (("--seeds", "42.0"), "--seeds holds '42.0'; give whole numbers"),
+        (("--split-seed", "7", "--split-seed", "7"), "split seeds names 7 more than once"),
+        (("--split-seed", "42"), "--split-seed 42 is the split that is compared in any case"),
+        (("--set", "final.start=controller"), "name grasp_single among the methods"),
         (("--seeds", "-1"), "seed is -1"),
         (("--grid", "0.5,1.5"), "grid holds 1.5"),
         (("--grid", "nan"), "grid holds nan"),
@@ -636,9 +785,10 @@ def test_a_step_that_fails_leaves_no_record(tmp_path):
     def fail(_: str) -> dict[str, Any]:
         raise RecipeError("no")
 
-    with pytest.raises(RecipeError, match="no"):
-        records.get("step", {"a": 1}, fail)
-    assert records.get("step", {"a": 1}, lambda _: {"b": 2}).result == {"b": 2}
+    for work in (fail, lambda _: {"b": 2}):  # what failed is not tried again for another method
+        with pytest.raises(RecipeError, match="no"):
+            records.get("step", {"a": 1}, work)
+    assert Records(tmp_path).get("step", {"a": 1}, lambda _: {"b": 2}).result == {"b": 2}
     assert Records(tmp_path).get("step", {"a": 1}, fail).result == {"b": 2}
 
 

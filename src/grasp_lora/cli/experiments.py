@@ -51,7 +51,7 @@ def compare(
     Run it again to go on after an interruption, or on another machine with a copy of the folder's records: what is on record is
     not done again. Methods: zero_shot, source_only, target_only, target_wide (rank of the merge), target_long (steps of GRASP),
     continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged, adaptive_merge, grid_paper (the
-    paper's baseline), grid (of the recipe's own final runs), grid_16 (16 examples choose), grasp, grasp_paper, grasp_random,
+    paper's baseline), grid (of the recipe's own final runs), grid_16 (micro-dev chooses), grasp, grasp_paper, grasp_random,
     grasp_50 (probes the dev set), one_shot, merge_dev_free, grid_dev_free, grasp_dev_free; grasp_single
     (the controller run's own adapter finished), grasp_default, and grid_oracle, which is not fair.
     """
@@ -68,7 +68,7 @@ def compare(
     with _checked_options():
         settings = ComparisonSettings(
             DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
-            tuple(_number(int, "--seeds", seed) for seed in _parts(seeds)),
+            tuple(_number(int, "--seeds", seed, "whole numbers") for seed in _parts(seeds)),
             _ratios("--grid", grid),
             reference,
             tuple(split_seed or ()),
@@ -78,8 +78,13 @@ def compare(
     print_comparison(content, console)
     say(f"tables {folder / 'compare.md'}   report {folder / 'report.html'}")
     failed = [f"{row['title']} {row['unavailable']}" for row in content["rows"] if row["failed"]]
-    if failed:
-        raise GraspError(f"{len(failed)} of {len(content['rows'])} methods failed: {'; '.join(failed)}")
+    missing = [f"{row['title']} on split {other['split_seed']} {row['reason']}"
+               for other in content["other_splits"] for row in other["missing"] if row["failed"]]  # fmt: skip
+    if failed or missing:
+        count = (
+            f"{len(failed)} of {len(content['rows'])} methods failed" if failed else "on another split methods failed"
+        )
+        raise GraspError(f"{count}: {'; '.join([*failed, *missing])}")
 
 
 def sweep(

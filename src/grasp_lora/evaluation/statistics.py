@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from grasp_lora.errors import DataError
@@ -84,6 +85,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
+def least_resamples(comparisons: int, confidence: float = 0.95) -> int:
+    """Return how many draws so many comparisons need, so that one lies beyond each bound.
+
+    >>> least_resamples(1), least_resamples(20)
+    (39, 799)
+    """
+    return max(1, math.ceil(2.0 * comparisons / (1.0 - confidence) - 1e-9) - 1)
+
+
 def paired_bootstrap(
     ours: Runs,
     theirs: Runs,
@@ -96,7 +106,7 @@ def paired_bootstrap(
 ) -> PairedComparison:
     """Compare two methods; `compare_with_baselines` with a single baseline, so without correction.
 
-    >>> paired_bootstrap([3.0, 2.0, 4.0, 3.0], [1.0, 2.0, 1.0, 2.0]).verdict
+    >>> paired_bootstrap([3.0, 2.0, 4.0, 3.0, 4.0, 3.0], [1.0, 2.0, 1.0, 2.0, 2.0, 0.0]).verdict
     'better'
     """
     return compare_with_baselines(
@@ -126,14 +136,17 @@ def compare_with_baselines(
     values where the score is a mean over examples, the corpus scores of the runs otherwise. With m baselines, interval and
     p value come from the same sorted draws:
 
+    - Draws of few examples spread too little, and the more so the further out one looks. So the distance of each sorted draw
+      from the observed difference is widened by what separates Student's interval of a mean from the percentile one of normal
+      draws, at the level that the draw is the bound of: at that of 20 baselines by 1.03 for 100 examples, by 1.2 for 20, by 2.5
+      for 5. It is never less than Student's with the draws' own spread, beyond which few examples have no draws.
     - The interval is the percentile interval at 1 - (1 - confidence) / m (Bonferroni), so all of them hold at once. Its bounds
-      are draws, no interpolations.
-    - p is min(1, 2 (k + 1) / (resamples + 1)), k the draws with a difference of at most 0 or those of at least 0, whichever
-      are fewer, then corrected after Holm. Before that, the interval leaves 0 out just where m p <= 1 - confidence. Holm is
+      are widened draws, no interpolations.
+    - p is min(1, 2 (k + 1) / (resamples + 1)), k the widened draws of at most 0 or those of at least 0, whichever are
+      fewer, then corrected after Holm. Before that, the interval leaves 0 out just where m p <= 1 - confidence. Holm is
       the less strict correction: it can call a difference small enough whose interval, and so whose verdict, still says no.
 
-    The interval is about other examples of this kind, not about other seeds. It is a little too narrow: against Student's t
-    by a tenth at 20 examples, by 2 % at 100.
+    The interval is about other examples of this kind, not about other seeds.
 
     Args:
         ours: the method's runs; the values of a single run, or ones already averaged, may come without the outer list.
@@ -149,7 +162,7 @@ def compare_with_baselines(
         DataError: the examples of two methods differ in number, are fewer than two, or hold a value that is not finite.
         ValueError: `confidence` is outside its range, or `resamples` too few for it.
 
-    Source: Efron & Tibshirani 1993, chapter 13; Koehn 2004 for the resampling of test sets.
+    Source: Efron & Tibshirani 1993, chapter 13; Koehn 2004 for the resampling of test sets; Hesterberg 2015 for the widening.
     """
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence is {confidence}; it must be between 0 and 1")
@@ -160,7 +173,7 @@ def compare_with_baselines(
     if outside < 1:
         raise ValueError(
             f"{resamples} resamples are too few for {len(baselines)} comparisons at confidence {confidence}; "
-            f"use at least {math.ceil(1.0 / tail - 1e-9) - 1}"
+            f"use at least {least_resamples(len(baselines), confidence)}"
         )
     mine = _statistics("ours", ours, corpus_score)
     others = {name: _statistics(name, runs, corpus_score) for name, runs in baselines.items()}
@@ -178,12 +191,19 @@ def compare_with_baselines(
         scores = [evaluate(torch.einsum("de,rek->drk", weights, of)).mean(dim=1) for of in (mine, *others.values())]
         return torch.stack([scores[0] - score for score in scores[1:]], dim=1).round(decimals=_DECIMALS) + 0.0
 
-    observed = differences(torch.ones(1, examples, dtype=torch.float64))[0].tolist()
+    center = differences(torch.ones(1, examples, dtype=torch.float64))
+    observed = center[0].tolist()
     draws = torch.cat([differences(weights) for weights in _draws(examples, resamples, seed)])
-    tails = torch.minimum((draws <= 0).sum(dim=0), (draws >= 0).sum(dim=0)).tolist()
-    p_values = holm([min(1.0, 2.0 * (count + 1) / (resamples + 1)) for count in tails])
     draws = draws.sort(dim=0).values
-    lows, highs = draws[outside - 1].tolist(), draws[resamples - outside].tolist()
+    student, widening = _student(examples, resamples)
+    reach = student * draws.std(dim=0, correction=0)
+    below = torch.minimum(widening * (draws[: len(reach)] - center), -reach)
+    above = torch.maximum(widening * (draws.flip(0)[: len(reach)] - center), reach)
+    below, above = ((center + one).round(decimals=_DECIMALS) + 0.0 for one in (below, above))
+    below, above = below.cummax(dim=0).values, above.cummin(dim=0).values
+    beyond = torch.minimum((below <= 0).sum(dim=0), (above >= 0).sum(dim=0)).tolist()
+    p_values = holm([min(1.0, 2.0 * (count + 1) / (resamples + 1)) for count in beyond])
+    lows, highs = below[outside - 1].tolist(), above[outside - 1].tolist()
     return {
         name: PairedComparison(
             difference=observed[index],
@@ -219,6 +239,20 @@ def _statistics(name: str, runs: Runs, corpus_score: object) -> Tensor:
     if not bool(values.isfinite().all()):
         raise DataError(f"{name} has a value that is not finite, which cannot be compared; leave the method out")
     return values
+
+
+def _student(examples: int, resamples: int) -> tuple[Tensor, Tensor]:
+    """For the levels that the sorted draws are bounds of, from the outermost to the middle, each [half of draws, 1].
+
+    Returns:
+        Half of Student's interval of a mean, in standard deviations of the draws; and how much wider than the percentile interval
+        of normal draws that is.
+    """
+    tails = torch.arange(1, (resamples + 1) // 2 + 1, dtype=torch.float64)[:, None] / (resamples + 1)
+    tails = tails.clamp(max=0.499).numpy()  # the ratio is 0 / 0 at a half
+    # The spread of draws has n where the standard error has n - 1.
+    student = torch.from_numpy(-stdtrit(examples - 1, tails)) * math.sqrt(examples / (examples - 1))
+    return student, student / torch.from_numpy(-ndtri(tails))
 
 
 def _draws(examples: int, resamples: int, seed: int) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ methods share what they have in common, and a changed controller makes only thos
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -57,6 +58,7 @@ class Outcome:
         prune_ratio: of the result, None where nothing is pruned.
         chosen_on: the split on which a choice was made, if one was.
         curve: for a grid, ratio -> split -> mean loss of its run.
+        left_out: what a choice had to do without, a sentence each.
     """
 
     losses: Record
@@ -65,6 +67,7 @@ class Outcome:
     prune_ratio: float | None = None
     chosen_on: str | None = None
     curve: Mapping[float, Mapping[str, float]] | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass
@@ -200,8 +203,8 @@ class Bench:
     def controlled(self, stage: ControllerStage, dev_free: bool = False) -> tuple[float, Adapter]:
         """The controller run on the merged adapter.
 
-        Where a ratio is held the run does not depend on the rule that reads the ratio off its rounds, so policies that differ in
-        the rule alone share it.
+        Where a ratio is held the run does not depend on the rule that reads the ratio off its rounds, unless the rule decides
+        which examples a baseline needs, so policies that differ in the rule alone share it.
 
         Args:
             stage: in place of the recipe's own.
@@ -211,8 +214,10 @@ class Bench:
             The learned ratio, and the merged adapter with the run's record among its own: what it cost.
         """
         policy = stage.policy
-        run_by = policy if POLICIES[policy.kind].shared else replace(policy, estimate=PolicySettings().estimate)
-        stage = replace(stage, policy=run_by)
+        run_by = replace(policy, estimate=PolicySettings().estimate)
+        measures_alike = policy.compares_rounds(stage.patience) == run_by.compares_rounds(stage.patience)
+        if not POLICIES[policy.kind].shared and (stage.probe_examples is None or measures_alike):
+            stage = replace(stage, policy=run_by)
         merged = self.merged(dev_free)
         record = self.records.get(
             "controller",
@@ -369,6 +374,7 @@ class Bench:
         references = [example.references for example in test]
         settings = asked | {
             "metrics": list(session.metrics),
+            **_own_code(session.metrics),
             "bertscore": asdict(recipe.bertscore) if "bertscore" in session.metrics else None,
             "language": session.language,
             "references": hashlib.sha256(repr(references).encode()).hexdigest(),
@@ -394,16 +400,20 @@ class Bench:
         chosen_on: str | None = None,
         curve: Mapping[float, Mapping[str, float]] | None = None,
         chosen_among: Iterable[Adapter] = (),
+        chosen_by: Iterable[Record] = (),
+        left_out: Sequence[str] = (),
     ) -> Outcome:
         """Measure what a method came to.
 
         Args:
             adapter: the result.
-            prune_ratio, chosen_on, curve: as in `Outcome`.
+            prune_ratio, chosen_on, curve, left_out: as in `Outcome`.
             chosen_among: the adapters that a choice was made among, the result included: all of them were needed.
+            chosen_by: measurements that the choice took beyond those of the trainings.
         """
-        needed = _unique([record for one in (*chosen_among, adapter) for record in one.records])
-        return Outcome(self.losses(adapter), self.scores(adapter), needed, prune_ratio, chosen_on, curve)
+        needed = _unique([*(record for one in (*chosen_among, adapter) for record in one.records), *chosen_by])
+        losses, scores = self.losses(adapter), self.scores(adapter)
+        return Outcome(losses, scores, needed, prune_ratio, chosen_on, curve, tuple(left_out))
 
     def _settings(self, **settings: Any) -> dict[str, Any]:
         """What decides a step that draws random numbers, with what decides all of them."""
@@ -594,6 +604,13 @@ def _facts(result: Any, training: TrainingSettings, train_examples: int, dev_exa
 
 def _trained_examples(steps: int, training: TrainingSettings, examples: int) -> int:
     return round(steps / training.steps_per_epoch(examples) * examples)
+
+
+def _own_code(metrics: Iterable[str]) -> dict[str, Any]:
+    """Hashes of the files of a user's own metrics, so that a changed one is computed anew; nothing where all are ours."""
+    places = {name: getattr(sys.modules[name.partition(":")[0]], "__file__", None) for name in metrics if ":" in name}
+    hashes = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in places.items() if file}
+    return {"own_metrics": hashes} if hashes else {}
 
 
 def _unique(records: Sequence[Record]) -> tuple[Record, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from grasp_lora.errors import GraspError, RecipeError
-from grasp_lora.evaluation.statistics import compare_with_baselines, mean_and_sd
+from grasp_lora.evaluation.statistics import compare_with_baselines, least_resamples, mean_and_sd
 from grasp_lora.experiments.baselines import (
     GRID,
     Bench,
@@ -22,6 +22,7 @@ from grasp_lora.experiments.baselines import (
 from grasp_lora.experiments.comparison_report import write_comparison
 from grasp_lora.experiments.lock import working_in
 from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS
+from grasp_lora.experiments.pipeline import RUN_FILE
 from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
 from grasp_lora.experiments.records import Records, environments
 from grasp_lora.experiments.session import Session, mean, write_json
@@ -47,7 +48,7 @@ class ComparisonSettings:
         resamples: of the bootstrap.
 
     Raises:
-        ValueError: an unknown name, a list that is empty or says something twice, a ratio out of range.
+        ValueError: an unknown name, a list that is empty or says something twice, a ratio out of range, too few resamples.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -65,10 +66,15 @@ class ComparisonSettings:
                 raise ValueError(f"there is no method {name!r}; allowed: {', '.join(METHODS)}")
         check_list("methods", self.methods)
         check_list("seeds", self.seeds)
+        if self.split_seeds:
+            check_list("split seeds", self.split_seeds)
         check_ratios("grid", self.grid)
         for seed in (*self.seeds, *self.split_seeds):
             if seed < 0:
                 raise ValueError(f"seed is {seed}; it must be at least 0")
+        least = least_resamples(len({*self.methods, self.reference}) - 1)
+        if self.resamples < least:
+            raise ValueError(f"resamples is {self.resamples}; so many methods need at least {least}")
 
 
 @dataclass
@@ -102,50 +108,87 @@ def compare(
         Interrupted: SIGTERM or SIGINT came.
     """
     recipe = session.recipe
+    if recipe.final.start == "controller":
+        raise RecipeError(
+            "final.start is 'controller', but a comparison's final runs start from a fresh merge; leave it out, set "
+            "final.training.epochs to those of the controller and the final run together, and name grasp_single among the "
+            "methods: it shares them out between both"
+        )
+    if (folder / RUN_FILE).exists():
+        raise RecipeError(
+            f"{folder} is the folder of a run, whose recipe and report a comparison would overwrite; name another"
+        )
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
     session = Session(recipe, session.base, session.progress)
     session.prepare()
     check_target_modules(session.backbone.model, recipe.lora.target_modules)
-    if len(session.splits.test) < LEAST_TEST:
-        raise RecipeError(
-            f"a comparison needs a test split, but it has {len(session.splits.test)} examples (data.target.test); "
-            f"give it at least {LEAST_TEST}"
-        )
     work = _Work(session, folder, settings, progress or BenchProgress())
+    work.records.check_dtype(str(session.backbone.model.dtype))
     with working_in(folder, lambda: work.place):
         write_whole(folder / RECIPE_FILE, recipe.to_yaml())
         return work.execute()
 
 
+def _units(rows: _Rows) -> float:
+    return sum(METHODS[name].units for name, row in rows.items() if not row.unavailable)
+
+
 class _Work:
-    """One comparison that is under way."""
+    """One comparison that is under way.
+
+    Raises:
+        RecipeError: a split cannot be filled or has too few test examples; all are read before the first run.
+    """
 
     def __init__(self, session: Session, folder: Path, settings: ComparisonSettings, progress: BenchProgress) -> None:
         self.session, self.folder, self.settings, self.progress = session, folder, settings, progress
         self.records = Records(folder, progress.record)
         self.place = "before it began"
         self.names = [name for name in METHODS if name in {*settings.methods, settings.reference}]
+        recipe = session.recipe
+        self.split_seed = recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
+        if self.split_seed in settings.split_seeds:
+            raise RecipeError(
+                f"--split-seed {self.split_seed} is the split that is compared in any case; give another seed"
+            )
+        self.rows = self._rows(session)
+        self.others = {other: self._elsewhere(other) for other in settings.split_seeds}
+        self.again = {other: self._rows(elsewhere) for other, elsewhere in self.others.items()}
 
     def execute(self) -> dict[str, Any]:
-        settings, data = self.settings, self.session.recipe.data
-        split_seed = self.session.recipe.seed if data.split_seed is None else data.split_seed
-        rows = {name: _Row(unavailable=METHODS[name].unavailable(self.session)) for name in self.names}
-        runs = len(settings.seeds) + len(settings.split_seeds)
-        self.progress.begin(runs * sum(METHODS[name].units for name, row in rows.items() if not row.unavailable))
+        settings, rows, again, split_seed = self.settings, self.rows, self.again, self.split_seed
+        self.progress.begin(
+            len(settings.seeds) * _units(rows) + sum(_units(rows_there) for rows_there in again.values())
+        )
         content: dict[str, Any] = {}
         shared = self.session.variant(self._with_split(split_seed))
         for seed in settings.seeds:
             self._run(shared, rows, seed)
             content = _content(shared, settings, rows, split_seed)
             self._write(content)
-        for other in settings.split_seeds:
-            again = {name: _Row(unavailable=row.unavailable) for name, row in rows.items()}
-            elsewhere = Session(self._with_split(other), self.session.base, self.session.progress)
-            elsewhere.backbone = self.session.backbone
-            self._run(elsewhere, again, settings.seeds[0])
-            content["other_splits"].append(_other_split(rows, again, settings, other))
+        for other, elsewhere in self.others.items():
+            self._run(elsewhere, again[other], settings.seeds[0])
+            content["other_splits"].append(_other_split(rows, again[other], settings, other))
             self._write(content)
         return content
+
+    def _rows(self, session: Session) -> _Rows:
+        """Rows with nothing in them yet, for the splits of a session.
+
+        Raises:
+            RecipeError: there are too few test examples to compare anything.
+        """
+        if len(session.splits.test) < LEAST_TEST:
+            raise RecipeError(
+                f"a comparison needs a test split, but it has {len(session.splits.test)} examples (data.target.test); "
+                f"give it at least {LEAST_TEST}"
+            )
+        return {name: _Row(unavailable=METHODS[name].unavailable(session)) for name in self.names}
+
+    def _elsewhere(self, split_seed: int) -> Session:
+        session = Session(self._with_split(split_seed), self.session.base, self.session.progress)
+        session.backbone = self.session.backbone
+        return session
 
     def _with_split(self, split_seed: int) -> Recipe:
         """The recipe with a split that does not move with its seed."""
@@ -195,6 +238,7 @@ def _content(session: Session, settings: ComparisonSettings, rows: _Rows, split_
         "split_seed": split_seed,
         "test_examples": len(session.splits.test),
         "dev_examples": len(session.splits.dev),
+        "given_target": session.recipe.target.adapter is not None,
         "micro_dev_examples": len(session.splits.micro_dev),
         "reference": settings.reference,
         "metrics": metrics,
@@ -221,6 +265,11 @@ def _other_split(rows: _Rows, again: _Rows, settings: ComparisonSettings, split_
     return {
         "split_seed": split_seed,
         "seed": seed,
+        "missing": [
+            {"method": name, "title": METHODS[name].title, "reason": row.unavailable, "failed": row.failed}
+            for name, row in again.items()
+            if row.unavailable and name in rows and not rows[name].unavailable
+        ],
         "rows": [
             {
                 "method": name,
@@ -250,7 +299,7 @@ def _value(outcome: Outcome, metric: str) -> float | None:
 def _comparisons(
     session: Session, settings: ComparisonSettings, rows: Mapping[str, _Row], metric: str
 ) -> dict[str, dict[str, Any]]:
-    """The reference method against each other one, over the seeds that both have."""
+    """The reference method against each other one."""
     values_of = [_value(outcome, metric) for row in rows.values() for outcome in row.outcomes.values()]
     if settings.reference not in rows or None in values_of:
         return {}
@@ -290,6 +339,7 @@ def _row(
         "title": method.title,
         "unavailable": row.unavailable,
         "failed": row.failed,
+        "trains_source": method.trains_source,
     }
     if not row.outcomes:
         return facts
@@ -345,7 +395,14 @@ def _curve(rows: Mapping[str, _Row]) -> list[dict[str, Any]]:
 
 
 def _warnings(rows: Mapping[str, _Row]) -> list[str]:
-    return [f"{METHODS[name].title} {warning}" for name in rows if (warning := METHODS[name].warning)]
+    of_methods = [f"{METHODS[name].title} {warning}" for name in rows if (warning := METHODS[name].warning)]
+    of_runs = [
+        f"{METHODS[name].title}, seed {seed}, {sentence}"
+        for name, row in rows.items()
+        for seed, outcome in row.outcomes.items()
+        for sentence in outcome.left_out
+    ]
+    return of_methods + of_runs
 
 
 def _made_with(rows: Mapping[str, _Row]) -> list[dict[str, str]]:

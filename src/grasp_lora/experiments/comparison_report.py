@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from grasp_lora.experiments.figures import comparison_figure, plotly_js
+from grasp_lora.experiments.figures import comparison_figure, learned_row, plotly_js
 from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS
 from grasp_lora.experiments.recipe import RECIPE_FILE
 from grasp_lora.experiments.report import PAPER, render
@@ -19,6 +19,7 @@ from grasp_lora.training.durable import write_whole
 
 PLUS_MINUS = "±"
 CHOSEN_ON = {"dev": "dev", "micro_dev": "micro-dev", "both": "micro-dev and dev", "test": "TEST"}
+GRIDS = ("grid", "grid_paper", "grid_dev_free")  # the first of them that was run is what speed-ups refer to
 FULL_WIDTH = 180  # of a table that does not go to a terminal
 
 
@@ -39,10 +40,13 @@ def write_comparison(folder: Path, content: Mapping[str, Any]) -> Path:
 def print_comparison(content: Mapping[str, Any], console: Console) -> None:
     """Print the table of a comparison."""
     table = score_table(content)
-    printed = RichTable(*table.columns)
+    printed = RichTable()
+    for column in table.columns:
+        printed.add_column(column, overflow="fold")  # a narrow terminal cuts no word off
     for row in table.rows:
         printed.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
-    console.print(printed, width=None if console.is_terminal else FULL_WIDTH, crop=False)
+    # The width of what is printed never exceeds that of its console, which is 80 where there is no terminal.
+    (console if console.is_terminal else Console(file=console.file, width=FULL_WIDTH)).print(printed)
     for warning in content["warnings"]:
         console.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
 
@@ -80,17 +84,19 @@ def score_table(content: Mapping[str, Any]) -> Table:
 
 def cost_table(content: Mapping[str, Any]) -> Table:
     """What each method needs, in all and beyond the adapters that are merged, and how it compares with the grid search."""
-    columns = ["method", "runs", "seconds", "forward passes", "speed-up over the grid", "the same in forward passes",
-               "runs in all", "seconds in all"]  # fmt: skip
     done = [row for row in content["rows"] if not row["unavailable"]]
-    grid = next((row["cost"] for row in done if row["method"] == "grid"), None)
+    grids = {row["method"]: row for row in done if row["method"] in GRIDS}
+    grid = next((grids[name] for name in GRIDS if name in grids), None)
+    columns = ["method", "runs", "seconds", "forward passes", f"speed-up over {grid['title'] if grid else 'a grid'}",
+               "the same in forward passes", "runs in all", "seconds in all"]  # fmt: skip
     one_machine = len(content["made_with"]) == 1
     rows = []
     for row in done:
         cost = row["cost"]
         facts = [f"{cost['runs']:.0f}", f"{cost['seconds']:.0f}", f"{cost['work']:.0f}"]
-        facts.append(_speedup(grid, cost, "seconds") if one_machine else "–")
-        facts += [_speedup(grid, cost, "work"), f"{cost['runs_in_all']:.0f}", f"{cost['seconds_in_all']:.0f}"]
+        than = None if grid is None or row["trains_source"] else grid["cost"]
+        facts.append(_speedup(than, cost, "seconds") if one_machine else "–")
+        facts += [_speedup(than, cost, "work"), f"{cost['runs_in_all']:.0f}", f"{cost['seconds_in_all']:.0f}"]
         rows.append([Cell(row["title"]), *map(Cell, facts)])
     return Table("Cost of every method, mean over seeds", columns, rows)
 
@@ -112,6 +118,8 @@ def split_tables(content: Mapping[str, Any]) -> list[Table]:
             cells = [f"{loss:.4f}" for loss in row["test_loss"]]
             cells += ["–" if one is None else f"{one:+.4f}" for one in differences]
             rows.append([Cell(row["title"]), *map(Cell, cells)])
+        for row in other["missing"]:
+            rows.append([Cell(row["title"]), Cell(""), Cell(row["reason"]), Cell(""), Cell("")])
         tables.append(Table(f"Seed {other['seed']} on another split of the data", columns, rows))
     return tables
 
@@ -152,8 +160,21 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
             (f"{one['confidence']:.0%}" for row in content["rows"] for one in row.get("against", {}).values()), "95%"
         ),
         "machines": len(content["made_with"]),
+        "stopping": _stopping(content),
+        "marked": (learned_row(content) or {}).get("title"),
         "command": command_of(content),
     }
+
+
+def _stopping(content: Mapping[str, Any]) -> str:
+    """Which runs look at the dev set, in a sentence."""
+    if not content["dev_examples"]:
+        return "There is no dev set: all runs train to their end."
+    dev_free = [row for row in content["rows"] if row["method"].endswith("dev_free")]
+    if not dev_free:
+        return "The final runs stop early on the dev set."
+    target = "" if content["given_target"] else ", whose target adapter does not look at it either"
+    return f"The final runs stop early on the dev set, except in the rows “without a dev set”{target}."
 
 
 def _heading(metric: str) -> str:

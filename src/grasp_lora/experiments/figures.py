@@ -48,7 +48,7 @@ def comparison_figure(content: Mapping[str, Any]) -> Figure:
         )
         for split, color in (("dev", "target"), ("test", "grasp"))
     ]
-    row: Mapping[str, Any] = next((row for row in content["rows"] if row["method"] == content["reference"]), {})
+    row = learned_row(content) or {}
     learned = (row.get("prune_ratio") or {}).get("values", [])
     marks = [
         {
@@ -58,6 +58,12 @@ def comparison_figure(content: Mapping[str, Any]) -> Figure:
         for ratio in learned
     ]  # fmt: skip
     return _figure(traces, _RATIO, "Loss (nats per answer token)", shapes=marks)
+
+
+def learned_row(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The row whose ratios a controller learned: the reference's if it has such, else the first one."""
+    learned = [row for row in content["rows"] if row["method"].startswith("grasp") and row.get("prune_ratio")]
+    return next((row for row in learned if row["method"] == content["reference"]), next(iter(learned), None))
 
 
 def script_json(value: Any) -> Any:

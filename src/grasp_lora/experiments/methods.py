@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.experiments.baselines import Bench, Outcome
 from grasp_lora.experiments.recipe import PAPER_PROBE_EVERY, PROBE_SPLITS, ControllerStage, FinalStage, Recipe
 from grasp_lora.experiments.session import Session, lack_of_rounds, mean
@@ -29,6 +30,7 @@ class Method:
         units: rough cost in final runs, for the time left.
         unavailable: why it cannot run with this recipe here, or None.
         warning: what a reader has to be told of it.
+        trains_source: whether its own training is that of a source adapter, too, which its cost then contains.
     """
 
     title: str
@@ -36,6 +38,7 @@ class Method:
     units: float = 1.0
     unavailable: Callable[[Session], str | None] = lambda session: None
     warning: str | None = None
+    trains_source: bool = False
 
 
 def _run_grid(
@@ -45,14 +48,32 @@ def _run_grid(
 
     def run(bench: Bench) -> Outcome:
         merged = bench.merged(dev_free)
-        runs = {ratio: bench.finetuned(merged, ratio, final, dev_free) for ratio in bench.grid}
+        runs, failed = {}, {}
+        for ratio in bench.grid:
+            try:
+                runs[ratio] = bench.finetuned(merged, ratio, final, dev_free)
+            except RecipeError:
+                raise
+            except GraspError as error:  # such as a training that diverges: a search goes on without it
+                failed[ratio] = error
+        if not runs:
+            raise next(iter(failed.values()))
         splits = dict.fromkeys((choose_on, "test"))
         curve = {
             ratio: {split: mean(bench.losses(adapter, split).result["losses"]) for split in splits}
             for ratio, adapter in runs.items()
         }
         best = min(curve, key=lambda ratio: curve[ratio][choose_on])
-        return bench.outcome(runs[best], best, chosen_on=choose_on, curve=curve, chosen_among=runs.values())
+        return bench.outcome(
+            runs[best],
+            best,
+            chosen_on=choose_on,
+            curve=curve,
+            chosen_among=runs.values(),
+            # The dev losses are there already, since the runs stop early by them.
+            chosen_by=[] if choose_on == "dev" else [bench.losses(adapter, choose_on) for adapter in runs.values()],
+            left_out=[f"is without ratio {ratio:g}, whose run failed: {error}" for ratio, error in failed.items()],
+        )
 
     return run
 
@@ -208,7 +229,11 @@ METHODS: dict[str, Method] = {
         lambda bench: bench.outcome(bench.finetuned(bench.source, 0.0)),
     ),
     "joint": Method(
-        "source and target data together", lambda bench: bench.outcome(bench.trained_jointly()), 4, _needs_source
+        "source and target data together",
+        lambda bench: bench.outcome(bench.trained_jointly()),
+        4,
+        _needs_source,
+        trains_source=True,
     ),
     "ties": Method("TIES", lambda bench: bench.outcome(bench.merged_by("ties")), 0.3, _needs_equal_ranks("ties")),
     "dare_ties": Method(
@@ -221,7 +246,7 @@ METHODS: dict[str, Method] = {
     ),
     "grid_paper": Method("adaptive LoRA merge + pruning, grid", _run_grid("dev", final=PAPER_FINAL), 10, _needs("dev")),
     "grid": Method("grid of GRASP's final runs", _run_grid("dev"), 8, _needs("dev")),
-    "grid_16": Method("the same grid, 16 examples choose", _run_grid("micro_dev"), 0.3, _needs("dev", "micro_dev")),
+    "grid_16": Method("the same grid, micro-dev chooses", _run_grid("micro_dev"), 0.3, _needs("dev", "micro_dev")),
     "grasp": Method("GRASP", _run_grasp(_own), 5),
     "grasp_single": Method(
         "GRASP in a single run", _run_single, 5, _needs_rounds(lambda recipe: single_run(recipe)[0])

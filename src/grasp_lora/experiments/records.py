@@ -6,6 +6,7 @@ that is missing, since the records came from another machine, is trained again o
 
 import hashlib
 import json
+import logging
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,11 +17,13 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from grasp_lora.errors import RecipeError
+from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.experiments.session import write_json
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 VERSION = 1
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Record:
     @property
     def work(self) -> int:
         """What the step cost: forward passes of one example, a training example counted as two."""
-        trained, measured = self.result.get("trained_examples", 0), self.result.get("measured_examples", 0)
+        trained = self.result.get("trained_examples", 0)
+        measured = self.result.get("measured_examples", len(self.result.get("losses", ())))
         return int(TRAINED_AS_MEASURED * trained + measured)
 
 
@@ -66,7 +70,28 @@ class Records:
         self.folder = folder
         self._on_done = on_done
         self._known: dict[str, Record] = {}
+        self._failed: dict[str, GraspError] = {}
         self._inside = 0.0  # seconds of the steps that were done within the current one
+
+    def check_dtype(self, dtype: str) -> None:
+        """Warn where records are there, but none was made in this number format: then none of them counts."""
+        made_in: set[str] = set()
+        for file in sorted((self.folder / "records").glob("*.json")):
+            try:
+                made_in.add(str(json.loads(file.read_bytes())["settings"]["dtype"]))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # it is refused by name where it is used
+            if dtype in made_in:
+                return
+        if made_in:
+            logger.warning(
+                "the records in %s were made in %s, but this machine computes in %s, so none of them counts; "
+                "to go on with them set backbone.dtype=%s",
+                self.folder,
+                " and ".join(sorted(made_in)),
+                dtype,
+                min(made_in).removeprefix("torch."),
+            )
 
     def get(
         self, step: str, settings: Mapping[str, Any], work: Callable[[str], dict[str, Any]], *, redo: bool = False
@@ -81,8 +106,11 @@ class Records:
 
         Raises:
             RecipeError: a record is damaged.
+            GraspError: the step fails, or failed before: it is not tried again.
         """
         key = key_of(step, settings)
+        if key in self._failed:
+            raise self._failed[key]
         if key in self._known and not redo:
             return self._known[key]
         file = self.folder / "records" / f"{step.replace(' ', '-')}-{key}.json"
@@ -92,7 +120,12 @@ class Records:
         if not there or redo:
             started, before = time.perf_counter(), self._inside
             self._inside = 0.0
-            result = work(key)
+            try:
+                result = work(key)
+            except GraspError as error:
+                self._failed[key] = error
+                self._inside = before + time.perf_counter() - started
+                raise
             elapsed = time.perf_counter() - started
             seconds, self._inside = round(elapsed - self._inside, 3), before + elapsed
             if not there:

@@ -96,7 +96,7 @@ def sweep(
             sweep, cannot be written, or another process writes there; no trial could be finished. What is finished stays.
         Interrupted: SIGTERM or SIGINT came.
     """
-    _check_installed("optuna", *(["scipy"] if settings.pruner == "wilcoxon" else []))
+    _check_installed("optuna")
     from grasp_lora.experiments.trials import Trials, quiet_optuna
 
     given = session.recipe
