@@ -248,8 +248,8 @@ def _student(examples: int, resamples: int) -> tuple[Tensor, Tensor]:
         Half of Student's interval of a mean, in standard deviations of the draws; and how much wider than the percentile interval
         of normal draws that is.
     """
-    tails = torch.arange(1, (resamples + 1) // 2 + 1, dtype=torch.float64)[:, None] / (resamples + 1)
-    tails = tails.clamp(max=0.499).numpy()  # the ratio is 0 / 0 at a half
+    levels = torch.arange(1, (resamples + 1) // 2 + 1, dtype=torch.float64)[:, None] / (resamples + 1)
+    tails = levels.clamp(max=0.499).numpy()  # the ratio is 0 / 0 at a half
     # The spread of draws has n where the standard error has n - 1.
     student = torch.from_numpy(-stdtrit(examples - 1, tails)) * math.sqrt(examples / (examples - 1))
     return student, student / torch.from_numpy(-ndtri(tails))
