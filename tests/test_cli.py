@@ -168,7 +168,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "given ratio in percent": (changes(final__prune_ratio=40), r"prune_ratio is 40\.0; it must be a fraction in \[0, 1\]"),
     "unknown preset": (changes(controller__policy="papr"), r"no policy preset 'papr'; allowed: default, paper, random"),
     "unknown metric": (changes(metrics=["f2"]), r"there is no metric 'f2'; allowed: exact_match"),
-    "micro-dev of size 0": (changes(data__target__micro_dev=0), r"data\.target: micro_dev must be >= 1, or left out; it is 0"),
+    "micro-dev of size 0": (
+        changes(data__target__micro_dev=0),
+        r"probe_on is 'micro_dev', but data\.target\.micro_dev is 0; give it examples, or",
+    ),
     "too few examples": (changes(data__target__test=400), r"asked for test 400.*40 examples in 40 groups.*Lower test"),
     "all too long": (changes(data__max_tokens=9), r"all 40 examples are longer than max_tokens 9.*Raise max_tokens"),
     "no source": (changes(data__source=None), r"there is no source: give data\.source .* or source\.adapters"),

@@ -229,7 +229,7 @@ class TestOverrides:
         (SMALL.replace("de,", "no,"), r"data\.target\.language: must be a text \(it is False\); put it in quotes"),
         (SMALL + "seed: 1\nseed: 1", r"line 4: the key 'seed' stands twice; remove one"),
         (SMALL + "seed: 2024-99-99", r"no valid YAML: month must be in 1\.\.12"),
-        (SMALL + "a: &x 1\nb: *x", r"uses a YAML alias \(\*name\) in line 4"),
+        (SMALL + "a: &x 1\nb: *x", r"recipe \S+ uses a YAML alias \(\*name\) in line 4"),
         (SMALL + "a: [1, 2\n", r"no valid YAML in line 4: .*from line 3 on"),
         (SMALL + "a: b: c\n", r"no valid YAML in line 3: mapping values are not allowed here"),
         (SMALL + "a: \x07\n", r"no valid YAML: unacceptable character #x0007"),

@@ -263,7 +263,7 @@ def test_the_dev_set_is_measured_along_the_same_shared_training(recorded, tiny_w
         (("--every", "0"), "every is 0; it must be at least 1 optimizer step"),
         (("--set", "data.target.test=0"), "a landscape needs a test split, but data.target.test is 0"),
         (("--set", "data.target.dev=0"), "a landscape needs a dev split"),
-        (("--set", "data.target.micro_dev=0"), "micro_dev must be >= 1"),
+        (("--set", "data.target.micro_dev=0"), "a landscape needs a micro_dev split"),
         (("--set", "data.source=null"), "there is no source"),
     ],
 )

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -71,7 +73,9 @@ def start(tmp_path: Path, tiny_backbone_folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.delenv("GRASP_LORA_DATA", raising=False)
     (tmp_path / "tiny-llama").symlink_to(tiny_backbone_folder, target_is_directory=True)
 
-    def call(data: Path, source: tuple[str, ...] = (), output: Path | None = Path("mine.yaml"), **changes: str) -> Path:
+    def call(
+        data: Path, source: tuple[str, ...] = (), output: Path | None = Path("mine.yaml"), **changes: str | None
+    ) -> Path:
         options = {"language": "de", "source_language": "en", "backbone": "tiny-llama"} | changes
         return write_recipe(data, options["language"], output, source, options["source_language"], options["backbone"])
 
@@ -227,6 +231,70 @@ def test_without_a_source_the_check_says_so(start: Callable[..., Path]) -> None:
 def test_conversations_of_several_turns_get_a_chat_template(start: Callable[..., Path]) -> None:
     recipe, _ = load_recipe(start(write(Path("t.jsonl"), messages(60, turns=2))))
     assert recipe.data.chat_template
+
+
+def test_the_backbone_is_that_of_the_source_adapters(start: Callable[..., Path], tmp_path: Path) -> None:
+    data = write(Path("t.jsonl"), completion(60))
+
+    def adapter(name: str, base: str | None) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        return name
+
+    one, other, silent = adapter("one", "org/llama"), adapter("other", "org/gemma"), adapter("silent", None)
+    assert load_recipe(start(data, (one,), Path("a.yaml"), backbone=None))[0].backbone.name == "org/llama"
+    assert load_recipe(start(data, (one,), Path("b.yaml"), backbone="mine/llama"))[0].backbone.name == "mine/llama"
+    assert load_recipe(start(data, (), Path("c.yaml"), backbone=None))[0].backbone.name == "gemma3-270m"
+    with pytest.raises(AdapterError, match="are of different backbones, org/gemma, org/llama; give adapters of one"):
+        start(data, (one, other), backbone=None)
+    for place in (silent, "org/adapter"):
+        with pytest.raises(AdapterError, match=f"the backbone of the adapter {place} is not known here; name it with"):
+            start(data, (place,), backbone=None)
+
+
+def test_conversations_of_several_turns_need_another_backbone_than_the_embedded_one(start: Callable[..., Path]) -> None:
+    with pytest.raises(RecipeError, match="need a backbone with a chat template, and gemma3-270m has none; name one"):
+        start(write(Path("t.jsonl"), messages(60, turns=2)), backbone="gemma3-270m")
+
+
+def test_answers_of_several_lines_are_not_cut_at_the_first(start: Callable[..., Path]) -> None:
+    rows = [{"prompt": f"t {i}?", "completion": f"1. {i}\n2. {i}"} for i in range(60)]
+    file = start(write(Path("t.jsonl"), rows), (str(write(Path("s.jsonl"), completion(60, "s"))),))
+    assert load_recipe(file)[0].generation.stop == ()
+    stopped = Session(*load_recipe(file, ['generation.stop=["\\n"]']))
+    [warning] = [finding for finding in preflight(stopped) if finding.topic == "stop"]
+    assert warning.level == "warning"
+    assert "set generation.stop to []" in warning.text
+    assert not [finding for finding in preflight(Session(*load_recipe(file))) if finding.topic == "stop"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet"])
+def test_xlsum_is_read_from_every_format(start: Callable[..., Path], suffix: str) -> None:
+    rows = [{"title": f"t {i}", "text": f"text {i}", "summary": f"s {i}"} for i in range(60)]
+    file = Path(f"t.{suffix}")
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif suffix == "json":
+        file.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        write(file, rows)
+    fits(start(file, (str(write(Path("s.jsonl"), [row | {"text": f"other {row['text']}"} for row in rows])),)))
+
+
+def test_a_source_of_one_article_has_no_dev_split(start: Callable[..., Path]) -> None:
+    sizes = fits(start(write(Path("t.json"), squad(90)), (str(write(Path("s.json"), squad(60, "s", per_article=60))),)))
+    assert (sizes["source_train"], sizes["source_dev"]) == (60, 0)
+
+
+def test_cells_that_no_comma_separates_are_named(start: Callable[..., Path]) -> None:
+    file = Path("t.csv")
+    file.write_text("prompt;completion\n" + "a;b\n" * 60, encoding="utf-8")
+    with pytest.raises(
+        DataError, match="one column, 'prompt;completion': its cells seem to be separated by something else"
+    ):
+        start(file)
 
 
 def test_paths_start_from_the_folder_of_the_recipe(start: Callable[..., Path], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import write_tiny_workspace
+from optuna.trial import TrialState
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments import session as session_module
@@ -24,8 +25,8 @@ from grasp_lora.experiments.recipe import load_recipe
 from grasp_lora.experiments.records import Record
 from grasp_lora.experiments.search_space import Grid, Parameter, search_space, trial_recipe
 from grasp_lora.experiments.session import Session, mean
-from grasp_lora.experiments.sweep import SweepProgress, SweepSettings, sweep
-from grasp_lora.experiments.trials import JOURNAL_FILE, Trials, _Evaluations
+from grasp_lora.experiments.sweep import BEST_FILE, SweepProgress, SweepSettings, sweep
+from grasp_lora.experiments.trials import JOURNAL_FILE, Trials, _Evaluations, _Halving
 from grasp_lora.training.probing import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
 
@@ -511,10 +512,55 @@ def test_a_folder_belongs_to_one_sweep_and_one_process(tiny_workspace, cli):
             "cannot be swept with a pruner",
         ),
         (("--param", RATIO, "--set", "data.target.dev=0"), "needs a dev split"),
+        (("--param", "final.prune_ratio=0..1"), "takes fractions; write 0.0..1.0"),
+        (
+            (
+                "--param",
+                "final.training.batch_size=1..4",
+                "--pruner",
+                "median",
+                "--set",
+                "final.training.evaluate_every=0.5",
+            ),
+            "steps of other sizes do not divide an epoch alike",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_in_one_line(refused, arguments, message):
     refused("sweep", arguments, message)
+
+
+def judged(losses, killed=None):
+    """The states of trials of four evaluations each; one is killed after its first and done again."""
+    study = optuna.create_study(pruner=_Halving(min_resource=1))
+    states = []
+    for number, curve in enumerate(losses):
+        for again in (False, True) if number == killed else (False,):
+            trial = study.ask()
+            for step, loss in enumerate(curve[:1] if number == killed and not again else curve):
+                trial.report(loss, step + 1)
+                if pruned := trial.should_prune():
+                    break
+            if number == killed and not again:
+                study.tell(trial, state=TrialState.FAIL)
+                continue
+            study.tell(trial, *([] if pruned else [curve[-1]]), state=TrialState.PRUNED if pruned else None)
+            states.append("P" if pruned else "C")
+    return "".join(states)
+
+
+@pytest.mark.parametrize("killed", range(8))
+def test_a_trial_that_was_killed_does_not_compete_with_its_repetition(killed):
+    losses = [[start - 0.01 * step for step in range(8)] for start in (1.0, 0.9, 0.8, 0.7, 0.95, 0.6, 1.2, 0.65)]
+    assert "P" in judged(losses)
+    assert judged(losses, killed) == judged(losses)
+
+
+def test_the_best_of_a_single_run_recipe_is_written(tiny_workspace):
+    content, _ = run("out", RATIO, trials=2, overrides=("final.start=controller", "controller.probe_every=2"))
+    best, _ = load_recipe(Path("out", BEST_FILE))
+    assert best.final.prune_ratio == content["trials"][content["best"] - 1]["values"]["final.prune_ratio"]
+    assert best.final.start == "merged"
 
 
 def test_a_missing_extra_is_named(tiny_workspace, cli, monkeypatch):

@@ -1,6 +1,7 @@
 """The command line: parse, call, print. A user's mistake is one line and exit status 2."""
 
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -38,7 +39,7 @@ app = typer.Typer(
     help="""Adapt a language model to a language with little data: merge a source and a target LoRA adapter and
 [bold]learn how much of the merge to prune[/bold] in one training run (GRASP LoRA, arXiv 2601.06702).
 
-Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv[/bold] for your own examples.""",
+Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv --language sw[/bold] for your own examples.""",
 )
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 IN_SEVERAL_PROCESSES = ("run", "demo")
@@ -124,14 +125,19 @@ def init(
         ),
     ] = None,
     source_language: Annotated[str, typer.Option(help="Language of the source data.")] = "en",
-    backbone: Annotated[str, typer.Option(help="Backbone: a hub id, a folder, or gemma3-270m.")] = "gemma3-270m",
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="Backbone: a hub id, a folder, or gemma3-270m. Default: the one that a source adapter names, else gemma3-270m."
+        ),
+    ] = None,
 ) -> None:
     """Write a commented recipe, with split sizes that fit your own examples."""
     from grasp_lora.experiments.starter import write_recipe
 
     file = write_recipe(data, language, output, source or [], source_language, backbone)
     name_source = "" if source else "name a source in it, then "
-    say(f"wrote {file}; next: {name_source}grasp-lora check {file}")
+    say(f"wrote {file}; next: {name_source}grasp-lora check {shlex.quote(str(file))}")
 
 
 @app.command()

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from grasp_lora.experiments.session import Session
 
 FolderOption = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder of the experiment; default runs/NAME-compare and so on.")
+    Path | None,
+    typer.Option("--output", "-o", help="Folder of the experiment; default runs/NAME-compare, -sweep or -landscape."),
 ]
 
 
@@ -50,10 +51,11 @@ def compare(
 
     Run it again to go on after an interruption, or on another machine with a copy of the folder's records: what is on record is
     not done again. Methods: zero_shot, source_only, target_only, target_wide (rank of the merge), target_long (steps of GRASP),
-    continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged, adaptive_merge, grid_paper (the
-    paper's baseline), grid (of the recipe's own final runs), grid_16 (micro-dev chooses), grasp, grasp_paper, grasp_random,
-    grasp_50 (probes the dev set), one_shot, merge_dev_free, grid_dev_free, grasp_dev_free; grasp_single
-    (the controller run's own adapter finished), grasp_default, and grid_oracle, which is not fair.
+    continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged (not trained), adaptive_merge
+    (fine-tuned, not pruned), grid_paper (the paper's baseline), grid (of the recipe's own final runs), grid_16 (micro-dev
+    chooses), grasp, grasp_paper, grasp_random, grasp_50 (all of the dev set at each ratio), one_shot (pruned, not trained),
+    merge_dev_free, grid_dev_free and grasp_dev_free (no early stopping); grasp_single (the controller run's own adapter
+    finished), grasp_default, and grid_oracle, which is not fair.
     """
     from grasp_lora.errors import GraspError
 

@@ -40,7 +40,9 @@ def preflight(session: Session) -> list[Finding]:
     names = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
     sizes = {name: len(getattr(splits, name)) for name in names}
     findings.append(Finding("ok", "splits", ", ".join(f"{name} {size}" for name, size in sizes.items())))
-    findings.append(Finding("ok", "leaks", "no question, context or article is shared between splits or languages"))
+    findings.append(
+        Finding("ok", "leaks", "no question, context or article is shared with a held-out split, in either language")
+    )
     for side in ("source", "target"):
         if side in splits.report:
             findings.append(_counts(side, splits.report[side]))
@@ -50,10 +52,18 @@ def preflight(session: Session) -> list[Finding]:
         findings.append(
             Finding("warning", "dev", "no dev set: no early stopping, the last step of every fine-tune is kept")
         )
+    if cut := [stop for stop in recipe.generation.stop if _cuts_all_references(splits.test, stop)]:
+        text = f"generation.stop {cut} ends answers that test references go on after; their scores cannot be full"
+        findings.append(Finding("warning", "stop", f"{text}; set generation.stop to []"))
     if not splits.test:
         findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
     findings += _plan(recipe, sizes)
     return findings
+
+
+def _cuts_all_references(test: Sequence[Example], stop: str) -> bool:
+    """Whether some test example has no reference that an answer ended by this text could equal."""
+    return any(all(stop in reference for reference in example.references) for example in test)
 
 
 def _backbone(session: Session) -> Finding:

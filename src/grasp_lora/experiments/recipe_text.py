@@ -46,6 +46,8 @@ def parse(text: str, name: str) -> Any:
     try:
         _check_tokens(text, name)
         return yaml.load(text, _Loader)
+    except RecipeError:
+        raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, a number that is too long
         raise RecipeError(f"{name} is no valid YAML{_problem(error)}") from error
 

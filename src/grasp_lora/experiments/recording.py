@@ -16,7 +16,7 @@ import numpy as np
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.baselines import Bench, BenchProgress, check_list, check_ratios
-from grasp_lora.experiments.landscape import SPLITS, FinalRun, Landscape, Trajectory
+from grasp_lora.experiments.landscape import MOST_ROWS, SPLITS, FinalRun, Landscape, Trajectory
 from grasp_lora.experiments.lock import working_in
 from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
 from grasp_lora.experiments.records import Record, Records, environments
@@ -97,6 +97,11 @@ def record(
                 f"a landscape needs a {split} split, but data.target.{split} is 0; give it at least 1 example"
             )
     work = _Work(session, folder, settings, progress or BenchProgress())
+    if work.rows > MOST_ROWS:
+        raise RecipeError(
+            f"the landscape would have {work.rows} losses, of which {MOST_ROWS} are allowed; measure less often (--every is "
+            f"{work.every}), at fewer --probe-ratios, or --no-dev"
+        )
     with working_in(folder, lambda: work.place):
         write_whole(folder / RECIPE_FILE, recipe.to_yaml())
         landscape = work.execute(recipe, command)
@@ -144,6 +149,16 @@ class _Work:
     def every(self) -> int:
         """Optimizer steps between measurements."""
         return self.settings.every or math.ceil(self._controller_steps / MEASUREMENTS)
+
+    @property
+    def rows(self) -> int:
+        """Losses in the finished landscape."""
+        splits, settings = self.session.splits, self.settings
+        measurements = 1 + math.ceil(self._controller_steps / self.every)
+        probed = len(settings.train_ratios) * len(splits.micro_dev)
+        probed += len(splits.dev) if settings.dev and None in settings.train_ratios else 0
+        finals = len({0.0, *settings.ratios}) * sum(len(getattr(splits, split)) for split in SPLITS)
+        return measurements * len(settings.probe_ratios) * probed + finals
 
     @property
     def _controller_steps(self) -> int:

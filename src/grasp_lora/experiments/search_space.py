@@ -221,6 +221,11 @@ def _checked(parameter: Parameter, everyone: Sequence[Parameter], recipe: Recipe
     """The parameter with its choices as the recipe reads them, `1e-3` as a number."""
     others = [one for one in everyone if one is not parameter]
     settled = [_settled(parameter.key, value, others, recipe) for value in parameter.probes()]
+    if parameter.choices is None and parameter.whole and any(isinstance(value, float) for value in settled):
+        raise RecipeError(
+            f"--param {escaped(parameter.key)}: {parameter.low}..{parameter.high} is a range of whole numbers, but the key takes "
+            f"fractions; write {float(parameter.low)}..{float(parameter.high)}"
+        )
     if parameter.choices is None:
         return parameter
     texts = [json.dumps(value) for value in settled]

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from grasp_lora.display import listed, quoted
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.experiments.recipe import validate
 from grasp_lora.method.policy import preset
+from grasp_lora.training.adapter_config import read_config
 from grasp_lora.training.adapters import CONFIG_FILE
+from grasp_lora.training.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.training.prompts import TASKS
 from grasp_lora.training.readers import XLSUM_COLUMNS, Pool, Record, read_content, read_files
 from grasp_lora.training.sources import DEMO_PREFIX, resolve_file
@@ -61,10 +64,11 @@ class _Corpus:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """How many examples go where; `source` are those that no held-out target example excludes."""
+    """How many examples go where; `source` are those that no held-out target example excludes, maybe of one group alone."""
 
     splits: dict[str, int]
     source: int
+    one_source_group: bool
 
 
 def write_recipe(
@@ -73,7 +77,7 @@ def write_recipe(
     output: Path | None,
     source: Sequence[str],
     source_language: str,
-    backbone: str,
+    backbone: str | None = None,
 ) -> Path:
     """Write a commented recipe for a file of target examples.
 
@@ -83,7 +87,7 @@ def write_recipe(
         output: the recipe file; None for the name of the data with `.yaml`, in the working folder.
         source: data files of the rich language, or PEFT adapters (folders or hub ids) trained on it; may be empty.
         source_language: language of the source data.
-        backbone: hub id, folder or `gemma3-270m`.
+        backbone: hub id, folder or `gemma3-270m`; None for the one that the adapters in `source` name, or else `gemma3-270m`.
 
     Returns:
         The recipe file.
@@ -97,6 +101,12 @@ def write_recipe(
     _check_languages(language, source_language)
     target = _read(str(data), data, file.parent)
     files, adapters = _sort_out(source)
+    backbone = backbone or _backbone_of(adapters)
+    if backbone == EMBEDDED_NAME and _several_turns(target.pool):
+        raise RecipeError(
+            f"{data} holds conversations of several turns, which need a backbone with a chat template, and {EMBEDDED_NAME} has "
+            "none; name one with --backbone"
+        )
     sources = [_read(name, resolve_file(name, base=Path()), file.parent, target.task) for name in files]
     if len({(corpus.format, tuple(corpus.columns.items())) for corpus in sources}) > 1:
         raise DataError("the source files differ in their columns; convert them to the same ones")
@@ -133,9 +143,9 @@ def _read(name: str, path: Path, folder: Path, task: str | None = None) -> _Corp
         if not content:
             raise DataError(f"{name} holds no records")
         found, columns = _guess(list(map(str, content[0][1])), name, task)
-        is_xlsum = found == "summarization" and set(XLSUM_COLUMNS.values()) <= content[0][1].keys()
-        format = "xlsum" if is_xlsum else "auto"
-        columns = {} if is_xlsum else columns
+        format = "auto"
+        if found == "summarization" and set(XLSUM_COLUMNS.values()) <= content[0][1].keys():
+            columns = {}  # of XL-Sum, which the reader knows by its columns
     if task is not None and found != task:
         raise DataError(
             f"{name} is data for the task {found}, but the target's is {task}; give source data of that task"
@@ -160,6 +170,11 @@ def _guess(found: Sequence[str], name: str, preferred: str | None) -> tuple[str,
             understood = {field: ("answer", "answers") if field == "answer" else (field,) for field in chosen}
             return task, {field: str(column) for field, column in chosen.items() if column not in understood[field]}
     known = "; ".join(f"{task}: {' and '.join(fields)}" for task, fields in COLUMNS.items())
+    if len(found) == 1 and re.search(r"[;\t]", found[0]):
+        raise DataError(
+            f"{name} has one column, {quoted(found[0])}: its cells seem to be separated by something else than its suffix says; "
+            "save it with commas as .csv, or with tabs as .tsv"
+        )
     if not found:
         raise DataError(f"{name} begins with a record without fields; give each record those of a task ({known})")
     raise DataError(
@@ -213,7 +228,9 @@ def _choose_sizes(target: _Corpus, sources: Sequence[_Corpus]) -> _Sizes:
         sizes = _sizes(total)
         left = [_left_for_source(groups, source_groups, sizes, order) for order in range(ORDERS)]
         if None not in left:
-            return _Sizes(sizes, _enough_source(min(count for count in left if count is not None), sources))
+            counts = [sum(found) for found in left if found is not None]
+            alone = any(len(found) < 2 for found in left if found is not None)
+            return _Sizes(sizes, _enough_source(min(counts), sources), alone)
     raise DataError(
         f"the {len(records)} examples of {target.name} form {len(groups)} groups (examples of one context, document or "
         f"article), the largest of {max(map(len, groups.values()))}; splits take whole groups, so more of them are "
@@ -242,8 +259,8 @@ def _sizes(examples: int) -> dict[str, int]:
 
 def _left_for_source(
     groups: Mapping[str, Sequence[Any]], source: Mapping[str, Sequence[Any]], sizes: Mapping[str, int], order: int
-) -> int | None:
-    """Split the groups in one random order: None if a split stays short, else the source examples that share none."""
+) -> list[int] | None:
+    """Split the groups in one random order: None if a split stays short, else the sizes of the source groups that share none."""
     names = sorted(groups)
     random.Random(order).shuffle(names)
     splits = assign([[(name, record) for record in groups[name]] for name in names], dict(sizes))  # type: ignore[misc]
@@ -251,7 +268,7 @@ def _left_for_source(
         return None
     pairs: list[tuple[str, Any]] = [pair for name in ("test", "dev", "micro_dev") for pair in splits[name]]  # type: ignore[misc]
     held_out = {name for name, _ in pairs}
-    return sum(len(members) for name, members in source.items() if name not in held_out)
+    return [len(members) for name, members in source.items() if name not in held_out]
 
 
 def _enough_source(left: int, sources: Sequence[_Corpus]) -> int:
@@ -288,10 +305,11 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
     # Without a dev set the final run trains all epochs: its end decides, not its best moment.
     name = "shared" if splits["dev"] else "late"
     probe_every = splits["train"] if splits["dev"] else math.ceil(steps / (2 * (LATE_ROUNDS - 1)))
-    source_dev = min(sizes.source // 10, MOST_SOURCE // 10)
+    # A split takes whole groups, so that a single one would be all dev.
+    source_dev = 0 if sizes.one_source_group else min(sizes.source // 10, MOST_SOURCE // 10)
     return environment.get_template("recipe.yaml.j2").render(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or f"{target.task}-{facts['language']}",
-        file=file.name,
+        file=shlex.quote(file.name),
         task=target.task,
         inputs=", ".join("{" + field + "}" for field in task.inputs),
         answer="{" + task.answer + "}",
@@ -304,14 +322,30 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
         source_dev=source_dev,
         source_train=MOST_SOURCE if sizes.source - source_dev > MOST_SOURCE else None,
         source_left=sizes.source - source_dev,
-        several_turns=any(len(record.messages) > 2 for record in target.pool.records),
+        several_turns=_several_turns(target.pool),
         probe_every=probe_every,
         preset=name,
         candidates=preset(name).candidates,
         rounds=len(preset(name).round_steps(steps, probe_every)),
         answer_tokens=_answer_tokens(target.pool),
+        several_lines=any("\n" in record.answer for record in target.pool.records),
         **facts,
     )
+
+
+def _backbone_of(adapters: Sequence[str]) -> str:
+    """The backbone that all adapters name; an adapter on the hub is not asked."""
+    named = {place: read_config(Path(place), place).base_model if Path(place).is_dir() else None for place in adapters}
+    if unknown := [place for place, base in named.items() if not base]:
+        raise AdapterError(f"the backbone of the adapter {unknown[0]} is not known here; name it with --backbone")
+    found = {EMBEDDED_NAME if base == EMBEDDED_HUB_ID else str(base) for base in named.values()}
+    if len(found) > 1:
+        raise AdapterError(f"the adapters are of different backbones, {listed(sorted(found))}; give adapters of one")
+    return found.pop() if found else EMBEDDED_NAME
+
+
+def _several_turns(pool: Pool) -> bool:
+    return any(len(record.messages) > 2 for record in pool.records)
 
 
 def _answer_tokens(pool: Pool) -> int:

@@ -7,7 +7,7 @@ journal, a file of JSON lines: a sweep that was killed goes on to the same trial
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.lock import working_in
 from grasp_lora.experiments.recipe import Recipe
 from grasp_lora.experiments.records import Record
-from grasp_lora.experiments.search_space import Grid, search_space, trial_recipe
+from grasp_lora.experiments.search_space import Grid, Parameter, search_space, trial_recipe
 from grasp_lora.experiments.session import Session, hash_of
 from grasp_lora.training.backbone import EMBEDDED_NAME
 from grasp_lora.training.durable import write_whole
@@ -101,10 +101,11 @@ def sweep(
 
     given = session.recipe
     # Trials are not scored, so that no metric has to be there.
-    recipe = trial_recipe(given.model_copy(update={"metrics": ()}), {})
+    recipe = trial_recipe(given.model_copy(update={"metrics": ()}), {})  # which starts from a merge
     parameters = search_space(settings.params, recipe)
     if settings.pruner != "none" and any(f"{EVERY}.".startswith(f"{one.key}.") for one in parameters):
         raise RecipeError(f"{EVERY} cannot be swept with a pruner, which compares trials evaluation by evaluation")
+    _check_moments(settings, parameters, recipe)
     seed = recipe.seed if settings.seed is None else settings.seed
     grid = Grid(parameters, seed) if settings.sampler == "grid" else None
     wanted = settings.trials or TRIALS if grid is None else min(settings.trials or len(grid), len(grid))
@@ -121,9 +122,22 @@ def sweep(
         if best is None:
             reason = next((row["error"] for row in rows if "error" in row), "all were pruned")
             raise RecipeError(f"none of the {len(rows)} trials could be finished; the first says: {reason}")
-        tuned = trial_recipe(given, rows[best - 1]["values"])
+        tuned = trial_recipe(recipe.model_copy(update={"metrics": given.metrics}), rows[best - 1]["values"])
         write_whole(folder / BEST_FILE, relocated(tuned, session.base, folder))
     return content
+
+
+def _check_moments(settings: SweepSettings, parameters: Sequence[Parameter], recipe: Recipe) -> None:
+    """A pruner compares trials evaluation by evaluation, so each has to come after as many epochs in all of them."""
+    if settings.pruner == "none" or recipe.final.training.evaluate_every % 1 == 0:
+        return
+    steps = ("final.training.batch_size", "final.training.accumulation")
+    for one in parameters:
+        if any(f"{key}.".startswith(f"{one.key}.") for key in steps):
+            raise RecipeError(
+                f"{one.key} cannot be swept with a pruner while {EVERY} is {recipe.final.training.evaluate_every}: "
+                f"steps of other sizes do not divide an epoch alike; set {EVERY} to 1, or leave the pruner out"
+            )
 
 
 def relocated(recipe: Recipe, base: Path, folder: Path) -> str:

@@ -289,6 +289,28 @@ class _Evaluations:
         return {"dev_loss": loss, "steps": self._step, "work": TRAINED_AS_MEASURED * trained + measured}
 
 
+class _Halving(optuna.pruners.SuccessiveHalvingPruner):
+    """Looks at no trial that a kill ended: Optuna's own would let it compete with its repetition."""
+
+    def prune(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> bool:
+        """Whether the trial is to stop."""
+        return super().prune(_Living(study), trial)  # type: ignore[arg-type]
+
+
+class _Living:
+    """A study without its failed trials."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, *given: Any, **more: Any) -> list[optuna.trial.FrozenTrial]:
+        """All trials but the failed ones."""
+        return [one for one in self._study.get_trials(*given, **more) if one.state != TrialState.FAIL]
+
+
 def _study(folder: Path, identity: Mapping[str, Any], pruner: str) -> optuna.Study:
     """Open the study in a folder, or begin one."""
     file = folder / JOURNAL_FILE
@@ -296,7 +318,7 @@ def _study(folder: Path, identity: Mapping[str, Any], pruner: str) -> optuna.Stu
     pruners = {
         "none": optuna.pruners.NopPruner,
         "median": lambda: optuna.pruners.MedianPruner(n_warmup_steps=1),
-        "halving": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1),
+        "halving": lambda: _Halving(min_resource=1),
         "wilcoxon": optuna.pruners.NopPruner,  # asked apart, see `_gives_up`
     }
     try:

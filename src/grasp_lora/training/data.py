@@ -170,7 +170,10 @@ def build_splits(
     """
     _check_eos(tokenizer)
     if settings.chat_template and not getattr(tokenizer, "chat_template", None):
-        raise DataError("chat_template is true but the tokenizer has no chat template: set it to false")
+        raise DataError(
+            "chat_template is true but the tokenizer has no chat template: set it to false if all prompts have one turn, "
+            "or take a backbone with a chat template"
+        )
     split_seed = seed if settings.split_seed is None else settings.split_seed
     corpora = {"target": settings.target}
     if settings.source is not None:
