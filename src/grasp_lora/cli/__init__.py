@@ -200,7 +200,7 @@ def export(
     ] = False,
     fold: Annotated[bool, typer.Option("--fold", help="Add it to the backbone and write the whole model.")] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; default float32, with --fold none.")
+        str | None, typer.Option(help="float32, float16 or bfloat16; default float32, but --fold needs one named.")
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="Backbone; default: the one that the adapter names.")] = None,
 ) -> None:
