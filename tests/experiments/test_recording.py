@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import write_tiny_workspace
 
 from grasp_lora.errors import RecipeError
+from grasp_lora.experiments import recording
 from grasp_lora.experiments.baselines import GRID, Bench, BenchProgress
 from grasp_lora.experiments.comparison import ComparisonSettings, compare
 from grasp_lora.experiments.landscape import Landscape
@@ -269,6 +271,19 @@ def test_the_dev_set_is_measured_along_the_same_shared_training(recorded, tiny_w
 )
 def test_what_makes_no_sense_is_refused_in_one_line(refused, arguments, message):
     refused("record", arguments, message)
+
+
+@pytest.mark.parametrize("dev", [True, False])
+def test_more_losses_than_can_be_read_again_are_refused_before_the_work(tiny_workspace, monkeypatch, dev):
+    settings = replace(SMALL, dev=dev)
+    run(tiny_workspace / "one", settings)
+    rows = pq.read_metadata(tiny_workspace / "one" / LANDSCAPE_FILE).num_rows
+    monkeypatch.setattr(recording, "MOST_ROWS", rows - 1)
+    with pytest.raises(
+        RecipeError, match=f"would have {rows} losses, of which {rows - 1} are allowed; measure less often"
+    ):
+        run(tiny_workspace / "two", settings)
+    assert not (tiny_workspace / "two").exists()
 
 
 def test_a_damaged_record_stops_the_recording(tiny_workspace):

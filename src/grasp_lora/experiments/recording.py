@@ -154,11 +154,15 @@ class _Work:
     def rows(self) -> int:
         """Losses in the finished landscape."""
         splits, settings = self.session.splits, self.settings
-        measurements = 1 + math.ceil(self._controller_steps / self.every)
         probed = len(settings.train_ratios) * len(splits.micro_dev)
         probed += len(splits.dev) if settings.dev and None in settings.train_ratios else 0
         finals = len({0.0, *settings.ratios}) * sum(len(getattr(splits, split)) for split in SPLITS)
-        return measurements * len(settings.probe_ratios) * probed + finals
+        return self._measurements * len(settings.probe_ratios) * probed + finals
+
+    @property
+    def _measurements(self) -> int:
+        """Along one training, that before the first step included."""
+        return 1 + math.ceil(self._controller_steps / self.every)
 
     @property
     def _controller_steps(self) -> int:
@@ -170,8 +174,7 @@ class _Work:
         training = recipe.final.training
         evaluations = training.epochs / training.evaluate_every + 1
         final = _passes(training, splits.train) + evaluations * len(splits.dev) + measured
-        measurements = 1 + math.ceil(self._controller_steps / self.every)
-        probes = measurements * len(settings.probe_ratios) * len(splits.micro_dev)
+        probes = self._measurements * len(settings.probe_ratios) * len(splits.micro_dev)
         trajectory = _passes(recipe.controller.training, splits.train) + probes
         on_dev = trajectory + probes * (len(splits.dev) / len(splits.micro_dev) - 1)
         parents = 0.0 if recipe.source.adapters else _passes(recipe.source.training, splits.source_train)
