@@ -222,7 +222,27 @@ class FinalStage:
 
 
 class Recipe(BaseModel):
-    """Everything about one experiment; see the recipes that come with the package for examples."""
+    """Everything about one experiment; see the recipes that come with the package for examples.
+
+    Args:
+        name: what the run and its folder are called: Latin letters, digits, `.`, `_` and `-`.
+        seed: seed of all that draws random numbers, >= 0; each part gets one of its own from it.
+        backbone: the model that stays frozen.
+        data: examples of both languages.
+        lora: adapters that are trained here.
+        source: the adapters of the rich language.
+        target: the adapter of the target language.
+        merge: how they become one.
+        mask: what is pruned first.
+        controller: how the prune ratio is learned.
+        final: the run that makes the result.
+        generation: how the test prompts are answered.
+        metrics: what the answers are judged by, names or `package.module:function` for one of your own; empty takes those of
+            the task.
+        bertscore: models of the metric `bertscore`.
+        report_to: trackers of transformers, such as `tensorboard`; none by default.
+        save_every: optimizer steps between checkpoints, >= 1; None for an epoch or a tenth of a training, the shorter one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -241,7 +261,7 @@ class Recipe(BaseModel):
     metrics: tuple[str, ...] = ()
     bertscore: BertScoreSettings = BertScoreSettings()
     report_to: tuple[str, ...] = ()
-    save_every: int | None = Field(default=None, ge=1)  # optimizer steps between checkpoints; see `Checkpointing`
+    save_every: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
     @classmethod
@@ -518,17 +538,17 @@ def _known_keys(place: list[str]) -> list[str]:
         )
         if is_dataclass(node):
             hints = {entry.name: entry.type for entry in fields(node)}
-        node = _settings_class(hints.get(key))
+        node = settings_class(hints.get(key))
         if node is None:
             return []
     return list(Recipe.model_fields) if node is Recipe else [entry.name for entry in fields(node)]
 
 
-def _settings_class(annotation: Any) -> Any:
+def settings_class(annotation: Any) -> Any:
     """The dataclass inside an annotation such as `X | None` or Annotated[X, ...]."""
     if is_dataclass(annotation):
         return annotation
     for part in getattr(annotation, "__args__", ()):
-        if found := _settings_class(part):
+        if found := settings_class(part):
             return found
-    return _settings_class(annotation.__origin__) if hasattr(annotation, "__metadata__") else None
+    return settings_class(annotation.__origin__) if hasattr(annotation, "__metadata__") else None

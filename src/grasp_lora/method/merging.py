@@ -24,7 +24,9 @@ class MergeSettings:
     """How adapters are merged.
 
     Args:
-        rule: a key of `MERGE_RULES`.
+        rule: a key of `MERGE_RULES`: `exact` (the weighted sum itself; ranks add up), `svd` (its best approximation of one rank);
+            on the factors `paper_sum`, `paper_sum_unscaled`, `lorahub`, `ties`, `dare`, `dare_ties`; on whole updates
+            `ties_svd`, `dare_svd`.
         weights: one per adapter, in their order; None takes the rule's own default (1/N each, TIES 1 each).
         rank: rank of the result for rules that end in an SVD; None takes the highest rank of the inputs.
         density: share of weights that TIES and DARE keep, in (0, 1].

@@ -1,0 +1,96 @@
+"""Writes docs/recipe.md, every key of a recipe with its default and meaning, from the docstrings of the settings."""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from docstring_parser import parse_from_object
+
+from grasp_lora.experiments.recipe import Recipe, settings_class, validate
+
+PAGE = Path(__file__).with_name("recipe.md")
+INTRO = """\
+# Every key of a recipe
+
+Written from the docstrings of the settings by `python docs/make_recipe_page.py`. Keys that are not here are refused.
+`--set a.b=value` changes single ones for one command, `grasp-lora init` writes a recipe that fits your data, and the
+resolved recipe in the folder of a run shows every value that held. Defaults are those of a recipe that says nothing
+but its data and has a dev set; for another policy see [controllers.md](controllers.md).
+"""
+SAYS_NOTHING = {"name": "page", "data": {"task": "qa", "target": {"language": "sw", "files": ["questions.json"]}}}
+
+
+def page() -> str:
+    """Return the whole page."""
+    recipe = validate(SAYS_NOTHING, "page").model_dump(mode="json")
+    recipe["data"]["target"]["files"] = []
+    places = defaultdict(list)
+    for place, settings in _walk(Recipe, ()):
+        places[settings].append(place)
+    return INTRO + "".join(_section(settings, found, recipe) for settings, found in places.items())
+
+
+def _walk(settings: type[Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], type[Any]]]:
+    """Every class of settings and where it stands, outer ones first."""
+    yield place, settings
+    for name, annotation in _annotations(settings).items():
+        if inner := settings_class(annotation):
+            yield from _walk(inner, (*place, name))
+
+
+def _annotations(settings: type[Any]) -> dict[str, Any]:
+    if issubclass(settings, Recipe):
+        return {name: info.annotation for name, info in settings.model_fields.items()}
+    return {entry.name: entry.type for entry in fields(settings)}
+
+
+def _required(settings: type[Any]) -> set[str]:
+    if issubclass(settings, Recipe):
+        return {name for name, info in settings.model_fields.items() if info.is_required()}
+    return {entry.name for entry in fields(settings) if entry.default is MISSING and entry.default_factory is MISSING}
+
+
+def _section(settings: type[Any], places: list[tuple[str, ...]], recipe: dict[str, Any]) -> str:
+    parsed = parse_from_object(settings)
+    title = ", ".join(f"`{'.'.join(place)}`" for place in places) if places[0] else "The recipe"
+    lines = [f"\n## {title}\n", f"{parsed.short_description}\n"]
+    if parsed.long_description:
+        lines.append(f"{parsed.long_description}\n")
+    lines += ["| key | default | meaning |", "|---|---|---|"]
+    required, annotations, told = _required(settings), _annotations(settings), set[str]()
+    for entry in parsed.params:
+        names = entry.arg_name.split(", ")
+        told.update(names)
+        defaults = []
+        for name in names:
+            inner = settings_class(annotations[name])
+            given = "see below" if inner else "required" if name in required else _default(name, places, recipe)
+            defaults.append(given)
+        shown = defaults[0] if len(set(defaults)) == 1 else ", ".join(defaults)
+        meaning = re.sub(r"\bNone\b", "`null`", " ".join((entry.description or "").split())).replace("|", "\\|")
+        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {shown} | {meaning} |")
+    if missing := annotations.keys() - told:
+        raise ValueError(f"the docstring of {settings.__name__} does not say what {', '.join(sorted(missing))} means")
+    return "\n".join(lines) + "\n"
+
+
+def _default(name: str, places: list[tuple[str, ...]], recipe: dict[str, Any]) -> str:
+    """The default, or those of each place where they differ."""
+    values: dict[str, list[str]] = defaultdict(list)
+    for place in places:
+        node: Any = recipe
+        for key in place:
+            node = node and node[key]
+        if node is not None:
+            values[json.dumps(node[name], ensure_ascii=False)].append(f"`{'.'.join(place)}`")
+    if len(values) == 1:
+        return f"`{next(iter(values))}`"
+    return "; ".join(f"`{value}` in {', '.join(where)}" for value, where in values.items())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
