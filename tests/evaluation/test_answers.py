@@ -144,10 +144,24 @@ F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
         ("vi", "sông Mekong 湄公河", ["sông Mekong"], 0, F_2_OF_3_2),
         ("vi", "Đà Nẵng", ["đà nẵng"], 1, 1),
         ("vi", "", ["Huế"], 0, 0),
-        # Languages outside MLQA: white space, no articles. Regions do not matter.
+        # Languages outside MLQA: no articles, white space, and characters where there is none. Regions do not matter.
         ("fr", "Le chat !", ["le chat"], 1, 1),
         ("fr", "le chat", ["chat"], 0, F_1_OF_2_1),
-        ("ja", "北京市", ["北京"], 0, 0),
+        ("ja", "北京市", ["北京"], 0, F_2_OF_3_2),
+        ("ja", "東京タワー", ["東京タワー。"], 1, 1),
+        # ก รุ ง of ก รุ ง and เ ท พ after it: a vowel sign below its letter makes no token of its own.
+        ("th", "กรุง", ["กรุงเทพ"], 0, Fraction(2, 3)),
+        ("tha", "กรุง", ["กรุงเทพ"], 0, Fraction(2, 3)),
+        ("th", "iPhone รุ่น", ["iphone"], 0, Fraction(1, 2)),
+        ("lo", "ວຽງ", ["ວຽງຈັນ"], 0, Fraction(3, 4)),
+        # ភ្នំ is one cluster of ភ្ and one of នំ.
+        ("km", "ភ្នំ", ["ភ្នំពេញ"], 0, Fraction(2, 3)),
+        ("my", "ရန်", ["ရန်ကုန်"], 0, Fraction(2, 3)),
+        ("fa", "\u200fتهران", ["تهران"], 1, 1),
+        ("fa", "می\u200cرود", ["میرود"], 0, 0),
+        ("yo", nfd("Ìbàdàn"), ["Ìbàdàn"], 1, 1),
+        ("ar", "\u200fالقاهرة", ["القاهرة"], 0, F_1_OF_2_1),  # MLQA's rules stay as they are
+        ("zho", "北京市", ["北京"], 0, F_2_OF_3_2),
         ("zh-CN", "北京市", ["北京"], 0, F_2_OF_3_2),
         ("ZH_Hant", "北京市", ["北京"], 0, F_2_OF_3_2),
     ],

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, mean_percent, sign
+from grasp_lora.evaluation.scripts import split_unspaced
 
 # What MLQA counts as an article, as a pattern on text without punctuation; None: no articles. The Arabic one
 # has no word boundary, so it also cuts "ال" out of the middle of a word: the official rule has that effect.
@@ -19,6 +20,8 @@ _ARTICLES: dict[str, str | None] = {
     "hi": None,
     "zh": None,
 }
+# Direction marks, soft hyphens and the like; joiners and the zero-width space tell words apart.
+_INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 _MLQA_CHINESE = re.compile("[\u4e00-\u9fa5]")
 
 
@@ -27,7 +30,8 @@ def answer_tokens(text: str, language: str) -> list[str]:
 
     Lower-case, drop punctuation (Unicode category P and ASCII punctuation), blank out articles, then split
     at white space, in Chinese also around each ideograph from U+4E00 to U+9FA5. A language outside MLQA's en,
-    es, de, vi, ar, hi and zh, which the official script refuses, is split at white space, without articles.
+    es, de, vi, ar, hi and zh, which the official script refuses, has no articles and is split at white space and by
+    `split_unspaced`, in Unicode form NFC without invisible marks.
 
     Args:
         text: any text, raw.
@@ -43,6 +47,8 @@ def answer_tokens(text: str, language: str) -> list[str]:
         text = re.sub(articles, " ", text)
     if language == "zh":
         text = _MLQA_CHINESE.sub(r" \g<0> ", text)
+    elif language not in _ARTICLES:
+        text = split_unspaced(_INVISIBLE.sub("", unicodedata.normalize("NFC", text)))
     return text.split()
 
 
@@ -90,7 +96,8 @@ def _answer_metric(name: str, outputs: Outputs, compare: Callable[[list[str], li
         lang=code,
         case="lc",
         articles="removed" if _ARTICLES.get(code) else "none",
-        tok="mixed" if code == "zh" else "whitespace",
+        **({} if code in _ARTICLES else {"form": "nfc"}),
+        tok="mixed" if code == "zh" else "whitespace" if code in _ARTICLES else "whitespace+unspaced",
         unicode=unicodedata.unidata_version,
     )
     return MetricScore(name, mean_percent(fractions), signature, tuple(100.0 * value for value in fractions))

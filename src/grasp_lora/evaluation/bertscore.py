@@ -1,7 +1,6 @@
 """BERTScore-F1, by bert-score, with a model of the language; where there is none it says so and never 0."""
 
 import csv
-import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, sign
+from grasp_lora.training.languages import language_code
 
 _DECIMALS = 4  # of a percentage: what float32 leaves over batches of different shapes
 
@@ -44,8 +44,8 @@ class BertScoreSettings:
 
     def __post_init__(self) -> None:
         for language, place in self.models.items():
-            if not re.fullmatch("[a-z]{2,3}", language):
-                raise ValueError(f"models has the key {language!r}; use a language code such as zh, without a region")
+            if language_code(language) != language:
+                raise ValueError(f"models has the key {language!r}; use the code {language_code(language)}")
             if not place.strip():
                 raise ValueError(f"models has no model for {language}; give a folder or a hub id, or remove the key")
         if self.num_layers is not None and self.num_layers < 1:
@@ -118,7 +118,7 @@ def check_bertscore(settings: BertScoreSettings, language: str, *, base: Path = 
         RecipeError: bert-score is not installed, the model is missing or cannot be used, it has fewer layers than
             `num_layers`, or there is no baseline to rescale with.
     """
-    code = re.split("[-_]", language.lower())[0]
+    code = language_code(language)
     if code in settings.models:
         _load(code, settings.models[code], settings.num_layers, settings.rescale, base, offline)
 

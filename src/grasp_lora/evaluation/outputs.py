@@ -1,10 +1,10 @@
 """What metrics take and give: `Outputs` of a model, and a `MetricScore`."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grasp_lora.errors import DataError
+from grasp_lora.training.languages import language_code
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Outputs:
     Args:
         predictions: one text per example; may be empty texts.
         references: one or more good texts per example.
-        language: code of the language of the texts, such as `ar` or `zh-CN`; only the part before the first
-            hyphen or underscore counts.
+        language: code of the language of the texts, such as `ar` or `zh-CN`; see `language_code`.
         arabic_normalisation: see `score`.
 
     Raises:
@@ -63,15 +62,12 @@ class Outputs:
                 raise DataError(f"The references of example {index} are one text: pass a list of texts, even for one.")
             if not references:
                 raise DataError(f"Example {index} has no references: give it at least one or leave it out.")
-        if not re.fullmatch(r"[A-Za-z]{2,3}(?:[-_].+)?", self.language):
-            raise DataError(
-                f"{self.language!r} is no language code: pass one of two or three letters such as 'ar' or 'zh-CN'."
-            )
+        language_code(self.language)
 
     @property
     def language_code(self) -> str:
         """The language without region or script, in lower case: `zh` for `zh-CN`."""
-        return re.split("[-_]", self.language.lower())[0]
+        return language_code(self.language)
 
     @property
     def reference_count(self) -> str:

@@ -6,32 +6,28 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, mean_percent, sign
+from grasp_lora.evaluation.scripts import split_unspaced
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Written without spaces, so each one is a word to ROUGE: ideographs (with 々, 〇 and planes 2 and 3) and kana.
-_IDEOGRAPH_OR_KANA = re.compile(
-    "[\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
-    "\U0001b000-\U0001b16f\U00020000-\U0003ffff]"
-)
 _ZERO_WIDTH_SPACE = "\u200b"
 
 _ARABIC_DIACRITICS_AND_TATWEEL = re.compile(
     "[\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed]"
 )
+_BLEU_TOKENIZERS = {"zh": "zh", "yue": "zh", "en": "13a"} | dict.fromkeys(("ja", "th", "lo", "my", "km"), "char")
 _ARABIC_LETTERS = str.maketrans("أإآٱى", "ااااي")
 
 
 class UnicodeTokenizer:
     """Split text of any script into the tokens that ROUGE counts; the stock tokenizer knows a-z and 0-9 only.
 
-    A token is an ideograph or kana, or a run of letters and digits of any other script with their combining
-    marks (Arabic diacritics, Devanagari vowel signs). Punctuation, symbols and emoji separate tokens and are
-    dropped; so are marks that stand alone. Invisible format characters (joiners, direction marks) are dropped
-    without separating, save the zero-width space. Text is lower-cased and put in Unicode form NFC, no words
-    are stemmed. On ASCII it equals the stock tokenizer without stemmer. Thai, Lao and Khmer, which are
-    written without spaces, are not segmented.
+    A token is one of what `split_unspaced` sets apart (ideographs, kana, Thai, Lao, Myanmar and Khmer letters), or a run of
+    letters and digits of any other script with their combining marks (Arabic diacritics, Devanagari vowel signs).
+    Punctuation, symbols and emoji separate tokens and are dropped; so are marks that stand alone. Invisible format
+    characters (joiners, direction marks) are dropped without separating, save the zero-width space. Text is lower-cased
+    and put in Unicode form NFC, no words are stemmed. On ASCII it equals the stock tokenizer without stemmer.
 
     Args:
         arabic_normalisation: also write أ إ آ ٱ as ا and ى as ي, and remove tatweel and diacritics. Ta
@@ -51,7 +47,7 @@ class UnicodeTokenizer:
             text = _ARABIC_DIACRITICS_AND_TATWEEL.sub("", text).translate(_ARABIC_LETTERS)
         tokens = []
         word = ""
-        for character in _IDEOGRAPH_OR_KANA.sub(r" \g<0> ", text) + " ":
+        for character in split_unspaced(text) + " ":
             category = unicodedata.category(character)
             if category[0] in "LN" or (category[0] == "M" and word):
                 word += character
@@ -96,7 +92,8 @@ def rouge(kind: str, outputs: Outputs) -> MetricScore:
 def bleu(outputs: Outputs) -> MetricScore:
     """Score BLEU-4 over the whole set, case-sensitive, with the signature of sacrebleu.
 
-    Tokenizer `zh` for Chinese, `13a` for English, `intl` for every other language. Several references are
+    Tokenizer `zh` for Chinese, `13a` for English, `char` for Japanese, Thai, Lao, Burmese and Khmer, which have no spaces
+    between words, `intl` for every other language. Several references are
     pooled as sacrebleu does it, so adding one can lower the score through the length penalty. `per_example`
     is sentence BLEU with effective order. Identical texts score 100 from 4 tokens on; below that the corpus
     score is what sacrebleu gives, 0 where no text reaches 4 tokens, and the sentence score is 100.
@@ -105,7 +102,7 @@ def bleu(outputs: Outputs) -> MetricScore:
     """
     from sacrebleu.metrics.bleu import BLEU  # takes a moment: not at the top
 
-    tokenizer = {"zh": "zh", "en": "13a"}.get(outputs.language_code, "intl")
+    tokenizer = _BLEU_TOKENIZERS.get(outputs.language_code, "intl")
     corpus = BLEU(tokenize=tokenizer)
     most = max(len(references) for references in outputs.references)
     # sacrebleu wants the first references of all examples, then the second ones, with None for a missing one;

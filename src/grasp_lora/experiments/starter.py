@@ -20,6 +20,7 @@ from grasp_lora.method.policy import preset
 from grasp_lora.training.adapter_config import read_config
 from grasp_lora.training.adapters import CONFIG_FILE
 from grasp_lora.training.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME
+from grasp_lora.training.languages import language_code
 from grasp_lora.training.prompts import TASKS
 from grasp_lora.training.readers import XLSUM_COLUMNS, Pool, Record, read_content, read_files
 from grasp_lora.training.sources import DEMO_PREFIX, resolve_file
@@ -129,8 +130,7 @@ def write_recipe(
 
 def _check_languages(*languages: str) -> None:
     for language in languages:
-        if not re.fullmatch(r"[A-Za-z]{2,8}([-_][A-Za-z0-9]+)*", language):
-            raise RecipeError(f"the language is {language!r}; give a code such as en, ar, zh or zh-Hans")
+        language_code(language)
 
 
 def _read(name: str, path: Path, folder: Path, task: str | None = None) -> _Corpus:

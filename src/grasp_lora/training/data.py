@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grasp_lora.errors import DataError
+from grasp_lora.training.languages import language_code
 from grasp_lora.training.prompts import ANY_LANGUAGE, TASKS, Encoder, Example, Tally, resolve_template, task_fields
 from grasp_lora.training.readers import FORMATS, OPTIONAL_COLUMNS, Pool, read_files, read_rows
 from grasp_lora.training.sources import read_hub, resolve_file
@@ -29,7 +30,7 @@ class CorpusSettings:
     """Data of one language: one pool (`files` or `hub`) split by counts, or files for each split.
 
     Args:
-        language: code such as `en`, `ar`, `zh`; chooses prompts and metrics.
+        language: ISO 639 code such as `en`, `ar`, `zh`; chooses prompts and metrics.
         format: `auto`, `squad`, `xlsum`, `records` or `hub`.
         files: the pool: paths, or `demo:NAME` for a built-in text.
         hub, hub_config, hub_split: the pool from a data set on the hub; the split defaults to `train`.
@@ -42,7 +43,7 @@ class CorpusSettings:
             micro_dev_files, the micro-dev set is taken by whole groups from the dev files, or else the train files.
 
     Raises:
-        ValueError: a value is out of range, or two ways to give the data are mixed.
+        ValueError: a value is out of range, the language is no code, or two ways to give the data are mixed.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -64,8 +65,7 @@ class CorpusSettings:
     test_files: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.language.strip():
-            raise ValueError("language is empty; give a code such as en, ar or zh")
+        language_code(self.language)
         if self.format not in FORMATS:
             raise ValueError(f"format is {self.format!r}; allowed: {', '.join(FORMATS)}")
         given = [name for name in ("files", "hub", "train_files") if getattr(self, name)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from grasp_lora.errors import DataError
+from grasp_lora.training.languages import language_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,8 +84,8 @@ def resolve_template(
 
     Args:
         task: a key of TASKS.
-        language: code such as `ar` or `zh-Hans`; only the part before the first `-` or `_` counts. A language
-            without templates of its own takes the English ones, with a warning.
+        language: code such as `ar` or `zh-Hans`; see `language_code`. A language without templates of its own takes the
+            English ones, with a warning.
         prompt, completion: templates to use in place of the built-in ones.
         chat: the completion is a whole assistant turn, so the built-in one is the bare answer.
 
@@ -93,7 +94,7 @@ def resolve_template(
     """
     fields = task_fields(task)
     table = TEMPLATES[task]
-    code = language.lower().replace("_", "-").split("-")[0]
+    code = language_code(language)
     built_in = table.get(code) or table.get(ANY_LANGUAGE)
     if built_in is None:
         built_in = table[FALLBACK_LANGUAGE]
