@@ -8,7 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from grasp_lora.errors import DataError
-from grasp_lora.evaluation.generation import GenerationSettings, generate
+from grasp_lora.evaluation import generation as generation_module
+from grasp_lora.evaluation.generation import _TOKENS_BETWEEN, GenerationSettings, generate
 from grasp_lora.training.backbone import without_peft
 
 ARCHITECTURES = ["llama", "gemma3", "qwen3", "gpt2"]
@@ -238,3 +239,31 @@ def test_settings_are_checked(values, message):
 def test_without_peft_gives_plain_models_back(make_tiny_model):
     model = make_tiny_model("llama")
     assert without_peft(model) is model
+
+
+@pytest.mark.parametrize("can_drop", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_that_have_ended_leave_the_batch(architecture, make_tiny_model, tiny_tokenizer, monkeypatch, can_drop):
+    model = make_tiny_model(architecture)
+    prompts = make_prompts(12)
+    long = 4 * _TOKENS_BETWEEN + 1
+    tokens = [greedy_tokens(model, prompt, long) for prompt in prompts]
+    # What half of the prompts answer with their third token ends an answer.
+    stop_ids = {answer[2] for answer in tokens[::2]} | {EOS}
+    model.generation_config.eos_token_id = sorted(stop_ids)
+    expected = [expected_text(tiny_tokenizer, answer, stop_ids) for answer in tokens]
+    if not can_drop:
+        monkeypatch.setattr(generation_module, "_can_drop_rows", lambda cache: False)
+    rows = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+
+    answers = generate(model, tiny_tokenizer, prompts, GenerationSettings(max_new_tokens=long, batch_size=12, stop=()))
+    hook.remove()
+
+    assert answers == expected
+    assert rows[:_TOKENS_BETWEEN] == [12] * _TOKENS_BETWEEN
+    assert rows == sorted(rows, reverse=True)
+    assert 1 <= rows[-1] < 12
+    assert len(rows) <= long

@@ -486,6 +486,19 @@ def test_record_gradients_averages_sizes() -> None:
     assert set(masks.gradients) == {("q", "A")}
 
 
+def test_gradients_that_are_not_finite_are_not_recorded() -> None:
+    masks = mask_set()
+    masks.weights["q", "A"].grad = torch.ones_like(masks.weights["q", "A"])
+    masks.record_gradients()
+    masks.weights["q", "A"].grad = torch.zeros_like(masks.weights["q", "A"])
+    masks.weights["q", "B"].grad = torch.full_like(
+        masks.weights["q", "B"], math.nan
+    )  # as a scaler for float16 leaves them
+    masks.record_gradients()
+    assert set(masks.gradients) == {("q", "A")}
+    assert (masks.gradients["q", "A"] == 1).all()
+
+
 @every_mask
 def test_reselect_lets_all_weights_compete_again_without_a_stash(scope: str, granularity: str) -> None:
     masks = mask_set(scope, granularity)
@@ -551,6 +564,16 @@ def test_gradient_of_delta_is_what_autograd_gives(seed: int) -> None:
     scores = score_pair(pair, "gradient_of_delta", InputNorms(norms, torch.rand(5)))
     for score, factor in zip(scores, (pair.A, pair.B), strict=True):
         torch.testing.assert_close(score.detach(), factor.grad.abs(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_factors_in_bfloat16_are_scored_with_norms_and_gradients_in_float32(score: str) -> None:
+    pair = live_pairs()["q"]
+    low = LoraPair(pair.A.detach().bfloat16(), pair.B.detach().bfloat16())
+    norms, gradients = InputNorms(torch.rand(7), torch.rand(5)), (torch.rand(pair.A.shape), torch.rand(pair.B.shape))
+    exact = score_pair(LoraPair(low.A.float(), low.B.float()), score, norms, gradients)
+    for found, wanted in zip(score_pair(low, score, norms, gradients), exact, strict=True):
+        torch.testing.assert_close(found.float(), wanted)
 
 
 def test_the_other_scores_by_hand() -> None:

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     BertConfig,
     BertForMaskedLM,
+    LlamaForCausalLM,
     LlamaModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -152,6 +153,20 @@ def test_supports_logits_to_keep_looks_through_peft(architecture, make_tiny_mode
     assert supports_logits_to_keep(model)
     assert supports_logits_to_keep(get_peft_model(model, config))
     assert not supports_logits_to_keep(torch.nn.Linear(2, 2))
+
+
+def test_forwards_from_elsewhere_and_spread_models_get_no_mask_of_positions(make_tiny_model):
+    spread = make_tiny_model("llama")
+    spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 1}
+    assert not supports_logits_to_keep(spread)
+    spread.hf_device_map = {"": 0}
+    assert supports_logits_to_keep(spread)
+
+    class Foreign(LlamaForCausalLM):  # such as that of Liger's kernels, which takes positions only
+        def forward(self, input_ids, logits_to_keep=0, **kwargs):
+            raise NotImplementedError
+
+    assert not supports_logits_to_keep(Foreign(make_tiny_model("llama").config))
 
 
 def test_stop_ids_join_model_and_tokenizer(make_tiny_model, tiny_tokenizer):

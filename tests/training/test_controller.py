@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grasp_lora.errors import DataError, GraspError, ProbeError
+from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masking import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
@@ -1125,3 +1126,82 @@ def test_a_state_holds_the_best_round_to_the_bit(make_tiny_model, tmp_path, kind
         write_state(checkpoint, first.state_name, *third.state())  # one that kept nothing
         with pytest.raises(GraspError, match="resumes from a checkpoint that kept no best round; leave keep_best out"):
             second.restore(*read_state(checkpoint, first.state_name))
+
+
+# Trainings that go on, are saved, or begin again
+
+
+class AtThePolicysRatio(TrainerCallback):
+    """What is saved and evaluated is pruned at the policy's ratio."""
+
+    def __init__(self, controller: GraspController) -> None:
+        self.controller = controller
+        self.ratios: dict[str, list[tuple[float, float]]] = {"save": [], "evaluate": []}
+
+    def _note(self, event: str, model) -> None:
+        live = torch.cat([factor.flatten() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)])
+        self.ratios[event].append((self.controller.policy.current_ratio, (live == 0).float().mean().item()))
+
+    def on_save(self, args, state, control, **kwargs):
+        self._note("save", kwargs["model"])
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._note("evaluate", kwargs["model"])
+
+
+def test_a_shared_run_is_saved_evaluated_and_reloaded_at_the_policys_ratio(make_tiny_model, tmp_path):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    controller = controller_for(weights, kind="shared", probe_every=5)
+    watch = AtThePolicysRatio(controller)
+    saving = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    with attached(backbone, weights) as model:
+        trainer = Trainer(
+            model=model,
+            args=arguments(tmp_path, remove_unused_columns=False, load_best_model_at_end=True, **saving),
+            train_dataset=TRAIN,
+            eval_dataset=TRAIN,
+            data_collator=lambda examples: collate(examples, PAD),
+        )
+        controller.add_to(trainer)
+        trainer.add_callback(watch)
+        trainer.train()
+        best = PeftModel.from_pretrained(make_tiny_model("llama"), trainer.state.best_model_checkpoint)
+        for name, pair in live_pairs(model).items():
+            assert torch.equal(pair.A, live_pairs(best)[name].A)
+            assert torch.equal(pair.B, live_pairs(best)[name].B)
+
+    assert len(watch.ratios["save"]) == len(watch.ratios["evaluate"]) == 3
+    for wanted, found in watch.ratios["save"] + watch.ratios["evaluate"]:
+        assert found == pytest.approx(wanted, abs=0.03)  # each segment of a factor rounds down
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "shared"])
+def test_a_second_training_begins_dense_with_a_policy_of_its_own(make_tiny_model, tmp_path, kind):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    controller = controller_for(weights, kind=kind, ratio_init=0.5)
+    with attached(backbone, weights) as model:
+        train_transformers(model, tmp_path, controller)
+        first = controller.policy
+        dense = [torch.where(controller.masks.keep[key], *pair) for key, pair in _live_and_stash(controller)]
+        train_transformers(model, tmp_path, controller)
+
+    assert controller.policy is not first
+    assert len(controller.policy.history) == len(first.history) > 0
+    assert all((weight != 0).all() for weight in dense)
+    after = [torch.where(controller.masks.keep[key], *pair) for key, pair in _live_and_stash(controller)]
+    assert all((weight != 0).all() for weight in after)
+
+
+def _live_and_stash(controller):
+    masks = controller.masks
+    return [(key, (masks.weights[key].detach(), masks.stash[key])) for key in masks.weights]
+
+
+def test_an_adapter_of_another_name_is_named(make_tiny_model):
+    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(make_tiny_model("llama"), config, adapter_name="merged")
+
+    with pytest.raises(AdapterError, match="no LoRA adapter named 'default'; it has merged: load yours without"):
+        live_pairs(model)

@@ -74,12 +74,12 @@ from conftest import build_tiny_model
 from common_to_ranks import DEV, MICRO_DEV, MICRO_DEV_BUDGET, make_examples, random_adapter, values
 from transformers import TrainerCallback, TrainingArguments
 
-from grasp_lora.method.masking import MaskSettings
+from grasp_lora.method.masking import MaskSet, MaskSettings
 from grasp_lora.training import finetune as finetune_module
 from grasp_lora.training.adapters import attached, live_pairs
 from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
 from grasp_lora.training.finetune import FineTuneTrainer, finetune
-from grasp_lora.training.probing import NormCollector, ProbeSet
+from grasp_lora.training.probing import NormCollector, ProbeSet, calibrate
 from grasp_lora.training.settings import TrainingSettings
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -178,6 +178,19 @@ for mode in ("hold", "reselect"):
             "norms": {name: (norm.A, norm.B) for name, norm in pruned.masks.norms.items()},
             "sparsity": pruned.masks.sparsity(),
         }
+
+# Gradients that differ a little from process to process, as a GPU's do.
+class Inexact(ProbeSet):
+    def gradients(self, model):
+        super().gradients(model)
+        for pair in live_pairs(model).values():
+            pair.A.grad += 1e-3 * rank
+
+
+with attached(backbone, random_adapter(backbone)) as model:
+    masks = MaskSet(live_pairs(model), MaskSettings("sensitivity"))
+    calibrate(model, masks, Inexact(MICRO_DEV, 0, MICRO_DEV_BUDGET))
+    results["calibrated"] = list(masks.gradients.values())
 
 with attached(backbone, random_adapter(backbone)) as model:
     collector = NormCollector(model)
@@ -333,6 +346,11 @@ def test_norms_count_each_example_once(ranks, common, make_tiny_model):
         for name, (norm_A, norm_B) in found.items():
             torch.testing.assert_close(norm_A, norms[name].A, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(norm_B, norms[name].B, rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_agree_on_gradients_that_differ(ranks):
+    for one, other in zip(ranks[0]["calibrated"], ranks[1]["calibrated"], strict=True):
+        assert torch.equal(one, other)
 
 
 def test_records_are_written_once(ranks, folder):

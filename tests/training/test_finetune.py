@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from grasp_lora.errors import DataError, GraspError, ProbeError
@@ -394,6 +394,34 @@ def test_the_backbone_is_left_as_it_was(make_tiny_model, run, fails):
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(parameter.grad is None for parameter in backbone.parameters())
+
+
+def test_a_model_with_an_image_encoder_trains_its_text_part(run):
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    image = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "image_size": 32,
+    }
+    config = Gemma3Config(
+        text_config={**text, "num_key_value_heads": 2, "vocab_size": 260, "query_pre_attn_scalar": 8},
+        vision_config={**image, "patch_size": 16, "vision_use_head": False},
+        mm_tokens_per_image=4,
+    )
+    backbone = Gemma3ForConditionalGeneration(config).eval()
+    assert any("q_proj" in name for name, _ in backbone.model.vision_tower.named_modules())
+
+    with fresh_adapter(backbone, LoraSettings(rank=2), 1) as model:
+        assert all("language_model" in name for name in live_pairs(model))
+        result = run(dev=make_examples(3, 1), on=model)
+        weights = adapter_weights(model)
+    with attached(backbone, weights) as model:
+        assert set(live_pairs(model)) == set(weights)
+
+    assert result.steps == 10
+    assert not hasattr(backbone.config, "use_cache")
 
 
 def test_a_bfloat16_backbone_trains_a_float32_adapter(make_tiny_model, run):

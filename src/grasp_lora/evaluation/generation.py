@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+_TOKENS_BETWEEN = 4  # generated before rows that have ended leave the batch
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
@@ -84,7 +86,7 @@ def generate(
     with _greedy_mode(inner, settings.max_new_tokens), _contiguous_head_input(inner):
         for batch in _batches([len(prompt) for prompt in prompts], settings):
             rows = _Answers(tokenizer, len(batch), stop_ids, settings.stop)
-            _decode(inner, [prompts[index] for index in batch], rows)
+            _decode(inner, [prompts[index] for index in batch], rows, settings.max_new_tokens)
             for index, text in zip(batch, rows.texts, strict=True):
                 answers[index] = text.strip()
             finished += len(batch)
@@ -119,8 +121,11 @@ def _batches(lengths: Sequence[int], settings: GenerationSettings) -> Iterator[l
         yield batch
 
 
-def _decode(model: Any, prompts: Sequence[Sequence[int]], answers: _Answers) -> None:
-    """Generate until every row of `answers` has ended or is at its full length; the model is in greedy mode."""
+def _decode(model: Any, prompts: Sequence[Sequence[int]], answers: _Answers, longest: int) -> None:
+    """Generate until every row of `answers` has ended or has `longest` tokens; the model is in greedy mode.
+
+    Every few tokens the rows that have ended leave the batch, with their part of the cache.
+    """
     import torch
     from transformers import StoppingCriteriaList
 
@@ -131,12 +136,34 @@ def _decode(model: Any, prompts: Sequence[Sequence[int]], answers: _Answers) -> 
         ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
         mask[row, width - len(prompt) :] = 1
     answers.prompt_width = width
-    model.generate(
-        ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=model.generation_config,
-        stopping_criteria=StoppingCriteriaList([answers]),
-    )
+    inputs = {"inputs": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    tokens = _TOKENS_BETWEEN
+    while answers.rows and longest > 0:
+        tokens = min(tokens, longest)
+        longest -= tokens
+        generated = model.generate(
+            **inputs,
+            max_new_tokens=tokens,
+            return_dict_in_generate=True,
+            stopping_criteria=StoppingCriteriaList([answers]),
+        )
+        staying = answers.drop_ended().to(model.device)
+        sequences, mask = generated.sequences[staying], inputs["attention_mask"][staying]
+        new = mask.new_ones((len(staying), sequences.shape[1] - mask.shape[1]))
+        inputs = {"inputs": sequences, "attention_mask": torch.cat([mask, new], dim=1)}
+        if _can_drop_rows(generated.cache):
+            generated.cache.batch_select_indices(staying)
+            inputs["cache"] = generated.cache
+        else:  # the next call reads the prompts anew, and so it is the last one
+            tokens = longest
+
+
+def _can_drop_rows(cache: Any) -> bool:
+    """Whether rows can be taken out of a model's cache: that of a layer with a state of its own keeps them all."""
+    from transformers import cache_utils
+
+    plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DummyLayer)
+    return all(type(layer) in plain for layer in getattr(cache, "layers", [None]))
 
 
 class _Answers:
@@ -146,8 +173,9 @@ class _Answers:
         self, tokenizer: PreTrainedTokenizerBase, rows: int, stop_ids: Sequence[int], stop: Sequence[str]
     ) -> None:
         self.texts = [""] * rows
-        self.done = [False] * rows
+        self.rows = list(range(rows))  # those that are still generated, in the order of the batch
         self.prompt_width = 0  # tokens of the padded prompts, before the answers
+        self._ended: set[int] = set()
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
         self._stop = stop
@@ -156,17 +184,26 @@ class _Answers:
         """Take in the newest token of each row [rows]; give True for the rows that have ended."""
         import torch
 
-        for row, tokens in enumerate(input_ids[:, self.prompt_width :].tolist()):
-            if self.done[row]:
+        for row, tokens in zip(self.rows, input_ids[:, self.prompt_width :].tolist(), strict=True):
+            if row in self._ended:
                 continue
             if tokens[-1] in self._stop_ids:
-                self.done[row] = True
+                self._ended.add(row)
                 continue
             text = str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
             ends = [end for end in (text.find(stop) for stop in self._stop) if end >= 0]
-            self.done[row] = bool(ends)
+            if ends:
+                self._ended.add(row)
             self.texts[row] = text[: min(ends)] if ends else text
-        return torch.tensor(self.done, device=input_ids.device)
+        return torch.tensor([row in self._ended for row in self.rows], device=input_ids.device)
+
+    def drop_ended(self) -> torch.Tensor:
+        """Leave out the rows that have ended, and give the places in the batch of the others."""
+        import torch
+
+        places = [place for place, row in enumerate(self.rows) if row not in self._ended]
+        self.rows = [self.rows[place] for place in places]
+        return torch.tensor(places, dtype=torch.long)
 
 
 @contextmanager

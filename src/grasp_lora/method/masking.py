@@ -119,6 +119,8 @@ def score_pair(
     A, B = pair.A, pair.B
     if score == "magnitude":
         return A.abs(), B.abs()
+    dtype = torch.promote_types(A.dtype, torch.float32)  # norms and gradients may be finer than the factors
+    A, B = A.to(dtype), B.to(dtype)
     if score == "sensitivity":
         if gradients is None:
             raise ValueError("score 'sensitivity' needs gradients; take a training step first")
@@ -192,6 +194,11 @@ class MaskSet:
             raise AdapterError("two modules share a LoRA factor; masks need separate ones")
         self.keep = {key: torch.ones_like(weight, dtype=torch.bool) for key, weight in self.weights.items()}
         self.stash = {key: torch.zeros_like(weight) for key, weight in self.weights.items()}
+
+    def holds(self, pairs: Mapping[str, LoraPair]) -> bool:
+        """Whether these are the very parameters that the set masks."""
+        weights = {(module, factor): getattr(pair, factor) for module, pair in pairs.items() for factor in FACTORS}
+        return weights.keys() == self.weights.keys() and all(weights[key] is self.weights[key] for key in weights)
 
     @torch.no_grad()
     def rank(self) -> dict[WeightKey, Ranking]:
@@ -274,12 +281,14 @@ class MaskSet:
     def record_gradients(self) -> None:
         """Keep a running average of |gradient| for the score `sensitivity`; call it before `mask_gradients`.
 
-        One training example's gradient is mostly noise; the average forgets with factor 0.9 a step (our choice).
+        One training example's gradient is mostly noise; the average forgets with factor 0.9 a step (our choice). Gradients that
+        are not finite, which a scaler for float16 skips the step of, are not recorded.
         """
-        for key, weight in self.weights.items():
-            if weight.grad is not None:
-                size = weight.grad.detach().abs()
-                self.gradients[key] = 0.9 * self.gradients[key] + 0.1 * size if key in self.gradients else size
+        sizes = {key: weight.grad.abs() for key, weight in self.weights.items() if weight.grad is not None}
+        if not all(size.isfinite().all() for size in sizes.values()):
+            return
+        for key, size in sizes.items():
+            self.gradients[key] = 0.9 * self.gradients[key] + 0.1 * size if key in self.gradients else size
 
     @contextmanager
     def probe(self, prune_ratio: float, ranking: Mapping[WeightKey, Ranking] | None = None) -> Iterator[None]:

@@ -98,6 +98,7 @@ def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -
         lora_alpha=_whole(settings.alpha),  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules),
+        exclude_modules=_outside_decoder(model, settings.target_modules) or None,
         use_rslora=settings.rslora,
         task_type="CAUSAL_LM",
         fan_in_fan_out=_transposed(model, settings.target_modules),
@@ -174,7 +175,15 @@ def live_pairs(
         for name, layer in lora_layers(model, adapter).items()
     }
     if not pairs:
-        raise AdapterError(f"the model has no LoRA adapter named {adapter!r}; put one on it with peft.get_peft_model")
+        others = sorted(getattr(model, "peft_config", {}))
+        raise AdapterError(
+            f"the model has no LoRA adapter named {adapter!r}; "
+            + (
+                f"it has {', '.join(others)}: load yours without adapter_name"
+                if others
+                else "put one on it with peft.get_peft_model"
+            )
+        )
     return pairs
 
 
@@ -300,6 +309,18 @@ def check_target_modules(model: torch.nn.Module, target_modules: tuple[str, ...]
         if not any(_is_named(name, (target,)) for name in linear):
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise AdapterError(f"the backbone has no linear module {target!r}; it has: {known}")
+
+
+def _outside_decoder(model: "PreTrainedModel", target_modules: tuple[str, ...]) -> list[str]:
+    """Modules of these names in other parts than the text decoder, such as an image encoder: text never trains them."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return []
+    inside = set(model.get_decoder().modules())
+    return [
+        name
+        for name, module in model.named_modules()
+        if module not in inside and _linear_shape(module) is not None and _is_named(name, target_modules)
+    ]
 
 
 def _inject(model: "PreTrainedModel", config: "LoraConfig") -> "PeftModel":

@@ -168,8 +168,17 @@ def without_peft(model: torch.nn.Module) -> Any:
 
 
 def supports_logits_to_keep(model: torch.nn.Module) -> bool:
-    """Tell whether `forward` takes `logits_to_keep` (positions or a 2-D boolean mask), judged by its signature."""
-    return "logits_to_keep" in inspect.signature(without_peft(model).forward).parameters
+    """Tell whether `forward` takes `logits_to_keep` as a 2-D boolean mask.
+
+    Judged by its signature and origin: forwards from elsewhere than transformers may take positions only, and a model that is
+    spread over several devices has the mask on another one than the last layer.
+    """
+    inner = without_peft(model)
+    if len(set((getattr(inner, "hf_device_map", None) or {}).values())) > 1:
+        return False
+    home = getattr(inspect.unwrap(inner.forward), "__module__", "") or ""
+    trusted = home.split(".")[0] in ("transformers", "trl")
+    return trusted and "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
 def fingerprint(model: torch.nn.Module) -> str:

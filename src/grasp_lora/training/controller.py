@@ -121,11 +121,17 @@ class PrunedTraining(SavedInCheckpoints):
     ) -> None:
         """Prune before the first step, or take up the masks of the checkpoint that training resumes from.
 
+        A training that begins anew on the same adapter, such as after `auto_find_batch_size` found a batch too large, begins
+        with the stashed values where the mask was on.
+
         Raises:
             GraspError: the trainer shards weights in a way that hides them.
         """
         _check_weights_are_whole()
-        self._masks = MaskSet(live_pairs(kwargs["model"], self.segments), self.mask)
+        pairs = live_pairs(kwargs["model"], self.segments)
+        if self._masks is not None and self._masks.holds(pairs):
+            self._masks.commit(0.0)
+        self._masks = MaskSet(pairs, self.mask)
         if saved := self.saved_state(args, state):
             self.restore(*saved)
             return
@@ -246,6 +252,10 @@ class GraspController(PrunedTraining):
     ) -> None:
         """Prune at the policy's first ratio and start the records; a resume cuts off rounds after its checkpoint."""
         self._rows = {ROUNDS_FILE: [], TIMINGS_FILE: []}
+        if self._masks is not None:  # a training of this controller's has begun before
+            self.policy = make_policy(self.settings.policy)
+            self.prune_ratio = self.policy.current_ratio
+            self._shared, self._best = None, None
         super().on_train_begin(args, state, control, **kwargs)
         if self.policy.shared and self._shared is None:
             self._shared = self.masks.rank()
@@ -337,11 +347,16 @@ class GraspController(PrunedTraining):
         self.masks.commit(self.policy.training_ratio(state.global_step), self._shared)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Run a round when it is due; stop when patience has run out."""
+        """Run a round when it is due; stop when patience has run out.
+
+        What is evaluated, saved or left behind after a step is pruned at the policy's ratio, not at the step's own.
+        """
         if not self._settled and self._round_follows(state):
             self._round(state, control, kwargs["model"], kwargs.get("optimizer"))
         if self._settled:
             control.should_training_stop = True
+        if self._shared is not None:
+            self.masks.commit(self.policy.current_ratio, self._shared)
 
     @property
     def _settled(self) -> bool:
@@ -379,13 +394,6 @@ class GraspController(PrunedTraining):
         if self._on_round is not None and state.is_world_process_zero:
             self._on_round(record)
         self._round_end = time.perf_counter()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Leave the adapter pruned at the policy's ratio, not at that of the last step."""
-        if self._shared is not None:
-            self.masks.commit(self.policy.current_ratio, self._shared)
 
     def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
         """Probe the candidates, tell the policy, commit what it decides; return the record of the round.

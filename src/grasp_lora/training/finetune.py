@@ -279,14 +279,19 @@ def _leaving_backbone_as_it_was(model: torch.nn.Module) -> Iterator[None]:
     """Undo what a Trainer leaves behind: training mode, a config without cache, checkpointing, transformers' log level."""
     backbone = without_peft(model)
     training = [(module, module.training) for module in model.modules()]
-    use_cache, checkpointing = backbone.config.use_cache, backbone.is_activation_checkpointing
+    # The config of a model with parts, such as Gemma 3 with images, has no such attribute until the Trainer sets it.
+    had_use_cache, use_cache = hasattr(backbone.config, "use_cache"), getattr(backbone.config, "use_cache", None)
+    checkpointing = backbone.is_activation_checkpointing
     verbosity = transformers_logging.get_verbosity()
     try:
         yield
     finally:
         for module, mode in training:
             module.training = mode
-        backbone.config.use_cache = use_cache
+        if had_use_cache:
+            backbone.config.use_cache = use_cache
+        elif hasattr(backbone.config, "use_cache"):
+            del backbone.config.use_cache
         if backbone.is_activation_checkpointing and not checkpointing:
             backbone.activation_checkpointing_disable()
             backbone.disable_input_require_grads()

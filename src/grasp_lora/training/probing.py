@@ -313,6 +313,11 @@ def calibrate(model: torch.nn.Module, masks: MaskSet, examples: ProbeSet) -> lis
             parameter.grad = None
         try:
             examples.gradients(model)
+            if _world_size() > 1:  # ranks have to agree to the last bit, which a GPU's backward pass does not
+                for weight in masks.weights.values():
+                    if weight.grad is not None:
+                        torch.distributed.all_reduce(weight.grad)
+                        weight.grad /= _world_size()
             masks.record_gradients()
         finally:
             for parameter, gradient in held:
