@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,6 +182,17 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no such backbone": (changes(backbone__name="./nowhere"), r"Backbone folder '\./nowhere' does not exist"),
     "missing data": (missing_data, r"data file 'target\.jsonl' is missing; tried .*Set data\.root"),
     "empty data": (empty_data, r"target\.jsonl is empty"),
+    "long examples": (
+        changes(data__max_tokens=2000, data__prompt="{prompt}" + 510 * "x"),
+        r"the source_train example \S+ has \d+ tokens, but the model's context holds 512; lower data\.max_tokens \(now 2000\) to 512",
+    ),
+    "long answers": (
+        changes(generation__max_new_tokens=500),
+        r"the test example \S+ has a prompt of \d+ tokens, and up to 500 are generated, but the model's context holds 512; lower",
+    ),
+    "a language by its name": (
+        changes(data__target__language="swahili"), r"'swahili' is no language code; give one of two or three letters"
+    ),
     "malformed data": (malformed_data, r"target\.jsonl, line 41: not valid JSON"),
     "answer elsewhere": (answer_elsewhere, r"question q1: the answer 'nobody' does not stand in its context"),
     "overlapping splits": (overlapping_splits, r"splits overlap: .*test.* share \d+ ids.*remove the shared ones"),
@@ -465,3 +477,52 @@ class TestSubprocess:
         )
         for arguments in (["--help"], ["init", "--help"]):
             subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_an_adapter_is_asked_and_answers_as_it_was_trained(
+    cli: Cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    from grasp_lora.experiments import steps
+
+    asked: list[tuple[list[str], Any]] = []
+
+    def generate(model: Any, tokenizer: Any, prompts: list[list[int]], settings: Any) -> list[str]:
+        asked.append(([tokenizer.decode(ids) for ids in prompts], settings))
+        return ["one\ntwo"] * len(prompts)
+
+    monkeypatch.setattr(steps, "generate", generate)
+    folder = write_adapter(tiny_workspace)
+    info = json.loads((folder / "grasp_lora.json").read_text()) if (folder / "grasp_lora.json").is_file() else {}
+    info["answers"] = {"max_new_tokens": 7, "stop": [], "chat_template": False}
+    (folder / "grasp_lora.json").write_text(json.dumps(info))
+    monkeypatch.setattr("sys.stdin", io.StringIO('"a\\nb"\n"<bos>c"\n'))
+    result = cli("predict", "adapter", "--backbone", "tiny-llama", "--jsonl")
+    assert result.status == 0, result.err
+    assert result.out == '"one\\ntwo"\n' * 2
+    [(prompts, settings)] = asked
+    assert prompts == ["<bos>a\nb", "<bos>c"]  # one BOS token each
+    assert (settings.max_new_tokens, settings.stop) == (7, ())
+
+    assert (
+        cli("predict", "adapter", "x", "--backbone", "tiny-llama", "--stop", "#", "--max-new-tokens", "3").status == 0
+    )
+    assert (asked[-1][1].max_new_tokens, asked[-1][1].stop) == (3, ("#",))
+
+    result = cli("predict", "adapter", "x", "--backbone", "tiny-llama", "--chat")
+    assert result.status == 2
+    assert "chat template refuses the given data" in result.err
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("plain\n"))
+    result = cli("predict", "adapter", "--backbone", "tiny-llama", "--jsonl")
+    assert "prompt 1 on standard input is no JSON" in result.err
+
+    info["answers"]["stop"] = "x"
+    (folder / "grasp_lora.json").write_text(json.dumps(info))
+    assert "the answers are malformed" in cli("predict", "adapter", "x", "--backbone", "tiny-llama").err
+
+
+def test_a_run_says_how_its_adapter_answers(finished_run: Path) -> None:
+    info = json.loads((finished_run / "adapter" / "grasp_lora.json").read_text())
+    assert set(info["answers"]) == {"max_new_tokens", "stop", "chat_template"}

@@ -432,3 +432,29 @@ def test_a_name_that_no_file_can_have_is_one_line(tmp_path, cli):
     result = cli("init", data, "--language", "ar", "--output", tmp_path / ("x" * 300))
     assert result.status == 2
     assert result.err.count("\n") == 1
+
+
+def test_a_few_examples_that_are_too_long_do_not_make_the_recipe_fail(start: Callable[..., Path]) -> None:
+    rows = completion(120)
+    for row in rows[:4]:
+        row["prompt"] += " x" * 400
+    file = start(write(Path("t.jsonl"), rows), (str(write(Path("s.jsonl"), completion(60, "s"))),))
+    target = load_recipe(file)[0].data.target
+    assert target.train is None
+    sizes = fits(file)
+    assert sizes["test"] == target.test
+    assert sizes["train"] == 116 - sum(sizes[name] for name in ("test", "dev", "micro_dev"))
+
+
+def test_answers_that_cannot_be_written_whole_are_told(start: Callable[..., Path]) -> None:
+    rows = completion(60)
+    for row in rows[::2]:
+        row["completion"] = "word " * 60
+    file = start(write(Path("t.jsonl"), rows), (str(write(Path("s.jsonl"), completion(60, "s"))),))
+    settings = ["generation.max_new_tokens=64"]
+    findings = preflight(Session(*load_recipe(file, settings)))
+    [warning] = [finding for finding in findings if finding.topic == "answers"]
+    assert warning.level == "warning"
+    assert re.match(
+        r"\d+ of \d+ test answers have more than generation.max_new_tokens 64 tokens, .*the longest has", warning.text
+    )

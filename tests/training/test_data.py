@@ -23,7 +23,15 @@ from transformers import PreTrainedTokenizerFast
 from grasp_lora.errors import DataError
 from grasp_lora.training.data import CorpusSettings, DataSettings, build_splits, encode_rows
 from grasp_lora.training.probing import ProbeSet
-from grasp_lora.training.prompts import Encoder, Example, Tally, Template, resolve_template
+from grasp_lora.training.prompts import (
+    Encoder,
+    Example,
+    Tally,
+    Template,
+    prompt_ids,
+    render_chat,
+    resolve_template,
+)
 from grasp_lora.training.readers import Record
 from grasp_lora.training.splitting import HELD_OUT, SPLITS, Splits
 
@@ -76,7 +84,7 @@ class TestSettings:
             ({"micro_dev": -1}, "micro_dev must be >= 0, or left out; it is -1"),
             ({"train": 0}, "train must be >= 1"),
             ({"dev": -1}, "dev must be >= 0"),
-            ({"language": " "}, "language is empty"),
+            ({"language": " "}, "' ' is no language code; give one of two or three letters"),
             ({"format": "xml"}, "format is 'xml'; allowed: auto, squad, xlsum, records, hub"),
             ({"files": ()}, "data of ar is given by nothing; give exactly one of files"),
             ({"hub": "a/b"}, "is given by files and hub; give exactly one"),
@@ -240,6 +248,16 @@ class TestEncoding:
         assert e.prompt == "<bos>[user]a[assistant]b[user]c[assistant]"
         with pytest.raises(DataError, match="chat template refuses the en data: no tools"):
             encoder.encode([self.record(messages=({"role": "tool", "content": "x"},), fields={})], ["g"], Tally())
+
+    def test_a_chat_template_that_prints_the_date_gives_the_same_prompt_tomorrow(
+        self, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = "{{- strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
+        conversation = [[{"role": "user", "content": "hello"}]]
+        assert tokenizer.apply_chat_template(conversation, tokenize=False) != ["26 Jul 2024 hello"]
+        assert render_chat(tokenizer, conversation) == ["26 Jul 2024 hello"]
+        assert tokenizer.decode(prompt_ids(tokenizer, ["hello"], chat=True)[0]) == "26 Jul 2024 hello"
 
     def test_conversations_without_chat_template(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         system, user = {"role": "system", "content": "s"}, {"role": "user", "content": "u"}

@@ -1,6 +1,7 @@
 """Files become records; every malformed one is refused with its name and line."""
 
 import json
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -244,6 +245,46 @@ class TestCleaning:
         row = '{"prompt": "a", "completion": "b"}'
         assert len(read(tmp_path / "x.jsonl", f"{row}\r\n{row}\n\n{row}\r\n", "completion").records) == 3
         assert len(read(tmp_path / "x.csv", "prompt,completion\r\na,b\nc,d\re,f\r\n", "completion").records) == 3
+
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [
+            ("prompt;completion\r\nHabari, dunia;x, y\r\n", 2),
+            ('prompt;completion\n"Habari; ""dunia""";x\n', 2),
+            ("sep=;\r\nprompt;completion\r\nHabari, dunia;x\r\n", 3),
+            ("sep=,\nprompt,completion\nHabari,x\n", 3),
+            ("prompt\tcompletion\nHabari, dunia\tx\n", 2),
+            ("\ufeffprompt,completion\nHabari,x\n,\n ,\n\n", 2),
+        ],
+    )
+    def test_csv_as_excel_writes_it(self, tmp_path: Path, text: str, line: int) -> None:
+        (record,) = read(tmp_path / "x.csv", text, "completion").records
+        assert record.fields["prompt"].startswith("Habari")
+        assert record.answer.startswith("x")
+        with pytest.raises(DataError, match=rf"x\.csv, line {line}: completion is empty"):
+            read(tmp_path / "x.csv", re.sub("x(, y)?", "", text, count=1), "completion")
+
+    def test_empty_cells_of_optional_columns_say_nothing(self, tmp_path: Path) -> None:
+        text = "id,prompt,completion,references,group\nk,a,b,,\n,c,d,e,\n"
+        first, second = read(tmp_path / "x.csv", text, "completion").records
+        assert (first.id, first.references, second.references) == ("k", ("b",), ("e",))
+        assert second.id == "x.csv:2"
+        assert not any(key.startswith(("id:", "group:")) for key in second.keys)
+
+    def test_two_writings_of_one_text_join(self, tmp_path: Path) -> None:
+        rows = [{"prompt": text, "completion": "b"} for text in ("\u200fcafé\ufeff", "cafe\u0301", "café ")]
+        assert len({record.keys for record in read(tmp_path / "x.jsonl", rows, "completion").records}) == 1
+
+    def test_ids_that_number_rows_are_told_as_such(self, tmp_path: Path) -> None:
+        for name in ("a.csv", "b.csv"):
+            (tmp_path / name).write_text(f"id,prompt,completion\n1,{name},b\n")
+        with pytest.raises(DataError, match=r"1 ids stand more than once, first 1.*rename the column id"):
+            read_files([(name, tmp_path / name) for name in ("a.csv", "b.csv")], "completion")
+
+    def test_a_workbook_is_told_as_such_whatever_its_name(self, tmp_path: Path) -> None:
+        (tmp_path / "x.xlsx").write_bytes(b"PK\x03\x04rest")
+        with pytest.raises(DataError, match="an Excel workbook: unpack it, or save the sheet as CSV"):
+            read_files([("x.xlsx", tmp_path / "x.xlsx")], "completion")
 
     def test_a_long_cell_is_a_cell(self, tmp_path: Path) -> None:
         import csv

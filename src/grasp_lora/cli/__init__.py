@@ -1,5 +1,6 @@
 """The command line: parse, call, print. A user's mistake is one line and exit status 2."""
 
+import json
 import os
 import shlex
 import sys
@@ -23,8 +24,8 @@ from grasp_lora.cli.terminal import (
     say,
     shown,
 )
-from grasp_lora.display import escaped, one_line
-from grasp_lora.errors import FailedElsewhere, GraspError, Interrupted
+from grasp_lora.display import escaped, one_line, quoted
+from grasp_lora.errors import DataError, FailedElsewhere, GraspError, Interrupted
 from grasp_lora.training.ranks import is_first, leave, world_size
 
 if TYPE_CHECKING:
@@ -147,16 +148,68 @@ def predict(
         list[str] | None, typer.Argument(help="Prompts; without any, one a line from standard input.")
     ] = None,
     backbone: Annotated[str | None, typer.Option(help="Backbone; default: the one that the adapter names.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer, in tokens; default: as in the adapter's recipe, else 64.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text that ends an answer; may be repeated. Default: as in the adapter's recipe, else the end of a line."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            help="Put prompts into the chat template, as what the user says. Default: as in the adapter's recipe."
+        ),
+    ] = None,
+    jsonl: Annotated[
+        bool,
+        typer.Option(help="Prompts on standard input, and answers, are JSON texts, so that they may have line breaks."),
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a backbone on the hub.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the backbone.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Answer prompts with an adapter, one answer a line."""
+    """Answer prompts with an adapter, one answer a line. A prompt is whole, as the adapter was trained on it."""
     from grasp_lora.experiments.steps import predict_texts
 
     log_to_terminal(False)
-    texts = prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    for answer in predict_texts(adapter, texts, backbone, max_new_tokens, device):
+    answers = predict_texts(
+        adapter,
+        prompts or _prompts_on_standard_input(jsonl),
+        backbone,
+        device,
+        max_new_tokens=max_new_tokens,
+        stop=stop,
+        chat=chat,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    for answer in answers:
+        if jsonl:
+            answer = json.dumps(answer, ensure_ascii=False)
         sys.stdout.write((escaped(answer) if sys.stdout.isatty() else answer) + "\n")
+
+
+def _prompts_on_standard_input(jsonl: bool) -> list[str]:
+    lines = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not jsonl:
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            prompt = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"prompt {number} on standard input is no JSON ({error})") from None
+        if not isinstance(prompt, str):
+            raise DataError(
+                f'prompt {number} on standard input must be a JSON text, such as "one\\ntwo"; it is {quoted(line[:40])}'
+            )
+        prompts.append(prompt)
+    return prompts
 
 
 @app.command()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, mean_percent, sign
 from grasp_lora.evaluation.scripts import split_unspaced
+from grasp_lora.training.readers import INVISIBLE
 
 # What MLQA counts as an article, as a pattern on text without punctuation; None: no articles. The Arabic one
 # has no word boundary, so it also cuts "ال" out of the middle of a word: the official rule has that effect.
@@ -20,8 +21,6 @@ _ARTICLES: dict[str, str | None] = {
     "hi": None,
     "zh": None,
 }
-# Direction marks, soft hyphens and the like; joiners and the zero-width space tell words apart.
-_INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 _MLQA_CHINESE = re.compile("[\u4e00-\u9fa5]")
 
 
@@ -48,7 +47,7 @@ def answer_tokens(text: str, language: str) -> list[str]:
     if language == "zh":
         text = _MLQA_CHINESE.sub(r" \g<0> ", text)
     elif language not in _ARTICLES:
-        text = split_unspaced(_INVISIBLE.sub("", unicodedata.normalize("NFC", text)))
+        text = split_unspaced(INVISIBLE.sub("", unicodedata.normalize("NFC", text)))
     return text.split()
 
 

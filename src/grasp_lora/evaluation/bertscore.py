@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, sign
 from grasp_lora.training.languages import language_code
+from grasp_lora.training.offline import not_there
 
 _DECIMALS = 4  # of a percentage: what float32 leaves over batches of different shapes
 
@@ -200,13 +201,8 @@ def _find(place: str, base: Path, offline: bool) -> str:
     try:
         patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
         return str(snapshot_download(place, allow_patterns=patterns, local_files_only=offline))
-    except HFValidationError as error:
-        raise RecipeError(f"BERTScore model {place}: there is no such folder, and it is no hub id either") from error
-    except OSError as error:  # every network, authorisation and missing-repository error of the hub client is one
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RecipeError(
-            f"BERTScore model {place}: there is no such folder, and the hub gave: {reason}; check the name, or download it first"
-        ) from error
+    except (HFValidationError, OSError) as error:  # network, authorisation and missing repositories are OSErrors
+        raise RecipeError(f"BERTScore model {place}: {not_there(error)}") from error
 
 
 def _by_name(table: Mapping[str, int], place: str) -> int | None:

@@ -95,8 +95,14 @@ def generate(
     return answers
 
 
-def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
+def context_of(model: Any) -> int | None:
+    """Return how many tokens the model can read, where its config says so."""
     context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return context if isinstance(context, int) and context > 0 else None
+
+
+def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
+    context = context_of(model)
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"Prompt {index} has no tokens: give each prompt at least a BOS token")

@@ -168,7 +168,15 @@ def _adapter_writer(
 
     def write(draft: Path) -> list[str]:
         # Dropout 0: the result is for inference, and PEFT hot-swaps only adapters of equal dropout.
-        save_adapter(draft, rounded, backbone.model, backbone_name=name, fingerprint=backbone.fingerprint, dropout=0.0)
+        save_adapter(
+            draft,
+            rounded,
+            backbone.model,
+            backbone_name=name,
+            fingerprint=backbone.fingerprint,
+            dropout=0.0,
+            answers=adapter.info.get("answers"),
+        )
         written = read_adapter(draft).weights
         error = delta_error(adapter.weights, written)
         config = json.loads((draft / CONFIG_FILE).read_text(encoding="utf-8"))

@@ -55,10 +55,24 @@ def preflight(session: Session) -> list[Finding]:
     if cut := [stop for stop in recipe.generation.stop if _cuts_all_references(splits.test, stop)]:
         text = f"generation.stop {cut} ends answers that test references go on after; their scores cannot be full"
         findings.append(Finding("warning", "stop", f"{text}; set generation.stop to []"))
+    findings += _answers_too_long(splits.test, recipe.generation.max_new_tokens)
     if not splits.test:
         findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
     findings += _plan(recipe, sizes)
     return findings
+
+
+def _answers_too_long(test: Sequence[Example], most: int) -> list[Finding]:
+    """Warn of answers that end before they are whole. The end of text is a token, too, but not one that scores need."""
+    lengths = [len(example.completion_ids) - 1 for example in test]
+    longer = sum(length > most for length in lengths)
+    if not longer:
+        return []
+    text = (
+        f"{longer} of {len(test)} test answers have more than generation.max_new_tokens {most} tokens, so their scores cannot "
+        f"be full; the longest has {max(lengths)}"
+    )
+    return [Finding("warning", "answers", text)]
 
 
 def _cuts_all_references(test: Sequence[Example], stop: str) -> bool:

@@ -197,7 +197,7 @@ def _headline(record: RunRecord) -> str:
     if found is not None:
         metric, ours, theirs, worth = found
         sentences.append(f"Test {metric} {ours:.1f} against {theirs:.1f} for the target adapter alone.")
-        if abs(ours - theirs) <= 2 * worth:
+        if worth is not None and abs(ours - theirs) <= 2 * worth:
             sentences.append("That difference is no more than two test examples: treat it as noise.")
     elif record.metrics is None:
         sentences.append("The result has not been evaluated yet.")

@@ -11,6 +11,7 @@ METRIC_NAMES = {
     "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2", "bleu": "BLEU",
 }  # fmt: skip
+WHOLE_ANSWERS = ("f1", "exact_match")  # in which one example is usually worth all or nothing
 
 
 class Cell(NamedTuple):
@@ -60,8 +61,11 @@ def _signed(value: float, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
-def compare_with(record: RunRecord, other: str) -> tuple[str, float, float, float] | None:
-    """Name of the leading metric, its scores for GRASP and another system, and what one test example is worth."""
+def compare_with(record: RunRecord, other: str) -> tuple[str, float, float, float | None] | None:
+    """Name of the leading metric, its scores for GRASP and another system, and what one test example is worth.
+
+    None where examples count by shares: one more or less says little about how much of a difference is noise.
+    """
     metrics = record.metrics
     if metrics is None or not {"grasp", other} <= metrics.systems.keys():
         return None
@@ -69,7 +73,8 @@ def compare_with(record: RunRecord, other: str) -> tuple[str, float, float, floa
     for metric in [*METRIC_NAMES, *scores]:
         ours, theirs = scores.get(metric), others.get(metric)
         if ours is not None and theirs is not None and math.isfinite(ours) and math.isfinite(theirs):
-            return METRIC_NAMES.get(metric, metric), ours, theirs, 100 / metrics.test_examples
+            worth = 100 / metrics.test_examples if metric in WHOLE_ANSWERS else None
+            return METRIC_NAMES.get(metric, metric), ours, theirs, worth
     return None
 
 
@@ -124,7 +129,9 @@ def score_notes(record: RunRecord) -> list[str]:
         if found is None:
             continue
         metric, ours, theirs, worth = found
-        gap = f"{_signed(ours - theirs)} points ({abs(ours - theirs) / worth:.1f} test examples)"
+        gap = f"{_signed(ours - theirs)} points"
+        if worth is not None:
+            gap += f" ({abs(ours - theirs) / worth:.1f} test examples)"
         pairs = list(zip(record.predictions["grasp"], record.predictions[other], strict=False))
         better = sum(mine.loss < its.loss for mine, its in pairs)
         losses = f", lower loss on {better} of {len(pairs)} test examples." if pairs else "."

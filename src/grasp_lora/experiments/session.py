@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.evaluation.bertscore import check_bertscore
-from grasp_lora.evaluation.generation import generate
+from grasp_lora.evaluation.generation import context_of, generate
 from grasp_lora.evaluation.metrics import Metric, MetricScore, metrics_for, resolve_metrics, score
 from grasp_lora.experiments.recipe import PROBE_SPLITS, ControllerStage, Recipe
 from grasp_lora.method.estimation import RatioEstimate
@@ -191,6 +191,7 @@ class Session:
             self._check_adapters()
         if not self.splits.train:
             raise DataError("the target has no training examples; give data.target.train at least 1")
+        self._check_context()
         if parents and recipe.final.prune_ratio is None:
             self._check_rounds()
 
@@ -214,6 +215,27 @@ class Session:
             ):  # fmt: skip
                 for name in files:
                     resolve_file(name, data.root, self.base)
+
+    def _check_context(self) -> None:
+        """Check that the model can read every example, and that an answer fits after every test prompt."""
+        context = context_of(self.backbone.model)
+        if context is None:
+            return
+        new = self.recipe.generation.max_new_tokens
+        for name in SPLITS:
+            for example in getattr(self.splits, name):
+                prompt, answer = len(example.prompt_ids), len(example.completion_ids)
+                if prompt + answer > context:
+                    raise DataError(
+                        f"the {name} example {example.id} has {prompt + answer} tokens, but the model's context holds {context}; "
+                        f"lower data.max_tokens (now {self.recipe.data.max_tokens}) to {context} or less"
+                    )
+                if name == "test" and prompt + new > context:
+                    raise DataError(
+                        f"the test example {example.id} has a prompt of {prompt} tokens, and up to {new} are generated, but the "
+                        f"model's context holds {context}; lower generation.max_new_tokens, or data.max_tokens (now "
+                        f"{self.recipe.data.max_tokens}) to {max(context - new, 8)}"
+                    )
 
     def _check_adapters(self) -> None:
         """Check the modules to train, and that the merge rule can take the adapters: it would stop a run half way."""
@@ -461,6 +483,11 @@ class Session:
             backbone_name=str(self.backbone.model.name_or_path) if _is_hub_id(self.backbone) else self.backbone.name,
             fingerprint=self.backbone.fingerprint,
             dropout=self.recipe.lora.dropout,
+            answers={
+                "max_new_tokens": self.recipe.generation.max_new_tokens,
+                "stop": list(self.recipe.generation.stop),
+                "chat_template": self.recipe.data.chat_template,
+            },
         )
 
     def _with(self, weights: AdapterWeights | None) -> AbstractContextManager[Any]:

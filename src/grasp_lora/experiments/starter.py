@@ -316,7 +316,7 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
         target=target,
         records=records,
         sizes=splits,
-        spare=f"; {spare} more are there" if spare else "",
+        spare=spare,
         sources=sources,
         source_records=sum(len(corpus.pool.records) for corpus in sources),
         source_dev=source_dev,
@@ -349,6 +349,9 @@ def _several_turns(pool: Pool) -> bool:
 
 
 def _answer_tokens(pool: Pool) -> int:
-    """Room for nearly all answers: a token is about three bytes of text, and multiples of 16 look deliberate."""
+    """Room for nearly all answers: a token is about three bytes of text, and multiples of 16 look deliberate.
+
+    `grasp-lora check`, which has the tokenizer, says where it is too little.
+    """
     longest = sorted(len(record.answer.encode()) for record in pool.records)[int(len(pool.records) * 0.98) - 1]
-    return max(32, min(256, 16 * math.ceil(longest / 3 / 16)))
+    return max(32, min(512, 16 * math.ceil(longest / 3 / 16)))

@@ -12,6 +12,7 @@ from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.merging import merge as merge_weights
 from grasp_lora.training.adapters import LoadedAdapter, attached, check_fits, read_adapter, save_adapter
 from grasp_lora.training.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME, Backbone, BackboneSettings, load_backbone
+from grasp_lora.training.prompts import prompt_ids
 
 if TYPE_CHECKING:
     from grasp_lora.training.finetune import FineTuneResult
@@ -107,23 +108,44 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
 
 
 def predict_texts(
-    place: str, prompts: Sequence[str], backbone: str | None, max_new_tokens: int, device: str
+    place: str,
+    prompts: Sequence[str],
+    backbone: str | None,
+    device: str,
+    *,
+    max_new_tokens: int | None = None,
+    stop: Sequence[str] | None = None,
+    chat: bool | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Answer prompts with an adapter on its backbone, greedily.
 
+    Args:
+        place: PEFT adapter, a folder or a hub id.
+        prompts: whole prompts, as the adapter was trained on; with `chat` what the user says.
+        backbone, revision, trust_remote_code: as in a recipe's `backbone`; None takes the one that the adapter names.
+        device: auto, cpu or cuda.
+        max_new_tokens, stop, chat: None takes what the adapter was trained with, as it says itself, else 64 tokens, the end of
+            the line and plain prompts.
+
     Raises:
-        GraspError: there are no prompts, or the adapter does not fit the backbone.
+        GraspError: there are no prompts, the adapter does not fit the backbone, or the tokenizer has no chat template.
     """
     if not prompts:
         raise DataError("there are no prompts; give them as arguments or one a line on standard input")
     adapter = read_adapter(place)
-    loaded = backbone_of(adapter, backbone, device)
+    loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)
     check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
+    own = {"max_new_tokens": 64, "stop": ["\n"], "chat_template": False} | adapter.info.get("answers", {})
     try:
-        settings = GenerationSettings(max_new_tokens=max_new_tokens)
+        settings = GenerationSettings(
+            max_new_tokens=own["max_new_tokens"] if max_new_tokens is None else max_new_tokens,
+            stop=tuple(own["stop"] if stop is None else stop),
+        )
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    ids = [loaded.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    ids = prompt_ids(loaded.tokenizer, prompts, own["chat_template"] if chat is None else chat)
     with attached(loaded.model, adapter.weights) as model:
         return generate(model, loaded.tokenizer, ids, settings)
 
@@ -139,7 +161,14 @@ def _names(places: Sequence[str], adapters: Sequence[LoadedAdapter]) -> list[str
     return names if len(set(names)) == len(names) else list(places)
 
 
-def backbone_of(adapter: LoadedAdapter, named: str | None, device: str, dtype: str = "auto") -> Backbone:
+def backbone_of(
+    adapter: LoadedAdapter,
+    named: str | None,
+    device: str,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Backbone:
     """Load the backbone of an adapter: the one given by the user, or else the one that the adapter names.
 
     Raises:
@@ -149,7 +178,13 @@ def backbone_of(adapter: LoadedAdapter, named: str | None, device: str, dtype: s
     if not name:
         raise AdapterError(f"adapter {adapter.name} does not name its base model; give it with --backbone")
     try:
-        settings = BackboneSettings(EMBEDDED_NAME if name == EMBEDDED_HUB_ID else name, dtype=dtype, device=device)  # type: ignore[arg-type]
+        settings = BackboneSettings(
+            EMBEDDED_NAME if name == EMBEDDED_HUB_ID else name,
+            dtype=dtype,  # type: ignore[arg-type]
+            device=device,  # type: ignore[arg-type]
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
     except ValueError as error:
         raise RecipeError(str(error)) from error
     try:

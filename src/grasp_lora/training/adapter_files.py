@@ -20,7 +20,7 @@ from grasp_lora.training.adapter_config import (
     check_text,
     read_config,
 )
-from grasp_lora.training.offline import no_network
+from grasp_lora.training.offline import no_network, not_there
 from grasp_lora.training.tensor_files import TensorFacts, read_header, read_tensors
 from grasp_lora.training.untrusted import RefusedError, about, is_folder, is_there, read_json_object
 
@@ -40,7 +40,7 @@ class LoadedAdapter:
         name: public name: the hub id, or the folder's own name, never a path.
         base_model: name of the backbone that its config states, or None.
         sha256: hash of the weights file.
-        info: what grasp-lora wrote beside it (fingerprint of the backbone, origin of components), or empty.
+        info: what grasp-lora wrote beside it (fingerprint of the backbone, origin of components, how it answers), or empty.
         targets: endings of the modules that its config names, or empty where it chooses them in another way.
     """
 
@@ -102,13 +102,8 @@ def _download(hub_id: str, offline: bool) -> Path:
     try:
         with no_network(offline):
             return Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=offline))
-    except HFValidationError as error:
-        raise AdapterError(f"adapter {shown}: there is no such folder, and it is no hub id either") from error
-    except OSError as error:  # every network, authorisation and missing-repository error of the hub client is one
-        reason = escaped(next(iter(str(error).strip().splitlines()), type(error).__name__))
-        raise AdapterError(
-            f"adapter {shown}: there is no such folder, and the hub gave: {reason}; check the name, or download it first"
-        ) from error
+    except (HFValidationError, OSError) as error:  # network, authorisation and missing repositories are OSErrors
+        raise AdapterError(f"adapter {shown}: {not_there(error)}") from error
 
 
 def _read_info(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Segment, ...]]]:
@@ -119,6 +114,7 @@ def _read_info(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Segment, .
     with about(OUR_FILE):
         info = read_json_object(file, MOST_BYTES)
         check_text("backbone_fingerprint", info.get("backbone_fingerprint"))
+        _check_answers(info.get("answers", {}))
         origins = {}
         rows_of = info.get("segments", {})
         for module, rows in rows_of.items() if isinstance(rows_of, dict) else [("", None)]:
@@ -126,6 +122,16 @@ def _read_info(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Segment, .
                 raise RefusedError(f"the segments of {quoted(module)} are malformed; delete that file")
             origins[module] = tuple(Segment(label, rank) for label, rank in rows)
         return info, origins
+
+
+def _check_answers(answers: Any) -> None:
+    kinds = {"max_new_tokens": int, "stop": list, "chat_template": bool}
+    if (
+        not isinstance(answers, dict)
+        or any(type(value) is not kinds.get(key, type(value)) for key, value in answers.items())
+        or not all(isinstance(stop, str) for stop in answers.get("stop", []))
+    ):
+        raise RefusedError("the answers are malformed; delete that file")
 
 
 def _is_segment(row: Any) -> bool:

@@ -217,6 +217,7 @@ def save_adapter(
     backbone_name: str,
     fingerprint: str,
     dropout: float,
+    answers: Mapping[str, Any] | None = None,
 ) -> None:
     """Write weights as an ordinary PEFT adapter folder, with our own facts in a file beside it.
 
@@ -227,6 +228,7 @@ def save_adapter(
         backbone_name: public name of the backbone, never a path of a cache.
         fingerprint: of the backbone, checked when the adapter is read again.
         dropout: kept in the config, so that training may go on.
+        answers: how it is asked and answers, for `grasp-lora predict`: `stop`, `max_new_tokens`, `chat_template`.
     """
     from safetensors.torch import save_file
 
@@ -240,7 +242,7 @@ def save_adapter(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    info = {
+    info: dict[str, Any] = {
         "backbone": backbone_name,
         "backbone_fingerprint": fingerprint,
         "segments": {
@@ -249,6 +251,8 @@ def save_adapter(
             if pair.segments
         },
     }
+    if answers is not None:
+        info["answers"] = dict(answers)
     (folder / OUR_FILE).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grasp_lora.display import one_line, quoted
 from grasp_lora.errors import GraspError
-from grasp_lora.training.offline import no_network
+from grasp_lora.training.offline import first_line, hub_problem, no_network
 from grasp_lora.training.ranks import first, join
 from grasp_lora.training.untrusted import expanded, is_folder
 
@@ -331,28 +331,20 @@ def _check_causal(config: PretrainedConfig) -> None:
 def _explain(error: Exception, name: str, settings: BackboneSettings) -> str:
     """Say in one line why a model could not be loaded, and what to do."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import GatedRepoError
 
-    causes: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in causes:
-        causes.append(cause)
-        cause = cause.__cause__ or cause.__context__
     text = str(error)
-    first_line = one_line(next((line for line in text.splitlines() if line.strip()), type(error).__name__))
+    reason = first_line(error)
     if not isinstance(error, OSError | ValueError | ImportError):
-        first_line = f"its files are damaged or do not fit each other ({type(error).__name__}: {first_line})"
+        reason = f"its files are damaged or do not fit each other ({type(error).__name__}: {reason})"
     head = f"Cannot load backbone {name!r}"
     is_local = name == EMBEDDED_PUBLIC_NAME or is_folder(expanded(name))
-    if any(isinstance(found, GatedRepoError) for found in causes) or "gated repo" in text:
-        return f"{head}: it is gated; accept its terms on huggingface.co and run `hf auth login`"
     if "trust_remote_code" in text:
         return f"{head}: it needs Python code of its own; read that code, then set trust_remote_code to true"
     if "Unrecognized configuration class" in text:
         return f"{head}: it is not a causal language model; choose one that generates text"
     if not is_local and isinstance(error, OSError) and (settings.offline or constants.HF_HUB_OFFLINE):
         return f"{head}: it is not in the local Hugging Face cache and offline is set; download it first"
-    return f"{head}: {first_line}"
+    return f"{head}: {hub_problem(error) or reason}"
 
 
 def _embedded_folder() -> Path:

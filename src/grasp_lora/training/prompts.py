@@ -49,6 +49,7 @@ class Template:
 
 ANY_LANGUAGE = "any"
 FALLBACK_LANGUAGE = "en"
+DATE = "26 Jul 2024"  # in chat templates that print one: what Llama 3.2's takes where it knows no clock
 
 # Chinese puts no space between the label and the answer.
 TEMPLATES: dict[str, dict[str, Template]] = {
@@ -175,6 +176,58 @@ class Tally:
     shortest_tokens: int | None = None
 
 
+def render_chat(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Mapping[str, str]]]
+) -> list[str]:
+    """Return conversations in the tokenizer's chat template, up to where the assistant's answer begins.
+
+    Templates that print the current date (Llama 3.2's, for one) get a fixed one: else prompts would be others tomorrow.
+    """
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}" + template
+    rendered = tokenizer.apply_chat_template(
+        [list(turns) for turns in conversations],  # type: ignore[arg-type]  # mappings are dicts here
+        chat_template=template,
+        add_generation_prompt=True,
+        tokenize=False,
+    )
+    return cast(list[str], rendered)
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], chat: bool = False) -> list[list[int]]:
+    """Tokenise prompts that are whole already as the `Encoder` does those that it makes.
+
+    Args:
+        prompts: texts; one that begins with the BOS token itself gets no second one.
+        chat: put each into the chat template as what the user says.
+
+    Raises:
+        DataError: the tokenizer has no chat template, or it refuses a prompt.
+    """
+    if chat:
+        prompts = _chat_prompts(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts], "given")
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
+    encoded = []
+    for prompt in prompts:
+        special = not chat and not (bos and prompt.startswith(str(bos)))
+        ids: list[int] = tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]
+        encoded.append(ids[:-1] if ids and ids[-1] == eos and not chat else ids)
+    return encoded
+
+
+def _chat_prompts(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Mapping[str, str]]], what: str
+) -> list[str]:
+    import jinja2
+
+    try:
+        return render_chat(tokenizer, conversations)
+    # A template is a program: beside its own refusals it may divide by zero, or take a text for a list.
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise DataError(f"the tokenizer's chat template refuses the {what} data: {error}") from error
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Fills the templates of one language and tokenises, a whole batch in one call of the tokenizer.
@@ -274,16 +327,7 @@ class Encoder:
             conversations.append(turns)
         if not self.chat:
             return [turns[0]["content"] for turns in conversations]
-        import jinja2
-
-        try:
-            return cast(
-                list[str],
-                self.tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False),
-            )
-        # A template is a program: beside its own refusals it may divide by zero, or take a text for a list.
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise DataError(f"the tokenizer's chat template refuses the {self.language} data: {error}") from error
+        return _chat_prompts(self.tokenizer, conversations, self.language)
 
     def _cut(self, texts: Sequence[str], limit: int) -> list[str]:
         """Cut texts to `limit` tokens, at the border between two tokens."""

@@ -6,6 +6,7 @@ never changed: one with a control character is refused.
 
 import hashlib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ __all__ = [
     "read_content",
     "read_files",
     "read_rows",
+    "same_text",
     "text_key",
 ]
 
@@ -37,6 +39,8 @@ XLSUM_COLUMNS = {"id": "id", "title": "title", "document": "text", "summary": "s
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Windows-1252 quotation marks, as in XL-Sum's Chinese articles, and the line ends of old Macs.
 MAPPED = {"\x93": "“", "\x94": "”", "\r": "\n"}
+# Direction marks, soft hyphens and the like; joiners and the zero-width space tell words apart.
+INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 MOST_TEXT = 1_000_000  # characters
 MOST_ID = 500
@@ -75,12 +79,17 @@ class Pool:
 
 
 def text_key(text: str) -> str:
-    """Return the grouping key of a text; white space does not count.
+    """Return the grouping key of a text, by its `same_text`.
 
     >>> text_key("a  b\\n") == text_key("a b")
     True
     """
-    return "text:" + hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
+    return "text:" + hashlib.sha256(same_text(text).encode()).hexdigest()[:16]
+
+
+def same_text(text: str) -> str:
+    """Return what two writings of one text have in common: Unicode form NFC, one space for white space, no invisible marks."""
+    return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
 
 
 def read_files(
@@ -136,9 +145,11 @@ def _pool(records: list[Record], counts: Counter[str]) -> Pool:
     seen = Counter(record.id for record in records)
     twice = [identity for identity, count in seen.items() if count > 1]
     if twice:
+        numbers = all(identity.isdigit() for identity in twice)
         raise DataError(
             f"{len(twice)} ids stand more than once, first {listed(twice[:5])}; every record needs its own id, "
             "and no file may be listed twice"
+            + ("; where these number the rows of each file, rename the column id" if numbers else "")
         )
     return Pool(tuple(records), counts["mapped"], counts["removed"])
 
@@ -155,7 +166,7 @@ def _convert(
             raise DataError(f"{name} is XL-Sum data, which fits the task summarization, not {task}")
         columns = XLSUM_COLUMNS
     rows = [(where, _clean(row, counts, columns.get("id", "id"))) for where, row in rows]
-    has_ids = any(row.get(columns.get("id", "id")) is not None for _, row in rows)
+    has_ids = any(not _blank(row.get(columns.get("id", "id"))) for _, row in rows)
     return [
         _record(row, where, f"{name}:{number}", name, task, columns, has_ids)
         for number, (where, row) in enumerate(rows, start=1)
@@ -194,11 +205,12 @@ def _record(
             raise DataError(f"{where}: no column {quoted(column)} (columns.{field}); found: {listed(row)}")
     identity = position
     keys = set()
-    if has_ids:
-        identity = _plain(row.get(columns.get("id", "id")), "id", where)
+    own = row.get(columns.get("id", "id"))
+    if has_ids and (own is None or not _blank(own)):  # an empty cell is fine, a missing field is not
+        identity = _plain(own, "id", where)
         keys.add("id:" + identity)
     group = row.get(columns.get("group", "group"))
-    if group not in (None, ""):
+    if not _blank(group):
         keys.add("group:" + _plain(group, "group", where))
     title = row.get(columns.get("title", "title"))
     if task != "completion" and isinstance(title, str) and title.strip():
@@ -213,7 +225,7 @@ def _record(
         answers = _answers(row, where, fields.answer, columns)
         keys.add(text_key(inputs[fields.document or fields.inputs[0]]))
     references = row.get(columns.get("references", "references"))
-    if references is not None:
+    if not _blank(references):
         several = references if isinstance(references, list | tuple) else [references]
         gold = [_text(reference, "references", where) for reference in several]
     else:
@@ -221,6 +233,11 @@ def _record(
     if not gold:
         raise DataError(f"{where}: the list of references is empty")
     return Record(identity, inputs, answers[0], tuple(dict.fromkeys(gold)), frozenset(keys), tuple(messages[:-1]))
+
+
+def _blank(value: Any) -> bool:
+    """Whether an optional cell says nothing."""
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _cell(row: dict[str, Any], field: str, where: str, columns: Mapping[str, str], other: str | None = None) -> Any:

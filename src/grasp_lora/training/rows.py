@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ MOST_ROWS = 5_000_000
 MOST_LINE = 10_000_000  # characters
 MOST_COLUMNS = 10_000
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+_STATED_DELIMITER = re.compile(r"sep=(.)\r?\n")
 _BATCH = 256  # rows of parquet at a time: a small file can stand for gigabytes of repeated text
 _NO_TEXT = {  # how files begin that are often given the wrong name
     b"\x1f\x8b": "compressed with gzip: unpack it",
@@ -46,6 +48,9 @@ def read_content(name: str, path: Path, format: str) -> list[Row] | dict[str, An
         raise DataError(f"the data file {quoted(name)} has a control character in its name; rename it")
     data = _read(name, path)
     suffix = path.suffix.lower()
+    for start, what in _NO_TEXT.items():
+        if data.startswith(start) and suffix != ".parquet":
+            raise DataError(f"{name} is {what}")
     if format == "squad":
         suffix = ".json"
     elif format == "xlsum":
@@ -59,7 +64,7 @@ def read_content(name: str, path: Path, format: str) -> list[Row] | dict[str, An
         )
     text = _decode(data, name)
     if suffix in (".csv", ".tsv"):
-        return _csv_rows(text, name, "," if suffix == ".csv" else "\t")
+        return _csv_rows(text, name, suffix)
     if suffix != ".json":
         return _json_lines(text, name)
     try:
@@ -101,9 +106,6 @@ def _read(name: str, path: Path) -> bytes:
 
 
 def _decode(data: bytes, name: str) -> str:
-    for start, what in _NO_TEXT.items():
-        if data.startswith(start):
-            raise DataError(f"{name} is {what}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -133,14 +135,22 @@ def _json_lines(text: str, name: str) -> list[Row]:
     return rows
 
 
-def _csv_rows(text: str, name: str, delimiter: str) -> list[Row]:
+def _csv_rows(text: str, name: str, suffix: str) -> list[Row]:
+    """Read CSV, also as Excel writes it where the comma is the decimal mark; rows of blank cells alone are none."""
+    stated = _STATED_DELIMITER.match(text)  # a first line for Excel, which other readers take for the header
+    text = text[stated.end() :] if stated else text
+    header = text.split("\n", 1)[0]
+    found = next((mark for mark in (",", ";", "\t") if mark in header), ",")
+    delimiter = stated.group(1) if stated else "\t" if suffix == ".tsv" else found
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows: list[Row] = []
     try:
         with _long_cells():
             _check_header([column for column in reader.fieldnames or () if column], name)
             for row in reader:
-                where = f"{name}, line {reader.line_num}"
+                where = f"{name}, line {reader.line_num + bool(stated)}"
+                if not any(cell.strip() for cell in row.values() if isinstance(cell, str)) and None not in row:
+                    continue
                 if None in row or None in row.values():
                     raise DataError(
                         f"{where}: the number of cells differs from the {len(reader.fieldnames or ())} columns"
@@ -148,7 +158,8 @@ def _csv_rows(text: str, name: str, delimiter: str) -> list[Row]:
                 rows.append((where, dict(row)))
                 _check_count(len(rows), name)
     except csv.Error as error:
-        raise DataError(f"{name}, line {reader.reader.line_num}: not valid CSV ({error})") from None
+        line = reader.reader.line_num + bool(stated)
+        raise DataError(f"{name}, line {line}: not valid CSV ({error})") from None
     return rows
 
 

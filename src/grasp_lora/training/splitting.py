@@ -8,7 +8,7 @@ from typing import Any
 
 from grasp_lora.errors import DataError
 from grasp_lora.training.prompts import Encoder, Example, Tally
-from grasp_lora.training.readers import Pool, Record
+from grasp_lora.training.readers import Pool, Record, same_text
 
 SPLITS = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
 HELD_OUT = ("test", "dev", "micro_dev")  # of the target: no source example may touch their groups
@@ -204,10 +204,11 @@ def check_disjoint(splits: Splits) -> None:
     """
     contents: dict[str, tuple[set[str], set[str], set[str]]] = {}
     problems: list[str] = []
+    ids_alone = False
     for name in SPLITS:
         examples: tuple[Example, ...] = getattr(splits, name)
         ids = {example.id for example in examples}
-        prompts = {" ".join(example.prompt.split()) for example in examples}
+        prompts = {same_text(example.prompt) for example in examples}
         contents[name] = ids, prompts, {example.group for example in examples}
         if len(ids) < len(examples):
             problems.append(f"{name} holds {len(examples) - len(ids)} ids twice")
@@ -216,9 +217,11 @@ def check_disjoint(splits: Splits) -> None:
     for first, second in pairs:
         shared = [len(a & b) for a, b in zip(contents[first], contents[second], strict=True)]
         if any(shared):
+            ids_alone |= shared[0] > 0 and not shared[1]
             problems.append(f"{first} and {second} share {shared[0]} ids, {shared[1]} prompts and {shared[2]} groups")
     if problems:
+        numbers = "; where ids only number the rows of each file, rename that column" if ids_alone else ""
         raise DataError(
             f"splits overlap: {'; '.join(problems)}. A group joins records with the same id, context, document or "
-            "article; remove the shared ones from a file, or give one pool (files) and let it be split"
+            f"article; remove the shared ones from a file, or give one pool (files) and let it be split{numbers}"
         )
