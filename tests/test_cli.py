@@ -184,7 +184,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty data": (empty_data, r"target\.jsonl is empty"),
     "long examples": (
         changes(data__max_tokens=2000, data__prompt="{prompt}" + 510 * "x"),
-        r"the source_train example \S+ has \d+ tokens, but the model's context holds 512; lower data\.max_tokens \(now 2000\) to 512",
+        r"the source_train example \S+ has \d+ tokens, but the model's context holds 512; lower data\.max_tokens \(now 2000\)",
     ),
     "long answers": (
         changes(generation__max_new_tokens=500),

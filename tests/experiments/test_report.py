@@ -19,6 +19,7 @@ from grasp_lora.experiments.report import write_model_card, write_report
 from grasp_lora.experiments.report_tables import duration, percent
 from grasp_lora.experiments.run_folder import read_run
 from grasp_lora.method.policy import ESTIMATE_RULES, Round, make_policy, preset
+from grasp_lora.training.prompts import TEMPLATES
 
 LAYERS = 18
 ANSWERS = [
@@ -584,6 +585,10 @@ def test_model_card_says_what_the_adapter_is_and_holds_no_path(run_folder: Path)
     assert len(code) == 5
     compile("\n".join(code), "card", "exec")
     assert "| GRASP | **0.857** | **0.822** | **43.2** |" in body
+    prompt = TEMPLATES["qa"]["ar"].prompt
+    assert (
+        "It was trained on prompts of this form:\n\n" + "".join(f"    {line}\n" for line in prompt.split("\n")) in body
+    )
 
 
 def test_card_and_reports_name_the_start_of_a_single_run(run_folder: Path) -> None:

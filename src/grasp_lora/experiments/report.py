@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from grasp_lora.display import escaped, one_line
-from grasp_lora.errors import RecipeError
+from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.experiments.figures import figures_of, plotly_js, script_json
 from grasp_lora.experiments.recipe import PROBE_SPLITS
 from grasp_lora.experiments.report_tables import (
@@ -38,6 +38,7 @@ from grasp_lora.experiments.run_folder import SYSTEMS, RunRecord, inner, read_ru
 from grasp_lora.method.estimation import WIDE_INTERVAL
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.training.durable import write_whole
+from grasp_lora.training.prompts import FALLBACK_LANGUAGE, TEMPLATES, built_in_template
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +114,26 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "base_model_name": backbone,
         "parents": parents,
         "files": _data_names(record),
+        "prompt": _prompt(record),
+        "chat": inner(record.recipe, "data").get("chat_template") is True,
     }
     path = adapter_folder / "README.md"
     write_whole(path, render("model_card.md.j2", context))
     return path
+
+
+def _prompt(record: RunRecord) -> list[str]:
+    """The lines of the template of the prompts that the adapter was trained on; none where the recipe does not say."""
+    data = inner(record.recipe, "data")
+    task, prompt = data.get("task"), data.get("prompt")
+    if not isinstance(prompt, str):
+        try:
+            prompt = (
+                built_in_template(str(task), _language(record, "target")) or TEMPLATES[str(task)][FALLBACK_LANGUAGE]
+            ).prompt
+        except (KeyError, DataError):
+            return []
+    return [escaped(line) for line in prompt.split("\n")]
 
 
 def _view(record: RunRecord) -> dict[str, Any]:

@@ -78,6 +78,11 @@ def task_fields(task: str) -> Task:
     return TASKS[task]
 
 
+def built_in_template(task: str, language: str) -> Template | None:
+    """Return the template that comes with the package for a language, None where it has none of its own."""
+    return TEMPLATES[task].get(language_code(language)) or TEMPLATES[task].get(ANY_LANGUAGE)
+
+
 def resolve_template(
     task: str, language: str, prompt: str | None = None, completion: str | None = None, chat: bool = False
 ) -> Template:
@@ -94,11 +99,9 @@ def resolve_template(
         DataError: no such task, or a template names an unknown field or has stray braces.
     """
     fields = task_fields(task)
-    table = TEMPLATES[task]
-    code = language_code(language)
-    built_in = table.get(code) or table.get(ANY_LANGUAGE)
+    built_in = built_in_template(task, language)
     if built_in is None:
-        built_in = table[FALLBACK_LANGUAGE]
+        built_in = TEMPLATES[task][FALLBACK_LANGUAGE]
         if prompt is None or completion is None:
             logger.warning(
                 "no built-in %s templates for language %r: using the English ones; "
