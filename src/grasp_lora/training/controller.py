@@ -347,14 +347,22 @@ class GraspController(PrunedTraining):
         self.masks.commit(self.policy.training_ratio(state.global_step), self._shared)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Run a round when it is due; stop when patience has run out.
-
-        What is evaluated, saved or left behind after a step is pruned at the policy's ratio, not at the step's own.
-        """
+        """Run a round when it is due; stop when patience has run out."""
         if not self._settled and self._round_follows(state):
             self._round(state, control, kwargs["model"], kwargs.get("optimizer"))
         if self._settled:
             control.should_training_stop = True
+        if control.should_evaluate or control.should_save:
+            self._leave_at_the_policys_ratio()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the adapter as it should be evaluated and saved, and as it stays where training ends here."""
+        self._leave_at_the_policys_ratio()
+
+    def _leave_at_the_policys_ratio(self) -> None:
+        """Where all ratios train together, the adapter is pruned at the step's own."""
         if self._shared is not None:
             self.masks.commit(self.policy.current_ratio, self._shared)
 
