@@ -136,19 +136,21 @@ def test_with_enough_examples_the_sizes_are_the_papers(start: Callable[..., Path
 def test_sizes_fit_however_many_examples_there_are(count: int, start: Callable[..., Path]) -> None:
     recipe, _ = load_recipe(start(write(Path("t.jsonl"), completion(count))))
     target = recipe.data.target
-    sizes = [target.train, target.dev, target.micro_dev, target.test]
-    assert sum(size or 0 for size in sizes) <= count
+    held_out = sum(size or 0 for size in (target.dev, target.micro_dev, target.test))
+    train = count - held_out if target.train is None else target.train  # all the rest where nothing is to spare
+    assert train + held_out <= count
     assert target.test >= min(100, count / 5)
     assert 8 <= target.micro_dev <= 16
     assert target.dev == 0 or target.dev >= 8
-    assert target.train >= 10
+    assert 10 <= train <= 60
 
 
 @pytest.mark.parametrize("count", [FEWEST, 216])
 def test_the_controller_follows_the_final_run(count: int, start: Callable[..., Path]) -> None:
     file = start(write(Path("t.jsonl"), completion(count)))
     recipe, _ = load_recipe(file)
-    stage, train = recipe.controller, recipe.data.target.train
+    target = recipe.data.target
+    stage, train = recipe.controller, target.train or count - target.dev - target.micro_dev - target.test
     steps = stage.round_steps(train)
     text = file.read_text(encoding="utf-8")
     if recipe.data.target.dev:
@@ -289,7 +291,7 @@ def test_a_source_of_one_article_has_no_dev_split(start: Callable[..., Path]) ->
 
 
 def test_cells_that_no_comma_separates_are_named(start: Callable[..., Path]) -> None:
-    file = Path("t.csv")
+    file = Path("t.tsv")
     file.write_text("prompt;completion\n" + "a;b\n" * 60, encoding="utf-8")
     with pytest.raises(
         DataError, match="one column, 'prompt;completion': its cells seem to be separated by something else"
@@ -396,7 +398,7 @@ def test_mistakes_are_named_and_nothing_is_written(
 
 @pytest.mark.parametrize("language", ["", "german language", "d", "de: x"])
 def test_a_language_must_be_a_code(language: str, start: Callable[..., Path]) -> None:
-    with pytest.raises(RecipeError, match="give a code such as en"):
+    with pytest.raises(DataError, match="is no language code; give one of two or three letters"):
         start(write(Path("t.jsonl"), completion(60)), language=language)
 
 

@@ -46,7 +46,7 @@ def test_predictions_are_those_of_the_evaluation(finished_run: Path) -> None:
     evaluate_folders(as_predict_loads_it, ["run/adapter"], Path("measured"))
     rows = [json.loads(line) for line in Path("measured/adapter.jsonl").read_text(encoding="utf-8").splitlines()]
     prompts = {example.id: example.prompt for example in session().splits.test}
-    answers = predict_texts("run/adapter", [prompts[row["id"]] for row in rows], None, 4, "cpu")
+    answers = predict_texts("run/adapter", [prompts[row["id"]] for row in rows], None, "cpu", max_new_tokens=4)
     assert answers == [row["prediction"] for row in rows]
 
 
@@ -91,7 +91,7 @@ def test_a_ratio_must_be_a_fraction(ratio: float, tiny_workspace: Path) -> None:
 
 def test_no_prompts(tiny_workspace: Path) -> None:
     with pytest.raises(DataError, match="there are no prompts"):
-        predict_texts("adapter", [], None, 4, "cpu")
+        predict_texts("adapter", [], None, "cpu", max_new_tokens=4)
 
 
 class TestBackbone:
@@ -105,10 +105,10 @@ class TestBackbone:
     def test_an_adapter_that_names_none_needs_one(self, adapter: Path) -> None:
         self.rename(adapter, None)
         with pytest.raises(AdapterError, match="does not name its base model; give it with --backbone"):
-            predict_texts("run/adapter", ["a"], None, 2, "cpu")
-        assert len(predict_texts("run/adapter", ["a"], "tiny-llama", 2, "cpu")) == 1
+            predict_texts("run/adapter", ["a"], None, "cpu", max_new_tokens=2)
+        assert len(predict_texts("run/adapter", ["a"], "tiny-llama", "cpu", max_new_tokens=2)) == 1
 
     def test_an_adapter_that_names_one_that_is_gone(self, adapter: Path) -> None:
         self.rename(adapter, "./gone")
         with pytest.raises(GraspError, match=r"'\./gone' does not exist.* Adapter adapter names this .*--backbone"):
-            predict_texts("run/adapter", ["a"], None, 2, "cpu")
+            predict_texts("run/adapter", ["a"], None, "cpu", max_new_tokens=2)

@@ -338,13 +338,15 @@ def _explain(error: Exception, name: str, settings: BackboneSettings) -> str:
         reason = f"its files are damaged or do not fit each other ({type(error).__name__}: {reason})"
     head = f"Cannot load backbone {name!r}"
     is_local = name == EMBEDDED_PUBLIC_NAME or is_folder(expanded(name))
+    if problem := hub_problem(error):
+        return f"{head}: {problem}"
     if "trust_remote_code" in text:
         return f"{head}: it needs Python code of its own; read that code, then set trust_remote_code to true"
     if "Unrecognized configuration class" in text:
         return f"{head}: it is not a causal language model; choose one that generates text"
     if not is_local and isinstance(error, OSError) and (settings.offline or constants.HF_HUB_OFFLINE):
         return f"{head}: it is not in the local Hugging Face cache and offline is set; download it first"
-    return f"{head}: {hub_problem(error) or reason}"
+    return f"{head}: {reason}"
 
 
 def _embedded_folder() -> Path:
