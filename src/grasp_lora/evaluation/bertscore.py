@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
-from grasp_lora.errors import RecipeError
+from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, sign
 from grasp_lora.training.languages import language_code
 from grasp_lora.training.offline import not_there
@@ -45,8 +45,12 @@ class BertScoreSettings:
 
     def __post_init__(self) -> None:
         for language, place in self.models.items():
-            if language_code(language) != language:
-                raise ValueError(f"models has the key {language!r}; use the code {language_code(language)}")
+            try:
+                code = language_code(language)
+            except DataError as error:
+                raise ValueError(f"models has the key {language!r}: {error}") from None
+            if code != language:
+                raise ValueError(f"models has the key {language!r}; use the code {code}")
             if not place.strip():
                 raise ValueError(f"models has no model for {language}; give a folder or a hub id, or remove the key")
         if self.num_layers is not None and self.num_layers < 1:
