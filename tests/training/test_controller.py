@@ -1195,6 +1195,32 @@ def test_a_second_training_begins_dense_with_a_policy_of_its_own(make_tiny_model
     assert all((weight != 0).all() for weight in after)
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "shared"])
+def test_a_controller_that_has_trained_already_takes_up_a_checkpoint_as_it_is(make_tiny_model, tmp_path, kind):
+    class AtTheBeginning(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            masks = controller.masks
+            self.pruned = all((masks.weights[key][~keep] == 0).all() for key, keep in masks.keep.items())
+
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    controller, first = controller_for(weights, kind=kind, ratio_init=0.5), AtTheBeginning()
+    with attached(backbone, weights) as model:
+        trainer = Trainer(
+            model=model,
+            args=arguments(tmp_path, remove_unused_columns=False, save_strategy="steps", save_steps=5),
+            train_dataset=TRAIN,
+            data_collator=lambda examples: collate(examples, PAD),
+        )
+        controller.add_to(trainer)
+        trainer.train()
+        trainer.add_callback(first)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+
+    assert first.pruned
+    assert controller.policy.history
+
+
 def _live_and_stash(controller):
     masks = controller.masks
     return [(key, (masks.weights[key].detach(), masks.stash[key])) for key in masks.weights]

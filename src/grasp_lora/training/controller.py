@@ -129,10 +129,13 @@ class PrunedTraining(SavedInCheckpoints):
         """
         _check_weights_are_whole()
         pairs = live_pairs(kwargs["model"], self.segments)
-        if self._masks is not None and self._masks.holds(pairs):
+        saved = self.saved_state(args, state)
+        if (
+            self._masks is not None and self._masks.holds(pairs) and not saved
+        ):  # a checkpoint's weights have its own masks
             self._masks.commit(0.0)
         self._masks = MaskSet(pairs, self.mask)
-        if saved := self.saved_state(args, state):
+        if saved:
             self.restore(*saved)
             return
         calibrate(kwargs["model"], self.masks, self.calibration)
