@@ -130,9 +130,8 @@ class PrunedTraining(SavedInCheckpoints):
         _check_weights_are_whole()
         pairs = live_pairs(kwargs["model"], self.segments)
         saved = self.saved_state(args, state)
-        if (
-            self._masks is not None and self._masks.holds(pairs) and not saved
-        ):  # a checkpoint's weights have its own masks
+        # Not on the weights of a checkpoint, which have their own masks.
+        if not saved and self._masks is not None and self._masks.holds(pairs):
             self._masks.commit(0.0)
         self._masks = MaskSet(pairs, self.mask)
         if saved:
