@@ -247,6 +247,28 @@ class TestCleaning:
         assert len(read(tmp_path / "x.csv", "prompt,completion\r\na,b\nc,d\re,f\r\n", "completion").records) == 3
 
     @pytest.mark.parametrize(
+        "text",
+        [
+            'prompt, completion\nx, "y, z"\n',
+            'prompt , completion\nx, "y, z"\n',
+            '\u200eprompt,completion\ufeff \nx,"y, z"\n',
+            'prompt; completion\r\nx; "y, z"\r\n',
+        ],
+        ids=["spaces behind commas", "spaces on both sides", "invisible marks", "semicolons"],
+    )
+    def test_csv_as_people_write_it(self, tmp_path: Path, text: str) -> None:
+        (record,) = read(tmp_path / "x.csv", text, "completion").records
+        assert (record.fields["prompt"], record.answer) == ("x", "y, z")
+
+    def test_spaces_in_cells_stay_where_the_header_has_none(self, tmp_path: Path) -> None:
+        (record,) = read(tmp_path / "x.csv", "prompt,completion\nx, y\n", "completion").records
+        assert record.answer == " y"
+
+    def test_columns_that_differ_by_an_invisible_mark_alone_are_one_twice(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"x\.csv, line 1: the column 'prompt' stands twice; rename one"):
+            read(tmp_path / "x.csv", "prompt,\u200fprompt,completion\na,b,c\n", "completion")
+
+    @pytest.mark.parametrize(
         ("text", "line"),
         [
             ("prompt;completion\r\nHabari, dunia;x, y\r\n", 2),

@@ -16,7 +16,7 @@ from typing import Any
 from grasp_lora.display import CONTROLS, listed, quoted
 from grasp_lora.errors import DataError
 from grasp_lora.training.prompts import task_fields
-from grasp_lora.training.rows import Row, as_row, read_content
+from grasp_lora.training.rows import INVISIBLE, Row, as_row, read_content
 
 __all__ = [
     "FORMATS",
@@ -39,8 +39,6 @@ XLSUM_COLUMNS = {"id": "id", "title": "title", "document": "text", "summary": "s
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Windows-1252 quotation marks, as in XL-Sum's Chinese articles, and the line ends of old Macs.
 MAPPED = {"\x93": "“", "\x94": "”", "\r": "\n"}
-# Direction marks, soft hyphens and the like; joiners and the zero-width space tell words apart.
-INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 SURROGATE = re.compile("[\ud800-\udfff]")
 MOST_TEXT = 1_000_000  # characters
 MOST_ID = 500

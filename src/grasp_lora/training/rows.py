@@ -17,6 +17,8 @@ MOST_ROWS = 5_000_000
 MOST_LINE = 10_000_000  # characters
 MOST_COLUMNS = 10_000
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+# Direction marks, soft hyphens and the like; joiners and the zero-width space tell words apart.
+INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
 _STATED_DELIMITER = re.compile(r"sep=(.)\r?\n")
 _BATCH = 256  # rows of parquet at a time: a small file can stand for gigabytes of repeated text
 _NO_TEXT = {  # how files begin that are often given the wrong name
@@ -136,16 +138,22 @@ def _json_lines(text: str, name: str) -> list[Row]:
 
 
 def _csv_rows(text: str, name: str, suffix: str) -> list[Row]:
-    """Read CSV, also as Excel writes it where the comma is the decimal mark; rows of blank cells alone are none."""
+    """Read CSV, also as Excel writes it where the comma is the decimal mark, or with spaces behind the commas.
+
+    Rows of blank cells alone are none; around and in the names of columns, white space and invisible marks do not count.
+    """
     stated = _STATED_DELIMITER.match(text)  # a first line for Excel, which other readers take for the header
     text = text[stated.end() :] if stated else text
     header = text.split("\n", 1)[0]
     found = next((mark for mark in (",", ";", "\t") if mark in header), ",")
     delimiter = stated.group(1) if stated else "\t" if suffix == ".tsv" else found
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    spaced = f"{delimiter} " in header
+    lines = io.StringIO(text, newline="")
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=spaced, strict=True)
     rows: list[Row] = []
     try:
         with _long_cells():
+            reader.fieldnames = [INVISIBLE.sub("", column).strip() for column in reader.fieldnames or ()]
             _check_header([column for column in reader.fieldnames or () if column], name)
             for row in reader:
                 where = f"{name}, line {reader.line_num + bool(stated)}"
