@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from grasp_lora.errors import RecipeError
+from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.experiments.report import write_model_card, write_report
 from grasp_lora.experiments.report_tables import duration, percent
 from grasp_lora.experiments.run_folder import read_run
@@ -314,12 +315,69 @@ def test_headline_says_what_to_do_and_what_it_gives(run_folder: Path) -> None:
     assert "one example is worth 1.00 points" in text
 
 
-def test_headline_calls_a_small_difference_noise(run_folder: Path) -> None:
-    def shrink(metrics: Any) -> None:
-        metrics["systems"]["grasp"]["metrics"]["f1"] = 36.5
+def score_by_example(run_folder: Path, gains: dict[str, list[float]]) -> None:
+    """Give every test example an F1: 40 to GRASP, to each other system 40 less its gain, the gains in turn."""
+    for system in ("source", "target", "merged", "grasp"):
+        file = run_folder / "evaluation" / f"{system}.jsonl"
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        less = gains.get(system, [0.0])
+        write_lines(file, [row | {"scores": {"f1": 40 - less[i % len(less)]}} for i, row in enumerate(rows)])
+        mean = 40 - sum(less) / len(less)
+        change(
+            run_folder / "metrics.json",
+            lambda metrics, system=system, mean=mean: metrics["systems"][system]["metrics"].update(f1=mean),
+        )
 
-    change(run_folder / "metrics.json", shrink)
-    assert "treat it as noise" in write_report(run_folder).read_text(encoding="utf-8")
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [([30, -26], "no difference shown"), ([3, 1], "better"), ([-3, -1], "worse"), ([0], "no difference shown")],
+)
+def test_what_a_difference_shows_is_said_where_the_scores_are_there_by_example(
+    run_folder: Path, gains: list[float], verdict: str
+) -> None:
+    score_by_example(run_folder, {"target": gains})
+    text = write_report(run_folder).read_text(encoding="utf-8").replace("\u00a0", " ").replace("\u2212", "-")
+    theirs = 40 - sum(gains) / len(gains)
+    assert f"Test F1 40.0 against {theirs:.1f} for the target adapter alone: {verdict}.</h1>" in text
+    [low, high] = re.search(r"GRASP against target only: F1 \S+ points \((\S+) to (\S+)\): " + verdict, text).groups()
+    ours = {
+        "target": [40.0 - gains[i % len(gains)] for i in range(100)],
+        "merged": [40.0] * 100,
+        "source": [40.0] * 100,
+    }
+    expected = compare_with_baselines([40.0] * 100, ours)["target"]
+    assert [float(low), float(high)] == pytest.approx([expected.low, expected.high], abs=0.051)
+    assert "95 % for all 3 rows together" in text
+
+
+def test_losses_are_compared_where_scores_are_not_there_by_example(run_folder: Path) -> None:
+    rows = [{"id": f"test-{i}", "prediction": "a", "loss": 1.0 + 0.01 * (i % 7)} for i in range(100)]
+    for system in ("source", "target", "merged", "grasp"):
+        more = 0.5 * (system == "target")
+        write_lines(run_folder / "evaluation" / f"{system}.jsonl", [row | {"loss": row["loss"] + more} for row in rows])
+    text = write_report(run_folder).read_text(encoding="utf-8").replace("\u2212", "-")
+    assert "GRASP against target only: F1 +8.2 points; test loss -0.500 (-0.500 to -0.500): better." in text
+    assert (
+        "GRASP against merged, not pruned: F1 +1.1 points; test loss +0.000 (+0.000 to +0.000): no difference" in text
+    )
+    assert "for the target adapter alone.</h1>" in text
+
+
+@pytest.mark.parametrize("broken", ["other ids", "fewer", "not finite"])
+def test_systems_that_answered_other_examples_are_not_compared_by_example(run_folder: Path, broken: str) -> None:
+    file = run_folder / "evaluation" / "target.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if broken == "other ids":
+        rows[3]["id"] = "another"
+    elif broken == "fewer":
+        rows.pop()
+    else:
+        rows[3]["loss"] = math.inf
+    write_lines(file, rows)
+    text = write_report(run_folder).read_text(encoding="utf-8").replace("\u00a0", " ")
+    assert "GRASP against target only: F1 +8.2 points.<" in text
+    assert "95 % for all 2 rows together" in text
 
 
 def test_texts_of_models_and_files_are_escaped(run_folder: Path) -> None:

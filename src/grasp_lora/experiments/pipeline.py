@@ -246,13 +246,7 @@ class Run:
         return float(self._read("controller/ratio.json")["prune_ratio"])
 
     def _write_predictions(self, system: str, evaluation: Evaluation) -> None:
-        rows = [
-            {"id": example.id, "prediction": prediction, "references": list(example.references), "loss": loss}
-            for example, prediction, loss in zip(
-                self.session.splits.test, evaluation.predictions, evaluation.test_losses, strict=True
-            )
-        ]
-        write_jsonl(self.folder / "evaluation" / f"{system}.jsonl", rows)
+        write_jsonl(self.folder / "evaluation" / f"{system}.jsonl", evaluation.rows(self.session.splits.test))
 
     def _write_metrics(self, evaluations: dict[str, Evaluation]) -> None:
         ratio: dict[str, Any] = {"prune_ratio": self._prune_ratio(), "prune_ratio_interval": None}

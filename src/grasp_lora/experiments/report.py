@@ -22,7 +22,8 @@ from grasp_lora.experiments.figures import figures_of, plotly_js, script_json
 from grasp_lora.experiments.recipe import PROBE_SPLITS
 from grasp_lora.experiments.report_tables import (
     METRIC_NAMES,
-    compare_with,
+    Against,
+    compare_systems,
     cost_table,
     curve_table,
     losses_table,
@@ -140,12 +141,13 @@ def _view(record: RunRecord) -> dict[str, Any]:
     """Everything that both reports and the model card print, as texts and tables."""
     learned, given = record.learned, record.given_ratio is not None
     signatures = record.metrics.signatures if record.metrics else {}
+    against = compare_systems(record)
     return {
         "version": version("grasp-lora"),
         "paper": PAPER,
         "run": record.run,
         "name": record.run.name,
-        "headline": _headline(record),
+        "headline": _headline(record, against.get("target")),
         "facts": _facts(record),
         "missing": record.missing,
         "ratio": None if record.prune_ratio is None else percent(record.prune_ratio, 1),
@@ -162,7 +164,7 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "sizes": _sizes(record),
         "scores": scores_table(record),
         "signatures": {METRIC_NAMES.get(key, key): text for key, text in signatures.items()},
-        "notes": score_notes(record),
+        "notes": score_notes(record, against),
         "rule": learned.rule if learned and not given else None,
         "curve": curve_table(record),
         "rounds": rounds_table(record),
@@ -200,7 +202,7 @@ def _probed_on(record: RunRecord) -> str:
     return f"on the {found}, of candidates on {few.pop()} of its examples in turn" if few else f"on the {found}"
 
 
-def _headline(record: RunRecord) -> str:
+def _headline(record: RunRecord, against: Against | None) -> str:
     learned = record.learned
     if record.given_ratio is not None:
         sentences = [f"Prune {percent(record.given_ratio)} of the merged adapter (given, not learned)."]
@@ -210,12 +212,11 @@ def _headline(record: RunRecord) -> str:
         sentences = [f"Prune {percent(learned.prune_ratio)} of the merged adapter ({interval})."]
     else:
         sentences = ["No prune ratio has been learned yet."]
-    found = compare_with(record, "target")
-    if found is not None:
-        metric, ours, theirs, worth = found
-        sentences.append(f"Test {metric} {ours:.1f} against {theirs:.1f} for the target adapter alone.")
-        if worth is not None and abs(ours - theirs) <= 2 * worth:
-            sentences.append("That difference is no more than two test examples: treat it as noise.")
+    if against is not None:
+        sentences.append(
+            f"Test {against.metric} {against.ours:.1f} against {against.theirs:.1f} for the target adapter alone"
+            + (f": {against.score.verdict}." if against.score else ".")
+        )
     elif record.metrics is None:
         sentences.append("The result has not been evaluated yet.")
     return " ".join(sentences)

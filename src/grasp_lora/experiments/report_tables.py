@@ -1,17 +1,21 @@
 """The tables of a run's report, and what has to be said beside them."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from grasp_lora.experiments.run_folder import SYSTEMS, TRAINED, RunRecord, by_factor, kept_share
+from grasp_lora.experiments.run_folder import SYSTEMS, TRAINED, Prediction, RunRecord, by_factor, kept_share
+
+if TYPE_CHECKING:
+    from grasp_lora.evaluation.statistics import PairedComparison
 
 METRIC_NAMES = {
     "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2", "bleu": "BLEU",
 }  # fmt: skip
-WHOLE_ANSWERS = ("f1", "exact_match")  # in which one example is usually worth all or nothing
 
 
 class Cell(NamedTuple):
@@ -61,21 +65,72 @@ def _signed(value: float, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
-def compare_with(record: RunRecord, other: str) -> tuple[str, float, float, float | None] | None:
-    """Name of the leading metric, its scores for GRASP and another system, and what one test example is worth.
+@dataclass(frozen=True)
+class Against:
+    """GRASP against another system on the same test examples.
 
-    None where examples count by shares: one more or less says little about how much of a difference is noise.
+    Args:
+        metric: the leading one, as it is printed.
+        ours, theirs: its scores.
+        score, loss: how sure their difference is, and that of the test losses; None where there are no values by example.
     """
-    metrics = record.metrics
-    if metrics is None or not {"grasp", other} <= metrics.systems.keys():
-        return None
-    scores, others = (metrics.systems[name].metrics for name in ("grasp", other))
-    for metric in [*METRIC_NAMES, *scores]:
-        ours, theirs = scores.get(metric), others.get(metric)
-        if ours is not None and theirs is not None and math.isfinite(ours) and math.isfinite(theirs):
-            worth = 100 / metrics.test_examples if metric in WHOLE_ANSWERS else None
-            return METRIC_NAMES.get(metric, metric), ours, theirs, worth
-    return None
+
+    metric: str
+    ours: float
+    theirs: float
+    score: "PairedComparison | None"
+    loss: "PairedComparison | None"
+
+
+def compare_systems(record: RunRecord) -> dict[str, Against]:
+    """GRASP against every other system that has been evaluated, by the first metric that both have.
+
+    The intervals hold for all systems at once (see `compare_with_baselines`).
+    """
+    systems = record.metrics.systems if record.metrics else {}
+    if "grasp" not in systems:
+        return {}
+    found = {}
+    for other in ("merged", "target", "source"):
+        scores, theirs = systems["grasp"].metrics, systems[other].metrics if other in systems else {}
+        finite = [
+            key
+            for key in [*METRIC_NAMES, *scores]
+            if all(value is not None and math.isfinite(value) for value in (scores.get(key), theirs.get(key)))
+        ]
+        if finite:
+            found[other] = finite[0]
+    losses = _paired(record, tuple(found), lambda row: row.loss, higher_is_better=False)
+    sure = {key: _paired(record, tuple(found), partial(_score_of, key)) for key in set(found.values())}
+    return {
+        other: Against(
+            METRIC_NAMES.get(key, key),
+            systems["grasp"].metrics[key] or 0.0,
+            systems[other].metrics[key] or 0.0,
+            sure[key].get(other),
+            losses.get(other),
+        )
+        for other, key in found.items()
+    }
+
+
+def _score_of(key: str, row: Prediction) -> float:
+    return row.scores.get(key, math.nan)
+
+
+def _paired(
+    record: RunRecord, others: Sequence[str], value: Callable[[Prediction], float], *, higher_is_better: bool = True
+) -> "dict[str, PairedComparison]":
+    """Compare GRASP with the systems whose values by example are all there and finite."""
+    from grasp_lora.evaluation.statistics import compare_with_baselines  # brings torch, which is slow to import
+
+    values = {name: [value(row) for row in record.predictions[name]] for name in ("grasp", *others)}
+    ids = {name: [row.id for row in record.predictions[name]] for name in values}
+    usable = [name for name in values if ids[name] == ids["grasp"] and all(map(math.isfinite, values[name]))]
+    if "grasp" not in usable or len(ids["grasp"]) < 2:
+        return {}
+    rest = {name: values[name] for name in usable if name != "grasp"}
+    return compare_with_baselines(values["grasp"], rest, higher_is_better=higher_is_better)
 
 
 def _table(caption: str, columns: Sequence[str], rows: Iterable[Iterable[str | Cell]]) -> Table | None:
@@ -115,28 +170,36 @@ def _column(
     return [Cell(text, text == best) for text in texts]
 
 
-def score_notes(record: RunRecord) -> list[str]:
+def score_notes(record: RunRecord, against: Mapping[str, Against]) -> list[str]:
     """How much of the table is noise, and what separates GRASP from each other system."""
     count = record.metrics.test_examples if record.metrics else 0
     if not count:
         return []
     notes = [
         f"The test set has {count} examples: one example is worth {100 / count:.2f} points of a score that is a mean "
-        "over examples. Differences of one or two examples are noise."
+        "over examples."
     ]
-    for other in ("merged", "target", "source"):
-        found = compare_with(record, other)
-        if found is None:
-            continue
-        metric, ours, theirs, worth = found
-        gap = f"{_signed(ours - theirs)} points"
-        if worth is not None:
-            gap += f" ({abs(ours - theirs) / worth:.1f} test examples)"
-        pairs = list(zip(record.predictions["grasp"], record.predictions[other], strict=False))
-        better = sum(mine.loss < its.loss for mine, its in pairs)
-        losses = f", lower loss on {better} of {len(pairs)} test examples." if pairs else "."
-        notes.append(f"GRASP against {SYSTEMS[other].lower()}: {metric} {gap}{losses}")
+    for other, found in against.items():
+        gap = f"{found.metric} {_signed(found.ours - found.theirs)} points{_sure(found.score, 1)}"
+        if found.loss is not None:
+            gap += f"; test loss {_signed(found.loss.difference, 3)}{_sure(found.loss, 3)}"
+        notes.append(f"GRASP against {SYSTEMS[other].lower()}: {gap}.")
+    shown = [one for found in against.values() for one in (found.score, found.loss) if one is not None]
+    if shown:
+        notes.append(
+            f"Intervals: paired bootstrap over the test examples, {percent(shown[0].confidence)} for all "
+            f"{shown[0].comparisons} rows together. They say nothing about other seeds or other training examples."
+            if shown[0].comparisons > 1
+            else f"Interval: paired bootstrap over the test examples, {percent(shown[0].confidence)}. "
+            "It says nothing about other seeds or other training examples."
+        )
     return notes
+
+
+def _sure(compared: "PairedComparison | None", digits: int) -> str:
+    if compared is None:
+        return ""
+    return f" ({_signed(compared.low, digits)} to {_signed(compared.high, digits)}): {compared.verdict}"
 
 
 def curve_table(record: RunRecord) -> Table | None:

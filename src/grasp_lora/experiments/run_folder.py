@@ -130,12 +130,13 @@ class FactorSparsity(_Record):
 
 
 class Prediction(_Record):
-    """One line of evaluation/<system>.jsonl."""
+    """One line of evaluation/<system>.jsonl; folders of older versions have no scores in it."""
 
     id: str
     prediction: str
     references: list[str] = []
     loss: Loss
+    scores: dict[str, Loss] = {}
 
 
 class SystemScores(_Record):

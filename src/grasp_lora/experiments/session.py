@@ -102,6 +102,22 @@ class Evaluation:
     predictions: tuple[str, ...] = ()
     test_losses: tuple[float, ...] = ()
 
+    def rows(self, test: Sequence[Example]) -> list[dict[str, Any]]:
+        """One row a test example: its answer, its loss and, of each score that is a mean over examples, its share."""
+        means = {
+            name: one.per_example for name, one in self.scores.items() if one.value is not None and not one.statistics
+        }
+        return [
+            {
+                "id": example.id,
+                "prediction": self.predictions[number],
+                "references": list(example.references),
+                "loss": self.test_losses[number],
+                "scores": {name: values[number] for name, values in means.items()},
+            }
+            for number, example in enumerate(test)
+        ]
+
 
 class Session:
     """One recipe's backbone, data and steps.

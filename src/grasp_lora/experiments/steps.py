@@ -94,13 +94,7 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
         }
         signatures = {metric: entry.signature for metric, entry in evaluation.scores.items()}
         if output is not None:
-            rows = [
-                {"id": example.id, "prediction": prediction, "references": list(example.references), "loss": loss}
-                for example, prediction, loss in zip(
-                    session.splits.test, evaluation.predictions, evaluation.test_losses, strict=True
-                )
-            ]
-            write_jsonl(output / f"{name.replace('/', '--')}.jsonl", rows)
+            write_jsonl(output / f"{name.replace('/', '--')}.jsonl", evaluation.rows(session.splits.test))
     table = {"systems": systems, "signatures": signatures, "test_examples": len(session.splits.test)}
     if output is not None:
         write_json(output / "metrics.json", table)
