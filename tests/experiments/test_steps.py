@@ -2,12 +2,14 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
+from grasp_lora.experiments.export import ExportSettings, export_folder
 from grasp_lora.experiments.recipe import load_recipe
 from grasp_lora.experiments.session import Session
 from grasp_lora.experiments.steps import evaluate_folders, finetune_folder, learn_folder, merge_folders, predict_texts
@@ -48,6 +50,25 @@ def test_predictions_are_those_of_the_evaluation(finished_run: Path) -> None:
     prompts = {example.id: example.prompt for example in session().splits.test}
     answers = predict_texts("run/adapter", [prompts[row["id"]] for row in rows], None, "cpu", max_new_tokens=4)
     assert answers == [row["prediction"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda **of: merge_folders(["run/source"], Path("out"), None, "exact", None, None, 0.5, **of),
+        lambda **of: export_folder("run/adapter", Path("out"), ExportSettings(), **of),
+        lambda **of: predict_texts("run/adapter", ["a"], None, "cpu", max_new_tokens=1, **of),
+    ],
+    ids=["merge", "export", "predict"],
+)
+def test_steps_on_adapters_say_which_revision_and_whether_its_code_may_run(
+    finished_run: Path, step: Callable[..., object], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(GraspError, match=r"revision is 'v2', but '.*tiny-llama' is a folder, which has no revisions"):
+        step(revision="v2")
+    assert not Path("out").exists()
+    step(trust_remote_code=True)
+    assert "trust_remote_code is on" in caplog.text
 
 
 def test_the_merge_is_the_weighted_sum_of_the_deltas(finished_run: Path) -> None:

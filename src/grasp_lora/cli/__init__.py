@@ -47,6 +47,9 @@ IN_SEVERAL_PROCESSES = ("run", "demo")
 TIME_TO_SPEAK = 3  # seconds
 
 AdapterFolder = Annotated[str, typer.Option("--adapter", "-a", help="PEFT adapter: a folder or a hub id.")]
+BackboneOption = Annotated[str | None, typer.Option(help="Backbone; default: the one that the (first) adapter names.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a backbone on the hub.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the backbone.")]
 StepOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
 
 
@@ -147,7 +150,7 @@ def predict(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Prompts; without any, one a line from standard input.")
     ] = None,
-    backbone: Annotated[str | None, typer.Option(help="Backbone; default: the one that the adapter names.")] = None,
+    backbone: BackboneOption = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer, in tokens; default: as in the adapter's recipe, else 64.")
     ] = None,
@@ -167,10 +170,8 @@ def predict(
         bool,
         typer.Option(help="Prompts on standard input, and answers, are JSON texts, so that they may have line breaks."),
     ] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a backbone on the hub.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the backbone.")
-    ] = False,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Answer prompts with an adapter, one answer a line. A prompt is whole, as the adapter was trained on it."""
@@ -216,9 +217,7 @@ def _prompts_on_standard_input(jsonl: bool) -> list[str]:
 def merge(
     adapters: Annotated[list[str], typer.Argument(help="PEFT adapters to merge: folders or hub ids.")],
     output: StepOutput,
-    backbone: Annotated[
-        str | None, typer.Option(help="Backbone; default: the one that the first adapter names.")
-    ] = None,
+    backbone: BackboneOption = None,
     rule: Annotated[
         str,
         typer.Option(
@@ -231,12 +230,24 @@ def merge(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the result, for rules that end in an SVD.")] = None,
     density: Annotated[float, typer.Option(help="Share of weights that TIES and DARE keep.")] = 0.5,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Merge LoRA adapters into one ordinary PEFT adapter."""
     from grasp_lora.experiments.steps import merge_folders
 
     log_to_terminal(False)
-    facts = merge_folders(adapters, output, backbone, rule, weight, rank, density)
+    facts = merge_folders(
+        adapters,
+        output,
+        backbone,
+        rule,
+        weight,
+        rank,
+        density,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
     say(facts)
 
 
@@ -255,7 +266,9 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; default float32, but --fold needs one named.")
     ] = None,
-    backbone: Annotated[str | None, typer.Option(help="Backbone; default: the one that the adapter names.")] = None,
+    backbone: BackboneOption = None,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Make an adapter ready for others: smaller, in another dtype, or folded into its backbone.
 
@@ -265,7 +278,9 @@ def export(
 
     log_to_terminal(False)
     settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype)
-    for line in export_folder(adapter, output, settings, backbone):
+    for line in export_folder(
+        adapter, output, settings, backbone, revision=revision, trust_remote_code=trust_remote_code
+    ):
         say(line)
     say(f"-> {output}")
 

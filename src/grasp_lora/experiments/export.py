@@ -74,14 +74,23 @@ class ExportSettings:
             raise RecipeError("--uniform-rank pads an adapter, but --fold writes none; leave one of them out")
 
 
-def export_folder(place: str, output: Path, settings: ExportSettings, backbone: str | None = None) -> list[str]:
+def export_folder(
+    place: str,
+    output: Path,
+    settings: ExportSettings,
+    backbone: str | None = None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> list[str]:
     """Write an adapter, or with `fold` its backbone with the adapter folded in, into a new folder.
 
     Args:
         place: PEFT adapter: a folder or a hub id.
         output: a folder that does not exist or is empty.
         settings: what to do.
-        backbone: to check the adapter against; None takes the one that it names.
+        backbone, revision, trust_remote_code: of what to check the adapter against, as in a recipe's `backbone`; None takes the
+            one that it names.
 
     Returns:
         Lines for the user: what was written, what it cost, which programs take it.
@@ -92,7 +101,8 @@ def export_folder(place: str, output: Path, settings: ExportSettings, backbone: 
     refuse_existing(output)
     adapter = read_adapter(place)
     weights, facts = _shrink(adapter, settings)
-    loaded = backbone_of(adapter, backbone, "cpu", "float32" if settings.fold else "bfloat16")
+    dtype_read = "float32" if settings.fold else "bfloat16"
+    loaded = backbone_of(adapter, backbone, "cpu", dtype_read, revision, trust_remote_code)
     check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
     dtype = DTYPES[settings.dtype or "float32"]
     if settings.fold:

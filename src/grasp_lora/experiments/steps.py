@@ -26,8 +26,17 @@ def merge_folders(
     weights: Sequence[float] | None,
     rank: int | None,
     density: float,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """Merge adapters from folders or hub ids into a new folder; return one line on the result.
+
+    Args:
+        places: PEFT adapters, folders or hub ids.
+        output: a folder that does not exist or is empty.
+        backbone, revision, trust_remote_code: as in a recipe's `backbone`; None takes the one that the first adapter names.
+        rule, weights, rank, density: see `MergeSettings`.
 
     Raises:
         GraspError: an adapter, the rule's settings or the output folder does not fit.
@@ -39,7 +48,7 @@ def merge_folders(
     refuse_existing(output)
     adapters = [read_adapter(place) for place in places]
     merged = merge_weights([adapter.weights for adapter in adapters], settings)
-    loaded = backbone_of(adapters[0], backbone, "cpu")
+    loaded = backbone_of(adapters[0], backbone, "cpu", revision=revision, trust_remote_code=trust_remote_code)
     for adapter in adapters:
         check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
     save_adapter(

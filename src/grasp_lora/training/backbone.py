@@ -125,6 +125,11 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     embedded = settings.name == EMBEDDED_NAME
     location = str(_embedded_folder()) if embedded else _find_location(settings.name)
     name = EMBEDDED_PUBLIC_NAME if embedded else settings.name
+    if settings.revision is not None and Path(location).is_dir():
+        raise GraspError(
+            f"Backbone revision is {quoted(settings.revision)}, but {quoted(name)} is a folder, which has "
+            "no revisions: leave it out"
+        )
     if settings.trust_remote_code and not embedded:
         logger.warning(
             "trust_remote_code is on: Python code that comes with %s will run on this machine", one_line(name)
