@@ -170,6 +170,28 @@ def test_few_examples_seldom_make_equal_methods_look_different(examples, most):
     assert families <= most  # 5 % of 60 is 3; without widening 60, 41, 16 and 4
 
 
+@pytest.mark.parametrize(
+    ("examples", "baselines", "verdict"),
+    [
+        (2, 1, "no difference shown"), (5, 1, "no difference shown"), (6, 1, "better"),
+        (9, 20, "no difference shown"), (10, 20, "better"),
+    ],
+)  # fmt: skip
+def test_a_handful_of_examples_shows_nothing_even_where_all_agree(examples, baselines, verdict):
+    others = {str(number): [0.0] * examples for number in range(baselines)}
+    result = compare_with_baselines([100.0] * examples, others)["0"]
+    assert result.verdict == verdict
+    assert (result.difference, result.high) == (100.0, 100.0)
+    assert result.low == (100.0 if verdict == "better" else 0.0)
+    exact = (
+        stats.binomtest(examples, examples).pvalue * baselines
+    )  # by signs, after Bonferroni, which is Holm's first step
+    assert result.p_value >= min(1.0, exact) - 1e-12
+    assert (result.p_value <= 0.05) == (verdict == "better")
+    worse = compare_with_baselines([0.0] * examples, {name: [100.0] * examples for name in others})["0"]
+    assert (worse.low, worse.high, worse.p_value) == (-result.high, -result.low, result.p_value)
+
+
 def test_correction_for_the_number_of_methods():
     ours, close, far = normal(60, 1, -0.2), normal(60, 2), normal(60, 3, -2.0)
     alone = paired_bootstrap(ours, close)

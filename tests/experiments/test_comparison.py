@@ -178,6 +178,21 @@ def test_a_missing_adapter_is_trained_again_only_for_what_rests_on_it(finished):
     assert without_seconds(again) == without_seconds(content)
 
 
+def test_an_adapter_of_which_a_part_was_copied_is_trained_again(finished, caplog):
+    folder, content = finished
+    targets = (folder / "records").glob("target-????????????????.json")
+    broken = [folder / "adapters" / file.stem.removeprefix("target-") / "adapter_model.safetensors" for file in targets]
+    for weights in broken:
+        weights.unlink()
+    for file in (folder / "records").glob("final-0.60-*"):
+        file.unlink()
+    again, recorder = run(folder, SMALL)
+    assert set(recorder.done_steps) == {"final 0.60"}
+    assert without_seconds(again) == without_seconds(content)
+    assert any(weights.is_file() for weights in broken)
+    assert "it is made again" in caplog.text
+
+
 def test_a_changed_controller_leaves_the_other_rows_alone(finished):
     folder, content = finished
     again, recorder = run(folder, SMALL, "controller.policy.max_step=0.05")
@@ -600,11 +615,16 @@ def test_a_metric_of_the_users_own_that_changed_is_computed_anew(tiny_workspace,
     assert set(recorder.done_steps) == {"scores"}
 
 
-def test_the_folder_of_a_run_is_refused(finished_run, tiny_workspace):
-    with pytest.raises(
-        RecipeError, match="is the folder of a run, whose recipe and report a comparison would overwrite"
-    ):
-        run(tiny_workspace / "run", SMALL)
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("compare", []), ("record", []), ("sweep", ["--param", "lora.rank=[1,2]", "--sampler", "grid"])],
+)
+def test_the_folder_of_a_run_and_what_is_no_folder_are_refused(command, more, finished_run, tiny_workspace, refused):
+    before = (tiny_workspace / "run/recipe.yaml").read_bytes()
+    refused(command, [*more, "-s", "seed=7", "--output", "run"], "run is the folder of a run, whose recipe would be")
+    refused(command, [*more, "--output", "tiny.yaml"], "tiny.yaml is a file; give a folder with --output")
+    refused(command, [*more, "--output", "tiny.yaml/a/b"], "b cannot be made (Not a directory); choose another folder")
+    assert (tiny_workspace / "run/recipe.yaml").read_bytes() == before
 
 
 def test_records_of_another_number_format_are_not_passed_over_in_silence(finished, caplog):

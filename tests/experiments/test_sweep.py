@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -215,6 +216,15 @@ def test_the_best_recipe_finds_data_and_adapters_wherever_they_were(finished_run
     assert str(tiny_workspace) not in json.dumps(best)
     assert cli("check", "deep/out/best.yaml").status == 0
     assert content["best"] == 1
+
+
+def test_a_sweep_does_not_go_on_with_another_adapter(finished_run, tiny_workspace):
+    overrides = ("source.adapters=[run/source]", "target.adapter=run/target", "data.source=null")
+    run("out", RATIO, trials=1, overrides=overrides)
+    run("out", RATIO, trials=1, overrides=overrides)
+    shutil.copytree("run/merged", "run/source", dirs_exist_ok=True)
+    with pytest.raises(RecipeError, match="holds a sweep with other adapters; give those, or another folder"):
+        run("out", RATIO, trials=1, overrides=overrides)
 
 
 def test_the_trials_of_a_single_run_start_from_a_merge(tiny_workspace):

@@ -142,6 +142,8 @@ def compare_with_baselines(
       for 5. It is never less than Student's with the draws' own spread, beyond which few examples have no draws.
     - The interval is the percentile interval at 1 - (1 - confidence) / m (Bonferroni), so all of them hold at once. Its bounds
       are widened draws, no interpolations.
+    - Where n examples are so few that it would say nothing even if all of them agreed, m 2^(1 - n) > 1 - confidence (the exact
+      test by signs; below 6 for one baseline, below 10 for 20), the interval is stretched to hold 0, and p is at least 2^(1 - n).
     - p is min(1, 2 (k + 1) / (resamples + 1)), k the widened draws of at most 0 or those of at least 0, whichever are
       fewer, then corrected after Holm. Before that, the interval leaves 0 out just where m p <= 1 - confidence. Holm is
       the less strict correction: it can call a difference small enough whose interval, and so whose verdict, still says no.
@@ -202,8 +204,12 @@ def compare_with_baselines(
     below, above = ((center + one).round(decimals=_DECIMALS) + 0.0 for one in (below, above))
     below, above = below.cummax(dim=0).values, above.cummin(dim=0).values
     beyond = torch.minimum((below <= 0).sum(dim=0), (above >= 0).sum(dim=0)).tolist()
-    p_values = holm([min(1.0, 2.0 * (count + 1) / (resamples + 1)) for count in beyond])
-    lows, highs = below[outside - 1].tolist(), above[outside - 1].tolist()
+    least = 2.0 ** (1 - examples)
+    p_values = holm([min(1.0, max(least, 2.0 * (count + 1) / (resamples + 1))) for count in beyond])
+    low, high = below[outside - 1], above[outside - 1]
+    if least > 2.0 * tail:
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    lows, highs = low.tolist(), high.tolist()
     return {
         name: PairedComparison(
             difference=observed[index],

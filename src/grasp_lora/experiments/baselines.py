@@ -6,6 +6,7 @@ methods share what they have in common, and a changed controller makes only thos
 
 import hashlib
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,8 +24,11 @@ from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import ESTIMATE_RULES, POLICIES, PolicySettings, Round
 from grasp_lora.training.adapters import LoadedAdapter, attached, read_adapter, segments_of
+from grasp_lora.training.durable import sync
 from grasp_lora.training.probing import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
 # Part of what a record is found by: raise one when a change of the code changes the result of such steps.
@@ -503,17 +507,24 @@ class Bench:
             weights, facts = work(key)
             draft, folder = self._draft(key), self._folder(key)
             self.session.save(draft, weights)
+            for file in draft.iterdir():
+                sync(file)
             if folder.exists():
                 shutil.rmtree(folder)
             draft.rename(folder)  # whole or not there: a kill may come at any moment
+            sync(folder.parent)
             return facts
 
         record = self.records.get(name, settings, make)
         folder = self._folder(record.key)
 
         def load() -> AdapterWeights:
-            if not (folder / "adapter_config.json").is_file():
-                self.records.get(name, settings, make, redo=True)
+            try:
+                return read_adapter(folder).weights
+            except AdapterError as error:
+                if folder.exists():  # half of it was copied, for example
+                    logger.warning("%s; it is made again", error)
+            self.records.get(name, settings, make, redo=True)
             return read_adapter(folder).weights
 
         earlier = [past for start in starts for past in start.records]

@@ -20,9 +20,8 @@ from grasp_lora.experiments.baselines import (
     check_ratios,
 )
 from grasp_lora.experiments.comparison_report import write_comparison
-from grasp_lora.experiments.lock import working_in
+from grasp_lora.experiments.lock import check_experiment_folder, working_in
 from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS
-from grasp_lora.experiments.pipeline import RUN_FILE
 from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
 from grasp_lora.experiments.records import Records, environments
 from grasp_lora.experiments.session import Session, mean, write_json
@@ -107,16 +106,13 @@ def compare(
             what is on record stays.
         Interrupted: SIGTERM or SIGINT came.
     """
+    check_experiment_folder(folder)
     recipe = session.recipe
     if recipe.final.start == "controller":
         raise RecipeError(
             "final.start is 'controller', but a comparison's final runs start from a fresh merge; leave it out, set "
             "final.training.epochs to those of the controller and the final run together, and name grasp_single among the "
             "methods: it shares them out between both"
-        )
-    if (folder / RUN_FILE).exists():
-        raise RecipeError(
-            f"{folder} is the folder of a run, whose recipe and report a comparison would overwrite; name another"
         )
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
     session = Session(recipe, session.base, session.progress)

@@ -11,6 +11,7 @@ from typing import Any
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.interruption import Interruption
+from grasp_lora.experiments.run_folder import RUN_FILE
 from grasp_lora.training.durable import clear_write_errors
 from grasp_lora.training.ranks import is_first
 
@@ -36,10 +37,36 @@ def working_in(folder: Path, place: Callable[[], str]) -> Iterator[None]:
         GraspError: the folder cannot be written, or another process writes there.
         Interrupted: SIGTERM or SIGINT came.
     """
-    with Interruption(place).handled(), clear_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with only_writer(folder):
+    with Interruption(place).handled():
+        make_folder(folder)
+        with clear_write_errors(folder), only_writer(folder):
             yield
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Raises:
+        RecipeError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{folder} cannot be made ({error.strerror}); choose another folder with --output") from error
+
+
+def check_experiment_folder(folder: Path) -> None:
+    """Check, before anything is loaded, that an experiment may write into a folder.
+
+    Raises:
+        RecipeError: it is a file, or the folder of a run.
+    """
+    if folder.is_file():
+        raise RecipeError(f"{folder} is a file; give a folder with --output")
+    if (folder / RUN_FILE).is_file():
+        raise RecipeError(
+            f"{folder} is the folder of a run, whose recipe would be overwritten; choose another with --output"
+        )
 
 
 @contextmanager

@@ -22,11 +22,11 @@ from typing import Any
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.interruption import Interruption
-from grasp_lora.experiments.lock import LOCK_FILE, only_writer
+from grasp_lora.experiments.lock import LOCK_FILE, make_folder, only_writer
 from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
 from grasp_lora.experiments.recipe_text import parse
 from grasp_lora.experiments.report import write_model_card, write_report
-from grasp_lora.experiments.run_folder import COST_FILE, TRAINED
+from grasp_lora.experiments.run_folder import COST_FILE, RUN_FILE, TRAINED
 from grasp_lora.experiments.session import Evaluation, Progress, Session, hash_of, ratio_record, write_json, write_jsonl
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.training.adapters import read_adapter
@@ -39,7 +39,6 @@ from grasp_lora.training.settings import TrainingSettings
 log = logging.getLogger(__name__)
 
 STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate", "report")
-RUN_FILE = "run.json"
 CONTROLLED = "controller/adapter"  # of a single run: what the controller run leaves for the final run
 DIFFERENCES_SHOWN = 3
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
@@ -381,12 +380,7 @@ class Run:
         lock.enter_context(only_writer(self.folder))
 
     def _make_folder(self, lock: ExitStack) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RecipeError(
-                f"{self.folder} cannot be written ({error.strerror}); choose another folder with --output"
-            ) from error
+        make_folder(self.folder)
         self._lock(lock)
 
     def _begin(self) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.baselines import Bench, BenchProgress, check_list, check_ratios
 from grasp_lora.experiments.landscape import MOST_ROWS, SPLITS, FinalRun, Landscape, Trajectory
-from grasp_lora.experiments.lock import working_in
+from grasp_lora.experiments.lock import check_experiment_folder, working_in
 from grasp_lora.experiments.recipe import RECIPE_FILE, Recipe
 from grasp_lora.experiments.records import Record, Records, environments
 from grasp_lora.experiments.session import Session
@@ -85,6 +85,7 @@ def record(
             process writes there. What is on record stays.
         Interrupted: SIGTERM or SIGINT came.
     """
+    check_experiment_folder(folder)
     recipe = session.recipe
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
     # Nothing is answered and no round is held, so neither metrics nor rounds have to be there.

@@ -13,6 +13,7 @@ from grasp_lora.experiments.recipe_text import parse
 
 STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate")
 TRAINED = {"source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run"}
+RUN_FILE = "run.json"
 COST_FILE = "cost.json"
 SYSTEMS = {"source": "Source only", "target": "Target only", "merged": "Merged, not pruned", "grasp": "GRASP"}
 
@@ -235,9 +236,9 @@ def read_run(run_folder: Path) -> RunRecord:
     Raises:
         RecipeError: run.json or recipe.yaml is missing, or a file is damaged; the message names it.
     """
-    run, recipe_file = _read(run_folder / "run.json", RunInfo), run_folder / "recipe.yaml"
+    run, recipe_file = _read(run_folder / RUN_FILE, RunInfo), run_folder / "recipe.yaml"
     if run is None or not recipe_file.is_file():
-        raise RecipeError(f"{run_folder} is no run folder: {'run.json' if run is None else 'recipe.yaml'} is missing.")
+        raise RecipeError(f"{run_folder} is no run folder: {RUN_FILE if run is None else 'recipe.yaml'} is missing.")
     recipe_text = _text(recipe_file)
     try:
         recipe = parse(recipe_text, "it")

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.experiments.lock import working_in
+from grasp_lora.experiments.lock import check_experiment_folder, working_in
 from grasp_lora.experiments.recipe import Recipe
 from grasp_lora.experiments.records import Record
 from grasp_lora.experiments.search_space import Grid, Parameter, search_space, trial_recipe
@@ -99,6 +99,7 @@ def sweep(
     _check_installed("optuna")
     from grasp_lora.experiments.trials import Trials, quiet_optuna
 
+    check_experiment_folder(folder)
     given = session.recipe
     # Trials are not scored, so that no metric has to be there.
     recipe = trial_recipe(given.model_copy(update={"metrics": ()}), {})  # which starts from a merge
@@ -184,7 +185,7 @@ def _check_installed(*modules: str) -> None:
 
 def _identity(session: Session, settings: SweepSettings, seed: int) -> dict[str, Any]:
     """What must not change while a sweep goes on, since its trials are compared with each other."""
-    return {
+    identity = {
         "recipe": session.recipe.fingerprint(),
         "params": list(settings.params),
         "sampler": settings.sampler,
@@ -194,3 +195,5 @@ def _identity(session: Session, settings: SweepSettings, seed: int) -> dict[str,
         "dtype": str(session.backbone.model.dtype),
         "data": hash_of(session.splits),
     }
+    given = {place: adapter.sha256 for place, adapter in session.existing_adapters.items()}
+    return identity | ({"adapters": given} if given else {})
