@@ -1,5 +1,6 @@
 """The comparison: every method under one protocol, records that are never done twice, choices made on the right split."""
 
+import copy
 import importlib.util
 import io
 import json
@@ -654,23 +655,87 @@ def test_the_ratio_on_the_curve_is_a_controllers(whole_comparison):
     assert learned_row(content | {"rows": content["rows"][:3]}) is None
 
 
-def test_speed_ups_name_their_grid_and_leave_out_what_trains_the_source(whole_comparison):
+def test_speed_ups_name_their_grid_and_count_the_merged_adapters_for_what_does_without_them(whole_comparison):
     _, content = whole_comparison
     table = cost_table(content)
     assert table.columns[4] == f"speed-up over {METHODS['grid'].title}"
     ups = {row[0].text: row[4].text for row in table.rows}
-    assert ups[METHODS["joint"].title] == "–"
+    costs = {row["title"]: row["cost"] for row in content["rows"]}
+    grid = costs[METHODS["grid"].title]
     assert ups[METHODS["grid"].title] == "1.00"
+    for name in ("grasp", "adaptive_merge", "lorahub"):
+        assert float(ups[METHODS[name].title]) == pytest.approx(
+            grid["seconds"] / costs[METHODS[name].title]["seconds"], abs=0.006
+        )
+    for name in ("continued", "joint", "target_wide", "source_only"):
+        assert float(ups[METHODS[name].title]) == pytest.approx(
+            grid["seconds_in_all"] / costs[METHODS[name].title]["seconds_in_all"], abs=0.006
+        )
+    assert ups[METHODS["zero_shot"].title] == "–"
     without = content | {"rows": [row for row in content["rows"] if row["method"] != "grid"]}
     assert cost_table(without).columns[4] == f"speed-up over {METHODS['grid_paper'].title}"
+
+
+def test_all_that_print_like_the_best_are_best(whole_comparison):
+    _, content = whole_comparison
+    changed = copy.deepcopy(content)
+    rows = {row["method"]: row for row in changed["rows"]}
+    for name, row in rows.items():
+        row["scores"]["test_loss"]["mean"] = {"grasp": 1.00001, "joint": 1.00002, "grid_oracle": 0.5}.get(name, 2.0)
+    marked = {row[0].text for row in score_table(changed).rows if row[3].best}
+    assert marked == {METHODS["grasp"].title, METHODS["joint"].title}
+
+
+def test_the_reason_of_a_row_without_scores_goes_over_all_columns(whole_comparison, tmp_path):
+    _, content = whole_comparison
+    changed = copy.deepcopy(content)
+    [row] = [row for row in changed["rows"] if row["method"] == "lorahub"]
+    row["unavailable"] = "needs a very long reason"
+    write_comparison(tmp_path, changed)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    columns = len(score_table(changed).columns)
+    assert f'colspan="{columns - 1}">unavailable: needs a very long reason</td>' in page
+    [line] = [
+        one for one in (tmp_path / "compare.md").read_text(encoding="utf-8").splitlines() if "very long reason" in one
+    ]
+    assert line.count("|") == columns + 1
+
+
+def test_scores_that_run_to_one_are_told_apart(whole_comparison, tmp_path):
+    _, content = whole_comparison
+    changed = copy.deepcopy(content)
+    changed["metrics"] = ["test_loss", "own:metric"]
+    for number, row in enumerate(changed["rows"]):
+        row["scores"]["own:metric"] = {"mean": 0.4 + 0.001 * number, "sd": 0.0004, "values": [0.4]}
+    texts = [row[4].text for row in score_table(changed).rows]
+    assert texts[:2] == ["0.4000 ± 0.0004", "0.4010 ± 0.0004"]
+    write_comparison(tmp_path, changed)
+    assert (
+        "scores run from 0 to 100, those of your own metrics as you define them."
+        in (tmp_path / "compare.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "says", "says_not"),
     [
-        ({}, "stop early on the dev set, except in the rows “without a dev set”, whose target adapter", "no dev set:"),
+        (
+            {"stops_early": True, "keeps_best": True},
+            "early on the dev set and keep the adapter with the lowest dev loss, except in the rows “without a dev set”, whose",
+            "no dev set:",
+        ),
         ({"given_target": True}, "except in the rows “without a dev set”.", "whose target adapter"),
-        ({"dev_examples": 0}, "There is no dev set: all runs train to their end.", "stop early"),
+        ({"dev_examples": 0}, "There is no dev set: final runs train to their end.", "stop early"),
+        (
+            {"stops_early": False, "keeps_best": True},
+            "Final runs train to their end and keep the adapter with the lowest dev loss",
+            "stop early",
+        ),
+        (
+            {"stops_early": False, "keeps_best": False},
+            "train to their end and keep the last adapter.",
+            "lowest dev loss",
+        ),
     ],
 )
 def test_the_page_says_which_runs_look_at_dev(whole_comparison, tmp_path, changes, says, says_not):

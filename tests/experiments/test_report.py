@@ -16,9 +16,10 @@ import yaml
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
+from grasp_lora.experiments.figures import figures_of
 from grasp_lora.experiments.report import write_model_card, write_report
-from grasp_lora.experiments.report_tables import duration, percent
-from grasp_lora.experiments.run_folder import read_run
+from grasp_lora.experiments.report_tables import duration, percent, scores_table
+from grasp_lora.experiments.run_folder import kept_share, read_run
 from grasp_lora.method.policy import ESTIMATE_RULES, Round, make_policy, preset
 from grasp_lora.training.prompts import TEMPLATES
 
@@ -279,7 +280,7 @@ def change(path: Path, edit: Callable[[Any], None]) -> None:
 def test_table_holds_the_numbers_of_metrics_json(run_folder: Path) -> None:
     page = report_of(run_folder)
     metrics = json.loads((run_folder / "metrics.json").read_text(encoding="utf-8"))
-    ratio = percent(metrics["prune_ratio"], 1)
+    ratio = percent(1 - kept_share(read_run(run_folder).sparsity), 1)
     names = {"source": "Source only", "target": "Target only", "merged": "Merged, not pruned", "grasp": "GRASP"}
     markdown = (run_folder / "report.md").read_text(encoding="utf-8").replace("**", "")
     for system, name in names.items():
@@ -378,6 +379,88 @@ def test_systems_that_answered_other_examples_are_not_compared_by_example(run_fo
     text = write_report(run_folder).read_text(encoding="utf-8").replace("\u00a0", " ")
     assert "GRASP against target only: F1 +8.2 points.<" in text
     assert "95 % for all 2 rows together" in text
+
+
+def test_every_one_of_several_sources_has_its_row(run_folder: Path) -> None:
+    def two_sources(metrics: Any) -> None:
+        metrics["systems"]["source_2"] = {
+            "test_loss": 0.95,
+            "dev_loss": 0.9,
+            "metrics": {"exact_match": 19.0, "f1": 31.5},
+        }
+
+    change(run_folder / "metrics.json", two_sources)
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["source"] = {"adapters": ["owner/first", "owner/second"]}
+    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+
+    def split(entries: Any) -> None:
+        for entry in [one for one in entries if one["segment"] == "source"]:
+            entries.append({**entry, "segment": "source_2", "kept": 0})
+
+    change(run_folder / "final" / "sparsity.json", split)
+    record = read_run(run_folder)
+    table = scores_table(record)
+    assert table is not None
+    assert [row[0].text for row in table.rows] == [
+        "Source 1 only", "Source 2 only", "Target only", "Merged, not pruned", "GRASP",
+    ]  # fmt: skip
+    text = write_report(run_folder).read_text(encoding="utf-8").replace("\u00a0", " ")
+    assert "GRASP against source 2 only: F1 +11.7 points." in text
+    assert re.search(
+        r"Of the source adapter \d\d\.\d % of the weights survive, of the source 2 adapter 0\.0 %, of", text
+    )
+    survival = figures_of(record)["survival"]
+    assert [trace["name"] for trace in survival["data"]] == ["source", "source 2", "target"]
+
+
+def test_given_adapters_stand_in_report_and_card(run_folder: Path) -> None:
+    given = [{"name": "owner/english-lora", "sha256": "ab" * 32}]
+    change(run_folder / "run.json", lambda run: run.update(parents=given))
+    assert "owner/english-lora (sha256:abababababab)" in write_report(run_folder).read_text(encoding="utf-8")
+    card = write_model_card(run_folder, run_folder / "adapter").read_text(encoding="utf-8")
+    assert f"| Given adapter | owner/english-lora | sha256:{'ab' * 32} |" in card
+
+
+@pytest.mark.parametrize(("granularity", "alarm"), [("component", False), ("weight", True)])
+def test_whole_components_are_no_alarm(run_folder: Path, granularity: str, alarm: bool) -> None:
+    def three_of_eight(entries: Any) -> None:
+        for entry in entries:
+            entry["kept"] = entry["weights"] * 5 // 8
+
+    change(run_folder / "final" / "sparsity.json", three_of_eight)
+    change(run_folder / "controller" / "ratio.json", lambda ratio: ratio.update(prune_ratio=0.4335))
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["mask"] = {"granularity": granularity}
+    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    text = write_report(run_folder).read_text(encoding="utf-8").replace("\u00a0", " ")
+    assert "37.50 % of the weights are zero" in text
+    assert ("check the final run" in text) == alarm
+    assert ("Only whole rank-one components are pruned, as many as the ratio of 43.35 % covers." in text) != alarm
+    table = scores_table(read_run(run_folder))
+    assert table is not None
+    assert table.rows[-1][-1].text == "37.5\u00a0%"
+
+
+def test_scores_of_an_own_metric_that_runs_to_one_are_told_apart(run_folder: Path) -> None:
+    def own(metrics: Any) -> None:
+        for value, system in zip((0.41, 0.42, 0.43, 0.436), metrics["systems"].values(), strict=True):
+            system["metrics"] = {"own:metric": value}
+        metrics["signatures"] = {"own:metric": "mine"}
+
+    change(run_folder / "metrics.json", own)
+    text = write_report(run_folder).read_text(encoding="utf-8").replace("\u00a0", " ")
+    assert "Test own:metric 0.436 against 0.420 for the target adapter alone" in text
+    assert "own:metric +0.016; test loss" in text
+    assert "scores run from 0 to 100, those of your own metrics as you define them." in text
+    table = scores_table(read_run(run_folder))
+    assert table is not None
+    assert [row[3] for row in table.rows] == [
+        ("0.410", False, 1),
+        ("0.420", False, 1),
+        ("0.430", False, 1),
+        ("0.436", True, 1),
+    ]
 
 
 def test_texts_of_models_and_files_are_escaped(run_folder: Path) -> None:
@@ -575,7 +658,9 @@ def test_run_with_a_given_ratio_is_complete_without_a_controller(run_folder: Pat
         for wrong in ("not complete", "has not chosen a ratio", "No round of the controller", "interval"):
             assert wrong not in text.split("The recipe</h2>")[0].split("<style>")[0]
     assert "curve" not in Page(page).figures
-    assert next(cells for cells in Page(page).rows if cells[0] == "GRASP")[-1] == percent(0.46, 1)
+    assert next(cells for cells in Page(page).rows if cells[0] == "GRASP")[-1] == percent(
+        1 - kept_share(read_run(run_folder).sparsity), 1
+    )
     card = write_model_card(run_folder, run_folder / "adapter").read_text(encoding="utf-8").replace("\u00a0", " ")
     assert "- Prune ratio: 46.0 %, given, not learned\n" in card
     (run_folder / "stages" / "final.json").unlink()

@@ -404,14 +404,17 @@ def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
 
 
 def _print_table(metrics: dict[str, Any]) -> None:
+    from grasp_lora.experiments.report_tables import score_digits
+
     names = list(metrics["signatures"])
+    systems = metrics["systems"].values()
+    digits = {name: score_digits(name, [row["metrics"].get(name) for row in systems], 1) for name in names}
     table = Table("system", "dev loss", "test loss", *names)
     for system, row in metrics["systems"].items():
         losses = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("dev_loss", "test_loss")]
-        scores = [row["metrics"].get(name) for name in names]
-        table.add_row(
-            one_line(system), *losses, *("unavailable" if value is None else f"{value:.1f}" for value in scores)
-        )
+        scores = {name: row["metrics"].get(name) for name in names}
+        shown = ("unavailable" if value is None else f"{value:.{digits[name]}f}" for name, value in scores.items())
+        table.add_row(one_line(system), *losses, *shown)
     console.print(table)
 
 

@@ -234,6 +234,8 @@ def _content(session: Session, settings: ComparisonSettings, rows: _Rows, split_
         "split_seed": split_seed,
         "test_examples": len(session.splits.test),
         "dev_examples": len(session.splits.dev),
+        "stops_early": session.recipe.final.training.patience is not None,
+        "keeps_best": session.recipe.final.training.keep == "best",
         "given_target": session.recipe.target.adapter is not None,
         "micro_dev_examples": len(session.splits.micro_dev),
         "reference": settings.reference,
@@ -335,7 +337,7 @@ def _row(
         "title": method.title,
         "unavailable": row.unavailable,
         "failed": row.failed,
-        "trains_source": method.trains_source,
+        "merges": method.merges,
     }
     if not row.outcomes:
         return facts

@@ -14,7 +14,7 @@ from grasp_lora.experiments.figures import comparison_figure, learned_row, plotl
 from grasp_lora.experiments.methods import DEFAULT_METHODS, METHODS
 from grasp_lora.experiments.recipe import RECIPE_FILE
 from grasp_lora.experiments.report import PAPER, render
-from grasp_lora.experiments.report_tables import METRIC_NAMES, Cell, Table
+from grasp_lora.experiments.report_tables import METRIC_NAMES, Cell, Table, scale_note, score_digits
 from grasp_lora.training.durable import write_whole
 
 PLUS_MINUS = "±"
@@ -44,7 +44,9 @@ def print_comparison(content: Mapping[str, Any], console: Console) -> None:
     for column in table.columns:
         printed.add_column(column, overflow="fold")  # a narrow terminal cuts no word off
     for row in table.rows:
-        printed.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
+        printed.add_row(
+            *(Text(cell.text, style="bold" if cell.best else "") for cell in row)
+        )  # short rows are filled up
     # The width of what is printed never exceeds that of its console, which is 80 where there is no terminal.
     (console if console.is_terminal else Console(file=console.file, width=FULL_WIDTH)).print(printed)
     for warning in content["warnings"]:
@@ -70,13 +72,16 @@ def score_table(content: Mapping[str, Any]) -> Table:
     columns = ["method", "prune ratio", "chosen on", *(_heading(metric) for metric in metrics)]
     columns.append(f"is {reference} better? (test loss)")
     rows = []
-    best = {metric: _best(content, metric) for metric in metrics}
+    digits = _digits(content)
+    best = {metric: _best(content, metric, digits[metric]) for metric in metrics}
     for row in content["rows"]:
         if row["unavailable"]:
             reason = row["unavailable"] if row["failed"] else f"unavailable: {row['unavailable']}"
-            rows.append([Cell(row["title"]), Cell(reason), *[Cell("")] * (len(metrics) + 2)])
+            rows.append([Cell(row["title"]), Cell(reason, span=len(columns) - 1)])
             continue
-        cells = [Cell(_spread(row["scores"][metric], metric), row["method"] == best[metric]) for metric in metrics]
+        cells = [
+            Cell(_spread(row["scores"][metric], digits[metric]), row["method"] in best[metric]) for metric in metrics
+        ]
         chosen = Cell("–" if row["chosen_on"] is None else CHOSEN_ON[row["chosen_on"]])
         rows.append([Cell(row["title"]), Cell(_ratio(row)), chosen, *cells, Cell(_verdict(row, content))])
     return Table("Scores of every method, mean and standard deviation over seeds", columns, rows)
@@ -94,9 +99,9 @@ def cost_table(content: Mapping[str, Any]) -> Table:
     for row in done:
         cost = row["cost"]
         facts = [f"{cost['runs']:.0f}", f"{cost['seconds']:.0f}", f"{cost['work']:.0f}"]
-        than = None if grid is None or row["trains_source"] else grid["cost"]
-        facts.append(_speedup(than, cost, "seconds") if one_machine else "–")
-        facts += [_speedup(than, cost, "work"), f"{cost['runs_in_all']:.0f}", f"{cost['seconds_in_all']:.0f}"]
+        than, what = None if grid is None else grid["cost"], "" if row["merges"] else "_in_all"
+        facts.append(_speedup(than, cost, f"seconds{what}") if one_machine else "–")
+        facts += [_speedup(than, cost, f"work{what}"), f"{cost['runs_in_all']:.0f}", f"{cost['seconds_in_all']:.0f}"]
         rows.append([Cell(row["title"]), *map(Cell, facts)])
     return Table("Cost of every method, mean over seeds", columns, rows)
 
@@ -127,6 +132,7 @@ def split_tables(content: Mapping[str, Any]) -> list[Table]:
 def verdict_table(content: Mapping[str, Any]) -> Table:
     """The reference method minus each other one, with the corrected interval, for every metric."""
     metrics = content["metrics"]
+    digits = _digits(content)
     columns = ["method", *(f"{_heading(metric)}: difference, interval, verdict" for metric in metrics)]
     rows = []
     for row in content["rows"]:
@@ -138,8 +144,8 @@ def verdict_table(content: Mapping[str, Any]) -> Table:
             if one is None:
                 cells.append(Cell("unavailable"))
                 continue
-            digits = 4 if metric == "test_loss" else 2
-            text = f"{one['difference']:+.{digits}f} [{one['low']:+.{digits}f}, {one['high']:+.{digits}f}] {one['verdict']}"
+            difference, low, high = (f"{one[key]:+.{digits[metric]}f}" for key in ("difference", "low", "high"))
+            text = f"{difference} [{low}, {high}] {one['verdict']}"
             cells.append(Cell(text))
         rows.append([Cell(row["title"]), *cells])
     return Table("The reference method against every other one", columns, rows)
@@ -160,6 +166,7 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
             (f"{one['confidence']:.0%}" for row in content["rows"] for one in row.get("against", {}).values()), "95%"
         ),
         "machines": len(content["made_with"]),
+        "scale": scale_note(metric for metric in content["metrics"] if metric != "test_loss"),
         "stopping": _stopping(content),
         "marked": (learned_row(content) or {}).get("title"),
         "command": command_of(content),
@@ -167,31 +174,45 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stopping(content: Mapping[str, Any]) -> str:
-    """Which runs look at the dev set, in a sentence."""
+    """What final runs use the dev set for, in a sentence."""
     if not content["dev_examples"]:
-        return "There is no dev set: all runs train to their end."
-    dev_free = [row for row in content["rows"] if row["method"].endswith("dev_free")]
-    if not dev_free:
-        return "The final runs stop early on the dev set."
+        return "There is no dev set: final runs train to their end."
+    uses = "Final runs stop early on the dev set" if content["stops_early"] else "Final runs train to their end"
+    if content["keeps_best"]:
+        uses += " and keep the adapter with the lowest dev loss"
+    elif not content["stops_early"]:
+        return f"{uses} and keep the last adapter."
+    if not any(row["method"].endswith("dev_free") for row in content["rows"]):
+        return f"{uses}."
     target = "" if content["given_target"] else ", whose target adapter does not look at it either"
-    return f"The final runs stop early on the dev set, except in the rows “without a dev set”{target}."
+    return f"{uses}, except in the rows “without a dev set”{target}."
 
 
 def _heading(metric: str) -> str:
     return "test loss" if metric == "test_loss" else METRIC_NAMES.get(metric, metric)
 
 
-def _best(content: Mapping[str, Any], metric: str) -> str | None:
-    """The method with the best mean; one that chose on the test split is no candidate."""
+def _digits(content: Mapping[str, Any]) -> dict[str, int]:
+    """How many decimals each metric is printed with."""
+    found = {}
+    for metric in content["metrics"]:
+        scores = [row["scores"][metric] for row in content["rows"] if not row["unavailable"]]
+        means = [score["mean"] for score in scores if score]
+        found[metric] = 4 if metric == "test_loss" else score_digits(metric, means, 2)
+    return found
+
+
+def _best(content: Mapping[str, Any], metric: str, digits: int) -> set[str]:
+    """The methods whose mean prints as the best one does; those that chose on the test split are no candidates."""
     fair = [row for row in content["rows"] if not row["unavailable"] and not row["warning"] and row["scores"][metric]]
-    sign = -1 if metric == "test_loss" else 1
-    return max(fair, key=lambda row: sign * row["scores"][metric]["mean"])["method"] if fair else None
+    means = {row["method"]: f"{row['scores'][metric]['mean']:.{digits}f}" for row in fair}
+    choose = min if metric == "test_loss" else max
+    return {method for method, text in means.items() if text == choose(means.values(), key=float)}
 
 
-def _spread(value: Mapping[str, Any] | None, metric: str) -> str:
+def _spread(value: Mapping[str, Any] | None, digits: int) -> str:
     if value is None:
         return "unavailable"
-    digits = 4 if metric == "test_loss" else 2
     deviation = "" if value["sd"] is None else f" {PLUS_MINUS} {value['sd']:.{digits}f}"
     return f"{value['mean']:.{digits}f}{deviation}"
 

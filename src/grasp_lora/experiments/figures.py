@@ -250,7 +250,7 @@ def _sparsity(record: RunRecord) -> Figure | None:
 
 def _survival(record: RunRecord) -> Figure | None:
     traces = []
-    for segment in ("source", "target"):
+    for number, segment in enumerate((*record.sources, "target")):
         shares = {
             _label(factor): kept_share(entry for _, entry in entries)
             for (factor, origin), entries in by_factor(record.sparsity).items()
@@ -258,9 +258,14 @@ def _survival(record: RunRecord) -> Figure | None:
         }
         if not shares:
             return None
-        hover = "%{x}<br>kept %{y:.3f}<extra>" + segment + "</extra>"
-        trace = {"type": "bar", "name": segment, "x": list(shares), "y": list(shares.values()), "hovertemplate": hover}
-        traces.append(trace | {"marker": {"color": f"var(--{segment})"}})
+        name = segment.replace("_", " ")
+        hover = "%{x}<br>kept %{y:.3f}<extra>" + name + "</extra>"
+        trace = {"type": "bar", "name": name, "x": list(shares), "y": list(shares.values()), "hovertemplate": hover}
+        color = "target" if segment == "target" else "source"
+        # Several sources have one colour, each fainter than the one before.
+        traces.append(
+            trace | {"marker": {"color": f"var(--{color})"}, "opacity": 1.0 if color == "target" else 0.7**number}
+        )
     return _figure(traces, "Factor", "Kept share (fraction of weights)", yaxis={"range": [0, 1]}, bargap=0.35)
 
 

@@ -30,7 +30,7 @@ class Method:
         units: rough cost in final runs, for the time left.
         unavailable: why it cannot run with this recipe here, or None.
         warning: what a reader has to be told of it.
-        trains_source: whether its own training is that of a source adapter, too, which its cost then contains.
+        merges: whether it starts from the merge, so that its cost is what comes on top of the adapters that are merged.
     """
 
     title: str
@@ -38,7 +38,7 @@ class Method:
     units: float = 1.0
     unavailable: Callable[[Session], str | None] = lambda session: None
     warning: str | None = None
-    trains_source: bool = False
+    merges: bool = True
 
 
 def _run_grid(
@@ -219,21 +219,26 @@ def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
 PAPER_FINAL = {"mode": "reselect", "mask": MaskSettings(score="gradient_of_delta")}  # Paper: adaptive LoRA merge
 
 METHODS: dict[str, Method] = {
-    "zero_shot": Method("zero shot", lambda bench: bench.outcome(bench.backbone()), 0.3),
-    "source_only": Method("source only", lambda bench: bench.outcome(bench.source)),
-    "target_only": Method("target only (LoRA)", lambda bench: bench.outcome(bench.target)),
-    "target_wide": Method("target only, rank of the merge", lambda bench: bench.outcome(bench.trained_wide())),
-    "target_long": Method("target only, steps of GRASP", lambda bench: bench.outcome(bench.trained_long()), 4),
+    "zero_shot": Method("zero shot", lambda bench: bench.outcome(bench.backbone()), 0.3, merges=False),
+    "source_only": Method("source only", lambda bench: bench.outcome(bench.source), merges=False),
+    "target_only": Method("target only (LoRA)", lambda bench: bench.outcome(bench.target), merges=False),
+    "target_wide": Method(
+        "target only, rank of the merge", lambda bench: bench.outcome(bench.trained_wide()), merges=False
+    ),
+    "target_long": Method(
+        "target only, steps of GRASP", lambda bench: bench.outcome(bench.trained_long()), 4, merges=False
+    ),
     "continued": Method(
         "source adapter continued on the target",
         lambda bench: bench.outcome(bench.finetuned(bench.source, 0.0)),
+        merges=False,
     ),
     "joint": Method(
         "source and target data together",
         lambda bench: bench.outcome(bench.trained_jointly()),
         4,
         _needs_source,
-        trains_source=True,
+        merges=False,
     ),
     "ties": Method("TIES", lambda bench: bench.outcome(bench.merged_by("ties")), 0.3, _needs_equal_ranks("ties")),
     "dare_ties": Method(

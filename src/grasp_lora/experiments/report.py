@@ -30,12 +30,13 @@ from grasp_lora.experiments.report_tables import (
     percent,
     probe_note,
     rounds_table,
+    scale_note,
     score_notes,
     scores_table,
     sparsity_note,
     sparsity_table,
 )
-from grasp_lora.experiments.run_folder import SYSTEMS, RunRecord, inner, read_run
+from grasp_lora.experiments.run_folder import RunRecord, inner, read_run
 from grasp_lora.method.estimation import WIDE_INTERVAL
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.training.durable import write_whole
@@ -109,6 +110,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         if weights.is_file():
             digest = hashlib.sha256(weights.read_bytes()).hexdigest()
             parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{digest}"))
+    parents += [("Given adapter", one.name, f"sha256:{one.sha256}") for one in record.run.parents]
     context = _view(record) | {
         "front_matter": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
         "base_model": json.dumps(base_model),
@@ -164,6 +166,7 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "sizes": _sizes(record),
         "scores": scores_table(record),
         "signatures": {METRIC_NAMES.get(key, key): text for key, text in signatures.items()},
+        "scale": scale_note(signatures),
         "notes": score_notes(record, against),
         "rule": learned.rule if learned and not given else None,
         "curve": curve_table(record),
@@ -214,8 +217,8 @@ def _headline(record: RunRecord, against: Against | None) -> str:
         sentences = ["No prune ratio has been learned yet."]
     if against is not None:
         sentences.append(
-            f"Test {against.metric} {against.ours:.1f} against {against.theirs:.1f} for the target adapter alone"
-            + (f": {against.score.verdict}." if against.score else ".")
+            f"Test {against.metric} {against.ours:.{against.digits}f} against {against.theirs:.{against.digits}f} "
+            "for the target adapter alone" + (f": {against.score.verdict}." if against.score else ".")
         )
     elif record.metrics is None:
         sentences.append("The result has not been evaluated yet.")
@@ -247,6 +250,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     versions = [f"grasp-lora {run.grasp_lora}", *(f"{name} {number}" for name, number in run.libraries.items())]
     facts = [
         ("Backbone", _public_name(run.backbone.name)),
+        ("Given adapters", ", ".join(f"{one.name} (sha256:{one.sha256[:12]})" for one in run.parents)),
         ("Languages", _languages(record)),
         ("Examples", _sizes(record)),
         ("Final run starts from", _start(record)),
@@ -290,7 +294,9 @@ def _examples(record: RunRecord) -> list[dict[str, Any]]:
         {
             "id": rows[0].id,
             "references": [_cut(text) for text in rows[0].references],
-            "predictions": [(SYSTEMS[name], _cut(row.prediction)) for name, row in zip(shown, rows, strict=True)],
+            "predictions": [
+                (record.systems[name], _cut(row.prediction)) for name, row in zip(shown, rows, strict=True)
+            ],
         }
         for rows in islice(zip(*shown.values(), strict=False), EXAMPLES_SHOWN)
     ]

@@ -7,7 +7,7 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from grasp_lora.experiments.run_folder import SYSTEMS, TRAINED, Prediction, RunRecord, by_factor, kept_share
+from grasp_lora.experiments.run_folder import TRAINED, Prediction, RunRecord, by_factor, inner, kept_share
 
 if TYPE_CHECKING:
     from grasp_lora.evaluation.statistics import PairedComparison
@@ -19,10 +19,11 @@ METRIC_NAMES = {
 
 
 class Cell(NamedTuple):
-    """A table cell; `best` marks the best of its column."""
+    """A table cell; `best` marks the best of its column, `span` is how many columns a text that is no value goes over."""
 
     text: str
     best: bool = False
+    span: int = 1
 
 
 class Table(NamedTuple):
@@ -31,6 +32,22 @@ class Table(NamedTuple):
     caption: str
     columns: Sequence[str]
     rows: list[list[Cell]]
+
+
+def score_digits(metric: str, values: Iterable[float | None], usual: int) -> int:
+    """Return how many decimals show a score: two more for a user's own metric that runs to 1, not to 100.
+
+    >>> score_digits("f1", [0.5], 1), score_digits("my:metric", [0.5, None], 1), score_digits("my:metric", [50.0], 1)
+    (1, 3, 1)
+    """
+    sizes = [abs(value) for value in values if value is not None and math.isfinite(value)]
+    return usual + 2 if metric not in METRIC_NAMES and sizes and max(sizes) <= 1.5 else usual
+
+
+def scale_note(metrics: Iterable[str]) -> str:
+    """Between what scores lie, as the end of a sentence."""
+    own = any(metric not in METRIC_NAMES for metric in metrics)
+    return "scores run from 0 to 100" + (", those of your own metrics as you define them" if own else "")
 
 
 def percent(fraction: float, digits: int = 0) -> str:
@@ -71,11 +88,15 @@ class Against:
 
     Args:
         metric: the leading one, as it is printed.
+        digits: decimals that show its scores.
+        points: whether it runs to 100.
         ours, theirs: its scores.
         score, loss: how sure their difference is, and that of the test losses; None where there are no values by example.
     """
 
     metric: str
+    digits: int
+    points: bool
     ours: float
     theirs: float
     score: "PairedComparison | None"
@@ -91,7 +112,7 @@ def compare_systems(record: RunRecord) -> dict[str, Against]:
     if "grasp" not in systems:
         return {}
     found = {}
-    for other in ("merged", "target", "source"):
+    for other in ("merged", "target", *record.sources):
         scores, theirs = systems["grasp"].metrics, systems[other].metrics if other in systems else {}
         finite = [
             key
@@ -105,6 +126,8 @@ def compare_systems(record: RunRecord) -> dict[str, Against]:
     return {
         other: Against(
             METRIC_NAMES.get(key, key),
+            score_digits(key, [one.metrics.get(key) for one in systems.values()], 1),
+            key in METRIC_NAMES,
             systems["grasp"].metrics[key] or 0.0,
             systems[other].metrics[key] or 0.0,
             sure[key].get(other),
@@ -146,13 +169,15 @@ def scores_table(record: RunRecord) -> Table | None:
         return None
     used = {key for system in metrics.systems.values() for key in system.metrics}
     keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
-    scores = {name: metrics.systems[name] for name in SYSTEMS if name in metrics.systems}
+    scores = {name: metrics.systems[name] for name in record.systems if name in metrics.systems}
     pruned = "–" if record.prune_ratio is None else percent(record.prune_ratio, 1)
+    if record.sparsity:
+        pruned = percent(1 - kept_share(record.sparsity), 1)
     columns: list[list[Cell]] = [
-        [Cell(SYSTEMS[name]) for name in scores],
+        [Cell(record.systems[name]) for name in scores],
         _column([score.test_loss for score in scores.values()], 3, min),
         _column([score.dev_loss for score in scores.values()], 3, min),
-        *(_column([score.metrics.get(key) for score in scores.values()], 1, max, "unavailable") for key in keys),
+        *(_scores_column(key, [score.metrics.get(key) for score in scores.values()]) for key in keys),
         [Cell(pruned if name == "grasp" else percent(0)) for name in scores],
     ]
     names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
@@ -170,6 +195,10 @@ def _column(
     return [Cell(text, text == best) for text in texts]
 
 
+def _scores_column(key: str, values: Sequence[float | None]) -> list[Cell]:
+    return _column(values, score_digits(key, values, 1), max, "unavailable")
+
+
 def score_notes(record: RunRecord, against: Mapping[str, Against]) -> list[str]:
     """How much of the table is noise, and what separates GRASP from each other system."""
     count = record.metrics.test_examples if record.metrics else 0
@@ -177,13 +206,14 @@ def score_notes(record: RunRecord, against: Mapping[str, Against]) -> list[str]:
         return []
     notes = [
         f"The test set has {count} examples: one example is worth {100 / count:.2f} points of a score that is a mean "
-        "over examples."
+        "over examples and runs from 0 to 100."
     ]
     for other, found in against.items():
-        gap = f"{found.metric} {_signed(found.ours - found.theirs)} points{_sure(found.score, 1)}"
+        gap = f"{found.metric} {_signed(found.ours - found.theirs, found.digits)}{' points' if found.points else ''}"
+        gap += _sure(found.score, found.digits)
         if found.loss is not None:
             gap += f"; test loss {_signed(found.loss.difference, 3)}{_sure(found.loss, 3)}"
-        notes.append(f"GRASP against {SYSTEMS[other].lower()}: {gap}.")
+        notes.append(f"GRASP against {record.systems[other].lower()}: {gap}.")
     shown = [one for found in against.values() for one in (found.score, found.loss) if one is not None]
     if shown:
         notes.append(
@@ -269,11 +299,19 @@ def sparsity_note(record: RunRecord) -> str | None:
         note += " Every factor keeps the same share: the ratio is applied to each of them separately."
     ratio = record.prune_ratio
     if ratio is not None and abs(pruned - ratio) > 0.005:
-        note += f" That is not the ratio of {percent(ratio, 2)} above: check the final run."
-    segments = [[entry for entry in record.sparsity if entry.segment == name] for name in ("source", "target")]
-    if all(segments):
-        source, target = (percent(kept_share(entries), 1) for entries in segments)
-        note += f" Of the source adapter {source} of the weights survive, of the target adapter {target}."
+        mask = inner(record.recipe, "final", "mask") or inner(record.recipe, "mask")
+        if mask.get("granularity") == "component" and pruned < ratio:
+            note += f" Only whole rank-one components are pruned, as many as the ratio of {percent(ratio, 2)} covers."
+        else:
+            note += f" That is not the ratio of {percent(ratio, 2)} above: check the final run."
+    segments = {
+        name: [entry for entry in record.sparsity if entry.segment == name] for name in (*record.sources, "target")
+    }
+    if all(segments.values()):
+        parts = [
+            f"of the {name.replace('_', ' ')} adapter {percent(kept_share(segments[name]), 1)}" for name in segments
+        ]
+        note += f" {parts[0].capitalize()} of the weights survive, {', '.join(parts[1:])}."
     return note
 
 

@@ -15,7 +15,6 @@ STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate"
 TRAINED = {"source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run"}
 RUN_FILE = "run.json"
 COST_FILE = "cost.json"
-SYSTEMS = {"source": "Source only", "target": "Target only", "merged": "Merged, not pruned", "grasp": "GRASP"}
 
 Loss = Annotated[float, AllowInfNan(True)]  # a run that diverged deserves a report, too
 
@@ -31,6 +30,13 @@ class Parent(_Record):
     fingerprint: str
 
 
+class GivenAdapter(_Record):
+    """An adapter that the run did not train itself."""
+
+    name: str
+    sha256: str
+
+
 class RunInfo(_Record):
     """run.json."""
 
@@ -40,6 +46,7 @@ class RunInfo(_Record):
     seed: int
     created: str
     backbone: Parent
+    parents: list[GivenAdapter] = []
     libraries: dict[str, str] = {}
 
 
@@ -175,6 +182,24 @@ class RunRecord:
     cost: dict[str, float]  # seconds by stage
 
     @property
+    def sources(self) -> list[str]:
+        """The names of the source adapters in files: source, source_2, ..."""
+        given = inner(self.recipe, "source").get("adapters")
+        count = len(given) if isinstance(given, list) and given else 1
+        return ["source", *(f"source_{number}" for number in range(2, count + 1))]
+
+    @property
+    def systems(self) -> dict[str, str]:
+        """What is evaluated: name in files -> title."""
+        sources = self.sources
+        titles = ["Source only"] if len(sources) == 1 else [f"Source {n} only" for n in range(1, len(sources) + 1)]
+        return dict(zip(sources, titles, strict=True)) | {
+            "target": "Target only",
+            "merged": "Merged, not pruned",
+            "grasp": "GRASP",
+        }
+
+    @property
     def given_ratio(self) -> float | None:
         """The recipe's final.prune_ratio; where it is given, the run has no controller by design."""
         given = inner(self.recipe, "final").get("prune_ratio")
@@ -249,7 +274,7 @@ def read_run(run_folder: Path) -> RunRecord:
     controller, evaluation = run_folder / "controller", run_folder / "evaluation"
     markers = {stage: _read(run_folder / "stages" / f"{stage}.json", StageMarker) for stage in STAGES}
     seconds = {stage: marker.seconds for stage, marker in markers.items() if marker is not None}
-    return RunRecord(
+    record = RunRecord(
         run=run,
         recipe_text=recipe_text,
         recipe=recipe,
@@ -260,10 +285,12 @@ def read_run(run_folder: Path) -> RunRecord:
         learned=_read(controller / "ratio.json", LearnedRatio),
         history={stage: _lines(run_folder / stage / "history.jsonl", HistoryRow, growing=True) for stage in TRAINED},
         sparsity=_read(run_folder / "final" / "sparsity.json", list[FactorSparsity]) or [],
-        predictions={name: _lines(evaluation / f"{name}.jsonl", Prediction) for name in SYSTEMS},
+        predictions={},
         metrics=_read(run_folder / "metrics.json", Metrics),
         cost=_read(run_folder / COST_FILE, dict[str, float]) or seconds,
     )
+    record.predictions.update({name: _lines(evaluation / f"{name}.jsonl", Prediction) for name in record.systems})
+    return record
 
 
 _Shape = TypeVar("_Shape")
