@@ -628,6 +628,16 @@ def test_the_folder_of_a_run_and_what_is_no_folder_are_refused(command, more, fi
     assert (tiny_workspace / "run/recipe.yaml").read_bytes() == before
 
 
+@pytest.mark.parametrize("command", ["compare", "record"])
+def test_a_recipe_of_the_users_own_is_not_overwritten(command, tiny_workspace, refused):
+    (tiny_workspace / "own").mkdir()
+    (tiny_workspace / "own/recipe.yaml").write_text("# mine\n", encoding="utf-8")
+    refused(
+        command, ["--output", "own"], "own holds a recipe.yaml that would be overwritten; choose another with --output"
+    )
+    assert (tiny_workspace / "own/recipe.yaml").read_text() == "# mine\n"
+
+
 def test_records_of_another_number_format_are_not_passed_over_in_silence(finished, caplog):
     folder, _ = finished
     Records(folder).check_dtype("torch.float32")

@@ -351,6 +351,20 @@ def test_each_key_is_explained_in_a_short_line(content: Callable[..., Any], star
     }  # fmt: skip
 
 
+def test_a_file_that_the_recipe_would_find_elsewhere_is_refused(
+    start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "en.jsonl").write_text("{}", encoding="utf-8")
+    Path("en.jsonl").write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) + "\n" for i in range(60)))
+    Path("t.jsonl").write_text("".join(json.dumps({"prompt": f"t{i}", "completion": "c"}) + "\n" for i in range(120)))
+    monkeypatch.setenv("GRASP_LORA_DATA", str(elsewhere))
+    with pytest.raises(DataError, match=r"'en\.jsonl' is in two places, with different contents"):
+        write_recipe(Path("t.jsonl"), "sw", None, ["en.jsonl"], "en")
+    assert not Path("t.yaml").exists()
+
+
 def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> None:
     data = write(Path("t.jsonl"), completion(60))
     Path("mine.yaml").write_text("mine")

@@ -207,7 +207,7 @@ class TestRecords:
             read(tmp_path / "x.jsonl", text, "completion")
 
     def test_no_answer_and_unknown_column(self, tmp_path: Path) -> None:
-        row = {"context": "c", "question": "?", "answers": {"text": [], "answer_start": []}}
+        row = {"context": "c", "question": "?", "answers": []}
         with pytest.raises(DataError, match="line 1: no answer; questions without an answer are not supported"):
             read(tmp_path / "x.jsonl", [row], "qa")
         with pytest.raises(DataError, match=r"no column 'topic' \(columns\.group\); found: context, question"):
@@ -259,6 +259,35 @@ class TestCleaning:
     def test_csv_as_people_write_it(self, tmp_path: Path, text: str) -> None:
         (record,) = read(tmp_path / "x.csv", text, "completion").records
         assert (record.fields["prompt"], record.answer) == ("x", "y, z")
+
+    def test_questions_without_an_answer_are_left_out_and_counted(self, tmp_path: Path) -> None:
+        questions = [
+            {"id": "a", "question": "who?", "answers": [{"text": "Ann", "answer_start": 0}], "is_impossible": False},
+            {"id": "b", "question": "when?", "answers": [], "is_impossible": True, "plausible_answers": []},
+        ]
+        squad = {
+            "version": "v2.0",
+            "data": [{"title": "t", "paragraphs": [{"context": "Ann sang.", "qas": questions}]}],
+        }
+        pool = read(tmp_path / "x.json", json.dumps(squad), "qa")
+        assert ([record.id for record in pool.records], pool.unanswerable) == (["a"], 1)
+        rows = [
+            {"context": "Ann sang.", "question": "who?", "answers": {"text": ["Ann"], "answer_start": [0]}},
+            {"context": "Ann sang.", "question": "when?", "answers": {"text": [], "answer_start": []}},
+        ]
+        pool = read(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows)), "qa")
+        assert ([record.id for record in pool.records], pool.unanswerable) == (["x.jsonl:1"], 1)
+        with pytest.raises(DataError, match="none of the 1 questions has an answer"):
+            read(tmp_path / "x.jsonl", json.dumps(rows[1]), "qa")
+
+    def test_an_answer_that_is_a_list_written_as_text_is_refused(self, tmp_path: Path) -> None:
+        text = "context,question,answers\nAnn sang.,who?,\"{'text': ['Ann'], 'answer_start': [0]}\"\n"
+        with pytest.raises(
+            DataError, match=r"x\.csv, line 2: answers is a list that was written as text, \"\{'text'.*give a"
+        ):
+            read(tmp_path / "x.csv", text, "qa")
+        (record,) = read(tmp_path / "y.csv", text.replace("answers", "answer"), "qa").records
+        assert record.answer.startswith("{")
 
     def test_spaces_in_cells_stay_where_the_header_has_none(self, tmp_path: Path) -> None:
         (record,) = read(tmp_path / "x.csv", "prompt,completion\nx, y\n", "completion").records

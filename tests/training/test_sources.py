@@ -37,6 +37,25 @@ class TestResolveFile:
         with pytest.raises(DataError, match=r"nowhere\.json \(absolute path\)"):
             resolve_file(str(tmp_path / "nowhere.json"))
 
+    def test_a_variable_does_not_decide_between_different_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for place in ("variable", "recipe", "root"):
+            (tmp_path / place).mkdir()
+            (tmp_path / place / "x.json").write_text(place)
+        monkeypatch.setenv("GRASP_LORA_DATA", str(tmp_path / "variable"))
+        message = r"'x\.json' is in two places, with different contents: .*variable/x\.json \(GRASP_LORA_DATA\) and .*recipe/x"
+        with pytest.raises(DataError, match=message):
+            resolve_file("x.json", base=tmp_path / "recipe")
+        assert resolve_file("x.json", root="../root", base=tmp_path / "recipe").read_text() == "root"
+        (tmp_path / "recipe/x.json").write_text("variable")
+        assert resolve_file("x.json", base=tmp_path / "recipe").parent.name == "variable"
+
+    def test_a_root_that_is_not_there_is_not_passed_over(self, tmp_path: Path) -> None:
+        (tmp_path / "x.json").write_text("x")
+        with pytest.raises(DataError, match=r"data\.root is 'nowhere', but there is no folder .*nowhere; mend it"):
+            resolve_file("x.json", root="nowhere", base=tmp_path)
+
     def test_demo_texts(self) -> None:
         records = read_files([("demo:zh.json", resolve_file("demo:zh.json"))], "qa").records
         assert len(records) > 50

@@ -106,7 +106,6 @@ def compare(
             what is on record stays.
         Interrupted: SIGTERM or SIGINT came.
     """
-    check_experiment_folder(folder)
     recipe = session.recipe
     if recipe.final.start == "controller":
         raise RecipeError(
@@ -115,6 +114,7 @@ def compare(
             "methods: it shares them out between both"
         )
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
+    check_experiment_folder(folder, recipe.to_yaml())
     session = Session(recipe, session.base, session.progress)
     session.prepare()
     check_target_modules(session.backbone.model, recipe.lora.target_modules)

@@ -11,6 +11,7 @@ from typing import Any
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments.interruption import Interruption
+from grasp_lora.experiments.recipe import RECIPE_FILE
 from grasp_lora.experiments.run_folder import RUN_FILE
 from grasp_lora.training.durable import clear_write_errors
 from grasp_lora.training.ranks import is_first
@@ -55,11 +56,15 @@ def make_folder(folder: Path) -> None:
         raise RecipeError(f"{folder} cannot be made ({error.strerror}); choose another folder with --output") from error
 
 
-def check_experiment_folder(folder: Path) -> None:
+def check_experiment_folder(folder: Path, recipe: str | None = None) -> None:
     """Check, before anything is loaded, that an experiment may write into a folder.
 
+    Args:
+        folder: may be missing.
+        recipe: content of the recipe.yaml that the experiment is going to write.
+
     Raises:
-        RecipeError: it is a file, or the folder of a run.
+        RecipeError: it is a file, the folder of a run, or holds a recipe.yaml that no experiment has written.
     """
     if folder.is_file():
         raise RecipeError(f"{folder} is a file; give a folder with --output")
@@ -67,6 +72,9 @@ def check_experiment_folder(folder: Path) -> None:
         raise RecipeError(
             f"{folder} is the folder of a run, whose recipe would be overwritten; choose another with --output"
         )
+    file, begun = folder / RECIPE_FILE, any((folder / name).is_dir() for name in ("records", "adapters"))
+    if recipe is not None and not begun and file.is_file() and file.read_bytes() != recipe.encode():
+        raise RecipeError(f"{folder} holds a {RECIPE_FILE} that would be overwritten; choose another with --output")
 
 
 @contextmanager

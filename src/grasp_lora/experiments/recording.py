@@ -85,9 +85,9 @@ def record(
             process writes there. What is on record stays.
         Interrupted: SIGTERM or SIGINT came.
     """
-    check_experiment_folder(folder)
     recipe = session.recipe
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
+    check_experiment_folder(folder, recipe.to_yaml())
     # Nothing is answered and no round is held, so neither metrics nor rounds have to be there.
     bare = recipe.model_copy(update={"metrics": (), "final": replace(recipe.final, prune_ratio=0.0)})
     session = Session(bare, session.base, session.progress)

@@ -199,6 +199,7 @@ class Session:
         recipe = self.recipe
         if "bertscore" in self.metrics:
             check_bertscore(recipe.bertscore, self.language, base=self.base, offline=recipe.backbone.offline)
+        _check_trackers(recipe.report_to)
         if parents:
             self._check_parents()
             self._check_processes()
@@ -575,6 +576,27 @@ def ratio_record(estimate: RatioEstimate, last_committed: float | None) -> dict[
 def _replace(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, text)
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Check that trackers are known to transformers and installed.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    if not names:
+        return
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise RecipeError(f"report_to names {name!r}; allowed: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise RecipeError(
+                f"report_to names {name!r}, which cannot be used here: {error}; install it, or leave it out"
+            ) from error
 
 
 def _is_hub_id(backbone: Backbone) -> bool:

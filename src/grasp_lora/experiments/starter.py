@@ -108,7 +108,10 @@ def write_recipe(
             f"{data} holds conversations of several turns, which need a backbone with a chat template, and {EMBEDDED_NAME} has "
             "none; name one with --backbone"
         )
-    sources = [_read(name, resolve_file(name, base=Path()), file.parent, target.task) for name in files]
+    sources = [
+        _read(name, resolve_file(name) if name.startswith(DEMO_PREFIX) else Path(name), file.parent, target.task)
+        for name in files
+    ]
     if len({(corpus.format, tuple(corpus.columns.items())) for corpus in sources}) > 1:
         raise DataError("the source files differ in their columns; convert them to the same ones")
     sizes = _choose_sizes(target, sources)
@@ -122,6 +125,8 @@ def write_recipe(
     validate(yaml.safe_load(text), str(file))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        for corpus in (target, *sources):
+            resolve_file(corpus.name, base=file.parent)  # which refuses a name that is found in two places
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{file} cannot be written ({error.strerror}); choose another place with --output") from error

@@ -1,5 +1,6 @@
 """The single steps of the command line on folders: merge, learn, finetune, evaluate, predict."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -201,10 +202,18 @@ def backbone_of(
 
 
 def refuse_existing(output: Path) -> None:
-    """Check that a folder for a result is not there yet, or empty.
+    """Check that a folder for a result is not there yet, or empty, and that it can be written.
 
     Raises:
-        RecipeError: it holds something, or is a file.
+        RecipeError: it holds something, is a file, or cannot be written.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RecipeError(f"{output} exists and is not an empty folder; choose another with --output")
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise RecipeError(f"{output} exists and is not an empty folder; choose another with --output")
+        there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    except OSError as error:
+        raise RecipeError(f"{output} cannot be made ({error.strerror}); choose another with --output") from error
+    if not there.is_dir():
+        raise RecipeError(f"{output} cannot be made ({there.name} is a file); choose another with --output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"{output} cannot be made (no permission); choose another with --output")

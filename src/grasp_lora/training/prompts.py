@@ -171,6 +171,7 @@ class Tally:
     read: int = 0
     characters_mapped: int = 0
     characters_removed: int = 0
+    unanswerable: int = 0
     excluded_for_leak: int = 0
     documents_cut: int = 0
     answers_cut_away: int = 0

@@ -69,11 +69,12 @@ class Record:
 
 @dataclass(frozen=True)
 class Pool:
-    """Records that may go to any split, and how many control characters were mapped and removed."""
+    """Records that may go to any split; how many control characters were mapped and removed, and questions without answer."""
 
     records: tuple[Record, ...]
     characters_mapped: int = 0
     characters_removed: int = 0
+    unanswerable: int = 0
 
 
 def text_key(text: str) -> str:
@@ -113,7 +114,7 @@ def read_files(
         elif task != "qa":
             raise DataError(f"{name} is SQuAD data, which fits the task qa, not {task}")
         else:
-            records += _squad_records(_clean(content, counts, "id"), name)
+            records += _squad_records(_clean(content, counts, "id"), name, counts)
     return _pool(records, counts)
 
 
@@ -149,7 +150,9 @@ def _pool(records: list[Record], counts: Counter[str]) -> Pool:
             "and no file may be listed twice"
             + ("; where these number the rows of each file, rename the column id" if numbers else "")
         )
-    return Pool(tuple(records), counts["mapped"], counts["removed"])
+    if not records and counts["unanswerable"]:
+        raise DataError(f"none of the {counts['unanswerable']} questions has an answer; give some that have one")
+    return Pool(tuple(records), counts["mapped"], counts["removed"], counts["unanswerable"])
 
 
 def _convert(
@@ -165,10 +168,19 @@ def _convert(
         columns = XLSUM_COLUMNS
     rows = [(where, _clean(row, counts, columns.get("id", "id"))) for where, row in rows]
     has_ids = any(not _blank(row.get(columns.get("id", "id"))) for _, row in rows)
-    return [
-        _record(row, where, f"{name}:{number}", name, task, columns, has_ids)
-        for number, (where, row) in enumerate(rows, start=1)
-    ]
+    records = []
+    for number, (where, row) in enumerate(rows, start=1):
+        if task == "qa" and _is_unanswerable(row, columns):
+            counts["unanswerable"] += 1
+            continue
+        records.append(_record(row, where, f"{name}:{number}", name, task, columns, has_ids))
+    return records
+
+
+def _is_unanswerable(row: dict[str, Any], columns: Mapping[str, str]) -> bool:
+    """Whether a row is a question without an answer, as SQuAD 2.0 on the hub has them: an empty list of texts."""
+    found = row.get(columns.get("answer", "answers"))
+    return isinstance(found, dict) and found.get("text") == []
 
 
 def _clean(value: Any, counts: Counter[str], identity: str) -> Any:
@@ -257,7 +269,10 @@ def _answers(row: dict[str, Any], where: str, field: str, columns: Mapping[str, 
         if not isinstance(value, list) or not value:
             raise DataError(f"{where}: no answer; questions without an answer are not supported, remove them")
         return [_text(item.get("text") if isinstance(item, dict) else item, field, where) for item in value]
-    return [_text(value, field, where)]
+    text = _text(value, field, where)
+    if field == "answer" and columns.get(field, field) not in row and text.lstrip().startswith(("{", "[")):
+        raise DataError(f"{where}: answers is a list that was written as text, {quoted(text)}; give a column answer")
+    return [text]
 
 
 def _conversation(row: dict[str, Any], where: str, columns: Mapping[str, str]) -> list[Message]:
@@ -283,7 +298,7 @@ def _conversation(row: dict[str, Any], where: str, columns: Mapping[str, str]) -
     return messages
 
 
-def _squad_records(content: dict[str, Any], name: str) -> list[Record]:
+def _squad_records(content: dict[str, Any], name: str, counts: Counter[str]) -> list[Record]:
     records: list[Record] = []
     for number, article in enumerate(content["data"]):
         where = f"{name}, article {number + 1}"
@@ -298,12 +313,15 @@ def _squad_records(content: dict[str, Any], name: str) -> list[Record]:
                 identity = _plain(question["id"], "id", where)
                 here = f"{where}, question {identity}"
                 answers = [_squad_answer(answer, context, here) for answer in _list(question, "answers", here)]
+                if not answers and question.get("is_impossible") is True:  # SQuAD 2.0
+                    counts["unanswerable"] += 1
+                    continue
                 if not answers:
                     raise DataError(f"{here}: no answer; questions without an answer are not supported, remove them")
                 inputs = {"context": context, "question": _text(question.get("question"), "question", here)}
                 keys = frozenset({"id:" + identity, text_key(context), article_key})
                 records.append(Record(identity, inputs, answers[0], tuple(dict.fromkeys(answers)), keys))
-    if not records:
+    if not records and not counts["unanswerable"]:
         raise DataError(f"{name} holds no questions")
     return records
 

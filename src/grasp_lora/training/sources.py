@@ -1,5 +1,6 @@
 """Where data comes from: a file in one of several places, a text of the package, a data set on the hub."""
 
+import filecmp
 import importlib.resources
 import logging
 import os
@@ -30,7 +31,8 @@ def resolve_file(name: str, root: str | None = None, base: Path | None = None) -
         base: folder of the recipe; None for the working folder.
 
     Raises:
-        DataError: it is in none of them; the message names every place tried.
+        DataError: it is in none of them; the message names every place tried. Or it is in two of them, with different contents,
+            and the variable alone would decide.
     """
     if name.startswith(DEMO_PREFIX):
         texts = Path(str(importlib.resources.files("grasp_lora.demo").joinpath("texts")))
@@ -48,10 +50,23 @@ def resolve_file(name: str, root: str | None = None, base: Path | None = None) -
         if variable:
             places = {DATA_VARIABLE: expanded(variable) / path, **places}
         if root is not None:
-            places = {"data.root": base / expanded(root) / path, **places}
-    for place in places.values():
-        if is_file(place):
-            return place
+            folder = base / expanded(root)
+            if not folder.is_dir():
+                raise DataError(
+                    f"data.root is {root!r}, but there is no folder {escaped(str(folder))}; mend it or leave it out"
+                )
+            places = {"data.root": folder / path, **places}
+    found = {label: place for label, place in places.items() if is_file(place)}
+    if found:
+        first, *others = found
+        for other in others:
+            # What the recipe itself says with data.root is no accident; a variable of the environment may be one.
+            if first == DATA_VARIABLE and not filecmp.cmp(found[first], found[other], shallow=False):
+                raise DataError(
+                    f"data file {name!r} is in two places, with different contents: {escaped(str(found[first]))} ({first}) and "
+                    f"{escaped(str(found[other]))} ({other}); rename one, or say which with data.root"
+                )
+        return found[first]
     tried = ", ".join(f"{escaped(str(place))} ({label})" for label, place in places.items())
     raise DataError(
         f"data file {name!r} is missing; tried {tried}. "
