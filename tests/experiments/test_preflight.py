@@ -1,5 +1,7 @@
 """What `check` says before a run, and what it warns about."""
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +35,75 @@ def test_all_that_a_run_needs_is_said(check: Check) -> None:
     assert "loss on the answer only, for example ' " in found["label mask"].text
     assert "<eos>" in found["label mask"].text
     assert found["cost"].text == "at most 42 training examples and 48 probed examples"
+
+
+def write_rows(name: str, rows: list[dict[str, object]]) -> None:
+    Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_examples_that_stand_twice_are_warned_of(check: Check) -> None:
+    write_rows("target", [{"id": f"n{i}", "prompt": f"p{i // 2}:", "completion": " c"} for i in range(60)])
+    found = check()["duplicates"]
+    assert found.level == "warning"
+    assert "4 of test" in found.text
+    assert "3 of dev" in found.text
+
+
+def test_row_numbers_as_ids_are_warned_of_where_they_cost_source_examples(check: Check) -> None:
+    write_rows("source", [{"id": i, "prompt": f"s{i}:", "completion": " c"} for i in range(60)])
+    write_rows("target", [{"id": i, "prompt": f"t{i}:", "completion": " c"} for i in range(40)])
+    found = check()["ids"]
+    assert found.text.startswith("40 ids are whole numbers that stand in source and target")
+    assert "source examples were left out (18 in all)" in found.text
+    write_rows("target", [{"id": f"x{i}", "prompt": f"t{i}:", "completion": " c"} for i in range(40)])
+    assert "ids" not in check()
+
+
+def test_conversations_without_the_backbones_template_are_warned_of(check: Check, tiny_workspace: Path) -> None:
+    for name in ("source", "target"):
+        turns = [{"role": "user", "content": f"{name} what? "}, {"role": "assistant", "content": "that"}]
+        write_rows(name, [{"id": f"{name}{i}", "messages": turns} for i in range(40)])
+        rows = [[{**turns[0], "content": f"{name} what {i}? "}, turns[1]] for i in range(40)]
+        write_rows(name, [{"id": f"{name}{i}", "messages": row} for i, row in enumerate(rows)])
+    assert "chat" not in check()
+    folder = tiny_workspace / "with-template"
+    shutil.copytree(tiny_workspace / "tiny-llama", folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}", encoding="utf-8"
+    )
+    assert "data.chat_template is false" in check("backbone.name=with-template")["chat"].text
+    assert "chat" not in check("backbone.name=with-template", "data.chat_template=true")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "warned"),
+    [
+        ("why", "because", True),
+        ("why ", "because", False),
+        ("why?", "because", False),
+        ("why", "\n7", False),
+        ("问", "答", False),
+    ],
+)
+def test_answers_that_go_on_the_last_word_of_the_prompt_are_warned_of(
+    check: Check, prompt: str, completion: str, warned: bool
+) -> None:
+    write_rows("target", [{"prompt": f"{i} {prompt}", "completion": completion} for i in range(40)])
+    found = check()
+    assert ("prompt" in found) == warned
+    assert found["label mask"].text.endswith(
+        f"whose prompt ends with {found['label mask'].text.split(' ends with ')[1]}"
+    )
+    assert prompt.strip() in found["label mask"].text
+
+
+def test_settings_that_cannot_give_what_they_ask_for_are_warned_of(check: Check, finished_run: Path) -> None:
+    assert "bertscore has no model for de, so it will be unavailable" in check("metrics=[bertscore]")["metrics"].text
+    both = check("source.adapters=[run/source]")
+    assert both["source"].level == "warning"
+    assert "no source adapter is trained on data.source" in both["source"].text
+    twice = check("source.adapters=[run/source]", "target.adapter=run/source", "data.source=null")
+    assert twice["adapter"].text == "the same adapter is given more than once, so it is merged with itself"
 
 
 def test_few_rounds_and_few_micro_dev_examples_are_warned_of(check: Check) -> None:

@@ -175,10 +175,53 @@ def test_too_few_examples_are_refused(start: Callable[..., Path]) -> None:
     assert not Path("mine.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ("instruction,output", {"prompt": "instruction", "completion": "output"}),
+        ("prompt,response", {"completion": "response"}),
+        ("Question,Answer", {"prompt": "Question", "completion": "Answer"}),
+    ],
+)
+def test_usual_names_of_prompt_and_completion_are_understood(
+    start: Callable[..., Path], columns: str, expected: dict[str, str]
+) -> None:
+    for name in ("t", "s"):
+        text = columns + "\n" + "".join(f"{name} {i}? , it {i}\n" for i in range(60))
+        Path(f"{name}.csv").write_text(text, encoding="utf-8")
+    assert load_recipe(start(Path("t.csv"), ("s.csv",)))[0].data.target.columns == expected
+    fits(Path("mine.yaml"))
+
+
+@pytest.mark.parametrize("part", ["input", "context", "system", "history"])
+def test_a_prompt_that_would_lose_a_part_is_not_guessed(start: Callable[..., Path], part: str) -> None:
+    Path("t.csv").write_text(f"instruction,{part},output\n" + "a,b,c\n" * 60, encoding="utf-8")
+    with pytest.raises(DataError, match=r"which fit no task .*\{prompt: NAME, completion: NAME\}"):
+        start(Path("t.csv"))
+
+
+def test_rows_under_a_key_data_are_no_squad(start: Callable[..., Path]) -> None:
+    for name in ("t", "s"):
+        Path(f"{name}.json").write_text(json.dumps({"version": 1, "data": completion(60, name)}), encoding="utf-8")
+    assert load_recipe(start(Path("t.json"), ("s.json",)))[0].data.task == "completion"
+    fits(Path("mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"group": "news"}, "which have the group 'news'; .* or rename the column group if it means something else"),
+        ({"prompt": "always this"}, "which have one prompt, context or document; .* add examples of other texts$"),
+    ],
+)
+def test_what_joins_the_largest_group_is_said(start: Callable[..., Path], row: dict[str, str], said: str) -> None:
+    with pytest.raises(DataError, match=rf"form 1 groups .* the largest of 60, {said}"):
+        start(write(Path("t.jsonl"), [{**one, **row} for one in completion(60)]))
+
+
 def test_too_few_articles_are_refused(start: Callable[..., Path]) -> None:
-    with pytest.raises(
-        DataError, match=r"60 examples of t\.json form 2 groups .*largest of 30; .*add examples of other"
-    ):
+    shared = "which have one prompt, context or document"
+    with pytest.raises(DataError, match=rf"60 examples of t\.json form 2 groups .* largest of 30, {shared}; .* texts$"):
         start(write(Path("t.json"), squad(60, per_article=30)))
 
 

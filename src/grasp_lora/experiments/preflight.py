@@ -4,15 +4,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from grasp_lora.evaluation.scripts import split_unspaced
 from grasp_lora.experiments.recipe import PROBE_SPLITS, ControllerStage, Recipe
 from grasp_lora.experiments.session import Session, expected_rounds
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.training.data import Example
+from grasp_lora.training.languages import language_code
 from grasp_lora.training.probing import takes_label_positions
 
 FEW_ROUNDS = 10
 FEW_SHARED_ROUNDS = 3  # they do not depend on each other
 FEW_PROBED = 8
+PROMPT_SHOWN = 30  # characters
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ def preflight(session: Session) -> list[Finding]:
     for side in ("source", "target"):
         if side in splits.report:
             findings.append(_counts(side, splits.report[side]))
+    findings += _doubtful(session)
     findings.append(_lengths("train", splits.train))
     findings.append(_label_mask(splits.train[0], backbone.tokenizer))
     if not splits.dev:
@@ -60,6 +64,63 @@ def preflight(session: Session) -> list[Finding]:
         findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
     findings += _plan(recipe, sizes)
     return findings
+
+
+def _doubtful(session: Session) -> list[Finding]:
+    """Warn of what can be meant, but seldom is."""
+    recipe, splits = session.recipe, session.splits
+    found = []
+    numbers = splits.report.get("numbers_as_ids", 0)
+    excluded = splits.report.get("source", {}).get("excluded_for_leak", 0)
+    if numbers and excluded:
+        text = (
+            f"{numbers} ids are whole numbers that stand in source and target, so they count as the same questions, and source "
+            f"examples were left out ({excluded} in all); where ids only number the rows, rename that column"
+        )
+        found.append(Finding("warning", "ids", text))
+    repeated = {
+        name: len(examples) - len({(one.prompt, one.completion) for one in examples})
+        for name in ("train", "dev", "micro_dev", "test")
+        if (examples := getattr(splits, name))
+    }
+    if any(repeated.values()):
+        listed = ", ".join(f"{count} of {name}" for name, count in repeated.items() if count)
+        text = f"examples that stand there more than once, prompt and answer alike: {listed}; remove them from the data"
+        found.append(Finding("warning", "duplicates", text))
+    talks = sum(splits.report.get(side, {}).get("conversations", 0) for side in ("source", "target"))
+    template = getattr(session.backbone.tokenizer, "chat_template", None)
+    if talks and template and not recipe.data.chat_template:
+        text = (
+            "the data are conversations and the backbone has a chat template, but data.chat_template is false, so the "
+            "messages before the answer are joined as plain text; set it to true"
+        )
+        found.append(Finding("warning", "chat", text))
+    glued = sum(_are_glued(example) for example in splits.train)
+    if not recipe.data.chat_template and 2 * glued > len(splits.train):
+        text = (
+            "nothing stands between prompts and answers, which run into one word; end the prompts with a space or a line "
+            "break, or set data.prompt"
+        )
+        found.append(Finding("warning", "prompt", text))
+    if "bertscore" in session.metrics and language_code(session.language) not in recipe.bertscore.models:
+        text = f"bertscore has no model for {session.language}, so it will be unavailable; name one in bertscore.models"
+        found.append(Finding("warning", "metrics", text))
+    if recipe.source.adapters and recipe.data.source is not None:
+        text = "source.adapters are given, so no source adapter is trained on data.source"
+        found.append(Finding("warning", "source", text))
+    parents = [adapter.sha256 for adapter in session.existing_adapters.values()]
+    given = len(recipe.source.adapters) + (recipe.target.adapter is not None)
+    if len(set(parents)) < given:
+        found.append(
+            Finding("warning", "adapter", "the same adapter is given more than once, so it is merged with itself")
+        )
+    return found
+
+
+def _are_glued(example: Example) -> bool:
+    """Whether the last word of a prompt goes on as the first of its answer."""
+    border = example.prompt[-1:] + example.completion[:1]
+    return len(border) == 2 and border.isalnum() and split_unspaced(border).strip() == border
 
 
 def _answers_too_long(test: Sequence[Example], most: int) -> list[Finding]:
@@ -112,7 +173,9 @@ def _lengths(name: str, examples: Sequence[Example]) -> Finding:
 
 def _label_mask(example: Example, tokenizer: object) -> Finding:
     answer = tokenizer.decode(list(example.completion_ids))  # type: ignore[attr-defined]
-    return Finding("ok", "label mask", f"loss on the answer only, for example {answer!r} of {example.id}")
+    end = example.prompt[-PROMPT_SHOWN:]
+    text = f"loss on the answer only, for example {answer!r} of {example.id}, whose prompt ends with {end!r}"
+    return Finding("ok", "label mask", text)
 
 
 def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:

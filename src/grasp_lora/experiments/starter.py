@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,10 @@ COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "summarization": {"document": ("document", "text", "article"), "summary": ("summary",)},
     "completion": {"prompt": ("prompt",), "completion": ("completion",)},
 }
+# What others call prompt and completion, where no column beside them may be a part of the prompt.
+PROMPT_NAMES = ("prompt", "instruction", "question")
+COMPLETION_NAMES = ("completion", "response", "output", "answer")
+PARTS_OF_PROMPTS = ("input", "context", "system", "history")
 
 
 @dataclass(frozen=True)
@@ -174,8 +179,15 @@ def _guess(found: Sequence[str], name: str, preferred: str | None) -> tuple[str,
             # The reader finds `answers` by itself, and there it may hold SQuAD's lists.
             understood = {field: ("answer", "answers") if field == "answer" else (field,) for field in chosen}
             return task, {field: str(column) for field, column in chosen.items() if column not in understood[field]}
+    if not by_name.keys() & set(PARTS_OF_PROMPTS):
+        prompts, completions = (
+            [by_name[name] for name in names if name in by_name] for names in (PROMPT_NAMES, COMPLETION_NAMES)
+        )
+        if prompts and completions:
+            named = {"prompt": prompts[0], "completion": completions[0]}
+            return "completion", {field: column for field, column in named.items() if column != field}
     known = "; ".join(f"{task}: {' and '.join(fields)}" for task, fields in COLUMNS.items())
-    if len(found) == 1 and re.search(r"[;\t]", found[0]):
+    if len(found) == 1 and re.search(r"[;\t|]", found[0]):
         raise DataError(
             f"{name} has one column, {quoted(found[0])}: its cells seem to be separated by something else than its suffix says; "
             "save it with commas as .csv, or with tabs as .tsv"
@@ -183,8 +195,8 @@ def _guess(found: Sequence[str], name: str, preferred: str | None) -> tuple[str,
     if not found:
         raise DataError(f"{name} begins with a record without fields; give each record those of a task ({known})")
     raise DataError(
-        f"{name} has the columns {listed(found)}, which fit no task ({known}, or messages); rename them, or write "
-        "them into a recipe, for example data.target.columns: {prompt: " + quoted(found[0]) + "}"
+        f"{name} has the columns {listed(found)}, which fit no task ({known}, or messages); rename them, or begin with one of "
+        "`grasp-lora recipes` and name them there, such as data.target.columns: {prompt: NAME, completion: NAME}"
     )
 
 
@@ -236,11 +248,25 @@ def _choose_sizes(target: _Corpus, sources: Sequence[_Corpus]) -> _Sizes:
             counts = [sum(found) for found in left if found is not None]
             alone = any(len(found) < 2 for found in left if found is not None)
             return _Sizes(sizes, _enough_source(min(counts), sources), alone)
-    raise DataError(
-        f"the {len(records)} examples of {target.name} form {len(groups)} groups (examples of one context, document or "
-        f"article), the largest of {max(map(len, groups.values()))}; splits take whole groups, so more of them are "
-        "needed: add examples of other texts"
+    largest = max(groups.values(), key=len)
+    column, value = _shared_by(largest)
+    shared = f"the {column} {quoted(value)}" if column else "one prompt, context or document"
+    rename = (
+        f", or rename the column {column} if it means something else" if column and target.format != "squad" else ""
     )
+    raise DataError(
+        f"the {len(records)} examples of {target.name} form {len(groups)} groups of what belongs together, the largest of "
+        f"{len(largest)}, which have {shared}; splits take whole groups, so more of them are needed: add examples of other "
+        f"texts{rename}"
+    )
+
+
+def _shared_by(records: Sequence[Record]) -> tuple[str | None, str]:
+    """The column and the value that most records of a group have in common; no column where it is the text itself."""
+    counts = Counter(key for record in records for key in record.keys)
+    kind, _, value = max(counts, key=lambda key: (counts[key], key)).partition(":")
+    column = {"id": "id", "group": "group", "article": "title"}.get(kind)
+    return column, value.rpartition("#")[2] if kind == "article" else value
 
 
 def _by_group(records: Sequence[Record], joined: Mapping[str, str]) -> dict[str, list[Any]]:

@@ -183,6 +183,7 @@ def build_splits(
     groups = join_groups(record.keys for pool in pools for record in pool.records)
     splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
     report: dict[str, Any] = {"task": settings.task, "split_seed": split_seed, "max_tokens": settings.max_tokens}
+    report["numbers_as_ids"] = _numbers_as_ids(shares)
     held_out: set[str] = set()
     for role, corpus in corpora.items():
         template = resolve_template(
@@ -292,6 +293,16 @@ def _read_corpus(
         asked = getattr(corpus, name)
         counts[name] = usual if asked is None else asked
     return [(pool, counts | {"train": corpus.train})]
+
+
+def _numbers_as_ids(shares: Mapping[str, Sequence[tuple[Pool, Counts]]]) -> int:
+    """How many whole numbers are ids of source and target records at once: often they only count the rows of each file."""
+    found = [
+        {key for pool, _ in of_role for record in pool.records for key in record.keys if key.startswith("id:")}
+        for of_role in shares.values()
+    ]
+    common = set.intersection(*found) if len(found) > 1 else set()
+    return sum(key.removeprefix("id:").isdigit() for key in common)
 
 
 def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ...], Counts]]:

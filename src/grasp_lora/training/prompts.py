@@ -169,6 +169,7 @@ class Tally:
     """What became of the records of a corpus; the shortest example counts even if too long."""
 
     read: int = 0
+    conversations: int = 0
     characters_mapped: int = 0
     characters_removed: int = 0
     unanswerable: int = 0

@@ -75,13 +75,19 @@ def read_content(name: str, path: Path, format: str) -> list[Row] | dict[str, An
         if "Extra data" in str(error) and format != "squad":
             return _json_lines(text, name)  # JSON lines are often saved as .json
         raise DataError(f"{name}{'' if error.line is None else f', line {error.line}'}: {error}") from None
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
+    listed = content.get("data") if isinstance(content, dict) else None
+    if isinstance(listed, list) and (format == "squad" or _is_squad(listed)):
         return content
     if format == "squad":
         raise DataError(f"{name} is not SQuAD data: it must be a JSON object with a list `data`")
-    rows = content if isinstance(content, list) else [content]
+    rows = listed if isinstance(listed, list) else content if isinstance(content, list) else [content]
     _check_count(len(rows), name)
     return [as_row(item, f"{name}, record {number}") for number, item in enumerate(rows, start=1)]
+
+
+def _is_squad(articles: list[Any]) -> bool:
+    """Whether the list under `data` is of articles, or of rows as other exports have them."""
+    return not articles or not isinstance(articles[0], dict) or "paragraphs" in articles[0]
 
 
 def as_row(item: Any, where: str) -> Row:

@@ -63,6 +63,7 @@ def split_pool(
     tally.characters_mapped += pool.characters_mapped
     tally.characters_removed += pool.characters_removed
     tally.unanswerable += pool.unanswerable
+    tally.conversations += sum(bool(record.messages) for record in pool.records)
     # Sorted, so that neither the order of the files nor that of their lines matters.
     for record in sorted(pool.records, key=lambda record: record.id):
         members.setdefault(groups[next(iter(record.keys))], []).append(record)
