@@ -10,7 +10,9 @@ from typing import Any
 
 from docstring_parser import parse_from_object
 
+from grasp_lora.evaluation.metrics import METRICS, metrics_for
 from grasp_lora.experiments.recipe import Recipe, settings_class, validate
+from grasp_lora.training.prompts import TASKS, TEMPLATES
 
 PAGE = Path(__file__).with_name("recipe.md")
 INTRO = """\
@@ -20,6 +22,27 @@ Written from the docstrings of the settings by `python docs/make_recipe_page.py`
 `--set a.b=value` changes single ones for one command, `grasp-lora init` writes a recipe that fits your data, and the
 resolved recipe in the folder of a run shows every value that held. Defaults are those of a recipe that says nothing
 but its data and has a dev set; for another policy see [controllers.md](controllers.md).
+"""
+PROMPTS = """
+## What the model sees
+
+The built-in prompts, where the recipe has none of its own; a language that is not here takes the English ones. The
+loss counts the completion and the end of text after it. Fields in braces are those of the task. With
+`data.chat_template` the prompt is what the user says and the bare answer what the assistant says. `completion` puts
+nothing between prompt and completion: end the prompts with a space or a line break (`grasp-lora check` shows the
+border of one example). The model card, `adapter/README.md` in the folder of a run, shows the prompt that `grasp-lora
+predict` has to be given.
+"""
+METRIC_INTRO = """
+## Metrics
+
+Scores run from 0 to 100, higher is better, and each comes with a signature that says how it was computed.
+"""
+METRIC_END = """
+
+One of your own is named by its import path, `package.module:name`: a function from `Outputs` (predictions, lists of
+references, language) to a `MetricScore` (name, value, signature, one score an example), both in
+`grasp_lora.evaluation.outputs`; its module must be installed or on PYTHONPATH.
 """
 SAYS_NOTHING = {"name": "page", "data": {"task": "qa", "target": {"language": "sw", "files": ["questions.json"]}}}
 
@@ -31,7 +54,26 @@ def page() -> str:
     places = defaultdict(list)
     for place, settings in _walk(Recipe, ()):
         places[settings].append(place)
-    return INTRO + "".join(_section(settings, found, recipe) for settings, found in places.items())
+    sections = "".join(_section(settings, found, recipe) for settings, found in places.items())
+    return INTRO + sections + _prompts() + _metrics()
+
+
+def _prompts() -> str:
+    """What the model sees of an example."""
+    lines = [PROMPTS, "| task | language | `data.prompt` | `data.completion` |", "|---|---|---|---|"]
+    for task, templates in TEMPLATES.items():
+        for language, template in templates.items():
+            texts = (json.dumps(text, ensure_ascii=False) for text in (template.prompt, template.completion))
+            lines.append(f"| `{task}` | {language} | {' | '.join(f'`{text}`' for text in texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _metrics() -> str:
+    lines = [METRIC_INTRO, "| metric | what it is | default of |", "|---|---|---|"]
+    for name, metric in METRICS.items():
+        tasks = ", ".join(f"`{task}`" for task in TASKS if name in metrics_for(task))
+        lines.append(f"| `{name}` | {metric.summary} | {tasks} |")
+    return "\n".join(lines) + METRIC_END
 
 
 def _walk(settings: type[Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], type[Any]]]:

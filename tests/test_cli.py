@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +359,19 @@ def test_help_lists_all_commands(cli: Cli) -> None:
 def test_help_of_merge_names_all_rules(cli: Cli) -> None:
     words = set(re.findall(r"\w+", cli("merge", "--help").out))
     assert set(MERGE_RULES) <= words
+
+
+def test_recipes_prints_one(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(cli("recipes", "mlqa-ar").out, encoding="utf-8")
+    assert load_recipe(file)[0] == load_recipe("mlqa-ar")[0]
+    result = cli("recipes", "mlqa-xx")
+    assert result.status == 2
+    assert result.err.startswith("error: there is no built-in recipe 'mlqa-xx'; there are: ")
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").out == f"grasp-lora {version('grasp-lora')}\n"
 
 
 def test_recipes_lists_all(cli: Cli) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -294,9 +295,32 @@ def test_the_backbone_is_that_of_the_source_adapters(start: Callable[..., Path],
     assert load_recipe(start(data, (), Path("c.yaml"), backbone=None))[0].backbone.name == "gemma3-270m"
     with pytest.raises(AdapterError, match="are of different backbones, org/gemma, org/llama; give adapters of one"):
         start(data, (one, other), backbone=None)
-    for place in (silent, "org/adapter"):
-        with pytest.raises(AdapterError, match=f"the backbone of the adapter {place} is not known here; name it with"):
-            start(data, (place,), backbone=None)
+    with pytest.raises(AdapterError, match="the adapter silent does not name its backbone; name it with --backbone"):
+        start(data, (silent,), backbone=None)
+
+
+def test_the_backbone_of_an_adapter_on_the_hub_is_looked_up(
+    start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    (fetched / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/llama"}))
+    asked: list[tuple[str, object]] = []
+
+    def download(hub_id: str, allow_patterns: object, **_: object) -> str:
+        asked.append((hub_id, allow_patterns))
+        if hub_id == "org/none":
+            raise OSError("no such repository")
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    data = write(Path("t.jsonl"), completion(60))
+    assert load_recipe(start(data, ("org/adapter",), backbone=None))[0].backbone.name == "org/llama"
+    assert asked == [("org/adapter", ["adapter_config.json"])]
+    with pytest.raises(AdapterError, match=r"adapter org/none: .*With --backbone the adapter is not looked up"):
+        start(data, ("org/none",), Path("b.yaml"), backbone=None)
+    assert load_recipe(start(data, ("org/none",), Path("c.yaml"), backbone="org/x"))[0].backbone.name == "org/x"
 
 
 def test_conversations_of_several_turns_need_another_backbone_than_the_embedded_one(start: Callable[..., Path]) -> None:

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,8 +54,19 @@ TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Pyth
 StepOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
 
 
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        say(f"grasp-lora {version('grasp-lora')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _start(context: typer.Context) -> None:
+def _start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
     if world_size() > 1 and context.invoked_subcommand not in IN_SEVERAL_PROCESSES:
         raise GraspError(f"{context.invoked_subcommand} runs in one process; start it without torchrun")
 
@@ -100,12 +112,17 @@ def check(recipe: RecipeArgument, overrides: SetOption = None, verbose: VerboseO
 
 
 @app.command()
-def recipes() -> None:
-    """List the built-in recipes."""
-    from grasp_lora.experiments.recipe import builtin_recipes
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one, as a file to begin with.")] = None,
+) -> None:
+    """List the built-in recipes, or print one."""
+    from grasp_lora.experiments.recipe import builtin_recipes, builtin_text
 
-    for name in builtin_recipes():
-        console.print(name, highlight=False)
+    if name is not None:
+        sys.stdout.write(builtin_text(name))
+        return
+    for one in builtin_recipes():
+        console.print(one, highlight=False)
 
 
 @app.command()

@@ -365,6 +365,17 @@ def builtin_recipes() -> list[str]:
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
+def builtin_text(name: str) -> str:
+    """Return a recipe that comes with the package, as it is written.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    if name not in builtin_recipes():
+        raise RecipeError(f"there is no built-in recipe {quoted(name)}; there are: {', '.join(builtin_recipes())}")
+    return (resources.files("grasp_lora") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
     """Read a recipe by file or built-in name and apply overrides.
 
@@ -386,7 +397,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Reci
             raise RecipeError(f"{name}: {error}") from error
         base = Path(recipe).parent
     elif str(recipe) in builtin_recipes():
-        text = (resources.files("grasp_lora") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        text = builtin_text(str(recipe))
         base = Path()
     else:
         raise RecipeError(

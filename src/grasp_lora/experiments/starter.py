@@ -18,7 +18,7 @@ from grasp_lora.display import listed, quoted
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.experiments.recipe import validate
 from grasp_lora.method.policy import preset
-from grasp_lora.training.adapter_config import read_config
+from grasp_lora.training.adapter_files import read_base_model
 from grasp_lora.training.adapters import CONFIG_FILE
 from grasp_lora.training.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.training.languages import language_code
@@ -365,10 +365,17 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
 
 
 def _backbone_of(adapters: Sequence[str]) -> str:
-    """The backbone that all adapters name; an adapter on the hub is not asked."""
-    named = {place: read_config(Path(place), place).base_model if Path(place).is_dir() else None for place in adapters}
+    """The backbone that all adapters name."""
+    named = {}
+    for place in adapters:
+        try:
+            named[place] = read_base_model(place)
+        except AdapterError as error:
+            if Path(place).is_dir():
+                raise
+            raise AdapterError(f"{error}. With --backbone the adapter is not looked up") from error
     if unknown := [place for place, base in named.items() if not base]:
-        raise AdapterError(f"the backbone of the adapter {unknown[0]} is not known here; name it with --backbone")
+        raise AdapterError(f"the adapter {unknown[0]} does not name its backbone; name it with --backbone")
     found = {EMBEDDED_NAME if base == EMBEDDED_HUB_ID else str(base) for base in named.values()}
     if len(found) > 1:
         raise AdapterError(f"the adapters are of different backbones, {listed(sorted(found))}; give adapters of one")

@@ -139,8 +139,6 @@ def predict_texts(
     if not prompts:
         raise DataError("there are no prompts; give them as arguments or one a line on standard input")
     adapter = read_adapter(place)
-    loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)
-    check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
     own = {"max_new_tokens": 64, "stop": ["\n"], "chat_template": False} | adapter.info.get("answers", {})
     try:
         settings = GenerationSettings(
@@ -149,6 +147,8 @@ def predict_texts(
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)
+    check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
     ids = prompt_ids(loaded.tokenizer, prompts, own["chat_template"] if chat is None else chat)
     with attached(loaded.model, adapter.weights) as model:
         return generate(model, loaded.tokenizer, ids, settings)

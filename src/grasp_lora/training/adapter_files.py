@@ -4,7 +4,7 @@ Only safetensors files are read, and only after their header and the config agre
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,15 +93,28 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
     )
 
 
-def _download(hub_id: str, offline: bool) -> Path:
+def read_base_model(place: str) -> str | None:
+    """Return the backbone that an adapter in a folder or on the hub names; of the latter only the config is fetched.
+
+    Raises:
+        AdapterError: there is no such adapter, or its config cannot be used.
+    """
+    folder = Path(place) if Path(place).is_dir() else _download(place, False, [CONFIG_FILE])
+    try:
+        return read_config(folder, escaped(place)).base_model
+    except RefusedError as error:
+        raise AdapterError(f"adapter {escaped(place)}: {error}") from error
+
+
+def _download(hub_id: str, offline: bool, wanted: Sequence[str] = (CONFIG_FILE, WEIGHTS_FILE, OUR_FILE)) -> Path:
+    """Fetch the files that count, and not the gigabytes that may lie beside them."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
     shown = escaped(hub_id)
-    wanted = [CONFIG_FILE, WEIGHTS_FILE, OUR_FILE]  # and not the gigabytes that may lie beside them
     try:
         with no_network(offline):
-            return Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=offline))
+            return Path(snapshot_download(hub_id, allow_patterns=list(wanted), local_files_only=offline))
     except (HFValidationError, OSError) as error:  # network, authorisation and missing repositories are OSErrors
         raise AdapterError(f"adapter {shown}: {not_there(error)}") from error
 

@@ -56,7 +56,8 @@ class BackboneSettings:
     """Which model to start from, and how to load it.
 
     Args:
-        name: "gemma3-270m" (the embedded default), a local folder, or a Hugging Face hub id.
+        name: "gemma3-270m" (the embedded default), a local folder, or a Hugging Face hub id. A model that was saved quantised is
+            loaded as it is; none is quantised here.
         dtype: what the weights are loaded in; "auto" takes bfloat16 where the device computes faster in it, else float32: a
             processor without instructions for it is 40 times slower in bfloat16, and one with some may be, too.
         revision: branch, tag or commit of a hub id.

@@ -210,6 +210,8 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
     Raises:
         DataError: the tokenizer has no chat template, or it refuses a prompt.
     """
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise DataError("the tokenizer has no chat template, so prompts can only be plain texts; leave --chat out")
     if chat:
         prompts = _chat_prompts(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts], "given")
     bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
