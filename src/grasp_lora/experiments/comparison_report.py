@@ -44,9 +44,8 @@ def print_comparison(content: Mapping[str, Any], console: Console) -> None:
     for column in table.columns:
         printed.add_column(column, overflow="fold")  # a narrow terminal cuts no word off
     for row in table.rows:
-        printed.add_row(
-            *(Text(cell.text, style="bold" if cell.best else "") for cell in row)
-        )  # short rows are filled up
+        # A row that is short, since its text goes over several columns, is filled up.
+        printed.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
     # The width of what is printed never exceeds that of its console, which is 80 where there is no terminal.
     (console if console.is_terminal else Console(file=console.file, width=FULL_WIDTH)).print(printed)
     for warning in content["warnings"]:
