@@ -174,6 +174,8 @@ class TestOverrides:
             ("data.target.files.0=x", r"files is no section of the recipe"),
             ("seed=[1", r"the value is no valid YAML; put text in quotes"),
             ("data.target.fils=[x]", r"unknown key 'data\.target\.fils'; did you mean 'files'\?"),
+            ("target.train=4", r"unknown key 'target\.train'; did you mean 'data\.target\.train'\?"),
+            ("rank=4", r"unknown key 'rank'; did you mean 'lora\.rank' or 'merge\.rank'\?"),
             ("controler.probe_every=1", r"unknown key 'controler'; did you mean 'controller'\?"),
         ],
     )

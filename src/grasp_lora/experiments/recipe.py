@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import date
 from importlib import resources
@@ -33,6 +33,7 @@ from grasp_lora.training.settings import LoraSettings, TrainingSettings
 from grasp_lora.training.untrusted import RefusedError, is_file, read_bounded
 
 RECIPE_FILE = "recipe.yaml"
+ELSEWHERE_SHOWN = 3  # of the keys that end as an unknown one does
 MOST_WHOLE = 10**9  # of any whole number but a seed
 MOST_SEED = 2**63 - 1
 MOST_OF = {"rank": 16_384, "candidates": 1_024}  # what would be allocated or tried at once
@@ -522,8 +523,9 @@ def _explain(error: ValidationError) -> str:
     others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _known_keys(place[:-1])
-        near = difflib.get_close_matches(place[-1], known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        elsewhere = [key for key in _all_keys() if key.endswith(f".{path}")][:ELSEWHERE_SHOWN]
+        near = elsewhere or difflib.get_close_matches(place[-1], known, n=1)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known here: {', '.join(known)}"
         return f"unknown key {quoted(path)}; {hint}{others}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{quoted(path)} is missing{others}"
@@ -539,6 +541,13 @@ def _explain(error: ValidationError) -> str:
     if problem["type"] == "string_type" and isinstance(arrived, bool | int | float | date):
         shown += "; put it in quotes"  # YAML reads the language code `no` as false
     return f"{escaped(path)}: {message[0].lower()}{message[1:]}{shown}{others}"
+
+
+def _all_keys(place: tuple[str, ...] = ()) -> Iterator[str]:
+    """Every key of a recipe by its dotted path, outer ones first."""
+    for key in _known_keys(list(place)):
+        yield ".".join((*place, key))
+        yield from _all_keys((*place, key))
 
 
 def _known_keys(place: list[str]) -> list[str]:
