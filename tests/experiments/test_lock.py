@@ -12,7 +12,7 @@ import pytest
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.experiments import lock as lock_module
-from grasp_lora.experiments.lock import LOCK_FILE, only_writer
+from grasp_lora.experiments.lock import LOCK_FILE, check_experiment_folder, only_writer
 
 HOLDER = """
 import sys
@@ -154,3 +154,12 @@ def test_the_first_of_several_ranks_holds_it_for_all(tmp_path, monkeypatch):
         with only_writer(tmp_path):
             pass
         assert (tmp_path / LOCK_FILE).is_file()
+
+
+def test_a_folder_that_may_not_be_looked_into_is_one_line(tmp_path, monkeypatch):
+    def closed(self: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "is_file", closed)
+    with pytest.raises(RecipeError, match=r"out cannot be read \(Permission denied\); choose another with --output"):
+        check_experiment_folder(tmp_path / "out", "name: x")
