@@ -526,7 +526,7 @@ def test_an_adapter_is_asked_and_answers_as_it_was_trained(
 
     result = cli("predict", "adapter", "x", "--backbone", "tiny-llama", "--chat")
     assert result.status == 2
-    assert "chat template refuses the given data" in result.err
+    assert "so prompts can only be plain texts; leave --chat out" in result.err
 
     monkeypatch.setattr("sys.stdin", io.StringIO("plain\n"))
     result = cli("predict", "adapter", "--backbone", "tiny-llama", "--jsonl")
