@@ -196,9 +196,7 @@ def backbone_of(
     except GraspError as error:
         if named:
             raise
-        raise GraspError(
-            f"{error}. Adapter {adapter.name} names this backbone; give another with --backbone"
-        ) from error
+        raise GraspError(f"{error} (adapter {adapter.name} names this backbone; --backbone takes another)") from error
 
 
 def refuse_existing(output: Path) -> None:

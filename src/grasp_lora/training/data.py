@@ -107,7 +107,7 @@ class DataSettings:
         task: `qa`, `summarization` or `completion`.
         source: data of the rich language; None to train on the target alone.
         target: data of the language to adapt to.
-        root: folder of relative paths, tried before GRASP_LORA_DATA and the folder of the recipe.
+        root: folder of relative paths, itself relative to the recipe's; tried before GRASP_LORA_DATA and that one.
         max_tokens: examples of more tokens (prompt, completion and end) are dropped, >= 8.
         max_document_tokens: articles and contexts are cut to this many tokens before templating; None to cut nothing.
         prompt, completion: templates in place of the built-in ones, for both languages.
