@@ -62,7 +62,6 @@ def test_row_numbers_as_ids_are_warned_of_where_they_cost_source_examples(check:
 def test_conversations_without_the_backbones_template_are_warned_of(check: Check, tiny_workspace: Path) -> None:
     for name in ("source", "target"):
         turns = [{"role": "user", "content": f"{name} what? "}, {"role": "assistant", "content": "that"}]
-        write_rows(name, [{"id": f"{name}{i}", "messages": turns} for i in range(40)])
         rows = [[{**turns[0], "content": f"{name} what {i}? "}, turns[1]] for i in range(40)]
         write_rows(name, [{"id": f"{name}{i}", "messages": row} for i, row in enumerate(rows)])
     assert "chat" not in check()

@@ -184,9 +184,7 @@ class RunRecord:
     @property
     def sources(self) -> list[str]:
         """The names of the source adapters in files: source, source_2, ..."""
-        given = inner(self.recipe, "source").get("adapters")
-        count = len(given) if isinstance(given, list) and given else 1
-        return ["source", *(f"source_{number}" for number in range(2, count + 1))]
+        return _sources(self.recipe)
 
     @property
     def systems(self) -> dict[str, str]:
@@ -274,7 +272,7 @@ def read_run(run_folder: Path) -> RunRecord:
     controller, evaluation = run_folder / "controller", run_folder / "evaluation"
     markers = {stage: _read(run_folder / "stages" / f"{stage}.json", StageMarker) for stage in STAGES}
     seconds = {stage: marker.seconds for stage, marker in markers.items() if marker is not None}
-    record = RunRecord(
+    return RunRecord(
         run=run,
         recipe_text=recipe_text,
         recipe=recipe,
@@ -285,12 +283,19 @@ def read_run(run_folder: Path) -> RunRecord:
         learned=_read(controller / "ratio.json", LearnedRatio),
         history={stage: _lines(run_folder / stage / "history.jsonl", HistoryRow, growing=True) for stage in TRAINED},
         sparsity=_read(run_folder / "final" / "sparsity.json", list[FactorSparsity]) or [],
-        predictions={},
+        predictions={
+            name: _lines(evaluation / f"{name}.jsonl", Prediction)
+            for name in (*_sources(recipe), "target", "merged", "grasp")
+        },
         metrics=_read(run_folder / "metrics.json", Metrics),
         cost=_read(run_folder / COST_FILE, dict[str, float]) or seconds,
     )
-    record.predictions.update({name: _lines(evaluation / f"{name}.jsonl", Prediction) for name in record.systems})
-    return record
+
+
+def _sources(recipe: dict[str, Any]) -> list[str]:
+    given = inner(recipe, "source").get("adapters")
+    count = len(given) if isinstance(given, list) and given else 1
+    return ["source", *(f"source_{number}" for number in range(2, count + 1))]
 
 
 _Shape = TypeVar("_Shape")
