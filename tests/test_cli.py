@@ -242,7 +242,7 @@ def test_a_mistake_in_the_recipe_is_one_line_and_nothing_is_written(
         (["predict", "adapter", "a", "--max-new-tokens", "0"], r"max_new_tokens is 0: use a whole number of at least 1"),
         (["predict", "adapter", "a", "--device", "tpu"], r"device is 'tpu': use 'auto', 'cpu' or 'cuda'"),
         (["predict", "no/such/adapter", "a"], r"adapter no/such/adapter: there is no such folder"),
-        (["predict", "moved", "a"], r"Backbone folder '\./gone' does not exist.*another with --backbone"),
+        (["predict", "moved", "a"], r"Backbone folder '\./gone' does not exist.*--backbone takes another"),
         (["merge", "adapter", "adapter", "-o", "out", "--weight", "1"], r"1 merge weights for 2 adapters; give one per"),
         (["merge", "adapter", "adapter", "-o", "out", "--rank", "2"], r"'exact' does not take a rank.*choose one of svd"),
         (["merge", "adapter", "adapter", "-o", "out", "--rule", "sum"], r"merge rule is 'sum'; allowed: exact, "),
