@@ -587,6 +587,16 @@ def test_a_grid_goes_on_without_a_ratio_whose_run_fails_and_does_not_try_it_agai
     assert [point["prune_ratio"] for point in content["curve"]] == [0.2]
 
 
+def test_test_losses_at_every_ratio_are_measured_for_the_curve_alone(tiny_workspace):
+    folder = tiny_workspace / "compare"
+    files = []
+    for method in ("grid_dev_free", "grid_paper", "grid"):
+        content, _ = run(folder, ComparisonSettings((method,), (1,), (0.2, 0.6), method, resamples=1000))
+        files.append(len(list((folder / "records").glob("test-losses-*"))))
+    assert files == [1, 2, 4]
+    assert all({"dev", "test"} <= set(point) for point in content["curve"])
+
+
 def test_a_rule_that_compares_rounds_gets_baselines_on_all_examples(tiny_workspace):
     turn = ("controller.policy=adaptive", "controller.probe_on=dev", "controller.probe_examples=2")
     settings = ComparisonSettings(("target_only", "grasp"), (1,), (0.2,), resamples=1000)

@@ -558,9 +558,22 @@ def test_the_late_preset_probes_the_second_half_all_over_the_range() -> None:
     assert late.round_steps(50, every=12) == [36, 48, 50]
     policy = make_policy(late)
     candidates = [ratio for told in run(policy, 3) for ratio in told.candidates]
-    assert len(candidates) == 9
-    assert max(candidates) - min(candidates) > 0.5
+    assert len(set(candidates)) == 9
+    assert candidates[:3] == pytest.approx([0.1, 0.45, 0.8])
     assert quadratic(policy.best_ratio().ratio) < 0.002
+
+
+@pytest.mark.parametrize(("slope", "bound"), [(-1.0, 0.8), (1.0, 0.1)])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_late_preset_can_choose_its_bounds(slope: float, bound: float, seed: int) -> None:
+    policy = make_policy(preset("late", seed=seed))
+    run(policy, 3, lambda ratio: slope * ratio)
+    assert policy.best_ratio().ratio == bound
+
+
+def test_a_late_policy_with_one_candidate_spreads_it() -> None:
+    policy = make_policy(preset("late", candidates=1))
+    assert len({told.candidates for told in run(policy, 5)}) == 5
 
 
 def test_presets() -> None:

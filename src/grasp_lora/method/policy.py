@@ -440,8 +440,9 @@ class SharedPolicy(RatioPolicy):
 
     A ratio that is held biases its own probes: the network heals around its mask, and every other ratio looks worse the longer
     that goes on. Here none is held, so that the probes of a round compare like with like at any moment of training. The
-    current ratio is the best one by the fit so far. Our choice, after slimmable networks (Yu et al. 2019) and one-shot
-    architecture search (Bender et al. 2018); nothing of the paper's update is used.
+    current ratio is the best one by the fit so far. Where rounds begin late they are few, so the first of them goes from bound to
+    bound: a rule takes no ratio beyond those that were probed. Our choice, after slimmable networks (Yu et al. 2019) and
+    one-shot architecture search (Bender et al. 2018); nothing of the paper's update is used.
     """
 
     shared = True
@@ -455,11 +456,12 @@ class SharedPolicy(RatioPolicy):
         return self._ratio("training", step)
 
     def _draw(self, generator: random.Random) -> list[float]:
-        count = self.settings.candidates
-        width = (self.settings.ratio_max - self.settings.ratio_min) / count
-        lowest = (
-            self.settings.ratio_min + (self._ratio("candidates", len(self.history)) - self.settings.ratio_min) / count
-        )
+        count, low, high = self.settings.candidates, self.settings.ratio_min, self.settings.ratio_max
+        if self.settings.probe_from > 0.0 and not self.history and count > 1:
+            shares = [number / (count - 1) for number in range(count)]
+            return [(1 - share) * low + share * high for share in shares]
+        width = (high - low) / count
+        lowest = low + (self._ratio("candidates", len(self.history)) - low) / count
         return [lowest + number * width for number in range(count)]
 
     def _learn(self, candidates: Sequence[float], rewards: Sequence[float]) -> None:
