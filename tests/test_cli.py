@@ -332,14 +332,31 @@ def test_training_that_diverges_says_to_lower_the_learning_rate(cli: Cli, tiny_w
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run"], ["run", "a", "--bogus"], ["finetune", "tiny.yaml", "--ratio", "much"], ["bogus"]]
+    ("arguments", "message"),
+    [
+        (["run"], "Missing argument 'recipe' (see grasp-lora run --help)"),
+        (["run", "a", "--bogus"], "--bogus"),
+        (["finetune", "tiny.yaml", "--ratio", "much"], "--ratio"),
+        (["comprae"], "'comprae'. Did you mean 'compare'? (see grasp-lora --help)"),
+        (["merge", "a", "-o", "b\nc\x1b[2J", "--rank"], "--rank"),
+    ],
 )
-def test_usage_errors_exit_with_2(arguments: list[str], cli: Cli, tiny_workspace: Path) -> None:
+def test_a_mistake_in_the_arguments_is_one_line_with_the_way_to_help(
+    arguments: list[str], message: str, cli: Cli, tiny_workspace: Path
+) -> None:
     before = contents(tiny_workspace)
     result = cli(*arguments)
     assert result.status == 2
-    assert "Usage: grasp-lora" in result.err
+    assert re.fullmatch(r"error: [^\n]+ \(see grasp-lora( \w+)? --help\)\n", result.err), result.err
+    assert message in result.err
     assert contents(tiny_workspace) == before
+
+
+def test_without_arguments_there_is_help(cli: Cli) -> None:
+    result = cli()
+    assert result.status == 2
+    assert "Usage: grasp-lora" in result.out + result.err
+    assert "error" not in result.out + result.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

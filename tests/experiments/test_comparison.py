@@ -418,7 +418,8 @@ class FakeBench(Bench):
         return baselines.Adapter("merged", lambda: None)
 
     def finetuned(self, start: Any, prune_ratio: float, changes: Any = None, dev_free: bool = False) -> Any:
-        return baselines.Adapter(str(prune_ratio), lambda: None)
+        facts = {"dev_loss": self.LOSSES[prune_ratio]["dev"][0]}
+        return baselines.Adapter(str(prune_ratio), lambda: None, (Record("final", str(prune_ratio), {}, facts, 0.0),))
 
     def losses(self, adapter: Any, split: str = "test") -> Record:
         return Record("losses", adapter.key, {}, {"losses": self.LOSSES[float(adapter.key)][split]}, 0.0)
@@ -587,13 +588,15 @@ def test_a_grid_goes_on_without_a_ratio_whose_run_fails_and_does_not_try_it_agai
     assert [point["prune_ratio"] for point in content["curve"]] == [0.2]
 
 
-def test_test_losses_at_every_ratio_are_measured_for_the_curve_alone(tiny_workspace):
-    folder = tiny_workspace / "compare"
-    files = []
+def test_a_grid_measures_what_it_needs_and_nothing_else(tiny_workspace):
+    records = tiny_workspace / "compare" / "records"
+    measured = []
     for method in ("grid_dev_free", "grid_paper", "grid"):
-        content, _ = run(folder, ComparisonSettings((method,), (1,), (0.2, 0.6), method, resamples=1000))
-        files.append(len(list((folder / "records").glob("test-losses-*"))))
-    assert files == [1, 2, 4]
+        settings = ComparisonSettings((method,), (1,), (0.2, 0.6), method, resamples=1000)
+        content, _ = run(records.parent, settings)
+        measured.append([len(list(records.glob(f"{split}-losses-*"))) for split in ("test", "micro_dev", "dev")])
+    # Only the curve is of test losses at every ratio; the final runs measure dev themselves.
+    assert measured == [[1, 2, 0], [2, 2, 0], [4, 2, 0]]
     assert all({"dev", "test"} <= set(point) for point in content["curve"])
 
 

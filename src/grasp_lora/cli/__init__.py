@@ -1,6 +1,5 @@
 """The command line: parse, call, print. A user's mistake is one line and exit status 2."""
 
-import json
 import os
 import shlex
 import sys
@@ -12,11 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from grasp_lora.cli.adapters import export, merge, predict
 from grasp_lora.cli.experiments import compare, record, sweep
 from grasp_lora.cli.terminal import (
     OutputOption,
     RecipeArgument,
     SetOption,
+    StepOutput,
     VerboseOption,
     console,
     error_console,
@@ -25,8 +26,8 @@ from grasp_lora.cli.terminal import (
     say,
     shown,
 )
-from grasp_lora.display import escaped, one_line, quoted
-from grasp_lora.errors import DataError, FailedElsewhere, GraspError, Interrupted
+from grasp_lora.display import one_line
+from grasp_lora.errors import FailedElsewhere, GraspError, Interrupted
 from grasp_lora.training.ranks import is_first, leave, world_size
 
 if TYPE_CHECKING:
@@ -46,12 +47,10 @@ Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv 
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 IN_SEVERAL_PROCESSES = ("run", "demo")
 TIME_TO_SPEAK = 3  # seconds
+# Typer brings a click of its own or, in older versions, uses the installed one; it exports no class of all usage errors but this.
+UsageError: Any = typer.BadParameter.__base__
 
 AdapterFolder = Annotated[str, typer.Option("--adapter", "-a", help="PEFT adapter: a folder or a hub id.")]
-BackboneOption = Annotated[str | None, typer.Option(help="Backbone; default: the one that the (first) adapter names.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a backbone on the hub.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the backbone.")]
-StepOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
 
 
 def _say_version(wanted: bool) -> None:
@@ -161,145 +160,8 @@ def init(
     say(f"wrote {file}; next: {name_source}grasp-lora check {shlex.quote(str(file))}")
 
 
-@app.command()
-def predict(
-    adapter: Annotated[str, typer.Argument(help="PEFT adapter: a folder or a hub id.")],
-    prompts: Annotated[
-        list[str] | None, typer.Argument(help="Prompts; without any, one a line from standard input.")
-    ] = None,
-    backbone: BackboneOption = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(help="Longest answer, in tokens; default: as in the adapter's recipe, else 64.")
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text that ends an answer; may be repeated. Default: as in the adapter's recipe, else the end of a line."
-        ),
-    ] = None,
-    chat: Annotated[
-        bool | None,
-        typer.Option(
-            help="Put prompts into the chat template, as what the user says. Default: as in the adapter's recipe."
-        ),
-    ] = None,
-    jsonl: Annotated[
-        bool,
-        typer.Option(help="Prompts on standard input, and answers, are JSON texts, so that they may have line breaks."),
-    ] = False,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-) -> None:
-    """Answer prompts with an adapter, one answer a line. A prompt is whole, as the adapter was trained on it."""
-    from grasp_lora.experiments.steps import predict_texts
-
-    log_to_terminal(False)
-    answers = predict_texts(
-        adapter,
-        prompts or _prompts_on_standard_input(jsonl),
-        backbone,
-        device,
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        chat=chat,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    for answer in answers:
-        if jsonl:
-            answer = json.dumps(answer, ensure_ascii=False)
-        sys.stdout.write((escaped(answer) if sys.stdout.isatty() else answer) + "\n")
-
-
-def _prompts_on_standard_input(jsonl: bool) -> list[str]:
-    lines = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if not jsonl:
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            prompt = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"prompt {number} on standard input is no JSON ({error})") from None
-        if not isinstance(prompt, str):
-            raise DataError(
-                f'prompt {number} on standard input must be a JSON text, such as "one\\ntwo"; it is {quoted(line[:40])}'
-            )
-        prompts.append(prompt)
-    return prompts
-
-
-@app.command()
-def merge(
-    adapters: Annotated[list[str], typer.Argument(help="PEFT adapters to merge: folders or hub ids.")],
-    output: StepOutput,
-    backbone: BackboneOption = None,
-    rule: Annotated[
-        str,
-        typer.Option(
-            help="exact, svd, paper_sum, paper_sum_unscaled, lorahub, ties, ties_svd, dare, dare_svd or dare_ties."
-        ),
-    ] = "exact",
-    weight: Annotated[
-        list[float] | None,
-        typer.Option(help="Weight of an adapter, once per adapter in order; default: the rule's own."),
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the result, for rules that end in an SVD.")] = None,
-    density: Annotated[float, typer.Option(help="Share of weights that TIES and DARE keep.")] = 0.5,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Merge LoRA adapters into one ordinary PEFT adapter."""
-    from grasp_lora.experiments.steps import merge_folders
-
-    log_to_terminal(False)
-    facts = merge_folders(
-        adapters,
-        output,
-        backbone,
-        rule,
-        weight,
-        rank,
-        density,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    say(facts)
-
-
-@app.command()
-def export(
-    adapter: Annotated[str, typer.Argument(help="PEFT adapter: a folder or a hub id.")],
-    output: StepOutput,
-    rank: Annotated[int | None, typer.Option(help="Best approximation of this rank; the error is printed.")] = None,
-    prune_rank: Annotated[
-        bool, typer.Option("--prune-rank", help="Drop the rank-one components that the mask has emptied.")
-    ] = False,
-    uniform_rank: Annotated[
-        bool, typer.Option("--uniform-rank", help="Pad all modules with zeros to one rank, as llama.cpp needs it.")
-    ] = False,
-    fold: Annotated[bool, typer.Option("--fold", help="Add it to the backbone and write the whole model.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; default float32, but --fold needs one named.")
-    ] = None,
-    backbone: BackboneOption = None,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Make an adapter ready for others: smaller, in another dtype, or folded into its backbone.
-
-    Prints the error that this costs, and what vLLM and llama.cpp need to take the result.
-    """
-    from grasp_lora.experiments.export import ExportSettings, export_folder
-
-    log_to_terminal(False)
-    settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype)
-    for line in export_folder(
-        adapter, output, settings, backbone, revision=revision, trust_remote_code=trust_remote_code
-    ):
-        say(line)
-    say(f"-> {output}")
+for of_adapters in (predict, merge, export):
+    app.command()(of_adapters)
 
 
 @app.command()
@@ -367,10 +229,15 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 
 
 def main() -> None:
-    """Run the command line; a GraspError becomes one line and exit status 2, a stop by a signal one line and 75."""
+    """Run the command line; a user's mistake becomes one line and exit status 2, a stop by a signal one line and 75."""
     _quiet_libraries()
     try:
-        app(prog_name="grasp-lora")
+        sys.exit(app(prog_name="grasp-lora", standalone_mode=False))
+    except UsageError as error:
+        if message := error.format_message().strip():  # none where the help was printed in its place
+            command = error.ctx.command_path if error.ctx else "grasp-lora"
+            _print_error(f"{message.removesuffix('.')} (see {command} --help)")
+        sys.exit(2)
     except FailedElsewhere:
         time.sleep(TIME_TO_SPEAK)  # else torchrun might end the process that says what happened before it has
         sys.exit(2)
@@ -381,11 +248,13 @@ def main() -> None:
     except GraspError as error:
         if not is_first():
             time.sleep(TIME_TO_SPEAK)  # where all have the same to say, torchrun ends this one before it does
-        # What a library or a file put into the message may hold line breaks, or worse.
-        error_console.print(
-            f"error: {one_line(str(error))}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
+        _print_error(str(error))
         sys.exit(2)
+
+
+def _print_error(message: str) -> None:
+    # What a library or a file put into the message may hold line breaks, or worse.
+    error_console.print(f"error: {one_line(message)}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _session(recipe: str, overrides: list[str] | None) -> "Session":

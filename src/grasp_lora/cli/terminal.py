@@ -21,6 +21,7 @@ SetOption = Annotated[
     typer.Option("--set", "-s", help="Change one value: a.b=value, for example data.root=/data. May be repeated."),
 ]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; default runs/NAME.")]
+StepOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens in detail.")]
 
 

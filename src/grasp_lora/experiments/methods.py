@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grasp_lora.errors import GraspError, RecipeError
-from grasp_lora.experiments.baselines import Bench, Outcome
+from grasp_lora.experiments.baselines import Adapter, Bench, Outcome
 from grasp_lora.experiments.recipe import PAPER_PROBE_EVERY, PROBE_SPLITS, ControllerStage, FinalStage, Recipe
 from grasp_lora.experiments.session import Session, lack_of_rounds, mean
 from grasp_lora.method.masking import MaskSettings
@@ -41,6 +41,12 @@ class Method:
     merges: bool = True
 
 
+def _loss_of_final_run(bench: Bench, adapter: Adapter, split: str) -> float:
+    if split == "dev":  # measured already, of the adapter that the run kept
+        return float(adapter.records[-1].result["dev_loss"])
+    return mean(bench.losses(adapter, split).result["losses"])
+
+
 def _run_grid(
     choose_on: str, final: Mapping[str, Any] | None = None, dev_free: bool = False, curve: bool = False
 ) -> Callable[[Bench], Outcome]:
@@ -63,7 +69,7 @@ def _run_grid(
             raise next(iter(failed.values()))
         splits = (choose_on, "test") if curve else (choose_on,)
         points = {
-            ratio: {split: mean(bench.losses(adapter, split).result["losses"]) for split in splits}
+            ratio: {split: _loss_of_final_run(bench, adapter, split) for split in splits}
             for ratio, adapter in runs.items()
         }
         best = min(points, key=lambda ratio: points[ratio][choose_on])
@@ -73,7 +79,6 @@ def _run_grid(
             chosen_on=choose_on,
             curve=points if curve else None,
             chosen_among=runs.values(),
-            # The dev losses are there already, since the runs stop early by them.
             chosen_by=[] if choose_on == "dev" else [bench.losses(adapter, choose_on) for adapter in runs.values()],
             left_out=[f"is without ratio {ratio:g}, whose run failed: {error}" for ratio, error in failed.items()],
         )
