@@ -238,6 +238,7 @@ def test_a_mistake_in_the_recipe_is_one_line_and_nothing_is_written(
         (["run", "tiny.yaml", "-o", "tiny.yaml"], r"tiny\.yaml is a file; give a folder"),
         (["run", "tiny.yaml", "-o", "."], r"is not empty and no run folder; choose another with --output"),
         (["demo", "--language", "xx"], r"demo language is 'xx'; allowed: ar, zh"),
+        (["predict", "adapter", "a", " "], r"prompt 2 is empty; give the adapter something to answer"),
         (["predict", "adapter"], r"there are no prompts; give them as arguments or one a line on standard input"),
         (["predict", "adapter", "a", "--max-new-tokens", "0"], r"max_new_tokens is 0: use a whole number of at least 1"),
         (["predict", "adapter", "a", "--device", "tpu"], r"device is 'tpu': use 'auto', 'cpu' or 'cuda'"),

@@ -49,6 +49,13 @@ def test_examples_that_stand_twice_are_warned_of(check: Check) -> None:
     assert "3 of dev" in found.text
 
 
+def test_a_source_in_the_target_language_is_warned_of(check: Check) -> None:
+    found = check("data.source.language=de")["source"]
+    assert found.level == "warning"
+    assert found.text.startswith("source and target are both in de; ")
+    assert check("data.source.language=de-AT")["source"].level == "ok"
+
+
 def test_row_numbers_as_ids_are_warned_of_where_they_cost_source_examples(check: Check) -> None:
     write_rows("source", [{"id": i, "prompt": f"s{i}:", "completion": " c"} for i in range(60)])
     write_rows("target", [{"id": i, "prompt": f"t{i}:", "completion": " c"} for i in range(40)])

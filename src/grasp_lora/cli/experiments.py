@@ -22,10 +22,9 @@ from grasp_lora.cli.terminal import (
 if TYPE_CHECKING:
     from grasp_lora.experiments.session import Session
 
-FolderOption = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", help="Folder of the experiment; default runs/NAME-compare, -sweep or -landscape."),
-]
+
+def _folder_option(kind: str) -> Any:
+    return typer.Option("--output", "-o", help=f"Folder of the experiment; default runs/NAME-{kind}.")
 
 
 def compare(
@@ -44,7 +43,7 @@ def compare(
         typer.Option(help="Do all of it once more, with the first seed, on the split of this seed. May be repeated."),
     ] = None,
     overrides: SetOption = None,
-    output: FolderOption = None,
+    output: Annotated[Path | None, _folder_option("compare")] = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Run every baseline and GRASP under one protocol; print the table with uncertainty and cost.
@@ -106,7 +105,7 @@ def sweep(
     pruner: Annotated[str, typer.Option(help="Stop bad trials early: none, median, halving or wilcoxon.")] = "none",
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler; default: the recipe's.")] = None,
     overrides: SetOption = None,
-    output: FolderOption = None,
+    output: Annotated[Path | None, _folder_option("sweep")] = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Search good values for any keys of a recipe with Optuna, by the dev loss of the final run.
@@ -152,7 +151,7 @@ def record(
         bool, typer.Option(help="Train at shared ratios once more, and measure the dev set along the way.")
     ] = True,
     overrides: SetOption = None,
-    output: FolderOption = None,
+    output: Annotated[Path | None, _folder_option("landscape")] = None,
     verbose: VerboseOption = False,
 ) -> None:
     """Record the loss landscape of a recipe, so that policies can be judged by replay, without a model.

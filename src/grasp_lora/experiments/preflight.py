@@ -108,6 +108,9 @@ def _doubtful(session: Session) -> list[Finding]:
     if recipe.source.adapters and recipe.data.source is not None:
         text = "source.adapters are given, so no source adapter is trained on data.source"
         found.append(Finding("warning", "source", text))
+    elif recipe.data.source is not None and recipe.data.source.language.lower() == session.language.lower():
+        text = f"source and target are both in {session.language}; data.source is meant for a language with more data"
+        found.append(Finding("warning", "source", text))
     parents = [adapter.sha256 for adapter in session.existing_adapters.values()]
     given = len(recipe.source.adapters) + (recipe.target.adapter is not None)
     if len(set(parents)) < given:

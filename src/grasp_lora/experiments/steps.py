@@ -134,10 +134,13 @@ def predict_texts(
             the line and plain prompts.
 
     Raises:
-        GraspError: there are no prompts, the adapter does not fit the backbone, or the tokenizer has no chat template.
+        GraspError: a prompt is empty or there is none, the adapter does not fit the backbone, or the tokenizer has no chat
+            template.
     """
     if not prompts:
         raise DataError("there are no prompts; give them as arguments or one a line on standard input")
+    if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
+        raise DataError(f"prompt {empty[0]} is empty; give the adapter something to answer")
     adapter = read_adapter(place)
     own = {"max_new_tokens": 64, "stop": ["\n"], "chat_template": False} | adapter.info.get("answers", {})
     try:
