@@ -337,7 +337,7 @@ def test_training_that_diverges_says_to_lower_the_learning_rate(cli: Cli, tiny_w
     [
         (["run"], "Missing argument"),
         (["run", "a", "--bogus"], "--bogus"),
-        (["finetune", "tiny.yaml", "--ratio", "much"], "--ratio"),
+        (["finetune", "tiny.yaml", "--ratio", "much"], "'much'"),
         (["comprae"], "Did you mean 'compare'? (see grasp-lora --help)"),
         (["merge", "a", "-o", "b\nc\x1b[2J", "--rank"], "--rank"),
     ],

@@ -236,7 +236,7 @@ def main() -> None:
     except UsageError as error:
         if message := error.format_message().strip():  # none where the help was printed in its place
             command = error.ctx.command_path if error.ctx else "grasp-lora"
-            _print_error(f"{message.removesuffix('.')} (see {command} --help)")
+            _print_error(f"{message.removesuffix('.')}{_what_arrived(error)} (see {command} --help)")
         sys.exit(2)
     except FailedElsewhere:
         time.sleep(TIME_TO_SPEAK)  # else torchrun might end the process that says what happened before it has
@@ -250,6 +250,12 @@ def main() -> None:
             time.sleep(TIME_TO_SPEAK)  # where all have the same to say, torchrun ends this one before it does
         _print_error(str(error))
         sys.exit(2)
+
+
+def _what_arrived(error: Any) -> str:
+    # Typer's newer versions convert with pydantic, whose messages leave the value out.
+    errors = getattr(error.__cause__, "errors", None)
+    return f", got {errors()[0]['input']!r}" if errors else ""
 
 
 def _print_error(message: str) -> None:

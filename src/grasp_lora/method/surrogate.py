@@ -32,7 +32,8 @@ def lowest_surrogate(
     """Return the ratio whose expected loss gets lowest at any moment of the run, by a Gaussian process over ratio and time.
 
     As in `lowest_loss` a ratio counts for its best moment. Away from all probes the process falls back on the level of the
-    moment, so that nothing is extrapolated far. The interval comes from draws of the process, each with its own resample of the
+    moment, so that a trend at the outermost probes is followed for about one length of the kernel; with few rounds that may be
+    as far as a bound. The interval comes from draws of the process, each with its own resample of the
     micro-dev examples (1000, fixed seed). Our choice; the paper takes the best reward.
     """
     surrogate = Surrogate(rounds, ratio_min, ratio_max)
