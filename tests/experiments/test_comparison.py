@@ -680,23 +680,47 @@ def test_the_ratio_on_the_curve_is_a_controllers(whole_comparison):
 
 def test_speed_ups_name_their_grid_and_count_the_merged_adapters_for_what_does_without_them(whole_comparison):
     _, content = whole_comparison
-    table = cost_table(content)
-    assert table.columns[4] == f"speed-up over {METHODS['grid'].title}"
-    ups = {row[0].text: row[4].text for row in table.rows}
+    steady = content | {"pace": {"lowest": 0.2, "highest": 0.29}}
+    table = cost_table(steady)
+    assert table.columns[4:6] == [f"speed-up over {METHODS['grid'].title}, in forward passes", "the same in seconds"]
     costs = {row["title"]: row["cost"] for row in content["rows"]}
     grid = costs[METHODS["grid"].title]
-    assert ups[METHODS["grid"].title] == "1.00"
-    for name in ("grasp", "adaptive_merge", "lorahub"):
-        assert float(ups[METHODS[name].title]) == pytest.approx(
-            grid["seconds"] / costs[METHODS[name].title]["seconds"], abs=0.006
-        )
-    for name in ("continued", "joint", "target_wide", "source_only"):
-        assert float(ups[METHODS[name].title]) == pytest.approx(
-            grid["seconds_in_all"] / costs[METHODS[name].title]["seconds_in_all"], abs=0.006
-        )
-    assert ups[METHODS["zero_shot"].title] == "–"
-    without = content | {"rows": [row for row in content["rows"] if row["method"] != "grid"]}
-    assert cost_table(without).columns[4] == f"speed-up over {METHODS['grid_paper'].title}"
+    for column, what in ((4, "work"), (5, "seconds")):
+        ups = {row[0].text: row[column].text for row in table.rows}
+        assert ups[METHODS["grid"].title] == "1.00"
+        for name in ("grasp", "adaptive_merge", "lorahub"):
+            assert ups[METHODS[name].title] == f"{grid[what] / costs[METHODS[name].title][what]:.2f}"
+        for name in ("continued", "joint", "target_wide", "source_only"):
+            expected = grid[f"{what}_in_all"] / costs[METHODS[name].title][f"{what}_in_all"]
+            assert ups[METHODS[name].title] == f"{expected:.2f}"
+        assert ups[METHODS["zero_shot"].title] == "–"
+    without = steady | {"rows": [row for row in content["rows"] if row["method"] != "grid"]}
+    assert cost_table(without).columns[4] == f"speed-up over {METHODS['grid_paper'].title}, in forward passes"
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"pace": {"lowest": 0.2, "highest": 0.32}}, "A forward pass of one final run took 1.6 times the seconds"),
+        ({"made_with": [{"threads": "1"}, {"threads": "2"}]}, "made in 2 different environments"),
+    ],
+)
+def test_seconds_of_a_busier_or_another_machine_give_no_speed_up(whole_comparison, tmp_path, changed, reason):
+    _, content = whole_comparison
+    content = content | {"pace": {"lowest": 0.2, "highest": 0.29}} | changed
+    assert {row[5].text for row in cost_table(content).rows} == {"–"}
+    assert any(row[4].text == "1.00" for row in cost_table(content).rows)
+    write_comparison(tmp_path, content)
+    for file in ("compare.md", "report.html"):
+        assert reason in (tmp_path / file).read_text(encoding="utf-8")
+
+
+def test_the_pace_is_of_the_final_runs(whole_comparison):
+    folder, content = whole_comparison
+    records = [json.loads(file.read_bytes()) for file in (folder / "records").glob("final-*.json")]
+    works = [2 * one["result"]["trained_examples"] + one["result"]["measured_examples"] for one in records]
+    paces = [one["seconds"] / work for one, work in zip(records, works, strict=True)]
+    assert content["pace"] == {"lowest": pytest.approx(min(paces)), "highest": pytest.approx(max(paces))}
 
 
 def test_all_that_print_like_the_best_are_best(whole_comparison):

@@ -248,6 +248,7 @@ def _content(session: Session, settings: ComparisonSettings, rows: _Rows, split_
         "curve": _curve(finished),
         "warnings": _warnings(finished),
         "made_with": _made_with(finished),
+        "pace": _pace(finished),
     }
 
 
@@ -406,3 +407,11 @@ def _warnings(rows: Mapping[str, _Row]) -> list[str]:
 def _made_with(rows: Mapping[str, _Row]) -> list[dict[str, str]]:
     outcomes = [outcome for row in rows.values() for outcome in row.outcomes.values()]
     return environments(record for one in outcomes for record in (*one.records, one.losses, one.scores))
+
+
+def _pace(rows: Mapping[str, _Row]) -> dict[str, float] | None:
+    """Lowest and highest seconds per forward pass of the final runs, which are alike but for what else the machine did."""
+    outcomes = [outcome for row in rows.values() for outcome in row.outcomes.values()]
+    finals = [record for one in outcomes for record in one.records if record.step.startswith("final ")]
+    paces = [record.seconds / record.work for record in finals if record.work and record.seconds]
+    return {"lowest": min(paces), "highest": max(paces)} if paces else None

@@ -19,6 +19,7 @@ from grasp_lora.training.durable import write_whole
 
 PLUS_MINUS = "±"
 CHOSEN_ON = {"dev": "dev", "micro_dev": "micro-dev", "both": "micro-dev and dev", "test": "TEST"}
+STEADY = 1.5  # seconds per forward pass of the final runs that may differ this many times before speed-ups in seconds mislead
 GRIDS = ("grid", "grid_paper", "grid_dev_free")  # the first of them that was run is what speed-ups refer to
 FULL_WIDTH = 180  # of a table that does not go to a terminal
 
@@ -91,16 +92,18 @@ def cost_table(content: Mapping[str, Any]) -> Table:
     done = [row for row in content["rows"] if not row["unavailable"]]
     grids = {row["method"]: row for row in done if row["method"] in GRIDS}
     grid = next((grids[name] for name in GRIDS if name in grids), None)
-    columns = ["method", "runs", "seconds", "forward passes", f"speed-up over {grid['title'] if grid else 'a grid'}",
-               "the same in forward passes", "runs in all", "seconds in all"]  # fmt: skip
-    one_machine = len(content["made_with"]) == 1
+    columns = ["method", "runs", "seconds", "forward passes",
+               f"speed-up over {grid['title'] if grid else 'a grid'}, in forward passes", "the same in seconds",
+               "runs in all", "seconds in all"]  # fmt: skip
+    in_seconds = not _incomparable_seconds(content)
     rows = []
     for row in done:
         cost = row["cost"]
         facts = [f"{cost['runs']:.0f}", f"{cost['seconds']:.0f}", f"{cost['work']:.0f}"]
         than, what = None if grid is None else grid["cost"], "" if row["merges"] else "_in_all"
-        facts.append(_speedup(than, cost, f"seconds{what}") if one_machine else "–")
-        facts += [_speedup(than, cost, f"work{what}"), f"{cost['runs_in_all']:.0f}", f"{cost['seconds_in_all']:.0f}"]
+        facts.append(_speedup(than, cost, f"work{what}"))
+        facts.append(_speedup(than, cost, f"seconds{what}") if in_seconds else "–")
+        facts += [f"{cost['runs_in_all']:.0f}", f"{cost['seconds_in_all']:.0f}"]
         rows.append([Cell(row["title"]), *map(Cell, facts)])
     return Table("Cost of every method, mean over seeds", columns, rows)
 
@@ -164,12 +167,29 @@ def _view(content: Mapping[str, Any]) -> dict[str, Any]:
         "confidence": next(
             (f"{one['confidence']:.0%}" for row in content["rows"] for one in row.get("against", {}).values()), "95%"
         ),
-        "machines": len(content["made_with"]),
+        "incomparable_seconds": _incomparable_seconds(content),
         "scale": scale_note(metric for metric in content["metrics"] if metric != "test_loss"),
         "stopping": _stopping(content),
         "marked": (learned_row(content) or {}).get("title"),
         "command": command_of(content),
     }
+
+
+def _incomparable_seconds(content: Mapping[str, Any]) -> str | None:
+    """Why seconds of different rows cannot be compared, in a sentence; None if they can."""
+    if (machines := len(content["made_with"])) > 1:
+        return (
+            f"The records were made in {machines} different environments, so their seconds cannot be compared; "
+            "the forward passes can."
+        )
+    pace = content["pace"]
+    if pace and pace["highest"] > STEADY * pace["lowest"]:
+        times = pace["highest"] / pace["lowest"]
+        return (
+            f"A forward pass of one final run took {times:.1f} times the seconds of one of another, so the machine was slower or "
+            "busier at times, and seconds cannot be compared; the forward passes can."
+        )
+    return None
 
 
 def _stopping(content: Mapping[str, Any]) -> str:

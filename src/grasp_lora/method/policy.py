@@ -49,7 +49,7 @@ class PolicySettings:
         max_step: furthest that one commit moves the current ratio, > 0.
         probe_from: share of the run before the first round, in [0, 1]; above 0 there is always a round after the last step,
             with 1 only that one. Pruning repairs what overfitting breaks: late probes differ by more than examples disagree.
-        estimate: rule for the learned ratio, `smooth_fit` (default), `lowest_loss`, `surrogate` or `best_reward` (the paper's).
+        estimate: rule for the learned ratio, `smooth_fit`, `lowest_loss`, `surrogate` or `best_reward` (the paper's).
         seed: seed of the policy's own generator; a recipe combines it with its own seed.
 
     Raises:
