@@ -1,5 +1,7 @@
 """The command line: a user's mistake is one line and status 2 before anything is written; help comes at once."""
 
+import errno
+import io
 import json
 import os
 import re
@@ -27,6 +29,11 @@ COMMANDS = (
 )  # fmt: skip
 
 Cli = Callable[..., object]
+
+
+def standard_input(content: bytes) -> io.TextIOWrapper:
+    """What `sys.stdin` is where content is piped in and the locale is C."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="ascii", errors="surrogateescape")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -261,15 +268,13 @@ def test_a_mistake_in_the_recipe_is_one_line_and_nothing_is_written(
 def test_a_mistake_on_the_command_line_is_one_line_and_nothing_is_written(
     arguments: list[str], message: str, cli: Cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import io
-
     write_adapter(tiny_workspace)
     write_adapter(tiny_workspace, "rank3", rank=3)
     widen(write_adapter(tiny_workspace, "wide"))
     write_adapter(tiny_workspace, "moved")
     change_config(tiny_workspace / "moved", base_model_name_or_path="./gone")
     before = contents(tiny_workspace)
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("sys.stdin", standard_input(b""))
     result = cli(*arguments)
     assert result.status == 2
     assert result.out == ""
@@ -459,13 +464,81 @@ def test_adapters_of_the_same_name_stay_apart(cli: Cli, tiny_workspace: Path) ->
 
 
 def test_prompts_come_from_standard_input(cli: Cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
     write_adapter(tiny_workspace)
-    monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\nthree\n"))
+    monkeypatch.setattr("sys.stdin", standard_input(b"one\n\ntwo\nthree\n"))
     result = cli("predict", "adapter", "--backbone", "tiny-llama", "--max-new-tokens", "2")
     assert result.status == 0, result.err
     assert result.out.count("\n") == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "piped", "message"),
+    [
+        ((), "لغة\nسؤال".encode("cp1256"), "line 1 on standard input is not UTF-8"),
+        ((), "a\n问题".encode("gbk"), "line 2 on standard input is not UTF-8"),
+        (("--jsonl",), b'"a"\n"\\ud800"\n', "prompt 2 is no valid text"),
+        (("ok", "\udce9"), b"", "prompt 2 is no valid text"),
+    ],
+)
+def test_prompts_that_are_no_text_are_refused(
+    cli: Cli,
+    tiny_workspace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    piped: bytes,
+    message: str,
+) -> None:
+    write_adapter(tiny_workspace)
+    monkeypatch.setattr("sys.stdin", standard_input(piped))
+    result = cli("predict", "adapter", *arguments, "--backbone", "tiny-llama")
+    assert result.status == 2
+    assert re.fullmatch(r"error: [^\n]+\n", result.err), result.err
+    assert message in result.err
+
+
+def test_a_merge_answers_as_its_parents_do(cli: Cli, tiny_workspace: Path) -> None:
+    folders = [write_adapter(tiny_workspace, name) for name in ("one", "two")]
+    answers = {"max_new_tokens": 7, "stop": [], "chat_template": False}
+    for folder in folders:
+        info = json.loads((folder / "grasp_lora.json").read_text())
+        (folder / "grasp_lora.json").write_text(json.dumps(info | {"answers": answers}))
+    result = cli("merge", "one", "two", "--backbone", "tiny-llama", "-o", "alike")
+    assert result.status == 0, result.err
+    assert "tell predict" not in result.out
+    assert json.loads(Path("alike/grasp_lora.json").read_text())["answers"] == answers
+
+    info = json.loads((folders[1] / "grasp_lora.json").read_text())
+    (folders[1] / "grasp_lora.json").write_text(json.dumps(info | {"answers": answers | {"max_new_tokens": 8}}))
+    result = cli("merge", "one", "two", "--backbone", "tiny-llama", "-o", "unlike")
+    assert result.status == 0, result.err
+    assert "tell predict" in result.out
+    assert "answers" not in json.loads(Path("unlike/grasp_lora.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written"),
+    [
+        (("merge", "adapter", "adapter", "--backbone", "tiny-llama", "-o", "out"), "save_adapter"),
+        (("evaluate", "tiny.yaml", "-a", "adapter", "-o", "out"), "write_json"),
+    ],
+)
+def test_a_full_disk_is_one_line_in_a_single_step(
+    cli: Cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], written: str
+) -> None:
+    from grasp_lora.experiments import steps
+
+    def full(*arguments: object, **more: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write_adapter(tiny_workspace)
+    monkeypatch.setattr(steps, written, full)
+    result = cli(*arguments)
+    assert result.status == 2
+    assert re.fullmatch(r"error: out cannot be written \([^\n]*No space left on device\)[^\n]+\n", result.err), (
+        result.err
+    )
+    assert "goes on" not in result.err
+    assert written == "write_json" or not Path("out").exists()
 
 
 class TestSubprocess:
@@ -480,6 +553,19 @@ class TestSubprocess:
             [sys.executable, "-c", "from grasp_lora.cli import main; main()", *arguments],
             cwd=folder, env=kept | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, check=False,
         )  # fmt: skip
+
+    def test_answers_are_utf8_whatever_a_pipe_is_said_to_be(self, tiny_workspace: Path) -> None:
+        write_adapter(tiny_workspace)
+        code = (
+            "from grasp_lora.experiments import steps\nfrom grasp_lora.cli import main\n"
+            "steps.generate = lambda *arguments: ['لغة 语言']\nmain()\n"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code, "predict", "adapter", "x", "--backbone", "tiny-llama"],
+            cwd=tiny_workspace, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, capture_output=True, check=False,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.decode("utf-8").splitlines() == ["لغة 语言"]
 
     @pytest.mark.parametrize("mistake", ["unknown key", "missing data", "invalid YAML"])
     def test_a_mistake_is_one_line(self, mistake: str, tiny_workspace: Path) -> None:
@@ -514,8 +600,6 @@ class TestSubprocess:
 def test_an_adapter_is_asked_and_answers_as_it_was_trained(
     cli: Cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import io
-
     from grasp_lora.experiments import steps
 
     asked: list[tuple[list[str], Any]] = []
@@ -529,7 +613,7 @@ def test_an_adapter_is_asked_and_answers_as_it_was_trained(
     info = json.loads((folder / "grasp_lora.json").read_text()) if (folder / "grasp_lora.json").is_file() else {}
     info["answers"] = {"max_new_tokens": 7, "stop": [], "chat_template": False}
     (folder / "grasp_lora.json").write_text(json.dumps(info))
-    monkeypatch.setattr("sys.stdin", io.StringIO('"a\\nb"\n"<bos>c"\n'))
+    monkeypatch.setattr("sys.stdin", standard_input(b'"a\\nb"\n"<bos>c"\n'))
     result = cli("predict", "adapter", "--backbone", "tiny-llama", "--jsonl")
     assert result.status == 0, result.err
     assert result.out == '"one\\ntwo"\n' * 2
@@ -546,7 +630,7 @@ def test_an_adapter_is_asked_and_answers_as_it_was_trained(
     assert result.status == 2
     assert "so prompts can only be plain texts; leave --chat out" in result.err
 
-    monkeypatch.setattr("sys.stdin", io.StringIO("plain\n"))
+    monkeypatch.setattr("sys.stdin", standard_input(b"plain\n"))
     result = cli("predict", "adapter", "--backbone", "tiny-llama", "--jsonl")
     assert "prompt 1 on standard input is no JSON" in result.err
 

@@ -6,6 +6,14 @@ import random
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import (
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
 from grasp_lora.errors import DataError
 from grasp_lora.evaluation import generation as generation_module
@@ -267,3 +275,35 @@ def test_rows_that_have_ended_leave_the_batch(architecture, make_tiny_model, tin
     assert rows == sorted(rows, reverse=True)
     assert 1 <= rows[-1] < 12
     assert len(rows) <= long
+
+
+def other_models():
+    shape = {"vocab_size": 260, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    return {
+        "rwkv": lambda: RwkvForCausalLM(RwkvConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2)),
+        "recurrent_gemma": lambda: RecurrentGemmaForCausalLM(
+            RecurrentGemmaConfig(
+                **shape, num_hidden_layers=3, num_key_value_heads=1, lru_width=32, attention_window_size=8
+            )
+        ),
+        "minimax": lambda: MiniMaxForCausalLM(
+            MiniMaxConfig(
+                **shape, num_hidden_layers=2, num_key_value_heads=2, head_dim=8, block_size=4, num_local_experts=2,
+                num_experts_per_tok=1, layer_types=["linear_attention", "full_attention"],
+            )
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["rwkv", "recurrent_gemma", "minimax"])
+def test_models_with_a_state_of_their_own_answer_alike_in_batches(architecture, tiny_tokenizer):
+    torch.manual_seed(0)
+    model = other_models()[architecture]().eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.25)
+    prompts = make_prompts(4, longest=12)
+    settings = GenerationSettings(max_new_tokens=2 * _TOKENS_BETWEEN + 1, stop=())
+    answers = generate(model, tiny_tokenizer, prompts, settings)
+    assert answers == [generate(model, tiny_tokenizer, [prompt], settings)[0] for prompt in prompts]
+    assert len(set(answers)) > 1

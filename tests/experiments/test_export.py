@@ -426,6 +426,24 @@ class TestNothingIsWritten:
         with pytest.raises(AdapterError, match=r"fingerprint 0123456789abcdef.*use the backbone it was trained on"):
             export("out", fold=True, dtype="float32")
 
+    def test_an_adapter_of_a_quantised_backbone_is_folded_into_the_full_one(
+        self, llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        weights = read_adapter("adapter").weights
+        llama.config.quantization_config = {"quant_method": "bitsandbytes"}
+        save_adapter(
+            Path("small"), weights, llama, backbone_name="backbone", fingerprint="0123456789abcdef", dropout=0.0
+        )
+        assert read_adapter("small").info["backbone_quantised"] is True
+        export("out", place="small", fold=True, dtype="float32")
+        assert "could not be checked by its weights" in caplog.text
+        export("other", fold=True, dtype="float32")
+        same = load_file("other/model.safetensors")
+        for name, tensor in load_file("out/model.safetensors").items():
+            assert torch.equal(tensor, same[name])
+        with pytest.raises(AdapterError, match="use the backbone it was trained on"):
+            export("third", place="small")
+
 
 def test_an_empty_folder_is_filled_by_the_command(llama: PreTrainedModel, cli: Callable[..., Any]) -> None:
     write_adapter(llama, TARGETS["llama"])

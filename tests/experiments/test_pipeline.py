@@ -411,12 +411,17 @@ class TestWays:
         assert {row["segment"] for row in read(Path("given/final/sparsity.json"))} == {"source", "source_2", "target"}
         assert read_lines(Path("given/evaluation/source_2.jsonl"))[0]["id"]
 
-    def test_changed_parents_are_refused_on_resume(self, finished_run: Path) -> None:
+    @pytest.mark.parametrize("changed", ["weights", "scaling"])
+    def test_changed_parents_are_refused_on_resume(self, finished_run: Path, changed: str) -> None:
         shutil.copytree(finished_run / "source", "mine")
         changes = ("data.source=null", "source.adapters=[mine]")
         execute(*changes, folder="given")
-        shutil.copy(finished_run / "target/adapter_model.safetensors", "mine/adapter_model.safetensors")
         Path("given/stages/final.json").unlink()
+        if changed == "weights":
+            shutil.copy(finished_run / "target/adapter_model.safetensors", "mine/adapter_model.safetensors")
+        else:
+            config = read(Path("mine/adapter_config.json"))
+            Path("mine/adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 10 * config["lora_alpha"]}))
         with pytest.raises(RecipeError, match="given was begun with other parents than"):
             execute(*changes, folder="given")
 

@@ -222,6 +222,13 @@ def test_a_sweep_does_not_go_on_with_another_adapter(finished_run, tiny_workspac
     overrides = ("source.adapters=[run/source]", "target.adapter=run/target", "data.source=null")
     run("out", RATIO, trials=1, overrides=overrides)
     run("out", RATIO, trials=1, overrides=overrides)
+    config = Path("run/source/adapter_config.json")
+    before = config.read_text(encoding="utf-8")
+    content = json.loads(before)
+    config.write_text(json.dumps(content | {"lora_alpha": 10 * content["lora_alpha"]}), encoding="utf-8")
+    with pytest.raises(RecipeError, match="holds a sweep with other adapters"):
+        run("out", RATIO, trials=1, overrides=overrides)
+    config.write_text(before, encoding="utf-8")
     shutil.copytree("run/merged", "run/source", dirs_exist_ok=True)
     with pytest.raises(RecipeError, match="holds a sweep with other adapters; give those, or another folder"):
         run("out", RATIO, trials=1, overrides=overrides)

@@ -1,8 +1,10 @@
 """Loading backbones, recognising them, and the one-line errors of everything that can go wrong."""
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -399,6 +401,19 @@ def test_embedded_model_with_another_hash(fake_package, empty_cache, monkeypatch
     with pytest.raises(GraspError, match="damaged or of another version"):
         load("gemma3-270m")
     assert not list(empty_cache.iterdir())
+
+
+@pytest.mark.parametrize("place", ["in a file", "full"])
+def test_a_cache_that_cannot_be_written_is_named(fake_package, empty_cache, monkeypatch, tmp_path, place):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(backbone_module, "_convert_embedded", full)
+    if place == "in a file":
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(GraspError, match=r"cache, cannot be written \(N.*GRASP_LORA_CACHE"):
+        load("gemma3-270m")
 
 
 def test_of_two_conversions_at_once_the_first_wins(fake_package, empty_cache, monkeypatch, tiny_backbone_folder):

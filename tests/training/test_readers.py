@@ -59,7 +59,15 @@ class TestSquad:
         assert record.fields == {"context": "القطة سوداء جدا", "question": "ما لونها؟"}
         assert record.answer == "سوداء"
         assert record.references == ("سوداء", "سوداء جدا")
-        assert record.keys == {"id:q1", text_key("القطة سوداء جدا"), "article:ar.json#قط"}
+        assert record.keys == {"id:q1", text_key("القطة سوداء جدا"), "article:قط"}
+
+    def test_an_article_is_one_group_in_all_its_files(self, tmp_path: Path) -> None:
+        for name, identity in (("one.json", "1"), ("two.json", "2")):
+            content = squad(("قط  أسود", [(f"context {identity}", [(identity, "?", ["context"])])]))
+            (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+        files = [(name, tmp_path / name) for name in ("one.json", "two.json")]
+        first, second = read_files(files, "qa", "squad", {}).records
+        assert first.keys & second.keys == {"article:قط أسود"}
 
     def test_untitled_articles_are_told_apart_by_position(self, tmp_path: Path) -> None:
         content = squad(("", [("a b", [("1", "?", ["a"])])]), ("", [("c d", [("2", "?", ["c"])])]))
@@ -111,7 +119,13 @@ class TestXlsum:
         assert pool.records[0].fields == {"document": "“引用”文\t章\n第二"}
         assert pool.records[0].references == ("摘要",)
         assert (pool.characters_mapped, pool.characters_removed) == (2, 1)
-        assert {"id:z-1", "article:zh.jsonl#标题"} < pool.records[0].keys
+        assert {"id:z-1", "article:标题"} < pool.records[0].keys
+
+    def test_windows_quotation_marks_dashes_and_page_breaks_stay_apart(self, tmp_path: Path) -> None:
+        row = {**self.ROW, "text": "it\x92s 5\x9610 \x91so\x92 a\x97b page1\x0cpage2\x0bend"}
+        pool = read(tmp_path / "zh.jsonl", [row], "summarization")
+        assert pool.records[0].fields["document"] == "it’s 5–10 ‘so’ a—b page1 page2 end"
+        assert (pool.characters_mapped, pool.characters_removed) == (7, 0)
 
     def test_an_unusual_separator_does_not_end_the_line(self, tmp_path: Path) -> None:
         row = {**self.ROW, "text": "a\u2028b\u0085c"}
@@ -174,7 +188,7 @@ class TestRecords:
         row = {"context": "c", "question": "?", "title": "T", "answers": answers}
         (record,) = read(tmp_path / "x.jsonl", [row], "qa").records
         assert record.answer == "blue"
-        assert "article:x.jsonl#T" in record.keys
+        assert "article:T" in record.keys
 
     def test_messages(self, tmp_path: Path) -> None:
         turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -227,7 +241,7 @@ class TestCleaning:
         assert (pool.characters_mapped, pool.characters_removed) == (3, 4)
 
     def test_squad_answers_are_cleaned_with_their_context(self, tmp_path: Path) -> None:
-        content = squad(("T", [("one\x0c two", [("q", "which?\x00", ["e\x0c t"])])]))
+        content = squad(("T", [("one\x01 two", [("q", "which?\x00", ["e\x01 t"])])]))
         pool = read(tmp_path / "x.json", content, "qa")
         assert pool.records[0].answer == "e t"
         assert pool.characters_removed == 3

@@ -1,5 +1,6 @@
 """The commands that take finished adapters: `predict`, `merge` and `export`."""
 
+import io
 import json
 import sys
 from typing import Annotated
@@ -59,14 +60,26 @@ def predict(
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
+    on_terminal = sys.stdout.isatty()
+    if not on_terminal and isinstance(sys.stdout, io.TextIOWrapper):  # else what Windows takes for a pipe's encoding
+        sys.stdout.reconfigure(encoding="utf-8")
     for answer in answers:
         if jsonl:
             answer = json.dumps(answer, ensure_ascii=False)
-        sys.stdout.write((escaped(answer) if sys.stdout.isatty() else answer) + "\n")
+        sys.stdout.write((escaped(answer) if on_terminal else answer) + "\n")
 
 
 def _prompts_on_standard_input(jsonl: bool) -> list[str]:
-    lines = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    lines = []
+    for number, content in enumerate(sys.stdin.buffer, start=1):
+        try:
+            line = content.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"line {number} on standard input is not UTF-8 ({error.reason}); convert it first"
+            ) from None
+        if line.strip():
+            lines.append(line.rstrip("\r\n"))
     if not jsonl:
         return lines
     prompts = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grasp_lora.errors import DataError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+_ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types whose state takes in the padding of a batch
 _TOKENS_BETWEEN = 4  # generated before rows that have ended leave the batch
 
 
@@ -81,6 +82,8 @@ def generate(
     inner = without_peft(model)
     stop_ids = find_stop_ids(inner, tokenizer)
     _check_lengths(inner, prompts, settings)
+    if getattr(inner.config, "model_type", None) in _ONE_BY_ONE:
+        settings = replace(settings, batch_size=1)
     answers = [""] * len(prompts)
     finished = 0
     with _greedy_mode(inner, settings.max_new_tokens), _contiguous_head_input(inner):
@@ -169,7 +172,8 @@ def _can_drop_rows(cache: Any) -> bool:
     from transformers import cache_utils
 
     plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DummyLayer)
-    return all(type(layer) in plain for layer in getattr(cache, "layers", [None]))
+    # A model's own kind of cache, MiniMax's for one, holds more than its layers.
+    return type(cache) is cache_utils.DynamicCache and all(type(layer) in plain for layer in cache.layers)
 
 
 class _Answers:

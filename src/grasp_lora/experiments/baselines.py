@@ -582,11 +582,7 @@ def _controller_settings(stage: ControllerStage) -> dict[str, Any]:
 
 
 def _given(adapter: LoadedAdapter) -> Adapter:
-    # The file of weights does not hold the scaling, which decides as much.
-    facts = {
-        name: [pair.scaling, [[one.name, one.rank] for one in pair.segments]] for name, pair in adapter.weights.items()
-    }
-    return Adapter(key_of("given", {"sha256": adapter.sha256, "facts": facts}), lambda: adapter.weights)
+    return Adapter(key_of("given", {"sha256": adapter.sha256, "facts": adapter.facts}), lambda: adapter.weights)
 
 
 def _loaded(adapter: Adapter) -> AdapterWeights:

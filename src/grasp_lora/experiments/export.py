@@ -4,7 +4,7 @@ What is written is read back and measured before its folder appears, whole or no
 """
 
 import json
-import tempfile
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from grasp_lora.display import quoted
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.experiments.steps import backbone_of, refuse_existing
 from grasp_lora.method.lora import AdapterWeights
@@ -24,13 +25,24 @@ from grasp_lora.method.shrinking import (
     pad_ranks,
     share_scaling,
 )
-from grasp_lora.training.adapters import CONFIG_FILE, OUR_FILE, LoadedAdapter, check_fits, read_adapter, save_adapter
+from grasp_lora.training.adapters import (
+    CONFIG_FILE,
+    OUR_FILE,
+    LoadedAdapter,
+    check_fits,
+    is_quantised,
+    read_adapter,
+    save_adapter,
+)
 from grasp_lora.training.backbone import (
     EMBEDDED_HUB_ID,
     EMBEDDED_PUBLIC_NAME,
     Backbone,
 )
+from grasp_lora.training.durable import appear
 from grasp_lora.training.folding import fold
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes, as of vLLM 0.26
@@ -103,11 +115,19 @@ def export_folder(
     weights, facts = _shrink(adapter, settings)
     dtype_read = "float32" if settings.fold else "bfloat16"
     loaded = backbone_of(adapter, backbone, "cpu", dtype_read, revision, trust_remote_code)
-    check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
+    fingerprint = loaded.fingerprint
+    if settings.fold and adapter.info.get("backbone_quantised") and not is_quantised(loaded.model):
+        fingerprint = adapter.info.get("backbone_fingerprint", fingerprint)
+        logger.warning(
+            "adapter %s was trained on a quantised backbone, so that %s is the same model could not be checked by its weights",
+            quoted(adapter.name),
+            quoted(loaded.name),
+        )
+    check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=fingerprint)
     dtype = DTYPES[settings.dtype or "float32"]
     if settings.fold:
-        return _appear(output, _model_writer(adapter, weights, loaded, dtype, facts))
-    return _appear(output, _adapter_writer(adapter, weights, loaded, dtype, facts, _card_of(Path(place), adapter)))
+        return appear(output, _model_writer(adapter, weights, loaded, dtype, facts))
+    return appear(output, _adapter_writer(adapter, weights, loaded, dtype, facts, _card_of(Path(place), adapter)))
 
 
 def accepted_by(weights: AdapterWeights, *, conv1d: bool = False) -> list[str]:
@@ -267,25 +287,6 @@ def _describe(draft: Path, info: dict[str, Any], facts: dict[str, Any], card: st
     listed = "".join(f"- {line}\n" for line in lines)
     content = f"{card}\n\n{CARD_HEADING}\n\n{origin}\n\n{listed}"
     (draft / CARD_FILE).write_text(content.lstrip(), encoding="utf-8")
-
-
-def _appear(output: Path, write: _Writer) -> list[str]:
-    """Let a folder be written beside its place and then appear by a rename."""
-    from safetensors import SafetensorError
-
-    place = output.resolve()
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
-            draft = Path(scratch) / place.name
-            draft.mkdir()
-            lines = write(draft)
-            if place.exists():
-                place.rmdir()  # it is empty; not every system renames onto a folder
-            draft.rename(place)
-    except (OSError, SafetensorError) as error:
-        raise GraspError(f"{output} cannot be written ({error}); nothing was") from error
-    return lines
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -395,7 +395,10 @@ class Run:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
             "dtype": str(backbone.model.dtype).removeprefix("torch."),
-            "parents": [{"name": adapter.name, "sha256": adapter.sha256} for adapter in adapters.values()],
+            "parents": [
+                {"name": adapter.name, "sha256": adapter.sha256, "identity": adapter.identity}
+                for adapter in adapters.values()
+            ],
             "libraries": {name: version(name) for name in LIBRARIES},
             "python": platform.python_version(),
             "processes": world_size(),

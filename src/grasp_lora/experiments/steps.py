@@ -13,7 +13,9 @@ from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.merging import merge as merge_weights
 from grasp_lora.training.adapters import LoadedAdapter, attached, check_fits, read_adapter, save_adapter
 from grasp_lora.training.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME, Backbone, BackboneSettings, load_backbone
+from grasp_lora.training.durable import appear, clear_write_errors
 from grasp_lora.training.prompts import prompt_ids
+from grasp_lora.training.readers import SURROGATE
 
 if TYPE_CHECKING:
     from grasp_lora.training.finetune import FineTuneResult
@@ -52,16 +54,26 @@ def merge_folders(
     loaded = backbone_of(adapters[0], backbone, "cpu", revision=revision, trust_remote_code=trust_remote_code)
     for adapter in adapters:
         check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
-    save_adapter(
-        output,
-        merged,
-        loaded.model,
-        backbone_name=adapters[0].base_model or loaded.name,
-        fingerprint=loaded.fingerprint,
-        dropout=0.0,
-    )
+    answers = [adapter.info.get("answers") for adapter in adapters]
+    alike = all(one == answers[0] for one in answers)
+
+    def write(draft: Path) -> None:
+        save_adapter(
+            draft,
+            merged,
+            loaded.model,
+            backbone_name=adapters[0].base_model or loaded.name,
+            fingerprint=loaded.fingerprint,
+            dropout=0.0,
+            answers=answers[0] if alike else None,
+        )
+
+    appear(output, write)
     ranks = sorted({pair.rank for pair in merged.values()})
-    return f"merged {len(adapters)} adapters by {rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"
+    line = f"merged {len(adapters)} adapters by {rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"
+    if not alike:
+        line += "; they were trained to answer in different ways, so tell predict: --stop, --max-new-tokens, --chat"
+    return line
 
 
 def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
@@ -69,9 +81,10 @@ def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
     refuse_existing(output)
     session.prepare(parents=False)
     adapter = session.read(_from_here(place))
-    learned = session.learn_ratio(adapter.weights, output)
-    write_json(output / "ratio.json", ratio_record(learned.estimate, learned.last_committed))
-    session.save(output / "adapter", learned.adapter)
+    with clear_write_errors(output, goes_on=False):
+        learned = session.learn_ratio(adapter.weights, output)
+        write_json(output / "ratio.json", ratio_record(learned.estimate, learned.last_committed))
+        session.save(output / "adapter", learned.adapter)
     return learned.estimate
 
 
@@ -82,9 +95,10 @@ def finetune_folder(session: Session, place: str, prune_ratio: float, output: Pa
     refuse_existing(output)
     session.prepare(parents=False)
     adapter = session.read(_from_here(place))
-    weights, result, rows = session.finetune_pruned(adapter.weights, prune_ratio, output)
-    write_json(output / "sparsity.json", rows)
-    session.save(output, weights)
+    with clear_write_errors(output, goes_on=False):
+        weights, result, rows = session.finetune_pruned(adapter.weights, prune_ratio, output)
+        write_json(output / "sparsity.json", rows)
+        session.save(output, weights)
     return result
 
 
@@ -104,10 +118,12 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
         }
         signatures = {metric: entry.signature for metric, entry in evaluation.scores.items()}
         if output is not None:
-            write_jsonl(output / f"{name.replace('/', '--')}.jsonl", evaluation.rows(session.splits.test))
+            with clear_write_errors(output, goes_on=False):
+                write_jsonl(output / f"{name.replace('/', '--')}.jsonl", evaluation.rows(session.splits.test))
     table = {"systems": systems, "signatures": signatures, "test_examples": len(session.splits.test)}
     if output is not None:
-        write_json(output / "metrics.json", table)
+        with clear_write_errors(output, goes_on=False):
+            write_json(output / "metrics.json", table)
     return table
 
 
@@ -141,6 +157,8 @@ def predict_texts(
         raise DataError("there are no prompts; give them as arguments or one a line on standard input")
     if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
         raise DataError(f"prompt {empty[0]} is empty; give the adapter something to answer")
+    if broken := [number for number, prompt in enumerate(prompts, start=1) if SURROGATE.search(prompt)]:
+        raise DataError(f"prompt {broken[0]} is no valid text: it has half of a surrogate pair, or was not in UTF-8")
     adapter = read_adapter(place)
     own = {"max_new_tokens": 64, "stop": ["\n"], "chat_template": False} | adapter.info.get("answers", {})
     try:

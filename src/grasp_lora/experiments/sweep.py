@@ -195,5 +195,5 @@ def _identity(session: Session, settings: SweepSettings, seed: int) -> dict[str,
         "dtype": str(session.backbone.model.dtype),
         "data": hash_of(session.splits),
     }
-    given = {place: adapter.sha256 for place, adapter in session.existing_adapters.items()}
+    given = {place: adapter.identity for place, adapter in session.existing_adapters.items()}
     return identity | ({"adapters": given} if given else {})

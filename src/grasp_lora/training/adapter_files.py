@@ -4,6 +4,7 @@ Only safetensors files are read, and only after their header and the config agre
 """
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,18 @@ class LoadedAdapter:
     sha256: str
     info: dict[str, Any] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+
+    @property
+    def facts(self) -> dict[str, list[Any]]:
+        """What the file of weights does not hold and decides as much: scaling and segments of each module, as JSON values."""
+        return {
+            name: [pair.scaling, [[one.name, one.rank] for one in pair.segments]] for name, pair in self.weights.items()
+        }
+
+    @property
+    def identity(self) -> str:
+        """Hash of the weights file and of `facts`: it changes with `lora_alpha`, too."""
+        return hashlib.sha256(json.dumps([self.sha256, self.facts], sort_keys=True).encode()).hexdigest()
 
 
 def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:

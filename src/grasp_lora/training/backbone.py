@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from safetensors import SafetensorError
+
 from grasp_lora.display import one_line, quoted
 from grasp_lora.errors import GraspError
 from grasp_lora.training.offline import first_line, hub_problem, no_network
@@ -373,15 +375,22 @@ def _embedded_folder() -> Path:
             'run pip install "grasp-lora[demo]", or name another backbone'
         ) from error
     logger.info("Converting the embedded backbone %s, once: this takes about a minute", EMBEDDED_PUBLIC_NAME)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as scratch:
-        converted = Path(scratch) / "converted"
-        _convert_embedded(_assemble_embedded(assemble, Path(scratch)), converted)
-        try:
-            converted.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as scratch:
+            converted = Path(scratch) / "converted"
+            _convert_embedded(_assemble_embedded(assemble, Path(scratch)), converted)
+            try:
+                converted.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise GraspError(
+            f"The folder for the converted model, {folder.parent}, cannot be written ({reason}); make room there, or set "
+            "GRASP_LORA_CACHE to another folder"
+        ) from error
     return folder
 
 

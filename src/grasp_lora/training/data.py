@@ -105,7 +105,7 @@ class DataSettings:
 
     Args:
         task: `qa`, `summarization` or `completion`.
-        source: data of the rich language; None to train on the target alone.
+        source: data of the rich language; None where adapters are given, or for a single step that trains on the target alone.
         target: data of the language to adapt to.
         root: folder of relative paths, itself relative to the recipe's; tried before GRASP_LORA_DATA and that one.
         max_tokens: examples of more tokens (prompt, completion and end) are dropped, >= 8.

@@ -2,15 +2,18 @@
 
 import errno
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
 from grasp_lora.errors import GraspError
 
 # What only a file system says; other OSErrors (a network that is down) count if they name a file inside the folder.
+Lines = TypeVar("Lines")
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE}
 
 
@@ -50,8 +53,12 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def clear_write_errors(folder: Path) -> Iterator[None]:
+def clear_write_errors(folder: Path, *, goes_on: bool = True) -> Iterator[None]:
     """Turn an error of the file system that holds a folder into one line; other errors pass.
+
+    Args:
+        folder: where it is written.
+        goes_on: whether the same command, run again, goes on from what is there.
 
     Raises:
         GraspError: the disk is full or read-only, a file may not be written, or the folder has vanished.
@@ -62,13 +69,43 @@ def clear_write_errors(folder: Path) -> Iterator[None]:
         inside = isinstance(error.filename, str | os.PathLike) and _is_inside(Path(error.filename), folder)
         if error.errno not in _STORAGE and not inside:
             raise
-        raise cannot_write(folder, error.strerror or str(error)) from error
+        raise cannot_write(folder, error.strerror or str(error), goes_on=goes_on) from error
     except SafetensorError as error:  # safetensors tells of a full disk in its own way
-        raise cannot_write(folder, str(error)) from error
+        raise cannot_write(folder, str(error), goes_on=goes_on) from error
 
 
-def cannot_write(folder: Path, reason: str) -> GraspError:
-    """The error to raise when something could not be written into a folder."""
+def appear(output: Path, write: Callable[[Path], Lines]) -> Lines:
+    """Let a folder be written beside its place and then appear by a rename, whole or not at all.
+
+    Args:
+        output: not there yet, or an empty folder.
+        write: fills the draft of the folder that it is given; what it returns is returned.
+
+    Raises:
+        GraspError: it cannot be written.
+    """
+    place = output.resolve()
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
+            draft = Path(scratch) / place.name
+            draft.mkdir()
+            written = write(draft)
+            if place.exists():
+                place.rmdir()  # it is empty; not every system renames onto a folder
+            draft.rename(place)
+    except (OSError, SafetensorError) as error:
+        raise GraspError(f"{output} cannot be written ({error}); nothing was") from error
+    return written
+
+
+def cannot_write(folder: Path, reason: str, *, goes_on: bool = True) -> GraspError:
+    """The error to raise when something could not be written into a folder; see `clear_write_errors`."""
+    if not goes_on:
+        return GraspError(
+            f"{folder} cannot be written ({reason}); make room or make it writable, then run the same command again "
+            "with an empty folder"
+        )
     if not folder.is_dir():
         return vanished(folder)
     return GraspError(

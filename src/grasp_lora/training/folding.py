@@ -9,6 +9,7 @@ import torch
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.shrinking import rounded
+from grasp_lora.training.adapters import is_quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,9 +43,9 @@ def fold(model: "PreTrainedModel", weights: AdapterWeights, dtype: torch.dtype) 
     Raises:
         AdapterError: the backbone is quantised, a weight is shared in another way, or a number is too large for the dtype.
     """
-    if getattr(model.config, "quantization_config", None) is not None:
+    if is_quantised(model):
         raise AdapterError(
-            "the backbone is quantised, so nothing can be added to its weights; fold into its full-precision model"
+            "the backbone is quantised, so nothing can be added to its weights; name its full-precision model with --backbone"
         )
     errors, sizes, deltas = [], [], []
     for name, pair in weights.items():

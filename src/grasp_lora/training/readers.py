@@ -37,8 +37,10 @@ FORMATS = ("auto", "squad", "xlsum", "records", "hub")
 OPTIONAL_COLUMNS = ("id", "group", "title", "references", "messages")
 XLSUM_COLUMNS = {"id": "id", "title": "title", "document": "text", "summary": "summary"}
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# Windows-1252 quotation marks, as in XL-Sum's Chinese articles, and the line ends of old Macs.
-MAPPED = {"\x93": "“", "\x94": "”", "\r": "\n"}
+# Windows-1252 quotation marks and dashes, as in XL-Sum's Chinese articles, the line ends of old Macs, and page breaks.
+MAPPED = {
+    "\x91": "‘", "\x92": "’", "\x93": "“", "\x94": "”", "\x96": "–", "\x97": "—", "\r": "\n", "\x0b": " ", "\x0c": " ",
+}  # fmt: skip
 SURROGATE = re.compile("[\ud800-\udfff]")
 MOST_TEXT = 1_000_000  # characters
 MOST_ID = 500
@@ -224,7 +226,7 @@ def _record(
         keys.add("group:" + _plain(group, "group", where))
     title = row.get(columns.get("title", "title"))
     if task != "completion" and isinstance(title, str) and title.strip():
-        keys.add(f"article:{name}#{' '.join(title.split())}")
+        keys.add(_article(title))
     messages = _conversation(row, where, columns) if task == "completion" else ()
     if messages:
         inputs = {}
@@ -243,6 +245,11 @@ def _record(
     if not gold:
         raise DataError(f"{where}: the list of references is empty")
     return Record(identity, inputs, answers[0], tuple(dict.fromkeys(gold)), frozenset(keys), tuple(messages[:-1]))
+
+
+def _article(title: str) -> str:
+    """Key of an article, the same in every file: its paragraphs may be spread over several."""
+    return f"article:{' '.join(title.split())}"
 
 
 def _blank(value: Any) -> bool:
@@ -303,8 +310,8 @@ def _squad_records(content: dict[str, Any], name: str, counts: Counter[str]) -> 
     for number, article in enumerate(content["data"]):
         where = f"{name}, article {number + 1}"
         title = article.get("title") if isinstance(article, dict) else None
-        title = " ".join(title.split()) if isinstance(title, str) else ""
-        article_key = f"article:{name}#{title or number}"
+        untitled = not isinstance(title, str) or not title.strip()
+        article_key = f"article:{name}#{number}" if untitled else _article(str(title))
         for paragraph in _list(article, "paragraphs", where):
             context = _text(paragraph.get("context") if isinstance(paragraph, dict) else None, "context", where)
             for question in _list(paragraph, "qas", where):
