@@ -227,3 +227,11 @@ def test_fewer_examples_that_disagree_leave_more_open() -> None:
         estimate = lowest_surrogate(measured_on(told, count), LOW, HIGH)
         widths.append(estimate.high - estimate.low)
     assert widths[0] < widths[1]
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-9])
+@pytest.mark.parametrize("step", [1e3, 1e6])
+def test_a_run_that_blows_up_gives_a_ratio_and_no_error_of_linear_algebra(spread: float, step: float) -> None:
+    told = rounds_of(lambda ratio, time: spread * ratio + step * time**4, EVEN)
+    estimate = lowest_surrogate(told, LOW, HIGH)
+    assert LOW <= estimate.low <= estimate.ratio <= estimate.high <= HIGH

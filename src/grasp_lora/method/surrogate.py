@@ -142,13 +142,13 @@ class Surrogate:
         trend = self._level * (_near(self._times, self._times, _TIME_LENGTH) + 0.1 * same)
         for length, scale, noise in itertools.product(_LENGTHS, _SCALES, _NOISES):
             kernel = trend + self._curve(self._places, self._times, length, scale)
-            root = torch.linalg.cholesky(kernel + self._noise(noise))
+            root = _root(kernel + self._noise(noise))
             white = torch.linalg.solve_triangular(root, values[:, None], upper=False)
             likelihood = -float(white.square().sum()) / 2 - float(root.diagonal().log().sum())
             best = max(best, (likelihood, length, scale, noise))
         _, length, scale, noise = best
         kernel = trend + self._curve(self._places, self._times, length, scale) + self._noise(noise)
-        root = torch.linalg.cholesky(kernel)
+        root = _root(kernel)
         times = torch.linspace(0, 1, TIMES, dtype=torch.float64).repeat_interleave(RATIOS)
         places = _place(self.grid).repeat(TIMES)
         cross = self._level * _near(times, self._times, _TIME_LENGTH)
@@ -160,7 +160,7 @@ class Surrogate:
         rest = own - shared @ torch.cholesky_solve(shared.T, root)
         # What is far from every probe is known to about this much of its variance.
         jitter = _JITTER * scale * self._within * torch.eye(len(rest), dtype=torch.float64)
-        self._root = torch.linalg.cholesky((rest + rest.T) / 2 + jitter)
+        self._root = _root((rest + rest.T) / 2 + jitter)
 
     def _noise(self, noise: float) -> Tensor:
         return (noise * self._within + _LEAST) * torch.eye(len(self._places), dtype=torch.float64)
@@ -188,3 +188,14 @@ def _place(ratios: Tensor) -> Tensor:
 def _near(first: Tensor, second: Tensor, length: float) -> Tensor:
     """Squared-exponential kernel, [first, second]."""
     return torch.exp(-((first[:, None] - second) ** 2) / (2 * length**2))
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """Cholesky root; where rounding leaves none, as with losses of hundreds of nats, that of the matrix with more noise."""
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    for power in range(-12, 0):
+        if not failed:
+            break
+        noise = 10.0**power * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
+        root, failed = torch.linalg.cholesky_ex(matrix + noise)
+    return root
