@@ -192,6 +192,7 @@ def _near(first: Tensor, second: Tensor, length: float) -> Tensor:
 
 def _root(matrix: Tensor) -> Tensor:
     """Cholesky root; where rounding leaves none, as with losses of hundreds of nats, that of the matrix with more noise."""
+    root: Tensor
     root, failed = torch.linalg.cholesky_ex(matrix)
     for power in range(-12, 0):
         if not failed:
