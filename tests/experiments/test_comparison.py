@@ -73,6 +73,7 @@ def run(folder: Path, settings: ComparisonSettings, *overrides: str) -> tuple[di
 
 def without_seconds(content: dict[str, Any]) -> dict[str, Any]:
     content = json.loads(json.dumps(content))
+    content.pop("pace")
     for row in content["rows"]:
         for key in ("seconds", "seconds_in_all"):
             row.get("cost", {}).pop(key, None)
