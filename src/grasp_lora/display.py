@@ -9,6 +9,7 @@ from collections.abc import Iterable
 # C0 and C1 controls, line and paragraph separator, what embeds, overrides or isolates a direction, halves of surrogate pairs.
 # The marks U+200E, U+200F and U+061C move nothing beside them: Arabic needs them.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+SURROGATES = re.compile("[\ud800-\udfff]")
 _MOST_SHOWN = 80
 _MOST_LISTED = 20
 

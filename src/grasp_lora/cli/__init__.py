@@ -28,7 +28,6 @@ from grasp_lora.cli.terminal import (
 )
 from grasp_lora.display import one_line
 from grasp_lora.errors import FailedElsewhere, GraspError, Interrupted
-from grasp_lora.training.durable import clear_write_errors
 from grasp_lora.training.ranks import is_first, leave, world_size
 
 if TYPE_CHECKING:
@@ -225,6 +224,7 @@ for experiment in (compare, sweep, record):
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html and report.md of a run folder again."""
     from grasp_lora.experiments.report import write_report
+    from grasp_lora.training.durable import clear_write_errors
 
     with clear_write_errors(folder):
         say(f"wrote {write_report(folder)}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-_ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types whose state takes in the padding of a batch
+_ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer otherwise in a batch
 _TOKENS_BETWEEN = 4  # generated before rows that have ended leave the batch
 
 

@@ -25,19 +25,12 @@ from grasp_lora.method.shrinking import (
     pad_ranks,
     share_scaling,
 )
-from grasp_lora.training.adapters import (
-    CONFIG_FILE,
-    OUR_FILE,
-    LoadedAdapter,
-    check_fits,
-    is_quantised,
-    read_adapter,
-    save_adapter,
-)
+from grasp_lora.training.adapters import CONFIG_FILE, OUR_FILE, LoadedAdapter, check_fits, read_adapter, save_adapter
 from grasp_lora.training.backbone import (
     EMBEDDED_HUB_ID,
     EMBEDDED_PUBLIC_NAME,
     Backbone,
+    is_quantised,
 )
 from grasp_lora.training.durable import appear
 from grasp_lora.training.folding import fold
@@ -116,7 +109,7 @@ def export_folder(
     dtype_read = "float32" if settings.fold else "bfloat16"
     loaded = backbone_of(adapter, backbone, "cpu", dtype_read, revision, trust_remote_code)
     fingerprint = loaded.fingerprint
-    if settings.fold and adapter.info.get("backbone_quantised") and not is_quantised(loaded.model):
+    if settings.fold and adapter.info.get("backbone_quantised") and not is_quantised(loaded.model.config):
         fingerprint = adapter.info.get("backbone_fingerprint", fingerprint)
         logger.warning(
             "adapter %s was trained on a quantised backbone, so that %s is the same model could not be checked by its weights",

@@ -8,6 +8,7 @@ from grasp_lora.evaluation.scripts import split_unspaced
 from grasp_lora.experiments.recipe import PROBE_SPLITS, ControllerStage, Recipe
 from grasp_lora.experiments.session import Session, expected_rounds
 from grasp_lora.method.policy import POLICIES
+from grasp_lora.training.backbone import is_quantised
 from grasp_lora.training.data import Example
 from grasp_lora.training.languages import language_code
 from grasp_lora.training.probing import takes_label_positions
@@ -155,7 +156,7 @@ def _backbone(session: Session) -> Finding:
         return Finding(
             "warning", "backbone", f"{text}; it computes logits at every position, which costs time and memory"
         )
-    if getattr(backbone.model.config, "quantization_config", None) is not None:
+    if is_quantised(backbone.model.config):
         return Finding(
             "warning", "backbone", f"{text}; it is quantised: adapters are measured on the quantised weights"
         )

@@ -8,7 +8,6 @@ import difflib
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import date
@@ -19,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from grasp_lora.display import CONTROLS, escaped, one_line, quoted
+from grasp_lora.display import CONTROLS, SURROGATES, escaped, one_line, quoted
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.evaluation.generation import GenerationSettings
@@ -39,7 +38,6 @@ MOST_SEED = 2**63 - 1
 MOST_OF = {"rank": 16_384, "candidates": 1_024}  # what would be allocated or tried at once
 MOST_TEXT = 1_024  # characters of a text that is no template
 MOST_PART = 255  # bytes of a part of a path, as file systems have it
-SURROGATES = re.compile("[\ud800-\udfff]")
 _FREE_TEXTS = ("data.prompt", "data.completion", "generation.stop")  # which may hold any characters, and many
 _PLAIN_WORDS = {  # of pydantic's error types, for those who do not know Python
     "string_pattern_mismatch": "use Latin letters, digits, '.', '_' and '-' only, and begin with a letter or digit",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grasp_lora.display import SURROGATES
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
 from grasp_lora.evaluation.generation import GenerationSettings, generate
 from grasp_lora.experiments.session import Session, ratio_record, write_json, write_jsonl
@@ -15,7 +16,6 @@ from grasp_lora.training.adapters import LoadedAdapter, attached, check_fits, re
 from grasp_lora.training.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME, Backbone, BackboneSettings, load_backbone
 from grasp_lora.training.durable import appear, clear_write_errors
 from grasp_lora.training.prompts import prompt_ids
-from grasp_lora.training.readers import SURROGATE
 
 if TYPE_CHECKING:
     from grasp_lora.training.finetune import FineTuneResult
@@ -157,8 +157,10 @@ def predict_texts(
         raise DataError("there are no prompts; give them as arguments or one a line on standard input")
     if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
         raise DataError(f"prompt {empty[0]} is empty; give the adapter something to answer")
-    if broken := [number for number, prompt in enumerate(prompts, start=1) if SURROGATE.search(prompt)]:
-        raise DataError(f"prompt {broken[0]} is no valid text: it has half of a surrogate pair, or was not in UTF-8")
+    if broken := [number for number, prompt in enumerate(prompts, start=1) if SURROGATES.search(prompt)]:
+        raise DataError(
+            f"prompt {broken[0]} is no valid text: it has half of a surrogate pair, or was not in UTF-8; give it in UTF-8"
+        )
     adapter = read_adapter(place)
     own = {"max_new_tokens": 64, "stop": ["\n"], "chat_template": False} | adapter.info.get("answers", {})
     try:

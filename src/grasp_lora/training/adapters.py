@@ -25,6 +25,7 @@ from grasp_lora.training.adapter_files import (
     LoadedAdapter,
     read_adapter,
 )
+from grasp_lora.training.backbone import is_quantised
 from grasp_lora.training.settings import LoraSettings
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ __all__ = [
     "check_target_modules",
     "config_of",
     "fresh_adapter",
-    "is_quantised",
     "live_pairs",
     "lora_layers",
     "read_adapter",
@@ -252,16 +252,11 @@ def save_adapter(
             if pair.segments
         },
     }
-    if is_quantised(model):
+    if is_quantised(model.config):
         info["backbone_quantised"] = True
     if answers is not None:
         info["answers"] = dict(answers)
     (folder / OUR_FILE).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
-
-
-def is_quantised(model: "PreTrainedModel") -> bool:
-    """Whether the backbone's weights are stored in fewer bits than they are computed with."""
-    return getattr(model.config, "quantization_config", None) is not None
 
 
 def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str, backbone: str) -> None:

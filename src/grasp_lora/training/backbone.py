@@ -304,7 +304,7 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
         config=config,
         dtype=getattr(torch, find_dtype(device) if settings.dtype == "auto" else settings.dtype),
         # Quantised weights are packed for the device they arrive on, and refuse `.to` later.
-        device_map={"": device} if getattr(config, "quantization_config", None) is not None else None,
+        device_map={"": device} if is_quantised(config) else None,
         use_safetensors=True,
         output_loading_info=True,
         **source,
@@ -312,9 +312,14 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
     model, loaded = result
     if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
         raise ValueError(f"the checkpoint lacks {len(missing)} weights of the language model, first {missing[0]}")
-    if getattr(config, "quantization_config", None) is None:
+    if not is_quantised(config):
         model.to(device)
     return model, tokenizer
+
+
+def is_quantised(config: PretrainedConfig) -> bool:
+    """Whether a backbone's weights are stored in fewer bits than they are computed with."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def _refuse_foreign_kernels(config: PretrainedConfig) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from grasp_lora.errors import GraspError
 
 # What only a file system says; other OSErrors (a network that is down) count if they name a file inside the folder.
-Lines = TypeVar("Lines")
+Written = TypeVar("Written")
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE}
 
 
@@ -74,7 +74,7 @@ def clear_write_errors(folder: Path, *, goes_on: bool = True) -> Iterator[None]:
         raise cannot_write(folder, str(error), goes_on=goes_on) from error
 
 
-def appear(output: Path, write: Callable[[Path], Lines]) -> Lines:
+def appear(output: Path, write: Callable[[Path], Written]) -> Written:
     """Let a folder be written beside its place and then appear by a rename, whole or not at all.
 
     Args:
@@ -95,7 +95,10 @@ def appear(output: Path, write: Callable[[Path], Lines]) -> Lines:
                 place.rmdir()  # it is empty; not every system renames onto a folder
             draft.rename(place)
     except (OSError, SafetensorError) as error:
-        raise GraspError(f"{output} cannot be written ({error}); nothing was") from error
+        raise GraspError(
+            f"{output} cannot be written ({error}); nothing was. Make room or make it writable, or choose another folder "
+            "with --output"
+        ) from error
     return written
 
 

@@ -9,7 +9,7 @@ import torch
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.shrinking import rounded
-from grasp_lora.training.adapters import is_quantised
+from grasp_lora.training.backbone import is_quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ def fold(model: "PreTrainedModel", weights: AdapterWeights, dtype: torch.dtype) 
     Raises:
         AdapterError: the backbone is quantised, a weight is shared in another way, or a number is too large for the dtype.
     """
-    if is_quantised(model):
+    if is_quantised(model.config):
         raise AdapterError(
             "the backbone is quantised, so nothing can be added to its weights; name its full-precision model with --backbone"
         )

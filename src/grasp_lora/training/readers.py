@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.display import CONTROLS, listed, quoted
+from grasp_lora.display import CONTROLS, SURROGATES, listed, quoted
 from grasp_lora.errors import DataError
 from grasp_lora.training.prompts import task_fields
 from grasp_lora.training.rows import INVISIBLE, Row, as_row, read_content
@@ -41,7 +41,6 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 MAPPED = {
     "\x91": "‘", "\x92": "’", "\x93": "“", "\x94": "”", "\x96": "–", "\x97": "—", "\r": "\n", "\x0b": " ", "\x0c": " ",
 }  # fmt: skip
-SURROGATE = re.compile("[\ud800-\udfff]")
 MOST_TEXT = 1_000_000  # characters
 MOST_ID = 500
 
@@ -367,6 +366,6 @@ def _text(value: Any, label: str, where: str) -> str:
         raise DataError(f"{where}: {label} is empty")
     if len(value) > MOST_TEXT:
         raise DataError(f"{where}: {label} has {len(value)} characters; at most {MOST_TEXT} are allowed")
-    if SURROGATE.search(value):
+    if SURROGATES.search(value):
         raise DataError(f"{where}: {label} holds half of a surrogate pair, which is no valid text")
     return value
