@@ -39,10 +39,10 @@ from controllers_rivals import (
     tpe_trials,
 )
 
+from grasp_lora.bench.landscape import Cost, Floats, Landscape
+from grasp_lora.bench.smoothing import smooth
 from grasp_lora.errors import GraspError
-from grasp_lora.experiments.landscape import Cost, Floats, Landscape
-from grasp_lora.experiments.smoothing import smooth
-from grasp_lora.method.estimation import RatioEstimate
+from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.policy import (
     POLICIES,
     PRESETS,

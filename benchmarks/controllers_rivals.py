@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from grasp_lora.bench.landscape import Cost, Landscape
 from grasp_lora.errors import GraspError
-from grasp_lora.experiments.landscape import Cost, Landscape
 from grasp_lora.method.policy import preset
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search

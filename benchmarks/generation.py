@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from grasp_lora.evaluation import generation
-from grasp_lora.evaluation.generation import generate
-from grasp_lora.experiments.recipe import load_recipe
-from grasp_lora.experiments.session import Session
-from grasp_lora.training.adapters import fresh_adapter
+from grasp_lora.bench.session import Session
+from grasp_lora.models import generation
+from grasp_lora.models.adapters import fresh_adapter
+from grasp_lora.models.generation import generate
+from grasp_lora.recipes.load import load_recipe
 from grasp_lora.training.finetune import finetune
 
 

@@ -22,18 +22,19 @@ from controllers import spearman, table
 from controllers_rivals import Setting
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from grasp_lora.bench.landscape import Landscape
+from grasp_lora.bench.session import Session
+from grasp_lora.bench.smoothing import smooth
+from grasp_lora.bench.steps import Bench
+from grasp_lora.bench.store import Records
 from grasp_lora.errors import GraspError
-from grasp_lora.experiments.baselines import Bench
-from grasp_lora.experiments.landscape import Landscape
-from grasp_lora.experiments.lock import working_in
-from grasp_lora.experiments.recipe import Recipe, load_recipe
-from grasp_lora.experiments.records import Records
-from grasp_lora.experiments.session import Session
-from grasp_lora.experiments.smoothing import smooth
-from grasp_lora.method.masking import Ranking, WeightKey
-from grasp_lora.training.adapters import attached, segments_of
+from grasp_lora.method.masks import Ranking, WeightKey
+from grasp_lora.models.adapters import attached, segments_of
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.storage.folder import working_in
 from grasp_lora.training.landscape import LossLandscape
-from grasp_lora.training.probing import ProbeSet
+from grasp_lora.training.probes import ProbeSet
 
 RATIOS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
 

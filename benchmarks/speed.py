@@ -22,13 +22,14 @@ import torch
 from speed_figures import Row, child, clock_of, peak_megabytes, profile, row, share_table, table, take_turns, wall_time
 from speed_lab import RATIO, Lab, length, taken
 
-from grasp_lora.experiments.baselines import GRID
-from grasp_lora.experiments.recipe import ControllerStage, Recipe, load_recipe
-from grasp_lora.method.masking import MaskSet
+from grasp_lora.bench.steps import GRID
+from grasp_lora.data.build import Example
+from grasp_lora.method.masks import MaskSet
 from grasp_lora.method.policy import preset
-from grasp_lora.training.adapters import live_pairs, segments_of
-from grasp_lora.training.data import Example
-from grasp_lora.training.probing import (
+from grasp_lora.models.adapters import live_pairs, segments_of
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.recipes.recipe import ControllerStage, Recipe
+from grasp_lora.training.probes import (
     TOKEN_BUDGET,
     ProbeSet,
     calibrate,

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from speed_figures import clock_of, take_turns
 
-from grasp_lora.experiments.baselines import GRID
-from grasp_lora.experiments.methods import single_run
-from grasp_lora.experiments.recipe import PROBE_SPLITS, ControllerStage, FinalStage, Recipe
-from grasp_lora.experiments.session import CALIBRATION_EXAMPLES, Session, expected_rounds
+from grasp_lora.bench.methods import single_run
+from grasp_lora.bench.session import CALIBRATION_EXAMPLES, Session, expected_rounds
+from grasp_lora.bench.steps import GRID
+from grasp_lora.data.build import Example
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.training.adapters import adapter_weights, attached, fresh_adapter, segments_of
+from grasp_lora.models.adapters import adapter_weights, attached, fresh_adapter, segments_of
+from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage, Recipe
 from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
-from grasp_lora.training.data import Example
 from grasp_lora.training.finetune import finetune
-from grasp_lora.training.probing import ProbeSet, ProbesInTurn
+from grasp_lora.training.probes import ProbeSet, ProbesInTurn
 from grasp_lora.training.settings import TRAINED_AS_MEASURED, TrainingSettings
 
 SINGLE = "single"

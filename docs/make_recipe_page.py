@@ -10,9 +10,11 @@ from typing import Any
 
 from docstring_parser import parse_from_object
 
+from grasp_lora.data.tasks import TASKS, TEMPLATES
 from grasp_lora.evaluation.metrics import METRICS, metrics_for
-from grasp_lora.experiments.recipe import Recipe, settings_class, validate
-from grasp_lora.training.prompts import TASKS, TEMPLATES
+from grasp_lora.recipes.explain import settings_class
+from grasp_lora.recipes.load import validate
+from grasp_lora.recipes.recipe import Recipe
 
 PAGE = Path(__file__).with_name("recipe.md")
 INTRO = """\

@@ -18,10 +18,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from grasp_lora.experiments.recipe import builtin_recipes, load_recipe
-from grasp_lora.experiments.session import Session
+from grasp_lora.bench.session import Session
 from grasp_lora.method.merging import MERGE_RULES
-from grasp_lora.training.adapters import CONFIG_FILE, WEIGHTS_FILE
+from grasp_lora.models.adapters import CONFIG_FILE, WEIGHTS_FILE
+from grasp_lora.recipes.load import builtin_recipes, load_recipe
 
 COMMANDS = (
     "run", "demo", "check", "recipes", "init", "predict", "merge", "export", "learn", "finetune", "evaluate", "compare", "sweep",
@@ -56,8 +56,8 @@ def edit_recipe(workspace: Path, **changes: object) -> None:
 
 def write_adapter(workspace: Path, name: str = "adapter", rank: int = 2) -> Path:
     """Write an untrained adapter of the tiny backbone."""
-    from grasp_lora.training.adapters import adapter_weights, fresh_adapter
-    from grasp_lora.training.settings import LoraSettings
+    from grasp_lora.models.adapters import adapter_weights, fresh_adapter
+    from grasp_lora.models.settings import LoraSettings
 
     session = Session(*load_recipe(workspace / "tiny.yaml"))
     with fresh_adapter(session.backbone.model, LoraSettings(rank=rank, alpha=4), seed=1) as model:
@@ -303,7 +303,7 @@ def test_a_run_folder_of_another_recipe_is_refused_with_what_differs(cli: Cli, t
 def test_a_probe_loss_that_is_not_finite_names_the_example_and_keeps_the_stages(
     cli: Cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import grasp_lora.training.probing as probing
+    import grasp_lora.training.probes as probing
 
     measure = probing.example_losses
 
@@ -525,7 +525,7 @@ def test_a_merge_answers_as_its_parents_do(cli: Cli, tiny_workspace: Path) -> No
 def test_a_full_disk_is_one_line_in_a_single_step(
     cli: Cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], written: str
 ) -> None:
-    from grasp_lora.experiments import steps
+    from grasp_lora.bench import single as steps
 
     def full(*arguments: object, **more: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -557,7 +557,7 @@ class TestSubprocess:
     def test_answers_are_utf8_whatever_a_pipe_is_said_to_be(self, tiny_workspace: Path) -> None:
         write_adapter(tiny_workspace)
         code = (
-            "from grasp_lora.experiments import steps\nfrom grasp_lora.cli import main\n"
+            "from grasp_lora.bench import single as steps\nfrom grasp_lora.cli import main\n"
             "steps.generate = lambda *arguments: ['لغة 语言']\nmain()\n"
         )
         result = subprocess.run(
@@ -600,7 +600,7 @@ class TestSubprocess:
 def test_an_adapter_is_asked_and_answers_as_it_was_trained(
     cli: Cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from grasp_lora.experiments import steps
+    from grasp_lora.bench import single as steps
 
     asked: list[tuple[list[str], Any]] = []
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grasp_lora.bench.landscape import Cost, FinalRun, Landscape, Trajectory
+from grasp_lora.bench.steps import GRID
 from grasp_lora.errors import GraspError
-from grasp_lora.experiments.baselines import GRID
-from grasp_lora.experiments.landscape import Cost, FinalRun, Landscape, Trajectory
 from grasp_lora.method.policy import POLICIES, GaussianPolicy, PolicySettings, Round, preset
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # its files import each other

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from grasp_lora.bench.landscape import Landscape
+from grasp_lora.bench.recording import LANDSCAPE_FILE, RecordingSettings, record
+from grasp_lora.bench.session import Session
 from grasp_lora.errors import GraspError
-from grasp_lora.experiments.landscape import Landscape
-from grasp_lora.experiments.recipe import load_recipe
-from grasp_lora.experiments.recording import LANDSCAPE_FILE, RecordingSettings, record
-from grasp_lora.experiments.session import Session
+from grasp_lora.recipes.load import load_recipe
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # its files import each other
 

@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from grasp_lora.experiments.recipe import load_recipe
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.training.adapters import save_adapter
+from grasp_lora.models.adapters import save_adapter
+from grasp_lora.recipes.load import load_recipe
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -8,8 +8,8 @@ from typing import Any
 import datasets
 import pytest
 
-from grasp_lora.experiments.recipe import builtin_recipes, load_recipe
 from grasp_lora.method.policy import POLICIES
+from grasp_lora.recipes.load import builtin_recipes, load_recipe
 
 COUNTS = {
     "source": {"train": 6, "dev": 3},

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from grasp_lora.errors import GraspError
-from grasp_lora.experiments.recipe import load_recipe
 from grasp_lora.method.policy import preset
+from grasp_lora.recipes.load import load_recipe
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))  # its files import each other, as they do when the benchmark is run

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError, RecipeError
-    from grasp_lora.method.masking import MaskSettings
+    from grasp_lora.method.masks import MaskSettings
     from grasp_lora.method.merging import MergeSettings, merge
     from grasp_lora.method.policy import PolicySettings, preset
-    from grasp_lora.training.adapters import attached, read_adapter, save_adapter, segments_of
+    from grasp_lora.models.adapters import attached, read_adapter, save_adapter, segments_of
     from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
-    from grasp_lora.training.probing import ProbeSet, ProbesInTurn
+    from grasp_lora.training.probes import ProbeSet, ProbesInTurn
 
 __version__ = "0.1.0"
 
@@ -23,20 +23,20 @@ _HOMES = {
     "DataError": "errors",
     "GraspController": "training.controller",
     "GraspError": "errors",
-    "MaskSettings": "method.masking",
+    "MaskSettings": "method.masks",
     "MergeSettings": "method.merging",
     "PolicySettings": "method.policy",
     "ProbeError": "errors",
-    "ProbeSet": "training.probing",
-    "ProbesInTurn": "training.probing",
+    "ProbeSet": "training.probes",
+    "ProbesInTurn": "training.probes",
     "PrunedTraining": "training.controller",
     "RecipeError": "errors",
-    "attached": "training.adapters",
+    "attached": "models.adapters",
     "merge": "method.merging",
     "preset": "method.policy",
-    "read_adapter": "training.adapters",
-    "save_adapter": "training.adapters",
-    "segments_of": "training.adapters",
+    "read_adapter": "models.adapters",
+    "save_adapter": "models.adapters",
+    "segments_of": "models.adapters",
 }
 __all__ = [
     "AdapterError",

@@ -19,10 +19,10 @@ import torch
 import yaml
 from safetensors.torch import save
 
+from grasp_lora.data.records import read_files
 from grasp_lora.errors import GraspError
-from grasp_lora.experiments.recipe import load_recipe
-from grasp_lora.training.adapters import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE, check_fits, read_adapter
-from grasp_lora.training.readers import read_files
+from grasp_lora.models.adapters import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE, check_fits, read_adapter
+from grasp_lora.recipes.load import load_recipe
 
 MOST_MESSAGE = 4000
 RAW = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")

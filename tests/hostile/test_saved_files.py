@@ -13,9 +13,9 @@ import pytest
 import yaml
 from conftest import write_tiny_workspace
 
-from grasp_lora.experiments.pipeline import Run
-from grasp_lora.experiments.recipe import load_recipe
-from grasp_lora.experiments.report import write_model_card, write_report
+from grasp_lora.bench.run import Run
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.report.pages import write_model_card, write_report
 
 SECRETS = {
     "HF_TOKEN": "hf_secretTokenNobodyMaySee", "WANDB_API_KEY": "wandb0secret0key", "AWS_SECRET_ACCESS_KEY": "aws/secret/key",

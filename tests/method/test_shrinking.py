@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.method.masking import MaskSet, MaskSettings
+from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.method.shrinking import (
     delta_error,
     drop_emptied,

@@ -16,17 +16,18 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.masking import MaskSet, MaskSettings, prune_count, survival
+from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.policy import Decision, GaussianPolicy, PolicySettings, Round
+from grasp_lora.models.adapters import adapter_weights, attached, fresh_adapter, live_pairs, segments_of
+from grasp_lora.models.settings import LoraSettings
+from grasp_lora.storage.checkpoints import read_state, write_state
 from grasp_lora.training import controller as controller_module
 from grasp_lora.training import finetune as finetune_module
-from grasp_lora.training import probing
-from grasp_lora.training.adapters import LoraSettings, adapter_weights, attached, fresh_adapter, live_pairs, segments_of
-from grasp_lora.training.checkpoint import read_state, write_state
+from grasp_lora.training import probes as probing
 from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
 from grasp_lora.training.finetune import finetune
-from grasp_lora.training.probing import ProbeSet, ProbesInTurn, collate
+from grasp_lora.training.probes import ProbeSet, ProbesInTurn, collate
 from grasp_lora.training.settings import TrainingSettings
 
 TARGETS = {
@@ -345,7 +346,7 @@ def test_rows_are_tokenised_as_trl_tokenises_them(make_tiny_model, tiny_tokenize
     with attached(backbone, merged_adapter(backbone, "llama")) as model:
         trainer = make_sft_trainer(model, tmp_path, tiny_tokenizer)
         trained_on = list(trainer.train_dataset)
-    from grasp_lora.training.data import encode_rows
+    from grasp_lora.data.build import encode_rows
 
     for ours, theirs in zip(encode_rows(ROWS, tiny_tokenizer), trained_on, strict=True):
         assert [*ours.prompt_ids, *ours.completion_ids] == theirs["input_ids"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import run_ranks
 
-from grasp_lora.training.adapters import attached, live_pairs
-from grasp_lora.training.probing import NormCollector, ProbeSet
+from grasp_lora.models.adapters import attached, live_pairs
+from grasp_lora.training.probes import NormCollector, ProbeSet
 
 RANKS = 2
 PAD = 0
@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 import torch
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.training.adapters import LoraSettings, fresh_adapter, live_pairs
+from grasp_lora.models.adapters import fresh_adapter, live_pairs
+from grasp_lora.models.settings import LoraSettings
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,12 @@ from conftest import build_tiny_model
 from common_to_ranks import DEV, MICRO_DEV, MICRO_DEV_BUDGET, make_examples, random_adapter, values
 from transformers import TrainerCallback, TrainingArguments
 
-from grasp_lora.method.masking import MaskSet, MaskSettings
+from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.training import finetune as finetune_module
-from grasp_lora.training.adapters import attached, live_pairs
+from grasp_lora.models.adapters import attached, live_pairs
 from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
 from grasp_lora.training.finetune import FineTuneTrainer, finetune
-from grasp_lora.training.probing import NormCollector, ProbeSet, calibrate
+from grasp_lora.training.probes import NormCollector, ProbeSet, calibrate
 from grasp_lora.training.settings import TrainingSettings
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])

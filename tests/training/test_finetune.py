@@ -12,10 +12,11 @@ from transformers.utils import logging as transformers_logging
 
 from grasp_lora.errors import DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.models.adapters import adapter_weights, attached, fresh_adapter, live_pairs
+from grasp_lora.models.settings import LoraSettings
 from grasp_lora.training import finetune as finetune_module
-from grasp_lora.training.adapters import LoraSettings, adapter_weights, attached, fresh_adapter, live_pairs
 from grasp_lora.training.finetune import finetune
-from grasp_lora.training.probing import ProbeSet
+from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
 
 TARGETS = {

@@ -12,16 +12,17 @@ from transformers import TrainerCallback, TrainerState
 
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.masking import SCORES, MaskSet, MaskSettings
+from grasp_lora.method.masks import SCORES, MaskSet, MaskSettings
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.training import probing
-from grasp_lora.training.adapters import attached, fresh_adapter, live_pairs, segments_of
-from grasp_lora.training.checkpoint import Checkpointing
+from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs, segments_of
+from grasp_lora.models.settings import LoraSettings
+from grasp_lora.storage.checkpoints import Checkpointing
+from grasp_lora.training import probes as probing
 from grasp_lora.training.controller import PrunedTraining
 from grasp_lora.training.finetune import finetune
 from grasp_lora.training.landscape import LossLandscape, shared_ratio
-from grasp_lora.training.probing import ProbeSet
-from grasp_lora.training.settings import LoraSettings, TrainingSettings
+from grasp_lora.training.probes import ProbeSet
+from grasp_lora.training.settings import TrainingSettings
 
 RATIOS = (0.1, 0.5, 0.9)
 STEPS = 12

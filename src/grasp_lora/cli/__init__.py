@@ -26,12 +26,12 @@ from grasp_lora.cli.terminal import (
     say,
     shown,
 )
-from grasp_lora.display import one_line
 from grasp_lora.errors import FailedElsewhere, GraspError, Interrupted
-from grasp_lora.training.ranks import is_first, leave, world_size
+from grasp_lora.storage.processes import is_first, leave, world_size
+from grasp_lora.text.display import one_line
 
 if TYPE_CHECKING:
-    from grasp_lora.experiments.session import Session
+    from grasp_lora.bench.session import Session
 
 app = typer.Typer(
     name="grasp-lora",
@@ -102,7 +102,7 @@ def demo(
 def check(recipe: RecipeArgument, overrides: SetOption = None, verbose: VerboseOption = False) -> None:
     """Check a recipe before running it: files, adapters, label masks, lengths, splits, leaks, rounds and cost."""
     log_to_terminal(verbose)
-    from grasp_lora.experiments.preflight import preflight
+    from grasp_lora.bench.preflight import preflight
 
     for finding in preflight(_session(recipe, overrides)):
         mark = "[green]ok     [/green]" if finding.level == "ok" else "[yellow]warning[/yellow]"
@@ -115,7 +115,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one, as a file to begin with.")] = None,
 ) -> None:
     """List the built-in recipes, or print one."""
-    from grasp_lora.experiments.recipe import builtin_recipes, builtin_text
+    from grasp_lora.recipes.load import builtin_recipes, builtin_text
 
     if name is not None:
         sys.stdout.write(builtin_text(name))
@@ -153,7 +153,7 @@ def init(
     ] = None,
 ) -> None:
     """Write a commented recipe, with split sizes that fit your own examples."""
-    from grasp_lora.experiments.starter import write_recipe
+    from grasp_lora.recipes.starter import write_recipe
 
     file = write_recipe(data, language, output, source or [], source_language, backbone)
     name_source = "" if source else "name a source in it, then "
@@ -173,7 +173,7 @@ def learn(
     verbose: VerboseOption = False,
 ) -> None:
     """Learn the prune ratio of a merged adapter (the controller run alone)."""
-    from grasp_lora.experiments.steps import learn_folder
+    from grasp_lora.bench.single import learn_folder
 
     log_to_terminal(verbose)
     estimate = learn_folder(_session(recipe, overrides), adapter, output)
@@ -193,7 +193,7 @@ def finetune(
     verbose: VerboseOption = False,
 ) -> None:
     """Prune a merged adapter at a given ratio and fine-tune it (the final run alone)."""
-    from grasp_lora.experiments.steps import finetune_folder
+    from grasp_lora.bench.single import finetune_folder
 
     log_to_terminal(verbose)
     result = finetune_folder(_session(recipe, overrides), adapter, ratio, output)
@@ -210,7 +210,7 @@ def evaluate(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure adapters on the recipe's dev and test splits."""
-    from grasp_lora.experiments.steps import evaluate_folders
+    from grasp_lora.bench.single import evaluate_folders
 
     log_to_terminal(verbose)
     _print_table(evaluate_folders(_session(recipe, overrides), adapter, output))
@@ -223,8 +223,8 @@ for experiment in (compare, sweep, record):
 @app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html and report.md of a run folder again."""
-    from grasp_lora.experiments.report import write_report
-    from grasp_lora.training.durable import clear_write_errors
+    from grasp_lora.report.pages import write_report
+    from grasp_lora.storage.files import clear_write_errors
 
     with clear_write_errors(folder):
         say(f"wrote {write_report(folder)}")
@@ -266,22 +266,22 @@ def _print_error(message: str) -> None:
 
 
 def _session(recipe: str, overrides: list[str] | None) -> "Session":
-    from grasp_lora.experiments.recipe import load_recipe
-    from grasp_lora.experiments.session import Session
+    from grasp_lora.bench.session import Session
+    from grasp_lora.recipes.load import load_recipe
 
     loaded, base = load_recipe(recipe, overrides or [])
     return Session(loaded, base)
 
 
 def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
-    from grasp_lora.experiments.recipe import load_recipe
+    from grasp_lora.recipes.load import load_recipe
 
     loaded, base = load_recipe(recipe, overrides)
     folder = output or Path("runs") / loaded.name
     with loading():
-        from grasp_lora.experiments.pipeline import Run
-        from grasp_lora.experiments.progress import TerminalProgress
-        from grasp_lora.method.estimation import WIDE_INTERVAL
+        from grasp_lora.bench.run import Run
+        from grasp_lora.cli.progress import TerminalProgress
+        from grasp_lora.method.estimate import WIDE_INTERVAL
     with shown(TerminalProgress(console)) as progress:
         metrics = Run(loaded, base, folder, progress).execute()
     _print_table(metrics)
@@ -298,7 +298,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
 
 
 def _print_table(metrics: dict[str, Any]) -> None:
-    from grasp_lora.experiments.report_tables import score_digits
+    from grasp_lora.report.tables import score_digits
 
     names = list(metrics["signatures"])
     systems = metrics["systems"].values()

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from grasp_lora.cli.terminal import StepOutput, log_to_terminal, say
-from grasp_lora.display import escaped, quoted
 from grasp_lora.errors import DataError
+from grasp_lora.text.display import escaped, quoted
 
 BackboneOption = Annotated[str | None, typer.Option(help="Backbone; default: the one that the (first) adapter names.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a backbone on the hub.")]
@@ -46,7 +46,7 @@ def predict(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Answer prompts with an adapter, one answer a line. A prompt is whole, as the adapter was trained on it."""
-    from grasp_lora.experiments.steps import predict_texts
+    from grasp_lora.bench.single import predict_texts
 
     log_to_terminal(False)
     answers = predict_texts(
@@ -116,7 +116,7 @@ def merge(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Merge LoRA adapters into one ordinary PEFT adapter."""
-    from grasp_lora.experiments.steps import merge_folders
+    from grasp_lora.bench.single import merge_folders
 
     log_to_terminal(False)
     facts = merge_folders(
@@ -155,7 +155,7 @@ def export(
 
     Prints the error that this costs, and what vLLM and llama.cpp need to take the result.
     """
-    from grasp_lora.experiments.export import ExportSettings, export_folder
+    from grasp_lora.bench.export import ExportSettings, export_folder
 
     log_to_terminal(False)
     settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype)

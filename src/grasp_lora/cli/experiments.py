@@ -20,7 +20,7 @@ from grasp_lora.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from grasp_lora.experiments.session import Session
+    from grasp_lora.bench.session import Session
 
 
 def _folder_option(kind: str) -> Any:
@@ -61,11 +61,11 @@ def compare(
     log_to_terminal(verbose)
     session, folder = _opened(recipe, overrides, output, "compare")
     with loading():
-        from grasp_lora.experiments.comparison import ComparisonSettings
-        from grasp_lora.experiments.comparison import compare as run_comparison
-        from grasp_lora.experiments.comparison_report import print_comparison
-        from grasp_lora.experiments.methods import DEFAULT_METHODS
-        from grasp_lora.experiments.progress import TerminalBenchProgress
+        from grasp_lora.bench.compare import ComparisonSettings
+        from grasp_lora.bench.compare import compare as run_comparison
+        from grasp_lora.bench.methods import DEFAULT_METHODS
+        from grasp_lora.cli.progress import TerminalBenchProgress
+        from grasp_lora.report.comparison import print_comparison
     with _checked_options():
         settings = ComparisonSettings(
             DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
@@ -116,9 +116,9 @@ def sweep(
     log_to_terminal(verbose)
     session, folder = _opened(recipe, overrides, output, "sweep")
     with loading():
-        from grasp_lora.experiments.progress import TerminalSweepProgress, print_sweep
-        from grasp_lora.experiments.sweep import BEST_FILE, SweepSettings
-        from grasp_lora.experiments.sweep import sweep as run_sweep
+        from grasp_lora.bench.sweep import BEST_FILE, SweepSettings
+        from grasp_lora.bench.sweep import sweep as run_sweep
+        from grasp_lora.cli.progress import TerminalSweepProgress, print_sweep
     with _checked_options():
         settings = SweepSettings(tuple(param or ()), trials, sampler, pruner, seed)
     with shown(TerminalSweepProgress(console)) as progress:
@@ -163,9 +163,9 @@ def record(
     log_to_terminal(verbose)
     session, folder = _opened(recipe, overrides, output, "landscape")
     with loading():
-        from grasp_lora.experiments.progress import TerminalBenchProgress, print_landscape
-        from grasp_lora.experiments.recording import FINAL_RATIOS, LANDSCAPE_FILE, RecordingSettings
-        from grasp_lora.experiments.recording import record as run_recording
+        from grasp_lora.bench.recording import FINAL_RATIOS, LANDSCAPE_FILE, RecordingSettings
+        from grasp_lora.bench.recording import record as run_recording
+        from grasp_lora.cli.progress import TerminalBenchProgress, print_landscape
     with _checked_options():
         settings = RecordingSettings(
             FINAL_RATIOS if ratios is None else _ratios("--ratios", ratios),
@@ -192,11 +192,11 @@ def record(
 
 def _opened(recipe: str, overrides: list[str] | None, output: Path | None, kind: str) -> tuple["Session", Path]:
     """The session of a recipe, with nothing loaded yet, and the folder of the experiment."""
-    from grasp_lora.experiments.recipe import load_recipe
+    from grasp_lora.recipes.load import load_recipe
 
     loaded, base = load_recipe(recipe, overrides or [])
     with loading():
-        from grasp_lora.experiments.session import Session
+        from grasp_lora.bench.session import Session
     return Session(loaded, base), output or Path("runs") / f"{loaded.name}-{kind}"
 
 

@@ -9,8 +9,8 @@ from typing import Annotated, Protocol, TypeVar
 import typer
 from rich.console import Console
 
-from grasp_lora.display import one_line
-from grasp_lora.training.ranks import is_first
+from grasp_lora.storage.processes import is_first
+from grasp_lora.text.display import one_line
 
 console = Console(quiet=not is_first())  # of processes that torchrun started one speaks
 error_console = Console(stderr=True)

@@ -7,8 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, mean_percent, sign
-from grasp_lora.evaluation.scripts import split_unspaced
-from grasp_lora.training.rows import INVISIBLE
+from grasp_lora.text.characters import INVISIBLE, split_unspaced
 
 # What MLQA counts as an article, as a pattern on text without punctuation; None: no articles. The Arabic one
 # has no word boundary, so it also cuts "ال" out of the middle of a word: the official rule has that effect.

@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, sign
-from grasp_lora.training.languages import language_code
-from grasp_lora.training.offline import not_there
+from grasp_lora.storage.network import not_there
+from grasp_lora.text.languages import language_code
 
 _DECIMALS = 4  # of a percentage: what float32 leaves over batches of different shapes
 

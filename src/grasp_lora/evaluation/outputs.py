@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grasp_lora.errors import DataError
-from grasp_lora.training.languages import language_code
+from grasp_lora.text.languages import language_code
 
 
 @dataclass(frozen=True)

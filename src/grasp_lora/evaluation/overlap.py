@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, mean_percent, sign
-from grasp_lora.evaluation.scripts import split_unspaced
+from grasp_lora.text.characters import split_unspaced
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from grasp_lora.errors import ProbeError
-from grasp_lora.method.estimation import EstimateRule, RatioEstimate, best_reward, lowest_loss, smooth_fit
+from grasp_lora.method.estimate import EstimateRule, RatioEstimate, best_reward, lowest_loss, smooth_fit
 from grasp_lora.method.surrogate import Surrogate, lowest_surrogate
 
 STATE_VERSION = 1

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grasp_lora.method.estimation import MeasuredRound, RatioEstimate, resample, settle
+from grasp_lora.method.estimate import MeasuredRound, RatioEstimate, resample, settle
 
 RATIOS = 57  # on which the process is read, at so many moments
 TIMES = 11

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.method.masking import (
+from grasp_lora.method.masks import (
     FACTORS,
     RANK_DIMENSION,
     MaskSet,
@@ -32,10 +32,11 @@ from grasp_lora.method.masking import (
     reset_moments,
 )
 from grasp_lora.method.policy import PolicySettings, RatioPolicy, Round, make_policy
-from grasp_lora.training.adapters import live_pairs
-from grasp_lora.training.checkpoint import SavedInCheckpoints, State
-from grasp_lora.training.durable import write_whole
-from grasp_lora.training.probing import ProbeSet, ProbesInTurn, calibrate
+from grasp_lora.models.adapters import live_pairs
+from grasp_lora.storage.checkpoints import State
+from grasp_lora.storage.files import write_whole
+from grasp_lora.training.probes import ProbeSet, ProbesInTurn, calibrate
+from grasp_lora.training.saved import SavedInCheckpoints
 
 log = logging.getLogger(__name__)
 

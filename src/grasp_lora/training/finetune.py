@@ -21,11 +21,12 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.utils import logging as transformers_logging
 
 from grasp_lora.errors import DataError, GraspError
-from grasp_lora.training.adapters import live_pairs
-from grasp_lora.training.backbone import without_peft
-from grasp_lora.training.checkpoint import Checkpointing, SavedInCheckpoints, State, newest_checkpoint
-from grasp_lora.training.durable import clear_write_errors, write_whole
-from grasp_lora.training.probing import Encoded, ProbeSet, check_measurable, collate
+from grasp_lora.models.adapters import live_pairs
+from grasp_lora.models.backbone import without_peft
+from grasp_lora.storage.checkpoints import Checkpointing, State, newest_checkpoint
+from grasp_lora.storage.files import clear_write_errors, write_whole
+from grasp_lora.training.probes import Encoded, ProbeSet, check_measurable, collate
+from grasp_lora.training.saved import SavedInCheckpoints
 from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.trainer import FineTuneTrainer, Saving
 

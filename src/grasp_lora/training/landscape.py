@@ -11,10 +11,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
-from grasp_lora.method.masking import MaskSettings, Ranking, WeightKey
+from grasp_lora.method.masks import MaskSettings, Ranking, WeightKey
 from grasp_lora.method.policy import shared_ratio
 from grasp_lora.training.controller import PrunedTraining
-from grasp_lora.training.probing import ProbeSet, calibrate
+from grasp_lora.training.probes import ProbeSet, calibrate
 
 
 class LossLandscape(PrunedTraining):

@@ -13,17 +13,10 @@ from torch import Tensor
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError, Interrupted
-from grasp_lora.training.checkpoint import (
-    Checkpointing,
-    SavedInCheckpoints,
-    State,
-    checkpoint_at,
-    complete,
-    seconds_of,
-    write_state,
-)
-from grasp_lora.training.durable import cannot_write, vanished
-from grasp_lora.training.probing import example_losses, takes_label_positions
+from grasp_lora.storage.checkpoints import Checkpointing, State, checkpoint_at, complete, seconds_of, write_state
+from grasp_lora.storage.files import cannot_write, vanished
+from grasp_lora.training.probes import example_losses, takes_label_positions
+from grasp_lora.training.saved import SavedInCheckpoints
 
 WEIGHTS = "weights.safetensors"  # of a checkpoint: every trained parameter as it is
 

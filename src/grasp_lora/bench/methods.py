@@ -1,0 +1,297 @@
+"""Every method of the comparison, a few steps on a `Bench` each: the rows of the table.
+
+Choices are made on the dev or micro-dev split; the one exception says so in its title.
+Paper: baselines of the main table; more that a reviewer would ask for.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
+
+from grasp_lora.bench.session import Session, lack_of_rounds
+from grasp_lora.bench.steps import Adapter, Bench, Outcome
+from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.method.masks import MaskSettings
+from grasp_lora.method.merging import MERGE_RULES
+from grasp_lora.method.policy import PRESETS, PolicySettings
+from grasp_lora.recipes.recipe import PAPER_PROBE_EVERY, PROBE_SPLITS, ControllerStage, FinalStage, Recipe
+
+SINGLE_SHARE = 0.6  # of the epochs of a final run, in which a single run learns its ratio
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Args:
+        title: as the table prints it.
+        run: does what is not on record yet.
+        units: rough cost in final runs, for the time left.
+        unavailable: why it cannot run with this recipe here, or None.
+        warning: what a reader has to be told of it.
+        merges: whether it starts from the merge, so that its cost is what comes on top of the adapters that are merged.
+    """
+
+    title: str
+    run: Callable[[Bench], Outcome]
+    units: float = 1.0
+    unavailable: Callable[[Session], str | None] = lambda session: None
+    warning: str | None = None
+    merges: bool = True
+
+
+def _loss_of_final_run(bench: Bench, adapter: Adapter, split: str) -> float:
+    if split == "dev":  # measured already, of the adapter that the run kept
+        return float(adapter.records[-1].result["dev_loss"])
+    return fmean(bench.losses(adapter, split).result["losses"])
+
+
+def _run_grid(
+    choose_on: str, final: Mapping[str, Any] | None = None, dev_free: bool = False, curve: bool = False
+) -> Callable[[Bench], Outcome]:
+    """A grid search: one final run per ratio, the best of them by the mean loss on a split.
+
+    Only where the curve is wanted is the test split measured at every ratio; elsewhere the chosen one is enough.
+    """
+
+    def run(bench: Bench) -> Outcome:
+        merged = bench.merged(dev_free)
+        runs, failed = {}, {}
+        for ratio in bench.grid:
+            try:
+                runs[ratio] = bench.finetuned(merged, ratio, final, dev_free)
+            except RecipeError:
+                raise
+            except GraspError as error:  # such as a training that diverges: a search goes on without it
+                failed[ratio] = error
+        if not runs:
+            raise next(iter(failed.values()))
+        splits = (choose_on, "test") if curve else (choose_on,)
+        points = {
+            ratio: {split: _loss_of_final_run(bench, adapter, split) for split in splits}
+            for ratio, adapter in runs.items()
+        }
+        best = min(points, key=lambda ratio: points[ratio][choose_on])
+        return bench.outcome(
+            runs[best],
+            best,
+            chosen_on=choose_on,
+            curve=points if curve else None,
+            chosen_among=runs.values(),
+            chosen_by=[] if choose_on == "dev" else [bench.losses(adapter, choose_on) for adapter in runs.values()],
+            left_out=[f"is without ratio {ratio:g}, whose run failed: {error}" for ratio, error in failed.items()],
+        )
+
+    return run
+
+
+def _run_grasp(
+    stage: Callable[[Recipe], ControllerStage],
+    final: Mapping[str, Any] | None = None,
+    dev_free: bool = False,
+) -> Callable[[Bench], Outcome]:
+    """GRASP: learn the ratio in one controller run, then one final run."""
+
+    def run(bench: Bench) -> Outcome:
+        chosen = stage(bench.recipe)
+        ratio, merged = bench.controlled(chosen, dev_free)
+        adapter = bench.finetuned(merged, ratio, final, dev_free)
+        return bench.outcome(adapter, ratio, chosen_on=chosen.probe_on)
+
+    return run
+
+
+def single_run(recipe: Recipe) -> tuple[ControllerStage, FinalStage]:
+    """The two stages of GRASP in a single run, together as many epochs as a final run has.
+
+    Rounds come from the first step on, since their losses decide which adapter is kept. They measure what the recipe's do if
+    those take examples in turn, else the micro-dev set alone: with all of dev, too, a single run would cost twice as much.
+    """
+    own, final = recipe.controller, recipe.final
+    epochs = final.training.epochs
+    learn = replace(
+        own,
+        policy=replace(own.policy, probe_from=0.0),
+        probe_on="micro_dev" if own.probe_examples is None else own.probe_on,
+        training=replace(own.training, epochs=SINGLE_SHARE * epochs),
+    )
+    finish = replace(
+        final,
+        start="controller",
+        mode="hold",
+        mask=None,
+        prune_ratio=None,
+        # Rounded, since 3 - 1.8 is a bit more than 1.2 and would be a step more.
+        training=replace(final.training, epochs=round(epochs - learn.training.epochs, 9)),
+    )
+    return learn, finish
+
+
+def _run_single(bench: Bench) -> Outcome:
+    """GRASP in a single run: the controller run's own adapter, pruned at the learned ratio and finished."""
+    learn, finish = single_run(bench.recipe)
+    ratio, adapter = bench.controlled_adapter(learn)
+    return bench.outcome(bench.finetuned(adapter, ratio, vars(finish)), ratio, chosen_on=learn.probe_on)
+
+
+def _one_shot(bench: Bench) -> Outcome:
+    ratio, merged = bench.controlled(bench.recipe.controller)
+    return bench.outcome(bench.pruned(merged, ratio), ratio, chosen_on=bench.recipe.controller.probe_on)
+
+
+def _own(recipe: Recipe) -> ControllerStage:
+    return recipe.controller
+
+
+def _own_on_dev(recipe: Recipe) -> ControllerStage:
+    return replace(recipe.controller, probe_on="dev", probe_examples=None)
+
+
+def _random(recipe: Recipe) -> ControllerStage:
+    """The paper's, but with uniform candidates and nothing learned: what its policy is worth."""
+    paper = _preset("paper")(recipe)
+    return replace(paper, policy=replace(paper.policy, kind="uniform"))
+
+
+def _preset(name: str) -> Callable[[Recipe], ControllerStage]:
+    """A preset within the recipe's own bounds, as the paper runs it: the whole micro-dev set every ten steps, to the end."""
+
+    def stage(recipe: Recipe) -> ControllerStage:
+        own = recipe.controller
+        return replace(
+            own,
+            policy=_bounded(name, own.policy),
+            probe_every=min(PAPER_PROBE_EVERY, own.probe_every or PAPER_PROBE_EVERY),
+            patience=None,
+            probe_on="micro_dev",
+            probe_examples=None,
+        )
+
+    return stage
+
+
+def _dev_free(recipe: Recipe) -> ControllerStage:
+    """Late probes of the micro-dev set: where the final run trains all epochs, its end decides, not its best moment."""
+    own = recipe.controller
+    policy = _bounded("late", own.policy)
+    return replace(own, policy=policy, patience=None, probe_on="micro_dev", probe_examples=None)
+
+
+def _bounded(name: str, own: PolicySettings) -> PolicySettings:
+    return replace(PRESETS[name], ratio_min=own.ratio_min, ratio_max=own.ratio_max, ratio_init=own.ratio_init)
+
+
+def _needs_rounds(stage: Callable[[Recipe], ControllerStage]) -> Callable[[Session], str | None]:
+    """A controller beside the recipe's own has other epochs, spacing or probes: a run may be too short, or nothing to probe."""
+
+    def unavailable(session: Session) -> str | None:
+        own = stage(session.recipe)
+        missing = [_needs(split)(session) for split in PROBE_SPLITS[own.probe_on]]
+        return next(filter(None, missing), None) or lack_of_rounds(own, len(session.splits.train))
+
+    return unavailable
+
+
+def _needs_source(session: Session) -> str | None:
+    return None if session.splits.source_train else "needs data.source, the recipe gives source adapters only"
+
+
+def _needs(*splits: str) -> Callable[[Session], str | None]:
+    """The first of the target's splits that is empty."""
+
+    def unavailable(session: Session) -> str | None:
+        empty = (split for split in splits if not getattr(session.splits, split))
+        return next((f"needs a {split} split, data.target.{split} is 0" for split in empty), None)
+
+    return unavailable
+
+
+def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
+    def unavailable(session: Session) -> str | None:
+        ranks = {pair.rank for adapter in session.existing_adapters.values() for pair in adapter.weights.values()}
+        recipe = session.recipe
+        if not (recipe.source.adapters and recipe.target.adapter):
+            ranks.add(recipe.lora.rank)
+        if MERGE_RULES[rule].equal_ranks and len(ranks) > 1:
+            return f"merge rule {rule!r} needs equal ranks, the adapters have {sorted(ranks)}"
+        if rule == "lorahub" and (problem := _needs("micro_dev")(session)):
+            return problem
+        if rule == "lorahub" and importlib.util.find_spec("nevergrad") is None:
+            return "needs nevergrad: pip install 'grasp-lora[compare]'"
+        return None
+
+    return unavailable
+
+
+PAPER_FINAL = {"mode": "reselect", "mask": MaskSettings(score="gradient_of_delta")}  # Paper: adaptive LoRA merge
+
+METHODS: dict[str, Method] = {
+    "zero_shot": Method("zero shot", lambda bench: bench.outcome(bench.backbone()), 0.3, merges=False),
+    "source_only": Method("source only", lambda bench: bench.outcome(bench.source), merges=False),
+    "target_only": Method("target only (LoRA)", lambda bench: bench.outcome(bench.target), merges=False),
+    "target_wide": Method(
+        "target only, rank of the merge", lambda bench: bench.outcome(bench.trained_wide()), merges=False
+    ),
+    "target_long": Method(
+        "target only, steps of GRASP", lambda bench: bench.outcome(bench.trained_long()), 4, merges=False
+    ),
+    "continued": Method(
+        "source adapter continued on the target",
+        lambda bench: bench.outcome(bench.finetuned(bench.source, 0.0)),
+        merges=False,
+    ),
+    "joint": Method(
+        "source and target data together",
+        lambda bench: bench.outcome(bench.trained_jointly()),
+        4,
+        _needs_source,
+        merges=False,
+    ),
+    "ties": Method("TIES", lambda bench: bench.outcome(bench.merged_by("ties")), 0.3, _needs_equal_ranks("ties")),
+    "dare_ties": Method(
+        "DARE-TIES", lambda bench: bench.outcome(bench.merged_by("dare_ties")), 0.3, _needs_equal_ranks("dare_ties")
+    ),
+    "lorahub": Method("LoRAHub", lambda bench: bench.outcome(bench.lorahub()), 2, _needs_equal_ranks("lorahub")),
+    "merged": Method("merged, not trained", lambda bench: bench.outcome(bench.merged()), 0.3),
+    "adaptive_merge": Method(
+        "adaptive LoRA merge", lambda bench: bench.outcome(bench.finetuned(bench.merged(), 0.0), 0.0)
+    ),
+    "grid_paper": Method("adaptive LoRA merge + pruning, grid", _run_grid("dev", final=PAPER_FINAL), 10, _needs("dev")),
+    "grid": Method("grid of GRASP's final runs", _run_grid("dev", curve=True), 8, _needs("dev")),
+    "grid_16": Method("the same grid, micro-dev chooses", _run_grid("micro_dev"), 0.3, _needs("dev", "micro_dev")),
+    "grasp": Method("GRASP", _run_grasp(_own), 5),
+    "grasp_single": Method(
+        "GRASP in a single run", _run_single, 5, _needs_rounds(lambda recipe: single_run(recipe)[0])
+    ),
+    "grasp_default": Method(
+        "GRASP, preset default", _run_grasp(_preset("default")), 5, _needs_rounds(_preset("default"))
+    ),
+    "grasp_paper": Method(
+        "GRASP, preset paper", _run_grasp(_preset("paper"), PAPER_FINAL), 5, _needs_rounds(_preset("paper"))
+    ),
+    "grasp_random": Method(
+        "preset paper with random candidates", _run_grasp(_random, PAPER_FINAL), 5, _needs_rounds(_random)
+    ),
+    "grasp_50": Method("GRASP probing all of the dev set", _run_grasp(_own_on_dev), 10, _needs("dev")),
+    "one_shot": Method("pruned at the learned ratio, not trained", _one_shot, 0.3),
+    "merge_dev_free": Method(
+        "adaptive LoRA merge without a dev set",
+        lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),
+        2,
+    ),
+    "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12, _needs("micro_dev")),
+    "grasp_dev_free": Method(
+        "GRASP without a dev set", _run_grasp(_dev_free, dev_free=True), 6, _needs_rounds(_dev_free)
+    ),
+    "grid_oracle": Method(
+        "grid chosen on the TEST set",
+        _run_grid("test"),
+        0.3,
+        warning="chooses its ratio on the test split: a bound on what any choice could reach, no fair method",
+    ),
+}
+# The preset default is what a recipe has unless it says otherwise, a single run needs a controller run of its own, since those on
+# record leave no adapter, and the oracle is not fair.
+DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("grasp_default", "grasp_single", "grid_oracle"))

@@ -1,0 +1,246 @@
+"""What will happen before it happens: the checks of `grasp-lora check`, as lines a person reads."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grasp_lora.bench.session import Session, expected_rounds
+from grasp_lora.data.build import Example
+from grasp_lora.method.policy import POLICIES
+from grasp_lora.models.backbone import is_quantised
+from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, Recipe
+from grasp_lora.text.characters import split_unspaced
+from grasp_lora.text.languages import language_code
+from grasp_lora.training.probes import takes_label_positions
+
+FEW_ROUNDS = 10
+FEW_SHARED_ROUNDS = 3  # they do not depend on each other
+FEW_PROBED = 8
+PROMPT_SHOWN = 30  # characters
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the preflight: `ok` or `warning`, a topic and what was found."""
+
+    level: str
+    topic: str
+    text: str
+
+
+def preflight(session: Session) -> list[Finding]:
+    """Load and check everything that a run needs and say what to expect; nothing is written.
+
+    Raises:
+        GraspError: something does not fit, so that a run would stop.
+    """
+    session.prepare()
+    recipe, splits, backbone = session.recipe, session.splits, session.backbone
+    findings = [_backbone(session)]
+    findings += [
+        Finding("ok", "adapter", f"{name}: {len(adapter.weights)} modules, ranks {_ranks(adapter.weights.values())}")
+        for name, adapter in session.existing_adapters.items()
+    ]
+    names = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
+    sizes = {name: len(getattr(splits, name)) for name in names}
+    findings.append(Finding("ok", "splits", ", ".join(f"{name} {size}" for name, size in sizes.items())))
+    findings.append(
+        Finding("ok", "leaks", "no question, context or article is shared with a held-out split, in either language")
+    )
+    for side in ("source", "target"):
+        if side in splits.report:
+            findings.append(_counts(side, splits.report[side]))
+    findings += _doubtful(session)
+    findings.append(_lengths("train", splits.train))
+    findings.append(_label_mask(splits.train[0], backbone.tokenizer))
+    if not splits.dev:
+        findings.append(
+            Finding("warning", "dev", "no dev set: no early stopping, the last step of every fine-tune is kept")
+        )
+    if cut := [stop for stop in recipe.generation.stop if _cuts_all_references(splits.test, stop)]:
+        text = f"generation.stop {cut} ends answers that test references go on after; their scores cannot be full"
+        findings.append(Finding("warning", "stop", f"{text}; set generation.stop to []"))
+    findings += _answers_too_long(splits.test, recipe.generation.max_new_tokens)
+    if not splits.test:
+        findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
+    findings += _plan(recipe, sizes)
+    return findings
+
+
+def _doubtful(session: Session) -> list[Finding]:
+    """Warn of what can be meant, but seldom is."""
+    recipe, splits = session.recipe, session.splits
+    found = []
+    numbers = splits.report.get("numbers_as_ids", 0)
+    excluded = splits.report.get("source", {}).get("excluded_for_leak", 0)
+    if numbers and excluded:
+        text = (
+            f"{numbers} ids are whole numbers that stand in source and target, so they count as the same questions, and source "
+            f"examples were left out ({excluded} in all); where ids only number the rows, rename that column"
+        )
+        found.append(Finding("warning", "ids", text))
+    repeated = {
+        name: len(examples) - len({(one.prompt, one.completion) for one in examples})
+        for name in ("train", "dev", "micro_dev", "test")
+        if (examples := getattr(splits, name))
+    }
+    if any(repeated.values()):
+        listed = ", ".join(f"{count} of {name}" for name, count in repeated.items() if count)
+        text = f"examples that stand there more than once, prompt and answer alike: {listed}; remove them from the data"
+        found.append(Finding("warning", "duplicates", text))
+    talks = sum(splits.report.get(side, {}).get("conversations", 0) for side in ("source", "target"))
+    template = getattr(session.backbone.tokenizer, "chat_template", None)
+    if talks and template and not recipe.data.chat_template:
+        text = (
+            "the data are conversations and the backbone has a chat template, but data.chat_template is false, so the "
+            "messages before the answer are joined as plain text; set it to true"
+        )
+        found.append(Finding("warning", "chat", text))
+    glued = sum(_are_glued(example) for example in splits.train)
+    if not recipe.data.chat_template and 2 * glued > len(splits.train):
+        text = (
+            "nothing stands between prompts and answers, which run into one word; end the prompts with a space or a line "
+            "break, or set data.prompt"
+        )
+        found.append(Finding("warning", "prompt", text))
+    if "bertscore" in session.metrics and language_code(session.language) not in recipe.bertscore.models:
+        text = f"bertscore has no model for {session.language}, so it will be unavailable; name one in bertscore.models"
+        found.append(Finding("warning", "metrics", text))
+    if recipe.source.adapters and recipe.data.source is not None:
+        text = "source.adapters are given, so no source adapter is trained on data.source"
+        found.append(Finding("warning", "source", text))
+    elif recipe.data.source is not None and recipe.data.source.language.lower() == session.language.lower():
+        text = f"source and target are both in {session.language}; data.source is meant for a language with more data"
+        found.append(Finding("warning", "source", text))
+    parents = [adapter.sha256 for adapter in session.existing_adapters.values()]
+    given = len(recipe.source.adapters) + (recipe.target.adapter is not None)
+    if len(set(parents)) < given:
+        found.append(
+            Finding("warning", "adapter", "the same adapter is given more than once, so it is merged with itself")
+        )
+    return found
+
+
+def _are_glued(example: Example) -> bool:
+    """Whether the last word of a prompt goes on as the first of its answer."""
+    border = example.prompt[-1:] + example.completion[:1]
+    return len(border) == 2 and border.isalnum() and split_unspaced(border).strip() == border
+
+
+def _answers_too_long(test: Sequence[Example], most: int) -> list[Finding]:
+    """Warn of answers that end before they are whole. The end of text is a token, too, but not one that scores need."""
+    lengths = [len(example.completion_ids) - 1 for example in test]
+    longer = sum(length > most for length in lengths)
+    if not longer:
+        return []
+    text = (
+        f"{longer} of {len(test)} test answers have more than generation.max_new_tokens {most} tokens, so their scores cannot "
+        f"be full; the longest has {max(lengths)}"
+    )
+    return [Finding("warning", "answers", text)]
+
+
+def _cuts_all_references(test: Sequence[Example], stop: str) -> bool:
+    """Whether some test example has no reference that an answer ended by this text could equal."""
+    return any(all(stop in reference for reference in example.references) for example in test)
+
+
+def _backbone(session: Session) -> Finding:
+    backbone = session.backbone
+    parameters = sum(parameter.numel() for parameter in backbone.model.parameters())
+    text = (
+        f"{backbone.name}, {parameters / 1e6:.0f} M weights in {backbone.model.dtype}".replace("torch.", "")
+        + f", on {backbone.model.device}, fingerprint {backbone.fingerprint}"
+    )
+    if not takes_label_positions(backbone.model):
+        return Finding(
+            "warning", "backbone", f"{text}; it computes logits at every position, which costs time and memory"
+        )
+    if is_quantised(backbone.model.config):
+        return Finding(
+            "warning", "backbone", f"{text}; it is quantised: adapters are measured on the quantised weights"
+        )
+    return Finding("ok", "backbone", text)
+
+
+def _counts(side: str, report: dict[str, object]) -> Finding:
+    facts = [f"{key.replace('_', ' ')} {value}" for key, value in report.items() if isinstance(value, int) and value]
+    return Finding("ok", side, f"{report.get('language', '')}: {', '.join(facts)}")
+
+
+def _lengths(name: str, examples: Sequence[Example]) -> Finding:
+    lengths = sorted(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
+    return Finding(
+        "ok", "lengths", f"{name}: {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}"
+    )
+
+
+def _label_mask(example: Example, tokenizer: object) -> Finding:
+    answer = tokenizer.decode(list(example.completion_ids))  # type: ignore[attr-defined]
+    end = example.prompt[-PROMPT_SHOWN:]
+    text = f"loss on the answer only, for example {answer!r} of {example.id}, whose prompt ends with {end!r}"
+    return Finding("ok", "label mask", text)
+
+
+def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
+    rounds = expected_rounds(recipe, sizes["train"])
+    findings = []
+    trained = 0.0
+    if not recipe.source.adapters:
+        trained += recipe.source.training.epochs * sizes["source_train"]
+    if not recipe.target.adapter:
+        trained += recipe.target.training.epochs * sizes["train"]
+    trained += recipe.final.training.epochs * sizes["train"]
+    probed = 0
+    if recipe.final.prune_ratio is None:
+        trained += recipe.controller.training.epochs * sizes["train"]
+        stage = recipe.controller
+        pool = sum(sizes[split] for split in PROBE_SPLITS[stage.probe_on])
+        if pool < FEW_PROBED:
+            findings.append(Finding("warning", "probes", f"{pool} examples choose the ratio; 16 are usual"))
+        probed = rounds * stage.probed_examples(pool, keep_best=recipe.final.start == "controller")
+        few = FEW_SHARED_ROUNDS if POLICIES[stage.policy.kind].shared else FEW_ROUNDS
+        level = "warning" if rounds < few else "ok"
+        advice = "; raise controller.training.epochs or lower controller.probe_every" if level == "warning" else ""
+        noun = "round" if rounds == 1 else "rounds"
+        most = "" if stage.patience is None else "at most "
+        findings.append(Finding(level, "rounds", f"the controller will run {most}{rounds} {noun}{advice}"))
+        findings += _patience(stage, sizes["train"])
+    if recipe.final.start == "controller":
+        text = (
+            "single run: the controller run's own adapter, of its best round and pruned at the learned ratio, is finished "
+            f"for at most {recipe.final.training.steps(sizes['train'])} steps"
+        )
+        findings.append(Finding("ok", "start", text))
+    text = f"at most {trained:.0f} training examples and {probed} probed examples"
+    findings.append(Finding("ok", "cost", text))
+    return findings
+
+
+def _patience(stage: ControllerStage, train: int) -> list[Finding]:
+    """Warn where a controller run would stop before its probes can tell anything."""
+    patience, policy, epoch, every = (
+        stage.patience,
+        stage.policy,
+        stage.training.steps_per_epoch(train),
+        stage.spacing(train),
+    )
+    if patience is None:
+        return []
+    if not POLICIES[policy.kind].shared or policy.probe_from > 0.0:
+        text = (
+            f"controller.patience is {patience}, but this policy needs its rounds to the end of the run; leave patience and "
+            "probe_every out, which gives what is usual with it"
+        )
+        return [Finding("warning", "patience", text)]
+    if patience * every < epoch:
+        text = (
+            f"the run stops after {patience * every} steps without a lower loss, less than an epoch ({epoch} steps); leave "
+            f"controller.probe_every out for a round after each epoch, or set controller.patience to {math.ceil(epoch / every)}"
+        )
+        return [Finding("warning", "patience", text)]
+    return []
+
+
+def _ranks(pairs: object) -> str:
+    return ", ".join(map(str, sorted({pair.rank for pair in pairs})))  # type: ignore[attr-defined]

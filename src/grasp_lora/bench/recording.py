@@ -1,0 +1,240 @@
+"""`grasp-lora record`: the loss landscape of a recipe, from which policies are judged by replay, without a model.
+
+A few trainings like the controller's, each under a mask of another ratio, with the micro-dev losses at many ratios along the
+way; and final runs at many ratios, with the losses of every split. The steps are on record as those of a comparison are, and
+both share them where they use one folder.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grasp_lora.bench.experiment import check_experiment_folder
+from grasp_lora.bench.landscape import MOST_ROWS, SPLITS, FinalRun, Landscape, Trajectory
+from grasp_lora.bench.session import Session
+from grasp_lora.bench.steps import Bench, BenchProgress, check_list, check_ratios
+from grasp_lora.bench.store import Record, Records, environments
+from grasp_lora.errors import RecipeError
+from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
+from grasp_lora.storage.files import write_whole
+from grasp_lora.storage.folder import working_in
+from grasp_lora.training.settings import TRAINED_AS_MEASURED, TrainingSettings
+
+LANDSCAPE_FILE = "landscape.parquet"
+MEASUREMENTS = 8  # of a trajectory after training has begun, where nothing else is asked for
+# Rounded, since 3 * 0.1 is another number than the 0.3 that a comparison asks for.
+FINAL_RATIOS = tuple(round(0.05 * number, 2) for number in range(2, 17))
+TRAIN_RATIOS = (0.0, 0.4, 0.7, None)
+PROBE_RATIOS = tuple(round(0.1 * number, 1) for number in range(9))
+
+
+@dataclass(frozen=True)
+class RecordingSettings:
+    """What is recorded.
+
+    Args:
+        ratios: prune ratios of final runs, fractions in [0, 1]; there is always one at 0, too.
+        train_ratios: held in one trajectory each, fractions in [0, 1]; None is the shared one, where each step draws its own.
+        probe_ratios: measured along the trajectories, fractions in [0, 1].
+        every: optimizer steps between measurements; None measures about eight times, the last step always included.
+        dev: whether the shared trajectory is trained once more and dev measured along it, for controllers that probe there.
+
+    Raises:
+        ValueError: a number is out of range; a list is empty, says something twice, or leaves nothing to compare.
+    """
+
+    ratios: tuple[float, ...] = FINAL_RATIOS
+    train_ratios: tuple[float | None, ...] = TRAIN_RATIOS
+    probe_ratios: tuple[float, ...] = PROBE_RATIOS
+    every: int | None = None
+    dev: bool = True
+
+    def __post_init__(self) -> None:
+        check_ratios("ratios", self.ratios)
+        check_ratios("probe_ratios", self.probe_ratios)
+        check_list("train_ratios", ["shared" if ratio is None else ratio for ratio in self.train_ratios])
+        check_ratios("train_ratios besides the shared one", [ratio for ratio in self.train_ratios if ratio is not None])
+        if max(self.ratios) == 0.0:
+            raise ValueError("ratios names 0 alone, where there is a final run in any case; give at least one more")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every is {self.every}; it must be at least 1 optimizer step")
+
+
+def record(
+    session: Session,
+    folder: Path,
+    settings: RecordingSettings,
+    progress: BenchProgress | None = None,
+    command: str = "",
+) -> Landscape:
+    """Do what is not on record yet, write `landscape.parquet`, and return what it holds.
+
+    Args:
+        session: of the recipe, with nothing loaded yet; a prune ratio and metrics that it gives are left aside.
+        folder: for the landscape and the records; that of a comparison will do.
+        settings: ratios and measurements.
+        progress: told how far the work is.
+        command: how the recording was asked for, a fact of the landscape.
+
+    Raises:
+        GraspError: the recipe, the data or an adapter does not fit; a training diverges; the folder cannot be written or another
+            process writes there. What is on record stays.
+        Interrupted: SIGTERM or SIGINT came.
+    """
+    recipe = session.recipe
+    recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
+    check_experiment_folder(folder, recipe.to_yaml())
+    # Nothing is answered and no round is held, so neither metrics nor rounds have to be there.
+    bare = recipe.model_copy(update={"metrics": (), "final": replace(recipe.final, prune_ratio=0.0)})
+    session = Session(bare, session.base, session.progress)
+    session.prepare()
+    for split in SPLITS:
+        if not getattr(session.splits, split):
+            raise RecipeError(
+                f"a landscape needs a {split} split, but data.target.{split} is 0; give it at least 1 example"
+            )
+    work = _Work(session, folder, settings, progress or BenchProgress())
+    if work.rows > MOST_ROWS:
+        raise RecipeError(
+            f"the landscape would have {work.rows} losses, of which {MOST_ROWS} are allowed; measure less often (--every is "
+            f"{work.every}), at fewer --probe-ratios, or --no-dev"
+        )
+    with working_in(folder, lambda: work.place):
+        write_whole(folder / RECIPE_FILE, recipe.to_yaml())
+        landscape = work.execute(recipe, command)
+        landscape.save(folder / LANDSCAPE_FILE)
+    return landscape
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A part of the work.
+
+    Args:
+        title: as the display says it.
+        passes: rough cost in forward passes of one example, a training example counted as two.
+        do: does it, as far as it is not on record.
+    """
+
+    title: str
+    passes: float
+    do: Callable[[], Any]
+
+
+class _Work:
+    """One recording that is under way."""
+
+    def __init__(self, session: Session, folder: Path, settings: RecordingSettings, progress: BenchProgress) -> None:
+        self.session, self.settings, self.progress = session, settings, progress
+        self.place = "before it began"
+        self._used: list[Record] = []
+        self._bench = Bench(session, session, Records(folder, self._note))
+        self._trajectories: list[Trajectory] = []
+        self._finals: list[FinalRun] = []
+
+    def execute(self, recipe: Recipe, command: str) -> Landscape:
+        tasks = self._tasks()
+        self.progress.begin(sum(task.passes for task in tasks))
+        for task in tasks:
+            self.place = f"in the {task.title}"
+            self.progress.task(task.title)
+            task.do()
+            self.progress.done(task.passes)
+        return Landscape(self._facts(recipe, command), tuple(self._trajectories), tuple(self._finals))
+
+    @property
+    def every(self) -> int:
+        """Optimizer steps between measurements."""
+        return self.settings.every or math.ceil(self._controller_steps / MEASUREMENTS)
+
+    @property
+    def rows(self) -> int:
+        """Losses in the finished landscape."""
+        splits, settings = self.session.splits, self.settings
+        probed = len(settings.train_ratios) * len(splits.micro_dev)
+        probed += len(splits.dev) if settings.dev and None in settings.train_ratios else 0
+        finals = len({0.0, *settings.ratios}) * sum(len(getattr(splits, split)) for split in SPLITS)
+        return self._measurements * len(settings.probe_ratios) * probed + finals
+
+    @property
+    def _measurements(self) -> int:
+        """Along one training, that before the first step included."""
+        return 1 + math.ceil(self._controller_steps / self.every)
+
+    @property
+    def _controller_steps(self) -> int:
+        return self.session.recipe.controller.training.steps(len(self.session.splits.train))
+
+    def _tasks(self) -> list[_Task]:
+        recipe, splits, settings = self.session.recipe, self.session.splits, self.settings
+        measured = sum(len(getattr(splits, split)) for split in SPLITS)
+        training = recipe.final.training
+        evaluations = training.epochs / training.evaluate_every + 1
+        final = _passes(training, splits.train) + evaluations * len(splits.dev) + measured
+        probes = self._measurements * len(settings.probe_ratios) * len(splits.micro_dev)
+        trajectory = _passes(recipe.controller.training, splits.train) + probes
+        on_dev = trajectory + probes * (len(splits.dev) / len(splits.micro_dev) - 1)
+        parents = 0.0 if recipe.source.adapters else _passes(recipe.source.training, splits.source_train)
+        parents += 0.0 if recipe.target.adapter else _passes(recipe.target.training, splits.train)
+        return [
+            _Task("training of the adapters to merge", parents, self._bench.merged),
+            *(_Task(_title(ratio), trajectory, partial(self._train, ratio)) for ratio in settings.train_ratios),
+            *(
+                [_Task(f"{_title(None)} on dev", on_dev, partial(self._train, None, "dev"))]
+                if settings.dev and None in settings.train_ratios
+                else []
+            ),
+            *(
+                _Task(f"final run at ratio {ratio:g}", final, partial(self._finish, ratio))
+                for ratio in sorted({0.0, *settings.ratios})
+            ),
+        ]
+
+    def _train(self, train_ratio: float | None, split: str = "micro_dev") -> None:
+        ratios = sorted(self.settings.probe_ratios)
+        result = self._bench.trajectory(train_ratio, ratios, self.every, split).result
+        losses = np.array(result["losses"], dtype=np.float64)
+        self._trajectories.append(Trajectory(train_ratio, tuple(result["steps"]), tuple(ratios), losses, split))
+
+    def _finish(self, ratio: float) -> None:
+        adapter = self._bench.finetuned(self._bench.merged(), ratio)
+        losses = {split: tuple(self._bench.losses(adapter, split).result["losses"]) for split in SPLITS}
+        run = adapter.records[-1].result
+        counts = [run[name] for name in ("trained_examples", "measured_examples")]
+        self._finals.append(FinalRun(ratio, run["steps"], run["best_step"], losses, *counts))
+
+    def _note(self, record: Record, there: bool) -> None:
+        self._used.append(record)
+        self.progress.record(record, there)
+
+    def _facts(self, recipe: Recipe, command: str) -> dict[str, Any]:
+        backbone, splits, controller = self.session.backbone, self.session.splits, recipe.controller
+        return {
+            "name": recipe.name,
+            "recipe_hash": recipe.fingerprint(),
+            "command": command,
+            "seed": recipe.seed,
+            "language": self.session.language,
+            "backbone": backbone.name,
+            "backbone_fingerprint": backbone.fingerprint,
+            "dtype": str(backbone.model.dtype).removeprefix("torch."),
+            "examples": {split: len(getattr(splits, split)) for split in ("train", *SPLITS)},
+            "steps": self._controller_steps,
+            "every": self.every,
+            "probe_every": controller.spacing(len(splits.train)),
+            "trained_examples": round(controller.training.epochs * len(splits.train)),
+            "made_with": environments(self._used),
+        }
+
+
+def _title(train_ratio: float | None) -> str:
+    return f"trajectory {'of shared ratios' if train_ratio is None else f'at ratio {train_ratio:g}'}"
+
+
+def _passes(training: TrainingSettings, examples: Sequence[Any]) -> float:
+    return TRAINED_AS_MEASURED * training.epochs * len(examples)

@@ -1,0 +1,647 @@
+"""The steps that experiments are made of, on one fine-tune code, with the same splits, seeds and early stopping.
+
+A `Bench` holds the steps of one seed. Each step is on record under a hash of what decides it and of the steps it rests on, so
+methods share what they have in common, and a changed controller makes only those steps anew that rest on it.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.bench import lorahub
+from grasp_lora.bench.session import Session, hash_of
+from grasp_lora.bench.store import Record, Records, key_of
+from grasp_lora.errors import AdapterError
+from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.method.merging import MergeSettings
+from grasp_lora.method.policy import ESTIMATE_RULES, POLICIES, PolicySettings, Round
+from grasp_lora.models.adapters import LoadedAdapter, attached, read_adapter, segments_of
+from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage
+from grasp_lora.storage.files import sync, write_jsonl
+from grasp_lora.training.probes import ProbeSet
+from grasp_lora.training.settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
+
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
+# Part of what a record is found by: raise one when a change of the code changes the result of such steps.
+REVISIONS = {"training": 1, "controller": 1, "trajectory": 1, "losses": 1, "scores": 1}
+JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that a step made.
+
+    Args:
+        key: what identifies it: the key of its step, or the hash of a given adapter's file.
+        load: gives the weights; trains them anew if they are not on this machine. None: the backbone alone.
+        records: of all steps that led to it, in order.
+    """
+
+    key: str
+    load: Callable[[], AdapterWeights | None]
+    records: tuple[Record, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method came to with one seed.
+
+    Args:
+        losses: record with the losses of the test examples.
+        scores: record with the scores of the answers to the test prompts.
+        records: of every step that the method needed, shared ones included.
+        prune_ratio: of the result, None where nothing is pruned.
+        chosen_on: the split on which a choice was made, if one was.
+        curve: for a grid, ratio -> split -> mean loss of its run.
+        left_out: what a choice had to do without, a sentence each.
+    """
+
+    losses: Record
+    scores: Record
+    records: tuple[Record, ...]
+    prune_ratio: float | None = None
+    chosen_on: str | None = None
+    curve: Mapping[float, Mapping[str, float]] | None = None
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass
+class BenchProgress:
+    """Where an experiment on a bench reports to while it works; this one is silent."""
+
+    def begin(self, units: float) -> None:
+        """Take how much there is to do, in rough units of any kind."""
+
+    def task(self, title: str) -> None:
+        """A part of the work begins."""
+
+    def record(self, record: Record, there: bool) -> None:
+        """A step is done, now or already before."""
+
+    def done(self, units: float) -> None:
+        """The part that began last is finished."""
+
+
+class Bench:
+    """The steps of experiments with one seed.
+
+    Args:
+        session: of the recipe with this seed.
+        shared: of the recipe whose seed the source adapter is trained with.
+        records: where finished steps are kept.
+        grid: prune ratios of the grid search.
+    """
+
+    def __init__(self, session: Session, shared: Session, records: Records, grid: Sequence[float] = GRID) -> None:
+        self.session = session
+        self.recipe = session.recipe
+        self.records = records
+        self.grid = tuple(grid)
+        self._shared = shared
+
+    def backbone(self) -> Adapter:
+        """The backbone alone."""
+        return Adapter("backbone", lambda: None)
+
+    @cached_property
+    def source(self) -> Adapter:
+        """The source adapter, shared by all seeds; several given ones are averaged exactly."""
+        sources = self._sources
+        names = [f"source_{number}" for number in range(1, len(sources) + 1)]
+        return sources[0] if len(sources) == 1 else self._merged("source", MergeSettings("exact"), sources, names)
+
+    @cached_property
+    def target(self) -> Adapter:
+        """The target adapter."""
+        return self._target(dev_free=False)
+
+    def parents(self, dev_free: bool = False) -> list[Adapter]:
+        """Every adapter that is merged; the target's of all epochs, without a look at the dev set, if `dev_free`."""
+        return [*self._sources, self._target(dev_free=True) if dev_free else self.target]
+
+    def merged(self, dev_free: bool = False) -> Adapter:
+        """The merge of the recipe."""
+        parents = self.parents(dev_free)
+        return self._merged("merged", self.recipe.merge, parents, _names(parents))
+
+    def merged_by(self, rule: str) -> Adapter:
+        """The merge by another rule, with its own default weights."""
+        parents = self.parents()
+        return self._merged(rule, MergeSettings(rule), parents, _names(parents))
+
+    def trained_wide(self) -> Adapter:
+        """A fresh adapter on the target data, of the rank of the merge and the scaling of the recipe's adapters."""
+        lora, merge = self.recipe.lora, self.recipe.merge
+        given = self.session.existing_adapters
+        ranks = [max(pair.rank for pair in adapter.weights.values()) for adapter in given.values()]
+        ranks += [lora.rank] * (max(1, len(self.recipe.source.adapters)) + 1 - len(ranks))
+        rank = sum(ranks) if merge.rule == "exact" else merge.rank or max(ranks)
+        growth = rank / lora.rank
+        wide = replace(lora, rank=rank, alpha=lora.alpha * (growth**0.5 if lora.rslora else growth))
+        session = self.session.variant(self.recipe.model_copy(update={"lora": wide}))
+        return self._trained("target-wide", ("train",), ("dev",), self.recipe.target.training, session)
+
+    def trained_long(self) -> Adapter:
+        """A fresh adapter on the target data for at most as many optimizer steps as GRASP takes on it, all stages together."""
+        recipe, examples = self.recipe, len(self.session.splits.train)
+        stages = [recipe.controller.training, recipe.final.training]
+        if recipe.target.adapter is None:
+            stages.append(recipe.target.training)
+        training = recipe.target.training
+        epochs = sum(stage.steps(examples) for stage in stages) / training.steps_per_epoch(examples)
+        return self._trained("target-long", ("train",), ("dev",), replace(training, epochs=epochs, patience=None))
+
+    def trained_jointly(self) -> Adapter:
+        """One fresh adapter on source and target data together, the target's repeated as often as its own adapter sees it."""
+        source, target = self._shared.recipe.source.training, self.recipe.target.training
+        repeats = max(1, round(target.epochs / source.epochs))
+        evaluate_every = min(source.evaluate_every, 1 / JOINT_EVALUATIONS)
+        training = replace(source, evaluate_every=evaluate_every, patience=None, keep="best")
+        return self._trained("joint", ("source_train", *["train"] * repeats), ("dev",), training)
+
+    def finetuned(
+        self, start: Adapter, prune_ratio: float, changes: Mapping[str, Any] | None = None, dev_free: bool = False
+    ) -> Adapter:
+        """The final run of the recipe.
+
+        Args:
+            start: the adapter it starts from.
+            prune_ratio: fraction in [0, 1].
+            changes: of the final stage; its own ratio and its start are left aside. With `start` "controller" the adapter is one
+                of `controlled_adapter`, whose mask is held.
+            dev_free: all epochs, no dev set, the last adapter.
+        """
+        stage = replace(self.recipe.final, **{"prune_ratio": None, "start": "merged", **(changes or {})})
+        if dev_free:
+            stage = replace(stage, training=replace(stage.training, patience=None, keep="last"))
+        settings = self._settings(
+            data=self._data("train", *([] if dev_free else ["dev"])),
+            revision=REVISIONS["training"],
+            start=start.key,
+            prune_ratio=prune_ratio,
+            final=_final_settings(stage),
+            mask=asdict(stage.mask or self.recipe.mask),
+            dropout=self.recipe.lora.dropout,
+            dev_free=dev_free,
+        )
+
+        def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
+            session = self.session.variant(self.recipe.model_copy(update={"final": stage}))
+            weights = _loaded(start)
+            dev = () if dev_free else session.splits.dev
+            pruned = stage.start == "controller"
+            adapter, result, _ = session.finetune_pruned(weights, prune_ratio, self._draft(key), dev, pruned=pruned)
+            return adapter, _facts(result, stage.training, len(session.splits.train), len(dev))
+
+        return self._adapter(f"final {prune_ratio:.2f}", settings, [start], work)
+
+    def controlled(self, stage: ControllerStage, dev_free: bool = False) -> tuple[float, Adapter]:
+        """The controller run on the merged adapter.
+
+        Where a ratio is held the run does not depend on the rule that reads the ratio off its rounds, unless the rule decides
+        which examples a baseline needs, so policies that differ in the rule alone share it.
+
+        Args:
+            stage: in place of the recipe's own.
+            dev_free: of the merged adapter.
+
+        Returns:
+            The learned ratio, and the merged adapter with the run's record among its own: what it cost.
+        """
+        policy = stage.policy
+        run_by = replace(policy, estimate=PolicySettings().estimate)
+        measures_alike = policy.compares_rounds(stage.patience) == run_by.compares_rounds(stage.patience)
+        if not POLICIES[policy.kind].shared and (stage.probe_examples is None or measures_alike):
+            stage = replace(stage, policy=run_by)
+        merged = self.merged(dev_free)
+        record = self.records.get(
+            "controller",
+            self._control_settings(stage, merged),
+            lambda key: self._control(stage, merged, key)[1],
+        )
+        estimate = ESTIMATE_RULES[policy.estimate](rounds_of(record), policy.ratio_min, policy.ratio_max)
+        return estimate.ratio, replace(merged, records=(*merged.records, record))
+
+    def controlled_adapter(self, stage: ControllerStage) -> tuple[float, Adapter]:
+        """A controller run for the adapter that a single run finishes; it rests on the rule, which prunes it.
+
+        Returns:
+            The learned ratio, and the adapter of the best round, pruned at it.
+        """
+        merged = self.merged()
+        adapter = self._adapter(
+            "controller adapter",
+            self._control_settings(stage, merged),
+            [merged],
+            lambda key: self._control(stage, merged, key, keep_best=True),
+        )
+        return float(adapter.records[-1].result["prune_ratio"]), adapter
+
+    def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
+        return self._settings(
+            data=self._data("train", *PROBE_SPLITS[stage.probe_on]),
+            revision=REVISIONS["controller"],
+            start=merged.key,
+            controller=_controller_settings(stage),
+            mask=asdict(self.recipe.mask),
+            dropout=self.recipe.lora.dropout,
+            probes=stage.probe_on,
+        )
+
+    def _control(
+        self, stage: ControllerStage, merged: Adapter, key: str, *, keep_best: bool = False
+    ) -> tuple[AdapterWeights, dict[str, Any]]:
+        """Run the controller; return what it leaves, and its rounds and its cost."""
+        from grasp_lora.training.controller import ROUNDS_FILE  # brings the Trainer, which is slow to import
+
+        session = self.session.variant(self.recipe.model_copy(update={"controller": stage}))
+        folder = self._draft(key)
+        learned = session.learn_ratio(_loaded(merged), folder, keep_best=keep_best)
+        rounds = [json.loads(line) for line in (folder / ROUNDS_FILE).read_text(encoding="utf-8").splitlines()]
+        shutil.rmtree(folder)
+        facts = {
+            "rounds": rounds,
+            "trained_examples": _trained_examples(learned.steps, stage.training, len(session.splits.train)),
+            "measured_examples": sum(
+                len(row["baseline_losses"]) + len(set(row["candidates"])) * len(row["candidate_losses"][0])
+                for row in rounds
+            ),
+        }
+        return learned.adapter, facts | ({"prune_ratio": learned.estimate.ratio} if keep_best else {})
+
+    def trajectory(
+        self, train_ratio: float | None, ratios: Sequence[float], every: int, split: str = "micro_dev"
+    ) -> Record:
+        """The losses of a split at many prune ratios, again and again during a training run like the controller's.
+
+        Args:
+            train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step (`shared_ratio`).
+            ratios: what is measured, fractions in [0, 1].
+            every: optimizer steps between measurements, >= 1.
+            split: `micro_dev` or `dev`; scores that need inputs or gradients are calibrated on it, too.
+
+        Returns:
+            Record with `steps` and `losses` of a `LossLandscape`.
+        """
+        recipe, session, merged = self.recipe, self.session, self.merged()
+        training, train, examples = recipe.controller.training, session.splits.train, getattr(session.splits, split)
+        settings = self._settings(
+            data=self._data("train", split),
+            revision=REVISIONS["trajectory"],
+            start=merged.key,
+            training=asdict(training),
+            mask=asdict(recipe.mask),
+            dropout=recipe.lora.dropout,
+            train_ratio=train_ratio,
+            ratios=ratios,
+            every=every,
+        )
+
+        def work(key: str) -> dict[str, Any]:
+            from grasp_lora.training.landscape import LossLandscape  # brings the Trainer, which is slow to import
+
+            weights, folder = _loaded(merged), self._draft(key)
+            probes = ProbeSet(examples, session.pad_id)
+            landscape = LossLandscape(probes, ratios, every, train_ratio, recipe.mask, segments_of(weights))
+            with attached(session.backbone.model, weights, dropout=recipe.lora.dropout) as model:
+                session.finetune(model, train, (), training, "controller", folder, callbacks=[landscape])
+            shutil.rmtree(folder)
+            return {
+                "steps": landscape.steps,
+                "losses": landscape.losses,
+                "trained_examples": round(training.epochs * len(train)),
+                "measured_examples": len(landscape.steps) * len(ratios) * len(examples),
+            }
+
+        name = "shared" if train_ratio is None else f"{train_ratio:.2f}"
+        name += "" if split == "micro_dev" else f" {split}"
+        return self.records.get(f"trajectory {name}", settings, work)
+
+    def pruned(self, start: Adapter, prune_ratio: float) -> Adapter:
+        """An adapter pruned at a ratio, without training."""
+        mask = asdict(self.recipe.final.mask or self.recipe.mask)
+        settings = self._settings(
+            data=self._data("train"),
+            revision=REVISIONS["training"],
+            start=start.key,
+            prune_ratio=prune_ratio,
+            mask=mask,
+        )
+        return self._adapter(
+            "one-shot", settings, [start], lambda key: (self.session.prune(_loaded(start), prune_ratio), {})
+        )
+
+    def lorahub(self) -> Adapter:
+        """Merge weights found without gradients on the micro-dev loss (Huang et al. 2023)."""
+        parents, examples = self.parents(), len(self.session.splits.micro_dev)
+        settings = self._settings(
+            data=self._data("micro_dev"),
+            revision=REVISIONS["training"],
+            start=[parent.key for parent in parents],
+            budget=lorahub.BUDGET,
+            bound=lorahub.BOUND,
+            l1=lorahub.L1,
+        )
+
+        def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
+            adapters = [_loaded(parent) for parent in parents]
+            names, seed = _names(adapters), self.recipe.seed_of("lorahub")
+            weights = lorahub.search_weights(self.session, adapters, names, seed)
+            merged = self.session.merge(adapters, names, MergeSettings("lorahub", weights))
+            return merged, {"weights": list(weights), "measured_examples": lorahub.BUDGET * examples}
+
+        return self._adapter("lorahub", settings, parents, work)
+
+    def losses(self, adapter: Adapter, split: str = "test") -> Record:
+        """The losses of the examples of a split: `dev`, `micro_dev` or `test`."""
+
+        def work(key: str) -> dict[str, Any]:
+            return {"losses": self.session.losses(adapter.load(), split)[split]}
+
+        settings = self._measured(adapter, data=self._data(split), revision=REVISIONS["losses"], split=split)
+        return self.records.get(f"{split} losses", settings, work)
+
+    def scores(self, adapter: Adapter) -> Record:
+        """The scores of the answers to the test prompts; the answers themselves are written beside the records."""
+        recipe, session, test = self.recipe, self.session, self.session.splits.test
+        generation = {"max_new_tokens": recipe.generation.max_new_tokens, "stop": recipe.generation.stop}
+        asked = self._measured(adapter, data=self._data("test"), revision=REVISIONS["scores"], generation=generation)
+        references = [example.references for example in test]
+        settings = asked | {
+            "metrics": list(session.metrics),
+            **_own_code(session.metrics),
+            "bertscore": asdict(recipe.bertscore) if "bertscore" in session.metrics else None,
+            "language": session.language,
+            "references": hashlib.sha256(repr(references).encode()).hexdigest(),
+        }
+        # Under a key of their own, so that another metric does not need new answers.
+        file = self.records.folder / "predictions" / f"{key_of('answers', asked)}.jsonl"
+
+        def work(key: str) -> dict[str, Any]:
+            if not file.is_file():
+                answers = session.answer(adapter.load())
+                rows = [{"id": one.id, "prediction": text} for one, text in zip(test, answers, strict=True)]
+                write_jsonl(file, rows)
+            lines = file.read_text(encoding="utf-8").split("\n")
+            answers = tuple(json.loads(line)["prediction"] for line in lines if line)
+            return {name: asdict(entry) for name, entry in session.score(answers).items()}
+
+        return self.records.get("scores", _plain(settings), work)
+
+    def outcome(
+        self,
+        adapter: Adapter,
+        prune_ratio: float | None = None,
+        chosen_on: str | None = None,
+        curve: Mapping[float, Mapping[str, float]] | None = None,
+        chosen_among: Iterable[Adapter] = (),
+        chosen_by: Iterable[Record] = (),
+        left_out: Sequence[str] = (),
+    ) -> Outcome:
+        """Measure what a method came to.
+
+        Args:
+            adapter: the result.
+            prune_ratio, chosen_on, curve, left_out: as in `Outcome`.
+            chosen_among: the adapters that a choice was made among, the result included: all of them were needed.
+            chosen_by: measurements that the choice took beyond those of the trainings.
+        """
+        needed = _unique([*(record for one in (*chosen_among, adapter) for record in one.records), *chosen_by])
+        losses, scores = self.losses(adapter), self.scores(adapter)
+        return Outcome(losses, scores, needed, prune_ratio, chosen_on, curve, tuple(left_out))
+
+    def _settings(self, **settings: Any) -> dict[str, Any]:
+        """What decides a step that draws random numbers, with what decides all of them."""
+        return _plain({**self._common, "seed": self.recipe.seed, **settings})
+
+    def _measured(self, adapter: Adapter, **settings: Any) -> dict[str, Any]:
+        """What decides a measurement: no seed has a part in it."""
+        return _plain({**self._common, "adapter": adapter.key, **settings})
+
+    @cached_property
+    def _common(self) -> dict[str, str]:
+        backbone = self.session.backbone
+        return {"backbone": backbone.fingerprint, "dtype": str(backbone.model.dtype)}
+
+    def _data(self, *splits: str) -> str:
+        return hash_of(self.session.splits, splits)
+
+    @cached_property
+    def _sources(self) -> list[Adapter]:
+        recipe, session = self._shared.recipe, self._shared
+        if recipe.source.adapters:
+            return [_given(session.existing_adapters[place]) for place in recipe.source.adapters]
+        return [self._trained("source", ("source_train",), ("source_dev",), recipe.source.training, session)]
+
+    def _target(self, dev_free: bool) -> Adapter:
+        recipe = self.recipe
+        if recipe.target.adapter is not None:
+            return _given(self.session.existing_adapters[recipe.target.adapter])
+        if not dev_free:
+            return self._trained("target", ("train",), ("dev",), recipe.target.training)
+        return self._trained("target", ("train",), (), replace(recipe.target.training, patience=None, keep="last"))
+
+    def _trained(
+        self,
+        name: str,
+        train: Sequence[str],
+        dev: Sequence[str],
+        training: TrainingSettings,
+        session: Session | None = None,
+    ) -> Adapter:
+        """A fresh adapter, trained on the named splits and judged on others."""
+        session = session or self.session
+        train_set, dev_set = (
+            [one for split in names for one in getattr(session.splits, split)] for names in (train, dev)
+        )
+        settings = self._settings(
+            data=self._data(*train, *dev),
+            revision=REVISIONS["training"],
+            splits=[list(train), list(dev)],
+            lora=asdict(session.recipe.lora),
+            training=asdict(training),
+            seed=session.recipe.seed,
+        )
+
+        def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
+            # Every target-only variant begins as the target adapter does: they differ in what their name says alone.
+            part = "source" if name == "source" else "target"
+            weights, result = session.train_adapter(part, train_set, dev_set, training, self._draft(key))
+            return weights, _facts(result, training, len(train_set), len(dev_set))
+
+        return self._adapter(name, settings, [], work)
+
+    def _merged(self, name: str, merge: MergeSettings, parents: Sequence[Adapter], names: Sequence[str]) -> Adapter:
+        settings = {
+            "merge": asdict(merge),
+            "parents": [parent.key for parent in parents],
+            "names": list(names),
+            "seed": self.recipe.seed if merge.rule.startswith("dare") else None,  # the others draw nothing
+        }
+        key = key_of(name, _plain(settings))  # quick and exact, so it is never on record
+
+        def load() -> AdapterWeights:
+            return self.session.merge([_loaded(parent) for parent in parents], names, merge)
+
+        return Adapter(key, _once(load), _unique([record for parent in parents for record in parent.records]))
+
+    def _adapter(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        starts: Sequence[Adapter],
+        work: Callable[[str], tuple[AdapterWeights, dict[str, Any]]],
+    ) -> Adapter:
+        """A step that makes an adapter: on record with its facts, its weights in a folder beside the records."""
+
+        def make(key: str) -> dict[str, Any]:
+            weights, facts = work(key)
+            draft, folder = self._draft(key), self._folder(key)
+            self.session.save(draft, weights)
+            for file in draft.iterdir():
+                sync(file)
+            if folder.exists():
+                shutil.rmtree(folder)
+            draft.rename(folder)  # whole or not there: a kill may come at any moment
+            sync(folder.parent)
+            return facts
+
+        record = self.records.get(name, settings, make)
+        folder = self._folder(record.key)
+
+        def load() -> AdapterWeights:
+            try:
+                return read_adapter(folder).weights
+            except AdapterError as error:
+                if folder.exists():  # half of it was copied, for example
+                    logger.warning("%s; it is made again", error)
+            self.records.get(name, settings, make, redo=True)
+            return read_adapter(folder).weights
+
+        earlier = [past for start in starts for past in start.records]
+        return Adapter(record.key, _once(load), _unique([*earlier, record]))
+
+    def _folder(self, key: str) -> Path:
+        return self.records.folder / "adapters" / key
+
+    def _draft(self, key: str) -> Path:
+        return self.records.folder / "adapters" / f"{key}.part"
+
+
+def check_list(name: str, values: Sequence[Any]) -> None:
+    """Check that a list of settings says something, and nothing twice.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not values:
+        raise ValueError(f"{name} is empty; give at least one")
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{name} names {twice[0]} more than once; name each one once")
+
+
+def check_ratios(name: str, ratios: Sequence[float]) -> None:
+    """Check a list of prune ratios.
+
+    Raises:
+        ValueError: it is empty, says something twice, or holds something else than fractions in [0, 1].
+    """
+    check_list(name, ratios)
+    for ratio in ratios:
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(f"{name} holds {ratio}; each prune ratio must be a fraction in [0, 1]")
+
+
+def rounds_of(record: Record) -> list[Round]:
+    """Return the rounds of a controller run that is on record."""
+    return [Round.from_json(row["ratio_before"], row) for row in record.result["rounds"]]
+
+
+def _final_settings(stage: FinalStage) -> dict[str, Any]:
+    """What decides a final run of this stage; the usual start is left out, as in the records made before there was another."""
+    settings = asdict(stage)
+    if stage.start == "merged":
+        del settings["start"]
+    return settings
+
+
+def _controller_settings(stage: ControllerStage) -> dict[str, Any]:
+    """What decides a controller run; what it does not make use of is left out, as in records made before that was there."""
+    settings = asdict(stage)
+    del settings["probe_on"]  # among the settings already
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _given(adapter: LoadedAdapter) -> Adapter:
+    return Adapter(key_of("given", {"sha256": adapter.sha256, "facts": adapter.facts}), lambda: adapter.weights)
+
+
+def _loaded(adapter: Adapter) -> AdapterWeights:
+    weights = adapter.load()
+    if weights is None:
+        raise AdapterError("the backbone alone cannot be merged, pruned or trained on; name an adapter")
+    return weights
+
+
+def _names(adapters: Sequence[Any]) -> tuple[str, ...]:
+    sources = len(adapters) - 1
+    return (*("source" if number == 0 else f"source_{number + 1}" for number in range(sources)), "target")
+
+
+def _facts(result: Any, training: TrainingSettings, train_examples: int, dev_examples: int) -> dict[str, Any]:
+    """What a fine-tune did and cost, as plain values."""
+    return {
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "dev_loss": result.dev_loss,
+        "trained_examples": _trained_examples(result.steps, training, train_examples),
+        "measured_examples": sum("dev_loss" in row for row in result.history) * dev_examples,
+        "history": result.history,
+    }
+
+
+def _trained_examples(steps: int, training: TrainingSettings, examples: int) -> int:
+    return round(steps / training.steps_per_epoch(examples) * examples)
+
+
+def _own_code(metrics: Iterable[str]) -> dict[str, Any]:
+    """Hashes of the files of a user's own metrics, so that a changed one is computed anew; nothing where all are ours."""
+    places = {name: getattr(sys.modules[name.partition(":")[0]], "__file__", None) for name in metrics if ":" in name}
+    hashes = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in places.items() if file}
+    return {"own_metrics": hashes} if hashes else {}
+
+
+def _unique(records: Sequence[Record]) -> tuple[Record, ...]:
+    return tuple({record.key: record for record in records}.values())
+
+
+def _once(load: Callable[[], AdapterWeights]) -> Callable[[], AdapterWeights]:
+    """Load at the first call, and keep it."""
+    kept: list[AdapterWeights] = []
+
+    def loaded() -> AdapterWeights:
+        if not kept:
+            kept.append(load())
+        return kept[0]
+
+    return loaded
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same as JSON gives it back: lists for tuples."""
+    return {key: _plain_value(value) for key, value in settings.items()}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain_value(entry) for key, entry in value.items()}
+    return [_plain_value(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,263 @@
+"""What a run or an experiment shows in a terminal: live bars; elsewhere one line for each thing that is finished."""
+
+import time
+from collections.abc import Mapping
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
+
+from grasp_lora.bench.run import StageProgress
+from grasp_lora.bench.steps import BenchProgress
+from grasp_lora.bench.store import Record
+from grasp_lora.bench.sweep import SweepProgress
+from grasp_lora.text.display import escaped
+
+if TYPE_CHECKING:
+    from grasp_lora.bench.landscape import Landscape
+
+_TITLES = {
+    "data": "read and split the data",
+    "source": "train the source adapter",
+    "target": "train the target adapter",
+    "merge": "merge the adapters",
+    "controller": "learn the prune ratio",
+    "final": "prune and fine-tune",
+    "evaluate": "answer the test questions",
+    "report": "write the report",
+}
+
+
+class TerminalProgress(StageProgress):
+    """Shows stage, step, loss, current ratio and time left.
+
+    Args:
+        console: where to; live bars only if it is a terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description:<26}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[facts]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: Any = None
+        self._ratio: float | None = None
+
+    def preparing(self) -> None:
+        """Show that something is going on."""
+        self._begin("load the model and the data")
+
+    def stage(self, name: str) -> None:
+        """Start the bar of a stage."""
+        self._begin(_TITLES.get(name, name))
+
+    def step(self, report: Mapping[str, float]) -> None:
+        """Move the bar of a fine-tune."""
+        facts = f"loss {report['loss']:.3f}"
+        if self._ratio is not None:
+            facts += f"  ratio {self._ratio:.3f}"
+        if self._task is not None:
+            self._bar.update(self._task, completed=report["step"], total=report["steps"], facts=facts)
+
+    def round(self, record: Mapping[str, Any]) -> None:
+        """Remember the committed ratio for the bar."""
+        self._ratio = record["ratio"]
+
+    def answered(self, answered: int, prompts: int) -> None:
+        """Move the bar of the evaluation."""
+        if self._task is not None:
+            self._bar.update(self._task, completed=answered, total=prompts)
+
+    def finished(self, name: str, seconds: float, summary: Mapping[str, Any], *, skipped: bool) -> None:
+        """Replace the bar by one line."""
+        self._end()
+        facts = "  ".join(f"{key} {_short(value)}" for key, value in summary.items() if value is not None)
+        took = "already done" if skipped else f"{seconds:.1f} s"
+        self._console.print(f"{_TITLES.get(name, name):<26} {took:>12}   {facts}", highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Remove the live bar, before an error is shown."""
+        self._end()
+
+    def _begin(self, title: str) -> None:
+        self._end()
+        self._ratio = None
+        self._bar.start()
+        self._task = self._bar.add_task(title, total=None, facts="")
+
+    def _end(self) -> None:
+        self._bar.stop()
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+            self._task = None
+
+
+class TerminalBenchProgress(BenchProgress):
+    """Shows how far a comparison or a recording is, what it does, and the time left.
+
+    Args:
+        console: where to; a live bar only if it is a terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started = time.monotonic()
+        self._total = self._done = self._skipped = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description:<46}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %  {task.fields[left]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: Any = None
+        self._new = False
+        self._title = ""
+
+    def begin(self, units: float) -> None:
+        """Start the bar."""
+        self._total = units
+        self._bar.start()
+        self._task = self._bar.add_task("load the model and the data", total=units, left="")
+
+    def task(self, title: str) -> None:
+        """Say what is being done."""
+        self._title, self._new = title, False
+        self._bar.update(self._task, description=self._title)
+
+    def record(self, record: Record, there: bool) -> None:
+        """One line for each step that was really done."""
+        if not there:
+            self._new = True
+            self._console.print(f"{self._title:<46} {record.step:<17} {record.seconds:8.1f} s", highlight=False)
+
+    def done(self, units: float) -> None:
+        """Move the bar; the time left counts only what was not on record."""
+        self._done += units
+        self._skipped += 0.0 if self._new else units
+        fresh = self._done - self._skipped
+        left = ""
+        if fresh:
+            seconds = (time.monotonic() - self._started) / fresh * (self._total - self._done)
+            left = f"about {seconds / 60:.0f} min left"
+        self._bar.update(self._task, completed=self._done, left=left)
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        self._bar.stop()
+
+
+class TerminalSweepProgress(SweepProgress):
+    """Shows how far a sweep is, what it tries, and the time left.
+
+    Args:
+        console: where to; a live bar only if it is a terminal.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description:<46}", markup=False),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: Any = None
+
+    def begin(self, trials: int, finished: int) -> None:
+        """Start the bar."""
+        self._bar.start()
+        self._task = self._bar.add_task("", total=trials, completed=finished)
+
+    def trial(self, number: int, values: Mapping[str, Any]) -> None:
+        """Say what is tried."""
+        self._bar.update(self._task, description=f"trial {number}: {shown_values(values)}")
+
+    def record(self, record: Record, there: bool) -> None:
+        """One line for each adapter to merge that was trained."""
+        if not there and record.step in ("source", "target"):
+            self._console.print(f"{_TITLES[record.step]:<26} {record.seconds:.1f} s", highlight=False)
+
+    def done(self, row: Mapping[str, Any]) -> None:
+        """One line for each trial; move the bar."""
+        loss = "" if row["dev_loss"] is None else f"dev loss {row['dev_loss']:.4f}"
+        text = f"trial {row['trial']:<4} {row['state']:<9} {row['seconds']:7.1f} s   {loss}   {shown_values(row['values'])}"
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._bar.advance(self._task)
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        self._bar.stop()
+
+
+def print_sweep(content: Mapping[str, Any], console: Console) -> None:
+    """Print the trials of a sweep, the best one bold, and what they cost."""
+    rows = content["trials"]
+    table = Table(
+        "trial", *(Column(key, overflow="fold") for key in rows[0]["values"]), "dev loss", "steps", "seconds", "state"
+    )
+    for row in rows:
+        loss = "-" if row["dev_loss"] is None else f"{row['dev_loss']:.4f}"
+        state = f"{row['state']}, as an earlier trial" if "repeats" in row else row["state"]
+        cells = [
+            str(row["trial"]),
+            *(escaped(_short(value)) for value in row["values"].values()),
+            loss,
+            str(row["steps"]),
+        ]
+        style = "bold" if row["trial"] == content["best"] else ""
+        table.add_row(*(Text(cell) for cell in (*cells, f"{row['seconds']:.1f}", state)), style=style)
+    console.print(table)
+    cost = content["cost"]
+    console.print(
+        f"trial {content['best']} is the best by dev loss; {cost['runs']} final runs took {cost['seconds']:.0f} s and "
+        f"{cost['work']} examples forward",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_landscape(landscape: "Landscape", console: Console) -> None:
+    """Print the mean losses of the final runs of a landscape, the lowest of each split bold."""
+    splits = {"micro_dev": "micro-dev", "dev": "dev", "test": "test"}
+    runs = landscape.finals
+    best = {split: min(runs, key=lambda run: fmean(run.losses[split])) for split in splits}
+    table = Table("prune ratio", *(f"{name} loss" for name in splits.values()), "best step", "steps")
+    for run in runs:
+        cells = [
+            Text(f"{fmean(run.losses[split]):.4f}", style="bold" if run is best[split] else "") for split in splits
+        ]
+        table.add_row(f"{run.ratio:g}", *cells, str(run.best_step), str(run.steps))
+    console.print(table)
+    console.print(
+        f"lowest dev loss at ratio {best['dev'].ratio:g}, lowest test loss at {best['test'].ratio:g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def shown_values(values: Mapping[str, Any]) -> str:
+    """The values of a trial in one line."""
+    return "  ".join(f"{key} {escaped(_short(value))}" for key, value in values.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,334 @@
+"""Settings of the data, and from files or rows to tokenised examples."""
+
+import logging
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from grasp_lora.data.encode import Encoder, Example, Tally
+from grasp_lora.data.places import read_hub, resolve_file
+from grasp_lora.data.records import FORMATS, OPTIONAL_COLUMNS, Pool, read_files, read_rows
+from grasp_lora.data.splits import HELD_OUT, SPLITS, Counts, Splits, check_disjoint, join_groups, split_pool
+from grasp_lora.data.tasks import ANY_LANGUAGE, TASKS, resolve_template, task_fields
+from grasp_lora.errors import DataError
+from grasp_lora.text.languages import language_code
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+TARGET_COUNTS = {"test": 100, "dev": 50, "micro_dev": 16}  # Paper: experimental setup
+SOURCE_DEV_SHARE, SOURCE_DEV_MOST = 10, 1000  # Paper: 1000 dev beside 10000 train, 315 beside 3030
+FEW_GROUPS = 4
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """Data of one language: one pool (`files` or `hub`) split by counts, or files for each split.
+
+    Args:
+        language: ISO 639 code such as `en`, `ar`, `zh`; chooses prompts and metrics.
+        format: `auto`, `squad`, `xlsum`, `records` or `hub`.
+        files: the pool: paths, or `demo:NAME` for a built-in text.
+        hub, hub_config, hub_split: the pool from a data set on the hub; the split defaults to `train`.
+        columns: field -> column of generic records; fields are the task's, and id, group, title, references, messages.
+        train, dev, micro_dev, test: how many examples. For a pool, None means 100 test, 50 dev and 16 micro-dev
+            examples of the target, a tenth (at most 1000) for the source's dev, and all the rest for train. For
+            files of one split None means all, and a count is a cap. dev, micro_dev and test may be 0, train
+            not; without micro_dev the controller has to probe dev.
+        train_files, dev_files, micro_dev_files, test_files: files of each split, in place of a pool. Without
+            micro_dev_files, the micro-dev set is taken by whole groups from the dev files, or else the train files.
+
+    Raises:
+        ValueError: a value is out of range, the language is no code, or two ways to give the data are mixed.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    language: str
+    format: str = "auto"
+    files: tuple[str, ...] = ()
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    train: int | None = None
+    dev: int | None = None
+    micro_dev: int | None = None
+    test: int | None = None
+    train_files: tuple[str, ...] = ()
+    dev_files: tuple[str, ...] = ()
+    micro_dev_files: tuple[str, ...] = ()
+    test_files: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        language_code(self.language)
+        if self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}; allowed: {', '.join(FORMATS)}")
+        given = [name for name in ("files", "hub", "train_files") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(
+                f"data of {self.language} is given by {' and '.join(given) or 'nothing'}; "
+                "give exactly one of files (a pool), hub (a pool) and train_files (with dev_files, test_files)"
+            )
+        if not self.explicit and (self.dev_files or self.micro_dev_files or self.test_files):
+            raise ValueError(f"files of single splits need train_files, and exclude {given[0]}")
+        if self.hub is None and (self.format == "hub" or self.hub_config or self.hub_split):
+            raise ValueError("format hub, hub_config and hub_split need hub: the name of the data set")
+        if self.hub is not None and self.format == "squad":
+            raise ValueError("format squad reads files; a data set on the hub has rows: use format hub or auto")
+        known = {*OPTIONAL_COLUMNS}.union(*((*task.inputs, task.answer) for task in TASKS.values()))
+        unknown = sorted(set(self.columns) - known)
+        if unknown:
+            raise ValueError(f"columns names {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
+        if self.columns and self.format in ("squad", "xlsum"):
+            raise ValueError(f"columns apply to generic records, not to format {self.format}: remove them")
+        for name, least in (("train", 1), ("dev", 0), ("micro_dev", 0), ("test", 0)):
+            count = getattr(self, name)
+            if count is not None and count < least:
+                raise ValueError(f"{name} must be >= {least}, or left out; it is {count}")
+            if self.explicit and name in ("dev", "test") and count and not getattr(self, name + "_files"):
+                raise ValueError(f"{name} is {count} but there are no {name}_files; name them, or remove {name}")
+
+    @property
+    def explicit(self) -> bool:
+        """Whether each split has files of its own."""
+        return bool(self.train_files)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Task, data of both languages, prompts and length limits.
+
+    Args:
+        task: `qa`, `summarization` or `completion`.
+        source: data of the rich language; None where adapters are given, or for a single step that trains on the target alone.
+        target: data of the language to adapt to.
+        root: folder of relative paths, itself relative to the recipe's; tried before GRASP_LORA_DATA and that one.
+        max_tokens: examples of more tokens (prompt, completion and end) are dropped, >= 8.
+        max_document_tokens: articles and contexts are cut to this many tokens before templating; None to cut nothing.
+        prompt, completion: templates in place of the built-in ones, for both languages.
+        chat_template: give the prompt as a user turn through the tokenizer's chat template.
+        split_seed: seed of the splits; None takes the recipe's seed. Set it to keep splits over several seeds.
+
+    Raises:
+        ValueError: a value is out of range, or a template names an unknown field.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    task: str
+    target: CorpusSettings
+    source: CorpusSettings | None = None
+    root: str | None = None
+    max_tokens: int = 512
+    max_document_tokens: int | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    chat_template: bool = False
+    split_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        document = task_fields(self.task).document
+        if self.max_tokens < 8:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be >= 8")
+        if self.max_document_tokens is not None and self.max_document_tokens < 1:
+            raise ValueError(f"max_document_tokens is {self.max_document_tokens}; it must be >= 1, or left out")
+        if self.max_document_tokens is not None and document is None:
+            raise ValueError(f"max_document_tokens: the task {self.task} has no document to cut; remove it")
+        resolve_template(self.task, "en", self.prompt, self.completion)
+        source = self.source
+        if source is not None and (source.test or source.micro_dev or source.test_files or source.micro_dev_files):
+            raise ValueError("the source has only train and dev splits: remove its test and micro_dev settings")
+
+
+def build_splits(
+    settings: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+    base: Path | None = None,
+    *,
+    offline: bool = False,
+) -> Splits:
+    """Read, filter, tokenise and split the data; the result is proved disjoint.
+
+    The same settings, files and seed give the same splits. Target splits are filled in the order test, dev,
+    micro-dev, train; source examples whose group touches a held-out target split are left out.
+
+    Args:
+        settings: task, files and limits.
+        tokenizer: with an EOS token.
+        seed: seed of the recipe, used where settings.split_seed is None.
+        base: folder of the recipe, for relative paths; None for the working folder.
+        offline: take data sets of the hub from the cache only.
+
+    Raises:
+        DataError: files are missing or malformed, there are too few examples, or given splits overlap.
+    """
+    _check_eos(tokenizer)
+    if settings.chat_template and not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "chat_template is true but the tokenizer has no chat template: set it to false if all prompts have one turn, "
+            "or take a backbone with a chat template"
+        )
+    split_seed = seed if settings.split_seed is None else settings.split_seed
+    corpora = {"target": settings.target}
+    if settings.source is not None:
+        corpora["source"] = settings.source
+    shares = {role: _read_corpus(settings, corpus, role, base, offline) for role, corpus in corpora.items()}
+    pools = [pool for corpus_shares in shares.values() for pool, _ in corpus_shares]
+    groups = join_groups(record.keys for pool in pools for record in pool.records)
+    splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    report: dict[str, Any] = {"task": settings.task, "split_seed": split_seed, "max_tokens": settings.max_tokens}
+    report["numbers_as_ids"] = _numbers_as_ids(shares)
+    held_out: set[str] = set()
+    for role, corpus in corpora.items():
+        template = resolve_template(
+            settings.task, corpus.language, settings.prompt, settings.completion, settings.chat_template
+        )
+        encoder = Encoder(
+            tokenizer,
+            settings.task,
+            corpus.language,
+            template,
+            settings.max_tokens,
+            settings.max_document_tokens,
+            settings.chat_template,
+        )
+        # Splits that the user made on both sides are checked, not changed.
+        barred = set() if corpus.explicit and settings.target.explicit else held_out
+        tally = Tally()
+        for pool, counts in shares[role]:
+            generator = random.Random(f"{split_seed} {role} {' '.join(counts)}")
+            label = f"{role} ({corpus.language})"
+            splits |= split_pool(pool, counts, groups, barred, encoder, generator, tally, label, corpus.explicit)
+        used = sum(len(splits[name]) for name in splits if name.startswith("source") == (role == "source"))
+        dropped = tally.excluded_for_leak + tally.answers_cut_away + tally.too_long
+        tally.unused = tally.read - dropped - used
+        held_out = {example.group for name in HELD_OUT for example in splits[name]}
+        report[role] = {"language": corpus.language, **asdict(tally)}
+        logger.info("%s (%s): %s", role, corpus.language, report[role])
+    result = Splits(**{name: tuple(examples) for name, examples in splits.items()}, report=report)
+    check_disjoint(result)
+    articles = len({example.group for example in result.micro_dev})
+    if articles < min(FEW_GROUPS, len(result.micro_dev) // FEW_GROUPS):
+        logger.warning(
+            "the %d micro-dev examples come from %d group(s) only, so their losses say little about other articles; "
+            "set target.train to a number, so that they can be drawn from more",
+            len(result.micro_dev),
+            articles,
+        )
+    report["splits"] = {name: _measure(splits[name]) for name in SPLITS}
+    return result
+
+
+def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    """Tokenise rows in TRL's convention, for one's own script beside an SFTTrainer.
+
+    Args:
+        rows: each with `prompt` and `completion`, as texts or as lists of messages, or with `messages` that end with
+            the assistant's answer; an `id` may be given and is "row 0", "row 1", ... where it is not. Messages go
+            through the tokenizer's chat template, texts are taken as they are. No row is too long.
+        tokenizer: with an EOS token.
+
+    Raises:
+        DataError: there are no rows, one is malformed (the message names it), or the tokenizer does not fit.
+    """
+    _check_eos(tokenizer)
+    # A row that is no mapping is left to read_rows to refuse.
+    identified: list[tuple[str, Any]] = [
+        (where, {**row, "id": where} if isinstance(row, Mapping) and row.get("id") is None else row)
+        for where, row in ((f"row {number}", row) for number, row in enumerate(rows))
+    ]
+    pool = read_rows(identified, "the list of rows", "completion", "records")
+    groups = join_groups(record.keys for record in pool.records)
+    examples: list[Example] = []
+    for (where, _), record in zip(identified, pool.records, strict=True):
+        chat = bool(record.messages)
+        if chat and not getattr(tokenizer, "chat_template", None):
+            raise DataError(f"{where} holds messages but the tokenizer has no chat template: give prompts as texts")
+        template = resolve_template("completion", ANY_LANGUAGE, chat=chat)
+        encoder = Encoder(tokenizer, "completion", "", template, max_tokens=sys.maxsize, chat=chat)
+        try:
+            (example,) = encoder.encode([record], [groups[next(iter(record.keys))]], Tally())
+        except DataError as error:
+            raise DataError(f"{where}: the tokenizer's chat template refuses it: {error.__cause__}") from error
+        assert example is not None, "nothing is cut and nothing is too long"
+        examples.append(example)
+    return examples
+
+
+def _check_eos(tokenizer: "PreTrainedTokenizerBase") -> None:
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no EOS token, so the model could not learn where an answer ends")
+
+
+def _read_corpus(
+    settings: DataSettings, corpus: CorpusSettings, role: str, base: Path | None, offline: bool
+) -> list[tuple[Pool, Counts]]:
+    """Read each pool of a corpus, with the splits it serves in the order of filling and their counts."""
+
+    def read(names: tuple[str, ...]) -> Pool:
+        files = [(name, resolve_file(name, settings.root, base)) for name in names]
+        return read_files(files, settings.task, corpus.format, corpus.columns)
+
+    if corpus.explicit:
+        return [(read(names), counts) for names, counts in _given_splits(corpus, role) if names]
+    if corpus.hub is not None:
+        split = corpus.hub_split or "train"
+        pool = read_hub(
+            corpus.hub, corpus.hub_config, split, settings.task, corpus.format, corpus.columns, offline=offline
+        )
+    else:
+        pool = read(corpus.files)
+    if role == "source":
+        most = len(pool.records) if corpus.train is None else corpus.train
+        dev = min(most // SOURCE_DEV_SHARE, SOURCE_DEV_MOST) if corpus.dev is None else corpus.dev
+        return [(pool, {"source_dev": dev, "source_train": corpus.train})]
+    counts: Counts = {}
+    for name, usual in TARGET_COUNTS.items():
+        asked = getattr(corpus, name)
+        counts[name] = usual if asked is None else asked
+    return [(pool, counts | {"train": corpus.train})]
+
+
+def _numbers_as_ids(shares: Mapping[str, Sequence[tuple[Pool, Counts]]]) -> int:
+    """How many whole numbers are ids of source and target records at once: often they only count the rows of each file."""
+    found = [
+        {key for pool, _ in of_role for record in pool.records for key in record.keys if key.startswith("id:")}
+        for of_role in shares.values()
+    ]
+    common = set.intersection(*found) if len(found) > 1 else set()
+    return sum(key.removeprefix("id:").isdigit() for key in common)
+
+
+def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ...], Counts]]:
+    if role == "source":
+        return [(corpus.dev_files, {"source_dev": corpus.dev}), (corpus.train_files, {"source_train": corpus.train})]
+    dev: Counts = {"dev": corpus.dev}
+    train: Counts = {"train": corpus.train}
+    shares: list[tuple[tuple[str, ...], Counts]] = [(corpus.test_files, {"test": corpus.test})]
+    if corpus.micro_dev_files:
+        shares.append((corpus.micro_dev_files, {"micro_dev": corpus.micro_dev}))
+    else:
+        micro_dev: Counts = {"micro_dev": TARGET_COUNTS["micro_dev"] if corpus.micro_dev is None else corpus.micro_dev}
+        dev, train = (micro_dev | dev, train) if corpus.dev_files else (dev, micro_dev | train)
+    return [*shares, (corpus.dev_files, dev), (corpus.train_files, train)]
+
+
+def _measure(examples: Sequence[Example]) -> dict[str, Any]:
+    def quantiles(lengths: list[int]) -> dict[str, int]:
+        ordered = sorted(lengths)
+        shares = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+        return {name: ordered[round(share * (len(ordered) - 1))] for name, share in shares.items()} if ordered else {}
+
+    return {
+        "examples": len(examples),
+        "groups": len({example.group for example in examples}),
+        "prompt_tokens": quantiles([len(example.prompt_ids) for example in examples]),
+        "completion_tokens": quantiles([len(example.completion_ids) for example in examples]),
+    }

@@ -1,0 +1,229 @@
+"""Splits by whole groups of records that belong together, and the proof that they are disjoint."""
+
+import random
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+from grasp_lora.data.encode import Encoder, Example, Tally
+from grasp_lora.data.records import Pool, Record, same_text
+from grasp_lora.errors import DataError
+
+SPLITS = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
+HELD_OUT = ("test", "dev", "micro_dev")  # of the target: no source example may touch their groups
+SPREAD = 8
+LEAST_PORTION = 256
+
+Counts = dict[str, int | None]
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Disjoint splits; the source's may be empty, dev is empty in dev-free mode. `report` is JSON-able."""
+
+    source_train: tuple[Example, ...]
+    source_dev: tuple[Example, ...]
+    train: tuple[Example, ...]
+    dev: tuple[Example, ...]
+    micro_dev: tuple[Example, ...]
+    test: tuple[Example, ...]
+    report: dict[str, Any]
+
+
+def split_pool(
+    pool: Pool,
+    counts: Counts,
+    groups: Mapping[str, str],
+    barred: Set[str],
+    encoder: Encoder,
+    generator: random.Random,
+    tally: Tally,
+    label: str,
+    counts_are_caps: bool,
+) -> dict[str, list[Example]]:
+    """Tokenise a pool group by group in a random order until its splits are full.
+
+    Args:
+        pool: records to split.
+        counts: examples per split, in the order of filling; None takes the rest.
+        groups: key -> group, of `join_groups`.
+        barred: groups to leave out.
+        encoder: tokenises the records.
+        generator: chooses the order of groups and records.
+        tally: told what becomes of the records.
+        label: name of the corpus, for messages.
+        counts_are_caps: a split may hold fewer than its count, but not none.
+
+    Raises:
+        DataError: a split comes out too small.
+    """
+    members: dict[str, list[Record]] = {}
+    tally.read += len(pool.records)
+    tally.characters_mapped += pool.characters_mapped
+    tally.characters_removed += pool.characters_removed
+    tally.unanswerable += pool.unanswerable
+    tally.conversations += sum(bool(record.messages) for record in pool.records)
+    # Sorted, so that neither the order of the files nor that of their lines matters.
+    for record in sorted(pool.records, key=lambda record: record.id):
+        members.setdefault(groups[next(iter(record.keys))], []).append(record)
+    order = [group for group in members if group not in barred]
+    tally.excluded_for_leak += sum(len(records) for group, records in members.items() if group in barred)
+    generator.shuffle(order)
+    for group in order:
+        generator.shuffle(members[group])
+    asked = [count for count in counts.values() if count is not None]
+    # A pool far larger than what is asked for, such as a whole hub data set, is not tokenised to its end.
+    portion = 2 * sum(asked) + LEAST_PORTION if len(asked) == len(counts) else len(pool.records)
+    # 16 micro-dev examples of one article would say little about others, so they come from many where the data has
+    # that much to spare. Test and dev do not, because each of their groups takes an article from the source.
+    spreads: list[tuple[str, ...]] = [()] if None in counts.values() else [("micro_dev", "train"), ("micro_dev",), ()]
+    kept: list[list[Example]] = []
+    position = 0
+    while True:
+        batch: list[str] = []
+        size = 0
+        while position < len(order) and size < portion:
+            batch.append(order[position])
+            size += len(members[order[position]])
+            position += 1
+        names = [group for group in batch for _ in members[group]]
+        encoded = iter(encoder.encode([record for group in batch for record in members[group]], names, tally))
+        for group in batch:
+            fitting = [example for _ in members[group] if (example := next(encoded)) is not None]
+            if fitting:
+                kept.append(fitting)
+        splits = assign(kept, counts, spreads[0])
+        if all(len(splits[name]) == count for name, count in counts.items()):
+            break
+        if position == len(order):
+            if len(spreads) == 1:
+                break
+            spreads.pop(0)
+    for name, count in counts.items():
+        # Files of one split are taken as they are, so there a count is a cap; but no split may come out empty.
+        least = count if count is not None and not (count and counts_are_caps) else 1
+        if len(splits[name]) < least:
+            raise DataError(_shortage(name, splits, counts, kept, label, encoder, tally))
+    return splits
+
+
+def _shortage(
+    name: str,
+    splits: Mapping[str, Sequence[Example]],
+    counts: Counts,
+    kept: Sequence[Sequence[Example]],
+    label: str,
+    encoder: Encoder,
+    tally: Tally,
+) -> str:
+    if not kept and tally.too_long and tally.shortest_tokens is not None and tally.shortest_tokens > encoder.max_tokens:
+        return (
+            f"{label}: all {tally.too_long} examples are longer than max_tokens {encoder.max_tokens}; the shortest has "
+            f"{tally.shortest_tokens} tokens. Raise max_tokens, or set max_document_tokens to cut articles"
+        )
+    asked = ", ".join(f"{split} {'the rest' if count is None else count}" for split, count in counts.items())
+    total = sum(count for count in counts.values() if count is not None)
+    return (
+        f"{label}: asked for {asked} (together {total}), but {sum(map(len, kept))} examples in {len(kept)} groups are "
+        f"available: of {tally.read} read, {tally.too_long} are longer than max_tokens {encoder.max_tokens}, "
+        f"{tally.answers_cut_away} lost their answer to max_document_tokens and {tally.excluded_for_leak} share a group "
+        f"with held-out target examples; {name} got {len(splits[name])}. Each split takes whole groups. Lower "
+        f"{' or '.join(split for split, count in counts.items() if count)}, raise max_tokens, cut documents with "
+        "max_document_tokens, or add files"
+    )
+
+
+def assign(groups: Sequence[Sequence[Example]], counts: Counts, spread: Sequence[str] = ()) -> dict[str, list[Example]]:
+    """Fill splits one after the other by whole groups; None takes all that is left.
+
+    A group that does not fit is kept for the next split. Where none fits any more, the smallest one is cut, and the
+    rest of it stays unused. A split comes out short only when no group is left.
+
+    Args:
+        groups: examples by group, in the order of choice.
+        counts: examples per split, in the order of filling.
+        spread: splits of which no group gives more than an eighth; the rest of such a group stays unused.
+    """
+    left = list(groups)
+    splits: dict[str, list[Example]] = {}
+    for name, count in counts.items():
+        chosen: list[Example] = []
+        passed: list[Sequence[Example]] = []
+        quota = -(-count // SPREAD) if count and name in spread else None
+        for whole in left:
+            group = whole[:quota]
+            if count is None or len(chosen) + len(group) <= count:
+                chosen.extend(group)
+            else:
+                passed.append(whole)
+        if count is not None and len(chosen) < count and passed:
+            smallest = min(range(len(passed)), key=lambda i: len(passed[i]))
+            chosen.extend(passed.pop(smallest)[:quota][: count - len(chosen)])
+        splits[name] = chosen
+        left = passed
+    return splits
+
+
+def join_groups(key_sets: Iterable[frozenset[str]]) -> dict[str, str]:
+    """Join keys that stand together in a record, over all records: key -> name of its connected component.
+
+    Parallel corpora are joined through shared ids, and paragraphs of an article through its title. The name is the
+    hash of one of the component's texts, so it does not depend on where the files lie.
+
+    >>> names = join_groups([frozenset({"id:1", "text:b"}), frozenset({"id:1", "text:a"}), frozenset({"text:c"})])
+    >>> names["text:b"], names["text:c"]
+    ('a', 'c')
+    """
+    parent: dict[str, str] = {}
+
+    def find(key: str) -> str:
+        parent.setdefault(key, key)
+        while parent[key] != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    for keys in key_sets:
+        first, *others = keys
+        root = find(first)
+        for key in others:
+            parent[find(key)] = root
+    names: dict[str, str] = {}
+    for key in sorted(key for key in parent if key.startswith("text:")):
+        names.setdefault(find(key), key.removeprefix("text:"))
+    return {key: names[find(key)] for key in parent}
+
+
+def check_disjoint(splits: Splits) -> None:
+    """Check that no two splits share an id, a prompt or a group, where sharing would leak.
+
+    Target splits and source splits are compared among themselves, and each source split with the target's test, dev
+    and micro-dev. The source may share groups with the target's train split: translations of it are fair training data.
+
+    Raises:
+        DataError: the counts of each pair that overlaps, or of ids that stand twice in one split.
+    """
+    contents: dict[str, tuple[set[str], set[str], set[str]]] = {}
+    problems: list[str] = []
+    ids_alone = False
+    for name in SPLITS:
+        examples: tuple[Example, ...] = getattr(splits, name)
+        ids = {example.id for example in examples}
+        prompts = {same_text(example.prompt) for example in examples}
+        contents[name] = ids, prompts, {example.group for example in examples}
+        if len(ids) < len(examples):
+            problems.append(f"{name} holds {len(examples) - len(ids)} ids twice")
+    pairs = [*combinations(("train", *reversed(HELD_OUT)), 2), ("source_train", "source_dev")]
+    pairs += [(source, name) for source in ("source_train", "source_dev") for name in HELD_OUT]
+    for first, second in pairs:
+        shared = [len(a & b) for a, b in zip(contents[first], contents[second], strict=True)]
+        if any(shared):
+            ids_alone |= shared[0] > 0 and not shared[1]
+            problems.append(f"{first} and {second} share {shared[0]} ids, {shared[1]} prompts and {shared[2]} groups")
+    if problems:
+        numbers = "; where ids only number the rows of each file, rename that column" if ids_alone else ""
+        raise DataError(
+            f"splits overlap: {'; '.join(problems)}. A group joins records with the same id, context, document or "
+            f"article; remove the shared ones from a file, or give one pool (files) and let it be split{numbers}"
+        )

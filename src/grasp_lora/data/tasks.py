@@ -1,0 +1,134 @@
+"""The tasks, their fields, and the prompt and completion templates of each language as data."""
+
+import logging
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grasp_lora.errors import DataError
+from grasp_lora.text.languages import language_code
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Field names of a task.
+
+    Args:
+        inputs: fields that a prompt template may name.
+        answer: field that the model learns to write; only a completion template may name it.
+        document: the input that may be cut when it is too long, or None.
+    """
+
+    inputs: tuple[str, ...]
+    answer: str
+    document: str | None = None
+
+
+TASKS: dict[str, Task] = {
+    "qa": Task(inputs=("context", "question"), answer="answer", document="context"),
+    "summarization": Task(inputs=("document",), answer="summary", document="document"),
+    "completion": Task(inputs=("prompt",), answer="completion"),
+}
+
+
+@dataclass(frozen=True)
+class Template:
+    """Prompt and completion text with {named} fields; `{{` and `}}` stand for literal braces."""
+
+    prompt: str
+    completion: str
+
+
+ANY_LANGUAGE = "any"
+FALLBACK_LANGUAGE = "en"
+
+# Chinese puts no space between the label and the answer.
+TEMPLATES: dict[str, dict[str, Template]] = {
+    "qa": {
+        "en": Template("Context: {context}\nQuestion: {question}\nAnswer:", " {answer}"),
+        "ar": Template("السياق: {context}\nالسؤال: {question}\nالإجابة:", " {answer}"),
+        "zh": Template("背景：{context}\n问题：{question}\n答案：", "{answer}"),
+    },
+    "summarization": {
+        "en": Template("Article: {document}\nSummary:", " {summary}"),
+        "ar": Template("المقال: {document}\nالملخص:", " {summary}"),
+        "zh": Template("文章：{document}\n摘要：", "{summary}"),
+    },
+    "completion": {ANY_LANGUAGE: Template("{prompt}", "{completion}")},
+}
+
+
+def task_fields(task: str) -> Task:
+    """Return the field names of a task.
+
+    Raises:
+        DataError: there is no such task.
+    """
+    if task not in TASKS:
+        raise DataError(f"there is no task {task!r}; allowed: {', '.join(TASKS)}")
+    return TASKS[task]
+
+
+def built_in_template(task: str, language: str) -> Template | None:
+    """Return the template that comes with the package for a language, None where it has none of its own."""
+    return TEMPLATES[task].get(language_code(language)) or TEMPLATES[task].get(ANY_LANGUAGE)
+
+
+def resolve_template(
+    task: str, language: str, prompt: str | None = None, completion: str | None = None, chat: bool = False
+) -> Template:
+    """Choose the built-in templates of a task and language, and put the overrides in their place.
+
+    Args:
+        task: a key of TASKS.
+        language: code such as `ar` or `zh-Hans`; see `language_code`. A language without templates of its own takes the
+            English ones, with a warning.
+        prompt, completion: templates to use in place of the built-in ones.
+        chat: the completion is a whole assistant turn, so the built-in one is the bare answer.
+
+    Raises:
+        DataError: no such task, or a template names an unknown field or has stray braces.
+    """
+    fields = task_fields(task)
+    built_in = built_in_template(task, language)
+    if built_in is None:
+        built_in = TEMPLATES[task][FALLBACK_LANGUAGE]
+        if prompt is None or completion is None:
+            logger.warning(
+                "no built-in %s templates for language %r: using the English ones; "
+                "set data.prompt and data.completion to write your own",
+                task,
+                language,
+            )
+    bare_answer = "{" + fields.answer + "}"
+    template = Template(
+        prompt=built_in.prompt if prompt is None else prompt,
+        completion=completion if completion is not None else bare_answer if chat else built_in.completion,
+    )
+    check_template("prompt", template.prompt, fields.inputs)
+    check_template("completion", template.completion, (fields.answer,))
+    return template
+
+
+def check_template(kind: str, template: str, allowed: Sequence[str]) -> None:
+    """Refuse a template that names no field, or anything but plain `{field}` of the allowed ones.
+
+    Raises:
+        DataError: the message lists the allowed fields.
+    """
+    choices = ", ".join("{" + field + "}" for field in allowed)
+    try:
+        parts = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template)]
+    except ValueError as error:
+        raise DataError(
+            f"{kind} template {template!r}: {error}; fields: {choices}; write {{{{ or }}}} for a literal brace"
+        ) from None
+    names = [part for part in parts if part[0] is not None]
+    for name, spec, conversion in names:
+        if name not in allowed or spec or conversion:
+            written = f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"
+            raise DataError(f"{kind} template {template!r} names {{{written}}}; allowed fields: {choices}")
+    if not names:
+        raise DataError(f"{kind} template {template!r} names no field; allowed fields: {choices}")

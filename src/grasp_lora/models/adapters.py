@@ -1,0 +1,414 @@
+"""Between PEFT and plain factors: check that adapters fit, put them on a backbone, save them as ordinary PEFT.
+
+Reading them is the work of `adapter_files`, whose public names are offered here, too.
+"""
+
+import json
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from grasp_lora.errors import AdapterError
+from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.models.adapter_config import CONFIG_FILE
+from grasp_lora.models.backbone import is_quantised
+from grasp_lora.models.reading import (
+    OUR_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    LoadedAdapter,
+    read_adapter,
+)
+from grasp_lora.models.settings import LoraSettings
+from grasp_lora.text.display import quoted
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import PreTrainedModel
+
+__all__ = [
+    "ADAPTER_NAME",
+    "CONFIG_FILE",
+    "OUR_FILE",
+    "WEIGHTS_FILE",
+    "LoadedAdapter",
+    "adapter_weights",
+    "attached",
+    "check_fits",
+    "check_target_modules",
+    "config_of",
+    "fresh_adapter",
+    "live_pairs",
+    "lora_layers",
+    "read_adapter",
+    "save_adapter",
+    "segments_of",
+]
+
+log = logging.getLogger(__name__)
+
+ADAPTER_NAME = "default"
+
+
+def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_name: str, fingerprint: str) -> None:
+    """Check that an adapter belongs on this backbone.
+
+    A different base model name only warns, since paths and hub ids differ for the same model.
+
+    Raises:
+        AdapterError: a module does not exist, a shape differs, the config does not name it, or the adapter was trained on
+            another backbone's weights.
+    """
+    _check_shapes(model, adapter.weights, f"adapter {adapter.name}", f"backbone {backbone_name}")
+    _check_targets(model, adapter)
+    stated = adapter.info.get("backbone_fingerprint")
+    if stated is not None and stated != fingerprint:
+        raise AdapterError(
+            f"adapter {adapter.name} was trained on a backbone with fingerprint {stated}, but {backbone_name} has "
+            f"{fingerprint}: same shapes, other weights; use the backbone it was trained on"
+        )
+    if stated is None and adapter.base_model and Path(adapter.base_model).name != Path(backbone_name).name:
+        log.warning(
+            "adapter %s names base model %s, the backbone is %s; shapes fit, so it is taken as the same model",
+            quoted(adapter.name),
+            quoted(adapter.base_model),
+            quoted(backbone_name),
+        )
+
+
+@contextmanager
+def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -> Iterator["PeftModel"]:
+    """Put a new, untrained LoRA adapter on the backbone for the length of the context.
+
+    Its initial values depend on `seed` alone; the global generator is left as it was.
+
+    Raises:
+        AdapterError: the backbone lacks one of the target modules, or carries an adapter already.
+    """
+    from peft import LoraConfig
+
+    check_target_modules(model, settings.target_modules)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=_whole(settings.alpha),  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.target_modules),
+        exclude_modules=_outside_decoder(model, settings.target_modules) or None,
+        use_rslora=settings.rslora,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=_transposed(model, settings.target_modules),
+    )
+    # PEFT draws on the CPU and moves the factors afterwards; torch.manual_seed would also seed every GPU.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        peft_model = _inject(model, config)
+    try:
+        yield peft_model
+    finally:
+        _remove(peft_model)
+
+
+@contextmanager
+def attached(model: "PreTrainedModel", weights: AdapterWeights, *, dropout: float = 0.0) -> Iterator["PeftModel"]:
+    """Put given weights on the backbone as an ordinary, trainable PEFT LoRA adapter for the length of the context.
+
+    Raises:
+        AdapterError: the backbone lacks one of the modules, has it in another shape, or carries an adapter already.
+    """
+    check_target_modules(model, tuple(weights))
+    _check_shapes(model, weights, "the adapter", "the backbone")
+    peft_model = _inject(model, config_of(weights, model, dropout))
+    try:
+        with torch.no_grad():
+            for name, pair in live_pairs(peft_model).items():
+                pair.A.copy_(weights[name].A)
+                pair.B.copy_(weights[name].B)
+        yield peft_model
+    finally:
+        _remove(peft_model)
+
+
+def config_of(weights: AdapterWeights, model: "PreTrainedModel", dropout: float = 0.0) -> "LoraConfig":
+    """Return the PEFT config that describes these weights: commonest rank first, exceptions as patterns."""
+    from peft import LoraConfig
+
+    rank = Counter(pair.rank for pair in weights.values()).most_common(1)[0][0]
+    alphas = {name: _alpha(pair.scaling, pair.rank) for name, pair in weights.items()}
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it, so a float is right
+        lora_dropout=dropout,
+        target_modules=_shortest_targets(tuple(weights), model),
+        rank_pattern={_anchored(name): pair.rank for name, pair in weights.items() if pair.rank != rank},
+        alpha_pattern={_anchored(name): value for name, value in alphas.items() if value != alpha},
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=_transposed(model, tuple(weights)),
+    )
+
+
+def live_pairs(
+    model: torch.nn.Module, segments: Mapping[str, tuple[Segment, ...]] | None = None, adapter: str = ADAPTER_NAME
+) -> dict[str, LoraPair]:
+    """Return the pairs of a PEFT model's adapter whose A and B are the live parameters themselves.
+
+    Args:
+        model: a PeftModel, or anything that contains its LoRA layers.
+        segments: module name -> origin of its components, where known.
+        adapter: name of the adapter inside the PEFT model.
+
+    Raises:
+        AdapterError: the model has no LoRA layer of that name.
+    """
+    pairs = {
+        name: LoraPair(
+            layer.lora_A[adapter].weight,
+            layer.lora_B[adapter].weight,
+            layer.scaling[adapter],
+            (segments or {}).get(name, ()),
+        )
+        for name, layer in lora_layers(model, adapter).items()
+    }
+    if not pairs:
+        others = sorted(getattr(model, "peft_config", {}))
+        raise AdapterError(
+            f"the model has no LoRA adapter named {adapter!r}; "
+            + (
+                f"it has {', '.join(others)}: load yours without adapter_name"
+                if others
+                else "put one on it with peft.get_peft_model"
+            )
+        )
+    return pairs
+
+
+def adapter_weights(
+    model: torch.nn.Module, segments: Mapping[str, tuple[Segment, ...]] | None = None
+) -> AdapterWeights:
+    """Return a copy of a PEFT model's adapter, in float32 on the CPU."""
+    return AdapterWeights(
+        {
+            name: LoraPair(
+                pair.A.detach().float().cpu().clone(),
+                pair.B.detach().float().cpu().clone(),
+                pair.scaling,
+                pair.segments,
+            )
+            for name, pair in live_pairs(model, segments).items()
+        }
+    )
+
+
+def segments_of(weights: AdapterWeights) -> dict[str, tuple[Segment, ...]]:
+    """Return module name -> origin of its components, as `live_pairs` takes it."""
+    return {name: pair.segments for name, pair in weights.items()}
+
+
+def save_adapter(
+    folder: Path,
+    weights: AdapterWeights,
+    model: "PreTrainedModel",
+    *,
+    backbone_name: str,
+    fingerprint: str,
+    dropout: float,
+    answers: Mapping[str, Any] | None = None,
+) -> None:
+    """Write weights as an ordinary PEFT adapter folder, with our own facts in a file beside it.
+
+    Args:
+        folder: made if missing.
+        weights: the adapter.
+        model: the backbone without adapters, for the shortest list of target modules.
+        backbone_name: public name of the backbone, never a path of a cache.
+        fingerprint: of the backbone, checked when the adapter is read again.
+        dropout: kept in the config, so that training may go on.
+        answers: how it is asked and answers, for `grasp-lora predict`: `stop`, `max_new_tokens`, `chat_template`.
+    """
+    from safetensors.torch import save_file
+
+    config = config_of(weights, model, dropout)
+    config.base_model_name_or_path = backbone_name
+    config.inference_mode = True
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    tensors = {}
+    for name, pair in weights.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    info: dict[str, Any] = {
+        "backbone": backbone_name,
+        "backbone_fingerprint": fingerprint,
+        "segments": {
+            name: [[segment.name, segment.rank] for segment in pair.segments]
+            for name, pair in weights.items()
+            if pair.segments
+        },
+    }
+    if is_quantised(model.config):
+        info["backbone_quantised"] = True
+    if answers is not None:
+        info["answers"] = dict(answers)
+    (folder / OUR_FILE).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+
+
+def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str, backbone: str) -> None:
+    modules = dict(model.named_modules())
+    for name, pair in weights.items():
+        if name not in modules:
+            raise AdapterError(
+                f"{adapter} changes {name}, which {backbone} does not have; use an adapter of this backbone"
+            )
+        shape = _linear_shape(modules[name])
+        if shape is None:
+            raise AdapterError(
+                f"{adapter} changes {name}, which is a {type(modules[name]).__name__} in {backbone}, no linear layer; "
+                "use an adapter of this backbone"
+            )
+        if shape != pair.shape:
+            raise AdapterError(
+                f"{adapter} fits a {name} of shape {pair.shape} (d_out, d_in), but {backbone} has {shape}; "
+                "use an adapter of this backbone"
+            )
+
+
+def _check_targets(model: torch.nn.Module, adapter: LoadedAdapter) -> None:
+    """Compare the modules that the config lists with those that have weights, since PEFT goes by the list."""
+    if not adapter.targets:
+        return
+    for name in adapter.weights:
+        if not _is_named(name, adapter.targets):
+            raise AdapterError(
+                f"adapter {adapter.name} holds weights of {name}, which target_modules of its {CONFIG_FILE} does not name; "
+                "PEFT would leave them out: add it there, or save the adapter again"
+            )
+    linear = [name for name, module in model.named_modules() if _linear_shape(module) is not None]
+    absent = [name for name in linear if _is_named(name, adapter.targets) and name not in adapter.weights]
+    if absent:
+        log.warning(
+            "adapter %s names %d modules of the backbone for which it has no weights, first %s; they stay unchanged, as in PEFT",
+            quoted(adapter.name),
+            len(absent),
+            absent[0],
+        )
+
+
+def _is_named(module: str, targets: tuple[str, ...]) -> bool:
+    """Whether PEFT takes a module for one of the targets: by its full name or an ending of it."""
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def check_target_modules(model: torch.nn.Module, target_modules: tuple[str, ...]) -> None:
+    """Check that every target names a linear module of the backbone.
+
+    Raises:
+        AdapterError: one does not; the message lists those that exist.
+    """
+    linear = [name for name, module in model.named_modules() if _linear_shape(module) is not None]
+    for target in target_modules:
+        if not any(_is_named(name, (target,)) for name in linear):
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            raise AdapterError(f"the backbone has no linear module {target!r}; it has: {known}")
+
+
+def _outside_decoder(model: "PreTrainedModel", target_modules: tuple[str, ...]) -> list[str]:
+    """Modules of these names in other parts than the text decoder, such as an image encoder: text never trains them."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return []
+    inside = set(model.get_decoder().modules())
+    return [
+        name
+        for name, module in model.named_modules()
+        if module not in inside and _linear_shape(module) is not None and _is_named(name, target_modules)
+    ]
+
+
+def _inject(model: "PreTrainedModel", config: "LoraConfig") -> "PeftModel":
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise AdapterError("the backbone carries an adapter already; take that one off first")
+    with warnings.catch_warnings():
+        # PEFT 0.21 reads an attribute that transformers 5.24 renamed; nothing for our users to act on.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        peft_model = get_peft_model(model, config)
+    for module in lora_layers(peft_model).values():
+        module.lora_A[ADAPTER_NAME].float()
+        module.lora_B[ADAPTER_NAME].float()
+        # PEFT's new modules are in training mode whatever the backbone's is: its dropout would act on an eval model.
+        module.train(module.get_base_layer().training)
+    return peft_model
+
+
+def _remove(peft_model: "PeftModel") -> None:
+    backbone = peft_model.unload()
+    # PEFT leaves its config on the backbone and would warn about a second adapter.
+    if hasattr(backbone, "peft_config"):
+        del backbone.peft_config
+
+
+def lora_layers(model: torch.nn.Module, adapter: str = ADAPTER_NAME) -> dict[str, Any]:
+    """Return module name in the backbone -> PEFT's LoRA layer, for the layers that have this adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.lora_A
+    }
+
+
+def _linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of a linear module, quantised ones included; None for any other module."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return module.weight.shape[1], module.weight.shape[0]
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.out_features, module.in_features  # type: ignore[return-value]
+    return None
+
+
+def _transposed(model: torch.nn.Module, target_modules: tuple[str, ...]) -> bool:
+    """Whether the targets store their weight as [d_in, d_out] (GPT-2's Conv1D)."""
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = {
+        isinstance(module, Conv1D)
+        for name, module in model.named_modules()
+        if _is_named(name, target_modules) and _linear_shape(module) is not None
+    }
+    if len(kinds) > 1:
+        raise AdapterError("the target modules mix Conv1D and Linear layers; PEFT takes one kind in an adapter")
+    return kinds == {True}
+
+
+def _shortest_targets(modules: tuple[str, ...], model: torch.nn.Module) -> list[str]:
+    """Name endings such as q_proj where they mean exactly these modules, else the full names."""
+    endings = sorted({name.rsplit(".", 1)[-1] for name in modules})
+    matched = {name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in endings}
+    return endings if matched == set(modules) else sorted(modules)
+
+
+def _whole(value: float) -> float:
+    """An int where the value is one: other programs read alpha as an integer."""
+    return int(value) if float(value).is_integer() else value
+
+
+def _alpha(scaling: float, rank: int) -> float:
+    """The alpha whose alpha / rank is this scaling, whole where possible: (29 / 7) * 7 is not 29 in floats."""
+    product = scaling * rank
+    return round(product) if round(product) / rank == scaling else product
+
+
+def _anchored(module: str) -> str:
+    """A pattern that PEFT matches against this module alone."""
+    return "^" + module.replace(".", r"\.")

@@ -1,0 +1,179 @@
+"""From a file or a built-in name to a recipe: read, overridden, checked."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from grasp_lora.errors import RecipeError
+from grasp_lora.recipes.explain import explain
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.text import MOST_BYTES, decode, parse
+from grasp_lora.storage.reading import RefusedError, is_file, read_bounded
+from grasp_lora.text.display import CONTROLS, SURROGATES, escaped, quoted
+
+MOST_WHOLE = 10**9  # of any whole number but a seed
+MOST_SEED = 2**63 - 1
+MOST_OF = {"rank": 16_384, "candidates": 1_024}  # what would be allocated or tried at once
+MOST_TEXT = 1_024  # characters of a text that is no template
+MOST_PART = 255  # bytes of a part of a path, as file systems have it
+_FREE_TEXTS = ("data.prompt", "data.completion", "generation.stop")  # which may hold any characters, and many
+
+
+def builtin_recipes() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    folder = resources.files("grasp_lora") / "recipes"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def builtin_text(name: str) -> str:
+    """Return a recipe that comes with the package, as it is written.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    if name not in builtin_recipes():
+        raise RecipeError(f"there is no built-in recipe {quoted(name)}; there are: {', '.join(builtin_recipes())}")
+    return (resources.files("grasp_lora") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
+    """Read a recipe by file or built-in name and apply overrides.
+
+    Args:
+        recipe: path of a YAML file, or a name of `builtin_recipes()`.
+        overrides: `a.b=value`, the value read as YAML.
+
+    Returns:
+        The recipe, and the folder that its relative paths start from.
+
+    Raises:
+        RecipeError: one line that names the field, what arrived and what is allowed.
+    """
+    name = f"recipe {escaped(str(recipe))}"
+    if is_file(Path(recipe)):
+        try:
+            text = decode(read_bounded(Path(recipe), MOST_BYTES), name)
+        except RefusedError as error:
+            raise RecipeError(f"{name}: {error}") from error
+        base = Path(recipe).parent
+    elif str(recipe) in builtin_recipes():
+        text = builtin_text(str(recipe))
+        base = Path()
+    else:
+        raise RecipeError(
+            f"there is no recipe {quoted(str(recipe))}: neither a file nor a built-in name ({', '.join(builtin_recipes())})"
+        )
+    content = parse(text, name)
+    if not isinstance(content, dict):
+        raise RecipeError(f"{name} must hold keys and values, such as 'name: my-recipe'")
+    for override in overrides:
+        _apply(content, override)
+    return validate(content, escaped(str(recipe))), base
+
+
+def validate(content: dict[str, Any], name: str) -> Recipe:
+    """Build a recipe from plain values.
+
+    Raises:
+        RecipeError: one line on the first thing that does not fit, with the dotted path of the field.
+    """
+    try:
+        recipe = Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"recipe {name}: {explain(error)}") from error
+    try:
+        _check_values(content, recipe, ())
+    except ValueError as error:
+        raise RecipeError(f"recipe {name}: {error}") from error
+    return recipe
+
+
+def _check_values(given: Any, value: Any, place: tuple[str, ...]) -> None:
+    """Check every value by what holds for all of its kind, beside what the settings check themselves.
+
+    Args:
+        given: what the recipe says here, or None where it says nothing.
+        value: what it was read as.
+        place: keys that lead here.
+
+    Raises:
+        ValueError: with the dotted path.
+    """
+    if isinstance(value, Recipe) or is_dataclass(value):
+        names = Recipe.model_fields if isinstance(value, Recipe) else [entry.name for entry in fields(value)]
+        for name in names:
+            inner = given.get(name) if isinstance(given, dict) else None
+            _check_values(inner, getattr(value, name), (*place, name))
+        return
+    if isinstance(value, dict | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in items:
+            inner = given[key] if isinstance(given, dict | list | tuple) else None
+            _check_values(inner, part, (*place, str(key)))
+        return
+    problem = _problem_of(given, value, place)
+    if problem:
+        raise ValueError(f"{'.'.join(place)}: {problem}")
+
+
+def _problem_of(given: Any, value: Any, place: tuple[str, ...]) -> str | None:
+    if given is not None and isinstance(given, bool) is not isinstance(value, bool):
+        wanted = "true or false" if isinstance(value, bool) else "a number"  # pydantic takes 1 for true, and true for 1
+        return f"must be {wanted} (it is {quoted(given)})"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be a finite number (it is {value})"
+    if isinstance(value, int) and not isinstance(value, bool):
+        key = place[-1]
+        most = MOST_SEED if key.endswith("seed") else MOST_OF.get(key, MOST_WHOLE)
+        return f"must be at most {most} (it is {quoted(value)})" if abs(value) > most else None
+    if isinstance(value, str):
+        free = ".".join(place).startswith(_FREE_TEXTS)
+        return _text_problem(value, free)
+    return None
+
+
+def _text_problem(text: str, free: bool) -> str | None:
+    """Why a text cannot be a name or a path; a free one may be anything that can be written down."""
+    found = SURROGATES.search(text) if free else CONTROLS.search(text)
+    if found:
+        return f"holds the character U+{ord(found.group()):04X}, which is not allowed here; remove it"
+    if free:
+        return None
+    if len(text) > MOST_TEXT:
+        return f"has {len(text)} characters; at most {MOST_TEXT} are allowed"
+    if max(len(part.encode()) for part in text.split("/")) > MOST_PART:
+        return f"holds a name of more than {MOST_PART} bytes, which no file can have"
+    return None
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    shown = quoted(override)
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"override {shown} must look like a.b=value, for example data.target.train=100")
+    try:
+        value = parse(text, "the value") if text else None
+    except RecipeError as error:
+        problem = str(error)
+        if "no valid YAML" in problem:
+            where = problem.partition("no valid YAML")[2].lstrip(": ")
+            problem = f"the value is no valid YAML; put text in quotes ({where})"
+        raise RecipeError(f"override {shown}: {problem}") from error
+    place = content
+    for key in keys[:-1]:
+        inner = place.get(key)
+        if isinstance(inner, str) and key == "policy":
+            inner = {"preset": inner}
+        if inner is None:
+            inner = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"override {shown}: {escaped(key)} is no section of the recipe")
+        place[key] = inner
+        place = inner
+    place[keys[-1]] = value

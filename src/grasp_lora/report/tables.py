@@ -1,0 +1,339 @@
+"""The tables of a run's report, and what has to be said beside them."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
+
+from grasp_lora.report.run_folder import TRAINED, Prediction, RunRecord, by_factor, inner, kept_share
+
+if TYPE_CHECKING:
+    from grasp_lora.evaluation.statistics import PairedComparison
+
+METRIC_NAMES = {
+    "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2", "bleu": "BLEU",
+}  # fmt: skip
+
+
+class Cell(NamedTuple):
+    """A table cell; `best` marks the best of its column, `span` is how many columns a text that is no value goes over."""
+
+    text: str
+    best: bool = False
+    span: int = 1
+
+
+class Table(NamedTuple):
+    """A table of texts; the first column names the row."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: list[list[Cell]]
+
+
+def score_digits(metric: str, values: Iterable[float | None], usual: int) -> int:
+    """Return how many decimals show a score: two more for a user's own metric that runs to 1, not to 100.
+
+    >>> score_digits("f1", [0.5], 1), score_digits("my:metric", [0.5, None], 1), score_digits("my:metric", [50.0], 1)
+    (1, 3, 1)
+    """
+    sizes = [abs(value) for value in values if value is not None and math.isfinite(value)]
+    return usual + 2 if metric not in METRIC_NAMES and sizes and max(sizes) <= 1.5 else usual
+
+
+def scale_note(metrics: Iterable[str]) -> str:
+    """Between what scores lie, as the end of a sentence."""
+    own = any(metric not in METRIC_NAMES for metric in metrics)
+    return "scores run from 0 to 100" + (", those of your own metrics as you define them" if own else "")
+
+
+def percent(fraction: float, digits: int = 0) -> str:
+    """Print a fraction as a percentage, with a space that does not break.
+
+    >>> percent(0.4567, 1)
+    '45.7\\xa0%'
+    """
+    return f"{100 * fraction:.{digits}f}\u00a0%"
+
+
+def duration(seconds: float) -> str:
+    """Print seconds the way one says them.
+
+    >>> duration(7.25), duration(125), duration(4000)
+    ('7.2 s', '2 min 5 s', '1 h 7 min')
+    """
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    if round(seconds) < 3600:
+        return f"{round(seconds) // 60} min {round(seconds) % 60} s"
+    return f"{round(seconds / 60) // 60} h {round(seconds / 60) % 60} min"
+
+
+def _number(value: float | None, digits: int) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
+
+
+def _signed(value: float, digits: int = 1) -> str:
+    return f"{value:+.{digits}f}".replace("-", "\u2212")
+
+
+@dataclass(frozen=True)
+class Against:
+    """GRASP against another system on the same test examples.
+
+    Args:
+        metric: the leading one, as it is printed.
+        digits: decimals that show its scores.
+        points: whether it runs to 100.
+        ours, theirs: its scores.
+        score, loss: how sure their difference is, and that of the test losses; None where there are no values by example.
+    """
+
+    metric: str
+    digits: int
+    points: bool
+    ours: float
+    theirs: float
+    score: "PairedComparison | None"
+    loss: "PairedComparison | None"
+
+
+def compare_systems(record: RunRecord) -> dict[str, Against]:
+    """GRASP against every other system that has been evaluated, by the first metric that both have.
+
+    The intervals hold for all systems at once (see `compare_with_baselines`).
+    """
+    systems = record.metrics.systems if record.metrics else {}
+    if "grasp" not in systems:
+        return {}
+    found = {}
+    for other in ("merged", "target", *record.sources):
+        scores, theirs = systems["grasp"].metrics, systems[other].metrics if other in systems else {}
+        finite = [
+            key
+            for key in [*METRIC_NAMES, *scores]
+            if all(value is not None and math.isfinite(value) for value in (scores.get(key), theirs.get(key)))
+        ]
+        if finite:
+            found[other] = finite[0]
+    losses = _paired(record, tuple(found), lambda row: row.loss, higher_is_better=False)
+    sure = {key: _paired(record, tuple(found), partial(_score_of, key)) for key in set(found.values())}
+    return {
+        other: Against(
+            METRIC_NAMES.get(key, key),
+            score_digits(key, [one.metrics.get(key) for one in systems.values()], 1),
+            key in METRIC_NAMES,
+            systems["grasp"].metrics[key] or 0.0,
+            systems[other].metrics[key] or 0.0,
+            sure[key].get(other),
+            losses.get(other),
+        )
+        for other, key in found.items()
+    }
+
+
+def _score_of(key: str, row: Prediction) -> float:
+    return row.scores.get(key, math.nan)
+
+
+def _paired(
+    record: RunRecord, others: Sequence[str], value: Callable[[Prediction], float], *, higher_is_better: bool = True
+) -> "dict[str, PairedComparison]":
+    """Compare GRASP with the systems whose values by example are all there and finite."""
+    from grasp_lora.evaluation.statistics import compare_with_baselines  # brings torch, which is slow to import
+
+    values = {name: [value(row) for row in record.predictions[name]] for name in ("grasp", *others)}
+    ids = {name: [row.id for row in record.predictions[name]] for name in values}
+    usable = [name for name in values if ids[name] == ids["grasp"] and all(map(math.isfinite, values[name]))]
+    if "grasp" not in usable or len(ids["grasp"]) < 2:
+        return {}
+    rest = {name: values[name] for name in usable if name != "grasp"}
+    return compare_with_baselines(values["grasp"], rest, higher_is_better=higher_is_better)
+
+
+def _table(caption: str, columns: Sequence[str], rows: Iterable[Iterable[str | Cell]]) -> Table | None:
+    """A table, or None where it would have no rows."""
+    cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
+    return Table(caption, columns, cells) if cells else None
+
+
+def scores_table(record: RunRecord) -> Table | None:
+    """Losses and scores of every system; None before the evaluation."""
+    metrics = record.metrics
+    if metrics is None:
+        return None
+    used = {key for system in metrics.systems.values() for key in system.metrics}
+    keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
+    scores = {name: metrics.systems[name] for name in record.systems if name in metrics.systems}
+    pruned = "–" if record.prune_ratio is None else percent(record.prune_ratio, 1)
+    if record.sparsity:
+        pruned = percent(1 - kept_share(record.sparsity), 1)
+    columns: list[list[Cell]] = [
+        [Cell(record.systems[name]) for name in scores],
+        _column([score.test_loss for score in scores.values()], 3, min),
+        _column([score.dev_loss for score in scores.values()], 3, min),
+        *(_scores_column(key, [score.metrics.get(key) for score in scores.values()]) for key in keys),
+        [Cell(pruned if name == "grasp" else percent(0)) for name in scores],
+    ]
+    names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
+    heads = ["System", "Test loss\u00a0↓", "Dev loss\u00a0↓", *names, "Pruned"]
+    return _table("Scores on the test set", heads, zip(*columns, strict=True))
+
+
+def _column(
+    values: Sequence[float | None], digits: int, choose: Callable[[Iterable[float]], float], absent: str = "–"
+) -> list[Cell]:
+    """Cells of one column; all that print like the best one are best, since the rest cannot be seen."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    best = _number(choose(finite), digits) if len(finite) > 1 else None
+    texts = (absent if value is None else _number(value, digits) for value in values)
+    return [Cell(text, text == best) for text in texts]
+
+
+def _scores_column(key: str, values: Sequence[float | None]) -> list[Cell]:
+    return _column(values, score_digits(key, values, 1), max, "unavailable")
+
+
+def score_notes(record: RunRecord, against: Mapping[str, Against]) -> list[str]:
+    """How much of the table is noise, and what separates GRASP from each other system."""
+    count = record.metrics.test_examples if record.metrics else 0
+    if not count:
+        return []
+    notes = [
+        f"The test set has {count} examples: one example is worth {100 / count:.2f} points of a score that is a mean "
+        "over examples and runs from 0 to 100."
+    ]
+    for other, found in against.items():
+        gap = f"{found.metric} {_signed(found.ours - found.theirs, found.digits)}{' points' if found.points else ''}"
+        gap += _sure(found.score, found.digits)
+        if found.loss is not None:
+            gap += f"; test loss {_signed(found.loss.difference, 3)}{_sure(found.loss, 3)}"
+        notes.append(f"GRASP against {record.systems[other].lower()}: {gap}.")
+    shown = [one for found in against.values() for one in (found.score, found.loss) if one is not None]
+    if shown:
+        notes.append(
+            f"Intervals: paired bootstrap over the test examples, {percent(shown[0].confidence)} for all "
+            f"{shown[0].comparisons} rows together. They say nothing about other seeds or other training examples."
+            if shown[0].comparisons > 1
+            else f"Interval: paired bootstrap over the test examples, {percent(shown[0].confidence)}. "
+            "It says nothing about other seeds or other training examples."
+        )
+    return notes
+
+
+def _sure(compared: "PairedComparison | None", digits: int) -> str:
+    if compared is None:
+        return ""
+    return f" ({_signed(compared.low, digits)} to {_signed(compared.high, digits)}): {compared.verdict}"
+
+
+def curve_table(record: RunRecord) -> Table | None:
+    """About ten points of the fitted curve; None where no ratio was learned."""
+    if record.learned is None:
+        return None
+    curve = record.learned.curve
+    rows = list(zip(curve.ratios, curve.mean, curve.low, curve.high, strict=True))
+    # About ten rows say what the curve says.
+    picked = rows[:: max(1, len(rows) // 10)]
+    texts = [[percent(ratio, 1), *(f"{loss:.4f}" for loss in losses)] for ratio, *losses in picked]
+    return _table("Fitted loss above its minimum", ["Pruned", "Fit", "Low", "High"], texts)
+
+
+def rounds_table(record: RunRecord) -> Table | None:
+    """One row a round of the controller."""
+    heads = ["Round", "Step", "Probed loss", "Candidates", "Rewards", "Policy", "Current ratio", "Commit"]
+    rows = [
+        [
+            str(measured.round),
+            str(measured.step),
+            f"{fmean(measured.baseline_losses):.4f}",
+            ", ".join(percent(ratio, 1) for ratio in measured.candidates),
+            ", ".join(_signed(reward, 4) for reward in measured.rewards),
+            f"{percent(measured.policy_mean, 1)} ± {100 * measured.policy_std:.1f}",
+            percent(measured.ratio, 1),
+            ("moved, clipped" if measured.clipped else "moved") if measured.committed else "stayed",
+        ]
+        for measured in record.rounds
+    ]
+    return _table("Rounds of the controller", heads, rows)
+
+
+def losses_table(record: RunRecord) -> Table | None:
+    """How far each training came."""
+    rows = []
+    for stage, title in TRAINED.items():
+        history = record.history[stage]
+        train = [_number(row.loss, 3) for row in history if row.loss is not None] or ["–"]
+        dev = [(row.dev_loss, row.step) for row in history if row.dev_loss is not None and math.isfinite(row.dev_loss)]
+        best = [_number(min(dev)[0], 3), str(min(dev)[1])] if dev else ["–", "–"]
+        if history:
+            rows.append([title, str(history[-1].step), train[0], train[-1], *best])
+    heads = ["Stage", "Steps", "First train loss", "Last train loss", "Best dev loss", "at step"]
+    return _table("Losses of each training stage", heads, rows)
+
+
+def sparsity_table(record: RunRecord) -> Table | None:
+    """Shares of kept weights by factor and origin."""
+    rows = []
+    for (factor, segment), members in by_factor(record.sparsity).items():
+        entries = [entry for _, entry in members]
+        shares = [entry.kept / entry.weights for entry in entries]
+        texts = [percent(share, 1) for share in (kept_share(entries), min(shares), max(shares))]
+        rows.append([f"{factor}, {segment}", str(sum(entry.weights for entry in entries)), *texts])
+    return _table("Kept weights per factor", ["Factor", "Weights", "Kept", "Lowest layer", "Highest layer"], rows)
+
+
+def sparsity_note(record: RunRecord) -> str | None:
+    """What the shares say together, and whether they are those of the ratio."""
+    if not record.sparsity:
+        return None
+    shares = [entry.kept / entry.weights for entry in record.sparsity]
+    pruned = 1 - kept_share(record.sparsity)
+    note = f"Measured over all factors, {percent(pruned, 2)} of the weights are zero."
+    if max(shares) - min(shares) < 0.01:
+        note += " Every factor keeps the same share: the ratio is applied to each of them separately."
+    ratio = record.prune_ratio
+    if ratio is not None and abs(pruned - ratio) > 0.005:
+        mask = inner(record.recipe, "final", "mask") or inner(record.recipe, "mask")
+        if mask.get("granularity") == "component" and pruned < ratio:
+            note += f" Only whole rank-one components are pruned, as many as the ratio of {percent(ratio, 2)} covers."
+        else:
+            note += f" That is not the ratio of {percent(ratio, 2)} above: check the final run."
+    segments = {
+        name: [entry for entry in record.sparsity if entry.segment == name] for name in (*record.sources, "target")
+    }
+    if all(segments.values()):
+        parts = [
+            f"of the {name.replace('_', ' ')} adapter {percent(kept_share(segments[name]), 1)}" for name in segments
+        ]
+        note += f" {parts[0].capitalize()} of the weights survive, {', '.join(parts[1:])}."
+    return note
+
+
+def cost_table(record: RunRecord) -> Table | None:
+    """Seconds of each stage."""
+    if not record.cost:
+        return None
+    total = sum(record.cost.values())
+    rows = [
+        [stage, f"{seconds:.1f}", duration(seconds), percent(seconds / total if total else 0.0)]
+        for stage, seconds in [*record.cost.items(), ("all", total)]
+    ]
+    return _table("Time per stage", ["Stage", "Seconds", "Time", "Share"], rows)
+
+
+def probe_note(record: RunRecord) -> str | None:
+    """How much of the controller run went into probes."""
+    probing = record.probe_seconds
+    together = probing + sum(timing.train_seconds for timing in record.timings)
+    if not together:
+        return None
+    return (
+        f"Probes took {percent(probing / together)} of the controller run: {duration(probing)} of {duration(together)} "
+        f"in {len(record.timings)} rounds."
+    )

@@ -1,0 +1,173 @@
+"""Checkpoints of a fine-tune that count only when they are whole.
+
+A checkpoint is the folder `checkpoint-STEP` as transformers' Trainer writes it (optimizer, schedule, random states, log), with
+the trained weights and our own state beside: tensors as safetensors, the rest as JSON. Its manifest holds the size and the hash
+of every file and is written last, so a folder without one is the remains of a process that died while writing it.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from grasp_lora.errors import GraspError
+from grasp_lora.storage.files import sync, write_whole
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+KEPT = 2  # the newest, and one to fall back on should it be damaged
+LEAST_STEPS = 10  # between checkpoints, where the recipe does not say: shorter trainings are sooner done again
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+State = tuple[dict[str, Any], dict[str, Tensor]]  # JSON values, and tensors by name
+
+
+def _never() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """When a fine-tune saves what it needs to go on later.
+
+    Args:
+        save_every: optimizer steps between checkpoints, >= 1. None: ten times over the training and at least once an epoch,
+            but no more often than every 10 steps.
+        stop_requested: asked after each step; names what wants the training to stop there, such as SIGTERM, or gives None.
+    """
+
+    save_every: int | None = None
+    stop_requested: Callable[[], str | None] = _never
+
+    def __post_init__(self) -> None:
+        if self.save_every is not None and self.save_every < 1:
+            raise ValueError(f"save_every is {self.save_every}; it must be at least 1 optimizer step")
+
+    def steps_between(self, steps_per_epoch: int, steps: int) -> int:
+        """Optimizer steps from one checkpoint to the next in a training of so many steps."""
+        if self.save_every is not None:
+            return self.save_every
+        return max(LEAST_STEPS, min(steps_per_epoch, math.ceil(steps / 10)))
+
+
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """The checkpoint of a step, where every Trainer puts it."""
+    return folder / f"checkpoint-{step}"
+
+
+def complete(checkpoint: Path, seconds: float) -> None:
+    """Make a checkpoint count: put its files on the disk, write its manifest, and remove all but the newest two.
+
+    Args:
+        checkpoint: folder with all its files.
+        seconds: time that the training has taken so far.
+
+    Raises:
+        OSError: it cannot be written; earlier checkpoints stay.
+    """
+    files = {}
+    for file in sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name != MANIFEST):
+        sync(file)
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    write_whole(checkpoint / MANIFEST, json.dumps({"version": 1, "seconds": seconds, "files": files}, indent=1) + "\n")
+    sync(checkpoint.parent)
+    for old in _checkpoints(checkpoint.parent)[:-KEPT]:
+        _remove(old)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Find the newest checkpoint that is whole, and remove what a process that died left half written.
+
+    One whose files are not what its manifest says is reported, removed, and the one before it is taken.
+    """
+    for checkpoint in reversed(_checkpoints(folder)):
+        if not (checkpoint / MANIFEST).is_file():
+            shutil.rmtree(checkpoint)
+        elif damage := _damage(checkpoint):
+            log.warning("%s is damaged (%s); it is removed and the one before it is used", checkpoint, damage)
+            _remove(checkpoint)
+        else:
+            return checkpoint
+    return None
+
+
+def seconds_of(checkpoint: Path) -> float:
+    """Return how long the training had taken up to a whole checkpoint."""
+    return float(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["seconds"])
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints of a training that is done or begins anew."""
+    for checkpoint in _checkpoints(folder):
+        _remove(checkpoint)
+
+
+def write_state(checkpoint: Path, name: str, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write JSON values and tensors into a checkpoint under a name."""
+    (checkpoint / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
+    save_file(
+        {key: tensor.detach().contiguous() for key, tensor in tensors.items()}, checkpoint / f"{name}.safetensors"
+    )
+
+
+def read_state(checkpoint: Path, name: str) -> State:
+    """Read what `write_state` wrote; the tensors are on the CPU.
+
+    Raises:
+        GraspError: the checkpoint has no such state.
+    """
+    values, tensors = checkpoint / f"{name}.json", checkpoint / f"{name}.safetensors"
+    if not values.is_file() or not tensors.is_file():
+        raise GraspError(
+            f"training goes on from {checkpoint}, but that holds no state of the {name}; use a checkpoint that was saved "
+            "into the trainer's output_dir with the same callbacks, or start anew"
+        )
+    with safe_open(tensors, framework="pt") as stored:
+        return json.loads(values.read_text(encoding="utf-8")), {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints of a folder, whole or not, oldest first."""
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _remove(checkpoint: Path) -> None:
+    # The manifest first: a kill in between leaves something unfinished, nothing that looks damaged.
+    (checkpoint / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint that has a manifest."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+        float(manifest["seconds"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return "its manifest cannot be read"
+    for name, (size, digest) in expected.items():
+        file = checkpoint / Path(name).name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if _sha256(file) != digest:
+            return f"{name} has changed"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,342 @@
+"""The one loss of this project, and cheap ways to measure it on a fixed set of examples.
+
+Loss: mean over examples of the mean negative log-likelihood of the answer's tokens. Training, dev sets, probes and reports
+all use it, so their numbers can be compared.
+"""
+
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from grasp_lora.errors import DataError, ProbeError
+from grasp_lora.method.masks import InputNorms, MaskSet
+from grasp_lora.models.adapters import ADAPTER_NAME, lora_layers
+from grasp_lora.models.backbone import supports_logits_to_keep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+IGNORED = -100  # the label of positions without loss, in all of transformers
+TOKEN_BUDGET = 2048  # of a measured batch: on two CPU cores 4096 took 1.1 to 1.2 times as long (`docs/log.md`)
+_LABEL_BUDGET = 512  # bounds the logits of a batch: 512 positions x 262k vocabulary in float32 are 0.5 GB
+
+
+class Encoded(Protocol):
+    """A tokenised example (`data.Example` is one)."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt_ids(self) -> Sequence[int]: ...
+    @property
+    def completion_ids(self) -> Sequence[int]: ...
+
+
+def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+    """Pad examples on the right into input_ids, attention_mask and labels, each [examples, longest]."""
+    length = max(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
+    input_ids = torch.full((len(examples), length), pad_id)
+    attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
+    labels = torch.full((len(examples), length), IGNORED)
+    for row, example in enumerate(examples):
+        prompt, completion = list(example.prompt_ids), list(example.completion_ids)
+        end = len(prompt) + len(completion)
+        input_ids[row, :end] = torch.tensor(prompt + completion)
+        attention_mask[row, :end] = 1
+        labels[row, len(prompt) : end] = torch.tensor(completion)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def check_measurable(examples: Sequence[Encoded]) -> None:
+    """Check that every example has a loss.
+
+    Raises:
+        DataError: an example has no prompt or no answer; the message names it.
+    """
+    for example in examples:
+        if not example.completion_ids:
+            raise DataError(f"example {example.id} has no answer tokens to measure")
+        if not example.prompt_ids:
+            raise DataError(f"example {example.id} has no prompt tokens to predict its answer from")
+
+
+def takes_label_positions(model: torch.nn.Module) -> bool:
+    """Whether the backbone computes logits at chosen positions only (`logits_to_keep`); else they are cut afterwards."""
+    return supports_logits_to_keep(model)
+
+
+def example_losses(model: torch.nn.Module, batch: Mapping[str, Tensor], *, label_positions: bool) -> Tensor:
+    """Return each example's mean answer NLL, float32, [examples].
+
+    Args:
+        model: causal language model, with or without adapters, wrapped or not.
+        batch: of `collate`, on the model's device.
+        label_positions: what `takes_label_positions` says of the model.
+    """
+    labels = batch["labels"]
+    # Position i predicts token i + 1.
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORED
+    targets = labels[:, 1:][predicts[:, :-1]]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    logits = model(**inputs, logits_to_keep=predicts).logits if label_positions else model(**inputs).logits[predicts]
+    token_losses = torch.nn.functional.cross_entropy(
+        logits.view(-1, logits.shape[-1]).float(), targets, reduction="none"
+    )
+    counts = predicts.sum(1)
+    rows = torch.arange(len(labels), device=labels.device).repeat_interleave(counts, output_size=len(targets))
+    return torch.zeros(len(labels), device=labels.device).index_add(0, rows, token_losses) / counts
+
+
+class ProbeSet:
+    """A fixed set of examples, tokenised and batched once, whose losses are measured again and again.
+
+    Args:
+        examples: at least one, each with a completion.
+        pad_id: token id for padding.
+        token_budget: most tokens, padding included, in one batch.
+
+    Raises:
+        DataError: there are no examples, or one has no prompt or no completion.
+    """
+
+    def __init__(self, examples: Sequence[Encoded], pad_id: int, token_budget: int = TOKEN_BUDGET) -> None:
+        if not examples:
+            raise DataError("the set of examples to measure is empty; at least one is needed")
+        check_measurable(examples)
+        self.ids = [example.id for example in examples]
+        self.batches: list[tuple[list[int], dict[str, Tensor]]] = []
+        lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
+        batch: list[int] = []
+        label_tokens = 0
+        for index in sorted(range(len(examples)), key=lengths.__getitem__):
+            labels = len(examples[index].completion_ids)
+            full = (len(batch) + 1) * lengths[index] > token_budget or label_tokens + labels > _LABEL_BUDGET
+            if batch and full:
+                self.batches.append((batch, collate([examples[i] for i in batch], pad_id)))
+                batch, label_tokens = [], 0
+            batch.append(index)
+            label_tokens += labels
+        self.batches.append((batch, collate([examples[i] for i in batch], pad_id)))
+
+    @classmethod
+    def from_rows(
+        cls, rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", token_budget: int = TOKEN_BUDGET
+    ) -> "ProbeSet":
+        """Build a set from rows in TRL's prompt/completion convention (texts, or lists of messages)."""
+        from grasp_lora.data.build import encode_rows
+
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return cls(encode_rows(rows, tokenizer), int(pad_id), token_budget)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def at(self, number: int) -> "ProbeSet":
+        """The examples of a controller round: all of them in each; see `ProbesInTurn`."""
+        return self
+
+    @torch.no_grad()
+    def losses(self, model: torch.nn.Module, collector: "NormCollector | None" = None) -> list[float]:
+        """Measure every example's loss in eval mode; the training mode and the random state are as before afterwards.
+
+        In a distributed run every rank takes its share of the batches and all get all losses.
+
+        Raises:
+            ProbeError: a loss is not a finite number; the message names the example.
+        """
+        device = next(model.parameters()).device
+        label_positions = takes_label_positions(model)
+        losses = torch.zeros(len(self.ids), device=device)
+        with _evaluating(model):
+            for indices, batch in self._share():
+                on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+                if collector is not None:
+                    # A batch that only keeps this rank in step counts for another rank already.
+                    collector.token_mask = on_device["attention_mask"] * bool(indices)
+                measured = example_losses(model, on_device, label_positions=label_positions)
+                if indices:
+                    losses[indices] = measured
+        if _world_size() > 1:
+            torch.distributed.all_reduce(losses)
+        values: list[float] = losses.tolist()
+        for example, value, finite in zip(self.ids, values, torch.isfinite(losses).tolist(), strict=True):
+            if not finite:
+                raise ProbeError(
+                    f"the loss of example {example} is {value}, not a finite number; "
+                    "lower the learning rate or check the example and the adapters"
+                )
+        return values
+
+    def gradients(self, model: torch.nn.Module) -> None:
+        """Add the gradients of the mean loss to the parameters' `.grad`, in eval mode."""
+        device = next(model.parameters()).device
+        label_positions = takes_label_positions(model)
+        with _evaluating(model):
+            for _, batch in self.batches:
+                on_device = {name: tensor.to(device) for name, tensor in batch.items()}
+                total = example_losses(model, on_device, label_positions=label_positions).sum() / len(self.ids)
+                total.backward()
+
+    def _share(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """This rank's batches; every rank gets equally many, so that sharded models stay in step."""
+        ranks = _world_size()
+        if ranks == 1:
+            yield from self.batches
+            return
+        rank = torch.distributed.get_rank()
+        for start in range(0, len(self.batches), ranks):
+            if start + rank < len(self.batches):
+                yield self.batches[start + rank]
+            else:
+                yield [], self.batches[0][1]  # nothing left for this rank: run any batch and count none of it
+
+
+class ProbesInTurn:
+    """A pool of examples of which each controller round measures a few, in turn.
+
+    A round compares ratios on its own examples, so that rounds need not share any: many have their say at the cost of few. Where
+    nothing compares one round with another, that is all. Else the baseline of each round is measured on the whole pool, as early
+    stopping measures a dev set, and what a candidate differs by from it on the few is taken for its difference on all.
+    `smooth_fit` resamples places in the round: a place stands for other examples in each round, all drawn or left out together.
+
+    Args:
+        examples: the pool.
+        pad_id: token id for padding.
+        count: examples of a round, between 1 and the size of the pool.
+        seed: of the order in which they take turns.
+        token_budget: as of `ProbeSet`.
+
+    Raises:
+        DataError: there are fewer examples than a round measures.
+    """
+
+    def __init__(
+        self, examples: Sequence[Encoded], pad_id: int, count: int, seed: int, token_budget: int = TOKEN_BUDGET
+    ) -> None:
+        if not 1 <= count <= len(examples):
+            raise DataError(
+                f"each round is to measure {count} examples, but there are {len(examples)} to take turns; ask for 1 to that many"
+            )
+        self._examples = list(examples)
+        random.Random(f"{seed}/turns").shuffle(self._examples)
+        self._pad_id, self._token_budget, self.count = pad_id, token_budget, count
+        self._whole: ProbeSet | None = None
+
+    @property
+    def whole(self) -> ProbeSet:
+        """All examples of the pool, in the order of their turns."""
+        if self._whole is None:
+            self._whole = ProbeSet(self._examples, self._pad_id, self._token_budget)
+        return self._whole
+
+    def places(self, number: int) -> tuple[int, ...]:
+        """The places in `whole` of the examples of a round, numbered from 0."""
+        return tuple((number * self.count + place) % len(self._examples) for place in range(self.count))
+
+    def at(self, number: int) -> ProbeSet:
+        """The examples of a round, numbered from 0."""
+        return ProbeSet([self._examples[place] for place in self.places(number)], self._pad_id, self._token_budget)
+
+
+class NormCollector:
+    """Sums of squares of what enters the LoRA factors, gathered by hooks while the context is open."""
+
+    def __init__(self, model: torch.nn.Module, adapter: str = ADAPTER_NAME) -> None:
+        self.token_mask: Tensor | None = None
+        self._layers = lora_layers(model, adapter)
+        self._adapter = adapter
+        # All of them from the start, so that ranks add up the same ones in the same order (a rank may never call an expert).
+        self._sums = {
+            (name, factor): torch.zeros(module.in_features, device=module.weight.device)
+            for name, layer in self._layers.items()
+            for factor, module in self._factors(layer)
+        }
+
+    def _factors(self, layer: Any) -> tuple[tuple[str, Any], tuple[str, Any]]:
+        return ("A", layer.lora_A[self._adapter]), ("B", layer.lora_B[self._adapter])
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Hook the layers inside the context."""
+        handles = []
+        for name, layer in self._layers.items():
+            for factor, module in self._factors(layer):
+                handles.append(module.register_forward_pre_hook(self._hook(name, factor)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def norms(self) -> dict[str, InputNorms]:
+        """Return the norms gathered so far, one a module; in a distributed run over all ranks."""
+        sums = {key: total.clone() for key, total in self._sums.items()}
+        if _world_size() > 1:
+            for total in sums.values():
+                torch.distributed.all_reduce(total)
+        return {name: InputNorms(sums[name, "A"].sqrt(), sums[name, "B"].sqrt()) for name in self._layers}
+
+    def _hook(self, name: str, factor: str) -> Any:
+        def add(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            values = inputs[0].detach().float()
+            if self.token_mask is not None and values.shape[:2] == self.token_mask.shape:
+                values = values * self.token_mask[:, :, None]
+            self._sums[name, factor] += values.flatten(0, -2).square().sum(0)
+
+        return add
+
+
+def calibrate(model: torch.nn.Module, masks: MaskSet, examples: ProbeSet) -> list[float] | None:
+    """Give the mask set what its score needs, measured on these examples with the weights as they are.
+
+    Returns:
+        The losses of the examples where a forward pass was needed anyway, else None.
+    """
+    if masks.settings.needs_inputs:
+        collector = NormCollector(model)
+        with collector.collecting():
+            losses = examples.losses(model, collector)
+        masks.norms = collector.norms()
+        return losses
+    if masks.settings.needs_gradients and not masks.gradients:
+        # Every trainable parameter, not only the masked ones: a user's model may train others beside the adapter.
+        held = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.requires_grad]
+        for parameter, _ in held:
+            parameter.grad = None
+        try:
+            examples.gradients(model)
+            if _world_size() > 1:  # ranks have to agree to the last bit, which a GPU's backward pass does not
+                for weight in masks.weights.values():
+                    if weight.grad is not None:
+                        torch.distributed.all_reduce(weight.grad)
+                        weight.grad /= _world_size()
+            masks.record_gradients()
+        finally:
+            for parameter, gradient in held:
+                parameter.grad = gradient
+    return None
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _world_size() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return 1

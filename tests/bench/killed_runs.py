@@ -1,0 +1,218 @@
+"""Runs of the real command line that something happens to at a chosen moment, each in a process of its own.
+
+The processes are forked from one that has imported everything, since the imports take longer than a tiny run. A moment is an
+event: the run is about to touch a file in its folder, or is before or after an optimizer step or a commit of the controller.
+
+As a program it reads one attempt a line from standard input, as JSON, and answers with one line each.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
+# What takes time or says when, and so differs between two runs that do the same.
+TIMED = {"run.json", "cost.json", "report.html", "report.md", "controller/timings.jsonl"}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How one process went.
+
+    Args:
+        status: its exit status, or the negative number of the signal that ended it.
+        error: what it wrote to standard error.
+        events: the moments that it came by, each "STAGE WHAT".
+        files: of the run folder afterwards, name -> hash; those of `TIMED` and the markers have none.
+    """
+
+    status: int
+    error: str
+    events: list[str] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps that were begun."""
+        return sum(event.endswith(" before step") for event in self.events)
+
+
+def load_everything() -> None:
+    """Import what a run needs, without starting a thread: only then is a fork safe."""
+    import datasets  # noqa: F401
+    import rouge_score.rouge_scorer  # noqa: F401
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    import trl  # noqa: F401
+
+    import grasp_lora.bench.run
+    import grasp_lora.cli
+    import grasp_lora.cli.progress
+    import grasp_lora.models.generation
+    import grasp_lora.training.finetune  # noqa: F401
+
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # the Trainer collects garbage, which would go through all that was imported, again and again
+    if threading.active_count() > 1:
+        raise RuntimeError(f"threads are running: {threading.enumerate()}")
+
+
+def attempt(
+    workspace: Path,
+    arguments: Sequence[str],
+    folder: Path,
+    moments: dict[int, str] | None = None,
+    seconds: float | None = None,
+) -> Attempt:
+    """Call the command line in a new process and wait for its end.
+
+    Args:
+        workspace: its working folder.
+        arguments: of the command line.
+        folder: the run folder, whose events are counted.
+        moments: number of an event, from 1 -> what happens just before it: `kill`, the name of a signal, or `sh COMMAND`.
+        seconds: kill it after so long.
+    """
+    record = workspace / f"attempt-{os.getpid()}"
+    record.mkdir(exist_ok=True)
+    child = os.fork()
+    if child == 0:
+        status = 70
+        try:
+            os.chdir(workspace)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
+            for number, name in ((1, "out"), (2, "err"), (3, "events")):
+                os.dup2(os.open(record / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            _watch(folder.absolute(), moments or {})
+            status = _call(arguments)
+        finally:
+            os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    result = Attempt(
+        status,
+        (record / "err").read_text(encoding="utf-8"),
+        (record / "events").read_text(encoding="utf-8").splitlines(),
+        contents(folder),
+    )
+    shutil.rmtree(record)
+    return result
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Every file of a folder by name with its hash, none for those that say when."""
+    found = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
+        timed = name in TIMED or name.startswith("stages/")
+        found[name] = "" if timed else hashlib.sha256(file.read_bytes()).hexdigest()
+    return found
+
+
+def _call(arguments: Sequence[str]) -> int:
+    from grasp_lora.cli import main
+
+    sys.argv = ["grasp-lora", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    except BaseException:  # noqa: BLE001 - this process ends here in any case
+        traceback.print_exc()
+        sys.stderr.flush()
+        return 1
+    return 0
+
+
+def _watch(folder: Path, moments: dict[int, str]) -> None:
+    """Count the events of this process, write them to file descriptor 3, and let happen what is to happen."""
+    from torch.optim import optimizer
+
+    from grasp_lora.bench.run import Run
+    from grasp_lora.method.masks import MaskSet
+
+    place = str(folder)
+    count, busy, stage = 0, False, "begin"
+
+    def event(what: str) -> None:
+        nonlocal count, busy
+        if busy:
+            return
+        busy = True
+        count += 1
+        os.write(3, f"{stage} {what}\n".encode())
+        action = moments.get(count, "")
+        if action.startswith("sh "):
+            subprocess.run(action.removeprefix("sh "), shell=True, check=True)
+        elif action:
+            os.kill(os.getpid(), signal.SIGKILL if action == "kill" else signal.Signals[action])
+        busy = False
+
+    def hear(name: str, details: tuple[Any, ...]) -> None:
+        writes = name in WRITES or (name == "open" and details[2] & (os.O_WRONLY | os.O_RDWR))
+        if writes and isinstance(details[0], str | os.PathLike):
+            path = os.path.abspath(details[0])  # noqa: PTH100 - links are not followed
+            if path.startswith(place):
+                event(f"{name} {os.path.relpath(path, place)}")
+
+    def around(owner: type, method: str, what: str) -> None:
+        original: Callable[..., Any] = getattr(owner, method)
+
+        def watched(self: Any, *arguments: Any, **options: Any) -> Any:
+            event(f"before {what}")
+            result = original(self, *arguments, **options)
+            event(f"after {what}")
+            return result
+
+        setattr(owner, method, watched)
+
+    original_stage = Run._stage
+
+    def named_stage(self: Run, name: str, work: Callable[[], Any]) -> None:
+        nonlocal stage
+        stage = name
+        original_stage(self, name, work)
+
+    Run._stage = named_stage  # type: ignore[method-assign]
+    around(MaskSet, "commit", "commit")
+    optimizer.register_optimizer_step_pre_hook(lambda *_: event("before step"))
+    optimizer.register_optimizer_step_post_hook(lambda *_: event("after step"))
+    sys.addaudithook(hear)
+
+
+def main() -> None:
+    """Serve attempts until standard input ends."""
+    load_everything()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if command := asked.get("shell"):
+            answer: dict[str, Any] = {"status": subprocess.run(command, shell=True, check=False).returncode}
+        else:
+            result = attempt(
+                Path(asked["workspace"]),
+                asked["arguments"],
+                Path(asked["folder"]),
+                {int(number): action for number, action in asked.get("moments", {}).items()},
+            )
+            answer = asdict(result)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,966 @@
+"""The comparison: every method under one protocol, records that are never done twice, choices made on the right split."""
+
+import copy
+import importlib.util
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+from html import unescape
+from pathlib import Path
+from statistics import fmean
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from conftest import write_tiny_workspace
+from rich.console import Console
+
+from grasp_lora.bench import lorahub, methods
+from grasp_lora.bench import steps as baselines
+from grasp_lora.bench.compare import ComparisonSettings, compare
+from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, SINGLE_SHARE
+from grasp_lora.bench.session import Session
+from grasp_lora.bench.steps import Bench, BenchProgress
+from grasp_lora.bench.store import Record, Records
+from grasp_lora.errors import AdapterError, ProbeError, RecipeError
+from grasp_lora.evaluation.statistics import compare_with_baselines
+from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.models.adapters import read_adapter
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.recipes.recipe import PROBE_SPLITS
+from grasp_lora.report.comparison import (
+    command_of,
+    cost_table,
+    print_comparison,
+    score_table,
+    write_comparison,
+)
+from grasp_lora.report.figures import learned_row
+
+ROUNDS_EVERY = "controller.probe_every=3"
+SMALL = ComparisonSettings(seeds=(1,), grid=(0.2, 0.6), resamples=1000)
+FEW = ("target_only", "adaptive_merge", "grid", "grasp")
+
+
+OWN_METRIC = """
+from grasp_lora.evaluation.metrics import MetricScore
+
+def constant(outputs):
+    return MetricScore("constant", {value}, "own", tuple([{value}] * len(outputs.predictions)))
+"""
+
+
+class Recorder(BenchProgress):
+    """Remembers which steps were done and which were on record."""
+
+    def __init__(self) -> None:
+        self.done_steps: list[str] = []
+        self.skipped: list[str] = []
+
+    def record(self, record: Record, there: bool) -> None:
+        (self.skipped if there else self.done_steps).append(record.step)
+
+
+def session(recipe: Path | str = "tiny.yaml", *overrides: str) -> Session:
+    return Session(*load_recipe(recipe, [ROUNDS_EVERY, *overrides]))
+
+
+def run(folder: Path, settings: ComparisonSettings, *overrides: str) -> tuple[dict[str, Any], Recorder]:
+    recorder = Recorder()
+    return compare(session("tiny.yaml", *overrides), folder, settings, recorder), recorder
+
+
+def without_seconds(content: dict[str, Any]) -> dict[str, Any]:
+    content = json.loads(json.dumps(content))
+    content.pop("pace")
+    for row in content["rows"]:
+        for key in ("seconds", "seconds_in_all"):
+            row.get("cost", {}).pop(key, None)
+    return content
+
+
+@pytest.fixture(scope="session")
+def whole_comparison(
+    tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path
+) -> tuple[Path, dict[str, Any]]:
+    """The folder and the content of a comparison of all methods; treat it as read-only."""
+    recipe = write_tiny_workspace(tmp_path_factory.mktemp("comparison") / "work", tiny_backbone_folder)
+    folder = recipe.parent / "compare"
+    return folder, compare(session(recipe), folder, SMALL)
+
+
+@pytest.fixture
+def finished(tiny_workspace: Path, whole_comparison: tuple[Path, dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
+    """A copy of the whole comparison in the working folder."""
+    folder, content = whole_comparison
+    return Path(shutil.copytree(folder, tiny_workspace / "compare")), content
+
+
+def test_every_method_has_a_row_with_scores_cost_and_a_verdict(whole_comparison):
+    _, content = whole_comparison
+    rows = {row["method"]: row for row in content["rows"]}
+    assert tuple(rows) == DEFAULT_METHODS
+    assert content["metrics"] == ["test_loss", "exact_match", "rougeL"]
+    for name, row in rows.items():
+        assert row["unavailable"] is None
+        assert set(row["scores"]) == set(content["metrics"])
+        assert set(row["against"]) == (set() if name == "grasp" else set(content["metrics"]))
+
+
+def test_the_files_are_complete_and_hold_no_answers(whole_comparison, tmp_path):
+    folder, content = whole_comparison
+    assert json.loads((folder / "compare.json").read_text(encoding="utf-8")) == json.loads(json.dumps(content))
+    texts = [file.read_text(encoding="utf-8") for file in (folder / "predictions").iterdir()]
+    answers = [json.loads(line) for text in texts for line in text.splitlines()]
+    assert {row["id"] for row in answers}
+    assert all(set(row) == {"id", "prediction"} for row in answers)
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "records").iterdir()]
+    assert not any("prediction" in json.dumps(record) for record in records)
+    page = write_comparison(tmp_path, content)
+    html, text = unescape(page.read_text(encoding="utf-8")), (tmp_path / "compare.md").read_text(encoding="utf-8")
+    for row in content["rows"]:
+        assert row["title"] in html
+        assert row["title"] in text.replace("\\", "")
+
+
+def test_the_table_says_what_each_ratio_was_chosen_on(whole_comparison):
+    _, content = whole_comparison
+    rows = [
+        row | {"chosen_on": split} for row, split in zip(content["rows"], (*PROBE_SPLITS, "test", None), strict=False)
+    ]
+    table = score_table(content | {"rows": rows})
+    assert [row[2].text for row in table.rows] == ["micro-dev", "dev", "micro-dev and dev", "TEST", "–"]
+
+
+def test_the_pages_say_how_they_were_made(finished, cli, monkeypatch):
+    folder, content = finished
+    command = command_of(content)
+    for name in ("compare.md", "report.html"):
+        assert command in (folder / name).read_text(encoding="utf-8")
+    shutil.copy(folder / "recipe.yaml", folder.parent / "again.yaml")  # where its relative paths lead
+    name, *words = shlex.split(command.replace("recipe.yaml", "again.yaml").replace("--output .", f"--output {folder}"))
+    monkeypatch.setattr(Session, "finetune", None)  # nothing is to be trained
+    assert name == "grasp-lora"
+    assert cli(*words).status == 0
+    again = json.loads((folder / "compare.json").read_text(encoding="utf-8"))
+    assert again["settings"] | {"resamples": 0} == json.loads(json.dumps(content["settings"])) | {"resamples": 0}
+    assert [row["scores"] for row in again["rows"]] == [
+        row["scores"] for row in json.loads(json.dumps(content["rows"]))
+    ]
+
+
+def test_a_finished_comparison_does_nothing_again(finished):
+    folder, content = finished
+    again, recorder = run(folder, SMALL)
+    assert not recorder.done_steps
+    assert again == content
+
+
+def test_records_alone_are_enough_on_another_machine(finished, monkeypatch):
+    folder, content = finished
+    shutil.rmtree(folder / "adapters")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("nothing is to be trained")
+
+    monkeypatch.setattr(Session, "finetune", fail)
+    again, recorder = run(folder, SMALL)
+    assert again == content
+    assert not recorder.done_steps
+
+
+def test_a_missing_adapter_is_trained_again_only_for_what_rests_on_it(finished):
+    folder, content = finished
+    shutil.rmtree(folder / "adapters")
+    for file in (folder / "records").glob("final-0.60-*"):
+        file.unlink()
+    again, recorder = run(folder, SMALL)
+    assert set(recorder.done_steps) == {"final 0.60"}
+    assert without_seconds(again) == without_seconds(content)
+
+
+def test_an_adapter_of_which_a_part_was_copied_is_trained_again(finished, caplog):
+    folder, content = finished
+    targets = (folder / "records").glob("target-????????????????.json")
+    broken = [folder / "adapters" / file.stem.removeprefix("target-") / "adapter_model.safetensors" for file in targets]
+    for weights in broken:
+        weights.unlink()
+    for file in (folder / "records").glob("final-0.60-*"):
+        file.unlink()
+    again, recorder = run(folder, SMALL)
+    assert set(recorder.done_steps) == {"final 0.60"}
+    assert without_seconds(again) == without_seconds(content)
+    assert any(weights.is_file() for weights in broken)
+    assert "it is made again" in caplog.text
+
+
+def test_a_changed_controller_leaves_the_other_rows_alone(finished):
+    folder, content = finished
+    again, recorder = run(folder, SMALL, "controller.policy.max_step=0.05")
+    steps = set(recorder.done_steps)
+    assert "controller" in steps
+    assert not steps & {"source", "target", "joint", "target-wide", "lorahub"}
+    before, after = ({row["method"]: row for row in one["rows"]} for one in (content, again))
+    for name in ("target_only", "continued", "grid", "grid_paper", "grid_dev_free", "lorahub"):
+        assert before[name]["scores"] == after[name]["scores"]
+
+
+def test_grasp_and_its_paper_preset_share_a_controller_run_that_differs_in_the_rule_alone(whole_comparison):
+    folder, _ = whole_comparison
+    controllers = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "records").glob("controller-*")]
+    # Of grasp (and its paper preset), of the random control, of the one that probes the dev set, and of the dev-free one.
+    assert len(controllers) == 4
+
+
+def test_a_single_run_finishes_the_adapter_of_its_own_controller_run(tiny_workspace):
+    settings = ComparisonSettings(("grasp", "grasp_single"), (1,), (0.2,), resamples=1000)
+    folder = tiny_workspace / "compare"
+    content, recorder = run(folder, settings)
+    assert recorder.done_steps.count("controller") == recorder.done_steps.count("controller adapter") == 1
+    grasp, single = content["rows"]
+    assert single["title"] == "GRASP in a single run"
+    assert single["scores"]["test_loss"] != grasp["scores"]["test_loss"]
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "records").iterdir()]
+    [start] = [record for record in records if record["step"] == "controller adapter"]
+    finals = [record["settings"]["final"] for record in records if "final" in record["settings"]]
+    whole, finish = (one["training"]["epochs"] for one in sorted(finals, key=lambda one: "start" in one))
+    learn = start["settings"]["controller"]["training"]["epochs"]
+    assert learn == pytest.approx(SINGLE_SHARE * whole)
+    assert learn + finish == pytest.approx(whole)  # both parts together train no longer than one final run
+    adapters = {step["key"]: read_adapter(folder / "adapters" / step["key"]).weights for step in records
+                if step["step"].startswith(("controller adapter", "final"))}  # fmt: skip
+    finished = next(record for record in records if record["settings"].get("start") == start["key"])
+    assert finished["result"]["history"][0]["step"] == 0
+    for name, pair in adapters[start["key"]].items():
+        for factor in "AB":
+            zeros = getattr(pair, factor) == 0
+            assert zeros.any()
+            assert torch.equal(zeros, getattr(adapters[finished["key"]][name], factor) == 0)
+    _, again = run(folder, settings)
+    assert not again.done_steps
+
+
+def test_a_single_run_leaves_the_keys_of_all_other_steps_as_they_are(finished):
+    folder, _ = finished
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "records").iterdir()]
+    finals = [record for record in records if "final" in record["settings"]]
+    assert finals
+    assert {frozenset(record["settings"]["final"]) for record in finals} == {
+        frozenset({"mode", "mask", "prune_ratio", "training"})
+    }
+    controllers = [record for record in records if record["step"] == "controller"]
+    assert {frozenset(record["settings"]["controller"]) for record in controllers} == {
+        frozenset({"policy", "probe_every", "training"})
+    }
+    assert "grasp_single" not in DEFAULT_METHODS
+
+
+@pytest.mark.parametrize("name", ["demo-ar", "mlqa-ar", "xlsum-zh", "llama3-8b-mlqa-ar"])
+def test_controllers_beside_the_recipes_own_are_run_as_their_authors_do(name):
+    recipe, _ = load_recipe(name)
+    own = recipe.controller.policy
+    for stage, kind in ((methods._preset("paper"), "gaussian"), (methods._random, "uniform")):
+        found = stage(recipe)
+        assert (found.policy.kind, found.policy.estimate) == (kind, "best_reward")
+        assert (found.probe_every, found.patience, found.probe_on, found.probe_examples) == (
+            10,
+            None,
+            "micro_dev",
+            None,
+        )
+        assert (found.policy.ratio_min, found.policy.ratio_max) == (own.ratio_min, own.ratio_max)
+    late = methods._dev_free(recipe)
+    assert (late.policy.kind, late.policy.probe_from, late.patience, late.probe_on) == (
+        "shared",
+        0.5,
+        None,
+        "micro_dev",
+    )
+    dev = methods._own_on_dev(recipe)
+    assert (dev.policy, dev.probe_on, dev.probe_examples) == (own, "dev", None)
+
+
+@pytest.mark.parametrize("epochs", [1.0, 3.0, 5.0, 6.0, 10.0])
+def test_a_single_run_has_the_steps_of_one_final_run(epochs):
+    recipe, _ = load_recipe("mlqa-ar", [f"final.training.epochs={epochs}"])
+    learn, finish = methods.single_run(recipe)
+    steps = [stage.training.steps(50) for stage in (learn, finish)]
+    assert sum(steps) == recipe.final.training.steps(50)
+    assert learn.round_steps(50)[0] == 0
+
+
+def test_a_single_run_too_short_to_learn_is_left_out(tiny_workspace):
+    settings = ComparisonSettings(("target_only", "grasp", "grasp_single"), (1,), (0.2,), resamples=1000)
+    content, recorder = run(tiny_workspace / "compare", settings, "controller.probe_every=7")
+    rows = {row["method"]: row for row in content["rows"]}
+    assert rows["grasp_single"]["unavailable"].startswith("the controller run has 6 optimizer steps and probes every 7")
+    assert "unavailable" not in rows["grasp"] or rows["grasp"]["unavailable"] is None
+    assert recorder.done_steps.count("controller") == 1
+
+
+class Killed(BaseException):
+    """Ends a comparison as a kill would."""
+
+
+@pytest.mark.parametrize("step", [2, 7])
+def test_an_interrupted_comparison_goes_on_without_repeating_a_step(tiny_workspace, step):
+    settings = ComparisonSettings(FEW, (1,), (0.2, 0.6), resamples=1000)
+
+    class Kill(Recorder):
+        def record(self, record: Record, there: bool) -> None:
+            super().record(record, there)
+            if len(self.done_steps) == step:
+                raise Killed
+
+    first = Kill()
+    with pytest.raises(Killed):
+        compare(session(), tiny_workspace / "one", settings, first)
+    content, second = run(tiny_workspace / "one", settings)
+    whole, uninterrupted = run(tiny_workspace / "other", settings)
+    assert first.done_steps + second.done_steps == uninterrupted.done_steps
+    assert without_seconds(content) == without_seconds(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_comparison_killed_while_a_record_is_written_goes_on(tiny_workspace, monkeypatch):
+    settings = ComparisonSettings(("target_only", "adaptive_merge"), (1,), (0.2,), "adaptive_merge", resamples=1000)
+    folder = tiny_workspace / "compare"
+    child = os.fork()
+    if child == 0:
+        writes = 0
+        replace = Path.replace
+
+        def kill(self: Path, target: Path) -> Path:
+            nonlocal writes
+            writes += "records" in self.parts
+            if writes == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return replace(self, target)
+
+        Path.replace = kill  # type: ignore[method-assign]  # in the child only
+        compare(session(), folder, settings)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    there = len([file for file in (folder / "records").iterdir() if file.suffix == ".json"])
+    assert there == 2
+    content, recorder = run(folder, settings)
+    assert len(recorder.skipped) >= there
+    assert [row["unavailable"] for row in content["rows"]] == [None, None]
+
+
+def test_the_source_adapter_is_shared_and_everything_else_has_its_own_seed(tiny_workspace):
+    settings = ComparisonSettings(FEW, (1, 2), (0.2,), resamples=1000)
+    content, recorder = run(tiny_workspace / "compare", settings)
+    assert recorder.done_steps.count("source") == 1
+    assert recorder.done_steps.count("target") == recorder.done_steps.count("controller") == 2
+    rows = {row["method"]: row for row in content["rows"]}
+    assert len(set(rows["target_only"]["scores"]["test_loss"]["values"])) == 2
+    assert rows["target_only"]["scores"]["test_loss"]["sd"] > 0
+    assert content["seeds"] == [1, 2]
+    assert content["split_seed"] == 42
+
+
+def test_without_a_part_in_the_seed_there_is_one_result_and_no_spread(tiny_workspace):
+    settings = ComparisonSettings(("zero_shot", "source_only"), (1, 2), (0.2,), "zero_shot", resamples=1000)
+    content, _ = run(tiny_workspace / "compare", settings)
+    assert [row["scores"]["test_loss"]["sd"] for row in content["rows"]] == [None, None]
+
+
+def test_the_verdict_is_that_of_the_records(whole_comparison):
+    folder, content = whole_comparison
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "records").glob("test-losses-*")]
+    by_mean = {fmean(record["result"]["losses"]): record["result"]["losses"] for record in records}
+    rows = {row["method"]: row["scores"]["test_loss"]["mean"] for row in content["rows"]}
+    values = {name: by_mean[value] for name, value in rows.items()}
+    ours = values.pop("grasp")
+    expected = compare_with_baselines(ours, values, higher_is_better=False, resamples=1000)
+    for row in content["rows"]:
+        if row["method"] != "grasp":
+            assert row["against"]["test_loss"]["low"] == expected[row["method"]].low
+            assert row["against"]["test_loss"]["verdict"] == expected[row["method"]].verdict
+
+
+def test_cost_counts_runs_and_examples_beyond_the_adapters_that_are_merged(whole_comparison):
+    _, content = whole_comparison
+    cost = {row["method"]: row["cost"] for row in content["rows"]}
+    assert (
+        cost["zero_shot"]["runs"] == cost["merged"]["runs"] == cost["ties"]["runs"] == cost["target_only"]["runs"] == 0
+    )
+    assert cost["adaptive_merge"]["runs"] == 1
+    assert cost["grid"]["runs"] == 2
+    assert cost["grasp"]["runs"] == 2
+    # A final run: 10 training examples counted twice, and the 6 dev examples before and after the only epoch.
+    assert cost["adaptive_merge"]["work"] == 10 * 2 + 6 * 2
+    assert cost["grid"]["work"] == 2 * cost["adaptive_merge"]["work"]
+    assert cost["target_only"]["runs_in_all"] == 1
+    assert cost["merged"]["runs_in_all"] == 2
+    assert cost["grasp"]["runs_in_all"] == 4
+    # The controller: 10 steps, and 3 rounds of 1 + 3 probes on 4 micro-dev examples.
+    assert cost["grasp"]["work"] == 10 * 2 + 3 * 4 * 4 + cost["adaptive_merge"]["work"]
+    assert cost["grasp_dev_free"]["work"] == 10 * 2 + 3 * 4 * 4 + 10 * 2
+    assert cost["lorahub"]["work"] == 40 * 4
+
+
+class FakeBench(Bench):
+    """Losses by ratio that no training gave: the best ratio differs from split to split."""
+
+    LOSSES: ClassVar = {
+        0.2: {"dev": [1.0], "micro_dev": [3.0], "test": [2.0]},
+        0.6: {"dev": [2.0], "micro_dev": [1.0], "test": [3.0]},
+        0.8: {"dev": [3.0], "micro_dev": [2.0], "test": [1.0]},
+    }
+
+    def __init__(self) -> None:
+        self.grid = tuple(self.LOSSES)
+
+    def merged(self, dev_free: bool = False) -> Any:
+        return baselines.Adapter("merged", lambda: None)
+
+    def finetuned(self, start: Any, prune_ratio: float, changes: Any = None, dev_free: bool = False) -> Any:
+        facts = {"dev_loss": self.LOSSES[prune_ratio]["dev"][0]}
+        return baselines.Adapter(str(prune_ratio), lambda: None, (Record("final", str(prune_ratio), {}, facts, 0.0),))
+
+    def losses(self, adapter: Any, split: str = "test") -> Record:
+        return Record("losses", adapter.key, {}, {"losses": self.LOSSES[float(adapter.key)][split]}, 0.0)
+
+    def scores(self, adapter: Any) -> Record:
+        return Record("scores", adapter.key, {}, {}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("method", "ratio", "split"),
+    [
+        ("grid", 0.2, "dev"),
+        ("grid_16", 0.6, "micro_dev"),
+        ("grid_dev_free", 0.6, "micro_dev"),
+        ("grid_oracle", 0.8, "test"),
+    ],
+)
+def test_a_grid_chooses_on_the_split_that_it_says(method, ratio, split):
+    outcome = METHODS[method].run(FakeBench())
+    assert outcome.prune_ratio == ratio
+    assert outcome.chosen_on == split
+    assert outcome.losses.key == outcome.scores.key == str(ratio)
+
+
+def test_a_choice_on_the_test_split_is_a_loud_warning_and_never_the_best(finished, cli):
+    folder, _ = finished
+    result = cli("compare", "tiny.yaml", "--set", ROUNDS_EVERY, "--seeds", "1", "--grid", "0.2,0.6", "--output", folder,
+                 "--methods", "target_only,grid,grasp,grid_oracle")  # fmt: skip
+    assert result.status == 0
+    assert "WARNING: grid chosen on the TEST set chooses its ratio on the test split" in " ".join(result.out.split())
+    assert "WARNING" in (folder / "compare.md").read_text(encoding="utf-8")
+    assert "test split" in (folder / "report.html").read_text(encoding="utf-8")
+    assert not any(METHODS[name].warning for name in DEFAULT_METHODS)
+    assert "grid_oracle" not in DEFAULT_METHODS
+
+
+def test_what_cannot_run_here_says_why_in_its_row(finished, monkeypatch):
+    folder, _ = finished
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nevergrad" else find(name))
+    content, _ = run(folder, ComparisonSettings(("target_only", "lorahub", "grasp"), (1,), (0.2, 0.6), resamples=1000))
+    rows = {row["method"]: row["unavailable"] for row in content["rows"]}
+    assert rows["target_only"] is None
+    assert "grasp-lora[compare]" in rows["lorahub"]
+
+
+def test_given_source_adapters_leave_no_source_data_for_the_joint_row(finished_run, tiny_workspace):
+    settings = ComparisonSettings(("source_only", "joint", "ties"), (1,), (0.2,), "source_only", resamples=1000)
+    overrides = ("source.adapters=[run/source]", "data.source=null", "lora.rank=3")
+    content, recorder = run(tiny_workspace / "compare", settings, *overrides)
+    rows = {row["method"]: row["unavailable"] for row in content["rows"]}
+    assert rows["source_only"] is None
+    assert "source" not in recorder.done_steps
+    assert "data.source" in rows["joint"]
+    assert "equal ranks" in rows["ties"]
+
+
+def test_a_method_that_fails_says_why_and_the_others_go_on(tiny_workspace, cli, monkeypatch):
+    prune = Session.prune
+
+    def fail(self: Session, *_: Any) -> AdapterWeights:
+        raise AdapterError("no such luck")
+
+    arguments = (
+        "compare",
+        "tiny.yaml",
+        "--seeds",
+        "1",
+        "--methods",
+        "one_shot,target_only,grasp",
+        "--set",
+        ROUNDS_EVERY,
+    )
+    monkeypatch.setattr(Session, "prune", fail)
+    result = cli(*arguments)
+    assert result.status == 2
+    assert (
+        "1 of 3 methods failed: pruned at the learned ratio, not trained failed with seed 1: no such luck" in result.err
+    )
+    content = json.loads(Path("runs/tiny-compare/compare.json").read_text(encoding="utf-8"))
+    rows = {row["method"]: row["unavailable"] for row in content["rows"]}
+    assert rows["target_only"] is None
+    assert rows["grasp"] is None
+    monkeypatch.setattr(Session, "prune", prune)
+    assert cli(*arguments).status == 0
+
+
+def test_without_a_dev_set_neither_the_target_adapter_nor_the_final_run_looks_at_it(tiny_workspace):
+    settings = ComparisonSettings(("grasp_dev_free", "grid_dev_free"), (1,), (0.2,), "grasp_dev_free", resamples=1000)
+    looked_at = []
+    one = session()
+    measure = Session.losses
+
+    def losses(self: Session, weights: Any, *splits: str) -> Any:
+        looked_at.extend(splits)
+        return measure(self, weights, *splits)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "losses", losses)
+        compare(one, tiny_workspace / "compare", settings)
+    assert "dev" not in looked_at
+    records = [json.loads(file.read_text(encoding="utf-8")) for file in (tiny_workspace / "compare/records").iterdir()]
+    trained = [record for record in records if "history" in record["result"] and record["step"] != "source"]
+    assert {record["step"] for record in trained} >= {"target", "final 0.20"}
+    assert not any("dev_loss" in row for record in trained for row in record["result"]["history"])
+
+
+def test_without_a_micro_dev_set_only_the_methods_that_need_one_are_left_out(tiny_workspace):
+    needy = ("lorahub", "grid_16", "grasp_single", "grasp_paper", "grid_dev_free", "grasp_dev_free")
+    settings = ComparisonSettings(("target_only", "grid", "grasp", *needy), (1,), (0.2, 0.6), resamples=1000)
+    content, _ = run(tiny_workspace / "compare", settings, "data.target.micro_dev=0", "controller.probe_on=dev")
+    assert {row["method"]: row["unavailable"] for row in content["rows"]} == {
+        **dict.fromkeys(("target_only", "grid", "grasp")),
+        **dict.fromkeys(needy, "needs a micro_dev split, data.target.micro_dev is 0"),
+    }
+    assert content["micro_dev_examples"] == 0
+
+
+def test_another_split_is_done_with_its_own_source_adapter(tiny_workspace):
+    settings = ComparisonSettings(("target_only", "grasp"), (1, 2), (0.2,), split_seeds=(7,), resamples=1000)
+    content, recorder = run(tiny_workspace / "compare", settings)
+    (other,) = content["other_splits"]
+    assert other["split_seed"] == 7
+    assert {row["method"] for row in other["rows"]} == {"target_only", "grasp"}
+    for row in other["rows"]:
+        assert row["test_loss"][0] != row["test_loss"][1]
+        assert row["difference"] == ([0, 0] if row["method"] == "grasp" else row["difference"])
+    assert recorder.done_steps.count("source") == 2
+    assert "split 7" in (tiny_workspace / "compare" / "compare.md").read_text(encoding="utf-8")
+
+
+def test_a_method_that_fails_on_another_split_is_named(tiny_workspace, cli, monkeypatch):
+    learn = Session.learn_ratio
+
+    def fail(self: Session, *given: Any, **more: Any) -> Any:
+        if self.recipe.data.split_seed == 7:
+            raise ProbeError("no such luck")
+        return learn(self, *given, **more)
+
+    monkeypatch.setattr(Session, "learn_ratio", fail)
+    arguments = ("--seeds", "1", "--methods", "target_only,grasp", "--split-seed", "7", "--set", ROUNDS_EVERY)
+    result = cli("compare", "tiny.yaml", *arguments)
+    assert result.status == 2
+    assert "on another split methods failed: GRASP on split 7 failed with seed 1: no such luck" in result.err
+    assert "no such luck" in Path("runs/tiny-compare/compare.md").read_text(encoding="utf-8")
+
+
+def test_a_grid_goes_on_without_a_ratio_whose_run_fails_and_does_not_try_it_again(tiny_workspace, monkeypatch):
+    finish, tried = Session.finetune_pruned, []
+
+    def fail(self: Session, start: Any, prune_ratio: float, *given: Any, **more: Any) -> Any:
+        tried.append(prune_ratio)
+        if prune_ratio == 0.6:
+            raise ProbeError("it diverges")
+        return finish(self, start, prune_ratio, *given, **more)
+
+    monkeypatch.setattr(Session, "finetune_pruned", fail)
+    settings = ComparisonSettings(("grid", "grid_16"), (1,), (0.2, 0.6), "grid", resamples=1000)
+    content, _ = run(tiny_workspace / "compare", settings)
+    assert [row["prune_ratio"]["mean"] for row in content["rows"]] == [0.2, 0.2]
+    assert content["warnings"] == [
+        f"{METHODS[name].title}, seed 1, is without ratio 0.6, whose run failed: it diverges"
+        for name in ("grid", "grid_16")
+    ]
+    assert tried == [0.2, 0.6]
+    assert [point["prune_ratio"] for point in content["curve"]] == [0.2]
+
+
+def test_a_grid_measures_what_it_needs_and_nothing_else(tiny_workspace):
+    records = tiny_workspace / "compare" / "records"
+    measured = []
+    for method in ("grid_dev_free", "grid_paper", "grid"):
+        settings = ComparisonSettings((method,), (1,), (0.2, 0.6), method, resamples=1000)
+        content, _ = run(records.parent, settings)
+        measured.append([len(list(records.glob(f"{split}-losses-*"))) for split in ("test", "micro_dev", "dev")])
+    # Only the curve is of test losses at every ratio; the final runs measure dev themselves.
+    assert measured == [[1, 2, 0], [2, 2, 0], [4, 2, 0]]
+    assert all({"dev", "test"} <= set(point) for point in content["curve"])
+
+
+def test_a_rule_that_compares_rounds_gets_baselines_on_all_examples(tiny_workspace):
+    turn = ("controller.policy=adaptive", "controller.probe_on=dev", "controller.probe_examples=2")
+    settings = ComparisonSettings(("target_only", "grasp"), (1,), (0.2,), resamples=1000)
+    found = {}
+    for estimate in ("surrogate", "smooth_fit"):
+        folder = tiny_workspace / estimate
+        run(folder, settings, *turn, f"controller.policy={{preset: adaptive, estimate: {estimate}}}")
+        (file,) = (folder / "records").glob("controller-*")
+        found[estimate] = json.loads(file.read_text(encoding="utf-8"))["result"]["rounds"]
+    sizes = {
+        name: {(len(row["baseline_losses"]), len(row["candidate_losses"][0])) for row in rounds}
+        for name, rounds in found.items()
+    }
+    assert sizes == {"surrogate": {(6, 2)}, "smooth_fit": {(2, 2)}}
+
+
+def test_a_metric_of_the_users_own_that_changed_is_computed_anew(tiny_workspace, monkeypatch):
+    monkeypatch.syspath_prepend(str(tiny_workspace))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    settings = ComparisonSettings(("target_only", "merged"), (1,), (0.2,), "merged", resamples=1000)
+    for value in (10.0, 99.0):
+        (tiny_workspace / "own_metric.py").write_text(OWN_METRIC.format(value=value), encoding="utf-8")
+        sys.modules.pop("own_metric", None)
+        importlib.invalidate_caches()
+        content, recorder = run(tiny_workspace / "compare", settings, "metrics=['own_metric:constant']")
+        assert [row["scores"]["own_metric:constant"]["mean"] for row in content["rows"]] == [value] * 2
+    assert set(recorder.done_steps) == {"scores"}
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [("compare", []), ("record", []), ("sweep", ["--param", "lora.rank=[1,2]", "--sampler", "grid"])],
+)
+def test_the_folder_of_a_run_and_what_is_no_folder_are_refused(command, more, finished_run, tiny_workspace, refused):
+    before = (tiny_workspace / "run/recipe.yaml").read_bytes()
+    refused(command, [*more, "-s", "seed=7", "--output", "run"], "run is the folder of a run, whose recipe would be")
+    refused(command, [*more, "--output", "tiny.yaml"], "tiny.yaml is a file; give a folder with --output")
+    refused(command, [*more, "--output", "tiny.yaml/a/b"], "b cannot be made (Not a directory); choose another folder")
+    assert (tiny_workspace / "run/recipe.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["compare", "record"])
+def test_a_recipe_of_the_users_own_is_not_overwritten(command, tiny_workspace, refused):
+    (tiny_workspace / "own").mkdir()
+    (tiny_workspace / "own/recipe.yaml").write_text("# mine\n", encoding="utf-8")
+    refused(
+        command, ["--output", "own"], "own holds a recipe.yaml that would be overwritten; choose another with --output"
+    )
+    assert (tiny_workspace / "own/recipe.yaml").read_text() == "# mine\n"
+
+
+def test_records_of_another_number_format_are_not_passed_over_in_silence(finished, caplog):
+    folder, _ = finished
+    Records(folder).check_dtype("torch.float32")
+    assert not caplog.records
+    Records(folder).check_dtype("torch.bfloat16")
+    assert "to go on with them set backbone.dtype=float32" in caplog.text
+
+
+def test_a_table_that_goes_to_a_file_is_wide_and_one_for_a_narrow_terminal_cuts_nothing_off(whole_comparison):
+    _, content = whole_comparison
+    file, narrow = io.StringIO(), io.StringIO()
+    print_comparison(content, Console(file=file, width=80))
+    assert max(map(len, file.getvalue().splitlines())) > 120
+    assert METHODS["grasp"].title in file.getvalue()
+    print_comparison(content, Console(file=narrow, width=80, force_terminal=True, color_system=None))
+    assert max(map(len, narrow.getvalue().splitlines())) <= 80
+    assert "…" not in file.getvalue() + narrow.getvalue()
+
+
+def test_the_ratio_on_the_curve_is_a_controllers(whole_comparison):
+    _, content = whole_comparison
+    assert learned_row(content)["method"] == "grasp"
+    assert learned_row(content | {"reference": "grid"})["method"] == "grasp"
+    assert learned_row(content | {"reference": "grasp_paper"})["method"] == "grasp_paper"
+    assert learned_row(content | {"rows": content["rows"][:3]}) is None
+
+
+def test_speed_ups_name_their_grid_and_count_the_merged_adapters_for_what_does_without_them(whole_comparison):
+    _, content = whole_comparison
+    steady = content | {"pace": {"lowest": 0.2, "highest": 0.29}}
+    table = cost_table(steady)
+    assert table.columns[4:6] == [f"speed-up over {METHODS['grid'].title}, in forward passes", "the same in seconds"]
+    costs = {row["title"]: row["cost"] for row in content["rows"]}
+    grid = costs[METHODS["grid"].title]
+    for column, what in ((4, "work"), (5, "seconds")):
+        ups = {row[0].text: row[column].text for row in table.rows}
+        assert ups[METHODS["grid"].title] == "1.00"
+        for name in ("grasp", "adaptive_merge", "lorahub"):
+            assert ups[METHODS[name].title] == f"{grid[what] / costs[METHODS[name].title][what]:.2f}"
+        for name in ("continued", "joint", "target_wide", "source_only"):
+            expected = grid[f"{what}_in_all"] / costs[METHODS[name].title][f"{what}_in_all"]
+            assert ups[METHODS[name].title] == f"{expected:.2f}"
+        assert ups[METHODS["zero_shot"].title] == "–"
+    without = steady | {"rows": [row for row in content["rows"] if row["method"] != "grid"]}
+    assert cost_table(without).columns[4] == f"speed-up over {METHODS['grid_paper'].title}, in forward passes"
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"pace": {"lowest": 0.2, "highest": 0.32}}, "A forward pass of one final run took 1.6 times the seconds"),
+        ({"made_with": [{"threads": "1"}, {"threads": "2"}]}, "made in 2 different environments"),
+    ],
+)
+def test_seconds_of_a_busier_or_another_machine_give_no_speed_up(whole_comparison, tmp_path, changed, reason):
+    _, content = whole_comparison
+    content = content | {"pace": {"lowest": 0.2, "highest": 0.29}} | changed
+    assert {row[5].text for row in cost_table(content).rows} == {"–"}
+    assert any(row[4].text == "1.00" for row in cost_table(content).rows)
+    write_comparison(tmp_path, content)
+    for file in ("compare.md", "report.html"):
+        assert reason in (tmp_path / file).read_text(encoding="utf-8")
+
+
+def test_the_pace_is_of_the_final_runs(whole_comparison):
+    folder, content = whole_comparison
+    records = [json.loads(file.read_bytes()) for file in (folder / "records").glob("final-*.json")]
+    works = [2 * one["result"]["trained_examples"] + one["result"]["measured_examples"] for one in records]
+    paces = [one["seconds"] / work for one, work in zip(records, works, strict=True)]
+    assert content["pace"] == {"lowest": pytest.approx(min(paces)), "highest": pytest.approx(max(paces))}
+
+
+def test_all_that_print_like_the_best_are_best(whole_comparison):
+    _, content = whole_comparison
+    changed = copy.deepcopy(content)
+    rows = {row["method"]: row for row in changed["rows"]}
+    for name, row in rows.items():
+        row["scores"]["test_loss"]["mean"] = {"grasp": 1.00001, "joint": 1.00002, "grid_oracle": 0.5}.get(name, 2.0)
+    marked = {row[0].text for row in score_table(changed).rows if row[3].best}
+    assert marked == {METHODS["grasp"].title, METHODS["joint"].title}
+
+
+def test_the_reason_of_a_row_without_scores_goes_over_all_columns(whole_comparison, tmp_path):
+    _, content = whole_comparison
+    changed = copy.deepcopy(content)
+    [row] = [row for row in changed["rows"] if row["method"] == "lorahub"]
+    row["unavailable"] = "needs a very long reason"
+    write_comparison(tmp_path, changed)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    columns = len(score_table(changed).columns)
+    assert f'colspan="{columns - 1}">unavailable: needs a very long reason</td>' in page
+    [line] = [
+        one for one in (tmp_path / "compare.md").read_text(encoding="utf-8").splitlines() if "very long reason" in one
+    ]
+    assert line.count("|") == columns + 1
+
+
+def test_scores_that_run_to_one_are_told_apart(whole_comparison, tmp_path):
+    _, content = whole_comparison
+    changed = copy.deepcopy(content)
+    changed["metrics"] = ["test_loss", "own:metric"]
+    for number, row in enumerate(changed["rows"]):
+        row["scores"]["own:metric"] = {"mean": 0.4 + 0.001 * number, "sd": 0.0004, "values": [0.4]}
+    texts = [row[4].text for row in score_table(changed).rows]
+    assert texts[:2] == ["0.4000 ± 0.0004", "0.4010 ± 0.0004"]
+    write_comparison(tmp_path, changed)
+    assert (
+        "scores run from 0 to 100, those of your own metrics as you define them."
+        in (tmp_path / "compare.md").read_text()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says", "says_not"),
+    [
+        (
+            {"stops_early": True, "keeps_best": True},
+            "early on the dev set and keep the adapter with the lowest dev loss, except in the rows “without a dev set”, whose",
+            "no dev set:",
+        ),
+        ({"given_target": True}, "except in the rows “without a dev set”.", "whose target adapter"),
+        ({"dev_examples": 0}, "There is no dev set: final runs train to their end.", "stop early"),
+        (
+            {"stops_early": False, "keeps_best": True},
+            "Final runs train to their end and keep the adapter with the lowest dev loss",
+            "stop early",
+        ),
+        (
+            {"stops_early": False, "keeps_best": False},
+            "train to their end and keep the last adapter.",
+            "lowest dev loss",
+        ),
+    ],
+)
+def test_the_page_says_which_runs_look_at_dev(whole_comparison, tmp_path, changes, says, says_not):
+    _, content = whole_comparison
+    write_comparison(tmp_path, content | changes)
+    for name in ("compare.md", "report.html"):
+        text = unescape((tmp_path / name).read_text(encoding="utf-8")).replace("\\", "")
+        assert says in text
+        assert says_not not in text
+
+
+def test_too_few_resamples_are_refused_before_anything_runs():
+    with pytest.raises(ValueError, match="resamples is 38; so many methods need at least 39"):
+        ComparisonSettings(("target_only", "grasp"), resamples=38)
+
+
+def test_a_given_prune_ratio_is_left_aside_and_everything_is_checked_first(tiny_workspace):
+    settings = ComparisonSettings(("target_only", "grasp"), (1,), (0.2,), resamples=1000)
+    with pytest.raises(RecipeError, match="so no round follows a step"):
+        run(tiny_workspace / "compare", settings, "final.prune_ratio=0.3", "controller.probe_every=99")
+    assert not (tiny_workspace / "compare").exists()
+
+
+def test_corrected_references_and_another_metric_need_no_new_answers(finished, monkeypatch):
+    folder, _ = finished
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("nothing is to be answered")
+
+    monkeypatch.setattr(Session, "_answer", fail)
+    again, recorder = run(folder, SMALL, "metrics=[rouge1]", "generation.batch_size=3")
+    assert set(recorder.done_steps) == {"scores"}
+    assert again["metrics"] == ["test_loss", "rouge1"]
+
+
+def test_a_kill_while_an_adapter_is_saved_again_does_no_harm(finished, monkeypatch):
+    folder, content = finished
+    shutil.rmtree(folder / "adapters")
+    for file in (folder / "records").glob("final-0.60-*"):
+        file.unlink()
+    rename = Path.rename
+
+    def kill(self: Path, target: Any) -> Any:
+        raise Killed
+
+    monkeypatch.setattr(Path, "rename", kill)
+    with pytest.raises(Killed):
+        run(folder, SMALL)
+    monkeypatch.setattr(Path, "rename", rename)
+    again, _ = run(folder, SMALL)
+    assert without_seconds(again) == without_seconds(content)
+
+
+def test_seconds_leave_out_steps_within_a_step(tmp_path):
+    import time
+
+    records = Records(tmp_path)
+
+    def inner(_: str) -> dict[str, Any]:
+        time.sleep(0.2)
+        return {}
+
+    outer = records.get("outer", {}, lambda _: records.get("inner", {}, inner).result)
+    assert outer.seconds < 0.1 < records.get("inner", {}, inner).seconds
+
+
+def test_several_given_sources_are_merged_for_the_source_only_row(finished_run, tiny_workspace):
+    settings = ComparisonSettings(("source_only", "merged"), (1,), (0.2,), "merged", resamples=1000)
+    overrides = ("source.adapters=[run/source, run/target]", "data.source=null")
+    content, _ = run(tiny_workspace / "compare", settings, *overrides)
+    assert all(row["unavailable"] is None for row in content["rows"])
+
+
+def test_lorahub_finds_the_better_of_two_adapters_when_the_other_is_noise(tiny_workspace, tmp_path, monkeypatch):
+    import torch
+
+    one = session("tiny.yaml", "target.training.epochs=6")
+    good, _ = one.train_adapter("target", one.splits.train, (), one.recipe.target.training, tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    noise = AdapterWeights(
+        {
+            name: LoraPair(*(0.5 * torch.randn(t.shape, generator=generator) for t in (pair.A, pair.B)), pair.scaling)
+            for name, pair in good.items()
+        }
+    )
+    measured, losses = [], Session.losses
+    monkeypatch.setattr(Session, "losses", lambda *given: measured.append(given[2:]) or losses(*given))
+    weights = lorahub.search_weights(one, [noise, good], ("source", "target"), seed=3)
+    assert measured == [("micro_dev",)] * lorahub.BUDGET
+    assert abs(weights[1]) > 3 * abs(weights[0])
+    assert abs(weights[1]) > 0.3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--methods", "grasp,gird"), "there is no method 'gird'"),
+        (("--methods", ","), "methods is empty"),
+        (("--methods", "grasp,grasp"), "grasp more than once"),
+        (("--seeds", "1,1"), "1 more than once"),
+        (("--seeds", "42.0"), "--seeds holds '42.0'; give whole numbers"),
+        (("--split-seed", "7", "--split-seed", "7"), "split seeds names 7 more than once"),
+        (("--split-seed", "42"), "--split-seed 42 is the split that is compared in any case"),
+        (("--set", "final.start=controller"), "name grasp_single among the methods"),
+        (("--seeds", "-1"), "seed is -1"),
+        (("--grid", "0.5,1.5"), "grid holds 1.5"),
+        (("--grid", "nan"), "grid holds nan"),
+        (("--set", "data.target.test=0"), "needs a test split"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_one_line(refused, arguments, message):
+    refused("compare", arguments, message)
+
+
+def test_a_damaged_or_changed_record_is_refused(finished):
+    folder, _ = finished
+    file = next((folder / "records").glob("test-losses-*"))
+    text = file.read_text(encoding="utf-8")
+    file.write_text(text[:50], encoding="utf-8")
+    with pytest.raises(RecipeError, match="cannot be read; delete it"):
+        run(folder, SMALL)
+    content = json.loads(text)
+    content["settings"]["dtype"] = "torch.float16"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(RecipeError, match="was changed"):
+        run(folder, SMALL)
+
+
+def test_a_step_that_fails_leaves_no_record(tmp_path):
+    records = Records(tmp_path)
+
+    def fail(_: str) -> dict[str, Any]:
+        raise RecipeError("no")
+
+    for work in (fail, lambda _: {"b": 2}):  # what failed is not tried again for another method
+        with pytest.raises(RecipeError, match="no"):
+            records.get("step", {"a": 1}, work)
+    assert Records(tmp_path).get("step", {"a": 1}, lambda _: {"b": 2}).result == {"b": 2}
+    assert Records(tmp_path).get("step", {"a": 1}, fail).result == {"b": 2}
+
+
+def test_a_signal_stops_a_comparison_with_status_75_and_it_goes_on(tiny_workspace, cli, monkeypatch):
+    arguments = (
+        "compare",
+        "tiny.yaml",
+        "--seeds",
+        "1",
+        "--methods",
+        "target_only,adaptive_merge,grasp",
+        "--set",
+        ROUNDS_EVERY,
+    )
+    finetune = Session.finetune_pruned
+
+    def interrupted(self: Session, *args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finetune(self, *args, **kwargs)
+
+    monkeypatch.setattr(Session, "finetune_pruned", interrupted)
+    stopped = cli(*arguments)
+    assert stopped.status == 75
+    assert stopped.err == "stopped by SIGTERM in adaptive LoRA merge, seed 1; run the same command again to go on\n"
+    monkeypatch.setattr(Session, "finetune_pruned", finetune)
+    resumed = cli(*arguments)
+    assert resumed.status == 0
+    assert "target only (LoRA), seed 1" not in resumed.out
+    assert "adaptive LoRA merge, seed 1" in resumed.out
+
+
+def test_two_comparisons_never_write_into_one_folder(tiny_workspace, cli):
+    from grasp_lora.storage.folder import only_writer
+
+    (tiny_workspace / "one").mkdir()
+    with only_writer(tiny_workspace / "one"):
+        result = cli("compare", "tiny.yaml", "--seeds", "1", "--methods", "zero_shot", "--output", "one")
+    assert result.status == 2
+    assert "is being written by" in result.err

@@ -1,0 +1,233 @@
+"""What `check` says before a run, and what it warns about."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from grasp_lora.bench.preflight import Finding, preflight
+from grasp_lora.bench.session import Session
+from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.recipes.load import load_recipe
+
+Check = Callable[..., dict[str, Finding]]
+
+
+@pytest.fixture
+def check(tiny_workspace: Path) -> Check:
+    """Give `check(*overrides)`: the findings by topic."""
+
+    def call(*overrides: str) -> dict[str, Finding]:
+        return {finding.topic: finding for finding in preflight(Session(*load_recipe("tiny.yaml", overrides)))}
+
+    return call
+
+
+def test_all_that_a_run_needs_is_said(check: Check) -> None:
+    found = check()
+    assert found["backbone"].text.startswith("tiny-llama, 0 M weights in float32, on cpu, fingerprint ")
+    assert found["splits"].text == "source_train 12, source_dev 4, train 10, dev 6, micro_dev 4, test 8"
+    assert found["source"].text.startswith("en: read 20")
+    assert found["target"].text.startswith("de: read 40")
+    assert found["lengths"].text.startswith("train: ")
+    assert "loss on the answer only, for example ' " in found["label mask"].text
+    assert "<eos>" in found["label mask"].text
+    assert found["cost"].text == "at most 42 training examples and 48 probed examples"
+
+
+def write_rows(name: str, rows: list[dict[str, object]]) -> None:
+    Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def test_examples_that_stand_twice_are_warned_of(check: Check) -> None:
+    write_rows("target", [{"id": f"n{i}", "prompt": f"p{i // 2}:", "completion": " c"} for i in range(60)])
+    found = check()["duplicates"]
+    assert found.level == "warning"
+    assert "4 of test" in found.text
+    assert "3 of dev" in found.text
+
+
+def test_a_source_in_the_target_language_is_warned_of(check: Check) -> None:
+    found = check("data.source.language=de")["source"]
+    assert found.level == "warning"
+    assert found.text.startswith("source and target are both in de; ")
+    assert check("data.source.language=de-AT")["source"].level == "ok"
+
+
+def test_row_numbers_as_ids_are_warned_of_where_they_cost_source_examples(check: Check) -> None:
+    write_rows("source", [{"id": i, "prompt": f"s{i}:", "completion": " c"} for i in range(60)])
+    write_rows("target", [{"id": i, "prompt": f"t{i}:", "completion": " c"} for i in range(40)])
+    found = check()["ids"]
+    assert found.text.startswith("40 ids are whole numbers that stand in source and target")
+    assert "source examples were left out (18 in all)" in found.text
+    write_rows("target", [{"id": f"x{i}", "prompt": f"t{i}:", "completion": " c"} for i in range(40)])
+    assert "ids" not in check()
+
+
+def test_conversations_without_the_backbones_template_are_warned_of(check: Check, tiny_workspace: Path) -> None:
+    for name in ("source", "target"):
+        turns = [{"role": "user", "content": f"{name} what? "}, {"role": "assistant", "content": "that"}]
+        rows = [[{**turns[0], "content": f"{name} what {i}? "}, turns[1]] for i in range(40)]
+        write_rows(name, [{"id": f"{name}{i}", "messages": row} for i, row in enumerate(rows)])
+    assert "chat" not in check()
+    folder = tiny_workspace / "with-template"
+    shutil.copytree(tiny_workspace / "tiny-llama", folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.content }}>{% endfor %}", encoding="utf-8"
+    )
+    assert "data.chat_template is false" in check("backbone.name=with-template")["chat"].text
+    assert "chat" not in check("backbone.name=with-template", "data.chat_template=true")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "warned"),
+    [
+        ("why", "because", True),
+        ("why ", "because", False),
+        ("why?", "because", False),
+        ("why", "\n7", False),
+        ("问", "答", False),
+    ],
+)
+def test_answers_that_go_on_the_last_word_of_the_prompt_are_warned_of(
+    check: Check, prompt: str, completion: str, warned: bool
+) -> None:
+    write_rows("target", [{"prompt": f"{i} {prompt}", "completion": completion} for i in range(40)])
+    found = check()
+    assert ("prompt" in found) == warned
+    assert found["label mask"].text.endswith(
+        f"whose prompt ends with {found['label mask'].text.split(' ends with ')[1]}"
+    )
+    assert prompt.strip() in found["label mask"].text
+
+
+def test_settings_that_cannot_give_what_they_ask_for_are_warned_of(check: Check, finished_run: Path) -> None:
+    assert "bertscore has no model for de, so it will be unavailable" in check("metrics=[bertscore]")["metrics"].text
+    both = check("source.adapters=[run/source]")
+    assert both["source"].level == "warning"
+    assert "no source adapter is trained on data.source" in both["source"].text
+    twice = check("source.adapters=[run/source]", "target.adapter=run/source", "data.source=null")
+    assert twice["adapter"].text == "the same adapter is given more than once, so it is merged with itself"
+
+
+def test_few_rounds_and_few_micro_dev_examples_are_warned_of(check: Check) -> None:
+    found = check()
+    assert found["rounds"].level == "warning"
+    assert "3 rounds; raise controller.training.epochs or lower controller.probe_every" in found["rounds"].text
+    assert found["probes"] == Finding("warning", "probes", "4 examples choose the ratio; 16 are usual")
+
+
+def test_nothing_is_warned_of_where_all_is_usual(check: Check) -> None:
+    found = check("data.target.micro_dev=8", "controller.probe_every=1")
+    assert {finding.level for finding in found.values()} == {"ok"}
+    assert found["rounds"].text == "the controller will run 10 rounds"
+
+
+def test_no_dev_and_no_test_set_are_warned_of(check: Check) -> None:
+    found = check("data.target.dev=0", "data.target.test=0")
+    assert found["dev"].level == found["test"].level == "warning"
+    assert "the last step of every fine-tune is kept" in found["dev"].text
+
+
+def test_a_given_ratio_needs_no_rounds(check: Check) -> None:
+    found = check("final.prune_ratio=0.4", "controller.probe_every=1000")
+    assert "rounds" not in found
+    assert found["cost"].text == "at most 32 training examples and 0 probed examples"
+
+
+def test_a_controller_run_without_a_round_is_an_error_before_the_run(check: Check) -> None:
+    with pytest.raises(RecipeError, match="10 optimizer steps and probes every 11, so no round follows a step"):
+        check("controller.probe_every=11")
+    with pytest.raises(
+        RecipeError, match="so no round follows a step"
+    ):  # the one before training alone learns nothing of it
+        check("controller.policy=shared", "controller.probe_every=11")
+
+
+def test_a_round_before_training_and_one_after_are_few(check: Check) -> None:
+    found = check("controller.policy=shared", "controller.probe_every=10")
+    assert found["rounds"].level == "warning"
+    assert "at most 2 rounds; raise controller.training.epochs or lower" in found["rounds"].text
+    found = check("controller.policy=shared", "controller.probe_every=10", "controller.training.epochs=2")
+    assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run at most 3 rounds")
+
+
+def test_all_that_is_probed_counts(check: Check) -> None:
+    assert "probes" not in check("controller.probe_on=both")  # 4 micro-dev and 6 dev examples
+    assert check("controller.probe_on=dev")["probes"].text == "6 examples choose the ratio; 16 are usual"
+    assert "probes" not in check("final.prune_ratio=0.4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (("policy=shared", "probe_every=10"), None),
+        (("policy=shared", "probe_every=5", "patience=2"), None),
+        (
+            ("policy=shared", "probe_every=3"),
+            "the run stops after 3 steps without a lower loss, less than an epoch (10 steps); leave controller.probe_every out "
+            "for a round after each epoch, or set controller.patience to 4",
+        ),
+        (("policy=paper",), "controller.patience is 1, but this policy needs its rounds to the end of the run; "),
+        (("policy=late",), "controller.patience is 1, but this policy needs its rounds to the end of the run; "),
+        (("policy=paper", "patience=null"), None),
+    ],
+)
+def test_patience_that_stops_before_the_probes_tell_anything_is_warned_of(
+    check: Check, changes: tuple[str, ...], warning: str | None
+) -> None:
+    changed = ("patience=1", "training.epochs=2", *changes)
+    found = check(*(f"controller.{change}" for change in changed)).get("patience")
+    assert (found is None) is (warning is None)
+    if found is not None and warning is not None:
+        assert found.level == "warning"
+        assert found.text.startswith(warning)
+
+
+def test_what_a_controller_cannot_probe_is_an_error_before_the_run(check: Check) -> None:
+    with pytest.raises(RecipeError, match=r"probe_on is 'both', but data\.target\.dev is 0; give it examples"):
+        check("controller.probe_on=both", "data.target.dev=0")
+
+
+def test_few_late_rounds_are_as_planned(check: Check) -> None:
+    found = check("controller.policy=late", "controller.probe_on=both", "controller.probe_examples=5")
+    assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run 3 rounds")
+    assert found["cost"].text.endswith("and 60 probed examples")  # the baseline and 3 candidates on 5 examples
+
+
+@pytest.mark.parametrize(("start", "baseline"), [("merged", 5), ("controller", 6 + 4)])
+def test_a_single_run_measures_its_baseline_on_all_that_it_probes(check: Check, start: str, baseline: int) -> None:
+    turn = ("controller.policy=default", "controller.probe_on=both", "controller.probe_examples=5")
+    found = check(*turn, "controller.probe_every=5", f"final.start={start}")
+    rounds = int(found["rounds"].text.split("run ")[1].split()[0])
+    assert found["cost"].text.endswith(f"and {rounds * (baseline + 3 * 5)} probed examples")
+
+
+def test_data_files_are_looked_for_before_the_backbone_is_loaded(check: Check) -> None:
+    with pytest.raises(DataError, match=r"data file 'none\.jsonl' is missing"):
+        check("data.source.files=[none.jsonl]", "backbone.name=./nowhere")
+
+
+def test_existing_adapters_are_named_with_their_ranks(check: Check, tiny_workspace: Path) -> None:
+    session = Session(*load_recipe("tiny.yaml"))
+    weights, _ = session.train_adapter(
+        "source", session.splits.source_train, (), session.recipe.source.training, Path("scratch")
+    )
+    session.save(Path("ready"), weights)
+    found = check("source.adapters=[ready]", "data.source=null")
+    assert found["adapter"].text == "ready: 4 modules, ranks 2"
+    assert found["cost"].text.startswith("at most 30 training examples")
+
+
+def test_a_single_run_is_said_and_costs_the_controller_run_and_the_final_run(check: Check) -> None:
+    found = check("final.start=controller", "final.training.epochs=2")
+    assert found["start"].text == (
+        "single run: the controller run's own adapter, of its best round and pruned at the learned ratio, is finished "
+        "for at most 20 steps"
+    )
+    assert found["start"].level == "ok"
+    assert found["cost"].text == check("final.training.epochs=2")["cost"].text
+    assert found["cost"].text == "at most 52 training examples and 48 probed examples"
+    assert "start" not in check()

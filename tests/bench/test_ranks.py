@@ -1,0 +1,148 @@
+"""A run in two processes, as torchrun starts them: the steps of one process, one writer, one voice."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_ranks
+
+from grasp_lora.errors import GraspError
+from grasp_lora.storage.processes import STARTED, first, is_first, shared, together, world_size
+from grasp_lora.training.settings import TrainingSettings
+
+TWO_A_STEP = [f"{stage}.training.accumulation=2" for stage in ("source", "target", "controller", "final")]
+CHANGES = [*TWO_A_STEP, "controller.probe_every=2"]
+READ_DATA, ANSWER = "read and split the data", "answer the test questions"
+
+
+def launch(*changes: str, during: Callable[[subprocess.Popen[str]], None] | None = None) -> tuple[int, str]:
+    """Run `tiny.yaml` into the folder `run` in two processes; return the exit status and the output of both. A hang ends."""
+    settings = [part for change in changes for part in ("--set", change)]
+    return run_ranks(2, ["-m", "grasp_lora", "run", "tiny.yaml", "--output", "run", *settings], during=during)
+
+
+def read(file: str) -> Any:
+    return json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def test_two_processes_take_the_steps_of_one_and_go_on_where_they_were(tiny_workspace: Path) -> None:
+    status, output = launch(*CHANGES)
+    assert status == 0, output[-3000:]
+    assert output.count(READ_DATA) == output.count(ANSWER) == output.count("adapter run/adapter") == 1
+    stages = {file.stem: read(str(file))["summary"] for file in Path("run/stages").iterdir()}
+    # 12 examples of the source in fours; 10 of the target in twos, with a round after every other step
+    assert [stages[name]["steps"] for name in ("source", "target", "controller", "final")] == [3, 5, 5, 5]
+    assert stages["controller"]["rounds"] == 2
+    metrics = read("run/metrics.json")
+    ids = [json.loads(line)["id"] for line in Path("run/evaluation/grasp.jsonl").read_text().splitlines()]
+    assert ids == read("run/data.json")["ids"]["test"]
+    assert not Path("run/grasp-lora.lock").exists()
+    for stage in ("final", "evaluate"):
+        Path(f"run/stages/{stage}.json").unlink()
+    Path("run/metrics.json").unlink()
+    status, output = launch(*CHANGES)
+    assert status == 0, output[-3000:]
+    assert read("run/metrics.json") == metrics
+
+
+@pytest.mark.slow
+def test_two_processes_that_a_signal_stopped_end_in_the_same_bits(tiny_workspace: Path) -> None:
+    changes = [*CHANGES, "target.training.epochs=60", "target.training.patience=null", "save_every=5"]
+
+    def stop(process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 120
+        while not list(Path("run/target").glob("checkpoint-*/manifest.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+
+    status, output = launch(*changes, during=stop)
+    assert status != 0
+    assert output.count("stopped by SIGTERM at target step") == 1, output[-3000:]
+    assert list(Path("run/target").glob("checkpoint-*/manifest.json"))
+    status, output = launch(*changes)
+    assert status == 0, output[-3000:]
+    resumed, metrics = Path("run/target/adapter_model.safetensors").read_bytes(), read("run/metrics.json")
+    shutil.rmtree("run")
+    assert launch(*changes)[0] == 0
+    assert Path("run/target/adapter_model.safetensors").read_bytes() == resumed
+    assert read("run/metrics.json") == metrics
+
+
+def test_another_number_of_processes_does_not_go_on(finished_run: Path, cli: Callable[..., Any]) -> None:
+    started = read("run/run.json")
+    assert started["processes"] == 1
+    Path("run/run.json").write_text(json.dumps(started | {"processes": 4}), encoding="utf-8")
+    Path("run/stages/final.json").unlink()
+    result = cli("run", "tiny.yaml", "--output", "run")
+    assert result.status == 2
+    assert result.err.startswith("error: run was begun with 4 processes and would end otherwise with 1; start as many")
+
+
+def test_what_cannot_be_shared_is_said_once(tiny_workspace: Path) -> None:
+    status, output = launch()
+    assert status != 0
+    assert (
+        output.count("error: target.training: an optimizer step takes batch_size 1 times accumulation 1 examples") == 1
+    )
+    assert "2 processes cannot share evenly; make accumulation a multiple of 2, or start fewer processes" in output
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "processes", "each"),
+    [(1, 8, 8, (1, 1)), (1, 8, 2, (1, 4)), (2, 1, 2, (1, 1)), (4, 3, 6, (2, 1)), (3, 5, 1, (3, 5))],
+)
+def test_a_step_is_shared_evenly(batch_size: int, accumulation: int, processes: int, each: tuple[int, int]) -> None:
+    settings = TrainingSettings(batch_size=batch_size, accumulation=accumulation)
+    own = settings.shared_by(processes)
+    assert (own.batch_size, own.accumulation) == each
+    for examples in (1, 7, 50):
+        assert own.steps_per_epoch(-(-examples // processes)) == settings.steps_per_epoch(examples)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation", "processes"), [(1, 1, 2), (2, 3, 4), (1, 8, 16)])
+def test_a_step_with_too_few_examples_is_refused(batch_size: int, accumulation: int, processes: int) -> None:
+    with pytest.raises(ValueError, match=f"{processes} processes cannot share evenly"):
+        TrainingSettings(batch_size=batch_size, accumulation=accumulation).shared_by(processes)
+
+
+def test_commands_of_one_process_say_so(
+    tiny_workspace: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    for command in ("compare", "record", "sweep", "check", "learn"):
+        result = cli(command, "tiny.yaml")
+        assert (result.status, result.err) == (2, f"error: {command} runs in one process; start it without torchrun\n")
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "4"},
+        {"RANK": "1", "WORLD_SIZE": "2"},
+        {"RANK": "0", "LOCAL_RANK": "", "WORLD_SIZE": ""},
+    ],
+)
+def test_what_torchrun_alone_tells_counts(told: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in STARTED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert (world_size(), is_first()) == (1, True)
+    assert first(lambda: 3) == 3
+
+
+def test_one_process_does_everything_itself() -> None:
+    assert (world_size(), is_first()) == (1, True)
+    assert first(lambda: 3) == 3
+    assert shared([1, 2, 3], lambda items: [2 * item for item in items]) == [2, 4, 6]
+    with pytest.raises(GraspError, match="mine"):
+        together(lambda: (_ for _ in ()).throw(GraspError("mine")))

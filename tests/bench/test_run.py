@@ -1,0 +1,555 @@
+"""A whole run in its folder: complete and consistent files, resume, determinism, and every way to start."""
+
+import itertools
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from grasp_lora.bench.run import STAGES, Run, StageProgress
+from grasp_lora.bench.session import Session
+from grasp_lora.errors import RecipeError
+from grasp_lora.evaluation.metrics import score
+from grasp_lora.method.masks import MaskSettings, prune_count, survival
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.storage.folder import LOCK_FILE, only_writer
+from grasp_lora.training.controller import GraspController, PrunedTraining
+from grasp_lora.training.finetune import BestOnDev
+
+SYSTEMS = ("source", "target", "merged", "grasp")
+FILES = {
+    "recipe.yaml", "run.json", "data.json", "metrics.json", "cost.json", "report.html", "report.md",
+    *(f"stages/{stage}.json" for stage in STAGES),
+    *(f"{adapter}/{file}" for adapter in ("source", "target", "merged", "adapter")
+      for file in ("adapter_config.json", "adapter_model.safetensors", "grasp_lora.json")),
+    *(f"{stage}/history.jsonl" for stage in ("source", "target", "controller", "final")),
+    "controller/rounds.jsonl", "controller/timings.jsonl", "controller/ratio.json", "final/sparsity.json",
+    *(f"evaluation/{system}.jsonl" for system in SYSTEMS), "adapter/README.md",
+}  # fmt: skip
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def execute(*overrides: str, folder: str = "run", progress: StageProgress | None = None) -> dict[str, Any]:
+    return Run(*load_recipe("tiny.yaml", overrides), Path(folder), progress).execute()
+
+
+def same_result(one: Path, other: Path) -> None:
+    for name in ("adapter/adapter_model.safetensors", "merged/adapter_model.safetensors", "controller/rounds.jsonl",
+                 "controller/ratio.json", "final/history.jsonl", "evaluation/grasp.jsonl", "metrics.json"):  # fmt: skip
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+class Recorder(StageProgress):
+    """Remembers which stages began and which were skipped."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.skipped: list[str] = []
+
+    def stage(self, name: str) -> None:
+        self.begun.append(name)
+
+    def finished(self, name: str, seconds: float, summary: dict[str, Any], *, skipped: bool) -> None:
+        if skipped:
+            self.skipped.append(name)
+
+
+class TestFiles:
+    def test_there_is_every_file_of_a_run_folder_and_no_other(self, reference_run: Path) -> None:
+        assert set(files_of(reference_run)) == FILES
+
+    def test_the_saved_recipe_is_the_same_recipe(self, reference_run: Path) -> None:
+        recipe, _ = load_recipe(reference_run.parent / "tiny.yaml")
+        saved, _ = load_recipe(reference_run / "recipe.yaml")
+        assert saved == recipe
+        assert saved.fingerprint() == recipe.fingerprint() == read(reference_run / "run.json")["recipe_hash"]
+
+    def test_run_json_names_what_the_run_rests_on(self, reference_run: Path) -> None:
+        run = read(reference_run / "run.json")
+        assert (run["name"], run["seed"], run["backbone"]["name"]) == ("tiny", 42, "tiny-llama")
+        assert len(run["backbone"]["fingerprint"]) == 16
+        assert {"torch", "transformers", "peft"} <= set(run["libraries"])
+        assert run["parents"] == []
+
+    def test_the_data_are_disjoint_and_as_asked(self, reference_run: Path) -> None:
+        ids = read(reference_run / "data.json")["ids"]
+        sizes = {name: len(members) for name, members in ids.items()}
+        assert sizes == {"source_train": 12, "source_dev": 4, "train": 10, "dev": 6, "micro_dev": 4, "test": 8}
+        assert len({member for members in ids.values() for member in members}) == sum(sizes.values())
+        assert read(reference_run / "stages/data.json")["summary"] == sizes
+
+    def test_the_rounds_are_consistent(self, reference_run: Path) -> None:
+        rounds = read_lines(reference_run / "controller/rounds.jsonl")
+        assert [entry["step"] for entry in rounds] == [3, 6, 9]
+        ratio = 0.4
+        for number, entry in enumerate(rounds, start=1):
+            assert entry["round"] == number
+            assert len(entry["candidates"]) == len(entry["candidate_losses"]) == len(entry["rewards"]) == 3
+            assert all(0.1 <= candidate <= 0.8 for candidate in entry["candidates"])
+            baseline = math.fsum(entry["baseline_losses"]) / 4
+            for losses, reward in zip(entry["candidate_losses"], entry["rewards"], strict=True):
+                assert len(losses) == 4
+                assert reward == pytest.approx(baseline - math.fsum(losses) / 4, abs=1e-12)
+            assert entry["ratio_before"] == ratio
+            assert entry["committed"] == (max(entry["rewards"]) >= 0)
+            ratio = entry["ratio"]
+            assert abs(ratio - entry["ratio_before"]) <= 0.1 + 1e-12
+            # One weight at most is rounded down in each of the 8 factors of 2 adapters.
+            assert entry["measured_sparsity"] == pytest.approx(ratio, abs=16 / 896)
+        timings = read_lines(reference_run / "controller/timings.jsonl")
+        assert [entry["round"] for entry in timings] == [1, 2, 3]
+        learned = read(reference_run / "controller/ratio.json")
+        assert learned["last_committed_ratio"] == ratio
+        assert learned["rounds"] == 3
+        assert 0.1 <= learned["low"] <= learned["prune_ratio"] <= learned["high"] <= 0.8
+        assert len({len(column) for column in learned["curve"].values()}) == 1
+
+    def test_measured_sparsity_is_the_learned_ratio(self, reference_run: Path) -> None:
+        ratio = read(reference_run / "controller/ratio.json")["prune_ratio"]
+        rows = read(reference_run / "final/sparsity.json")
+        assert {row["segment"] for row in rows} == {"source", "target"}
+        for row in rows:
+            assert row["weights"] - row["kept"] == prune_count(ratio, row["weights"])
+        tensors = load_file(reference_run / "adapter/adapter_model.safetensors")
+        zeros = sum(int((tensor == 0).sum()) for tensor in tensors.values())
+        assert zeros == sum(row["weights"] - row["kept"] for row in rows)
+        assert sum(tensor.numel() for tensor in tensors.values()) == sum(row["weights"] for row in rows)
+        summary = read(reference_run / "stages/final.json")["summary"]
+        assert summary["prune_ratio"] == ratio
+        assert summary["measured_sparsity"] == pytest.approx(zeros / sum(row["weights"] for row in rows), abs=1e-12)
+
+    def test_the_best_step_is_the_minimum_of_the_history(self, reference_run: Path) -> None:
+        for stage in ("source", "target", "final"):
+            history = [row for row in read_lines(reference_run / stage / "history.jsonl") if "dev_loss" in row]
+            best = min(history, key=lambda row: row["dev_loss"])
+            summary = read(reference_run / "stages" / f"{stage}.json")["summary"]
+            assert (summary["best_step"], summary["dev_loss"]) == (best["step"], best["dev_loss"])
+
+    def test_the_metrics_are_what_the_predictions_give(self, reference_run: Path) -> None:
+        metrics = read(reference_run / "metrics.json")
+        assert set(metrics["systems"]) == set(SYSTEMS)
+        test_ids = read(reference_run / "data.json")["ids"]["test"]
+        for system, values in metrics["systems"].items():
+            rows = read_lines(reference_run / "evaluation" / f"{system}.jsonl")
+            assert [row["id"] for row in rows] == test_ids
+            assert values["test_loss"] == pytest.approx(math.fsum(row["loss"] for row in rows) / len(rows), rel=1e-12)
+            names = list(values["metrics"])
+            scores = score(names, [row["prediction"] for row in rows], [tuple(row["references"]) for row in rows], "de")
+            assert values["metrics"] == {name: entry.value for name, entry in scores.items()}
+            assert metrics["signatures"] == {name: entry.signature for name, entry in scores.items()}
+        assert metrics["systems"]["grasp"]["dev_loss"] == pytest.approx(
+            read(reference_run / "stages/final.json")["summary"]["dev_loss"], rel=1e-6
+        )
+        assert (metrics["test_examples"], metrics["language"]) == (8, "de")
+        learned = read(reference_run / "controller/ratio.json")
+        assert metrics["prune_ratio"] == learned["prune_ratio"]
+        assert metrics["prune_ratio_interval"] == [learned["low"], learned["high"]]
+        cost = read(reference_run / "cost.json")
+        assert set(cost) == set(STAGES) - {"report"}
+        assert all(seconds >= 0 for seconds in cost.values())
+
+    def test_no_file_names_a_place_of_this_machine(self, reference_run: Path, tiny_backbone_folder: Path) -> None:
+        places = {
+            str(reference_run.parent),
+            str(reference_run.parent.parent),
+            str(tiny_backbone_folder),
+            str(Path.home()),
+        }
+        for name, content in files_of(reference_run).items():
+            for place in places:
+                assert place.encode() not in content, f"{name} holds {place}"
+
+    def test_the_adapter_works_in_plain_peft_in_a_process_of_its_own(self, reference_run: Path) -> None:
+        code = f"""
+import json, math, sys
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("tiny-llama")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("tiny-llama", dtype=torch.float32), "run/adapter")
+rows = [json.loads(line) for line in open("target.jsonl")]
+losses = []
+for identity in {read(reference_run / "data.json")["ids"]["dev"]!r}:
+    row = rows[int(identity.rsplit(":", 1)[1]) - 1]
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    answer = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).item())
+assert not any(name.startswith("grasp_lora") for name in sys.modules)
+print(math.fsum(losses) / len(losses))
+"""
+        result = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            cwd=reference_run.parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        expected = read(reference_run / "stages/final.json")["summary"]["dev_loss"]
+        assert float(result.stdout) == pytest.approx(expected, rel=1e-6)
+
+
+class TestAgain:
+    def test_the_same_recipe_in_another_folder_gives_the_same_bits(self, finished_run: Path) -> None:
+        execute(folder="again")
+        same_result(finished_run, Path("again"))
+
+    def test_another_seed_gives_another_adapter(self, finished_run: Path) -> None:
+        execute("seed=43", "data.split_seed=42", folder="other")
+        name = "adapter/adapter_model.safetensors"
+        assert (Path("other") / name).read_bytes() != (finished_run / name).read_bytes()
+        assert read(Path("other/data.json"))["ids"] == read(finished_run / "data.json")["ids"]
+
+    def test_a_complete_run_is_skipped_and_left_as_it_is(
+        self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = files_of(finished_run)
+        monkeypatch.setattr("grasp_lora.bench.session.load_backbone", lambda _: pytest.fail("loaded the backbone"))
+        recorder = Recorder()
+        metrics = execute(progress=recorder)
+        assert recorder.begun == []
+        assert recorder.skipped == list(STAGES)
+        assert metrics == read(finished_run / "metrics.json")
+        assert files_of(finished_run) == before
+
+    @pytest.mark.parametrize("stage", ["controller", "evaluate", "report"])
+    def test_a_stage_without_its_marker_is_done_again_with_those_after_it(self, stage: str, finished_run: Path) -> None:
+        before = files_of(finished_run)
+        (finished_run / "stages" / f"{stage}.json").unlink()
+        recorder = Recorder()
+        execute(progress=recorder)
+        assert recorder.begun == list(STAGES[STAGES.index(stage) :])
+        assert recorder.skipped == list(STAGES[: STAGES.index(stage)])
+        after = files_of(finished_run)
+        assert set(after) == set(before)
+        timed = {"cost.json", "report.html", "report.md", "controller/timings.jsonl"}
+        for name in set(before) - timed:
+            if not name.startswith("stages/"):
+                assert after[name] == before[name], name
+        assert set(read(finished_run / "cost.json")) == set(STAGES) - {"report"}
+
+    @pytest.mark.parametrize(
+        ("part", "method", "after", "stage"),
+        [
+            (PrunedTraining, "on_optimizer_step", 5, "controller"),
+            (GraspController, "run_round", 1, "controller"),
+            (BestOnDev, "_evaluate", 5, "final"),  # the fifth look at a dev set is the last one, in the final run
+            (Session, "save", 3, "final"),
+            (Session, "evaluate", 2, "evaluate"),
+        ],
+        ids=["controller", "round", "final", "save", "evaluate"],
+    )
+    def test_an_interrupted_run_goes_on_to_the_same_bits(
+        self, part: type, method: str, after: int, stage: str, tiny_workspace: Path, reference_run: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        calls = 0
+        original = getattr(part, method)
+
+        def interrupted(self: object, *arguments: object, **options: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls > after:
+                raise KeyboardInterrupt
+            return original(self, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(part, method, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                execute()
+        done = {path.stem for path in Path("run/stages").iterdir()}
+        assert done == set(STAGES[: STAGES.index(stage)])
+        recorder = Recorder()
+        execute(progress=recorder)
+        assert recorder.begun == list(STAGES[STAGES.index(stage) :])
+        same_result(Path("run"), reference_run)
+        assert set(files_of(Path("run"))) == FILES
+
+    def test_a_second_writer_is_refused_and_changes_nothing(self, finished_run: Path) -> None:
+        with only_writer(finished_run):
+            assert execute()["test_examples"] == 8  # a complete run is only read
+            (finished_run / "stages/report.json").unlink()
+            before = files_of(finished_run)
+            with pytest.raises(
+                RecipeError, match=r"run is being written by process \d+ on .*choose another folder with"
+            ):
+                execute()
+            assert files_of(finished_run) == before
+        execute()
+
+    def test_checkpoints_and_drafts_that_a_kill_left_behind_are_removed(self, finished_run: Path) -> None:
+        (finished_run / "stages/final.json").unlink()
+        for name in ("controller/checkpoint-9", "final/checkpoint-3", "adapter.part"):  # the second has no manifest
+            (finished_run / name).mkdir()
+            (finished_run / name / "weights.safetensors").write_bytes(b"half")
+        execute()
+        assert set(files_of(finished_run)) == FILES
+        assert not (finished_run / "adapter.part").exists()
+
+    @pytest.mark.parametrize("left", [(LOCK_FILE,), (LOCK_FILE, "run.json.part")])
+    def test_a_folder_that_a_run_was_killed_in_before_it_began_is_a_new_one(
+        self, left: tuple[str, ...], tiny_workspace: Path
+    ) -> None:
+        Path("run").mkdir()
+        for name in left:
+            (Path("run") / name).write_text("{")
+        execute("data.target.test=0")
+        assert Path("run/adapter/adapter_model.safetensors").is_file()
+
+    def test_the_time_of_an_interrupted_stage_counts_up(
+        self, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = GraspController.run_round
+
+        def slow(self: GraspController, *arguments: Any) -> Any:
+            if len(self.policy.history) == 2:
+                raise KeyboardInterrupt
+            time.sleep(0.3)
+            return original(self, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(GraspController, "run_round", slow)
+            with pytest.raises(KeyboardInterrupt):
+                execute("save_every=7")
+        execute("save_every=7")
+        assert read(Path("run/cost.json"))["controller"] >= 0.6  # two rounds before the checkpoint
+
+    def test_other_data_than_the_run_began_with_are_refused(self, finished_run: Path) -> None:
+        (finished_run / "stages/final.json").unlink()
+        lines = Path("target.jsonl").read_text().splitlines()
+        Path("target.jsonl").write_text("\n".join(line.replace("what", "which") for line in lines))
+        before = files_of(finished_run)
+        with pytest.raises(RecipeError, match="run was begun with other data than the recipe's files hold now"):
+            execute()
+        assert files_of(finished_run) == before
+
+    def test_another_backbone_under_the_same_name_is_refused(
+        self, finished_run: Path, make_tiny_model: Callable[..., Any], tiny_tokenizer: Any
+    ) -> None:
+        (finished_run / "stages/final.json").unlink()
+        Path("tiny-llama").unlink()
+        make_tiny_model("llama", seed=5).save_pretrained("tiny-llama")
+        tiny_tokenizer.save_pretrained("tiny-llama")
+        with pytest.raises(RecipeError, match="begun with other backbone than"):
+            execute()
+
+    def test_the_folder_of_another_recipe_is_refused(self, finished_run: Path) -> None:
+        with pytest.raises(RecipeError, match=r"another recipe \(seed is 42 there and 7 here\); choose another folder"):
+            execute("seed=7")
+
+    @pytest.mark.parametrize("change", ["report_to=[]", "backbone.device=cpu", "data.root=.", "save_every=3"])
+    def test_what_does_not_decide_the_result_may_change(self, change: str, finished_run: Path) -> None:
+        execute(change)
+
+    def test_a_damaged_file_says_which_and_what_to_do(self, finished_run: Path) -> None:
+        (finished_run / "stages/final.json").unlink()
+        (finished_run / "controller/ratio.json").write_text("{")
+        with pytest.raises(RecipeError, match=r"controller/ratio\.json cannot be read .*remove its stage's marker"):
+            execute()
+
+
+class TestWays:
+    """Ways to start and to finish other than the reference run's."""
+
+    def test_a_given_ratio_leaves_out_the_controller(self, finished_run: Path) -> None:
+        recorder = Recorder()
+        metrics = execute("final.prune_ratio=0.5", folder="given", progress=recorder)
+        assert "controller" not in recorder.begun
+        assert not Path("given/controller").exists()
+        assert metrics["prune_ratio"] == 0.5
+        assert metrics["prune_ratio_interval"] is None
+        assert "controller" not in read(Path("given/cost.json"))
+        assert all(2 * row["kept"] == row["weights"] for row in read(Path("given/final/sparsity.json")))
+        again = Recorder()
+        execute("final.prune_ratio=0.5", folder="given", progress=again)
+        assert again.begun == []
+
+    def test_given_adapters_are_used_and_not_trained(self, finished_run: Path) -> None:
+        shutil.copytree(finished_run / "source", "mine")
+        shutil.copytree(finished_run / "target", "theirs")
+        execute("data.source=null", "source.adapters=[mine]", "target.adapter=theirs", folder="given")
+        # The same parents in the same order give the same merge; all that follows is the same as well.
+        same_result(finished_run, Path("given"))
+        assert not Path("given/source").exists()
+        assert not Path("given/target").exists()
+        assert read(Path("given/stages/source.json"))["summary"] == {"adapters": ["mine"]}
+        parents = read(Path("given/run.json"))["parents"]
+        assert [parent["name"] for parent in parents] == ["mine", "theirs"]
+        assert set(read(Path("given/metrics.json"))["systems"]) == set(SYSTEMS)
+
+    def test_two_source_adapters(self, finished_run: Path) -> None:
+        shutil.copytree(finished_run / "source", "one")
+        shutil.copytree(finished_run / "target", "two")
+        metrics = execute(
+            "data.source=null", "source.adapters=[one, two]", "merge.weights=[0.5, 0.25, 0.25]", folder="given"
+        )
+        assert set(metrics["systems"]) == {"source", "source_2", "target", "merged", "grasp"}
+        assert {row["segment"] for row in read(Path("given/final/sparsity.json"))} == {"source", "source_2", "target"}
+        assert read_lines(Path("given/evaluation/source_2.jsonl"))[0]["id"]
+
+    @pytest.mark.parametrize("changed", ["weights", "scaling"])
+    def test_changed_parents_are_refused_on_resume(self, finished_run: Path, changed: str) -> None:
+        shutil.copytree(finished_run / "source", "mine")
+        changes = ("data.source=null", "source.adapters=[mine]")
+        execute(*changes, folder="given")
+        Path("given/stages/final.json").unlink()
+        if changed == "weights":
+            shutil.copy(finished_run / "target/adapter_model.safetensors", "mine/adapter_model.safetensors")
+        else:
+            config = read(Path("mine/adapter_config.json"))
+            Path("mine/adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 10 * config["lora_alpha"]}))
+        with pytest.raises(RecipeError, match="given was begun with other parents than"):
+            execute(*changes, folder="given")
+
+    def test_without_a_dev_set_the_last_step_is_kept(self, tiny_workspace: Path) -> None:
+        metrics = execute("data.target.dev=0", "data.source.dev=0")
+        for stage, steps in (("source", 6), ("target", 10), ("final", 10)):
+            summary = read(Path("run/stages") / f"{stage}.json")["summary"]
+            assert (summary["steps"], summary["best_step"], summary["dev_loss"]) == (steps, steps, None)
+        assert {values["dev_loss"] for values in metrics["systems"].values()} == {None}
+        assert metrics["systems"]["grasp"]["test_loss"] > 0
+
+    def test_without_a_test_set_there_is_still_an_adapter(self, tiny_workspace: Path) -> None:
+        metrics = execute("data.target.test=0")
+        assert metrics["systems"]["grasp"]["test_loss"] is None
+        assert metrics["systems"]["grasp"]["dev_loss"] > 0
+        assert Path("run/adapter/adapter_model.safetensors").is_file()
+
+    def test_the_way_of_the_paper(self, tiny_workspace: Path) -> None:
+        metrics = execute(
+            "controller.policy=paper", "merge.rule=paper_sum_unscaled", "merge.weights=[1, 1]", "final.mode=reselect",
+            "final.mask.score=gradient_of_delta",
+        )  # fmt: skip
+        rounds = read_lines(Path("run/controller/rounds.jsonl"))
+        rewards = [
+            (reward, candidate)
+            for entry in rounds
+            for reward, candidate in zip(entry["rewards"], entry["candidates"], strict=True)
+        ]
+        assert metrics["prune_ratio"] == max(rewards)[1]
+        assert read(Path("run/controller/ratio.json"))["rule"] == "best_reward"
+        rows = read(Path("run/final/sparsity.json"))
+        assert {row["segment"] for row in rows} == {"merged"}
+        for row in rows:
+            assert row["weights"] - row["kept"] == prune_count(metrics["prune_ratio"], row["weights"])
+        merged = yaml.safe_load(Path("run/recipe.yaml").read_text())["controller"]["policy"]
+        assert merged["estimate"] == "best_reward"
+
+    @pytest.mark.parametrize("policy", ["default", "shared"])
+    def test_a_single_run_finishes_the_adapter_of_the_controller_run(self, policy: str, finished_run: Path) -> None:
+        changes = ("final.start=controller", f"controller.policy={policy}")
+        recorder = Recorder()
+        metrics = execute(*changes, folder="single", progress=recorder)
+        run = Path("single")
+        assert recorder.begun == list(STAGES)
+        left = {
+            f"controller/adapter/{file}"
+            for file in ("adapter_config.json", "adapter_model.safetensors", "grasp_lora.json")
+        }
+        assert set(files_of(run)) == FILES | left
+        if policy == "default":  # the controller run itself is that of two runs
+            for name in ("controller/rounds.jsonl", "controller/ratio.json", "merged/adapter_model.safetensors"):
+                assert (run / name).read_bytes() == (finished_run / name).read_bytes()
+        start, result = (
+            load_file(run / name / "adapter_model.safetensors") for name in ("controller/adapter", "adapter")
+        )
+        assert all(torch.equal(tensor == 0, result[name] == 0) for name, tensor in start.items())
+        ratio = read(run / "controller/ratio.json")["prune_ratio"]
+        assert metrics["prune_ratio"] == ratio
+        for row in read(run / "final/sparsity.json"):
+            assert row["weights"] - row["kept"] == prune_count(ratio, row["weights"])
+        # Step 0 is the adapter that the controller run left.
+        session = Session(*load_recipe("tiny.yaml", changes))
+        unfinished = session.evaluate(session.read("single/controller/adapter").weights).dev_loss
+        first = read_lines(run / "final/history.jsonl")[0]
+        assert (first["step"], first["dev_loss"]) == (0, pytest.approx(unfinished, rel=1e-6))
+        before = files_of(run)
+        for stage, begun in (("final", 3), ("controller", 4)):
+            (run / "stages" / f"{stage}.json").unlink()
+            again = Recorder()
+            execute(*changes, folder="single", progress=again)
+            assert again.begun == list(STAGES[-begun:])
+            for name in ("adapter/adapter_model.safetensors", *left, "metrics.json"):
+                assert (run / name).read_bytes() == before[name], name
+
+    @pytest.mark.parametrize("score", ["magnitude", "input_aware", "gradient_of_delta", "sensitivity"])
+    def test_a_pruned_adapter_keeps_exactly_its_mask(self, score: str, finished_run: Path) -> None:
+        training = ("final.training.epochs=0.3", "final.training.keep=last", "final.training.patience=null")
+        first = Session(*load_recipe("tiny.yaml", training))
+        merged = first.read("run/merged").weights
+        chosen_anew = 0
+        for scope, granularity in itertools.product(("factor", "tensor", "global"), ("weight", "component")):
+            mask = MaskSettings(score, scope, granularity)
+            session = first.variant(first.recipe.model_copy(update={"mask": mask}))
+            start = session.prune(merged, 0.45)
+            finished, result, rows = session.finetune_pruned(start, 0.45, Path("scratch"), pruned=True)
+            again, *_ = session.finetune_pruned(start, 0.45, Path("scratch"))
+            assert result.best_step == 3
+            moved = 0
+            for name, pair in start.items():
+                for factor in "AB":
+                    before, after = getattr(pair, factor), getattr(finished[name], factor)
+                    assert torch.equal(before == 0, after == 0)
+                    moved += int((before != after).sum())
+                    chosen_anew += not torch.equal(before == 0, getattr(again[name], factor) == 0)
+            assert moved
+            assert rows == survival(start)
+        if score == "gradient_of_delta":
+            assert chosen_anew  # else there were no need to say that it is pruned
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            ("mask.score=input_aware", "mask.scope=tensor"),
+            ("mask.score=sensitivity", "mask.scope=global"),
+            ("mask.granularity=component", "merge.rule=svd", "merge.rank=3"),
+            ("controller.policy=late", "controller.probe_on=dev", "mask.score=input_aware"),
+        ],
+        ids=["input_aware", "sensitivity", "component", "late"],
+    )
+    def test_other_masks_and_merges_run_through(self, changes: tuple[str, ...], tiny_workspace: Path) -> None:
+        metrics = execute(*changes)
+        assert 0.1 <= metrics["prune_ratio"] <= 0.8
+        assert math.isfinite(metrics["systems"]["grasp"]["test_loss"])
+
+    def test_late_rounds_on_examples_in_turn(self, tiny_workspace: Path) -> None:
+        policy = "controller.policy={preset: shared, probe_from: 0.5, candidates: 2, estimate: smooth_fit}"
+        metrics = execute(policy, "controller.probe_on=both", "controller.probe_examples=3", "controller.probe_every=2")
+        rows = read_lines(Path("run/controller/rounds.jsonl"))
+        assert [row["step"] for row in rows] == [6, 8, 10]
+        assert all(len(row["baseline_losses"]) == 3 for row in rows)
+        assert len({loss for row in rows for loss in row["baseline_losses"]}) == 9  # of 4 micro-dev and 6 dev examples
+        assert metrics["prune_ratio"] == read(Path("run/controller/ratio.json"))["prune_ratio"]
+
+
+def test_going_on_in_another_dtype_is_said(finished_run, caplog):
+    started = read(finished_run / "run.json")
+    assert started["dtype"] == "float32"
+    (finished_run / "run.json").write_text(json.dumps(started | {"dtype": "bfloat16"}), encoding="utf-8")
+    (finished_run / "stages/report.json").unlink()
+    with caplog.at_level("WARNING", logger="grasp_lora"):
+        execute()
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "was begun in bfloat16 and goes on in float32" in said

@@ -1,0 +1,127 @@
+"""A data file is found in the first place that has it; a data set on the hub is read without running its code."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import datasets
+import pytest
+
+from grasp_lora.data.places import read_hub, resolve_file
+from grasp_lora.data.records import read_files
+from grasp_lora.errors import DataError
+
+
+class TestResolveFile:
+    def test_places_in_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        places = [tmp_path / name for name in ("root", "variable", "recipe")]
+        for place in places:
+            place.mkdir()
+            (place / "x.json").write_text("x")
+        monkeypatch.setenv("GRASP_LORA_DATA", str(places[1]))
+        for place in places:
+            assert resolve_file("x.json", root=str(places[0]), base=places[2]) == place / "x.json"
+            (place / "x.json").unlink()
+        with pytest.raises(DataError, match="missing; tried") as caught:
+            resolve_file("x.json", root=str(places[0]), base=places[2])
+        for part in (*map(str, places), "data.root", "GRASP_LORA_DATA", "folder of the recipe"):
+            assert part in str(caught.value)
+
+    def test_root_is_relative_to_the_recipe_and_absolute_paths_stand_alone(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("GRASP_LORA_DATA", raising=False)
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "x.json").write_text("x")
+        assert resolve_file("x.json", root="data", base=tmp_path) == tmp_path / "data" / "x.json"
+        assert resolve_file(str(tmp_path / "data" / "x.json")) == tmp_path / "data" / "x.json"
+        with pytest.raises(DataError, match=r"nowhere\.json \(absolute path\)"):
+            resolve_file(str(tmp_path / "nowhere.json"))
+
+    def test_a_variable_does_not_decide_between_different_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for place in ("variable", "recipe", "root"):
+            (tmp_path / place).mkdir()
+            (tmp_path / place / "x.json").write_text(place)
+        monkeypatch.setenv("GRASP_LORA_DATA", str(tmp_path / "variable"))
+        message = r"'x\.json' is in two places, with different contents: .*variable/x\.json \(GRASP_LORA_DATA\) and .*recipe/x"
+        with pytest.raises(DataError, match=message):
+            resolve_file("x.json", base=tmp_path / "recipe")
+        assert resolve_file("x.json", root="../root", base=tmp_path / "recipe").read_text() == "root"
+        (tmp_path / "recipe/x.json").write_text("variable")
+        assert resolve_file("x.json", base=tmp_path / "recipe").parent.name == "variable"
+
+    def test_a_root_that_is_not_there_is_not_passed_over(self, tmp_path: Path) -> None:
+        (tmp_path / "x.json").write_text("x")
+        with pytest.raises(DataError, match=r"data\.root is 'nowhere', but there is no folder .*nowhere; mend it"):
+            resolve_file("x.json", root="nowhere", base=tmp_path)
+
+    def test_demo_texts(self) -> None:
+        records = read_files([("demo:zh.json", resolve_file("demo:zh.json"))], "qa").records
+        assert len(records) > 50
+        with pytest.raises(DataError, match=r"no demo text 'xx\.json'; available: ar\.json, en\.json, zh\.json"):
+            resolve_file("demo:xx.json")
+
+
+class TestHub:
+    ROWS: ClassVar = [{"id": "1", "title": "", "summary": "s", "text": "\x93t\x94"}]
+
+    def test_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = []
+
+        def load(*args: object, **kwargs: object) -> list[dict]:
+            calls.append((args, kwargs))
+            return self.ROWS
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        pool = read_hub("org/sums", "arabic", "train[:10]", "summarization")
+        assert calls == [(("org/sums", "arabic"), {"split": "train[:10]"})]
+        assert pool.records[0].fields == {"document": "“t”"}
+
+    def test_a_loading_script_is_replaced_by_the_parquet_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def load(name: str, *args: object, **kwargs: object) -> list[dict]:
+            if "revision" not in kwargs:
+                raise RuntimeError("Dataset scripts are no longer supported, but found sums.py")
+            assert (name, args) == ("org/sums", ())
+            assert kwargs == {"data_dir": "arabic", "split": "train", "revision": "refs/convert/parquet"}
+            return self.ROWS
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        assert len(read_hub("org/sums", "arabic", "train", "summarization").records) == 1
+
+    def test_offline_is_on_only_while_it_reads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import huggingface_hub
+
+        seen = []
+
+        def load(*args: object, **kwargs: object) -> list[dict]:
+            seen.append((datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE))
+            return self.ROWS
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        for offline in (True, False):
+            read_hub("org/sums", None, "train", "summarization", offline=offline)
+        assert seen == [(True, True), (False, False)]
+        assert not datasets.config.HF_HUB_OFFLINE
+
+    def test_offline(self) -> None:
+        with pytest.raises(DataError, match=r"hub:no/such/train: the hub cannot be reached .* under `files`"):
+            read_hub("no/such", None, "train", "qa")
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            ValueError("BuilderConfig 'x' not found"),
+            datasets.exceptions.DatasetNotFoundError("does not exist"),
+            RuntimeError("odd"),
+        ],
+    )
+    def test_other_failures(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        def load(*args: object, **kwargs: object) -> None:
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", load)
+        with pytest.raises(DataError, match=r"hub:a/b/c/train: cannot be loaded \(.*\)\. Check the names"):
+            read_hub("a/b", "c", "train", "qa")

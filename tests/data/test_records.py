@@ -1,0 +1,438 @@
+"""Files become records; every malformed one is refused with its name and line."""
+
+import json
+import re
+from pathlib import Path
+from typing import ClassVar
+
+import datasets
+import pytest
+
+from grasp_lora.data.records import Pool, read_files, text_key
+from grasp_lora.errors import DataError
+
+
+def squad(*articles: tuple[str, list[tuple[str, list[tuple[str, str, list[str]]]]]]) -> dict:
+    """Build SQuAD data from (title, [(context, [(id, question, answers)])])."""
+    return {
+        "data": [
+            {
+                "title": title,
+                "paragraphs": [
+                    {
+                        "context": context,
+                        "qas": [
+                            {
+                                "id": identity,
+                                "question": question,
+                                "answers": [{"text": a, "answer_start": max(context.find(a), 0)} for a in answers],
+                            }
+                            for identity, question, answers in questions
+                        ],
+                    }
+                    for context, questions in paragraphs
+                ],
+            }
+            for title, paragraphs in articles
+        ]
+    }
+
+
+def read(path: Path, content: object, task: str, format: str = "auto", **columns: str) -> Pool:
+    """Write content (text, bytes, rows for JSON lines, or an object for JSON) to a file and read it."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    elif isinstance(content, list) and path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8")
+    else:
+        path.write_text(json.dumps(content), encoding="utf-8")
+    return read_files([(path.name, path)], task, format, columns)
+
+
+class TestSquad:
+    def test_reads_fields_references_and_keys(self, tmp_path: Path) -> None:
+        content = squad(("قط", [("القطة سوداء جدا", [("q1", "ما لونها؟", ["سوداء", "سوداء جدا", "سوداء"])])]))
+        (record,) = read(tmp_path / "ar.json", content, "qa").records
+        assert record.id == "q1"
+        assert record.fields == {"context": "القطة سوداء جدا", "question": "ما لونها؟"}
+        assert record.answer == "سوداء"
+        assert record.references == ("سوداء", "سوداء جدا")
+        assert record.keys == {"id:q1", text_key("القطة سوداء جدا"), "article:قط"}
+
+    def test_an_article_is_one_group_in_all_its_files(self, tmp_path: Path) -> None:
+        for name, identity in (("one.json", "1"), ("two.json", "2")):
+            content = squad(("قط  أسود", [(f"context {identity}", [(identity, "?", ["context"])])]))
+            (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+        files = [(name, tmp_path / name) for name in ("one.json", "two.json")]
+        first, second = read_files(files, "qa", "squad", {}).records
+        assert first.keys & second.keys == {"article:قط أسود"}
+
+    def test_untitled_articles_are_told_apart_by_position(self, tmp_path: Path) -> None:
+        content = squad(("", [("a b", [("1", "?", ["a"])])]), ("", [("c d", [("2", "?", ["c"])])]))
+        first, second = read(tmp_path / "x.json", content, "qa").records
+        assert not first.keys & second.keys
+
+    def test_a_wrong_offset_is_accepted_but_not_a_foreign_answer(self, tmp_path: Path) -> None:
+        content = squad(("T", [("one two", [("q7", "?", ["two"])])]))
+        answer = content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]
+        answer["answer_start"] = 1
+        assert len(read(tmp_path / "x.json", content, "qa").records) == 1
+        answer["text"] = "three"
+        with pytest.raises(DataError, match=r"x\.json, article 1, question q7: the answer 'three' does not stand"):
+            read(tmp_path / "x.json", content, "qa")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({"data": [{"title": "T"}]}, r"x\.json, article 1: paragraphs must be a list, found NoneType"),
+            ({"data": [{"paragraphs": [{"qas": []}]}]}, r"article 1: context must be a text, found NoneType"),
+            ({"data": [{"paragraphs": [{"context": "c", "qas": [{}]}]}]}, r"article 1: a question has no id"),
+            ({"data": []}, r"x\.json holds no questions"),
+            (squad(("T", [("c", [("q", "?", [])])])), r"question q: no answer; .* remove them"),
+            (squad(("T", [("c", [("q", " ", ["c"])])])), r"question q: question is empty"),
+            (squad(("T", [("c", [("q", "?", [""])])])), r"question q: answer is empty"),
+            ({"rows": []}, r"x\.json is not SQuAD data"),
+        ],
+    )
+    def test_malformed(self, tmp_path: Path, content: dict, message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / "x.json", content, "qa", "squad")
+
+    def test_fits_only_the_task_qa(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="is SQuAD data, which fits the task qa, not summarization"):
+            read(tmp_path / "x.json", squad(("T", [("c", [("q", "?", ["c"])])])), "summarization")
+
+
+class TestXlsum:
+    ROW: ClassVar = {
+        "id": "z-1",
+        "url": "",
+        "title": "标题",
+        "summary": "摘要",
+        "text": "\x93引用\x94\x00文\t章\r\n第二",
+    }
+
+    def test_maps_and_removes_control_characters(self, tmp_path: Path) -> None:
+        pool = read(tmp_path / "zh.jsonl", [self.ROW], "summarization")
+        assert pool.records[0].fields == {"document": "“引用”文\t章\n第二"}
+        assert pool.records[0].references == ("摘要",)
+        assert (pool.characters_mapped, pool.characters_removed) == (2, 1)
+        assert {"id:z-1", "article:标题"} < pool.records[0].keys
+
+    def test_windows_quotation_marks_dashes_and_page_breaks_stay_apart(self, tmp_path: Path) -> None:
+        row = {**self.ROW, "text": "it\x92s 5\x9610 \x91so\x92 a\x97b page1\x0cpage2\x0bend"}
+        pool = read(tmp_path / "zh.jsonl", [row], "summarization")
+        assert pool.records[0].fields["document"] == "it’s 5–10 ‘so’ a—b page1 page2 end"
+        assert (pool.characters_mapped, pool.characters_removed) == (7, 0)
+
+    def test_an_unusual_separator_does_not_end_the_line(self, tmp_path: Path) -> None:
+        row = {**self.ROW, "text": "a\u2028b\u0085c"}
+        assert read(tmp_path / "zh.jsonl", [row], "summarization").records[0].fields["document"] == "a\u2028bc"
+
+    def test_the_format_may_be_stated(self, tmp_path: Path) -> None:
+        assert read(tmp_path / "zh.txt", json.dumps(self.ROW), "summarization", "xlsum").records[0].id == "z-1"
+        with pytest.raises(DataError, match="XL-Sum data, which fits the task summarization, not completion"):
+            read(tmp_path / "zh.jsonl", [self.ROW], "completion", "xlsum")
+
+    def test_missing_key_and_empty_summary(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"zh\.jsonl, line 1: no column 'text'"):
+            read(tmp_path / "zh.jsonl", [{"id": "1", "title": "", "summary": "s"}], "summarization", "xlsum")
+        with pytest.raises(DataError, match=r"zh\.jsonl, line 2: summary is empty"):
+            read(tmp_path / "zh.jsonl", [self.ROW, {**self.ROW, "summary": " "}], "summarization")
+
+
+class TestRecords:
+    @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+    def test_every_file_type_reads_the_same(self, tmp_path: Path, suffix: str) -> None:
+        rows = [{"prompt": 'say "a",\nplease', "completion": "a"}, {"prompt": "قل", "completion": "ب"}]
+        path = tmp_path / f"x.{suffix}"
+        if suffix in ("csv", "tsv"):
+            separator = "," if suffix == "csv" else "\t"
+            lines = [["prompt", "completion"], ['"say ""a"",\nplease"', "a"], ["قل", "ب"]]
+            path.write_text("\n".join(separator.join(cells) for cells in lines), encoding="utf-8-sig")
+        elif suffix == "parquet":
+            datasets.Dataset.from_list(rows).to_parquet(path)
+        else:
+            path.write_text(json.dumps(rows) if suffix == "json" else "\n\n".join(map(json.dumps, rows)))
+        records = read_files([("x", path)], "completion").records
+        assert [(r.fields["prompt"], r.answer) for r in records] == [(r["prompt"], r["completion"]) for r in rows]
+        assert [r.id for r in records] == ["x:1", "x:2"]
+        assert not any(key.startswith("id:") for r in records for key in r.keys)
+
+    def test_json_lines_saved_as_json(self, tmp_path: Path) -> None:
+        text = '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n'
+        assert len(read(tmp_path / "x.json", text, "completion").records) == 2
+
+    def test_columns_ids_groups_and_references(self, tmp_path: Path) -> None:
+        row = {"key": 7, "text": "doc", "tldr": "s", "topic": "t", "gold": ["s", "short"]}
+        pool = read(
+            tmp_path / "x.jsonl",
+            [row],
+            "summarization",
+            id="key",
+            document="text",
+            summary="tldr",
+            group="topic",
+            references="gold",
+        )
+        (record,) = pool.records
+        assert (record.id, record.answer, record.references) == ("7", "s", ("s", "short"))
+        assert record.keys == {"id:7", "group:t", text_key("doc")}
+
+    @pytest.mark.parametrize(
+        "answers", ["blue", ["blue", "sky blue"], {"text": ["blue"], "answer_start": [0]}, [{"text": "blue"}]]
+    )
+    def test_answers_in_the_shapes_of_hub_data(self, tmp_path: Path, answers: object) -> None:
+        row = {"context": "c", "question": "?", "title": "T", "answers": answers}
+        (record,) = read(tmp_path / "x.jsonl", [row], "qa").records
+        assert record.answer == "blue"
+        assert "article:T" in record.keys
+
+    def test_messages(self, tmp_path: Path) -> None:
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+        rows = [{"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}]
+        for record in read(tmp_path / "x.jsonl", rows, "completion").records:
+            assert record.messages == (turns[0],)
+            assert (record.answer, record.references, record.fields) == ("hello", ("hello",), {})
+
+    @pytest.mark.parametrize(
+        ("rows", "message"),
+        [
+            ([{"messages": "hi"}], r"line 1: messages must be a list of objects with the texts"),
+            ([{"messages": [{"role": "user", "content": "hi"}]}], r"line 1: messages must end with an assistant"),
+            ([{"prompt": "a"}], r"line 1: no column 'completion'; found: prompt\. .*columns: {completion: NAME}"),
+            ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}], "line 2: completion is empty"),
+            ([{"prompt": "a", "completion": 3}], "line 1: completion must be a text, found int"),
+            ([{"prompt": "a\ud800", "completion": "b"}], "line 1: prompt holds half of a surrogate pair"),
+            ([{"prompt": "a", "completion": "b", "references": []}], "line 1: the list of references is empty"),
+            ([{"id": 1, "prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}], "line 2: id must be"),
+            (["text"], "line 1: expected an object with named fields, found str"),
+            (
+                [{"id": i // 2, "prompt": "a", "completion": "b"} for i in range(14)],
+                "7 ids stand more than once, first 0, 1, 2, 3, 4;",
+            ),
+        ],
+    )
+    def test_malformed(self, tmp_path: Path, rows: list, message: str) -> None:
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / "x.jsonl", text, "completion")
+
+    def test_no_answer_and_unknown_column(self, tmp_path: Path) -> None:
+        row = {"context": "c", "question": "?", "answers": []}
+        with pytest.raises(DataError, match="line 1: no answer; questions without an answer are not supported"):
+            read(tmp_path / "x.jsonl", [row], "qa")
+        with pytest.raises(DataError, match=r"no column 'topic' \(columns\.group\); found: context, question"):
+            read(tmp_path / "x.jsonl", [row], "qa", group="topic")
+
+
+class TestCleaning:
+    def test_control_characters_go_from_every_text_and_are_counted(self, tmp_path: Path) -> None:
+        rows = [
+            {"id": "a", "prompt": "x\x1b[2Jy\r\nz", "completion": "\x93b\x94\x00", "references": ["c\x7f"]},
+            {"id": "b", "messages": [{"role": "user", "content": "h\x07i"}, {"role": "assistant", "content": "o\rk"}]},
+        ]
+        pool = read(tmp_path / "x.jsonl", rows, "completion")
+        first, second = pool.records
+        assert (first.fields["prompt"], first.answer, first.references) == ("x[2Jy\nz", "“b”", ("c",))
+        assert (second.messages[0]["content"], second.answer) == ("hi", "o\nk")
+        assert (pool.characters_mapped, pool.characters_removed) == (3, 4)
+
+    def test_squad_answers_are_cleaned_with_their_context(self, tmp_path: Path) -> None:
+        content = squad(("T", [("one\x01 two", [("q", "which?\x00", ["e\x01 t"])])]))
+        pool = read(tmp_path / "x.json", content, "qa")
+        assert pool.records[0].answer == "e t"
+        assert pool.characters_removed == 3
+
+    @pytest.mark.parametrize(
+        "mark", ["\u200e", "\u200f", "\u061c", "\u202b", "\u2067", "\u200d", "\ufeff", "\u2028", "\U000e0041"]
+    )
+    def test_marks_that_texts_need_stay(self, tmp_path: Path, mark: str) -> None:
+        row = {"prompt": f"a{mark}b", "completion": f"c{mark}"}
+        pool = read(tmp_path / "x.jsonl", [row], "completion")
+        assert (pool.records[0].fields["prompt"], pool.records[0].answer) == (row["prompt"], row["completion"])
+        assert pool.characters_removed == 0
+
+    def test_line_ends_may_be_mixed(self, tmp_path: Path) -> None:
+        row = '{"prompt": "a", "completion": "b"}'
+        assert len(read(tmp_path / "x.jsonl", f"{row}\r\n{row}\n\n{row}\r\n", "completion").records) == 3
+        assert len(read(tmp_path / "x.csv", "prompt,completion\r\na,b\nc,d\re,f\r\n", "completion").records) == 3
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            'prompt, completion\nx, "y, z"\n',
+            'prompt , completion\nx, "y, z"\n',
+            '\u200eprompt,completion\ufeff \nx,"y, z"\n',
+            'prompt; completion\r\nx; "y, z"\r\n',
+        ],
+        ids=["spaces behind commas", "spaces on both sides", "invisible marks", "semicolons"],
+    )
+    def test_csv_as_people_write_it(self, tmp_path: Path, text: str) -> None:
+        (record,) = read(tmp_path / "x.csv", text, "completion").records
+        assert (record.fields["prompt"], record.answer) == ("x", "y, z")
+
+    def test_questions_without_an_answer_are_left_out_and_counted(self, tmp_path: Path) -> None:
+        questions = [
+            {"id": "a", "question": "who?", "answers": [{"text": "Ann", "answer_start": 0}], "is_impossible": False},
+            {"id": "b", "question": "when?", "answers": [], "is_impossible": True, "plausible_answers": []},
+        ]
+        squad = {
+            "version": "v2.0",
+            "data": [{"title": "t", "paragraphs": [{"context": "Ann sang.", "qas": questions}]}],
+        }
+        pool = read(tmp_path / "x.json", json.dumps(squad), "qa")
+        assert ([record.id for record in pool.records], pool.unanswerable) == (["a"], 1)
+        rows = [
+            {"context": "Ann sang.", "question": "who?", "answers": {"text": ["Ann"], "answer_start": [0]}},
+            {"context": "Ann sang.", "question": "when?", "answers": {"text": [], "answer_start": []}},
+        ]
+        pool = read(tmp_path / "x.jsonl", "\n".join(map(json.dumps, rows)), "qa")
+        assert ([record.id for record in pool.records], pool.unanswerable) == (["x.jsonl:1"], 1)
+        with pytest.raises(DataError, match="none of the 1 questions has an answer"):
+            read(tmp_path / "x.jsonl", json.dumps(rows[1]), "qa")
+
+    def test_an_answer_that_is_a_list_written_as_text_is_refused(self, tmp_path: Path) -> None:
+        text = "context,question,answers\nAnn sang.,who?,\"{'text': ['Ann'], 'answer_start': [0]}\"\n"
+        with pytest.raises(
+            DataError, match=r"x\.csv, line 2: answers is a list that was written as text, \"\{'text'.*give a"
+        ):
+            read(tmp_path / "x.csv", text, "qa")
+        (record,) = read(tmp_path / "y.csv", text.replace("answers", "answer"), "qa").records
+        assert record.answer.startswith("{")
+
+    def test_spaces_in_cells_stay_where_the_header_has_none(self, tmp_path: Path) -> None:
+        (record,) = read(tmp_path / "x.csv", "prompt,completion\nx, y\n", "completion").records
+        assert record.answer == " y"
+
+    def test_columns_that_differ_by_an_invisible_mark_alone_are_one_twice(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"x\.csv, line 1: the column 'prompt' stands twice; rename one"):
+            read(tmp_path / "x.csv", "prompt,\u200fprompt,completion\na,b,c\n", "completion")
+
+    @pytest.mark.parametrize(
+        ("text", "line"),
+        [
+            ("prompt;completion\r\nHabari, dunia;x, y\r\n", 2),
+            ('prompt;completion\n"Habari; ""dunia""";x\n', 2),
+            ("sep=;\r\nprompt;completion\r\nHabari, dunia;x\r\n", 3),
+            ("sep=,\nprompt,completion\nHabari,x\n", 3),
+            ("prompt\tcompletion\nHabari, dunia\tx\n", 2),
+            ("\ufeffprompt,completion\nHabari,x\n,\n ,\n\n", 2),
+        ],
+    )
+    def test_csv_as_excel_writes_it(self, tmp_path: Path, text: str, line: int) -> None:
+        (record,) = read(tmp_path / "x.csv", text, "completion").records
+        assert record.fields["prompt"].startswith("Habari")
+        assert record.answer.startswith("x")
+        with pytest.raises(DataError, match=rf"x\.csv, line {line}: completion is empty"):
+            read(tmp_path / "x.csv", re.sub("x(, y)?", "", text, count=1), "completion")
+
+    def test_empty_cells_of_optional_columns_say_nothing(self, tmp_path: Path) -> None:
+        text = "id,prompt,completion,references,group\nk,a,b,,\n,c,d,e,\n"
+        first, second = read(tmp_path / "x.csv", text, "completion").records
+        assert (first.id, first.references, second.references) == ("k", ("b",), ("e",))
+        assert second.id == "x.csv:2"
+        assert not any(key.startswith(("id:", "group:")) for key in second.keys)
+
+    def test_two_writings_of_one_text_join(self, tmp_path: Path) -> None:
+        rows = [{"prompt": text, "completion": "b"} for text in ("\u200fcafé\ufeff", "cafe\u0301", "café ")]
+        assert len({record.keys for record in read(tmp_path / "x.jsonl", rows, "completion").records}) == 1
+
+    def test_ids_that_number_rows_are_told_as_such(self, tmp_path: Path) -> None:
+        for name in ("a.csv", "b.csv"):
+            (tmp_path / name).write_text(f"id,prompt,completion\n1,{name},b\n")
+        with pytest.raises(DataError, match=r"1 ids stand more than once, first 1.*rename the column id"):
+            read_files([(name, tmp_path / name) for name in ("a.csv", "b.csv")], "completion")
+
+    def test_a_workbook_is_told_as_such_whatever_its_name(self, tmp_path: Path) -> None:
+        (tmp_path / "x.xlsx").write_bytes(b"PK\x03\x04rest")
+        with pytest.raises(DataError, match="an Excel workbook: unpack it, or save the sheet as CSV"):
+            read_files([("x.xlsx", tmp_path / "x.xlsx")], "completion")
+
+    def test_a_long_cell_is_a_cell(self, tmp_path: Path) -> None:
+        import csv
+
+        before = csv.field_size_limit()
+        text = "x" * 200_000
+        assert (
+            read(tmp_path / "x.csv", f"prompt,completion\n{text},b\n", "completion").records[0].fields["prompt"] == text
+        )
+        assert csv.field_size_limit() == before
+
+    def test_a_name_with_a_control_character_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "x.csv").write_text("prompt,completion\na,b\n")
+        with pytest.raises(DataError, match=r"the data file 'a\\nseed: 7\.csv' has a control character in its name"):
+            read_files([("a\nseed: 7.csv", tmp_path / "x.csv")], "completion")
+
+    def test_parquet_that_unpacks_without_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import grasp_lora.data.files as rows
+
+        monkeypatch.setattr(rows, "MOST_BYTES", 100_000)
+        table = {"prompt": ["x" * 1000] * 5000, "completion": ["y"] * 5000}
+        datasets.Dataset.from_dict(table).to_parquet(tmp_path / "x.parquet")
+        assert (tmp_path / "x.parquet").stat().st_size < 100_000
+        with pytest.raises(DataError, match=r"x\.parquet unpacks to more than 100000 bytes"):
+            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
+
+    def test_what_a_library_says_is_shown_harmless(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Found by the fuzzer: thrift quotes the byte that it does not know."""
+        import pyarrow.parquet
+
+        def refuse(source: object) -> None:
+            raise OSError("don't know what type: \x0f\n" + "x" * 5000)
+
+        monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refuse)
+        (tmp_path / "x.parquet").write_bytes(b"PAR1")
+        with pytest.raises(DataError, match=r"not a valid parquet file \(don't know what type: \\x0f x+\)") as caught:
+            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
+        assert len(str(caught.value)) < 400
+
+    @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+    def test_rows_without_end(self, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        import grasp_lora.data.files as rows
+
+        monkeypatch.setattr(rows, "MOST_ROWS", 3)
+        table = datasets.Dataset.from_dict({"prompt": list("abcd"), "completion": list("abcd")})
+        path = tmp_path / f"x.{suffix}"
+        if suffix == "csv":
+            table.to_csv(path)
+        elif suffix == "parquet":
+            table.to_parquet(path)
+        else:
+            path.write_text("\n".join(map(json.dumps, table)) if suffix == "jsonl" else json.dumps(list(table)))
+        with pytest.raises(DataError, match=rf"x\.{suffix} holds more than 3 records"):
+            read_files([(path.name, path)], "completion")
+
+
+class TestEncodings:
+    ROW = '{"prompt": "é", "completion": "b"}\n'
+
+    def test_byte_order_mark(self, tmp_path: Path) -> None:
+        records = read(tmp_path / "x.jsonl", self.ROW.encode("utf-8-sig"), "completion").records
+        assert records[0].fields["prompt"] == "é"
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("x.jsonl", (ROW + ROW).encode() + ROW.encode("latin-1"), r"x\.jsonl, line 3: not UTF-8"),
+            ("x.jsonl", ROW + ROW + '{"prompt"\n', r"x\.jsonl, line 3: not valid JSON"),
+            ("x.json", '{"data":\n [1,}', r"x\.json, line 2: not valid JSON"),
+            ("x.jsonl", b"\xef\xbb\xbf \n", r"x\.jsonl is empty"),
+            ("x.json", "[]", r"x\.json holds no records"),
+            ("x.csv", "prompt,completion\n", r"x\.csv holds no records"),
+            ("x.csv", "prompt,completion\na,b\nc\n", r"x\.csv, line 3: the number of cells differs from the 2"),
+            ("x.csv", "prompt,completion\na,b,c\n", r"x\.csv, line 2: the number of cells differs from the 2"),
+            ("x.csv", 'prompt,completion\n"a"b,c\n', r"x\.csv, line 2: not valid CSV"),
+            ("x.parquet", "PAR", r"x\.parquet: not a valid parquet file"),
+            ("x.txt", "hello", r"x\.txt: cannot tell the format from the suffix '\.txt'; allowed: \.json"),
+        ],
+    )
+    def test_malformed(self, tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            read(tmp_path / name, content, "completion")
+
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"data file 'x\.json' is missing"):
+            read_files([("x.json", tmp_path / "x.json")], "qa")

@@ -1,0 +1,299 @@
+"""The rules that turn rounds into one ratio, on histories whose truth is known."""
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grasp_lora.method.estimate import best_reward, lowest_loss, smooth_fit
+from grasp_lora.method.policy import Round
+
+LOW, HIGH = 0.1, 0.8
+GRID_STEP = (HIGH - LOW) / 280
+Curve = Callable[[float], float]
+
+
+def quadratic(ratio: float) -> float:
+    return (ratio - 0.55) ** 2
+
+
+def asymmetric(ratio: float) -> float:
+    """Falls slowly and rises steeply, as pruning does; minimum at ASYMMETRIC_MINIMUM."""
+    return 0.02 * math.exp(10 * (ratio - 0.6)) - 0.15 * ratio
+
+
+ASYMMETRIC_MINIMUM = 0.6 + math.log(0.15 / 0.2) / 10
+
+
+def history(
+    curve: Curve, rounds: int, *, noise: float = 0.02, seed: int = 0, examples: int = 16, candidates: int = 3
+) -> list[Round]:
+    """Rounds under a level that drifts a lot between rounds and examples, with noise in every loss."""
+    draw = random.Random(seed)
+    told = []
+    current = 0.4
+    for index in range(rounds):
+        levels = [2 * math.exp(-index / 10) + draw.gauss(0, 0.5) for _ in range(examples)]
+
+        def losses(ratio: float, levels: list[float] = levels) -> tuple[float, ...]:
+            return tuple(level + curve(ratio) + draw.gauss(0, noise) for level in levels)
+
+        ratios = tuple(draw.uniform(LOW, HIGH) for _ in range(candidates))
+        told.append(Round(current, ratios, losses(current), tuple(losses(ratio) for ratio in ratios)))
+        current = ratios[0]
+    return told
+
+
+@pytest.mark.parametrize(
+    ("curve", "minimum", "tolerance"),
+    [
+        (quadratic, 0.55, 0.02),
+        (lambda ratio: -(quadratic(ratio) ** 2) + 2 * (ratio - 0.3) ** 2, 0.26, 0.03),
+        # A cubic is not this curve: its minimum is 0.03 too low, however many rounds there are.
+        (asymmetric, ASYMMETRIC_MINIMUM, 0.05),
+    ],
+)
+def test_smooth_fit_finds_the_minimum(curve: Curve, minimum: float, tolerance: float) -> None:
+    for seed in range(10):
+        assert smooth_fit(history(curve, 30, seed=seed), LOW, HIGH).ratio == pytest.approx(minimum, abs=tolerance)
+
+
+def test_smooth_fit_without_noise_is_exact_for_a_cubic() -> None:
+    def cubic(ratio: float) -> float:  # derivative 3 (ratio - 0.6)(ratio + 0.2)
+        return ratio**3 - 0.6 * ratio**2 - 0.36 * ratio
+
+    estimate = smooth_fit(history(cubic, 10, noise=0.0), LOW, HIGH)
+    assert estimate.ratio == pytest.approx(0.6, abs=GRID_STEP)
+    assert estimate.high - estimate.low <= 2 * GRID_STEP
+    for ratio, fitted, low, high in estimate.curve:
+        assert fitted == pytest.approx(cubic(ratio) - cubic(0.6), abs=1e-4)
+        assert low == pytest.approx(high, abs=1e-4)
+
+
+def test_smooth_fit_interval_covers_the_truth() -> None:
+    covered = [
+        estimate.low <= 0.55 <= estimate.high
+        for estimate in (smooth_fit(history(quadratic, 15, seed=seed, noise=0.1), LOW, HIGH) for seed in range(40))
+    ]
+    assert sum(covered) >= 34  # 38 expected
+
+
+def test_smooth_fit_interval_shrinks_with_more_rounds() -> None:
+    widths = []
+    for rounds in (5, 20, 80):
+        estimates = [smooth_fit(history(quadratic, rounds, seed=seed, noise=0.1), LOW, HIGH) for seed in range(5)]
+        widths.append(sum(estimate.high - estimate.low for estimate in estimates))
+    assert widths[0] > 1.5 * widths[1] > 2.25 * widths[2]
+
+
+def test_smooth_fit_interval_shows_that_examples_disagree() -> None:
+    """Noise-free losses, but half of the examples want 0.3 and half 0.7: another draw of examples decides otherwise."""
+    draw = random.Random(0)
+    rounds = []
+    for _ in range(20):
+        ratios = tuple(draw.uniform(LOW, HIGH) for _ in range(3))
+        losses = [tuple((p - (0.3, 0.7)[i % 2]) ** 2 for i in range(16)) for p in (0.4, *ratios)]
+        rounds.append(Round(0.4, ratios, losses[0], tuple(losses[1:])))
+    estimate = smooth_fit(rounds, LOW, HIGH)
+    assert estimate.ratio == pytest.approx(0.5, abs=0.01)
+    assert 0.1 < estimate.high - estimate.low < 0.4
+
+
+def test_smooth_fit_interval_shows_that_rounds_disagree() -> None:
+    """Examples are all alike, but every other round wants 0.3 and 0.7."""
+    draw = random.Random(0)
+    rounds = []
+    for index in range(20):
+        ratios = tuple(draw.uniform(LOW, HIGH) for _ in range(3))
+        losses = [((p - (0.3, 0.7)[index % 2]) ** 2,) * 16 for p in (0.4, *ratios)]
+        rounds.append(Round(0.4, ratios, losses[0], tuple(losses[1:])))
+    estimate = smooth_fit(rounds, LOW, HIGH)
+    assert 0.05 < estimate.high - estimate.low < 0.5
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_smooth_fit_of_a_monotone_loss_ends_at_the_outermost_probe(sign: int) -> None:
+    rounds = history(lambda ratio: sign * 0.5 * ratio, 20, noise=0.001)
+    probed = [ratio for one in rounds for ratio in (one.current_ratio, *one.candidates)]
+    estimate = smooth_fit(rounds, LOW, HIGH)
+    assert estimate.ratio == pytest.approx(min(probed) if sign > 0 else max(probed), abs=1e-12)
+    assert estimate.low <= estimate.ratio <= estimate.high
+
+
+def test_smooth_fit_never_leaves_the_probed_range() -> None:
+    rounds = [replace(one, candidates=(0.42, 0.45, 0.5)) for one in history(quadratic, 10)]
+    rounds = [replace(one, current_ratio=0.4) for one in rounds]
+    estimate = smooth_fit(rounds, LOW, HIGH)
+    assert 0.4 <= estimate.low <= estimate.high <= 0.5
+    assert estimate.curve[0][0] == pytest.approx(0.4)
+    assert estimate.curve[-1][0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 3, 9])
+def test_one_round_is_enough(candidates: int) -> None:
+    rounds = history(quadratic, 1, candidates=candidates)
+    for rule in (smooth_fit, lowest_loss, best_reward):
+        estimate = rule(rounds, LOW, HIGH)
+        assert LOW <= estimate.low <= estimate.ratio <= estimate.high <= HIGH
+        assert estimate.rounds == 1
+
+
+def test_candidates_that_all_coincide_give_that_ratio() -> None:
+    rounds = [Round(0.4, (0.4, 0.4), (1.0, 2.0), ((1.1, 2.0), (0.9, 2.1)))] * 3
+    estimate = smooth_fit(rounds, LOW, HIGH)
+    assert (estimate.low, estimate.ratio, estimate.high) == (0.4, 0.4, 0.4)
+
+
+def test_a_single_micro_dev_example_is_enough() -> None:
+    assert smooth_fit(history(quadratic, 40, examples=1), LOW, HIGH).ratio == pytest.approx(0.55, abs=0.06)
+
+
+def test_candidates_almost_at_one_place_stay_solvable() -> None:
+    draw = random.Random(0)
+    rounds = []
+    for _ in range(10):
+        ratios = tuple(0.4 + draw.uniform(-1e-9, 1e-9) for _ in range(3))
+        rounds.append(Round(0.4, ratios, (1.0,), tuple((draw.random(),) for _ in ratios)))
+    estimate = smooth_fit(rounds, LOW, HIGH)
+    assert estimate.ratio == pytest.approx(0.4, abs=1e-8)
+    assert all(math.isfinite(number) for point in estimate.curve for number in point)
+
+
+def test_smooth_fit_believes_later_rounds_more() -> None:
+    early = history(lambda ratio: 0.1 * ratio, 10, noise=0.0)
+    late = history(lambda ratio: 0.3 * (ratio - 0.7) ** 2, 10, noise=0.0, seed=1)
+    in_order = smooth_fit([*early, *late], LOW, HIGH).ratio
+    in_reverse = smooth_fit([*late[::-1], *early[::-1]], LOW, HIGH).ratio
+    assert in_order > in_reverse + 0.05
+
+
+@pytest.mark.parametrize("rule", [smooth_fit, lowest_loss, best_reward])
+def test_rules_are_deterministic(rule: Callable[..., object]) -> None:
+    assert rule(history(quadratic, 12), LOW, HIGH) == rule(history(quadratic, 12), LOW, HIGH)
+
+
+@settings(deadline=None, max_examples=25)
+@given(offsets=st.lists(st.lists(st.floats(-1000, 1000), min_size=4, max_size=4), min_size=6, max_size=6))
+def test_smooth_fit_ignores_the_level_of_each_round_and_example(offsets: list[list[float]]) -> None:
+    rounds = history(quadratic, 6, examples=4)
+    shifted = [
+        replace(
+            one,
+            baseline_losses=tuple(loss + offset for loss, offset in zip(one.baseline_losses, row, strict=True)),
+            candidate_losses=tuple(
+                tuple(loss + offset for loss, offset in zip(losses, row, strict=True))
+                for losses in one.candidate_losses
+            ),
+        )
+        for one, row in zip(rounds, offsets, strict=True)
+    ]
+    plain, moved = smooth_fit(rounds, LOW, HIGH), smooth_fit(shifted, LOW, HIGH)
+    for number in ("ratio", "low", "high"):
+        assert getattr(moved, number) == pytest.approx(getattr(plain, number), abs=1.01 * GRID_STEP)
+    for before, after in zip(plain.curve, moved.curve, strict=True):
+        assert after == pytest.approx(before, abs=1e-6)
+
+
+def test_curve_is_relative_to_its_minimum() -> None:
+    estimate = smooth_fit(history(quadratic, 20), LOW, HIGH)
+    ratios = [point[0] for point in estimate.curve]
+    assert ratios == sorted(ratios)
+    assert len(ratios) == 41
+    assert all(fitted >= 0 and low <= high for _, fitted, low, high in estimate.curve)
+    lowest = min(estimate.curve, key=lambda point: point[1])
+    assert lowest[0] == pytest.approx(estimate.ratio, abs=4 * GRID_STEP)
+    assert lowest[2] <= 0 <= lowest[3] + 1e-3
+    assert (estimate.rule, estimate.rounds, estimate.confidence) == ("smooth_fit", 20, 0.95)
+
+
+def test_best_reward_takes_the_luckiest_probe() -> None:
+    rounds = [
+        Round(0.4, (0.2, 0.5), (1.0, 1.0), ((0.9, 0.9), (0.8, 0.8))),  # best reward 0.2 at 0.5
+        Round(0.5, (0.7, 0.3), (5.0, 5.0), ((4.0, 5.0), (4.9, 4.9))),  # best reward 0.5 at 0.7
+        Round(0.6, (0.6, 0.8), (0.1, 0.1), ((0.0, 0.0), (0.3, 0.3))),  # lowest loss, but reward 0.1
+    ]
+    estimate = best_reward(rounds, LOW, HIGH)
+    assert estimate.ratio == 0.7
+    assert (estimate.rule, estimate.rounds, estimate.curve) == ("best_reward", 3, ())
+    # Without its round (a chance of 8/27) 0.5 wins, without both 0.6 does (1/27).
+    assert (estimate.low, estimate.high) == (0.5, 0.7)
+
+
+def test_best_reward_interval_is_a_point_when_every_round_agrees() -> None:
+    rounds = [Round(0.4, (0.3, 0.6), (1.0,), ((2.0,), (0.5 - i / 10,))) for i in range(4)]
+    estimate = best_reward(rounds, LOW, HIGH)
+    assert (estimate.low, estimate.ratio, estimate.high) == (0.6, 0.6, 0.6)
+
+
+# --- lowest_loss -----------------------------------------------------------------------------------------------------
+
+
+def moving(rounds: int, loss: Callable[[float, float], float], *, noise: float = 0.003, seed: int = 0) -> list[Round]:
+    """Rounds of a loss over ratio and time in [0, 1], with examples of different level."""
+    draw = random.Random(seed)
+    levels = [draw.gauss(1, 0.5) for _ in range(16)]
+    told = []
+    for index in range(rounds):
+        time = index / (rounds - 1)
+        ratios = (0.4, *(LOW + (HIGH - LOW) * (number + draw.random()) / 3 for number in range(3)))
+        losses = [tuple(level + loss(p, time) + draw.gauss(0, noise) for level in levels) for p in ratios]
+        told.append(Round(0.4, ratios[1:], losses[0], tuple(losses[1:])))
+    return told
+
+
+@pytest.mark.parametrize(
+    ("curve", "scale"),
+    [
+        (quadratic, 0.2),
+        (lambda ratio: -(quadratic(ratio) ** 2) + 2 * (ratio - 0.3) ** 2, 0.5),
+        (asymmetric, 0.06),
+        # Flat, then steep, as pruning has it: where it is flat no rule can say more than that.
+        (lambda ratio: 0.1 * (ratio - 0.45) ** 2 + 0.4 * max(0.0, ratio - 0.7) ** 1.5, 0.02),
+    ],
+)
+def test_lowest_loss_finds_a_ratio_that_is_nearly_the_best(curve: Curve, scale: float) -> None:
+    best = min(curve(LOW + (HIGH - LOW) * place / 700) for place in range(701))
+    for seed in range(5):
+        found = lowest_loss(moving(25, lambda ratio, _: curve(ratio), seed=seed), LOW, HIGH).ratio
+        assert curve(found) - best < 0.04 * scale
+
+
+@pytest.mark.parametrize(("early", "late", "best"), [(0.0, -0.1, 0.6), (-0.1, 0.0, 0.2)])
+def test_each_ratio_counts_with_its_best_moment(early: float, late: float, best: float) -> None:
+    """The lowest ratio moves from 0.2 to 0.6 while the level moves: the moment of the lowest loss decides."""
+
+    def loss(ratio: float, time: float) -> float:
+        return (ratio - 0.2 - 0.4 * time) ** 2 + early + (late - early) * time
+
+    for seed in range(5):
+        assert lowest_loss(moving(25, loss, seed=seed), LOW, HIGH).ratio == pytest.approx(best, abs=0.05)
+
+
+def test_lowest_loss_interval_covers_the_truth_and_shrinks() -> None:
+    covered, widths = 0, []
+    for rounds in (6, 12, 48):
+        estimates = [
+            lowest_loss(moving(rounds, lambda ratio, _: quadratic(ratio), noise=0.1, seed=seed), LOW, HIGH)
+            for seed in range(8)
+        ]
+        covered += sum(estimate.low - 0.01 <= 0.55 <= estimate.high + 0.01 for estimate in estimates)
+        widths.append(sum(estimate.high - estimate.low for estimate in estimates))
+    assert covered >= 21  # of 24
+    assert widths[0] > 1.2 * widths[2]
+
+
+def test_lowest_loss_leaves_the_interval_out_when_asked() -> None:
+    rounds = moving(8, lambda ratio, _: quadratic(ratio))
+    quick, whole = lowest_loss(rounds, LOW, HIGH, interval=False), lowest_loss(rounds, LOW, HIGH)
+    assert quick.ratio == whole.ratio == quick.low == quick.high
+    assert whole.low < whole.ratio < whole.high
+
+
+def test_lowest_loss_never_leaves_the_probed_range() -> None:
+    rounds = [replace(one, candidates=(0.42, 0.45, 0.5)) for one in moving(10, lambda ratio, _: -ratio)]
+    estimate = lowest_loss(rounds, LOW, HIGH)
+    assert 0.4 <= estimate.low <= estimate.high <= 0.5

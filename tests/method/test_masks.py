@@ -1,0 +1,759 @@
+"""Masks: scores, exact counts, and a mask set that never loses a weight it did not mean to lose."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from grasp_lora.errors import AdapterError
+from grasp_lora.method.lora import LoraPair, Segment
+from grasp_lora.method.masks import (
+    FACTORS,
+    GRANULARITIES,
+    SCOPES,
+    SCORES,
+    InputNorms,
+    MaskSet,
+    MaskSettings,
+    WeightKey,
+    prune_count,
+    rank_weights,
+    reset_moments,
+    score_pair,
+    survival,
+)
+
+SEGMENTS = (Segment("source", 2), Segment("target", 3))
+# Two modules of different widths; the second has no segments.
+SHAPES = {"q": (7, 6, 5, SEGMENTS), "v": (4, 9, 2, ())}
+
+every_mask = pytest.mark.parametrize(
+    ("scope", "granularity"), [(scope, granularity) for scope in SCOPES for granularity in GRANULARITIES]
+)
+ratios = st.one_of(st.floats(0, 1), st.integers(0, 20).map(lambda twentieth: twentieth / 20))
+
+
+def live_pairs(seed: int = 0, values: Sequence[float] | None = None) -> dict[str, LoraPair]:
+    """Random live parameters, or draws from a few values, so that most magnitudes tie."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def parameter(*shape: int) -> torch.nn.Parameter:
+        if values is None:
+            return torch.nn.Parameter(torch.randn(shape, generator=generator))
+        return torch.nn.Parameter(torch.tensor(values)[torch.randint(len(values), shape, generator=generator)])
+
+    return {
+        module: LoraPair(parameter(rank, d_in), parameter(d_out, rank), segments=segments)
+        for module, (d_in, d_out, rank, segments) in SHAPES.items()
+    }
+
+
+def mask_set(scope: str = "factor", granularity: str = "weight", score: str = "magnitude", **options: Any) -> MaskSet:
+    masks = MaskSet(live_pairs(**options), MaskSettings(score, scope, granularity))
+    generator = torch.Generator().manual_seed(99)
+    for module, pair in masks.pairs.items():
+        if masks.settings.needs_inputs:
+            masks.norms[module] = InputNorms(
+                torch.rand(pair.shape[1], generator=generator), torch.rand(pair.rank, generator=generator)
+            )
+        if masks.settings.needs_gradients:
+            for factor in FACTORS:
+                weight = masks.weights[module, factor]
+                masks.gradients[module, factor] = torch.rand(weight.shape, generator=generator)
+    return masks
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bit patterns, so that -0.0 and 0.0 differ."""
+    return tensor.detach().clone().view(torch.int32)
+
+
+def snapshot(masks: MaskSet) -> dict[WeightKey, Tensor]:
+    return {key: bits(weight) for key, weight in masks.weights.items()}
+
+
+def dense_bits(masks: MaskSet) -> dict[WeightKey, Tensor]:
+    """Bit patterns of what the weights are or, where they are masked, were."""
+    return {key: bits(torch.where(masks.keep[key], weight, masks.stash[key])) for key, weight in masks.weights.items()}
+
+
+def assert_equal(first: dict[WeightKey, Tensor], second: dict[WeightKey, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+def masked_by_group(masks: MaskSet, keep: dict[WeightKey, Tensor]) -> list[tuple[int, int]]:
+    """(masked, size) of each group that competes; counted in components where those are the unit."""
+    blocks: list[list[Tensor]] = []
+    for module, pair in masks.pairs.items():
+        sizes = [segment.rank for segment in pair.segments] or [pair.rank]
+        if masks.settings.scope == "tensor":
+            sizes = [pair.rank]
+        if masks.settings.granularity == "component":
+            rows, columns = keep[module, "A"], keep[module, "B"]
+            assert torch.equal(rows, rows[:, :1].expand_as(rows))
+            assert torch.equal(columns, columns[:1].expand_as(columns))
+            assert torch.equal(rows[:, 0], columns[0])
+            blocks.append(list(rows[:, 0].split(sizes)))
+        else:
+            blocks.append(list(keep[module, "A"].split(sizes, dim=0)))
+            blocks.append(list(keep[module, "B"].split(sizes, dim=1)))
+    flat = [block.flatten() for group in blocks for block in group]
+    if masks.settings.scope == "global":
+        flat = [torch.cat(flat)]
+    return [(int((~block).sum()), block.numel()) for block in flat]
+
+
+# --- counts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prune_ratio", "weights", "count"),
+    [
+        (0.29, 100, 29),
+        (0.0, 10, 0),
+        (1.0, 10, 10),
+        (0.5, 0, 0),
+        (0.999, 1, 0),
+        (0.4999, 10, 4),
+        (1 / 3, 3, 1),
+        (0.1 + 0.2, 10, 3),  # 0.30000000000000004
+        (0.7 * 0.1, 100, 7),  # 0.06999999999999999
+        (1e-9, 1000, 0),
+        (1.0, 10**9, 10**9),
+    ],
+)
+def test_prune_count(prune_ratio: float, weights: int, count: int) -> None:
+    assert prune_count(prune_ratio, weights) == count
+
+
+@given(data=st.data(), weights=st.integers(1, 10**7))
+def test_prune_count_inverts_a_share(data: st.DataObject, weights: int) -> None:
+    count = data.draw(st.integers(0, weights))
+    assert prune_count(count / weights, weights) == count
+
+
+@given(first=ratios, second=ratios, weights=st.integers(0, 10**6))
+def test_prune_count_grows_with_the_ratio(first: float, second: float, weights: int) -> None:
+    low, high = sorted((first, second))
+    assert 0 <= prune_count(low, weights) <= prune_count(high, weights) <= weights
+    assert abs(prune_count(low, weights) - low * weights) <= 1
+
+
+@pytest.mark.parametrize("prune_ratio", [-0.01, 1.01, 40.0, math.nan, math.inf])
+def test_prune_count_refuses_what_is_no_share(prune_ratio: float) -> None:
+    with pytest.raises(ValueError, match=rf"prune ratio is {prune_ratio}; it must be a fraction in \[0, 1\]"):
+        prune_count(prune_ratio, 10)
+
+
+def test_rank_weights_breaks_ties_by_position() -> None:
+    assert rank_weights(torch.tensor([[2.0, 1.0, 2.0], [1.0, 0.0, 2.0]])).tolist() == [[3, 1, 4], [2, 0, 5]]
+    many = torch.zeros(3, 50_000)  # enough for an unstable sort to show
+    assert torch.equal(rank_weights(many), torch.arange(150_000).view(3, -1))
+
+
+@every_mask
+@settings(deadline=None, max_examples=40)
+@given(prune_ratio=ratios, seed=st.integers(0, 1000))
+def test_counts_are_exact_under_ties(scope: str, granularity: str, prune_ratio: float, seed: int) -> None:
+    masks = mask_set(scope, granularity, seed=seed, values=(0.0, -0.0, 1.0, -1.0, 0.5))
+    for masked, size in masked_by_group(masks, masks.keep_masks(prune_ratio)):
+        assert masked == prune_count(prune_ratio, size)
+
+
+@every_mask
+def test_counts_are_exact_when_all_weights_are_equal(scope: str, granularity: str) -> None:
+    masks = mask_set(scope, granularity, values=(0.3,))
+    masks.commit(0.5)
+    assert masked_by_group(masks, masks.keep) == [(size // 2, size) for _, size in masked_by_group(masks, masks.keep)]
+
+
+@every_mask
+@pytest.mark.parametrize("score", SCORES)
+@settings(deadline=None, max_examples=15)
+@given(first=ratios, second=ratios, seed=st.integers(0, 1000))
+def test_masks_nest_as_the_ratio_grows(
+    scope: str, granularity: str, score: str, first: float, second: float, seed: int
+) -> None:
+    masks = mask_set(scope, granularity, score, seed=seed, values=(0.0, 1.0, -1.0, 0.5))
+    low, high = sorted((first, second))
+    small, large = masks.keep_masks(low), masks.keep_masks(high)
+    for key in small:
+        assert (small[key] | ~large[key]).all()
+
+
+@every_mask
+def test_ratio_zero_keeps_and_ratio_one_masks_everything(scope: str, granularity: str) -> None:
+    masks = mask_set(scope, granularity)
+    before = snapshot(masks)
+    masks.commit(0.0)
+    assert masks.sparsity() == 0.0
+    assert_equal(snapshot(masks), before)
+    masks.commit(1.0)
+    assert masks.sparsity() == 1.0
+    masks.commit(0.0)
+    assert_equal(snapshot(masks), before)
+
+
+def test_the_least_important_weights_go() -> None:
+    pair = LoraPair(torch.tensor([[3.0, -1.0, 2.0, -4.0]]), torch.tensor([[0.1], [-0.3]]))
+    masks = MaskSet({"m": pair}, MaskSettings())
+    newly_masked = masks.commit(0.5)
+    assert pair.A.tolist() == [[3.0, 0.0, 0.0, -4.0]]
+    assert pair.B.tolist() == [[0.0], [pytest.approx(-0.3)]]
+    assert newly_masked["m", "A"].tolist() == [[False, True, True, False]]
+    assert newly_masked["m", "B"].tolist() == [[True], [False]]
+    assert masks.stash["m", "A"].tolist() == [[0.0, -1.0, 2.0, 0.0]]
+    assert masks.ratio == 0.5
+
+
+# --- scopes and granularity ------------------------------------------------------------------------------------------
+
+
+def tiny_source() -> dict[str, LoraPair]:
+    """A source whose weights are all a thousandth of the target's."""
+    pair = live_pairs()["q"]
+    with torch.no_grad():
+        pair.A[:2] *= 1e-3 / pair.A[:2].abs().max()
+        pair.B[:, :2] *= 1e-3 / pair.B[:, :2].abs().max()
+        pair.A[2:] += pair.A[2:].sign()
+        pair.B[:, 2:] += pair.B[:, 2:].sign()
+    return {"q": pair}
+
+
+def kept_shares(pairs: dict[str, LoraPair]) -> dict[tuple[str, str], float]:
+    return {
+        (str(row["factor"]), str(row["segment"])): int(row["kept"]) / int(row["weights"]) for row in survival(pairs)
+    }
+
+
+def test_scope_factor_prunes_source_and_target_alike() -> None:
+    pairs = tiny_source()
+    MaskSet(pairs, MaskSettings(scope="factor")).commit(0.5)
+    assert set(kept_shares(pairs).values()) == {0.5, 11 / 21}  # 21 weights of A are the target's
+
+
+def test_scope_tensor_lets_source_and_target_compete() -> None:
+    pairs = tiny_source()
+    MaskSet(pairs, MaskSettings(scope="tensor")).commit(0.4)
+    assert kept_shares(pairs) == {
+        ("A", "source"): 0.0,
+        ("A", "target"): 1.0,
+        ("B", "source"): 0.0,
+        ("B", "target"): 1.0,
+    }
+
+
+def test_scope_global_lets_modules_compete() -> None:
+    pairs = live_pairs()
+    with torch.no_grad():
+        pairs["v"].A.mul_(1e-4)
+        pairs["v"].B.mul_(1e-4)
+    masks = MaskSet(pairs, MaskSettings(scope="global"))
+    share = (pairs["v"].A.numel() + pairs["v"].B.numel()) / sum(weight.numel() for weight in masks.weights.values())
+    masks.commit(share)
+    assert pairs["v"].A.abs().sum() == pairs["v"].B.abs().sum() == 0
+    assert masks.keep["q", "A"].all()
+    assert masks.keep["q", "B"].all()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_components_go_as_a_whole_the_weakest_first(scope: str) -> None:
+    A = torch.tensor([[1.0, 1.0], [5.0, 0.0], [0.0, 0.1], [2.0, 2.0]])
+    B = torch.tensor([[9.0, 0.0, 0.1, 0.0]])  # sums of scores: 11, 5, 0.2, 4
+    masks = MaskSet({"m": LoraPair(A, B)}, MaskSettings(scope=scope, granularity="component"))
+    for prune_ratio, kept in ((0.25, [0, 1, 3]), (0.5, [0, 1]), (0.75, [0])):
+        masks.commit(prune_ratio)
+        assert masks.keep["m", "A"].all(dim=1).nonzero().flatten().tolist() == kept
+        assert masks.keep["m", "B"].any(dim=0).nonzero().flatten().tolist() == kept
+
+
+# --- the mask set ----------------------------------------------------------------------------------------------------
+
+
+@every_mask
+@pytest.mark.parametrize("committed", [0.0, 0.4])
+@pytest.mark.parametrize("raises", [False, True])
+def test_a_probe_leaves_every_bit_as_it_was(scope: str, granularity: str, committed: float, raises: bool) -> None:
+    masks = mask_set(scope, granularity, values=(-0.0, 0.0, 1e-42, -1.5, 2.5))  # zeros of both signs, a subnormal
+    masks.commit(committed)
+    with torch.no_grad():
+        masks.weights["q", "A"][~masks.keep["q", "A"]] = -0.0  # a masked weight, moved and not yet held again
+    before, dense, keep = snapshot(masks), dense_bits(masks), {key: mask.clone() for key, mask in masks.keep.items()}
+    for prune_ratio in (0.0, 0.2, 0.7, 1.0):
+        try:
+            with masks.probe(prune_ratio):
+                if prune_ratio == 1.0:
+                    assert all((weight == 0).all() for weight in masks.weights.values())
+                if raises:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            assert raises
+        assert_equal(snapshot(masks), before)
+        assert_equal(dense_bits(masks), dense)
+        assert_equal(masks.keep, keep)
+        assert masks.ratio == committed
+
+
+@every_mask
+@pytest.mark.parametrize("committed", [0.0, 0.5])
+@pytest.mark.parametrize("candidate", [0.0, 0.3, 0.8])
+def test_a_probe_shows_what_a_commit_would_give(
+    scope: str, granularity: str, committed: float, candidate: float
+) -> None:
+    masks = mask_set(scope, granularity)
+    masks.commit(committed)
+    ranking = masks.rank()
+    with masks.probe(candidate, ranking):
+        probed = snapshot(masks)
+    masks.commit(candidate, ranking)
+    assert_equal(snapshot(masks), probed)
+
+
+def test_a_probe_at_an_impossible_ratio_touches_nothing() -> None:
+    masks = mask_set()
+    before = snapshot(masks)
+    with pytest.raises(ValueError, match=r"prune ratio is 1.5"), masks.probe(1.5):
+        pass
+    with pytest.raises(ValueError, match=r"prune ratio is nan"):
+        masks.commit(math.nan)
+    assert_equal(snapshot(masks), before)
+    assert masks.ratio == 0.0
+
+
+def test_a_probe_keeps_parameters_gradients_and_training_as_they_are() -> None:
+    masks = mask_set()
+    weight = masks.weights["q", "A"]
+    weight.grad = torch.ones_like(weight)
+    identities = {key: id(one) for key, one in masks.weights.items()}
+    with masks.probe(0.5):
+        assert torch.is_grad_enabled()
+        assert {key: id(one) for key, one in masks.weights.items()} == identities
+    assert weight.requires_grad
+    assert weight.is_leaf
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+
+
+@every_mask
+@settings(deadline=None, max_examples=25)
+@given(prune_ratio=ratios, seed=st.integers(0, 1000))
+def test_measured_sparsity_is_the_committed_ratio(scope: str, granularity: str, prune_ratio: float, seed: int) -> None:
+    masks = mask_set(scope, granularity, seed=seed, values=(0.0, 1.0, -1.0))
+    masks.commit(prune_ratio)
+    total = sum(weight.numel() for weight in masks.weights.values())
+    assert masks.ratio == prune_ratio
+    if granularity == "weight":
+        groups = len(masked_by_group(masks, masks.keep))
+        assert -1e-6 <= prune_ratio * total - masks.sparsity() * total <= groups
+    else:  # whole components: within one of them a group
+        assert all(abs(masked - prune_ratio * size) <= 1 for masked, size in masked_by_group(masks, masks.keep))
+
+
+@every_mask
+def test_a_lower_ratio_revives_exactly_what_was_stashed(scope: str, granularity: str) -> None:
+    masks = mask_set(scope, granularity)
+    original = snapshot(masks)
+    masks.commit(0.8)
+    high = {key: keep.clone() for key, keep in masks.keep.items()}
+    masks.commit(0.3)
+    for key, keep in masks.keep.items():
+        assert (keep | ~high[key]).all()  # stashed weights scored with their stashed values, so the masks nest
+        assert torch.equal(bits(masks.weights[key])[keep], original[key][keep])
+        assert (masks.stash[key][keep] == 0).all()
+    assert any((masks.keep[key] & ~high[key]).any() for key in masks.keep)
+    masks.commit(0.0)
+    assert_equal(snapshot(masks), original)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_stashed_weights_score_with_their_stashed_values(score: str) -> None:
+    masks = mask_set(score=score)
+    before = masks._scores()
+    masks.commit(0.6)
+    assert_equal(masks._scores(), before)
+
+
+def test_a_stashed_weight_returns_when_the_others_shrink() -> None:
+    masks = MaskSet({"m": LoraPair(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.ones(1, 1))}, MaskSettings())
+    masks.commit(0.5)
+    with torch.no_grad():
+        masks.weights["m", "A"].mul_(0.1)
+    newly_masked = masks.commit(0.5)
+    assert masks.weights["m", "A"].tolist() == [[1.0, 2.0, 0.0, 0.0]]
+    assert newly_masked["m", "A"].tolist() == [[False, False, True, True]]
+
+
+@every_mask
+@settings(deadline=None, max_examples=25)
+@given(
+    actions=st.lists(st.tuples(st.sampled_from(["commit", "probe", "train"]), ratios), min_size=1, max_size=8),
+    seed=st.integers(0, 1000),
+)
+def test_no_sequence_of_rounds_loses_a_weight(
+    scope: str, granularity: str, actions: list[tuple[str, float]], seed: int
+) -> None:
+    masks = mask_set(scope, granularity, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for action, prune_ratio in actions:
+        dense = dense_bits(masks)
+        if action == "commit":
+            masks.commit(prune_ratio)
+        elif action == "probe":
+            with masks.probe(prune_ratio):
+                pass
+        else:
+            with torch.no_grad():
+                for weight in masks.weights.values():
+                    weight.add_(torch.randn(weight.shape, generator=generator))
+            moved = dense_bits(masks)
+            masks.enforce()
+            for key, keep in masks.keep.items():
+                assert torch.equal(moved[key][~keep], dense[key][~keep])
+            dense = moved
+        assert_equal(dense_bits(masks), dense)
+        for key, weight in masks.weights.items():
+            assert (weight[~masks.keep[key]] == 0).all()
+        for masked, size in masked_by_group(masks, masks.keep):
+            assert masked == prune_count(masks.ratio, size)
+
+
+def test_sparsity_counts_only_weights_that_are_masked_and_zero() -> None:
+    masks = mask_set(values=(0.0, 1.0))
+    assert masks.sparsity() == 0.0  # zeros that nobody masked
+    masks.commit(0.5)
+    committed = masks.sparsity()
+    with torch.no_grad():
+        masks.weights["q", "A"].add_(1.0)  # a step that nobody held
+    assert masks.sparsity() < committed
+    masks.enforce()
+    assert masks.sparsity() == committed
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_masked_weights_stay_zero_through_training(optimizer: str) -> None:
+    masks = mask_set()
+    parameters = list(masks.weights.values())
+    stepper = (
+        torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
+        if optimizer == "adamw"
+        else torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    )
+    inputs = torch.randn(5, 7, generator=torch.Generator().manual_seed(1))
+    for step in range(6):
+        if step == 2:  # mid-training, so that the moments of newly masked weights are not zero
+            masks.commit(0.5)
+        pair = masks.pairs["q"]
+        (inputs @ pair.A.T @ pair.B.T).square().mean().backward()
+        stepper.step()
+        masks.enforce()
+        stepper.zero_grad()
+    assert masks.sparsity() == pytest.approx(0.5, abs=0.05)
+    assert all((weight[~masks.keep[key]] == 0).all() for key, weight in masks.weights.items())
+
+
+def test_mask_gradients_stops_masked_weights_only() -> None:
+    masks = mask_set()
+    masks.commit(0.5)
+    for key, weight in masks.weights.items():
+        if key != ("v", "B"):  # one without a gradient
+            weight.grad = torch.full_like(weight, 2.0)
+    masks.mask_gradients()
+    for key, weight in masks.weights.items():
+        if key == ("v", "B"):
+            assert weight.grad is None
+        else:
+            assert weight.grad is not None
+            assert torch.equal(weight.grad, 2.0 * masks.keep[key])
+
+
+def test_record_gradients_averages_sizes() -> None:
+    masks = mask_set()
+    weight = masks.weights["q", "A"]
+    for size in (-1.0, 3.0):
+        weight.grad = torch.full_like(weight, size)
+        masks.record_gradients()
+        assert (weight.grad == size).all()
+        weight.grad.zero_()  # what was recorded is a copy
+    torch.testing.assert_close(masks.gradients["q", "A"], torch.full_like(weight, 0.9 * 1.0 + 0.1 * 3.0).detach())
+    assert set(masks.gradients) == {("q", "A")}
+
+
+def test_gradients_that_are_not_finite_are_not_recorded() -> None:
+    masks = mask_set()
+    masks.weights["q", "A"].grad = torch.ones_like(masks.weights["q", "A"])
+    masks.record_gradients()
+    masks.weights["q", "A"].grad = torch.zeros_like(masks.weights["q", "A"])
+    masks.weights["q", "B"].grad = torch.full_like(
+        masks.weights["q", "B"], math.nan
+    )  # as a scaler for float16 leaves them
+    masks.record_gradients()
+    assert set(masks.gradients) == {("q", "A")}
+    assert (masks.gradients["q", "A"] == 1).all()
+
+
+@every_mask
+def test_reselect_lets_all_weights_compete_again_without_a_stash(scope: str, granularity: str) -> None:
+    masks = mask_set(scope, granularity)
+    masks.commit(0.6)
+    masks.reselect(0.6)
+    pruned = {key: ~keep for key, keep in masks.keep.items()}
+    assert all((stash == 0).all() for stash in masks.stash.values())
+    with torch.no_grad():
+        for key, weight in masks.weights.items():
+            weight[pruned[key]] = 50.0  # the optimizer moved what was pruned far away from zero
+    masks.reselect(0.4)
+    assert masks.ratio == 0.4
+    for key, weight in masks.weights.items():
+        assert (weight[pruned[key]] == 50.0).all()
+        assert (weight[~masks.keep[key]] == 0).all()
+    for masked, size in masked_by_group(masks, masks.keep):
+        assert masked == prune_count(0.4, size)
+    masks.commit(0.0)
+    assert any((weight == 0).any() for weight in masks.weights.values())  # nothing comes back
+
+
+def test_masks_of_a_model_without_lora_are_an_error() -> None:
+    with pytest.raises(AdapterError, match="there are no LoRA weights to mask"):
+        MaskSet({}, MaskSettings())
+
+
+def test_a_shared_factor_is_an_error() -> None:
+    A = torch.ones(1, 2)
+    pairs = {"q": LoraPair(A, torch.ones(2, 1)), "v": LoraPair(A, torch.ones(2, 1))}
+    with pytest.raises(AdapterError, match="two modules share a LoRA factor"):
+        MaskSet(pairs, MaskSettings())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"score": "random"},
+            "mask score is 'random'; allowed: magnitude, input_aware, gradient_of_delta, sensitivity",
+        ),
+        ({"scope": "layer"}, "mask scope is 'layer'; allowed: factor, tensor, global"),
+        ({"granularity": "row"}, "mask granularity is 'row'; allowed: weight, component"),
+    ],
+)
+def test_an_unknown_setting_is_an_error(changes: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MaskSettings(**changes)
+
+
+def test_what_scores_need() -> None:
+    assert {score for score in SCORES if MaskSettings(score).needs_inputs} == {"input_aware", "gradient_of_delta"}
+    assert {score for score in SCORES if MaskSettings(score).needs_gradients} == {"sensitivity"}
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gradient_of_delta_is_what_autograd_gives(seed: int) -> None:
+    pair = live_pairs(seed)["q"]
+    norms = torch.rand(7, generator=torch.Generator().manual_seed(seed))
+    ((pair.B @ pair.A).abs() * norms).sum().backward()
+    scores = score_pair(pair, "gradient_of_delta", InputNorms(norms, torch.rand(5)))
+    for score, factor in zip(scores, (pair.A, pair.B), strict=True):
+        torch.testing.assert_close(score.detach(), factor.grad.abs(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_factors_in_bfloat16_are_scored_with_norms_and_gradients_in_float32(score: str) -> None:
+    pair = live_pairs()["q"]
+    low = LoraPair(pair.A.detach().bfloat16(), pair.B.detach().bfloat16())
+    norms, gradients = InputNorms(torch.rand(7), torch.rand(5)), (torch.rand(pair.A.shape), torch.rand(pair.B.shape))
+    exact = score_pair(LoraPair(low.A.float(), low.B.float()), score, norms, gradients)
+    for found, wanted in zip(score_pair(low, score, norms, gradients), exact, strict=True):
+        torch.testing.assert_close(found.float(), wanted)
+
+
+def test_the_other_scores_by_hand() -> None:
+    pair = LoraPair(torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([[-5.0, 0.5]]))
+    norms = InputNorms(torch.tensor([10.0, 1.0]), torch.tensor([2.0, 4.0]))
+    gradients = torch.tensor([[1.0, -1.0], [0.0, 7.0]]), torch.tensor([[0.1, -2.0]])
+    A, B = score_pair(pair, "magnitude")
+    assert (A.tolist(), B.tolist()) == ([[1.0, 2.0], [3.0, 0.0]], [[5.0, 0.5]])
+    A, B = score_pair(pair, "input_aware", norms)
+    assert (A.tolist(), B.tolist()) == ([[10.0, 2.0], [30.0, 0.0]], [[10.0, 2.0]])
+    A, B = score_pair(pair, "sensitivity", gradients=gradients)
+    assert (A.tolist(), B.tolist()) == ([[1.0, 2.0], [0.0, 0.0]], [[0.5, 1.0]])
+
+
+def test_a_score_without_what_it_needs_is_an_error() -> None:
+    pair = live_pairs()["q"]
+    for score in ("input_aware", "gradient_of_delta"):
+        with pytest.raises(ValueError, match=f"score '{score}' needs input norms; run a calibration pass first"):
+            score_pair(pair, score)
+    with pytest.raises(ValueError, match="score 'sensitivity' needs gradients; take a training step first"):
+        score_pair(pair, "sensitivity")
+    with pytest.raises(ValueError, match="score is 'luck'; allowed: magnitude"):
+        score_pair(pair, "luck")
+    masks = MaskSet(live_pairs(), MaskSettings("sensitivity"))
+    masks.gradients["q", "A"] = torch.ones(5, 7)  # of B there is none
+    with pytest.raises(ValueError, match="needs gradients"):
+        masks.rank()
+
+
+@pytest.mark.parametrize("score", SCORES)
+def test_scoring_neither_changes_nor_tracks_the_weights(score: str) -> None:
+    masks = mask_set(score=score)
+    before = snapshot(masks)
+    assert not any(tensor.requires_grad for tensor in masks._scores().values())
+    masks.rank()
+    assert_equal(snapshot(masks), before)
+
+
+def test_survival_counts_by_origin() -> None:
+    pairs = live_pairs()
+    with torch.no_grad():
+        pairs["q"].A[0, :3] = 0.0
+        pairs["v"].B[:, 1] = 0.0
+    assert survival(pairs) == [
+        {"module": "q", "factor": "A", "segment": "source", "weights": 14, "kept": 11},
+        {"module": "q", "factor": "A", "segment": "target", "weights": 21, "kept": 21},
+        {"module": "q", "factor": "B", "segment": "source", "weights": 12, "kept": 12},
+        {"module": "q", "factor": "B", "segment": "target", "weights": 18, "kept": 18},
+        {"module": "v", "factor": "A", "segment": "merged", "weights": 8, "kept": 8},
+        {"module": "v", "factor": "B", "segment": "merged", "weights": 18, "kept": 9},
+    ]
+
+
+# --- optimizer moments -----------------------------------------------------------------------------------------------
+
+
+def trained(masks: MaskSet, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(steps):
+        for weight in masks.weights.values():
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "amsgrad", "sgd"])
+def test_moments_are_reset_at_the_given_entries_only(name: str) -> None:
+    masks = mask_set()
+    parameters = list(masks.weights.values())
+    optimizer = (
+        torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+        if name == "sgd"
+        else torch.optim.AdamW(parameters, lr=0.1, amsgrad=name == "amsgrad")
+    )
+    trained(masks, optimizer)
+    before = {
+        key: {moment: value.clone() for moment, value in optimizer.state[weight].items()}
+        for key, weight in masks.weights.items()
+    }
+    newly_masked = masks.commit(0.5)
+    reset_moments(optimizer, masks.weights, newly_masked)
+    checked = set()
+    for key, weight in masks.weights.items():
+        assert newly_masked[key].any()
+        for moment, value in optimizer.state[weight].items():
+            if moment == "step":
+                assert value == 3
+                continue
+            checked.add(moment)
+            assert (value[newly_masked[key]] == 0).all()
+            kept = ~newly_masked[key]
+            assert torch.equal(value[kept], before[key][moment][kept])
+            assert (value[kept] != 0).all()
+    assert (
+        checked
+        == {
+            "sgd": {"momentum_buffer"},
+            "adamw": {"exp_avg", "exp_avg_sq"},
+            "amsgrad": {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+        }[name]
+    )
+    # A second commit at the same ratio masks nothing anew and so resets nothing.
+    assert not any(entries.any() for entries in masks.commit(0.5).values())
+
+
+def test_resetting_before_the_first_step_does_nothing() -> None:
+    masks = mask_set()
+    optimizer = torch.optim.AdamW(masks.weights.values())
+    reset_moments(optimizer, masks.weights, masks.commit(0.5))
+    assert not optimizer.state
+
+
+def test_quantised_moments_are_left_alone() -> None:
+    """8-bit optimizers keep codes of the weight's shape, where 0 is the most negative value."""
+    masks = mask_set()
+    optimizer = torch.optim.AdamW(masks.weights.values())
+    weight = masks.weights["q", "A"]
+    optimizer.state[weight] = {"codes": torch.full(weight.shape, 127, dtype=torch.uint8), "step": 3, "empty": None}
+    reset_moments(optimizer, masks.weights, masks.commit(1.0))
+    assert (optimizer.state[weight]["codes"] == 127).all()
+
+
+# --- sharded weights -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """A mesh of this one process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@every_mask
+@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
+def test_sharded_weights_are_masked_as_whole_ones(
+    mesh: DeviceMesh, placement: Placement, score: str, scope: str, granularity: str
+) -> None:
+    whole = mask_set(scope, granularity, score)
+
+    def distribute(tensor: Tensor) -> DTensor:
+        return distribute_tensor(tensor.detach().clone(), mesh, [placement])
+
+    sharded = MaskSet(
+        {
+            module: LoraPair(
+                torch.nn.Parameter(distribute(pair.A)), torch.nn.Parameter(distribute(pair.B)), segments=pair.segments
+            )
+            for module, pair in whole.pairs.items()
+        },
+        whole.settings,
+    )
+    sharded.norms = whole.norms
+    gradients = {key: torch.ones_like(weight) for key, weight in whole.weights.items()}
+
+    def play(masks: MaskSet, optimizer: torch.optim.Optimizer) -> list[Tensor | float | list[dict[str, str | int]]]:
+        seen: list[Tensor | float | list[dict[str, str | int]]] = []
+        for prune_ratio in (0.6, 0.7, 0.2):
+            for key, weight in masks.weights.items():
+                weight.grad = distribute(gradients[key]) if masks is sharded else gradients[key].clone()
+            masks.record_gradients()
+            masks.mask_gradients()
+            optimizer.step()
+            masks.enforce()
+            ranking = masks.rank()
+            with masks.probe(0.4, ranking):
+                seen += [weight.detach().clone() for weight in masks.weights.values()]
+            reset_moments(optimizer, masks.weights, masks.commit(prune_ratio, ranking))
+            seen += [weight.detach().clone() for weight in masks.weights.values()]
+            seen += [optimizer.state[weight]["exp_avg"].clone() for weight in masks.weights.values()]
+            seen += [masks.sparsity(), survival(masks.pairs)]
+        masks.reselect(0.5)
+        return [*seen, *(weight.detach().clone() for weight in masks.weights.values())]
+
+    whole.gradients.clear()
+    seen = [play(masks, torch.optim.AdamW(masks.weights.values(), lr=0.1)) for masks in (whole, sharded)]
+    for expected, actual in zip(*seen, strict=True):
+        if isinstance(expected, Tensor):
+            assert isinstance(actual, DTensor)
+            assert actual.placements == (placement,)
+            assert torch.equal(actual.full_tensor(), expected)
+        else:
+            assert actual == expected

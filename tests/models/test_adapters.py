@@ -1,0 +1,725 @@
+"""Adapters against PEFT itself: what is read, merged, put on a backbone and saved means the same there; the rest is refused."""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from grasp_lora.errors import AdapterError
+from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.method.merging import MergeSettings, merge
+from grasp_lora.models.adapters import (
+    adapter_weights,
+    attached,
+    check_fits,
+    config_of,
+    fresh_adapter,
+    live_pairs,
+    lora_layers,
+    read_adapter,
+    save_adapter,
+    segments_of,
+)
+from grasp_lora.models.settings import LoraSettings
+
+TARGETS = {
+    "llama": ("q_proj", "v_proj"),
+    "gemma3": ("q_proj", "v_proj"),
+    "qwen3": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn", "c_proj"),  # c_proj stands for two modules of different shapes in each layer
+}
+ARCHITECTURES = list(TARGETS)
+FIRST = {"gpt2": "transformer.h.0.attn.c_attn"}  # a module for the exceptions of patterns
+WEIGHTS = "adapter_model.safetensors"
+TOKENS = torch.tensor([[1, 40, 50, 60, 70, 80, 90]])
+
+
+def first_module(architecture: str) -> str:
+    return FIRST.get(architecture, "model.layers.0.self_attn.q_proj")
+
+
+def variants(architecture: str) -> dict[str, dict]:
+    """LoRA configurations, among them those that PEFT's own merging gets wrong."""
+    one = first_module(architecture)
+    ending = TARGETS[architecture][1]
+    return {
+        "plain": {"r": 4, "lora_alpha": 6},
+        "rslora": {"r": 5, "lora_alpha": 7, "use_rslora": True},
+        "rank_pattern": {"r": 4, "lora_alpha": 6, "rank_pattern": {one: 2, rf".*\.{ending}": 3}},
+        "alpha_pattern": {"r": 4, "lora_alpha": 6, "alpha_pattern": {ending: 11}},
+        "all": {
+            "r": 4,
+            "lora_alpha": 6,
+            "use_rslora": True,
+            "rank_pattern": {one: 2},
+            "alpha_pattern": {"^" + one.replace(".", r"\."): 9, ending: 5},
+        },
+    }
+
+
+def with_peft(model, architecture: str, seed: int, targets=None, **config) -> PeftModel:
+    """Put a PEFT adapter with a random A and B on the model, as training would leave it."""
+    peft_model = get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            target_modules=list(targets or TARGETS[architecture]),
+            fan_in_fan_out=architecture == "gpt2",
+            **{"lora_dropout": 0.0, **config},
+        ),
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name and parameter.ndim == 2:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return peft_model
+
+
+def peft_deltas(peft_model, architecture: str, adapter: str = "default") -> dict[str, torch.Tensor]:
+    """PEFT's own deltas as [d_out, d_in]; it gives [d_in, d_out] for Conv1D."""
+    return {
+        name: layer.get_delta_weight(adapter).T if architecture == "gpt2" else layer.get_delta_weight(adapter)
+        for name, layer in lora_layers(peft_model, adapter).items()
+    }
+
+
+def saved_by_peft(make_tiny_model, folder: Path, architecture: str, seed: int = 1, **config) -> dict[str, torch.Tensor]:
+    """Save a PEFT adapter into the folder and return its deltas."""
+    peft_model = with_peft(make_tiny_model(architecture), architecture, seed, **config)
+    peft_model.save_pretrained(str(folder))
+    return {name: delta.detach() for name, delta in peft_deltas(peft_model, architecture).items()}
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=TOKENS).logits
+
+
+def state(model) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def random_weights(model, targets, rank: int, seed: int, scaling: float = 0.7) -> AdapterWeights:
+    with fresh_adapter(model, LoraSettings(rank=rank, target_modules=targets), seed) as peft_model:
+        generator = torch.Generator().manual_seed(seed)
+        return AdapterWeights(
+            {
+                name: LoraPair(
+                    0.3 * torch.randn(pair.A.shape, generator=generator),
+                    0.3 * torch.randn(pair.B.shape, generator=generator),
+                    scaling,
+                )
+                for name, pair in live_pairs(peft_model).items()
+            }
+        )
+
+
+def edit_config(folder: Path, **changes) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def edit_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+
+
+@pytest.fixture
+def folder(make_tiny_model, tmp_path) -> Path:
+    """A plain adapter of the tiny Llama that a test may damage."""
+    saved_by_peft(make_tiny_model, tmp_path / "adapter", "llama", r=4, lora_alpha=8)
+    return tmp_path / "adapter"
+
+
+# Reading and merging, with PEFT as the oracle
+
+
+@pytest.mark.parametrize("variant", ["plain", "rslora", "rank_pattern", "alpha_pattern", "all"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_read_adapter_has_pefts_deltas(make_tiny_model, tmp_path, architecture, variant):
+    expected = saved_by_peft(make_tiny_model, tmp_path, architecture, **variants(architecture)[variant])
+    weights = read_adapter(tmp_path).weights
+    assert set(weights) == set(expected)
+    for name, delta in expected.items():
+        assert weights[name].shape == delta.shape
+        assert relative_error(weights[name].delta(), delta) < 1e-6
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("one", "other"), [("rslora", "plain"), ("rank_pattern", "alpha_pattern"), ("all", "rslora")])
+def test_the_exact_merge_is_the_sum_where_peft_is_wrong(make_tiny_model, tmp_path, architecture, one, other):
+    first = saved_by_peft(make_tiny_model, tmp_path / "1", architecture, 1, **variants(architecture)[one])
+    second = saved_by_peft(make_tiny_model, tmp_path / "2", architecture, 2, **variants(architecture)[other])
+    adapters = [read_adapter(tmp_path / "1").weights, read_adapter(tmp_path / "2").weights]
+    merged = merge(adapters, MergeSettings(weights=(0.3, 0.7)))
+    for name in first:
+        assert relative_error(merged[name].delta(), 0.3 * first[name] + 0.7 * second[name]) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_exact_merge_equals_pefts_cat(make_tiny_model, tmp_path, architecture):
+    saved_by_peft(make_tiny_model, tmp_path / "1", architecture, 1, r=4, lora_alpha=6)
+    saved_by_peft(make_tiny_model, tmp_path / "2", architecture, 2, r=2, lora_alpha=5)
+    peft_model = PeftModel.from_pretrained(make_tiny_model(architecture), str(tmp_path / "1"), adapter_name="one")
+    peft_model.load_adapter(str(tmp_path / "2"), adapter_name="two")
+    peft_model.add_weighted_adapter(["one", "two"], [0.4, 0.6], "cat", combination_type="cat")
+    expected = peft_deltas(peft_model, architecture, "cat")
+    merged = merge(
+        [read_adapter(tmp_path / "1").weights, read_adapter(tmp_path / "2").weights], MergeSettings(weights=(0.4, 0.6))
+    )
+    assert set(merged) == set(expected)
+    for name, delta in expected.items():
+        assert relative_error(merged[name].delta(), delta) < 1e-5
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_attached_merge_computes_what_the_changed_weights_compute(make_tiny_model, tmp_path, architecture):
+    first = saved_by_peft(make_tiny_model, tmp_path / "1", architecture, 1, **variants(architecture)["all"])
+    second = saved_by_peft(make_tiny_model, tmp_path / "2", architecture, 2, **variants(architecture)["rslora"])
+    merged = merge([read_adapter(tmp_path / "1").weights, read_adapter(tmp_path / "2").weights], MergeSettings())
+    model = make_tiny_model(architecture)
+    untouched = logits(model)
+    with attached(model, merged) as peft_model:
+        found = logits(peft_model)
+    changed = make_tiny_model(architecture)
+    with torch.no_grad():
+        for name in first:
+            delta = 0.5 * first[name] + 0.5 * second[name]
+            changed.get_submodule(name).weight += delta.T if architecture == "gpt2" else delta
+    expected = logits(changed)
+    assert (expected - untouched).abs().max() > 0.1  # the adapters do something
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_files_are_read_as_float32(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({name: t.bfloat16() for name, t in tensors.items()}))
+    assert all(pair.A.dtype == pair.B.dtype == torch.float32 for pair in read_adapter(folder).weights.values())
+
+
+def test_a_loaded_adapter_is_named_after_its_folder_and_hashed(folder, monkeypatch):
+    adapter = read_adapter(folder)
+    assert adapter.name == "adapter"
+    assert adapter.sha256 == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    assert adapter.info == {}
+    monkeypatch.chdir(folder)
+    assert read_adapter(".").name == "adapter"
+
+
+# Saving: plain PEFT reads it
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_saved_adapter_loads_in_peft_with_identical_logits(make_tiny_model, tmp_path, architecture):
+    model = make_tiny_model(architecture)
+    one, two = (random_weights(model, TARGETS[architecture], rank, seed=rank) for rank in (3, 4))
+    merged = merge([one, two], MergeSettings())
+    with attached(model, merged) as peft_model:
+        expected = logits(peft_model)
+        trained = adapter_weights(peft_model, segments_of(merged))
+    save_adapter(tmp_path, trained, model, backbone_name="lab/tiny", fingerprint="f", dropout=0.05)
+    reloaded = PeftModel.from_pretrained(make_tiny_model(architecture), str(tmp_path))
+    assert torch.equal(logits(reloaded), expected)
+    assert reloaded.peft_config["default"].lora_dropout == 0.05
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "lab/tiny"
+
+
+def test_a_saved_adapter_loads_in_a_new_process(make_tiny_model, tiny_backbone_folder, tmp_path):
+    model = make_tiny_model("llama")
+    weights = random_weights(model, ("q_proj", "v_proj"), 4, 1)
+    with attached(model, weights) as peft_model:
+        expected = logits(peft_model)
+    save_adapter(tmp_path, weights, model, backbone_name="lab/tiny", fingerprint="f", dropout=0.0)
+    script = f"""
+import hashlib, sys, torch
+torch.set_num_threads(1)
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+model = PeftModel.from_pretrained(model, sys.argv[2]).eval()
+with torch.no_grad():
+    logits = model(input_ids=torch.tensor({TOKENS.tolist()})).logits
+print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_backbone_folder), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.stdout.split()[-1] == hashlib.sha256(expected.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_different_modules_and_ranks_survive_saving(make_tiny_model, tmp_path, architecture):
+    model = make_tiny_model(architecture)
+    shared, extra = TARGETS[architecture]
+    source = random_weights(model, (shared,), 2, 1)
+    target = random_weights(model, (shared, extra), 3, 2)
+    merged = merge([source, target], MergeSettings())
+    assert {pair.rank for pair in merged.values()} == {5, 3}
+    save_adapter(tmp_path, merged, model, backbone_name="lab/tiny", fingerprint="f", dropout=0.0)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["rank_pattern"]
+    with attached(model, merged) as peft_model:
+        expected = logits(peft_model)
+    reloaded = PeftModel.from_pretrained(make_tiny_model(architecture), str(tmp_path))
+    assert {name: layer.r["default"] for name, layer in lora_layers(reloaded).items()} == {
+        name: pair.rank for name, pair in merged.items()
+    }
+    assert torch.equal(logits(reloaded), expected)
+    again = read_adapter(tmp_path)
+    check_fits(again, model, backbone_name="lab/tiny", fingerprint="f")
+    for name, pair in merged.items():
+        assert torch.equal(again.weights[name].A, pair.A)
+        assert torch.equal(again.weights[name].B, pair.B)
+        assert again.weights[name].scaling == pair.scaling
+        assert again.weights[name].segments == pair.segments
+
+
+def test_one_layer_alone_is_saved_under_its_full_name(make_tiny_model, tmp_path):
+    model = make_tiny_model("llama")
+    name = "model.layers.1.self_attn.q_proj"
+    weights = AdapterWeights({name: random_weights(model, ("q_proj",), 2, 1)[name]})
+    save_adapter(tmp_path, weights, model, backbone_name="lab/tiny", fingerprint="f", dropout=0.0)
+    reloaded = PeftModel.from_pretrained(make_tiny_model("llama"), str(tmp_path))
+    assert list(lora_layers(reloaded)) == [name]
+
+
+@pytest.mark.parametrize(("rank", "alpha", "rslora"), [(7, 29, False), (11, 15, False), (5, 8, True), (7, 0.3, False)])
+def test_the_scaling_survives_saving(make_tiny_model, tmp_path, rank, alpha, rslora):
+    # (29 / 7) * 7 is not 29 in floats, and other programs read alpha as an integer.
+    model = make_tiny_model("llama")
+    settings = LoraSettings(rank=rank, alpha=alpha, rslora=rslora, target_modules=("q_proj",))
+    with fresh_adapter(model, settings, 1) as peft_model:
+        weights = adapter_weights(peft_model)
+    save_adapter(tmp_path, weights, model, backbone_name="lab/tiny", fingerprint="f", dropout=0.0)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"]
+    if not rslora:
+        assert saved == alpha
+        assert isinstance(saved, type(alpha))
+    for name, pair in read_adapter(tmp_path).weights.items():
+        assert torch.tensor(pair.scaling).equal(torch.tensor(weights[name].scaling))  # as float32, which multiplies B A
+
+
+# On and off the backbone
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_taking_an_adapter_off_leaves_no_trace(make_tiny_model, architecture):
+    model = make_tiny_model(architecture)
+    before, modules, facts = state(model), [name for name, _ in model.named_modules()], set(vars(model))
+    untouched = logits(model)
+    weights = random_weights(model, TARGETS[architecture], 4, 1)
+    for _ in range(2):  # the second time PEFT would warn about leftovers of the first; warnings are errors
+        with attached(model, weights) as peft_model:
+            assert not torch.equal(logits(peft_model), untouched)
+        with (
+            pytest.raises(RuntimeError, match="on purpose"),
+            fresh_adapter(model, LoraSettings(target_modules=TARGETS[architecture]), 3),
+        ):
+            raise RuntimeError("on purpose")
+    after = state(model)
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert [name for name, _ in model.named_modules()] == modules
+    assert set(vars(model)) == facts
+    assert torch.equal(logits(model), untouched)
+
+
+def test_an_attached_adapter_is_all_that_trains(make_tiny_model):
+    model = make_tiny_model("llama").to(torch.bfloat16)
+    weights = random_weights(make_tiny_model("llama"), ("q_proj",), 4, 1)
+    with attached(model, weights, dropout=0.5) as peft_model:
+        trainable = {name for name, parameter in peft_model.named_parameters() if parameter.requires_grad}
+        assert len(trainable) == 4
+        assert all("lora_" in name for name in trainable)
+        assert all(pair.A.dtype == pair.B.dtype == torch.float32 for pair in live_pairs(peft_model).values())
+        assert peft_model.peft_config["default"].lora_dropout == 0.5
+
+
+def test_dropout_follows_the_mode_of_the_backbone(make_tiny_model):
+    model = make_tiny_model("llama")  # in eval mode
+    weights = random_weights(model, ("q_proj",), 4, 1)
+    with attached(model, weights) as peft_model:
+        expected = logits(peft_model)
+    with attached(model, weights, dropout=0.9) as peft_model:
+        assert torch.equal(logits(peft_model), expected)
+        peft_model.train()
+        assert not torch.equal(logits(peft_model), expected)
+
+
+def test_attached_weights_are_copied(make_tiny_model):
+    model = make_tiny_model("llama")
+    weights = random_weights(model, ("q_proj",), 4, 1)
+    before = {name: pair.A.clone() for name, pair in weights.items()}
+    with attached(model, weights) as peft_model:
+        taken = adapter_weights(peft_model)
+        with torch.no_grad():
+            for pair in live_pairs(peft_model).values():
+                pair.A.zero_()
+    for name in before:
+        assert torch.equal(weights[name].A, before[name])
+        assert torch.equal(taken[name].A, before[name])
+
+
+def test_two_adapters_at_once_are_refused(make_tiny_model):
+    model = make_tiny_model("llama")
+    weights = random_weights(model, ("q_proj",), 4, 1)
+    with (
+        attached(model, weights),
+        pytest.raises(AdapterError, match="carries an adapter already"),
+        fresh_adapter(model, LoraSettings(), 1),
+    ):
+        pass
+    with attached(model, weights):  # and the refusal did no damage
+        pass
+
+
+def test_attaching_the_wrong_shape_is_refused_and_leaves_no_trace(make_tiny_model):
+    model = make_tiny_model("llama")
+    modules = [name for name, _ in model.named_modules()]
+    wrong = AdapterWeights({"model.layers.0.self_attn.q_proj": LoraPair(torch.ones(2, 31), torch.ones(32, 2))})
+    with (
+        pytest.raises(AdapterError, match=r"shape \(32, 31\).*has \(32, 32\)"),
+        attached(model, wrong),
+    ):
+        pass
+    assert [name for name, _ in model.named_modules()] == modules
+
+
+def test_live_pairs_are_the_parameters_themselves(make_tiny_model):
+    model = make_tiny_model("llama")
+    with attached(model, random_weights(model, ("q_proj",), 4, 1)) as peft_model:
+        origin = {"model.layers.0.self_attn.q_proj": (Segment("source", 1), Segment("target", 3))}
+        pairs = live_pairs(peft_model, origin)
+        parameters = {id(parameter) for parameter in peft_model.parameters()}
+        assert all(id(pair.A) in parameters and id(pair.B) in parameters for pair in pairs.values())
+        assert [pair.segments for pair in pairs.values()] == [*origin.values(), ()]
+        with pytest.raises(AdapterError, match="no LoRA adapter named 'other'"):
+            live_pairs(peft_model, adapter="other")
+
+
+def test_config_of_names_the_commonest_rank_first(make_tiny_model):
+    model = make_tiny_model("llama")
+    weights = dict(random_weights(model, ("q_proj", "v_proj"), 3, 1))
+    odd = random_weights(model, ("q_proj",), 2, 1)["model.layers.0.self_attn.q_proj"]
+    config = config_of(AdapterWeights(weights | {"model.layers.0.self_attn.q_proj": odd}), model)
+    assert config.r == 3
+    assert list(config.rank_pattern.values()) == [2]
+    assert set(config.target_modules) == {"q_proj", "v_proj"}
+
+
+# Fresh adapters
+
+
+def test_a_fresh_adapter_depends_on_its_seed_alone(make_tiny_model):
+    settings = LoraSettings(rank=4)
+
+    def values(seed: int, noise: int) -> torch.Tensor:
+        torch.manual_seed(noise)
+        with fresh_adapter(make_tiny_model("llama"), settings, seed) as peft_model:
+            pairs = live_pairs(peft_model).values()
+            assert all((pair.B == 0).all() for pair in pairs)
+            return torch.cat([pair.A.detach().flatten() for pair in pairs])
+
+    assert torch.equal(values(1, noise=1), values(1, noise=2))
+    assert not torch.equal(values(1, noise=1), values(2, noise=1))
+
+
+def test_a_fresh_adapter_leaves_the_global_generators_alone(make_tiny_model):
+    model = make_tiny_model("llama")
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    with fresh_adapter(model, LoraSettings(), 7):
+        assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_untrained_fresh_adapter_changes_nothing(make_tiny_model, architecture):
+    model = make_tiny_model(architecture)
+    before = logits(model)
+    settings = LoraSettings(rank=4, alpha=6.0, target_modules=TARGETS[architecture], rslora=True)
+    with fresh_adapter(model, settings, 1) as peft_model:
+        assert torch.equal(logits(peft_model), before)
+        assert {pair.scaling for pair in live_pairs(peft_model).values()} == {3.0}
+
+
+def test_a_wrong_target_module_lists_what_exists(make_tiny_model):
+    model = make_tiny_model("llama")
+    for wrong in ("query", "proj", "embed_tokens"):  # proj ends q_proj, but is no name; embed_tokens is not linear
+        with (
+            pytest.raises(AdapterError, match=f"no linear module '{wrong}'.*q_proj.*v_proj") as error,
+            fresh_adapter(model, LoraSettings(target_modules=("q_proj", wrong)), 1),
+        ):
+            pass
+        assert "\n" not in str(error.value)
+    assert not any("lora" in name for name, _ in model.named_modules())
+
+
+# Refused by name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, r"changes the backbone \('pissa"),
+        ({"init_lora_weights": "pissa_niter_2"}, r"changes the backbone \('pissa_niter_2"),
+        ({"init_lora_weights": "olora"}, r"changes the backbone \('olora"),
+        ({"trainable_token_indices": [5, 6]}, "trainable_token_indices"),
+        ({"targets": ("embed_tokens",)}, r"changes an embedding .*embed_tokens\.lora_embedding_A"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_peft_saves_but_no_merge_can_represent_is_refused(make_tiny_model, tmp_path, config, message):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT has much to say about these
+        saved_by_peft_without_deltas(make_tiny_model, tmp_path, **config)
+    with pytest.raises(AdapterError, match=message) as error:
+        read_adapter(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def saved_by_peft_without_deltas(make_tiny_model, folder: Path, **config) -> None:
+    with_peft(make_tiny_model("llama"), "llama", 1, r=4, **config).save_pretrained(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"init_lora_weights": "loftq"}, "loftq"),
+        ({"use_qalora": True}, "QALoRA"),
+        ({"alora_invocation_tokens": [3]}, "activated LoRA"),
+        ({"arrow_config": {"top_k": 3}}, "Arrow"),
+        ({"kasa_config": {"beta": 0.1}}, "KaSA"),
+        ({"monteclora_config": {"num_samples": 4}}, "MonteCLoRA"),
+        ({"use_bdlora": {"nblocks": 2}}, "BD-LoRA"),
+        ({"peft_type": "ADALORA"}, "type 'ADALORA'"),
+        ({"peft_type": None}, "type None"),
+        ({"r": 3}, "rank 4, its config says 3"),
+        ({"rank_pattern": {"q_proj": 2}}, "q_proj has rank 4, its config says 2"),
+        ({"r": "4"}, "r is '4'"),
+        ({"r": 0}, "r is 0"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"lora_alpha": float("nan")}, "NaN is none of its numbers"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_config_that_cannot_be_right_is_refused(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(AdapterError, match=message) as error:
+        read_adapter(folder)
+    assert "adapter" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+KEY = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t[KEY.format("A")].__setitem__((0, 0), float("nan")), "lora_A.weight holds NaN or infinity"),
+        (lambda t: t[KEY.format("B")].__setitem__((0, 0), float("inf")), "lora_B.weight holds NaN or infinity"),
+        (lambda t: t.update({KEY.format("A"): t[KEY.format("A")].double() * 1e300}), "holds NaN or infinity"),
+        (lambda t: t.pop(KEY.format("B")), "q_proj has only factor A"),
+        (lambda t: t.pop(KEY.format("A")), "q_proj has only factor B"),
+        (lambda t: t.update({KEY.format("A"): t[KEY.format("A")][:3]}), "factor A of .*q_proj has rank 3"),
+        (lambda t: t.update({KEY.format("B"): t[KEY.format("B")][:, :3]}), "factor B of .*q_proj has rank 3"),
+        (lambda t: t.update({KEY.format("A"): t[KEY.format("A")][:, :, None]}), r"shape \(4, 32, 1\)"),
+        (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(2)}), "lm_head.weight, which is no LoRA"),
+        (lambda t: t.clear(), "holds no LoRA weights"),
+    ],
+)
+def test_damaged_tensors_are_refused(folder, change, message):
+    edit_tensors(folder, change)
+    with pytest.raises(AdapterError, match=message) as error:
+        read_adapter(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pickle_is_never_loaded(folder):
+    (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"holds adapter_model\.bin, a pickle, which is never loaded"):
+        read_adapter(folder)
+    (folder / "adapter_model.bin").unlink()
+    with pytest.raises(AdapterError, match="the file is missing"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -10])
+def test_a_truncated_file_is_refused(folder, length):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:length])
+    with pytest.raises(AdapterError, match="it is truncated or") as error:
+        read_adapter(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1, 2]", "\ufeff{}"])
+def test_a_broken_config_is_refused(folder, content):
+    (folder / "adapter_config.json").write_text(content, encoding="utf-8")
+    with pytest.raises(AdapterError, match=r"adapter_config\.json"):
+        read_adapter(folder)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(AdapterError, match=r"no PEFT adapter: it has no adapter_config\.json"):
+        read_adapter(folder)
+
+
+def test_nothing_that_a_config_names_is_imported(folder, monkeypatch):
+    (folder / "evil_library.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(str(folder))
+    mapping = {"base_model_class": "Evil", "parent_library": "evil_library"}
+    edit_config(
+        folder, auto_mapping=mapping, megatron_core="evil_library", auto_map={"AutoConfig": "evil_library.Evil"}
+    )
+    assert read_adapter(folder).weights
+    assert "evil_library" not in sys.modules
+
+
+def test_a_link_to_the_weights_is_followed(folder, tmp_path):
+    """The caches of the hub are made of links."""
+    (folder / WEIGHTS).rename(tmp_path / "blob")
+    (folder / WEIGHTS).symlink_to(tmp_path / "blob")
+    assert read_adapter(folder).weights
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["q_proj", "self_attn.q_proj", "^model", r"^model\.layers\.0\.self_attn\.q_proj", r".*\.q_proj", r"(q|k)_proj", "layers.0.*",
+     "proj", "q.proj", "q_proj|v_proj", "layers.[01].self_attn.v_proj", r"model\.layers\.\d+\.self_attn\.q_proj", "Q_proj", "",
+     "layers.0.self_attn.q_proj$", "x|.*"],
+)  # fmt: skip
+def test_patterns_mean_what_they_mean_to_peft(folder, pattern):
+    from peft.utils.other import get_pattern_key
+
+    edit_config(folder, alpha_pattern={pattern: 64.0})
+    plain = json.loads((folder / "adapter_config.json").read_text())["lora_alpha"]
+    for module, pair in read_adapter(folder).weights.items():
+        meant = get_pattern_key([pattern], module) == pattern
+        assert pair.scaling == (64.0 if meant else plain) / pair.rank, module
+
+
+def test_patterns_and_modules_must_not_be_too_many(folder, monkeypatch):
+    import grasp_lora.models.reading as adapter_files
+
+    monkeypatch.setattr(adapter_files, "MOST_EFFORT", 50)
+    edit_config(folder, alpha_pattern={f"^x{i}": 2 for i in range(50)})
+    with pytest.raises(AdapterError, match=r"modules are too many for the patterns of adapter_config\.json"):
+        read_adapter(folder)
+
+
+def test_modules_without_weights_are_named(make_tiny_model, folder, caplog):
+    def drop(tensors) -> None:
+        for factor in "AB":
+            tensors.pop(KEY.format(factor))
+
+    edit_tensors(folder, drop)
+    with caplog.at_level(logging.WARNING):
+        check(folder, make_tiny_model("llama"), name="someone/tiny")
+    assert any(
+        "1 modules of the backbone for which it has no weights, first model.layers.0" in line
+        for line in caplog.messages
+    )
+
+
+def test_a_place_that_is_neither_folder_nor_hub_id_is_refused(tmp_path):
+    with pytest.raises(AdapterError, match="there is no such folder"):
+        read_adapter(tmp_path / "nowhere")
+    with pytest.raises(AdapterError, match="there is no such folder") as error:
+        read_adapter("lab/never-downloaded", offline=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("segments", "message"),
+    [
+        ({"model.layers.0.self_attn.q_proj": [["source", 1], ["target", 1]]}, "another rank of .*q_proj"),
+        ({"model.layers.0.self_attn.q_proj": [["source"]]}, "malformed"),
+        ({"model.layers.0.self_attn.q_proj": [["source", "many"]]}, "malformed"),
+        (["source"], "malformed"),
+        (None, "malformed"),
+    ],
+)
+def test_wrong_facts_beside_the_weights_are_refused(folder, segments, message):
+    (folder / "grasp_lora.json").write_text(json.dumps({"segments": segments}), encoding="utf-8")
+    with pytest.raises(AdapterError, match=message) as error:
+        read_adapter(folder)
+    assert "grasp_lora.json" in str(error.value)
+
+
+# The right backbone
+
+
+def check(folder: Path, model, name: str = "lab/tiny", fingerprint: str = "f") -> None:
+    check_fits(read_adapter(folder), model, backbone_name=name, fingerprint=fingerprint)
+
+
+def test_an_adapter_of_another_backbone_is_refused(make_tiny_model, folder):
+    model = make_tiny_model("llama")
+    check(folder, model)
+    with pytest.raises(AdapterError, match=r"changes model\.layers\.0.*which backbone lab/tiny does not have"):
+        check(folder, make_tiny_model("gpt2"))
+    edit_tensors(folder, lambda t: t.update({KEY.format("A"): t[KEY.format("A")][:, :31]}))
+    with pytest.raises(AdapterError, match=r"q_proj of shape \(32, 31\) .*lab/tiny has \(32, 32\)"):
+        check(folder, model)
+
+
+def test_an_adapter_on_a_module_that_is_not_linear_is_refused(make_tiny_model, folder):
+    def move(tensors) -> None:
+        for factor in "AB":
+            key = f"base_model.model.model.embed_tokens.lora_{factor}.weight"
+            tensors[key] = tensors.pop(KEY.format(factor))
+
+    edit_tensors(folder, move)
+    with pytest.raises(AdapterError, match=r"model\.embed_tokens, which is a Embedding"):
+        check(folder, make_tiny_model("llama"))
+
+
+def test_an_adapter_trained_on_other_weights_is_refused(make_tiny_model, tmp_path):
+    model = make_tiny_model("llama")
+    weights = random_weights(model, ("q_proj",), 4, 1)
+    save_adapter(tmp_path, weights, model, backbone_name="lab/tiny", fingerprint="abc", dropout=0.0)
+    check(tmp_path, model, fingerprint="abc")
+    with pytest.raises(AdapterError, match="fingerprint abc, but lab/tiny has xyz"):
+        check(tmp_path, model, fingerprint="xyz")
+
+
+def test_another_base_name_only_warns(make_tiny_model, folder, caplog):
+    edit_config(folder, base_model_name_or_path="someone/other-model")
+    with caplog.at_level(logging.WARNING):
+        check(folder, make_tiny_model("llama"))
+    (record,) = caplog.records
+    assert "someone/other-model" in record.getMessage()
+    assert "lab/tiny" in record.getMessage()
+    caplog.clear()
+    edit_config(folder, base_model_name_or_path="/a/path/of/tiny")
+    with caplog.at_level(logging.WARNING):
+        check(folder, make_tiny_model("llama"))
+    assert not caplog.records

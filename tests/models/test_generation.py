@@ -1,0 +1,309 @@
+"""Greedy decoding: independent of batching, of the model's own settings, and without traces on the model."""
+
+import logging
+import random
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
+
+from grasp_lora.errors import DataError
+from grasp_lora.models import generation as generation_module
+from grasp_lora.models.backbone import without_peft
+from grasp_lora.models.generation import _TOKENS_BETWEEN, GenerationSettings, generate
+
+ARCHITECTURES = ["llama", "gemma3", "qwen3", "gpt2"]
+EOS = 2
+NEW_TOKENS = 12
+
+
+def make_prompts(count: int = 8, longest: int = 40, seed: int = 0) -> list[list[int]]:
+    draw = random.Random(seed)
+    lengths = [draw.randint(2, longest) for _ in range(count)]
+    return [[1, *(draw.randrange(4, 260) for _ in range(length - 1))] for length in lengths]
+
+
+@torch.no_grad()
+def greedy_tokens(model, prompt, count=NEW_TOKENS):
+    """Decode the slow way: one prompt, no cache, no padding."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def expected_text(tokenizer, tokens, stop_ids=(EOS,), stop=()):
+    ended = next((place for place, token in enumerate(tokens) if token in stop_ids), len(tokens))
+    text = tokenizer.decode(tokens[:ended], skip_special_tokens=True)
+    for mark in stop:
+        text = text.split(mark)[0]
+    return text.strip()
+
+
+@pytest.fixture
+def wake_lora():
+    """Give LoRA's B, zero at first, random values: the adapter then changes the answers."""
+
+    def wake(model):
+        torch.manual_seed(3)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.normal_(std=0.5)
+        return model
+
+    return wake
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batch_size_does_not_change_answers(architecture, make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model(architecture)
+    prompts = make_prompts()
+    expected = [expected_text(tiny_tokenizer, greedy_tokens(model, prompt)) for prompt in prompts]
+    assert len(set(expected)) > 4  # the prompts matter to this model
+    for size in (1, 3, 8):
+        settings = GenerationSettings(max_new_tokens=NEW_TOKENS, batch_size=size, stop=())
+        assert generate(model, tiny_tokenizer, prompts, settings) == expected, size
+
+
+def test_token_budget_splits_batches_longest_first(make_tiny_model, tiny_tokenizer):
+    prompts = [[1] * 10, [1] * 30, [1] * 20, [1] * 100]
+    settings = GenerationSettings(max_new_tokens=10, batch_tokens=80)
+    seen, widths = [], []
+    model = make_tiny_model("llama")
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape)))
+    generate(model, tiny_tokenizer, prompts, settings, progress=lambda done, total: seen.append((done, total)))
+    assert [shape for shape in widths if shape[1] > 1] == [(1, 100), (2, 30), (1, 10)]
+    assert seen == [(1, 4), (3, 4), (4, 4)]
+
+
+def test_stop_text_is_cut_off_and_ends_the_batch_early(make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model("llama")
+    prompts = make_prompts(6)
+    tokens = [greedy_tokens(model, prompt, 40) for prompt in prompts]
+    # Each row has to meet one of the stop texts within a few tokens.
+    stop = tuple({tiny_tokenizer.decode([row[3]]) for row in tokens} - {"�"})
+    stop_bytes = tuple({tiny_tokenizer.decode(row[:5])[-1] for row in tokens})
+    stop = tuple(dict.fromkeys(stop + stop_bytes))
+    steps = []
+    model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    settings = GenerationSettings(max_new_tokens=40, batch_size=6, stop=stop)
+    answers = generate(model, tiny_tokenizer, prompts, settings)
+    assert len(steps) < 10
+    assert not any(mark in answer for answer in answers for mark in stop)
+    single = GenerationSettings(max_new_tokens=40, batch_size=1, stop=stop)
+    assert generate(model, tiny_tokenizer, prompts, single) == answers
+
+
+def test_every_eos_of_the_model_and_the_tokenizer_ends_an_answer(make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model("qwen3")
+    prompts = make_prompts(5)
+    tokens = [greedy_tokens(model, prompt) for prompt in prompts]
+    extra = (tokens[0][4], tokens[1][2])
+    model.generation_config.eos_token_id = list(extra)
+    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
+    expected = [expected_text(tiny_tokenizer, row, stop_ids=(EOS, *extra)) for row in tokens]
+    assert generate(model, tiny_tokenizer, prompts, settings) == expected
+    assert len(expected[1]) <= 2
+
+
+def test_an_answer_that_starts_with_eos_is_empty(make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model("llama")
+    prompt = make_prompts(1)[0]
+    model.generation_config.eos_token_id = greedy_tokens(model, prompt, 1)[0]
+    assert generate(model, tiny_tokenizer, [prompt], GenerationSettings()) == [""]
+
+
+def test_sampling_settings_of_the_model_are_ignored_in_silence(make_tiny_model, tiny_tokenizer, caplog):
+    model = make_tiny_model("llama")
+    prompts = make_prompts(4)
+    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
+    plain = generate(model, tiny_tokenizer, prompts, settings)
+    own = model.generation_config
+    own.update(do_sample=True, temperature=2.0, top_p=0.3, top_k=5, repetition_penalty=9.0, max_length=3)
+    own.update(no_repeat_ngram_size=1, num_beams=3, pad_token_id=None)
+    before = own.to_dict()
+    logging.getLogger("transformers").propagate = True
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert generate(model, tiny_tokenizer, prompts, settings) == plain
+    finally:
+        logging.getLogger("transformers").propagate = False
+    assert not caplog.records
+    assert model.generation_config is own
+    assert own.to_dict() == before
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_peft_model_answers_with_its_adapter(architecture, make_tiny_model, tiny_tokenizer, wake_lora):
+    prompts = make_prompts(5)
+    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, batch_size=2, stop=())
+    plain = generate(make_tiny_model(architecture), tiny_tokenizer, prompts, settings)
+    config = LoraConfig(
+        r=4,
+        lora_dropout=0.5,
+        task_type="CAUSAL_LM",
+        target_modules=["c_attn"] if architecture == "gpt2" else ["q_proj", "v_proj"],
+        fan_in_fan_out=architecture == "gpt2",
+    )
+    model = wake_lora(get_peft_model(make_tiny_model(architecture), config)).train()
+    modes = [module.training for module in model.modules()]
+    answers = generate(model, tiny_tokenizer, prompts, settings)
+    assert [module.training for module in model.modules()] == modes
+    assert answers != plain
+    model.eval()
+    assert answers == [expected_text(tiny_tokenizer, greedy_tokens(model, prompt)) for prompt in prompts]
+    with model.disable_adapter():
+        assert generate(model, tiny_tokenizer, prompts, settings) == plain
+
+
+def test_adapted_head_works(make_tiny_model, tiny_tokenizer, wake_lora):
+    config = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    model = wake_lora(get_peft_model(make_tiny_model("llama"), config)).eval()
+    prompts = make_prompts(4)
+    answers = generate(model, tiny_tokenizer, prompts, GenerationSettings(max_new_tokens=NEW_TOKENS, stop=()))
+    assert answers == [expected_text(tiny_tokenizer, greedy_tokens(model, prompt)) for prompt in prompts]
+
+
+def test_head_gets_contiguous_input_and_the_hook_goes_away(make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model("llama")
+    contiguous = []
+    forward = model.lm_head.forward
+
+    def watch(hidden):
+        contiguous.append(hidden.is_contiguous())
+        return forward(hidden)
+
+    model.lm_head.forward = watch
+    generate(model, tiny_tokenizer, make_prompts(3), GenerationSettings(max_new_tokens=3))
+    assert contiguous
+    assert all(contiguous)
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_a_failure_leaves_the_model_as_it_was(make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model("llama").train()
+    model.model.layers[0].eval()  # a mixed state must come back as it was
+    modes = [module.training for module in model.modules()]
+    own = model.generation_config
+
+    def fail(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, tiny_tokenizer, make_prompts(2), GenerationSettings(max_new_tokens=2), progress=fail)
+    assert [module.training for module in model.modules()] == modes
+    assert model.generation_config is own
+    assert not model.lm_head._forward_pre_hooks
+
+
+def test_global_random_state_is_not_touched(make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model("llama")
+    state = torch.get_rng_state()
+    generate(model, tiny_tokenizer, make_prompts(2), GenerationSettings(max_new_tokens=2))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_prompts_give_no_answers(make_tiny_model, tiny_tokenizer):
+    assert generate(make_tiny_model("llama"), tiny_tokenizer, [], GenerationSettings()) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_context_limit(architecture, make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model(architecture)
+    settings = GenerationSettings(max_new_tokens=4)
+    assert len(generate(model, tiny_tokenizer, [[1] * 508], settings)) == 1
+    with pytest.raises(DataError, match=r"Prompt 1 has 509 tokens.*holds 512"):
+        generate(model, tiny_tokenizer, [[1] * 5, [1] * 509], settings)
+
+
+def test_empty_prompt_is_refused(make_tiny_model, tiny_tokenizer):
+    with pytest.raises(DataError, match="Prompt 0 has no tokens"):
+        generate(make_tiny_model("llama"), tiny_tokenizer, [[]], GenerationSettings())
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_tokens": -1}, "batch_tokens is -1"),
+        ({"stop": ("\n", "")}, "empty text"),
+        ({"stop": "\n"}, "list of texts"),
+    ],
+)
+def test_settings_are_checked(values, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**values)
+
+
+def test_without_peft_gives_plain_models_back(make_tiny_model):
+    model = make_tiny_model("llama")
+    assert without_peft(model) is model
+
+
+@pytest.mark.parametrize("can_drop", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rows_that_have_ended_leave_the_batch(architecture, make_tiny_model, tiny_tokenizer, monkeypatch, can_drop):
+    model = make_tiny_model(architecture)
+    prompts = make_prompts(12)
+    long = 4 * _TOKENS_BETWEEN + 1
+    tokens = [greedy_tokens(model, prompt, long) for prompt in prompts]
+    # What half of the prompts answer with their third token ends an answer.
+    stop_ids = {answer[2] for answer in tokens[::2]} | {EOS}
+    model.generation_config.eos_token_id = sorted(stop_ids)
+    expected = [expected_text(tiny_tokenizer, answer, stop_ids) for answer in tokens]
+    if not can_drop:
+        monkeypatch.setattr(generation_module, "_can_drop_rows", lambda cache: False)
+    rows = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+
+    answers = generate(model, tiny_tokenizer, prompts, GenerationSettings(max_new_tokens=long, batch_size=12, stop=()))
+    hook.remove()
+
+    assert answers == expected
+    assert rows[:_TOKENS_BETWEEN] == [12] * _TOKENS_BETWEEN
+    assert rows == sorted(rows, reverse=True)
+    assert 1 <= rows[-1] < 12
+    assert len(rows) <= long
+
+
+def other_models():
+    shape = {"vocab_size": 260, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    return {
+        "rwkv": lambda: RwkvForCausalLM(RwkvConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2)),
+        "recurrent_gemma": lambda: RecurrentGemmaForCausalLM(
+            RecurrentGemmaConfig(
+                **shape, num_hidden_layers=3, num_key_value_heads=1, lru_width=32, attention_window_size=8
+            )
+        ),
+        "minimax": lambda: MiniMaxForCausalLM(
+            MiniMaxConfig(
+                **shape, num_hidden_layers=2, num_key_value_heads=2, head_dim=8, block_size=4, num_local_experts=2,
+                num_experts_per_tok=1, layer_types=["linear_attention", "full_attention"],
+            )
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ["rwkv", "recurrent_gemma", "minimax"])
+def test_models_with_a_state_of_their_own_answer_alike_in_batches(architecture, tiny_tokenizer):
+    torch.manual_seed(0)
+    model = other_models()[architecture]().eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.25)
+    prompts = make_prompts(4, longest=12)
+    settings = GenerationSettings(max_new_tokens=2 * _TOKENS_BETWEEN + 1, stop=())
+    answers = generate(model, tiny_tokenizer, prompts, settings)
+    assert answers == [generate(model, tiny_tokenizer, [prompt], settings)[0] for prompt in prompts]
+    assert len(set(answers)) > 1

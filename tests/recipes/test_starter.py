@@ -1,0 +1,543 @@
+"""A recipe written for a user's own file: it loads, it fits the data, its comments tell the truth."""
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from grasp_lora.bench.preflight import preflight
+from grasp_lora.bench.session import Session
+from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
+from grasp_lora.method.policy import PRESETS
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.recipes.starter import FEWEST, write_recipe
+
+Rows = list[dict[str, Any]]
+
+
+def completion(count: int, name: str = "t") -> Rows:
+    return [{"prompt": f"{name} {i}?", "completion": f"{i % 9}"} for i in range(count)]
+
+
+def messages(count: int, name: str = "t", turns: int = 1) -> Rows:
+    before = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}] * (turns - 1)
+    return [
+        {
+            "messages": [
+                *before,
+                {"role": "user", "content": f"{name} {i}?"},
+                {"role": "assistant", "content": f"{i % 9}"},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def squad(count: int, name: str = "t", per_article: int = 3) -> dict[str, Any]:
+    data: list[dict[str, Any]] = []
+    for i in range(count):
+        if i % per_article == 0:
+            context = f"{name} {i // per_article} says yes."
+            data.append({"title": f"{name} {i}", "paragraphs": [{"context": context, "qas": []}]})
+        answer = {"text": "yes", "answer_start": data[-1]["paragraphs"][0]["context"].index("yes")}
+        data[-1]["paragraphs"][0]["qas"].append({"id": f"{name}{i}", "question": f"{i}?", "answers": [answer]})
+    return {"data": data}
+
+
+def write(file: Path, content: Rows | dict[str, Any]) -> Path:
+    """Write rows or SQuAD data in the format of the suffix."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, dict):
+        file.write_text(json.dumps(content), encoding="utf-8")
+    elif file.suffix == ".csv":
+        with file.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(content[0]))
+            writer.writeheader()
+            writer.writerows(content)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Give `start(data, source=[...], ...)`, which writes `mine.yaml` in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GRASP_LORA_DATA", raising=False)
+    (tmp_path / "tiny-llama").symlink_to(tiny_backbone_folder, target_is_directory=True)
+
+    def call(
+        data: Path, source: tuple[str, ...] = (), output: Path | None = Path("mine.yaml"), **changes: str | None
+    ) -> Path:
+        options = {"language": "de", "source_language": "en", "backbone": "tiny-llama"} | changes
+        return write_recipe(data, options["language"], output, source, options["source_language"], options["backbone"])
+
+    return call
+
+
+def fits(file: Path) -> dict[str, int]:
+    """Run the checks of `grasp-lora check`; return the sizes of the splits."""
+    session = Session(*load_recipe(file))
+    findings = preflight(session)
+    assert all(finding.text for finding in findings)
+    names = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
+    return {name: len(getattr(session.splits, name)) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", completion),
+        ("t.jsonl", completion),
+        ("t.jsonl", messages),
+        ("t.json", squad),
+        (
+            "t.jsonl",
+            lambda n, name="t": [{"context": f"{name}{i} a", "question": "?", "answers": ["a"]} for i in range(n)],
+        ),
+        ("t.jsonl", lambda n, name="t": [{"document": f"{name} {i}", "summary": "s"} for i in range(n)]),
+        ("t.csv", lambda n, name="t": [{"Text": f"{name} {i}", "SUMMARY ": "s"} for i in range(n)]),
+        (
+            "t.jsonl",
+            lambda n, name="t": [
+                {"id": f"{name}{i}", "title": f"{name} {i}", "text": f"{name} {i}", "summary": "s"} for i in range(n)
+            ],
+        ),
+    ],
+    ids=["csv", "jsonl", "messages", "squad", "answers", "document", "renamed", "xlsum"],
+)
+def test_the_recipe_passes_the_check(name: str, content: Callable[..., Any], start: Callable[..., Path]) -> None:
+    data, source = write(Path(name), content(90)), write(Path("s") / name, content(60, "s"))
+    sizes = fits(start(data, (str(source),)))
+    assert sizes["train"] + sizes["dev"] + sizes["micro_dev"] + sizes["test"] <= 90
+    assert 8 <= sizes["micro_dev"] <= 16
+    assert sizes["test"] >= 18
+    assert sizes["dev"] >= 8
+    assert sizes["train"] >= 20
+    assert sizes["source_train"] >= 45
+    assert sizes["source_dev"] >= 4
+
+
+def test_with_enough_examples_the_sizes_are_the_papers(start: Callable[..., Path]) -> None:
+    sizes = fits(start(write(Path("t.jsonl"), completion(300)), (str(write(Path("s.jsonl"), completion(40, "s"))),)))
+    assert {name: sizes[name] for name in ("train", "dev", "micro_dev", "test")} == {
+        "train": 50, "dev": 50, "micro_dev": 16, "test": 100
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("count", range(FEWEST, 240, 7))
+def test_sizes_fit_however_many_examples_there_are(count: int, start: Callable[..., Path]) -> None:
+    recipe, _ = load_recipe(start(write(Path("t.jsonl"), completion(count))))
+    target = recipe.data.target
+    held_out = sum(size or 0 for size in (target.dev, target.micro_dev, target.test))
+    train = count - held_out if target.train is None else target.train  # all the rest where nothing is to spare
+    assert train + held_out <= count
+    assert target.test >= min(100, count / 5)
+    assert 8 <= target.micro_dev <= 16
+    assert target.dev == 0 or target.dev >= 8
+    assert 10 <= train <= 60
+
+
+@pytest.mark.parametrize("count", [FEWEST, 216])
+def test_the_controller_follows_the_final_run(count: int, start: Callable[..., Path]) -> None:
+    file = start(write(Path("t.jsonl"), completion(count)))
+    recipe, _ = load_recipe(file)
+    target = recipe.data.target
+    stage, train = recipe.controller, target.train or count - target.dev - target.micro_dev - target.test
+    steps = stage.round_steps(train)
+    text = file.read_text(encoding="utf-8")
+    if recipe.data.target.dev:
+        assert steps == [number * train for number in range(6)]  # before training and after each of five epochs
+        assert (stage.policy, stage.patience, stage.probe_on) == (PRESETS["shared"], 1, "both")
+        assert "after each epoch, 6 at most" in text
+    else:
+        assert min(steps) >= 0.5 * stage.training.steps(train)
+        assert (stage.policy, stage.patience, stage.probe_on) == (PRESETS["late"], None, "micro_dev")
+        assert f": {len(steps)} rounds, in the second half" in text
+
+
+def test_too_few_for_a_dev_set_is_said(start: Callable[..., Path]) -> None:
+    file = start(write(Path("t.jsonl"), completion(FEWEST)))
+    assert load_recipe(file)[0].data.target.dev == 0
+    assert "dev-free" in file.read_text()
+
+
+def test_too_few_examples_are_refused(start: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match=rf"t\.jsonl has {FEWEST - 1} examples; at least {FEWEST} are needed"):
+        start(write(Path("t.jsonl"), completion(FEWEST - 1)))
+    assert not Path("mine.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        ("instruction,output", {"prompt": "instruction", "completion": "output"}),
+        ("prompt,response", {"completion": "response"}),
+        ("Question,Answer", {"prompt": "Question", "completion": "Answer"}),
+    ],
+)
+def test_usual_names_of_prompt_and_completion_are_understood(
+    start: Callable[..., Path], columns: str, expected: dict[str, str]
+) -> None:
+    for name in ("t", "s"):
+        text = columns + "\n" + "".join(f"{name} {i}? , it {i}\n" for i in range(60))
+        Path(f"{name}.csv").write_text(text, encoding="utf-8")
+    assert load_recipe(start(Path("t.csv"), ("s.csv",)))[0].data.target.columns == expected
+    fits(Path("mine.yaml"))
+
+
+@pytest.mark.parametrize("part", ["input", "context", "system", "history"])
+def test_a_prompt_that_would_lose_a_part_is_not_guessed(start: Callable[..., Path], part: str) -> None:
+    Path("t.csv").write_text(f"instruction,{part},output\n" + "a,b,c\n" * 60, encoding="utf-8")
+    with pytest.raises(DataError, match=r"which fit no task .*\{prompt: NAME, completion: NAME\}"):
+        start(Path("t.csv"))
+
+
+def test_rows_under_a_key_data_are_no_squad(start: Callable[..., Path]) -> None:
+    for name in ("t", "s"):
+        Path(f"{name}.json").write_text(json.dumps({"version": 1, "data": completion(60, name)}), encoding="utf-8")
+    assert load_recipe(start(Path("t.json"), ("s.json",)))[0].data.task == "completion"
+    fits(Path("mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"group": "news"}, "which have the group 'news'; .* or rename the column group if it means something else"),
+        ({"prompt": "always this"}, "which have one prompt, context or document; .* add examples of other texts$"),
+    ],
+)
+def test_what_joins_the_largest_group_is_said(start: Callable[..., Path], row: dict[str, str], said: str) -> None:
+    with pytest.raises(DataError, match=rf"form 1 groups .* the largest of 60, {said}"):
+        start(write(Path("t.jsonl"), [{**one, **row} for one in completion(60)]))
+
+
+def test_too_few_articles_are_refused(start: Callable[..., Path]) -> None:
+    shared = "which have one prompt, context or document"
+    with pytest.raises(DataError, match=rf"60 examples of t\.json form 2 groups .* largest of 30, {shared}; .* texts$"):
+        start(write(Path("t.json"), squad(60, per_article=30)))
+
+
+def test_large_articles_shrink_the_splits(start: Callable[..., Path]) -> None:
+    sizes = fits(
+        start(write(Path("t.json"), squad(120, per_article=12)), (str(write(Path("s.json"), squad(40, "s"))),))
+    )
+    assert sizes["test"] >= 12
+    assert sizes["micro_dev"] >= 8
+
+
+def test_a_parallel_source_leaves_room_for_what_is_excluded(start: Callable[..., Path]) -> None:
+    """The source's questions have the target's ids, so those of held-out articles are left out."""
+    source = squad(120, "en")
+    for i, article in enumerate(source["data"]):
+        for j, question in enumerate(article["paragraphs"][0]["qas"]):
+            question["id"] = f"t{3 * i + j}"
+    write(Path("s.json"), source)
+    sizes = fits(start(write(Path("t.json"), squad(120)), ("s.json",)))
+    assert sizes["source_train"] + sizes["source_dev"] <= 120 - sizes["test"] - sizes["dev"] - sizes["micro_dev"]
+
+
+def test_a_large_source_is_cut_to_what_two_cores_can_train(start: Callable[..., Path]) -> None:
+    recipe, _ = load_recipe(
+        start(write(Path("t.jsonl"), completion(60)), (str(write(Path("s.csv"), completion(3000, "s"))),))
+    )
+    assert (recipe.data.source.train, recipe.data.source.dev) == (1000, 100)
+
+
+def test_several_source_files_and_a_built_in_text(start: Callable[..., Path]) -> None:
+    write(Path("s1.json"), squad(30, "a"))
+    recipe, _ = load_recipe(start(write(Path("t.json"), squad(60)), ("s1.json", "demo:en.json")))
+    assert recipe.data.source.files == ("s1.json", "demo:en.json")
+
+
+def test_adapters_take_the_place_of_source_data(start: Callable[..., Path]) -> None:
+    adapter = Path("models/adapter")
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    recipe, _ = load_recipe(start(write(Path("t.jsonl"), completion(60)), ("models/adapter", "org/some-adapter")))
+    assert recipe.source.adapters == ("models/adapter", "org/some-adapter")
+    assert recipe.data.source is None
+
+
+def test_without_a_source_the_check_says_so(start: Callable[..., Path]) -> None:
+    file = start(write(Path("t.jsonl"), completion(60)))
+    assert "A SOURCE IS STILL MISSING" in file.read_text()
+    with pytest.raises(RecipeError, match=r"there is no source: give data\.source"):
+        preflight(Session(*load_recipe(file)))
+
+
+def test_conversations_of_several_turns_get_a_chat_template(start: Callable[..., Path]) -> None:
+    recipe, _ = load_recipe(start(write(Path("t.jsonl"), messages(60, turns=2))))
+    assert recipe.data.chat_template
+
+
+def test_the_backbone_is_that_of_the_source_adapters(start: Callable[..., Path], tmp_path: Path) -> None:
+    data = write(Path("t.jsonl"), completion(60))
+
+    def adapter(name: str, base: str | None) -> str:
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        return name
+
+    one, other, silent = adapter("one", "org/llama"), adapter("other", "org/gemma"), adapter("silent", None)
+    assert load_recipe(start(data, (one,), Path("a.yaml"), backbone=None))[0].backbone.name == "org/llama"
+    assert load_recipe(start(data, (one,), Path("b.yaml"), backbone="mine/llama"))[0].backbone.name == "mine/llama"
+    assert load_recipe(start(data, (), Path("c.yaml"), backbone=None))[0].backbone.name == "gemma3-270m"
+    with pytest.raises(AdapterError, match="are of different backbones, org/gemma, org/llama; give adapters of one"):
+        start(data, (one, other), backbone=None)
+    with pytest.raises(AdapterError, match="the adapter silent does not name its backbone; name it with --backbone"):
+        start(data, (silent,), backbone=None)
+
+
+def test_the_backbone_of_an_adapter_on_the_hub_is_looked_up(
+    start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    (fetched / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/llama"}))
+    asked: list[tuple[str, object]] = []
+
+    def download(hub_id: str, allow_patterns: object, **_: object) -> str:
+        asked.append((hub_id, allow_patterns))
+        if hub_id == "org/none":
+            raise OSError("no such repository")
+        return str(fetched)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    data = write(Path("t.jsonl"), completion(60))
+    assert load_recipe(start(data, ("org/adapter",), backbone=None))[0].backbone.name == "org/llama"
+    assert asked == [("org/adapter", ["adapter_config.json"])]
+    with pytest.raises(AdapterError, match=r"adapter org/none: .*With --backbone the adapter is not looked up"):
+        start(data, ("org/none",), Path("b.yaml"), backbone=None)
+    assert load_recipe(start(data, ("org/none",), Path("c.yaml"), backbone="org/x"))[0].backbone.name == "org/x"
+
+
+def test_conversations_of_several_turns_need_another_backbone_than_the_embedded_one(start: Callable[..., Path]) -> None:
+    with pytest.raises(RecipeError, match="need a backbone with a chat template, and gemma3-270m has none; name one"):
+        start(write(Path("t.jsonl"), messages(60, turns=2)), backbone="gemma3-270m")
+
+
+def test_answers_of_several_lines_are_not_cut_at_the_first(start: Callable[..., Path]) -> None:
+    rows = [{"prompt": f"t {i}?", "completion": f"1. {i}\n2. {i}"} for i in range(60)]
+    file = start(write(Path("t.jsonl"), rows), (str(write(Path("s.jsonl"), completion(60, "s"))),))
+    assert load_recipe(file)[0].generation.stop == ()
+    stopped = Session(*load_recipe(file, ['generation.stop=["\\n"]']))
+    [warning] = [finding for finding in preflight(stopped) if finding.topic == "stop"]
+    assert warning.level == "warning"
+    assert "set generation.stop to []" in warning.text
+    assert not [finding for finding in preflight(Session(*load_recipe(file))) if finding.topic == "stop"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "json", "parquet"])
+def test_xlsum_is_read_from_every_format(start: Callable[..., Path], suffix: str) -> None:
+    rows = [{"title": f"t {i}", "text": f"text {i}", "summary": f"s {i}"} for i in range(60)]
+    file = Path(f"t.{suffix}")
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    elif suffix == "json":
+        file.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        write(file, rows)
+    fits(start(file, (str(write(Path("s.jsonl"), [row | {"text": f"other {row['text']}"} for row in rows])),)))
+
+
+def test_a_source_of_one_article_has_no_dev_split(start: Callable[..., Path]) -> None:
+    sizes = fits(start(write(Path("t.json"), squad(90)), (str(write(Path("s.json"), squad(60, "s", per_article=60))),)))
+    assert (sizes["source_train"], sizes["source_dev"]) == (60, 0)
+
+
+def test_cells_that_no_comma_separates_are_named(start: Callable[..., Path]) -> None:
+    file = Path("t.tsv")
+    file.write_text("prompt;completion\n" + "a;b\n" * 60, encoding="utf-8")
+    with pytest.raises(
+        DataError, match="one column, 'prompt;completion': its cells seem to be separated by something else"
+    ):
+        start(file)
+
+
+def test_paths_start_from_the_folder_of_the_recipe(start: Callable[..., Path], tmp_path: Path) -> None:
+    data, source = write(tmp_path / "data/t.jsonl", completion(60)), write(Path("s.csv"), completion(60, "s"))
+    file = start(data.absolute(), (str(source),), output=Path("deep/er/mine.yaml"))
+    recipe, _ = load_recipe(file)
+    assert recipe.data.target.files == ("../../data/t.jsonl",)
+    assert recipe.data.source.files == ("../../s.csv",)
+    assert recipe.backbone.name == "../../tiny-llama"
+    assert str(tmp_path) not in file.read_text()
+    fits(file)
+
+
+def test_the_default_place_is_the_name_of_the_data(start: Callable[..., Path]) -> None:
+    assert start(write(Path("data/Meine Fragen.jsonl"), completion(60)), output=None) == Path("Meine Fragen.yaml")
+    assert load_recipe("Meine Fragen.yaml")[0].name == "Meine-Fragen"
+
+
+def test_a_name_without_latin_letters_becomes_task_and_language(start: Callable[..., Path]) -> None:
+    file = start(write(Path("أسئلة.jsonl"), completion(60)), output=None, language="ar")
+    assert load_recipe(file)[0].name == "completion-ar"
+
+
+def test_a_language_that_yaml_reads_as_a_truth_value(start: Callable[..., Path]) -> None:
+    file = start(write(Path("t.jsonl"), completion(60)), language="no")
+    assert load_recipe(file)[0].data.target.language == "no"
+
+
+SETTING = re.compile(r"^( *)# ([a-z_]+: )")
+
+
+@pytest.mark.parametrize("content", [completion, squad])
+def test_settings_in_comments_are_the_defaults(content: Callable[..., Any], start: Callable[..., Path]) -> None:
+    name = "json" if content is squad else "jsonl"
+    file = start(write(Path(f"t.{name}"), content(60)), (str(write(Path(f"s.{name}"), content(60, "s"))),))
+    recipe, _ = load_recipe(file)
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert sum(bool(SETTING.match(line)) for line in lines) > 40
+    file.write_text("\n".join(SETTING.sub(r"\1\2", line) for line in lines) + "\n", encoding="utf-8")
+    with_all, _ = load_recipe(file)
+    assert with_all == recipe
+    assert all(len(line) <= 130 for line in lines)
+
+
+@pytest.mark.parametrize("content", [completion, squad])
+def test_each_key_is_explained_in_a_short_line(content: Callable[..., Any], start: Callable[..., Path]) -> None:
+    name = "json" if content is squad else "jsonl"
+    text = start(write(Path(f"t.{name}"), content(60))).read_text(encoding="utf-8")
+    sections = set(yaml.safe_load(text))
+    assert sections == {
+        "name", "backbone", "data", "lora", "source", "target", "merge", "mask", "controller", "final", "generation"
+    }  # fmt: skip
+
+
+def test_a_file_that_the_recipe_would_find_elsewhere_is_refused(
+    start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "en.jsonl").write_text("{}", encoding="utf-8")
+    Path("en.jsonl").write_text("".join(json.dumps({"prompt": f"p{i}", "completion": "c"}) + "\n" for i in range(60)))
+    Path("t.jsonl").write_text("".join(json.dumps({"prompt": f"t{i}", "completion": "c"}) + "\n" for i in range(120)))
+    monkeypatch.setenv("GRASP_LORA_DATA", str(elsewhere))
+    with pytest.raises(DataError, match=r"'en\.jsonl' is in two places, with different contents"):
+        write_recipe(Path("t.jsonl"), "sw", None, ["en.jsonl"], "en")
+    assert not Path("t.yaml").exists()
+
+
+def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> None:
+    data = write(Path("t.jsonl"), completion(60))
+    Path("mine.yaml").write_text("mine")
+    with pytest.raises(RecipeError, match=r"mine\.yaml exists already; remove it, or choose another"):
+        start(data)
+    assert Path("mine.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("data", "source", "error", "message"),
+    [
+        (
+            [{"frage": "a", "antwort": "b"}] * 60,
+            (),
+            DataError,
+            r"columns frage, antwort, which fit no task \(qa: context and",
+        ),
+        (completion(60), ("nowhere.csv",), DataError, r"source 'nowhere\.csv' is missing; give a data file"),
+        (completion(60), ("a/b/c",), DataError, r"source 'a/b/c' is missing"),
+        (completion(60), ("tiny-llama",), AdapterError, r"tiny-llama is a folder without adapter_config\.json"),
+        (completion(60), ("org/name", "s.jsonl"), RecipeError, r"data files and adapters at once"),
+        (completion(60), ("demo:en.json",), DataError, r"data for the task qa, but the target's is completion"),
+        (
+            squad(60),
+            ("s.jsonl",),
+            DataError,
+            r"s\.jsonl is data for the task completion, but the target's is qa",
+        ),
+        (completion(60), ("few.jsonl",), DataError, r"the source has 10 examples, .*at least 20 are needed"),
+        (completion(60), ("s.jsonl", "renamed.jsonl"), DataError, r"the source files differ in their columns"),
+        ([{"prompt": "a", "completion": ""}] * 60, (), DataError, r"line 1: completion is empty"),
+    ],
+)
+def test_mistakes_are_named_and_nothing_is_written(
+    data: Any, source: tuple[str, ...], error: type[GraspError], message: str, start: Callable[..., Path]
+) -> None:
+    file = write(Path("t.json" if isinstance(data, dict) else "t.jsonl"), data)
+    write(Path("s.jsonl"), completion(60, "s"))
+    write(Path("few.jsonl"), completion(10, "s"))
+    write(Path("renamed.jsonl"), [{"Prompt": "a", "Completion": "b"}])
+    with pytest.raises(error, match=message):
+        start(file, source)
+    assert not Path("mine.yaml").exists()
+
+
+@pytest.mark.parametrize("language", ["", "german language", "d", "de: x"])
+def test_a_language_must_be_a_code(language: str, start: Callable[..., Path]) -> None:
+    with pytest.raises(DataError, match="is no language code; give one of two or three letters"):
+        start(write(Path("t.jsonl"), completion(60)), language=language)
+
+
+def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callable[..., Path]) -> None:
+    write(Path("t.jsonl"), completion(60))
+    write(Path("s.jsonl"), completion(60, "s"))
+    assert "next: name a source in it, then grasp-lora check t.yaml" in cli("init", "t.jsonl", "-l", "de").out
+    options = ("--source", "s.jsonl", "--backbone", "tiny-llama", "-o", "full.yaml")
+    assert cli("init", "t.jsonl", "-l", "de", *options).out == "wrote full.yaml; next: grasp-lora check full.yaml\n"
+    assert cli("check", "full.yaml").status == 0
+
+
+def test_records_without_fields_are_refused(tmp_path, cli):
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}\n{}\n", encoding="utf-8")
+    result = cli("init", data, "--language", "ar", "--output", tmp_path / "recipe.yaml")
+    assert result.status == 2
+    assert "a record without fields" in result.err
+
+
+def test_columns_are_shown_without_control_characters(tmp_path, cli):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"\\u001b[31mred": "x"}\n', encoding="utf-8")
+    result = cli("init", data, "--language", "ar", "--output", tmp_path / "recipe.yaml")
+    assert result.status == 2
+    assert "\x1b" not in result.err
+    assert "red" in result.err
+
+
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path, cli):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 60, encoding="utf-8")
+    result = cli("init", data, "--language", "ar", "--output", tmp_path / ("x" * 300))
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+
+
+def test_a_few_examples_that_are_too_long_do_not_make_the_recipe_fail(start: Callable[..., Path]) -> None:
+    rows = completion(120)
+    for row in rows[:4]:
+        row["prompt"] += " x" * 400
+    file = start(write(Path("t.jsonl"), rows), (str(write(Path("s.jsonl"), completion(60, "s"))),))
+    target = load_recipe(file)[0].data.target
+    assert target.train is None
+    sizes = fits(file)
+    assert sizes["test"] == target.test
+    assert sizes["train"] == 116 - sum(sizes[name] for name in ("test", "dev", "micro_dev"))
+
+
+def test_answers_that_cannot_be_written_whole_are_told(start: Callable[..., Path]) -> None:
+    rows = completion(60)
+    for row in rows[::2]:
+        row["completion"] = "word " * 60
+    file = start(write(Path("t.jsonl"), rows), (str(write(Path("s.jsonl"), completion(60, "s"))),))
+    settings = ["generation.max_new_tokens=64"]
+    findings = preflight(Session(*load_recipe(file, settings)))
+    [warning] = [finding for finding in findings if finding.topic == "answers"]
+    assert warning.level == "warning"
+    assert re.match(
+        r"\d+ of \d+ test answers have more than generation.max_new_tokens 64 tokens, .*the longest has", warning.text
+    )

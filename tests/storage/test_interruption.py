@@ -1,0 +1,97 @@
+"""A first signal stops the work where it can go on; handlers are only there while they are needed."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from grasp_lora.errors import Interrupted
+from grasp_lora.storage.interruption import SIGNALS, Interruption
+
+
+@pytest.fixture
+def interruption():
+    """An interruption at a place called `here`; afterwards no handler may be left over."""
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield Interruption(lambda: "here")
+    after = [signal.getsignal(number) for number in SIGNALS]
+    signal.signal(signal.SIGINT, outside)
+    assert after == before
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_stops_at_once_past_every_except(interruption, number):
+    went_on = []
+
+    def work() -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except Exception:  # noqa: BLE001 - as libraries do
+            went_on.append("as if it were an error")
+        went_on.append("as if nothing were")
+
+    expected = rf"^stopped by {number.name} here; run the same command again to go on$"
+    with pytest.raises(Interrupted, match=expected), interruption.handled():
+        work()
+    assert not went_on
+    assert interruption.asked_by == number.name
+
+
+def test_a_deferred_signal_is_seen_and_stops_at_the_end(interruption):
+    done = []
+
+    def work() -> None:
+        with interruption.deferred():
+            assert interruption.asked_by is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert interruption.asked_by == "SIGTERM"
+            # From now on a second one ends the process.
+            assert all(signal.getsignal(number) is signal.SIG_DFL for number in SIGNALS)
+            done.append("the rest of the work")
+        done.append("what comes after")
+
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM here"), interruption.handled():
+        work()
+    assert done == ["the rest of the work"]
+
+
+def test_an_error_of_the_work_is_not_hidden(interruption):
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), interruption.handled(), interruption.deferred():
+        work()
+
+
+def test_without_a_signal_nothing_happens(interruption):
+    with interruption.handled(), interruption.deferred():
+        interruption.stop_if_asked()
+    assert interruption.asked_by is None
+
+
+def test_an_ignored_signal_stays_ignored(interruption):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background job
+    try:
+        with interruption.handled():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert interruption.asked_by is None
+
+
+def test_another_thread_handles_nothing(interruption):
+    seen = []
+
+    def work() -> None:
+        with interruption.handled():
+            seen.extend(signal.getsignal(number) for number in SIGNALS)
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == before

@@ -1,0 +1,32 @@
+import pytest
+
+from grasp_lora.data.build import CorpusSettings
+from grasp_lora.data.tasks import resolve_template
+from grasp_lora.errors import DataError
+from grasp_lora.text.languages import language_code
+
+
+@pytest.mark.parametrize(
+    ("language", "code"),
+    [
+        ("ar", "ar"),
+        ("ZH_Hant", "zh"),
+        ("cmn-Hans", "zh"),
+        ("arb", "ar"),
+        ("swh", "swh"),
+        ("pt-BR", "pt"),
+        ("tha", "th"),
+    ],
+)
+def test_a_code_loses_its_region_and_is_short_where_rules_depend_on_it(language, code):
+    assert language_code(language) == code
+
+
+@pytest.mark.parametrize("language", ["swahili", "Arabic", "", " ", "a", "ar ", "zh-", "中文"])
+def test_what_is_no_code_is_refused_in_a_recipe_before_any_work(language):
+    with pytest.raises(DataError, match="is no language code; give one of two or three letters"):
+        CorpusSettings(language=language, files=("a.jsonl",))
+
+
+def test_a_long_code_has_the_prompts_of_the_short_one():
+    assert resolve_template("qa", "zho") == resolve_template("qa", "zh") != resolve_template("qa", "en")

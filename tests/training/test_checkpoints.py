@@ -1,0 +1,523 @@
+"""Resume equals uninterrupted, bit for bit; only whole checkpoints count; what cannot be written is said in one line."""
+
+import errno
+import functools
+import gc
+import json
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from transformers import TrainerCallback
+
+from grasp_lora.errors import GraspError, Interrupted
+from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.method.masks import MaskSettings
+from grasp_lora.method.policy import PolicySettings
+from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs, segments_of
+from grasp_lora.models.settings import LoraSettings
+from grasp_lora.storage import checkpoints as checkpoint_module
+from grasp_lora.storage.checkpoints import (
+    KEPT,
+    MANIFEST,
+    Checkpointing,
+    complete,
+    newest_checkpoint,
+    remove_checkpoints,
+    seconds_of,
+)
+from grasp_lora.storage.files import cannot_write, clear_write_errors, write_whole
+from grasp_lora.training import trainer as trainer_module
+from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
+from grasp_lora.training.finetune import finetune
+from grasp_lora.training.probes import ProbeSet
+from grasp_lora.training.settings import TrainingSettings
+
+PAD = 0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage() -> Iterator[None]:
+    """The Trainer collects garbage each time: spare it half a second of looking through all modules."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@dataclass(frozen=True)
+class Example:
+    id: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+
+
+def make_examples(count: int, seed: int = 0) -> list[Example]:
+    generator = random.Random(seed)
+    return [
+        Example(
+            f"e{index}",
+            tuple(generator.randrange(4, 260) for _ in range(generator.randint(2, 12))),
+            (*(generator.randrange(4, 260) for _ in range(generator.randint(0, 4))), 2),
+        )
+        for index in range(count)
+    ]
+
+
+DEV, MICRO_DEV = make_examples(4, 1), make_examples(3, 2)
+
+
+def merged(backbone) -> AdapterWeights:
+    """An adapter of two segments with no weight at zero."""
+    generator = torch.Generator().manual_seed(3)
+    segments = (Segment("source", 3), Segment("target", 2))
+    with fresh_adapter(backbone, LoraSettings(rank=5), 0) as model:
+        return AdapterWeights(
+            {
+                name: LoraPair(
+                    0.3 * torch.randn(pair.A.shape, generator=generator),
+                    0.3 * torch.randn(pair.B.shape, generator=generator),
+                    segments=segments,
+                )
+                for name, pair in live_pairs(model).items()
+            }
+        )
+
+
+class AtStep(TrainerCallback):
+    """Does something at the end of a step, before a checkpoint is saved."""
+
+    def __init__(self, step: int, action: Callable[[], Any]) -> None:
+        self.step, self.action = step, action
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.action()
+
+
+class Killed(BaseException):
+    pass
+
+
+def die() -> None:
+    raise Killed
+
+
+class Training:
+    """One fine-tune in a folder, each time with a fresh model and fresh callbacks, as in a new process."""
+
+    def __init__(
+        self,
+        make_tiny_model,
+        folder: Path,
+        kind: str = "plain",
+        mask: MaskSettings | None = None,
+        examples: int = 6,
+        **settings,
+    ):
+        self.make_tiny_model, self.folder, self.kind, self.mask = make_tiny_model, folder / "stage", kind, mask
+        self.train = make_examples(examples)
+        self.settings = TrainingSettings(**{"epochs": 2, "learning_rate": 1e-2, "patience": None, **settings})
+
+    def run(
+        self, save_every: int | None = 3, stop_at: int | None = None, at: tuple[int, Callable[[], Any]] | None = None
+    ):
+        """Train on; return all that the training has found."""
+        # What came before in a new process: another state of every generator.
+        torch.manual_seed(12345)
+        random.seed(12345)
+        steps = 0
+
+        def stop() -> str | None:
+            nonlocal steps
+            steps += 1
+            return "SIGTERM" if steps == stop_at else None
+
+        backbone = self.make_tiny_model("llama")
+        weights = merged(backbone)
+        callbacks, controller = [], None
+        if self.kind == "controller":
+            controller = GraspController(
+                ProbeSet(MICRO_DEV, PAD),
+                ControllerSettings(PolicySettings(), probe_every=2),
+                self.mask,
+                segments_of(weights),
+                self.folder,
+            )
+        elif self.kind != "plain":
+            callbacks.append(PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), self.mask, self.kind, segments_of(weights)))
+        callbacks += [AtStep(*at)] if at else []
+        checkpoints = Checkpointing(save_every, stop) if save_every else None
+        with attached(backbone, weights, dropout=0.3) as model:
+            result = finetune(
+                model, self.train, DEV, self.settings, pad_id=PAD, seed=1, folder=self.folder, callbacks=callbacks,
+                controller=controller, checkpoints=checkpoints,
+            )  # fmt: skip
+            factors = [f.detach().clone() for pair in live_pairs(model).values() for f in (pair.A, pair.B)]
+        pruned = controller or next(iter(callbacks), None)
+        masks = pruned.masks.state() if isinstance(pruned, PrunedTraining) else {}
+        policy = {**controller.policy.state(), "ratio": controller.prune_ratio} if controller else None
+        files = {
+            file.name: file.read_text()
+            for file in self.folder.iterdir()
+            if file.name in ("history.jsonl", "rounds.jsonl")
+        }
+        self.steps_asked = steps
+        return factors, masks, {"result": vars(result), "policy": policy, "files": files}
+
+
+def assert_same(found, expected) -> None:
+    for one, other in zip(found[0], expected[0], strict=True):
+        assert torch.equal(one, other)
+    assert found[1].keys() == expected[1].keys()
+    for name, tensor in found[1].items():
+        assert torch.equal(tensor, expected[1][name]), name
+    assert found[2] == expected[2]
+
+
+WAYS = {
+    "plain": {},
+    "loss logged every second step": {"examples": 12, "epochs": 1},
+    "accumulation": {"accumulation": 3, "batch_size": 2, "epochs": 4, "evaluate_every": 0.5},
+    "fractions of epochs": {"epochs": 1.5, "keep": "last", "lr_decay": 0.5},
+    "patience": {"patience": 2, "evaluate_every": 0.2, "learning_rate": 3e-2, "epochs": 3},
+    "controller": {"kind": "controller"},
+    "controller, inputs": {"kind": "controller", "mask": MaskSettings("input_aware", "tensor")},
+    "controller, gradients": {"kind": "controller", "mask": MaskSettings("sensitivity", "global")},
+    "controller, components": {"kind": "controller", "mask": MaskSettings(granularity="component"), "keep": "last"},
+    "hold": {"kind": "hold", "mask": MaskSettings("sensitivity")},
+    "reselect": {"kind": "reselect", "mask": MaskSettings("gradient_of_delta")},
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(make_tiny_model, tmp_path_factory):
+    """What a training without checkpoints and without an interruption finds, by its way."""
+    return functools.cache(
+        lambda way: Training(make_tiny_model, tmp_path_factory.mktemp("whole"), **WAYS[way]).run(save_every=None)
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_stop_saves_and_a_resume_ends_in_the_same_bits(make_tiny_model, uninterrupted, tmp_path, way):
+    expected = uninterrupted(way)
+    steps = expected[2]["result"]["steps"]
+    training = Training(make_tiny_model, tmp_path / "parts", **WAYS[way])
+    for step in {1, steps // 2, steps - 1}:  # one in the middle of an epoch and, for most, one at an end of it
+        remove_checkpoints(training.folder)
+        with pytest.raises(Interrupted, match=rf"^stopped by SIGTERM at stage step {step}; run the same command again"):
+            training.run(save_every=1000, stop_at=step)
+        assert newest_checkpoint(training.folder).name == f"checkpoint-{step}"
+        assert_same(training.run(), expected)
+        assert training.steps_asked == max(
+            0, steps - step - 1
+        )  # what was done is not done again; the last is not asked
+
+
+@pytest.mark.parametrize("way", ["plain", "controller, gradients", "reselect"])
+def test_a_kill_after_a_checkpoint_cuts_off_what_came_later(make_tiny_model, uninterrupted, tmp_path, way):
+    expected = uninterrupted(way)
+    training = Training(make_tiny_model, tmp_path / "parts", **WAYS[way])
+    with pytest.raises(Killed):
+        training.run(save_every=5, at=(9, die))
+    if training.kind == "controller":
+        with (training.folder / "rounds.jsonl").open("a") as file:
+            file.write('{"round": 5, "cand')  # a line that the process was just writing
+    assert newest_checkpoint(training.folder).name == "checkpoint-5"
+    assert_same(training.run(save_every=5), expected)
+
+
+def test_many_interruptions_end_in_the_same_bits(make_tiny_model, uninterrupted, tmp_path):
+    expected = uninterrupted("controller")
+    training = Training(make_tiny_model, tmp_path / "parts", "controller")
+    for _ in range(5):
+        with pytest.raises(Interrupted):
+            training.run(stop_at=2)
+    assert_same(training.run(), expected)
+    timings = [json.loads(line) for line in (training.folder / "timings.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in timings] == list(range(1, 7))
+
+
+def test_a_stop_at_the_last_step_lets_the_training_end(make_tiny_model, tmp_path):
+    training = Training(make_tiny_model, tmp_path)
+    assert training.run(stop_at=12)[2]["result"]["steps"] == 12
+
+
+def test_saving_changes_nothing(make_tiny_model, uninterrupted, tmp_path):
+    training = Training(make_tiny_model, tmp_path, "controller")
+    assert_same(training.run(save_every=1), uninterrupted("controller"))
+    names = sorted(path.name for path in training.folder.iterdir() if path.is_dir())
+    assert names == ["checkpoint-10", "checkpoint-11"]  # the newest two; the last step needs none
+
+
+def test_a_checkpoint_holds_no_pickle_of_ours_and_no_place_of_this_machine(make_tiny_model, tmp_path):
+    training = Training(make_tiny_model, tmp_path, "controller")
+    with pytest.raises(Interrupted):
+        training.run(stop_at=4)
+    found = newest_checkpoint(training.folder)
+    assert {file.name for file in found.iterdir()} == {
+        "weights.safetensors", "controller.json", "controller.safetensors", "dev.json", "dev.safetensors",
+        "loss-0.json", "loss-0.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MANIFEST,
+    }  # fmt: skip
+    for file in found.iterdir():
+        assert str(tmp_path).encode() not in file.read_bytes(), file.name
+
+
+@pytest.mark.parametrize(
+    ("steps_per_epoch", "steps", "expected"),
+    [(50, 250, 25), (1250, 2500, 250), (40, 2000, 40), (6, 6, 10), (100, 100, 10)],
+)
+def test_the_default_is_ten_checkpoints_or_one_an_epoch(steps_per_epoch, steps, expected):
+    assert Checkpointing().steps_between(steps_per_epoch, steps) == expected
+
+
+def test_a_spacing_below_one_step_is_refused():
+    with pytest.raises(ValueError, match="save_every is 0; it must be at least 1"):
+        Checkpointing(0)
+
+
+# What counts
+
+
+def make_checkpoint(folder: Path, step: int, seconds: float = 1.5) -> Path:
+    path = folder / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "weights.safetensors").write_bytes(bytes(range(100)) * 10)
+    (path / "dev.json").write_text(json.dumps({"step": step}))
+    complete(path, seconds)
+    return path
+
+
+def test_the_newest_is_that_of_the_most_steps(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    assert newest_checkpoint(tmp_path / "missing") is None
+    for step in (9, 10, 100):
+        newest = make_checkpoint(tmp_path, step, seconds=step / 4)
+    assert newest_checkpoint(tmp_path) == newest
+    assert seconds_of(newest) == 25.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-100"]
+    assert KEPT == 2
+
+
+def test_one_without_a_manifest_never_happened(tmp_path, caplog):
+    good, bad = make_checkpoint(tmp_path, 3), make_checkpoint(tmp_path, 6)
+    (bad / MANIFEST).rename(bad / f"{MANIFEST}.part")
+    assert newest_checkpoint(tmp_path) == good
+    assert not bad.exists()
+    assert not caplog.records
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("weights.safetensors", truncate, "weights.safetensors has 999 bytes instead of 1000"),
+        ("weights.safetensors", flip, "weights.safetensors has changed"),
+        ("dev.json", Path.unlink, "dev.json is missing"),
+        (MANIFEST, lambda file: file.write_bytes(b""), "its manifest cannot be read"),
+        (MANIFEST, lambda file: file.write_bytes(b"\xff"), "its manifest cannot be read"),
+        (MANIFEST, lambda file: file.write_text("[]"), "its manifest cannot be read"),
+        (MANIFEST, lambda file: file.write_text('{"seconds": 1, "files": {"a": 1}}'), "its manifest cannot be read"),
+        (MANIFEST, lambda file: file.write_text('{"seconds": "long", "files": {}}'), "its manifest cannot be read"),
+    ],
+)
+def test_a_damaged_newest_is_reported_and_the_one_before_it_is_used(tmp_path, caplog, name, damage, reason):
+    good, bad = make_checkpoint(tmp_path, 3), make_checkpoint(tmp_path, 6)
+    damage(bad / name)
+    assert newest_checkpoint(tmp_path) == good
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{bad} is damaged ({reason}); it is removed and the one before it is used"
+    ]
+    caplog.clear()
+    assert newest_checkpoint(tmp_path) == good
+    assert not caplog.records
+    damage(good / name)
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_a_training_goes_on_from_the_one_before_a_damaged_one(make_tiny_model, uninterrupted, tmp_path, caplog):
+    training = Training(make_tiny_model, tmp_path, "controller")
+    with pytest.raises(Killed):
+        training.run(save_every=3, at=(8, die))
+    truncate(training.folder / "checkpoint-6" / "optimizer.pt")
+    assert_same(training.run(), uninterrupted("controller"))
+    assert len(caplog.records) == 1
+    assert "checkpoint-6 is damaged (optimizer.pt has " in caplog.records[0].getMessage()
+
+
+class Evil:
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.place),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_pickle_that_runs_code_is_refused(make_tiny_model, tmp_path, name):
+    training = Training(make_tiny_model, tmp_path)
+    with pytest.raises(Interrupted):
+        training.run(stop_at=4)
+    found = newest_checkpoint(training.folder)
+    torch.save(Evil(tmp_path / "ran"), found / name)
+    complete(found, 1.0)
+    with pytest.raises(GraspError, match="checkpoint-4 holds a file that is unsafe to load; remove it to start anew"):
+        training.run()
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(found / name, weights_only=True)
+
+
+def test_other_settings_of_the_policy_are_refused(make_tiny_model, tmp_path, monkeypatch):
+    training = Training(make_tiny_model, tmp_path, "controller")
+    with pytest.raises(Interrupted):
+        training.run(stop_at=4)
+    other = PolicySettings(seed=7)
+    monkeypatch.setattr(f"{__name__}.PolicySettings", lambda: other)
+    with pytest.raises(GraspError, match="resumes with other settings of the policy than it began with"):
+        training.run()
+
+
+def test_a_checkpoint_of_other_callbacks_is_refused(make_tiny_model, tmp_path):
+    training = Training(make_tiny_model, tmp_path)
+    with pytest.raises(Interrupted):
+        training.run(stop_at=4)
+    training.kind = "controller"
+    with pytest.raises(
+        GraspError, match=r"checkpoint-4, but that holds no state of the controller; use a checkpoint that"
+    ):
+        training.run()
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(make_tiny_model, tmp_path):
+    training = Training(make_tiny_model, tmp_path)
+    with pytest.raises(Interrupted):
+        training.run(stop_at=4)
+    found = newest_checkpoint(training.folder)
+    safetensors.torch.save_file({"other": torch.zeros(2)}, found / "weights.safetensors")
+    complete(found, 1.0)
+    with pytest.raises(GraspError, match="checkpoint-4 is of another adapter; remove it to start anew"):
+        training.run()
+
+
+# What cannot be written
+
+
+@contextmanager
+def failing(monkeypatch, what: str, number: int) -> Iterator[None]:
+    """Let one way of writing fail inside a checkpoint."""
+
+    def fail(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+
+    def fail_as_torch_does(*arguments, **options):
+        raise RuntimeError(
+            "[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0\nframe #0"
+        )
+
+    def fail_as_safetensors_does(*arguments, **options):
+        raise safetensors.SafetensorError(
+            f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+        )
+
+    with monkeypatch.context() as patch:
+        if what == "weights":
+            patch.setattr(trainer_module, "save_file", fail_as_safetensors_does)
+        elif what == "state":
+            patch.setattr(checkpoint_module, "save_file", fail_as_safetensors_does)
+        elif what == "torch":
+            patch.setattr(torch, "save", fail_as_torch_does)
+        elif what == "sync":
+            patch.setattr(checkpoint_module, "sync", fail)
+        else:
+            patch.setattr(checkpoint_module, "write_whole", fail)
+        yield
+
+
+@pytest.mark.parametrize(
+    ("what", "number"),
+    [
+        ("weights", errno.ENOSPC),
+        ("state", errno.EROFS),
+        ("torch", errno.ENOSPC),
+        ("sync", errno.EIO),
+        ("manifest", errno.ENOSPC),
+        ("manifest", errno.EROFS),
+    ],
+)
+def test_a_disk_that_fails_is_one_line_and_the_last_good_checkpoint_stays(
+    make_tiny_model, uninterrupted, tmp_path, monkeypatch, what, number
+):
+    training = Training(make_tiny_model, tmp_path, "controller")
+    with pytest.raises(Interrupted):
+        training.run(stop_at=3)
+    good = {file.name: file.read_bytes() for file in (training.folder / "checkpoint-3").iterdir()}
+    with (
+        failing(monkeypatch, what, number),
+        pytest.raises(
+            GraspError, match=r"stage cannot be written \(.+\); make room or make it writable, then run"
+        ) as caught,
+    ):
+        training.run()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert os.strerror(number) in message or (what == "torch" and "MB are free there" in message)
+    assert {file.name: file.read_bytes() for file in (training.folder / "checkpoint-3").iterdir()} == good
+    assert newest_checkpoint(training.folder).name == "checkpoint-3"
+    assert_same(training.run(), uninterrupted("controller"))
+
+
+def test_a_folder_that_vanishes_is_one_line_and_is_not_made_again(make_tiny_model, tmp_path):
+    training = Training(make_tiny_model, tmp_path, "hold")
+    with pytest.raises(
+        GraspError, match=r"^the folder .*stage has vanished: it was removed or moved, or its disk is gone$"
+    ):
+        training.run(at=(5, lambda: shutil.rmtree(training.folder)))
+    assert not training.folder.exists()
+
+
+def test_a_folder_that_vanishes_from_under_the_records_is_one_line(make_tiny_model, tmp_path):
+    training = Training(make_tiny_model, tmp_path, "controller")
+    with pytest.raises(GraspError, match="has vanished"):
+        training.run(save_every=1000, at=(5, lambda: shutil.rmtree(training.folder)))
+
+
+def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    file = tmp_path / "file.json"
+    write_whole(file, "old")
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(file, "new")
+    assert file.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_only_errors_of_the_folder_are_translated(tmp_path):
+    for other in (ConnectionResetError(errno.ECONNRESET, "reset"), FileNotFoundError(errno.ENOENT, "no", "/elsewhere")):
+        with pytest.raises(type(other)), clear_write_errors(tmp_path):
+            raise other
+    with pytest.raises(GraspError, match=r"cannot be written \(denied\)"), clear_write_errors(tmp_path):
+        raise PermissionError(errno.EACCES, "denied", str(tmp_path / "a" / "b"))
+    assert "has vanished" in str(cannot_write(tmp_path / "gone", "no"))

@@ -1,0 +1,389 @@
+"""The one loss against a naive loop, and probes that leave a model in the middle of its training as they found it."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from grasp_lora.errors import DataError, ProbeError
+from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.method.masks import MaskSet, MaskSettings
+from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs, lora_layers
+from grasp_lora.models.settings import LoraSettings
+from grasp_lora.training.probes import (
+    IGNORED,
+    NormCollector,
+    ProbeSet,
+    calibrate,
+    collate,
+    example_losses,
+    takes_label_positions,
+)
+
+TARGETS = {
+    "llama": ("q_proj", "v_proj"),
+    "gemma3": ("q_proj", "v_proj"),
+    "qwen3": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn",),
+}
+ARCHITECTURES = list(TARGETS)
+PAD = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    id: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+
+
+def make_examples(count: int, seed: int = 0, name: str = "e") -> list[Example]:
+    """Examples of uneven lengths, the prompts 1 to 23 tokens and the completions 1 to 5."""
+    generator = random.Random(seed)
+    return [
+        Example(
+            f"{name}{index}",
+            tuple(generator.randrange(4, 260) for _ in range(generator.randint(1, 23))),
+            (*(generator.randrange(4, 260) for _ in range(generator.randint(0, 4))), 2),
+        )
+        for index in range(count)
+    ]
+
+
+def naive_losses(model, examples) -> torch.Tensor:
+    """Each example alone, unpadded, all logits, one token after the other."""
+    losses = []
+    for example in examples:
+        tokens = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
+        log_probabilities = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)[0]
+        start = len(example.prompt_ids)
+        terms = [-log_probabilities[i - 1, tokens[0, i]] for i in range(start, tokens.shape[1])]
+        losses.append(torch.stack(terms).mean())
+    return torch.stack(losses)
+
+
+def random_adapter(model, architecture: str, seed: int = 1) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(seed)
+    with fresh_adapter(model, LoraSettings(rank=4, target_modules=TARGETS[architecture]), seed) as peft_model:
+        return AdapterWeights(
+            {
+                name: LoraPair(
+                    0.2 * torch.randn(pair.A.shape, generator=generator),
+                    0.2 * torch.randn(pair.B.shape, generator=generator),
+                    2.0,
+                )
+                for name, pair in live_pairs(peft_model).items()
+            }
+        )
+
+
+@pytest.fixture
+def adapted(make_tiny_model):
+    """A tiny Llama with a random adapter and much dropout."""
+    model = make_tiny_model("llama")
+    with attached(model, random_adapter(model, "llama"), dropout=0.5) as peft_model:
+        yield peft_model
+
+
+# The loss
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_losses_equal_a_naive_loop(make_tiny_model, architecture):
+    model = make_tiny_model(architecture)
+    examples = make_examples(9)
+    with attached(model, random_adapter(model, architecture)) as peft_model, torch.no_grad():
+        expected = naive_losses(peft_model, examples)
+        batch = collate(examples, PAD)
+        assert takes_label_positions(peft_model)
+        for label_positions in (True, False):
+            found = example_losses(peft_model, batch, label_positions=label_positions)
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("token_budget", [1, 40, 10_000])
+def test_neither_batches_nor_padding_change_a_loss(make_tiny_model, architecture, token_budget):
+    model = make_tiny_model(architecture)
+    examples = make_examples(9)
+    with torch.no_grad():
+        expected = naive_losses(model, examples)
+    for pad_id in (PAD, 99):
+        found = ProbeSet(examples, pad_id, token_budget).losses(model)
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-6, atol=2e-6)
+
+
+def test_a_bfloat16_backbone_works(make_tiny_model):
+    examples = make_examples(6)
+    model = make_tiny_model("llama")
+    weights = random_adapter(model, "llama")
+    with attached(model, weights) as peft_model:
+        exact = ProbeSet(examples, PAD).losses(peft_model)
+    half = make_tiny_model("llama").to(torch.bfloat16)
+    with attached(half, weights) as peft_model:
+        found = ProbeSet(examples, PAD).losses(peft_model)
+        with torch.no_grad():
+            naive = naive_losses(peft_model, examples)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(exact), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(torch.tensor(found), naive, rtol=0.02, atol=0.02)
+
+
+def test_collate_pads_on_the_right_and_labels_completions_only():
+    batch = collate([Example("a", (5, 6, 7), (8, 2)), Example("b", (9,), (2,))], pad_id=3)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 2], [9, 2, 3, 3, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
+    no = IGNORED
+    assert batch["labels"].tolist() == [[no, no, no, 8, 2], [no, 2, no, no, no]]
+
+
+def test_a_pad_token_within_an_answer_counts(make_tiny_model):
+    # Many tokenizers pad with EOS: only the label marks what counts, never the token's id.
+    model = make_tiny_model("llama")
+    examples = [Example("a", (5, 6), (7, 2, 2)), Example("b", (5, 6, 7, 8, 9, 10), (2,))]
+    with torch.no_grad():
+        expected = naive_losses(model, examples)
+    found = ProbeSet(examples, pad_id=2).losses(model)
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-6, atol=2e-6)
+
+
+def test_takes_label_positions_looks_under_the_adapter(make_tiny_model):
+    class NoPositions(torch.nn.Module):
+        def forward(self, input_ids, attention_mask=None):
+            raise NotImplementedError
+
+    assert not takes_label_positions(NoPositions())
+    model = make_tiny_model("gemma3")
+    with fresh_adapter(model, LoraSettings(), 1) as peft_model:
+        assert takes_label_positions(peft_model)
+
+
+# Sets of examples
+
+
+def test_losses_come_in_the_order_of_the_examples(make_tiny_model):
+    model = make_tiny_model("llama")
+    examples = make_examples(7)
+    probe, reverse = ProbeSet(examples, PAD, 30), ProbeSet(examples[::-1], PAD, 30)
+    assert probe.ids == [example.id for example in examples]
+    assert len(probe) == 7
+    torch.testing.assert_close(probe.losses(model), reverse.losses(model)[::-1], rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("token_budget", [1, 30, 64, 500])
+def test_batches_stay_within_the_token_budget(make_tiny_model, token_budget):
+    model = make_tiny_model("llama")
+    examples = make_examples(12)
+    shapes = []
+    model.register_forward_pre_hook(lambda _, __, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
+    ProbeSet(examples, PAD, token_budget).losses(model)
+    assert sum(rows for rows, _ in shapes) == len(examples)
+    assert all(rows * width <= token_budget or rows == 1 for rows, width in shapes)
+    if token_budget == 500:
+        assert len(shapes) == 1
+
+
+def test_many_answer_tokens_are_split_too(make_tiny_model):
+    # 262k logits for each answer token are what fills the memory.
+    model = make_tiny_model("llama")
+    rows = []
+    model.register_forward_hook(lambda _, __, output: rows.append(len(output.logits)))
+    examples = [Example(str(i), (5,), (6,) * 200) for i in range(5)]
+    ProbeSet(examples, PAD, 100_000).losses(model)
+    assert rows == [400, 400, 200]
+
+
+def test_what_has_no_loss_is_refused():
+    with pytest.raises(DataError, match="is empty"):
+        ProbeSet([], PAD)
+    with pytest.raises(DataError, match="example empty has no answer tokens"):
+        ProbeSet([*make_examples(2), Example("empty", (5, 6), ())], PAD)
+    with pytest.raises(DataError, match="example bare has no prompt tokens"):
+        ProbeSet([*make_examples(2), Example("bare", (), (5, 2))], PAD)
+
+
+@pytest.mark.parametrize("token_budget", [1, 10_000])
+def test_a_loss_that_is_not_finite_names_its_example(make_tiny_model, token_budget):
+    model = make_tiny_model("llama")  # its head is not tied to the embedding: NaN stays within the example
+    examples = [*make_examples(4), Example("poisoned", (5, 3, 6), (7, 2)), *make_examples(3, 1, "f")]
+    with torch.no_grad():
+        model.get_input_embeddings().weight[3] = float("nan")
+    model.train()
+    with pytest.raises(ProbeError, match=r"loss of example poisoned is nan, not a finite number; ") as error:
+        ProbeSet(examples, PAD, token_budget).losses(model)
+    assert "\n" not in str(error.value)
+    assert all(module.training for module in model.modules())
+
+
+# Nothing changes
+
+
+def test_a_probe_leaves_everything_as_it_was(adapted):
+    adapted.train()
+    layers = [module for module in adapted.modules() if isinstance(module, torch.nn.Dropout)]
+    layers[0].eval()  # mixed modes are put back one by one
+    modes = [module.training for module in adapted.modules()]
+    assert True in modes
+    assert False in modes
+    for number, parameter in enumerate(adapted.parameters()):
+        parameter.grad = torch.full_like(parameter, float(number)) if number % 2 else None
+    parameters = [(p.detach().clone(), p.grad if p.grad is None else p.grad.clone()) for p in adapted.parameters()]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    probe = ProbeSet(make_examples(5), PAD)
+    first = probe.losses(adapted)
+    assert first == probe.losses(adapted)  # eval mode: the dropout of 0.5 is off
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+    assert [module.training for module in adapted.modules()] == modes
+    for parameter, (value, gradient) in zip(adapted.parameters(), parameters, strict=True):
+        assert torch.equal(parameter, value)
+        assert parameter.grad is None if gradient is None else torch.equal(parameter.grad, gradient)
+
+
+def test_a_probe_that_raises_puts_the_modes_back(adapted, monkeypatch):
+    adapted.train()
+    adapted.get_base_model().model.eval()
+    modes = [module.training for module in adapted.modules()]
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("grasp_lora.training.probes.example_losses", fail)
+    for measure in (ProbeSet(make_examples(2), PAD).losses, ProbeSet(make_examples(2), PAD).gradients):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            measure(adapted)
+        assert [module.training for module in adapted.modules()] == modes
+
+
+# Norms and gradients
+
+
+def norms_by_hand(peft_model, examples) -> dict[tuple[str, str], torch.Tensor]:
+    seen: dict[tuple[str, str], list[torch.Tensor]] = {}
+    handles = []
+    for name, layer in lora_layers(peft_model).items():
+        for factor, module in (("A", layer.lora_A["default"]), ("B", layer.lora_B["default"])):
+            rows = seen.setdefault((name, factor), [])
+            handles.append(module.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(inputs[0][0])))
+    with torch.no_grad():
+        for example in examples:
+            peft_model(input_ids=torch.tensor([[*example.prompt_ids, *example.completion_ids]]))
+    for handle in handles:
+        handle.remove()
+    return {key: torch.cat(rows).norm(dim=0) for key, rows in seen.items()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("token_budget", [1, 60, 10_000])
+def test_norms_equal_those_by_hand_without_the_padding(make_tiny_model, architecture, token_budget):
+    model = make_tiny_model(architecture)
+    examples = make_examples(6)
+    with attached(model, random_adapter(model, architecture), dropout=0.5) as peft_model:
+        expected = norms_by_hand(peft_model, examples)
+        peft_model.train()
+        collector = NormCollector(peft_model)
+        with collector.collecting():
+            ProbeSet(examples, PAD, token_budget).losses(peft_model, collector)
+        norms = collector.norms()
+        again = collector.norms()
+        ProbeSet(examples, PAD).losses(peft_model)  # the context is closed: nothing is added
+        assert set(norms) == set(lora_layers(peft_model))
+        for (name, factor), value in expected.items():
+            torch.testing.assert_close(getattr(norms[name], factor), value, rtol=1e-5, atol=1e-5)
+            assert torch.equal(getattr(norms[name], factor), getattr(again[name], factor))
+            assert torch.equal(getattr(norms[name], factor), getattr(collector.norms()[name], factor))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("token_budget", [1, 60, 10_000])
+def test_gradients_are_those_of_the_mean_loss(make_tiny_model, architecture, token_budget):
+    model = make_tiny_model(architecture)
+    examples = make_examples(6)
+    with attached(model, random_adapter(model, architecture), dropout=0.5) as peft_model:
+        weights = [factor for pair in live_pairs(peft_model).values() for factor in (pair.A, pair.B)]
+        expected = torch.autograd.grad(naive_losses(peft_model, examples).mean(), weights)
+        peft_model.train()
+        probe = ProbeSet(examples, PAD, token_budget)
+        for times in (1, 2):  # they add to what is there
+            probe.gradients(peft_model)
+            for weight, gradient in zip(weights, expected, strict=True):
+                torch.testing.assert_close(weight.grad, times * gradient, rtol=1e-4, atol=1e-6)
+
+
+# Calibration
+
+
+def test_magnitude_needs_no_calibration(adapted):
+    masks = MaskSet(live_pairs(adapted), MaskSettings("magnitude"))
+    assert calibrate(adapted, masks, ProbeSet(make_examples(3), PAD)) is None
+    assert not masks.norms
+    assert not masks.gradients
+
+
+@pytest.mark.parametrize("score", ["input_aware", "gradient_of_delta"])
+def test_scores_with_inputs_get_norms_and_their_pass_gives_the_losses(adapted, score):
+    examples = make_examples(5)
+    probe = ProbeSet(examples, PAD)
+    masks = MaskSet(live_pairs(adapted), MaskSettings(score))
+    expected = norms_by_hand(adapted, examples)
+    assert calibrate(adapted, masks, probe) == probe.losses(adapted)
+    for (name, factor), value in expected.items():
+        torch.testing.assert_close(getattr(masks.norms[name], factor), value, rtol=1e-5, atol=1e-5)
+    masks.commit(0.5)  # measured anew with the weights as they are then
+    before = masks.norms
+    calibrate(adapted, masks, probe)
+    assert any(not torch.equal(masks.norms[name].B, before[name].B) for name in before)
+
+
+def test_sensitivity_gets_gradients_once_and_leaves_no_other(adapted):
+    extra = torch.nn.Parameter(torch.zeros(260))  # a user's model may train more than the adapter
+    head = adapted.get_base_model().lm_head
+    head.register_parameter("bias", extra)
+    held = torch.ones(260)
+    extra.grad = held
+    weights = live_pairs(adapted)
+    for pair in weights.values():
+        pair.A.grad = torch.full_like(pair.A, 7.0)
+    masks = MaskSet(weights, MaskSettings("sensitivity"))
+    examples = make_examples(5)
+    factors = list(masks.weights.values())
+    expected = torch.autograd.grad(naive_losses(adapted, examples).mean(), factors)
+    assert calibrate(adapted, masks, ProbeSet(examples, PAD)) is None
+    for key, gradient in zip(masks.weights, expected, strict=True):
+        torch.testing.assert_close(masks.gradients[key], gradient.abs(), rtol=1e-4, atol=1e-6)
+    assert extra.grad is held
+    assert torch.equal(held, torch.ones(260))
+    for pair in weights.values():
+        assert (pair.A.grad == 7.0).all()
+        assert pair.B.grad is None
+    first = dict(masks.gradients)
+    calibrate(adapted, masks, ProbeSet(make_examples(3, seed=9), PAD))  # training has its own average by now
+    assert all(masks.gradients[key] is first[key] for key in first)
+
+
+def test_a_calibration_that_raises_gives_the_gradients_back(adapted, monkeypatch):
+    masks = MaskSet(live_pairs(adapted), MaskSettings("sensitivity"))
+    held = {}
+    for key, weight in masks.weights.items():
+        held[key] = weight.grad = torch.ones_like(weight)
+
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("grasp_lora.training.probes.example_losses", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        calibrate(adapted, masks, ProbeSet(make_examples(2), PAD))
+    assert all(masks.weights[key].grad is held[key] for key in held)
+
+
+def test_a_module_that_is_never_called_counts_as_unimportant(adapted):
+    # An expert that no token of the calibration set reaches; on another rank it may be reached.
+    layer = lora_layers(adapted)["model.layers.0.self_attn.q_proj"]
+    masks = MaskSet(live_pairs(adapted), MaskSettings("input_aware"))
+    layer.forward = layer.get_base_layer().forward
+    calibrate(adapted, masks, ProbeSet(make_examples(3), PAD))
+    assert (masks.norms["model.layers.0.self_attn.q_proj"].A == 0).all()
+    assert (masks.norms["model.layers.1.self_attn.q_proj"].A > 0).all()
