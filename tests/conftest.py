@@ -264,12 +264,11 @@ def tiny_workspace(tmp_path: Path, tiny_backbone_folder: Path, monkeypatch: pyte
 @pytest.fixture(scope="session")
 def reference_run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> Path:
     """The folder of a whole, uninterrupted run of `tiny.yaml`; treat it as read-only."""
-    from grasp_lora.bench.run import Run
-    from grasp_lora.recipes.load import load_recipe
+    from grasp_lora import api
 
     recipe = write_tiny_workspace(tmp_path_factory.mktemp("reference") / "work", tiny_backbone_folder)
     folder = recipe.parent / "run"
-    Run(*load_recipe(recipe), folder).execute()
+    api.run(recipe, folder=folder)
     return folder
 
 

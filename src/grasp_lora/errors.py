@@ -21,7 +21,7 @@ class ProbeError(GraspError):
     """A probe of the controller gave a loss that is not a finite number."""
 
 
-class Interrupted(GraspError):  # noqa: N818 - it is no mistake
+class Interrupted(Exception):  # noqa: N818 - it is no mistake
     """A signal stopped the work at a point that it can go on from; the message says where."""
 
 

@@ -10,6 +10,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from typing import Any
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 # What takes time or says when, and so differs between two runs that do the same.
 TIMED = {"run.json", "cost.json", "report.html", "report.md", "controller/timings.jsonl"}
+KEY = re.compile(r"[0-9a-f]{16}")  # of a step, which depends on the recipe
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class Attempt:
     Args:
         status: its exit status, or the negative number of the signal that ended it.
         error: what it wrote to standard error.
-        events: the moments that it came by, each "STAGE WHAT".
-        files: of the run folder afterwards, name -> hash; those of `TIMED` and the markers have none.
+        events: the moments that it came by, each "STAGE WHAT"; keys of steps are written KEY.
+        files: of the run folder afterwards, name -> hash; those of `TIMED` and the records have none.
     """
 
     status: int
@@ -119,7 +121,7 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
-        timed = name in TIMED or name.startswith("stages/")
+        timed = name in TIMED or name.startswith("store/records/")
         found[name] = "" if timed else hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
@@ -143,7 +145,7 @@ def _watch(folder: Path, moments: dict[int, str]) -> None:
     """Count the events of this process, write them to file descriptor 3, and let happen what is to happen."""
     from torch.optim import optimizer
 
-    from grasp_lora.bench.run import Run
+    from grasp_lora.cli.progress import TerminalProgress
     from grasp_lora.method.masks import MaskSet
 
     place = str(folder)
@@ -168,7 +170,7 @@ def _watch(folder: Path, moments: dict[int, str]) -> None:
         if writes and isinstance(details[0], str | os.PathLike):
             path = os.path.abspath(details[0])  # noqa: PTH100 - links are not followed
             if path.startswith(place):
-                event(f"{name} {os.path.relpath(path, place)}")
+                event(f"{name} {KEY.sub('KEY', os.path.relpath(path, place))}")
 
     def around(owner: type, method: str, what: str) -> None:
         original: Callable[..., Any] = getattr(owner, method)
@@ -181,14 +183,14 @@ def _watch(folder: Path, moments: dict[int, str]) -> None:
 
         setattr(owner, method, watched)
 
-    original_stage = Run._stage
+    original_stage = TerminalProgress.stage
 
-    def named_stage(self: Run, name: str, work: Callable[[], Any]) -> None:
+    def named_stage(self: TerminalProgress, name: str) -> None:
         nonlocal stage
         stage = name
-        original_stage(self, name, work)
+        original_stage(self, name)
 
-    Run._stage = named_stage  # type: ignore[method-assign]
+    TerminalProgress.stage = named_stage  # type: ignore[method-assign]
     around(MaskSet, "commit", "commit")
     optimizer.register_optimizer_step_pre_hook(lambda *_: event("before step"))
     optimizer.register_optimizer_step_post_hook(lambda *_: event("after step"))

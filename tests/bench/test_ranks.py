@@ -35,16 +35,17 @@ def test_two_processes_take_the_steps_of_one_and_go_on_where_they_were(tiny_work
     status, output = launch(*CHANGES)
     assert status == 0, output[-3000:]
     assert output.count(READ_DATA) == output.count(ANSWER) == output.count("adapter run/adapter") == 1
-    stages = {file.stem: read(str(file))["summary"] for file in Path("run/stages").iterdir()}
+    records = {file.stem.split("-")[0]: read(str(file))["result"] for file in Path("run/store/records").iterdir()}
     # 12 examples of the source in fours; 10 of the target in twos, with a round after every other step
-    assert [stages[name]["steps"] for name in ("source", "target", "controller", "final")] == [3, 5, 5, 5]
-    assert stages["controller"]["rounds"] == 2
+    assert [records[name]["steps"] for name in ("source", "target", "controller", "final")] == [3, 5, 5, 5]
+    assert len(records["controller"]["rounds"]) == 2
     metrics = read("run/metrics.json")
     ids = [json.loads(line)["id"] for line in Path("run/evaluation/grasp.jsonl").read_text().splitlines()]
     assert ids == read("run/data.json")["ids"]["test"]
     assert not Path("run/grasp-lora.lock").exists()
-    for stage in ("final", "evaluate"):
-        Path(f"run/stages/{stage}.json").unlink()
+    for step in ("final*", "test-losses", "scores"):
+        for file in Path("run/store/records").glob(f"{step}-*"):
+            file.unlink()
     Path("run/metrics.json").unlink()
     status, output = launch(*CHANGES)
     assert status == 0, output[-3000:]
@@ -57,14 +58,16 @@ def test_two_processes_that_a_signal_stopped_end_in_the_same_bits(tiny_workspace
 
     def stop(process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + 120
-        while not list(Path("run/target").glob("checkpoint-*/manifest.json")) and time.monotonic() < deadline:
+        while (
+            not list(Path("run/store/work").glob("*/target/checkpoint-*/manifest.json")) and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
 
     status, output = launch(*changes, during=stop)
     assert status != 0
     assert output.count("stopped by SIGTERM at target step") == 1, output[-3000:]
-    assert list(Path("run/target").glob("checkpoint-*/manifest.json"))
+    assert list(Path("run/store/work").glob("*/target/checkpoint-*/manifest.json"))
     status, output = launch(*changes)
     assert status == 0, output[-3000:]
     resumed, metrics = Path("run/target/adapter_model.safetensors").read_bytes(), read("run/metrics.json")
@@ -78,7 +81,7 @@ def test_another_number_of_processes_does_not_go_on(finished_run: Path, cli: Cal
     started = read("run/run.json")
     assert started["processes"] == 1
     Path("run/run.json").write_text(json.dumps(started | {"processes": 4}), encoding="utf-8")
-    Path("run/stages/final.json").unlink()
+    Path("run/metrics.json").unlink()
     result = cli("run", "tiny.yaml", "--output", "run")
     assert result.status == 2
     assert result.err.startswith("error: run was begun with 4 processes and would end otherwise with 1; start as many")
@@ -117,7 +120,7 @@ def test_commands_of_one_process_say_so(
 ) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    for command in ("compare", "record", "sweep", "check", "learn"):
+    for command in ("compare", "sweep", "check", "learn"):
         result = cli(command, "tiny.yaml")
         assert (result.status, result.err) == (2, f"error: {command} runs in one process; start it without torchrun\n")
 

@@ -3,11 +3,12 @@
 import itertools
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,25 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from grasp_lora.bench.run import STAGES, Run, StageProgress
+from grasp_lora import api
+from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.run import STAGES
 from grasp_lora.bench.session import Session
+from grasp_lora.bench.store import Record
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.metrics import score
-from grasp_lora.method.masks import MaskSettings, prune_count, survival
+from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
+from grasp_lora.models.adapters import adapter_weights, attached, live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import LOCK_FILE, only_writer
 from grasp_lora.training.controller import GraspController, PrunedTraining
 from grasp_lora.training.finetune import BestOnDev
+from grasp_lora.training.probes import ProbeSet, calibrate
 
 SYSTEMS = ("source", "target", "merged", "grasp")
 FILES = {
     "recipe.yaml", "run.json", "data.json", "metrics.json", "cost.json", "report.html", "report.md",
-    *(f"stages/{stage}.json" for stage in STAGES),
     *(f"{adapter}/{file}" for adapter in ("source", "target", "merged", "adapter")
       for file in ("adapter_config.json", "adapter_model.safetensors", "grasp_lora.json")),
     *(f"{stage}/history.jsonl" for stage in ("source", "target", "controller", "final")),
@@ -46,12 +52,34 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def files_of(folder: Path, store: bool = False) -> dict[str, bytes]:
+    """The files of a run folder, those of its store where they are asked for."""
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return files if store else {name: content for name, content in files.items() if not name.startswith("store/")}
 
 
-def execute(*overrides: str, folder: str = "run", progress: StageProgress | None = None) -> dict[str, Any]:
-    return Run(*load_recipe("tiny.yaml", overrides), Path(folder), progress).execute()
+def execute(*overrides: str, folder: str = "run", progress: Progress | None = None) -> dict[str, Any]:
+    result = api.run("tiny.yaml", overrides, folder, progress)
+    assert result.folder == Path(folder)
+    metrics: dict[str, Any] = read(result.folder / "metrics.json")
+    assert result.ratio.ratio == metrics["prune_ratio"]
+    return metrics
+
+
+def record(run: Path, step: str) -> Any:
+    """What came of a step of a run."""
+    [file] = (run / "store/records").glob(f"{step}-*.json")
+    return read(file)["result"]
+
+
+def reopen(run: Path, *steps: str) -> None:
+    """Let a finished run have these steps still to do."""
+    (run / "metrics.json").unlink()
+    for step in steps:
+        files = list((run / "store/records").glob(f"{step}-*.json"))
+        assert files
+        for file in files:
+            file.unlink()
 
 
 def same_result(one: Path, other: Path) -> None:
@@ -60,17 +88,22 @@ def same_result(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-class Recorder(StageProgress):
-    """Remembers which stages began and which were skipped."""
+class Recorder(Progress):
+    """Remembers which stages there were, and which steps were done and which were found."""
 
     def __init__(self) -> None:
-        self.begun: list[str] = []
+        self.stages: list[str] = []
+        self.done: list[str] = []
+        self.found: list[str] = []
         self.skipped: list[str] = []
 
     def stage(self, name: str) -> None:
-        self.begun.append(name)
+        self.stages.append(name)
 
-    def finished(self, name: str, seconds: float, summary: dict[str, Any], *, skipped: bool) -> None:
+    def record(self, record: Record, there: bool) -> None:
+        (self.found if there else self.done).append(record.step.split()[0])
+
+    def finished(self, name: str, seconds: float, summary: Mapping[str, Any], *, skipped: bool) -> None:
         if skipped:
             self.skipped.append(name)
 
@@ -97,7 +130,6 @@ class TestFiles:
         sizes = {name: len(members) for name, members in ids.items()}
         assert sizes == {"source_train": 12, "source_dev": 4, "train": 10, "dev": 6, "micro_dev": 4, "test": 8}
         assert len({member for members in ids.values() for member in members}) == sum(sizes.values())
-        assert read(reference_run / "stages/data.json")["summary"] == sizes
 
     def test_the_rounds_are_consistent(self, reference_run: Path) -> None:
         rounds = read_lines(reference_run / "controller/rounds.jsonl")
@@ -135,15 +167,12 @@ class TestFiles:
         zeros = sum(int((tensor == 0).sum()) for tensor in tensors.values())
         assert zeros == sum(row["weights"] - row["kept"] for row in rows)
         assert sum(tensor.numel() for tensor in tensors.values()) == sum(row["weights"] for row in rows)
-        summary = read(reference_run / "stages/final.json")["summary"]
-        assert summary["prune_ratio"] == ratio
-        assert summary["measured_sparsity"] == pytest.approx(zeros / sum(row["weights"] for row in rows), abs=1e-12)
 
     def test_the_best_step_is_the_minimum_of_the_history(self, reference_run: Path) -> None:
         for stage in ("source", "target", "final"):
             history = [row for row in read_lines(reference_run / stage / "history.jsonl") if "dev_loss" in row]
             best = min(history, key=lambda row: row["dev_loss"])
-            summary = read(reference_run / "stages" / f"{stage}.json")["summary"]
+            summary = record(reference_run, f"{stage}*")
             assert (summary["best_step"], summary["dev_loss"]) == (best["step"], best["dev_loss"])
 
     def test_the_metrics_are_what_the_predictions_give(self, reference_run: Path) -> None:
@@ -159,14 +188,14 @@ class TestFiles:
             assert values["metrics"] == {name: entry.value for name, entry in scores.items()}
             assert metrics["signatures"] == {name: entry.signature for name, entry in scores.items()}
         assert metrics["systems"]["grasp"]["dev_loss"] == pytest.approx(
-            read(reference_run / "stages/final.json")["summary"]["dev_loss"], rel=1e-6
+            record(reference_run, "final*")["dev_loss"], rel=1e-6
         )
         assert (metrics["test_examples"], metrics["language"]) == (8, "de")
         learned = read(reference_run / "controller/ratio.json")
         assert metrics["prune_ratio"] == learned["prune_ratio"]
         assert metrics["prune_ratio_interval"] == [learned["low"], learned["high"]]
         cost = read(reference_run / "cost.json")
-        assert set(cost) == set(STAGES) - {"report"}
+        assert set(cost) == set(STAGES)
         assert all(seconds >= 0 for seconds in cost.values())
 
     def test_no_file_names_a_place_of_this_machine(self, reference_run: Path, tiny_backbone_folder: Path) -> None:
@@ -176,7 +205,7 @@ class TestFiles:
             str(tiny_backbone_folder),
             str(Path.home()),
         }
-        for name, content in files_of(reference_run).items():
+        for name, content in files_of(reference_run, store=True).items():
             for place in places:
                 assert place.encode() not in content, f"{name} holds {place}"
 
@@ -207,7 +236,7 @@ print(math.fsum(losses) / len(losses))
             text=True,
             check=True,
         )
-        expected = read(reference_run / "stages/final.json")["summary"]["dev_loss"]
+        expected = record(reference_run, "final*")["dev_loss"]
         assert float(result.stdout) == pytest.approx(expected, rel=1e-6)
 
 
@@ -229,40 +258,39 @@ class TestAgain:
         monkeypatch.setattr("grasp_lora.bench.session.load_backbone", lambda _: pytest.fail("loaded the backbone"))
         recorder = Recorder()
         metrics = execute(progress=recorder)
-        assert recorder.begun == []
-        assert recorder.skipped == list(STAGES)
+        assert recorder.stages == ["report"]
+        assert recorder.done == recorder.found == []
         assert metrics == read(finished_run / "metrics.json")
         assert files_of(finished_run) == before
 
-    @pytest.mark.parametrize("stage", ["controller", "evaluate", "report"])
-    def test_a_stage_without_its_marker_is_done_again_with_those_after_it(self, stage: str, finished_run: Path) -> None:
+    @pytest.mark.parametrize("steps", [(), ("test-losses",), ("final*",), ("controller", "final*", "dev-losses")])
+    def test_steps_without_a_record_are_done_again_and_no_others(
+        self, steps: tuple[str, ...], finished_run: Path
+    ) -> None:
         before = files_of(finished_run)
-        (finished_run / "stages" / f"{stage}.json").unlink()
+        reopen(finished_run, *steps)
         recorder = Recorder()
         execute(progress=recorder)
-        assert recorder.begun == list(STAGES[STAGES.index(stage) :])
-        assert recorder.skipped == list(STAGES[: STAGES.index(stage)])
+        assert {step.split("-")[0].rstrip("*") for step in steps} == set(recorder.done)
+        assert recorder.found
         after = files_of(finished_run)
         assert set(after) == set(before)
-        timed = {"cost.json", "report.html", "report.md", "controller/timings.jsonl"}
-        for name in set(before) - timed:
-            if not name.startswith("stages/"):
-                assert after[name] == before[name], name
-        assert set(read(finished_run / "cost.json")) == set(STAGES) - {"report"}
+        for name in set(before) - {"cost.json", "report.html", "report.md", "controller/timings.jsonl"}:
+            assert after[name] == before[name], name
 
     @pytest.mark.parametrize(
-        ("part", "method", "after", "stage"),
+        ("part", "method", "after", "step"),
         [
             (PrunedTraining, "on_optimizer_step", 5, "controller"),
             (GraspController, "run_round", 1, "controller"),
             (BestOnDev, "_evaluate", 5, "final"),  # the fifth look at a dev set is the last one, in the final run
-            (Session, "save", 3, "final"),
-            (Session, "evaluate", 2, "evaluate"),
+            (Session, "save", 4, "final"),  # source, target and the merge that is shown come before
+            (Session, "answer", 2, "scores"),
         ],
         ids=["controller", "round", "final", "save", "evaluate"],
     )
     def test_an_interrupted_run_goes_on_to_the_same_bits(
-        self, part: type, method: str, after: int, stage: str, tiny_workspace: Path, reference_run: Path,
+        self, part: type, method: str, after: int, step: str, tiny_workspace: Path, reference_run: Path,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:  # fmt: skip
         calls = 0
@@ -271,7 +299,7 @@ class TestAgain:
         def interrupted(self: object, *arguments: object, **options: object) -> object:
             nonlocal calls
             calls += 1
-            if calls > after:
+            if calls > after - (method == "save"):
                 raise KeyboardInterrupt
             return original(self, *arguments, **options)
 
@@ -279,18 +307,19 @@ class TestAgain:
             patch.setattr(part, method, interrupted)
             with pytest.raises(KeyboardInterrupt):
                 execute()
-        done = {path.stem for path in Path("run/stages").iterdir()}
-        assert done == set(STAGES[: STAGES.index(stage)])
+        done = {file.stem.split("-")[0] for file in Path("run/store/records").iterdir()}
         recorder = Recorder()
         execute(progress=recorder)
-        assert recorder.begun == list(STAGES[STAGES.index(stage) :])
+        assert recorder.done[0] == step
+        assert done <= set(recorder.found)
         same_result(Path("run"), reference_run)
         assert set(files_of(Path("run"))) == FILES
+        assert not list(Path("run/store/work").iterdir())
 
     def test_a_second_writer_is_refused_and_changes_nothing(self, finished_run: Path) -> None:
         with only_writer(finished_run):
             assert execute()["test_examples"] == 8  # a complete run is only read
-            (finished_run / "stages/report.json").unlink()
+            reopen(finished_run)
             before = files_of(finished_run)
             with pytest.raises(
                 RecipeError, match=r"run is being written by process \d+ on .*choose another folder with"
@@ -299,14 +328,17 @@ class TestAgain:
             assert files_of(finished_run) == before
         execute()
 
-    def test_checkpoints_and_drafts_that_a_kill_left_behind_are_removed(self, finished_run: Path) -> None:
-        (finished_run / "stages/final.json").unlink()
-        for name in ("controller/checkpoint-9", "final/checkpoint-3", "adapter.part"):  # the second has no manifest
-            (finished_run / name).mkdir()
+    def test_what_a_kill_left_behind_is_removed(self, finished_run: Path) -> None:
+        [file] = (finished_run / "store/records").glob("controller-*.json")
+        key = file.stem.rpartition("-")[2]
+        reopen(finished_run, "final*")
+        # The work of a step whose record was written, a draft in the store and one in the run folder.
+        for name in (f"store/work/{key}/controller/checkpoint-9", "adapter.part"):
+            (finished_run / name).mkdir(parents=True)
             (finished_run / name / "weights.safetensors").write_bytes(b"half")
         execute()
         assert set(files_of(finished_run)) == FILES
-        assert not (finished_run / "adapter.part").exists()
+        assert not list((finished_run / "store/work").iterdir())
 
     @pytest.mark.parametrize("left", [(LOCK_FILE,), (LOCK_FILE, "run.json.part")])
     def test_a_folder_that_a_run_was_killed_in_before_it_began_is_a_new_one(
@@ -337,7 +369,7 @@ class TestAgain:
         assert read(Path("run/cost.json"))["controller"] >= 0.6  # two rounds before the checkpoint
 
     def test_other_data_than_the_run_began_with_are_refused(self, finished_run: Path) -> None:
-        (finished_run / "stages/final.json").unlink()
+        reopen(finished_run, "final*")
         lines = Path("target.jsonl").read_text().splitlines()
         Path("target.jsonl").write_text("\n".join(line.replace("what", "which") for line in lines))
         before = files_of(finished_run)
@@ -348,7 +380,7 @@ class TestAgain:
     def test_another_backbone_under_the_same_name_is_refused(
         self, finished_run: Path, make_tiny_model: Callable[..., Any], tiny_tokenizer: Any
     ) -> None:
-        (finished_run / "stages/final.json").unlink()
+        reopen(finished_run, "final*")
         Path("tiny-llama").unlink()
         make_tiny_model("llama", seed=5).save_pretrained("tiny-llama")
         tiny_tokenizer.save_pretrained("tiny-llama")
@@ -363,11 +395,38 @@ class TestAgain:
     def test_what_does_not_decide_the_result_may_change(self, change: str, finished_run: Path) -> None:
         execute(change)
 
-    def test_a_damaged_file_says_which_and_what_to_do(self, finished_run: Path) -> None:
-        (finished_run / "stages/final.json").unlink()
-        (finished_run / "controller/ratio.json").write_text("{")
-        with pytest.raises(RecipeError, match=r"controller/ratio\.json cannot be read .*remove its stage's marker"):
+    @pytest.mark.parametrize(
+        ("damaged", "content", "way_out"),
+        [
+            ("store/records/controller-*.json", "{", "delete it"),
+            ("metrics.json", "{", "Delete it"),
+            ("controller/ratio.json", "[]", "Delete it"),
+        ],
+    )
+    def test_a_damaged_file_says_which_and_what_to_do(
+        self, damaged: str, content: str, way_out: str, finished_run: Path
+    ) -> None:
+        [file] = finished_run.glob(damaged)
+        file.write_text(content)
+        if "store" in damaged:
+            reopen(finished_run, "final*")
+        with pytest.raises(RecipeError, match=f"{re.escape(file.name)}.*{way_out}"):
             execute()
+
+    def test_a_report_of_an_unfinished_run_does_not_stay(self, finished_run: Path) -> None:
+        reopen(finished_run, "final*")
+        (finished_run / "report.html").write_text("so far")
+        execute()
+        assert "so far" not in (finished_run / "report.html").read_text(encoding="utf-8")[:10]
+
+
+def pruned(session: Session, merged: AdapterWeights, prune_ratio: float) -> AdapterWeights:
+    """A merged adapter, pruned by the mask of the session's recipe."""
+    with attached(session.backbone.model, merged) as model:
+        masks = MaskSet(live_pairs(model, segments_of(merged)), session.recipe.mask)
+        calibrate(model, masks, ProbeSet(session.splits.train, session.pad_id))
+        masks.commit(prune_ratio)
+        return adapter_weights(model, segments_of(merged))
 
 
 class TestWays:
@@ -376,7 +435,7 @@ class TestWays:
     def test_a_given_ratio_leaves_out_the_controller(self, finished_run: Path) -> None:
         recorder = Recorder()
         metrics = execute("final.prune_ratio=0.5", folder="given", progress=recorder)
-        assert "controller" not in recorder.begun
+        assert "controller" not in recorder.stages
         assert not Path("given/controller").exists()
         assert metrics["prune_ratio"] == 0.5
         assert metrics["prune_ratio_interval"] is None
@@ -384,7 +443,7 @@ class TestWays:
         assert all(2 * row["kept"] == row["weights"] for row in read(Path("given/final/sparsity.json")))
         again = Recorder()
         execute("final.prune_ratio=0.5", folder="given", progress=again)
-        assert again.begun == []
+        assert again.done == []
 
     def test_given_adapters_are_used_and_not_trained(self, finished_run: Path) -> None:
         shutil.copytree(finished_run / "source", "mine")
@@ -394,7 +453,6 @@ class TestWays:
         same_result(finished_run, Path("given"))
         assert not Path("given/source").exists()
         assert not Path("given/target").exists()
-        assert read(Path("given/stages/source.json"))["summary"] == {"adapters": ["mine"]}
         parents = read(Path("given/run.json"))["parents"]
         assert [parent["name"] for parent in parents] == ["mine", "theirs"]
         assert set(read(Path("given/metrics.json"))["systems"]) == set(SYSTEMS)
@@ -414,7 +472,7 @@ class TestWays:
         shutil.copytree(finished_run / "source", "mine")
         changes = ("data.source=null", "source.adapters=[mine]")
         execute(*changes, folder="given")
-        Path("given/stages/final.json").unlink()
+        reopen(Path("given"), "final*")
         if changed == "weights":
             shutil.copy(finished_run / "target/adapter_model.safetensors", "mine/adapter_model.safetensors")
         else:
@@ -426,7 +484,7 @@ class TestWays:
     def test_without_a_dev_set_the_last_step_is_kept(self, tiny_workspace: Path) -> None:
         metrics = execute("data.target.dev=0", "data.source.dev=0")
         for stage, steps in (("source", 6), ("target", 10), ("final", 10)):
-            summary = read(Path("run/stages") / f"{stage}.json")["summary"]
+            summary = record(Path("run"), f"{stage}*")
             assert (summary["steps"], summary["best_step"], summary["dev_loss"]) == (steps, steps, None)
         assert {values["dev_loss"] for values in metrics["systems"].values()} == {None}
         assert metrics["systems"]["grasp"]["test_loss"] > 0
@@ -463,7 +521,7 @@ class TestWays:
         recorder = Recorder()
         metrics = execute(*changes, folder="single", progress=recorder)
         run = Path("single")
-        assert recorder.begun == list(STAGES)
+        assert recorder.stages == [*STAGES, "report"]
         left = {
             f"controller/adapter/{file}"
             for file in ("adapter_config.json", "adapter_model.safetensors", "grasp_lora.json")
@@ -486,11 +544,11 @@ class TestWays:
         first = read_lines(run / "final/history.jsonl")[0]
         assert (first["step"], first["dev_loss"]) == (0, pytest.approx(unfinished, rel=1e-6))
         before = files_of(run)
-        for stage, begun in (("final", 3), ("controller", 4)):
-            (run / "stages" / f"{stage}.json").unlink()
+        for step in ("final*", "controller-adapter"):
+            reopen(run, step)
             again = Recorder()
             execute(*changes, folder="single", progress=again)
-            assert again.begun == list(STAGES[-begun:])
+            assert again.done == [step.split("-")[0].rstrip("*")]
             for name in ("adapter/adapter_model.safetensors", *left, "metrics.json"):
                 assert (run / name).read_bytes() == before[name], name
 
@@ -503,7 +561,7 @@ class TestWays:
         for scope, granularity in itertools.product(("factor", "tensor", "global"), ("weight", "component")):
             mask = MaskSettings(score, scope, granularity)
             session = first.variant(first.recipe.model_copy(update={"mask": mask}))
-            start = session.prune(merged, 0.45)
+            start = pruned(session, merged, 0.45)
             finished, result, rows = session.finetune_pruned(start, 0.45, Path("scratch"), pruned=True)
             again, *_ = session.finetune_pruned(start, 0.45, Path("scratch"))
             assert result.best_step == 3
@@ -548,7 +606,7 @@ def test_going_on_in_another_dtype_is_said(finished_run, caplog):
     started = read(finished_run / "run.json")
     assert started["dtype"] == "float32"
     (finished_run / "run.json").write_text(json.dumps(started | {"dtype": "bfloat16"}), encoding="utf-8")
-    (finished_run / "stages/report.json").unlink()
+    reopen(finished_run)
     with caplog.at_level("WARNING", logger="grasp_lora"):
         execute()
     (said,) = [record.getMessage() for record in caplog.records]

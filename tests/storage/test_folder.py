@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from grasp_lora.bench.experiment import check_experiment_folder
+from grasp_lora.bench.run_folder import check_place
 from grasp_lora.errors import RecipeError
 from grasp_lora.storage import folder as lock_module
 from grasp_lora.storage.folder import LOCK_FILE, only_writer
@@ -161,6 +161,7 @@ def test_a_folder_that_may_not_be_looked_into_is_one_line(tmp_path, monkeypatch)
     def closed(self: Path) -> bool:
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
-    monkeypatch.setattr(Path, "is_file", closed)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "iterdir", closed)
     with pytest.raises(RecipeError, match=r"out cannot be read \(Permission denied\); choose another with --output"):
-        check_experiment_folder(tmp_path / "out", "name: x")
+        check_place(tmp_path / "out")

@@ -1,34 +1,29 @@
 """`grasp-lora compare`: every method on the user's own data under one protocol, and one table with uncertainty and cost.
 
-The work is a list of (method, seed); what is on record is not done again. The table is made from the records alone, anew after
-each seed, so that a long comparison can be read while it runs. Paper: main table and runtime table.
+The work is a list of (method, seed). What is on record in the folder's store is not done again, whoever did it, and a training
+that was stopped goes on. The table is made from the records alone, anew after each seed, so that it can be read while more
+is under way. Paper: main table and runtime table.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
-from grasp_lora.bench.experiment import check_experiment_folder
-from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS
+from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, REMOVED
+from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.run_folder import COMPARE_FOLDER, check_place
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.steps import (
-    GRID,
-    Bench,
-    BenchProgress,
-    Outcome,
-    check_list,
-    check_ratios,
-)
-from grasp_lora.bench.store import Records, environments
+from grasp_lora.bench.steps import GRID, Bench, Outcome, check_list, check_ratios
+from grasp_lora.bench.store import STORE_FOLDER, Store, environments
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines, least_resamples, mean_and_sd
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
-from grasp_lora.report.comparison import write_comparison
+from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import write_json, write_whole
-from grasp_lora.storage.folder import working_in
+from grasp_lora.storage.folder import Workplace, working_in
 
 SEEDS = (42, 1337, 9001)  # Paper: experimental setup
 TEST_LOSS = "test_loss"
@@ -63,6 +58,10 @@ class ComparisonSettings:
 
     def __post_init__(self) -> None:
         for name in (*self.methods, self.reference):
+            if name in REMOVED:
+                raise ValueError(
+                    f"the method {name!r} was removed, since it equalled another one; take {REMOVED[name]}"
+                )
             if name not in METHODS:
                 raise ValueError(f"there is no method {name!r}; allowed: {', '.join(METHODS)}")
         check_list("methods", self.methods)
@@ -88,10 +87,19 @@ class _Row:
 
 
 _Rows = dict[str, _Row]
+Show = Callable[[Path, dict[str, Any]], object]
+
+
+def _nothing(folder: Path, content: dict[str, Any]) -> None:
+    """Show nothing."""
 
 
 def compare(
-    session: Session, folder: Path, settings: ComparisonSettings, progress: BenchProgress | None = None
+    session: Session,
+    folder: Path,
+    settings: ComparisonSettings,
+    progress: Progress | None = None,
+    show: Show = _nothing,
 ) -> dict[str, Any]:
     """Run what is not on record yet, and write and return the content of `compare.json`.
 
@@ -99,9 +107,10 @@ def compare(
 
     Args:
         session: of the recipe; a prune ratio that it gives is left aside.
-        folder: of the comparison; records of any recipe may stand in it side by side.
+        folder: of the experiment, that of a run included; steps of any recipe may stand in its store side by side.
         settings: methods, seeds and the rest.
         progress: told how far the work is.
+        show: given the folder of the tables and the content of `compare.json` whenever that was written.
 
     Raises:
         GraspError: the recipe, the data or an adapter does not fit, the folder cannot be written or another process writes there;
@@ -116,14 +125,17 @@ def compare(
             "methods: it shares them out between both"
         )
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
-    check_experiment_folder(folder, recipe.to_yaml())
-    session = Session(recipe, session.base, session.progress)
-    session.prepare()
-    check_target_modules(session.backbone.model, recipe.lora.target_modules)
-    work = _Work(session, folder, settings, progress or BenchProgress())
-    work.records.check_dtype(str(session.backbone.model.dtype))
-    with working_in(folder, lambda: work.place):
-        write_whole(folder / RECIPE_FILE, recipe.to_yaml())
+    check_place(folder)
+    with working_in(folder) as place:
+        session = Session(recipe, session.base, session.progress)
+        session.prepare()
+        check_target_modules(session.backbone.model, recipe.lora.target_modules)
+        session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
+        work = _Work(session, place, settings, progress or Progress(), show)
+        work.store.check_dtype(str(session.backbone.model.dtype))
+        place.begin()
+        (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
+        write_whole(folder / COMPARE_FOLDER / RECIPE_FILE, recipe.to_yaml())
         return work.execute()
 
 
@@ -138,10 +150,11 @@ class _Work:
         RecipeError: a split cannot be filled or has too few test examples; all are read before the first run.
     """
 
-    def __init__(self, session: Session, folder: Path, settings: ComparisonSettings, progress: BenchProgress) -> None:
-        self.session, self.folder, self.settings, self.progress = session, folder, settings, progress
-        self.records = Records(folder, progress.record)
-        self.place = "before it began"
+    def __init__(
+        self, session: Session, place: Workplace, settings: ComparisonSettings, progress: Progress, show: Show
+    ) -> None:
+        self.session, self.place, self.settings, self.progress, self.show = session, place, settings, progress, show
+        self.store = Store(place.folder / STORE_FOLDER, progress, place.interruption)
         self.names = [name for name in METHODS if name in {*settings.methods, settings.reference}]
         recipe = session.recipe
         self.split_seed = recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
@@ -185,7 +198,7 @@ class _Work:
 
     def _elsewhere(self, split_seed: int) -> Session:
         session = Session(self._with_split(split_seed), self.session.base, self.session.progress)
-        session.backbone = self.session.backbone
+        session.backbone, session.checkpoints = self.session.backbone, self.session.checkpoints
         return session
 
     def _with_split(self, split_seed: int) -> Recipe:
@@ -195,13 +208,13 @@ class _Work:
 
     def _run(self, shared: Session, rows: _Rows, seed: int) -> None:
         seeded = shared.variant(shared.recipe.model_copy(update={"seed": seed}))
-        bench = Bench(seeded, shared, self.records, self.settings.grid)
+        bench = Bench(seeded, shared, self.store, self.settings.grid)
         for name, row in rows.items():
             if row.unavailable is not None:
                 continue
             title = f"{METHODS[name].title}, seed {seed}"
-            self.place = f"in {title}"
-            self.progress.task(title)
+            self.place.place = f"in {title}"
+            self.progress.stage(title)
             try:
                 row.outcomes[seed] = METHODS[name].run(bench)
             except RecipeError:  # of a record or a setting: that concerns the whole comparison
@@ -212,8 +225,9 @@ class _Work:
             self.progress.done(METHODS[name].units)
 
     def _write(self, content: dict[str, Any]) -> None:
-        write_json(self.folder / "compare.json", content)
-        write_comparison(self.folder, content)
+        folder = self.place.folder / COMPARE_FOLDER
+        write_json(folder / "compare.json", content)
+        self.show(folder, content)
 
 
 def _content(session: Session, settings: ComparisonSettings, rows: _Rows, split_seed: int) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""The main job in a run folder: data, source, target, merge, controller, final, evaluate, report.
+"""The main job, from top to bottom: data, source, target, merge, controller, final, evaluate.
 
-Each stage leaves a marker when it is complete and is skipped on a rerun; a training stage goes on from its last checkpoint, to
-the same bits as without an interruption. A run folder of another recipe is refused, and so is a second writer. Nothing is
-written before the recipe, the backbone, the data and the adapters have been checked. Under torchrun all processes train and
-measure together, the first one writes, and the folder has to be one that all of them see.
+A `Bench` does every step, and the folder's store remembers it, also for comparisons and sweeps. A run that was stopped goes on
+from there, inside a training to the same bits. What a person looks at is written beside the store as the stages end.
+Nothing is written before the recipe, the backbone, the data and the adapters have been checked. Under torchrun all processes
+train and measure together, the first one writes, and all of them have to see the folder.
 """
 
 import json
@@ -12,363 +12,243 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.bench.session import Evaluation, Progress, Session, hash_of, ratio_record
-from grasp_lora.data.build import SPLITS, Example
+from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.run_folder import (
+    COST_FILE,
+    DATA_FILE,
+    METRICS_FILE,
+    RATIO_FILE,
+    RUN_FILE,
+    Metrics,
+    check_place,
+    read_learned,
+    read_metrics,
+)
+from grasp_lora.bench.session import Session, hash_of, ratio_record
+from grasp_lora.bench.steps import Adapter, Bench, Learned, Measured, names_of
+from grasp_lora.bench.store import STORE_FOLDER, Store
+from grasp_lora.data.build import SPLITS
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.models.adapters import read_adapter
+from grasp_lora.method.estimate import RatioEstimate
+from grasp_lora.method.masks import survival
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
 from grasp_lora.recipes.text import parse
-from grasp_lora.report.pages import write_model_card, write_report
-from grasp_lora.report.run_folder import COST_FILE, RUN_FILE, TRAINED
-from grasp_lora.storage.checkpoints import Checkpointing, newest_checkpoint, remove_checkpoints, seconds_of
-from grasp_lora.storage.files import clear_write_errors, sync, vanished, write_json, write_jsonl, write_whole
-from grasp_lora.storage.folder import LOCK_FILE, make_folder, only_writer
-from grasp_lora.storage.interruption import Interruption
+from grasp_lora.storage.checkpoints import Checkpointing
+from grasp_lora.storage.files import sync, vanished, write_json, write_jsonl, write_whole
+from grasp_lora.storage.folder import LOCK_FILE, Workplace, only_writer, working_in
 from grasp_lora.storage.processes import first, is_first, join, together, world_size
-from grasp_lora.training.settings import TrainingSettings
 
 log = logging.getLogger(__name__)
 
-STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate", "report")
-CONTROLLED = "controller/adapter"  # of a single run: what the controller run leaves for the final run
+STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate")
 DIFFERENCES_SHOWN = 3
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
 
 
-class StageProgress(Progress):
-    """A `Progress` that is also told of stages; this one is silent."""
-
-    def preparing(self) -> None:
-        """The backbone, the data and the adapters are being loaded."""
-
-    def stage(self, name: str) -> None:
-        """A stage begins."""
-
-    def finished(self, name: str, seconds: float, summary: dict[str, Any], *, skipped: bool) -> None:
-        """A stage is complete, now or already before."""
-
-
-class Run:
-    """One experiment in its folder.
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
 
     Args:
-        recipe: what to do.
-        base: folder that the recipe's relative paths start from.
-        folder: the run folder; made if missing.
+        ratio: the learned prune ratio with its interval, or the one that the recipe gives.
+        metrics: what each system is worth on dev and test.
+        folder: of the run.
+    """
+
+    ratio: RatioEstimate
+    metrics: Metrics
+    folder: Path
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the adapter that the run made."""
+        return self.folder / "adapter"
+
+
+def run(session: Session, folder: Path, progress: Progress | None = None) -> RunResult:
+    """Do what is not done yet of the main job.
+
+    Args:
+        session: of the recipe, with nothing loaded yet.
+        folder: of the run; made if missing.
         progress: told of stages and steps.
 
     Raises:
-        RecipeError: the folder belongs to another recipe, or holds something else.
+        GraspError: something the user gave does not fit, the folder cannot be written or another process writes there; what is
+            done stays.
+        Interrupted: SIGTERM or SIGINT came. A training finishes its step and saves a checkpoint, all else stops at once and is
+            done again; a second signal ends the process.
     """
+    progress = progress or Progress()
+    check_folder(folder, session.recipe)
+    with working_in(folder) as work:
+        join(session.recipe.backbone.device)
+        if not first((folder / METRICS_FILE).is_file):
+            _Run(session, folder, progress, work).execute()
+        elif is_first() and (folder / LOCK_FILE).is_file():
+            # A kill came when all was done: the file goes with the lock, unless someone lives who holds it.
+            with suppress(RecipeError, OSError), only_writer(folder):  # a finished run is only read
+                pass
+        return first(partial(_result, session.recipe, folder))
 
-    def __init__(self, recipe: Recipe, base: Path, folder: Path, progress: StageProgress | None = None) -> None:
-        self.recipe = recipe
-        self.folder = folder
-        self.progress = progress or StageProgress()
-        self.session = Session(recipe, base, self.progress)
-        self._place = "before it began"
-        self._interruption = Interruption(lambda: self._place)
-        self.session.checkpoints = Checkpointing(recipe.save_every, lambda: self._interruption.asked_by)
-        self._check_folder()
 
-    def execute(self) -> dict[str, Any]:
-        """Do what is not done yet; return the content of `metrics.json`.
+class _Run:
+    def __init__(self, session: Session, folder: Path, progress: Progress, work: Workplace) -> None:
+        self.session, self.recipe, self.folder, self.progress, self.work = (
+            session,
+            session.recipe,
+            folder,
+            progress,
+            work,
+        )
+        self.cost: dict[str, float] = {}
+        self.store = Store(folder / STORE_FOLDER, progress, work.interruption)
+        session.checkpoints = Checkpointing(self.recipe.save_every, lambda: work.interruption.asked_by)
 
-        Raises:
-            GraspError: something the user gave does not fit, the folder cannot be written or another process writes there;
-                what is done stays.
-            Interrupted: SIGTERM or SIGINT came. A training stage finishes its step and saves a checkpoint, others stop at once
-                and are done again; a second signal ends the process.
-        """
-        with self._interruption.handled(), clear_write_errors(self.folder), ExitStack() as lock:
-            join(self.recipe.backbone.device)
-            if not first(lambda: all(self._marker(stage).is_file() for stage in self.stages)):
-                self._prepare(lock)
-            elif is_first() and (self.folder / LOCK_FILE).is_file():
-                # A kill came when all was done: the file goes with the lock, unless someone lives who holds it.
-                with suppress(RecipeError, OSError):  # a complete run is only read
-                    lock.enter_context(only_writer(self.folder))
-            for name in self.stages:
-                self._stage(name, getattr(self, f"_{name}"))
-            metrics: dict[str, Any] = self._read("metrics.json")
-        return metrics
+    def execute(self) -> None:
+        """Go through the stages; each asks the bench for a step, which is on record or is done now."""
+        recipe = self.recipe
+        self._prepare()
+        bench = Bench(self.session, self.session, self.store)
+        with self._stage("data") as facts:
+            facts |= first(self._write_data)
+        with self._stage("source") as facts:
+            for name, source in zip(names_of([*bench.sources, None]), bench.sources, strict=False):
+                facts |= self._show_trained(name, source)
+        with self._stage("target") as facts:
+            facts |= self._show_trained("target", bench.target)
+        with self._stage("merge") as facts:
+            merged = bench.merged()
+            self._show_adapter("merged", lambda draft: self.session.save(draft, merged.weights))
+            facts |= {"rule": recipe.merge.rule, "modules": len(merged.weights)}
+        learned, ratio, start = None, recipe.final.prune_ratio, merged
+        if ratio is None:
+            with self._stage("controller") as facts:
+                learned = bench.learned_by(recipe)
+                ratio, start = learned.ratio, learned.start
+                facts |= self._show_learned(learned)
+        with self._stage("final") as facts:
+            final = bench.finetuned(start, ratio, {"start": recipe.final.start})
+            facts |= {"prune_ratio": ratio} | self._show_trained("final", final, "adapter")
+        with self._stage("evaluate") as facts:
+            systems = dict(zip(names_of(bench.parents), bench.parents, strict=True))
+            systems |= {"merged": merged, "grasp": final}
+            measured = {name: bench.measured(system) for name, system in systems.items()}
+            first(partial(self._write_answers, measured))
+            facts |= {"test_loss": measured["grasp"].test_loss, **measured["grasp"].values}
+        first(partial(self._write_metrics, measured, ratio, learned))  # last of all: with them the run is finished
 
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """The stages of this recipe: with a given prune ratio there is no controller run."""
-        learns = self.recipe.final.prune_ratio is None
-        return tuple(stage for stage in STAGES if learns or stage != "controller")
+    def _prepare(self) -> None:
+        """Load and check everything, become the folder's only writer, and begin."""
+        self.work.place = "before its first stage"
+        existing = first(self.folder.is_dir)
+        if existing:
+            first(self.work.begin)
+        self.progress.preparing()
+        together(self.session.prepare)
+        if not existing:
+            first(self.work.begin)
+        first(self._begin)
+        together(self._check_sight)
 
-    def _data(self) -> dict[str, Any]:
-        return first(self._write_data)
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Tell of a stage, its facts and its seconds: those of its steps, whenever they were done."""
+        self.work.interruption.stop_if_asked()
+        self.work.place = f"in the stage {name}"
+        self.progress.stage(name)
+        facts: dict[str, Any] = {}
+        started, before = time.perf_counter(), len(self.store.used)
+        yield facts
+        used = self.store.used[before:]
+        own = time.perf_counter() - started
+        seconds = sum(record.seconds for record, _ in used) if used else own
+        first(partial(self._write_cost, name, seconds))
+        self.progress.finished(name, seconds, facts, skipped=bool(used) and all(there for _, there in used))
+
+    def _show_trained(self, name: str, adapter: Adapter, place: str | None = None) -> dict[str, Any]:
+        """Write the history of a training and its adapter into the run folder; a given adapter stays where it is."""
+        if adapter.folder is None:
+            return {"adapter": adapter.title}
+        record, folder = adapter.records[-1], self.folder / name
+        if not first(adapter.folder.is_dir):
+            adapter.load()  # its record came from another machine, so that it is trained again
+        self._show_adapter(place or name, partial(_copy, adapter.folder))
+        first(partial(write_jsonl, folder / "history.jsonl", record.result["history"]))
+        facts = {key: record.result[key] for key in ("steps", "best_step", "dev_loss")}
+        if name == "final":
+            rows: list[dict[str, Any]] = [dict(row) for row in survival(adapter.weights)]
+            first(partial(write_json, folder / "sparsity.json", rows))
+            facts = {
+                "measured_sparsity": 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)
+            } | facts
+        return facts
+
+    def _show_learned(self, learned: Learned) -> dict[str, Any]:
+        folder, result, estimate = self.folder / "controller", learned.record.result, learned.estimate
+        for name in ("history", "rounds", "timings"):
+            first(partial(write_jsonl, folder / f"{name}.jsonl", result.get(name, [])))
+        last = result["rounds"][-1]
+        first(partial(write_json, self.folder / RATIO_FILE, ratio_record(estimate, last["ratio"])))
+        if learned.start.folder is not None:
+            self._show_adapter("controller/adapter", partial(_copy, learned.start.folder))
+        return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}
+
+    def _show_adapter(self, name: str, write: Callable[[Path], None]) -> None:
+        """Put an adapter into the folder of its name, each file whole or not at all."""
+
+        def show() -> None:
+            folder, draft = self.folder / name, self.folder / f"{name}.part"
+            if draft.exists():
+                shutil.rmtree(draft)
+            write(draft)
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(draft.iterdir()):
+                sync(file)
+                file.replace(folder / file.name)
+            draft.rmdir()
+            sync(folder)
+
+        first(show)
 
     def _write_data(self) -> dict[str, Any]:
         splits = self.session.splits
         ids = {name: [example.id for example in getattr(splits, name)] for name in SPLITS}
-        write_json(self.folder / "data.json", {"report": splits.report, "ids": ids, "sha256": hash_of(splits)})
+        write_json(self.folder / DATA_FILE, {"report": splits.report, "ids": ids, "sha256": hash_of(splits)})
         return {name: len(members) for name, members in ids.items()}
 
-    def _source(self) -> dict[str, Any]:
-        session, recipe = self.session, self.recipe
-        if recipe.source.adapters:
-            return {"adapters": [session.existing_adapters[place].name for place in recipe.source.adapters]}
-        splits = session.splits
-        return self._train("source", splits.source_train, splits.source_dev, recipe.source.training)
+    def _write_answers(self, measured: Mapping[str, Measured]) -> None:
+        for name, one in measured.items():
+            write_jsonl(self.folder / "evaluation" / f"{name}.jsonl", one.rows(self.session.splits.test))
 
-    def _target(self) -> dict[str, Any]:
-        session, recipe = self.session, self.recipe
-        if recipe.target.adapter:
-            return {"adapters": [session.existing_adapters[recipe.target.adapter].name]}
-        splits = session.splits
-        return self._train("target", splits.train, splits.dev, recipe.target.training)
-
-    def _train(
-        self, part: str, train: Sequence[Example], dev: Sequence[Example], training: TrainingSettings
-    ) -> dict[str, Any]:
-        """Train a fresh adapter into the folder of its name."""
-        weights, result = self.session.train_adapter(part, train, dev, training, self.folder / part)
-        first(lambda: self._save(part, weights))
-        return {"steps": result.steps, "best_step": result.best_step, "dev_loss": result.dev_loss}
-
-    def _merge(self) -> dict[str, Any]:
-        return first(self._write_merged)
-
-    def _write_merged(self) -> dict[str, Any]:
-        parents = self._parents()
-        merged = self.session.merge(list(parents.values()), list(parents), self.recipe.merge)
-        self._save("merged", merged)
-        weights = sum(pair.A.numel() + pair.B.numel() for pair in merged.values())
-        return {"rule": self.recipe.merge.rule, "modules": len(merged), "weights": weights}
-
-    def _controller(self) -> dict[str, Any]:
-        folder, single = self.folder / "controller", self._single_run
-        learned = self.session.learn_ratio(self._adapter("merged"), folder, keep_best=single)
-        estimate = learned.estimate
-
-        def write() -> None:
-            write_json(folder / "ratio.json", ratio_record(estimate, learned.last_committed))
-            if single:
-                self._save(CONTROLLED, learned.adapter)
-
-        first(write)
-        return {
-            "prune_ratio": estimate.ratio,
-            "low": estimate.low,
-            "high": estimate.high,
-            "rounds": estimate.rounds,
-            "steps": learned.steps,
-        }
-
-    def _final(self) -> dict[str, Any]:
-        folder = self.folder / "final"
-        ratio = self._prune_ratio()
-        start = self._adapter(CONTROLLED if self._single_run else "merged")
-        weights, result, rows = self.session.finetune_pruned(start, ratio, folder, pruned=self._single_run)
-
-        def write() -> None:
-            write_json(folder / "sparsity.json", rows)
-            self._save("adapter", weights)
-
-        first(write)
-        pruned = 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)
-        return {
-            "prune_ratio": ratio,
-            "measured_sparsity": pruned,
-            "steps": result.steps,
-            "best_step": result.best_step,
-            "dev_loss": result.dev_loss,
-        }
-
-    def _evaluate(self) -> dict[str, Any]:
-        systems = {**self._parents(), "merged": self._adapter("merged"), "grasp": self._adapter("adapter")}
-        evaluations = {}
-        for name, weights in systems.items():
-            found = evaluations[name] = self.session.evaluate(weights)
-            first(partial(self._write_predictions, name, found))
-        first(partial(self._write_metrics, evaluations))
-        grasp = evaluations["grasp"]
-        return {"test_loss": grasp.test_loss, **{name: entry.value for name, entry in grasp.scores.items()}}
-
-    def _report(self) -> dict[str, Any]:
-        return first(self._write_report)
-
-    def _write_report(self) -> dict[str, Any]:
-        self._write_costs()
-        write_model_card(self.folder, self.folder / "adapter")
-        return {"report": write_report(self.folder).name}
-
-    def _parents(self) -> dict[str, AdapterWeights]:
-        """The adapters that are merged, by name: source (source_2, ...) and target."""
-        recipe, session = self.recipe, self.session
-        parents = {}
-        for number, place in enumerate(recipe.source.adapters, start=1):
-            parents["source" if number == 1 else f"source_{number}"] = session.existing_adapters[place].weights
-        if not parents:
-            parents["source"] = self._adapter("source")
-        target = recipe.target.adapter
-        parents["target"] = session.existing_adapters[target].weights if target else self._adapter("target")
-        return parents
-
-    def _save(self, name: str, weights: AdapterWeights) -> None:
-        """Write an adapter into the folder of its name, each file whole or not at all."""
-        folder, draft = self.folder / name, self.folder / f"{name}.part"
-        if draft.exists():
-            shutil.rmtree(draft)
-        self.session.save(draft, weights)
-        folder.mkdir(exist_ok=True)
-        for file in sorted(draft.iterdir()):
-            sync(file)
-            file.replace(folder / file.name)
-        draft.rmdir()
-        sync(folder)
-
-    def _adapter(self, name: str) -> AdapterWeights:
-        return read_adapter(self.folder / name).weights
-
-    @property
-    def _single_run(self) -> bool:
-        """Whether the final run finishes the controller run's own adapter."""
-        return self.recipe.final.start == "controller"
-
-    def _prune_ratio(self) -> float:
-        if self.recipe.final.prune_ratio is not None:
-            return self.recipe.final.prune_ratio
-        return float(self._read("controller/ratio.json")["prune_ratio"])
-
-    def _write_predictions(self, system: str, evaluation: Evaluation) -> None:
-        write_jsonl(self.folder / "evaluation" / f"{system}.jsonl", evaluation.rows(self.session.splits.test))
-
-    def _write_metrics(self, evaluations: dict[str, Evaluation]) -> None:
-        ratio: dict[str, Any] = {"prune_ratio": self._prune_ratio(), "prune_ratio_interval": None}
-        if self.recipe.final.prune_ratio is None:
-            learned = self._read("controller/ratio.json")
-            ratio["prune_ratio_interval"] = [learned["low"], learned["high"]]
-        signatures = {name: entry.signature for name, entry in evaluations["grasp"].scores.items()}
-        systems = {
-            name: {
-                "dev_loss": evaluation.dev_loss,
-                "test_loss": evaluation.test_loss,
-                "metrics": {metric: entry.value for metric, entry in evaluation.scores.items()},
-            }
-            for name, evaluation in evaluations.items()
-        }
-        write_json(
-            self.folder / "metrics.json",
-            {
-                "systems": systems,
-                **ratio,
-                "signatures": signatures,
-                "test_examples": len(self.session.splits.test),
-                "language": self.session.language,
+    def _write_metrics(self, measured: Mapping[str, Measured], ratio: float, learned: Learned | None) -> None:
+        content = {
+            "systems": {
+                name: {"dev_loss": one.dev_loss, "test_loss": one.test_loss, "metrics": one.values}
+                for name, one in measured.items()
             },
-        )
+            "prune_ratio": ratio,
+            "prune_ratio_interval": None if learned is None else [learned.estimate.low, learned.estimate.high],
+            "signatures": measured["grasp"].signatures,
+            "test_examples": len(self.session.splits.test),
+            "language": self.session.language,
+        }
+        write_json(self.folder / METRICS_FILE, content)
 
-    def _write_costs(self) -> None:
-        """Write the seconds of each stage; apart from the metrics, which are the same in every run of a recipe."""
-        done = [stage for stage in STAGES if self._marker(stage).is_file()]
-        write_json(self.folder / COST_FILE, {stage: self._read(f"stages/{stage}.json")["seconds"] for stage in done})
-
-    def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
-        self._interruption.stop_if_asked()
-        self._place = f"in the stage {name}"
-        if done := first(partial(self._done_before, name)):
-            self.progress.finished(name, done["seconds"], done["summary"], skipped=True)
-            return
-        self.progress.stage(name)
-        started = time.perf_counter() - first(partial(self._begin_stage, name))
-        with self._interruption.deferred() if name in TRAINED else nullcontext():
-            summary = work()
-            seconds = time.perf_counter() - started
-            first(partial(self._complete, name, seconds, summary))
-            self.progress.finished(name, seconds, summary, skipped=False)
-
-    def _done_before(self, stage: str) -> dict[str, Any] | None:
-        """What a complete stage left, None where it is not complete."""
-        if not self._marker(stage).is_file():
-            return None
-        remove_checkpoints(self.folder / stage)  # a kill may have come between the marker and their removal
-        done: dict[str, Any] = self._read(f"stages/{stage}.json")
-        return done
-
-    def _begin_stage(self, stage: str) -> float:
-        """Drop the later stages, which rest on what is done anew here; return the seconds that are in its last checkpoint."""
-        self._check_presence()
-        for later in STAGES[STAGES.index(stage) + 1 :]:
-            self._marker(later).unlink(missing_ok=True)
-            remove_checkpoints(self.folder / later)
-        checkpoint = newest_checkpoint(self.folder / stage)
-        return seconds_of(checkpoint) if checkpoint else 0.0
-
-    def _complete(self, stage: str, seconds: float, summary: dict[str, Any]) -> None:
-        self._check_presence()
-        write_json(self._marker(stage), {"stage": stage, "seconds": round(seconds, 3), "summary": summary})
-        remove_checkpoints(self.folder / stage)
-
-    def _check_presence(self) -> None:
+    def _write_cost(self, stage: str, seconds: float) -> None:
         if not (self.folder / RUN_FILE).is_file():
             raise vanished(self.folder)
-
-    def _marker(self, stage: str) -> Path:
-        return self.folder / "stages" / f"{stage}.json"
-
-    def _read(self, name: str) -> Any:
-        file = self.folder / name
-        try:
-            return json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"{file} cannot be read ({error}); remove its stage's marker in stages/ to redo it"
-            ) from error
-
-    def _check_folder(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise RecipeError(f"{self.folder} is a file; give a folder for the run")
-        # What a run that was killed before it really began may have left.
-        beginnings = {LOCK_FILE, f"{RUN_FILE}.part"}
-        if not self.folder.is_dir() or {path.name for path in self.folder.iterdir()} <= beginnings:
-            return
-        if not (self.folder / RUN_FILE).is_file():
-            raise RecipeError(f"{self.folder} is not empty and no run folder; choose another with --output")
-        stated = self._read(RUN_FILE).get("recipe_hash")
-        if stated != self.recipe.fingerprint():
-            raise RecipeError(
-                f"{self.folder} holds a run of another recipe ({self._differences()}); "
-                "choose another folder with --output, or delete it"
-            )
-
-    def _differences(self) -> str:
-        """Which settings differ from those of the run in the folder."""
-        try:
-            theirs = _flat(parse((self.folder / RECIPE_FILE).read_text(encoding="utf-8"), "it"))
-        except (OSError, ValueError, RecipeError):
-            return f"its {RECIPE_FILE} cannot be read"
-        ours = _flat(parse(self.recipe.to_yaml(), "the recipe"))
-        keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-        shown = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in keys[:DIFFERENCES_SHOWN]]
-        more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
-        return ", ".join(shown) + more if shown else f"by its hash; its recipe is in {RECIPE_FILE} there"
-
-    def _prepare(self, lock: ExitStack) -> None:
-        """Become the folder's only writer, load and check everything, and begin."""
-        self._place = "before its first stage"
-        existing = first(self.folder.is_dir)
-        if existing:
-            first(partial(self._lock, lock))
-        self.progress.preparing()
-        together(self.session.prepare)
-        if not existing:
-            first(partial(self._make_folder, lock))
-        first(self._begin)
-        together(self._check_sight)
+        self.cost[stage] = round(seconds, 3)
+        write_json(self.folder / COST_FILE, self.cost)
 
     def _check_sight(self) -> None:
         if not (self.folder / RUN_FILE).is_file():
@@ -376,16 +256,9 @@ class Run:
                 f"{self.folder} is not there for process {os.environ['RANK']}; give a folder that all machines see"
             )
 
-    def _lock(self, lock: ExitStack) -> None:
-        lock.enter_context(only_writer(self.folder))
-
-    def _make_folder(self, lock: ExitStack) -> None:
-        make_folder(self.folder)
-        self._lock(lock)
-
     def _begin(self) -> None:
         """Write what the run starts from; when it goes on, check that this is still the same."""
-        self._check_folder()  # again: until now another run may have begun there
+        check_folder(self.folder, self.recipe)  # again: until now another run may have begun there
         backbone, adapters = self.session.backbone, self.session.existing_adapters
         started = {
             "grasp_lora": version("grasp-lora"),
@@ -399,6 +272,7 @@ class Run:
                 {"name": adapter.name, "sha256": adapter.sha256, "identity": adapter.identity}
                 for adapter in adapters.values()
             ],
+            "data": hash_of(self.session.splits),
             "libraries": {name: version(name) for name in LIBRARIES},
             "python": platform.python_version(),
             "processes": world_size(),
@@ -407,11 +281,8 @@ class Run:
             write_json(self.folder / RUN_FILE, started)
         if not (self.folder / RECIPE_FILE).is_file():
             write_whole(self.folder / RECIPE_FILE, self.recipe.to_yaml())
-        before = self._read(RUN_FILE)
-        changed = [what for what in ("backbone", "parents") if before.get(what) != started[what]]
-        if self._marker("data").is_file() and self._read("data.json").get("sha256") != hash_of(self.session.splits):
-            changed.append("data")
-        if changed:
+        before = _read(self.folder / RUN_FILE)
+        if changed := [what for what in ("backbone", "parents", "data") if before.get(what) != started[what]]:
             raise RecipeError(
                 f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
                 "put those back, or choose another folder with --output"
@@ -429,6 +300,44 @@ class Run:
                 before["dtype"],
                 started["dtype"],
             )
+        for name in ("report.html", "report.md"):  # of an unfinished run, which would stay
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Check that a folder is free for a run of the recipe, or holds one.
+
+    Raises:
+        RecipeError: it belongs to a run of another recipe, or holds something else.
+    """
+    check_place(folder)
+    if not (folder / RUN_FILE).is_file():
+        return
+    if _read(folder / RUN_FILE).get("recipe_hash") != recipe.fingerprint():
+        raise RecipeError(
+            f"{folder} holds a run of another recipe ({_differences(folder, recipe)}); "
+            "choose another folder with --output, or delete it"
+        )
+
+
+def _result(recipe: Recipe, folder: Path) -> RunResult:
+    metrics = read_metrics(folder)
+    given = recipe.final.prune_ratio
+    ratio = read_learned(folder) if given is None else RatioEstimate(given, given, given, "given", 0)
+    return RunResult(ratio, metrics, folder)
+
+
+def _differences(folder: Path, recipe: Recipe) -> str:
+    """Which settings differ from those of the run in the folder."""
+    try:
+        theirs = _flat(parse((folder / RECIPE_FILE).read_text(encoding="utf-8"), "it"))
+    except (OSError, ValueError, RecipeError):
+        return f"its {RECIPE_FILE} cannot be read"
+    ours = _flat(parse(recipe.to_yaml(), "the recipe"))
+    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    shown = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in keys[:DIFFERENCES_SHOWN]]
+    more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
+    return ", ".join(shown) + more if shown else f"by its hash; its recipe is in {RECIPE_FILE} there"
 
 
 def _flat(content: Any, path: str = "") -> dict[str, Any]:
@@ -439,3 +348,14 @@ def _flat(content: Any, path: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flat(value, f"{path}.{key}" if path else str(key))
     return flat
+
+
+def _copy(source: Path, draft: Path) -> None:
+    shutil.copytree(source, draft)
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{file} cannot be read ({error}); choose another folder with --output") from error

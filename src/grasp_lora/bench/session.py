@@ -6,7 +6,7 @@ reports. Every method of the paper and every baseline is a few calls on it.
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from grasp_lora.bench.progress import Progress
 from grasp_lora.data.build import SPLITS, Example, Splits, build_splits
 from grasp_lora.data.places import resolve_file
 from grasp_lora.errors import AdapterError, DataError, RecipeError
@@ -21,7 +22,7 @@ from grasp_lora.evaluation.bertscore import check_bertscore
 from grasp_lora.evaluation.metrics import Metric, MetricScore, metrics_for, resolve_metrics, score
 from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.masks import MaskSet, MaskSettings, survival
+from grasp_lora.method.masks import MaskSettings, survival
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings, merge
 from grasp_lora.models.adapters import (
     LoadedAdapter,
@@ -30,7 +31,6 @@ from grasp_lora.models.adapters import (
     check_fits,
     check_target_modules,
     fresh_adapter,
-    live_pairs,
     read_adapter,
     save_adapter,
     segments_of,
@@ -39,7 +39,7 @@ from grasp_lora.models.backbone import EMBEDDED_NAME, Backbone, load_backbone
 from grasp_lora.models.generation import context_of, generate
 from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, Recipe
 from grasp_lora.storage.processes import shared, world_size
-from grasp_lora.training.probes import ProbeSet, ProbesInTurn, calibrate
+from grasp_lora.training.probes import ProbeSet, ProbesInTurn
 from grasp_lora.training.settings import TrainingSettings
 
 if TYPE_CHECKING:  # these bring transformers' Trainer, which takes a second to import; who only checks does without
@@ -52,20 +52,6 @@ log = logging.getLogger(__name__)
 CALIBRATION_EXAMPLES = 16  # of the train set, for scores that need inputs or gradients in the final run
 
 
-@dataclass
-class Progress:
-    """Where a session reports to while it works; this one is silent."""
-
-    def step(self, report: Mapping[str, float]) -> None:
-        """Take step, steps, epoch and loss of the fine-tune that is running."""
-
-    def round(self, record: Mapping[str, Any]) -> None:
-        """Take a controller round's record."""
-
-    def answered(self, answered: int, prompts: int) -> None:
-        """Take how many prompts have been answered."""
-
-
 @dataclass(frozen=True)
 class LearnedRatio:
     """What a controller run came to.
@@ -75,12 +61,16 @@ class LearnedRatio:
         adapter: as it was after the run, or at its best round.
         last_committed: the ratio in force at the end.
         steps: optimizer steps taken.
+        rounds, timings, history: as the files of their names hold them.
     """
 
     estimate: RatioEstimate
     adapter: AdapterWeights
     last_committed: float
     steps: int
+    rounds: list[dict[str, Any]]
+    timings: list[dict[str, Any]]
+    history: list[dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -133,7 +123,7 @@ class Session:
         self.recipe = recipe
         self.base = base
         self.progress = progress or Progress()
-        self.checkpoints: Checkpointing | None = None  # of every fine-tune; a run folder sets it
+        self.checkpoints: Checkpointing | None = None  # of every fine-tune; an experiment sets it
         self.on_dev: OnDev | None = None  # told of every dev evaluation of the final run; a sweep sets it
 
     @cached_property
@@ -405,7 +395,10 @@ class Session:
             )
             estimate = controller.policy.best_ratio()
             kept = controller.best_adapter(estimate.ratio) if keep_best else adapter_weights(model, segments_of(merged))
-        return LearnedRatio(estimate, kept, controller.policy.current_ratio, result.steps)
+        rounds, timings = controller.rows()
+        return LearnedRatio(
+            estimate, kept, controller.policy.current_ratio, result.steps, rounds, timings, result.history
+        )
 
     def finetune_pruned(
         self,
@@ -453,16 +446,6 @@ class Session:
             )
             weights = adapter_weights(model, segments)
         return weights, result, survival(weights)
-
-    def prune(self, merged: AdapterWeights, prune_ratio: float) -> AdapterWeights:
-        """Prune a merged adapter at a ratio, as the final run does before its first step."""
-        mask: MaskSettings = self.recipe.final.mask or self.recipe.mask
-        segments = segments_of(merged)
-        with attached(self.backbone.model, merged) as model:
-            masks = MaskSet(live_pairs(model, segments), mask)
-            calibrate(model, masks, ProbeSet(self.splits.train[:CALIBRATION_EXAMPLES], self.pad_id))
-            masks.commit(prune_ratio)
-            return adapter_weights(model, segments)
 
     def evaluate(self, weights: AdapterWeights | None) -> Evaluation:
         """Measure an adapter (None: the backbone alone) on the dev and test splits: losses, answers and their scores."""

@@ -1,30 +1,33 @@
-"""The steps that experiments are made of, on one fine-tune code, with the same splits, seeds and early stopping.
+"""The steps that every experiment is made of: adapters trained, merged, pruned and fine-tuned, ratios learned, systems measured.
 
-A `Bench` holds the steps of one seed. Each step is on record under a hash of what decides it and of the steps it rests on, so
-methods share what they have in common, and a changed controller makes only those steps anew that rest on it.
+A `Bench` holds the steps of one seed. Each step is on record in a `Store` under a hash of what decides it and of the steps it
+rests on. So runs, comparisons and sweeps share what they have in common, and a change makes only what rests on it anew.
 """
 
 import hashlib
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from grasp_lora.bench import lorahub
 from grasp_lora.bench.session import Session, hash_of
-from grasp_lora.bench.store import Record, Records, key_of
+from grasp_lora.bench.store import Record, Store, key_of
+from grasp_lora.data.encode import Example
 from grasp_lora.errors import AdapterError
+from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import ESTIMATE_RULES, POLICIES, PolicySettings, Round
 from grasp_lora.models.adapters import LoadedAdapter, attached, read_adapter, segments_of
-from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage
-from grasp_lora.storage.files import sync, write_jsonl
+from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage, Recipe
+from grasp_lora.storage.files import write_jsonl
+from grasp_lora.storage.processes import first
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
 
@@ -44,11 +47,106 @@ class Adapter:
         key: what identifies it: the key of its step, or the hash of a given adapter's file.
         load: gives the weights; trains them anew if they are not on this machine. None: the backbone alone.
         records: of all steps that led to it, in order.
+        folder: where a step has put it as a PEFT adapter, None where none has: it was given or merged, or is the backbone alone.
+        title: of a given adapter, its name.
     """
 
     key: str
     load: Callable[[], AdapterWeights | None]
     records: tuple[Record, ...] = ()
+    folder: Path | None = None
+    title: str = ""
+
+    @property
+    def weights(self) -> AdapterWeights:
+        """Its weights.
+
+        Raises:
+            AdapterError: it is the backbone alone.
+        """
+        weights = self.load()
+        if weights is None:
+            raise AdapterError("the backbone alone cannot be merged, pruned or trained on; name an adapter")
+        return weights
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one system is worth.
+
+    Args:
+        dev, test: records with the losses of the examples, None without such a split.
+        scores: record with the scores of the answers to the test prompts, None without a test split.
+        answers: one a test example.
+    """
+
+    dev: Record | None
+    test: Record | None
+    scores: Record | None
+    answers: tuple[str, ...]
+
+    @property
+    def dev_loss(self) -> float | None:
+        """Mean answer NLL on dev."""
+        return None if self.dev is None else fmean(self.dev.result["losses"])
+
+    @property
+    def test_loss(self) -> float | None:
+        """Mean answer NLL on test."""
+        return None if self.test is None else fmean(self.test.result["losses"])
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """Each metric's score; None where it is not available."""
+        return {name: entry["value"] for name, entry in self._entries.items()}
+
+    @property
+    def signatures(self) -> dict[str, str]:
+        """How each metric was computed."""
+        return {name: entry["signature"] for name, entry in self._entries.items()}
+
+    def rows(self, test: Sequence[Example]) -> list[dict[str, Any]]:
+        """One row a test example: its answer, its loss and, of each score that is a mean over examples, its share."""
+        means = {
+            name: entry["per_example"]
+            for name, entry in self._entries.items()
+            if entry["value"] is not None and not entry["statistics"]
+        }
+        losses = [] if self.test is None else self.test.result["losses"]
+        return [
+            {
+                "id": example.id,
+                "prediction": answer,
+                "references": list(example.references),
+                "loss": loss,
+                "scores": {name: values[number] for name, values in means.items()},
+            }
+            for number, (example, answer, loss) in enumerate(zip(test, self.answers, losses, strict=True))
+        ]
+
+    @property
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return {} if self.scores is None else self.scores.result
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a controller run came to.
+
+    Args:
+        estimate: the learned ratio.
+        start: what the final run starts from: the merge, or in a single run the controller's own adapter.
+        record: of the run: its rounds and what they took.
+    """
+
+    estimate: RatioEstimate
+    start: Adapter
+    record: Record
+
+    @property
+    def ratio(self) -> float:
+        """The learned prune ratio, a fraction in [0, 1]."""
+        return self.estimate.ratio
 
 
 @dataclass(frozen=True)
@@ -74,37 +172,20 @@ class Outcome:
     left_out: tuple[str, ...] = ()
 
 
-@dataclass
-class BenchProgress:
-    """Where an experiment on a bench reports to while it works; this one is silent."""
-
-    def begin(self, units: float) -> None:
-        """Take how much there is to do, in rough units of any kind."""
-
-    def task(self, title: str) -> None:
-        """A part of the work begins."""
-
-    def record(self, record: Record, there: bool) -> None:
-        """A step is done, now or already before."""
-
-    def done(self, units: float) -> None:
-        """The part that began last is finished."""
-
-
 class Bench:
     """The steps of experiments with one seed.
 
     Args:
         session: of the recipe with this seed.
         shared: of the recipe whose seed the source adapter is trained with.
-        records: where finished steps are kept.
+        store: where finished steps are kept.
         grid: prune ratios of the grid search.
     """
 
-    def __init__(self, session: Session, shared: Session, records: Records, grid: Sequence[float] = GRID) -> None:
+    def __init__(self, session: Session, shared: Session, store: Store, grid: Sequence[float] = GRID) -> None:
         self.session = session
         self.recipe = session.recipe
-        self.records = records
+        self.store = store
         self.grid = tuple(grid)
         self._shared = shared
 
@@ -115,7 +196,7 @@ class Bench:
     @cached_property
     def source(self) -> Adapter:
         """The source adapter, shared by all seeds; several given ones are averaged exactly."""
-        sources = self._sources
+        sources = self.sources
         names = [f"source_{number}" for number in range(1, len(sources) + 1)]
         return sources[0] if len(sources) == 1 else self._merged("source", MergeSettings("exact"), sources, names)
 
@@ -124,19 +205,19 @@ class Bench:
         """The target adapter."""
         return self._target(dev_free=False)
 
-    def parents(self, dev_free: bool = False) -> list[Adapter]:
-        """Every adapter that is merged; the target's of all epochs, without a look at the dev set, if `dev_free`."""
-        return [*self._sources, self._target(dev_free=True) if dev_free else self.target]
+    @property
+    def parents(self) -> list[Adapter]:
+        """Every adapter that is merged, the target's last."""
+        return [*self.sources, self.target]
 
     def merged(self, dev_free: bool = False) -> Adapter:
-        """The merge of the recipe."""
-        parents = self.parents(dev_free)
-        return self._merged("merged", self.recipe.merge, parents, _names(parents))
+        """The merge of the recipe; with the target adapter of all epochs, without a look at the dev set, if `dev_free`."""
+        parents = [*self.sources, self._target(dev_free=True)] if dev_free else self.parents
+        return self._merged("merged", self.recipe.merge, parents, names_of(parents))
 
     def merged_by(self, rule: str) -> Adapter:
         """The merge by another rule, with its own default weights."""
-        parents = self.parents()
-        return self._merged(rule, MergeSettings(rule), parents, _names(parents))
+        return self._merged(rule, MergeSettings(rule), self.parents, names_of(self.parents))
 
     def trained_wide(self) -> Adapter:
         """A fresh adapter on the target data, of the rank of the merge and the scaling of the recipe's adapters."""
@@ -149,16 +230,6 @@ class Bench:
         wide = replace(lora, rank=rank, alpha=lora.alpha * (growth**0.5 if lora.rslora else growth))
         session = self.session.variant(self.recipe.model_copy(update={"lora": wide}))
         return self._trained("target-wide", ("train",), ("dev",), self.recipe.target.training, session)
-
-    def trained_long(self) -> Adapter:
-        """A fresh adapter on the target data for at most as many optimizer steps as GRASP takes on it, all stages together."""
-        recipe, examples = self.recipe, len(self.session.splits.train)
-        stages = [recipe.controller.training, recipe.final.training]
-        if recipe.target.adapter is None:
-            stages.append(recipe.target.training)
-        training = recipe.target.training
-        epochs = sum(stage.steps(examples) for stage in stages) / training.steps_per_epoch(examples)
-        return self._trained("target-long", ("train",), ("dev",), replace(training, epochs=epochs, patience=None))
 
     def trained_jointly(self) -> Adapter:
         """One fresh adapter on source and target data together, the target's repeated as often as its own adapter sees it."""
@@ -194,17 +265,22 @@ class Bench:
             dev_free=dev_free,
         )
 
-        def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
+        def work(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
             session = self.session.variant(self.recipe.model_copy(update={"final": stage}))
-            weights = _loaded(start)
+            weights = start.weights
             dev = () if dev_free else session.splits.dev
             pruned = stage.start == "controller"
-            adapter, result, _ = session.finetune_pruned(weights, prune_ratio, self._draft(key), dev, pruned=pruned)
+            adapter, result, _ = session.finetune_pruned(weights, prune_ratio, folder, dev, pruned=pruned)
             return adapter, _facts(result, stage.training, len(session.splits.train), len(dev))
 
         return self._adapter(f"final {prune_ratio:.2f}", settings, [start], work)
 
-    def controlled(self, stage: ControllerStage, dev_free: bool = False) -> tuple[float, Adapter]:
+    def learned_by(self, recipe: Recipe) -> Learned:
+        """The controller run of a recipe, whose adapter is kept where the final run goes on from it."""
+        single = recipe.final.start == "controller"
+        return self.learned_with_adapter(recipe.controller) if single else self.learned(recipe.controller)
+
+    def learned(self, stage: ControllerStage, dev_free: bool = False) -> Learned:
         """The controller run on the merged adapter.
 
         Where a ratio is held the run does not depend on the rule that reads the ratio off its rounds, unless the rule decides
@@ -215,7 +291,7 @@ class Bench:
             dev_free: of the merged adapter.
 
         Returns:
-            The learned ratio, and the merged adapter with the run's record among its own: what it cost.
+            The learned ratio, and the merged adapter to start from, with the run's record among its own: what it cost.
         """
         policy = stage.policy
         run_by = replace(policy, estimate=PolicySettings().estimate)
@@ -223,28 +299,31 @@ class Bench:
         if not POLICIES[policy.kind].shared and (stage.probe_examples is None or measures_alike):
             stage = replace(stage, policy=run_by)
         merged = self.merged(dev_free)
-        record = self.records.get(
+        record = self.store.get(
             "controller",
             self._control_settings(stage, merged),
-            lambda key: self._control(stage, merged, key)[1],
+            lambda key, folder: self._control(stage, merged, folder)[1],
+            trains=True,
         )
         estimate = ESTIMATE_RULES[policy.estimate](rounds_of(record), policy.ratio_min, policy.ratio_max)
-        return estimate.ratio, replace(merged, records=(*merged.records, record))
+        return Learned(estimate, replace(merged, records=(*merged.records, record)), record)
 
-    def controlled_adapter(self, stage: ControllerStage) -> tuple[float, Adapter]:
+    def learned_with_adapter(self, stage: ControllerStage) -> Learned:
         """A controller run for the adapter that a single run finishes; it rests on the rule, which prunes it.
 
         Returns:
-            The learned ratio, and the adapter of the best round, pruned at it.
+            The learned ratio, and the adapter of the best round, pruned at it, to start from.
         """
         merged = self.merged()
         adapter = self._adapter(
             "controller adapter",
             self._control_settings(stage, merged),
             [merged],
-            lambda key: self._control(stage, merged, key, keep_best=True),
+            lambda folder: self._control(stage, merged, folder, keep_best=True),
         )
-        return float(adapter.records[-1].result["prune_ratio"]), adapter
+        record, policy = adapter.records[-1], stage.policy
+        estimate = ESTIMATE_RULES[policy.estimate](rounds_of(record), policy.ratio_min, policy.ratio_max)
+        return Learned(estimate, adapter, record)
 
     def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
         return self._settings(
@@ -258,18 +337,17 @@ class Bench:
         )
 
     def _control(
-        self, stage: ControllerStage, merged: Adapter, key: str, *, keep_best: bool = False
+        self, stage: ControllerStage, merged: Adapter, folder: Path, *, keep_best: bool = False
     ) -> tuple[AdapterWeights, dict[str, Any]]:
         """Run the controller; return what it leaves, and its rounds and its cost."""
-        from grasp_lora.training.controller import ROUNDS_FILE  # brings the Trainer, which is slow to import
-
         session = self.session.variant(self.recipe.model_copy(update={"controller": stage}))
-        folder = self._draft(key)
-        learned = session.learn_ratio(_loaded(merged), folder, keep_best=keep_best)
-        rounds = [json.loads(line) for line in (folder / ROUNDS_FILE).read_text(encoding="utf-8").splitlines()]
-        shutil.rmtree(folder)
+        learned = session.learn_ratio(merged.weights, folder, keep_best=keep_best)
+        rounds = learned.rounds
         facts = {
             "rounds": rounds,
+            "timings": learned.timings,
+            "history": learned.history,
+            "steps": learned.steps,
             "trained_examples": _trained_examples(learned.steps, stage.training, len(session.splits.train)),
             "measured_examples": sum(
                 len(row["baseline_losses"]) + len(set(row["candidates"])) * len(row["candidate_losses"][0])
@@ -306,15 +384,14 @@ class Bench:
             every=every,
         )
 
-        def work(key: str) -> dict[str, Any]:
+        def work(key: str, folder: Path) -> dict[str, Any]:
             from grasp_lora.training.landscape import LossLandscape  # brings the Trainer, which is slow to import
 
-            weights, folder = _loaded(merged), self._draft(key)
+            weights = merged.weights
             probes = ProbeSet(examples, session.pad_id)
             landscape = LossLandscape(probes, ratios, every, train_ratio, recipe.mask, segments_of(weights))
             with attached(session.backbone.model, weights, dropout=recipe.lora.dropout) as model:
                 session.finetune(model, train, (), training, "controller", folder, callbacks=[landscape])
-            shutil.rmtree(folder)
             return {
                 "steps": landscape.steps,
                 "losses": landscape.losses,
@@ -324,25 +401,11 @@ class Bench:
 
         name = "shared" if train_ratio is None else f"{train_ratio:.2f}"
         name += "" if split == "micro_dev" else f" {split}"
-        return self.records.get(f"trajectory {name}", settings, work)
-
-    def pruned(self, start: Adapter, prune_ratio: float) -> Adapter:
-        """An adapter pruned at a ratio, without training."""
-        mask = asdict(self.recipe.final.mask or self.recipe.mask)
-        settings = self._settings(
-            data=self._data("train"),
-            revision=REVISIONS["training"],
-            start=start.key,
-            prune_ratio=prune_ratio,
-            mask=mask,
-        )
-        return self._adapter(
-            "one-shot", settings, [start], lambda key: (self.session.prune(_loaded(start), prune_ratio), {})
-        )
+        return self.store.get(f"trajectory {name}", settings, work)
 
     def lorahub(self) -> Adapter:
         """Merge weights found without gradients on the micro-dev loss (Huang et al. 2023)."""
-        parents, examples = self.parents(), len(self.session.splits.micro_dev)
+        parents, examples = self.parents, len(self.session.splits.micro_dev)
         settings = self._settings(
             data=self._data("micro_dev"),
             revision=REVISIONS["training"],
@@ -352,9 +415,9 @@ class Bench:
             l1=lorahub.L1,
         )
 
-        def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
-            adapters = [_loaded(parent) for parent in parents]
-            names, seed = _names(adapters), self.recipe.seed_of("lorahub")
+        def work(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
+            adapters = [parent.weights for parent in parents]
+            names, seed = names_of(adapters), self.recipe.seed_of("lorahub")
             weights = lorahub.search_weights(self.session, adapters, names, seed)
             merged = self.session.merge(adapters, names, MergeSettings("lorahub", weights))
             return merged, {"weights": list(weights), "measured_examples": lorahub.BUDGET * examples}
@@ -364,14 +427,26 @@ class Bench:
     def losses(self, adapter: Adapter, split: str = "test") -> Record:
         """The losses of the examples of a split: `dev`, `micro_dev` or `test`."""
 
-        def work(key: str) -> dict[str, Any]:
+        def work(key: str, folder: Path) -> dict[str, Any]:
             return {"losses": self.session.losses(adapter.load(), split)[split]}
 
         settings = self._measured(adapter, data=self._data(split), revision=REVISIONS["losses"], split=split)
-        return self.records.get(f"{split} losses", settings, work)
+        return self.store.get(f"{split} losses", settings, work)
 
     def scores(self, adapter: Adapter) -> Record:
         """The scores of the answers to the test prompts; the answers themselves are written beside the records."""
+        return self._scored(adapter)[0]
+
+    def measured(self, adapter: Adapter) -> Measured:
+        """All that one system is worth: losses on dev and test, answers and their scores."""
+        splits = self.session.splits
+        dev = self.losses(adapter, "dev") if splits.dev else None
+        if not splits.test:
+            return Measured(dev, None, None, ())
+        scores, answers = self._scored(adapter)
+        return Measured(dev, self.losses(adapter), scores, answers())
+
+    def _scored(self, adapter: Adapter) -> tuple[Record, Callable[[], tuple[str, ...]]]:
         recipe, session, test = self.recipe, self.session, self.session.splits.test
         generation = {"max_new_tokens": recipe.generation.max_new_tokens, "stop": recipe.generation.stop}
         asked = self._measured(adapter, data=self._data("test"), revision=REVISIONS["scores"], generation=generation)
@@ -384,18 +459,20 @@ class Bench:
             "references": hashlib.sha256(repr(references).encode()).hexdigest(),
         }
         # Under a key of their own, so that another metric does not need new answers.
-        file = self.records.folder / "predictions" / f"{key_of('answers', asked)}.jsonl"
+        file = self.store.answers_file(key_of("answers", asked))
 
-        def work(key: str) -> dict[str, Any]:
-            if not file.is_file():
-                answers = session.answer(adapter.load())
-                rows = [{"id": one.id, "prediction": text} for one, text in zip(test, answers, strict=True)]
-                write_jsonl(file, rows)
-            lines = file.read_text(encoding="utf-8").split("\n")
-            answers = tuple(json.loads(line)["prediction"] for line in lines if line)
-            return {name: asdict(entry) for name, entry in session.score(answers).items()}
+        def answers() -> tuple[str, ...]:
+            if not first(file.is_file):
+                given = session.answer(adapter.load())
+                rows = [{"id": one.id, "prediction": text} for one, text in zip(test, given, strict=True)]
+                first(lambda: write_jsonl(file, rows))
+            lines = first(lambda: file.read_text(encoding="utf-8")).split("\n")
+            return tuple(json.loads(line)["prediction"] for line in lines if line)
 
-        return self.records.get("scores", _plain(settings), work)
+        def work(key: str, folder: Path) -> dict[str, Any]:
+            return {name: asdict(entry) for name, entry in session.score(answers()).items()}
+
+        return self.store.get("scores", _plain(settings), work), answers
 
     def outcome(
         self,
@@ -436,7 +513,8 @@ class Bench:
         return hash_of(self.session.splits, splits)
 
     @cached_property
-    def _sources(self) -> list[Adapter]:
+    def sources(self) -> list[Adapter]:
+        """Each source adapter: those that the recipe names, or the one that is trained."""
         recipe, session = self._shared.recipe, self._shared
         if recipe.source.adapters:
             return [_given(session.existing_adapters[place]) for place in recipe.source.adapters]
@@ -472,10 +550,10 @@ class Bench:
             seed=session.recipe.seed,
         )
 
-        def work(key: str) -> tuple[AdapterWeights, dict[str, Any]]:
+        def work(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
             # Every target-only variant begins as the target adapter does: they differ in what their name says alone.
             part = "source" if name == "source" else "target"
-            weights, result = session.train_adapter(part, train_set, dev_set, training, self._draft(key))
+            weights, result = session.train_adapter(part, train_set, dev_set, training, folder)
             return weights, _facts(result, training, len(train_set), len(dev_set))
 
         return self._adapter(name, settings, [], work)
@@ -490,7 +568,7 @@ class Bench:
         key = key_of(name, _plain(settings))  # quick and exact, so it is never on record
 
         def load() -> AdapterWeights:
-            return self.session.merge([_loaded(parent) for parent in parents], names, merge)
+            return self.session.merge([parent.weights for parent in parents], names, merge)
 
         return Adapter(key, _once(load), _unique([record for parent in parents for record in parent.records]))
 
@@ -499,24 +577,18 @@ class Bench:
         name: str,
         settings: dict[str, Any],
         starts: Sequence[Adapter],
-        work: Callable[[str], tuple[AdapterWeights, dict[str, Any]]],
+        work: Callable[[Path], tuple[AdapterWeights, dict[str, Any]]],
+        trains: bool = True,
     ) -> Adapter:
         """A step that makes an adapter: on record with its facts, its weights in a folder beside the records."""
 
-        def make(key: str) -> dict[str, Any]:
-            weights, facts = work(key)
-            draft, folder = self._draft(key), self._folder(key)
-            self.session.save(draft, weights)
-            for file in draft.iterdir():
-                sync(file)
-            if folder.exists():
-                shutil.rmtree(folder)
-            draft.rename(folder)  # whole or not there: a kill may come at any moment
-            sync(folder.parent)
+        def make(key: str, folder: Path) -> dict[str, Any]:
+            weights, facts = work(folder)
+            self.store.save_adapter(key, lambda draft: self.session.save(draft, weights))
             return facts
 
-        record = self.records.get(name, settings, make)
-        folder = self._folder(record.key)
+        record = self.store.get(name, settings, make, trains=trains)
+        folder = self.store.adapter_folder(record.key)
 
         def load() -> AdapterWeights:
             try:
@@ -524,17 +596,11 @@ class Bench:
             except AdapterError as error:
                 if folder.exists():  # half of it was copied, for example
                     logger.warning("%s; it is made again", error)
-            self.records.get(name, settings, make, redo=True)
+            self.store.get(name, settings, make, trains=trains, redo=True)
             return read_adapter(folder).weights
 
         earlier = [past for start in starts for past in start.records]
-        return Adapter(record.key, _once(load), _unique([*earlier, record]))
-
-    def _folder(self, key: str) -> Path:
-        return self.records.folder / "adapters" / key
-
-    def _draft(self, key: str) -> Path:
-        return self.records.folder / "adapters" / f"{key}.part"
+        return Adapter(record.key, _once(load), _unique([*earlier, record]), folder)
 
 
 def check_list(name: str, values: Sequence[Any]) -> None:
@@ -582,17 +648,12 @@ def _controller_settings(stage: ControllerStage) -> dict[str, Any]:
 
 
 def _given(adapter: LoadedAdapter) -> Adapter:
-    return Adapter(key_of("given", {"sha256": adapter.sha256, "facts": adapter.facts}), lambda: adapter.weights)
+    key = key_of("given", {"sha256": adapter.sha256, "facts": adapter.facts})
+    return Adapter(key, lambda: adapter.weights, title=adapter.name)
 
 
-def _loaded(adapter: Adapter) -> AdapterWeights:
-    weights = adapter.load()
-    if weights is None:
-        raise AdapterError("the backbone alone cannot be merged, pruned or trained on; name an adapter")
-    return weights
-
-
-def _names(adapters: Sequence[Any]) -> tuple[str, ...]:
+def names_of(adapters: Sequence[Any]) -> tuple[str, ...]:
+    """Return what adapters that are merged are called: source (source_2, ...) and target."""
     sources = len(adapters) - 1
     return (*("source" if number == 0 else f"source_{number + 1}" for number in range(sources)), "target")
 

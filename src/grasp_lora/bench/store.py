@@ -1,27 +1,44 @@
-"""Records of finished steps: what is on record is not done again, on this machine or another.
+"""The memory of `run`, `compare` and `sweep` alike: each step is done once, whoever needs it.
 
-A record is one small JSON file under a hash of everything that decides the step. Trained adapters lie beside the records; one
-that is missing, since the records came from another machine, is trained again only if something rests on it.
+A finished step is a record: one small JSON file under its key, a hash of everything that decides it. The adapter that it made
+lies beside the records under the same key; one that is missing is made again only if something rests on it. A step under way
+has a folder of its own for checkpoints, from which it goes on after a kill, to the same bits.
+
+    records/STEP-KEY.json    what came of a step, its settings, its seconds
+    records.jsonl.gz         records of another machine, packed; only read
+    adapters/KEY/            a PEFT adapter
+    answers/KEY.jsonl        answers to the test prompts
+    work/KEY/STEP/           a step under way: checkpoints, history, rounds
 """
 
+import gzip
 import hashlib
 import json
 import logging
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from grasp_lora.bench.progress import Progress
 from grasp_lora.errors import GraspError, RecipeError
-from grasp_lora.storage.files import write_json
+from grasp_lora.storage.checkpoints import newest_checkpoint, seconds_of
+from grasp_lora.storage.files import sync, write_json
+from grasp_lora.storage.interruption import Interruption
+from grasp_lora.storage.processes import first, world_size
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 VERSION = 1
+STORE_FOLDER = "store"  # in the folder of an experiment
+RECORDS, PACKED, ADAPTERS, ANSWERS, WORK = "records", "records.jsonl.gz", "adapters", "answers", "work"
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +51,7 @@ class Record:
         step: its name, such as `final 0.40`.
         key: hash of `settings`.
         settings: everything that decides the result, the keys of the steps it rests on included.
-        result: what came out: losses, scores, a ratio.
+        result: what came out: losses, scores, rounds.
         seconds: wall time, without that of steps which had to be done within this one.
         made_with: versions, processor or GPU, and threads.
         version: of this format.
@@ -57,33 +74,108 @@ class Record:
         measured = self.result.get("measured_examples", len(self.result.get("losses", ())))
         return int(TRAINED_AS_MEASURED * trained + measured)
 
+    @property
+    def trains(self) -> bool:
+        """Whether the step trained an adapter or ran a controller."""
+        return "trained_examples" in self.result
 
-class Records:
-    """A folder of records.
+
+class Store:
+    """The steps of one folder. Of several processes at one step the first writes and all get the record.
 
     Args:
-        folder: holds `records/` and what else the steps leave; made when the first one ends.
-        on_done: told of each record that is used, and whether it was there already.
+        folder: made when the first step ends.
+        progress: told of each record that is used, and whether it was there already.
+        interruption: what a signal asks for; while a step trains it waits for a checkpoint or the end of the step.
     """
 
-    def __init__(self, folder: Path, on_done: Callable[[Record, bool], None] | None = None) -> None:
+    def __init__(
+        self, folder: Path, progress: Progress | None = None, interruption: Interruption | None = None
+    ) -> None:
         self.folder = folder
-        self._on_done = on_done
+        self.used: list[tuple[Record, bool]] = []  # and whether it was there already, in the order of use
+        self._progress = progress or Progress()
+        self._interruption = interruption
         self._known: dict[str, Record] = {}
         self._failed: dict[str, GraspError] = {}
         self._inside = 0.0  # seconds of the steps that were done within the current one
 
+    def get(
+        self,
+        step: str,
+        settings: Mapping[str, Any],
+        work: Callable[[str, Path], dict[str, Any]],
+        *,
+        trains: bool = False,
+        redo: bool = False,
+    ) -> Record:
+        """Return the record of a step; where there is none, do the step first.
+
+        Args:
+            step: short name, for people; the first part of the file's name.
+            settings: everything that decides the result, as plain JSON values.
+            work: does the step, given its key and its folder of work, and returns the result as plain JSON values.
+            trains: whether the work leaves checkpoints, so that a signal waits for the next one.
+            redo: do the work although it is on record, because an adapter is missing; the record stays.
+
+        Raises:
+            RecipeError: a record is damaged.
+            GraspError: the step fails, or failed before: it is not tried again.
+            Interrupted: a signal has stopped it.
+        """
+        key = key_of(step, settings)
+        if key in self._failed:
+            raise self._failed[key]
+        if key in self._known and not redo:
+            return self._known[key]
+        record = first(partial(self._find, step, key))
+        there = record is not None
+        if record is None or redo:
+            with self._interruption.deferred() if trains and self._interruption else nullcontext():
+                done = self._do(step, key, settings, work, record)
+            record = record or done
+        self._known[key] = record
+        self.used.append((record, there))
+        self._progress.record(record, there)
+        return record
+
+    def save_adapter(self, key: str, write: Callable[[Path], None]) -> None:
+        """Let the first process write an adapter under a key, whole or not at all."""
+
+        def appear() -> None:
+            folder, draft = self.adapter_folder(key), self.folder / ADAPTERS / f"{key}.part"
+            if draft.exists():
+                shutil.rmtree(draft)
+            write(draft)
+            for file in draft.iterdir():
+                sync(file)
+            sync(draft)
+            if folder.exists():
+                shutil.rmtree(folder)
+            draft.rename(folder)
+            sync(folder.parent)
+
+        first(appear)
+
+    def adapter_folder(self, key: str) -> Path:
+        """Where the adapter of a key lies, if it is on this machine."""
+        return self.folder / ADAPTERS / key
+
+    def answers_file(self, key: str) -> Path:
+        """Where the answers of a key stand, if they are on this machine."""
+        return self.folder / ANSWERS / f"{key}.jsonl"
+
     def check_dtype(self, dtype: str) -> None:
         """Warn where records are there, but none was made in this number format: then none of them counts."""
-        made_in: set[str] = set()
-        for file in sorted((self.folder / "records").glob("*.json")):
+        made_in = {str(record.settings.get("dtype")) for record in self._packed.values()}
+        for file in sorted((self.folder / RECORDS).glob("*.json")):
             try:
                 made_in.add(str(json.loads(file.read_bytes())["settings"]["dtype"]))
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # it is refused by name where it is used
             if dtype in made_in:
                 return
-        if made_in:
+        if made_in and dtype not in made_in:
             logger.warning(
                 "the records in %s were made in %s, but this machine computes in %s, so none of them counts; "
                 "to go on with them set backbone.dtype=%s",
@@ -93,53 +185,55 @@ class Records:
                 min(made_in).removeprefix("torch."),
             )
 
-    def get(
-        self, step: str, settings: Mapping[str, Any], work: Callable[[str], dict[str, Any]], *, redo: bool = False
+    def _do(
+        self,
+        step: str,
+        key: str,
+        settings: Mapping[str, Any],
+        work: Callable[[str, Path], dict[str, Any]],
+        before: Record | None,
     ) -> Record:
-        """Return the record of a step; where there is none, do the step first.
+        """Do a step and write its record; a record that is there already stays."""
+        folder = self.folder / WORK / key / _file_name(step)
+        started, outer = time.perf_counter() - first(partial(_seconds_so_far, folder)), self._inside
+        self._inside = 0.0
+        try:
+            result = work(key, folder)
+        except GraspError as error:
+            self._failed[key] = error
+            self._inside = outer + time.perf_counter() - started
+            raise
+        elapsed = time.perf_counter() - started
+        seconds, self._inside = round(elapsed - self._inside, 3), outer + elapsed
+        record = before or Record(step, key, dict(settings), result, seconds, made_with())
+        return first(partial(self._complete, record, new=before is None))
 
-        Args:
-            step: short name, for people; the first part of the file's name.
-            settings: everything that decides the result, as plain JSON values.
-            work: does the step, given its key, and returns the result as plain JSON values.
-            redo: do the work although it is on record, because an adapter is missing; the record stays.
-
-        Raises:
-            RecipeError: a record is damaged.
-            GraspError: the step fails, or failed before: it is not tried again.
-        """
-        key = key_of(step, settings)
-        if key in self._failed:
-            raise self._failed[key]
-        if key in self._known and not redo:
-            return self._known[key]
-        file = self.folder / "records" / f"{step.replace(' ', '-')}-{key}.json"
-        there = file.is_file()
-        if there:
-            record = _read(file, key)
-        if not there or redo:
-            started, before = time.perf_counter(), self._inside
-            self._inside = 0.0
-            try:
-                result = work(key)
-            except GraspError as error:
-                self._failed[key] = error
-                self._inside = before + time.perf_counter() - started
-                raise
-            elapsed = time.perf_counter() - started
-            seconds, self._inside = round(elapsed - self._inside, 3), before + elapsed
-            if not there:
-                record = Record(step, key, dict(settings), result, seconds, _made_with())
-                write_json(file, asdict(record))
-        self._known[key] = record
-        if self._on_done is not None:
-            self._on_done(record, there)
+    def _complete(self, record: Record, *, new: bool) -> Record:
+        if new:
+            write_json(self._file(record.step, record.key), asdict(record))
+        shutil.rmtree(self.folder / WORK / record.key, ignore_errors=True)
         return record
+
+    def _find(self, step: str, key: str) -> Record | None:
+        file = self._file(step, key)
+        if not file.is_file():
+            return self._packed.get(key)
+        shutil.rmtree(self.folder / WORK / key, ignore_errors=True)  # a kill may have come after the record was written
+        return _read(file, key)
+
+    def _file(self, step: str, key: str) -> Path:
+        return self.folder / RECORDS / f"{_file_name(step)}-{key}.json"
+
+    @cached_property
+    def _packed(self) -> dict[str, Record]:
+        file = self.folder / PACKED
+        return {record.key: record for record in read_packed(file)} if file.is_file() else {}
 
 
 def key_of(step: str, settings: Mapping[str, Any]) -> str:
-    """Return the hash under which a step is on record."""
-    text = json.dumps([VERSION, step, settings], sort_keys=True, ensure_ascii=False)
+    """Return the hash under which a step is on record; of several processes that share the work, too."""
+    shared_work = {"processes": world_size()} if world_size() > 1 else {}
+    text = json.dumps([VERSION, step, {**settings, **shared_work}], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -152,6 +246,33 @@ def environments(records: Iterable[Record]) -> list[dict[str, str]]:
     return found
 
 
+def pack(folder: Path, file: Path) -> int:
+    """Write all records of a store into one compressed file that another store can go on from; return their number."""
+    records = [_read(one, one.stem.rpartition("-")[2]) for one in sorted((folder / RECORDS).glob("*.json"))]
+    lines = "".join(json.dumps(asdict(record), sort_keys=True, ensure_ascii=False) + "\n" for record in records)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(gzip.compress(lines.encode(), mtime=0))
+    return len(records)
+
+
+def read_packed(file: Path) -> list[Record]:
+    """Read what `pack` wrote.
+
+    Raises:
+        RecipeError: the file is damaged.
+    """
+    try:
+        lines = gzip.decompress(file.read_bytes()).decode().split("\n")
+        records = [TypeAdapter(Record).validate_json(line) for line in lines if line]
+    except (OSError, EOFError, ValueError) as error:
+        raise RecipeError(f"the packed records {file} cannot be read ({error}); copy them again") from error
+    if changed := [record.key for record in records if key_of(record.step, record.settings) != record.key]:
+        raise RecipeError(
+            f"the packed records {file} were changed: {changed[0]} is not the key of its settings; copy them again"
+        )
+    return records
+
+
 def _read(file: Path, key: str) -> Record:
     try:
         record = TypeAdapter(Record).validate_json(file.read_bytes())
@@ -162,7 +283,18 @@ def _read(file: Path, key: str) -> Record:
     return record
 
 
-def _made_with() -> dict[str, str]:
+def _seconds_so_far(folder: Path) -> float:
+    """The seconds that a step had taken up to its newest checkpoint."""
+    checkpoint = newest_checkpoint(folder)
+    return seconds_of(checkpoint) if checkpoint else 0.0
+
+
+def _file_name(step: str) -> str:
+    return step.replace(" ", "-")
+
+
+def made_with() -> dict[str, str]:
+    """Return what seconds depend on: versions, processor or GPU, and threads."""
     import torch
 
     libraries = {name: version(name) for name in ("grasp-lora", "torch", "transformers", "peft")}

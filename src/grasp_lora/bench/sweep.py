@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 
-from grasp_lora.bench.experiment import check_experiment_folder
 from grasp_lora.bench.search_space import Grid, Parameter, search_space, trial_recipe
 from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.store import Record

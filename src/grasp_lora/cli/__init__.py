@@ -274,26 +274,22 @@ def _session(recipe: str, overrides: list[str] | None) -> "Session":
 
 
 def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
-    from grasp_lora.recipes.load import load_recipe
-
-    loaded, base = load_recipe(recipe, overrides)
-    folder = output or Path("runs") / loaded.name
     with loading():
-        from grasp_lora.bench.run import Run
+        from grasp_lora import api
         from grasp_lora.cli.progress import TerminalProgress
         from grasp_lora.method.estimate import WIDE_INTERVAL
     with shown(TerminalProgress(console)) as progress:
-        metrics = Run(loaded, base, folder, progress).execute()
-    _print_table(metrics)
-    ratio, interval = metrics["prune_ratio"], metrics["prune_ratio_interval"]
-    learned = f" (95 % interval {interval[0]:.1%} to {interval[1]:.1%})" if interval else " (given)"
-    console.print(f"prune ratio {ratio:.1%}{learned}", highlight=False)
-    if interval and interval[1] - interval[0] >= WIDE_INTERVAL:
+        result = api.run(recipe, overrides, output, progress)
+    _print_table(result.metrics.model_dump())
+    ratio, given = result.ratio, result.metrics.prune_ratio_interval is None
+    learned = " (given)" if given else f" (95 % interval {ratio.low:.1%} to {ratio.high:.1%})"
+    console.print(f"prune ratio {ratio.ratio:.1%}{learned}", highlight=False)
+    if not given and ratio.high - ratio.low >= WIDE_INTERVAL:
         console.print(
             "[yellow]the interval is wide: these probes do not settle the ratio; the report says what narrows it[/yellow]",
             soft_wrap=True,
         )
-    say(f"adapter {folder / 'adapter'}   report {folder / 'report.html'}")
+    say(f"adapter {result.adapter}   report {result.folder / 'report.html'}")
     leave()
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 def _folder_option(kind: str) -> Any:
-    return typer.Option("--output", "-o", help=f"Folder of the experiment; default runs/NAME-{kind}.")
+    return typer.Option(
+        "--output", "-o", help=f"Folder of the experiment; default runs/NAME, the {kind} in its folder {kind}."
+    )
 
 
 def compare(
@@ -48,35 +50,33 @@ def compare(
 ) -> None:
     """Run every baseline and GRASP under one protocol; print the table with uncertainty and cost.
 
-    Run it again to go on after an interruption, or on another machine with a copy of the folder's records: what is on record is
-    not done again. Methods: zero_shot, source_only, target_only, target_wide (rank of the merge), target_long (steps of GRASP),
-    continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged (not trained), adaptive_merge
-    (fine-tuned, not pruned), grid_paper (the paper's baseline), grid (of the recipe's own final runs), grid_16 (micro-dev
-    chooses), grasp, grasp_paper, grasp_random, grasp_50 (all of the dev set at each ratio), one_shot (pruned, not trained),
-    merge_dev_free, grid_dev_free and grasp_dev_free (no early stopping); grasp_single (the controller run's own adapter
-    finished), grasp_default, and grid_oracle, which is not fair.
+    What a run, a sweep or an earlier comparison has done in this folder is not done again, and a training that was stopped
+    goes on. Methods: zero_shot, source_only, target_only, target_wide (rank of the merge), continued (source adapter on the
+    target data), joint, ties, dare_ties, lorahub, merged (not trained), adaptive_merge (fine-tuned, not pruned), grid_paper
+    (the paper's baseline), grid (of the recipe's own final runs), grasp, grasp_paper, merge_dev_free, grid_dev_free and
+    grasp_dev_free (no early stopping); grasp_single (the controller run's own adapter finished) and grid_oracle, which is not
+    fair.
     """
     from grasp_lora.errors import GraspError
 
     log_to_terminal(verbose)
-    session, folder = _opened(recipe, overrides, output, "compare")
     with loading():
-        from grasp_lora.bench.compare import ComparisonSettings
-        from grasp_lora.bench.compare import compare as run_comparison
+        from grasp_lora import api
         from grasp_lora.bench.methods import DEFAULT_METHODS
-        from grasp_lora.cli.progress import TerminalBenchProgress
+        from grasp_lora.cli.progress import TerminalBenchProgress, print_steps
         from grasp_lora.report.comparison import print_comparison
     with _checked_options():
-        settings = ComparisonSettings(
-            DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
-            tuple(_number(int, "--seeds", seed, "whole numbers") for seed in _parts(seeds)),
-            _ratios("--grid", grid),
-            reference,
-            tuple(split_seed or ()),
-        )
-    with shown(TerminalBenchProgress(console)) as progress:
-        content = run_comparison(session, folder, settings, progress)
+        settings = {
+            "methods": DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
+            "seeds": tuple(_number(int, "--seeds", seed, "whole numbers") for seed in _parts(seeds)),
+            "grid": _ratios("--grid", grid),
+            "reference": reference,
+            "split_seeds": tuple(split_seed or ()),
+        }
+    with shown(TerminalBenchProgress(console)) as progress, _checked_options():
+        folder, content = api.compare(recipe, overrides or [], output, progress, **settings)
     print_comparison(content, console)
+    print_steps(progress.used, console)
     say(f"tables {folder / 'compare.md'}   report {folder / 'report.html'}")
     failed = [f"{row['title']} {row['unavailable']}" for row in content["rows"] if row["failed"]]
     missing = [f"{row['title']} on split {other['split_seed']} {row['reason']}"

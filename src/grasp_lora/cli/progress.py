@@ -1,17 +1,17 @@
 """What a run or an experiment shows in a terminal: live bars; elsewhere one line for each thing that is finished."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
-from grasp_lora.bench.run import StageProgress
-from grasp_lora.bench.steps import BenchProgress
+from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.store import Record
 from grasp_lora.bench.sweep import SweepProgress
 from grasp_lora.text.display import escaped
@@ -31,7 +31,7 @@ _TITLES = {
 }
 
 
-class TerminalProgress(StageProgress):
+class TerminalProgress(Progress):
     """Shows stage, step, loss, current ratio and time left.
 
     Args:
@@ -40,7 +40,7 @@ class TerminalProgress(StageProgress):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bar = Progress(
+        self._bar = Bars(
             TextColumn("{task.description:<26}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -103,7 +103,7 @@ class TerminalProgress(StageProgress):
             self._task = None
 
 
-class TerminalBenchProgress(BenchProgress):
+class TerminalBenchProgress(Progress):
     """Shows how far a comparison or a recording is, what it does, and the time left.
 
     Args:
@@ -114,7 +114,7 @@ class TerminalBenchProgress(BenchProgress):
         self._console = console
         self._started = time.monotonic()
         self._total = self._done = self._skipped = 0.0
-        self._bar = Progress(
+        self._bar = Bars(
             TextColumn("{task.description:<46}"),
             BarColumn(bar_width=24),
             TextColumn("{task.percentage:>3.0f} %  {task.fields[left]}"),
@@ -125,20 +125,22 @@ class TerminalBenchProgress(BenchProgress):
         self._task: Any = None
         self._new = False
         self._title = ""
+        self.used: list[tuple[Record, bool]] = []  # each record once, and whether it was there already
 
-    def begin(self, units: float) -> None:
+    def begin(self, units: float, finished: float = 0.0) -> None:
         """Start the bar."""
         self._total = units
         self._bar.start()
         self._task = self._bar.add_task("load the model and the data", total=units, left="")
 
-    def task(self, title: str) -> None:
+    def stage(self, name: str) -> None:
         """Say what is being done."""
-        self._title, self._new = title, False
+        self._title, self._new = name, False
         self._bar.update(self._task, description=self._title)
 
     def record(self, record: Record, there: bool) -> None:
         """One line for each step that was really done."""
+        self.used.append((record, there))
         if not there:
             self._new = True
             self._console.print(f"{self._title:<46} {record.step:<17} {record.seconds:8.1f} s", highlight=False)
@@ -168,7 +170,7 @@ class TerminalSweepProgress(SweepProgress):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bar = Progress(
+        self._bar = Bars(
             TextColumn("{task.description:<46}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -204,6 +206,19 @@ class TerminalSweepProgress(SweepProgress):
     def stop(self) -> None:
         """Remove the bar."""
         self._bar.stop()
+
+
+def print_steps(used: Sequence[tuple[Record, bool]], console: Console) -> None:
+    """Print how many steps of each name were found on record and how many were done, trainings first."""
+    groups: dict[str, list[tuple[Record, bool]]] = {}
+    for record, there in sorted(used, key=lambda one: not one[0].trains):
+        groups.setdefault(record.step, []).append((record, there))
+    table = Table("step", "found", "done", "seconds", title="Steps", title_justify="left")
+    for step, members in groups.items():
+        done = [record for record, there in members if not there]
+        seconds = sum(record.seconds for record in done)
+        table.add_row(step, str(len(members) - len(done)), str(len(done)), f"{seconds:.1f}" if done else "-")
+    console.print(table)
 
 
 def print_sweep(content: Mapping[str, Any], console: Console) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS
+from grasp_lora.bench.run_folder import COMPARE_FOLDER
 from grasp_lora.recipes.recipe import RECIPE_FILE
 from grasp_lora.report.figures import comparison_figure, learned_row, plotly_js
 from grasp_lora.report.pages import PAPER, render
@@ -54,9 +55,9 @@ def print_comparison(content: Mapping[str, Any], console: Console) -> None:
 
 
 def command_of(content: Mapping[str, Any]) -> str:
-    """The command that makes the comparison from the recipe in its folder; with the records there it only writes it anew."""
+    """The command that makes the comparison in the folder of the experiment; with its store there it only writes it anew."""
     settings = content["settings"]
-    words = ["grasp-lora", "compare", RECIPE_FILE]
+    words = ["grasp-lora", "compare", f"{COMPARE_FOLDER}/{RECIPE_FILE}"]
     if set(settings["methods"]) != set(DEFAULT_METHODS):
         words += ["--methods", ",".join(settings["methods"])]
     words += ["--seeds", ",".join(map(str, settings["seeds"])), "--grid", ",".join(map(str, settings["grid"]))]

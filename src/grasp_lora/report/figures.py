@@ -10,7 +10,7 @@ from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from grasp_lora.report.run_folder import TRAINED, Curve, HistoryRow, Round, RunRecord, by_factor, kept_share
+from grasp_lora.bench.run_folder import TRAINED, Curve, HistoryRow, Round, RunRecord, by_factor, kept_share
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]

@@ -16,13 +16,13 @@ from typing import Any
 
 import yaml
 
+from grasp_lora.bench.run_folder import RunRecord, inner, read_run
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_template
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.method.estimate import WIDE_INTERVAL
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.recipes.recipe import PROBE_SPLITS
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
-from grasp_lora.report.run_folder import RunRecord, inner, read_run
 from grasp_lora.report.tables import (
     METRIC_NAMES,
     Against,
@@ -44,6 +44,7 @@ from grasp_lora.text.display import escaped, one_line
 
 logger = logging.getLogger(__name__)
 
+REPORT_FILE = "report.html"
 SPLITS = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
 LANGUAGES = {
     "ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "hi": "Hindi",
@@ -72,7 +73,7 @@ def write_report(run_folder: Path) -> Path:
     page = {"figures": figures_of(record), "plotly_js": plotly_js(), "nonce": secrets.token_urlsafe(16)}
     html = render("report.html.j2", view | page)
     write_whole(run_folder / "report.md", render("report.md.j2", view))
-    path = run_folder / "report.html"
+    path = run_folder / REPORT_FILE
     write_whole(path, html)
     logger.info("Wrote %s", path)
     return path

@@ -7,7 +7,7 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from grasp_lora.report.run_folder import TRAINED, Prediction, RunRecord, by_factor, inner, kept_share
+from grasp_lora.bench.run_folder import TRAINED, Prediction, RunRecord, by_factor, inner, kept_share
 
 if TYPE_CHECKING:
     from grasp_lora.evaluation.statistics import PairedComparison

@@ -4,8 +4,8 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +24,40 @@ log = logging.getLogger(__name__)
 LOCK_FILE = "grasp-lora.lock"
 
 
-@contextmanager
-def working_in(folder: Path, place: Callable[[], str]) -> Iterator[None]:
-    """Make the folder of an experiment and be its only writer, inside the context, where signals and failed writes are one line.
+class Workplace:
+    """A folder of which this process becomes the only writer, and where the work is when a signal comes.
 
     Args:
-        folder: made if missing.
-        place: where the work is when a signal comes, for its message.
+        folder: of an experiment; may be missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.place = "before it began"
+        self.interruption = Interruption(lambda: self.place)
+        self.lock = ExitStack()
+
+    def begin(self) -> None:
+        """Make the folder and be its only writer; of several processes the first one is, for all.
+
+        Raises:
+            GraspError: the folder cannot be made, or another process writes there.
+        """
+        make_folder(self.folder)
+        self.lock.enter_context(only_writer(self.folder))
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[Workplace]:
+    """Work in the folder of an experiment; signals and failed writes are one line. `Workplace.begin` comes before any write.
 
     Raises:
-        GraspError: the folder cannot be written, or another process writes there.
+        GraspError: the folder cannot be written.
         Interrupted: SIGTERM or SIGINT came.
     """
-    with Interruption(place).handled():
-        make_folder(folder)
-        with clear_write_errors(folder), only_writer(folder):
-            yield
+    work = Workplace(folder)
+    with work.interruption.handled(), clear_write_errors(folder), work.lock:
+        yield work
 
 
 def make_folder(folder: Path) -> None:

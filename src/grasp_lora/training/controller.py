@@ -292,6 +292,10 @@ class GraspController(PrunedTraining):
             pairs[module] = LoraPair(pruned[0], pruned[1], pair.scaling, pair.segments)
         return AdapterWeights(pairs)
 
+    def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the rounds and their timings, as `rounds.jsonl` and `timings.jsonl` hold them."""
+        return self._rows[ROUNDS_FILE], self._rows[TIMINGS_FILE]
+
     def state(self) -> State:
         """Return masks, policy, records and the best round."""
         values, tensors = super().state()

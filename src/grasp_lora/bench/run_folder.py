@@ -8,15 +8,25 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from grasp_lora.bench.store import STORE_FOLDER, WORK
 from grasp_lora.errors import RecipeError
+from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.recipes.text import parse
+from grasp_lora.storage.folder import LOCK_FILE
 
 STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate")
 TRAINED = {"source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run"}
 RUN_FILE = "run.json"
 COST_FILE = "cost.json"
+COMPARE_FOLDER, SWEEP_FOLDER = "compare", "sweep"
+DATA_FILE = "data.json"
+METRICS_FILE = "metrics.json"
+RATIO_FILE = "controller/ratio.json"
 
 Loss = Annotated[float, AllowInfNan(True)]  # a run that diverged deserves a report, too
+
+
+_Shape = TypeVar("_Shape")
 
 
 class _Record(BaseModel):
@@ -54,12 +64,6 @@ class DataFacts(_Record):
     """data.json."""
 
     ids: dict[str, list[str]] = {}
-
-
-class StageMarker(_Record):
-    """stages/<stage>.json."""
-
-    seconds: float
 
 
 class Round(_Record):
@@ -116,6 +120,7 @@ class LearnedRatio(_Record):
     high: float
     confidence: float
     rule: str
+    rounds: int = 0
     curve: Curve = Curve()
 
 
@@ -161,6 +166,9 @@ class Metrics(_Record):
     systems: dict[str, SystemScores]
     signatures: dict[str, str] = {}
     test_examples: int = Field(ge=0)
+    prune_ratio: float | None = None
+    prune_ratio_interval: tuple[float, float] | None = None
+    language: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,7 +179,6 @@ class RunRecord:
     recipe_text: str
     recipe: dict[str, Any]
     data: DataFacts
-    stages: dict[str, StageMarker]
     rounds: list[Round]
     timings: list[Timing]
     learned: LearnedRatio | None
@@ -179,7 +186,7 @@ class RunRecord:
     sparsity: list[FactorSparsity]
     predictions: dict[str, list[Prediction]]
     metrics: Metrics | None
-    cost: dict[str, float]  # seconds by stage
+    cost: dict[str, float]  # seconds of each stage that is complete
 
     @property
     def sources(self) -> list[str]:
@@ -213,7 +220,7 @@ class RunRecord:
     def missing(self) -> list[str]:
         """Stages that the run has yet to complete."""
         expected = STAGES if self.given_ratio is None else [stage for stage in STAGES if stage != "controller"]
-        return [stage for stage in expected if stage not in self.stages]
+        return [stage for stage in expected if stage not in self.cost]
 
     @property
     def probe_seconds(self) -> float:
@@ -270,35 +277,83 @@ def read_run(run_folder: Path) -> RunRecord:
     if not isinstance(recipe, dict):
         raise _damaged(recipe_file, "it must hold keys and values")
     controller, evaluation = run_folder / "controller", run_folder / "evaluation"
-    markers = {stage: _read(run_folder / "stages" / f"{stage}.json", StageMarker) for stage in STAGES}
-    seconds = {stage: marker.seconds for stage, marker in markers.items() if marker is not None}
+    under_way = run_folder / STORE_FOLDER / WORK
     return RunRecord(
         run=run,
         recipe_text=recipe_text,
         recipe=recipe,
-        data=_read(run_folder / "data.json", DataFacts) or DataFacts(),
-        stages={stage: marker for stage, marker in markers.items() if marker is not None},
-        rounds=_lines(controller / "rounds.jsonl", Round, growing=True),
-        timings=_lines(controller / "timings.jsonl", Timing, growing=True),
-        learned=_read(controller / "ratio.json", LearnedRatio),
+        data=_read(run_folder / DATA_FILE, DataFacts) or DataFacts(),
+        rounds=_growing(controller, under_way, "rounds.jsonl", Round),
+        timings=_growing(controller, under_way, "timings.jsonl", Timing),
+        learned=_read(run_folder / RATIO_FILE, LearnedRatio),
         history={stage: _lines(run_folder / stage / "history.jsonl", HistoryRow, growing=True) for stage in TRAINED},
         sparsity=_read(run_folder / "final" / "sparsity.json", list[FactorSparsity]) or [],
         predictions={
             name: _lines(evaluation / f"{name}.jsonl", Prediction)
             for name in (*_sources(recipe), "target", "merged", "grasp")
         },
-        metrics=_read(run_folder / "metrics.json", Metrics),
-        cost=_read(run_folder / COST_FILE, dict[str, float]) or seconds,
+        metrics=_read(run_folder / METRICS_FILE, Metrics),
+        cost=_read(run_folder / COST_FILE, dict[str, float]) or {},
     )
+
+
+def read_metrics(folder: Path) -> Metrics:
+    """Read what the systems of a finished run are worth.
+
+    Raises:
+        RecipeError: the file is missing or damaged.
+    """
+    return _needed(folder / METRICS_FILE, Metrics)
+
+
+def read_learned(folder: Path) -> RatioEstimate:
+    """Read the ratio that a finished run has learned.
+
+    Raises:
+        RecipeError: the file is missing or damaged.
+    """
+    learned = _needed(folder / RATIO_FILE, LearnedRatio)
+    columns = learned.curve
+    curve = tuple(zip(columns.ratios, columns.mean, columns.low, columns.high, strict=True))
+    return RatioEstimate(
+        learned.prune_ratio, learned.low, learned.high, learned.rule, learned.rounds, curve, learned.confidence
+    )
+
+
+def check_place(folder: Path) -> None:
+    """Check, before anything is loaded, that an experiment may write into a folder.
+
+    Raises:
+        RecipeError: it is a file, cannot be read, or holds something that no experiment has written.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise RecipeError(f"{folder} is a file; give a folder with --output")
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as error:
+        raise RecipeError(f"{folder} cannot be read ({error.strerror}); choose another with --output") from error
+    # What one that was killed before it really began may have left is no experiment, and no obstacle.
+    if there - {LOCK_FILE, f"{RUN_FILE}.part"} and not there & {RUN_FILE, STORE_FOLDER, COMPARE_FOLDER, SWEEP_FOLDER}:
+        raise RecipeError(f"{folder} is not empty and no experiment's; choose another with --output")
+
+
+def _needed(file: Path, shape: type[_Shape]) -> _Shape:
+    found = _read(file, shape)
+    if found is None:
+        raise RecipeError(f"{file} is missing; run its recipe again")
+    return found
+
+
+def _growing(folder: Path, under_way: Path, name: str, shape: type[_Shape]) -> list[_Shape]:
+    """The rows of a file in a run's folder, or of the step that is about to make it."""
+    files = [folder / name, *under_way.glob(f"*/{folder.name}*/{name}")]
+    return next((rows for file in files if (rows := _lines(file, shape, growing=True))), [])
 
 
 def _sources(recipe: dict[str, Any]) -> list[str]:
     given = inner(recipe, "source").get("adapters")
     count = len(given) if isinstance(given, list) and given else 1
     return ["source", *(f"source_{number}" for number in range(2, count + 1))]
-
-
-_Shape = TypeVar("_Shape")
 
 
 def _read(path: Path, shape: type[_Shape]) -> _Shape | None:
