@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,9 +14,6 @@ from grasp_lora.bench.steps import BenchProgress
 from grasp_lora.bench.store import Record
 from grasp_lora.bench.sweep import SweepProgress
 from grasp_lora.text.display import escaped
-
-if TYPE_CHECKING:
-    from grasp_lora.bench.landscape import Landscape
 
 _TITLES = {
     "data": "read and split the data",
@@ -104,7 +100,7 @@ class TerminalProgress(StageProgress):
 
 
 class TerminalBenchProgress(BenchProgress):
-    """Shows how far a comparison or a recording is, what it does, and the time left.
+    """Shows how far a comparison is, what it does, and the time left.
 
     Args:
         console: where to; a live bar only if it is a terminal.
@@ -228,25 +224,6 @@ def print_sweep(content: Mapping[str, Any], console: Console) -> None:
     console.print(
         f"trial {content['best']} is the best by dev loss; {cost['runs']} final runs took {cost['seconds']:.0f} s and "
         f"{cost['work']} examples forward",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def print_landscape(landscape: "Landscape", console: Console) -> None:
-    """Print the mean losses of the final runs of a landscape, the lowest of each split bold."""
-    splits = {"micro_dev": "micro-dev", "dev": "dev", "test": "test"}
-    runs = landscape.finals
-    best = {split: min(runs, key=lambda run: fmean(run.losses[split])) for split in splits}
-    table = Table("prune ratio", *(f"{name} loss" for name in splits.values()), "best step", "steps")
-    for run in runs:
-        cells = [
-            Text(f"{fmean(run.losses[split]):.4f}", style="bold" if run is best[split] else "") for split in splits
-        ]
-        table.add_row(f"{run.ratio:g}", *cells, str(run.best_step), str(run.steps))
-    console.print(table)
-    console.print(
-        f"lowest dev loss at ratio {best['dev'].ratio:g}, lowest test loss at {best['test'].ratio:g}",
         highlight=False,
         soft_wrap=True,
     )
