@@ -97,11 +97,9 @@ def sweep(
             help=r"What to vary: KEY=low..high, KEY=low..high:log, KEY=low..high/n for n values, KEY=\[a, b]. May be repeated.",
         ),
     ] = None,
-    trials: Annotated[
-        int | None, typer.Option(help="How many trials in all; default 20, with the grid sampler all combinations.")
-    ] = None,
-    sampler: Annotated[str, typer.Option(help="tpe, random or grid.")] = "tpe",
-    pruner: Annotated[str, typer.Option(help="Stop bad trials early: none, median, halving or wilcoxon.")] = "none",
+    trials: Annotated[int, typer.Option(help="How many trials in all, those of earlier calls included.")] = 20,
+    sampler: Annotated[str, typer.Option(help="tpe or random.")] = "tpe",
+    pruner: Annotated[str | None, typer.Option(hidden=True)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler; default: the recipe's.")] = None,
     overrides: SetOption = None,
     output: Annotated[Path | None, _folder_option("sweep")] = None,
@@ -112,17 +110,24 @@ def sweep(
     For example --param final.prune_ratio=0.1..0.8, the search that the learned ratio replaces. Writes best.yaml for `run`. Run it
     again to go on after an interruption.
     """
+    from grasp_lora.errors import RecipeError
+
     log_to_terminal(verbose)
+    if pruner is not None:
+        raise RecipeError(
+            f"--pruner {pruner} is given, but a sweep has no pruners any more: final runs stop early by themselves "
+            "(final.training.patience); leave it out"
+        )
     session, folder = _opened(recipe, overrides, output, "sweep")
     with loading():
-        from grasp_lora.bench.sweep import BEST_FILE, SweepSettings
-        from grasp_lora.bench.sweep import sweep as run_sweep
+        from grasp_lora.bench.search import BEST_FILE, SweepSettings
+        from grasp_lora.bench.search import sweep as run_sweep
         from grasp_lora.cli.progress import TerminalSweepProgress, print_sweep
     with _checked_options():
-        settings = SweepSettings(tuple(param or ()), trials, sampler, pruner, seed)
+        settings = SweepSettings(tuple(param or ()), trials, sampler, seed)
     with shown(TerminalSweepProgress(console)) as progress:
-        content = run_sweep(session, folder, settings, progress)
-    print_sweep(content, console)
+        result = run_sweep(session, folder, settings, progress)
+    print_sweep(result, console)
     say(f"best recipe {folder / BEST_FILE}")
 
 

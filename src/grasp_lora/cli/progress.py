@@ -10,9 +10,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from grasp_lora.bench.run import StageProgress
+from grasp_lora.bench.search import SweepProgress, SweepResult, Trial
 from grasp_lora.bench.steps import BenchProgress
 from grasp_lora.bench.store import Record
-from grasp_lora.bench.sweep import SweepProgress
 from grasp_lora.text.display import escaped
 
 _TITLES = {
@@ -190,10 +190,10 @@ class TerminalSweepProgress(SweepProgress):
         if not there and record.step in ("source", "target"):
             self._console.print(f"{_TITLES[record.step]:<26} {record.seconds:.1f} s", highlight=False)
 
-    def done(self, row: Mapping[str, Any]) -> None:
+    def done(self, trial: Trial) -> None:
         """One line for each trial; move the bar."""
-        loss = "" if row["dev_loss"] is None else f"dev loss {row['dev_loss']:.4f}"
-        text = f"trial {row['trial']:<4} {row['state']:<9} {row['seconds']:7.1f} s   {loss}   {shown_values(row['values'])}"
+        loss = "" if trial.dev_loss is None else f"dev loss {trial.dev_loss:.4f}"
+        text = f"trial {trial.trial:<4} {trial.state:<9} {trial.seconds:7.1f} s   {loss}   {shown_values(trial.values)}"
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         self._bar.advance(self._task)
 
@@ -202,28 +202,25 @@ class TerminalSweepProgress(SweepProgress):
         self._bar.stop()
 
 
-def print_sweep(content: Mapping[str, Any], console: Console) -> None:
+def print_sweep(result: SweepResult, console: Console) -> None:
     """Print the trials of a sweep, the best one bold, and what they cost."""
-    rows = content["trials"]
-    table = Table(
-        "trial", *(Column(key, overflow="fold") for key in rows[0]["values"]), "dev loss", "steps", "seconds", "state"
-    )
-    for row in rows:
-        loss = "-" if row["dev_loss"] is None else f"{row['dev_loss']:.4f}"
-        state = f"{row['state']}, as an earlier trial" if "repeats" in row else row["state"]
+    keys = (Column(key, overflow="fold") for key in result.trials[0].values)
+    table = Table("trial", *keys, "dev loss", "steps", "seconds", "state")
+    for trial in result.trials:
         cells = [
-            str(row["trial"]),
-            *(escaped(_short(value)) for value in row["values"].values()),
-            loss,
-            str(row["steps"]),
+            str(trial.trial),
+            *(escaped(_short(value)) for value in trial.values.values()),
+            "-" if trial.dev_loss is None else f"{trial.dev_loss:.4f}",
+            str(trial.steps),
+            f"{trial.seconds:.1f}",
+            f"{trial.state}, as an earlier trial" if trial.repeats else trial.state,
         ]
-        style = "bold" if row["trial"] == content["best"] else ""
-        table.add_row(*(Text(cell) for cell in (*cells, f"{row['seconds']:.1f}", state)), style=style)
+        table.add_row(*map(Text, cells), style="bold" if trial.trial == result.best else "")
     console.print(table)
-    cost = content["cost"]
+    cost = result.cost
     console.print(
-        f"trial {content['best']} is the best by dev loss; {cost['runs']} final runs took {cost['seconds']:.0f} s and "
-        f"{cost['work']} examples forward",
+        f"trial {result.best} is the best by dev loss; {cost.runs} final runs took {cost.seconds:.0f} s and "
+        f"{cost.work} examples forward",
         highlight=False,
         soft_wrap=True,
     )
