@@ -25,7 +25,7 @@ from grasp_lora.recipes.load import builtin_recipes, load_recipe
 
 COMMANDS = (
     "run", "demo", "check", "recipes", "init", "predict", "merge", "export", "learn", "finetune", "evaluate", "compare", "sweep",
-    "record", "report",
+    "report",
 )  # fmt: skip
 
 Cli = Callable[..., object]

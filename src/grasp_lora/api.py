@@ -1,15 +1,18 @@
 """The jobs as functions, for a script as for the command line."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.bench import compare as comparing
 from grasp_lora.bench import run as running
+from grasp_lora.bench import search as searching
 from grasp_lora.bench.compare import ComparisonSettings
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run import RunResult
-from grasp_lora.bench.run_folder import COMPARE_FOLDER
+from grasp_lora.bench.run_folder import COMPARE_FOLDER, SWEEP_FOLDER
+from grasp_lora.bench.search import SweepResult, SweepSettings
 from grasp_lora.bench.session import Session
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.report.comparison import write_comparison
@@ -78,6 +81,30 @@ def compare(
     return place / COMPARE_FOLDER, comparing.compare(session, place, chosen, session.progress, write_comparison)
 
 
+def sweep(
+    recipe: str | Path,
+    overrides: Overrides = (),
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> tuple[Path, SweepResult]:
+    """Search good values for keys of a recipe with Optuna, by the dev loss of the final run.
+
+    Args:
+        recipe, overrides, folder, progress: as of `run`.
+        settings: of `SweepSettings`, such as `params` and `trials`.
+
+    Returns:
+        The folder of sweep.json and best.yaml, and the content of the former.
+
+    Raises:
+        GraspError, ValueError, Interrupted: as of `run`; a setting is out of range.
+    """
+    chosen = SweepSettings(**settings)
+    session, place = _opened(recipe, overrides, folder, progress)
+    return place / SWEEP_FOLDER, searching.sweep(session, place, chosen, session.progress)
+
+
 def _opened(
     recipe: str | Path, overrides: Overrides, folder: str | Path | None, progress: Progress | None
 ) -> tuple[Session, Path]:
@@ -90,6 +117,4 @@ def _opened(
 
 def _text(value: Any) -> str:
     """A value as an override's YAML."""
-    import json
-
     return value if isinstance(value, str) else json.dumps(value)

@@ -3,6 +3,7 @@
 import math
 import random
 import statistics
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +18,17 @@ from grasp_lora.evaluation.statistics import (
     compare_with_baselines,
     holm,
     mean_and_sd,
-    paired_bootstrap,
 )
 
 
 def normal(count: int, seed: int, mean: float = 0.0) -> list[float]:
     draw = random.Random(seed)
     return [draw.gauss(mean, 1.0) for _ in range(count)]
+
+
+def compared(ours: Any, theirs: Any, **settings: Any) -> PairedComparison:
+    """Against a single baseline, so without correction."""
+    return compare_with_baselines(ours, {"theirs": theirs}, **settings)["theirs"]
 
 
 def mean_of_first(sums: torch.Tensor) -> torch.Tensor:
@@ -63,7 +68,7 @@ def test_holm_keeps_the_order_and_lies_between_none_and_bonferroni(p_values):
 
 def test_known_answer_of_two_examples():
     # Differences 1 and 3: a draw gives 1, 2 or 3 with shares 1/4, 1/2, 1/4, which is all inside of Student's interval.
-    result = paired_bootstrap([3.0, 5.0], [2.0, 2.0], resamples=999)
+    result = compared([3.0, 5.0], [2.0, 2.0], resamples=999)
     assert (result.low, result.high) == pytest.approx((2 - 12.706, 2 + 12.706), rel=0.05)
     assert result == PairedComparison(
         2.0, result.low, result.high, result.p_value, confidence=0.95, examples=2, resamples=999
@@ -74,28 +79,28 @@ def test_known_answer_of_two_examples():
 
 def test_share_of_draws_beyond_zero_is_the_p_value():
     # Differences -1 and 3: a quarter of the draws gives -1, so p is about a half; 1 and -1: ties count on both sides, so p is 1.
-    result = paired_bootstrap([-1.0, 3.0], [0.0, 0.0])
+    result = compared([-1.0, 3.0], [0.0, 0.0])
     assert result.p_value > 0.5
     assert (result.low, result.high) == pytest.approx((1 - 2 * 12.706, 1 + 2 * 12.706), rel=0.05)
     assert result.verdict == "no difference shown"
-    assert paired_bootstrap([1.0, -1.0], [0.0, 0.0]).p_value == 1
+    assert compared([1.0, -1.0], [0.0, 0.0]).p_value == 1
 
 
 def test_equal_methods_differ_by_nothing():
     values = normal(30, 0)
-    result = paired_bootstrap([values, values[::-1]], [values[::-1], values])  # equal once averaged
+    result = compared([values, values[::-1]], [values[::-1], values])  # equal once averaged
     assert (result.difference, result.low, result.high, result.p_value) == (0, 0, 0, 1)
     assert result.verdict == "no difference shown"
 
 
 def test_rounding_makes_no_winner_of_a_tie():
-    assert paired_bootstrap([[0.1, 0.1], [0.2, 0.2]], [[0.3, 0.3], [0.0, 0.0]]).p_value == 1
+    assert compared([[0.1, 0.1], [0.2, 0.2]], [[0.3, 0.3], [0.0, 0.0]]).p_value == 1
 
 
 def test_agrees_with_a_slow_implementation():
     ours = [normal(25, seed, 0.3) for seed in (1, 2, 3)]
     theirs = [normal(25, seed) for seed in (4, 5)]
-    fast = paired_bootstrap(ours, theirs, resamples=4000)
+    fast = compared(ours, theirs, resamples=4000)
     differences = [
         statistics.fmean(run[i] for run in ours) - statistics.fmean(run[i] for run in theirs) for i in range(25)
     ]
@@ -122,12 +127,12 @@ def test_the_interval_of_normal_differences_is_students():
     result = compare_with_baselines(ours, {str(name): theirs for name in range(20)}, resamples=100_000)["0"]
     reach = stats.t.ppf(1 - 0.025 / 20, 11) * statistics.stdev(differences) / math.sqrt(12)
     assert (result.high - result.low) / 2 == pytest.approx(reach, rel=0.15)
-    assert paired_bootstrap(ours, theirs).p_value == pytest.approx(stats.ttest_rel(ours, theirs).pvalue, abs=0.03)
+    assert compared(ours, theirs).p_value == pytest.approx(stats.ttest_rel(ours, theirs).pvalue, abs=0.03)
 
 
 def test_swapping_the_methods_turns_the_result_round():
     ours, theirs = normal(40, 1, 0.4), normal(40, 2)
-    one, other = paired_bootstrap(ours, theirs), paired_bootstrap(theirs, ours)
+    one, other = compared(ours, theirs), compared(theirs, ours)
     assert (one.difference, one.low, one.high) == (-other.difference, -other.high, -other.low)
     assert one.p_value == other.p_value
 
@@ -135,7 +140,7 @@ def test_swapping_the_methods_turns_the_result_round():
 def test_a_common_shift_changes_nothing():
     ours, theirs, shift = normal(40, 1, 0.4), normal(40, 2), normal(40, 3)
     moved = [[value + 10 * by for value, by in zip(some, shift, strict=True)] for some in (ours, theirs)]
-    before, after = paired_bootstrap(ours, theirs), paired_bootstrap(*moved)
+    before, after = compared(ours, theirs), compared(*moved)
     assert after.p_value == before.p_value
     assert (after.difference, after.low, after.high) == pytest.approx((before.difference, before.low, before.high))
 
@@ -143,9 +148,9 @@ def test_a_common_shift_changes_nothing():
 def test_interval_covers_the_truth_about_as_often_as_it_says():
     covered = found = 0
     for seed in range(300):
-        result = paired_bootstrap(normal(50, 2 * seed, 0.2), normal(50, 2 * seed + 1), resamples=600, seed=seed)
+        result = compared(normal(50, 2 * seed, 0.2), normal(50, 2 * seed + 1), resamples=600, seed=seed)
         covered += result.low <= 0.2 <= result.high
-        null = paired_bootstrap(normal(50, 2 * seed), normal(50, 2 * seed + 1), resamples=600, seed=seed)
+        null = compared(normal(50, 2 * seed), normal(50, 2 * seed + 1), resamples=600, seed=seed)
         found += null.p_value <= 0.05
     assert 0.90 <= covered / 300 <= 0.98
     assert found / 300 <= 0.10
@@ -194,7 +199,7 @@ def test_a_handful_of_examples_shows_nothing_even_where_all_agree(examples, base
 
 def test_correction_for_the_number_of_methods():
     ours, close, far = normal(60, 1, -0.2), normal(60, 2), normal(60, 3, -2.0)
-    alone = paired_bootstrap(ours, close)
+    alone = compared(ours, close)
     both = compare_with_baselines(ours, {"close": close, "far": far})
     assert list(both) == ["close", "far"]
     assert both["close"].comparisons == 2
@@ -204,7 +209,7 @@ def test_correction_for_the_number_of_methods():
     assert both["far"].p_value == pytest.approx(4 / 10_001)  # the smallest there is, times two
     assert both["close"].p_value == alone.p_value  # Holm: the larger of two counts once
     # Two methods at 95 % have the intervals of one at 97.5 %, from the same draws.
-    single = paired_bootstrap(ours, close, confidence=0.975)
+    single = compared(ours, close, confidence=0.975)
     assert (both["close"].low, both["close"].high) == (single.low, single.high)
 
 
@@ -213,7 +218,7 @@ def test_interval_and_p_value_say_the_same(seed, confidence):
     draw = random.Random(seed)
     ours = [float(draw.randint(0, 2)) for _ in range(12)]
     theirs = [float(draw.randint(0, 1)) for _ in range(12)]
-    result = paired_bootstrap(ours, theirs, resamples=499, confidence=confidence, seed=seed)
+    result = compared(ours, theirs, resamples=499, confidence=confidence, seed=seed)
     assert (result.low > 0 or result.high < 0) == (result.p_value <= 1 - confidence + 1e-12)
     assert 0 < result.p_value <= 1
 
@@ -236,24 +241,24 @@ def test_verdict(low, high, higher_is_better, verdict):
 
 def test_equal_seeds_give_equal_results():
     ours, theirs = normal(20, 1), normal(20, 2)
-    assert paired_bootstrap(ours, theirs, seed=3) == paired_bootstrap(ours, theirs, seed=3)
-    assert paired_bootstrap(ours, theirs, seed=3) != paired_bootstrap(ours, theirs, seed=4)
+    assert compared(ours, theirs, seed=3) == compared(ours, theirs, seed=3)
+    assert compared(ours, theirs, seed=3) != compared(ours, theirs, seed=4)
 
 
 def test_blocks_of_draws_do_not_change_the_result(monkeypatch):
     ours, theirs = normal(20, 1), normal(20, 2)
-    whole = paired_bootstrap(ours, theirs, resamples=500)
+    whole = compared(ours, theirs, resamples=500)
     monkeypatch.setattr("grasp_lora.evaluation.statistics._CHUNK", 20 * 7)
-    assert paired_bootstrap(ours, theirs, resamples=500) == whole
+    assert compared(ours, theirs, resamples=500) == whole
 
 
 def test_a_mean_through_statistics_equals_the_mean():
     ours, theirs = [normal(30, seed, 0.3) for seed in (1, 2)], [normal(30, 3)]
     rows = [[[[value, 1.0] for value in run] for run in runs] for runs in (ours, theirs)]
-    plain, through = paired_bootstrap(ours, theirs), paired_bootstrap(*rows, corpus_score=mean_of_first)
+    plain, through = compared(ours, theirs), compared(*rows, corpus_score=mean_of_first)
     assert (through.difference, through.low, through.high) == pytest.approx((plain.difference, plain.low, plain.high))
     assert through.p_value == plain.p_value
-    assert paired_bootstrap(rows[0], rows[1][0], corpus_score=mean_of_first) == through  # a single run, bare
+    assert compared(rows[0], rows[1][0], corpus_score=mean_of_first) == through  # a single run, bare
 
 
 def test_bleu_is_computed_again_for_each_draw_and_averaged_over_runs():
@@ -264,7 +269,7 @@ def test_bleu_is_computed_again_for_each_draw_and_averaged_over_runs():
         "theirs": ["the cat is on the mat", "the dog ran in a park", "we saw two birds on trees"],
     }
     scores = {name: score(["bleu"], texts, references, "en")["bleu"] for name, texts in answers.items()}
-    result = paired_bootstrap(
+    result = compared(
         [scores["first"].statistics, scores["second"].statistics],
         [scores["theirs"].statistics],
         corpus_score=METRICS["bleu"].from_statistics,
@@ -320,5 +325,5 @@ def test_what_cannot_be_compared_is_an_error(ours, theirs, message):
 )
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
-        paired_bootstrap([1.0, 2.0], [1.0, 3.0], **settings)
-    assert paired_bootstrap([1.0, 2.0], [1.0, 3.0], resamples=39).resamples == 39
+        compared([1.0, 2.0], [1.0, 3.0], **settings)
+    assert compared([1.0, 2.0], [1.0, 3.0], resamples=39).resamples == 39

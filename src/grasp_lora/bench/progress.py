@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from grasp_lora.bench.search import Trial
     from grasp_lora.bench.store import Record
 
 
@@ -33,6 +34,9 @@ class Progress:
 
     def finished(self, name: str, seconds: float, summary: Mapping[str, Any], *, skipped: bool) -> None:
         """A stage of a run is complete, now or already before."""
+
+    def trial(self, trial: "Trial") -> None:
+        """Take a finished trial of a sweep."""
 
     def done(self, units: float) -> None:
         """The part that began last is finished."""

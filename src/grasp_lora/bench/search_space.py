@@ -2,12 +2,10 @@
 
 import json
 import math
-import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.load import validate
@@ -15,6 +13,10 @@ from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import parse
 from grasp_lora.text.display import escaped, quoted
 
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
+SAMPLERS = ("tpe", "random")
 SECTIONS = (
     "lora",
     "source",
@@ -23,7 +25,7 @@ SECTIONS = (
     "mask",
     "final",
 )  # what the final run rests on, the data and backbone aside
-MOST_POINTS = 1000
+MOST_POINTS = 1000  # of low..high/n
 _NUMBER = r"[-+]?(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?"
 _RANGE = re.compile(rf"({_NUMBER})\s*\.\.\s*({_NUMBER})(?:\s*/\s*(\d{{1,9}}))?(:log)?", re.ASCII)
 _FORMS = "low..high, low..high:log, low..high/n for n values, or a list [a, b, c]"
@@ -58,47 +60,6 @@ class Parameter:
             return self.choices
         inside = self.low + _INSIDE * (self.high - self.low)
         return (self.low, self.high, round(inside) if self.whole else inside)
-
-
-@dataclass(frozen=True)
-class Grid:
-    """All combinations of finite choices, in an order that a seed decides.
-
-    The order is random since neighbours say little new: a grid that is cut short has still been everywhere.
-
-    Args:
-        parameters: each with choices.
-        seed: of the order.
-    """
-
-    parameters: tuple[Parameter, ...]
-    seed: int
-
-    def __post_init__(self) -> None:
-        for parameter in self.parameters:
-            if parameter.choices is None:
-                raise RecipeError(
-                    f"--sampler grid needs finite choices, but {parameter.key} has a range; write low..high/n for n values, "
-                    "or a list [a, b, c]"
-                )
-        if len(self) > MOST_POINTS:
-            raise RecipeError(f"the grid has {len(self)} combinations; at most {MOST_POINTS} are allowed")
-
-    def __len__(self) -> int:
-        return math.prod(len(parameter.choices or ()) for parameter in self.parameters)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        place = self._order[number]
-        values = {}
-        for parameter in self.parameters:
-            choices = parameter.choices or ()
-            place, index = divmod(place, len(choices))
-            values[parameter.key] = choices[index]
-        return values
-
-    @cached_property
-    def _order(self) -> list[int]:
-        return random.Random(self.seed).sample(range(len(self)), len(self))
 
 
 def search_space(params: Sequence[str], recipe: Recipe) -> tuple[Parameter, ...]:
@@ -156,6 +117,53 @@ def trial_recipe(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
     changed = with_values(recipe, values)
     final = replace(changed.final, prune_ratio=changed.final.prune_ratio or 0.0, start="merged")
     return changed.model_copy(update={"final": final})
+
+
+def propose(
+    parameters: Sequence[Parameter], told: Sequence[tuple[Mapping[str, Any], float | None]], sampler: str, seed: int
+) -> dict[str, Any]:
+    """Return the values that Optuna tries next; the same after the same trials with the same seed.
+
+    Args:
+        parameters: what is varied.
+        told: values and loss of every earlier trial, in order; None for one that failed, which samplers learn from, too.
+        sampler: one of `SAMPLERS`.
+        seed: of the sampler.
+
+    Raises:
+        ValueError: earlier values are none of these parameters.
+    """
+    import optuna  # an extra
+    from optuna.trial import TrialState, create_trial
+
+    chosen = {one.key for one in parameters if one.choices is not None}
+    distributions = {one.key: _distribution(one) for one in parameters}
+    samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        study = optuna.create_study(sampler=samplers[sampler](seed=seed))
+        for values, loss in told:
+            params = {key: json.dumps(value) if key in chosen else value for key, value in values.items()}
+            state = TrialState.PRUNED if loss is None else TrialState.COMPLETE
+            study.add_trial(create_trial(state=state, value=loss, params=params, distributions=distributions))
+        asked = study.ask(distributions).params
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    return {key: json.loads(value) if key in chosen else value for key, value in asked.items()}
+
+
+def _distribution(parameter: Parameter) -> "BaseDistribution":
+    """The parameter as Optuna knows it; choices as JSON, since it keeps plain values only and takes 1 for true."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if parameter.choices is not None:
+        return CategoricalDistribution([json.dumps(choice) for choice in parameter.choices])
+    if parameter.whole:
+        return IntDistribution(int(parameter.low), int(parameter.high), log=parameter.log)
+    return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
 
 
 def _read(param: str) -> Parameter:

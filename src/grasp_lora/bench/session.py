@@ -45,7 +45,7 @@ from grasp_lora.training.settings import TrainingSettings
 if TYPE_CHECKING:  # these bring transformers' Trainer, which takes a second to import; who only checks does without
     from grasp_lora.storage.checkpoints import Checkpointing
     from grasp_lora.training.controller import GraspController
-    from grasp_lora.training.finetune import FineTuneResult, OnDev
+    from grasp_lora.training.finetune import FineTuneResult
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +124,6 @@ class Session:
         self.base = base
         self.progress = progress or Progress()
         self.checkpoints: Checkpointing | None = None  # of every fine-tune; an experiment sets it
-        self.on_dev: OnDev | None = None  # told of every dev evaluation of the final run; a sweep sets it
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -155,7 +154,7 @@ class Session:
         """Return a session of another recipe on this one's backbone and data, which must be the same in both."""
         other = Session(recipe, self.base, self.progress)
         other.backbone, other.splits = self.backbone, self.splits
-        other.checkpoints, other.on_dev = self.checkpoints, self.on_dev
+        other.checkpoints = self.checkpoints
         return other
 
     @property
@@ -324,7 +323,6 @@ class Session:
         folder: Path,
         callbacks: Sequence[Any] = (),
         controller: "GraspController | None" = None,
-        on_dev: "OnDev | None" = None,
     ) -> "FineTuneResult":
         """Train the adapter of a model in place; `part` chooses the order of the examples. See `training.finetune.finetune`.
 
@@ -344,7 +342,6 @@ class Session:
             controller=controller,
             report_to=self.recipe.report_to,
             on_step=self.progress.step,
-            on_dev=on_dev,
             checkpoints=self.checkpoints,
         )
 
@@ -442,7 +439,6 @@ class Session:
                 "final",
                 folder,
                 callbacks=[pruning],
-                on_dev=self.on_dev,
             )
             weights = adapter_weights(model, segments)
         return weights, result, survival(weights)

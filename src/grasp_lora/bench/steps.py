@@ -24,18 +24,17 @@ from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import ESTIMATE_RULES, POLICIES, PolicySettings, Round
-from grasp_lora.models.adapters import LoadedAdapter, attached, read_adapter, segments_of
+from grasp_lora.models.adapters import LoadedAdapter, read_adapter
 from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage, Recipe
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import first
-from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
 # Part of what a record is found by: raise one when a change of the code changes the result of such steps.
-REVISIONS = {"training": 1, "controller": 1, "trajectory": 1, "losses": 1, "scores": 1}
+REVISIONS = {"training": 1, "controller": 1, "losses": 1, "scores": 1}
 JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
 
 
@@ -355,53 +354,6 @@ class Bench:
             ),
         }
         return learned.adapter, facts | ({"prune_ratio": learned.estimate.ratio} if keep_best else {})
-
-    def trajectory(
-        self, train_ratio: float | None, ratios: Sequence[float], every: int, split: str = "micro_dev"
-    ) -> Record:
-        """The losses of a split at many prune ratios, again and again during a training run like the controller's.
-
-        Args:
-            train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step (`shared_ratio`).
-            ratios: what is measured, fractions in [0, 1].
-            every: optimizer steps between measurements, >= 1.
-            split: `micro_dev` or `dev`; scores that need inputs or gradients are calibrated on it, too.
-
-        Returns:
-            Record with `steps` and `losses` of a `LossLandscape`.
-        """
-        recipe, session, merged = self.recipe, self.session, self.merged()
-        training, train, examples = recipe.controller.training, session.splits.train, getattr(session.splits, split)
-        settings = self._settings(
-            data=self._data("train", split),
-            revision=REVISIONS["trajectory"],
-            start=merged.key,
-            training=asdict(training),
-            mask=asdict(recipe.mask),
-            dropout=recipe.lora.dropout,
-            train_ratio=train_ratio,
-            ratios=ratios,
-            every=every,
-        )
-
-        def work(key: str, folder: Path) -> dict[str, Any]:
-            from grasp_lora.training.landscape import LossLandscape  # brings the Trainer, which is slow to import
-
-            weights = merged.weights
-            probes = ProbeSet(examples, session.pad_id)
-            landscape = LossLandscape(probes, ratios, every, train_ratio, recipe.mask, segments_of(weights))
-            with attached(session.backbone.model, weights, dropout=recipe.lora.dropout) as model:
-                session.finetune(model, train, (), training, "controller", folder, callbacks=[landscape])
-            return {
-                "steps": landscape.steps,
-                "losses": landscape.losses,
-                "trained_examples": round(training.epochs * len(train)),
-                "measured_examples": len(landscape.steps) * len(ratios) * len(examples),
-            }
-
-        name = "shared" if train_ratio is None else f"{train_ratio:.2f}"
-        name += "" if split == "micro_dev" else f" {split}"
-        return self.store.get(f"trajectory {name}", settings, work)
 
     def lorahub(self) -> Adapter:
         """Merge weights found without gradients on the micro-dev loss (Huang et al. 2023)."""

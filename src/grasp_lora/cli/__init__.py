@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from grasp_lora.cli.adapters import export, merge, predict
-from grasp_lora.cli.experiments import compare, record, sweep
+from grasp_lora.cli.experiments import compare, sweep
 from grasp_lora.cli.terminal import (
     OutputOption,
     RecipeArgument,
@@ -216,7 +216,7 @@ def evaluate(
     _print_table(evaluate_folders(_session(recipe, overrides), adapter, output))
 
 
-for experiment in (compare, sweep, record):
+for experiment in (compare, sweep):
     app.command()(experiment)
 
 

@@ -1,6 +1,5 @@
-"""The commands that do many runs of a recipe: compare, sweep, record."""
+"""The commands that do many runs of a recipe: compare, sweep."""
 
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from grasp_lora.cli.terminal import (
 )
 
 if TYPE_CHECKING:
-    from grasp_lora.bench.session import Session
+    pass
 
 
 def _folder_option(kind: str) -> Any:
@@ -98,11 +97,9 @@ def sweep(
             help=r"What to vary: KEY=low..high, KEY=low..high:log, KEY=low..high/n for n values, KEY=\[a, b]. May be repeated.",
         ),
     ] = None,
-    trials: Annotated[
-        int | None, typer.Option(help="How many trials in all; default 20, with the grid sampler all combinations.")
-    ] = None,
-    sampler: Annotated[str, typer.Option(help="tpe, random or grid.")] = "tpe",
-    pruner: Annotated[str, typer.Option(help="Stop bad trials early: none, median, halving or wilcoxon.")] = "none",
+    trials: Annotated[int, typer.Option(help="How many trials in all, those of earlier calls included.")] = 20,
+    sampler: Annotated[str, typer.Option(help="tpe or random.")] = "tpe",
+    pruner: Annotated[str | None, typer.Option(hidden=True)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler; default: the recipe's.")] = None,
     overrides: SetOption = None,
     output: Annotated[Path | None, _folder_option("sweep")] = None,
@@ -113,98 +110,22 @@ def sweep(
     For example --param final.prune_ratio=0.1..0.8, the search that the learned ratio replaces. Writes best.yaml for `run`. Run it
     again to go on after an interruption.
     """
+    from grasp_lora.errors import RecipeError
+
     log_to_terminal(verbose)
-    session, folder = _opened(recipe, overrides, output, "sweep")
+    if pruner is not None:
+        raise RecipeError(
+            f"--pruner {pruner} is given, but a sweep has no pruners any more: final runs stop early by themselves "
+            "(final.training.patience); leave it out"
+        )
     with loading():
-        from grasp_lora.bench.sweep import BEST_FILE, SweepSettings
-        from grasp_lora.bench.sweep import sweep as run_sweep
+        from grasp_lora import api
         from grasp_lora.cli.progress import TerminalSweepProgress, print_sweep
-    with _checked_options():
-        settings = SweepSettings(tuple(param or ()), trials, sampler, pruner, seed)
-    with shown(TerminalSweepProgress(console)) as progress:
-        content = run_sweep(session, folder, settings, progress)
-    print_sweep(content, console)
-    say(f"best recipe {folder / BEST_FILE}")
-
-
-def record(
-    recipe: RecipeArgument,
-    every: Annotated[
-        int | None,
-        typer.Option(
-            help="Optimizer steps between measurements; default: about eight measurements, the last step included."
-        ),
-    ] = None,
-    ratios: Annotated[
-        str | None,
-        typer.Option(
-            help="Prune ratios of the final runs, fractions in [0, 1]; default 0.10, 0.15, ..., 0.80; always 0, too."
-        ),
-    ] = None,
-    train_ratios: Annotated[
-        str, typer.Option(help="Ratios held while training; shared draws one for each step, from all over the grid.")
-    ] = "0,0.4,0.7,shared",
-    probe_ratios: Annotated[
-        str, typer.Option(help="The grid of ratios that are measured along each training.")
-    ] = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
-    dev: Annotated[
-        bool, typer.Option(help="Train at shared ratios once more, and measure the dev set along the way.")
-    ] = True,
-    overrides: SetOption = None,
-    output: Annotated[Path | None, _folder_option("landscape")] = None,
-    verbose: VerboseOption = False,
-) -> None:
-    """Record the loss landscape of a recipe, so that policies can be judged by replay, without a model.
-
-    Controller-length trainings under several masks, with the micro-dev losses over a grid of ratios along the way, and final
-    runs at many ratios; written to landscape.parquet. Run it again to go on after an interruption: what is on record is not
-    done again, also where `compare` put it into the same folder.
-    """
-    log_to_terminal(verbose)
-    session, folder = _opened(recipe, overrides, output, "landscape")
-    with loading():
-        from grasp_lora.bench.recording import FINAL_RATIOS, LANDSCAPE_FILE, RecordingSettings
-        from grasp_lora.bench.recording import record as run_recording
-        from grasp_lora.cli.progress import TerminalBenchProgress, print_landscape
-    with _checked_options():
-        settings = RecordingSettings(
-            FINAL_RATIOS if ratios is None else _ratios("--ratios", ratios),
-            tuple(
-                None if part == "shared" else _number(float, "--train-ratios", part, "numbers or shared")
-                for part in _parts(train_ratios)
-            ),
-            _ratios("--probe-ratios", probe_ratios),
-            every,
-            dev,
-        )
-    options = {"every": every, "ratios": ratios, "train-ratios": train_ratios, "probe-ratios": probe_ratios}
-    with shown(TerminalBenchProgress(console)) as progress:
-        landscape = run_recording(
-            session,
-            folder,
-            settings,
-            progress,
-            _command("record", recipe, options, overrides, [] if dev else ["--no-dev"]),
-        )
-    print_landscape(landscape, console)
-    say(f"landscape {folder / LANDSCAPE_FILE}")
-
-
-def _opened(recipe: str, overrides: list[str] | None, output: Path | None, kind: str) -> tuple["Session", Path]:
-    """The session of a recipe, with nothing loaded yet, and the folder of the experiment."""
-    from grasp_lora.recipes.load import load_recipe
-
-    loaded, base = load_recipe(recipe, overrides or [])
-    with loading():
-        from grasp_lora.bench.session import Session
-    return Session(loaded, base), output or Path("runs") / f"{loaded.name}-{kind}"
-
-
-def _command(name: str, recipe: str, options: dict[str, Any], overrides: list[str] | None, flags: list[str]) -> str:
-    """The command as another machine would be given it: without the places of the data and of the result."""
-    given = [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
-    given += [word for one in overrides or [] if not one.startswith("data.root=") for word in ("--set", one)]
-    return shlex.join(["grasp-lora", name, recipe, *given, *flags])
+    with shown(TerminalSweepProgress(console)) as progress, _checked_options():
+        settings = {"params": tuple(param or ()), "trials": trials, "sampler": sampler, "seed": seed}
+        folder, result = api.sweep(recipe, overrides or [], output, progress, **settings)
+    print_sweep(result, console)
+    say(f"best recipe {folder / 'best.yaml'}")
 
 
 @contextmanager

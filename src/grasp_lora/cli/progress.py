@@ -2,8 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,12 +11,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.search import SweepResult, Trial, shown
 from grasp_lora.bench.store import Record
-from grasp_lora.bench.sweep import SweepProgress
 from grasp_lora.text.display import escaped
-
-if TYPE_CHECKING:
-    from grasp_lora.bench.landscape import Landscape
 
 _TITLES = {
     "data": "read and split the data",
@@ -104,7 +100,7 @@ class TerminalProgress(Progress):
 
 
 class TerminalBenchProgress(Progress):
-    """Shows how far a comparison or a recording is, what it does, and the time left.
+    """Shows how far a comparison is, what it does, and the time left.
 
     Args:
         console: where to; a live bar only if it is a terminal.
@@ -161,7 +157,7 @@ class TerminalBenchProgress(Progress):
         self._bar.stop()
 
 
-class TerminalSweepProgress(SweepProgress):
+class TerminalSweepProgress(Progress):
     """Shows how far a sweep is, what it tries, and the time left.
 
     Args:
@@ -182,24 +178,24 @@ class TerminalSweepProgress(SweepProgress):
         )
         self._task: Any = None
 
-    def begin(self, trials: int, finished: int) -> None:
+    def begin(self, units: float, finished: float = 0.0) -> None:
         """Start the bar."""
         self._bar.start()
-        self._task = self._bar.add_task("", total=trials, completed=finished)
+        self._task = self._bar.add_task("", total=units, completed=int(finished))
 
-    def trial(self, number: int, values: Mapping[str, Any]) -> None:
+    def stage(self, name: str) -> None:
         """Say what is tried."""
-        self._bar.update(self._task, description=f"trial {number}: {shown_values(values)}")
+        self._bar.update(self._task, description=name)
 
     def record(self, record: Record, there: bool) -> None:
         """One line for each adapter to merge that was trained."""
         if not there and record.step in ("source", "target"):
             self._console.print(f"{_TITLES[record.step]:<26} {record.seconds:.1f} s", highlight=False)
 
-    def done(self, row: Mapping[str, Any]) -> None:
+    def trial(self, trial: Trial) -> None:
         """One line for each trial; move the bar."""
-        loss = "" if row["dev_loss"] is None else f"dev loss {row['dev_loss']:.4f}"
-        text = f"trial {row['trial']:<4} {row['state']:<9} {row['seconds']:7.1f} s   {loss}   {shown_values(row['values'])}"
+        loss = "" if trial.dev_loss is None else f"dev loss {trial.dev_loss:.4f}"
+        text = f"trial {trial.trial:<4} {trial.state:<9} {trial.seconds:7.1f} s   {loss}   {shown(trial.values)}"
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
         self._bar.advance(self._task)
 
@@ -221,55 +217,28 @@ def print_steps(used: Sequence[tuple[Record, bool]], console: Console) -> None:
     console.print(table)
 
 
-def print_sweep(content: Mapping[str, Any], console: Console) -> None:
+def print_sweep(result: SweepResult, console: Console) -> None:
     """Print the trials of a sweep, the best one bold, and what they cost."""
-    rows = content["trials"]
-    table = Table(
-        "trial", *(Column(key, overflow="fold") for key in rows[0]["values"]), "dev loss", "steps", "seconds", "state"
-    )
-    for row in rows:
-        loss = "-" if row["dev_loss"] is None else f"{row['dev_loss']:.4f}"
-        state = f"{row['state']}, as an earlier trial" if "repeats" in row else row["state"]
+    keys = (Column(key, overflow="fold") for key in result.trials[0].values)
+    table = Table("trial", *keys, "dev loss", "steps", "seconds", "state")
+    for trial in result.trials:
         cells = [
-            str(row["trial"]),
-            *(escaped(_short(value)) for value in row["values"].values()),
-            loss,
-            str(row["steps"]),
+            str(trial.trial),
+            *(escaped(_short(value)) for value in trial.values.values()),
+            "-" if trial.dev_loss is None else f"{trial.dev_loss:.4f}",
+            str(trial.steps),
+            f"{trial.seconds:.1f}",
+            f"{trial.state}, as an earlier trial" if trial.repeats else trial.state,
         ]
-        style = "bold" if row["trial"] == content["best"] else ""
-        table.add_row(*(Text(cell) for cell in (*cells, f"{row['seconds']:.1f}", state)), style=style)
+        table.add_row(*map(Text, cells), style="bold" if trial.trial == result.best else "")
     console.print(table)
-    cost = content["cost"]
+    cost = result.cost
     console.print(
-        f"trial {content['best']} is the best by dev loss; {cost['runs']} final runs took {cost['seconds']:.0f} s and "
-        f"{cost['work']} examples forward",
+        f"trial {result.best} is the best by dev loss; {cost.runs} final runs took {cost.seconds:.0f} s and "
+        f"{cost.work} examples forward",
         highlight=False,
         soft_wrap=True,
     )
-
-
-def print_landscape(landscape: "Landscape", console: Console) -> None:
-    """Print the mean losses of the final runs of a landscape, the lowest of each split bold."""
-    splits = {"micro_dev": "micro-dev", "dev": "dev", "test": "test"}
-    runs = landscape.finals
-    best = {split: min(runs, key=lambda run: fmean(run.losses[split])) for split in splits}
-    table = Table("prune ratio", *(f"{name} loss" for name in splits.values()), "best step", "steps")
-    for run in runs:
-        cells = [
-            Text(f"{fmean(run.losses[split]):.4f}", style="bold" if run is best[split] else "") for split in splits
-        ]
-        table.add_row(f"{run.ratio:g}", *cells, str(run.best_step), str(run.steps))
-    console.print(table)
-    console.print(
-        f"lowest dev loss at ratio {best['dev'].ratio:g}, lowest test loss at {best['test'].ratio:g}",
-        highlight=False,
-        soft_wrap=True,
-    )
-
-
-def shown_values(values: Mapping[str, Any]) -> str:
-    """The values of a trial in one line."""
-    return "  ".join(f"{key} {escaped(_short(value))}" for key, value in values.items())
 
 
 def _short(value: Any) -> str:

@@ -94,32 +94,6 @@ def least_resamples(comparisons: int, confidence: float = 0.95) -> int:
     return max(1, math.ceil(2.0 * comparisons / (1.0 - confidence) - 1e-9) - 1)
 
 
-def paired_bootstrap(
-    ours: Runs,
-    theirs: Runs,
-    *,
-    corpus_score: Callable[[Tensor], Tensor] | None = None,
-    higher_is_better: bool = True,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> PairedComparison:
-    """Compare two methods; `compare_with_baselines` with a single baseline, so without correction.
-
-    >>> paired_bootstrap([3.0, 2.0, 4.0, 3.0, 4.0, 3.0], [1.0, 2.0, 1.0, 2.0, 2.0, 0.0]).verdict
-    'better'
-    """
-    return compare_with_baselines(
-        ours,
-        {"theirs": theirs},
-        corpus_score=corpus_score,
-        higher_is_better=higher_is_better,
-        resamples=resamples,
-        confidence=confidence,
-        seed=seed,
-    )["theirs"]
-
-
 def compare_with_baselines(
     ours: Runs,
     baselines: Mapping[str, Runs],
@@ -149,6 +123,9 @@ def compare_with_baselines(
       the less strict correction: it can call a difference small enough whose interval, and so whose verdict, still says no.
 
     The interval is about other examples of this kind, not about other seeds.
+
+    >>> compare_with_baselines([3.0, 2.0, 4.0, 3.0, 4.0, 3.0], {"grid": [1.0, 2.0, 1.0, 2.0, 2.0, 0.0]})["grid"].verdict
+    'better'
 
     Args:
         ours: the method's runs; the values of a single run, or ones already averaged, may come without the outer list.

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OnDev = Callable[[int, Sequence[float]], None]
-
 
 @dataclass(frozen=True)
 class FineTuneResult:
@@ -63,11 +61,8 @@ class BestOnDev(SavedInCheckpoints):
 
     state_name = "dev"
 
-    def __init__(
-        self, dev: ProbeSet, settings: TrainingSettings, evaluate_steps: int, on_dev: OnDev | None = None
-    ) -> None:
+    def __init__(self, dev: ProbeSet, settings: TrainingSettings, evaluate_steps: int) -> None:
         self.dev = dev
-        self._on_dev = on_dev
         self.patience = settings.patience
         self.evaluate_steps = evaluate_steps
         self.best_loss = math.inf
@@ -123,8 +118,6 @@ class BestOnDev(SavedInCheckpoints):
             }
         else:
             self._bad += 1
-        if self._on_dev is not None:
-            self._on_dev(state.global_step, losses)
 
 
 class _FiniteLoss(TrainerCallback):
@@ -165,7 +158,6 @@ def finetune(
     controller: Any = None,
     report_to: Sequence[str] = (),
     on_step: Callable[[dict[str, float]], None] | None = None,
-    on_dev: OnDev | None = None,
     checkpoints: Checkpointing | None = None,
 ) -> FineTuneResult:
     """Train the model's LoRA adapter in place and leave it at its best dev loss.
@@ -182,8 +174,6 @@ def finetune(
         controller: a `GraspController`, registered with the trainer so that trackers see its rounds.
         report_to: trackers of transformers, none by default.
         on_step: called with step, steps, epoch and loss every few steps, for a progress display.
-        on_dev: called with the step and each dev example's loss after every dev evaluation, the one before training included;
-            what it raises ends the training.
         checkpoints: when to save `folder`/checkpoint-STEP; training goes on from the newest whole one that is there, which has
             to be of these same arguments, and leaves them for the caller to remove once the result is safe
             (`remove_checkpoints`). None saves and resumes nothing.
@@ -236,7 +226,7 @@ def finetune(
             controller.add_to(trainer)
         if dev:  # after the callbacks that prune, so that it measures and keeps pruned weights
             evaluate_steps = max(1, round(settings.evaluate_every * steps_per_epoch))
-            best = BestOnDev(ProbeSet(dev, pad_id), settings, evaluate_steps, on_dev)
+            best = BestOnDev(ProbeSet(dev, pad_id), settings, evaluate_steps)
             trainer.add_callback(best)
         if on_step is not None:
             trainer.add_callback(_Progress(on_step))

@@ -1,6 +1,6 @@
 """What the ratios that a comparison's methods chose are worth by dev loss: the live counterpart of replays.
 
-    python benchmarks/live_regret.py FOLDER/compare.json...
+    python benchmarks/lab/live_regret.py FOLDER/compare.json...
 
 For every method that learned or chose a ratio, with a grid in the same comparison: how much higher the dev loss of the grid's
 final runs is at that ratio (linear between its ratios, constant beyond them) than at the best of them, in percent; mean over

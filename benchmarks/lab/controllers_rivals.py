@@ -11,8 +11,8 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from landscape import Cost, Landscape
 
-from grasp_lora.bench.landscape import Cost, Landscape
 from grasp_lora.errors import GraspError
 from grasp_lora.method.policy import preset
 

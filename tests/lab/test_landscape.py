@@ -5,16 +5,18 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import landscape as landscape_module
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from landscape import SPLITS, Cost, FinalRun, Landscape, Trajectory
+from smoothing import smooth
 
-from grasp_lora.bench import landscape as landscape_module
-from grasp_lora.bench.landscape import SPLITS, Cost, FinalRun, Landscape, Trajectory
-from grasp_lora.bench.smoothing import smooth
 from grasp_lora.errors import GraspError
+
+pytestmark = pytest.mark.slow
 
 FACTS = {"name": "رسم", "probe_every": 10, "trained_examples": 80, "made_with": {"python": ["3.11"]}}
 

@@ -2,7 +2,7 @@
 
 A setting (recipe and seed) is measured once: the micro-dev loss over a grid of ratios along trainings under several committed
 ratios, and the losses after final runs at fixed ratios. From this one small parquet file every policy is replayed in
-milliseconds (`benchmarks/controllers.py`). What lies between two recorded points is interpolated linearly.
+milliseconds (`controllers.py`). What lies between two recorded points is interpolated linearly.
 """
 
 import io
@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
+from smoothing import SmoothFit, smooth
 
-from grasp_lora.bench.smoothing import SmoothFit, smooth
 from grasp_lora.errors import GraspError
 from grasp_lora.storage.files import write_whole
 from grasp_lora.text.display import one_line, quoted

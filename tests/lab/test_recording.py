@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,25 +10,28 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_tiny_workspace
+import record as recording
+from conftest import CliResult, write_tiny_workspace
+from landscape import Landscape
+from record import FINAL_RATIOS, LANDSCAPE_FILE, RecordingSettings, record
 
-from grasp_lora.bench import recording
 from grasp_lora.bench.compare import ComparisonSettings, compare
-from grasp_lora.bench.landscape import Landscape
-from grasp_lora.bench.recording import FINAL_RATIOS, LANDSCAPE_FILE, RecordingSettings, record
+from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.steps import GRID, Bench, BenchProgress
+from grasp_lora.bench.steps import GRID, Bench
 from grasp_lora.bench.store import Record
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import only_writer
+
+pytestmark = pytest.mark.slow
 
 SMALL = RecordingSettings((0.2, 0.6), (0.0, 0.4, None), (0.0, 0.4, 0.8), every=4)
 SMALL_OPTIONS = ("--ratios", "0.2,0.6", "--train-ratios", "0,0.4,shared", "--probe-ratios", "0,0.4,0.8", "--every", "4")
 TRAJECTORIES = ["trajectory 0.00", "trajectory 0.40", "trajectory shared", "trajectory shared dev"]
 
 
-class Recorder(BenchProgress):
+class Recorder(Progress):
     """Remembers which steps were done and which were on record, and the units."""
 
     def __init__(self) -> None:
@@ -35,7 +39,7 @@ class Recorder(BenchProgress):
         self.skipped: list[str] = []
         self.left = 0.0
 
-    def begin(self, units: float) -> None:
+    def begin(self, units: float, finished: float = 0.0) -> None:
         self.left = units
 
     def record(self, record: Record, there: bool) -> None:
@@ -68,12 +72,25 @@ def same(one: Landscape, other: Landscape) -> bool:
     )
 
 
+@pytest.fixture
+def command(cli, capsys) -> Callable[..., CliResult]:
+    """Give `command("tiny.yaml", ...)`, which calls the script in this process; `cli` restores the logger."""
+
+    def call(*arguments: object) -> CliResult:
+        capsys.readouterr()
+        status = recording.main([*map(str, arguments)])
+        output = capsys.readouterr()
+        return CliResult(status, output.out, output.err)
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> tuple[Path, Landscape]:
     """The folder and the content of a small recording; treat it as read-only."""
     recipe = write_tiny_workspace(tmp_path_factory.mktemp("recording") / "work", tiny_backbone_folder)
     folder = recipe.parent / "landscape"
-    return folder, record(session(recipe), folder, SMALL, command="grasp-lora record tiny.yaml")
+    return folder, record(session(recipe), folder, SMALL, command="python benchmarks/lab/record.py tiny.yaml")
 
 
 def test_a_landscape_holds_trajectories_and_final_runs(recorded):
@@ -104,7 +121,7 @@ def test_the_file_holds_what_was_recorded_and_from_what(recorded):
     assert (facts["name"], facts["seed"], facts["dtype"], facts["language"]) == ("tiny", 42, "float32", "de")
     assert facts["examples"] == {"train": 10, "micro_dev": 4, "dev": 6, "test": 8}
     assert (facts["steps"], facts["every"], facts["probe_every"], facts["trained_examples"]) == (10, 4, 3, 10)
-    assert facts["command"] == "grasp-lora record tiny.yaml"
+    assert facts["command"] == "python benchmarks/lab/record.py tiny.yaml"
     assert len(facts["made_with"]) == 1
 
 
@@ -197,19 +214,19 @@ def test_neither_rounds_nor_metrics_nor_an_open_ratio_are_needed(tiny_workspace)
     assert [one.ratio for one in landscape.finals] == [0.0, 0.2]
 
 
-def test_the_command_prints_the_final_runs(tiny_workspace, cli):
-    result = cli("record", "tiny.yaml", *SMALL_OPTIONS, "--set", f"data.root={tiny_workspace}", "--set", "seed=7")
+def test_the_command_prints_the_final_runs(tiny_workspace, command):
+    result = command("tiny.yaml", *SMALL_OPTIONS, "--set", f"data.root={tiny_workspace}", "--set", "seed=7")
     assert result.status == 0, result.err
     landscape = Landscape.load(Path("runs/tiny-landscape") / LANDSCAPE_FILE)
     words = ("--every", "4", *SMALL_OPTIONS[:-2], "--set", "seed=7")  # where the data lies is a machine's own
-    assert landscape.facts["command"] == " ".join(["grasp-lora record tiny.yaml", *words])
+    assert landscape.facts["command"] == " ".join(["python benchmarks/lab/record.py tiny.yaml", *words])
     assert all(name in result.out for name in ("trajectory of shared ratios", "final run at ratio 0.6"))
     best = min(landscape.finals, key=lambda one: sum(one.losses["dev"]))
     assert f"lowest dev loss at ratio {best.ratio:g}" in result.out
     assert f"{sum(best.losses['dev']) / 6:.4f}" in result.out
 
 
-def test_a_signal_stops_a_recording_with_status_75_and_it_goes_on(tiny_workspace, cli, monkeypatch):
+def test_a_signal_stops_a_recording_with_status_75_and_it_goes_on(tiny_workspace, command, monkeypatch):
     finetuned = Bench.finetuned
 
     def interrupted(self: Bench, *args: Any, **kwargs: Any) -> Any:
@@ -217,20 +234,20 @@ def test_a_signal_stops_a_recording_with_status_75_and_it_goes_on(tiny_workspace
         return finetuned(self, *args, **kwargs)
 
     monkeypatch.setattr(Bench, "finetuned", interrupted)
-    stopped = cli("record", "tiny.yaml", *SMALL_OPTIONS)
+    stopped = command("tiny.yaml", *SMALL_OPTIONS)
     assert stopped.status == 75
     assert stopped.err == "stopped by SIGTERM in the final run at ratio 0; run the same command again to go on\n"
     monkeypatch.setattr(Bench, "finetuned", finetuned)
-    resumed = cli("record", "tiny.yaml", *SMALL_OPTIONS)
+    resumed = command("tiny.yaml", *SMALL_OPTIONS)
     assert resumed.status == 0
     assert "trajectory 0.40" not in resumed.out
     assert "final 0.00" in resumed.out
 
 
-def test_two_recordings_never_write_into_one_folder(tiny_workspace, cli):
+def test_two_recordings_never_write_into_one_folder(tiny_workspace, command):
     (tiny_workspace / "one").mkdir()
     with only_writer(tiny_workspace / "one"):
-        result = cli("record", "tiny.yaml", *SMALL_OPTIONS, "--output", "one")
+        result = command("tiny.yaml", *SMALL_OPTIONS, "--output", "one")
     assert result.status == 2
     assert "is being written by" in result.err
 
@@ -269,8 +286,13 @@ def test_the_dev_set_is_measured_along_the_same_shared_training(recorded, tiny_w
         (("--set", "data.source=null"), "there is no source"),
     ],
 )
-def test_what_makes_no_sense_is_refused_in_one_line(refused, arguments, message):
-    refused("record", arguments, message)
+def test_what_makes_no_sense_is_refused_in_one_line(tiny_workspace, command, arguments, message):
+    result = command("tiny.yaml", *arguments)
+    assert result.status == 2
+    assert result.err.count("\n") == 1
+    assert result.err.startswith("error: ")
+    assert message in result.err
+    assert not (tiny_workspace / "runs").exists()
 
 
 @pytest.mark.parametrize("dev", [True, False])

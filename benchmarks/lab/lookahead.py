@@ -1,6 +1,6 @@
 """Which reward ranks prune ratios as the final loss does: the loss at once, or a look ahead?
 
-    python benchmarks/lookahead.py demo-ar --landscape docs/results/landscapes/demo-ar.parquet --folder FOLDER --output ahead.json
+    python benchmarks/lab/lookahead.py demo-ar --landscape FILE.parquet --folder FOLDER --output ahead.json
 
 A recorded landscape has the loss just after pruning only. Here the same training, with a ratio drawn anew for each step, is run
 once more, and at a few moments each ratio is also tried out: the adapter is pruned at it and goes on for a few optimizer steps
@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from controllers import spearman, table
 from controllers_rivals import Setting
+from landscape import Landscape
+from smoothing import smooth
+from trajectory import LossLandscape
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from grasp_lora.bench.landscape import Landscape
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.smoothing import smooth
 from grasp_lora.bench.steps import Bench
-from grasp_lora.bench.store import Records
+from grasp_lora.bench.store import STORE_FOLDER, Store
 from grasp_lora.errors import GraspError
 from grasp_lora.method.masks import Ranking, WeightKey
 from grasp_lora.models.adapters import attached, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.folder import working_in
-from grasp_lora.training.landscape import LossLandscape
 from grasp_lora.training.probes import ProbeSet
 
 RATIOS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -158,8 +158,9 @@ def look_ahead(
     size = training.batch_size * training.accumulation
     if ahead * size > len(train):
         raise GraspError(f"{ahead} steps ahead need {ahead * size} training examples; there are {len(train)}")
-    with working_in(folder, lambda: "before it began"):
-        merged = Bench(session, session, Records(folder)).merged().load()
+    with working_in(folder) as place:
+        place.begin()
+        merged = Bench(session, session, Store(folder / STORE_FOLDER)).merged().load()
         assert merged is not None
         micro_dev = ProbeSet(session.splits.micro_dev, session.pad_id)
         batches = [ProbeSet(train[size * n : size * (n + 1)], session.pad_id) for n in range(ahead)]

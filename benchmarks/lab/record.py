@@ -1,28 +1,41 @@
-"""`grasp-lora record`: the loss landscape of a recipe, from which policies are judged by replay, without a model.
+"""Record the loss landscape of a recipe, from which policies are judged by replay, without a model.
+
+    python benchmarks/lab/record.py RECIPE --set data.root=FOLDER --output FOLDER
 
 A few trainings like the controller's, each under a mask of another ratio, with the micro-dev losses at many ratios along the
 way; and final runs at many ratios, with the losses of every split. The steps are on record as those of a comparison are, and
-both share them where they use one folder.
+both share them where they use one folder. Run it again to go on after an interruption: what is on record is not done again.
 """
 
+import argparse
 import math
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+from landscape import MOST_ROWS, SPLITS, FinalRun, Landscape, Trajectory
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from trajectory import trajectory
 
-from grasp_lora.bench.experiment import check_experiment_folder
-from grasp_lora.bench.landscape import MOST_ROWS, SPLITS, FinalRun, Landscape, Trajectory
+from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.run_folder import check_place
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.steps import Bench, BenchProgress, check_list, check_ratios
-from grasp_lora.bench.store import Record, Records, environments
-from grasp_lora.errors import RecipeError
-from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
-from grasp_lora.storage.files import write_whole
-from grasp_lora.storage.folder import working_in
+from grasp_lora.bench.steps import Bench, check_list, check_ratios
+from grasp_lora.bench.store import STORE_FOLDER, Record, Store, environments
+from grasp_lora.cli.progress import TerminalBenchProgress
+from grasp_lora.cli.terminal import console, log_to_terminal, say, shown
+from grasp_lora.errors import GraspError, Interrupted, RecipeError
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.storage.folder import Workplace, working_in
 from grasp_lora.training.settings import TRAINED_AS_MEASURED, TrainingSettings
 
 LANDSCAPE_FILE = "landscape.parquet"
@@ -69,7 +82,7 @@ def record(
     session: Session,
     folder: Path,
     settings: RecordingSettings,
-    progress: BenchProgress | None = None,
+    progress: Progress | None = None,
     command: str = "",
 ) -> Landscape:
     """Do what is not on record yet, write `landscape.parquet`, and return what it holds.
@@ -88,7 +101,7 @@ def record(
     """
     recipe = session.recipe
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
-    check_experiment_folder(folder, recipe.to_yaml())
+    check_place(folder)
     # Nothing is answered and no round is held, so neither metrics nor rounds have to be there.
     bare = recipe.model_copy(update={"metrics": (), "final": replace(recipe.final, prune_ratio=0.0)})
     session = Session(bare, session.base, session.progress)
@@ -98,14 +111,15 @@ def record(
             raise RecipeError(
                 f"a landscape needs a {split} split, but data.target.{split} is 0; give it at least 1 example"
             )
-    work = _Work(session, folder, settings, progress or BenchProgress())
+    work = _Work(session, folder, settings, progress or Progress())
     if work.rows > MOST_ROWS:
         raise RecipeError(
             f"the landscape would have {work.rows} losses, of which {MOST_ROWS} are allowed; measure less often (--every is "
             f"{work.every}), at fewer --probe-ratios, or --no-dev"
         )
-    with working_in(folder, lambda: work.place):
-        write_whole(folder / RECIPE_FILE, recipe.to_yaml())
+    with working_in(folder) as place:
+        place.begin()
+        work.workplace = place
         landscape = work.execute(recipe, command)
         landscape.save(folder / LANDSCAPE_FILE)
     return landscape
@@ -126,14 +140,22 @@ class _Task:
     do: Callable[[], Any]
 
 
+class _Noting(Progress):
+    def __init__(self, note: Callable[[Record, bool], None]) -> None:
+        self._note = note
+
+    def record(self, record: Record, there: bool) -> None:
+        self._note(record, there)
+
+
 class _Work:
     """One recording that is under way."""
 
-    def __init__(self, session: Session, folder: Path, settings: RecordingSettings, progress: BenchProgress) -> None:
+    def __init__(self, session: Session, folder: Path, settings: RecordingSettings, progress: Progress) -> None:
         self.session, self.settings, self.progress = session, settings, progress
-        self.place = "before it began"
+        self.workplace = Workplace(folder)
         self._used: list[Record] = []
-        self._bench = Bench(session, session, Records(folder, self._note))
+        self._bench = Bench(session, session, Store(folder / STORE_FOLDER, _Noting(self._note)))
         self._trajectories: list[Trajectory] = []
         self._finals: list[FinalRun] = []
 
@@ -141,8 +163,8 @@ class _Work:
         tasks = self._tasks()
         self.progress.begin(sum(task.passes for task in tasks))
         for task in tasks:
-            self.place = f"in the {task.title}"
-            self.progress.task(task.title)
+            self.workplace.place = f"in the {task.title}"
+            self.progress.stage(task.title)
             task.do()
             self.progress.done(task.passes)
         return Landscape(self._facts(recipe, command), tuple(self._trajectories), tuple(self._finals))
@@ -197,7 +219,7 @@ class _Work:
 
     def _train(self, train_ratio: float | None, split: str = "micro_dev") -> None:
         ratios = sorted(self.settings.probe_ratios)
-        result = self._bench.trajectory(train_ratio, ratios, self.every, split).result
+        result = trajectory(self._bench, train_ratio, ratios, self.every, split).result
         losses = np.array(result["losses"], dtype=np.float64)
         self._trajectories.append(Trajectory(train_ratio, tuple(result["steps"]), tuple(ratios), losses, split))
 
@@ -238,3 +260,102 @@ def _title(train_ratio: float | None) -> str:
 
 def _passes(training: TrainingSettings, examples: Sequence[Any]) -> float:
     return TRAINED_AS_MEASURED * training.epochs * len(examples)
+
+
+def print_landscape(landscape: Landscape, console: Console) -> None:
+    """Print the mean losses of the final runs of a landscape, the lowest of each split bold."""
+    splits = {"micro_dev": "micro-dev", "dev": "dev", "test": "test"}
+    runs = landscape.finals
+    best = {split: min(runs, key=lambda run: fmean(run.losses[split])) for split in splits}
+    table = Table("prune ratio", *(f"{name} loss" for name in splits.values()), "best step", "steps")
+    for run in runs:
+        cells = [
+            Text(f"{fmean(run.losses[split]):.4f}", style="bold" if run is best[split] else "") for split in splits
+        ]
+        table.add_row(f"{run.ratio:g}", *cells, str(run.best_step), str(run.steps))
+    console.print(table)
+    console.print(
+        f"lowest dev loss at ratio {best['dev'].ratio:g}, lowest test loss at {best['test'].ratio:g}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def settings_of(options: argparse.Namespace) -> RecordingSettings:
+    """The settings that options of the command line ask for.
+
+    Raises:
+        ValueError: a list holds something else than numbers, or the settings refuse them.
+    """
+    return RecordingSettings(
+        FINAL_RATIOS if options.ratios is None else _ratios("--ratios", options.ratios),
+        tuple(None if part == "shared" else _ratio("--train-ratios", part) for part in _parts(options.train_ratios)),
+        _ratios("--probe-ratios", options.probe_ratios),
+        options.every,
+        options.dev,
+    )
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """The command as another machine would be given it: without the places of the data and of the result."""
+    given = [
+        word
+        for name in ("every", "ratios", "train_ratios", "probe_ratios")
+        if (value := getattr(options, name)) is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    given += [word for one in options.overrides if not one.startswith("data.root=") for word in ("--set", one)]
+    return shlex.join(
+        ["python", "benchmarks/lab/record.py", options.recipe, *given, *([] if options.dev else ["--no-dev"])]
+    )
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Record, print the final runs; 2 after a mistake, 75 after a signal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("recipe", help="a recipe file, or the name of a built-in one")
+    add("--every", type=int, help="optimizer steps between measurements; default: about eight measurements")
+    add("--ratios", help="prune ratios of the final runs, fractions; default 0.10, 0.15, ..., 0.80; always 0, too")
+    add("--train-ratios", default="0,0.4,0.7,shared", help="ratios held while training; shared draws one for each step")
+    add("--probe-ratios", default=",".join(f"{ratio:g}" for ratio in PROBE_RATIOS), help="what is measured on the way")
+    add("--no-dev", dest="dev", action="store_false", help="do not train at shared ratios once more to measure dev")
+    add("--set", action="append", default=[], dest="overrides", help="a.b=value, of the recipe")
+    add("--output", type=Path, help="default runs/NAME-landscape")
+    options = parser.parse_args(given)
+    log_to_terminal(verbose=False)
+    try:
+        settings = settings_of(options)
+        recipe, base = load_recipe(options.recipe, options.overrides)
+        folder = options.output or Path("runs") / f"{recipe.name}-landscape"
+        with shown(TerminalBenchProgress(console)) as progress:
+            landscape = record(Session(recipe, base), folder, settings, progress, command_of(options))
+    except Interrupted as stop:
+        sys.stderr.write(f"{stop}\n")
+        return 75
+    except (GraspError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    print_landscape(landscape, console)
+    say(f"landscape {folder / LANDSCAPE_FILE}")
+    return 0
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _ratios(option: str, text: str) -> tuple[float, ...]:
+    return tuple(_ratio(option, part) for part in _parts(text))
+
+
+def _ratio(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        allowed = "numbers or shared" if option == "--train-ratios" else "numbers"
+        raise ValueError(f"{option} holds {text!r}; give {allowed}, separated by commas") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

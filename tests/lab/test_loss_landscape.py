@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from trajectory import LossLandscape, shared_ratio
 from transformers import TrainerCallback, TrainerState
 
 from grasp_lora.errors import GraspError, ProbeError
@@ -20,9 +21,10 @@ from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.training import probes as probing
 from grasp_lora.training.controller import PrunedTraining
 from grasp_lora.training.finetune import finetune
-from grasp_lora.training.landscape import LossLandscape, shared_ratio
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
+
+pytestmark = pytest.mark.slow
 
 RATIOS = (0.1, 0.5, 0.9)
 STEPS = 12

@@ -9,18 +9,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import controllers as benchmark
+import controllers_rivals
 import numpy as np
 import pytest
+from landscape import Cost, FinalRun, Landscape, Trajectory
 
-from grasp_lora.bench.landscape import Cost, FinalRun, Landscape, Trajectory
 from grasp_lora.bench.steps import GRID
 from grasp_lora.errors import GraspError
 from grasp_lora.method.policy import POLICIES, GaussianPolicy, PolicySettings, Round, preset
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # its files import each other
-
-import controllers as benchmark
-import controllers_rivals
+pytestmark = pytest.mark.slow
 
 BEST = 0.5
 RATIOS = tuple(number / 20 for number in range(17))

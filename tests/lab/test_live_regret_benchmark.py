@@ -2,13 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import live_regret
+import pytest
+
+pytestmark = pytest.mark.slow
 
 
 def content(**changes):

@@ -1,9 +1,9 @@
 """Judge controllers on recorded landscapes: which prune ratio each would have chosen, what it is worth and what it cost.
 
-    python benchmarks/controllers.py FOLDER/landscape.parquet... --seeds 200 --output controllers.json
-    python benchmarks/controllers.py FOLDER/landscape.parquet... --signals
+    python benchmarks/lab/controllers.py FOLDER/landscape.parquet... --seeds 200 --output controllers.json
+    python benchmarks/lab/controllers.py FOLDER/landscape.parquet... --signals
 
-Landscapes come from `grasp-lora record`. No model is loaded: policies are replayed on the recorded losses, and so are the
+Landscapes come from `record.py`. No model is loaded: policies are replayed on the recorded losses, and so are the
 rivals that choose among final runs. Tables go to standard output as Markdown. With --signals, another question: which
 signal, at which moment of training, ranks ratios as the final loss does? What the figures mean and where a replay can mislead:
 docs/controllers.md.
@@ -38,9 +38,9 @@ from controllers_rivals import (
     total,
     tpe_trials,
 )
+from landscape import Cost, Floats, Landscape
+from smoothing import smooth
 
-from grasp_lora.bench.landscape import Cost, Floats, Landscape
-from grasp_lora.bench.smoothing import smooth
 from grasp_lora.errors import GraspError
 from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.policy import (
@@ -444,7 +444,7 @@ def signal_tables(found: dict[str, Any]) -> str:
 
 
 def name_of(file: Path) -> str:
-    """The file's own name, or that of its folder if it is called as `grasp-lora record` calls all of them."""
+    """The file's own name, or that of its folder if it is called as `record.py` calls all of them."""
     return file.resolve().parent.name if file.stem == "landscape" else file.stem
 
 

@@ -1,21 +1,19 @@
 """Looking ahead leaves no trace in the training, and what it promises to first order is what small steps do."""
 
-import sys
 from pathlib import Path
 
+import lookahead
 import numpy as np
 import pytest
+from controllers_rivals import Setting
+from landscape import Landscape
+from record import LANDSCAPE_FILE, RecordingSettings, record
 
-from grasp_lora.bench.landscape import Landscape
-from grasp_lora.bench.recording import LANDSCAPE_FILE, RecordingSettings, record
 from grasp_lora.bench.session import Session
 from grasp_lora.errors import GraspError
 from grasp_lora.recipes.load import load_recipe
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))  # its files import each other
-
-import lookahead
-from controllers_rivals import Setting
+pytestmark = pytest.mark.slow
 
 RATIOS = (0.0, 0.2, 0.4, 0.6)
 EVERY = 5

@@ -3,18 +3,27 @@
 Not a method but its test bench: from recorded landscapes every policy can be replayed without a model.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from grasp_lora.bench.session import hash_of
+from grasp_lora.bench.steps import Bench
+from grasp_lora.bench.store import Record
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSettings, Ranking, WeightKey
 from grasp_lora.method.policy import shared_ratio
+from grasp_lora.models.adapters import attached, segments_of
 from grasp_lora.training.controller import PrunedTraining
 from grasp_lora.training.probes import ProbeSet, calibrate
+
+REVISION = 1  # part of what a trajectory is found by: raise it when a change of the code changes its losses
 
 
 class LossLandscape(PrunedTraining):
@@ -112,3 +121,58 @@ class LossLandscape(PrunedTraining):
                 raise ProbeError(f"prune ratio {ratio:.4f} after {step} steps: {error}") from error
         self.steps.append(step)
         self.losses.append(losses)
+
+
+def trajectory(
+    bench: Bench, train_ratio: float | None, ratios: Sequence[float], every: int, split: str = "micro_dev"
+) -> Record:
+    """The losses of a split at many prune ratios, again and again during a training run like the controller's; on record.
+
+    Args:
+        bench: of the recipe.
+        train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step (`shared_ratio`).
+        ratios: what is measured, fractions in [0, 1].
+        every: optimizer steps between measurements, >= 1.
+        split: `micro_dev` or `dev`; scores that need inputs or gradients are calibrated on it, too.
+
+    Returns:
+        Record with `steps` and `losses` of a `LossLandscape`.
+    """
+    recipe, session, merged = bench.recipe, bench.session, bench.merged()
+    training, train, examples = recipe.controller.training, session.splits.train, getattr(session.splits, split)
+    settings = {
+        "backbone": session.backbone.fingerprint,
+        "dtype": str(session.backbone.model.dtype),
+        "seed": recipe.seed,
+        "data": hash_of(session.splits, ("train", split)),
+        "revision": REVISION,
+        "start": merged.key,
+        "training": asdict(training),
+        "mask": asdict(recipe.mask),
+        "dropout": recipe.lora.dropout,
+        "train_ratio": train_ratio,
+        "ratios": list(ratios),
+        "every": every,
+    }
+
+    def work(key: str, folder: Path) -> dict[str, Any]:
+        weights = merged.load()
+        assert weights is not None, "a merge has weights"
+        landscape = LossLandscape(
+            ProbeSet(examples, session.pad_id), ratios, every, train_ratio, recipe.mask, segments_of(weights)
+        )
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            attached(session.backbone.model, weights, dropout=recipe.lora.dropout) as model,
+        ):
+            session.finetune(model, train, (), training, "controller", Path(scratch), callbacks=[landscape])
+        return {
+            "steps": landscape.steps,
+            "losses": landscape.losses,
+            "trained_examples": round(training.epochs * len(train)),
+            "measured_examples": len(landscape.steps) * len(ratios) * len(examples),
+        }
+
+    name = "shared" if train_ratio is None else f"{train_ratio:.2f}"
+    name += "" if split == "micro_dev" else f" {split}"
+    return bench.store.get(f"trajectory {name}", settings, work)

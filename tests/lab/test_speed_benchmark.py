@@ -1,7 +1,6 @@
 """The speed benchmark on a tiny model, by a clock that counts forward passes: every ratio can be worked out by hand."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,18 +8,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import speed
+import speed_figures
+import speed_lab
 import torch
 
 from grasp_lora.errors import GraspError
 from grasp_lora.method.policy import preset
 from grasp_lora.recipes.load import load_recipe
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))  # its files import each other, as they do when the benchmark is run
+pytestmark = pytest.mark.slow
 
-import speed  # noqa: E402
-import speed_figures  # noqa: E402
-import speed_lab  # noqa: E402
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 MICRO_DEV, PROBE_EVERY, CANDIDATES = 4, 3, 3  # of tiny.yaml and the policy below
 A_ROUND = (CANDIDATES + 1) * MICRO_DEV

@@ -1,0 +1,371 @@
+"""`grasp-lora sweep`: Optuna over any keys of the recipe, what one would do to choose a prune ratio without a controller.
+
+A trial is the final run of the recipe with the trial's values, judged by its dev loss; the test split is never looked at. Its
+work is a step on record, so what trials share is done once. `sweep.json` holds the finished trials: before each trial Optuna is
+told of them, and its sampler takes a seed of the trial's own. So a sweep that was killed goes on to the same trials.
+"""
+
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.run_folder import SWEEP_FOLDER, check_place
+from grasp_lora.bench.search_space import SAMPLERS, Parameter, propose, search_space, trial_recipe
+from grasp_lora.bench.session import Session, hash_of
+from grasp_lora.bench.steps import Bench
+from grasp_lora.bench.store import STORE_FOLDER, Store
+from grasp_lora.data.places import resolve_file
+from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.models.backbone import EMBEDDED_NAME
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.storage.checkpoints import Checkpointing
+from grasp_lora.storage.files import write_json, write_whole
+from grasp_lora.storage.folder import Workplace, working_in
+from grasp_lora.text.display import escaped
+
+TRIALS = 20
+BEST_FILE = "best.yaml"
+SWEEP_FILE = "sweep.json"
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """What is tried.
+
+    Args:
+        params: keys of the recipe with their ranges; see `search_space`.
+        trials: how many are to be finished in the end, those of earlier calls included.
+        sampler: `tpe` (Optuna's tree-structured Parzen estimator) or `random`.
+        seed: of the sampler; None takes the recipe's.
+
+    Raises:
+        ValueError: an unknown sampler, or a number out of range.
+    """
+
+    params: tuple[str, ...]
+    trials: int = TRIALS
+    sampler: str = "tpe"
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler == "grid":
+            raise ValueError(
+                "sampler is 'grid', which is gone; use --sampler random with --param key=low..high/n (values that come again "
+                "cost nothing), or for prune ratios the methods grid of grasp-lora compare"
+            )
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {self.sampler!r}; allowed: {', '.join(SAMPLERS)}")
+        if self.trials < 1:
+            raise ValueError(f"trials is {self.trials}; it must be at least 1")
+        if self.seed is not None and self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished trial.
+
+    Args:
+        trial: its number, from 1.
+        values: by dotted key of the recipe.
+        state: `complete`, or `failed`: the training diverged, or these values do not go together.
+        dev_loss: of the adapter that the run keeps; None if it failed.
+        steps, best_step: optimizer steps taken, and that of the kept adapter.
+        seconds, work: wall time and forward passes of the final run; 0 where the values came before.
+        adapter: key of the final run's step.
+        repeats: whether an earlier trial had the same values.
+        error: why it failed.
+    """
+
+    trial: int
+    values: Mapping[str, Any]
+    state: str = "complete"
+    dev_loss: float | None = None
+    steps: int = 0
+    best_step: int | None = None
+    seconds: float = 0.0
+    work: int = 0
+    adapter: str | None = None
+    repeats: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What must not change while a sweep goes on, since its trials are compared with each other."""
+
+    recipe: str
+    params: list[str]
+    sampler: str
+    seed: int
+    backbone: str
+    dtype: str
+    data: str
+    adapters: dict[str, str]  # those that are given
+
+
+@dataclass(frozen=True)
+class SweepCost:
+    """Seconds and forward passes of the final runs, without and with the adapters that they merge."""
+
+    runs: int
+    seconds: float
+    seconds_with_parents: float
+    work: int
+    work_with_parents: int
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep as `sweep.json` holds it.
+
+    Args:
+        name, backbone_name, language, dev_examples: of the recipe.
+        identity: of the sweep.
+        trials: in their order.
+        parents: key -> seconds and forward passes of each adapter to merge that was trained.
+        best: number of the trial with the lowest dev loss; None if all failed.
+        cost: of everything.
+    """
+
+    name: str
+    backbone_name: str
+    language: str
+    dev_examples: int
+    identity: Identity
+    trials: list[Trial]
+    parents: dict[str, tuple[float, int]]
+    best: int | None
+    cost: SweepCost
+
+
+def sweep(session: Session, folder: Path, settings: SweepSettings, progress: Progress | None = None) -> SweepResult:
+    """Run the trials that are not finished yet, write `sweep.json` and `best.yaml`, and return the content of the former.
+
+    Args:
+        session: of the recipe, with nothing loaded yet; an unset prune ratio counts as 0.
+        folder: of the experiment; the sweep writes into its folder sweep and shares its store.
+        settings: parameters, sampler and the rest.
+        progress: told how far the work is.
+
+    Raises:
+        GraspError: Optuna is missing; the recipe, the data, an adapter or a parameter does not fit; the folder holds another
+            sweep, cannot be written, or another process writes there; no trial could be finished. What is finished stays.
+        Interrupted: SIGTERM or SIGINT came.
+    """
+    if importlib.util.find_spec("optuna") is None:
+        raise RecipeError("a sweep needs optuna, which is not installed: pip install 'grasp-lora[sweep]'")
+    check_place(folder)
+    given = session.recipe
+    # Trials are not scored, so that no metric has to be there.
+    recipe = trial_recipe(given.model_copy(update={"metrics": ()}), {})
+    parameters = search_space(settings.params, recipe)
+    with working_in(folder) as place:
+        session = Session(recipe, session.base, session.progress)
+        session.prepare()
+        if not session.splits.dev:
+            raise RecipeError("a sweep needs a dev split, but data.target.dev is 0; give it at least 1 example")
+        session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
+        place.begin()
+        result = _Search(session, place, settings, parameters, progress or Progress()).run()
+        if result.best is None:
+            raise RecipeError(
+                f"none of the {len(result.trials)} trials could be finished; the first says: {result.trials[0].error}"
+            )
+        best = result.trials[result.best - 1]
+        tuned = trial_recipe(recipe.model_copy(update={"metrics": given.metrics}), best.values)
+        write_whole(folder / SWEEP_FOLDER / BEST_FILE, relocated(tuned, session.base, folder / SWEEP_FOLDER))
+    return result
+
+
+class _Search:
+    """One sweep that is under way."""
+
+    def __init__(
+        self,
+        session: Session,
+        place: Workplace,
+        settings: SweepSettings,
+        parameters: Sequence[Parameter],
+        progress: Progress,
+    ) -> None:
+        self._place = place
+        self._session, self._settings, self._parameters, self._progress = session, settings, parameters, progress
+        self._file = place.folder / SWEEP_FOLDER / SWEEP_FILE
+        self._store = Store(place.folder / STORE_FOLDER, progress, place.interruption)
+        self._identity = _identity(session, settings)
+        self._trials: list[Trial] = []
+        self._parents: dict[str, tuple[float, int]] = {}
+
+    def run(self) -> SweepResult:
+        """Finish trials until there are as many as asked for; `sweep.json` is written after each."""
+        self._remember()
+        done, wanted = len(self._trials), self._settings.trials
+        self._progress.begin(max(wanted, done), done)
+        for number in range(done + 1, wanted + 1):
+            self._place.place = f"in trial {number} of {wanted}"
+            values = self._proposed()
+            self._progress.stage(f"trial {number}: {shown(values)}")
+            self._trials.append(self._tried(number, values))
+            write_json(self._file, asdict(self._result()))
+            self._progress.trial(self._trials[-1])
+            self._progress.done(1)
+        return self._result()
+
+    def _remember(self) -> None:
+        """Take up the trials that are in the folder."""
+        if not self._file.exists():
+            return
+        try:
+            before = TypeAdapter(SweepResult).validate_json(self._file.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise self._unreadable() from error
+        told, asked = asdict(before.identity), asdict(self._identity)
+        if changed := [name for name, value in asked.items() if told[name] != value]:
+            raise RecipeError(
+                f"{escaped(str(self._file.parent))} holds a sweep with other {', '.join(changed)}; give those, or another "
+                "folder with --output"
+            )
+        self._trials, self._parents = before.trials, before.parents
+
+    def _proposed(self) -> dict[str, Any]:
+        """The values of the next trial; the sampler's seed is that of the trial's number."""
+        seeds = self._session.recipe.model_copy(update={"seed": self._identity.seed})
+        told = [(trial.values, trial.dev_loss) for trial in self._trials]
+        try:
+            return propose(self._parameters, told, self._settings.sampler, seeds.seed_of(f"sweep {len(told)}"))
+        except ValueError as error:
+            raise self._unreadable() from error
+
+    def _tried(self, number: int, values: dict[str, Any]) -> Trial:
+        """Do what a trial asks for; values that came before end as they did, at no cost."""
+        for earlier in self._trials:
+            if json.dumps(earlier.values) == json.dumps(values):
+                return replace(earlier, trial=number, seconds=0.0, work=0, repeats=True)
+        started = time.perf_counter()
+        try:
+            session = self._session.variant(trial_recipe(self._session.recipe, values))
+            session.prepare()
+        except GraspError as error:  # each value is allowed, but not all of them together
+            return Trial(number, values, "failed", error=str(error))
+        bench = Bench(session, session, self._store)
+        try:
+            merged = bench.merged()
+            self._parents |= {one.key: (one.seconds, one.work) for one in merged.records}
+            started = time.perf_counter()
+            adapter = bench.finetuned(merged, session.recipe.final.prune_ratio or 0.0)
+        except RecipeError:  # a record is damaged: no fault of the values
+            raise
+        except GraspError as error:  # the training diverged, or these adapters do not go together
+            seconds = round(time.perf_counter() - started, 3)
+            return Trial(number, values, "failed", seconds=seconds, error=str(error))
+        record = adapter.records[-1]
+        return Trial(
+            number,
+            values,
+            dev_loss=record.result["dev_loss"],
+            steps=record.result["steps"],
+            best_step=record.result["best_step"],
+            seconds=record.seconds,
+            work=record.work,
+            adapter=adapter.key,
+        )
+
+    def _result(self) -> SweepResult:
+        session, trials = self._session, self._trials
+        complete = [(trial.dev_loss, trial.trial) for trial in trials if trial.dev_loss is not None]
+        seconds, work = sum(trial.seconds for trial in trials), sum(trial.work for trial in trials)
+        cost = SweepCost(
+            runs=sum(trial.dev_loss is not None and not trial.repeats for trial in trials),
+            seconds=seconds,
+            seconds_with_parents=seconds + sum(one[0] for one in self._parents.values()),
+            work=work,
+            work_with_parents=work + sum(one[1] for one in self._parents.values()),
+        )
+        return SweepResult(
+            session.recipe.name,
+            session.backbone.name,
+            session.language,
+            len(session.splits.dev),
+            self._identity,
+            list(trials),
+            dict(self._parents),
+            min(complete)[1] if complete else None,
+            cost,
+        )
+
+    def _unreadable(self) -> RecipeError:
+        return RecipeError(
+            f"{escaped(str(self._file))} cannot be read as a sweep of these parameters: it was changed, or is of another "
+            "version; remove it to begin the sweep anew (finished runs stay on record)"
+        )
+
+
+def relocated(recipe: Recipe, base: Path, folder: Path) -> str:
+    """Return a recipe as YAML that can be read from another folder: relative paths that start from `base` start from there.
+
+    Args:
+        recipe: all defaults are filled in.
+        base: folder that its relative paths start from.
+        folder: where the text will stand.
+    """
+
+    def moved(name: str) -> str:
+        return Path(os.path.relpath(base.resolve() / name, folder.resolve())).as_posix()
+
+    def folder_moved(name: str) -> str:
+        return moved(name) if not Path(name).is_absolute() and (base / name).is_dir() else name
+
+    content = recipe.model_dump(mode="json")
+    data, root = content["data"], recipe.data.root
+    for corpus in filter(None, (data["source"], data["target"])):
+        for key in [key for key in corpus if key.endswith("files")]:
+            found = {name: resolve_file(name, root, base) for name in corpus[key]}
+            corpus[key] = [
+                moved(name) if file == base / name and not Path(name).is_absolute() else name
+                for name, file in found.items()
+            ]
+    if root is not None:
+        data["root"] = folder_moved(root)
+    if recipe.backbone.name != EMBEDDED_NAME:
+        content["backbone"]["name"] = folder_moved(recipe.backbone.name)
+    content["source"]["adapters"] = [folder_moved(place) for place in recipe.source.adapters]
+    if recipe.target.adapter is not None:
+        content["target"]["adapter"] = folder_moved(recipe.target.adapter)
+    models = content["bertscore"]["models"]
+    content["bertscore"]["models"] = {language: folder_moved(model) for language, model in models.items()}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _identity(session: Session, settings: SweepSettings) -> Identity:
+    recipe, backbone = session.recipe, session.backbone
+    return Identity(
+        recipe.fingerprint(),
+        list(settings.params),
+        settings.sampler,
+        recipe.seed if settings.seed is None else settings.seed,
+        backbone.fingerprint,
+        str(backbone.model.dtype),
+        hash_of(session.splits),
+        {place: adapter.identity for place, adapter in session.existing_adapters.items()},
+    )
+
+
+def shown(values: Mapping[str, Any]) -> str:
+    """The values of a trial in one line."""
+    return "  ".join(f"{key} {escaped(_short(value))}" for key, value in values.items())
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
