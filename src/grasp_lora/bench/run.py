@@ -24,7 +24,7 @@ from grasp_lora.bench.session import Evaluation, Progress, Session, hash_of, rat
 from grasp_lora.data.build import SPLITS, Example
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.models.adapters import read_adapter
+from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
 from grasp_lora.recipes.text import parse
 from grasp_lora.report.pages import write_model_card, write_report
@@ -33,7 +33,7 @@ from grasp_lora.storage.checkpoints import Checkpointing, newest_checkpoint, rem
 from grasp_lora.storage.files import clear_write_errors, sync, vanished, write_json, write_jsonl, write_whole
 from grasp_lora.storage.folder import LOCK_FILE, make_folder, only_writer
 from grasp_lora.storage.interruption import Interruption
-from grasp_lora.storage.processes import first, is_first, join, together, world_size
+from grasp_lora.storage.processes import is_first, join, on_every_process, on_first_process, world_size
 from grasp_lora.training.settings import TrainingSettings
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Run:
         """
         with self._interruption.handled(), clear_write_errors(self.folder), ExitStack() as lock:
             join(self.recipe.backbone.device)
-            if not first(lambda: all(self._marker(stage).is_file() for stage in self.stages)):
+            if not on_first_process(lambda: all(self._marker(stage).is_file() for stage in self.stages)):
                 self._prepare(lock)
             elif is_first() and (self.folder / LOCK_FILE).is_file():
                 # A kill came when all was done: the file goes with the lock, unless someone lives who holds it.
@@ -109,7 +109,7 @@ class Run:
         return tuple(stage for stage in STAGES if learns or stage != "controller")
 
     def _data(self) -> dict[str, Any]:
-        return first(self._write_data)
+        return on_first_process(self._write_data)
 
     def _write_data(self) -> dict[str, Any]:
         splits = self.session.splits
@@ -136,11 +136,11 @@ class Run:
     ) -> dict[str, Any]:
         """Train a fresh adapter into the folder of its name."""
         weights, result = self.session.train_adapter(part, train, dev, training, self.folder / part)
-        first(lambda: self._save(part, weights))
+        on_first_process(lambda: self._save(part, weights))
         return {"steps": result.steps, "best_step": result.best_step, "dev_loss": result.dev_loss}
 
     def _merge(self) -> dict[str, Any]:
-        return first(self._write_merged)
+        return on_first_process(self._write_merged)
 
     def _write_merged(self) -> dict[str, Any]:
         parents = self._parents()
@@ -159,7 +159,7 @@ class Run:
             if single:
                 self._save(CONTROLLED, learned.adapter)
 
-        first(write)
+        on_first_process(write)
         return {
             "prune_ratio": estimate.ratio,
             "low": estimate.low,
@@ -178,7 +178,7 @@ class Run:
             write_json(folder / "sparsity.json", rows)
             self._save("adapter", weights)
 
-        first(write)
+        on_first_process(write)
         pruned = 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)
         return {
             "prune_ratio": ratio,
@@ -193,13 +193,13 @@ class Run:
         evaluations = {}
         for name, weights in systems.items():
             found = evaluations[name] = self.session.evaluate(weights)
-            first(partial(self._write_predictions, name, found))
-        first(partial(self._write_metrics, evaluations))
+            on_first_process(partial(self._write_predictions, name, found))
+        on_first_process(partial(self._write_metrics, evaluations))
         grasp = evaluations["grasp"]
         return {"test_loss": grasp.test_loss, **{name: entry.value for name, entry in grasp.scores.items()}}
 
     def _report(self) -> dict[str, Any]:
-        return first(self._write_report)
+        return on_first_process(self._write_report)
 
     def _write_report(self) -> dict[str, Any]:
         self._write_costs()
@@ -280,15 +280,15 @@ class Run:
     def _stage(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
         self._interruption.stop_if_asked()
         self._place = f"in the stage {name}"
-        if done := first(partial(self._done_before, name)):
+        if done := on_first_process(partial(self._done_before, name)):
             self.progress.finished(name, done["seconds"], done["summary"], skipped=True)
             return
         self.progress.stage(name)
-        started = time.perf_counter() - first(partial(self._begin_stage, name))
+        started = time.perf_counter() - on_first_process(partial(self._begin_stage, name))
         with self._interruption.deferred() if name in TRAINED else nullcontext():
             summary = work()
             seconds = time.perf_counter() - started
-            first(partial(self._complete, name, seconds, summary))
+            on_first_process(partial(self._complete, name, seconds, summary))
             self.progress.finished(name, seconds, summary, skipped=False)
 
     def _done_before(self, stage: str) -> dict[str, Any] | None:
@@ -360,15 +360,15 @@ class Run:
     def _prepare(self, lock: ExitStack) -> None:
         """Become the folder's only writer, load and check everything, and begin."""
         self._place = "before its first stage"
-        existing = first(self.folder.is_dir)
+        existing = on_first_process(self.folder.is_dir)
         if existing:
-            first(partial(self._lock, lock))
+            on_first_process(partial(self._lock, lock))
         self.progress.preparing()
-        together(self.session.prepare)
+        on_every_process(self.session.prepare)
         if not existing:
-            first(partial(self._make_folder, lock))
-        first(self._begin)
-        together(self._check_sight)
+            on_first_process(partial(self._make_folder, lock))
+        on_first_process(self._begin)
+        on_every_process(self._check_sight)
 
     def _check_sight(self) -> None:
         if not (self.folder / RUN_FILE).is_file():

@@ -22,7 +22,8 @@ from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import ESTIMATE_RULES, POLICIES, PolicySettings, Round
-from grasp_lora.models.adapters import LoadedAdapter, attached, read_adapter, segments_of
+from grasp_lora.models.adapters import attached, segments_of
+from grasp_lora.models.reading import LoadedAdapter, read_adapter
 from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage
 from grasp_lora.storage.files import sync, write_jsonl
 from grasp_lora.training.probes import ProbeSet

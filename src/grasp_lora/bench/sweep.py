@@ -20,7 +20,7 @@ from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.store import Record
 from grasp_lora.data.places import resolve_file
 from grasp_lora.errors import RecipeError
-from grasp_lora.models.backbone import EMBEDDED_NAME
+from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.folder import working_in
