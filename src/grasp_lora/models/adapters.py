@@ -1,7 +1,4 @@
-"""Between PEFT and plain factors: check that adapters fit, put them on a backbone, save them as ordinary PEFT.
-
-Reading them is the work of `adapter_files`, whose public names are offered here, too.
-"""
+"""Between PEFT and plain factors: check that adapters fit, put them on a backbone, save them as ordinary PEFT."""
 
 import json
 import logging
@@ -9,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,38 +16,13 @@ from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.backbone import is_quantised
-from grasp_lora.models.reading import (
-    OUR_FILE,
-    PREFIX,
-    WEIGHTS_FILE,
-    LoadedAdapter,
-    read_adapter,
-)
+from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.text.display import quoted
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
-
-__all__ = [
-    "ADAPTER_NAME",
-    "CONFIG_FILE",
-    "OUR_FILE",
-    "WEIGHTS_FILE",
-    "LoadedAdapter",
-    "adapter_weights",
-    "attached",
-    "check_fits",
-    "check_target_modules",
-    "config_of",
-    "fresh_adapter",
-    "live_pairs",
-    "lora_layers",
-    "read_adapter",
-    "save_adapter",
-    "segments_of",
-]
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +40,7 @@ def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_nam
     """
     _check_shapes(model, adapter.weights, f"adapter {adapter.name}", f"backbone {backbone_name}")
     _check_targets(model, adapter)
-    stated = adapter.info.get("backbone_fingerprint")
+    stated = adapter.info.backbone_fingerprint
     if stated is not None and stated != fingerprint:
         raise AdapterError(
             f"adapter {adapter.name} was trained on a backbone with fingerprint {stated}, but {backbone_name} has "
@@ -104,14 +77,8 @@ def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -
         task_type="CAUSAL_LM",
         fan_in_fan_out=_transposed(model, settings.target_modules),
     )
-    # PEFT draws on the CPU and moves the factors afterwards; torch.manual_seed would also seed every GPU.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        peft_model = _inject(model, config)
-    try:
+    with _injected(model, config, seed) as peft_model:
         yield peft_model
-    finally:
-        _remove(peft_model)
 
 
 @contextmanager
@@ -123,15 +90,12 @@ def attached(model: "PreTrainedModel", weights: AdapterWeights, *, dropout: floa
     """
     check_target_modules(model, tuple(weights))
     _check_shapes(model, weights, "the adapter", "the backbone")
-    peft_model = _inject(model, config_of(weights, model, dropout))
-    try:
+    with _injected(model, config_of(weights, model, dropout)) as peft_model:
         with torch.no_grad():
             for name, pair in live_pairs(peft_model).items():
                 pair.A.copy_(weights[name].A)
                 pair.B.copy_(weights[name].B)
         yield peft_model
-    finally:
-        _remove(peft_model)
 
 
 def config_of(weights: AdapterWeights, model: "PreTrainedModel", dropout: float = 0.0) -> "LoraConfig":
@@ -166,25 +130,19 @@ def live_pairs(
     Raises:
         AdapterError: the model has no LoRA layer of that name.
     """
+    origins = segments or {}
     pairs = {
         name: LoraPair(
-            layer.lora_A[adapter].weight,
-            layer.lora_B[adapter].weight,
-            layer.scaling[adapter],
-            (segments or {}).get(name, ()),
+            one.lora_A[adapter].weight, one.lora_B[adapter].weight, one.scaling[adapter], origins.get(name, ())
         )
-        for name, layer in lora_layers(model, adapter).items()
+        for name, one in lora_layers(model, adapter).items()
     }
     if not pairs:
-        others = sorted(getattr(model, "peft_config", {}))
-        raise AdapterError(
-            f"the model has no LoRA adapter named {adapter!r}; "
-            + (
-                f"it has {', '.join(others)}: load yours without adapter_name"
-                if others
-                else "put one on it with peft.get_peft_model"
-            )
+        others = ", ".join(sorted(getattr(model, "peft_config", {})))
+        fix = (
+            f"it has {others}: load yours without adapter_name" if others else "put one on it with peft.get_peft_model"
         )
+        raise AdapterError(f"the model has no LoRA adapter named {adapter!r}; {fix}")
     return pairs
 
 
@@ -192,17 +150,11 @@ def adapter_weights(
     model: torch.nn.Module, segments: Mapping[str, tuple[Segment, ...]] | None = None
 ) -> AdapterWeights:
     """Return a copy of a PEFT model's adapter, in float32 on the CPU."""
-    return AdapterWeights(
-        {
-            name: LoraPair(
-                pair.A.detach().float().cpu().clone(),
-                pair.B.detach().float().cpu().clone(),
-                pair.scaling,
-                pair.segments,
-            )
-            for name, pair in live_pairs(model, segments).items()
-        }
-    )
+    pairs = {}
+    for name, pair in live_pairs(model, segments).items():
+        A, B = (factor.detach().float().cpu().clone() for factor in (pair.A, pair.B))
+        pairs[name] = LoraPair(A, B, pair.scaling, pair.segments)
+    return AdapterWeights(pairs)
 
 
 def segments_of(weights: AdapterWeights) -> dict[str, tuple[Segment, ...]]:
@@ -218,7 +170,7 @@ def save_adapter(
     backbone_name: str,
     fingerprint: str,
     dropout: float,
-    answers: Mapping[str, Any] | None = None,
+    answers: Answers | None = None,
 ) -> None:
     """Write weights as an ordinary PEFT adapter folder, with our own facts in a file beside it.
 
@@ -229,7 +181,7 @@ def save_adapter(
         backbone_name: public name of the backbone, never a path of a cache.
         fingerprint: of the backbone, checked when the adapter is read again.
         dropout: kept in the config, so that training may go on.
-        answers: how it is asked and answers, for `grasp-lora predict`: `stop`, `max_new_tokens`, `chat_template`.
+        answers: how it is asked and answers, for `grasp-lora predict`.
     """
     from safetensors.torch import save_file
 
@@ -243,40 +195,30 @@ def save_adapter(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    info: dict[str, Any] = {
-        "backbone": backbone_name,
-        "backbone_fingerprint": fingerprint,
-        "segments": {
-            name: [[segment.name, segment.rank] for segment in pair.segments]
-            for name, pair in weights.items()
-            if pair.segments
-        },
-    }
-    if is_quantised(model.config):
-        info["backbone_quantised"] = True
-    if answers is not None:
-        info["answers"] = dict(answers)
-    (folder / OUR_FILE).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    info = AdapterInfo(
+        backbone_name,
+        fingerprint,
+        is_quantised(model.config),
+        {name: tuple((one.name, one.rank) for one in pair.segments) for name, pair in weights.items() if pair.segments},
+        answers,
+    )
+    (folder / OUR_FILE).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
 
 
 def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str, backbone: str) -> None:
     modules = dict(model.named_modules())
     for name, pair in weights.items():
-        if name not in modules:
-            raise AdapterError(
-                f"{adapter} changes {name}, which {backbone} does not have; use an adapter of this backbone"
-            )
-        shape = _linear_shape(modules[name])
-        if shape is None:
-            raise AdapterError(
-                f"{adapter} changes {name}, which is a {type(modules[name]).__name__} in {backbone}, no linear layer; "
-                "use an adapter of this backbone"
-            )
-        if shape != pair.shape:
-            raise AdapterError(
-                f"{adapter} fits a {name} of shape {pair.shape} (d_out, d_in), but {backbone} has {shape}; "
-                "use an adapter of this backbone"
-            )
+        module = modules.get(name)
+        shape = None if module is None else _linear_shape(module)
+        if shape == pair.shape:
+            continue
+        if module is None:
+            problem = f"changes {name}, which {backbone} does not have"
+        elif shape is None:
+            problem = f"changes {name}, which is a {type(module).__name__} in {backbone}, no linear layer"
+        else:
+            problem = f"fits a {name} of shape {pair.shape} (d_out, d_in), but {backbone} has {shape}"
+        raise AdapterError(f"{adapter} {problem}; use an adapter of this backbone")
 
 
 def _check_targets(model: torch.nn.Module, adapter: LoadedAdapter) -> None:
@@ -289,8 +231,7 @@ def _check_targets(model: torch.nn.Module, adapter: LoadedAdapter) -> None:
                 f"adapter {adapter.name} holds weights of {name}, which target_modules of its {CONFIG_FILE} does not name; "
                 "PEFT would leave them out: add it there, or save the adapter again"
             )
-    linear = [name for name, module in model.named_modules() if _linear_shape(module) is not None]
-    absent = [name for name in linear if _is_named(name, adapter.targets) and name not in adapter.weights]
+    absent = [name for name in _linear(model) if _is_named(name, adapter.targets) and name not in adapter.weights]
     if absent:
         log.warning(
             "adapter %s names %d modules of the backbone for which it has no weights, first %s; they stay unchanged, as in PEFT",
@@ -300,59 +241,17 @@ def _check_targets(model: torch.nn.Module, adapter: LoadedAdapter) -> None:
         )
 
 
-def _is_named(module: str, targets: tuple[str, ...]) -> bool:
-    """Whether PEFT takes a module for one of the targets: by its full name or an ending of it."""
-    return any(module == target or module.endswith(f".{target}") for target in targets)
-
-
 def check_target_modules(model: torch.nn.Module, target_modules: tuple[str, ...]) -> None:
     """Check that every target names a linear module of the backbone.
 
     Raises:
         AdapterError: one does not; the message lists those that exist.
     """
-    linear = [name for name, module in model.named_modules() if _linear_shape(module) is not None]
+    linear = _linear(model)
     for target in target_modules:
         if not any(_is_named(name, (target,)) for name in linear):
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise AdapterError(f"the backbone has no linear module {target!r}; it has: {known}")
-
-
-def _outside_decoder(model: "PreTrainedModel", target_modules: tuple[str, ...]) -> list[str]:
-    """Modules of these names in other parts than the text decoder, such as an image encoder: text never trains them."""
-    if model.config.get_text_config(decoder=True) is model.config:
-        return []
-    inside = set(model.get_decoder().modules())
-    return [
-        name
-        for name, module in model.named_modules()
-        if module not in inside and _linear_shape(module) is not None and _is_named(name, target_modules)
-    ]
-
-
-def _inject(model: "PreTrainedModel", config: "LoraConfig") -> "PeftModel":
-    from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise AdapterError("the backbone carries an adapter already; take that one off first")
-    with warnings.catch_warnings():
-        # PEFT 0.21 reads an attribute that transformers 5.24 renamed; nothing for our users to act on.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        peft_model = get_peft_model(model, config)
-    for module in lora_layers(peft_model).values():
-        module.lora_A[ADAPTER_NAME].float()
-        module.lora_B[ADAPTER_NAME].float()
-        # PEFT's new modules are in training mode whatever the backbone's is: its dropout would act on an eval model.
-        module.train(module.get_base_layer().training)
-    return peft_model
-
-
-def _remove(peft_model: "PeftModel") -> None:
-    backbone = peft_model.unload()
-    # PEFT leaves its config on the backbone and would warn about a second adapter.
-    if hasattr(backbone, "peft_config"):
-        del backbone.peft_config
 
 
 def lora_layers(model: torch.nn.Module, adapter: str = ADAPTER_NAME) -> dict[str, Any]:
@@ -366,29 +265,73 @@ def lora_layers(model: torch.nn.Module, adapter: str = ADAPTER_NAME) -> dict[str
     }
 
 
-def _linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
-    """(d_out, d_in) of a linear module, quantised ones included; None for any other module."""
+def is_conv1d(module: torch.nn.Module) -> bool:
+    """Tell whether a module stores its weight as [d_in, d_out], as GPT-2's do."""
     from transformers.pytorch_utils import Conv1D
 
-    if isinstance(module, Conv1D):
-        return module.weight.shape[1], module.weight.shape[0]
+    return isinstance(module, Conv1D)
+
+
+def _linear(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {name: module for name, module in model.named_modules() if _linear_shape(module) is not None}
+
+
+def _linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of a linear module, quantised ones included; None for any other module."""
+    linear: Any = module
+    if is_conv1d(module):
+        return linear.nf, linear.nx
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return module.out_features, module.in_features  # type: ignore[return-value]
+        return linear.out_features, linear.in_features
     return None
 
 
-def _transposed(model: torch.nn.Module, target_modules: tuple[str, ...]) -> bool:
-    """Whether the targets store their weight as [d_in, d_out] (GPT-2's Conv1D)."""
-    from transformers.pytorch_utils import Conv1D
+def _is_named(module: str, targets: tuple[str, ...]) -> bool:
+    """Whether PEFT takes a module for one of the targets: by its full name or an ending of it."""
+    return any(module == target or module.endswith(f".{target}") for target in targets)
 
-    kinds = {
-        isinstance(module, Conv1D)
-        for name, module in model.named_modules()
-        if _is_named(name, target_modules) and _linear_shape(module) is not None
-    }
+
+def _outside_decoder(model: "PreTrainedModel", target_modules: tuple[str, ...]) -> list[str]:
+    """Modules of these names in other parts than the text decoder, such as an image encoder: text never trains them."""
+    if model.config.get_text_config(decoder=True) is model.config:
+        return []
+    text_part: Any = model
+    inside = set(text_part.get_decoder().modules())
+    return [name for name, module in _linear(model).items() if module not in inside and _is_named(name, target_modules)]
+
+
+def _transposed(model: torch.nn.Module, target_modules: tuple[str, ...]) -> bool:
+    kinds = {is_conv1d(module) for name, module in _linear(model).items() if _is_named(name, target_modules)}
     if len(kinds) > 1:
         raise AdapterError("the target modules mix Conv1D and Linear layers; PEFT takes one kind in an adapter")
     return kinds == {True}
+
+
+@contextmanager
+def _injected(model: "PreTrainedModel", config: "LoraConfig", seed: int = 0) -> Iterator["PeftModel"]:
+    from peft import get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise AdapterError("the backbone carries an adapter already; take that one off first")
+    # PEFT draws on the CPU and moves the factors afterwards; torch.manual_seed would also seed every GPU.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # PEFT 0.21 reads an attribute that transformers 5.24 renamed; nothing for our users to act on.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        torch.default_generator.manual_seed(seed)
+        peft_model = get_peft_model(model, config)
+    try:
+        for module in lora_layers(peft_model).values():
+            module.lora_A[ADAPTER_NAME].float()
+            module.lora_B[ADAPTER_NAME].float()
+            # PEFT's new modules are in training mode whatever the backbone's is: its dropout would act on an eval model.
+            module.train(module.get_base_layer().training)
+        yield peft_model
+    finally:
+        peft_model.unload()
+        # PEFT leaves its config on the backbone and would warn about a second adapter.
+        if hasattr(model, "peft_config"):
+            del model.peft_config
 
 
 def _shortest_targets(modules: tuple[str, ...], model: torch.nn.Module) -> list[str]:

@@ -9,11 +9,11 @@ import json
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from grasp_lora.models.adapters import live_pairs
 from grasp_lora.models.backbone import without_peft
 from grasp_lora.storage.checkpoints import Checkpointing, State, newest_checkpoint
 from grasp_lora.storage.files import clear_write_errors, write_whole
+from grasp_lora.training.gradients import GradientCheck
 from grasp_lora.training.probes import Encoded, ProbeSet, check_measurable, collate
 from grasp_lora.training.saved import SavedInCheckpoints
 from grasp_lora.training.settings import TrainingSettings
@@ -33,7 +34,18 @@ from grasp_lora.training.trainer import FineTuneTrainer, Saving
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from grasp_lora.training.controller import GraspController
+
 log = logging.getLogger(__name__)
+
+
+class HistoryRow(TypedDict):
+    """One line of `history.jsonl`: a training loss, the mean since the last such row, or a dev loss."""
+
+    step: int
+    epoch: float
+    loss: NotRequired[float]
+    dev_loss: NotRequired[float]
 
 
 @dataclass(frozen=True)
@@ -44,13 +56,13 @@ class FineTuneResult:
         steps: optimizer steps taken.
         best_step: the step whose adapter the model holds now, 0 for the untrained one.
         dev_loss: dev loss at `best_step`, None without a dev set.
-        history: rows of step, epoch and loss or dev_loss, in order.
+        history: losses, in the order of steps.
     """
 
     steps: int
     best_step: int
     dev_loss: float | None
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[HistoryRow] = field(default_factory=list)
 
 
 class BestOnDev(SavedInCheckpoints):
@@ -67,8 +79,8 @@ class BestOnDev(SavedInCheckpoints):
         self.evaluate_steps = evaluate_steps
         self.best_loss = math.inf
         self.best_step = 0
-        self.history: list[dict[str, float]] = []
-        self._best: dict[str, tuple[Tensor, Tensor]] = {}
+        self.history: list[HistoryRow] = []
+        self._best: dict[str, Tensor] = {}
         self._bad = 0
 
     def on_train_begin(
@@ -76,7 +88,9 @@ class BestOnDev(SavedInCheckpoints):
     ) -> None:
         """Measure the adapter before training, or take up what was measured so far."""
         if saved := self.saved_state(args, state):
-            self._take_up(*saved)
+            values, self._best = saved
+            self.best_loss, self.best_step, self._bad = values["loss"], values["step"], values["bad"]
+            self.history = values["history"]
         else:
             self._evaluate(kwargs["model"], state)
 
@@ -91,21 +105,13 @@ class BestOnDev(SavedInCheckpoints):
     def state(self) -> State:
         """Return the best adapter, its loss and all measurements."""
         values = {"loss": self.best_loss, "step": self.best_step, "bad": self._bad, "history": self.history}
-        tensors = {f"{f}.{name}": pair[index] for name, pair in self._best.items() for index, f in enumerate("AB")}
-        return values, tensors
-
-    def _take_up(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.best_loss, self.best_step, self._bad = values["loss"], values["step"], values["bad"]
-        self.history = values["history"]
-        names = [name.removeprefix("A.") for name in tensors if name.startswith("A.")]
-        self._best = {name: (tensors[f"A.{name}"], tensors[f"B.{name}"]) for name in names}
+        return values, dict(self._best)
 
     def restore(self, model: torch.nn.Module) -> None:
         """Put the best adapter back into the model."""
         with torch.no_grad():
-            for name, pair in live_pairs(model).items():
-                pair.A.copy_(self._best[name][0])
-                pair.B.copy_(self._best[name][1])
+            for name, factor in _factors(model).items():
+                factor.copy_(self._best[name])
 
     def _evaluate(self, model: torch.nn.Module, state: TrainerState) -> None:
         losses = self.dev.losses(model)
@@ -113,33 +119,29 @@ class BestOnDev(SavedInCheckpoints):
         self.history.append({"step": state.global_step, "epoch": float(state.epoch or 0.0), "dev_loss": loss})
         if loss < self.best_loss:
             self.best_loss, self.best_step, self._bad = loss, state.global_step, 0
-            self._best = {
-                name: (pair.A.detach().clone(), pair.B.detach().clone()) for name, pair in live_pairs(model).items()
-            }
+            self._best = {name: factor.detach().clone() for name, factor in _factors(model).items()}
         else:
             self._bad += 1
 
 
-class _FiniteLoss(TrainerCallback):
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        for name in ("loss", "train_loss"):  # each few steps, and the mean of the whole run at its end
-            if logs and not math.isfinite(logs.get(name, 0.0)):
-                raise GraspError(
-                    f"the training loss is {logs[name]} at step {state.global_step}; "
-                    f"lower the learning rate (now {args.learning_rate})"
-                )
+class _Watch(TrainerCallback):
+    """Stops a training whose loss is not finite, and reports its progress."""
 
-
-class _Progress(TrainerCallback):
-    def __init__(self, report: Callable[[dict[str, float]], None]) -> None:
+    def __init__(self, report: Callable[[dict[str, float]], None] | None) -> None:
         self._report = report
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if logs and "loss" in logs:
+        for name in {"loss", "train_loss"} & set(
+            logs or ()
+        ):  # each few steps, and the mean of the whole run at its end
+            if not math.isfinite(logs[name]):
+                raise GraspError(
+                    f"the training loss is {logs[name]} at step {state.global_step}; "
+                    f"lower the learning rate (now {args.learning_rate})"
+                )
+        if self._report is not None and logs and "loss" in logs:
             self._report(
                 {"step": state.global_step, "steps": state.max_steps, "epoch": state.epoch or 0.0, "loss": logs["loss"]}
             )
@@ -155,7 +157,7 @@ def finetune(
     seed: int,
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
-    controller: Any = None,
+    controller: "GraspController | None" = None,
     report_to: Sequence[str] = (),
     on_step: Callable[[dict[str, float]], None] | None = None,
     checkpoints: Checkpointing | None = None,
@@ -180,7 +182,7 @@ def finetune(
 
     Raises:
         DataError: there are no training examples, or one has no prompt or no answer.
-        GraspError: the loss or a weight became NaN or infinite; or the folder cannot be written.
+        GraspError: no LoRA weight has a gradient; the loss or a weight became NaN or infinite; or the folder cannot be written.
         Interrupted: `checkpoints` asked for a stop, and a checkpoint was saved.
     """
     if not train:
@@ -219,7 +221,7 @@ def finetune(
             args=arguments,
             train_dataset=list(train),
             data_collator=lambda examples: collate(examples, pad_id),
-            callbacks=[_FiniteLoss(), *callbacks],
+            callbacks=[_Watch(on_step), GradientCheck(), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)  # it prints; progress is shown by whoever passes `on_step`
         if controller is not None:
@@ -228,8 +230,6 @@ def finetune(
             evaluate_steps = max(1, round(settings.evaluate_every * steps_per_epoch))
             best = BestOnDev(ProbeSet(dev, pad_id), settings, evaluate_steps)
             trainer.add_callback(best)
-        if on_step is not None:
-            trainer.add_callback(_Progress(on_step))
         if checkpoints is not None:
             folder.mkdir(parents=True, exist_ok=True)
             with arguments.main_process_first(local=False):  # it removes what is not whole
@@ -241,13 +241,13 @@ def finetune(
         except pickle.UnpicklingError as error:  # the Trainer's own files are loaded with weights_only
             raise GraspError(f"{resumed} holds a file that is unsafe to load; remove it to start anew") from error
     steps = trainer.state.global_step
-    if not all(torch.isfinite(factor).all() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)):
+    if not all(torch.isfinite(factor).all() for factor in _factors(model).values()):
         raise GraspError(
             f"the adapter's weights are no longer finite at step {steps}; "
             f"lower the learning rate (now {settings.learning_rate})"
         )
-    history = [
-        {"step": row["step"], "epoch": row["epoch"], "loss": row["loss"]}
+    history: list[HistoryRow] = [
+        {"step": int(row["step"]), "epoch": row["epoch"], "loss": row["loss"]}
         for row in trainer.state.log_history
         if "loss" in row
     ]
@@ -263,6 +263,11 @@ def finetune(
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     return FineTuneResult(steps, best_step, dev_loss, history)
+
+
+def _factors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The live factors of the adapter, named A.MODULE and B.MODULE."""
+    return {f"{letter}.{name}": getattr(pair, letter) for name, pair in live_pairs(model).items() for letter in "AB"}
 
 
 @contextmanager
