@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.bench.session import Evaluation, Progress, Session, hash_of, ratio_record
-from grasp_lora.data.build import SPLITS, Example
+from grasp_lora.data.encode import Example
+from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.adapters import read_adapter
@@ -114,7 +115,9 @@ class Run:
     def _write_data(self) -> dict[str, Any]:
         splits = self.session.splits
         ids = {name: [example.id for example in getattr(splits, name)] for name in SPLITS}
-        write_json(self.folder / "data.json", {"report": splits.report, "ids": ids, "sha256": hash_of(splits)})
+        write_json(
+            self.folder / "data.json", {"report": splits.report.to_json(), "ids": ids, "sha256": hash_of(splits)}
+        )
         return {name: len(members) for name, members in ids.items()}
 
     def _source(self) -> dict[str, Any]:
