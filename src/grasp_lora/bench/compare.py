@@ -12,10 +12,11 @@ from statistics import fmean
 from typing import Any, ClassVar
 
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, REMOVED
+from grasp_lora.bench.outcomes import Outcome
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, check_place
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.steps import GRID, Bench, Outcome, check_list, check_ratios
+from grasp_lora.bench.steps import GRID, Bench, check_list, check_ratios
 from grasp_lora.bench.store import STORE_FOLDER, Store, environments
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines, least_resamples, mean_and_sd

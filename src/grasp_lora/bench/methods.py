@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from grasp_lora.bench.outcomes import Adapter, Outcome
 from grasp_lora.bench.session import Session, lack_of_rounds
-from grasp_lora.bench.steps import Adapter, Bench, Outcome
+from grasp_lora.bench.steps import Bench
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES

@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import (
     COST_FILE,
@@ -34,7 +35,7 @@ from grasp_lora.bench.run_folder import (
     read_metrics,
 )
 from grasp_lora.bench.session import Session, hash_of, ratio_record
-from grasp_lora.bench.steps import Adapter, Bench, Learned, Measured, names_of
+from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import STORE_FOLDER, Store
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import RecipeError

@@ -8,10 +8,9 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.bench.progress import Progress
@@ -74,40 +73,6 @@ class LearnedRatio:
     rounds: list[dict[str, Any]]
     timings: list[dict[str, Any]]
     history: Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What one system is worth on the test split.
-
-    Args:
-        dev_loss, test_loss: mean answer NLL, None without such a split.
-        scores: by metric name.
-        predictions: one a test example.
-        test_losses: one a test example.
-    """
-
-    dev_loss: float | None
-    test_loss: float | None
-    scores: dict[str, MetricScore] = field(default_factory=dict)
-    predictions: tuple[str, ...] = ()
-    test_losses: tuple[float, ...] = ()
-
-    def rows(self, test: Sequence[Example]) -> list[dict[str, Any]]:
-        """One row a test example: its answer, its loss and, of each score that is a mean over examples, its share."""
-        means = {
-            name: one.per_example for name, one in self.scores.items() if one.value is not None and not one.statistics
-        }
-        return [
-            {
-                "id": example.id,
-                "prediction": self.predictions[number],
-                "references": list(example.references),
-                "loss": self.test_losses[number],
-                "scores": {name: values[number] for name, values in means.items()},
-            }
-            for number, example in enumerate(test)
-        ]
 
 
 class Session:
@@ -445,17 +410,6 @@ class Session:
             )
             weights = adapter_weights(model, segments)
         return weights, result, survival(weights)
-
-    def evaluate(self, weights: AdapterWeights | None) -> Evaluation:
-        """Measure an adapter (None: the backbone alone) on the dev and test splits: losses, answers and their scores."""
-        with self._with(weights) as model:
-            dev_losses = self._losses(model, self.splits.dev)
-            dev_loss = fmean(dev_losses) if dev_losses else None
-            if not self.splits.test:
-                return Evaluation(dev_loss, None)
-            test_losses = self._losses(model, self.splits.test)
-            answers = self._answer(model)
-        return Evaluation(dev_loss, fmean(test_losses), self.score(answers), answers, tuple(test_losses))
 
     def losses(self, weights: AdapterWeights | None, *splits: str) -> dict[str, list[float]]:
         """Measure every example's loss on the named splits (`dev`, `micro_dev`, `test`); an empty split has no losses."""

@@ -1,10 +1,13 @@
 """The single steps of the command line on folders: merge, learn, finetune, evaluate, predict."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.bench.session import Session, ratio_record
+from grasp_lora.bench.steps import Bench, given
+from grasp_lora.bench.store import Store
 from grasp_lora.data.encode import prompt_ids
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.method.estimate import RatioEstimate
@@ -110,17 +113,19 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
     session.prepare(parents=False)
     adapters = [session.read(_from_here(place)) for place in places]
     systems, signatures = {}, {}
-    for name, adapter in zip(_names(places, adapters), adapters, strict=True):
-        evaluation = session.evaluate(adapter.weights)
-        systems[name] = {
-            "dev_loss": evaluation.dev_loss,
-            "test_loss": evaluation.test_loss,
-            "metrics": {metric: entry.value for metric, entry in evaluation.scores.items()},
-        }
-        signatures = {metric: entry.signature for metric, entry in evaluation.scores.items()}
-        if output is not None:
-            with clear_write_errors(output, goes_on=False):
-                write_jsonl(output / f"{name.replace('/', '--')}.jsonl", evaluation.rows(session.splits.test))
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(session, session, Store(Path(scratch)))
+        for name, adapter in zip(_names(places, adapters), adapters, strict=True):
+            measured = bench.measured(given(adapter))
+            systems[name] = {
+                "dev_loss": measured.dev_loss,
+                "test_loss": measured.test_loss,
+                "metrics": measured.values,
+            }
+            signatures = measured.signatures
+            if output is not None:
+                with clear_write_errors(output, goes_on=False):
+                    write_jsonl(output / f"{name.replace('/', '--')}.jsonl", measured.rows(session.splits.test))
     table = {"systems": systems, "signatures": signatures, "test_examples": len(session.splits.test)}
     if output is not None:
         with clear_write_errors(output, goes_on=False):
