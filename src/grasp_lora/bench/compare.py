@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
+from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.experiment import check_experiment_folder
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS
 from grasp_lora.bench.session import Session
@@ -212,8 +213,8 @@ class _Work:
             self.progress.done(METHODS[name].units)
 
     def _write(self, content: dict[str, Any]) -> None:
-        write_json(self.folder / "compare.json", content)
-        write_comparison(self.folder, content)
+        write_json(self.folder / COMPARISON_FILE, content)
+        write_comparison(self.folder, Comparison.model_validate(content))
 
 
 def _content(session: Session, settings: ComparisonSettings, rows: _Rows, split_seed: int) -> dict[str, Any]:

@@ -27,7 +27,8 @@ from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.adapters import read_adapter
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
 from grasp_lora.recipes.text import parse
-from grasp_lora.report.pages import write_model_card, write_report
+from grasp_lora.report.card import write_model_card
+from grasp_lora.report.pages import write_report
 from grasp_lora.report.run_folder import COST_FILE, RUN_FILE, TRAINED
 from grasp_lora.storage.checkpoints import Checkpointing, newest_checkpoint, remove_checkpoints, seconds_of
 from grasp_lora.storage.files import clear_write_errors, sync, vanished, write_json, write_jsonl, write_whole

@@ -63,9 +63,11 @@ def compare(
     with loading():
         from grasp_lora.bench.compare import ComparisonSettings
         from grasp_lora.bench.compare import compare as run_comparison
+        from grasp_lora.bench.comparison_record import Comparison
         from grasp_lora.bench.methods import DEFAULT_METHODS
         from grasp_lora.cli.progress import TerminalBenchProgress
-        from grasp_lora.report.comparison import print_comparison
+        from grasp_lora.report.comparison import COMPARISON_TABLES_FILE, print_comparison
+        from grasp_lora.report.run_folder import REPORT_FILE
     with _checked_options():
         settings = ComparisonSettings(
             DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
@@ -75,15 +77,15 @@ def compare(
             tuple(split_seed or ()),
         )
     with shown(TerminalBenchProgress(console)) as progress:
-        content = run_comparison(session, folder, settings, progress)
-    print_comparison(content, console)
-    say(f"tables {folder / 'compare.md'}   report {folder / 'report.html'}")
-    failed = [f"{row['title']} {row['unavailable']}" for row in content["rows"] if row["failed"]]
-    missing = [f"{row['title']} on split {other['split_seed']} {row['reason']}"
-               for other in content["other_splits"] for row in other["missing"] if row["failed"]]  # fmt: skip
+        comparison = Comparison.model_validate(run_comparison(session, folder, settings, progress))
+    print_comparison(comparison, console)
+    say(f"tables {folder / COMPARISON_TABLES_FILE}   report {folder / REPORT_FILE}")
+    failed = [f"{row.title} {row.unavailable}" for row in comparison.rows if row.failed]
+    missing = [f"{row.title} on split {other.split_seed} {row.reason}"
+               for other in comparison.other_splits for row in other.missing if row.failed]  # fmt: skip
     if failed or missing:
         count = (
-            f"{len(failed)} of {len(content['rows'])} methods failed" if failed else "on another split methods failed"
+            f"{len(failed)} of {len(comparison.rows)} methods failed" if failed else "on another split methods failed"
         )
         raise GraspError(f"{count}: {'; '.join([*failed, *missing])}")
 
