@@ -42,11 +42,11 @@ class ComparisonSettings:
     """What is compared.
 
     Args:
-        methods: keys of `METHODS`.
-        seeds: of initialisation, order of the data and controller; the source adapter is that of the recipe's seed.
+        methods: names of methods; by default all but the last three.
+        seeds: seeds of initialisation, order of the data and controller; the source adapter is that of the recipe's seed.
         grid: prune ratios of the grid search, fractions in [0, 1].
         reference: the method that the others are compared with; it is run even if `methods` leaves it out.
-        split_seeds: of further splits of the data, on which all is done once more with the first seed.
+        split_seeds: seeds of further splits of the data, on which all is done once more with the first seed.
         resamples: of the bootstrap.
 
     Raises:

@@ -8,19 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from grasp_lora.cli.terminal import (
-    RecipeArgument,
-    SetOption,
-    VerboseOption,
-    console,
-    loading,
-    log_to_terminal,
-    say,
-    shown,
-)
+from grasp_lora.cli.options import OptionsOf, RecipeArgument, SetOption, VerboseOption
+from grasp_lora.cli.terminal import console, loading, log_to_terminal, say, shown
 
 if TYPE_CHECKING:
     from grasp_lora.bench.session import Session
+
+
+_compare = OptionsOf("grasp_lora.bench.compare", "ComparisonSettings")
 
 
 def _folder_option(kind: str) -> Any:
@@ -29,19 +24,11 @@ def _folder_option(kind: str) -> Any:
 
 def compare(
     recipe: RecipeArgument,
-    methods: Annotated[
-        str | None,
-        typer.Option(help="Methods, separated by commas; default: all that are named above but the last three."),
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "42,1337,9001",
-    grid: Annotated[
-        str, typer.Option(help="Prune ratios of the grid search, fractions in [0, 1].")
-    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
-    reference: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "grasp",
-    split_seed: Annotated[
-        list[int] | None,
-        typer.Option(help="Do all of it once more, with the first seed, on the split of this seed. May be repeated."),
-    ] = None,
+    methods: Annotated[str | None, _compare("methods", more="Separated by commas.")] = None,
+    seeds: Annotated[str, _compare("seeds", more="Separated by commas.")] = "42,1337,9001",
+    grid: Annotated[str, _compare("grid", more="Separated by commas.")] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
+    reference: Annotated[str, _compare("reference")] = "grasp",
+    split_seed: Annotated[list[int] | None, _compare("split_seeds", more="May be repeated.")] = None,
     overrides: SetOption = None,
     output: Annotated[Path | None, _folder_option("compare")] = None,
     verbose: VerboseOption = False,
