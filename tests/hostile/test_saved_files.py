@@ -15,7 +15,8 @@ from conftest import write_tiny_workspace
 
 from grasp_lora.bench.run import Run
 from grasp_lora.recipes.load import load_recipe
-from grasp_lora.report.pages import write_model_card, write_report
+from grasp_lora.report.card import write_model_card
+from grasp_lora.report.pages import write_report
 
 SECRETS = {
     "HF_TOKEN": "hf_secretTokenNobodyMaySee", "WANDB_API_KEY": "wandb0secret0key", "AWS_SECRET_ACCESS_KEY": "aws/secret/key",

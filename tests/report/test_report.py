@@ -14,14 +14,15 @@ import plotly.graph_objects as go
 import pytest
 import yaml
 
-from grasp_lora.bench.run_folder import kept_share, read_run
 from grasp_lora.data.tasks import TEMPLATES
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.policy import ESTIMATE_RULES, Round, make_policy, preset
+from grasp_lora.report.card import write_model_card
 from grasp_lora.report.figures import figures_of
-from grasp_lora.report.pages import write_model_card, write_report
-from grasp_lora.report.tables import duration, percent, scores_table
+from grasp_lora.report.pages import write_report
+from grasp_lora.report.run_record import read_run
+from grasp_lora.report.tables import duration, kept_share, percent, scores_table
 
 LAYERS = 18
 ANSWERS = [

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from grasp_lora.bench.run_folder import FactorSparsity, by_factor, kept_share, read_run
+from grasp_lora.bench.run_folder import FactorSparsity
 from grasp_lora.errors import RecipeError
+from grasp_lora.report.run_record import read_run
+from grasp_lora.report.tables import by_factor, kept_share
 
 RUN = {"grasp_lora": "0.1.0", "recipe_hash": "4f1e", "name": "demo", "seed": 1, "created": "2026-11-24T15:02:11+00:00"}
 RUN |= {"backbone": {"name": "google/gemma-3-270m", "fingerprint": "9d20"}}

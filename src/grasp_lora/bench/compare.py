@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
+from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, REMOVED
 from grasp_lora.bench.outcomes import Outcome
 from grasp_lora.bench.progress import Progress
@@ -37,11 +38,11 @@ class ComparisonSettings:
     """What is compared.
 
     Args:
-        methods: keys of `METHODS`.
-        seeds: of initialisation, order of the data and controller; the source adapter is that of the recipe's seed.
+        methods: names of methods; by default all but the last three.
+        seeds: seeds of initialisation, order of the data and controller; the source adapter is that of the recipe's seed.
         grid: prune ratios of the grid search, fractions in [0, 1].
         reference: the method that the others are compared with; it is run even if `methods` leaves it out.
-        split_seeds: of further splits of the data, on which all is done once more with the first seed.
+        split_seeds: seeds of further splits of the data, on which all is done once more with the first seed.
         resamples: of the bootstrap.
 
     Raises:
@@ -88,10 +89,10 @@ class _Row:
 
 
 _Rows = dict[str, _Row]
-Show = Callable[[Path, dict[str, Any]], object]
+Show = Callable[[Path, Comparison], object]
 
 
-def _nothing(folder: Path, content: dict[str, Any]) -> None:
+def _nothing(folder: Path, comparison: Comparison) -> None:
     """Show nothing."""
 
 
@@ -101,8 +102,8 @@ def compare(
     settings: ComparisonSettings,
     progress: Progress | None = None,
     show: Show = _nothing,
-) -> dict[str, Any]:
-    """Run what is not on record yet, and write and return the content of `compare.json`.
+) -> Comparison:
+    """Run what is not on record yet; write `compare.json` and return what it holds.
 
     A method that fails, for example because its training diverges, leaves its reason in its row, and the others go on.
 
@@ -111,7 +112,7 @@ def compare(
         folder: of the experiment, that of a run included; steps of any recipe may stand in its store side by side.
         settings: methods, seeds and the rest.
         progress: told how far the work is.
-        show: given the folder of the tables and the content of `compare.json` whenever that was written.
+        show: given the folder of the tables and what `compare.json` holds whenever that was written.
 
     Raises:
         GraspError: the recipe, the data or an adapter does not fit, the folder cannot be written or another process writes there;
@@ -137,7 +138,7 @@ def compare(
         place.begin()
         (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
         write_whole(folder / COMPARE_FOLDER / RECIPE_FILE, recipe.to_yaml())
-        return work.execute()
+        return Comparison.model_validate(work.execute())
 
 
 def _units(rows: _Rows) -> float:
@@ -227,8 +228,9 @@ class _Work:
 
     def _write(self, content: dict[str, Any]) -> None:
         folder = self.place.folder / COMPARE_FOLDER
-        write_json(folder / "compare.json", content)
-        self.show(folder, content)
+        comparison = Comparison.model_validate(content)
+        write_json(folder / COMPARISON_FILE, comparison.to_json())
+        self.show(folder, comparison)
 
 
 def _content(session: Session, settings: ComparisonSettings, rows: _Rows, split_seed: int) -> dict[str, Any]:

@@ -24,17 +24,25 @@ from typing import Any
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import (
+    ADAPTER_FOLDER,
+    CONTROLLER_FOLDER,
     COST_FILE,
     DATA_FILE,
+    HISTORY_FILE,
+    MERGED_FOLDER,
     METRICS_FILE,
     RATIO_FILE,
+    REPORT_FILE,
+    REPORT_TABLES_FILE,
     RUN_FILE,
+    SPARSITY_FILE,
+    LearnedRatio,
     Metrics,
     check_place,
-    read_learned,
-    read_metrics,
+    predictions_file,
+    read_needed,
 )
-from grasp_lora.bench.session import Session, hash_of, ratio_record
+from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import STORE_FOLDER, Store
 from grasp_lora.data.splits import SPLITS
@@ -50,7 +58,6 @@ from grasp_lora.storage.processes import is_first, join, on_every_process, on_fi
 
 log = logging.getLogger(__name__)
 
-STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate")
 DIFFERENCES_SHOWN = 3
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
 
@@ -72,7 +79,7 @@ class RunResult:
     @property
     def adapter(self) -> Path:
         """The folder of the adapter that the run made."""
-        return self.folder / "adapter"
+        return self.folder / ADAPTER_FOLDER
 
 
 def run(session: Session, folder: Path, progress: Progress | None = None) -> RunResult:
@@ -129,7 +136,7 @@ class _Run:
             facts |= self._show_trained("target", bench.target)
         with self._stage("merge") as facts:
             merged = bench.merged()
-            self._show_adapter("merged", lambda draft: self.session.save(draft, merged.weights))
+            self._show_adapter(MERGED_FOLDER, lambda draft: self.session.save(draft, merged.weights))
             facts |= {"rule": recipe.merge.rule, "modules": len(merged.weights)}
         learned, ratio, start = None, recipe.final.prune_ratio, merged
         if ratio is None:
@@ -139,7 +146,7 @@ class _Run:
                 facts |= self._show_learned(learned)
         with self._stage("final") as facts:
             final = bench.finetuned(start, ratio, {"start": recipe.final.start})
-            facts |= {"prune_ratio": ratio} | self._show_trained("final", final, "adapter")
+            facts |= {"prune_ratio": ratio} | self._show_trained("final", final, ADAPTER_FOLDER)
         with self._stage("evaluate") as facts:
             systems = dict(zip(names_of(bench.parents), bench.parents, strict=True))
             systems |= {"merged": merged, "grasp": final}
@@ -186,24 +193,24 @@ class _Run:
         if not on_first_process(adapter.folder.is_dir):
             adapter.load()  # its record came from another machine, so that it is trained again
         self._show_adapter(place or name, partial(_copy, adapter.folder))
-        on_first_process(partial(write_jsonl, folder / "history.jsonl", record.result["history"]))
+        on_first_process(partial(write_jsonl, folder / HISTORY_FILE, record.result["history"]))
         facts = {key: record.result[key] for key in ("steps", "best_step", "dev_loss")}
         if name == "final":
             rows: list[dict[str, Any]] = [dict(row) for row in survival(adapter.weights)]
-            on_first_process(partial(write_json, folder / "sparsity.json", rows))
+            on_first_process(partial(write_json, folder / SPARSITY_FILE, rows))
             facts = {
                 "measured_sparsity": 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)
             } | facts
         return facts
 
     def _show_learned(self, learned: Learned) -> dict[str, Any]:
-        folder, result, estimate = self.folder / "controller", learned.record.result, learned.estimate
+        folder, result, estimate = self.folder / CONTROLLER_FOLDER, learned.record.result, learned.estimate
         for name in ("history", "rounds", "timings"):
             on_first_process(partial(write_jsonl, folder / f"{name}.jsonl", result.get(name, [])))
-        last = result["rounds"][-1]
-        on_first_process(partial(write_json, self.folder / RATIO_FILE, ratio_record(estimate, last["ratio"])))
+        facts = LearnedRatio.of(estimate, result["rounds"][-1]["ratio"])
+        on_first_process(partial(write_json, folder / RATIO_FILE, facts.to_json()))
         if learned.start.folder is not None:
-            self._show_adapter("controller/adapter", partial(_copy, learned.start.folder))
+            self._show_adapter(f"{CONTROLLER_FOLDER}/{ADAPTER_FOLDER}", partial(_copy, learned.start.folder))
         return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}
 
     def _show_adapter(self, name: str, write: Callable[[Path], None]) -> None:
@@ -231,7 +238,7 @@ class _Run:
 
     def _write_answers(self, measured: Mapping[str, Measured]) -> None:
         for name, one in measured.items():
-            write_jsonl(self.folder / "evaluation" / f"{name}.jsonl", one.rows(self.session.splits.test))
+            write_jsonl(predictions_file(self.folder, name), one.rows(self.session.splits.test))
 
     def _write_metrics(self, measured: Mapping[str, Measured], ratio: float, learned: Learned | None) -> None:
         content = {
@@ -303,7 +310,7 @@ class _Run:
                 before["dtype"],
                 started["dtype"],
             )
-        for name in ("report.html", "report.md"):  # of an unfinished run, which would stay
+        for name in (REPORT_FILE, REPORT_TABLES_FILE):  # of an unfinished run, which would stay
             (self.folder / name).unlink(missing_ok=True)
 
 
@@ -324,9 +331,10 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def _result(recipe: Recipe, folder: Path) -> RunResult:
-    metrics = read_metrics(folder)
-    given = recipe.final.prune_ratio
-    ratio = read_learned(folder) if given is None else RatioEstimate(given, given, given, "given", 0)
+    metrics, given = read_needed(folder / METRICS_FILE, Metrics), recipe.final.prune_ratio
+    if given is not None:
+        return RunResult(RatioEstimate(given, given, given, "given", 0), metrics, folder)
+    ratio = read_needed(folder / CONTROLLER_FOLDER / RATIO_FILE, LearnedRatio).estimate
     return RunResult(ratio, metrics, folder)
 
 

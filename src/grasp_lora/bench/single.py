@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grasp_lora.bench.session import Session, ratio_record
+from grasp_lora.bench.run_folder import RATIO_FILE, LearnedRatio
+from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench, given
 from grasp_lora.bench.store import Store
 from grasp_lora.data.encode import prompt_ids
@@ -87,7 +88,7 @@ def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
     adapter = session.read(_from_here(place))
     with clear_write_errors(output, goes_on=False):
         learned = session.learn_ratio(adapter.weights, output)
-        write_json(output / "ratio.json", ratio_record(learned.estimate, learned.last_committed))
+        write_json(output / RATIO_FILE, LearnedRatio.of(learned.estimate, learned.last_committed).to_json())
         session.save(output / "adapter", learned.adapter)
     return learned.estimate
 

@@ -1,0 +1,152 @@
+"""What steps come to: adapters, learned ratios, measured systems, and the outcome of a whole method."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from grasp_lora.bench.store import Record
+from grasp_lora.data.encode import Example
+from grasp_lora.errors import AdapterError
+from grasp_lora.method.estimate import RatioEstimate
+from grasp_lora.method.lora import AdapterWeights
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that a step made.
+
+    Args:
+        key: what identifies it: the key of its step, or the hash of a given adapter's file.
+        load: gives the weights; trains them anew if they are not on this machine. None: the backbone alone.
+        records: of all steps that led to it, in order.
+        folder: where a step has put it as a PEFT adapter, None where none has: it was given or merged, or is the backbone alone.
+        title: of a given adapter, its name.
+    """
+
+    key: str
+    load: Callable[[], AdapterWeights | None]
+    records: tuple[Record, ...] = ()
+    folder: Path | None = None
+    title: str = ""
+
+    @property
+    def weights(self) -> AdapterWeights:
+        """Its weights.
+
+        Raises:
+            AdapterError: it is the backbone alone.
+        """
+        weights = self.load()
+        if weights is None:
+            raise AdapterError("the backbone alone cannot be merged, pruned or trained on; name an adapter")
+        return weights
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one system is worth.
+
+    Args:
+        dev, test: records with the losses of the examples, None without such a split.
+        scores: record with the scores of the answers to the test prompts, None without a test split.
+        answers: one a test example.
+    """
+
+    dev: Record | None
+    test: Record | None
+    scores: Record | None
+    answers: tuple[str, ...]
+
+    @property
+    def dev_loss(self) -> float | None:
+        """Mean answer NLL on dev."""
+        return None if self.dev is None else fmean(self.dev.result["losses"])
+
+    @property
+    def test_loss(self) -> float | None:
+        """Mean answer NLL on test."""
+        return None if self.test is None else fmean(self.test.result["losses"])
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """Each metric's score; None where it is not available."""
+        return {name: entry["value"] for name, entry in self._entries.items()}
+
+    @property
+    def signatures(self) -> dict[str, str]:
+        """How each metric was computed."""
+        return {name: entry["signature"] for name, entry in self._entries.items()}
+
+    def rows(self, test: Sequence[Example]) -> list[dict[str, Any]]:
+        """One row a test example: its answer, its loss and, of each score that is a mean over examples, its share."""
+        means = {
+            name: entry["per_example"]
+            for name, entry in self._entries.items()
+            if entry["value"] is not None and not entry["statistics"]
+        }
+        losses = [] if self.test is None else self.test.result["losses"]
+        return [
+            {
+                "id": example.id,
+                "prediction": answer,
+                "references": list(example.references),
+                "loss": loss,
+                "scores": {name: values[number] for name, values in means.items()},
+            }
+            for number, (example, answer, loss) in enumerate(zip(test, self.answers, losses, strict=True))
+        ]
+
+    @property
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        return {} if self.scores is None else self.scores.result
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a controller run came to.
+
+    Args:
+        estimate: the learned ratio.
+        start: what the final run starts from: the merge, or in a single run the controller's own adapter.
+        record: of the run: its rounds and what they took.
+    """
+
+    estimate: RatioEstimate
+    start: Adapter
+    record: Record
+
+    @property
+    def ratio(self) -> float:
+        """The learned prune ratio, a fraction in [0, 1]."""
+        return self.estimate.ratio
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method came to with one seed.
+
+    Args:
+        losses: record with the losses of the test examples.
+        scores: record with the scores of the answers to the test prompts.
+        records: of every step that the method needed, shared ones included.
+        prune_ratio: of the result, None where nothing is pruned.
+        chosen_on: the split on which a choice was made, if one was.
+        curve: for a grid, ratio -> split -> mean loss of its run.
+        left_out: what a choice had to do without, a sentence each.
+    """
+
+    losses: Record
+    scores: Record
+    records: tuple[Record, ...]
+    prune_ratio: float | None = None
+    chosen_on: str | None = None
+    curve: Mapping[float, Mapping[str, float]] | None = None
+    left_out: tuple[str, ...] = ()
+
+
+def names_of(adapters: Sequence[Any]) -> tuple[str, ...]:
+    """Return what adapters that are merged are called: source (source_2, ...) and target."""
+    sources = len(adapters) - 1
+    return (*("source" if number == 0 else f"source_{number + 1}" for number in range(sources)), "target")
