@@ -18,7 +18,6 @@ import pytest
 import torch
 import yaml
 from conftest import CliResult, write_tiny_workspace
-from grasp_lora.bench.export import ExportSettings
 from safetensors.torch import load_file, save_file
 
 from grasp_lora.bench import single
@@ -28,6 +27,7 @@ from grasp_lora.cli import app
 from grasp_lora.cli.experiments import compare
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
 from grasp_lora.models.adapters import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE, adapter_weights, fresh_adapter
+from grasp_lora.models.export import ExportSettings
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.recipes.builtin import builtin_recipes, schema_text
 from grasp_lora.recipes.load import load_recipe
@@ -305,7 +305,9 @@ def test_a_probe_loss_that_is_not_finite_names_the_example_and_keeps_the_stages(
         losses = measure(model, batch, **options)
         return losses if torch.is_grad_enabled() else losses * float("nan")
 
-    (finished_run / "stages" / "controller.json").unlink()  # the adapters are there, the controller is run anew
+    (finished_run / "metrics.json").unlink()  # the adapters are there, the controller is run anew
+    for file in (finished_run / "store/records").glob("controller-*.json"):
+        file.unlink()
     shutil.rmtree(finished_run / "adapter")
     monkeypatch.setattr(probing, "example_losses", overflow)
     line = refusal_of_a_run(cli("run", "tiny.yaml", "-o", finished_run))
@@ -313,7 +315,9 @@ def test_a_probe_loss_that_is_not_finite_names_the_example_and_keeps_the_stages(
     found = re.search(r"loss of example (\S+) is nan", line)
     assert found, line
     assert found[1] in ids
-    assert {path.stem for path in (finished_run / "stages").iterdir()} == {"data", "source", "target", "merge"}
+    kept = {file.stem.split("-")[0] for file in (finished_run / "store/records").iterdir()}
+    assert {"source", "target"} <= kept
+    assert "controller" not in kept
     assert not (finished_run / "adapter").exists()
 
 
