@@ -31,7 +31,6 @@ from grasp_lora.models import backbone as backbone_module
 from grasp_lora.models.backbone import (
     EMBEDDED_PUBLIC_NAME,
     BackboneSettings,
-    bfloat16_speed,
     cache_folder,
     find_dtype,
     find_stop_ids,
@@ -72,35 +71,29 @@ def test_a_local_folder_loads_frozen_in_eval_mode(tiny_backbone_folder):
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "speed", "dtype"),
+    ("capabilities", "dtype"),
     [
-        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, 9.0, "float32"),
-        ({"avx512_f": True}, 9.0, "float32"),
-        ({"avx512_bf16": True}, 2.0, "bfloat16"),
-        ({"avx512_bf16": True}, 0.5, "float32"),
-        ({"avx512_bf16": True}, 1.0, "float32"),
-        ({"amx_bf16": True}, 4.0, "bfloat16"),
+        ({}, "float32"),
+        ({"avx2": True, "avx512_f": True}, "float32"),
+        ({"avx512_bf16": True, "amx_bf16": False, "amx_tile": True}, "float32"),  # slower in bfloat16 than in float32
+        ({"bf16": True, "sve_bf16": True}, "float32"),  # Arm's
+        ({"avx512_bf16": True, "amx_bf16": True}, "bfloat16"),
     ],
 )
-def test_auto_takes_bfloat16_only_where_the_processor_is_faster_in_it(monkeypatch, capabilities, speed, dtype):
+def test_of_processors_auto_takes_bfloat16_on_those_with_amx(monkeypatch, capabilities, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    monkeypatch.setattr(backbone_module, "bfloat16_speed", lambda: speed)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: pytest.fail("the processor was asked for"))
     assert find_dtype("cpu") == dtype
 
 
-def test_the_speed_of_bfloat16_is_that_of_its_products(monkeypatch):
-    """By a clock that only products move, 3 ticks in float32 and 2 in bfloat16, and one of each is disturbed."""
-    now, calls, product = [0.0], [], torch.mm
-
-    def slow_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        calls.append(left.dtype)
-        now[0] += {torch.float32: 3.0, torch.bfloat16: 2.0}[left.dtype] * (10.0 if len(calls) < 3 else 1.0)
-        return product(left, right)
-
-    monkeypatch.setattr(torch, "mm", slow_product)
-    monkeypatch.setattr(backbone_module.time, "perf_counter", lambda: now[0])
-    assert bfloat16_speed.__wrapped__() == 1.5
-    assert calls.count(torch.float32) == calls.count(torch.bfloat16)
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
+@pytest.mark.parametrize("device", ["cuda", "cuda:3"])
+def test_of_cards_auto_takes_bfloat16_on_those_that_do_not_emulate_it(monkeypatch, device, native, dtype):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": not native}, raising=False)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native
+    )
+    assert find_dtype(device) == dtype
 
 
 def test_auto_is_float32_where_torch_does_not_tell(monkeypatch):

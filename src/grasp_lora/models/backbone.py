@@ -10,12 +10,10 @@ import inspect
 import json
 import logging
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -38,7 +36,6 @@ EMBEDDED_PUBLIC_NAME = "google/gemma-3-270m (Q4_K_M GGUF)"
 EMBEDDED_HUB_ID = "google/gemma-3-270m"
 EMBEDDED_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
 CONVERTER_VERSION = 1  # raise it whenever _convert_embedded writes something else
-FASTER = 1.2  # times as fast in bfloat16 as in float32, for the device to be faster in it
 SAMPLED_WEIGHTS = 16  # of every parameter, in a fingerprint
 FINGERPRINT_FACTS = (
     "model_type",
@@ -60,8 +57,8 @@ class BackboneSettings:
     Args:
         name: "gemma3-270m" (the embedded default), a local folder, or a Hugging Face hub id. A model that was saved quantised is
             loaded as it is; none is quantised here.
-        dtype: what the weights are loaded in; "auto" takes bfloat16 where the device computes faster in it, else float32: a
-            processor without instructions for it is 40 times slower in bfloat16, and one with some may be, too.
+        dtype: what the weights are loaded in; "auto" takes bfloat16 on CUDA cards that have it and on processors with AMX, else
+            float32.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run the Python code that comes with the model.
         offline: use only what is on this machine.
@@ -223,43 +220,22 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "grasp-lora"
 
 
-def find_dtype(device: str) -> str:
-    """Return the dtype that "auto" stands for: bfloat16 where the device is faster in it, else float32.
+def find_dtype(device: str) -> Literal["bfloat16", "float32"]:
+    """Return the dtype that "auto" stands for, by a fixed rule: the same recipe gives the same numbers on every day.
 
-    Of a processor it is asked whether it has instructions for bfloat16, and then it is measured: some Intel servers without
-    AMX have them and take twice as long as in float32 (`docs/log.md`).
+    bfloat16 on CUDA cards that compute in it and on processors with AMX, where a matrix product takes a fifth of the time; float32
+    elsewhere, since processors without AMX are slower in bfloat16 than in float32 (`docs/log.md`).
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
     """
     import torch
 
     if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is Arm's
-    if not native:
-        return "float32"
-    join(device)
-    return "bfloat16" if first(bfloat16_speed) > FASTER else "float32"
-
-
-@cache
-def bfloat16_speed() -> float:
-    """Return how many times faster matrix products are in bfloat16 than in float32 on this processor; takes some milliseconds.
-
-    The median over many turns, in each of which both take their time, so that other work on the machine decides nothing.
-    """
-    import torch
-
-    dtypes = (torch.float32, torch.bfloat16)
-    factors = {dtype: (torch.ones(256, 640, dtype=dtype), torch.ones(640, 640, dtype=dtype)) for dtype in dtypes}
-    ratios = []
-    for _ in range(26):
-        seconds = []
-        for left, right in factors.values():
-            started = time.perf_counter()
-            torch.mm(left, right.T)
-            seconds.append(time.perf_counter() - started)
-        ratios.append(seconds[0] / seconds[1])
-    return statistics.median(ratios[1:])  # the first one warms up
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+    return "bfloat16" if native else "float32"
 
 
 def _find_device(wanted: str) -> str:
@@ -299,10 +275,14 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
     if not settings.trust_remote_code:
         _refuse_foreign_kernels(config)
     tokenizer = AutoTokenizer.from_pretrained(location, **source)
+    dtype: str = settings.dtype
+    if dtype == "auto":  # of processes on machines of several kinds the first one decides
+        join(device)
+        dtype = first(lambda: find_dtype(device))
     result: Any = AutoModelForCausalLM.from_pretrained(
         location,
         config=config,
-        dtype=getattr(torch, find_dtype(device) if settings.dtype == "auto" else settings.dtype),
+        dtype=getattr(torch, dtype),
         # Quantised weights are packed for the device they arrive on, and refuse `.to` later.
         device_map={"": device} if is_quantised(config) else None,
         use_safetensors=True,
