@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from grasp_lora.bench.session import Session
 from grasp_lora.method.merging import MERGE_RULES
-from grasp_lora.models.adapters import CONFIG_FILE, WEIGHTS_FILE
+from grasp_lora.models.adapter_config import CONFIG_FILE
+from grasp_lora.models.reading import WEIGHTS_FILE
 from grasp_lora.recipes.load import builtin_recipes, load_recipe
 
 COMMANDS = (

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from grasp_lora.method.masks import MaskSettings
     from grasp_lora.method.merging import MergeSettings, merge
     from grasp_lora.method.policy import PolicySettings, preset
-    from grasp_lora.models.adapters import attached, read_adapter, save_adapter, segments_of
+    from grasp_lora.models.adapters import attached, save_adapter, segments_of
+    from grasp_lora.models.reading import read_adapter
     from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
     from grasp_lora.training.probes import ProbeSet, ProbesInTurn
 
@@ -34,7 +35,7 @@ _HOMES = {
     "attached": "models.adapters",
     "merge": "method.merging",
     "preset": "method.policy",
-    "read_adapter": "models.adapters",
+    "read_adapter": "models.reading",
     "save_adapter": "models.adapters",
     "segments_of": "models.adapters",
 }

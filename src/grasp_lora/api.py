@@ -18,7 +18,7 @@ from grasp_lora.recipes.load import load_recipe
 from grasp_lora.report.comparison import write_comparison
 from grasp_lora.report.pages import REPORT_FILE, write_model_card, write_report
 from grasp_lora.storage.files import clear_write_errors
-from grasp_lora.storage.processes import first
+from grasp_lora.storage.processes import on_first_process
 
 Overrides = Mapping[str, Any] | Sequence[str]
 
@@ -53,7 +53,7 @@ def run(
                 write_model_card(place, result.adapter)
                 write_report(place)
 
-    first(report)
+    on_first_process(report)
     return result
 
 

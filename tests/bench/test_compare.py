@@ -31,7 +31,7 @@ from grasp_lora.bench.store import Record, Store, pack
 from grasp_lora.errors import AdapterError, Interrupted, ProbeError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.models.adapters import read_adapter
+from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import PROBE_SPLITS
 from grasp_lora.report.comparison import (

@@ -13,7 +13,7 @@ import pytest
 from conftest import run_ranks
 
 from grasp_lora.errors import GraspError
-from grasp_lora.storage.processes import STARTED, first, is_first, shared, together, world_size
+from grasp_lora.storage.processes import STARTED, distribute, is_first, on_every_process, on_first_process, world_size
 from grasp_lora.training.settings import TrainingSettings
 
 TWO_A_STEP = [f"{stage}.training.accumulation=2" for stage in ("source", "target", "controller", "final")]
@@ -140,12 +140,12 @@ def test_what_torchrun_alone_tells_counts(told: dict[str, str], monkeypatch: pyt
     for name, value in told.items():
         monkeypatch.setenv(name, value)
     assert (world_size(), is_first()) == (1, True)
-    assert first(lambda: 3) == 3
+    assert on_first_process(lambda: 3) == 3
 
 
 def test_one_process_does_everything_itself() -> None:
     assert (world_size(), is_first()) == (1, True)
-    assert first(lambda: 3) == 3
-    assert shared([1, 2, 3], lambda items: [2 * item for item in items]) == [2, 4, 6]
+    assert on_first_process(lambda: 3) == 3
+    assert distribute([1, 2, 3], lambda items: [2 * item for item in items]) == [2, 4, 6]
     with pytest.raises(GraspError, match="mine"):
-        together(lambda: (_ for _ in ()).throw(GraspError("mine")))
+        on_every_process(lambda: (_ for _ in ()).throw(GraspError("mine")))

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from grasp_lora.bench.export import ExportSettings, export_folder
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.single import evaluate_folders, finetune_folder, learn_folder, merge_folders, predict_texts
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
-from grasp_lora.models.adapters import read_adapter
+from grasp_lora.models.export import ExportSettings, export_folder
+from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 
 

@@ -21,7 +21,9 @@ from safetensors.torch import save
 
 from grasp_lora.data.records import read_files
 from grasp_lora.errors import GraspError
-from grasp_lora.models.adapters import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE, check_fits, read_adapter
+from grasp_lora.models.adapter_config import CONFIG_FILE
+from grasp_lora.models.adapters import check_fits
+from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE, read_adapter
 from grasp_lora.recipes.load import load_recipe
 
 MOST_MESSAGE = 4000

@@ -24,8 +24,9 @@ socket.socket.connect = socket.socket.connect_ex = refuse
 socket.getaddrinfo = socket.create_connection = refuse
 
 from grasp_lora.errors import GraspError
-from grasp_lora.models.adapters import read_adapter
-from grasp_lora.models.backbone import BackboneSettings, load_backbone
+from grasp_lora.models.reading import read_adapter
+from grasp_lora.models.settings import BackboneSettings
+from grasp_lora.models.backbone import load_backbone
 from grasp_lora.data.places import read_hub
 
 offline = sys.argv[1] == "offline"

@@ -27,10 +27,10 @@ from grasp_lora.models.adapters import (
     fresh_adapter,
     live_pairs,
     lora_layers,
-    read_adapter,
     save_adapter,
     segments_of,
 )
+from grasp_lora.models.reading import AdapterInfo, read_adapter
 from grasp_lora.models.settings import LoraSettings
 
 TARGETS = {
@@ -217,7 +217,7 @@ def test_a_loaded_adapter_is_named_after_its_folder_and_hashed(folder, monkeypat
     adapter = read_adapter(folder)
     assert adapter.name == "adapter"
     assert adapter.sha256 == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
-    assert adapter.info == {}
+    assert adapter.info == AdapterInfo()
     monkeypatch.chdir(folder)
     assert read_adapter(".").name == "adapter"
 
@@ -577,7 +577,7 @@ def test_a_pickle_is_never_loaded(folder):
 def test_a_truncated_file_is_refused(folder, length):
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[:length])
-    with pytest.raises(AdapterError, match="it is truncated or") as error:
+    with pytest.raises(AdapterError, match="it is truncated, damaged or no") as error:
         read_adapter(folder)
     assert "\n" not in str(error.value)
 
@@ -661,10 +661,10 @@ def test_a_place_that_is_neither_folder_nor_hub_id_is_refused(tmp_path):
     ("segments", "message"),
     [
         ({"model.layers.0.self_attn.q_proj": [["source", 1], ["target", 1]]}, "another rank of .*q_proj"),
-        ({"model.layers.0.self_attn.q_proj": [["source"]]}, "malformed"),
-        ({"model.layers.0.self_attn.q_proj": [["source", "many"]]}, "malformed"),
-        (["source"], "malformed"),
-        (None, "malformed"),
+        ({"model.layers.0.self_attn.q_proj": [["source"]]}, r"segments.*q_proj.* is missing; delete that file"),
+        ({"model.layers.0.self_attn.q_proj": [["source", "many"]]}, r"segments.*q_proj.* is 'many'; .*integer"),
+        (["source"], "segments is a list; .*delete that file"),
+        (None, "segments is None; .*delete that file"),
     ],
 )
 def test_wrong_facts_beside_the_weights_are_refused(folder, segments, message):

@@ -18,7 +18,8 @@ from transformers import (
 from grasp_lora.errors import DataError
 from grasp_lora.models import generation as generation_module
 from grasp_lora.models.backbone import without_peft
-from grasp_lora.models.generation import _TOKENS_BETWEEN, GenerationSettings, generate
+from grasp_lora.models.generation import _TOKENS_BETWEEN, generate
+from grasp_lora.models.settings import GenerationSettings
 
 ARCHITECTURES = ["llama", "gemma3", "qwen3", "gpt2"]
 EOS = 2

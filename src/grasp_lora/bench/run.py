@@ -45,7 +45,7 @@ from grasp_lora.recipes.text import parse
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import sync, vanished, write_json, write_jsonl, write_whole
 from grasp_lora.storage.folder import LOCK_FILE, Workplace, only_writer, working_in
-from grasp_lora.storage.processes import first, is_first, join, together, world_size
+from grasp_lora.storage.processes import is_first, join, on_every_process, on_first_process, world_size
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +92,13 @@ def run(session: Session, folder: Path, progress: Progress | None = None) -> Run
     check_folder(folder, session.recipe)
     with working_in(folder) as work:
         join(session.recipe.backbone.device)
-        if not first((folder / METRICS_FILE).is_file):
+        if not on_first_process((folder / METRICS_FILE).is_file):
             _Run(session, folder, progress, work).execute()
         elif is_first() and (folder / LOCK_FILE).is_file():
             # A kill came when all was done: the file goes with the lock, unless someone lives who holds it.
             with suppress(RecipeError, OSError), only_writer(folder):  # a finished run is only read
                 pass
-        return first(partial(_result, session.recipe, folder))
+        return on_first_process(partial(_result, session.recipe, folder))
 
 
 class _Run:
@@ -120,7 +120,7 @@ class _Run:
         self._prepare()
         bench = Bench(self.session, self.session, self.store)
         with self._stage("data") as facts:
-            facts |= first(self._write_data)
+            facts |= on_first_process(self._write_data)
         with self._stage("source") as facts:
             for name, source in zip(names_of([*bench.sources, None]), bench.sources, strict=False):
                 facts |= self._show_trained(name, source)
@@ -143,22 +143,24 @@ class _Run:
             systems = dict(zip(names_of(bench.parents), bench.parents, strict=True))
             systems |= {"merged": merged, "grasp": final}
             measured = {name: bench.measured(system) for name, system in systems.items()}
-            first(partial(self._write_answers, measured))
+            on_first_process(partial(self._write_answers, measured))
             facts |= {"test_loss": measured["grasp"].test_loss, **measured["grasp"].values}
-        first(partial(self._write_metrics, measured, ratio, learned))  # last of all: with them the run is finished
+        on_first_process(
+            partial(self._write_metrics, measured, ratio, learned)
+        )  # last of all: with them the run is finished
 
     def _prepare(self) -> None:
         """Load and check everything, become the folder's only writer, and begin."""
         self.work.place = "before its first stage"
-        existing = first(self.folder.is_dir)
+        existing = on_first_process(self.folder.is_dir)
         if existing:
-            first(self.work.begin)
+            on_first_process(self.work.begin)
         self.progress.preparing()
-        together(self.session.prepare)
+        on_every_process(self.session.prepare)
         if not existing:
-            first(self.work.begin)
-        first(self._begin)
-        together(self._check_sight)
+            on_first_process(self.work.begin)
+        on_first_process(self._begin)
+        on_every_process(self._check_sight)
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -172,7 +174,7 @@ class _Run:
         used = self.store.used[before:]
         own = time.perf_counter() - started
         seconds = sum(record.seconds for record, _ in used) if used else own
-        first(partial(self._write_cost, name, seconds))
+        on_first_process(partial(self._write_cost, name, seconds))
         self.progress.finished(name, seconds, facts, skipped=bool(used) and all(there for _, there in used))
 
     def _show_trained(self, name: str, adapter: Adapter, place: str | None = None) -> dict[str, Any]:
@@ -180,14 +182,14 @@ class _Run:
         if adapter.folder is None:
             return {"adapter": adapter.title}
         record, folder = adapter.records[-1], self.folder / name
-        if not first(adapter.folder.is_dir):
+        if not on_first_process(adapter.folder.is_dir):
             adapter.load()  # its record came from another machine, so that it is trained again
         self._show_adapter(place or name, partial(_copy, adapter.folder))
-        first(partial(write_jsonl, folder / "history.jsonl", record.result["history"]))
+        on_first_process(partial(write_jsonl, folder / "history.jsonl", record.result["history"]))
         facts = {key: record.result[key] for key in ("steps", "best_step", "dev_loss")}
         if name == "final":
             rows: list[dict[str, Any]] = [dict(row) for row in survival(adapter.weights)]
-            first(partial(write_json, folder / "sparsity.json", rows))
+            on_first_process(partial(write_json, folder / "sparsity.json", rows))
             facts = {
                 "measured_sparsity": 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)
             } | facts
@@ -196,9 +198,9 @@ class _Run:
     def _show_learned(self, learned: Learned) -> dict[str, Any]:
         folder, result, estimate = self.folder / "controller", learned.record.result, learned.estimate
         for name in ("history", "rounds", "timings"):
-            first(partial(write_jsonl, folder / f"{name}.jsonl", result.get(name, [])))
+            on_first_process(partial(write_jsonl, folder / f"{name}.jsonl", result.get(name, [])))
         last = result["rounds"][-1]
-        first(partial(write_json, self.folder / RATIO_FILE, ratio_record(estimate, last["ratio"])))
+        on_first_process(partial(write_json, self.folder / RATIO_FILE, ratio_record(estimate, last["ratio"])))
         if learned.start.folder is not None:
             self._show_adapter("controller/adapter", partial(_copy, learned.start.folder))
         return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}
@@ -218,7 +220,7 @@ class _Run:
             draft.rmdir()
             sync(folder)
 
-        first(show)
+        on_first_process(show)
 
     def _write_data(self) -> dict[str, Any]:
         splits = self.session.splits

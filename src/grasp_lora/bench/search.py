@@ -25,7 +25,7 @@ from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import STORE_FOLDER, Store
 from grasp_lora.data.places import resolve_file
 from grasp_lora.errors import GraspError, RecipeError
-from grasp_lora.models.backbone import EMBEDDED_NAME
+from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import write_json, write_whole

@@ -25,20 +25,20 @@ from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSettings, survival
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings, merge
 from grasp_lora.models.adapters import (
-    LoadedAdapter,
     adapter_weights,
     attached,
     check_fits,
     check_target_modules,
     fresh_adapter,
-    read_adapter,
     save_adapter,
     segments_of,
 )
-from grasp_lora.models.backbone import EMBEDDED_NAME, Backbone, load_backbone
+from grasp_lora.models.backbone import Backbone, load_backbone
 from grasp_lora.models.generation import context_of, generate
+from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
+from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, Recipe
-from grasp_lora.storage.processes import shared, world_size
+from grasp_lora.storage.processes import distribute, world_size
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn
 from grasp_lora.training.settings import TrainingSettings
 
@@ -477,11 +477,9 @@ class Session:
             backbone_name=str(self.backbone.model.name_or_path) if _is_hub_id(self.backbone) else self.backbone.name,
             fingerprint=self.backbone.fingerprint,
             dropout=self.recipe.lora.dropout,
-            answers={
-                "max_new_tokens": self.recipe.generation.max_new_tokens,
-                "stop": list(self.recipe.generation.stop),
-                "chat_template": self.recipe.data.chat_template,
-            },
+            answers=Answers(
+                self.recipe.generation.max_new_tokens, self.recipe.generation.stop, self.recipe.data.chat_template
+            ),
         )
 
     def _with(self, weights: AdapterWeights | None) -> AbstractContextManager[Any]:
@@ -494,7 +492,7 @@ class Session:
     def _answer(self, model: Any) -> tuple[str, ...]:
         prompts = [example.prompt_ids for example in self.splits.test]
         tokenizer, settings = self.backbone.tokenizer, self.recipe.generation
-        return tuple(shared(prompts, lambda own: generate(model, tokenizer, own, settings, self.progress.answered)))
+        return tuple(distribute(prompts, lambda own: generate(model, tokenizer, own, settings, self.progress.answered)))
 
 
 def expected_rounds(recipe: Recipe, train_examples: int) -> int:

@@ -1,20 +1,21 @@
 """The single steps of the command line on folders: merge, learn, finetune, evaluate, predict."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.bench.session import Session, ratio_record
 from grasp_lora.data.encode import prompt_ids
-from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
+from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.merging import merge as merge_weights
-from grasp_lora.models.adapters import LoadedAdapter, attached, check_fits, read_adapter, save_adapter
-from grasp_lora.models.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME, Backbone, BackboneSettings, load_backbone
-from grasp_lora.models.generation import GenerationSettings, generate
-from grasp_lora.storage.files import appear, clear_write_errors, write_json, write_jsonl
+from grasp_lora.models.adapters import attached, check_fits, save_adapter
+from grasp_lora.models.backbone import backbone_of
+from grasp_lora.models.generation import generate
+from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
+from grasp_lora.models.settings import GenerationSettings
+from grasp_lora.storage.files import appear, clear_write_errors, refuse_existing, write_json, write_jsonl
 from grasp_lora.text.display import SURROGATES
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def merge_folders(
     loaded = backbone_of(adapters[0], backbone, "cpu", revision=revision, trust_remote_code=trust_remote_code)
     for adapter in adapters:
         check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
-    answers = [adapter.info.get("answers") for adapter in adapters]
+    answers = [adapter.info.answers for adapter in adapters]
     alike = all(one == answers[0] for one in answers)
 
     def write(draft: Path) -> None:
@@ -162,17 +163,17 @@ def predict_texts(
             f"prompt {broken[0]} is no valid text: it has half of a surrogate pair, or was not in UTF-8; give it in UTF-8"
         )
     adapter = read_adapter(place)
-    own = {"max_new_tokens": 64, "stop": ["\n"], "chat_template": False} | adapter.info.get("answers", {})
+    own = adapter.info.answers or Answers()
     try:
         settings = GenerationSettings(
-            max_new_tokens=own["max_new_tokens"] if max_new_tokens is None else max_new_tokens,
-            stop=tuple(own["stop"] if stop is None else stop),
+            max_new_tokens=own.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            stop=tuple(own.stop if stop is None else stop),
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
     loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)
     check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
-    ids = prompt_ids(loaded.tokenizer, prompts, own["chat_template"] if chat is None else chat)
+    ids = prompt_ids(loaded.tokenizer, prompts, own.chat_template if chat is None else chat)
     with attached(loaded.model, adapter.weights) as model:
         return generate(model, loaded.tokenizer, ids, settings)
 
@@ -186,55 +187,3 @@ def _names(places: Sequence[str], adapters: Sequence[LoadedAdapter]) -> list[str
     """Names of adapters for tables and files: their own, or the places if two are called alike."""
     names = [adapter.name for adapter in adapters]
     return names if len(set(names)) == len(names) else list(places)
-
-
-def backbone_of(
-    adapter: LoadedAdapter,
-    named: str | None,
-    device: str,
-    dtype: str = "auto",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Backbone:
-    """Load the backbone of an adapter: the one given by the user, or else the one that the adapter names.
-
-    Raises:
-        GraspError: there is no name, a setting is not allowed, or the backbone cannot be loaded.
-    """
-    name = named or adapter.base_model
-    if not name:
-        raise AdapterError(f"adapter {adapter.name} does not name its base model; give it with --backbone")
-    try:
-        settings = BackboneSettings(
-            EMBEDDED_NAME if name == EMBEDDED_HUB_ID else name,
-            dtype=dtype,  # type: ignore[arg-type]
-            device=device,  # type: ignore[arg-type]
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    try:
-        return load_backbone(settings)
-    except GraspError as error:
-        if named:
-            raise
-        raise GraspError(f"{error} (adapter {adapter.name} names this backbone; --backbone takes another)") from error
-
-
-def refuse_existing(output: Path) -> None:
-    """Check that a folder for a result is not there yet, or empty, and that it can be written.
-
-    Raises:
-        RecipeError: it holds something, is a file, or cannot be written.
-    """
-    try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise RecipeError(f"{output} exists and is not an empty folder; choose another with --output")
-        there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-    except OSError as error:
-        raise RecipeError(f"{output} cannot be made ({error.strerror}); choose another with --output") from error
-    if not there.is_dir():
-        raise RecipeError(f"{output} cannot be made ({there.name} is a file); choose another with --output")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RecipeError(f"{output} cannot be made (no permission); choose another with --output")

@@ -24,10 +24,10 @@ from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import ESTIMATE_RULES, POLICIES, PolicySettings, Round
-from grasp_lora.models.adapters import LoadedAdapter, read_adapter
+from grasp_lora.models.reading import LoadedAdapter, read_adapter
 from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage, Recipe
 from grasp_lora.storage.files import write_jsonl
-from grasp_lora.storage.processes import first
+from grasp_lora.storage.processes import on_first_process
 from grasp_lora.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -414,11 +414,11 @@ class Bench:
         file = self.store.answers_file(key_of("answers", asked))
 
         def answers() -> tuple[str, ...]:
-            if not first(file.is_file):
+            if not on_first_process(file.is_file):
                 given = session.answer(adapter.load())
                 rows = [{"id": one.id, "prediction": text} for one, text in zip(test, given, strict=True)]
-                first(lambda: write_jsonl(file, rows))
-            lines = first(lambda: file.read_text(encoding="utf-8")).split("\n")
+                on_first_process(lambda: write_jsonl(file, rows))
+            lines = on_first_process(lambda: file.read_text(encoding="utf-8")).split("\n")
             return tuple(json.loads(line)["prediction"] for line in lines if line)
 
         def work(key: str, folder: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.storage.checkpoints import newest_checkpoint, seconds_of
 from grasp_lora.storage.files import sync, write_json
 from grasp_lora.storage.interruption import Interruption
-from grasp_lora.storage.processes import first, world_size
+from grasp_lora.storage.processes import on_first_process, world_size
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 VERSION = 1
@@ -128,7 +128,7 @@ class Store:
             raise self._failed[key]
         if key in self._known and not redo:
             return self._known[key]
-        record = first(partial(self._find, step, key))
+        record = on_first_process(partial(self._find, step, key))
         there = record is not None
         if record is None or redo:
             with self._interruption.deferred() if trains and self._interruption else nullcontext():
@@ -155,7 +155,7 @@ class Store:
             draft.rename(folder)
             sync(folder.parent)
 
-        first(appear)
+        on_first_process(appear)
 
     def adapter_folder(self, key: str) -> Path:
         """Where the adapter of a key lies, if it is on this machine."""
@@ -195,7 +195,7 @@ class Store:
     ) -> Record:
         """Do a step and write its record; a record that is there already stays."""
         folder = self.folder / WORK / key / _file_name(step)
-        started, outer = time.perf_counter() - first(partial(_seconds_so_far, folder)), self._inside
+        started, outer = time.perf_counter() - on_first_process(partial(_seconds_so_far, folder)), self._inside
         self._inside = 0.0
         try:
             result = work(key, folder)
@@ -206,7 +206,7 @@ class Store:
         elapsed = time.perf_counter() - started
         seconds, self._inside = round(elapsed - self._inside, 3), outer + elapsed
         record = before or Record(step, key, dict(settings), result, seconds, made_with())
-        return first(partial(self._complete, record, new=before is None))
+        return on_first_process(partial(self._complete, record, new=before is None))
 
     def _complete(self, record: Record, *, new: bool) -> Record:
         if new:

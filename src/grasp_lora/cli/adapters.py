@@ -155,7 +155,7 @@ def export(
 
     Prints the error that this costs, and what vLLM and llama.cpp need to take the result.
     """
-    from grasp_lora.bench.export import ExportSettings, export_folder
+    from grasp_lora.models.export import ExportSettings, export_folder
 
     log_to_terminal(False)
     settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype)

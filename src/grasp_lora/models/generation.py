@@ -1,61 +1,26 @@
-"""Batched greedy decoding: token ids of prompts in, answers as text out.
-
-`torch` and `transformers` are imported inside the functions, so that the settings load at once.
-"""
-
-from __future__ import annotations
+"""Batched greedy decoding: token ids of prompts in, answers as text out."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from grasp_lora.errors import DataError
 from grasp_lora.models.backbone import find_stop_ids, without_peft
+from grasp_lora.models.settings import GenerationSettings
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
 _ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer otherwise in a batch
 _TOKENS_BETWEEN = 4  # generated before rows that have ended leave the batch
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
-    """How answers are decoded; always greedy, whatever the model's own generation config says.
-
-    Args:
-        max_new_tokens: longest answer, >= 1.
-        batch_size: most prompts in a batch, >= 1.
-        batch_tokens: most tokens in a batch, padding and room for the answers included, >= 1. A single prompt that
-            needs more makes a batch of its own.
-        stop: texts that end an answer; they are cut off, with all that follows.
-
-    Raises:
-        ValueError: a number is below 1 or a stop text is empty.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    max_new_tokens: int = 32
-    batch_size: int = 16
-    batch_tokens: int = 8192
-    stop: tuple[str, ...] = ("\n",)
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: use a whole number of at least 1")
-        if isinstance(self.stop, str):
-            raise ValueError(f"stop is the text {self.stop!r}: give a list of texts")
-        if "" in self.stop:
-            raise ValueError("stop contains an empty text, which would end every answer at once: remove it")
-
-
 def generate(
     model: torch.nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     progress: Callable[[int, int], None] | None = None,
@@ -130,12 +95,11 @@ def _batches(lengths: Sequence[int], settings: GenerationSettings) -> Iterator[l
         yield batch
 
 
-def _decode(model: Any, prompts: Sequence[Sequence[int]], answers: _Answers, longest: int) -> None:
+def _decode(model: Any, prompts: Sequence[Sequence[int]], answers: "_Answers", longest: int) -> None:
     """Generate until every row of `answers` has ended or has `longest` tokens; the model is in greedy mode.
 
     Every few tokens the rows that have ended leave the batch, with their part of the cache.
     """
-    import torch
     from transformers import StoppingCriteriaList
 
     width = max(len(prompt) for prompt in prompts)
@@ -180,7 +144,7 @@ class _Answers:
     """Stopping criterion that keeps the text of each row up to its end: what a batch generates later changes nothing."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, rows: int, stop_ids: Sequence[int], stop: Sequence[str]
+        self, tokenizer: "PreTrainedTokenizerBase", rows: int, stop_ids: Sequence[int], stop: Sequence[str]
     ) -> None:
         self.texts = [""] * rows
         self.rows = list(range(rows))  # those that are still generated, in the order of the batch
@@ -192,8 +156,6 @@ class _Answers:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Take in the newest token of each row [rows]; give True for the rows that have ended."""
-        import torch
-
         for row, tokens in zip(self.rows, input_ids[:, self.prompt_width :].tolist(), strict=True):
             if row in self._ended:
                 continue
@@ -209,8 +171,6 @@ class _Answers:
 
     def drop_ended(self) -> torch.Tensor:
         """Leave out the rows that have ended, and give the places in the batch of the others."""
-        import torch
-
         places = [place for place, row in enumerate(self.rows) if row not in self._ended]
         self.rows = [self.rows[place] for place in places]
         return torch.tensor(places, dtype=torch.long)

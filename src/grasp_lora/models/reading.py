@@ -8,28 +8,61 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.models.adapter_config import (
-    CONFIG_FILE,
-    MOST_BYTES,
-    MOST_RANK,
-    AdapterConfig,
-    check_text,
-    read_config,
-)
-from grasp_lora.models.tensor_files import TensorFacts, read_header, read_tensors
+from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES, AdapterConfig, Rank, read_config
+from grasp_lora.models.tensor_files import read_shapes, read_tensors
 from grasp_lora.storage.network import no_network, not_there
-from grasp_lora.storage.reading import RefusedError, about, is_folder, is_there, read_json_object
-from grasp_lora.text.display import CONTROLS, escaped, quoted
+from grasp_lora.storage.reading import Name, RefusedError, about, is_folder, is_there, read_json_object, validated
+from grasp_lora.text.display import escaped
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 OUR_FILE = "grasp_lora.json"
 PREFIX = "base_model.model."
 MOST_EFFORT = 5_000_000  # comparisons of modules with patterns, a few seconds
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """How an adapter is asked and answers, kept beside it for `grasp-lora predict`; the defaults are for one that does not say.
+
+    Args:
+        max_new_tokens: longest answer.
+        stop: texts that end an answer.
+        chat_template: whether prompts are put into the tokenizer's chat template.
+    """
+
+    max_new_tokens: Annotated[int, Field(strict=True)] = 64
+    stop: tuple[Annotated[str, Field(strict=True)], ...] = ("\n",)
+    chat_template: Annotated[bool, Field(strict=True)] = False
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What grasp-lora writes beside the weights of an adapter.
+
+    Args:
+        backbone: public name of the backbone.
+        backbone_fingerprint: see `backbone.fingerprint`; None if another program wrote the adapter.
+        backbone_quantised: whether its weights were stored in fewer bits than they were computed with.
+        segments: module name -> name and rank of the adapters that its components came from, in order.
+        answers: None where it does not say.
+    """
+
+    backbone: Name | None = None
+    backbone_fingerprint: Name | None = None
+    backbone_quantised: Annotated[bool, Field(strict=True)] = False
+    segments: dict[str, tuple[tuple[Name, Rank], ...]] = field(default_factory=dict)
+    answers: Answers | None = None
+
+    def origins(self) -> dict[str, tuple[Segment, ...]]:
+        """Return module name -> origin of its components."""
+        return {module: tuple(Segment(*row) for row in rows) for module, rows in self.segments.items()}
 
 
 @dataclass(frozen=True)
@@ -41,7 +74,7 @@ class LoadedAdapter:
         name: public name: the hub id, or the folder's own name, never a path.
         base_model: name of the backbone that its config states, or None.
         sha256: hash of the weights file.
-        info: what grasp-lora wrote beside it (fingerprint of the backbone, origin of components, how it answers), or empty.
+        info: what grasp-lora wrote beside it.
         targets: endings of the modules that its config names, or empty where it chooses them in another way.
     """
 
@@ -49,7 +82,7 @@ class LoadedAdapter:
     name: str
     base_model: str | None
     sha256: str
-    info: dict[str, Any] = field(default_factory=dict)
+    info: AdapterInfo = field(default_factory=AdapterInfo)
     targets: tuple[str, ...] = ()
 
     @property
@@ -72,38 +105,31 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
         AdapterError: it is missing, no safetensors LoRA, holds what cannot be merged right, does not agree with its own config,
             or holds a number that is not finite.
     """
-    folder = Path(place)
-    shown = escaped(str(place))
+    folder, shown = Path(place), escaped(str(place))
     local = is_folder(folder)
     if not local:
         folder = _download(str(place), offline)
+    file = folder / WEIGHTS_FILE
     try:
         config = read_config(folder, escaped(folder.name) if local else shown)
-        info, origins = _read_info(folder)
+        info = _read_info(folder)
         _check_place(folder)
         with about(WEIGHTS_FILE):
-            modules = _match_factors(read_header(folder / WEIGHTS_FILE), config)
-            scalings = {name: config.scaling_of(name, rank) for name, (_, rank) in modules.items()}
-            _check_origins(origins, {name: rank for name, (_, rank) in modules.items()})
-            tensors = read_tensors(folder / WEIGHTS_FILE)
-            digest = _hash(folder / WEIGHTS_FILE)
+            factors = _match_factors(read_shapes(file), config)
+            _check_origins(info, config, factors)
+            tensors = read_tensors(file)
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()
     except RefusedError as error:
         raise AdapterError(f"adapter {shown}: {error}") from error
     except OSError as error:  # the folder may be closed to us
         raise AdapterError(f"adapter {shown} cannot be read: {error.strerror or error}") from error
-    return LoadedAdapter(
-        AdapterWeights(
-            {
-                name: LoraPair(tensors[keys["A"]], tensors[keys["B"]], scalings[name], origins.get(name, ()))
-                for name, (keys, _) in modules.items()
-            }
-        ),
-        name=escaped(folder.resolve().name) if local else shown,
-        base_model=config.base_model,
-        sha256=digest,
-        info=info,
-        targets=config.targets,
-    )
+    origins, pairs = info.origins(), {}
+    for name, keys in factors.items():
+        scaling = config.scaling_of(name, config.rank_of(name))
+        pairs[name] = LoraPair(tensors[keys["A"]], tensors[keys["B"]], scaling, origins.get(name, ()))
+    own_name = escaped(folder.resolve().name) if local else shown
+    return LoadedAdapter(AdapterWeights(pairs), own_name, config.base_model, digest, info, config.targets)
 
 
 def read_base_model(place: str) -> str | None:
@@ -124,47 +150,23 @@ def _download(hub_id: str, offline: bool, wanted: Sequence[str] = (CONFIG_FILE, 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    shown = escaped(hub_id)
     try:
         with no_network(offline):
             return Path(snapshot_download(hub_id, allow_patterns=list(wanted), local_files_only=offline))
     except (HFValidationError, OSError) as error:  # network, authorisation and missing repositories are OSErrors
-        raise AdapterError(f"adapter {shown}: {not_there(error)}") from error
+        raise AdapterError(f"adapter {escaped(hub_id)}: {not_there(error)}") from error
 
 
-def _read_info(folder: Path) -> tuple[dict[str, Any], dict[str, tuple[Segment, ...]]]:
-    """Read what `save_adapter` wrote beside the weights: all of it, and where each module's components came from."""
+def _read_info(folder: Path) -> AdapterInfo:
     file = folder / OUR_FILE
     if not is_there(file):
-        return {}, {}
+        return AdapterInfo()
     with about(OUR_FILE):
-        info = read_json_object(file, MOST_BYTES)
-        check_text("backbone_fingerprint", info.get("backbone_fingerprint"))
-        _check_answers(info.get("answers", {}))
-        origins = {}
-        rows_of = info.get("segments", {})
-        for module, rows in rows_of.items() if isinstance(rows_of, dict) else [("", None)]:
-            if not isinstance(rows, list) or not all(map(_is_segment, rows)):
-                raise RefusedError(f"the segments of {quoted(module)} are malformed; delete that file")
-            origins[module] = tuple(Segment(label, rank) for label, rank in rows)
-        return info, origins
-
-
-def _check_answers(answers: Any) -> None:
-    kinds = {"max_new_tokens": int, "stop": list, "chat_template": bool}
-    if (
-        not isinstance(answers, dict)
-        or any(type(value) is not kinds.get(key, type(value)) for key, value in answers.items())
-        or not all(isinstance(stop, str) for stop in answers.get("stop", []))
-    ):
-        raise RefusedError("the answers are malformed; delete that file")
-
-
-def _is_segment(row: Any) -> bool:
-    if not isinstance(row, list) or len(row) != 2:
-        return False
-    label, rank = row
-    return isinstance(label, str) and not CONTROLS.search(label) and type(rank) is int and 1 <= rank <= MOST_RANK
+        content = read_json_object(file, MOST_BYTES)
+        try:
+            return validated(AdapterInfo, content)
+        except RefusedError as error:
+            raise RefusedError(f"{error}; delete that file to do without it") from error
 
 
 def _check_place(folder: Path) -> None:
@@ -188,57 +190,46 @@ def _check_place(folder: Path) -> None:
     )
 
 
-def _match_factors(facts: Mapping[str, TensorFacts], config: AdapterConfig) -> dict[str, tuple[dict[str, str], int]]:
-    """Return for each module the keys of its factors A and B, whose shapes by the header fit the config, and its rank."""
-    embeddings = [key for key in facts if ".lora_embedding_" in key]
-    if embeddings:
-        raise RefusedError(
-            f"the adapter changes an embedding ({embeddings[0]}), which cannot be merged; train one on linear layers only"
-        )
+def _match_factors(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig) -> dict[str, dict[str, str]]:
+    """Return module -> factor A or B -> its key in the file, after checking that all shapes fit the config."""
     factors: dict[str, dict[str, str]] = {}
-    for key, fact in facts.items():
+    if embedding := next((key for key in shapes if ".lora_embedding_" in key), None):
+        raise RefusedError(
+            f"the adapter changes an embedding ({embedding}), which cannot be merged; train one on linear layers only"
+        )
+    for key, shape in shapes.items():
         module, _, rest = key.removeprefix(PREFIX).rpartition(".lora_")
         if not module or rest not in ("A.weight", "B.weight"):
             raise RefusedError(f"it holds {key}, which is no LoRA factor of a linear layer and cannot be merged")
-        if len(fact.shape) != 2:
-            raise RefusedError(f"{key} has shape {fact.shape}; only linear layers can be merged")
-        names = factors.setdefault(module, {})
-        if rest[0] in names:
+        if len(shape) != 2:
+            raise RefusedError(f"{key} has shape {shape}; only linear layers can be merged")
+        keys = factors.setdefault(module, {})
+        if rest[0] in keys:
             raise RefusedError(f"factor {rest[0]} of {module} stands twice, once with and once without {PREFIX!r}")
-        names[rest[0]] = key
+        keys[rest[0]] = key
     if not factors:
         raise RefusedError("it holds no LoRA weights")
     if len(factors) * config.effort > MOST_EFFORT:
         raise RefusedError(
             f"{len(factors)} modules are too many for the patterns of {CONFIG_FILE}; give it fewer exceptions"
         )
-    modules = {}
-    for module, names in factors.items():
-        if len(names) < 2:
-            raise RefusedError(f"{module} has only factor {next(iter(names))}; both A and B are needed")
+    for module, keys in factors.items():
+        if len(keys) < 2:
+            raise RefusedError(f"{module} has only factor {next(iter(keys))}; both A and B are needed")
         rank = config.rank_of(module)
-        for factor, stored in (("A", facts[names["A"]].shape[0]), ("B", facts[names["B"]].shape[1])):
+        for factor, stored in (("A", shapes[keys["A"]][0]), ("B", shapes[keys["B"]][1])):
             if stored != rank:
                 raise RefusedError(
                     f"factor {factor} of {module} has rank {stored}, its config says {rank}; "
                     f"the weights and {CONFIG_FILE} are not of the same adapter"
                 )
-        modules[module] = names, rank
-    return modules
+    return factors
 
 
-def _check_origins(origins: Mapping[str, tuple[Segment, ...]], ranks: Mapping[str, int]) -> None:
-    for module, rank in ranks.items():
-        if origins.get(module) and sum(segment.rank for segment in origins[module]) != rank:
+def _check_origins(info: AdapterInfo, config: AdapterConfig, modules: Mapping[str, object]) -> None:
+    for module, rows in info.segments.items():
+        if module in modules and rows and sum(rank for _, rank in rows) != config.rank_of(module):
             raise RefusedError(
                 f"{OUR_FILE} describes another rank of {module} than its weights have; "
                 f"delete {OUR_FILE} if the adapter was trained on or replaced by another program"
             )
-
-
-def _hash(file: Path) -> str:
-    try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise RefusedError(f"it cannot be read: {error.strerror or error}") from error

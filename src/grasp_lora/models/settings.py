@@ -1,8 +1,52 @@
-"""Settings of fresh adapters, importable without torch so that the command line starts at once."""
+"""Settings of backbones, fresh adapters and answers, importable without torch so that the command line starts at once."""
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+EMBEDDED_NAME = "gemma3-270m"
+EMBEDDED_HUB_ID = "google/gemma-3-270m"
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    """Which model to start from, and how to load it.
+
+    Args:
+        name: "gemma3-270m" (the embedded default), a local folder, or a Hugging Face hub id. A model that was saved quantised is
+            loaded as it is; none is quantised here.
+        dtype: what the weights are loaded in; "auto" takes bfloat16 on CUDA cards that have it and on processors with AMX, else
+            float32.
+        revision: branch, tag or commit of a hub id.
+        trust_remote_code: run the Python code that comes with the model.
+        offline: use only what is on this machine.
+        device: "auto" takes a CUDA GPU where there is one.
+
+    Raises:
+        ValueError: a value is not among those allowed, or does not go with the name.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    name: str = EMBEDDED_NAME
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    offline: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.name.strip():
+            raise ValueError("backbone name is empty: give a local folder, a hub id or 'gemma3-270m'")
+        if self.dtype not in ("auto", "bfloat16", "float32"):
+            raise ValueError(f"backbone dtype is {self.dtype!r}: use 'auto', 'bfloat16' or 'float32'")
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise ValueError(f"backbone device is {self.device!r}: use 'auto', 'cpu' or 'cuda'")
+        if self.name == EMBEDDED_NAME and self.revision is not None:
+            raise ValueError(
+                f"backbone revision is {self.revision!r}, but the embedded {EMBEDDED_NAME!r} has no revisions: "
+                "leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -39,3 +83,35 @@ class LoraSettings:
             raise ValueError(f"LoRA dropout is {self.dropout}; it must lie in [0, 1)")
         if not self.target_modules:
             raise ValueError("LoRA target_modules is empty; name at least one module, such as q_proj")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are decoded; always greedy, whatever the model's own generation config says.
+
+    Args:
+        max_new_tokens: longest answer, >= 1.
+        batch_size: most prompts in a batch, >= 1.
+        batch_tokens: most tokens in a batch, padding and room for the answers included, >= 1. A single prompt that
+            needs more makes a batch of its own.
+        stop: texts that end an answer; they are cut off, with all that follows.
+
+    Raises:
+        ValueError: a number is below 1 or a stop text is empty.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    max_new_tokens: int = 32
+    batch_size: int = 16
+    batch_tokens: int = 8192
+    stop: tuple[str, ...] = ("\n",)
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: use a whole number of at least 1")
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop is the text {self.stop!r}: give a list of texts")
+        if "" in self.stop:
+            raise ValueError("stop contains an empty text, which would end every answer at once: remove it")

@@ -17,9 +17,7 @@ from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import POLICIES, PRESETS, WHOLE_ROUNDS, PolicySettings
-from grasp_lora.models.backbone import BackboneSettings
-from grasp_lora.models.generation import GenerationSettings
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings
 from grasp_lora.text.display import quoted
 from grasp_lora.training.settings import TrainingSettings
 

@@ -20,9 +20,9 @@ from grasp_lora.data.splits import assign, join_groups
 from grasp_lora.data.tasks import TASKS
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.policy import preset
-from grasp_lora.models.adapters import CONFIG_FILE
-from grasp_lora.models.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME
+from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.reading import read_base_model
+from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.recipes.load import validate
 from grasp_lora.storage.reading import is_there
 from grasp_lora.text.display import listed, quoted

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from grasp_lora.errors import GraspError
+from grasp_lora.errors import GraspError, RecipeError
 
 # What only a file system says; other OSErrors (a network that is down) count if they name a file inside the folder.
 Written = TypeVar("Written")
@@ -88,6 +88,24 @@ def clear_write_errors(folder: Path, *, goes_on: bool = True) -> Iterator[None]:
         raise cannot_write(folder, error.strerror or str(error), goes_on=goes_on) from error
     except SafetensorError as error:  # safetensors tells of a full disk in its own way
         raise cannot_write(folder, str(error), goes_on=goes_on) from error
+
+
+def refuse_existing(output: Path) -> None:
+    """Check that a folder for a result is not there yet, or empty, and that it can be written.
+
+    Raises:
+        RecipeError: it holds something, is a file, or cannot be written.
+    """
+    try:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise RecipeError(f"{output} exists and is not an empty folder; choose another with --output")
+        there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    except OSError as error:
+        raise RecipeError(f"{output} cannot be made ({error.strerror}); choose another with --output") from error
+    if not there.is_dir():
+        raise RecipeError(f"{output} cannot be made ({there.name} is a file); choose another with --output")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"{output} cannot be made (no permission); choose another with --output")
 
 
 def appear(output: Path, write: Callable[[Path], Written]) -> Written:

@@ -62,7 +62,7 @@ def leave() -> None:
         PartialState().destroy_process_group()
 
 
-def first(work: Callable[[], Result]) -> Result:
+def on_first_process(work: Callable[[], Result]) -> Result:
     """Let the first process do something and give its result, plain values, to all; the others wait for it.
 
     Raises:
@@ -73,21 +73,21 @@ def first(work: Callable[[], Result]) -> Result:
     from accelerate.utils import broadcast_object_list
 
     problem: Exception | None = None
-    outcome: list[tuple[bool, Result | None]] = [(False, None)]
+    outcome: list[Result] = []
     if is_first():
         try:
-            outcome = [(True, work())]
+            outcome = [work()]
         except Exception as error:  # noqa: BLE001 - whatever it is, the others must not wait for ever
             problem = error
-    [(done, result)] = broadcast_object_list(outcome)
+    [outcome] = broadcast_object_list([outcome])
     if problem is not None:
         raise problem
-    if not done:
+    if not outcome:
         raise FailedElsewhere("the first process could not go on")
-    return result
+    return outcome[0]
 
 
-def together(work: Callable[[], None]) -> None:
+def on_every_process(work: Callable[[], None]) -> None:
     """Let every process do something, and none go on where one could not.
 
     Raises:
@@ -111,7 +111,7 @@ def together(work: Callable[[], None]) -> None:
         raise FailedElsewhere(f"process {failed[0]} could not go on")
 
 
-def shared(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
+def distribute(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]) -> list[Result]:
     """Let each process do its part of the items; return the results of all, in the order of the items.
 
     Args:

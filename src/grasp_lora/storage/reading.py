@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from grasp_lora.text.display import quoted
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from grasp_lora.text.display import CONTROLS, one_line, quoted
 
 MOST_LEVELS = 64
+MOST_NAME = 1024
+
+Read = TypeVar("Read")
 
 
 class RefusedError(ValueError):
@@ -27,6 +32,15 @@ class RefusedError(ValueError):
     def __init__(self, reason: str, line: int | None = None) -> None:
         super().__init__(reason)
         self.line = line
+
+
+def _without_controls(text: str) -> str:
+    if CONTROLS.search(text):
+        raise ValueError("control characters are not allowed")
+    return text
+
+
+Name = Annotated[str, Field(strict=True, max_length=MOST_NAME), AfterValidator(_without_controls)]
 
 
 def is_file(path: Path) -> bool:
@@ -131,6 +145,23 @@ def read_json_object(file: Path, most: int) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RefusedError("it must hold a JSON object")
     return content
+
+
+def validated(kind: type[Read], content: Any) -> Read:
+    """Return content, as JSON has it, as a pydantic model or a dataclass.
+
+    Raises:
+        RefusedError: a value has the wrong type or is out of range; the first one is named.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(one_line(str(part))[:80] for part in first["loc"]) or "it"
+        if first["type"] == "missing":
+            raise RefusedError(f"{key} is missing") from None
+        rule = first["msg"].removeprefix("Value error, ")
+        raise RefusedError(f"{key} is {quoted(first['input'])}; {rule[0].lower()}{rule[1:]}") from None
 
 
 @contextmanager

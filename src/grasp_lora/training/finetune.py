@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from grasp_lora.models.adapters import live_pairs
 from grasp_lora.models.backbone import without_peft
 from grasp_lora.storage.checkpoints import Checkpointing, State, newest_checkpoint
 from grasp_lora.storage.files import clear_write_errors, write_whole
+from grasp_lora.training.gradients import GradientCheck
 from grasp_lora.training.probes import Encoded, ProbeSet, check_measurable, collate
 from grasp_lora.training.saved import SavedInCheckpoints
 from grasp_lora.training.settings import TrainingSettings
@@ -33,7 +34,18 @@ from grasp_lora.training.trainer import FineTuneTrainer, Saving
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from grasp_lora.training.controller import GraspController
+
 log = logging.getLogger(__name__)
+
+
+class HistoryRow(TypedDict):
+    """One line of `history.jsonl`: a training loss, the mean since the last such row, or a dev loss."""
+
+    step: int
+    epoch: float
+    loss: NotRequired[float]
+    dev_loss: NotRequired[float]
 
 
 @dataclass(frozen=True)
@@ -44,13 +56,13 @@ class FineTuneResult:
         steps: optimizer steps taken.
         best_step: the step whose adapter the model holds now, 0 for the untrained one.
         dev_loss: dev loss at `best_step`, None without a dev set.
-        history: rows of step, epoch and loss or dev_loss, in order.
+        history: losses, in the order of steps.
     """
 
     steps: int
     best_step: int
     dev_loss: float | None
-    history: list[dict[str, float]] = field(default_factory=list)
+    history: list[HistoryRow] = field(default_factory=list)
 
 
 class BestOnDev(SavedInCheckpoints):
@@ -67,7 +79,7 @@ class BestOnDev(SavedInCheckpoints):
         self.evaluate_steps = evaluate_steps
         self.best_loss = math.inf
         self.best_step = 0
-        self.history: list[dict[str, float]] = []
+        self.history: list[HistoryRow] = []
         self._best: dict[str, tuple[Tensor, Tensor]] = {}
         self._bad = 0
 
@@ -155,7 +167,7 @@ def finetune(
     seed: int,
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
-    controller: Any = None,
+    controller: "GraspController | None" = None,
     report_to: Sequence[str] = (),
     on_step: Callable[[dict[str, float]], None] | None = None,
     checkpoints: Checkpointing | None = None,
@@ -180,7 +192,7 @@ def finetune(
 
     Raises:
         DataError: there are no training examples, or one has no prompt or no answer.
-        GraspError: the loss or a weight became NaN or infinite; or the folder cannot be written.
+        GraspError: no LoRA weight has a gradient; the loss or a weight became NaN or infinite; or the folder cannot be written.
         Interrupted: `checkpoints` asked for a stop, and a checkpoint was saved.
     """
     if not train:
@@ -219,7 +231,7 @@ def finetune(
             args=arguments,
             train_dataset=list(train),
             data_collator=lambda examples: collate(examples, pad_id),
-            callbacks=[_FiniteLoss(), *callbacks],
+            callbacks=[_FiniteLoss(), GradientCheck(), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)  # it prints; progress is shown by whoever passes `on_step`
         if controller is not None:
@@ -246,8 +258,8 @@ def finetune(
             f"the adapter's weights are no longer finite at step {steps}; "
             f"lower the learning rate (now {settings.learning_rate})"
         )
-    history = [
-        {"step": row["step"], "epoch": row["epoch"], "loss": row["loss"]}
+    history: list[HistoryRow] = [
+        {"step": int(row["step"]), "epoch": row["epoch"], "loss": row["loss"]}
         for row in trainer.state.log_history
         if "loss" in row
     ]

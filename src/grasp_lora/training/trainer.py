@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from grasp_lora.errors import GraspError, Interrupted
 from grasp_lora.storage.checkpoints import Checkpointing, State, checkpoint_at, complete, seconds_of, write_state
 from grasp_lora.storage.files import cannot_write, vanished
+from grasp_lora.training.gradients import no_gradients
 from grasp_lora.training.probes import example_losses, takes_label_positions
 from grasp_lora.training.saved import SavedInCheckpoints
 
@@ -51,8 +52,14 @@ class FineTuneTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return this batch's share of the mean example loss of the optimizer step."""
+        """Return this batch's share of the mean example loss of the optimizer step.
+
+        Raises:
+            GraspError: it has no gradient.
+        """
         losses = example_losses(model, inputs, label_positions=self._label_positions)
+        if not losses.requires_grad:
+            raise no_gradients(model)
         return losses.sum() / self._examples_per_rank
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

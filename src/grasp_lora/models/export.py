@@ -5,14 +5,12 @@ What is written is read back and measured before its folder appears, whole or no
 
 import json
 import logging
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grasp_lora.bench.single import backbone_of, refuse_existing
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.shrinking import (
@@ -24,15 +22,14 @@ from grasp_lora.method.shrinking import (
     pad_ranks,
     share_scaling,
 )
-from grasp_lora.models.adapters import CONFIG_FILE, OUR_FILE, LoadedAdapter, check_fits, read_adapter, save_adapter
-from grasp_lora.models.backbone import (
-    EMBEDDED_HUB_ID,
-    EMBEDDED_PUBLIC_NAME,
-    Backbone,
-    is_quantised,
-)
+from grasp_lora.models.adapter_config import CONFIG_FILE
+from grasp_lora.models.adapters import check_fits, save_adapter
+from grasp_lora.models.backbone import Backbone, backbone_of, is_quantised
+from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.fold import fold
-from grasp_lora.storage.files import appear
+from grasp_lora.models.reading import OUR_FILE, LoadedAdapter, read_adapter
+from grasp_lora.models.settings import EMBEDDED_HUB_ID
+from grasp_lora.storage.files import appear, refuse_existing
 from grasp_lora.text.display import quoted
 
 logger = logging.getLogger(__name__)
@@ -41,10 +38,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes, as of vLLM 0.26
 CARD_FILE = "README.md"
 CARD_HEADING = "## Export"
-# An error of float64's own rounding: the delta did not change.
-EXACT = 1e-12
-
-_Writer = Callable[[Path], list[str]]  # writes into a draft folder, returns lines for the user
+EXACT = 1e-12  # an error of float64's own rounding: the delta did not change
 
 
 @dataclass(frozen=True)
@@ -105,22 +99,21 @@ def export_folder(
     """
     refuse_existing(output)
     adapter = read_adapter(place)
-    weights, facts = _shrink(adapter, settings)
+    shrunk = _shrink(adapter, settings)
     dtype_read = "float32" if settings.fold else "bfloat16"
     loaded = backbone_of(adapter, backbone, "cpu", dtype_read, revision, trust_remote_code)
     fingerprint = loaded.fingerprint
-    if settings.fold and adapter.info.get("backbone_quantised") and not is_quantised(loaded.model.config):
-        fingerprint = adapter.info.get("backbone_fingerprint", fingerprint)
+    if settings.fold and adapter.info.backbone_quantised and not is_quantised(loaded.model.config):
+        fingerprint = adapter.info.backbone_fingerprint or fingerprint
         logger.warning(
             "adapter %s was trained on a quantised backbone, so that %s is the same model could not be checked by its weights",
             quoted(adapter.name),
             quoted(loaded.name),
         )
     check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=fingerprint)
-    dtype = DTYPES[settings.dtype or "float32"]
     if settings.fold:
-        return appear(output, _model_writer(adapter, weights, loaded, dtype, facts))
-    return appear(output, _adapter_writer(adapter, weights, loaded, dtype, facts, _card_of(Path(place), adapter)))
+        return _write_model(output, adapter, shrunk, loaded, settings)
+    return _write_adapter(output, adapter, shrunk, loaded, settings, _card_of(Path(place), adapter))
 
 
 def accepted_by(weights: AdapterWeights, *, conv1d: bool = False) -> list[str]:
@@ -152,42 +145,68 @@ def accepted_by(weights: AdapterWeights, *, conv1d: bool = False) -> list[str]:
     return [vllm, llama]
 
 
-def _shrink(adapter: LoadedAdapter, settings: ExportSettings) -> tuple[AdapterWeights, dict[str, Any]]:
-    """The weights to write, and what was done to them for `grasp_lora.json`."""
+@dataclass(frozen=True)
+class _Shrunk:
+    """The weights to write, and what was done to them."""
+
+    weights: AdapterWeights
+    rank: int | None = None
+    components: int | None = (
+        None  # before those that a mask has emptied were dropped; None where that was not asked for
+    )
+    removed: int = 0
+    kept_per_module: tuple[int, int] = (0, 0)  # the fewest and the most
+
+    def facts(self) -> dict[str, Any]:
+        """For `grasp_lora.json`."""
+        found: dict[str, Any] = {} if self.rank is None else {"rank": self.rank}
+        if self.components is not None:
+            found |= {"components": self.components, "removed": self.removed, "kept_per_module": self.kept_per_module}
+        return found
+
+    def lines(self, error: DeltaError) -> list[str]:
+        """For the user."""
+        lines = []
+        if self.components is not None:
+            low, high = self.kept_per_module
+            kept = f"{low} left in each module" if low == high else f"{low} to {high} left in a module"
+            why = "" if self.removed else "; only a mask of granularity component empties whole ones"
+            lines.append(f"removed {self.removed} of {self.components} components, {kept}{why}")
+        if error.worst_error < EXACT:
+            return [*lines, "delta: unchanged"]
+        worst = f"at worst {error.worst_error:.3g} ({error.worst_module})"
+        return [*lines, f"delta: relative error {error.relative_error:.3g} over all modules, {worst}"]
+
+
+def _shrink(adapter: LoadedAdapter, settings: ExportSettings) -> _Shrunk:
     weights, highest = adapter.weights, max(pair.rank for pair in adapter.weights.values())
-    facts: dict[str, Any] = {"adapter": adapter.name, "sha256": adapter.sha256}
+    components, left = None, [0]
     if settings.rank is not None and settings.rank >= highest:
         raise AdapterError(
             f"adapter {adapter.name} has rank {highest}, so --rank {settings.rank} has nothing to gain; "
             f"give one below {highest}, or leave it out"
         )
     if settings.prune_rank:
+        components = sum(pair.rank for pair in weights.values())
         weights = drop_emptied(weights)
         if not weights:
             raise AdapterError(
                 f"adapter {adapter.name} changes nothing: all its components are zero; use the backbone alone"
             )
-        left = {module: weights[module].rank if module in weights else 0 for module in adapter.weights}
-        facts["components"] = sum(pair.rank for pair in adapter.weights.values())
-        facts["removed"] = facts["components"] - sum(left.values())
-        facts["kept_per_module"] = [min(left.values()), max(left.values())]
+        left = [weights[module].rank if module in weights else 0 for module in adapter.weights]
     if settings.rank is not None:
         weights = lower_rank(weights, settings.rank)
-        facts["rank"] = settings.rank
     weights = share_scaling(weights)
-    return pad_ranks(weights) if settings.uniform_rank else weights, facts
+    if settings.uniform_rank:
+        weights = pad_ranks(weights)
+    return _Shrunk(weights, settings.rank, components, (components or 0) - sum(left), (min(left), max(left)))
 
 
-def _adapter_writer(
-    adapter: LoadedAdapter,
-    weights: AdapterWeights,
-    backbone: Backbone,
-    dtype: torch.dtype,
-    facts: dict[str, Any],
-    card: str,
-) -> _Writer:
-    rounded = in_dtype(weights, dtype)
-    name = _stated_backbone(adapter, backbone)
+def _write_adapter(
+    output: Path, adapter: LoadedAdapter, shrunk: _Shrunk, backbone: Backbone, settings: ExportSettings, card: str
+) -> list[str]:
+    dtype = settings.dtype or "float32"
+    rounded = in_dtype(shrunk.weights, DTYPES[dtype])
 
     def write(draft: Path) -> list[str]:
         # Dropout 0: the result is for inference, and PEFT hot-swaps only adapters of equal dropout.
@@ -195,31 +214,32 @@ def _adapter_writer(
             draft,
             rounded,
             backbone.model,
-            backbone_name=name,
+            backbone_name=_stated_backbone(adapter, backbone),
             fingerprint=backbone.fingerprint,
             dropout=0.0,
-            answers=adapter.info.get("answers"),
+            answers=adapter.info.answers,
         )
         written = read_adapter(draft).weights
         error = delta_error(adapter.weights, written)
         config = json.loads((draft / CONFIG_FILE).read_text(encoding="utf-8"))
         lines = [
-            f"adapter: {len(written)} modules, {_ranks(written)}, {_name(dtype)}, {_megabytes(draft)}",
-            *_shrinking_lines(facts, error),
+            f"adapter: {len(written)} modules, {_ranks(written)}, {dtype}, {_megabytes(draft)}",
+            *shrunk.lines(error),
             *accepted_by(written, conv1d=bool(config["fan_in_fan_out"])),
         ]
         info = json.loads((draft / OUR_FILE).read_text(encoding="utf-8"))
-        _describe(draft, info, facts | {"dtype": _name(dtype)} | asdict(error), card, lines)
+        _describe(draft, adapter, info, shrunk.facts() | {"dtype": dtype} | asdict(error), card, lines)
         return lines
 
-    return write
+    return appear(output, write)
 
 
-def _model_writer(
-    adapter: LoadedAdapter, weights: AdapterWeights, backbone: Backbone, dtype: torch.dtype, facts: dict[str, Any]
-) -> _Writer:
-    error = delta_error(adapter.weights, weights)
-    rounding = fold(backbone.model, weights, dtype)
+def _write_model(
+    output: Path, adapter: LoadedAdapter, shrunk: _Shrunk, backbone: Backbone, settings: ExportSettings
+) -> list[str]:
+    dtype = settings.dtype or "float32"
+    error = delta_error(adapter.weights, shrunk.weights)
+    rounding = fold(backbone.model, shrunk.weights, DTYPES[dtype])
     name = _stated_backbone(adapter, backbone)
     backbone.model.name_or_path = backbone.model.config._name_or_path = name
     backbone.tokenizer.name_or_path = name
@@ -231,59 +251,44 @@ def _model_writer(
             raise GraspError(f"backbone {backbone.name} cannot be saved: {reason}") from reason
         backbone.tokenizer.save_pretrained(draft)
         lines = [
-            f"model: {adapter.name} folded into {len(weights)} modules of {name}, {_name(dtype)}, {_megabytes(draft)}",
-            *_shrinking_lines(facts, error),
+            f"model: {adapter.name} folded into {len(shrunk.weights)} modules of {name}, {dtype}, {_megabytes(draft)}",
+            *shrunk.lines(error),
             f"rounding: relative error {rounding.of_weights:.3g} of the folded weights, {rounding.of_delta:.3g} of the delta",
             "vLLM, llama.cpp: take it as they take its backbone (convert_hf_to_gguf.py)",
         ]
         info = {"backbone": name, "backbone_fingerprint": backbone.fingerprint}
-        own = facts | {"dtype": _name(dtype), "rounding": asdict(rounding)} | asdict(error)
-        _describe(draft, info, own, "", lines)
+        facts = shrunk.facts() | {"dtype": dtype, "rounding": asdict(rounding)} | asdict(error)
+        _describe(draft, adapter, info, facts, "", lines)
         return lines
 
-    return write
-
-
-def _shrinking_lines(facts: dict[str, Any], error: DeltaError) -> list[str]:
-    lines = []
-    if "removed" in facts:
-        low, high = facts["kept_per_module"]
-        kept = f"{low} left in each module" if low == high else f"{low} to {high} left in a module"
-        lines.append(f"removed {facts['removed']} of {facts['components']} components, {kept}")
-        if not facts["removed"]:
-            lines[-1] += "; only a mask of granularity component empties whole ones"
-    if error.worst_error < EXACT:
-        return [*lines, "delta: unchanged"]
-    worst = f"at worst {error.worst_error:.3g} ({error.worst_module})"
-    return [*lines, f"delta: relative error {error.relative_error:.3g} over all modules, {worst}"]
+    return appear(output, write)
 
 
 def _stated_backbone(adapter: LoadedAdapter, backbone: Backbone) -> str:
     """The backbone's name for others: of a path on some machine only its last part."""
-    name = adapter.base_model or (EMBEDDED_HUB_ID if backbone.name == EMBEDDED_PUBLIC_NAME else backbone.name)
+    name = adapter.base_model or (EMBEDDED_HUB_ID if backbone.name == PUBLIC_NAME else backbone.name)
     return Path(name).name if name.startswith(("/", "~")) or "\\" in name else name
 
 
 def _card_of(folder: Path, adapter: LoadedAdapter) -> str:
     """The adapter's own model card without the section of an earlier export, if grasp-lora wrote it; else nothing."""
     file = folder / CARD_FILE
-    if not adapter.info or not file.is_file():
+    if adapter.info.backbone_fingerprint is None or not file.is_file():
         return ""
     return file.read_text(encoding="utf-8", errors="replace").partition(f"{CARD_HEADING}\n")[0].rstrip()
 
 
-def _describe(draft: Path, info: dict[str, Any], facts: dict[str, Any], card: str, lines: list[str]) -> None:
-    (draft / OUR_FILE).write_text(json.dumps(info | {"export": facts}, indent=1) + "\n", encoding="utf-8")
-    origin = f"Exported from the adapter {facts['adapter']} (sha256:{facts['sha256']})."
+def _describe(
+    draft: Path, adapter: LoadedAdapter, info: dict[str, Any], facts: dict[str, Any], card: str, lines: list[str]
+) -> None:
+    origin = {"adapter": adapter.name, "sha256": adapter.sha256}
+    (draft / OUR_FILE).write_text(json.dumps(info | {"export": origin | facts}, indent=1) + "\n", encoding="utf-8")
+    sentence = f"Exported from the adapter {adapter.name} (sha256:{adapter.sha256})."
     if card:
-        origin += " What stands above is about that adapter."
+        sentence += " What stands above is about that adapter."
     listed = "".join(f"- {line}\n" for line in lines)
-    content = f"{card}\n\n{CARD_HEADING}\n\n{origin}\n\n{listed}"
+    content = f"{card}\n\n{CARD_HEADING}\n\n{sentence}\n\n{listed}"
     (draft / CARD_FILE).write_text(content.lstrip(), encoding="utf-8")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _ranks(weights: AdapterWeights) -> str:

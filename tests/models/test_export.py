@@ -16,12 +16,13 @@ from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from grasp_lora.bench.export import ExportSettings, accepted_by, export_folder
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.masks import MaskSet, MaskSettings
-from grasp_lora.models.adapters import OUR_FILE, WEIGHTS_FILE, lora_layers, read_adapter, save_adapter
+from grasp_lora.models.adapters import lora_layers, save_adapter
 from grasp_lora.models.backbone import fingerprint
+from grasp_lora.models.export import ExportSettings, accepted_by, export_folder
+from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE, read_adapter
 
 IDS = torch.arange(4, 24)[None]
 TARGETS = {"llama": ("q_proj", "down_proj"), "gemma3": ("q_proj", "down_proj"), "gpt2": ("c_attn",)}
@@ -408,7 +409,7 @@ class TestNothingIsWritten:
 
     @pytest.mark.parametrize("settings", [{}, {"fold": True, "dtype": "bfloat16"}])
     def test_a_disk_that_fails_half_way(self, settings: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import grasp_lora.bench.export as module
+        import grasp_lora.models.export as module
 
         def fail(*arguments: object) -> None:
             raise OSError(28, "No space left on device")
@@ -434,7 +435,7 @@ class TestNothingIsWritten:
         save_adapter(
             Path("small"), weights, llama, backbone_name="backbone", fingerprint="0123456789abcdef", dropout=0.0
         )
-        assert read_adapter("small").info["backbone_quantised"] is True
+        assert read_adapter("small").info.backbone_quantised
         export("out", place="small", fold=True, dtype="float32")
         assert "could not be checked by its weights" in caplog.text
         export("other", fold=True, dtype="float32")

