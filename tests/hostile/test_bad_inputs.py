@@ -357,7 +357,7 @@ EVIL_PATTERN = {"(.*)*" * 20 + "(?=x)": 4}
 ADAPTERS: dict[str, tuple[Make, str]] = {
     "a pickle": (instead("adapter_model.bin"), r"holds adapter_model\.bin, a pickle, which is never loaded.*save_pretrained"),
     "a pickle of torch": (instead("adapter_model.pt"), r"holds adapter_model\.pt, a pickle, which is never loaded"),
-    "shards": (instead("shards"), r"the adapter is sharded; load it with PEFT and save it again"),
+    "shards": (instead("shards"), r"the adapter is sharded\); load it with PEFT and save it again"),
     "a folder for weights": (instead("folder"), r"adapter_model\.safetensors: it is a folder, not a file"),
     "a pipe for weights": (instead("pipe"), r"it is no regular file but a pipe, a device or the like"),
     "a device for weights": (instead("device"), r"it is no regular file but a pipe, a device or the like"),

@@ -77,14 +77,8 @@ def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -
         task_type="CAUSAL_LM",
         fan_in_fan_out=_transposed(model, settings.target_modules),
     )
-    # PEFT draws on the CPU and moves the factors afterwards; torch.manual_seed would also seed every GPU.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        peft_model = _inject(model, config)
-    try:
+    with _injected(model, config, seed) as peft_model:
         yield peft_model
-    finally:
-        _remove(peft_model)
 
 
 @contextmanager
@@ -96,15 +90,12 @@ def attached(model: "PreTrainedModel", weights: AdapterWeights, *, dropout: floa
     """
     check_target_modules(model, tuple(weights))
     _check_shapes(model, weights, "the adapter", "the backbone")
-    peft_model = _inject(model, config_of(weights, model, dropout))
-    try:
+    with _injected(model, config_of(weights, model, dropout)) as peft_model:
         with torch.no_grad():
             for name, pair in live_pairs(peft_model).items():
                 pair.A.copy_(weights[name].A)
                 pair.B.copy_(weights[name].B)
         yield peft_model
-    finally:
-        _remove(peft_model)
 
 
 def config_of(weights: AdapterWeights, model: "PreTrainedModel", dropout: float = 0.0) -> "LoraConfig":
@@ -139,25 +130,19 @@ def live_pairs(
     Raises:
         AdapterError: the model has no LoRA layer of that name.
     """
+    origins = segments or {}
     pairs = {
         name: LoraPair(
-            layer.lora_A[adapter].weight,
-            layer.lora_B[adapter].weight,
-            layer.scaling[adapter],
-            (segments or {}).get(name, ()),
+            one.lora_A[adapter].weight, one.lora_B[adapter].weight, one.scaling[adapter], origins.get(name, ())
         )
-        for name, layer in lora_layers(model, adapter).items()
+        for name, one in lora_layers(model, adapter).items()
     }
     if not pairs:
-        others = sorted(getattr(model, "peft_config", {}))
-        raise AdapterError(
-            f"the model has no LoRA adapter named {adapter!r}; "
-            + (
-                f"it has {', '.join(others)}: load yours without adapter_name"
-                if others
-                else "put one on it with peft.get_peft_model"
-            )
+        others = ", ".join(sorted(getattr(model, "peft_config", {})))
+        fix = (
+            f"it has {others}: load yours without adapter_name" if others else "put one on it with peft.get_peft_model"
         )
+        raise AdapterError(f"the model has no LoRA adapter named {adapter!r}; {fix}")
     return pairs
 
 
@@ -165,17 +150,11 @@ def adapter_weights(
     model: torch.nn.Module, segments: Mapping[str, tuple[Segment, ...]] | None = None
 ) -> AdapterWeights:
     """Return a copy of a PEFT model's adapter, in float32 on the CPU."""
-    return AdapterWeights(
-        {
-            name: LoraPair(
-                pair.A.detach().float().cpu().clone(),
-                pair.B.detach().float().cpu().clone(),
-                pair.scaling,
-                pair.segments,
-            )
-            for name, pair in live_pairs(model, segments).items()
-        }
-    )
+    pairs = {}
+    for name, pair in live_pairs(model, segments).items():
+        A, B = (factor.detach().float().cpu().clone() for factor in (pair.A, pair.B))
+        pairs[name] = LoraPair(A, B, pair.scaling, pair.segments)
+    return AdapterWeights(pairs)
 
 
 def segments_of(weights: AdapterWeights) -> dict[str, tuple[Segment, ...]]:
@@ -229,21 +208,17 @@ def save_adapter(
 def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str, backbone: str) -> None:
     modules = dict(model.named_modules())
     for name, pair in weights.items():
-        if name not in modules:
-            raise AdapterError(
-                f"{adapter} changes {name}, which {backbone} does not have; use an adapter of this backbone"
-            )
-        shape = _linear_shape(modules[name])
-        if shape is None:
-            raise AdapterError(
-                f"{adapter} changes {name}, which is a {type(modules[name]).__name__} in {backbone}, no linear layer; "
-                "use an adapter of this backbone"
-            )
-        if shape != pair.shape:
-            raise AdapterError(
-                f"{adapter} fits a {name} of shape {pair.shape} (d_out, d_in), but {backbone} has {shape}; "
-                "use an adapter of this backbone"
-            )
+        module = modules.get(name)
+        shape = None if module is None else _linear_shape(module)
+        if shape == pair.shape:
+            continue
+        if module is None:
+            problem = f"changes {name}, which {backbone} does not have"
+        elif shape is None:
+            problem = f"changes {name}, which is a {type(module).__name__} in {backbone}, no linear layer"
+        else:
+            problem = f"fits a {name} of shape {pair.shape} (d_out, d_in), but {backbone} has {shape}"
+        raise AdapterError(f"{adapter} {problem}; use an adapter of this backbone")
 
 
 def _check_targets(model: torch.nn.Module, adapter: LoadedAdapter) -> None:
@@ -332,29 +307,31 @@ def _transposed(model: torch.nn.Module, target_modules: tuple[str, ...]) -> bool
     return kinds == {True}
 
 
-def _inject(model: "PreTrainedModel", config: "LoraConfig") -> "PeftModel":
+@contextmanager
+def _injected(model: "PreTrainedModel", config: "LoraConfig", seed: int = 0) -> Iterator["PeftModel"]:
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise AdapterError("the backbone carries an adapter already; take that one off first")
-    with warnings.catch_warnings():
+    # PEFT draws on the CPU and moves the factors afterwards; torch.manual_seed would also seed every GPU.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # PEFT 0.21 reads an attribute that transformers 5.24 renamed; nothing for our users to act on.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        torch.default_generator.manual_seed(seed)
         peft_model = get_peft_model(model, config)
-    for module in lora_layers(peft_model).values():
-        module.lora_A[ADAPTER_NAME].float()
-        module.lora_B[ADAPTER_NAME].float()
-        # PEFT's new modules are in training mode whatever the backbone's is: its dropout would act on an eval model.
-        module.train(module.get_base_layer().training)
-    return peft_model
-
-
-def _remove(peft_model: "PeftModel") -> None:
-    backbone = peft_model.unload()
-    # PEFT leaves its config on the backbone and would warn about a second adapter.
-    if hasattr(backbone, "peft_config"):
-        del backbone.peft_config
+    try:
+        for module in lora_layers(peft_model).values():
+            module.lora_A[ADAPTER_NAME].float()
+            module.lora_B[ADAPTER_NAME].float()
+            # PEFT's new modules are in training mode whatever the backbone's is: its dropout would act on an eval model.
+            module.train(module.get_base_layer().training)
+        yield peft_model
+    finally:
+        peft_model.unload()
+        # PEFT leaves its config on the backbone and would warn about a second adapter.
+        if hasattr(model, "peft_config"):
+            del model.peft_config
 
 
 def _shortest_targets(modules: tuple[str, ...], model: torch.nn.Module) -> list[str]:

@@ -174,20 +174,14 @@ def _check_place(folder: Path) -> None:
     if is_there(folder / WEIGHTS_FILE):
         return
     names = {path.name for path in folder.iterdir()}
-    pickled = [name for name in _PICKLES if name in names]
-    if pickled:
-        raise RefusedError(
-            f"no {WEIGHTS_FILE} (it holds {pickled[0]}, a pickle, which is never loaded, since it can run any program); if "
-            "you trust it, load it with PEFT and save it again with save_pretrained, which writes safetensors"
-        )
-    if any(name.startswith("adapter_model") and name.endswith((".index.json", ".safetensors")) for name in names):
-        raise RefusedError(
-            f"no {WEIGHTS_FILE}, but parts of one: the adapter is sharded; load it with PEFT and save it again with "
-            "save_pretrained, which writes one file"
-        )
-    raise RefusedError(
-        f"no {WEIGHTS_FILE} (the file is missing); save it again with PEFT's save_pretrained, which writes safetensors"
-    )
+    found, fix = "the file is missing", "save it again with PEFT's save_pretrained"
+    if pickled := [name for name in _PICKLES if name in names]:
+        found = f"it holds {pickled[0]}, a pickle, which is never loaded, since it can run any program"
+        fix = "if you trust it, load it with PEFT and save it again with save_pretrained"
+    elif any(name.startswith("adapter_model") and name.endswith((".index.json", ".safetensors")) for name in names):
+        found = "the adapter is sharded"
+        fix = "load it with PEFT and save it again with save_pretrained"
+    raise RefusedError(f"no {WEIGHTS_FILE} ({found}); {fix}, which writes one safetensors file")
 
 
 def _match_factors(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig) -> dict[str, dict[str, str]]:

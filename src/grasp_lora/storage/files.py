@@ -43,18 +43,15 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 def write_jsonl(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, whole or not at all."""
-    _into_folder(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write rows as JSON lines, whole or not at all; the folder is made if missing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    _into_folder(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def _into_folder(file: Path, text: str) -> None:
+    """Write a JSON file, whole or not at all; the folder is made if missing."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, text)
+    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def sync(path: Path) -> None:
@@ -82,7 +79,8 @@ def clear_write_errors(folder: Path, *, goes_on: bool = True) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        inside = isinstance(error.filename, str | os.PathLike) and _is_inside(Path(error.filename), folder)
+        name = error.filename
+        inside = isinstance(name, str | os.PathLike) and Path(name).absolute().is_relative_to(folder.absolute())
         if error.errno not in _STORAGE and not inside:
             raise
         raise cannot_write(folder, error.strerror or str(error), goes_on=goes_on) from error
@@ -96,16 +94,19 @@ def refuse_existing(output: Path) -> None:
     Raises:
         RecipeError: it holds something, is a file, or cannot be written.
     """
+    problem = None
     try:
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            raise RecipeError(f"{output} exists and is not an empty folder; choose another with --output")
         there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            problem = "exists and is not an empty folder"
+        elif not there.is_dir():
+            problem = f"cannot be made ({there.name} is a file)"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            problem = "cannot be made (no permission)"
     except OSError as error:
-        raise RecipeError(f"{output} cannot be made ({error.strerror}); choose another with --output") from error
-    if not there.is_dir():
-        raise RecipeError(f"{output} cannot be made ({there.name} is a file); choose another with --output")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RecipeError(f"{output} cannot be made (no permission); choose another with --output")
+        problem = f"cannot be made ({error.strerror})"
+    if problem:
+        raise RecipeError(f"{output} {problem}; choose another with --output")
 
 
 def appear(output: Path, write: Callable[[Path], Written]) -> Written:
@@ -138,23 +139,14 @@ def appear(output: Path, write: Callable[[Path], Written]) -> Written:
 
 def cannot_write(folder: Path, reason: str, *, goes_on: bool = True) -> GraspError:
     """The error to raise when something could not be written into a folder; see `clear_write_errors`."""
-    if not goes_on:
-        return GraspError(
-            f"{folder} cannot be written ({reason}); make room or make it writable, then run the same command again "
-            "with an empty folder"
-        )
-    if not folder.is_dir():
+    if goes_on and not folder.is_dir():
         return vanished(folder)
+    how = ": it goes on from what is there" if goes_on else " with an empty folder"
     return GraspError(
-        f"{folder} cannot be written ({reason}); make room or make it writable, then run the same command again: "
-        "it goes on from what is there"
+        f"{folder} cannot be written ({reason}); make room or make it writable, then run the same command again{how}"
     )
 
 
 def vanished(folder: Path) -> GraspError:
     """The error to raise when a folder that work had begun in is no longer there."""
     return GraspError(f"the folder {folder} has vanished: it was removed or moved, or its disk is gone")
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    return path.absolute().is_relative_to(folder.absolute())

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +80,7 @@ class BestOnDev(SavedInCheckpoints):
         self.best_loss = math.inf
         self.best_step = 0
         self.history: list[HistoryRow] = []
-        self._best: dict[str, tuple[Tensor, Tensor]] = {}
+        self._best: dict[str, Tensor] = {}
         self._bad = 0
 
     def on_train_begin(
@@ -88,7 +88,9 @@ class BestOnDev(SavedInCheckpoints):
     ) -> None:
         """Measure the adapter before training, or take up what was measured so far."""
         if saved := self.saved_state(args, state):
-            self._take_up(*saved)
+            values, self._best = saved
+            self.best_loss, self.best_step, self._bad = values["loss"], values["step"], values["bad"]
+            self.history = values["history"]
         else:
             self._evaluate(kwargs["model"], state)
 
@@ -103,21 +105,13 @@ class BestOnDev(SavedInCheckpoints):
     def state(self) -> State:
         """Return the best adapter, its loss and all measurements."""
         values = {"loss": self.best_loss, "step": self.best_step, "bad": self._bad, "history": self.history}
-        tensors = {f"{f}.{name}": pair[index] for name, pair in self._best.items() for index, f in enumerate("AB")}
-        return values, tensors
-
-    def _take_up(self, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        self.best_loss, self.best_step, self._bad = values["loss"], values["step"], values["bad"]
-        self.history = values["history"]
-        names = [name.removeprefix("A.") for name in tensors if name.startswith("A.")]
-        self._best = {name: (tensors[f"A.{name}"], tensors[f"B.{name}"]) for name in names}
+        return values, dict(self._best)
 
     def restore(self, model: torch.nn.Module) -> None:
         """Put the best adapter back into the model."""
         with torch.no_grad():
-            for name, pair in live_pairs(model).items():
-                pair.A.copy_(self._best[name][0])
-                pair.B.copy_(self._best[name][1])
+            for name, factor in _factors(model).items():
+                factor.copy_(self._best[name])
 
     def _evaluate(self, model: torch.nn.Module, state: TrainerState) -> None:
         losses = self.dev.losses(model)
@@ -125,33 +119,29 @@ class BestOnDev(SavedInCheckpoints):
         self.history.append({"step": state.global_step, "epoch": float(state.epoch or 0.0), "dev_loss": loss})
         if loss < self.best_loss:
             self.best_loss, self.best_step, self._bad = loss, state.global_step, 0
-            self._best = {
-                name: (pair.A.detach().clone(), pair.B.detach().clone()) for name, pair in live_pairs(model).items()
-            }
+            self._best = {name: factor.detach().clone() for name, factor in _factors(model).items()}
         else:
             self._bad += 1
 
 
-class _FiniteLoss(TrainerCallback):
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
-    ) -> None:
-        for name in ("loss", "train_loss"):  # each few steps, and the mean of the whole run at its end
-            if logs and not math.isfinite(logs.get(name, 0.0)):
-                raise GraspError(
-                    f"the training loss is {logs[name]} at step {state.global_step}; "
-                    f"lower the learning rate (now {args.learning_rate})"
-                )
+class _Watch(TrainerCallback):
+    """Stops a training whose loss is not finite, and reports its progress."""
 
-
-class _Progress(TrainerCallback):
-    def __init__(self, report: Callable[[dict[str, float]], None]) -> None:
+    def __init__(self, report: Callable[[dict[str, float]], None] | None) -> None:
         self._report = report
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        if logs and "loss" in logs:
+        for name in {"loss", "train_loss"} & set(
+            logs or ()
+        ):  # each few steps, and the mean of the whole run at its end
+            if not math.isfinite(logs[name]):
+                raise GraspError(
+                    f"the training loss is {logs[name]} at step {state.global_step}; "
+                    f"lower the learning rate (now {args.learning_rate})"
+                )
+        if self._report is not None and logs and "loss" in logs:
             self._report(
                 {"step": state.global_step, "steps": state.max_steps, "epoch": state.epoch or 0.0, "loss": logs["loss"]}
             )
@@ -231,7 +221,7 @@ def finetune(
             args=arguments,
             train_dataset=list(train),
             data_collator=lambda examples: collate(examples, pad_id),
-            callbacks=[_FiniteLoss(), GradientCheck(), *callbacks],
+            callbacks=[_Watch(on_step), GradientCheck(), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)  # it prints; progress is shown by whoever passes `on_step`
         if controller is not None:
@@ -240,8 +230,6 @@ def finetune(
             evaluate_steps = max(1, round(settings.evaluate_every * steps_per_epoch))
             best = BestOnDev(ProbeSet(dev, pad_id), settings, evaluate_steps)
             trainer.add_callback(best)
-        if on_step is not None:
-            trainer.add_callback(_Progress(on_step))
         if checkpoints is not None:
             folder.mkdir(parents=True, exist_ok=True)
             with arguments.main_process_first(local=False):  # it removes what is not whole
@@ -253,7 +241,7 @@ def finetune(
         except pickle.UnpicklingError as error:  # the Trainer's own files are loaded with weights_only
             raise GraspError(f"{resumed} holds a file that is unsafe to load; remove it to start anew") from error
     steps = trainer.state.global_step
-    if not all(torch.isfinite(factor).all() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)):
+    if not all(torch.isfinite(factor).all() for factor in _factors(model).values()):
         raise GraspError(
             f"the adapter's weights are no longer finite at step {steps}; "
             f"lower the learning rate (now {settings.learning_rate})"
@@ -275,6 +263,11 @@ def finetune(
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
     return FineTuneResult(steps, best_step, dev_loss, history)
+
+
+def _factors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """The live factors of the adapter, named A.MODULE and B.MODULE."""
+    return {f"{letter}.{name}": getattr(pair, letter) for name, pair in live_pairs(model).items() for letter in "AB"}
 
 
 @contextmanager

@@ -45,18 +45,15 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "learning_rate"):
-            if not 0.0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("weight_decay", "max_grad_norm"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number >= 0")
-        for name in ("lr_decay", "evaluate_every"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in (0, 1]")
+        for names, fits, rule in (
+            (("epochs", "learning_rate"), lambda value: 0.0 < value < math.inf, "be above 0"),
+            (("batch_size", "accumulation"), lambda value: value >= 1, "be at least 1"),
+            (("weight_decay", "max_grad_norm"), lambda value: 0.0 <= value < math.inf, "be a number >= 0"),
+            (("lr_decay", "evaluate_every"), lambda value: 0.0 < value <= 1.0, "lie in (0, 1]"),
+        ):
+            for name in names:
+                if not fits(getattr(self, name)):
+                    raise ValueError(f"{name} is {getattr(self, name)}; it must {rule}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}; it must be at least 1, or null to train all epochs")
         if self.keep not in ("best", "last"):
