@@ -26,15 +26,17 @@ from grasp_lora.bench.session import Session
 from grasp_lora.cli import app
 from grasp_lora.cli.experiments import compare
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
-from grasp_lora.models.adapters import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE, adapter_weights, fresh_adapter
+from grasp_lora.models.adapter_config import CONFIG_FILE
+from grasp_lora.models.adapters import adapter_weights, fresh_adapter
 from grasp_lora.models.export import ExportSettings
+from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.recipes.builtin import builtin_recipes, schema_text
 from grasp_lora.recipes.load import load_recipe
 
 COMMANDS = (
     "run", "demo", "check", "recipes", "init", "schema", "predict", "merge", "export", "learn", "finetune", "evaluate", "compare",
-    "sweep", "record", "report",
+    "sweep", "report",
 )  # fmt: skip
 
 Cli = Callable[..., CliResult]
@@ -231,7 +233,7 @@ def shared_workspace(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_fol
         (("run", "tiny.yaml", "-s", "seed=2024-99-99"), "seed=2024-99-99", "in quotes"),
         (("run", "tiny.yaml", "-s", "lora.rank=0"), "rank is 0", "at least 1"),
         (("run", "tiny.yaml", "-o", "tiny.yaml"), r"tiny\.yaml is a file", "give a folder"),
-        (("run", "tiny.yaml", "-o", "."), "not empty and no run folder", "another with --output"),
+        (("run", "tiny.yaml", "-o", "."), "not empty and no experiment", "another with --output"),
         (("demo", "--language", "xx"), "'xx'", "allowed: ar, zh"),
         (("predict", "adapter", "a", " "), "prompt 2 is empty", "give"),
         (("predict", "adapter"), "no prompts", "standard input"),

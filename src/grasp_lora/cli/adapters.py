@@ -12,7 +12,7 @@ from grasp_lora.cli.terminal import log_to_terminal, say
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import escaped, quoted
 
-_export = OptionsOf("grasp_lora.bench.export", "ExportSettings")
+_export = OptionsOf("grasp_lora.models.export", "ExportSettings")
 
 
 def predict(

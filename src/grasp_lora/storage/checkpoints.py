@@ -33,10 +33,6 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 State = tuple[dict[str, Any], dict[str, Tensor]]  # JSON values, and tensors by name
 
 
-def _never() -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Checkpointing:
     """When a fine-tune saves what it needs to go on later.
@@ -48,7 +44,7 @@ class Checkpointing:
     """
 
     save_every: int | None = None
-    stop_requested: Callable[[], str | None] = _never
+    stop_requested: Callable[[], str | None] = lambda: None
 
     def __post_init__(self) -> None:
         if self.save_every is not None and self.save_every < 1:
