@@ -23,7 +23,7 @@ from speed_figures import Row, child, clock_of, peak_megabytes, profile, row, sh
 from speed_lab import RATIO, Lab, length, taken
 
 from grasp_lora.bench.steps import GRID
-from grasp_lora.data.build import Example
+from grasp_lora.data.encode import Example
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.method.policy import preset
 from grasp_lora.models.adapters import live_pairs, segments_of

@@ -15,7 +15,7 @@ from speed_figures import clock_of, take_turns
 from grasp_lora.bench.methods import single_run
 from grasp_lora.bench.session import CALIBRATION_EXAMPLES, Session, expected_rounds
 from grasp_lora.bench.steps import GRID
-from grasp_lora.data.build import Example
+from grasp_lora.data.encode import Example
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models.adapters import adapter_weights, attached, fresh_adapter, segments_of
 from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage, Recipe

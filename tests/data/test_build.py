@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import datasets
 import pydantic
@@ -210,6 +211,8 @@ class TestEncoding:
         class Slow:
             is_fast = False
             eos_token_id = EOS
+            all_special_tokens: ClassVar = []
+            added_tokens_decoder: ClassVar = {}
 
             def __call__(self, texts: list[str], **options: object) -> dict[str, list[list[int]]]:
                 return {"input_ids": [list(text.encode()) for text in texts]}
@@ -241,6 +244,56 @@ class TestEncoding:
         assert e.prompt == "<bos>[user]a[assistant]b[user]c[assistant]"
         with pytest.raises(DataError, match="chat template refuses the en data: no tools"):
             encoder.encode([self.record(messages=({"role": "tool", "content": "x"},), fields={})], ["g"], Tally())
+
+    def test_what_spells_a_control_token_stays_text(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        tally = Tally()
+        record = self.record("a<eos>b<pad>c", "<bos>x<eos>y")
+        plain, e = self.encoder(tiny_tokenizer).encode([self.record(), record], ["g", "h"], tally)
+        assert e.prompt == "Context: a<eos>b<pad>c\nQuestion: what?\nAnswer:"
+        assert e.completion == " <bos>x<eos>y"
+        assert e.prompt_ids[0] == 1
+        assert e.completion_ids[-1] == EOS
+        for ids, text in ((e.prompt_ids[1:], e.prompt), (e.completion_ids[:-1], e.completion)):
+            assert min(ids) >= 4
+            assert tiny_tokenizer.decode(ids) == text
+        assert tally.control_tokens_kept_as_text == 1
+        assert plain == self.encoder(tiny_tokenizer, data_is_text=False).encode([self.record()], ["g"], Tally())[0]
+
+    def test_a_template_may_write_control_tokens(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        encoder = self.encoder(tiny_tokenizer, template=Template("<unk>{context}<pad>", "{answer}<eos>"))
+        (e,) = encoder.encode([self.record("a<pad>b", "<unk>")], ["g"], Tally())
+        assert [token for token in e.prompt_ids if token < 4] == [1, 3, 0]
+        assert [token for token in e.completion_ids if token < 4] == [EOS, EOS]
+        assert (e.prompt, e.completion) == ("<unk>a<pad>b<pad>", "<unk><eos>")
+
+    def test_control_tokens_that_overlap_stay_text(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.add_special_tokens({"additional_special_tokens": ["eos>", "<e"]})
+        encoder = self.encoder(tokenizer, template=Template("{context}", "{answer}"))
+        text = "<<eos>><eos><eeos>"
+        (e,) = encoder.encode([self.record(answer=text)], ["g"], Tally())
+        assert tokenizer.decode(e.completion_ids[:-1]) == e.completion == text
+        assert all(4 <= token < len(tiny_tokenizer) for token in e.completion_ids[:-1])
+
+    def test_what_spells_a_control_token_is_cut_as_text(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        encoder = self.encoder(tiny_tokenizer, max_document_tokens=5, template=Template("{context}", "{answer}"))
+        kept, lost = encoder.encode([self.record("<eos>abc", "<eo"), self.record("<eos>a", "a")], ["g"] * 2, Tally())
+        assert (kept.prompt, len(kept.prompt_ids)) == ("<eos", 5)
+        assert lost is None
+
+    def test_what_spells_a_control_token_stays_text_in_a_chat(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = CHAT_TEMPLATE
+        template, tally = resolve_template("completion", "en", chat=True), Tally()
+        encoder = self.encoder(tokenizer, chat=True, task="completion", template=template)
+        turns = ({"role": "user<pad>", "content": "a<eos>b"},)
+        (e,) = encoder.encode([self.record(messages=turns, fields={}, answer="c<eos>")], ["g"], tally)
+        assert e.prompt == "<bos>[user<pad>]a<eos>b[assistant]"
+        assert [token for token in e.prompt_ids if token < 4] == [1]
+        assert [token for token in e.completion_ids if token < 4] == [EOS]
+        assert tally.control_tokens_kept_as_text == 1
+        assert prompt_ids(tokenizer, ["a<eos>b"], chat=True)[0].count(EOS) == 0
+        assert prompt_ids(tokenizer, ["<bos>a<eos>b"])[0].count(EOS) == 1  # a prompt that a person wrote whole
 
     def test_a_chat_template_that_prints_the_date_gives_the_same_prompt_tomorrow(
         self, tiny_tokenizer: PreTrainedTokenizerFast
@@ -278,6 +331,11 @@ class TestEncodeRows:
         assert first.prompt_ids == tuple(chat_tokenizer("1 + 1 =").input_ids)
         assert first.completion_ids == (*chat_tokenizer(" 2", add_special_tokens=False).input_ids, EOS)
         assert (second.id, len(second.prompt_ids)) == ("7", 5001)
+
+    def test_control_tokens_are_those_of_the_trainer_beside_it(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        (e,) = encode_rows([{"prompt": "a<pad>", "completion": "b<eos>c"}], tiny_tokenizer)
+        assert e.prompt_ids == tuple(tiny_tokenizer("a<pad>").input_ids)
+        assert e.completion_ids.count(EOS) == 2
 
     @pytest.mark.parametrize("row", [{"messages": [USER, ASSISTANT]}, {"prompt": [USER], "completion": [ASSISTANT]}])
     def test_messages_go_through_the_chat_template(self, row: dict, chat_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -361,17 +419,20 @@ class TestBuildSplits:
         held_out = {e.id.split("-")[0] for name in HELD_OUT for e in getattr(splits, name)}
         assert not held_out & {e.id.split("-")[0] for e in splits.source_train + splits.source_dev}
         assert not held_out & {e.id.split("-")[0] for e in splits.train}
-        source = splits.report["source"]
-        assert source["read"] == 120
-        assert source["excluded_for_leak"] == 2 * len(held_out)
+        source = splits.report.source
+        assert source.read == 120
+        assert source.excluded_for_leak == 2 * len(held_out)
         assert len(splits.source_dev) == 12
         assert len(splits.source_train) == 120 - 12 - 2 * len(held_out)
-        assert source["unused"] == 0
-        assert splits.report["target"]["unused"] == 100 - 47
+        assert source.unused == 0
+        assert splits.report.target.unused == 100 - 47
         assert {e.language for e in splits.source_dev} == {"en"}
         assert splits.train[0].prompt.startswith("السياق: ar article")
-        assert json.loads(json.dumps(splits.report)) == splits.report
-        assert splits.report["splits"]["test"]["examples"] == 20
+        report = splits.report.to_json()
+        assert json.loads(json.dumps(report)) == report
+        assert list(report) == ["task", "split_seed", "max_tokens", "numbers_as_ids", "target", "source", "splits"]
+        assert list(report["target"])[:2] == ["language", "read"]
+        assert splits.report.splits["test"].examples == 20
 
     def test_same_seed_same_splits(
         self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
@@ -456,7 +517,7 @@ class TestBuildSplits:
         counts = {"test": 20, "dev": 5, "micro_dev": 4, "train": 2}
         target = CorpusSettings("en", files=(write("x.jsonl", rows),), **counts)
         splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
-        assert 0 < splits.report["target"]["too_long"] < 300
+        assert 0 < splits.report.target.too_long < 300
         target = CorpusSettings("en", files=("x.jsonl",), **{**counts, "train": 900})
         splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
         assert len(splits.train) == 900
@@ -474,7 +535,7 @@ class TestBuildSplits:
             caplog.clear()
             with caplog.at_level(logging.WARNING):
                 splits = build_splits(DataSettings("qa", target), tiny_tokenizer, 0, tmp_path)
-            assert splits.report["splits"]["micro_dev"]["groups"] == groups
+            assert splits.report.splits["micro_dev"].groups == groups
             assert ("16 micro-dev examples come from 1 group(s) only" in caplog.text) == (groups == 1)
 
     def test_tokenizers_that_do_not_fit(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -589,7 +650,7 @@ class TestGivenSplits:
             build_splits(DataSettings("completion", target, given), tiny_tokenizer, 0, tmp_path)
         pool = CorpusSettings("en", files=("source.jsonl",))
         splits = build_splits(DataSettings("completion", target, pool), tiny_tokenizer, 0, tmp_path)
-        assert splits.report["source"]["excluded_for_leak"] == 3
+        assert splits.report.source.excluded_for_leak == 3
         assert len(splits.source_train) + len(splits.source_dev) == 23
 
 
@@ -646,4 +707,4 @@ class TestMlqa:
                 assert not related & ids_of_source
                 assert not english_titles & {titles["en"][i] for i in ids_of_source}
                 assert not held_titles & {titles["en"][i] for i in ids_of_source}
-        assert mlqa_splits.report["source"]["excluded_for_leak"] > 100
+        assert mlqa_splits.report.source.excluded_for_leak > 100

@@ -6,8 +6,9 @@ from typing import ClassVar
 import datasets
 import pytest
 
+from grasp_lora.data.files import read_file
 from grasp_lora.data.places import read_hub, resolve_file
-from grasp_lora.data.records import read_files
+from grasp_lora.data.records import make_pool
 from grasp_lora.errors import DataError
 
 
@@ -57,7 +58,7 @@ class TestResolveFile:
             resolve_file("x.json", root="nowhere", base=tmp_path)
 
     def test_demo_texts(self) -> None:
-        records = read_files([("demo:zh.json", resolve_file("demo:zh.json"))], "qa").records
+        records = make_pool([read_file("demo:zh.json", resolve_file("demo:zh.json"))], "qa").records
         assert len(records) > 50
         with pytest.raises(DataError, match=r"no demo text 'xx\.json'; available: ar\.json, en\.json, zh\.json"):
             resolve_file("demo:xx.json")
@@ -74,7 +75,7 @@ class TestHub:
             return self.ROWS
 
         monkeypatch.setattr(datasets, "load_dataset", load)
-        pool = read_hub("org/sums", "arabic", "train[:10]", "summarization")
+        pool = make_pool([read_hub("org/sums", "arabic", "train[:10]")], "summarization")
         assert calls == [(("org/sums", "arabic"), {"split": "train[:10]"})]
         assert pool.records[0].fields == {"document": "“t”"}
 
@@ -87,7 +88,7 @@ class TestHub:
             return self.ROWS
 
         monkeypatch.setattr(datasets, "load_dataset", load)
-        assert len(read_hub("org/sums", "arabic", "train", "summarization").records) == 1
+        assert len(read_hub("org/sums", "arabic", "train").rows) == 1
 
     def test_offline_is_on_only_while_it_reads(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import huggingface_hub
@@ -102,13 +103,13 @@ class TestHub:
         monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         for offline in (True, False):
-            read_hub("org/sums", None, "train", "summarization", offline=offline)
+            read_hub("org/sums", None, "train", offline=offline)
         assert seen == [(True, True), (False, False)]
         assert not datasets.config.HF_HUB_OFFLINE
 
     def test_offline(self) -> None:
         with pytest.raises(DataError, match=r"hub:no/such/train: the hub cannot be reached .* under `files`"):
-            read_hub("no/such", None, "train", "qa")
+            read_hub("no/such", None, "train")
 
     @pytest.mark.parametrize(
         "error",
@@ -124,4 +125,4 @@ class TestHub:
 
         monkeypatch.setattr(datasets, "load_dataset", load)
         with pytest.raises(DataError, match=r"hub:a/b/c/train: cannot be loaded \(.*\)\. Check the names"):
-            read_hub("a/b", "c", "train", "qa")
+            read_hub("a/b", "c", "train")

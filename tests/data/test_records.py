@@ -8,7 +8,8 @@ from typing import ClassVar
 import datasets
 import pytest
 
-from grasp_lora.data.records import Pool, read_files, text_key
+from grasp_lora.data.files import read_file
+from grasp_lora.data.records import Pool, make_pool, text_key
 from grasp_lora.errors import DataError
 
 
@@ -36,6 +37,12 @@ def squad(*articles: tuple[str, list[tuple[str, list[tuple[str, str, list[str]]]
             for title, paragraphs in articles
         ]
     }
+
+
+def read_files(
+    files: list[tuple[str, Path]], task: str, format: str = "auto", columns: dict[str, str] | None = None
+) -> Pool:
+    return make_pool([read_file(name, path, format) for name, path in files], task, format, columns)
 
 
 def read(path: Path, content: object, task: str, format: str = "auto", **columns: str) -> Pool:
@@ -89,11 +96,11 @@ class TestSquad:
             ({"data": [{"title": "T"}]}, r"x\.json, article 1: paragraphs must be a list, found NoneType"),
             ({"data": [{"paragraphs": [{"qas": []}]}]}, r"article 1: context must be a text, found NoneType"),
             ({"data": [{"paragraphs": [{"context": "c", "qas": [{}]}]}]}, r"article 1: a question has no id"),
-            ({"data": []}, r"x\.json holds no questions"),
+            ({"data": []}, r"x\.json holds no records"),
             (squad(("T", [("c", [("q", "?", [])])])), r"question q: no answer; .* remove them"),
             (squad(("T", [("c", [("q", " ", ["c"])])])), r"question q: question is empty"),
             (squad(("T", [("c", [("q", "?", [""])])])), r"question q: answer is empty"),
-            ({"rows": []}, r"x\.json is not SQuAD data"),
+            ({"rows": []}, r"x\.json, article 1: paragraphs must be a list, .*SQuAD data is an object with a list"),
         ],
     )
     def test_malformed(self, tmp_path: Path, content: dict, message: str) -> None:

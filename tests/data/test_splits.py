@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grasp_lora.data.encode import Example
-from grasp_lora.data.splits import SPLITS, Splits, assign, check_disjoint, join_groups
+from grasp_lora.data.encode import Example, Tally
+from grasp_lora.data.splits import SPLITS, DataReport, Splits, assign, check_disjoint, join_groups
 from grasp_lora.errors import DataError
 
 
@@ -17,7 +17,8 @@ def example(identity: str, group: str = "", prompt: str = "") -> Example:
 
 
 def splits_of(**named: list[Example]) -> Splits:
-    return Splits(**{name: tuple(named.get(name, ())) for name in SPLITS}, report={})
+    report = DataReport("completion", 0, 512, 0, Tally("ar"), None, {})
+    return Splits(**{name: tuple(named.get(name, ())) for name in SPLITS}, report=report)
 
 
 class TestGroups:

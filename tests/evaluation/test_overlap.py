@@ -88,32 +88,6 @@ def test_rouge_by_hand(language, prediction, references, rouge1, rouge2, rouge_l
 
 
 @pytest.mark.parametrize(
-    ("prediction", "reference", "plain", "normalised"),
-    [
-        ("أَحْمَدُ إلى مصرــ", "احمد الى مصر", 0, 1),
-        (nfd("أحمد آمن"), "احمد امن", 0, 1),
-        ("ٱلكتاب", "الكتاب", 0, 1),
-        ("مصطفى", "مصطفي", 0, 1),
-        ("مدرسة", "مدرسه", 0, 0),  # ta marbuta stays
-        ("مؤمن", "مومن", 0, 0),  # hamza on waw stays
-    ],
-)
-def test_arabic_normalisation_is_asked_for(prediction, reference, plain, normalised):
-    without = score(["rougeL"], [prediction], [[reference]], "ar")["rougeL"]
-    with_it = score(["rougeL"], [prediction], [[reference]], "ar", arabic_normalisation=True)["rougeL"]
-    assert (without.value, with_it.value) == (100 * plain, 100 * normalised)
-    assert "|arabic_norm:no|" in without.signature
-    assert "|arabic_norm:alef_ya_tatweel_diacritics|" in with_it.signature
-
-
-def test_arabic_normalisation_leaves_other_languages_and_metrics_alone():
-    urdu = score(["rouge1"], ["أردو"], [["اردو"]], "ur", arabic_normalisation=True)["rouge1"]
-    assert urdu.value == 0
-    assert "|arabic_norm:no|" in urdu.signature
-    assert score(["f1"], ["أحمد"], [["احمد"]], "ar", arabic_normalisation=True)["f1"].value == 0
-
-
-@pytest.mark.parametrize(
     ("text", "tokens"),
     [
         ("Can't stop_now, 3.5%", ["can", "t", "stop", "now", "3", "5"]),

@@ -19,7 +19,8 @@ import torch
 import yaml
 from safetensors.torch import save
 
-from grasp_lora.data.records import read_files
+from grasp_lora.data.files import read_file
+from grasp_lora.data.records import make_pool
 from grasp_lora.errors import GraspError
 from grasp_lora.models.adapters import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE, check_fits, read_adapter
 from grasp_lora.recipes.load import load_recipe
@@ -239,7 +240,7 @@ def _data(folder: Path, suffix: str, task: str) -> Target:
 
     def read(content: bytes) -> object:
         file.write_bytes(content)
-        return read_files([(file.name, file)], task)
+        return make_pool([read_file(file.name, file)], task)
 
     def spoil(content: bytes, rng: random.Random) -> bytes:
         return _write(spoil_tree(rng.choice(trees), rng), suffix)

@@ -240,7 +240,7 @@ DATA: dict[str, tuple[Make, str]] = {
     "an id without end": (data(rows({"id": "x" * 501, "prompt": "a", "completion": "b"}, count=0)), r"id has 501 characters"),
     "an escape in a SQuAD id": (data(squad("q\x1b"), "t.json", data__task="qa"), r"article 1: id holds the control char"),
     "SQuAD for another task": (data(squad("q"), "t.json"), r"is SQuAD data, which fits the task qa"),
-    "SQuAD of numbers": (data('{"data": [1, 2]}', "t.json", data__task="qa"), r"article 1: paragraphs must be a list"),
+    "SQuAD of numbers": (data('{"data": [1, 2]}', "t.json", data__task="qa"), r"record 1: expected an object with named f"),
     "a ragged row": (data(csv("a,b,c"), "t.csv"), r"t\.csv, line 42: the number of cells differs from the 2 columns"),
     "an open quote": (data(csv('a,"b'), "t.csv"), r"t\.csv, line 42: not valid CSV \(unexpected end of data\)"),
     "a column twice": (data("prompt,prompt,completion\na,b,c\n", "t.csv"), r"line 1: the column 'prompt' stands twice"),

@@ -35,8 +35,8 @@ steps = {
     "no backbone": lambda: load_backbone(BackboneSettings("lab/none", offline=offline)),
     "adapter": lambda: read_adapter("lab/adapter", offline=offline).name,
     "no adapter": lambda: read_adapter("lab/none", offline=offline),
-    "data": lambda: len(read_hub("lab/sums", None, "train", "completion", offline=offline).records),
-    "no data": lambda: read_hub("lab/none", None, "train", "completion", offline=offline),
+    "data": lambda: len(read_hub("lab/sums", None, "train", offline=offline).rows),
+    "no data": lambda: read_hub("lab/none", None, "train", offline=offline),
 }
 found = {}
 for name in chosen or steps:

@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from grasp_lora.bench.session import Session, expected_rounds
-from grasp_lora.data.build import Example
+from grasp_lora.data.encode import Example, Tally
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.models.backbone import is_quantised
 from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, Recipe
@@ -47,9 +47,8 @@ def preflight(session: Session) -> list[Finding]:
     findings.append(
         Finding("ok", "leaks", "no question, context or article is shared with a held-out split, in either language")
     )
-    for side in ("source", "target"):
-        if side in splits.report:
-            findings.append(_counts(side, splits.report[side]))
+    tallies = {"source": splits.report.source, "target": splits.report.target}
+    findings += [_counts(side, tally) for side, tally in tallies.items() if tally is not None]
     findings += _doubtful(session)
     findings.append(_lengths("train", splits.train))
     findings.append(_label_mask(splits.train[0], backbone.tokenizer))
@@ -71,8 +70,9 @@ def _doubtful(session: Session) -> list[Finding]:
     """Warn of what can be meant, but seldom is."""
     recipe, splits = session.recipe, session.splits
     found = []
-    numbers = splits.report.get("numbers_as_ids", 0)
-    excluded = splits.report.get("source", {}).get("excluded_for_leak", 0)
+    tallies = [tally for tally in (splits.report.source, splits.report.target) if tally is not None]
+    numbers = splits.report.numbers_as_ids
+    excluded = sum(tally.excluded_for_leak for tally in tallies)
     if numbers and excluded:
         text = (
             f"{numbers} ids are whole numbers that stand in source and target, so they count as the same questions, and source "
@@ -88,7 +88,13 @@ def _doubtful(session: Session) -> list[Finding]:
         listed = ", ".join(f"{count} of {name}" for name, count in repeated.items() if count)
         text = f"examples that stand there more than once, prompt and answer alike: {listed}; remove them from the data"
         found.append(Finding("warning", "duplicates", text))
-    talks = sum(splits.report.get(side, {}).get("conversations", 0) for side in ("source", "target"))
+    if spelled := sum(tally.control_tokens_kept_as_text for tally in tallies):
+        text = (
+            f"{spelled} examples spell control tokens, such as the end of a turn, which stay text; for conversations give "
+            "messages and set data.chat_template to true, or write the tokens into data.prompt and data.completion"
+        )
+        found.append(Finding("warning", "control tokens", text))
+    talks = sum(tally.conversations for tally in tallies)
     template = getattr(session.backbone.tokenizer, "chat_template", None)
     if talks and template and not recipe.data.chat_template:
         text = (
@@ -163,9 +169,10 @@ def _backbone(session: Session) -> Finding:
     return Finding("ok", "backbone", text)
 
 
-def _counts(side: str, report: dict[str, object]) -> Finding:
-    facts = [f"{key.replace('_', ' ')} {value}" for key, value in report.items() if isinstance(value, int) and value]
-    return Finding("ok", side, f"{report.get('language', '')}: {', '.join(facts)}")
+def _counts(side: str, tally: Tally) -> Finding:
+    counts = {name: value for name, value in asdict(tally).items() if isinstance(value, int) and value}
+    facts = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts.items())
+    return Finding("ok", side, f"{tally.language}: {facts}")
 
 
 def _lengths(name: str, examples: Sequence[Example]) -> Finding:

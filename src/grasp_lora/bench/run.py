@@ -36,7 +36,7 @@ from grasp_lora.bench.run_folder import (
 from grasp_lora.bench.session import Session, hash_of, ratio_record
 from grasp_lora.bench.steps import Adapter, Bench, Learned, Measured, names_of
 from grasp_lora.bench.store import STORE_FOLDER, Store
-from grasp_lora.data.build import SPLITS
+from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.masks import survival
@@ -223,7 +223,7 @@ class _Run:
     def _write_data(self) -> dict[str, Any]:
         splits = self.session.splits
         ids = {name: [example.id for example in getattr(splits, name)] for name in SPLITS}
-        write_json(self.folder / DATA_FILE, {"report": splits.report, "ids": ids, "sha256": hash_of(splits)})
+        write_json(self.folder / DATA_FILE, {"report": splits.report.to_json(), "ids": ids, "sha256": hash_of(splits)})
         return {name: len(members) for name, members in ids.items()}
 
     def _write_answers(self, measured: Mapping[str, Measured]) -> None:

@@ -15,8 +15,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.bench.progress import Progress
-from grasp_lora.data.build import SPLITS, Example, Splits, build_splits
+from grasp_lora.data.build import build_splits
+from grasp_lora.data.encode import Example
 from grasp_lora.data.places import resolve_file
+from grasp_lora.data.splits import SPLITS, Splits
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.evaluation.bertscore import check_bertscore
 from grasp_lora.evaluation.metrics import Metric, MetricScore, metrics_for, resolve_metrics, score

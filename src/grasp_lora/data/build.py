@@ -6,12 +6,24 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from grasp_lora.data.encode import Encoder, Example, Tally
+from grasp_lora.data.files import Row, Table, as_row, read_file
 from grasp_lora.data.places import read_hub, resolve_file
-from grasp_lora.data.records import FORMATS, OPTIONAL_COLUMNS, Pool, read_files, read_rows
-from grasp_lora.data.splits import HELD_OUT, SPLITS, Counts, Splits, check_disjoint, join_groups, split_pool
+from grasp_lora.data.records import FORMATS, OPTIONAL_COLUMNS, Pool, make_pool
+from grasp_lora.data.splits import (
+    HELD_OUT,
+    SPLITS,
+    Counts,
+    DataReport,
+    Share,
+    Splits,
+    check_disjoint,
+    fill,
+    join_groups,
+    measure,
+)
 from grasp_lora.data.tasks import ANY_LANGUAGE, TASKS, resolve_template, task_fields
 from grasp_lora.errors import DataError
 from grasp_lora.text.languages import language_code
@@ -180,83 +192,96 @@ def build_splits(
     if settings.source is not None:
         corpora["source"] = settings.source
     shares = {role: _read_corpus(settings, corpus, role, base, offline) for role, corpus in corpora.items()}
-    pools = [pool for corpus_shares in shares.values() for pool, _ in corpus_shares]
-    groups = join_groups(record.keys for pool in pools for record in pool.records)
+    groups = join_groups(record.keys for parts in shares.values() for part in parts for record in part.pool.records)
     splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
-    report: dict[str, Any] = {"task": settings.task, "split_seed": split_seed, "max_tokens": settings.max_tokens}
-    report["numbers_as_ids"] = _numbers_as_ids(shares)
+    tallies: dict[str, Tally] = {}
     held_out: set[str] = set()
     for role, corpus in corpora.items():
-        template = resolve_template(
-            settings.task, corpus.language, settings.prompt, settings.completion, settings.chat_template
-        )
         encoder = Encoder(
             tokenizer,
             settings.task,
             corpus.language,
-            template,
+            resolve_template(
+                settings.task, corpus.language, settings.prompt, settings.completion, settings.chat_template
+            ),
             settings.max_tokens,
             settings.max_document_tokens,
             settings.chat_template,
         )
         # Splits that the user made on both sides are checked, not changed.
         barred = set() if corpus.explicit and settings.target.explicit else held_out
-        tally = Tally()
-        for pool, counts in shares[role]:
-            generator = random.Random(f"{split_seed} {role} {' '.join(counts)}")
-            label = f"{role} ({corpus.language})"
-            splits |= split_pool(pool, counts, groups, barred, encoder, generator, tally, label, corpus.explicit)
-        used = sum(len(splits[name]) for name in splits if name.startswith("source") == (role == "source"))
-        dropped = tally.excluded_for_leak + tally.answers_cut_away + tally.too_long
-        tally.unused = tally.read - dropped - used
+        tallies[role] = tally = Tally(corpus.language)
+        used = 0
+        for share in shares[role]:
+            generator = random.Random(f"{split_seed} {role} {' '.join(share.counts)}")
+            filled = fill(share, groups, barred, encoder, generator, tally, f"{role} ({corpus.language})")
+            used += sum(map(len, filled.values()))
+            splits |= filled
+        tally.unused = tally.read - tally.excluded_for_leak - tally.answers_cut_away - tally.too_long - used
         held_out = {example.group for name in HELD_OUT for example in splits[name]}
-        report[role] = {"language": corpus.language, **asdict(tally)}
-        logger.info("%s (%s): %s", role, corpus.language, report[role])
+        logger.info("%s (%s): %s", role, corpus.language, asdict(tally))
+    report = DataReport(
+        settings.task,
+        split_seed,
+        settings.max_tokens,
+        _numbers_as_ids(shares),
+        tallies["target"],
+        tallies.get("source"),
+        {name: measure(splits[name]) for name in SPLITS},
+    )
     result = Splits(**{name: tuple(examples) for name, examples in splits.items()}, report=report)
     check_disjoint(result)
-    articles = len({example.group for example in result.micro_dev})
-    if articles < min(FEW_GROUPS, len(result.micro_dev) // FEW_GROUPS):
+    micro_dev = report.splits["micro_dev"]
+    if micro_dev.groups < min(FEW_GROUPS, micro_dev.examples // FEW_GROUPS):
         logger.warning(
             "the %d micro-dev examples come from %d group(s) only, so their losses say little about other articles; "
             "set target.train to a number, so that they can be drawn from more",
-            len(result.micro_dev),
-            articles,
+            micro_dev.examples,
+            micro_dev.groups,
         )
-    report["splits"] = {name: _measure(splits[name]) for name in SPLITS}
     return result
 
 
-def encode_rows(rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
     """Tokenise rows in TRL's convention, for one's own script beside an SFTTrainer.
 
     Args:
         rows: each with `prompt` and `completion`, as texts or as lists of messages, or with `messages` that end with
             the assistant's answer; an `id` may be given and is "row 0", "row 1", ... where it is not. Messages go
-            through the tokenizer's chat template, texts are taken as they are. No row is too long.
+            through the tokenizer's chat template; texts are taken as they are, control tokens in them too. No row is too long.
         tokenizer: with an EOS token.
 
     Raises:
         DataError: there are no rows, one is malformed (the message names it), or the tokenizer does not fit.
     """
     _check_eos(tokenizer)
-    # A row that is no mapping is left to read_rows to refuse.
-    identified: list[tuple[str, Any]] = [
-        (where, {**row, "id": where} if isinstance(row, Mapping) and row.get("id") is None else row)
-        for where, row in ((f"row {number}", row) for number, row in enumerate(rows))
-    ]
-    pool = read_rows(identified, "the list of rows", "completion", "records")
+    identified: list[Row] = []
+    for number, item in enumerate(rows):
+        where, values = as_row(item, f"row {number}")
+        identified.append(Row(where, {**values, "id": where} if values.get("id") is None else values))
+    pool = make_pool([Table("the list of rows", identified)], "completion", "records")
     groups = join_groups(record.keys for record in pool.records)
+    encoders = [
+        Encoder(
+            tokenizer,
+            "completion",
+            "",
+            resolve_template("completion", ANY_LANGUAGE, chat=chat),
+            max_tokens=sys.maxsize,
+            chat=chat,
+            data_is_text=False,
+        )
+        for chat in (False, True)
+    ]
     examples: list[Example] = []
-    for (where, _), record in zip(identified, pool.records, strict=True):
+    for row, record in zip(identified, pool.records, strict=True):
         chat = bool(record.messages)
         if chat and not getattr(tokenizer, "chat_template", None):
-            raise DataError(f"{where} holds messages but the tokenizer has no chat template: give prompts as texts")
-        template = resolve_template("completion", ANY_LANGUAGE, chat=chat)
-        encoder = Encoder(tokenizer, "completion", "", template, max_tokens=sys.maxsize, chat=chat)
+            raise DataError(f"{row.where} holds messages but the tokenizer has no chat template: give prompts as texts")
         try:
-            (example,) = encoder.encode([record], [groups[next(iter(record.keys))]], Tally())
+            (example,) = encoders[chat].encode([record], [groups[next(iter(record.keys))]], Tally())
         except DataError as error:
-            raise DataError(f"{where}: the tokenizer's chat template refuses it: {error.__cause__}") from error
+            raise DataError(f"{row.where}: the tokenizer's chat template refuses it: {error.__cause__}") from error
         assert example is not None, "nothing is cut and nothing is too long"
         examples.append(example)
     return examples
@@ -269,41 +294,27 @@ def _check_eos(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 def _read_corpus(
     settings: DataSettings, corpus: CorpusSettings, role: str, base: Path | None, offline: bool
-) -> list[tuple[Pool, Counts]]:
+) -> list[Share]:
     """Read each pool of a corpus, with the splits it serves in the order of filling and their counts."""
 
-    def read(names: tuple[str, ...]) -> Pool:
-        files = [(name, resolve_file(name, settings.root, base)) for name in names]
-        return read_files(files, settings.task, corpus.format, corpus.columns)
+    def read(names: Sequence[str]) -> Pool:
+        tables = (read_file(name, resolve_file(name, settings.root, base), corpus.format) for name in names)
+        return make_pool(tables, settings.task, corpus.format, corpus.columns)
 
     if corpus.explicit:
-        return [(read(names), counts) for names, counts in _given_splits(corpus, role) if names]
+        return [Share(read(names), counts, True) for names, counts in _given_splits(corpus, role) if names]
     if corpus.hub is not None:
-        split = corpus.hub_split or "train"
-        pool = read_hub(
-            corpus.hub, corpus.hub_config, split, settings.task, corpus.format, corpus.columns, offline=offline
-        )
+        table = read_hub(corpus.hub, corpus.hub_config, corpus.hub_split or "train", offline=offline)
+        pool = make_pool([table], settings.task, corpus.format, corpus.columns)
     else:
         pool = read(corpus.files)
     if role == "source":
         most = len(pool.records) if corpus.train is None else corpus.train
         dev = min(most // SOURCE_DEV_SHARE, SOURCE_DEV_MOST) if corpus.dev is None else corpus.dev
-        return [(pool, {"source_dev": dev, "source_train": corpus.train})]
-    counts: Counts = {}
-    for name, usual in TARGET_COUNTS.items():
-        asked = getattr(corpus, name)
-        counts[name] = usual if asked is None else asked
-    return [(pool, counts | {"train": corpus.train})]
-
-
-def _numbers_as_ids(shares: Mapping[str, Sequence[tuple[Pool, Counts]]]) -> int:
-    """How many whole numbers are ids of source and target records at once: often they only count the rows of each file."""
-    found = [
-        {key for pool, _ in of_role for record in pool.records for key in record.keys if key.startswith("id:")}
-        for of_role in shares.values()
-    ]
-    common = set.intersection(*found) if len(found) > 1 else set()
-    return sum(key.removeprefix("id:").isdigit() for key in common)
+        return [Share(pool, {"source_dev": dev, "source_train": corpus.train})]
+    asked = {"test": corpus.test, "dev": corpus.dev, "micro_dev": corpus.micro_dev}
+    counts: Counts = {name: TARGET_COUNTS[name] if count is None else count for name, count in asked.items()}
+    return [Share(pool, counts | {"train": corpus.train})]
 
 
 def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ...], Counts]]:
@@ -311,24 +322,22 @@ def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ..
         return [(corpus.dev_files, {"source_dev": corpus.dev}), (corpus.train_files, {"source_train": corpus.train})]
     dev: Counts = {"dev": corpus.dev}
     train: Counts = {"train": corpus.train}
-    shares: list[tuple[tuple[str, ...], Counts]] = [(corpus.test_files, {"test": corpus.test})]
-    if corpus.micro_dev_files:
-        shares.append((corpus.micro_dev_files, {"micro_dev": corpus.micro_dev}))
-    else:
-        micro_dev: Counts = {"micro_dev": TARGET_COUNTS["micro_dev"] if corpus.micro_dev is None else corpus.micro_dev}
+    micro_dev: Counts = {"micro_dev": corpus.micro_dev}
+    if not corpus.micro_dev_files:
+        micro_dev = {"micro_dev": TARGET_COUNTS["micro_dev"] if corpus.micro_dev is None else corpus.micro_dev}
         dev, train = (micro_dev | dev, train) if corpus.dev_files else (dev, micro_dev | train)
-    return [*shares, (corpus.dev_files, dev), (corpus.train_files, train)]
+    return [
+        (corpus.test_files, {"test": corpus.test}),
+        (corpus.micro_dev_files, micro_dev),
+        (corpus.dev_files, dev),
+        (corpus.train_files, train),
+    ]
 
 
-def _measure(examples: Sequence[Example]) -> dict[str, Any]:
-    def quantiles(lengths: list[int]) -> dict[str, int]:
-        ordered = sorted(lengths)
-        shares = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
-        return {name: ordered[round(share * (len(ordered) - 1))] for name, share in shares.items()} if ordered else {}
-
-    return {
-        "examples": len(examples),
-        "groups": len({example.group for example in examples}),
-        "prompt_tokens": quantiles([len(example.prompt_ids) for example in examples]),
-        "completion_tokens": quantiles([len(example.completion_ids) for example in examples]),
-    }
+def _numbers_as_ids(shares: Mapping[str, Sequence[Share]]) -> int:
+    found = [
+        {key for part in parts for record in part.pool.records for key in record.keys if key.startswith("id:")}
+        for parts in shares.values()
+    ]
+    common = set.intersection(*found) if len(found) > 1 else set()
+    return sum(key.removeprefix("id:").isdigit() for key in common)

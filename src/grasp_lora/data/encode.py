@@ -1,7 +1,13 @@
-"""Records become examples: templates are filled in, long documents cut, texts tokenised; one way for chats and plain prompts."""
+"""Records become examples: templates are filled in, long documents cut, texts tokenised; one way for chats and plain prompts.
 
+Data is text: what spells a control token in it, such as the end token, is broken after its first character and stays text.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 from grasp_lora.data.records import Record
@@ -12,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DATE = "26 Jul 2024"  # in chat templates that print one: what Llama 3.2's takes where it knows no clock
+_BREAK = "\x00"  # which records never hold
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,14 @@ class Example:
 class Tally:
     """What became of the records of a corpus; the shortest example counts even if too long."""
 
+    language: str = ""
     read: int = 0
     conversations: int = 0
     characters_mapped: int = 0
     characters_removed: int = 0
     unanswerable: int = 0
     excluded_for_leak: int = 0
+    control_tokens_kept_as_text: int = 0
     documents_cut: int = 0
     answers_cut_away: int = 0
     too_long: int = 0
@@ -74,26 +83,56 @@ def render_chat(
 
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], chat: bool = False) -> list[list[int]]:
-    """Tokenise prompts that are whole already as the `Encoder` does those that it makes.
+    """Tokenise prompts that a person wrote whole, as the `Encoder` does those that it makes.
 
     Args:
-        prompts: texts; one that begins with the BOS token itself gets no second one.
-        chat: put each into the chat template as what the user says.
+        prompts: texts; control tokens in them are meant, and one that begins with the BOS token gets no second one.
+        chat: put each into the chat template as what the user says, which is text.
 
     Raises:
         DataError: the tokenizer has no chat template, or it refuses a prompt.
     """
-    if chat and not getattr(tokenizer, "chat_template", None):
+    if not chat:
+        bos = tokenizer.bos_token
+        begun = [bool(bos) and prompt.startswith(str(bos)) for prompt in prompts]
+        return [_tokenize(tokenizer, [prompt], not begins)[0] for prompt, begins in zip(prompts, begun, strict=True)]
+    if not getattr(tokenizer, "chat_template", None):
         raise DataError("the tokenizer has no chat template, so prompts can only be plain texts; leave --chat out")
-    if chat:
-        prompts = _chat_prompts(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts], "given")
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token_id
-    encoded = []
-    for prompt in prompts:
-        special = not chat and not (bos and prompt.startswith(str(bos)))
-        ids: list[int] = tokenizer(prompt, add_special_tokens=special, verbose=False)["input_ids"]
-        encoded.append(ids[:-1] if ids and ids[-1] == eos and not chat else ids)
-    return encoded
+    spelled = control_tokens(tokenizer)
+    turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in prompts]
+    return _tokenize(tokenizer, _chat_prompts(tokenizer, turns, "given"), add_special_tokens=False)
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
+    """Return a pattern of all texts that a tokenizer takes for control tokens."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    names = {name for name in (*added, *tokenizer.all_special_tokens) if len(name) > 1}
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def as_text(text: str, spelled: re.Pattern[str]) -> str:
+    """Break what spells a control token, so that `_tokenize` takes it for text; `_whole` mends it."""
+    while spelled.search(text):  # the rest of one may spell another
+        text = spelled.sub(lambda found: found.group()[0] + _BREAK + found.group()[1:], text)
+    return text
+
+
+def _whole(text: str) -> str:
+    return text.replace(_BREAK, "")
+
+
+def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+    """Tokenise texts in one call, and the further parts of broken ones after them; an EOS token that was added is removed."""
+    eos = tokenizer.eos_token_id
+    parts = [text.split(_BREAK) for text in texts]
+    # verbose=False: that a text is longer than the model's window is what max_tokens is for.
+    firsts = tokenizer([first for first, *_ in parts], add_special_tokens=add_special_tokens, verbose=False)
+    tokenized: list[list[int]] = []
+    for ids, (_, *rest) in zip(firsts["input_ids"], parts, strict=True):
+        ended = add_special_tokens and ids and ids[-1] == eos
+        others = [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in rest]
+        tokenized.append([*(ids[:-1] if ended else ids), *chain.from_iterable(others)])
+    return tokenized
 
 
 def _chat_prompts(
@@ -120,6 +159,7 @@ class Encoder:
         max_tokens: prompt, completion and EOS together.
         max_document_tokens: the task's document is cut to so many tokens; None to cut nothing.
         chat: give the prompt as a user turn.
+        data_is_text: whether control tokens that the data spells stay text.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -129,8 +169,9 @@ class Encoder:
     max_tokens: int
     max_document_tokens: int | None = None
     chat: bool = False
+    data_is_text: bool = True
 
-    def encode(self, records: Sequence["Record"], groups: Sequence[str], tally: Tally) -> list[Example | None]:
+    def encode(self, records: Sequence[Record], groups: Sequence[str], tally: Tally) -> list[Example | None]:
         """Tokenise records; None for one that is too long, or whose answer was cut off with its context.
 
         Raises:
@@ -138,61 +179,47 @@ class Encoder:
         """
         if not records:
             return []
-        task = TASKS[self.task]
-        inputs = [record.fields for record in records]
-        answer_lost = [False] * len(records)
-        if task.document is not None and self.max_document_tokens is not None:
-            whole = [fields[task.document] for fields in inputs]
-            cut = self._cut(whole, self.max_document_tokens)
-            inputs = [{**fields, task.document: text} for fields, text in zip(inputs, cut, strict=True)]
-            tally.documents_cut += sum(after != before for before, after in zip(whole, cut, strict=True))
-            if self.task == "qa":
-                answer_lost = [
-                    record.answer in before and record.answer not in after
-                    for record, before, after in zip(records, whole, cut, strict=True)
-                ]
+        answer = TASKS[self.task].answer
+        inputs = [{name: self._text(text) for name, text in record.fields.items()} for record in records]
+        inputs, answer_lost = self._cut_documents(records, inputs, tally)
         prompts = self._prompts(records, inputs)
-        completions = [self.template.completion.format(**{task.answer: record.answer}) for record in records]
-        eos = self.tokenizer.eos_token_id
+        completions = [self.template.completion.format(**{answer: self._text(record.answer)}) for record in records]
         # A chat template writes the special tokens itself.
-        prompt_ids = self._tokenize(prompts, add_special_tokens=not self.chat)
-        completion_ids = self._tokenize(completions, add_special_tokens=False)
+        prompt_ids = _tokenize(self.tokenizer, prompts, add_special_tokens=not self.chat)
+        completion_ids = _tokenize(self.tokenizer, completions, add_special_tokens=False)
         examples: list[Example | None] = []
-        shortest = tally.shortest_tokens
         for i, record in enumerate(records):
-            before, after = prompt_ids[i], [*completion_ids[i], eos]
-            if before and before[-1] == eos and not self.chat:
-                before = before[:-1]
+            before, after = prompt_ids[i], [*completion_ids[i], self.tokenizer.eos_token_id]
             length = len(before) + len(after)
-            shortest = length if shortest is None else min(length, shortest)
-            tally.too_long += length > self.max_tokens
-            tally.answers_cut_away += answer_lost[i] and length <= self.max_tokens
-            if length > self.max_tokens or answer_lost[i]:
-                examples.append(None)
-                continue
-            examples.append(
-                Example(
-                    record.id,
-                    prompts[i],
-                    completions[i],
-                    record.references,
-                    self.language,
-                    groups[i],
-                    tuple(before),
-                    tuple(after),
-                )
+            too_long = length > self.max_tokens
+            tally.shortest_tokens = min(length, tally.shortest_tokens or length)
+            tally.too_long += too_long
+            tally.answers_cut_away += answer_lost[i] and not too_long
+            tally.control_tokens_kept_as_text += _BREAK in prompts[i] + completions[i]
+            example = Example(
+                id=record.id,
+                prompt=_whole(prompts[i]),
+                completion=_whole(completions[i]),
+                references=record.references,
+                language=self.language,
+                group=groups[i],
+                prompt_ids=tuple(before),
+                completion_ids=tuple(after),
             )
-        tally.shortest_tokens = shortest
+            examples.append(None if too_long or answer_lost[i] else example)
         return examples
 
-    def _tokenize(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        # verbose=False: that a text is longer than the model's window is what max_tokens is for.
-        return self.tokenizer(texts, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    @cached_property
+    def _spelled(self) -> re.Pattern[str]:
+        return control_tokens(self.tokenizer)
 
-    def _prompts(self, records: Sequence["Record"], inputs: Sequence[Mapping[str, str]]) -> list[str]:
+    def _text(self, text: str) -> str:
+        return as_text(text, self._spelled) if self.data_is_text else text
+
+    def _prompts(self, records: Sequence[Record], inputs: Sequence[Mapping[str, str]]) -> list[str]:
         conversations = []
         for record, fields in zip(records, inputs, strict=True):
-            turns = list(record.messages)
+            turns = [{key: self._text(text) for key, text in turn.items()} for turn in record.messages]
             if turns and self.template.prompt != TEMPLATES["completion"][ANY_LANGUAGE].prompt:
                 raise DataError(f"record {record.id} is a conversation, to which no prompt template applies")
             if turns and not self.chat:
@@ -208,6 +235,22 @@ class Encoder:
         if not self.chat:
             return [turns[0]["content"] for turns in conversations]
         return _chat_prompts(self.tokenizer, conversations, self.language)
+
+    def _cut_documents(
+        self, records: Sequence[Record], inputs: list[dict[str, str]], tally: Tally
+    ) -> tuple[list[dict[str, str]], list[bool]]:
+        """Cut the documents; also say which records lost their answer."""
+        document = TASKS[self.task].document
+        if document is None or self.max_document_tokens is None:
+            return inputs, [False] * len(records)
+        whole = [fields[document] for fields in inputs]
+        cut = self._cut(whole, self.max_document_tokens)
+        tally.documents_cut += sum(after != before for before, after in zip(whole, cut, strict=True))
+        lost = [
+            self.task == "qa" and record.answer in _whole(before) and record.answer not in _whole(after)
+            for record, before, after in zip(records, whole, cut, strict=True)
+        ]
+        return [{**fields, document: text} for fields, text in zip(inputs, cut, strict=True)], lost
 
     def _cut(self, texts: Sequence[str], limit: int) -> list[str]:
         """Cut texts to `limit` tokens, at the border between two tokens."""

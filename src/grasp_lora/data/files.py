@@ -1,12 +1,18 @@
-"""Data files of strangers to rows: JSON, JSON lines, CSV, TSV and parquet of bounded size; every fault is named with its line."""
+"""Data files of strangers to tables of rows; every fault is named with its line.
+
+A new kind of file is one function, and one row of `READERS`.
+"""
 
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from grasp_lora.errors import DataError
 from grasp_lora.storage.reading import RefusedError, is_there, parse_json, read_bounded
@@ -17,7 +23,6 @@ MOST_BYTES = 2**31
 MOST_ROWS = 5_000_000
 MOST_LINE = 10_000_000  # characters
 MOST_COLUMNS = 10_000
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 _STATED_DELIMITER = re.compile(r"sep=(.)\r?\n")
 _BATCH = 256  # rows of parquet at a time: a small file can stand for gigabytes of repeated text
 _NO_TEXT = {  # how files begin that are often given the wrong name
@@ -31,15 +36,28 @@ _NO_TEXT = {  # how files begin that are often given the wrong name
     b"\xfe\xff": "in UTF-16: save it as UTF-8",
 }
 
-Row = tuple[str, dict[str, Any]]  # where it stands ("a.jsonl, line 3") and what it says
+
+class Row(NamedTuple):
+    """Where a row stands, such as "a.jsonl, line 3", and its values by column."""
+
+    where: str
+    values: Mapping[str, object]
 
 
-def read_content(name: str, path: Path, format: str) -> list[Row] | dict[str, Any]:
-    """Parse a file into rows, or into the object that a SQuAD file is.
+@dataclass(frozen=True)
+class Table:
+    """Rows of one file or data set, and its name for messages and made-up ids."""
+
+    name: str
+    rows: list[Row]
+
+
+def read_file(name: str, path: Path, format: str = "auto") -> Table:
+    """Read a file; SQuAD data has a row for each article.
 
     Args:
-        name: for messages and made-up ids.
-        path: where.
+        name: what the file is called in messages.
+        path: where it is.
         format: `squad` and `xlsum` tell what the suffix does not.
 
     Raises:
@@ -52,44 +70,19 @@ def read_content(name: str, path: Path, format: str) -> list[Row] | dict[str, An
     for start, what in _NO_TEXT.items():
         if data.startswith(start) and suffix != ".parquet":
             raise DataError(f"{name} is {what}")
-    if format == "squad":
-        suffix = ".json"
-    elif format == "xlsum":
-        suffix = ".jsonl"
-    if suffix == ".parquet":
-        return _parquet_rows(data, name)
-    if suffix not in SUFFIXES:
+    suffix = {"squad": ".json", "xlsum": ".jsonl"}.get(format, suffix)
+    if suffix not in READERS:
         raise DataError(
             f"{name}: cannot tell the format from the suffix {quoted(path.suffix)}; "
-            f"allowed: {', '.join(SUFFIXES)} (or set format to squad or xlsum)"
+            f"allowed: {', '.join(READERS)} (or set format to squad or xlsum)"
         )
-    text = _decode(data, name)
-    if suffix in (".csv", ".tsv"):
-        return _csv_rows(text, name, suffix)
-    if suffix != ".json":
-        return _json_lines(text, name)
-    try:
-        content = parse_json(text)
-    except RefusedError as error:
-        if "Extra data" in str(error) and format != "squad":
-            return _json_lines(text, name)  # JSON lines are often saved as .json
-        raise DataError(f"{name}{'' if error.line is None else f', line {error.line}'}: {error}") from None
-    listed = content.get("data") if isinstance(content, dict) else None
-    if isinstance(listed, list) and (format == "squad" or _is_squad(listed)):
-        return content
-    if format == "squad":
-        raise DataError(f"{name} is not SQuAD data: it must be a JSON object with a list `data`")
-    rows = listed if isinstance(listed, list) else content if isinstance(content, list) else [content]
-    _check_count(len(rows), name)
-    return [as_row(item, f"{name}, record {number}") for number, item in enumerate(rows, start=1)]
+    rows = list(islice(READERS[suffix](data, name), MOST_ROWS + 1))
+    if len(rows) > MOST_ROWS:
+        raise DataError(f"{name} holds more than {MOST_ROWS} records, the most that is read from a file; split it")
+    return Table(name, rows)
 
 
-def _is_squad(articles: list[Any]) -> bool:
-    """Whether the list under `data` is of articles, or of rows as other exports have them."""
-    return not articles or not isinstance(articles[0], dict) or "paragraphs" in articles[0]
-
-
-def as_row(item: Any, where: str) -> Row:
+def as_row(item: object, where: str) -> Row:
     """Return a row that is in memory, with where it stands.
 
     Raises:
@@ -97,7 +90,7 @@ def as_row(item: Any, where: str) -> Row:
     """
     if not isinstance(item, Mapping):
         raise DataError(f"{where}: expected an object with named fields, found {type(item).__name__}")
-    return where, dict(item)
+    return Row(where, item)
 
 
 def _read(name: str, path: Path) -> bytes:
@@ -120,15 +113,23 @@ def _decode(data: bytes, name: str) -> str:
         raise DataError(f"{name}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
-def _check_count(rows: int, name: str) -> None:
-    if rows > MOST_ROWS:
-        raise DataError(f"{name} holds more than {MOST_ROWS} records, the most that is read from a file; split it")
+def _json(data: bytes, name: str) -> Iterator[Row]:
+    """Read a list of objects, alone or under a key `data`, or one object."""
+    try:
+        content = parse_json(_decode(data, name))
+    except RefusedError as error:
+        if "Extra data" in str(error):
+            yield from _json_lines(data, name)  # they are often saved as .json
+            return
+        raise DataError(f"{name}{'' if error.line is None else f', line {error.line}'}: {error}") from None
+    rows = content.get("data") if isinstance(content, dict) else content
+    for number, item in enumerate(rows if isinstance(rows, list) else [content], start=1):
+        yield as_row(item, f"{name}, record {number}")
 
 
-def _json_lines(text: str, name: str) -> list[Row]:
-    rows: list[Row] = []
+def _json_lines(data: bytes, name: str) -> Iterator[Row]:
     # Not splitlines(): it also splits at characters, such as U+2028, that may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(_decode(data, name).split("\n"), start=1):
         if line.strip():
             where = f"{name}, line {number}"
             if len(line) > MOST_LINE:
@@ -137,51 +138,37 @@ def _json_lines(text: str, name: str) -> list[Row]:
                 item = parse_json(line)
             except RefusedError as error:
                 raise DataError(f"{where}: {error}") from None
-            rows.append(as_row(item, where))
-            _check_count(len(rows), name)
-    return rows
+            yield as_row(item, where)
 
 
-def _csv_rows(text: str, name: str, suffix: str) -> list[Row]:
+def _csv(data: bytes, name: str, delimiter: str | None = None) -> Iterator[Row]:
     """Read CSV, also as Excel writes it where the comma is the decimal mark, or with spaces behind the commas.
 
     Rows of blank cells alone are none; around and in the names of columns, white space and invisible marks do not count.
     """
+    text = _decode(data, name)
     stated = _STATED_DELIMITER.match(text)  # a first line for Excel, which other readers take for the header
     text = text[stated.end() :] if stated else text
     header = text.split("\n", 1)[0]
-    found = next((mark for mark in (",", ";", "\t") if mark in header), ",")
-    delimiter = stated.group(1) if stated else "\t" if suffix == ".tsv" else found
-    spaced = f"{delimiter} " in header
+    found = delimiter or next((mark for mark in (",", ";", "\t") if mark in header), ",")
+    delimiter = stated.group(1) if stated else found
     lines = io.StringIO(text, newline="")
-    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=spaced, strict=True)
-    rows: list[Row] = []
+    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=f"{delimiter} " in header, strict=True)
     try:
         with _long_cells():
-            reader.fieldnames = [INVISIBLE.sub("", column).strip() for column in reader.fieldnames or ()]
-            _check_header([column for column in reader.fieldnames or () if column], name)
+            columns = [INVISIBLE.sub("", column).strip() for column in reader.fieldnames or ()]
+            reader.fieldnames = columns
+            _check_header([column for column in columns if column], name)
             for row in reader:
                 where = f"{name}, line {reader.line_num + bool(stated)}"
                 if not any(cell.strip() for cell in row.values() if isinstance(cell, str)) and None not in row:
                     continue
                 if None in row or None in row.values():
-                    raise DataError(
-                        f"{where}: the number of cells differs from the {len(reader.fieldnames or ())} columns"
-                    )
-                rows.append((where, dict(row)))
-                _check_count(len(rows), name)
+                    raise DataError(f"{where}: the number of cells differs from the {len(columns)} columns")
+                yield Row(where, row)
     except csv.Error as error:
         line = reader.reader.line_num + bool(stated)
         raise DataError(f"{name}, line {line}: not valid CSV ({error})") from None
-    return rows
-
-
-def _check_header(columns: list[str], name: str) -> None:
-    if len(columns) > MOST_COLUMNS:
-        raise DataError(f"{name}, line 1 has {len(columns)} columns; at most {MOST_COLUMNS} are allowed")
-    twice = next((column for column in dict.fromkeys(columns) if columns.count(column) > 1), None)
-    if twice is not None:
-        raise DataError(f"{name}, line 1: the column {quoted(twice)} stands twice; rename one")
 
 
 @contextmanager
@@ -194,27 +181,42 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _parquet_rows(data: bytes, name: str) -> list[Row]:
+def _check_header(columns: list[str], name: str) -> None:
+    if len(columns) > MOST_COLUMNS:
+        raise DataError(f"{name}, line 1 has {len(columns)} columns; at most {MOST_COLUMNS} are allowed")
+    twice = next((column for column in dict.fromkeys(columns) if columns.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(f"{name}, line 1: the column {quoted(twice)} stands twice; rename one")
+
+
+def _parquet(data: bytes, name: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
-    rows: list[Row] = []
     size = 0
+    numbers = count(1)
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
-        columns = file.schema_arrow.names
-        _check_header(columns, name)
-        _check_count(file.metadata.num_rows, name)
+        _check_header(file.schema_arrow.names, name)
         for batch in file.iter_batches(batch_size=_BATCH):
             size += batch.nbytes
             if size > MOST_BYTES:
                 raise DataError(f"{name} unpacks to more than {MOST_BYTES} bytes, the most that is read; split it")
-            start = len(rows) + 1
-            rows += [(f"{name}, row {number}", row) for number, row in enumerate(batch.to_pylist(), start=start)]
-            _check_count(len(rows), name)
+            for row in batch.to_pylist():
+                yield Row(f"{name}, row {next(numbers)}", row)
     except DataError:
         raise
     # Beside its own errors, pyarrow lets pass those of the values: texts that are no UTF-8, dates that do not exist.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: not a valid parquet file ({one_line(str(error))[:300]})") from None
-    return rows
+
+
+# Of each suffix, the function from a file's bytes and name to its rows.
+READERS: dict[str, Callable[[bytes, str], Iterator[Row]]] = {
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": _csv,
+    ".tsv": partial(_csv, delimiter="\t"),
+    ".parquet": _parquet,
+}

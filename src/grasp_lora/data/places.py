@@ -4,10 +4,9 @@ import filecmp
 import importlib.resources
 import logging
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
-from grasp_lora.data.records import Pool, read_rows
+from grasp_lora.data.files import Table, as_row
 from grasp_lora.errors import DataError
 from grasp_lora.storage.network import no_network
 from grasp_lora.storage.reading import expanded, is_file
@@ -35,62 +34,58 @@ def resolve_file(name: str, root: str | None = None, base: Path | None = None) -
             and the variable alone would decide.
     """
     if name.startswith(DEMO_PREFIX):
-        texts = Path(str(importlib.resources.files("grasp_lora.demo").joinpath("texts")))
-        built_in = {path.name: path for path in sorted(texts.glob("*.json"))}
-        demo = name.removeprefix(DEMO_PREFIX)
-        if demo not in built_in:
-            raise DataError(f"there is no demo text {demo!r}; available: {', '.join(built_in)}")
-        return built_in[demo]
+        return _demo_text(name.removeprefix(DEMO_PREFIX))
     path = expanded(name)
     base = Path.cwd() if base is None else base
     variable = os.environ.get(DATA_VARIABLE)
-    places = {"absolute path": path}
-    if not path.is_absolute():
-        places = {"folder of the recipe": base / path}
-        if variable:
-            places = {DATA_VARIABLE: expanded(variable) / path, **places}
+    places: dict[str, Path] = {}
+    if path.is_absolute():
+        places["absolute path"] = path
+    else:
         if root is not None:
             folder = base / expanded(root)
             if not folder.is_dir():
                 raise DataError(
                     f"data.root is {root!r}, but there is no folder {escaped(str(folder))}; mend it or leave it out"
                 )
-            places = {"data.root": folder / path, **places}
-    found = {label: place for label, place in places.items() if is_file(place)}
-    if found:
-        first, *others = found
-        for other in others:
-            # What the recipe itself says with data.root is no accident; a variable of the environment may be one.
-            if first == DATA_VARIABLE and not filecmp.cmp(found[first], found[other], shallow=False):
-                raise DataError(
-                    f"data file {name!r} is in two places, with different contents: {escaped(str(found[first]))} ({first}) and "
-                    f"{escaped(str(found[other]))} ({other}); rename one, or say which with data.root"
-                )
-        return found[first]
-    tried = ", ".join(f"{escaped(str(place))} ({label})" for label, place in places.items())
-    raise DataError(
-        f"data file {name!r} is missing; tried {tried}. "
-        f"Set data.root or the environment variable {DATA_VARIABLE} to the folder that holds it"
-    )
+            places["data.root"] = folder / path
+        if variable:
+            places[DATA_VARIABLE] = expanded(variable) / path
+        places["folder of the recipe"] = base / path
+    found = [label for label, place in places.items() if is_file(place)]
+    if not found:
+        tried = ", ".join(f"{escaped(str(place))} ({label})" for label, place in places.items())
+        raise DataError(
+            f"data file {name!r} is missing; tried {tried}. "
+            f"Set data.root or the environment variable {DATA_VARIABLE} to the folder that holds it"
+        )
+    first, *others = found
+    for other in others:
+        # What the recipe itself says with data.root is no accident; a variable of the environment may be one.
+        if first == DATA_VARIABLE and not filecmp.cmp(places[first], places[other], shallow=False):
+            raise DataError(
+                f"data file {name!r} is in two places, with different contents: {escaped(str(places[first]))} ({first}) and "
+                f"{escaped(str(places[other]))} ({other}); rename one, or say which with data.root"
+            )
+    return places[first]
 
 
-def read_hub(
-    name: str,
-    config: str | None,
-    split: str,
-    task: str,
-    format: str = "auto",
-    columns: Mapping[str, str] | None = None,
-    *,
-    offline: bool = False,
-) -> Pool:
+def _demo_text(name: str) -> Path:
+    texts = Path(str(importlib.resources.files("grasp_lora.demo").joinpath("texts")))
+    built_in = {path.name: path for path in sorted(texts.glob("*.json"))}
+    if name not in built_in:
+        raise DataError(f"there is no demo text {name!r}; available: {', '.join(built_in)}")
+    return built_in[name]
+
+
+def read_hub(name: str, config: str | None, split: str, *, offline: bool = False) -> Table:
     """Read one split of a data set on the hub; never runs code of its repository.
 
     A repository with a loading script is read from the hub's own parquet export of it. With `offline`, only what is in the
     cache is used, and no connection is tried.
 
     Raises:
-        DataError: the hub or the data set cannot be reached, or the rows do not fit the task.
+        DataError: the hub or the data set cannot be reached.
     """
     import datasets
 
@@ -115,5 +110,4 @@ def read_hub(
             f"{label}: cannot be loaded ({one_line(str(error))}). Check the names of the data set, the configuration and "
             "the split"
         ) from error
-    rows = [(f"{label}, row {number}", row) for number, row in enumerate(table, start=1)]
-    return read_rows(rows, label, task, format, columns)
+    return Table(label, [as_row(row, f"{label}, row {number}") for number, row in enumerate(table, start=1)])

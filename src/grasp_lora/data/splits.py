@@ -2,9 +2,9 @@
 
 import random
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
-from typing import Any
+from typing import TypeVar
 
 from grasp_lora.data.encode import Encoder, Example, Tally
 from grasp_lora.data.records import Pool, Record, same_text
@@ -16,11 +16,46 @@ SPREAD = 8
 LEAST_PORTION = 256
 
 Counts = dict[str, int | None]
+Member = TypeVar("Member")
+
+
+@dataclass(frozen=True)
+class SplitSize:
+    """How large a split is; of the lengths in tokens the least, median, 95th percentile and largest, empty without examples."""
+
+    examples: int
+    groups: int
+    prompt_tokens: dict[str, int]
+    completion_tokens: dict[str, int]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the data.
+
+    Args:
+        task, split_seed, max_tokens: as they were set.
+        numbers_as_ids: whole numbers that are ids of source and target at once: often they only count the rows of each file.
+        target, source: what became of their records.
+        splits: size of each of SPLITS.
+    """
+
+    task: str
+    split_seed: int
+    max_tokens: int
+    numbers_as_ids: int
+    target: Tally
+    source: Tally | None
+    splits: dict[str, SplitSize]
+
+    def to_json(self) -> dict[str, object]:
+        """Return it as data.json holds it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint splits; the source's may be empty, dev is empty in dev-free mode. `report` is JSON-able."""
+    """Disjoint splits; the source's may be empty, dev is empty in dev-free mode."""
 
     source_train: tuple[Example, ...]
     source_dev: tuple[Example, ...]
@@ -28,45 +63,55 @@ class Splits:
     dev: tuple[Example, ...]
     micro_dev: tuple[Example, ...]
     test: tuple[Example, ...]
-    report: dict[str, Any]
+    report: DataReport
 
 
-def split_pool(
-    pool: Pool,
-    counts: Counts,
+@dataclass(frozen=True)
+class Share:
+    """A pool and the splits it serves.
+
+    Args:
+        pool: records to split.
+        counts: examples per split, in the order of filling; None takes the rest.
+        counts_are_caps: a split may hold fewer than its count, but not none.
+    """
+
+    pool: Pool
+    counts: Counts
+    counts_are_caps: bool = False
+
+
+def fill(
+    share: Share,
     groups: Mapping[str, str],
     barred: Set[str],
     encoder: Encoder,
     generator: random.Random,
     tally: Tally,
     label: str,
-    counts_are_caps: bool,
 ) -> dict[str, list[Example]]:
     """Tokenise a pool group by group in a random order until its splits are full.
 
     Args:
-        pool: records to split.
-        counts: examples per split, in the order of filling; None takes the rest.
+        share: what to split, and into what.
         groups: key -> group, of `join_groups`.
         barred: groups to leave out.
         encoder: tokenises the records.
         generator: chooses the order of groups and records.
         tally: told what becomes of the records.
         label: name of the corpus, for messages.
-        counts_are_caps: a split may hold fewer than its count, but not none.
 
     Raises:
         DataError: a split comes out too small.
     """
-    members: dict[str, list[Record]] = {}
+    pool, counts = share.pool, share.counts
     tally.read += len(pool.records)
     tally.characters_mapped += pool.characters_mapped
     tally.characters_removed += pool.characters_removed
     tally.unanswerable += pool.unanswerable
     tally.conversations += sum(bool(record.messages) for record in pool.records)
     # Sorted, so that neither the order of the files nor that of their lines matters.
-    for record in sorted(pool.records, key=lambda record: record.id):
-        members.setdefault(groups[next(iter(record.keys))], []).append(record)
+    members = by_group(sorted(pool.records, key=lambda record: record.id), groups)
     order = [group for group in members if group not in barred]
     tally.excluded_for_leak += sum(len(records) for group, records in members.items() if group in barred)
     generator.shuffle(order)
@@ -81,18 +126,17 @@ def split_pool(
     kept: list[list[Example]] = []
     position = 0
     while True:
-        batch: list[str] = []
-        size = 0
-        while position < len(order) and size < portion:
-            batch.append(order[position])
-            size += len(members[order[position]])
+        batch: list[Record] = []
+        names: list[str] = []
+        while position < len(order) and len(batch) < portion:
+            batch += members[order[position]]
+            names += [order[position]] * len(members[order[position]])
             position += 1
-        names = [group for group in batch for _ in members[group]]
-        encoded = iter(encoder.encode([record for group in batch for record in members[group]], names, tally))
-        for group in batch:
-            fitting = [example for _ in members[group] if (example := next(encoded)) is not None]
-            if fitting:
-                kept.append(fitting)
+        fitting: dict[str, list[Example]] = {}
+        for example in encoder.encode(batch, names, tally):
+            if example is not None:
+                fitting.setdefault(example.group, []).append(example)
+        kept += fitting.values()
         splits = assign(kept, counts, spreads[0])
         if all(len(splits[name]) == count for name, count in counts.items()):
             break
@@ -102,10 +146,34 @@ def split_pool(
             spreads.pop(0)
     for name, count in counts.items():
         # Files of one split are taken as they are, so there a count is a cap; but no split may come out empty.
-        least = count if count is not None and not (count and counts_are_caps) else 1
+        least = count if count is not None and not (count and share.counts_are_caps) else 1
         if len(splits[name]) < least:
-            raise DataError(_shortage(name, splits, counts, kept, label, encoder, tally))
+            raise DataError(_shortage(name, splits, counts, kept, label, encoder.max_tokens, tally))
     return splits
+
+
+def by_group(records: Iterable[Record], groups: Mapping[str, str]) -> dict[str, list[Record]]:
+    """Return the records of each group, in their order."""
+    members: dict[str, list[Record]] = {}
+    for record in records:
+        members.setdefault(groups[next(iter(record.keys))], []).append(record)
+    return members
+
+
+def measure(examples: Sequence[Example]) -> SplitSize:
+    """Measure a split."""
+
+    def quantiles(lengths: list[int]) -> dict[str, int]:
+        ordered = sorted(lengths)
+        shares = {"min": 0.0, "median": 0.5, "p95": 0.95, "max": 1.0}
+        return {name: ordered[round(share * (len(ordered) - 1))] for name, share in shares.items()} if ordered else {}
+
+    return SplitSize(
+        examples=len(examples),
+        groups=len({example.group for example in examples}),
+        prompt_tokens=quantiles([len(example.prompt_ids) for example in examples]),
+        completion_tokens=quantiles([len(example.completion_ids) for example in examples]),
+    )
 
 
 def _shortage(
@@ -114,19 +182,19 @@ def _shortage(
     counts: Counts,
     kept: Sequence[Sequence[Example]],
     label: str,
-    encoder: Encoder,
+    max_tokens: int,
     tally: Tally,
 ) -> str:
-    if not kept and tally.too_long and tally.shortest_tokens is not None and tally.shortest_tokens > encoder.max_tokens:
+    if not kept and tally.too_long and tally.shortest_tokens is not None and tally.shortest_tokens > max_tokens:
         return (
-            f"{label}: all {tally.too_long} examples are longer than max_tokens {encoder.max_tokens}; the shortest has "
+            f"{label}: all {tally.too_long} examples are longer than max_tokens {max_tokens}; the shortest has "
             f"{tally.shortest_tokens} tokens. Raise max_tokens, or set max_document_tokens to cut articles"
         )
     asked = ", ".join(f"{split} {'the rest' if count is None else count}" for split, count in counts.items())
     total = sum(count for count in counts.values() if count is not None)
     return (
         f"{label}: asked for {asked} (together {total}), but {sum(map(len, kept))} examples in {len(kept)} groups are "
-        f"available: of {tally.read} read, {tally.too_long} are longer than max_tokens {encoder.max_tokens}, "
+        f"available: of {tally.read} read, {tally.too_long} are longer than max_tokens {max_tokens}, "
         f"{tally.answers_cut_away} lost their answer to max_document_tokens and {tally.excluded_for_leak} share a group "
         f"with held-out target examples; {name} got {len(splits[name])}. Each split takes whole groups. Lower "
         f"{' or '.join(split for split, count in counts.items() if count)}, raise max_tokens, cut documents with "
@@ -134,22 +202,22 @@ def _shortage(
     )
 
 
-def assign(groups: Sequence[Sequence[Example]], counts: Counts, spread: Sequence[str] = ()) -> dict[str, list[Example]]:
+def assign(groups: Sequence[Sequence[Member]], counts: Counts, spread: Sequence[str] = ()) -> dict[str, list[Member]]:
     """Fill splits one after the other by whole groups; None takes all that is left.
 
     A group that does not fit is kept for the next split. Where none fits any more, the smallest one is cut, and the
     rest of it stays unused. A split comes out short only when no group is left.
 
     Args:
-        groups: examples by group, in the order of choice.
+        groups: the members of each group, in the order of choice.
         counts: examples per split, in the order of filling.
         spread: splits of which no group gives more than an eighth; the rest of such a group stays unused.
     """
     left = list(groups)
-    splits: dict[str, list[Example]] = {}
+    splits: dict[str, list[Member]] = {}
     for name, count in counts.items():
-        chosen: list[Example] = []
-        passed: list[Sequence[Example]] = []
+        chosen: list[Member] = []
+        passed: list[Sequence[Member]] = []
         quota = -(-count // SPREAD) if count and name in spread else None
         for whole in left:
             group = whole[:quota]

@@ -60,7 +60,6 @@ def score(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     language: str,
-    arabic_normalisation: bool = False,
 ) -> dict[str, MetricScore]:
     """Score predictions against their references with each metric.
 
@@ -68,8 +67,6 @@ def score(
         metrics: names, at least one, or what `resolve_metrics` made of them.
         predictions, references, language: see `Outputs`. The best reference counts (BLEU pools them instead);
             the language decides articles and tokens of the answer metrics, the tokenizer of BLEU and the model of BERTScore.
-        arabic_normalisation: let ROUGE overlook spelling variants of Arabic (see `UnicodeTokenizer`). Ignored
-            in other languages and by the other metrics, whose rules are those of their official scripts.
 
     Raises:
         RecipeError: a name is unknown (see `resolve_metrics`).
@@ -81,7 +78,7 @@ def score(
     if not metrics:
         raise RecipeError(f"No metric was named: choose from {', '.join(METRICS)}.")
     chosen = metrics if isinstance(metrics, Mapping) else resolve_metrics(metrics)
-    outputs = Outputs(predictions, references, language, arabic_normalisation)
+    outputs = Outputs(predictions, references, language)
     return {name: _compute(name, metric, outputs) for name, metric in chosen.items()}
 
 

@@ -37,7 +37,6 @@ class Outputs:
         predictions: one text per example; may be empty texts.
         references: one or more good texts per example.
         language: code of the language of the texts, such as `ar` or `zh-CN`; see `language_code`.
-        arabic_normalisation: see `score`.
 
     Raises:
         DataError: nothing to score, lengths that differ, an example without references or with one bare text
@@ -47,7 +46,6 @@ class Outputs:
     predictions: Sequence[str]
     references: Sequence[Sequence[str]]
     language: str
-    arabic_normalisation: bool = False
 
     def __post_init__(self) -> None:
         if not self.predictions:

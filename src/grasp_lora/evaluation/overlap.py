@@ -1,6 +1,5 @@
 """ROUGE and BLEU that hold for Arabic and Chinese, too."""
 
-import re
 import unicodedata
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -12,42 +11,25 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ZERO_WIDTH_SPACE = "\u200b"
-
-_ARABIC_DIACRITICS_AND_TATWEEL = re.compile(
-    "[\u0610-\u061a\u0640\u064b-\u065f\u0670\u06d6-\u06dc\u06df-\u06e4\u06e7\u06e8\u06ea-\u06ed]"
-)
 _BLEU_TOKENIZERS = {"zh": "zh", "yue": "zh", "en": "13a"} | dict.fromkeys(("ja", "th", "lo", "my", "km"), "char")
-_ARABIC_LETTERS = str.maketrans("أإآٱى", "ااااي")
 
 
 class UnicodeTokenizer:
     """Split text of any script into the tokens that ROUGE counts; the stock tokenizer knows a-z and 0-9 only.
 
-    A token is one of what `split_unspaced` sets apart (ideographs, kana, Thai, Lao, Myanmar and Khmer letters), or a run of
-    letters and digits of any other script with their combining marks (Arabic diacritics, Devanagari vowel signs).
-    Punctuation, symbols and emoji separate tokens and are dropped; so are marks that stand alone. Invisible format
-    characters (joiners, direction marks) are dropped without separating, save the zero-width space. Text is lower-cased
-    and put in Unicode form NFC, no words are stemmed. On ASCII it equals the stock tokenizer without stemmer.
-
-    Args:
-        arabic_normalisation: also write أ إ آ ٱ as ا and ى as ي, and remove tatweel and diacritics. Ta
-            marbuta and the hamza on waw and ya stay.
+    A token is one of what `split_unspaced` sets apart, or a run of letters and digits with their combining marks. Punctuation,
+    symbols, emoji, lone marks and the zero-width space separate tokens; other invisible characters are dropped without
+    separating. Text is lower-cased, in Unicode form NFC and not stemmed. On ASCII it equals the stock tokenizer without stemmer.
 
     >>> UnicodeTokenizer().tokenize("हिन्दी 2026年, كِتَاب!")
     ['हिन्दी', '2026', '年', 'كِتَاب']
     """
 
-    def __init__(self, arabic_normalisation: bool = False) -> None:
-        self.arabic_normalisation = arabic_normalisation
-
     def tokenize(self, text: str) -> list[str]:
         """List the tokens of `text` in their order; the name is the one rouge-score calls."""
-        text = unicodedata.normalize("NFC", text.lower())
-        if self.arabic_normalisation:
-            text = _ARABIC_DIACRITICS_AND_TATWEEL.sub("", text).translate(_ARABIC_LETTERS)
         tokens = []
         word = ""
-        for character in split_unspaced(text) + " ":
+        for character in split_unspaced(unicodedata.normalize("NFC", text.lower())) + " ":
             category = unicodedata.category(character)
             if category[0] in "LN" or (category[0] == "M" and word):
                 word += character
@@ -68,8 +50,7 @@ def rouge(kind: str, outputs: Outputs) -> MetricScore:
     """
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk: not at the top
 
-    normalise = outputs.arabic_normalisation and outputs.language_code == "ar"
-    scorer = RougeScorer([kind], tokenizer=UnicodeTokenizer(normalise))
+    scorer = RougeScorer([kind], tokenizer=UnicodeTokenizer())
     fractions = [
         float(scorer.score_multi(references, prediction)[kind].fmeasure)
         for prediction, references in zip(outputs.predictions, outputs.references, strict=True)
@@ -82,7 +63,7 @@ def rouge(kind: str, outputs: Outputs) -> MetricScore:
         form="nfc",
         tok="unicode",
         stem="no",
-        arabic_norm="alef_ya_tatweel_diacritics" if normalise else "no",
+        arabic_norm="no",  # it says so since there was a choice, and stays, so that older results compare
         unicode=unicodedata.unidata_version,
         rouge_score=version("rouge-score"),
     )
@@ -92,11 +73,9 @@ def rouge(kind: str, outputs: Outputs) -> MetricScore:
 def bleu(outputs: Outputs) -> MetricScore:
     """Score BLEU-4 over the whole set, case-sensitive, with the signature of sacrebleu.
 
-    Tokenizer `zh` for Chinese, `13a` for English, `char` for Japanese, Thai, Lao, Burmese and Khmer, which have no spaces
-    between words, `intl` for every other language. Several references are
-    pooled as sacrebleu does it, so adding one can lower the score through the length penalty. `per_example`
-    is sentence BLEU with effective order. Identical texts score 100 from 4 tokens on; below that the corpus
-    score is what sacrebleu gives, 0 where no text reaches 4 tokens, and the sentence score is 100.
+    Tokenizer `zh` for Chinese, `13a` for English, `char` for Japanese, Thai, Lao, Burmese and Khmer, `intl` for every other
+    language. Several references are pooled, so adding one can lower the score through the length penalty. `per_example` is
+    sentence BLEU with effective order. Where no text has 4 tokens, the corpus score is 0 even of identical texts.
 
     Source: sacrebleu (Post 2018).
     """
