@@ -18,7 +18,8 @@ from grasp_lora.bench.session import Session
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
 from grasp_lora.method.policy import PRESETS
 from grasp_lora.recipes.load import load_recipe
-from grasp_lora.recipes.starter import FEWEST, write_recipe
+from grasp_lora.recipes.sizes import FEWEST
+from grasp_lora.recipes.starter import write_recipe
 
 Rows = list[dict[str, Any]]
 

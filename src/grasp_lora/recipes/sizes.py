@@ -1,0 +1,101 @@
+"""Sizes of the splits for a user's own examples: the paper's, or smaller ones that whole groups can fill in any order."""
+
+import math
+import random
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from grasp_lora.data.records import Record
+from grasp_lora.data.splits import HELD_OUT, assign, by_group, join_groups
+from grasp_lora.errors import DataError
+from grasp_lora.recipes.corpus import Corpus
+from grasp_lora.text.display import quoted
+
+PAPER_SIZES = {"test": 100, "dev": 50, "micro_dev": 16, "train": 50}  # Paper: experimental setup
+FEWEST = 36
+FEWEST_DEV = 8
+FEWEST_SOURCE = 20
+ORDERS = 20  # random orders of the groups in which the split sizes must fit
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many examples go where; `source` are those that no held-out target example excludes, maybe of one group alone."""
+
+    splits: dict[str, int]
+    source: int
+    one_source_group: bool
+
+
+def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
+    """Find the largest split sizes that whole groups can fill in any order.
+
+    Raises:
+        DataError: there are too few examples or groups, or the source has too few that may be trained on.
+    """
+    records = target.records
+    if len(records) < FEWEST:
+        raise DataError(
+            f"{target.name} has {len(records)} examples; at least {FEWEST} are needed for train, micro-dev and test "
+            "(about 216 for the sizes of the paper)"
+        )
+    source_records = [record for corpus in sources for record in corpus.records]
+    joined = join_groups(record.keys for record in (*records, *source_records))
+    groups, source_groups = by_group(records, joined), by_group(source_records, joined)
+    for share in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5):
+        total = int(len(records) * share)
+        if total < FEWEST:
+            break
+        sizes = _sizes(total)
+        held_out = [found for order in range(ORDERS) if (found := _held_out(groups, sizes, order)) is not None]
+        if len(held_out) == ORDERS:
+            left = [[len(source_groups[name]) for name in source_groups.keys() - found] for found in held_out]
+            fewest = min(map(sum, left))
+            if sources and fewest < FEWEST_SOURCE:
+                raise DataError(
+                    f"the source has {len(source_records)} examples, of which {fewest} share no question, context or article "
+                    f"with held-out target examples; at least {FEWEST_SOURCE} are needed: give more source data"
+                )
+            return Sizes(sizes, fewest, any(len(found) < 2 for found in left))
+    largest = max(groups.values(), key=len)
+    column, value = _shared_by(largest)
+    shared = f"the {column} {quoted(value)}" if column else "one prompt, context or document"
+    rename = (
+        f", or rename the column {column} if it means something else" if column and target.format != "squad" else ""
+    )
+    raise DataError(
+        f"the {len(records)} examples of {target.name} form {len(groups)} groups of what belongs together, the largest of "
+        f"{len(largest)}, which have {shared}; splits take whole groups, so more of them are needed: add examples of other "
+        f"texts{rename}"
+    )
+
+
+def _sizes(examples: int) -> dict[str, int]:
+    """The paper's sizes if there are so many examples, else sizes that leave a fifth or more for the test."""
+    micro_dev = min(PAPER_SIZES["micro_dev"], max(8, examples // 13))
+    dev = min(PAPER_SIZES["dev"], examples // 5)
+    if dev < FEWEST_DEV:
+        dev = 0
+    test = math.ceil(examples / 5)
+    train = min(PAPER_SIZES["train"], max(examples - micro_dev - dev - test, 1), math.ceil(examples * 0.36))
+    test = min(PAPER_SIZES["test"], examples - micro_dev - dev - train)
+    return {"test": test, "dev": dev, "micro_dev": micro_dev, "train": train}
+
+
+def _held_out(groups: Mapping[str, Sequence[Record]], sizes: Mapping[str, int], order: int) -> set[str] | None:
+    """Split the groups in one random order; return those that are held out, None if a split stays short."""
+    names = sorted(groups)
+    random.Random(order).shuffle(names)
+    splits = assign([[name] * len(groups[name]) for name in names], dict(sizes))
+    if any(len(splits[name]) < size for name, size in sizes.items()):
+        return None
+    return {name for split in HELD_OUT for name in splits[split]}
+
+
+def _shared_by(records: Sequence[Record]) -> tuple[str | None, str]:
+    """The column and the value that most records of a group have in common; no column where it is the text itself."""
+    counts = Counter(key for record in records for key in record.keys)
+    kind, _, value = max(counts, key=lambda key: (counts[key], key)).partition(":")
+    column = {"id": "id", "group": "group", "article": "title"}.get(kind)
+    return column, value.rpartition("#")[2] if kind == "article" else value
