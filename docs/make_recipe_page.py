@@ -11,7 +11,7 @@ from typing import Any
 from docstring_parser import parse_from_object
 
 from grasp_lora.data.tasks import TASKS, TEMPLATES
-from grasp_lora.evaluation.metrics import METRICS, metrics_for
+from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.recipes.explain import settings_class
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.recipe import Recipe
@@ -73,7 +73,7 @@ def _prompts() -> str:
 def _metrics() -> str:
     lines = [METRIC_INTRO, "| metric | what it is | default of |", "|---|---|---|"]
     for name, metric in METRICS.items():
-        tasks = ", ".join(f"`{task}`" for task in TASKS if name in metrics_for(task))
+        tasks = ", ".join(f"`{task}`" for task in TASKS if name in TASKS[task].metrics)
         lines.append(f"| `{name}` | {metric.summary} | {tasks} |")
     return "\n".join(lines) + METRIC_END
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.evaluation.metrics import METRICS, MetricScore, metrics_for, resolve_metrics, score
+from grasp_lora.evaluation.metrics import METRICS, MetricScore, resolve_metrics, score
 
 LANGUAGES = ("en", "ar", "zh", "de", "es", "hi", "vi")
 OFFLINE = [name for name in METRICS if name != "bertscore"]  # what needs no model
@@ -60,13 +61,13 @@ def test_scores_come_by_name_in_the_order_asked_for():
     ],
 )
 def test_every_task_has_metrics(task, names):
-    assert metrics_for(task) == names
+    assert task_fields(task).metrics == names
     assert set(names) <= set(METRICS)
 
 
 def test_unknown_task_is_an_error():
-    with pytest.raises(DataError, match="'poetry': choose from qa, summarization, completion"):
-        metrics_for("poetry")
+    with pytest.raises(DataError, match="'poetry'; allowed: qa, summarization, completion"):
+        task_fields("poetry")
 
 
 @pytest.mark.parametrize(

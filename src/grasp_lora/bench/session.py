@@ -19,9 +19,10 @@ from grasp_lora.data.build import build_splits
 from grasp_lora.data.encode import Example
 from grasp_lora.data.places import resolve_file
 from grasp_lora.data.splits import SPLITS, Splits
+from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.evaluation.bertscore import check_bertscore
-from grasp_lora.evaluation.metrics import Metric, MetricScore, metrics_for, resolve_metrics, score
+from grasp_lora.evaluation.metrics import Metric, MetricScore, resolve_metrics, score
 from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSettings, survival
@@ -168,7 +169,7 @@ class Session:
     def metrics(self) -> dict[str, Metric]:
         """The metrics of the recipe, or else those of its task, by name."""
         recipe = self.recipe
-        names = recipe.metrics or metrics_for(recipe.data.task)
+        names = recipe.metrics or task_fields(recipe.data.task).metrics
         return resolve_metrics(names, recipe.bertscore, base=self.base, offline=recipe.backbone.offline)
 
     @property

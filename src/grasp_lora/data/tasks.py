@@ -1,4 +1,4 @@
-"""The tasks, their fields, and the prompt and completion templates of each language as data."""
+"""The tasks, their fields and metrics, and the prompt and completion templates of each language as data."""
 
 import logging
 import string
@@ -13,23 +13,25 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Task:
-    """Field names of a task.
+    """Field names and metrics of a task.
 
     Args:
         inputs: fields that a prompt template may name.
         answer: field that the model learns to write; only a completion template may name it.
+        metrics: what it is judged by unless the recipe says otherwise.
         document: the input that may be cut when it is too long, or None.
     """
 
     inputs: tuple[str, ...]
     answer: str
+    metrics: tuple[str, ...]
     document: str | None = None
 
 
 TASKS: dict[str, Task] = {
-    "qa": Task(inputs=("context", "question"), answer="answer", document="context"),
-    "summarization": Task(inputs=("document",), answer="summary", document="document"),
-    "completion": Task(inputs=("prompt",), answer="completion"),
+    "qa": Task(("context", "question"), "answer", ("exact_match", "f1"), document="context"),
+    "summarization": Task(("document",), "summary", ("rougeL", "bleu"), document="document"),
+    "completion": Task(("prompt",), "completion", ("exact_match", "rougeL")),
 }
 
 
@@ -61,10 +63,10 @@ TEMPLATES: dict[str, dict[str, Template]] = {
 
 
 def task_fields(task: str) -> Task:
-    """Return the field names of a task.
+    """Return a task by its name.
 
     Raises:
-        DataError: there is no such task.
+        DataError: there is none.
     """
     if task not in TASKS:
         raise DataError(f"there is no task {task!r}; allowed: {', '.join(TASKS)}")
@@ -120,12 +122,11 @@ def check_template(kind: str, template: str, allowed: Sequence[str]) -> None:
     """
     choices = ", ".join("{" + field + "}" for field in allowed)
     try:
-        parts = [(name, spec, conversion) for _, name, spec, conversion in string.Formatter().parse(template)]
+        names = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise DataError(
             f"{kind} template {template!r}: {error}; fields: {choices}; write {{{{ or }}}} for a literal brace"
         ) from None
-    names = [part for part in parts if part[0] is not None]
     for name, spec, conversion in names:
         if name not in allowed or spec or conversion:
             written = f"{name}{'!' + conversion if conversion else ''}{':' + spec if spec else ''}"

@@ -48,12 +48,6 @@ METRICS: dict[str, Metric] = {
     "bertscore": Metric(bertscore, "BERTScore-F1: similarity of contextual embeddings; needs a model of the language"),
 }
 
-_TASK_METRICS: dict[str, tuple[str, ...]] = {
-    "qa": ("exact_match", "f1"),
-    "summarization": ("rougeL", "bleu"),
-    "completion": ("exact_match", "rougeL"),
-}
-
 
 def score(
     metrics: Sequence[str] | Mapping[str, Metric],
@@ -65,8 +59,7 @@ def score(
 
     Args:
         metrics: names, at least one, or what `resolve_metrics` made of them.
-        predictions, references, language: see `Outputs`. The best reference counts (BLEU pools them instead);
-            the language decides articles and tokens of the answer metrics, the tokenizer of BLEU and the model of BERTScore.
+        predictions, references, language: see `Outputs`. The best reference counts; BLEU pools them instead.
 
     Raises:
         RecipeError: a name is unknown (see `resolve_metrics`).
@@ -88,9 +81,8 @@ def resolve_metrics(
     """Find metrics by name.
 
     Args:
-        names: keys of METRICS, or the import path `package.module:name` of a function from `Outputs` to `MetricScore`, or of a
-            `Metric`. The module must be installed or in a folder on PYTHONPATH; importing it runs its code. A file beside the
-            recipe is not looked at.
+        names: keys of METRICS, or the import path `package.module:name` of a `Metric` or its function. The module must be
+            installed or in a folder on PYTHONPATH; importing it runs its code. A file beside the recipe is not looked at.
         settings, base, offline: for BERTScore (see `bertscore`).
 
     Raises:
@@ -101,23 +93,6 @@ def resolve_metrics(
         function = partial(bertscore, settings=settings, base=base, offline=offline)
         known = METRICS | {"bertscore": replace(METRICS["bertscore"], function=function)}
     return {name: known[name] if name in known else _imported(name) for name in names}
-
-
-def metrics_for(task: str) -> tuple[str, ...]:
-    """Name the metrics a task is judged by unless the recipe says otherwise.
-
-    Args:
-        task: "qa", "summarization" or "completion".
-
-    Raises:
-        DataError: another task.
-
-    >>> metrics_for("qa")
-    ('exact_match', 'f1')
-    """
-    if task not in _TASK_METRICS:
-        raise DataError(f"There are no default metrics for task {task!r}: choose from {', '.join(_TASK_METRICS)}.")
-    return _TASK_METRICS[task]
 
 
 def _imported(name: str) -> Metric:

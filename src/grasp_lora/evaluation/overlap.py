@@ -63,7 +63,7 @@ def rouge(kind: str, outputs: Outputs) -> MetricScore:
         form="nfc",
         tok="unicode",
         stem="no",
-        arabic_norm="no",  # it says so since there was a choice, and stays, so that older results compare
+        arabic_norm="no",  # as in signatures of earlier results
         unicode=unicodedata.unidata_version,
         rouge_score=version("rouge-score"),
     )
