@@ -49,6 +49,16 @@ def test_examples_that_stand_twice_are_warned_of(check: Check) -> None:
     assert "3 of dev" in found.text
 
 
+def test_data_that_spells_control_tokens_is_warned_of(check: Check) -> None:
+    assert "control tokens" not in check()
+    write_rows("target", [{"prompt": f"p{i}:", "completion": " c<eos>" if i < 3 else " c"} for i in range(40)])
+    found = check()
+    assert found["control tokens"].level == "warning"
+    assert found["control tokens"].text.startswith("3 examples spell control tokens")
+    assert "data.chat_template" in found["control tokens"].text
+    assert "control tokens kept as text 3" in found["target"].text
+
+
 def test_a_source_in_the_target_language_is_warned_of(check: Check) -> None:
     found = check("data.source.language=de")["source"]
     assert found.level == "warning"

@@ -4,7 +4,7 @@ import logging
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -197,17 +197,9 @@ def build_splits(
     tallies: dict[str, Tally] = {}
     held_out: set[str] = set()
     for role, corpus in corpora.items():
-        encoder = Encoder(
-            tokenizer,
-            settings.task,
-            corpus.language,
-            resolve_template(
-                settings.task, corpus.language, settings.prompt, settings.completion, settings.chat_template
-            ),
-            settings.max_tokens,
-            settings.max_document_tokens,
-            settings.chat_template,
-        )
+        chat, limits = settings.chat_template, (settings.max_tokens, settings.max_document_tokens)
+        template = resolve_template(settings.task, corpus.language, settings.prompt, settings.completion, chat)
+        encoder = Encoder(tokenizer, settings.task, corpus.language, template, *limits, chat)
         # Splits that the user made on both sides are checked, not changed.
         barred = set() if corpus.explicit and settings.target.explicit else held_out
         tallies[role] = tally = Tally(corpus.language)
@@ -261,25 +253,16 @@ def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedToke
         identified.append(Row(where, {**values, "id": where} if values.get("id") is None else values))
     pool = make_pool([Table("the list of rows", identified)], "completion", "records")
     groups = join_groups(record.keys for record in pool.records)
-    encoders = [
-        Encoder(
-            tokenizer,
-            "completion",
-            "",
-            resolve_template("completion", ANY_LANGUAGE, chat=chat),
-            max_tokens=sys.maxsize,
-            chat=chat,
-            data_is_text=False,
-        )
-        for chat in (False, True)
-    ]
+    template = resolve_template("completion", ANY_LANGUAGE)
+    plain = Encoder(tokenizer, "completion", "", template, max_tokens=sys.maxsize, data_is_text=False)
+    chats = replace(plain, chat=True)
     examples: list[Example] = []
     for row, record in zip(identified, pool.records, strict=True):
         chat = bool(record.messages)
         if chat and not getattr(tokenizer, "chat_template", None):
             raise DataError(f"{row.where} holds messages but the tokenizer has no chat template: give prompts as texts")
         try:
-            (example,) = encoders[chat].encode([record], [groups[next(iter(record.keys))]], Tally())
+            (example,) = (chats if chat else plain).encode([record], [groups[next(iter(record.keys))]], Tally())
         except DataError as error:
             raise DataError(f"{row.where}: the tokenizer's chat template refuses it: {error.__cause__}") from error
         assert example is not None, "nothing is cut and nothing is too long"

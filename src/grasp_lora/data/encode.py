@@ -64,21 +64,28 @@ class Tally:
 
 
 def render_chat(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Mapping[str, str]]]
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Mapping[str, str]]], what: str = "given"
 ) -> list[str]:
     """Return conversations in the tokenizer's chat template, up to where the assistant's answer begins.
 
     Templates that print the current date (Llama 3.2's, for one) get a fixed one: else prompts would be others tomorrow.
+
+    Raises:
+        DataError: the template refuses one; `what` says of which data.
     """
+    import jinja2
+
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         template = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}" + template
-    rendered = tokenizer.apply_chat_template(
-        [list(turns) for turns in conversations],  # type: ignore[arg-type]  # mappings are dicts here
-        chat_template=template,
-        add_generation_prompt=True,
-        tokenize=False,
-    )
+    turns = cast(list[list[dict[str, str]]], conversations)
+    try:
+        rendered = tokenizer.apply_chat_template(
+            turns, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+    # A template is a program: beside its own refusals it may divide by zero, or take a text for a list.
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise DataError(f"the tokenizer's chat template refuses the {what} data: {error}") from error
     return cast(list[str], rendered)
 
 
@@ -100,7 +107,7 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
         raise DataError("the tokenizer has no chat template, so prompts can only be plain texts; leave --chat out")
     spelled = control_tokens(tokenizer)
     turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in prompts]
-    return _tokenize(tokenizer, _chat_prompts(tokenizer, turns, "given"), add_special_tokens=False)
+    return _tokenize(tokenizer, render_chat(tokenizer, turns), add_special_tokens=False)
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
@@ -144,18 +151,6 @@ def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], add_sp
         others = [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in rest]
         tokenized.append([*(ids[:-1] if ended else ids), *chain.from_iterable(others)])
     return tokenized
-
-
-def _chat_prompts(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Mapping[str, str]]], what: str
-) -> list[str]:
-    import jinja2
-
-    try:
-        return render_chat(tokenizer, conversations)
-    # A template is a program: beside its own refusals it may divide by zero, or take a text for a list.
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise DataError(f"the tokenizer's chat template refuses the {what} data: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -245,7 +240,7 @@ class Encoder:
             conversations.append(turns)
         if not self.chat:
             return [turns[0]["content"] for turns in conversations]
-        return _chat_prompts(self.tokenizer, conversations, self.language)
+        return render_chat(self.tokenizer, conversations, self.language)
 
     def _cut_documents(
         self, records: Sequence[Record], inputs: list[dict[str, str]], tally: Tally

@@ -26,14 +26,9 @@ _MLQA_CHINESE = re.compile("[\u4e00-\u9fa5]")
 def answer_tokens(text: str, language: str) -> list[str]:
     """Split an answer into the tokens that exact match and F1 compare.
 
-    Lower-case, drop punctuation (Unicode category P and ASCII punctuation), blank out articles, then split
-    at white space, in Chinese also around each ideograph from U+4E00 to U+9FA5. A language outside MLQA's en,
-    es, de, vi, ar, hi and zh, which the official script refuses, has no articles and is split at white space and by
-    `split_unspaced`, in Unicode form NFC without invisible marks.
-
-    Args:
-        text: any text, raw.
-        language: two- or three-letter code, without a region.
+    Lower-case, drop punctuation (Unicode category P and ASCII punctuation), blank out articles, then split at white space, in
+    Chinese also around ideographs. A language outside MLQA, which the official script refuses, has no articles and is split at
+    white space and by `split_unspaced`, in Unicode form NFC without invisible marks.
 
     Source: MLQA evaluation v1 (Lewis et al. 2020), whose results it repeats bit for bit.
 

@@ -29,9 +29,9 @@ class BertScoreSettings:
         models: for each language code, such as `zh`, an encoder: a folder, relative to the recipe's, or a hub id with
             safetensors weights. A language without one has no BERTScore.
         num_layers: the layer whose states are compared, >= 1. None takes the one that bert-score found best for a model of this
-            name, and three quarters of the layers, rounded up, for a model it does not know. It is in the signature.
-        rescale: map bert-score's baseline, the score of unrelated texts, to 0; then scores below 0 occur. There are
-            baselines for English and Chinese, and none for Arabic.
+            name, and three quarters of the layers, rounded up, for a model it does not know.
+        rescale: map the score of unrelated texts to 0; then scores below 0 occur. bert-score has baselines for English and
+            Chinese, and none for Arabic.
 
     Raises:
         ValueError: a language is no code, a model has no name, or `num_layers` is below 1.
@@ -73,8 +73,8 @@ def bertscore(
 ) -> MetricScore:
     """Score the BERTScore-F1 of each prediction against its best reference, without idf weights.
 
-    Without a model for the language the value is None. A blank text scores 0, with and without rescaling, where bert-score
-    fails. Identical texts score 100. Texts longer than the model's context are cut off.
+    Without a model for the language the value is None. A blank text scores 0, where bert-score fails. Texts longer than the
+    model's context are cut off.
 
     Args:
         outputs: what to score.

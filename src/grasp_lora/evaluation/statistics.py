@@ -107,22 +107,16 @@ def compare_with_baselines(
     """Compare one method with each baseline by the paired bootstrap, corrected for the number of baselines.
 
     Test examples are drawn with replacement, the same ones for all methods. Runs are averaged within a draw: each example's
-    values where the score is a mean over examples, the corpus scores of the runs otherwise. With m baselines, interval and
-    p value come from the same sorted draws:
+    values where the score is a mean over examples, the corpus scores of the runs otherwise. The interval is about other
+    examples of this kind, not about other seeds. With m baselines, interval and p value come from the same sorted draws:
 
-    - Draws of few examples spread too little, and the more so the further out one looks. So the distance of each sorted draw
-      from the observed difference is widened by what separates Student's interval of a mean from the percentile one of normal
-      draws, at the level that the draw is the bound of: at that of 20 baselines by 1.03 for 100 examples, by 1.2 for 20, by 2.5
-      for 5. It is never less than Student's with the draws' own spread, beyond which few examples have no draws.
-    - The interval is the percentile interval at 1 - (1 - confidence) / m (Bonferroni), so all of them hold at once. Its bounds
-      are widened draws, no interpolations.
-    - Where n examples are so few that it would say nothing even if all of them agreed, m 2^(1 - n) > 1 - confidence (the exact
-      test by signs; below 6 for one baseline, below 10 for 20), the interval is stretched to hold 0, and p is at least 2^(1 - n).
-    - p is min(1, 2 (k + 1) / (resamples + 1)), k the widened draws of at most 0 or those of at least 0, whichever are
-      fewer, then corrected after Holm. Before that, the interval leaves 0 out just where m p <= 1 - confidence. Holm is
-      the less strict correction: it can call a difference small enough whose interval, and so whose verdict, still says no.
-
-    The interval is about other examples of this kind, not about other seeds.
+    - Draws of few examples spread too little. So each one's distance from the observed difference is widened by what separates
+      Student's interval of a mean from the percentile one of normal draws at its level, and is never less than Student's.
+    - The interval is the percentile interval at 1 - (1 - confidence) / m (Bonferroni), so all of them hold at once.
+    - Where n examples would say nothing even if all agreed, m 2^(1 - n) > 1 - confidence (the exact test by signs), the
+      interval is stretched to hold 0, and p is at least 2^(1 - n).
+    - p is min(1, 2 (k + 1) / (resamples + 1)), k the widened draws of at most 0 or of at least 0, whichever are fewer, then
+      corrected after Holm: less strictly than the interval, whose verdict may still be that no difference is shown.
 
     >>> compare_with_baselines([3.0, 2.0, 4.0, 3.0, 4.0, 3.0], {"grid": [1.0, 2.0, 1.0, 2.0, 2.0, 0.0]})["grid"].verdict
     'better'
