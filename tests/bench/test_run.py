@@ -26,7 +26,7 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.metrics import score
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
-from grasp_lora.models.adapters import adapter_weights, attached, live_pairs, segments_of
+from grasp_lora.models.adapters import adapter_weights, attached, live_pairs, read_adapter, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import LOCK_FILE, only_writer
 from grasp_lora.training.controller import GraspController, PrunedTraining
@@ -238,6 +238,19 @@ print(math.fsum(losses) / len(losses))
         )
         expected = record(reference_run, "final*")["dev_loss"]
         assert float(result.stdout) == pytest.approx(expected, rel=1e-6)
+
+    def test_the_merge_holds_each_parent_under_its_own_name(self, finished_run: Path) -> None:
+        adapters = {name: read_adapter(finished_run / name).weights for name in ("source", "target", "merged")}
+        for module, merged in adapters["merged"].items():
+            assert [segment.name for segment in merged.segments] == ["source", "target"]
+            first = 0
+            for segment in merged.segments:
+                own = slice(first, first := first + segment.rank)
+                part = merged.scaling * merged.B[:, own] @ merged.A[own]
+                parent = adapters[segment.name][module]
+                torch.testing.assert_close(
+                    part, 0.5 * parent.scaling * parent.B @ parent.A
+                )  # the exact merge: 1/N each
 
 
 class TestAgain:

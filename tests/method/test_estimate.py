@@ -2,14 +2,15 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp_lora.method.estimate import best_reward, lowest_loss, smooth_fit
+from grasp_lora.method.estimate import best_reward, lowest_loss, settle, smooth_fit
 from grasp_lora.method.policy import Round
 
 LOW, HIGH = 0.1, 0.8
@@ -161,6 +162,40 @@ def test_candidates_almost_at_one_place_stay_solvable() -> None:
     estimate = smooth_fit(rounds, LOW, HIGH)
     assert estimate.ratio == pytest.approx(0.4, abs=1e-8)
     assert all(math.isfinite(number) for point in estimate.curve for number in point)
+
+
+def noiseless(minima: Sequence[float]) -> list[Round]:
+    """A round for each minimum of a parabola, all at the same ratios."""
+    ratios = (0.1, 0.3, 0.6, 0.8)
+    return [
+        Round(0.4, ratios, ((0.4 - lowest) ** 2,), tuple(((ratio - lowest) ** 2,) for ratio in ratios))
+        for lowest in minima
+    ]
+
+
+@pytest.mark.parametrize(
+    ("minima", "best"),
+    [
+        ((0.3, 0.5), 0.4),  # of two rounds both count in full
+        ((0.2, 0.6, 0.6, 0.6), (0.5 * 0.2 + 3 * 0.6) / 3.5),  # of four the first one counts half
+        ((0.2, 0.8, 0.5, 0.5, 0.5, 0.5), (0.2 / 3 + 0.8 * 2 / 3 + 4 * 0.5) / 5),
+    ],
+)
+def test_smooth_fit_weighs_early_rounds_by_their_place_in_the_first_half(
+    minima: tuple[float, ...], best: float
+) -> None:
+    assert smooth_fit(noiseless(minima), LOW, HIGH).ratio == pytest.approx(best, abs=GRID_STEP)
+
+
+@pytest.mark.parametrize("elsewhere", [0, 3])
+def test_an_interval_holds_its_ratio_wherever_resampling_goes(elsewhere: int) -> None:
+    grid = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
+    fitted = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    resampled = torch.ones(50, 4, dtype=torch.float64)
+    resampled[:, elsewhere] = 0.0
+    estimate = settle("smooth_fit", grid, 5, fitted, resampled)
+    assert estimate.ratio == 0.4
+    assert (estimate.low, estimate.high) == (min(0.4, float(grid[elsewhere])), max(0.4, float(grid[elsewhere])))
 
 
 def test_smooth_fit_believes_later_rounds_more() -> None:

@@ -520,6 +520,23 @@ def test_reselect_lets_all_weights_compete_again_without_a_stash(scope: str, gra
     assert any((weight == 0).any() for weight in masks.weights.values())  # nothing comes back
 
 
+@pytest.mark.parametrize("score", SCORES)
+def test_a_set_that_was_restored_goes_on_as_the_one_that_was_saved(score: str) -> None:
+    first, other = mask_set(score=score), MaskSet(live_pairs(), MaskSettings(score))
+    first.commit(0.4)
+    with torch.no_grad():
+        for key, weight in other.weights.items():
+            weight.copy_(first.weights[key])
+    other.restore(first.state(), first.ratio)
+    assert other.ratio == 0.4
+    for ratio in (0.7, 0.2):
+        newly_masked = first.commit(ratio), other.commit(ratio)
+        for key in first.weights:
+            assert torch.equal(newly_masked[0][key], newly_masked[1][key])
+            assert torch.equal(first.keep[key], other.keep[key])
+            assert torch.equal(bits(first.weights[key]), bits(other.weights[key]))
+
+
 def test_masks_of_a_model_without_lora_are_an_error() -> None:
     with pytest.raises(AdapterError, match="there are no LoRA weights to mask"):
         MaskSet({}, MaskSettings())

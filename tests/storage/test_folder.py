@@ -129,6 +129,23 @@ def test_many_threads_are_never_inside_together(tmp_path):
     assert entered > 1
 
 
+def test_a_lock_on_a_file_that_is_gone_by_then_does_not_count(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    lock, removed = fcntl.flock, []
+
+    def after_the_last_holder_left(descriptor: int, how: int) -> None:
+        if not removed:
+            removed.append(tmp_path / LOCK_FILE)
+            removed[0].unlink()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", after_the_last_holder_left)
+    with only_writer(tmp_path):
+        assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+        with pytest.raises(RecipeError, match="is being written by"), only_writer(tmp_path):
+            pytest.fail("two writers at once")
+
+
 @pytest.mark.parametrize("how", ["refused", "missing"])
 def test_where_nothing_can_be_locked_a_warning_says_so(tmp_path, monkeypatch, caplog, how):
     def refuse(*arguments):

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -55,6 +57,25 @@ def test_a_deferred_signal_is_seen_and_stops_at_the_end(interruption):
     with pytest.raises(Interrupted, match=r"^stopped by SIGTERM here"), interruption.handled():
         work()
     assert done == ["the rest of the work"]
+
+
+TWICE = """
+import os, signal
+from grasp_lora.storage import interruption
+interruption.ECHO = 0.0
+stop = interruption.Interruption(lambda: "here")
+with stop.handled(), stop.deferred():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+        print(stop.asked_by, flush=True)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_signal_ends_the_process_at_once(processes):
+    environment = os.environ | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(processes)}
+    done = subprocess.run([sys.executable, "-c", TWICE], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "SIGTERM\n"), done.stderr
 
 
 def test_an_error_of_the_work_is_not_hidden(interruption):

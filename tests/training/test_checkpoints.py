@@ -316,6 +316,26 @@ def test_one_without_a_manifest_never_happened(tmp_path, caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("remove", [remove_checkpoints, lambda folder: make_checkpoint(folder, 9)])
+def test_a_kill_while_one_is_removed_leaves_nothing_that_looks_damaged(tmp_path, monkeypatch, caplog, remove):
+    for step in (3, 6):
+        make_checkpoint(tmp_path, step)
+
+    def killed_half_way(folder: Path) -> None:
+        (folder / "weights.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed_half_way)
+        with pytest.raises(KeyboardInterrupt):
+            remove(tmp_path)
+    for checkpoint in list(tmp_path.iterdir()):
+        if (checkpoint / MANIFEST).exists():
+            assert (checkpoint / "weights.safetensors").exists()
+    newest_checkpoint(tmp_path)
+    assert not caplog.records
+
+
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 

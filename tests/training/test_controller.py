@@ -18,7 +18,7 @@ from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.method.policy import Decision, GaussianPolicy, PolicySettings, Round
+from grasp_lora.method.policy import Decision, GaussianPolicy, PolicySettings, Round, SharedPolicy
 from grasp_lora.models.adapters import adapter_weights, attached, fresh_adapter, live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.storage.checkpoints import read_state, write_state
@@ -447,6 +447,28 @@ def test_candidate_losses_are_those_of_the_pruned_model(make_tiny_model, tmp_pat
             masks = controller.masks.keep_masks(candidate, rankings[1])  # the first is that of the beginning
             pruned = {key: torch.where(masks[key], value, 0.0) for key, value in keep.dense.items()}
             assert measure(pruned) == pytest.approx(losses, abs=1e-5)
+
+
+class InForce(SharedPolicy):
+    """Its first candidate is the ratio in force."""
+
+    def _draw(self, generator):
+        return [self.current_ratio, 0.3, 0.6]
+
+
+def test_a_candidate_at_the_ratio_in_force_has_the_baseline_of_its_own_examples(make_tiny_model, tmp_path):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        probes = ProbesInTurn(make_examples(7, 1, "m"), PAD, count=3, seed=5)
+        controller = controller_for(weights, probes, folder=tmp_path, patience=99, kind="shared")
+        controller.policy = InForce(controller.settings.policy)
+        train_ours(model, tmp_path, controller)
+    rows = read_rows(tmp_path / "rounds.jsonl")
+    assert [row["places"] for row in rows[:3]] == [[0, 1, 2], [3, 4, 5], [6, 0, 1]]
+    for row in rows:
+        assert row["candidate_losses"][0] == [row["baseline_losses"][place] for place in row["places"]]
+        assert row["rewards"][0] == 0.0
 
 
 class NeverCommits(GaussianPolicy):

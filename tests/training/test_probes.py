@@ -16,6 +16,7 @@ from grasp_lora.training.probes import (
     IGNORED,
     NormCollector,
     ProbeSet,
+    ProbesInTurn,
     calibrate,
     collate,
     example_losses,
@@ -387,3 +388,16 @@ def test_a_module_that_is_never_called_counts_as_unimportant(adapted):
     calibrate(adapted, masks, ProbeSet(make_examples(3), PAD))
     assert (masks.norms["model.layers.0.self_attn.q_proj"].A == 0).all()
     assert (masks.norms["model.layers.1.self_attn.q_proj"].A > 0).all()
+
+
+def test_examples_take_turns_in_an_order_that_the_seed_decides():
+    pool = make_examples(7)
+    probes = ProbesInTurn(pool, PAD, count=3, seed=5)
+    order = probes.whole.ids
+    assert sorted(order) == sorted(one.id for one in pool)
+    for number, expected in enumerate(((0, 1, 2), (3, 4, 5), (6, 0, 1), (2, 3, 4))):
+        assert probes.places(number) == expected
+        assert [order[place] for place in expected] == list(probes.at(number).ids)
+    orders = {tuple(ProbesInTurn(pool, PAD, count=3, seed=seed).whole.ids) for seed in range(5)}
+    assert len(orders) == 5
+    assert list(ProbesInTurn(pool, PAD, count=2, seed=5).whole.ids) == list(order)
