@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from grasp_lora.bench.checks import check
 from grasp_lora.bench.session import Session
 from grasp_lora.models import generation
 from grasp_lora.models.adapters import fresh_adapter
@@ -39,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe, base = load_recipe(arguments.recipe, arguments.overrides)
     session = Session(recipe, base)
-    session.prepare(parents=False)
+    check(session, parents=False)
     print(json.dumps(measure(session, arguments), indent=1))  # noqa: T201
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from speed_figures import clock_of, take_turns
 
+from grasp_lora.bench.checks import check, expected_rounds
 from grasp_lora.bench.methods import single_run
-from grasp_lora.bench.session import CALIBRATION_EXAMPLES, Session, expected_rounds
+from grasp_lora.bench.session import CALIBRATION_EXAMPLES, Session
 from grasp_lora.bench.steps import GRID
 from grasp_lora.data.encode import Example
 from grasp_lora.method.lora import AdapterWeights, LoraPair
@@ -173,7 +174,7 @@ class Lab:
     def session(self) -> Session:
         """The prepared session; loaded by the first measurement that needs it."""
         session = Session(self.recipe, self.base)
-        session.prepare(parents=False)
+        check(session, parents=False)
         return session
 
     @property

@@ -386,10 +386,10 @@ def test_version_and_schema_are_printed(cli: Cli) -> None:
 
 
 def test_an_error_of_ours_keeps_its_traceback(cli: Cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: Session, **options: object) -> None:
+    def fail(session: Session, **options: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(Session, "prepare", fail)
+    monkeypatch.setattr("grasp_lora.bench.preflight.check", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli("check", "tiny.yaml")
 

@@ -25,6 +25,7 @@ from smoothing import smooth
 from trajectory import LossLandscape
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from grasp_lora.bench.checks import check
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import STORE_FOLDER, Store
@@ -153,7 +154,7 @@ def look_ahead(
         GraspError: the recipe or the data does not fit, or there are too few training examples to look ahead.
     """
     session = Session(recipe, base)
-    session.prepare()
+    check(session)
     training, train = recipe.controller.training, session.splits.train
     size = training.batch_size * training.accumulation
     if ahead * size > len(train):

@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 from trajectory import trajectory
 
+from grasp_lora.bench.checks import check
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import check_place
 from grasp_lora.bench.session import Session
@@ -105,7 +106,7 @@ def record(
     # Nothing is answered and no round is held, so neither metrics nor rounds have to be there.
     bare = recipe.model_copy(update={"metrics": (), "final": replace(recipe.final, prune_ratio=0.0)})
     session = Session(bare, session.base, session.progress)
-    session.prepare()
+    check(session)
     for split in SPLITS:
         if not getattr(session.splits, split):
             raise RecipeError(

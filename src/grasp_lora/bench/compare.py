@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
+from grasp_lora.bench.checks import check
 from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, REMOVED
 from grasp_lora.bench.outcomes import Outcome
@@ -130,7 +131,7 @@ def compare(
     check_place(folder)
     with working_in(folder) as place:
         session = Session(recipe, session.base, session.progress)
-        session.prepare()
+        check(session)
         check_target_modules(session.backbone.model, recipe.lora.target_modules)
         session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
         work = _Work(session, place, settings, progress or Progress(), show)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
+from grasp_lora.bench.checks import lack_of_rounds
 from grasp_lora.bench.outcomes import Adapter, Outcome
-from grasp_lora.bench.session import Session, lack_of_rounds
+from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.method.masks import MaskSettings

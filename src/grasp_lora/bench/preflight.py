@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from grasp_lora.bench.session import Session, expected_rounds
+from grasp_lora.bench.checks import check, expected_rounds
+from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import Example, Tally
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.models.backbone import is_quantised
@@ -34,7 +35,7 @@ def preflight(session: Session) -> list[Finding]:
     Raises:
         GraspError: something does not fit, so that a run would stop.
     """
-    session.prepare()
+    check(session)
     recipe, splits, backbone = session.recipe, session.splits, session.backbone
     findings = [_backbone(session)]
     findings += [

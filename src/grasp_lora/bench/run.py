@@ -21,6 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.bench.checks import check
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import (
@@ -164,7 +165,7 @@ class _Run:
         if existing:
             on_first_process(self.work.begin)
         self.progress.preparing()
-        on_every_process(self.session.prepare)
+        on_every_process(partial(check, self.session))
         if not existing:
             on_first_process(self.work.begin)
         on_first_process(self._begin)

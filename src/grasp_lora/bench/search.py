@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from grasp_lora.bench.checks import check
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import SWEEP_FOLDER, check_place
 from grasp_lora.bench.search_space import SAMPLERS, Parameter, propose, search_space, trial_recipe
@@ -171,7 +172,7 @@ def sweep(session: Session, folder: Path, settings: SweepSettings, progress: Pro
     parameters = search_space(settings.params, recipe)
     with working_in(folder) as place:
         session = Session(recipe, session.base, session.progress)
-        session.prepare()
+        check(session)
         if not session.splits.dev:
             raise RecipeError("a sweep needs a dev split, but data.target.dev is 0; give it at least 1 example")
         session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
@@ -254,7 +255,7 @@ class _Search:
         started = time.perf_counter()
         try:
             session = self._session.variant(trial_recipe(self._session.recipe, values))
-            session.prepare()
+            check(session)
         except GraspError as error:  # each value is allowed, but not all of them together
             return Trial(number, values, "failed", error=str(error))
         bench = Bench(session, session, self._store)

@@ -16,30 +16,26 @@ from typing import TYPE_CHECKING, Any
 from grasp_lora.bench.progress import Progress
 from grasp_lora.data.build import build_splits
 from grasp_lora.data.encode import Example
-from grasp_lora.data.places import resolve_file
 from grasp_lora.data.splits import SPLITS, Splits
 from grasp_lora.data.tasks import task_fields
-from grasp_lora.errors import AdapterError, DataError, RecipeError
-from grasp_lora.evaluation.bertscore import check_bertscore
 from grasp_lora.evaluation.metrics import Metric, MetricScore, resolve_metrics, score
 from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSettings, survival
-from grasp_lora.method.merging import MERGE_RULES, MergeSettings, merge
+from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.models.adapters import (
     adapter_weights,
     attached,
     check_fits,
-    check_target_modules,
     fresh_adapter,
     save_adapter,
     segments_of,
 )
 from grasp_lora.models.backbone import Backbone, load_backbone
-from grasp_lora.models.generation import context_of, generate
+from grasp_lora.models.generation import generate
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import EMBEDDED_NAME
-from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, Recipe
+from grasp_lora.recipes.recipe import PROBE_SPLITS, Recipe
 from grasp_lora.storage.processes import distribute, world_size
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn
 from grasp_lora.training.settings import TrainingSettings
@@ -142,112 +138,6 @@ class Session:
         """Language of the target."""
         return self.recipe.data.target.language
 
-    def prepare(self, *, parents: bool = True) -> None:
-        """Load and check everything a run needs, before anything is written; what is quick to check comes first.
-
-        Args:
-            parents: whether a source and a target adapter are needed, too.
-
-        Raises:
-            GraspError: something does not fit; one line.
-        """
-        recipe = self.recipe
-        if "bertscore" in self.metrics:
-            check_bertscore(recipe.bertscore, self.language, base=self.base, offline=recipe.backbone.offline)
-        _check_trackers(recipe.report_to)
-        if parents:
-            self._check_parents()
-            self._check_processes()
-        self._check_files()
-        if parents:
-            self._check_adapters()
-        if not self.splits.train:
-            raise DataError("the target has no training examples; give data.target.train at least 1")
-        self._check_context()
-        if parents and recipe.final.prune_ratio is None:
-            self._check_rounds()
-
-    def _check_parents(self) -> None:
-        recipe = self.recipe
-        if recipe.data.source is None and not recipe.source.adapters:
-            raise RecipeError("there is no source: give data.source to train an adapter, or source.adapters to use one")
-        weights, parents = recipe.merge.weights, max(1, len(recipe.source.adapters)) + 1
-        if weights is not None and len(weights) != parents:
-            raise RecipeError(
-                f"merge.weights has {len(weights)} numbers for {parents} adapters; "
-                "give one for each source adapter and one for the target, or leave it out"
-            )
-
-    def _check_files(self) -> None:
-        """Look for the data files before the backbone is loaded, which takes long."""
-        data = self.recipe.data
-        for corpus in filter(None, (data.source, data.target)):
-            for files in (
-                corpus.files, corpus.train_files, corpus.dev_files, corpus.micro_dev_files, corpus.test_files
-            ):  # fmt: skip
-                for name in files:
-                    resolve_file(name, data.root, self.base)
-
-    def _check_context(self) -> None:
-        """Check that the model can read every example, and that an answer fits after every test prompt."""
-        context = context_of(self.backbone.model)
-        if context is None:
-            return
-        new = self.recipe.generation.max_new_tokens
-        for name in SPLITS:
-            for example in getattr(self.splits, name):
-                prompt, answer = len(example.prompt_ids), len(example.completion_ids)
-                if prompt + answer > context:
-                    raise DataError(
-                        f"the {name} example {example.id} has {prompt + answer} tokens, but the model's context holds {context}; "
-                        f"lower data.max_tokens (now {self.recipe.data.max_tokens}) to {context} or less"
-                    )
-                if name == "test" and prompt + new > context:
-                    raise DataError(
-                        f"the test example {example.id} has a prompt of {prompt} tokens, and up to {new} are generated, but the "
-                        f"model's context holds {context}; lower generation.max_new_tokens, or data.max_tokens (now "
-                        f"{self.recipe.data.max_tokens}) to {max(context - new, 8)}"
-                    )
-
-    def _check_adapters(self) -> None:
-        """Check the modules to train, and that the merge rule can take the adapters: it would stop a run half way."""
-        recipe = self.recipe
-        trains = not (recipe.source.adapters and recipe.target.adapter)
-        if trains:
-            check_target_modules(self.backbone.model, recipe.lora.target_modules)
-        ranks = {pair.rank for adapter in self.existing_adapters.values() for pair in adapter.weights.values()}
-        ranks |= {recipe.lora.rank} if trains else set()
-        if MERGE_RULES[recipe.merge.rule].equal_ranks and len(ranks) > 1:
-            raise AdapterError(
-                f"merge rule {recipe.merge.rule!r} needs equal ranks, but the adapters have {sorted(ranks)}; "
-                "use 'exact' or 'svd'" + (", or set lora.rank to the rank of the others" if trains else "")
-            )
-
-    def _check_processes(self) -> None:
-        recipe = self.recipe
-        trained = {
-            "source": not recipe.source.adapters,
-            "target": not recipe.target.adapter,
-            "controller": recipe.final.prune_ratio is None,
-            "final": True,
-        }
-        for stage in (stage for stage, trains in trained.items() if trains):
-            try:
-                getattr(recipe, stage).training.shared_by(world_size())
-            except ValueError as error:
-                raise RecipeError(f"{stage}.training: {error}, or start fewer processes") from error
-
-    def _check_rounds(self) -> None:
-        stage = self.recipe.controller
-        for split in PROBE_SPLITS[stage.probe_on]:
-            if not getattr(self.splits, split):
-                raise RecipeError(
-                    f"controller.probe_on is {stage.probe_on!r}, but data.target.{split} is 0; "
-                    "give it examples, or probe elsewhere"
-                )
-        if problem := lack_of_rounds(stage, len(self.splits.train)):
-            raise RecipeError(problem)
-
     @property
     def probe_pool(self) -> list[Example]:
         """The examples that the controller may probe."""
@@ -336,12 +226,10 @@ class Session:
                 `finetune_pruned` to finish.
 
         Raises:
-            RecipeError: the run is too short for a single round.
             ProbeError: a loss is not finite.
         """
         from grasp_lora.training.controller import ControllerSettings, GraspController
 
-        self._check_rounds()
         stage = self.recipe.controller
         policy = replace(stage.policy, seed=self.recipe.seed_of(f"policy {stage.policy.seed}"))
         pool, pad_id, turn = self.probe_pool, self.pad_id, stage.in_turn(len(self.probe_pool))
@@ -452,22 +340,6 @@ class Session:
         return tuple(distribute(prompts, lambda own: generate(model, tokenizer, own, settings, self.progress.answered)))
 
 
-def expected_rounds(recipe: Recipe, train_examples: int) -> int:
-    """Rounds of the controller run over so many training examples."""
-    return len(recipe.controller.round_steps(train_examples))
-
-
-def lack_of_rounds(stage: ControllerStage, train_examples: int) -> str | None:
-    """Say why a controller run over so many training examples would learn nothing of training, or None if it does."""
-    if any(stage.round_steps(train_examples)[-1:]):
-        return None
-    steps, every = stage.training.steps(train_examples), stage.spacing(train_examples)
-    return (
-        f"the controller run has {steps} optimizer steps and probes every {every}, so no round follows a step; "
-        "raise controller.training.epochs or lower controller.probe_every"
-    )
-
-
 def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:
     """Return a hash of every token and its place in the named splits, so that nothing goes on with other data."""
     digest = hashlib.sha256()
@@ -475,27 +347,6 @@ def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:
         for example in getattr(splits, name):
             digest.update(repr((name, example.id, example.prompt_ids, example.completion_ids)).encode())
     return digest.hexdigest()
-
-
-def _check_trackers(names: Sequence[str]) -> None:
-    """Check that trackers are known to transformers and installed.
-
-    Raises:
-        RecipeError: one is not.
-    """
-    if not names:
-        return
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
-            raise RecipeError(f"report_to names {name!r}; allowed: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
-        try:
-            INTEGRATION_TO_CALLBACK[name]()
-        except (ImportError, RuntimeError) as error:
-            raise RecipeError(
-                f"report_to names {name!r}, which cannot be used here: {error}; install it, or leave it out"
-            ) from error
 
 
 def _is_hub_id(backbone: Backbone) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grasp_lora.bench.checks import check, check_rounds
 from grasp_lora.bench.run_folder import RATIO_FILE, LearnedRatio
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench, given
@@ -84,7 +85,8 @@ def merge_folders(
 def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
     """Run the controller on an adapter; write its records, ratio.json and the trained adapter."""
     refuse_existing(output)
-    session.prepare(parents=False)
+    check(session, parents=False)
+    check_rounds(session)
     adapter = session.read(_from_here(place))
     with clear_write_errors(output, goes_on=False):
         learned = session.learn_ratio(adapter.weights, output)
@@ -98,7 +100,7 @@ def finetune_folder(session: Session, place: str, prune_ratio: float, output: Pa
     if not 0.0 <= prune_ratio <= 1.0:
         raise RecipeError(f"the prune ratio is {prune_ratio}; it must be a fraction in [0, 1]")
     refuse_existing(output)
-    session.prepare(parents=False)
+    check(session, parents=False)
     adapter = session.read(_from_here(place))
     with clear_write_errors(output, goes_on=False):
         weights, result, rows = session.finetune_pruned(adapter.weights, prune_ratio, output)
@@ -111,7 +113,7 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
     """Measure adapters on dev and test; return a table as `metrics.json` holds it, and write it with the predictions."""
     if output is not None:
         refuse_existing(output)
-    session.prepare(parents=False)
+    check(session, parents=False)
     adapters = [session.read(_from_here(place)) for place in places]
     systems, signatures = {}, {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,0 +1,164 @@
+"""What is checked before a run, a comparison or a sweep begins, so that none stops half way for what could be known before."""
+
+from collections.abc import Sequence
+
+from grasp_lora.bench.session import Session
+from grasp_lora.data.places import resolve_file
+from grasp_lora.data.splits import SPLITS
+from grasp_lora.errors import AdapterError, DataError, RecipeError
+from grasp_lora.evaluation.bertscore import check_bertscore
+from grasp_lora.method.merging import MERGE_RULES
+from grasp_lora.models.adapters import check_target_modules
+from grasp_lora.models.generation import context_of
+from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, Recipe
+from grasp_lora.storage.processes import world_size
+
+
+def check(session: Session, *, parents: bool = True) -> None:
+    """Load and check everything a run needs, before anything is written; what is quick to check comes first.
+
+    Args:
+        parents: whether a source and a target adapter are needed, too.
+
+    Raises:
+        GraspError: something does not fit; one line.
+    """
+    recipe = session.recipe
+    if "bertscore" in session.metrics:
+        check_bertscore(recipe.bertscore, session.language, base=session.base, offline=recipe.backbone.offline)
+    _check_trackers(recipe.report_to)
+    if parents:
+        _check_parents(session)
+        _check_processes(session)
+    _check_files(session)
+    if parents:
+        _check_adapters(session)
+    if not session.splits.train:
+        raise DataError("the target has no training examples; give data.target.train at least 1")
+    _check_context(session)
+    if parents and recipe.final.prune_ratio is None:
+        check_rounds(session)
+
+
+def _check_parents(session: Session) -> None:
+    recipe = session.recipe
+    if recipe.data.source is None and not recipe.source.adapters:
+        raise RecipeError("there is no source: give data.source to train an adapter, or source.adapters to use one")
+    weights, parents = recipe.merge.weights, max(1, len(recipe.source.adapters)) + 1
+    if weights is not None and len(weights) != parents:
+        raise RecipeError(
+            f"merge.weights has {len(weights)} numbers for {parents} adapters; "
+            "give one for each source adapter and one for the target, or leave it out"
+        )
+
+
+def _check_files(session: Session) -> None:
+    """Look for the data files before the backbone is loaded, which takes long."""
+    data = session.recipe.data
+    for corpus in filter(None, (data.source, data.target)):
+        for files in (
+            corpus.files, corpus.train_files, corpus.dev_files, corpus.micro_dev_files, corpus.test_files
+        ):  # fmt: skip
+            for name in files:
+                resolve_file(name, data.root, session.base)
+
+
+def _check_context(session: Session) -> None:
+    """Check that the model can read every example, and that an answer fits after every test prompt."""
+    context = context_of(session.backbone.model)
+    if context is None:
+        return
+    new = session.recipe.generation.max_new_tokens
+    for name in SPLITS:
+        for example in getattr(session.splits, name):
+            prompt, answer = len(example.prompt_ids), len(example.completion_ids)
+            if prompt + answer > context:
+                raise DataError(
+                    f"the {name} example {example.id} has {prompt + answer} tokens, but the model's context holds {context}; "
+                    f"lower data.max_tokens (now {session.recipe.data.max_tokens}) to {context} or less"
+                )
+            if name == "test" and prompt + new > context:
+                raise DataError(
+                    f"the test example {example.id} has a prompt of {prompt} tokens, and up to {new} are generated, but the "
+                    f"model's context holds {context}; lower generation.max_new_tokens, or data.max_tokens (now "
+                    f"{session.recipe.data.max_tokens}) to {max(context - new, 8)}"
+                )
+
+
+def _check_adapters(session: Session) -> None:
+    """Check the modules to train, and that the merge rule can take the adapters: it would stop a run half way."""
+    recipe = session.recipe
+    trains = not (recipe.source.adapters and recipe.target.adapter)
+    if trains:
+        check_target_modules(session.backbone.model, recipe.lora.target_modules)
+    ranks = {pair.rank for adapter in session.existing_adapters.values() for pair in adapter.weights.values()}
+    ranks |= {recipe.lora.rank} if trains else set()
+    if MERGE_RULES[recipe.merge.rule].equal_ranks and len(ranks) > 1:
+        raise AdapterError(
+            f"merge rule {recipe.merge.rule!r} needs equal ranks, but the adapters have {sorted(ranks)}; "
+            "use 'exact' or 'svd'" + (", or set lora.rank to the rank of the others" if trains else "")
+        )
+
+
+def _check_processes(session: Session) -> None:
+    recipe = session.recipe
+    trained = {
+        "source": not recipe.source.adapters,
+        "target": not recipe.target.adapter,
+        "controller": recipe.final.prune_ratio is None,
+        "final": True,
+    }
+    for stage in (stage for stage, trains in trained.items() if trains):
+        try:
+            getattr(recipe, stage).training.shared_by(world_size())
+        except ValueError as error:
+            raise RecipeError(f"{stage}.training: {error}, or start fewer processes") from error
+
+
+def check_rounds(session: Session) -> None:
+    stage = session.recipe.controller
+    for split in PROBE_SPLITS[stage.probe_on]:
+        if not getattr(session.splits, split):
+            raise RecipeError(
+                f"controller.probe_on is {stage.probe_on!r}, but data.target.{split} is 0; "
+                "give it examples, or probe elsewhere"
+            )
+    if problem := lack_of_rounds(stage, len(session.splits.train)):
+        raise RecipeError(problem)
+
+
+def expected_rounds(recipe: Recipe, train_examples: int) -> int:
+    """Rounds of the controller run over so many training examples."""
+    return len(recipe.controller.round_steps(train_examples))
+
+
+def lack_of_rounds(stage: ControllerStage, train_examples: int) -> str | None:
+    """Say why a controller run over so many training examples would learn nothing of training, or None if it does."""
+    if any(stage.round_steps(train_examples)[-1:]):
+        return None
+    steps, every = stage.training.steps(train_examples), stage.spacing(train_examples)
+    return (
+        f"the controller run has {steps} optimizer steps and probes every {every}, so no round follows a step; "
+        "raise controller.training.epochs or lower controller.probe_every"
+    )
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Check that trackers are known to transformers and installed.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    if not names:
+        return
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise RecipeError(f"report_to names {name!r}; allowed: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (ImportError, RuntimeError) as error:
+            raise RecipeError(
+                f"report_to names {name!r}, which cannot be used here: {error}; install it, or leave it out"
+            ) from error
