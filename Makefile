@@ -27,7 +27,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/.dev
-	$(BIN)/mypy
+	$(BIN)/mypy --strict src
+	$(BIN)/mypy benchmarks docs
 
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports

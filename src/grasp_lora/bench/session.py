@@ -18,7 +18,8 @@ from grasp_lora.data.build import build_splits
 from grasp_lora.data.encode import Example
 from grasp_lora.data.splits import SPLITS, Splits
 from grasp_lora.data.tasks import task_fields
-from grasp_lora.evaluation.metrics import Metric, MetricScore, resolve_metrics, score
+from grasp_lora.evaluation.metrics import Metric, resolve_metrics, score
+from grasp_lora.evaluation.outputs import MetricScore
 from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSettings, survival

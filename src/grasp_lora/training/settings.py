@@ -1,6 +1,7 @@
 """Settings of a training, importable without torch so that the command line starts at once."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -45,12 +46,13 @@ class TrainingSettings:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for names, fits, rule in (
+        rules: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
             (("epochs", "learning_rate"), lambda value: 0.0 < value < math.inf, "be above 0"),
             (("batch_size", "accumulation"), lambda value: value >= 1, "be at least 1"),
             (("weight_decay", "max_grad_norm"), lambda value: 0.0 <= value < math.inf, "be a number >= 0"),
             (("lr_decay", "evaluate_every"), lambda value: 0.0 < value <= 1.0, "lie in (0, 1]"),
-        ):
+        )
+        for names, fits, rule in rules:
             for name in names:
                 if not fits(getattr(self, name)):
                     raise ValueError(f"{name} is {getattr(self, name)}; it must {rule}")
