@@ -1,0 +1,81 @@
+"""The public surface: every name is there and typed, for a script as for a type checker."""
+
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import grasp_lora as gl
+
+SCRIPT = '''\
+import grasp_lora as gl
+from transformers import PreTrainedTokenizerBase
+
+
+def adapt(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> float:
+    recipe, base = gl.load_recipe("demo-ar", ["seed=7"])
+    result: gl.RunResult = gl.run("demo-ar", overrides={"seed": 7}, folder="runs/mine")
+    low, high = result.ratio.low, result.ratio.high
+    scores: float | None = result.metrics.systems["grasp"].metrics["f1"]
+    folder, comparison = gl.compare("demo-ar", seeds=(7,))
+    titles: list[str] = [row.title for row in comparison.rows]
+    controller = gl.GraspController.from_rows(rows, tokenizer)
+    learned: gl.RatioEstimate = controller.learned
+    merged = gl.merge([gl.read_adapter(result.adapter).weights], gl.MergeSettings("exact"))
+    print(recipe.name, base, low, high, scores, folder, titles, len(merged))
+    return learned.ratio
+'''
+MISTAKES = '''\
+import grasp_lora as gl
+
+ratio: str = gl.run("demo-ar").ratio.ratio
+gl.run(3)
+gl.nothing
+'''
+
+
+def test_every_public_name_is_there_and_says_what_it_is() -> None:
+    for name in gl.__all__:
+        found = getattr(gl, name)
+        assert found.__doc__, name
+    assert "nothing" not in dir(gl)
+    with pytest.raises(AttributeError, match="nothing"):
+        gl.nothing  # noqa: B018
+
+
+def test_the_package_is_imported_quickly() -> None:
+    code = "import sys, grasp_lora; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pydantic')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def python_with_the_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python in whose site-packages the wheel lies, and nothing of the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    root = Path(__file__).parents[1]
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(root)]
+    subprocess.run(build, check=True, capture_output=True)
+    [wheel] = folder.glob("*.whl")
+    venv.create(folder / "venv", symlinks=True)
+    [site] = (folder / "venv").glob("lib/*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "grasp_lora/py.typed" in archive.namelist()
+        assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in archive.namelist())
+        archive.extractall(site)
+    return folder / "venv/bin/python"
+
+
+@pytest.mark.parametrize(("script", "mistakes"), [(SCRIPT, 0), (MISTAKES, 3)])
+def test_a_script_is_type_checked_against_the_installed_wheel(
+    script: str, mistakes: int, python_with_the_wheel: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--strict", "--ignore-missing-imports", "--python-executable"]
+    checked = subprocess.run(
+        [*command, str(python_with_the_wheel), "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    errors = [line for line in checked.stdout.splitlines() if ": error: " in line]
+    assert len(errors) == mistakes, checked.stdout + checked.stderr
