@@ -9,14 +9,16 @@ from grasp_lora.bench import compare as comparing
 from grasp_lora.bench import run as running
 from grasp_lora.bench import search as searching
 from grasp_lora.bench.compare import ComparisonSettings
+from grasp_lora.bench.comparison_record import Comparison
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run import RunResult
-from grasp_lora.bench.run_folder import COMPARE_FOLDER, SWEEP_FOLDER
+from grasp_lora.bench.run_folder import COMPARE_FOLDER, REPORT_FILE, SWEEP_FOLDER
 from grasp_lora.bench.search import SweepResult, SweepSettings
 from grasp_lora.bench.session import Session
 from grasp_lora.recipes.load import load_recipe
+from grasp_lora.report.card import write_model_card
 from grasp_lora.report.comparison import write_comparison
-from grasp_lora.report.pages import REPORT_FILE, write_model_card, write_report
+from grasp_lora.report.pages import write_report
 from grasp_lora.storage.files import clear_write_errors
 from grasp_lora.storage.processes import first
 
@@ -63,7 +65,7 @@ def compare(
     folder: str | Path | None = None,
     progress: Progress | None = None,
     **settings: Any,
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, Comparison]:
     """Run every method under one protocol, in the folder and with the steps of the recipe's run; write the tables.
 
     Args:
@@ -71,7 +73,7 @@ def compare(
         settings: of `ComparisonSettings`, such as `methods`, `seeds` and `grid`.
 
     Returns:
-        The folder of the tables, and the content of its compare.json.
+        The folder of the tables, and what its compare.json holds.
 
     Raises:
         GraspError, ValueError, Interrupted: as of `run`; a setting is out of range.

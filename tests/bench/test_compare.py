@@ -23,6 +23,7 @@ from grasp_lora import api
 from grasp_lora.bench import lorahub, methods
 from grasp_lora.bench import steps as baselines
 from grasp_lora.bench.compare import ComparisonSettings, compare
+from grasp_lora.bench.comparison_record import Comparison
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, SINGLE_SHARE
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.session import Session
@@ -41,7 +42,6 @@ from grasp_lora.report.comparison import (
     score_table,
     write_comparison,
 )
-from grasp_lora.report.figures import learned_row
 
 ROUNDS_EVERY = "controller.probe_every=3"
 SMALL = ComparisonSettings(seeds=(1,), grid=(0.2, 0.6), resamples=1000)
@@ -73,7 +73,7 @@ def session(recipe: Path | str = "tiny.yaml", *overrides: str) -> Session:
 
 def run(folder: Path, settings: ComparisonSettings, *overrides: str) -> tuple[dict[str, Any], Recorder]:
     recorder = Recorder()
-    return compare(session("tiny.yaml", *overrides), folder, settings, recorder, write_comparison), recorder
+    return compare(session("tiny.yaml", *overrides), folder, settings, recorder, write_comparison).to_json(), recorder
 
 
 def without_seconds(content: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def whole_comparison(
     """The folder and the content of a comparison of all methods; treat it as read-only."""
     recipe = write_tiny_workspace(tmp_path_factory.mktemp("comparison") / "work", tiny_backbone_folder)
     folder = recipe.parent / "compare"
-    return folder, compare(session(recipe), folder, SMALL, show=write_comparison)
+    return folder, compare(session(recipe), folder, SMALL, show=write_comparison).to_json()
 
 
 @pytest.fixture
@@ -100,6 +100,11 @@ def finished(tiny_workspace: Path, whole_comparison: tuple[Path, dict[str, Any]]
     """A copy of the whole comparison in the working folder."""
     folder, content = whole_comparison
     return Path(shutil.copytree(folder, tiny_workspace / "compare")), content
+
+
+def record(content: dict[str, Any]) -> Comparison:
+    """The content of a compare.json as the report reads it."""
+    return Comparison.model_validate(content)
 
 
 def test_every_method_has_a_row_with_scores_cost_and_a_verdict(whole_comparison):
@@ -122,7 +127,7 @@ def test_the_files_are_complete_and_hold_no_answers(whole_comparison, tmp_path):
     assert all(set(row) == {"id", "prediction"} for row in answers)
     records = [json.loads(file.read_text(encoding="utf-8")) for file in (folder / "store/records").iterdir()]
     assert not any("prediction" in json.dumps(record) for record in records)
-    page = write_comparison(tmp_path, content)
+    page = write_comparison(tmp_path, record(content))
     html, text = unescape(page.read_text(encoding="utf-8")), (tmp_path / "compare.md").read_text(encoding="utf-8")
     for row in content["rows"]:
         assert row["title"] in html
@@ -134,13 +139,13 @@ def test_the_table_says_what_each_ratio_was_chosen_on(whole_comparison):
     rows = [
         row | {"chosen_on": split} for row, split in zip(content["rows"], (*PROBE_SPLITS, "test", None), strict=False)
     ]
-    table = score_table(content | {"rows": rows})
+    table = score_table(record(content | {"rows": rows}))
     assert [row[2].text for row in table.rows] == ["micro-dev", "dev", "micro-dev and dev", "TEST", "–"]
 
 
 def test_the_pages_say_how_they_were_made(finished, cli, monkeypatch):
     folder, content = finished
-    command = command_of(content)
+    command = command_of(record(content))
     for name in ("compare.md", "report.html"):
         assert command in (folder / "compare" / name).read_text(encoding="utf-8")
     shutil.copy(folder / "compare/recipe.yaml", folder.parent / "again.yaml")  # where its relative paths lead
@@ -656,7 +661,7 @@ class TestOneStore:
         before = {file: file.read_bytes() for file in finished_run.glob("*.*")}
         settings = ComparisonSettings(self.METHODS, (42,), (0.2,), resamples=1000)
         recorder = Recorder()
-        content = compare(Session(*load_recipe("tiny.yaml")), finished_run, settings, recorder)
+        content = compare(Session(*load_recipe("tiny.yaml")), finished_run, settings, recorder).to_json()
         assert self.trained(recorder) == ["final 0.00"]
         assert {"source", "target", "controller"} <= set(recorder.skipped)
         assert {file: file.read_bytes() for file in finished_run.glob("*.*")} == before
@@ -750,26 +755,26 @@ def test_records_of_another_number_format_are_not_passed_over_in_silence(finishe
 def test_a_table_that_goes_to_a_file_is_wide_and_one_for_a_narrow_terminal_cuts_nothing_off(whole_comparison):
     _, content = whole_comparison
     file, narrow = io.StringIO(), io.StringIO()
-    print_comparison(content, Console(file=file, width=80))
+    print_comparison(record(content), Console(file=file, width=80))
     assert max(map(len, file.getvalue().splitlines())) > 120
     assert METHODS["grasp"].title in file.getvalue()
-    print_comparison(content, Console(file=narrow, width=80, force_terminal=True, color_system=None))
+    print_comparison(record(content), Console(file=narrow, width=80, force_terminal=True, color_system=None))
     assert max(map(len, narrow.getvalue().splitlines())) <= 80
     assert "…" not in file.getvalue() + narrow.getvalue()
 
 
 def test_the_ratio_on_the_curve_is_a_controllers(whole_comparison):
     _, content = whole_comparison
-    assert learned_row(content)["method"] == "grasp"
-    assert learned_row(content | {"reference": "grid"})["method"] == "grasp"
-    assert learned_row(content | {"reference": "grasp_paper"})["method"] == "grasp_paper"
-    assert learned_row(content | {"rows": content["rows"][:3]}) is None
+    assert record(content).learned.method == "grasp"
+    assert record(content | {"reference": "grid"}).learned.method == "grasp"
+    assert record(content | {"reference": "grasp_paper"}).learned.method == "grasp_paper"
+    assert record(content | {"rows": content["rows"][:3]}).learned is None
 
 
 def test_speed_ups_name_their_grid_and_count_the_merged_adapters_for_what_does_without_them(whole_comparison):
     _, content = whole_comparison
     steady = content | {"pace": {"lowest": 0.2, "highest": 0.29}}
-    table = cost_table(steady)
+    table = cost_table(record(steady))
     assert table.columns[4:6] == [f"speed-up over {METHODS['grid'].title}, in forward passes", "the same in seconds"]
     costs = {row["title"]: row["cost"] for row in content["rows"]}
     grid = costs[METHODS["grid"].title]
@@ -783,7 +788,7 @@ def test_speed_ups_name_their_grid_and_count_the_merged_adapters_for_what_does_w
             assert ups[METHODS[name].title] == f"{expected:.2f}"
         assert ups[METHODS["zero_shot"].title] == "–"
     without = steady | {"rows": [row for row in content["rows"] if row["method"] != "grid"]}
-    assert cost_table(without).columns[4] == f"speed-up over {METHODS['grid_paper'].title}, in forward passes"
+    assert cost_table(record(without)).columns[4] == f"speed-up over {METHODS['grid_paper'].title}, in forward passes"
 
 
 @pytest.mark.parametrize(
@@ -796,9 +801,9 @@ def test_speed_ups_name_their_grid_and_count_the_merged_adapters_for_what_does_w
 def test_seconds_of_a_busier_or_another_machine_give_no_speed_up(whole_comparison, tmp_path, changed, reason):
     _, content = whole_comparison
     content = content | {"pace": {"lowest": 0.2, "highest": 0.29}} | changed
-    assert {row[5].text for row in cost_table(content).rows} == {"–"}
-    assert any(row[4].text == "1.00" for row in cost_table(content).rows)
-    write_comparison(tmp_path, content)
+    assert {row[5].text for row in cost_table(record(content)).rows} == {"–"}
+    assert any(row[4].text == "1.00" for row in cost_table(record(content)).rows)
+    write_comparison(tmp_path, record(content))
     for file in ("compare.md", "report.html"):
         assert reason in (tmp_path / file).read_text(encoding="utf-8")
 
@@ -817,7 +822,7 @@ def test_all_that_print_like_the_best_are_best(whole_comparison):
     rows = {row["method"]: row for row in changed["rows"]}
     for name, row in rows.items():
         row["scores"]["test_loss"]["mean"] = {"grasp": 1.00001, "joint": 1.00002, "grid_oracle": 0.5}.get(name, 2.0)
-    marked = {row[0].text for row in score_table(changed).rows if row[3].best}
+    marked = {row[0].text for row in score_table(record(changed)).rows if row[3].best}
     assert marked == {METHODS["grasp"].title, METHODS["joint"].title}
 
 
@@ -826,9 +831,9 @@ def test_the_reason_of_a_row_without_scores_goes_over_all_columns(whole_comparis
     changed = copy.deepcopy(content)
     [row] = [row for row in changed["rows"] if row["method"] == "lorahub"]
     row["unavailable"] = "needs a very long reason"
-    write_comparison(tmp_path, changed)
+    write_comparison(tmp_path, record(changed))
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    columns = len(score_table(changed).columns)
+    columns = len(score_table(record(changed)).columns)
     assert f'colspan="{columns - 1}">unavailable: needs a very long reason</td>' in page
     [line] = [
         one for one in (tmp_path / "compare.md").read_text(encoding="utf-8").splitlines() if "very long reason" in one
@@ -842,9 +847,9 @@ def test_scores_that_run_to_one_are_told_apart(whole_comparison, tmp_path):
     changed["metrics"] = ["test_loss", "own:metric"]
     for number, row in enumerate(changed["rows"]):
         row["scores"]["own:metric"] = {"mean": 0.4 + 0.001 * number, "sd": 0.0004, "values": [0.4]}
-    texts = [row[4].text for row in score_table(changed).rows]
+    texts = [row[4].text for row in score_table(record(changed)).rows]
     assert texts[:2] == ["0.4000 ± 0.0004", "0.4010 ± 0.0004"]
-    write_comparison(tmp_path, changed)
+    write_comparison(tmp_path, record(changed))
     assert (
         "scores run from 0 to 100, those of your own metrics as you define them."
         in (tmp_path / "compare.md").read_text()
@@ -875,7 +880,7 @@ def test_scores_that_run_to_one_are_told_apart(whole_comparison, tmp_path):
 )
 def test_the_page_says_which_runs_look_at_dev(whole_comparison, tmp_path, changes, says, says_not):
     _, content = whole_comparison
-    write_comparison(tmp_path, content | changes)
+    write_comparison(tmp_path, record(content | changes))
     for name in ("compare.md", "report.html"):
         text = unescape((tmp_path / name).read_text(encoding="utf-8")).replace("\\", "")
         assert says in text

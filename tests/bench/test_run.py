@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from grasp_lora import api
 from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.run import STAGES
+from grasp_lora.bench.run_folder import STAGES
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import Record
 from grasp_lora.errors import RecipeError

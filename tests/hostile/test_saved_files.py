@@ -13,9 +13,9 @@ import pytest
 import yaml
 from conftest import write_tiny_workspace
 
-from grasp_lora.bench.run import Run
-from grasp_lora.recipes.load import load_recipe
-from grasp_lora.report.pages import write_model_card, write_report
+from grasp_lora import api
+from grasp_lora.report.card import write_model_card
+from grasp_lora.report.pages import write_report
 
 SECRETS = {
     "HF_TOKEN": "hf_secretTokenNobodyMaySee", "WANDB_API_KEY": "wandb0secret0key", "AWS_SECRET_ACCESS_KEY": "aws/secret/key",
@@ -40,7 +40,7 @@ def run_with_secrets(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_fol
         for name, value in SECRETS.items():
             patch.setenv(name, value)
         patch.chdir(work)
-        Run(*load_recipe(recipe), work / "run").execute()
+        api.run(recipe, folder=work / "run")
     return work / "run"
 
 

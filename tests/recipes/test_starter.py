@@ -17,6 +17,7 @@ from grasp_lora.bench.preflight import preflight
 from grasp_lora.bench.session import Session
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
 from grasp_lora.method.policy import PRESETS
+from grasp_lora.recipes.builtin import SCHEMA_FILE, schema_text
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.starter import FEWEST, write_recipe
 
@@ -488,8 +489,11 @@ def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callab
     write(Path("s.jsonl"), completion(60, "s"))
     assert "next: name a source in it, then grasp-lora check t.yaml" in cli("init", "t.jsonl", "-l", "de").out
     options = ("--source", "s.jsonl", "--backbone", "tiny-llama", "-o", "full.yaml")
-    assert cli("init", "t.jsonl", "-l", "de", *options).out == "wrote full.yaml; next: grasp-lora check full.yaml\n"
+    said = cli("init", "t.jsonl", "-l", "de", *options).out
+    assert said == f"wrote full.yaml and {SCHEMA_FILE}; next: grasp-lora check full.yaml\n"
     assert cli("check", "full.yaml").status == 0
+    assert Path("full.yaml").read_text().startswith(f"# yaml-language-server: $schema={SCHEMA_FILE}\n")
+    assert Path(SCHEMA_FILE).read_text(encoding="utf-8") == schema_text()
 
 
 def test_records_without_fields_are_refused(tmp_path, cli):

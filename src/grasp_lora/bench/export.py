@@ -54,9 +54,9 @@ class ExportSettings:
     Args:
         rank: highest rank of a module, by a truncated SVD of its delta; None leaves ranks alone.
         prune_rank: drop the rank-one components that a mask has emptied.
-        uniform_rank: pad all modules with zeros to one rank, for programs that know only one.
+        uniform_rank: pad all modules with zeros to one rank, as llama.cpp needs it.
         fold: add the adapter to the backbone and write the whole model.
-        dtype: a key of `DTYPES`; None is float32, and refused with `fold`.
+        dtype: number format: float32, float16 or bfloat16; None is float32, and refused with `fold`.
 
     Raises:
         RecipeError: a setting is outside its range, or does not go with another.

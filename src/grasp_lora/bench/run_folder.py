@@ -1,54 +1,75 @@
-"""What a run folder holds, read once into typed records; every file is checked against its shape."""
+"""The run folder: names and shapes of all its files. A run writes them, the report reads them back into typed records."""
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from grasp_lora.bench.store import STORE_FOLDER, WORK
+from grasp_lora.bench.store import STORE_FOLDER
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.estimate import RatioEstimate
-from grasp_lora.recipes.text import parse
 from grasp_lora.storage.folder import LOCK_FILE
 
 STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate")
 TRAINED = {"source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run"}
+# Folders. Each adapter that the run trains or makes lies in the folder of its name; a stage's history lies in that of its own.
+CONTROLLER_FOLDER = "controller"
+FINAL_FOLDER = "final"
+MERGED_FOLDER = "merged"
+ADAPTER_FOLDER = "adapter"
+PREDICTIONS_FOLDER = "evaluation"
+COMPARE_FOLDER, SWEEP_FOLDER = "compare", "sweep"  # of what else was done in the folder of a run
+# Files of the run folder itself.
 RUN_FILE = "run.json"
-COST_FILE = "cost.json"
-COMPARE_FOLDER, SWEEP_FOLDER = "compare", "sweep"
 DATA_FILE = "data.json"
 METRICS_FILE = "metrics.json"
-RATIO_FILE = "controller/ratio.json"
+COST_FILE = "cost.json"  # seconds of each complete stage; the metrics are the same in every run of a recipe
+REPORT_FILE = "report.html"
+REPORT_TABLES_FILE = "report.md"
+# Files in a stage's folder.
+HISTORY_FILE = "history.jsonl"
+ROUNDS_FILE = "rounds.jsonl"
+TIMINGS_FILE = "timings.jsonl"
+RATIO_FILE = "ratio.json"
+SPARSITY_FILE = "sparsity.json"
+CARD_FILE = "README.md"  # beside the adapter
 
 Loss = Annotated[float, AllowInfNan(True)]  # a run that diverged deserves a report, too
 
 
-_Shape = TypeVar("_Shape")
+def predictions_file(run_folder: Path, system: str) -> Path:
+    """Where the `Prediction` rows of a system stand."""
+    return run_folder / PREDICTIONS_FOLDER / f"{system}.jsonl"
 
 
-class _Record(BaseModel):
+class Shape(BaseModel):
+    """Fields with a default are those that folders of older versions do not have, or that are not always there."""
+
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, as the file holds them; what was not set is left out."""
+        return self.model_dump(exclude_unset=True)
 
-class Parent(_Record):
+
+class Parent(Shape):
     """A model that the run started from."""
 
     name: str
     fingerprint: str
 
 
-class GivenAdapter(_Record):
-    """An adapter that the run did not train itself."""
+class GivenAdapter(Shape):
+    """An adapter that the run did not train itself; `identity` hashes what it does, `sha256` its file."""
 
     name: str
     sha256: str
+    identity: str = ""
 
 
-class RunInfo(_Record):
-    """run.json."""
+class RunInfo(Shape):
+    """run.json: what the run started from."""
 
     grasp_lora: str
     recipe_hash: str
@@ -56,18 +77,24 @@ class RunInfo(_Record):
     seed: int
     created: str
     backbone: Parent
+    dtype: str | None = None
     parents: list[GivenAdapter] = []
+    data: str | None = None  # a hash of all examples
     libraries: dict[str, str] = {}
+    python: str = ""
+    processes: int = 1
 
 
-class DataFacts(_Record):
-    """data.json."""
+class DataFacts(Shape):
+    """data.json: what was read, the ids of each split, and a hash of all examples."""
 
+    report: dict[str, Any] = {}
     ids: dict[str, list[str]] = {}
+    sha256: str | None = None
 
 
-class Round(_Record):
-    """One line of controller/rounds.jsonl."""
+class RoundRow(Shape):
+    """One line of controller/rounds.jsonl, as far as the report needs it."""
 
     round: int
     step: int
@@ -90,14 +117,14 @@ class Round(_Record):
         return self
 
 
-class Timing(_Record):
+class Timing(Shape):
     """One line of controller/timings.jsonl."""
 
     probe_seconds: float
     train_seconds: float
 
 
-class Curve(_Record):
+class Curve(Shape):
     """Fitted loss above its minimum over the ratio, with bounds."""
 
     ratios: list[float] = []
@@ -112,27 +139,49 @@ class Curve(_Record):
         return self
 
 
-class LearnedRatio(_Record):
+class LearnedRatio(Shape):
     """controller/ratio.json."""
 
     prune_ratio: float = Field(ge=0, le=1)
     low: float
     high: float
-    confidence: float
     rule: str
     rounds: int = 0
+    confidence: float
     curve: Curve = Curve()
+    last_committed_ratio: float | None = None
+
+    @classmethod
+    def of(cls, estimate: RatioEstimate, last_committed: float | None) -> Self:
+        """Return what the file says of an estimate."""
+        ratios, mean, low, high = map(list, zip(*estimate.curve, strict=True)) if estimate.curve else ([], [], [], [])
+        return cls(
+            prune_ratio=estimate.ratio,
+            low=estimate.low,
+            high=estimate.high,
+            rule=estimate.rule,
+            rounds=estimate.rounds,
+            confidence=estimate.confidence,
+            curve=Curve(ratios=ratios, mean=mean, low=low, high=high),
+            last_committed_ratio=last_committed,
+        )
+
+    @property
+    def estimate(self) -> RatioEstimate:
+        """The estimate that the file holds."""
+        curve = tuple(zip(self.curve.ratios, self.curve.mean, self.curve.low, self.curve.high, strict=True))
+        return RatioEstimate(self.prune_ratio, self.low, self.high, self.rule, self.rounds, curve, self.confidence)
 
 
-class HistoryRow(_Record):
-    """One line of a history.jsonl."""
+class HistoryRow(Shape):
+    """One line of a history.jsonl, as far as the report needs it."""
 
     step: int
     loss: Loss | None = None
     dev_loss: Loss | None = None
 
 
-class FactorSparsity(_Record):
+class FactorSparsity(Shape):
     """One entry of final/sparsity.json."""
 
     module: str
@@ -142,8 +191,8 @@ class FactorSparsity(_Record):
     kept: int = Field(ge=0)
 
 
-class Prediction(_Record):
-    """One line of evaluation/<system>.jsonl; folders of older versions have no scores in it."""
+class Prediction(Shape):
+    """One line of evaluation/<system>.jsonl."""
 
     id: str
     prediction: str
@@ -152,149 +201,97 @@ class Prediction(_Record):
     scores: dict[str, Loss] = {}
 
 
-class SystemScores(_Record):
+class SystemScores(Shape):
     """What one system scored; None where a metric was not available."""
 
-    test_loss: Loss | None = None
     dev_loss: Loss | None = None
+    test_loss: Loss | None = None
     metrics: dict[str, Loss | None] = {}
 
 
-class Metrics(_Record):
-    """metrics.json."""
+class Metrics(Shape):
+    """metrics.json; the interval is None where the ratio was given."""
 
     systems: dict[str, SystemScores]
-    signatures: dict[str, str] = {}
-    test_examples: int = Field(ge=0)
     prune_ratio: float | None = None
     prune_ratio_interval: tuple[float, float] | None = None
+    signatures: dict[str, str] = {}
+    test_examples: int = Field(ge=0)
     language: str = ""
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """A run folder as far as it has got: None or empty where a stage has not written its files."""
-
-    run: RunInfo
-    recipe_text: str
-    recipe: dict[str, Any]
-    data: DataFacts
-    rounds: list[Round]
-    timings: list[Timing]
-    learned: LearnedRatio | None
-    history: dict[str, list[HistoryRow]]
-    sparsity: list[FactorSparsity]
-    predictions: dict[str, list[Prediction]]
-    metrics: Metrics | None
-    cost: dict[str, float]  # seconds of each stage that is complete
-
-    @property
-    def sources(self) -> list[str]:
-        """The names of the source adapters in files: source, source_2, ..."""
-        return _sources(self.recipe)
-
-    @property
-    def systems(self) -> dict[str, str]:
-        """What is evaluated: name in files -> title."""
-        sources = self.sources
-        titles = ["Source only"] if len(sources) == 1 else [f"Source {n} only" for n in range(1, len(sources) + 1)]
-        return dict(zip(sources, titles, strict=True)) | {
-            "target": "Target only",
-            "merged": "Merged, not pruned",
-            "grasp": "GRASP",
-        }
-
-    @property
-    def given_ratio(self) -> float | None:
-        """The recipe's final.prune_ratio; where it is given, the run has no controller by design."""
-        given = inner(self.recipe, "final").get("prune_ratio")
-        return float(given) if isinstance(given, int | float) else None
-
-    @property
-    def prune_ratio(self) -> float | None:
-        """The ratio of the result, given or learned."""
-        learned = self.learned.prune_ratio if self.learned else None
-        return learned if self.given_ratio is None else self.given_ratio
-
-    @property
-    def missing(self) -> list[str]:
-        """Stages that the run has yet to complete."""
-        expected = STAGES if self.given_ratio is None else [stage for stage in STAGES if stage != "controller"]
-        return [stage for stage in expected if stage not in self.cost]
-
-    @property
-    def probe_seconds(self) -> float:
-        """Seconds of the controller run that went into probes."""
-        return sum(timing.probe_seconds for timing in self.timings)
+_Shape = TypeVar("_Shape")
 
 
-def inner(content: Any, *keys: str) -> dict[str, Any]:
-    """Return the object under nested keys, empty where there is none."""
-    for key in keys:
-        content = content.get(key) if isinstance(content, dict) else None
-    return content if isinstance(content, dict) else {}
-
-
-def kept_share(entries: Iterable[FactorSparsity]) -> float:
-    """Return the share of kept weights over some entries, a fraction in [0, 1]."""
-    found = list(entries)
-    return sum(entry.kept for entry in found) / sum(entry.weights for entry in found)
-
-
-def by_factor(entries: Sequence[FactorSparsity]) -> dict[tuple[str, str], list[tuple[str, FactorSparsity]]]:
-    """Sort entries by factor and segment, each with its layer.
-
-    The factor A of `model.layers.3.self_attn.q_proj` is "q_proj A" in layer "3".
-    """
-    matches = [re.search(r"\.(\d+)\.(.+)$", entry.module) for entry in entries]
-    places = [(m[2], m[1]) if m else (entry.module, "–") for entry, m in zip(entries, matches, strict=True)]
-    short = {kind: kind.rsplit(".", 1)[-1] for kind, _ in places}
-    # GPT-2 has a c_proj in its attention and another in its MLP: then the full names are needed.
-    ambiguous = len(set(short.values())) < len(short)
-    groups: dict[tuple[str, str], list[tuple[str, FactorSparsity]]] = {}
-    for entry, (kind, layer) in zip(entries, places, strict=True):
-        factor = f"{kind if ambiguous else short[kind]} {entry.factor}"
-        groups.setdefault((factor, entry.segment), []).append((layer, entry))
-    return dict(sorted(groups.items()))
-
-
-def read_run(run_folder: Path) -> RunRecord:
-    """Read all that a run folder holds.
-
-    A run may still be in progress: the line that it is just writing is left out.
+def read_record(file: Path, shape: type[_Shape]) -> _Shape | None:
+    """Read one JSON file of a run folder; None where it is not there.
 
     Raises:
-        RecipeError: run.json or recipe.yaml is missing, or a file is damaged; the message names it.
+        RecipeError: it is damaged.
     """
-    run, recipe_file = _read(run_folder / RUN_FILE, RunInfo), run_folder / "recipe.yaml"
-    if run is None or not recipe_file.is_file():
-        raise RecipeError(f"{run_folder} is no run folder: {RUN_FILE if run is None else 'recipe.yaml'} is missing.")
-    recipe_text = _text(recipe_file)
+    return check_shape(TypeAdapter(shape).validate_json, read_text(file), file) if file.is_file() else None
+
+
+def read_needed(file: Path, shape: type[_Shape]) -> _Shape:
+    """Read one JSON file that a run folder has to hold.
+
+    Raises:
+        RecipeError: it is missing or damaged.
+    """
+    found = read_record(file, shape)
+    if found is None:
+        raise RecipeError(f"{file} is missing; run its recipe again")
+    return found
+
+
+def read_lines(file: Path, shape: type[_Shape], growing: bool = False) -> list[_Shape]:
+    """Read a file of JSON lines, empty where it is not there; of one that is `growing` an unfinished last line is left out.
+
+    Raises:
+        RecipeError: it is damaged.
+    """
+    if not file.is_file():
+        return []
+    # Not splitlines(): it also cuts at U+2028, which JSON allows inside a text.
+    lines = read_text(file).split("\n")
+    if growing and not lines[-1].endswith("}"):  # the rows that grow are flat, so only a whole one ends with a brace
+        lines.pop()
+    read = TypeAdapter(shape).validate_json
+    return [check_shape(read, line, file, f" (line {n})") for n, line in enumerate(lines, start=1) if line.strip()]
+
+
+def read_text(file: Path) -> str:
+    """Read a text file of a run folder.
+
+    Raises:
+        RecipeError: it is damaged.
+    """
     try:
-        recipe = parse(recipe_text, "it")
-    except RecipeError as error:
-        raise _damaged(recipe_file, str(error)) from error
-    if not isinstance(recipe, dict):
-        raise _damaged(recipe_file, "it must hold keys and values")
-    controller, evaluation = run_folder / "controller", run_folder / "evaluation"
-    under_way = run_folder / STORE_FOLDER / WORK
-    return RunRecord(
-        run=run,
-        recipe_text=recipe_text,
-        recipe=recipe,
-        data=_read(run_folder / DATA_FILE, DataFacts) or DataFacts(),
-        rounds=_growing(controller, under_way, "rounds.jsonl", Round),
-        timings=_growing(controller, under_way, "timings.jsonl", Timing),
-        learned=_read(run_folder / RATIO_FILE, LearnedRatio),
-        history={stage: _lines(run_folder / stage / "history.jsonl", HistoryRow, growing=True) for stage in TRAINED},
-        sparsity=_read(run_folder / "final" / "sparsity.json", list[FactorSparsity]) or [],
-        predictions={
-            name: _lines(evaluation / f"{name}.jsonl", Prediction)
-            for name in (*_sources(recipe), "target", "merged", "grasp")
-        },
-        metrics=_read(run_folder / METRICS_FILE, Metrics),
-        cost=_read(run_folder / COST_FILE, dict[str, float]) or {},
-    )
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise damaged(file, "it is not UTF-8 text") from error
+    except OSError as error:
+        raise damaged(file, f"it cannot be read ({error.strerror})") from error
+
+
+def check_shape(read: Callable[[Any], _Shape], content: Any, file: Path, where: str = "") -> _Shape:
+    """Return the content of a file, read by a pydantic validator.
+
+    Raises:
+        RecipeError: it is not of that shape.
+    """
+    try:
+        return read(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = first["msg"].replace("Invalid JSON: ", "it is not valid JSON, ")
+        place = ".".join(str(part) for part in first["loc"])
+        raise damaged(file, f"{place}: {reason.lower()}" if place else reason, where) from error
+
+
+def damaged(file: Path, reason: str, where: str = "") -> RecipeError:
+    """The error to raise for a file that a run cannot have written."""
+    return RecipeError(f"{file}{where} is damaged: {reason}. Delete it and run its stage again.")
 
 
 def read_metrics(folder: Path) -> Metrics:
@@ -303,7 +300,7 @@ def read_metrics(folder: Path) -> Metrics:
     Raises:
         RecipeError: the file is missing or damaged.
     """
-    return _needed(folder / METRICS_FILE, Metrics)
+    return read_needed(folder / METRICS_FILE, Metrics)
 
 
 def read_learned(folder: Path) -> RatioEstimate:
@@ -312,12 +309,7 @@ def read_learned(folder: Path) -> RatioEstimate:
     Raises:
         RecipeError: the file is missing or damaged.
     """
-    learned = _needed(folder / RATIO_FILE, LearnedRatio)
-    columns = learned.curve
-    curve = tuple(zip(columns.ratios, columns.mean, columns.low, columns.high, strict=True))
-    return RatioEstimate(
-        learned.prune_ratio, learned.low, learned.high, learned.rule, learned.rounds, curve, learned.confidence
-    )
+    return read_needed(folder / CONTROLLER_FOLDER / RATIO_FILE, LearnedRatio).estimate
 
 
 def check_place(folder: Path) -> None:
@@ -335,60 +327,3 @@ def check_place(folder: Path) -> None:
     # What one that was killed before it really began may have left is no experiment, and no obstacle.
     if there - {LOCK_FILE, f"{RUN_FILE}.part"} and not there & {RUN_FILE, STORE_FOLDER, COMPARE_FOLDER, SWEEP_FOLDER}:
         raise RecipeError(f"{folder} is not empty and no experiment's; choose another with --output")
-
-
-def _needed(file: Path, shape: type[_Shape]) -> _Shape:
-    found = _read(file, shape)
-    if found is None:
-        raise RecipeError(f"{file} is missing; run its recipe again")
-    return found
-
-
-def _growing(folder: Path, under_way: Path, name: str, shape: type[_Shape]) -> list[_Shape]:
-    """The rows of a file in a run's folder, or of the step that is about to make it."""
-    files = [folder / name, *under_way.glob(f"*/{folder.name}*/{name}")]
-    return next((rows for file in files if (rows := _lines(file, shape, growing=True))), [])
-
-
-def _sources(recipe: dict[str, Any]) -> list[str]:
-    given = inner(recipe, "source").get("adapters")
-    count = len(given) if isinstance(given, list) and given else 1
-    return ["source", *(f"source_{number}" for number in range(2, count + 1))]
-
-
-def _read(path: Path, shape: type[_Shape]) -> _Shape | None:
-    return _checked(_text(path), shape, path) if path.is_file() else None
-
-
-def _lines(path: Path, shape: type[_Shape], growing: bool = False) -> list[_Shape]:
-    if not path.is_file():
-        return []
-    # Not splitlines(): it also cuts at U+2028, which JSON allows inside a text.
-    lines = _text(path).split("\n")
-    if growing and not lines[-1].endswith("}"):  # the rows that grow are flat, so only a whole one ends with a brace
-        lines.pop()
-    rows = enumerate(lines, start=1)
-    return [_checked(line, shape, path, f" (line {number})") for number, line in rows if line.strip()]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise _damaged(path, "it is not UTF-8 text") from error
-    except OSError as error:
-        raise _damaged(path, f"it cannot be read ({error.strerror})") from error
-
-
-def _checked(text: str, shape: type[_Shape], path: Path, where: str = "") -> _Shape:
-    try:
-        return TypeAdapter(shape).validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        reason = first["msg"].replace("Invalid JSON: ", "it is not valid JSON, ")
-        place = ".".join(str(part) for part in first["loc"])
-        raise _damaged(path, f"{place}: {reason.lower()}" if place else reason, where) from error
-
-
-def _damaged(path: Path, reason: str, where: str = "") -> RecipeError:
-    return RecipeError(f"{path}{where} is damaged: {reason}. Delete it and run its stage again.")

@@ -8,7 +8,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -520,19 +520,6 @@ def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:
         for example in getattr(splits, name):
             digest.update(repr((name, example.id, example.prompt_ids, example.completion_ids)).encode())
     return digest.hexdigest()
-
-
-def ratio_record(estimate: RatioEstimate, last_committed: float | None) -> dict[str, Any]:
-    """The learned ratio as `ratio.json` holds it."""
-    record = asdict(estimate)
-    curve = record.pop("curve")
-    columns: list[list[float]] = [list(column) for column in zip(*curve, strict=True)] if curve else [[], [], [], []]
-    return {
-        "prune_ratio": record.pop("ratio"),
-        **record,
-        "curve": dict(zip(("ratios", "mean", "low", "high"), columns, strict=True)),
-        "last_committed_ratio": last_committed,
-    }
 
 
 def _check_trackers(names: Sequence[str]) -> None:

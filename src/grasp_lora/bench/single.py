@@ -3,9 +3,18 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from grasp_lora.bench.session import Session, ratio_record
+from grasp_lora.bench.run_folder import (
+    ADAPTER_FOLDER,
+    METRICS_FILE,
+    RATIO_FILE,
+    SPARSITY_FILE,
+    LearnedRatio,
+    Metrics,
+    SystemScores,
+)
+from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import prompt_ids
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
 from grasp_lora.method.estimate import RatioEstimate
@@ -83,8 +92,8 @@ def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
     adapter = session.read(_from_here(place))
     with clear_write_errors(output, goes_on=False):
         learned = session.learn_ratio(adapter.weights, output)
-        write_json(output / "ratio.json", ratio_record(learned.estimate, learned.last_committed))
-        session.save(output / "adapter", learned.adapter)
+        write_json(output / RATIO_FILE, LearnedRatio.of(learned.estimate, learned.last_committed).to_json())
+        session.save(output / ADAPTER_FOLDER, learned.adapter)
     return learned.estimate
 
 
@@ -97,13 +106,13 @@ def finetune_folder(session: Session, place: str, prune_ratio: float, output: Pa
     adapter = session.read(_from_here(place))
     with clear_write_errors(output, goes_on=False):
         weights, result, rows = session.finetune_pruned(adapter.weights, prune_ratio, output)
-        write_json(output / "sparsity.json", rows)
+        write_json(output / SPARSITY_FILE, rows)
         session.save(output, weights)
     return result
 
 
-def evaluate_folders(session: Session, places: Sequence[str], output: Path | None) -> dict[str, Any]:
-    """Measure adapters on dev and test; return a table as `metrics.json` holds it, and write it with the predictions."""
+def evaluate_folders(session: Session, places: Sequence[str], output: Path | None) -> Metrics:
+    """Measure adapters on dev and test; return their scores, and write them with the predictions."""
     if output is not None:
         refuse_existing(output)
     session.prepare(parents=False)
@@ -111,20 +120,17 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
     systems, signatures = {}, {}
     for name, adapter in zip(_names(places, adapters), adapters, strict=True):
         evaluation = session.evaluate(adapter.weights)
-        systems[name] = {
-            "dev_loss": evaluation.dev_loss,
-            "test_loss": evaluation.test_loss,
-            "metrics": {metric: entry.value for metric, entry in evaluation.scores.items()},
-        }
+        values = {metric: entry.value for metric, entry in evaluation.scores.items()}
+        systems[name] = SystemScores(dev_loss=evaluation.dev_loss, test_loss=evaluation.test_loss, metrics=values)
         signatures = {metric: entry.signature for metric, entry in evaluation.scores.items()}
         if output is not None:
             with clear_write_errors(output, goes_on=False):
                 write_jsonl(output / f"{name.replace('/', '--')}.jsonl", evaluation.rows(session.splits.test))
-    table = {"systems": systems, "signatures": signatures, "test_examples": len(session.splits.test)}
+    metrics = Metrics(systems=systems, signatures=signatures, test_examples=len(session.splits.test))
     if output is not None:
         with clear_write_errors(output, goes_on=False):
-            write_json(output / "metrics.json", table)
-    return table
+            write_json(output / METRICS_FILE, metrics.to_json())
+    return metrics
 
 
 def predict_texts(

@@ -1,4 +1,4 @@
-"""The commands that take finished adapters: `predict`, `merge` and `export`."""
+"""The commands that take finished adapters: `predict` and `export`."""
 
 import io
 import json
@@ -7,17 +7,16 @@ from typing import Annotated
 
 import typer
 
-from grasp_lora.cli.terminal import StepOutput, log_to_terminal, say
+from grasp_lora.cli.options import AdapterArgument, BackboneOption, OptionsOf, RevisionOption, StepOutput, TrustOption
+from grasp_lora.cli.terminal import log_to_terminal, say
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import escaped, quoted
 
-BackboneOption = Annotated[str | None, typer.Option(help="Backbone; default: the one that the (first) adapter names.")]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a backbone on the hub.")]
-TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the backbone.")]
+_export = OptionsOf("grasp_lora.bench.export", "ExportSettings")
 
 
 def predict(
-    adapter: Annotated[str, typer.Argument(help="PEFT adapter: a folder or a hub id.")],
+    adapter: AdapterArgument,
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Prompts; without any, one a line from standard input.")
     ] = None,
@@ -96,57 +95,14 @@ def _prompts_on_standard_input(jsonl: bool) -> list[str]:
     return prompts
 
 
-def merge(
-    adapters: Annotated[list[str], typer.Argument(help="PEFT adapters to merge: folders or hub ids.")],
-    output: StepOutput,
-    backbone: BackboneOption = None,
-    rule: Annotated[
-        str,
-        typer.Option(
-            help="exact, svd, paper_sum, paper_sum_unscaled, lorahub, ties, ties_svd, dare, dare_svd or dare_ties."
-        ),
-    ] = "exact",
-    weight: Annotated[
-        list[float] | None,
-        typer.Option(help="Weight of an adapter, once per adapter in order; default: the rule's own."),
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the result, for rules that end in an SVD.")] = None,
-    density: Annotated[float, typer.Option(help="Share of weights that TIES and DARE keep.")] = 0.5,
-    revision: RevisionOption = None,
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Merge LoRA adapters into one ordinary PEFT adapter."""
-    from grasp_lora.bench.single import merge_folders
-
-    log_to_terminal(False)
-    facts = merge_folders(
-        adapters,
-        output,
-        backbone,
-        rule,
-        weight,
-        rank,
-        density,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
-    say(facts)
-
-
 def export(
-    adapter: Annotated[str, typer.Argument(help="PEFT adapter: a folder or a hub id.")],
+    adapter: AdapterArgument,
     output: StepOutput,
-    rank: Annotated[int | None, typer.Option(help="Best approximation of this rank; the error is printed.")] = None,
-    prune_rank: Annotated[
-        bool, typer.Option("--prune-rank", help="Drop the rank-one components that the mask has emptied.")
-    ] = False,
-    uniform_rank: Annotated[
-        bool, typer.Option("--uniform-rank", help="Pad all modules with zeros to one rank, as llama.cpp needs it.")
-    ] = False,
-    fold: Annotated[bool, typer.Option("--fold", help="Add it to the backbone and write the whole model.")] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16; default float32, but --fold needs one named.")
-    ] = None,
+    rank: Annotated[int | None, _export("rank")] = None,
+    prune_rank: Annotated[bool, _export("prune_rank", "--prune-rank")] = False,
+    uniform_rank: Annotated[bool, _export("uniform_rank", "--uniform-rank")] = False,
+    fold: Annotated[bool, _export("fold", "--fold")] = False,
+    dtype: Annotated[str | None, _export("dtype")] = None,
     backbone: BackboneOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,

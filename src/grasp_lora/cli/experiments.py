@@ -3,23 +3,15 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from grasp_lora.cli.terminal import (
-    RecipeArgument,
-    SetOption,
-    VerboseOption,
-    console,
-    loading,
-    log_to_terminal,
-    say,
-    shown,
-)
+from grasp_lora.cli.options import OptionsOf, RecipeArgument, SetOption, VerboseOption
+from grasp_lora.cli.terminal import console, loading, log_to_terminal, say, shown
 
-if TYPE_CHECKING:
-    pass
+_compare = OptionsOf("grasp_lora.bench.compare", "ComparisonSettings")
+_sweep = OptionsOf("grasp_lora.bench.search", "SweepSettings")
 
 
 def _folder_option(kind: str) -> Any:
@@ -30,19 +22,11 @@ def _folder_option(kind: str) -> Any:
 
 def compare(
     recipe: RecipeArgument,
-    methods: Annotated[
-        str | None,
-        typer.Option(help="Methods, separated by commas; default: all that are named above but the last three."),
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "42,1337,9001",
-    grid: Annotated[
-        str, typer.Option(help="Prune ratios of the grid search, fractions in [0, 1].")
-    ] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
-    reference: Annotated[str, typer.Option(help="The method that the others are compared with.")] = "grasp",
-    split_seed: Annotated[
-        list[int] | None,
-        typer.Option(help="Do all of it once more, with the first seed, on the split of this seed. May be repeated."),
-    ] = None,
+    methods: Annotated[str | None, _compare("methods", more="Separated by commas.")] = None,
+    seeds: Annotated[str, _compare("seeds", more="Separated by commas.")] = "42,1337,9001",
+    grid: Annotated[str, _compare("grid", more="Separated by commas.")] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
+    reference: Annotated[str, _compare("reference")] = "grasp",
+    split_seed: Annotated[list[int] | None, _compare("split_seeds", more="May be repeated.")] = None,
     overrides: SetOption = None,
     output: Annotated[Path | None, _folder_option("compare")] = None,
     verbose: VerboseOption = False,
@@ -62,8 +46,9 @@ def compare(
     with loading():
         from grasp_lora import api
         from grasp_lora.bench.methods import DEFAULT_METHODS
+        from grasp_lora.bench.run_folder import REPORT_FILE
         from grasp_lora.cli.progress import TerminalBenchProgress, print_steps
-        from grasp_lora.report.comparison import print_comparison
+        from grasp_lora.report.comparison import COMPARISON_TABLES_FILE, print_comparison
     with _checked_options():
         settings = {
             "methods": DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
@@ -73,34 +58,27 @@ def compare(
             "split_seeds": tuple(split_seed or ()),
         }
     with shown(TerminalBenchProgress(console)) as progress, _checked_options():
-        folder, content = api.compare(recipe, overrides or [], output, progress, **settings)
-    print_comparison(content, console)
+        folder, comparison = api.compare(recipe, overrides or [], output, progress, **settings)
+    print_comparison(comparison, console)
     print_steps(progress.used, console)
-    say(f"tables {folder / 'compare.md'}   report {folder / 'report.html'}")
-    failed = [f"{row['title']} {row['unavailable']}" for row in content["rows"] if row["failed"]]
-    missing = [f"{row['title']} on split {other['split_seed']} {row['reason']}"
-               for other in content["other_splits"] for row in other["missing"] if row["failed"]]  # fmt: skip
+    say(f"tables {folder / COMPARISON_TABLES_FILE}   report {folder / REPORT_FILE}")
+    failed = [f"{row.title} {row.unavailable}" for row in comparison.rows if row.failed]
+    missing = [f"{row.title} on split {other.split_seed} {row.reason}"
+               for other in comparison.other_splits for row in other.missing if row.failed]  # fmt: skip
     if failed or missing:
         count = (
-            f"{len(failed)} of {len(content['rows'])} methods failed" if failed else "on another split methods failed"
+            f"{len(failed)} of {len(comparison.rows)} methods failed" if failed else "on another split methods failed"
         )
         raise GraspError(f"{count}: {'; '.join([*failed, *missing])}")
 
 
 def sweep(
     recipe: RecipeArgument,
-    param: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--param",
-            "-p",
-            help=r"What to vary: KEY=low..high, KEY=low..high:log, KEY=low..high/n for n values, KEY=\[a, b]. May be repeated.",
-        ),
-    ] = None,
-    trials: Annotated[int, typer.Option(help="How many trials in all, those of earlier calls included.")] = 20,
-    sampler: Annotated[str, typer.Option(help="tpe or random.")] = "tpe",
+    param: Annotated[list[str] | None, _sweep("params", "--param", "-p", more="May be repeated.")] = None,
+    trials: Annotated[int, _sweep("trials")] = 20,
+    sampler: Annotated[str, _sweep("sampler")] = "tpe",
     pruner: Annotated[str | None, typer.Option(hidden=True)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampler; default: the recipe's.")] = None,
+    seed: Annotated[int | None, _sweep("seed")] = None,
     overrides: SetOption = None,
     output: Annotated[Path | None, _folder_option("sweep")] = None,
     verbose: VerboseOption = False,
@@ -120,12 +98,13 @@ def sweep(
         )
     with loading():
         from grasp_lora import api
+        from grasp_lora.bench.search import BEST_FILE
         from grasp_lora.cli.progress import TerminalSweepProgress, print_sweep
     with shown(TerminalSweepProgress(console)) as progress, _checked_options():
         settings = {"params": tuple(param or ()), "trials": trials, "sampler": sampler, "seed": seed}
         folder, result = api.sweep(recipe, overrides or [], output, progress, **settings)
     print_sweep(result, console)
-    say(f"best recipe {folder / 'best.yaml'}")
+    say(f"best recipe {folder / BEST_FILE}")
 
 
 @contextmanager

@@ -1,28 +1,21 @@
-"""What all commands share: their usual options, and how they speak to a terminal."""
+"""How all commands speak to a terminal."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Annotated, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-import typer
 from rich.console import Console
+from rich.table import Table
 
 from grasp_lora.storage.processes import is_first
 from grasp_lora.text.display import one_line
 
+if TYPE_CHECKING:
+    from grasp_lora.bench.run_folder import Metrics
+
 console = Console(quiet=not is_first())  # of processes that torchrun started one speaks
 error_console = Console(stderr=True)
-
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in one (see `recipes`).")]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", "-s", help="Change one value: a.b=value, for example data.root=/data. May be repeated."),
-]
-OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; default runs/NAME.")]
-StepOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
-VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens in detail.")]
 
 
 class _Stoppable(Protocol):
@@ -54,6 +47,26 @@ def shown(display: Display) -> Iterator[Display]:
 def say(text: str) -> None:
     """Print one line as it is."""
     console.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def print_error(message: str, style: str = "red") -> None:
+    """Print one line as it is where errors go; what a library or a file put into it may hold line breaks, or worse."""
+    error_console.print(one_line(message), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_scores(metrics: "Metrics") -> None:
+    """Print losses and scores of every system."""
+    from grasp_lora.report.tables import score_digits
+
+    scores = {name: [system.metrics.get(name) for system in metrics.systems.values()] for name in metrics.signatures}
+    digits = {name: score_digits(name, values, 1) for name, values in scores.items()}
+    table = Table("system", "dev loss", "test loss", *scores)
+    for number, (name, system) in enumerate(metrics.systems.items()):
+        losses = ("-" if loss is None else f"{loss:.4f}" for loss in (system.dev_loss, system.test_loss))
+        values = {metric: column[number] for metric, column in scores.items()}
+        texts = ("unavailable" if value is None else f"{value:.{digits[metric]}f}" for metric, value in values.items())
+        table.add_row(one_line(name), *losses, *texts)
+    console.print(table)
 
 
 def log_to_terminal(verbose: bool) -> None:

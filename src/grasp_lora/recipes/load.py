@@ -3,13 +3,13 @@
 import math
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from grasp_lora.errors import RecipeError
+from grasp_lora.recipes.builtin import builtin_recipes, builtin_text
 from grasp_lora.recipes.explain import explain
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import MOST_BYTES, decode, parse
@@ -22,23 +22,6 @@ MOST_OF = {"rank": 16_384, "candidates": 1_024}  # what would be allocated or tr
 MOST_TEXT = 1_024  # characters of a text that is no template
 MOST_PART = 255  # bytes of a part of a path, as file systems have it
 _FREE_TEXTS = ("data.prompt", "data.completion", "generation.stop")  # which may hold any characters, and many
-
-
-def builtin_recipes() -> list[str]:
-    """Return the names of the recipes that come with the package."""
-    folder = resources.files("grasp_lora") / "recipes"
-    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def builtin_text(name: str) -> str:
-    """Return a recipe that comes with the package, as it is written.
-
-    Raises:
-        RecipeError: there is none of that name.
-    """
-    if name not in builtin_recipes():
-        raise RecipeError(f"there is no built-in recipe {quoted(name)}; there are: {', '.join(builtin_recipes())}")
-    return (resources.files("grasp_lora") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:

@@ -23,6 +23,7 @@ from grasp_lora.method.policy import preset
 from grasp_lora.models.adapters import CONFIG_FILE
 from grasp_lora.models.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.models.reading import read_base_model
+from grasp_lora.recipes.builtin import SCHEMA_FILE, SCHEMA_LINE, schema_text
 from grasp_lora.recipes.load import validate
 from grasp_lora.storage.reading import is_there
 from grasp_lora.text.display import listed, quoted
@@ -85,7 +86,7 @@ def write_recipe(
     source_language: str,
     backbone: str | None = None,
 ) -> Path:
-    """Write a commented recipe for a file of target examples.
+    """Write a commented recipe for a file of target examples, and beside it the schema by which editors complete its keys.
 
     Args:
         data: CSV, TSV, JSON, JSONL, parquet or SQuAD JSON of the target language, at least about 40 examples.
@@ -133,6 +134,7 @@ def write_recipe(
         for corpus in (target, *sources):
             resolve_file(corpus.name, base=file.parent)  # which refuses a name that is found in two places
         file.write_text(text, encoding="utf-8")
+        (file.parent / SCHEMA_FILE).write_text(schema_text(), encoding="utf-8")
     except OSError as error:
         raise RecipeError(f"{file} cannot be written ({error.strerror}); choose another place with --output") from error
     return file
@@ -339,6 +341,7 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
     # A split takes whole groups, so that a single one would be all dev.
     source_dev = 0 if sizes.one_source_group else min(sizes.source // 10, MOST_SOURCE // 10)
     return environment.get_template("recipe.yaml.j2").render(
+        schema_line=SCHEMA_LINE,
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or f"{target.task}-{facts['language']}",
         file=shlex.quote(file.name),
         task=target.task,

@@ -5,12 +5,15 @@ Colours are names of CSS variables, which the page resolves, so that one file su
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
-from grasp_lora.bench.run_folder import TRAINED, Curve, HistoryRow, Round, RunRecord, by_factor, kept_share
+from grasp_lora.bench.comparison_record import Comparison, CurvePoint
+from grasp_lora.bench.run_folder import TRAINED, Curve, HistoryRow, RoundRow
+from grasp_lora.report.run_record import RunRecord
+from grasp_lora.report.tables import by_factor, kept_share
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]
@@ -34,36 +37,28 @@ def figures_of(record: RunRecord) -> dict[str, Figure]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def comparison_figure(content: Mapping[str, Any]) -> Figure:
+def comparison_figure(comparison: Comparison) -> Figure:
     """Return the dev and test loss of the grid's runs over the ratio, mean over seeds, with the learned ratios marked."""
-    points: dict[float, list[dict[str, float]]] = {}
-    for point in content["curve"]:
-        points.setdefault(point["prune_ratio"], []).append(point)
+    points: dict[float, list[CurvePoint]] = {}
+    for point in comparison.curve:
+        points.setdefault(point.prune_ratio, []).append(point)
+    dev, test = (
+        [(ratio, fmean(getattr(one, split) for one in points[ratio])) for ratio in sorted(points)]
+        for split in ("dev", "test")
+    )
     traces = [
-        _scatter(
-            f"{split} loss",
-            [(ratio, fmean(one[split] for one in ones)) for ratio, ones in sorted(points.items())],
-            "lines+markers",
-            line={"color": f"var(--{color})"},
-        )
-        for split, color in (("dev", "target"), ("test", "grasp"))
+        _scatter("dev loss", dev, "lines+markers", line={"color": "var(--target)"}),
+        _scatter("test loss", test, "lines+markers", line={"color": "var(--grasp)"}),
     ]
-    row = learned_row(content) or {}
-    learned = (row.get("prune_ratio") or {}).get("values", [])
+    learned = comparison.learned.prune_ratio if comparison.learned else None
     marks = [
         {
             "type": "line", "x0": ratio, "x1": ratio, "yref": "paper", "y0": 0, "y1": 1,
             "line": {"color": "var(--mark)", "dash": "dash"},
         }
-        for ratio in learned
+        for ratio in (learned.values if learned else ())
     ]  # fmt: skip
     return _figure(traces, _RATIO, "Loss (nats per answer token)", shapes=marks)
-
-
-def learned_row(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The row whose ratios a controller learned: the reference's if it has such, else the first one."""
-    learned = [row for row in content["rows"] if row["method"].startswith("grasp") and row.get("prune_ratio")]
-    return next((row for row in learned if row["method"] == content["reference"]), next(iter(learned), None))
 
 
 def script_json(value: Any) -> Any:
@@ -154,7 +149,7 @@ def _curve(record: RunRecord) -> Figure | None:
     )  # fmt: skip
 
 
-def _differences(measured: Round, curve: Curve) -> list[tuple[float, float]]:
+def _differences(measured: RoundRow, curve: Curve) -> list[tuple[float, float]]:
     """Ratio and loss of each probe of a round.
 
     Only differences within a round mean something, so a round is moved as a whole to where the curve runs at its
@@ -173,7 +168,7 @@ def _interpolated(curve: Curve, ratio: float) -> float:
     return curve.mean[0] if ratio < curve.ratios[0] else curve.mean[-1]
 
 
-def _trajectory(rounds: Sequence[Round]) -> Figure | None:
+def _trajectory(rounds: Sequence[RoundRow]) -> Figure | None:
     if not rounds:
         return None
     low = [max(0.0, measured.policy_mean - measured.policy_std) for measured in rounds]
@@ -202,7 +197,7 @@ def _trajectory(rounds: Sequence[Round]) -> Figure | None:
     return _figure(traces, "Optimizer step", _RATIO)
 
 
-def _baseline(rounds: Sequence[Round]) -> Figure | None:
+def _baseline(rounds: Sequence[RoundRow]) -> Figure | None:
     if not rounds:
         return None
     losses = [(measured.step, fmean(measured.baseline_losses)) for measured in rounds]

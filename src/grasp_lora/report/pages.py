@@ -1,11 +1,9 @@
-"""From a run folder to what a person reads: report.html, report.md and the model card of an adapter.
+"""From a run folder to what a person reads: report.html and report.md.
 
-`_view` turns the record of a run into texts and tables that all three share. Nothing is computed here that another stage
-should have computed, and nothing that was not measured is shown as a number.
+`view_of` turns the record of a run into texts and tables that these and the model card share. Nothing is computed here that
+another stage should have computed, and nothing that was not measured is shown as a number.
 """
 
-import hashlib
-import json
 import logging
 import re
 import secrets
@@ -14,15 +12,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from grasp_lora.bench.run_folder import RunRecord, inner, read_run
-from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_template
-from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.bench.run_folder import REPORT_FILE, REPORT_TABLES_FILE
 from grasp_lora.method.estimate import WIDE_INTERVAL
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.recipes.recipe import PROBE_SPLITS
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
+from grasp_lora.report.run_record import RunRecord, read_run
 from grasp_lora.report.tables import (
     METRIC_NAMES,
     Against,
@@ -44,7 +39,6 @@ from grasp_lora.text.display import escaped, one_line
 
 logger = logging.getLogger(__name__)
 
-REPORT_FILE = "report.html"
 SPLITS = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
 LANGUAGES = {
     "ar": "Arabic", "de": "German", "en": "English", "es": "Spanish", "fr": "French", "hi": "Hindi",
@@ -69,78 +63,17 @@ def write_report(run_folder: Path) -> Path:
         RecipeError: this is no run folder, or a file in it is damaged.
     """
     record = read_run(run_folder)
-    view = _view(record)
+    view = view_of(record)
     page = {"figures": figures_of(record), "plotly_js": plotly_js(), "nonce": secrets.token_urlsafe(16)}
     html = render("report.html.j2", view | page)
-    write_whole(run_folder / "report.md", render("report.md.j2", view))
+    write_whole(run_folder / REPORT_TABLES_FILE, render("report.md.j2", view))
     path = run_folder / REPORT_FILE
     write_whole(path, html)
     logger.info("Wrote %s", path)
     return path
 
 
-def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
-    """Write README.md into an adapter folder: what it is, what it was made of, what it scores, how to load it.
-
-    The card names files and models and gives hashes; it holds no path and no text of the data.
-
-    Args:
-        run_folder: the run that made the adapter; it may be half-finished.
-        adapter_folder: an existing PEFT adapter folder.
-
-    Raises:
-        RecipeError: the run folder does not fit (see `write_report`), or the adapter folder is missing.
-    """
-    record = read_run(run_folder)
-    if not adapter_folder.is_dir():
-        raise RecipeError(f"There is no adapter folder {adapter_folder}; give the folder of a saved adapter.")
-    backbone = _public_name(record.run.backbone.name)
-    base_model = backbone.split(" (")[0]  # what the hub knows: without a remark on the quantisation
-    front = {
-        "library_name": "peft",
-        "base_model": base_model,
-        "tags": ["lora", "grasp-lora", "adapter-merging", "pruning", "cross-lingual-transfer"],
-        "pipeline_tag": "text-generation",
-    }
-    language = _language(record, "target")
-    if re.fullmatch(r"[a-z]{2,3}", language):
-        front["language"] = [language]
-    parents = [("Backbone", backbone, record.run.backbone.fingerprint)]
-    for side in ("source", "target"):
-        weights = run_folder / side / "adapter_model.safetensors"
-        if weights.is_file():
-            digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-            parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{digest}"))
-    parents += [("Given adapter", one.name, f"sha256:{one.sha256}") for one in record.run.parents]
-    context = _view(record) | {
-        "front_matter": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
-        "base_model": json.dumps(base_model),
-        "base_model_name": backbone,
-        "parents": parents,
-        "files": _data_names(record),
-        "prompt": _prompt(record),
-        "chat": inner(record.recipe, "data").get("chat_template") is True,
-    }
-    path = adapter_folder / "README.md"
-    write_whole(path, render("model_card.md.j2", context))
-    return path
-
-
-def _prompt(record: RunRecord) -> list[str]:
-    """The lines of the template of the prompts that the adapter was trained on; none where the recipe does not say."""
-    data = inner(record.recipe, "data")
-    task, prompt = data.get("task"), data.get("prompt")
-    if not isinstance(prompt, str):
-        try:
-            prompt = (
-                built_in_template(str(task), _language(record, "target")) or TEMPLATES[str(task)][FALLBACK_LANGUAGE]
-            ).prompt
-        except (KeyError, DataError):
-            return []
-    return [escaped(line) for line in prompt.split("\n")]
-
-
-def _view(record: RunRecord) -> dict[str, Any]:
+def view_of(record: RunRecord) -> dict[str, Any]:
     """Everything that both reports and the model card print, as texts and tables."""
     learned, given = record.learned, record.given_ratio is not None
     signatures = record.metrics.signatures if record.metrics else {}
@@ -162,7 +95,7 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
         "confidence": percent(learned.confidence) if learned else None,
         "interval_note": _interval_note(record),
-        "language": _language(record, "target"),
+        "language": record.recipe.data.target.language,
         "languages": _languages(record),
         "sizes": _sizes(record),
         "scores": scores_table(record),
@@ -184,22 +117,22 @@ def _view(record: RunRecord) -> dict[str, Any]:
 
 def _shares(record: RunRecord) -> bool:
     """Whether the controller held no ratio, but trained each step at one of its own."""
-    kind = inner(record.recipe, "controller", "policy").get("kind")
+    kind = record.recipe.controller.policy.kind
     return kind in POLICIES and POLICIES[kind].shared
 
 
 def _in_turn(record: RunRecord) -> bool:
     """Whether each round measured other examples, the baseline too, so that the losses of rounds cannot be compared."""
-    count = inner(record.recipe, "controller").get("probe_examples")
-    splits = PROBE_SPLITS.get(str(inner(record.recipe, "controller").get("probe_on")), ("micro_dev",))
-    pool = sum(len(record.data.ids.get(split, ())) for split in splits)
-    return isinstance(count, int) and count < pool and not any(measured.places for measured in record.rounds)
+    controller = record.recipe.controller
+    pool = sum(len(record.data.ids.get(split, ())) for split in PROBE_SPLITS.get(controller.probe_on, ("micro_dev",)))
+    few = controller.probe_examples is not None and controller.probe_examples < pool
+    return few and not any(measured.places for measured in record.rounds)
 
 
 def _probed_on(record: RunRecord) -> str:
     """Which examples the rounds measured, as the end of a sentence."""
-    splits = {"dev": "dev set", "both": "micro-dev and the dev set"}
-    found = splits.get(str(inner(record.recipe, "controller").get("probe_on")), "micro-dev set")
+    names = {"dev": "dev set", "both": "micro-dev and the dev set"}
+    found = names.get(record.recipe.controller.probe_on, "micro-dev set")
     if _in_turn(record):
         return f"on the {found}, other examples in each round"
     few = {len(measured.places) for measured in record.rounds if measured.places}
@@ -250,7 +183,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     run = record.run
     versions = [f"grasp-lora {run.grasp_lora}", *(f"{name} {number}" for name, number in run.libraries.items())]
     facts = [
-        ("Backbone", _public_name(run.backbone.name)),
+        ("Backbone", public_name(run.backbone.name)),
         ("Given adapters", ", ".join(f"{one.name} (sha256:{one.sha256[:12]})" for one in run.parents)),
         ("Languages", _languages(record)),
         ("Examples", _sizes(record)),
@@ -264,8 +197,8 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _start(record: RunRecord) -> str:
-    """What the final run began with; run folders of older versions do not say, and began with a merge."""
-    if inner(record.recipe, "final").get("start") == "controller":
+    """What the final run began with."""
+    if record.recipe.final.start == "controller":
         return "the controller run's own adapter, at its best round, with its mask held (single run)"
     return "a fresh merge"
 
@@ -278,14 +211,8 @@ def _sizes(record: RunRecord) -> str:
 
 
 def _languages(record: RunRecord) -> str:
-    codes = [_language(record, side) for side in ("source", "target")]
+    codes = [corpus.language for corpus in record.recipe.data.corpora]
     return " to ".join(LANGUAGES.get(code, code) for code in codes if code)
-
-
-def _language(record: RunRecord, side: str) -> str:
-    """The language code of one side; empty where the recipe gives no data of it."""
-    language = inner(record.recipe, "data", side).get("language")
-    return language if isinstance(language, str) else ""
 
 
 def _examples(record: RunRecord) -> list[dict[str, Any]]:
@@ -307,29 +234,16 @@ def _cut(text: str) -> str:
     return text if len(text) <= CHARACTERS_SHOWN else text[: CHARACTERS_SHOWN - 1] + "…"
 
 
-def _public_name(name: str) -> str:
+def public_name(name: str) -> str:
     """A model's name as others know it: `owner/name` stays, of a local path only the last part is left.
 
-    >>> _public_name("google/gemma-3-270m (Q4_K_M GGUF)"), _public_name("/data/models/llama")
+    >>> public_name("google/gemma-3-270m (Q4_K_M GGUF)"), public_name("/data/models/llama")
     ('google/gemma-3-270m (Q4_K_M GGUF)', 'llama')
     """
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?( \([\w .-]*\))?", name):
         return name
     last = re.split(r"[\\/]", name.rstrip("\\/"))[-1]
     return re.sub(r"[^\w.-]", "-", last) or "unnamed"
-
-
-def _data_names(record: RunRecord) -> list[str]:
-    """Names of the data sets and files in the recipe, without their folders."""
-    names = []
-    for side in ("source", "target"):
-        corpus = inner(record.recipe, "data", side)
-        if isinstance(corpus.get("hub"), str):
-            names.append(_public_name(corpus["hub"]))
-        for key, files in corpus.items():
-            if key.endswith("files") and isinstance(files, list):
-                names += [re.split(r"[\\/]", file)[-1] for file in files if isinstance(file, str)]
-    return list(dict.fromkeys(names))
 
 
 def render(template: str, context: dict[str, Any]) -> str:

@@ -1,13 +1,15 @@
 """The tables of a run's report, and what has to be said beside them."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from grasp_lora.bench.run_folder import TRAINED, Prediction, RunRecord, by_factor, inner, kept_share
+from grasp_lora.bench.run_folder import TRAINED, FactorSparsity, Prediction
+from grasp_lora.report.run_record import RunRecord
 
 if TYPE_CHECKING:
     from grasp_lora.evaluation.statistics import PairedComparison
@@ -277,6 +279,29 @@ def losses_table(record: RunRecord) -> Table | None:
     return _table("Losses of each training stage", heads, rows)
 
 
+def kept_share(entries: Iterable[FactorSparsity]) -> float:
+    """Return the share of kept weights over some entries, a fraction in [0, 1]."""
+    found = list(entries)
+    return sum(entry.kept for entry in found) / sum(entry.weights for entry in found)
+
+
+def by_factor(entries: Sequence[FactorSparsity]) -> dict[tuple[str, str], list[tuple[str, FactorSparsity]]]:
+    """Sort entries by factor and segment, each with its layer.
+
+    The factor A of `model.layers.3.self_attn.q_proj` is "q_proj A" in layer "3".
+    """
+    matches = [re.search(r"\.(\d+)\.(.+)$", entry.module) for entry in entries]
+    places = [(m[2], m[1]) if m else (entry.module, "–") for entry, m in zip(entries, matches, strict=True)]
+    short = {kind: kind.rsplit(".", 1)[-1] for kind, _ in places}
+    # GPT-2 has a c_proj in its attention and another in its MLP: then the full names are needed.
+    ambiguous = len(set(short.values())) < len(short)
+    groups: dict[tuple[str, str], list[tuple[str, FactorSparsity]]] = {}
+    for entry, (kind, layer) in zip(entries, places, strict=True):
+        factor = f"{kind if ambiguous else short[kind]} {entry.factor}"
+        groups.setdefault((factor, entry.segment), []).append((layer, entry))
+    return dict(sorted(groups.items()))
+
+
 def sparsity_table(record: RunRecord) -> Table | None:
     """Shares of kept weights by factor and origin."""
     rows = []
@@ -299,8 +324,8 @@ def sparsity_note(record: RunRecord) -> str | None:
         note += " Every factor keeps the same share: the ratio is applied to each of them separately."
     ratio = record.prune_ratio
     if ratio is not None and abs(pruned - ratio) > 0.005:
-        mask = inner(record.recipe, "final", "mask") or inner(record.recipe, "mask")
-        if mask.get("granularity") == "component" and pruned < ratio:
+        mask = record.recipe.final.mask or record.recipe.mask
+        if mask.granularity == "component" and pruned < ratio:
             note += f" Only whole rank-one components are pruned, as many as the ratio of {percent(ratio, 2)} covers."
         else:
             note += f" That is not the ratio of {percent(ratio, 2)} above: check the final run."

@@ -1,0 +1,190 @@
+"""What `compare.json` holds, typed: `compare` writes it, the report and the command line read it."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from grasp_lora.errors import RecipeError
+
+COMPARISON_FILE = "compare.json"
+TEST_LOSS = "test_loss"
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Compared(_Shape):
+    """The settings of the comparison, as they were given; see `ComparisonSettings`."""
+
+    methods: list[str]
+    seeds: list[int]
+    grid: list[float]
+    reference: str
+    split_seeds: list[int]
+    resamples: int
+
+
+class Spread(_Shape):
+    """Mean over the seeds, and the sample standard deviation; a single value has none."""
+
+    mean: float
+    sd: float | None
+    values: list[float]
+
+
+class Cost(_Shape):
+    """Means over the seeds: beyond the adapters that are merged, and `in_all` with them; work is in forward passes."""
+
+    runs: float
+    seconds: float
+    work: float
+    runs_in_all: float
+    seconds_in_all: float
+    work_in_all: float
+
+
+class Against(_Shape):
+    """The reference against this row by one metric; see `PairedComparison`."""
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    confidence: float
+    examples: int
+    resamples: int
+    comparisons: int
+    higher_is_better: bool
+    verdict: str
+
+
+class Row(_Shape):
+    """One method; all from `warning` on is there only where a seed was finished.
+
+    `scores` holds None for a metric that was not available.
+    """
+
+    method: str
+    title: str
+    unavailable: str | None
+    failed: bool
+    merges: bool
+    warning: str | None = None
+    seeds: int = 0
+    scores: dict[str, Spread | None] = {}
+    prune_ratio: Spread | None = None
+    chosen_on: str | None = None
+    cost: Cost | None = None
+    against: dict[str, Against] = {}
+
+
+class SplitRow(_Shape):
+    """One method with the first seed: test loss on the usual split and on the other one, and the reference minus it on each."""
+
+    method: str
+    title: str
+    test_loss: list[float]
+    difference: list[float] | None
+
+
+class Missing(_Shape):
+    """A method that has no result on another split."""
+
+    method: str
+    title: str
+    reason: str
+    failed: bool
+
+
+class OtherSplit(_Shape):
+    """All of it once more, with the first seed, on another split of the data."""
+
+    split_seed: int
+    seed: int
+    missing: list[Missing]
+    rows: list[SplitRow]
+
+
+class CurvePoint(_Shape):
+    """Mean losses of one run of the grid."""
+
+    seed: int
+    prune_ratio: float
+    dev: float
+    test: float
+
+
+class Pace(_Shape):
+    """Lowest and highest seconds per forward pass of the final runs."""
+
+    lowest: float
+    highest: float
+
+
+class Comparison(_Shape):
+    """The whole content of `compare.json`."""
+
+    name: str
+    recipe_hash: str
+    settings: Compared
+    backbone: str
+    language: str
+    seeds: list[int]
+    split_seed: int
+    test_examples: int
+    dev_examples: int
+    stops_early: bool
+    keeps_best: bool
+    given_target: bool
+    micro_dev_examples: int
+    reference: str
+    metrics: list[str]
+    signatures: dict[str, str]
+    resamples: int
+    comparisons: int
+    rows: list[Row]
+    other_splits: list[OtherSplit]
+    curve: list[CurvePoint]
+    warnings: list[str]
+    made_with: list[dict[str, str]]
+    pace: Pace | None
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Read a `compare.json`.
+
+        Raises:
+            RecipeError: it is not there, or not of this shape.
+        """
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except OSError as error:
+            raise RecipeError(
+                f"{file} cannot be read ({error.strerror}); give the compare.json of a comparison"
+            ) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise RecipeError(f"{file} is damaged: {place}: {first['msg']}; run its comparison again") from error
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values; what was not set is left out."""
+        return self.model_dump(exclude_unset=True)
+
+    @property
+    def finished(self) -> list[Row]:
+        """The rows that have a result."""
+        return [row for row in self.rows if not row.unavailable]
+
+    @property
+    def reference_title(self) -> str:
+        """The reference method as tables call it."""
+        return next((row.title for row in self.rows if row.method == self.reference), self.reference)
+
+    @property
+    def learned(self) -> Row | None:
+        """The row whose ratios a controller learned: the reference's if it has such, else the first one."""
+        rows = [row for row in self.rows if row.method.startswith("grasp") and row.prune_ratio]
+        return next((row for row in rows if row.method == self.reference), next(iter(rows), None))

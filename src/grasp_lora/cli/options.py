@@ -1,0 +1,63 @@
+"""The options that commands share, and the help texts of those that mirror a setting: what its docstring says."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from grasp_lora.text.docstrings import arguments, docstring_of
+
+if TYPE_CHECKING:
+    from grasp_lora.bench.session import Session
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in one (see `recipes`).")]
+AdapterArgument = Annotated[str, typer.Argument(help="PEFT adapter: a folder or a hub id.")]
+AdapterOption = Annotated[str, typer.Option("--adapter", "-a", help="PEFT adapter: a folder or a hub id.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", "-s", help="Change one value: a.b=value, for example data.root=/data. May be repeated."),
+]
+OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; default runs/NAME.")]
+StepOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
+VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens in detail.")]
+BackboneOption = Annotated[str | None, typer.Option(help="Backbone; default: the one that the (first) adapter names.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a backbone on the hub.")]
+TrustOption = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the backbone.")]
+
+
+class OptionsOf:
+    """Makes options that mirror the fields of a class of settings.
+
+    Args:
+        module: where the class stands; it is read and not imported, since that would make help slow.
+        name: of the class.
+    """
+
+    def __init__(self, module: str, name: str) -> None:
+        self._meanings = arguments(docstring_of(module, name))
+
+    def __call__(self, field: str, *names: str, more: str = "") -> Any:
+        """Return the option of a field, with what the docstring says as its help.
+
+        Args:
+            field: of the settings.
+            names: such as `--split-seed`, where they are not the parameter's own.
+            more: what only the command line has to say.
+        """
+        text = re.sub(r"\bNone (takes|is|for)\b", "default:", self._meanings.get(field, "")).replace(
+            "None", "the default"
+        )
+        text = f"{text[:1].upper()}{text[1:]} {more}".strip().replace("`", "")
+        return typer.Option(*names, help=escape(text))
+
+
+def session_of(recipe: str, overrides: list[str] | None) -> "Session":
+    """Return the session of a recipe with its overrides, with nothing loaded yet."""
+    from grasp_lora.recipes.load import load_recipe
+
+    loaded, base = load_recipe(recipe, overrides or [])
+    from grasp_lora.bench.session import Session
+
+    return Session(loaded, base)

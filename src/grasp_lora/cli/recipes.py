@@ -1,0 +1,65 @@
+"""The commands that give recipes and say what may stand in one: `recipes`, `init`, `schema`."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grasp_lora.cli.terminal import console, say
+from grasp_lora.recipes.builtin import SCHEMA_FILE, builtin_recipes, builtin_text, schema_text
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this one, as a file to begin with.")] = None,
+) -> None:
+    """List the built-in recipes, or print one."""
+    if name is not None:
+        sys.stdout.write(builtin_text(name))
+        return
+    for one in builtin_recipes():
+        console.print(one, highlight=False)
+
+
+def schema() -> None:
+    """Print the JSON schema of a recipe, by which editors complete and check its keys.
+
+    `init` writes it beside the recipe, as grasp-lora.schema.json, where the recipe's first line names it.
+    """
+    sys.stdout.write(schema_text())
+
+
+def init(
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Your examples, at least about 40: CSV, TSV, JSON, JSONL or parquet with columns prompt and completion, "
+            "messages, context, question and answer, or document and summary; or SQuAD JSON."
+        ),
+    ],
+    language: Annotated[str, typer.Option("--language", "-l", help="Language of the examples, such as ar, zh or sw.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The recipe file; default NAME.yaml here.")
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--source",
+            help="Data file of the rich language, or a PEFT adapter folder or hub id trained on it. May be repeated.",
+        ),
+    ] = None,
+    source_language: Annotated[str, typer.Option(help="Language of the source data.")] = "en",
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="Backbone: a hub id, a folder, or gemma3-270m. Default: the one that a source adapter names, else gemma3-270m."
+        ),
+    ] = None,
+) -> None:
+    """Write a commented recipe, with split sizes that fit your own examples, and the schema that editors complete it by."""
+    from grasp_lora.recipes.starter import write_recipe
+
+    file = write_recipe(data, language, output, source or [], source_language, backbone)
+    name_source = "" if source else "name a source in it, then "
+    say(f"wrote {file} and {file.with_name(SCHEMA_FILE)}; next: {name_source}grasp-lora check {shlex.quote(str(file))}")

@@ -1,0 +1,77 @@
+"""The commands around the main job: `run`, `demo`, `check`, `report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grasp_lora.cli.options import OutputOption, RecipeArgument, SetOption, VerboseOption, session_of
+from grasp_lora.cli.terminal import console, loading, log_to_terminal, print_scores, say, shown
+from grasp_lora.storage.processes import leave
+
+
+def run(
+    recipe: RecipeArgument, overrides: SetOption = None, output: OutputOption = None, verbose: VerboseOption = False
+) -> None:
+    """Do the whole job: adapters, merge, learn the ratio, final run, evaluation, report.
+
+    Run it again on the same folder to go on after an interruption: completed stages are skipped.
+    """
+    log_to_terminal(verbose)
+    _run(recipe, overrides or [], output)
+
+
+def demo(
+    language: Annotated[str, typer.Option(help="Target language of the demo: ar or zh.")] = "ar",
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run the main job on an embedded model and embedded texts; minutes on a laptop."""
+    from grasp_lora.errors import RecipeError
+
+    log_to_terminal(verbose)
+    if language not in ("ar", "zh"):
+        raise RecipeError(f"demo language is {language!r}; allowed: ar, zh")
+    _run(f"demo-{language}", overrides or [], output)
+
+
+def check(recipe: RecipeArgument, overrides: SetOption = None, verbose: VerboseOption = False) -> None:
+    """Check a recipe before running it: files, adapters, label masks, lengths, splits, leaks, rounds and cost."""
+    log_to_terminal(verbose)
+    from grasp_lora.bench.preflight import preflight
+
+    for finding in preflight(session_of(recipe, overrides)):
+        mark = "[green]ok     [/green]" if finding.level == "ok" else "[yellow]warning[/yellow]"
+        console.print(f"{mark} [bold]{finding.topic:<10}[/bold]", end=" ")
+        say(finding.text)
+
+
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write report.html and report.md of a run folder again."""
+    from grasp_lora.report.pages import write_report
+    from grasp_lora.storage.files import clear_write_errors
+
+    with clear_write_errors(folder):
+        say(f"wrote {write_report(folder)}")
+
+
+def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
+    with loading():
+        from grasp_lora import api
+        from grasp_lora.bench.run_folder import REPORT_FILE
+        from grasp_lora.cli.progress import TerminalProgress
+        from grasp_lora.method.estimate import WIDE_INTERVAL
+    with shown(TerminalProgress(console)) as progress:
+        result = api.run(recipe, overrides, output, progress)
+    print_scores(result.metrics)
+    ratio, given = result.ratio, result.metrics.prune_ratio_interval is None
+    learned = " (given)" if given else f" (95 % interval {ratio.low:.1%} to {ratio.high:.1%})"
+    console.print(f"prune ratio {ratio.ratio:.1%}{learned}", highlight=False)
+    if not given and ratio.high - ratio.low >= WIDE_INTERVAL:
+        console.print(
+            "[yellow]the interval is wide: these probes do not settle the ratio; the report says what narrows it[/yellow]",
+            soft_wrap=True,
+        )
+    say(f"adapter {result.adapter}   report {result.folder / REPORT_FILE}")
+    leave()

@@ -1,0 +1,100 @@
+"""The commands for single steps: `learn`, `finetune`, `evaluate`, `merge`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grasp_lora.cli.options import (
+    AdapterOption,
+    BackboneOption,
+    OptionsOf,
+    RecipeArgument,
+    RevisionOption,
+    SetOption,
+    StepOutput,
+    TrustOption,
+    VerboseOption,
+    session_of,
+)
+from grasp_lora.cli.terminal import log_to_terminal, print_scores, say
+
+_merge = OptionsOf("grasp_lora.method.merging", "MergeSettings")
+
+
+def learn(
+    recipe: RecipeArgument,
+    adapter: AdapterOption,
+    output: StepOutput,
+    overrides: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Learn the prune ratio of a merged adapter (the controller run alone)."""
+    from grasp_lora.bench.single import learn_folder
+
+    log_to_terminal(verbose)
+    estimate = learn_folder(session_of(recipe, overrides), adapter, output)
+    say(
+        f"prune ratio {estimate.ratio:.4f} (95 % interval {estimate.low:.4f} to {estimate.high:.4f}, "
+        f"{estimate.rounds} rounds) -> {output}"
+    )
+
+
+def finetune(
+    recipe: RecipeArgument,
+    adapter: AdapterOption,
+    ratio: Annotated[float, typer.Option(help="Prune ratio, a fraction in [0, 1].")],
+    output: StepOutput,
+    overrides: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Prune a merged adapter at a given ratio and fine-tune it (the final run alone)."""
+    from grasp_lora.bench.single import finetune_folder
+
+    log_to_terminal(verbose)
+    result = finetune_folder(session_of(recipe, overrides), adapter, ratio, output)
+    loss = "" if result.dev_loss is None else f", dev loss {result.dev_loss:.4f}"
+    say(f"{result.steps} steps, best at step {result.best_step}{loss} -> {output}")
+
+
+def evaluate(
+    recipe: RecipeArgument,
+    adapter: Annotated[list[str], typer.Option("--adapter", "-a", help="PEFT adapter; may be repeated.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for predictions and metrics.")] = None,
+    overrides: SetOption = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure adapters on the recipe's dev and test splits."""
+    from grasp_lora.bench.single import evaluate_folders
+
+    log_to_terminal(verbose)
+    print_scores(evaluate_folders(session_of(recipe, overrides), adapter, output))
+
+
+def merge(
+    adapters: Annotated[list[str], typer.Argument(help="PEFT adapters to merge: folders or hub ids.")],
+    output: StepOutput,
+    backbone: BackboneOption = None,
+    rule: Annotated[str, _merge("rule")] = "exact",
+    weight: Annotated[list[float] | None, _merge("weights", more="May be repeated.")] = None,
+    rank: Annotated[int | None, _merge("rank")] = None,
+    density: Annotated[float, _merge("density")] = 0.5,
+    revision: RevisionOption = None,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Merge LoRA adapters into one ordinary PEFT adapter."""
+    from grasp_lora.bench.single import merge_folders
+
+    log_to_terminal(False)
+    facts = merge_folders(
+        adapters,
+        output,
+        backbone,
+        rule,
+        weight,
+        rank,
+        density,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+    )
+    say(facts)

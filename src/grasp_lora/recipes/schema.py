@@ -1,0 +1,52 @@
+"""The JSON schema of a recipe, with a description of each key from the docstrings of the settings.
+
+    python -m grasp_lora.recipes.schema
+
+writes the file that comes with the package; `grasp-lora schema` prints that file.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.method.policy import PRESETS
+from grasp_lora.recipes.builtin import SCHEMA_FILE
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.text.docstrings import arguments, summary
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the schema.
+
+    Raises:
+        ValueError: a docstring does not say what a key means.
+    """
+    schema = Recipe.model_json_schema()
+    for name, section in [("Recipe", schema), *schema["$defs"].items()]:
+        _describe(name, section)
+    policy = schema["$defs"]["PolicySettings"]
+    names = {"enum": list(PRESETS), "description": "A preset by its name."}
+    policy["properties"] = {"preset": names} | policy["properties"]
+    stage = schema["$defs"]["ControllerStage"]["properties"]
+    stage["policy"] = {"anyOf": [names, {"$ref": stage["policy"].pop("$ref")}]} | stage["policy"]
+    # The draft that editors know best; pydantic uses nothing that came later.
+    return {"$schema": "http://json-schema.org/draft-07/schema#"} | schema | {"title": "GRASP LoRA recipe"}
+
+
+def _describe(name: str, section: dict[str, Any]) -> None:
+    """Put what the docstring says of each key beside the key, and leave out what says nothing to a person."""
+    meanings = arguments(section["description"])
+    section["description"] = summary(section["description"])
+    if missing := section["properties"].keys() - meanings.keys():
+        raise ValueError(f"the docstring of {name} does not say what {', '.join(sorted(missing))} means")
+    for key, entry in section["properties"].items():
+        entry.pop("title", None)
+        if "$ref" in entry:  # the default of a section is that of its keys
+            entry.pop("default", None)
+        entry["description"] = meanings[key].replace("None", "null")
+    section.pop("title", None)
+
+
+if __name__ == "__main__":
+    text = json.dumps(recipe_schema(), indent=1, ensure_ascii=False) + "\n"
+    Path(__file__).with_name(SCHEMA_FILE).write_text(text, encoding="utf-8")

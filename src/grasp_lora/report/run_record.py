@@ -1,0 +1,227 @@
+"""A run folder as one typed record, read as far as the run has got."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from grasp_lora.bench.run_folder import (
+    CONTROLLER_FOLDER,
+    COST_FILE,
+    DATA_FILE,
+    FINAL_FOLDER,
+    HISTORY_FILE,
+    METRICS_FILE,
+    RATIO_FILE,
+    ROUNDS_FILE,
+    RUN_FILE,
+    SPARSITY_FILE,
+    STAGES,
+    TIMINGS_FILE,
+    TRAINED,
+    DataFacts,
+    FactorSparsity,
+    HistoryRow,
+    LearnedRatio,
+    Metrics,
+    Prediction,
+    RoundRow,
+    RunInfo,
+    Shape,
+    Timing,
+    check_shape,
+    damaged,
+    predictions_file,
+    read_lines,
+    read_record,
+    read_text,
+)
+from grasp_lora.bench.store import STORE_FOLDER, WORK
+from grasp_lora.errors import RecipeError
+from grasp_lora.recipes.recipe import RECIPE_FILE
+from grasp_lora.recipes.text import parse
+
+_Row = TypeVar("_Row")
+
+
+class CorpusFacts(Shape):
+    """What the report says of the data of one language."""
+
+    language: str = ""
+    hub: str | None = None
+    files: tuple[str, ...] = ()
+    train_files: tuple[str, ...] = ()
+    dev_files: tuple[str, ...] = ()
+    micro_dev_files: tuple[str, ...] = ()
+    test_files: tuple[str, ...] = ()
+
+    @property
+    def all_files(self) -> tuple[str, ...]:
+        """The files of the pool and of each split."""
+        return self.files + self.train_files + self.dev_files + self.micro_dev_files + self.test_files
+
+
+class DataRecipe(Shape):
+    """The recipe's `data`."""
+
+    task: str = ""
+    source: CorpusFacts | None = None
+    target: CorpusFacts = CorpusFacts()
+    prompt: str | None = None
+    chat_template: bool = False
+
+    @property
+    def corpora(self) -> list[CorpusFacts]:
+        """The data of both languages, the rich one first."""
+        return [self.source, self.target] if self.source else [self.target]
+
+
+class SourceRecipe(Shape):
+    """The recipe's `source`."""
+
+    adapters: tuple[str, ...] = ()
+
+
+class MaskRecipe(Shape):
+    """The recipe's `mask`, or that of its final run."""
+
+    granularity: str = "weight"
+
+
+class PolicyRecipe(Shape):
+    """The recipe's `controller.policy`."""
+
+    kind: str = ""
+
+
+class ControllerRecipe(Shape):
+    """The recipe's `controller`."""
+
+    policy: PolicyRecipe = PolicyRecipe()
+    probe_on: str = "micro_dev"
+    probe_examples: int | None = None
+
+
+class FinalRecipe(Shape):
+    """The recipe's `final`; folders of older versions do not name a start, and began with a merge."""
+
+    prune_ratio: float | None = None
+    mask: MaskRecipe | None = None
+    start: str = "merged"
+
+
+class RecipeFacts(Shape):
+    """What the report reads of recipe.yaml: little, so that it can read what older versions wrote."""
+
+    data: DataRecipe = DataRecipe()
+    source: SourceRecipe = SourceRecipe()
+    mask: MaskRecipe = MaskRecipe()
+    controller: ControllerRecipe = ControllerRecipe()
+    final: FinalRecipe = FinalRecipe()
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run folder as far as it has got: None or empty where a stage has not written its files."""
+
+    run: RunInfo
+    recipe_text: str
+    recipe: RecipeFacts
+    data: DataFacts
+    rounds: list[RoundRow]
+    timings: list[Timing]
+    learned: LearnedRatio | None
+    history: Mapping[str, list[HistoryRow]]
+    sparsity: list[FactorSparsity]
+    predictions: Mapping[str, list[Prediction]]
+    metrics: Metrics | None
+    cost: Mapping[str, float]  # seconds of each stage that is complete
+
+    @property
+    def sources(self) -> list[str]:
+        """The names of the source adapters in files: source, source_2, ..."""
+        return _sources(self.recipe)
+
+    @property
+    def systems(self) -> dict[str, str]:
+        """What is evaluated: name in files -> title."""
+        several = len(self.sources) > 1
+        titles = {
+            name: f"Source {number} only" if several else "Source only" for number, name in enumerate(self.sources, 1)
+        }
+        return titles | {"target": "Target only", "merged": "Merged, not pruned", "grasp": "GRASP"}
+
+    @property
+    def given_ratio(self) -> float | None:
+        """The recipe's final.prune_ratio; where it is given, the run has no controller by design."""
+        return self.recipe.final.prune_ratio
+
+    @property
+    def prune_ratio(self) -> float | None:
+        """The ratio of the result, given or learned."""
+        learned = self.learned.prune_ratio if self.learned else None
+        return learned if self.given_ratio is None else self.given_ratio
+
+    @property
+    def missing(self) -> list[str]:
+        """Stages that the run has yet to complete."""
+        expected = STAGES if self.given_ratio is None else [stage for stage in STAGES if stage != "controller"]
+        return [stage for stage in expected if stage not in self.cost]
+
+    @property
+    def probe_seconds(self) -> float:
+        """Seconds of the controller run that went into probes."""
+        return sum(timing.probe_seconds for timing in self.timings)
+
+
+def read_run(run_folder: Path) -> RunRecord:
+    """Read all that a run folder holds.
+
+    A run may still be in progress: the line that it is just writing is left out.
+
+    Raises:
+        RecipeError: run.json or recipe.yaml is missing, or a file is damaged; the message names it.
+    """
+    run, recipe_file = read_record(run_folder / RUN_FILE, RunInfo), run_folder / RECIPE_FILE
+    if run is None or not recipe_file.is_file():
+        raise RecipeError(f"{run_folder} is no run folder: {RUN_FILE if run is None else RECIPE_FILE} is missing.")
+    recipe_text = read_text(recipe_file)
+    recipe = _recipe_facts(recipe_text, recipe_file)
+    return RunRecord(
+        run=run,
+        recipe_text=recipe_text,
+        recipe=recipe,
+        data=read_record(run_folder / DATA_FILE, DataFacts) or DataFacts(),
+        rounds=_growing(run_folder, ROUNDS_FILE, RoundRow),
+        timings=_growing(run_folder, TIMINGS_FILE, Timing),
+        learned=read_record(run_folder / CONTROLLER_FOLDER / RATIO_FILE, LearnedRatio),
+        history={stage: read_lines(run_folder / stage / HISTORY_FILE, HistoryRow, growing=True) for stage in TRAINED},
+        sparsity=read_record(run_folder / FINAL_FOLDER / SPARSITY_FILE, list[FactorSparsity]) or [],
+        predictions={
+            name: read_lines(predictions_file(run_folder, name), Prediction)
+            for name in (*_sources(recipe), "target", "merged", "grasp")
+        },
+        metrics=read_record(run_folder / METRICS_FILE, Metrics),
+        cost=read_record(run_folder / COST_FILE, dict[str, float]) or {},
+    )
+
+
+def _growing(run_folder: Path, name: str, shape: type[_Row]) -> list[_Row]:
+    """The rows of a file of the controller, or of the step that is about to make it."""
+    under_way = (run_folder / STORE_FOLDER / WORK).glob(f"*/{CONTROLLER_FOLDER}*/{name}")
+    files = [run_folder / CONTROLLER_FOLDER / name, *under_way]
+    return next((rows for file in files if (rows := read_lines(file, shape, growing=True))), [])
+
+
+def _sources(recipe: RecipeFacts) -> list[str]:
+    return ["source", *(f"source_{number}" for number in range(2, len(recipe.source.adapters) + 1))]
+
+
+def _recipe_facts(text: str, file: Path) -> RecipeFacts:
+    try:
+        content = parse(text, "it")
+    except RecipeError as error:
+        raise damaged(file, str(error)) from error
+    if not isinstance(content, dict):
+        raise damaged(file, "it must hold keys and values")
+    return check_shape(RecipeFacts.model_validate, content, file)

@@ -1,0 +1,36 @@
+"""What a docstring of ours says of each argument, so that help texts and the recipe's schema need not say it again."""
+
+import inspect
+import re
+from importlib.util import find_spec
+
+_ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", re.MULTILINE)
+
+
+def summary(docstring: str) -> str:
+    """Return what stands before the first section, one line a paragraph.
+
+    >>> summary("One\\nline.\\n\\nArgs:\\n    a: b.")
+    'One line.'
+    """
+    text = re.split(r"^(?:Args|Returns|Raises):$", inspect.cleandoc(docstring), maxsplit=1, flags=re.MULTILINE)[0]
+    return "\n".join(" ".join(paragraph.split()) for paragraph in text.strip().split("\n\n"))
+
+
+def arguments(docstring: str) -> dict[str, str]:
+    """Return the meaning of each argument in the section `Args:`; several that share an entry get the same one.
+
+    >>> arguments("What.\\n\\nArgs:\\n    a, b: two\\n        numbers.\\n    c: one.\\n\\nRaises:\\n    E: never.")
+    {'a': 'two numbers.', 'b': 'two numbers.', 'c': 'one.'}
+    """
+    section = re.search(r"^Args:\n((?: {4,}.*\n?|\n)+)", inspect.cleandoc(docstring), re.MULTILINE)
+    entries = _ENTRY.findall(section[1]) if section else []
+    return {name: " ".join(text.split()) for names, text in entries for name in names.split(", ")}
+
+
+def docstring_of(module: str, name: str) -> str:
+    """Return the docstring of a class from its source, without importing its module, which may bring slow libraries."""
+    spec = find_spec(module)
+    source = getattr(spec.loader, "get_source", str)(module) if spec else None
+    found = re.search(rf'^class {name}\b[^"]*"""(.*?)"""', source or "", re.MULTILINE | re.DOTALL)
+    return inspect.cleandoc(found[1]) if found else ""

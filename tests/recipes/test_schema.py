@@ -1,0 +1,60 @@
+"""The schema by which editors complete recipes: current, complete, and fit for every recipe that is shipped."""
+
+import json
+from typing import Any
+
+import pytest
+import yaml
+
+from grasp_lora.method.merging import MergeSettings
+from grasp_lora.recipes.builtin import SCHEMA_LINE, builtin_recipes, builtin_text, schema_text
+from grasp_lora.recipes.load import validate
+from grasp_lora.recipes.schema import recipe_schema
+
+SCHEMA = json.loads(schema_text())
+
+
+def unknown_keys(content: Any, schema: dict[str, Any], path: str = "") -> list[str]:
+    """The keys of a recipe that an editor would underline."""
+    ways = [
+        SCHEMA["$defs"][one["$ref"].rsplit("/", 1)[1]] if "$ref" in one else one
+        for one in schema.get("anyOf", [schema])
+    ]
+    known = {key: entry for way in ways for key, entry in way.get("properties", {}).items()}
+    if not known or not isinstance(content, dict):
+        return []
+    found = [f"{path}{key}" for key in content if key not in known]
+    return found + [
+        one for key in content if key in known for one in unknown_keys(content[key], known[key], f"{path}{key}.")
+    ]
+
+
+def test_the_shipped_schema_is_current() -> None:
+    assert recipe_schema() == SCHEMA, "run python -m grasp_lora.recipes.schema"
+
+
+@pytest.mark.parametrize("name", builtin_recipes())
+def test_a_shipped_recipe_names_the_schema_and_fits_it(name: str) -> None:
+    text = builtin_text(name)
+    assert text.startswith(SCHEMA_LINE + "\n")
+    resolved = yaml.safe_load(validate(yaml.safe_load(text), name).to_yaml())
+    for content in (yaml.safe_load(text), resolved):
+        assert unknown_keys(content, SCHEMA) == []
+
+
+def test_a_misspelt_key_does_not_fit() -> None:
+    wrong = {
+        "lorra": {},
+        "final": {"training": {"epoch": 1}},
+        "controller": {"policy": {"preset": "paper", "kin": "x"}},
+    }
+    assert unknown_keys(wrong, SCHEMA) == ["lorra", "final.training.epoch", "controller.policy.kin"]
+    assert all(not one.get("additionalProperties", True) for one in (SCHEMA, *SCHEMA["$defs"].values()))
+
+
+def test_every_key_says_what_it_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = [SCHEMA, *SCHEMA["$defs"].values()]
+    assert all(entry["description"] for section in sections for entry in section["properties"].values())
+    monkeypatch.setattr(MergeSettings, "__doc__", "How adapters are merged.\n\n    Args:\n        rule: one of them.\n")
+    with pytest.raises(ValueError, match="MergeSettings does not say what density, rank, seed, weights means"):
+        recipe_schema()
