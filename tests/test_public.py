@@ -10,7 +10,7 @@ import pytest
 
 import grasp_lora as gl
 
-SCRIPT = '''\
+SCRIPT = """\
 import grasp_lora as gl
 from transformers import PreTrainedTokenizerBase
 
@@ -27,14 +27,14 @@ def adapt(tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]) -> flo
     merged = gl.merge([gl.read_adapter(result.adapter).weights], gl.MergeSettings("exact"))
     print(recipe.name, base, low, high, scores, folder, titles, len(merged))
     return learned.ratio
-'''
-MISTAKES = '''\
+"""
+MISTAKES = """\
 import grasp_lora as gl
 
 ratio: str = gl.run("demo-ar").ratio.ratio
 gl.run(3)
 gl.nothing
-'''
+"""
 
 
 def test_every_public_name_is_there_and_says_what_it_is() -> None:
@@ -47,7 +47,9 @@ def test_every_public_name_is_there_and_says_what_it_is() -> None:
 
 
 def test_the_package_is_imported_quickly() -> None:
-    code = "import sys, grasp_lora; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pydantic')))"
+    code = (
+        "import sys, grasp_lora; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'pydantic')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -56,7 +58,18 @@ def python_with_the_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python in whose site-packages the wheel lies, and nothing of the sources."""
     folder = tmp_path_factory.mktemp("wheel")
     root = Path(__file__).parents[1]
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), str(root)]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(root),
+    ]
     subprocess.run(build, check=True, capture_output=True)
     [wheel] = folder.glob("*.whl")
     venv.create(folder / "venv", symlinks=True)

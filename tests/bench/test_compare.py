@@ -73,7 +73,7 @@ def session(recipe: Path | str = "tiny.yaml", *overrides: str) -> Session:
 
 def run(folder: Path, settings: ComparisonSettings, *overrides: str) -> tuple[dict[str, Any], Recorder]:
     recorder = Recorder()
-    return compare(session("tiny.yaml", *overrides), folder, settings, recorder, write_comparison), recorder
+    return compare(session("tiny.yaml", *overrides), folder, settings, recorder, write_comparison).to_json(), recorder
 
 
 def without_seconds(content: dict[str, Any]) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def whole_comparison(
     """The folder and the content of a comparison of all methods; treat it as read-only."""
     recipe = write_tiny_workspace(tmp_path_factory.mktemp("comparison") / "work", tiny_backbone_folder)
     folder = recipe.parent / "compare"
-    return folder, compare(session(recipe), folder, SMALL, show=write_comparison)
+    return folder, compare(session(recipe), folder, SMALL, show=write_comparison).to_json()
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def finished(tiny_workspace: Path, whole_comparison: tuple[Path, dict[str, Any]]
     return Path(shutil.copytree(folder, tiny_workspace / "compare")), content
 
 
-def record(content):
+def record(content: dict[str, Any]) -> Comparison:
     """The content of a compare.json as the report reads it."""
     return Comparison.model_validate(content)
 
@@ -661,7 +661,7 @@ class TestOneStore:
         before = {file: file.read_bytes() for file in finished_run.glob("*.*")}
         settings = ComparisonSettings(self.METHODS, (42,), (0.2,), resamples=1000)
         recorder = Recorder()
-        content = compare(Session(*load_recipe("tiny.yaml")), finished_run, settings, recorder)
+        content = compare(Session(*load_recipe("tiny.yaml")), finished_run, settings, recorder).to_json()
         assert self.trained(recorder) == ["final 0.00"]
         assert {"source", "target", "controller"} <= set(recorder.skipped)
         assert {file: file.read_bytes() for file in finished_run.glob("*.*")} == before

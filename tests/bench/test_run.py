@@ -19,14 +19,15 @@ from safetensors.torch import load_file
 
 from grasp_lora import api
 from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.run import STAGES
+from grasp_lora.bench.run_folder import STAGES
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import Record
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.metrics import score
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
-from grasp_lora.models.adapters import adapter_weights, attached, live_pairs, read_adapter, segments_of
+from grasp_lora.models.adapters import adapter_weights, attached, live_pairs, segments_of
+from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import LOCK_FILE, only_writer
 from grasp_lora.training.controller import GraspController, PrunedTraining

@@ -179,7 +179,7 @@ def test_a_finished_recording_does_nothing_again(tiny_workspace, monkeypatch):
 def test_final_runs_are_those_of_a_comparison_in_the_same_folder(tiny_workspace):
     folder = tiny_workspace / "both"
     settings = ComparisonSettings(("adaptive_merge", "grid"), (42,), (0.2, 0.6), "grid", resamples=1000)
-    content = compare(session(), folder, settings)
+    content = compare(session(), folder, settings).to_json()
     recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
     landscape, recorder = run(folder)
     assert set(recorder.done_steps) == {*TRAJECTORIES, "micro_dev losses", "dev losses"}

@@ -7,8 +7,18 @@ from typing import Any
 
 import pytest
 
-from grasp_lora.bench.run_folder import FactorSparsity
+from grasp_lora.bench.run_folder import (
+    DataFacts,
+    FactorSparsity,
+    LearnedRatio,
+    Metrics,
+    Prediction,
+    RunInfo,
+    read_lines,
+    read_record,
+)
 from grasp_lora.errors import RecipeError
+from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.report.run_record import read_run
 from grasp_lora.report.tables import by_factor, kept_share
 
@@ -34,6 +44,36 @@ def write(path: Path, content: str | bytes) -> None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def test_what_a_run_writes_is_what_the_shapes_hold(reference_run: Path) -> None:
+    shapes: dict[str, type[Any]] = {"run.json": RunInfo, "data.json": DataFacts, "metrics.json": Metrics}
+    shapes |= {"controller/ratio.json": LearnedRatio}
+    for name, shape in shapes.items():
+        content = (reference_run / name).read_text(encoding="utf-8")
+        found = read_record(reference_run / name, shape)
+        assert json.dumps(found.to_json(), indent=1, ensure_ascii=False) + "\n" == content
+    rows = [row.to_json() for row in read_lines(reference_run / "evaluation" / "grasp.jsonl", Prediction)]
+    assert rows == [
+        json.loads(line) for line in (reference_run / "evaluation" / "grasp.jsonl").read_text().splitlines()
+    ]
+    entries = read_record(reference_run / "final" / "sparsity.json", list[FactorSparsity]) or []
+    assert [one.to_json() for one in entries] == json.loads((reference_run / "final" / "sparsity.json").read_text())
+
+
+def test_an_estimate_becomes_the_ratio_file_and_comes_back() -> None:
+    curve = ((0.1, 1.0, 0.5, 1.5), (0.4, 0.0, 0.0, 0.0))
+    ratio = LearnedRatio.of(RatioEstimate(0.4, 0.3, 0.5, "smooth_fit", 7, curve), last_committed=0.45)
+    assert (ratio.prune_ratio, ratio.low, ratio.high, ratio.rounds, ratio.last_committed_ratio) == (
+        0.4,
+        0.3,
+        0.5,
+        7,
+        0.45,
+    )
+    assert ratio.curve.to_json() == {"ratios": [0.1, 0.4], "mean": [1.0, 0.0], "low": [0.5, 0.0], "high": [1.5, 0.0]}
+    assert ratio.estimate == RatioEstimate(0.4, 0.3, 0.5, "smooth_fit", 7, curve)
+    assert LearnedRatio.of(RatioEstimate(0.4, 0.3, 0.5, "best_reward", 7), None).curve.ratios == []
+
+
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
@@ -45,7 +85,7 @@ def write(path: Path, content: str | bytes) -> None:
         ("data.json", '{"ids": {"test": 100}}', "ids.test"),
         ("recipe.yaml", "a: [", "no valid YAML"),
         ("recipe.yaml", "- a", "keys and values"),
-        ("stages/final.json", '{"stage": "final", "seconds": "long"}', "seconds"),
+        ("cost.json", '{"final": "long"}', "final"),
         ("controller/rounds.jsonl", '{"round": 1\n', "(line 1) is damaged: it is not valid JSON"),
         ("controller/rounds.jsonl", json.dumps(ROUND | {"rewards": [0.0]}), "equally many"),
         ("controller/rounds.jsonl", json.dumps(ROUND | {"candidate_losses": [[], []]}), "candidate_losses.0"),

@@ -6,7 +6,6 @@ Nothing is written before the recipe, the backbone, the data and the adapters ha
 train and measure together, the first one writes, and all of them have to see the folder.
 """
 
-import json
 import logging
 import os
 import platform
@@ -29,18 +28,28 @@ from grasp_lora.bench.run_folder import (
     CONTROLLER_FOLDER,
     COST_FILE,
     DATA_FILE,
+    FINAL_FOLDER,
     HISTORY_FILE,
     MERGED_FOLDER,
     METRICS_FILE,
     RATIO_FILE,
     REPORT_FILE,
     REPORT_TABLES_FILE,
+    ROUNDS_FILE,
     RUN_FILE,
     SPARSITY_FILE,
+    TIMINGS_FILE,
+    DataFacts,
+    GivenAdapter,
     LearnedRatio,
     Metrics,
+    Parent,
+    RunInfo,
+    SystemScores,
     check_place,
     predictions_file,
+    read_learned,
+    read_metrics,
     read_needed,
 )
 from grasp_lora.bench.session import Session, hash_of
@@ -147,7 +156,7 @@ class _Run:
                 facts |= self._show_learned(learned)
         with self._stage("final") as facts:
             final = bench.finetuned(start, ratio, {"start": recipe.final.start})
-            facts |= {"prune_ratio": ratio} | self._show_trained("final", final, ADAPTER_FOLDER)
+            facts |= {"prune_ratio": ratio} | self._show_trained(FINAL_FOLDER, final, ADAPTER_FOLDER)
         with self._stage("evaluate") as facts:
             systems = dict(zip(names_of(bench.parents), bench.parents, strict=True))
             systems |= {"merged": merged, "grasp": final}
@@ -196,7 +205,7 @@ class _Run:
         self._show_adapter(place or name, partial(_copy, adapter.folder))
         on_first_process(partial(write_jsonl, folder / HISTORY_FILE, record.result["history"]))
         facts = {key: record.result[key] for key in ("steps", "best_step", "dev_loss")}
-        if name == "final":
+        if name == FINAL_FOLDER:
             rows: list[dict[str, Any]] = [dict(row) for row in survival(adapter.weights)]
             on_first_process(partial(write_json, folder / SPARSITY_FILE, rows))
             facts = {
@@ -206,10 +215,10 @@ class _Run:
 
     def _show_learned(self, learned: Learned) -> dict[str, Any]:
         folder, result, estimate = self.folder / CONTROLLER_FOLDER, learned.record.result, learned.estimate
-        for name in ("history", "rounds", "timings"):
-            on_first_process(partial(write_jsonl, folder / f"{name}.jsonl", result.get(name, [])))
-        facts = LearnedRatio.of(estimate, result["rounds"][-1]["ratio"])
-        on_first_process(partial(write_json, folder / RATIO_FILE, facts.to_json()))
+        for name, file in (("history", HISTORY_FILE), ("rounds", ROUNDS_FILE), ("timings", TIMINGS_FILE)):
+            on_first_process(partial(write_jsonl, folder / file, result.get(name, [])))
+        ratio = LearnedRatio.of(estimate, result["rounds"][-1]["ratio"])
+        on_first_process(partial(write_json, folder / RATIO_FILE, ratio.to_json()))
         if learned.start.folder is not None:
             self._show_adapter(f"{CONTROLLER_FOLDER}/{ADAPTER_FOLDER}", partial(_copy, learned.start.folder))
         return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}
@@ -234,7 +243,8 @@ class _Run:
     def _write_data(self) -> dict[str, Any]:
         splits = self.session.splits
         ids = {name: [example.id for example in getattr(splits, name)] for name in SPLITS}
-        write_json(self.folder / DATA_FILE, {"report": splits.report.to_json(), "ids": ids, "sha256": hash_of(splits)})
+        facts = DataFacts(report=splits.report.to_json(), ids=ids, sha256=hash_of(splits))
+        write_json(self.folder / DATA_FILE, facts.to_json())
         return {name: len(members) for name, members in ids.items()}
 
     def _write_answers(self, measured: Mapping[str, Measured]) -> None:
@@ -242,18 +252,18 @@ class _Run:
             write_jsonl(predictions_file(self.folder, name), one.rows(self.session.splits.test))
 
     def _write_metrics(self, measured: Mapping[str, Measured], ratio: float, learned: Learned | None) -> None:
-        content = {
-            "systems": {
-                name: {"dev_loss": one.dev_loss, "test_loss": one.test_loss, "metrics": one.values}
+        metrics = Metrics(
+            systems={
+                name: SystemScores(dev_loss=one.dev_loss, test_loss=one.test_loss, metrics=one.values)
                 for name, one in measured.items()
             },
-            "prune_ratio": ratio,
-            "prune_ratio_interval": None if learned is None else [learned.estimate.low, learned.estimate.high],
-            "signatures": measured["grasp"].signatures,
-            "test_examples": len(self.session.splits.test),
-            "language": self.session.language,
-        }
-        write_json(self.folder / METRICS_FILE, content)
+            prune_ratio=ratio,
+            prune_ratio_interval=None if learned is None else (learned.estimate.low, learned.estimate.high),
+            signatures=measured["grasp"].signatures,
+            test_examples=len(self.session.splits.test),
+            language=self.session.language,
+        )
+        write_json(self.folder / METRICS_FILE, metrics.to_json())
 
     def _write_cost(self, stage: str, seconds: float) -> None:
         if not (self.folder / RUN_FILE).is_file():
@@ -271,45 +281,47 @@ class _Run:
         """Write what the run starts from; when it goes on, check that this is still the same."""
         check_folder(self.folder, self.recipe)  # again: until now another run may have begun there
         backbone, adapters = self.session.backbone, self.session.existing_adapters
-        started = {
-            "grasp_lora": version("grasp-lora"),
-            "recipe_hash": self.recipe.fingerprint(),
-            "name": self.recipe.name,
-            "seed": self.recipe.seed,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "backbone": {"name": backbone.name, "fingerprint": backbone.fingerprint},
-            "dtype": str(backbone.model.dtype).removeprefix("torch."),
-            "parents": [
-                {"name": adapter.name, "sha256": adapter.sha256, "identity": adapter.identity}
+        started = RunInfo(
+            grasp_lora=version("grasp-lora"),
+            recipe_hash=self.recipe.fingerprint(),
+            name=self.recipe.name,
+            seed=self.recipe.seed,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            backbone=Parent(name=backbone.name, fingerprint=backbone.fingerprint),
+            dtype=str(backbone.model.dtype).removeprefix("torch."),
+            parents=[
+                GivenAdapter(name=adapter.name, sha256=adapter.sha256, identity=adapter.identity)
                 for adapter in adapters.values()
             ],
-            "data": hash_of(self.session.splits),
-            "libraries": {name: version(name) for name in LIBRARIES},
-            "python": platform.python_version(),
-            "processes": world_size(),
-        }
+            data=hash_of(self.session.splits),
+            libraries={name: version(name) for name in LIBRARIES},
+            python=platform.python_version(),
+            processes=world_size(),
+        )
         if not (self.folder / RUN_FILE).is_file():
-            write_json(self.folder / RUN_FILE, started)
+            write_json(self.folder / RUN_FILE, started.to_json())
         if not (self.folder / RECIPE_FILE).is_file():
             write_whole(self.folder / RECIPE_FILE, self.recipe.to_yaml())
-        before = _read(self.folder / RUN_FILE)
-        if changed := [what for what in ("backbone", "parents", "data") if before.get(what) != started[what]]:
+        before = read_needed(self.folder / RUN_FILE, RunInfo)
+        if changed := [
+            what for what in ("backbone", "parents", "data") if getattr(before, what) != getattr(started, what)
+        ]:
             raise RecipeError(
                 f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
                 "put those back, or choose another folder with --output"
             )
-        if (processes := before.get("processes", 1)) != world_size():
+        if before.processes != world_size():
             raise RecipeError(
-                f"{self.folder} was begun with {processes} processes and would end otherwise with {world_size()}; "
+                f"{self.folder} was begun with {before.processes} processes and would end otherwise with {world_size()}; "
                 "start as many, or choose another folder with --output"
             )
-        if before.get("dtype", started["dtype"]) != started["dtype"]:
+        if before.dtype not in (None, started.dtype):
             log.warning(
                 "%s was begun in %s and goes on in %s, which backbone.dtype 'auto' means on this machine: the result is sound, "
                 "but not that of an uninterrupted run",
                 self.folder,
-                before["dtype"],
-                started["dtype"],
+                before.dtype,
+                started.dtype,
             )
         for name in (REPORT_FILE, REPORT_TABLES_FILE):  # of an unfinished run, which would stay
             (self.folder / name).unlink(missing_ok=True)
@@ -324,7 +336,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     check_place(folder)
     if not (folder / RUN_FILE).is_file():
         return
-    if _read(folder / RUN_FILE).get("recipe_hash") != recipe.fingerprint():
+    if read_needed(folder / RUN_FILE, RunInfo).recipe_hash != recipe.fingerprint():
         raise RecipeError(
             f"{folder} holds a run of another recipe ({_differences(folder, recipe)}); "
             "choose another folder with --output, or delete it"
@@ -332,10 +344,9 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def _result(recipe: Recipe, folder: Path) -> RunResult:
-    metrics, given = read_needed(folder / METRICS_FILE, Metrics), recipe.final.prune_ratio
-    if given is not None:
-        return RunResult(RatioEstimate(given, given, given, "given", 0), metrics, folder)
-    ratio = read_needed(folder / CONTROLLER_FOLDER / RATIO_FILE, LearnedRatio).estimate
+    metrics = read_metrics(folder)
+    given = recipe.final.prune_ratio
+    ratio = read_learned(folder) if given is None else RatioEstimate(given, given, given, "given", 0)
     return RunResult(ratio, metrics, folder)
 
 
@@ -364,10 +375,3 @@ def _flat(content: Any, path: str = "") -> dict[str, Any]:
 
 def _copy(source: Path, draft: Path) -> None:
     shutil.copytree(source, draft)
-
-
-def _read(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{file} cannot be read ({error}); choose another folder with --output") from error

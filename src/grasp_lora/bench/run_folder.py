@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from grasp_lora.bench.store import STORE_FOLDER, WORK
+from grasp_lora.bench.store import STORE_FOLDER
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.storage.folder import LOCK_FILE
@@ -14,18 +14,17 @@ from grasp_lora.storage.folder import LOCK_FILE
 STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate")
 TRAINED = {"source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run"}
 # Folders. Each adapter that the run trains or makes lies in the folder of its name; a stage's history lies in that of its own.
-COMPARE_FOLDER = "compare"  # the tables of a comparison in the folder of its experiment
-SWEEP_FOLDER = "sweep"
 CONTROLLER_FOLDER = "controller"
 FINAL_FOLDER = "final"
 MERGED_FOLDER = "merged"
 ADAPTER_FOLDER = "adapter"
 PREDICTIONS_FOLDER = "evaluation"
+COMPARE_FOLDER, SWEEP_FOLDER = "compare", "sweep"  # of what else was done in the folder of a run
 # Files of the run folder itself.
 RUN_FILE = "run.json"
 DATA_FILE = "data.json"
 METRICS_FILE = "metrics.json"
-COST_FILE = "cost.json"  # seconds by stage; apart from the metrics, which are the same in every run of a recipe
+COST_FILE = "cost.json"  # seconds of each complete stage; the metrics are the same in every run of a recipe
 REPORT_FILE = "report.html"
 REPORT_TABLES_FILE = "report.md"
 # Files in a stage's folder.
@@ -50,8 +49,8 @@ class Shape(BaseModel):
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, as the file holds them."""
-        return self.model_dump()
+        """Return plain values, as the file holds them; what was not set is left out."""
+        return self.model_dump(exclude_unset=True)
 
 
 class Parent(Shape):
@@ -80,6 +79,7 @@ class RunInfo(Shape):
     backbone: Parent
     dtype: str | None = None
     parents: list[GivenAdapter] = []
+    data: str | None = None  # a hash of all examples
     libraries: dict[str, str] = {}
     python: str = ""
     processes: int = 1
@@ -168,9 +168,8 @@ class LearnedRatio(Shape):
 
     @property
     def estimate(self) -> RatioEstimate:
-        """The estimate that the file tells of."""
-        columns = (self.curve.ratios, self.curve.mean, self.curve.low, self.curve.high)
-        curve = tuple(zip(*columns, strict=True))
+        """The estimate that the file holds."""
+        curve = tuple(zip(self.curve.ratios, self.curve.mean, self.curve.low, self.curve.high, strict=True))
         return RatioEstimate(self.prune_ratio, self.low, self.high, self.rule, self.rounds, curve, self.confidence)
 
 
@@ -234,40 +233,15 @@ def read_record(file: Path, shape: type[_Shape]) -> _Shape | None:
 
 
 def read_needed(file: Path, shape: type[_Shape]) -> _Shape:
-    """Read one JSON file that has to be there.
+    """Read one JSON file that a run folder has to hold.
 
     Raises:
         RecipeError: it is missing or damaged.
     """
     found = read_record(file, shape)
     if found is None:
-        raise RecipeError(f"{file} is missing; delete {METRICS_FILE} beside it and run its recipe again")
+        raise RecipeError(f"{file} is missing; run its recipe again")
     return found
-
-
-def read_growing(run_folder: Path, stage: str, name: str, shape: type[_Shape]) -> list[_Shape]:
-    """Read the rows of a stage's file, or of the step under way that is going to be that stage's."""
-    under_way = (run_folder / STORE_FOLDER / WORK).glob(f"*/{stage}*/{name}")
-    return next(
-        (rows for file in (run_folder / stage / name, *under_way) if (rows := read_lines(file, shape, True))), []
-    )
-
-
-def check_place(folder: Path) -> None:
-    """Check, before anything is loaded, that an experiment may write into a folder.
-
-    Raises:
-        RecipeError: it is a file, cannot be read, or holds something that no experiment has written.
-    """
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise RecipeError(f"{folder} is a file; give a folder with --output")
-        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    except OSError as error:
-        raise RecipeError(f"{folder} cannot be read ({error.strerror}); choose another with --output") from error
-    # What one that was killed before it really began may have left is no experiment, and no obstacle.
-    if there - {LOCK_FILE, f"{RUN_FILE}.part"} and not there & {RUN_FILE, STORE_FOLDER, COMPARE_FOLDER, SWEEP_FOLDER}:
-        raise RecipeError(f"{folder} is not empty and no experiment's; choose another with --output")
 
 
 def read_lines(file: Path, shape: type[_Shape], growing: bool = False) -> list[_Shape]:
@@ -318,3 +292,38 @@ def check_shape(read: Callable[[Any], _Shape], content: Any, file: Path, where: 
 def damaged(file: Path, reason: str, where: str = "") -> RecipeError:
     """The error to raise for a file that a run cannot have written."""
     return RecipeError(f"{file}{where} is damaged: {reason}. Delete it and run its stage again.")
+
+
+def read_metrics(folder: Path) -> Metrics:
+    """Read what the systems of a finished run are worth.
+
+    Raises:
+        RecipeError: the file is missing or damaged.
+    """
+    return read_needed(folder / METRICS_FILE, Metrics)
+
+
+def read_learned(folder: Path) -> RatioEstimate:
+    """Read the ratio that a finished run has learned.
+
+    Raises:
+        RecipeError: the file is missing or damaged.
+    """
+    return read_needed(folder / CONTROLLER_FOLDER / RATIO_FILE, LearnedRatio).estimate
+
+
+def check_place(folder: Path) -> None:
+    """Check, before anything is loaded, that an experiment may write into a folder.
+
+    Raises:
+        RecipeError: it is a file, cannot be read, or holds something that no experiment has written.
+    """
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise RecipeError(f"{folder} is a file; give a folder with --output")
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    except OSError as error:
+        raise RecipeError(f"{folder} cannot be read ({error.strerror}); choose another with --output") from error
+    # What one that was killed before it really began may have left is no experiment, and no obstacle.
+    if there - {LOCK_FILE, f"{RUN_FILE}.part"} and not there & {RUN_FILE, STORE_FOLDER, COMPARE_FOLDER, SWEEP_FOLDER}:
+        raise RecipeError(f"{folder} is not empty and no experiment's; choose another with --output")

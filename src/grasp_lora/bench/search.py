@@ -43,10 +43,10 @@ class SweepSettings:
     """What is tried.
 
     Args:
-        params: keys of the recipe with their ranges; see `search_space`.
+        params: what to vary: KEY=low..high, KEY=low..high:log, KEY=low..high/n for n values, KEY=[a, b].
         trials: how many are to be finished in the end, those of earlier calls included.
         sampler: `tpe` (Optuna's tree-structured Parzen estimator) or `random`.
-        seed: of the sampler; None takes the recipe's.
+        seed: seed of the sampler; None takes the recipe's.
 
     Raises:
         ValueError: an unknown sampler, or a number out of range.

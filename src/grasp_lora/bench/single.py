@@ -3,10 +3,18 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grasp_lora.bench.checks import check, check_rounds
-from grasp_lora.bench.run_folder import RATIO_FILE, LearnedRatio
+from grasp_lora.bench.run_folder import (
+    ADAPTER_FOLDER,
+    METRICS_FILE,
+    RATIO_FILE,
+    SPARSITY_FILE,
+    LearnedRatio,
+    Metrics,
+    SystemScores,
+)
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench, given
 from grasp_lora.bench.store import Store
@@ -91,7 +99,7 @@ def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
     with clear_write_errors(output, goes_on=False):
         learned = session.learn_ratio(adapter.weights, output)
         write_json(output / RATIO_FILE, LearnedRatio.of(learned.estimate, learned.last_committed).to_json())
-        session.save(output / "adapter", learned.adapter)
+        session.save(output / ADAPTER_FOLDER, learned.adapter)
     return learned.estimate
 
 
@@ -104,13 +112,13 @@ def finetune_folder(session: Session, place: str, prune_ratio: float, output: Pa
     adapter = session.read(_from_here(place))
     with clear_write_errors(output, goes_on=False):
         weights, result, rows = session.finetune_pruned(adapter.weights, prune_ratio, output)
-        write_json(output / "sparsity.json", rows)
+        write_json(output / SPARSITY_FILE, rows)
         session.save(output, weights)
     return result
 
 
-def evaluate_folders(session: Session, places: Sequence[str], output: Path | None) -> dict[str, Any]:
-    """Measure adapters on dev and test; return a table as `metrics.json` holds it, and write it with the predictions."""
+def evaluate_folders(session: Session, places: Sequence[str], output: Path | None) -> Metrics:
+    """Measure adapters on dev and test; return their scores, and write them with the predictions."""
     if output is not None:
         refuse_existing(output)
     check(session, parents=False)
@@ -120,20 +128,18 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
         bench = Bench(session, session, Store(Path(scratch)))
         for name, adapter in zip(_names(places, adapters), adapters, strict=True):
             measured = bench.measured(given(adapter))
-            systems[name] = {
-                "dev_loss": measured.dev_loss,
-                "test_loss": measured.test_loss,
-                "metrics": measured.values,
-            }
+            systems[name] = SystemScores(
+                dev_loss=measured.dev_loss, test_loss=measured.test_loss, metrics=measured.values
+            )
             signatures = measured.signatures
             if output is not None:
                 with clear_write_errors(output, goes_on=False):
                     write_jsonl(output / f"{name.replace('/', '--')}.jsonl", measured.rows(session.splits.test))
-    table = {"systems": systems, "signatures": signatures, "test_examples": len(session.splits.test)}
+    metrics = Metrics(systems=systems, signatures=signatures, test_examples=len(session.splits.test))
     if output is not None:
         with clear_write_errors(output, goes_on=False):
-            write_json(output / "metrics.json", table)
-    return table
+            write_json(output / METRICS_FILE, metrics.to_json())
+    return metrics
 
 
 def predict_texts(

@@ -11,6 +11,7 @@ from grasp_lora.cli.options import OptionsOf, RecipeArgument, SetOption, Verbose
 from grasp_lora.cli.terminal import console, loading, log_to_terminal, say, shown
 
 _compare = OptionsOf("grasp_lora.bench.compare", "ComparisonSettings")
+_sweep = OptionsOf("grasp_lora.bench.search", "SweepSettings")
 
 
 def _folder_option(kind: str) -> Any:
@@ -73,18 +74,11 @@ def compare(
 
 def sweep(
     recipe: RecipeArgument,
-    param: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--param",
-            "-p",
-            help=r"What to vary: KEY=low..high, KEY=low..high:log, KEY=low..high/n for n values, KEY=\[a, b]. May be repeated.",
-        ),
-    ] = None,
-    trials: Annotated[int, typer.Option(help="How many trials in all, those of earlier calls included.")] = 20,
-    sampler: Annotated[str, typer.Option(help="tpe or random.")] = "tpe",
+    param: Annotated[list[str] | None, _sweep("params", "--param", "-p", more="May be repeated.")] = None,
+    trials: Annotated[int, _sweep("trials")] = 20,
+    sampler: Annotated[str, _sweep("sampler")] = "tpe",
     pruner: Annotated[str | None, typer.Option(hidden=True)] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampler; default: the recipe's.")] = None,
+    seed: Annotated[int | None, _sweep("seed")] = None,
     overrides: SetOption = None,
     output: Annotated[Path | None, _folder_option("sweep")] = None,
     verbose: VerboseOption = False,
@@ -104,12 +98,13 @@ def sweep(
         )
     with loading():
         from grasp_lora import api
+        from grasp_lora.bench.search import BEST_FILE
         from grasp_lora.cli.progress import TerminalSweepProgress, print_sweep
     with shown(TerminalSweepProgress(console)) as progress, _checked_options():
         settings = {"params": tuple(param or ()), "trials": trials, "sampler": sampler, "seed": seed}
         folder, result = api.sweep(recipe, overrides or [], output, progress, **settings)
     print_sweep(result, console)
-    say(f"best recipe {folder / 'best.yaml'}")
+    say(f"best recipe {folder / BEST_FILE}")
 
 
 @contextmanager

@@ -65,11 +65,10 @@ def evaluate(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure adapters on the recipe's dev and test splits."""
-    from grasp_lora.bench.run_folder import Metrics
     from grasp_lora.bench.single import evaluate_folders
 
     log_to_terminal(verbose)
-    print_scores(Metrics.model_validate(evaluate_folders(session_of(recipe, overrides), adapter, output)))
+    print_scores(evaluate_folders(session_of(recipe, overrides), adapter, output))
 
 
 def merge(

@@ -55,7 +55,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def command_of(comparison: Comparison) -> str:
-    """The command that makes the comparison from the recipe in its folder; with the records there it only writes it anew."""
+    """The command that makes the comparison in the folder of the experiment; with its store there it only writes it anew."""
     settings = comparison.settings
     words = ["grasp-lora", "compare", f"{COMPARE_FOLDER}/{RECIPE_FILE}"]
     if set(settings.methods) != set(DEFAULT_METHODS):

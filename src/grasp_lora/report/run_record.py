@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from grasp_lora.bench.run_folder import (
     CONTROLLER_FOLDER,
@@ -31,14 +32,16 @@ from grasp_lora.bench.run_folder import (
     check_shape,
     damaged,
     predictions_file,
-    read_growing,
     read_lines,
     read_record,
     read_text,
 )
+from grasp_lora.bench.store import STORE_FOLDER, WORK
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.recipe import RECIPE_FILE
 from grasp_lora.recipes.text import parse
+
+_Row = TypeVar("_Row")
 
 
 class CorpusFacts(Shape):
@@ -162,8 +165,8 @@ class RunRecord:
     @property
     def missing(self) -> list[str]:
         """Stages that the run has yet to complete."""
-        left_out = "" if self.given_ratio is None else "controller"
-        return [stage for stage in STAGES if stage != left_out and stage not in self.cost]
+        expected = STAGES if self.given_ratio is None else [stage for stage in STAGES if stage != "controller"]
+        return [stage for stage in expected if stage not in self.cost]
 
     @property
     def probe_seconds(self) -> float:
@@ -184,16 +187,15 @@ def read_run(run_folder: Path) -> RunRecord:
         raise RecipeError(f"{run_folder} is no run folder: {RUN_FILE if run is None else RECIPE_FILE} is missing.")
     recipe_text = read_text(recipe_file)
     recipe = _recipe_facts(recipe_text, recipe_file)
-    controller = run_folder / CONTROLLER_FOLDER
     return RunRecord(
         run=run,
         recipe_text=recipe_text,
         recipe=recipe,
         data=read_record(run_folder / DATA_FILE, DataFacts) or DataFacts(),
-        rounds=read_growing(run_folder, CONTROLLER_FOLDER, ROUNDS_FILE, RoundRow),
-        timings=read_growing(run_folder, CONTROLLER_FOLDER, TIMINGS_FILE, Timing),
-        learned=read_record(controller / RATIO_FILE, LearnedRatio),
-        history={stage: read_growing(run_folder, stage, HISTORY_FILE, HistoryRow) for stage in TRAINED},
+        rounds=_growing(run_folder, ROUNDS_FILE, RoundRow),
+        timings=_growing(run_folder, TIMINGS_FILE, Timing),
+        learned=read_record(run_folder / CONTROLLER_FOLDER / RATIO_FILE, LearnedRatio),
+        history={stage: read_lines(run_folder / stage / HISTORY_FILE, HistoryRow, growing=True) for stage in TRAINED},
         sparsity=read_record(run_folder / FINAL_FOLDER / SPARSITY_FILE, list[FactorSparsity]) or [],
         predictions={
             name: read_lines(predictions_file(run_folder, name), Prediction)
@@ -202,6 +204,13 @@ def read_run(run_folder: Path) -> RunRecord:
         metrics=read_record(run_folder / METRICS_FILE, Metrics),
         cost=read_record(run_folder / COST_FILE, dict[str, float]) or {},
     )
+
+
+def _growing(run_folder: Path, name: str, shape: type[_Row]) -> list[_Row]:
+    """The rows of a file of the controller, or of the step that is about to make it."""
+    under_way = (run_folder / STORE_FOLDER / WORK).glob(f"*/{CONTROLLER_FOLDER}*/{name}")
+    files = [run_folder / CONTROLLER_FOLDER / name, *under_way]
+    return next((rows for file in files if (rows := read_lines(file, shape, growing=True))), [])
 
 
 def _sources(recipe: RecipeFacts) -> list[str]:

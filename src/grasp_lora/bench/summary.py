@@ -1,0 +1,239 @@
+"""From what each method came to, by seed, to the typed content of `compare.json`. Paper: main table and runtime table."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from grasp_lora.bench.comparison_record import (
+    TEST_LOSS,
+    Against,
+    Compared,
+    Comparison,
+    Cost,
+    CurvePoint,
+    Missing,
+    OtherSplit,
+    Pace,
+    Row,
+    SplitRow,
+    Spread,
+)
+from grasp_lora.bench.methods import METHODS
+from grasp_lora.bench.outcomes import Outcome
+from grasp_lora.bench.session import Session
+from grasp_lora.bench.store import environments
+from grasp_lora.evaluation.statistics import compare_with_baselines, mean_and_sd
+
+if TYPE_CHECKING:
+    from grasp_lora.bench.compare import ComparisonSettings
+
+PARENTS = ("source", "target")  # steps that train the adapters that are merged
+
+
+@dataclass
+class Outcomes:
+    """What came of one method: an outcome by seed, or why there is none."""
+
+    by_seed: dict[int, Outcome] = field(default_factory=dict)
+    unavailable: str | None = None
+    failed: bool = False
+
+
+Rows = dict[str, Outcomes]
+
+
+def summary(session: Session, settings: "ComparisonSettings", rows: Rows, split_seed: int) -> Comparison:
+    """The whole comparison as it stands, less other splits.
+
+    Args:
+        session: of the splits that are compared.
+        settings: what is compared.
+        rows: by method; all of those that are finished have the same seeds.
+        split_seed: seed of the splits.
+    """
+    finished = {name: row for name, row in rows.items() if row.by_seed}
+    metrics = _metrics(finished)
+    comparisons = {metric: _comparisons(session, settings, finished, metric) for metric in metrics}
+    signatures = {
+        metric: entry["signature"]
+        for row in finished.values()
+        for outcome in row.by_seed.values()
+        for metric, entry in outcome.scores.result.items()
+    }
+    return Comparison(
+        name=session.recipe.name,
+        recipe_hash=session.recipe.fingerprint(),
+        settings=Compared.model_validate(asdict(settings)),
+        backbone=session.backbone.name,
+        language=session.language,
+        seeds=sorted({seed for row in finished.values() for seed in row.by_seed}, key=settings.seeds.index),
+        split_seed=split_seed,
+        test_examples=len(session.splits.test),
+        dev_examples=len(session.splits.dev),
+        stops_early=session.recipe.final.training.patience is not None,
+        keeps_best=session.recipe.final.training.keep == "best",
+        given_target=session.recipe.target.adapter is not None,
+        micro_dev_examples=len(session.splits.micro_dev),
+        reference=settings.reference,
+        metrics=metrics,
+        signatures=signatures,
+        resamples=settings.resamples,
+        comparisons=max((len(compared) for compared in comparisons.values()), default=0),
+        rows=[_row(name, row, metrics, comparisons) for name, row in rows.items()],
+        other_splits=[],
+        curve=_curve(finished),
+        warnings=_warnings(finished),
+        made_with=_made_with(finished),
+        pace=_pace(finished),
+    )
+
+
+def other_split(rows: Rows, again: Rows, settings: "ComparisonSettings", split_seed: int) -> OtherSplit:
+    """The test losses of the first seed on the usual split and on another one, and what separates the reference from each row."""
+    seed = settings.seeds[0]
+    both = {
+        name: [fmean(one.by_seed[seed].losses.result["losses"]) for one in (rows[name], again[name])]
+        for name in rows
+        if seed in rows[name].by_seed and seed in again[name].by_seed
+    }
+    reference = both.get(settings.reference)
+    return OtherSplit(
+        split_seed=split_seed,
+        seed=seed,
+        missing=[
+            Missing(method=name, title=METHODS[name].title, reason=row.unavailable, failed=row.failed)
+            for name, row in again.items()
+            if row.unavailable and name in rows and not rows[name].unavailable
+        ],
+        rows=[
+            SplitRow(
+                method=name,
+                title=METHODS[name].title,
+                test_loss=losses,
+                difference=None if reference is None else [a - b for a, b in zip(reference, losses, strict=True)],
+            )
+            for name, losses in both.items()
+        ],
+    )
+
+
+def _metrics(rows: Mapping[str, Outcomes]) -> list[str]:
+    """Test loss first, then the scores in the order of the recipe."""
+    names = [name for row in rows.values() for outcome in row.by_seed.values() for name in outcome.scores.result]
+    return [TEST_LOSS, *dict.fromkeys(names)]
+
+
+def _value(outcome: Outcome, metric: str) -> float | None:
+    """The score, or None for a metric that is not available, such as BERTScore without a model."""
+    if metric == TEST_LOSS:
+        return fmean(outcome.losses.result["losses"])
+    value = outcome.scores.result[metric]["value"]
+    return None if value is None else float(value)
+
+
+def _comparisons(
+    session: Session, settings: "ComparisonSettings", rows: Mapping[str, Outcomes], metric: str
+) -> dict[str, Against]:
+    """The reference method against each other one."""
+    values_of = [_value(outcome, metric) for row in rows.values() for outcome in row.by_seed.values()]
+    if settings.reference not in rows or None in values_of:
+        return {}
+    corpus = None if metric == TEST_LOSS else session.metrics[metric].from_statistics
+    values = {
+        name: [_per_example(one, metric, corpus) for one in row.by_seed.values()]
+        for name, row in rows.items()
+        if METHODS[name].warning is None or name == settings.reference  # what is not fair is not tested
+    }
+    ours = values.pop(settings.reference)
+    compared = compare_with_baselines(
+        ours,
+        values,
+        corpus_score=corpus,
+        higher_is_better=metric != TEST_LOSS,
+        resamples=settings.resamples,
+    )
+    return {name: Against(**asdict(one), verdict=one.verdict) for name, one in compared.items()}
+
+
+def _per_example(outcome: Outcome, metric: str, corpus: Any) -> list[Any]:
+    if metric == TEST_LOSS:
+        return list(outcome.losses.result["losses"])
+    entry = outcome.scores.result[metric]
+    return list(entry["per_example"] if corpus is None else entry["statistics"])
+
+
+def _row(name: str, row: Outcomes, metrics: Sequence[str], comparisons: Mapping[str, Mapping[str, Against]]) -> Row:
+    method = METHODS[name]
+    facts = Row(method=name, title=method.title, unavailable=row.unavailable, failed=row.failed, merges=method.merges)
+    if not row.by_seed:
+        return facts
+    outcomes = list(row.by_seed.values())
+    # Where no seed has a part, as in zero shot, there is one result and no spread.
+    distinct = list({outcome.losses.key: outcome for outcome in outcomes}.values())
+    result = {
+        "warning": method.warning,
+        "seeds": len(outcomes),
+        "scores": {metric: _spread([_value(outcome, metric) for outcome in distinct]) for metric in metrics},
+        "prune_ratio": _spread([outcome.prune_ratio for outcome in outcomes if outcome.prune_ratio is not None]),
+        "chosen_on": outcomes[0].chosen_on,
+        "cost": _cost(row),
+        "against": {metric: compared[name] for metric, compared in comparisons.items() if name in compared},
+    }
+    return facts.model_copy(update=result)
+
+
+def _spread(values: Sequence[float | None]) -> Spread | None:
+    there = [value for value in values if value is not None]
+    if not there or len(there) < len(values):
+        return None
+    average, deviation = mean_and_sd(there)
+    return Spread(mean=average, sd=deviation, values=there)
+
+
+def _cost(row: Outcomes) -> Cost:
+    """Mean over the seeds: of all that the method needs, and of what it needs beyond the adapters that are merged."""
+    everything = [outcome.records for outcome in row.by_seed.values()]
+    own = [[record for record in records if record.step not in PARENTS] for records in everything]
+    return Cost(
+        runs=fmean(sum(record.trains for record in records) for records in own),
+        seconds=fmean(sum(record.seconds for record in records) for records in own),
+        work=fmean(sum(record.work for record in records) for records in own),
+        runs_in_all=fmean(sum(record.trains for record in records) for records in everything),
+        seconds_in_all=fmean(sum(record.seconds for record in records) for records in everything),
+        work_in_all=fmean(sum(record.work for record in records) for records in everything),
+    )
+
+
+def _curve(rows: Mapping[str, Outcomes]) -> list[CurvePoint]:
+    """Mean dev and test loss of each run of the grid that chooses on the dev set, by seed."""
+    outcomes = rows["grid"].by_seed if "grid" in rows else {}
+    return [
+        CurvePoint(seed=seed, prune_ratio=ratio, **losses)
+        for seed, outcome in outcomes.items()
+        for ratio, losses in (outcome.curve or {}).items()
+    ]
+
+
+def _warnings(rows: Mapping[str, Outcomes]) -> list[str]:
+    of_methods = [f"{METHODS[name].title} {warning}" for name in rows if (warning := METHODS[name].warning)]
+    of_runs = [
+        f"{METHODS[name].title}, seed {seed}, {sentence}"
+        for name, row in rows.items()
+        for seed, outcome in row.by_seed.items()
+        for sentence in outcome.left_out
+    ]
+    return of_methods + of_runs
+
+
+def _made_with(rows: Mapping[str, Outcomes]) -> list[dict[str, str]]:
+    outcomes = [outcome for row in rows.values() for outcome in row.by_seed.values()]
+    return environments(record for one in outcomes for record in (*one.records, one.losses, one.scores))
+
+
+def _pace(rows: Mapping[str, Outcomes]) -> Pace | None:
+    """Lowest and highest seconds per forward pass of the final runs, which are alike but for what else the machine did."""
+    outcomes = [outcome for row in rows.values() for outcome in row.by_seed.values()]
+    finals = [record for one in outcomes for record in one.records if record.step.startswith("final ")]
+    paces = [record.seconds / record.work for record in finals if record.work and record.seconds]
+    return Pace(lowest=min(paces), highest=max(paces)) if paces else None
