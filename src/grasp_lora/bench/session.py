@@ -45,7 +45,7 @@ from grasp_lora.training.settings import TrainingSettings
 if TYPE_CHECKING:  # these bring transformers' Trainer, which takes a second to import; who only checks does without
     from grasp_lora.storage.checkpoints import Checkpointing
     from grasp_lora.training.controller import GraspController
-    from grasp_lora.training.finetune import FineTuneResult
+    from grasp_lora.training.finetune import FineTuneResult, LossRow
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class LearnedRatio:
     steps: int
     rounds: list[dict[str, Any]]
     timings: list[dict[str, Any]]
-    history: list[dict[str, float]]
+    history: "list[LossRow]"
 
 
 @dataclass(frozen=True)
