@@ -6,7 +6,7 @@ reports. Every method of the paper and every baseline is a few calls on it.
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -44,7 +44,7 @@ from grasp_lora.training.settings import TrainingSettings
 if TYPE_CHECKING:  # these bring transformers' Trainer, which takes a second to import; who only checks does without
     from grasp_lora.storage.checkpoints import Checkpointing
     from grasp_lora.training.controller import GraspController
-    from grasp_lora.training.finetune import FineTuneResult
+    from grasp_lora.training.finetune import FineTuneResult, LossRow
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class LearnedRatio:
     steps: int
     rounds: list[dict[str, Any]]
     timings: list[dict[str, Any]]
-    history: Sequence[Mapping[str, Any]]
+    history: "list[LossRow]"
 
 
 class Session:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class HistoryRow(TypedDict):
+class LossRow(TypedDict):
     """One line of `history.jsonl`: a training loss, the mean since the last such row, or a dev loss."""
 
     step: int
@@ -62,7 +62,7 @@ class FineTuneResult:
     steps: int
     best_step: int
     dev_loss: float | None
-    history: list[HistoryRow] = field(default_factory=list)
+    history: list[LossRow] = field(default_factory=list)
 
 
 class BestOnDev(SavedInCheckpoints):
@@ -79,7 +79,7 @@ class BestOnDev(SavedInCheckpoints):
         self.evaluate_steps = evaluate_steps
         self.best_loss = math.inf
         self.best_step = 0
-        self.history: list[HistoryRow] = []
+        self.history: list[LossRow] = []
         self._best: dict[str, Tensor] = {}
         self._bad = 0
 
@@ -246,7 +246,7 @@ def finetune(
             f"the adapter's weights are no longer finite at step {steps}; "
             f"lower the learning rate (now {settings.learning_rate})"
         )
-    history: list[HistoryRow] = [
+    history: list[LossRow] = [
         {"step": int(row["step"]), "epoch": row["epoch"], "loss": row["loss"]}
         for row in trainer.state.log_history
         if "loss" in row
