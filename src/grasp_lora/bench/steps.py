@@ -20,7 +20,7 @@ from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.store import Record, Records, key_of
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.merging import MergeSettings
+from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.method.policy import ESTIMATE_RULES, POLICIES, PolicySettings, Round
 from grasp_lora.models.adapters import LoadedAdapter, attached, read_adapter, segments_of
 from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage
@@ -287,7 +287,7 @@ class Bench:
             train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step (`shared_ratio`).
             ratios: what is measured, fractions in [0, 1].
             every: optimizer steps between measurements, >= 1.
-            split: `micro_dev` or `dev`; scores that need inputs or gradients are calibrated on it, too.
+            split: `micro_dev` or `dev`; scores that need inputs are calibrated on it, too.
 
         Returns:
             Record with `steps` and `losses` of a `LossLandscape`.
@@ -485,7 +485,7 @@ class Bench:
             "merge": asdict(merge),
             "parents": [parent.key for parent in parents],
             "names": list(names),
-            "seed": self.recipe.seed if merge.rule.startswith("dare") else None,  # the others draw nothing
+            "seed": self.recipe.seed if merge_rule(merge.rule).draws else None,  # the others draw nothing
         }
         key = key_of(name, _plain(settings))  # quick and exact, so it is never on record
 
