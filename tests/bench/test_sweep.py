@@ -575,7 +575,7 @@ def test_a_trial_that_was_killed_does_not_compete_with_its_repetition(killed):
 
 
 def test_the_best_of_a_single_run_recipe_is_written(tiny_workspace):
-    content, _ = run("out", RATIO, trials=2, overrides=("final.start=controller", "controller.probe_every=2"))
+    content, _ = run("out", RATIO, trials=2, overrides=("final.start=controller", "controller.rounds.every=2"))
     best, _ = load_recipe(Path("out", BEST_FILE))
     assert best.final.prune_ratio == content["trials"][content["best"] - 1]["values"]["final.prune_ratio"]
     assert best.final.start == "merged"

@@ -19,10 +19,10 @@ from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs, segm
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.training import probes as probing
-from grasp_lora.training.controller import PrunedTraining
 from grasp_lora.training.finetune import finetune
-from grasp_lora.training.landscape import LossLandscape, shared_ratio
+from grasp_lora.training.landscape import LossLandscape, even_ratio
 from grasp_lora.training.probes import ProbeSet
+from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TrainingSettings
 
 RATIOS = (0.1, 0.5, 0.9)
@@ -190,7 +190,7 @@ def test_a_shared_run_visits_ratios_from_all_over_the_grid_with_masks_that_nest(
 
 def test_any_stretch_of_a_shared_run_covers_the_range_evenly():
     for start in (0, 17, 400):
-        ratios = [shared_ratio(step, 0.0, 0.8) for step in range(start, start + 25)]
+        ratios = [even_ratio(step, 0.0, 0.8) for step in range(start, start + 25)]
         assert all(0.0 <= ratio < 0.8 for ratio in ratios)
         assert sum(ratios) / len(ratios) == pytest.approx(0.4, abs=0.03)
         tenths = [sum(0.08 * i <= ratio < 0.08 * (i + 1) for ratio in ratios) for i in range(10)]

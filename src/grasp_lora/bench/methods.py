@@ -15,8 +15,10 @@ from grasp_lora.bench.steps import Adapter, Bench, Outcome
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES
-from grasp_lora.method.policy import PRESETS, PolicySettings
-from grasp_lora.recipes.recipe import PAPER_PROBE_EVERY, PROBE_SPLITS, ControllerStage, FinalStage, Recipe
+from grasp_lora.method.policy import Uniform
+from grasp_lora.method.presets import PRESETS
+from grasp_lora.method.search import RatioPolicy
+from grasp_lora.recipes.recipe import ControllerStage, FinalStage, Recipe
 
 SINGLE_SHARE = 0.6  # of the epochs of a final run, in which a single run learns its ratio
 
@@ -98,7 +100,7 @@ def _run_grasp(
         chosen = stage(bench.recipe)
         ratio, merged = bench.controlled(chosen, dev_free)
         adapter = bench.finetuned(merged, ratio, final, dev_free)
-        return bench.outcome(adapter, ratio, chosen_on=chosen.probe_on)
+        return bench.outcome(adapter, ratio, chosen_on=chosen.rounds.pool)
 
     return run
 
@@ -111,12 +113,13 @@ def single_run(recipe: Recipe) -> tuple[ControllerStage, FinalStage]:
     """
     own, final = recipe.controller, recipe.final
     epochs = final.training.epochs
-    learn = replace(
-        own,
-        policy=replace(own.policy, probe_from=0.0),
-        probe_on="micro_dev" if own.probe_examples is None else own.probe_on,
-        training=replace(own.training, epochs=SINGLE_SHARE * epochs),
+    rounds = replace(
+        own.rounds,
+        start=0.0,
+        before_training=own.policy.regime == "each_step",
+        pool="micro_dev" if own.rounds.in_turn is None else own.rounds.pool,
     )
+    learn = replace(own, rounds=rounds, training=replace(own.training, epochs=SINGLE_SHARE * epochs))
     finish = replace(
         final,
         start="controller",
@@ -133,12 +136,12 @@ def _run_single(bench: Bench) -> Outcome:
     """GRASP in a single run: the controller run's own adapter, pruned at the learned ratio and finished."""
     learn, finish = single_run(bench.recipe)
     ratio, adapter = bench.controlled_adapter(learn)
-    return bench.outcome(bench.finetuned(adapter, ratio, vars(finish)), ratio, chosen_on=learn.probe_on)
+    return bench.outcome(bench.finetuned(adapter, ratio, vars(finish)), ratio, chosen_on=learn.rounds.pool)
 
 
 def _one_shot(bench: Bench) -> Outcome:
     ratio, merged = bench.controlled(bench.recipe.controller)
-    return bench.outcome(bench.pruned(merged, ratio), ratio, chosen_on=bench.recipe.controller.probe_on)
+    return bench.outcome(bench.pruned(merged, ratio), ratio, chosen_on=bench.recipe.controller.rounds.pool)
 
 
 def _own(recipe: Recipe) -> ControllerStage:
@@ -146,41 +149,35 @@ def _own(recipe: Recipe) -> ControllerStage:
 
 
 def _own_on_dev(recipe: Recipe) -> ControllerStage:
-    return replace(recipe.controller, probe_on="dev", probe_examples=None)
+    own = recipe.controller
+    return replace(own, rounds=replace(own.rounds, pool="dev", in_turn=None))
 
 
 def _random(recipe: Recipe) -> ControllerStage:
     """The paper's, but with uniform candidates and nothing learned: what its policy is worth."""
-    paper = _preset("paper")(recipe)
-    return replace(paper, policy=replace(paper.policy, kind="uniform"))
+    own = recipe.controller.policy
+    bounds = {name: getattr(own, name) for name in ("ratio_min", "ratio_max", "ratio_init")}
+    return replace(_paper(recipe), policy=Uniform(**bounds))
 
 
-def _preset(name: str) -> Callable[[Recipe], ControllerStage]:
-    """A preset within the recipe's own bounds, as the paper runs it: the whole micro-dev set every ten steps, to the end."""
-
-    def stage(recipe: Recipe) -> ControllerStage:
-        own = recipe.controller
-        return replace(
-            own,
-            policy=_bounded(name, own.policy),
-            probe_every=min(PAPER_PROBE_EVERY, own.probe_every or PAPER_PROBE_EVERY),
-            patience=None,
-            probe_on="micro_dev",
-            probe_examples=None,
-        )
-
-    return stage
+def _paper(recipe: Recipe) -> ControllerStage:
+    """Preset `paper` within the recipe's own bounds, its rounds at most ten steps apart."""
+    own, paper = recipe.controller, PRESETS["paper"]
+    every = paper.rounds.every if own.rounds.every == "epoch" else min(paper.rounds.every, own.rounds.every)
+    return replace(
+        own, policy=_bounded(paper.policy, own.policy), rounds=replace(paper.rounds, every=every), rule=paper.rule
+    )
 
 
 def _dev_free(recipe: Recipe) -> ControllerStage:
     """Late probes of the micro-dev set: where the final run trains all epochs, its end decides, not its best moment."""
-    own = recipe.controller
-    policy = _bounded("late", own.policy)
-    return replace(own, policy=policy, patience=None, probe_on="micro_dev", probe_examples=None)
+    own, late = recipe.controller, PRESETS["late"]
+    rounds = replace(late.rounds, every=own.rounds.every)
+    return replace(own, policy=_bounded(late.policy, own.policy), rounds=rounds, rule=late.rule)
 
 
-def _bounded(name: str, own: PolicySettings) -> PolicySettings:
-    return replace(PRESETS[name], ratio_min=own.ratio_min, ratio_max=own.ratio_max, ratio_init=own.ratio_init)
+def _bounded(policy: RatioPolicy, own: RatioPolicy) -> RatioPolicy:
+    return replace(policy, ratio_min=own.ratio_min, ratio_max=own.ratio_max, ratio_init=own.ratio_init)
 
 
 def _needs_rounds(stage: Callable[[Recipe], ControllerStage]) -> Callable[[Session], str | None]:
@@ -188,7 +185,7 @@ def _needs_rounds(stage: Callable[[Recipe], ControllerStage]) -> Callable[[Sessi
 
     def unavailable(session: Session) -> str | None:
         own = stage(session.recipe)
-        missing = [_needs(split)(session) for split in PROBE_SPLITS[own.probe_on]]
+        missing = [_needs(split)(session) for split in own.rounds.splits]
         return next(filter(None, missing), None) or lack_of_rounds(own, len(session.splits.train))
 
     return unavailable
@@ -265,12 +262,7 @@ METHODS: dict[str, Method] = {
     "grasp_single": Method(
         "GRASP in a single run", _run_single, 5, _needs_rounds(lambda recipe: single_run(recipe)[0])
     ),
-    "grasp_default": Method(
-        "GRASP, preset default", _run_grasp(_preset("default")), 5, _needs_rounds(_preset("default"))
-    ),
-    "grasp_paper": Method(
-        "GRASP, preset paper", _run_grasp(_preset("paper"), PAPER_FINAL), 5, _needs_rounds(_preset("paper"))
-    ),
+    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_paper, PAPER_FINAL), 5, _needs_rounds(_paper)),
     "grasp_random": Method(
         "preset paper with random candidates", _run_grasp(_random, PAPER_FINAL), 5, _needs_rounds(_random)
     ),
@@ -292,6 +284,5 @@ METHODS: dict[str, Method] = {
         warning="chooses its ratio on the test split: a bound on what any choice could reach, no fair method",
     ),
 }
-# The preset default is what a recipe has unless it says otherwise, a single run needs a controller run of its own, since those on
-# record leave no adapter, and the oracle is not fair.
-DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("grasp_default", "grasp_single", "grid_oracle"))
+# A single run needs a controller run of its own, since those on record leave no adapter, and the oracle is not fair.
+DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("grasp_single", "grid_oracle"))

@@ -21,9 +21,11 @@ from grasp_lora.bench.store import Record, Records, key_of
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings, merge_rule
-from grasp_lora.method.policy import ESTIMATE_RULES, POLICIES, PolicySettings, Round
+from grasp_lora.method.policy import plain_policy
+from grasp_lora.method.presets import ratio_rule
+from grasp_lora.method.rounds import Round
 from grasp_lora.models.adapters import LoadedAdapter, attached, read_adapter, segments_of
-from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage
+from grasp_lora.recipes.recipe import ControllerStage, FinalStage
 from grasp_lora.storage.files import sync, write_jsonl
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
@@ -217,18 +219,18 @@ class Bench:
         Returns:
             The learned ratio, and the merged adapter with the run's record among its own: what it cost.
         """
-        policy = stage.policy
-        run_by = replace(policy, estimate=PolicySettings().estimate)
-        measures_alike = policy.compares_rounds(stage.patience) == run_by.compares_rounds(stage.patience)
-        if not POLICIES[policy.kind].shared and (stage.probe_examples is None or measures_alike):
-            stage = replace(stage, policy=run_by)
+        policy, rule = stage.policy, ratio_rule(stage.rule)
+        run_by = replace(stage, rule="smooth_fit")
+        measures_alike = stage.compares_rounds() == run_by.compares_rounds()
+        if policy.regime == "held" and (stage.rounds.in_turn is None or measures_alike):
+            stage = run_by
         merged = self.merged(dev_free)
         record = self.records.get(
             "controller",
             self._control_settings(stage, merged),
             lambda key: self._control(stage, merged, key)[1],
         )
-        estimate = ESTIMATE_RULES[policy.estimate](rounds_of(record), policy.ratio_min, policy.ratio_max)
+        estimate = rule(rounds_of(record), policy.ratio_min, policy.ratio_max)
         return estimate.ratio, replace(merged, records=(*merged.records, record))
 
     def controlled_adapter(self, stage: ControllerStage) -> tuple[float, Adapter]:
@@ -248,13 +250,12 @@ class Bench:
 
     def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
         return self._settings(
-            data=self._data("train", *PROBE_SPLITS[stage.probe_on]),
+            data=self._data("train", *stage.rounds.splits),
             revision=REVISIONS["controller"],
             start=merged.key,
             controller=_controller_settings(stage),
             mask=asdict(self.recipe.mask),
             dropout=self.recipe.lora.dropout,
-            probes=stage.probe_on,
         )
 
     def _control(
@@ -284,7 +285,7 @@ class Bench:
         """The losses of a split at many prune ratios, again and again during a training run like the controller's.
 
         Args:
-            train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step (`shared_ratio`).
+            train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step (`even_ratio`).
             ratios: what is measured, fractions in [0, 1].
             every: optimizer steps between measurements, >= 1.
             split: `micro_dev` or `dev`; scores that need inputs are calibrated on it, too.
@@ -563,7 +564,7 @@ def check_ratios(name: str, ratios: Sequence[float]) -> None:
 
 def rounds_of(record: Record) -> list[Round]:
     """Return the rounds of a controller run that is on record."""
-    return [Round.from_json(row["ratio_before"], row) for row in record.result["rounds"]]
+    return [Round.from_json(row) for row in record.result["rounds"]]
 
 
 def _final_settings(stage: FinalStage) -> dict[str, Any]:
@@ -575,10 +576,8 @@ def _final_settings(stage: FinalStage) -> dict[str, Any]:
 
 
 def _controller_settings(stage: ControllerStage) -> dict[str, Any]:
-    """What decides a controller run; what it does not make use of is left out, as in records made before that was there."""
-    settings = asdict(stage)
-    del settings["probe_on"]  # among the settings already
-    return {name: value for name, value in settings.items() if value is not None}
+    """What decides a controller run."""
+    return asdict(stage) | {"policy": plain_policy(stage.policy)}
 
 
 def _given(adapter: LoadedAdapter) -> Adapter:

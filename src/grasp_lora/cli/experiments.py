@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from grasp_lora.cli.terminal import (
+    AllowCodeOption,
     RecipeArgument,
     SetOption,
     VerboseOption,
@@ -43,6 +44,7 @@ def compare(
         typer.Option(help="Do all of it once more, with the first seed, on the split of this seed. May be repeated."),
     ] = None,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("compare")] = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -59,7 +61,7 @@ def compare(
     from grasp_lora.errors import GraspError
 
     log_to_terminal(verbose)
-    session, folder = _opened(recipe, overrides, output, "compare")
+    session, folder = _opened(recipe, overrides, output, "compare", allow_code)
     with loading():
         from grasp_lora.bench.compare import ComparisonSettings
         from grasp_lora.bench.compare import compare as run_comparison
@@ -105,6 +107,7 @@ def sweep(
     pruner: Annotated[str, typer.Option(help="Stop bad trials early: none, median, halving or wilcoxon.")] = "none",
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler; default: the recipe's.")] = None,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("sweep")] = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -114,7 +117,7 @@ def sweep(
     again to go on after an interruption.
     """
     log_to_terminal(verbose)
-    session, folder = _opened(recipe, overrides, output, "sweep")
+    session, folder = _opened(recipe, overrides, output, "sweep", allow_code)
     with loading():
         from grasp_lora.bench.sweep import BEST_FILE, SweepSettings
         from grasp_lora.bench.sweep import sweep as run_sweep
@@ -151,6 +154,7 @@ def record(
         bool, typer.Option(help="Train at shared ratios once more, and measure the dev set along the way.")
     ] = True,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("landscape")] = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -161,7 +165,7 @@ def record(
     done again, also where `compare` put it into the same folder.
     """
     log_to_terminal(verbose)
-    session, folder = _opened(recipe, overrides, output, "landscape")
+    session, folder = _opened(recipe, overrides, output, "landscape", allow_code)
     with loading():
         from grasp_lora.bench.recording import FINAL_RATIOS, LANDSCAPE_FILE, RecordingSettings
         from grasp_lora.bench.recording import record as run_recording
@@ -190,11 +194,13 @@ def record(
     say(f"landscape {folder / LANDSCAPE_FILE}")
 
 
-def _opened(recipe: str, overrides: list[str] | None, output: Path | None, kind: str) -> tuple["Session", Path]:
+def _opened(
+    recipe: str, overrides: list[str] | None, output: Path | None, kind: str, allow_code: bool
+) -> tuple["Session", Path]:
     """The session of a recipe, with nothing loaded yet, and the folder of the experiment."""
     from grasp_lora.recipes.load import load_recipe
 
-    loaded, base = load_recipe(recipe, overrides or [])
+    loaded, base = load_recipe(recipe, overrides or [], allow_code=allow_code)
     with loading():
         from grasp_lora.bench.session import Session
     return Session(loaded, base), output or Path("runs") / f"{loaded.name}-{kind}"
