@@ -8,20 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from trajectory import LossLandscape, shared_ratio
+from trajectory import LossLandscape
 from transformers import TrainerCallback, TrainerState
 
 from grasp_lora.errors import GraspError, ProbeError
+from grasp_lora.method.importance import SCORES
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.masks import SCORES, MaskSet, MaskSettings
+from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.method.merging import MergeSettings, merge
+from grasp_lora.method.policy import even_ratio
 from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.training import probes as probing
-from grasp_lora.training.controller import PrunedTraining
 from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probes import ProbeSet
+from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TrainingSettings
 
 pytestmark = pytest.mark.slow
@@ -191,7 +193,7 @@ def test_a_shared_run_visits_ratios_from_all_over_the_grid_with_masks_that_nest(
 
 def test_any_stretch_of_a_shared_run_covers_the_range_evenly():
     for start in (0, 17, 400):
-        ratios = [shared_ratio(step, 0.0, 0.8) for step in range(start, start + 25)]
+        ratios = [even_ratio(step, 0.0, 0.8) for step in range(start, start + 25)]
         assert all(0.0 <= ratio < 0.8 for ratio in ratios)
         assert sum(ratios) / len(ratios) == pytest.approx(0.4, abs=0.03)
         tenths = [sum(0.08 * i <= ratio < 0.08 * (i + 1) for ratio in ratios) for i in range(10)]

@@ -16,7 +16,7 @@ import yaml
 from grasp_lora.data.tasks import TEMPLATES
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
-from grasp_lora.method.policy import ESTIMATE_RULES
+from grasp_lora.method.presets import RULES
 from grasp_lora.report.card import write_model_card
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_report
@@ -365,7 +365,7 @@ def test_half_finished_run_says_what_is_not_there(run_folder: Path, removed: lis
     assert all(said in text for text in texts(run_folder))
 
 
-@pytest.mark.parametrize("rule", ESTIMATE_RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_every_rule_is_explained(run_folder: Path, rule: str) -> None:
     change(run_folder / "controller" / "ratio.json", lambda ratio: ratio.update(rule=rule))
     page, _ = texts(run_folder)
@@ -374,9 +374,9 @@ def test_every_rule_is_explained(run_folder: Path, rule: str) -> None:
 
 
 def test_it_says_which_examples_were_probed(run_folder: Path) -> None:
-    change_recipe(run_folder, controller={"probe_on": "micro_dev", "probe_examples": None})
+    change_recipe(run_folder, controller={"rounds": {"pool": "micro_dev", "in_turn": None}})
     assert "measured the loss on the micro-dev set." in texts(run_folder)[0]
-    change_recipe(run_folder, controller={"probe_on": "both", "probe_examples": 3})
+    change_recipe(run_folder, controller={"rounds": {"pool": "both", "in_turn": 3}})
     page, _ = texts(run_folder)
     assert "on the micro-dev and the dev set, other examples in each round." in page
     assert "cannot be compared with each other" in page
@@ -384,6 +384,16 @@ def test_it_says_which_examples_were_probed(run_folder: Path) -> None:
     page, _ = texts(run_folder)
     assert "on the micro-dev and the dev set, of candidates on 2 of its examples in turn." in page
     assert "cannot be compared with each other" not in page
+
+
+def test_a_run_of_an_older_version_is_said(run_folder: Path) -> None:
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["controller"] = {"policy": {"kind": "shared"}, "probe_on": "dev"}
+    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    with pytest.raises(
+        RecipeError, match=r"recipe\.yaml has controller\.probe_on, which is now controller\.rounds\.pool"
+    ):
+        write_report(run_folder)
 
 
 @pytest.mark.parametrize(("high", "wide"), [(0.55, False), (0.79, True)])

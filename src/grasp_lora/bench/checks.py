@@ -7,10 +7,10 @@ from grasp_lora.data.places import resolve_file
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.evaluation.bertscore import check_bertscore
-from grasp_lora.method.merging import MERGE_RULES
+from grasp_lora.method.merging import merge_rule
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.models.generation import context_of
-from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, Recipe
+from grasp_lora.recipes.recipe import ControllerStage, Recipe
 from grasp_lora.storage.processes import world_size
 
 
@@ -93,7 +93,7 @@ def _check_adapters(session: Session) -> None:
         check_target_modules(session.backbone.model, recipe.lora.target_modules)
     ranks = {pair.rank for adapter in session.existing_adapters.values() for pair in adapter.weights.values()}
     ranks |= {recipe.lora.rank} if trains else set()
-    if MERGE_RULES[recipe.merge.rule].equal_ranks and len(ranks) > 1:
+    if merge_rule(recipe.merge.rule).equal_ranks and len(ranks) > 1:
         raise AdapterError(
             f"merge rule {recipe.merge.rule!r} needs equal ranks, but the adapters have {sorted(ranks)}; "
             "use 'exact' or 'svd'" + (", or set lora.rank to the rank of the others" if trains else "")
@@ -117,10 +117,10 @@ def _check_processes(session: Session) -> None:
 
 def check_rounds(session: Session) -> None:
     stage = session.recipe.controller
-    for split in PROBE_SPLITS[stage.probe_on]:
+    for split in stage.rounds.splits:
         if not getattr(session.splits, split):
             raise RecipeError(
-                f"controller.probe_on is {stage.probe_on!r}, but data.target.{split} is 0; "
+                f"controller.rounds.pool is {stage.rounds.pool!r}, but data.target.{split} is 0; "
                 "give it examples, or probe elsewhere"
             )
     if problem := lack_of_rounds(stage, len(session.splits.train)):
@@ -139,7 +139,7 @@ def lack_of_rounds(stage: ControllerStage, train_examples: int) -> str | None:
     steps, every = stage.training.steps(train_examples), stage.spacing(train_examples)
     return (
         f"the controller run has {steps} optimizer steps and probes every {every}, so no round follows a step; "
-        "raise controller.training.epochs or lower controller.probe_every"
+        "raise controller.training.epochs or lower controller.rounds.every"
     )
 
 

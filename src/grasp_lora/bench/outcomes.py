@@ -9,8 +9,8 @@ from typing import Any
 from grasp_lora.bench.store import Record
 from grasp_lora.data.encode import Example
 from grasp_lora.errors import AdapterError
-from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.method.rounds import RatioEstimate
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from grasp_lora.data.splits import SPLITS, Splits
 from grasp_lora.data.tasks import task_fields
 from grasp_lora.evaluation.metrics import Metric, resolve_metrics, score
 from grasp_lora.evaluation.outputs import MetricScore
-from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSettings, survival
 from grasp_lora.method.merging import MergeSettings, merge
+from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import (
     adapter_weights,
     attached,
@@ -36,9 +36,9 @@ from grasp_lora.models.backbone import Backbone, load_backbone
 from grasp_lora.models.generation import generate
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import EMBEDDED_NAME
-from grasp_lora.recipes.recipe import PROBE_SPLITS, Recipe
+from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.processes import distribute, world_size
-from grasp_lora.training.probes import ProbeSet, ProbesInTurn
+from grasp_lora.training.probes import ProbeSet, probes_of
 from grasp_lora.training.settings import TrainingSettings
 
 if TYPE_CHECKING:  # these bring transformers' Trainer, which takes a second to import; who only checks does without
@@ -48,7 +48,7 @@ if TYPE_CHECKING:  # these bring transformers' Trainer, which takes a second to 
 
 log = logging.getLogger(__name__)
 
-CALIBRATION_EXAMPLES = 16  # of the train set, for scores that need inputs or gradients in the final run
+CALIBRATION_EXAMPLES = 16  # of the train set, for scores that need inputs in the final run
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Session:
     @property
     def probe_pool(self) -> list[Example]:
         """The examples that the controller may probe."""
-        splits = PROBE_SPLITS[self.recipe.controller.probe_on]
+        splits = self.recipe.controller.rounds.splits
         return [example for split in splits for example in getattr(self.splits, split)]
 
     def read(self, place: str | Path) -> LoadedAdapter:
@@ -229,14 +229,14 @@ class Session:
         Raises:
             ProbeError: a loss is not finite.
         """
-        from grasp_lora.training.controller import ControllerSettings, GraspController
+        from grasp_lora.training.controller import GraspController
 
         stage = self.recipe.controller
         policy = replace(stage.policy, seed=self.recipe.seed_of(f"policy {stage.policy.seed}"))
-        pool, pad_id, turn = self.probe_pool, self.pad_id, stage.in_turn(len(self.probe_pool))
+        turn = stage.rounds.turn(len(self.probe_pool))
         controller = GraspController(
-            ProbeSet(pool, pad_id) if turn is None else ProbesInTurn(pool, pad_id, turn, policy.seed),
-            ControllerSettings(policy, stage.spacing(len(self.splits.train)), stage.patience),
+            probes_of(self.probe_pool, self.pad_id, turn, policy.seed),
+            replace(stage, policy=policy),
             self.recipe.mask,
             segments_of(merged),
             folder,
@@ -247,11 +247,11 @@ class Session:
             result = self.finetune(
                 model, self.splits.train, (), stage.training, "controller", folder, controller=controller
             )
-            estimate = controller.policy.best_ratio()
+            estimate = controller.learned
             kept = controller.best_adapter(estimate.ratio) if keep_best else adapter_weights(model, segments_of(merged))
         rounds, timings = controller.rows()
         return LearnedRatio(
-            estimate, kept, controller.policy.current_ratio, result.steps, rounds, timings, result.history
+            estimate, kept, controller.search.current_ratio, result.steps, rounds, timings, result.history
         )
 
     def finetune_pruned(
@@ -275,7 +275,7 @@ class Session:
         Returns:
             The adapter at its best dev loss, how training went, and its kept weights per module, factor and origin.
         """
-        from grasp_lora.training.controller import PrunedTraining
+        from grasp_lora.training.pruned import PrunedTraining
 
         stage = self.recipe.final
         mask: MaskSettings = stage.mask or self.recipe.mask

@@ -20,9 +20,9 @@ from grasp_lora.bench.steps import Bench, given
 from grasp_lora.bench.store import Store
 from grasp_lora.data.encode import prompt_ids
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.merging import merge as merge_weights
+from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, check_fits, save_adapter
 from grasp_lora.models.backbone import backbone_of
 from grasp_lora.models.generation import generate

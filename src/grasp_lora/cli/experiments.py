@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grasp_lora.cli.options import OptionsOf, RecipeArgument, SetOption, VerboseOption
+from grasp_lora.cli.options import AllowCodeOption, OptionsOf, RecipeArgument, SetOption, VerboseOption
 from grasp_lora.cli.terminal import console, loading, log_to_terminal, say, shown
 
 _compare = OptionsOf("grasp_lora.bench.compare", "ComparisonSettings")
@@ -28,6 +28,7 @@ def compare(
     reference: Annotated[str, _compare("reference")] = "grasp",
     split_seed: Annotated[list[int] | None, _compare("split_seeds", more="May be repeated.")] = None,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("compare")] = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -58,7 +59,7 @@ def compare(
             "split_seeds": tuple(split_seed or ()),
         }
     with shown(TerminalBenchProgress(console)) as progress, _checked_options():
-        folder, comparison = api.compare(recipe, overrides or [], output, progress, **settings)
+        folder, comparison = api.compare(recipe, overrides or [], output, progress, allow_code=allow_code, **settings)
     print_comparison(comparison, console)
     print_steps(progress.used, console)
     say(f"tables {folder / COMPARISON_TABLES_FILE}   report {folder / REPORT_FILE}")
@@ -80,6 +81,7 @@ def sweep(
     pruner: Annotated[str | None, typer.Option(hidden=True)] = None,
     seed: Annotated[int | None, _sweep("seed")] = None,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("sweep")] = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -102,7 +104,7 @@ def sweep(
         from grasp_lora.cli.progress import TerminalSweepProgress, print_sweep
     with shown(TerminalSweepProgress(console)) as progress, _checked_options():
         settings = {"params": tuple(param or ()), "trials": trials, "sampler": sampler, "seed": seed}
-        folder, result = api.sweep(recipe, overrides or [], output, progress, **settings)
+        folder, result = api.sweep(recipe, overrides or [], output, progress, allow_code=allow_code, **settings)
     print_sweep(result, console)
     say(f"best recipe {folder / BEST_FILE}")
 

@@ -19,6 +19,10 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Change one value: a.b=value, for example data.root=/data. May be repeated."),
 ]
+AllowCodeOption = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Import code that the recipe names (package.module:name), also from beside it."),
+]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; default runs/NAME.")]
 StepOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens in detail.")]
@@ -53,11 +57,11 @@ class OptionsOf:
         return typer.Option(*names, help=escape(text))
 
 
-def session_of(recipe: str, overrides: list[str] | None) -> "Session":
+def session_of(recipe: str, overrides: list[str] | None, allow_code: bool) -> "Session":
     """Return the session of a recipe with its overrides, with nothing loaded yet."""
     from grasp_lora.recipes.load import load_recipe
 
-    loaded, base = load_recipe(recipe, overrides or [])
+    loaded, base = load_recipe(recipe, overrides or [], allow_code=allow_code)
     from grasp_lora.bench.session import Session
 
     return Session(loaded, base)

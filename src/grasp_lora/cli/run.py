@@ -5,20 +5,24 @@ from typing import Annotated
 
 import typer
 
-from grasp_lora.cli.options import OutputOption, RecipeArgument, SetOption, VerboseOption, session_of
+from grasp_lora.cli.options import AllowCodeOption, OutputOption, RecipeArgument, SetOption, VerboseOption, session_of
 from grasp_lora.cli.terminal import console, loading, log_to_terminal, print_scores, say, shown
 from grasp_lora.storage.processes import leave
 
 
 def run(
-    recipe: RecipeArgument, overrides: SetOption = None, output: OutputOption = None, verbose: VerboseOption = False
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
+    output: OutputOption = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """Do the whole job: adapters, merge, learn the ratio, final run, evaluation, report.
 
     Run it again on the same folder to go on after an interruption: completed stages are skipped.
     """
     log_to_terminal(verbose)
-    _run(recipe, overrides or [], output)
+    _run(recipe, overrides or [], output, allow_code)
 
 
 def demo(
@@ -33,15 +37,20 @@ def demo(
     log_to_terminal(verbose)
     if language not in ("ar", "zh"):
         raise RecipeError(f"demo language is {language!r}; allowed: ar, zh")
-    _run(f"demo-{language}", overrides or [], output)
+    _run(f"demo-{language}", overrides or [], output, False)
 
 
-def check(recipe: RecipeArgument, overrides: SetOption = None, verbose: VerboseOption = False) -> None:
+def check(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
+    verbose: VerboseOption = False,
+) -> None:
     """Check a recipe before running it: files, adapters, label masks, lengths, splits, leaks, rounds and cost."""
     log_to_terminal(verbose)
     from grasp_lora.bench.preflight import preflight
 
-    for finding in preflight(session_of(recipe, overrides)):
+    for finding in preflight(session_of(recipe, overrides, allow_code)):
         mark = "[green]ok     [/green]" if finding.level == "ok" else "[yellow]warning[/yellow]"
         console.print(f"{mark} [bold]{finding.topic:<10}[/bold]", end=" ")
         say(finding.text)
@@ -56,14 +65,14 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
         say(f"wrote {write_report(folder)}")
 
 
-def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
+def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool) -> None:
     with loading():
         from grasp_lora import api
         from grasp_lora.bench.run_folder import REPORT_FILE
         from grasp_lora.cli.progress import TerminalProgress
         from grasp_lora.method.estimate import WIDE_INTERVAL
     with shown(TerminalProgress(console)) as progress:
-        result = api.run(recipe, overrides, output, progress)
+        result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
     print_scores(result.metrics)
     ratio, given = result.ratio, result.metrics.prune_ratio_interval is None
     learned = " (given)" if given else f" (95 % interval {ratio.low:.1%} to {ratio.high:.1%})"

@@ -7,6 +7,7 @@ import typer
 
 from grasp_lora.cli.options import (
     AdapterOption,
+    AllowCodeOption,
     BackboneOption,
     OptionsOf,
     RecipeArgument,
@@ -27,13 +28,14 @@ def learn(
     adapter: AdapterOption,
     output: StepOutput,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Learn the prune ratio of a merged adapter (the controller run alone)."""
     from grasp_lora.bench.single import learn_folder
 
     log_to_terminal(verbose)
-    estimate = learn_folder(session_of(recipe, overrides), adapter, output)
+    estimate = learn_folder(session_of(recipe, overrides, allow_code), adapter, output)
     say(
         f"prune ratio {estimate.ratio:.4f} (95 % interval {estimate.low:.4f} to {estimate.high:.4f}, "
         f"{estimate.rounds} rounds) -> {output}"
@@ -46,13 +48,14 @@ def finetune(
     ratio: Annotated[float, typer.Option(help="Prune ratio, a fraction in [0, 1].")],
     output: StepOutput,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Prune a merged adapter at a given ratio and fine-tune it (the final run alone)."""
     from grasp_lora.bench.single import finetune_folder
 
     log_to_terminal(verbose)
-    result = finetune_folder(session_of(recipe, overrides), adapter, ratio, output)
+    result = finetune_folder(session_of(recipe, overrides, allow_code), adapter, ratio, output)
     loss = "" if result.dev_loss is None else f", dev loss {result.dev_loss:.4f}"
     say(f"{result.steps} steps, best at step {result.best_step}{loss} -> {output}")
 
@@ -62,13 +65,14 @@ def evaluate(
     adapter: Annotated[list[str], typer.Option("--adapter", "-a", help="PEFT adapter; may be repeated.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for predictions and metrics.")] = None,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Measure adapters on the recipe's dev and test splits."""
     from grasp_lora.bench.single import evaluate_folders
 
     log_to_terminal(verbose)
-    print_scores(evaluate_folders(session_of(recipe, overrides), adapter, output))
+    print_scores(evaluate_folders(session_of(recipe, overrides, allow_code), adapter, output))
 
 
 def merge(

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.method.policy import PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_FILE
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.text.docstrings import arguments, summary
@@ -24,11 +23,6 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     for name, section in [("Recipe", schema), *schema["$defs"].items()]:
         _describe(name, section)
-    policy = schema["$defs"]["PolicySettings"]
-    names = {"enum": list(PRESETS), "description": "A preset by its name."}
-    policy["properties"] = {"preset": names} | policy["properties"]
-    stage = schema["$defs"]["ControllerStage"]["properties"]
-    stage["policy"] = {"anyOf": [names, {"$ref": stage["policy"].pop("$ref")}]} | stage["policy"]
     # The draft that editors know best; pydantic uses nothing that came later.
     return {"$schema": "http://json-schema.org/draft-07/schema#"} | schema | {"title": "GRASP LoRA recipe"}
 

@@ -13,7 +13,7 @@ from grasp_lora.data.files import READERS
 from grasp_lora.data.places import DEMO_PREFIX, resolve_file
 from grasp_lora.data.tasks import TASKS
 from grasp_lora.errors import AdapterError, DataError, RecipeError
-from grasp_lora.method.policy import preset
+from grasp_lora.method.presets import WITH_DEV, WITHOUT_DEV, preset
 from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.reading import read_base_model
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
@@ -140,8 +140,8 @@ def _render(file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus],
     spare = records - sum(splits.values())
     steps = EPOCHS * splits["train"]
     # Without a dev set the final run trains all epochs: its end decides, not its best moment.
-    name = "shared" if splits["dev"] else "late"
-    probe_every = splits["train"] if splits["dev"] else math.ceil(steps / (2 * (LATE_ROUNDS - 1)))
+    name = WITH_DEV if splits["dev"] else WITHOUT_DEV
+    every = splits["train"] if splits["dev"] else math.ceil(steps / (2 * (LATE_ROUNDS - 1)))
     # A split takes whole groups, so that a single one would be all dev.
     source_dev = 0 if sizes.one_source_group else min(sizes.source // 10, MOST_SOURCE // 10)
     return environment.get_template("recipe.yaml.j2").render(
@@ -161,10 +161,10 @@ def _render(file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus],
         source_train=MOST_SOURCE if sizes.source - source_dev > MOST_SOURCE else None,
         source_left=sizes.source - source_dev,
         several_turns=target.several_turns,
-        probe_every=probe_every,
+        every=every,
         preset=name,
-        candidates=preset(name).candidates,
-        rounds=len(preset(name).round_steps(steps, probe_every)),
+        candidates=preset(name).policy.candidates,
+        rounds=len(preset(name).rounds.round_steps(steps, every)),
         answer_tokens=target.answer_tokens,
         several_lines=any("\n" in record.answer for record in target.records),
         **facts,

@@ -15,7 +15,7 @@ from typing import Any
 from grasp_lora.bench.run_folder import REPORT_FILE, REPORT_TABLES_FILE
 from grasp_lora.method.estimate import WIDE_INTERVAL
 from grasp_lora.method.policy import POLICIES
-from grasp_lora.recipes.recipe import PROBE_SPLITS
+from grasp_lora.method.schedule import PROBE_SPLITS
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
 from grasp_lora.report.run_record import RunRecord, read_run
 from grasp_lora.report.tables import (
@@ -89,7 +89,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "ratio": None if record.prune_ratio is None else percent(record.prune_ratio, 1),
         "given": given,
         "start": _start(record),
-        "shared": _shares(record),
+        "each_step": _at_each_step(record),
         "in_turn": _in_turn(record),
         "probed_on": _probed_on(record),
         "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
@@ -115,24 +115,23 @@ def view_of(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _shares(record: RunRecord) -> bool:
+def _at_each_step(record: RunRecord) -> bool:
     """Whether the controller held no ratio, but trained each step at one of its own."""
     kind = record.recipe.controller.policy.kind
-    return kind in POLICIES and POLICIES[kind].shared
+    return kind in POLICIES and POLICIES[kind].regime == "each_step"
 
 
 def _in_turn(record: RunRecord) -> bool:
     """Whether each round measured other examples, the baseline too, so that the losses of rounds cannot be compared."""
-    controller = record.recipe.controller
-    pool = sum(len(record.data.ids.get(split, ())) for split in PROBE_SPLITS.get(controller.probe_on, ("micro_dev",)))
-    few = controller.probe_examples is not None and controller.probe_examples < pool
-    return few and not any(measured.places for measured in record.rounds)
+    rounds = record.recipe.controller.rounds
+    pool = sum(len(record.data.ids.get(split, ())) for split in PROBE_SPLITS[rounds.pool])
+    return rounds.in_turn is not None and rounds.in_turn < pool and not any(one.places for one in record.rounds)
 
 
 def _probed_on(record: RunRecord) -> str:
     """Which examples the rounds measured, as the end of a sentence."""
     names = {"dev": "dev set", "both": "micro-dev and the dev set"}
-    found = names.get(record.recipe.controller.probe_on, "micro-dev set")
+    found = names.get(record.recipe.controller.rounds.pool, "micro-dev set")
     if _in_turn(record):
         return f"on the {found}, other examples in each round"
     few = {len(measured.places) for measured in record.rounds if measured.places}

@@ -38,7 +38,8 @@ from grasp_lora.bench.run_folder import (
 )
 from grasp_lora.bench.store import STORE_FOLDER, WORK
 from grasp_lora.errors import RecipeError
-from grasp_lora.recipes.recipe import RECIPE_FILE
+from grasp_lora.method.schedule import Pool
+from grasp_lora.recipes.recipe import RECIPE_FILE, RENAMED
 from grasp_lora.recipes.text import parse
 
 _Row = TypeVar("_Row")
@@ -94,12 +95,18 @@ class PolicyRecipe(Shape):
     kind: str = ""
 
 
+class RoundsRecipe(Shape):
+    """The recipe's `controller.rounds`."""
+
+    pool: Pool = "micro_dev"
+    in_turn: int | None = None
+
+
 class ControllerRecipe(Shape):
     """The recipe's `controller`."""
 
     policy: PolicyRecipe = PolicyRecipe()
-    probe_on: str = "micro_dev"
-    probe_examples: int | None = None
+    rounds: RoundsRecipe = RoundsRecipe()
 
 
 class FinalRecipe(Shape):
@@ -224,4 +231,10 @@ def _recipe_facts(text: str, file: Path) -> RecipeFacts:
         raise damaged(file, str(error)) from error
     if not isinstance(content, dict):
         raise damaged(file, "it must hold keys and values")
+    controller = content.get("controller")
+    for key in RENAMED.keys() & controller.keys() if isinstance(controller, dict) else ():
+        raise RecipeError(
+            f"the run is of an older version: its {RECIPE_FILE} has controller.{key}, which is now controller.{RENAMED[key]}; "
+            "rename it there, or keep the report that the run wrote"
+        )
     return check_shape(RecipeFacts.model_validate, content, file)
