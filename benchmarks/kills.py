@@ -31,7 +31,7 @@ LONG = (
 WAYS: dict[str, tuple[str, ...]] = {
     "defaults": LONG,
     "gradients and reselection": (
-        *LONG, "mask.score=sensitivity", "mask.scope=global", "final.mode=reselect", "final.mask.score=gradient_of_delta",
+        *LONG, "mask.score=input_aware", "mask.scope=global", "final.mode=reselect", "final.mask.score=gradient_of_delta",
         "controller.probe_every=2",
     ),
     "accumulation and fractions": (

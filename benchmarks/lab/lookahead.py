@@ -34,7 +34,7 @@ from grasp_lora.models.adapters import attached, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.folder import working_in
-from grasp_lora.training.probes import ProbeSet
+from grasp_lora.training.probes import ProbeSet, evaluating, example_losses, takes_label_positions
 
 RATIOS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -87,7 +87,7 @@ class LookAhead(LossLandscape):
         with _SameOptimizer(self._optimizer):
             before = {key: weight.detach().clone() for key, weight in weights.items()}
             for batch in self.batches:
-                batch.gradients(model)
+                add_gradients(model, batch)
             for weight in weights.values():
                 _gradient(weight).div_(len(self.batches))
             self._step(keep)
@@ -95,13 +95,13 @@ class LookAhead(LossLandscape):
             with torch.no_grad():
                 for key, weight in weights.items():
                     weight.copy_(before[key])
-            self.calibration.gradients(model)
+            add_gradients(model, self.calibration)
             return sum(float((_gradient(weight) * moved[key]).sum()) for key, weight in weights.items())
 
     def _after_steps(self, model: torch.nn.Module, keep: Mapping[WeightKey, torch.Tensor]) -> list[float]:
         with _SameOptimizer(self._optimizer):
             for batch in self.batches:
-                batch.gradients(model)
+                add_gradients(model, batch)
                 self._step(keep)
             return self.calibration.losses(model)
 
@@ -114,6 +114,14 @@ class LookAhead(LossLandscape):
             for key, weight in self.masks.weights.items():
                 weight.masked_fill_(~keep[key], 0.0)
         self._optimizer.zero_grad()
+
+
+def add_gradients(model: torch.nn.Module, examples: ProbeSet) -> None:
+    """Add the gradients of the mean loss to the parameters' `.grad`, in eval mode."""
+    with evaluating(model):
+        for _, batch in examples.batches:
+            losses = example_losses(model, batch, label_positions=takes_label_positions(model))
+            (losses.sum() / len(examples)).backward()
 
 
 def _gradient(weight: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class LossLandscape(PrunedTraining):
     A landscape is recorded in one go: it has no state for checkpoints, and a training that resumes from one is refused.
 
     Args:
-        micro_dev: the examples that are measured; scores that need inputs or gradients are calibrated on them, too.
+        micro_dev: the examples that are measured; scores that need inputs are calibrated on them, too.
         ratios: the grid that is measured, fractions in [0, 1], at least one.
         every: optimizer steps between measurements, >= 1.
         prune_ratio: fraction in [0, 1], or None for `shared_ratio` between the lowest and the highest of `ratios`.

@@ -552,7 +552,7 @@ class TestWays:
             for name in ("adapter/adapter_model.safetensors", *left, "metrics.json"):
                 assert (run / name).read_bytes() == before[name], name
 
-    @pytest.mark.parametrize("score", ["magnitude", "input_aware", "gradient_of_delta", "sensitivity"])
+    @pytest.mark.parametrize("score", ["magnitude", "input_aware", "gradient_of_delta"])
     def test_a_pruned_adapter_keeps_exactly_its_mask(self, score: str, finished_run: Path) -> None:
         training = ("final.training.epochs=0.3", "final.training.keep=last", "final.training.patience=null")
         first = Session(*load_recipe("tiny.yaml", training))
@@ -581,11 +581,11 @@ class TestWays:
         "changes",
         [
             ("mask.score=input_aware", "mask.scope=tensor"),
-            ("mask.score=sensitivity", "mask.scope=global"),
+            ("mask.score=gradient_of_delta", "mask.scope=global"),
             ("mask.granularity=component", "merge.rule=svd", "merge.rank=3"),
             ("controller.policy=late", "controller.probe_on=dev", "mask.score=input_aware"),
         ],
-        ids=["input_aware", "sensitivity", "component", "late"],
+        ids=["input_aware", "gradient_of_delta", "component", "late"],
     )
     def test_other_masks_and_merges_run_through(self, changes: tuple[str, ...], tiny_workspace: Path) -> None:
         metrics = execute(*changes)

@@ -12,8 +12,9 @@ from trajectory import LossLandscape, shared_ratio
 from transformers import TrainerCallback, TrainerState
 
 from grasp_lora.errors import GraspError, ProbeError
+from grasp_lora.method.importance import SCORES
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.masks import SCORES, MaskSet, MaskSettings
+from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings

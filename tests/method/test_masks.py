@@ -13,20 +13,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from grasp_lora.errors import AdapterError
+from grasp_lora.method.importance import SCORES, InputNorms, score_pair
 from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.masks import (
-    FACTORS,
     GRANULARITIES,
     SCOPES,
-    SCORES,
-    InputNorms,
     MaskSet,
     MaskSettings,
     WeightKey,
     prune_count,
     rank_weights,
     reset_moments,
-    score_pair,
     survival,
 )
 
@@ -63,10 +60,6 @@ def mask_set(scope: str = "factor", granularity: str = "weight", score: str = "m
             masks.norms[module] = InputNorms(
                 torch.rand(pair.shape[1], generator=generator), torch.rand(pair.rank, generator=generator)
             )
-        if masks.settings.needs_gradients:
-            for factor in FACTORS:
-                weight = masks.weights[module, factor]
-                masks.gradients[module, factor] = torch.rand(weight.shape, generator=generator)
     return masks
 
 
@@ -474,31 +467,6 @@ def test_mask_gradients_stops_masked_weights_only() -> None:
             assert torch.equal(weight.grad, 2.0 * masks.keep[key])
 
 
-def test_record_gradients_averages_sizes() -> None:
-    masks = mask_set()
-    weight = masks.weights["q", "A"]
-    for size in (-1.0, 3.0):
-        weight.grad = torch.full_like(weight, size)
-        masks.record_gradients()
-        assert (weight.grad == size).all()
-        weight.grad.zero_()  # what was recorded is a copy
-    torch.testing.assert_close(masks.gradients["q", "A"], torch.full_like(weight, 0.9 * 1.0 + 0.1 * 3.0).detach())
-    assert set(masks.gradients) == {("q", "A")}
-
-
-def test_gradients_that_are_not_finite_are_not_recorded() -> None:
-    masks = mask_set()
-    masks.weights["q", "A"].grad = torch.ones_like(masks.weights["q", "A"])
-    masks.record_gradients()
-    masks.weights["q", "A"].grad = torch.zeros_like(masks.weights["q", "A"])
-    masks.weights["q", "B"].grad = torch.full_like(
-        masks.weights["q", "B"], math.nan
-    )  # as a scaler for float16 leaves them
-    masks.record_gradients()
-    assert set(masks.gradients) == {("q", "A")}
-    assert (masks.gradients["q", "A"] == 1).all()
-
-
 @every_mask
 def test_reselect_lets_all_weights_compete_again_without_a_stash(scope: str, granularity: str) -> None:
     masks = mask_set(scope, granularity)
@@ -537,8 +505,9 @@ def test_a_shared_factor_is_an_error() -> None:
     [
         (
             {"score": "random"},
-            "mask score is 'random'; allowed: magnitude, input_aware, gradient_of_delta, sensitivity",
+            "mask score is 'random'; allowed: magnitude, input_aware, gradient_of_delta, or the import path",
         ),
+        ({"score": "sensitivity"}, "mask score is 'sensitivity', which was removed; use 'magnitude'"),
         ({"scope": "layer"}, "mask scope is 'layer'; allowed: factor, tensor, global"),
         ({"granularity": "row"}, "mask granularity is 'row'; allowed: weight, component"),
     ],
@@ -550,7 +519,6 @@ def test_an_unknown_setting_is_an_error(changes: dict[str, str], message: str) -
 
 def test_what_scores_need() -> None:
     assert {score for score in SCORES if MaskSettings(score).needs_inputs} == {"input_aware", "gradient_of_delta"}
-    assert {score for score in SCORES if MaskSettings(score).needs_gradients} == {"sensitivity"}
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -567,25 +535,22 @@ def test_gradient_of_delta_is_what_autograd_gives(seed: int) -> None:
 
 
 @pytest.mark.parametrize("score", SCORES)
-def test_factors_in_bfloat16_are_scored_with_norms_and_gradients_in_float32(score: str) -> None:
+def test_factors_in_bfloat16_are_scored_with_norms_in_float32(score: str) -> None:
     pair = live_pairs()["q"]
     low = LoraPair(pair.A.detach().bfloat16(), pair.B.detach().bfloat16())
-    norms, gradients = InputNorms(torch.rand(7), torch.rand(5)), (torch.rand(pair.A.shape), torch.rand(pair.B.shape))
-    exact = score_pair(LoraPair(low.A.float(), low.B.float()), score, norms, gradients)
-    for found, wanted in zip(score_pair(low, score, norms, gradients), exact, strict=True):
+    norms = InputNorms(torch.rand(7), torch.rand(5))
+    exact = score_pair(LoraPair(low.A.float(), low.B.float()), score, norms)
+    for found, wanted in zip(score_pair(low, score, norms), exact, strict=True):
         torch.testing.assert_close(found.float(), wanted)
 
 
 def test_the_other_scores_by_hand() -> None:
     pair = LoraPair(torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([[-5.0, 0.5]]))
     norms = InputNorms(torch.tensor([10.0, 1.0]), torch.tensor([2.0, 4.0]))
-    gradients = torch.tensor([[1.0, -1.0], [0.0, 7.0]]), torch.tensor([[0.1, -2.0]])
     A, B = score_pair(pair, "magnitude")
     assert (A.tolist(), B.tolist()) == ([[1.0, 2.0], [3.0, 0.0]], [[5.0, 0.5]])
     A, B = score_pair(pair, "input_aware", norms)
     assert (A.tolist(), B.tolist()) == ([[10.0, 2.0], [30.0, 0.0]], [[10.0, 2.0]])
-    A, B = score_pair(pair, "sensitivity", gradients=gradients)
-    assert (A.tolist(), B.tolist()) == ([[1.0, 2.0], [0.0, 0.0]], [[0.5, 1.0]])
 
 
 def test_a_score_without_what_it_needs_is_an_error() -> None:
@@ -593,14 +558,8 @@ def test_a_score_without_what_it_needs_is_an_error() -> None:
     for score in ("input_aware", "gradient_of_delta"):
         with pytest.raises(ValueError, match=f"score '{score}' needs input norms; run a calibration pass first"):
             score_pair(pair, score)
-    with pytest.raises(ValueError, match="score 'sensitivity' needs gradients; take a training step first"):
-        score_pair(pair, "sensitivity")
     with pytest.raises(ValueError, match="score is 'luck'; allowed: magnitude"):
         score_pair(pair, "luck")
-    masks = MaskSet(live_pairs(), MaskSettings("sensitivity"))
-    masks.gradients["q", "A"] = torch.ones(5, 7)  # of B there is none
-    with pytest.raises(ValueError, match="needs gradients"):
-        masks.rank()
 
 
 @pytest.mark.parametrize("score", SCORES)
@@ -734,7 +693,6 @@ def test_sharded_weights_are_masked_as_whole_ones(
         for prune_ratio in (0.6, 0.7, 0.2):
             for key, weight in masks.weights.items():
                 weight.grad = distribute(gradients[key]) if masks is sharded else gradients[key].clone()
-            masks.record_gradients()
             masks.mask_gradients()
             optimizer.step()
             masks.enforce()
@@ -748,7 +706,6 @@ def test_sharded_weights_are_masked_as_whole_ones(
         masks.reselect(0.5)
         return [*seen, *(weight.detach().clone() for weight in masks.weights.values())]
 
-    whole.gradients.clear()
     seen = [play(masks, torch.optim.AdamW(masks.weights.values(), lr=0.1)) for masks in (whole, sharded)]
     for expected, actual in zip(*seen, strict=True):
         if isinstance(expected, Tensor):

@@ -15,19 +15,29 @@ from torch import Tensor
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.merging import (
+    DELTAS,
     MERGE_RULES,
+    MergeRule,
     MergeSettings,
     drop_and_rescale,
     elect_and_average,
     keep_largest,
     merge,
+    merge_rule,
 )
 
 D_IN, D_OUT = 12, 10
 MODULES = ("layers.0.q_proj", "layers.1.v_proj")
-every_rule = pytest.mark.parametrize("rule", MERGE_RULES)
+# Rows that one could have as well: they cost a line each, and show what sparsify, combine and space do.
+ROWS = {
+    "dare": MergeRule("DARE on the factors, summed", sparsify=drop_and_rescale, draws=True),
+    "dare_svd": MergeRule("DARE on whole updates, summed", DELTAS, drop_and_rescale, draws=True),
+    "ties_svd": MergeRule("TIES on whole updates", DELTAS, keep_largest, elect_and_average, lambda adapters: 1.0),
+}
+RULES: dict[str, Any] = {name: name for name in MERGE_RULES} | ROWS
+every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 EQUAL_RANK_RULES = [name for name, row in MERGE_RULES.items() if row.equal_ranks]
-RANK_RULES = [name for name, row in MERGE_RULES.items() if row.takes_rank]
+RANK_RULES = [rule for rule in RULES.values() if merge_rule(rule).takes_rank]
 
 
 def adapter(seed: int, rank: int = 3, scaling: float = 2.0, modules: Sequence[str] = MODULES) -> AdapterWeights:
@@ -73,7 +83,7 @@ def pair_of(A: list[list[float]], B: list[list[float]], scaling: float = 1.0) ->
 
 @every_rule
 @pytest.mark.parametrize("adapters", [1, 2, 3])
-def test_shapes_scaling_and_segments(rule: str, adapters: int) -> None:
+def test_shapes_scaling_and_segments(rule: Any, adapters: int) -> None:
     merged = merge([adapter(seed) for seed in range(adapters)], MergeSettings(rule))
     assert list(merged) == sorted(MODULES)
     for pair in merged.values():
@@ -87,14 +97,14 @@ def test_shapes_scaling_and_segments(rule: str, adapters: int) -> None:
 
 
 @every_rule
-def test_factors_come_out_balanced(rule: str) -> None:
+def test_factors_come_out_balanced(rule: Any) -> None:
     merged = merge([adapter(0), adapter(1, scaling=0.5)], MergeSettings(rule, weights=(0.7, -0.4)))
     for pair in merged.values():
         torch.testing.assert_close(pair.A.norm(dim=1), pair.B.norm(dim=0), rtol=1e-5, atol=1e-7)
 
 
 @every_rule
-def test_merging_twice_gives_the_same_bits_and_leaves_the_inputs_alone(rule: str) -> None:
+def test_merging_twice_gives_the_same_bits_and_leaves_the_inputs_alone(rule: Any) -> None:
     adapters = [adapter(0), adapter(1)]
     before = [(pair.A.clone(), pair.B.clone()) for one in adapters for pair in one.values()]
     generator_state = torch.get_rng_state()
@@ -108,7 +118,7 @@ def test_merging_twice_gives_the_same_bits_and_leaves_the_inputs_alone(rule: str
 
 
 @every_rule
-def test_the_order_of_modules_in_a_file_does_not_matter(rule: str) -> None:
+def test_the_order_of_modules_in_a_file_does_not_matter(rule: Any) -> None:
     adapters = [adapter(0), adapter(1)]
     turned = [AdapterWeights(dict(reversed(list(one.items())))) for one in adapters]
     first, second = merge(adapters, MergeSettings(rule)), merge(turned, MergeSettings(rule))
@@ -117,7 +127,7 @@ def test_the_order_of_modules_in_a_file_does_not_matter(rule: str) -> None:
 
 
 @every_rule
-def test_a_module_of_one_adapter_only_is_merged_from_that_one(rule: str) -> None:
+def test_a_module_of_one_adapter_only_is_merged_from_that_one(rule: Any) -> None:
     both, alone = adapter(0), adapter(1, modules=MODULES[:1])
     options: dict[str, Any] = {"weights": (0.5, 0.5), "density": 1.0}
     merged = merge([both, alone], MergeSettings(rule, **options))
@@ -131,15 +141,15 @@ def test_a_module_of_one_adapter_only_is_merged_from_that_one(rule: str) -> None
 
 
 @every_rule
-def test_default_weights_are_the_rows_own(rule: str) -> None:
+def test_default_weights_are_the_rows_own(rule: Any) -> None:
     adapters = [adapter(0), adapter(1)]
-    given_ = merge(adapters, MergeSettings(rule, weights=(MERGE_RULES[rule].default_weight(2),) * 2))
+    given_ = merge(adapters, MergeSettings(rule, weights=(merge_rule(rule).default_weight(2),) * 2))
     assert torch.equal(merge(adapters, MergeSettings(rule))[MODULES[0]].A, given_[MODULES[0]].A)
-    assert MERGE_RULES[rule].default_weight(2) == (1.0 if "ties" in rule else 0.5)
+    assert merge_rule(rule).default_weight(2) == (1.0 if merge_rule(rule).combine is elect_and_average else 0.5)
 
 
 @every_rule
-def test_adapters_fresh_from_initialisation_can_still_train(rule: str) -> None:
+def test_adapters_fresh_from_initialisation_can_still_train(rule: Any) -> None:
     fresh = [
         AdapterWeights({name: LoraPair(pair.A, torch.zeros_like(pair.B)) for name, pair in adapter(seed).items()})
         for seed in range(2)
@@ -151,7 +161,7 @@ def test_adapters_fresh_from_initialisation_can_still_train(rule: str) -> None:
 
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_are_kept(rule: str, dtype: torch.dtype) -> None:
+def test_other_dtypes_are_kept(rule: Any, dtype: torch.dtype) -> None:
     adapters = [
         AdapterWeights({name: LoraPair(pair.A.to(dtype), pair.B.to(dtype), pair.scaling) for name, pair in one.items()})
         for one in (adapter(0), adapter(1))
@@ -161,7 +171,7 @@ def test_other_dtypes_are_kept(rule: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("rule", ["exact", "svd", "paper_sum"])
-def test_one_adapter_of_weight_one_gives_itself(rule: str) -> None:
+def test_one_adapter_of_weight_one_gives_itself(rule: Any) -> None:
     one = adapter(0)
     merged = merge([one], MergeSettings(rule))
     for module in MODULES:
@@ -170,14 +180,14 @@ def test_one_adapter_of_weight_one_gives_itself(rule: str) -> None:
 
 
 @every_rule
-def test_at_full_density_one_adapter_gives_itself(rule: str) -> None:
+def test_at_full_density_one_adapter_gives_itself(rule: Any) -> None:
     one = adapter(0, scaling=1.0)
     for module, pair in merge([one], MergeSettings(rule, density=1.0)).items():
         assert_same(pair.delta(), one[module].delta(), 1e-5)
 
 
 @every_rule
-def test_a_negative_weight_turns_one_adapter_around(rule: str) -> None:
+def test_a_negative_weight_turns_one_adapter_around(rule: Any) -> None:
     one = adapter(0, scaling=1.0)
     share = (-0.25) ** 2 if rule == "lorahub" else -0.25  # both factors are turned around there
     for module, pair in merge([one], MergeSettings(rule, weights=(-0.25,), density=1.0)).items():
@@ -262,8 +272,8 @@ def test_svd_is_the_best_approximation_of_its_rank(rank: int | None, ranks: tupl
         assert_same(merged[module].delta(), best_of_rank(weighted_sum(adapters, weights, module), expected_rank), 1e-5)
 
 
-@pytest.mark.parametrize("rule", RANK_RULES)
-def test_a_rank_beyond_the_components_is_cut_and_logged(rule: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("rule", RANK_RULES, ids=["svd", "dare_svd", "ties_svd"])
+def test_a_rank_beyond_the_components_is_cut_and_logged(rule: Any, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         merged = merge([adapter(0), adapter(1)], MergeSettings(rule, rank=40))
     available = 6 if rule == "svd" else D_OUT
@@ -308,7 +318,7 @@ def test_ties_by_hand() -> None:
 def test_ties_svd_by_hand() -> None:
     # The deltas (2 B A) are [[8, 2]] and [[-6, 1]]; density 0.5 keeps 8 and -6; + is elected, only 0.5 * 8 agrees.
     first, second = pair_of([[4.0, 1.0]], [[1.0]], 2.0), pair_of([[-3.0, 0.5]], [[1.0]], 2.0)
-    pair = one_pair(merge([first, second], MergeSettings("ties_svd", weights=(0.5, 0.5))))
+    pair = one_pair(merge([first, second], MergeSettings(ROWS["ties_svd"], weights=(0.5, 0.5))))
     torch.testing.assert_close(pair.delta(), torch.tensor([[4.0, 0.0]]))
     assert pair.rank == 1
 
@@ -337,7 +347,7 @@ def test_dare_by_hand() -> None:
     keeps = [torch.rand(shape, generator=draws) < 0.4 for shape in ((3, D_IN), (3, D_IN), (D_OUT, 3), (D_OUT, 3))]
     assert all(0 < keep.sum() < keep.numel() for keep in keeps)
     adapters = [adapter(0, scaling=2.0, modules=["m"]), adapter(1, scaling=0.5, modules=["m"])]
-    merged = one_pair(merge(adapters, MergeSettings("dare", weights=(0.5, -1.0), density=0.4, seed=7)))
+    merged = one_pair(merge(adapters, MergeSettings(ROWS["dare"], weights=(0.5, -1.0), density=0.4, seed=7)))
     first, second = (one["m"] for one in adapters)
     # sqrt(0.5 * 2) = 1; sqrt(|-1 * 0.5|), its sign on A only.
     A = (first.A * keeps[0] - math.sqrt(0.5) * second.A * keeps[1]) / 0.4
@@ -350,58 +360,58 @@ def test_dare_svd_by_hand() -> None:
     keeps = [torch.rand((D_OUT, D_IN), generator=draws) < 0.5 for _ in range(2)]
     adapters = [adapter(0, modules=["m"]), adapter(1, modules=["m"])]
     delta = sum(keep * one["m"].delta() for keep, one in zip(keeps, adapters, strict=True))  # 1/2 over density 1/2
-    full = one_pair(merge(adapters, MergeSettings("dare_svd", rank=D_OUT)))
+    full = one_pair(merge(adapters, MergeSettings(ROWS["dare_svd"], rank=D_OUT)))
     assert_same(full.delta(), delta, 1e-5)
-    cut = one_pair(merge(adapters, MergeSettings("dare_svd")))
+    cut = one_pair(merge(adapters, MergeSettings(ROWS["dare_svd"])))
     assert cut.rank == 3
     assert_same(cut.delta(), best_of_rank(delta, 3), 1e-5)
 
 
-@pytest.mark.parametrize("rule", ["dare", "dare_svd", "dare_ties"])
-def test_seeds_of_dare_differ(rule: str) -> None:
+@every_rule
+def test_seeds_matter_where_a_rule_draws(rule: Any) -> None:
     adapters = [adapter(0), adapter(1)]
     first, second = (merge(adapters, MergeSettings(rule, seed=seed))[MODULES[0]] for seed in (1, 2))
-    assert not torch.equal(first.A, second.A)
+    assert torch.equal(first.A, second.A) != merge_rule(rule).draws
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @every_rule
-def test_no_adapter(rule: str) -> None:
+def test_no_adapter(rule: Any) -> None:
     with pytest.raises(AdapterError, match="there is no adapter to merge; give at least one"):
         merge([], MergeSettings(rule))
 
 
 @every_rule
 @pytest.mark.parametrize("weights", [(), (1.0,), (1.0, 1.0, 1.0)])
-def test_wrong_number_of_weights(rule: str, weights: tuple[float, ...]) -> None:
+def test_wrong_number_of_weights(rule: Any, weights: tuple[float, ...]) -> None:
     with pytest.raises(AdapterError, match=f"{len(weights)} merge weights for 2 adapters; give one per adapter"):
         merge([adapter(0), adapter(1)], MergeSettings(rule, weights=weights))
 
 
 @every_rule
 @pytest.mark.parametrize("names", [("en",), ("en", "ar", "zh")])
-def test_wrong_number_of_names(rule: str, names: tuple[str, ...]) -> None:
+def test_wrong_number_of_names(rule: Any, names: tuple[str, ...]) -> None:
     with pytest.raises(AdapterError, match=f"{len(names)} names for 2 adapters; give one per adapter"):
         merge([adapter(0), adapter(1)], MergeSettings(rule), names=names)
 
 
 @every_rule
-def test_adapters_of_different_backbones(rule: str) -> None:
+def test_adapters_of_different_backbones(rule: Any) -> None:
     other = AdapterWeights({MODULES[0]: LoraPair(torch.ones(3, D_IN + 1), torch.ones(D_OUT, 3))})
     with pytest.raises(AdapterError, match=rf"differ in the shape \(d_out, d_in\) of {MODULES[0]}"):
         merge([adapter(0), other], MergeSettings(rule))
 
 
 @pytest.mark.parametrize("rule", EQUAL_RANK_RULES)
-def test_rules_on_the_factors_need_equal_ranks(rule: str) -> None:
+def test_rules_on_the_factors_need_equal_ranks(rule: Any) -> None:
     with pytest.raises(AdapterError, match=rf"merge rule '{rule}' needs equal ranks, but .* has \[2, 3\]; use 'exact'"):
         merge([adapter(0, 2), adapter(1, 3)], MergeSettings(rule))
 
 
 @pytest.mark.parametrize("rule", [name for name in MERGE_RULES if name not in EQUAL_RANK_RULES])
-def test_the_other_rules_take_mixed_ranks(rule: str) -> None:
+def test_the_other_rules_take_mixed_ranks(rule: Any) -> None:
     merged = merge([adapter(0, 2), adapter(1, 3)], MergeSettings(rule))
     assert {pair.rank for pair in merged.values()} == {5 if rule == "exact" else 3}
 
@@ -410,6 +420,11 @@ def test_the_other_rules_take_mixed_ranks(rule: str) -> None:
     ("changes", "message"),
     [
         ({"rule": "mean"}, "merge rule is 'mean'; allowed: exact, svd, paper_sum"),
+        ({"rule": "dare"}, "merge rule is 'dare', which was removed; use 'dare_ties'"),
+        ({"rule": "ties_svd"}, "merge rule is 'ties_svd', which was removed; use 'ties'"),
+        ({"rule": "no_such_module:rule"}, "module 'no_such_module' cannot be imported"),
+        ({"rule": "math:rule"}, "module 'math' has no 'rule'"),
+        ({"rule": "math:sqrt"}, "merge rule 'math:sqrt' is a builtin_function_or_method; it must be a MergeRule"),
         ({"weights": (1.0, math.nan)}, r"merge weights are \[1.0, nan\]; each must be a finite number"),
         ({"weights": (math.inf,)}, "each must be a finite number"),
         ({"rule": "svd", "rank": 0}, "merge rank is 0; it must be at least 1"),
@@ -423,9 +438,11 @@ def test_a_setting_out_of_range_is_an_error(changes: dict[str, Any], message: st
         MergeSettings(**changes)
 
 
-@pytest.mark.parametrize("rule", [name for name in MERGE_RULES if name not in RANK_RULES])
-def test_a_rank_for_a_rule_that_takes_none_is_an_error(rule: str) -> None:
-    with pytest.raises(ValueError, match=f"merge rule '{rule}' does not take a rank; .* svd, ties_svd, dare_svd"):
+@pytest.mark.parametrize("rule", [name for name, row in MERGE_RULES.items() if not row.takes_rank])
+def test_a_rank_for_a_rule_that_takes_none_is_an_error(rule: Any) -> None:
+    with pytest.raises(
+        ValueError, match=f"merge rule '{rule}' does not take a rank; leave it out, or choose one of svd"
+    ):
         MergeSettings(rule, rank=4)
 
 
@@ -487,30 +504,33 @@ def assert_agree(merged: AdapterWeights, deltas: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize(
     ("rule", "combination"),
-    [("exact", "cat"), ("svd", "svd"), ("paper_sum", "linear"), ("ties", "ties"), ("ties_svd", "ties_svd")],
+    [("exact", "cat"), ("svd", "svd"), ("paper_sum", "linear"), ("ties", "ties"), (ROWS["ties_svd"], "ties_svd")],
+    ids=["exact", "svd", "paper_sum", "ties", "ties_svd"],
 )
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 0.7), (1.2, -0.5)])
 def test_rules_agree_with_peft(
-    rule: str, combination: str, weights: tuple[float, ...], peft_deltas: Callable[..., Any]
+    rule: Any, combination: str, weights: tuple[float, ...], peft_deltas: Callable[..., Any]
 ) -> None:
-    options = {"density": 0.4} if "ties" in rule else {}
+    options = {"density": 0.4} if "ties" in combination else {}
     adapters, deltas = peft_deltas(weights, combination, **options)
     assert_agree(merge(adapters, MergeSettings(rule, weights=weights, **options)), deltas)
 
 
 @pytest.mark.parametrize(("rule", "combination"), [("exact", "cat"), ("svd", "svd")])
-def test_rules_agree_with_peft_on_mixed_ranks(rule: str, combination: str, peft_deltas: Callable[..., Any]) -> None:
+def test_rules_agree_with_peft_on_mixed_ranks(rule: Any, combination: str, peft_deltas: Callable[..., Any]) -> None:
     weights = (0.5, 0.2, -1.0)
     adapters, deltas = peft_deltas(weights, combination, ranks=(2, 5, 3))
     assert_agree(merge(adapters, MergeSettings(rule, weights=weights)), deltas)
 
 
 @pytest.mark.parametrize(
-    ("rule", "combination"), [("dare", "dare_linear"), ("dare_ties", "dare_ties"), ("dare_svd", "dare_linear_svd")]
+    ("rule", "combination"),
+    [(ROWS["dare"], "dare_linear"), ("dare_ties", "dare_ties"), (ROWS["dare_svd"], "dare_linear_svd")],
+    ids=["dare", "dare_ties", "dare_svd"],
 )
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 0.7), (1.2, -0.5)])
 def test_dare_agrees_with_peft_under_the_same_drops(
-    rule: str,
+    rule: Any,
     combination: str,
     weights: tuple[float, ...],
     peft_deltas: Callable[..., Any],

@@ -192,9 +192,9 @@ WAYS = {
     "patience": {"patience": 2, "evaluate_every": 0.2, "learning_rate": 3e-2, "epochs": 3},
     "controller": {"kind": "controller"},
     "controller, inputs": {"kind": "controller", "mask": MaskSettings("input_aware", "tensor")},
-    "controller, gradients": {"kind": "controller", "mask": MaskSettings("sensitivity", "global")},
+    "controller, global": {"kind": "controller", "mask": MaskSettings("gradient_of_delta", "global")},
     "controller, components": {"kind": "controller", "mask": MaskSettings(granularity="component"), "keep": "last"},
-    "hold": {"kind": "hold", "mask": MaskSettings("sensitivity")},
+    "hold": {"kind": "hold", "mask": MaskSettings("input_aware")},
     "reselect": {"kind": "reselect", "mask": MaskSettings("gradient_of_delta")},
 }
 
@@ -223,7 +223,7 @@ def test_a_stop_saves_and_a_resume_ends_in_the_same_bits(make_tiny_model, uninte
         )  # what was done is not done again; the last is not asked
 
 
-@pytest.mark.parametrize("way", ["plain", "controller, gradients", "reselect"])
+@pytest.mark.parametrize("way", ["plain", "controller, global", "reselect"])
 def test_a_kill_after_a_checkpoint_cuts_off_what_came_later(make_tiny_model, uninterrupted, tmp_path, way):
     expected = uninterrupted(way)
     training = Training(make_tiny_model, tmp_path / "parts", **WAYS[way])

@@ -252,7 +252,7 @@ def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
     def train(resume: bool) -> tuple[list[torch.Tensor], dict, list[dict]]:
         backbone = make_tiny_model("llama")
         weights = merged_adapter(backbone, "llama")
-        mask = MaskSettings("sensitivity")
+        mask = MaskSettings("input_aware")
         controller = controller_for(weights, mask=mask, folder=tmp_path / "records", keep_best=keep_best, kind=kind)
         saving = {"save_strategy": "steps", "save_steps": 5}
         with attached(backbone, weights, dropout=0.2) as model:
@@ -413,7 +413,7 @@ def test_our_history_has_the_loss_of_every_step(make_tiny_model, tmp_path):
 # What a round measures
 
 
-@pytest.mark.parametrize("score", ["magnitude", "input_aware", "gradient_of_delta", "sensitivity"])
+@pytest.mark.parametrize("score", ["magnitude", "input_aware", "gradient_of_delta"])
 def test_candidate_losses_are_those_of_the_pruned_model(make_tiny_model, tmp_path, monkeypatch, score):
     """A round's numbers, measured again by hand from the weights that it found."""
     rank, rankings = MaskSet.rank, []
@@ -458,7 +458,7 @@ class NeverCommits(GaussianPolicy):
 
 @pytest.mark.parametrize(
     ("architecture", "score"),
-    [*((name, "magnitude") for name in ARCHITECTURES), ("llama", "input_aware"), ("gpt2", "sensitivity")],
+    [*((name, "magnitude") for name in ARCHITECTURES), ("llama", "input_aware"), ("gpt2", "gradient_of_delta")],
 )
 def test_probing_without_a_commit_does_not_change_the_training(make_tiny_model, tmp_path, architecture, score):
     found = []
@@ -609,7 +609,7 @@ def test_on_round_gets_each_record(make_tiny_model, tmp_path):
 @pytest.mark.parametrize("mode", ["hold", "reselect"])
 @pytest.mark.parametrize(
     ("architecture", "score"),
-    [*((name, "gradient_of_delta") for name in ARCHITECTURES), ("llama", "magnitude"), ("gemma3", "sensitivity")],
+    [*((name, "gradient_of_delta") for name in ARCHITECTURES), ("llama", "magnitude"), ("gemma3", "input_aware")],
 )
 def test_a_fixed_ratio_holds_after_every_step(make_tiny_model, tmp_path, architecture, mode, score):
     backbone = make_tiny_model(architecture)
@@ -1103,7 +1103,8 @@ def test_a_best_round_is_kept_only_when_asked_and_changes_no_training(make_tiny_
 
 @pytest.mark.parametrize("kind", ["gaussian", "shared"])
 @pytest.mark.parametrize(
-    "mask", [MaskSettings(), MaskSettings("input_aware", "global"), MaskSettings("sensitivity", "tensor", "component")]
+    "mask",
+    [MaskSettings(), MaskSettings("input_aware", "global"), MaskSettings("gradient_of_delta", "tensor", "component")],
 )
 def test_a_state_holds_the_best_round_to_the_bit(make_tiny_model, tmp_path, kind, mask):
     backbone = make_tiny_model("llama")

@@ -23,7 +23,7 @@ from grasp_lora.evaluation.metrics import Metric, MetricScore, metrics_for, reso
 from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSettings, survival
-from grasp_lora.method.merging import MERGE_RULES, MergeSettings, merge
+from grasp_lora.method.merging import MergeSettings, merge, merge_rule
 from grasp_lora.models.adapters import (
     LoadedAdapter,
     adapter_weights,
@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # these bring transformers' Trainer, which takes a second to 
 
 log = logging.getLogger(__name__)
 
-CALIBRATION_EXAMPLES = 16  # of the train set, for scores that need inputs or gradients in the final run
+CALIBRATION_EXAMPLES = 16  # of the train set, for scores that need inputs in the final run
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class Session:
             check_target_modules(self.backbone.model, recipe.lora.target_modules)
         ranks = {pair.rank for adapter in self.existing_adapters.values() for pair in adapter.weights.values()}
         ranks |= {recipe.lora.rank} if trains else set()
-        if MERGE_RULES[recipe.merge.rule].equal_ranks and len(ranks) > 1:
+        if merge_rule(recipe.merge.rule).equal_ranks and len(ranks) > 1:
             raise AdapterError(
                 f"merge rule {recipe.merge.rule!r} needs equal ranks, but the adapters have {sorted(ranks)}; "
                 "use 'exact' or 'svd'" + (", or set lora.rank to the rank of the others" if trains else "")

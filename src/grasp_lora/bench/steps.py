@@ -22,7 +22,7 @@ from grasp_lora.data.encode import Example
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.merging import MergeSettings
+from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.method.policy import ESTIMATE_RULES, POLICIES, PolicySettings, Round
 from grasp_lora.models.adapters import LoadedAdapter, read_adapter
 from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage, Recipe
@@ -515,7 +515,7 @@ class Bench:
             "merge": asdict(merge),
             "parents": [parent.key for parent in parents],
             "names": list(names),
-            "seed": self.recipe.seed if merge.rule.startswith("dare") else None,  # the others draw nothing
+            "seed": self.recipe.seed if merge_rule(merge.rule).draws else None,  # the others draw nothing
         }
         key = key_of(name, _plain(settings))  # quick and exact, so it is never on record
 

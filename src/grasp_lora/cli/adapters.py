@@ -101,10 +101,7 @@ def merge(
     output: StepOutput,
     backbone: BackboneOption = None,
     rule: Annotated[
-        str,
-        typer.Option(
-            help="exact, svd, paper_sum, paper_sum_unscaled, lorahub, ties, ties_svd, dare, dare_svd or dare_ties."
-        ),
+        str, typer.Option(help="exact, svd, paper_sum, paper_sum_unscaled, lorahub, ties or dare_ties.")
     ] = "exact",
     weight: Annotated[
         list[float] | None,

@@ -1,4 +1,4 @@
-"""Which weights of a LoRA adapter are pruned: importance scores, exact-count keep masks and the set of live masks.
+"""Which weights of a LoRA adapter are pruned: exact-count keep masks and the set of live masks.
 
 A keep mask is True where a weight is kept. Weights are ranked once by (importance, position), so a mask at any ratio is one
 comparison, counts are exact under ties, and raising the ratio only adds weights to the pruned set. Sharded weights
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from grasp_lora.errors import AdapterError
+from grasp_lora.method.importance import InputNorms, ScoreOrName, importance, score_pair
 from grasp_lora.method.lora import LoraPair, Segment
 
-SCORES = ("magnitude", "input_aware", "gradient_of_delta", "sensitivity")
 SCOPES = ("factor", "tensor", "global")
 GRANULARITIES = ("weight", "component")
 FACTORS = ("A", "B")
@@ -30,7 +30,8 @@ class MaskSettings:
 
     Args:
         score: importance of a weight w. `magnitude` |w|; `input_aware` |A_ij| * ||x_j|| and |B_ij| * ||(A x)_j|| (Wanda);
-            `gradient_of_delta` |d/dw sum(|B A| * ||x||)| (adaptive LoRA merge); `sensitivity` |w * gradient|.
+            `gradient_of_delta` |d/dw sum(|B A| * ||x||)| (adaptive LoRA merge); or a `Score` of one's own, in a recipe by its
+            import path `package.module:name`.
         scope: who competes: the weights of one adapter's A or B in one module (`factor`, the paper's), of a whole
             concatenated A or B (`tensor`), or of all modules (`global`).
         granularity: `weight`, or `component`: a rank-one component (a row of A with its column of B) as a whole, scored
@@ -42,37 +43,20 @@ class MaskSettings:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    score: str = "magnitude"
+    score: ScoreOrName = "magnitude"
     scope: str = "factor"
     granularity: str = "weight"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("score", SCORES), ("scope", SCOPES), ("granularity", GRANULARITIES)):
+        importance(self.score)
+        for name, allowed in (("scope", SCOPES), ("granularity", GRANULARITIES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"mask {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
 
     @property
     def needs_inputs(self) -> bool:
         """Whether the score needs the norms of each module's inputs."""
-        return self.score in ("input_aware", "gradient_of_delta")
-
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether the score needs gradients of the LoRA weights."""
-        return self.score == "sensitivity"
-
-
-@dataclass(frozen=True)
-class InputNorms:
-    """L2 norms over calibration tokens of what enters the two factors of a module.
-
-    Args:
-        A: norm of each input feature x_j, [d_in].
-        B: norm of each component's activation (A x)_j, [rank].
-    """
-
-    A: Tensor
-    B: Tensor
+        return importance(self.score).needs_inputs
 
 
 def prune_count(prune_ratio: float, weights: int) -> int:
@@ -98,40 +82,6 @@ def prune_count(prune_ratio: float, weights: int) -> int:
     product = prune_ratio * weights
     nearest = round(product)
     return nearest if math.isclose(product, nearest, rel_tol=1e-12) else math.floor(product)
-
-
-def score_pair(
-    pair: LoraPair, score: str, norms: InputNorms | None = None, gradients: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return the importance of every weight of A and of B, both >= 0 and shaped as the factors.
-
-    Args:
-        pair: the factors; stashed values stand in for masked weights.
-        score: one of `SCORES`.
-        norms: needed by `input_aware` and `gradient_of_delta`.
-        gradients: of A and B, needed by `sensitivity`.
-
-    Raises:
-        ValueError: the score is unknown, or what it needs is missing.
-    """
-    if score not in SCORES:
-        raise ValueError(f"score is {score!r}; allowed: {', '.join(SCORES)}")
-    A, B = pair.A, pair.B
-    if score == "magnitude":
-        return A.abs(), B.abs()
-    dtype = torch.promote_types(A.dtype, torch.float32)  # norms and gradients may be finer than the factors
-    A, B = A.to(dtype), B.to(dtype)
-    if score == "sensitivity":
-        if gradients is None:
-            raise ValueError("score 'sensitivity' needs gradients; take a training step first")
-        return (A * gradients[0]).abs(), (B * gradients[1]).abs()
-    if norms is None:
-        raise ValueError(f"score {score!r} needs input norms; run a calibration pass first")
-    if score == "input_aware":
-        return A.abs() * norms.A, B.abs() * norms.B
-    # gradient_of_delta: d/dw sum(|B A| * x) in closed form, two products and no autograd (Miyano & Arase 2025).
-    slope = torch.sign(B @ A) * norms.A
-    return (B.T @ slope).abs(), (slope @ A.T).abs()
 
 
 def rank_weights(scores: Tensor) -> Tensor:
@@ -184,7 +134,6 @@ class MaskSet:
         self.settings = settings
         self.pairs = dict(pairs)
         self.norms: dict[str, InputNorms] = {}
-        self.gradients: dict[WeightKey, Tensor] = {}
         self.ratio = 0.0
         self.weights: dict[WeightKey, Tensor] = {}
         for module, pair in self.pairs.items():
@@ -277,19 +226,6 @@ class MaskSet:
             if weight.grad is not None:
                 weight.grad.masked_fill_(~self.keep[key], 0.0)
 
-    @torch.no_grad()
-    def record_gradients(self) -> None:
-        """Keep a running average of |gradient| for the score `sensitivity`; call it before `mask_gradients`.
-
-        One training example's gradient is mostly noise; the average forgets with factor 0.9 a step (our choice). Gradients that
-        are not finite, which a scaler for float16 skips the step of, are not recorded.
-        """
-        sizes = {key: weight.grad.abs() for key, weight in self.weights.items() if weight.grad is not None}
-        if not all(size.isfinite().all() for size in sizes.values()):
-            return
-        for key, size in sizes.items():
-            self.gradients[key] = 0.9 * self.gradients[key] + 0.1 * size if key in self.gradients else size
-
     @contextmanager
     def probe(self, prune_ratio: float, ranking: Mapping[WeightKey, Ranking] | None = None) -> Iterator[None]:
         """Prune at a candidate ratio inside the context; afterwards every weight is bit for bit what it was."""
@@ -312,7 +248,6 @@ class MaskSet:
         parts: dict[str, Mapping[WeightKey, Tensor]] = {
             "keep": self.keep,
             "stash": self.stash,
-            "gradients": self.gradients,
             "norms": {(module, f): getattr(norms, f) for module, norms in self.norms.items() for f in FACTORS},
         }
         return {f"{part}.{f}.{module}": _whole(t) for part, ts in parts.items() for (module, f), t in ts.items()}
@@ -324,7 +259,7 @@ class MaskSet:
         Raises:
             ValueError: the state is of other modules or shapes.
         """
-        parts: dict[str, dict[WeightKey, Tensor]] = {"keep": {}, "stash": {}, "gradients": {}, "norms": {}}
+        parts: dict[str, dict[WeightKey, Tensor]] = {"keep": {}, "stash": {}, "norms": {}}
         for name, tensor in state.items():
             part, factor, module = name.split(".", 2)
             parts[part][module, factor] = tensor
@@ -335,10 +270,6 @@ class MaskSet:
         for key, weight in self.weights.items():
             self.keep[key] = _sharded_as(weight, parts["keep"][key].to(weight.device))
             self.stash[key] = _sharded_as(weight, parts["stash"][key].to(weight.device))
-        self.gradients = {
-            key: _sharded_as(self.weights[key], tensor.to(self.weights[key].device))
-            for key, tensor in parts["gradients"].items()
-        }
         norms = {key: tensor.to(self.weights[key].device) for key, tensor in parts["norms"].items()}
         self.norms = {
             module: InputNorms(norms[module, "A"], norms[module, "B"])
@@ -366,11 +297,8 @@ class MaskSet:
         scores = {}
         for module, pair in self.pairs.items():
             A, B = (self._dense(module, factor) for factor in FACTORS)
-            gradients = None
-            if (module, "A") in self.gradients and (module, "B") in self.gradients:
-                gradients = _whole(self.gradients[module, "A"]), _whole(self.gradients[module, "B"])
             scores[module, "A"], scores[module, "B"] = score_pair(
-                LoraPair(A, B, pair.scaling), self.settings.score, self.norms.get(module), gradients
+                LoraPair(A, B, pair.scaling), self.settings.score, self.norms.get(module)
             )
         return scores
 

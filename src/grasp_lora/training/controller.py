@@ -79,7 +79,7 @@ class PrunedTraining(SavedInCheckpoints):
 
     Args:
         prune_ratio: fraction in [0, 1].
-        calibration: examples on which scores that need inputs or gradients are measured.
+        calibration: examples on which scores that need inputs are measured.
         mask: score, scope and granularity.
         mode: `hold` keeps one mask, `reselect` selects the least important weights anew after every optimizer step.
         segments: module name -> origin of its rank-one components (`segments_of` a merged adapter), for scope `factor`.
@@ -162,9 +162,7 @@ class PrunedTraining(SavedInCheckpoints):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Take the gradients that scores need, then stop those of held weights."""
-        if self.mask.needs_gradients:
-            self.masks.record_gradients()
+        """Stop the gradients of held weights."""
         if self.mode == "hold":
             self.masks.mask_gradients()
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from grasp_lora.errors import DataError, ProbeError
-from grasp_lora.method.masks import InputNorms, MaskSet
+from grasp_lora.method.importance import InputNorms
+from grasp_lora.method.masks import MaskSet
 from grasp_lora.models.adapters import ADAPTER_NAME, lora_layers
 from grasp_lora.models.backbone import supports_logits_to_keep
 
@@ -155,7 +156,7 @@ class ProbeSet:
         device = next(model.parameters()).device
         label_positions = takes_label_positions(model)
         losses = torch.zeros(len(self.ids), device=device)
-        with _evaluating(model):
+        with evaluating(model):
             for indices, batch in self._share():
                 on_device = {name: tensor.to(device) for name, tensor in batch.items()}
                 if collector is not None:
@@ -174,16 +175,6 @@ class ProbeSet:
                     "lower the learning rate or check the example and the adapters"
                 )
         return values
-
-    def gradients(self, model: torch.nn.Module) -> None:
-        """Add the gradients of the mean loss to the parameters' `.grad`, in eval mode."""
-        device = next(model.parameters()).device
-        label_positions = takes_label_positions(model)
-        with _evaluating(model):
-            for _, batch in self.batches:
-                on_device = {name: tensor.to(device) for name, tensor in batch.items()}
-                total = example_losses(model, on_device, label_positions=label_positions).sum() / len(self.ids)
-                total.backward()
 
     def _share(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """This rank's batches; every rank gets equally many, so that sharded models stay in step."""
@@ -306,27 +297,12 @@ def calibrate(model: torch.nn.Module, masks: MaskSet, examples: ProbeSet) -> lis
             losses = examples.losses(model, collector)
         masks.norms = collector.norms()
         return losses
-    if masks.settings.needs_gradients and not masks.gradients:
-        # Every trainable parameter, not only the masked ones: a user's model may train others beside the adapter.
-        held = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.requires_grad]
-        for parameter, _ in held:
-            parameter.grad = None
-        try:
-            examples.gradients(model)
-            if _world_size() > 1:  # ranks have to agree to the last bit, which a GPU's backward pass does not
-                for weight in masks.weights.values():
-                    if weight.grad is not None:
-                        torch.distributed.all_reduce(weight.grad)
-                        weight.grad /= _world_size()
-            masks.record_gradients()
-        finally:
-            for parameter, gradient in held:
-                parameter.grad = gradient
     return None
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model into eval mode inside the context; each module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

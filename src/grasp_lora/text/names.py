@@ -1,0 +1,72 @@
+"""From a name to what it means: a row of a table, or an object of a user's own by its import path."""
+
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, TypeVar
+
+from grasp_lora.text.display import quoted
+
+Found = TypeVar("Found")
+
+_WORD = r"[^\W\d]\w*"
+_IMPORT_PATH = re.compile(rf"{_WORD}(\.{_WORD})*:{_WORD}")
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a name has the form `package.module:name`."""
+    return _IMPORT_PATH.fullmatch(name) is not None
+
+
+def find(
+    what: str,
+    name: str | Found,
+    kind: type[Found],
+    table: Mapping[str, Found],
+    removed: Mapping[str, str] | None = None,
+) -> Found:
+    """Find an object by name; an object stands for itself.
+
+    Args:
+        what: what it is, for messages: "merge rule".
+        name: a key of the table, or the import path `package.module:name` of an object; importing it runs its code.
+        kind: its type.
+        table: the objects of this package.
+        removed: names that were in the table once, and what to use instead.
+
+    Raises:
+        ValueError: one line: there is none of that name, it is of another type, or it was removed.
+    """
+    if not isinstance(name, str):
+        return name
+    if name in table:
+        return table[name]
+    if removed and name in removed:
+        raise ValueError(f"{what} is {quoted(name)}, which was removed; use {removed[name]}")
+    found = imported(what, name, table)
+    if not isinstance(found, kind):
+        raise ValueError(f"{what} {quoted(name)} is a {type(found).__name__}; it must be a {kind.__name__}")
+    return found
+
+
+def imported(what: str, name: str, table: Mapping[str, object]) -> Any:
+    """Import an object by its path; the table's names are for the message.
+
+    Raises:
+        ValueError: one line: the name is no import path, or there is nothing of that name.
+    """
+    if not is_import_path(name):
+        raise ValueError(
+            f"{what} is {quoted(name)}; allowed: {', '.join(table)}, or the import path package.module:name of your own"
+        )
+    module_name, _, attribute = name.partition(":")
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"{what} is {quoted(name)}, but module {module_name!r} cannot be imported ({error}); install it or put its folder "
+            "on PYTHONPATH"
+        ) from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"{what} is {quoted(name)}, but module {module_name!r} has no {attribute!r}")
+    return getattr(module, attribute)
