@@ -32,11 +32,11 @@ WAYS: dict[str, tuple[str, ...]] = {
     "defaults": LONG,
     "gradients and reselection": (
         *LONG, "mask.score=input_aware", "mask.scope=global", "final.mode=reselect", "final.mask.score=gradient_of_delta",
-        "controller.probe_every=2",
+        "controller.rounds.every=2",
     ),
     "accumulation and fractions": (
         *LONG, "target.training.accumulation=3", "target.training.evaluate_every=0.5", "source.training.epochs=2.5",
-        "mask.score=input_aware", "controller.policy=paper", "controller.training.accumulation=2",
+        "mask.score=input_aware", "controller.preset=paper", "controller.rule=best_reward", "controller.training.accumulation=2",
     ),
 }  # fmt: skip
 # An attempt lives for at most so many events or such a share of a whole run's time, so that a run is killed several times.

@@ -25,7 +25,7 @@ from speed_lab import RATIO, Lab, length, taken
 from grasp_lora.bench.steps import GRID
 from grasp_lora.data.build import Example
 from grasp_lora.method.masks import MaskSet
-from grasp_lora.method.policy import preset
+from grasp_lora.method.presets import preset
 from grasp_lora.models.adapters import live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import ControllerStage, Recipe
@@ -151,7 +151,7 @@ def growth(lab: Lab) -> list[Row]:
 
     def a_round(**changed: Any) -> Callable[[], float]:
         how = {"probes": micro_dev} | changed
-        rounds = replace(stage, probe_every=1, policy=how.pop("policy", policy))
+        rounds = replace(stage, rounds=replace(stage.rounds, every=1), policy=how.pop("policy", policy))
 
         def work() -> float:
             run = lab.controlled(pool[:1], rounds, **how)  # the cheapest training that has a round
@@ -206,7 +206,7 @@ def memory_of(lab: Lab, kind: str) -> dict[str, float]:
     train = taken(longest, training.batch_size * training.accumulation * MEMORY_STEPS)
     loaded = peak_megabytes()
     if kind == "controller":
-        lab.controlled(train, replace(stage, probe_every=MEMORY_STEPS))
+        lab.controlled(train, replace(stage, rounds=replace(stage.rounds, every=MEMORY_STEPS)))
     else:
         callbacks = [lab.pruning()] if kind == "final" else []
         lab.trained(train, training, dev=() if kind == "plain" else splits.dev, callbacks=callbacks)
@@ -349,12 +349,11 @@ def stage_of(recipe: Recipe, text: str) -> ControllerStage:
         ValueError: there is no such preset, or the steps are no number above 0.
     """
     name, _, steps = text.partition("@")
-    own = replace(recipe.controller, policy=preset(name), probe_on="micro_dev", probe_examples=None, patience=None)
-    if not steps:
-        return own
-    if not steps.isdecimal():
+    if steps and not steps.isdecimal():
         raise ValueError(f"--policy {text}: {steps!r} is no number of steps; write PRESET or PRESET@STEPS")
-    return replace(own, probe_every=int(steps))
+    chosen, every = preset(name), int(steps) if steps else recipe.controller.rounds.every
+    rounds = replace(chosen.rounds, every=every, pool="micro_dev", in_turn=None, patience=None)
+    return replace(recipe.controller, policy=chosen.policy, rounds=rounds, rule=chosen.rule)
 
 
 def measure(lab: Lab, names: Sequence[str], *, profiled: bool = False) -> dict[str, Any]:

@@ -18,10 +18,11 @@ from grasp_lora.bench.steps import GRID
 from grasp_lora.data.build import Example
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models.adapters import adapter_weights, attached, fresh_adapter, segments_of
-from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage, Recipe
-from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
+from grasp_lora.recipes.recipe import ControllerStage, FinalStage, Recipe
+from grasp_lora.training.controller import GraspController, RoundRow
 from grasp_lora.training.finetune import finetune
-from grasp_lora.training.probes import ProbeSet, ProbesInTurn
+from grasp_lora.training.probes import ProbeSet, probes_of
+from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TRAINED_AS_MEASURED, TrainingSettings
 
 SINGLE = "single"
@@ -35,10 +36,10 @@ class TimedController(GraspController):
     rounds = 0
     seconds = 0.0
 
-    def run_round(self, *arguments: Any, **named: Any) -> dict[str, Any]:
+    def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> RoundRow:
         """Run a round and time it."""
         started = self.now()
-        record = super().run_round(*arguments, **named)
+        record = super().run_round(model, optimizer)
         self.rounds += 1
         self.seconds += self.now() - started
         return record
@@ -206,7 +207,8 @@ class Lab:
             works["dev"] = lambda: self.measured(dev) / len(dev)
         stages = {**self.stages, SINGLE: single_run(self.recipe)[0]}
         for name, stage in stages.items():
-            timed = replace(stage, probe_every=min(stage.spacing(len(self.session.splits.train)), steps))
+            every = min(stage.spacing(len(self.session.splits.train)), steps)
+            timed = replace(stage, rounds=replace(stage.rounds, every=every))
             works[f"run {name}"] = partial(self.controlled, train, timed)
         times = take_turns(works, self.pairs)
         return Parts(
@@ -225,7 +227,7 @@ class Lab:
 
     def pool(self, stage: ControllerStage) -> list[Example]:
         """The examples that a controller run may probe."""
-        return [example for split in PROBE_SPLITS[stage.probe_on] for example in getattr(self.session.splits, split)]
+        return [example for split in stage.rounds.splits for example in getattr(self.session.splits, split)]
 
     def adapter(self, rank: int, count: int) -> AdapterWeights:
         """Merge so many random adapters of a rank by the recipe's rule, with the rule's own weights."""
@@ -301,16 +303,12 @@ class Lab:
             weights: of another adapter than the merged one.
         """
         weights = self.merged if weights is None else weights
-        pad_id = self.session.pad_id
-        pool = self.pool(stage)
-        turn = stage.in_turn(len(pool))
-        if probes is None and turn is not None:
-            measured: ProbeSet | ProbesInTurn = ProbesInTurn(pool, pad_id, turn, 0)
-        else:
-            measured = ProbeSet(pool if probes is None else probes, pad_id)
+        pool = self.pool(stage) if probes is None else probes
+        turn = stage.rounds.turn(len(pool)) if probes is None else None
+        rounds = replace(stage.rounds, every=stage.spacing(len(train)), patience=None)
         controller = TimedController(
-            measured,
-            ControllerSettings(stage.policy, stage.spacing(len(train))),
+            probes_of(pool, self.session.pad_id, turn, 0),
+            replace(stage, rounds=rounds),
             self.recipe.mask,
             segments_of(weights),
         )

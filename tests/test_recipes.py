@@ -8,7 +8,6 @@ from typing import Any
 import datasets
 import pytest
 
-from grasp_lora.method.policy import POLICIES
 from grasp_lora.recipes.load import builtin_recipes, load_recipe
 
 COUNTS = {
@@ -102,7 +101,7 @@ def arguments(
         for stage in STAGES:
             training = getattr(recipe, stage).training
             changes.append(f"{stage}.training.epochs={2 if training.accumulation == 1 else 1}")
-        changes.append("controller.probe_every=3")
+        changes.append("controller.rounds.every=3")
         return [part for change in changes for part in ("--set", change)]
 
     return settings
@@ -121,8 +120,8 @@ def test_a_round_comes_before_training_and_after_each_epoch(name: str) -> None:
     stage, train = recipe.controller, recipe.data.target.train
     epoch = stage.training.steps_per_epoch(train)
     assert stage.round_steps(train) == [number * epoch for number in range(round(stage.training.epochs) + 1)]
-    assert (stage.patience, stage.probe_examples) == (1, 12)
-    assert stage.probe_on == ("both" if name.startswith("demo") else "dev")
+    assert (stage.rounds.patience, stage.rounds.in_turn) == (1, 12)
+    assert stage.rounds.pool == ("both" if name.startswith("demo") else "dev")
 
 
 @pytest.mark.parametrize("name", builtin_recipes())
@@ -134,8 +133,8 @@ def test_a_shipped_recipe_can_be_checked_and_run(
     assert checked.status == 0, checked.err
     assert "source_train 6, source_dev 3, train 6, dev 3, micro_dev 2, test 4" in checked.out
     stage = load_recipe(name)[0].controller
-    rounds = 4 + POLICIES[stage.policy.kind].shared  # one before the first step
-    most = "at most " if stage.patience is not None else ""
+    rounds = 4 + stage.rounds.before_training  # one before the first step
+    most = "at most " if stage.rounds.patience is not None else ""
     assert f"controller will run {most}{rounds} rounds" in checked.out
     result = cli("run", name, *settings)
     assert result.status == 0, result.err

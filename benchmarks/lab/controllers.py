@@ -42,15 +42,10 @@ from landscape import Cost, Floats, Landscape
 from smoothing import smooth
 
 from grasp_lora.errors import GraspError
-from grasp_lora.method.estimate import RatioEstimate
-from grasp_lora.method.policy import (
-    POLICIES,
-    PRESETS,
-    PolicySettings,
-    Round,
-    make_policy,
-    preset,
-)
+from grasp_lora.method.policy import plain_policy, policy_class
+from grasp_lora.method.presets import PRESETS, Controller, preset, ratio_rule
+from grasp_lora.method.rounds import RatioEstimate, Round
+from grasp_lora.method.search import RatioSearch
 
 POOLS = ("micro_dev", "dev", "both")
 RESAMPLES = 2000
@@ -68,22 +63,22 @@ Contestant = Callable[[Setting, int], Choice]
 
 @dataclass(frozen=True)
 class Plan:
-    """A policy and how its rounds are run.
+    """A policy with its rule, and how its rounds are run.
 
     Args:
-        policy: its settings.
+        controller: policy, rule, and of the rounds their start and whether one comes before training.
         every: optimizer steps between rounds, or "epoch"; None takes the setting's.
         race: examples of a heat; candidates that are clearly behind after one drop out of the round. None measures all.
         patience: rounds without a lower loss at any ratio, after which the run ends. None goes on to the end.
-        pool: the examples that are probed: `micro_dev`, `dev`, or `both`. The latter two need a shared policy and a landscape
-            with a shared trajectory on dev.
+        pool: the examples that are probed: `micro_dev`, `dev`, or `both`. The latter two need a policy that holds no ratio and a
+            landscape with a shared trajectory on dev.
         turn: examples of a round, taken from the pool in turn. None measures all of them in each round. Where rounds are
             compared, the baseline is measured on all, as a controller does.
         fixed: examples of the pool, drawn once, that every round measures. None measures all of them.
         size: micro-dev examples, drawn with replacement from the recorded ones. None draws as many as there are.
     """
 
-    policy: PolicySettings
+    controller: Controller
     every: int | str | None = None
     race: int | None = None
     patience: int | None = None
@@ -99,15 +94,11 @@ class Plan:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
         if self.turn is not None and (self.fixed is not None or self.race is not None):
             raise ValueError("turn measures other examples in each round, which fixed and race exclude")
-        if self.turn is not None and self.policy.whole_rounds:
-            raise ValueError(
-                f"the estimate {self.policy.estimate!r} needs all examples in each round, which turn excludes"
-            )
         if self.pool not in POOLS:
             raise ValueError(f"pool is {self.pool!r}; allowed: {', '.join(POOLS)}")
-        if self.pool != "micro_dev" and not POLICIES[self.policy.kind].shared:
+        if self.pool != "micro_dev" and self.controller.policy.regime == "held":
             raise ValueError(
-                f"pool is {self.pool}; dev was measured along the shared trajectory only: take a shared policy"
+                f"pool is {self.pool}; dev was measured along the trajectory of all ratios only: take a policy that holds none"
             )
 
 
@@ -115,7 +106,7 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
     """Let a policy run through a recorded training.
 
     It starts at its own first ratio. Every `probe_every` steps it is asked for candidates, gets the recorded losses of a network
-    trained at its current ratio, and commits as it likes. A policy whose `shared` is true gets those of the shared trajectory.
+    trained at its current ratio, and commits as it likes. A policy that holds no ratio gets those of the shared trajectory.
 
     Args:
         landscape: the recorded losses.
@@ -126,18 +117,18 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
     Returns:
         The learned ratio, and the cost of the controller run.
     """
-    policy = make_policy(replace(plan.policy, seed=seed))
-    shared = policy.shared
+    rule = ratio_rule(plan.controller.rule)
+    policy = RatioSearch(replace(plan.controller.policy, seed=seed), rule)
     pool = pool_of(landscape, plan.pool, seed, plan.size)
     last, facts = landscape.last_step, landscape.facts
     measured = 0
-    compared = plan.policy.compares_rounds(plan.patience)
+    compared = plan.patience is not None or rule.compares_rounds
     every = plan.every or probe_every
     if isinstance(every, str):  # "epoch"
         every = round(last * facts["examples"]["train"] / facts["trained_examples"])
-    for number, step in enumerate(policy.settings.round_steps(last, every)):
+    for number, step in enumerate(plan.controller.rounds.round_steps(last, every)):
         current, candidates = policy.current_ratio, tuple(policy.ask())
-        train_ratio = None if shared else current
+        train_ratio = current if plan.controller.policy.regime == "held" else None
         losses = np.array([pool(train_ratio, step, ratio) for ratio in (current, *candidates)])
         if plan.fixed is not None:
             losses = losses[:, : plan.fixed]
@@ -220,7 +211,7 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
 
     Args:
         settings: on which they will be judged.
-        extra: more policies, each a preset and changes to it: `default,candidates=5`; see `plan_of`.
+        extra: more policies, each a preset and changes to it: `paper,candidates=5`; see `plan_of`.
 
     Raises:
         GraspError: an extra one is none.
@@ -230,7 +221,7 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
     missing: list[str] = []
     recorded = all(one.landscape.shared is not None for one in settings)
     for name, plan in plans.items():
-        if not recorded and POLICIES[plan.policy.kind].shared:
+        if not recorded and plan.controller.policy.regime == "each_step":
             missing.append(f"{name} is left out: not every landscape has a shared trajectory.")
         else:
             found[name] = partial(learned, plan)
@@ -247,7 +238,7 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
 
 
 def plan_of(text: str) -> Plan:
-    """Read `PRESET,KEY=VALUE,...`; the keys are those of the policy's settings and of `Plan`.
+    """Read `PRESET,KEY=VALUE,...`; the keys are those of the policy, its `kind`, `rule`, `start` and those of `Plan`.
 
     Raises:
         GraspError: there is no such preset or setting, or a value is not allowed.
@@ -255,9 +246,15 @@ def plan_of(text: str) -> Plan:
     name, *changes = text.split(",")
     try:
         values = {key: yaml.safe_load(value) for key, value in (one.split("=", 1) for one in changes)}
-        own = {one.name for one in fields(Plan)} - {"policy"}
-        rounds = {key: values.pop(key) for key in own & set(values)}
-        return Plan(preset(name, **values), **rounds)
+        own = {one.name for one in fields(Plan)} - {"controller"}
+        plan = {key: values.pop(key) for key in own & set(values)}
+        base = preset(name)
+        rule, start = values.pop("rule", base.rule), values.pop("start", base.rounds.start)
+        before = base.policy.regime == "each_step" and start == 0
+        rounds = replace(base.rounds, start=start, before_training=before)
+        settings = plain_policy(base.policy) if values.get("kind") is None else {"kind": values["kind"]}
+        settings |= values
+        return Plan(Controller(policy_class(settings.pop("kind"))(**settings), rounds, rule), **plan)
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise GraspError(f"--policy {text}: {error}; write PRESET,KEY=VALUE,...") from error
 

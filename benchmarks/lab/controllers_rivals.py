@@ -14,7 +14,7 @@ import numpy as np
 from landscape import Cost, Landscape
 
 from grasp_lora.errors import GraspError
-from grasp_lora.method.policy import preset
+from grasp_lora.method.presets import preset
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
 FIXED = 0.4
@@ -48,7 +48,7 @@ class Setting:
     def __init__(self, name: str, landscape: Landscape, probe_every: int | None = None) -> None:
         self.name = name
         self.landscape = landscape
-        bounds = preset("default")
+        bounds = preset("paper").policy
         recorded = sorted(run.ratio for run in landscape.finals)
         self.low, self.high = max(bounds.ratio_min, recorded[0]), min(bounds.ratio_max, recorded[-1])
         every = landscape.facts.get("probe_every") if probe_every is None else probe_every

@@ -28,23 +28,30 @@ ROUND = (
     "step", "candidates", "baseline_losses", "candidate_losses", "places", "rewards", "policy_mean", "policy_std",
     "committed", "clipped", "ratio_before", "ratio", "measured_sparsity",
 )  # fmt: skip
-SLOWER = "controller.training.learning_rate=3e-3"
+SPREAD = "controller={preset: spread, rounds: {every: 3}, training: {epochs: 1, learning_rate: 1.0e-2}}"
 RUNS: dict[str, tuple[str, ...]] = {
-    "spread": ("controller.policy=shared", "controller.training.epochs=3"),
-    "spread_rounds": ("controller.policy=shared", "controller.probe_every=2", "controller.probe_examples=3", SLOWER),
-    "late": ("controller.policy=late", "controller.probe_every=2", "controller.training.epochs=2"),
+    "spread": (SPREAD, "controller.training.epochs=3"),
+    "spread_rounds": (
+        "controller={preset: spread, rounds: {every: 2, in_turn: 3}, training: {epochs: 1, learning_rate: 3.0e-3}}",
+    ),
+    "late": ("controller={preset: late, rounds: {every: 2}, training: {epochs: 2, learning_rate: 1.0e-2}}",),
     "paper": (
-        "controller.policy=paper",
-        "controller.probe_every=2",
+        "controller.rule=best_reward",
+        "controller.rounds.every=2",
         "final.mode=reselect",
         "final.mask={score: gradient_of_delta}",
         "merge={rule: paper_sum_unscaled, weights: [1.0, 1.0]}",
     ),
-    "uniform": ("controller.policy={preset: paper, kind: uniform}", "controller.probe_every=2", "merge.rule=ties"),
-    "single": ("controller.policy=shared", "final.start=controller", "controller.training.epochs=2"),
-    "input_aware": ("controller.policy=paper", "controller.probe_every=3", "mask={score: input_aware, scope: tensor}"),
+    "uniform": (
+        "controller.policy.kind=uniform",
+        "controller.rule=best_reward",
+        "controller.rounds.every=2",
+        "merge.rule=ties",
+    ),
+    "single": (SPREAD, "final.start=controller", "controller.training.epochs=2"),
+    "input_aware": ("controller.rule=best_reward", "mask={score: input_aware, scope: tensor}"),
     "component": (
-        "controller.policy=late",
+        "controller={preset: late, rounds: {every: 3}, training: {epochs: 1, learning_rate: 1.0e-2}}",
         "mask={granularity: component, scope: global}",
         "merge={rule: svd, rank: 3}",
     ),

@@ -18,10 +18,10 @@ from grasp_lora.bench.store import Record
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSettings, Ranking, WeightKey
-from grasp_lora.method.policy import shared_ratio
+from grasp_lora.method.policy import even_ratio
 from grasp_lora.models.adapters import attached, segments_of
-from grasp_lora.training.controller import PrunedTraining
 from grasp_lora.training.probes import ProbeSet, calibrate
+from grasp_lora.training.pruned import PrunedTraining
 
 REVISION = 1  # part of what a trajectory is found by: raise it when a change of the code changes its losses
 
@@ -43,7 +43,7 @@ class LossLandscape(PrunedTraining):
         micro_dev: the examples that are measured; scores that need inputs are calibrated on them, too.
         ratios: the grid that is measured, fractions in [0, 1], at least one.
         every: optimizer steps between measurements, >= 1.
-        prune_ratio: fraction in [0, 1], or None for `shared_ratio` between the lowest and the highest of `ratios`.
+        prune_ratio: fraction in [0, 1], or None for `even_ratio` between the lowest and the highest of `ratios`.
         mask: score, scope and granularity.
         segments: module name -> origin of its rank-one components, for scope `factor`.
 
@@ -98,7 +98,7 @@ class LossLandscape(PrunedTraining):
     ) -> None:
         """Draw the ratio of the step where there is none for all."""
         if self._one_ranking is not None:
-            ratio = shared_ratio(state.global_step, min(self.ratios), max(self.ratios))
+            ratio = even_ratio(state.global_step, min(self.ratios), max(self.ratios))
             self.masks.commit(ratio, self._one_ranking)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -130,7 +130,7 @@ def trajectory(
 
     Args:
         bench: of the recipe.
-        train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step (`shared_ratio`).
+        train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step (`even_ratio`).
         ratios: what is measured, fractions in [0, 1].
         every: optimizer steps between measurements, >= 1.
         split: `micro_dev` or `dev`; scores that need inputs or gradients are calibrated on it, too.

@@ -8,50 +8,79 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError, RecipeError
+    from grasp_lora.method.estimate import Rule
+    from grasp_lora.method.importance import Score
     from grasp_lora.method.masks import MaskSettings
-    from grasp_lora.method.merging import MergeSettings, merge
-    from grasp_lora.method.policy import PolicySettings, preset
+    from grasp_lora.method.merging import MergeRule, MergeSettings, merge
+    from grasp_lora.method.policy import Gaussian, Spread, Uniform
+    from grasp_lora.method.presets import Controller, preset
+    from grasp_lora.method.rounds import Decision, RatioEstimate, Round
+    from grasp_lora.method.schedule import Rounds
+    from grasp_lora.method.search import RatioPolicy, RatioSearch
     from grasp_lora.models.adapters import attached, read_adapter, save_adapter, segments_of
-    from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
+    from grasp_lora.training.controller import GraspController
     from grasp_lora.training.probes import ProbeSet, ProbesInTurn
+    from grasp_lora.training.pruned import PrunedTraining
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterError": "errors",
-    "ControllerSettings": "training.controller",
+    "Controller": "method.presets",
     "DataError": "errors",
+    "Decision": "method.rounds",
+    "Gaussian": "method.policy",
     "GraspController": "training.controller",
     "GraspError": "errors",
     "MaskSettings": "method.masks",
+    "MergeRule": "method.merging",
     "MergeSettings": "method.merging",
-    "PolicySettings": "method.policy",
     "ProbeError": "errors",
     "ProbeSet": "training.probes",
     "ProbesInTurn": "training.probes",
-    "PrunedTraining": "training.controller",
+    "PrunedTraining": "training.pruned",
+    "RatioEstimate": "method.rounds",
+    "RatioPolicy": "method.search",
+    "RatioSearch": "method.search",
     "RecipeError": "errors",
+    "Round": "method.rounds",
+    "Rounds": "method.schedule",
+    "Rule": "method.estimate",
+    "Score": "method.importance",
+    "Spread": "method.policy",
+    "Uniform": "method.policy",
     "attached": "models.adapters",
     "merge": "method.merging",
-    "preset": "method.policy",
+    "preset": "method.presets",
     "read_adapter": "models.adapters",
     "save_adapter": "models.adapters",
     "segments_of": "models.adapters",
 }
 __all__ = [
     "AdapterError",
-    "ControllerSettings",
+    "Controller",
     "DataError",
+    "Decision",
+    "Gaussian",
     "GraspController",
     "GraspError",
     "MaskSettings",
+    "MergeRule",
     "MergeSettings",
-    "PolicySettings",
     "ProbeError",
     "ProbeSet",
     "ProbesInTurn",
     "PrunedTraining",
+    "RatioEstimate",
+    "RatioPolicy",
+    "RatioSearch",
     "RecipeError",
+    "Round",
+    "Rounds",
+    "Rule",
+    "Score",
+    "Spread",
+    "Uniform",
     "attached",
     "merge",
     "preset",

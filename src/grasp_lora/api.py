@@ -28,6 +28,8 @@ def run(
     overrides: Overrides = (),
     folder: str | Path | None = None,
     progress: Progress | None = None,
+    *,
+    allow_code: bool = False,
 ) -> RunResult:
     """Do the main job of a recipe: adapters, merge, learn the ratio, final run, evaluation, report.
 
@@ -38,12 +40,13 @@ def run(
         overrides: changes of the recipe, such as `{"data.root": "data"}` or `["data.root=data"]`.
         folder: of the run; None takes runs/NAME.
         progress: told of stages and steps; None is silent.
+        allow_code: whether the recipe may name code (`package.module:name`); see `load_recipe`.
 
     Raises:
         GraspError: something does not fit; one line says what. What is done stays.
         Interrupted: SIGTERM or SIGINT came.
     """
-    session, place = _opened(recipe, overrides, folder, progress)
+    session, place = _opened(recipe, overrides, folder, progress, allow_code)
     result = running.run(session, place, session.progress)
     session.progress.stage("report")
 
@@ -62,12 +65,14 @@ def compare(
     overrides: Overrides = (),
     folder: str | Path | None = None,
     progress: Progress | None = None,
+    *,
+    allow_code: bool = False,
     **settings: Any,
 ) -> tuple[Path, dict[str, Any]]:
     """Run every method under one protocol, in the folder and with the steps of the recipe's run; write the tables.
 
     Args:
-        recipe, overrides, folder, progress: as of `run`.
+        recipe, overrides, folder, progress, allow_code: as of `run`.
         settings: of `ComparisonSettings`, such as `methods`, `seeds` and `grid`.
 
     Returns:
@@ -77,7 +82,7 @@ def compare(
         GraspError, ValueError, Interrupted: as of `run`; a setting is out of range.
     """
     chosen = ComparisonSettings(**settings)
-    session, place = _opened(recipe, overrides, folder, progress)
+    session, place = _opened(recipe, overrides, folder, progress, allow_code)
     return place / COMPARE_FOLDER, comparing.compare(session, place, chosen, session.progress, write_comparison)
 
 
@@ -86,12 +91,14 @@ def sweep(
     overrides: Overrides = (),
     folder: str | Path | None = None,
     progress: Progress | None = None,
+    *,
+    allow_code: bool = False,
     **settings: Any,
 ) -> tuple[Path, SweepResult]:
     """Search good values for keys of a recipe with Optuna, by the dev loss of the final run.
 
     Args:
-        recipe, overrides, folder, progress: as of `run`.
+        recipe, overrides, folder, progress, allow_code: as of `run`.
         settings: of `SweepSettings`, such as `params` and `trials`.
 
     Returns:
@@ -101,17 +108,17 @@ def sweep(
         GraspError, ValueError, Interrupted: as of `run`; a setting is out of range.
     """
     chosen = SweepSettings(**settings)
-    session, place = _opened(recipe, overrides, folder, progress)
+    session, place = _opened(recipe, overrides, folder, progress, allow_code)
     return place / SWEEP_FOLDER, searching.sweep(session, place, chosen, session.progress)
 
 
 def _opened(
-    recipe: str | Path, overrides: Overrides, folder: str | Path | None, progress: Progress | None
+    recipe: str | Path, overrides: Overrides, folder: str | Path | None, progress: Progress | None, allow_code: bool
 ) -> tuple[Session, Path]:
     texts = (
         [f"{key}={_text(value)}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
     )
-    loaded, base = load_recipe(recipe, texts)
+    loaded, base = load_recipe(recipe, texts, allow_code=allow_code)
     return Session(loaded, base, progress), Path("runs") / loaded.name if folder is None else Path(folder)
 
 

@@ -31,9 +31,10 @@ from grasp_lora.bench.store import Record, Store, pack
 from grasp_lora.errors import AdapterError, Interrupted, ProbeError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.method.policy import Gaussian, Spread
+from grasp_lora.method.schedule import PROBE_SPLITS, Rounds
 from grasp_lora.models.adapters import read_adapter
 from grasp_lora.recipes.load import load_recipe
-from grasp_lora.recipes.recipe import PROBE_SPLITS
 from grasp_lora.report.comparison import (
     command_of,
     cost_table,
@@ -43,7 +44,7 @@ from grasp_lora.report.comparison import (
 )
 from grasp_lora.report.figures import learned_row
 
-ROUNDS_EVERY = "controller.probe_every=3"
+ROUNDS_EVERY = "controller.rounds.every=3"
 SMALL = ComparisonSettings(seeds=(1,), grid=(0.2, 0.6), resamples=1000)
 FEW = ("target_only", "adaptive_merge", "grid", "grasp")
 
@@ -68,7 +69,7 @@ class Recorder(Progress):
 
 
 def session(recipe: Path | str = "tiny.yaml", *overrides: str) -> Session:
-    return Session(*load_recipe(recipe, [ROUNDS_EVERY, *overrides]))
+    return Session(*load_recipe(recipe, [ROUNDS_EVERY, *overrides], allow_code=True))
 
 
 def run(folder: Path, settings: ComparisonSettings, *overrides: str) -> tuple[dict[str, Any], Recorder]:
@@ -261,7 +262,7 @@ def test_a_single_run_leaves_the_keys_of_all_other_steps_as_they_are(finished):
     }
     controllers = [record for record in records if record["step"] == "controller"]
     assert {frozenset(record["settings"]["controller"]) for record in controllers} == {
-        frozenset({"policy", "probe_every", "training"})
+        frozenset({"policy", "rounds", "rule", "training"})
     }
     assert "grasp_single" not in DEFAULT_METHODS
 
@@ -270,17 +271,12 @@ def test_a_single_run_leaves_the_keys_of_all_other_steps_as_they_are(finished):
 def test_controllers_beside_the_recipes_own_are_run_as_their_authors_do(name):
     recipe, _ = load_recipe(name)
     own = recipe.controller.policy
-    found = methods._preset("paper")(recipe)
-    assert (found.policy.kind, found.policy.estimate) == ("gaussian", "best_reward")
-    assert (found.probe_every, found.patience, found.probe_on, found.probe_examples) == (10, None, "micro_dev", None)
+    found = methods._paper(recipe)
+    assert (type(found.policy), found.rule, found.rounds) == (Gaussian, "best_reward", Rounds(10))
     assert (found.policy.ratio_min, found.policy.ratio_max) == (own.ratio_min, own.ratio_max)
     late = methods._dev_free(recipe)
-    assert (late.policy.kind, late.policy.probe_from, late.patience, late.probe_on) == (
-        "shared",
-        0.5,
-        None,
-        "micro_dev",
-    )
+    assert (late.policy, late.rule) == (Spread(candidates=3, bounds_first=True), "smooth_fit")
+    assert late.rounds == Rounds(recipe.controller.rounds.every, start=0.5)
 
 
 @pytest.mark.parametrize("epochs", [1.0, 3.0, 5.0, 6.0, 10.0])
@@ -294,7 +290,7 @@ def test_a_single_run_has_the_steps_of_one_final_run(epochs):
 
 def test_a_single_run_too_short_to_learn_is_left_out(tiny_workspace):
     settings = ComparisonSettings(("target_only", "grasp", "grasp_single"), (1,), (0.2,), resamples=1000)
-    content, recorder = run(tiny_workspace / "compare", settings, "controller.probe_every=7")
+    content, recorder = run(tiny_workspace / "compare", settings, "controller.rounds.every=7")
     rows = {row["method"]: row for row in content["rows"]}
     assert rows["grasp_single"]["unavailable"].startswith("the controller run has 6 optimizer steps and probes every 7")
     assert "unavailable" not in rows["grasp"] or rows["grasp"]["unavailable"] is None
@@ -536,7 +532,7 @@ def test_without_a_dev_set_neither_the_target_adapter_nor_the_final_run_looks_at
 def test_without_a_micro_dev_set_only_the_methods_that_need_one_are_left_out(tiny_workspace):
     needy = ("lorahub", "grasp_single", "grasp_paper", "grid_dev_free", "grasp_dev_free")
     settings = ComparisonSettings(("target_only", "grid", "grasp", *needy), (1,), (0.2, 0.6), resamples=1000)
-    content, _ = run(tiny_workspace / "compare", settings, "data.target.micro_dev=0", "controller.probe_on=dev")
+    content, _ = run(tiny_workspace / "compare", settings, "data.target.micro_dev=0", "controller.rounds.pool=dev")
     assert {row["method"]: row["unavailable"] for row in content["rows"]} == {
         **dict.fromkeys(("target_only", "grid", "grasp")),
         **dict.fromkeys(needy, "needs a micro_dev split, data.target.micro_dev is 0"),
@@ -607,12 +603,12 @@ def test_a_grid_measures_what_it_needs_and_nothing_else(tiny_workspace):
 
 
 def test_a_rule_that_compares_rounds_gets_baselines_on_all_examples(tiny_workspace):
-    turn = ("controller.policy=adaptive", "controller.probe_on=dev", "controller.probe_examples=2")
+    turn = ("controller.rounds.pool=dev", "controller.rounds.in_turn=2")
     settings = ComparisonSettings(("target_only", "grasp"), (1,), (0.2,), resamples=1000)
     found = {}
     for estimate in ("surrogate", "smooth_fit"):
         folder = tiny_workspace / estimate
-        run(folder, settings, *turn, f"controller.policy={{preset: adaptive, estimate: {estimate}}}")
+        run(folder, settings, *turn, f"controller.rule={estimate}")
         (file,) = (folder / "store/records").glob("controller-*")
         found[estimate] = json.loads(file.read_text(encoding="utf-8"))["result"]["rounds"]
     sizes = {
@@ -890,7 +886,7 @@ def test_too_few_resamples_are_refused_before_anything_runs():
 def test_a_given_prune_ratio_is_left_aside_and_everything_is_checked_first(tiny_workspace):
     settings = ComparisonSettings(("target_only", "grasp"), (1,), (0.2,), resamples=1000)
     with pytest.raises(RecipeError, match="so no round follows a step"):
-        run(tiny_workspace / "compare", settings, "final.prune_ratio=0.3", "controller.probe_every=99")
+        run(tiny_workspace / "compare", settings, "final.prune_ratio=0.3", "controller.rounds.every=99")
     assert not (tiny_workspace / "compare").exists()
 
 

@@ -13,6 +13,7 @@ from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.recipes.load import load_recipe
 
 Check = Callable[..., dict[str, Finding]]
+SPREAD = ("controller.preset=spread", "controller.rule=surrogate")
 
 
 @pytest.fixture
@@ -115,12 +116,12 @@ def test_settings_that_cannot_give_what_they_ask_for_are_warned_of(check: Check,
 def test_few_rounds_and_few_micro_dev_examples_are_warned_of(check: Check) -> None:
     found = check()
     assert found["rounds"].level == "warning"
-    assert "3 rounds; raise controller.training.epochs or lower controller.probe_every" in found["rounds"].text
+    assert "3 rounds; raise controller.training.epochs or lower controller.rounds.every" in found["rounds"].text
     assert found["probes"] == Finding("warning", "probes", "4 examples choose the ratio; 16 are usual")
 
 
 def test_nothing_is_warned_of_where_all_is_usual(check: Check) -> None:
-    found = check("data.target.micro_dev=8", "controller.probe_every=1")
+    found = check("data.target.micro_dev=8", "controller.rounds.every=1")
     assert {finding.level for finding in found.values()} == {"ok"}
     assert found["rounds"].text == "the controller will run 10 rounds"
 
@@ -132,53 +133,60 @@ def test_no_dev_and_no_test_set_are_warned_of(check: Check) -> None:
 
 
 def test_a_given_ratio_needs_no_rounds(check: Check) -> None:
-    found = check("final.prune_ratio=0.4", "controller.probe_every=1000")
+    found = check("final.prune_ratio=0.4", "controller.rounds.every=1000")
     assert "rounds" not in found
     assert found["cost"].text == "at most 32 training examples and 0 probed examples"
 
 
 def test_a_controller_run_without_a_round_is_an_error_before_the_run(check: Check) -> None:
     with pytest.raises(RecipeError, match="10 optimizer steps and probes every 11, so no round follows a step"):
-        check("controller.probe_every=11")
+        check("controller.rounds.every=11")
     with pytest.raises(
         RecipeError, match="so no round follows a step"
     ):  # the one before training alone learns nothing of it
-        check("controller.policy=shared", "controller.probe_every=11")
+        check(*SPREAD, "controller.rounds.every=11")
 
 
 def test_a_round_before_training_and_one_after_are_few(check: Check) -> None:
-    found = check("controller.policy=shared", "controller.probe_every=10")
+    found = check(*SPREAD, "controller.rounds.every=10")
     assert found["rounds"].level == "warning"
     assert "at most 2 rounds; raise controller.training.epochs or lower" in found["rounds"].text
-    found = check("controller.policy=shared", "controller.probe_every=10", "controller.training.epochs=2")
+    found = check(
+        *SPREAD,
+        "controller.rounds.every=10",
+        "controller.training.epochs=2",
+    )
     assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run at most 3 rounds")
 
 
 def test_all_that_is_probed_counts(check: Check) -> None:
-    assert "probes" not in check("controller.probe_on=both")  # 4 micro-dev and 6 dev examples
-    assert check("controller.probe_on=dev")["probes"].text == "6 examples choose the ratio; 16 are usual"
+    assert "probes" not in check("controller.rounds.pool=both")  # 4 micro-dev and 6 dev examples
+    assert check("controller.rounds.pool=dev")["probes"].text == "6 examples choose the ratio; 16 are usual"
     assert "probes" not in check("final.prune_ratio=0.4")
 
 
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
-        (("policy=shared", "probe_every=10"), None),
-        (("policy=shared", "probe_every=5", "patience=2"), None),
+        (("preset=spread", "rounds.every=10"), None),
+        (("preset=spread", "rounds.every=5", "rounds.patience=2"), None),
         (
-            ("policy=shared", "probe_every=3"),
-            "the run stops after 3 steps without a lower loss, less than an epoch (10 steps); leave controller.probe_every out "
-            "for a round after each epoch, or set controller.patience to 4",
+            ("preset=spread", "rounds.every=3"),
+            "the run stops after 3 steps without a lower loss, less than an epoch (10 steps); leave controller.rounds.every out "
+            "for a round after each epoch, or set controller.rounds.patience to 4",
         ),
-        (("policy=paper",), "controller.patience is 1, but this policy needs its rounds to the end of the run; "),
-        (("policy=late",), "controller.patience is 1, but this policy needs its rounds to the end of the run; "),
-        (("policy=paper", "patience=null"), None),
+        (
+            ("preset=paper",),
+            "controller.rounds.patience is 1, but these rounds are needed to the end of the run; ",
+        ),
+        (("preset=late",), "controller.rounds.patience is 1, but these rounds are needed to the end of the run; "),
+        (("preset=paper", "rounds.patience=null"), None),
     ],
 )
 def test_patience_that_stops_before_the_probes_tell_anything_is_warned_of(
     check: Check, changes: tuple[str, ...], warning: str | None
 ) -> None:
-    changed = ("patience=1", "training.epochs=2", *changes)
+    changed = ("rounds.patience=1", "training.epochs=2", *changes)
     found = check(*(f"controller.{change}" for change in changed)).get("patience")
     assert (found is None) is (warning is None)
     if found is not None and warning is not None:
@@ -187,20 +195,22 @@ def test_patience_that_stops_before_the_probes_tell_anything_is_warned_of(
 
 
 def test_what_a_controller_cannot_probe_is_an_error_before_the_run(check: Check) -> None:
-    with pytest.raises(RecipeError, match=r"probe_on is 'both', but data\.target\.dev is 0; give it examples"):
-        check("controller.probe_on=both", "data.target.dev=0")
+    with pytest.raises(
+        RecipeError, match=r"controller\.rounds\.pool is 'both', but data\.target\.dev is 0; give it examples"
+    ):
+        check("controller.rounds.pool=both", "data.target.dev=0")
 
 
 def test_few_late_rounds_are_as_planned(check: Check) -> None:
-    found = check("controller.policy=late", "controller.probe_on=both", "controller.probe_examples=5")
+    found = check("controller.preset=late", "controller.rounds.pool=both", "controller.rounds.in_turn=5")
     assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run 3 rounds")
     assert found["cost"].text.endswith("and 60 probed examples")  # the baseline and 3 candidates on 5 examples
 
 
 @pytest.mark.parametrize(("start", "baseline"), [("merged", 5), ("controller", 6 + 4)])
 def test_a_single_run_measures_its_baseline_on_all_that_it_probes(check: Check, start: str, baseline: int) -> None:
-    turn = ("controller.policy=default", "controller.probe_on=both", "controller.probe_examples=5")
-    found = check(*turn, "controller.probe_every=5", f"final.start={start}")
+    turn = ("controller.preset=paper", "controller.rounds.pool=both", "controller.rounds.in_turn=5")
+    found = check(*turn, "controller.rounds.every=5", f"final.start={start}")
     rounds = int(found["rounds"].text.split("run ")[1].split()[0])
     assert found["cost"].text.endswith(f"and {rounds * (baseline + 3 * 5)} probed examples")
 

@@ -17,7 +17,7 @@ from grasp_lora.storage.processes import STARTED, first, is_first, shared, toget
 from grasp_lora.training.settings import TrainingSettings
 
 TWO_A_STEP = [f"{stage}.training.accumulation=2" for stage in ("source", "target", "controller", "final")]
-CHANGES = [*TWO_A_STEP, "controller.probe_every=2"]
+CHANGES = [*TWO_A_STEP, "controller.rounds.every=2"]
 READ_DATA, ANSWER = "read and split the data", "answer the test questions"
 
 

@@ -116,19 +116,17 @@ def test_a_kill_at_a_random_moment_loses_nothing(runs: Runs, stages: tuple[str, 
     kill(runs, random.Random(f"kill in {stages}").choice(numbers), f"killed-{stages[0]}")
 
 
-@pytest.mark.parametrize(
-    ("stage", "policy"), [("controller", "default"), ("controller", "shared"), ("final", "shared")]
-)
-def test_a_kill_in_a_single_run_loses_nothing(runs: Runs, stage: str, policy: str) -> None:
-    changes = ("final.start=controller", f"controller.policy={policy}", "controller.patience=2")
+@pytest.mark.parametrize(("stage", "preset"), [("controller", "paper"), ("controller", "spread"), ("final", "spread")])
+def test_a_kill_in_a_single_run_loses_nothing(runs: Runs, stage: str, preset: str) -> None:
+    changes = ("final.start=controller", f"controller.preset={preset}", "controller.rounds.patience=2")
     events = runs.uninterrupted(*changes).events
     assert "controller open controller/adapter.part/adapter_config.json" in events
     numbers = [number for number, event in enumerate(events, start=1) if event.split()[0] == stage]
-    kill(runs, random.Random(f"single {stage} {policy}").choice(numbers), f"single-{stage}-{policy}", *changes)
+    kill(runs, random.Random(f"single {stage} {preset}").choice(numbers), f"single-{stage}-{preset}", *changes)
 
 
 HARDER = (
-    "source.training.epochs=1.5", "target.training.accumulation=2", "target.training.epochs=3", "controller.probe_every=2",
+    "source.training.epochs=1.5", "target.training.accumulation=2", "target.training.epochs=3", "controller.rounds.every=2",
     "target.training.evaluate_every=0.5", "target.training.patience=3", "mask.score=input_aware", "mask.scope=global",
     "final.mode=reselect", "final.mask.score=gradient_of_delta", "final.training.epochs=2",
 )  # fmt: skip

@@ -497,8 +497,8 @@ class TestWays:
 
     def test_the_way_of_the_paper(self, tiny_workspace: Path) -> None:
         metrics = execute(
-            "controller.policy=paper", "merge.rule=paper_sum_unscaled", "merge.weights=[1, 1]", "final.mode=reselect",
-            "final.mask.score=gradient_of_delta",
+            "controller.preset=paper", "controller.rule=best_reward", "merge.rule=paper_sum_unscaled", "merge.weights=[1, 1]",
+            "final.mode=reselect", "final.mask.score=gradient_of_delta",
         )  # fmt: skip
         rounds = read_lines(Path("run/controller/rounds.jsonl"))
         rewards = [
@@ -512,12 +512,12 @@ class TestWays:
         assert {row["segment"] for row in rows} == {"merged"}
         for row in rows:
             assert row["weights"] - row["kept"] == prune_count(metrics["prune_ratio"], row["weights"])
-        merged = yaml.safe_load(Path("run/recipe.yaml").read_text())["controller"]["policy"]
-        assert merged["estimate"] == "best_reward"
+        merged = yaml.safe_load(Path("run/recipe.yaml").read_text())["controller"]
+        assert (merged["policy"]["kind"], merged["rule"]) == ("gaussian", "best_reward")
 
-    @pytest.mark.parametrize("policy", ["default", "shared"])
-    def test_a_single_run_finishes_the_adapter_of_the_controller_run(self, policy: str, finished_run: Path) -> None:
-        changes = ("final.start=controller", f"controller.policy={policy}")
+    @pytest.mark.parametrize("preset", ["paper", "spread"])
+    def test_a_single_run_finishes_the_adapter_of_the_controller_run(self, preset: str, finished_run: Path) -> None:
+        changes = ("final.start=controller", f"controller.preset={preset}")
         recorder = Recorder()
         metrics = execute(*changes, folder="single", progress=recorder)
         run = Path("single")
@@ -527,7 +527,7 @@ class TestWays:
             for file in ("adapter_config.json", "adapter_model.safetensors", "grasp_lora.json")
         }
         assert set(files_of(run)) == FILES | left
-        if policy == "default":  # the controller run itself is that of two runs
+        if preset == "paper":  # the controller run itself is that of two runs
             for name in ("controller/rounds.jsonl", "controller/ratio.json", "merged/adapter_model.safetensors"):
                 assert (run / name).read_bytes() == (finished_run / name).read_bytes()
         start, result = (
@@ -583,7 +583,7 @@ class TestWays:
             ("mask.score=input_aware", "mask.scope=tensor"),
             ("mask.score=gradient_of_delta", "mask.scope=global"),
             ("mask.granularity=component", "merge.rule=svd", "merge.rank=3"),
-            ("controller.policy=late", "controller.probe_on=dev", "mask.score=input_aware"),
+            ("controller.preset=late", "controller.rounds.pool=dev", "mask.score=input_aware"),
         ],
         ids=["input_aware", "gradient_of_delta", "component", "late"],
     )
@@ -593,8 +593,8 @@ class TestWays:
         assert math.isfinite(metrics["systems"]["grasp"]["test_loss"])
 
     def test_late_rounds_on_examples_in_turn(self, tiny_workspace: Path) -> None:
-        policy = "controller.policy={preset: shared, probe_from: 0.5, candidates: 2, estimate: smooth_fit}"
-        metrics = execute(policy, "controller.probe_on=both", "controller.probe_examples=3", "controller.probe_every=2")
+        rounds = ("controller.rounds.pool=both", "controller.rounds.in_turn=3", "controller.rounds.every=2")
+        metrics = execute("controller.preset=late", "controller.policy.candidates=2", *rounds)
         rows = read_lines(Path("run/controller/rounds.jsonl"))
         assert [row["step"] for row in rows] == [6, 8, 10]
         assert all(len(row["baseline_losses"]) == 3 for row in rows)

@@ -428,7 +428,7 @@ def test_what_makes_no_sense_is_refused_in_one_line(refused, arguments, message)
 
 
 def test_the_best_of_a_single_run_recipe_is_written(tiny_workspace):
-    result, _ = run("out", RATIO, trials=2, overrides=("final.start=controller", "controller.probe_every=2"))
+    result, _ = run("out", RATIO, trials=2, overrides=("final.start=controller", "controller.rounds.every=2"))
     best, _ = load_recipe(Path("out/sweep", BEST_FILE))
     assert best.final.prune_ratio == best_of(result).values["final.prune_ratio"]
     assert best.final.start == "merged"

@@ -139,14 +139,14 @@ def test_a_metric_of_the_users_own_is_found_by_its_import_path(own_module):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("meteor", "no metric 'meteor'; allowed: exact_match, f1, .*import path"),
-        ("own/metrics.py:f", "no metric 'own/metrics.py:f'; allowed"),
-        ("own:f:g", "no metric 'own:f:g'"),
-        (":f", "no metric ':f'"),
+        ("meteor", "metric is 'meteor'; allowed: exact_match, f1, .*import path"),
+        ("own/metrics.py:f", "metric is 'own/metrics.py:f'; allowed"),
+        ("own:f:g", "metric is 'own:f:g'"),
+        (":f", "metric is ':f'"),
         ("no_such_module_here:f", "'no_such_module_here' cannot be imported .*PYTHONPATH"),
         ("json.no_such_part:f", "'json.no_such_part' cannot be imported"),
         ("json:no_such_function", "module 'json' has no 'no_such_function'"),
-        ("json:__name__", "module 'json' has no function '__name__'"),
+        ("json:__name__", "metric 'json:__name__' is a str; name a function"),
     ],
 )
 def test_what_is_no_metric_is_an_error(name, message):

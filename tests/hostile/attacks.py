@@ -41,7 +41,7 @@ source: {adapters: [one, org/two], training: {epochs: 1, batch_size: 2, learning
 target: {training: {epochs: 1, patience: null}}
 merge: {rule: svd, weights: [0.5, 0.5, 1], rank: 3}
 mask: {score: magnitude, scope: global}
-controller: {probe_every: 3, policy: {preset: paper, candidates: 2}, training: {epochs: 1, keep: last}}
+controller: {preset: paper, rounds: {every: 3}, policy: {candidates: 2}, training: {epochs: 1, keep: last}}
 final: {mode: hold, prune_ratio: 0.5, mask: {scope: tensor}}
 generation: {max_new_tokens: 4, stop: ["\\n"]}
 metrics: [f1]
@@ -226,7 +226,7 @@ def _overrides(folder: Path) -> Target:
     def read(content: bytes) -> object:
         return load_recipe(file, [content.decode(errors="replace")])
 
-    return Target("override", (b"lora.rank=4", b"controller.policy=random", b"metrics=[f1, bleu]"), read, spoil)
+    return Target("override", (b"lora.rank=4", b"controller.preset=paper", b"metrics=[f1, bleu]"), read, spoil)
 
 
 def _data(folder: Path, suffix: str, task: str) -> Target:

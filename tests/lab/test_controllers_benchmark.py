@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,11 @@ from landscape import Cost, FinalRun, Landscape, Trajectory
 
 from grasp_lora.bench.steps import GRID
 from grasp_lora.errors import GraspError
-from grasp_lora.method.policy import POLICIES, GaussianPolicy, PolicySettings, Round, preset
+from grasp_lora.method.policy import POLICIES, Gaussian, Spread, Uniform
+from grasp_lora.method.presets import Controller, preset
+from grasp_lora.method.rounds import Round
+from grasp_lora.method.schedule import Rounds
+from grasp_lora.method.search import RatioSearch
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +37,21 @@ FRACTIONS = benchmark.FRACTIONS
 
 def plan(name: str, **changes: Any) -> Any:
     """A policy whose rounds are the setting's."""
-    return benchmark.Plan(preset(name, **changes))
+    return benchmark.Plan(changed(name, **changes))
+
+
+def changed(name: str, **changes: Any) -> Controller:
+    """A preset with another policy's settings."""
+    return replace(preset(name), policy=replace(preset(name).policy, **changes))
+
+
+# Trains all ratios together, else the paper's: what the benchmark reads is seen apart from what Spread draws.
+@dataclass(frozen=True)
+class Together(Gaussian):
+    regime = "each_step"
+
+
+TOGETHER = Controller(Together(), Rounds(before_training=True), "best_reward")
 
 
 def final_loss(ratio: float) -> float:
@@ -88,7 +106,7 @@ class TestRegret:
         assert one.regret(0.7, "dev", "smooth") > 1.0
 
     def test_the_range_is_that_of_the_default_policy(self, setting: Any) -> None:
-        default = preset("default")
+        default = Gaussian()
         assert (setting.low, setting.high) == (default.ratio_min, default.ratio_max)
         early = replace(
             setting.landscape, finals=tuple(replace(one, ratio=one.ratio / 2) for one in setting.landscape.finals)
@@ -174,7 +192,7 @@ class TestReplay:
 
     @pytest.mark.parametrize("kind", POLICIES)
     def test_every_policy_finds_what_its_probes_show(self, kind: str, setting: Any) -> None:
-        held = benchmark.Plan(PolicySettings(kind=kind, estimate="smooth_fit"))
+        held = benchmark.Plan(Controller(POLICIES[kind](), Rounds(), "smooth_fit"))
         ratios = [benchmark.learned(held, setting, seed).ratio for seed in range(2)]
         assert max(setting.regret(ratio, "dev", "smooth") for ratio in ratios) < 0.5
 
@@ -191,30 +209,29 @@ class TestReplay:
     def test_rounds_may_follow_epochs(self) -> None:
         one = landscape(telling)
         one = replace(one, facts=one.facts | {"examples": {"train": 40}})  # two epochs of 40 steps
-        _, cost = benchmark.replay(one, benchmark.Plan(preset("shared"), every="epoch"), seed=0, probe_every=7)
+        _, cost = benchmark.replay(one, benchmark.Plan(preset("spread"), every="epoch"), seed=0, probe_every=7)
         assert cost.measured_examples <= 3 * 4 * EXAMPLES  # rounds at 0, 40 and 80
-        assert cost == benchmark.replay(one, benchmark.Plan(preset("shared"), every=40), seed=0)[1]
+        assert cost == benchmark.replay(one, benchmark.Plan(preset("spread"), every=40), seed=0)[1]
 
     def test_a_run_may_end_when_no_ratio_gets_lower(self) -> None:
         rising_with_time = landscape(lambda train_ratio, step, ratio: 1 + step / 100 + (ratio - BEST) ** 2)
-        patient = benchmark.Plan(preset("paper", candidates=1), patience=2)
+        patient = benchmark.Plan(changed("paper", candidates=1), patience=2)
         _, cost = benchmark.replay(rising_with_time, patient, seed=0, probe_every=20)
         assert cost == Cost(60, 3 * 2 * EXAMPLES)  # the round after 20 steps is the best, those after 40 and 60 are not
 
     def test_candidates_that_coincide_are_measured_once(self) -> None:
-        at_the_bound = benchmark.Plan(preset("paper", ratio_max=0.101, ratio_init=0.1, std_init=9.0, candidates=64))
+        at_the_bound = benchmark.Plan(changed("paper", ratio_max=0.101, ratio_init=0.1, std_init=9.0, candidates=64))
         _, cost = benchmark.replay(landscape(telling), at_the_bound, seed=0, probe_every=80)
         assert cost.measured_examples < 5 * EXAMPLES  # nearly all are clamped to one of the two bounds
 
     def test_the_dev_set_can_be_probed_a_few_examples_in_turn(self, monkeypatch: pytest.MonkeyPatch) -> None:
         told = watch(monkeypatch)
-        monkeypatch.setattr(GaussianPolicy, "shared", True, raising=False)
         plain = landscape(telling)
         own = np.arange(6.0)[None, None, :] * 100
         finals = tuple(replace(run, losses={**run.losses, "dev": (1.0,) * 6}) for run in plain.finals)
         on_dev = replace(plain.shared, losses=plain.shared.losses[:, :, :1] + own, split="dev")
         one = replace(plain, trajectories=(*plain.trajectories, on_dev), finals=finals)
-        _, cost = benchmark.replay(one, benchmark.Plan(preset("paper"), pool="dev", turn=2), seed=0, probe_every=40)
+        _, cost = benchmark.replay(one, benchmark.Plan(TOGETHER, pool="dev", turn=2), seed=0, probe_every=40)
         seen = [tuple(round(loss / 100) for loss in measured.baseline_losses) for measured in told]
         assert len(seen) == 3
         assert all(len(number) == 2 for number in seen)
@@ -222,17 +239,17 @@ class TestReplay:
         assert cost == Cost(80, 3 * 4 * 2)
         told.clear()
         _, cost = benchmark.replay(
-            one, benchmark.Plan(preset("paper"), pool="dev", turn=2, patience=9), seed=0, probe_every=40
+            one, benchmark.Plan(TOGETHER, pool="dev", turn=2, patience=9), seed=0, probe_every=40
         )
         assert [(len(measured.baseline_losses), len(measured.candidate_losses[0])) for measured in told] == [(6, 2)] * 3
         assert sorted(place for measured in told for place in measured.places or ()) == list(range(6))
         assert all(min(measured.rewards) > -50 for measured in told)  # on the same examples, whose levels are 100 apart
         assert cost == Cost(80, 3 * (6 + 3 * 2))
         told.clear()
-        benchmark.replay(one, benchmark.Plan(preset("paper"), pool="both"), seed=0, probe_every=40)
+        benchmark.replay(one, benchmark.Plan(TOGETHER, pool="both"), seed=0, probe_every=40)
         assert {len(measured.baseline_losses) for measured in told} == {6 + EXAMPLES}
         with pytest.raises(GraspError, match="no shared trajectory on dev"):
-            benchmark.replay(plain, benchmark.Plan(preset("paper"), pool="dev"), seed=0)
+            benchmark.replay(plain, benchmark.Plan(TOGETHER, pool="dev"), seed=0)
 
     def test_a_race_drops_who_is_clearly_behind(self) -> None:
         noise = np.random.default_rng(0).normal(0, 0.01, (4, 16))
@@ -264,14 +281,13 @@ class TestReplay:
                 assert losses == pytest.approx([level - ratio + example for example in drawn])
         assert 0.1 <= estimate.ratio <= 0.8
 
-    def test_a_shared_policy_reads_the_shared_trajectory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_policy_that_holds_no_ratio_reads_the_shared_trajectory(self, monkeypatch: pytest.MonkeyPatch) -> None:
         told = watch(monkeypatch)
-        monkeypatch.setattr(GaussianPolicy, "shared", True, raising=False)
         one = landscape(lambda train_ratio, step, ratio: 100.0 if train_ratio is None else 1.0)
-        benchmark.replay(one, plan("paper"), seed=0, probe_every=20)
+        benchmark.replay(one, benchmark.Plan(TOGETHER), seed=0, probe_every=20)
         assert min(min(measured.baseline_losses) for measured in told) >= 100
         with pytest.raises(GraspError, match="no shared trajectory"):
-            benchmark.replay(landscape(telling, shared=False), plan("paper"), seed=0)
+            benchmark.replay(landscape(telling, shared=False), benchmark.Plan(TOGETHER), seed=0)
 
     def test_a_seed_decides_policy_and_examples(self) -> None:
         one = landscape(telling, noise=0.05)
@@ -283,15 +299,15 @@ class TestReplay:
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[Round]:
-    """Keep what a Gaussian policy is told."""
+    """Keep what a search is told."""
     told: list[Round] = []
-    tell = GaussianPolicy.tell
+    tell = RatioSearch.tell
 
-    def kept(self: GaussianPolicy, measured: Round) -> Any:
+    def kept(self: RatioSearch, measured: Round) -> Any:
         told.append(measured)
         return tell(self, measured)
 
-    monkeypatch.setattr(GaussianPolicy, "tell", kept)
+    monkeypatch.setattr(RatioSearch, "tell", kept)
     return told
 
 
@@ -323,12 +339,11 @@ class TestFigures:
         assert 0 < narrow[1] - narrow[0] < high - low
 
     def test_all_contestants_stand_in_both_tables(self, setting: Any) -> None:
-        rivals, left_out = benchmark.contestants([setting], ["default,candidates=2"])
-        assert {"preset paper", "preset default", "preset random", "default,candidates=2", "fixed 0.4"} <= set(rivals)
-        kinds = {
-            contestant.args[0].policy.kind for contestant in rivals.values() if contestant.func is benchmark.learned
-        }
-        assert kinds == set(POLICIES)
+        rivals, left_out = benchmark.contestants([setting], ["paper,kind=uniform,candidates=2"])
+        own = {"preset paper", "preset spread", "preset late", "paper,kind=uniform,candidates=2"}
+        assert own | {"fixed 0.4"} <= set(rivals)
+        policies = {contestant.args[0].controller.policy for name, contestant in rivals.items() if name in own}
+        assert policies == {Gaussian(), Spread(candidates=2), Spread(bounds_first=True), Uniform(candidates=2)}
         few = {name: rivals[name] for name in ("preset paper", "fixed 0.4")}
         found = json.loads(json.dumps(benchmark.judge([setting], few, seeds=2)))
         text = benchmark.merit_tables(found)
@@ -344,28 +359,29 @@ class TestFigures:
         assert costs[1].measured_examples - final == (costs[0].measured_examples - final) / 2  # two of four examples
         assert costs[1].trained_examples == costs[0].trained_examples
 
-    def test_shared_policies_are_left_out_where_they_cannot_be_replayed(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(GaussianPolicy, "shared", True, raising=False)
+    def test_policies_are_left_out_where_they_cannot_be_replayed(self) -> None:
         one = benchmark.Setting("unshared", landscape(telling, shared=False))
         rivals, left_out = benchmark.contestants([one])
-        assert "preset paper" not in rivals
-        assert "preset random" in rivals
-        assert any(line.startswith("preset paper is left out") for line in left_out)
+        assert "preset spread" not in rivals
+        assert "preset paper" in rivals
+        assert any(line.startswith("preset spread is left out") for line in left_out)
 
     @pytest.mark.parametrize(
         "text",
         [
             "nothing",
-            "default,candidates",
-            "default,candidates=0",
-            "default,colour=1",
-            "shared,every=0",
-            "shared,pool=test",
+            "paper,candidates",
+            "paper,candidates=0",
+            "paper,colour=1",
+            "spread,every=0",
+            "spread,pool=test",
+            "spread,max_step=0.1",
+            "paper,kind=grid",
             "paper,pool=dev",
             "paper,patience=epoch",
             "late,turn=2,race=1",
             "late,turn=2,fixed=3",
-            "shared,turn=2,estimate=lowest_loss",
+            "spread,rule=lowest_loss",
         ],
     )
     def test_a_policy_that_is_none(self, text: str) -> None:
@@ -448,5 +464,5 @@ class TestCommand:
         assert self.run(monkeypatch, tmp_path / "one.parquet", tmp_path / "one.parquet") == 2
         assert "same name" in capsys.readouterr().err
         # known only when the policy is replayed: nothing was measured on dev
-        assert self.run(monkeypatch, tmp_path / "one.parquet", "--policy", "shared,pool=both", "--seeds", 1) == 2
+        assert self.run(monkeypatch, tmp_path / "one.parquet", "--policy", "spread,pool=both", "--seeds", 1) == 2
         assert capsys.readouterr().err.startswith("error: a landscape has no shared trajectory on dev")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from trajectory import LossLandscape, shared_ratio
+from trajectory import LossLandscape, even_ratio
 from transformers import TrainerCallback, TrainerState
 
 from grasp_lora.errors import GraspError, ProbeError
@@ -20,9 +20,9 @@ from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs, segm
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.training import probes as probing
-from grasp_lora.training.controller import PrunedTraining
 from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probes import ProbeSet
+from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TrainingSettings
 
 pytestmark = pytest.mark.slow
@@ -192,7 +192,7 @@ def test_a_shared_run_visits_ratios_from_all_over_the_grid_with_masks_that_nest(
 
 def test_any_stretch_of_a_shared_run_covers_the_range_evenly():
     for start in (0, 17, 400):
-        ratios = [shared_ratio(step, 0.0, 0.8) for step in range(start, start + 25)]
+        ratios = [even_ratio(step, 0.0, 0.8) for step in range(start, start + 25)]
         assert all(0.0 <= ratio < 0.8 for ratio in ratios)
         assert sum(ratios) / len(ratios) == pytest.approx(0.4, abs=0.03)
         tenths = [sum(0.08 * i <= ratio < 0.08 * (i + 1) for ratio in ratios) for i in range(10)]

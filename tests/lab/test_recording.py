@@ -208,7 +208,7 @@ def test_the_default_ratios_are_those_that_a_comparison_asks_for():
 
 def test_neither_rounds_nor_metrics_nor_an_open_ratio_are_needed(tiny_workspace):
     settings = RecordingSettings((0.2,), (0.4,), (0.0, 0.8))
-    overrides = ("controller.probe_every=99", "metrics=[bertscore]", "final.prune_ratio=0.3")
+    overrides = ("controller.rounds.every=99", "metrics=[bertscore]", "final.prune_ratio=0.3")
     landscape, _ = run(tiny_workspace / "one", settings, *overrides)
     assert landscape.trajectories[0].steps == (0, 2, 4, 6, 8, 10)  # ten steps, not more than eight measurements
     assert [one.ratio for one in landscape.finals] == [0.0, 0.2]

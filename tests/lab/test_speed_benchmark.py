@@ -14,7 +14,7 @@ import speed_lab
 import torch
 
 from grasp_lora.errors import GraspError
-from grasp_lora.method.policy import preset
+from grasp_lora.method.presets import preset
 from grasp_lora.recipes.load import load_recipe
 
 pytestmark = pytest.mark.slow
@@ -23,7 +23,10 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 MICRO_DEV, PROBE_EVERY, CANDIDATES = 4, 3, 3  # of tiny.yaml and the policy below
 A_ROUND = (CANDIDATES + 1) * MICRO_DEV
-OVERRIDES = ("controller.policy=paper",)
+OVERRIDES = (
+    "controller.preset=paper",
+    "controller.rule=best_reward",
+)
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def lab(tiny_workspace: Path) -> Iterator[speed_lab.Lab]:
         nonlocal passed
         passed += len(named["input_ids"])
 
-    stages = {name: speed.stage_of(recipe, name) for name in ("paper", "shared")}
+    stages = {name: speed.stage_of(recipe, name) for name in ("paper", "spread")}
     lab = speed_lab.Lab(recipe, base, ["tiny.yaml"], examples=6, pairs=1, stages=stages, now=lambda: passed)
     handle = lab.session.backbone.model.get_decoder().register_forward_pre_hook(count, with_kwargs=True)
     yield lab
@@ -126,8 +129,8 @@ class TestMeasures:
     def test_controller_runs_are_compared_with_the_training_alone(self, lab: speed_lab.Lab) -> None:
         lab.pairs = 2
         found = ratios(speed.controller(lab))
-        for name, before in (("paper", 0), ("shared", 1)):  # rounds before the first step
-            a_round = (1 + preset(name).candidates) * MICRO_DEV
+        for name, before in (("paper", 0), ("spread", 1)):  # rounds before the first step
+            a_round = (1 + preset(name).policy.candidates) * MICRO_DEV
             rounds = before + 6 // PROBE_EVERY
             size = f"6 examples, {rounds} rounds"
             assert found[f"controller run ({name}) / training without, {size}"] == (6 + rounds * a_round) / 6
@@ -151,11 +154,12 @@ class TestMeasures:
         assert single.note == f"in units of work {8 * (final + 10) / (learn + 6 + finish + 4):.2f}"
 
     def test_examples_in_turn_are_timed_and_counted_as_such(self, lab: speed_lab.Lab) -> None:
-        policy = preset("shared", estimate="smooth_fit")
-        turn = replace(preset_stage := lab.stages["shared"], policy=policy, probe_on="both", probe_examples=3)
-        compared = replace(turn, policy=preset("shared"))
+        preset_stage, policy = lab.stages["spread"], lab.stages["spread"].policy
+        rounds = replace(preset_stage.rounds, pool="both", in_turn=3)
+        turn = replace(preset_stage, rule="smooth_fit", rounds=rounds)
         lab.stages = {
-            "all": preset_stage, "in turn": turn, "rare": replace(turn, probe_every=100), "compared": compared,
+            "all": preset_stage, "in turn": turn, "rare": replace(turn, rounds=replace(rounds, every=100)),
+            "compared": replace(turn, rule="surrogate"),
         }  # fmt: skip
         whole = MICRO_DEV + len(lab.session.splits.dev)
         assert lab.parts.pools == {"all": MICRO_DEV, "single": MICRO_DEV} | dict.fromkeys(
@@ -265,17 +269,17 @@ class TestCommand:
     def test_every_row_of_a_measurement_has_a_policy_that_was_asked_for(
         self, tiny_workspace: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        speed.main(["tiny.yaml", "--only", "end", "--policy", "random", "--pairs", "1", "--examples", "3"])
+        speed.main(["tiny.yaml", "--only", "end", "--policy", "late", "--pairs", "1", "--examples", "3"])
         lines = capsys.readouterr().out.splitlines()
-        names = ("the recipe's", "random", "single run")
+        names = ("the recipe's", "late", "single run")
         assert [name in line for name, line in zip(names, lines[2:], strict=True)] == [True, True, True]
 
     def test_a_policy_may_name_its_spacing(self) -> None:
         recipe, _ = load_recipe("demo-ar")
         stage = speed.stage_of(recipe, "paper@10")
-        assert (stage.policy, stage.probe_every) == (preset("paper"), 10)
-        assert (stage.probe_on, stage.probe_examples, stage.patience) == ("micro_dev", None, None)
-        assert speed.stage_of(recipe, "paper").probe_every == recipe.controller.probe_every
+        paper = preset("paper")
+        assert (stage.policy, stage.rounds, stage.rule) == (paper.policy, paper.rounds, paper.rule)
+        assert speed.stage_of(recipe, "paper").rounds.every == recipe.controller.rounds.every
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -283,7 +287,7 @@ class TestCommand:
             (["--only", "step,nothing"], "--only names nothing; allowed: start"),
             (["--pairs", "0"], "at least 1"),
             (["--policy", "paper@often"], "'often' is no number of steps"),
-            (["--policy", "quick"], "there is no policy preset 'quick'"),
+            (["--policy", "quick"], "preset is 'quick'; allowed: spread"),
         ],
     )
     @pytest.mark.usefixtures("tiny_workspace")

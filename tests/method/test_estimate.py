@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp_lora.method.estimate import best_reward, lowest_loss, smooth_fit
-from grasp_lora.method.policy import Round
+from grasp_lora.method.estimate import Rule, best_reward, smooth_fit
+from grasp_lora.method.presets import RULES
+from grasp_lora.method.rounds import RatioEstimate, Round
+from grasp_lora.testing import check_rule
 
 LOW, HIGH = 0.1, 0.8
 GRID_STEP = (HIGH - LOW) / 280
@@ -136,7 +138,7 @@ def test_smooth_fit_never_leaves_the_probed_range() -> None:
 @pytest.mark.parametrize("candidates", [1, 2, 3, 9])
 def test_one_round_is_enough(candidates: int) -> None:
     rounds = history(quadratic, 1, candidates=candidates)
-    for rule in (smooth_fit, lowest_loss, best_reward):
+    for rule in RULES.values():
         estimate = rule(rounds, LOW, HIGH)
         assert LOW <= estimate.low <= estimate.ratio <= estimate.high <= HIGH
         assert estimate.rounds == 1
@@ -171,7 +173,7 @@ def test_smooth_fit_believes_later_rounds_more() -> None:
     assert in_order > in_reverse + 0.05
 
 
-@pytest.mark.parametrize("rule", [smooth_fit, lowest_loss, best_reward])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 def test_rules_are_deterministic(rule: Callable[..., object]) -> None:
     assert rule(history(quadratic, 12), LOW, HIGH) == rule(history(quadratic, 12), LOW, HIGH)
 
@@ -229,71 +231,43 @@ def test_best_reward_interval_is_a_point_when_every_round_agrees() -> None:
     assert (estimate.low, estimate.ratio, estimate.high) == (0.6, 0.6, 0.6)
 
 
-# --- lowest_loss -----------------------------------------------------------------------------------------------------
+# --- the conformance suite -------------------------------------------------------------------------------------------
 
 
-def moving(rounds: int, loss: Callable[[float, float], float], *, noise: float = 0.003, seed: int = 0) -> list[Round]:
-    """Rounds of a loss over ratio and time in [0, 1], with examples of different level."""
-    draw = random.Random(seed)
-    levels = [draw.gauss(1, 0.5) for _ in range(16)]
-    told = []
-    for index in range(rounds):
-        time = index / (rounds - 1)
-        ratios = (0.4, *(LOW + (HIGH - LOW) * (number + draw.random()) / 3 for number in range(3)))
-        losses = [tuple(level + loss(p, time) + draw.gauss(0, noise) for level in levels) for p in ratios]
-        told.append(Round(0.4, ratios[1:], losses[0], tuple(losses[1:])))
-    return told
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_the_shipped_conformance_suite_holds(rule: Rule) -> None:
+    check_rule(rule)
+
+
+def test_no_round_no_ratio() -> None:
+    for rule in RULES.values():
+        with pytest.raises(ValueError, match="no round was measured yet"):
+            rule([], LOW, HIGH)
+
+
+def test_an_estimate_shows_no_curve() -> None:
+    shown = repr(smooth_fit(history(quadratic, 5), LOW, HIGH))
+    assert shown.startswith("RatioEstimate(ratio=0.5")
+    assert len(shown) < 150
+    assert "curve" not in shown
+
+
+def of(ratio: float, low: float, high: float, name: str = "mine", rounds: int | None = None) -> Rule:
+    """A rule that says this."""
+    return Rule(name, lambda told, *_: RatioEstimate(ratio, low, high, "mine", rounds or len(told)))
 
 
 @pytest.mark.parametrize(
-    ("curve", "scale"),
+    ("rule", "message"),
     [
-        (quadratic, 0.2),
-        (lambda ratio: -(quadratic(ratio) ** 2) + 2 * (ratio - 0.3) ** 2, 0.5),
-        (asymmetric, 0.06),
-        # Flat, then steep, as pruning has it: where it is flat no rule can say more than that.
-        (lambda ratio: 0.1 * (ratio - 0.45) ** 2 + 0.4 * max(0.0, ratio - 0.7) ** 1.5, 0.02),
+        (of(0.9, 0.9, 0.9), "is not within"),
+        (of(0.5, 0.55, 0.6), "interval 0.55 to 0.6 about 0.5"),
+        (of(0.5, 0.4, 0.6), "without an interval it finds"),
+        (of(0.2, 0.2, 0.2), "the valley is at 0.55"),
+        (of(0.5, 0.5, 0.5, rounds=3), "it says mine, 3 rounds"),
+        (of(0.5, 0.5, 0.5, "other"), "it says mine"),
     ],
 )
-def test_lowest_loss_finds_a_ratio_that_is_nearly_the_best(curve: Curve, scale: float) -> None:
-    best = min(curve(LOW + (HIGH - LOW) * place / 700) for place in range(701))
-    for seed in range(5):
-        found = lowest_loss(moving(25, lambda ratio, _: curve(ratio), seed=seed), LOW, HIGH).ratio
-        assert curve(found) - best < 0.04 * scale
-
-
-@pytest.mark.parametrize(("early", "late", "best"), [(0.0, -0.1, 0.6), (-0.1, 0.0, 0.2)])
-def test_each_ratio_counts_with_its_best_moment(early: float, late: float, best: float) -> None:
-    """The lowest ratio moves from 0.2 to 0.6 while the level moves: the moment of the lowest loss decides."""
-
-    def loss(ratio: float, time: float) -> float:
-        return (ratio - 0.2 - 0.4 * time) ** 2 + early + (late - early) * time
-
-    for seed in range(5):
-        assert lowest_loss(moving(25, loss, seed=seed), LOW, HIGH).ratio == pytest.approx(best, abs=0.05)
-
-
-def test_lowest_loss_interval_covers_the_truth_and_shrinks() -> None:
-    covered, widths = 0, []
-    for rounds in (6, 12, 48):
-        estimates = [
-            lowest_loss(moving(rounds, lambda ratio, _: quadratic(ratio), noise=0.1, seed=seed), LOW, HIGH)
-            for seed in range(8)
-        ]
-        covered += sum(estimate.low - 0.01 <= 0.55 <= estimate.high + 0.01 for estimate in estimates)
-        widths.append(sum(estimate.high - estimate.low for estimate in estimates))
-    assert covered >= 21  # of 24
-    assert widths[0] > 1.2 * widths[2]
-
-
-def test_lowest_loss_leaves_the_interval_out_when_asked() -> None:
-    rounds = moving(8, lambda ratio, _: quadratic(ratio))
-    quick, whole = lowest_loss(rounds, LOW, HIGH, interval=False), lowest_loss(rounds, LOW, HIGH)
-    assert quick.ratio == whole.ratio == quick.low == quick.high
-    assert whole.low < whole.ratio < whole.high
-
-
-def test_lowest_loss_never_leaves_the_probed_range() -> None:
-    rounds = [replace(one, candidates=(0.42, 0.45, 0.5)) for one in moving(10, lambda ratio, _: -ratio)]
-    estimate = lowest_loss(rounds, LOW, HIGH)
-    assert 0.4 <= estimate.low <= estimate.high <= 0.5
+def test_the_suite_says_what_is_wrong(rule: Rule, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_rule(rule)

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from grasp_lora.errors import AdapterError
-from grasp_lora.method.importance import SCORES, InputNorms, score_pair
+from grasp_lora.method.importance import SCORES, InputNorms, Score, score_pair
 from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.masks import (
     GRANULARITIES,
@@ -26,6 +26,7 @@ from grasp_lora.method.masks import (
     reset_moments,
     survival,
 )
+from grasp_lora.testing import check_score
 
 SEGMENTS = (Segment("source", 2), Segment("target", 3))
 # Two modules of different widths; the second has no segments.
@@ -542,6 +543,35 @@ def test_factors_in_bfloat16_are_scored_with_norms_in_float32(score: str) -> Non
     exact = score_pair(LoraPair(low.A.float(), low.B.float()), score, norms)
     for found, wanted in zip(score_pair(low, score, norms), exact, strict=True):
         torch.testing.assert_close(found.float(), wanted)
+
+
+@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
+def test_the_shipped_conformance_suite_holds(score: Score) -> None:
+    check_score(score)
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        (Score(lambda pair, norms: (pair.A, pair.B)), "negative"),
+        (Score(lambda pair, norms: (pair.A.abs(), pair.B.abs().T)), "not"),
+        (Score(lambda pair, norms: (pair.A.mul_(2).abs(), pair.B.abs())), "changes the weights"),
+        (Score(lambda pair, norms: (torch.rand(pair.A.shape), pair.B.abs())), "global generator"),
+    ],
+)
+def test_the_suite_says_what_is_wrong(score: Score, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_score(score)
+
+
+def test_a_score_of_ones_own_is_given_or_named() -> None:
+    mine = Score(lambda pair, norms: (pair.A**2, pair.B**2))
+    masks = MaskSet(live_pairs(), MaskSettings(mine))
+    masks.commit(0.5)
+    assert masks.sparsity() == pytest.approx(0.5, abs=0.05)
+    assert not masks.settings.needs_inputs
+    with pytest.raises(ValueError, match="mask score 'math:pi' is a float; it must be a Score"):
+        MaskSettings("math:pi")
 
 
 def test_the_other_scores_by_hand() -> None:

@@ -5,9 +5,9 @@ import json
 import math
 import random
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,16 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp_lora.errors import ProbeError
-from grasp_lora.method.policy import (
-    ESTIMATE_RULES,
-    POLICIES,
-    PRESETS,
-    PolicySettings,
-    RatioPolicy,
-    Round,
-    make_policy,
-    preset,
-)
+from grasp_lora.method.policy import POLICIES, Gaussian, Spread, Uniform, even_ratio, plain_policy, policy_class
+from grasp_lora.method.presets import RULES, preset, ratio_rule
+from grasp_lora.method.rounds import Round
+from grasp_lora.method.schedule import Rounds
+from grasp_lora.method.search import RatioPolicy, RatioSearch
+from grasp_lora.testing import check_policy
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_policy.json").read_text(encoding="utf-8"))
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -34,7 +30,20 @@ def quadratic(ratio: float) -> float:
     return (ratio - 0.55) ** 2
 
 
-def run(policy: RatioPolicy, rounds: int, loss: Callable[[float], float] = quadratic, seed: int = 0) -> list[Round]:
+def of_kind(kind: str, rule: str = "smooth_fit", **settings_: Any) -> RatioSearch:
+    return RatioSearch(POLICIES[kind](**settings_), RULES[rule])
+
+
+def of_preset(name: str, **settings_: Any) -> RatioSearch:
+    chosen = preset(name)
+    return RatioSearch(replace(chosen.policy, **settings_), ratio_rule(chosen.rule))
+
+
+def state(search: RatioSearch) -> tuple[float, float, float, list[Round]]:
+    return search.mean, search.std, search.current_ratio, list(search.history)
+
+
+def run(policy: RatioSearch, rounds: int, loss: Callable[[float], float] = quadratic, seed: int = 0) -> list[Round]:
     """Play rounds of four micro-dev examples whose level drifts, and return what was told."""
     noise = random.Random(seed)
     told = []
@@ -53,7 +62,7 @@ def run(policy: RatioPolicy, rounds: int, loss: Callable[[float], float] = quadr
     return told
 
 
-def a_round(policy: RatioPolicy, **changes: Any) -> Round:
+def a_round(policy: RatioSearch, **changes: Any) -> Round:
     fields: dict[str, Any] = {
         "current_ratio": policy.current_ratio,
         "candidates": (0.3, 0.4, 0.5),
@@ -68,7 +77,7 @@ def a_round(policy: RatioPolicy, **changes: Any) -> Round:
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_paper_preset_reproduces_the_golden_trajectory(name: str) -> None:
-    policy = make_policy(preset("paper", **GOLDEN[name]["settings"]))
+    policy = of_preset("paper", **GOLDEN[name]["settings"])
     for expected in GOLDEN[name]["rounds"]:
         decision = policy.tell_rewards(expected["candidates"], expected["rewards"])
         assert decision.rewards == tuple(expected["rewards"])
@@ -83,22 +92,25 @@ def test_paper_preset_reproduces_the_golden_trajectory(name: str) -> None:
 
 
 def test_paper_preset_has_the_papers_numbers() -> None:
-    settings_ = preset("paper")
-    assert settings_.kind == "gaussian"
-    assert settings_.estimate == "best_reward"
+    paper = preset("paper")
+    settings_: Any = paper.policy
+    assert isinstance(settings_, Gaussian)
+    assert paper.rule == "best_reward"
+    assert paper.rounds == Rounds(
+        every=10, start=0.0, before_training=False, pool="micro_dev", in_turn=None, patience=None
+    )
     assert (settings_.ratio_min, settings_.ratio_max, settings_.ratio_init) == (0.10, 0.80, 0.40)
     assert (settings_.candidates, settings_.max_step, settings_.seed) == (3, 0.10, 42)
     assert (settings_.learning_rate, settings_.kl_coef, settings_.entropy_bonus) == (0.05, 0.05, 0.01)
-    assert make_policy(settings_).std == pytest.approx(0.7 / 6)
+    assert of_preset("paper").std == pytest.approx(0.7 / 6)
 
 
 def test_std_init_replaces_the_papers_sixth() -> None:
-    assert make_policy(PolicySettings(std_init=0.03)).std == 0.03
+    assert of_kind("gaussian", std_init=0.03).std == 0.03
 
 
 def test_gaussian_mean_follows_the_better_side_and_its_spread_the_better_distance() -> None:
-    still = preset("paper", kl_coef=0.0, entropy_bonus=0.0)
-    up, down, near = (make_policy(still) for _ in range(3))
+    up, down, near = (of_preset("paper", kl_coef=0.0, entropy_bonus=0.0) for _ in range(3))
     up.tell_rewards((0.3, 0.5), (-0.1, 0.1))
     down.tell_rewards((0.3, 0.5), (0.1, -0.1))
     assert up.mean > 0.4 > down.mean
@@ -108,7 +120,7 @@ def test_gaussian_mean_follows_the_better_side_and_its_spread_the_better_distanc
 
 
 def test_the_pull_uses_the_ratio_from_before_the_commit() -> None:
-    policy = make_policy(preset("paper", entropy_bonus=0.0))
+    policy = of_preset("paper", entropy_bonus=0.0)
     policy.tell_rewards((0.5,), (1.0,))  # one candidate: no advantage, and mean = current ratio: no pull either
     assert policy.current_ratio == 0.5
     assert policy.mean == 0.4
@@ -117,7 +129,7 @@ def test_the_pull_uses_the_ratio_from_before_the_commit() -> None:
 
 
 def test_variance_has_a_floor_in_the_gradients() -> None:
-    policy = make_policy(preset("paper", kl_coef=0.0, entropy_bonus=0.0, std_init=0.001))
+    policy = of_preset("paper", kl_coef=0.0, entropy_bonus=0.0, std_init=0.001)
     policy.tell_rewards((0.399, 0.401), (-0.1, 0.1))
     assert policy.mean == pytest.approx(
         0.4 + 0.05 * 0.1 * 0.001 / 1e-4
@@ -125,13 +137,13 @@ def test_variance_has_a_floor_in_the_gradients() -> None:
 
 
 def test_deviation_has_a_floor() -> None:
-    policy = make_policy(preset("paper", learning_rate=10.0, entropy_bonus=0.0))
+    policy = of_preset("paper", learning_rate=10.0, entropy_bonus=0.0)
     policy.tell_rewards((0.4, 0.8), (5.0, -5.0))
     assert policy.std == 1e-3
 
 
 def test_uniform_policy_reports_its_own_mean_and_deviation() -> None:
-    policy = make_policy(preset("random", ratio_min=0.0, ratio_max=0.6, ratio_init=0.1))
+    policy = of_kind("uniform", ratio_min=0.0, ratio_max=0.6, ratio_init=0.1)
     run(policy, 5)
     assert policy.mean == pytest.approx(0.3)
     assert policy.std == pytest.approx(0.6 / math.sqrt(12))
@@ -139,25 +151,30 @@ def test_uniform_policy_reports_its_own_mean_and_deviation() -> None:
 
 @pytest.mark.parametrize("kind", POLICIES)
 def test_draws_cover_the_bounds_fairly(kind: str) -> None:
-    policy = make_policy(PolicySettings(kind=kind, ratio_init=0.45, candidates=4000))
+    policy = of_kind(kind, ratio_init=0.45, candidates=4000)
     drawn = torch.tensor(policy.ask(), dtype=torch.float64)
     assert drawn.mean().item() == pytest.approx(0.45, abs=0.015)
-    # On the scale of logits a deviation is that of the ratio to first order only.
-    assert drawn.std().item() == pytest.approx(policy.std, rel=0.1 if kind == "adaptive" else 0.05)
+    assert drawn.std().item() == pytest.approx(policy.std, rel=0.05)
 
 
 # --- conformance: every policy ---------------------------------------------------------------------------------------
 
 every_policy = pytest.mark.parametrize("kind", POLICIES)
-committing_policy = pytest.mark.parametrize("kind", [kind for kind in POLICIES if not POLICIES[kind].shared])
+committing_policy = pytest.mark.parametrize("kind", [kind for kind in POLICIES if POLICIES[kind].regime == "held"])
+
+
+@every_policy
+@pytest.mark.parametrize("rule", RULES)
+def test_the_shipped_conformance_suite_holds(kind: str, rule: str) -> None:
+    check_policy(POLICIES[kind](), RULES[rule])
+    check_policy(POLICIES[kind](candidates=1, seed=3), RULES[rule])
 
 
 @every_policy
 @pytest.mark.parametrize("candidates", [1, 3, 8])
 def test_candidates_lie_within_the_bounds_and_are_as_many_as_asked(kind: str, candidates: int) -> None:
-    policy = make_policy(
-        PolicySettings(kind=kind, ratio_min=0.2, ratio_max=0.3, ratio_init=0.3, std_init=5.0, candidates=candidates)
-    )
+    wide: dict[str, Any] = {"std_init": 5.0} if kind == "gaussian" else {}
+    policy = of_kind(kind, ratio_min=0.2, ratio_max=0.3, ratio_init=0.3, candidates=candidates, **wide)
     for _ in range(30):
         run(policy, 1)
         drawn = policy.ask()
@@ -167,7 +184,7 @@ def test_candidates_lie_within_the_bounds_and_are_as_many_as_asked(kind: str, ca
 
 @every_policy
 def test_asking_twice_gives_the_same_and_each_round_other_candidates(kind: str) -> None:
-    policy = make_policy(PolicySettings(kind=kind))
+    policy = of_kind(kind)
     seen = set()
     for _ in range(20):
         first = policy.ask()
@@ -179,15 +196,15 @@ def test_asking_twice_gives_the_same_and_each_round_other_candidates(kind: str) 
 
 @every_policy
 def test_seeds_give_unrelated_draws(kind: str) -> None:
-    draws = [make_policy(PolicySettings(kind=kind, seed=seed)).ask() for seed in range(50)]
+    draws = [of_kind(kind, seed=seed).ask() for seed in range(50)]
     assert len({tuple(drawn) for drawn in draws}) == 50
-    assert make_policy(PolicySettings(kind=kind, seed=7)).ask() == draws[7]
+    assert of_kind(kind, seed=7).ask() == draws[7]
 
 
 def test_draws_are_the_same_on_every_machine() -> None:
     # Pinned, so that a change of the generator does not go unnoticed: it would silently change every run.
-    assert make_policy(preset("paper")).ask() == pytest.approx(PINNED_GAUSSIAN, abs=1e-12)
-    assert make_policy(preset("random")).ask() == pytest.approx(PINNED_UNIFORM, abs=1e-12)
+    assert of_preset("paper").ask() == pytest.approx(PINNED_GAUSSIAN, abs=1e-12)
+    assert of_kind("uniform").ask() == pytest.approx(PINNED_UNIFORM, abs=1e-12)
 
 
 PINNED_GAUSSIAN = [0.37736492376755, 0.6142712155187089, 0.4992321985825299]
@@ -195,38 +212,29 @@ PINNED_UNIFORM = [0.28672542484062713, 0.6728089201295364, 0.17260221962698555]
 
 
 @every_policy
-@pytest.mark.parametrize("estimate", ESTIMATE_RULES)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("before", [0, 1, 7])
-def test_state_survives_json_and_goes_on_identically(kind: str, estimate: str, before: int) -> None:
-    policy = make_policy(PolicySettings(kind=kind, estimate=estimate, seed=3, std_init=0.2))
-    run(policy, before)
-    resumed = RatioPolicy.from_state(json.loads(json.dumps(policy.state(), allow_nan=False)))
-    assert type(resumed) is type(policy)
-    assert resumed.settings == policy.settings
+def test_a_search_that_is_told_its_rounds_again_goes_on_identically(kind: str, rule: str, before: int) -> None:
+    search = of_kind(kind, rule, seed=3)
+    told = run(search, before)
+    resumed = RatioSearch(search.policy, search.rule)
+    for one in told:
+        resumed.tell(Round.from_json(json.loads(json.dumps(vars(one) | {"ratio_before": one.current_ratio}))))
     for step in range(5):
-        assert resumed.ask() == policy.ask()
-        assert run(resumed, 1, seed=step) == run(policy, 1, seed=step)
-        assert (resumed.mean, resumed.std, resumed.current_ratio) == (policy.mean, policy.std, policy.current_ratio)
-    assert resumed.best_ratio() == policy.best_ratio()
-    assert resumed.state() == policy.state()
+        assert state(resumed) == state(search)
+        assert resumed.ask() == search.ask()
+        assert run(resumed, 1, seed=step) == run(search, 1, seed=step)
+    assert resumed.best_ratio() == search.best_ratio()
 
 
 @every_policy
-def test_state_does_not_follow_the_policy(kind: str) -> None:
-    policy = make_policy(PolicySettings(kind=kind))
-    run(policy, 2)
-    state = policy.state()
-    before = json.dumps(state)
-    run(policy, 3)
-    assert json.dumps(state) == before
-
-
-@pytest.mark.parametrize("version", [0, 2, None])
-def test_state_of_another_version_is_refused(version: int | None) -> None:
-    state = make_policy(PolicySettings()).state()
-    state["version"] = version
-    with pytest.raises(ValueError, match=f"policy state has version {version}; this program reads 1"):
-        RatioPolicy.from_state(state)
+def test_a_policy_is_frozen_and_comes_back_from_plain_values(kind: str) -> None:
+    policy = POLICIES[kind](candidates=5)
+    plain = json.loads(json.dumps(plain_policy(policy)))
+    assert plain.pop("kind") == kind
+    assert policy_class(kind)(**plain) == policy
+    with pytest.raises(AttributeError):
+        policy.seed = 1  # type: ignore[misc]
 
 
 @st.composite
@@ -248,7 +256,8 @@ def any_rounds(draw: st.DrawFn, largest: float) -> list[tuple[list[float], list[
 def test_any_finite_losses_keep_the_policy_finite_and_its_steps_short(
     kind: str, rounds: list[tuple[list[float], list[float]]], seed: int, step: float
 ) -> None:
-    policy = make_policy(PolicySettings(kind=kind, seed=seed, max_step=step))
+    held: dict[str, Any] = {"max_step": step} if POLICIES[kind].regime == "held" else {}
+    policy = of_kind(kind, seed=seed, **held)
     for baseline, flat in rounds:
         candidates = tuple(policy.ask())
         before = policy.current_ratio
@@ -260,12 +269,11 @@ def test_any_finite_losses_keep_the_policy_finite_and_its_steps_short(
         assert 0.1 <= policy.mean <= 0.8
         assert decision.ratio == policy.current_ratio
         assert 0.1 <= policy.current_ratio <= 0.8
-        if POLICIES[kind].shared:
+        if POLICIES[kind].regime == "each_step":
             assert decision.committed == (decision.ratio != before)
             continue
         assert abs(policy.current_ratio - before) <= step + 1e-12
-        if kind != "adaptive":  # which wants to be surer
-            assert decision.committed == (max(decision.rewards) >= 0)
+        assert decision.committed == (max(decision.rewards) >= 0)
         if decision.committed:
             assert max(decision.rewards) >= 0
             winner = candidates[decision.rewards.index(max(decision.rewards))]
@@ -281,7 +289,7 @@ def test_any_finite_losses_keep_the_policy_finite_and_its_steps_short(
 
 @committing_policy
 def test_negative_rewards_never_commit(kind: str) -> None:
-    policy = make_policy(PolicySettings(kind=kind))
+    policy = of_kind(kind)
     for _ in range(30):
         decision = policy.tell_rewards(policy.ask(), (-0.1, -1e-9, -3.0))
         assert not decision.committed
@@ -290,7 +298,7 @@ def test_negative_rewards_never_commit(kind: str) -> None:
 
 @committing_policy
 def test_a_reward_of_zero_commits(kind: str) -> None:
-    policy = make_policy(PolicySettings(kind=kind))
+    policy = of_kind(kind)
     assert policy.tell_rewards((0.45, 0.7), (0.0, -1.0)).committed
     assert policy.current_ratio == 0.45
 
@@ -298,7 +306,7 @@ def test_a_reward_of_zero_commits(kind: str) -> None:
 @committing_policy
 @pytest.mark.parametrize(("far", "ratio"), [(0.8, 0.5), (0.1, 0.3)])
 def test_a_far_winner_is_clipped_and_says_so(kind: str, far: float, ratio: float) -> None:
-    decision = make_policy(PolicySettings(kind=kind)).tell_rewards((far, 0.4), (1.0, 0.5))
+    decision = of_kind(kind).tell_rewards((far, 0.4), (1.0, 0.5))
     assert decision.clipped
     assert decision.ratio == pytest.approx(ratio)
 
@@ -315,7 +323,7 @@ def test_a_far_winner_is_clipped_and_says_so(kind: str, far: float, ratio: float
 def test_a_constant_added_to_all_losses_of_a_round_changes_nothing(
     kind: str, rounds: list[tuple[int, list[int]]]
 ) -> None:
-    plain, shifted = make_policy(PolicySettings(kind=kind)), make_policy(PolicySettings(kind=kind))
+    plain, shifted = of_kind(kind), of_kind(kind)
     for shift, numbers in rounds:
         candidates = tuple(plain.ask())
         assert tuple(shifted.ask()) == pytest.approx(candidates, abs=1e-9)
@@ -337,7 +345,7 @@ def test_a_constant_added_to_all_losses_of_a_round_changes_nothing(
     shift=st.floats(-100, 100),
 )
 def test_advantages_ignore_the_baseline(kind: str, rewards: list[float], shift: float) -> None:
-    plain, shifted = make_policy(PolicySettings(kind=kind)), make_policy(PolicySettings(kind=kind))
+    plain, shifted = of_kind(kind), of_kind(kind)
     plain.tell_rewards(plain.ask(), rewards)
     shifted.tell_rewards(shifted.ask(), [reward + shift for reward in rewards])
     assert shifted.mean == pytest.approx(plain.mean, abs=1e-9)
@@ -348,9 +356,9 @@ def test_advantages_ignore_the_baseline(kind: str, rewards: list[float], shift: 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["baseline", "candidate"])
 def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing(kind: str, bad: float, where: str) -> None:
-    policy = make_policy(PolicySettings(kind=kind))
+    policy = of_kind(kind)
     run(policy, 2)
-    before = policy.state()
+    before = state(policy)
     good = ((1.0,) * 4, (1.0,) * 4, (1.0,) * 4)
     spoiled = (1.0, 1.0, bad, 1.0)
     told = (
@@ -360,7 +368,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing(kind: str, ba
     )
     with pytest.raises(ProbeError, match=f"the loss of micro-dev example 2 is {bad}; it must be finite"):
         policy.tell(told)
-    assert policy.state() == before
+    assert state(policy) == before
 
 
 @every_policy
@@ -384,16 +392,16 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing(kind: str, ba
 def test_a_round_that_does_not_fit_is_an_error_and_changes_nothing(
     kind: str, changes: dict[str, Any], message: str
 ) -> None:
-    policy = make_policy(PolicySettings(kind=kind))
-    before = policy.state()
+    policy = of_kind(kind)
+    before = state(policy)
     with pytest.raises(ValueError, match=message):
         policy.tell(a_round(policy, **changes))
-    assert policy.state() == before
+    assert state(policy) == before
 
 
 @every_policy
 def test_the_micro_dev_set_cannot_change_within_a_run(kind: str) -> None:
-    policy = make_policy(PolicySettings(kind=kind))
+    policy = of_kind(kind)
     run(policy, 1)  # four examples
     with pytest.raises(ValueError, match="2 micro-dev examples, but 4 in earlier rounds"):
         policy.tell(a_round(policy))
@@ -405,45 +413,21 @@ def test_candidates_on_some_examples_are_compared_on_those() -> None:
     assert told.rewards == (0.25, 0.5)
     assert told.lowest_loss == 3.0 - 0.5  # the baseline on all four, and what the better one gains on its two
     assert replace(told, candidate_losses=((1.5, 7.0), (1.0, 5.5))).lowest_loss == 3.0
-    policy = make_policy(PolicySettings(kind="shared"))
-    policy.tell(told)
-    again = RatioPolicy.from_state(json.loads(json.dumps(policy.state())))
-    assert again.history == policy.history
-    assert again.best_ratio() == policy.best_ratio()
-
-
-def test_a_rule_that_needs_whole_rounds_is_told_no_others() -> None:
-    told = Round(0.4, (0.3, 0.5), (4.0, 1.0, 2.0, 5.0), ((1.5, 4.0), (0.5, 4.5)), places=(1, 3))
-    policy = make_policy(PolicySettings(kind="shared", estimate="lowest_loss"))
-    with pytest.raises(
-        ValueError, match="measured on 2 of 4 examples, but the estimate 'lowest_loss' needs all of them"
-    ):
-        policy.tell(told)
-    assert policy.history == []
+    search = of_kind("spread", "surrogate")
+    search.tell(told)
+    assert 0.1 <= search.best_ratio().ratio <= 0.8
 
 
 @every_policy
 def test_candidates_and_rewards_of_different_lengths_are_an_error(kind: str) -> None:
     with pytest.raises(ValueError, match="2 candidates but losses for 1"):
-        make_policy(PolicySettings(kind=kind)).tell_rewards((0.3, 0.4), (1.0,))
+        of_kind(kind).tell_rewards((0.3, 0.4), (1.0,))
 
 
 @every_policy
 def test_no_learned_ratio_before_the_first_round(kind: str) -> None:
     with pytest.raises(ValueError, match="no round was measured yet"):
-        make_policy(PolicySettings(kind=kind)).best_ratio()
-
-
-@every_policy
-@pytest.mark.parametrize("estimate", ESTIMATE_RULES)
-def test_global_generators_are_left_alone(kind: str, estimate: str) -> None:
-    before = random.getstate(), torch.get_rng_state()
-    policy = make_policy(PolicySettings(kind=kind, estimate=estimate))
-    run(policy, 5)
-    assert policy.best_ratio().rule == estimate
-    RatioPolicy.from_state(policy.state())
-    assert random.getstate() == before[0]
-    assert torch.equal(torch.get_rng_state(), before[1])
+        of_kind(kind).best_ratio()
 
 
 @every_policy
@@ -452,7 +436,7 @@ def test_global_seeds_do_not_matter(kind: str) -> None:
     for seed in (1, 2):
         random.seed(seed)
         torch.manual_seed(seed)
-        policy = make_policy(PolicySettings(kind=kind))
+        policy = of_kind(kind)
         run(policy, 3)
         drawn.append((policy.ask(), policy.best_ratio()))
     assert drawn[0] == drawn[1]
@@ -460,7 +444,7 @@ def test_global_seeds_do_not_matter(kind: str) -> None:
 
 @every_policy
 def test_learned_ratio_of_a_clear_optimum(kind: str) -> None:
-    policy = make_policy(PolicySettings(kind=kind))
+    policy = of_kind(kind)
     run(policy, 20)
     assert policy.best_ratio().ratio == pytest.approx(0.55, abs=0.01)
     assert policy.best_ratio().rounds == 20
@@ -469,8 +453,8 @@ def test_learned_ratio_of_a_clear_optimum(kind: str) -> None:
 # --- all ratios together ---------------------------------------------------------------------------------------------
 
 
-def test_a_shared_policy_trains_at_every_ratio_equally_often() -> None:
-    policy = make_policy(preset("shared"))
+def test_spread_trains_at_every_ratio_equally_often() -> None:
+    policy = of_preset("spread")
     for start in (0, 37):
         drawn = sorted(policy.training_ratio(step) for step in range(start, start + 70))
         assert all(0.1 <= ratio <= 0.8 for ratio in drawn)
@@ -478,8 +462,8 @@ def test_a_shared_policy_trains_at_every_ratio_equally_often() -> None:
         assert max(gaps) < 0.03  # 70 uniform draws would leave one of about 0.05
 
 
-def test_a_shared_policy_spreads_its_candidates_and_holds_none() -> None:
-    policy = make_policy(preset("shared", candidates=4))
+def test_spread_spreads_its_candidates_and_holds_none() -> None:
+    policy = of_preset("spread", candidates=4)
     drawn = []
     for _ in range(10):
         candidates = policy.ask()
@@ -490,15 +474,15 @@ def test_a_shared_policy_spreads_its_candidates_and_holds_none() -> None:
     assert policy.training_ratio(3) != policy.current_ratio
 
 
-def test_a_shared_policys_ratio_is_its_best_one_so_far() -> None:
-    policy = make_policy(preset("shared"))
+def test_the_ratio_of_spread_is_its_best_one_so_far() -> None:
+    policy = of_preset("spread")
     run(policy, 8)
     assert policy.current_ratio == policy.best_ratio().ratio == pytest.approx(0.55, abs=0.02)
 
 
 def test_the_other_policies_train_at_the_committed_ratio() -> None:
-    for name in ("default", "paper", "random"):
-        policy = make_policy(preset(name))
+    for kind in ("gaussian", "uniform"):
+        policy = of_kind(kind)
         run(policy, 3)
         assert {policy.training_ratio(step) for step in range(5)} == {policy.current_ratio}
 
@@ -507,86 +491,123 @@ def test_the_other_policies_train_at_the_committed_ratio() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("kind", "changes", "message"),
     [
-        ({"kind": "grid"}, "policy kind is 'grid'; allowed: gaussian, uniform, adaptive, shared, surrogate"),
-        ({"estimate": "mean"}, "estimate is 'mean'; allowed: smooth_fit, lowest_loss, surrogate, best_reward"),
-        ({"ratio_min": -0.1}, r"ratio bounds are \[-0.1, 0.8\]"),
-        ({"ratio_max": 1.1}, r"ratio bounds are \[0.1, 1.1\]"),
-        ({"ratio_min": 0.8}, r"ratio bounds are \[0.8, 0.8\]"),
-        ({"ratio_min": math.nan}, r"ratio bounds are \[nan, 0.8\]"),
-        ({"ratio_init": 0.05}, "ratio_init is 0.05; it must lie between ratio_min 0.1 and ratio_max 0.8"),
-        ({"ratio_init": math.nan}, "ratio_init is nan"),
-        ({"std_init": 0.0}, "std_init is 0.0; it must be a positive number, or left out"),
-        ({"std_init": math.inf}, "std_init is inf"),
-        ({"std_init": math.nan}, "std_init is nan"),
-        ({"candidates": 0}, "candidates is 0; at least 1 is needed"),
-        ({"learning_rate": -0.1}, "learning_rate is -0.1; it must be a number >= 0"),
-        ({"kl_coef": math.inf}, "kl_coef is inf"),
-        ({"entropy_bonus": math.nan}, "entropy_bonus is nan"),
-        ({"max_step": 0.0}, r"max_step is 0.0; it must lie in \(0, 1\]"),
-        ({"max_step": 1.5}, "max_step is 1.5"),
-        ({"max_step": math.nan}, "max_step is nan"),
-        ({"probe_from": -0.1}, r"probe_from is -0.1; it must be a share of the run, in \[0, 1\]"),
-        ({"probe_from": 1.5}, "probe_from is 1.5"),
-        ({"probe_from": math.nan}, "probe_from is nan"),
+        ("spread", {"ratio_min": -0.1}, r"ratio bounds are \[-0.1, 0.8\]"),
+        ("spread", {"ratio_max": 1.1}, r"ratio bounds are \[0.1, 1.1\]"),
+        ("uniform", {"ratio_min": 0.8}, r"ratio bounds are \[0.8, 0.8\]"),
+        ("gaussian", {"ratio_min": math.nan}, r"ratio bounds are \[nan, 0.8\]"),
+        ("spread", {"ratio_init": 0.05}, "ratio_init is 0.05; it must lie between ratio_min 0.1 and ratio_max 0.8"),
+        ("gaussian", {"ratio_init": math.nan}, "ratio_init is nan"),
+        ("gaussian", {"std_init": 0.0}, "std_init is 0.0; it must be a positive number, or left out"),
+        ("gaussian", {"std_init": math.inf}, "std_init is inf"),
+        ("gaussian", {"std_init": math.nan}, "std_init is nan"),
+        ("uniform", {"candidates": 0}, "candidates is 0; at least 1 is needed"),
+        ("gaussian", {"learning_rate": -0.1}, "learning_rate is -0.1; it must be a number >= 0"),
+        ("gaussian", {"kl_coef": math.inf}, "kl_coef is inf"),
+        ("gaussian", {"entropy_bonus": math.nan}, "entropy_bonus is nan"),
+        ("gaussian", {"max_step": 0.0}, r"max_step is 0.0; it must lie in \(0, 1\]"),
+        ("uniform", {"max_step": 1.5}, "max_step is 1.5"),
+        ("gaussian", {"max_step": math.nan}, "max_step is nan"),
     ],
 )
-def test_a_setting_out_of_range_is_an_error(changes: dict[str, Any], message: str) -> None:
+def test_a_setting_out_of_range_is_an_error(kind: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        preset("default", **changes)
+        POLICIES[kind](**changes)
 
 
 @pytest.mark.parametrize(
-    ("name", "probe_from", "followed"),
+    ("kind", "message"),
     [
-        ("paper", 0.0, [3, 6, 9]),
-        ("shared", 0.0, [0, 3, 6, 9]),
-        ("paper", 0.5, [6, 9, 10]),
-        ("shared", 0.5, [6, 9, 10]),
-        ("shared", 1.0, [10]),
-        ("shared", 0.9, [9, 10]),
+        ("grid", "policy kind is 'grid'; allowed: gaussian, uniform, spread, or the import path"),
+        ("shared", "policy kind is 'shared', which was removed; use 'spread'"),
+        ("adaptive", "policy kind is 'adaptive', which was removed; use 'spread'"),
+        ("surrogate", "policy kind is 'surrogate', which was removed; use 'spread'"),
+        ("math:sqrt", "policy kind 'math:sqrt' is a builtin_function_or_method; it must be a type"),
+        ("pathlib:Path", "policy kind 'pathlib:Path' is no RatioPolicy; derive it"),
     ],
 )
-def test_which_steps_a_round_follows(name: str, probe_from: float, followed: list[int]) -> None:
-    chosen = preset(name, probe_from=probe_from)
-    assert chosen.round_steps(10, every=3) == followed
+def test_a_kind_that_is_none_is_an_error(kind: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        policy_class(kind)
 
 
-def test_the_late_preset_probes_the_second_half_all_over_the_range() -> None:
-    late = preset("late")
-    assert late.round_steps(50, every=12) == [36, 48, 50]
-    policy = make_policy(late)
-    candidates = [ratio for told in run(policy, 3) for ratio in told.candidates]
-    assert len(set(candidates)) == 9
-    assert candidates[:3] == pytest.approx([0.1, 0.45, 0.8])
-    assert quadratic(policy.best_ratio().ratio) < 0.002
+@pytest.mark.parametrize("number", range(5))
+def test_the_even_sequence_covers_any_stretch(number: int) -> None:
+    ratios = sorted(even_ratio(place, 0.0, 0.8) for place in range(number * 17, number * 17 + 25))
+    assert all(0.0 <= ratio < 0.8 for ratio in ratios)
+    assert max(b - a for a, b in itertools.pairwise(ratios)) < 0.08
 
 
-@pytest.mark.parametrize(("slope", "bound"), [(-1.0, 0.8), (1.0, 0.1)])
-@pytest.mark.parametrize("seed", range(5))
-def test_the_late_preset_can_choose_its_bounds(slope: float, bound: float, seed: int) -> None:
-    policy = make_policy(preset("late", seed=seed))
-    run(policy, 3, lambda ratio: slope * ratio)
-    assert policy.best_ratio().ratio == bound
+def test_a_policy_of_ones_own_is_named_by_its_import_path() -> None:
+    assert policy_class("grasp_lora.method.policy:Spread") is Spread
+    assert plain_policy(Twitching())["kind"] == f"{__name__}:Twitching"
 
 
-def test_a_late_policy_with_one_candidate_spreads_it() -> None:
-    policy = make_policy(preset("late", candidates=1))
-    assert len({told.candidates for told in run(policy, 5)}) == 5
+# --- the conformance suite finds what is wrong -----------------------------------------------------------------------
 
 
-def test_presets() -> None:
-    assert set(PRESETS) == {"default", "paper", "random", "adaptive", "shared", "surrogate", "late"}
-    assert preset("default") == PolicySettings()
-    assert (PolicySettings().kind, PolicySettings().estimate) == ("gaussian", "smooth_fit")
-    assert preset("random", seed=9) == PolicySettings(kind="uniform", seed=9)
-    assert asdict(preset("paper", max_step=0.2)) == {
-        **asdict(PolicySettings()),
-        "estimate": "best_reward",
-        "max_step": 0.2,
-    }
-    with pytest.raises(
-        ValueError, match="there is no policy preset 'fast'; allowed: default, paper, random, adaptive, shared"
-    ):
-        preset("fast")
+@dataclass(frozen=True)
+class Twitching(Uniform):
+    """Draws from the global generator."""
+
+    def draw(self, search: RatioSearch, generator: random.Random) -> list[float]:
+        return [random.uniform(0.1, 0.8) for _ in range(self.candidates)]
+
+
+@dataclass(frozen=True)
+class Short(Uniform):
+    """Forgets a candidate."""
+
+    def draw(self, search: RatioSearch, generator: random.Random) -> list[float]:
+        return super().draw(search, generator)[1:]
+
+
+@dataclass(frozen=True)
+class Endless(Uniform):
+    """Its deviation doubles, and it learns from what it keeps to itself."""
+
+    def learn(self, search: RatioSearch, measured: Round) -> tuple[float, float]:
+        return math.nan, search.std
+
+
+@dataclass(frozen=True)
+class Wandering(Spread):
+    """Trains beyond the bounds."""
+
+    def training_ratio(self, search: RatioSearch, step: int) -> float:
+        return step / 10
+
+
+@dataclass(frozen=True)
+class Remembering(Uniform):
+    """Keeps a count outside the search, so that a resume draws other candidates."""
+
+    asked: ClassVar[list[int]] = []
+
+    def draw(self, search: RatioSearch, generator: random.Random) -> list[float]:
+        self.asked.append(1)
+        return [0.2 + 0.001 * len(self.asked)] * self.candidates
+
+
+@dataclass(frozen=True)
+class Unplain(Uniform):
+    """Has a setting that is no plain value."""
+
+    moment: Any = math.inf
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Twitching(), "asked twice|global generator"),
+        (Short(), "2 candidates, not 3"),
+        (Endless(), "the mean is nan after round 0"),
+        (Wandering(), "outside"),
+        (Remembering(), "asked twice"),
+        (Unplain(), "do not survive JSON"),
+    ],
+)
+def test_the_suite_says_what_is_wrong(policy: RatioPolicy, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        check_policy(policy)

@@ -1,17 +1,20 @@
 """The recipe: YAML in, resolved copy out, overrides, and one line for what does not fit."""
 
 import copy
+import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.policy import PRESETS, preset
+from grasp_lora.method.policy import Gaussian, Spread, Uniform
+from grasp_lora.method.presets import PRESETS, Controller
+from grasp_lora.method.schedule import Rounds
 from grasp_lora.recipes.load import builtin_recipes, load_recipe, validate
-from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.recipe import ControllerStage, Recipe
 
 SMALL = "name: a\ndata: {task: completion, target: {language: de, files: [x.csv]}}\n"
 
@@ -62,7 +65,8 @@ def test_the_resolved_copy_says_every_default_but_no_place_of_the_data(load: Loa
     [
         "seed=7", "backbone.name=other", "backbone.dtype=float32", "data.max_tokens=100", "data.target.train=9",
         "lora.rank=4", "source.training.epochs=1", "target.adapter=x", "merge.rule=svd", "mask.scope=global",
-        "controller.policy.max_step=0.2", "controller.probe_every=3", "final.prune_ratio=0.5", "final.mode=reselect",
+        "controller.policy.candidates=4", "controller.rounds.every=3", "controller.rule=smooth_fit",
+        "final.prune_ratio=0.5", "final.mode=reselect",
         "final.start=controller",
         "generation.max_new_tokens=3", "metrics=[f1]", "name=b",
     ],
@@ -78,66 +82,122 @@ def test_the_fingerprint_does_not_depend_on_the_machine(change: str, load: Load)
     assert load(SMALL, change).fingerprint() == load().fingerprint()
 
 
-class TestPolicy:
-    def test_a_preset_by_name(self, load: Load) -> None:
-        assert load(SMALL + "controller: {policy: paper}").controller.policy == preset("paper")
+class TestController:
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ((), PRESETS["spread"]),
+            (("data.target.dev=0",), PRESETS["late"]),
+            (("controller.preset=paper",), PRESETS["paper"]),
+            (("controller.preset=late",), PRESETS["late"]),
+            (("controller.preset=spread", "data.target.dev=0"), PRESETS["spread"]),
+            (("controller.preset=spread", "controller.preset=paper"), PRESETS["paper"]),
+            (("controller.rule=smooth_fit",), replace(PRESETS["spread"], rule="smooth_fit")),
+            (
+                ("controller.rounds.patience=null", "controller.rounds.every=5"),
+                replace(PRESETS["spread"], rounds=replace(PRESETS["spread"].rounds, patience=None, every=5)),
+            ),
+            (("controller.policy.candidates=5",), replace(PRESETS["spread"], policy=Spread(candidates=5))),
+            (
+                ("controller={preset: paper, policy: {max_step: 0.2}, rounds: {pool: both}}",),
+                replace(PRESETS["paper"], policy=Gaussian(max_step=0.2), rounds=Rounds(pool="both")),
+            ),
+            (
+                ("controller={preset: paper, policy: {kind: uniform, candidates: 5}}",),
+                replace(PRESETS["paper"], policy=Uniform(candidates=5)),
+            ),
+            (("controller.policy={kind: spread}",), PRESETS["spread"]),
+        ],
+    )
+    def test_what_is_left_out_is_the_presets(self, changes: tuple[str, ...], expected: Controller, load: Load) -> None:
+        stage = load(SMALL, *changes).controller
+        assert (stage.policy, stage.rounds, stage.rule) == (expected.policy, expected.rounds, expected.rule)
 
-    def test_a_preset_with_changes(self, load: Load) -> None:
-        text = SMALL + "controller: {policy: {preset: random, candidates: 5}}"
-        assert load(text).controller.policy == preset("random", candidates=5)
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("probe_every=3", r"controller\.probe_every is now controller\.rounds\.every"),
+            ("probe_on=dev", r"controller\.probe_on is now controller\.rounds\.pool"),
+            ("probe_examples=3", r"controller\.probe_examples is now controller\.rounds\.in_turn"),
+            ("patience=null", r"controller\.patience is now controller\.rounds\.patience"),
+            ("policy={preset: paper}", r"controller\.policy\.preset is now controller\.preset"),
+            ("policy.probe_from=0.5", r"controller\.policy\.probe_from is now controller\.rounds\.start"),
+            ("policy.estimate=surrogate", r"controller\.policy\.estimate is now controller\.rule"),
+            ("policy=shared", r"controller\.policy is 'shared', but a policy is a section; set controller\.preset"),
+            ("preset=shared", r"preset is 'shared', which was removed; use 'spread'"),
+            ("preset=default", r"preset is 'default', which was removed; use 'paper' with rule 'smooth_fit'"),
+            ("preset=[paper]", r"controller\.preset is a list; allowed: spread, late, paper"),
+            ("policy.kind=adaptive", r"policy kind is 'adaptive', which was removed; use 'spread'"),
+            ("policy.kind=3", r"controller\.policy: kind is 3; allowed: gaussian, uniform, spread, or the import path"),
+            ("policy=3", r"controller\.policy is 3, but a policy is a section"),
+            ("rule=lowest_loss", r"controller: rule is 'lowest_loss', which was removed; use 'surrogate'"),
+            ("policy.ratio_min=low", r"controller\.policy\.ratio_min: .*valid number.*\(it is 'low'\)"),
+            ("policy.max_step=0.1", r"unknown key 'controller\.policy\.max_step'"),
+            ("rounds.evry=3", r"unknown key 'controller\.rounds\.evry'; did you mean 'every'\?"),
+            ("rounds.every=week", r"controller\.rounds: every is 'week'; it must be at least 1 optimizer step"),
+            ("rounds.start=0.5", r"controller\.rounds: before_training is true, but start is 0\.5"),
+        ],
+    )
+    def test_old_and_wrong_keys_are_named(self, change: str, message: str, load: Load) -> None:
+        with pytest.raises(RecipeError, match=message) as caught:
+            load(SMALL, f"controller.{change}")
+        assert "\n" not in str(caught.value)
 
-    def test_an_override_changes_a_preset_that_is_named(self, load: Load) -> None:
-        text = SMALL + "controller: {policy: paper}"
-        assert load(text, "controller.policy.candidates=5").controller.policy == preset("paper", candidates=5)
+    def test_an_instance_is_taken_as_it_is(self, load: Load) -> None:
+        stage = load().controller
+        assert ControllerStage(policy=Gaussian(seed=3)).policy == Gaussian(seed=3)
+        assert load().model_copy(update={"controller": stage}) == load()
 
-    def test_plain_settings(self, load: Load) -> None:
-        assert load(SMALL + "controller: {policy: {ratio_init: 0.2}}").controller.policy == preset(
-            "shared", ratio_init=0.2
-        )
+
+class TestCode:
+    """A recipe that names code runs it only where that is allowed, also from beside it, and from nowhere else by itself."""
+
+    POLICY = """
+from dataclasses import dataclass
+from grasp_lora import Uniform
+
+@dataclass(frozen=True)
+class Mine(Uniform):
+    width: float = 0.5
+"""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "controller.preset=mine_policies:X", "controller.policy.kind=mine_policies:Mine", "controller.rule=mine:rule",
+            "merge.rule=mine:rule", "mask.score=mine:score", "final.mask.score=mine:score", "metrics=[f1, 'mine:metric']",
+        ],
+    )  # fmt: skip
+    def test_without_the_flag_nothing_is_imported(self, change: str, load: Load) -> None:
+        with pytest.raises(RecipeError, match=r"names code, '[\w:]+'; read it, then allow it with --allow-code"):
+            load(SMALL, change)
+
+    def test_a_policy_beside_the_recipe(self, tmp_path: Path, load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "mine_beside.py").write_text(self.POLICY)
+        monkeypatch.delitem(sys.modules, "mine_beside", raising=False)
+        before = list(sys.path)
+        load()
+        change = ["controller.policy={kind: 'mine_beside:Mine', width: 1, candidates: 4}"]
+        recipe, _ = load_recipe(tmp_path / "r.yaml", change, allow_code=True)
+        policy = recipe.controller.policy
+        assert (type(policy).__name__, policy.candidates, policy.width) == ("Mine", 4, 1.0)  # type: ignore[attr-defined]
+        assert sys.path == before
+        (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+        again, _ = load_recipe(tmp_path / "again.yaml", allow_code=True)
+        assert again == recipe
+        assert again.fingerprint() == recipe.fingerprint()
+        with pytest.raises(RecipeError, match=r"controller\.policy\.width: .*\(it is 'far'\)"):
+            load_recipe(tmp_path / "r.yaml", [*change, "controller.policy.width=far"], allow_code=True)
+
+    def test_what_is_not_there_is_named(self, tmp_path: Path, load: Load) -> None:
+        load()
+        with pytest.raises(
+            RecipeError, match=r"merge\.rule is 'nowhere:rule', but module 'nowhere' cannot be imported"
+        ):
+            load_recipe(tmp_path / "r.yaml", ["merge.rule=nowhere:rule"], allow_code=True)
 
 
 class TestOverrides:
-    @pytest.mark.parametrize(
-        ("changes", "policy", "rounds"),
-        [
-            ((), "shared", (None, "dev", 1)),
-            (("data.target.dev=0",), "late", (10, "micro_dev", None)),
-            (("controller.policy=shared", "data.target.dev=0"), "shared", (None, "micro_dev", 1)),
-            (("controller.policy=paper",), "paper", (10, "micro_dev", None)),
-            (("controller.policy=late", "controller.probe_every=7"), "late", (7, "micro_dev", None)),
-            (("controller.policy=surrogate", "controller.probe_on=dev"), "surrogate", (None, "dev", 1)),
-            (("controller.policy=shared", "controller.policy=paper"), "paper", (10, "micro_dev", None)),
-            (("controller.patience=null", "controller.probe_every=5"), "shared", (5, "dev", None)),
-        ],
-    )
-    def test_how_rounds_are_run_follows_from_the_policy(
-        self, changes: tuple[str, ...], policy: str, rounds: tuple[int | None, str, int | None], load: Load
-    ) -> None:
-        stage = load(SMALL, *changes).controller
-        assert stage.policy == PRESETS[policy]
-        assert (stage.probe_every, stage.probe_on, stage.patience) == rounds
-        assert stage.probe_examples == (12 if stage.probe_on == "dev" else None)
-
-    def test_a_policy_by_its_settings_alone_is_known_for_what_it_is(self, load: Load) -> None:
-        held = load(SMALL, "controller.policy.candidates=5").controller
-        assert (held.policy.kind, held.policy.candidates, held.probe_every, held.patience) == ("shared", 5, None, 1)
-        turn = load(SMALL, "controller.policy={kind: shared}", "controller.probe_examples=4").controller
-        assert (turn.policy.estimate, turn.probe_every, turn.probe_on, turn.patience) == (
-            "smooth_fit",
-            None,
-            "dev",
-            1,
-        )
-        assert turn.probe_examples == 4
-        assert load(SMALL, "controller.policy.estimate=lowest_loss").controller.probe_examples is None
-
-    def test_a_round_measures_all_at_the_baseline_where_rounds_are_compared(self, load: Load) -> None:
-        turn = load(SMALL).controller
-        assert [turn.in_turn(pool) for pool in (50, 13, 12, 6)] == [12, 12, None, None]
-        assert [turn.probed_examples(pool) for pool in (50, 6)] == [50 + 2 * 12, 3 * 6]
-        late = load(SMALL, "controller.policy=late", "controller.probe_examples=4").controller
-        assert late.probed_examples(50) == 4 * 4
-
     @pytest.mark.parametrize(
         ("override", "path", "value"),
         [
@@ -177,7 +237,7 @@ class TestOverrides:
             ("data.target.fils=[x]", r"unknown key 'data\.target\.fils'; did you mean 'files'\?"),
             ("target.train=4", r"unknown key 'target\.train'; did you mean 'data\.target\.train'\?"),
             ("rank=4", r"unknown key 'rank'; did you mean 'lora\.rank' or 'merge\.rank'\?"),
-            ("controler.probe_every=1", r"unknown key 'controler'; did you mean 'controller'\?"),
+            ("controler.rounds=1", r"unknown key 'controler'; did you mean 'controller'\?"),
         ],
     )
     def test_what_does_not_fit_is_named(self, override: str, message: str, load: Load) -> None:
@@ -213,21 +273,23 @@ class TestOverrides:
             r"the controller's mask; remove final\.mask, or",
         ),
         (
-            SMALL + "final: {start: controller}\ncontroller: {policy: late}",
-            r"the policy's probe_from 0\.5 leaves rounds to the end of the run",
+            SMALL + "final: {start: controller}\ncontroller: {preset: late}",
+            r"controller\.rounds\.start 0\.5 leaves rounds to the end of the run",
         ),
-        (SMALL + "controller: {probe_on: test}", r"controller: probe_on is 'test'; allowed: micro_dev, dev, both"),
-        (SMALL + "controller: {probe_examples: 0}", r"controller: probe_examples is 0; it must be at least 1"),
         (
-            SMALL + "controller: {probe_examples: 4, policy: {preset: shared, estimate: lowest_loss}}",
-            r"controller: the estimate 'lowest_loss' needs all examples in each round, but probe_examples is 4; set",
+            SMALL + "controller: {rounds: {pool: test}}",
+            r"controller\.rounds\.pool: .*'micro_dev', 'dev' or 'both'.*'test'",
         ),
+        (SMALL + "controller: {rounds: {in_turn: 0}}", r"controller\.rounds: in_turn is 0; it must be at least 1"),
         (
             SMALL + "controller: {training: {patience: 1}}",
             r"controller: training\.patience is 1 and training\.keep 'last', but the controller run measures no dev loss",
         ),
         (SMALL + "controller: {training: {keep: best}}", r"training\.patience is None and training\.keep 'best', but"),
-        (SMALL + "controller: {patience: 0}", r"controller: patience is 0; it must be at least 1 round"),
+        (
+            SMALL + "controller: {rounds: {patience: 0}}",
+            r"controller\.rounds: patience is 0; it must be at least 1 round",
+        ),
         (SMALL + "merge: svd", r"merge: must be a section of keys and values \(it is 'svd'\)"),
         (SMALL.replace("de,", "no,"), r"data\.target\.language: must be a text \(it is False\); put it in quotes"),
         (SMALL + "seed: 1\nseed: 1", r"line 4: the key 'seed' stands twice; remove one"),

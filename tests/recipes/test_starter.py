@@ -4,6 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 from grasp_lora.bench.preflight import preflight
 from grasp_lora.bench.session import Session
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
-from grasp_lora.method.policy import PRESETS
+from grasp_lora.method.presets import PRESETS
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.starter import FEWEST, write_recipe
 
@@ -156,11 +157,15 @@ def test_the_controller_follows_the_final_run(count: int, start: Callable[..., P
     text = file.read_text(encoding="utf-8")
     if recipe.data.target.dev:
         assert steps == [number * train for number in range(6)]  # before training and after each of five epochs
-        assert (stage.policy, stage.patience, stage.probe_on) == (PRESETS["shared"], 1, "both")
+        assert (stage.policy, stage.rounds) == (
+            PRESETS["spread"].policy,
+            replace(PRESETS["spread"].rounds, pool="both"),
+        )
         assert "after each epoch, 6 at most" in text
     else:
         assert min(steps) >= 0.5 * stage.training.steps(train)
-        assert (stage.policy, stage.patience, stage.probe_on) == (PRESETS["late"], None, "micro_dev")
+        late = PRESETS["late"]
+        assert (stage.policy, stage.rounds) == (late.policy, replace(late.rounds, every=stage.rounds.every))
         assert f": {len(steps)} rounds, in the second half" in text
 
 

@@ -18,7 +18,10 @@ from grasp_lora.bench.run_folder import kept_share, read_run
 from grasp_lora.data.tasks import TEMPLATES
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
-from grasp_lora.method.policy import ESTIMATE_RULES, Round, make_policy, preset
+from grasp_lora.method.policy import Gaussian
+from grasp_lora.method.presets import RULES
+from grasp_lora.method.rounds import Round
+from grasp_lora.method.search import RatioSearch
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_model_card, write_report
 from grasp_lora.report.tables import duration, percent, scores_table
@@ -163,7 +166,7 @@ def write_run(folder: Path) -> Path:
 
 def _write_controller(folder: Path, noise: random.Random) -> None:
     """Let the real policy play rounds against a loss that shows its optimum only once the network overfits."""
-    policy = make_policy(preset("default"))
+    policy = RatioSearch(Gaussian(), RULES["smooth_fit"])
     difficulty = [noise.lognormvariate(0, 0.5) for _ in range(16)]
     rounds: list[dict[str, Any]] = []
     timings = []
@@ -581,7 +584,7 @@ def test_half_finished_run_says_what_is_not_there(run_folder: Path, removed: lis
     assert said in (run_folder / "report.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("rule", ESTIMATE_RULES)
+@pytest.mark.parametrize("rule", RULES)
 def test_every_rule_is_explained(run_folder: Path, rule: str) -> None:
     change(run_folder / "controller" / "ratio.json", lambda ratio: ratio.update(rule=rule))
     page = write_report(run_folder).read_text(encoding="utf-8")
@@ -592,7 +595,7 @@ def test_every_rule_is_explained(run_folder: Path, rule: str) -> None:
 def test_it_says_which_examples_were_probed(run_folder: Path) -> None:
     assert "measured the loss on the micro-dev set." in write_report(run_folder).read_text(encoding="utf-8")
     recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
-    recipe["controller"] = recipe.get("controller", {}) | {"probe_on": "both", "probe_examples": 3}
+    recipe["controller"] = recipe.get("controller", {}) | {"rounds": {"pool": "both", "in_turn": 3}}
     (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     page = write_report(run_folder).read_text(encoding="utf-8")
     assert "on the micro-dev and the dev set, other examples in each round." in page
@@ -603,6 +606,16 @@ def test_it_says_which_examples_were_probed(run_folder: Path) -> None:
     page = write_report(run_folder).read_text(encoding="utf-8")
     assert "on the micro-dev and the dev set, of candidates on 2 of its examples in turn." in page
     assert "cannot be compared with each other" not in page
+
+
+def test_a_run_of_an_older_version_is_said(run_folder: Path) -> None:
+    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["controller"] = {"policy": {"kind": "shared"}, "probe_on": "dev"}
+    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    with pytest.raises(
+        RecipeError, match=r"recipe\.yaml has controller\.probe_on, which is now controller\.rounds\.pool"
+    ):
+        write_report(run_folder)
 
 
 @pytest.mark.parametrize(("high", "wide"), [(0.55, False), (0.79, True)])
@@ -790,7 +803,7 @@ def test_the_caption_says_how_the_current_ratio_moves(run_folder: Path) -> None:
     write_report(run_folder)
     assert held in (run_folder / "report.html").read_text(encoding="utf-8")
     recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
-    recipe["controller"] = {"policy": {"kind": "shared"}}
+    recipe["controller"] = {"policy": {"kind": "spread"}}
     (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     write_report(run_folder)
     page = (run_folder / "report.html").read_text(encoding="utf-8")

@@ -22,7 +22,9 @@ from transformers import TrainerCallback
 from grasp_lora.errors import GraspError, Interrupted
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.masks import MaskSettings
-from grasp_lora.method.policy import PolicySettings
+from grasp_lora.method.policy import Gaussian
+from grasp_lora.method.presets import Controller
+from grasp_lora.method.schedule import Rounds
 from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.storage import checkpoints as checkpoint_module
@@ -37,9 +39,10 @@ from grasp_lora.storage.checkpoints import (
 )
 from grasp_lora.storage.files import cannot_write, clear_write_errors, write_whole
 from grasp_lora.training import trainer as trainer_module
-from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
+from grasp_lora.training.controller import GraspController
 from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probes import ProbeSet
+from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TrainingSettings
 
 PAD = 0
@@ -148,7 +151,7 @@ class Training:
         if self.kind == "controller":
             controller = GraspController(
                 ProbeSet(MICRO_DEV, PAD),
-                ControllerSettings(PolicySettings(), probe_every=2),
+                Controller(Gaussian(), Rounds(2), "smooth_fit"),
                 self.mask,
                 segments_of(weights),
                 self.folder,
@@ -165,14 +168,14 @@ class Training:
             factors = [f.detach().clone() for pair in live_pairs(model).values() for f in (pair.A, pair.B)]
         pruned = controller or next(iter(callbacks), None)
         masks = pruned.masks.state() if isinstance(pruned, PrunedTraining) else {}
-        policy = {**controller.policy.state(), "ratio": controller.prune_ratio} if controller else None
+        search = {**vars(controller.search), "ratio": controller.prune_ratio} if controller else None
         files = {
             file.name: file.read_text()
             for file in self.folder.iterdir()
             if file.name in ("history.jsonl", "rounds.jsonl")
         }
         self.steps_asked = steps
-        return factors, masks, {"result": vars(result), "policy": policy, "files": files}
+        return factors, masks, {"result": vars(result), "search": search, "files": files}
 
 
 def assert_same(found, expected) -> None:
@@ -390,8 +393,8 @@ def test_other_settings_of_the_policy_are_refused(make_tiny_model, tmp_path, mon
     training = Training(make_tiny_model, tmp_path, "controller")
     with pytest.raises(Interrupted):
         training.run(stop_at=4)
-    other = PolicySettings(seed=7)
-    monkeypatch.setattr(f"{__name__}.PolicySettings", lambda: other)
+    other = Gaussian(seed=7)
+    monkeypatch.setattr(f"{__name__}.Gaussian", lambda: other)
     with pytest.raises(GraspError, match="resumes with other settings of the policy than it began with"):
         training.run()
 

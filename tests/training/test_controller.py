@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -18,16 +18,21 @@ from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.method.policy import Decision, GaussianPolicy, PolicySettings, Round
+from grasp_lora.method.policy import POLICIES, Gaussian, Uniform
+from grasp_lora.method.presets import Controller
+from grasp_lora.method.rounds import Decision, Round
+from grasp_lora.method.schedule import Rounds
 from grasp_lora.models.adapters import adapter_weights, attached, fresh_adapter, live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.storage.checkpoints import read_state, write_state
-from grasp_lora.training import controller as controller_module
 from grasp_lora.training import finetune as finetune_module
 from grasp_lora.training import probes as probing
-from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
+from grasp_lora.training import pruned as pruned_module
+from grasp_lora.training.controller import GraspController
 from grasp_lora.training.finetune import finetune
-from grasp_lora.training.probes import ProbeSet, ProbesInTurn, collate
+from grasp_lora.training.loss import collate
+from grasp_lora.training.probes import ProbeSet, ProbesInTurn
+from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TrainingSettings
 
 TARGETS = {
@@ -132,19 +137,30 @@ def controller_for(
     micro_dev=None,
     mask=None,
     folder=None,
-    probe_every=3,
+    every=3,
     keep_best=False,
     patience=None,
-    **policy,
+    kind="gaussian",
+    rule="smooth_fit",
+    start=0.0,
+    policy=None,
+    **changes,
 ):
+    policy = policy or POLICIES[kind](**changes)
+    before = policy.regime == "each_step" and start == 0
     return GraspController(
         micro_dev or ProbeSet(MICRO_DEV, PAD, token_budget=40),
-        ControllerSettings(PolicySettings(**policy), probe_every, patience),
+        Controller(policy, Rounds(every, start, before, patience=patience), rule),
         mask=mask,
         segments=segments_of(weights),
         folder=folder,
         keep_best=keep_best,
     )
+
+
+def searched(controller: GraspController) -> tuple:
+    search = controller.search
+    return search.mean, search.std, search.current_ratio, search.history
 
 
 def settings(**changes) -> TrainingSettings:
@@ -244,7 +260,7 @@ def read_rows(file) -> list[dict]:
 # In three trainers
 
 
-@pytest.mark.parametrize(("kind", "keep_best"), [("gaussian", False), ("gaussian", True), ("shared", True)])
+@pytest.mark.parametrize(("kind", "keep_best"), [("gaussian", False), ("gaussian", True), ("spread", True)])
 @pytest.mark.parametrize("trainer_name", ["transformers", "trl"])
 def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
     make_tiny_model, tiny_tokenizer, tmp_path, trainer_name, kind, keep_best
@@ -269,12 +285,12 @@ def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
             trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5") if resume else None)
             pairs = [*live_pairs(model).values(), *(controller.best_adapter(0.5).values() if keep_best else ())]
             factors = [factor.detach().clone() for pair in pairs for factor in (pair.A, pair.B)]
-        return factors, controller.policy.state(), read_rows(tmp_path / "records" / "rounds.jsonl")
+        return factors, searched(controller), read_rows(tmp_path / "records" / "rounds.jsonl")
 
     whole, resumed = train(resume=False), train(resume=True)
     assert all(torch.equal(one, other) for one, other in zip(whole[0], resumed[0], strict=True))
     assert whole[1:] == resumed[1:]
-    assert [row["step"] for row in resumed[2]] == ([0] if kind == "shared" else []) + [3, 6, 9, 12]
+    assert [row["step"] for row in resumed[2]] == ([0] if kind == "spread" else []) + [3, 6, 9, 12]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -284,7 +300,7 @@ def test_masks_hold_and_rounds_add_up(make_tiny_model, tiny_tokenizer, tmp_path,
     weights = merged_adapter(backbone, architecture)
     micro_dev = ProbeSet.from_rows(ROWS[:5], tiny_tokenizer) if trainer_name == "trl" else None
     with attached(backbone, weights, dropout=0.05) as model:
-        controller = controller_for(weights, micro_dev, folder=tmp_path / "controller", probe_every=3, candidates=3)
+        controller = controller_for(weights, micro_dev, folder=tmp_path / "controller", every=3, candidates=3)
         watch = Watch(controller)
         callbacks = [AfterTheController(watch)] if trainer_name == "ours" else [watch]
         train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller, callbacks)
@@ -295,7 +311,7 @@ def test_masks_hold_and_rounds_add_up(make_tiny_model, tiny_tokenizer, tmp_path,
         )
     rounds = read_rows(tmp_path / "controller" / "rounds.jsonl")
     timings = read_rows(tmp_path / "controller" / "timings.jsonl")
-    assert len(rounds) == len(timings) == 12 // 3 == len(controller.policy.history)
+    assert len(rounds) == len(timings) == 12 // 3 == len(controller.search.history)
     assert [row["round"] for row in rounds] == [1, 2, 3, 4]
     assert [row["step"] for row in rounds] == [3, 6, 9, 12]
     assert [row["epoch"] for row in rounds] == pytest.approx([0.25, 0.5, 0.75, 1.0])
@@ -318,10 +334,10 @@ def test_masks_hold_and_rounds_add_up(make_tiny_model, tiny_tokenizer, tmp_path,
         groups = 2 * 2 * len(weights)  # two factors of two segments
         total = sum(pair.A.numel() + pair.B.numel() for pair in weights.values())
         assert abs(row["measured_sparsity"] - ratio) * total <= groups
-    assert rounds[-1]["ratio"] == controller.policy.current_ratio == controller.prune_ratio
-    assert rounds[-1]["policy_mean"] == controller.policy.mean
-    assert rounds[-1]["policy_std"] == controller.policy.std
-    assert 0.10 <= controller.policy.best_ratio().ratio <= 0.80
+    assert rounds[-1]["ratio"] == controller.search.current_ratio == controller.prune_ratio
+    assert rounds[-1]["policy_mean"] == controller.search.mean
+    assert rounds[-1]["policy_std"] == controller.search.std
+    assert 0.10 <= controller.search.best_ratio().ratio <= 0.80
 
 
 def test_mixed_precision_and_checkpointing_as_trl_has_them_by_default(make_tiny_model, tiny_tokenizer, tmp_path):
@@ -389,12 +405,11 @@ def test_trackers_receive_the_rounds(make_tiny_model, tiny_tokenizer, tmp_path, 
 def test_a_round_takes_no_row_from_the_trainers_own_log(make_tiny_model, tiny_tokenizer, tmp_path, trainer_name):
     # A log call within a step ends the trainer's wish to log its loss; TRL's also empties its running metrics.
     found = []
-    for probe_every in (3, 1000):
+    for every in (3, 1000):
         backbone = make_tiny_model("llama")
         weights = merged_adapter(backbone, "llama")
         with attached(backbone, weights) as model:
-            controller = controller_for(weights, probe_every=probe_every)
-            controller.policy = NeverCommits(controller.settings.policy)
+            controller = controller_for(weights, every=every, policy=NeverCommits())
             trainer = train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller)
         rows = [row for row in trainer.state.log_history if "loss" in row]
         found.append([{key: value for key, value in row.items() if "runtime" not in key} for row in rows])
@@ -406,7 +421,7 @@ def test_our_history_has_the_loss_of_every_step(make_tiny_model, tmp_path):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
     with attached(backbone, weights) as model:
-        result = train_ours(model, tmp_path, controller_for(weights, probe_every=2))  # a loss is due every second step
+        result = train_ours(model, tmp_path, controller_for(weights, every=2))  # a loss is due every second step
     assert [row["step"] for row in result.history if "loss" in row] == [2, 4, 6, 8, 10, 12]
 
 
@@ -432,7 +447,7 @@ def test_candidate_losses_are_those_of_the_pruned_model(make_tiny_model, tmp_pat
     weights = merged_adapter(backbone, "llama")
     keep = Keep()
     with attached(backbone, weights) as model:
-        controller = controller_for(weights, folder=tmp_path, mask=MaskSettings(score), probe_every=3)
+        controller = controller_for(weights, folder=tmp_path, mask=MaskSettings(score), every=3)
         train_ours(model, tmp_path, controller, callbacks=[keep])
         row = read_rows(tmp_path / "rounds.jsonl")[0]
 
@@ -449,11 +464,12 @@ def test_candidate_losses_are_those_of_the_pruned_model(make_tiny_model, tmp_pat
             assert measure(pruned) == pytest.approx(losses, abs=1e-5)
 
 
-class NeverCommits(GaussianPolicy):
+@dataclass(frozen=True)
+class NeverCommits(Gaussian):
     """Draws and learns as always, but takes every reward for a negative one."""
 
-    def _decide(self, candidates, rewards):
-        return Decision(tuple(rewards), False, self.current_ratio, False)
+    def decide(self, search, measured):
+        return Decision(measured.rewards, False, search.current_ratio)
 
 
 @pytest.mark.parametrize(
@@ -462,24 +478,24 @@ class NeverCommits(GaussianPolicy):
 )
 def test_probing_without_a_commit_does_not_change_the_training(make_tiny_model, tmp_path, architecture, score):
     found = []
-    for probe_every in (2, 1000):
+    for every in (2, 1000):
         backbone = make_tiny_model(architecture)
         weights = merged_adapter(backbone, architecture)
         with attached(backbone, weights, dropout=0.3) as model:
-            controller = controller_for(weights, mask=MaskSettings(score), probe_every=probe_every)
-            controller.policy = NeverCommits(controller.settings.policy)
+            controller = controller_for(weights, mask=MaskSettings(score), every=every, policy=NeverCommits())
             train_ours(model, tmp_path, controller)
-            assert len(controller.policy.history) == (6 if probe_every == 2 else 0)
+            assert len(controller.search.history) == (6 if every == 2 else 0)
             found.append(adapter_weights(model))
     for name, pair in found[0].items():
         assert torch.equal(pair.A, found[1][name].A)
         assert torch.equal(pair.B, found[1][name].B)
 
 
-class Clamped(GaussianPolicy):
+@dataclass(frozen=True)
+class Clamped(Gaussian):
     """All candidates of a round but one are the same, as bounds make them."""
 
-    def _draw(self, generator):
+    def draw(self, search, generator):
         return [0.9, 0.9, 0.3]
 
 
@@ -489,23 +505,23 @@ def test_candidates_that_coincide_are_measured_once(make_tiny_model, tmp_path, m
     monkeypatch.setattr(ProbeSet, "losses", lambda self, model, *rest: measured.append(1) or losses(self, model, *rest))
     model = make_tiny_model("llama")
     weights = merged_adapter(model, "llama")
-    controller = controller_for(weights, probe_every=12)
-    controller.policy = Clamped(PolicySettings())
+    controller = controller_for(weights, every=12, policy=Clamped())
     with attached(model, weights) as peft_model:
         train_ours(peft_model, tmp_path, controller)
-    (told,) = controller.policy.history
+    (told,) = controller.search.history
     assert len(measured) == 3  # the baseline, 0.8 and 0.3
     assert told.candidates == (0.8, 0.8, 0.3)
     assert told.candidate_losses[0] == told.candidate_losses[1] != told.candidate_losses[2]
 
 
-class Scripted(GaussianPolicy):
+@dataclass(frozen=True)
+class Scripted(Gaussian):
     """Commits these ratios, one a round."""
 
-    ratios = (0.5, 0.2, 0.7, 0.0)
+    ratios: tuple[float, ...] = (0.5, 0.2, 0.7, 0.0)
 
-    def _decide(self, candidates, rewards):
-        return Decision(tuple(rewards), True, self.ratios[len(self.history) - 1], True)
+    def decide(self, search, measured):
+        return Decision(measured.rewards, True, self.ratios[len(search.history) - 1], True)
 
 
 @pytest.mark.parametrize("scope", ["factor", "tensor", "global"])
@@ -514,8 +530,8 @@ def test_ratios_that_rise_and_fall_are_followed_exactly(make_tiny_model, tmp_pat
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
     with attached(backbone, weights) as model:
-        controller = controller_for(weights, mask=MaskSettings(scope=scope, granularity=granularity))
-        controller.policy = Scripted(controller.settings.policy)
+        mask = MaskSettings(scope=scope, granularity=granularity)
+        controller = controller_for(weights, mask=mask, policy=Scripted())
         watch = Watch(controller)
         train_transformers(model, tmp_path, controller, [watch])
     assert watch.ratios == [0.4, 0.4, 0.5, 0.5, 0.5, 0.2, 0.2, 0.2, 0.7, 0.7, 0.7, 0.0]
@@ -543,7 +559,7 @@ def test_a_probe_that_fails_names_the_ratio_and_the_example(make_tiny_model, tmp
     micro_dev = ProbeSet([Example(f"m{i}", (5, 6, 7), (8, 2)) for i in range(3)], PAD)
     with attached(backbone, weights) as model:
         controller = controller_for(weights, micro_dev, folder=tmp_path)
-        candidates = controller.policy.ask()
+        candidates = controller.search.ask()
         monkeypatch.setattr(probing, "example_losses", fail)
         with pytest.raises(ProbeError) as error:
             train_ours(model, tmp_path, controller)
@@ -552,7 +568,7 @@ def test_a_probe_that_fails_names_the_ratio_and_the_example(make_tiny_model, tmp
         assert len(calls) == 3  # baseline, first candidate, second candidate
         # The committed mask is on again, not the candidate's; nothing was learned.
         assert controller.masks.sparsity() == pytest.approx(0.4, abs=0.01)
-        assert not controller.policy.history
+        assert not controller.search.history
         assert not any(module.training for module in backbone.modules())
     assert read_rows(tmp_path / "rounds.jsonl") == []
 
@@ -563,8 +579,6 @@ def test_masks_before_training_are_an_error():
         _ = pruned.masks
     with pytest.raises(ValueError, match="mask mode is 'keep'; allowed: hold, reselect"):
         PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), mode="keep")
-    with pytest.raises(ValueError, match="probe_every is 0; it must be at least 1"):
-        ControllerSettings(probe_every=0)
 
 
 def test_each_run_starts_new_records(make_tiny_model, tmp_path):
@@ -596,7 +610,10 @@ def test_on_round_gets_each_record(make_tiny_model, tmp_path):
     weights = merged_adapter(backbone, "llama")
     with attached(backbone, weights) as model:
         controller = GraspController(
-            ProbeSet(MICRO_DEV, PAD), ControllerSettings(probe_every=5), folder=tmp_path / "new", on_round=seen.append
+            ProbeSet(MICRO_DEV, PAD),
+            Controller(Gaussian(), Rounds(5), "smooth_fit"),
+            folder=tmp_path / "new",
+            on_round=seen.append,
         )
         train_ours(model, tmp_path, controller)
     assert seen == read_rows(tmp_path / "new" / "rounds.jsonl")
@@ -702,8 +719,7 @@ def test_a_controller_prunes_before_the_dev_loss_is_measured(make_tiny_model, tm
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
     with attached(backbone, weights) as model:
-        controller = controller_for(weights, folder=tmp_path, probe_every=3)
-        controller.policy = Scripted(controller.settings.policy)
+        controller = controller_for(weights, folder=tmp_path, every=3, policy=Scripted())
         result = train_ours(model, tmp_path, controller, dev=MICRO_DEV[:2], evaluate_every=0.25)  # every third step
         assert result.best_step == best_step
         ratio = {0: 0.4, 6: 0.2, 12: 0.0}[best_step]
@@ -741,7 +757,7 @@ def test_accumulation_counts_optimizer_steps(make_tiny_model, tmp_path):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
     with attached(backbone, weights) as model:
-        controller = controller_for(weights, folder=tmp_path, probe_every=2)
+        controller = controller_for(weights, folder=tmp_path, every=2)
         result = train_ours(model, tmp_path, controller, accumulation=3, epochs=2)
     assert result.steps == 8
     assert [row["step"] for row in read_rows(tmp_path / "rounds.jsonl")] == [2, 4, 6, 8]
@@ -750,10 +766,10 @@ def test_accumulation_counts_optimizer_steps(make_tiny_model, tmp_path):
 def test_the_controllers_settings_choose_the_policy(make_tiny_model, tmp_path):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
-    policy = PolicySettings(kind="uniform", ratio_min=0.2, ratio_max=0.3, ratio_init=0.25, candidates=2)
+    policy = Uniform(ratio_min=0.2, ratio_max=0.3, ratio_init=0.25, candidates=2)
     with attached(backbone, weights) as model:
         controller = GraspController(
-            ProbeSet(MICRO_DEV, PAD), replace(ControllerSettings(), policy=policy, probe_every=4), folder=tmp_path
+            ProbeSet(MICRO_DEV, PAD), Controller(policy, Rounds(4), "smooth_fit"), folder=tmp_path
         )
         train_ours(model, tmp_path, controller)
     rows = read_rows(tmp_path / "rounds.jsonl")
@@ -765,7 +781,7 @@ def test_the_controllers_settings_choose_the_policy(make_tiny_model, tmp_path):
 # All ratios together
 
 
-class WatchShared(TrainerCallback):
+class WatchSteps(TrainerCallback):
     """The ratio and the weights that each step trains, seen between its begin and its optimizer step."""
 
     def __init__(self, controller: GraspController) -> None:
@@ -781,16 +797,16 @@ class WatchShared(TrainerCallback):
 
 
 @pytest.mark.parametrize("trainer_name", TRAINERS)
-def test_each_step_of_a_shared_policy_trains_at_its_own_ratio(make_tiny_model, tiny_tokenizer, tmp_path, trainer_name):
+def test_each_step_of_spread_trains_at_its_own_ratio(make_tiny_model, tiny_tokenizer, tmp_path, trainer_name):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
     micro_dev = ProbeSet.from_rows(ROWS[:5], tiny_tokenizer) if trainer_name == "trl" else None
     with attached(backbone, weights, dropout=0.05) as model:
-        controller = controller_for(weights, micro_dev, folder=tmp_path, probe_every=4, kind="shared")
-        watch = WatchShared(controller)
+        controller = controller_for(weights, micro_dev, folder=tmp_path, every=4, kind="spread")
+        watch = WatchSteps(controller)
         train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller, [watch])
         left = torch.cat([(weight == 0).flatten() for weight in controller.masks.weights.values()])
-    assert watch.ratios == [controller.policy.training_ratio(step) for step in range(12)]
+    assert watch.ratios == [controller.search.training_ratio(step) for step in range(12)]
     assert max(watch.ratios) - min(watch.ratios) > 0.5
     in_order = [pruned for _, pruned in sorted(zip(watch.ratios, watch.pruned, strict=True), key=lambda pair: pair[0])]
     for lower, higher in itertools.pairwise(in_order):
@@ -800,11 +816,11 @@ def test_each_step_of_a_shared_policy_trains_at_its_own_ratio(make_tiny_model, t
     assert [row["ratio_before"] for row in rows[1:]] == [row["ratio"] for row in rows[:-1]]
     assert all(row["measured_sparsity"] == pytest.approx(row["ratio"], abs=0.02) for row in rows)
     # What is left is pruned at the learned ratio, not at that of the last step.
-    assert controller.masks.ratio == controller.policy.current_ratio == controller.policy.best_ratio().ratio
-    assert left.double().mean().item() == pytest.approx(controller.policy.current_ratio, abs=0.02)
+    assert controller.masks.ratio == controller.search.current_ratio == controller.search.best_ratio().ratio
+    assert left.double().mean().item() == pytest.approx(controller.search.current_ratio, abs=0.02)
 
 
-def test_the_first_round_of_a_shared_policy_sees_the_untrained_adapter(make_tiny_model, tmp_path):
+def test_the_first_round_of_spread_sees_the_untrained_adapter(make_tiny_model, tmp_path):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
     probes = ProbeSet(MICRO_DEV, PAD)
@@ -813,7 +829,7 @@ def test_the_first_round_of_a_shared_policy_sees_the_untrained_adapter(make_tiny
         with masks.probe(0.4):
             untrained = probes.losses(model)
     with attached(backbone, weights) as model:
-        controller = controller_for(weights, probes, folder=tmp_path, probe_every=5, kind="shared", ratio_init=0.4)
+        controller = controller_for(weights, probes, folder=tmp_path, every=5, kind="spread", ratio_init=0.4)
         train_ours(model, tmp_path, controller)
     assert read_rows(tmp_path / "rounds.jsonl")[0]["baseline_losses"] == pytest.approx(untrained, abs=1e-6)
 
@@ -822,7 +838,7 @@ def test_a_weight_that_is_masked_for_a_step_is_not_trained_in_it(make_tiny_model
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
     with attached(backbone, weights) as model:
-        controller = controller_for(weights, probe_every=50, kind="shared")
+        controller = controller_for(weights, every=50, kind="spread")
         dense: list[dict] = []
 
         class Dense(TrainerCallback):
@@ -879,7 +895,7 @@ class DenseAtRounds(TrainerCallback):
             self.note()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.controller.settings.probe_every == 0:
+        if state.global_step % self.controller.settings.rounds.every == 0:
             self.note()
 
     def note(self) -> None:
@@ -902,8 +918,8 @@ def pruned_by_hand(values: torch.Tensor, by: torch.Tensor, sizes, dimension: int
     [
         ("gaussian", [3.0, 1.0, 2.0, 1.0], 1),
         ("gaussian", [3.0, 2.0, 1.5, 1.0], 3),
-        ("shared", [3.0, 2.0, 1.0, 1.0, 4.0], 2),
-        ("shared", [1.0, 2.0, 3.0, 4.0, 5.0], 0),  # the round before training
+        ("spread", [3.0, 2.0, 1.0, 1.0, 4.0], 2),
+        ("spread", [1.0, 2.0, 3.0, 4.0, 5.0], 0),  # the round before training
     ],
 )
 def test_the_best_round_is_given_as_it_was_and_pruned_as_the_masks_are(
@@ -920,8 +936,8 @@ def test_the_best_round_is_given_as_it_was_and_pruned_as_the_masks_are(
         found = controller.best_adapter(0.37)
         after = adapter_weights(model)
     assert [row["baseline_losses"][0] for row in read_rows(tmp_path / "rounds.jsonl")] == baselines
-    rounds = seen.dense if kind == "shared" else seen.dense[1:]
-    dense, order = rounds[best], seen.dense[0] if kind == "shared" else rounds[best]
+    rounds = seen.dense if kind == "spread" else seen.dense[1:]
+    dense, order = rounds[best], seen.dense[0] if kind == "spread" else rounds[best]
     for module, pair in found.items():
         sizes = [segment.rank for segment in weights[module].segments]
         for factor, dimension in (("A", 0), ("B", 1)):
@@ -949,7 +965,7 @@ def test_training_stops_when_no_ratio_gets_lower(make_tiny_model, tmp_path, base
     weights = merged_adapter(backbone, "llama")
     with attached(backbone, weights) as model:
         controller = controller_for(
-            weights, ScriptedBaselines(baselines, candidates=3), folder=tmp_path, kind="shared", patience=patience
+            weights, ScriptedBaselines(baselines, candidates=3), folder=tmp_path, kind="spread", patience=patience
         )
         result = train_ours(model, tmp_path, controller)
     assert len(read_rows(tmp_path / "rounds.jsonl")) == rounds
@@ -964,7 +980,7 @@ def test_a_training_that_patience_had_stopped_stops_again_without_a_round(make_t
         weights = merged_adapter(backbone, "llama")
         with attached(backbone, weights) as model:
             probes = ScriptedBaselines([1.0, *itertools.repeat(9.0, 9)], candidates=3)
-            controller = controller_for(weights, probes, folder=tmp_path / "records", kind="shared", patience=1)
+            controller = controller_for(weights, probes, folder=tmp_path / "records", kind="spread", patience=1)
             trainer = Trainer(
                 model=model,
                 args=arguments(tmp_path, remove_unused_columns=False, save_strategy="steps", save_steps=3),
@@ -990,16 +1006,9 @@ def test_a_training_that_patience_had_stopped_stops_again_without_a_round(make_t
 )
 def test_sharding_that_hides_the_weights_is_refused(make_tiny_model, monkeypatch, name, plugin, message):
     weights = merged_adapter(backbone := make_tiny_model("llama"), "llama")
-    monkeypatch.setattr(controller_module, "AcceleratorState", lambda: SimpleNamespace(**{name: plugin}))
+    monkeypatch.setattr(pruned_module, "AcceleratorState", lambda: SimpleNamespace(**{name: plugin}))
     with attached(backbone, weights) as model, pytest.raises(GraspError, match=message) if message else nullcontext():
         controller_for(weights).on_train_begin(None, TrainerState(), TrainerControl(), model=model)
-
-
-def test_a_rule_that_needs_whole_rounds_refuses_examples_in_turn(make_tiny_model):
-    weights = merged_adapter(make_tiny_model("llama"), "llama")
-    probes = ProbesInTurn(make_examples(7, 1, "m"), PAD, count=3, seed=5)
-    with pytest.raises(ValueError, match="estimate 'lowest_loss' needs all examples in each round, not some in turn"):
-        controller_for(weights, probes, kind="shared", estimate="lowest_loss")
 
 
 @pytest.fixture
@@ -1011,7 +1020,7 @@ def probed(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("kind", ["shared", "gaussian"])
+@pytest.mark.parametrize("kind", ["spread", "gaussian"])
 def test_examples_take_turns_and_a_round_compares_like_with_like(make_tiny_model, tmp_path, probed, kind):
     pool = make_examples(7, 1, "m")
     backbone = make_tiny_model("llama")
@@ -1032,14 +1041,14 @@ def test_examples_take_turns_and_a_round_compares_like_with_like(make_tiny_model
 
 
 @pytest.mark.parametrize("compared_by", ["patience", "keep_best", "surrogate"])
-@pytest.mark.parametrize("kind", ["shared", "gaussian"])
+@pytest.mark.parametrize("kind", ["spread", "gaussian"])
 def test_the_baseline_is_measured_on_all_where_rounds_are_compared(
     make_tiny_model, tmp_path, probed, kind, compared_by
 ):
     pool = make_examples(7, 1, "m")
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
-    how = {"patience": {"patience": 99}, "keep_best": {"keep_best": True}, "surrogate": {"estimate": "surrogate"}}
+    how = {"patience": {"patience": 99}, "keep_best": {"keep_best": True}, "surrogate": {"rule": "surrogate"}}
     with attached(backbone, weights) as model:
         probes = ProbesInTurn(pool, PAD, count=3, seed=5)
         controller = controller_for(weights, probes, folder=tmp_path, kind=kind, **how[compared_by])
@@ -1049,13 +1058,13 @@ def test_the_baseline_is_measured_on_all_where_rounds_are_compared(
     assert sorted(whole) == sorted(one.id for one in pool)
     expected = [[whole, *[probes.at(number).ids] * 3] for number in range(len(rows))]
     assert probed == list(itertools.chain(*expected))
-    for number, (row, told) in enumerate(zip(rows, controller.policy.history, strict=True)):
+    for number, (row, told) in enumerate(zip(rows, controller.search.history, strict=True)):
         assert [whole[place] for place in row["places"]] == probes.at(number).ids
         assert (len(row["baseline_losses"]), {len(one) for one in row["candidate_losses"]}) == (7, {3})
         baseline = [row["baseline_losses"][place] for place in row["places"]]
         rewards = [statistics.fmean(baseline) - statistics.fmean(one) for one in row["candidate_losses"]]
         assert row["rewards"] == pytest.approx(rewards)
-        assert told == Round.from_json(row["ratio_before"], row)
+        assert told == Round.from_json(row)
 
 
 def test_turns_that_cannot_be_are_refused():
@@ -1065,21 +1074,21 @@ def test_turns_that_cannot_be_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("kind", "probe_from", "steps"),
-    [("shared", 1.0, [12]), ("shared", 0.6, [10, 12]), ("gaussian", 0.6, [10, 12]), ("gaussian", 0.0, [5, 10])],
+    ("kind", "start", "steps"),
+    [("spread", 1.0, [12]), ("spread", 0.6, [10, 12]), ("gaussian", 0.6, [10, 12]), ("gaussian", 0.0, [5, 10])],
 )
-def test_rounds_may_begin_late(make_tiny_model, tmp_path, kind, probe_from, steps):
+def test_rounds_may_begin_late(make_tiny_model, tmp_path, kind, start, steps):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
     with attached(backbone, weights) as model:
-        controller = controller_for(weights, folder=tmp_path, kind=kind, probe_from=probe_from, probe_every=5)
+        controller = controller_for(weights, folder=tmp_path, kind=kind, start=start, every=5)
         train_ours(model, tmp_path, controller)
         kept = adapter_weights(model, segments_of(weights))
     rows = read_rows(tmp_path / "rounds.jsonl")
     assert [row["step"] for row in rows] == steps
     assert rows[0]["ratio_before"] == 0.4
     for row in survival(kept):
-        assert row["weights"] - row["kept"] == prune_count(controller.policy.current_ratio, row["weights"])
+        assert row["weights"] - row["kept"] == prune_count(controller.search.current_ratio, row["weights"])
 
 
 def test_a_best_round_is_kept_only_when_asked_and_changes_no_training(make_tiny_model, tmp_path):
@@ -1101,7 +1110,7 @@ def test_a_best_round_is_kept_only_when_asked_and_changes_no_training(make_tiny_
         assert torch.equal(pair.A, found[1][0][name].A)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "shared"])
+@pytest.mark.parametrize("kind", ["gaussian", "spread"])
 @pytest.mark.parametrize(
     "mask",
     [MaskSettings(), MaskSettings("input_aware", "global"), MaskSettings("gradient_of_delta", "tensor", "component")],
@@ -1142,7 +1151,7 @@ class AtThePolicysRatio(TrainerCallback):
 
     def _note(self, event: str, model) -> None:
         live = torch.cat([factor.flatten() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)])
-        self.ratios[event].append((self.controller.policy.current_ratio, (live == 0).float().mean().item()))
+        self.ratios[event].append((self.controller.search.current_ratio, (live == 0).float().mean().item()))
 
     def on_save(self, args, state, control, **kwargs):
         self._note("save", kwargs["model"])
@@ -1152,10 +1161,10 @@ class AtThePolicysRatio(TrainerCallback):
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_a_shared_run_is_saved_evaluated_and_reloaded_at_the_policys_ratio(make_tiny_model, tmp_path, strategy):
+def test_a_run_of_spread_is_saved_evaluated_and_reloaded_at_the_policys_ratio(make_tiny_model, tmp_path, strategy):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
-    controller = controller_for(weights, kind="shared", probe_every=5)
+    controller = controller_for(weights, kind="spread", every=5)
     watch = AtThePolicysRatio(controller)
     saving = {"save_strategy": strategy, "save_steps": 4, "eval_strategy": strategy, "eval_steps": 4}
     with attached(backbone, weights) as model:
@@ -1179,25 +1188,25 @@ def test_a_shared_run_is_saved_evaluated_and_reloaded_at_the_policys_ratio(make_
         assert found == pytest.approx(wanted, abs=0.03)  # each segment of a factor rounds down
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "shared"])
+@pytest.mark.parametrize("kind", ["gaussian", "spread"])
 def test_a_second_training_begins_dense_with_a_policy_of_its_own(make_tiny_model, tmp_path, kind):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
     controller = controller_for(weights, kind=kind, ratio_init=0.5)
     with attached(backbone, weights) as model:
         train_transformers(model, tmp_path, controller)
-        first = controller.policy
+        first = controller.search
         dense = [torch.where(controller.masks.keep[key], *pair) for key, pair in _live_and_stash(controller)]
         train_transformers(model, tmp_path, controller)
 
-    assert controller.policy is not first
-    assert len(controller.policy.history) == len(first.history) > 0
+    assert controller.search is not first
+    assert len(controller.search.history) == len(first.history) > 0
     assert all((weight != 0).all() for weight in dense)
     after = [torch.where(controller.masks.keep[key], *pair) for key, pair in _live_and_stash(controller)]
     assert all((weight != 0).all() for weight in after)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "shared"])
+@pytest.mark.parametrize("kind", ["gaussian", "spread"])
 def test_a_controller_that_has_trained_already_takes_up_a_checkpoint_as_it_is(make_tiny_model, tmp_path, kind):
     class AtTheBeginning(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -1220,7 +1229,7 @@ def test_a_controller_that_has_trained_already_takes_up_a_checkpoint_as_it_is(ma
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
 
     assert first.pruned
-    assert controller.policy.history
+    assert controller.search.history
 
 
 def _live_and_stash(controller):
@@ -1234,3 +1243,67 @@ def test_an_adapter_of_another_name_is_named(make_tiny_model):
 
     with pytest.raises(AdapterError, match="no LoRA adapter named 'default'; it has merged: load yours without"):
         live_pairs(model)
+
+
+# A trainer of one's own
+
+
+def test_from_rows_builds_the_measured_default(make_tiny_model, tiny_tokenizer, tmp_path):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    rows = [{"prompt": f"What is {i}?", "completion": f" {i}."} for i in range(14)]
+    with attached(backbone, weights) as model:
+        controller = GraspController.from_rows(rows, tiny_tokenizer, segments=segments_of(weights), folder=tmp_path)
+        with pytest.raises(ValueError, match="no round was measured yet"):
+            _ = controller.learned
+        train_transformers(model, tmp_path, controller)
+    assert controller.settings == Controller()
+    written = read_rows(tmp_path / "rounds.jsonl")
+    assert [row["step"] for row in written] == [0, 12]  # before training and after the epoch of 12 steps
+    assert {(len(row["baseline_losses"]), len(row["candidate_losses"][0])) for row in written} == {(14, 12)}
+    assert controller.learned == controller.search.best_ratio()
+    assert controller.learned.ratio == controller.search.current_ratio
+    assert len(repr(controller.learned)) < 150
+    whole = GraspController.from_rows(rows[:5], tiny_tokenizer, Controller(Gaussian(), Rounds(4), "best_reward"))
+    assert whole.micro_dev.at(0) is whole.micro_dev.at(1)
+
+
+def test_an_epoch_counts_optimizer_steps(make_tiny_model, tmp_path):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        controller = controller_for(weights, folder=tmp_path, every="epoch")
+        train_ours(model, tmp_path, controller, accumulation=5, epochs=2)
+    assert [row["step"] for row in read_rows(tmp_path / "rounds.jsonl")] == [3, 6]
+
+
+def test_data_without_a_length_has_no_epoch(make_tiny_model):
+    weights = merged_adapter(backbone := make_tiny_model("llama"), "llama")
+    with (
+        attached(backbone, weights) as model,
+        pytest.raises(GraspError, match=r"rounds.every is 'epoch', but .* length"),
+    ):
+        controller_for(weights, every="epoch").on_train_begin(
+            None, TrainerState(), TrainerControl(), model=model, train_dataloader=iter(())
+        )
+
+
+def test_a_checkpoint_holds_every_loss_once_and_a_search_that_differs_is_refused(make_tiny_model, tmp_path):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        first = controller_for(weights)
+        train_ours(model, tmp_path, first)
+        values, tensors = first.state()
+        loss = repr(first.search.history[0].baseline_losses[0])
+        assert json.dumps(values).count(loss) == 1
+        second = controller_for(weights)
+        second._masks = MaskSet(live_pairs(model, segments_of(weights)), MaskSettings())
+        second.restore(json.loads(json.dumps(values)), tensors)
+        assert searched(second) == searched(first)
+        for change in ({"kind": "uniform"}, {"rule": "best_reward"}, {"seed": 7}):
+            with pytest.raises(GraspError, match="resumes with other settings of the policy"):
+                controller_for(weights, **change).restore(values, tensors)
+        values["rows"]["rounds.jsonl"][1]["policy_mean"] += 1e-12
+        with pytest.raises(GraspError, match="round 2 of the checkpoint led to ratio"):
+            second.restore(values, tensors)

@@ -78,9 +78,13 @@ from transformers import TrainerCallback, TrainingArguments
 from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.training import finetune as finetune_module
 from grasp_lora.models.adapters import attached, live_pairs
-from grasp_lora.training.controller import ControllerSettings, GraspController, PrunedTraining
+from grasp_lora.method.policy import Gaussian
+from grasp_lora.method.presets import Controller
+from grasp_lora.method.schedule import Rounds
+from grasp_lora.training.controller import GraspController
 from grasp_lora.training.finetune import FineTuneTrainer, finetune
 from grasp_lora.training.probes import NormCollector, ProbeSet, calibrate
+from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TrainingSettings
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -137,7 +141,7 @@ class First(TrainerCallback):  # before the controller, at its first round
             results["at_first_round"] = values(kwargs["model"])
 
 
-class Rounds(GraspController):
+class Recording(GraspController):
     records = []
 
     def run_round(self, model, optimizer):
@@ -148,7 +152,9 @@ class Rounds(GraspController):
 for score in ("input_aware", "magnitude"):
     with attached(backbone, random_adapter(backbone), dropout=0.3) as model:
         micro_dev = ProbeSet(MICRO_DEV, 0, MICRO_DEV_BUDGET)
-        controller = Rounds(micro_dev, ControllerSettings(probe_every=2), MaskSettings(score), folder=folder / score)
+        controller = Recording(
+            micro_dev, Controller(Gaussian(), Rounds(2), "smooth_fit"), MaskSettings(score), folder=folder / score
+        )
         controller.records = []
         callbacks = [First()] if score == "input_aware" else []
         found = finetune(
@@ -159,8 +165,8 @@ for score in ("input_aware", "magnitude"):
             "records": controller.records,
             "keep": controller.masks.keep,
             "weights": values(model),
-            "ratio": controller.policy.current_ratio,
-            "best": controller.policy.best_ratio().ratio,
+            "ratio": controller.search.current_ratio,
+            "best": controller.learned.ratio,
             "result": vars(found),
         }
 

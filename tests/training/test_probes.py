@@ -12,15 +12,8 @@ from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs, lora_layers
 from grasp_lora.models.settings import LoraSettings
-from grasp_lora.training.probes import (
-    IGNORED,
-    NormCollector,
-    ProbeSet,
-    calibrate,
-    collate,
-    example_losses,
-    takes_label_positions,
-)
+from grasp_lora.training.loss import IGNORED, collate, example_losses, takes_label_positions
+from grasp_lora.training.probes import NormCollector, ProbeSet, calibrate
 
 TARGETS = {
     "llama": ("q_proj", "v_proj"),

@@ -15,8 +15,9 @@ from grasp_lora.bench.steps import Adapter, Bench, Outcome
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES
-from grasp_lora.method.policy import PRESETS, PolicySettings
-from grasp_lora.recipes.recipe import PAPER_PROBE_EVERY, PROBE_SPLITS, ControllerStage, FinalStage, Recipe
+from grasp_lora.method.presets import PRESETS
+from grasp_lora.method.search import RatioPolicy
+from grasp_lora.recipes.recipe import ControllerStage, FinalStage, Recipe
 
 SINGLE_SHARE = 0.6  # of the epochs of a final run, in which a single run learns its ratio
 
@@ -98,7 +99,7 @@ def _run_grasp(
         chosen = stage(bench.recipe)
         learned = bench.learned(chosen, dev_free)
         adapter = bench.finetuned(learned.start, learned.ratio, final, dev_free)
-        return bench.outcome(adapter, learned.ratio, chosen_on=chosen.probe_on)
+        return bench.outcome(adapter, learned.ratio, chosen_on=chosen.rounds.pool)
 
     return run
 
@@ -111,12 +112,13 @@ def single_run(recipe: Recipe) -> tuple[ControllerStage, FinalStage]:
     """
     own, final = recipe.controller, recipe.final
     epochs = final.training.epochs
-    learn = replace(
-        own,
-        policy=replace(own.policy, probe_from=0.0),
-        probe_on="micro_dev" if own.probe_examples is None else own.probe_on,
-        training=replace(own.training, epochs=SINGLE_SHARE * epochs),
+    rounds = replace(
+        own.rounds,
+        start=0.0,
+        before_training=own.policy.regime == "each_step",
+        pool="micro_dev" if own.rounds.in_turn is None else own.rounds.pool,
     )
+    learn = replace(own, rounds=rounds, training=replace(own.training, epochs=SINGLE_SHARE * epochs))
     finish = replace(
         final,
         start="controller",
@@ -134,39 +136,31 @@ def _run_single(bench: Bench) -> Outcome:
     learn, finish = single_run(bench.recipe)
     learned = bench.learned_with_adapter(learn)
     adapter = bench.finetuned(learned.start, learned.ratio, vars(finish))
-    return bench.outcome(adapter, learned.ratio, chosen_on=learn.probe_on)
+    return bench.outcome(adapter, learned.ratio, chosen_on=learn.rounds.pool)
 
 
 def _own(recipe: Recipe) -> ControllerStage:
     return recipe.controller
 
 
-def _preset(name: str) -> Callable[[Recipe], ControllerStage]:
-    """A preset within the recipe's own bounds, as the paper runs it: the whole micro-dev set every ten steps, to the end."""
-
-    def stage(recipe: Recipe) -> ControllerStage:
-        own = recipe.controller
-        return replace(
-            own,
-            policy=_bounded(name, own.policy),
-            probe_every=min(PAPER_PROBE_EVERY, own.probe_every or PAPER_PROBE_EVERY),
-            patience=None,
-            probe_on="micro_dev",
-            probe_examples=None,
-        )
-
-    return stage
+def _paper(recipe: Recipe) -> ControllerStage:
+    """Preset `paper` within the recipe's own bounds, its rounds at most ten steps apart."""
+    own, paper = recipe.controller, PRESETS["paper"]
+    every = paper.rounds.every if own.rounds.every == "epoch" else min(paper.rounds.every, own.rounds.every)
+    return replace(
+        own, policy=_bounded(paper.policy, own.policy), rounds=replace(paper.rounds, every=every), rule=paper.rule
+    )
 
 
 def _dev_free(recipe: Recipe) -> ControllerStage:
     """Late probes of the micro-dev set: where the final run trains all epochs, its end decides, not its best moment."""
-    own = recipe.controller
-    policy = _bounded("late", own.policy)
-    return replace(own, policy=policy, patience=None, probe_on="micro_dev", probe_examples=None)
+    own, late = recipe.controller, PRESETS["late"]
+    rounds = replace(late.rounds, every=own.rounds.every)
+    return replace(own, policy=_bounded(late.policy, own.policy), rounds=rounds, rule=late.rule)
 
 
-def _bounded(name: str, own: PolicySettings) -> PolicySettings:
-    return replace(PRESETS[name], ratio_min=own.ratio_min, ratio_max=own.ratio_max, ratio_init=own.ratio_init)
+def _bounded(policy: RatioPolicy, own: RatioPolicy) -> RatioPolicy:
+    return replace(policy, ratio_min=own.ratio_min, ratio_max=own.ratio_max, ratio_init=own.ratio_init)
 
 
 def _needs_rounds(stage: Callable[[Recipe], ControllerStage]) -> Callable[[Session], str | None]:
@@ -174,7 +168,7 @@ def _needs_rounds(stage: Callable[[Recipe], ControllerStage]) -> Callable[[Sessi
 
     def unavailable(session: Session) -> str | None:
         own = stage(session.recipe)
-        missing = [_needs(split)(session) for split in PROBE_SPLITS[own.probe_on]]
+        missing = [_needs(split)(session) for split in own.rounds.splits]
         return next(filter(None, missing), None) or lack_of_rounds(own, len(session.splits.train))
 
     return unavailable
@@ -247,9 +241,7 @@ METHODS: dict[str, Method] = {
     "grasp_single": Method(
         "GRASP in a single run", _run_single, 5, _needs_rounds(lambda recipe: single_run(recipe)[0])
     ),
-    "grasp_paper": Method(
-        "GRASP, preset paper", _run_grasp(_preset("paper"), PAPER_FINAL), 5, _needs_rounds(_preset("paper"))
-    ),
+    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_paper, PAPER_FINAL), 5, _needs_rounds(_paper)),
     "merge_dev_free": Method(
         "adaptive LoRA merge without a dev set",
         lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),
@@ -271,7 +263,7 @@ DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("grasp_single",
 REMOVED = {  # rows that equalled another one in every table, and the changes of a recipe that give them
     "target_long": "--set target.training.epochs=... and the method target_only",
     "grid_16": "--set data.target.dev=... and the method grid",
-    "grasp_50": "--set controller.probe_on=dev --set controller.probe_examples=null and the method grasp",
+    "grasp_50": "--set controller.rounds.pool=dev --set controller.rounds.in_turn=null and the method grasp",
     "grasp_default": "grasp_paper",
     "grasp_random": "--set controller.policy.kind=uniform and the method grasp",
     "one_shot": "grasp",

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 from grasp_lora.bench.session import Session, expected_rounds
 from grasp_lora.data.build import Example
-from grasp_lora.method.policy import POLICIES
 from grasp_lora.models.backbone import is_quantised
-from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, Recipe
+from grasp_lora.recipes.recipe import ControllerStage, Recipe
 from grasp_lora.text.characters import split_unspaced
 from grasp_lora.text.languages import language_code
-from grasp_lora.training.probes import takes_label_positions
+from grasp_lora.training.loss import takes_label_positions
 
 FEW_ROUNDS = 10
-FEW_SHARED_ROUNDS = 3  # they do not depend on each other
+FEW_INDEPENDENT_ROUNDS = 3  # where no ratio is held, they do not depend on each other
 FEW_PROBED = 8
 PROMPT_SHOWN = 30  # characters
 
@@ -195,15 +194,15 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
     if recipe.final.prune_ratio is None:
         trained += recipe.controller.training.epochs * sizes["train"]
         stage = recipe.controller
-        pool = sum(sizes[split] for split in PROBE_SPLITS[stage.probe_on])
+        pool = sum(sizes[split] for split in stage.rounds.splits)
         if pool < FEW_PROBED:
             findings.append(Finding("warning", "probes", f"{pool} examples choose the ratio; 16 are usual"))
         probed = rounds * stage.probed_examples(pool, keep_best=recipe.final.start == "controller")
-        few = FEW_SHARED_ROUNDS if POLICIES[stage.policy.kind].shared else FEW_ROUNDS
+        few = FEW_INDEPENDENT_ROUNDS if stage.policy.regime == "each_step" else FEW_ROUNDS
         level = "warning" if rounds < few else "ok"
-        advice = "; raise controller.training.epochs or lower controller.probe_every" if level == "warning" else ""
+        advice = "; raise controller.training.epochs or lower controller.rounds.every" if level == "warning" else ""
         noun = "round" if rounds == 1 else "rounds"
-        most = "" if stage.patience is None else "at most "
+        most = "" if stage.rounds.patience is None else "at most "
         findings.append(Finding(level, "rounds", f"the controller will run {most}{rounds} {noun}{advice}"))
         findings += _patience(stage, sizes["train"])
     if recipe.final.start == "controller":
@@ -219,24 +218,20 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
 
 def _patience(stage: ControllerStage, train: int) -> list[Finding]:
     """Warn where a controller run would stop before its probes can tell anything."""
-    patience, policy, epoch, every = (
-        stage.patience,
-        stage.policy,
-        stage.training.steps_per_epoch(train),
-        stage.spacing(train),
-    )
+    patience, epoch, every = stage.rounds.patience, stage.training.steps_per_epoch(train), stage.spacing(train)
     if patience is None:
         return []
-    if not POLICIES[policy.kind].shared or policy.probe_from > 0.0:
+    if stage.policy.regime == "held" or stage.rounds.start > 0.0:
         text = (
-            f"controller.patience is {patience}, but this policy needs its rounds to the end of the run; leave patience and "
-            "probe_every out, which gives what is usual with it"
+            f"controller.rounds.patience is {patience}, but these rounds are needed to the end of the run; set it to null, or "
+            "leave rounds out, which gives what is usual with the preset"
         )
         return [Finding("warning", "patience", text)]
     if patience * every < epoch:
         text = (
             f"the run stops after {patience * every} steps without a lower loss, less than an epoch ({epoch} steps); leave "
-            f"controller.probe_every out for a round after each epoch, or set controller.patience to {math.ceil(epoch / every)}"
+            f"controller.rounds.every out for a round after each epoch, or set controller.rounds.patience to "
+            f"{math.ceil(epoch / every)}"
         )
         return [Finding("warning", "patience", text)]
     return []

@@ -38,8 +38,8 @@ from grasp_lora.bench.steps import Adapter, Bench, Learned, Measured, names_of
 from grasp_lora.bench.store import STORE_FOLDER, Store
 from grasp_lora.data.build import SPLITS
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.masks import survival
+from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
 from grasp_lora.recipes.text import parse
 from grasp_lora.storage.checkpoints import Checkpointing

@@ -10,7 +10,7 @@ from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, TypeAdapter, Val
 
 from grasp_lora.bench.store import STORE_FOLDER, WORK
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.estimate import RatioEstimate
+from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.text import parse
 from grasp_lora.storage.folder import LOCK_FILE
 

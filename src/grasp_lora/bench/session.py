@@ -20,10 +20,10 @@ from grasp_lora.data.places import resolve_file
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.evaluation.bertscore import check_bertscore
 from grasp_lora.evaluation.metrics import Metric, MetricScore, metrics_for, resolve_metrics, score
-from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSettings, survival
 from grasp_lora.method.merging import MergeSettings, merge, merge_rule
+from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import (
     LoadedAdapter,
     adapter_weights,
@@ -37,9 +37,9 @@ from grasp_lora.models.adapters import (
 )
 from grasp_lora.models.backbone import EMBEDDED_NAME, Backbone, load_backbone
 from grasp_lora.models.generation import context_of, generate
-from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, Recipe
+from grasp_lora.recipes.recipe import ControllerStage, Recipe
 from grasp_lora.storage.processes import shared, world_size
-from grasp_lora.training.probes import ProbeSet, ProbesInTurn
+from grasp_lora.training.probes import ProbeSet, probes_of
 from grasp_lora.training.settings import TrainingSettings
 
 if TYPE_CHECKING:  # these bring transformers' Trainer, which takes a second to import; who only checks does without
@@ -271,10 +271,10 @@ class Session:
 
     def _check_rounds(self) -> None:
         stage = self.recipe.controller
-        for split in PROBE_SPLITS[stage.probe_on]:
+        for split in stage.rounds.splits:
             if not getattr(self.splits, split):
                 raise RecipeError(
-                    f"controller.probe_on is {stage.probe_on!r}, but data.target.{split} is 0; "
+                    f"controller.rounds.pool is {stage.rounds.pool!r}, but data.target.{split} is 0; "
                     "give it examples, or probe elsewhere"
                 )
         if problem := lack_of_rounds(stage, len(self.splits.train)):
@@ -283,7 +283,7 @@ class Session:
     @property
     def probe_pool(self) -> list[Example]:
         """The examples that the controller may probe."""
-        splits = PROBE_SPLITS[self.recipe.controller.probe_on]
+        splits = self.recipe.controller.rounds.splits
         return [example for split in splits for example in getattr(self.splits, split)]
 
     def read(self, place: str | Path) -> LoadedAdapter:
@@ -371,15 +371,15 @@ class Session:
             RecipeError: the run is too short for a single round.
             ProbeError: a loss is not finite.
         """
-        from grasp_lora.training.controller import ControllerSettings, GraspController
+        from grasp_lora.training.controller import GraspController
 
         self._check_rounds()
         stage = self.recipe.controller
         policy = replace(stage.policy, seed=self.recipe.seed_of(f"policy {stage.policy.seed}"))
-        pool, pad_id, turn = self.probe_pool, self.pad_id, stage.in_turn(len(self.probe_pool))
+        turn = stage.rounds.turn(len(self.probe_pool))
         controller = GraspController(
-            ProbeSet(pool, pad_id) if turn is None else ProbesInTurn(pool, pad_id, turn, policy.seed),
-            ControllerSettings(policy, stage.spacing(len(self.splits.train)), stage.patience),
+            probes_of(self.probe_pool, self.pad_id, turn, policy.seed),
+            replace(stage, policy=policy),
             self.recipe.mask,
             segments_of(merged),
             folder,
@@ -390,11 +390,11 @@ class Session:
             result = self.finetune(
                 model, self.splits.train, (), stage.training, "controller", folder, controller=controller
             )
-            estimate = controller.policy.best_ratio()
+            estimate = controller.learned
             kept = controller.best_adapter(estimate.ratio) if keep_best else adapter_weights(model, segments_of(merged))
         rounds, timings = controller.rows()
         return LearnedRatio(
-            estimate, kept, controller.policy.current_ratio, result.steps, rounds, timings, result.history
+            estimate, kept, controller.search.current_ratio, result.steps, rounds, timings, result.history
         )
 
     def finetune_pruned(
@@ -418,7 +418,7 @@ class Session:
         Returns:
             The adapter at its best dev loss, how training went, and its kept weights per module, factor and origin.
         """
-        from grasp_lora.training.controller import PrunedTraining
+        from grasp_lora.training.pruned import PrunedTraining
 
         stage = self.recipe.final
         mask: MaskSettings = stage.mask or self.recipe.mask
@@ -509,7 +509,7 @@ def lack_of_rounds(stage: ControllerStage, train_examples: int) -> str | None:
     steps, every = stage.training.steps(train_examples), stage.spacing(train_examples)
     return (
         f"the controller run has {steps} optimizer steps and probes every {every}, so no round follows a step; "
-        "raise controller.training.epochs or lower controller.probe_every"
+        "raise controller.training.epochs or lower controller.rounds.every"
     )
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from grasp_lora.bench.session import Session, ratio_record
 from grasp_lora.data.encode import prompt_ids
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
-from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.merging import merge as merge_weights
+from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import LoadedAdapter, attached, check_fits, read_adapter, save_adapter
 from grasp_lora.models.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME, Backbone, BackboneSettings, load_backbone
 from grasp_lora.models.generation import GenerationSettings, generate

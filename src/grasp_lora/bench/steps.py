@@ -20,12 +20,13 @@ from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.store import Record, Store, key_of
 from grasp_lora.data.encode import Example
 from grasp_lora.errors import AdapterError
-from grasp_lora.method.estimate import RatioEstimate
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings, merge_rule
-from grasp_lora.method.policy import ESTIMATE_RULES, POLICIES, PolicySettings, Round
+from grasp_lora.method.policy import plain_policy
+from grasp_lora.method.presets import ratio_rule
+from grasp_lora.method.rounds import RatioEstimate, Round
 from grasp_lora.models.adapters import LoadedAdapter, read_adapter
-from grasp_lora.recipes.recipe import PROBE_SPLITS, ControllerStage, FinalStage, Recipe
+from grasp_lora.recipes.recipe import ControllerStage, FinalStage, Recipe
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import first
 from grasp_lora.training.settings import TrainingSettings
@@ -292,11 +293,11 @@ class Bench:
         Returns:
             The learned ratio, and the merged adapter to start from, with the run's record among its own: what it cost.
         """
-        policy = stage.policy
-        run_by = replace(policy, estimate=PolicySettings().estimate)
-        measures_alike = policy.compares_rounds(stage.patience) == run_by.compares_rounds(stage.patience)
-        if not POLICIES[policy.kind].shared and (stage.probe_examples is None or measures_alike):
-            stage = replace(stage, policy=run_by)
+        policy, rule = stage.policy, ratio_rule(stage.rule)
+        run_by = replace(stage, rule="smooth_fit")
+        measures_alike = stage.compares_rounds() == run_by.compares_rounds()
+        if policy.regime == "held" and (stage.rounds.in_turn is None or measures_alike):
+            stage = run_by
         merged = self.merged(dev_free)
         record = self.store.get(
             "controller",
@@ -304,7 +305,7 @@ class Bench:
             lambda key, folder: self._control(stage, merged, folder)[1],
             trains=True,
         )
-        estimate = ESTIMATE_RULES[policy.estimate](rounds_of(record), policy.ratio_min, policy.ratio_max)
+        estimate = rule(rounds_of(record), policy.ratio_min, policy.ratio_max)
         return Learned(estimate, replace(merged, records=(*merged.records, record)), record)
 
     def learned_with_adapter(self, stage: ControllerStage) -> Learned:
@@ -321,18 +322,17 @@ class Bench:
             lambda folder: self._control(stage, merged, folder, keep_best=True),
         )
         record, policy = adapter.records[-1], stage.policy
-        estimate = ESTIMATE_RULES[policy.estimate](rounds_of(record), policy.ratio_min, policy.ratio_max)
+        estimate = ratio_rule(stage.rule)(rounds_of(record), policy.ratio_min, policy.ratio_max)
         return Learned(estimate, adapter, record)
 
     def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
         return self._settings(
-            data=self._data("train", *PROBE_SPLITS[stage.probe_on]),
+            data=self._data("train", *stage.rounds.splits),
             revision=REVISIONS["controller"],
             start=merged.key,
             controller=_controller_settings(stage),
             mask=asdict(self.recipe.mask),
             dropout=self.recipe.lora.dropout,
-            probes=stage.probe_on,
         )
 
     def _control(
@@ -581,7 +581,7 @@ def check_ratios(name: str, ratios: Sequence[float]) -> None:
 
 def rounds_of(record: Record) -> list[Round]:
     """Return the rounds of a controller run that is on record."""
-    return [Round.from_json(row["ratio_before"], row) for row in record.result["rounds"]]
+    return [Round.from_json(row) for row in record.result["rounds"]]
 
 
 def _final_settings(stage: FinalStage) -> dict[str, Any]:
@@ -593,10 +593,8 @@ def _final_settings(stage: FinalStage) -> dict[str, Any]:
 
 
 def _controller_settings(stage: ControllerStage) -> dict[str, Any]:
-    """What decides a controller run; what it does not make use of is left out, as in records made before that was there."""
-    settings = asdict(stage)
-    del settings["probe_on"]  # among the settings already
-    return {name: value for name, value in settings.items() if value is not None}
+    """What decides a controller run."""
+    return asdict(stage) | {"policy": plain_policy(stage.policy)}
 
 
 def _given(adapter: LoadedAdapter) -> Adapter:

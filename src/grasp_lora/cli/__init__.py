@@ -14,6 +14,7 @@ from rich.table import Table
 from grasp_lora.cli.adapters import export, merge, predict
 from grasp_lora.cli.experiments import compare, sweep
 from grasp_lora.cli.terminal import (
+    AllowCodeOption,
     OutputOption,
     RecipeArgument,
     SetOption,
@@ -72,14 +73,18 @@ def _start(
 
 @app.command()
 def run(
-    recipe: RecipeArgument, overrides: SetOption = None, output: OutputOption = None, verbose: VerboseOption = False
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    allow_code: AllowCodeOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Do the whole job: adapters, merge, learn the ratio, final run, evaluation, report.
 
     Run it again on the same folder to go on after an interruption: completed stages are skipped.
     """
     log_to_terminal(verbose)
-    _run(recipe, overrides or [], output)
+    _run(recipe, overrides or [], output, allow_code)
 
 
 @app.command()
@@ -99,12 +104,17 @@ def demo(
 
 
 @app.command()
-def check(recipe: RecipeArgument, overrides: SetOption = None, verbose: VerboseOption = False) -> None:
+def check(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
+    verbose: VerboseOption = False,
+) -> None:
     """Check a recipe before running it: files, adapters, label masks, lengths, splits, leaks, rounds and cost."""
     log_to_terminal(verbose)
     from grasp_lora.bench.preflight import preflight
 
-    for finding in preflight(_session(recipe, overrides)):
+    for finding in preflight(_session(recipe, overrides, allow_code)):
         mark = "[green]ok     [/green]" if finding.level == "ok" else "[yellow]warning[/yellow]"
         console.print(f"{mark} [bold]{finding.topic:<10}[/bold]", end=" ")
         say(finding.text)
@@ -170,13 +180,14 @@ def learn(
     adapter: AdapterFolder,
     output: StepOutput,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Learn the prune ratio of a merged adapter (the controller run alone)."""
     from grasp_lora.bench.single import learn_folder
 
     log_to_terminal(verbose)
-    estimate = learn_folder(_session(recipe, overrides), adapter, output)
+    estimate = learn_folder(_session(recipe, overrides, allow_code), adapter, output)
     say(
         f"prune ratio {estimate.ratio:.4f} (95 % interval {estimate.low:.4f} to {estimate.high:.4f}, "
         f"{estimate.rounds} rounds) -> {output}"
@@ -190,13 +201,14 @@ def finetune(
     ratio: Annotated[float, typer.Option(help="Prune ratio, a fraction in [0, 1].")],
     output: StepOutput,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Prune a merged adapter at a given ratio and fine-tune it (the final run alone)."""
     from grasp_lora.bench.single import finetune_folder
 
     log_to_terminal(verbose)
-    result = finetune_folder(_session(recipe, overrides), adapter, ratio, output)
+    result = finetune_folder(_session(recipe, overrides, allow_code), adapter, ratio, output)
     loss = "" if result.dev_loss is None else f", dev loss {result.dev_loss:.4f}"
     say(f"{result.steps} steps, best at step {result.best_step}{loss} -> {output}")
 
@@ -207,13 +219,14 @@ def evaluate(
     adapter: Annotated[list[str], typer.Option("--adapter", "-a", help="PEFT adapter; may be repeated.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for predictions and metrics.")] = None,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Measure adapters on the recipe's dev and test splits."""
     from grasp_lora.bench.single import evaluate_folders
 
     log_to_terminal(verbose)
-    _print_table(evaluate_folders(_session(recipe, overrides), adapter, output))
+    _print_table(evaluate_folders(_session(recipe, overrides, allow_code), adapter, output))
 
 
 for experiment in (compare, sweep):
@@ -265,21 +278,21 @@ def _print_error(message: str) -> None:
     error_console.print(f"error: {one_line(message)}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
-def _session(recipe: str, overrides: list[str] | None) -> "Session":
+def _session(recipe: str, overrides: list[str] | None, allow_code: bool) -> "Session":
     from grasp_lora.bench.session import Session
     from grasp_lora.recipes.load import load_recipe
 
-    loaded, base = load_recipe(recipe, overrides or [])
+    loaded, base = load_recipe(recipe, overrides or [], allow_code=allow_code)
     return Session(loaded, base)
 
 
-def _run(recipe: str, overrides: list[str], output: Path | None) -> None:
+def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool = False) -> None:
     with loading():
         from grasp_lora import api
         from grasp_lora.cli.progress import TerminalProgress
         from grasp_lora.method.estimate import WIDE_INTERVAL
     with shown(TerminalProgress(console)) as progress:
-        result = api.run(recipe, overrides, output, progress)
+        result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
     _print_table(result.metrics.model_dump())
     ratio, given = result.ratio, result.metrics.prune_ratio_interval is None
     learned = " (given)" if given else f" (95 % interval {ratio.low:.1%} to {ratio.high:.1%})"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from grasp_lora.cli.terminal import (
+    AllowCodeOption,
     RecipeArgument,
     SetOption,
     VerboseOption,
@@ -44,6 +45,7 @@ def compare(
         typer.Option(help="Do all of it once more, with the first seed, on the split of this seed. May be repeated."),
     ] = None,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("compare")] = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -73,7 +75,7 @@ def compare(
             "split_seeds": tuple(split_seed or ()),
         }
     with shown(TerminalBenchProgress(console)) as progress, _checked_options():
-        folder, content = api.compare(recipe, overrides or [], output, progress, **settings)
+        folder, content = api.compare(recipe, overrides or [], output, progress, allow_code=allow_code, **settings)
     print_comparison(content, console)
     print_steps(progress.used, console)
     say(f"tables {folder / 'compare.md'}   report {folder / 'report.html'}")
@@ -102,6 +104,7 @@ def sweep(
     pruner: Annotated[str | None, typer.Option(hidden=True)] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampler; default: the recipe's.")] = None,
     overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("sweep")] = None,
     verbose: VerboseOption = False,
 ) -> None:
@@ -123,7 +126,7 @@ def sweep(
         from grasp_lora.cli.progress import TerminalSweepProgress, print_sweep
     with shown(TerminalSweepProgress(console)) as progress, _checked_options():
         settings = {"params": tuple(param or ()), "trials": trials, "sampler": sampler, "seed": seed}
-        folder, result = api.sweep(recipe, overrides or [], output, progress, **settings)
+        folder, result = api.sweep(recipe, overrides or [], output, progress, allow_code=allow_code, **settings)
     print_sweep(result, console)
     say(f"best recipe {folder / 'best.yaml'}")
 

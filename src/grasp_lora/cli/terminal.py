@@ -20,6 +20,10 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", "-s", help="Change one value: a.b=value, for example data.root=/data. May be repeated."),
 ]
+AllowCodeOption = Annotated[
+    bool,
+    typer.Option("--allow-code", help="Import code that the recipe names (package.module:name), also from beside it."),
+]
 OutputOption = Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the run; default runs/NAME.")]
 StepOutput = Annotated[Path, typer.Option("--output", "-o", help="Folder for the result.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", "-v", help="Show what happens in detail.")]

@@ -4,19 +4,19 @@ Scores run from 0 to 100, and each comes with a signature: everything one needs 
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.evaluation.answers import exact_match, token_f1
 from grasp_lora.evaluation.bertscore import BertScoreSettings, bertscore
 from grasp_lora.evaluation.outputs import MetricScore, Outputs
 from grasp_lora.evaluation.overlap import bleu, bleu_from_statistics, rouge
+from grasp_lora.text.display import quoted
+from grasp_lora.text.names import imported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,8 +92,7 @@ def resolve_metrics(
 
     Args:
         names: keys of METRICS, or the import path `package.module:name` of a function from `Outputs` to `MetricScore`, or of a
-            `Metric`. The module must be installed or in a folder on PYTHONPATH; importing it runs its code. A file beside the
-            recipe is not looked at.
+            `Metric`; importing it runs its code.
         settings, base, offline: for BERTScore (see `bertscore`).
 
     Raises:
@@ -124,25 +123,14 @@ def metrics_for(task: str) -> tuple[str, ...]:
 
 
 def _imported(name: str) -> Metric:
-    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", name):
-        raise RecipeError(
-            f"there is no metric {name!r}; allowed: {', '.join(METRICS)}, or the import path package.module:function of your own"
-        )
-    module_name, _, attribute = name.partition(":")
     try:
-        module = import_module(module_name)
-    except ImportError as error:
-        raise RecipeError(
-            f"metric {name!r}: module {module_name!r} cannot be imported ({error}); install it or put its folder on PYTHONPATH"
-        ) from error
-    found: Any = getattr(module, attribute, None)
+        found = imported("metric", name, METRICS)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     if isinstance(found, Metric):
         return found
     if not callable(found):
-        what = "has no" if found is None else "has no function"
-        raise RecipeError(
-            f"metric {name!r}: module {module_name!r} {what} {attribute!r}; name a function that is in it"
-        )
+        raise RecipeError(f"metric {quoted(name)} is a {type(found).__name__}; name a function or a Metric")
     return Metric(found, (found.__doc__ or name).strip().splitlines()[0])
 
 

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grasp_lora.method.estimate import MeasuredRound, RatioEstimate, resample, settle
+from grasp_lora.method.estimate import Rule, resample, settle
+from grasp_lora.method.rounds import RatioEstimate, Round
 
 RATIOS = 57  # on which the process is read, at so many moments
 TIMES = 11
-SAMPLES = 256
 
 _TIME_LENGTH = 0.5  # of the run
 _LENGTHS = (0.25, 0.5, 1.0)  # in -ln(1 - p)
@@ -26,25 +26,26 @@ _LEAST = 1e-12
 _JITTER = 1e-6  # of the curve's variance
 
 
-def lowest_surrogate(
-    rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: float, *, interval: bool = True
-) -> RatioEstimate:
+def _lowest(rounds: Sequence[Round], ratio_min: float, ratio_max: float, interval: bool) -> RatioEstimate:
     """Return the ratio whose expected loss gets lowest at any moment of the run, by a Gaussian process over ratio and time.
 
-    As in `lowest_loss` a ratio counts for its best moment. Away from all probes the process falls back on the level of the
-    moment, so that a trend at the outermost probes is followed for about one length of the kernel; with few rounds that may be
-    as far as a bound. The interval comes from draws of the process, each with its own resample of the
+    Early stopping keeps a run's best moment, so a ratio counts for its own. Away from all probes the process falls back on the
+    level of the moment, so that a trend at the outermost probes is followed for about one length of the kernel; with few rounds
+    that may be as far as a bound. The interval comes from draws of the process, each with its own resample of the
     micro-dev examples (1000, fixed seed). Our choice; the paper takes the best reward.
     """
-    surrogate = Surrogate(rounds, ratio_min, ratio_max)
-    fitted = surrogate.lowest_mean()
-    ratio = float(surrogate.grid[fitted.argmin()])
+    process = Surrogate(rounds, ratio_min, ratio_max)
+    fitted = process.lowest_mean()
+    ratio = float(process.grid[fitted.argmin()])
     if not interval:
         return RatioEstimate(ratio, ratio, ratio, "surrogate", len(rounds))
     generator = torch.Generator().manual_seed(0)
     examples = len(rounds[0].baseline_losses)
-    resampled = surrogate.sample(resample(examples, generator) / examples, generator)
-    return settle("surrogate", surrogate.grid, len(rounds), fitted, resampled)
+    resampled = process.sample(resample(examples, generator) / examples, generator)
+    return settle("surrogate", process.grid, len(rounds), fitted, resampled)
+
+
+surrogate = Rule("surrogate", _lowest, compares_rounds=True)
 
 
 class Surrogate:
@@ -58,7 +59,7 @@ class Surrogate:
         ratio_min, ratio_max: bounds of the ratio.
     """
 
-    def __init__(self, rounds: Sequence[MeasuredRound], ratio_min: float, ratio_max: float) -> None:
+    def __init__(self, rounds: Sequence[Round], ratio_min: float, ratio_max: float) -> None:
         probes = [(one.current_ratio, *one.candidates) for one in rounds]
         self.grid = torch.linspace(ratio_min, ratio_max, RATIOS, dtype=torch.float64)
         counts = torch.tensor([len(ratios) for ratios in probes])
@@ -109,17 +110,6 @@ class Surrogate:
         lowest: Tensor = mean.view(TIMES, RATIOS).amin(0)
         return lowest
 
-    def lowest(self, seed: int) -> Tensor:
-        """Draw the ratio at which the loss gets lowest, [`SAMPLES`], increasing."""
-        generator = torch.Generator().manual_seed(seed)
-        examples = self._losses.shape[1]
-        equally = torch.full((SAMPLES, examples), 1 / examples, dtype=torch.float64)
-        ratios = self.grid[self.sample(equally, generator).argmin(1)]
-        # The minimum lies somewhere between the neighbours on the grid.
-        step = self.grid[1] - self.grid[0]
-        spread = ratios + step * (torch.rand(SAMPLES, generator=generator, dtype=torch.float64) - 0.5)
-        return spread.clamp(float(self.grid[0]), float(self.grid[-1])).sort().values
-
     def _means(self, weights: Tensor) -> Tensor:
         """Mean loss of each probe over all examples, [probes, draws].
 
@@ -156,8 +146,8 @@ class Surrogate:
         self._gain = torch.cholesky_solve(cross.T, root).T  # [times * ratios, probes]
         # The level is common to all ratios, so its own uncertainty is left out of the draws.
         own = self._curve(places, times, length, scale)
-        shared = self._curve(places, times, length, scale, self._places, self._times)
-        rest = own - shared @ torch.cholesky_solve(shared.T, root)
+        probed = self._curve(places, times, length, scale, self._places, self._times)
+        rest = own - probed @ torch.cholesky_solve(probed.T, root)
         # What is far from every probe is known to about this much of its variance.
         jitter = _JITTER * scale * self._within * torch.eye(len(rest), dtype=torch.float64)
         self._root = _root((rest + rest.T) / 2 + jitter)

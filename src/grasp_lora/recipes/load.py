@@ -15,12 +15,15 @@ from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import MOST_BYTES, decode, parse
 from grasp_lora.storage.reading import RefusedError, is_file, read_bounded
 from grasp_lora.text.display import CONTROLS, SURROGATES, escaped, quoted
+from grasp_lora.text.names import beside, imported, is_import_path
 
 MOST_WHOLE = 10**9  # of any whole number but a seed
 MOST_SEED = 2**63 - 1
 MOST_OF = {"rank": 16_384, "candidates": 1_024}  # what would be allocated or tried at once
 MOST_TEXT = 1_024  # characters of a text that is no template
 MOST_PART = 255  # bytes of a part of a path, as file systems have it
+NAMES_CODE = ("controller.preset", "controller.policy.kind", "controller.rule", "merge.rule", "mask.score", "final.mask.score",
+              "metrics")  # fmt: skip
 _FREE_TEXTS = ("data.prompt", "data.completion", "generation.stop")  # which may hold any characters, and many
 
 
@@ -41,12 +44,14 @@ def builtin_text(name: str) -> str:
     return (resources.files("grasp_lora") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = False) -> tuple[Recipe, Path]:
     """Read a recipe by file or built-in name and apply overrides.
 
     Args:
         recipe: path of a YAML file, or a name of `builtin_recipes()`.
         overrides: `a.b=value`, the value read as YAML.
+        allow_code: whether the recipe may name code (`package.module:name`), which is imported: policies, rules, scores and
+            metrics of your own, installed, on PYTHONPATH, or in a file beside the recipe.
 
     Returns:
         The recipe, and the folder that its relative paths start from.
@@ -73,7 +78,32 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[Reci
         raise RecipeError(f"{name} must hold keys and values, such as 'name: my-recipe'")
     for override in overrides:
         _apply(content, override)
+    _import_code(content, name, base, allow_code)
     return validate(content, escaped(str(recipe))), base
+
+
+def _import_code(content: dict[str, Any], name: str, base: Path, allow_code: bool) -> None:
+    """Import what a recipe names by import path, so that it is found where its name is read.
+
+    Raises:
+        RecipeError: code is not allowed, or what is named cannot be imported.
+    """
+    for key in NAMES_CODE:
+        place: Any = content
+        for part in key.split("."):
+            place = place.get(part) if isinstance(place, dict) else None
+        for named in place if isinstance(place, list) else [place]:
+            if not isinstance(named, str) or not is_import_path(named):
+                continue
+            if not allow_code:
+                raise RecipeError(
+                    f"{name}: {key} names code, {quoted(named)}; read it, then allow it with --allow-code"
+                )
+            with beside(base):
+                try:
+                    imported(key, named, ())
+                except ValueError as error:
+                    raise RecipeError(f"{name}: {error}") from error
 
 
 def validate(content: dict[str, Any], name: str) -> Recipe:
@@ -168,8 +198,6 @@ def _apply(content: dict[str, Any], override: str) -> None:
     place = content
     for key in keys[:-1]:
         inner = place.get(key)
-        if isinstance(inner, str) and key == "policy":
-            inner = {"preset": inner}
         if inner is None:
             inner = {}
         if not isinstance(inner, dict):

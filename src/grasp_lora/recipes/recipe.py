@@ -10,13 +10,25 @@ from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainSerializer,
+    TypeAdapter,
+    WithJsonSchema,
+    model_validator,
+)
 
 from grasp_lora.data.build import DataSettings
 from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings
-from grasp_lora.method.policy import POLICIES, PRESETS, WHOLE_ROUNDS, PolicySettings
+from grasp_lora.method.policy import POLICIES, plain_policy, policy_class
+from grasp_lora.method.presets import PRESETS, WITH_DEV, WITHOUT_DEV, Controller, preset
+from grasp_lora.method.search import RatioPolicy
 from grasp_lora.models.backbone import BackboneSettings
 from grasp_lora.models.generation import GenerationSettings
 from grasp_lora.models.settings import LoraSettings
@@ -26,20 +38,70 @@ from grasp_lora.training.settings import TrainingSettings
 RECIPE_FILE = "recipe.yaml"
 
 
+RENAMED = {  # keys of a controller as recipes had them once, and where they are now
+    "probe_every": "rounds.every (null is now 'epoch')",
+    "probe_on": "rounds.pool",
+    "probe_examples": "rounds.in_turn",
+    "patience": "rounds.patience",
+    "policy.preset": "preset",
+    "policy.probe_from": "rounds.start",
+    "policy.estimate": "rule",
+}
+
+
 def _policy(value: Any) -> Any:
-    """Allow `policy: paper`, and `policy: {preset: paper, max_step: 0.05}`."""
-    if isinstance(value, str):
-        value = {"preset": value}
-    if not isinstance(value, dict) or "preset" not in value:
+    """Build a policy from its kind, a name or an import path, and its settings."""
+    if isinstance(value, RatioPolicy):
         return value
-    changes = dict(value)
-    name = changes.pop("preset")
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"there is no policy preset {quoted(name)}; allowed: {', '.join(PRESETS)}")
-    return asdict(PRESETS[name]) | changes
+    settings = dict(value)
+    kind = settings.pop("kind", None)
+    if not isinstance(kind, str):
+        raise ValueError(
+            f"kind is {quoted(kind)}; allowed: {', '.join(POLICIES)}, or the import path package.module:name"
+        )
+    return TypeAdapter(policy_class(kind)).validate_python(settings)
 
 
-Policy = Annotated[PolicySettings, BeforeValidator(_policy)]
+Policy = Annotated[
+    RatioPolicy,
+    InstanceOf(),
+    BeforeValidator(_policy),
+    PlainSerializer(plain_policy, return_type=dict[str, Any]),
+    WithJsonSchema({"type": "object", "properties": {"kind": {"type": "string", "examples": list(POLICIES)}}}),
+]
+
+
+def from_preset(stage: dict[str, Any], dev: bool) -> dict[str, Any]:
+    """The plain values of a controller: what the recipe gives, and for the rest what its preset has.
+
+    Args:
+        stage: the recipe's.
+        dev: whether the target has a dev set, which decides the preset that is taken where none is named.
+
+    Raises:
+        ValueError: a key has another name now, or there is no such preset.
+    """
+    stage = {key: value for key, value in stage.items() if value is not None}  # an empty section says nothing
+    policy = stage.get("policy", {})
+    if not isinstance(policy, dict):
+        raise ValueError(
+            f"controller.policy is {quoted(policy)}, but a policy is a section; set controller.preset to a name"
+        )
+    for key in (*stage, *(f"policy.{key}" for key in policy)):
+        if key in RENAMED:
+            raise ValueError(f"controller.{key} is now controller.{RENAMED[key]}; rename it")
+    name = stage.get("preset", WITH_DEV if dev else WITHOUT_DEV)
+    if not isinstance(name, str):
+        raise ValueError(f"controller.preset is {quoted(name)}; allowed: {', '.join(PRESETS)}")
+    base = preset(name)
+    own = plain_policy(base.policy)
+    other = policy.get("kind", own["kind"]) != own["kind"]  # then it has settings of its own
+    values: dict[str, Any] = {"policy": {} if other else own, "rounds": asdict(base.rounds), "rule": base.rule}
+    for key, value in stage.items():
+        both = isinstance(value, dict) and isinstance(values.get(key), dict)
+        values[key] = values[key] | value if both else value
+    values.pop("preset", None)
+    return values
 
 
 def _to_the_end(value: Any) -> Any:
@@ -88,29 +150,19 @@ class TargetStage:
             raise ValueError("adapter is empty; give a folder or a hub id, or leave it out to train one")
 
 
-PAPER_PROBE_EVERY = 10  # optimizer steps; Paper: controller settings
-IN_TURN = 12  # examples of dev that a round measures at each candidate: `docs/results/controllers.md`
-# What a controller may probe: the splits of each choice.
-PROBE_SPLITS = {"micro_dev": ("micro_dev",), "dev": ("dev",), "both": ("micro_dev", "dev")}
-
-
 @dataclass(frozen=True)
-class ControllerStage:
+class ControllerStage(Controller):
     """The run that learns the ratio.
 
-    What a recipe leaves out follows from its policy (`Recipe`): where all ratios train together and rounds begin before training,
-    a round follows each epoch, its baseline on dev, its candidates on 12 examples of it in turn, and patience is 1; else rounds
-    are the paper's.
+    In a recipe, `preset` names one (`spread`, `late` or `paper`), and what is left out here is the preset's. The preset left out
+    is `spread` where the target has a dev set, else `late`.
 
     Args:
-        policy: settings of the policy, a preset's name, or a preset with changes.
-        probe_every: optimizer steps between rounds, >= 1; None for an epoch.
-        probe_on: examples that are probed: `micro_dev`, `dev`, or `both`. Dev then chooses the ratio and stops the final run.
-        probe_examples: how many of them a round measures at each candidate at most, in turn, so that each round has others; None
-            takes all. The baseline is measured on all where rounds are compared: by patience, a single run or the estimate
-            `surrogate`.
-        patience: rounds in a row without a lower loss of the probed examples at any ratio, after which the run stops; None for
-            never.
+        policy: who chooses candidates and when the current ratio moves: its `kind` (`gaussian`, `uniform`, `spread`, or the
+            import path `package.module:name` of a class) and its settings.
+        rounds: when rounds come and what they measure.
+        rule: how the ratio is read off them: `surrogate`, `smooth_fit`, `best_reward` (the paper's), or the import path of a
+            `Rule`.
         training: batch 1 by default; `patience` and `keep` do not apply, since the run measures no dev loss of its own.
 
     Raises:
@@ -119,52 +171,24 @@ class ControllerStage:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    policy: Policy = field(default_factory=PolicySettings)
-    probe_every: int | None = PAPER_PROBE_EVERY
-    probe_on: str = "micro_dev"
-    probe_examples: int | None = None
-    patience: int | None = None
+    policy: Policy = field(default_factory=lambda: PRESETS[WITH_DEV].policy)
     training: ControllerTraining = field(default_factory=lambda: TrainingSettings(patience=None, keep="last"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.training.patience is not None or self.training.keep != "last":
             raise ValueError(
                 f"training.patience is {self.training.patience} and training.keep {self.training.keep!r}, but the controller run "
-                "measures no dev loss; remove both, or set controller.patience to stop it by its rounds"
+                "measures no dev loss; remove both, or set controller.rounds.patience to stop it by its rounds"
             )
-        if self.probe_every is not None and self.probe_every < 1:
-            raise ValueError(
-                f"probe_every is {self.probe_every}; it must be at least 1 optimizer step, or null for an epoch"
-            )
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience is {self.patience}; it must be at least 1 round, or null to train to the end")
-        if self.probe_on not in PROBE_SPLITS:
-            raise ValueError(f"probe_on is {self.probe_on!r}; allowed: {', '.join(PROBE_SPLITS)}")
-        if self.probe_examples is not None and self.probe_examples < 1:
-            raise ValueError(f"probe_examples is {self.probe_examples}; it must be at least 1, or null for all")
-        if self.probe_examples is not None and self.policy.whole_rounds:
-            raise ValueError(
-                f"the estimate {self.policy.estimate!r} needs all examples in each round, but probe_examples is "
-                f"{self.probe_examples}; set it to null, or policy.estimate to 'surrogate' or 'smooth_fit'"
-            )
-
-    def in_turn(self, pool: int) -> int | None:
-        """How many examples of a pool of so many a round measures at each candidate, in turn; None for all of them in each."""
-        return self.probe_examples if self.probe_examples is not None and self.probe_examples < pool else None
-
-    def probed_examples(self, pool: int, keep_best: bool = False) -> int:
-        """Examples measured in a round, with each ratio counted anew, at most; `keep_best` as in a single run."""
-        few = self.in_turn(pool) or pool
-        whole = self.policy.compares_rounds(self.patience, keep_best)
-        return (pool if whole else few) + self.policy.candidates * few
 
     def spacing(self, train_examples: int) -> int:
         """Optimizer steps between rounds of a run over so many training examples."""
-        return self.probe_every or self.training.steps_per_epoch(train_examples)
+        return self.rounds.spacing(self.training.steps_per_epoch(train_examples))
 
     def round_steps(self, train_examples: int) -> list[int]:
         """The optimizer steps that a round follows in a run over so many training examples, 0 for one before the first step."""
-        return self.policy.round_steps(self.training.steps(train_examples), self.spacing(train_examples))
+        return self.rounds.round_steps(self.training.steps(train_examples), self.spacing(train_examples))
 
 
 @dataclass(frozen=True)
@@ -241,24 +265,11 @@ class Recipe(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _rounds_follow_the_policy(cls, content: Any) -> Any:
-        """Fill in what the recipe leaves out of its controller, by the policy and whether there is a dev set."""
+    def _controller_from_preset(cls, content: Any) -> Any:
         stage = content.get("controller", {}) if isinstance(content, dict) else None
         if not isinstance(stage, dict):
             return content
-        dev = _has_dev(content.get("data"))
-        usual_policy = "shared" if dev else "late"
-        stage = {"policy": usual_policy} | stage
-        policy = stage["policy"]
-        if isinstance(policy, dict) and not {"preset", "kind"} & policy.keys():
-            stage["policy"] = {"preset": usual_policy} | policy
-        if _follows_the_final_run(stage["policy"]):
-            usual = {"probe_every": None, "probe_on": "dev" if dev else "micro_dev", "patience": 1}
-            if stage.get("probe_on", usual["probe_on"]) != "micro_dev" and not _needs_whole_rounds(stage["policy"]):
-                usual["probe_examples"] = IN_TURN
-        else:
-            usual = {"probe_every": PAPER_PROBE_EVERY, "probe_on": "micro_dev", "patience": None}
-        return content | {"controller": usual | stage}
+        return content | {"controller": from_preset(stage, _has_dev(content.get("data")))}
 
     @model_validator(mode="after")
     def _single_run_has_its_mask(self) -> Self:
@@ -278,11 +289,11 @@ class Recipe(BaseModel):
                     "final.start is 'controller', which holds the controller's mask; "
                     f"remove {'final.mask' if final.mask is not None else 'final.mode'}, or start from 'merged'"
                 )
-            if self.controller.policy.probe_from > 0.0:
+            if self.controller.rounds.start > 0.0:
                 raise ValueError(
-                    "final.start is 'controller', which keeps the adapter of the best round, but the policy's probe_from "
-                    f"{self.controller.policy.probe_from} leaves rounds to the end of the run, when it has overfitted; "
-                    "set controller.policy.probe_from to 0, or start from 'merged'"
+                    "final.start is 'controller', which keeps the adapter of the best round, but controller.rounds.start "
+                    f"{self.controller.rounds.start} leaves rounds to the end of the run, when it has overfitted; "
+                    "set it to 0, or start from 'merged'"
                 )
         return self
 
@@ -310,26 +321,3 @@ def _has_dev(data: Any) -> bool:
     if not isinstance(target, dict):
         return True
     return target.get("dev") != 0 and (bool(target.get("dev_files")) or not target.get("train_files"))
-
-
-def _follows_the_final_run(policy: Any) -> bool:
-    """Whether a policy's plain values let all ratios train together, with rounds from before the first step on."""
-    changes, base = _preset_of(policy)
-    if base is None:  # it is refused where it is read
-        return False
-    kind = changes.get("kind", base.kind)
-    shared = isinstance(kind, str) and kind in POLICIES and POLICIES[kind].shared
-    return shared and changes.get("probe_from", base.probe_from) == 0
-
-
-def _needs_whole_rounds(policy: Any) -> bool:
-    """Whether the estimate of a policy's plain values needs all examples in each round."""
-    changes, base = _preset_of(policy)
-    return base is not None and changes.get("estimate", base.estimate) in WHOLE_ROUNDS
-
-
-def _preset_of(policy: Any) -> tuple[dict[str, Any], PolicySettings | None]:
-    """The plain values of a policy, and the preset that they change; None where there is none of that name."""
-    changes = policy if isinstance(policy, dict) else {"preset": policy}
-    name = changes.get("preset", "default")
-    return changes, PRESETS.get(name) if isinstance(name, str) else None

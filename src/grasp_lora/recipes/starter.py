@@ -19,7 +19,7 @@ from grasp_lora.data.records import XLSUM_COLUMNS, Pool, Record, read_content, r
 from grasp_lora.data.splits import assign, join_groups
 from grasp_lora.data.tasks import TASKS
 from grasp_lora.errors import AdapterError, DataError, RecipeError
-from grasp_lora.method.policy import preset
+from grasp_lora.method.presets import WITH_DEV, WITHOUT_DEV, preset
 from grasp_lora.models.adapters import CONFIG_FILE
 from grasp_lora.models.backbone import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.models.reading import read_base_model
@@ -249,7 +249,7 @@ def _choose_sizes(target: _Corpus, sources: Sequence[_Corpus]) -> _Sizes:
             alone = any(len(found) < 2 for found in left if found is not None)
             return _Sizes(sizes, _enough_source(min(counts), sources), alone)
     largest = max(groups.values(), key=len)
-    column, value = _shared_by(largest)
+    column, value = _common_to(largest)
     shared = f"the {column} {quoted(value)}" if column else "one prompt, context or document"
     rename = (
         f", or rename the column {column} if it means something else" if column and target.format != "squad" else ""
@@ -261,7 +261,7 @@ def _choose_sizes(target: _Corpus, sources: Sequence[_Corpus]) -> _Sizes:
     )
 
 
-def _shared_by(records: Sequence[Record]) -> tuple[str | None, str]:
+def _common_to(records: Sequence[Record]) -> tuple[str | None, str]:
     """The column and the value that most records of a group have in common; no column where it is the text itself."""
     counts = Counter(key for record in records for key in record.keys)
     kind, _, value = max(counts, key=lambda key: (counts[key], key)).partition(":")
@@ -334,8 +334,8 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
     spare = records - sum(splits.values())
     steps = EPOCHS * splits["train"]
     # Without a dev set the final run trains all epochs: its end decides, not its best moment.
-    name = "shared" if splits["dev"] else "late"
-    probe_every = splits["train"] if splits["dev"] else math.ceil(steps / (2 * (LATE_ROUNDS - 1)))
+    name = WITH_DEV if splits["dev"] else WITHOUT_DEV
+    every = splits["train"] if splits["dev"] else math.ceil(steps / (2 * (LATE_ROUNDS - 1)))
     # A split takes whole groups, so that a single one would be all dev.
     source_dev = 0 if sizes.one_source_group else min(sizes.source // 10, MOST_SOURCE // 10)
     return environment.get_template("recipe.yaml.j2").render(
@@ -354,10 +354,10 @@ def _render(file: Path, target: _Corpus, sizes: _Sizes, sources: Sequence[_Corpu
         source_train=MOST_SOURCE if sizes.source - source_dev > MOST_SOURCE else None,
         source_left=sizes.source - source_dev,
         several_turns=_several_turns(target.pool),
-        probe_every=probe_every,
+        every=every,
         preset=name,
-        candidates=preset(name).candidates,
-        rounds=len(preset(name).round_steps(steps, probe_every)),
+        candidates=preset(name).policy.candidates,
+        rounds=len(preset(name).rounds.round_steps(steps, every)),
         answer_tokens=_answer_tokens(target.pool),
         several_lines=any("\n" in record.answer for record in target.pool.records),
         **facts,

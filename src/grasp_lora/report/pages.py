@@ -21,7 +21,8 @@ from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_templat
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.method.estimate import WIDE_INTERVAL
 from grasp_lora.method.policy import POLICIES
-from grasp_lora.recipes.recipe import PROBE_SPLITS
+from grasp_lora.method.schedule import PROBE_SPLITS
+from grasp_lora.recipes.recipe import RENAMED
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
 from grasp_lora.report.tables import (
     METRIC_NAMES,
@@ -156,7 +157,7 @@ def _view(record: RunRecord) -> dict[str, Any]:
         "ratio": None if record.prune_ratio is None else percent(record.prune_ratio, 1),
         "given": given,
         "start": _start(record),
-        "shared": _shares(record),
+        "each_step": _at_each_step(record),
         "in_turn": _in_turn(record),
         "probed_on": _probed_on(record),
         "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
@@ -182,16 +183,31 @@ def _view(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _shares(record: RunRecord) -> bool:
+def _at_each_step(record: RunRecord) -> bool:
     """Whether the controller held no ratio, but trained each step at one of its own."""
     kind = inner(record.recipe, "controller", "policy").get("kind")
-    return kind in POLICIES and POLICIES[kind].shared
+    return kind in POLICIES and POLICIES[kind].regime == "each_step"
+
+
+def _rounds(record: RunRecord) -> dict[str, Any]:
+    """How rounds were run, by the recipe.
+
+    Raises:
+        RecipeError: the run folder is of a version with other keys.
+    """
+    controller = inner(record.recipe, "controller")
+    for key in controller.keys() & RENAMED.keys():
+        raise RecipeError(
+            f"the run is of an older version: its recipe.yaml has controller.{key}, which is now controller.{RENAMED[key]}; "
+            "rename it there, or keep the report that the run wrote"
+        )
+    return inner(controller, "rounds")
 
 
 def _in_turn(record: RunRecord) -> bool:
     """Whether each round measured other examples, the baseline too, so that the losses of rounds cannot be compared."""
-    count = inner(record.recipe, "controller").get("probe_examples")
-    splits = PROBE_SPLITS.get(str(inner(record.recipe, "controller").get("probe_on")), ("micro_dev",))
+    count, pool_name = _rounds(record).get("in_turn"), _rounds(record).get("pool")
+    splits = next((splits for name, splits in PROBE_SPLITS.items() if name == pool_name), ("micro_dev",))
     pool = sum(len(record.data.ids.get(split, ())) for split in splits)
     return isinstance(count, int) and count < pool and not any(measured.places for measured in record.rounds)
 
@@ -199,7 +215,7 @@ def _in_turn(record: RunRecord) -> bool:
 def _probed_on(record: RunRecord) -> str:
     """Which examples the rounds measured, as the end of a sentence."""
     splits = {"dev": "dev set", "both": "micro-dev and the dev set"}
-    found = splits.get(str(inner(record.recipe, "controller").get("probe_on")), "micro-dev set")
+    found = splits.get(str(_rounds(record).get("pool")), "micro-dev set")
     if _in_turn(record):
         return f"on the {found}, other examples in each round"
     few = {len(measured.places) for measured in record.rounds if measured.places}

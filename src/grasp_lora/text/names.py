@@ -1,8 +1,11 @@
 """From a name to what it means: a row of a table, or an object of a user's own by its import path."""
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 from grasp_lora.text.display import quoted
@@ -49,15 +52,15 @@ def find(
     return found
 
 
-def imported(what: str, name: str, table: Mapping[str, object]) -> Any:
-    """Import an object by its path; the table's names are for the message.
+def imported(what: str, name: str, known: Iterable[str]) -> Any:
+    """Import an object by its path; the known names are for the message.
 
     Raises:
         ValueError: one line: the name is no import path, or there is nothing of that name.
     """
     if not is_import_path(name):
         raise ValueError(
-            f"{what} is {quoted(name)}; allowed: {', '.join(table)}, or the import path package.module:name of your own"
+            f"{what} is {quoted(name)}; allowed: {', '.join(known)}, or the import path package.module:name of your own"
         )
     module_name, _, attribute = name.partition(":")
     try:
@@ -70,3 +73,14 @@ def imported(what: str, name: str, table: Mapping[str, object]) -> Any:
     if not hasattr(module, attribute):
         raise ValueError(f"{what} is {quoted(name)}, but module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)
+
+
+@contextmanager
+def beside(folder: Path) -> Iterator[None]:
+    """Find modules in a folder, too, inside the context; what is installed comes first."""
+    place = str(folder.absolute())
+    sys.path.append(place)
+    try:
+        yield
+    finally:
+        sys.path.remove(place)

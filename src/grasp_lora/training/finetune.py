@@ -25,7 +25,8 @@ from grasp_lora.models.adapters import live_pairs
 from grasp_lora.models.backbone import without_peft
 from grasp_lora.storage.checkpoints import Checkpointing, State, newest_checkpoint
 from grasp_lora.storage.files import clear_write_errors, write_whole
-from grasp_lora.training.probes import Encoded, ProbeSet, check_measurable, collate
+from grasp_lora.training.loss import Encoded, check_measurable, collate
+from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.saved import SavedInCheckpoints
 from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.trainer import FineTuneTrainer, Saving

@@ -1,14 +1,9 @@
-"""The one loss of this project, and cheap ways to measure it on a fixed set of examples.
+"""Fixed sets of examples whose losses are measured again and again, and what scores need to know of their inputs."""
 
-Loss: mean over examples of the mean negative log-likelihood of the answer's tokens. Training, dev sets, probes and reports
-all use it, so their numbers can be compared.
-"""
-
-import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,83 +12,20 @@ from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.method.importance import InputNorms
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.models.adapters import ADAPTER_NAME, lora_layers
-from grasp_lora.models.backbone import supports_logits_to_keep
+from grasp_lora.training.loss import (
+    Encoded,
+    check_measurable,
+    collate,
+    evaluating,
+    example_losses,
+    takes_label_positions,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
-
-IGNORED = -100  # the label of positions without loss, in all of transformers
 TOKEN_BUDGET = 2048  # of a measured batch: on two CPU cores 4096 took 1.1 to 1.2 times as long (`docs/log.md`)
 _LABEL_BUDGET = 512  # bounds the logits of a batch: 512 positions x 262k vocabulary in float32 are 0.5 GB
-
-
-class Encoded(Protocol):
-    """A tokenised example (`data.Example` is one)."""
-
-    @property
-    def id(self) -> str: ...
-    @property
-    def prompt_ids(self) -> Sequence[int]: ...
-    @property
-    def completion_ids(self) -> Sequence[int]: ...
-
-
-def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
-    """Pad examples on the right into input_ids, attention_mask and labels, each [examples, longest]."""
-    length = max(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
-    input_ids = torch.full((len(examples), length), pad_id)
-    attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
-    labels = torch.full((len(examples), length), IGNORED)
-    for row, example in enumerate(examples):
-        prompt, completion = list(example.prompt_ids), list(example.completion_ids)
-        end = len(prompt) + len(completion)
-        input_ids[row, :end] = torch.tensor(prompt + completion)
-        attention_mask[row, :end] = 1
-        labels[row, len(prompt) : end] = torch.tensor(completion)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def check_measurable(examples: Sequence[Encoded]) -> None:
-    """Check that every example has a loss.
-
-    Raises:
-        DataError: an example has no prompt or no answer; the message names it.
-    """
-    for example in examples:
-        if not example.completion_ids:
-            raise DataError(f"example {example.id} has no answer tokens to measure")
-        if not example.prompt_ids:
-            raise DataError(f"example {example.id} has no prompt tokens to predict its answer from")
-
-
-def takes_label_positions(model: torch.nn.Module) -> bool:
-    """Whether the backbone computes logits at chosen positions only (`logits_to_keep`); else they are cut afterwards."""
-    return supports_logits_to_keep(model)
-
-
-def example_losses(model: torch.nn.Module, batch: Mapping[str, Tensor], *, label_positions: bool) -> Tensor:
-    """Return each example's mean answer NLL, float32, [examples].
-
-    Args:
-        model: causal language model, with or without adapters, wrapped or not.
-        batch: of `collate`, on the model's device.
-        label_positions: what `takes_label_positions` says of the model.
-    """
-    labels = batch["labels"]
-    # Position i predicts token i + 1.
-    predicts = torch.zeros_like(labels, dtype=torch.bool)
-    predicts[:, :-1] = labels[:, 1:] != IGNORED
-    targets = labels[:, 1:][predicts[:, :-1]]
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-    logits = model(**inputs, logits_to_keep=predicts).logits if label_positions else model(**inputs).logits[predicts]
-    token_losses = torch.nn.functional.cross_entropy(
-        logits.view(-1, logits.shape[-1]).float(), targets, reduction="none"
-    )
-    counts = predicts.sum(1)
-    rows = torch.arange(len(labels), device=labels.device).repeat_interleave(counts, output_size=len(targets))
-    return torch.zeros(len(labels), device=labels.device).index_add(0, rows, token_losses) / counts
 
 
 class ProbeSet:
@@ -132,17 +64,23 @@ class ProbeSet:
         cls, rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", token_budget: int = TOKEN_BUDGET
     ) -> "ProbeSet":
         """Build a set from rows in TRL's prompt/completion convention (texts, or lists of messages)."""
-        from grasp_lora.data.build import encode_rows
-
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        return cls(encode_rows(rows, tokenizer), int(pad_id), token_budget)
+        return cls(*encoded_rows(rows, tokenizer), token_budget)
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def whole(self) -> "ProbeSet":
+        """All examples."""
+        return self
+
     def at(self, number: int) -> "ProbeSet":
         """The examples of a controller round: all of them in each; see `ProbesInTurn`."""
         return self
+
+    def places(self, number: int) -> tuple[int, ...] | None:
+        """The places in `whole` of the examples of a round; None for all of them."""
+        return None
 
     @torch.no_grad()
     def losses(self, model: torch.nn.Module, collector: "NormCollector | None" = None) -> list[float]:
@@ -237,6 +175,21 @@ class ProbesInTurn:
         return ProbeSet([self._examples[place] for place in self.places(number)], self._pad_id, self._token_budget)
 
 
+def encoded_rows(
+    rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Sequence[Encoded], int]:
+    """Tokenise rows in TRL's prompt/completion convention; return the examples and the token id for padding."""
+    from grasp_lora.data.build import encode_rows
+
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return encode_rows(rows, tokenizer), int(pad_id)
+
+
+def probes_of(examples: Sequence[Encoded], pad_id: int, turn: int | None, seed: int) -> ProbeSet | ProbesInTurn:
+    """The probes of a pool: all of it in each round, or `turn` examples at a time in the order of a seed."""
+    return ProbeSet(examples, pad_id) if turn is None else ProbesInTurn(examples, pad_id, turn, seed)
+
+
 class NormCollector:
     """Sums of squares of what enters the LoRA factors, gathered by hooks while the context is open."""
 
@@ -275,7 +228,7 @@ class NormCollector:
                 torch.distributed.all_reduce(total)
         return {name: InputNorms(sums[name, "A"].sqrt(), sums[name, "B"].sqrt()) for name in self._layers}
 
-    def _hook(self, name: str, factor: str) -> Any:
+    def _hook(self, name: str, factor: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
         def add(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             values = inputs[0].detach().float()
             if self.token_mask is not None and values.shape[:2] == self.token_mask.shape:
@@ -298,18 +251,6 @@ def calibrate(model: torch.nn.Module, masks: MaskSet, examples: ProbeSet) -> lis
         masks.norms = collector.norms()
         return losses
     return None
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put the model into eval mode inside the context; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _world_size() -> int:

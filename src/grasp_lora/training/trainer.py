@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from grasp_lora.errors import GraspError, Interrupted
 from grasp_lora.storage.checkpoints import Checkpointing, State, checkpoint_at, complete, seconds_of, write_state
 from grasp_lora.storage.files import cannot_write, vanished
-from grasp_lora.training.probes import example_losses, takes_label_positions
+from grasp_lora.training.loss import example_losses, takes_label_positions
 from grasp_lora.training.saved import SavedInCheckpoints
 
 WEIGHTS = "weights.safetensors"  # of a checkpoint: every trained parameter as it is

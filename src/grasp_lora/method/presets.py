@@ -1,0 +1,90 @@
+"""Presets: a policy with the rounds and the rule that go with it."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from grasp_lora.method.estimate import Rule, best_reward, smooth_fit
+from grasp_lora.method.policy import Gaussian, Spread
+from grasp_lora.method.schedule import Rounds
+from grasp_lora.method.search import RatioPolicy
+from grasp_lora.method.surrogate import surrogate
+from grasp_lora.text.names import find
+
+RULES: dict[str, Rule] = {rule.name: rule for rule in (surrogate, smooth_fit, best_reward)}
+REMOVED_RULES = {"lowest_loss": "'surrogate', which asks the same question of fewer probes"}
+
+if TYPE_CHECKING:
+    RuleOrName = str | Rule
+else:
+    RuleOrName = str  # what a recipe can hold, which is checked by this; a script may pass the object
+
+
+def ratio_rule(rule: RuleOrName) -> Rule:
+    """The rule of a name: a key of `RULES`, or an import path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return find("rule", rule, Rule, RULES, REMOVED_RULES)
+
+
+@dataclass(frozen=True)
+class Controller:
+    """How the ratio is learned: the settings of `GraspController`; left as it is, preset `spread`.
+
+    Args:
+        policy: who chooses candidates and when the current ratio moves.
+        rounds: when rounds come and what they measure.
+        rule: how the ratio is read off them: `surrogate`, `smooth_fit` or `best_reward` (the paper's); or a `Rule` of one's
+            own, in a recipe by its import path `package.module:name`.
+
+    Raises:
+        ValueError: there is no such rule.
+    """
+
+    policy: RatioPolicy = field(default_factory=lambda: Spread(candidates=2))
+    rounds: Rounds = field(
+        default_factory=lambda: Rounds(every="epoch", before_training=True, pool="dev", in_turn=12, patience=1)
+    )
+    rule: RuleOrName = "surrogate"
+
+    def __post_init__(self) -> None:
+        ratio_rule(self.rule)
+
+    def compares_rounds(self, keep_best: bool = False) -> bool:
+        """Whether losses of one round are compared with those of another, so that its baseline needs all examples.
+
+        Args:
+            keep_best: whether the adapter of the round with the lowest loss is kept.
+        """
+        return keep_best or self.rounds.patience is not None or ratio_rule(self.rule).compares_rounds
+
+    def probed_examples(self, pool: int, keep_best: bool = False) -> int:
+        """Examples measured in a round on a pool of so many, with each ratio counted anew, at most."""
+        few = self.rounds.turn(pool) or pool
+        return (pool if self.compares_rounds(keep_best) else few) + self.policy.candidates * few
+
+
+PRESETS: dict[str, Controller] = {
+    "spread": Controller(),
+    "late": Controller(Spread(bounds_first=True), Rounds(start=0.5), "smooth_fit"),
+    "paper": Controller(Gaussian(), Rounds(), "best_reward"),
+}
+WITH_DEV, WITHOUT_DEV = "spread", "late"  # the default where the target has a dev set, and where it has none
+REMOVED_PRESETS = {
+    "shared": "'spread', as it is called now",
+    "default": "'paper' with rule 'smooth_fit', or 'spread', which is the default",
+    "random": "'paper' with policy kind 'uniform' and rule 'smooth_fit'",
+    "adaptive": "'spread'",
+    "surrogate": "'spread'",
+}
+
+
+def preset(name: str) -> Controller:
+    """Return a preset: `spread` (all ratios train together, few probes of dev; the default), `late` (for targets without a dev
+    set) or `paper`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    return find("preset", name, Controller, PRESETS, REMOVED_PRESETS)

@@ -1,0 +1,112 @@
+"""What one controller round measured and decided, and what a whole run came to."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round measured.
+
+    Args:
+        current_ratio: committed ratio at which the baseline was measured.
+        candidates: C ratios.
+        baseline_losses: loss of each micro-dev example under the committed mask, [examples].
+        candidate_losses: loss of each example under each candidate's mask, [C][examples]; only of those in `places` if there
+            are any.
+        places: the examples that the candidates were measured on, as places in `baseline_losses`; None for all.
+    """
+
+    current_ratio: float
+    candidates: tuple[float, ...]
+    baseline_losses: tuple[float, ...]
+    candidate_losses: tuple[tuple[float, ...], ...]
+    places: tuple[int, ...] | None = None
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Round":
+        """Rebuild a round from plain JSON values: a line of `rounds.jsonl`."""
+        return cls(
+            row["ratio_before"],
+            tuple(row["candidates"]),
+            tuple(row["baseline_losses"]),
+            tuple(tuple(losses) for losses in row["candidate_losses"]),
+            None if row.get("places") is None else tuple(row["places"]),
+        )
+
+    @property
+    def common_losses(self) -> tuple[tuple[float, ...], ...]:
+        """Losses of the examples that every probe measured, the baseline first, [1 + C][examples]."""
+        baseline = self.baseline_losses
+        if self.places is not None:
+            baseline = tuple(baseline[place] for place in self.places)
+        return baseline, *self.candidate_losses
+
+    @property
+    def rewards(self) -> tuple[float, ...]:
+        """Mean baseline loss minus mean candidate loss on the same examples, one per candidate; higher is better."""
+        baseline, *candidates = (mean(losses) for losses in self.common_losses)
+        return tuple(baseline - loss for loss in candidates)
+
+    @property
+    def best(self) -> int:
+        """Place of the candidate with the best reward, the first of equals."""
+        rewards = self.rewards
+        return max(range(len(rewards)), key=rewards.__getitem__)
+
+    @property
+    def lowest_loss(self) -> float:
+        """Lowest mean loss of a probe, baseline included; that of one on a few examples is the baseline's minus its reward."""
+        baseline = mean(self.baseline_losses)
+        if self.places is not None:
+            return baseline - max(0.0, *self.rewards)
+        return min(baseline, *(mean(losses) for losses in self.candidate_losses))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows from a round.
+
+    Args:
+        rewards: one per candidate.
+        committed: whether the current ratio moves; if so the mask is rebuilt at `ratio`.
+        ratio: the current ratio after the round.
+        clipped: the winner lay further away than the policy moves at once, so the mask at `ratio` was not itself probed.
+    """
+
+    rewards: tuple[float, ...]
+    committed: bool
+    ratio: float
+    clipped: bool = False
+
+
+@dataclass(frozen=True)
+class RatioEstimate:
+    """A learned prune ratio with its uncertainty.
+
+    Args:
+        ratio: the learned ratio p*, a fraction.
+        low, high: bounds of the interval for `ratio` at `confidence`.
+        rule: name of the rule.
+        rounds: number of rounds that it used.
+        curve: for each ratio of a grid the fitted loss relative to its minimum, with bounds: tuples
+            (ratio, fitted, low, high); empty where the rule fits nothing.
+        confidence: of the interval.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    rule: str
+    rounds: int
+    curve: tuple[tuple[float, float, float, float], ...] = field(default=(), repr=False)
+    confidence: float = field(default=CONFIDENCE, repr=False)
+
+
+def mean(losses: tuple[float, ...]) -> float:
+    """The mean, summed exactly."""
+    return math.fsum(losses) / len(losses)

@@ -1,0 +1,95 @@
+"""The one loss of this project: the mean over examples of the mean negative log-likelihood of the answer's tokens.
+
+Training, dev sets, probes and reports all use it, so their numbers can be compared.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from grasp_lora.errors import DataError
+from grasp_lora.models.backbone import supports_logits_to_keep
+
+IGNORED = -100  # the label of positions without loss, in all of transformers
+
+
+class Encoded(Protocol):
+    """A tokenised example (`data.Example` is one)."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def prompt_ids(self) -> Sequence[int]: ...
+    @property
+    def completion_ids(self) -> Sequence[int]: ...
+
+
+def collate(examples: Sequence[Encoded], pad_id: int) -> dict[str, Tensor]:
+    """Pad examples on the right into input_ids, attention_mask and labels, each [examples, longest]."""
+    length = max(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
+    input_ids = torch.full((len(examples), length), pad_id)
+    attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
+    labels = torch.full((len(examples), length), IGNORED)
+    for row, example in enumerate(examples):
+        prompt, completion = list(example.prompt_ids), list(example.completion_ids)
+        end = len(prompt) + len(completion)
+        input_ids[row, :end] = torch.tensor(prompt + completion)
+        attention_mask[row, :end] = 1
+        labels[row, len(prompt) : end] = torch.tensor(completion)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def check_measurable(examples: Sequence[Encoded]) -> None:
+    """Check that every example has a loss.
+
+    Raises:
+        DataError: an example has no prompt or no answer; the message names it.
+    """
+    for example in examples:
+        if not example.completion_ids:
+            raise DataError(f"example {example.id} has no answer tokens to measure")
+        if not example.prompt_ids:
+            raise DataError(f"example {example.id} has no prompt tokens to predict its answer from")
+
+
+def takes_label_positions(model: torch.nn.Module) -> bool:
+    """Whether the backbone computes logits at chosen positions only (`logits_to_keep`); else they are cut afterwards."""
+    return supports_logits_to_keep(model)
+
+
+def example_losses(model: torch.nn.Module, batch: Mapping[str, Tensor], *, label_positions: bool) -> Tensor:
+    """Return each example's mean answer NLL, float32, [examples].
+
+    Args:
+        model: causal language model, with or without adapters, wrapped or not.
+        batch: of `collate`, on the model's device.
+        label_positions: what `takes_label_positions` says of the model.
+    """
+    labels = batch["labels"]
+    # Position i predicts token i + 1.
+    predicts = torch.zeros_like(labels, dtype=torch.bool)
+    predicts[:, :-1] = labels[:, 1:] != IGNORED
+    targets = labels[:, 1:][predicts[:, :-1]]
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+    logits = model(**inputs, logits_to_keep=predicts).logits if label_positions else model(**inputs).logits[predicts]
+    token_losses = torch.nn.functional.cross_entropy(
+        logits.view(-1, logits.shape[-1]).float(), targets, reduction="none"
+    )
+    counts = predicts.sum(1)
+    rows = torch.arange(len(labels), device=labels.device).repeat_interleave(counts, output_size=len(targets))
+    return torch.zeros(len(labels), device=labels.device).index_add(0, rows, token_losses) / counts
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model into eval mode inside the context; each module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

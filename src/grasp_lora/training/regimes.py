@@ -1,0 +1,126 @@
+"""The two ways in which a network trains between the rounds of a controller run: under one mask, or under one for each step.
+
+`Held`: the mask of the current ratio is on; each round ranks the weights anew, and a commit prunes by its order.
+`EachStep`: the weights are ranked once, before training; each step trains under the mask of a ratio of its own, and all masks
+nest. For rounds, evaluations and checkpoints the mask of the current ratio is put on.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+
+from grasp_lora.method.masks import MaskSet, Ranking, WeightKey, reset_moments
+from grasp_lora.method.search import RatioSearch
+from grasp_lora.training.probes import ProbeSet, calibrate
+
+Order = Mapping[WeightKey, Ranking]  # the order of importance that masks are made from
+
+
+class Regime(ABC):
+    """Which mask is on when.
+
+    Attributes:
+        order: the order of importance of the whole run, where there is one.
+    """
+
+    order: Order | None = None
+
+    @abstractmethod
+    def begin(self, masks: MaskSet) -> None:
+        """Take up a training that starts at its beginning."""
+
+    @abstractmethod
+    def before_step(self, masks: MaskSet, search: RatioSearch, step: int) -> None:
+        """Put on the mask under which optimizer step `step` (from 0) trains."""
+
+    @abstractmethod
+    def rest(self, masks: MaskSet, search: RatioSearch) -> None:
+        """Put on the mask of the current ratio: for a round, an evaluation or a checkpoint, and at the end."""
+
+    @abstractmethod
+    def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Order]:
+        """Measure the losses under the mask that is on; return them and the order that the round's masks are made from."""
+
+    @abstractmethod
+    def is_baseline(self, ratio: float, current_ratio: float) -> bool:
+        """Whether the mask of a candidate is the very one that the baseline was measured under."""
+
+    @abstractmethod
+    def commit(self, masks: MaskSet, ratio: float, order: Order, optimizer: torch.optim.Optimizer | None) -> None:
+        """Put on the mask of a new current ratio."""
+
+
+class Held(Regime):
+    """One mask between rounds."""
+
+    def begin(self, masks: MaskSet) -> None:
+        """Nothing is ranked for good."""
+
+    def before_step(self, masks: MaskSet, search: RatioSearch, step: int) -> None:
+        """The mask is on already."""
+
+    def rest(self, masks: MaskSet, search: RatioSearch) -> None:
+        """The mask is on already."""
+
+    def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Order]:
+        """Measure, and rank the weights as they are now."""
+        losses = calibrate(model, masks, probes) or probes.losses(model)
+        return losses, masks.rank()
+
+    def is_baseline(self, ratio: float, current_ratio: float) -> bool:
+        """Never: the mask that is on may be of an older order."""
+        return False
+
+    def commit(self, masks: MaskSet, ratio: float, order: Order, optimizer: torch.optim.Optimizer | None) -> None:
+        """Prune, and let the optimizer forget what it knew of newly masked weights."""
+        newly_masked = masks.commit(ratio, order)
+        if optimizer is not None:
+            reset_moments(optimizer, masks.weights, newly_masked)
+
+
+class EachStep(Regime):
+    """A mask for each step, all from one order."""
+
+    def begin(self, masks: MaskSet) -> None:
+        """Rank the weights once."""
+        self.order = masks.rank()
+
+    def before_step(self, masks: MaskSet, search: RatioSearch, step: int) -> None:
+        """Prune at the ratio of the step."""
+        masks.commit(search.training_ratio(step), self._order)
+
+    def rest(self, masks: MaskSet, search: RatioSearch) -> None:
+        """Prune at the current ratio in place of the last step's."""
+        masks.commit(search.current_ratio, self._order)
+
+    def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Order]:
+        """Measure; the order is that of the run."""
+        return probes.losses(model), self._order
+
+    def is_baseline(self, ratio: float, current_ratio: float) -> bool:
+        """Equal ratios have equal masks."""
+        return ratio == current_ratio
+
+    def commit(self, masks: MaskSet, ratio: float, order: Order, optimizer: torch.optim.Optimizer | None) -> None:
+        """Prune; a weight that comes and goes keeps its moments."""
+        masks.commit(ratio, order)
+
+    @property
+    def _order(self) -> Order:
+        assert self.order is not None, "training has not begun"
+        return self.order
+
+
+REGIMES: dict[str, type[Regime]] = {"held": Held, "each_step": EachStep}
+
+
+def places_of(order: Order) -> dict[WeightKey, torch.Tensor]:
+    """The part of an order that a checkpoint keeps."""
+    return {key: one.places for key, one in order.items()}
+
+
+def order_from(masks: MaskSet, places: Mapping[WeightKey, torch.Tensor]) -> Order:
+    """The order of a checkpoint; its groups are those of the masks."""
+    return {key: replace(one, places=places[key].to(one.places.device)) for key, one in masks.rank().items()}

@@ -1,0 +1,142 @@
+"""Presets, when their rounds come, and the rules' names."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from grasp_lora.method.policy import Gaussian, Spread
+from grasp_lora.method.presets import PRESETS, Controller, preset, ratio_rule
+from grasp_lora.method.rounds import Round
+from grasp_lora.method.schedule import Rounds
+from grasp_lora.method.search import RatioSearch
+
+
+def quadratic(ratio: float) -> float:
+    return (ratio - 0.55) ** 2
+
+
+def run(search: RatioSearch, rounds: int, loss: Callable[[float], float] = quadratic) -> list[Round]:
+    told = []
+    for _ in range(rounds):
+        candidates = tuple(search.ask())
+        losses = [(loss(ratio), 1 + loss(ratio)) for ratio in (search.current_ratio, *candidates)]
+        told.append(Round(search.current_ratio, candidates, losses[0], tuple(losses[1:])))
+        search.tell(told[-1])
+    return told
+
+
+def late(**changes: Any) -> RatioSearch:
+    chosen = preset("late")
+    return RatioSearch(replace(chosen.policy, **changes), ratio_rule(chosen.rule))
+
+
+@pytest.mark.parametrize(
+    ("before", "start", "followed"),
+    [
+        (False, 0.0, [3, 6, 9]),
+        (True, 0.0, [0, 3, 6, 9]),
+        (False, 0.5, [6, 9, 10]),
+        (False, 1.0, [10]),
+        (False, 0.9, [9, 10]),
+    ],
+)
+def test_which_steps_a_round_follows(before: bool, start: float, followed: list[int]) -> None:
+    assert Rounds(every=3, start=start, before_training=before).round_steps(10, 3) == followed
+
+
+def test_spacing_turns_and_splits() -> None:
+    assert (Rounds(every="epoch").spacing(7), Rounds(every=4).spacing(7)) == (7, 4)
+    assert [Rounds(in_turn=5).turn(pool) for pool in (4, 5, 6)] == [None, None, 5]
+    assert Rounds().turn(6) is None
+    assert [Rounds(pool=pool).splits for pool in ("dev", "both")] == [("dev",), ("micro_dev", "dev")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"every": 0}, "every is 0; it must be at least 1 optimizer step, a whole number, or 'epoch'"),
+        ({"every": 2.5}, "every is 2.5"),
+        ({"every": None}, "every is None"),
+        ({"every": True}, "every is True"),
+        ({"every": "week"}, "every is 'week'"),
+        ({"start": -0.1}, r"start is -0.1; it must be a share of the run, in \[0, 1\]"),
+        ({"start": math.nan}, "start is nan"),
+        ({"start": 0.5, "before_training": True}, "before_training is true, but start is 0.5; set before_training"),
+        ({"pool": "test"}, "pool is 'test'; allowed: micro_dev, dev, both"),
+        ({"in_turn": 0}, "in_turn is 0; it must be at least 1 example, or null for all"),
+        ({"patience": 0}, "patience is 0; it must be at least 1 round, or null"),
+    ],
+)
+def test_rounds_out_of_range_are_an_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rounds(**changes)
+
+
+def test_presets_are_policy_rounds_and_rule() -> None:
+    assert set(PRESETS) == {"spread", "late", "paper"}
+    assert preset("spread") == Controller()
+    assert Controller() == Controller(
+        Spread(candidates=2), Rounds("epoch", before_training=True, pool="dev", in_turn=12, patience=1), "surrogate"
+    )
+    assert preset("late") == Controller(Spread(candidates=3, bounds_first=True), Rounds(start=0.5), "smooth_fit")
+    assert preset("paper") == Controller(Gaussian(), Rounds(), "best_reward")
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"), [("shared", "spread"), ("default", "paper"), ("random", "uniform"), ("adaptive", "spread")]
+)
+def test_a_preset_that_is_gone_says_what_to_use(name: str, instead: str) -> None:
+    with pytest.raises(ValueError, match=f"preset is '{name}', which was removed; use .*'{instead}'"):
+        preset(name)
+    with pytest.raises(ValueError, match="preset is 'fast'; allowed: spread, late, paper"):
+        preset("fast")
+
+
+def test_a_rule_is_named_or_given() -> None:
+    rule = ratio_rule("smooth_fit")
+    assert ratio_rule(rule) is rule
+    assert ratio_rule("grasp_lora.method.estimate:smooth_fit") is rule
+    with pytest.raises(ValueError, match="rule is 'mean'; allowed: surrogate, smooth_fit, best_reward"):
+        Controller(rule="mean")
+    with pytest.raises(ValueError, match="rule is 'lowest_loss', which was removed; use 'surrogate'"):
+        Controller(rule="lowest_loss")
+
+
+@pytest.mark.parametrize(
+    ("changes", "keep_best", "pool", "examples"),
+    [
+        ({"rounds": Rounds(), "rule": "smooth_fit"}, False, 16, 16 + 2 * 16),
+        ({"rounds": Rounds(in_turn=12), "rule": "smooth_fit"}, False, 50, 12 + 2 * 12),
+        ({"rounds": Rounds(in_turn=12), "rule": "surrogate"}, False, 50, 50 + 2 * 12),
+        ({"rounds": Rounds(in_turn=12, patience=1), "rule": "smooth_fit"}, False, 50, 50 + 2 * 12),
+        ({"rounds": Rounds(in_turn=12), "rule": "smooth_fit"}, True, 50, 50 + 2 * 12),
+    ],
+)
+def test_a_baseline_needs_all_examples_where_rounds_are_compared(
+    changes: dict[str, Any], keep_best: bool, pool: int, examples: int
+) -> None:
+    assert Controller(**changes).probed_examples(pool, keep_best) == examples
+
+
+def test_the_late_preset_probes_the_second_half_all_over_the_range() -> None:
+    assert preset("late").rounds.round_steps(50, 12) == [36, 48, 50]
+    search = late()
+    candidates = [ratio for told in run(search, 3) for ratio in told.candidates]
+    assert len(set(candidates)) == 9
+    assert candidates[:3] == pytest.approx([0.1, 0.45, 0.8])
+    assert quadratic(search.best_ratio().ratio) < 0.002
+
+
+@pytest.mark.parametrize(("slope", "bound"), [(-1.0, 0.8), (1.0, 0.1)])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_late_preset_can_choose_its_bounds(slope: float, bound: float, seed: int) -> None:
+    search = late(seed=seed)
+    run(search, 3, lambda ratio: slope * ratio)
+    assert search.best_ratio().ratio == bound
+
+
+def test_bounds_first_with_one_candidate_spreads_it() -> None:
+    assert len({told.candidates for told in run(late(candidates=1), 5)}) == 5
