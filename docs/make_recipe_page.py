@@ -53,7 +53,8 @@ METRIC_END = """
 
 One of your own is named by its import path, `package.module:name`: a function from `Outputs` (predictions, lists of
 references, language) to a `MetricScore` (name, value, signature, one score an example), both in
-`grasp_lora.evaluation.outputs`. Its module is installed, on PYTHONPATH, or in a file beside the recipe; `--allow-code` lets it run.
+`grasp_lora.evaluation.outputs`. Its module is installed, on PYTHONPATH, or in a file beside the recipe;
+`--allow-code` lets it run.
 """
 SAYS_NOTHING = {"name": "page", "data": {"task": "qa", "target": {"language": "sw", "files": ["questions.json"]}}}
 
