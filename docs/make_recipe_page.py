@@ -12,6 +12,9 @@ from docstring_parser import parse_from_object
 
 from grasp_lora.data.tasks import TASKS, TEMPLATES
 from grasp_lora.evaluation.metrics import METRICS
+from grasp_lora.method.policy import POLICIES, plain_policy
+from grasp_lora.method.presets import PRESETS
+from grasp_lora.method.search import RatioPolicy
 from grasp_lora.recipes.explain import settings_class
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.recipe import Recipe
@@ -23,7 +26,7 @@ INTRO = """\
 Written from the docstrings of the settings by `python docs/make_recipe_page.py`. Keys that are not here are refused.
 `--set a.b=value` changes single ones for one command, `grasp-lora init` writes a recipe that fits your data, and the
 resolved recipe in the folder of a run shows every value that held. Defaults are those of a recipe that says nothing
-but its data and has a dev set; for another policy see [controllers.md](controllers.md).
+but its data and has a dev set; what another preset has stands in the table of presets.
 """
 PROMPTS = """
 ## What the model sees
@@ -35,6 +38,12 @@ nothing between prompt and completion: end the prompts with a space or a line br
 border of one example). The model card, `adapter/README.md` in the folder of a run, shows the prompt that `grasp-lora
 predict` has to be given.
 """
+PRESET_INTRO = """
+## Presets
+
+What `controller.preset` stands for; where the recipe names none it is `spread` if the target has a dev set, else `late`.
+Only what differs from the defaults of the policy (above) and of rounds (`every: 10`, on all of `micro_dev`, to the end) is shown.
+"""
 METRIC_INTRO = """
 ## Metrics
 
@@ -44,7 +53,8 @@ METRIC_END = """
 
 One of your own is named by its import path, `package.module:name`: a function from `Outputs` (predictions, lists of
 references, language) to a `MetricScore` (name, value, signature, one score an example), both in
-`grasp_lora.evaluation.outputs`; its module must be installed or on PYTHONPATH.
+`grasp_lora.evaluation.outputs`. Its module is installed, on PYTHONPATH, or in a file beside the recipe;
+`--allow-code` lets it run.
 """
 SAYS_NOTHING = {"name": "page", "data": {"task": "qa", "target": {"language": "sw", "files": ["questions.json"]}}}
 
@@ -55,9 +65,32 @@ def page() -> str:
     recipe["data"]["target"]["files"] = []
     places = defaultdict(list)
     for place, settings in _walk(Recipe, ()):
-        places[settings].append(place)
+        if settings is not RatioPolicy:
+            places[settings].append(place)
     sections = "".join(_section(settings, found, recipe) for settings, found in places.items())
-    return INTRO + sections + _prompts() + _metrics()
+    return INTRO + sections + _policies() + _presets() + _prompts() + _metrics()
+
+
+def _policies() -> str:
+    """The settings of each kind of policy."""
+    found = []
+    for kind, policy in POLICIES.items():
+        recipe = {"controller": {"policy": plain_policy(policy())}}
+        text = _section(policy, [("controller", "policy")], recipe)
+        found.append(text.replace("## `controller.policy`", f"## `controller.policy` of kind `{kind}`"))
+    return "".join(found)
+
+
+def _presets() -> str:
+    """What each preset has that differs from the defaults of its parts."""
+    lines = [PRESET_INTRO, "| preset | policy | rounds | rule |", "|---|---|---|---|"]
+    for name, chosen in PRESETS.items():
+        policy, rounds = ({key: value for key, value in vars(part).items() if value != getattr(type(part)(), key)}
+                          for part in (chosen.policy, chosen.rounds))  # fmt: skip
+        shown = [", ".join(f"`{key}: {json.dumps(value)}`" for key, value in part.items()) for part in (policy, rounds)]
+        kind = f"`{plain_policy(chosen.policy)['kind']}`"
+        lines.append(f"| `{name}` | {', '.join(filter(None, (kind, shown[0])))} | {shown[1]} | `{chosen.rule}` |")
+    return "\n".join(lines) + "\n"
 
 
 def _prompts() -> str:

@@ -477,8 +477,7 @@ def test_a_candidate_at_the_ratio_in_force_has_the_baseline_of_its_own_examples(
     weights = merged_adapter(backbone, "llama")
     with attached(backbone, weights) as model:
         probes = ProbesInTurn(make_examples(7, 1, "m"), PAD, count=3, seed=5)
-        controller = controller_for(weights, probes, folder=tmp_path, patience=99, kind="shared")
-        controller.policy = InForce(controller.settings.policy)
+        controller = controller_for(weights, probes, folder=tmp_path, patience=99, policy=InForce())
         train_ours(model, tmp_path, controller)
     rows = read_rows(tmp_path / "rounds.jsonl")
     assert [row["places"] for row in rows[:3]] == [[0, 1, 2], [3, 4, 5], [6, 0, 1]]
