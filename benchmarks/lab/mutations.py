@@ -223,8 +223,8 @@ MUTATIONS = (
     ),
     Mutation(
         "run: source and target swapped when the merge is written",
-        "self.session.merge(list(parents.values()), list(parents), self.recipe.merge)",
-        "self.session.merge(list(parents.values())[::-1], list(parents), self.recipe.merge)",
+        "self.session.merge([parent.weights for parent in parents], names, merge)",
+        "self.session.merge([parent.weights for parent in parents][::-1], names, merge)",
         (RUN,),
         "weights and segments of the merge are those of the other adapter",
     ),

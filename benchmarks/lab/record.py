@@ -30,7 +30,7 @@ from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import check_place
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench, check_list, check_ratios
-from grasp_lora.bench.store import STORE_FOLDER, Record, Store, environments
+from grasp_lora.bench.store import STORE_FOLDER, Store, environments
 from grasp_lora.cli.progress import TerminalBenchProgress
 from grasp_lora.cli.terminal import console, log_to_terminal, say, shown
 from grasp_lora.errors import GraspError, Interrupted, RecipeError
@@ -141,22 +141,14 @@ class _Task:
     do: Callable[[], Any]
 
 
-class _Noting(Progress):
-    def __init__(self, note: Callable[[Record, bool], None]) -> None:
-        self._note = note
-
-    def record(self, record: Record, there: bool) -> None:
-        self._note(record, there)
-
-
 class _Work:
     """One recording that is under way."""
 
     def __init__(self, session: Session, folder: Path, settings: RecordingSettings, progress: Progress) -> None:
         self.session, self.settings, self.progress = session, settings, progress
         self.workplace = Workplace(folder)
-        self._used: list[Record] = []
-        self._bench = Bench(session, session, Store(folder / STORE_FOLDER, _Noting(self._note)))
+        self._store = Store(folder / STORE_FOLDER, progress)
+        self._bench = Bench(session, session, self._store)
         self._trajectories: list[Trajectory] = []
         self._finals: list[FinalRun] = []
 
@@ -231,10 +223,6 @@ class _Work:
         counts = [run[name] for name in ("trained_examples", "measured_examples")]
         self._finals.append(FinalRun(ratio, run["steps"], run["best_step"], losses, *counts))
 
-    def _note(self, record: Record, there: bool) -> None:
-        self._used.append(record)
-        self.progress.record(record, there)
-
     def _facts(self, recipe: Recipe, command: str) -> dict[str, Any]:
         backbone, splits, controller = self.session.backbone, self.session.splits, recipe.controller
         return {
@@ -251,7 +239,7 @@ class _Work:
             "every": self.every,
             "probe_every": controller.spacing(len(splits.train)),
             "trained_examples": round(controller.training.epochs * len(splits.train)),
-            "made_with": environments(self._used),
+            "made_with": environments(record for record, _ in self._store.used),
         }
 
 

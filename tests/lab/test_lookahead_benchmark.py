@@ -27,10 +27,10 @@ def recorded(tiny_workspace: Path) -> Landscape:
 
 
 def test_the_training_and_its_immediate_losses_are_those_of_a_landscape(recorded):
-    before = sorted(Path("recorded/records").iterdir())
+    before = sorted(Path("recorded/store/records").iterdir())
     recipe, base = load_recipe("tiny.yaml")
     measured = lookahead.look_ahead(recipe, base, Path("recorded"), RATIOS, EVERY, ahead=3)
-    assert sorted(Path("recorded/records").iterdir()) == before  # no adapter was trained again
+    assert sorted(Path("recorded/store/records").iterdir()) == before  # no adapter was trained again
     assert tuple(measured["steps"]) == recorded.shared.steps
     assert np.array_equal(np.array(measured["immediate"]), np.mean(recorded.shared.losses, axis=2))
     assert not np.allclose(measured["after_steps"], measured["immediate"], rtol=1e-4)

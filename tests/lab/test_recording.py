@@ -180,7 +180,6 @@ def test_final_runs_are_those_of_a_comparison_in_the_same_folder(tiny_workspace)
     folder = tiny_workspace / "both"
     settings = ComparisonSettings(("adaptive_merge", "grid"), (42,), (0.2, 0.6), "grid", resamples=1000)
     content = compare(session(), folder, settings).to_json()
-    recipe = (folder / "recipe.yaml").read_text(encoding="utf-8")
     landscape, recorder = run(folder)
     assert set(recorder.done_steps) == {*TRAJECTORIES, "micro_dev losses", "dev losses"}
     assert recorder.done_steps.count("dev losses") == 3  # example by example; a comparison needs their means only
@@ -188,8 +187,7 @@ def test_final_runs_are_those_of_a_comparison_in_the_same_folder(tiny_workspace)
     losses = {point["prune_ratio"]: point["dev"] for point in content["curve"]}
     for one in landscape.finals[1:]:
         assert sum(one.losses["dev"]) / 6 == pytest.approx(losses[one.ratio])
-    assert (folder / "compare.json").is_file()
-    assert (folder / "recipe.yaml").read_text(encoding="utf-8") == recipe
+    assert (folder / "compare/compare.json").is_file()
 
 
 def test_more_ratios_do_only_what_is_new(tiny_workspace):
@@ -310,7 +308,7 @@ def test_more_losses_than_can_be_read_again_are_refused_before_the_work(tiny_wor
 
 def test_a_damaged_record_stops_the_recording(tiny_workspace):
     run(tiny_workspace / "one")
-    file = next((tiny_workspace / "one" / "records").glob("trajectory-shared-*"))
+    file = next((tiny_workspace / "one/store/records").glob("trajectory-shared-*"))
     file.write_bytes(file.read_bytes()[:50])
     with pytest.raises(RecipeError, match="cannot be read; delete it"):
         run(tiny_workspace / "one")
