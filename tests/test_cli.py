@@ -637,7 +637,8 @@ def test_an_adapter_is_asked_and_answers_as_it_was_trained(
 
     info["answers"]["stop"] = "x"
     (folder / "grasp_lora.json").write_text(json.dumps(info))
-    assert "the answers are malformed" in cli("predict", "adapter", "x", "--backbone", "tiny-llama").err
+    err = cli("predict", "adapter", "x", "--backbone", "tiny-llama").err
+    assert "answers.stop is 'x'; input should be a valid list; delete that file" in err
 
 
 def test_a_run_says_how_its_adapter_answers(finished_run: Path) -> None:
