@@ -477,7 +477,9 @@ def test_an_adapter_is_asked_and_answers_as_it_was_trained(
     assert "leave --chat out" in refusal(cli(*ask, "x", "--chat"))
 
     change_json(workspace / "adapter" / OUR_FILE, answers=answers | {"stop": "x"})
-    assert "the answers are malformed" in refusal(cli(*ask, "x"))
+    line = refusal(cli(*ask, "x"))
+    assert "answers.stop is 'x'" in line
+    assert "delete that file" in line
 
 
 def test_answers_are_utf8_whatever_a_pipe_is_said_to_be(

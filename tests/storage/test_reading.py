@@ -2,12 +2,16 @@
 
 import json
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import Field
 
 from grasp_lora.storage.reading import (
     MOST_LEVELS,
+    Name,
     RefusedError,
     about,
     expanded,
@@ -16,6 +20,7 @@ from grasp_lora.storage.reading import (
     is_there,
     parse_json,
     read_bounded,
+    validated,
 )
 
 
@@ -98,3 +103,34 @@ def test_a_reason_gets_a_subject_and_keeps_its_line() -> None:
     with pytest.raises(RefusedError, match=r"^a\.json: not valid JSON") as caught, about("a.json"):
         parse_json("\n[")
     assert caught.value.line == 2
+
+
+@dataclass(frozen=True)
+class Place:
+    name: Name
+    rows: dict[str, tuple[Annotated[int, Field(strict=True, ge=1)], ...]] = field(default_factory=dict)
+
+
+class TestValues:
+    def test_what_fits_is_typed_and_what_is_not_asked_for_is_left_out(self) -> None:
+        assert validated(Place, {"name": "a", "rows": {"x": [1, 2]}, "more": 1}) == Place("a", {"x": (1, 2)})
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({}, "^name is missing$"),
+            ({"name": 7}, "^name is 7; input should be a valid string$"),
+            ({"name": "a\x1b"}, r"^name is 'a\\x1b'; control characters are not allowed$"),
+            ({"name": "x" * 1025}, r"^name is 'x{80}'\.\.\.; string should have at most 1024 characters$"),
+            ({"name": "a", "rows": [1]}, "^rows is a list; input should be a valid object$"),
+            (
+                {"name": "a", "rows": {"\x1b": [0]}},
+                r"^rows\.\\x1b\.0 is 0; input should be greater than or equal to 1$",
+            ),
+            ({"name": "a", "rows": {"x": [True]}}, r"^rows\.x\.0 is True; input should be a valid integer$"),
+            ([], "^it is a list; "),
+        ],
+    )
+    def test_the_first_that_does_not_is_named_with_its_value_and_rule(self, content: object, message: str) -> None:
+        with pytest.raises(RefusedError, match=message):
+            validated(Place, content)

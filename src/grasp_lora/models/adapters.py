@@ -202,7 +202,8 @@ def save_adapter(
         {name: tuple((one.name, one.rank) for one in pair.segments) for name, pair in weights.items() if pair.segments},
         answers,
     )
-    (folder / OUR_FILE).write_text(json.dumps(asdict(info), indent=1) + "\n", encoding="utf-8")
+    stated = {key: value for key, value in asdict(info).items() if value is not None and value is not False}
+    (folder / OUR_FILE).write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
 
 
 def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str, backbone: str) -> None:

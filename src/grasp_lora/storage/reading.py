@@ -160,7 +160,7 @@ def validated(kind: type[Read], content: Any) -> Read:
         key = ".".join(one_line(str(part))[:80] for part in first["loc"]) or "it"
         if first["type"] == "missing":
             raise RefusedError(f"{key} is missing") from None
-        rule = first["msg"].removeprefix("Value error, ")
+        rule = first["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("dictionary", "object")
         raise RefusedError(f"{key} is {quoted(first['input'])}; {rule[0].lower()}{rule[1:]}") from None
 
 
