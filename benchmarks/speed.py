@@ -5,7 +5,7 @@
     python benchmarks/speed.py demo-ar --only compile
 
 The sides of a ratio take turns, and a figure is the median over the turns with its range, since machines are shared and
-noisy. Adapters are random ones of the recipe's rank, merged by its rule. What each row means: docs/speed.md.
+noisy. Adapters are random ones of the recipe's rank, merged by its rule. What each row means: docs/lab/speed.md.
 """
 
 import argparse

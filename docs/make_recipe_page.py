@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md, every key of a recipe with its default and meaning, from the docstrings of the settings."""
+"""Writes docs/guide/recipe.md, every key of a recipe with its default and meaning, from the docstrings of the settings."""
 
 import json
 import re
@@ -19,24 +19,26 @@ from grasp_lora.recipes.explain import settings_class
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.recipe import Recipe
 
-PAGE = Path(__file__).with_name("recipe.md")
+PAGE = Path(__file__).parent / "guide" / "recipe.md"
 INTRO = """\
 # Every key of a recipe
 
 Written from the docstrings of the settings by `python docs/make_recipe_page.py`. Keys that are not here are refused.
-`--set a.b=value` changes single ones for one command, `grasp-lora init` writes a recipe that fits your data, and the
-resolved recipe in the folder of a run shows every value that held. Defaults are those of a recipe that says nothing
-but its data and has a dev set; what another preset has stands in the table of presets.
+`--set a.b=value` changes single ones for one command. `grasp-lora init` writes a recipe that fits your data.
+`grasp-lora schema` prints all of it as a JSON schema, from which editors complete keys.
+The resolved recipe in the folder of a run shows every value that held.
+Defaults are those of a recipe that says nothing but its data and has a dev set.
+What the presets of the controller say: [which to choose](../method/presets.md).
 """
 PROMPTS = """
 ## What the model sees
 
-The built-in prompts, where the recipe has none of its own; a language that is not here takes the English ones. The
-loss counts the completion and the end of text after it. Fields in braces are those of the task. With
-`data.chat_template` the prompt is what the user says and the bare answer what the assistant says. `completion` puts
-nothing between prompt and completion: end the prompts with a space or a line break (`grasp-lora check` shows the
-border of one example). The model card, `adapter/README.md` in the folder of a run, shows the prompt that `grasp-lora
-predict` has to be given.
+The built-in prompts, where the recipe has none of its own; a language that is not here takes the English ones.
+Fields in braces are those of the task. The loss counts the completion and the end of text after it.
+With `data.chat_template` the prompt is what the user says and the bare answer what the assistant says.
+`completion` puts nothing between prompt and completion: end the prompts with a space or a line break.
+`grasp-lora check` shows the border of one example.
+The model card, `adapter/README.md` in the folder of a run, shows the prompt that `grasp-lora predict` has to be given.
 """
 PRESET_INTRO = """
 ## Presets
@@ -51,10 +53,11 @@ Scores run from 0 to 100, higher is better, and each comes with a signature that
 """
 METRIC_END = """
 
-One of your own is named by its import path, `package.module:name`: a function from `Outputs` (predictions, lists of
-references, language) to a `MetricScore` (name, value, signature, one score an example), both in
-`grasp_lora.evaluation.outputs`. Its module is installed, on PYTHONPATH, or in a file beside the recipe;
-`--allow-code` lets it run.
+One of your own is named by its import path, `package.module:name`, and needs `--allow-code`.
+Its module is installed, on PYTHONPATH, or a file beside the recipe.
+It is a function from `Outputs` to a `MetricScore`, both in `grasp_lora.evaluation.outputs`.
+`Outputs` has predictions, lists of references and the language.
+`MetricScore` has a name, a value, a signature and one score an example.
 """
 SAYS_NOTHING = {"name": "page", "data": {"task": "qa", "target": {"language": "sw", "files": ["questions.json"]}}}
 

@@ -6,7 +6,7 @@
 Landscapes come from `record.py`. No model is loaded: policies are replayed on the recorded losses, and so are the
 rivals that choose among final runs. Tables go to standard output as Markdown. With --signals, another question: which
 signal, at which moment of training, ranks ratios as the final loss does? What the figures mean and where a replay can mislead:
-docs/controllers.md.
+docs/lab/controllers.md.
 """
 
 import argparse

@@ -190,7 +190,7 @@ def find_dtype(device: str) -> Literal["bfloat16", "float32"]:
     """Return the dtype that "auto" stands for, by a fixed rule: the same recipe gives the same numbers on every day.
 
     bfloat16 on CUDA cards that compute in it and on processors with AMX, where products take a fifth of the time. float32
-    elsewhere: processors without AMX are slower in bfloat16 than in float32 (`docs/log.md`).
+    elsewhere: processors without AMX are slower in bfloat16 than in float32 (`docs/lab/log.md`).
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
