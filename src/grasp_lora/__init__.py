@@ -4,12 +4,18 @@ The names below are what a user's own script needs; they are imported on first u
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError, RecipeError
+    from grasp_lora.api import compare, run, sweep
+    from grasp_lora.bench.comparison_record import Comparison
+    from grasp_lora.bench.run import RunResult
+    from grasp_lora.bench.run_folder import Metrics
+    from grasp_lora.bench.search import SweepResult
+    from grasp_lora.errors import AdapterError, DataError, GraspError, Interrupted, ProbeError, RecipeError
     from grasp_lora.method.estimate import Rule
     from grasp_lora.method.importance import Score
+    from grasp_lora.method.lora import AdapterWeights, LoraPair
     from grasp_lora.method.masks import MaskSettings
     from grasp_lora.method.merging import MergeRule, MergeSettings, merge
     from grasp_lora.method.policy import Gaussian, Spread, Uniform
@@ -18,7 +24,9 @@ if TYPE_CHECKING:
     from grasp_lora.method.schedule import Rounds
     from grasp_lora.method.search import RatioPolicy, RatioSearch
     from grasp_lora.models.adapters import attached, save_adapter, segments_of
-    from grasp_lora.models.reading import read_adapter
+    from grasp_lora.models.reading import LoadedAdapter, read_adapter
+    from grasp_lora.recipes.load import load_recipe
+    from grasp_lora.recipes.recipe import Recipe
     from grasp_lora.training.controller import GraspController
     from grasp_lora.training.probes import ProbeSet, ProbesInTurn
     from grasp_lora.training.pruned import PrunedTraining
@@ -27,15 +35,21 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "AdapterError": "errors",
+    "AdapterWeights": "method.lora",
+    "Comparison": "bench.comparison_record",
     "Controller": "method.presets",
     "DataError": "errors",
     "Decision": "method.rounds",
     "Gaussian": "method.policy",
     "GraspController": "training.controller",
     "GraspError": "errors",
+    "Interrupted": "errors",
+    "LoadedAdapter": "models.reading",
+    "LoraPair": "method.lora",
     "MaskSettings": "method.masks",
     "MergeRule": "method.merging",
     "MergeSettings": "method.merging",
+    "Metrics": "bench.run_folder",
     "ProbeError": "errors",
     "ProbeSet": "training.probes",
     "ProbesInTurn": "training.probes",
@@ -43,31 +57,44 @@ _HOMES = {
     "RatioEstimate": "method.rounds",
     "RatioPolicy": "method.search",
     "RatioSearch": "method.search",
+    "Recipe": "recipes.recipe",
     "RecipeError": "errors",
     "Round": "method.rounds",
     "Rounds": "method.schedule",
     "Rule": "method.estimate",
+    "RunResult": "bench.run",
     "Score": "method.importance",
     "Spread": "method.policy",
+    "SweepResult": "bench.search",
     "Uniform": "method.policy",
     "attached": "models.adapters",
+    "compare": "api",
+    "load_recipe": "recipes.load",
     "merge": "method.merging",
     "preset": "method.presets",
     "read_adapter": "models.reading",
+    "run": "api",
     "save_adapter": "models.adapters",
     "segments_of": "models.adapters",
+    "sweep": "api",
 }
 __all__ = [
     "AdapterError",
+    "AdapterWeights",
+    "Comparison",
     "Controller",
     "DataError",
     "Decision",
     "Gaussian",
     "GraspController",
     "GraspError",
+    "Interrupted",
+    "LoadedAdapter",
+    "LoraPair",
     "MaskSettings",
     "MergeRule",
     "MergeSettings",
+    "Metrics",
     "ProbeError",
     "ProbeSet",
     "ProbesInTurn",
@@ -75,23 +102,32 @@ __all__ = [
     "RatioEstimate",
     "RatioPolicy",
     "RatioSearch",
+    "Recipe",
     "RecipeError",
     "Round",
     "Rounds",
     "Rule",
+    "RunResult",
     "Score",
     "Spread",
+    "SweepResult",
     "Uniform",
     "attached",
+    "compare",
+    "load_recipe",
     "merge",
     "preset",
     "read_adapter",
+    "run",
     "save_adapter",
     "segments_of",
+    "sweep",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'grasp_lora' has no attribute {name!r}")
-    return getattr(import_module(f"grasp_lora.{_HOMES[name]}"), name)
+if not TYPE_CHECKING:  # a type checker sees the imports above, and nothing else
+
+    def __getattr__(name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(f"module 'grasp_lora' has no attribute {name!r}")
+        return getattr(import_module(f"grasp_lora.{_HOMES[name]}"), name)

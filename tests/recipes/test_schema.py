@@ -46,7 +46,7 @@ def test_a_misspelt_key_does_not_fit() -> None:
     wrong = {
         "lorra": {},
         "final": {"training": {"epoch": 1}},
-        "controller": {"policy": {"preset": "paper", "kin": "x"}},
+        "controller": {"preset": "paper", "policy": {"kin": "x"}},
     }
     assert unknown_keys(wrong, SCHEMA) == ["lorra", "final.training.epoch", "controller.policy.kin"]
     assert all(not one.get("additionalProperties", True) for one in (SCHEMA, *SCHEMA["$defs"].values()))

@@ -106,7 +106,7 @@ class Uniform(RatioPolicy):
 class Spread(RatioPolicy):
     """All ratios train together: each optimizer step draws the ratio it trains at, and candidates spread over the range.
 
-    A ratio that is held biases its own probes: the network heals around its mask, and every other ratio looks worse the longer
+    A ratio that is held biases its own probes. The network heals around its mask, and every other ratio looks worse the longer
     that goes on. Here none is held, so that the probes of a round compare like with like at any moment of training. The
     current ratio is the best one by the rule so far. Our choice, after slimmable networks (Yu et al. 2019) and
     one-shot architecture search (Bender et al. 2018); nothing of the paper's update is used.

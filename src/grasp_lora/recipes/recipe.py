@@ -60,12 +60,17 @@ def _policy(value: Any) -> Any:
     return TypeAdapter(policy_class(kind)).validate_python(settings)
 
 
+KIND = {
+    "type": "string",
+    "examples": list(POLICIES),
+    "description": "Which policy: a name, or the import path of a class.",
+}
 Policy = Annotated[
     RatioPolicy,
     InstanceOf(),
     BeforeValidator(_policy),
     PlainSerializer(plain_policy, return_type=dict[str, Any]),
-    WithJsonSchema({"type": "object", "properties": {"kind": {"type": "string", "examples": list(POLICIES)}}}),
+    WithJsonSchema({"type": "object", "properties": {"kind": KIND}}),
 ]
 
 

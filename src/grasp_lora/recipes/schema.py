@@ -9,6 +9,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from grasp_lora.method.policy import POLICIES
+from grasp_lora.method.presets import PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_FILE
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.text.docstrings import arguments, summary
@@ -23,6 +27,13 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     for name, section in [("Recipe", schema), *schema["$defs"].items()]:
         _describe(name, section)
+    stage = schema["$defs"]["ControllerStage"]["properties"]
+    named = {"enum": list(PRESETS), "description": "A preset, from which comes what is left out here."}
+    schema["$defs"]["ControllerStage"]["properties"] = {"preset": named} | stage
+    for policy in POLICIES.values():
+        settings = TypeAdapter(policy).json_schema()
+        _describe(policy.__name__, settings)
+        stage["policy"]["properties"] |= settings["properties"]
     # The draft that editors know best; pydantic uses nothing that came later.
     return {"$schema": "http://json-schema.org/draft-07/schema#"} | schema | {"title": "GRASP LoRA recipe"}
 
