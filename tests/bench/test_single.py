@@ -34,7 +34,7 @@ def test_the_steps_of_a_run_one_by_one_give_the_same_adapter(finished_run: Path)
     assert read_adapter("tuned").sha256 == read_adapter("run/adapter").sha256
     assert Path("tuned/history.jsonl").read_bytes() == (finished_run / "final/history.jsonl").read_bytes()
     assert Path("tuned/sparsity.json").read_bytes() == (finished_run / "final/sparsity.json").read_bytes()
-    table = evaluate_folders(session(), ["merged", "tuned"], Path("measured"))
+    table = evaluate_folders(session(), ["merged", "tuned"], Path("measured")).to_json()
     metrics = json.loads((finished_run / "metrics.json").read_text())
     assert table["systems"]["merged"] == metrics["systems"]["merged"]
     assert table["systems"]["tuned"] == metrics["systems"]["grasp"]
@@ -90,7 +90,7 @@ def test_no_source_is_needed_to_work_on_a_merged_adapter(finished_run: Path) -> 
 
 
 def test_without_a_test_set_there_is_no_score_but_a_dev_loss(finished_run: Path) -> None:
-    table = evaluate_folders(session("data.target.test=0"), ["run/adapter"], Path("measured"))
+    table = evaluate_folders(session("data.target.test=0"), ["run/adapter"], Path("measured")).to_json()
     assert table["systems"]["adapter"]["test_loss"] is None
     assert table["systems"]["adapter"]["metrics"] == {}
     assert table["systems"]["adapter"]["dev_loss"] > 0

@@ -5,7 +5,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
@@ -27,7 +35,33 @@ _TITLES = {
 }
 
 
-class TerminalProgress(Progress):
+class _Bar(Progress):
+    """One live bar, and lines above it; without a terminal the lines alone."""
+
+    def __init__(self, console: Console, *columns: ProgressColumn) -> None:
+        self._console = console
+        self._bars = Bars(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task: TaskID | None = None
+
+    def stop(self) -> None:
+        """Remove the live bar, before an error is shown."""
+        self._bars.stop()
+
+    def _begin(self, title: str, total: float | None = None, completed: int = 0) -> None:
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._bars.start()
+        self._task = self._bars.add_task(title, total=total, completed=completed, facts="")
+
+    def _move(self, **changes: Any) -> None:
+        if self._task is not None:
+            self._bars.update(self._task, **changes)
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class TerminalProgress(_Bar):
     """Shows stage, step, loss, current ratio and time left.
 
     Args:
@@ -35,19 +69,9 @@ class TerminalProgress(Progress):
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = Bars(
-            TextColumn("{task.description:<26}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task: Any = None
+        facts = TextColumn("{task.fields[facts]}")
+        title, times = TextColumn("{task.description:<26}"), (TimeElapsedColumn(), TimeRemainingColumn())
+        super().__init__(console, title, BarColumn(bar_width=24), MofNCompleteColumn(), facts, *times)
         self._ratio: float | None = None
 
     def preparing(self) -> None:
@@ -56,15 +80,13 @@ class TerminalProgress(Progress):
 
     def stage(self, name: str) -> None:
         """Start the bar of a stage."""
+        self._ratio = None
         self._begin(_TITLES.get(name, name))
 
     def step(self, report: Mapping[str, float]) -> None:
         """Move the bar of a fine-tune."""
-        facts = f"loss {report['loss']:.3f}"
-        if self._ratio is not None:
-            facts += f"  ratio {self._ratio:.3f}"
-        if self._task is not None:
-            self._bar.update(self._task, completed=report["step"], total=report["steps"], facts=facts)
+        ratio = "" if self._ratio is None else f"  ratio {self._ratio:.3f}"
+        self._move(completed=report["step"], total=report["steps"], facts=f"loss {report['loss']:.3f}{ratio}")
 
     def round(self, record: Mapping[str, Any]) -> None:
         """Remember the committed ratio for the bar."""
@@ -72,34 +94,17 @@ class TerminalProgress(Progress):
 
     def answered(self, answered: int, prompts: int) -> None:
         """Move the bar of the evaluation."""
-        if self._task is not None:
-            self._bar.update(self._task, completed=answered, total=prompts)
+        self._move(completed=answered, total=prompts)
 
     def finished(self, name: str, seconds: float, summary: Mapping[str, Any], *, skipped: bool) -> None:
         """Replace the bar by one line."""
-        self._end()
+        self.stop()
         facts = "  ".join(f"{key} {_short(value)}" for key, value in summary.items() if value is not None)
         took = "already done" if skipped else f"{seconds:.1f} s"
-        self._console.print(f"{_TITLES.get(name, name):<26} {took:>12}   {facts}", highlight=False, soft_wrap=True)
-
-    def stop(self) -> None:
-        """Remove the live bar, before an error is shown."""
-        self._end()
-
-    def _begin(self, title: str) -> None:
-        self._end()
-        self._ratio = None
-        self._bar.start()
-        self._task = self._bar.add_task(title, total=None, facts="")
-
-    def _end(self) -> None:
-        self._bar.stop()
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
+        self._say(f"{_TITLES.get(name, name):<26} {took:>12}   {facts}")
 
 
-class TerminalBenchProgress(Progress):
+class TerminalBenchProgress(_Bar):
     """Shows how far a comparison is, what it does, and the time left.
 
     Args:
@@ -107,18 +112,10 @@ class TerminalBenchProgress(Progress):
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        left = TextColumn("{task.percentage:>3.0f} %  {task.fields[facts]}")
+        super().__init__(console, TextColumn("{task.description:<46}"), BarColumn(bar_width=24), left)
         self._started = time.monotonic()
         self._total = self._done = self._skipped = 0.0
-        self._bar = Bars(
-            TextColumn("{task.description:<46}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f} %  {task.fields[left]}"),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task: Any = None
         self._new = False
         self._title = ""
         self.used: list[tuple[Record, bool]] = []  # each record once, and whether it was there already
@@ -126,38 +123,32 @@ class TerminalBenchProgress(Progress):
     def begin(self, units: float, finished: float = 0.0) -> None:
         """Start the bar."""
         self._total = units
-        self._bar.start()
-        self._task = self._bar.add_task("load the model and the data", total=units, left="")
+        self._begin("load the model and the data", units)
 
     def stage(self, name: str) -> None:
         """Say what is being done."""
         self._title, self._new = name, False
-        self._bar.update(self._task, description=self._title)
+        self._move(description=name)
 
     def record(self, record: Record, there: bool) -> None:
         """One line for each step that was really done."""
         self.used.append((record, there))
         if not there:
             self._new = True
-            self._console.print(f"{self._title:<46} {record.step:<17} {record.seconds:8.1f} s", highlight=False)
+            self._say(f"{self._title:<46} {record.step:<17} {record.seconds:8.1f} s")
 
     def done(self, units: float) -> None:
         """Move the bar; the time left counts only what was not on record."""
         self._done += units
         self._skipped += 0.0 if self._new else units
-        fresh = self._done - self._skipped
         left = ""
-        if fresh:
+        if fresh := self._done - self._skipped:
             seconds = (time.monotonic() - self._started) / fresh * (self._total - self._done)
             left = f"about {seconds / 60:.0f} min left"
-        self._bar.update(self._task, completed=self._done, left=left)
-
-    def stop(self) -> None:
-        """Remove the bar."""
-        self._bar.stop()
+        self._move(completed=self._done, facts=left)
 
 
-class TerminalSweepProgress(Progress):
+class TerminalSweepProgress(_Bar):
     """Shows how far a sweep is, what it tries, and the time left.
 
     Args:
@@ -165,43 +156,27 @@ class TerminalSweepProgress(Progress):
     """
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = Bars(
-            TextColumn("{task.description:<46}", markup=False),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task: Any = None
+        title, times = TextColumn("{task.description:<46}", markup=False), (TimeElapsedColumn(), TimeRemainingColumn())
+        super().__init__(console, title, BarColumn(bar_width=24), MofNCompleteColumn(), *times)
 
     def begin(self, units: float, finished: float = 0.0) -> None:
         """Start the bar."""
-        self._bar.start()
-        self._task = self._bar.add_task("", total=units, completed=int(finished))
+        self._begin("", units, int(finished))
 
     def stage(self, name: str) -> None:
         """Say what is tried."""
-        self._bar.update(self._task, description=name)
+        self._move(description=name)
 
     def record(self, record: Record, there: bool) -> None:
         """One line for each adapter to merge that was trained."""
         if not there and record.step in ("source", "target"):
-            self._console.print(f"{_TITLES[record.step]:<26} {record.seconds:.1f} s", highlight=False)
+            self._say(f"{_TITLES[record.step]:<26} {record.seconds:.1f} s")
 
     def trial(self, trial: Trial) -> None:
         """One line for each trial; move the bar."""
         loss = "" if trial.dev_loss is None else f"dev loss {trial.dev_loss:.4f}"
-        text = f"trial {trial.trial:<4} {trial.state:<9} {trial.seconds:7.1f} s   {loss}   {shown(trial.values)}"
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
-        self._bar.advance(self._task)
-
-    def stop(self) -> None:
-        """Remove the bar."""
-        self._bar.stop()
+        self._say(f"trial {trial.trial:<4} {trial.state:<9} {trial.seconds:7.1f} s   {loss}   {shown(trial.values)}")
+        self._move(advance=1)
 
 
 def print_steps(used: Sequence[tuple[Record, bool]], console: Console) -> None:

@@ -5,37 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from grasp_lora.bench.run_folder import (
-    CONTROLLER_FOLDER,
-    COST_FILE,
-    DATA_FILE,
-    FINAL_FOLDER,
-    HISTORY_FILE,
-    METRICS_FILE,
-    RATIO_FILE,
-    ROUNDS_FILE,
-    RUN_FILE,
-    SPARSITY_FILE,
-    STAGES,
-    TIMINGS_FILE,
-    TRAINED,
-    DataFacts,
-    FactorSparsity,
-    HistoryRow,
-    LearnedRatio,
-    Metrics,
-    Prediction,
-    RoundRow,
-    RunInfo,
-    Shape,
-    Timing,
-    check_shape,
-    damaged,
-    predictions_file,
-    read_lines,
-    read_record,
-    read_text,
-)
+from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.store import STORE_FOLDER, WORK
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.schedule import Pool
@@ -45,7 +15,7 @@ from grasp_lora.recipes.text import parse
 _Row = TypeVar("_Row")
 
 
-class CorpusFacts(Shape):
+class CorpusFacts(files.Shape):
     """What the report says of the data of one language."""
 
     language: str = ""
@@ -62,7 +32,7 @@ class CorpusFacts(Shape):
         return self.files + self.train_files + self.dev_files + self.micro_dev_files + self.test_files
 
 
-class DataRecipe(Shape):
+class DataRecipe(files.Shape):
     """The recipe's `data`."""
 
     task: str = ""
@@ -77,39 +47,39 @@ class DataRecipe(Shape):
         return [self.source, self.target] if self.source else [self.target]
 
 
-class SourceRecipe(Shape):
+class SourceRecipe(files.Shape):
     """The recipe's `source`."""
 
     adapters: tuple[str, ...] = ()
 
 
-class MaskRecipe(Shape):
+class MaskRecipe(files.Shape):
     """The recipe's `mask`, or that of its final run."""
 
     granularity: str = "weight"
 
 
-class PolicyRecipe(Shape):
+class PolicyRecipe(files.Shape):
     """The recipe's `controller.policy`."""
 
     kind: str = ""
 
 
-class RoundsRecipe(Shape):
+class RoundsRecipe(files.Shape):
     """The recipe's `controller.rounds`."""
 
     pool: Pool = "micro_dev"
     in_turn: int | None = None
 
 
-class ControllerRecipe(Shape):
+class ControllerRecipe(files.Shape):
     """The recipe's `controller`."""
 
     policy: PolicyRecipe = PolicyRecipe()
     rounds: RoundsRecipe = RoundsRecipe()
 
 
-class FinalRecipe(Shape):
+class FinalRecipe(files.Shape):
     """The recipe's `final`; folders of older versions do not name a start, and began with a merge."""
 
     prune_ratio: float | None = None
@@ -117,7 +87,7 @@ class FinalRecipe(Shape):
     start: str = "merged"
 
 
-class RecipeFacts(Shape):
+class RecipeFacts(files.Shape):
     """What the report reads of recipe.yaml: little, so that it can read what older versions wrote."""
 
     data: DataRecipe = DataRecipe()
@@ -131,17 +101,17 @@ class RecipeFacts(Shape):
 class RunRecord:
     """A run folder as far as it has got: None or empty where a stage has not written its files."""
 
-    run: RunInfo
+    run: files.RunInfo
     recipe_text: str
     recipe: RecipeFacts
-    data: DataFacts
-    rounds: list[RoundRow]
-    timings: list[Timing]
-    learned: LearnedRatio | None
-    history: Mapping[str, list[HistoryRow]]
-    sparsity: list[FactorSparsity]
-    predictions: Mapping[str, list[Prediction]]
-    metrics: Metrics | None
+    data: files.DataFacts
+    rounds: list[files.RoundRow]
+    timings: list[files.Timing]
+    learned: files.LearnedRatio | None
+    history: Mapping[str, list[files.HistoryRow]]
+    sparsity: list[files.FactorSparsity]
+    predictions: Mapping[str, list[files.Prediction]]
+    metrics: files.Metrics | None
     cost: Mapping[str, float]  # seconds of each stage that is complete
 
     @property
@@ -172,7 +142,9 @@ class RunRecord:
     @property
     def missing(self) -> list[str]:
         """Stages that the run has yet to complete."""
-        expected = STAGES if self.given_ratio is None else [stage for stage in STAGES if stage != "controller"]
+        expected = (
+            files.STAGES if self.given_ratio is None else [stage for stage in files.STAGES if stage != "controller"]
+        )
         return [stage for stage in expected if stage not in self.cost]
 
     @property
@@ -187,37 +159,43 @@ def read_run(run_folder: Path) -> RunRecord:
     A run may still be in progress: the line that it is just writing is left out.
 
     Raises:
-        RecipeError: run.json or recipe.yaml is missing, or a file is damaged; the message names it.
+        RecipeError: run.json or recipe.yaml is missing, or a file is files.damaged; the message names it.
     """
-    run, recipe_file = read_record(run_folder / RUN_FILE, RunInfo), run_folder / RECIPE_FILE
+    run, recipe_file = files.read_record(run_folder / files.RUN_FILE, files.RunInfo), run_folder / RECIPE_FILE
     if run is None or not recipe_file.is_file():
-        raise RecipeError(f"{run_folder} is no run folder: {RUN_FILE if run is None else RECIPE_FILE} is missing.")
-    recipe_text = read_text(recipe_file)
+        raise RecipeError(
+            f"{run_folder} is no run folder: {files.RUN_FILE if run is None else RECIPE_FILE} is missing."
+        )
+    recipe_text = files.read_text(recipe_file)
     recipe = _recipe_facts(recipe_text, recipe_file)
     return RunRecord(
         run=run,
         recipe_text=recipe_text,
         recipe=recipe,
-        data=read_record(run_folder / DATA_FILE, DataFacts) or DataFacts(),
-        rounds=_growing(run_folder, ROUNDS_FILE, RoundRow),
-        timings=_growing(run_folder, TIMINGS_FILE, Timing),
-        learned=read_record(run_folder / CONTROLLER_FOLDER / RATIO_FILE, LearnedRatio),
-        history={stage: read_lines(run_folder / stage / HISTORY_FILE, HistoryRow, growing=True) for stage in TRAINED},
-        sparsity=read_record(run_folder / FINAL_FOLDER / SPARSITY_FILE, list[FactorSparsity]) or [],
+        data=files.read_record(run_folder / files.DATA_FILE, files.DataFacts) or files.DataFacts(),
+        rounds=_growing(run_folder, files.ROUNDS_FILE, files.RoundRow),
+        timings=_growing(run_folder, files.TIMINGS_FILE, files.Timing),
+        learned=files.read_record(run_folder / files.CONTROLLER_FOLDER / files.RATIO_FILE, files.LearnedRatio),
+        history={
+            stage: files.read_lines(run_folder / stage / files.HISTORY_FILE, files.HistoryRow, growing=True)
+            for stage in files.TRAINED
+        },
+        sparsity=files.read_record(run_folder / files.FINAL_FOLDER / files.SPARSITY_FILE, list[files.FactorSparsity])
+        or [],
         predictions={
-            name: read_lines(predictions_file(run_folder, name), Prediction)
+            name: files.read_lines(files.predictions_file(run_folder, name), files.Prediction)
             for name in (*_sources(recipe), "target", "merged", "grasp")
         },
-        metrics=read_record(run_folder / METRICS_FILE, Metrics),
-        cost=read_record(run_folder / COST_FILE, dict[str, float]) or {},
+        metrics=files.read_record(run_folder / files.METRICS_FILE, files.Metrics),
+        cost=files.read_record(run_folder / files.COST_FILE, dict[str, float]) or {},
     )
 
 
 def _growing(run_folder: Path, name: str, shape: type[_Row]) -> list[_Row]:
     """The rows of a file of the controller, or of the step that is about to make it."""
-    under_way = (run_folder / STORE_FOLDER / WORK).glob(f"*/{CONTROLLER_FOLDER}*/{name}")
-    files = [run_folder / CONTROLLER_FOLDER / name, *under_way]
-    return next((rows for file in files if (rows := read_lines(file, shape, growing=True))), [])
+    under_way = (run_folder / STORE_FOLDER / WORK).glob(f"*/{files.CONTROLLER_FOLDER}*/{name}")
+    places = [run_folder / files.CONTROLLER_FOLDER / name, *under_way]
+    return next((rows for file in places if (rows := files.read_lines(file, shape, growing=True))), [])
 
 
 def _sources(recipe: RecipeFacts) -> list[str]:
@@ -228,13 +206,13 @@ def _recipe_facts(text: str, file: Path) -> RecipeFacts:
     try:
         content = parse(text, "it")
     except RecipeError as error:
-        raise damaged(file, str(error)) from error
+        raise files.damaged(file, str(error)) from error
     if not isinstance(content, dict):
-        raise damaged(file, "it must hold keys and values")
+        raise files.damaged(file, "it must hold keys and values")
     controller = content.get("controller")
     for key in RENAMED.keys() & controller.keys() if isinstance(controller, dict) else ():
         raise RecipeError(
             f"the run is of an older version: its {RECIPE_FILE} has controller.{key}, which is now controller.{RENAMED[key]}; "
             "rename it there, or keep the report that the run wrote"
         )
-    return check_shape(RecipeFacts.model_validate, content, file)
+    return files.check_shape(RecipeFacts.model_validate, content, file)

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from importlib.abc import InspectLoader
 from importlib.util import find_spec
 
 _ENTRY = re.compile(r"^ {4}(\w+(?:, \w+)*): (.*(?:\n {5,}.*)*)", re.MULTILINE)
@@ -31,6 +32,7 @@ def arguments(docstring: str) -> dict[str, str]:
 def docstring_of(module: str, name: str) -> str:
     """Return the docstring of a class from its source, without importing its module, which may bring slow libraries."""
     spec = find_spec(module)
-    source = getattr(spec.loader, "get_source", str)(module) if spec else None
+    loader = spec.loader if spec else None
+    source = loader.get_source(module) if isinstance(loader, InspectLoader) else None
     found = re.search(rf'^class {name}\b[^"]*"""(.*?)"""', source or "", re.MULTILINE | re.DOTALL)
     return inspect.cleandoc(found[1]) if found else ""
