@@ -12,6 +12,7 @@ from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.models.adapters import live_pairs
 from grasp_lora.storage.checkpoints import State
+from grasp_lora.training.gradients import check_gradients
 from grasp_lora.training.probes import ProbeSet, calibrate
 from grasp_lora.training.saved import SavedInCheckpoints
 
@@ -50,6 +51,7 @@ class PrunedTraining(SavedInCheckpoints):
         self.mode = mode
         self.segments = segments
         self._masks: MaskSet | None = None
+        self._trains = False  # whether gradients were seen
 
     @property
     def masks(self) -> MaskSet:
@@ -106,7 +108,14 @@ class PrunedTraining(SavedInCheckpoints):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop the gradients of held weights."""
+        """Stop the gradients of held weights, once it is seen that there are any.
+
+        Raises:
+            GraspError: no LoRA weight has a gradient, so nothing would be trained.
+        """
+        if not self._trains:
+            check_gradients(kwargs["model"])
+            self._trains = True
         if self.mode == "hold":
             self.masks.mask_gradients()
 
