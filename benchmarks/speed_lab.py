@@ -13,9 +13,9 @@ import torch
 from speed_figures import clock_of, take_turns
 
 from grasp_lora.bench.checks import check, expected_rounds
+from grasp_lora.bench.keyed import GRID
 from grasp_lora.bench.methods import single_run
 from grasp_lora.bench.session import CALIBRATION_EXAMPLES, Session
-from grasp_lora.bench.steps import GRID
 from grasp_lora.data.encode import Example
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models.adapters import adapter_weights, attached, fresh_adapter, segments_of

@@ -16,9 +16,10 @@ from landscape import Landscape
 from record import FINAL_RATIOS, LANDSCAPE_FILE, RecordingSettings, record
 
 from grasp_lora.bench.compare import ComparisonSettings, compare
+from grasp_lora.bench.keyed import GRID
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.steps import GRID, Bench
+from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.load import load_recipe

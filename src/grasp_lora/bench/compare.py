@@ -5,21 +5,22 @@ that was stopped goes on. The table is made from the records alone, anew after e
 is under way. Paper: main table and runtime table.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from grasp_lora.bench.checks import check
 from grasp_lora.bench.comparison_record import (
     COMPARISON_FILE,
     Comparison,
 )
+from grasp_lora.bench.keyed import GRID
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, REMOVED
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, check_place
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.steps import GRID, Bench, check_list, check_ratios
+from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import STORE_FOLDER, Store
 from grasp_lora.bench.summary import Outcomes, Rows, other_split, summary
 from grasp_lora.errors import GraspError, RecipeError
@@ -221,3 +222,27 @@ class _Work:
         folder = self.place.folder / COMPARE_FOLDER
         write_json(folder / COMPARISON_FILE, comparison.to_json())
         self.show(folder, comparison)
+
+
+def check_list(name: str, values: Sequence[Any]) -> None:
+    """Check that a list of settings says something, and nothing twice.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not values:
+        raise ValueError(f"{name} is empty; give at least one")
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{name} names {twice[0]} more than once; name each one once")
+
+
+def check_ratios(name: str, ratios: Sequence[float]) -> None:
+    """Check a list of prune ratios.
+
+    Raises:
+        ValueError: it is empty, says something twice, or holds something else than fractions in [0, 1].
+    """
+    check_list(name, ratios)
+    for ratio in ratios:
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(f"{name} holds {ratio}; each prune ratio must be a fraction in [0, 1]")

@@ -6,11 +6,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from grasp_lora.bench.store import Record
+from grasp_lora.bench.store import Record, key_of
 from grasp_lora.data.encode import Example
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.rounds import RatioEstimate
+from grasp_lora.method.rounds import RatioEstimate, Round
+from grasp_lora.models.reading import LoadedAdapter
+from grasp_lora.training.settings import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -150,3 +152,47 @@ def names_of(adapters: Sequence[Any]) -> tuple[str, ...]:
     """Return what adapters that are merged are called: source (source_2, ...) and target."""
     sources = len(adapters) - 1
     return (*("source" if number == 0 else f"source_{number + 1}" for number in range(sources)), "target")
+
+
+def given(adapter: LoadedAdapter) -> Adapter:
+    """Return an adapter that no step made: one that the user gave."""
+    key = key_of("given", {"sha256": adapter.sha256, "facts": adapter.facts})
+    return Adapter(key, lambda: adapter.weights, title=adapter.name)
+
+
+def rounds_of(record: Record) -> list[Round]:
+    """Return the rounds of a controller run that is on record."""
+    return [Round.from_json(row) for row in record.result["rounds"]]
+
+
+def facts_of(result: Any, training: TrainingSettings, train_examples: int, dev_examples: int) -> dict[str, Any]:
+    """What a fine-tune did and cost, as plain values."""
+    return {
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "dev_loss": result.dev_loss,
+        "trained_examples": trained_examples(result.steps, training, train_examples),
+        "measured_examples": sum("dev_loss" in row for row in result.history) * dev_examples,
+        "history": result.history,
+    }
+
+
+def trained_examples(steps: int, training: TrainingSettings, examples: int) -> int:
+    return round(steps / training.steps_per_epoch(examples) * examples)
+
+
+def unique(records: Sequence[Record]) -> tuple[Record, ...]:
+    """Return each record once, in the order of first use."""
+    return tuple({record.key: record for record in records}.values())
+
+
+def once(load: Callable[[], AdapterWeights]) -> Callable[[], AdapterWeights]:
+    """Load at the first call, and keep it."""
+    kept: list[AdapterWeights] = []
+
+    def loaded() -> AdapterWeights:
+        if not kept:
+            kept.append(load())
+        return kept[0]
+
+    return loaded

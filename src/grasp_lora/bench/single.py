@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grasp_lora.bench.checks import check, check_rounds
+from grasp_lora.bench.outcomes import given
 from grasp_lora.bench.run_folder import (
     ADAPTER_FOLDER,
     METRICS_FILE,
@@ -16,7 +17,7 @@ from grasp_lora.bench.run_folder import (
     SystemScores,
 )
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.steps import Bench, given
+from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Store
 from grasp_lora.data.encode import prompt_ids
 from grasp_lora.errors import DataError, RecipeError

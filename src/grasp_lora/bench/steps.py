@@ -7,7 +7,6 @@ rests on. So runs, comparisons and sweeps share what they have in common, and a 
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -15,31 +14,34 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.bench import lorahub
-from grasp_lora.bench.outcomes import Adapter, Learned, Measured, Outcome, names_of
-from grasp_lora.bench.session import Session, hash_of
-from grasp_lora.bench.store import Record, Store, key_of
-from grasp_lora.errors import AdapterError
+from grasp_lora.bench.keyed import REVISIONS, Keyed
+from grasp_lora.bench.keys import controller_settings, final_settings, plain
+from grasp_lora.bench.outcomes import (
+    Adapter,
+    Learned,
+    Measured,
+    Outcome,
+    facts_of,
+    given,
+    names_of,
+    rounds_of,
+    trained_examples,
+    unique,
+)
+from grasp_lora.bench.store import Record, key_of
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.merging import MergeSettings, merge_rule
-from grasp_lora.method.policy import plain_policy
+from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.presets import ratio_rule
-from grasp_lora.method.rounds import Round
-from grasp_lora.models.reading import LoadedAdapter, read_adapter
-from grasp_lora.recipes.recipe import ControllerStage, FinalStage, Recipe
+from grasp_lora.recipes.recipe import ControllerStage, Recipe
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
-from grasp_lora.text.names import is_import_path
-from grasp_lora.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
 
-GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
-# Part of what a record is found by: raise one when a change of the code changes the result of such steps.
-REVISIONS = {"training": 1, "controller": 1, "losses": 1, "scores": 1}
 JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
 
 
-class Bench:
+class Bench(Keyed):
     """The steps of experiments with one seed.
 
     Args:
@@ -48,13 +50,6 @@ class Bench:
         store: where finished steps are kept.
         grid: prune ratios of the grid search.
     """
-
-    def __init__(self, session: Session, shared: Session, store: Store, grid: Sequence[float] = GRID) -> None:
-        self.session = session
-        self.recipe = session.recipe
-        self.store = store
-        self.grid = tuple(grid)
-        self._shared = shared
 
     def backbone(self) -> Adapter:
         """The backbone alone."""
@@ -126,7 +121,7 @@ class Bench:
             revision=REVISIONS["training"],
             start=start.key,
             prune_ratio=prune_ratio,
-            final=_final_settings(stage),
+            final=final_settings(stage),
             mask=asdict(stage.mask or self.recipe.mask),
             dropout=self.recipe.lora.dropout,
             dev_free=dev_free,
@@ -138,7 +133,7 @@ class Bench:
             dev = () if dev_free else session.splits.dev
             pruned = stage.start == "controller"
             adapter, result, _ = session.finetune_pruned(weights, prune_ratio, folder, dev, pruned=pruned)
-            return adapter, _facts(result, stage.training, len(session.splits.train), len(dev))
+            return adapter, facts_of(result, stage.training, len(session.splits.train), len(dev))
 
         return self._adapter(f"final {prune_ratio:.2f}", settings, [start], work)
 
@@ -197,7 +192,7 @@ class Bench:
             data=self._data("train", *stage.rounds.splits),
             revision=REVISIONS["controller"],
             start=merged.key,
-            controller=_controller_settings(stage),
+            controller=controller_settings(stage),
             mask=asdict(self.recipe.mask),
             dropout=self.recipe.lora.dropout,
         )
@@ -214,7 +209,7 @@ class Bench:
             "timings": learned.timings,
             "history": learned.history,
             "steps": learned.steps,
-            "trained_examples": _trained_examples(learned.steps, stage.training, len(session.splits.train)),
+            "trained_examples": trained_examples(learned.steps, stage.training, len(session.splits.train)),
             "measured_examples": sum(
                 len(row["baseline_losses"]) + len(set(row["candidates"])) * len(row["candidate_losses"][0])
                 for row in rounds
@@ -290,7 +285,7 @@ class Bench:
         def work(key: str, folder: Path) -> dict[str, Any]:
             return {name: asdict(entry) for name, entry in session.score(answers()).items()}
 
-        return self.store.get("scores", _plain(settings), work), answers
+        return self.store.get("scores", plain(settings), work), answers
 
     def outcome(
         self,
@@ -310,25 +305,9 @@ class Bench:
             chosen_among: the adapters that a choice was made among, the result included: all of them were needed.
             chosen_by: measurements that the choice took beyond those of the trainings.
         """
-        needed = _unique([*(record for one in (*chosen_among, adapter) for record in one.records), *chosen_by])
+        needed = unique([*(record for one in (*chosen_among, adapter) for record in one.records), *chosen_by])
         losses, scores = self.losses(adapter), self.scores(adapter)
         return Outcome(losses, scores, needed, prune_ratio, chosen_on, curve, tuple(left_out))
-
-    def _settings(self, **settings: Any) -> dict[str, Any]:
-        """What decides a step that draws random numbers, with what decides all of them."""
-        return _plain({**self._common, "seed": self.recipe.seed, **settings})
-
-    def _measured(self, adapter: Adapter, **settings: Any) -> dict[str, Any]:
-        """What decides a measurement: no seed has a part in it."""
-        return _plain({**self._common, "adapter": adapter.key, **settings})
-
-    @cached_property
-    def _common(self) -> dict[str, str]:
-        backbone = self.session.backbone
-        return {"backbone": backbone.fingerprint, "dtype": str(backbone.model.dtype)}
-
-    def _data(self, *splits: str) -> str:
-        return hash_of(self.session.splits, splits)
 
     @cached_property
     def sources(self) -> list[Adapter]:
@@ -345,181 +324,3 @@ class Bench:
         if not dev_free:
             return self._trained("target", ("train",), ("dev",), recipe.target.training)
         return self._trained("target", ("train",), (), replace(recipe.target.training, patience=None, keep="last"))
-
-    def _trained(
-        self,
-        name: str,
-        train: Sequence[str],
-        dev: Sequence[str],
-        training: TrainingSettings,
-        session: Session | None = None,
-    ) -> Adapter:
-        """A fresh adapter, trained on the named splits and judged on others."""
-        session = session or self.session
-        train_set, dev_set = (
-            [one for split in names for one in getattr(session.splits, split)] for names in (train, dev)
-        )
-        settings = self._settings(
-            data=self._data(*train, *dev),
-            revision=REVISIONS["training"],
-            splits=[list(train), list(dev)],
-            lora=asdict(session.recipe.lora),
-            training=asdict(training),
-            seed=session.recipe.seed,
-        )
-
-        def work(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
-            # Every target-only variant begins as the target adapter does: they differ in what their name says alone.
-            part = "source" if name == "source" else "target"
-            weights, result = session.train_adapter(part, train_set, dev_set, training, folder)
-            return weights, _facts(result, training, len(train_set), len(dev_set))
-
-        return self._adapter(name, settings, [], work)
-
-    def _merged(self, name: str, merge: MergeSettings, parents: Sequence[Adapter], names: Sequence[str]) -> Adapter:
-        settings = {
-            "merge": asdict(merge),
-            "parents": [parent.key for parent in parents],
-            "names": list(names),
-            "seed": self.recipe.seed if merge_rule(merge.rule).draws else None,  # the others draw nothing
-        }
-        key = key_of(name, _plain(settings))  # quick and exact, so it is never on record
-
-        def load() -> AdapterWeights:
-            return self.session.merge([parent.weights for parent in parents], names, merge)
-
-        return Adapter(key, _once(load), _unique([record for parent in parents for record in parent.records]))
-
-    def _adapter(
-        self,
-        name: str,
-        settings: dict[str, Any],
-        starts: Sequence[Adapter],
-        work: Callable[[Path], tuple[AdapterWeights, dict[str, Any]]],
-        trains: bool = True,
-    ) -> Adapter:
-        """A step that makes an adapter: on record with its facts, its weights in a folder beside the records."""
-
-        def make(key: str, folder: Path) -> dict[str, Any]:
-            weights, facts = work(folder)
-            self.store.save_adapter(key, lambda draft: self.session.save(draft, weights))
-            return facts
-
-        record = self.store.get(name, settings, make, trains=trains)
-        folder = self.store.adapter_folder(record.key)
-
-        def load() -> AdapterWeights:
-            try:
-                return read_adapter(folder).weights
-            except AdapterError as error:
-                if folder.exists():  # half of it was copied, for example
-                    logger.warning("%s; it is made again", error)
-            self.store.get(name, settings, make, trains=trains, redo=True)
-            return read_adapter(folder).weights
-
-        earlier = [past for start in starts for past in start.records]
-        return Adapter(record.key, _once(load), _unique([*earlier, record]), folder)
-
-
-def check_list(name: str, values: Sequence[Any]) -> None:
-    """Check that a list of settings says something, and nothing twice.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if not values:
-        raise ValueError(f"{name} is empty; give at least one")
-    if twice := [value for value in values if values.count(value) > 1]:
-        raise ValueError(f"{name} names {twice[0]} more than once; name each one once")
-
-
-def check_ratios(name: str, ratios: Sequence[float]) -> None:
-    """Check a list of prune ratios.
-
-    Raises:
-        ValueError: it is empty, says something twice, or holds something else than fractions in [0, 1].
-    """
-    check_list(name, ratios)
-    for ratio in ratios:
-        if not 0.0 <= ratio <= 1.0:
-            raise ValueError(f"{name} holds {ratio}; each prune ratio must be a fraction in [0, 1]")
-
-
-def rounds_of(record: Record) -> list[Round]:
-    """Return the rounds of a controller run that is on record."""
-    return [Round.from_json(row) for row in record.result["rounds"]]
-
-
-def _final_settings(stage: FinalStage) -> dict[str, Any]:
-    """What decides a final run of this stage; the usual start is left out, as in the records made before there was another."""
-    settings = asdict(stage)
-    if stage.start == "merged":
-        del settings["start"]
-    return settings
-
-
-def _controller_settings(stage: ControllerStage) -> dict[str, Any]:
-    """What decides a controller run."""
-    return asdict(stage) | {"policy": plain_policy(stage.policy)}
-
-
-def given(adapter: LoadedAdapter) -> Adapter:
-    """Return an adapter that no step made: one that the user gave."""
-    key = key_of("given", {"sha256": adapter.sha256, "facts": adapter.facts})
-    return Adapter(key, lambda: adapter.weights, title=adapter.name)
-
-
-def _facts(result: Any, training: TrainingSettings, train_examples: int, dev_examples: int) -> dict[str, Any]:
-    """What a fine-tune did and cost, as plain values."""
-    return {
-        "steps": result.steps,
-        "best_step": result.best_step,
-        "dev_loss": result.dev_loss,
-        "trained_examples": _trained_examples(result.steps, training, train_examples),
-        "measured_examples": sum("dev_loss" in row for row in result.history) * dev_examples,
-        "history": result.history,
-    }
-
-
-def _trained_examples(steps: int, training: TrainingSettings, examples: int) -> int:
-    return round(steps / training.steps_per_epoch(examples) * examples)
-
-
-def _own_code(settings: Any) -> dict[str, str]:
-    """Hashes of the files of a user's own code that settings name by import path, so that what is changed is done anew."""
-    if isinstance(settings, dict | list):
-        parts = settings.values() if isinstance(settings, dict) else settings
-        return {name: found for part in parts for name, found in _own_code(part).items()}
-    if not isinstance(settings, str) or not is_import_path(settings):
-        return {}
-    file = getattr(sys.modules.get(settings.partition(":")[0]), "__file__", None)
-    return {settings: hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
-
-
-def _unique(records: Sequence[Record]) -> tuple[Record, ...]:
-    return tuple({record.key: record for record in records}.values())
-
-
-def _once(load: Callable[[], AdapterWeights]) -> Callable[[], AdapterWeights]:
-    """Load at the first call, and keep it."""
-    kept: list[AdapterWeights] = []
-
-    def loaded() -> AdapterWeights:
-        if not kept:
-            kept.append(load())
-        return kept[0]
-
-    return loaded
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same as JSON gives it back, lists for tuples, with hashes of a user's own code."""
-    plain = {key: _plain_value(value) for key, value in settings.items()}
-    code = _own_code(plain)
-    return plain | ({"own_code": code} if code else {})
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _plain_value(entry) for key, entry in value.items()}
-    return [_plain_value(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -11,7 +11,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -19,17 +18,19 @@ import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError, ProbeError
-from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.method.masks import FACTORS, RANK_DIMENSION, MaskSettings, WeightKey
+from grasp_lora.method.lora import AdapterWeights, Segment
+from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.method.presets import Controller, ratio_rule
 from grasp_lora.method.rounds import RatioEstimate, Round
 from grasp_lora.method.search import RatioSearch
 from grasp_lora.storage.checkpoints import State
 from grasp_lora.storage.files import write_whole
+from grasp_lora.training.best_round import BestRound
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn, encoded_rows, probes_of
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.regimes import REGIMES, Order, order_from, places_of
+from grasp_lora.training.saved import named, of_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -55,21 +56,6 @@ class RoundRow(TypedDict):
     ratio_before: float
     ratio: float
     measured_sparsity: float
-
-
-@dataclass(frozen=True)
-class _BestRound:
-    """What a controller keeps of the round with the lowest baseline loss.
-
-    Args:
-        loss: mean baseline loss.
-        dense: every weight, masked ones with their stashed values; whole, also of sharded weights.
-        order: the order of importance that the round's masks were made from.
-    """
-
-    loss: float
-    dense: Mapping[WeightKey, torch.Tensor]
-    order: Order
 
 
 class GraspController(PrunedTraining):
@@ -154,7 +140,7 @@ class GraspController(PrunedTraining):
         self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
         self.regime = REGIMES[self.settings.policy.regime]()
         self.prune_ratio = self.search.current_ratio
-        self._best: _BestRound | None = None
+        self._best: BestRound | None = None
         self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
 
     # One round
@@ -292,16 +278,10 @@ class GraspController(PrunedTraining):
 
     # The best round
 
-    @torch.no_grad()
     def _keep_if_best(self, baseline: Sequence[float], order: Order) -> None:
         loss = math.fsum(baseline) / len(baseline)
-        if not self.keep_best or (self._best is not None and loss >= self._best.loss):
-            return
-        masks = self.masks
-        dense = {key: torch.where(masks.keep[key], weight, masks.stash[key]) for key, weight in masks.weights.items()}
-        # Gathered where they are sharded, as an order of importance is.
-        whole = {key: one.full_tensor() if hasattr(one, "full_tensor") else one for key, one in dense.items()}
-        self._best = _BestRound(loss, whole, order)
+        if self.keep_best and (self._best is None or loss < self._best.loss):
+            self._best = BestRound.of(self.masks, loss, order)
 
     def best_adapter(self, prune_ratio: float) -> AdapterWeights:
         """Return the adapter of the round with the lowest baseline loss, pruned as that round's masks are; float32, on the CPU.
@@ -317,15 +297,7 @@ class GraspController(PrunedTraining):
         """
         if self._best is None:
             raise RuntimeError("no round was kept; give keep_best=True and train for at least one round")
-        pairs = {}
-        for module, pair in self.masks.pairs.items():
-            pruned = []
-            for factor in FACTORS:
-                dense = self._best.dense[module, factor]
-                keep = self._best.order[module, factor].keep(prune_ratio, RANK_DIMENSION[factor])
-                pruned.append(torch.where(keep, dense, torch.zeros_like(dense)).float().cpu())
-            pairs[module] = LoraPair(pruned[0], pruned[1], pair.scaling, pair.segments)
-        return AdapterWeights(pairs)
+        return self._best.pruned(self.masks.pairs, prune_ratio)
 
     def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return the rounds and their timings, as `rounds.jsonl` and `timings.jsonl` hold them."""
@@ -338,13 +310,13 @@ class GraspController(PrunedTraining):
         values, tensors = super().state()
         values |= {**self._searched_by(), "rows": self._rows}
         if self.regime.order is not None:
-            tensors |= _named(PLACES, places_of(self.regime.order))
+            tensors |= named(PLACES, places_of(self.regime.order))
         if self.keep_best:
             values["best_loss"] = None if self._best is None else self._best.loss
         if self._best is not None:
-            tensors |= _named(BEST, self._best.dense)
+            tensors |= named(BEST, self._best.dense)
             if self.regime.order is None:  # else it is that of all rounds
-                tensors |= _named(BEST_PLACES, places_of(self._best.order))
+                tensors |= named(BEST_PLACES, places_of(self._best.order))
         return values, tensors
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -368,14 +340,12 @@ class GraspController(PrunedTraining):
         self._rows = values["rows"]
         for row in self._rows[ROUNDS_FILE]:
             self._tell_again(row)
-        if places := _of_prefix(PLACES, tensors):
+        if places := of_prefix(PLACES, tensors):
             self.regime.order = order_from(self.masks, places)
         if self.keep_best and values["best_loss"] is not None:
-            dense = {
-                key: tensor.to(self.masks.weights[key].device) for key, tensor in _of_prefix(BEST, tensors).items()
-            }
-            order = self.regime.order or order_from(self.masks, _of_prefix(BEST_PLACES, tensors))
-            self._best = _BestRound(values["best_loss"], dense, order)
+            dense = {key: tensor.to(self.masks.weights[key].device) for key, tensor in of_prefix(BEST, tensors).items()}
+            order = self.regime.order or order_from(self.masks, of_prefix(BEST_PLACES, tensors))
+            self._best = BestRound(values["best_loss"], dense, order)
         self.prune_ratio = self.search.current_ratio
 
     def _tell_again(self, row: Mapping[str, Any]) -> None:
@@ -402,21 +372,6 @@ def _steps_per_epoch(args: TrainingArguments, batches: Any) -> int:
             "rounds.every is 'epoch', but the training data has no length; give a number of optimizer steps"
         ) from None
     return math.ceil(count / args.gradient_accumulation_steps)
-
-
-def _named(prefix: str, tensors: Mapping[WeightKey, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of the factors by the names that they have in a checkpoint."""
-    return {f"{prefix}{factor}.{module}": tensor for (module, factor), tensor in tensors.items()}
-
-
-def _of_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[WeightKey, torch.Tensor]:
-    """What `_named` named, among other tensors."""
-    found = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            factor, module = name.removeprefix(prefix).split(".", 1)
-            found[module, factor] = tensor
-    return found
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -1,0 +1,49 @@
+"""What decides a step, as plain values: from their hash comes the key under which the step is on record."""
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.method.policy import plain_policy
+from grasp_lora.recipes.recipe import ControllerStage, FinalStage
+from grasp_lora.text.names import is_import_path
+
+
+def plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same as JSON gives it back, lists for tuples, with hashes of a user's own code."""
+    plain = {key: _plain_value(value) for key, value in settings.items()}
+    code = _own_code(plain)
+    return plain | ({"own_code": code} if code else {})
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain_value(entry) for key, entry in value.items()}
+    return [_plain_value(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def final_settings(stage: FinalStage) -> dict[str, Any]:
+    """What decides a final run of this stage; the usual start is left out, as in the records made before there was another."""
+    settings = asdict(stage)
+    if stage.start == "merged":
+        del settings["start"]
+    return settings
+
+
+def controller_settings(stage: ControllerStage) -> dict[str, Any]:
+    """What decides a controller run."""
+    return asdict(stage) | {"policy": plain_policy(stage.policy)}
+
+
+def _own_code(settings: Any) -> dict[str, str]:
+    """Hashes of the files of a user's own code that settings name by import path, so that what is changed is done anew."""
+    if isinstance(settings, dict | list):
+        parts = settings.values() if isinstance(settings, dict) else settings
+        return {name: found for part in parts for name, found in _own_code(part).items()}
+    if not isinstance(settings, str) or not is_import_path(settings):
+        return {}
+    file = getattr(sys.modules.get(settings.partition(":")[0]), "__file__", None)
+    return {settings: hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
