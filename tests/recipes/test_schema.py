@@ -1,12 +1,15 @@
 """The schema by which editors complete recipes: current, complete, and fit for every recipe that is shipped."""
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import yaml
 
 from grasp_lora.method.merging import MergeSettings
+from grasp_lora.method.policy import POLICIES
+from grasp_lora.method.presets import PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_LINE, builtin_recipes, builtin_text, schema_text
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.schema import recipe_schema
@@ -16,17 +19,16 @@ SCHEMA = json.loads(schema_text())
 
 def unknown_keys(content: Any, schema: dict[str, Any], path: str = "") -> list[str]:
     """The keys of a recipe that an editor would underline."""
-    ways = [
-        SCHEMA["$defs"][one["$ref"].rsplit("/", 1)[1]] if "$ref" in one else one
-        for one in schema.get("anyOf", [schema])
-    ]
-    known = {key: entry for way in ways for key, entry in way.get("properties", {}).items()}
-    if not known or not isinstance(content, dict):
-        return []
-    found = [f"{path}{key}" for key in content if key not in known]
-    return found + [
-        one for key in content if key in known for one in unknown_keys(content[key], known[key], f"{path}{key}.")
-    ]
+    found = []
+    for one in schema.get("anyOf", [schema]):
+        section = SCHEMA["$defs"][one["$ref"].rsplit("/", 1)[1]] if "$ref" in one else one
+        known = section.get("properties", {})
+        for key in content if isinstance(content, dict) else ():
+            if key in known:
+                found += unknown_keys(content[key], known[key], f"{path}{key}.")
+            elif section.get("additionalProperties") is False:
+                found.append(f"{path}{key}")
+    return found
 
 
 def test_the_shipped_schema_is_current() -> None:
@@ -46,10 +48,23 @@ def test_a_misspelt_key_does_not_fit() -> None:
     wrong = {
         "lorra": {},
         "final": {"training": {"epoch": 1}},
-        "controller": {"preset": "paper", "policy": {"kin": "x"}},
+        "controller": {"presett": "paper", "rounds": {"evry": 2}},
     }
-    assert unknown_keys(wrong, SCHEMA) == ["lorra", "final.training.epoch", "controller.policy.kin"]
+    assert unknown_keys(wrong, SCHEMA) == [
+        "lorra",
+        "final.training.epoch",
+        "controller.presett",
+        "controller.rounds.evry",
+    ]
     assert all(not one.get("additionalProperties", True) for one in (SCHEMA, *SCHEMA["$defs"].values()))
+
+
+def test_a_controller_is_completed_by_presets_and_the_settings_of_every_policy() -> None:
+    controller = SCHEMA["$defs"]["ControllerStage"]["properties"]
+    assert controller["preset"]["enum"] == list(PRESETS)
+    settings = {entry.name for policy in POLICIES.values() for entry in fields(policy)}
+    assert controller["policy"]["properties"].keys() == {"kind"} | settings
+    assert "default" not in controller["rule"]  # it is the preset's
 
 
 def test_every_key_says_what_it_means(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,13 +27,7 @@ def recipe_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     for name, section in [("Recipe", schema), *schema["$defs"].items()]:
         _describe(name, section)
-    stage = schema["$defs"]["ControllerStage"]["properties"]
-    named = {"enum": list(PRESETS), "description": "A preset, from which comes what is left out here."}
-    schema["$defs"]["ControllerStage"]["properties"] = {"preset": named} | stage
-    for policy in POLICIES.values():
-        settings = TypeAdapter(policy).json_schema()
-        _describe(policy.__name__, settings)
-        stage["policy"]["properties"] |= settings["properties"]
+    _follow_the_preset(schema["$defs"])
     # The draft that editors know best; pydantic uses nothing that came later.
     return {"$schema": "http://json-schema.org/draft-07/schema#"} | schema | {"title": "GRASP LoRA recipe"}
 
@@ -50,6 +44,24 @@ def _describe(name: str, section: dict[str, Any]) -> None:
             entry.pop("default", None)
         entry["description"] = meanings[key].replace("None", "null")
     section.pop("title", None)
+
+
+def _follow_the_preset(sections: dict[str, Any]) -> None:
+    """Let a controller name a preset, which what is left out follows, and let its policy have the settings of every kind."""
+    controller = sections["ControllerStage"]["properties"]
+    policy = controller["policy"]["properties"]
+    for kind in POLICIES.values():
+        settings = TypeAdapter(kind).json_schema()
+        _describe(kind.__name__, settings)
+        policy |= {key: entry for key, entry in settings["properties"].items() if key not in policy}
+    for properties in (controller, sections["Rounds"]["properties"], policy):
+        for entry in properties.values():
+            entry.pop("default", None)
+    preset = {
+        "enum": list(PRESETS),
+        "description": "policy, rounds and rule that go together; what is left out is the preset's.",
+    }
+    sections["ControllerStage"]["properties"] = {"preset": preset} | controller
 
 
 if __name__ == "__main__":

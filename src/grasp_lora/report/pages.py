@@ -118,7 +118,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
 def _at_each_step(record: RunRecord) -> bool:
     """Whether the controller held no ratio, but trained each step at one of its own."""
     kind = record.recipe.controller.policy.kind
-    return kind in POLICIES and POLICIES[kind].regime == "each_step"
+    return kind == "shared" or (kind in POLICIES and POLICIES[kind].regime == "each_step")  # so it was called once
 
 
 def _in_turn(record: RunRecord) -> bool:
