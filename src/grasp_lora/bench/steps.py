@@ -28,6 +28,7 @@ from grasp_lora.models.reading import LoadedAdapter, read_adapter
 from grasp_lora.recipes.recipe import ControllerStage, FinalStage, Recipe
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
+from grasp_lora.text.names import is_import_path
 from grasp_lora.training.settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
@@ -271,7 +272,6 @@ class Bench:
         references = [example.references for example in test]
         settings = asked | {
             "metrics": list(session.metrics),
-            **_own_code(session.metrics),
             "bertscore": asdict(recipe.bertscore) if "bertscore" in session.metrics else None,
             "language": session.language,
             "references": hashlib.sha256(repr(references).encode()).hexdigest(),
@@ -485,11 +485,15 @@ def _trained_examples(steps: int, training: TrainingSettings, examples: int) -> 
     return round(steps / training.steps_per_epoch(examples) * examples)
 
 
-def _own_code(metrics: Iterable[str]) -> dict[str, Any]:
-    """Hashes of the files of a user's own metrics, so that a changed one is computed anew; nothing where all are ours."""
-    places = {name: getattr(sys.modules[name.partition(":")[0]], "__file__", None) for name in metrics if ":" in name}
-    hashes = {name: hashlib.sha256(Path(file).read_bytes()).hexdigest() for name, file in places.items() if file}
-    return {"own_metrics": hashes} if hashes else {}
+def _own_code(settings: Any) -> dict[str, str]:
+    """Hashes of the files of a user's own code that settings name by import path, so that what is changed is done anew."""
+    if isinstance(settings, dict | list):
+        parts = settings.values() if isinstance(settings, dict) else settings
+        return {name: found for part in parts for name, found in _own_code(part).items()}
+    if not isinstance(settings, str) or not is_import_path(settings):
+        return {}
+    file = getattr(sys.modules.get(settings.partition(":")[0]), "__file__", None)
+    return {settings: hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
 
 
 def _unique(records: Sequence[Record]) -> tuple[Record, ...]:
@@ -509,8 +513,10 @@ def _once(load: Callable[[], AdapterWeights]) -> Callable[[], AdapterWeights]:
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same as JSON gives it back: lists for tuples."""
-    return {key: _plain_value(value) for key, value in settings.items()}
+    """The same as JSON gives it back, lists for tuples, with hashes of a user's own code."""
+    plain = {key: _plain_value(value) for key, value in settings.items()}
+    code = _own_code(plain)
+    return plain | ({"own_code": code} if code else {})
 
 
 def _plain_value(value: Any) -> Any:
