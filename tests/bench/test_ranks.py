@@ -103,7 +103,7 @@ def test_what_cannot_be_shared_is_said_once(tiny_workspace: Path) -> None:
 )
 def test_a_step_is_shared_evenly(batch_size: int, accumulation: int, processes: int, each: tuple[int, int]) -> None:
     settings = TrainingSettings(batch_size=batch_size, accumulation=accumulation)
-    own = settings.shared_by(processes)
+    own = settings.divided_by(processes)
     assert (own.batch_size, own.accumulation) == each
     for examples in (1, 7, 50):
         assert own.steps_per_epoch(-(-examples // processes)) == settings.steps_per_epoch(examples)
@@ -112,7 +112,7 @@ def test_a_step_is_shared_evenly(batch_size: int, accumulation: int, processes: 
 @pytest.mark.parametrize(("batch_size", "accumulation", "processes"), [(1, 1, 2), (2, 3, 4), (1, 8, 16)])
 def test_a_step_with_too_few_examples_is_refused(batch_size: int, accumulation: int, processes: int) -> None:
     with pytest.raises(ValueError, match=f"{processes} processes cannot share evenly"):
-        TrainingSettings(batch_size=batch_size, accumulation=accumulation).shared_by(processes)
+        TrainingSettings(batch_size=batch_size, accumulation=accumulation).divided_by(processes)
 
 
 def test_commands_of_one_process_say_so(

@@ -110,7 +110,7 @@ def _check_processes(session: Session) -> None:
     }
     for stage in (stage for stage, trains in trained.items() if trains):
         try:
-            getattr(recipe, stage).training.shared_by(world_size())
+            getattr(recipe, stage).training.divided_by(world_size())
         except ValueError as error:
             raise RecipeError(f"{stage}.training: {error}, or start fewer processes") from error
 

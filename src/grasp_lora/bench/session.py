@@ -193,7 +193,7 @@ class Session:
             model,
             train,
             dev,
-            training.shared_by(world_size()),
+            training.divided_by(world_size()),
             pad_id=self.pad_id,
             seed=self.recipe.seed_of(f"{part} order"),
             folder=folder,

@@ -61,11 +61,11 @@ class TrainingSettings:
         if self.keep not in ("best", "last"):
             raise ValueError(f"keep is {self.keep!r}; allowed: best, last")
 
-    def shared_by(self, processes: int) -> "TrainingSettings":
+    def divided_by(self, processes: int) -> "TrainingSettings":
         """Return the settings of each of several processes that together take the same optimizer steps.
 
         Raises:
-            ValueError: an optimizer step has too few examples to be shared evenly.
+            ValueError: an optimizer step has too few examples to be divided evenly.
         """
         passes = math.gcd(self.accumulation, processes)
         examples, rest = divmod(self.batch_size, processes // passes)
