@@ -59,14 +59,14 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
                 )
             return Sizes(sizes, fewest, any(len(found) < 2 for found in left))
     largest = max(groups.values(), key=len)
-    column, value = _shared_by(largest)
-    shared = f"the {column} {quoted(value)}" if column else "one prompt, context or document"
+    column, value = _common_to(largest)
+    common = f"the {column} {quoted(value)}" if column else "one prompt, context or document"
     rename = (
         f", or rename the column {column} if it means something else" if column and target.format != "squad" else ""
     )
     raise DataError(
         f"the {len(records)} examples of {target.name} form {len(groups)} groups of what belongs together, the largest of "
-        f"{len(largest)}, which have {shared}; splits take whole groups, so more of them are needed: add examples of other "
+        f"{len(largest)}, which have {common}; splits take whole groups, so more of them are needed: add examples of other "
         f"texts{rename}"
     )
 
@@ -93,7 +93,7 @@ def _held_out(groups: Mapping[str, Sequence[Record]], sizes: Mapping[str, int], 
     return {name for split in HELD_OUT for name in splits[split]}
 
 
-def _shared_by(records: Sequence[Record]) -> tuple[str | None, str]:
+def _common_to(records: Sequence[Record]) -> tuple[str | None, str]:
     """The column and the value that most records of a group have in common; no column where it is the text itself."""
     counts = Counter(key for record in records for key in record.keys)
     kind, _, value = max(counts, key=lambda key: (counts[key], key)).partition(":")
