@@ -33,10 +33,9 @@ from grasp_lora.errors import AdapterError, Interrupted, ProbeError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.policy import Gaussian, Spread
-from grasp_lora.method.schedule import Rounds
+from grasp_lora.method.schedule import PROBE_SPLITS, Rounds
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
-from grasp_lora.recipes.recipe import PROBE_SPLITS
 from grasp_lora.report.comparison import (
     command_of,
     cost_table,
@@ -70,7 +69,7 @@ class Recorder(Progress):
 
 
 def session(recipe: Path | str = "tiny.yaml", *overrides: str) -> Session:
-    return Session(*load_recipe(recipe, [ROUNDS_EVERY, *overrides]))
+    return Session(*load_recipe(recipe, [ROUNDS_EVERY, *overrides], allow_code=True))
 
 
 def run(folder: Path, settings: ComparisonSettings, *overrides: str) -> tuple[dict[str, Any], Recorder]:

@@ -370,7 +370,7 @@ class TestAgain:
         original = GraspController.run_round
 
         def slow(self: GraspController, *arguments: Any) -> Any:
-            if len(self.policy.history) == 2:
+            if len(self.search.history) == 2:
                 raise KeyboardInterrupt
             time.sleep(0.3)
             return original(self, *arguments)
