@@ -46,9 +46,11 @@ def test_a_misspelt_key_does_not_fit() -> None:
     wrong = {
         "lorra": {},
         "final": {"training": {"epoch": 1}},
-        "controller": {"policy": {"preset": "paper", "kin": "x"}},
+        "controller": {"preset": "paper", "policy": {"kin": "x", "max_step": 0.1}, "rounds": {"every": 3, "evry": 3}},
     }
-    assert unknown_keys(wrong, SCHEMA) == ["lorra", "final.training.epoch", "controller.policy.kin"]
+    assert unknown_keys(wrong, SCHEMA) == [
+        "lorra", "final.training.epoch", "controller.policy.kin", "controller.rounds.evry"
+    ]  # fmt: skip
     assert all(not one.get("additionalProperties", True) for one in (SCHEMA, *SCHEMA["$defs"].values()))
 
 

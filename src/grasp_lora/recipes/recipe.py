@@ -65,7 +65,7 @@ Policy = Annotated[
     InstanceOf(),
     BeforeValidator(_policy),
     PlainSerializer(plain_policy, return_type=dict[str, Any]),
-    WithJsonSchema({"type": "object", "properties": {"kind": {"type": "string", "examples": list(POLICIES)}}}),
+    WithJsonSchema({"type": "object"}),  # `schema` tells the keys
 ]
 
 
@@ -79,8 +79,7 @@ def from_preset(stage: dict[str, Any], dev: bool) -> dict[str, Any]:
     Raises:
         ValueError: a key has another name now, or there is no such preset.
     """
-    stage = {key: value for key, value in stage.items() if value is not None}  # an empty section says nothing
-    policy = stage.get("policy", {})
+    policy = {} if stage.get("policy") is None else stage["policy"]
     if not isinstance(policy, dict):
         raise ValueError(
             f"controller.policy is {quoted(policy)}, but a policy is a section; set controller.preset to a name"
@@ -88,6 +87,7 @@ def from_preset(stage: dict[str, Any], dev: bool) -> dict[str, Any]:
     for key in (*stage, *(f"policy.{key}" for key in policy)):
         if key in RENAMED:
             raise ValueError(f"controller.{key} is now controller.{RENAMED[key]}; rename it")
+    stage = {key: value for key, value in stage.items() if value is not None}  # an empty section says nothing
     name = stage.get("preset", WITH_DEV if dev else WITHOUT_DEV)
     if not isinstance(name, str):
         raise ValueError(f"controller.preset is {quoted(name)}; allowed: {', '.join(PRESETS)}")

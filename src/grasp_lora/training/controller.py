@@ -2,8 +2,7 @@
 
 Every few optimizer steps `GraspController` runs a round: probe candidate ratios, tell the search, commit. It works in any
 transformers `Trainer` or TRL `SFTTrainer` whose model is a PEFT LoRA model. It decides nothing: ratios come from the search,
-masks from the mask set, and which mask is on when from the regime.
-Paper: controller run.
+masks from the mask set, and which mask is on when from the regime. Paper: controller run.
 """
 
 import functools
@@ -11,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -19,14 +17,15 @@ import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError, ProbeError
-from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.method.masks import FACTORS, RANK_DIMENSION, MaskSettings, WeightKey
+from grasp_lora.method.lora import AdapterWeights, Segment
+from grasp_lora.method.masks import MaskSettings, WeightKey
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.method.presets import Controller, ratio_rule
 from grasp_lora.method.rounds import RatioEstimate, Round
 from grasp_lora.method.search import RatioSearch
 from grasp_lora.storage.checkpoints import State
 from grasp_lora.storage.files import write_whole
+from grasp_lora.training.best_round import BestRound, better_round
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn, encoded_rows, probes_of
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.regimes import REGIMES, Order, order_from, places_of
@@ -55,21 +54,6 @@ class RoundRow(TypedDict):
     ratio_before: float
     ratio: float
     measured_sparsity: float
-
-
-@dataclass(frozen=True)
-class _BestRound:
-    """What a controller keeps of the round with the lowest baseline loss.
-
-    Args:
-        loss: mean baseline loss.
-        dense: every weight, masked ones with their stashed values; whole, also of sharded weights.
-        order: the order of importance that the round's masks were made from.
-    """
-
-    loss: float
-    dense: Mapping[WeightKey, torch.Tensor]
-    order: Order
 
 
 class GraspController(PrunedTraining):
@@ -154,7 +138,7 @@ class GraspController(PrunedTraining):
         self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
         self.regime = REGIMES[self.settings.policy.regime]()
         self.prune_ratio = self.search.current_ratio
-        self._best: _BestRound | None = None
+        self._best: BestRound | None = None
         self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
 
     # One round
@@ -172,7 +156,8 @@ class GraspController(PrunedTraining):
 
         self.regime.rest(masks, search)
         baseline, order = self.regime.measure_baseline(model, masks, whole)
-        self._keep_if_best(baseline, order)
+        if self.keep_best:
+            self._best = better_round(self._best, baseline, masks, order)
         candidates, before = search.ask(), search.current_ratio
         known = baseline if places is None else [baseline[place] for place in places]
         losses = {ratio: known for ratio in candidates if self.regime.is_baseline(ratio, before)}
@@ -290,19 +275,6 @@ class GraspController(PrunedTraining):
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(_line(row))
 
-    # The best round
-
-    @torch.no_grad()
-    def _keep_if_best(self, baseline: Sequence[float], order: Order) -> None:
-        loss = math.fsum(baseline) / len(baseline)
-        if not self.keep_best or (self._best is not None and loss >= self._best.loss):
-            return
-        masks = self.masks
-        dense = {key: torch.where(masks.keep[key], weight, masks.stash[key]) for key, weight in masks.weights.items()}
-        # Gathered where they are sharded, as an order of importance is.
-        whole = {key: one.full_tensor() if hasattr(one, "full_tensor") else one for key, one in dense.items()}
-        self._best = _BestRound(loss, whole, order)
-
     def best_adapter(self, prune_ratio: float) -> AdapterWeights:
         """Return the adapter of the round with the lowest baseline loss, pruned as that round's masks are; float32, on the CPU.
 
@@ -317,21 +289,13 @@ class GraspController(PrunedTraining):
         """
         if self._best is None:
             raise RuntimeError("no round was kept; give keep_best=True and train for at least one round")
-        pairs = {}
-        for module, pair in self.masks.pairs.items():
-            pruned = []
-            for factor in FACTORS:
-                dense = self._best.dense[module, factor]
-                keep = self._best.order[module, factor].keep(prune_ratio, RANK_DIMENSION[factor])
-                pruned.append(torch.where(keep, dense, torch.zeros_like(dense)).float().cpu())
-            pairs[module] = LoraPair(pruned[0], pruned[1], pair.scaling, pair.segments)
-        return AdapterWeights(pairs)
+        return self._best.adapter(self.masks, prune_ratio)
+
+    # Checkpoints
 
     def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return the rounds and their timings, as `rounds.jsonl` and `timings.jsonl` hold them."""
         return self._rows[ROUNDS_FILE], self._rows[TIMINGS_FILE]
-
-    # Checkpoints
 
     def state(self) -> State:
         """Return masks, settings, rounds and the best round; the search follows from the rounds."""
@@ -375,7 +339,7 @@ class GraspController(PrunedTraining):
                 key: tensor.to(self.masks.weights[key].device) for key, tensor in _of_prefix(BEST, tensors).items()
             }
             order = self.regime.order or order_from(self.masks, _of_prefix(BEST_PLACES, tensors))
-            self._best = _BestRound(values["best_loss"], dense, order)
+            self._best = BestRound(values["best_loss"], dense, order)
         self.prune_ratio = self.search.current_ratio
 
     def _tell_again(self, row: Mapping[str, Any]) -> None:
@@ -389,9 +353,8 @@ class GraspController(PrunedTraining):
 
     def _searched_by(self) -> dict[str, Any]:
         """What decides the search, as it comes back from JSON."""
-        rule = ratio_rule(self.settings.rule).name
-        found: dict[str, Any] = json.loads(json.dumps({"policy": plain_policy(self.settings.policy), "rule": rule}))
-        return found
+        own = {"policy": plain_policy(self.settings.policy), "rule": ratio_rule(self.settings.rule).name}
+        return dict(json.loads(json.dumps(own)))
 
 
 def _steps_per_epoch(args: TrainingArguments, batches: Any) -> int:
