@@ -129,6 +129,7 @@ class TestController:
             ("preset=[paper]", r"controller\.preset is a list; allowed: spread, late, paper"),
             ("policy.kind=adaptive", r"policy kind is 'adaptive', which was removed; use 'spread'"),
             ("policy.kind=3", r"controller\.policy: kind is 3; allowed: gaussian, uniform, spread, or the import path"),
+            ("policy=0", r"controller\.policy is 0, but a policy is a section"),
             ("policy=3", r"controller\.policy is 3, but a policy is a section"),
             ("rule=lowest_loss", r"controller: rule is 'lowest_loss', which was removed; use 'surrogate'"),
             ("policy.ratio_min=low", r"controller\.policy\.ratio_min: .*valid number.*\(it is 'low'\)"),

@@ -84,7 +84,7 @@ def from_preset(stage: dict[str, Any], dev: bool) -> dict[str, Any]:
     Raises:
         ValueError: a key has another name now, or there is no such preset.
     """
-    policy = stage.get("policy") or {}
+    policy = {} if stage.get("policy") is None else stage["policy"]
     if not isinstance(policy, dict):
         raise ValueError(
             f"controller.policy is {quoted(policy)}, but a policy is a section; set controller.preset to a name"

@@ -54,7 +54,9 @@ def _follow_the_preset(sections: dict[str, Any]) -> None:
         settings = TypeAdapter(kind).json_schema()
         _describe(kind.__name__, settings)
         policy |= {key: entry for key, entry in settings["properties"].items() if key not in policy}
-    for properties in (controller, sections["Rounds"]["properties"], policy):
+    rounds = sections["Rounds"]["properties"]
+    rounds["every"]["anyOf"] = [{"type": "integer", "minimum": 1}, {"const": "epoch"}]
+    for properties in (controller, rounds, policy):
         for entry in properties.values():
             entry.pop("default", None)
     preset = {
