@@ -97,8 +97,8 @@ MUTATIONS = (
     ),
     Mutation(
         "policy: clipped steps go up",
-        "math.copysign(self.settings.max_step, distance)",
-        "self.settings.max_step",
+        "math.copysign(max_step, distance)",
+        "max_step",
         (POLICY,),
         "a far candidate below moves the ratio up",
     ),
@@ -146,7 +146,7 @@ MUTATIONS = (
     ),
     Mutation(
         "controller: the baseline under the mask of the last step",
-        "masks.commit(ratio_before, self._shared)",
+        "masks.commit(search.current_ratio, self._order)",
         "pass",
         (CONTROLLER,),
         "rewards against a ratio that is not in force",
