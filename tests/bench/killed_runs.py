@@ -90,6 +90,8 @@ def attempt(
     """
     record = workspace / f"attempt-{os.getpid()}"
     record.mkdir(exist_ok=True)
+    for name in ("err", "events"):  # a kill may come before the child has opened them
+        (record / name).touch()
     child = os.fork()
     if child == 0:
         status = 70
