@@ -1,8 +1,8 @@
 """One fine-tune: an adapter on a backbone, examples, callbacks; out comes the adapter at its best dev loss.
 
-The loop is transformers' Trainer with logits at label positions only and the loss of `probing`, also under gradient
-accumulation: each optimizer step follows the mean over all its examples. With checkpoints an interrupted fine-tune goes on to the
-same bits as an uninterrupted one.
+The loop is transformers' Trainer with logits at label positions only and the loss of `loss`, also under gradient accumulation:
+each optimizer step follows the mean over all its examples. With checkpoints an interrupted fine-tune goes on to the same bits as
+an uninterrupted one.
 """
 
 import json
