@@ -197,6 +197,13 @@ class Mine(Uniform):
         ):
             load_recipe(tmp_path / "r.yaml", ["merge.rule=nowhere:rule"], allow_code=True)
 
+    def test_a_module_that_fails_when_it_is_imported_is_named(self, tmp_path: Path, load: Load) -> None:
+        load()
+        (tmp_path / "failing_ladder.py").write_text('raise RuntimeError("first\\nsecond")')
+        with pytest.raises(RecipeError, match=r"module 'failing_ladder' fails .*RuntimeError: first.*second") as caught:
+            load_recipe(tmp_path / "r.yaml", ["merge.rule=failing_ladder:rule"], allow_code=True)
+        assert "\n" not in str(caught.value)
+
 
 class TestOverrides:
     @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-from grasp_lora.text.display import quoted
+from grasp_lora.text.display import escaped, quoted
 
 Found = TypeVar("Found")
 
@@ -69,6 +69,11 @@ def imported(what: str, name: str, known: Iterable[str]) -> Any:
         raise ValueError(
             f"{what} is {quoted(name)}, but module {module_name!r} cannot be imported ({error}); install it or put its folder "
             "on PYTHONPATH"
+        ) from error
+    except Exception as error:
+        raise ValueError(
+            f"{what} is {quoted(name)}, but module {module_name!r} fails when it is imported "
+            f"({type(error).__name__}: {escaped(str(error))}); mend it"
         ) from error
     if not hasattr(module, attribute):
         raise ValueError(f"{what} is {quoted(name)}, but module {module_name!r} has no {attribute!r}")
