@@ -68,7 +68,6 @@ METHODS = (
     "zero_shot,source_only,target_only,target_wide,continued,joint,ties,dare_ties,lorahub,merged,adaptive_merge,grid_paper,"
     "grid,grasp,grasp_single,grasp_paper,merge_dev_free,grid_dev_free,grasp_dev_free,grid_oracle"
 )
-COMPARED = ("test_loss", "chrf", "rougeL", "bleu", "em", "f1")
 SWEEPS = {
     "tpe": ("--param", "final.prune_ratio=0.1..0.8", "--param", "final.training.learning_rate=1e-3..1e-2:log"),
     "random": ("--sampler", "random", "--param", "lora.rank=[1, 2]", "--param", "merge.rule=[exact, svd]"),

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from random_examples import Example, make_examples
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError
@@ -44,25 +45,6 @@ TARGETS = {
 ARCHITECTURES = list(TARGETS)
 TRAINERS = ["ours", "transformers", "trl"]
 PAD = 0
-
-
-@dataclass(frozen=True)
-class Example:
-    id: str
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-
-
-def make_examples(count: int, seed: int = 0, name: str = "e") -> list[Example]:
-    generator = random.Random(seed)
-    return [
-        Example(
-            f"{name}{index}",
-            tuple(generator.randrange(4, 260) for _ in range(generator.randint(2, 12))),
-            (*(generator.randrange(4, 260) for _ in range(generator.randint(0, 4))), 2),
-        )
-        for index in range(count)
-    ]
 
 
 TRAIN = make_examples(12)

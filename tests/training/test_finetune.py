@@ -2,11 +2,10 @@
 
 import json
 import math
-import random
-from dataclasses import dataclass
 
 import pytest
 import torch
+from random_examples import Example, make_examples
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
@@ -26,25 +25,6 @@ TARGETS = {
     "gpt2": ("c_attn",),
 }
 PAD = 0
-
-
-@dataclass(frozen=True)
-class Example:
-    id: str
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-
-
-def make_examples(count: int, seed: int = 0, name: str = "e") -> list[Example]:
-    generator = random.Random(seed)
-    return [
-        Example(
-            f"{name}{index}",
-            tuple(generator.randrange(4, 260) for _ in range(generator.randint(2, 12))),
-            (*(generator.randrange(4, 260) for _ in range(generator.randint(0, 4))), 2),
-        )
-        for index in range(count)
-    ]
 
 
 def naive_loss(model, examples) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """The one loss against a naive loop, and probes that leave a model in the middle of its training as they found it."""
 
 import random
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pytest
+import random_examples
 import torch
+from random_examples import Example
 
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
@@ -23,26 +25,7 @@ TARGETS = {
 }
 ARCHITECTURES = list(TARGETS)
 PAD = 0
-
-
-@dataclass(frozen=True)
-class Example:
-    id: str
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-
-
-def make_examples(count: int, seed: int = 0, name: str = "e") -> list[Example]:
-    """Examples of uneven lengths, the prompts 1 to 23 tokens and the completions 1 to 5."""
-    generator = random.Random(seed)
-    return [
-        Example(
-            f"{name}{index}",
-            tuple(generator.randrange(4, 260) for _ in range(generator.randint(1, 23))),
-            (*(generator.randrange(4, 260) for _ in range(generator.randint(0, 4))), 2),
-        )
-        for index in range(count)
-    ]
+make_examples = partial(random_examples.make_examples, prompt=(1, 23))
 
 
 def naive_losses(model, examples) -> torch.Tensor:
