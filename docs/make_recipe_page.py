@@ -4,7 +4,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.method.policy import POLICIES, plain_policy
 from grasp_lora.method.presets import PRESETS
 from grasp_lora.method.search import RatioPolicy
-from grasp_lora.recipes.explain import settings_class
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.recipe import Recipe
 
@@ -120,6 +119,16 @@ def _walk(settings: type[Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[s
     for name, annotation in _annotations(settings).items():
         if inner := settings_class(annotation):
             yield from _walk(inner, (*place, name))
+
+
+def settings_class(annotation: Any) -> Any:
+    """The dataclass inside an annotation such as `X | None` or Annotated[X, ...]."""
+    if is_dataclass(annotation):
+        return annotation
+    for part in getattr(annotation, "__args__", ()):
+        if found := settings_class(part):
+            return found
+    return settings_class(annotation.__origin__) if hasattr(annotation, "__metadata__") else None
 
 
 def _annotations(settings: type[Any]) -> dict[str, Any]:

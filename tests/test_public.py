@@ -92,3 +92,19 @@ def test_a_script_is_type_checked_against_the_installed_wheel(
     )
     errors = [line for line in checked.stdout.splitlines() if ": error: " in line]
     assert len(errors) == mistakes, checked.stdout + checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": "grasp"}, r"^methods: must be a list, such as \[first, second\] \(it is 'grasp'\)$"),
+        ({"seeds": 42}, r"^seeds: must be a list"),
+        ({"seeds": ("x",)}, r"^seeds\.0: .*valid integer.* \(it is 'x'\)$"),
+        ({"method": ("grasp",)}, r"^unknown key 'method'; did you mean 'methods'\?$"),
+    ],
+)
+def test_settings_of_a_wrong_type_are_named_before_anything_is_loaded(
+    settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(gl.RecipeError, match=message):
+        gl.compare("no recipe", **settings)

@@ -1,9 +1,9 @@
 """The jobs as functions, for a script as for the command line."""
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from grasp_lora.bench import compare as comparing
 from grasp_lora.bench import run as running
@@ -15,14 +15,16 @@ from grasp_lora.bench.run import RunResult
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, REPORT_FILE, SWEEP_FOLDER
 from grasp_lora.bench.search import SweepResult, SweepSettings
 from grasp_lora.bench.session import Session
-from grasp_lora.recipes.load import load_recipe
+from grasp_lora.errors import RecipeError
+from grasp_lora.recipes.explain import explain
+from grasp_lora.recipes.load import Overrides, load_recipe
 from grasp_lora.report.card import write_model_card
 from grasp_lora.report.comparison import write_comparison
 from grasp_lora.report.pages import write_report
 from grasp_lora.storage.files import clear_write_errors
 from grasp_lora.storage.processes import on_first_process
 
-Overrides = Mapping[str, Any] | Sequence[str]
+Settings = TypeVar("Settings", ComparisonSettings, SweepSettings)
 
 
 def run(
@@ -81,9 +83,9 @@ def compare(
         The folder of the tables, and what its compare.json holds.
 
     Raises:
-        GraspError, ValueError, Interrupted: as of `run`; a setting is out of range.
+        GraspError, Interrupted: as of `run`; a setting is out of range.
     """
-    chosen = ComparisonSettings(**settings)
+    chosen = _checked(ComparisonSettings, settings)
     session, place = _opened(recipe, overrides, folder, progress, allow_code)
     return place / COMPARE_FOLDER, comparing.compare(session, place, chosen, session.progress, write_comparison)
 
@@ -107,23 +109,22 @@ def sweep(
         The folder of sweep.json and best.yaml, and the content of the former.
 
     Raises:
-        GraspError, ValueError, Interrupted: as of `run`; a setting is out of range.
+        GraspError, Interrupted: as of `run`; a setting is out of range.
     """
-    chosen = SweepSettings(**settings)
+    chosen = _checked(SweepSettings, settings)
     session, place = _opened(recipe, overrides, folder, progress, allow_code)
     return place / SWEEP_FOLDER, searching.sweep(session, place, chosen, session.progress)
+
+
+def _checked(kind: type[Settings], settings: dict[str, Any]) -> Settings:
+    try:
+        return TypeAdapter(kind).validate_python(settings)
+    except ValidationError as error:
+        raise RecipeError(explain(error, list(kind.__dataclass_fields__))) from error
 
 
 def _opened(
     recipe: str | Path, overrides: Overrides, folder: str | Path | None, progress: Progress | None, allow_code: bool
 ) -> tuple[Session, Path]:
-    texts = (
-        [f"{key}={_text(value)}" for key, value in overrides.items()] if isinstance(overrides, Mapping) else overrides
-    )
-    loaded, base = load_recipe(recipe, texts, allow_code=allow_code)
+    loaded, base = load_recipe(recipe, overrides, allow_code=allow_code)
     return Session(loaded, base, progress), Path("runs") / loaded.name if folder is None else Path(folder)
-
-
-def _text(value: Any) -> str:
-    """A value as an override's YAML."""
-    return value if isinstance(value, str) else json.dumps(value)

@@ -13,6 +13,8 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.method.policy import Gaussian, Spread, Uniform
 from grasp_lora.method.presets import PRESETS, Controller
 from grasp_lora.method.schedule import Rounds
+from grasp_lora.recipes.builtin import recipe_keys
+from grasp_lora.recipes.explain import SYNONYMS
 from grasp_lora.recipes.load import builtin_recipes, load_recipe, validate
 from grasp_lora.recipes.recipe import ControllerStage, Recipe
 
@@ -214,6 +216,7 @@ class TestOverrides:
             ("target.training.learning_rate=1e-5", "target.training.learning_rate", 1e-5),
             ("merge.weights=[1, 1e-1]", "merge.weights", (1.0, 0.1)),
             ("metrics=[f1, bleu]", "metrics", ("f1", "bleu")),
+            ("report_to=tensorboard", "report_to", ("tensorboard",)),
             ("final.training.patience=null", "final.training.patience", None),
             ("final.training.patience=", "final.training.patience", None),
             ("controller.training.epochs=2", "controller.training.patience", None),
@@ -229,6 +232,21 @@ class TestOverrides:
             found = getattr(found, key)
         assert found == value
         assert type(found) is type(value)
+
+    def test_a_mapping_says_the_same(self) -> None:
+        changes = {"data.root": Path("texts"), "final.prune_ratio": 0.5, "metrics": ["f1"]}
+        recipe, _ = load_recipe("demo-ar", changes)
+        assert (recipe.data.root, recipe.final.prune_ratio, recipe.metrics) == ("texts", 0.5, ("f1",))
+
+    def test_a_single_text_is_not_read_letter_by_letter(self) -> None:
+        with pytest.raises(RecipeError, match=r"overrides is the text 'seed=1'; give a list, or a mapping"):
+            load_recipe("demo-ar", "seed=1")
+
+    def test_words_of_other_tools_lead_to_keys_that_exist(self) -> None:
+        keys = recipe_keys()
+        for word, meant in SYNONYMS.items():
+            assert any(f".{key}".endswith(f".{meant}") for key in keys), (word, meant)
+            assert word not in keys
 
     def test_the_last_one_counts(self, load: Load) -> None:
         assert load(SMALL, "seed=1", "seed=2").seed == 2
@@ -246,6 +264,14 @@ class TestOverrides:
             ("target.train=4", r"unknown key 'target\.train'; did you mean 'data\.target\.train'\?"),
             ("rank=4", r"unknown key 'rank'; did you mean 'lora\.rank' or 'merge\.rank'\?"),
             ("controler.rounds=1", r"unknown key 'controler'; did you mean 'controller'\?"),
+            ("controller.pool=dev", r"did you mean 'controller\.rounds\.pool'\?"),
+            ("controller.nonsense=1", r"known here: preset, policy, rounds, rule, training"),
+            ("controller.policy.nonsense=1", r"known here: kind, .*bounds_first"),
+            ("lora_r=8", r"did you mean 'lora\.rank'\?"),
+            ("lora.r=8", r"did you mean 'rank'\?"),
+            ("controller.training.lr=1", r"did you mean 'learning_rate'\?"),
+            ("num_train_epochs=1", r"did you mean 'source\.training\.epochs' or 'target\.training\.epochs' or "),
+            ("output_dir=out", r"unknown key 'output_dir'; give the folder on the command line: --output FOLDER"),
         ],
     )
     def test_what_does_not_fit_is_named(self, override: str, message: str, load: Load) -> None:

@@ -1,7 +1,10 @@
 """The recipes that come with the package, and the schema that editors complete and check them by; quick to import."""
 
+import json
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.text.display import quoted
@@ -31,6 +34,21 @@ def builtin_text(name: str) -> str:
 def schema_text() -> str:
     """Return the JSON schema of a recipe, as `python -m grasp_lora.recipes.schema` has written it."""
     return _text(SCHEMA_FILE)
+
+
+def recipe_keys() -> list[str]:
+    """Return every key of a recipe by its dotted path, each section before what stands in it."""
+    schema = json.loads(schema_text())
+    return list(_keys(schema, schema["$defs"], ""))
+
+
+def _keys(section: dict[str, Any], sections: dict[str, Any], path: str) -> Iterator[str]:
+    for name, entry in section["properties"].items():
+        yield path + name
+        for one in (entry, *entry.get("anyOf", ())):
+            inner = sections[one["$ref"].rpartition("/")[2]] if "$ref" in one else one
+            if "properties" in inner:
+                yield from _keys(inner, sections, f"{path}{name}.")
 
 
 def _text(file: str) -> str:

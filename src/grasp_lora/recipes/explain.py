@@ -1,17 +1,67 @@
 """What is wrong with a recipe, in one line that names the field, what arrived and what is allowed."""
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Sequence
 from datetime import date
-from typing import Any
 
 from pydantic import ValidationError
 
-from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.builtin import recipe_keys
 from grasp_lora.text.display import escaped, one_line, quoted
 
-ELSEWHERE_SHOWN = 3  # of the keys that end as an unknown one does
+ELSEWHERE_SHOWN = 4  # of the keys that end as an unknown one does
+# What PEFT, transformers, TRL, axolotl and LLaMA-Factory call what has another name here.
+SYNONYMS = {
+    "adapter_name_or_path": "adapters",
+    "base_model": "backbone.name",
+    "block_size": "max_tokens",
+    "cutoff_len": "max_tokens",
+    "dataset": "data.target.files",
+    "dataset_name": "data.target.hub",
+    "datasets": "data.target.files",
+    "early_stopping_patience": "training.patience",
+    "eval_dataset": "data.target.dev_files",
+    "eval_steps": "training.evaluate_every",
+    "gradient_accumulation_steps": "training.accumulation",
+    "lang": "language",
+    "lora_alpha": "lora.alpha",
+    "lora_dropout": "lora.dropout",
+    "lora_r": "lora.rank",
+    "lora_rank": "lora.rank",
+    "lora_target": "lora.target_modules",
+    "lora_target_modules": "lora.target_modules",
+    "lr": "training.learning_rate",
+    "lr_scheduler": "training.lr_decay",
+    "lr_scheduler_type": "training.lr_decay",
+    "max_length": "max_tokens",
+    "max_seq_length": "max_tokens",
+    "micro_batch_size": "training.batch_size",
+    "model": "backbone.name",
+    "model_name_or_path": "backbone.name",
+    "num_epochs": "training.epochs",
+    "num_train_epochs": "training.epochs",
+    "per_device_train_batch_size": "training.batch_size",
+    "pruning_ratio": "final.prune_ratio",
+    "r": "lora.rank",
+    "save_steps": "save_every",
+    "sequence_len": "max_tokens",
+    "sparsity": "final.prune_ratio",
+    "template": "chat_template",
+    "torch_dtype": "backbone.dtype",
+    "train_batch_size": "training.batch_size",
+    "train_file": "data.target.train_files",
+    "use_rslora": "lora.rslora",
+    "validation_file": "data.target.dev_files",
+}
+NO_KEY = {  # what people look for that is no key of a recipe
+    "load_in_4bit": "a backbone that was saved quantised is loaded as it is; name one as backbone.name",
+    "load_in_8bit": "a backbone that was saved quantised is loaded as it is; name one as backbone.name",
+    "output_dir": "give the folder on the command line: --output FOLDER",
+    "warmup_ratio": "there is no warm-up; lower learning_rate",
+    "warmup_steps": "there is no warm-up; lower learning_rate",
+    "wandb_project": "trackers read their own environment; name the tracker in report_to",
+}
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _PLAIN_WORDS = {  # of pydantic's error types, for those who do not know Python
     "string_pattern_mismatch": "use Latin letters, digits, '.', '_' and '-' only, and begin with a letter or digit",
     "tuple_type": "must be a list, such as [first, second]",
@@ -22,18 +72,19 @@ _PLAIN_WORDS = {  # of pydantic's error types, for those who do not know Python
 }
 
 
-def explain(error: ValidationError) -> str:
-    """The first problem in one line; for an unknown key the nearest one that exists."""
-    problem = error.errors(include_url=False)[0]
+def explain(error: ValidationError, keys: Sequence[str] = ()) -> str:
+    """The first problem in one line, an unknown key before all else, with the nearest one that exists.
+
+    Args:
+        error: of pydantic.
+        keys: what may be set, by dotted path; empty takes those of a recipe.
+    """
+    problem = min(error.errors(include_url=False), key=lambda one: one["type"] not in _UNKNOWN)
     place = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
     path = ".".join(place)
     others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        known = _known_keys(place[:-1])
-        elsewhere = [key for key in _all_keys() if key.endswith(f".{path}")][:ELSEWHERE_SHOWN]
-        near = elsewhere or difflib.get_close_matches(place[-1], known, n=1)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known here: {', '.join(known)}"
-        return f"unknown key {quoted(path)}; {hint}{others}"
+    if problem["type"] in _UNKNOWN:
+        return f"unknown key {quoted(path)}; {_hint(place, keys or recipe_keys())}{others}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{quoted(path)} is missing{others}"
     message = one_line(_PLAIN_WORDS.get(problem["type"], problem["msg"].removeprefix("Value error, ")))
@@ -50,32 +101,19 @@ def explain(error: ValidationError) -> str:
     return f"{escaped(path)}: {message[0].lower()}{message[1:]}{shown}{others}"
 
 
-def _all_keys(place: tuple[str, ...] = ()) -> Iterator[str]:
-    """Every key of a recipe by its dotted path, outer ones first."""
-    for key in _known_keys(list(place)):
-        yield ".".join((*place, key))
-        yield from _all_keys((*place, key))
-
-
-def _known_keys(place: list[str]) -> list[str]:
-    node: Any = Recipe
-    for key in place:
-        hints: dict[str, Any] = (
-            {name: info.annotation for name, info in Recipe.model_fields.items()} if node is Recipe else {}
-        )
-        if is_dataclass(node):
-            hints = {entry.name: entry.type for entry in fields(node)}
-        node = settings_class(hints.get(key))
-        if node is None:
-            return []
-    return list(Recipe.model_fields) if node is Recipe else [entry.name for entry in fields(node)]
-
-
-def settings_class(annotation: Any) -> Any:
-    """The dataclass inside an annotation such as `X | None` or Annotated[X, ...]."""
-    if is_dataclass(annotation):
-        return annotation
-    for part in getattr(annotation, "__args__", ()):
-        if found := settings_class(part):
-            return found
-    return settings_class(annotation.__origin__) if hasattr(annotation, "__metadata__") else None
+def _hint(place: list[str], keys: Sequence[str]) -> str:
+    """What may have been meant by an unknown key: the same name elsewhere, another tool's word for it, or a slip."""
+    *section, name = place
+    if name in NO_KEY:
+        return NO_KEY[name]
+    inside = ".".join([*section, ""])
+    known = [key.removeprefix(inside) for key in keys if key.startswith(inside) and "." not in key[len(inside) :]]
+    wanted = SYNONYMS.get(name, name)
+    if (last := wanted.rpartition(".")[2]) in known:
+        return f"did you mean {last!r}?"
+    ends = (".".join(["", *place]), f".{wanted}")  # the whole of what was written counts for more than its last part
+    there = next((found for end in ends if (found := [key for key in keys if f".{key}".endswith(end)])), [])
+    inner = [key for key in there if key.startswith(inside)]
+    near = inner or there or difflib.get_close_matches(name, known, n=1)
+    shown = [repr(key) for key in near[:ELSEWHERE_SHOWN]]
+    return f"did you mean {' or '.join(shown)}?" if near else f"known here: {', '.join(known)}"

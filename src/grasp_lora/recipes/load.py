@@ -1,7 +1,8 @@
 """From a file or a built-in name to a recipe: read, overridden, checked."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from grasp_lora.storage.reading import RefusedError, is_file, read_bounded
 from grasp_lora.text.display import CONTROLS, SURROGATES, escaped, quoted
 from grasp_lora.text.names import beside, imported, is_import_path
 
+Overrides = Mapping[str, Any] | Sequence[str]
+
 MOST_WHOLE = 10**9  # of any whole number but a seed
 MOST_SEED = 2**63 - 1
 MOST_OF = {"rank": 16_384, "candidates": 1_024}  # what would be allocated or tried at once
@@ -27,12 +30,12 @@ NAMES_CODE = ("controller.preset", "controller.policy.kind", "controller.rule", 
 _FREE_TEXTS = ("data.prompt", "data.completion", "generation.stop")  # which may hold any characters, and many
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, allow_code: bool = False) -> tuple[Recipe, Path]:
+def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bool = False) -> tuple[Recipe, Path]:
     """Read a recipe by file or built-in name and apply overrides.
 
     Args:
         recipe: path of a YAML file, or a name of `builtin_recipes()`.
-        overrides: `a.b=value`, the value read as YAML.
+        overrides: changes, such as `["data.root=data"]`, each value read as YAML, or `{"data.root": "data"}`.
         allow_code: whether the recipe may name code (`package.module:name`), which is imported: policies, rules, scores and
             metrics of your own, installed, on PYTHONPATH, or in a file beside the recipe.
 
@@ -59,7 +62,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = (), *, allow_code
     content = parse(text, name)
     if not isinstance(content, dict):
         raise RecipeError(f"{name} must hold keys and values, such as 'name: my-recipe'")
-    for override in overrides:
+    for override in _texts(overrides):
         _apply(content, override)
     _import_code(content, name, base, allow_code)
     return validate(content, escaped(str(recipe))), base
@@ -162,6 +165,19 @@ def _text_problem(text: str, free: bool) -> str | None:
     if max(len(part.encode()) for part in text.split("/")) > MOST_PART:
         return f"holds a name of more than {MOST_PART} bytes, which no file can have"
     return None
+
+
+def _texts(overrides: Overrides) -> list[str]:
+    """Overrides as `a.b=value`."""
+    if isinstance(overrides, str):
+        raise RecipeError(f"overrides is the text {quoted(overrides)}; give a list, or a mapping from keys to values")
+    if not isinstance(overrides, Mapping):
+        return [str(override) for override in overrides]
+    # Whatever writes itself as a text, a path for one, is meant as that text.
+    return [
+        f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+        for key, value in overrides.items()
+    ]
 
 
 def _apply(content: dict[str, Any], override: str) -> None:

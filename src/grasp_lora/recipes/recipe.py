@@ -74,6 +74,13 @@ Policy = Annotated[
 ]
 
 
+Texts = Annotated[  # a single text stands for a list of one
+    tuple[str, ...],
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}}),
+]
+
+
 def from_preset(stage: dict[str, Any], dev: bool) -> dict[str, Any]:
     """The plain values of a controller: what the recipe gives, and for the rest what its preset has.
 
@@ -243,7 +250,7 @@ class Recipe(BaseModel):
         metrics: what the answers are judged by, names or `package.module:function` for one of your own; empty takes those of
             the task.
         bertscore: models of the metric `bertscore`.
-        report_to: trackers of transformers, such as `tensorboard`; none by default.
+        report_to: trackers of transformers, such as `tensorboard`, one or a list; none by default.
         save_every: optimizer steps between checkpoints, >= 1; None for an epoch or a tenth of a training, the shorter one.
     """
 
@@ -263,7 +270,7 @@ class Recipe(BaseModel):
     generation: GenerationSettings = GenerationSettings()
     metrics: tuple[str, ...] = ()
     bertscore: BertScoreSettings = BertScoreSettings()
-    report_to: tuple[str, ...] = ()
+    report_to: Texts = ()
     save_every: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="before")
