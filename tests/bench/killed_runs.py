@@ -25,7 +25,11 @@ from typing import Any
 
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 # What takes time or says when, and so differs between two runs that do the same.
-TIMED = {"run.json", "cost.json", "report.html", "report.md", "controller/timings.jsonl"}
+TIMED = {
+    "run.json", "cost.json", "report.html", "report.md", "controller/timings.jsonl", "timings.jsonl", "compare/compare.md",
+    "compare/report.html",
+}  # fmt: skip
+BUT_FOR_SECONDS = {"compare/compare.json", "sweep/sweep.json"}
 KEY = re.compile(r"[0-9a-f]{16}")  # of a step, which depends on the recipe
 
 
@@ -54,15 +58,21 @@ class Attempt:
 def load_everything() -> None:
     """Import what a run needs, without starting a thread: only then is a fork safe."""
     import datasets  # noqa: F401
+    import optuna  # noqa: F401
     import rouge_score.rouge_scorer  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
     import trl  # noqa: F401
 
+    import grasp_lora.bench.compare
     import grasp_lora.bench.run
+    import grasp_lora.bench.search
+    import grasp_lora.bench.single
     import grasp_lora.cli
     import grasp_lora.cli.progress
+    import grasp_lora.models.export
     import grasp_lora.models.generation
+    import grasp_lora.recipes.starter
     import grasp_lora.training.finetune  # noqa: F401
 
     torch.set_num_threads(1)
@@ -124,7 +134,10 @@ def contents(folder: Path) -> dict[str, str]:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
         timed = name in TIMED or name.startswith("store/records/")
-        found[name] = "" if timed else hashlib.sha256(file.read_bytes()).hexdigest()
+        content = file.read_bytes()
+        if name in BUT_FOR_SECONDS:
+            content = re.sub(rb'"[a-z_]*seconds[a-z_]*": [-0-9.e]+', b"", content)
+        found[name] = "" if timed else hashlib.sha256(content).hexdigest()
     return found
 
 
