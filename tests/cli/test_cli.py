@@ -371,7 +371,9 @@ def test_options_of_compare_begin_as_its_settings_do() -> None:
 
 
 def test_recipes_lists_all_and_prints_one(cli: Cli, tmp_path: Path) -> None:
-    assert output(cli("recipes")).split() == builtin_recipes()
+    listed = dict(line.split(maxsplit=1) for line in output(cli("recipes")).splitlines())
+    assert list(listed) == builtin_recipes()
+    assert "Arabic questions" in listed["mlqa-ar"]
     file = tmp_path / "mine.yaml"
     file.write_text(output(cli("recipes", "mlqa-ar")), encoding="utf-8")
     assert load_recipe(file)[0] == load_recipe("mlqa-ar")[0]

@@ -14,12 +14,15 @@ from grasp_lora.recipes.builtin import SCHEMA_FILE, builtin_recipes, builtin_tex
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this one, as a file to begin with.")] = None,
 ) -> None:
-    """List the built-in recipes, or print one."""
+    """List the built-in recipes with a line each, or print one."""
     if name is not None:
         sys.stdout.write(builtin_text(name))
         return
-    for one in builtin_recipes():
-        console.print(one, highlight=False)
+    names = builtin_recipes()
+    width = max(map(len, names))
+    for one in names:
+        about = builtin_text(one).splitlines()[1].removeprefix("# ")  # the first line names the schema
+        console.print(f"{one:<{width}}  {about}", markup=False, highlight=False, soft_wrap=True)
 
 
 def schema() -> None:
