@@ -195,6 +195,8 @@ class TestFiles:
         learned = read(reference_run / "controller/ratio.json")
         assert metrics["prune_ratio"] == learned["prune_ratio"]
         assert metrics["prune_ratio_interval"] == [learned["low"], learned["high"]]
+        assert metrics["nothing_learned_about_ratio"] is (learned["high"] - learned["low"] >= 0.75 * (0.8 - 0.1))
+        assert metrics["best_step"] == record(reference_run, "final*")["best_step"]
         cost = read(reference_run / "cost.json")
         assert set(cost) == set(STAGES)
         assert all(seconds >= 0 for seconds in cost.values())

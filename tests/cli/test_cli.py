@@ -423,6 +423,46 @@ def test_steps_work_one_by_one(cli: Cli, workspace: Path) -> None:
     assert call("predict", "tuned", *prompts, "--backbone", "tiny-llama", "--max-new-tokens", "3").count("\n") == 2
 
 
+@pytest.mark.parametrize(
+    ("rule", "changes"),
+    [("smooth_fit", "controller.training.learning_rate=1e-30"), ("surrogate", "data.target.micro_dev=1")],
+    ids=["flat probes", "one example"],
+)
+def test_where_probes_say_nothing_learn_says_so(cli: Cli, workspace: Path, rule: str, changes: str) -> None:
+    settings = ("-s", f"controller.rule={rule}", "-s", changes)
+    said = output(cli("learn", "tiny.yaml", "-a", "adapter", "-o", "learned", *settings))
+    assert "nothing was learned about the prune ratio (95 % interval 10.0% to 80.0%); " in said
+    ratio = json.loads((workspace / "learned/ratio.json").read_text())
+    assert (ratio["low"], ratio["high"]) == (0.1, 0.8)
+
+
+def test_a_run_that_learned_nothing_and_kept_no_step_says_both(
+    cli: Cli, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import grasp_lora.training.probes as probing
+
+    measure = probing.example_losses
+
+    def flat(model: torch.nn.Module, batch: dict[str, Any], **options: object) -> torch.Tensor:
+        losses = measure(model, batch, **options)
+        return losses if torch.is_grad_enabled() else torch.ones_like(losses)
+
+    records = finished_run / "store" / "records"
+    for file in (finished_run / "metrics.json", *records.glob("controller*"), *records.glob("final*")):
+        file.unlink()
+    monkeypatch.setattr(probing, "example_losses", flat)
+    said = output(cli("run", "tiny.yaml", "-o", finished_run))
+    assert "nothing was learned about the prune ratio (95 % interval 10.0% to 80.0%); " in said
+    assert "no step lowered the dev loss, so the fine-tuning was discarded (best step 0)" in said
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    assert (metrics["nothing_learned_about_ratio"], metrics["best_step"]) == (True, 0)
+    for name in ("report.html", "report.md", "adapter/README.md"):
+        text = (finished_run / name).read_text().replace("\u00a0", " ")
+        assert "Nothing was learned about the prune ratio (95 % interval 10 to 80 %); " in text
+        assert "the fine-tuning was discarded (best step 0)" in text
+        assert "Prune 2" not in text
+
+
 def test_adapters_of_the_same_name_stay_apart(cli: Cli, tiny_workspace: Path, adapters: Path) -> None:
     for parent in "ab":
         shutil.copytree(adapters / "adapter", tiny_workspace / parent / "adapter")

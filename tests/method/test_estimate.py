@@ -145,10 +145,10 @@ def test_one_round_is_enough(candidates: int) -> None:
         assert estimate.rounds == 1
 
 
-def test_candidates_that_all_coincide_give_that_ratio() -> None:
+def test_candidates_that_all_coincide_give_that_ratio_and_nothing_is_learned() -> None:
     rounds = [Round(0.4, (0.4, 0.4), (1.0, 2.0), ((1.1, 2.0), (0.9, 2.1)))] * 3
     estimate = smooth_fit(rounds, LOW, HIGH)
-    assert (estimate.low, estimate.ratio, estimate.high) == (0.4, 0.4, 0.4)
+    assert (estimate.low, estimate.ratio, estimate.high) == (LOW, 0.4, HIGH)
 
 
 def test_a_single_micro_dev_example_is_enough() -> None:
@@ -261,9 +261,49 @@ def test_best_reward_takes_the_luckiest_probe() -> None:
 
 
 def test_best_reward_interval_is_a_point_when_every_round_agrees() -> None:
-    rounds = [Round(0.4, (0.3, 0.6), (1.0,), ((2.0,), (0.5 - i / 10,))) for i in range(4)]
+    rounds = [Round(0.4, (0.3, 0.6), (1.0,) * 2, ((2.0,) * 2, (0.5 - i / 10,) * 2)) for i in range(4)]
     estimate = best_reward(rounds, LOW, HIGH)
     assert (estimate.low, estimate.ratio, estimate.high) == (0.6, 0.6, 0.6)
+    assert not estimate.nothing_learned
+    alone = best_reward(rounds[:1], LOW, HIGH)  # agrees with nothing
+    assert (alone.low, alone.ratio, alone.high) == (LOW, 0.6, HIGH)
+
+
+# --- nothing was learned ---------------------------------------------------------------------------------------------
+
+
+def rounding(ratio: float) -> float:
+    return 1e-8 * math.sin(1000 * ratio)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+@pytest.mark.parametrize(
+    "rounds",
+    [history(lambda _: 0.0, 5, noise=0.0), history(rounding, 5, noise=0.0), history(quadratic, 20, examples=1)],
+    ids=["equal losses", "rounding", "one example"],
+)
+def test_losses_that_say_nothing_leave_the_whole_range_open(rule: Rule, rounds: list[Round]) -> None:
+    estimate, quick = rule(rounds, LOW, HIGH), rule(rounds, LOW, HIGH, interval=False)
+    assert (estimate.low, estimate.high) == (LOW, HIGH)
+    assert estimate.ratio == quick.ratio
+    assert estimate.nothing_learned
+    assert estimate.summary.startswith("nothing was learned about the prune ratio (95 % interval 10.0% to 80.0%); ")
+
+
+@pytest.mark.parametrize("rule", [RULES["surrogate"], smooth_fit], ids=["surrogate", "smooth_fit"])
+def test_noise_leaves_most_of_the_range_open_and_a_valley_does_not(rule: Rule) -> None:
+    def times(curve: Curve) -> int:
+        return sum(rule(history(curve, 5, noise=0.03, seed=seed), LOW, HIGH).nothing_learned for seed in range(6))
+
+    assert times(lambda _: 0.0) >= 4
+    assert times(lambda ratio: 3 * quadratic(ratio)) == 0
+
+
+@pytest.mark.parametrize(("high", "nothing", "wide"), [(0.49, False, False), (0.7, False, True), (0.74, True, True)])
+def test_most_of_the_range_is_three_quarters_of_what_was_searched(high: float, nothing: bool, wide: bool) -> None:
+    estimate = of(0.4, 0.2, high)(history(quadratic, 2), LOW, HIGH)
+    assert (estimate.nothing_learned, estimate.wide) == (nothing, wide)
+    assert not of(0.4, 0.2, high)(history(quadratic, 2), 0.0, 1.0).nothing_learned
 
 
 # --- the conformance suite -------------------------------------------------------------------------------------------

@@ -402,6 +402,23 @@ def test_a_wide_interval_is_called_wide(run_folder: Path, high: float, wide: boo
     assert all(("do not settle the ratio" in text) is wide for text in texts(run_folder))
 
 
+def test_an_interval_as_wide_as_the_range_is_no_recommendation(run_folder: Path) -> None:
+    change(run_folder / "controller" / "ratio.json", lambda ratio: ratio.update(low=0.1, high=0.79))
+    for text in (*texts(run_folder), card(run_folder)):
+        assert "Nothing was learned about the prune ratio (95 % interval 10 to 79 %); 46 % was taken. Test F1" in text
+        assert "Prune 46 %" not in text
+    for text in texts(run_folder):
+        assert "Nothing was learned about the ratio: the interval leaves most of the searched range open." in text
+    assert "95 % interval 10.0 % to 79.0 %: nothing was learned about the ratio\n" in card(run_folder)
+
+
+@pytest.mark.parametrize("step", [0, 3, None])
+def test_a_final_run_that_kept_no_step_says_that_it_was_discarded(run_folder: Path, step: int | None) -> None:
+    change(run_folder / "metrics.json", lambda metrics: metrics.update(best_step=step))
+    for text in (*texts(run_folder), card(run_folder)):
+        assert ("the fine-tuning was discarded (best step 0)" in text) is (step == 0)
+
+
 def test_predictions_stand_in_the_page_only(run_folder: Path) -> None:
     # Data sets' licences may forbid to share their texts: the Markdown report can be shared.
     answer = {"prediction": "قبل ست سنوات", "references": ["قبل سنوات"]}

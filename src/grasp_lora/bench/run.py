@@ -163,9 +163,9 @@ class _Run:
             measured = {name: bench.measured(system) for name, system in systems.items()}
             on_first_process(partial(self._write_answers, measured))
             facts |= {"test_loss": measured["grasp"].test_loss, **measured["grasp"].values}
-        on_first_process(
-            partial(self._write_metrics, measured, ratio, learned)
-        )  # last of all: with them the run is finished
+        best_step = final.records[-1].result["best_step"]
+        # Last of all: with them the run is finished.
+        on_first_process(partial(self._write_metrics, measured, ratio, learned, best_step))
 
     def _prepare(self) -> None:
         """Load and check everything, become the folder's only writer, and begin."""
@@ -251,7 +251,9 @@ class _Run:
         for name, one in measured.items():
             write_jsonl(predictions_file(self.folder, name), one.rows(self.session.splits.test))
 
-    def _write_metrics(self, measured: Mapping[str, Measured], ratio: float, learned: Learned | None) -> None:
+    def _write_metrics(
+        self, measured: Mapping[str, Measured], ratio: float, learned: Learned | None, best_step: int
+    ) -> None:
         metrics = Metrics(
             systems={
                 name: SystemScores(dev_loss=one.dev_loss, test_loss=one.test_loss, metrics=one.values)
@@ -259,6 +261,8 @@ class _Run:
             },
             prune_ratio=ratio,
             prune_ratio_interval=None if learned is None else (learned.estimate.low, learned.estimate.high),
+            nothing_learned_about_ratio=learned is not None and learned.estimate.nothing_learned,
+            best_step=best_step,
             signatures=measured["grasp"].signatures,
             test_examples=len(self.session.splits.test),
             language=self.session.language,

@@ -35,6 +35,9 @@ RATIO_FILE = "ratio.json"
 SPARSITY_FILE = "sparsity.json"
 CARD_FILE = "README.md"  # beside the adapter
 
+# Where `best_step` is 0.
+DISCARDED = "no step lowered the dev loss, so the fine-tuning was discarded (best step 0)"
+
 Loss = Annotated[float, AllowInfNan(True)]  # a run that diverged deserves a report, too
 
 
@@ -150,6 +153,7 @@ class LearnedRatio(Shape):
     confidence: float
     curve: Curve = Curve()
     last_committed_ratio: float | None = None
+    bounds: tuple[float, float] = (0.0, 1.0)  # runs of older versions do not say
 
     @classmethod
     def of(cls, estimate: RatioEstimate, last_committed: float | None) -> Self:
@@ -164,13 +168,16 @@ class LearnedRatio(Shape):
             confidence=estimate.confidence,
             curve=Curve(ratios=ratios, mean=mean, low=low, high=high),
             last_committed_ratio=last_committed,
+            bounds=estimate.bounds,
         )
 
     @property
     def estimate(self) -> RatioEstimate:
         """The estimate that the file holds."""
         curve = tuple(zip(self.curve.ratios, self.curve.mean, self.curve.low, self.curve.high, strict=True))
-        return RatioEstimate(self.prune_ratio, self.low, self.high, self.rule, self.rounds, curve, self.confidence)
+        return RatioEstimate(
+            self.prune_ratio, self.low, self.high, self.rule, self.rounds, curve, self.confidence, self.bounds
+        )
 
 
 class HistoryRow(Shape):
@@ -210,11 +217,13 @@ class SystemScores(Shape):
 
 
 class Metrics(Shape):
-    """metrics.json; the interval is None where the ratio was given."""
+    """metrics.json; the interval is None where the ratio was given. `best_step` is that of the final run."""
 
     systems: dict[str, SystemScores]
     prune_ratio: float | None = None
     prune_ratio_interval: tuple[float, float] | None = None
+    nothing_learned_about_ratio: bool = False
+    best_step: int | None = None
     signatures: dict[str, str] = {}
     test_examples: int = Field(ge=0)
     language: str = ""

@@ -68,19 +68,16 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool) -> None:
     with loading():
         from grasp_lora import api
-        from grasp_lora.bench.run_folder import REPORT_FILE
+        from grasp_lora.bench.run_folder import DISCARDED, REPORT_FILE
         from grasp_lora.cli.progress import TerminalProgress
-        from grasp_lora.method.estimate import WIDE_INTERVAL
     with shown(TerminalProgress(console)) as progress:
         result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
     print_scores(result.metrics)
     ratio, given = result.ratio, result.metrics.prune_ratio_interval is None
-    learned = " (given)" if given else f" (95 % interval {ratio.low:.1%} to {ratio.high:.1%})"
-    console.print(f"prune ratio {ratio.ratio:.1%}{learned}", highlight=False)
-    if not given and ratio.high - ratio.low >= WIDE_INTERVAL:
-        console.print(
-            "[yellow]the interval is wide: these probes do not settle the ratio; the report says what narrows it[/yellow]",
-            soft_wrap=True,
-        )
+    say(f"prune ratio {ratio.ratio:.1%} (given)" if given else ratio.summary)
+    if ratio.wide:
+        say("these probes do not settle the ratio; the report says what narrows the interval", style="yellow")
+    if result.metrics.best_step == 0:
+        say(DISCARDED, style="yellow")
     say(f"adapter {result.adapter}   report {result.folder / REPORT_FILE}")
     leave()

@@ -36,10 +36,7 @@ def learn(
 
     log_to_terminal(verbose)
     estimate = learn_folder(session_of(recipe, overrides, allow_code), adapter, output)
-    say(
-        f"prune ratio {estimate.ratio:.4f} (95 % interval {estimate.low:.4f} to {estimate.high:.4f}, "
-        f"{estimate.rounds} rounds) -> {output}"
-    )
+    say(f"{estimate.summary}, {estimate.rounds} rounds, for finetune --ratio {estimate.ratio:.4f} -> {output}")
 
 
 def finetune(
@@ -52,12 +49,14 @@ def finetune(
     verbose: VerboseOption = False,
 ) -> None:
     """Prune a merged adapter at a given ratio and fine-tune it (the final run alone)."""
+    from grasp_lora.bench.run_folder import DISCARDED
     from grasp_lora.bench.single import finetune_folder
 
     log_to_terminal(verbose)
     result = finetune_folder(session_of(recipe, overrides, allow_code), adapter, ratio, output)
     loss = "" if result.dev_loss is None else f", dev loss {result.dev_loss:.4f}"
-    say(f"{result.steps} steps, best at step {result.best_step}{loss} -> {output}")
+    best = f"best at step {result.best_step}" if result.best_step else DISCARDED
+    say(f"{result.steps} steps, {best}{loss} -> {output}")
 
 
 def evaluate(

@@ -44,9 +44,9 @@ def shown(display: Display) -> Iterator[Display]:
         display.stop()
 
 
-def say(text: str) -> None:
+def say(text: str, style: str | None = None) -> None:
     """Print one line as it is."""
-    console.print(one_line(text), markup=False, highlight=False, soft_wrap=True)
+    console.print(one_line(text), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_error(message: str, style: str = "red") -> None:

@@ -4,20 +4,22 @@ Losses of different rounds are not comparable, since the network trains on betwe
 rule gets the rounds and the bounds and returns a `RatioEstimate`.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from grasp_lora.method.rounds import CONFIDENCE, RatioEstimate, Round
 
-WIDE_INTERVAL = 0.3  # from here on a reader is told that the probes did not settle the ratio
 _DEGREE = 3
 _GRID = 281
 _CURVE_POINTS = 40  # of the grid are reported, and one more
 RESAMPLES = 1000
 _RIDGE = 1e-6
+_TAILS = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
+_ROUNDING = 1e-6  # of a loss, in float32
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,41 @@ class Rule:
     ) -> RatioEstimate:
         """Return the learned ratio; without an interval both its ends are the ratio, which is faster.
 
+        Where the losses say nothing about the ratio, the interval is the whole range.
+
         Raises:
             ValueError: there are no rounds.
         """
         if not rounds:
             raise ValueError("no round was measured yet, so there is no learned ratio; tell at least one round")
-        return self.function(rounds, ratio_min, ratio_max, interval)
+        found = replace(self.function(rounds, ratio_min, ratio_max, interval), bounds=(ratio_min, ratio_max))
+        return replace(found, low=ratio_min, high=ratio_max) if interval and _say_nothing(rounds) else found
+
+
+def _say_nothing(rounds: Sequence[Round]) -> bool:
+    """Whether no loss changes with the ratio, or rounds have one example each: how far another is from it, none of them says."""
+    return len(rounds[0].common_losses[0]) == 1 or all(
+        math.isclose(loss, baseline, rel_tol=_ROUNDING)
+        for one in rounds
+        for ratio, losses in zip(one.candidates, one.candidate_losses, strict=True)
+        if ratio != one.current_ratio
+        for loss, baseline in zip(losses, one.common_losses[0], strict=True)
+    )
 
 
 def _best_reward(rounds: Sequence[Round], ratio_min: float, ratio_max: float, interval: bool) -> RatioEstimate:
     """Return the candidate with the best reward of the whole run.
 
-    The interval is that of the winner when the rounds are resampled: a wide one means that one lucky probe decided.
+    The interval is that of the winner when the rounds are resampled: a wide one means that one lucky probe decided. One round
+    cannot be resampled, so it leaves the whole range open.
     Paper: selection of p*.
     """
     winners = [(measured.rewards[measured.best], measured.candidates[measured.best]) for measured in rounds]
     ratio = min(max(max(winners, key=lambda winner: winner[0])[1], ratio_min), ratio_max)
     if not interval:
         return RatioEstimate(ratio, ratio, ratio, "best_reward", len(rounds))
+    if len(rounds) == 1:
+        return RatioEstimate(ratio, ratio_min, ratio_max, "best_reward", 1)
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(len(winners), (RESAMPLES, len(winners)), generator=generator)
     rewards = torch.tensor([reward for reward, _ in winners], dtype=torch.float64)
@@ -145,7 +164,7 @@ def settle(rule: str, grid: Tensor, rounds: int, fitted: Tensor, resampled: Tens
     low, high = interval_of(grid[resampled.argmin(1)])
     reference = fitted - fitted[lowest]
     anchored = resampled - resampled[:, lowest][:, None]
-    bounds = torch.quantile(anchored, torch.tensor(_tails(), dtype=torch.float64), dim=0)
+    bounds = torch.quantile(anchored, _TAILS, dim=0)
     curve = tuple(
         (float(grid[i]), float(reference[i]), float(bounds[0, i]), float(bounds[1, i]))
         for i in range(0, len(grid), max(1, (len(grid) - 1) // _CURVE_POINTS))
@@ -161,11 +180,7 @@ def resample(size: int, generator: torch.Generator) -> Tensor:
     return torch.zeros(RESAMPLES, size, dtype=torch.float64).scatter_add_(1, picks, ones)
 
 
-def _tails() -> tuple[float, float]:
-    return (1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2
-
-
 def interval_of(values: Tensor) -> tuple[float, float]:
     """Return the bounds between which `CONFIDENCE` of the values lie."""
-    low, high = torch.quantile(values, torch.tensor(_tails(), dtype=torch.float64)).tolist()
+    low, high = torch.quantile(values, _TAILS).tolist()
     return low, high

@@ -6,6 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CONFIDENCE = 0.95
+WIDE_INTERVAL = 0.3  # from here on a reader is told that the probes did not settle the ratio
+# From this share of the searched range on nothing was learned. Losses of nothing but noise leave as much open in 8 to 10 of 10
+# runs by `surrogate` and `smooth_fit`, those of a clear valley hardly ever (`docs/lab/log.md`).
+OPEN_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class RatioEstimate:
         curve: for each ratio of a grid the fitted loss relative to its minimum, with bounds: tuples
             (ratio, fitted, low, high); empty where the rule fits nothing.
         confidence: of the interval.
+        bounds: of the ratios that were searched.
     """
 
     ratio: float
@@ -105,6 +110,25 @@ class RatioEstimate:
     rounds: int
     curve: tuple[tuple[float, float, float, float], ...] = field(default=(), repr=False)
     confidence: float = field(default=CONFIDENCE, repr=False)
+    bounds: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def nothing_learned(self) -> bool:
+        """Whether the interval covers most of the searched range: the probes do not tell one ratio from another."""
+        return self.high - self.low >= OPEN_SHARE * (self.bounds[1] - self.bounds[0])
+
+    @property
+    def wide(self) -> bool:
+        """Whether the interval leaves the ratio unsettled."""
+        return self.nothing_learned or self.high - self.low >= WIDE_INTERVAL
+
+    @property
+    def summary(self) -> str:
+        """What was learned, in one line for people."""
+        interval = f"{100 * self.confidence:.0f} % interval {self.low:.1%} to {self.high:.1%}"
+        if self.nothing_learned:
+            return f"nothing was learned about the prune ratio ({interval}); {self.ratio:.1%} was taken"
+        return f"prune ratio {self.ratio:.1%} ({interval})"
 
 
 def mean(losses: tuple[float, ...]) -> float:

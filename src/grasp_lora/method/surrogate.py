@@ -24,6 +24,7 @@ _CHANGE = 0.5  # share of the curve's variance that changes with time
 _HIGHEST = 0.99  # where -ln(1 - p) ends
 _LEAST = 1e-12
 _JITTER = 1e-6  # of the curve's variance
+_Points = tuple[Tensor, Tensor]  # places and times
 
 
 def _lowest(rounds: Sequence[Round], ratio_min: float, ratio_max: float, interval: bool) -> RatioEstimate:
@@ -127,27 +128,25 @@ class Surrogate:
 
     def _fit(self, values: Tensor) -> None:
         """Choose lengths, scale and noise, and prepare what is read off."""
-        best = (-torch.inf, 0.0, 0.0, 0.0)
+        best, probes = (-torch.inf, 0.0, 0.0, 0.0), (self._places, self._times)
         same = (self._number[:, None] == self._number).double()
         trend = self._level * (_near(self._times, self._times, _TIME_LENGTH) + 0.1 * same)
         for length, scale, noise in itertools.product(_LENGTHS, _SCALES, _NOISES):
-            kernel = trend + self._curve(self._places, self._times, length, scale)
+            kernel = trend + self._curve(probes, probes, length, scale)
             root = _root(kernel + self._noise(noise))
             white = torch.linalg.solve_triangular(root, values[:, None], upper=False)
             likelihood = -float(white.square().sum()) / 2 - float(root.diagonal().log().sum())
             best = max(best, (likelihood, length, scale, noise))
         _, length, scale, noise = best
-        kernel = trend + self._curve(self._places, self._times, length, scale) + self._noise(noise)
+        kernel = trend + self._curve(probes, probes, length, scale) + self._noise(noise)
         root = _root(kernel)
         times = torch.linspace(0, 1, TIMES, dtype=torch.float64).repeat_interleave(RATIOS)
-        places = _place(self.grid).repeat(TIMES)
-        cross = self._level * _near(times, self._times, _TIME_LENGTH)
-        cross = cross + self._curve(places, times, length, scale, self._places, self._times)
+        read = _place(self.grid).repeat(TIMES), times
+        curve = self._curve(read, probes, length, scale)
+        cross = self._level * _near(times, self._times, _TIME_LENGTH) + curve
         self._gain = torch.cholesky_solve(cross.T, root).T  # [times * ratios, probes]
         # The level is common to all ratios, so its own uncertainty is left out of the draws.
-        own = self._curve(places, times, length, scale)
-        probed = self._curve(places, times, length, scale, self._places, self._times)
-        rest = own - probed @ torch.cholesky_solve(probed.T, root)
+        rest = self._curve(read, read, length, scale) - curve @ torch.cholesky_solve(curve.T, root)
         # What is far from every probe is known to about this much of its variance.
         jitter = _JITTER * scale * self._within * torch.eye(len(rest), dtype=torch.float64)
         self._root = _root((rest + rest.T) / 2 + jitter)
@@ -155,18 +154,9 @@ class Surrogate:
     def _noise(self, noise: float) -> Tensor:
         return (noise * self._within + _LEAST) * torch.eye(len(self._places), dtype=torch.float64)
 
-    def _curve(
-        self,
-        places: Tensor,
-        times: Tensor,
-        length: float,
-        scale: float,
-        other_places: Tensor | None = None,
-        other_times: Tensor | None = None,
-    ) -> Tensor:
+    def _curve(self, first: _Points, second: _Points, length: float, scale: float) -> Tensor:
         """Covariance of curve and change."""
-        other_places = places if other_places is None else other_places
-        other_times = times if other_times is None else other_times
+        (places, times), (other_places, other_times) = first, second
         change = _near(times, other_times, _TIME_LENGTH)
         return scale * self._within * _near(places, other_places, length) * (1 - _CHANGE + _CHANGE * change)
 

@@ -12,8 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.bench.run_folder import REPORT_FILE, REPORT_TABLES_FILE
-from grasp_lora.method.estimate import WIDE_INTERVAL
+from grasp_lora.bench.run_folder import DISCARDED, REPORT_FILE, REPORT_TABLES_FILE
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.method.schedule import PROBE_SPLITS
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
@@ -45,6 +44,11 @@ LANGUAGES = {
     "id": "Indonesian", "ja": "Japanese", "ru": "Russian", "sw": "Swahili", "tr": "Turkish", "vi": "Vietnamese",
     "zh": "Chinese",
 }  # fmt: skip
+COVERED = {  # by the interval of each rule
+    "best_reward": "the choice of rounds only, not chance within a round",
+    "smooth_fit": "the choice of probed examples and rounds, not the shape of the fitted curve",
+    "surrogate": "the choice of probed examples and what the surface leaves open between probes, not how smooth it is",
+}
 EXAMPLES_SHOWN = 8
 CHARACTERS_SHOWN = 1000
 PAPER = "https://arxiv.org/abs/2601.06702"
@@ -95,6 +99,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
         "confidence": percent(learned.confidence) if learned else None,
         "interval_note": _interval_note(record),
+        "nothing_learned": learned is not None and learned.estimate.nothing_learned,
         "language": record.recipe.data.target.language,
         "languages": _languages(record),
         "sizes": _sizes(record),
@@ -145,7 +150,10 @@ def _headline(record: RunRecord, against: Against | None) -> str:
     elif learned is not None:
         span = f"{100 * learned.low:.0f} to {100 * learned.high:.0f} %".replace(" ", "\u00a0")
         interval = f"{percent(learned.confidence)} interval {span}"
-        sentences = [f"Prune {percent(learned.prune_ratio)} of the merged adapter ({interval})."]
+        ratio = percent(learned.prune_ratio)
+        sentences = [f"Prune {ratio} of the merged adapter ({interval})."]
+        if learned.estimate.nothing_learned:
+            sentences = [f"Nothing was learned about the prune ratio ({interval}); {ratio} was taken."]
     else:
         sentences = ["No prune ratio has been learned yet."]
     if against is not None:
@@ -163,13 +171,10 @@ def _interval_note(record: RunRecord) -> str:
     learned = record.learned
     if learned is None:
         return ""
-    covered = "the choice of probed examples and rounds, not the shape of the fitted curve"
-    if learned.rule == "best_reward":
-        covered = "the choice of rounds only"
-    elif learned.rule == "surrogate":
-        covered = "the choice of probed examples and what the surface leaves open between probes, not how smooth it is"
-    note = f"The interval covers {covered}."
-    if learned.high - learned.low >= WIDE_INTERVAL:
+    note = f"The interval covers {COVERED.get(learned.rule, COVERED['smooth_fit'])}."
+    if learned.estimate.nothing_learned:
+        note = f"Nothing was learned about the ratio: the interval leaves most of the searched range open. {note}"
+    if learned.estimate.wide:
         note += (
             " It is wide: these probes do not settle the ratio. More probed examples or more rounds narrow it, and"
             " runs with other seeds show how much the result depends on it."
@@ -197,9 +202,10 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 
 def _start(record: RunRecord) -> str:
     """What the final run began with."""
+    start = "a fresh merge"
     if record.recipe.final.start == "controller":
-        return "the controller run's own adapter, at its best round, with its mask held (single run)"
-    return "a fresh merge"
+        start = "the controller run's own adapter, at its best round, with its mask held (single run)"
+    return f"{start}; {DISCARDED}" if record.metrics and record.metrics.best_step == 0 else start
 
 
 def _sizes(record: RunRecord) -> str:
