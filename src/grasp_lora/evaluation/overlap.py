@@ -2,24 +2,17 @@
 
 import unicodedata
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_fractions
 from grasp_lora.text.characters import split_unspaced
 
 if TYPE_CHECKING:
+    from rouge_score.tokenizers import Tokenizer
     from torch import Tensor
 
 _ZERO_WIDTH_SPACE = "\u200b"
 _BLEU_TOKENIZERS = {"zh": "zh", "yue": "zh", "en": "13a"} | dict.fromkeys(("ja", "th", "lo", "my", "km"), "char")
-
-
-class Tokenizer(Protocol):
-    """What rouge-score splits texts with."""
-
-    def tokenize(self, text: str) -> list[str]:
-        """List the tokens of a text in their order."""
-        ...
 
 
 class UnicodeTokenizer:
@@ -71,7 +64,7 @@ def rouge(kind: str, outputs: Outputs) -> MetricScore:
     )
 
 
-def rouge_fractions(kind: str, outputs: Outputs, tokenizer: Tokenizer) -> list[float]:
+def rouge_fractions(kind: str, outputs: Outputs, tokenizer: "Tokenizer") -> list[float]:
     """The F-measure of each prediction against its best reference, in [0, 1], on the tokens of a tokenizer."""
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk: not at the top
 

@@ -18,10 +18,8 @@ _STEMMERS = {
     "ru": "russian", "sv": "swedish",
 }  # fmt: skip
 _SHORT = 3  # letters; a token of up to so many is not stemmed
-_LACKING = {
-    "bn": "no stemmer", "hi": "no stemmer", "ja": "no word segmenter", "my": "no word segmenter", "th": "no word segmenter",
-    "tr": "no stemmer",
-}  # fmt: skip
+# What the authors take further packages for.
+_LACKING = dict.fromkeys(("bn", "hi", "tr"), "no stemmer") | dict.fromkeys(("ja", "my", "th"), "no word segmenter")
 _IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002ceaf\U0002f800-\U0002fa1f]")
 
 
@@ -52,14 +50,17 @@ class XlsumTokenizer:
 
     def __init__(self, language: str) -> None:
         self.split = _jieba_cut() if language == "zh" else _runs
-        self.stem = _stemmer(_STEMMERS[language]) if language in _STEMMERS else None
+        self.stem: Callable[[str], str] = str
+        if language in _STEMMERS:
+            from nltk.stem import SnowballStemmer
+
+            self.stem = SnowballStemmer(_STEMMERS[language]).stem
 
     def tokenize(self, text: str) -> list[str]:
         """List the tokens of `text` in their order; the name is the one rouge-score calls."""
         tokens = self.split(" ".join("".join(map(_cleaned, text.lower())).split()))
-        if stem := self.stem:
-            tokens = [stem(token) if len(token) > _SHORT else token for token in tokens]
-        return [token for token in tokens if token]
+        stems = (self.stem(token) if len(token) > _SHORT else token for token in tokens)
+        return [token for token in stems if token]
 
 
 def xlsum_rouge(outputs: Outputs) -> MetricScore:
@@ -123,10 +124,3 @@ def _jieba_cut() -> Callable[[str], list[str]]:
     words.initialized = True
     cut: Callable[[str], list[str]] = words.lcut
     return cut
-
-
-def _stemmer(name: str) -> Callable[[str], str]:
-    from nltk.stem import SnowballStemmer
-
-    stem: Callable[[str], str] = SnowballStemmer(name).stem
-    return stem
