@@ -53,9 +53,7 @@ def main() -> None:
         return
     with ExitStack() as stack:
         servers = {how: stack.enter_context(server(how)) for how in (PASSIVE, DEFAULT)}
-        for ask in servers.values():  # both load at the same time
-            ask("")
-        for ask in servers.values():
+        for ask in servers.values():  # a turn that does not count; both load at the same time
             for work in WORKS:
                 ask(work)
         works: dict[str, Callable[[], list[float]]] = {}
@@ -86,10 +84,7 @@ def rows(times: dict[str, list[list[float]]]) -> list[Row]:
 
 @contextmanager
 def server(how: str) -> Iterator[Callable[[str], list[float]]]:
-    """Start a process that holds the model, and give a function from the name of a work to its wall and CPU seconds there.
-
-    The first call, of no work, is what starts it; the second waits until the model is loaded.
-    """
+    """Start a process that holds the model, and give a function from the name of a work to its wall and CPU seconds there."""
     environment = {name: value for name, value in os.environ.items() if name not in POLICY}
     if how == PASSIVE:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -103,8 +98,6 @@ def server(how: str) -> Iterator[Callable[[str], list[float]]]:
 
     def ask(work: str) -> list[float]:
         print(work, file=stdin, flush=True)
-        if not work:
-            return []
         line = stdout.readline()
         if not line:
             raise GraspError(f"the process that waits {how} ended with status {process.wait()}")
@@ -149,10 +142,9 @@ def serve(arguments: argparse.Namespace) -> None:
             "probe": probe,
         }
         for line in sys.stdin:
-            if work := line.strip():
-                started, used = time.perf_counter(), time.process_time()
-                works[work]()
-                print(time.perf_counter() - started, time.process_time() - used, flush=True)  # noqa: T201
+            started, used = time.perf_counter(), time.process_time()
+            works[line.strip()]()
+            print(time.perf_counter() - started, time.process_time() - used, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":

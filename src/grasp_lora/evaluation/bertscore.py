@@ -2,7 +2,6 @@
 
 import csv
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -140,7 +139,7 @@ def _load(language: str, place: str, num_layers: int | None, rescale: bool, base
     try:
         config = AutoConfig.from_pretrained(folder)
         layers = int(config.num_hidden_layers)
-        tuned = _by_name(model2layers, place)
+        tuned = model2layers.get(place, model2layers.get(Path(place).name))
         layer = num_layers or tuned or -(-3 * layers // 4)
         if layer > layers:
             raise RecipeError(f"bertscore.num_layers is {layer}, but {place} has {layers} layers")
@@ -179,11 +178,6 @@ def _find(place: str, base: Path, offline: bool) -> str:
         return str(snapshot_download(place, allow_patterns=patterns, local_files_only=offline))
     except (HFValidationError, OSError) as error:  # network, authorisation and missing repositories are OSErrors
         raise RecipeError(f"BERTScore model {place}: {not_there(error)}") from error
-
-
-def _by_name(table: Mapping[str, int], place: str) -> int | None:
-    """Look a model up by its hub id, or by the name of its folder."""
-    return table.get(place, table.get(Path(place).name))
 
 
 def _baseline(language: str, place: str, layer: int) -> float:
