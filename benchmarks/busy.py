@@ -1,7 +1,7 @@
 """What other work on the machine costs: answering, training steps and a probe beside one busy process, over their time alone.
 
     python benchmarks/busy.py demo-ar
-    python benchmarks/busy.py mlqa-ar --set data.root=FOLDER --pairs 3 --output busy.json
+    python benchmarks/busy.py mlqa-ar --set data.root=FOLDER --pairs 5 --output busy.json
 
 Two processes hold the same model: one lets its threads wait passively, as the command line does, and one as torch does where
 nothing says otherwise. All measurements take turns, every second turn backwards; ratios are taken within a turn, and the
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="demo-ar")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--pairs", type=int, default=4, help="turns of every measurement")
+    parser.add_argument("--pairs", type=int, default=3, help="turns of every measurement")
     parser.add_argument("--answers", type=int, default=12, help="test prompts to answer")
     parser.add_argument("--examples", type=int, default=6, help="training examples of the timed steps")
     parser.add_argument("--output", type=Path, help="write all times as JSON here")
