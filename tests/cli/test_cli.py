@@ -34,6 +34,7 @@ from grasp_lora.models.settings import LoraSettings
 from grasp_lora.recipes.builtin import builtin_recipes, schema_text
 from grasp_lora.recipes.load import load_recipe
 
+TORCH = Path(torch.__file__).parent
 COMMANDS = (
     "run", "demo", "check", "recipes", "init", "schema", "predict", "merge", "export", "learn", "finetune", "evaluate", "compare",
     "sweep", "report",
@@ -572,7 +573,7 @@ def test_a_run_says_how_its_adapter_answers(finished_run: Path) -> None:
     assert set(info["answers"]) == {"max_new_tokens", "stop", "chat_template"}
 
 
-def in_a_process(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def in_a_process(code: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run Python code that has `call`, the installed command with its exit status, in a process of its own."""
     call = (
         "import sys\nfrom grasp_lora.cli import main\n"
@@ -584,7 +585,7 @@ def in_a_process(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     }
     return subprocess.run(
         [sys.executable, "-c", call + code],
-        cwd=folder, env=kept | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
+        cwd=folder, env=kept | {"OMP_NUM_THREADS": "1"} | env, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
@@ -595,6 +596,36 @@ def test_where_there_is_no_terminal_a_mistake_is_one_line_and_a_run_is_quiet(tin
     assert re.fullmatch(r"error: [^\n]+'no\.jsonl' is missing[^\n]+\n", result.stderr), result.stderr
     assert len(result.stdout.splitlines()) < 25
     assert "\r" not in result.stdout
+
+
+@pytest.mark.skipif(not list(TORCH.glob("lib/libgomp*.so*")), reason="torch brings no GNU OpenMP here")
+@pytest.mark.parametrize(
+    ("code", "own", "spins"),
+    [
+        ("call('--version')", {}, "0"),
+        ("call('--version')", {"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"),
+        ("call('--version')", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("import grasp_lora", {}, "as without it"),
+    ],
+)
+def test_threads_wait_passively_under_the_command_line_unless_the_user_says_otherwise(
+    code: str, own: dict[str, str], spins: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)  # a command may have been called in this process
+    [library] = TORCH.glob("lib/libgomp*.so*")
+
+    def said(code: str) -> str:
+        """How often OpenMP looks before it sleeps, in its own words when it is loaded, as torch does when it is imported."""
+        loading = f"{code}\nimport ctypes\nctypes.CDLL({str(library)!r})"
+        found = re.search(
+            "GOMP_SPINCOUNT = '(.*)'", in_a_process(loading, tmp_path, OMP_DISPLAY_ENV="VERBOSE", **own).stderr
+        )
+        assert found
+        return found[1]
+
+    usual = said("pass")
+    assert usual != "0"
+    assert said(code) == (usual if spins == "as without it" else spins)
 
 
 def test_help_recipes_and_schema_need_no_torch(tmp_path: Path) -> None:

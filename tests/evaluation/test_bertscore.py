@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.evaluation.bertscore import BertScoreSettings, _load, check_bertscore
+from grasp_lora.evaluation.bertscore import BertScoreSettings, _load, lack_of_bertscore
 from grasp_lora.evaluation.metrics import MetricScore, resolve_metrics, score
 
 pytest.importorskip("bert_score", reason="needs the extra 'eval'")
@@ -112,7 +112,7 @@ def test_rescaling_agrees_with_bert_score_and_is_in_the_signature(encoder, tmp_p
 
 def test_without_a_baseline_rescaling_is_refused(encoder):
     with pytest.raises(RecipeError, match=r"no baseline for .*tiny-bert in 'ar'.*rescale is not possible"):
-        check_bertscore(BertScoreSettings({"ar": str(encoder)}, rescale=True), "ar")
+        lack_of_bertscore("ar", BertScoreSettings({"ar": str(encoder)}, rescale=True))
 
 
 @pytest.mark.parametrize("language", ["en", "ar", "zh", "de", "es", "hi", "vi"])
@@ -134,7 +134,7 @@ def test_without_a_model_it_is_unavailable_and_not_0():
     expected = MetricScore("bertscore", None, "unavailable:no model for ar", ())
     assert compute(None, ["x"], [["x"]], "ar") == expected
     assert compute(BertScoreSettings({"zh": "no/model"}), ["x"], [["x"]], "ar-EG") == expected
-    check_bertscore(BertScoreSettings({"zh": "no/model"}), "ar")
+    lack_of_bertscore("ar", BertScoreSettings({"zh": "no/model"}))
 
 
 @pytest.mark.parametrize(("asked", "used"), [(None, "3/4"), (1, "1/4"), (4, "4/4")])
@@ -166,7 +166,7 @@ def test_long_texts_are_cut_at_the_context(tmp_path, limit):
 
 def test_the_model_is_loaded_once(encoder, monkeypatch):
     settings = BertScoreSettings({"zh": str(encoder)})
-    check_bertscore(settings, "zh")
+    lack_of_bertscore("zh", settings)
     monkeypatch.setattr("bert_score.utils.get_model", None)
     assert compute(settings, ["x"], [["x"]]).value == 100
 
@@ -191,26 +191,26 @@ def test_global_random_state_is_not_touched(encoder):
 def test_a_model_that_cannot_be_used_is_an_error_of_one_line(encoder, changes, message):
     settings = BertScoreSettings(**({"models": {"zh": str(encoder)}} | changes))
     with pytest.raises(RecipeError, match=message) as caught:
-        check_bertscore(settings, "zh-CN", offline=True)
+        lack_of_bertscore("zh", settings, offline=True)
     assert "\n" not in str(caught.value)
 
 
 def test_an_empty_folder_is_an_error(tmp_path):
     with pytest.raises(RecipeError, match=r"BERTScore model .* cannot be loaded"):
-        check_bertscore(BertScoreSettings({"zh": str(tmp_path)}), "zh")
+        lack_of_bertscore("zh", BertScoreSettings({"zh": str(tmp_path)}))
 
 
 def test_a_path_that_bert_score_would_misread_is_refused(tmp_path):
     folder = save_encoder(tmp_path / "my-t5-tests")
     with pytest.raises(RecipeError, match="'t5' in it for a T5 model"):
-        check_bertscore(BertScoreSettings({"zh": str(folder)}), "zh")
+        lack_of_bertscore("zh", BertScoreSettings({"zh": str(folder)}))
 
 
 def test_without_bert_score_the_error_names_the_extra(encoder, monkeypatch):
     monkeypatch.setitem(sys.modules, "bert_score", None)
-    monkeypatch.setattr("grasp_lora.evaluation.bertscore.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'grasp-lora\[eval\]'"):
-        check_bertscore(BertScoreSettings({"zh": str(encoder)}), "zh")
+        lack_of_bertscore("zh", BertScoreSettings({"zh": str(encoder)}))
 
 
 @pytest.mark.parametrize(

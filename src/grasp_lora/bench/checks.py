@@ -6,7 +6,6 @@ from grasp_lora.bench.session import Session
 from grasp_lora.data.places import resolve_file
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import AdapterError, DataError, RecipeError
-from grasp_lora.evaluation.bertscore import check_bertscore
 from grasp_lora.method.merging import merge_rule
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.models.generation import context_of
@@ -24,8 +23,8 @@ def check(session: Session, *, parents: bool = True) -> None:
         GraspError: something does not fit; one line.
     """
     recipe = session.recipe
-    if "bertscore" in session.metrics:
-        check_bertscore(recipe.bertscore, session.language, base=session.base, offline=recipe.backbone.offline)
+    for metric in session.metrics.values():
+        metric.lacking(session.language)
     _check_trackers(recipe.report_to)
     if parents:
         _check_parents(session)

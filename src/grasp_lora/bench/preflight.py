@@ -10,7 +10,6 @@ from grasp_lora.data.encode import Example, Tally
 from grasp_lora.models.backbone import is_quantised
 from grasp_lora.recipes.recipe import ControllerStage, Recipe
 from grasp_lora.text.characters import split_unspaced
-from grasp_lora.text.languages import language_code
 from grasp_lora.training.loss import takes_label_positions
 
 FEW_ROUNDS = 10
@@ -109,9 +108,11 @@ def _doubtful(session: Session) -> list[Finding]:
             "break, or set data.prompt"
         )
         found.append(Finding("warning", "prompt", text))
-    if "bertscore" in session.metrics and language_code(session.language) not in recipe.bertscore.models:
-        text = f"bertscore has no model for {session.language}, so it will be unavailable; name one in bertscore.models"
-        found.append(Finding("warning", "metrics", text))
+    for name, metric in session.metrics.items():
+        if lacking := metric.lacking(session.language):
+            advice = "; name one in bertscore.models" if name == "bertscore" else ""
+            text = f"{name} has {lacking}, so it will be unavailable{advice}"
+            found.append(Finding("warning", "metrics", text))
     if recipe.source.adapters and recipe.data.source is not None:
         text = "source.adapters are given, so no source adapter is trained on data.source"
         found.append(Finding("warning", "source", text))

@@ -5,7 +5,6 @@ work is a step on record, so what trials share is done once. `sweep.json` holds 
 told of them, and its sampler takes a seed of the trial's own. So a sweep that was killed goes on to the same trials.
 """
 
-import importlib.util
 import json
 import os
 import time
@@ -32,6 +31,7 @@ from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import write_json, write_whole
 from grasp_lora.storage.folder import Workplace, working_in
 from grasp_lora.text.display import escaped
+from grasp_lora.text.names import needs
 
 TRIALS = 20
 BEST_FILE = "best.yaml"
@@ -163,8 +163,7 @@ def sweep(session: Session, folder: Path, settings: SweepSettings, progress: Pro
             sweep, cannot be written, or another process writes there; no trial could be finished. What is finished stays.
         Interrupted: SIGTERM or SIGINT came.
     """
-    if importlib.util.find_spec("optuna") is None:
-        raise RecipeError("a sweep needs optuna, which is not installed: pip install 'grasp-lora[sweep]'")
+    needs("a sweep", "optuna", "optuna", extra="sweep")
     check_place(folder)
     given = session.recipe
     # Trials are not scored, so that no metric has to be there.

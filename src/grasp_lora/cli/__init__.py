@@ -59,7 +59,7 @@ def _start(
 
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and exit status 2, a stop by a signal one line and 75."""
-    _quiet_libraries()
+    _set_up_libraries()
     try:
         sys.exit(app(prog_name="grasp-lora", standalone_mode=False))
     except UsageError as error:
@@ -87,8 +87,13 @@ def _what_arrived(error: Any) -> str:
     return f", got {errors()[0]['input']!r}" if errors else ""
 
 
-def _quiet_libraries() -> None:
-    """Ask the libraries for errors only; they read this when they are imported, so it comes before all of them."""
+def _set_up_libraries() -> None:
+    """Say how the libraries should behave; they read this when they are imported, so it comes before all of them.
+
+    What the user has set stays.
+    """
+    # OpenMP's threads else spin while they wait for each other, in vain where other work has one of the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not error_console.is_terminal:  # in a terminal a download of gigabytes should show that it moves

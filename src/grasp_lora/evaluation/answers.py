@@ -6,7 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 
-from grasp_lora.evaluation.outputs import MetricScore, Outputs, mean_percent, sign
+from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_fractions
 from grasp_lora.text.characters import INVISIBLE, split_unspaced
 
 # What MLQA counts as an article, as a pattern on text without punctuation; None: no articles. The Arabic one
@@ -82,9 +82,10 @@ def _answer_metric(name: str, outputs: Outputs, compare: Callable[[list[str], li
     for prediction, references in zip(outputs.predictions, outputs.references, strict=True):
         tokens = answer_tokens(prediction, code)
         fractions.append(max(compare(tokens, answer_tokens(reference, code)) for reference in references))
-    signature = sign(
-        nrefs=outputs.reference_count,
-        refs="best",
+    return score_of_fractions(
+        name,
+        outputs,
+        fractions,
         rules="mlqa_v1" if code in _ARTICLES else "mlqa_v1_other_language",
         lang=code,
         case="lc",
@@ -93,4 +94,3 @@ def _answer_metric(name: str, outputs: Outputs, compare: Callable[[list[str], li
         tok="mixed" if code == "zh" else "whitespace" if code in _ARTICLES else "whitespace+unspaced",
         unicode=unicodedata.unidata_version,
     )
-    return MetricScore(name, mean_percent(fractions), signature, tuple(100.0 * value for value in fractions))

@@ -1,24 +1,19 @@
 """BERTScore-F1, by bert-score, with a model of the language; where there is none it says so and never 0."""
 
 import csv
-import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import resources
 from importlib.metadata import version
-from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.evaluation.outputs import MetricScore, Outputs, sign
+from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_similarities
 from grasp_lora.storage.network import not_there
 from grasp_lora.text.languages import language_code
-
-_DECIMALS = 4  # of a percentage: what float32 leaves over batches of different shapes
+from grasp_lora.text.names import needs
 
 
 @dataclass(frozen=True)
@@ -67,43 +62,42 @@ class _Encoder:
     baseline: float | None
     device: str
 
+    def compare(self, predictions: list[str], references: list[str]) -> list[float]:
+        """F of each pair, a fraction."""
+        from bert_score.utils import bert_cos_score_idf
+
+        weights: dict[int, float] = defaultdict(lambda: 1.0)
+        weights[self.tokenizer.sep_token_id] = weights[self.tokenizer.cls_token_id] = 0.0
+        scores = bert_cos_score_idf(self.model, references, predictions, self.tokenizer, weights, device=self.device)
+        values: list[float] = scores[:, 2].tolist()
+        return values if self.baseline is None else [(f - self.baseline) / (1.0 - self.baseline) for f in values]
+
 
 def bertscore(
     outputs: Outputs, settings: BertScoreSettings | None = None, *, base: Path = Path(), offline: bool = False
 ) -> MetricScore:
     """Score the BERTScore-F1 of each prediction against its best reference, without idf weights.
 
-    Without a model for the language the value is None. A blank text scores 0, where bert-score fails. Texts longer than the
-    model's context are cut off.
+    A blank text scores 0, where bert-score fails. Texts longer than the model's context are cut off.
 
     Args:
-        outputs: what to score.
+        outputs: what to score, in a language that has a model.
         settings: the models; None: there are none.
         base: folder that relative folders start from.
         offline: use only models that are on this machine.
 
     Raises:
-        RecipeError: see `check_bertscore`.
+        RecipeError: see `lack_of_bertscore`.
 
     Source: Zhang et al. 2020; bert-score.
     """
     settings = settings or BertScoreSettings()
     code = outputs.language_code
-    if code not in settings.models:
-        return MetricScore("bertscore", None, sign(unavailable=f"no model for {code}"), ())
     encoder = _load(code, settings.models[code], settings.num_layers, settings.rescale, base, offline)
-    counts = [len(references) for references in outputs.references]
-    fractions = iter(
-        _similarities(
-            encoder,
-            [prediction for prediction, count in zip(outputs.predictions, counts, strict=True) for _ in range(count)],
-            [reference for references in outputs.references for reference in references],
-        )
-    )
-    best = [round(min(100.0, 100.0 * max(islice(fractions, count))), _DECIMALS) for count in counts]
-    signature = sign(
-        nrefs=outputs.reference_count,
-        refs="best",
+    return score_of_similarities(
+        "bertscore",
+        outputs,
+        encoder.compare,
         measure="f",
         model=settings.models[code],
         layer=encoder.layer,
@@ -113,53 +107,30 @@ def bertscore(
         bert_score=version("bert-score"),
         transformers=version("transformers"),
     )
-    return MetricScore("bertscore", sum(best) / len(best), signature, tuple(best))
 
 
-def check_bertscore(settings: BertScoreSettings, language: str, *, base: Path = Path(), offline: bool = False) -> None:
-    """Load the model for a language, if there is one, so that what does not fit shows before hours of training.
+def lack_of_bertscore(
+    language: str, settings: BertScoreSettings | None = None, *, base: Path = Path(), offline: bool = False
+) -> str | None:
+    """Say what a language lacks, or load its model, so that what does not fit shows before hours of training.
+
+    Args:
+        language: its code, see `language_code`.
+        settings, base, offline: see `bertscore`.
 
     Raises:
         RecipeError: bert-score is not installed, the model is missing or cannot be used, it has fewer layers than
             `num_layers`, or there is no baseline to rescale with.
     """
-    code = language_code(language)
-    if code in settings.models:
-        _load(code, settings.models[code], settings.num_layers, settings.rescale, base, offline)
-
-
-def _is_blank(text: str) -> bool:
-    return all(unicodedata.category(character)[0] in "CZ" for character in text)
-
-
-def _similarities(encoder: _Encoder, predictions: Sequence[str], references: Sequence[str]) -> list[float]:
-    """F of each pair, a fraction; 0 where either is blank."""
-    from bert_score.utils import bert_cos_score_idf
-
-    similarities = [0.0] * len(predictions)
-    pairs = zip(predictions, references, strict=True)
-    rows = [row for row, pair in enumerate(pairs) if not any(map(_is_blank, pair))]
-    if not rows:
-        return similarities
-    weights: dict[int, float] = defaultdict(lambda: 1.0)
-    weights[encoder.tokenizer.sep_token_id] = weights[encoder.tokenizer.cls_token_id] = 0.0
-    scores = bert_cos_score_idf(
-        encoder.model,
-        [references[row] for row in rows],
-        [predictions[row] for row in rows],
-        encoder.tokenizer,
-        weights,
-        device=encoder.device,
-    )
-    for row, value in zip(rows, scores[:, 2].tolist(), strict=True):
-        similarities[row] = value if encoder.baseline is None else (value - encoder.baseline) / (1.0 - encoder.baseline)
-    return similarities
+    if settings is None or language not in settings.models:
+        return f"no model for {language}"
+    _load(language, settings.models[language], settings.num_layers, settings.rescale, base, offline)
+    return None
 
 
 @lru_cache(maxsize=1)  # a comparison scores dozens of systems with the same model
 def _load(language: str, place: str, num_layers: int | None, rescale: bool, base: Path, offline: bool) -> _Encoder:
-    if find_spec("bert_score") is None:
-        raise RecipeError("BERTScore needs bert-score, which is not installed: pip install 'grasp-lora[eval]'")
+    needs("BERTScore", "bert_score", "bert-score", extra="eval")
     import torch
     from bert_score.utils import get_model, model2layers
     from transformers import AutoConfig, AutoTokenizer
@@ -168,7 +139,7 @@ def _load(language: str, place: str, num_layers: int | None, rescale: bool, base
     try:
         config = AutoConfig.from_pretrained(folder)
         layers = int(config.num_hidden_layers)
-        tuned = _by_name(model2layers, place)
+        tuned = model2layers.get(place, model2layers.get(Path(place).name))
         layer = num_layers or tuned or -(-3 * layers // 4)
         if layer > layers:
             raise RecipeError(f"bertscore.num_layers is {layer}, but {place} has {layers} layers")
@@ -207,11 +178,6 @@ def _find(place: str, base: Path, offline: bool) -> str:
         return str(snapshot_download(place, allow_patterns=patterns, local_files_only=offline))
     except (HFValidationError, OSError) as error:  # network, authorisation and missing repositories are OSErrors
         raise RecipeError(f"BERTScore model {place}: {not_there(error)}") from error
-
-
-def _by_name(table: Mapping[str, int], place: str) -> int | None:
-    """Look a model up by its hub id, or by the name of its folder."""
-    return table.get(place, table.get(Path(place).name))
 
 
 def _baseline(language: str, place: str, layer: int) -> float:

@@ -1,4 +1,4 @@
-"""What a prediction is worth: exact match, token F1, ROUGE, BLEU and BERTScore that hold for Arabic and Chinese, too.
+"""What a prediction is worth: exact match, token F1, ROUGE, BLEU and similarities that hold for Arabic and Chinese, too.
 
 Scores run from 0 to 100, and each comes with a signature: everything one needs to know to compute it again.
 """
@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.evaluation.answers import exact_match, token_f1
-from grasp_lora.evaluation.bertscore import BertScoreSettings, bertscore
-from grasp_lora.evaluation.outputs import MetricScore, Outputs
+from grasp_lora.evaluation.bertscore import BertScoreSettings, bertscore, lack_of_bertscore
+from grasp_lora.evaluation.outputs import MetricScore, Outputs, sign
 from grasp_lora.evaluation.overlap import bleu, bleu_from_statistics, rouge
+from grasp_lora.evaluation.similarity import lack_of_similarity, similarity
+from grasp_lora.evaluation.xlsum import lack_of_xlsum_rouge, xlsum_rouge
 from grasp_lora.text.display import quoted
+from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import imported
 
 if TYPE_CHECKING:
@@ -31,11 +34,18 @@ class Metric:
         summary: one line on what it is.
         from_statistics: for a score that is no mean over examples, a function from summed `MetricScore.statistics` [..., k] to
             scores [...]; the paired bootstrap needs it. None for a mean.
+        lack: for a metric that is not there for every language, a function from a code (see `language_code`) to what is lacking,
+            such as "no model for sw", or to None. It raises a RecipeError where something has to be installed first.
     """
 
     function: Callable[[Outputs], MetricScore]
     summary: str
     from_statistics: "Callable[[Tensor], Tensor] | None" = None
+    lack: Callable[[str], str | None] | None = None
+
+    def lacking(self, language: str) -> str | None:
+        """What a language lacks for this metric, or None; see `lack`."""
+        return self.lack(language_code(language)) if self.lack else None
 
 
 METRICS: dict[str, Metric] = {
@@ -45,7 +55,19 @@ METRICS: dict[str, Metric] = {
     "rouge2": Metric(partial(rouge, "rouge2"), "F-measure of shared pairs of words (Chinese: characters)"),
     "rougeL": Metric(partial(rouge, "rougeL"), "F-measure of the longest common subsequence of words"),
     "bleu": Metric(bleu, "BLEU-4 of the corpus, by sacrebleu", bleu_from_statistics),
-    "bertscore": Metric(bertscore, "BERTScore-F1: similarity of contextual embeddings; needs a model of the language"),
+    "rougeL_xlsum": Metric(
+        xlsum_rouge,
+        "ROUGE-L as published for XL-Sum: jieba words in Chinese, stems (extra `eval`)",
+        lack=lack_of_xlsum_rouge,
+    ),
+    "similarity": Metric(
+        similarity, "cosine of sentence embeddings, in 15 languages (extra `eval`)", lack=lack_of_similarity
+    ),
+    "bertscore": Metric(
+        bertscore,
+        "BERTScore-F1: similarity of contextual embeddings; needs a model of the language (extra `eval`)",
+        lack=lack_of_bertscore,
+    ),
 }
 
 
@@ -91,7 +113,8 @@ def resolve_metrics(
     known = METRICS
     if settings is not None:
         function = partial(bertscore, settings=settings, base=base, offline=offline)
-        known = METRICS | {"bertscore": replace(METRICS["bertscore"], function=function)}
+        lack = partial(lack_of_bertscore, settings=settings, base=base, offline=offline)
+        known = METRICS | {"bertscore": replace(METRICS["bertscore"], function=function, lack=lack)}
     return {name: known[name] if name in known else _imported(name) for name in names}
 
 
@@ -109,6 +132,8 @@ def _imported(name: str) -> Metric:
 
 def _compute(name: str, metric: Metric, outputs: Outputs) -> MetricScore:
     """Compute a metric; one of the user's own is checked, since tables and statistics build on its score."""
+    if lacking := metric.lacking(outputs.language):
+        return MetricScore(name, None, sign(unavailable=lacking), ())
     result = metric.function(outputs)
     if name in METRICS:
         return result

@@ -1,10 +1,14 @@
 """What metrics take and give: `Outputs` of a model, and a `MetricScore`."""
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from grasp_lora.errors import DataError
 from grasp_lora.text.languages import language_code
+
+_DECIMALS = 4  # of a percentage: what float32 leaves over batches of different shapes
 
 
 @dataclass(frozen=True)
@@ -13,7 +17,8 @@ class MetricScore:
 
     Args:
         name: the metric, a key of `resolve_metrics`.
-        value: the score of the whole set, higher is better: 0 to 100, save for a rescaled BERTScore and metrics of a user's own.
+        value: the score of the whole set, higher is better: 0 to 100, save for similarities (down to -100, a rescaled BERTScore
+            lower) and metrics of a user's own.
             None where the metric is not available here; the signature then says why.
         signature: how it was computed, as `key:value` pairs between bars.
         per_example: one score per output, in their order; empty where `value` is None. `value` is their mean, except for BLEU,
@@ -83,11 +88,44 @@ def sign(**parts: str) -> str:
     return "|".join(f"{key}:{value}" for key, value in parts.items())
 
 
-def mean_percent(fractions: Sequence[float]) -> float:
-    """Return the mean of at least one fraction as a percentage, rounded as the official MLQA script rounds it."""
+def score_of_fractions(name: str, outputs: Outputs, fractions: Sequence[float], **parts: str) -> MetricScore:
+    """Score the mean of one fraction an output, each that of its best reference; `parts` end the signature.
+
+    The mean is rounded as the official MLQA script rounds it.
+    """
     # Added up one by one and divided last: sum() rounds differently from Python 3.12 on, and the value has to agree to
     # the last bit.
     total = 0.0
     for value in fractions:
         total += value
-    return 100.0 * total / len(fractions)
+    per_example = tuple(100.0 * value for value in fractions)
+    return MetricScore(name, 100.0 * total / len(fractions), _best_of(outputs, parts), per_example)
+
+
+def score_of_similarities(
+    name: str, outputs: Outputs, compare: Callable[[list[str], list[str]], Sequence[float]], **parts: str
+) -> MetricScore:
+    """Score the mean similarity of each prediction to its best reference; `parts` end the signature.
+
+    Args:
+        compare: from texts and as many others to the similarity of each pair, at most 1; it gets no blank texts, which score 0.
+    """
+    counts = [len(references) for references in outputs.references]
+    predictions = [text for text, count in zip(outputs.predictions, counts, strict=True) for _ in range(count)]
+    pairs = list(zip(predictions, (text for texts in outputs.references for text in texts), strict=True))
+    similarities = [0.0] * len(pairs)
+    if rows := [row for row, pair in enumerate(pairs) if not any(map(_is_blank, pair))]:
+        values = compare([pairs[row][0] for row in rows], [pairs[row][1] for row in rows])
+        for row, value in zip(rows, values, strict=True):
+            similarities[row] = value
+    left = iter(similarities)
+    best = tuple(round(min(100.0, 100.0 * max(islice(left, count))), _DECIMALS) for count in counts)
+    return MetricScore(name, sum(best) / len(best), _best_of(outputs, parts), best)
+
+
+def _best_of(outputs: Outputs, parts: dict[str, str]) -> str:
+    return sign(nrefs=outputs.reference_count, refs="best", **parts)
+
+
+def _is_blank(text: str) -> bool:
+    return all(unicodedata.category(character)[0] in "CZ" for character in text)

@@ -4,10 +4,11 @@ import unicodedata
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from grasp_lora.evaluation.outputs import MetricScore, Outputs, mean_percent, sign
+from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_fractions
 from grasp_lora.text.characters import split_unspaced
 
 if TYPE_CHECKING:
+    from rouge_score.tokenizers import Tokenizer
     from torch import Tensor
 
 _ZERO_WIDTH_SPACE = "\u200b"
@@ -48,16 +49,10 @@ def rouge(kind: str, outputs: Outputs) -> MetricScore:
 
     Source: rouge-score, the Python port of ROUGE-1.5.5 (Lin 2004).
     """
-    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: not at the top
-
-    scorer = RougeScorer([kind], tokenizer=UnicodeTokenizer())
-    fractions = [
-        float(scorer.score_multi(references, prediction)[kind].fmeasure)
-        for prediction, references in zip(outputs.predictions, outputs.references, strict=True)
-    ]
-    signature = sign(
-        nrefs=outputs.reference_count,
-        refs="best",
+    return score_of_fractions(
+        kind,
+        outputs,
+        rouge_fractions(kind, outputs, UnicodeTokenizer()),
         measure="f",
         case="lc",
         form="nfc",
@@ -67,7 +62,17 @@ def rouge(kind: str, outputs: Outputs) -> MetricScore:
         unicode=unicodedata.unidata_version,
         rouge_score=version("rouge-score"),
     )
-    return MetricScore(kind, mean_percent(fractions), signature, tuple(100.0 * value for value in fractions))
+
+
+def rouge_fractions(kind: str, outputs: Outputs, tokenizer: "Tokenizer") -> list[float]:
+    """The F-measure of each prediction against its best reference, in [0, 1], on the tokens of a tokenizer."""
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: not at the top
+
+    scorer = RougeScorer([kind], tokenizer=tokenizer)
+    return [
+        float(scorer.score_multi(references, prediction)[kind].fmeasure)
+        for prediction, references in zip(outputs.predictions, outputs.references, strict=True)
+    ]
 
 
 def bleu(outputs: Outputs) -> MetricScore:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 METRIC_NAMES = {
     "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2", "bleu": "BLEU",
+    "rouge2": "ROUGE-2", "bleu": "BLEU", "rougeL_xlsum": "ROUGE-L (XL-Sum)", "similarity": "Similarity",
 }  # fmt: skip
 
 

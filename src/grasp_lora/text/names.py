@@ -1,5 +1,6 @@
 """From a name to what it means: a row of a table, or an object of a user's own by its import path."""
 
+import importlib.util
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -8,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+from grasp_lora.errors import RecipeError
 from grasp_lora.text.display import escaped, quoted
 
 Found = TypeVar("Found")
@@ -78,6 +80,16 @@ def imported(what: str, name: str, known: Iterable[str]) -> Any:
     if not hasattr(module, attribute):
         raise ValueError(f"{what} is {quoted(name)}, but module {module_name!r} has no {attribute!r}")
     return getattr(module, attribute)
+
+
+def needs(what: str, module: str, package: str, *, extra: str) -> None:
+    """Check that a package which an extra of this one brings is installed.
+
+    Raises:
+        RecipeError: its module is missing; one line that names what needs it, the package and the extra.
+    """
+    if importlib.util.find_spec(module) is None:
+        raise RecipeError(f"{what} needs {package}, which is not installed: pip install 'grasp-lora[{extra}]'")
 
 
 @contextmanager
