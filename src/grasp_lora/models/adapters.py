@@ -204,9 +204,13 @@ def save_adapter(
         fingerprint: of the backbone, checked when the adapter is read again.
         dropout: kept in the config, so that training may go on.
         answers: how it is asked and answers, for `grasp-lora predict`.
+
+    Raises:
+        AdapterError: the backbone lacks one of the modules, or it is no linear layer of that shape.
     """
     from safetensors.torch import save_file
 
+    _check_shapes(model, weights, "the adapter", "the backbone")
     config = config_of(weights, model, dropout)
     config.base_model_name_or_path = backbone_name
     config.inference_mode = True
