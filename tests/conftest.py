@@ -30,6 +30,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 torch.set_num_threads(1)
@@ -72,7 +74,7 @@ def build_tiny_model(architecture: str, seed: int = 0, vocab_size: int = TINY_VO
     """Build a random two-layer float32 model in eval mode; equal seeds give equal weights.
 
     Args:
-        architecture: "llama", "gemma3" (text, sliding window of 16 in its first layer), "qwen3" or "gpt2".
+        architecture: "llama", "gemma3" (text, sliding window of 16 in its first layer), "qwen3", "qwen3_moe" or "gpt2".
         seed: the global random state is left as it was.
         vocab_size: >= 260 where `tiny_tokenizer` is used.
     """
@@ -100,6 +102,9 @@ def build_tiny_model(architecture: str, seed: int = 0, vocab_size: int = TINY_VO
             )
         elif architecture == "qwen3":
             model = Qwen3ForCausalLM(Qwen3Config(**shape, **tokens))
+        elif architecture == "qwen3_moe":
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+            model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **tokens, **experts))
         elif architecture == "gpt2":
             model = GPT2LMHeadModel(
                 GPT2Config(
@@ -113,7 +118,7 @@ def build_tiny_model(architecture: str, seed: int = 0, vocab_size: int = TINY_VO
                 )
             )
         else:
-            raise ValueError(f"Unknown architecture {architecture!r}: use llama, gemma3, qwen3 or gpt2")
+            raise ValueError(f"Unknown architecture {architecture!r}: use llama, gemma3, qwen3, qwen3_moe or gpt2")
     return model.float().eval()
 
 

@@ -69,14 +69,14 @@ MUTATIONS = (
     ),
     Mutation(
         "masks: a revived weight is zero",
-        "dense = torch.where(before, weight, self.stash[key])",
-        "dense = weight",
+        "self.weights[key].copy_(torch.where(keep, dense, torch.zeros_like(dense)))",
+        "self.weights[key].masked_fill_(~keep, 0.0)",
         (MASKS,),
         "a lower ratio loses what a higher one had masked",
     ),
     Mutation(
         "masks: all masked weights count as newly masked",
-        "newly_masked[key] = before & ~keep",
+        "newly_masked[key] = self.keep[key] & ~keep",
         "newly_masked[key] = ~keep",
         (MASKS,),
         "moments are zeroed where nothing has changed",

@@ -1008,11 +1008,11 @@ def test_a_training_that_patience_had_stopped_stops_again_without_a_round(make_t
         ("deepspeed_plugin", SimpleNamespace(), "DeepSpeed"),
     ],
 )
-def test_sharding_that_hides_the_weights_is_refused(make_tiny_model, monkeypatch, name, plugin, message):
+def test_sharding_that_hides_the_weights_is_refused(make_tiny_model, tmp_path, monkeypatch, name, plugin, message):
     weights = merged_adapter(backbone := make_tiny_model("llama"), "llama")
     monkeypatch.setattr(pruned_module, "AcceleratorState", lambda: SimpleNamespace(**{name: plugin}))
     with attached(backbone, weights) as model, pytest.raises(GraspError, match=message) if message else nullcontext():
-        controller_for(weights).on_train_begin(None, TrainerState(), TrainerControl(), model=model)
+        controller_for(weights).on_train_begin(arguments(tmp_path), TrainerState(), TrainerControl(), model=model)
 
 
 @pytest.fixture
@@ -1200,13 +1200,13 @@ def test_a_second_training_begins_dense_with_a_policy_of_its_own(make_tiny_model
     with attached(backbone, weights) as model:
         train_transformers(model, tmp_path, controller)
         first = controller.search
-        dense = [torch.where(controller.masks.keep[key], *pair) for key, pair in _live_and_stash(controller)]
+        dense = [torch.where(controller.masks.keep[key], *pair) for key, pair in _live_and_stash(controller.masks)]
         train_transformers(model, tmp_path, controller)
 
     assert controller.search is not first
     assert len(controller.search.history) == len(first.history) > 0
     assert all((weight != 0).all() for weight in dense)
-    after = [torch.where(controller.masks.keep[key], *pair) for key, pair in _live_and_stash(controller)]
+    after = [torch.where(controller.masks.keep[key], *pair) for key, pair in _live_and_stash(controller.masks)]
     assert all((weight != 0).all() for weight in after)
 
 
@@ -1236,17 +1236,257 @@ def test_a_controller_that_has_trained_already_takes_up_a_checkpoint_as_it_is(ma
     assert controller.search.history
 
 
-def _live_and_stash(controller):
-    masks = controller.masks
+def _live_and_stash(masks):
     return [(key, (masks.weights[key].detach(), masks.stash[key])) for key in masks.weights]
 
 
-def test_an_adapter_of_another_name_is_named(make_tiny_model):
-    config = LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(make_tiny_model("llama"), config, adapter_name="merged")
+def loading_the_best(model, folder, controller, best: int, **changes) -> Trainer:
+    """A trainer whose checkpoint of step `best` is the best of those of steps 4, 8 and 12."""
 
-    with pytest.raises(AdapterError, match="no LoRA adapter named 'default'; it has merged: load yours without"):
-        live_pairs(model)
+    class Scripted(Trainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = {"eval_loss": abs(self.state.global_step - best)}
+            self.log(metrics)
+            return metrics
+
+    saving = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    trainer = Scripted(
+        model=model,
+        args=arguments(folder, remove_unused_columns=False, load_best_model_at_end=True, **saving, **changes),
+        train_dataset=TRAIN,
+        eval_dataset=TRAIN,
+        data_collator=lambda examples: collate(examples, PAD),
+    )
+    controller.add_to(trainer)
+    return trainer
+
+
+class AtTheBeginning(TrainerCallback):
+    """Keeps the weights with which a training begins, those included that are pruned at once."""
+
+    def __init__(self, controller: GraspController) -> None:
+        self.controller = controller
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.dense = dense(self.controller.masks)
+
+
+def dense(masks: MaskSet) -> dict:
+    return {key: torch.where(masks.keep[key], *pair).clone() for key, pair in _live_and_stash(masks)}
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "spread"])
+def test_the_best_checkpoint_brings_its_own_masks_rounds_and_stash(make_tiny_model, tmp_path, caplog, kind):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    controller = controller_for(weights, kind=kind, folder=tmp_path, ratio_init=0.5, keep_best=True)
+    beginning = AtTheBeginning(controller)
+    with attached(backbone, weights) as model:
+        trainer = loading_the_best(model, tmp_path, controller, best=4)
+        trainer.train()
+        values, tensors = read_state(tmp_path / "run" / "checkpoint-4", controller.state_name)
+        masks, search = controller.masks, controller.search
+        rounds = values["rows"]["rounds.jsonl"]
+        assert [row["step"] for row in rounds] == ([0, 3] if kind == "spread" else [3])
+        assert len(search.history) == len(rounds)
+        assert read_rows(tmp_path / "rounds.jsonl") == controller.rows()[0] == rounds
+        assert controller.learned.ratio > 0
+        assert controller.prune_ratio == search.current_ratio == masks.ratio == values["ratio"] == rounds[-1]["ratio"]
+        for key, weight in masks.weights.items():
+            assert weight is getattr(live_pairs(model)[key[0]], key[1])
+            assert torch.equal(masks.keep[key], weight != 0)  # the best checkpoint's, not the last round's
+            assert torch.equal(masks.stash[key], tensors[f"stash.{key[1]}.{key[0]}"])
+        assert "checkpoint-4" in caplog.text
+        best = dense(masks)
+        trainer.add_callback(beginning)
+        trainer.args.load_best_model_at_end = False
+        trainer.train()
+    assert same(beginning.dense, best)
+
+
+@pytest.mark.parametrize("change", ["doubled", "trained anew", "reloaded after a failure"])
+def test_no_stash_goes_back_on_weights_that_it_was_not_taken_from(make_tiny_model, tmp_path, caplog, change):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if change == "reloaded after a failure":
+                raise KeyboardInterrupt
+
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    controller = controller_for(weights, ratio_init=0.5)
+    beginning = AtTheBeginning(controller)
+    with attached(backbone, weights) as model:
+        with pytest.raises(KeyboardInterrupt) if "failure" in change else nullcontext():
+            train_transformers(model, tmp_path, controller, [Fails()])
+        with torch.no_grad():
+            for (module, factor), weight in controller.masks.weights.items():
+                weight.copy_(2 * weight if change == "doubled" else getattr(weights[module], factor))
+        loaded = {key: weight.detach().clone() for key, weight in controller.masks.weights.items()}
+        train_transformers(model, tmp_path, controller, [beginning])
+    assert same(beginning.dense, loaded)
+    assert "changed since" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "searching", "message"),
+    [
+        ("mine", False, "puts back an adapter named 'default' only, and 'mine' is active"),
+        ("default", True, "load_best_model_at_end .* hyperparameter search"),
+    ],
+)
+def test_a_best_checkpoint_that_could_not_be_put_back_is_refused_at_once(
+    make_tiny_model, tmp_path, name, searching, message
+):
+    trainer = loading_the_best(own_adapters(make_tiny_model, name), tmp_path, controller_for({}), best=4)
+    with pytest.raises(GraspError, match=message) as error:
+        trainer.callback_handler.on_train_begin(
+            trainer.args, TrainerState(is_hyper_param_search=searching), TrainerControl()
+        )
+    assert "\n" not in str(error.value)
+
+
+def test_a_best_checkpoint_that_was_not_put_back_is_an_error(make_tiny_model, tmp_path, monkeypatch):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    controller = controller_for(weights, policy=Scripted(), start=0)
+    monkeypatch.setattr(Trainer, "_load_best_model", lambda self: None)
+    with (
+        attached(backbone, weights) as model,
+        pytest.raises(GraspError, match=r"^the weights are not those of .*checkpoint-4, so its masks do not fit them"),
+    ):
+        loading_the_best(model, tmp_path, controller, best=4).train()
+
+
+# Adapters of one's own
+
+
+def own_adapters(make_tiny_model, *names: str, architecture: str = "llama", **config) -> PeftModel:
+    """A tiny model with LoRA adapters of these names, none of whose factors is zero; the last one is active."""
+    torch.manual_seed(0)
+    config = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM", **config}
+    backbone = make_tiny_model(architecture)
+    model = get_peft_model(backbone, LoraConfig(**config), adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, LoraConfig(**config))
+    model.set_adapter(names[-1])
+    return model
+
+
+@pytest.mark.parametrize("names", [("default", "mine"), ("mine",), ("mine", "other", "default")])
+def test_the_active_adapter_is_pruned_whatever_its_name(make_tiny_model, tmp_path, names):
+    def others() -> dict:
+        return {k: p.clone() for k, p in model.named_parameters() if "lora_" in k and f".{names[-1]}." not in k}
+
+    model = own_adapters(make_tiny_model, *names)
+    before, controller = others(), controller_for({}, mask=MaskSettings("input_aware"), folder=tmp_path)
+    train_transformers(model, tmp_path, controller)
+    assert same(before, others())
+    factors = {key: p for key, p in model.named_parameters() if f".{names[-1]}." in key}
+    assert {id(factor) for factor in factors.values()} == {id(weight) for weight in controller.masks.weights.values()}
+    for factor in factors.values():
+        assert int((factor == 0).sum()) == prune_count(controller.prune_ratio, factor.numel())
+    assert all(reward != 0 for row in read_rows(tmp_path / "rounds.jsonl") for reward in row["rewards"])
+
+
+def test_several_adapters_that_act_at_once_are_named(make_tiny_model, tmp_path):
+    model = own_adapters(make_tiny_model, "first", "second", "third")
+    model.base_model.set_adapter(["first", "third"])
+    with pytest.raises(
+        AdapterError, match=r"^the model has 2 active adapters \(first, third\), .*set_adapter\('first'\)"
+    ):
+        train_transformers(model, tmp_path, controller_for({}))
+
+
+def test_a_model_without_an_adapter_is_named(make_tiny_model):
+    with pytest.raises(AdapterError, match=r"^the model has no LoRA adapter; put one on it with peft.get_peft_model"):
+        live_pairs(make_tiny_model("llama"))
+
+
+EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "architecture": "qwen3_moe"}
+
+
+@pytest.mark.parametrize("score", ["input_aware", "gradient_of_delta"])
+def test_experts_whose_inputs_are_not_seen_are_named(make_tiny_model, tmp_path, score):
+    controller = controller_for({}, mask=MaskSettings(score))
+    with pytest.raises(AdapterError, match=rf"^score '{score}' .* model.layers.0.mlp.experts.*'magnitude'") as error:
+        train_transformers(own_adapters(make_tiny_model, "default", **EXPERTS), tmp_path, controller)
+    assert "\n" not in str(error.value)
+
+
+def test_components_of_experts_are_named(make_tiny_model, tmp_path):
+    controller = controller_for({}, mask=MaskSettings(granularity="component"))
+    with pytest.raises(GraspError, match=r"^granularity 'component' .* model.layers.0.mlp.experts.*'weight'"):
+        train_transformers(own_adapters(make_tiny_model, "default", **EXPERTS), tmp_path, controller)
+
+
+@pytest.mark.parametrize("more", [EXPERTS, {"target_modules": ["q_proj", "embed_tokens"]}])
+def test_every_lora_weight_is_pruned(make_tiny_model, tmp_path, more):
+    model = own_adapters(make_tiny_model, "default", **more)
+    controller, watch = controller_for({}), None
+    train_transformers(model, tmp_path, controller, [watch := Watch(controller)])
+    assert watch.steps == 12
+    factors = {key: factor for key, factor in model.named_parameters() if "lora_" in key}
+    assert len(factors) == len(controller.masks.weights) > 4
+    for factor in factors.values():
+        assert int((factor == 0).sum()) == prune_count(controller.prune_ratio, factor.numel())
+
+
+def test_embeddings_have_no_inputs_to_score_by(make_tiny_model, tmp_path):
+    model = own_adapters(make_tiny_model, "default", target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(AdapterError, match=r"^score 'input_aware' .* model.embed_tokens.*'magnitude'"):
+        train_transformers(model, tmp_path, controller_for({}, mask=MaskSettings("input_aware")))
+
+
+@pytest.mark.parametrize(
+    ("config", "weight"),
+    [
+        ({"use_dora": True}, "lora_magnitude_vector"),
+        (
+            {"target_modules": ["c_attn"], "architecture": "gpt2", "fan_in_fan_out": True, "lora_bias": True},
+            r"lora_B\S*\.bias",
+        ),
+    ],
+)
+def test_lora_weights_that_no_mask_covers_are_named(make_tiny_model, tmp_path, config, weight):
+    with pytest.raises(AdapterError, match=rf"^\S+\.0\.\S+\.{weight}.* belongs to the adapter.*plain LoRA") as error:
+        train_transformers(own_adapters(make_tiny_model, "default", **config), tmp_path, controller_for({}))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_trained_beside_lora_stays_whole(make_tiny_model, tmp_path):
+    model = own_adapters(make_tiny_model, "default", modules_to_save=["lm_head"])
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    before = head.detach().clone()
+    controller = controller_for({})
+    train_transformers(model, tmp_path, controller)
+    assert (head != before).any()
+    assert (head != 0).all()
+    assert controller.masks.sparsity() > 0
+
+
+@pytest.mark.parametrize("trainer_name", ["transformers", "trl"])
+@pytest.mark.parametrize("training", ["first", "second"])
+def test_a_training_of_any_trainer_that_trains_nothing_stops_at_its_first_step(
+    make_tiny_model, tiny_tokenizer, tmp_path, trainer_name, training
+):
+    model = own_adapters(make_tiny_model, "default")
+    controller = controller_for({})
+    if training == "second":
+        train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller)
+    model.get_base_model().model.norm.register_forward_hook(lambda *call: call[-1].detach() + 0.0 * call[-1])
+    with pytest.raises(GraspError, match="no LoRA weight has a gradient, so nothing would be trained; likely causes"):
+        train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller)
+
+
+@pytest.mark.parametrize("trainer_name", ["transformers", "trl"])
+def test_a_frozen_adapter_is_named_by_any_trainer(make_tiny_model, tiny_tokenizer, tmp_path, trainer_name):
+    model = own_adapters(make_tiny_model, "default").requires_grad_(False)
+    with pytest.raises(GraspError, match=r"the adapter is frozen: .*is_trainable=True"):
+        train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller_for({}))
 
 
 # A trainer of one's own
@@ -1281,14 +1521,15 @@ def test_an_epoch_counts_optimizer_steps(make_tiny_model, tmp_path):
     assert [row["step"] for row in read_rows(tmp_path / "rounds.jsonl")] == [3, 6]
 
 
-def test_data_without_a_length_has_no_epoch(make_tiny_model):
+def test_data_without_a_length_has_no_epoch(make_tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(pruned_module, "AcceleratorState", SimpleNamespace)
     weights = merged_adapter(backbone := make_tiny_model("llama"), "llama")
     with (
         attached(backbone, weights) as model,
         pytest.raises(GraspError, match=r"rounds.every is 'epoch', but .* length"),
     ):
         controller_for(weights, every="epoch").on_train_begin(
-            None, TrainerState(), TrainerControl(), model=model, train_dataloader=iter(())
+            arguments(tmp_path), TrainerState(), TrainerControl(), model=model, train_dataloader=iter(())
         )
 
 

@@ -22,6 +22,7 @@ from grasp_lora.method.lora import LoraPair, Segment
 SCOPES = ("factor", "tensor", "global")
 GRANULARITIES = ("weight", "component")
 FACTORS = ("A", "B")
+KEEP, STASH, NORMS = "keep.", "stash.", "norms."  # what begins the names of tensors in a checkpoint
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,19 @@ class MaskSet:
         return weights.keys() == self.weights.keys() and all(weights[key] is self.weights[key] for key in weights)
 
     @torch.no_grad()
+    def are_on(self) -> bool:
+        """Whether every masked weight is zero."""
+        return not any(whole((weight != 0) & ~self.keep[key]).any() for key, weight in self.weights.items())
+
+    def checksums(self) -> list[int]:
+        """Return the sum of the bytes of each factor, which tells whether something else has changed the weights since."""
+        return [int(whole(weight.detach()).contiguous().view(torch.uint8).sum()) for weight in self.weights.values()]
+
+    def dense(self, key: WeightKey) -> Tensor:
+        """Return a factor with stashed values in place of masked ones."""
+        return torch.where(self.keep[key], self.weights[key], self.stash[key])
+
+    @torch.no_grad()
     def rank(self) -> dict[WeightKey, Ranking]:
         """Score all weights as they are now, stashed ones with their stashed values, and rank them within their scope."""
         scores = self._scores()
@@ -189,11 +203,10 @@ class MaskSet:
         masks = self.keep_masks(prune_ratio, ranking)
         newly_masked = {}
         for key, keep in masks.items():
-            weight, before = self.weights[key], self.keep[key]
-            dense = torch.where(before, weight, self.stash[key])
-            weight.copy_(torch.where(keep, dense, torch.zeros_like(dense)))
+            dense = self.dense(key)
+            self.weights[key].copy_(torch.where(keep, dense, torch.zeros_like(dense)))
             self.stash[key] = torch.where(keep, torch.zeros_like(dense), dense)
-            newly_masked[key] = before & ~keep
+            newly_masked[key] = self.keep[key] & ~keep
             self.keep[key] = keep
         self.ratio = prune_ratio
         return newly_masked
@@ -235,7 +248,7 @@ class MaskSet:
         try:
             with torch.no_grad():
                 for key, weight in self.weights.items():
-                    dense = torch.where(self.keep[key], weight, self.stash[key])
+                    dense = self.dense(key)
                     weight.copy_(torch.where(masks[key], dense, torch.zeros_like(dense)))
             yield
         finally:
@@ -245,12 +258,8 @@ class MaskSet:
 
     def state(self) -> dict[str, Tensor]:
         """Return all that a resume needs beside `ratio` and the weights themselves, by names such as `keep.A.MODULE`."""
-        parts: dict[str, Mapping[WeightKey, Tensor]] = {
-            "keep": self.keep,
-            "stash": self.stash,
-            "norms": {(module, f): getattr(norms, f) for module, norms in self.norms.items() for f in FACTORS},
-        }
-        return {f"{part}.{f}.{module}": _whole(t) for part, ts in parts.items() for (module, f), t in ts.items()}
+        norms = {(module, f): getattr(norms, f) for module, norms in self.norms.items() for f in FACTORS}
+        return named(KEEP, self.keep) | named(STASH, self.stash) | named(NORMS, norms)
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor], ratio: float) -> None:
@@ -259,18 +268,14 @@ class MaskSet:
         Raises:
             ValueError: the state is of other modules or shapes.
         """
-        parts: dict[str, dict[WeightKey, Tensor]] = {"keep": {}, "stash": {}, "norms": {}}
-        for name, tensor in state.items():
-            part, factor, module = name.split(".", 2)
-            parts[part][module, factor] = tensor
-        for part in ("keep", "stash"):
-            shapes = {key: tensor.shape for key, tensor in parts[part].items()}
-            if shapes != {key: weight.shape for key, weight in self.weights.items()}:
-                raise ValueError(f"the saved masks ({part}) are of another adapter; resume with the one they belong to")
-        for key, weight in self.weights.items():
-            self.keep[key] = _sharded_as(weight, parts["keep"][key].to(weight.device))
-            self.stash[key] = _sharded_as(weight, parts["stash"][key].to(weight.device))
-        norms = {key: tensor.to(self.weights[key].device) for key, tensor in parts["norms"].items()}
+        for prefix, ours in ((KEEP, self.keep), (STASH, self.stash)):
+            saved = of_prefix(prefix, state)
+            if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in self.weights.items()}:
+                raise ValueError(
+                    f"the saved masks ({prefix[:-1]}) are of another adapter; resume with the one they belong to"
+                )
+            ours |= {key: _sharded_as(w, saved[key].to(w.device)) for key, w in self.weights.items()}
+        norms = {key: tensor.to(self.weights[key].device) for key, tensor in of_prefix(NORMS, state).items()}
         self.norms = {
             module: InputNorms(norms[module, "A"], norms[module, "B"])
             for module in self.pairs
@@ -281,22 +286,17 @@ class MaskSet:
     @torch.no_grad()
     def sparsity(self) -> float:
         """Return the measured share of weights that are masked and really are zero."""
-        zeros = sum(int(_whole((weight == 0) & ~self.keep[key]).sum()) for key, weight in self.weights.items())
+        zeros = sum(int(whole((weight == 0) & ~self.keep[key]).sum()) for key, weight in self.weights.items())
         return zeros / sum(weight.numel() for weight in self.weights.values())
 
     def _segment_ranks(self, module: str) -> list[int]:
         pair = self.pairs[module]
         return [segment.rank for segment in pair.segments] or [pair.rank]
 
-    def _dense(self, module: str, factor: str) -> Tensor:
-        """The whole factor with stashed values in place of masked ones."""
-        key = module, factor
-        return _whole(torch.where(self.keep[key], self.weights[key], self.stash[key]).detach())
-
     def _scores(self) -> dict[WeightKey, Tensor]:
         scores = {}
         for module, pair in self.pairs.items():
-            A, B = (self._dense(module, factor) for factor in FACTORS)
+            A, B = (whole(self.dense((module, factor)).detach()) for factor in FACTORS)
             scores[module, "A"], scores[module, "B"] = score_pair(
                 LoraPair(A, B, pair.scaling), self.settings.score, self.norms.get(module)
             )
@@ -323,7 +323,22 @@ class MaskSet:
         return ranked
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def named(prefix: str, tensors: Mapping[WeightKey, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the factors, whole, by the names that they have in a checkpoint."""
+    return {f"{prefix}{factor}.{module}": whole(tensor) for (module, factor), tensor in tensors.items()}
+
+
+def of_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[WeightKey, Tensor]:
+    """What `named` named, among other tensors."""
+    found = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            factor, module = name.removeprefix(prefix).split(".", 1)
+            found[module, factor] = tensor
+    return found
+
+
+def whole(tensor: Tensor) -> Tensor:
     """The tensor itself, or all shards of a DTensor; then every rank has to call it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
@@ -346,7 +361,7 @@ def survival(pairs: Mapping[str, LoraPair]) -> list[dict[str, str | int]]:
         segments = pair.segments or (Segment("merged", pair.rank),)
         for factor, weight in (("A", pair.A), ("B", pair.B)):
             ranks = [segment.rank for segment in segments]
-            blocks = torch.split(_whole(weight), ranks, dim=RANK_DIMENSION[factor])
+            blocks = torch.split(whole(weight), ranks, dim=RANK_DIMENSION[factor])
             for segment, block in zip(segments, blocks, strict=True):
                 row: dict[str, str | int] = {"module": module, "factor": factor, "segment": segment.name}
                 rows.append(row | {"weights": block.numel(), "kept": int((block != 0).sum())})

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ADAPTER_NAME = "default"
+ADAPTER_NAME = "default"  # of those that are put on here
 
 
 def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_name: str, fingerprint: str) -> None:
@@ -117,33 +117,55 @@ def config_of(weights: AdapterWeights, model: "PreTrainedModel", dropout: float 
     )
 
 
+def active_adapter(model: torch.nn.Module) -> str:
+    """Return the name of the one LoRA adapter that acts in a PEFT model.
+
+    Raises:
+        AdapterError: there is none, or several act at once.
+    """
+    acting: dict[str, None] = {
+        name: None for layer in _every_lora_layer(model).values() for name in layer.active_adapters
+    }
+    names = [name for name in acting if lora_layers(model, name)]
+    if not names:
+        raise AdapterError("the model has no LoRA adapter; put one on it with peft.get_peft_model")
+    if len(names) > 1:
+        raise AdapterError(
+            f"the model has {len(names)} active adapters ({', '.join(names)}), and only one can be pruned; "
+            f"activate it alone, such as with model.set_adapter({names[0]!r})"
+        )
+    return names[0]
+
+
 def live_pairs(
-    model: torch.nn.Module, segments: Mapping[str, tuple[Segment, ...]] | None = None, adapter: str = ADAPTER_NAME
+    model: torch.nn.Module, segments: Mapping[str, tuple[Segment, ...]] | None = None
 ) -> dict[str, LoraPair]:
-    """Return the pairs of a PEFT model's adapter whose A and B are the live parameters themselves.
+    """Return the pairs of a PEFT model's active adapter whose A and B are the live parameters themselves.
+
+    Those of an embedding are among them: its weight is stored transposed, [tokens, d_out].
 
     Args:
         model: a PeftModel, or anything that contains its LoRA layers.
         segments: module name -> origin of its components, where known.
-        adapter: name of the adapter inside the PEFT model.
 
     Raises:
-        AdapterError: the model has no LoRA layer of that name.
+        AdapterError: there is no active adapter, there are several, or one has more weights in a module than A and B.
     """
-    origins = segments or {}
-    pairs = {
-        name: LoraPair(
-            one.lora_A[adapter].weight, one.lora_B[adapter].weight, one.scaling[adapter], origins.get(name, ())
-        )
-        for name, one in lora_layers(model, adapter).items()
-    }
-    if not pairs:
-        others = ", ".join(sorted(getattr(model, "peft_config", {})))
-        fix = (
-            f"it has {others}: load yours without adapter_name" if others else "put one on it with peft.get_peft_model"
-        )
-        raise AdapterError(f"the model has no LoRA adapter named {adapter!r}; {fix}")
+    origins, adapter = segments or {}, active_adapter(model)
+    pairs = {}
+    for name, layer in lora_layers(model, adapter).items():
+        _refuse_other_weights(name, layer, adapter)
+        if adapter in layer.lora_embedding_A:
+            A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        else:
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        pairs[name] = LoraPair(A, B, layer.scaling[adapter], origins.get(name, ()))
     return pairs
+
+
+def live_factors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the factors of a PEFT model's active adapter, the live parameters, named A.MODULE and B.MODULE."""
+    return {f"{factor}.{name}": getattr(pair, factor) for name, pair in live_pairs(model).items() for factor in "AB"}
 
 
 def adapter_weights(
@@ -182,9 +204,13 @@ def save_adapter(
         fingerprint: of the backbone, checked when the adapter is read again.
         dropout: kept in the config, so that training may go on.
         answers: how it is asked and answers, for `grasp-lora predict`.
+
+    Raises:
+        AdapterError: the backbone lacks one of the modules, or it is no linear layer of that shape.
     """
     from safetensors.torch import save_file
 
+    _check_shapes(model, weights, "the adapter", "the backbone")
     config = config_of(weights, model, dropout)
     config.base_model_name_or_path = backbone_name
     config.inference_mode = True
@@ -257,13 +283,27 @@ def check_target_modules(model: torch.nn.Module, target_modules: tuple[str, ...]
 
 def lora_layers(model: torch.nn.Module, adapter: str = ADAPTER_NAME) -> dict[str, Any]:
     """Return module name in the backbone -> PEFT's LoRA layer, for the layers that have this adapter."""
+    return {name: layer for name, layer in _every_lora_layer(model).items() if adapter in layer.r}
+
+
+def _every_lora_layer(model: torch.nn.Module) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {
-        name.removeprefix(PREFIX): module
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.lora_A
+        name.removeprefix(PREFIX): module for name, module in model.named_modules() if isinstance(module, LoraLayer)
     }
+
+
+def _refuse_other_weights(module: str, layer: Any, adapter: str) -> None:
+    """The method prunes factors: a ratio says nothing of an adapter with other weights, such as DoRA's magnitudes."""
+    factors = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    for name, _ in layer.named_parameters():
+        kind, *rest = name.split(".")
+        if rest[:1] == [adapter] and (kind not in factors or rest[-1] == "bias"):
+            raise AdapterError(
+                f"{module}.{name} belongs to the adapter, but only the factors A and B can be pruned; "
+                "train plain LoRA, without DoRA and lora_bias"
+            )
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:

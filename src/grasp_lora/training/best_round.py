@@ -7,7 +7,7 @@ from typing import Self
 import torch
 
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.masks import FACTORS, RANK_DIMENSION, MaskSet, WeightKey
+from grasp_lora.method.masks import FACTORS, RANK_DIMENSION, MaskSet, WeightKey, whole
 from grasp_lora.training.regimes import Order
 
 
@@ -29,10 +29,8 @@ class BestRound:
     @torch.no_grad()
     def of(cls, masks: MaskSet, loss: float, order: Order) -> Self:
         """Copy the weights as they are now."""
-        dense = {key: torch.where(masks.keep[key], weight, masks.stash[key]) for key, weight in masks.weights.items()}
         # Gathered where they are sharded, as an order of importance is.
-        whole = {key: one.full_tensor() if hasattr(one, "full_tensor") else one for key, one in dense.items()}
-        return cls(loss, whole, order)
+        return cls(loss, {key: whole(masks.dense(key)) for key in masks.weights}, order)
 
     def pruned(self, pairs: Mapping[str, LoraPair], prune_ratio: float) -> AdapterWeights:
         """Return the adapter of the round, pruned at a ratio as its masks are; float32, on the CPU.

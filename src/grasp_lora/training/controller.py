@@ -8,6 +8,7 @@ Paper: controller run.
 
 import functools
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,21 +20,22 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, Segment
-from grasp_lora.method.masks import MaskSettings
+from grasp_lora.method.masks import MaskSettings, named, of_prefix
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.method.presets import Controller, ratio_rule
 from grasp_lora.method.rounds import RatioEstimate, Round
 from grasp_lora.method.search import RatioSearch
 from grasp_lora.storage.checkpoints import State
-from grasp_lora.storage.files import write_whole
+from grasp_lora.storage.files import write_jsonl
 from grasp_lora.training.best_round import BestRound
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn, encoded_rows, probes_of
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.regimes import REGIMES, Order, order_from, places_of
-from grasp_lora.training.saved import named, of_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
 
 ROUNDS_FILE = "rounds.jsonl"
 TIMINGS_FILE = "timings.jsonl"
@@ -207,11 +209,18 @@ class GraspController(PrunedTraining):
         self._spacing = _steps_per_epoch(args, kwargs["train_dataloader"]) if every == "epoch" else every
         if self.regime.order is None:
             self.regime.begin(self.masks)
-        if self.folder is not None and state.is_world_process_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name, rows in self._rows.items():
-                write_whole(self.folder / name, "".join(map(_line, rows)))
+        self._write_records(state)
         self._round_end = time.perf_counter()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where the trainer has put the best checkpoint back, go back to its rounds, too."""
+        measured = len(self.search.history)
+        super().on_train_end(args, state, control, **kwargs)
+        if later := measured - len(self.search.history):
+            log.warning("the weights are those of %s; %d later rounds do not count", state.best_model_checkpoint, later)
+            self._write_records(state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -270,11 +279,16 @@ class GraspController(PrunedTraining):
             self._on_round(record)
         self._round_end = time.perf_counter()
 
+    def _write_records(self, state: TrainerState) -> None:
+        if self.folder is not None and state.is_world_process_zero:
+            for name, rows in self._rows.items():
+                write_jsonl(self.folder / name, rows)
+
     def _record(self, name: str, row: dict[str, Any], state: TrainerState) -> None:
         self._rows[name].append(row)
         if self.folder is not None and state.is_world_process_zero:
             with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(_line(row))
+                file.write(json.dumps(row) + "\n")
 
     # The best round
 
@@ -325,8 +339,7 @@ class GraspController(PrunedTraining):
         Raises:
             GraspError: the state does not fit.
         """
-        own = self._searched_by()
-        if {name: values.get(name) for name in own} != own:
+        if any(values.get(name) != own for name, own in self._searched_by().items()):
             raise GraspError(
                 "training resumes with other settings of the policy than it began with; give it the same, or start anew"
             )
@@ -334,8 +347,7 @@ class GraspController(PrunedTraining):
             raise GraspError(
                 "training resumes from a checkpoint that kept no best round; leave keep_best out as it was, or start anew"
             )
-        ours = (PLACES, BEST, BEST_PLACES)
-        super().restore(values, {name: tensor for name, tensor in tensors.items() if not name.startswith(ours)})
+        super().restore(values, tensors)
         self._start_anew()
         self._rows = values["rows"]
         for row in self._rows[ROUNDS_FILE]:
@@ -372,10 +384,6 @@ def _steps_per_epoch(args: TrainingArguments, batches: Any) -> int:
             "rounds.every is 'epoch', but the training data has no length; give a number of optimizer steps"
         ) from None
     return math.ceil(count / args.gradient_accumulation_steps)
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row) + "\n"
 
 
 def _tracked(measured: RoundRow) -> dict[str, float]:

@@ -5,7 +5,6 @@ each optimizer step follows the mean over all its examples. With checkpoints an 
 an uninterrupted one.
 """
 
-import json
 import logging
 import math
 import pickle
@@ -21,10 +20,10 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.utils import logging as transformers_logging
 
 from grasp_lora.errors import DataError, GraspError
-from grasp_lora.models.adapters import live_pairs
+from grasp_lora.models.adapters import live_factors
 from grasp_lora.models.backbone import without_peft
 from grasp_lora.storage.checkpoints import Checkpointing, State, newest_checkpoint
-from grasp_lora.storage.files import clear_write_errors, write_whole
+from grasp_lora.storage.files import clear_write_errors, write_jsonl
 from grasp_lora.training.gradients import GradientCheck
 from grasp_lora.training.loss import Encoded, check_measurable, collate
 from grasp_lora.training.probes import ProbeSet
@@ -111,7 +110,7 @@ class BestOnDev(SavedInCheckpoints):
     def restore(self, model: torch.nn.Module) -> None:
         """Put the best adapter back into the model."""
         with torch.no_grad():
-            for name, factor in _factors(model).items():
+            for name, factor in live_factors(model).items():
                 factor.copy_(self._best[name])
 
     def _evaluate(self, model: torch.nn.Module, state: TrainerState) -> None:
@@ -120,7 +119,7 @@ class BestOnDev(SavedInCheckpoints):
         self.history.append({"step": state.global_step, "epoch": float(state.epoch or 0.0), "dev_loss": loss})
         if loss < self.best_loss:
             self.best_loss, self.best_step, self._bad = loss, state.global_step, 0
-            self._best = {name: factor.detach().clone() for name, factor in _factors(model).items()}
+            self._best = {name: factor.detach().clone() for name, factor in live_factors(model).items()}
         else:
             self._bad += 1
 
@@ -242,7 +241,7 @@ def finetune(
         except pickle.UnpicklingError as error:  # the Trainer's own files are loaded with weights_only
             raise GraspError(f"{resumed} holds a file that is unsafe to load; remove it to start anew") from error
     steps = trainer.state.global_step
-    if not all(torch.isfinite(factor).all() for factor in _factors(model).values()):
+    if not all(torch.isfinite(factor).all() for factor in live_factors(model).values()):
         raise GraspError(
             f"the adapter's weights are no longer finite at step {steps}; "
             f"lower the learning rate (now {settings.learning_rate})"
@@ -261,14 +260,8 @@ def finetune(
         else:
             dev_loss = best.history[-1]["dev_loss"]
     if trainer.is_world_process_zero():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history))
+        write_jsonl(folder / "history.jsonl", history)
     return FineTuneResult(steps, best_step, dev_loss, history)
-
-
-def _factors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """The live factors of the adapter, named A.MODULE and B.MODULE."""
-    return {f"{letter}.{name}": getattr(pair, letter) for name, pair in live_pairs(model).items() for letter in "AB"}
 
 
 @contextmanager

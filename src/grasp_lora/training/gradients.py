@@ -6,7 +6,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError
-from grasp_lora.models.adapters import live_pairs
+from grasp_lora.method.masks import whole
+from grasp_lora.models.adapters import live_factors
 
 
 def check_gradients(model: torch.nn.Module) -> None:
@@ -17,7 +18,7 @@ def check_gradients(model: torch.nn.Module) -> None:
     Raises:
         GraspError: there is none, so nothing would be trained; the message names the likely causes.
     """
-    factors = [factor for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
+    factors = live_factors(model).values()
     if any(factor.grad is not None and _has_values(factor.grad) for factor in factors):
         return
     if not any(factor.requires_grad for factor in factors) or any(_has_values(factor.detach()) for factor in factors):
@@ -27,7 +28,7 @@ def check_gradients(model: torch.nn.Module) -> None:
 def no_gradients(model: torch.nn.Module) -> GraspError:
     """The error to raise where a loss has no gradient for any LoRA weight."""
     nothing = "no LoRA weight has a gradient, so nothing would be trained"
-    if not any(factor.requires_grad for pair in live_pairs(model).values() for factor in (pair.A, pair.B)):
+    if not any(factor.requires_grad for factor in live_factors(model).values()):
         return GraspError(
             f"{nothing}: the adapter is frozen: load it with is_trainable=True, or let its weights require gradients"
         )
@@ -41,8 +42,19 @@ def no_gradients(model: torch.nn.Module) -> GraspError:
 class GradientCheck(TrainerCallback):
     """Has the gradients of a training's first optimizer step checked; to be added before whatever masks gradients."""
 
-    def __init__(self) -> None:
+    _checked = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin anew.
+
+        Raises:
+            GraspError: the adapter is frozen.
+        """
         self._checked = False
+        if not any(factor.requires_grad for factor in live_factors(kwargs["model"]).values()):
+            raise no_gradients(kwargs["model"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,7 +66,4 @@ class GradientCheck(TrainerCallback):
 
 
 def _has_values(tensor: torch.Tensor) -> bool:
-    found = (tensor != 0).any()
-    return bool(
-        found.full_tensor() if hasattr(found, "full_tensor") else found
-    )  # of shards on several devices all count
+    return bool(whole((tensor != 0).any()))  # of shards on several devices all count

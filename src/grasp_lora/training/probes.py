@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from grasp_lora.errors import DataError, ProbeError
+from grasp_lora.errors import AdapterError, DataError, ProbeError
 from grasp_lora.method.importance import InputNorms
 from grasp_lora.method.masks import MaskSet
-from grasp_lora.models.adapters import ADAPTER_NAME, lora_layers
+from grasp_lora.models.adapters import active_adapter, lora_layers
+from grasp_lora.text.display import quoted
 from grasp_lora.training.loss import (
     Encoded,
     check_measurable,
@@ -191,12 +192,16 @@ def probes_of(examples: Sequence[Encoded], pad_id: int, turn: int | None, seed: 
 
 
 class NormCollector:
-    """Sums of squares of what enters the LoRA factors, gathered by hooks while the context is open."""
+    """Sums of squares of what enters the LoRA factors, gathered by hooks while the context is open.
 
-    def __init__(self, model: torch.nn.Module, adapter: str = ADAPTER_NAME) -> None:
+    PEFT never calls the factors of an embedding, so they have none, nor those of a parameter (`target_parameters`): theirs are 0.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
         self.token_mask: Tensor | None = None
-        self._layers = lora_layers(model, adapter)
-        self._adapter = adapter
+        self._adapter = active_adapter(model)
+        layers = lora_layers(model, self._adapter)
+        self._layers = {name: layer for name, layer in layers.items() if self._adapter in layer.lora_A}
         # All of them from the start, so that ranks add up the same ones in the same order (a rank may never call an expert).
         self._sums = {
             (name, factor): torch.zeros(module.in_features, device=module.weight.device)
@@ -243,14 +248,23 @@ def calibrate(model: torch.nn.Module, masks: MaskSet, examples: ProbeSet) -> lis
 
     Returns:
         The losses of the examples where a forward pass was needed anyway, else None.
+
+    Raises:
+        AdapterError: nothing entered a module, so that its weights would be pruned by their position.
     """
-    if masks.settings.needs_inputs:
-        collector = NormCollector(model)
-        with collector.collecting():
-            losses = examples.losses(model, collector)
-        masks.norms = collector.norms()
-        return losses
-    return None
+    if not masks.settings.needs_inputs:
+        return None
+    collector = NormCollector(model)
+    with collector.collecting():
+        losses = examples.losses(model, collector)
+    masks.norms = collector.norms()
+    for module in masks.pairs:
+        if module not in masks.norms or not masks.norms[module].A.any():
+            raise AdapterError(
+                f"score {quoted(masks.settings.score)} needs what enters each LoRA module, and nothing was seen to enter "
+                f"{module}; use 'magnitude', the only way for embeddings and target_parameters, or examples that reach it"
+            )
+    return losses
 
 
 def _world_size() -> int:

@@ -1,26 +1,33 @@
 """A Trainer callback that keeps a LoRA adapter pruned at a fixed ratio: the final run. Paper: final run."""
 
+import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError
-from grasp_lora.method.lora import Segment
+from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.masks import MaskSet, MaskSettings
-from grasp_lora.models.adapters import live_pairs
-from grasp_lora.storage.checkpoints import State
-from grasp_lora.training.gradients import check_gradients
+from grasp_lora.models.adapters import ADAPTER_NAME, active_adapter, live_pairs, lora_layers
+from grasp_lora.storage.checkpoints import State, read_state
+from grasp_lora.training.gradients import GradientCheck
 from grasp_lora.training.probes import ProbeSet, calibrate
 from grasp_lora.training.saved import SavedInCheckpoints
+
+log = logging.getLogger(__name__)
 
 MASK_MODES = ("hold", "reselect")
 
 
-class PrunedTraining(SavedInCheckpoints):
+class PrunedTraining(GradientCheck, SavedInCheckpoints):
     """Train a LoRA adapter pruned at a fixed ratio.
+
+    It is the model's active adapter, all of its factors A and B. What is trained beside LoRA, such as `modules_to_save`, stays
+    whole and does not count in the ratio. With `load_best_model_at_end` the masks are those of the best checkpoint afterwards.
 
     Args:
         prune_ratio: fraction in [0, 1].
@@ -51,7 +58,7 @@ class PrunedTraining(SavedInCheckpoints):
         self.mode = mode
         self.segments = segments
         self._masks: MaskSet | None = None
-        self._trains = False  # whether gradients were seen
+        self._left: list[int] | None = None  # checksums of the weights at the end of a training
 
     @property
     def masks(self) -> MaskSet:
@@ -72,14 +79,18 @@ class PrunedTraining(SavedInCheckpoints):
         with the stashed values where the mask was on.
 
         Raises:
-            GraspError: the trainer shards weights in a way that hides them.
+            GraspError: the adapter cannot be pruned, or the trainer shards its weights or would put back others.
         """
         _check_weights_are_whole()
+        super().on_train_begin(args, state, control, **kwargs)
         pairs = live_pairs(kwargs["model"], self.segments)
+        self._check_can_be_pruned(kwargs["model"])
+        if args.load_best_model_at_end:
+            _check_best_can_be_put_back(kwargs["model"], state)
         saved = self.saved_state(args, state)
-        # Not on the weights of a checkpoint, which have their own masks.
-        if not saved and self._masks is not None and self._masks.holds(pairs):
-            self._masks.commit(0.0)
+        if not saved:  # the weights of a checkpoint have their own masks
+            self._revive(pairs)
+        self._left = None
         self._masks = MaskSet(pairs, self.mask)
         if saved:
             self.restore(*saved)
@@ -89,6 +100,43 @@ class PrunedTraining(SavedInCheckpoints):
             self.masks.reselect(self.prune_ratio)
         else:
             self.masks.commit(self.prune_ratio)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the masks of the best checkpoint where the trainer has put its weights back.
+
+        Raises:
+            GraspError: they do not belong to the weights.
+        """
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            PartialState().wait_for_everyone()  # the first process may be writing it
+            self._masks = MaskSet(live_pairs(kwargs["model"], self.segments), self.mask)
+            self.restore(*read_state(Path(state.best_model_checkpoint), self.state_name))
+            if not self.masks.are_on():
+                raise GraspError(
+                    f"the weights are not those of {state.best_model_checkpoint}, so its masks do not fit them; "
+                    "load that checkpoint, or train without load_best_model_at_end"
+                )
+        self._left = self.masks.checksums()
+
+    def _revive(self, pairs: Mapping[str, LoraPair]) -> None:
+        """Put stashed values back on the weights that they were taken from."""
+        if self._masks is None or not self._masks.holds(pairs):
+            return
+        if self._masks.are_on() and self._left in (None, self._masks.checksums()):
+            self._masks.commit(0.0)
+        else:
+            log.warning("the adapter has changed since its last training; what was pruned then is not put back")
+
+    def _check_can_be_pruned(self, model: torch.nn.Module) -> None:
+        if self.mask.granularity == "component":
+            for name, layer in lora_layers(model, active_adapter(model)).items():
+                if getattr(layer, "num_experts", 1) > 1:
+                    raise GraspError(
+                        f"granularity 'component' is not possible for {name}, since PEFT orders the components of its "
+                        "experts in one way in A and in another in B; use 'weight'"
+                    )
 
     def state(self) -> State:
         """Return the ratio and the masks with what they rest on."""
@@ -113,9 +161,7 @@ class PrunedTraining(SavedInCheckpoints):
         Raises:
             GraspError: no LoRA weight has a gradient, so nothing would be trained.
         """
-        if not self._trains:
-            check_gradients(kwargs["model"])
-            self._trains = True
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
         if self.mode == "hold":
             self.masks.mask_gradients()
 
@@ -127,6 +173,18 @@ class PrunedTraining(SavedInCheckpoints):
             self.masks.enforce()
         else:
             self.masks.reselect(self.prune_ratio)
+
+
+def _check_best_can_be_put_back(model: torch.nn.Module, state: TrainerState) -> None:
+    """Refuse where the Trainer would put back another adapter than is trained, or one whose masks are not saved."""
+    name = active_adapter(model)
+    if name != ADAPTER_NAME:
+        raise GraspError(
+            f"load_best_model_at_end puts back an adapter named {ADAPTER_NAME!r} only, and {name!r} is active; "
+            "leave it out, or load yours without adapter_name"
+        )
+    if state.is_hyper_param_search:
+        raise GraspError("load_best_model_at_end is not possible in a hyperparameter search, which saves no masks")
 
 
 def _check_weights_are_whole() -> None:

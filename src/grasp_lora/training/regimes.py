@@ -5,7 +5,6 @@
 nest. For rounds, evaluations and checkpoints the mask of the current ratio is put on.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -18,8 +17,8 @@ from grasp_lora.training.probes import ProbeSet, calibrate
 Order = Mapping[WeightKey, Ranking]  # the order of importance that masks are made from
 
 
-class Regime(ABC):
-    """Which mask is on when.
+class Held:
+    """One mask between rounds. Another regime overrides what it does otherwise.
 
     Attributes:
         order: the order of importance of the whole run, where there is one.
@@ -27,60 +26,32 @@ class Regime(ABC):
 
     order: Order | None = None
 
-    @abstractmethod
     def begin(self, masks: MaskSet) -> None:
         """Take up a training that starts at its beginning."""
 
-    @abstractmethod
     def before_step(self, masks: MaskSet, search: RatioSearch, step: int) -> None:
-        """Put on the mask under which optimizer step `step` (from 0) trains."""
-
-    @abstractmethod
-    def rest(self, masks: MaskSet, search: RatioSearch) -> None:
-        """Put on the mask of the current ratio: for a round, an evaluation or a checkpoint, and at the end."""
-
-    @abstractmethod
-    def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Order]:
-        """Measure the losses under the mask that is on; return them and the order that the round's masks are made from."""
-
-    @abstractmethod
-    def is_baseline(self, ratio: float, current_ratio: float) -> bool:
-        """Whether the mask of a candidate is the very one that the baseline was measured under."""
-
-    @abstractmethod
-    def commit(self, masks: MaskSet, ratio: float, order: Order, optimizer: torch.optim.Optimizer | None) -> None:
-        """Put on the mask of a new current ratio."""
-
-
-class Held(Regime):
-    """One mask between rounds."""
-
-    def begin(self, masks: MaskSet) -> None:
-        """Nothing is ranked for good."""
-
-    def before_step(self, masks: MaskSet, search: RatioSearch, step: int) -> None:
-        """The mask is on already."""
+        """Put on the mask under which optimizer step `step` (from 0) trains: it is on already."""
 
     def rest(self, masks: MaskSet, search: RatioSearch) -> None:
-        """The mask is on already."""
+        """Put on the mask of the current ratio, for a round, an evaluation or a checkpoint, and at the end: it is on already."""
 
     def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Order]:
-        """Measure, and rank the weights as they are now."""
+        """Measure the losses under the mask that is on, and rank the weights as they are now, for the masks of the round."""
         losses = calibrate(model, masks, probes) or probes.losses(model)
         return losses, masks.rank()
 
     def is_baseline(self, ratio: float, current_ratio: float) -> bool:
-        """Never: the mask that is on may be of an older order."""
+        """Whether a candidate's mask is the one of the baseline: never, since that may be of an older order."""
         return False
 
     def commit(self, masks: MaskSet, ratio: float, order: Order, optimizer: torch.optim.Optimizer | None) -> None:
-        """Prune, and let the optimizer forget what it knew of newly masked weights."""
+        """Prune at a new current ratio, and let the optimizer forget what it knew of newly masked weights."""
         newly_masked = masks.commit(ratio, order)
         if optimizer is not None:
             reset_moments(optimizer, masks.weights, newly_masked)
 
 
-class EachStep(Regime):
+class EachStep(Held):
     """A mask for each step, all from one order."""
 
     def begin(self, masks: MaskSet) -> None:
@@ -113,7 +84,7 @@ class EachStep(Regime):
         return self.order
 
 
-REGIMES: dict[str, type[Regime]] = {"held": Held, "each_step": EachStep}
+REGIMES: dict[str, type[Held]] = {"held": Held, "each_step": EachStep}
 
 
 def places_of(order: Order) -> dict[WeightKey, torch.Tensor]:

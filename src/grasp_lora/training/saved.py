@@ -1,14 +1,11 @@
 """Callbacks whose state is saved with a Trainer's checkpoints."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from grasp_lora.method.masks import WeightKey
 from grasp_lora.storage.checkpoints import State, checkpoint_at, read_state, write_state
 
 
@@ -41,18 +38,3 @@ class SavedInCheckpoints(TrainerCallback):
         if not state.global_step:
             return None
         return read_state(checkpoint_at(Path(str(args.output_dir)), state.global_step), self.state_name)
-
-
-def named(prefix: str, tensors: Mapping[WeightKey, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of the factors by the names that they have in a checkpoint."""
-    return {f"{prefix}{factor}.{module}": tensor for (module, factor), tensor in tensors.items()}
-
-
-def of_prefix(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[WeightKey, torch.Tensor]:
-    """What `named` named, among other tensors."""
-    found = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            factor, module = name.removeprefix(prefix).split(".", 1)
-            found[module, factor] = tensor
-    return found
