@@ -22,7 +22,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from grasp_lora.data.build import CorpusSettings, DataSettings, build_splits, encode_rows
-from grasp_lora.data.encode import Encoder, Example, Tally, prompt_ids, render_chat
+from grasp_lora.data.chat import render_chat
+from grasp_lora.data.encode import Encoder, Example, Tally, prompt_ids
 from grasp_lora.data.records import Record
 from grasp_lora.data.splits import HELD_OUT, SPLITS, Splits
 from grasp_lora.data.tasks import Template, resolve_template
@@ -242,7 +243,7 @@ class TestEncoding:
         encoder = self.encoder(tokenizer, chat=True, task="completion", template=resolve_template("completion", "en"))
         (e,) = encoder.encode([self.record(messages=turns, fields={})], ["g"], Tally())
         assert e.prompt == "<bos>[user]a[assistant]b[user]c[assistant]"
-        with pytest.raises(DataError, match="chat template refuses the en data: no tools"):
+        with pytest.raises(DataError, match=r"^r: the tokenizer's chat template refuses it: no tools"):
             encoder.encode([self.record(messages=({"role": "tool", "content": "x"},), fields={})], ["g"], Tally())
 
     def test_what_spells_a_control_token_stays_text(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -302,7 +303,7 @@ class TestEncoding:
         tokenizer.chat_template = "{{- strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
         conversation = [[{"role": "user", "content": "hello"}]]
         assert tokenizer.apply_chat_template(conversation, tokenize=False) != ["26 Jul 2024 hello"]
-        assert render_chat(tokenizer, conversation) == ["26 Jul 2024 hello"]
+        assert render_chat(tokenizer, conversation, ["a"]) == ["26 Jul 2024 hello"]
         assert tokenizer.decode(prompt_ids(tokenizer, ["hello"], chat=True)[0]) == "26 Jul 2024 hello"
 
     def test_conversations_without_chat_template(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

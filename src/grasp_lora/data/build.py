@@ -255,19 +255,17 @@ def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedToke
     groups = join_groups(record.keys for record in pool.records)
     template = resolve_template("completion", ANY_LANGUAGE)
     plain = Encoder(tokenizer, "completion", "", template, max_tokens=sys.maxsize, data_is_text=False)
-    chats = replace(plain, chat=True)
-    examples: list[Example] = []
-    for row, record in zip(identified, pool.records, strict=True):
-        chat = bool(record.messages)
-        if chat and not getattr(tokenizer, "chat_template", None):
-            raise DataError(f"{row.where} holds messages but the tokenizer has no chat template: give prompts as texts")
-        try:
-            (example,) = (chats if chat else plain).encode([record], [groups[next(iter(record.keys))]], Tally())
-        except DataError as error:
-            raise DataError(f"{row.where}: the tokenizer's chat template refuses it: {error.__cause__}") from error
-        assert example is not None, "nothing is cut and nothing is too long"
-        examples.append(example)
-    return examples
+    examples: dict[str, Example | None] = {}
+    for encoder in (plain, replace(plain, chat=True)):
+        records = [record for record in pool.records if bool(record.messages) == encoder.chat]
+        if records and encoder.chat and not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                f"{records[0].id} holds messages but the tokenizer has no chat template: give prompts as texts"
+            )
+        names = [groups[next(iter(record.keys))] for record in records]
+        examples |= zip((record.id for record in records), encoder.encode(records, names, Tally()), strict=True)
+    # Nothing is cut and nothing is too long, so there is one for each.
+    return [example for record in pool.records if (example := examples[record.id]) is not None]
 
 
 def _check_eos(tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, cast
 
+from grasp_lora.data.chat import render_chat
 from grasp_lora.data.records import Record
 from grasp_lora.data.tasks import ANY_LANGUAGE, TASKS, TEMPLATES, Template
 from grasp_lora.errors import DataError
@@ -17,7 +18,6 @@ from grasp_lora.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DATE = "26 Jul 2024"  # in chat templates that print one: what Llama 3.2's takes where it knows no clock
 _BREAK = "\x00"  # which records never hold
 
 
@@ -63,32 +63,6 @@ class Tally:
     shortest_tokens: int | None = None
 
 
-def render_chat(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Mapping[str, str]]], what: str = "given"
-) -> list[str]:
-    """Return conversations in the tokenizer's chat template, up to where the assistant's answer begins.
-
-    Templates that print the current date (Llama 3.2's, for one) get a fixed one: else prompts would be others tomorrow.
-
-    Raises:
-        DataError: the template refuses one; `what` says of which data.
-    """
-    import jinja2
-
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}" + template
-    turns = cast(list[list[dict[str, str]]], conversations)
-    try:
-        rendered = tokenizer.apply_chat_template(
-            turns, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
-    # A template is a program: beside its own refusals it may divide by zero, or take a text for a list.
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise DataError(f"the tokenizer's chat template refuses the {what} data: {error}") from error
-    return cast(list[str], rendered)
-
-
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], chat: bool = False) -> list[list[int]]:
     """Tokenise prompts that a person wrote whole, as the `Encoder` does those that it makes.
 
@@ -107,7 +81,8 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
         raise DataError("the tokenizer has no chat template, so prompts can only be plain texts; leave --chat out")
     spelled = control_tokens(tokenizer)
     turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in prompts]
-    return _tokenize(tokenizer, render_chat(tokenizer, turns), add_special_tokens=False)
+    names = [f"prompt {number}" for number in range(1, len(turns) + 1)]
+    return _tokenize(tokenizer, render_chat(tokenizer, turns, names), add_special_tokens=False)
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
@@ -240,7 +215,7 @@ class Encoder:
             conversations.append(turns)
         if not self.chat:
             return [turns[0]["content"] for turns in conversations]
-        return render_chat(self.tokenizer, conversations, self.language)
+        return render_chat(self.tokenizer, conversations, [record.id for record in records])
 
     def _cut_documents(
         self, records: Sequence[Record], inputs: list[dict[str, str]], tally: Tally
