@@ -419,7 +419,7 @@ class TestEncodeRows:
             encode_rows([{"prompt": "a", "completion": "b"}, row], chat_tokenizer)
 
     def test_tokenizers_that_do_not_fit(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-        with pytest.raises(DataError, match="row 0 holds messages but the tokenizer has no chat template"):
+        with pytest.raises(DataError, match="the tokenizer has no chat template, so prompts can only be plain texts"):
             encode_rows([{"messages": [USER, ASSISTANT]}], tiny_tokenizer)
         with pytest.raises(DataError, match="the list of rows holds no records"):
             encode_rows([], tiny_tokenizer)
@@ -571,7 +571,7 @@ class TestBuildSplits:
 
     def test_tokenizers_that_do_not_fit(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         settings = DataSettings("qa", CorpusSettings("ar", files=("a.json",)), chat_template=True)
-        with pytest.raises(DataError, match="chat_template is true but the tokenizer has no chat template"):
+        with pytest.raises(DataError, match=r"the tokenizer has no chat template, .*set data\.chat_template to false"):
             build_splits(settings, tiny_tokenizer, 0)
         tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.eos_token = None

@@ -572,7 +572,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
         (["learn", "tiny.yaml", "-a", "adapter", "-o", "tiny.yaml/out"], r"cannot be made \(tiny\.yaml is a file\)"),
         (["check", "tiny.yaml", "-s", "report_to=[nosuch]"], r"report_to names 'nosuch'; allowed: .*tensorboard, .*wandb"),
         (["run", "tiny.yaml", "-s", "report_to=[wandb]"], r"report_to names 'wandb', which cannot be used here: .*wandb"),
-        (["predict", "adapter", "hi", "--chat"], r"has no chat template, so prompts can only be plain texts; leave --chat out"),
+        (["predict", "adapter", "hi", "--chat"], r"has no chat template, so prompts can only be plain texts, .*--chat out"),
         (["predict", "adapter", "hi", "--max-new-tokens", "0", "--backbone", "./none"], r"max_new_tokens"),
         (["predict", "tiny-llama", "hi"], r"no PEFT adapter: it has no adapter_config\.json"),
         (["init", "adapter/" + WEIGHTS, "-l", "de"], r"cannot tell the format from the suffix '\.safetensors'"),

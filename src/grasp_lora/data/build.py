@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.encode import Encoder, Example, Tally
 from grasp_lora.data.files import Row, Table, as_row, read_file
 from grasp_lora.data.places import read_hub, resolve_file
@@ -182,11 +183,8 @@ def build_splits(
         DataError: files are missing or malformed, there are too few examples, or given splits overlap.
     """
     _check_eos(tokenizer)
-    if settings.chat_template and not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "chat_template is true but the tokenizer has no chat template: set it to false if all prompts have one turn, "
-            "or take a backbone with a chat template"
-        )
+    if settings.chat_template:
+        check_has_template(tokenizer)
     split_seed = seed if settings.split_seed is None else settings.split_seed
     corpora = {"target": settings.target}
     if settings.source is not None:
@@ -258,10 +256,6 @@ def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedToke
     examples: dict[str, Example | None] = {}
     for encoder in (plain, replace(plain, chat=True)):
         records = [record for record in pool.records if bool(record.messages) == encoder.chat]
-        if records and encoder.chat and not getattr(tokenizer, "chat_template", None):
-            raise DataError(
-                f"{records[0].id} holds messages but the tokenizer has no chat template: give prompts as texts"
-            )
         names = [groups[next(iter(record.keys))] for record in records]
         examples |= zip((record.id for record in records), encoder.encode(records, names, Tally()), strict=True)
     # Nothing is cut and nothing is too long, so there is one for each.

@@ -42,8 +42,9 @@ def render_chat(
         names: of the conversations, for messages.
 
     Raises:
-        DataError: the template refuses a conversation, which is named, or does not end within the limits.
+        DataError: there is no template, or it refuses a conversation, which is named, or does not end within the limits.
     """
+    check_has_template(tokenizer)
     answers = _prompts(tokenizer, conversations)
     seconds = MOST_SECONDS * (1 + len(conversations) // EACH)
     prompts: list[str] = []
@@ -58,6 +59,19 @@ def render_chat(
             f"or as it took more memory than there is. Take a backbone with another one, or set data.chat_template to false"
         )
     return prompts
+
+
+def check_has_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Check that there is a chat template.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template, so prompts can only be plain texts, not messages; set data.chat_template to "
+            "false, leave --chat out, or take a backbone with a chat template"
+        )
 
 
 def _prompts(

@@ -77,8 +77,6 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
         bos = tokenizer.bos_token
         begun = [bool(bos) and prompt.startswith(str(bos)) for prompt in prompts]
         return [_tokenize(tokenizer, [prompt], not begins)[0] for prompt, begins in zip(prompts, begun, strict=True)]
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError("the tokenizer has no chat template, so prompts can only be plain texts; leave --chat out")
     spelled = control_tokens(tokenizer, chat=True)
     turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in prompts]
     names = [f"prompt {number}" for number in range(1, len(turns) + 1)]
