@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from grasp_lora.data.files import read_file
@@ -56,6 +58,11 @@ def read(path: Path, content: object, task: str, format: str = "auto", **columns
     else:
         path.write_text(json.dumps(content), encoding="utf-8")
     return read_files([(path.name, path)], task, format, columns)
+
+
+@pytest.fixture
+def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("grasp_lora.data.files.MOST_BYTES", 100_000_000)
 
 
 class TestSquad:
@@ -382,6 +389,40 @@ class TestCleaning:
         assert (tmp_path / "x.parquet").stat().st_size < 100_000
         with pytest.raises(DataError, match=r"x\.parquet unpacks to more than 100000 bytes"):
             read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
+
+    @pytest.mark.parametrize("kind", ["text", "struct", "list", "list of structs", "map"])
+    @pytest.mark.parametrize("stored", [True, False], ids=["as dictionaries", "as texts"])
+    @pytest.mark.usefixtures("small_limit")
+    def test_parquet_is_as_large_as_what_it_stands_for(self, kind: str, stored: bool, tmp_path: Path) -> None:
+        """Rows of 500 kB each that a dictionary holds once, 10 GB in all."""
+        rows = 20_000
+        texts = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["x" * 500_000]))
+        one = pa.array([0, rows], pa.int32())  # a single row holds all
+        column = {
+            "text": lambda: texts,
+            "struct": lambda: pa.StructArray.from_arrays([texts, texts], ["a", "b"]),
+            "list": lambda: pa.ListArray.from_arrays(one, texts),
+            "list of structs": lambda: pa.ListArray.from_arrays(one, pa.StructArray.from_arrays([texts], ["content"])),
+            "map": lambda: pa.MapArray.from_arrays(one, texts, texts),
+        }[kind]()
+        pq.write_table(pa.table({"prompt": column}), tmp_path / "x.parquet", compression="zstd", store_schema=stored)
+        assert (tmp_path / "x.parquet").stat().st_size < 4000
+        with pytest.raises(DataError, match=r"x\.parquet unpacks to more than 100000000 bytes"):
+            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
+
+    @pytest.mark.usefixtures("small_limit")
+    def test_parquet_of_values_without_end(self, tmp_path: Path) -> None:
+        numbers = pa.ListArray.from_arrays(pa.array([0, 5_000_000], pa.int32()), pa.nulls(5_000_000, pa.int8()))
+        pq.write_table(pa.table({"prompt": numbers}), tmp_path / "x.parquet", compression="zstd")
+        with pytest.raises(DataError, match=r"x\.parquet unpacks to more than 100000000 bytes"):
+            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
+
+    def test_parquet_in_any_coding_reads_the_same(self, tmp_path: Path) -> None:
+        turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+        for options in ({}, *({"use_dictionary": False, "column_encoding": c} for c in ("PLAIN", "DELTA_BYTE_ARRAY"))):
+            pq.write_table(pa.table({"messages": [turns] * 600}), tmp_path / "x.parquet", row_group_size=250, **options)
+            records = read_files([("x", tmp_path / "x.parquet")], "completion").records
+            assert [record.answer for record in records] == ["hello"] * 600
 
     def test_what_a_library_says_is_shown_harmless(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """Found by the fuzzer: thrift quotes the byte that it does not know."""

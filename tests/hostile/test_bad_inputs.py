@@ -443,6 +443,17 @@ ADAPTERS: dict[str, tuple[Make, str]] = {
     "a fingerprint that is a list": (write(OURS, '{"backbone_fingerprint": []}'), r"backbone_fingerprint is a list"),
 }  # fmt: skip
 
+
+def chat(template: object) -> Make:
+    """The backbone has this chat template, and the recipe uses it."""
+
+    def make(work: Path) -> None:
+        change_backbone(work, "tokenizer_config.json", {"chat_template": template})
+        setting(data__chat_template=True)(work)
+
+    return make
+
+
 BACKBONES: dict[str, tuple[Make, str]] = {
     "a truncated model": (lambda work: change_backbone(work, "model.safetensors", b"\x00" * 50), r"files are damaged"),
     "a config that divides by zero": (lambda work: change_backbone(work, "config.json", {"num_attention_heads": 0}), "damaged"),
@@ -458,6 +469,11 @@ BACKBONES: dict[str, tuple[Make, str]] = {
     "stop tokens that are texts": (
         lambda work: change_backbone(work, "generation_config.json", {"eos_token_id": "abc"}), r"invalid literal for int"
     ),
+    "a chat template that grows": (chat("{{ 'a' * 10**10 }}"), r"^error: target\.jsonl:\d+: .*more than 1073741824 bytes"),
+    "a chat template that calls itself": (
+        chat("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), r"chat template refuses it: maximum recursion depth"
+    ),
+    "a chat template that is no text": (chat(["a"]), r"files are damaged"),
     "a tokenizer that is empty": (lambda work: change_backbone(work, "tokenizer.json", b"{}"), r"files are damaged"),
 }  # fmt: skip
 
@@ -556,7 +572,7 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
         (["learn", "tiny.yaml", "-a", "adapter", "-o", "tiny.yaml/out"], r"cannot be made \(tiny\.yaml is a file\)"),
         (["check", "tiny.yaml", "-s", "report_to=[nosuch]"], r"report_to names 'nosuch'; allowed: .*tensorboard, .*wandb"),
         (["run", "tiny.yaml", "-s", "report_to=[wandb]"], r"report_to names 'wandb', which cannot be used here: .*wandb"),
-        (["predict", "adapter", "hi", "--chat"], r"has no chat template, so prompts can only be plain texts; leave --chat out"),
+        (["predict", "adapter", "hi", "--chat"], r"has no chat template, so prompts can only be plain texts, .*--chat out"),
         (["predict", "adapter", "hi", "--max-new-tokens", "0", "--backbone", "./none"], r"max_new_tokens"),
         (["predict", "tiny-llama", "hi"], r"no PEFT adapter: it has no adapter_config\.json"),
         (["init", "adapter/" + WEIGHTS, "-l", "de"], r"cannot tell the format from the suffix '\.safetensors'"),

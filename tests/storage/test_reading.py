@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +38,16 @@ class TestFiles:
         assert Path("/proc/self/status").stat().st_size == 0
         with pytest.raises(RefusedError, match="it has more than 4 bytes"):
             read_bounded(Path("/proc/self/status"), 4)
+        assert read_bounded(Path("/proc/self/status"), 10**6).startswith(b"Name:")
+
+    def test_a_small_file_takes_little_memory_whatever_the_limit(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(b"12345")
+        tracemalloc.start()
+        try:
+            assert read_bounded(tmp_path / "a", 2**31) == b"12345"
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+        finally:
+            tracemalloc.stop()
 
     @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
     def test_a_file_that_is_closed_to_us(self, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.encode import Encoder, Example, Tally
 from grasp_lora.data.files import Row, Table, as_row, read_file
 from grasp_lora.data.places import read_hub, resolve_file
@@ -182,11 +183,8 @@ def build_splits(
         DataError: files are missing or malformed, there are too few examples, or given splits overlap.
     """
     _check_eos(tokenizer)
-    if settings.chat_template and not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            "chat_template is true but the tokenizer has no chat template: set it to false if all prompts have one turn, "
-            "or take a backbone with a chat template"
-        )
+    if settings.chat_template:
+        check_has_template(tokenizer)
     split_seed = seed if settings.split_seed is None else settings.split_seed
     corpora = {"target": settings.target}
     if settings.source is not None:
@@ -255,19 +253,13 @@ def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedToke
     groups = join_groups(record.keys for record in pool.records)
     template = resolve_template("completion", ANY_LANGUAGE)
     plain = Encoder(tokenizer, "completion", "", template, max_tokens=sys.maxsize, data_is_text=False)
-    chats = replace(plain, chat=True)
-    examples: list[Example] = []
-    for row, record in zip(identified, pool.records, strict=True):
-        chat = bool(record.messages)
-        if chat and not getattr(tokenizer, "chat_template", None):
-            raise DataError(f"{row.where} holds messages but the tokenizer has no chat template: give prompts as texts")
-        try:
-            (example,) = (chats if chat else plain).encode([record], [groups[next(iter(record.keys))]], Tally())
-        except DataError as error:
-            raise DataError(f"{row.where}: the tokenizer's chat template refuses it: {error.__cause__}") from error
-        assert example is not None, "nothing is cut and nothing is too long"
-        examples.append(example)
-    return examples
+    examples: dict[str, Example | None] = {}
+    for encoder in (plain, replace(plain, chat=True)):
+        records = [record for record in pool.records if bool(record.messages) == encoder.chat]
+        names = [groups[next(iter(record.keys))] for record in records]
+        examples |= zip((record.id for record in records), encoder.encode(records, names, Tally()), strict=True)
+    # Nothing is cut and nothing is too long, so there is one for each.
+    return [example for record in pool.records if (example := examples[record.id]) is not None]
 
 
 def _check_eos(tokenizer: "PreTrainedTokenizerBase") -> None:

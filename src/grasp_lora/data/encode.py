@@ -10,6 +10,7 @@ from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, cast
 
+from grasp_lora.data.chat import render_chat
 from grasp_lora.data.records import Record
 from grasp_lora.data.tasks import ANY_LANGUAGE, TASKS, TEMPLATES, Template
 from grasp_lora.errors import DataError
@@ -17,7 +18,6 @@ from grasp_lora.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DATE = "26 Jul 2024"  # in chat templates that print one: what Llama 3.2's takes where it knows no clock
 _BREAK = "\x00"  # which records never hold
 
 
@@ -63,32 +63,6 @@ class Tally:
     shortest_tokens: int | None = None
 
 
-def render_chat(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Mapping[str, str]]], what: str = "given"
-) -> list[str]:
-    """Return conversations in the tokenizer's chat template, up to where the assistant's answer begins.
-
-    Templates that print the current date (Llama 3.2's, for one) get a fixed one: else prompts would be others tomorrow.
-
-    Raises:
-        DataError: the template refuses one; `what` says of which data.
-    """
-    import jinja2
-
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}" + template
-    turns = cast(list[list[dict[str, str]]], conversations)
-    try:
-        rendered = tokenizer.apply_chat_template(
-            turns, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
-    # A template is a program: beside its own refusals it may divide by zero, or take a text for a list.
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise DataError(f"the tokenizer's chat template refuses the {what} data: {error}") from error
-    return cast(list[str], rendered)
-
-
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], chat: bool = False) -> list[list[int]]:
     """Tokenise prompts that a person wrote whole, as the `Encoder` does those that it makes.
 
@@ -103,17 +77,23 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
         bos = tokenizer.bos_token
         begun = [bool(bos) and prompt.startswith(str(bos)) for prompt in prompts]
         return [_tokenize(tokenizer, [prompt], not begins)[0] for prompt, begins in zip(prompts, begun, strict=True)]
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError("the tokenizer has no chat template, so prompts can only be plain texts; leave --chat out")
-    spelled = control_tokens(tokenizer)
+    spelled = control_tokens(tokenizer, chat=True)
     turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in prompts]
-    return _tokenize(tokenizer, render_chat(tokenizer, turns), add_special_tokens=False)
+    names = [f"prompt {number}" for number in range(1, len(turns) + 1)]
+    return _tokenize(tokenizer, render_chat(tokenizer, turns, names), add_special_tokens=False)
 
 
-def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
-    """Return a pattern of all texts that a tokenizer takes for control tokens."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    names = {name for name in (*added, *tokenizer.all_special_tokens) if len(name) > 1}
+def control_tokens(tokenizer: "PreTrainedTokenizerBase", chat: bool = False) -> re.Pattern[str]:
+    """Return a pattern of all texts that a tokenizer takes for control tokens.
+
+    With `chat`, also of what its chat template writes though it does not call it special, such as the start of a turn.
+    """
+    template = str(tokenizer.chat_template) if chat else ""
+    added = tokenizer.added_tokens_decoder.values()
+    control = [
+        token.content for token in added if token.special or (token.content.strip() and token.content in template)
+    ]
+    names = {name for name in (*control, *tokenizer.all_special_tokens) if len(name) > 1}
     return re.compile(_any_of(names) if names else "(?!)")
 
 
@@ -186,7 +166,7 @@ class Encoder:
         if not records:
             return []
         answer = TASKS[self.task].answer
-        inputs = [{name: self._text(text) for name, text in record.fields.items()} for record in records]
+        inputs = [{name: self._text(text, self.chat) for name, text in record.fields.items()} for record in records]
         inputs, answer_lost = self._cut_documents(records, inputs, tally)
         prompts = self._prompts(records, inputs)
         completions = [self.template.completion.format(**{answer: self._text(record.answer)}) for record in records]
@@ -216,16 +196,20 @@ class Encoder:
         return examples
 
     @cached_property
-    def _spelled(self) -> re.Pattern[str]:
-        return control_tokens(self.tokenizer)
+    def _spelled(self) -> dict[bool, re.Pattern[str]]:
+        return {chat: control_tokens(self.tokenizer, chat) for chat in {False, self.chat}}
 
-    def _text(self, text: str) -> str:
-        return as_text(text, self._spelled) if self.data_is_text else text
+    def _text(self, text: str, for_chat: bool = False) -> str:
+        """Break control tokens; also the marks of a chat template, but not in answers, whose marks may be meant (`<think>`)."""
+        return as_text(text, self._spelled[for_chat]) if self.data_is_text else text
 
     def _prompts(self, records: Sequence[Record], inputs: Sequence[Mapping[str, str]]) -> list[str]:
         conversations = []
         for record, fields in zip(records, inputs, strict=True):
-            turns = [{key: self._text(text) for key, text in turn.items()} for turn in record.messages]
+            turns = [
+                {key: self._text(text, self.chat and turn["role"] != "assistant") for key, text in turn.items()}
+                for turn in record.messages
+            ]
             if turns and self.template.prompt != TEMPLATES["completion"][ANY_LANGUAGE].prompt:
                 raise DataError(f"record {record.id} is a conversation, to which no prompt template applies")
             if turns and not self.chat:
@@ -240,7 +224,7 @@ class Encoder:
             conversations.append(turns)
         if not self.chat:
             return [turns[0]["content"] for turns in conversations]
-        return render_chat(self.tokenizer, conversations, self.language)
+        return render_chat(self.tokenizer, conversations, [record.id for record in records])
 
     def _cut_documents(
         self, records: Sequence[Record], inputs: list[dict[str, str]], tally: Tally

@@ -10,21 +10,25 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice
+from itertools import count, islice, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from grasp_lora.errors import DataError
 from grasp_lora.storage.reading import RefusedError, is_there, parse_json, read_bounded
 from grasp_lora.text.characters import INVISIBLE
 from grasp_lora.text.display import CONTROLS, escaped, one_line, quoted
 
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
 MOST_BYTES = 2**31
 MOST_ROWS = 5_000_000
 MOST_LINE = 10_000_000  # characters
 MOST_COLUMNS = 10_000
 _STATED_DELIMITER = re.compile(r"sep=(.)\r?\n")
-_BATCH = 256  # rows of parquet at a time: a small file can stand for gigabytes of repeated text
+_BATCH = 256  # rows of parquet at a time, at most
+_VALUE = 32  # bytes that a value takes at least, beside its text
 _NO_TEXT = {  # how files begin that are often given the wrong name
     b"\x1f\x8b": "compressed with gzip: unpack it",
     b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or save the sheet as CSV in UTF-8",
@@ -190,25 +194,61 @@ def _check_header(columns: list[str], name: str) -> None:
 
 
 def _parquet(data: bytes, name: str) -> Iterator[Row]:
+    """Read parquet, of which a thousand bytes can stand for gigabytes: what repeats is written only once."""
     import pyarrow
     import pyarrow.parquet
 
+    too_much = DataError(f"{name} unpacks to more than {MOST_BYTES} bytes, the most that is read; split it")
     size = 0
     numbers = count(1)
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
         _check_header(file.schema_arrow.names, name)
-        for batch in file.iter_batches(batch_size=_BATCH):
-            size += batch.nbytes
-            if size > MOST_BYTES:
-                raise DataError(f"{name} unpacks to more than {MOST_BYTES} bytes, the most that is read; split it")
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+        values = sum(group.column(column).num_values for group in groups for column in range(group.num_columns))
+        written = [group.total_byte_size for group in groups]
+        if max(values * _VALUE, sum(written)) > MOST_BYTES or _texts_in_lists(data, file) > MOST_BYTES:
+            raise too_much
+        # Of each column, a row takes at most all that is written of it.
+        rows = MOST_BYTES // 4 // max(1, *written) if written else 1
+        for batch in file.iter_batches(batch_size=max(1, min(_BATCH, rows))):
             for row in batch.to_pylist():
+                size += _size(row)
+                if size > MOST_BYTES:
+                    raise too_much
                 yield Row(f"{name}, row {next(numbers)}", row)
     except DataError:
         raise
     # Beside its own errors, pyarrow lets pass those of the values: texts that are no UTF-8, dates that do not exist.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: not a valid parquet file ({one_line(str(error))[:300]})") from None
+
+
+def _texts_in_lists(data: bytes, file: "ParquetFile") -> int:
+    """Return the bytes of texts in lists, where they could be too many: there, a single row can repeat a text without end."""
+    import pyarrow.compute as compute
+    from pyarrow.parquet import ParquetFile
+
+    size = 0
+    for number, group in product(range(len(file.schema)), range(file.num_row_groups)):
+        column, written = file.schema.column(number), file.metadata.row_group(group).column(number)
+        doubtful = written.num_values * written.total_uncompressed_size > MOST_BYTES
+        if doubtful and column.max_repetition_level and column.physical_type == "BYTE_ARRAY":
+            encoded = ParquetFile(io.BytesIO(data), read_dictionary=[column.path])
+            for part in encoded.read_row_group(group, columns=[column.path]).column(0).chunks:
+                while not hasattr(part, "dictionary"):
+                    part = part.field(0) if hasattr(part, "field") else part.values  # structs and lists
+                size += compute.sum(compute.binary_length(part.dictionary).take(part.indices)).as_py() or 0
+    return size
+
+
+def _size(value: object) -> int:
+    """Return the bytes of a value, at least."""
+    if isinstance(value, Mapping):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(_size, value))
+    return _VALUE + (len(value) if isinstance(value, str | bytes) else 0)
 
 
 # Of each suffix, the function from a file's bytes and name to its rows.

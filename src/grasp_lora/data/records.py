@@ -99,7 +99,14 @@ def make_pool(tables: Iterable[Table], task: str, format: str = "auto", columns:
         if layout.task not in (None, task):
             raise DataError(f"{table.name} is {layout.name} data, which fits the task {layout.task}, not {task}")
         identity = columns.get("id", "id")
-        rows = [Row(where, _clean_row(values, identity, counts)) for where, values in table.rows]
+        rows = []
+        for where, values in table.rows:
+            try:
+                rows.append(Row(where, _clean_row(values, identity, counts)))
+            except RecursionError:  # of rows that are in memory: files are read to 64 levels
+                raise DataError(
+                    f"{where} is nested hundreds of levels deep; give texts, and lists of messages"
+                ) from None
         records += layout.convert(Table(table.name, rows), task, columns, counts)
     _check_ids(records)
     if not records and counts["unanswerable"]:
@@ -365,6 +372,8 @@ def _list(item: object, key: str, where: str) -> list[object]:
 
 def _plain(value: object, label: str, where: str) -> str:
     """A text or a whole number that names something: short and printable, since it stands in messages, files and reports."""
+    if isinstance(value, int) and value.bit_length() > 4 * MOST_ID:  # Python does not write all of them
+        raise DataError(f"{where}: {label} is {quoted(value)}; at most {MOST_ID} characters are allowed")
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
         raise DataError(f"{where}: {label} must be a text or a whole number, found {quoted(value)}")
     text = str(value)

@@ -80,13 +80,15 @@ def read_bounded(file: Path, most: int) -> bytes:
     Raises:
         RefusedError: it is missing, a folder, a pipe, a device, larger than allowed, or cannot be read.
     """
-    check_file(file, most)
+    size = check_file(file, most)
     try:
         with file.open("rb") as opened:
-            content = opened.read(most + 1)
+            content = opened.read(size + 1)  # not `most`: as much memory as is asked for is set aside
+            while size < len(content) <= most and (more := opened.read(len(content))):
+                content += more  # the size of some files is stated wrongly, or grows
     except OSError as error:
         raise RefusedError(f"it cannot be read: {error.strerror or error}") from error
-    if len(content) > most:  # the size of some files is stated wrongly, or grows
+    if len(content) > most:
         raise RefusedError(f"it has more than {most} bytes, the most that is allowed")
     return content
 

@@ -1,0 +1,138 @@
+"""Conversations become prompts by the tokenizer's chat template, which is a program of a stranger.
+
+The sandbox of jinja keeps it from files and from the network, but not from running or growing without end. So it runs in a
+forked process with limits of the system, which hold inside a single operation, too, and in any thread.
+"""
+
+import json
+import os
+import signal
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from grasp_lora.errors import DataError
+from grasp_lora.text.display import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DATE = "26 Jul 2024"  # in chat templates that print one: what Llama 3.2's takes where it knows no clock
+MOST_SECONDS = 5  # of computing, and as much again for each EACH conversations; an ordinary one takes 0.0002
+EACH = 250
+MOST_MEMORY = 2**30  # bytes beside what the process has already
+MOST_ADDED = 10_000  # characters that a template may add to a conversation, on average, beside TIMES its length
+TIMES = 10
+
+Conversation = Sequence[Mapping[str, str]]
+
+
+def render_chat(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Conversation], names: Sequence[str]
+) -> list[str]:
+    """Return conversations in the tokenizer's chat template, up to where the assistant's answer begins.
+
+    Templates that print the current date (Llama 3.2's, for one) get a fixed one: else prompts would be others tomorrow.
+    Where the system cannot fork, there are no limits; where it does not tell the size of a process, none of memory.
+
+    Args:
+        tokenizer: with a chat template.
+        conversations: turns with `role` and `content`.
+        names: of the conversations, for messages.
+
+    Raises:
+        DataError: there is no template, or it refuses a conversation, which is named, or does not end within the limits.
+    """
+    check_has_template(tokenizer)
+    answers = _prompts(tokenizer, conversations)
+    seconds = MOST_SECONDS * (1 + len(conversations) // EACH)
+    prompts: list[str] = []
+    for answer in _by_a_child(answers, seconds) if hasattr(os, "fork") else answers:
+        if isinstance(answer, dict):
+            name = names[len(prompts)]
+            raise DataError(f"{name}: the tokenizer's chat template refuses it: {one_line(answer['reason'])[:300]}")
+        prompts.append(answer)
+    if len(prompts) < len(conversations):
+        raise DataError(
+            f"{names[len(prompts)]}: the tokenizer's chat template does not end; it was stopped after {seconds} s of computing, "
+            f"or as it took more memory than there is. Take a backbone with another one, or set data.chat_template to false"
+        )
+    return prompts
+
+
+def check_has_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Check that there is a chat template.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template, so prompts can only be plain texts, not messages; set data.chat_template to "
+            "false, leave --chat out, or take a backbone with a chat template"
+        )
+
+
+def _prompts(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Conversation]
+) -> Iterator[str | dict[str, str]]:
+    """Give the prompts up to the first that the template refuses, and then the reason."""
+    room = sum(MOST_ADDED + TIMES * sum(len(turn["content"]) for turn in turns) for turns in conversations)
+    try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}" + template
+        for conversation in conversations:
+            turns = cast(list[dict[str, str]], conversation)
+            prompt = tokenizer.apply_chat_template(
+                turns, chat_template=template, add_generation_prompt=True, tokenize=False
+            )
+            room -= len(cast(str, prompt))
+            if room < 0:
+                raise ValueError(f"it makes them {TIMES} times as long and adds {MOST_ADDED} characters to each")
+            yield cast(str, prompt)
+    except MemoryError:
+        yield {"reason": f"it needs more than {MOST_MEMORY} bytes of memory"}
+    # A template is a program: beside its own refusals it may divide by zero, take a text for a list, or never come back.
+    except Exception as error:  # noqa: BLE001
+        yield {"reason": str(error)[:1000] or type(error).__name__}
+
+
+def _by_a_child(answers: Iterator[str | dict[str, str]], seconds: int) -> list[str | dict[str, str]]:
+    """Return what a generator gives when a forked process runs it; less where that reaches a limit."""
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        # Python 3.12 warns that other threads may hold locks: the child takes none, and ends without cleaning up.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        try:
+            os.close(reading)  # so that the child ends with its parent
+            _limit_process(seconds)
+            with os.fdopen(writing, "w", encoding="ascii") as out:
+                out.writelines(json.dumps(answer) + "\n" for answer in answers)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    try:
+        with os.fdopen(reading, encoding="ascii") as lines:
+            return [json.loads(line) for line in lines if line.endswith("\n")]  # one may be cut off
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def _limit_process(seconds: int) -> None:
+    import resource
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    limits = {resource.RLIMIT_CPU: seconds}
+    sizes = Path("/proc/self/statm")
+    if sizes.exists():
+        limits[resource.RLIMIT_AS] = int(sizes.read_text().split()[0]) * resource.getpagesize() + MOST_MEMORY
+    for kind, most in limits.items():
+        allowed = resource.getrlimit(kind)[1]
+        least = most if allowed == resource.RLIM_INFINITY else min(most, allowed)
+        resource.setrlimit(kind, (least, least))
