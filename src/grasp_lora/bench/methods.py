@@ -218,7 +218,7 @@ METHODS: dict[str, Method] = {
     ),
     "continued": Method(
         "source adapter continued on the target",
-        lambda bench: bench.outcome(bench.finetuned(bench.source, 0.0)),
+        lambda bench: bench.outcome(bench.continued()),
         merges=False,
     ),
     "joint": Method(

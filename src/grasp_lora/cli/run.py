@@ -68,9 +68,10 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool) -> None:
     with loading():
         from grasp_lora import api
-        from grasp_lora.bench.run_folder import REPORT_FILE
+        from grasp_lora.bench.run_folder import PROMPT_FILE, REPORT_FILE
         from grasp_lora.cli.progress import TerminalProgress
         from grasp_lora.method.estimate import WIDE_INTERVAL
+        from grasp_lora.report.delivered import predict_command, verdict
     with shown(TerminalProgress(console)) as progress:
         result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
     print_scores(result.metrics)
@@ -82,5 +83,12 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
             "[yellow]the interval is wide: these probes do not settle the ratio; the report says what narrows it[/yellow]",
             soft_wrap=True,
         )
+    if result.delivered is not None:
+        console.print(verdict(result.delivered), style="bold", markup=False, highlight=False, soft_wrap=True)
+        if result.delivered.warning:
+            console.print(result.delivered.warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
     say(f"adapter {result.adapter}   report {result.folder / REPORT_FILE}")
+    if (result.folder / PROMPT_FILE).is_file():
+        say(f"try it  {predict_command(result.folder)}")
+    say(f"load it PeftModel.from_pretrained(model, {str(result.adapter)!r})")
     leave()
