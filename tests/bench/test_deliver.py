@@ -73,7 +73,7 @@ class TestRule:
             assert f"{ROWS} dev rows cannot tell these apart, and the simpler one is handed over" in found.why
 
     def test_equal_losses_and_too_few_rows_give_the_simplest(self) -> None:
-        same = dict.fromkeys(SYSTEMS, [1.0, 2.0, 0.5])
+        same = {name: [1.0, 2.0, 0.5] for name in SYSTEMS}
         assert best_of(same, "dev").name == "continued"
         one = {name: [2.0 - (name == "grasp")] for name in SYSTEMS}
         assert best_of(one, "dev").name == "continued"

@@ -71,10 +71,14 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         from grasp_lora.bench.run_folder import PROMPT_FILE, REPORT_FILE
         from grasp_lora.cli.progress import TerminalProgress
         from grasp_lora.method.estimate import WIDE_INTERVAL
-        from grasp_lora.report.delivered import predict_command, verdict
+        from grasp_lora.report.delivered import next_steps, predict_command, verdict
     with shown(TerminalProgress(console)) as progress:
         result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
     print_scores(result.metrics)
+    if result.delivered is not None:
+        console.print(verdict(result.delivered), style="bold", markup=False, highlight=False, soft_wrap=True)
+        if result.delivered.warning:
+            console.print(result.delivered.warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
     ratio, given = result.ratio, result.metrics.prune_ratio_interval is None
     learned = " (given)" if given else f" (95 % interval {ratio.low:.1%} to {ratio.high:.1%})"
     console.print(f"prune ratio {ratio.ratio:.1%}{learned}", highlight=False)
@@ -83,12 +87,11 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
             "[yellow]the interval is wide: these probes do not settle the ratio; the report says what narrows it[/yellow]",
             soft_wrap=True,
         )
-    if result.delivered is not None:
-        console.print(verdict(result.delivered), style="bold", markup=False, highlight=False, soft_wrap=True)
-        if result.delivered.warning:
-            console.print(result.delivered.warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
     say(f"adapter {result.adapter}   report {result.folder / REPORT_FILE}")
     if (result.folder / PROMPT_FILE).is_file():
         say(f"try it  {predict_command(result.folder)}")
     say(f"load it PeftModel.from_pretrained(model, {str(result.adapter)!r})")
+    if result.delivered is not None:
+        for step in next_steps(result.delivered, recipe, overrides, result.folder):
+            say(f"next    {step}")
     leave()

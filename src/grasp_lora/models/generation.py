@@ -27,9 +27,9 @@ def generate(
 ) -> list[str]:
     """Answer each prompt greedily.
 
-    An answer ends at an EOS token, a stop text or `max_new_tokens`; unless it may be empty, not before there is text. Batching does not change the answers beyond
-    rounding (in bfloat16, near-ties between two tokens can fall either way). The model may be wrapped by PEFT; it
-    is left as it was, each module in its train or eval mode.
+    An answer ends at an EOS token, a stop text or `max_new_tokens`; unless it may be empty, not before there is text.
+    Batching does not change the answers beyond rounding (in bfloat16, near-ties between two tokens can fall either
+    way). The model may be wrapped by PEFT; it is left as it was, each module in its train or eval mode.
 
     Args:
         model: causal language model, on its device.

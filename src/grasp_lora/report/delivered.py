@@ -1,17 +1,18 @@
 """What the end of a run says: which adapter to take, why, and how to use it."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-from grasp_lora.bench.run_folder import ADAPTER_FOLDER, PROMPT_FILE, Delivered
+from grasp_lora.bench.run_folder import ADAPTER_FOLDER, FINAL_FOLDER, PROMPT_FILE, Delivered
 from grasp_lora.report.run_record import RunRecord
 
 MADE = {
     "continued": "a source adapter was trained on in the target language",
-    "source": "it is the source adapter as it is, which no adapter of the run was shown to better",
+    "source": "it is the source adapter as it is",
     "target": "it was trained on the target data alone",
     "merged": "a source and a target adapter were merged, and nothing was trained after that",
-    "grasp": "a source and a target adapter were merged, a share of the merge was pruned, and the rest was fine-tuned on the target data",
+    "grasp": "a source and a target adapter were merged, a share of the merge was pruned, and the rest was fine-tuned",
 }
 
 
@@ -37,3 +38,20 @@ def predict_command(folder: Path | None = None) -> str:
     places = [str(Path(name) if folder is None else folder / name) for name in (ADAPTER_FOLDER, PROMPT_FILE)]
     adapter, prompt = map(shlex.quote, places)
     return f"grasp-lora predict {adapter} --jsonl < {prompt}"
+
+
+def next_steps(delivered: Delivered, recipe: str, overrides: Sequence[str], folder: Path) -> list[str]:
+    """What a user can do after a run, a command with its exact options each, and what it costs."""
+    given = [recipe, *(part for override in overrides for part in ("--set", override))]
+    seeds = ["--output", str(folder), "--methods", "merged,continued,grasp"]
+    steps = [f"three seeds, about three times this run: {shlex.join(['grasp-lora', 'compare', *given, *seeds])}"]
+    if delivered.low is not None and delivered.high is not None and delivered.low <= 0 <= delivered.high:
+        rows = 2 * delivered.examples
+        key = f"data.target.{(delivered.split or 'dev').replace('-', '_')}={rows}"
+        more = ["--set", key, "--output", f"{folder}-{rows}"]
+        steps.append(
+            f"more rows tell more, about this run once more: {shlex.join(['grasp-lora', 'run', *given, *more])}"
+        )
+    if delivered.name != "grasp":
+        steps.append(f"GRASP's result all the same, at no cost: it is {folder / FINAL_FOLDER}")
+    return steps

@@ -21,8 +21,7 @@ METRIC_NAMES = {
 
 
 class Cell(NamedTuple):
-    """A table cell; `best` marks the best of its column, and as the first of a row the whole row; `span` is over how many columns a
-    text that is no value goes."""
+    """A table cell; `best` marks the best of its column, in a first cell the row; `span` columns a text that is no value."""
 
     text: str
     best: bool = False
