@@ -23,11 +23,11 @@ SYSTEMS = ("source", "target", "merged", "continued", "grasp")
 
 class Recorder(Progress):
     def __init__(self) -> None:
-        self.done: list[str] = []
+        self.did: list[str] = []
 
     def record(self, record: Record, there: bool) -> None:
         if not there:
-            self.done.append(record.step)
+            self.did.append(record.step)
 
 
 def losses(**means: float) -> dict[str, Sequence[float]]:
@@ -128,7 +128,7 @@ class TestRun:
         assert {name: metrics["systems"][name] for name in theirs} == theirs
         again = Recorder()
         assert api.run("tiny.yaml", [BEST], "best", again).metrics == result.metrics
-        assert not again.done
+        assert not again.did
 
     def test_the_setting_keeps_grasps_result_and_trains_nothing_else(self, finished_run: Path) -> None:
         metrics = read(finished_run / "metrics.json")
@@ -197,11 +197,11 @@ class TestRun:
         api.run("tiny.yaml", [BEST], "one")
         recorder = Recorder()
         api.compare("tiny.yaml", (), "one", recorder, **settings)
-        assert not recorder.done
+        assert not recorder.did
         api.compare("tiny.yaml", (), "other", **settings)
         recorder = Recorder()
         api.run("tiny.yaml", [BEST], "other", recorder)
-        assert "final 0.00" not in recorder.done
+        assert "final 0.00" not in recorder.did
         assert Path("one/metrics.json").read_bytes() == Path("other/metrics.json").read_bytes()
 
     @pytest.mark.parametrize("stage", ["continued", "deliver"])
@@ -219,7 +219,7 @@ class TestRun:
         assert not Path("stopped/metrics.json").exists()
         recorder = Recorder()
         assert api.run("tiny.yaml", [BEST], "stopped", recorder).metrics == whole.metrics
-        assert "final 0.00" not in recorder.done
+        assert "final 0.00" not in recorder.did
         assert Path("stopped/adapter", WEIGHTS).read_bytes() == Path("whole/adapter", WEIGHTS).read_bytes()
 
     def test_another_word_is_refused(self, tiny_workspace: Path) -> None:

@@ -263,7 +263,7 @@ def test_a_disk_that_turns_read_only_is_one_line_and_loses_nothing(runs: Runs, d
 
 
 @pytest.mark.parametrize(
-    "event", ["controller os.mkdir store/work/KEY/controller/checkpoint-6", "evaluate open metrics.json.part"]
+    "event", ["controller os.mkdir store/work/KEY/controller/checkpoint-6", "deliver open metrics.json.part"]
 )
 def test_a_folder_that_vanishes_is_one_line(runs: Runs, event: str) -> None:
     folder = f"gone-{event.split()[0]}"

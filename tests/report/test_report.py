@@ -430,7 +430,7 @@ def test_run_that_has_just_begun_gives_a_report(run_folder: Path) -> None:
     remove(run_folder, *(path.name for path in run_folder.iterdir() if path.name not in ("run.json", "recipe.yaml")))
     page, _ = texts(run_folder)
     assert "No prune ratio has been learned yet. The result has not been evaluated yet." in page
-    assert "Not in its folder: data, source, target, merge, controller, final, evaluate." in page
+    assert "Not in its folder: data, source, target, merge, controller, final, evaluate, deliver." in page
     assert "Plotly" not in page
 
 
