@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -101,13 +101,8 @@ def run(session: Session, folder: Path, progress: Progress | None = None) -> Run
 
 class _Run:
     def __init__(self, session: Session, folder: Path, progress: Progress, work: Workplace) -> None:
-        self.session, self.recipe, self.folder, self.progress, self.work = (
-            session,
-            session.recipe,
-            folder,
-            progress,
-            work,
-        )
+        self.session, self.recipe = session, session.recipe
+        self.folder, self.progress, self.work = folder, progress, work
         self.cost: dict[str, float] = {}
         self.store = Store(folder / STORE_FOLDER, progress, work.interruption)
         session.checkpoints = Checkpointing(self.recipe.save_every, lambda: work.interruption.asked_by)
@@ -126,7 +121,7 @@ class _Run:
             facts |= self._show_trained("target", bench.target)
         with self._stage("merge") as facts:
             merged = bench.merged()
-            self._show_adapter(files.MERGED_FOLDER, partial(self._copy_or_save, merged))
+            self._show_adapter(files.MERGED_FOLDER, merged)
             facts |= {"rule": recipe.merge.rule, "modules": len(merged.weights)}
         learned, ratio, start = None, recipe.final.prune_ratio, merged
         if ratio is None:
@@ -156,7 +151,7 @@ class _Run:
             facts |= {"test_loss": measured["grasp"].test_loss, **measured["grasp"].values}
         with self._stage("deliver") as facts:
             delivered = self._choose(bench, systems, left_out) if recipe.final.deliver == "best" else by_setting()
-            self._show_adapter(files.ADAPTER_FOLDER, partial(self._copy_or_save, systems[delivered.name]))
+            self._show_adapter(files.ADAPTER_FOLDER, systems[delivered.name])
             facts |= {"adapter": delivered.title}
         # last of all: with them the run is finished
         on_first_process(partial(self._write_metrics, measured, ratio, learned, delivered))
@@ -199,13 +194,6 @@ class _Run:
         alone = losses.pop(ALONE)
         return best_of(losses, (split or "dev").replace("_", "-"), alone, left_out)
 
-    def _copy_or_save(self, adapter: Adapter, draft: Path) -> None:
-        """Put an adapter into a folder that is not there: as a step has left it, or as it was given or merged."""
-        if adapter.folder is not None:
-            shutil.copytree(adapter.folder, draft)
-        else:
-            self.session.save(draft, adapter.weights)
-
     def _show_trained(self, name: str, adapter: Adapter) -> dict[str, Any]:
         """Write the history of a training and its adapter into the run folder; a given adapter stays where it is."""
         if adapter.folder is None:
@@ -213,7 +201,7 @@ class _Run:
         record, folder = adapter.records[-1], self.folder / name
         if not on_first_process(adapter.folder.is_dir):
             adapter.load()  # its record came from another machine, so that it is trained again
-        self._show_adapter(name, partial(self._copy_or_save, adapter))
+        self._show_adapter(name, adapter)
         on_first_process(partial(write_jsonl, folder / files.HISTORY_FILE, record.result["history"]))
         facts = {key: record.result[key] for key in ("steps", "best_step", "dev_loss")}
         if name == files.FINAL_FOLDER:
@@ -233,17 +221,20 @@ class _Run:
         on_first_process(partial(write_json, folder / files.RATIO_FILE, ratio.to_json()))
         if learned.start.folder is not None:
             place = f"{files.CONTROLLER_FOLDER}/{files.ADAPTER_FOLDER}"
-            self._show_adapter(place, partial(self._copy_or_save, learned.start))
+            self._show_adapter(place, learned.start)
         return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}
 
-    def _show_adapter(self, name: str, write: Callable[[Path], None]) -> None:
-        """Put an adapter into the folder of its name, each file whole or not at all."""
+    def _show_adapter(self, name: str, adapter: Adapter) -> None:
+        """Put an adapter into a folder as a step has left it, or as it was given or merged; each file whole or not at all."""
 
         def show() -> None:
             folder, draft = self.folder / name, self.folder / f"{name}.part"
             if draft.exists():
                 shutil.rmtree(draft)
-            write(draft)
+            if adapter.folder is None:
+                self.session.save(draft, adapter.weights)
+            else:
+                shutil.copytree(adapter.folder, draft)
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(draft.iterdir()):
                 sync(file)
