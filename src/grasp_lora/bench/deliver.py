@@ -1,9 +1,9 @@
-"""Which adapter a run hands over: the best by paired dev evidence, and the simplest of those that the rows cannot tell apart.
+"""Which adapter a run hands over: the best by paired dev evidence; of those that the rows cannot tell apart, the usual practice.
 
 The rule, for `final.deliver: best`:
 
-1. Candidates stand in the order of `SIMPLEST_FIRST`: the usual practice, then by what each takes to make. One whose losses are
-   not finite is left out.
+1. Candidates stand in the order of `IN_ORDER`: the usual practice, then by what each takes to make. One whose losses are not
+   finite is left out.
 2. The best is the one with the lowest mean loss on dev, or on micro-dev where there is no dev set. The test split has no part.
 3. The best is compared with each of the others by the paired bootstrap over these rows (`compare_with_baselines`, 95 % for all
    comparisons together). The first candidate in the order that is the best, or that is not shown to be worse, is handed over.
@@ -18,7 +18,7 @@ from statistics import fmean
 from grasp_lora.bench.run_folder import Delivered
 from grasp_lora.evaluation.statistics import compare_with_baselines
 
-SIMPLEST_FIRST = {
+IN_ORDER = {
     "continued": "the source adapter continued on the target rows",
     "source": "the source adapter as it is",
     "target": "the target adapter",
@@ -30,7 +30,7 @@ FEWEST = 2  # rows that a comparison needs
 
 def by_setting() -> Delivered:
     """What is handed over with `final.deliver: grasp`."""
-    return Delivered(name="grasp", title=SIMPLEST_FIRST["grasp"], why="The recipe asks for it (final.deliver).")
+    return Delivered(name="grasp", title=IN_ORDER["grasp"], why="The recipe asks for it (final.deliver).")
 
 
 def best_of(
@@ -44,14 +44,14 @@ def best_of(
         alone: those of the backbone without an adapter, for the warning that nothing was learned.
         left_out: why a candidate is missing, as a sentence.
     """
-    order = sorted(losses, key=lambda name: list(SIMPLEST_FIRST).index(_kind(name)))
+    order = sorted(losses, key=lambda name: list(IN_ORDER).index(_kind(name)))
     usable = [name for name in order if len(losses[name]) >= FEWEST and all(map(math.isfinite, losses[name]))]
     if len(usable) < 2:
         chosen = (usable or order)[0]
-        why = f"There are no {split} losses to choose by, so the simplest is handed over. {left_out}".strip()
+        why = f"There are no {split} losses to choose by, so the usual practice is handed over. {left_out}".strip()
         return Delivered(name=chosen, title=title_of(chosen), why=why)
     means = {name: fmean(losses[name]) for name in usable}
-    best = min(usable, key=means.__getitem__)  # of equal ones the first, which is the simplest
+    best = min(usable, key=means.__getitem__)  # of equal ones the first in the order
     others = {name: losses[name] for name in usable if name != best}
     compared = compare_with_baselines(losses[best], others, higher_is_better=False)
     chosen = next(name for name in usable if name == best or compared[name].verdict != "better")
@@ -65,7 +65,8 @@ def best_of(
     if found.verdict == "better":
         why += f", the next best; the {rows} {split} rows show a difference."
     else:
-        why += f"; {rows} {split} rows cannot tell these apart, and the simpler one is handed over."
+        first = "the usual practice" if chosen == "continued" else "the simpler one"
+        why += f"; {rows} {split} rows cannot tell these apart, so {first} is handed over."
     return Delivered(
         name=chosen,
         title=title_of(chosen),
@@ -84,7 +85,7 @@ def best_of(
 def title_of(name: str) -> str:
     """Return what a system is, as a part of a sentence; the second of several sources says so."""
     number = name.partition("_")[2]
-    return SIMPLEST_FIRST[_kind(name)] + (f" (number {number})" if number else "")
+    return IN_ORDER[_kind(name)] + (f" (number {number})" if number else "")
 
 
 def _kind(name: str) -> str:

@@ -89,9 +89,9 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         )
     say(f"adapter {result.adapter}   report {result.folder / REPORT_FILE}")
     if (result.folder / PROMPT_FILE).is_file():
-        say(f"try it  {predict_command(result.folder)}")
-    say(f"load it PeftModel.from_pretrained(model, {str(result.adapter)!r})")
+        say(f"try it: {predict_command(result.folder)}")
+    say(f"load it: PeftModel.from_pretrained(model, {str(result.adapter)!r})")
     if result.delivered is not None:
         for step in next_steps(result.delivered, recipe, overrides, result.folder):
-            say(f"next    {step}")
+            say(f"next: {step}")
     leave()
