@@ -140,7 +140,11 @@ def test_a_shipped_recipe_can_be_checked_and_run(
     assert result.status == 0, result.err
     folder = tmp_path / "runs" / name
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    assert set(metrics["systems"]) == {"source", "target", "merged", "grasp"}
+    paper = name.startswith("llama3")  # whose result is handed over in any case
+    assert set(metrics["systems"]) == {"source", "target", "merged", "grasp"} | (
+        set() if paper else {"zero_shot", "continued"}
+    )
+    assert (metrics["delivered"]["name"] == "grasp") or not paper
     assert 0.1 <= metrics["prune_ratio"] <= 0.8
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     assert (folder / "report.html").is_file()

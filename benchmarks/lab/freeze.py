@@ -56,6 +56,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         "merge={rule: svd, rank: 3}",
     ),
     "given": ("final.prune_ratio=0.45", "merge.rule=dare_ties", "final.training.epochs=2", "final.training.keep=last"),
+    "best": (SPREAD, "final.deliver=best"),
     "no_dev": ("data.target.dev=0", "final.training.patience=null", "merge.rule=paper_sum"),
 }
 INTERRUPTED = {
@@ -190,7 +191,8 @@ def of_run(folder: Path) -> dict[str, str]:
     """The hashes of a run folder."""
     metrics = read(folder / "metrics.json")
     found = {"metrics": of_value([metrics["systems"], metrics["prune_ratio"], metrics["prune_ratio_interval"]])}
-    for name in ("source", "target", "merged", "adapter"):
+    more = ("continued", "final") if (folder / "continued").is_dir() else ()
+    for name in ("source", "target", "merged", "adapter", *more):
         found[name] = of_tensors(folder / name / "adapter_model.safetensors")
     for file in sorted((folder / "evaluation").glob("*.jsonl")):
         found[f"answers {file.stem}"] = of_value(rows(file))

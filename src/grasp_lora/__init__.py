@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from grasp_lora.api import compare, run, sweep
     from grasp_lora.bench.comparison_record import Comparison
     from grasp_lora.bench.run import RunResult
-    from grasp_lora.bench.run_folder import Metrics
+    from grasp_lora.bench.run_folder import Delivered, Metrics
     from grasp_lora.bench.search import SweepResult
     from grasp_lora.errors import AdapterError, DataError, GraspError, Interrupted, ProbeError, RecipeError
     from grasp_lora.method.estimate import Rule
@@ -40,6 +40,7 @@ _HOMES = {
     "Controller": "method.presets",
     "DataError": "errors",
     "Decision": "method.rounds",
+    "Delivered": "bench.run_folder",
     "Gaussian": "method.policy",
     "GraspController": "training.controller",
     "GraspError": "errors",
@@ -85,6 +86,7 @@ __all__ = [
     "Controller",
     "DataError",
     "Decision",
+    "Delivered",
     "Gaussian",
     "GraspController",
     "GraspError",

@@ -108,7 +108,14 @@ def kill(runs: Runs, number: int, folder: str, *changes: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "stages", [("source",), ("target",), ("controller",), ("final",), ("begin", "data", "merge", "evaluate", "report")]
+    "stages",
+    [
+        ("source",),
+        ("target",),
+        ("controller",),
+        ("final",),
+        ("begin", "data", "merge", "evaluate", "deliver", "report"),
+    ],
 )
 def test_a_kill_at_a_random_moment_loses_nothing(runs: Runs, stages: tuple[str, ...]) -> None:
     events = runs.uninterrupted().events
@@ -128,7 +135,7 @@ def test_a_kill_in_a_single_run_loses_nothing(runs: Runs, stage: str, preset: st
 HARDER = (
     "source.training.epochs=1.5", "target.training.accumulation=2", "target.training.epochs=3", "controller.rounds.every=2",
     "target.training.evaluate_every=0.5", "target.training.patience=3", "mask.score=input_aware", "mask.scope=global",
-    "final.mode=reselect", "final.mask.score=gradient_of_delta", "final.training.epochs=2",
+    "final.mode=reselect", "final.mask.score=gradient_of_delta", "final.training.epochs=2", "final.deliver=best",
 )  # fmt: skip
 
 
@@ -150,7 +157,7 @@ def test_a_kill_at_any_moment_loses_nothing(runs: Runs, seed: int) -> None:
         ("controller open store/work/KEY/controller/timings.jsonl", 2),
         ("controller os.rename store/work/KEY/controller/checkpoint-6/manifest.json.part", 0),
         ("controller os.rmdir store/work/KEY/controller/checkpoint-3", 0),
-        ("final os.rename adapter.part/adapter_model.safetensors", 0),
+        ("deliver os.rename adapter.part/adapter_model.safetensors", 0),
         ("final os.rename store/adapters/KEY.part", 0),
     ],
 )
@@ -256,7 +263,7 @@ def test_a_disk_that_turns_read_only_is_one_line_and_loses_nothing(runs: Runs, d
 
 
 @pytest.mark.parametrize(
-    "event", ["controller os.mkdir store/work/KEY/controller/checkpoint-6", "evaluate open metrics.json.part"]
+    "event", ["controller os.mkdir store/work/KEY/controller/checkpoint-6", "deliver open metrics.json.part"]
 )
 def test_a_folder_that_vanishes_is_one_line(runs: Runs, event: str) -> None:
     folder = f"gone-{event.split()[0]}"

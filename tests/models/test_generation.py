@@ -115,11 +115,32 @@ def test_every_eos_of_the_model_and_the_tokenizer_ends_an_answer(make_tiny_model
     assert len(expected[1]) <= 2
 
 
-def test_an_answer_that_starts_with_eos_is_empty(make_tiny_model, tiny_tokenizer):
+def test_the_end_waits_for_a_text_unless_an_answer_may_be_empty(make_tiny_model, tiny_tokenizer):
     model = make_tiny_model("llama")
-    prompt = make_prompts(1)[0]
-    model.generation_config.eos_token_id = greedy_tokens(model, prompt, 1)[0]
-    assert generate(model, tiny_tokenizer, [prompt], GenerationSettings()) == [""]
+    prompts = make_prompts(6)
+    firsts = {greedy_tokens(model, prompt, 1)[0] for prompt in prompts[:2]}
+    model.generation_config.eos_token_id = sorted(firsts)
+    free = generate(model, tiny_tokenizer, prompts, GenerationSettings(stop=(), allow_empty=True))
+    assert free[:2] == ["", ""]
+    held = generate(model, tiny_tokenizer, prompts, GenerationSettings(stop=()))
+    assert all(held)
+    assert [answer for answer in free if answer] == [new for old, new in zip(free, held, strict=True) if old]
+
+
+def test_a_line_break_at_the_start_ends_nothing(make_tiny_model, tiny_tokenizer):
+    model, line_break = make_tiny_model("llama"), tiny_tokenizer("\n", add_special_tokens=False).input_ids[0]
+    taken = []
+
+    def begin_with_a_line_break(_, inputs, logits):
+        taken.append(1)
+        if len(taken) == 1:
+            logits[..., line_break] = 1e9
+
+    model.lm_head.register_forward_hook(begin_with_a_line_break)
+    [answer] = generate(model, tiny_tokenizer, make_prompts(1), GenerationSettings(max_new_tokens=6))
+    assert answer
+    taken.clear()
+    assert generate(model, tiny_tokenizer, make_prompts(1), GenerationSettings(allow_empty=True)) == [""]
 
 
 def test_sampling_settings_of_the_model_are_ignored_in_silence(make_tiny_model, tiny_tokenizer, caplog):
@@ -267,8 +288,9 @@ def test_rows_that_have_ended_leave_the_batch(architecture, make_tiny_model, tin
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
+    settings = GenerationSettings(max_new_tokens=long, batch_size=12, stop=(), allow_empty=True)
 
-    answers = generate(model, tiny_tokenizer, prompts, GenerationSettings(max_new_tokens=long, batch_size=12, stop=()))
+    answers = generate(model, tiny_tokenizer, prompts, settings)
     hook.remove()
 
     assert answers == expected

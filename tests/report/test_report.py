@@ -396,6 +396,16 @@ def test_a_run_of_an_older_version_is_said(run_folder: Path) -> None:
         write_report(run_folder)
 
 
+def test_a_folder_that_names_no_choice_has_its_report_and_no_verdict(run_folder: Path) -> None:
+    change_recipe(run_folder, final={"deliver": None})
+    change(run_folder / "metrics.json", lambda metrics: metrics.pop("delivered"))
+    change(run_folder / "cost.json", lambda cost: cost.pop("deliver"))
+    for text in (*texts(run_folder), card(run_folder)):
+        assert "Take this adapter" not in text
+        assert "not complete" not in text
+        assert "Prune 46 % of the merged adapter" in text
+
+
 @pytest.mark.parametrize(("high", "wide"), [(0.55, False), (0.79, True)])
 def test_a_wide_interval_is_called_wide(run_folder: Path, high: float, wide: bool) -> None:
     change(run_folder / "controller" / "ratio.json", lambda ratio: ratio.update(low=0.4, high=high))
@@ -437,7 +447,7 @@ def test_run_that_has_just_begun_gives_a_report(run_folder: Path) -> None:
     remove(run_folder, *(path.name for path in run_folder.iterdir() if path.name not in ("run.json", "recipe.yaml")))
     page, _ = texts(run_folder)
     assert "No prune ratio has been learned yet. The result has not been evaluated yet." in page
-    assert "Not in its folder: data, source, target, merge, controller, final, evaluate." in page
+    assert "Not in its folder: data, source, target, merge, controller, final, evaluate, deliver." in page
     assert "Plotly" not in page
 
 

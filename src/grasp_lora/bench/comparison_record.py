@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from grasp_lora.errors import RecipeError
+from grasp_lora.bench.run_folder import read_needed
 
 COMPARISON_FILE = "compare.json"
 TEST_LOSS = "test_loss"
@@ -158,16 +158,7 @@ class Comparison(_Shape):
         Raises:
             RecipeError: it is not there, or not of this shape.
         """
-        try:
-            return cls.model_validate_json(file.read_bytes())
-        except OSError as error:
-            raise RecipeError(
-                f"{file} cannot be read ({error.strerror}); give the compare.json of a comparison"
-            ) from error
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            raise RecipeError(f"{file} is damaged: {place}: {first['msg']}; run its comparison again") from error
+        return read_needed(file, cls)
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what was not set is left out."""

@@ -198,7 +198,8 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
         trained += recipe.source.training.epochs * sizes["source_train"]
     if not recipe.target.adapter:
         trained += recipe.target.training.epochs * sizes["train"]
-    trained += recipe.final.training.epochs * sizes["train"]
+    runs = 2 if recipe.final.deliver == "best" else 1  # the final run, and the source adapter continued
+    trained += runs * recipe.final.training.epochs * sizes["train"]
     probed = 0
     if recipe.final.prune_ratio is None:
         trained += recipe.controller.training.epochs * sizes["train"]

@@ -1,4 +1,4 @@
-"""The main job, from top to bottom: data, source, target, merge, controller, final, evaluate.
+"""The main job, from top to bottom: data, source, target, merge, controller, final, continued, evaluate, deliver.
 
 A `Bench` does every step, and the folder's store remembers it, also for comparisons and sweeps. A run that was stopped goes on
 from there, inside a training to the same bits. What a person looks at is written beside the store as the stages end.
@@ -6,12 +6,13 @@ Nothing is written before the recipe, the backbone, the data and the adapters ha
 train and measure together, the first one writes, and all of them have to see the folder.
 """
 
+import json
 import logging
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,43 +21,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.checks import check
+from grasp_lora.bench.deliver import best_of, by_setting
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.run_folder import (
-    ADAPTER_FOLDER,
-    CONTROLLER_FOLDER,
-    COST_FILE,
-    DATA_FILE,
-    FINAL_FOLDER,
-    HISTORY_FILE,
-    MERGED_FOLDER,
-    METRICS_FILE,
-    RATIO_FILE,
-    REPORT_FILE,
-    REPORT_TABLES_FILE,
-    ROUNDS_FILE,
-    RUN_FILE,
-    SPARSITY_FILE,
-    TIMINGS_FILE,
-    DataFacts,
-    GivenAdapter,
-    LearnedRatio,
-    Metrics,
-    Parent,
-    RunInfo,
-    SystemScores,
-    check_place,
-    predictions_file,
-    read_learned,
-    read_metrics,
-    read_needed,
-)
 from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import STORE_FOLDER, Store
 from grasp_lora.data.splits import SPLITS
-from grasp_lora.errors import RecipeError
+from grasp_lora.errors import FailedElsewhere, GraspError, RecipeError
 from grasp_lora.method.masks import survival
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
@@ -68,6 +42,7 @@ from grasp_lora.storage.processes import is_first, join, on_every_process, on_fi
 
 log = logging.getLogger(__name__)
 
+ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
 DIFFERENCES_SHOWN = 3
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
 
@@ -83,13 +58,18 @@ class RunResult:
     """
 
     ratio: RatioEstimate
-    metrics: Metrics
+    metrics: files.Metrics
     folder: Path
 
     @property
     def adapter(self) -> Path:
-        """The folder of the adapter that the run made."""
-        return self.folder / ADAPTER_FOLDER
+        """The folder of the adapter that the run hands over."""
+        return self.folder / files.ADAPTER_FOLDER
+
+    @property
+    def delivered(self) -> files.Delivered | None:
+        """Which adapter that is and why, with difference and interval; None in a folder of an older version."""
+        return self.metrics.delivered
 
 
 def run(session: Session, folder: Path, progress: Progress | None = None) -> RunResult:
@@ -110,7 +90,7 @@ def run(session: Session, folder: Path, progress: Progress | None = None) -> Run
     check_folder(folder, session.recipe)
     with working_in(folder) as work:
         join(session.recipe.backbone.device)
-        if not on_first_process((folder / METRICS_FILE).is_file):
+        if not on_first_process((folder / files.METRICS_FILE).is_file):
             _Run(session, folder, progress, work).execute()
         elif is_first() and (folder / LOCK_FILE).is_file():
             # A kill came when all was done: the file goes with the lock, unless someone lives who holds it.
@@ -121,13 +101,8 @@ def run(session: Session, folder: Path, progress: Progress | None = None) -> Run
 
 class _Run:
     def __init__(self, session: Session, folder: Path, progress: Progress, work: Workplace) -> None:
-        self.session, self.recipe, self.folder, self.progress, self.work = (
-            session,
-            session.recipe,
-            folder,
-            progress,
-            work,
-        )
+        self.session, self.recipe = session, session.recipe
+        self.folder, self.progress, self.work = folder, progress, work
         self.cost: dict[str, float] = {}
         self.store = Store(folder / STORE_FOLDER, progress, work.interruption)
         session.checkpoints = Checkpointing(self.recipe.save_every, lambda: work.interruption.asked_by)
@@ -146,7 +121,7 @@ class _Run:
             facts |= self._show_trained("target", bench.target)
         with self._stage("merge") as facts:
             merged = bench.merged()
-            self._show_adapter(MERGED_FOLDER, lambda draft: self.session.save(draft, merged.weights))
+            self._show_adapter(files.MERGED_FOLDER, merged)
             facts |= {"rule": recipe.merge.rule, "modules": len(merged.weights)}
         learned, ratio, start = None, recipe.final.prune_ratio, merged
         if ratio is None:
@@ -156,16 +131,31 @@ class _Run:
                 facts |= self._show_learned(learned)
         with self._stage("final") as facts:
             final = bench.finetuned(start, ratio, {"start": recipe.final.start})
-            facts |= {"prune_ratio": ratio} | self._show_trained(FINAL_FOLDER, final, ADAPTER_FOLDER)
+            facts |= {"prune_ratio": ratio} | self._show_trained(files.FINAL_FOLDER, final)
+        systems = dict(zip(names_of(bench.parents), bench.parents, strict=True)) | {"merged": merged}
+        left_out = ""
+        if recipe.final.deliver == "best":
+            systems = {ALONE: bench.backbone()} | systems
+            with self._stage("continued") as facts:
+                try:
+                    systems["continued"] = bench.continued()
+                    facts |= self._show_trained(files.CONTINUED_FOLDER, systems["continued"])
+                except (RecipeError, FailedElsewhere):
+                    raise
+                except GraspError as error:  # such as a training that diverges: the others are there
+                    left_out = f"The source adapter could not be continued: {error}"
+        systems["grasp"] = final
         with self._stage("evaluate") as facts:
-            systems = dict(zip(names_of(bench.parents), bench.parents, strict=True))
-            systems |= {"merged": merged, "grasp": final}
             measured = {name: bench.measured(system) for name, system in systems.items()}
             on_first_process(partial(self._write_answers, measured))
             facts |= {"test_loss": measured["grasp"].test_loss, **measured["grasp"].values}
+        with self._stage("deliver") as facts:
+            delivered = self._choose(bench, systems, left_out) if recipe.final.deliver == "best" else by_setting()
+            self._show_adapter(files.ADAPTER_FOLDER, systems[delivered.name])
+            facts |= {"adapter": delivered.title}
         best_step = final.records[-1].result["best_step"]
         # Last of all: with them the run is finished.
-        on_first_process(partial(self._write_metrics, measured, ratio, learned, best_step))
+        on_first_process(partial(self._write_metrics, measured, ratio, learned, best_step, delivered))
 
     def _prepare(self) -> None:
         """Load and check everything, become the folder's only writer, and begin."""
@@ -195,42 +185,57 @@ class _Run:
         on_first_process(partial(self._write_cost, name, seconds))
         self.progress.finished(name, seconds, facts, skipped=bool(used) and all(there for _, there in used))
 
-    def _show_trained(self, name: str, adapter: Adapter, place: str | None = None) -> dict[str, Any]:
+    def _choose(self, bench: Bench, systems: Mapping[str, Adapter], left_out: str) -> files.Delivered:
+        """Choose what is handed over, by the losses on the dev set, or else on the micro-dev set."""
+        split = next((name for name in ("dev", "micro_dev") if getattr(self.session.splits, name)), None)
+        losses: dict[str, list[float]] = {
+            name: [] if split is None else bench.losses(system, split).result["losses"]
+            for name, system in systems.items()
+        }
+        alone = losses.pop(ALONE)
+        return best_of(losses, (split or "dev").replace("_", "-"), alone, left_out)
+
+    def _show_trained(self, name: str, adapter: Adapter) -> dict[str, Any]:
         """Write the history of a training and its adapter into the run folder; a given adapter stays where it is."""
         if adapter.folder is None:
             return {"adapter": adapter.title}
         record, folder = adapter.records[-1], self.folder / name
         if not on_first_process(adapter.folder.is_dir):
             adapter.load()  # its record came from another machine, so that it is trained again
-        self._show_adapter(place or name, partial(_copy, adapter.folder))
-        on_first_process(partial(write_jsonl, folder / HISTORY_FILE, record.result["history"]))
+        self._show_adapter(name, adapter)
+        on_first_process(partial(write_jsonl, folder / files.HISTORY_FILE, record.result["history"]))
         facts = {key: record.result[key] for key in ("steps", "best_step", "dev_loss")}
-        if name == FINAL_FOLDER:
+        if name == files.FINAL_FOLDER:
             rows: list[dict[str, Any]] = [dict(row) for row in survival(adapter.weights)]
-            on_first_process(partial(write_json, folder / SPARSITY_FILE, rows))
+            on_first_process(partial(write_json, folder / files.SPARSITY_FILE, rows))
             facts = {
                 "measured_sparsity": 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)
             } | facts
         return facts
 
     def _show_learned(self, learned: Learned) -> dict[str, Any]:
-        folder, result, estimate = self.folder / CONTROLLER_FOLDER, learned.record.result, learned.estimate
-        for name, file in (("history", HISTORY_FILE), ("rounds", ROUNDS_FILE), ("timings", TIMINGS_FILE)):
+        folder, result, estimate = self.folder / files.CONTROLLER_FOLDER, learned.record.result, learned.estimate
+        shown = {"history": files.HISTORY_FILE, "rounds": files.ROUNDS_FILE, "timings": files.TIMINGS_FILE}
+        for name, file in shown.items():
             on_first_process(partial(write_jsonl, folder / file, result.get(name, [])))
-        ratio = LearnedRatio.of(estimate, result["rounds"][-1]["ratio"])
-        on_first_process(partial(write_json, folder / RATIO_FILE, ratio.to_json()))
+        ratio = files.LearnedRatio.of(estimate, result["rounds"][-1]["ratio"])
+        on_first_process(partial(write_json, folder / files.RATIO_FILE, ratio.to_json()))
         if learned.start.folder is not None:
-            self._show_adapter(f"{CONTROLLER_FOLDER}/{ADAPTER_FOLDER}", partial(_copy, learned.start.folder))
+            place = f"{files.CONTROLLER_FOLDER}/{files.ADAPTER_FOLDER}"
+            self._show_adapter(place, learned.start)
         return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}
 
-    def _show_adapter(self, name: str, write: Callable[[Path], None]) -> None:
-        """Put an adapter into the folder of its name, each file whole or not at all."""
+    def _show_adapter(self, name: str, adapter: Adapter) -> None:
+        """Put an adapter into a folder as a step has left it, or as it was given or merged; each file whole or not at all."""
 
         def show() -> None:
             folder, draft = self.folder / name, self.folder / f"{name}.part"
             if draft.exists():
                 shutil.rmtree(draft)
-            write(draft)
+            if adapter.folder is None:
+                self.session.save(draft, adapter.weights)
+            else:
+                shutil.copytree(adapter.folder, draft)
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(draft.iterdir()):
                 sync(file)
@@ -243,22 +248,31 @@ class _Run:
     def _write_data(self) -> dict[str, Any]:
         splits = self.session.splits
         ids = {name: [example.id for example in getattr(splits, name)] for name in SPLITS}
-        facts = DataFacts(report=splits.report.to_json(), ids=ids, sha256=hash_of(splits))
-        write_json(self.folder / DATA_FILE, facts.to_json())
+        facts = files.DataFacts(report=splits.report.to_json(), ids=ids, sha256=hash_of(splits))
+        write_json(self.folder / files.DATA_FILE, facts.to_json())
+        if not self.recipe.data.chat_template:  # a prompt in a chat template is not what `predict` is given
+            prompt = json.dumps((splits.test or splits.train)[0].prompt, ensure_ascii=False)
+            write_whole(self.folder / files.PROMPT_FILE, prompt + "\n")
         return {name: len(members) for name, members in ids.items()}
 
     def _write_answers(self, measured: Mapping[str, Measured]) -> None:
         for name, one in measured.items():
-            write_jsonl(predictions_file(self.folder, name), one.rows(self.session.splits.test))
+            write_jsonl(files.predictions_file(self.folder, name), one.rows(self.session.splits.test))
 
     def _write_metrics(
-        self, measured: Mapping[str, Measured], ratio: float, learned: Learned | None, best_step: int
+        self,
+        measured: Mapping[str, Measured],
+        ratio: float,
+        learned: Learned | None,
+        best_step: int,
+        delivered: files.Delivered,
     ) -> None:
-        metrics = Metrics(
+        metrics = files.Metrics(
             systems={
-                name: SystemScores(dev_loss=one.dev_loss, test_loss=one.test_loss, metrics=one.values)
+                name: files.SystemScores(dev_loss=one.dev_loss, test_loss=one.test_loss, metrics=one.values)
                 for name, one in measured.items()
             },
+            delivered=delivered,
             prune_ratio=ratio,
             prune_ratio_interval=None if learned is None else (learned.estimate.low, learned.estimate.high),
             nothing_learned_about_ratio=learned is not None and learned.estimate.nothing_learned,
@@ -267,16 +281,16 @@ class _Run:
             test_examples=len(self.session.splits.test),
             language=self.session.language,
         )
-        write_json(self.folder / METRICS_FILE, metrics.to_json())
+        write_json(self.folder / files.METRICS_FILE, metrics.to_json())
 
     def _write_cost(self, stage: str, seconds: float) -> None:
-        if not (self.folder / RUN_FILE).is_file():
+        if not (self.folder / files.RUN_FILE).is_file():
             raise vanished(self.folder)
         self.cost[stage] = round(seconds, 3)
-        write_json(self.folder / COST_FILE, self.cost)
+        write_json(self.folder / files.COST_FILE, self.cost)
 
     def _check_sight(self) -> None:
-        if not (self.folder / RUN_FILE).is_file():
+        if not (self.folder / files.RUN_FILE).is_file():
             raise RecipeError(
                 f"{self.folder} is not there for process {os.environ['RANK']}; give a folder that all machines see"
             )
@@ -285,16 +299,16 @@ class _Run:
         """Write what the run starts from; when it goes on, check that this is still the same."""
         check_folder(self.folder, self.recipe)  # again: until now another run may have begun there
         backbone, adapters = self.session.backbone, self.session.existing_adapters
-        started = RunInfo(
+        started = files.RunInfo(
             grasp_lora=version("grasp-lora"),
             recipe_hash=self.recipe.fingerprint(),
             name=self.recipe.name,
             seed=self.recipe.seed,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            backbone=Parent(name=backbone.name, fingerprint=backbone.fingerprint),
+            backbone=files.Parent(name=backbone.name, fingerprint=backbone.fingerprint),
             dtype=str(backbone.model.dtype).removeprefix("torch."),
             parents=[
-                GivenAdapter(name=adapter.name, sha256=adapter.sha256, identity=adapter.identity)
+                files.GivenAdapter(name=adapter.name, sha256=adapter.sha256, identity=adapter.identity)
                 for adapter in adapters.values()
             ],
             data=hash_of(self.session.splits),
@@ -302,11 +316,11 @@ class _Run:
             python=platform.python_version(),
             processes=world_size(),
         )
-        if not (self.folder / RUN_FILE).is_file():
-            write_json(self.folder / RUN_FILE, started.to_json())
+        if not (self.folder / files.RUN_FILE).is_file():
+            write_json(self.folder / files.RUN_FILE, started.to_json())
         if not (self.folder / RECIPE_FILE).is_file():
             write_whole(self.folder / RECIPE_FILE, self.recipe.to_yaml())
-        before = read_needed(self.folder / RUN_FILE, RunInfo)
+        before = files.read_needed(self.folder / files.RUN_FILE, files.RunInfo)
         if changed := [
             what for what in ("backbone", "parents", "data") if getattr(before, what) != getattr(started, what)
         ]:
@@ -327,7 +341,7 @@ class _Run:
                 before.dtype,
                 started.dtype,
             )
-        for name in (REPORT_FILE, REPORT_TABLES_FILE):  # of an unfinished run, which would stay
+        for name in (files.REPORT_FILE, files.REPORT_TABLES_FILE):  # of an unfinished run, which would stay
             (self.folder / name).unlink(missing_ok=True)
 
 
@@ -337,10 +351,10 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     Raises:
         RecipeError: it belongs to a run of another recipe, or holds something else.
     """
-    check_place(folder)
-    if not (folder / RUN_FILE).is_file():
+    files.check_place(folder)
+    if not (folder / files.RUN_FILE).is_file():
         return
-    if read_needed(folder / RUN_FILE, RunInfo).recipe_hash != recipe.fingerprint():
+    if files.read_needed(folder / files.RUN_FILE, files.RunInfo).recipe_hash != recipe.fingerprint():
         raise RecipeError(
             f"{folder} holds a run of another recipe ({_differences(folder, recipe)}); "
             "choose another folder with --output, or delete it"
@@ -348,9 +362,9 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def _result(recipe: Recipe, folder: Path) -> RunResult:
-    metrics = read_metrics(folder)
+    metrics = files.read_metrics(folder)
     given = recipe.final.prune_ratio
-    ratio = read_learned(folder) if given is None else RatioEstimate(given, given, given, "given", 0)
+    ratio = files.read_learned(folder) if given is None else RatioEstimate(given, given, given, "given", 0)
     return RunResult(ratio, metrics, folder)
 
 
@@ -375,7 +389,3 @@ def _flat(content: Any, path: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flat(value, f"{path}.{key}" if path else str(key))
     return flat
-
-
-def _copy(source: Path, draft: Path) -> None:
-    shutil.copytree(source, draft)

@@ -11,11 +11,15 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.storage.folder import LOCK_FILE
 
-STAGES = ("data", "source", "target", "merge", "controller", "final", "evaluate")
-TRAINED = {"source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run"}
+STAGES = ("data", "source", "target", "merge", "controller", "final", "continued", "evaluate", "deliver")
+TRAINED = {
+    "source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run",
+    "continued": "Source, continued",
+}  # fmt: skip
 # Folders. Each adapter that the run trains or makes lies in the folder of its name; a stage's history lies in that of its own.
 CONTROLLER_FOLDER = "controller"
 FINAL_FOLDER = "final"
+CONTINUED_FOLDER = "continued"
 MERGED_FOLDER = "merged"
 ADAPTER_FOLDER = "adapter"
 PREDICTIONS_FOLDER = "evaluation"
@@ -24,6 +28,7 @@ COMPARE_FOLDER, SWEEP_FOLDER = "compare", "sweep"  # of what else was done in th
 RUN_FILE = "run.json"
 DATA_FILE = "data.json"
 METRICS_FILE = "metrics.json"
+PROMPT_FILE = "prompt.jsonl"  # one prompt of this run, as `predict --jsonl` takes it
 COST_FILE = "cost.json"  # seconds of each complete stage; the metrics are the same in every run of a recipe
 REPORT_FILE = "report.html"
 REPORT_TABLES_FILE = "report.md"
@@ -216,10 +221,38 @@ class SystemScores(Shape):
     metrics: dict[str, Loss | None] = {}
 
 
+class Delivered(Shape):
+    """Which adapter was handed over, and why.
+
+    Args:
+        name: the system, as in `Metrics.systems`.
+        title: what it is, as a part of a sentence.
+        why: one or two sentences.
+        split, examples: the rows that the choice rests on; None and 0 where there were none.
+        against: the system that it was compared with, None where none was.
+        difference: mean loss of this one minus that of the other, nats per answer token.
+        low, high: bounds of the difference at `confidence`, for all comparisons together.
+        warning: what a reader has to be told of it.
+    """
+
+    name: str
+    title: str
+    why: str
+    split: str | None = None
+    examples: int = 0
+    against: str | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    confidence: float | None = None
+    warning: str | None = None
+
+
 class Metrics(Shape):
     """metrics.json; the interval is None where the ratio was given. `best_step` is that of the final run."""
 
     systems: dict[str, SystemScores]
+    delivered: Delivered | None = None
     prune_ratio: float | None = None
     prune_ratio_interval: tuple[float, float] | None = None
     nothing_learned_about_ratio: bool = False

@@ -137,6 +137,10 @@ class Bench(Keyed):
 
         return self._adapter(f"final {prune_ratio:.2f}", settings, [start], work)
 
+    def continued(self) -> Adapter:
+        """The source adapter, trained on the target data as the final run is, nothing pruned."""
+        return self.finetuned(self.source, 0.0)
+
     def learned_by(self, recipe: Recipe) -> Learned:
         """The controller run of a recipe, whose adapter is kept where the final run goes on from it."""
         single = recipe.final.start == "controller"
@@ -262,7 +266,10 @@ class Bench(Keyed):
 
     def _scored(self, adapter: Adapter) -> tuple[Record, Callable[[], tuple[str, ...]]]:
         recipe, session, test = self.recipe, self.session, self.session.splits.test
-        generation = {"max_new_tokens": recipe.generation.max_new_tokens, "stop": recipe.generation.stop}
+        answers_by = recipe.generation
+        generation = {"max_new_tokens": answers_by.max_new_tokens, "stop": answers_by.stop}
+        if not answers_by.allow_empty:  # as the records say that were made when every answer could be empty
+            generation["allow_empty"] = False
         asked = self._measured(adapter, data=self._data("test"), revision=REVISIONS["scores"], generation=generation)
         references = [example.references for example in test]
         settings = asked | {

@@ -30,7 +30,9 @@ _TITLES = {
     "merge": "merge the adapters",
     "controller": "learn the prune ratio",
     "final": "prune and fine-tune",
+    "continued": "continue the source adapter",
     "evaluate": "answer the test questions",
+    "deliver": "hand over the adapter",
     "report": "write the report",
 }
 

@@ -27,9 +27,9 @@ def generate(
 ) -> list[str]:
     """Answer each prompt greedily.
 
-    An answer ends at an EOS token, a stop text or `max_new_tokens`. Batching does not change the answers beyond
-    rounding (in bfloat16, near-ties between two tokens can fall either way). The model may be wrapped by PEFT; it
-    is left as it was, each module in its train or eval mode.
+    An answer ends at an EOS token, a stop text or `max_new_tokens`; unless it may be empty, not before there is text.
+    Batching does not change the answers beyond rounding (in bfloat16, near-ties between two tokens can fall either
+    way). The model may be wrapped by PEFT; it is left as it was, each module in its train or eval mode.
 
     Args:
         model: causal language model, on its device.
@@ -53,7 +53,7 @@ def generate(
     finished = 0
     with _greedy_mode(inner, settings.max_new_tokens), _contiguous_head_input(inner):
         for batch in _batches([len(prompt) for prompt in prompts], settings):
-            rows = _Answers(tokenizer, len(batch), stop_ids, settings.stop)
+            rows = _Answers(tokenizer, len(batch), stop_ids, settings)
             _decode(inner, [prompts[index] for index in batch], rows, settings.max_new_tokens)
             for index, text in zip(batch, rows.texts, strict=True):
                 answers[index] = text.strip()
@@ -100,7 +100,7 @@ def _decode(model: Any, prompts: Sequence[Sequence[int]], answers: "_Answers", l
 
     Every few tokens the rows that have ended leave the batch, with their part of the cache.
     """
-    from transformers import StoppingCriteriaList
+    from transformers import LogitsProcessorList, StoppingCriteriaList
 
     width = max(len(prompt) for prompt in prompts)
     ids = torch.zeros((len(prompts), width), dtype=torch.long)  # padding is masked: any token will do
@@ -119,6 +119,7 @@ def _decode(model: Any, prompts: Sequence[Sequence[int]], answers: "_Answers", l
             max_new_tokens=tokens,
             return_dict_in_generate=True,
             stopping_criteria=StoppingCriteriaList([answers]),
+            logits_processor=LogitsProcessorList([answers.hold_off_the_end]),
         )
         staying = answers.drop_ended().to(model.device)
         sequences, mask = generated.sequences[staying], inputs["attention_mask"][staying]
@@ -144,7 +145,7 @@ class _Answers:
     """Stopping criterion that keeps the text of each row up to its end: what a batch generates later changes nothing."""
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", rows: int, stop_ids: Sequence[int], stop: Sequence[str]
+        self, tokenizer: "PreTrainedTokenizerBase", rows: int, stop_ids: Sequence[int], settings: GenerationSettings
     ) -> None:
         self.texts = [""] * rows
         self.rows = list(range(rows))  # those that are still generated, in the order of the batch
@@ -152,7 +153,7 @@ class _Answers:
         self._ended: set[int] = set()
         self._tokenizer = tokenizer
         self._stop_ids = frozenset(stop_ids)
-        self._stop = stop
+        self._settings = settings
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Take in the newest token of each row [rows]; give True for the rows that have ended."""
@@ -163,11 +164,21 @@ class _Answers:
                 self._ended.add(row)
                 continue
             text = str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            ends = [end for end in (text.find(stop) for stop in self._stop) if end >= 0]
+            if not self._settings.allow_empty:
+                text = text.lstrip()
+            ends = [end for end in (text.find(stop) for stop in self._settings.stop) if end >= 0]
             if ends:
                 self._ended.add(row)
             self.texts[row] = text[: min(ends)] if ends else text
         return torch.tensor([row in self._ended for row in self.rows], device=input_ids.device)
+
+    def hold_off_the_end(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Take the end tokens from the scores [rows, vocabulary] of rows that have no text yet, unless they may be empty."""
+        blank = [place for place, row in enumerate(self.rows) if row not in self._ended and not self.texts[row].strip()]
+        if blank and not self._settings.allow_empty:
+            ends = [token for token in sorted(self._stop_ids) if token < scores.shape[-1]]
+            scores[torch.tensor(blank)[:, None], torch.tensor(ends)] = -torch.inf
+        return scores
 
     def drop_ended(self) -> torch.Tensor:
         """Leave out the rows that have ended, and give the places in the batch of the others."""

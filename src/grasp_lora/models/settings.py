@@ -95,6 +95,8 @@ class GenerationSettings:
         batch_tokens: most tokens in a batch, padding and room for the answers included, >= 1. A single prompt that
             needs more makes a batch of its own.
         stop: texts that end an answer; they are cut off, with all that follows.
+        allow_empty: whether the end may come before any text. No training answer is empty, so by default neither is one here:
+            white space at the start is skipped, and an end token has to wait for a text.
 
     Raises:
         ValueError: a number is below 1 or a stop text is empty.
@@ -106,6 +108,7 @@ class GenerationSettings:
     batch_size: int = 16
     batch_tokens: int = 8192
     stop: tuple[str, ...] = ("\n",)
+    allow_empty: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "batch_tokens"):

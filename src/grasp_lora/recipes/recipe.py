@@ -212,6 +212,8 @@ class FinalStage:
         training: how it is trained.
         start: `merged`, a fresh merge that is pruned at the learned ratio; or `controller` (single run): the controller run's own
             adapter as it was at the round with the lowest loss, pruned at that ratio, with that mask held.
+        deliver: what the run hands over: `best`, the best by dev loss of the source adapter, the target adapter, the merge, the
+            source adapter continued on the target rows, and this run's result; or `grasp`, this run's result in any case.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -221,8 +223,11 @@ class FinalStage:
     prune_ratio: float | None = None
     training: TrainingSettings = field(default_factory=TrainingSettings)
     start: str = "merged"
+    deliver: str = "best"
 
     def __post_init__(self) -> None:
+        if self.deliver not in ("best", "grasp"):
+            raise ValueError(f"deliver is {self.deliver!r}; allowed: best, grasp")
         if self.start not in ("merged", "controller"):
             raise ValueError(f"start is {self.start!r}; allowed: merged, controller")
         if self.mode not in ("hold", "reselect"):

@@ -15,6 +15,7 @@ from typing import Any
 from grasp_lora.bench.run_folder import DISCARDED, REPORT_FILE, REPORT_TABLES_FILE
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.method.schedule import PROBE_SPLITS
+from grasp_lora.report.delivered import chosen, predict_command, verdict
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
 from grasp_lora.report.run_record import RunRecord, read_run
 from grasp_lora.report.tables import (
@@ -81,12 +82,16 @@ def view_of(record: RunRecord) -> dict[str, Any]:
     """Everything that both reports and the model card print, as texts and tables."""
     learned, given = record.learned, record.given_ratio is not None
     signatures = record.metrics.signatures if record.metrics else {}
-    against = compare_systems(record)
+    against, delivered = compare_systems(record), chosen(record)
     return {
         "version": version("grasp-lora"),
         "paper": PAPER,
         "run": record.run,
         "name": record.run.name,
+        "verdict": verdict(delivered) if delivered else None,
+        "delivered": delivered,
+        "predict": predict_command(),
+        "has_prompt": not record.recipe.data.chat_template,
         "headline": _headline(record, against.get("target")),
         "facts": _facts(record),
         "missing": record.missing,
@@ -222,7 +227,9 @@ def _languages(record: RunRecord) -> str:
 
 def _examples(record: RunRecord) -> list[dict[str, Any]]:
     """The first test examples, side by side; every system answers the same ones in the same order."""
-    shown = {name: record.predictions[name] for name in ("target", "grasp") if record.predictions[name]}
+    delivered = chosen(record)
+    names = dict.fromkeys(("target", delivered.name if delivered else "grasp", "grasp"))
+    shown = {name: record.predictions[name] for name in names if record.predictions[name]}
     return [
         {
             "id": rows[0].id,

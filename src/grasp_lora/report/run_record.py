@@ -80,11 +80,12 @@ class ControllerRecipe(files.Shape):
 
 
 class FinalRecipe(files.Shape):
-    """The recipe's `final`; folders of older versions do not name a start, and began with a merge."""
+    """The recipe's `final`; folders of older versions began with a merge and handed over GRASP's result without naming either."""
 
     prune_ratio: float | None = None
     mask: MaskRecipe | None = None
     start: str = "merged"
+    deliver: str | None = None
 
 
 class RecipeFacts(files.Shape):
@@ -123,10 +124,12 @@ class RunRecord:
     def systems(self) -> dict[str, str]:
         """What is evaluated: name in files -> title."""
         several = len(self.sources) > 1
-        titles = {
+        titles = {"zero_shot": "Backbone alone"} | {
             name: f"Source {number} only" if several else "Source only" for number, name in enumerate(self.sources, 1)
         }
-        return titles | {"target": "Target only", "merged": "Merged, not pruned", "grasp": "GRASP"}
+        return titles | {
+            "target": "Target only", "merged": "Merged, not pruned", "continued": "Source, continued", "grasp": "GRASP",
+        }  # fmt: skip
 
     @property
     def given_ratio(self) -> float | None:
@@ -142,10 +145,13 @@ class RunRecord:
     @property
     def missing(self) -> list[str]:
         """Stages that the run has yet to complete."""
-        expected = (
-            files.STAGES if self.given_ratio is None else [stage for stage in files.STAGES if stage != "controller"]
-        )
-        return [stage for stage in expected if stage not in self.cost]
+        deliver = self.recipe.final.deliver
+        left_out = {
+            "controller": self.given_ratio is not None,
+            "continued": deliver != "best",
+            "deliver": deliver is None,
+        }
+        return [stage for stage in files.STAGES if stage not in self.cost and not left_out.get(stage)]
 
     @property
     def probe_seconds(self) -> float:
@@ -184,7 +190,7 @@ def read_run(run_folder: Path) -> RunRecord:
         or [],
         predictions={
             name: files.read_lines(files.predictions_file(run_folder, name), files.Prediction)
-            for name in (*_sources(recipe), "target", "merged", "grasp")
+            for name in ("zero_shot", *_sources(recipe), "target", "merged", "continued", "grasp")
         },
         metrics=files.read_record(run_folder / files.METRICS_FILE, files.Metrics),
         cost=files.read_record(run_folder / files.COST_FILE, dict[str, float]) or {},

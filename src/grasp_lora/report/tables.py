@@ -21,7 +21,7 @@ METRIC_NAMES = {
 
 
 class Cell(NamedTuple):
-    """A table cell; `best` marks the best of its column, `span` is how many columns a text that is no value goes over."""
+    """A table cell; `best` marks the best of its column, in a first cell the row; `span` columns a text that is no value."""
 
     text: str
     best: bool = False
@@ -114,7 +114,7 @@ def compare_systems(record: RunRecord) -> dict[str, Against]:
     if "grasp" not in systems:
         return {}
     found = {}
-    for other in ("merged", "target", *record.sources):
+    for other in ("continued", "merged", "target", *record.sources):
         scores, theirs = systems["grasp"].metrics, systems[other].metrics if other in systems else {}
         finite = [
             key
@@ -172,11 +172,12 @@ def scores_table(record: RunRecord) -> Table | None:
     used = {key for system in metrics.systems.values() for key in system.metrics}
     keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
     scores = {name: metrics.systems[name] for name in record.systems if name in metrics.systems}
+    delivered = metrics.delivered.name if metrics.delivered and record.recipe.final.deliver == "best" else None
     pruned = "–" if record.prune_ratio is None else percent(record.prune_ratio, 1)
     if record.sparsity:
         pruned = percent(1 - kept_share(record.sparsity), 1)
     columns: list[list[Cell]] = [
-        [Cell(record.systems[name]) for name in scores],
+        [Cell(record.systems[name], name == delivered) for name in scores],
         _column([score.test_loss for score in scores.values()], 3, min),
         _column([score.dev_loss for score in scores.values()], 3, min),
         *(_scores_column(key, [score.metrics.get(key) for score in scores.values()]) for key in keys),

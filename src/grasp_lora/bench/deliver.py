@@ -1,0 +1,104 @@
+"""Which adapter a run hands over: the best by paired dev evidence; of those that the rows cannot tell apart, the usual practice.
+
+The rule, for `final.deliver: best`:
+
+1. Candidates stand in the order of `IN_ORDER`: the usual practice, then by what each takes to make. One whose losses are not
+   finite is left out.
+2. The best is the one with the lowest mean loss on dev, or on micro-dev where there is no dev set. The test split has no part.
+3. The best is compared with each of the others by the paired bootstrap over these rows (`compare_with_baselines`, 95 % for all
+   comparisons together). The first candidate in the order that is the best, or that is not shown to be worse, is handed over.
+
+So GRASP's result is handed over where it is shown to be better than each simpler one. Where no row can tell, it is `continued`.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+
+from grasp_lora.bench.run_folder import Delivered
+from grasp_lora.evaluation.statistics import compare_with_baselines
+
+IN_ORDER = {
+    "continued": "the source adapter continued on the target rows",
+    "source": "the source adapter as it is",
+    "target": "the target adapter",
+    "merged": "the merge, not trained",
+    "grasp": "GRASP's result",
+}
+FEWEST = 2  # rows that a comparison needs
+
+
+def by_setting() -> Delivered:
+    """What is handed over with `final.deliver: grasp`."""
+    return Delivered(name="grasp", title=IN_ORDER["grasp"], why="The recipe asks for it (final.deliver).")
+
+
+def best_of(
+    losses: Mapping[str, Sequence[float]], split: str, alone: Sequence[float] = (), left_out: str = ""
+) -> Delivered:
+    """Choose by the rule above.
+
+    Args:
+        losses: of each candidate, nats per answer token, one a row and the same rows in all; empty where there are none.
+        split: where they come from, as a reader calls it.
+        alone: those of the backbone without an adapter, for the warning that nothing was learned.
+        left_out: why a candidate is missing, as a sentence.
+    """
+    order = sorted(losses, key=lambda name: list(IN_ORDER).index(_kind(name)))
+    usable = [name for name in order if len(losses[name]) >= FEWEST and all(map(math.isfinite, losses[name]))]
+    if len(usable) < 2:
+        chosen = (usable or order)[0]
+        why = f"There are no {split} losses to choose by, so the usual practice is handed over. {left_out}".strip()
+        return Delivered(name=chosen, title=title_of(chosen), why=why)
+    means = {name: fmean(losses[name]) for name in usable}
+    best = min(usable, key=means.__getitem__)  # of equal ones the first in the order
+    others = {name: losses[name] for name in usable if name != best}
+    compared = compare_with_baselines(losses[best], others, higher_is_better=False)
+    chosen = next(name for name in usable if name == best or compared[name].verdict != "better")
+    against = min(others, key=means.__getitem__) if chosen == best else best
+    found = compared[against if chosen == best else chosen]
+    difference, low, high = found.difference, found.low, found.high
+    if chosen != best:
+        difference, low, high = -difference, -high, -low
+    rows = found.examples
+    why = f"Its {split} loss is {means[chosen]:.3f} against {means[against]:.3f} for {title_of(against)}"
+    if found.verdict == "better":
+        why += f", the next best; the {rows} {split} rows show a difference."
+    else:
+        first = "the usual practice" if chosen == "continued" else "the simpler one"
+        why += f"; {rows} {split} rows cannot tell these apart, so {first} is handed over."
+    return Delivered(
+        name=chosen,
+        title=title_of(chosen),
+        why=f"{why} {left_out}".strip(),
+        split=split,
+        examples=rows,
+        against=against,
+        difference=difference + 0.0,
+        low=low + 0.0,
+        high=high + 0.0,
+        confidence=found.confidence,
+        warning=_nothing_learned(losses[chosen], alone, split),
+    )
+
+
+def title_of(name: str) -> str:
+    """Return what a system is, as a part of a sentence; the second of several sources says so."""
+    number = name.partition("_")[2]
+    return IN_ORDER[_kind(name)] + (f" (number {number})" if number else "")
+
+
+def _kind(name: str) -> str:
+    return name.partition("_")[0]
+
+
+def _nothing_learned(chosen: Sequence[float], alone: Sequence[float], split: str) -> str | None:
+    if len(alone) != len(chosen) or not all(map(math.isfinite, alone)):
+        return None
+    compared = compare_with_baselines(chosen, {"alone": alone}, higher_is_better=False)["alone"]
+    if compared.verdict == "better":
+        return None
+    return (
+        f"The {len(alone)} {split} rows do not show that this adapter is better than the backbone alone "
+        f"({split} loss {fmean(chosen):.3f} against {fmean(alone):.3f}): it may have learned nothing."
+    )

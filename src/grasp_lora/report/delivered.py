@@ -1,0 +1,57 @@
+"""What the end of a run says: which adapter to take, why, and how to use it."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from grasp_lora.bench.run_folder import ADAPTER_FOLDER, FINAL_FOLDER, PROMPT_FILE, Delivered
+from grasp_lora.report.run_record import RunRecord
+
+MADE = {
+    "continued": "a source adapter was trained on in the target language",
+    "source": "it is the source adapter as it is",
+    "target": "it was trained on the target data alone",
+    "merged": "a source and a target adapter were merged, and nothing was trained after that",
+    "grasp": "a source and a target adapter were merged, a share of the merge was pruned, and the rest was fine-tuned",
+}
+
+
+def verdict(delivered: Delivered) -> str:
+    """Say which adapter to take and why, in two or three sentences."""
+    return f"Take this adapter: {delivered.title}. {delivered.why}"
+
+
+def chosen(record: RunRecord) -> Delivered | None:
+    """What a run handed over by its dev losses; None where it has not, or where the recipe asks for GRASP's result."""
+    delivered = record.metrics.delivered if record.metrics else None
+    return delivered if delivered and record.recipe.final.deliver == "best" else None
+
+
+def delivered_system(record: RunRecord) -> str:
+    """The system whose adapter lies in `adapter/`: in folders of older versions always GRASP's."""
+    delivered = record.metrics.delivered if record.metrics else None
+    return delivered.name if delivered else "grasp"
+
+
+def predict_command(folder: Path | None = None) -> str:
+    """One command that answers a prompt of the run; without a folder as it is given inside that of the run."""
+    places = [str(Path(name) if folder is None else folder / name) for name in (ADAPTER_FOLDER, PROMPT_FILE)]
+    adapter, prompt = map(shlex.quote, places)
+    return f"grasp-lora predict {adapter} --jsonl < {prompt}"
+
+
+def next_steps(delivered: Delivered, recipe: str, overrides: Sequence[str], folder: Path) -> list[str]:
+    """What a user can do after a run, a command with its exact options each, and what it costs."""
+    given = [recipe, *(part for override in overrides for part in ("--set", override))]
+    seeds = ["--output", str(folder), "--methods", "merged,continued,grasp"]
+    steps = [f"three seeds, about three times this run: {shlex.join(['grasp-lora', 'compare', *given, *seeds])}"]
+    if delivered.low is not None and delivered.high is not None and delivered.low <= 0 <= delivered.high:
+        rows = 2 * delivered.examples
+        key = f"data.target.{(delivered.split or 'dev').replace('-', '_')}={rows}"
+        more = ["--set", key, "--output", f"{folder}-{rows}"]
+        steps.append(
+            f"more rows tell more, about this run once more: {shlex.join(['grasp-lora', 'run', *given, *more])}"
+        )
+    if delivered.name != "grasp":
+        steps.append(f"GRASP's result all the same, at no cost: it is {folder / FINAL_FOLDER}")
+    return steps

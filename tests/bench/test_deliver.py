@@ -1,0 +1,229 @@
+"""What a run hands over: the best by paired dev evidence, the simplest of equal ones, and never anything lost."""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grasp_lora import api
+from grasp_lora.bench.deliver import best_of
+from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.steps import Bench
+from grasp_lora.bench.store import Record
+from grasp_lora.errors import DataError, Interrupted, RecipeError
+
+ROWS = 20
+BEST = "final.deliver=best"
+WEIGHTS = "adapter_model.safetensors"
+SYSTEMS = ("source", "target", "merged", "continued", "grasp")
+
+
+class Recorder(Progress):
+    def __init__(self) -> None:
+        self.did: list[str] = []
+
+    def record(self, record: Record, there: bool) -> None:
+        if not there:
+            self.did.append(record.step)
+
+
+def losses(**means: float) -> dict[str, Sequence[float]]:
+    """Losses of rows that are unequally hard for all alike, with a little noise of each system's own."""
+    return {
+        name: [mean + row % 5 / 2 + random.Random(f"{name} {row}").gauss(0.0, 0.02) for row in range(ROWS)]
+        for name, mean in means.items()
+    }
+
+
+class TestRule:
+    @pytest.mark.parametrize("winner", SYSTEMS)
+    def test_what_the_rows_show_to_be_best_is_handed_over(self, winner: str) -> None:
+        found = best_of(losses(**{name: 1.0 + (name != winner) for name in SYSTEMS}), "dev")
+        assert found.name == winner
+        assert found.difference == pytest.approx(-1.0, abs=0.1)
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low <= found.difference <= found.high < 0
+        assert "show a difference" in found.why
+
+    @pytest.mark.parametrize(
+        ("others", "simplest"),
+        [
+            (SYSTEMS, "continued"),
+            (("merged", "grasp"), "merged"),
+            (("target", "grasp"), "target"),
+            (("grasp",), "grasp"),
+        ],
+    )
+    def test_of_those_that_cannot_be_told_apart_the_simplest_is_handed_over(
+        self, others: Sequence[str], simplest: str
+    ) -> None:
+        alike = {name: 1.0 - 0.001 * (name == "grasp") for name in others}
+        found = best_of(losses(**alike, **{name: 3.0 for name in SYSTEMS if name not in others}), "dev")
+        assert found.name == simplest
+        if simplest != "grasp":
+            assert found.against == "grasp"
+            assert found.difference is not None
+            assert found.low is not None
+            assert found.high is not None
+            assert found.low <= 0 <= found.high
+            first = "the usual practice" if simplest == "continued" else "the simpler one"
+            assert f"{ROWS} dev rows cannot tell these apart, so {first} is handed over" in found.why
+
+    def test_equal_losses_and_too_few_rows_give_the_simplest(self) -> None:
+        same = {name: [1.0, 2.0, 0.5] for name in SYSTEMS}
+        assert best_of(same, "dev").name == "continued"
+        one = {name: [2.0 - (name == "grasp")] for name in SYSTEMS}
+        assert best_of(one, "dev").name == "continued"
+        none: dict[str, list[float]] = {name: [] for name in SYSTEMS}
+        found = best_of(none, "dev")
+        assert (found.name, found.difference, found.examples) == ("continued", None, 0)
+        assert "There are no dev losses to choose by" in found.why
+
+    def test_the_second_of_several_sources_can_win(self) -> None:
+        found = best_of(losses(source=2.0, source_2=1.0, target=2.0, merged=2.0, grasp=2.0), "dev")
+        assert (found.name, found.title) == ("source_2", "the source adapter as it is (number 2)")
+
+    def test_what_diverged_is_left_out_and_what_is_missing_is_said(self) -> None:
+        found = best_of(
+            losses(continued=float("nan"), target=1.0, grasp=2.0), "dev", (), "It could not be continued: X."
+        )
+        assert found.name == "target"
+        assert found.why.endswith("It could not be continued: X.")
+
+    def test_no_better_than_the_backbone_alone_is_a_warning(self) -> None:
+        both = losses(continued=1.0, grasp=1.2)
+        assert best_of(both, "dev", losses(alone=5.0)["alone"]).warning is None
+        warning = best_of(both, "dev", losses(alone=1.0)["alone"]).warning
+        assert warning is not None
+        assert "may have learned nothing" in warning
+
+
+def read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+# Of 6 rows nothing is shown, so the rule takes the first; 8 are enough for five comparisons.
+ENOUGH = ("data.target.dev=9", "data.target.test=5")
+
+
+class TestRun:
+    def test_the_default_is_the_best_and_all_else_stays_in_its_folder(self, finished_run: Path) -> None:
+        recorder = Recorder()
+        result = api.run("tiny.yaml", [BEST], "best", recorder)
+        delivered = result.delivered
+        assert delivered is not None
+        assert delivered.name == "continued"  # 6 rows tell nothing
+        assert delivered.low is not None
+        metrics = read(Path("best/metrics.json"))
+        assert set(metrics["systems"]) == {"zero_shot", *SYSTEMS}
+        assert metrics["delivered"]["name"] == "continued"
+        assert result.adapter == Path("best/adapter")
+        assert (result.adapter / WEIGHTS).read_bytes() == Path("best/continued", WEIGHTS).read_bytes()
+        # GRASP's own result is what a run that hands it over gives.
+        assert Path("best/final", WEIGHTS).read_bytes() == (finished_run / "adapter" / WEIGHTS).read_bytes()
+        theirs = read(finished_run / "metrics.json")["systems"]
+        assert {name: metrics["systems"][name] for name in theirs} == theirs
+        again = Recorder()
+        assert api.run("tiny.yaml", [BEST], "best", again).metrics == result.metrics
+        assert not again.did
+
+    def test_the_setting_keeps_grasps_result_and_trains_nothing_else(self, finished_run: Path) -> None:
+        metrics = read(finished_run / "metrics.json")
+        assert metrics["delivered"]["name"] == "grasp"
+        assert set(metrics["systems"]) == {"source", "target", "merged", "grasp"}
+        assert not (finished_run / "continued").exists()
+        assert (finished_run / "adapter" / WEIGHTS).read_bytes() == (finished_run / "final" / WEIGHTS).read_bytes()
+
+    @pytest.mark.parametrize("winner", ["merged", "grasp"])
+    def test_whichever_wins_lies_in_adapter(
+        self, winner: str, finished_run: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+    ) -> None:
+        original = Bench.losses
+        asked: list[str] = []
+
+        def scripted(self: Bench, adapter: Any, split: str = "test") -> Record:
+            found = original(self, adapter, split)
+            if split == "dev":
+                if adapter.key not in asked:
+                    asked.append(adapter.key)
+                name = ("zero_shot", "source", "target", "merged", "continued", "grasp")[asked.index(adapter.key)]
+                found.result["losses"][:] = [0.1 if name == winner else 1.0 + row / 10 for row in range(9)]
+            return found
+
+        monkeypatch.setattr(Bench, "losses", scripted)
+        result = cli(
+            "run", "tiny.yaml", "--set", BEST, *(part for one in ENOUGH for part in ("--set", one)), "-o", "best"
+        )
+        assert result.status == 0, result.err
+        assert read(Path("best/metrics.json"))["delivered"]["name"] == winner
+        folder = "final" if winner == "grasp" else winner
+        assert Path("best/adapter", WEIGHTS).read_bytes() == Path("best", folder, WEIGHTS).read_bytes()
+        assert "Take this adapter: " in result.out
+        assert json.loads(Path("best/prompt.jsonl").read_text(encoding="utf-8")).endswith(": what?")
+        assert "grasp-lora predict best/adapter --jsonl < best/prompt.jsonl" in result.out
+        page = Path("best/report.html").read_text(encoding="utf-8")
+        assert "<h1>Take this adapter: " in page
+        assert page.count('<tr class="chosen">') == 1
+        card = Path("best/adapter/README.md").read_text(encoding="utf-8")
+        assert "It is: " in card
+        assert ("Prune ratio" in card) == (winner == "grasp")
+
+    def test_given_adapters_are_handed_over_whole(self, finished_run: Path, cli: Callable[..., Any]) -> None:
+        (finished_run / "source").rename("mine")
+        (finished_run / "target").rename("theirs")
+        changes = [BEST, "data.source=null", "source.adapters=[mine]", "target.adapter=theirs", "data.target.dev=0"]
+        result = api.run("tiny.yaml", [*changes, "data.target.micro_dev=1"], "given")
+        assert result.delivered is not None
+        assert result.delivered.name == "continued"  # one micro-dev row tells nothing
+        assert result.delivered.difference is None
+        assert cli("predict", "given/adapter", "source 1: what?").status == 0
+
+    def test_a_source_that_cannot_be_continued_is_left_out_in_words(
+        self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def diverges(self: Bench) -> None:
+            raise DataError("the loss is not finite")
+
+        monkeypatch.setattr(Bench, "continued", diverges)
+        result = api.run("tiny.yaml", [BEST], "best")
+        assert "continued" not in result.metrics.systems
+        assert result.delivered is not None
+        assert result.delivered.why.endswith("The source adapter could not be continued: the loss is not finite")
+
+    def test_a_comparison_and_a_run_share_the_continued_adapter(self, finished_run: Path) -> None:
+        settings: dict[str, Any] = {"methods": ("continued", "zero_shot"), "reference": "continued", "seeds": (42,)}
+        api.run("tiny.yaml", [BEST], "one")
+        recorder = Recorder()
+        api.compare("tiny.yaml", (), "one", recorder, **settings)
+        assert not recorder.did
+        api.compare("tiny.yaml", (), "other", **settings)
+        recorder = Recorder()
+        api.run("tiny.yaml", [BEST], "other", recorder)
+        assert "final 0.00" not in recorder.did
+        assert Path("one/metrics.json").read_bytes() == Path("other/metrics.json").read_bytes()
+
+    @pytest.mark.parametrize("stage", ["continued", "deliver"])
+    def test_a_stop_between_the_steps_loses_nothing(
+        self, stage: str, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Stops(Progress):
+            def finished(self, name: str, seconds: float, summary: Any, *, skipped: bool) -> None:
+                if name == stage:
+                    raise Interrupted("stopped")
+
+        whole = api.run("tiny.yaml", [BEST], "whole")
+        with pytest.raises(Interrupted):
+            api.run("tiny.yaml", [BEST], "stopped", Stops())
+        assert not Path("stopped/metrics.json").exists()
+        recorder = Recorder()
+        assert api.run("tiny.yaml", [BEST], "stopped", recorder).metrics == whole.metrics
+        assert "final 0.00" not in recorder.did
+        assert Path("stopped/adapter", WEIGHTS).read_bytes() == Path("whole/adapter", WEIGHTS).read_bytes()
+
+    def test_another_word_is_refused(self, tiny_workspace: Path) -> None:
+        with pytest.raises(RecipeError, match="deliver is 'both'; allowed: best, grasp"):
+            api.run("tiny.yaml", ["final.deliver=both"])
