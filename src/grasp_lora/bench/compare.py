@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from grasp_lora.bench.checks import check
-from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
+from grasp_lora.bench.comparison_record import (
+    COMPARISON_FILE,
+    Comparison,
+)
 from grasp_lora.bench.keyed import GRID
-from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS
+from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, REMOVED
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, check_place
 from grasp_lora.bench.session import Session
@@ -59,6 +62,10 @@ class ComparisonSettings:
 
     def __post_init__(self) -> None:
         for name in (*self.methods, self.reference):
+            if name in REMOVED:
+                raise ValueError(
+                    f"the method {name!r} was removed, since it equalled another one; take {REMOVED[name]}"
+                )
             if name not in METHODS:
                 raise ValueError(f"there is no method {name!r}; allowed: {', '.join(METHODS)}")
         check_list("methods", self.methods)
@@ -77,12 +84,16 @@ class ComparisonSettings:
 Show = Callable[[Path, Comparison], object]
 
 
+def _nothing(folder: Path, comparison: Comparison) -> None:
+    """Show nothing."""
+
+
 def compare(
     session: Session,
     folder: Path,
     settings: ComparisonSettings,
     progress: Progress | None = None,
-    show: Show = lambda *_: None,
+    show: Show = _nothing,
 ) -> Comparison:
     """Run what is not on record yet; write `compare.json` and return what it holds.
 

@@ -78,6 +78,7 @@ def sweep(
     param: Annotated[list[str] | None, _sweep("params", "--param", "-p", more="May be repeated.")] = None,
     trials: Annotated[int, _sweep("trials")] = 20,
     sampler: Annotated[str, _sweep("sampler")] = "tpe",
+    pruner: Annotated[str | None, typer.Option(hidden=True)] = None,
     seed: Annotated[int | None, _sweep("seed")] = None,
     overrides: SetOption = None,
     allow_code: AllowCodeOption = False,
@@ -89,7 +90,14 @@ def sweep(
     For example --param final.prune_ratio=0.1..0.8, the search that the learned ratio replaces. Writes best.yaml for `run`. Run it
     again to go on after an interruption.
     """
+    from grasp_lora.errors import RecipeError
+
     log_to_terminal(verbose)
+    if pruner is not None:
+        raise RecipeError(
+            f"--pruner {pruner} is given, but a sweep has no pruners any more: final runs stop early by themselves "
+            "(final.training.patience); leave it out"
+        )
     with loading():
         from grasp_lora import api
         from grasp_lora.bench.search import BEST_FILE
