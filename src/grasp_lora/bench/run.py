@@ -47,6 +47,7 @@ from grasp_lora.bench.run_folder import (
     RunInfo,
     SystemScores,
     check_place,
+    is_finished,
     predictions_file,
     read_learned,
     read_metrics,
@@ -62,7 +63,7 @@ from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
 from grasp_lora.recipes.text import parse
 from grasp_lora.storage.checkpoints import Checkpointing
-from grasp_lora.storage.files import sync, vanished, write_json, write_jsonl, write_whole
+from grasp_lora.storage.files import discard, sync, sync_all, vanished, write_json, write_jsonl, write_whole
 from grasp_lora.storage.folder import LOCK_FILE, Workplace, only_writer, working_in
 from grasp_lora.storage.processes import is_first, join, on_every_process, on_first_process, world_size
 
@@ -110,7 +111,7 @@ def run(session: Session, folder: Path, progress: Progress | None = None) -> Run
     check_folder(folder, session.recipe)
     with working_in(folder) as work:
         join(session.recipe.backbone.device)
-        if not on_first_process((folder / METRICS_FILE).is_file):
+        if not on_first_process(partial(is_finished, folder, learns=session.recipe.final.prune_ratio is None)):
             _Run(session, folder, progress, work).execute()
         elif is_first() and (folder / LOCK_FILE).is_file():
             # A kill came when all was done: the file goes with the lock, unless someone lives who holds it.
@@ -215,9 +216,11 @@ class _Run:
 
     def _show_learned(self, learned: Learned) -> dict[str, Any]:
         folder, result, estimate = self.folder / CONTROLLER_FOLDER, learned.record.result, learned.estimate
-        for name, file in (("history", HISTORY_FILE), ("rounds", ROUNDS_FILE), ("timings", TIMINGS_FILE)):
-            on_first_process(partial(write_jsonl, folder / file, result.get(name, [])))
-        ratio = LearnedRatio.of(estimate, result["rounds"][-1]["ratio"])
+        names = {HISTORY_FILE: "history", ROUNDS_FILE: "rounds", TIMINGS_FILE: "timings"}
+        files = {file: result.get(name, []) for file, name in names.items()}
+        for file, rows in files.items():
+            on_first_process(partial(write_jsonl, folder / file, rows))
+        ratio = LearnedRatio.of(estimate, result["rounds"][-1]["ratio"], files)
         on_first_process(partial(write_json, folder / RATIO_FILE, ratio.to_json()))
         if learned.start.folder is not None:
             self._show_adapter(f"{CONTROLLER_FOLDER}/{ADAPTER_FOLDER}", partial(_copy, learned.start.folder))
@@ -228,12 +231,11 @@ class _Run:
 
         def show() -> None:
             folder, draft = self.folder / name, self.folder / f"{name}.part"
-            if draft.exists():
-                shutil.rmtree(draft)
+            discard(draft)
             write(draft)
+            sync_all(draft)
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(draft.iterdir()):
-                sync(file)
                 file.replace(folder / file.name)
             draft.rmdir()
             sync(folder)

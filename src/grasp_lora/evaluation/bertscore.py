@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, sign
 from grasp_lora.storage.network import not_there
+from grasp_lora.storage.reading import expanded, is_folder
 from grasp_lora.text.languages import language_code
 
 _DECIMALS = 4  # of a percentage: what float32 leaves over batches of different shapes
@@ -199,8 +200,8 @@ def _find(place: str, base: Path, offline: bool) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    for folder in (base / place, Path(place).expanduser()):
-        if folder.is_dir():
+    for folder in (base / place, expanded(place)):
+        if is_folder(folder):
             return str(folder)
     try:
         patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]
