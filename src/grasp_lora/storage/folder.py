@@ -85,7 +85,7 @@ def new_folder(output: Path) -> Iterator[Path]:
     draft = place.with_name(f".{place.name}.part")
     stop = Interruption(lambda: f"before {output} was complete", "nothing was written")
     try:
-        with stop.handled(), only_writer(place, beside=True):
+        with stop.handled(), only_writer(output, beside=True):
             refuse_existing(output)  # again: another process may have written it
             discard(draft)
             draft.mkdir()
@@ -181,12 +181,13 @@ def only_writer(place: Path, *, beside: bool = False) -> Iterator[None]:
 
 
 def _lock_beside(place: Path) -> Path:
+    place = _followed(place)
     return place.with_name(f".{place.name}.lock")
 
 
-def _followed(output: Path) -> Path:
+def _followed(place: Path) -> Path:
     """Where symbolic links lead; a loop of them stays as it is."""
-    return Path(os.path.realpath(output))
+    return Path(os.path.realpath(place))
 
 
 def _acquire(file: Path, place: Path) -> int:
