@@ -225,7 +225,7 @@ def refused(tiny_workspace: Path, cli: Callable[..., CliResult]) -> Callable[...
 
 
 class _Capabilities(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]  # noqa: RUF012
+    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
 
 
 @pytest.fixture

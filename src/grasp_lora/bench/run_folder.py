@@ -234,7 +234,8 @@ def read_record(file: Path, shape: type[_Shape]) -> _Shape | None:
     Raises:
         RecipeError: it is damaged.
     """
-    return check_shape(TypeAdapter(shape).validate_json, read_text(file), file) if is_there(file) else None
+    text = read_text(file)
+    return None if text is None else check_shape(TypeAdapter(shape).validate_json, text, file)
 
 
 def read_needed(file: Path, shape: type[_Shape]) -> _Shape:
@@ -255,28 +256,28 @@ def read_lines(file: Path, shape: type[_Shape], growing: bool = False) -> list[_
     Raises:
         RecipeError: it is damaged.
     """
-    if not is_there(file):
-        return []
     # Not splitlines(): it also cuts at U+2028, which JSON allows inside a text.
-    lines = read_text(file).split("\n")
+    lines = (read_text(file) or "").split("\n")
     if growing and not lines[-1].endswith("}"):  # the rows that grow are flat, so only a whole one ends with a brace
         lines.pop()
     read = TypeAdapter(shape).validate_json
     return [check_shape(read, line, file, f" (line {n})") for n, line in enumerate(lines, start=1) if line.strip()]
 
 
-def read_text(file: Path) -> str:
-    """Read a text file of a run folder.
+def read_text(file: Path) -> str | None:
+    """Read a text file of a run folder; None where it is not there.
 
     Raises:
-        RecipeError: it is damaged.
+        RecipeError: it is damaged, or closed to us.
     """
     try:
         return file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except UnicodeDecodeError as error:
         raise damaged(file, "it is not UTF-8 text") from error
     except OSError as error:
-        raise damaged(file, f"it cannot be read ({error.strerror})") from error
+        raise RecipeError(f"{file} cannot be read ({error.strerror}); make it readable") from error
 
 
 def check_shape(read: Callable[[Any], _Shape], content: Any, file: Path, where: str = "") -> _Shape:
@@ -325,7 +326,7 @@ def check_rows(folder: Path, learned: LearnedRatio) -> None:
     """
     for name, count in learned.rows.items():
         file = folder / CONTROLLER_FOLDER / name
-        found = read_text(file).count("\n") if is_there(file) else 0
+        found = (read_text(file) or "").count("\n")
         if found != count:
             raise damaged(file, f"it holds {found} of {count} rows")
 

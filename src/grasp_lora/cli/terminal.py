@@ -54,8 +54,8 @@ def lasting_outputs() -> Iterator[Callable[[], str | None]]:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # else the next file that is opened would be taken for an output
-    out, sys.stdout = _lasting(sys.stdout, sys.__stdout__, 1)
-    _, sys.stderr = _lasting(sys.stderr, sys.__stderr__, 2)
+    out, sys.stdout = _lasting(sys.stdout, sys.__stdout__)
+    _, sys.stderr = _lasting(sys.stderr, sys.__stderr__)
 
     def problem() -> str | None:
         sys.stdout.flush()
@@ -69,7 +69,7 @@ def lasting_outputs() -> Iterator[Callable[[], str | None]]:
         sys.stdout, sys.stderr = before
 
 
-def _lasting(now: TextIO | None, at_start: TextIO | None, number: int) -> tuple[_Output | None, TextIO]:
+def _lasting(now: TextIO | None, at_start: TextIO | None) -> tuple[_Output | None, TextIO]:
     """The stream to print to, and the output below it where that is a process's own and no console of Windows."""
     if now is None:
         output = _Output(None)
@@ -77,9 +77,9 @@ def _lasting(now: TextIO | None, at_start: TextIO | None, number: int) -> tuple[
     if now is not at_start or (os.name == "nt" and now.isatty()):
         return None, now
     now.flush()
-    output = _Output(number)
+    output = _Output(now.fileno())
     below = io.BufferedWriter(output)
-    return output, io.TextIOWrapper(below, now.encoding, now.errors, line_buffering=number == 2 or now.isatty())
+    return output, io.TextIOWrapper(below, now.encoding, now.errors, line_buffering=now is sys.stderr or now.isatty())
 
 
 class _Stoppable(Protocol):

@@ -22,10 +22,16 @@ CONVERTER_VERSION = 1  # raise it whenever _convert writes something else
 
 
 def cache_folder() -> Path:
-    """Give the folder for converted models: GRASP_LORA_CACHE, or grasp-lora in XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("GRASP_LORA_CACHE"):
-        return expanded(own)
-    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "grasp-lora"
+    """Give the folder for converted models: GRASP_LORA_CACHE, or grasp-lora in XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        GraspError: nobody knows where `~` is.
+    """
+    own, cache = os.environ.get("GRASP_LORA_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = expanded(own or f"{cache}/grasp-lora")
+    if str(folder).startswith("~"):
+        raise GraspError(f"There is no home folder for {folder}; set HOME, or GRASP_LORA_CACHE to a folder for models")
+    return folder
 
 
 def embedded_folder() -> Path:

@@ -11,7 +11,6 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.method.schedule import Pool
 from grasp_lora.recipes.recipe import RECIPE_FILE, RENAMED
 from grasp_lora.recipes.text import parse
-from grasp_lora.storage.reading import is_file
 
 _Row = TypeVar("_Row")
 
@@ -163,11 +162,11 @@ def read_run(run_folder: Path) -> RunRecord:
         RecipeError: run.json or recipe.yaml is missing, or a file is files.damaged; the message names it.
     """
     run, recipe_file = files.read_record(run_folder / files.RUN_FILE, files.RunInfo), run_folder / RECIPE_FILE
-    if run is None or not is_file(recipe_file):
+    recipe_text = files.read_text(recipe_file)
+    if run is None or recipe_text is None:
         raise RecipeError(
             f"{run_folder} is no run folder: {files.RUN_FILE if run is None else RECIPE_FILE} is missing."
         )
-    recipe_text = files.read_text(recipe_file)
     recipe = _recipe_facts(recipe_text, recipe_file)
     learned = files.read_record(run_folder / files.CONTROLLER_FOLDER / files.RATIO_FILE, files.LearnedRatio)
     if learned is not None:
