@@ -209,8 +209,8 @@ MUTATIONS = (
     ),
     Mutation(
         "drafts: links are followed",
-        'draft.open("xb")',
-        'draft.open("wb")',
+        '        draft.unlink(missing_ok=True)  # of a process that was killed\n        with draft.open("xb")',
+        '        with draft.open("wb")',
         (FOLDER,),
         "a stranger's folder overwrites a file of the user",
     ),

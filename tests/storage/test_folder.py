@@ -262,7 +262,7 @@ class TestNewFolder:
                 GraspError,
                 r"out cannot be written \(No such file.*; nothing was",
             ),
-            (lambda draft: 1 / 0, ZeroDivisionError, ""),
+            (lambda draft: 1 / 0, ZeroDivisionError, "division"),
             (
                 lambda draft: os.kill(os.getpid(), signal.SIGTERM),
                 Interrupted,
