@@ -201,9 +201,9 @@ MUTATIONS = (
         "two writers, one of a file that is gone",
     ),
     Mutation(
-        "lock: links are followed",
-        'os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)',
-        "os.O_RDWR | os.O_CREAT",
+        "lock: another file may be reached through it",
+        "if S_ISREG(found.st_mode) and found.st_nlink < 2 and not file.is_symlink():",
+        "if S_ISREG(found.st_mode):",
         (FOLDER,),
         "a stranger's folder empties a file of the user",
     ),

@@ -212,7 +212,7 @@ def _open(file: Path) -> int:
             raise
     else:
         found = os.fstat(descriptor)
-        if S_ISREG(found.st_mode) and found.st_nlink < 2:
+        if S_ISREG(found.st_mode) and found.st_nlink < 2 and not file.is_symlink():
             return descriptor
         os.close(descriptor)
     raise RecipeError(f"{file} is a link or no regular file, which grasp-lora never makes of it; remove it")
