@@ -429,6 +429,25 @@ class TestAgain:
         with pytest.raises(RecipeError, match=f"{re.escape(file.name)}.*{way_out}"):
             execute()
 
+    @pytest.mark.parametrize("name", ["rounds.jsonl", "timings.jsonl", "history.jsonl"])
+    def test_rows_that_a_power_cut_took_are_missed_and_come_back_from_the_record(
+        self, name: str, finished_run: Path, cli: Callable[..., Any]
+    ) -> None:
+        file = finished_run / "controller" / name
+        whole = file.read_bytes()
+        for left in (b"", whole[: whole.index(b"\n") + 1], whole[:-1]):
+            file.write_bytes(left)
+            for command in (("run", "tiny.yaml", "-o", "run"), ("report", "run")):
+                result = cli(*command)
+                assert result.status == 2
+                assert re.fullmatch(
+                    rf"error: run/controller/{name} is damaged: it holds \d of \d rows\. Delete it and run .*\n",
+                    result.err,
+                )
+        file.unlink()
+        execute()
+        assert file.read_bytes() == whole
+
     def test_a_report_of_an_unfinished_run_does_not_stay(self, finished_run: Path) -> None:
         reopen(finished_run, "final*")
         (finished_run / "report.html").write_text("so far")

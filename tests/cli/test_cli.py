@@ -33,6 +33,7 @@ from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.recipes.builtin import builtin_recipes, schema_text
 from grasp_lora.recipes.load import load_recipe
+from grasp_lora.storage.folder import only_writer
 
 TORCH = Path(torch.__file__).parent
 COMMANDS = (
@@ -566,6 +567,78 @@ def test_a_full_disk_is_one_line_in_a_single_step(
     assert "No space left on device" in line
     assert "goes on" not in line
     assert written == "write_json" or not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (*TWICE, "--backbone", "tiny-llama"),
+        ("export", "adapter", "--backbone", "tiny-llama"),
+        ("learn", "tiny.yaml", "-a", "adapter"),
+        ("finetune", "tiny.yaml", "-a", "adapter", "--ratio", "0.5"),
+        ("evaluate", "tiny.yaml", "-a", "adapter"),
+        ("init", "target.jsonl", "-l", "de"),
+        ("run", "tiny.yaml"),
+        ("compare", "tiny.yaml"),
+        ("sweep", "tiny.yaml", "-p", "final.prune_ratio=0.1..0.2"),
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_of_two_that_write_the_same_the_second_is_refused(
+    cli: Cli, workspace: Path, arguments: tuple[str, ...]
+) -> None:
+    before = contents(workspace)
+    with only_writer(Path("out"), beside=True):
+        if arguments[0] in ("run", "compare", "sweep"):
+            Path("out").mkdir()
+            with only_writer(Path("out")):
+                line = refusal(cli(*arguments, "-o", "out"))
+            Path("out").rmdir()
+        else:
+            line = refusal(cli(*arguments, "-o", "out"))
+    assert f"out is being written by process {os.getpid()} on " in line
+    assert contents(workspace) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "outputs", "status", "said"),
+    [
+        ("recipes", ">/dev/full", 2, "error: standard output cannot be written (No space left on device): .*"),
+        ("recipes", ">&-", 2, "error: standard output cannot be written (Bad file descriptor): .*"),
+        ("schema", "| true", 2, "error: standard output cannot be written (Broken pipe): .*"),
+        ("recipes none", ">&-", 2, "error: there is no built-in recipe 'none'.*"),
+        ("recipes none", ">/dev/full 2>&-", 2, ""),
+        ("recipes", ">/dev/null 2>&-", 0, ""),
+        ("recipes", "2>/dev/full >/dev/full <&-", 2, ""),
+    ],
+)  # fmt: skip
+def test_an_output_that_is_full_or_closed_is_one_line(
+    command: str, outputs: str, status: int, said: str, tmp_path: Path
+) -> None:
+    line = f"{sys.executable} -m grasp_lora {command} {outputs}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (status, "")
+    pattern = re.escape(said).replace(re.escape(".*"), "[^\n]*") + ("\n" if said else "")
+    assert re.fullmatch(pattern, done.stderr), done.stderr
+
+
+def test_a_run_whose_output_is_full_goes_on_to_its_end(
+    cli: Cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        monkeypatch.setattr(sys, "__stdout__", full)
+        result = cli("run", "tiny.yaml", "-s", "data.target.test=0")
+    assert result.status == 2
+    assert re.fullmatch(r"error: standard output cannot be written \(No space left on device\): [^\n]+\n", result.err)
+    assert Path("runs/tiny/report.html").is_file()
+
+
+def test_a_closed_standard_input_holds_no_prompts(
+    cli: Cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "there are no prompts" in refusal(cli("predict", "adapter"))
 
 
 def test_a_run_says_how_its_adapter_answers(finished_run: Path) -> None:

@@ -354,7 +354,7 @@ def test_rule_without_a_curve_is_drawn_as_differences(run_folder: Path) -> None:
     [
         (["metrics.json", "evaluation"], "have not been evaluated yet"),
         (["controller"], "has not chosen a ratio yet"),
-        (["controller/rounds.jsonl"], "No round of the controller has been measured yet"),
+        (["controller/rounds.jsonl", "controller/ratio.json"], "No round of the controller has been measured yet"),
         (["final"], "sparsity of the result has not been written yet"),
         (["metrics.json", "cost.json"], "No stage has finished yet"),
         (["source", "target", "controller", "final"], "No losses have been recorded yet"),

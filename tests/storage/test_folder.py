@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from grasp_lora.bench.run_folder import check_place
-from grasp_lora.errors import RecipeError
+from grasp_lora.errors import GraspError, Interrupted, RecipeError
 from grasp_lora.storage import folder as lock_module
-from grasp_lora.storage.folder import LOCK_FILE, only_writer
+from grasp_lora.storage.files import write_whole
+from grasp_lora.storage.folder import LOCK_FILE, new_folder, only_writer
 
 HOLDER = """
 import sys
@@ -182,3 +184,147 @@ def test_a_folder_that_may_not_be_looked_into_is_one_line(tmp_path, monkeypatch)
     monkeypatch.setattr(Path, "iterdir", closed)
     with pytest.raises(RecipeError, match=r"out cannot be read \(Permission denied\); choose another with --output"):
         check_place(tmp_path / "out")
+
+
+@pytest.mark.parametrize("how", ["symbolic", "hard", "pipe"])
+def test_a_lock_that_is_a_link_is_refused_and_what_it_leads_to_stays(tmp_path, how):
+    precious = tmp_path / "precious"
+    precious.write_text("of the user")
+    folder = tmp_path / "of a stranger"
+    folder.mkdir()
+    if how == "symbolic":
+        (folder / LOCK_FILE).symlink_to(precious)
+    elif how == "hard":
+        (folder / LOCK_FILE).hardlink_to(precious)
+    else:
+        os.mkfifo(folder / LOCK_FILE)
+    with pytest.raises(RecipeError, match=r"grasp-lora\.lock is a link or no regular file"), only_writer(folder):
+        pytest.fail("a lock that is none")
+    assert precious.read_text() == "of the user"
+
+
+@pytest.mark.parametrize("draft", ["leftover", "symbolic", "hard"])
+def test_the_draft_of_a_file_follows_no_link_and_a_leftover_one_is_no_obstacle(tmp_path, draft):
+    precious, file = tmp_path / "precious", tmp_path / "metrics.json"
+    precious.write_text("of the user")
+    place = tmp_path / "metrics.json.part"
+    if draft == "symbolic":
+        place.symlink_to(precious)
+    elif draft == "hard":
+        place.hardlink_to(precious)
+    else:
+        place.write_text("half")
+    file.symlink_to(precious)
+    write_whole(file, "new")
+    assert file.read_text() == "new"
+    assert precious.read_text() == "of the user"
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "precious"}
+
+
+def test_of_two_drafts_of_one_file_one_is_told_of_the_other(tmp_path, monkeypatch):
+    sync, file = os.fsync, tmp_path / "report.html"
+
+    def another_begins(descriptor: int) -> None:
+        sync(descriptor)
+        draft = tmp_path / "report.html.part"
+        draft.unlink()
+        draft.write_text("half of the other's")
+
+    monkeypatch.setattr(os, "fsync", another_begins)
+    with pytest.raises(OSError, match="another process writes it"):
+        write_whole(file, "mine")
+    assert not file.exists()
+
+
+class TestNewFolder:
+    def test_it_appears_whole(self, tmp_path):
+        out = tmp_path / "a" / "out"
+        with new_folder(out) as draft:
+            (draft / "inner").mkdir()
+            (draft / "inner" / "file").write_text("content")
+            assert not out.exists()
+        assert (out / "inner" / "file").read_text() == "content"
+        assert list(out.parent.iterdir()) == [out]
+
+    def test_an_empty_folder_is_filled_and_a_link_to_one_is_followed(self, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "link").symlink_to("out")
+        with new_folder(tmp_path / "link") as draft:
+            (draft / "file").touch()
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "out" / "file").is_file()
+
+    @pytest.mark.parametrize(
+        ("trouble", "kind", "said"),
+        [
+            (
+                lambda draft: (draft / "none").read_text(),
+                GraspError,
+                r"out cannot be written \(No such file.*; nothing was",
+            ),
+            (lambda draft: 1 / 0, ZeroDivisionError, "division"),
+            (
+                lambda draft: os.kill(os.getpid(), signal.SIGTERM),
+                Interrupted,
+                r"^stopped by SIGTERM before .*out was complete; nothing was written$",
+            ),
+        ],
+        ids=["files", "error", "signal"],
+    )
+    def test_what_ends_it_inside_leaves_nothing(self, tmp_path, trouble, kind, said):
+        def work() -> None:
+            with new_folder(tmp_path / "out") as draft:
+                (draft / "file").touch()
+                trouble(draft)
+
+        with pytest.raises(kind, match=said):
+            work()
+        assert not list(tmp_path.iterdir())
+
+    def test_a_second_writer_is_refused_and_the_first_goes_on(self, tmp_path):
+        with new_folder(tmp_path / "out") as draft:
+            with pytest.raises(RecipeError, match=r"out is being written by process"), new_folder(tmp_path / "out"):
+                pytest.fail("two writers at once")
+            (draft / "file").touch()
+        with pytest.raises(RecipeError, match="exists and is not an empty folder"), new_folder(tmp_path / "out"):
+            pytest.fail("written twice")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+
+    def test_one_that_was_written_while_this_process_waited_is_left_alone(self, tmp_path, monkeypatch):
+        fcntl = pytest.importorskip("fcntl")
+        lock, out = fcntl.flock, tmp_path / "out"
+
+        def late(descriptor: int, how: int) -> None:
+            out.mkdir()
+            (out / "file").touch()
+            lock(descriptor, how)
+
+        monkeypatch.setattr(fcntl, "flock", late)
+        with pytest.raises(RecipeError, match="exists and is not an empty folder"), new_folder(out):
+            pytest.fail("written twice")
+        assert (out / "file").is_file()
+
+    @pytest.mark.parametrize("left", ["folder", "link"])
+    def test_what_a_killed_process_or_a_stranger_left_is_removed_and_never_followed(self, tmp_path, left):
+        precious = tmp_path / "precious"
+        precious.mkdir()
+        (precious / "file").write_text("of the user")
+        if left == "link":
+            (tmp_path / ".out.part").symlink_to(precious)
+        else:
+            (tmp_path / ".out.part").mkdir()
+            (tmp_path / ".out.part" / "half").touch()
+            (tmp_path / ".out.lock").write_text("{")
+        with new_folder(tmp_path / "out") as draft:
+            (draft / "file").write_text("new")
+        assert {path.name for path in tmp_path.iterdir()} == {"out", "precious"}
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+        assert (precious / "file").read_text() == "of the user"
+
+    def test_a_link_to_itself_is_one_line(self, tmp_path):
+        (tmp_path / "loop").symlink_to("loop")
+        with (
+            pytest.raises(RecipeError, match="loop is a symbolic link that leads to itself"),
+            new_folder(tmp_path / "loop"),
+        ):
+            pytest.fail("no such place")

@@ -36,7 +36,7 @@ from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
 from grasp_lora.recipes.text import parse
 from grasp_lora.storage.checkpoints import Checkpointing
-from grasp_lora.storage.files import sync, vanished, write_json, write_jsonl, write_whole
+from grasp_lora.storage.files import discard, sync, sync_all, vanished, write_json, write_jsonl, write_whole
 from grasp_lora.storage.folder import LOCK_FILE, Workplace, only_writer, working_in
 from grasp_lora.storage.processes import is_first, join, on_every_process, on_first_process, world_size
 
@@ -90,7 +90,7 @@ def run(session: Session, folder: Path, progress: Progress | None = None) -> Run
     check_folder(folder, session.recipe)
     with working_in(folder) as work:
         join(session.recipe.backbone.device)
-        if not on_first_process((folder / files.METRICS_FILE).is_file):
+        if not on_first_process(partial(files.is_finished, folder, learns=session.recipe.final.prune_ratio is None)):
             _Run(session, folder, progress, work).execute()
         elif is_first() and (folder / LOCK_FILE).is_file():
             # A kill came when all was done: the file goes with the lock, unless someone lives who holds it.
@@ -215,10 +215,11 @@ class _Run:
 
     def _show_learned(self, learned: Learned) -> dict[str, Any]:
         folder, result, estimate = self.folder / files.CONTROLLER_FOLDER, learned.record.result, learned.estimate
-        shown = {"history": files.HISTORY_FILE, "rounds": files.ROUNDS_FILE, "timings": files.TIMINGS_FILE}
-        for name, file in shown.items():
-            on_first_process(partial(write_jsonl, folder / file, result.get(name, [])))
-        ratio = files.LearnedRatio.of(estimate, result["rounds"][-1]["ratio"])
+        names = {files.HISTORY_FILE: "history", files.ROUNDS_FILE: "rounds", files.TIMINGS_FILE: "timings"}
+        beside = {file: result.get(name, []) for file, name in names.items()}
+        for file, rows in beside.items():
+            on_first_process(partial(write_jsonl, folder / file, rows))
+        ratio = files.LearnedRatio.of(estimate, result["rounds"][-1]["ratio"], beside)
         on_first_process(partial(write_json, folder / files.RATIO_FILE, ratio.to_json()))
         if learned.start.folder is not None:
             place = f"{files.CONTROLLER_FOLDER}/{files.ADAPTER_FOLDER}"
@@ -230,15 +231,14 @@ class _Run:
 
         def show() -> None:
             folder, draft = self.folder / name, self.folder / f"{name}.part"
-            if draft.exists():
-                shutil.rmtree(draft)
+            discard(draft)
             if adapter.folder is None:
                 self.session.save(draft, adapter.weights)
             else:
                 shutil.copytree(adapter.folder, draft)
+            sync_all(draft)
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(draft.iterdir()):
-                sync(file)
                 file.replace(folder / file.name)
             draft.rmdir()
             sync(folder)

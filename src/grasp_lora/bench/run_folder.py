@@ -1,6 +1,6 @@
 """The run folder: names and shapes of all its files. A run writes them, the report reads them back into typed records."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -10,6 +10,7 @@ from grasp_lora.bench.store import STORE_FOLDER
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.storage.folder import LOCK_FILE
+from grasp_lora.storage.reading import is_file, is_there
 
 STAGES = ("data", "source", "target", "merge", "controller", "final", "continued", "evaluate", "deliver")
 TRAINED = {
@@ -159,10 +160,13 @@ class LearnedRatio(Shape):
     curve: Curve = Curve()
     last_committed_ratio: float | None = None
     bounds: tuple[float, float] = (0.0, 1.0)  # runs of older versions do not say
+    rows: dict[str, int] = {}  # how many each file beside this one has
 
     @classmethod
-    def of(cls, estimate: RatioEstimate, last_committed: float | None) -> Self:
-        """Return what the file says of an estimate."""
+    def of(
+        cls, estimate: RatioEstimate, last_committed: float | None, beside: Mapping[str, Sequence[object]] | None = None
+    ) -> Self:
+        """Return what the file says of an estimate, and of the rows in the files beside it."""
         ratios, mean, low, high = map(list, zip(*estimate.curve, strict=True)) if estimate.curve else ([], [], [], [])
         return cls(
             prune_ratio=estimate.ratio,
@@ -174,6 +178,7 @@ class LearnedRatio(Shape):
             curve=Curve(ratios=ratios, mean=mean, low=low, high=high),
             last_committed_ratio=last_committed,
             bounds=estimate.bounds,
+            rows={name: len(rows) for name, rows in (beside or {}).items()},
         )
 
     @property
@@ -271,7 +276,8 @@ def read_record(file: Path, shape: type[_Shape]) -> _Shape | None:
     Raises:
         RecipeError: it is damaged.
     """
-    return check_shape(TypeAdapter(shape).validate_json, read_text(file), file) if file.is_file() else None
+    text = read_text(file)
+    return None if text is None else check_shape(TypeAdapter(shape).validate_json, text, file)
 
 
 def read_needed(file: Path, shape: type[_Shape]) -> _Shape:
@@ -292,28 +298,28 @@ def read_lines(file: Path, shape: type[_Shape], growing: bool = False) -> list[_
     Raises:
         RecipeError: it is damaged.
     """
-    if not file.is_file():
-        return []
     # Not splitlines(): it also cuts at U+2028, which JSON allows inside a text.
-    lines = read_text(file).split("\n")
+    lines = (read_text(file) or "").split("\n")
     if growing and not lines[-1].endswith("}"):  # the rows that grow are flat, so only a whole one ends with a brace
         lines.pop()
     read = TypeAdapter(shape).validate_json
     return [check_shape(read, line, file, f" (line {n})") for n, line in enumerate(lines, start=1) if line.strip()]
 
 
-def read_text(file: Path) -> str:
-    """Read a text file of a run folder.
+def read_text(file: Path) -> str | None:
+    """Read a text file of a run folder; None where it is not there.
 
     Raises:
-        RecipeError: it is damaged.
+        RecipeError: it is damaged, or closed to us.
     """
     try:
         return file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except UnicodeDecodeError as error:
         raise damaged(file, "it is not UTF-8 text") from error
     except OSError as error:
-        raise damaged(file, f"it cannot be read ({error.strerror})") from error
+        raise RecipeError(f"{file} cannot be read ({error.strerror}); make it readable") from error
 
 
 def check_shape(read: Callable[[Any], _Shape], content: Any, file: Path, where: str = "") -> _Shape:
@@ -352,6 +358,41 @@ def read_learned(folder: Path) -> RatioEstimate:
         RecipeError: the file is missing or damaged.
     """
     return read_needed(folder / CONTROLLER_FOLDER / RATIO_FILE, LearnedRatio).estimate
+
+
+def check_rows(folder: Path, learned: LearnedRatio) -> None:
+    """Check that the files of a controller run hold as many rows as its result says.
+
+    Raises:
+        RecipeError: rows are missing.
+    """
+    for name, count in learned.rows.items():
+        file = folder / CONTROLLER_FOLDER / name
+        found = (read_text(file) or "").count("\n")
+        if found != count:
+            raise damaged(file, f"it holds {found} of {count} rows")
+
+
+def is_finished(folder: Path, *, learns: bool) -> bool:
+    """Tell whether a run has written all, so that it is only read; a file of its controller that was deleted is written again.
+
+    Args:
+        folder: of the run.
+        learns: whether the run has a controller.
+
+    Raises:
+        RecipeError: a file of the controller is damaged.
+    """
+    if not is_file(folder / METRICS_FILE):
+        return False
+    controller = folder / CONTROLLER_FOLDER
+    learned = read_record(controller / RATIO_FILE, LearnedRatio) if learns else None
+    if learned is None:
+        return not learns
+    if not all(is_there(controller / name) for name in learned.rows):
+        return False
+    check_rows(folder, learned)
+    return True
 
 
 def check_place(folder: Path) -> None:

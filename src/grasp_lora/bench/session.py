@@ -38,6 +38,7 @@ from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.processes import distribute, world_size
+from grasp_lora.storage.reading import is_folder, is_there
 from grasp_lora.training.probes import ProbeSet, probes_of
 from grasp_lora.training.settings import TrainingSettings
 
@@ -95,7 +96,7 @@ class Session:
         """The frozen model, loaded once; a relative folder starts from that of the recipe, or else from the working one."""
         settings = self.recipe.backbone
         beside_recipe = self.base / settings.name
-        if settings.name == EMBEDDED_NAME or not beside_recipe.is_dir():
+        if settings.name == EMBEDDED_NAME or not is_folder(beside_recipe):
             return load_backbone(settings)
         loaded = load_backbone(replace(settings, name=str(beside_recipe)))
         loaded.name = settings.name
@@ -148,7 +149,7 @@ class Session:
     def read(self, place: str | Path) -> LoadedAdapter:
         """Read an adapter (a folder, relative to the recipe's, or a hub id) and check that it fits the backbone."""
         beside_recipe = self.base / place
-        found = beside_recipe if beside_recipe.is_dir() else place
+        found = beside_recipe if is_folder(beside_recipe) else place
         adapter = read_adapter(found, offline=self.recipe.backbone.offline)
         check_fits(
             adapter,
@@ -353,4 +354,4 @@ def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:
 def _is_hub_id(backbone: Backbone) -> bool:
     """Whether the model knows a name that others can load, rather than a folder of this machine."""
     place = str(backbone.model.name_or_path)
-    return bool(place) and not Path(place).exists()
+    return bool(place) and not is_there(Path(place))

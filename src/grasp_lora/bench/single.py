@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,12 @@ from grasp_lora.bench.checks import check, check_rounds
 from grasp_lora.bench.outcomes import given
 from grasp_lora.bench.run_folder import (
     ADAPTER_FOLDER,
+    HISTORY_FILE,
     METRICS_FILE,
     RATIO_FILE,
+    ROUNDS_FILE,
     SPARSITY_FILE,
+    TIMINGS_FILE,
     LearnedRatio,
     Metrics,
     SystemScores,
@@ -29,7 +33,9 @@ from grasp_lora.models.backbone import backbone_of
 from grasp_lora.models.generation import generate
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import GenerationSettings
-from grasp_lora.storage.files import appear, clear_write_errors, refuse_existing, write_json, write_jsonl
+from grasp_lora.storage.files import write_json, write_jsonl
+from grasp_lora.storage.folder import new_folder, refuse_existing
+from grasp_lora.storage.reading import is_folder
 from grasp_lora.text.display import SURROGATES
 
 if TYPE_CHECKING:
@@ -71,8 +77,7 @@ def merge_folders(
         check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
     answers = [adapter.info.answers for adapter in adapters]
     alike = all(one == answers[0] for one in answers)
-
-    def write(draft: Path) -> None:
+    with new_folder(output) as draft:
         save_adapter(
             draft,
             merged,
@@ -82,8 +87,6 @@ def merge_folders(
             dropout=0.0,
             answers=answers[0] if alike else None,
         )
-
-    appear(output, write)
     ranks = sorted({pair.rank for pair in merged.values()})
     line = f"merged {len(adapters)} adapters by {rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"
     if not alike:
@@ -97,10 +100,15 @@ def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
     check(session, parents=False)
     check_rounds(session)
     adapter = session.read(_from_here(place))
-    with clear_write_errors(output, goes_on=False):
-        learned = session.learn_ratio(adapter.weights, output)
-        write_json(output / RATIO_FILE, LearnedRatio.of(learned.estimate, learned.last_committed).to_json())
-        session.save(output / ADAPTER_FOLDER, learned.adapter)
+    with new_folder(output) as draft:
+        learned = session.learn_ratio(adapter.weights, draft)
+        files: dict[str, Sequence[object]] = {
+            HISTORY_FILE: learned.history,
+            ROUNDS_FILE: learned.rounds,
+            TIMINGS_FILE: learned.timings,
+        }
+        write_json(draft / RATIO_FILE, LearnedRatio.of(learned.estimate, learned.last_committed, files).to_json())
+        session.save(draft / ADAPTER_FOLDER, learned.adapter)
     return learned.estimate
 
 
@@ -111,10 +119,10 @@ def finetune_folder(session: Session, place: str, prune_ratio: float, output: Pa
     refuse_existing(output)
     check(session, parents=False)
     adapter = session.read(_from_here(place))
-    with clear_write_errors(output, goes_on=False):
-        weights, result, rows = session.finetune_pruned(adapter.weights, prune_ratio, output)
-        write_json(output / SPARSITY_FILE, rows)
-        session.save(output, weights)
+    with new_folder(output) as draft:
+        weights, result, rows = session.finetune_pruned(adapter.weights, prune_ratio, draft)
+        write_json(draft / SPARSITY_FILE, rows)
+        session.save(draft, weights)
     return result
 
 
@@ -125,7 +133,10 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
     check(session, parents=False)
     adapters = [session.read(_from_here(place)) for place in places]
     systems, signatures = {}, {}
-    with tempfile.TemporaryDirectory() as scratch:
+    with (
+        nullcontext() if output is None else new_folder(output) as draft,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
         bench = Bench(session, session, Store(Path(scratch)))
         for name, adapter in zip(_names(places, adapters), adapters, strict=True):
             measured = bench.measured(given(adapter))
@@ -133,13 +144,11 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
                 dev_loss=measured.dev_loss, test_loss=measured.test_loss, metrics=measured.values
             )
             signatures = measured.signatures
-            if output is not None:
-                with clear_write_errors(output, goes_on=False):
-                    write_jsonl(output / f"{name.replace('/', '--')}.jsonl", measured.rows(session.splits.test))
-    metrics = Metrics(systems=systems, signatures=signatures, test_examples=len(session.splits.test))
-    if output is not None:
-        with clear_write_errors(output, goes_on=False):
-            write_json(output / METRICS_FILE, metrics.to_json())
+            if draft is not None:
+                write_jsonl(draft / f"{name.replace('/', '--')}.jsonl", measured.rows(session.splits.test))
+        metrics = Metrics(systems=systems, signatures=signatures, test_examples=len(session.splits.test))
+        if draft is not None:
+            write_json(draft / METRICS_FILE, metrics.to_json())
     return metrics
 
 
@@ -195,7 +204,7 @@ def predict_texts(
 
 def _from_here(place: str) -> str | Path:
     """A folder that the command line names starts from the working folder, not from that of the recipe."""
-    return Path(place).resolve() if Path(place).is_dir() else place
+    return Path(place).resolve() if is_folder(Path(place)) else place
 
 
 def _names(places: Sequence[str], adapters: Sequence[LoadedAdapter]) -> list[str]:

@@ -31,7 +31,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from grasp_lora.bench.progress import Progress
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.storage.checkpoints import newest_checkpoint, seconds_of
-from grasp_lora.storage.files import sync, write_json
+from grasp_lora.storage.files import discard, sync, sync_all, write_json
 from grasp_lora.storage.interruption import Interruption
 from grasp_lora.storage.processes import on_first_process, world_size
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
@@ -144,14 +144,10 @@ class Store:
 
         def appear() -> None:
             folder, draft = self.adapter_folder(key), self.folder / ADAPTERS / f"{key}.part"
-            if draft.exists():
-                shutil.rmtree(draft)
+            discard(draft)
             write(draft)
-            for file in draft.iterdir():
-                sync(file)
-            sync(draft)
-            if folder.exists():
-                shutil.rmtree(folder)
+            sync_all(draft)
+            discard(folder)
             draft.rename(folder)
             sync(folder.parent)
 

@@ -13,7 +13,7 @@ from grasp_lora.cli.experiments import compare, sweep
 from grasp_lora.cli.recipes import init, recipes, schema
 from grasp_lora.cli.run import check, demo, report, run
 from grasp_lora.cli.steps import evaluate, finetune, learn, merge
-from grasp_lora.cli.terminal import error_console, print_error, say
+from grasp_lora.cli.terminal import error_console, lasting_outputs, print_error, say
 from grasp_lora.errors import FailedElsewhere, GraspError, Interrupted
 from grasp_lora.storage.processes import is_first, world_size
 
@@ -60,25 +60,38 @@ def _start(
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and exit status 2, a stop by a signal one line and 75."""
     _set_up_libraries()
+    with lasting_outputs() as problem_of_output:
+        status = _status()
+        if (problem := problem_of_output()) and not status:
+            status = 2
+            print_error(
+                f"error: standard output cannot be written ({problem}): what this command says is lost, what it writes into "
+                "files is not"
+            )
+    sys.exit(status)
+
+
+def _status() -> int:
+    """Do what the arguments ask for; return the exit status."""
     try:
-        sys.exit(app(prog_name="grasp-lora", standalone_mode=False))
+        return int(app(prog_name="grasp-lora", standalone_mode=False) or 0)
     except UsageError as error:
         if message := error.format_message().strip():  # none where the help was printed in its place
             command = error.ctx.command_path if error.ctx else "grasp-lora"
             print_error(f"error: {message.removesuffix('.')}{_what_arrived(error)} (see {command} --help)")
-        sys.exit(2)
+        return 2
     except FailedElsewhere:
         time.sleep(TIME_TO_SPEAK)  # else torchrun might end the process that says what happened before it has
-        sys.exit(2)
+        return 2
     except Interrupted as stop:
         if is_first():
             print_error(str(stop), style="yellow")
-        sys.exit(STOPPED)
+        return STOPPED
     except GraspError as error:
         if not is_first():
             time.sleep(TIME_TO_SPEAK)  # where all have the same to say, torchrun ends this one before it does
         print_error(f"error: {error}")
-        sys.exit(2)
+        return 2
 
 
 def _what_arrived(error: Any) -> str:

@@ -70,7 +70,7 @@ def predict(
 
 def _prompts_on_standard_input(jsonl: bool) -> list[str]:
     lines = []
-    for number, content in enumerate(sys.stdin.buffer, start=1):
+    for number, content in enumerate(sys.stdin.buffer if sys.stdin else (), start=1):
         try:
             line = content.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:

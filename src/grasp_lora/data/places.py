@@ -9,7 +9,7 @@ from pathlib import Path
 from grasp_lora.data.files import Table, as_row
 from grasp_lora.errors import DataError
 from grasp_lora.storage.network import no_network
-from grasp_lora.storage.reading import expanded, is_file
+from grasp_lora.storage.reading import expanded, is_file, is_folder
 from grasp_lora.text.display import escaped, one_line
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def resolve_file(name: str, root: str | None = None, base: Path | None = None) -
     else:
         if root is not None:
             folder = base / expanded(root)
-            if not folder.is_dir():
+            if not is_folder(folder):
                 raise DataError(
                     f"data.root is {root!r}, but there is no folder {escaped(str(folder))}; mend it or leave it out"
                 )

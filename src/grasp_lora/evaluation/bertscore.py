@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_similarities
 from grasp_lora.storage.network import not_there
+from grasp_lora.storage.reading import expanded, is_folder
 from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import needs
 
@@ -170,8 +171,8 @@ def _find(place: str, base: Path, offline: bool) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
-    for folder in (base / place, Path(place).expanduser()):
-        if folder.is_dir():
+    for folder in (base / place, expanded(place)):
+        if is_folder(folder):
             return str(folder)
     try:
         patterns = ["*.json", "*.txt", "*.model", "*.safetensors"]

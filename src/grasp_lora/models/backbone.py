@@ -17,7 +17,7 @@ from grasp_lora.models import embedded
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, BackboneSettings
 from grasp_lora.storage.network import first_line, hub_problem, no_network
 from grasp_lora.storage.processes import join, on_first_process
-from grasp_lora.storage.reading import expanded, is_folder
+from grasp_lora.storage.reading import expanded, is_file, is_folder
 from grasp_lora.text.display import one_line, quoted
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     own = settings.name == EMBEDDED_NAME
     location = str(embedded.embedded_folder()) if own else _find_location(settings.name)
     name = embedded.PUBLIC_NAME if own else settings.name
-    if settings.revision is not None and Path(location).is_dir():
+    if settings.revision is not None and is_folder(Path(location)):
         raise GraspError(
             f"Backbone revision is {quoted(settings.revision)}, but {quoted(name)} is a folder, which has "
             "no revisions: leave it out"
@@ -216,7 +216,7 @@ def _find_location(name: str) -> str:
     """Tell a local folder from a hub id; what can only be a path must exist."""
     folder = expanded(name)
     if is_folder(folder):
-        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        if is_file(folder / "adapter_config.json") and not is_file(folder / "config.json"):
             raise GraspError(f"Backbone {name!r} is the folder of an adapter: give the model it was trained on")
         return str(folder)
     if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:

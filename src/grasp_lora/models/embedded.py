@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 
 from grasp_lora.errors import GraspError
 from grasp_lora.models.settings import EMBEDDED_NAME
+from grasp_lora.storage.files import sync, sync_all
+from grasp_lora.storage.reading import expanded
 
 logger = logging.getLogger(__name__)
 
@@ -20,10 +22,16 @@ CONVERTER_VERSION = 1  # raise it whenever _convert writes something else
 
 
 def cache_folder() -> Path:
-    """Give the folder for converted models: GRASP_LORA_CACHE, or grasp-lora in XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("GRASP_LORA_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "grasp-lora"
+    """Give the folder for converted models: GRASP_LORA_CACHE, or grasp-lora in XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        GraspError: nobody knows where `~` is.
+    """
+    own, cache = os.environ.get("GRASP_LORA_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = expanded(own or f"{cache}/grasp-lora")
+    if str(folder).startswith("~"):
+        raise GraspError(f"There is no home folder for {folder}; set HOME, or GRASP_LORA_CACHE to a folder for models")
+    return folder
 
 
 def embedded_folder() -> Path:
@@ -49,8 +57,10 @@ def embedded_folder() -> Path:
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=folder.parent) as scratch:
             converted = Path(scratch) / "converted"
             _convert(_assemble(assemble, Path(scratch)), converted)
+            sync_all(converted)
             try:
                 converted.rename(folder)
+                sync(folder.parent)
             except OSError:
                 if not folder.is_dir():
                     raise

@@ -29,7 +29,7 @@ from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.fold import fold
 from grasp_lora.models.reading import OUR_FILE, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import EMBEDDED_HUB_ID
-from grasp_lora.storage.files import appear, refuse_existing
+from grasp_lora.storage.folder import new_folder, refuse_existing
 from grasp_lora.text.display import quoted
 
 logger = logging.getLogger(__name__)
@@ -207,8 +207,7 @@ def _write_adapter(
 ) -> list[str]:
     dtype = settings.dtype or "float32"
     rounded = in_dtype(shrunk.weights, DTYPES[dtype])
-
-    def write(draft: Path) -> list[str]:
+    with new_folder(output) as draft:
         # Dropout 0: the result is for inference, and PEFT hot-swaps only adapters of equal dropout.
         save_adapter(
             draft,
@@ -229,9 +228,7 @@ def _write_adapter(
         ]
         info = json.loads((draft / OUR_FILE).read_text(encoding="utf-8"))
         _describe(draft, adapter, info, shrunk.facts() | {"dtype": dtype} | asdict(error), card, lines)
-        return lines
-
-    return appear(output, write)
+    return lines
 
 
 def _write_model(
@@ -243,8 +240,7 @@ def _write_model(
     name = _stated_backbone(adapter, backbone)
     backbone.model.name_or_path = backbone.model.config._name_or_path = name
     backbone.tokenizer.name_or_path = name
-
-    def write(draft: Path) -> list[str]:
+    with new_folder(output) as draft:
         try:
             backbone.model.save_pretrained(draft)
         except ValueError as reason:  # such as sampling settings that contradict each other in its generation config
@@ -259,9 +255,7 @@ def _write_model(
         info = {"backbone": name, "backbone_fingerprint": backbone.fingerprint}
         facts = shrunk.facts() | {"dtype": dtype, "rounding": asdict(rounding)} | asdict(error)
         _describe(draft, adapter, info, facts, "", lines)
-        return lines
-
-    return appear(output, write)
+    return lines
 
 
 def _stated_backbone(adapter: LoadedAdapter, backbone: Backbone) -> str:

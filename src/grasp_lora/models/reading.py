@@ -138,7 +138,7 @@ def read_base_model(place: str) -> str | None:
     Raises:
         AdapterError: there is no such adapter, or its config cannot be used.
     """
-    folder = Path(place) if Path(place).is_dir() else _download(place, False, [CONFIG_FILE])
+    folder = Path(place) if is_folder(Path(place)) else _download(place, False, [CONFIG_FILE])
     try:
         return read_config(folder, escaped(place)).base_model
     except RefusedError as error:

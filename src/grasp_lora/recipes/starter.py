@@ -5,6 +5,7 @@ import math
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -21,7 +22,9 @@ from grasp_lora.recipes.builtin import SCHEMA_FILE, SCHEMA_LINE, schema_text
 from grasp_lora.recipes.corpus import Corpus, read_corpus, relative
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.sizes import Sizes, choose_sizes
-from grasp_lora.storage.reading import is_there
+from grasp_lora.storage.files import write_whole
+from grasp_lora.storage.folder import only_writer
+from grasp_lora.storage.reading import is_file, is_folder, is_there
 from grasp_lora.text.display import listed
 from grasp_lora.text.languages import language_code
 
@@ -55,8 +58,7 @@ def write_recipe(
         GraspError: the data cannot be used, the source is neither data nor adapter, or the recipe exists already.
     """
     file = Path(f"{data.stem}.yaml") if output is None else output
-    if is_there(file):
-        raise RecipeError(f"{file} exists already; remove it, or choose another name with --output")
+    _refuse_existing(file)
     for code in (language, source_language):
         language_code(code)
     target = read_corpus(str(data), data, file.parent)
@@ -87,11 +89,20 @@ def write_recipe(
         file.parent.mkdir(parents=True, exist_ok=True)
         for corpus in (target, *sources):
             resolve_file(corpus.name, base=file.parent)  # which refuses a name that is found in two places
-        file.write_text(text, encoding="utf-8")
-        (file.parent / SCHEMA_FILE).write_text(schema_text(), encoding="utf-8")
+        with only_writer(file, beside=True):
+            _refuse_existing(file)
+            write_whole(file, text)
+        schema = file.with_name(SCHEMA_FILE)
+        with suppress(RecipeError), only_writer(schema, beside=True):  # else another process writes the same
+            write_whole(schema, schema_text())
     except OSError as error:
         raise RecipeError(f"{file} cannot be written ({error.strerror}); choose another place with --output") from error
     return file
+
+
+def _refuse_existing(file: Path) -> None:
+    if is_there(file):
+        raise RecipeError(f"{file} exists already; remove it, or choose another name with --output")
 
 
 def _sort_out(source: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -99,10 +110,10 @@ def _sort_out(source: Sequence[str]) -> tuple[list[str], list[str]]:
     files, adapters = [], []
     for place in source:
         path = Path(place)
-        if path.is_file() or place.startswith(DEMO_PREFIX):
+        if is_file(path) or place.startswith(DEMO_PREFIX):
             files.append(place)
-        elif path.is_dir():
-            if not (path / CONFIG_FILE).is_file():
+        elif is_folder(path):
+            if not is_file(path / CONFIG_FILE):
                 raise AdapterError(
                     f"source {place} is a folder without {CONFIG_FILE}; give a PEFT adapter or a data file"
                 )
@@ -119,7 +130,7 @@ def _sort_out(source: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _written(place: str, folder: Path) -> str:
-    return relative(place, folder) if Path(place).is_dir() else place
+    return relative(place, folder) if is_folder(Path(place)) else place
 
 
 def _render(file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus], **facts: str | list[str]) -> str:
@@ -178,7 +189,7 @@ def _backbone_of(adapters: Sequence[str]) -> str:
         try:
             named[place] = read_base_model(place)
         except AdapterError as error:
-            if Path(place).is_dir():
+            if is_folder(Path(place)):
                 raise
             raise AdapterError(f"{error}. With --backbone the adapter is not looked up") from error
     if unknown := [place for place, base in named.items() if not base]:

@@ -168,12 +168,15 @@ def read_run(run_folder: Path) -> RunRecord:
         RecipeError: run.json or recipe.yaml is missing, or a file is files.damaged; the message names it.
     """
     run, recipe_file = files.read_record(run_folder / files.RUN_FILE, files.RunInfo), run_folder / RECIPE_FILE
-    if run is None or not recipe_file.is_file():
+    recipe_text = files.read_text(recipe_file)
+    if run is None or recipe_text is None:
         raise RecipeError(
             f"{run_folder} is no run folder: {files.RUN_FILE if run is None else RECIPE_FILE} is missing."
         )
-    recipe_text = files.read_text(recipe_file)
     recipe = _recipe_facts(recipe_text, recipe_file)
+    learned = files.read_record(run_folder / files.CONTROLLER_FOLDER / files.RATIO_FILE, files.LearnedRatio)
+    if learned is not None:
+        files.check_rows(run_folder, learned)
     return RunRecord(
         run=run,
         recipe_text=recipe_text,
@@ -181,7 +184,7 @@ def read_run(run_folder: Path) -> RunRecord:
         data=files.read_record(run_folder / files.DATA_FILE, files.DataFacts) or files.DataFacts(),
         rounds=_growing(run_folder, files.ROUNDS_FILE, files.RoundRow),
         timings=_growing(run_folder, files.TIMINGS_FILE, files.Timing),
-        learned=files.read_record(run_folder / files.CONTROLLER_FOLDER / files.RATIO_FILE, files.LearnedRatio),
+        learned=learned,
         history={
             stage: files.read_lines(run_folder / stage / files.HISTORY_FILE, files.HistoryRow, growing=True)
             for stage in files.TRAINED

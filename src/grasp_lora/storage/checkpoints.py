@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp_lora.errors import GraspError
-from grasp_lora.storage.files import sync, write_whole
+from grasp_lora.storage.files import discard, sync, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +75,7 @@ def complete(checkpoint: Path, seconds: float) -> None:
     for file in sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name != MANIFEST):
         sync(file)
         files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    sync(checkpoint)
     write_whole(checkpoint / MANIFEST, json.dumps({"version": 1, "seconds": seconds, "files": files}, indent=1) + "\n")
     sync(checkpoint.parent)
     for old in _checkpoints(checkpoint.parent)[:-KEPT]:
@@ -89,7 +89,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
     """
     for checkpoint in reversed(_checkpoints(folder)):
         if not (checkpoint / MANIFEST).is_file():
-            shutil.rmtree(checkpoint)
+            discard(checkpoint)
         elif damage := _damage(checkpoint):
             log.warning("%s is damaged (%s); it is removed and the one before it is used", checkpoint, damage)
             _remove(checkpoint)
@@ -142,7 +142,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 def _remove(checkpoint: Path) -> None:
     # The manifest first: a kill in between leaves something unfinished, nothing that looks damaged.
     (checkpoint / MANIFEST).unlink(missing_ok=True)
-    shutil.rmtree(checkpoint)
+    discard(checkpoint)
 
 
 def _damage(checkpoint: Path) -> str | None:

@@ -3,23 +3,25 @@
 import errno
 import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from safetensors import SafetensorError
 
-from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.errors import GraspError
+from grasp_lora.storage.reading import is_folder
 
 # What only a file system says; other OSErrors (a network that is down) count if they name a file inside the folder.
-Written = TypeVar("Written")
 _STORAGE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE}
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file so that at any moment it holds its old content or the new one.
+
+    A symbolic link in its place, or in that of its draft, is replaced and never followed.
 
     Args:
         file: in an existing folder.
@@ -30,10 +32,13 @@ def write_whole(file: Path, content: str | bytes) -> None:
     """
     draft = file.with_name(file.name + ".part")
     try:
-        with draft.open("wb") as stream:
+        draft.unlink(missing_ok=True)  # of a process that was killed
+        with draft.open("xb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
+            if not is_at(stream.fileno(), draft):
+                raise FileExistsError(errno.EEXIST, "another process writes it", str(file))
         draft.replace(file)
     except OSError:
         with suppress(OSError):
@@ -65,85 +70,68 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_all(folder: Path) -> None:
+    """Wait until all that a folder holds, with all names in it, is on the disk."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            sync_all(path)
+        else:
+            sync(path)
+    sync(folder)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or a folder with all it holds, where there is one; of a symbolic link the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_at(descriptor: int, file: Path) -> bool:
+    """Tell whether an open file is the one that is found at a place."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.lstat())
+    except FileNotFoundError:
+        return False
+
+
 @contextmanager
-def clear_write_errors(folder: Path, *, goes_on: bool = True) -> Iterator[None]:
+def clear_write_errors(folder: Path) -> Iterator[None]:
     """Turn an error of the file system that holds a folder into one line; other errors pass.
 
     Args:
-        folder: where it is written.
-        goes_on: whether the same command, run again, goes on from what is there.
+        folder: where it is written; the same command, run again, goes on from what is there.
 
     Raises:
         GraspError: the disk is full or read-only, a file may not be written, or the folder has vanished.
     """
     try:
         yield
-    except OSError as error:
-        name = error.filename
-        inside = isinstance(name, str | os.PathLike) and Path(name).absolute().is_relative_to(folder.absolute())
-        if error.errno not in _STORAGE and not inside:
-            raise
-        raise cannot_write(folder, error.strerror or str(error), goes_on=goes_on) from error
-    except SafetensorError as error:  # safetensors tells of a full disk in its own way
-        raise cannot_write(folder, str(error), goes_on=goes_on) from error
-
-
-def refuse_existing(output: Path) -> None:
-    """Check that a folder for a result is not there yet, or empty, and that it can be written.
-
-    Raises:
-        RecipeError: it holds something, is a file, or cannot be written.
-    """
-    problem = None
-    try:
-        there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
-        if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            problem = "exists and is not an empty folder"
-        elif not there.is_dir():
-            problem = f"cannot be made ({there.name} is a file)"
-        elif not os.access(there, os.W_OK | os.X_OK):
-            problem = "cannot be made (no permission)"
-    except OSError as error:
-        problem = f"cannot be made ({error.strerror})"
-    if problem:
-        raise RecipeError(f"{output} {problem}; choose another with --output")
-
-
-def appear(output: Path, write: Callable[[Path], Written]) -> Written:
-    """Let a folder be written beside its place and then appear by a rename, whole or not at all.
-
-    Args:
-        output: not there yet, or an empty folder.
-        write: fills the draft of the folder that it is given; what it returns is returned.
-
-    Raises:
-        GraspError: it cannot be written.
-    """
-    place = output.resolve()
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}-", dir=place.parent) as scratch:
-            draft = Path(scratch) / place.name
-            draft.mkdir()
-            written = write(draft)
-            if place.exists():
-                place.rmdir()  # it is empty; not every system renames onto a folder
-            draft.rename(place)
     except (OSError, SafetensorError) as error:
-        raise GraspError(
-            f"{output} cannot be written ({error}); nothing was. Make room or make it writable, or choose another folder "
-            "with --output"
-        ) from error
-    return written
+        if reason := why_not_written(error, folder):
+            raise cannot_write(folder, reason) from error
+        raise
 
 
-def cannot_write(folder: Path, reason: str, *, goes_on: bool = True) -> GraspError:
+def why_not_written(error: OSError | SafetensorError, *places: Path) -> str | None:
+    """The reason that a file system gave for an error, where it concerns one of these files or folders."""
+    if isinstance(error, SafetensorError):  # safetensors tells of a full disk in its own way
+        return str(error)
+    name = error.filename
+    inside = isinstance(name, str | os.PathLike) and any(
+        Path(name).absolute().is_relative_to(place.absolute()) for place in places
+    )
+    return error.strerror or str(error) if error.errno in _STORAGE or inside else None
+
+
+def cannot_write(folder: Path, reason: str) -> GraspError:
     """The error to raise when something could not be written into a folder; see `clear_write_errors`."""
-    if goes_on and not folder.is_dir():
+    if not is_folder(folder):
         return vanished(folder)
-    how = ": it goes on from what is there" if goes_on else " with an empty folder"
     return GraspError(
-        f"{folder} cannot be written ({reason}); make room or make it writable, then run the same command again{how}"
+        f"{folder} cannot be written ({reason}); make room or make it writable, then run the same command again: "
+        "it goes on from what is there"
     )
 
 

@@ -1,16 +1,21 @@
-"""One writer for a run folder: a lock that its process cannot leave behind, even when it is killed."""
+"""One writer for a folder, by a lock that goes with its process even when that is killed; new folders, whole or not at all."""
 
+import errno
 import json
 import logging
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
-from grasp_lora.errors import RecipeError
-from grasp_lora.storage.files import clear_write_errors
+from safetensors import SafetensorError
+
+from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.storage.files import clear_write_errors, discard, is_at, sync, sync_all, why_not_written
 from grasp_lora.storage.interruption import Interruption
 from grasp_lora.storage.processes import is_first
 
@@ -60,6 +65,75 @@ def working_in(folder: Path) -> Iterator[Workplace]:
         yield work
 
 
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Give the draft of a folder for a result; at the end of the context it appears, whole or not at all.
+
+    Of processes that write the same folder at once one does, and the others are refused. What a killed one left is removed.
+
+    Args:
+        output: not there yet, or an empty folder.
+
+    Raises:
+        RecipeError: it holds something or cannot be made, or another process writes it.
+        GraspError: it cannot be written; nothing was.
+        Interrupted: SIGTERM or SIGINT came; nothing was written.
+    """
+    refuse_existing(output)
+    place = _followed(output)
+    make_folder(place.parent)
+    draft = place.with_name(f".{place.name}.part")
+    stop = Interruption(lambda: f"before {output} was complete", "nothing was written")
+    try:
+        with stop.handled(), only_writer(output, beside=True):
+            refuse_existing(output)  # again: another process may have written it
+            discard(draft)
+            draft.mkdir()
+            try:
+                if place.exists():  # better to hear now than after hours that it cannot be replaced
+                    place.rmdir()
+                    place.mkdir()
+                yield draft
+                sync_all(draft)
+                if place.exists():
+                    place.rmdir()  # it is empty; not every system renames onto a folder
+                draft.rename(place)
+                sync(place.parent)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if reason := why_not_written(error, draft, place, _lock_beside(place)):
+            raise GraspError(
+                f"{output} cannot be written ({reason}); nothing was. Make room or make it writable, or choose another folder "
+                "with --output"
+            ) from error
+        raise
+
+
+def refuse_existing(output: Path) -> None:
+    """Check that a folder for a result is not there yet, or empty, and that it can be written.
+
+    Raises:
+        RecipeError: it holds something, is a file, or cannot be written.
+    """
+    problem = None
+    try:
+        place = _followed(output)
+        there = next(folder for folder in (place, *place.parents) if folder.exists())
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            problem = "exists and is not an empty folder"
+        elif place.is_symlink():
+            problem = "is a symbolic link that leads to itself"
+        elif not there.is_dir():
+            problem = f"cannot be made ({there.name} is a file)"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            problem = "cannot be made (no permission)"
+    except OSError as error:
+        problem = f"cannot be made ({error.strerror})"
+    if problem:
+        raise RecipeError(f"{output} {problem}; choose another with --output")
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it, where they are missing.
 
@@ -73,25 +147,26 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Be the only process that writes into a run folder, inside the context.
+def only_writer(place: Path, *, beside: bool = False) -> Iterator[None]:
+    """Be the only process that writes a folder or a file, inside the context.
 
     The operating system holds the lock, so that of a dead process is free at once; the file names its holder and goes with the
     lock. Of the processes that torchrun started together the first one holds it for all. On NFS it also works between
     machines where the server supports locks.
 
     Args:
-        folder: an existing folder.
+        place: a folder, or with `beside` anything in one.
+        beside: whether the lock lies beside the place, which need not be there, and not in it.
 
     Raises:
-        RecipeError: another process writes there; the message names it.
+        RecipeError: another process writes there, and the message names it; or what lies in the lock's place is none.
         OSError: the lock file cannot be written.
     """
     if not is_first():
         yield
         return
-    file = folder / LOCK_FILE
-    descriptor = _acquire(file)
+    file = _lock_beside(place) if beside else place / LOCK_FILE
+    descriptor = _acquire(file, place)
     try:
         holder = {"pid": os.getpid(), "host": platform.node()}
         os.ftruncate(descriptor, 0)
@@ -100,25 +175,50 @@ def only_writer(folder: Path) -> Iterator[None]:
     finally:
         # Still under the lock, so that nobody can have taken this file; but the folder may be another one by now.
         with suppress(OSError):
-            if _is_at(descriptor, file):
+            if is_at(descriptor, file):
                 file.unlink()
         os.close(descriptor)
 
 
-def _acquire(file: Path) -> int:
+def _lock_beside(place: Path) -> Path:
+    place = _followed(place)
+    return place.with_name(f".{place.name}.lock")
+
+
+def _followed(place: Path) -> Path:
+    """Where symbolic links lead; a loop of them stays as it is."""
+    return Path(os.path.realpath(place))
+
+
+def _acquire(file: Path, place: Path) -> int:
     while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _open(file)
         try:
-            _lock(descriptor, file)
+            _lock(descriptor, file, place)
         except BaseException:
             os.close(descriptor)
             raise
-        if _is_at(descriptor, file):
+        if is_at(descriptor, file):
             return descriptor
         os.close(descriptor)  # its last holder removed it after we had opened it: take the new one
 
 
-def _lock(descriptor: int, file: Path) -> None:
+def _open(file: Path) -> int:
+    """Open or make the file of a lock. Its content is replaced, so that no other file may be reached through it."""
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+    else:
+        found = os.fstat(descriptor)
+        if S_ISREG(found.st_mode) and found.st_nlink < 2 and not file.is_symlink():
+            return descriptor
+        os.close(descriptor)
+    raise RecipeError(f"{file} is a link or no regular file, which grasp-lora never makes of it; remove it")
+
+
+def _lock(descriptor: int, file: Path, place: Path) -> None:
     try:
         if fcntl is None:
             raise OSError("this system has no flock")
@@ -126,10 +226,10 @@ def _lock(descriptor: int, file: Path) -> None:
     except BlockingIOError as error:
         holder = _holder(file)
         raise RecipeError(
-            f"{file.parent} is being written by {holder}; wait until that is done, or choose another folder with --output"
+            f"{place} is being written by {holder}; wait until that is done, or choose another folder with --output"
         ) from error
     except OSError as error:  # some network file systems lock nothing
-        log.warning("%s cannot be locked (%s); make sure that only one run writes there", file.parent, error)
+        log.warning("%s cannot be locked (%s); make sure that only one run writes there", place, error)
 
 
 def _holder(file: Path) -> str:
@@ -138,10 +238,3 @@ def _holder(file: Path) -> str:
         return f"process {holder['pid']} on {holder['host']}"
     except (OSError, ValueError, TypeError, KeyError):  # it has only just taken the lock
         return "another process"
-
-
-def _is_at(descriptor: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False

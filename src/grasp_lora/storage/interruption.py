@@ -23,10 +23,12 @@ class Interruption:
 
     Args:
         place: asked where the work is, for the message.
+        then: the end of the message: what to do, or what is lost.
     """
 
-    def __init__(self, place: Callable[[], str]) -> None:
+    def __init__(self, place: Callable[[], str], then: str = "run the same command again to go on") -> None:
         self._place = place
+        self._then = then
         self._deferred = False
         self._signal: str | None = None
         self._since = 0.0
@@ -53,9 +55,7 @@ class Interruption:
                 signal.signal(number, self._handle)
             yield
         except _Stop:
-            raise Interrupted(
-                f"stopped by {self._signal} {self._place()}; run the same command again to go on"
-            ) from None
+            raise Interrupted(f"stopped by {self._signal} {self._place()}; {self._then}") from None
         finally:
             for number in mine:
                 signal.signal(number, before[number])
