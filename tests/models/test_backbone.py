@@ -182,7 +182,9 @@ def test_a_path_that_does_not_exist(tmp_path):
 
 
 def test_a_hub_id_while_offline():
-    with pytest.raises(GraspError, match="not in the local Hugging Face cache and offline is set"):
+    with pytest.raises(
+        GraspError, match="there is no such folder, and the local Hugging Face cache does not have it while offline"
+    ):
         load("nobody/no-such-model", offline=True)
 
 
@@ -205,6 +207,54 @@ def test_an_adapter_folder_is_not_a_backbone(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(GraspError, match="is the folder of an adapter"):
         load(tmp_path)
+
+
+def test_a_folder_that_is_a_model_and_an_adapter_is_no_backbone(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(GraspError, match=r"both a model and an adapter.*in a folder without adapter_config\.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": 10**9},
+        {"vocab_size": 1e12},
+        {"text_config": {"num_layers": 10**9}},
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_made(sizes, folder, monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("made the config"))
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | sizes))
+    with pytest.raises(GraspError, match=r"config of the backbone has \w+ 10000.* at most \d+ is allowed"):
+        load(folder)
+
+
+def test_a_name_that_is_neither_a_folder_nor_reached_on_the_hub(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect to 'https://hub' to load the files.\nCheck your connection.")
+
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    message = (
+        r"^Cannot load backbone 'nosuch': there is no such folder, and the hub gave: We couldn't connect to 'https://hub' "
+        r"to load the files\.; check the name, or download it first$"
+    )
+    with pytest.raises(GraspError, match=message):
+        load("nosuch")
+
+
+def test_a_backbone_that_does_not_fit_into_memory_is_one_line(folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(
+        GraspError, match=r"memory does not suffice for backbone .*9\.00 GiB.*set backbone\.dtype to bfloat16"
+    ):
+        load(folder)
 
 
 @pytest.mark.parametrize("kind", ["encoder-decoder", "encoder"])

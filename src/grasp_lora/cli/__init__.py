@@ -15,6 +15,7 @@ from grasp_lora.cli.run import check, demo, report, run
 from grasp_lora.cli.steps import evaluate, finetune, learn, merge
 from grasp_lora.cli.terminal import error_console, print_error, say
 from grasp_lora.errors import FailedElsewhere, GraspError, Interrupted
+from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.processes import is_first, world_size
 
 app = typer.Typer(
@@ -61,7 +62,8 @@ def main() -> None:
     """Run the command line; a user's mistake becomes one line and exit status 2, a stop by a signal one line and 75."""
     _quiet_libraries()
     try:
-        sys.exit(app(prog_name="grasp-lora", standalone_mode=False))
+        with enough_memory("this command", "give it less at once, or more memory"):
+            sys.exit(app(prog_name="grasp-lora", standalone_mode=False))
     except UsageError as error:
         if message := error.format_message().strip():  # none where the help was printed in its place
             command = error.ctx.command_path if error.ctx else "grasp-lora"
@@ -90,6 +92,7 @@ def _what_arrived(error: Any) -> str:
 def _quiet_libraries() -> None:
     """Ask the libraries for errors only; they read this when they are imported, so it comes before all of them."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each of its retries is a line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not error_console.is_terminal:  # in a terminal a download of gigabytes should show that it moves
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

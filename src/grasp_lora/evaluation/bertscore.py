@@ -17,6 +17,7 @@ from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, sign
 from grasp_lora.storage.network import not_there
 from grasp_lora.text.languages import language_code
+from grasp_lora.text.names import without_place
 
 _DECIMALS = 4  # of a percentage: what float32 leaves over batches of different shapes
 
@@ -105,7 +106,7 @@ def bertscore(
         nrefs=outputs.reference_count,
         refs="best",
         measure="f",
-        model=settings.models[code],
+        model=without_place(settings.models[code]),
         layer=encoder.layer,
         idf="no",
         rescaled="yes" if settings.rescale else "no",
