@@ -470,7 +470,8 @@ BACKBONES: dict[str, tuple[Make, str]] = {
         lambda work: change_backbone(work, "generation_config.json", {"eos_token_id": "abc"}), r"invalid literal for int"
     ),
     "a tokenizer without the letters": (
-        lambda work: change_tokenizer(work, model={"type": "BPE", "vocab": {"a": 0}, "merges": []}), r"cannot encode a text"
+        lambda work: change_tokenizer(work, model={"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "<unk>"}),
+        r"cannot encode a text",
     ),
     "a tokenizer whose pattern runs wild": (
         lambda work: change_tokenizer(
@@ -486,6 +487,8 @@ BACKBONES: dict[str, tuple[Make, str]] = {
 
 def change_tokenizer(work: Path, **changes: object) -> None:
     change_backbone(work, "tokenizer.json", changes)
+    data = work / "target.jsonl"
+    data.write_text(data.read_text().replace("what?", "a" * 40 + "?"))
 
 
 def change_backbone(work: Path, name: str, content: bytes | dict) -> None:

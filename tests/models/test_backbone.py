@@ -232,6 +232,13 @@ def test_sizes_that_no_model_has_are_refused_before_anything_is_made(sizes, fold
         load(folder)
 
 
+def test_weights_that_the_config_has_no_place_for_are_warned_about(folder, caplog):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
+    load(folder)
+    assert "holds 9 weights that its config has no place for, first model.layers.1." in caplog.text
+
+
 def test_a_name_that_is_neither_a_folder_nor_reached_on_the_hub(monkeypatch):
     def unreachable(*args, **kwargs):
         raise OSError("We couldn't connect to 'https://hub' to load the files.\nCheck your connection.")
