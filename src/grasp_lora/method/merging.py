@@ -259,9 +259,7 @@ class MergeSettings:
 
     def __post_init__(self) -> None:
         rule = merge_rule(self.rule)
-        if self.weights is not None and not (
-            any(self.weights) and all(abs(weight) <= MOST_WEIGHT for weight in self.weights)
-        ):
+        if self.weights and not (any(self.weights) and all(abs(weight) <= MOST_WEIGHT for weight in self.weights)):
             raise ValueError(
                 f"merge weights are {list(self.weights)}; each must lie in [-{MOST_WEIGHT}, {MOST_WEIGHT}], and one must not be 0"
             )
