@@ -183,7 +183,7 @@ def test_a_path_that_does_not_exist(tmp_path):
 
 def test_a_hub_id_while_offline():
     with pytest.raises(
-        GraspError, match="no such folder, and it is not in the local Hugging Face cache and offline is set"
+        GraspError, match="it is no folder, it is not in the local Hugging Face cache and offline is set"
     ):
         load("nobody/no-such-model", offline=True)
 

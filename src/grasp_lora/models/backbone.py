@@ -352,7 +352,9 @@ def _explain(error: Exception, name: str, settings: BackboneSettings) -> str:
     if "Unrecognized configuration class" in text:
         return f"{head}: it is not a causal language model; choose one that generates text"
     if not is_local and isinstance(error, OSError) and (settings.offline or constants.HF_HUB_OFFLINE):
-        return f"{head}: there is no such folder, and it is not in the local Hugging Face cache and offline is set; download it first"
+        return (
+            f"{head}: it is no folder, it is not in the local Hugging Face cache and offline is set; download it first"
+        )
     if not is_local and isinstance(error, OSError):
         return f"{head}: {not_there(error)}"
     return f"{head}: {reason}"
