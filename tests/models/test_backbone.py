@@ -54,7 +54,7 @@ def load(name, **settings):
 
 def test_a_local_folder_loads_frozen_in_eval_mode(tiny_backbone_folder):
     backbone = load(tiny_backbone_folder)
-    assert backbone.name == str(tiny_backbone_folder)
+    assert backbone.name == tiny_backbone_folder.name
     assert str(backbone.model.dtype) == f"torch.{find_dtype('cpu')}"
     assert not backbone.model.training
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
