@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from pydantic import TypeAdapter, ValidationError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
@@ -296,7 +295,7 @@ def test_a_gated_model(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", refuse)
     with pytest.raises(GraspError, match="it is gated; accept its terms"):
         load("some/gated-model")
 
