@@ -321,7 +321,9 @@ def test_four_bit_layers_keep_their_gradients_on_a_cpu(tiny_backbone_folder, mak
 
     model = make_tiny_model("llama")
     model.model.layers[0].self_attn.q_proj = Linear4bit(32, 32)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, {"missing_keys": []}))
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, {"missing_keys": [], "unexpected_keys": []})
+    )
     loaded = load(tiny_backbone_folder).model
     assert not loaded.model.layers[0].self_attn.q_proj.support_avx512bf16_for_cpu
     assert not hasattr(loaded.model.layers[1].self_attn.q_proj, "support_avx512bf16_for_cpu")
