@@ -257,6 +257,36 @@ print(math.fsum(losses) / len(losses))
 
 
 class TestAgain:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 9 bytes."),
+            MemoryError(),
+        ],
+    )
+    def test_out_of_memory_is_one_line_that_says_what_helps_and_what_is_done_stays(
+        self, error: Exception, finished_run: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = files_of(finished_run)
+        reopen(finished_run, "final*")
+
+        def fail(*args: Any, **kwargs: Any) -> None:
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("grasp_lora.training.trainer.example_losses", fail)
+            result = cli("run", "tiny.yaml", "-o", "run")
+        assert result.status == 2
+        assert re.fullmatch(
+            r"error: the memory does not suffice for the training \(.+\); set training\.gradient_checkpointing to true, or lower "
+            r"data\.max_tokens \(the longest example has \d+ tokens\), or set backbone\.dtype .*What is done stays\n", result.err
+        )  # fmt: skip
+        execute()
+        assert (
+            files_of(finished_run)["adapter/adapter_model.safetensors"] == before["adapter/adapter_model.safetensors"]
+        )
+
     def test_the_same_recipe_in_another_folder_gives_the_same_bits(self, finished_run: Path) -> None:
         execute(folder="again")
         same_result(finished_run, Path("again"))

@@ -126,6 +126,11 @@ RECIPES: dict[str, tuple[Make, str]] = {
     "an escape in a key": (with_line('"\\e[31mred": 1\n'), r"unknown key '\\x1b\[31mred'"),
     "a long key": (with_line("x" * 900 + ": 1\n"), r"unknown key 'x{80}'\.\.\."),
     "an empty adapter": (setting(target__adapter=" "), r"target: adapter is empty; give a folder or a hub id"),
+    "merge weights to overflow": (setting(merge__weights=[1e300, 1]), r"merge weights are \[1e\+300, 1\.0\]; each must lie in"),
+    "merge weights of zero": (setting(merge__weights=[0, 0]), r"merge weights are \[0\.0, 0\.0\].*one must not be 0"),
+    "ranks that add up to more than an adapter may have": (
+        setting(lora__rank=10_000), r"'exact' adds up the ranks \[10000, 10000\], but an adapter has at most rank 16384"
+    ),
     "a preset that is a list": (setting(controller__preset=["paper"]), r"controller\.preset is a list; allowed: spread"),
     "a preset with a typo": (setting(controller__preset="papre"), r"preset is 'papre'; allowed: spread, late, paper"),
     "a template that looks inside": (setting(data__prompt="{prompt.__class__}"), r"names \{prompt\.__class__\}; allowed fields"),
@@ -455,9 +460,15 @@ def chat(template: object) -> Make:
 
 
 BACKBONES: dict[str, tuple[Make, str]] = {
+    "a model and an adapter in one": (
+        lambda work: change_backbone(work, "adapter_config.json", b"{}"), r"is the folder of both a model and an adapter"
+    ),
+    "layers by the thousand million": (
+        lambda work: change_backbone(work, "config.json", {"num_hidden_layers": 10**9}), r"num_hidden_layers 1000000000; at most"
+    ),
     "a truncated model": (lambda work: change_backbone(work, "model.safetensors", b"\x00" * 50), r"files are damaged"),
     "a config that divides by zero": (lambda work: change_backbone(work, "config.json", {"num_attention_heads": 0}), "damaged"),
-    "a config of another shape": (lambda work: change_backbone(work, "config.json", {"hidden_size": 64}), "files are damaged"),
+    "a config of another shape": (lambda work: change_backbone(work, "config.json", {"hidden_size": 64}), "other shapes than"),
     "kernels of the hub": (
         lambda work: change_backbone(work, "config.json", {"_attn_implementation": "evil/kernel"}),
         r"asks for compiled attention code of the hub \('evil/kernel'\)",
@@ -474,8 +485,26 @@ BACKBONES: dict[str, tuple[Make, str]] = {
         chat("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}"), r"chat template refuses it: maximum recursion depth"
     ),
     "a chat template that is no text": (chat(["a"]), r"files are damaged"),
+    "a tokenizer without the letters": (
+        lambda work: change_tokenizer(work, model={"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "<unk>"}),
+        r"cannot encode a text",
+    ),
+    "a tokenizer whose pattern runs wild": (
+        lambda work: change_tokenizer(
+            work, normalizer={"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}
+        ), r"cannot encode a text \(PanicException"
+    ),
+    "a length that is a text": (
+        lambda work: change_backbone(work, "tokenizer_config.json", {"model_max_length": "x"}), r"cannot encode .*TypeError"
+    ),
     "a tokenizer that is empty": (lambda work: change_backbone(work, "tokenizer.json", b"{}"), r"files are damaged"),
 }  # fmt: skip
+
+
+def change_tokenizer(work: Path, **changes: object) -> None:
+    change_backbone(work, "tokenizer.json", changes)
+    data = work / "target.jsonl"
+    data.write_text(data.read_text().replace("what?", "a" * 40 + "?"))
 
 
 def change_backbone(work: Path, name: str, content: bytes | dict) -> None:

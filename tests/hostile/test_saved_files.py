@@ -36,6 +36,11 @@ def run_with_secrets(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_fol
     """The folder of a whole run, made while secrets stood in the environment; treat it as read-only."""
     work = tmp_path_factory.mktemp("secrets") / "work"
     recipe = write_tiny_workspace(work, tiny_backbone_folder)
+    content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    content["backbone"]["name"] = str(work / "tiny-llama")
+    for side in ("source", "target"):
+        content["data"][side]["files"] = [str(work / f"{side}.jsonl")]
+    recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         for name, value in SECRETS.items():
             patch.setenv(name, value)
@@ -58,6 +63,26 @@ def test_no_secret_and_no_environment_is_saved(run_with_secrets: Path) -> None:
         content = path.read_bytes()
         for secret in private:
             assert secret.encode() not in content, path.relative_to(run_with_secrets)
+
+
+def test_an_adapter_names_its_backbone_without_its_place_and_the_run_knows_where_that_is(
+    run_with_secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where there is no folder of that name
+    adapter = run_with_secrets / "adapter"
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-llama"
+    assert json.loads((adapter / "grasp_lora.json").read_text())["backbone_fingerprint"]
+    for place in (adapter, next((run_with_secrets / "store" / "adapters").iterdir())):
+        assert cli("predict", place, "source 1: what?").status == 0
+    for command in (("export", adapter), ("merge", run_with_secrets / "source", run_with_secrets / "target")):
+        assert cli(*command, "-o", command[0]).status == 0
+        assert all(str(work).encode() not in file.read_bytes() for file in (tmp_path / command[0]).iterdir()
+                   for work in (run_with_secrets.parent, tmp_path))  # fmt: skip
+    moved = cli("predict", "export", "hi")
+    assert moved.status == 2
+    assert moved.err.count("\n") == 1
+    assert re.search(r"'tiny-llama': there is no such folder.*adapter export names .*with --backbone", moved.err)
+    assert cli("predict", "export", "hi", "--backbone", run_with_secrets.parent / "tiny-llama").status == 0
 
 
 def test_nothing_is_a_pickle(run_with_secrets: Path) -> None:

@@ -12,7 +12,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from pydantic import TypeAdapter, ValidationError
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
@@ -54,7 +53,7 @@ def load(name, **settings):
 
 def test_a_local_folder_loads_frozen_in_eval_mode(tiny_backbone_folder):
     backbone = load(tiny_backbone_folder)
-    assert backbone.name == str(tiny_backbone_folder)
+    assert backbone.name == tiny_backbone_folder.name
     assert str(backbone.model.dtype) == f"torch.{find_dtype('cpu')}"
     assert not backbone.model.training
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
@@ -182,7 +181,9 @@ def test_a_path_that_does_not_exist(tmp_path):
 
 
 def test_a_hub_id_while_offline():
-    with pytest.raises(GraspError, match="not in the local Hugging Face cache and offline is set"):
+    with pytest.raises(
+        GraspError, match="it is no folder, it is not in the local Hugging Face cache and offline is set"
+    ):
         load("nobody/no-such-model", offline=True)
 
 
@@ -205,6 +206,61 @@ def test_an_adapter_folder_is_not_a_backbone(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(GraspError, match="is the folder of an adapter"):
         load(tmp_path)
+
+
+def test_a_folder_that_is_a_model_and_an_adapter_is_no_backbone(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(GraspError, match=r"both a model and an adapter.*in a folder without adapter_config\.json"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"hidden_size": 10**9},
+        {"vocab_size": 1e12},
+        {"text_config": {"num_layers": 10**9}},
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_made(sizes, folder, monkeypatch):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("made the config"))
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | sizes))
+    with pytest.raises(GraspError, match=r"config of the backbone has \w+ 10000.* at most \d+ is allowed"):
+        load(folder)
+
+
+def test_weights_that_the_config_has_no_place_for_are_warned_about(folder, caplog):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
+    load(folder)
+    assert "holds 9 weights that its config has no place for, first model.layers.1." in caplog.text
+
+
+def test_a_name_that_is_neither_a_folder_nor_reached_on_the_hub(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("We couldn't connect to 'https://hub' to load the files.\nCheck your connection.")
+
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    message = (
+        r"^Cannot load backbone 'nosuch': there is no such folder, and the hub gave: We couldn't connect to 'https://hub' "
+        r"to load the files\.; check the name, or download it first$"
+    )
+    with pytest.raises(GraspError, match=message):
+        load("nosuch")
+
+
+def test_a_backbone_that_does_not_fit_into_memory_is_one_line(folder, monkeypatch):
+    def fail(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
+    with pytest.raises(
+        GraspError, match=r"memory does not suffice for backbone .*9\.00 GiB.*set backbone\.dtype to bfloat16"
+    ):
+        load(folder)
 
 
 @pytest.mark.parametrize("kind", ["encoder-decoder", "encoder"])
@@ -239,7 +295,7 @@ def test_a_gated_model(monkeypatch):
     def refuse(*args, **kwargs):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
 
-    monkeypatch.setattr(AutoConfig, "from_pretrained", refuse)
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", refuse)
     with pytest.raises(GraspError, match="it is gated; accept its terms"):
         load("some/gated-model")
 
@@ -265,7 +321,9 @@ def test_four_bit_layers_keep_their_gradients_on_a_cpu(tiny_backbone_folder, mak
 
     model = make_tiny_model("llama")
     model.model.layers[0].self_attn.q_proj = Linear4bit(32, 32)
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, {"missing_keys": []}))
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (model, {"missing_keys": [], "unexpected_keys": []})
+    )
     loaded = load(tiny_backbone_folder).model
     assert not loaded.model.layers[0].self_attn.q_proj.support_avx512bf16_for_cpu
     assert not hasattr(loaded.model.layers[1].self_attn.q_proj, "support_avx512bf16_for_cpu")

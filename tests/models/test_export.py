@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
@@ -325,6 +325,31 @@ class TestFold:
         assert torch.equal(model.model.embed_tokens.weight, before.model.embed_tokens.weight)
         torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
 
+    @pytest.mark.filterwarnings(
+        "ignore:.*(ensure_weight_tying|tie_word_embeddings|save_embedding_layers).*:UserWarning"
+    )
+    @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+    def test_a_base_weight_that_peft_stores_beside_is_left_out_where_it_is_the_backbones(
+        self, architecture: str, save_backbone: Callable[[str], PreTrainedModel]
+    ) -> None:
+        save_backbone(architecture)
+        config = LoraConfig(r=2, target_modules=["lm_head", "q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained("backbone"), config).eval()
+        model.save_pretrained("adapter")
+        assert "base_model.model.lm_head.base_layer.weight" in load_file(Path("adapter") / WEIGHTS_FILE)
+        export("out", fold=True, dtype="float32")
+        torch.testing.assert_close(
+            logits(AutoModelForCausalLM.from_pretrained("out")), logits(model), rtol=1e-4, atol=1e-4
+        )
+        export("plain")
+        torch.testing.assert_close(logits(plain_peft("plain")), logits(model), rtol=1e-4, atol=1e-4)
+        model.get_base_model().lm_head.base_layer.weight.data[0, 0] += 1
+        model.save_pretrained("adapter")
+        with pytest.raises(
+            AdapterError, match=r"base weight of lm_head that is not the one of .*save_embedding_layers=False"
+        ):
+            export("other")
+
     def test_it_combines_with_a_lower_rank(self, llama: PreTrainedModel) -> None:
         write_adapter(llama, TARGETS["llama"])
         export("small", prune_rank=True, rank=2)
@@ -384,6 +409,13 @@ class TestNothingIsWritten:
         assert re.search(message, result.err), result.err
         assert contents(tmp_path) == before
         assert not (tmp_path / "deep").exists()
+
+    def test_a_card_without_end(self) -> None:
+        with (Path("adapter") / "README.md").open("wb") as card:
+            card.truncate(2**40)
+        with pytest.raises(AdapterError, match=r"adapter adapter: README\.md: it has 1099511627776 bytes; .*remove it"):
+            export("out")
+        assert not Path("out").exists()
 
     def test_values_that_float16_does_not_hold(self, llama: PreTrainedModel, tmp_path: Path) -> None:
         weights = write_adapter(llama, TARGETS["llama"], name="large", prune=0.0)

@@ -54,6 +54,17 @@ def test_the_resolved_copy_is_the_same_recipe(name: str, load: Load) -> None:
     assert again.to_yaml() == recipe.to_yaml()
 
 
+def test_absolute_paths_are_written_as_they_are_seen_from_the_folder_and_texts_are_not(load: Load) -> None:
+    recipe = load(
+        SMALL, "backbone.name=/srv/models/llama", "target.adapter=/elsewhere/german", "data.prompt='/srv/{prompt} '"
+    )
+    content = yaml.safe_load(recipe.to_yaml(Path("/srv/runs/small")))
+    assert content["backbone"]["name"] == "../../models/llama"
+    assert content["target"]["adapter"] == "german"  # no folder in common but the root
+    assert content["data"]["prompt"] == "/srv/{prompt} "
+    assert yaml.safe_load(recipe.to_yaml())["backbone"]["name"] == "/srv/models/llama"
+
+
 def test_the_resolved_copy_says_every_default_but_no_place_of_the_data(load: Load) -> None:
     content = yaml.safe_load(load(SMALL, "data.root=/somewhere").to_yaml())
     assert set(content) == set(Recipe.model_fields)

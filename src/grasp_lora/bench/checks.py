@@ -7,6 +7,7 @@ from grasp_lora.data.places import resolve_file
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.merging import merge_rule
+from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.models.generation import context_of
 from grasp_lora.recipes.recipe import ControllerStage, Recipe
@@ -90,6 +91,15 @@ def _check_adapters(session: Session) -> None:
     trains = not (recipe.source.adapters and recipe.target.adapter)
     if trains:
         check_target_modules(session.backbone.model, recipe.lora.target_modules)
+    given = {place: adapter.highest_rank for place, adapter in session.existing_adapters.items()}
+    parents = [
+        given.get(place, recipe.lora.rank) for place in (*(recipe.source.adapters or [""]), recipe.target.adapter or "")
+    ]
+    if merge_rule(recipe.merge.rule).ranks_add and sum(parents) > MOST_RANK:
+        raise AdapterError(
+            f"merge rule {recipe.merge.rule!r} adds up the ranks {parents}, but an adapter has at most rank {MOST_RANK}; "
+            "use 'svd', or adapters of lower rank"
+        )
     ranks = {pair.rank for adapter in session.existing_adapters.values() for pair in adapter.weights.values()}
     ranks |= {recipe.lora.rank} if trains else set()
     if merge_rule(recipe.merge.rule).equal_ranks and len(ranks) > 1:

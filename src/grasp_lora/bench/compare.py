@@ -129,7 +129,7 @@ def compare(
         work.store.check_dtype(str(session.backbone.model.dtype))
         place.begin()
         (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
-        write_whole(folder / COMPARE_FOLDER / RECIPE_FILE, recipe.to_yaml())
+        write_whole(folder / COMPARE_FOLDER / RECIPE_FILE, recipe.to_yaml(folder / COMPARE_FOLDER))
         return work.execute()
 
 

@@ -91,7 +91,7 @@ class Measured:
         losses = [] if self.test is None else self.test.result["losses"]
         return [
             {
-                "id": example.id,
+                "id": example.public_id,
                 "prediction": answer,
                 "references": list(example.references),
                 "loss": loss,

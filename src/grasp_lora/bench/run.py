@@ -247,7 +247,7 @@ class _Run:
 
     def _write_data(self) -> dict[str, Any]:
         splits = self.session.splits
-        ids = {name: [example.id for example in getattr(splits, name)] for name in SPLITS}
+        ids = {name: [example.public_id for example in getattr(splits, name)] for name in SPLITS}
         facts = files.DataFacts(report=splits.report.to_json(), ids=ids, sha256=hash_of(splits))
         write_json(self.folder / files.DATA_FILE, facts.to_json())
         if not self.recipe.data.chat_template:  # a prompt in a chat template is not what `predict` is given
@@ -319,11 +319,13 @@ class _Run:
         if not (self.folder / files.RUN_FILE).is_file():
             write_json(self.folder / files.RUN_FILE, started.to_json())
         if not (self.folder / RECIPE_FILE).is_file():
-            write_whole(self.folder / RECIPE_FILE, self.recipe.to_yaml())
+            write_whole(self.folder / RECIPE_FILE, self.recipe.to_yaml(self.folder))
         before = files.read_needed(self.folder / files.RUN_FILE, files.RunInfo)
-        if changed := [
-            what for what in ("backbone", "parents", "data") if getattr(before, what) != getattr(started, what)
-        ]:
+        now, then = (
+            {"backbone": info.backbone.fingerprint, "parents": info.parents, "data": info.data}
+            for info in (started, before)
+        )
+        if changed := [what for what in now if now[what] != then[what]]:
             raise RecipeError(
                 f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
                 "put those back, or choose another folder with --output"
@@ -374,7 +376,7 @@ def _differences(folder: Path, recipe: Recipe) -> str:
         theirs = _flat(parse((folder / RECIPE_FILE).read_text(encoding="utf-8"), "it"))
     except (OSError, ValueError, RecipeError):
         return f"its {RECIPE_FILE} cannot be read"
-    ours = _flat(parse(recipe.to_yaml(), "the recipe"))
+    ours = _flat(parse(recipe.to_yaml(folder), "the recipe"))
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     shown = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in keys[:DIFFERENCES_SHOWN]]
     more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""

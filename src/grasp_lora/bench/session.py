@@ -38,7 +38,8 @@ from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.processes import distribute, world_size
-from grasp_lora.storage.reading import is_folder, is_there
+from grasp_lora.storage.reading import is_folder
+from grasp_lora.text.names import without_place
 from grasp_lora.training.probes import ProbeSet, probes_of
 from grasp_lora.training.settings import TrainingSettings
 
@@ -99,7 +100,7 @@ class Session:
         if settings.name == EMBEDDED_NAME or not is_folder(beside_recipe):
             return load_backbone(settings)
         loaded = load_backbone(replace(settings, name=str(beside_recipe)))
-        loaded.name = settings.name
+        loaded.name = without_place(settings.name)
         return loaded
 
     @cached_property
@@ -321,7 +322,7 @@ class Session:
             folder,
             weights,
             self.backbone.model,
-            backbone_name=str(self.backbone.model.name_or_path) if _is_hub_id(self.backbone) else self.backbone.name,
+            backbone_name=self.backbone.base_model,
             fingerprint=self.backbone.fingerprint,
             dropout=self.recipe.lora.dropout,
             answers=Answers(
@@ -349,9 +350,3 @@ def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:
         for example in getattr(splits, name):
             digest.update(repr((name, example.id, example.prompt_ids, example.completion_ids)).encode())
     return digest.hexdigest()
-
-
-def _is_hub_id(backbone: Backbone) -> bool:
-    """Whether the model knows a name that others can load, rather than a folder of this machine."""
-    place = str(backbone.model.name_or_path)
-    return bool(place) and not is_there(Path(place))

@@ -33,6 +33,7 @@ from grasp_lora.models.backbone import backbone_of
 from grasp_lora.models.generation import generate
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import GenerationSettings
+from grasp_lora.recipes.load import backbone_of_run
 from grasp_lora.storage.files import write_json, write_jsonl
 from grasp_lora.storage.folder import new_folder, refuse_existing
 from grasp_lora.storage.reading import is_folder
@@ -72,6 +73,7 @@ def merge_folders(
     refuse_existing(output)
     adapters = [read_adapter(place) for place in places]
     merged = merge_weights([adapter.weights for adapter in adapters], settings)
+    backbone = backbone or backbone_of_run(places[0])
     loaded = backbone_of(adapters[0], backbone, "cpu", revision=revision, trust_remote_code=trust_remote_code)
     for adapter in adapters:
         check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
@@ -82,7 +84,7 @@ def merge_folders(
             draft,
             merged,
             loaded.model,
-            backbone_name=adapters[0].base_model or loaded.name,
+            backbone_name=adapters[0].base_model or loaded.base_model,
             fingerprint=loaded.fingerprint,
             dropout=0.0,
             answers=answers[0] if alike else None,
@@ -195,6 +197,7 @@ def predict_texts(
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
+    backbone = backbone or backbone_of_run(place)
     loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)
     check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
     ids = prompt_ids(loaded.tokenizer, prompts, own.chat_template if chat is None else chat)

@@ -29,12 +29,14 @@ from grasp_lora.bench.outcomes import (
     unique,
 )
 from grasp_lora.bench.store import Record, key_of
+from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.presets import ratio_rule
 from grasp_lora.recipes.recipe import ControllerStage, Recipe
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
+from grasp_lora.text.names import without_place
 
 logger = logging.getLogger(__name__)
 
@@ -274,7 +276,7 @@ class Bench(Keyed):
         references = [example.references for example in test]
         settings = asked | {
             "metrics": list(session.metrics),
-            "bertscore": asdict(recipe.bertscore) if "bertscore" in session.metrics else None,
+            "bertscore": _public(recipe.bertscore) if "bertscore" in session.metrics else None,
             "language": session.language,
             "references": hashlib.sha256(repr(references).encode()).hexdigest(),
         }
@@ -284,7 +286,7 @@ class Bench(Keyed):
         def answers() -> tuple[str, ...]:
             if not on_first_process(file.is_file):
                 given = session.answer(adapter.load())
-                rows = [{"id": one.id, "prediction": text} for one, text in zip(test, given, strict=True)]
+                rows = [{"id": one.public_id, "prediction": text} for one, text in zip(test, given, strict=True)]
                 on_first_process(lambda: write_jsonl(file, rows))
             lines = on_first_process(lambda: file.read_text(encoding="utf-8")).split("\n")
             return tuple(json.loads(line)["prediction"] for line in lines if line)
@@ -331,3 +333,13 @@ class Bench(Keyed):
         if not dev_free:
             return self._trained("target", ("train",), ("dev",), recipe.target.training)
         return self._trained("target", ("train",), (), replace(recipe.target.training, patience=None, keep="last"))
+
+
+def _public(settings: BertScoreSettings) -> dict[str, Any]:
+    """The settings as a record holds them: a hash tells models of one name in different places of this machine apart."""
+    names = {language: (without_place(place), place) for language, place in settings.models.items()}
+    models = {
+        language: name if name == place else f"{name} {hashlib.sha256(place.encode()).hexdigest()[:16]}"
+        for language, (name, place) in names.items()
+    }
+    return asdict(settings) | {"models": models}

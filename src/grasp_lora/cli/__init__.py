@@ -15,6 +15,7 @@ from grasp_lora.cli.run import check, demo, report, run
 from grasp_lora.cli.steps import evaluate, finetune, learn, merge
 from grasp_lora.cli.terminal import error_console, lasting_outputs, print_error, say
 from grasp_lora.errors import FailedElsewhere, GraspError, Interrupted
+from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.processes import is_first, world_size
 
 app = typer.Typer(
@@ -74,7 +75,8 @@ def main() -> None:
 def _status() -> int:
     """Do what the arguments ask for; return the exit status."""
     try:
-        return int(app(prog_name="grasp-lora", standalone_mode=False) or 0)
+        with enough_memory("this command", "give it less at once, or more memory"):
+            return int(app(prog_name="grasp-lora", standalone_mode=False) or 0)
     except UsageError as error:
         if message := error.format_message().strip():  # none where the help was printed in its place
             command = error.ctx.command_path if error.ctx else "grasp-lora"
@@ -108,6 +110,7 @@ def _set_up_libraries() -> None:
     # OpenMP's threads else spin while they wait for each other, in vain where other work has one of the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each of its retries is a line
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not error_console.is_terminal:  # in a terminal a download of gigabytes should show that it moves
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -112,9 +112,11 @@ def export(
     Prints the error that this costs, and what vLLM and llama.cpp need to take the result.
     """
     from grasp_lora.models.export import ExportSettings, export_folder
+    from grasp_lora.recipes.load import backbone_of_run
 
     log_to_terminal(False)
     settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype)
+    backbone = backbone or backbone_of_run(adapter)
     for line in export_folder(
         adapter, output, settings, backbone, revision=revision, trust_remote_code=trust_remote_code
     ):

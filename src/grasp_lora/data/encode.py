@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from grasp_lora.data.chat import render_chat
 from grasp_lora.data.records import Record
 from grasp_lora.data.tasks import ANY_LANGUAGE, TASKS, TEMPLATES, Template
 from grasp_lora.errors import DataError
+from grasp_lora.text.display import one_line
+from grasp_lora.text.names import without_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +44,12 @@ class Example:
     group: str
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
+
+    @property
+    def public_id(self) -> str:
+        """The id for files that others read: a record that is known by its place in a file has its path in its id."""
+        file, _, number = self.id.rpartition(":")
+        return f"{without_place(file)}:{number}" if number.isdigit() else self.id
 
 
 @dataclass
@@ -119,16 +127,30 @@ def _whole(text: str) -> str:
     return text.replace(_BREAK, "")
 
 
+def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], **options: bool) -> Any:
+    try:
+        return tokenizer(list(texts), verbose=False, **options)
+    except MemoryError:
+        raise
+    except BaseException as error:  # a damaged tokenizer raises anything; a panic in its Rust code is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = f"{type(error).__name__}: {one_line(str(error))[:200]}"
+        raise DataError(
+            f"the tokenizer cannot encode a text ({reason}); its files are damaged, download them again"
+        ) from error
+
+
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
     """Tokenise texts in one call, and the further parts of broken ones after them; an EOS token that was added is removed."""
     eos = tokenizer.eos_token_id
     parts = [text.split(_BREAK) for text in texts]
     # verbose=False: that a text is longer than the model's window is what max_tokens is for.
-    firsts = tokenizer([first for first, *_ in parts], add_special_tokens=add_special_tokens, verbose=False)
+    firsts = _encoded(tokenizer, [first for first, *_ in parts], add_special_tokens=add_special_tokens)
     tokenized: list[list[int]] = []
     for ids, (_, *rest) in zip(firsts["input_ids"], parts, strict=True):
         ended = add_special_tokens and ids and ids[-1] == eos
-        others = [tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in rest]
+        others = [_encoded(tokenizer, part, add_special_tokens=False)["input_ids"] for part in rest]
         tokenized.append([*(ids[:-1] if ended else ids), *chain.from_iterable(others)])
     return tokenized
 
@@ -249,7 +271,7 @@ class Encoder:
         if not long:
             return list(texts)
         fast = self.tokenizer.is_fast
-        tokens = self.tokenizer(long, add_special_tokens=False, return_offsets_mapping=fast, verbose=False)
+        tokens = _encoded(self.tokenizer, long, add_special_tokens=False, return_offsets_mapping=fast)
         shortened = {}
         for i, text in enumerate(long):
             ids = tokens["input_ids"][i]

@@ -14,7 +14,7 @@ from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_similar
 from grasp_lora.storage.network import not_there
 from grasp_lora.storage.reading import expanded, is_folder
 from grasp_lora.text.languages import language_code
-from grasp_lora.text.names import needs
+from grasp_lora.text.names import needs, without_place
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def bertscore(
         outputs,
         encoder.compare,
         measure="f",
-        model=settings.models[code],
+        model=without_place(settings.models[code]),
         layer=encoder.layer,
         idf="no",
         rescaled="yes" if settings.rescale else "no",

@@ -20,6 +20,7 @@ from grasp_lora.text.names import find
 
 log = logging.getLogger(__name__)
 
+MOST_WEIGHT = 1_000_000  # more would overflow float32 together with a scaling
 Sparsify = Callable[[Tensor, float, torch.Generator], Tensor]  # one tensor, the density, where draws come from
 Combine = Callable[[Sequence[Tensor], Sequence[float]], Tensor]  # tensors of one shape and a weight for each
 
@@ -174,6 +175,11 @@ class MergeRule:
         return self.space.equal_ranks
 
     @property
+    def ranks_add(self) -> bool:
+        """Whether the result has the ranks of all adapters together."""
+        return self.space is COMPONENTS
+
+    @property
     def takes_rank(self) -> bool:
         """Whether `MergeSettings.rank` applies."""
         return self.space.takes_rank
@@ -233,7 +239,8 @@ class MergeSettings:
         rule: a key of `MERGE_RULES`: `exact` (the weighted sum itself; ranks add up), `svd` (its best approximation of one rank);
             on the factors `paper_sum`, `paper_sum_unscaled`, `lorahub`, `ties`, `dare_ties`; or a `MergeRule` of one's own, in a
             recipe by its import path `package.module:name`.
-        weights: one per adapter, in their order; None takes the rule's own default (1/N each, TIES 1 each).
+        weights: one per adapter, in their order, in [-1000000, 1000000] and not all 0; None takes the rule's own default (1/N
+            each, TIES 1 each).
         rank: rank of the result for rules that end in an SVD; None takes the highest rank of the inputs.
         density: share of weights that TIES and DARE keep, in (0, 1].
         seed: seed of DARE's random drops; a recipe combines it with its own seed.
@@ -252,8 +259,10 @@ class MergeSettings:
 
     def __post_init__(self) -> None:
         rule = merge_rule(self.rule)
-        if self.weights is not None and not all(math.isfinite(weight) for weight in self.weights):
-            raise ValueError(f"merge weights are {list(self.weights)}; each must be a finite number")
+        if self.weights and not (any(self.weights) and all(abs(weight) <= MOST_WEIGHT for weight in self.weights)):
+            raise ValueError(
+                f"merge weights are {list(self.weights)}; each must lie in [-{MOST_WEIGHT}, {MOST_WEIGHT}], and one must not be 0"
+            )
         if self.rank is not None:
             if self.rank < 1:
                 raise ValueError(f"merge rank is {self.rank}; it must be at least 1")

@@ -14,11 +14,12 @@ import torch
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.models.adapter_config import CONFIG_FILE
+from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_RANK
 from grasp_lora.models.backbone import is_quantised
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.text.display import quoted
+from grasp_lora.text.names import without_place
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -36,10 +37,11 @@ def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_nam
 
     Raises:
         AdapterError: a module does not exist, a shape differs, the config does not name it, or the adapter was trained on
-            another backbone's weights.
+            another backbone's weights or has changed them.
     """
     _check_shapes(model, adapter.weights, f"adapter {adapter.name}", f"backbone {backbone_name}")
     _check_targets(model, adapter)
+    _check_base_weights(model, adapter, backbone_name)
     stated = adapter.info.backbone_fingerprint
     if stated is not None and stated != fingerprint:
         raise AdapterError(
@@ -102,6 +104,10 @@ def config_of(weights: AdapterWeights, model: "PreTrainedModel", dropout: float 
     """Return the PEFT config that describes these weights: commonest rank first, exceptions as patterns."""
     from peft import LoraConfig
 
+    if (highest := max(pair.rank for pair in weights.values())) > MOST_RANK:
+        raise AdapterError(
+            f"the adapter would have rank {highest}; at most {MOST_RANK} is allowed: merge by 'svd', or fewer"
+        )
     rank = Counter(pair.rank for pair in weights.values()).most_common(1)[0][0]
     alphas = {name: _alpha(pair.scaling, pair.rank) for name, pair in weights.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -200,7 +206,7 @@ def save_adapter(
         folder: made if missing.
         weights: the adapter.
         model: the backbone without adapters, for the shortest list of target modules.
-        backbone_name: public name of the backbone, never a path of a cache.
+        backbone_name: name of the backbone; of an absolute path only the last part is written, and the fingerprint tells it.
         fingerprint: of the backbone, checked when the adapter is read again.
         dropout: kept in the config, so that training may go on.
         answers: how it is asked and answers, for `grasp-lora predict`.
@@ -212,7 +218,7 @@ def save_adapter(
 
     _check_shapes(model, weights, "the adapter", "the backbone")
     config = config_of(weights, model, dropout)
-    config.base_model_name_or_path = backbone_name
+    config.base_model_name_or_path = without_place(backbone_name)
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
@@ -222,7 +228,7 @@ def save_adapter(
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.B.contiguous()
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     info = AdapterInfo(
-        backbone_name,
+        without_place(backbone_name),
         fingerprint,
         is_quantised(model.config),
         {name: tuple((one.name, one.rank) for one in pair.segments) for name, pair in weights.items() if pair.segments},
@@ -266,6 +272,21 @@ def _check_targets(model: torch.nn.Module, adapter: LoadedAdapter) -> None:
             len(absent),
             absent[0],
         )
+
+
+def _check_base_weights(model: torch.nn.Module, adapter: LoadedAdapter, backbone: str) -> None:
+    """Let pass what the file stores of the backbone only where it is the same, in the coarser of both number formats."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for module, stored in adapter.base_weights.items():
+        own = parameters.get(f"{module}.weight")
+        if own is None or not any(
+            torch.equal(own.detach().cpu().to(dtype), stored.to(dtype)) for dtype in {own.dtype, stored.dtype}
+        ):
+            raise AdapterError(
+                f"adapter {adapter.name} stores a base weight of {module} that is not the one of {backbone}, and only LoRA "
+                "factors can be merged; if it was not trained, save the adapter again with "
+                "save_pretrained(save_embedding_layers=False)"
+            )
 
 
 def check_target_modules(model: torch.nn.Module, target_modules: tuple[str, ...]) -> None:

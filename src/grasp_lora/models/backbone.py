@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -14,11 +15,14 @@ import torch
 
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.models import embedded
+from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, BackboneSettings
-from grasp_lora.storage.network import first_line, hub_problem, no_network
+from grasp_lora.storage.memory import enough_memory
+from grasp_lora.storage.network import first_line, hub_problem, no_network, not_there
 from grasp_lora.storage.processes import join, on_first_process
-from grasp_lora.storage.reading import expanded, is_file, is_folder
+from grasp_lora.storage.reading import expanded, is_folder, is_there
 from grasp_lora.text.display import one_line, quoted
+from grasp_lora.text.names import without_place
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_SMALLER = "set backbone.dtype to bfloat16, or take a smaller or a quantised model"
+MOST_LAYERS, MOST_SIZE = 10_000, 2**24
+_SIZES = ("_size", "_dim", "_heads", "_experts", "n_embd", "n_inner")
 SAMPLED_WEIGHTS = 16  # of every parameter, in a fingerprint
 FINGERPRINT_FACTS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -41,7 +48,7 @@ class Backbone:
     Args:
         model: the causal language model.
         tokenizer: has an EOS token and a pad token.
-        name: the public name for reports and run files, never a cache path.
+        name: the public name for reports and run files, of a folder only its own where the settings give an absolute path.
         fingerprint: see `fingerprint`.
         stop_ids: tokens that end an answer, see `find_stop_ids`.
     """
@@ -51,6 +58,11 @@ class Backbone:
     name: str
     fingerprint: str
     stop_ids: tuple[int, ...]
+
+    @property
+    def base_model(self) -> str:
+        """The name that an adapter on it states, by which others can load it."""
+        return EMBEDDED_HUB_ID if self.name == embedded.PUBLIC_NAME else self.name
 
 
 def load_backbone(settings: BackboneSettings) -> Backbone:
@@ -78,7 +90,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
             "trust_remote_code is on: Python code that comes with %s will run on this machine", one_line(name)
         )
     try:
-        with no_network(settings.offline):
+        with no_network(settings.offline), enough_memory(f"backbone {name!r}", _SMALLER):
             model, tokenizer = _load(location, settings, device)
         stop_ids = find_stop_ids(model, tokenizer)
     except GraspError:
@@ -98,7 +110,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     model.eval()
     seconds = time.perf_counter() - started
     logger.info("Loaded backbone %s in %s on %s (%.1f s)", name, model.dtype, device, seconds)
-    return Backbone(model, tokenizer, name, fingerprint(model), stop_ids)
+    return Backbone(model, tokenizer, without_place(name), fingerprint(model), stop_ids)
 
 
 def backbone_of(
@@ -132,7 +144,9 @@ def backbone_of(
     except GraspError as error:
         if named:
             raise
-        raise GraspError(f"{error} (adapter {adapter.name} names this backbone; --backbone takes another)") from error
+        raise GraspError(
+            f"{error} (adapter {adapter.name} names this backbone; give its folder with --backbone)"
+        ) from error
 
 
 def find_stop_ids(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
@@ -216,8 +230,12 @@ def _find_location(name: str) -> str:
     """Tell a local folder from a hub id; what can only be a path must exist."""
     folder = expanded(name)
     if is_folder(folder):
-        if is_file(folder / "adapter_config.json") and not is_file(folder / "config.json"):
-            raise GraspError(f"Backbone {name!r} is the folder of an adapter: give the model it was trained on")
+        # Beside a model transformers would load the adapter, too, whatever is put on top.
+        if is_there(folder / CONFIG_FILE):
+            kind = "both a model and an adapter" if is_there(folder / "config.json") else "an adapter"
+            raise GraspError(
+                f"Backbone {name!r} is the folder of {kind}: give the model it was trained on, in a folder without {CONFIG_FILE}"
+            )
         return str(folder)
     if name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name:
         raise GraspError(f"Backbone folder {name!r} does not exist: check the path")
@@ -225,13 +243,14 @@ def _find_location(name: str) -> str:
 
 
 def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
     source: dict[str, Any] = {
         "revision": settings.revision,
         "trust_remote_code": settings.trust_remote_code,
         "local_files_only": settings.offline,
     }
+    _check_sizes(PretrainedConfig.get_config_dict(location, **source)[0])
     config = AutoConfig.from_pretrained(location, **source)
     _check_causal(config)
     if not settings.trust_remote_code:
@@ -252,8 +271,19 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
         **source,
     )
     model, loaded = result
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise GraspError(
+            f"Backbone {settings.name!r} comes with an adapter, which transformers has put on it: take the model alone"
+        )
     if missing := sorted(loaded["missing_keys"]):  # transformers would fill them with random numbers
         raise ValueError(f"the checkpoint lacks {len(missing)} weights of the language model, first {missing[0]}")
+    if unexpected := sorted(loaded["unexpected_keys"]):
+        logger.warning(
+            "the checkpoint of backbone %s holds %d weights that its config has no place for, first %s; they are left out",
+            one_line(settings.name),
+            len(unexpected),
+            one_line(unexpected[0]),
+        )
     for module in model.modules():
         # On processors with AVX512-BF16 bitsandbytes packs it for a kernel without backward as soon as it is evaluated: no
         # later training would change anything.
@@ -267,6 +297,20 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
 def is_quantised(config: "PretrainedConfig") -> bool:
     """Whether a backbone's weights are stored in fewer bits than they are computed with."""
     return getattr(config, "quantization_config", None) is not None
+
+
+def _check_sizes(facts: dict[str, Any]) -> None:
+    """Refuse sizes that no model has before anything of such a size is made, be it a list of the config itself."""
+    for key, value in facts.items():
+        if isinstance(value, dict):
+            _check_sizes(value)
+        elif isinstance(value, int | float):
+            most = MOST_LAYERS if "layer" in key else MOST_SIZE if key.endswith(_SIZES) else math.inf
+            if value > most:
+                raise GraspError(
+                    f"The config of the backbone has {one_line(key)} {quoted(value)}; at most {most} is allowed: it is damaged "
+                    "or hostile, download it again"
+                )
 
 
 def _refuse_foreign_kernels(config: "PretrainedConfig") -> None:
@@ -296,6 +340,8 @@ def _explain(error: Exception, name: str, settings: BackboneSettings) -> str:
     reason = first_line(error)
     if not isinstance(error, OSError | ValueError | ImportError):
         reason = f"its files are damaged or do not fit each other ({type(error).__name__}: {reason})"
+    if "ignore_mismatched_sizes" in text:
+        reason = "its weights have other shapes than its config says"
     head = f"Cannot load backbone {name!r}"
     is_local = name == embedded.PUBLIC_NAME or is_folder(expanded(name))
     if problem := hub_problem(error):
@@ -305,5 +351,9 @@ def _explain(error: Exception, name: str, settings: BackboneSettings) -> str:
     if "Unrecognized configuration class" in text:
         return f"{head}: it is not a causal language model; choose one that generates text"
     if not is_local and isinstance(error, OSError) and (settings.offline or constants.HF_HUB_OFFLINE):
-        return f"{head}: it is not in the local Hugging Face cache and offline is set; download it first"
+        return (
+            f"{head}: it is no folder, it is not in the local Hugging Face cache and offline is set; download it first"
+        )
+    if not is_local and isinstance(error, OSError):
+        return f"{head}: {not_there(error)}"
     return f"{head}: {reason}"

@@ -22,15 +22,15 @@ from grasp_lora.method.shrinking import (
     pad_ranks,
     share_scaling,
 )
-from grasp_lora.models.adapter_config import CONFIG_FILE
+from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES
 from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import Backbone, backbone_of, is_quantised
-from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.fold import fold
 from grasp_lora.models.reading import OUR_FILE, LoadedAdapter, read_adapter
-from grasp_lora.models.settings import EMBEDDED_HUB_ID
 from grasp_lora.storage.folder import new_folder, refuse_existing
+from grasp_lora.storage.reading import RefusedError, read_bounded
 from grasp_lora.text.display import quoted
+from grasp_lora.text.names import without_place
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ class _Shrunk:
 
 
 def _shrink(adapter: LoadedAdapter, settings: ExportSettings) -> _Shrunk:
-    weights, highest = adapter.weights, max(pair.rank for pair in adapter.weights.values())
+    weights, highest = adapter.weights, adapter.highest_rank
     components, left = None, [0]
     if settings.rank is not None and settings.rank >= highest:
         raise AdapterError(
@@ -213,7 +213,7 @@ def _write_adapter(
             draft,
             rounded,
             backbone.model,
-            backbone_name=_stated_backbone(adapter, backbone),
+            backbone_name=adapter.base_model or backbone.base_model,
             fingerprint=backbone.fingerprint,
             dropout=0.0,
             answers=adapter.info.answers,
@@ -237,7 +237,7 @@ def _write_model(
     dtype = settings.dtype or "float32"
     error = delta_error(adapter.weights, shrunk.weights)
     rounding = fold(backbone.model, shrunk.weights, DTYPES[dtype])
-    name = _stated_backbone(adapter, backbone)
+    name = without_place(adapter.base_model or backbone.base_model)
     backbone.model.name_or_path = backbone.model.config._name_or_path = name
     backbone.tokenizer.name_or_path = name
     with new_folder(output) as draft:
@@ -258,18 +258,16 @@ def _write_model(
     return lines
 
 
-def _stated_backbone(adapter: LoadedAdapter, backbone: Backbone) -> str:
-    """The backbone's name for others: of a path on some machine only its last part."""
-    name = adapter.base_model or (EMBEDDED_HUB_ID if backbone.name == PUBLIC_NAME else backbone.name)
-    return Path(name).name if name.startswith(("/", "~")) or "\\" in name else name
-
-
 def _card_of(folder: Path, adapter: LoadedAdapter) -> str:
     """The adapter's own model card without the section of an earlier export, if grasp-lora wrote it; else nothing."""
     file = folder / CARD_FILE
     if adapter.info.backbone_fingerprint is None or not file.is_file():
         return ""
-    return file.read_text(encoding="utf-8", errors="replace").partition(f"{CARD_HEADING}\n")[0].rstrip()
+    try:
+        card = read_bounded(file, MOST_BYTES).decode(errors="replace")
+    except RefusedError as error:
+        raise AdapterError(f"adapter {adapter.name}: {CARD_FILE}: {error}; remove it to do without") from error
+    return card.partition(f"{CARD_HEADING}\n")[0].rstrip()
 
 
 def _describe(

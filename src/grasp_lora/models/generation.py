@@ -10,6 +10,7 @@ import torch
 from grasp_lora.errors import DataError
 from grasp_lora.models.backbone import find_stop_ids, without_peft
 from grasp_lora.models.settings import GenerationSettings
+from grasp_lora.storage.memory import enough_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +52,11 @@ def generate(
         settings = replace(settings, batch_size=1)
     answers = [""] * len(prompts)
     finished = 0
-    with _greedy_mode(inner, settings.max_new_tokens), _contiguous_head_input(inner):
+    with (
+        _greedy_mode(inner, settings.max_new_tokens),
+        _contiguous_head_input(inner),
+        enough_memory("answering", _less_memory(settings)),
+    ):
         for batch in _batches([len(prompt) for prompt in prompts], settings):
             rows = _Answers(tokenizer, len(batch), stop_ids, settings)
             _decode(inner, [prompts[index] for index in batch], rows, settings.max_new_tokens)
@@ -61,6 +66,13 @@ def generate(
             if progress is not None:
                 progress(finished, len(prompts))
     return answers
+
+
+def _less_memory(settings: GenerationSettings) -> str:
+    return (
+        f"lower generation.batch_size (now {settings.batch_size}) or generation.batch_tokens (now {settings.batch_tokens}), "
+        "or set backbone.dtype to bfloat16"
+    )
 
 
 def context_of(model: Any) -> int | None:

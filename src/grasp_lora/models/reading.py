@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 
 from grasp_lora.errors import AdapterError
@@ -76,6 +77,8 @@ class LoadedAdapter:
         sha256: hash of the weights file.
         info: what grasp-lora wrote beside it.
         targets: endings of the modules that its config names, or empty where it chooses them in another way.
+        base_weights: module name -> weight of the backbone itself that PEFT has stored beside, as it does for `lm_head`. They
+            are no part of the adapter: `check_fits` refuses those that are not the backbone's.
     """
 
     weights: AdapterWeights
@@ -84,6 +87,12 @@ class LoadedAdapter:
     sha256: str
     info: AdapterInfo = field(default_factory=AdapterInfo)
     targets: tuple[str, ...] = ()
+    base_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def highest_rank(self) -> int:
+        """The rank of the module that has the highest."""
+        return max(pair.rank for pair in self.weights.values())
 
     @property
     def facts(self) -> dict[str, list[Any]]:
@@ -115,9 +124,9 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
         info = _read_info(folder)
         _check_place(folder)
         with about(WEIGHTS_FILE):
-            factors = _match_factors(read_shapes(file), config)
+            factors, base = _match_factors(read_shapes(file), config)
             _check_origins(info, config, factors)
-            tensors = read_tensors(file)
+            tensors = read_tensors(file, as_stored=frozenset(base.values()))
         with file.open("rb") as opened:
             digest = hashlib.file_digest(opened, "sha256").hexdigest()
     except RefusedError as error:
@@ -129,7 +138,8 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
         scaling = config.scaling_of(name, config.rank_of(name))
         pairs[name] = LoraPair(tensors[keys["A"]], tensors[keys["B"]], scaling, origins.get(name, ()))
     own_name = escaped(folder.resolve().name) if local else shown
-    return LoadedAdapter(AdapterWeights(pairs), own_name, config.base_model, digest, info, config.targets)
+    beside = {module: tensors[key] for module, key in base.items()}
+    return LoadedAdapter(AdapterWeights(pairs), own_name, config.base_model, digest, info, config.targets, beside)
 
 
 def read_base_model(place: str) -> str | None:
@@ -184,15 +194,21 @@ def _check_place(folder: Path) -> None:
     raise RefusedError(f"no {WEIGHTS_FILE} ({found}); {fix}, which writes one safetensors file")
 
 
-def _match_factors(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig) -> dict[str, dict[str, str]]:
-    """Return module -> factor A or B -> its key in the file, after checking that all shapes fit the config."""
+def _match_factors(
+    shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """Return module -> factor A or B -> its key in the file, and module -> key of a base weight; all shapes fit the config."""
     factors: dict[str, dict[str, str]] = {}
+    base: dict[str, str] = {}
     if embedding := next((key for key in shapes if ".lora_embedding_" in key), None):
         raise RefusedError(
             f"the adapter changes an embedding ({embedding}), which cannot be merged; train one on linear layers only"
         )
     for key, shape in shapes.items():
         module, _, rest = key.removeprefix(PREFIX).rpartition(".lora_")
+        if not module and key.endswith(".weight") and len(shape) == 2:
+            base[key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")] = key
+            continue
         if not module or rest not in ("A.weight", "B.weight"):
             raise RefusedError(f"it holds {key}, which is no LoRA factor of a linear layer and cannot be merged")
         if len(shape) != 2:
@@ -217,7 +233,7 @@ def _match_factors(shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig)
                     f"factor {factor} of {module} has rank {stored}, its config says {rank}; "
                     f"the weights and {CONFIG_FILE} are not of the same adapter"
                 )
-    return factors
+    return factors, base
 
 
 def _check_origins(info: AdapterInfo, config: AdapterConfig, modules: Mapping[str, object]) -> None:

@@ -5,7 +5,7 @@ that the file does not really contain. What it would take and an adapter never h
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,8 +56,8 @@ def read_shapes(file: Path) -> dict[str, tuple[int, ...]]:
         return shapes
 
 
-def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Read the tensors of a file whose shapes were checked, as float32.
+def read_tensors(file: Path, as_stored: Set[str] = frozenset()) -> dict[str, torch.Tensor]:
+    """Read the tensors of a file whose shapes were checked, as float32; those of the names in `as_stored` as they are.
 
     Raises:
         RefusedError: the file cannot be read, or a tensor holds NaN or infinity, also after the conversion.
@@ -65,7 +65,10 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     with _opened(file) as stored:
         for name in stored.offset_keys():
-            tensors[name] = stored.get_tensor(name).float()
+            tensors[name] = stored.get_tensor(name)
+            if name in as_stored:
+                continue
+            tensors[name] = tensors[name].float()
             if not torch.isfinite(tensors[name]).all():
                 raise RefusedError(f"{name} holds NaN or infinity; it is broken, train it again")
     return tensors

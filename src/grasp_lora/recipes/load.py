@@ -4,22 +4,25 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from grasp_lora.errors import RecipeError
+from grasp_lora.models.reading import read_base_model
 from grasp_lora.recipes.builtin import builtin_recipes, builtin_text
 from grasp_lora.recipes.explain import explain
-from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
 from grasp_lora.recipes.text import MOST_BYTES, decode, parse
-from grasp_lora.storage.reading import RefusedError, is_file, read_bounded
+from grasp_lora.storage.reading import RefusedError, expanded, is_file, is_folder, read_bounded
 from grasp_lora.text.display import CONTROLS, SURROGATES, escaped, quoted
 from grasp_lora.text.names import beside, imported, is_import_path
 
 Overrides = Mapping[str, Any] | Sequence[str]
 
+MOST_ABOVE = 3  # folders between a run folder and its deepest adapters, those in its store
 MOST_WHOLE = 10**9  # of any whole number but a seed
 MOST_SEED = 2**63 - 1
 MOST_OF = {"rank": 16_384, "candidates": 1_024}  # what would be allocated or tried at once
@@ -66,6 +69,25 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
         _apply(content, override)
     _import_code(content, name, base, allow_code)
     return validate(content, escaped(str(recipe))), base
+
+
+def backbone_of_run(adapter: str) -> str | None:
+    """Return the backbone's folder of an adapter in a run folder: the adapter states its name, the run's recipe its place.
+
+    Raises:
+        AdapterError: the adapter's config cannot be used.
+    """
+    base_model = read_base_model(adapter) if is_folder(Path(adapter)) else None
+    for folder in islice(Path(adapter).absolute().parents, MOST_ABOVE):
+        if is_file(folder / RECIPE_FILE):
+            try:
+                content = parse(decode(read_bounded(folder / RECIPE_FILE, MOST_BYTES), RECIPE_FILE), RECIPE_FILE)
+                named = expanded(content["backbone"]["name"])
+            except (RefusedError, RecipeError, TypeError, KeyError):  # a recipe of another kind
+                return None
+            fits = base_model is not None and named.name == Path(base_model).name and is_folder(folder / named)
+            return str(folder / named) if fits else None
+    return None
 
 
 def _import_code(content: dict[str, Any], name: str, base: Path, allow_code: bool) -> None:

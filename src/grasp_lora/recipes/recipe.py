@@ -6,7 +6,9 @@ single values; the resolved recipe is saved with the run.
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 import yaml
@@ -31,11 +33,13 @@ from grasp_lora.method.presets import PRESETS, WITH_DEV, WITHOUT_DEV, Controller
 from grasp_lora.method.search import RatioPolicy
 from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings
 from grasp_lora.text.display import quoted
+from grasp_lora.text.names import without_place
 from grasp_lora.training.settings import TrainingSettings
 
 RECIPE_FILE = "recipe.yaml"
 
 
+TEXTS = ("prompt", "completion", "stop")  # keys of texts that may begin as a path does
 RENAMED = {  # keys of a controller as recipes had them once, and where they are now
     "probe_every": "rounds.every (null is now 'epoch')",
     "probe_on": "rounds.pool",
@@ -324,10 +328,27 @@ class Recipe(BaseModel):
         )
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
-    def to_yaml(self) -> str:
-        """Return the resolved recipe, every default filled in; without the place of the data, which is a machine's own."""
+    def to_yaml(self, folder: Path | None = None) -> str:
+        """Return the resolved recipe, every default filled in; without the place of the data, which is a machine's own.
+
+        Args:
+            folder: where it will stand: absolute paths are then written as they are seen from there, or as their last part where
+                they have no folder in common with it.
+        """
         content = self.model_dump(mode="json", exclude={"data": {"root"}})
+        content = content if folder is None else _seen_from(folder.absolute(), content)
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _seen_from(folder: Path, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: part if key in TEXTS else _seen_from(folder, part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_seen_from(folder, part) for part in value]
+    if not isinstance(value, str) or not Path(value).is_absolute():
+        return value
+    shared = Path(value).parts[:2] == folder.parts[:2]  # more than the root
+    return Path(os.path.relpath(value, folder)).as_posix() if shared else without_place(value)
 
 
 def _has_dev(data: Any) -> bool:

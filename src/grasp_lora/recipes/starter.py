@@ -20,7 +20,7 @@ from grasp_lora.models.reading import read_base_model
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.recipes.builtin import SCHEMA_FILE, SCHEMA_LINE, schema_text
 from grasp_lora.recipes.corpus import Corpus, read_corpus, relative
-from grasp_lora.recipes.load import validate
+from grasp_lora.recipes.load import backbone_of_run, validate
 from grasp_lora.recipes.sizes import Sizes, choose_sizes
 from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.folder import only_writer
@@ -187,7 +187,7 @@ def _backbone_of(adapters: Sequence[str]) -> str:
     named = {}
     for place in adapters:
         try:
-            named[place] = read_base_model(place)
+            named[place] = backbone_of_run(place) or read_base_model(place)
         except AdapterError as error:
             if is_folder(Path(place)):
                 raise

@@ -18,6 +18,16 @@ _WORD = r"[^\W\d]\w*"
 _IMPORT_PATH = re.compile(rf"{_WORD}(\.{_WORD})*:{_WORD}")
 
 
+def without_place(name: str) -> str:
+    r"""Return what a model or a file is called, for files that others read: of a path on this machine only its last part.
+
+    >>> without_place("/data/models/llama"), without_place("~/llama/"), without_place("org/llama"), without_place("../llama")
+    ('llama', 'llama', 'org/llama', '../llama')
+    """
+    is_path = name.startswith(("/", "~")) or "\\" in name
+    return (re.split(r"[\\/]", name.rstrip("\\/"))[-1] or name) if is_path else name
+
+
 def is_import_path(name: str) -> bool:
     """Whether a name has the form `package.module:name`."""
     return _IMPORT_PATH.fullmatch(name) is not None

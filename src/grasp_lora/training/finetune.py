@@ -24,6 +24,7 @@ from grasp_lora.models.adapters import live_factors
 from grasp_lora.models.backbone import without_peft
 from grasp_lora.storage.checkpoints import Checkpointing, State, newest_checkpoint
 from grasp_lora.storage.files import clear_write_errors, write_jsonl
+from grasp_lora.storage.memory import enough_memory
 from grasp_lora.training.gradients import GradientCheck
 from grasp_lora.training.loss import Encoded, check_measurable, collate
 from grasp_lora.training.probes import ProbeSet
@@ -182,7 +183,8 @@ def finetune(
 
     Raises:
         DataError: there are no training examples, or one has no prompt or no answer.
-        GraspError: no LoRA weight has a gradient; the loss or a weight became NaN or infinite; or the folder cannot be written.
+        GraspError: no LoRA weight has a gradient; the loss or a weight became NaN or infinite; the memory does not suffice; or
+            the folder cannot be written.
         Interrupted: `checkpoints` asked for a stop, and a checkpoint was saved.
     """
     if not train:
@@ -214,7 +216,11 @@ def finetune(
     steps_per_epoch = settings.steps_per_epoch(math.ceil(len(train) / arguments.world_size))
     arguments.logging_steps = max(1, min(10, steps_per_epoch // 5))
     best, resumed = None, None
-    with _leaving_backbone_as_it_was(model), clear_write_errors(folder) if checkpoints else nullcontext():
+    with (
+        _leaving_backbone_as_it_was(model),
+        clear_write_errors(folder) if checkpoints else nullcontext(),
+        enough_memory("the training", _less_memory(model, train, settings)),
+    ):
         trainer = FineTuneTrainer(
             lr_decay=settings.lr_decay,
             model=model,
@@ -262,6 +268,18 @@ def finetune(
     if trainer.is_world_process_zero():
         write_jsonl(folder / "history.jsonl", history)
     return FineTuneResult(steps, best_step, dev_loss, history)
+
+
+def _less_memory(model: torch.nn.Module, train: Sequence[Encoded], settings: TrainingSettings) -> str:
+    """Say which settings would let a training take less memory, those first that leave its result as it is."""
+    longest = max(len(example.prompt_ids) + len(example.completion_ids) for example in train)
+    ways = ["set training.gradient_checkpointing to true"] if not settings.gradient_checkpointing else []
+    if settings.batch_size > 1:
+        ways.append(f"lower training.batch_size (now {settings.batch_size}) and raise training.accumulation as much")
+    ways.append(f"lower data.max_tokens (the longest example has {longest} tokens)")
+    if next(model.parameters()).dtype == torch.float32:
+        ways.append("set backbone.dtype to bfloat16")
+    return ", or ".join(ways)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from grasp_lora.errors import AdapterError, DataError, ProbeError
 from grasp_lora.method.importance import InputNorms
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.models.adapters import active_adapter, lora_layers
+from grasp_lora.storage.memory import enough_memory
 from grasp_lora.text.display import quoted
 from grasp_lora.training.loss import (
     Encoded,
@@ -95,7 +96,10 @@ class ProbeSet:
         device = next(model.parameters()).device
         label_positions = takes_label_positions(model)
         losses = torch.zeros(len(self.ids), device=device)
-        with evaluating(model):
+        with (
+            evaluating(model),
+            enough_memory("measuring losses", "lower data.max_tokens, or set backbone.dtype to bfloat16"),
+        ):
             for indices, batch in self._share():
                 on_device = {name: tensor.to(device) for name, tensor in batch.items()}
                 if collector is not None:

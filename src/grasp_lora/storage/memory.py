@@ -1,0 +1,31 @@
+"""Memory that does not suffice: one line that says what takes less of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from grasp_lora.errors import GraspError
+from grasp_lora.storage.network import first_line
+
+# Of torch.OutOfMemoryError, CUDA's drivers and libraries, and torch's allocator on the CPU, which raises a plain RuntimeError.
+_SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+
+
+@contextmanager
+def enough_memory(work: str, advice: str) -> Iterator[None]:
+    """Turn a lack of memory into one line; other errors pass.
+
+    Args:
+        work: what is done here, such as "the training".
+        advice: what takes less memory.
+
+    Raises:
+        GraspError: memory does not suffice.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not any(sign in str(error) for sign in _SIGNS):
+            raise
+        raise GraspError(
+            f"the memory does not suffice for {work} ({first_line(error)[:200]}); {advice}. What is done stays"
+        ) from error
