@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.models.adapter_config import CONFIG_FILE
+from grasp_lora.models.apart import keep_apart, live_pair
 from grasp_lora.models.backbone import is_quantised
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
 from grasp_lora.models.settings import LoraSettings
@@ -83,15 +84,20 @@ def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -
 
 @contextmanager
 def attached(model: "PreTrainedModel", weights: AdapterWeights, *, dropout: float = 0.0) -> Iterator["PeftModel"]:
-    """Put given weights on the backbone as an ordinary, trainable PEFT LoRA adapter for the length of the context.
+    """Put given weights on the backbone as a trainable PEFT LoRA adapter for the length of the context.
+
+    It is an ordinary one, unless the weights keep adapters apart: then save it with `adapter_weights` and `save_adapter`.
 
     Raises:
         AdapterError: the backbone lacks one of the modules, has it in another shape, or carries an adapter already.
     """
     check_target_modules(model, tuple(weights))
     _check_shapes(model, weights, "the adapter", "the backbone")
-    with _injected(model, config_of(weights, model, dropout)) as peft_model:
+    with _injected(model, config_of(weights.together(), model, dropout)) as peft_model:
         with torch.no_grad():
+            for name, layer in lora_layers(peft_model).items():
+                if weights[name].apart:
+                    keep_apart(layer, ADAPTER_NAME, weights[name].segments)
             for name, pair in live_pairs(peft_model).items():
                 pair.A.copy_(weights[name].A)
                 pair.B.copy_(weights[name].B)
@@ -132,10 +138,7 @@ def live_pairs(
     """
     origins = segments or {}
     pairs = {
-        name: LoraPair(
-            one.lora_A[adapter].weight, one.lora_B[adapter].weight, one.scaling[adapter], origins.get(name, ())
-        )
-        for name, one in lora_layers(model, adapter).items()
+        name: live_pair(layer, adapter, origins.get(name, ())) for name, layer in lora_layers(model, adapter).items()
     }
     if not pairs:
         others = ", ".join(sorted(getattr(model, "peft_config", {})))
@@ -153,7 +156,7 @@ def adapter_weights(
     pairs = {}
     for name, pair in live_pairs(model, segments).items():
         A, B = (factor.detach().float().cpu().clone() for factor in (pair.A, pair.B))
-        pairs[name] = LoraPair(A, B, pair.scaling, pair.segments)
+        pairs[name] = replace(pair, A=A, B=B)
     return AdapterWeights(pairs)
 
 
@@ -176,7 +179,7 @@ def save_adapter(
 
     Args:
         folder: made if missing.
-        weights: the adapter.
+        weights: the adapter; those kept apart in it are added up.
         model: the backbone without adapters, for the shortest list of target modules.
         backbone_name: public name of the backbone, never a path of a cache.
         fingerprint: of the backbone, checked when the adapter is read again.
@@ -185,6 +188,7 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
+    weights = weights.together()
     config = config_of(weights, model, dropout)
     config.base_model_name_or_path = backbone_name
     config.inference_mode = True

@@ -91,9 +91,9 @@ class ProbeSet:
         Raises:
             ProbeError: a loss is not a finite number; the message names the example.
         """
-        device = next(model.parameters()).device
-        label_positions = takes_label_positions(model)
-        losses = torch.zeros(len(self.ids), device=device)
+        weight = next(model.parameters())
+        device, label_positions = weight.device, takes_label_positions(model)
+        losses = torch.zeros(len(self.ids), device=device, dtype=torch.promote_types(weight.dtype, torch.float32))
         with evaluating(model):
             for indices, batch in self._share():
                 on_device = {name: tensor.to(device) for name, tensor in batch.items()}
