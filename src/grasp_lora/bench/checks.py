@@ -91,9 +91,8 @@ def _check_adapters(session: Session) -> None:
     trains = not (recipe.source.adapters and recipe.target.adapter)
     if trains:
         check_target_modules(session.backbone.model, recipe.lora.target_modules)
-    ranks = {pair.rank for adapter in session.existing_adapters.values() for pair in adapter.weights.values()}
-    ranks |= {recipe.lora.rank} if trains else set()
-    if merge_rule(recipe.merge.rule).equal_ranks and len(ranks) > 1:
+    ranks = session.ranks  # given adapters are read here, whatever the rule
+    if merge_rule(recipe.merge.rule).space.equal_ranks and len(ranks) > 1:
         raise AdapterError(
             f"merge rule {recipe.merge.rule!r} needs equal ranks, but the adapters have {sorted(ranks)}; "
             "use 'exact' or 'svd'" + (", or set lora.rank to the rank of the others" if trains else "")
@@ -117,12 +116,14 @@ def _check_processes(session: Session) -> None:
 
 def check_rounds(session: Session) -> None:
     stage = session.recipe.controller
-    for split in stage.rounds.splits:
+    for split in stage.splits:
         if not getattr(session.splits, split):
-            raise RecipeError(
-                f"controller.rounds.pool is {stage.rounds.pool!r}, but data.target.{split} is 0; "
-                "give it examples, or probe elsewhere"
+            needed_by, fix = (
+                (f"controller.rounds.pool is {stage.rounds.pool!r}", "probe elsewhere")
+                if split in stage.rounds.splits
+                else (f"controller.training.patience is {stage.training.patience}", "set that to null")
             )
+            raise RecipeError(f"{needed_by}, but data.target.{split} is 0; give it examples, or {fix}")
     if problem := lack_of_rounds(stage, len(session.splits.train)):
         raise RecipeError(problem)
 
