@@ -535,15 +535,20 @@ class TestWays:
         assert metrics["systems"]["grasp"]["dev_loss"] == pytest.approx(min(history), rel=1e-6)
 
     def test_a_controller_run_can_stop_by_its_dev_loss(self, tiny_workspace: Path) -> None:
-        # At this rate the loss only rises, so that the first of four epochs is one without a new best.
-        execute("controller.training={epochs: 4, learning_rate: 1.0, patience: 1}", "final.training.epochs=0.1")
-        assert [row["step"] for row in read_lines(Path("run/controller/rounds.jsonl"))] == [3, 6, 9]
+        # Nothing moves, neither weights nor masks, so that the first of four epochs is one without a new best.
+        execute(
+            "controller.training={epochs: 4, learning_rate: 1.0e-30, patience: 1}",
+            "controller.policy={ratio_min: 0.4, ratio_max: 0.401}",
+            "final.training.epochs=0.1",
+        )
+        rounds = read_lines(Path("run/controller/rounds.jsonl"))
+        assert [row["step"] for row in rounds] == [3, 6, 9]
         history = read_lines(Path("run/controller/history.jsonl"))
         losses = [row["dev_loss"] for row in history if "dev_loss" in row]
         assert len(losses) == 2
-        assert losses[1] > losses[0]
-        measured = record(Path("run"), "controller*")["measured_examples"]
-        assert measured == 3 * 4 * 4 + 2 * 6  # rounds of a baseline and three candidates on micro-dev; dev twice
+        assert losses[1] == losses[0]
+        probed = sum(1 + len(set(row["candidates"])) for row in rounds)
+        assert record(Path("run"), "controller*")["measured_examples"] == 4 * probed + 6 * 2  # micro-dev; dev twice
 
     def test_a_controller_run_that_is_to_stop_by_dev_needs_one(self, refused: Callable[..., None]) -> None:
         changes = ("--set", "controller.training.patience=1", "--set", "data.target.dev=0")
