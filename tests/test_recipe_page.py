@@ -23,5 +23,5 @@ def test_a_key_without_a_word_on_its_meaning_fails(script, monkeypatch):
 
     monkeypatch.setattr(MergeSettings, "__doc__", "How adapters are merged.\n\n    Args:\n        rule: one of them.\n")
 
-    with pytest.raises(ValueError, match="MergeSettings does not say what density, rank, seed, weights means"):
+    with pytest.raises(ValueError, match="MergeSettings does not say what density, dropout, rank, seed, weights means"):
         script.page()

@@ -8,7 +8,13 @@ from typing import Any
 import datasets
 import pytest
 
+from grasp_lora.method.masks import MaskSettings
+from grasp_lora.method.merging import MergeSettings
+from grasp_lora.method.policy import Gaussian
+from grasp_lora.method.schedule import Rounds
+from grasp_lora.models.settings import LoraSettings
 from grasp_lora.recipes.load import builtin_recipes, load_recipe
+from grasp_lora.training.settings import TrainingSettings
 
 COUNTS = {
     "source": {"train": 6, "dev": 3},
@@ -124,6 +130,23 @@ def test_a_round_comes_before_training_and_after_each_epoch(name: str) -> None:
     assert stage.rounds.pool == ("both" if name.startswith("demo") else "dev")
 
 
+@pytest.mark.parametrize(("name", "tokens"), [("mlqa-ar", 64), ("mlqa-zh", 64), ("xlsum-ar", 128), ("xlsum-zh", 96)])
+def test_the_papers_recipes_are_as_the_released_code_runs(name: str, tokens: int) -> None:
+    recipe, _ = load_recipe(f"llama3-8b-{name}")
+    for stage, accumulation, patience in (("source", 8, 4), ("target", 8, 4), ("controller", 1, 3), ("final", 8, 3)):
+        keep = "last" if stage == "controller" else "best"
+        assert getattr(recipe, stage).training == TrainingSettings(
+            10, 1, accumulation, 1e-4, 0.0, 0.85, max_grad_norm=0.0, patience=patience, keep=keep
+        )
+    assert recipe.lora == LoraSettings(8, 32.0, 0.05, ("q_proj", "v_proj"))
+    assert recipe.merge == MergeSettings("paper_apart", dropout=0.0)
+    assert recipe.mask == MaskSettings("magnitude", "factor")
+    assert (recipe.controller.policy, recipe.controller.rounds) == (Gaussian(), Rounds(10))
+    assert recipe.controller.rule == "best_reward"
+    assert (recipe.final.mode, recipe.final.mask) == ("reselect", MaskSettings("gradient_of_delta", "factor"))
+    assert (recipe.generation.max_new_tokens, recipe.generation.stop) == (tokens, ())
+
+
 @pytest.mark.parametrize("name", builtin_recipes())
 def test_a_shipped_recipe_can_be_checked_and_run(
     name: str, arguments: Callable[[str], list[str]], cli: Callable[..., Any], tmp_path: Path
@@ -134,7 +157,7 @@ def test_a_shipped_recipe_can_be_checked_and_run(
     assert "source_train 6, source_dev 3, train 6, dev 3, micro_dev 2, test 4" in checked.out
     stage = load_recipe(name)[0].controller
     rounds = 4 + stage.rounds.before_training  # one before the first step
-    most = "at most " if stage.rounds.patience is not None else ""
+    most = "" if stage.rounds.patience is None and stage.training.patience is None else "at most "
     assert f"controller will run {most}{rounds} rounds" in checked.out
     result = cli("run", name, *settings)
     assert result.status == 0, result.err

@@ -174,7 +174,7 @@ def look_ahead(
         micro_dev = ProbeSet(session.splits.micro_dev, session.pad_id)
         batches = [ProbeSet(train[size * n : size * (n + 1)], session.pad_id) for n in range(ahead)]
         measured = LookAhead(micro_dev, ratios, every, batches, segments_of(merged))
-        with attached(session.backbone.model, merged, dropout=recipe.lora.dropout) as model:
+        with attached(session.backbone.model, merged, dropout=recipe.dropout) as model:
             session.finetune(model, train, (), training, "controller", folder / "look-ahead", callbacks=[measured])
     return {
         "steps": measured.steps,

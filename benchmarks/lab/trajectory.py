@@ -149,7 +149,7 @@ def trajectory(
         "start": merged.key,
         "training": asdict(training),
         "mask": asdict(recipe.mask),
-        "dropout": recipe.lora.dropout,
+        "dropout": recipe.dropout,
         "train_ratio": train_ratio,
         "ratios": list(ratios),
         "every": every,
@@ -163,7 +163,7 @@ def trajectory(
         )
         with (
             tempfile.TemporaryDirectory() as scratch,
-            attached(session.backbone.model, weights, dropout=recipe.lora.dropout) as model,
+            attached(session.backbone.model, weights, dropout=recipe.dropout) as model,
         ):
             session.finetune(model, train, (), training, "controller", Path(scratch), callbacks=[landscape])
         return {

@@ -279,7 +279,9 @@ def test_controllers_beside_the_recipes_own_are_run_as_their_authors_do(name):
     found = methods._paper(recipe)
     assert (type(found.policy), found.rule, found.rounds) == (Gaussian, "best_reward", Rounds(10))
     assert (found.policy.ratio_min, found.policy.ratio_max) == (own.ratio_min, own.ratio_max)
+    assert found.training == recipe.controller.training
     late = methods._dev_free(recipe)
+    assert late.training.patience is None
     assert (late.policy, late.rule) == (Spread(candidates=3, bounds_first=True), "smooth_fit")
     assert late.rounds == Rounds(recipe.controller.rounds.every, start=0.5)
 
@@ -300,6 +302,11 @@ def test_a_single_run_too_short_to_learn_is_left_out(tiny_workspace):
     assert rows["grasp_single"]["unavailable"].startswith("the controller run has 6 optimizer steps and probes every 7")
     assert "unavailable" not in rows["grasp"] or rows["grasp"]["unavailable"] is None
     assert recorder.done_steps.count("controller") == 1
+
+
+def test_a_single_run_of_adapters_kept_apart_is_left_out(tiny_workspace):
+    unavailable = METHODS["grasp_single"].unavailable(session("tiny.yaml", "merge.rule=paper_apart"))
+    assert "merge.rule 'paper_apart' keeps adapters apart" in unavailable
 
 
 class Killed(BaseException):

@@ -562,7 +562,7 @@ class TestWays:
 
     def test_the_way_of_the_paper(self, tiny_workspace: Path) -> None:
         metrics = execute(
-            "controller.preset=paper", "controller.rule=best_reward", "merge.rule=paper_sum_unscaled", "merge.weights=[1, 1]",
+            "controller.preset=paper", "controller.rule=best_reward", "merge.rule=paper_apart", "merge.dropout=0",
             "final.mode=reselect", "final.mask.score=gradient_of_delta",
         )  # fmt: skip
         rounds = read_lines(Path("run/controller/rounds.jsonl"))
@@ -571,14 +571,41 @@ class TestWays:
             for entry in rounds
             for reward, candidate in zip(entry["rewards"], entry["candidates"], strict=True)
         ]
-        assert metrics["prune_ratio"] == max(rewards)[1]
+        assert metrics["prune_ratio"] == max(rewards, key=lambda pair: pair[0])[1]
         assert read(Path("run/controller/ratio.json"))["rule"] == "best_reward"
         rows = read(Path("run/final/sparsity.json"))
-        assert {row["segment"] for row in rows} == {"merged"}
+        assert {row["segment"] for row in rows} == {"source", "target"}
         for row in rows:
             assert row["weights"] - row["kept"] == prune_count(metrics["prune_ratio"], row["weights"])
         merged = yaml.safe_load(Path("run/recipe.yaml").read_text())["controller"]
         assert (merged["policy"]["kind"], merged["rule"]) == ("gaussian", "best_reward")
+        # What is saved is an ordinary adapter of the parents' rank, and is what was measured while it trained.
+        for name in ("merged", "adapter"):
+            assert {pair.rank for pair in read_adapter(Path("run") / name).weights.values()} == {2}
+        history = [row["dev_loss"] for row in read_lines(Path("run/final/history.jsonl")) if "dev_loss" in row]
+        assert metrics["systems"]["grasp"]["dev_loss"] == pytest.approx(min(history), rel=1e-6)
+
+    def test_a_controller_run_can_stop_by_its_dev_loss(self, tiny_workspace: Path) -> None:
+        # Nothing moves, neither weights nor masks, so that the first of four epochs is one without a new best.
+        execute(
+            "controller.training={epochs: 4, learning_rate: 1.0e-30, patience: 1}",
+            "controller.policy={ratio_min: 0.4, ratio_max: 0.401}",
+            "final.training.epochs=0.1",
+        )
+        rounds = read_lines(Path("run/controller/rounds.jsonl"))
+        assert [row["step"] for row in rounds] == [3, 6, 9]
+        history = read_lines(Path("run/controller/history.jsonl"))
+        losses = [row["dev_loss"] for row in history if "dev_loss" in row]
+        assert len(losses) == 2
+        assert losses[1] == losses[0]
+        probed = sum(1 + len(set(row["candidates"])) for row in rounds)
+        assert record(Path("run"), "controller*")["measured_examples"] == 4 * probed + 6 * 2  # micro-dev; dev twice
+
+    def test_a_controller_run_that_is_to_stop_by_dev_needs_one(self, refused: Callable[..., None]) -> None:
+        changes = ("--set", "controller.training.patience=1", "--set", "data.target.dev=0")
+        refused(
+            "run", changes, "controller.training.patience is 1, but data.target.dev is 0; give it examples, or set that"
+        )
 
     @pytest.mark.parametrize("preset", ["paper", "spread"])
     def test_a_single_run_finishes_the_adapter_of_the_controller_run(self, preset: str, finished_run: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,33 @@ def test_the_steps_of_a_run_one_by_one_give_the_same_adapter(finished_run: Path)
     assert table["signatures"] == metrics["signatures"]
     assert table["systems"]["tuned"]["dev_loss"] == pytest.approx(result.dev_loss, rel=1e-6)
     assert Path("measured/tuned.jsonl").read_bytes() == (finished_run / "evaluation/grasp.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("command", [("learn",), ("finetune", "--ratio", "0.4")])
+def test_one_adapter_is_not_trained_as_several_that_are_kept_apart(
+    command: tuple[str, ...], finished_run: Path, cli: Callable[..., Any]
+) -> None:
+    name, *options = command
+    arguments = ("tiny.yaml", "--adapter", "run/merged", "--output", "out", *options, "--set", "merge.rule=paper_apart")
+    result = cli(name, *arguments)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert (
+        "merge.rule 'paper_apart' keeps adapters apart while they train, which a saved adapter cannot; use 'run'"
+        in result.err
+    )
+    assert not Path("out").exists()
+
+
+def test_adapters_kept_apart_are_merged_into_a_folder_as_their_sum(finished_run: Path) -> None:
+    line = merge_folders(["run/source", "run/target"], Path("merged"), None, "paper_apart", None, None, 0.5)
+    assert "ranks [2]" in line
+    merged, parents = (
+        read_adapter("merged").weights,
+        [read_adapter(f"run/{name}").weights for name in ("source", "target")],
+    )
+    for name, pair in merged.items():
+        assert torch.equal(pair.A, parents[0][name].A + parents[1][name].A)
+        assert torch.equal(pair.B, parents[0][name].B + parents[1][name].B)
 
 
 def test_predictions_are_those_of_the_evaluation(finished_run: Path) -> None:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.importance import SCORES, InputNorms, Score, score_pair
-from grasp_lora.method.lora import LoraPair, Segment
+from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.masks import (
     GRANULARITIES,
     SCOPES,
@@ -26,6 +26,7 @@ from grasp_lora.method.masks import (
     reset_moments,
     survival,
 )
+from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.testing import check_score
 
 SEGMENTS = (Segment("source", 2), Segment("target", 3))
@@ -233,6 +234,41 @@ def test_scope_factor_prunes_source_and_target_alike() -> None:
     pairs = tiny_source()
     MaskSet(pairs, MaskSettings(scope="factor")).commit(0.5)
     assert set(kept_shares(pairs).values()) == {0.5, 11 / 21}  # 21 weights of A are the target's
+
+
+def lowest(scores: Tensor, prune_ratio: float) -> Tensor:
+    """Where the floor(ratio * n) lowest scores are, entry by entry, the first of equal ones first."""
+    values = scores.flatten().tolist()
+    order = sorted(range(len(values)), key=lambda place: (values[place], place))
+    pruned = set(order[: math.floor(prune_ratio * len(values))])
+    return torch.tensor([place in pruned for place in range(len(values))]).view(scores.shape)
+
+
+@pytest.mark.parametrize("prune_ratio", [0.1, 0.2373, 0.4, 0.4897, 0.6749, 0.8])
+@pytest.mark.parametrize("score", ["magnitude", "gradient_of_delta"])
+def test_adapters_kept_apart_are_masked_as_the_released_code_does(score: str, prune_ratio: float) -> None:
+    adapters = [
+        AdapterWeights(
+            {module: LoraPair(pair.A.detach(), pair.B.detach(), 4.0) for module, pair in live_pairs(seed).items()}
+        )
+        for seed in (1, 2)
+    ]
+    merged = merge(adapters, MergeSettings("paper_apart"))
+    masks = MaskSet(merged, MaskSettings(score))
+    norms = {module: torch.rand(pair.shape[1]) + 0.1 for module, pair in merged.items()}
+    masks.norms = {module: InputNorms(norms[module], torch.ones(pair.rank)) for module, pair in merged.items()}
+    masks.commit(0.3)  # so that some weights count with their stashed values
+    for (module, factor), keep in masks.keep_masks(prune_ratio).items():
+        found = keep.chunk(2, dim=0 if factor == "A" else 1)
+        for adapter, kept in zip(adapters, found, strict=True):
+            A, B = (one.clone().requires_grad_() for one in (adapter[module].A, adapter[module].B))
+            importance = {"A": A.abs(), "B": B.abs()}
+            if score == "gradient_of_delta":
+                ((B @ A).abs() * norms[module]).sum().backward()
+                assert A.grad is not None
+                assert B.grad is not None
+                importance = {"A": A.grad.abs(), "B": B.grad.abs()}
+            assert torch.equal(~kept, lowest(importance[factor].detach(), prune_ratio))
 
 
 def test_scope_tensor_lets_source_and_target_compete() -> None:

@@ -38,8 +38,9 @@ ROWS = {
 }
 RULES: dict[str, Any] = {name: name for name in MERGE_RULES} | ROWS
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-EQUAL_RANK_RULES = [name for name, row in MERGE_RULES.items() if row.equal_ranks]
-RANK_RULES = [rule for rule in RULES.values() if merge_rule(rule).takes_rank]
+SIDE_BY_SIDE = ("exact", "paper_apart")
+EQUAL_RANK_RULES = [name for name, row in MERGE_RULES.items() if row.space.equal_ranks]
+RANK_RULES = [rule for rule in RULES.values() if merge_rule(rule).space.takes_rank]
 
 
 def adapter(seed: int, rank: int = 3, scaling: float = 2.0, modules: Sequence[str] = MODULES) -> AdapterWeights:
@@ -91,7 +92,7 @@ def test_shapes_scaling_and_segments(rule: Any, adapters: int) -> None:
     for pair in merged.values():
         assert pair.shape == (D_OUT, D_IN)
         assert pair.scaling == 1.0
-        assert pair.rank == (3 * adapters if rule == "exact" else 3)
+        assert pair.rank == (3 * adapters if rule in SIDE_BY_SIDE else 3)
         assert sum(segment.rank for segment in pair.segments) == pair.rank
         assert pair.A.dtype == pair.B.dtype == torch.float32
         assert torch.isfinite(pair.A).all()
@@ -102,7 +103,8 @@ def test_shapes_scaling_and_segments(rule: Any, adapters: int) -> None:
 def test_factors_come_out_balanced(rule: Any) -> None:
     merged = merge([adapter(0), adapter(1, scaling=0.5)], MergeSettings(rule, weights=(0.7, -0.4)))
     for pair in merged.values():
-        torch.testing.assert_close(pair.A.norm(dim=1), pair.B.norm(dim=0), rtol=1e-5, atol=1e-7)
+        if not pair.apart:
+            torch.testing.assert_close(pair.A.norm(dim=1), pair.B.norm(dim=0), rtol=1e-5, atol=1e-7)
 
 
 @every_rule
@@ -135,7 +137,7 @@ def test_a_module_of_one_adapter_only_is_merged_from_that_one(rule: Any) -> None
     merged = merge([both, alone], MergeSettings(rule, **options))
     assert list(merged) == sorted(MODULES)
     # LoRAHub weighs both factors, so a weight counts twice; the scaling of these adapters is 2.
-    share = {"paper_sum_unscaled": 0.5 / 2.0, "lorahub": 0.5**2}.get(rule, 0.5)
+    share = {"paper_sum_unscaled": 0.5 / 2.0, "paper_apart": 0.5 / 2.0, "lorahub": 0.5**2}.get(rule, 0.5)
     expected = share * both[MODULES[1]].delta()
     assert_same(merged[MODULES[1]].delta(), expected, 1e-5)
     if rule == "exact":
@@ -147,7 +149,8 @@ def test_default_weights_are_the_rows_own(rule: Any) -> None:
     adapters = [adapter(0), adapter(1)]
     given_ = merge(adapters, MergeSettings(rule, weights=(merge_rule(rule).default_weight(2),) * 2))
     assert torch.equal(merge(adapters, MergeSettings(rule))[MODULES[0]].A, given_[MODULES[0]].A)
-    assert merge_rule(rule).default_weight(2) == (1.0 if merge_rule(rule).combine is elect_and_average else 0.5)
+    one_each = merge_rule(rule).combine is elect_and_average or rule == "paper_apart"
+    assert merge_rule(rule).default_weight(2) == (1.0 if one_each else 0.5)
 
 
 @every_rule
@@ -337,6 +340,32 @@ def test_unscaled_at_weight_one_is_the_released_codes_merge() -> None:
     assert_same(pair.delta(), (first.B + second.B) @ (first.A + second.A), 1e-5)
 
 
+def test_kept_apart_the_released_codes_adapters_stay_as_they_were() -> None:
+    adapters = [adapter(0, scaling=4.0), adapter(1, scaling=0.5)]
+    merged = merge(adapters, MergeSettings("paper_apart"))
+    assert merged.apart
+    assert not merged.together().apart
+    for module, pair in merged.items():
+        first, second = (one[module] for one in adapters)
+        assert [segment.name for segment in pair.segments] == ["source", "target"]
+        for part, parent in zip(pair.parts(), (first, second), strict=True):
+            assert (part.scaling, part.parts()) == (1.0, [part])
+            assert torch.equal(part.A, parent.A)
+            assert torch.equal(part.B, parent.B)
+        together = merged.together()[module]
+        assert torch.equal(together.A, first.A + second.A)
+        assert torch.equal(together.B, first.B + second.B)
+        assert torch.equal(pair.delta(), (first.B + second.B) @ (first.A + second.A))
+        # A merge of merges takes what acts.
+        assert_same(merge([merged], MergeSettings("exact"))[module].delta(), pair.delta())
+
+
+def test_only_adapters_of_one_rank_can_be_kept_apart() -> None:
+    for segments in ((), (Segment("source", 1), Segment("target", 2))):
+        with pytest.raises(AdapterError, match="cannot be kept apart; each needs the same rank"):
+            LoraPair(torch.ones(3, 4), torch.ones(2, 3), segments=segments, apart=True)
+
+
 def test_ties_by_hand() -> None:
     # rank 1, density 0.5: two of the four entries of A stay, one of the two of B.
     first = pair_of([[4.0, -3.0, 1.0, 0.5]], [[2.0], [-1.0]])
@@ -466,6 +495,7 @@ def test_the_other_rules_take_mixed_ranks(rule: Any) -> None:
         ({"density": 0.0}, r"merge density is 0.0; it must lie in \(0, 1\]"),
         ({"density": 1.01}, "merge density is 1.01"),
         ({"density": math.nan}, "merge density is nan"),
+        ({"dropout": 1.0}, r"merge dropout is 1.0; it must lie in \[0, 1\)"),
     ],
 )
 def test_a_setting_out_of_range_is_an_error(changes: dict[str, Any], message: str) -> None:
@@ -473,7 +503,7 @@ def test_a_setting_out_of_range_is_an_error(changes: dict[str, Any], message: st
         MergeSettings(**changes)
 
 
-@pytest.mark.parametrize("rule", [name for name, row in MERGE_RULES.items() if not row.takes_rank])
+@pytest.mark.parametrize("rule", [name for name, row in MERGE_RULES.items() if not row.space.takes_rank])
 def test_a_rank_for_a_rule_that_takes_none_is_an_error(rule: Any) -> None:
     with pytest.raises(
         ValueError, match=f"merge rule '{rule}' does not take a rank; leave it out, or choose one of svd"

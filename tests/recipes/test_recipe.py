@@ -77,7 +77,7 @@ def test_the_resolved_copy_says_every_default_but_no_place_of_the_data(load: Loa
     "change",
     [
         "seed=7", "backbone.name=other", "backbone.dtype=float32", "data.max_tokens=100", "data.target.train=9",
-        "lora.rank=4", "source.training.epochs=1", "target.adapter=x", "merge.rule=svd", "mask.scope=global",
+        "lora.rank=4", "source.training.epochs=1", "target.adapter=x", "merge.rule=svd", "merge.dropout=0.1", "mask.scope=global",
         "controller.policy.candidates=4", "controller.rounds.every=3", "controller.rule=smooth_fit",
         "final.prune_ratio=0.5", "final.mode=reselect",
         "final.start=controller",
@@ -328,9 +328,16 @@ class TestOverrides:
         (SMALL + "controller: {rounds: {in_turn: 0}}", r"controller\.rounds: in_turn is 0; it must be at least 1"),
         (
             SMALL + "controller: {training: {patience: 1}}",
-            r"controller: training\.patience is 1 and training\.keep 'last', but the controller run measures no dev loss",
+            r"controller: training\.patience is 1, but each step of this policy trains at a ratio of its own",
         ),
-        (SMALL + "controller: {training: {keep: best}}", r"training\.patience is None and training\.keep 'best', but"),
+        (
+            SMALL + "controller: {training: {keep: best}}",
+            r"training\.keep is 'best', but the masks of a controller run are",
+        ),
+        (
+            SMALL + "merge: {rule: paper_apart}\nfinal: {start: controller}",
+            r"final\.start is 'controller', whose adapter is saved as one, but merge\.rule 'paper_apart' keeps adapters apart",
+        ),
         (
             SMALL + "controller: {rounds: {patience: 0}}",
             r"controller\.rounds: patience is 0; it must be at least 1 round",

@@ -71,5 +71,5 @@ def test_every_key_says_what_it_means(monkeypatch: pytest.MonkeyPatch) -> None:
     sections = [SCHEMA, *SCHEMA["$defs"].values()]
     assert all(entry["description"] for section in sections for entry in section["properties"].values())
     monkeypatch.setattr(MergeSettings, "__doc__", "How adapters are merged.\n\n    Args:\n        rule: one of them.\n")
-    with pytest.raises(ValueError, match="MergeSettings does not say what density, rank, seed, weights means"):
+    with pytest.raises(ValueError, match="MergeSettings does not say what density, dropout, rank, seed, weights means"):
         recipe_schema()

@@ -79,17 +79,19 @@ def make_examples(count: int, seed: int = 0) -> list[Example]:
 DEV, MICRO_DEV = make_examples(4, 1), make_examples(3, 2)
 
 
-def merged(backbone) -> AdapterWeights:
+def merged(backbone, apart: bool = False) -> AdapterWeights:
     """An adapter of two segments with no weight at zero."""
     generator = torch.Generator().manual_seed(3)
-    segments = (Segment("source", 3), Segment("target", 2))
-    with fresh_adapter(backbone, LoraSettings(rank=5), 0) as model:
+    segments = (Segment("source", 3), Segment("target", 3 if apart else 2))
+    rank = sum(segment.rank for segment in segments)
+    with fresh_adapter(backbone, LoraSettings(rank=rank), 0) as model:
         return AdapterWeights(
             {
                 name: LoraPair(
                     0.3 * torch.randn(pair.A.shape, generator=generator),
                     0.3 * torch.randn(pair.B.shape, generator=generator),
                     segments=segments,
+                    apart=apart,
                 )
                 for name, pair in live_pairs(model).items()
             }
@@ -125,8 +127,10 @@ class Training:
         kind: str = "plain",
         mask: MaskSettings | None = None,
         examples: int = 6,
+        apart: bool = False,
         **settings,
     ):
+        self.apart = apart
         self.make_tiny_model, self.folder, self.kind, self.mask = make_tiny_model, folder / "stage", kind, mask
         self.train = make_examples(examples)
         self.settings = TrainingSettings(**{"epochs": 2, "learning_rate": 1e-2, "patience": None, **settings})
@@ -146,7 +150,7 @@ class Training:
             return "SIGTERM" if steps == stop_at else None
 
         backbone = self.make_tiny_model("llama")
-        weights = merged(backbone)
+        weights = merged(backbone, self.apart)
         callbacks, controller = [], None
         if self.kind == "controller":
             controller = GraspController(
@@ -197,6 +201,8 @@ WAYS = {
     "controller, inputs": {"kind": "controller", "mask": MaskSettings("input_aware", "tensor")},
     "controller, global": {"kind": "controller", "mask": MaskSettings("gradient_of_delta", "global")},
     "controller, components": {"kind": "controller", "mask": MaskSettings(granularity="component"), "keep": "last"},
+    "controller, adapters apart": {"kind": "controller", "apart": True, "patience": 2, "keep": "last"},
+    "reselect, adapters apart": {"kind": "reselect", "apart": True, "mask": MaskSettings("gradient_of_delta")},
     "hold": {"kind": "hold", "mask": MaskSettings("input_aware")},
     "reselect": {"kind": "reselect", "mask": MaskSettings("gradient_of_delta")},
 }

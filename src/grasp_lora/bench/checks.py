@@ -6,7 +6,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.data.places import resolve_file
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import AdapterError, DataError, RecipeError
-from grasp_lora.method.merging import merge_rule
+from grasp_lora.method.merging import COMPONENTS, merge_rule
 from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.models.generation import context_of
@@ -95,14 +95,14 @@ def _check_adapters(session: Session) -> None:
     parents = [
         given.get(place, recipe.lora.rank) for place in (*(recipe.source.adapters or [""]), recipe.target.adapter or "")
     ]
-    if merge_rule(recipe.merge.rule).ranks_add and sum(parents) > MOST_RANK:
+    rule = merge_rule(recipe.merge.rule)
+    if rule.space is COMPONENTS and sum(parents) > MOST_RANK:
         raise AdapterError(
             f"merge rule {recipe.merge.rule!r} adds up the ranks {parents}, but an adapter has at most rank {MOST_RANK}; "
             "use 'svd', or adapters of lower rank"
         )
-    ranks = {pair.rank for adapter in session.existing_adapters.values() for pair in adapter.weights.values()}
-    ranks |= {recipe.lora.rank} if trains else set()
-    if merge_rule(recipe.merge.rule).equal_ranks and len(ranks) > 1:
+    ranks = session.ranks  # given adapters are read here, whatever the rule
+    if rule.space.equal_ranks and len(ranks) > 1:
         raise AdapterError(
             f"merge rule {recipe.merge.rule!r} needs equal ranks, but the adapters have {sorted(ranks)}; "
             "use 'exact' or 'svd'" + (", or set lora.rank to the rank of the others" if trains else "")
@@ -126,12 +126,14 @@ def _check_processes(session: Session) -> None:
 
 def check_rounds(session: Session) -> None:
     stage = session.recipe.controller
-    for split in stage.rounds.splits:
+    for split in stage.splits:
         if not getattr(session.splits, split):
-            raise RecipeError(
-                f"controller.rounds.pool is {stage.rounds.pool!r}, but data.target.{split} is 0; "
-                "give it examples, or probe elsewhere"
+            needed_by, fix = (
+                (f"controller.rounds.pool is {stage.rounds.pool!r}", "probe elsewhere")
+                if split in stage.rounds.splits
+                else (f"controller.training.patience is {stage.training.patience}", "set that to null")
             )
+            raise RecipeError(f"{needed_by}, but data.target.{split} is 0; give it examples, or {fix}")
     if problem := lack_of_rounds(stage, len(session.splits.train)):
         raise RecipeError(problem)
 

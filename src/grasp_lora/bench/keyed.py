@@ -88,8 +88,10 @@ class Keyed:
         return self._adapter(name, settings, [], work)
 
     def _merged(self, name: str, merge: MergeSettings, parents: Sequence[Adapter], names: Sequence[str]) -> Adapter:
+        decided = asdict(merge)
+        del decided["dropout"]  # of the trainings that follow
         settings = {
-            "merge": asdict(merge),
+            "merge": decided,
             "parents": [parent.key for parent in parents],
             "names": list(names),
             "seed": self.recipe.seed if merge_rule(merge.rule).draws else None,  # the others draw nothing

@@ -16,7 +16,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.method.masks import MaskSettings
-from grasp_lora.method.merging import MERGE_RULES
+from grasp_lora.method.merging import MERGE_RULES, merge_rule
 from grasp_lora.method.presets import PRESETS
 from grasp_lora.method.search import RatioPolicy
 from grasp_lora.recipes.recipe import ControllerStage, FinalStage, Recipe
@@ -157,8 +157,8 @@ def _paper(recipe: Recipe) -> ControllerStage:
 def _dev_free(recipe: Recipe) -> ControllerStage:
     """Late probes of the micro-dev set: where the final run trains all epochs, its end decides, not its best moment."""
     own, late = recipe.controller, PRESETS["late"]
-    rounds = replace(late.rounds, every=own.rounds.every)
-    return replace(own, policy=_bounded(late.policy, own.policy), rounds=rounds, rule=late.rule)
+    rounds, training = replace(late.rounds, every=own.rounds.every), replace(own.training, patience=None)
+    return replace(own, policy=_bounded(late.policy, own.policy), rounds=rounds, rule=late.rule, training=training)
 
 
 def _bounded(policy: RatioPolicy, own: RatioPolicy) -> RatioPolicy:
@@ -170,10 +170,17 @@ def _needs_rounds(stage: Callable[[Recipe], ControllerStage]) -> Callable[[Sessi
 
     def unavailable(session: Session) -> str | None:
         own = stage(session.recipe)
-        missing = [_needs(split)(session) for split in own.rounds.splits]
+        missing = [_needs(split)(session) for split in own.splits]
         return next(filter(None, missing), None) or lack_of_rounds(own, len(session.splits.train))
 
     return unavailable
+
+
+def _needs_single_run(session: Session) -> str | None:
+    rule = session.recipe.merge.rule
+    if merge_rule(rule).space.apart:
+        return f"saves the controller run's adapter as one, but merge.rule {rule!r} keeps adapters apart"
+    return _needs_rounds(lambda recipe: single_run(recipe)[0])(session)
 
 
 def _needs_source(session: Session) -> str | None:
@@ -192,12 +199,8 @@ def _needs(*splits: str) -> Callable[[Session], str | None]:
 
 def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
     def unavailable(session: Session) -> str | None:
-        ranks = {pair.rank for adapter in session.existing_adapters.values() for pair in adapter.weights.values()}
-        recipe = session.recipe
-        if not (recipe.source.adapters and recipe.target.adapter):
-            ranks.add(recipe.lora.rank)
-        if MERGE_RULES[rule].equal_ranks and len(ranks) > 1:
-            return f"merge rule {rule!r} needs equal ranks, the adapters have {sorted(ranks)}"
+        if MERGE_RULES[rule].space.equal_ranks and len(session.ranks) > 1:
+            return f"merge rule {rule!r} needs equal ranks, the adapters have {sorted(session.ranks)}"
         if rule == "lorahub" and (problem := _needs("micro_dev")(session)):
             return problem
         if rule == "lorahub" and importlib.util.find_spec("nevergrad") is None:
@@ -240,9 +243,7 @@ METHODS: dict[str, Method] = {
     "grid_paper": Method("adaptive LoRA merge + pruning, grid", _run_grid("dev", final=PAPER_FINAL), 10, _needs("dev")),
     "grid": Method("grid of GRASP's final runs", _run_grid("dev", curve=True), 8, _needs("dev")),
     "grasp": Method("GRASP", _run_grasp(_own), 5),
-    "grasp_single": Method(
-        "GRASP in a single run", _run_single, 5, _needs_rounds(lambda recipe: single_run(recipe)[0])
-    ),
+    "grasp_single": Method("GRASP in a single run", _run_single, 5, _needs_single_run),
     "grasp_paper": Method("GRASP, preset paper", _run_grasp(_paper, PAPER_FINAL), 5, _needs_rounds(_paper)),
     "merge_dev_free": Method(
         "adaptive LoRA merge without a dev set",

@@ -172,9 +172,13 @@ def facts_of(result: Any, training: TrainingSettings, train_examples: int, dev_e
         "best_step": result.best_step,
         "dev_loss": result.dev_loss,
         "trained_examples": trained_examples(result.steps, training, train_examples),
-        "measured_examples": sum("dev_loss" in row for row in result.history) * dev_examples,
+        "measured_examples": measured_examples(result.history, dev_examples),
         "history": result.history,
     }
+
+
+def measured_examples(history: Sequence[Mapping[str, Any]], dev_examples: int) -> int:
+    return sum("dev_loss" in row for row in history) * dev_examples
 
 
 def trained_examples(steps: int, training: TrainingSettings, examples: int) -> int:

@@ -212,7 +212,7 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
         level = "warning" if rounds < few else "ok"
         advice = "; raise controller.training.epochs or lower controller.rounds.every" if level == "warning" else ""
         noun = "round" if rounds == 1 else "rounds"
-        most = "" if stage.rounds.patience is None else "at most "
+        most = "" if stage.rounds.patience is None and stage.training.patience is None else "at most "
         findings.append(Finding(level, "rounds", f"the controller will run {most}{rounds} {noun}{advice}"))
         findings += _patience(stage, sizes["train"])
     if recipe.final.start == "controller":

@@ -206,7 +206,7 @@ class _Run:
         on_first_process(partial(write_jsonl, folder / files.HISTORY_FILE, record.result["history"]))
         facts = {key: record.result[key] for key in ("steps", "best_step", "dev_loss")}
         if name == files.FINAL_FOLDER:
-            rows: list[dict[str, Any]] = [dict(row) for row in survival(adapter.weights)]
+            rows: list[dict[str, Any]] = record.result.get("kept") or [dict(row) for row in survival(adapter.weights)]
             on_first_process(partial(write_json, folder / files.SPARSITY_FILE, rows))
             facts = {
                 "measured_sparsity": 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)

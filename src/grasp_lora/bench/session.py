@@ -117,6 +117,13 @@ class Session:
         places = [*self.recipe.source.adapters, *([self.recipe.target.adapter] if self.recipe.target.adapter else [])]
         return {place: self.read(place) for place in places}
 
+    @property
+    def ranks(self) -> set[int]:
+        """The ranks of the adapters to merge, those that are given and those that are trained here."""
+        recipe = self.recipe
+        trained = set() if recipe.source.adapters and recipe.target.adapter else {recipe.lora.rank}
+        return trained | {pair.rank for one in self.existing_adapters.values() for pair in one.weights.values()}
+
     def variant(self, recipe: Recipe) -> "Session":
         """Return a session of another recipe on this one's backbone and data, which must be the same in both."""
         other = Session(recipe, self.base, self.progress)
@@ -245,9 +252,10 @@ class Session:
             self.progress.round,
             keep_best=keep_best,
         )
-        with attached(self.backbone.model, merged, dropout=self.recipe.lora.dropout) as model:
+        dev = () if stage.training.patience is None else self.splits.dev
+        with attached(self.backbone.model, merged, dropout=self.recipe.dropout) as model:
             result = self.finetune(
-                model, self.splits.train, (), stage.training, "controller", folder, controller=controller
+                model, self.splits.train, dev, stage.training, "controller", folder, controller=controller
             )
             estimate = controller.learned
             kept = controller.best_adapter(estimate.ratio) if keep_best else adapter_weights(model, segments_of(merged))
@@ -289,7 +297,7 @@ class Session:
         segments = segments_of(start)
         calibration = ProbeSet(self.splits.train[:CALIBRATION_EXAMPLES], self.pad_id)
         pruning = PrunedTraining(prune_ratio, calibration, mask, mode, segments)
-        with attached(self.backbone.model, start, dropout=self.recipe.lora.dropout) as model:
+        with attached(self.backbone.model, start, dropout=self.recipe.dropout) as model:
             result = self.finetune(
                 model,
                 self.splits.train,
@@ -332,7 +340,8 @@ class Session:
 
     def _with(self, weights: AdapterWeights | None) -> AbstractContextManager[Any]:
         """The backbone with an adapter, or alone."""
-        return nullcontext(self.backbone.model) if weights is None else attached(self.backbone.model, weights)
+        model = self.backbone.model
+        return nullcontext(model) if weights is None else attached(model, weights.together())
 
     def _losses(self, model: Any, examples: Sequence[Example]) -> list[float]:
         return ProbeSet(examples, self.pad_id).losses(model) if examples else []

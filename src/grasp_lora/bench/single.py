@@ -25,7 +25,7 @@ from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Store
 from grasp_lora.data.encode import prompt_ids
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.method.merging import MergeSettings
+from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.method.merging import merge as merge_weights
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, check_fits, save_adapter
@@ -72,7 +72,7 @@ def merge_folders(
         raise RecipeError(str(error)) from error
     refuse_existing(output)
     adapters = [read_adapter(place) for place in places]
-    merged = merge_weights([adapter.weights for adapter in adapters], settings)
+    merged = merge_weights([adapter.weights for adapter in adapters], settings).together()
     backbone = backbone or backbone_of_run(places[0])
     loaded = backbone_of(adapters[0], backbone, "cpu", revision=revision, trust_remote_code=trust_remote_code)
     for adapter in adapters:
@@ -98,6 +98,7 @@ def merge_folders(
 
 def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
     """Run the controller on an adapter; write its records, ratio.json and the trained adapter."""
+    _check_one_adapter(session)
     refuse_existing(output)
     check(session, parents=False)
     check_rounds(session)
@@ -118,6 +119,7 @@ def finetune_folder(session: Session, place: str, prune_ratio: float, output: Pa
     """Prune an adapter at a ratio and fine-tune it; write the adapter, its history and its sparsity."""
     if not 0.0 <= prune_ratio <= 1.0:
         raise RecipeError(f"the prune ratio is {prune_ratio}; it must be a fraction in [0, 1]")
+    _check_one_adapter(session)
     refuse_existing(output)
     check(session, parents=False)
     adapter = session.read(_from_here(place))
@@ -203,6 +205,16 @@ def predict_texts(
     ids = prompt_ids(loaded.tokenizer, prompts, own.chat_template if chat is None else chat)
     with attached(loaded.model, adapter.weights) as model:
         return generate(model, loaded.tokenizer, ids, settings)
+
+
+def _check_one_adapter(session: Session) -> None:
+    """Refuse to train one adapter by a recipe that trains several as one: masks would be others than those of its run."""
+    rule = session.recipe.merge.rule
+    if merge_rule(rule).space.apart:
+        raise RecipeError(
+            f"merge.rule {rule!r} keeps adapters apart while they train, which a saved adapter cannot; use 'run', or set another "
+            "rule, such as merge.rule=paper_sum_unscaled, to train this one as it is"
+        )
 
 
 def _from_here(place: str) -> str | Path:

@@ -23,6 +23,7 @@ from grasp_lora.bench.outcomes import (
     Outcome,
     facts_of,
     given,
+    measured_examples,
     names_of,
     rounds_of,
     trained_examples,
@@ -125,7 +126,7 @@ class Bench(Keyed):
             prune_ratio=prune_ratio,
             final=final_settings(stage),
             mask=asdict(stage.mask or self.recipe.mask),
-            dropout=self.recipe.lora.dropout,
+            dropout=self.recipe.dropout,
             dev_free=dev_free,
         )
 
@@ -134,8 +135,9 @@ class Bench(Keyed):
             weights = start.weights
             dev = () if dev_free else session.splits.dev
             pruned = stage.start == "controller"
-            adapter, result, _ = session.finetune_pruned(weights, prune_ratio, folder, dev, pruned=pruned)
-            return adapter, facts_of(result, stage.training, len(session.splits.train), len(dev))
+            adapter, result, kept = session.finetune_pruned(weights, prune_ratio, folder, dev, pruned=pruned)
+            facts = facts_of(result, stage.training, len(session.splits.train), len(dev))
+            return adapter, facts | ({"kept": kept} if adapter.apart else {})  # which the saved sum does not tell
 
         return self._adapter(f"final {prune_ratio:.2f}", settings, [start], work)
 
@@ -195,12 +197,12 @@ class Bench(Keyed):
 
     def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
         return self._settings(
-            data=self._data("train", *stage.rounds.splits),
+            data=self._data("train", *stage.splits),
             revision=REVISIONS["controller"],
             start=merged.key,
             controller=controller_settings(stage),
             mask=asdict(self.recipe.mask),
-            dropout=self.recipe.lora.dropout,
+            dropout=self.recipe.dropout,
         )
 
     def _control(
@@ -219,7 +221,8 @@ class Bench(Keyed):
             "measured_examples": sum(
                 len(row["baseline_losses"]) + len(set(row["candidates"])) * len(row["candidate_losses"][0])
                 for row in rounds
-            ),
+            )
+            + measured_examples(learned.history, len(session.splits.dev)),
         }
         return learned.adapter, facts | ({"prune_ratio": learned.estimate.ratio} if keep_best else {})
 

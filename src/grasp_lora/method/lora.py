@@ -30,15 +30,18 @@ class LoraPair:
         B: [d_out, rank].
         scaling: factor on B @ A (alpha / rank, or alpha / sqrt(rank) with rsLoRA).
         segments: where the rank-one components came from, in order; their ranks add up to the rank.
+        apart: whether the segments are whole adapters of one rank that act as (sum of B_i)(sum of A_i), while each is trained
+            and masked on its own: the released code's merge.
 
     Raises:
-        AdapterError: the factors do not fit each other.
+        AdapterError: the factors do not fit each other, or adapters kept apart differ in rank.
     """
 
     A: Tensor
     B: Tensor
     scaling: float = 1.0
     segments: tuple[Segment, ...] = field(default=())
+    apart: bool = False
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
@@ -48,6 +51,8 @@ class LoraPair:
             )
         if self.segments and sum(segment.rank for segment in self.segments) != self.rank:
             raise AdapterError(f"the segments {self.segments} do not add up to rank {self.rank}")
+        if self.apart and len({segment.rank for segment in self.segments}) != 1:
+            raise AdapterError(f"the segments {self.segments} cannot be kept apart; each needs the same rank")
 
     @property
     def rank(self) -> int:
@@ -61,7 +66,23 @@ class LoraPair:
 
     def delta(self) -> Tensor:
         """Return scaling * B @ A, [d_out, d_in]."""
-        return self.scaling * (self.B @ self.A)
+        pair = self.together()
+        return pair.scaling * (pair.B @ pair.A)
+
+    def parts(self) -> list["LoraPair"]:
+        """Return the pairs of the adapters that are kept apart, else the pair itself."""
+        if not self.apart:
+            return [self]
+        ranks = [segment.rank for segment in self.segments]
+        factors = zip(torch.split(self.A, ranks), torch.split(self.B, ranks, dim=1), strict=True)
+        return [LoraPair(A, B, self.scaling) for A, B in factors]
+
+    def together(self) -> "LoraPair":
+        """Return the ordinary pair that acts as this one: adapters kept apart are added up."""
+        if not self.apart:
+            return self
+        count = len(self.segments)
+        return LoraPair(added_up(self.A, count, 0), added_up(self.B, count, 1), self.scaling)
 
     def balanced(self, weight: float = 1.0) -> "LoraPair":
         """Return weight * scaling * B @ A with scaling 1 and both factors of each rank-one component of equal norm.
@@ -93,6 +114,11 @@ class LoraPair:
         return LoraPair(A.to(self.A.dtype), B.to(self.B.dtype), 1.0, self.segments)
 
 
+def added_up(factor: Tensor, adapters: int, dimension: int) -> Tensor:
+    """Add up a factor's blocks, one of each adapter, which lie side by side along a dimension."""
+    return torch.stack(factor.chunk(adapters, dimension)).sum(0)
+
+
 @dataclass(frozen=True)
 class AdapterWeights(Mapping[str, LoraPair]):
     """A whole adapter: module name in the backbone -> its LoRA pair.
@@ -112,3 +138,12 @@ class AdapterWeights(Mapping[str, LoraPair]):
 
     def __len__(self) -> int:
         return len(self.pairs)
+
+    @property
+    def apart(self) -> bool:
+        """Whether adapters are kept apart in it."""
+        return any(pair.apart for pair in self.pairs.values())
+
+    def together(self) -> "AdapterWeights":
+        """Return the ordinary adapter that acts as this one; see `LoraPair.together`."""
+        return AdapterWeights({name: pair.together() for name, pair in self.pairs.items()})

@@ -9,7 +9,7 @@ Paper: masking step of the controller, pruning of the final run.
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -297,9 +297,10 @@ class MaskSet:
         scores = {}
         for module, pair in self.pairs.items():
             A, B = (whole(self.dense((module, factor)).detach()) for factor in FACTORS)
-            scores[module, "A"], scores[module, "B"] = score_pair(
-                LoraPair(A, B, pair.scaling), self.settings.score, self.norms.get(module)
-            )
+            parts = replace(pair, A=A, B=B).parts()
+            scored = [score_pair(part, self.settings.score, self.norms.get(module)) for part in parts]
+            for factor, found in zip(FACTORS, zip(*scored, strict=True), strict=True):
+                scores[module, factor] = torch.cat(found, dim=RANK_DIMENSION[factor])
         return scores
 
     def _rank_in_scope(self, scores: Mapping[WeightKey, Tensor]) -> dict[WeightKey, Ranking]:

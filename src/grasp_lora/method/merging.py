@@ -42,11 +42,13 @@ class Space:
         merge: merges the parts of one module.
         equal_ranks: whether all adapters need the same rank in a module.
         takes_rank: whether `MergeSettings.rank` applies.
+        apart: whether the merged pairs keep the adapters apart (`LoraPair.apart`).
     """
 
     merge: "Callable[[list[Part], MergeRule, MergeSettings, torch.Generator], LoraPair]"
     equal_ranks: bool = False
     takes_rank: bool = False
+    apart: bool = False
 
 
 def keep_all(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
@@ -103,6 +105,17 @@ def _components_svd(
     return _from_svd(q_B @ left, sizes, right @ q_A.T, _result_rank(parts, settings), exact.A.dtype)
 
 
+def _apart(parts: list[Part], rule: "MergeRule", settings: "MergeSettings", draws: torch.Generator) -> LoraPair:
+    # Not balanced: what acts is the product of the sums, which another balance of each adapter would change.
+    shares = [(part.pair, *_unscaled_roots(part)) for part in parts]
+    return LoraPair(
+        torch.cat([on_A * pair.A for pair, on_A, _ in shares], dim=0),
+        torch.cat([on_B * pair.B for pair, _, on_B in shares], dim=1),
+        segments=tuple(Segment(part.name, part.pair.rank) for part in parts),
+        apart=True,
+    )
+
+
 def _deltas(parts: list[Part], rule: "MergeRule", settings: "MergeSettings", draws: torch.Generator) -> LoraPair:
     sparse = [rule.sparsify(part.pair.delta(), settings.density, draws) for part in parts]
     delta = rule.combine(sparse, [part.weight for part in parts])
@@ -147,6 +160,7 @@ COMPONENTS = Space(_components)
 COMPONENTS_SVD = Space(_components_svd, takes_rank=True)
 FACTORS = factors(_roots)
 DELTAS = Space(_deltas, takes_rank=True)
+APART = Space(_apart, equal_ranks=True, apart=True)
 
 
 @dataclass(frozen=True)
@@ -169,21 +183,6 @@ class MergeRule:
     default_weight: Callable[[int], float] = lambda adapters: 1.0 / adapters
     draws: bool = False
 
-    @property
-    def equal_ranks(self) -> bool:
-        """Whether all adapters need the same rank in a module."""
-        return self.space.equal_ranks
-
-    @property
-    def ranks_add(self) -> bool:
-        """Whether the result has the ranks of all adapters together."""
-        return self.space is COMPONENTS
-
-    @property
-    def takes_rank(self) -> bool:
-        """Whether `MergeSettings.rank` applies."""
-        return self.space.takes_rank
-
 
 def _one_each(adapters: int) -> float:
     return 1.0
@@ -196,6 +195,10 @@ MERGE_RULES: dict[str, MergeRule] = {
     "paper_sum_unscaled": MergeRule(
         "(sum of sqrt(w_i) B_i)(sum of sqrt(w_i) A_i); alpha / r is left out as in the released code",
         factors(_unscaled_roots),
+    ),
+    "paper_apart": MergeRule(
+        "the same as a function, but each adapter is trained and masked on its own, as in the released code",
+        APART, default_weight=_one_each,
     ),
     "lorahub": MergeRule(
         "(sum of w_i sqrt(s_i) B_i)(sum of w_i sqrt(s_i) A_i), as LoRAHub composes", factors(_lorahub)
@@ -237,13 +240,15 @@ class MergeSettings:
 
     Args:
         rule: a key of `MERGE_RULES`: `exact` (the weighted sum itself; ranks add up), `svd` (its best approximation of one rank);
-            on the factors `paper_sum`, `paper_sum_unscaled`, `lorahub`, `ties`, `dare_ties`; or a `MergeRule` of one's own, in a
-            recipe by its import path `package.module:name`.
+            on the factors `paper_sum`, `paper_sum_unscaled`, `paper_apart` (the released code's: adapters stay parameters of
+            their own), `lorahub`, `ties`, `dare_ties`; or a `MergeRule` of one's own, in a recipe by its import path
+            `package.module:name`.
         weights: one per adapter, in their order, in [-1000000, 1000000] and not all 0; None takes the rule's own default (1/N
             each, TIES 1 each).
         rank: rank of the result for rules that end in an SVD; None takes the highest rank of the inputs.
         density: share of weights that TIES and DARE keep, in (0, 1].
         seed: seed of DARE's random drops; a recipe combines it with its own seed.
+        dropout: on the input of the merged adapter while it trains on, in [0, 1); None takes that of fresh adapters.
 
     Raises:
         ValueError: a setting is outside its range, or does not belong to the rule.
@@ -256,6 +261,7 @@ class MergeSettings:
     rank: int | None = None
     density: float = 0.5
     seed: int = 42
+    dropout: float | None = None
 
     def __post_init__(self) -> None:
         rule = merge_rule(self.rule)
@@ -266,19 +272,21 @@ class MergeSettings:
         if self.rank is not None:
             if self.rank < 1:
                 raise ValueError(f"merge rank is {self.rank}; it must be at least 1")
-            if not rule.takes_rank:
-                takers = ", ".join(name for name, row in MERGE_RULES.items() if row.takes_rank)
+            if not rule.space.takes_rank:
+                takers = ", ".join(name for name, row in MERGE_RULES.items() if row.space.takes_rank)
                 raise ValueError(
                     f"merge rule {quoted(self.rule)} does not take a rank; leave it out, or choose one of {takers}"
                 )
         if not 0.0 < self.density <= 1.0:
             raise ValueError(f"merge density is {self.density}; it must lie in (0, 1]")
+        if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"merge dropout is {self.dropout}; it must lie in [0, 1)")
 
 
 def merge(
     adapters: Sequence[AdapterWeights], settings: MergeSettings, names: Sequence[str] | None = None
 ) -> AdapterWeights:
-    """Merge adapters into one whose pairs have scaling 1 and balanced factors.
+    """Merge adapters into one whose pairs have scaling 1 and, unless adapters are kept apart, balanced factors.
 
     Args:
         adapters: at least one.
@@ -304,7 +312,7 @@ def merge(
     # Sorted, so that the random drops of DARE do not depend on the order of a file.
     for module in sorted(set().union(*adapters)):
         parts = [
-            Part(adapter[module], weight, name)
+            Part(adapter[module].together(), weight, name)
             for adapter, weight, name in zip(adapters, weights, names, strict=True)
             if module in adapter
         ]
@@ -321,7 +329,7 @@ def _check_shapes(module: str, parts: list[Part], rule: RuleOrName) -> None:
             "merge only adapters of the same backbone"
         )
     ranks = {part.pair.rank for part in parts}
-    if merge_rule(rule).equal_ranks and len(ranks) > 1:
+    if merge_rule(rule).space.equal_ranks and len(ranks) > 1:
         raise AdapterError(
             f"merge rule {quoted(rule)} needs equal ranks, but {module} has {sorted(ranks)}; use 'exact' or 'svd'"
         )

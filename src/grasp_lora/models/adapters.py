@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_RANK
+from grasp_lora.models.apart import keep_apart, live_pair
 from grasp_lora.models.backbone import is_quantised
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
 from grasp_lora.models.settings import LoraSettings
@@ -85,15 +86,20 @@ def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -
 
 @contextmanager
 def attached(model: "PreTrainedModel", weights: AdapterWeights, *, dropout: float = 0.0) -> Iterator["PeftModel"]:
-    """Put given weights on the backbone as an ordinary, trainable PEFT LoRA adapter for the length of the context.
+    """Put given weights on the backbone as a trainable PEFT LoRA adapter for the length of the context.
+
+    It is an ordinary one, unless the weights keep adapters apart: then save it with `adapter_weights` and `save_adapter`.
 
     Raises:
         AdapterError: the backbone lacks one of the modules, has it in another shape, or carries an adapter already.
     """
     check_target_modules(model, tuple(weights))
     _check_shapes(model, weights, "the adapter", "the backbone")
-    with _injected(model, config_of(weights, model, dropout)) as peft_model:
+    with _injected(model, config_of(weights.together(), model, dropout)) as peft_model:
         with torch.no_grad():
+            for name, layer in lora_layers(peft_model).items():
+                if weights[name].apart:
+                    keep_apart(layer, ADAPTER_NAME, weights[name].segments)
             for name, pair in live_pairs(peft_model).items():
                 pair.A.copy_(weights[name].A)
                 pair.B.copy_(weights[name].B)
@@ -163,9 +169,9 @@ def live_pairs(
         _refuse_other_weights(name, layer, adapter)
         if adapter in layer.lora_embedding_A:
             A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+            pairs[name] = LoraPair(A, B, layer.scaling[adapter], origins.get(name, ()))
         else:
-            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        pairs[name] = LoraPair(A, B, layer.scaling[adapter], origins.get(name, ()))
+            pairs[name] = live_pair(layer, adapter, origins.get(name, ()))
     return pairs
 
 
@@ -181,7 +187,7 @@ def adapter_weights(
     pairs = {}
     for name, pair in live_pairs(model, segments).items():
         A, B = (factor.detach().float().cpu().clone() for factor in (pair.A, pair.B))
-        pairs[name] = LoraPair(A, B, pair.scaling, pair.segments)
+        pairs[name] = replace(pair, A=A, B=B)
     return AdapterWeights(pairs)
 
 
@@ -204,7 +210,7 @@ def save_adapter(
 
     Args:
         folder: made if missing.
-        weights: the adapter.
+        weights: the adapter; those kept apart in it are added up.
         model: the backbone without adapters, for the shortest list of target modules.
         backbone_name: name of the backbone; of an absolute path only the last part is written, and the fingerprint tells it.
         fingerprint: of the backbone, checked when the adapter is read again.
@@ -216,6 +222,7 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
+    weights = weights.together()
     _check_shapes(model, weights, "the adapter", "the backbone")
     config = config_of(weights, model, dropout)
     config.base_model_name_or_path = without_place(backbone_name)

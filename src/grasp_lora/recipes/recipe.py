@@ -27,7 +27,7 @@ from pydantic import (
 from grasp_lora.data.build import DataSettings
 from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.masks import MaskSettings
-from grasp_lora.method.merging import MergeSettings
+from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.method.policy import POLICIES, plain_policy, policy_class
 from grasp_lora.method.presets import PRESETS, WITH_DEV, WITHOUT_DEV, Controller, preset
 from grasp_lora.method.search import RatioPolicy
@@ -177,7 +177,8 @@ class ControllerStage(Controller):
         rounds: when rounds come and what they measure.
         rule: how the ratio is read off them: `surrogate`, `smooth_fit`, `best_reward` (the paper's), or the import path of a
             `Rule`.
-        training: batch 1 by default; `patience` and `keep` do not apply, since the run measures no dev loss of its own.
+        training: batch 1 by default. With `patience` the run stops by its dev loss, where one ratio is held; `keep` stays
+            `last`, as the masks are those of the last step.
 
     Raises:
         ValueError: a setting is out of range, or two contradict each other.
@@ -190,11 +191,22 @@ class ControllerStage(Controller):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.training.patience is not None or self.training.keep != "last":
+        if self.training.keep != "last":
             raise ValueError(
-                f"training.patience is {self.training.patience} and training.keep {self.training.keep!r}, but the controller run "
-                "measures no dev loss; remove both, or set controller.rounds.patience to stop it by its rounds"
+                f"training.keep is {self.training.keep!r}, but the masks of a controller run are those of its last step; "
+                "remove it, or set final.start to 'controller', which keeps the best round's adapter"
             )
+        if self.training.patience is not None and self.policy.regime != "held":
+            raise ValueError(
+                f"training.patience is {self.training.patience}, but each step of this policy trains at a ratio of its own, so "
+                "no dev loss is that of the run; remove it, or set controller.rounds.patience to stop the run by its rounds"
+            )
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The target's splits that the run measures: what its rounds probe, and dev where its loss can end the run."""
+        probed = self.rounds.splits
+        return probed if self.training.patience is None or "dev" in probed else (*probed, "dev")
 
     def spacing(self, train_examples: int) -> int:
         """Optimizer steps between rounds of a run over so many training examples."""
@@ -298,6 +310,11 @@ class Recipe(BaseModel):
         """
         final = self.final
         if final.start == "controller":
+            if merge_rule(self.merge.rule).space.apart:
+                raise ValueError(
+                    f"final.start is 'controller', whose adapter is saved as one, but merge.rule {quoted(self.merge.rule)} keeps "
+                    "adapters apart; start from 'merged', or take another rule, such as 'paper_sum_unscaled'"
+                )
             if final.prune_ratio is not None:
                 raise ValueError(
                     f"final.start is 'controller', but final.prune_ratio {final.prune_ratio} leaves out the controller run; "
@@ -315,6 +332,11 @@ class Recipe(BaseModel):
                     "set it to 0, or start from 'merged'"
                 )
         return self
+
+    @property
+    def dropout(self) -> float:
+        """Dropout of the controller run and the final runs."""
+        return self.lora.dropout if self.merge.dropout is None else self.merge.dropout
 
     def seed_of(self, part: str) -> int:
         """Return the seed of one part of the experiment, so that no two parts share their random numbers."""

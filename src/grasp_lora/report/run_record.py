@@ -53,6 +53,12 @@ class SourceRecipe(files.Shape):
     adapters: tuple[str, ...] = ()
 
 
+class MergeRecipe(files.Shape):
+    """The recipe's `merge`."""
+
+    rule: str = ""
+
+
 class MaskRecipe(files.Shape):
     """The recipe's `mask`, or that of its final run."""
 
@@ -93,6 +99,7 @@ class RecipeFacts(files.Shape):
 
     data: DataRecipe = DataRecipe()
     source: SourceRecipe = SourceRecipe()
+    merge: MergeRecipe = MergeRecipe()
     mask: MaskRecipe = MaskRecipe()
     controller: ControllerRecipe = ControllerRecipe()
     final: FinalRecipe = FinalRecipe()

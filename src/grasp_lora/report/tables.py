@@ -323,6 +323,10 @@ def sparsity_note(record: RunRecord) -> str | None:
     note = f"Measured over all factors, {percent(pruned, 2)} of the weights are zero."
     if max(shares) - min(shares) < 0.01:
         note += " Every factor keeps the same share: the ratio is applied to each of them separately."
+    if record.recipe.merge.rule == "paper_apart":
+        note += (
+            " These are the weights of the adapters that were kept apart; fewer are zero in their sum, which is saved."
+        )
     ratio = record.prune_ratio
     if ratio is not None and abs(pruned - ratio) > 0.005:
         mask = record.recipe.final.mask or record.recipe.mask

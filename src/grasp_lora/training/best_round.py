@@ -1,7 +1,7 @@
 """What a controller keeps of its best round, for a single run to finish."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -46,5 +46,5 @@ class BestRound:
                 dense = self.dense[module, factor]
                 keep = self.order[module, factor].keep(prune_ratio, RANK_DIMENSION[factor])
                 factors.append(torch.where(keep, dense, torch.zeros_like(dense)).float().cpu())
-            found[module] = LoraPair(factors[0], factors[1], pair.scaling, pair.segments)
+            found[module] = replace(pair, A=factors[0], B=factors[1])
         return AdapterWeights(found)

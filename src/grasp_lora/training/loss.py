@@ -61,7 +61,7 @@ def takes_label_positions(model: torch.nn.Module) -> bool:
 
 
 def example_losses(model: torch.nn.Module, batch: Mapping[str, Tensor], *, label_positions: bool) -> Tensor:
-    """Return each example's mean answer NLL, float32, [examples].
+    """Return each example's mean answer NLL, float32 or finer, [examples].
 
     Args:
         model: causal language model, with or without adapters, wrapped or not.
@@ -75,12 +75,11 @@ def example_losses(model: torch.nn.Module, batch: Mapping[str, Tensor], *, label
     targets = labels[:, 1:][predicts[:, :-1]]
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     logits = model(**inputs, logits_to_keep=predicts).logits if label_positions else model(**inputs).logits[predicts]
-    token_losses = torch.nn.functional.cross_entropy(
-        logits.view(-1, logits.shape[-1]).float(), targets, reduction="none"
-    )
+    logits = logits.view(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
+    token_losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     counts = predicts.sum(1)
     rows = torch.arange(len(labels), device=labels.device).repeat_interleave(counts, output_size=len(targets))
-    return torch.zeros(len(labels), device=labels.device).index_add(0, rows, token_losses) / counts
+    return token_losses.new_zeros(len(labels)).index_add(0, rows, token_losses) / counts
 
 
 @contextmanager

@@ -93,9 +93,9 @@ class ProbeSet:
         Raises:
             ProbeError: a loss is not a finite number; the message names the example.
         """
-        device = next(model.parameters()).device
-        label_positions = takes_label_positions(model)
-        losses = torch.zeros(len(self.ids), device=device)
+        weight = next(model.parameters())
+        device, label_positions = weight.device, takes_label_positions(model)
+        losses = torch.zeros(len(self.ids), device=device, dtype=torch.promote_types(weight.dtype, torch.float32))
         with (
             evaluating(model),
             enough_memory("measuring losses", "lower data.max_tokens, or set backbone.dtype to bfloat16"),
