@@ -25,8 +25,8 @@ from speed_lab import RATIO, Lab, taken
 
 from grasp_lora.errors import GraspError
 from grasp_lora.method.masks import MaskSet
-from grasp_lora.models.adapters import live_pairs, segments_of
 from grasp_lora.models.generation import generate
+from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.training.probes import ProbeSet, calibrate
 

@@ -26,7 +26,7 @@ from grasp_lora.bench.keyed import GRID
 from grasp_lora.data.encode import Example
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.method.presets import preset
-from grasp_lora.models.adapters import live_pairs, segments_of
+from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import ControllerStage, Recipe
 from grasp_lora.training.probes import (

@@ -19,7 +19,8 @@ from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSettings, Ranking, WeightKey
 from grasp_lora.method.policy import even_ratio
-from grasp_lora.models.adapters import attached, segments_of
+from grasp_lora.models.adapters import attached
+from grasp_lora.models.live import segments_of
 from grasp_lora.training.probes import ProbeSet, calibrate
 from grasp_lora.training.pruned import PrunedTraining
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from grasp_lora.method.rounds import Decision, RatioEstimate, Round
     from grasp_lora.method.schedule import Rounds
     from grasp_lora.method.search import RatioPolicy, RatioSearch
-    from grasp_lora.models.adapters import attached, save_adapter, segments_of
+    from grasp_lora.models.adapters import attached, save_adapter
+    from grasp_lora.models.live import segments_of
     from grasp_lora.models.reading import LoadedAdapter, read_adapter
     from grasp_lora.recipes.load import load_recipe
     from grasp_lora.recipes.recipe import Recipe

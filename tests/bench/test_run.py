@@ -26,7 +26,8 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.metrics import score
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
-from grasp_lora.models.adapters import adapter_weights, attached, live_pairs, segments_of
+from grasp_lora.models.adapters import attached
+from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import LOCK_FILE, only_writer

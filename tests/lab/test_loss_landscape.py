@@ -17,7 +17,8 @@ from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.policy import even_ratio
-from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs, segments_of
+from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.training import probes as probing

@@ -19,17 +19,8 @@ from safetensors.torch import load_file, save_file
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.models.adapters import (
-    adapter_weights,
-    attached,
-    check_fits,
-    config_of,
-    fresh_adapter,
-    live_pairs,
-    lora_layers,
-    save_adapter,
-    segments_of,
-)
+from grasp_lora.models.adapters import attached, check_fits, config_of, fresh_adapter, save_adapter
+from grasp_lora.models.live import adapter_weights, live_pairs, lora_layers, segments_of
 from grasp_lora.models.reading import AdapterInfo, read_adapter
 from grasp_lora.models.settings import LoraSettings
 

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.masks import MaskSet, MaskSettings
-from grasp_lora.models.adapters import lora_layers, save_adapter
+from grasp_lora.models.adapters import save_adapter
 from grasp_lora.models.backbone import fingerprint
 from grasp_lora.models.export import ExportSettings, accepted_by, export_folder
+from grasp_lora.models.live import lora_layers
 from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE, read_adapter
 
 IDS = torch.arange(4, 24)[None]

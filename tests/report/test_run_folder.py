@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from grasp_lora.bench.records import read_lines, read_record
 from grasp_lora.bench.run_folder import (
     DataFacts,
     FactorSparsity,
@@ -14,8 +15,6 @@ from grasp_lora.bench.run_folder import (
     Metrics,
     Prediction,
     RunInfo,
-    read_lines,
-    read_record,
 )
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.estimate import RatioEstimate

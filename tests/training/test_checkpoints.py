@@ -25,7 +25,8 @@ from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.policy import Gaussian
 from grasp_lora.method.presets import Controller
 from grasp_lora.method.schedule import Rounds
-from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs, segments_of
+from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.storage import checkpoints as checkpoint_module
 from grasp_lora.storage.checkpoints import (

@@ -23,7 +23,8 @@ from grasp_lora.method.policy import POLICIES, Gaussian, Spread, Uniform
 from grasp_lora.method.presets import Controller
 from grasp_lora.method.rounds import Decision, Round
 from grasp_lora.method.schedule import Rounds
-from grasp_lora.models.adapters import adapter_weights, attached, fresh_adapter, live_pairs, segments_of
+from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.storage.checkpoints import read_state, write_state
 from grasp_lora.training import finetune as finetune_module

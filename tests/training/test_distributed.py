@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import run_ranks
 
-from grasp_lora.models.adapters import attached, live_pairs
+from grasp_lora.models.adapters import attached
+from grasp_lora.models.live import live_pairs
 from grasp_lora.training.probes import NormCollector, ProbeSet
 
 RANKS = 2
@@ -21,7 +22,8 @@ from dataclasses import dataclass
 
 import torch
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.models.adapters import fresh_adapter, live_pairs
+from grasp_lora.models.adapters import fresh_adapter
+from grasp_lora.models.live import live_pairs
 from grasp_lora.models.settings import LoraSettings
 
 
@@ -77,7 +79,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.training import finetune as finetune_module
-from grasp_lora.models.adapters import attached, live_pairs
+from grasp_lora.models.adapters import attached
+from grasp_lora.models.live import live_pairs
 from grasp_lora.method.policy import Gaussian
 from grasp_lora.method.presets import Controller
 from grasp_lora.method.schedule import Rounds

@@ -11,7 +11,8 @@ from transformers.utils import logging as transformers_logging
 
 from grasp_lora.errors import DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.models.adapters import adapter_weights, attached, fresh_adapter, live_pairs
+from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.live import adapter_weights, live_pairs
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.training import finetune as finetune_module
 from grasp_lora.training.finetune import finetune

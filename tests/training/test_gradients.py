@@ -12,7 +12,8 @@ from transformers import Trainer, TrainingArguments
 
 from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs
+from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.live import live_pairs
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.training.finetune import finetune
 from grasp_lora.training.gradients import GradientCheck, check_gradients

@@ -25,7 +25,8 @@ from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.policy import Gaussian
 from grasp_lora.method.presets import Controller
 from grasp_lora.method.schedule import Rounds
-from grasp_lora.models.adapters import attached, segments_of
+from grasp_lora.models.adapters import attached
+from grasp_lora.models.live import segments_of
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probes import ProbeSet

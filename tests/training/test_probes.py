@@ -12,7 +12,8 @@ from random_examples import Example
 from grasp_lora.errors import AdapterError, DataError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import MaskSet, MaskSettings
-from grasp_lora.models.adapters import attached, fresh_adapter, live_pairs, lora_layers
+from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.live import live_pairs, lora_layers
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.training.loss import IGNORED, collate, example_losses, takes_label_positions
 from grasp_lora.training.probes import NormCollector, ProbeSet, ProbesInTurn, calibrate

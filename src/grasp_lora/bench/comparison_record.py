@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from grasp_lora.bench.run_folder import read_needed
+from grasp_lora.bench.records import read_needed
 
 COMPARISON_FILE = "compare.json"
 TEST_LOSS = "test_loss"

@@ -26,6 +26,7 @@ from grasp_lora.bench.checks import check
 from grasp_lora.bench.deliver import best_of, by_setting
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.records import read_needed
 from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import STORE_FOLDER, Store
@@ -320,7 +321,7 @@ class _Run:
             write_json(self.folder / files.RUN_FILE, started.to_json())
         if not (self.folder / RECIPE_FILE).is_file():
             write_whole(self.folder / RECIPE_FILE, self.recipe.to_yaml(self.folder))
-        before = files.read_needed(self.folder / files.RUN_FILE, files.RunInfo)
+        before = read_needed(self.folder / files.RUN_FILE, files.RunInfo)
         now, then = (
             {"backbone": info.backbone.fingerprint, "parents": info.parents, "data": info.data}
             for info in (started, before)
@@ -356,7 +357,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     files.check_place(folder)
     if not (folder / files.RUN_FILE).is_file():
         return
-    if files.read_needed(folder / files.RUN_FILE, files.RunInfo).recipe_hash != recipe.fingerprint():
+    if read_needed(folder / files.RUN_FILE, files.RunInfo).recipe_hash != recipe.fingerprint():
         raise RecipeError(
             f"{folder} holds a run of another recipe ({_differences(folder, recipe)}); "
             "choose another folder with --output, or delete it"

@@ -24,16 +24,10 @@ from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSettings, survival
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.rounds import RatioEstimate
-from grasp_lora.models.adapters import (
-    adapter_weights,
-    attached,
-    check_fits,
-    fresh_adapter,
-    save_adapter,
-    segments_of,
-)
+from grasp_lora.models.adapters import attached, check_fits, fresh_adapter, save_adapter
 from grasp_lora.models.backbone import Backbone, load_backbone
 from grasp_lora.models.generation import generate
+from grasp_lora.models.live import adapter_weights, segments_of
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.recipe import Recipe

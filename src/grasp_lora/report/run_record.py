@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from grasp_lora.bench import run_folder as files
+from grasp_lora.bench.records import check_shape, damaged, read_lines, read_record, read_text
 from grasp_lora.bench.store import STORE_FOLDER, WORK
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.schedule import Pool
@@ -172,38 +173,37 @@ def read_run(run_folder: Path) -> RunRecord:
     A run may still be in progress: the line that it is just writing is left out.
 
     Raises:
-        RecipeError: run.json or recipe.yaml is missing, or a file is files.damaged; the message names it.
+        RecipeError: run.json or recipe.yaml is missing, or a file is damaged; the message names it.
     """
-    run, recipe_file = files.read_record(run_folder / files.RUN_FILE, files.RunInfo), run_folder / RECIPE_FILE
-    recipe_text = files.read_text(recipe_file)
+    run, recipe_file = read_record(run_folder / files.RUN_FILE, files.RunInfo), run_folder / RECIPE_FILE
+    recipe_text = read_text(recipe_file)
     if run is None or recipe_text is None:
         raise RecipeError(
             f"{run_folder} is no run folder: {files.RUN_FILE if run is None else RECIPE_FILE} is missing."
         )
     recipe = _recipe_facts(recipe_text, recipe_file)
-    learned = files.read_record(run_folder / files.CONTROLLER_FOLDER / files.RATIO_FILE, files.LearnedRatio)
+    learned = read_record(run_folder / files.CONTROLLER_FOLDER / files.RATIO_FILE, files.LearnedRatio)
     if learned is not None:
         files.check_rows(run_folder, learned)
     return RunRecord(
         run=run,
         recipe_text=recipe_text,
         recipe=recipe,
-        data=files.read_record(run_folder / files.DATA_FILE, files.DataFacts) or files.DataFacts(),
+        data=read_record(run_folder / files.DATA_FILE, files.DataFacts) or files.DataFacts(),
         rounds=_growing(run_folder, files.ROUNDS_FILE, files.RoundRow),
         timings=_growing(run_folder, files.TIMINGS_FILE, files.Timing),
         learned=learned,
         history={
-            stage: files.read_lines(run_folder / stage / files.HISTORY_FILE, files.HistoryRow, growing=True)
+            stage: read_lines(run_folder / stage / files.HISTORY_FILE, files.HistoryRow, growing=True)
             for stage in files.TRAINED
         },
-        sparsity=files.read_record(run_folder / files.FINAL_FOLDER / files.SPARSITY_FILE, list[files.FactorSparsity])
-        or [],
+        sparsity=read_record(run_folder / files.FINAL_FOLDER / files.SPARSITY_FILE, list[files.FactorSparsity]) or [],
         predictions={
-            name: files.read_lines(files.predictions_file(run_folder, name), files.Prediction)
+            name: read_lines(files.predictions_file(run_folder, name), files.Prediction)
             for name in ("zero_shot", *_sources(recipe), "target", "merged", "continued", "grasp")
         },
-        metrics=files.read_record(run_folder / files.METRICS_FILE, files.Metrics),
-        cost=files.read_record(run_folder / files.COST_FILE, dict[str, float]) or {},
+        metrics=read_record(run_folder / files.METRICS_FILE, files.Metrics),
+        cost=read_record(run_folder / files.COST_FILE, dict[str, float]) or {},
     )
 
 
@@ -211,7 +211,7 @@ def _growing(run_folder: Path, name: str, shape: type[_Row]) -> list[_Row]:
     """The rows of a file of the controller, or of the step that is about to make it."""
     under_way = (run_folder / STORE_FOLDER / WORK).glob(f"*/{files.CONTROLLER_FOLDER}*/{name}")
     places = [run_folder / files.CONTROLLER_FOLDER / name, *under_way]
-    return next((rows for file in places if (rows := files.read_lines(file, shape, growing=True))), [])
+    return next((rows for file in places if (rows := read_lines(file, shape, growing=True))), [])
 
 
 def _sources(recipe: RecipeFacts) -> list[str]:
@@ -222,13 +222,13 @@ def _recipe_facts(text: str, file: Path) -> RecipeFacts:
     try:
         content = parse(text, "it")
     except RecipeError as error:
-        raise files.damaged(file, str(error)) from error
+        raise damaged(file, str(error)) from error
     if not isinstance(content, dict):
-        raise files.damaged(file, "it must hold keys and values")
+        raise damaged(file, "it must hold keys and values")
     controller = content.get("controller")
     for key in RENAMED.keys() & controller.keys() if isinstance(controller, dict) else ():
         raise RecipeError(
             f"the run is of an older version: its {RECIPE_FILE} has controller.{key}, which is now controller.{RENAMED[key]}; "
             "rename it there, or keep the report that the run wrote"
         )
-    return files.check_shape(RecipeFacts.model_validate, content, file)
+    return check_shape(RecipeFacts.model_validate, content, file)

@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from grasp_lora.errors import GraspError
 from grasp_lora.method.masks import whole
-from grasp_lora.models.adapters import live_factors
+from grasp_lora.models.live import live_factors
 
 
 def check_gradients(model: torch.nn.Module) -> None:

@@ -12,7 +12,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.masks import MaskSet, MaskSettings
-from grasp_lora.models.adapters import ADAPTER_NAME, active_adapter, live_pairs, lora_layers
+from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_pairs, lora_layers
 from grasp_lora.storage.checkpoints import State, read_state
 from grasp_lora.training.gradients import GradientCheck
 from grasp_lora.training.probes import ProbeSet, calibrate
