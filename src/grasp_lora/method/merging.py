@@ -265,7 +265,9 @@ class MergeSettings:
 
     def __post_init__(self) -> None:
         rule = merge_rule(self.rule)
-        if self.weights and not (any(self.weights) and all(abs(weight) <= MOST_WEIGHT for weight in self.weights)):
+        searched = self.rule == "lorahub"  # its search begins at 0
+        in_range = all(abs(weight) <= MOST_WEIGHT for weight in self.weights or ())
+        if self.weights and not (in_range and (any(self.weights) or searched)):
             raise ValueError(
                 f"merge weights are {list(self.weights)}; each must lie in [-{MOST_WEIGHT}, {MOST_WEIGHT}], and one must not be 0"
             )
