@@ -1,5 +1,6 @@
 """The sweep: Optuna over recipe keys; trials that are final runs, never see the test split, and survive a kill."""
 
+import importlib.util
 import json
 import math
 import os
@@ -436,10 +437,8 @@ def test_the_best_of_a_single_run_recipe_is_written(tiny_workspace):
 
 
 def test_a_missing_extra_is_named(tiny_workspace, cli, monkeypatch):
-    find = search_module.importlib.util.find_spec
-    monkeypatch.setattr(
-        search_module.importlib.util, "find_spec", lambda name: None if name == "optuna" else find(name)
-    )
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "optuna" else find(name))
     result = cli("sweep", "tiny.yaml", "--param", RATIO)
     assert result.status == 2
     assert result.err == "error: a sweep needs optuna, which is not installed: pip install 'grasp-lora[sweep]'\n"

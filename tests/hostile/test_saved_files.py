@@ -81,7 +81,7 @@ def test_an_adapter_names_its_backbone_without_its_place_and_the_run_knows_where
     moved = cli("predict", "export", "hi")
     assert moved.status == 2
     assert moved.err.count("\n") == 1
-    assert re.search(r"'tiny-llama': there is no such folder.*adapter export names .*with --backbone", moved.err)
+    assert re.search(r"'tiny-llama': it is no folder.*adapter export names .*with --backbone", moved.err)
     assert cli("predict", "export", "hi", "--backbone", run_with_secrets.parent / "tiny-llama").status == 0
 
 

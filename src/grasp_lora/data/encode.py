@@ -150,7 +150,7 @@ def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], add_sp
     tokenized: list[list[int]] = []
     for ids, (_, *rest) in zip(firsts["input_ids"], parts, strict=True):
         ended = add_special_tokens and ids and ids[-1] == eos
-        others = [_encoded(tokenizer, part, add_special_tokens=False)["input_ids"] for part in rest]
+        others = [_encoded(tokenizer, [part], add_special_tokens=False)["input_ids"][0] for part in rest]
         tokenized.append([*(ids[:-1] if ended else ids), *chain.from_iterable(others)])
     return tokenized
 
