@@ -132,7 +132,6 @@ def _recipes(recipe: str) -> Iterator[Case]:
         "/dev/null",
         "none.yaml",
         "a" * 300,
-        "tiny.yaml/",
         "\x1b[31m",
         "http://localhost/x",
     ):

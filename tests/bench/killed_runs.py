@@ -76,6 +76,7 @@ def load_everything() -> None:
     import grasp_lora.training.finetune  # noqa: F401
 
     torch.set_num_threads(1)
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch has no pool for the threads of a forked process
     gc.collect()
     gc.freeze()  # the Trainer collects garbage, which would go through all that was imported, again and again
     if threading.active_count() > 1:
@@ -136,9 +137,14 @@ def contents(folder: Path) -> dict[str, str]:
         timed = name in TIMED or name.startswith("store/records/")
         content = file.read_bytes()
         if name in BUT_FOR_SECONDS:
-            content = re.sub(rb'"[a-z_]*seconds[a-z_]*": [-0-9.e]+', b"", content)
+            content = json.dumps(json.loads(content, object_hook=_untimed)).encode()
         found[name] = "" if timed else hashlib.sha256(content).hexdigest()
     return found
+
+
+def _untimed(content: dict[str, Any]) -> dict[str, Any]:
+    """An object less its seconds, and what was made of them."""
+    return {key: value for key, value in content.items() if "seconds" not in key and key not in ("pace", "parents")}
 
 
 def _call(arguments: Sequence[str]) -> int:
@@ -163,7 +169,7 @@ def _watch(folder: Path, moments: dict[int, str]) -> None:
     from grasp_lora.cli.progress import TerminalProgress
     from grasp_lora.method.masks import MaskSet
 
-    place = str(folder)
+    places = (str(folder), str(folder.with_name(f".{folder.name}")))  # with the draft beside it
     count, busy, stage = 0, False, "begin"
 
     def event(what: str) -> None:
@@ -184,8 +190,8 @@ def _watch(folder: Path, moments: dict[int, str]) -> None:
         writes = name in WRITES or (name == "open" and details[2] & (os.O_WRONLY | os.O_RDWR))
         if writes and isinstance(details[0], str | os.PathLike):
             path = os.path.abspath(details[0])  # noqa: PTH100 - links are not followed
-            if path.startswith(place):
-                event(f"{name} {KEY.sub('KEY', os.path.relpath(path, place))}")
+            if path.startswith(places):
+                event(f"{name} {KEY.sub('KEY', os.path.relpath(path, places[0]))}")
 
     def around(owner: type, method: str, what: str) -> None:
         original: Callable[..., Any] = getattr(owner, method)

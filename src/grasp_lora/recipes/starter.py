@@ -91,10 +91,10 @@ def write_recipe(
             resolve_file(corpus.name, base=file.parent)  # which refuses a name that is found in two places
         with only_writer(file, beside=True):
             _refuse_existing(file)
-            write_whole(file, text)
-        schema = file.with_name(SCHEMA_FILE)
-        with suppress(RecipeError), only_writer(schema, beside=True):  # else another process writes the same
-            write_whole(schema, schema_text())
+            schema = file.with_name(SCHEMA_FILE)
+            with suppress(RecipeError), only_writer(schema, beside=True):  # else another process writes the same
+                write_whole(schema, schema_text())
+            write_whole(file, text)  # last, since it is what says that all is there
     except OSError as error:
         raise RecipeError(f"{file} cannot be written ({error.strerror}); choose another place with --output") from error
     return file
