@@ -12,7 +12,7 @@ from grasp_lora.bench.compare import ComparisonSettings
 from grasp_lora.bench.comparison_record import Comparison
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run import RunResult
-from grasp_lora.bench.run_folder import COMPARE_FOLDER, REPORT_FILE, SWEEP_FOLDER
+from grasp_lora.bench.run_folder import CARD_FILE, COMPARE_FOLDER, REPORT_FILE, SWEEP_FOLDER
 from grasp_lora.bench.search import SweepResult, SweepSettings
 from grasp_lora.bench.session import Session
 from grasp_lora.errors import RecipeError
@@ -56,7 +56,7 @@ def run(
 
     def report() -> None:
         with clear_write_errors(place):
-            if not (place / REPORT_FILE).is_file():
+            if not ((place / REPORT_FILE).is_file() and (result.adapter / CARD_FILE).is_file()):
                 write_model_card(place, result.adapter)
                 write_report(place)
 

@@ -21,6 +21,10 @@ class ProbeError(GraspError):
     """A probe of the controller gave a loss that is not a finite number."""
 
 
+class DivergedError(GraspError):
+    """A training whose loss or weights are no longer finite numbers."""
+
+
 class Interrupted(Exception):  # noqa: N818 - it is no mistake
     """A signal stopped the work at a point that it can go on from; the message says where."""
 

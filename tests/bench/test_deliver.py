@@ -13,7 +13,7 @@ from grasp_lora.bench.deliver import best_of
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
-from grasp_lora.errors import DataError, Interrupted, RecipeError
+from grasp_lora.errors import DivergedError, GraspError, Interrupted, RecipeError
 
 ROWS = 20
 BEST = "final.deliver=best"
@@ -186,13 +186,45 @@ class TestRun:
         self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def diverges(self: Bench) -> None:
-            raise DataError("the loss is not finite")
+            raise DivergedError("the loss is not finite")
 
         monkeypatch.setattr(Bench, "continued", diverges)
         result = api.run("tiny.yaml", [BEST], "best")
         assert "continued" not in result.metrics.systems
         assert result.delivered is not None
         assert result.delivered.why.endswith("The source adapter could not be continued: the loss is not finite")
+
+    def test_what_passes_is_no_reason_to_leave_an_adapter_out(
+        self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(self: Bench) -> None:
+            raise GraspError("the disk is full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Bench, "continued", full)
+            with pytest.raises(GraspError, match="the disk is full"):
+                api.run("tiny.yaml", [BEST], "best")
+        assert not Path("best/metrics.json").exists()
+        assert "continued" in api.run("tiny.yaml", [BEST], "best").metrics.systems
+
+    def test_a_source_that_no_step_improved_is_handed_over_as_the_source(
+        self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = Bench.continued
+
+        def unchanged(self: Bench) -> Any:
+            adapter = original(self)
+            adapter.records[-1].result["best_step"] = 0
+            return adapter
+
+        monkeypatch.setattr(Bench, "continued", unchanged)
+        result = api.run("tiny.yaml", [BEST], "best")
+        assert result.delivered is not None
+        assert result.delivered.name == "source"
+        assert result.delivered.why.endswith("which leaves the source adapter.")
+        card = Path("best/adapter/README.md").read_text(encoding="utf-8")
+        assert "Source adapter |" in card
+        assert "Target adapter |" not in card
 
     def test_a_comparison_and_a_run_share_the_continued_adapter(self, finished_run: Path) -> None:
         settings: dict[str, Any] = {"methods": ("continued", "zero_shot"), "reference": "continued", "seeds": (42,)}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from pydantic import TypeAdapter, ValidationError
 from transformers import (
@@ -24,6 +25,7 @@ from transformers import (
 
 from grasp_lora.errors import GraspError
 from grasp_lora.models.backbone import (
+    _check_sizes,
     find_dtype,
     find_stop_ids,
     fingerprint,
@@ -229,6 +231,14 @@ def test_sizes_that_no_model_has_are_refused_before_anything_is_made(sizes, fold
     config.write_text(json.dumps(json.loads(config.read_text()) | sizes))
     with pytest.raises(GraspError, match=r"config of the backbone has \w+ 10000.* at most \d+ is allowed"):
         load(folder)
+
+
+@pytest.mark.parametrize("family", ["Gemma3n", "Gemma4"])
+def test_sizes_of_real_models_are_allowed(family):
+    config = getattr(transformers, f"{family}TextConfig", None)
+    if config is None:
+        pytest.skip(f"this transformers has no {family}")
+    _check_sizes(config().to_dict())
 
 
 def test_weights_that_the_config_has_no_place_for_are_warned_about(folder, caplog):

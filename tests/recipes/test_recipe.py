@@ -327,6 +327,10 @@ class TestOverrides:
         ),
         (SMALL + "controller: {rounds: {in_turn: 0}}", r"controller\.rounds: in_turn is 0; it must be at least 1"),
         (
+            SMALL + "controller: {preset: paper, rounds: {start: 0.5}, training: {patience: 1}}",
+            r"controller: training\.patience is 1, but controller\.rounds\.start 0\.5 leaves rounds to the end",
+        ),
+        (
             SMALL + "controller: {training: {patience: 1}}",
             r"controller: training\.patience is 1, but each step of this policy trains at a ratio of its own",
         ),

@@ -158,7 +158,7 @@ class Comparison(_Shape):
         Raises:
             RecipeError: it is not there, or not of this shape.
         """
-        return read_needed(file, cls)
+        return read_needed(file, cls, "comparison")
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what was not set is left out."""

@@ -48,8 +48,11 @@ def best_of(
     usable = [name for name in order if len(losses[name]) >= FEWEST and all(map(math.isfinite, losses[name]))]
     if len(usable) < 2:
         chosen = (usable or order)[0]
-        why = f"There are no {split} losses to choose by, so the usual practice is handed over. {left_out}".strip()
-        return Delivered(name=chosen, title=title_of(chosen), why=why)
+        why = f"There are no {split} losses to choose by, so {_first(chosen)} is handed over."
+        if usable:
+            why = f"Only its {split} losses are finite."
+        warning = _nothing_learned(losses[chosen], alone, split) if usable else None
+        return Delivered(name=chosen, title=title_of(chosen), why=f"{why} {left_out}".strip(), warning=warning)
     means = {name: fmean(losses[name]) for name in usable}
     best = min(usable, key=means.__getitem__)  # of equal ones the first in the order
     others = {name: losses[name] for name in usable if name != best}
@@ -65,8 +68,7 @@ def best_of(
     if found.verdict == "better":
         why += f", the next best; the {rows} {split} rows show a difference."
     else:
-        first = "the usual practice" if chosen == "continued" else "the simpler one"
-        why += f"; {rows} {split} rows cannot tell these apart, so {first} is handed over."
+        why += f"; {rows} {split} rows cannot tell these apart, so {_first(chosen)} is handed over."
     return Delivered(
         name=chosen,
         title=title_of(chosen),
@@ -86,6 +88,11 @@ def title_of(name: str) -> str:
     """Return what a system is, as a part of a sentence; the second of several sources says so."""
     number = name.partition("_")[2]
     return IN_ORDER[_kind(name)] + (f" (number {number})" if number else "")
+
+
+def _first(name: str) -> str:
+    """What comes first in the order, in words."""
+    return "the usual practice" if name == "continued" else "the simpler one"
 
 
 def _kind(name: str) -> str:

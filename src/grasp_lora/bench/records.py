@@ -21,15 +21,15 @@ def read_record(file: Path, shape: type[_Shape]) -> _Shape | None:
     return None if text is None else check_shape(TypeAdapter(shape).validate_json, text, file)
 
 
-def read_needed(file: Path, shape: type[_Shape]) -> _Shape:
-    """Read one JSON file that a run folder has to hold.
+def read_needed(file: Path, shape: type[_Shape], made_by: str = "recipe") -> _Shape:
+    """Read one JSON file that has to be there; `made_by` is what to run again where it is not.
 
     Raises:
         RecipeError: it is missing or damaged.
     """
     found = read_record(file, shape)
     if found is None:
-        raise RecipeError(f"{file} is missing; run its recipe again")
+        raise RecipeError(f"{file} is missing; run its {made_by} again")
     return found
 
 

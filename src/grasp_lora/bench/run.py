@@ -23,7 +23,7 @@ from typing import Any
 
 from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.checks import check
-from grasp_lora.bench.deliver import best_of, by_setting
+from grasp_lora.bench.deliver import FEWEST, best_of, by_setting
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.records import read_needed
@@ -31,7 +31,7 @@ from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import STORE_FOLDER, Store
 from grasp_lora.data.splits import SPLITS
-from grasp_lora.errors import FailedElsewhere, GraspError, RecipeError
+from grasp_lora.errors import AdapterError, DivergedError, ProbeError, RecipeError
 from grasp_lora.method.masks import survival
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
@@ -139,11 +139,15 @@ class _Run:
             systems = {ALONE: bench.backbone()} | systems
             with self._stage("continued") as facts:
                 try:
-                    systems["continued"] = bench.continued()
-                    facts |= self._show_trained(files.CONTINUED_FOLDER, systems["continued"])
-                except (RecipeError, FailedElsewhere):
-                    raise
-                except GraspError as error:  # such as a training that diverges: the others are there
+                    continued = bench.continued()
+                    facts |= self._show_trained(files.CONTINUED_FOLDER, continued)
+                    if continued.records[-1].result["best_step"] or len(bench.sources) > 1:
+                        systems["continued"] = continued
+                    else:
+                        left_out = (
+                            "Continued training lowered its dev loss at no step, which leaves the source adapter."
+                        )
+                except (DivergedError, ProbeError, AdapterError) as error:  # the others are there
                     left_out = f"The source adapter could not be continued: {error}"
         systems["grasp"] = final
         with self._stage("evaluate") as facts:
@@ -188,7 +192,7 @@ class _Run:
 
     def _choose(self, bench: Bench, systems: Mapping[str, Adapter], left_out: str) -> files.Delivered:
         """Choose what is handed over, by the losses on the dev set, or else on the micro-dev set."""
-        split = next((name for name in ("dev", "micro_dev") if getattr(self.session.splits, name)), None)
+        split = next((name for name in ("dev", "micro_dev") if len(getattr(self.session.splits, name)) >= FEWEST), None)
         losses: dict[str, list[float]] = {
             name: [] if split is None else bench.losses(system, split).result["losses"]
             for name, system in systems.items()

@@ -294,7 +294,10 @@ def check_rows(folder: Path, learned: LearnedRatio) -> None:
     """
     for name, count in learned.rows.items():
         file = folder / CONTROLLER_FOLDER / name
-        found = (read_text(file) or "").count("\n")
+        text = read_text(file)
+        if text is None:
+            raise RecipeError(f"{file} is missing; run its recipe again")
+        found = text.count("\n")
         if found != count:
             raise damaged(file, f"it holds {found} of {count} rows")
 

@@ -18,6 +18,7 @@ from grasp_lora.data.build import build_splits
 from grasp_lora.data.encode import Example
 from grasp_lora.data.splits import SPLITS, Splits
 from grasp_lora.data.tasks import task_fields
+from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.metrics import Metric, resolve_metrics, score
 from grasp_lora.evaluation.outputs import MetricScore
 from grasp_lora.method.lora import AdapterWeights
@@ -251,6 +252,11 @@ class Session:
             result = self.finetune(
                 model, self.splits.train, dev, stage.training, "controller", folder, controller=controller
             )
+            if not controller.search.history:
+                raise GraspError(
+                    f"the controller run stopped by its dev loss at step {result.steps}, before its first round; "
+                    "lower controller.rounds.every, or raise controller.training.patience"
+                )
             estimate = controller.learned
             kept = controller.best_adapter(estimate.ratio) if keep_best else adapter_weights(model, segments_of(merged))
         rounds, timings = controller.rows()

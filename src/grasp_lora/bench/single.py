@@ -213,7 +213,7 @@ def _check_one_adapter(session: Session) -> None:
     if merge_rule(rule).space.apart:
         raise RecipeError(
             f"merge.rule {rule!r} keeps adapters apart while they train, which a saved adapter cannot; use 'run', or set another "
-            "rule, such as merge.rule=paper_sum_unscaled, to train this one as it is"
+            "rule, such as merge.rule=exact, to train this one as it is"
         )
 
 

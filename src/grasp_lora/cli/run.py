@@ -68,16 +68,20 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool) -> None:
     with loading():
         from grasp_lora import api
-        from grasp_lora.bench.run_folder import DISCARDED, PROMPT_FILE, REPORT_FILE
+        from grasp_lora.bench.run_folder import DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
         from grasp_lora.cli.progress import TerminalProgress
         from grasp_lora.report.delivered import next_steps, predict_command, verdict
+        from grasp_lora.report.run_record import read_run
     with shown(TerminalProgress(console)) as progress:
         result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
     print_scores(result.metrics)
     if result.delivered is not None:
-        console.print(verdict(result.delivered), style="bold", markup=False, highlight=False, soft_wrap=True)
+        say(verdict(result.delivered), style="bold")
+        say(result.delivered.why)
         if result.delivered.warning:
-            console.print(result.delivered.warning, style="yellow", markup=False, highlight=False, soft_wrap=True)
+            say(result.delivered.warning, style="yellow")
+    if result.delivered is not None and result.delivered.name != "grasp":
+        say(f"GRASP's own result lies in {result.folder / FINAL_FOLDER}:")
     ratio, given = result.ratio, result.metrics.prune_ratio_interval is None
     say(f"prune ratio {ratio.ratio:.1%} (given)" if given else ratio.summary)
     if ratio.wide:
@@ -88,7 +92,6 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
     if (result.folder / PROMPT_FILE).is_file():
         say(f"try it: {predict_command(result.folder)}")
     say(f"load it: PeftModel.from_pretrained(model, {str(result.adapter)!r})")
-    if result.delivered is not None:
-        for step in next_steps(result.delivered, recipe, overrides, result.folder):
-            say(f"next: {step}")
+    for step in next_steps(read_run(result.folder), recipe, overrides, result.folder, allow_code):
+        say(f"next: {step}")
     leave()

@@ -233,7 +233,11 @@ def _texts_in_lists(data: bytes, file: "ParquetFile") -> int:
     for number, group in product(range(len(file.schema)), range(file.num_row_groups)):
         column, written = file.schema.column(number), file.metadata.row_group(group).column(number)
         doubtful = written.num_values * written.total_uncompressed_size > MOST_BYTES
-        if doubtful and column.max_repetition_level and column.physical_type == "BYTE_ARRAY":
+        if not doubtful or not column.max_repetition_level:
+            continue
+        if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
+            size += written.num_values * column.length
+        if column.physical_type == "BYTE_ARRAY":
             encoded = ParquetFile(io.BytesIO(data), read_dictionary=[column.path])
             for part in encoded.read_row_group(group, columns=[column.path]).column(0).chunks:
                 while not hasattr(part, "dictionary"):

@@ -197,7 +197,8 @@ MERGE_RULES: dict[str, MergeRule] = {
         factors(_unscaled_roots),
     ),
     "paper_apart": MergeRule(
-        "the same as a function, but each adapter is trained and masked on its own, as in the released code",
+        "the same as a function where weights are the same (here 1 each by default), but each adapter is trained and masked "
+        "on its own, as in the released code",
         APART, default_weight=_one_each,
     ),
     "lorahub": MergeRule(
@@ -244,7 +245,7 @@ class MergeSettings:
             their own), `lorahub`, `ties`, `dare_ties`; or a `MergeRule` of one's own, in a recipe by its import path
             `package.module:name`.
         weights: one per adapter, in their order, in [-1000000, 1000000] and not all 0; None takes the rule's own default (1/N
-            each, TIES 1 each).
+            each; 1 each for `paper_apart`, `ties` and `dare_ties`).
         rank: rank of the result for rules that end in an SVD; None takes the highest rank of the inputs.
         density: share of weights that TIES and DARE keep, in (0, 1].
         seed: seed of DARE's random drops; a recipe combines it with its own seed.

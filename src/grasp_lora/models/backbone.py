@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SMALLER = "set backbone.dtype to bfloat16, or take a smaller or a quantised model"
+_SMALLER = "set backbone.dtype to bfloat16 if it is float32, or take a smaller or a quantised model"
 MOST_LAYERS, MOST_SIZE = 10_000, 2**24
 _SIZES = ("_size", "_dim", "_heads", "_experts", "n_embd", "n_inner")
 SAMPLED_WEIGHTS = 16  # of every parameter, in a fingerprint
@@ -305,7 +305,8 @@ def _check_sizes(facts: dict[str, Any]) -> None:
         if isinstance(value, dict):
             _check_sizes(value)
         elif isinstance(value, int | float):
-            most = MOST_LAYERS if "layer" in key else MOST_SIZE if key.endswith(_SIZES) else math.inf
+            is_count = "layer" in key and "per_layer" not in key  # Gemma 3n has sizes per layer
+            most = MOST_LAYERS if is_count else MOST_SIZE if "per_layer" in key or key.endswith(_SIZES) else math.inf
             if value > most:
                 raise GraspError(
                     f"The config of the backbone has {one_line(key)} {quoted(value)}; at most {most} is allowed: it is damaged "

@@ -71,7 +71,7 @@ def generate(
 def _less_memory(settings: GenerationSettings) -> str:
     return (
         f"lower generation.batch_size (now {settings.batch_size}) or generation.batch_tokens (now {settings.batch_tokens}), "
-        "or set backbone.dtype to bfloat16"
+        "or set backbone.dtype to bfloat16 if it is float32"
     )
 
 
@@ -189,7 +189,7 @@ class _Answers:
         blank = [place for place, row in enumerate(self.rows) if row not in self._ended and not self.texts[row].strip()]
         if blank and not self._settings.allow_empty:
             ends = [token for token in sorted(self._stop_ids) if token < scores.shape[-1]]
-            scores[torch.tensor(blank)[:, None], torch.tensor(ends)] = -torch.inf
+            scores[torch.tensor(blank)[:, None], torch.tensor(ends, dtype=torch.long)] = -torch.inf
         return scores
 
     def drop_ended(self) -> torch.Tensor:

@@ -201,6 +201,11 @@ class ControllerStage(Controller):
                 f"training.patience is {self.training.patience}, but each step of this policy trains at a ratio of its own, so "
                 "no dev loss is that of the run; remove it, or set controller.rounds.patience to stop the run by its rounds"
             )
+        if self.training.patience is not None and self.rounds.start > 0.0:
+            raise ValueError(
+                f"training.patience is {self.training.patience}, but controller.rounds.start {self.rounds.start} leaves rounds "
+                "to the end of the run, which may stop before; remove one of them"
+            )
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -313,7 +318,7 @@ class Recipe(BaseModel):
             if merge_rule(self.merge.rule).space.apart:
                 raise ValueError(
                     f"final.start is 'controller', whose adapter is saved as one, but merge.rule {quoted(self.merge.rule)} keeps "
-                    "adapters apart; start from 'merged', or take another rule, such as 'paper_sum_unscaled'"
+                    "adapters apart; start from 'merged', or take another rule, such as 'paper_sum_unscaled' with weights of 1"
                 )
             if final.prune_ratio is not None:
                 raise ValueError(

@@ -11,7 +11,7 @@ from grasp_lora.bench.run_folder import CARD_FILE
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_template
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.models.reading import WEIGHTS_FILE
-from grasp_lora.report.delivered import MADE, delivered_system
+from grasp_lora.report.delivered import MADE, PARTS, delivered_system
 from grasp_lora.report.pages import public_name, render, view_of
 from grasp_lora.report.run_record import DataRecipe, read_run
 from grasp_lora.storage.files import write_whole
@@ -45,16 +45,20 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     if re.fullmatch(r"[a-z]{2,3}", language):
         front["language"] = [language]
     parents = [("Backbone", backbone, record.run.backbone.fingerprint)]
-    for side in ("source", "target"):
+    system = delivered_system(record)
+    kind = system.partition("_")[0]
+    sides = PARTS.get(kind, ("source", "target"))
+    for side in sides:
         weights = run_folder / side / WEIGHTS_FILE
         if weights.is_file():
             digest = hashlib.sha256(weights.read_bytes()).hexdigest()
             parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{digest}"))
-    parents += [("Given adapter", one.name, f"sha256:{one.sha256}") for one in record.run.parents]
-    system = delivered_system(record)
+    sources = len(record.recipe.source.adapters)  # which come first
+    given = {"source": record.run.parents[:sources], "target": record.run.parents[sources:]}
+    parents += [("Given adapter", one.name, f"sha256:{one.sha256}") for side in sides for one in given[side]]
     context = view_of(record) | {
         "front_matter": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
-        "made": MADE[system.partition("_")[0]],
+        "made": MADE[kind],
         "pruned": system == "grasp",
         "base_model": json.dumps(base_model),
         "base_model_name": backbone,

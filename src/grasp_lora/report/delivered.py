@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from grasp_lora.bench.compare import LEAST_TEST
 from grasp_lora.bench.run_folder import ADAPTER_FOLDER, FINAL_FOLDER, PROMPT_FILE, Delivered
 from grasp_lora.report.run_record import RunRecord
 
@@ -14,11 +15,12 @@ MADE = {
     "merged": "a source and a target adapter were merged, and nothing was trained after that",
     "grasp": "a source and a target adapter were merged, a share of the merge was pruned, and the rest was fine-tuned",
 }
+PARTS = {"continued": ("source",), "source": ("source",), "target": ("target",)}  # of all others both
 
 
 def verdict(delivered: Delivered) -> str:
-    """Say which adapter to take and why, in two or three sentences."""
-    return f"Take this adapter: {delivered.title}. {delivered.why}"
+    """Say which adapter to take; `Delivered.why` has the reason."""
+    return f"Take this adapter: {delivered.title}."
 
 
 def chosen(record: RunRecord) -> Delivered | None:
@@ -40,18 +42,30 @@ def predict_command(folder: Path | None = None) -> str:
     return f"grasp-lora predict {adapter} --jsonl < {prompt}"
 
 
-def next_steps(delivered: Delivered, recipe: str, overrides: Sequence[str], folder: Path) -> list[str]:
-    """What a user can do after a run, a command with its exact options each, and what it costs."""
-    given = [recipe, *(part for override in overrides for part in ("--set", override))]
-    seeds = ["--output", str(folder), "--methods", "merged,continued,grasp"]
-    steps = [f"three seeds, about three times this run: {shlex.join(['grasp-lora', 'compare', *given, *seeds])}"]
-    if delivered.low is not None and delivered.high is not None and delivered.low <= 0 <= delivered.high:
-        rows = 2 * delivered.examples
-        key = f"data.target.{(delivered.split or 'dev').replace('-', '_')}={rows}"
-        more = ["--set", key, "--output", f"{folder}-{rows}"]
+def next_steps(record: RunRecord, recipe: str, overrides: Sequence[str], folder: Path, allow_code: bool) -> list[str]:
+    """What a user can do after a run, and what it costs."""
+    delivered = chosen(record)
+    if delivered is None or record.metrics is None:
+        return []
+    steps = []
+    # The rest `compare` refuses, or it would measure another GRASP.
+    if (
+        record.recipe.final.start == "merged"
+        and record.given_ratio is None
+        and record.metrics.test_examples >= LEAST_TEST
+    ):
+        given = [
+            recipe,
+            *(part for override in overrides for part in ("--set", override)),
+            *["--allow-code"] * allow_code,
+        ]
+        seeds = ["--output", str(folder), "--methods", "merged,continued,grasp"]
         steps.append(
-            f"more rows tell more, about this run once more: {shlex.join(['grasp-lora', 'run', *given, *more])}"
+            f"three seeds, about three times this run: {shlex.join(['grasp-lora', 'compare', *given, *seeds])}"
         )
+    if delivered.low is not None and delivered.high is not None and delivered.low <= 0 <= delivered.high:
+        key = f"data.target.{(delivered.split or 'dev').replace('-', '_')}"
+        steps.append(f"more {delivered.split} rows tell more: add examples and raise {key} (now {delivered.examples})")
     if delivered.name != "grasp":
         steps.append(f"GRASP's result all the same, at no cost: it is {folder / FINAL_FOLDER}")
     return steps

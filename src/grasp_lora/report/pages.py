@@ -150,13 +150,14 @@ def _probed_on(record: RunRecord) -> str:
 
 def _headline(record: RunRecord, against: Against | None) -> str:
     learned = record.learned
+    prune = "It prunes" if chosen(record) else "Prune"  # the verdict is what says what to do
     if record.given_ratio is not None:
-        sentences = [f"Prune {percent(record.given_ratio)} of the merged adapter (given, not learned)."]
+        sentences = [f"{prune} {percent(record.given_ratio)} of the merged adapter (given, not learned)."]
     elif learned is not None:
         span = f"{100 * learned.low:.0f} to {100 * learned.high:.0f} %".replace(" ", "\u00a0")
         interval = f"{percent(learned.confidence)} interval {span}"
         ratio = percent(learned.prune_ratio)
-        sentences = [f"Prune {ratio} of the merged adapter ({interval})."]
+        sentences = [f"{prune} {ratio} of the merged adapter ({interval})."]
         if learned.estimate.nothing_learned:
             sentences = [f"Nothing was learned about the prune ratio ({interval}); {ratio} was taken."]
     else:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from grasp_lora.errors import DataError, GraspError
+from grasp_lora.errors import DataError, DivergedError, GraspError
 from grasp_lora.models.backbone import without_peft
 from grasp_lora.models.live import live_factors
 from grasp_lora.storage.checkpoints import Checkpointing, State, newest_checkpoint
@@ -138,7 +138,7 @@ class _Watch(TrainerCallback):
             logs or ()
         ):  # each few steps, and the mean of the whole run at its end
             if not math.isfinite(logs[name]):
-                raise GraspError(
+                raise DivergedError(
                     f"the training loss is {logs[name]} at step {state.global_step}; "
                     f"lower the learning rate (now {args.learning_rate})"
                 )
@@ -248,7 +248,7 @@ def finetune(
             raise GraspError(f"{resumed} holds a file that is unsafe to load; remove it to start anew") from error
     steps = trainer.state.global_step
     if not all(torch.isfinite(factor).all() for factor in live_factors(model).values()):
-        raise GraspError(
+        raise DivergedError(
             f"the adapter's weights are no longer finite at step {steps}; "
             f"lower the learning rate (now {settings.learning_rate})"
         )

@@ -98,7 +98,9 @@ class ProbeSet:
         losses = torch.zeros(len(self.ids), device=device, dtype=torch.promote_types(weight.dtype, torch.float32))
         with (
             evaluating(model),
-            enough_memory("measuring losses", "lower data.max_tokens, or set backbone.dtype to bfloat16"),
+            enough_memory(
+                "measuring losses", "lower data.max_tokens, or set backbone.dtype to bfloat16 if it is float32"
+            ),
         ):
             for indices, batch in self._share():
                 on_device = {name: tensor.to(device) for name, tensor in batch.items()}
