@@ -12,7 +12,15 @@ if TYPE_CHECKING:
     from grasp_lora.bench.run import RunResult
     from grasp_lora.bench.run_folder import Delivered, Metrics
     from grasp_lora.bench.search import SweepResult
-    from grasp_lora.errors import AdapterError, DataError, GraspError, Interrupted, ProbeError, RecipeError
+    from grasp_lora.errors import (
+        AdapterError,
+        DataError,
+        DivergedError,
+        GraspError,
+        Interrupted,
+        ProbeError,
+        RecipeError,
+    )
     from grasp_lora.method.estimate import Rule
     from grasp_lora.method.importance import Score
     from grasp_lora.method.lora import AdapterWeights, LoraPair
@@ -42,6 +50,7 @@ _HOMES = {
     "DataError": "errors",
     "Decision": "method.rounds",
     "Delivered": "bench.run_folder",
+    "DivergedError": "errors",
     "Gaussian": "method.policy",
     "GraspController": "training.controller",
     "GraspError": "errors",
@@ -77,7 +86,7 @@ _HOMES = {
     "read_adapter": "models.reading",
     "run": "api",
     "save_adapter": "models.adapters",
-    "segments_of": "models.adapters",
+    "segments_of": "models.live",
     "sweep": "api",
 }
 __all__ = [
@@ -88,6 +97,7 @@ __all__ = [
     "DataError",
     "Decision",
     "Delivered",
+    "DivergedError",
     "Gaussian",
     "GraspController",
     "GraspError",
