@@ -411,6 +411,17 @@ class TestCleaning:
             read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
 
     @pytest.mark.usefixtures("small_limit")
+    def test_parquet_of_binary_of_one_length_in_a_list(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("grasp_lora.data.files._size", lambda _: pytest.fail("the row was built"))
+        texts = pa.DictionaryArray.from_arrays(
+            pa.array([0] * 20_000, pa.int32()), pa.array([b"x" * 10_000], pa.binary(10_000))
+        )
+        column = pa.ListArray.from_arrays(pa.array([0, 20_000], pa.int32()), texts.dictionary_decode())
+        pq.write_table(pa.table({"prompt": column}), tmp_path / "x.parquet", compression="zstd")
+        with pytest.raises(DataError, match=r"x\.parquet unpacks to more than 100000000 bytes"):
+            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
+
+    @pytest.mark.usefixtures("small_limit")
     def test_parquet_of_values_without_end(self, tmp_path: Path) -> None:
         numbers = pa.ListArray.from_arrays(pa.array([0, 5_000_000], pa.int32()), pa.nulls(5_000_000, pa.int8()))
         pq.write_table(pa.table({"prompt": numbers}), tmp_path / "x.parquet", compression="zstd")
