@@ -24,7 +24,7 @@ TESTS = Path(__file__).parent.parent / "tests"
 sys.path[:0] = [str(TESTS), str(TESTS / "bench")]
 
 from conftest import build_tiny_model, build_tiny_tokenizer, write_tiny_workspace  # noqa: E402
-from killed_runs import attempt, load_everything  # noqa: E402
+from killed_runs import attempt, call, load_everything  # noqa: E402
 
 from grasp_lora.recipes.builtin import recipe_keys  # noqa: E402
 
@@ -376,30 +376,12 @@ def _call(case: Case, workspace: Path) -> tuple[int, str, float]:
             os.dup2(os.open(os.devnull, os.O_RDWR), 0)
             os.dup2(os.open(os.devnull, os.O_RDWR), 1)
             os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-            status = _main(case.arguments)
+            os.environ |= {"COLUMNS": "10000", "HF_HUB_OFFLINE": "1"}
+            status = call(case.arguments)
         finally:
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return status, errors.read_text(encoding="utf-8", errors="replace"), time.perf_counter() - started
-
-
-def _main(arguments: tuple[str, ...]) -> int:
-    import traceback
-
-    from grasp_lora.cli import main as command_line
-
-    os.environ["COLUMNS"] = "10000"
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    sys.argv = ["grasp-lora", *arguments]
-    try:
-        command_line()
-    except SystemExit as end:
-        return int(end.code or 0)
-    except BaseException:  # noqa: BLE001 - this process ends here in any case
-        traceback.print_exc()
-        sys.stderr.flush()
-        return 1
-    return 0
 
 
 if __name__ == "__main__":

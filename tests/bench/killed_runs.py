@@ -112,7 +112,7 @@ def attempt(
             for number, name in ((1, "out"), (2, "err"), (3, "events")):
                 os.dup2(os.open(record / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             _watch(folder.absolute(), moments or {})
-            status = _call(arguments)
+            status = call(arguments)
         finally:
             os._exit(status)
     if seconds is not None:
@@ -147,7 +147,8 @@ def _untimed(content: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if "seconds" not in key and key not in ("pace", "parents")}
 
 
-def _call(arguments: Sequence[str]) -> int:
+def call(arguments: Sequence[str]) -> int:
+    """Call the command line in this process, which is to end after it; return its exit status, 1 after a stack trace."""
     from grasp_lora.cli import main
 
     sys.argv = ["grasp-lora", *arguments]
