@@ -35,11 +35,11 @@ def compare(
     """Run every baseline and GRASP under one protocol; print the table with uncertainty and cost.
 
     What a run, a sweep or an earlier comparison has done in this folder is not done again, and a training that was stopped
-    goes on. Methods: zero_shot, source_only, target_only, target_wide (rank of the merge), continued (source adapter on the
-    target data), joint, ties, dare_ties, lorahub, merged (not trained), adaptive_merge (fine-tuned, not pruned), grid_paper
-    (the paper's baseline), grid (of the recipe's own final runs), grasp, grasp_paper, merge_dev_free, grid_dev_free and
-    grasp_dev_free (no early stopping); grasp_single (the controller run's own adapter finished) and grid_oracle, which is not
-    fair.
+    goes on. Start it several times, and the processes share the work. Methods: zero_shot, source_only, target_only, target_wide
+    (rank of the merge), continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged (not trained),
+    adaptive_merge (fine-tuned, not pruned), grid_paper (the paper's baseline), grid (of the recipe's own final runs), grasp,
+    grasp_paper, merge_dev_free, grid_dev_free and grasp_dev_free (no early stopping); grasp_single (the controller run's own
+    adapter finished) and grid_oracle, which is not fair.
     """
     from grasp_lora.errors import GraspError
 
@@ -80,6 +80,7 @@ def sweep(
     sampler: Annotated[str, _sweep("sampler")] = "tpe",
     pruner: Annotated[str | None, typer.Option(hidden=True)] = None,
     seed: Annotated[int | None, _sweep("seed")] = None,
+    workers: Annotated[int, _sweep("workers")] = 1,
     overrides: SetOption = None,
     allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("sweep")] = None,
@@ -88,7 +89,7 @@ def sweep(
     """Search good values for any keys of a recipe with Optuna, by the dev loss of the final run.
 
     For example --param final.prune_ratio=0.1..0.8, the search that the learned ratio replaces. Writes best.yaml for `run`. Run it
-    again to go on after an interruption.
+    again to go on after an interruption. With --workers 4 start it four times: the processes share the trials.
     """
     from grasp_lora.errors import RecipeError
 
@@ -103,7 +104,13 @@ def sweep(
         from grasp_lora.bench.search import BEST_FILE
         from grasp_lora.cli.progress import TerminalSweepProgress, print_sweep
     with shown(TerminalSweepProgress(console)) as progress, _checked_options():
-        settings = {"params": tuple(param or ()), "trials": trials, "sampler": sampler, "seed": seed}
+        settings = {
+            "params": tuple(param or ()),
+            "trials": trials,
+            "sampler": sampler,
+            "seed": seed,
+            "workers": workers,
+        }
         folder, result = api.sweep(recipe, overrides or [], output, progress, allow_code=allow_code, **settings)
     print_sweep(result, console)
     say(f"best recipe {folder / BEST_FILE}")
