@@ -39,7 +39,7 @@ def compare(
     reference: Annotated[str, _compare("reference")] = "grasp",
     on: OnOption = None,
     address: AddressOption = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that share the work, with --on ray.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that share the work, with --on ray.")] = None,
     gpus_per_worker: GpusOption = 0.0,
     split_seed: Annotated[list[int] | None, _compare("split_seeds", more="May be repeated.")] = None,
     overrides: SetOption = None,
@@ -72,13 +72,7 @@ def compare(
             "reference": reference,
             "split_seeds": tuple(split_seed or ()),
         }
-    given: dict[str, Any] = {
-        "recipe": recipe,
-        "overrides": overrides or [],
-        "folder": output,
-        "allow_code": allow_code,
-        **settings,
-    }
+    given = _given(recipe, overrides, output, allow_code, settings)
     ray = _ray(on, address, workers, gpus_per_worker)
     if ray is None and workers is not None:
         raise RecipeError(
@@ -141,17 +135,18 @@ def sweep(
             "seed": seed,
             "workers": workers,
         }
-        given: dict[str, Any] = {
-            "recipe": recipe,
-            "overrides": overrides or [],
-            "folder": output,
-            "allow_code": allow_code,
-            **settings,
-        }
+        given = _given(recipe, overrides, output, allow_code, settings)
         ray = _ray(on, address, workers, gpus_per_worker)
         folder, result = share("sweep", progress, given, **ray) if ray else api.sweep(progress=progress, **given)
     print_sweep(result, console)
     say(f"best recipe {folder / BEST_FILE}")
+
+
+def _given(
+    recipe: str, overrides: list[str] | None, output: Path | None, allow_code: bool, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a command of `grasp_lora.api`."""
+    return {"recipe": recipe, "overrides": overrides or [], "folder": output, "allow_code": allow_code, **settings}
 
 
 def _ray(on: str | None, address: str | None, workers: int | None, gpus_per_worker: float) -> dict[str, Any] | None:

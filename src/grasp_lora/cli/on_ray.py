@@ -1,5 +1,6 @@
 """`--on ray`: workers of a Ray cluster that share a comparison or a sweep, each doing what the command does by itself."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def share(
     from ray.util.queue import Queue
 
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", include_dashboard=None)
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RecipeError(
             f"the Ray cluster at {quoted(address or 'this machine')} cannot be reached ({error}); look at `ray status`, or leave "
@@ -63,7 +64,7 @@ def share(
             said = Queue()
             work = ray.remote(num_cpus=cpus, num_gpus=gpus_per_worker, max_retries=RETRIES)(_work)
             waiting = [work.remote(number, said, Path.cwd(), command, arguments) for number in range(workers)]
-            result = None
+            result: tuple[Path, Any] | None = None
             while waiting:
                 done, waiting = ray.wait(waiting, timeout=SHOWN)
                 interruption.stop_if_asked()
