@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from grasp_lora.bench.comparison_record import Comparison
     from grasp_lora.bench.run import RunResult
     from grasp_lora.bench.run_folder import Delivered, Metrics
-    from grasp_lora.bench.search import SweepResult
+    from grasp_lora.bench.sweep_record import SweepResult
     from grasp_lora.errors import (
         AdapterError,
         DataError,
@@ -76,7 +76,7 @@ _HOMES = {
     "RunResult": "bench.run",
     "Score": "method.importance",
     "Spread": "method.policy",
-    "SweepResult": "bench.search",
+    "SweepResult": "bench.sweep_record",
     "Uniform": "method.policy",
     "attached": "models.adapters",
     "compare": "api",

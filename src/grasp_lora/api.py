@@ -13,8 +13,9 @@ from grasp_lora.bench.comparison_record import Comparison
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run import RunResult
 from grasp_lora.bench.run_folder import CARD_FILE, COMPARE_FOLDER, REPORT_FILE, SWEEP_FOLDER
-from grasp_lora.bench.search import SweepResult, SweepSettings
+from grasp_lora.bench.search import SweepSettings
 from grasp_lora.bench.session import Session
+from grasp_lora.bench.sweep_record import SweepResult
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.explain import explain
 from grasp_lora.recipes.load import Overrides, load_recipe

@@ -99,14 +99,26 @@ def attempt(
         moments: number of an event, from 1 -> what happens just before it: `kill`, the name of a signal, or `sh COMMAND`.
         seconds: kill it after so long.
     """
-    record = workspace / f"attempt-{os.getpid()}"
-    record.mkdir(exist_ok=True)
-    for name in ("err", "events"):  # a kill may come before the child has opened them
-        (record / name).touch()
+    return _finish(_start(workspace, arguments, folder, moments), workspace, folder, seconds)
+
+
+def together(
+    workspace: Path, arguments: Sequence[str], folder: Path, moments: Sequence[dict[int, str]]
+) -> list[Attempt]:
+    """Call the command line in several processes at the same time, what happens to each given by its moments."""
+    children = [_start(workspace, arguments, folder, one) for one in moments]
+    return [_finish(child, workspace, folder) for child in children]
+
+
+def _start(workspace: Path, arguments: Sequence[str], folder: Path, moments: dict[int, str] | None) -> int:
+    """Fork a process that calls the command line, and return its number."""
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         status = 70
         try:
+            os.read(reading, 1)  # until its folder is there
+            record = _record(workspace, os.getpid())
             os.chdir(workspace)
             signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
             for number, name in ((1, "out"), (2, "err"), (3, "events")):
@@ -115,10 +127,27 @@ def attempt(
             status = call(arguments)
         finally:
             os._exit(status)
+    record = _record(workspace, child)
+    record.mkdir(exist_ok=True)
+    for name in ("err", "events"):  # a kill may come before the child has opened them
+        (record / name).touch()
+    os.write(writing, b"!")
+    for end in (reading, writing):
+        os.close(end)
+    return child
+
+
+def _record(workspace: Path, child: int) -> Path:
+    return workspace / f"attempt-{child}"
+
+
+def _finish(child: int, workspace: Path, folder: Path, seconds: float | None = None) -> Attempt:
+    """Wait for the end of a process, or kill it after so many seconds."""
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    record = _record(workspace, child)
     result = Attempt(
         status,
         (record / "err").read_text(encoding="utf-8"),
@@ -227,13 +256,9 @@ def main() -> None:
         if command := asked.get("shell"):
             answer: dict[str, Any] = {"status": subprocess.run(command, shell=True, check=False).returncode}
         else:
-            result = attempt(
-                Path(asked["workspace"]),
-                asked["arguments"],
-                Path(asked["folder"]),
-                {int(number): action for number, action in asked.get("moments", {}).items()},
-            )
-            answer = asdict(result)
+            moments = [{int(at): what for at, what in one.items()} for one in asked["moments"]]
+            found = together(Path(asked["workspace"]), asked["arguments"], Path(asked["folder"]), moments)
+            answer = {"attempts": [asdict(one) for one in found]}
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()
 

@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,13 @@ class Runs:
         sets = [text for change in (f"save_every={SAVE_EVERY}", *changes) for text in ("--set", change)]
         place = self.workspace / folder
         actions = {name.removeprefix("at_"): action for name, action in moments.items()}
-        return Attempt(**self._ask(
-            workspace=str(self.workspace), folder=str(place), arguments=[*COMMAND, str(folder), *sets], moments=actions
-        ))  # fmt: skip
+        [attempt] = self.ask([*COMMAND, str(folder), *sets], place, [actions])
+        return attempt
+
+    def ask(self, arguments: Sequence[str], folder: Path, moments: Sequence[dict[Any, str]]) -> list[Attempt]:
+        """Start as many processes at the same time as there are moments."""
+        asked = {"workspace": str(self.workspace), "folder": str(folder), "arguments": arguments, "moments": moments}
+        return [Attempt(**one) for one in self._ask(**asked)["attempts"]]
 
     def shell(self, command: str) -> None:
         """Run a command where the attempts run, which sees their mounts."""
@@ -270,3 +274,45 @@ def test_a_folder_that_vanishes_is_one_line(runs: Runs, event: str) -> None:
     first = runs(folder, **{moment(runs.uninterrupted(), event): f"sh mv {folder} elsewhere-{folder}"})
     assert (first.status, first.error.count("\n")) == (2, 1)
     assert "has vanished: it was removed or moved, or its disk is gone" in first.error
+
+
+# Several processes that share the work of one folder
+
+SHARED = {
+    "compare": ("compare", "tiny.yaml", "--methods", "zero_shot,target_only,continued,grid,grasp", "--grid", "0.2,0.5",
+                "--seeds", "1,2", "--set", "save_every=3"),
+    "sweep": ("sweep", "tiny.yaml", "-p", "final.prune_ratio=0.1..0.8", "--trials", "5", "--workers", "2",
+              "--set", "save_every=3"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(runs: Runs) -> dict[str, Attempt]:
+    """What one process does that nothing happens to."""
+    found = {}
+    for name, arguments in SHARED.items():
+        folder = runs.workspace / f"{name}-alone"
+        [found[name]] = runs.ask([*arguments, "--output", str(folder)], folder, [{}])
+        assert (found[name].status, found[name].error) == (0, "")
+    return found
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_in_one_folder_do_every_step_once(runs: Runs, alone: dict[str, Attempt], name: str) -> None:
+    folder = runs.workspace / f"{name}-by-two"
+    attempts = runs.ask([*SHARED[name], "--output", str(folder)], folder, [{}, {}])
+    assert [(one.status, one.error) for one in attempts] == [(0, ""), (0, "")]
+    assert attempts[-1].files == alone[name].files
+    assert sum(one.steps for one in attempts) == alone[name].steps
+    assert min(one.steps for one in attempts) > 0
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_what_a_killed_process_was_at_another_one_takes_over(runs: Runs, alone: dict[str, Attempt], name: str) -> None:
+    folder = runs.workspace / f"{name}-killed"
+    middle = [number for number, event in enumerate(alone[name].events, start=1) if event.endswith("after step")][7]
+    killed, other = runs.ask([*SHARED[name], "--output", str(folder)], folder, [{middle: "kill"}, {}])
+    assert killed.status == -9
+    assert (other.status, other.error) == (0, "")
+    assert other.files == alone[name].files
+    assert killed.steps + other.steps <= alone[name].steps + SAVE_EVERY

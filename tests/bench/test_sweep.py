@@ -20,11 +20,12 @@ from grasp_lora.bench import search as search_module
 from grasp_lora.bench import session as session_module
 from grasp_lora.bench.outcomes import Adapter
 from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.search import BEST_FILE, SWEEP_FILE, SweepResult, SweepSettings, Trial, sweep
-from grasp_lora.bench.search_space import Parameter, search_space, trial_recipe
+from grasp_lora.bench.search import BEST_FILE, SWEEP_FILE, SweepSettings, sweep
+from grasp_lora.bench.search_space import Parameter, propose, search_space, trial_recipe
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
+from grasp_lora.bench.sweep_record import SweepResult, Trial
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import only_writer
@@ -442,6 +443,20 @@ def test_a_missing_extra_is_named(tiny_workspace, cli, monkeypatch):
     result = cli("sweep", "tiny.yaml", "--param", RATIO)
     assert result.status == 2
     assert result.err == "error: a sweep needs optuna, which is not installed: pip install 'grasp-lora[sweep]'\n"
+
+
+@pytest.mark.parametrize("workers", ["0", "21"])
+def test_more_workers_than_trials_are_refused(refused, workers):
+    refused("sweep", ["--param", RATIO, "--workers", workers], f"workers is {workers}; allowed: 1 to 20")
+
+
+def test_trials_that_are_proposed_at_once_differ(tiny_workspace):
+    parameters = (Parameter("final.prune_ratio", None, 0.1, 0.8),)
+    told = [({"final.prune_ratio": 0.1 + 0.05 * number}, 1.0 - 0.01 * number) for number in range(12)]
+    first = propose(parameters, told, "tpe", 1)
+    assert first == propose(parameters, told, "tpe", 1, [])
+    second = propose(parameters, told, "tpe", 1, [first])
+    assert second != first  # the same seed: what is under way alone tells them apart
 
 
 def test_processes_that_torchrun_started_are_refused(tiny_workspace, cli, monkeypatch):

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from grasp_lora.bench.run_folder import check_place
 from grasp_lora.errors import GraspError, Interrupted, RecipeError
 from grasp_lora.storage import folder as lock_module
 from grasp_lora.storage.files import write_whole
-from grasp_lora.storage.folder import LOCK_FILE, new_folder, only_writer
+from grasp_lora.storage.folder import LOCK_FILE, Busy, in_turn, new_folder, only_writer
 
 HOLDER = """
 import sys
@@ -146,6 +148,42 @@ def test_a_lock_on_a_file_that_is_gone_by_then_does_not_count(tmp_path, monkeypa
         assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
         with pytest.raises(RecipeError, match="is being written by"), only_writer(tmp_path):
             pytest.fail("two writers at once")
+
+
+def test_those_who_share_the_work_keep_a_single_writer_out(tmp_path):
+    lock = tmp_path / LOCK_FILE
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(only_writer(tmp_path, shared=True))
+        second.enter_context(only_writer(tmp_path, shared=True))
+        with pytest.raises(Busy, match="is being written by process"), only_writer(tmp_path):
+            pytest.fail("a single writer beside others")
+        first.close()
+        assert lock.is_file()
+        with pytest.raises(Busy), only_writer(tmp_path):
+            pytest.fail("a single writer beside another")
+        second.close()
+        assert not lock.exists()
+    with only_writer(tmp_path), pytest.raises(Busy), only_writer(tmp_path, shared=True):
+        pytest.fail("others beside a single writer")
+
+
+def test_writers_in_turn_wait_for_each_other(tmp_path):
+    order = []
+
+    def write(name: str) -> None:
+        with in_turn(tmp_path / "tables"):
+            order.append(name)
+            time.sleep(0.1)
+            order.append(name)
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "abc"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order[::2] == order[1::2]
+    assert sorted(order) == list("aabbcc")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("how", ["refused", "missing"])

@@ -1,10 +1,12 @@
 """`grasp-lora compare`: every method on the user's own data under one protocol, and one table with uncertainty and cost.
 
 The work is a list of (method, seed). What is on record in the folder's store is not done again, whoever did it, and a training
-that was stopped goes on. The table is made from the records alone, anew after each seed, so that it can be read while more
-is under way. Paper: main table and runtime table.
+that was stopped goes on. Several processes may compare in one folder: each leaves a method aside while another process is at one
+of its steps. The table is made from the records alone, anew after each seed, so that it can be read while more is under way.
+Paper: main table and runtime table.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,10 +31,11 @@ from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import write_json, write_whole
-from grasp_lora.storage.folder import Workplace, working_in
+from grasp_lora.storage.folder import Busy, Workplace, in_turn, working_in
 
 SEEDS = (42, 1337, 9001)  # Paper: experimental setup
 LEAST_TEST = 2
+WAIT = 0.5  # seconds between two looks at what other processes do
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def compare(
         show: given the folder of the tables and what `compare.json` holds whenever that was written.
 
     Raises:
-        GraspError: the recipe, the data or an adapter does not fit, the folder cannot be written or another process writes there;
+        GraspError: the recipe, the data or an adapter does not fit, the folder cannot be written or a run writes there;
             what is on record stays.
         Interrupted: SIGTERM or SIGINT came.
     """
@@ -127,14 +130,21 @@ def compare(
         session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
         work = _Work(session, place, settings, progress or Progress(), show)
         work.store.check_dtype(str(session.backbone.model.dtype))
-        place.begin()
+        place.begin(shared=True)
         (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
-        write_whole(folder / COMPARE_FOLDER / RECIPE_FILE, recipe.to_yaml(folder / COMPARE_FOLDER))
+        with in_turn(folder / COMPARE_FOLDER):
+            write_whole(folder / COMPARE_FOLDER / RECIPE_FILE, recipe.to_yaml(folder / COMPARE_FOLDER))
         return work.execute()
 
 
-def _units(rows: Rows) -> float:
-    return sum(METHODS[name].units for name, row in rows.items() if not row.unavailable)
+@dataclass
+class _Batch:
+    """All methods with one seed on one split of the data, and the names of those that are to be done."""
+
+    bench: Bench
+    rows: Rows
+    seed: int
+    to_do: list[str]
 
 
 class _Work:
@@ -161,21 +171,36 @@ class _Work:
         self.again = {other: self._rows(elsewhere) for other, elsewhere in self.others.items()}
 
     def execute(self) -> Comparison:
-        settings, rows, again, split_seed = self.settings, self.rows, self.again, self.split_seed
-        self.progress.begin(
-            len(settings.seeds) * _units(rows) + sum(_units(rows_there) for rows_there in again.values())
-        )
-        shared = self.session.variant(self._with_split(split_seed))
-        for seed in settings.seeds:
-            self._run(shared, rows, seed)
-            comparison = summary(shared, settings, rows, split_seed)
-            self._write(comparison)
-        for other, elsewhere in self.others.items():
-            self._run(elsewhere, again[other], settings.seeds[0])
-            others = [*comparison.other_splits, other_split(rows, again[other], settings, other)]
-            comparison = comparison.model_copy(update={"other_splits": others})
-            self._write(comparison)
-        return comparison
+        settings = self.settings
+        shared = self.session.variant(self._with_split(self.split_seed))
+        batches = [self._batch(shared, self.rows, seed) for seed in settings.seeds]
+        batches += [self._batch(there, self.again[other], settings.seeds[0]) for other, there in self.others.items()]
+        self.progress.begin(sum(METHODS[name].units for batch in batches for name in batch.to_do))
+        finished = 0
+        while True:
+            used = len(self.store.used)
+            for batch in batches:
+                self._advance(batch)
+                before, finished = finished, next((n for n, one in enumerate(batches) if one.to_do), len(batches))
+                if finished > before:
+                    comparison = self._comparison(shared, finished)
+                    self._write(comparison)
+            if finished == len(batches):
+                return comparison
+            if len(self.store.used) == used:
+                self.progress.stage("waiting for what other processes do in this folder")
+                time.sleep(WAIT)
+
+    def _comparison(self, shared: Session, finished: int) -> Comparison:
+        """What the batches that come before the first unfinished one have come to."""
+        settings, seeds = self.settings, self.settings.seeds[:finished]
+        rows = {
+            name: replace(row, by_seed={seed: row.by_seed[seed] for seed in seeds if seed in row.by_seed})
+            for name, row in self.rows.items()
+        }
+        others = list(self.again.items())[: max(0, finished - len(settings.seeds))]
+        splits = [other_split(rows, there, settings, other) for other, there in others]
+        return summary(shared, settings, rows, self.split_seed).model_copy(update={"other_splits": splits})
 
     def _rows(self, session: Session) -> Rows:
         """Rows with nothing in them yet, for the splits of a session.
@@ -200,28 +225,38 @@ class _Work:
         recipe = self.session.recipe
         return recipe.model_copy(update={"data": replace(recipe.data, split_seed=split_seed)})
 
-    def _run(self, shared: Session, rows: Rows, seed: int) -> None:
+    def _batch(self, shared: Session, rows: Rows, seed: int) -> "_Batch":
         seeded = shared.variant(shared.recipe.model_copy(update={"seed": seed}))
         bench = Bench(seeded, shared, self.store, self.settings.grid)
-        for name, row in rows.items():
-            if row.unavailable is not None:
-                continue
-            title = f"{METHODS[name].title}, seed {seed}"
+        return _Batch(bench, rows, seed, [name for name, row in rows.items() if row.unavailable is None])
+
+    def _advance(self, batch: "_Batch") -> None:
+        """Do every method of a batch that is to be done, less those of which another process does a step."""
+        left = []
+        for name in batch.to_do:
+            method, row = METHODS[name], batch.rows[name]
+            title = f"{method.title}, seed {batch.seed}"
             self.place.place = f"in {title}"
-            self.progress.stage(title)
             try:
-                row.by_seed[seed] = METHODS[name].run(bench)
+                if row.unavailable is None:
+                    self.progress.stage(title)
+                    row.by_seed[batch.seed] = method.run(batch.bench)
+            except Busy:
+                left.append(name)
+                continue
             except RecipeError:  # of a record or a setting: that concerns the whole comparison
                 raise
             except GraspError as error:
-                row.unavailable, row.failed = f"failed with seed {seed}: {error}", True
+                row.unavailable, row.failed = f"failed with seed {batch.seed}: {error}", True
                 row.by_seed.clear()
-            self.progress.done(METHODS[name].units)
+            self.progress.done(method.units)
+        batch.to_do = left
 
     def _write(self, comparison: Comparison) -> None:
         folder = self.place.folder / COMPARE_FOLDER
-        write_json(folder / COMPARISON_FILE, comparison.to_json())
-        self.show(folder, comparison)
+        with in_turn(folder):
+            write_json(folder / COMPARISON_FILE, comparison.to_json())
+            self.show(folder, comparison)
 
 
 def check_list(name: str, values: Sequence[Any]) -> None:

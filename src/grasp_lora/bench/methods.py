@@ -20,6 +20,7 @@ from grasp_lora.method.merging import MERGE_RULES, merge_rule
 from grasp_lora.method.presets import PRESETS
 from grasp_lora.method.search import RatioPolicy
 from grasp_lora.recipes.recipe import ControllerStage, FinalStage, Recipe
+from grasp_lora.storage.folder import Busy
 
 SINGLE_SHARE = 0.6  # of the epochs of a final run, in which a single run learns its ratio
 
@@ -61,14 +62,18 @@ def _run_grid(
 
     def run(bench: Bench) -> Outcome:
         merged = bench.merged(dev_free)
-        runs, failed = {}, {}
+        runs, failed, taken = {}, {}, None
         for ratio in bench.grid:
             try:
                 runs[ratio] = bench.finetuned(merged, ratio, final, dev_free)
+            except Busy as error:  # the other ratios need not wait for this one
+                taken = error
             except RecipeError:
                 raise
             except GraspError as error:  # such as a training that diverges: a search goes on without it
                 failed[ratio] = error
+        if taken is not None:
+            raise taken
         if not runs:
             raise next(iter(failed.values()))
         splits = (choose_on, "test") if curve else (choose_on,)

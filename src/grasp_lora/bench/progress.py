@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grasp_lora.bench.search import Trial
     from grasp_lora.bench.store import Record
+    from grasp_lora.bench.sweep_record import Trial
 
 
 class Progress:

@@ -3,12 +3,15 @@
 A trial is the final run of the recipe with the trial's values, judged by its dev loss; the test split is never looked at. Its
 work is a step on record, so what trials share is done once. `sweep.json` holds the finished trials: before each trial Optuna is
 told of them, and its sampler takes a seed of the trial's own. So a sweep that was killed goes on to the same trials.
+Where several processes sweep in one folder, as many trials are proposed at once, each process does those that no other one is at,
+and they are told in their order: so the trials do not depend on who is faster.
 """
 
 import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,19 +26,21 @@ from grasp_lora.bench.search_space import SAMPLERS, Parameter, propose, search_s
 from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import STORE_FOLDER, Store
+from grasp_lora.bench.sweep_record import Identity, SweepCost, SweepResult, Trial
 from grasp_lora.data.places import resolve_file
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import write_json, write_whole
-from grasp_lora.storage.folder import Workplace, working_in
+from grasp_lora.storage.folder import Busy, Workplace, in_turn, working_in
 from grasp_lora.text.display import escaped
 from grasp_lora.text.names import needs
 
 TRIALS = 20
 BEST_FILE = "best.yaml"
 SWEEP_FILE = "sweep.json"
+WAIT = 0.5  # seconds between two looks at what other processes do
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class SweepSettings:
         trials: how many are to be finished in the end, those of earlier calls included.
         sampler: `tpe` (Optuna's tree-structured Parzen estimator) or `random`.
         seed: seed of the sampler; None takes the recipe's.
+        workers: how many trials are proposed at once, for so many processes that sweep in one folder; at least 1.
 
     Raises:
         ValueError: an unknown sampler, or a number out of range.
@@ -56,6 +62,7 @@ class SweepSettings:
     trials: int = TRIALS
     sampler: str = "tpe"
     seed: int | None = None
+    workers: int = 1
 
     def __post_init__(self) -> None:
         if self.sampler == "grid":
@@ -67,86 +74,12 @@ class SweepSettings:
             raise ValueError(f"sampler is {self.sampler!r}; allowed: {', '.join(SAMPLERS)}")
         if self.trials < 1:
             raise ValueError(f"trials is {self.trials}; it must be at least 1")
+        if not 1 <= self.workers <= self.trials:
+            raise ValueError(
+                f"workers is {self.workers}; allowed: 1 to {self.trials}, the number of trials, since each does one at a time"
+            )
         if self.seed is not None and self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A finished trial.
-
-    Args:
-        trial: its number, from 1.
-        values: by dotted key of the recipe.
-        state: `complete`, or `failed`: the training diverged, or these values do not go together.
-        dev_loss: of the adapter that the run keeps; None if it failed.
-        steps, best_step: optimizer steps taken, and that of the kept adapter.
-        seconds, work: wall time and forward passes of the final run; 0 where the values came before.
-        adapter: key of the final run's step.
-        repeats: whether an earlier trial had the same values.
-        error: why it failed.
-    """
-
-    trial: int
-    values: Mapping[str, Any]
-    state: str = "complete"
-    dev_loss: float | None = None
-    steps: int = 0
-    best_step: int | None = None
-    seconds: float = 0.0
-    work: int = 0
-    adapter: str | None = None
-    repeats: bool = False
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What must not change while a sweep goes on, since its trials are compared with each other."""
-
-    recipe: str
-    params: list[str]
-    sampler: str
-    seed: int
-    backbone: str
-    dtype: str
-    data: str
-    adapters: dict[str, str]  # those that are given
-
-
-@dataclass(frozen=True)
-class SweepCost:
-    """Seconds and forward passes of the final runs, without and with the adapters that they merge."""
-
-    runs: int
-    seconds: float
-    seconds_with_parents: float
-    work: int
-    work_with_parents: int
-
-
-@dataclass(frozen=True)
-class SweepResult:
-    """A sweep as `sweep.json` holds it.
-
-    Args:
-        name, backbone_name, language, dev_examples: of the recipe.
-        identity: of the sweep.
-        trials: in their order.
-        parents: key -> seconds and forward passes of each adapter to merge that was trained.
-        best: number of the trial with the lowest dev loss; None if all failed.
-        cost: of everything.
-    """
-
-    name: str
-    backbone_name: str
-    language: str
-    dev_examples: int
-    identity: Identity
-    trials: list[Trial]
-    parents: dict[str, tuple[float, int]]
-    best: int | None
-    cost: SweepCost
 
 
 def sweep(session: Session, folder: Path, settings: SweepSettings, progress: Progress | None = None) -> SweepResult:
@@ -175,7 +108,7 @@ def sweep(session: Session, folder: Path, settings: SweepSettings, progress: Pro
         if not session.splits.dev:
             raise RecipeError("a sweep needs a dev split, but data.target.dev is 0; give it at least 1 example")
         session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
-        place.begin()
+        place.begin(shared=True)
         result = _Search(session, place, settings, parameters, progress or Progress()).run()
         if result.best is None:
             raise RecipeError(
@@ -183,7 +116,8 @@ def sweep(session: Session, folder: Path, settings: SweepSettings, progress: Pro
             )
         best = result.trials[result.best - 1]
         tuned = trial_recipe(recipe.model_copy(update={"metrics": given.metrics}), best.values)
-        write_whole(folder / SWEEP_FOLDER / BEST_FILE, relocated(tuned, session.base, folder / SWEEP_FOLDER))
+        with in_turn(folder / SWEEP_FOLDER):
+            write_whole(folder / SWEEP_FOLDER / BEST_FILE, relocated(tuned, session.base, folder / SWEEP_FOLDER))
     return result
 
 
@@ -209,26 +143,55 @@ class _Search:
     def run(self) -> SweepResult:
         """Finish trials until there are as many as asked for; `sweep.json` is written after each."""
         self._remember()
-        done, wanted = len(self._trials), self._settings.trials
-        self._progress.begin(max(wanted, done), done)
-        for number in range(done + 1, wanted + 1):
-            self._place.place = f"in trial {number} of {wanted}"
-            values = self._proposed()
-            self._progress.stage(f"trial {number}: {shown(values)}")
-            self._trials.append(self._tried(number, values))
-            write_json(self._file, asdict(self._result()))
-            self._progress.trial(self._trials[-1])
-            self._progress.done(1)
+        wanted, workers = self._settings.trials, self._settings.workers
+        self._progress.begin(max(wanted, len(self._trials)), len(self._trials))
+        while (done := len(self._trials)) < wanted:
+            begun = done // workers * workers  # number of trials in the blocks before this one
+            proposed = [trial.values for trial in self._trials[begun:]]
+            while begun + len(proposed) < min(begun + workers, wanted):
+                proposed.append(self._proposed(self._trials[:begun], proposed))
+            self._finish(begun, proposed)
         return self._result()
+
+    def _finish(self, begun: int, proposed: Sequence[Mapping[str, Any]]) -> None:
+        """Do the trials of a block that no other process is at, and wait for those that one is.
+
+        Args:
+            begun: trials before the block.
+            proposed: the values of its trials, those of finished ones included.
+        """
+        tried: dict[int, Trial] = {}
+        last = begun + len(proposed)
+        while True:
+            for number, values in enumerate(proposed, start=begun + 1):
+                if number <= len(self._trials) or number in tried:
+                    continue
+                self._place.place = f"in trial {number} of {self._settings.trials}"
+                self._progress.stage(f"trial {number}: {shown(values)}")
+                with suppress(Busy):
+                    tried[number] = self._repeated(number, values) or self._tried(number, values)
+                while (trial := tried.get(len(self._trials) + 1)) is not None:
+                    self._tell(trial)
+            if len(self._trials) == last:
+                return
+            self._progress.stage("waiting for what other processes do in this folder")
+            time.sleep(WAIT)
+
+    def _tell(self, trial: Trial) -> None:
+        """Take a trial up, after all those before it."""
+        self._trials.append(self._repeated(trial.trial, trial.values) or trial)
+        with in_turn(self._file.parent):
+            before = self._read()
+            if before is None or len(before.trials) < len(self._trials):  # else another process is ahead
+                write_json(self._file, asdict(self._result()))
+        self._progress.trial(self._trials[-1])
+        self._progress.done(1)
 
     def _remember(self) -> None:
         """Take up the trials that are in the folder."""
-        if not self._file.exists():
+        before = self._read()
+        if before is None:
             return
-        try:
-            before = TypeAdapter(SweepResult).validate_json(self._file.read_bytes())
-        except (OSError, ValidationError) as error:
-            raise self._unreadable() from error
         told, asked = asdict(before.identity), asdict(self._identity)
         if changed := [name for name, value in asked.items() if told[name] != value]:
             raise RecipeError(
@@ -237,20 +200,31 @@ class _Search:
             )
         self._trials, self._parents = before.trials, before.parents
 
-    def _proposed(self) -> dict[str, Any]:
-        """The values of the next trial; the sampler's seed is that of the trial's number."""
-        seeds = self._session.recipe.model_copy(update={"seed": self._identity.seed})
-        told = [(trial.values, trial.dev_loss) for trial in self._trials]
+    def _read(self) -> SweepResult | None:
         try:
-            return propose(self._parameters, told, self._settings.sampler, seeds.seed_of(f"sweep {len(told)}"))
+            return TypeAdapter(SweepResult).validate_json(self._file.read_bytes()) if self._file.exists() else None
+        except (OSError, ValidationError) as error:
+            raise self._unreadable() from error
+
+    def _proposed(self, told: Sequence[Trial], others: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The values of the next trial, beside others that are not finished; the sampler's seed is that of its number."""
+        seeds = self._session.recipe.model_copy(update={"seed": self._identity.seed})
+        finished = [(trial.values, trial.dev_loss) for trial in told]
+        seed = seeds.seed_of(f"sweep {len(told) + len(others)}")
+        try:
+            return propose(self._parameters, finished, self._settings.sampler, seed, others)
         except ValueError as error:
             raise self._unreadable() from error
 
-    def _tried(self, number: int, values: dict[str, Any]) -> Trial:
-        """Do what a trial asks for; values that came before end as they did, at no cost."""
+    def _repeated(self, number: int, values: Mapping[str, Any]) -> Trial | None:
+        """The end of a trial whose values came before: as it was, at no cost."""
         for earlier in self._trials:
             if json.dumps(earlier.values) == json.dumps(values):
                 return replace(earlier, trial=number, seconds=0.0, work=0, repeats=True)
+        return None
+
+    def _tried(self, number: int, values: Mapping[str, Any]) -> Trial:
+        """Do what a trial asks for."""
         started = time.perf_counter()
         try:
             session = self._session.variant(trial_recipe(self._session.recipe, values))
@@ -263,7 +237,7 @@ class _Search:
             self._parents |= {one.key: (one.seconds, one.work) for one in merged.records}
             started = time.perf_counter()
             adapter = bench.finetuned(merged, session.recipe.final.prune_ratio or 0.0)
-        except RecipeError:  # a record is damaged: no fault of the values
+        except RecipeError:  # a record is damaged, or another process is at it: no fault of the values
             raise
         except GraspError as error:  # the training diverged, or these adapters do not go together
             seconds = round(time.perf_counter() - started, 3)
@@ -357,6 +331,7 @@ def _identity(session: Session, settings: SweepSettings) -> Identity:
         str(backbone.model.dtype),
         hash_of(session.splits),
         {place: adapter.identity for place, adapter in session.existing_adapters.items()},
+        settings.workers,
     )
 
 

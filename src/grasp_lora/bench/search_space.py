@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from grasp_lora.text.display import escaped, quoted
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
 
 SAMPLERS = ("tpe", "random")
 SECTIONS = (
@@ -120,7 +121,11 @@ def trial_recipe(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
 
 
 def propose(
-    parameters: Sequence[Parameter], told: Sequence[tuple[Mapping[str, Any], float | None]], sampler: str, seed: int
+    parameters: Sequence[Parameter],
+    told: Sequence[tuple[Mapping[str, Any], float | None]],
+    sampler: str,
+    seed: int,
+    others: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the values that Optuna tries next; the same after the same trials with the same seed.
 
@@ -129,6 +134,7 @@ def propose(
         told: values and loss of every earlier trial, in order; None for one that failed, which samplers learn from, too.
         sampler: one of `SAMPLERS`.
         seed: of the sampler.
+        others: values that were proposed, but are not finished; Optuna takes them for bad ones, so as to try something else.
 
     Raises:
         ValueError: earlier values are none of these parameters.
@@ -138,14 +144,17 @@ def propose(
 
     chosen = {one.key for one in parameters if one.choices is not None}
     distributions = {one.key: _distribution(one) for one in parameters}
-    samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+    samplers: dict[str, Callable[[], BaseSampler]] = {
+        "tpe": lambda: optuna.samplers.TPESampler(seed=seed, constant_liar=bool(others)),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        study = optuna.create_study(sampler=samplers[sampler](seed=seed))
-        for values, loss in told:
+        study = optuna.create_study(sampler=samplers[sampler]())
+        known = [(values, loss, TrialState.PRUNED if loss is None else TrialState.COMPLETE) for values, loss in told]
+        for values, loss, state in [*known, *((one, None, TrialState.RUNNING) for one in others)]:
             params = {key: json.dumps(value) if key in chosen else value for key, value in values.items()}
-            state = TrialState.PRUNED if loss is None else TrialState.COMPLETE
             study.add_trial(create_trial(state=state, value=loss, params=params, distributions=distributions))
         asked = study.ask(distributions).params
     except TypeError as error:

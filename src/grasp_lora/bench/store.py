@@ -19,7 +19,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -32,6 +32,7 @@ from grasp_lora.bench.progress import Progress
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.storage.checkpoints import newest_checkpoint, seconds_of
 from grasp_lora.storage.files import discard, sync, sync_all, write_json
+from grasp_lora.storage.folder import Busy, make_folder, only_writer
 from grasp_lora.storage.interruption import Interruption
 from grasp_lora.storage.processes import on_first_process, world_size
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
@@ -81,7 +82,9 @@ class Record:
 
 
 class Store:
-    """The steps of one folder. Of several processes at one step the first writes and all get the record.
+    """The steps of one folder. Of several processes that torchrun started the first writes and all get the record.
+
+    Processes that were started by themselves share the steps: whoever comes first does one, and for the others it is `Busy`.
 
     Args:
         folder: made when the first step ends.
@@ -119,6 +122,7 @@ class Store:
             redo: do the work although it is on record, because an adapter is missing; the record stays.
 
         Raises:
+            Busy: another process is at this step, or at one that it needs.
             RecipeError: a record is damaged.
             GraspError: the step fails, or failed before: it is not tried again.
             Interrupted: a signal has stopped it.
@@ -131,9 +135,14 @@ class Store:
         record = on_first_process(partial(self._find, step, key))
         there = record is not None
         if record is None or redo:
-            with self._interruption.deferred() if trains and self._interruption else nullcontext():
-                done = self._do(step, key, settings, work, record)
-            record = record or done
+            make_folder(self.folder / WORK)
+            with only_writer(self.folder / WORK / key, beside=True):
+                record = on_first_process(partial(self._find, step, key))  # another process may have done it by now
+                there = record is not None
+                if record is None or redo:
+                    with self._interruption.deferred() if trains and self._interruption else nullcontext():
+                        done = self._do(step, key, settings, work, record)
+                    record = record or done
         self._known[key] = record
         self.used.append((record, there))
         self._progress.record(record, there)
@@ -196,7 +205,8 @@ class Store:
         try:
             result = work(key, folder)
         except GraspError as error:
-            self._failed[key] = error
+            if not isinstance(error, Busy):
+                self._failed[key] = error
             self._inside = outer + time.perf_counter() - started
             raise
         elapsed = time.perf_counter() - started
@@ -214,7 +224,12 @@ class Store:
         file = self._file(step, key)
         if not file.is_file():
             return self._packed.get(key)
-        shutil.rmtree(self.folder / WORK / key, ignore_errors=True)  # a kill may have come after the record was written
+        work = self.folder / WORK / key
+        if (
+            work.exists()
+        ):  # a kill may have come after the record was written, or another process makes a lost adapter again
+            with suppress(Busy), only_writer(work, beside=True):
+                shutil.rmtree(work, ignore_errors=True)
         return _read(file, key)
 
     def _file(self, step: str, key: str) -> Path:

@@ -60,7 +60,7 @@ def _start(
 
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and exit status 2, a stop by a signal one line and 75."""
-    _set_up_libraries()
+    set_up_libraries()
     with lasting_outputs() as problem_of_output:
         status = _status()
         if (problem := problem_of_output()) and not status:
@@ -102,7 +102,7 @@ def _what_arrived(error: Any) -> str:
     return f", got {errors()[0]['input']!r}" if errors else ""
 
 
-def _set_up_libraries() -> None:
+def set_up_libraries() -> None:
     """Say how the libraries should behave; they read this when they are imported, so it comes before all of them.
 
     What the user has set stays.

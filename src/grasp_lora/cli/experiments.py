@@ -9,9 +9,20 @@ import typer
 
 from grasp_lora.cli.options import AllowCodeOption, OptionsOf, RecipeArgument, SetOption, VerboseOption
 from grasp_lora.cli.terminal import console, loading, log_to_terminal, say, shown
+from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.text.display import quoted
 
 _compare = OptionsOf("grasp_lora.bench.compare", "ComparisonSettings")
 _sweep = OptionsOf("grasp_lora.bench.search", "SweepSettings")
+
+
+OnOption = Annotated[
+    str | None, typer.Option("--on", help="`ray`: let the workers of a Ray cluster share the work (extra ray).")
+]
+AddressOption = Annotated[
+    str | None, typer.Option(help="Of the Ray cluster; without one, a cluster on this machine is started.")
+]
+GpusOption = Annotated[float, typer.Option(min=0.0, help="GPUs of each Ray worker; may be a fraction.")]
 
 
 def _folder_option(kind: str) -> Any:
@@ -26,6 +37,10 @@ def compare(
     seeds: Annotated[str, _compare("seeds", more="Separated by commas.")] = "42,1337,9001",
     grid: Annotated[str, _compare("grid", more="Separated by commas.")] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
     reference: Annotated[str, _compare("reference")] = "grasp",
+    on: OnOption = None,
+    address: AddressOption = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that share the work, with --on ray.")] = None,
+    gpus_per_worker: GpusOption = 0.0,
     split_seed: Annotated[list[int] | None, _compare("split_seeds", more="May be repeated.")] = None,
     overrides: SetOption = None,
     allow_code: AllowCodeOption = False,
@@ -35,19 +50,18 @@ def compare(
     """Run every baseline and GRASP under one protocol; print the table with uncertainty and cost.
 
     What a run, a sweep or an earlier comparison has done in this folder is not done again, and a training that was stopped
-    goes on. Methods: zero_shot, source_only, target_only, target_wide (rank of the merge), continued (source adapter on the
-    target data), joint, ties, dare_ties, lorahub, merged (not trained), adaptive_merge (fine-tuned, not pruned), grid_paper
-    (the paper's baseline), grid (of the recipe's own final runs), grasp, grasp_paper, merge_dev_free, grid_dev_free and
-    grasp_dev_free (no early stopping); grasp_single (the controller run's own adapter finished) and grid_oracle, which is not
-    fair.
+    goes on. Start it several times, and the processes share the work. Methods: zero_shot, source_only, target_only, target_wide
+    (rank of the merge), continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged (not trained),
+    adaptive_merge (fine-tuned, not pruned), grid_paper (the paper's baseline), grid (of the recipe's own final runs), grasp,
+    grasp_paper, merge_dev_free, grid_dev_free and grasp_dev_free (no early stopping); grasp_single (the controller run's own
+    adapter finished) and grid_oracle, which is not fair.
     """
-    from grasp_lora.errors import GraspError
-
     log_to_terminal(verbose)
     with loading():
         from grasp_lora import api
         from grasp_lora.bench.methods import DEFAULT_METHODS
         from grasp_lora.bench.run_folder import REPORT_FILE
+        from grasp_lora.cli.on_ray import share
         from grasp_lora.cli.progress import TerminalBenchProgress, print_steps
         from grasp_lora.report.comparison import COMPARISON_TABLES_FILE, print_comparison
     with _checked_options():
@@ -58,8 +72,16 @@ def compare(
             "reference": reference,
             "split_seeds": tuple(split_seed or ()),
         }
+    given = _given(recipe, overrides, output, allow_code, settings)
+    ray = _ray(on, address, workers, gpus_per_worker)
+    if ray is None and workers is not None:
+        raise RecipeError(
+            f"--workers is {workers}, but --on is not given; give --on ray, or start this command so often"
+        )
     with shown(TerminalBenchProgress(console)) as progress, _checked_options():
-        folder, comparison = api.compare(recipe, overrides or [], output, progress, allow_code=allow_code, **settings)
+        folder, comparison = (
+            share("compare", progress, given, **ray) if ray else api.compare(progress=progress, **given)
+        )
     print_comparison(comparison, console)
     print_steps(progress.used, console)
     say(f"tables {folder / COMPARISON_TABLES_FILE}   report {folder / REPORT_FILE}")
@@ -80,6 +102,10 @@ def sweep(
     sampler: Annotated[str, _sweep("sampler")] = "tpe",
     pruner: Annotated[str | None, typer.Option(hidden=True)] = None,
     seed: Annotated[int | None, _sweep("seed")] = None,
+    workers: Annotated[int, _sweep("workers")] = 1,
+    on: OnOption = None,
+    address: AddressOption = None,
+    gpus_per_worker: GpusOption = 0.0,
     overrides: SetOption = None,
     allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("sweep")] = None,
@@ -88,10 +114,8 @@ def sweep(
     """Search good values for any keys of a recipe with Optuna, by the dev loss of the final run.
 
     For example --param final.prune_ratio=0.1..0.8, the search that the learned ratio replaces. Writes best.yaml for `run`. Run it
-    again to go on after an interruption.
+    again to go on after an interruption. With --workers 4 start it four times: the processes share the trials.
     """
-    from grasp_lora.errors import RecipeError
-
     log_to_terminal(verbose)
     if pruner is not None:
         raise RecipeError(
@@ -101,19 +125,46 @@ def sweep(
     with loading():
         from grasp_lora import api
         from grasp_lora.bench.search import BEST_FILE
+        from grasp_lora.cli.on_ray import share
         from grasp_lora.cli.progress import TerminalSweepProgress, print_sweep
     with shown(TerminalSweepProgress(console)) as progress, _checked_options():
-        settings = {"params": tuple(param or ()), "trials": trials, "sampler": sampler, "seed": seed}
-        folder, result = api.sweep(recipe, overrides or [], output, progress, allow_code=allow_code, **settings)
+        settings = {
+            "params": tuple(param or ()),
+            "trials": trials,
+            "sampler": sampler,
+            "seed": seed,
+            "workers": workers,
+        }
+        given = _given(recipe, overrides, output, allow_code, settings)
+        ray = _ray(on, address, workers, gpus_per_worker)
+        folder, result = share("sweep", progress, given, **ray) if ray else api.sweep(progress=progress, **given)
     print_sweep(result, console)
     say(f"best recipe {folder / BEST_FILE}")
+
+
+def _given(
+    recipe: str, overrides: list[str] | None, output: Path | None, allow_code: bool, settings: dict[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a command of `grasp_lora.api`."""
+    return {"recipe": recipe, "overrides": overrides or [], "folder": output, "allow_code": allow_code, **settings}
+
+
+def _ray(on: str | None, address: str | None, workers: int | None, gpus_per_worker: float) -> dict[str, Any] | None:
+    """What `share` takes, or None without --on."""
+    if on is None and (address is not None or gpus_per_worker):
+        raise RecipeError(
+            f"{'--gpus-per-worker' if address is None else '--address'} is given without --on ray; add that"
+        )
+    if on not in (None, "ray"):
+        raise RecipeError(f"--on is {quoted(str(on))}; allowed: ray")
+    if on is None:
+        return None
+    return {"workers": workers or 1, "address": address, "gpus_per_worker": gpus_per_worker}
 
 
 @contextmanager
 def _checked_options() -> Iterator[None]:
     """Turn what settings say of their values into the error of a user's mistake."""
-    from grasp_lora.errors import RecipeError
-
     try:
         yield
     except ValueError as error:

@@ -19,8 +19,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.search import SweepResult, Trial, shown
+from grasp_lora.bench.search import shown
 from grasp_lora.bench.store import Record
+from grasp_lora.bench.sweep_record import SweepResult, Trial
 from grasp_lora.text.display import escaped
 
 _TITLES = {

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,11 @@ except ImportError:  # Windows
 log = logging.getLogger(__name__)
 
 LOCK_FILE = "grasp-lora.lock"
+MOMENT = 0.05  # seconds between two looks at what another process holds
+
+
+class Busy(RecipeError):  # noqa: N818 - a state of the folder, which ends by itself
+    """Another process writes there."""
 
 
 class Workplace:
@@ -42,14 +48,17 @@ class Workplace:
         self.interruption = Interruption(lambda: self.place)
         self.lock = ExitStack()
 
-    def begin(self) -> None:
+    def begin(self, *, shared: bool = False) -> None:
         """Make the folder and be its only writer; of several processes the first one is, for all.
+
+        Args:
+            shared: be one of those who share the work instead, each step of which has one writer.
 
         Raises:
             GraspError: the folder cannot be made, or another process writes there.
         """
         make_folder(self.folder)
-        self.lock.enter_context(only_writer(self.folder))
+        self.lock.enter_context(only_writer(self.folder, shared=shared))
 
 
 @contextmanager
@@ -147,7 +156,7 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def only_writer(place: Path, *, beside: bool = False) -> Iterator[None]:
+def only_writer(place: Path, *, beside: bool = False, shared: bool = False) -> Iterator[None]:
     """Be the only process that writes a folder or a file, inside the context.
 
     The operating system holds the lock, so that of a dead process is free at once; the file names its holder and goes with the
@@ -157,16 +166,18 @@ def only_writer(place: Path, *, beside: bool = False) -> Iterator[None]:
     Args:
         place: a folder, or with `beside` anything in one.
         beside: whether the lock lies beside the place, which need not be there, and not in it.
+        shared: whether others may hold it, too, who ask for it in the same way.
 
     Raises:
-        RecipeError: another process writes there, and the message names it; or what lies in the lock's place is none.
+        Busy: another process writes there; the message names it.
+        RecipeError: what lies in the lock's place is none.
         OSError: the lock file cannot be written.
     """
     if not is_first():
         yield
         return
     file = _lock_beside(place) if beside else place / LOCK_FILE
-    descriptor = _acquire(file, place)
+    descriptor = _acquire(file, place, shared)
     try:
         holder = {"pid": os.getpid(), "host": platform.node()}
         os.ftruncate(descriptor, 0)
@@ -175,9 +186,26 @@ def only_writer(place: Path, *, beside: bool = False) -> Iterator[None]:
     finally:
         # Still under the lock, so that nobody can have taken this file; but the folder may be another one by now.
         with suppress(OSError):
-            if is_at(descriptor, file):
+            if is_at(descriptor, file) and not (shared and _is_held_by_others(descriptor)):
                 file.unlink()
         os.close(descriptor)
+
+
+@contextmanager
+def in_turn(place: Path) -> Iterator[None]:
+    """Be the only writer of a folder or a file, after those who write it now; for what takes a moment.
+
+    Raises:
+        RecipeError, OSError: as `only_writer`.
+    """
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(only_writer(place, beside=True))
+                break
+            except Busy:
+                time.sleep(MOMENT)
+        yield
 
 
 def _lock_beside(place: Path) -> Path:
@@ -190,11 +218,22 @@ def _followed(place: Path) -> Path:
     return Path(os.path.realpath(place))
 
 
-def _acquire(file: Path, place: Path) -> int:
+def _is_held_by_others(descriptor: int) -> bool:
+    """Give up a shared lock for one of our own; False where the last of the others has gone."""
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _acquire(file: Path, place: Path, shared: bool) -> int:
     while True:
         descriptor = _open(file)
         try:
-            _lock(descriptor, file, place)
+            _lock(descriptor, file, place, shared)
         except BaseException:
             os.close(descriptor)
             raise
@@ -218,14 +257,14 @@ def _open(file: Path) -> int:
     raise RecipeError(f"{file} is a link or no regular file, which grasp-lora never makes of it; remove it")
 
 
-def _lock(descriptor: int, file: Path, place: Path) -> None:
+def _lock(descriptor: int, file: Path, place: Path, shared: bool) -> None:
     try:
         if fcntl is None:
             raise OSError("this system has no flock")
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = _holder(file)
-        raise RecipeError(
+        raise Busy(
             f"{place} is being written by {holder}; wait until that is done, or choose another folder with --output"
         ) from error
     except OSError as error:  # some network file systems lock nothing
