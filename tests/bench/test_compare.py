@@ -932,17 +932,22 @@ def test_a_kill_while_an_adapter_is_saved_again_does_no_harm(finished, monkeypat
     assert without_seconds(again) == without_seconds(content)
 
 
-def test_seconds_leave_out_steps_within_a_step(tmp_path):
-    import time
-
-    records = Store(tmp_path)
+def test_seconds_leave_out_steps_within_a_step(tmp_path, monkeypatch):
+    records, now = Store(tmp_path), 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
 
     def inner(*_: Any) -> dict[str, Any]:
-        time.sleep(0.2)
+        nonlocal now
+        now += 0.25
         return {}
 
-    outer = records.get("outer", {}, lambda *_: records.get("inner", {}, inner).result)
-    assert outer.seconds < 0.1 < records.get("inner", {}, inner).seconds
+    def outer(*_: Any) -> dict[str, Any]:
+        nonlocal now
+        now += 4.0
+        return records.get("inner", {}, inner).result
+
+    assert records.get("outer", {}, outer).seconds == 4.0
+    assert records.get("inner", {}, inner).seconds == 0.25
 
 
 def test_several_given_sources_are_merged_for_the_source_only_row(finished_run, tiny_workspace):
