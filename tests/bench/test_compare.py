@@ -313,23 +313,27 @@ class Killed(BaseException):
     """Ends a comparison as a kill would."""
 
 
-@pytest.mark.parametrize("step", [2, 7])
-def test_an_interrupted_comparison_goes_on_without_repeating_a_step(tiny_workspace, step):
+def test_an_interrupted_comparison_goes_on_without_repeating_a_step(tiny_workspace):
     settings = ComparisonSettings(FEW, (1,), (0.2, 0.6), resamples=1000)
 
     class Kill(Recorder):
+        def __init__(self, step: int) -> None:
+            super().__init__()
+            self.step = step
+
         def record(self, record: Record, there: bool) -> None:
             super().record(record, there)
-            if len(self.done_steps) == step:
+            if len(self.done_steps) == self.step:
                 raise Killed
 
-    first = Kill()
-    with pytest.raises(Killed):
-        compare(session(), tiny_workspace / "one", settings, first)
-    content, second = run(tiny_workspace / "one", settings)
     whole, uninterrupted = run(tiny_workspace / "other", settings)
-    assert first.done_steps + second.done_steps == uninterrupted.done_steps
-    assert without_seconds(content) == without_seconds(whole)
+    for step in (2, 7):
+        folder, first = tiny_workspace / f"after-{step}", Kill(step)
+        with pytest.raises(Killed):
+            compare(session(), folder, settings, first)
+        content, second = run(folder, settings)
+        assert first.done_steps + second.done_steps == uninterrupted.done_steps
+        assert without_seconds(content) == without_seconds(whole)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -712,10 +716,10 @@ class TestOneStore:
         assert not damage or "records.jsonl.gz cannot be read" in result.err
 
 
-@pytest.mark.parametrize("signals", [(4,), (4, 9, 30)])
-def test_a_comparison_stopped_inside_a_training_goes_on_to_the_same_bits(signals, tiny_workspace, monkeypatch):
+def test_a_comparison_stopped_inside_a_training_goes_on_to_the_same_bits(tiny_workspace):
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
+    signals = (4, 9, 30)
     settings = ComparisonSettings(FEW, (1,), (0.2, 0.6), resamples=1000)
     overrides = ("save_every=1",)
     taken = 0
