@@ -319,11 +319,11 @@ def test_an_interrupted_comparison_goes_on_without_repeating_a_step(tiny_workspa
     class Kill(Recorder):
         def __init__(self, step: int) -> None:
             super().__init__()
-            self.step = step
+            self.last = step
 
         def record(self, record: Record, there: bool) -> None:
             super().record(record, there)
-            if len(self.done_steps) == self.step:
+            if len(self.done_steps) == self.last:
                 raise Killed
 
     whole, uninterrupted = run(tiny_workspace / "other", settings)

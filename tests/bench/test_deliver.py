@@ -241,10 +241,10 @@ class TestRun:
     def test_a_stop_between_the_steps_loses_nothing(self, finished_run: Path) -> None:
         class Stops(Progress):
             def __init__(self, stage: str) -> None:
-                self.stage = stage
+                self.last = stage
 
             def finished(self, name: str, seconds: float, summary: Any, *, skipped: bool) -> None:
-                if name == self.stage:
+                if name == self.last:
                     raise Interrupted("stopped")
 
         whole = api.run("tiny.yaml", [BEST], "whole")
