@@ -1,4 +1,9 @@
-"""Offline fixtures shared by all tests: a byte-level tokenizer and random two-layer models."""
+"""Offline fixtures shared by all tests: a byte-level tokenizer and random two-layer models.
+
+The libraries are imported where they are used: the process that only hands out tests to others has no use for them.
+"""
+
+from __future__ import annotations
 
 import os
 
@@ -16,29 +21,17 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-)
+from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)
-# Every fine-tune ends in a full garbage collection by accelerate; what the imports left need not be walked through each time.
-gc.collect()
-gc.freeze()
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+# How quickly inputs come says how busy the machine is, and nothing about the code.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")  # ids 0, 1, 2, 3
 TINY_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
@@ -50,8 +43,20 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
+def pytest_collection_modifyitems() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    # Every fine-tune ends in a full garbage collection by accelerate; what the imports left need not be walked through each time.
+    gc.collect()
+    gc.freeze()
+
+
 def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Build a tokenizer with one token per UTF-8 byte, so that any language round-trips; it adds BOS."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -79,6 +84,21 @@ def build_tiny_model(architecture: str, seed: int = 0, vocab_size: int = TINY_VO
         seed: the global random state is left as it was.
         vocab_size: >= 260 where `tiny_tokenizer` is used.
     """
+    import torch
+    from transformers import (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        GPT2Config,
+        GPT2LMHeadModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
+
+    torch.set_num_threads(1)  # the benchmarks call this without pytest
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": vocab_size}
     shape = {
         "hidden_size": 32,
@@ -151,7 +171,7 @@ def run_ranks(
     during: Callable[[subprocess.Popen[str]], None] | None = None,
     **env: str,
 ) -> tuple[int, str]:
-    """Start so many processes as torchrun does; return the exit status and the output of all. A hang ends after three minutes.
+    """Start so many processes as torchrun does; return the exit status and the output of all. A hang ends after ten minutes.
 
     Args:
         count: of processes.
@@ -173,7 +193,7 @@ def run_ranks(
     if during is not None:
         during(process)
     try:
-        output, _ = process.communicate(timeout=180)
+        output, _ = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)  # the launcher and its processes: a session of their own
         output, _ = process.communicate()

@@ -313,23 +313,27 @@ class Killed(BaseException):
     """Ends a comparison as a kill would."""
 
 
-@pytest.mark.parametrize("step", [2, 7])
-def test_an_interrupted_comparison_goes_on_without_repeating_a_step(tiny_workspace, step):
+def test_an_interrupted_comparison_goes_on_without_repeating_a_step(tiny_workspace):
     settings = ComparisonSettings(FEW, (1,), (0.2, 0.6), resamples=1000)
 
     class Kill(Recorder):
+        def __init__(self, step: int) -> None:
+            super().__init__()
+            self.last = step
+
         def record(self, record: Record, there: bool) -> None:
             super().record(record, there)
-            if len(self.done_steps) == step:
+            if len(self.done_steps) == self.last:
                 raise Killed
 
-    first = Kill()
-    with pytest.raises(Killed):
-        compare(session(), tiny_workspace / "one", settings, first)
-    content, second = run(tiny_workspace / "one", settings)
     whole, uninterrupted = run(tiny_workspace / "other", settings)
-    assert first.done_steps + second.done_steps == uninterrupted.done_steps
-    assert without_seconds(content) == without_seconds(whole)
+    for step in (2, 7):
+        folder, first = tiny_workspace / f"after-{step}", Kill(step)
+        with pytest.raises(Killed):
+            compare(session(), folder, settings, first)
+        content, second = run(folder, settings)
+        assert first.done_steps + second.done_steps == uninterrupted.done_steps
+        assert without_seconds(content) == without_seconds(whole)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -712,10 +716,10 @@ class TestOneStore:
         assert not damage or "records.jsonl.gz cannot be read" in result.err
 
 
-@pytest.mark.parametrize("signals", [(4,), (4, 9, 30)])
-def test_a_comparison_stopped_inside_a_training_goes_on_to_the_same_bits(signals, tiny_workspace, monkeypatch):
+def test_a_comparison_stopped_inside_a_training_goes_on_to_the_same_bits(tiny_workspace):
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
+    signals = (4, 9, 30)
     settings = ComparisonSettings(FEW, (1,), (0.2, 0.6), resamples=1000)
     overrides = ("save_every=1",)
     taken = 0
@@ -932,17 +936,22 @@ def test_a_kill_while_an_adapter_is_saved_again_does_no_harm(finished, monkeypat
     assert without_seconds(again) == without_seconds(content)
 
 
-def test_seconds_leave_out_steps_within_a_step(tmp_path):
-    import time
-
-    records = Store(tmp_path)
+def test_seconds_leave_out_steps_within_a_step(tmp_path, monkeypatch):
+    records, now = Store(tmp_path), 100.0
+    monkeypatch.setattr("time.perf_counter", lambda: now)
 
     def inner(*_: Any) -> dict[str, Any]:
-        time.sleep(0.2)
+        nonlocal now
+        now += 0.25
         return {}
 
-    outer = records.get("outer", {}, lambda *_: records.get("inner", {}, inner).result)
-    assert outer.seconds < 0.1 < records.get("inner", {}, inner).seconds
+    def outer(*_: Any) -> dict[str, Any]:
+        nonlocal now
+        now += 4.0
+        return records.get("inner", {}, inner).result
+
+    assert records.get("outer", {}, outer).seconds == 4.0
+    assert records.get("inner", {}, inner).seconds == 0.25
 
 
 def test_several_given_sources_are_merged_for_the_source_only_row(finished_run, tiny_workspace):

@@ -81,7 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -
         text=True,
     )
     yield Runs(workspace, server, mounts)
-    server.communicate(timeout=30)
+    server.communicate(timeout=600)
     assert server.returncode == 0
 
 

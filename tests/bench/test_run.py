@@ -5,13 +5,12 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -233,13 +232,8 @@ for identity in {read(reference_run / "data.json")["ids"]["dev"]!r}:
 assert not any(name.startswith("grasp_lora") for name in sys.modules)
 print(math.fsum(losses) / len(losses))
 """
-        result = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code],
-            cwd=reference_run.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        result = forked.python(["-c", code], cwd=reference_run.parent)
+        assert result.returncode == 0, result.stderr
         expected = record(reference_run, "final*")["dev_loss"]
         assert float(result.stdout) == pytest.approx(expected, rel=1e-6)
 

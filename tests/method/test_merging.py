@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -526,6 +525,7 @@ class TwoLayers(torch.nn.Module):
 @pytest.fixture
 def peft_deltas() -> Callable[..., tuple[list[AdapterWeights], dict[str, Tensor]]]:
     """Build adapters in PEFT, merge them there; give the adapters and the merged deltas."""
+    import peft  # here, since no other test of the method needs more than torch
 
     def build(
         weights: Sequence[float], combination: str, ranks: Sequence[int] = (3, 3), **options: Any

@@ -3,12 +3,11 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -262,7 +261,7 @@ class TestAdapter:
             "assert not any(name.startswith('grasp_lora') for name in sys.modules)\n"
             "save_file({'logits': logits}, 'logits.safetensors')\n"
         )
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        forked.python(["-c", code]).check_returncode()
         torch.testing.assert_close(load_file("logits.safetensors")["logits"], expected, rtol=0.05, atol=0.15)
         torch.testing.assert_close(
             load_file("logits.safetensors")["logits"], logits(plain_peft("out")), rtol=1e-4, atol=1e-4

@@ -1,12 +1,13 @@
 """Two gloo processes on the CPU: they draw the same candidates, see the same losses and end with the same adapter."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
-from conftest import run_ranks
 
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import live_pairs
@@ -71,7 +72,7 @@ WORKER = """
 import os, sys
 from pathlib import Path
 
-sys.path.insert(0, os.environ["TESTS_FOLDER"])
+sys.path[:0] = [os.environ["TESTS_FOLDER"], sys.argv[1]]
 import torch
 from conftest import build_tiny_model
 from common_to_ranks import DEV, MICRO_DEV, MICRO_DEV_BUDGET, make_examples, random_adapter, values
@@ -226,10 +227,9 @@ def folder(common) -> Path:
     """Where two processes have run the worker; a hang ends."""
     folder = Path(common.__file__).parent
     (folder / "worker.py").write_text(WORKER, encoding="utf-8")
-    status, output = run_ranks(
-        RANKS, ["worker.py", str(folder)], cwd=folder, TESTS_FOLDER=str(Path(__file__).parent.parent)
-    )
-    assert status == 0, output[-5000:]
+    environment = os.environ | {"TESTS_FOLDER": str(Path(__file__).parent.parent)}
+    done = forked.python(["worker.py", str(folder)], cwd=folder, env=environment, count=RANKS)
+    assert done.returncode == 0, done.stderr[-5000:]
     return folder
 
 
