@@ -90,19 +90,19 @@ def _doubtful(session: Session) -> list[Finding]:
     if spelled := sum(tally.control_tokens_kept_as_text for tally in tallies):
         text = (
             f"{spelled} examples spell control tokens, such as the end of a turn, which stay text; for conversations give "
-            "messages and set data.chat_template to true, or write the tokens into data.prompt and data.completion"
+            "messages to a backbone with a chat template, or write the tokens into data.prompt and data.completion"
         )
         found.append(Finding("warning", "control tokens", text))
     talks = sum(tally.conversations for tally in tallies)
     template = getattr(session.backbone.tokenizer, "chat_template", None)
-    if talks and template and not recipe.data.chat_template:
+    if talks and template and not splits.report.chat_template:
         text = (
             "the data are conversations and the backbone has a chat template, but data.chat_template is false, so the "
-            "messages before the answer are joined as plain text; set it to true"
+            "messages before the answer are joined as plain text; leave it out"
         )
         found.append(Finding("warning", "chat", text))
     glued = sum(_are_glued(example) for example in splits.train)
-    if not recipe.data.chat_template and 2 * glued > len(splits.train):
+    if not splits.report.chat_template and 2 * glued > len(splits.train):
         text = (
             "nothing stands between prompts and answers, which run into one word; end the prompts with a space or a line "
             "break, or set data.prompt"

@@ -255,7 +255,7 @@ class _Run:
         ids = {name: [example.public_id for example in getattr(splits, name)] for name in SPLITS}
         facts = files.DataFacts(report=splits.report.to_json(), ids=ids, sha256=hash_of(splits))
         write_json(self.folder / files.DATA_FILE, facts.to_json())
-        if not self.recipe.data.chat_template:  # a prompt in a chat template is not what `predict` is given
+        if not splits.report.chat_template:  # a prompt in a chat template is not what `predict` is given
             prompt = json.dumps((splits.test or splits.train)[0].prompt, ensure_ascii=False)
             write_whole(self.folder / files.PROMPT_FILE, prompt + "\n")
         return {name: len(members) for name, members in ids.items()}

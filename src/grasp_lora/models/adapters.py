@@ -174,6 +174,8 @@ def save_adapter(
         answers,
     )
     stated = {key: value for key, value in asdict(info).items() if value is not None and value is not False}
+    if answers is not None:
+        stated["answers"] = {key: value for key, value in asdict(answers).items() if value not in (None, {})}
     (folder / OUR_FILE).write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
 
 

@@ -353,6 +353,8 @@ class Recipe(BaseModel):
             mode="json",
             exclude={"data": {"root"}, "backbone": {"device", "offline"}, "report_to": True, "save_every": True},
         )
+        # None was once false; where it means something else now, the run's hash of its examples differs.
+        content["data"]["chat_template"] = bool(content["data"]["chat_template"])
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self, folder: Path | None = None) -> str:

@@ -40,7 +40,7 @@ class DataRecipe(files.Shape):
     source: CorpusFacts | None = None
     target: CorpusFacts = CorpusFacts()
     prompt: str | None = None
-    chat_template: bool = False
+    chat_template: bool | None = None
 
     @property
     def corpora(self) -> list[CorpusFacts]:
@@ -122,6 +122,11 @@ class RunRecord:
     predictions: Mapping[str, list[files.Prediction]]
     metrics: files.Metrics | None
     cost: Mapping[str, float]  # seconds of each stage that is complete
+
+    @property
+    def in_chat(self) -> bool:
+        """Whether prompts stand in the chat template; runs of older versions say so in their recipe alone."""
+        return bool(self.data.report.get("chat_template", self.recipe.data.chat_template))
 
     @property
     def sources(self) -> list[str]:
