@@ -40,7 +40,7 @@ from grasp_lora.storage.folder import only_writer
 TORCH = Path(torch.__file__).parent
 COMMANDS = (
     "run", "demo", "check", "recipes", "init", "schema", "predict", "merge", "export", "learn", "finetune", "evaluate", "compare",
-    "sweep", "report",
+    "sweep", "status", "report",
 )  # fmt: skip
 
 Cli = Callable[..., CliResult]

@@ -18,10 +18,10 @@ from grasp_lora.bench.comparison_record import (
 from grasp_lora.bench.keyed import GRID
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, REMOVED
 from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.run_folder import COMPARE_FOLDER, check_place
+from grasp_lora.bench.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
-from grasp_lora.bench.store import STORE_FOLDER, Store
+from grasp_lora.bench.store import Store
 from grasp_lora.bench.summary import Outcomes, Rows, other_split, summary
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import least_resamples

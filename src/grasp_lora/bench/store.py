@@ -29,6 +29,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.run_folder import RECORDS, WORK
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.storage.checkpoints import newest_checkpoint, seconds_of
 from grasp_lora.storage.files import discard, sync, sync_all, write_json
@@ -37,8 +38,7 @@ from grasp_lora.storage.processes import on_first_process, world_size
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 VERSION = 1
-STORE_FOLDER = "store"  # in the folder of an experiment
-RECORDS, PACKED, ADAPTERS, ANSWERS, WORK = "records", "records.jsonl.gz", "adapters", "answers", "work"
+PACKED, ADAPTERS, ANSWERS = "records.jsonl.gz", "adapters", "answers"
 
 logger = logging.getLogger(__name__)
 
