@@ -31,7 +31,7 @@ from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.method.policy import POLICIES, plain_policy, policy_class
 from grasp_lora.method.presets import PRESETS, WITH_DEV, WITHOUT_DEV, Controller, preset
 from grasp_lora.method.search import RatioPolicy
-from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings
+from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings, Texts
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import without_place
 from grasp_lora.training.settings import TrainingSettings
@@ -75,13 +75,6 @@ Policy = Annotated[
     BeforeValidator(_policy),
     PlainSerializer(plain_policy, return_type=dict[str, Any]),
     WithJsonSchema({"type": "object", "properties": {"kind": KIND}}),
-]
-
-
-Texts = Annotated[  # a single text stands for a list of one
-    tuple[str, ...],
-    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
-    WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}}),
 ]
 
 
