@@ -111,6 +111,24 @@ def compare(
             what is on record stays.
         Interrupted: SIGTERM or SIGINT came.
     """
+    with working_in(folder) as place:
+        session = prepared(session, folder)
+        recipe = session.recipe
+        session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
+        work = Work(session, place, settings, progress or Progress(), show)
+        work.store.check_dtype(str(session.backbone.model.dtype))
+        place.begin()
+        (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
+        write_whole(folder / COMPARE_FOLDER / RECIPE_FILE, recipe.to_yaml(folder / COMPARE_FOLDER))
+        return work.execute()
+
+
+def prepared(session: Session, folder: Path) -> Session:
+    """Return the session of a comparison, whose prune ratio is learned, with everything loaded and checked.
+
+    Raises:
+        GraspError: the folder, the recipe, the data or an adapter does not fit.
+    """
     recipe = session.recipe
     if recipe.final.start == "controller":
         raise RecipeError(
@@ -120,24 +138,17 @@ def compare(
         )
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
     check_place(folder)
-    with working_in(folder) as place:
-        session = Session(recipe, session.base, session.progress)
-        check(session)
-        check_target_modules(session.backbone.model, recipe.lora.target_modules)
-        session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
-        work = _Work(session, place, settings, progress or Progress(), show)
-        work.store.check_dtype(str(session.backbone.model.dtype))
-        place.begin()
-        (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
-        write_whole(folder / COMPARE_FOLDER / RECIPE_FILE, recipe.to_yaml(folder / COMPARE_FOLDER))
-        return work.execute()
+    session = Session(recipe, session.base, session.progress)
+    check(session)
+    check_target_modules(session.backbone.model, recipe.lora.target_modules)
+    return session
 
 
 def _units(rows: Rows) -> float:
     return sum(METHODS[name].units for name, row in rows.items() if not row.unavailable)
 
 
-class _Work:
+class Work:
     """One comparison that is under way.
 
     Raises:
@@ -145,8 +156,14 @@ class _Work:
     """
 
     def __init__(
-        self, session: Session, place: Workplace, settings: ComparisonSettings, progress: Progress, show: Show
+        self,
+        session: Session,
+        place: Workplace,
+        settings: ComparisonSettings,
+        progress: Progress | None = None,
+        show: Show = _nothing,
     ) -> None:
+        progress = progress or Progress()
         self.session, self.place, self.settings, self.progress, self.show = session, place, settings, progress, show
         self.store = Store(place.folder / STORE_FOLDER, progress, place.interruption)
         self.names = [name for name in METHODS if name in {*settings.methods, settings.reference}]
@@ -177,6 +194,14 @@ class _Work:
             self._write(comparison)
         return comparison
 
+    def run_all(self, bench: type[Bench]) -> None:
+        """Go through all seeds and splits with benches of a kind, and write no table."""
+        shared = self.session.variant(self._with_split(self.split_seed))
+        for seed in self.settings.seeds:
+            self._run(shared, self.rows, seed, bench)
+        for other, elsewhere in self.others.items():
+            self._run(elsewhere, self.again[other], self.settings.seeds[0], bench)
+
     def _rows(self, session: Session) -> Rows:
         """Rows with nothing in them yet, for the splits of a session.
 
@@ -200,9 +225,9 @@ class _Work:
         recipe = self.session.recipe
         return recipe.model_copy(update={"data": replace(recipe.data, split_seed=split_seed)})
 
-    def _run(self, shared: Session, rows: Rows, seed: int) -> None:
+    def _run(self, shared: Session, rows: Rows, seed: int, kind: type[Bench] = Bench) -> None:
         seeded = shared.variant(shared.recipe.model_copy(update={"seed": seed}))
-        bench = Bench(seeded, shared, self.store, self.settings.grid)
+        bench = kind(seeded, shared, self.store, self.settings.grid)
         for name, row in rows.items():
             if row.unavailable is not None:
                 continue

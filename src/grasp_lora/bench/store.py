@@ -210,6 +210,16 @@ class Store:
         shutil.rmtree(self.folder / WORK / record.key, ignore_errors=True)
         return record
 
+    def on_record(self, step: str, settings: Mapping[str, Any]) -> Record | None:
+        """Return the record of a step if there is one; nothing is done or written.
+
+        Raises:
+            RecipeError: it is damaged.
+        """
+        key = key_of(step, settings)
+        file = self._file(step, key)
+        return _read(file, key) if file.is_file() else self._packed.get(key)
+
     def _find(self, step: str, key: str) -> Record | None:
         file = self._file(step, key)
         if not file.is_file():

@@ -30,6 +30,9 @@ def compare(
     overrides: SetOption = None,
     allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("compare")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the trainings with their cost and minutes here, and do none.")
+    ] = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Run every baseline and GRASP under one protocol; print the table with uncertainty and cost.
@@ -48,7 +51,7 @@ def compare(
         from grasp_lora import api
         from grasp_lora.bench.methods import DEFAULT_METHODS
         from grasp_lora.bench.run_folder import REPORT_FILE
-        from grasp_lora.cli.progress import TerminalBenchProgress, print_steps
+        from grasp_lora.cli.progress import TerminalBenchProgress, print_plan, print_steps
         from grasp_lora.report.comparison import COMPARISON_TABLES_FILE, print_comparison
     with _checked_options():
         settings = {
@@ -58,6 +61,11 @@ def compare(
             "reference": reference,
             "split_seeds": tuple(split_seed or ()),
         }
+    if dry_run:
+        with _checked_options():
+            plan = api.plan(recipe, overrides or [], output, allow_code=allow_code, **settings)
+        print_plan(plan, console)
+        return
     with shown(TerminalBenchProgress(console)) as progress, _checked_options():
         folder, comparison = api.compare(recipe, overrides or [], output, progress, allow_code=allow_code, **settings)
     print_comparison(comparison, console)
