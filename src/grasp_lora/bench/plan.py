@@ -15,6 +15,7 @@ from grasp_lora.bench.outcomes import Adapter, trained_examples
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record, Store, key_of
+from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import DataError
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, fresh_adapter
@@ -171,7 +172,7 @@ class _PlannedBench(Bench):
         super().__init__(session, shared, store, grid)
         if isinstance(store, _PlannedStore):
             splits = session.splits
-            store.sizes = {name: len(getattr(splits, name)) for name in (*splits.report.splits,)}
+            store.sizes = {name: len(getattr(splits, name)) for name in SPLITS}
 
     def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
         if isinstance(self.store, _PlannedStore):
