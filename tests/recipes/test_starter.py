@@ -281,9 +281,9 @@ def test_without_a_source_the_check_says_so(start: Callable[..., Path]) -> None:
         preflight(Session(*load_recipe(file)))
 
 
-def test_conversations_of_several_turns_get_a_chat_template(start: Callable[..., Path]) -> None:
+def test_conversations_leave_the_chat_template_to_the_backbone(start: Callable[..., Path]) -> None:
     recipe, _ = load_recipe(start(write(Path("t.jsonl"), messages(60, turns=2))))
-    assert recipe.data.chat_template
+    assert recipe.data.chat_template is None
 
 
 def test_the_backbone_is_that_of_the_source_adapters(start: Callable[..., Path], tmp_path: Path) -> None:
