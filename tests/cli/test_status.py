@@ -102,11 +102,8 @@ def test_a_comparison_and_its_dry_run(cli: Cli, finished_run: Path) -> None:
     result = cli("compare", "tiny.yaml", *small, "--dry-run")
     assert result.status == 0, result.err
     assert contents(finished_run.parent) == before
-    rows = {
-        cells[0]: cells[1:]
-        for line in result.out.splitlines()
-        if len(cells := [one.strip() for one in line.split("│")[1:-1]]) == 5
-    }
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.out.splitlines()]
+    rows = {row[0]: row[1:] for row in cells if len(row) == 5}
     assert rows["source"][:3] == ["1", "0", "0"]  # the run has trained it
     assert rows["target"][:3] == ["1", "1", str(2 * 10 + 2 * 6)]  # that of the other seed: ten rows, dev twice
     assert rows["controller"][:2] == ["1", "1"]
