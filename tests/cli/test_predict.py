@@ -182,9 +182,9 @@ def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
     ("arguments", "value", "fix"),
     [
         (("qa", "a prompt", "--question", "q"), "--question", "one of them"),
-        (("qa", "--question", "q"), "--question is given", "--context and --question"),
+        (("qa", "--question", "q"), "{context}, {question}", "--context and --question"),
         (("qa", "--question", "q", "--context", " "), "--context is empty", "give a text"),
-        (("talks", "--question", "q", "--context", "c"), "--context and --question", "--prompt"),
+        (("talks", "--question", "q", "--context", "c"), "{prompt}", "--question alone"),
         (("qa", "no-columns.csv"), "no column 'context'", "found: "),
         (("qa", "qa.jsonl", "-o", "qa.jsonl"), "exists already", "--output"),
         (("qa", "qa.jsonl", "-o", "no/such.csv"), "not there", "--output"),

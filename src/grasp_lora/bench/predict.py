@@ -203,9 +203,15 @@ def predict_question(place: str, given: Mapping[str, str], *arguments: Any, **se
     wanted = list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template.prompt) if name))
     fields = dict(zip(wanted, given.values(), strict=True)) if len(wanted) == len(given) == 1 else dict(given)
     if set(fields) != set(wanted):
-        named, needed = (" and ".join("--" + name for name in names) for names in (given, wanted))
-        rows = "" if set(wanted) <= {"context", "question"} else ", as columns of a file"
-        raise DataError(f"{named} is given, but prompts of adapter {adapter.name} have {needed}; give those{rows}")
+        options = [f"--{name}" for name in given]
+        fix = "--question alone" if len(wanted) == 1 else "a file of rows with these columns"
+        if set(wanted) <= {"context", "question"} and len(wanted) > 1:
+            fix = "--context and --question"
+        fields_there = ", ".join(f"{{{name}}}" for name in wanted)
+        raise DataError(
+            f"prompts of adapter {adapter.name} have the fields {fields_there}, and {' and '.join(options)} "
+            f"{'is' if len(options) == 1 else 'are'} given; give {fix}"
+        )
     for name, text in given.items():
         if not text.strip() or SURROGATES.search(text):
             raise DataError(f"--{name} is {'no valid text' if text.strip() else 'empty'}; give a text in UTF-8")
