@@ -186,6 +186,7 @@ def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
         (("qa", "--question", "q", "--context", " "), "--context is empty", "give a text"),
         (("talks", "--question", "q", "--context", "c"), "{prompt}", "--question alone"),
         (("qa", "no-columns.csv"), "no column 'context'", "found: "),
+        (("qa", "no-such.csv"), "'no-such.csv' is missing", "not a file"),
         (("qa", "qa.jsonl", "-o", "qa.jsonl"), "exists already", "--output"),
         (("qa", "qa.jsonl", "-o", "no/such.csv"), "not there", "--output"),
         (("qa", "qa.jsonl", "-o", "out.xml"), "out.xml", ".csv"),

@@ -261,8 +261,8 @@ def predict_rows(place: str, file: Path, output: Path | None, *arguments: Any, *
 
 
 def is_rows(text: str) -> bool:
-    """Whether a prompt is rather the name of a file of rows."""
-    return Path(text).suffix.lower() in READERS and "\n" not in text and is_file(Path(text))
+    """Whether a prompt is rather the name of a file of rows, be it one that is missing."""
+    return Path(text).suffix.lower() in READERS and "\n" not in text and (" " not in text or is_file(Path(text)))
 
 
 def _form(own: Answers) -> tuple[str, Template]:

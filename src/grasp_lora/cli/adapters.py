@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from grasp_lora.cli.options import AdapterArgument, BackboneOption, OptionsOf, RevisionOption, StepOutput, TrustOption
 from grasp_lora.cli.terminal import loading, log_to_terminal, print_error, say
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.text.display import escaped, quoted
+from grasp_lora.text.display import SURROGATES, escaped, quoted
 
 _export = OptionsOf("grasp_lora.models.export", "ExportSettings")
 
@@ -101,7 +102,9 @@ def _talk(adapter: str, settings: dict[str, Any]) -> None:
     from grasp_lora.bench.predict import asking
 
     turns: list[dict[str, str]] = []
-    with loading(), asking(adapter, **settings) as asked:
+    with ExitStack() as stack:
+        with loading():
+            asked = stack.enter_context(asking(adapter, **settings))
         say("say something; Ctrl-D ends the conversation", style="dim")
         while True:
             try:
@@ -109,7 +112,11 @@ def _talk(adapter: str, settings: dict[str, Any]) -> None:
             except (EOFError, KeyboardInterrupt):
                 sys.stdout.write("\n")
                 return
-            if not said:
+            except UnicodeDecodeError:
+                said = "\ud800"
+            if SURROGATES.search(said):
+                print_error("that was no valid text; type it in UTF-8")
+            if not said or SURROGATES.search(said):
                 continue
             turns.append({"role": "user", "content": said})
             try:
