@@ -6,7 +6,7 @@ import json
 import logging
 import string
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,7 +252,7 @@ def predict_rows(place: str, file: Path, output: Path | None, *arguments: Any, *
             else found
         )
         try:
-            write_whole(output, _written(rows, output.suffix.lower()))
+            write_whole(output, _WRITERS[output.suffix.lower()](rows))
         except OSError as error:
             raise RecipeError(
                 f"{output} cannot be written ({error.strerror}); choose another file with --output"
@@ -318,10 +318,6 @@ def _check_output(output: Path) -> None:
         raise RecipeError(f"{output} {problem}; choose another with --output")
 
 
-def _written(rows: Sequence[Mapping[str, object]], suffix: str) -> str:
-    return _WRITERS[suffix](rows)
-
-
 def _as_jsonl(rows: Sequence[Mapping[str, object]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
@@ -341,7 +337,7 @@ def _as_table(rows: Sequence[Mapping[str, object]], delimiter: str) -> str:
     return text.getvalue()
 
 
-_WRITERS = {
+_WRITERS: dict[str, Callable[[Sequence[Mapping[str, object]]], str]] = {
     ".csv": lambda rows: _as_table(rows, ","),
     ".tsv": lambda rows: _as_table(rows, "\t"),
     ".jsonl": _as_jsonl,
