@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ def time_step(session: Session) -> Pace:
         def step(learns: bool) -> float:
             started = time.perf_counter()
             with torch.set_grad_enabled(learns):
-                loss = example_losses(model, batch, label_positions=label_positions).mean()
+                loss: Any = example_losses(model, batch, label_positions=label_positions).mean()
                 if learns:
                     loss.backward()
             loss.item()  # waits for a GPU
@@ -115,11 +115,12 @@ def _adapter(session: Session) -> AbstractContextManager[Any]:
     return fresh_adapter(session.backbone.model, session.recipe.lora, session.recipe.seed)
 
 
-def _quickest(step: Any, learns: bool) -> float:
-    began, taken = time.perf_counter(), []
+def _quickest(step: Callable[[bool], float], learns: bool) -> float:
+    began = time.perf_counter()
+    taken: list[float] = []
     while not taken or (len(taken) < MOST_TRIES and time.perf_counter() - began < MOST_SECONDS):
         taken.append(step(learns))
-    return float(min(taken))
+    return min(taken)
 
 
 class _PlannedStore(Store):

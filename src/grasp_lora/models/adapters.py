@@ -238,7 +238,8 @@ def check_target_modules(model: "PreTrainedModel", target_modules: tuple[str, ..
     """
     linear = _linear(model)
     if target_modules == (ALL_LINEAR,):
-        head = model.get_output_embeddings()
+        whole: Any = model
+        head = whole.get_output_embeddings()
         return tuple(_shortest_targets(tuple(name for name, module in linear.items() if module is not head), model))
     for target in target_modules:
         if not any(_is_named(name, (target,)) for name in linear):
