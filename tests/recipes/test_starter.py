@@ -330,11 +330,6 @@ def test_the_backbone_of_an_adapter_on_the_hub_is_looked_up(
     assert load_recipe(start(data, ("org/none",), Path("c.yaml"), backbone="org/x"))[0].backbone.name == "org/x"
 
 
-def test_conversations_of_several_turns_need_another_backbone_than_the_embedded_one(start: Callable[..., Path]) -> None:
-    with pytest.raises(RecipeError, match="need a backbone with a chat template, and gemma3-270m has none; name one"):
-        start(write(Path("t.jsonl"), messages(60, turns=2)), backbone="gemma3-270m")
-
-
 def test_answers_of_several_lines_are_not_cut_at_the_first(start: Callable[..., Path]) -> None:
     rows = [{"prompt": f"t {i}?", "completion": f"1. {i}\n2. {i}"} for i in range(60)]
     file = start(write(Path("t.jsonl"), rows), (str(write(Path("s.jsonl"), completion(60, "s"))),))
