@@ -26,9 +26,10 @@ from trajectory import LossLandscape
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.bench.checks import check
+from grasp_lora.bench.run_folder import STORE_FOLDER
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
-from grasp_lora.bench.store import STORE_FOLDER, Store
+from grasp_lora.bench.store import Store
 from grasp_lora.errors import GraspError
 from grasp_lora.method.masks import Ranking, WeightKey
 from grasp_lora.models.adapters import attached

@@ -28,10 +28,10 @@ from trajectory import trajectory
 from grasp_lora.bench.checks import check
 from grasp_lora.bench.compare import check_list, check_ratios
 from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.run_folder import check_place
+from grasp_lora.bench.run_folder import STORE_FOLDER, check_place
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
-from grasp_lora.bench.store import STORE_FOLDER, Store, environments
+from grasp_lora.bench.store import Store, environments
 from grasp_lora.cli.progress import TerminalBenchProgress
 from grasp_lora.cli.terminal import console, log_to_terminal, say, shown
 from grasp_lora.errors import GraspError, Interrupted, RecipeError

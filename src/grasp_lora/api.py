@@ -10,6 +10,7 @@ from grasp_lora.bench import run as running
 from grasp_lora.bench import search as searching
 from grasp_lora.bench.compare import ComparisonSettings
 from grasp_lora.bench.comparison_record import Comparison
+from grasp_lora.bench.plan import Plan, plan_comparison
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run import RunResult
 from grasp_lora.bench.run_folder import CARD_FILE, COMPARE_FOLDER, REPORT_FILE, SWEEP_FOLDER
@@ -89,6 +90,27 @@ def compare(
     chosen = _checked(ComparisonSettings, settings)
     session, place = _opened(recipe, overrides, folder, progress, allow_code)
     return place / COMPARE_FOLDER, comparing.compare(session, place, chosen, session.progress, write_comparison)
+
+
+def plan(
+    recipe: str | Path,
+    overrides: Overrides = (),
+    folder: str | Path | None = None,
+    *,
+    allow_code: bool = False,
+    **settings: Any,
+) -> Plan:
+    """Say what `compare` would do and about how long it takes here; nothing is trained or written.
+
+    Args:
+        recipe, overrides, folder, allow_code, settings: as of `compare`.
+
+    Raises:
+        GraspError: what `compare` would refuse.
+    """
+    chosen = _checked(ComparisonSettings, settings)
+    session, place = _opened(recipe, overrides, folder, None, allow_code)
+    return plan_comparison(session, place, chosen)
 
 
 def sweep(

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from grasp_lora.bench.predict import predict_texts
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.single import evaluate_folders, finetune_folder, learn_folder, merge_folders, predict_texts
+from grasp_lora.bench.single import evaluate_folders, finetune_folder, learn_folder, merge_folders
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
 from grasp_lora.models.export import ExportSettings, export_folder
 from grasp_lora.models.reading import read_adapter

@@ -20,6 +20,7 @@ import yaml
 from conftest import CliResult, write_tiny_workspace
 from safetensors.torch import load_file, save_file
 
+from grasp_lora.bench import predict as predicting
 from grasp_lora.bench import single
 from grasp_lora.bench.compare import ComparisonSettings
 from grasp_lora.bench.session import Session
@@ -39,7 +40,7 @@ from grasp_lora.storage.folder import only_writer
 TORCH = Path(torch.__file__).parent
 COMMANDS = (
     "run", "demo", "check", "recipes", "init", "schema", "predict", "merge", "export", "learn", "finetune", "evaluate", "compare",
-    "sweep", "report",
+    "sweep", "status", "report",
 )  # fmt: skip
 
 Cli = Callable[..., CliResult]
@@ -503,11 +504,11 @@ def test_an_adapter_is_asked_and_answers_as_it_was_trained(
 ) -> None:
     asked: list[tuple[list[str], Any]] = []
 
-    def generate(model: Any, tokenizer: Any, prompts: list[list[int]], settings: Any) -> list[str]:
+    def generate(model: Any, tokenizer: Any, prompts: list[list[int]], settings: Any, **more: Any) -> list[str]:
         asked.append(([tokenizer.decode(ids) for ids in prompts], settings))
         return ["one\ntwo"] * len(prompts)
 
-    monkeypatch.setattr(single, "generate", generate)
+    monkeypatch.setattr(predicting, "generate", generate)
     ask = ("predict", "adapter", "--backbone", "tiny-llama")
     answers = {"max_new_tokens": 7, "stop": [], "chat_template": False}
     change_json(workspace / "adapter" / OUR_FILE, answers=answers)
@@ -530,7 +531,7 @@ def test_an_adapter_is_asked_and_answers_as_it_was_trained(
 def test_answers_are_utf8_whatever_a_pipe_is_said_to_be(
     cli: Cli, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(single, "generate", lambda *arguments: ["لغة 语言"])
+    monkeypatch.setattr(predicting, "generate", lambda *arguments, **more: ["لغة 语言"])
     pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
     monkeypatch.setattr("sys.stdout", pipe)
     assert cli("predict", "adapter", "x", "--backbone", "tiny-llama").status == 0
@@ -644,7 +645,7 @@ def test_a_closed_standard_input_holds_no_prompts(
 
 def test_a_run_says_how_its_adapter_answers(finished_run: Path) -> None:
     info = json.loads((finished_run / "adapter" / OUR_FILE).read_text())
-    assert set(info["answers"]) == {"max_new_tokens", "stop", "chat_template"}
+    assert set(info["answers"]) == {"max_new_tokens", "stop", "chat_template", "task", "prompt"}
 
 
 def in_a_process(code: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:

@@ -17,7 +17,7 @@ def example(identity: str, group: str = "", prompt: str = "") -> Example:
 
 
 def splits_of(**named: list[Example]) -> Splits:
-    report = DataReport("completion", 0, 512, 0, Tally("ar"), None, {})
+    report = DataReport("completion", 0, 512, False, "{prompt}", 0, Tally("ar"), None, {})
     return Splits(**{name: tuple(named.get(name, ())) for name in SPLITS}, report=report)
 
 

@@ -281,9 +281,9 @@ def test_without_a_source_the_check_says_so(start: Callable[..., Path]) -> None:
         preflight(Session(*load_recipe(file)))
 
 
-def test_conversations_of_several_turns_get_a_chat_template(start: Callable[..., Path]) -> None:
+def test_conversations_leave_the_chat_template_to_the_backbone(start: Callable[..., Path]) -> None:
     recipe, _ = load_recipe(start(write(Path("t.jsonl"), messages(60, turns=2))))
-    assert recipe.data.chat_template
+    assert recipe.data.chat_template is None
 
 
 def test_the_backbone_is_that_of_the_source_adapters(start: Callable[..., Path], tmp_path: Path) -> None:
@@ -328,11 +328,6 @@ def test_the_backbone_of_an_adapter_on_the_hub_is_looked_up(
     with pytest.raises(AdapterError, match=r"adapter org/none: .*With --backbone the adapter is not looked up"):
         start(data, ("org/none",), Path("b.yaml"), backbone=None)
     assert load_recipe(start(data, ("org/none",), Path("c.yaml"), backbone="org/x"))[0].backbone.name == "org/x"
-
-
-def test_conversations_of_several_turns_need_another_backbone_than_the_embedded_one(start: Callable[..., Path]) -> None:
-    with pytest.raises(RecipeError, match="need a backbone with a chat template, and gemma3-270m has none; name one"):
-        start(write(Path("t.jsonl"), messages(60, turns=2)), backbone="gemma3-270m")
 
 
 def test_answers_of_several_lines_are_not_cut_at_the_first(start: Callable[..., Path]) -> None:

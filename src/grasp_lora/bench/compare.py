@@ -20,10 +20,10 @@ from grasp_lora.bench.comparison_record import (
 from grasp_lora.bench.keyed import GRID
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, REMOVED
 from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.run_folder import COMPARE_FOLDER, check_place
+from grasp_lora.bench.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
-from grasp_lora.bench.store import STORE_FOLDER, Store
+from grasp_lora.bench.store import Store
 from grasp_lora.bench.summary import Outcomes, Rows, other_split, summary
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import least_resamples
@@ -114,6 +114,25 @@ def compare(
             what is on record stays.
         Interrupted: SIGTERM or SIGINT came.
     """
+    with working_in(folder) as place:
+        session = prepared(session, folder)
+        recipe = session.recipe
+        session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
+        work = Work(session, place, settings, progress or Progress(), show)
+        work.store.check_dtype(str(session.backbone.model.dtype))
+        place.begin(shared=True)
+        (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
+        with in_turn(folder / COMPARE_FOLDER):
+            write_whole(folder / COMPARE_FOLDER / RECIPE_FILE, recipe.to_yaml(folder / COMPARE_FOLDER))
+        return work.execute()
+
+
+def prepared(session: Session, folder: Path) -> Session:
+    """Return the session of a comparison, whose prune ratio is learned, with everything loaded and checked.
+
+    Raises:
+        GraspError: the folder, the recipe, the data or an adapter does not fit.
+    """
     recipe = session.recipe
     if recipe.final.start == "controller":
         raise RecipeError(
@@ -123,18 +142,10 @@ def compare(
         )
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
     check_place(folder)
-    with working_in(folder) as place:
-        session = Session(recipe, session.base, session.progress)
-        check(session)
-        check_target_modules(session.backbone.model, recipe.lora.target_modules)
-        session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
-        work = _Work(session, place, settings, progress or Progress(), show)
-        work.store.check_dtype(str(session.backbone.model.dtype))
-        place.begin(shared=True)
-        (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
-        with in_turn(folder / COMPARE_FOLDER):
-            write_whole(folder / COMPARE_FOLDER / RECIPE_FILE, recipe.to_yaml(folder / COMPARE_FOLDER))
-        return work.execute()
+    session = Session(recipe, session.base, session.progress)
+    check(session)
+    check_target_modules(session.backbone.model, recipe.lora.target_modules)
+    return session
 
 
 @dataclass
@@ -147,7 +158,7 @@ class _Batch:
     to_do: list[str]
 
 
-class _Work:
+class Work:
     """One comparison that is under way.
 
     Raises:
@@ -155,8 +166,14 @@ class _Work:
     """
 
     def __init__(
-        self, session: Session, place: Workplace, settings: ComparisonSettings, progress: Progress, show: Show
+        self,
+        session: Session,
+        place: Workplace,
+        settings: ComparisonSettings,
+        progress: Progress | None = None,
+        show: Show = _nothing,
     ) -> None:
+        progress = progress or Progress()
         self.session, self.place, self.settings, self.progress, self.show = session, place, settings, progress, show
         self.store = Store(place.folder / STORE_FOLDER, progress, place.interruption)
         self.names = [name for name in METHODS if name in {*settings.methods, settings.reference}]
@@ -171,10 +188,7 @@ class _Work:
         self.again = {other: self._rows(elsewhere) for other, elsewhere in self.others.items()}
 
     def execute(self) -> Comparison:
-        settings = self.settings
-        shared = self.session.variant(self._with_split(self.split_seed))
-        batches = [self._batch(shared, self.rows, seed) for seed in settings.seeds]
-        batches += [self._batch(there, self.again[other], settings.seeds[0]) for other, there in self.others.items()]
+        shared, batches = self._batches(Bench)
         self.progress.begin(sum(METHODS[name].units for batch in batches for name in batch.to_do))
         finished = 0
         while True:
@@ -202,6 +216,18 @@ class _Work:
         splits = [other_split(rows, there, settings, other) for other, there in others]
         return summary(shared, settings, rows, self.split_seed).model_copy(update={"other_splits": splits})
 
+    def run_all(self, kind: type[Bench]) -> None:
+        """Go through all seeds and splits with benches of a kind, and write no table."""
+        for batch in self._batches(kind)[1]:
+            self._advance(batch)
+
+    def _batches(self, kind: type[Bench]) -> tuple[Session, list["_Batch"]]:
+        """The session of the splits that are compared, and all there is to do."""
+        shared, seeds = self.session.variant(self._with_split(self.split_seed)), self.settings.seeds
+        batches = [self._batch(shared, self.rows, seed, kind) for seed in seeds]
+        batches += [self._batch(there, self.again[other], seeds[0], kind) for other, there in self.others.items()]
+        return shared, batches
+
     def _rows(self, session: Session) -> Rows:
         """Rows with nothing in them yet, for the splits of a session.
 
@@ -225,9 +251,9 @@ class _Work:
         recipe = self.session.recipe
         return recipe.model_copy(update={"data": replace(recipe.data, split_seed=split_seed)})
 
-    def _batch(self, shared: Session, rows: Rows, seed: int) -> "_Batch":
+    def _batch(self, shared: Session, rows: Rows, seed: int, kind: type[Bench]) -> "_Batch":
         seeded = shared.variant(shared.recipe.model_copy(update={"seed": seed}))
-        bench = Bench(seeded, shared, self.store, self.settings.grid)
+        bench = kind(seeded, shared, self.store, self.settings.grid)
         return _Batch(bench, rows, seed, [name for name, row in rows.items() if row.unavailable is None])
 
     def _advance(self, batch: "_Batch") -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from grasp_lora.bench.checks import check, expected_rounds
+from grasp_lora.bench.plan import time_step
 from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import Example, Tally
 from grasp_lora.models.backbone import is_quantised
@@ -62,7 +63,13 @@ def preflight(session: Session) -> list[Finding]:
     if not splits.test:
         findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
     findings += _plan(recipe, sizes)
-    return findings
+    trained, probed = _cost(recipe, sizes)
+    pace = time_step(session)
+    text = (
+        f"at most {pace.seconds(trained, probed) / 60:.1f} min for that on this machine, where a training example takes "
+        f"{pace.trained:.3f} s; dev losses and answers come on top"
+    )
+    return [*findings, Finding("ok", "time", text)]
 
 
 def _doubtful(session: Session) -> list[Finding]:
@@ -90,19 +97,19 @@ def _doubtful(session: Session) -> list[Finding]:
     if spelled := sum(tally.control_tokens_kept_as_text for tally in tallies):
         text = (
             f"{spelled} examples spell control tokens, such as the end of a turn, which stay text; for conversations give "
-            "messages and set data.chat_template to true, or write the tokens into data.prompt and data.completion"
+            "messages to a backbone with a chat template, or write the tokens into data.prompt and data.completion"
         )
         found.append(Finding("warning", "control tokens", text))
     talks = sum(tally.conversations for tally in tallies)
     template = getattr(session.backbone.tokenizer, "chat_template", None)
-    if talks and template and not recipe.data.chat_template:
+    if talks and template and not splits.report.chat_template:
         text = (
             "the data are conversations and the backbone has a chat template, but data.chat_template is false, so the "
-            "messages before the answer are joined as plain text; set it to true"
+            "messages before the answer are joined as plain text; leave it out"
         )
         found.append(Finding("warning", "chat", text))
     glued = sum(_are_glued(example) for example in splits.train)
-    if not recipe.data.chat_template and 2 * glued > len(splits.train):
+    if not splits.report.chat_template and 2 * glued > len(splits.train):
         text = (
             "nothing stands between prompts and answers, which run into one word; end the prompts with a space or a line "
             "break, or set data.prompt"
@@ -190,24 +197,32 @@ def _label_mask(example: Example, tokenizer: object) -> Finding:
     return Finding("ok", "label mask", text)
 
 
-def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
-    rounds = expected_rounds(recipe, sizes["train"])
-    findings = []
-    trained = 0.0
+def _cost(recipe: Recipe, sizes: dict[str, int]) -> tuple[float, int]:
+    """How many examples are trained on and probed at most."""
+    trained, probed = 0.0, 0
     if not recipe.source.adapters:
         trained += recipe.source.training.epochs * sizes["source_train"]
     if not recipe.target.adapter:
         trained += recipe.target.training.epochs * sizes["train"]
     runs = 2 if recipe.final.deliver == "best" else 1  # the final run, and the source adapter continued
     trained += runs * recipe.final.training.epochs * sizes["train"]
-    probed = 0
     if recipe.final.prune_ratio is None:
-        trained += recipe.controller.training.epochs * sizes["train"]
+        stage = recipe.controller
+        trained += stage.training.epochs * sizes["train"]
+        pool = sum(sizes[split] for split in stage.rounds.splits)
+        keep_best = recipe.final.start == "controller"
+        probed = expected_rounds(recipe, sizes["train"]) * stage.probed_examples(pool, keep_best=keep_best)
+    return trained, probed
+
+
+def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
+    rounds = expected_rounds(recipe, sizes["train"])
+    findings = []
+    if recipe.final.prune_ratio is None:
         stage = recipe.controller
         pool = sum(sizes[split] for split in stage.rounds.splits)
         if pool < FEW_PROBED:
             findings.append(Finding("warning", "probes", f"{pool} examples choose the ratio; 16 are usual"))
-        probed = rounds * stage.probed_examples(pool, keep_best=recipe.final.start == "controller")
         few = FEW_INDEPENDENT_ROUNDS if stage.policy.regime == "each_step" else FEW_ROUNDS
         level = "warning" if rounds < few else "ok"
         advice = "; raise controller.training.epochs or lower controller.rounds.every" if level == "warning" else ""
@@ -221,6 +236,7 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
             f"for at most {recipe.final.training.steps(sizes['train'])} steps"
         )
         findings.append(Finding("ok", "start", text))
+    trained, probed = _cost(recipe, sizes)
     text = f"at most {trained:.0f} training examples and {probed} probed examples"
     findings.append(Finding("ok", "cost", text))
     return findings

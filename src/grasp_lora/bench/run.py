@@ -29,7 +29,7 @@ from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.records import read_needed
 from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.steps import Bench
-from grasp_lora.bench.store import STORE_FOLDER, Store
+from grasp_lora.bench.store import Store
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import AdapterError, DivergedError, ProbeError, RecipeError
 from grasp_lora.method.masks import survival
@@ -105,7 +105,7 @@ class _Run:
         self.session, self.recipe = session, session.recipe
         self.folder, self.progress, self.work = folder, progress, work
         self.cost: dict[str, float] = {}
-        self.store = Store(folder / STORE_FOLDER, progress, work.interruption)
+        self.store = Store(folder / files.STORE_FOLDER, progress, work.interruption)
         session.checkpoints = Checkpointing(self.recipe.save_every, lambda: work.interruption.asked_by)
 
     def execute(self) -> None:
@@ -255,7 +255,7 @@ class _Run:
         ids = {name: [example.public_id for example in getattr(splits, name)] for name in SPLITS}
         facts = files.DataFacts(report=splits.report.to_json(), ids=ids, sha256=hash_of(splits))
         write_json(self.folder / files.DATA_FILE, facts.to_json())
-        if not self.recipe.data.chat_template:  # a prompt in a chat template is not what `predict` is given
+        if not splits.report.chat_template:  # a prompt in a chat template is not what `predict` is given
             prompt = json.dumps((splits.test or splits.train)[0].prompt, ensure_ascii=False)
             write_whole(self.folder / files.PROMPT_FILE, prompt + "\n")
         return {name: len(members) for name, members in ids.items()}

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Self
 from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, model_validator
 
 from grasp_lora.bench.records import damaged, read_needed, read_record, read_text
-from grasp_lora.bench.store import STORE_FOLDER
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.storage.folder import LOCK_FILE
@@ -25,6 +24,8 @@ CONTINUED_FOLDER = "continued"
 MERGED_FOLDER = "merged"
 ADAPTER_FOLDER = "adapter"
 PREDICTIONS_FOLDER = "evaluation"
+STORE_FOLDER = "store"  # of an experiment's memory
+RECORDS, WORK = "records", "work"  # in it: of finished steps, and of those under way
 COMPARE_FOLDER, SWEEP_FOLDER = "compare", "sweep"  # of what else was done in the folder of a run
 # Files of the run folder itself.
 RUN_FILE = "run.json"

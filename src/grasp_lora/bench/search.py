@@ -21,11 +21,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from grasp_lora.bench.checks import check
 from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.run_folder import SWEEP_FOLDER, check_place
+from grasp_lora.bench.run_folder import STORE_FOLDER, SWEEP_FOLDER, check_place
 from grasp_lora.bench.search_space import SAMPLERS, Parameter, propose, search_space, trial_recipe
 from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.steps import Bench
-from grasp_lora.bench.store import STORE_FOLDER, Store
+from grasp_lora.bench.store import Store
 from grasp_lora.bench.sweep_record import Identity, SweepCost, SweepResult, Trial
 from grasp_lora.data.places import resolve_file
 from grasp_lora.errors import GraspError, RecipeError

@@ -326,15 +326,22 @@ class Session:
 
     def save(self, folder: Path, weights: AdapterWeights) -> None:
         """Write an adapter as an ordinary PEFT folder."""
+        recipe, report = self.recipe, self.splits.report
         save_adapter(
             folder,
             weights,
             self.backbone.model,
             backbone_name=self.backbone.base_model,
             fingerprint=self.backbone.fingerprint,
-            dropout=self.recipe.lora.dropout,
+            dropout=recipe.lora.dropout,
             answers=Answers(
-                self.recipe.generation.max_new_tokens, self.recipe.generation.stop, self.recipe.data.chat_template
+                recipe.generation.max_new_tokens,
+                recipe.generation.stop,
+                report.chat_template,
+                report.task,
+                report.prompt,
+                recipe.data.target.columns,
+                recipe.data.max_document_tokens,
             ),
         )
 
@@ -347,9 +354,12 @@ class Session:
         return ProbeSet(examples, self.pad_id).losses(model) if examples else []
 
     def _answer(self, model: Any) -> tuple[str, ...]:
-        prompts = [example.prompt_ids for example in self.splits.test]
+        test = self.splits.test
+        prompts, ends = [example.prompt_ids for example in test], {example.completion_ids[-1] for example in test}
         tokenizer, settings = self.backbone.tokenizer, self.recipe.generation
-        return tuple(distribute(prompts, lambda own: generate(model, tokenizer, own, settings, self.progress.answered)))
+        return tuple(
+            distribute(prompts, lambda own: generate(model, tokenizer, own, settings, self.progress.answered, ends))
+        )
 
 
 def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:

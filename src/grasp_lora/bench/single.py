@@ -1,4 +1,4 @@
-"""The single steps of the command line on folders: merge, learn, finetune, evaluate, predict."""
+"""The single steps of the command line on folders: merge, learn, finetune, evaluate."""
 
 import tempfile
 from collections.abc import Sequence
@@ -23,21 +23,17 @@ from grasp_lora.bench.run_folder import (
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Store
-from grasp_lora.data.encode import prompt_ids
-from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.errors import RecipeError
 from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.method.merging import merge as merge_weights
 from grasp_lora.method.rounds import RatioEstimate
-from grasp_lora.models.adapters import attached, check_fits, save_adapter
+from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import backbone_of
-from grasp_lora.models.generation import generate
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
-from grasp_lora.models.settings import GenerationSettings
 from grasp_lora.recipes.load import backbone_of_run
 from grasp_lora.storage.files import write_json, write_jsonl
 from grasp_lora.storage.folder import new_folder, refuse_existing
 from grasp_lora.storage.reading import is_folder
-from grasp_lora.text.display import SURROGATES
 
 if TYPE_CHECKING:
     from grasp_lora.training.finetune import FineTuneResult
@@ -78,6 +74,8 @@ def merge_folders(
     for adapter in adapters:
         check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
     answers = [adapter.info.answers for adapter in adapters]
+    if len({one.prompt for one in answers if one}) > 1:  # such as prompts in two languages, which answer in one way
+        answers = [one and Answers(one.max_new_tokens, one.stop, one.chat_template) for one in answers]
     alike = all(one == answers[0] for one in answers)
     with new_folder(output) as draft:
         save_adapter(
@@ -154,57 +152,6 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
         if draft is not None:
             write_json(draft / METRICS_FILE, metrics.to_json())
     return metrics
-
-
-def predict_texts(
-    place: str,
-    prompts: Sequence[str],
-    backbone: str | None,
-    device: str,
-    *,
-    max_new_tokens: int | None = None,
-    stop: Sequence[str] | None = None,
-    chat: bool | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> list[str]:
-    """Answer prompts with an adapter on its backbone, greedily.
-
-    Args:
-        place: PEFT adapter, a folder or a hub id.
-        prompts: whole prompts, as the adapter was trained on; with `chat` what the user says.
-        backbone, revision, trust_remote_code: as in a recipe's `backbone`; None takes the one that the adapter names.
-        device: auto, cpu or cuda.
-        max_new_tokens, stop, chat: None takes what the adapter was trained with, as it says itself, else 64 tokens, the end of
-            the line and plain prompts.
-
-    Raises:
-        GraspError: a prompt is empty or there is none, the adapter does not fit the backbone, or the tokenizer has no chat
-            template.
-    """
-    if not prompts:
-        raise DataError("there are no prompts; give them as arguments or one a line on standard input")
-    if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
-        raise DataError(f"prompt {empty[0]} is empty; give the adapter something to answer")
-    if broken := [number for number, prompt in enumerate(prompts, start=1) if SURROGATES.search(prompt)]:
-        raise DataError(
-            f"prompt {broken[0]} is no valid text: it has half of a surrogate pair, or was not in UTF-8; give it in UTF-8"
-        )
-    adapter = read_adapter(place)
-    own = adapter.info.answers or Answers()
-    try:
-        settings = GenerationSettings(
-            max_new_tokens=own.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            stop=tuple(own.stop if stop is None else stop),
-        )
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-    backbone = backbone or backbone_of_run(place)
-    loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)
-    check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
-    ids = prompt_ids(loaded.tokenizer, prompts, own.chat_template if chat is None else chat)
-    with attached(loaded.model, adapter.weights) as model:
-        return generate(model, loaded.tokenizer, ids, settings)
 
 
 def _check_one_adapter(session: Session) -> None:

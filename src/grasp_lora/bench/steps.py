@@ -34,6 +34,7 @@ from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.presets import ratio_rule
+from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import ControllerStage, Recipe
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
@@ -163,7 +164,7 @@ class Bench(Keyed):
         Returns:
             The learned ratio, and the merged adapter to start from, with the run's record among its own: what it cost.
         """
-        policy, rule = stage.policy, ratio_rule(stage.rule)
+        policy, asked = stage.policy, stage
         run_by = replace(stage, rule="smooth_fit")
         measures_alike = stage.compares_rounds() == run_by.compares_rounds()
         if policy.regime == "held" and (stage.rounds.in_turn is None or measures_alike):
@@ -175,8 +176,7 @@ class Bench(Keyed):
             lambda key, folder: self._control(stage, merged, folder)[1],
             trains=True,
         )
-        estimate = rule(rounds_of(record), policy.ratio_min, policy.ratio_max)
-        return Learned(estimate, replace(merged, records=(*merged.records, record)), record)
+        return Learned(self._estimate(record, asked), replace(merged, records=(*merged.records, record)), record)
 
     def learned_with_adapter(self, stage: ControllerStage) -> Learned:
         """A controller run for the adapter that a single run finishes; it rests on the rule, which prunes it.
@@ -191,9 +191,12 @@ class Bench(Keyed):
             [merged],
             lambda folder: self._control(stage, merged, folder, keep_best=True),
         )
-        record, policy = adapter.records[-1], stage.policy
-        estimate = ratio_rule(stage.rule)(rounds_of(record), policy.ratio_min, policy.ratio_max)
-        return Learned(estimate, adapter, record)
+        record = adapter.records[-1]
+        return Learned(self._estimate(record, stage), adapter, record)
+
+    def _estimate(self, record: Record, stage: ControllerStage) -> RatioEstimate:
+        """The ratio that the rule of a stage reads off a controller run."""
+        return ratio_rule(stage.rule)(rounds_of(record), stage.policy.ratio_min, stage.policy.ratio_max)
 
     def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
         return self._settings(

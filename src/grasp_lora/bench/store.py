@@ -29,6 +29,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.run_folder import RECORDS, WORK
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.storage.checkpoints import newest_checkpoint, seconds_of
 from grasp_lora.storage.files import discard, sync, sync_all, write_json
@@ -38,8 +39,7 @@ from grasp_lora.storage.processes import on_first_process, world_size
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 VERSION = 1
-STORE_FOLDER = "store"  # in the folder of an experiment
-RECORDS, PACKED, ADAPTERS, ANSWERS, WORK = "records", "records.jsonl.gz", "adapters", "answers", "work"
+PACKED, ADAPTERS, ANSWERS = "records.jsonl.gz", "adapters", "answers"
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +219,16 @@ class Store:
             write_json(self._file(record.step, record.key), asdict(record))
         shutil.rmtree(self.folder / WORK / record.key, ignore_errors=True)
         return record
+
+    def on_record(self, step: str, settings: Mapping[str, Any]) -> Record | None:
+        """Return the record of a step if there is one; nothing is done or written.
+
+        Raises:
+            RecipeError: it is damaged.
+        """
+        key = key_of(step, settings)
+        file = self._file(step, key)
+        return _read(file, key) if file.is_file() else self._packed.get(key)
 
     def _find(self, step: str, key: str) -> Record | None:
         file = self._file(step, key)

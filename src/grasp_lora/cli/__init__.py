@@ -11,7 +11,7 @@ import typer
 from grasp_lora.cli.adapters import export, predict
 from grasp_lora.cli.experiments import compare, sweep
 from grasp_lora.cli.recipes import init, recipes, schema
-from grasp_lora.cli.run import check, demo, report, run
+from grasp_lora.cli.run import check, demo, report, run, status
 from grasp_lora.cli.steps import evaluate, finetune, learn, merge
 from grasp_lora.cli.terminal import error_console, lasting_outputs, print_error, say
 from grasp_lora.errors import FailedElsewhere, GraspError, Interrupted
@@ -21,7 +21,6 @@ from grasp_lora.storage.processes import is_first, world_size
 app = typer.Typer(
     name="grasp-lora",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="""Adapt a language model to a language with little data: merge a source and a target LoRA adapter and
@@ -36,7 +35,7 @@ TIME_TO_SPEAK = 3  # seconds
 UsageError: Any = typer.BadParameter.__base__
 
 for command in (
-    run, demo, check, recipes, init, schema, predict, merge, export, learn, finetune, evaluate, compare, sweep, report,
+    run, demo, check, recipes, init, schema, predict, merge, export, learn, finetune, evaluate, compare, sweep, status, report,
 ):  # fmt: skip
     app.command()(command)
 

@@ -3,14 +3,16 @@
 import io
 import json
 import sys
-from typing import Annotated
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from grasp_lora.cli.options import AdapterArgument, BackboneOption, OptionsOf, RevisionOption, StepOutput, TrustOption
-from grasp_lora.cli.terminal import log_to_terminal, say
-from grasp_lora.errors import DataError
-from grasp_lora.text.display import escaped, quoted
+from grasp_lora.cli.terminal import loading, log_to_terminal, print_error, say
+from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.text.display import SURROGATES, escaped, quoted
 
 _export = OptionsOf("grasp_lora.models.export", "ExportSettings")
 
@@ -18,7 +20,16 @@ _export = OptionsOf("grasp_lora.models.export", "ExportSettings")
 def predict(
     adapter: AdapterArgument,
     prompts: Annotated[
-        list[str] | None, typer.Argument(help="Prompts; without any, one a line from standard input.")
+        list[str] | None,
+        typer.Argument(help="Whole prompts, or a file of rows; without any, one prompt a line from standard input."),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(help="A question, put into the prompt that the adapter was trained with.")
+    ] = None,
+    context: Annotated[str | None, typer.Option(help="The text that the question is about.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A new file (.csv, .tsv, .jsonl) for the rows with their predictions."),
     ] = None,
     backbone: BackboneOption = None,
     max_new_tokens: Annotated[
@@ -33,7 +44,8 @@ def predict(
     chat: Annotated[
         bool | None,
         typer.Option(
-            help="Put prompts into the chat template, as what the user says. Default: as in the adapter's recipe."
+            help="Put prompts into the chat template, as what the user says. Default: as in the adapter's recipe. "
+            "Without a prompt, on a terminal: talk with the adapter; Ctrl-D ends it."
         ),
     ] = None,
     jsonl: Annotated[
@@ -44,28 +56,78 @@ def predict(
     trust_remote_code: TrustOption = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
-    """Answer prompts with an adapter, one answer a line. A prompt is whole, as the adapter was trained on it."""
-    from grasp_lora.bench.single import predict_texts
+    """Answer with an adapter: prompts, one answer a line; a question; the rows of a file; or a conversation.
+
+    A prompt is whole, as the adapter was trained on it; --question, --context and rows are put into that form.
+    """
+    from grasp_lora.bench.predict import is_rows, predict_question, predict_rows, predict_texts
 
     log_to_terminal(False)
-    answers = predict_texts(
-        adapter,
-        prompts or _prompts_on_standard_input(jsonl),
-        backbone,
-        device,
-        max_new_tokens=max_new_tokens,
-        stop=stop,
-        chat=chat,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-    )
+    settings = {
+        "backbone": backbone,
+        "device": device,
+        "max_new_tokens": max_new_tokens,
+        "stop": stop,
+        "chat": chat,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+    }
+    given = {name: text for name, text in (("context", context), ("question", question)) if text is not None}
+    rows = Path(prompts[0]) if prompts and len(prompts) == 1 and is_rows(prompts[0]) else None
+    if given and prompts:
+        raise RecipeError(f"a prompt is given, and --{' and --'.join(given)}, too; give one of them")
+    if output is not None and rows is None:
+        raise RecipeError("--output takes the predictions of a file of rows; give such a file, or leave it out")
+    if given:
+        answers = [predict_question(adapter, given, **settings)]
+    elif rows is not None:
+        found = predict_rows(adapter, rows, output, **settings)
+        answers = [] if output else [json.dumps(one, ensure_ascii=False) for one in found]
+    elif chat and not prompts and sys.stdin is not None and sys.stdin.isatty():
+        _talk(adapter, settings)
+        return
+    else:
+        answers = predict_texts(adapter, prompts or _prompts_on_standard_input(jsonl), **settings)
+    if jsonl and rows is None:
+        answers = [json.dumps(answer, ensure_ascii=False) for answer in answers]
     on_terminal = sys.stdout.isatty()
     if not on_terminal and isinstance(sys.stdout, io.TextIOWrapper):  # else what Windows takes for a pipe's encoding
         sys.stdout.reconfigure(encoding="utf-8")
     for answer in answers:
-        if jsonl:
-            answer = json.dumps(answer, ensure_ascii=False)
         sys.stdout.write((escaped(answer) if on_terminal else answer) + "\n")
+
+
+def _talk(adapter: str, settings: dict[str, Any]) -> None:
+    """Answer what a user says, line by line, with all that was said before in view."""
+    from grasp_lora.bench.predict import asking
+
+    turns: list[dict[str, str]] = []
+    with ExitStack() as stack:
+        with loading():
+            asked = stack.enter_context(asking(adapter, **settings))
+        say("say something; Ctrl-D ends the conversation", style="dim")
+        while True:
+            try:
+                said = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                sys.stdout.write("\n")
+                return
+            except UnicodeDecodeError:
+                said = "\ud800"
+            if SURROGATES.search(said):
+                print_error("that was no valid text; type it in UTF-8")
+            if not said or SURROGATES.search(said):
+                continue
+            turns.append({"role": "user", "content": said})
+            try:
+                reply = asked.reply(turns)
+            except DataError as error:  # of one that has become too long, for example
+                print_error(f"{error}; the conversation begins anew")
+                turns.clear()
+                continue
+            turns.append({"role": "assistant", "content": reply})
+            for line in reply.split("\n"):
+                sys.stdout.write(escaped(line) + "\n")
 
 
 def _prompts_on_standard_input(jsonl: bool) -> list[str]:

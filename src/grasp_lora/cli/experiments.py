@@ -45,6 +45,9 @@ def compare(
     overrides: SetOption = None,
     allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("compare")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the trainings with their cost and minutes here, and do none.")
+    ] = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Run every baseline and GRASP under one protocol; print the table with uncertainty and cost.
@@ -62,7 +65,7 @@ def compare(
         from grasp_lora.bench.methods import DEFAULT_METHODS
         from grasp_lora.bench.run_folder import REPORT_FILE
         from grasp_lora.cli.on_ray import share
-        from grasp_lora.cli.progress import TerminalBenchProgress, print_steps
+        from grasp_lora.cli.progress import TerminalBenchProgress, print_plan, print_steps
         from grasp_lora.report.comparison import COMPARISON_TABLES_FILE, print_comparison
     with _checked_options():
         settings = {
@@ -78,6 +81,10 @@ def compare(
         raise RecipeError(
             f"--workers is {workers}, but --on is not given; give --on ray, or start this command so often"
         )
+    if dry_run:
+        with _checked_options():
+            print_plan(api.plan(**given), console)
+        return
     with shown(TerminalBenchProgress(console)) as progress, _checked_options():
         folder, comparison = (
             share("compare", progress, given, **ray) if ray else api.compare(progress=progress, **given)

@@ -7,12 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from grasp_lora.recipes.builtin import builtin_recipes
 from grasp_lora.text.docstrings import arguments, docstring_of
 
 if TYPE_CHECKING:
     from grasp_lora.bench.session import Session
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe file, or the name of a built-in one (see `recipes`).")]
+
+def _recipes_beginning(incomplete: str) -> list[str]:
+    """What a shell offers for a recipe: the built-in names, and files."""
+    files = [path.as_posix() for ending in ("yaml", "yml") for path in Path().glob(f"*.{ending}")]
+    return [name for name in (*builtin_recipes(), *sorted(files)) if name.startswith(incomplete)]
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe file, or the name of a built-in one (see `recipes`).", autocompletion=_recipes_beginning
+    ),
+]
 AdapterArgument = Annotated[str, typer.Argument(help="PEFT adapter: a folder or a hub id.")]
 AdapterOption = Annotated[str, typer.Option("--adapter", "-a", help="PEFT adapter: a folder or a hub id.")]
 SetOption = Annotated[

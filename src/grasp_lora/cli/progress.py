@@ -18,11 +18,13 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
+from grasp_lora.bench.plan import Plan
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.search import shown
 from grasp_lora.bench.store import Record
 from grasp_lora.bench.sweep_record import SweepResult, Trial
 from grasp_lora.text.display import escaped
+from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 _TITLES = {
     "data": "read and split the data",
@@ -193,6 +195,30 @@ def print_steps(used: Sequence[tuple[Record, bool]], console: Console) -> None:
         seconds = sum(record.seconds for record in done)
         table.add_row(step, str(len(members) - len(done)), str(len(done)), f"{seconds:.1f}" if done else "-")
     console.print(table)
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print what a comparison would do: trainings first, each step with its forward passes and minutes at most."""
+    groups: dict[str, list[tuple[Record, bool]]] = {}
+    for record, there in sorted(plan.steps, key=lambda one: not one[0].trains):
+        groups.setdefault(record.step.replace("nan", "at the learned ratio"), []).append((record, there))
+    table = Table("step", "on record", "to do", "forward passes", "minutes")
+    passes, seconds = 0, 0.0
+    for step, members in groups.items():
+        left = [record for record, there in members if not there]
+        work = sum(record.work for record in left)
+        trained = sum(record.result.get("trained_examples", 0) for record in left)
+        spent = plan.pace.seconds(trained, work - TRAINED_AS_MEASURED * trained)
+        passes, seconds = passes + work, seconds + spent
+        table.add_row(step, str(len(members) - len(left)), str(len(left)), str(work), f"{spent / 60:.1f}")
+    console.print(table)
+    for line in (
+        f"at most {passes} forward passes and {seconds / 60:.1f} min on this machine, where a training example takes "
+        f"{plan.pace.trained:.3f} s; {plan.answers} answers to test prompts come on top",
+        *(f"left out: {name} {reason}" for name, reason in plan.unavailable.items()),
+        "nothing was trained or written",
+    ):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_sweep(result: SweepResult, console: Console) -> None:

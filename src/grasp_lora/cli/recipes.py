@@ -11,8 +11,14 @@ from grasp_lora.cli.terminal import console, say
 from grasp_lora.recipes.builtin import SCHEMA_FILE, builtin_recipes, builtin_text, schema_text
 
 
+def _names_beginning(incomplete: str) -> list[str]:
+    return [name for name in builtin_recipes() if name.startswith(incomplete)]
+
+
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="Print this one, as a file to begin with.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Print this one, as a file to begin with.", autocompletion=_names_beginning)
+    ] = None,
 ) -> None:
     """List the built-in recipes with a line each, or print one."""
     if name is not None:

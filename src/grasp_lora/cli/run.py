@@ -56,6 +56,14 @@ def check(
         say(finding.text)
 
 
+def status(folder: Annotated[Path, typer.Argument(help="Folder of a run, a comparison or a sweep.")]) -> None:
+    """Say how far a run, a comparison or a sweep is, and what to do next; nothing is written."""
+    from grasp_lora.bench.status import status
+
+    for line in status(folder):
+        say(line)
+
+
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html and report.md of a run folder again."""
     from grasp_lora.report.pages import write_report

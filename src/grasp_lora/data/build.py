@@ -125,7 +125,8 @@ class DataSettings:
         max_tokens: examples of more tokens (prompt, completion and end) are dropped, >= 8.
         max_document_tokens: articles and contexts are cut to this many tokens before templating; None to cut nothing.
         prompt, completion: templates in place of the built-in ones, for both languages.
-        chat_template: give the prompt as a user turn through the tokenizer's chat template.
+        chat_template: give the prompt as a user turn through the tokenizer's chat template, and end the answer as that ends a
+            turn. None does so where the data are conversations and there is a template. Without one a line break ends each turn.
         split_seed: seed of the splits; None takes the recipe's seed. Set it to keep splits over several seeds.
 
     Raises:
@@ -142,7 +143,7 @@ class DataSettings:
     max_document_tokens: int | None = None
     prompt: str | None = None
     completion: str | None = None
-    chat_template: bool = False
+    chat_template: bool | None = None
     split_seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -191,16 +192,19 @@ def build_splits(
         corpora["source"] = settings.source
     shares = {role: _read_corpus(settings, corpus, role, base, offline) for role, corpus in corpora.items()}
     groups = join_groups(record.keys for parts in shares.values() for part in parts for record in part.pool.records)
+    chat = _in_chat(settings.chat_template, shares, tokenizer)
     splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
     tallies: dict[str, Tally] = {}
+    prompts: dict[str, str] = {}
     held_out: set[str] = set()
     for role, corpus in corpora.items():
-        chat, limits = settings.chat_template, (settings.max_tokens, settings.max_document_tokens)
+        limits = settings.max_tokens, settings.max_document_tokens
         template = resolve_template(settings.task, corpus.language, settings.prompt, settings.completion, chat)
         encoder = Encoder(tokenizer, settings.task, corpus.language, template, *limits, chat)
         # Splits that the user made on both sides are checked, not changed.
         barred = set() if corpus.explicit and settings.target.explicit else held_out
         tallies[role] = tally = Tally(corpus.language)
+        prompts[role] = template.prompt
         used = 0
         for share in shares[role]:
             generator = random.Random(f"{split_seed} {role} {' '.join(share.counts)}")
@@ -214,6 +218,9 @@ def build_splits(
         settings.task,
         split_seed,
         settings.max_tokens,
+        chat,
+        prompts["target"]
+        + ("\n" if tallies["target"].conversations and not chat else ""),  # which ends the user's turn
         _numbers_as_ids(shares),
         tallies["target"],
         tallies.get("source"),
@@ -307,6 +314,21 @@ def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ..
         (corpus.dev_files, dev),
         (corpus.train_files, train),
     ]
+
+
+def _in_chat(wanted: bool | None, shares: Mapping[str, Sequence[Share]], tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether prompts are put into the chat template: where nobody says, those of conversations are, if there is one."""
+    if wanted is not None:
+        return wanted
+    if not any(record.messages for parts in shares.values() for part in parts for record in part.pool.records):
+        return False
+    if getattr(tokenizer, "chat_template", None):
+        return True
+    logger.warning(
+        "the data are conversations, but the backbone has no chat template: a line break ends each of their turns; "
+        "an instruct model has a template"
+    )
+    return False
 
 
 def _numbers_as_ids(shares: Mapping[str, Sequence[Share]]) -> int:

@@ -26,6 +26,7 @@ MOST_ADDED = 10_000  # characters that a template may add to a conversation, on 
 TIMES = 10
 
 Conversation = Sequence[Mapping[str, str]]
+_ANSWER = "an answer of the assistant"
 
 
 def render_chat(
@@ -45,7 +46,7 @@ def render_chat(
         DataError: there is no template, or it refuses a conversation, which is named, or does not end within the limits.
     """
     check_has_template(tokenizer)
-    answers = _prompts(tokenizer, conversations)
+    answers = _rendered(tokenizer, conversations)
     seconds = MOST_SECONDS * (1 + len(conversations) // EACH)
     prompts: list[str] = []
     for answer in _by_a_child(answers, seconds) if hasattr(os, "fork") else answers:
@@ -61,6 +62,26 @@ def render_chat(
     return prompts
 
 
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the token that the chat template writes after an answer of the assistant; the EOS token where it writes none.
+
+    Args:
+        tokenizer: with an EOS token.
+
+    Raises:
+        DataError: there is no template.
+    """
+    check_has_template(tokenizer)
+    talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
+    answers = _rendered(tokenizer, [talk], answered=True)
+    whole = next(iter(_by_a_child(answers, MOST_SECONDS) if hasattr(os, "fork") else answers), "")
+    after = whole.rpartition(_ANSWER)[2].strip() if isinstance(whole, str) and _ANSWER in whole else ""
+    first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after else []
+    # What the template writes as ordinary text, such as a line break or the next user's name, ends nothing for sure.
+    found = next((int(token) for token in first if token in tokenizer.added_tokens_decoder), tokenizer.eos_token_id)
+    return cast(int, found)
+
+
 def check_has_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Check that there is a chat template.
 
@@ -74,10 +95,10 @@ def check_has_template(tokenizer: "PreTrainedTokenizerBase") -> None:
         )
 
 
-def _prompts(
-    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Conversation]
+def _rendered(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Conversation], answered: bool = False
 ) -> Iterator[str | dict[str, str]]:
-    """Give the prompts up to the first that the template refuses, and then the reason."""
+    """Give the prompts, or conversations that are `answered`, up to the first that the template refuses, and then the reason."""
     room = sum(MOST_ADDED + TIMES * sum(len(turn["content"]) for turn in turns) for turns in conversations)
     try:
         template = tokenizer.get_chat_template()
@@ -86,7 +107,7 @@ def _prompts(
         for conversation in conversations:
             turns = cast(list[dict[str, str]], conversation)
             prompt = tokenizer.apply_chat_template(
-                turns, chat_template=template, add_generation_prompt=True, tokenize=False
+                turns, chat_template=template, add_generation_prompt=not answered, tokenize=False
             )
             room -= len(cast(str, prompt))
             if room < 0:

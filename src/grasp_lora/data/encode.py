@@ -4,13 +4,13 @@ Data is text: what spells a control token in it, such as the end token, is broke
 """
 
 import re
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
 
-from grasp_lora.data.chat import render_chat
+from grasp_lora.data.chat import end_of_turn, render_chat
 from grasp_lora.data.records import Record
 from grasp_lora.data.tasks import ANY_LANGUAGE, TASKS, TEMPLATES, Template
 from grasp_lora.errors import DataError
@@ -33,7 +33,7 @@ class Example:
         references: gold answers or summaries, untemplated.
         language: code of its corpus.
         group: name of the component of records that share an id, a text or an article.
-        prompt_ids, completion_ids: token ids; completion_ids end with EOS.
+        prompt_ids, completion_ids: token ids; completion_ids end with EOS, or what the chat template ends a turn with.
     """
 
     id: str
@@ -188,16 +188,13 @@ class Encoder:
         if not records:
             return []
         answer = TASKS[self.task].answer
-        inputs = [{name: self._text(text, self.chat) for name, text in record.fields.items()} for record in records]
-        inputs, answer_lost = self._cut_documents(records, inputs, tally)
-        prompts = self._prompts(records, inputs)
+        prompts, answer_lost = self._prompts(records, tally)
         completions = [self.template.completion.format(**{answer: self._text(record.answer)}) for record in records]
-        # A chat template writes the special tokens itself.
-        prompt_ids = _tokenize(self.tokenizer, prompts, add_special_tokens=not self.chat)
+        prompt_ids = self._prompt_ids(prompts)
         completion_ids = _tokenize(self.tokenizer, completions, add_special_tokens=False)
         examples: list[Example | None] = []
         for i, record in enumerate(records):
-            before, after = prompt_ids[i], [*completion_ids[i], self.tokenizer.eos_token_id]
+            before, after = prompt_ids[i], [*completion_ids[i], self.end]
             length = len(before) + len(after)
             too_long = length > self.max_tokens
             tally.shortest_tokens = min(length, tally.shortest_tokens or length)
@@ -217,6 +214,19 @@ class Encoder:
             examples.append(None if too_long or answer_lost[i] else example)
         return examples
 
+    def ask(self, records: Sequence[Record]) -> list[list[int]]:
+        """Return the token ids of the prompts of records, as `encode` makes them; their answers have no part in it.
+
+        Raises:
+            DataError: a conversation needs a chat template, or the chat template refuses one.
+        """
+        return self._prompt_ids(self._prompts(records, Tally())[0]) if records else []
+
+    @cached_property
+    def end(self) -> int:
+        """The token that ends an answer."""
+        return end_of_turn(self.tokenizer) if self.chat else cast(int, self.tokenizer.eos_token_id)
+
     @cached_property
     def _spelled(self) -> dict[bool, re.Pattern[str]]:
         return {chat: control_tokens(self.tokenizer, chat) for chat in {False, self.chat}}
@@ -225,7 +235,14 @@ class Encoder:
         """Break control tokens; also the marks of a chat template, but not in answers, whose marks may be meant (`<think>`)."""
         return as_text(text, self._spelled[for_chat]) if self.data_is_text else text
 
-    def _prompts(self, records: Sequence[Record], inputs: Sequence[Mapping[str, str]]) -> list[str]:
+    def _prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        # A chat template writes the special tokens itself.
+        return _tokenize(self.tokenizer, prompts, add_special_tokens=not self.chat)
+
+    def _prompts(self, records: Sequence[Record], tally: Tally) -> tuple[list[str], list[bool]]:
+        """Write the prompts; also say which records lost their answer with the end of their document."""
+        inputs = [{name: self._text(text, self.chat) for name, text in record.fields.items()} for record in records]
+        inputs, answer_lost = self._cut_documents(records, inputs, tally)
         conversations = []
         for record, fields in zip(records, inputs, strict=True):
             turns = [
@@ -234,19 +251,12 @@ class Encoder:
             ]
             if turns and self.template.prompt != TEMPLATES["completion"][ANY_LANGUAGE].prompt:
                 raise DataError(f"record {record.id} is a conversation, to which no prompt template applies")
-            if turns and not self.chat:
-                if [turn["role"] for turn in turns] not in (["user"], ["system", "user"]):
-                    raise DataError(
-                        f"record {record.id} is a conversation of {len(turns)} messages before the answer: "
-                        "set chat_template: true, or give plain prompts"
-                    )
-                turns = [{"role": "user", "content": "\n".join(turn["content"] for turn in turns)}]
-            if not turns:
-                turns = [{"role": "user", "content": self.template.prompt.format(**fields)}]
-            conversations.append(turns)
+            if turns and not self.chat:  # a line break between turns, the answer's included
+                turns = [{"role": "user", "content": "".join(turn["content"] + "\n" for turn in turns)}]
+            conversations.append(turns or [{"role": "user", "content": self.template.prompt.format(**fields)}])
         if not self.chat:
-            return [turns[0]["content"] for turns in conversations]
-        return render_chat(self.tokenizer, conversations, [record.id for record in records])
+            return [turns[0]["content"] for turns in conversations], answer_lost
+        return render_chat(self.tokenizer, conversations, [record.id for record in records]), answer_lost
 
     def _cut_documents(
         self, records: Sequence[Record], inputs: list[dict[str, str]], tally: Tally

@@ -35,6 +35,8 @@ class DataReport:
 
     Args:
         task, split_seed, max_tokens: as they were set.
+        chat_template: whether prompts stand in the tokenizer's chat template.
+        prompt: template of the target's prompts.
         numbers_as_ids: whole numbers that are ids of source and target at once: often they only count the rows of each file.
         target, source: what became of their records.
         splits: size of each of SPLITS.
@@ -43,6 +45,8 @@ class DataReport:
     task: str
     split_seed: int
     max_tokens: int
+    chat_template: bool
+    prompt: str
     numbers_as_ids: int
     target: Tally
     source: Tally | None

@@ -19,7 +19,7 @@ from grasp_lora.models.apart import keep_apart
 from grasp_lora.models.backbone import is_quantised
 from grasp_lora.models.live import ADAPTER_NAME, live_pairs, lora_layers
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.settings import ALL_LINEAR, LoraSettings
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import without_place
 
@@ -68,16 +68,16 @@ def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -
     """
     from peft import LoraConfig
 
-    check_target_modules(model, settings.target_modules)
+    targets = check_target_modules(model, settings.target_modules)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=_whole(settings.alpha),  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=list(settings.target_modules),
-        exclude_modules=_outside_decoder(model, settings.target_modules) or None,
+        target_modules=list(targets),
+        exclude_modules=_outside_decoder(model, targets) or None,
         use_rslora=settings.rslora,
         task_type="CAUSAL_LM",
-        fan_in_fan_out=_transposed(model, settings.target_modules),
+        fan_in_fan_out=_transposed(model, targets),
     )
     with _injected(model, config, seed) as peft_model:
         yield peft_model
@@ -174,6 +174,8 @@ def save_adapter(
         answers,
     )
     stated = {key: value for key, value in asdict(info).items() if value is not None and value is not False}
+    if answers is not None:
+        stated["answers"] = {key: value for key, value in asdict(answers).items() if value not in (None, {})}
     (folder / OUR_FILE).write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
 
 
@@ -228,17 +230,22 @@ def _check_base_weights(model: torch.nn.Module, adapter: LoadedAdapter, backbone
             )
 
 
-def check_target_modules(model: torch.nn.Module, target_modules: tuple[str, ...]) -> None:
-    """Check that every target names a linear module of the backbone.
+def check_target_modules(model: "PreTrainedModel", target_modules: tuple[str, ...]) -> tuple[str, ...]:
+    """Check that every target names a linear module of the backbone; return them, `all-linear` written out.
 
     Raises:
         AdapterError: one does not; the message lists those that exist.
     """
     linear = _linear(model)
+    if target_modules == (ALL_LINEAR,):
+        whole: Any = model
+        head = whole.get_output_embeddings()
+        return tuple(_shortest_targets(tuple(name for name, module in linear.items() if module is not head), model))
     for target in target_modules:
         if not any(_is_named(name, (target,)) for name in linear):
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise AdapterError(f"the backbone has no linear module {target!r}; it has: {known}")
+    return target_modules
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """Batched greedy decoding: token ids of prompts in, answers as text out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -25,10 +25,12 @@ def generate(
     prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
     progress: Callable[[int, int], None] | None = None,
+    ends: Iterable[int] = (),
 ) -> list[str]:
     """Answer each prompt greedily.
 
-    An answer ends at an EOS token, a stop text or `max_new_tokens`; unless it may be empty, not before there is text.
+    An answer ends at an EOS token, one of `ends`, a stop text or `max_new_tokens`; unless it may be empty, not before there
+    is text.
     Batching does not change the answers beyond rounding (in bfloat16, near-ties between two tokens can fall either
     way). The model may be wrapped by PEFT; it is left as it was, each module in its train or eval mode.
 
@@ -38,6 +40,7 @@ def generate(
         prompts: token ids of each prompt, BOS included where the model wants one.
         settings: lengths, batches and stop texts.
         progress: called after each batch with the prompts answered so far and their total.
+        ends: further tokens that end an answer, such as the end of a turn.
 
     Returns:
         One answer a prompt, in the order of the prompts, stripped of surrounding white space.
@@ -46,7 +49,7 @@ def generate(
         DataError: a prompt is empty, or too long for the model's context with `max_new_tokens` after it.
     """
     inner = without_peft(model)
-    stop_ids = find_stop_ids(inner, tokenizer)
+    stop_ids = {*find_stop_ids(inner, tokenizer), *ends}
     _check_lengths(inner, prompts, settings)
     if getattr(inner.config, "model_type", None) in _ONE_BY_ONE:
         settings = replace(settings, batch_size=1)
@@ -157,7 +160,7 @@ class _Answers:
     """Stopping criterion that keeps the text of each row up to its end: what a batch generates later changes nothing."""
 
     def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", rows: int, stop_ids: Sequence[int], settings: GenerationSettings
+        self, tokenizer: "PreTrainedTokenizerBase", rows: int, stop_ids: Collection[int], settings: GenerationSettings
     ) -> None:
         self.texts = [""] * rows
         self.rows = list(range(rows))  # those that are still generated, in the order of the batch

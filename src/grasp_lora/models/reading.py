@@ -24,6 +24,7 @@ from grasp_lora.text.display import escaped
 WEIGHTS_FILE = "adapter_model.safetensors"
 OUR_FILE = "grasp_lora.json"
 PREFIX = "base_model.model."
+MOST_PROMPT = 100_000  # characters of a template
 MOST_EFFORT = 5_000_000  # comparisons of modules with patterns, a few seconds
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
@@ -36,11 +37,19 @@ class Answers:
         max_new_tokens: longest answer.
         stop: texts that end an answer.
         chat_template: whether prompts are put into the tokenizer's chat template.
+        task: of its recipe, or None.
+        prompt: the template of its prompts, with the task's fields in braces, or None.
+        columns: field -> column of the rows that it was trained on, where they differ.
+        max_document_tokens: what contexts and articles were cut to, or None.
     """
 
     max_new_tokens: Annotated[int, Field(strict=True)] = 64
     stop: tuple[Annotated[str, Field(strict=True)], ...] = ("\n",)
     chat_template: Annotated[bool, Field(strict=True)] = False
+    task: Name | None = None
+    prompt: Annotated[str, Field(strict=True, max_length=MOST_PROMPT)] | None = None
+    columns: dict[str, Name] = field(default_factory=dict)
+    max_document_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, WithJsonSchema
 
 EMBEDDED_NAME = "gemma3-270m"
+ALL_LINEAR = "all-linear"  # PEFT's word
 EMBEDDED_HUB_ID = "google/gemma-3-270m"
+
+Texts = Annotated[  # a single text stands for a list of one
+    tuple[str, ...],
+    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}}),
+]
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ class LoraSettings:
         rank: r, >= 1.
         alpha: numerator of the scaling alpha / r, > 0.
         dropout: on the adapter's input, in [0, 1).
-        target_modules: names or name endings of the modules to adapt.
+        target_modules: names or name endings of the modules to adapt, or `all-linear` for all linear ones but the output layer.
         rslora: scale by alpha / sqrt(r) instead.
 
     Raises:
@@ -71,7 +80,7 @@ class LoraSettings:
     rank: int = 8
     alpha: float = 32.0
     dropout: float = 0.05
-    target_modules: tuple[str, ...] = ("q_proj", "v_proj")
+    target_modules: Texts = ("q_proj", "v_proj")
     rslora: bool = False
 
     def __post_init__(self) -> None:
@@ -81,6 +90,8 @@ class LoraSettings:
             raise ValueError(f"LoRA alpha is {self.alpha}; it must be above 0")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"LoRA dropout is {self.dropout}; it must lie in [0, 1)")
+        if ALL_LINEAR in self.target_modules and len(self.target_modules) > 1:
+            raise ValueError(f"LoRA target_modules names {ALL_LINEAR!r} and more; leave the others out")
         if not self.target_modules:
             raise ValueError("LoRA target_modules is empty; name at least one module, such as q_proj")
 

@@ -46,11 +46,6 @@ class Corpus:
     records: tuple[Record, ...]
 
     @property
-    def several_turns(self) -> bool:
-        """Whether some record is a conversation of several turns."""
-        return any(len(record.messages) > 2 for record in self.records)
-
-    @property
     def answer_tokens(self) -> int:
         """Room for nearly all answers: a token is about three bytes of text, and multiples of 16 look deliberate.
 

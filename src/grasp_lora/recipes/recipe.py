@@ -31,7 +31,7 @@ from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.method.policy import POLICIES, plain_policy, policy_class
 from grasp_lora.method.presets import PRESETS, WITH_DEV, WITHOUT_DEV, Controller, preset
 from grasp_lora.method.search import RatioPolicy
-from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings
+from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings, Texts
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import without_place
 from grasp_lora.training.settings import TrainingSettings
@@ -75,13 +75,6 @@ Policy = Annotated[
     BeforeValidator(_policy),
     PlainSerializer(plain_policy, return_type=dict[str, Any]),
     WithJsonSchema({"type": "object", "properties": {"kind": KIND}}),
-]
-
-
-Texts = Annotated[  # a single text stands for a list of one
-    tuple[str, ...],
-    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
-    WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}}),
 ]
 
 
@@ -353,6 +346,8 @@ class Recipe(BaseModel):
             mode="json",
             exclude={"data": {"root"}, "backbone": {"device", "offline"}, "report_to": True, "save_every": True},
         )
+        # None was once false; where it means something else now, the run's hash of its examples differs.
+        content["data"]["chat_template"] = bool(content["data"]["chat_template"])
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self, folder: Path | None = None) -> str:

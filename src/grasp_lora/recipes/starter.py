@@ -64,11 +64,6 @@ def write_recipe(
     target = read_corpus(str(data), data, file.parent)
     files, adapters = _sort_out(source)
     backbone = backbone or _backbone_of(adapters)
-    if backbone == EMBEDDED_NAME and target.several_turns:
-        raise RecipeError(
-            f"{data} holds conversations of several turns, which need a backbone with a chat template, and {EMBEDDED_NAME} has "
-            "none; name one with --backbone"
-        )
     places = [resolve_file(name) if name.startswith(DEMO_PREFIX) else Path(name) for name in files]
     sources = [read_corpus(name, place, file.parent, target.task) for name, place in zip(files, places, strict=True)]
     if len({(corpus.format, tuple(corpus.columns.items())) for corpus in sources}) > 1:
@@ -171,7 +166,6 @@ def _render(file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus],
         source_dev=source_dev,
         source_train=MOST_SOURCE if sizes.source - source_dev > MOST_SOURCE else None,
         source_left=sizes.source - source_dev,
-        several_turns=target.several_turns,
         every=every,
         preset=name,
         candidates=preset(name).policy.candidates,

@@ -65,7 +65,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "parents": parents,
         "files": _data_names(record.recipe.data),
         "prompt": _prompt(record.recipe.data),
-        "chat": record.recipe.data.chat_template,
+        "chat": record.in_chat,
     }
     path = adapter_folder / CARD_FILE
     write_whole(path, render("model_card.md.j2", context))

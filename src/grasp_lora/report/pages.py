@@ -91,7 +91,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "verdict": verdict(delivered) if delivered else None,
         "delivered": delivered,
         "predict": predict_command(),
-        "has_prompt": not record.recipe.data.chat_template,
+        "has_prompt": not record.in_chat,
         "headline": _headline(record, against.get("target")),
         "facts": _facts(record),
         "missing": record.missing,

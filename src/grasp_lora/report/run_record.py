@@ -7,7 +7,6 @@ from typing import TypeVar
 
 from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.records import check_shape, damaged, read_lines, read_record, read_text
-from grasp_lora.bench.store import STORE_FOLDER, WORK
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.schedule import Pool
 from grasp_lora.recipes.recipe import RECIPE_FILE, RENAMED
@@ -40,7 +39,7 @@ class DataRecipe(files.Shape):
     source: CorpusFacts | None = None
     target: CorpusFacts = CorpusFacts()
     prompt: str | None = None
-    chat_template: bool = False
+    chat_template: bool | None = None
 
     @property
     def corpora(self) -> list[CorpusFacts]:
@@ -122,6 +121,11 @@ class RunRecord:
     predictions: Mapping[str, list[files.Prediction]]
     metrics: files.Metrics | None
     cost: Mapping[str, float]  # seconds of each stage that is complete
+
+    @property
+    def in_chat(self) -> bool:
+        """Whether prompts stand in the chat template; runs of older versions say so in their recipe alone."""
+        return bool(self.data.report.get("chat_template", self.recipe.data.chat_template))
 
     @property
     def sources(self) -> list[str]:
@@ -209,7 +213,7 @@ def read_run(run_folder: Path) -> RunRecord:
 
 def _growing(run_folder: Path, name: str, shape: type[_Row]) -> list[_Row]:
     """The rows of a file of the controller, or of the step that is about to make it."""
-    under_way = (run_folder / STORE_FOLDER / WORK).glob(f"*/{files.CONTROLLER_FOLDER}*/{name}")
+    under_way = (run_folder / files.STORE_FOLDER / files.WORK).glob(f"*/{files.CONTROLLER_FOLDER}*/{name}")
     places = [run_folder / files.CONTROLLER_FOLDER / name, *under_way]
     return next((rows for file in places if (rows := read_lines(file, shape, growing=True))), [])
 

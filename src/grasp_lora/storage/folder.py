@@ -208,6 +208,25 @@ def in_turn(place: Path) -> Iterator[None]:
         yield
 
 
+def writer_of(place: Path) -> str | None:
+    """Name the process that writes a folder, None where nobody does; nothing is written."""
+    file = place / LOCK_FILE
+    try:
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+    except OSError:
+        return None
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _holder(file)
+    except OSError:  # some network file systems lock nothing
+        pass
+    finally:
+        os.close(descriptor)
+    return None
+
+
 def _lock_beside(place: Path) -> Path:
     place = _followed(place)
     return place.with_name(f".{place.name}.lock")

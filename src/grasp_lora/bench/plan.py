@@ -1,0 +1,186 @@
+"""What a comparison or a run would do, and about how long that takes here: the steps are planned and one of them is timed."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grasp_lora.bench.compare import ComparisonSettings, Work, prepared
+from grasp_lora.bench.outcomes import Adapter, trained_examples
+from grasp_lora.bench.session import Session
+from grasp_lora.bench.steps import Bench
+from grasp_lora.bench.store import Record, Store, key_of
+from grasp_lora.data.splits import SPLITS
+from grasp_lora.errors import DataError
+from grasp_lora.method.rounds import RatioEstimate
+from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.recipes.recipe import ControllerStage
+from grasp_lora.storage.folder import Workplace
+from grasp_lora.storage.memory import enough_memory
+from grasp_lora.training.loss import collate, example_losses, takes_label_positions
+from grasp_lora.training.settings import TrainingSettings
+
+MOST_TRIES, MOST_SECONDS = 3, 2.0  # of a step that is timed; the first is often slow
+PLANNED = "planned"
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds that one example takes on this machine: to train on, and to measure."""
+
+    trained: float
+    measured: float
+
+    def seconds(self, trained: float, measured: float) -> float:
+        """Seconds for so many examples of each kind."""
+        return trained * self.trained + measured * self.measured
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a comparison would do.
+
+    Args:
+        steps: each step once, and whether it is on record; of one that is not, the result holds the most it costs.
+        unavailable: title of a method -> why it cannot run here.
+        pace: of this machine.
+        answers: test prompts that are answered, of which the seconds are not known.
+    """
+
+    steps: list[tuple[Record, bool]]
+    unavailable: Mapping[str, str]
+    pace: Pace
+    answers: int
+
+
+def time_step(session: Session) -> Pace:
+    """Take one training step on the example of median length, and one measurement, and forget what they came to.
+
+    Raises:
+        GraspError: the memory does not suffice, or the adapter does not fit.
+    """
+    train = sorted(session.splits.train, key=lambda one: len(one.prompt_ids) + len(one.completion_ids))
+    if not train:
+        raise DataError("the target has no training examples; give data.target.train at least 1")
+    middle, many = train[len(train) // 2], session.recipe.final.training.batch_size
+    with (
+        enough_memory("one training step", "take a smaller backbone, or lower data.max_tokens"),
+        _adapter(session) as model,
+    ):
+        device = next(model.parameters()).device
+        batch = {name: part.to(device) for name, part in collate([middle] * many, session.pad_id).items()}
+        label_positions = takes_label_positions(model)
+
+        def step(learns: bool) -> float:
+            started = time.perf_counter()
+            with torch.set_grad_enabled(learns):
+                loss: Any = example_losses(model, batch, label_positions=label_positions).mean()
+                if learns:
+                    loss.backward()
+            loss.item()  # waits for a GPU
+            return (time.perf_counter() - started) / many
+
+        return Pace(_quickest(step, True), _quickest(step, False))
+
+
+def plan_comparison(session: Session, folder: Path, settings: ComparisonSettings) -> Plan:
+    """Say what `compare` would do; nothing is trained or written.
+
+    Args:
+        session, folder, settings: as of `compare`.
+
+    Raises:
+        GraspError: what `compare` would refuse.
+    """
+    session = prepared(session, folder)
+    work = Work(session, Workplace(folder), settings)
+    store = _PlannedStore(work.store.folder)
+    work.store = store
+    work.run_all(_PlannedBench)
+    unavailable = {name: row.unavailable for name, row in work.rows.items() if row.unavailable}
+    steps = list({record.key: (record, there) for record, there in store.used}.values())
+    scored = sum(record.step == "scores" and not there for record, there in steps)
+    return Plan(steps, unavailable, time_step(session), scored * len(session.splits.test))
+
+
+def _adapter(session: Session) -> AbstractContextManager[Any]:
+    given = session.existing_adapters
+    if given:
+        return attached(session.backbone.model, next(iter(given.values())).weights)
+    return fresh_adapter(session.backbone.model, session.recipe.lora, session.recipe.seed)
+
+
+def _quickest(step: Callable[[bool], float], learns: bool) -> float:
+    began = time.perf_counter()
+    taken: list[float] = []
+    while not taken or (len(taken) < MOST_TRIES and time.perf_counter() - began < MOST_SECONDS):
+        taken.append(step(learns))
+    return min(taken)
+
+
+class _PlannedStore(Store):
+    """A store that does no step: one that is not on record gets a record of the most that it costs."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.sizes: dict[str, int] = {}
+        self.stage: ControllerStage | None = None
+
+    def get(self, step: str, settings: Mapping[str, Any], *_: Any, **__: Any) -> Record:
+        found = self.on_record(step, settings)
+        record = found or Record(step, key_of(step, settings), dict(settings), self._result(step, settings), 0.0)
+        self.used.append((record, found is not None))
+        return record
+
+    def _result(self, step: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        if "split" in settings:
+            return {"losses": [0.0] * self.sizes[settings["split"]]}
+        if "budget" in settings:
+            return {"measured_examples": settings["budget"] * self.sizes["micro_dev"]}
+        if "controller" in settings and self.stage is not None:
+            stage, train = self.stage, self.sizes["train"]
+            pool = sum(self.sizes[split] for split in stage.rounds.splits)
+            rounds = len(stage.round_steps(train))
+            measured = rounds * stage.probed_examples(pool, keep_best=step == "controller adapter")
+            return self._cost(stage.training, train, 0) | {"measured_examples": measured}
+        if "training" in settings:
+            train, dev = (sum(self.sizes[name] for name in names) for names in settings["splits"])
+            return self._cost(TrainingSettings(**settings["training"]), train, dev)
+        if "final" in settings:
+            dev = 0 if settings["dev_free"] else self.sizes["dev"]
+            return self._cost(TrainingSettings(**settings["final"]["training"]), self.sizes["train"], dev)
+        return {}
+
+    def _cost(self, training: TrainingSettings, train: int, dev: int) -> dict[str, Any]:
+        evaluations = math.ceil(training.epochs / training.evaluate_every) + 1  # and the one before the first step
+        return {
+            PLANNED: True,
+            "trained_examples": trained_examples(training.steps(train), training, train),
+            "measured_examples": evaluations * dev,
+            "dev_loss": 0.0,
+        }
+
+
+class _PlannedBench(Bench):
+    """The steps of a bench on a store that does none."""
+
+    def __init__(self, session: Session, shared: Session, store: Store, grid: Sequence[float]) -> None:
+        super().__init__(session, shared, store, grid)
+        if isinstance(store, _PlannedStore):
+            splits = session.splits
+            store.sizes = {name: len(getattr(splits, name)) for name in SPLITS}
+
+    def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
+        if isinstance(self.store, _PlannedStore):
+            self.store.stage = stage
+        return super()._control_settings(stage, merged)
+
+    def _estimate(self, record: Record, stage: ControllerStage) -> RatioEstimate:
+        if record.result.get(PLANNED):  # no ratio is known, and so the steps that rest on it are no others' steps
+            return RatioEstimate(math.nan, math.nan, math.nan, stage.rule if isinstance(stage.rule, str) else "", 0)
+        return super()._estimate(record, stage)

@@ -1,0 +1,344 @@
+"""`grasp-lora predict`: whole prompts, a question, rows of a file or a conversation, asked as the adapter was trained to be."""
+
+import csv
+import io
+import json
+import logging
+import string
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grasp_lora.bench.run_folder import ADAPTER_FOLDER, RUN_FILE
+from grasp_lora.data.chat import check_has_template
+from grasp_lora.data.encode import Encoder, prompt_ids
+from grasp_lora.data.files import READERS, Row, Table, read_file
+from grasp_lora.data.records import Message, Record, make_pool
+from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, task_fields
+from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.models.adapters import attached, check_fits
+from grasp_lora.models.backbone import backbone_of
+from grasp_lora.models.generation import generate
+from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
+from grasp_lora.models.settings import GenerationSettings
+from grasp_lora.recipes.load import backbone_of_run
+from grasp_lora.storage.files import write_whole
+from grasp_lora.storage.reading import is_file, is_folder, is_there
+from grasp_lora.text.display import SURROGATES, escaped, quoted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+PLAIN = TEMPLATES["completion"][ANY_LANGUAGE]
+PREDICTION = "prediction"  # the column of the answers, as in the files of a run: rows may have an `answer` already
+_NO_ANSWER = "?"  # stands where rows have their answers, which prompts do not hold
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An adapter on its backbone, ready to answer.
+
+    Args:
+        model, tokenizer: with the adapter in place.
+        settings: lengths and stop texts.
+        own: how it was trained to be asked.
+        chat: whether prompts are put into the chat template.
+    """
+
+    model: Any
+    tokenizer: "PreTrainedTokenizerBase"
+    settings: GenerationSettings
+    own: Answers
+    chat: bool
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        """Answer whole prompts; with `chat` what the user says. A note tells of one that is worded otherwise than in training."""
+        template = _form(self.own)[1].prompt
+        if self.own.task and not all(_fits(prompt, template) for prompt in prompts):
+            log.warning(
+                "the adapter was trained on prompts of the form %s, and a prompt here is of another; "
+                "with --question and --context it is put into that form",
+                quoted(template),
+            )
+        return self._answer(prompt_ids(self.tokenizer, prompts, self.chat))
+
+    def records(self, records: Sequence[Record]) -> list[str]:
+        """Answer records: their fields are put into the adapter's own prompt, and conversations are as they are."""
+        task, template = _form(self.own)
+        talks = any(record.messages for record in records)
+        encoder = Encoder(
+            self.tokenizer,
+            task,
+            "",
+            PLAIN if talks else template,
+            sys.maxsize,
+            None if talks else self.own.max_document_tokens,
+            self.chat,
+        )
+        return self._answer(encoder.ask(records))
+
+    def reply(self, turns: Sequence[Message]) -> str:
+        """Answer the last turn of a conversation."""
+        record = Record("the conversation", {}, "", (), frozenset(), tuple(turns))
+        asked = replace(self, own=replace(self.own, task="completion", prompt=None))
+        return asked.records([record])[0]
+
+    def _answer(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        ends = [Encoder(self.tokenizer, "completion", "", PLAIN, sys.maxsize, chat=True).end] if self.chat else []
+        return generate(self.model, self.tokenizer, ids, self.settings, ends=ends)
+
+
+@contextmanager
+def asking(
+    place: str,
+    backbone: str | None = None,
+    device: str = "auto",
+    *,
+    max_new_tokens: int | None = None,
+    stop: Sequence[str] | None = None,
+    chat: bool | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapter: LoadedAdapter | None = None,
+) -> Iterator[Asked]:
+    """Put an adapter on its backbone for the length of the context; its answers are greedy.
+
+    Args:
+        place: PEFT adapter, a folder or a hub id.
+        backbone, revision, trust_remote_code: as in a recipe's `backbone`; None takes the one that the adapter names.
+        device: auto, cpu or cuda.
+        max_new_tokens, stop, chat: None takes what the adapter was trained with, as it says itself, else 64 tokens, the end of
+            the line and plain prompts.
+        adapter: what `adapter_at` gave for the place, where it was called before.
+
+    Raises:
+        GraspError: the adapter does not fit the backbone, a setting is out of range, or the tokenizer has no chat template.
+    """
+    adapter = adapter or adapter_at(place)
+    own = adapter.info.answers or Answers()
+    try:
+        settings = GenerationSettings(
+            max_new_tokens=own.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            stop=tuple(own.stop if stop is None else stop),
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    _form(own)
+    backbone = backbone or backbone_of_run(place)
+    loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)
+    check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
+    in_chat = own.chat_template if chat is None else chat
+    if in_chat:
+        check_has_template(loaded.tokenizer)
+    if chat is not None and adapter.info.answers is not None and chat != own.chat_template:
+        log.warning(
+            "the adapter was trained on prompts %s the chat template, and they are put the other way here; leave out %s",
+            "in" if own.chat_template else "without",
+            "--chat" if chat else "--no-chat",
+        )
+    with attached(loaded.model, adapter.weights) as model:
+        yield Asked(model, loaded.tokenizer, settings, own, in_chat)
+
+
+def adapter_at(place: str) -> LoadedAdapter:
+    """Read an adapter; of a run's folder it is said where the adapter is.
+
+    Raises:
+        AdapterError: there is none.
+        RecipeError: it is the folder of a run.
+    """
+    folder = Path(place)
+    if is_folder(folder) and is_there(folder / RUN_FILE):
+        raise RecipeError(f"{escaped(place)} is the folder of a run; its adapter is {folder / ADAPTER_FOLDER}")
+    return read_adapter(place)
+
+
+def predict_texts(place: str, prompts: Sequence[str], *arguments: Any, **settings: Any) -> list[str]:
+    """Answer whole prompts with an adapter.
+
+    Args:
+        place: PEFT adapter, a folder or a hub id.
+        prompts: as the adapter was trained on them; with `chat` what the user says.
+        arguments, settings: of `asking`.
+
+    Raises:
+        GraspError: as of `asking`; or a prompt is empty or no text, or there is none.
+    """
+    if not prompts:
+        raise DataError("there are no prompts; give them as arguments or one a line on standard input")
+    if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
+        raise DataError(f"prompt {empty[0]} is empty; give the adapter something to answer")
+    if broken := [number for number, prompt in enumerate(prompts, start=1) if SURROGATES.search(prompt)]:
+        raise DataError(
+            f"prompt {broken[0]} is no valid text: it has half of a surrogate pair, or was not in UTF-8; give it in UTF-8"
+        )
+    with asking(place, *arguments, **settings) as asked:
+        return asked.texts(prompts)
+
+
+def predict_question(place: str, given: Mapping[str, str], *arguments: Any, **settings: Any) -> str:
+    """Answer a question, put into the prompt that the adapter was trained with.
+
+    Args:
+        place: PEFT adapter, a folder or a hub id.
+        given: field -> text; a single text stands for the only field of a template that has one.
+        arguments, settings: of `asking`.
+
+    Raises:
+        GraspError: as of `asking`; or the adapter does not say how its prompts are worded, or the fields are not those.
+    """
+    adapter = adapter_at(place)
+    own = adapter.info.answers or Answers()
+    if own.task is None:
+        raise DataError(
+            f"adapter {adapter.name} does not say how its prompts are worded; give a whole prompt in place of "
+            f"{' and '.join('--' + name for name in given)}"
+        )
+    task, template = _form(own)
+    wanted = list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template.prompt) if name))
+    fields = dict(zip(wanted, given.values(), strict=True)) if len(wanted) == len(given) == 1 else dict(given)
+    if set(fields) != set(wanted):
+        options = [f"--{name}" for name in given]
+        fix = "--question alone" if len(wanted) == 1 else "a file of rows with these columns"
+        if set(wanted) <= {"context", "question"} and len(wanted) > 1:
+            fix = "--context and --question"
+        fields_there = ", ".join(f"{{{name}}}" for name in wanted)
+        raise DataError(
+            f"prompts of adapter {adapter.name} have the fields {fields_there}, and {' and '.join(options)} "
+            f"{'is' if len(options) == 1 else 'are'} given; give {fix}"
+        )
+    for name, text in given.items():
+        if not text.strip() or SURROGATES.search(text):
+            raise DataError(f"--{name} is {'no valid text' if text.strip() else 'empty'}; give a text in UTF-8")
+    unused = dict.fromkeys(task_fields(task).inputs, "")
+    with asking(place, *arguments, adapter=adapter, **settings) as asked:
+        return asked.records([Record("the question", unused | fields, "", (), frozenset())])[0]
+
+
+def predict_rows(place: str, file: Path, output: Path | None, *arguments: Any, **settings: Any) -> list[dict[str, Any]]:
+    """Answer every row of a file; the rows may be laid out in any way that a recipe's data may, with answers or without.
+
+    Args:
+        place: PEFT adapter, a folder or a hub id.
+        file: of rows.
+        output: a new file, CSV, TSV or JSONL, for the rows with a column `prediction`; None writes nothing.
+        arguments, settings: of `asking`.
+
+    Returns:
+        The id and the prediction of each row.
+
+    Raises:
+        GraspError: as of `asking`; or the rows or the output file cannot be used.
+    """
+    if output is not None:
+        _check_output(output)
+    adapter = adapter_at(place)
+    own = adapter.info.answers or Answers()
+    table = read_file(str(file), file)
+    records = _records(table, own)
+    with asking(place, *arguments, adapter=adapter, **settings) as asked:
+        answers = asked.records(records)
+    found = [{"id": record.id, PREDICTION: answer} for record, answer in zip(records, answers, strict=True)]
+    if output is not None:
+        whole = len(table.rows) == len(found) and not any("paragraphs" in row.values for row in table.rows)
+        rows = (
+            [{**row.values, PREDICTION: one[PREDICTION]} for row, one in zip(table.rows, found, strict=True)]
+            if whole
+            else found
+        )
+        try:
+            write_whole(output, _WRITERS[output.suffix.lower()](rows))
+        except OSError as error:
+            raise RecipeError(
+                f"{output} cannot be written ({error.strerror}); choose another file with --output"
+            ) from error
+    return found
+
+
+def is_rows(text: str) -> bool:
+    """Whether a prompt is rather the name of a file of rows, be it one that is missing."""
+    return Path(text).suffix.lower() in READERS and "\n" not in text and (" " not in text or is_file(Path(text)))
+
+
+def _form(own: Answers) -> tuple[str, Template]:
+    """The task and the templates of an adapter, which a stranger may have written."""
+    task = own.task or "completion"
+    fields = task_fields(task)
+    prompt = PLAIN.prompt if own.prompt is None and task == "completion" else own.prompt
+    if prompt is None:
+        raise DataError(f"the adapter names the task {task}, but no template of its prompts; give whole prompts")
+    check_template("the adapter's prompt", prompt, fields.inputs)
+    return task, Template(prompt, "{" + fields.answer + "}")
+
+
+def _fits(prompt: str, template: str) -> bool:
+    """Whether a prompt could have come of a template: what stands between its fields stands there, in order."""
+    parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(template)]
+    place = 0
+    for literal, _ in parts:
+        found = prompt.find(literal, place)
+        if found < 0:
+            return False
+        place = found + len(literal)
+    return prompt.startswith(parts[0][0]) and (parts[-1][1] is not None or prompt.endswith(parts[-1][0]))
+
+
+def _records(table: Table, own: Answers) -> list[Record]:
+    """The rows as records, whose answers count for nothing."""
+    task = own.task or "completion"
+    answer = task_fields(task).answer
+    present = {column for row in table.rows for column in row.values}
+    columns = {field: column for field, column in own.columns.items() if column in present and field != answer}
+    rows = [Row(where, _with_no_answer(values, answer)) for where, values in table.rows]
+    return list(make_pool([Table(table.name, rows)], task, "auto", columns).records)
+
+
+def _with_no_answer(values: Mapping[str, object], answer: str) -> dict[str, object]:
+    if "paragraphs" in values:  # SQuAD's questions stand deeper, and keep their answers
+        return dict(values)
+    row = {name: value for name, value in values.items() if name not in ("answers", "references")}
+    last = [{"role": "assistant", "content": _NO_ANSWER}]
+    turns = row.get("messages")
+    if isinstance(turns, list) and turns:
+        answered = isinstance(turns[-1], Mapping) and turns[-1].get("role") == "assistant"
+        return {**row, "messages": (turns[:-1] if answered else turns) + last}
+    return {**row, answer: last if isinstance(row.get("prompt"), list) else _NO_ANSWER}
+
+
+def _check_output(output: Path) -> None:
+    if output.suffix.lower() not in _WRITERS:
+        raise RecipeError(f"--output is {quoted(str(output))}; its name must end with {', '.join(_WRITERS)}")
+    if output.exists() or not output.absolute().parent.is_dir():
+        problem = "exists already" if output.exists() else "lies in a folder that is not there"
+        raise RecipeError(f"{output} {problem}; choose another with --output")
+
+
+def _as_jsonl(rows: Sequence[Mapping[str, object]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def _as_table(rows: Sequence[Mapping[str, object]], delimiter: str) -> str:
+    text = io.StringIO()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, names, delimiter=delimiter, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow(
+            {
+                name: json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
+                for name, value in row.items()
+            }
+        )
+    return text.getvalue()
+
+
+_WRITERS: dict[str, Callable[[Sequence[Mapping[str, object]]], str]] = {
+    ".csv": lambda rows: _as_table(rows, ","),
+    ".tsv": lambda rows: _as_table(rows, "\t"),
+    ".jsonl": _as_jsonl,
+}

@@ -1,0 +1,174 @@
+"""What a folder of experiments is and how far it has got: read only, and at once, since torch is not imported."""
+
+import json
+import shlex
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.bench import run_folder as files
+from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
+from grasp_lora.bench.records import read_needed, read_record, read_text
+from grasp_lora.errors import RecipeError
+from grasp_lora.recipes.builtin import builtin_recipes
+from grasp_lora.recipes.text import parse
+from grasp_lora.storage.folder import writer_of
+from grasp_lora.storage.reading import is_folder, is_there
+from grasp_lora.text.display import escaped
+
+RECIPE_FILE, SWEEP_FILE = "recipe.yaml", "sweep.json"
+MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A step that is not done: where its newest checkpoint is, if it has one.
+
+    Args:
+        name: of the step.
+        step, steps: optimizer steps taken, and at most to take; 0 before the first checkpoint.
+        seconds: that these took.
+        age: seconds since then.
+    """
+
+    name: str
+    step: int = 0
+    steps: int = 0
+    seconds: float = 0.0
+    age: float = 0.0
+
+    def text(self, running: bool) -> str:
+        """Say how far it is and, while it runs, how long it takes at most."""
+        if not self.step:
+            return f"{self.name}, before its first checkpoint"
+        text = f"{self.name}, step {self.step} of at most {self.steps} at its last checkpoint, after {_spent(self.seconds)}"
+        left = self.seconds / self.step * (self.steps - self.step) - (self.age if running else 0.0)
+        return f"{text}; at most {_spent(max(left, 0.0))} left"
+
+
+def status(folder: Path) -> list[str]:
+    """Say in a few lines what a folder is, what is done, what runs or was stopped, and what to do next.
+
+    Args:
+        folder: of a run, with what `compare` and `sweep` have done in it.
+
+    Raises:
+        RecipeError: it is no such folder, or a file of it is damaged.
+    """
+    if folder.name in (files.COMPARE_FOLDER, files.SWEEP_FOLDER) and is_folder(folder.parent / files.STORE_FOLDER):
+        folder = folder.parent
+    parts = {name: is_there(folder / name) for name in (files.RUN_FILE, files.COMPARE_FOLDER, files.SWEEP_FOLDER)}
+    if not any(parts.values()):
+        raise _no_experiment(folder)
+    writer = writer_of(folder)
+    under_way = list(_under_way(folder))
+    lines, commands = [], []
+    for there, describe in zip(parts.values(), (_run, _comparison, _sweep), strict=True):
+        if there:
+            said, command = describe(folder)
+            lines += said
+            commands += [command] if command else []
+    if writer:
+        lines.append(f"running: {writer}")
+    lines += [f"{'under way' if writer else 'stopped'}: {one.text(bool(writer))}" for one in under_way]
+    seconds, records = 0.0, list((folder / files.STORE_FOLDER / files.RECORDS).glob("*.json"))
+    for file in records:
+        seconds += float(read_needed(file, dict[str, Any]).get("seconds", 0.0))
+    seconds += sum(one.seconds for one in under_way)
+    lines.append(f"store: {len(records)} finished steps, {_spent(seconds)} of work")
+    if writer:
+        commands = ["wait; the same command cannot run twice in one folder"]
+    elif not commands:
+        prompt, adapter = (shlex.quote(str(folder / name)) for name in (files.PROMPT_FILE, files.ADAPTER_FOLDER))
+        told = f"--jsonl < {prompt}" if is_there(folder / files.PROMPT_FILE) else '"..."'
+        commands = [f"grasp-lora predict {adapter} {told}"] if is_there(folder / files.ADAPTER_FOLDER) else []
+    return [*(escaped(line) for line in lines), *(f"next: {escaped(command)}" for command in commands)]
+
+
+def _run(folder: Path) -> tuple[list[str], str | None]:
+    info = read_needed(folder / files.RUN_FILE, files.RunInfo)
+    cost = read_record(folder / files.COST_FILE, dict[str, float]) or {}
+    final = (parse(read_text(folder / RECIPE_FILE) or "{}", RECIPE_FILE) or {}).get("final") or {}
+    left_out = {
+        "controller": final.get("prune_ratio") is not None,
+        "continued": final.get("deliver", "best") != "best",
+    }
+    stages = [stage for stage in files.STAGES if stage in cost or not left_out.get(stage)]
+    done = [f"{stage} {_spent(cost[stage])}" for stage in stages if stage in cost]
+    open_ = [stage for stage in stages if stage not in cost]
+    finished = is_there(folder / files.METRICS_FILE)
+    lines = [
+        f"{folder}: run {info.name}, begun {info.created} on {info.backbone.name}; {'finished' if finished else 'not finished'}",
+        f"done: {', '.join(done) or 'nothing'}",
+    ]
+    if finished:
+        return lines, None
+    lines.append(f"still to do: {', '.join(open_) or 'the last files'}")
+    return lines, _again("run", info.name, folder)
+
+
+def _comparison(folder: Path) -> tuple[list[str], str | None]:
+    file = folder / files.COMPARE_FOLDER / COMPARISON_FILE
+    if not is_there(file):
+        return [f"{file.parent}: comparison without a table yet; the first seed is not finished"], _again(
+            "compare", None, folder
+        )
+    found = Comparison.read(file)
+    settings = found.settings
+    done = [seed for seed in settings.seeds if seed in found.seeds]
+    splits = len(settings.split_seeds) - len(found.other_splits)
+    whole = len(done) == len(settings.seeds) and not splits
+    text = (
+        f"{file.parent}: comparison of {len(found.rows)} methods; {len(done)} of {len(settings.seeds)} seeds finished"
+        + (f", {splits} further splits to do" if splits else "")
+    )
+    return [text], None if whole else _again("compare", found.name, folder)
+
+
+def _sweep(folder: Path) -> tuple[list[str], str | None]:
+    file = folder / files.SWEEP_FOLDER / SWEEP_FILE
+    found = read_record(file, dict[str, Any])
+    if found is None:
+        return [f"{file.parent}: sweep without a finished trial"], _again("sweep", None, folder)
+    best = found.get("best")
+    return [f"{file.parent}: sweep of {len(found.get('trials', ()))} trials, the best is number {best}"], None
+
+
+def _under_way(folder: Path) -> Iterator[UnderWay]:
+    """The steps that have a folder of work."""
+    for place in sorted((folder / files.STORE_FOLDER / files.WORK).glob("*/*")):
+        whole = [path for path in place.glob("checkpoint-*") if is_there(path / MANIFEST)]
+        try:
+            newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+            state, manifest = (
+                json.loads((newest / name).read_text(encoding="utf-8")) for name in (TRAINER_STATE, MANIFEST)
+            )
+            age = time.time() - (newest / MANIFEST).stat().st_mtime
+            yield UnderWay(
+                place.name, int(state["global_step"]), int(state["max_steps"]), float(manifest["seconds"]), age
+            )
+        except (OSError, ValueError, TypeError, KeyError):  # none yet, or it went while we looked
+            yield UnderWay(place.name)
+
+
+def _again(command: str, name: str | None, folder: Path) -> str:
+    recipe = name if name in builtin_recipes() else f"{name or 'RECIPE'}.yaml"
+    return (
+        f"the command that began it goes on, such as grasp-lora {command} {recipe} --output {shlex.quote(str(folder))}"
+    )
+
+
+def _spent(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _no_experiment(folder: Path) -> RecipeError:
+    inside = sorted(file.parent.name for file in folder.glob(f"*/{files.RUN_FILE}")) if is_folder(folder) else []
+    if inside:
+        return RecipeError(
+            f"{folder} is no run itself, but holds some: {', '.join(map(escaped, inside[:10]))}; give one of them"
+        )
+    what = "holds no run, comparison or sweep" if is_folder(folder) else "is no folder"
+    return RecipeError(f"{folder} {what}; give the folder of one, such as runs/NAME")

@@ -1,0 +1,128 @@
+"""`status` says how far a folder is and changes nothing; the quick commands do without torch; shells complete recipes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import CliResult
+
+from grasp_lora.recipes.builtin import builtin_recipes
+from grasp_lora.storage.folder import only_writer
+
+Cli = Callable[..., CliResult]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and "tiny-llama" not in str(path)
+    }
+
+
+def stopped_inside(run: Path) -> None:
+    """Make of a finished run one that was stopped at a checkpoint of its final run."""
+    (run / "metrics.json").unlink()
+    cost = json.loads((run / "cost.json").read_text())
+    (run / "cost.json").write_text(json.dumps({stage: cost[stage] for stage in ("data", "source", "target", "merge")}))
+    for step, whole in ((20, True), (40, True), (60, False)):
+        checkpoint = run / f"store/work/abc/final-0.40/checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "trainer_state.json").write_text(json.dumps({"global_step": step, "max_steps": 100}))
+        if whole:
+            (checkpoint / "manifest.json").write_text(json.dumps({"seconds": step * 3.0}))
+
+
+def test_status_of_a_run_that_is_finished_stopped_or_under_way(cli: Cli, finished_run: Path) -> None:
+    result = cli("status", finished_run)
+    assert result.status == 0, result.err
+    assert "run tiny" in result.out
+    assert "; finished" in result.out
+    assert "continued" not in result.out  # which this recipe leaves out
+    assert re.search(r"next: grasp-lora predict \S+/adapter --jsonl < \S+/prompt\.jsonl", result.out)
+    stopped_inside(finished_run)
+    before = contents(finished_run)
+    said = cli("status", finished_run).out
+    assert "still to do: controller, final, evaluate, deliver" in said
+    assert "stopped: final-0.40, step 40 of at most 100 at its last checkpoint, after 2 min; at most 3 min left" in said
+    assert "grasp-lora run tiny.yaml --output" in said
+    with only_writer(finished_run):
+        lock = finished_run / "grasp-lora.lock"
+        said = cli("status", finished_run).out
+        assert f"running: process {os.getpid()} on " in said
+        assert "under way: final-0.40, step 40" in said
+        assert lock.is_file()
+    assert contents(finished_run) == before
+    (finished_run / "grasp-lora.lock").write_text("{}")  # of a process that was killed
+    assert "running" not in cli("status", finished_run).out
+
+
+def test_status_of_what_is_no_experiment(cli: Cli, finished_run: Path) -> None:
+    (finished_run.parent / "empty").mkdir()
+    for folder, says in (("nowhere", "is no folder"), ("empty", "holds no run"), (".", "holds some: run")):
+        result = cli("status", folder)
+        assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+        assert says in result.err
+    (finished_run / "cost.json").write_text("{")
+    assert "cost.json is damaged" in cli("status", finished_run).err
+
+
+def test_quick_commands_do_without_torch_and_shells_complete_recipes(finished_run: Path) -> None:
+    code = (
+        "import sys\nfrom grasp_lora.cli import main\n"
+        f"for arguments in (['recipes'], ['status', {str(finished_run)!r}]):\n"
+        "    sys.argv = ['grasp-lora', *arguments]\n"
+        "    try:\n        main()\n    except SystemExit as end:\n        assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import os\nos.environ |= {'_GRASP_LORA_COMPLETE': 'complete_bash', 'COMP_WORDS': 'grasp-lora run ', 'COMP_CWORD': '2'}\n"
+        "sys.argv = ['grasp-lora']\nmain()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=finished_run.parent, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    offered = done.stdout.splitlines()
+    assert {*builtin_recipes(), "tiny.yaml"} <= set(offered)
+
+
+def test_a_comparison_and_its_dry_run(cli: Cli, finished_run: Path) -> None:
+    before = contents(finished_run.parent)
+    small = (
+        "--methods",
+        "target_only,merged,continued,grid,grasp,grasp_single,lorahub",
+        "--seeds",
+        "42,7",
+        "-o",
+        "run",
+    )
+    result = cli("compare", "tiny.yaml", *small, "--dry-run")
+    assert result.status == 0, result.err
+    assert contents(finished_run.parent) == before
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.out.splitlines()]
+    rows = {row[0]: row[1:] for row in cells if len(row) == 5}
+    assert rows["source"][:3] == ["1", "0", "0"]  # the run has trained it
+    assert rows["target"][:3] == ["1", "1", str(2 * 10 + 2 * 6)]  # that of the other seed: ten rows, dev twice
+    assert rows["controller"][:2] == ["1", "1"]
+    assert rows["final 0.10"][1] == "2"
+    assert "nothing was trained or written" in result.out
+    assert "min on this machine" in result.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("-s", "lora.rnk=2"), "'rank'"),
+        (("-s", "data.target.files=[no.jsonl]"), "no.jsonl"),
+        (("--methods", "grsp"), "grsp"),
+        (("-s", "data.target.test=0"), "test split"),
+        (("-s", "lora.target_modules=all-linea"), "'all-linea'"),
+    ],
+)
+def test_a_dry_run_of_a_broken_recipe_is_one_line(
+    refused: Callable[..., None], arguments: tuple[str, ...], says: str
+) -> None:
+    refused("compare", [*arguments, "--dry-run"], says)
