@@ -13,7 +13,6 @@ from typing import Any
 
 from grasp_lora.bench.run_folder import DISCARDED, REPORT_FILE, REPORT_TABLES_FILE
 from grasp_lora.method.policy import POLICIES
-from grasp_lora.method.schedule import PROBE_SPLITS
 from grasp_lora.report.delivered import NOTHING_LEARNED, chosen, delivered_system, predict_command, verdict
 from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
@@ -100,7 +99,6 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "given": given,
         "start": _start(record),
         "each_step": _at_each_step(record),
-        "in_turn": _in_turn(record),
         "probed_on": _probed_on(record),
         "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
         "confidence": percent(learned.confidence) if learned else None,
@@ -132,18 +130,11 @@ def _at_each_step(record: RunRecord) -> bool:
     return kind == "shared" or (kind in POLICIES and POLICIES[kind].regime == "each_step")  # so it was called once
 
 
-def _in_turn(record: RunRecord) -> bool:
-    """Whether each round measured other examples, the baseline too, so that the losses of rounds cannot be compared."""
-    rounds = record.recipe.controller.rounds
-    pool = sum(len(record.data.ids.get(split, ())) for split in PROBE_SPLITS[rounds.pool])
-    return rounds.in_turn is not None and rounds.in_turn < pool and not any(one.places for one in record.rounds)
-
-
 def _probed_on(record: RunRecord) -> str:
     """Which examples the rounds measured, as the end of a sentence."""
     names = {"dev": "dev set", "both": "micro-dev and the dev set"}
     found = names.get(record.recipe.controller.rounds.pool, "micro-dev set")
-    if _in_turn(record):
+    if record.in_turn:
         return f"on the {found}, other examples in each round"
     few = {len(measured.places) for measured in record.rounds if measured.places}
     return f"on the {found}, of candidates on {few.pop()} of its examples in turn" if few else f"on the {found}"

@@ -9,7 +9,7 @@ from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.records import check_shape, damaged, read_lines, read_record, read_text
 from grasp_lora.bench.store import STORE_FOLDER, WORK
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.schedule import Pool
+from grasp_lora.method.schedule import PROBE_SPLITS, Pool
 from grasp_lora.recipes.recipe import RECIPE_FILE, RENAMED
 from grasp_lora.recipes.text import parse
 
@@ -150,6 +150,13 @@ class RunRecord:
         """The ratio of the result, given or learned."""
         learned = self.learned.prune_ratio if self.learned else None
         return learned if self.given_ratio is None else self.given_ratio
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether each round measured other examples, the baseline too, so that the losses of rounds cannot be compared."""
+        rounds = self.recipe.controller.rounds
+        pool = sum(len(self.data.ids.get(split, ())) for split in PROBE_SPLITS[rounds.pool])
+        return rounds.in_turn is not None and rounds.in_turn < pool and not any(one.places for one in self.rounds)
 
     @property
     def missing(self) -> list[str]:
