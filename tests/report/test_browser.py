@@ -78,7 +78,9 @@ def pages(reference_run: Path, tmp_path: Path) -> list[str]:
         folder = Path(shutil.copytree(reference_run, tmp_path / language))
         for file in (folder / "evaluation").iterdir():
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            text = {"prompt": prompt} if file.name == "prompts.jsonl" else {"prediction": answer, "references": [answer]}
+            text = (
+                {"prompt": prompt} if file.name == "prompts.jsonl" else {"prediction": answer, "references": [answer]}
+            )
             file.write_text("".join(json.dumps(row | text) + "\n" for row in rows), encoding="utf-8")
         write_report(folder)
     (tmp_path / "compare").mkdir()
@@ -102,7 +104,9 @@ def test_pages_fit_a_phone_and_a_desk_in_light_and_dark(pages: list[str], tmp_pa
         language = row["page"].partition("/")[0]
         assert row["directions"] == {"ar": ["rtl"], "zh": ["ltr"], "compare": []}[language]
     assert any(wide for row in light if row["width"] == min(WIDTHS) for wide, _ in row["tables"])
-    brightness = [[sum(map(int, re.findall(r"\d+", color)[:3])) for color in rows[0]["colors"]] for rows in (light, dark)]
+    brightness = [
+        [sum(map(int, re.findall(r"\d+", color)[:3])) for color in rows[0]["colors"]] for rows in (light, dark)
+    ]
     (ink, paper), (dark_ink, dark_paper) = brightness
     assert paper - ink > 400
     assert dark_ink - dark_paper > 400

@@ -286,10 +286,10 @@ def kept_share(entries: Iterable[FactorSparsity]) -> float:
     return sum(entry.kept for entry in found) / sum(entry.weights for entry in found)
 
 
-def is_even(entries: Iterable[FactorSparsity]) -> bool:
-    """Whether every factor keeps the same share, as where the ratio is applied to each of them: a chart would be one colour."""
-    shares = [entry.kept / entry.weights for entry in entries]
-    return max(shares, default=0.0) - min(shares, default=0.0) < 0.01
+def is_even(entries: Sequence[FactorSparsity]) -> bool:
+    """Whether every factor keeps the same share, to the weight, as where the ratio is applied to each of them."""
+    share = kept_share(entries) if entries else 0.0
+    return all(abs(entry.kept - share * entry.weights) <= 1 for entry in entries)
 
 
 def by_factor(entries: Sequence[FactorSparsity]) -> dict[tuple[str, str], list[tuple[str, FactorSparsity]]]:
