@@ -32,7 +32,7 @@ function measure(frame) {
   const page = frame.contentDocument, style = (element) => frame.contentWindow.getComputedStyle(element);
   return {
     page: frame.dataset.page, width: frame.contentWindow.innerWidth, scrollWidth: page.documentElement.scrollWidth,
-    directions: [...new Set([...page.querySelectorAll(".text")].filter(seen).map((one) => style(one).direction))],
+    directions: [...new Set([...page.querySelectorAll(".example .text")].filter(seen).map((one) => style(one).direction))],
     tables: [...page.querySelectorAll(".scroll")].filter(seen).map((one) => [
       one.scrollWidth > one.clientWidth, seen(one.previousElementSibling)]),
     links: [...page.querySelectorAll("nav a")].map((one) => Boolean(page.querySelector(one.getAttribute("href")))),
