@@ -14,7 +14,7 @@ PROMPT_CHARACTERS_SHOWN = 3000
 
 
 class Answer(NamedTuple):
-    """What one system answered; `verdict` is a key of `VERDICTS`, or None where no score says."""
+    """What one system answered; `verdict` is right, wrong or partly, or None where no score says."""
 
     system: str
     title: str
@@ -63,7 +63,7 @@ def examples_of(record: RunRecord) -> Examples:
 
 def leading_metric(rows: Sequence[Prediction]) -> str | None:
     """Return the first metric that scored every one of some answers with a finite number; None if none did."""
-    keys = [*METRIC_NAMES, *(rows[0].scores if rows else ())]
+    keys = [*METRIC_NAMES, *rows[0].scores] if rows else []
     return next((key for key in keys if all(math.isfinite(row.scores.get(key, math.nan)) for row in rows)), None)
 
 
