@@ -164,9 +164,8 @@ def test_a_shipped_recipe_can_be_checked_and_run(
     folder = tmp_path / "runs" / name
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     paper = name.startswith("llama3")  # whose result is handed over in any case
-    assert set(metrics["systems"]) == {"source", "target", "merged", "grasp"} | (
-        set() if paper else {"zero_shot", "continued"}
-    )
+    systems = {"zero_shot", "source", "target", "merged", "grasp"}
+    assert set(metrics["systems"]) == systems | (set() if paper else {"continued"})
     assert (metrics["delivered"]["name"] == "grasp") or not paper
     assert 0.1 <= metrics["prune_ratio"] <= 0.8
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()

@@ -87,10 +87,10 @@ def main() -> None:
     for case, hashes in cases(given.only or ""):
         found[case] = hashes
         sys.stderr.write(f"{case}: {len(hashes)} hashes\n")
-    if given.action == "write":
-        file.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    before = json.loads(file.read_text(encoding="utf-8")) if given.only or given.action == "check" else {}
+    if given.action == "write":  # with --only the other cases stay as they are
+        file.write_text(json.dumps(before | found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
     before = {case: hashes for case, hashes in before.items() if case.startswith(given.only or "")}
     differing = sorted(
         f"{case} {name}"

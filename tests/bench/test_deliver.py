@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from grasp_lora import api
-from grasp_lora.bench.deliver import best_of
+from grasp_lora.bench.deliver import best_of, by_setting
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
@@ -96,10 +96,31 @@ class TestRule:
 
     def test_no_better_than_the_backbone_alone_is_a_warning(self) -> None:
         both = losses(continued=1.0, grasp=1.2)
-        assert best_of(both, "dev", losses(alone=5.0)["alone"]).warning is None
-        warning = best_of(both, "dev", losses(alone=1.0)["alone"]).warning
-        assert warning is not None
-        assert "may have learned nothing" in warning
+        found = best_of(both, "dev", losses(alone=5.0)["alone"])
+        assert (found.warning, found.nothing_learned) == (None, False)
+        found = best_of(both, "dev", losses(alone=0.5)["alone"])
+        assert found.nothing_learned
+        assert found.warning is not None
+        assert found.warning.startswith("No adapter learned anything")
+        assert found.name == "continued"  # the backbone alone is never handed over
+
+    def test_a_lower_loss_that_the_rows_do_not_show_is_no_learning(self) -> None:
+        both = losses(continued=1.0, grasp=1.2)
+        alone = [value + (0.5 if row % 2 else -0.4) for row, value in enumerate(both["continued"])]
+        found = best_of(both, "dev", alone)
+        assert found.nothing_learned
+        assert found.warning is not None
+        assert "show no adapter to be better" in found.warning
+
+    def test_with_the_setting_the_warning_is_about_grasps_result_and_others_may_have_learned(self) -> None:
+        found = by_setting(losses(continued=1.0, grasp=3.0), "dev", losses(alone=2.0)["alone"])
+        assert (found.name, found.nothing_learned) == ("grasp", False)
+        assert found.warning is not None
+        assert "others are" in found.warning
+
+    @pytest.mark.parametrize("alone", [[], [1.0], [float("nan")] * ROWS])
+    def test_without_losses_of_the_backbone_alone_nothing_is_said(self, alone: list[float]) -> None:
+        assert best_of(losses(continued=1.0, grasp=1.2), "dev", alone).warning is None
 
 
 def read(file: Path) -> Any:
@@ -134,7 +155,7 @@ class TestRun:
     def test_the_setting_keeps_grasps_result_and_trains_nothing_else(self, finished_run: Path) -> None:
         metrics = read(finished_run / "metrics.json")
         assert metrics["delivered"]["name"] == "grasp"
-        assert set(metrics["systems"]) == {"source", "target", "merged", "grasp"}
+        assert set(metrics["systems"]) == {"zero_shot", "source", "target", "merged", "grasp"}
         assert not (finished_run / "continued").exists()
         assert (finished_run / "adapter" / WEIGHTS).read_bytes() == (finished_run / "final" / WEIGHTS).read_bytes()
 

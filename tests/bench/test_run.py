@@ -34,14 +34,14 @@ from grasp_lora.training.controller import GraspController, PrunedTraining
 from grasp_lora.training.finetune import BestOnDev
 from grasp_lora.training.probes import ProbeSet, calibrate
 
-SYSTEMS = ("source", "target", "merged", "grasp")
+SYSTEMS = ("zero_shot", "source", "target", "merged", "grasp")
 FILES = {
     "recipe.yaml", "run.json", "data.json", "prompt.jsonl", "metrics.json", "cost.json", "report.html", "report.md",
     *(f"{adapter}/{file}" for adapter in ("source", "target", "merged", "final", "adapter")
       for file in ("adapter_config.json", "adapter_model.safetensors", "grasp_lora.json")),
     *(f"{stage}/history.jsonl" for stage in ("source", "target", "controller", "final")),
     "controller/rounds.jsonl", "controller/timings.jsonl", "controller/ratio.json", "final/sparsity.json",
-    *(f"evaluation/{system}.jsonl" for system in SYSTEMS), "adapter/README.md",
+    *(f"evaluation/{name}.jsonl" for name in (*SYSTEMS, "prompts")), "adapter/README.md",
 }  # fmt: skip
 
 
@@ -523,7 +523,7 @@ class TestWays:
         metrics = execute(
             "data.source=null", "source.adapters=[one, two]", "merge.weights=[0.5, 0.25, 0.25]", folder="given"
         )
-        assert set(metrics["systems"]) == {"source", "source_2", "target", "merged", "grasp"}
+        assert set(metrics["systems"]) == {"zero_shot", "source", "source_2", "target", "merged", "grasp"}
         assert {row["segment"] for row in read(Path("given/final/sparsity.json"))} == {"source", "source_2", "target"}
         assert read_lines(Path("given/evaluation/source_2.jsonl"))[0]["id"]
 

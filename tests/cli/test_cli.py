@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from conftest import CliResult, write_tiny_workspace
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from grasp_lora.bench import predict as predicting
@@ -26,6 +27,7 @@ from grasp_lora.bench.compare import ComparisonSettings
 from grasp_lora.bench.session import Session
 from grasp_lora.cli import app
 from grasp_lora.cli.experiments import compare
+from grasp_lora.cli.progress import TerminalProgress
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
 from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.adapters import fresh_adapter
@@ -711,3 +713,27 @@ def test_help_recipes_and_schema_need_no_torch(tmp_path: Path) -> None:
     )
     result = in_a_process(code, tmp_path)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_first_answers_of_a_system_are_printed_as_they_come() -> None:
+    rows = [
+        {
+            "id": "1",
+            "prediction": "six\x1b[31m years",
+            "references": ["six years"],
+            "loss": 1.0,
+            "scores": {"f1": 50.0},
+        },
+        {"id": "2", "prediction": "سالم", "references": ["سالم", "الشيخ سالم"], "loss": 1.0, "scores": {"f1": 100.0}},
+        {"id": "3", "prediction": "third", "references": ["3"], "loss": 1.0, "scores": {"f1": 0.0}},
+    ]
+    for answers in (0, 2):
+        console = Console(file=io.StringIO(), width=200)
+        TerminalProgress(console, answers).scored("grasp", rows)
+        lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert len(lines) == answers
+    assert "≈ F1 50" in lines[0]
+    assert "\x1b" not in lines[0]
+    assert "✓ right" in lines[1]
+    assert "سالم" in lines[1]
+    TerminalProgress(console, 2).scored("grasp", [])  # a run without a test set

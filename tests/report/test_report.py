@@ -18,6 +18,7 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.presets import RULES
 from grasp_lora.report.card import write_model_card
+from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_report
 from grasp_lora.report.run_record import read_run
@@ -89,7 +90,9 @@ class Page(HTMLParser):
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.rows: list[list[str]] = []
         self.scripts: list[str] = []
+        self.text = ""
         self._open = ""
+        self._in_cell = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -99,21 +102,25 @@ class Page(HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
+            self._in_cell = True
         if tag == "script":
             self.scripts.append("")
 
     def handle_endtag(self, tag: str) -> None:
         self._open = ""
+        self._in_cell &= tag not in ("td", "th")
 
     def handle_data(self, data: str) -> None:
         if self._open == "script":
             self.scripts[-1] += data
-        elif self._open in ("td", "th", "strong", "div") and self.rows and self.rows[-1]:
+            return
+        self.text += data
+        if self._in_cell:
             self.rows[-1][-1] += data.strip()
 
     @property
     def figures(self) -> dict[str, Any]:
-        loaded: dict[str, Any] = json.loads(self.scripts[0])
+        loaded: dict[str, Any] = json.loads(self.scripts[1])
         return loaded
 
     def row(self, name: str) -> list[str]:
@@ -267,6 +274,7 @@ def test_texts_of_models_and_files_are_escaped(run_folder: Path) -> None:
     answer = {"prediction": attack, "references": [attack + "\u2028\u2029"]}
     for system in ("grasp", "target"):
         change_lines(run_folder / "evaluation" / f"{system}.jsonl", lambda number, row: row | answer)
+    change_lines(run_folder / "evaluation" / "prompts.jsonl", lambda number, row: row | {"prompt": attack})
     change(run_folder / "run.json", lambda run: run.update(name=breakout))
     change_recipe(run_folder, data={"target": {"language": breakout}})
 
@@ -277,11 +285,11 @@ def test_texts_of_models_and_files_are_escaped(run_folder: Path) -> None:
     change(run_folder / "final" / "sparsity.json", rename)
     page = page_of(run_folder)
     tags = [tag for tag, _ in page.tags]
-    assert tags.count("script") == 3
+    assert tags.count("script") == 4
     assert "img" not in tags
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
-    assert attack in "".join(cell for cells in page.rows for cell in cells)
-    assert not set(page.scripts[0]) & set("<>&\u2028\u2029")
+    assert page.text.count(attack) >= 4
+    assert not set(page.scripts[1]) & set("<>&\u2028\u2029")
     for markdown in (card(run_folder), (run_folder / "report.md").read_text(encoding="utf-8")):
         without_recipe = re.sub(r"(?m)^    .*$", "", markdown)
         assert "<script" not in without_recipe
@@ -309,7 +317,7 @@ def test_plotly_is_inlined_once_and_takes_every_figure(run_folder: Path) -> None
     assert sum("plotly.js v" in script for script in page.scripts) == 1
     assert list(page.figures) == [
         "curve", "trajectory", "baseline", "history-source", "history-target", "history-controller",
-        "history-final", "sparsity", "survival", "cost",
+        "history-final", "cost",
     ]  # fmt: skip
     placed = [attributes for _, attributes in page.tags if "data-figure" in attributes]
     assert sorted(str(attributes["data-figure"]) for attributes in placed) == sorted(page.figures)
@@ -324,7 +332,7 @@ def test_plotly_is_inlined_once_and_takes_every_figure(run_folder: Path) -> None
 
 def test_every_colour_variable_exists_in_both_themes(run_folder: Path) -> None:
     text = write_report(run_folder).read_text(encoding="utf-8")
-    used = set(re.findall(r"var\((--[\w-]+)\)", Page(text).scripts[0]))
+    used = set(re.findall(r"var\((--[\w-]+)\)", Page(text).scripts[1]))
     style = text.split("<style>")[1].split("</style>")[0]
     light, dark = style.split("@media (prefers-color-scheme: dark)")[:2]
     for name in used:
@@ -379,11 +387,11 @@ def test_it_says_which_examples_were_probed(run_folder: Path) -> None:
     change_recipe(run_folder, controller={"rounds": {"pool": "both", "in_turn": 3}})
     page, _ = texts(run_folder)
     assert "on the micro-dev and the dev set, other examples in each round." in page
-    assert "cannot be compared with each other" in page
+    assert "baseline" not in page_of(run_folder).figures  # its losses cannot be compared with each other
     change_lines(run_folder / "controller" / "rounds.jsonl", lambda number, row: row | {"places": [0, 2]})
     page, _ = texts(run_folder)
     assert "on the micro-dev and the dev set, of candidates on 2 of its examples in turn." in page
-    assert "cannot be compared with each other" not in page
+    assert "baseline" in page_of(run_folder).figures
 
 
 def test_a_run_of_an_older_version_is_said(run_folder: Path) -> None:
@@ -432,15 +440,97 @@ def test_a_final_run_that_kept_no_step_says_that_it_was_discarded(run_folder: Pa
 def test_predictions_stand_in_the_page_only(run_folder: Path) -> None:
     # Data sets' licences may forbid to share their texts: the Markdown report can be shared.
     answer = {"prediction": "قبل ست سنوات", "references": ["قبل سنوات"]}
-    for system in ("grasp", "target"):
-        change_lines(run_folder / "evaluation" / f"{system}.jsonl", lambda number, row: row | answer)
+    for file in (run_folder / "evaluation").iterdir():
+        more = {"prompt": "متى كان ذلك؟"} if file.name == "prompts.jsonl" else answer
+        change_lines(file, lambda number, row, more=more: row | more)
     page, markdown = texts(run_folder)
-    for text in ("قبل ست سنوات", "قبل سنوات"):
+    for text in ("قبل ست سنوات", "قبل سنوات", "متى كان ذلك؟"):
         assert text in page
         assert text not in markdown
         assert text not in card(run_folder)
     remove(run_folder, "evaluation")
     assert "No predictions have been written yet" in texts(run_folder)[0]
+
+
+def score(run_folder: Path, **scores: list[float]) -> None:
+    """Give each answer of some systems an F1; the others have none."""
+    for file in (run_folder / "evaluation").glob("*.jsonl"):
+        values = scores.get(file.stem)
+        if values is None and file.stem != "prompts":
+            file.unlink()
+        elif values is not None:
+            change_lines(file, lambda number, row, values=values: row | {"scores": {"f1": values[number]}})
+
+
+def test_examples_come_with_prompt_and_marks_those_first_in_which_systems_differ(run_folder: Path) -> None:
+    score(run_folder, target=[100.0] * 6 + [0.0, 50.0], grasp=[100.0] * 5 + [0.0, 0.0, 60.0])
+    change_lines(run_folder / "evaluation" / "prompts.jsonl", lambda number, row: row | {"prompt": f"prompt {number}"})
+    found = examples_of(read_run(run_folder))
+    assert found.metric == "F1"
+    assert [example.number for example in found.shown[:2]] == [6, 8]
+    assert sorted(example.number for example in found.shown) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert found.shown[0].prompt == "prompt 5"
+    assert [(one.title, one.verdict) for one in found.shown[0].answers] == [
+        ("Target only", "right"),
+        ("GRASP", "wrong"),
+    ]
+    page, _ = texts(run_folder)
+    assert page.index(">Test example 6<") < page.index(">Test example 8<") < page.index(">Test example 1<")
+    assert page.count("✓ right</span>") == 11
+    assert page.count("≈ F1 60</span>") == 1
+    assert page.count('<div class="text" dir="auto" lang="de">prompt ') == 8
+
+
+def test_of_many_examples_twenty_are_shown_and_systems_that_answered_others_are_left_out(run_folder: Path) -> None:
+    score(run_folder, source=[0.0] * 8, target=[0.0] * 8, grasp=[0.0] * 8)
+    for file in (run_folder / "evaluation").iterdir():
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] * 4
+        file.write_text(
+            "".join(json.dumps(row | {"id": str(n)}) + "\n" for n, row in enumerate(rows)), encoding="utf-8"
+        )
+    change_lines(run_folder / "evaluation" / "target.jsonl", lambda number, row: row | {"id": f"other {number}"})
+    found = examples_of(read_run(run_folder))
+    assert (len(found.shown), found.total) == (20, 32)
+    assert [one.system for one in found.shown[0].answers] == ["source", "grasp"]
+    assert "20 of 32 test examples" in texts(run_folder)[0]
+
+
+def test_a_folder_of_an_older_version_shows_its_answers_without_prompts(run_folder: Path) -> None:
+    remove(run_folder, "evaluation/prompts.jsonl")
+    page, _ = texts(run_folder)
+    assert "<summary>Prompt</summary>" not in page
+    assert ">Test example 1<" in page
+
+
+@pytest.mark.parametrize("deliver", ["best", "grasp"])
+def test_where_no_adapter_learned_anything_there_is_a_warning_and_no_ratio(run_folder: Path, deliver: str) -> None:
+    change_recipe(run_folder, final={"deliver": deliver})
+    said = {"nothing_learned": True, "warning": "No adapter learned anything: the backbone is best."}
+    change(run_folder / "metrics.json", lambda metrics: metrics["delivered"].update(said))
+    for text in (*texts(run_folder), card(run_folder)):
+        assert said["warning"] in text
+        assert "No adapter is shown to be better than the backbone alone." in text
+        assert "Prune 46 %" not in text
+        assert "It prunes" not in text
+        assert "Take this adapter" not in text
+
+
+def test_charts_that_can_show_one_value_only_are_left_out(run_folder: Path) -> None:
+    def uneven(entries: Any) -> None:
+        entries[0]["kept"] = 0
+
+    constant = {"policy_mean": 0.45, "policy_std": 0.2}
+    change_lines(run_folder / "controller" / "rounds.jsonl", lambda number, row: row | constant)
+    figures = figures_of(read_run(run_folder))
+    assert not {"sparsity", "survival"} & figures.keys()
+    assert [trace["name"] for trace in figures["trajectory"]["data"]] == ["candidate", "committed ratio"]
+    change(run_folder / "final" / "sparsity.json", uneven)
+    change_lines(
+        run_folder / "controller" / "rounds.jsonl", lambda number, row: row | {"policy_mean": 0.4 + number / 10}
+    )
+    figures = figures_of(read_run(run_folder))
+    assert {"sparsity", "survival"} <= figures.keys()
+    assert len(figures["trajectory"]["data"]) == 4
 
 
 def test_run_that_has_just_begun_gives_a_report(run_folder: Path) -> None:

@@ -9,11 +9,13 @@ The rule, for `final.deliver: best`:
    comparisons together). The first candidate in the order that is the best, or that is not shown to be worse, is handed over.
 
 So GRASP's result is handed over where it is shown to be better than each simpler one. Where no row can tell, it is `continued`.
+The backbone alone is measured beside them and never handed over: it tells whether any adapter has learned something.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from grasp_lora.bench.run_folder import Delivered
 from grasp_lora.evaluation.statistics import compare_with_baselines
@@ -28,9 +30,10 @@ IN_ORDER = {
 FEWEST = 2  # rows that a comparison needs
 
 
-def by_setting() -> Delivered:
-    """What is handed over with `final.deliver: grasp`."""
-    return Delivered(name="grasp", title=IN_ORDER["grasp"], why="The recipe asks for it (final.deliver).")
+def by_setting(losses: Mapping[str, Sequence[float]], split: str, alone: Sequence[float] = ()) -> Delivered:
+    """What is handed over with `final.deliver: grasp`; the losses are those of `best_of`, for the warning alone."""
+    why = "The recipe asks for it (final.deliver)."
+    return Delivered(name="grasp", title=IN_ORDER["grasp"], why=why, **_learned("grasp", losses, alone, split))
 
 
 def best_of(
@@ -51,8 +54,8 @@ def best_of(
         why = f"There are no {split} losses to choose by, so {_first(chosen)} is handed over."
         if usable:
             why = f"Only its {split} losses are finite."
-        warning = _nothing_learned(losses[chosen], alone, split) if usable else None
-        return Delivered(name=chosen, title=title_of(chosen), why=f"{why} {left_out}".strip(), warning=warning)
+        why = f"{why} {left_out}".strip()
+        return Delivered(name=chosen, title=title_of(chosen), why=why, **_learned(chosen, losses, alone, split))
     means = {name: fmean(losses[name]) for name in usable}
     best = min(usable, key=means.__getitem__)  # of equal ones the first in the order
     others = {name: losses[name] for name in usable if name != best}
@@ -80,7 +83,7 @@ def best_of(
         low=low + 0.0,
         high=high + 0.0,
         confidence=found.confidence,
-        warning=_nothing_learned(losses[chosen], alone, split),
+        **_learned(chosen, losses, alone, split),
     )
 
 
@@ -99,13 +102,30 @@ def _kind(name: str) -> str:
     return name.partition("_")[0]
 
 
-def _nothing_learned(chosen: Sequence[float], alone: Sequence[float], split: str) -> str | None:
-    if len(alone) != len(chosen) or not all(map(math.isfinite, alone)):
-        return None
-    compared = compare_with_baselines(chosen, {"alone": alone}, higher_is_better=False)["alone"]
-    if compared.verdict == "better":
-        return None
-    return (
-        f"The {len(alone)} {split} rows do not show that this adapter is better than the backbone alone "
-        f"({split} loss {fmean(chosen):.3f} against {fmean(alone):.3f}): it may have learned nothing."
-    )
+def _learned(chosen: str, losses: Mapping[str, Sequence[float]], alone: Sequence[float], split: str) -> dict[str, Any]:
+    """Whether any adapter is shown to be better than the backbone alone, and what has to be said of the one handed over.
+
+    Each is compared by itself: a correction for their number would raise the alarm where few rows are clear.
+    """
+    if len(alone) < FEWEST or not all(map(math.isfinite, alone)):
+        return {}
+    usable = {name: own for name, own in losses.items() if len(own) == len(alone) and all(map(math.isfinite, own))}
+    better = {
+        name
+        for name, own in usable.items()
+        if compare_with_baselines(own, {"alone": alone}, higher_is_better=False)["alone"].verdict == "better"
+    }
+    if chosen in better or not usable:
+        return {"nothing_learned": False}
+    rows, without = f"{len(alone)} {split} rows", f"the backbone alone ({split} loss {fmean(alone):.3f})"
+    if better:
+        warning = f"The {rows} do not show that this adapter is better than {without}; others are: it may have learned nothing."
+        return {"nothing_learned": False, "warning": warning}
+    best = min(usable, key=lambda name: fmean(usable[name]))
+    lowest = f"{fmean(usable[best]):.3f}, {title_of(best)}"
+    warning = f"The {rows} show no adapter to be better than {without}; the lowest loss of one is {lowest}."
+    if fmean(usable[best]) >= fmean(alone):
+        warning = (
+            f"No adapter learned anything: on the {rows} none has a lower loss than {without}; the next is {lowest}."
+        )
+    return {"nothing_learned": True, "warning": warning}

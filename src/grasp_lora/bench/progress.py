@@ -1,6 +1,6 @@
 """Where experiments report to while they work."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ class Progress:
 
     def answered(self, answered: int, prompts: int) -> None:
         """Take how many prompts have been answered."""
+
+    def scored(self, system: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Take the answers of a system to all test prompts, as its file of predictions holds them."""
 
     def record(self, record: "Record", there: bool) -> None:
         """A step is done, now or already before."""

@@ -133,10 +133,10 @@ class _Run:
         with self._stage("final") as facts:
             final = bench.finetuned(start, ratio, {"start": recipe.final.start})
             facts |= {"prune_ratio": ratio} | self._show_trained(files.FINAL_FOLDER, final)
-        systems = dict(zip(names_of(bench.parents), bench.parents, strict=True)) | {"merged": merged}
+        systems = {ALONE: bench.backbone(), **dict(zip(names_of(bench.parents), bench.parents, strict=True))}
+        systems["merged"] = merged
         left_out = ""
         if recipe.final.deliver == "best":
-            systems = {ALONE: bench.backbone()} | systems
             with self._stage("continued") as facts:
                 try:
                     continued = bench.continued()
@@ -144,23 +144,23 @@ class _Run:
                     if continued.records[-1].result["best_step"] or len(bench.sources) > 1:
                         systems["continued"] = continued
                     else:
-                        left_out = (
-                            "Continued training lowered its dev loss at no step, which leaves the source adapter."
-                        )
+                        left_out = "Continued training lowered no dev loss, which leaves the source adapter."
                 except (DivergedError, ProbeError, AdapterError) as error:  # the others are there
                     left_out = f"The source adapter could not be continued: {error}"
         systems["grasp"] = final
         with self._stage("evaluate") as facts:
-            measured = {name: bench.measured(system) for name, system in systems.items()}
+            measured: dict[str, Measured] = {}
+            for name, system in systems.items():
+                measured[name] = bench.measured(system)
+                self.progress.scored(name, measured[name].rows(self.session.splits.test))
             on_first_process(partial(self._write_answers, measured))
             facts |= {"test_loss": measured["grasp"].test_loss, **measured["grasp"].values}
         with self._stage("deliver") as facts:
-            delivered = self._choose(bench, systems, left_out) if recipe.final.deliver == "best" else by_setting()
+            delivered = self._choose(bench, systems, left_out)
             self._show_adapter(files.ADAPTER_FOLDER, systems[delivered.name])
             facts |= {"adapter": delivered.title}
-        best_step = final.records[-1].result["best_step"]
         # Last of all: with them the run is finished.
-        on_first_process(partial(self._write_metrics, measured, ratio, learned, best_step, delivered))
+        on_first_process(partial(self._write_metrics, measured, learned, final, delivered))
 
     def _prepare(self) -> None:
         """Load and check everything, become the folder's only writer, and begin."""
@@ -197,8 +197,10 @@ class _Run:
             name: [] if split is None else bench.losses(system, split).result["losses"]
             for name, system in systems.items()
         }
-        alone = losses.pop(ALONE)
-        return best_of(losses, (split or "dev").replace("_", "-"), alone, left_out)
+        alone, rows = losses.pop(ALONE), (split or "dev").replace("_", "-")
+        if self.recipe.final.deliver == "best":
+            return best_of(losses, rows, alone, left_out)
+        return by_setting(losses, rows, alone)
 
     def _show_trained(self, name: str, adapter: Adapter) -> dict[str, Any]:
         """Write the history of a training and its adapter into the run folder; a given adapter stays where it is."""
@@ -261,16 +263,13 @@ class _Run:
         return {name: len(members) for name, members in ids.items()}
 
     def _write_answers(self, measured: Mapping[str, Measured]) -> None:
+        test = self.session.splits.test
+        write_jsonl(files.prompts_file(self.folder), [{"id": one.public_id, "prompt": one.prompt} for one in test])
         for name, one in measured.items():
-            write_jsonl(files.predictions_file(self.folder, name), one.rows(self.session.splits.test))
+            write_jsonl(files.predictions_file(self.folder, name), one.rows(test))
 
     def _write_metrics(
-        self,
-        measured: Mapping[str, Measured],
-        ratio: float,
-        learned: Learned | None,
-        best_step: int,
-        delivered: files.Delivered,
+        self, measured: Mapping[str, Measured], learned: Learned | None, final: Adapter, delivered: files.Delivered
     ) -> None:
         metrics = files.Metrics(
             systems={
@@ -278,10 +277,10 @@ class _Run:
                 for name, one in measured.items()
             },
             delivered=delivered,
-            prune_ratio=ratio,
+            prune_ratio=self.recipe.final.prune_ratio if learned is None else learned.ratio,
             prune_ratio_interval=None if learned is None else (learned.estimate.low, learned.estimate.high),
             nothing_learned_about_ratio=learned is not None and learned.estimate.nothing_learned,
-            best_step=best_step,
+            best_step=final.records[-1].result["best_step"],
             signatures=measured["grasp"].signatures,
             test_examples=len(self.session.splits.test),
             language=self.session.language,

@@ -54,6 +54,11 @@ def predictions_file(run_folder: Path, system: str) -> Path:
     return run_folder / PREDICTIONS_FOLDER / f"{system}.jsonl"
 
 
+def prompts_file(run_folder: Path) -> Path:
+    """Where the prompts of the test examples stand, in the order of all predictions."""
+    return run_folder / PREDICTIONS_FOLDER / "prompts.jsonl"
+
+
 class Shape(BaseModel):
     """Fields with a default are those that folders of older versions do not have, or that are not always there."""
 
@@ -220,6 +225,13 @@ class Prediction(Shape):
     scores: dict[str, Loss] = {}
 
 
+class Prompt(Shape):
+    """One line of evaluation/prompts.jsonl."""
+
+    id: str
+    prompt: str
+
+
 class SystemScores(Shape):
     """What one system scored; None where a metric was not available."""
 
@@ -240,6 +252,7 @@ class Delivered(Shape):
         difference: mean loss of this one minus that of the other, nats per answer token.
         low, high: bounds of the difference at `confidence`, for all comparisons together.
         warning: what a reader has to be told of it.
+        nothing_learned: no adapter is shown to be better than the backbone alone, so that a prune ratio would say nothing.
     """
 
     name: str
@@ -253,6 +266,7 @@ class Delivered(Shape):
     high: float | None = None
     confidence: float | None = None
     warning: str | None = None
+    nothing_learned: bool = False
 
 
 class Metrics(Shape):

@@ -20,11 +20,15 @@ from rich.text import Text
 
 from grasp_lora.bench.plan import Plan
 from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.run_folder import Prediction
 from grasp_lora.bench.search import shown
 from grasp_lora.bench.store import Record
 from grasp_lora.bench.sweep_record import SweepResult, Trial
-from grasp_lora.text.display import escaped
+from grasp_lora.report.examples import leading_metric, marked
+from grasp_lora.text.display import escaped, one_line
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
+
+_ANSWER_SHOWN = 60  # characters
 
 _TITLES = {
     "data": "read and split the data",
@@ -71,13 +75,15 @@ class TerminalProgress(_Bar):
 
     Args:
         console: where to; live bars only if it is a terminal.
+        answers: how many answers of each system are printed as they come.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, answers: int = 0) -> None:
         facts = TextColumn("{task.fields[facts]}")
         title, times = TextColumn("{task.description:<26}"), (TimeElapsedColumn(), TimeRemainingColumn())
         super().__init__(console, title, BarColumn(bar_width=24), MofNCompleteColumn(), facts, *times)
         self._ratio: float | None = None
+        self._answers = answers
 
     def preparing(self) -> None:
         """Show that something is going on."""
@@ -100,6 +106,15 @@ class TerminalProgress(_Bar):
     def answered(self, answered: int, prompts: int) -> None:
         """Move the bar of the evaluation."""
         self._move(completed=answered, total=prompts)
+
+    def scored(self, system: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print the first answers of a system, with what each is worth and what was expected."""
+        predictions = [Prediction.model_validate(row) for row in rows[: self._answers]]
+        metric = leading_metric(predictions)
+        for row in predictions:
+            _, mark = marked(row.scores.get(metric or ""), metric)
+            answer, expected = (one_line(text)[:_ANSWER_SHOWN] for text in (row.prediction, row.references[0]))
+            self._say(f"  {system:<12} {mark:<8} {answer}   (expected: {expected})")
 
     def finished(self, name: str, seconds: float, summary: Mapping[str, Any], *, skipped: bool) -> None:
         """Replace the bar by one line."""

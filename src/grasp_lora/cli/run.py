@@ -37,7 +37,7 @@ def demo(
     log_to_terminal(verbose)
     if language not in ("ar", "zh"):
         raise RecipeError(f"demo language is {language!r}; allowed: ar, zh")
-    _run(f"demo-{language}", overrides or [], output, False)
+    _run(f"demo-{language}", overrides or [], output, False, answers=2)
 
 
 def check(
@@ -73,14 +73,14 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
         say(f"wrote {write_report(folder)}")
 
 
-def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool) -> None:
+def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool, answers: int = 0) -> None:
     with loading():
         from grasp_lora import api
         from grasp_lora.bench.run_folder import DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
         from grasp_lora.cli.progress import TerminalProgress
         from grasp_lora.report.delivered import next_steps, predict_command, verdict
         from grasp_lora.report.run_record import read_run
-    with shown(TerminalProgress(console)) as progress:
+    with shown(TerminalProgress(console, answers)) as progress:
         result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
     print_scores(result.metrics)
     if result.delivered is not None:
@@ -88,12 +88,14 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         say(result.delivered.why)
         if result.delivered.warning:
             say(result.delivered.warning, style="yellow")
+    learned = result.delivered is None or not result.delivered.nothing_learned
     if result.delivered is not None and result.delivered.name != "grasp":
-        say(f"GRASP's own result lies in {result.folder / FINAL_FOLDER}:")
+        say(f"GRASP's own result lies in {result.folder / FINAL_FOLDER}{':' if learned else ''}")
     ratio, given = result.ratio, result.metrics.prune_ratio_interval is None
-    say(f"prune ratio {ratio.ratio:.1%} (given)" if given else ratio.summary)
-    if ratio.wide:
-        say("these probes do not settle the ratio; the report says what narrows the interval", style="yellow")
+    if learned:
+        say(f"prune ratio {ratio.ratio:.1%} (given)" if given else ratio.summary)
+        if ratio.wide:
+            say("these probes do not settle the ratio; the report says what narrows the interval", style="yellow")
     if result.metrics.best_step == 0:
         say(DISCARDED, style="yellow")
     say(f"adapter {result.adapter}   report {result.folder / REPORT_FILE}")

@@ -15,11 +15,14 @@ MADE = {
     "merged": "a source and a target adapter were merged, and nothing was trained after that",
     "grasp": "a source and a target adapter were merged, a share of the merge was pruned, and the rest was fine-tuned",
 }
+NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
 PARTS = {"continued": ("source",), "source": ("source",), "target": ("target",)}  # of all others both
 
 
 def verdict(delivered: Delivered) -> str:
     """Say which adapter to take; `Delivered.why` has the reason."""
+    if delivered.nothing_learned:
+        return f"{NOTHING_LEARNED} Handed over all the same: {delivered.title}."
     return f"Take this adapter: {delivered.title}."
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from grasp_lora.bench.comparison_record import Comparison, CurvePoint
 from grasp_lora.bench.run_folder import TRAINED, Curve, HistoryRow, RoundRow
 from grasp_lora.report.run_record import RunRecord
-from grasp_lora.report.tables import by_factor, kept_share
+from grasp_lora.report.tables import by_factor, is_even, kept_share
 
 Figure = dict[str, Any]
 Trace = dict[str, Any]
@@ -24,14 +24,18 @@ _RATIO = "Prune ratio (fraction of weights)"
 
 
 def figures_of(record: RunRecord) -> dict[str, Figure]:
-    """Return all figures that the record has data for, by the name under which the page places them."""
+    """Return all figures that the record has data for, by the name under which the page places them.
+
+    Those that could show only one value, or values that cannot be compared, are left out.
+    """
+    uneven = not is_even(record.sparsity)
     figures = {
         "curve": _curve(record),
         "trajectory": _trajectory(record.rounds),
-        "baseline": _baseline(record.rounds),
+        "baseline": None if record.in_turn else _baseline(record.rounds),
         **{f"history-{stage}": _history(record.history[stage]) for stage in TRAINED},
-        "sparsity": _sparsity(record),
-        "survival": _survival(record),
+        "sparsity": _sparsity(record) if uneven else None,
+        "survival": _survival(record) if uneven else None,
         "cost": _cost(record),
     }
     return {name: figure for name, figure in figures.items() if figure is not None}
@@ -188,9 +192,13 @@ def _trajectory(rounds: Sequence[RoundRow]) -> Figure | None:
     committed = [(0, rounds[0].ratio_before), *((measured.step, measured.ratio) for measured in rounds)]
     dotted = {"width": 1.5, "dash": "dot", "color": "var(--target)"}
     stairs = {"width": 2.5, "shape": "hv", "color": "var(--grasp)"}
-    traces = [
-        _band("policy ± 1 deviation", [measured.step for measured in rounds], low, high, "var(--target-soft)"),
-        _scatter("policy mean", means, line=dotted),
+    traces = []
+    if len({(measured.policy_mean, measured.policy_std) for measured in rounds}) > 1:  # a policy that learns
+        traces = [
+            _band("policy ± 1 deviation", [measured.step for measured in rounds], low, high, "var(--target-soft)"),
+            _scatter("policy mean", means, line=dotted),
+        ]
+    traces += [
         _scatter("candidate", candidates, "markers", **style),
         _scatter("committed ratio", committed, line=stairs),
     ]
@@ -198,7 +206,7 @@ def _trajectory(rounds: Sequence[RoundRow]) -> Figure | None:
 
 
 def _baseline(rounds: Sequence[RoundRow]) -> Figure | None:
-    if not rounds:
+    if len(rounds) < 2:
         return None
     losses = [(measured.step, fmean(measured.baseline_losses)) for measured in rounds]
     line = {"width": 2, "color": "var(--grasp)"}

@@ -8,14 +8,13 @@ import logging
 import re
 import secrets
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.bench.run_folder import DISCARDED, REPORT_FILE, REPORT_TABLES_FILE
 from grasp_lora.method.policy import POLICIES
-from grasp_lora.method.schedule import PROBE_SPLITS
-from grasp_lora.report.delivered import chosen, predict_command, verdict
+from grasp_lora.report.delivered import NOTHING_LEARNED, chosen, delivered_system, predict_command, verdict
+from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
 from grasp_lora.report.run_record import RunRecord, read_run
 from grasp_lora.report.tables import (
@@ -50,8 +49,6 @@ COVERED = {  # by the interval of each rule
     "smooth_fit": "the choice of probed examples and rounds, not the shape of the fitted curve",
     "surrogate": "the choice of probed examples and what the surface leaves open between probes, not how smooth it is",
 }
-EXAMPLES_SHOWN = 8
-CHARACTERS_SHOWN = 1000
 PAPER = "https://arxiv.org/abs/2601.06702"
 
 
@@ -81,6 +78,7 @@ def write_report(run_folder: Path) -> Path:
 def view_of(record: RunRecord) -> dict[str, Any]:
     """Everything that both reports and the model card print, as texts and tables."""
     learned, given = record.learned, record.given_ratio is not None
+    handed_over = record.metrics.delivered if record.metrics else None
     signatures = record.metrics.signatures if record.metrics else {}
     against, delivered = compare_systems(record), chosen(record)
     return {
@@ -90,6 +88,8 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "name": record.run.name,
         "verdict": verdict(delivered) if delivered else None,
         "delivered": delivered,
+        "system": delivered_system(record),
+        "warning": handed_over.warning if handed_over else None,
         "predict": predict_command(),
         "has_prompt": not record.in_chat,
         "headline": _headline(record, against.get("target")),
@@ -99,7 +99,6 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "given": given,
         "start": _start(record),
         "each_step": _at_each_step(record),
-        "in_turn": _in_turn(record),
         "probed_on": _probed_on(record),
         "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
         "confidence": percent(learned.confidence) if learned else None,
@@ -120,7 +119,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "sparsity_note": sparsity_note(record),
         "cost": cost_table(record),
         "probe_note": probe_note(record),
-        "examples": _examples(record),
+        "examples": examples_of(record),
         "recipe": "\n".join(escaped(line) for line in record.recipe_text.split("\n")),
     }
 
@@ -131,18 +130,11 @@ def _at_each_step(record: RunRecord) -> bool:
     return kind == "shared" or (kind in POLICIES and POLICIES[kind].regime == "each_step")  # so it was called once
 
 
-def _in_turn(record: RunRecord) -> bool:
-    """Whether each round measured other examples, the baseline too, so that the losses of rounds cannot be compared."""
-    rounds = record.recipe.controller.rounds
-    pool = sum(len(record.data.ids.get(split, ())) for split in PROBE_SPLITS[rounds.pool])
-    return rounds.in_turn is not None and rounds.in_turn < pool and not any(one.places for one in record.rounds)
-
-
 def _probed_on(record: RunRecord) -> str:
     """Which examples the rounds measured, as the end of a sentence."""
     names = {"dev": "dev set", "both": "micro-dev and the dev set"}
     found = names.get(record.recipe.controller.rounds.pool, "micro-dev set")
-    if _in_turn(record):
+    if record.in_turn:
         return f"on the {found}, other examples in each round"
     few = {len(measured.places) for measured in record.rounds if measured.places}
     return f"on the {found}, of candidates on {few.pop()} of its examples in turn" if few else f"on the {found}"
@@ -162,6 +154,8 @@ def _headline(record: RunRecord, against: Against | None) -> str:
             sentences = [f"Nothing was learned about the prune ratio ({interval}); {ratio} was taken."]
     else:
         sentences = ["No prune ratio has been learned yet."]
+    if record.metrics and record.metrics.delivered and record.metrics.delivered.nothing_learned:
+        sentences = [] if chosen(record) else [NOTHING_LEARNED]  # which the verdict begins with
     if against is not None:
         sentences.append(
             f"Test {against.metric} {against.ours:.{against.digits}f} against {against.theirs:.{against.digits}f} "
@@ -224,27 +218,6 @@ def _sizes(record: RunRecord) -> str:
 def _languages(record: RunRecord) -> str:
     codes = [corpus.language for corpus in record.recipe.data.corpora]
     return " to ".join(LANGUAGES.get(code, code) for code in codes if code)
-
-
-def _examples(record: RunRecord) -> list[dict[str, Any]]:
-    """The first test examples, side by side; every system answers the same ones in the same order."""
-    delivered = chosen(record)
-    names = dict.fromkeys(("target", delivered.name if delivered else "grasp", "grasp"))
-    shown = {name: record.predictions[name] for name in names if record.predictions[name]}
-    return [
-        {
-            "id": rows[0].id,
-            "references": [_cut(text) for text in rows[0].references],
-            "predictions": [
-                (record.systems[name], _cut(row.prediction)) for name, row in zip(shown, rows, strict=True)
-            ],
-        }
-        for rows in islice(zip(*shown.values(), strict=False), EXAMPLES_SHOWN)
-    ]
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= CHARACTERS_SHOWN else text[: CHARACTERS_SHOWN - 1] + "…"
 
 
 def public_name(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import TypeVar
 from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.records import check_shape, damaged, read_lines, read_record, read_text
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.schedule import Pool
+from grasp_lora.method.schedule import PROBE_SPLITS, Pool
 from grasp_lora.recipes.recipe import RECIPE_FILE, RENAMED
 from grasp_lora.recipes.text import parse
 
@@ -119,6 +119,7 @@ class RunRecord:
     history: Mapping[str, list[files.HistoryRow]]
     sparsity: list[files.FactorSparsity]
     predictions: Mapping[str, list[files.Prediction]]
+    prompts: list[files.Prompt]  # of the test examples; older versions wrote none
     metrics: files.Metrics | None
     cost: Mapping[str, float]  # seconds of each stage that is complete
 
@@ -153,6 +154,13 @@ class RunRecord:
         """The ratio of the result, given or learned."""
         learned = self.learned.prune_ratio if self.learned else None
         return learned if self.given_ratio is None else self.given_ratio
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether each round measured other examples, the baseline too, so that the losses of rounds cannot be compared."""
+        rounds = self.recipe.controller.rounds
+        pool = sum(len(self.data.ids.get(split, ())) for split in PROBE_SPLITS[rounds.pool])
+        return rounds.in_turn is not None and rounds.in_turn < pool and not any(one.places for one in self.rounds)
 
     @property
     def missing(self) -> list[str]:
@@ -206,6 +214,7 @@ def read_run(run_folder: Path) -> RunRecord:
             name: read_lines(files.predictions_file(run_folder, name), files.Prediction)
             for name in ("zero_shot", *_sources(recipe), "target", "merged", "continued", "grasp")
         },
+        prompts=read_lines(files.prompts_file(run_folder), files.Prompt),
         metrics=read_record(run_folder / files.METRICS_FILE, files.Metrics),
         cost=read_record(run_folder / files.COST_FILE, dict[str, float]) or {},
     )

@@ -286,6 +286,12 @@ def kept_share(entries: Iterable[FactorSparsity]) -> float:
     return sum(entry.kept for entry in found) / sum(entry.weights for entry in found)
 
 
+def is_even(entries: Sequence[FactorSparsity]) -> bool:
+    """Whether every factor keeps the same share, to the weight, as where the ratio is applied to each of them."""
+    share = kept_share(entries) if entries else 0.0
+    return all(abs(entry.kept - share * entry.weights) <= 1 for entry in entries)
+
+
 def by_factor(entries: Sequence[FactorSparsity]) -> dict[tuple[str, str], list[tuple[str, FactorSparsity]]]:
     """Sort entries by factor and segment, each with its layer.
 
@@ -318,10 +324,9 @@ def sparsity_note(record: RunRecord) -> str | None:
     """What the shares say together, and whether they are those of the ratio."""
     if not record.sparsity:
         return None
-    shares = [entry.kept / entry.weights for entry in record.sparsity]
     pruned = 1 - kept_share(record.sparsity)
     note = f"Measured over all factors, {percent(pruned, 2)} of the weights are zero."
-    if max(shares) - min(shares) < 0.01:
+    if is_even(record.sparsity):
         note += " Every factor keeps the same share: the ratio is applied to each of them separately."
     if record.recipe.merge.rule == "paper_apart":
         note += (

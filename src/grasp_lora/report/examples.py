@@ -1,0 +1,93 @@
+"""Test examples side by side: what each system answered, those first in which the systems differ most."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from grasp_lora.bench.run_folder import Prediction
+from grasp_lora.report.run_record import RunRecord
+from grasp_lora.report.tables import METRIC_NAMES
+
+MOST_SHOWN = 20
+CHARACTERS_SHOWN = 1000
+PROMPT_CHARACTERS_SHOWN = 3000
+
+
+class Answer(NamedTuple):
+    """What one system answered; `verdict` is right, wrong or partly, or None where no score says."""
+
+    system: str
+    title: str
+    text: str
+    verdict: str | None
+    mark: str
+
+
+class Example(NamedTuple):
+    """One test example with the answers of all systems; `number` is its place in the test set, from 1."""
+
+    number: int
+    id: str
+    prompt: str | None
+    references: list[str]
+    answers: list[Answer]
+
+
+class Examples(NamedTuple):
+    """The examples that are shown, of how many, and the metric that marks their answers, if there is one."""
+
+    shown: list[Example]
+    total: int
+    metric: str | None
+
+
+def examples_of(record: RunRecord) -> Examples:
+    """Return at most `MOST_SHOWN` test examples, those first whose answers differ most by the leading metric."""
+    answered = {name: record.predictions[name] for name in record.systems if record.predictions[name]}
+    ids = [row.id for row in next(iter(answered.values()), [])]
+    answered = {name: rows for name, rows in answered.items() if [row.id for row in rows] == ids}
+    metric = leading_metric([row for rows in answered.values() for row in rows])
+    prompts = {one.id: _cut(one.prompt, PROMPT_CHARACTERS_SHOWN) for one in record.prompts}
+    order = sorted(range(len(ids)), key=lambda place: _likeness([rows[place] for rows in answered.values()], metric))
+    shown = []
+    for place in order[:MOST_SHOWN]:
+        rows = {name: own[place] for name, own in answered.items()}
+        answers = [
+            Answer(name, record.systems[name], _cut(row.prediction), *marked(row.scores.get(metric or ""), metric))
+            for name, row in rows.items()
+        ]
+        references = [_cut(text) for text in next(iter(rows.values())).references]
+        shown.append(Example(place + 1, ids[place], prompts.get(ids[place]), references, answers))
+    return Examples(shown, len(ids), metric and METRIC_NAMES.get(metric, metric))
+
+
+def leading_metric(rows: Sequence[Prediction]) -> str | None:
+    """Return the first metric that scored every one of some answers with a finite number; None if none did."""
+    keys = [*METRIC_NAMES, *rows[0].scores] if rows else []
+    return next((key for key in keys if all(math.isfinite(row.scores.get(key, math.nan)) for row in rows)), None)
+
+
+def marked(score: float | None, metric: str | None) -> tuple[str | None, str]:
+    """Return the verdict on one answer and how it is printed; a metric of one's own has no known best, so only its score is.
+
+    >>> marked(100.0, "f1"), marked(0.0, "f1"), marked(66.7, "f1"), marked(0.5, "my:metric"), marked(None, None)
+    (('right', '✓ right'), ('wrong', '✗ wrong'), ('partly', '≈ F1 67'), (None, 'my:metric 0.5'), (None, ''))
+    """
+    if score is None or metric is None:
+        return None, ""
+    if metric not in METRIC_NAMES:
+        return None, f"{metric} {score:.3g}"
+    if score >= 99.95:
+        return "right", "✓ right"
+    return ("wrong", "✗ wrong") if score <= 0 else ("partly", f"≈ {METRIC_NAMES[metric]} {score:.0f}")
+
+
+def _likeness(rows: Sequence[Prediction], metric: str | None) -> tuple[float, int]:
+    """How alike the answers are: first by their scores, then by their texts."""
+    scores = [row.scores[metric] for row in rows] if metric else [0.0]
+    return min(scores) - max(scores), -len({row.prediction for row in rows})
+
+
+def _cut(text: str, most: int = CHARACTERS_SHOWN) -> str:
+    """A text, or its beginning and its end: the question stands at the end of a prompt."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[len(text) - most // 2 + 3 :]}"
