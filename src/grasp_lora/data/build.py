@@ -12,7 +12,7 @@ from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.encode import Encoder, Example, Tally
 from grasp_lora.data.files import Row, Table, as_row, read_file
 from grasp_lora.data.places import read_hub, resolve_file
-from grasp_lora.data.records import FORMATS, OPTIONAL_COLUMNS, Pool, make_pool
+from grasp_lora.data.records import FIELDS, FORMATS, Pool, make_pool
 from grasp_lora.data.splits import (
     HELD_OUT,
     SPLITS,
@@ -25,7 +25,7 @@ from grasp_lora.data.splits import (
     join_groups,
     measure,
 )
-from grasp_lora.data.tasks import ANY_LANGUAGE, TASKS, resolve_template, task_fields
+from grasp_lora.data.tasks import ANY_LANGUAGE, resolve_template, task_fields
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import quoted
 from grasp_lora.text.languages import language_code
@@ -100,10 +100,9 @@ class CorpusSettings:
             raise ValueError("format hub, hub_config and hub_split need hub: the name of the data set")
         if self.hub is not None and self.format == "squad":
             raise ValueError("format squad reads files; a data set on the hub has rows: use format hub or auto")
-        known = {*OPTIONAL_COLUMNS}.union(*((*task.inputs, task.answer) for task in TASKS.values()))
-        unknown = sorted(set(self.columns) - known)
+        unknown = sorted(set(self.columns) - FIELDS)
         if unknown:
-            raise ValueError(f"columns names {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
+            raise ValueError(f"columns names {', '.join(unknown)}; allowed: {', '.join(sorted(FIELDS))}")
         if self.sheet is not None and self.hub is not None:
             raise ValueError(f"sheet is {quoted(self.sheet)}, but a data set on the hub has none; remove it")
         if self.columns and self.format not in ("auto", "records", "hub"):

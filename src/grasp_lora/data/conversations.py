@@ -30,7 +30,8 @@ def read_messages(cells: Cells) -> list[Message]:
             return []
         turns = prompt + completion
     messages: list[Message] = []
-    for turn in turns if isinstance(turns, list) else [None]:
+    for given in turns if isinstance(turns, list) else [None]:
+        turn = _with_role(given, cells.where)
         if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
             raise DataError(
                 f"{cells.where}: {column} must be a list of objects with texts `role` and `content` (or `from` and `value`)"
@@ -72,21 +73,17 @@ def from_alpaca(values: Mapping[str, object], where: str) -> dict[str, object]:
     return {"prompt": prompt, "messages": turns if prompt and turns else None}
 
 
-def from_sharegpt(values: Mapping[str, object], where: str) -> dict[str, object]:
-    """Return `conversations` of a row as messages, where they have `from` and `value`; a text `system` comes first.
-
-    Raises:
-        DataError: someone speaks who has no place in a conversation.
-    """
+def from_sharegpt(values: Mapping[str, object]) -> dict[str, object]:
+    """Return `conversations` of a row with its text `system`, if there is one, as their first message."""
     system, turns = values.get("system"), values.get("conversations")
     first: list[object] = [] if is_blank(system) else [{"role": "system", "content": system}]
-    said = [_from_sharegpt(turn, where) for turn in turns] if isinstance(turns, list) else [None]
-    return {"conversations": first + said}
+    return {"conversations": first + turns if isinstance(turns, list) else turns}
 
 
-def _from_sharegpt(turn: object, where: str) -> object:
+def _with_role(turn: object, where: str) -> object:
+    """Return a turn of `from` and `value` as a message; what is none of these stays."""
     if not isinstance(turn, Mapping) or "from" not in turn:
-        return turn  # which may be a message as chat templates have it
+        return turn
     role = SPEAKERS.get(turn["from"]) if isinstance(turn["from"], str) else None
     if role is None:
         raise DataError(

@@ -18,6 +18,7 @@ from grasp_lora.text.characters import INVISIBLE
 from grasp_lora.text.display import listed, quoted
 
 OPTIONAL_COLUMNS = ("id", "group", "title", "references", "messages")
+FIELDS = frozenset(OPTIONAL_COLUMNS).union(*((*task.inputs, task.answer) for task in TASKS.values()))
 XLSUM_COLUMNS = {"id": "id", "title": "title", "document": "text", "summary": "summary"}
 
 
@@ -244,7 +245,7 @@ def _alpaca_records(table: Table, task: str, columns: Columns, counts: Counter[s
 
 def _sharegpt_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
     """Read `conversations` of `from` and `value` as messages; a column `system` comes first."""
-    rows = [Row(where, {**values, **from_sharegpt(values, where)}) for where, values in table.rows]
+    rows = [Row(where, {**values, **from_sharegpt(values)}) for where, values in table.rows]
     return _row_records(Table(table.name, rows), task, {"messages": "conversations"}, counts)
 
 
