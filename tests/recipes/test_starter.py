@@ -318,7 +318,7 @@ def test_a_language_without_templates_gets_the_english_ones_to_translate(
     english = ("Context: {context}\nQuestion: {question}\nAnswer:", " {answer}")
     assert (recipe.data.target.prompt, recipe.data.target.completion) == (english if language == "sw" else (None, None))
     assert all(len(line) <= 130 for line in file.read_text(encoding="utf-8").splitlines())
-    session = Session(*load_recipe(file, ["data.target.prompt={question}: {context} ->"]))
+    session = Session(*load_recipe(file, ['data.target.prompt="{question}: {context} ->"']))
     assert session.splits.train[0].prompt.endswith(" ->")
     assert session.splits.source_train[0].prompt.startswith("Context: ")
     assert "no built-in" not in caplog.text

@@ -103,7 +103,8 @@ def read_file(name: str, path: Path, format: str = "auto", sheet: str | None = N
     rows = list(islice(reader(data, name), MOST_ROWS + 1))
     if len(rows) > MOST_ROWS:
         raise DataError(f"{name} holds more than {MOST_ROWS} records, the most that is read from a file; split it")
-    return Table(name, rows)
+    # Source and target may be sheets of one workbook, and their rows are told by the name of the table.
+    return Table(name if sheet is None else f"{name}, sheet {sheet}", rows)
 
 
 def as_row(item: object, where: str) -> Row:
