@@ -221,7 +221,7 @@ DATA: dict[str, tuple[Make, str]] = {
     "half a character": (data(rows({"prompt": "\ud800", "completion": "c"})), r"line 41: prompt holds half of a surrogate"),
     "an empty answer": (data(rows({"prompt": "a", "completion": ""})), r"line 41: completion is empty"),
     "an answer of controls": (data(rows({"prompt": "a", "completion": "\x00\x1b"})), r"line 41: completion is empty"),
-    "an answer that is null": (data(rows({"prompt": "a", "completion": None})), r"line 41: completion is empty; .*skip_unanswered"),
+    "an answer that is null": (data(rows({"prompt": "a", "completion": None})), r"line 41: completion is empty; .*skip"),
     "a chat with two system turns": (
         data(rows({"messages": [{"role": one, "content": "a"} for one in ("system", "system", "user", "assistant")]})),
         r"line 41: messages has 2 system messages; one is understood",
