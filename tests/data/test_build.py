@@ -87,7 +87,7 @@ class TestSettings:
             ({"train": 0}, "train must be >= 1"),
             ({"dev": -1}, "dev must be >= 0"),
             ({"language": " "}, "' ' is no language code; give one of two or three letters"),
-            ({"format": "xml"}, "format is 'xml'; allowed: auto, squad, xlsum, records, hub"),
+            ({"format": "xml"}, "format is 'xml'; allowed: auto, squad, xlsum, alpaca, sharegpt, records, hub"),
             ({"files": ()}, "data of ar is given by nothing; give exactly one of files"),
             ({"hub": "a/b"}, "is given by files and hub; give exactly one"),
             ({"train_files": ("b",)}, "is given by files and train_files"),

@@ -104,7 +104,7 @@ class TestSquad:
             ({"data": [{"paragraphs": [{"qas": []}]}]}, r"article 1: context must be a text, found NoneType"),
             ({"data": [{"paragraphs": [{"context": "c", "qas": [{}]}]}]}, r"article 1: a question has no id"),
             ({"data": []}, r"x\.json holds no records"),
-            (squad(("T", [("c", [("q", "?", [])])])), r"question q: no answer; .* remove them"),
+            (squad(("T", [("c", [("q", "?", [])])])), r"question q: no answer; .* set data\.skip_unanswered to true"),
             (squad(("T", [("c", [("q", " ", ["c"])])])), r"question q: question is empty"),
             (squad(("T", [("c", [("q", "?", [""])])])), r"question q: answer is empty"),
             ({"rows": []}, r"x\.json, article 1: paragraphs must be a list, .*SQuAD data is an object with a list"),
@@ -214,7 +214,7 @@ class TestRecords:
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
-            ([{"messages": "hi"}], r"line 1: messages must be a list of objects with the texts"),
+            ([{"messages": "hi"}], r"line 1: messages must be a list of objects with texts"),
             ([{"messages": [{"role": "user", "content": "hi"}]}], r"line 1: messages must end with an assistant"),
             ([{"prompt": "a"}], r"line 1: no column 'completion'; found: prompt\. .*columns: {completion: NAME}"),
             ([{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}], "line 2: completion is empty"),
@@ -236,10 +236,105 @@ class TestRecords:
 
     def test_no_answer_and_unknown_column(self, tmp_path: Path) -> None:
         row = {"context": "c", "question": "?", "answers": []}
-        with pytest.raises(DataError, match="line 1: no answer; questions without an answer are not supported"):
+        with pytest.raises(DataError, match=r"line 1: no answer; .* data\.skip_unanswered"):
             read(tmp_path / "x.jsonl", [row], "qa")
         with pytest.raises(DataError, match=r"no column 'topic' \(columns\.group\); found: context, question"):
             read(tmp_path / "x.jsonl", [row], "qa", group="topic")
+
+
+class TestLayouts:
+    @pytest.mark.parametrize(
+        ("row", "prompt"),
+        [
+            ({"instruction": "Say", "input": "hi", "output": "hi!"}, "Say\nhi"),
+            ({"instruction": "Say hi", "input": "", "output": "hi!"}, "Say hi"),
+            ({"instruction": "Say hi", "output": "hi!"}, "Say hi"),
+            ({"instruction": "Say hi", "input": None, "output": "hi!", "system": " ", "history": []}, "Say hi"),
+        ],
+    )
+    def test_alpaca(self, tmp_path: Path, row: dict, prompt: str) -> None:
+        (record,) = read(tmp_path / "x.jsonl", [row], "completion").records
+        assert (record.fields, record.answer, record.messages) == ({"prompt": prompt}, "hi!", ())
+
+    def test_what_stands_before_an_alpaca_prompt_makes_a_conversation(self, tmp_path: Path) -> None:
+        row = {
+            "instruction": "And",
+            "input": "you?",
+            "output": "Well.",
+            "system": "Be brief.",
+            "history": [["Hi", "Hello"]],
+        }
+        (record,) = read(tmp_path / "x.jsonl", [row], "completion").records
+        said = [(turn["role"], turn["content"]) for turn in record.messages]
+        assert said == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "And\nyou?")]
+        assert record.answer == "Well."
+
+    @pytest.mark.parametrize("keys", [("from", "value", "human", "gpt"), ("role", "content", "user", "assistant")])
+    @pytest.mark.parametrize("column", ["conversations", "messages"])
+    def test_sharegpt(self, tmp_path: Path, keys: tuple[str, ...], column: str) -> None:
+        who, what, human, model = keys
+        row = {column: [{who: human, what: "hi"}, {who: model, what: "hello"}]}
+        (record,) = read(tmp_path / "x.jsonl", [row], "completion").records
+        assert (record.messages, record.answer) == (({"role": "user", "content": "hi"},), "hello")
+
+    def test_a_column_system_comes_before_sharegpt_turns(self, tmp_path: Path) -> None:
+        turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+        (record,) = read(tmp_path / "x.jsonl", [{"system": "Be brief.", "conversations": turns}], "completion").records
+        assert record.messages[0] == {"role": "system", "content": "Be brief."}
+
+    @pytest.mark.parametrize(
+        ("row", "said"),
+        [
+            ({"conversations": "hi"}, "conversations must be a list of objects"),
+            ({"conversations": [{"from": "tool", "value": "4"}]}, "a turn is from 'tool'; allowed: human"),
+            ({"conversations": [{"from": ["x"], "value": "4"}]}, "a turn is from a list; allowed: human"),
+            (
+                {"conversations": [{"from": one, "value": "a"} for one in ("system", "system", "human", "gpt")]},
+                "conversations has 2 system messages; one is understood, as the first",
+            ),
+            (
+                {"messages": [{"role": one, "content": "a"} for one in ("user", "system", "assistant")]},
+                "messages has 1 system messages; one is understood, as the first",
+            ),
+            ({"instruction": "a", "output": "b", "history": [["c"]]}, "history must be a list of pairs"),
+            ({"instruction": "a", "input": 3, "output": "b"}, "input must be a text, found int"),
+            ({"instruction": "", "output": "b"}, "prompt is empty"),
+        ],
+    )
+    def test_malformed(self, tmp_path: Path, row: dict, said: str) -> None:
+        with pytest.raises(DataError, match=f"x\\.jsonl, line 1: {said}"):
+            read(tmp_path / "x.jsonl", [row], "completion")
+
+    def test_they_fit_completion_alone(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="is Alpaca data, which fits the task completion, not qa"):
+            read(tmp_path / "x.jsonl", [{"instruction": "a", "output": "b"}], "qa")
+
+
+class TestUnanswered:
+    ROWS: ClassVar = [
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "c", "completion": " "},
+        {"prompt": "d", "completion": None},
+        {"messages": [{"role": "user", "content": "hi"}]},
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]},
+    ]
+
+    def test_such_rows_are_left_out_and_counted_where_the_recipe_says_so(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in self.ROWS), encoding="utf-8")
+        pool = make_pool([read_file("x.jsonl", path)], "completion", skip_unanswered=True)
+        assert ([record.answer for record in pool.records], pool.unanswerable) == (["b"], 4)
+
+    @pytest.mark.parametrize("row", ROWS[1:])
+    def test_else_the_first_is_named_with_the_key(self, tmp_path: Path, row: dict) -> None:
+        with pytest.raises(DataError, match=r"x\.jsonl, line 1: .*data\.skip_unanswered to true"):
+            read(tmp_path / "x.jsonl", [row], "completion")
+
+    def test_a_column_that_is_not_there_is_no_answer_that_is_missing(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.csv"
+        path.write_text("prompt,answr\na,b\n", encoding="utf-8")
+        with pytest.raises(DataError, match="no column 'completion'"):
+            make_pool([read_file("x.csv", path)], "completion", skip_unanswered=True)
 
 
 class TestCleaning:
@@ -361,9 +456,14 @@ class TestCleaning:
             read_files([(name, tmp_path / name) for name in ("a.csv", "b.csv")], "completion")
 
     def test_a_workbook_is_told_as_such_whatever_its_name(self, tmp_path: Path) -> None:
-        (tmp_path / "x.xlsx").write_bytes(b"PK\x03\x04rest")
-        with pytest.raises(DataError, match="an Excel workbook: unpack it, or save the sheet as CSV"):
-            read_files([("x.xlsx", tmp_path / "x.xlsx")], "completion")
+        for suffix, said in (
+            ("csv", "an Excel workbook: unpack it, or give it the suffix .xlsx"),
+            ("xlsx", "not a valid"),
+        ):
+            path = tmp_path / f"x.{suffix}"
+            path.write_bytes(b"PK\x03\x04rest")
+            with pytest.raises(DataError, match=said):
+                read_files([(path.name, path)], "completion")
 
     def test_a_long_cell_is_a_cell(self, tmp_path: Path) -> None:
         import csv

@@ -81,7 +81,7 @@ def test_the_resolved_copy_says_every_default_but_no_place_of_the_data(load: Loa
         "controller.policy.candidates=4", "controller.rounds.every=3", "controller.rule=smooth_fit",
         "final.prune_ratio=0.5", "final.mode=reselect",
         "final.start=controller",
-        "generation.max_new_tokens=3", "metrics=[f1]", "name=b",
+        "generation.max_new_tokens=3", "metrics=[f1]", "name=b", "data.skip_unanswered=true", "data.target.sheet=a",
     ],
 )  # fmt: skip
 def test_the_fingerprint_depends_on_what_decides_the_result(change: str, load: Load) -> None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from grasp_lora.bench.run_folder import ADAPTER_FOLDER, RUN_FILE
 from grasp_lora.data.chat import check_has_template
+from grasp_lora.data.conversations import Message
 from grasp_lora.data.encode import Encoder, prompt_ids
 from grasp_lora.data.files import READERS, Row, Table, read_file
-from grasp_lora.data.records import Message, Record, make_pool
+from grasp_lora.data.records import Record, make_pool
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, task_fields
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.models.adapters import attached, check_fits

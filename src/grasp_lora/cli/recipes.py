@@ -43,8 +43,8 @@ def init(
     data: Annotated[
         Path,
         typer.Argument(
-            help="Your examples, at least about 40: CSV, TSV, JSON, JSONL or parquet with columns prompt and completion, "
-            "messages, context, question and answer, or document and summary; or SQuAD JSON."
+            help="Your examples, at least 30: CSV, TSV, XLSX, JSON, JSONL or parquet with columns prompt and completion, "
+            "messages, context, question and answer, or document and summary; or as Alpaca, ShareGPT or SQuAD have them."
         ),
     ],
     language: Annotated[str, typer.Option("--language", "-l", help="Language of the examples, such as ar, zh or sw.")],
@@ -59,6 +59,15 @@ def init(
         ),
     ] = None,
     source_language: Annotated[str, typer.Option(help="Language of the source data.")] = "en",
+    column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=COLUMN", help="A column of another name, such as question=Swali. May be repeated."),
+    ] = None,
+    sheet: Annotated[str | None, typer.Option(help="Sheet of an .xlsx workbook; default the first.")] = None,
+    source_sheet: Annotated[str | None, typer.Option(help="The same for source workbooks.")] = None,
+    skip_unanswered: Annotated[
+        bool, typer.Option("--skip-unanswered", help="Leave out rows without an answer, and count them.")
+    ] = False,
     backbone: Annotated[
         str | None,
         typer.Option(
@@ -69,6 +78,17 @@ def init(
     """Write a commented recipe, with split sizes that fit your own examples, and the schema that editors complete it by."""
     from grasp_lora.recipes.starter import write_recipe
 
-    file = write_recipe(data, language, output, source or [], source_language, backbone)
+    file = write_recipe(
+        data,
+        language,
+        output,
+        source or [],
+        source_language,
+        backbone,
+        columns=column or [],
+        sheet=sheet,
+        source_sheet=source_sheet,
+        skip_unanswered=skip_unanswered,
+    )
     name_source = "" if source else "name a source in it, then "
     say(f"wrote {file} and {file.with_name(SCHEMA_FILE)}; next: {name_source}grasp-lora check {shlex.quote(str(file))}")

@@ -3,7 +3,7 @@
 import logging
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -12,7 +12,7 @@ from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.encode import Encoder, Example, Tally
 from grasp_lora.data.files import Row, Table, as_row, read_file
 from grasp_lora.data.places import read_hub, resolve_file
-from grasp_lora.data.records import FORMATS, OPTIONAL_COLUMNS, Pool, make_pool
+from grasp_lora.data.records import FIELDS, FORMATS, Pool, make_pool
 from grasp_lora.data.splits import (
     HELD_OUT,
     SPLITS,
@@ -25,8 +25,9 @@ from grasp_lora.data.splits import (
     join_groups,
     measure,
 )
-from grasp_lora.data.tasks import ANY_LANGUAGE, TASKS, resolve_template, task_fields
+from grasp_lora.data.tasks import ANY_LANGUAGE, resolve_template, task_fields
 from grasp_lora.errors import DataError
+from grasp_lora.text.display import quoted
 from grasp_lora.text.languages import language_code
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ class CorpusSettings:
 
     Args:
         language: ISO 639 code such as `en`, `ar`, `zh`; chooses prompts and metrics.
-        format: `auto`, `squad`, `xlsum`, `records` or `hub`.
+        format: `auto`, `squad`, `xlsum`, `alpaca`, `sharegpt`, `records` or `hub`.
         files: the pool: paths, or `demo:NAME` for a built-in text.
+        sheet: of `.xlsx` workbooks; None takes the first that is not hidden.
         hub, hub_config, hub_split: the pool from a data set on the hub; the split defaults to `train`.
         columns: field -> column of generic records; fields are the task's, and id, group, title, references, messages.
         train, dev, micro_dev, test: how many examples. For a pool, None means 100 test, 50 dev and 16 micro-dev
@@ -55,6 +57,7 @@ class CorpusSettings:
             not; without micro_dev the controller has to probe dev.
         train_files, dev_files, micro_dev_files, test_files: files of each split, in place of a pool. Without
             micro_dev_files, the micro-dev set is taken by whole groups from the dev files, or else the train files.
+        prompt, completion: templates for this language; None takes those of `data`.
 
     Raises:
         ValueError: a value is out of range, the language is no code, or two ways to give the data are mixed.
@@ -65,6 +68,7 @@ class CorpusSettings:
     language: str
     format: str = "auto"
     files: tuple[str, ...] = ()
+    sheet: str | None = None
     hub: str | None = None
     hub_config: str | None = None
     hub_split: str | None = None
@@ -77,6 +81,8 @@ class CorpusSettings:
     dev_files: tuple[str, ...] = ()
     micro_dev_files: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()
+    prompt: str | None = None
+    completion: str | None = None
 
     def __post_init__(self) -> None:
         language_code(self.language)
@@ -94,11 +100,12 @@ class CorpusSettings:
             raise ValueError("format hub, hub_config and hub_split need hub: the name of the data set")
         if self.hub is not None and self.format == "squad":
             raise ValueError("format squad reads files; a data set on the hub has rows: use format hub or auto")
-        known = {*OPTIONAL_COLUMNS}.union(*((*task.inputs, task.answer) for task in TASKS.values()))
-        unknown = sorted(set(self.columns) - known)
+        unknown = sorted(set(self.columns) - FIELDS)
         if unknown:
-            raise ValueError(f"columns names {', '.join(unknown)}; allowed: {', '.join(sorted(known))}")
-        if self.columns and self.format in ("squad", "xlsum"):
+            raise ValueError(f"columns names {', '.join(unknown)}; allowed: {', '.join(sorted(FIELDS))}")
+        if self.sheet is not None and self.hub is not None:
+            raise ValueError(f"sheet is {quoted(self.sheet)}, but a data set on the hub has none; remove it")
+        if self.columns and self.format not in ("auto", "records", "hub"):
             raise ValueError(f"columns apply to generic records, not to format {self.format}: remove them")
         for name, least in (("train", 1), ("dev", 0), ("micro_dev", 0), ("test", 0)):
             count = getattr(self, name)
@@ -124,10 +131,11 @@ class DataSettings:
         root: folder of relative paths, itself relative to the recipe's; tried before GRASP_LORA_DATA and that one.
         max_tokens: examples of more tokens (prompt, completion and end) are dropped, >= 8.
         max_document_tokens: articles and contexts are cut to this many tokens before templating; None to cut nothing.
-        prompt, completion: templates in place of the built-in ones, for both languages.
+        prompt, completion: templates in place of the built-in ones, for both languages; each may have its own.
         chat_template: give the prompt as a user turn through the tokenizer's chat template, and end the answer as that ends a
             turn. None does so where the data are conversations and there is a template. Without one a line break ends each turn.
         split_seed: seed of the splits; None takes the recipe's seed. Set it to keep splits over several seeds.
+        skip_unanswered: leave out rows without an answer, and count them; false refuses them.
 
     Raises:
         ValueError: a value is out of range, or a template names an unknown field.
@@ -145,6 +153,7 @@ class DataSettings:
     completion: str | None = None
     chat_template: bool | None = None
     split_seed: int | None = None
+    skip_unanswered: bool = False
 
     def __post_init__(self) -> None:
         document = task_fields(self.task).document
@@ -154,10 +163,17 @@ class DataSettings:
             raise ValueError(f"max_document_tokens is {self.max_document_tokens}; it must be >= 1, or left out")
         if self.max_document_tokens is not None and document is None:
             raise ValueError(f"max_document_tokens: the task {self.task} has no document to cut; remove it")
-        resolve_template(self.task, "en", self.prompt, self.completion)
+        for corpus in filter(None, (self.target, self.source)):
+            resolve_template(self.task, "en", *self.templates(corpus))
         source = self.source
         if source is not None and (source.test or source.micro_dev or source.test_files or source.micro_dev_files):
             raise ValueError("the source has only train and dev splits: remove its test and micro_dev settings")
+
+    def templates(self, corpus: CorpusSettings) -> tuple[str | None, str | None]:
+        """The templates of prompt and completion of a language; None where the built-in one serves."""
+        own, common = (corpus.prompt, corpus.completion), (self.prompt, self.completion)
+        prompt, completion = (one if one is not None else other for one, other in zip(own, common, strict=True))
+        return prompt, completion
 
 
 def build_splits(
@@ -199,7 +215,8 @@ def build_splits(
     held_out: set[str] = set()
     for role, corpus in corpora.items():
         limits = settings.max_tokens, settings.max_document_tokens
-        template = resolve_template(settings.task, corpus.language, settings.prompt, settings.completion, chat)
+        prompt, completion = settings.templates(corpus)
+        template = resolve_template(settings.task, corpus.language, prompt, completion, chat)
         encoder = Encoder(tokenizer, settings.task, corpus.language, template, *limits, chat)
         # Splits that the user made on both sides are checked, not changed.
         barred = set() if corpus.explicit and settings.target.explicit else held_out
@@ -279,15 +296,20 @@ def _read_corpus(
 ) -> list[Share]:
     """Read each pool of a corpus, with the splits it serves in the order of filling and their counts."""
 
+    def pool_of(tables: Iterable[Table]) -> Pool:
+        skip = settings.skip_unanswered
+        return make_pool(tables, settings.task, corpus.format, corpus.columns, skip_unanswered=skip)
+
     def read(names: Sequence[str]) -> Pool:
-        tables = (read_file(name, resolve_file(name, settings.root, base), corpus.format) for name in names)
-        return make_pool(tables, settings.task, corpus.format, corpus.columns)
+        return pool_of(
+            read_file(name, resolve_file(name, settings.root, base), corpus.format, corpus.sheet) for name in names
+        )
 
     if corpus.explicit:
         return [Share(read(names), counts, True) for names, counts in _given_splits(corpus, role) if names]
     if corpus.hub is not None:
         table = read_hub(corpus.hub, corpus.hub_config, corpus.hub_split or "train", offline=offline)
-        pool = make_pool([table], settings.task, corpus.format, corpus.columns)
+        pool = pool_of([table])
     else:
         pool = read(corpus.files)
     if role == "source":

@@ -6,18 +6,20 @@ A new kind of file is one function, and one row of `READERS`.
 import csv
 import io
 import re
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from grasp_lora.errors import DataError
 from grasp_lora.storage.reading import RefusedError, is_there, parse_json, read_bounded
 from grasp_lora.text.characters import INVISIBLE
-from grasp_lora.text.display import CONTROLS, escaped, one_line, quoted
+from grasp_lora.text.display import CONTROLS, escaped, listed, one_line, quoted
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -26,19 +28,29 @@ MOST_BYTES = 2**31
 MOST_ROWS = 5_000_000
 MOST_LINE = 10_000_000  # characters
 MOST_COLUMNS = 10_000
+MOST_WORKBOOK = 2**27  # bytes of a workbook's parts, which are read at a few million a second
+MOST_SHEET_ROWS = 2**20  # as in Excel
 _STATED_DELIMITER = re.compile(r"sep=(.)\r?\n")
 _BATCH = 256  # rows of parquet at a time, at most
 _VALUE = 32  # bytes that a value takes at least, beside its text
+_PLAIN_NUMBERS = ("General", "@", "0")  # formats that show a number as it is
 _NO_TEXT = {  # how files begin that are often given the wrong name
     b"\x1f\x8b": "compressed with gzip: unpack it",
-    b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or save the sheet as CSV in UTF-8",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook: save the sheet as CSV in UTF-8",
+    b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or give it the suffix .xlsx",
+    b"\xd0\xcf\x11\xe0": "an old Excel workbook, or one with a password: save it as .xlsx, or the sheet as CSV in UTF-8",
     b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it",
     b"\xfd7zXZ": "compressed with xz: unpack it",
     b"PAR1": "a parquet file: give it the suffix .parquet",
     b"\xff\xfe": "in UTF-16: save it as UTF-8",
     b"\xfe\xff": "in UTF-16: save it as UTF-8",
 }
+
+
+@dataclass(frozen=True)
+class NoText:
+    """A cell of a workbook whose text is not in the file, and what it is, such as "a date"."""
+
+    what: str
 
 
 class Row(NamedTuple):
@@ -56,23 +68,24 @@ class Table:
     rows: list[Row]
 
 
-def read_file(name: str, path: Path, format: str = "auto") -> Table:
+def read_file(name: str, path: Path, format: str = "auto", sheet: str | None = None) -> Table:
     """Read a file; SQuAD data has a row for each article.
 
     Args:
         name: what the file is called in messages.
         path: where it is.
         format: `squad` and `xlsum` tell what the suffix does not.
+        sheet: of a workbook; None for the first that is not hidden.
 
     Raises:
-        DataError: the file is missing, no regular one, too large, empty or malformed.
+        DataError: the file is missing, no regular one, too large, empty or malformed, or has no such sheet.
     """
     if CONTROLS.search(name):
         raise DataError(f"the data file {quoted(name)} has a control character in its name; rename it")
     data = _read(name, path)
     suffix = path.suffix.lower()
     for start, what in _NO_TEXT.items():
-        if data.startswith(start) and suffix != ".parquet":
+        if data.startswith(start) and suffix != ".parquet" and (suffix, start[:2]) != (".xlsx", b"PK"):
             raise DataError(f"{name} is {what}")
     suffix = {"squad": ".json", "xlsum": ".jsonl"}.get(format, suffix)
     if suffix not in READERS:
@@ -80,10 +93,18 @@ def read_file(name: str, path: Path, format: str = "auto") -> Table:
             f"{name}: cannot tell the format from the suffix {quoted(path.suffix)}; "
             f"allowed: {', '.join(READERS)} (or set format to squad or xlsum)"
         )
-    rows = list(islice(READERS[suffix](data, name), MOST_ROWS + 1))
+    reader = READERS[suffix]
+    if sheet is not None:
+        if suffix != ".xlsx":
+            raise DataError(
+                f"{name} has no sheets, but sheet is {quoted(sheet)}; leave it out, or give an .xlsx workbook"
+            )
+        reader = partial(_xlsx, sheet=sheet)
+    rows = list(islice(reader(data, name), MOST_ROWS + 1))
     if len(rows) > MOST_ROWS:
         raise DataError(f"{name} holds more than {MOST_ROWS} records, the most that is read from a file; split it")
-    return Table(name, rows)
+    # Source and target may be sheets of one workbook, and their rows are told by the name of the table.
+    return Table(name if sheet is None else f"{name}, sheet {sheet}", rows)
 
 
 def as_row(item: object, where: str) -> Row:
@@ -162,7 +183,7 @@ def _csv(data: bytes, name: str, delimiter: str | None = None) -> Iterator[Row]:
         with _long_cells():
             columns = [INVISIBLE.sub("", column).strip() for column in reader.fieldnames or ()]
             reader.fieldnames = columns
-            _check_header([column for column in columns if column], name)
+            _check_header([column for column in columns if column], f"{name}, line 1")
             for row in reader:
                 where = f"{name}, line {reader.line_num + bool(stated)}"
                 if not any(cell.strip() for cell in row.values() if isinstance(cell, str)) and None not in row:
@@ -185,12 +206,12 @@ def _long_cells() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _check_header(columns: list[str], name: str) -> None:
+def _check_header(columns: list[str], where: str) -> None:
     if len(columns) > MOST_COLUMNS:
-        raise DataError(f"{name}, line 1 has {len(columns)} columns; at most {MOST_COLUMNS} are allowed")
+        raise DataError(f"{where}: there are {len(columns)} columns; at most {MOST_COLUMNS} are allowed")
     twice = next((column for column in dict.fromkeys(columns) if columns.count(column) > 1), None)
     if twice is not None:
-        raise DataError(f"{name}, line 1: the column {quoted(twice)} stands twice; rename one")
+        raise DataError(f"{where}: the column {quoted(twice)} stands twice; rename one")
 
 
 def _parquet(data: bytes, name: str) -> Iterator[Row]:
@@ -255,6 +276,80 @@ def _size(value: object) -> int:
     return _VALUE + (len(value) if isinstance(value, str | bytes) else 0)
 
 
+def _xlsx(data: bytes, name: str, sheet: str | None = None) -> Iterator[Row]:
+    """Read a sheet of a workbook, whose first row that is not blank names the columns; those without a name are left out."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of styles and rules that openpyxl leaves out
+            return iter(_sheet(data, name, sheet))
+    except DataError:
+        raise
+    # On damaged parts openpyxl lets pass whatever its own code and three parsers raise.
+    except Exception as error:  # noqa: BLE001
+        reason = one_line(str(error))[:300] or type(error).__name__
+        raise DataError(f"{name}: not a valid .xlsx workbook ({reason})") from None
+
+
+def _sheet(data: bytes, name: str, sheet: str | None) -> list[Row]:
+    import openpyxl
+
+    too_much = "the most that is read of a workbook; save the sheet as CSV"
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        size = sum(part.file_size for part in archive.infolist())
+    if size > MOST_WORKBOOK:
+        raise DataError(f"{name} unpacks to {size} bytes, more than {MOST_WORKBOOK}, {too_much}")
+    # Values and formulas come from two readings: the first alone does not tell an empty cell from a formula without a value.
+    books = [
+        openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=values, keep_links=False)
+        for values in (True, False)
+    ]
+    titles = [one.title for one in books[0].worksheets]
+    shown = [one.title for one in books[0].worksheets if one.sheet_state == "visible"]
+    if sheet not in (None, *titles) or not titles:
+        raise DataError(f"{name} has no sheet {quoted(sheet or '')}; it has {listed(titles)}")
+    title = sheet or (shown or titles)[0]
+    sheets = [book[title] for book in books]
+    for one in sheets:
+        one.reset_dimensions()  # which some programs write wrong
+    size, rows = 0, []
+    columns: list[str] = []
+    for number, (values, formulas) in enumerate(zip(*(one.iter_rows() for one in sheets), strict=True), start=1):
+        where = f"{name}, sheet {quoted(title)}, row {number}"
+        cells = list(map(_cell, values, formulas))
+        size += _size(cells)
+        if number > MOST_SHEET_ROWS or size > MOST_BYTES:
+            raise DataError(f"{where}: more than {MOST_SHEET_ROWS} rows or {MOST_BYTES} bytes, {too_much}")
+        if not any(isinstance(cell, NoText) or cell.strip() for cell in cells):
+            continue
+        if not columns:
+            columns = [INVISIBLE.sub("", cell).strip() if isinstance(cell, str) else "" for cell in cells]
+            _check_header([column for column in columns if column], where)
+        else:
+            cells += [""] * (len(columns) - len(cells))
+            rows.append(Row(where, {column: cell for column, cell in zip(columns, cells, strict=False) if column}))
+    return rows
+
+
+def _cell(cell: Any, formula: Any) -> str | NoText:
+    """Return the text of a cell as a spreadsheet program shows it, where that is in the file: it is not for dates, say."""
+    from openpyxl.utils.escape import unescape
+
+    value, format = cell.value, cell.number_format
+    if value is None:
+        lacking = formula.data_type == "f" and cell.data_type == "n"  # a text, also an empty one, has another type
+        return NoText("a formula without a value: open the workbook in a program, and save it") if lacking else ""
+    if cell.data_type == "e":
+        return NoText(f"the error {quoted(value)}")
+    if isinstance(value, str):
+        return str(unescape(value))
+    if isinstance(value, int | float) and not isinstance(value, bool) and format in _PLAIN_NUMBERS:
+        return f"{value:.15g}" if isinstance(value, float) else str(value)
+    kind = "a number or truth value" if isinstance(value, int | float) else "a date or time"
+    return NoText(
+        f"{kind} in the format {quoted(format)}, not a text: save the sheet as CSV, which holds what is shown"
+    )
+
+
 # Of each suffix, the function from a file's bytes and name to its rows.
 READERS: dict[str, Callable[[bytes, str], Iterator[Row]]] = {
     ".json": _json,
@@ -263,4 +358,5 @@ READERS: dict[str, Callable[[bytes, str], Iterator[Row]]] = {
     ".csv": _csv,
     ".tsv": partial(_csv, delimiter="\t"),
     ".parquet": _parquet,
+    ".xlsx": _xlsx,
 }

@@ -1,34 +1,25 @@
-"""Rows to records: SQuAD data, XL-Sum, and rows with named columns. Texts are cleaned by one rule and checked.
+"""Rows to records: SQuAD data, XL-Sum, Alpaca, ShareGPT, and rows with named columns.
 
-Control characters other than newline and tab are removed from texts, or replaced by what they stand for, and counted. Ids are
-never changed: one with a control character is refused. A new layout of rows is one function, and one row of `LAYOUTS`.
+A new layout of rows is one function, and one row of `LAYOUTS`.
 """
 
 import hashlib
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from grasp_lora.data.cells import Cells, Columns, clean_row, is_blank, name_of, text_of
+from grasp_lora.data.conversations import Message, from_alpaca, from_sharegpt, read_messages
 from grasp_lora.data.files import Row, Table
 from grasp_lora.data.tasks import TASKS, task_fields
 from grasp_lora.errors import DataError
 from grasp_lora.text.characters import INVISIBLE
-from grasp_lora.text.display import CONTROLS, SURROGATES, listed, quoted
+from grasp_lora.text.display import listed, quoted
 
 OPTIONAL_COLUMNS = ("id", "group", "title", "references", "messages")
+FIELDS = frozenset(OPTIONAL_COLUMNS).union(*((*task.inputs, task.answer) for task in TASKS.values()))
 XLSUM_COLUMNS = {"id": "id", "title": "title", "document": "text", "summary": "summary"}
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# Windows-1252 quotation marks and dashes, as in XL-Sum's Chinese articles, the line ends of old Macs, and page breaks.
-MAPPED = {
-    "\x91": "‘", "\x92": "’", "\x93": "“", "\x94": "”", "\x96": "–", "\x97": "—", "\r": "\n", "\x0b": " ", "\x0c": " ",
-}  # fmt: skip
-MOST_TEXT = 1_000_000  # characters
-MOST_ID = 500
-
-Columns = Mapping[str, str]  # field -> column
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -53,8 +44,16 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Unanswered:
+    """A row without an answer: where it stands, and what it lacks."""
+
+    where: str
+    what: str
+
+
+@dataclass(frozen=True)
 class Pool:
-    """Records that may go to any split; how many control characters were mapped and removed, and questions without answer."""
+    """Records that may go to any split; how many control characters were mapped and removed, and rows without an answer."""
 
     records: tuple[Record, ...]
     characters_mapped: int = 0
@@ -67,19 +66,26 @@ class Layout:
     """How rows say what a task needs.
 
     Args:
-        convert: gives the records of cleaned rows, and counts the `unanswerable` ones that it leaves out.
+        convert: gives the records of cleaned rows and those without an answer, and counts the ones that say so themselves.
         name: for messages.
         task: the only one it fits; None for any.
         columns: by which rows of it are known.
     """
 
-    convert: Callable[[Table, str, Columns, Counter[str]], Iterator[Record]]
+    convert: Callable[[Table, str, Columns, Counter[str]], Iterator[Record | Unanswered]]
     name: str = "generic"
     task: str | None = None
     columns: frozenset[str] = frozenset()
 
 
-def make_pool(tables: Iterable[Table], task: str, format: str = "auto", columns: Columns | None = None) -> Pool:
+def make_pool(
+    tables: Iterable[Table],
+    task: str,
+    format: str = "auto",
+    columns: Columns | None = None,
+    *,
+    skip_unanswered: bool = False,
+) -> Pool:
     """Turn the tables of one language into one pool.
 
     Args:
@@ -87,9 +93,10 @@ def make_pool(tables: Iterable[Table], task: str, format: str = "auto", columns:
         task: `qa`, `summarization` or `completion`.
         format: one of FORMATS; `auto` goes by the columns of each table.
         columns: field -> column, for generic records.
+        skip_unanswered: leave out rows without an answer, and count them.
 
     Raises:
-        DataError: a table has no rows, a row is malformed, or an id stands twice.
+        DataError: a table has no rows, a row is malformed or has no answer, or an id stands twice.
     """
     columns = columns or {}
     counts: Counter[str] = Counter()
@@ -102,12 +109,21 @@ def make_pool(tables: Iterable[Table], task: str, format: str = "auto", columns:
         rows = []
         for where, values in table.rows:
             try:
-                rows.append(Row(where, _clean_row(values, identity, counts)))
+                rows.append(Row(where, clean_row(values, identity, counts)))
             except RecursionError:  # of rows that are in memory: files are read to 64 levels
                 raise DataError(
                     f"{where} is nested hundreds of levels deep; give texts, and lists of messages"
                 ) from None
-        records += layout.convert(Table(table.name, rows), task, columns, counts)
+        for one in layout.convert(Table(table.name, rows), task, columns, counts):
+            if isinstance(one, Record):
+                records.append(one)
+            elif skip_unanswered:
+                counts["unanswerable"] += 1
+            else:
+                raise DataError(
+                    f"{one.where}: {one.what}; give it an answer, remove it, or set data.skip_unanswered to true (`init` has "
+                    "--skip-unanswered), which leaves such rows out and counts them"
+                )
     _check_ids(records)
     if not records and counts["unanswerable"]:
         raise DataError(f"none of the {counts['unanswerable']} questions has an answer; give some that have one")
@@ -159,61 +175,12 @@ def _check_ids(records: list[Record]) -> None:
         )
 
 
-def _clean(value: object, identity: str, counts: Counter[str]) -> object:
-    """Map or remove control characters other than newline and tab in every text but ids, and count them."""
-    if isinstance(value, Mapping):
-        return _clean_row(value, identity, counts)
-    if isinstance(value, list | tuple):
-        return [_clean(part, identity, counts) for part in value]
-    if not isinstance(value, str):
-        return value
-
-    def replacement(match: re.Match[str]) -> str:
-        mapped = MAPPED.get(match.group(), "")
-        counts["mapped" if mapped else "removed"] += 1
-        return mapped
-
-    return CONTROL.sub(replacement, value.replace("\r\n", "\n"))
-
-
-def _clean_row(values: Mapping[str, object], identity: str, counts: Counter[str]) -> dict[str, object]:
-    return {key: part if key == identity else _clean(part, identity, counts) for key, part in values.items()}
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """A row that is asked by field, whatever its columns are called."""
-
-    where: str
-    values: Mapping[str, object]
-    columns: Columns
-
-    def get(self, field: str) -> object:
-        """The value of an optional field; None where it says nothing."""
-        value = self.values.get(self.columns.get(field, field))
-        return None if _blank(value) else value
-
-    def need(self, field: str, other: str | None = None) -> object:
-        """The value of a field, or of the column `other` where no column is named for it."""
-        column = self.columns.get(field, field)
-        for known in (column, None if field in self.columns else other):
-            if known is not None and known in self.values:
-                return self.values[known]
-        raise DataError(
-            f"{self.where}: no column {quoted(column)}; found: {listed(self.values)}. "
-            f"Rename the right one, or name it in the recipe: columns: {{{field}: NAME}}"
-        )
-
-    def text(self, field: str) -> str:
-        return _text(self.need(field), field, self.where)
-
-
-def _row_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record]:
+def _row_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
     """Read rows with a column for each field of the task, and optional ones."""
     identity = columns.get("id", "id")
-    has_ids = any(not _blank(values.get(identity)) for _, values in table.rows)
+    has_ids = any(not is_blank(values.get(identity)) for _, values in table.rows)
     for number, (where, values) in enumerate(table.rows, start=1):
-        cells = _Cells(where, values, columns)
+        cells = Cells(where, values, columns)
         # As SQuAD 2.0 on the hub has a question without an answer: an empty list of texts.
         answers = values.get(columns.get("answer", "answers"))
         if task == "qa" and isinstance(answers, Mapping) and answers.get("text") == []:
@@ -222,7 +189,7 @@ def _row_records(table: Table, task: str, columns: Columns, counts: Counter[str]
             yield _row_record(cells, task, f"{table.name}:{number}", has_ids)
 
 
-def _row_record(cells: _Cells, task: str, position: str, has_ids: bool) -> Record:
+def _row_record(cells: Cells, task: str, position: str, has_ids: bool) -> Record | Unanswered:
     fields = task_fields(task)
     where, values, columns = cells.where, cells.values, cells.columns
     for field, column in columns.items():
@@ -231,75 +198,74 @@ def _row_record(cells: _Cells, task: str, position: str, has_ids: bool) -> Recor
     identity = position
     keys = set()
     own = values.get(columns.get("id", "id"))
-    if has_ids and (own is None or not _blank(own)):  # an empty cell is fine, a missing field is not
-        identity = _plain(own, "id", where)
+    if has_ids and (own is None or not is_blank(own)):  # an empty cell is fine, a missing field is not
+        identity = name_of(own, "id", where)
         keys.add("id:" + identity)
     if (group := cells.get("group")) is not None:
-        keys.add("group:" + _plain(group, "group", where))
+        keys.add("group:" + name_of(group, "group", where))
     title = cells.get("title")
     if task != "completion" and isinstance(title, str):
         keys.add(_article(title))
-    messages = _conversation(cells) if task == "completion" else []
+    messages = read_messages(cells) if task == "completion" else []
+    if messages and (messages[-1]["role"] != "assistant" or is_blank(messages[-1]["content"])):
+        return Unanswered(
+            where, f"{columns.get('messages', 'messages')} must end with an assistant message that is not empty"
+        )
     if messages:
         inputs: dict[str, str] = {}
-        answers = [_text(messages[-1]["content"], "the last assistant message", where)]
+        answers = [text_of(messages[-1]["content"], "the last assistant message", where)]
         keys.add(text_key("\n".join(message["content"] for message in messages[:-1])))
     else:
         inputs = {field: cells.text(field) for field in fields.inputs}
-        answers = _answers(cells) if fields.answer == "answer" else [cells.text(fields.answer)]
+        value = cells.need(fields.answer, other="answers" if fields.answer == "answer" else None)
+        if is_blank(value):
+            return Unanswered(where, f"{fields.answer} is empty")
+        answers = _answers(cells, value) if fields.answer == "answer" else [cells.text(fields.answer)]
+        if not answers:
+            return Unanswered(where, "no answer")
         keys.add(text_key(inputs[fields.document or fields.inputs[0]]))
     gold = answers
     if (references := cells.get("references")) is not None:
         several = references if isinstance(references, list | tuple) else [references]
-        gold = [_text(reference, "references", where) for reference in several]
+        gold = [text_of(reference, "references", where) for reference in several]
     if not gold:
         raise DataError(f"{where}: the list of references is empty")
     return Record(identity, inputs, answers[0], tuple(dict.fromkeys(gold)), frozenset(keys), tuple(messages[:-1]))
 
 
-def _xlsum_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record]:
+def _xlsum_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
     return _row_records(table, task, XLSUM_COLUMNS, counts)
 
 
-def _answers(cells: _Cells) -> list[str]:
+def _alpaca_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
+    """Read instruction and input as one prompt, a line break between them; with `system` or `history` as a conversation."""
+    rows = [Row(where, {**values, **from_alpaca(values, where)}) for where, values in table.rows]
+    return _row_records(Table(table.name, rows), task, {"completion": "output"}, counts)
+
+
+def _sharegpt_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
+    """Read `conversations` of `from` and `value` as messages; a column `system` comes first."""
+    rows = [Row(where, {**values, **from_sharegpt(values)}) for where, values in table.rows]
+    return _row_records(Table(table.name, rows), task, {"messages": "conversations"}, counts)
+
+
+def _answers(cells: Cells, value: object) -> list[str]:
     """Read one answer, or SQuAD's `answers`: a list, or the lists of a hub data set."""
-    value, where = cells.need("answer", other="answers"), cells.where
-    if isinstance(value, str):
-        text = _text(value, "answer", where)
+    where = cells.where
+    if not isinstance(value, Mapping | list):
+        text = text_of(value, "answer", where)
         if cells.columns.get("answer", "answer") not in cells.values and text.lstrip().startswith(("{", "[")):
             raise DataError(
                 f"{where}: answers is a list that was written as text, {quoted(text)}; give a column answer"
             )
         return [text]
     several = value.get("text") if isinstance(value, Mapping) else value
-    if not isinstance(several, list) or not several:
-        raise DataError(f"{where}: no answer; questions without an answer are not supported, remove them")
-    return [_text(item.get("text") if isinstance(item, Mapping) else item, "answer", where) for item in several]
+    if not isinstance(several, list):
+        raise DataError(f"{where}: no answer in an object; give a text, a list, or an object with a list `text`")
+    return [text_of(item.get("text") if isinstance(item, Mapping) else item, "answer", where) for item in several]
 
 
-def _conversation(cells: _Cells) -> list[Message]:
-    """Read `messages`, or prompt and completion that are lists of messages; empty for plain records."""
-    column = cells.columns.get("messages", "messages")
-    turns = cells.values.get(column)
-    if turns is None:
-        prompt, completion = cells.get("prompt"), cells.get("completion")
-        if not isinstance(prompt, list) or not isinstance(completion, list):
-            return []
-        turns = prompt + completion
-    messages: list[Message] = []
-    for turn in turns if isinstance(turns, list) else [None]:
-        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-            raise DataError(f"{cells.where}: {column} must be a list of objects with the texts `role` and `content`")
-        messages.append({"role": turn["role"], "content": turn["content"]})
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise DataError(f"{cells.where}: {column} must end with an assistant message, and one must stand before it")
-    for message in messages[:-1]:
-        _text(message["role"], "the role of a message", cells.where)
-        _text(message["content"], "a message", cells.where)
-    return messages
-
-
-def _squad_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record]:
+def _squad_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
     """Read articles of paragraphs of questions."""
     questions = 0
     for number, (_, article) in enumerate(table.rows):
@@ -308,20 +274,21 @@ def _squad_records(table: Table, task: str, columns: Columns, counts: Counter[st
         # Without a title, the article is told by its place.
         key = _article(title) if isinstance(title, str) and title.strip() else f"article:{table.name}#{number}"
         for paragraph in _list(article, "paragraphs", where):
-            context = _text(_inner(paragraph, "context"), "context", where)
+            context = text_of(_inner(paragraph, "context"), "context", where)
             for question in _list(paragraph, "qas", where):
                 questions += 1
                 if _inner(question, "id") is None:
                     raise DataError(f"{where}: a question has no id")
-                identity = _plain(_inner(question, "id"), "id", where)
+                identity = name_of(_inner(question, "id"), "id", where)
                 here = f"{where}, question {identity}"
                 answers = [_squad_answer(answer, context, here) for answer in _list(question, "answers", here)]
                 if not answers and _inner(question, "is_impossible") is True:  # SQuAD 2.0
                     counts["unanswerable"] += 1
                     continue
                 if not answers:
-                    raise DataError(f"{here}: no answer; questions without an answer are not supported, remove them")
-                inputs = {"context": context, "question": _text(_inner(question, "question"), "question", here)}
+                    yield Unanswered(here, "no answer")
+                    continue
+                inputs = {"context": context, "question": text_of(_inner(question, "question"), "question", here)}
                 keys = frozenset({"id:" + identity, text_key(context), key})
                 yield Record(identity, inputs, answers[0], tuple(dict.fromkeys(answers)), keys)
     if not questions:
@@ -329,7 +296,7 @@ def _squad_records(table: Table, task: str, columns: Columns, counts: Counter[st
 
 
 def _squad_answer(answer: object, context: str, where: str) -> str:
-    text = _text(_inner(answer, "text"), "answer", where)
+    text = text_of(_inner(answer, "text"), "answer", where)
     # An answer elsewhere in the context is only a wrong offset, which nothing here uses.
     if text not in context:
         raise DataError(f"{where}: the answer {quoted(text)} does not stand in its context")
@@ -340,6 +307,8 @@ def _squad_answer(answer: object, context: str, where: str) -> str:
 LAYOUTS = {
     "squad": Layout(_squad_records, "SQuAD", "qa", frozenset({"paragraphs"})),
     "xlsum": Layout(_xlsum_records, "XL-Sum", "summarization", frozenset(XLSUM_COLUMNS.values())),
+    "alpaca": Layout(_alpaca_records, "Alpaca", "completion", frozenset({"instruction", "output"})),
+    "sharegpt": Layout(_sharegpt_records, "ShareGPT", "completion", frozenset({"conversations"})),
     "records": Layout(_row_records),
     "hub": Layout(_row_records),
 }
@@ -349,11 +318,6 @@ FORMATS = ("auto", *LAYOUTS)
 def _article(title: str) -> str:
     """Key of an article, the same in every file: its paragraphs may be spread over several."""
     return f"article:{' '.join(title.split())}"
-
-
-def _blank(value: object) -> bool:
-    """Whether an optional cell says nothing."""
-    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _inner(item: object, key: str) -> object:
@@ -367,30 +331,4 @@ def _list(item: object, key: str, where: str) -> list[object]:
         raise DataError(
             f"{where}: {key} must be a list, found {found}; SQuAD data is an object with a list `data` of articles"
         )
-    return value
-
-
-def _plain(value: object, label: str, where: str) -> str:
-    """A text or a whole number that names something: short and printable, since it stands in messages, files and reports."""
-    if isinstance(value, int) and value.bit_length() > 4 * MOST_ID:  # Python does not write all of them
-        raise DataError(f"{where}: {label} is {quoted(value)}; at most {MOST_ID} characters are allowed")
-    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise DataError(f"{where}: {label} must be a text or a whole number, found {quoted(value)}")
-    text = str(value)
-    if len(text) > MOST_ID:
-        raise DataError(f"{where}: {label} has {len(text)} characters; at most {MOST_ID} are allowed")
-    if found := CONTROLS.search(text):
-        raise DataError(f"{where}: {label} holds the control character U+{ord(found.group()):04X}; remove it")
-    return text
-
-
-def _text(value: object, label: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {label} must be a text, found {type(value).__name__}")
-    if not value.strip():
-        raise DataError(f"{where}: {label} is empty")
-    if len(value) > MOST_TEXT:
-        raise DataError(f"{where}: {label} has {len(value)} characters; at most {MOST_TEXT} are allowed")
-    if SURROGATES.search(value):
-        raise DataError(f"{where}: {label} holds half of a surrogate pair, which is no valid text")
     return value

@@ -3,13 +3,14 @@
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grasp_lora.data.files import read_file
+from grasp_lora.data.files import Row, Table, read_file
 from grasp_lora.data.places import DEMO_PREFIX
-from grasp_lora.data.records import LAYOUTS, Record, find_layout, make_pool
+from grasp_lora.data.records import FIELDS, LAYOUTS, OPTIONAL_COLUMNS, Record, find_layout, make_pool
+from grasp_lora.data.tasks import TASKS
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import listed, quoted
 
@@ -25,6 +26,9 @@ OTHER_NAMES = {
     "completion": ("completion", "response", "output", "answer"),
 }
 PARTS_OF_PROMPTS = {"input", "context", "system", "history"}
+BYTES = 3  # of text in a token, about; in scripts that a tokenizer knows little it is two
+FEWEST_TOKENS, MOST_TOKENS = 512, 2048  # of an example
+CUT_DOCUMENT = 320  # tokens of an article
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,11 @@ class Corpus:
     Args:
         name: path relative to the recipe's folder, or `demo:NAME`.
         task: that its columns fit.
-        format: `auto` or `squad`.
+        format: `auto`, or the layout of its rows.
         columns: field -> column, where they differ.
         records: what it holds.
+        unanswered: how many rows without an answer were left out.
+        sheet: of a workbook, where one was named.
     """
 
     name: str
@@ -44,6 +50,8 @@ class Corpus:
     format: str
     columns: dict[str, str]
     records: tuple[Record, ...]
+    unanswered: int = 0
+    sheet: str | None = None
 
     @property
     def answer_tokens(self) -> int:
@@ -52,10 +60,57 @@ class Corpus:
         `grasp-lora check`, which has the tokenizer, says where it is too little.
         """
         longest = sorted(len(record.answer.encode()) for record in self.records)[int(len(self.records) * 0.98) - 1]
-        return max(32, min(512, 16 * math.ceil(longest / 3 / 16)))
+        return max(32, min(512, 16 * math.ceil(longest / BYTES / 16)))
+
+    @property
+    def longest_tokens(self) -> int:
+        """Tokens of the longest example, about: prompt with its template, and answer."""
+        return max(self._bytes(record) for record in self.records) // BYTES
+
+    @property
+    def most_tokens(self) -> int:
+        """A limit that leaves out no example of ordinary length, whatever the script: it bounds no more than that."""
+        return max(FEWEST_TOKENS, min(MOST_TOKENS, 64 * math.ceil(self.longest_tokens * BYTES / 2 / 64)))
+
+    def _bytes(self, record: Record) -> int:
+        texts = [*record.fields.values(), *(turn["content"] for turn in record.messages)]
+        sizes = [len(text.encode()) for text in texts]
+        if self.task == "summarization":  # whose articles are cut
+            sizes = [min(size, CUT_DOCUMENT * BYTES) for size in sizes]
+        return sum(sizes) + len(record.answer.encode()) + 100
 
 
-def read_corpus(name: str, path: Path, folder: Path, task: str | None = None) -> Corpus:
+def parse_columns(given: Sequence[str]) -> dict[str, str]:
+    """Return field -> column of what the command line has, such as `question=Swali`.
+
+    Raises:
+        DataError: one is no such pair, its field does not exist, or a field or a column stands twice.
+    """
+    columns: dict[str, str] = {}
+    for pair in given:
+        field, _, column = (part.strip() for part in pair.partition("="))
+        if not field or not column:
+            raise DataError(
+                f"--column is {quoted(pair)}; write a field and a column of the file, such as question=Swali"
+            )
+        if field not in FIELDS:
+            raise DataError(f"--column {quoted(pair)} names no field; allowed: {', '.join(sorted(FIELDS))}")
+        if field in columns or column in columns.values():
+            raise DataError(f"--column {quoted(pair)} names a field or a column for a second time; leave one out")
+        columns[field] = column
+    return columns
+
+
+def read_corpus(
+    name: str,
+    path: Path,
+    folder: Path,
+    task: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    sheet: str | None = None,
+    *,
+    skip_unanswered: bool = False,
+) -> Corpus:
     """Read a file and find its task.
 
     Args:
@@ -63,22 +118,32 @@ def read_corpus(name: str, path: Path, folder: Path, task: str | None = None) ->
         path: where it is.
         folder: of the recipe.
         task: that its columns have to fit; None for any.
+        columns: field -> column, for those that are called otherwise; with a task, only those that the file has.
+        sheet: of a workbook.
+        skip_unanswered: leave out rows without an answer.
 
     Raises:
         DataError: the file is malformed, or its columns fit no task or another one.
     """
-    table = read_file(name, path)
-    squad = find_layout(table, None) is LAYOUTS["squad"]
-    found, columns = ("qa", {}) if squad else _guess(list(map(str, table.rows[0].values)), name, task)
-    if find_layout(table, found) is LAYOUTS["xlsum"]:
-        columns = {}  # the reader knows them
+    table = read_file(name, path, sheet=sheet)
+    # A source may have columns of other names than the target, where the user named those of the target.
+    own = {
+        field: column
+        for field, column in (columns or {}).items()
+        if task is None or column in next(iter(table.rows), Row("", {})).values
+    }
+    layout = find_layout(table, None, columns=own)
+    found, named = _guess(table, task, own) if layout.task is None else (layout.task, dict[str, str]())
+    if find_layout(table, found, columns=own) is LAYOUTS["xlsum"]:
+        named = {}  # the reader knows them
     if task not in (None, found):
         raise DataError(
             f"{name} is data for the task {found}, but the target's is {task}; give source data of that task"
         )
-    format = "squad" if squad else "auto"
+    format = "auto" if layout.task is None else next(key for key, one in LAYOUTS.items() if one is layout)
     written = name if name.startswith(DEMO_PREFIX) else relative(name, folder)
-    return Corpus(written, found, format, columns, make_pool([table], found, format, columns).records)
+    pool = make_pool([table], found, format, named, skip_unanswered=skip_unanswered)
+    return Corpus(written, found, format, named, pool.records, pool.unanswerable, sheet)
 
 
 def relative(place: str, folder: Path) -> str:
@@ -86,24 +151,38 @@ def relative(place: str, folder: Path) -> str:
     return Path(os.path.relpath(place, folder)).as_posix()
 
 
-def _guess(found: Sequence[str], name: str, preferred: str | None) -> tuple[str, dict[str, str]]:
-    """Return a task whose fields are all among the columns, and the columns that are called otherwise."""
-    by_name = {column.strip().lower(): column for column in found}
+def _guess(table: Table, preferred: str | None, given: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+    """Return a task whose fields are all among the columns, and the columns that are called otherwise.
+
+    What the user names a column for is understood as if the column had that name.
+    """
+    name, found = table.name, list(map(str, table.rows[0].values))
+    for field, column in given.items():
+        if column not in found:
+            raise DataError(f"{name} has no column {quoted(column)} (--column {field}=...); it has {listed(found)}")
+    by_name = {column.strip().lower(): column for column in found if column not in given.values()} | dict(given)
     choices = [(task, COLUMNS[task]) for task in sorted(COLUMNS, key=lambda task: task != preferred)]
     if not by_name.keys() & PARTS_OF_PROMPTS:
         choices.append(("completion", OTHER_NAMES))
     for task, fields in choices:
-        if task == "completion" and "messages" in found:
-            return task, {}
         chosen = {
             field: next(by_name[known] for known in names if known in by_name)
             for field, names in fields.items()
             if by_name.keys() & set(names)
         }
-        if len(chosen) == len(fields):
+        messages = task == "completion" and "messages" in by_name
+        if messages or len(chosen) == len(fields):
+            chosen = {} if messages else chosen
+            others = {field: column for field, column in given.items() if column not in chosen.values()}
+            needed = {*TASKS[task].inputs, TASKS[task].answer}
+            if useless := sorted(others.keys() & FIELDS - {*OPTIONAL_COLUMNS, *needed}):
+                raise DataError(
+                    f"{name}: the task {task} has no field {useless[0]}; leave --column {useless[0]}=... out"
+                )
             # The reader finds `answers` by itself, and there it may hold SQuAD's lists.
             understood = {field: ("answer", "answers") if field == "answer" else (field,) for field in chosen}
-            return task, {field: column for field, column in chosen.items() if column not in understood[field]}
+            named = {field: column for field, column in chosen.items() if column not in understood[field]}
+            return task, named | {field: column for field, column in others.items() if field not in needed}
     known = "; ".join(f"{task}: {' and '.join(fields)}" for task, fields in COLUMNS.items())
     if len(found) == 1 and re.search(r"[;\t|]", found[0]):
         raise DataError(
@@ -112,7 +191,12 @@ def _guess(found: Sequence[str], name: str, preferred: str | None) -> tuple[str,
         )
     if not found:
         raise DataError(f"{name} begins with a record without fields; give each record those of a task ({known})")
+    if "text" in by_name:
+        raise DataError(
+            f"{name} has whole texts ({listed(found)}), and no answers to learn: adapters are chosen here by how they answer, so "
+            f"there is no language modelling. Split each text into prompt and completion, or give the columns of a task ({known})"
+        )
     raise DataError(
-        f"{name} has the columns {listed(found)}, which fit no task ({known}, or messages); rename them, or begin with one of "
-        "`grasp-lora recipes` and name them there, such as data.target.columns: {prompt: NAME, completion: NAME}"
+        f"{name} has the columns {listed(found)}, which fit no task ({known}, messages, or instruction and output); name them, "
+        "such as --column prompt=NAME --column completion=NAME, or rename them"
     )

@@ -30,7 +30,10 @@ MOST_TEXT = 1_024  # characters of a text that is no template
 MOST_PART = 255  # bytes of a part of a path, as file systems have it
 NAMES_CODE = ("controller.preset", "controller.policy.kind", "controller.rule", "merge.rule", "mask.score", "final.mask.score",
               "metrics")  # fmt: skip
-_FREE_TEXTS = ("data.prompt", "data.completion", "generation.stop")  # which may hold any characters, and many
+_FREE_TEXTS = (  # which may hold any characters, and many
+    *(f"{place}.{text}" for place in ("data", "data.source", "data.target") for text in ("prompt", "completion")),
+    "generation.stop",
+)
 
 
 def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bool = False) -> tuple[Recipe, Path]:

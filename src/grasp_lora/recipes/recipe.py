@@ -40,6 +40,8 @@ RECIPE_FILE = "recipe.yaml"
 
 
 TEXTS = ("prompt", "completion", "stop")  # keys of texts that may begin as a path does
+LATER_OF_DATA = {"skip_unanswered"}
+LATER_OF_CORPORA = {"sheet", "prompt", "completion"}
 RENAMED = {  # keys of a controller as recipes had them once, and where they are now
     "probe_every": "rounds.every (null is now 'epoch')",
     "probe_on": "rounds.pool",
@@ -341,13 +343,21 @@ class Recipe(BaseModel):
         return int.from_bytes(hashlib.sha256(f"{self.seed}/{part}".encode()).digest()[:4], "big") >> 1
 
     def fingerprint(self) -> str:
-        """Return a hash of what decides the result: all but the place of the data, the device, trackers and checkpoints."""
+        """Return a hash of what decides the result: all but the place of the data, the device, trackers and checkpoints.
+
+        Keys of the data that came later count only where they are set, so that runs begun before go on.
+        """
         content = self.model_dump(
             mode="json",
             exclude={"data": {"root"}, "backbone": {"device", "offline"}, "report_to": True, "save_every": True},
         )
+        data = content["data"]
         # None was once false; where it means something else now, the run's hash of its examples differs.
-        content["data"]["chat_template"] = bool(content["data"]["chat_template"])
+        data["chat_template"] = bool(data["chat_template"])
+        for part, later in ((data, LATER_OF_DATA), *((data[side], LATER_OF_CORPORA) for side in ("source", "target"))):
+            for key in later & (part or {}).keys():
+                if not part[key]:
+                    del part[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self, folder: Path | None = None) -> str:

@@ -1,4 +1,4 @@
-"""Sizes of the splits for a user's own examples: the paper's, or smaller ones that whole groups can fill in any order."""
+"""Sizes of the splits for a user's own examples: what the held-out splits leave is for training, in whole groups in any order."""
 
 import math
 import random
@@ -12,8 +12,9 @@ from grasp_lora.errors import DataError
 from grasp_lora.recipes.corpus import Corpus
 from grasp_lora.text.display import quoted
 
-PAPER_SIZES = {"test": 100, "dev": 50, "micro_dev": 16, "train": 50}  # Paper: experimental setup
-FEWEST = 36
+PAPER_SIZES = {"test": 100, "dev": 50, "micro_dev": 16}  # Paper: experimental setup; the most that is held out
+MOST_TRAIN = 200  # an example of them is trained on 20 times in a run: more take longer than a first run should
+FEWEST = 30
 FEWEST_DEV = 8
 FEWEST_SOURCE = 20
 ORDERS = 20  # random orders of the groups in which the split sizes must fit
@@ -38,7 +39,7 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
     if len(records) < FEWEST:
         raise DataError(
             f"{target.name} has {len(records)} examples; at least {FEWEST} are needed for train, micro-dev and test "
-            "(about 216 for the sizes of the paper)"
+            "(40 with a dev set, too, and 400 for held-out splits as large as the paper's)"
         )
     source_records = [record for corpus in sources for record in corpus.records]
     joined = join_groups(record.keys for record in (*records, *source_records))
@@ -57,7 +58,7 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
                     f"the source has {len(source_records)} examples, of which {fewest} share no question, context or article "
                     f"with held-out target examples; at least {FEWEST_SOURCE} are needed: give more source data"
                 )
-            return Sizes(sizes, fewest, any(len(found) < 2 for found in left))
+            return Sizes(_with_the_rest(groups, sizes), fewest, any(len(found) < 2 for found in left))
     largest = max(groups.values(), key=len)
     column, value = _shared_by(largest)
     shared = f"the {column} {quoted(value)}" if column else "one prompt, context or document"
@@ -72,15 +73,28 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
 
 
 def _sizes(examples: int) -> dict[str, int]:
-    """The paper's sizes if there are so many examples, else sizes that leave a fifth or more for the test."""
+    """A quarter for the test and a fifth for dev, up to the paper's sizes; half or so is left for training."""
     micro_dev = min(PAPER_SIZES["micro_dev"], max(8, examples // 13))
     dev = min(PAPER_SIZES["dev"], examples // 5)
     if dev < FEWEST_DEV:
         dev = 0
-    test = math.ceil(examples / 5)
-    train = min(PAPER_SIZES["train"], max(examples - micro_dev - dev - test, 1), math.ceil(examples * 0.36))
-    test = min(PAPER_SIZES["test"], examples - micro_dev - dev - train)
-    return {"test": test, "dev": dev, "micro_dev": micro_dev, "train": train}
+    test = min(PAPER_SIZES["test"], math.ceil(examples / 4))
+    return {
+        "test": test,
+        "dev": dev,
+        "micro_dev": micro_dev,
+        "train": min(MOST_TRAIN, examples - micro_dev - dev - test),
+    }
+
+
+def _with_the_rest(groups: Mapping[str, Sequence[Record]], sizes: dict[str, int]) -> dict[str, int]:
+    """Let training have as much of what is left as whole groups can give in any order."""
+    rest = sum(map(len, groups.values())) - sum(sizes.values())
+    for share in (1.0, 0.75, 0.5, 0.25):
+        larger = sizes | {"train": min(MOST_TRAIN, sizes["train"] + int(rest * share))}
+        if all(_held_out(groups, larger, order) is not None for order in range(ORDERS)):
+            return larger
+    return sizes
 
 
 def _held_out(groups: Mapping[str, Sequence[Record]], sizes: Mapping[str, int], order: int) -> set[str] | None:

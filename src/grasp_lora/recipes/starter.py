@@ -12,14 +12,14 @@ import yaml
 
 from grasp_lora.data.files import READERS
 from grasp_lora.data.places import DEMO_PREFIX, resolve_file
-from grasp_lora.data.tasks import TASKS
+from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TASKS, TEMPLATES, built_in_template
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.presets import WITH_DEV, WITHOUT_DEV, preset
 from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.reading import read_base_model
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.recipes.builtin import SCHEMA_FILE, SCHEMA_LINE, schema_text
-from grasp_lora.recipes.corpus import Corpus, read_corpus, relative
+from grasp_lora.recipes.corpus import CUT_DOCUMENT, Corpus, parse_columns, read_corpus, relative
 from grasp_lora.recipes.load import backbone_of_run, validate
 from grasp_lora.recipes.sizes import Sizes, choose_sizes
 from grasp_lora.storage.files import write_whole
@@ -40,16 +40,24 @@ def write_recipe(
     source: Sequence[str],
     source_language: str,
     backbone: str | None = None,
+    *,
+    columns: Sequence[str] = (),
+    sheet: str | None = None,
+    source_sheet: str | None = None,
+    skip_unanswered: bool = False,
 ) -> Path:
     """Write a commented recipe for a file of target examples, and beside it the schema by which editors complete its keys.
 
     Args:
-        data: CSV, TSV, JSON, JSONL, parquet or SQuAD JSON of the target language, at least about 40 examples.
+        data: CSV, TSV, XLSX, JSON, JSONL, parquet or SQuAD JSON of the target language, at least 30 examples.
         language: its language, such as `ar`.
         output: the recipe file; None for the name of the data with `.yaml`, in the working folder.
         source: data files of the rich language, or PEFT adapters (folders or hub ids) trained on it; may be empty.
         source_language: language of the source data.
         backbone: hub id, folder or `gemma3-270m`; None for the one that the adapters in `source` name, or else `gemma3-270m`.
+        columns: such as `question=Swali`: columns of the data that are not called as the field; source files may have them, too.
+        sheet, source_sheet: of workbooks; None for the first that is not hidden.
+        skip_unanswered: leave out rows without an answer, here and in runs of the recipe.
 
     Returns:
         The recipe file.
@@ -61,11 +69,15 @@ def write_recipe(
     _refuse_existing(file)
     for code in (language, source_language):
         language_code(code)
-    target = read_corpus(str(data), data, file.parent)
+    named = parse_columns(columns)
+    target = read_corpus(str(data), data, file.parent, columns=named, sheet=sheet, skip_unanswered=skip_unanswered)
     files, adapters = _sort_out(source)
     backbone = backbone or _backbone_of(adapters)
     places = [resolve_file(name) if name.startswith(DEMO_PREFIX) else Path(name) for name in files]
-    sources = [read_corpus(name, place, file.parent, target.task) for name, place in zip(files, places, strict=True)]
+    sources = [
+        read_corpus(name, place, file.parent, target.task, named, source_sheet, skip_unanswered=skip_unanswered)
+        for name, place in zip(files, places, strict=True)
+    ]
     if len({(corpus.format, tuple(corpus.columns.items())) for corpus in sources}) > 1:
         raise DataError("the source files differ in their columns; convert them to the same ones")
     sizes = choose_sizes(target, sources)
@@ -78,6 +90,7 @@ def write_recipe(
         source_language=source_language,
         adapters=[_written(place, file.parent) for place in adapters],
         backbone=_written(backbone, file.parent),
+        skip_unanswered=skip_unanswered,
     )
     validate(yaml.safe_load(text), str(file))
     try:
@@ -128,7 +141,9 @@ def _written(place: str, folder: Path) -> str:
     return relative(place, folder) if is_folder(Path(place)) else place
 
 
-def _render(file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus], **facts: str | list[str]) -> str:
+def _render(
+    file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus], **facts: str | list[str] | bool
+) -> str:
     """Fill the template; what it shows as defaults is checked against the settings in the tests."""
     import jinja2
 
@@ -148,6 +163,7 @@ def _render(file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus],
     # Without a dev set the final run trains all epochs: its end decides, not its best moment.
     name = WITH_DEV if splits["dev"] else WITHOUT_DEV
     every = splits["train"] if splits["dev"] else math.ceil(steps / (2 * (LATE_ROUNDS - 1)))
+    builtin = built_in_template(target.task, str(facts["language"]))
     # A split takes whole groups, so that a single one would be all dev.
     source_dev = 0 if sizes.one_source_group else min(sizes.source // 10, MOST_SOURCE // 10)
     return environment.get_template("recipe.yaml.j2").render(
@@ -171,6 +187,11 @@ def _render(file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus],
         candidates=preset(name).policy.candidates,
         rounds=len(preset(name).rounds.round_steps(steps, every)),
         answer_tokens=target.answer_tokens,
+        most_tokens=target.most_tokens,
+        longest_tokens=target.longest_tokens,
+        cut_document=CUT_DOCUMENT,
+        template=None if builtin else TEMPLATES[target.task][FALLBACK_LANGUAGE],
+        unanswered=sum(corpus.unanswered for corpus in (target, *sources)),
         several_lines=any("\n" in record.answer for record in target.records),
         **facts,
     )

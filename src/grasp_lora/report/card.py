@@ -74,7 +74,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
 
 def _prompt(data: DataRecipe) -> list[str]:
     """The lines of the template of the prompts that the adapter was trained on; none where the recipe does not say."""
-    prompt = data.prompt
+    prompt = data.prompt if data.target.prompt is None else data.target.prompt
     if prompt is None:
         try:
             built_in = built_in_template(data.task, data.target.language)

@@ -25,6 +25,7 @@ class CorpusFacts(files.Shape):
     dev_files: tuple[str, ...] = ()
     micro_dev_files: tuple[str, ...] = ()
     test_files: tuple[str, ...] = ()
+    prompt: str | None = None
 
     @property
     def all_files(self) -> tuple[str, ...]:
