@@ -84,7 +84,7 @@ def make_pool(tables: Iterable[Table], task: str, format: str = "auto", columns:
 
     Args:
         tables: at least one row each.
-        task: `qa`, `summarization` or `completion`.
+        task: a key of TASKS.
         format: one of FORMATS; `auto` goes by the columns of each table.
         columns: field -> column, for generic records.
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grasp_lora.data.files import read_file
+from grasp_lora.data.labels import check_labels, check_records
 from grasp_lora.data.places import DEMO_PREFIX
 from grasp_lora.data.records import LAYOUTS, Record, find_layout, make_pool
+from grasp_lora.data.tasks import TASKS
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import listed, quoted
 
@@ -17,6 +19,8 @@ from grasp_lora.text.display import listed, quoted
 COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "qa": {"context": ("context",), "question": ("question",), "answer": ("answer", "answers")},
     "summarization": {"document": ("document", "text", "article"), "summary": ("summary",)},
+    "classification": {"text": ("text", "sentence"), "label": ("label", "class", "category", "sentiment")},
+    "translation": {"source": ("source",), "target": ("target", "translation")},
     "completion": {"prompt": ("prompt",), "completion": ("completion",)},
 }
 # What others call prompt and completion, where no column beside them may be a part of the prompt.
@@ -37,6 +41,7 @@ class Corpus:
         format: `auto` or `squad`.
         columns: field -> column, where they differ.
         records: what it holds.
+        labels: of a classification, all that it has.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Corpus:
     format: str
     columns: dict[str, str]
     records: tuple[Record, ...]
+    labels: tuple[str, ...] = ()
 
     @property
     def several_turns(self) -> bool:
@@ -83,7 +89,12 @@ def read_corpus(name: str, path: Path, folder: Path, task: str | None = None) ->
         )
     format = "squad" if squad else "auto"
     written = name if name.startswith(DEMO_PREFIX) else relative(name, folder)
-    return Corpus(written, found, format, columns, make_pool([table], found, format, columns).records)
+    records = make_pool([table], found, format, columns).records
+    labels: tuple[str, ...] = ()
+    if TASKS[found].chooses:
+        check_records(records)
+        labels = check_labels((record.answer for record in records), name)
+    return Corpus(written, found, format, columns, records, labels)
 
 
 def relative(place: str, folder: Path) -> str:

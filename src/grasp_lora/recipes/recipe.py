@@ -349,10 +349,13 @@ class Recipe(BaseModel):
 
     def fingerprint(self) -> str:
         """Return a hash of what decides the result: all but the place of the data, the device, trackers and checkpoints."""
+        unsaid = set() if self.data.labels else {"labels"}  # so that recipes of other tasks keep the hash of before
         content = self.model_dump(
             mode="json",
-            exclude={"data": {"root"}, "backbone": {"device", "offline"}, "report_to": True, "save_every": True},
-        )
+            exclude={
+                "data": {"root", *unsaid}, "backbone": {"device", "offline"}, "report_to": True, "save_every": True
+            },
+        )  # fmt: skip
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_yaml(self, folder: Path | None = None) -> str:
