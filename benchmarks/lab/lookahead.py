@@ -32,7 +32,7 @@ from grasp_lora.bench.store import STORE_FOLDER, Store
 from grasp_lora.errors import GraspError
 from grasp_lora.method.masks import Ranking, WeightKey
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.live import segments_of
+from grasp_lora.models.live import evaluating, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.folder import working_in

@@ -10,7 +10,7 @@ import torch
 from grasp_lora import api
 from grasp_lora.bench.compare import ComparisonSettings, compare
 from grasp_lora.bench.preflight import preflight
-from grasp_lora.bench.run_folder import read_metrics
+from grasp_lora.bench.run_folder import predictions_file, read_metrics
 from grasp_lora.bench.session import Session
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.models.adapters import attached
@@ -27,11 +27,11 @@ def write(task: str, **changes: Any) -> None:
     recipe = Path("tiny.yaml")
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("task: completion", f"task: {task}"), encoding="utf-8")
     for name, rows in (("source", 20), ("target", 40)):
-        texts = [(f"{name} {i}: what?", LABELS[(i * i + len(name)) % 3]) for i in range(rows)]
+        texts = [(f"{name} {i}: what?", LABELS[(i * 7 // 4) % 3]) for i in range(rows)]
         fields = ("text", "label") if task == "classification" else ("source", "target")
         lines = [dict(zip(fields, pair, strict=True)) for pair in texts]
         if name == "target":
-            lines[7] |= changes
+            lines[4:10] = [line | changes for line in lines[4:10]]  # some of them come into a split
         Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
@@ -42,7 +42,9 @@ def test_a_classification_is_answered_by_the_likeliest_label(tiny_workspace, cli
     metrics = read_metrics(Path("run"))
     session = Session(*load_recipe("tiny.yaml"))
     test = session.splits.test
-    rows = [json.loads(line) for line in Path("run/predictions/grasp.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in predictions_file(Path("run"), "grasp").read_text(encoding="utf-8").splitlines()
+    ]
     right = [row["prediction"] in row["references"] for row in rows]
     assert {row["prediction"] for row in rows} <= set(LABELS)
     assert metrics.systems["grasp"].metrics["accuracy"] == 100 * sum(right) / len(rows)
@@ -127,11 +129,16 @@ def test_check_says_what_can_be_chosen(tiny_workspace) -> None:
 @pytest.mark.parametrize(
     ("task", "changes", "options", "message"),
     [
-        ("classification", {}, ['data.labels=["no","not"]'], "has the label 'yes', which is not among those of data.labels"),
-        ("classification", {"label": "Yes"}, [], "; write it as 'yes'"),
+        (
+            "classification",
+            {},
+            ['data.labels=["no","not"]'],
+            "has the label 'yes', which is not among those of data.labels",
+        ),
+        ("classification", {"label": "Yes"}, ['data.labels=["no","not","yes"]'], "; write it as 'yes'"),
         ("classification", {"label": " yes"}, [], "with white space around it"),
         ("classification", {"label": ""}, [], "label is empty"),
-        ("classification", {}, ["data.labels=[yes]"], "needs two labels or more"),
+        ("classification", {}, ["data.labels=[not]"], "needs two labels or more"),
         ("translation", {"target": ""}, [], "target is empty"),
         ("translation", {"source": " "}, [], "source is empty"),
         ("translation", {}, ["data.labels=[a, b]"], "the task translation writes its answers"),

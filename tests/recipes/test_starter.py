@@ -118,12 +118,25 @@ def fits(file: Path) -> dict[str, int]:
                 {"id": f"{name}{i}", "title": f"{name} {i}", "text": f"{name} {i}", "summary": "s"} for i in range(n)
             ],
         ),
-        ("t.csv", lambda n, name="t": [{"id": f"{name}{i}", "text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(n)]),
+        (
+            "t.csv",
+            lambda n, name="t": [{"id": f"{name}{i}", "text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(n)],
+        ),
         ("t.csv", lambda n, name="t": [{"Sentence": f"{name} {i}", "Label": "ab"[i % 2]} for i in range(n)]),
         ("t.csv", lambda n, name="t": [{"source": f"{name} {i}", "target": f"ada {i}"} for i in range(n)]),
     ],
     ids=[
-        "csv", "jsonl", "messages", "squad", "answers", "document", "renamed", "xlsum", "label", "relabelled", "parallel"
+        "csv",
+        "jsonl",
+        "messages",
+        "squad",
+        "answers",
+        "document",
+        "renamed",
+        "xlsum",
+        "label",
+        "relabelled",
+        "parallel",
     ],
 )
 def test_the_recipe_passes_the_check(name: str, content: Callable[..., Any], start: Callable[..., Path]) -> None:
@@ -489,11 +502,21 @@ def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> No
         (completion(60), ("s.jsonl", "renamed.jsonl"), DataError, r"the source files differ in their columns"),
         ([{"prompt": "a", "completion": ""}] * 60, (), DataError, r"line 1: completion is empty"),
         (labelled(60, ["a"]), (), DataError, r"t\.jsonl: a; a classification needs two labels or more"),
-        (labelled(60, ["a", "A"]), (), DataError, r"t\.jsonl: the labels 'A' and 'a' differ in case or white space alone"),
+        (
+            labelled(60, ["a", "A"]),
+            (),
+            DataError,
+            r"t\.jsonl: the labels 'A' and 'a' differ in case or white space alone",
+        ),
         (labelled(60, ["a", " b"]), (), DataError, r"has the label ' b' with white space around it; remove that"),
         (labelled(60, ["a", ""]), (), DataError, r"line 2: label is empty"),
         (labelled(500, [f"l{i}" for i in range(500)]), (), DataError, r"500 labels, .* take the task completion"),
-        (labelled(60, ["a", "b"]), ("s.jsonl",), DataError, r"for the task completion, but the target's is classification"),
+        (
+            labelled(60, ["a", "b"]),
+            ("s.jsonl",),
+            DataError,
+            r"for the task completion, but the target's is classification",
+        ),
         ([{"source": "a", "target": " "}] * 60, (), DataError, r"line 1: target is empty"),
         ([{"source": "", "target": "b"}] * 60, (), DataError, r"line 1: source is empty"),
     ],

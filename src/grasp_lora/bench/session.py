@@ -353,9 +353,7 @@ class Session:
         tokenizer, settings, labels = self.backbone.tokenizer, self.recipe.generation, self.splits.labels
         if labels:
             tokens = list(labels.values())
-            scores = distribute(
-                prompts, lambda own: label_scores(model, own, tokens, settings, self.progress.answered)
-            )
+            scores = distribute(prompts, lambda own: label_scores(model, own, tokens, settings, self.progress.answered))
             return tuple(max(zip(of_prompt, labels, strict=True), key=itemgetter(0))[1] for of_prompt in scores)
         return tuple(distribute(prompts, lambda own: generate(model, tokenizer, own, settings, self.progress.answered)))
 

@@ -158,7 +158,9 @@ class DataSettings:
         if self.max_document_tokens is not None and document is None:
             raise ValueError(f"max_document_tokens: the task {self.task} has no document to cut; remove it")
         if self.labels and not task.chooses:
-            raise ValueError(f"labels: the task {self.task} writes its answers; remove them, or set task to classification")
+            raise ValueError(
+                f"labels: the task {self.task} writes its answers; remove them, or set task to classification"
+            )
         if self.labels:
             check_labels(self.labels, "labels")
         resolve_template(self.task, "en", self.prompt, self.completion)

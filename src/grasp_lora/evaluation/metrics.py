@@ -59,7 +59,9 @@ METRICS: dict[str, Metric] = {
     "rouge1": Metric(partial(rouge, "rouge1"), "F-measure of shared words (Chinese: characters)"),
     "rouge2": Metric(partial(rouge, "rouge2"), "F-measure of shared pairs of words (Chinese: characters)"),
     "rougeL": Metric(partial(rouge, "rougeL"), "F-measure of the longest common subsequence of words"),
-    "chrf++": Metric(chrf, "chrF++ of the corpus, by sacrebleu: shared pieces of words, and words", chrf_from_statistics),
+    "chrf++": Metric(
+        chrf, "chrF++ of the corpus, by sacrebleu: shared pieces of words, and words", chrf_from_statistics
+    ),
     "bleu": Metric(bleu, "BLEU-4 of the corpus, by sacrebleu", bleu_from_statistics),
     "rougeL_xlsum": Metric(
         xlsum_rouge,

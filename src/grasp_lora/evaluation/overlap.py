@@ -141,7 +141,7 @@ def chrf(outputs: Outputs) -> MetricScore:
     value = corpus.corpus_score(outputs.predictions, _columns(outputs)).score
     signature = str(corpus.get_signature())  # before sentences are scored, which changes the number of references
     # What sacrebleu's own bootstrap draws from; a score does not hold it, as that of BLEU does.
-    statistics = corpus._extract_corpus_statistics(outputs.predictions, _columns(outputs))  # noqa: SLF001
+    statistics = corpus._extract_corpus_statistics(outputs.predictions, _columns(outputs))
     sentences = [
         corpus.sentence_score(prediction, references).score
         for prediction, references in zip(outputs.predictions, outputs.references, strict=True)
