@@ -19,9 +19,9 @@ from grasp_lora.text.display import listed, quoted
 COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "qa": {"context": ("context",), "question": ("question",), "answer": ("answer", "answers")},
     "summarization": {"document": ("document", "text", "article"), "summary": ("summary",)},
+    "completion": {"prompt": ("prompt",), "completion": ("completion",)},
     "classification": {"text": ("text", "sentence"), "label": ("label", "class", "category", "sentiment")},
     "translation": {"source": ("source",), "target": ("target", "translation")},
-    "completion": {"prompt": ("prompt",), "completion": ("completion",)},
 }
 # What others call prompt and completion, where no column beside them may be a part of the prompt.
 OTHER_NAMES = {
