@@ -53,7 +53,7 @@ def macro_f1_from_statistics(sums: "Tensor") -> "Tensor":
     Returns:
         Scores in [0, 100], of shape [...].
     """
-    right, predicted, true = sums.unflatten(-1, (-1, 3)).unbind(-1)
+    right, predicted, true = sums.reshape(*sums.shape[:-1], -1, 3).unbind(-1)
     there = true > 0
     scores = 2.0 * right / (predicted + true).clamp(min=1.0)
     return 100.0 * (scores * there).sum(dim=-1) / there.sum(dim=-1)

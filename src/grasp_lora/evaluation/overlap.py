@@ -165,7 +165,7 @@ def chrf_from_statistics(sums: "Tensor") -> "Tensor":
     Returns:
         Scores in [0, 100], of shape [...].
     """
-    predicted, wanted, shared = sums.unflatten(-1, (-1, 3)).unbind(-1)
+    predicted, wanted, shared = sums.reshape(*sums.shape[:-1], -1, 3).unbind(-1)
     counted = (predicted > 0) & (wanted > 0)  # an order without runs on one side has no part in the mean
     orders = counted.sum(dim=-1).clamp(min=1)
     precision = (shared / predicted.clamp(min=1.0) * counted).sum(dim=-1) / orders
