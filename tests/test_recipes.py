@@ -51,6 +51,12 @@ def news(language: str) -> list[dict[str, str]]:
     ]
 
 
+def comments(language: str, name: str) -> str:
+    """Labelled sentences as NusaX has them: ids are shared between languages, and each split has its own."""
+    rows = [f"{name}{i},{language} {name} {i},{('negative', 'neutral', 'positive')[i % 3]}" for i in range(GROUPS)]
+    return "\n".join(["id,text,label", *rows]) + "\n"
+
+
 def as_squad(rows: list[dict[str, str]]) -> dict[str, Any]:
     data = []
     for row in rows:
@@ -91,6 +97,12 @@ def arguments(
         for role, counts in COUNTS.items():
             corpus = getattr(recipe.data, role)
             changes += [f"data.{role}.{split}={count}" for split, count in counts.items()]
+            if recipe.data.task == "classification":
+                for file in (*corpus.files, *corpus.train_files, *corpus.dev_files, *corpus.test_files):
+                    Path(file).parent.mkdir(exist_ok=True)
+                    name = Path(file).stem.rpartition("-")[2]
+                    Path(file).write_text(comments(corpus.language, name), encoding="utf-8")
+                continue
             files = []
             for number, file in enumerate(corpus.files):
                 rows = news(f"{corpus.language}{number}")

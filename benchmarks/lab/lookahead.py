@@ -33,11 +33,11 @@ from grasp_lora.bench.store import Store
 from grasp_lora.errors import GraspError
 from grasp_lora.method.masks import Ranking, WeightKey
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.live import segments_of
+from grasp_lora.models.live import evaluating, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.folder import working_in
-from grasp_lora.training.probes import ProbeSet, evaluating, example_losses, takes_label_positions
+from grasp_lora.training.probes import ProbeSet, example_losses, takes_label_positions
 
 RATIOS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
 

@@ -107,7 +107,7 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"task": "qna"}, "there is no task 'qna'; allowed: qa, summarization, completion"),
+            ({"task": "qna"}, "there is no task 'qna'; allowed: qa, summarization, classification"),
             ({"max_tokens": 4}, "max_tokens is 4; it must be >= 8"),
             ({"max_document_tokens": 0}, "max_document_tokens is 0; it must be >= 1"),
             ({"task": "completion", "max_document_tokens": 9}, "the task completion has no document to cut"),

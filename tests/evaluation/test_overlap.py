@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp_lora.evaluation.metrics import score
-from grasp_lora.evaluation.overlap import UnicodeTokenizer, bleu_from_statistics
+from grasp_lora.evaluation.overlap import UnicodeTokenizer, bleu_from_statistics, chrf_from_statistics
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 
@@ -222,3 +222,30 @@ def test_statistics_are_lengths_matches_and_counts():
     # 3 of 5 words, 2 of 4 pairs, 1 of 3 triples, 0 of 2; the reference of 6 words is nearer to 5 than that of 3.
     result = score(["bleu"], ["a b c d e"], [["a b c", "u v w x y z"]], "en")["bleu"]
     assert result.statistics == ((5, 6, 3, 2, 1, 0, 5, 4, 3, 2),)
+
+
+def test_chrf_of_one_character_and_one_word_by_hand():
+    # "ab" against "abc": runs of 1: 2 shared of 2 and 3; of 2: 1 of 1 and 2. Of 3 and the word pairs one side has none, so they
+    # have no part; the words themselves differ: 0 of 1 and 1. Precision (1 + 1 + 0) / 3, recall (2/3 + 1/2 + 0) / 3, beta 2.
+    precision, recall = 2 / 3, (2 / 3 + 1 / 2) / 3
+    found = score(["chrf++"], ["ab"], [["abc"]], "jv")["chrf++"]
+    assert found.value == pytest.approx(100 * 5 * precision * recall / (4 * precision + recall))
+    assert found.signature.startswith("nrefs:1|case:mixed|eff:yes|nc:6|nw:2|space:no|version:")
+
+
+@given(
+    st.lists(
+        st.tuples(st.text("ab .é我", max_size=12), st.lists(st.text("ab .é我", max_size=12), min_size=1, max_size=2)),
+        min_size=1,
+        max_size=4,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_chrf_from_statistics_is_that_of_sacrebleu(pairs):
+    predictions, references = zip(*pairs, strict=True)
+    found = score(["chrf++"], predictions, references, "jv")["chrf++"]
+    sums = torch.tensor(found.statistics, dtype=torch.float64).sum(dim=0)
+    assert float(chrf_from_statistics(sums)) == pytest.approx(found.value, abs=1e-9)
+    assert chrf_from_statistics(sums.expand(2, 3, -1)).shape == (2, 3)
+    if len({len(texts) for texts in references}) > 1:
+        assert found.signature.startswith("nrefs:var|")

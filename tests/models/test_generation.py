@@ -283,7 +283,7 @@ def test_rows_that_have_ended_leave_the_batch(architecture, make_tiny_model, tin
     model.generation_config.eos_token_id = sorted(stop_ids)
     expected = [expected_text(tiny_tokenizer, answer, stop_ids) for answer in tokens]
     if not can_drop:
-        monkeypatch.setattr(generation_module, "_can_drop_rows", lambda cache: False)
+        monkeypatch.setattr(generation_module, "can_share_rows", lambda cache: False)
     rows = []
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True

@@ -95,6 +95,10 @@ def test_the_fingerprint_does_not_depend_on_the_machine(change: str, load: Load)
     assert load(SMALL, change).fingerprint() == load().fingerprint()
 
 
+def test_labels_decide_the_result() -> None:
+    assert len({load_recipe("nusax-jv", change)[0].fingerprint() for change in ([], ["data.labels=[a, b]"])}) == 2
+
+
 class TestController:
     @pytest.mark.parametrize(
         ("changes", "expected"),

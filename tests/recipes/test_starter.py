@@ -30,6 +30,10 @@ def completion(count: int, name: str = "t") -> Rows:
     return [{"prompt": f"{name} {i}?", "completion": f"{i % 9}"} for i in range(count)]
 
 
+def labelled(count: int, labels: list[str]) -> Rows:
+    return [{"text": f"t {i}", "label": labels[i % len(labels)]} for i in range(count)]
+
+
 def messages(count: int, name: str = "t", turns: int = 1) -> Rows:
     before = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hi"}] * (turns - 1)
     return [
@@ -120,8 +124,28 @@ def fits(file: Path) -> dict[str, int]:
                 {"id": f"{name}{i}", "title": f"{name} {i}", "text": f"{name} {i}", "summary": "s"} for i in range(n)
             ],
         ),
+        (
+            "t.csv",
+            lambda n, name="t": [{"id": f"{name}{i}", "text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(n)],
+        ),
+        ("t.csv", lambda n, name="t": [{"Sentence": f"{name} {i}", "Label": "ab"[i % 2]} for i in range(n)]),
+        ("t.csv", lambda n, name="t": [{"source": f"{name} {i}", "target": f"ada {i}"} for i in range(n)]),
     ],
-    ids=["csv", "jsonl", "messages", "squad", "answers", "document", "alpaca", "sharegpt", "renamed", "xlsum"],
+    ids=[
+        "csv",
+        "jsonl",
+        "messages",
+        "squad",
+        "answers",
+        "document",
+        "alpaca",
+        "sharegpt",
+        "renamed",
+        "xlsum",
+        "label",
+        "relabelled",
+        "parallel",
+    ],
 )
 def test_the_recipe_passes_the_check(name: str, content: Callable[..., Any], start: Callable[..., Path]) -> None:
     data, source = write(Path(name), content(90)), write(Path("s") / name, content(60, "s"))
@@ -559,6 +583,15 @@ def test_a_file_that_the_recipe_would_find_elsewhere_is_refused(
     assert not Path("t.yaml").exists()
 
 
+def test_labels_are_written_down_and_templates_are_of_the_task(start: Callable[..., Path]) -> None:
+    file = start(write(Path("t.csv"), labelled(60, ["ya, tentu", "bukan", "ya"])))
+    recipe, _ = load_recipe(file)
+    assert (recipe.data.task, recipe.data.labels) == ("classification", ("bukan", "ya", "ya, tentu"))
+    text = file.read_text(encoding="utf-8")
+    assert "in place of the built-in one, with {text}" in text
+    assert "labels" not in start(write(Path("u.csv"), completion(60)), output=Path("other.yaml")).read_text()
+
+
 def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> None:
     data = write(Path("t.jsonl"), completion(60))
     Path("mine.yaml").write_text("mine")
@@ -590,6 +623,24 @@ def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> No
         (completion(60), ("few.jsonl",), DataError, r"the source has 10 examples, .*at least 20 are needed"),
         (completion(60), ("s.jsonl", "renamed.jsonl"), DataError, r"the source files differ in their columns"),
         ([{"prompt": "a", "completion": ""}] * 60, (), DataError, r"line 1: completion is empty"),
+        (labelled(60, ["a"]), (), DataError, r"t\.jsonl: a; a classification needs two labels or more"),
+        (
+            labelled(60, ["a", "A"]),
+            (),
+            DataError,
+            r"t\.jsonl: the labels 'A' and 'a' differ in case or white space alone",
+        ),
+        (labelled(60, ["a", " b"]), (), DataError, r"has the label ' b' with white space around it; remove that"),
+        (labelled(60, ["a", ""]), (), DataError, r"line 2: label is empty"),
+        (labelled(500, [f"l{i}" for i in range(500)]), (), DataError, r"500 labels, .* take the task completion"),
+        (
+            labelled(60, ["a", "b"]),
+            ("s.jsonl",),
+            DataError,
+            r"for the task completion, but the target's is classification",
+        ),
+        ([{"source": "a", "target": " "}] * 60, (), DataError, r"line 1: target is empty"),
+        ([{"source": "", "target": "b"}] * 60, (), DataError, r"line 1: source is empty"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(

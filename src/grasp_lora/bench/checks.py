@@ -68,7 +68,7 @@ def _check_context(session: Session) -> None:
     context = context_of(session.backbone.model)
     if context is None:
         return
-    new = session.recipe.generation.max_new_tokens
+    new = max(session.recipe.generation.max_new_tokens, *map(len, session.splits.labels.values()), 0)
     for name in SPLITS:
         for example in getattr(session.splits, name):
             prompt, answer = len(example.prompt_ids), len(example.completion_ids)

@@ -11,6 +11,7 @@ from grasp_lora.data.encode import Example, Tally
 from grasp_lora.models.backbone import is_quantised
 from grasp_lora.recipes.recipe import ControllerStage, Recipe
 from grasp_lora.text.characters import split_unspaced
+from grasp_lora.text.display import listed
 from grasp_lora.training.loss import takes_label_positions
 
 FEW_ROUNDS = 10
@@ -56,10 +57,7 @@ def preflight(session: Session) -> list[Finding]:
         findings.append(
             Finding("warning", "dev", "no dev set: no early stopping, the last step of every fine-tune is kept")
         )
-    if cut := [stop for stop in recipe.generation.stop if _cuts_all_references(splits.test, stop)]:
-        text = f"generation.stop {cut} ends answers that test references go on after; their scores cannot be full"
-        findings.append(Finding("warning", "stop", f"{text}; set generation.stop to []"))
-    findings += _answers_too_long(splits.test, recipe.generation.max_new_tokens)
+    findings += _labels(session) if splits.labels else _cut_answers(session)
     if not splits.test:
         findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
     findings += _plan(recipe, sizes)
@@ -139,6 +137,36 @@ def _are_glued(example: Example) -> bool:
     """Whether the last word of a prompt goes on as the first of its answer."""
     border = example.prompt[-1:] + example.completion[:1]
     return len(border) == 2 and border.isalnum() and split_unspaced(border).strip() == border
+
+
+def _labels(session: Session) -> list[Finding]:
+    """Say what can be chosen, and what choosing the same label always would be worth."""
+    splits = session.splits
+    counts = splits.report.labels or {}
+    listing = ", ".join(f"{label} {found['train']}" for label, found in counts.items())
+    text = f"{len(counts)}, how often each stands in train: {listing}"
+    if splits.test:
+        most = max(counts, key=lambda label: counts[label]["train"])
+        share = 100 * counts[most]["test"] / len(splits.test)
+        text += f"; to answer the most frequent one, {most}, always has accuracy {share:.1f} on the test"
+    found = [Finding("ok", "labels", text)]
+    if missing := [label for label, of in counts.items() if not of["train"]]:
+        found.append(Finding("warning", "labels", f"no training row has {listed(missing)}; add rows, or remove it"))
+    others = {example.references[0] for example in (*splits.source_train, *splits.source_dev)} - counts.keys()
+    if others:
+        text = f"the source has labels that the target has not, {listed(sorted(others))}; are they the same in other words?"
+        found.append(Finding("warning", "labels", text))
+    return found
+
+
+def _cut_answers(session: Session) -> list[Finding]:
+    """Warn of written answers that cannot be whole."""
+    test, generation = session.splits.test, session.recipe.generation
+    found = _answers_too_long(test, generation.max_new_tokens)
+    if cut := [stop for stop in generation.stop if _cuts_all_references(test, stop)]:
+        text = f"generation.stop {cut} ends answers that test references go on after; their scores cannot be full"
+        found.insert(0, Finding("warning", "stop", f"{text}; set generation.stop to []"))
+    return found
 
 
 def _answers_too_long(test: Sequence[Example], most: int) -> list[Finding]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, check_fits, fresh_adapter, save_adapter
 from grasp_lora.models.backbone import Backbone, load_backbone
+from grasp_lora.models.choosing import label_scores
 from grasp_lora.models.generation import generate
 from grasp_lora.models.live import adapter_weights, segments_of
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
@@ -316,7 +318,7 @@ class Session:
             return {name: self._losses(model, getattr(self.splits, name)) for name in splits}
 
     def answer(self, weights: AdapterWeights | None) -> tuple[str, ...]:
-        """Answer the test prompts; return the answers in the order of the split."""
+        """Answer the test prompts, in a classification by the likeliest label; return the answers in the order of the split."""
         with self._with(weights) as model:
             return self._answer(model)
 
@@ -356,7 +358,11 @@ class Session:
     def _answer(self, model: Any) -> tuple[str, ...]:
         test = self.splits.test
         prompts, ends = [example.prompt_ids for example in test], {example.completion_ids[-1] for example in test}
-        tokenizer, settings = self.backbone.tokenizer, self.recipe.generation
+        tokenizer, settings, labels = self.backbone.tokenizer, self.recipe.generation, self.splits.labels
+        if labels:
+            tokens = list(labels.values())
+            scores = distribute(prompts, lambda own: label_scores(model, own, tokens, settings, self.progress.answered))
+            return tuple(max(zip(of_prompt, labels, strict=True), key=itemgetter(0))[1] for of_prompt in scores)
         return tuple(
             distribute(prompts, lambda own: generate(model, tokenizer, own, settings, self.progress.answered, ends))
         )

@@ -279,6 +279,9 @@ class Bench(Keyed):
         if not answers_by.allow_empty:  # as the records say that were made when every answer could be empty
             generation["allow_empty"] = False
         asked = self._measured(adapter, data=self._data("test"), revision=REVISIONS["scores"], generation=generation)
+        if session.splits.labels:
+            del asked["generation"]  # nothing is written
+            asked |= plain({"labels": session.splits.labels})
         references = [example.references for example in test]
         settings = asked | {
             "metrics": list(session.metrics),

@@ -3,7 +3,7 @@
 import logging
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.encode import Encoder, Example, Tally
 from grasp_lora.data.files import Row, Table, as_row, read_file
+from grasp_lora.data.labels import check_labels, check_records, count_labels, encode_labels
 from grasp_lora.data.places import read_hub, resolve_file
 from grasp_lora.data.records import FIELDS, FORMATS, Pool, make_pool
 from grasp_lora.data.splits import (
@@ -125,12 +126,13 @@ class DataSettings:
     """Task, data of both languages, prompts and length limits.
 
     Args:
-        task: `qa`, `summarization` or `completion`.
+        task: `qa`, `summarization`, `classification`, `translation` or `completion`.
         source: data of the rich language; None where adapters are given, or for a single step that trains on the target alone.
         target: data of the language to adapt to.
         root: folder of relative paths, itself relative to the recipe's; tried before GRASP_LORA_DATA and that one.
         max_tokens: examples of more tokens (prompt, completion and end) are dropped, >= 8.
         max_document_tokens: articles and contexts are cut to this many tokens before templating; None to cut nothing.
+        labels: of a classification, all that an answer may be; none takes those of the target's training rows.
         prompt, completion: templates in place of the built-in ones, for both languages; each may have its own.
         chat_template: give the prompt as a user turn through the tokenizer's chat template, and end the answer as that ends a
             turn. None does so where the data are conversations and there is a template. Without one a line break ends each turn.
@@ -149,6 +151,7 @@ class DataSettings:
     root: str | None = None
     max_tokens: int = 512
     max_document_tokens: int | None = None
+    labels: tuple[str, ...] = ()
     prompt: str | None = None
     completion: str | None = None
     chat_template: bool | None = None
@@ -156,13 +159,20 @@ class DataSettings:
     skip_unanswered: bool = False
 
     def __post_init__(self) -> None:
-        document = task_fields(self.task).document
+        task = task_fields(self.task)
+        document = task.document
         if self.max_tokens < 8:
             raise ValueError(f"max_tokens is {self.max_tokens}; it must be >= 8")
         if self.max_document_tokens is not None and self.max_document_tokens < 1:
             raise ValueError(f"max_document_tokens is {self.max_document_tokens}; it must be >= 1, or left out")
         if self.max_document_tokens is not None and document is None:
             raise ValueError(f"max_document_tokens: the task {self.task} has no document to cut; remove it")
+        if self.labels and not task.chooses:
+            raise ValueError(
+                f"labels: the task {self.task} writes its answers; remove them, or set task to classification"
+            )
+        if self.labels:
+            check_labels(self.labels, "labels")
         for corpus in filter(None, (self.target, self.source)):
             resolve_template(self.task, "en", *self.templates(corpus))
         source = self.source
@@ -212,12 +222,13 @@ def build_splits(
     splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
     tallies: dict[str, Tally] = {}
     prompts: dict[str, str] = {}
+    encoders: dict[str, Encoder] = {}
     held_out: set[str] = set()
     for role, corpus in corpora.items():
         limits = settings.max_tokens, settings.max_document_tokens
         prompt, completion = settings.templates(corpus)
         template = resolve_template(settings.task, corpus.language, prompt, completion, chat)
-        encoder = Encoder(tokenizer, settings.task, corpus.language, template, *limits, chat)
+        encoders[role] = encoder = Encoder(tokenizer, settings.task, corpus.language, template, *limits, chat)
         # Splits that the user made on both sides are checked, not changed.
         barred = set() if corpus.explicit and settings.target.explicit else held_out
         tallies[role] = tally = Tally(corpus.language)
@@ -231,6 +242,7 @@ def build_splits(
         tally.unused = tally.read - tally.excluded_for_leak - tally.answers_cut_away - tally.too_long - used
         held_out = {example.group for name in HELD_OUT for example in splits[name]}
         logger.info("%s (%s): %s", role, corpus.language, asdict(tally))
+    labels = count_labels(settings.labels, splits) if task_fields(settings.task).chooses else None
     report = DataReport(
         settings.task,
         split_seed,
@@ -242,8 +254,13 @@ def build_splits(
         tallies["target"],
         tallies.get("source"),
         {name: measure(splits[name]) for name in SPLITS},
+        labels,
     )
-    result = Splits(**{name: tuple(examples) for name, examples in splits.items()}, report=report)
+    result = Splits(
+        **{name: tuple(examples) for name, examples in splits.items()},
+        report=report,
+        labels=encode_labels(labels or (), encoders["target"]),
+    )
     check_disjoint(result)
     micro_dev = report.splits["micro_dev"]
     if micro_dev.groups < min(FEW_GROUPS, micro_dev.examples // FEW_GROUPS):
@@ -296,22 +313,23 @@ def _read_corpus(
 ) -> list[Share]:
     """Read each pool of a corpus, with the splits it serves in the order of filling and their counts."""
 
-    def pool_of(tables: Iterable[Table]) -> Pool:
-        skip = settings.skip_unanswered
-        return make_pool(tables, settings.task, corpus.format, corpus.columns, skip_unanswered=skip)
+    def files(names: Sequence[str]) -> Iterator[Table]:
+        return (read_file(name, resolve_file(name, settings.root, base), corpus.format, corpus.sheet) for name in names)
 
-    def read(names: Sequence[str]) -> Pool:
-        return pool_of(
-            read_file(name, resolve_file(name, settings.root, base), corpus.format, corpus.sheet) for name in names
-        )
+    def read(tables: Iterable[Table]) -> Pool:
+        skip = settings.skip_unanswered
+        pool = make_pool(tables, settings.task, corpus.format, corpus.columns, skip_unanswered=skip)
+        if task_fields(settings.task).chooses:
+            check_records(pool.records)
+        return pool
 
     if corpus.explicit:
-        return [Share(read(names), counts, True) for names, counts in _given_splits(corpus, role) if names]
+        return [Share(read(files(names)), counts, True) for names, counts in _given_splits(corpus, role) if names]
     if corpus.hub is not None:
         table = read_hub(corpus.hub, corpus.hub_config, corpus.hub_split or "train", offline=offline)
-        pool = pool_of([table])
+        pool = read([table])
     else:
-        pool = read(corpus.files)
+        pool = read(files(corpus.files))
     if role == "source":
         most = len(pool.records) if corpus.train is None else corpus.train
         dev = min(most // SOURCE_DEV_SHARE, SOURCE_DEV_MOST) if corpus.dev is None else corpus.dev

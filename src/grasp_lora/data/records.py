@@ -90,7 +90,7 @@ def make_pool(
 
     Args:
         tables: at least one row each.
-        task: `qa`, `summarization` or `completion`.
+        task: a key of TASKS.
         format: one of FORMATS; `auto` goes by the columns of each table.
         columns: field -> column, for generic records.
         skip_unanswered: leave out rows without an answer, and count them.

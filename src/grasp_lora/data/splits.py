@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import TypeVar
 
@@ -40,6 +40,7 @@ class DataReport:
         numbers_as_ids: whole numbers that are ids of source and target at once: often they only count the rows of each file.
         target, source: what became of their records.
         splits: size of each of SPLITS.
+        labels: of a classification, how often each stands in the target's splits.
     """
 
     task: str
@@ -51,6 +52,7 @@ class DataReport:
     target: Tally
     source: Tally | None
     splits: dict[str, SplitSize]
+    labels: dict[str, dict[str, int]] | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return it as data.json holds it."""
@@ -59,7 +61,11 @@ class DataReport:
 
 @dataclass(frozen=True)
 class Splits:
-    """Disjoint splits; the source's may be empty, dev is empty in dev-free mode."""
+    """Disjoint splits; the source's may be empty, dev is empty in dev-free mode.
+
+    Args:
+        labels: the labels that a classification chooses from, each with its tokens as an answer, the end included.
+    """
 
     source_train: tuple[Example, ...]
     source_dev: tuple[Example, ...]
@@ -68,6 +74,7 @@ class Splits:
     micro_dev: tuple[Example, ...]
     test: tuple[Example, ...]
     report: DataReport
+    labels: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,21 @@ class Task:
         answer: field that the model learns to write; only a completion template may name it.
         metrics: what it is judged by unless the recipe says otherwise.
         document: the input that may be cut when it is too long, or None.
+        chooses: whether the answer is one of a few labels. They are then scored, and none is written; see `data.labels`.
     """
 
     inputs: tuple[str, ...]
     answer: str
     metrics: tuple[str, ...]
     document: str | None = None
+    chooses: bool = False
 
 
 TASKS: dict[str, Task] = {
     "qa": Task(("context", "question"), "answer", ("exact_match", "f1"), document="context"),
     "summarization": Task(("document",), "summary", ("rougeL", "bleu"), document="document"),
+    "classification": Task(("text",), "label", ("accuracy", "macro_f1"), document="text", chooses=True),
+    "translation": Task(("source",), "target", ("chrf++", "bleu")),
     "completion": Task(("prompt",), "completion", ("exact_match", "rougeL")),
 }
 
@@ -57,6 +61,16 @@ TEMPLATES: dict[str, dict[str, Template]] = {
         "en": Template("Article: {document}\nSummary:", " {summary}"),
         "ar": Template("المقال: {document}\nالملخص:", " {summary}"),
         "zh": Template("文章：{document}\n摘要：", "{summary}"),
+    },
+    "classification": {
+        "en": Template("Text: {text}\nLabel:", " {label}"),
+        "ar": Template("النص: {text}\nالتصنيف:", " {label}"),
+        "zh": Template("文本：{text}\n类别：", "{label}"),
+    },
+    "translation": {
+        "en": Template("Source: {source}\nTranslation:", " {target}"),
+        "ar": Template("النص الأصلي: {source}\nالترجمة:", " {target}"),
+        "zh": Template("原文：{source}\n译文：", "{target}"),
     },
     "completion": {ANY_LANGUAGE: Template("{prompt}", "{completion}")},
 }

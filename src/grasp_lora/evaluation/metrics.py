@@ -1,4 +1,4 @@
-"""What a prediction is worth: exact match, token F1, ROUGE, BLEU and similarities that hold for Arabic and Chinese, too.
+"""What a prediction is worth: labels, exact match, token F1, ROUGE, chrF++, BLEU and similarities; Arabic and Chinese, too.
 
 Scores run from 0 to 100, and each comes with a signature: everything one needs to know to compute it again.
 """
@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.evaluation.answers import exact_match, token_f1
 from grasp_lora.evaluation.bertscore import BertScoreSettings, bertscore, lack_of_bertscore
+from grasp_lora.evaluation.labels import accuracy, macro_f1, macro_f1_from_statistics
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, sign
-from grasp_lora.evaluation.overlap import bleu, bleu_from_statistics, rouge
+from grasp_lora.evaluation.overlap import bleu, bleu_from_statistics, chrf, chrf_from_statistics, rouge
 from grasp_lora.evaluation.similarity import lack_of_similarity, similarity
 from grasp_lora.evaluation.xlsum import lack_of_xlsum_rouge, xlsum_rouge
 from grasp_lora.text.display import quoted
@@ -49,11 +50,18 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
+    "accuracy": Metric(accuracy, "share of labels that are right"),
+    "macro_f1": Metric(
+        macro_f1, "mean of the F1 of each label that occurs in the references", macro_f1_from_statistics
+    ),
     "exact_match": Metric(exact_match, "share of answers that equal a gold answer (MLQA rules)"),
     "f1": Metric(token_f1, "overlap of the tokens with the best gold answer (MLQA rules)"),
     "rouge1": Metric(partial(rouge, "rouge1"), "F-measure of shared words (Chinese: characters)"),
     "rouge2": Metric(partial(rouge, "rouge2"), "F-measure of shared pairs of words (Chinese: characters)"),
     "rougeL": Metric(partial(rouge, "rougeL"), "F-measure of the longest common subsequence of words"),
+    "chrf++": Metric(
+        chrf, "chrF++ of the corpus, by sacrebleu: shared pieces of words, and words", chrf_from_statistics
+    ),
     "bleu": Metric(bleu, "BLEU-4 of the corpus, by sacrebleu", bleu_from_statistics),
     "rougeL_xlsum": Metric(
         xlsum_rouge,

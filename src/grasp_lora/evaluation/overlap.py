@@ -1,4 +1,4 @@
-"""ROUGE and BLEU that hold for Arabic and Chinese, too."""
+"""ROUGE, BLEU and chrF++ that hold for Arabic and Chinese, too."""
 
 import unicodedata
 from importlib.metadata import version
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ZERO_WIDTH_SPACE = "\u200b"
+_WORD_ORDER, _BETA = 2, 2  # what makes chrF chrF++
 _BLEU_TOKENIZERS = {"zh": "zh", "yue": "zh", "en": "13a"} | dict.fromkeys(("ja", "th", "lo", "my", "km"), "char")
 
 
@@ -88,14 +89,7 @@ def bleu(outputs: Outputs) -> MetricScore:
 
     tokenizer = _BLEU_TOKENIZERS.get(outputs.language_code, "intl")
     corpus = BLEU(tokenize=tokenizer)
-    most = max(len(references) for references in outputs.references)
-    # sacrebleu wants the first references of all examples, then the second ones, with None for a missing one;
-    # its type hints do not know of None.
-    columns: list[Any] = [
-        [references[rank] if rank < len(references) else None for references in outputs.references]
-        for rank in range(most)
-    ]
-    value = corpus.corpus_score(outputs.predictions, columns).score
+    value = corpus.corpus_score(outputs.predictions, _columns(outputs)).score
     sentence = BLEU(tokenize=tokenizer, effective_order=True)
     sentences: list[Any] = [
         sentence.sentence_score(prediction, references)
@@ -130,6 +124,63 @@ def bleu_from_statistics(sums: "Tensor") -> "Tensor":
     # Without any match, or any 4-gram, the score is 0; what was computed for such a row is no number.
     scored = (matches.sum(dim=-1) > 0) & (counts[..., 3] > 0)
     return torch.where(scored, 100.0 * brevity * precision, 0.0).clamp(max=100.0)
+
+
+def chrf(outputs: Outputs) -> MetricScore:
+    """Score chrF++ over the whole set, case-sensitive, with the signature of sacrebleu.
+
+    It counts shared runs of 1 to 6 characters, white space left out, and of 1 to 2 words; recall counts four times as much as
+    precision (beta 2). Words stand between white space, whatever the language. The reference with the best score counts.
+    `per_example` is chrF++ of the sentence.
+
+    Source: sacrebleu (Post 2018); Popović 2017.
+    """
+    from sacrebleu.metrics.chrf import CHRF
+
+    corpus = CHRF(word_order=_WORD_ORDER)
+    value = corpus.corpus_score(outputs.predictions, _columns(outputs)).score
+    signature = str(corpus.get_signature())  # before sentences are scored, which changes the number of references
+    # What sacrebleu's own bootstrap draws from; a score does not hold it, as that of BLEU does.
+    statistics = corpus._extract_corpus_statistics(outputs.predictions, _columns(outputs))
+    sentences = [
+        corpus.sentence_score(prediction, references).score
+        for prediction, references in zip(outputs.predictions, outputs.references, strict=True)
+    ]
+    return MetricScore(
+        "chrf++",
+        _at_most_100(value),
+        signature,
+        tuple(map(_at_most_100, sentences)),
+        tuple(tuple(map(float, row)) for row in statistics),
+    )
+
+
+def chrf_from_statistics(sums: "Tensor") -> "Tensor":
+    """Compute many chrF++ scores of a corpus at once, each what sacrebleu gives.
+
+    Args:
+        sums: the `statistics` of `chrf` added up over examples [..., 24]: of each order, 1 to 6 characters and 1 to 2 words, the
+            runs of the predictions, those of the references, and the shared ones.
+
+    Returns:
+        Scores in [0, 100], of shape [...].
+    """
+    predicted, wanted, shared = sums.reshape(*sums.shape[:-1], -1, 3).unbind(-1)
+    counted = (predicted > 0) & (wanted > 0)  # an order without runs on one side has no part in the mean
+    orders = counted.sum(dim=-1).clamp(min=1)
+    precision = (shared / predicted.clamp(min=1.0) * counted).sum(dim=-1) / orders
+    recall = (shared / wanted.clamp(min=1.0) * counted).sum(dim=-1) / orders
+    below = _BETA**2 * precision + recall
+    return (100.0 * (1 + _BETA**2) * precision * recall / below.where(below > 0, 1.0)).clamp(max=100.0)
+
+
+def _columns(outputs: Outputs) -> list[Any]:
+    """The first references of all examples, then the second ones, with None for a missing one, as sacrebleu wants them."""
+    most = max(len(references) for references in outputs.references)
+    return [
+        [references[rank] if rank < len(references) else None for references in outputs.references]
+        for rank in range(most)
+    ]
 
 
 def _at_most_100(value: float) -> float:

@@ -9,6 +9,7 @@ import torch
 
 from grasp_lora.errors import DataError
 from grasp_lora.models.backbone import find_stop_ids, without_peft
+from grasp_lora.models.live import evaluating
 from grasp_lora.models.settings import GenerationSettings
 from grasp_lora.storage.memory import enough_memory
 
@@ -50,15 +51,15 @@ def generate(
     """
     inner = without_peft(model)
     stop_ids = {*find_stop_ids(inner, tokenizer), *ends}
-    _check_lengths(inner, prompts, settings)
+    check_lengths(inner, prompts, settings)
     if getattr(inner.config, "model_type", None) in _ONE_BY_ONE:
         settings = replace(settings, batch_size=1)
     answers = [""] * len(prompts)
     finished = 0
     with (
         _greedy_mode(inner, settings.max_new_tokens),
-        _contiguous_head_input(inner),
-        enough_memory("answering", _less_memory(settings)),
+        contiguous_head_input(inner),
+        enough_memory("answering", less_memory(settings)),
     ):
         for batch in _batches([len(prompt) for prompt in prompts], settings):
             rows = _Answers(tokenizer, len(batch), stop_ids, settings)
@@ -71,7 +72,7 @@ def generate(
     return answers
 
 
-def _less_memory(settings: GenerationSettings) -> str:
+def less_memory(settings: GenerationSettings) -> str:
     return (
         f"lower generation.batch_size (now {settings.batch_size}) or generation.batch_tokens (now {settings.batch_tokens}), "
         "or set backbone.dtype to bfloat16 if it is float32"
@@ -84,7 +85,7 @@ def context_of(model: Any) -> int | None:
     return context if isinstance(context, int) and context > 0 else None
 
 
-def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
+def check_lengths(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
     context = context_of(model)
     for index, prompt in enumerate(prompts):
         if not prompt:
@@ -140,15 +141,15 @@ def _decode(model: Any, prompts: Sequence[Sequence[int]], answers: "_Answers", l
         sequences, mask = generated.sequences[staying], inputs["attention_mask"][staying]
         new = mask.new_ones((len(staying), sequences.shape[1] - mask.shape[1]))
         inputs = {"inputs": sequences, "attention_mask": torch.cat([mask, new], dim=1)}
-        if _can_drop_rows(generated.cache):
+        if can_share_rows(generated.cache):
             generated.cache.batch_select_indices(staying)
             inputs["cache"] = generated.cache
         else:  # the next call reads the prompts anew, and so it is the last one
             tokens = longest
 
 
-def _can_drop_rows(cache: Any) -> bool:
-    """Whether rows can be taken out of a model's cache: that of a layer with a state of its own keeps them all."""
+def can_share_rows(cache: Any) -> bool:
+    """Whether a model's cache has rows to take out or to repeat: that of a layer with a state of its own keeps them all."""
     from transformers import cache_utils
 
     plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DummyLayer)
@@ -213,19 +214,16 @@ def _greedy_mode(model: Any, max_new_tokens: int) -> Iterator[None]:
 
     config_type: Any = GenerationConfig  # its constructor has no type hints
     own_config = model.generation_config
-    training = [module for module in model.modules() if module.training]
     model.generation_config = config_type(do_sample=False, use_cache=True, max_new_tokens=max_new_tokens)
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         model.generation_config = own_config
-        for module in training:
-            module.training = True
 
 
 @contextmanager
-def _contiguous_head_input(model: Any) -> Iterator[None]:
+def contiguous_head_input(model: Any) -> Iterator[None]:
     """Hand the language model head a contiguous input.
 
     Generation slices the last position out of the hidden states of a prompt. On a CPU torch multiplies such a

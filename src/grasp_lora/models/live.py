@@ -1,6 +1,7 @@
-"""The adapter inside a PEFT model: its layers, its live factors, and a copy of them."""
+"""A model that is loaded: its mode, and the adapter inside it with its layers, its live factors, and a copy of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,18 @@ from grasp_lora.models.apart import live_pair
 from grasp_lora.models.reading import PREFIX
 
 ADAPTER_NAME = "default"  # of those that are put on here
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model into eval mode inside the context; each module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def active_adapter(model: torch.nn.Module) -> str:

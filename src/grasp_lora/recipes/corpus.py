@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grasp_lora.data.files import Row, Table, read_file
+from grasp_lora.data.labels import check_labels, check_records
 from grasp_lora.data.places import DEMO_PREFIX
 from grasp_lora.data.records import FIELDS, LAYOUTS, OPTIONAL_COLUMNS, Record, find_layout, make_pool
 from grasp_lora.data.tasks import TASKS
@@ -19,6 +20,8 @@ COLUMNS: dict[str, dict[str, tuple[str, ...]]] = {
     "qa": {"context": ("context",), "question": ("question",), "answer": ("answer", "answers")},
     "summarization": {"document": ("document", "text", "article"), "summary": ("summary",)},
     "completion": {"prompt": ("prompt",), "completion": ("completion",)},
+    "classification": {"text": ("text", "sentence"), "label": ("label", "class", "category", "sentiment")},
+    "translation": {"source": ("source",), "target": ("target", "translation")},
 }
 # What others call prompt and completion, where no column beside them may be a part of the prompt.
 OTHER_NAMES = {
@@ -43,6 +46,7 @@ class Corpus:
         records: what it holds.
         unanswered: how many rows without an answer were left out.
         sheet: of a workbook, where one was named.
+        labels: of a classification, all that it has.
     """
 
     name: str
@@ -52,6 +56,7 @@ class Corpus:
     records: tuple[Record, ...]
     unanswered: int = 0
     sheet: str | None = None
+    labels: tuple[str, ...] = ()
 
     @property
     def answer_tokens(self) -> int:
@@ -143,7 +148,11 @@ def read_corpus(
     format = "auto" if layout.task is None else next(key for key, one in LAYOUTS.items() if one is layout)
     written = name if name.startswith(DEMO_PREFIX) else relative(name, folder)
     pool = make_pool([table], found, format, named, skip_unanswered=skip_unanswered)
-    return Corpus(written, found, format, named, pool.records, pool.unanswerable, sheet)
+    labels: tuple[str, ...] = ()
+    if TASKS[found].chooses:
+        check_records(pool.records)
+        labels = check_labels((record.answer for record in pool.records), name)
+    return Corpus(written, found, format, named, pool.records, pool.unanswerable, sheet, labels)
 
 
 def relative(place: str, folder: Path) -> str:

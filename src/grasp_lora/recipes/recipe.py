@@ -40,7 +40,7 @@ RECIPE_FILE = "recipe.yaml"
 
 
 TEXTS = ("prompt", "completion", "stop")  # keys of texts that may begin as a path does
-LATER_OF_DATA = {"skip_unanswered"}
+LATER_OF_DATA = {"labels", "skip_unanswered"}
 LATER_OF_CORPORA = {"sheet", "prompt", "completion"}
 RENAMED = {  # keys of a controller as recipes had them once, and where they are now
     "probe_every": "rounds.every (null is now 'epoch')",

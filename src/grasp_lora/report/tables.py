@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from grasp_lora.evaluation.statistics import PairedComparison
 
 METRIC_NAMES = {
+    "accuracy": "Accuracy", "macro_f1": "Macro-F1", "chrf++": "chrF++",
     "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2", "bleu": "BLEU", "rougeL_xlsum": "ROUGE-L (XL-Sum)", "similarity": "Similarity",
 }  # fmt: skip

@@ -3,8 +3,7 @@
 Training, dev sets, probes and reports all use it, so their numbers can be compared.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -80,15 +79,3 @@ def example_losses(model: torch.nn.Module, batch: Mapping[str, Tensor], *, label
     counts = predicts.sum(1)
     rows = torch.arange(len(labels), device=labels.device).repeat_interleave(counts, output_size=len(targets))
     return token_losses.new_zeros(len(labels)).index_add(0, rows, token_losses) / counts
-
-
-@contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Put the model into eval mode inside the context; each module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

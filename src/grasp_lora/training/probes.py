@@ -11,14 +11,13 @@ from torch import Tensor
 from grasp_lora.errors import AdapterError, DataError, ProbeError
 from grasp_lora.method.importance import InputNorms
 from grasp_lora.method.masks import MaskSet
-from grasp_lora.models.live import active_adapter, lora_layers
+from grasp_lora.models.live import active_adapter, evaluating, lora_layers
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.text.display import quoted
 from grasp_lora.training.loss import (
     Encoded,
     check_measurable,
     collate,
-    evaluating,
     example_losses,
     takes_label_positions,
 )

@@ -1,0 +1,149 @@
+"""Classification and translation through the commands: scores, tables, intervals, and mistakes in one line."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grasp_lora import api
+from grasp_lora.bench.compare import ComparisonSettings, compare
+from grasp_lora.bench.preflight import preflight
+from grasp_lora.bench.run_folder import predictions_file, read_metrics
+from grasp_lora.bench.session import Session
+from grasp_lora.evaluation.statistics import compare_with_baselines
+from grasp_lora.models.adapters import attached
+from grasp_lora.models.reading import read_adapter
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.report.comparison import score_table, write_comparison
+from grasp_lora.training.probes import ProbeSet
+
+LABELS = ("no", "not", "yes")
+
+
+def write(task: str, **changes: Any) -> None:
+    """Change tiny.yaml and its data to those of a task."""
+    recipe = Path("tiny.yaml")
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("task: completion", f"task: {task}"), encoding="utf-8")
+    for name, rows in (("source", 20), ("target", 40)):
+        texts = [(f"{name} {i}: what?", LABELS[(i * 7 // 4) % 3]) for i in range(rows)]
+        fields = ("text", "label") if task == "classification" else ("source", "target")
+        lines = [dict(zip(fields, pair, strict=True)) for pair in texts]
+        if name == "target":
+            lines[4:10] = [line | changes for line in lines[4:10]]  # some of them come into a split
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def test_a_classification_is_answered_by_the_likeliest_label(tiny_workspace, cli) -> None:
+    write("classification")
+    result = cli("run", "tiny.yaml", "--output", "run")
+    assert result.status == 0, result.err
+    metrics = read_metrics(Path("run"))
+    session = Session(*load_recipe("tiny.yaml"))
+    test = session.splits.test
+    rows = [
+        json.loads(line) for line in predictions_file(Path("run"), "grasp").read_text(encoding="utf-8").splitlines()
+    ]
+    right = [row["prediction"] in row["references"] for row in rows]
+    assert {row["prediction"] for row in rows} <= set(LABELS)
+    assert metrics.systems["grasp"].metrics["accuracy"] == 100 * sum(right) / len(rows)
+    assert [row["scores"] for row in rows] == [{"accuracy": 100.0 * one} for one in right]
+    assert metrics.signatures["macro_f1"].endswith("labels:in_references|average:macro")
+    report = Path("run/report.md").read_text(encoding="utf-8")
+    assert "Accuracy" in report
+    assert "Macro-F1" in report
+    assert "accuracy" in result.out
+    # The score of a label is the one loss of its answer, not divided by its length.
+    with attached(session.backbone.model, read_adapter("run/final").weights) as model:
+        losses = ProbeSet(test, session.pad_id).losses(model)
+        answers = session._answer(model)
+        by_label = {
+            label: ProbeSet([replace(one, completion_ids=tokens) for one in test], session.pad_id).losses(model)
+            for label, tokens in session.splits.labels.items()
+        }
+    assert answers == tuple(row["prediction"] for row in rows)
+    for number, (one, answer) in enumerate(zip(test, answers, strict=True)):
+        sums = {label: by_label[label][number] * len(tokens) for label, tokens in session.splits.labels.items()}
+        assert answer == min(sums, key=sums.__getitem__)
+        assert by_label[one.references[0]][number] == pytest.approx(losses[number], abs=1e-5)
+
+
+def test_a_comparison_has_the_intervals_of_accuracy_and_macro_f1(tiny_workspace) -> None:
+    write("classification")
+    session = Session(*load_recipe("tiny.yaml", ["controller.rounds.every=3"]))
+    settings = ComparisonSettings(methods=("zero_shot", "target_only", "grasp"), seeds=(1,), resamples=500)
+    found = compare(session, Path("out"), settings, None, write_comparison)
+    assert found.metrics == ["test_loss", "accuracy", "macro_f1"]
+    rows = {row.method: row for row in found.rows}
+    for metric in ("accuracy", "macro_f1"):
+        against = rows["target_only"].against[metric]
+        ours, theirs = (rows[name].scores[metric].mean for name in ("grasp", "target_only"))
+        assert against.difference == pytest.approx(ours - theirs)
+        assert against.low <= against.difference <= against.high
+    assert any("Macro-F1" in column for column in score_table(found).columns)
+
+
+def test_macro_f1_is_computed_again_for_each_draw() -> None:
+    from grasp_lora.evaluation.metrics import METRICS, score
+
+    references = [[label] for label in ("a", "a", "b", "b", "c", "a", "b")]
+    ours, theirs = ["a", "a", "b", "a", "c", "a", "b"], ["a", "b", "b", "a", "a", "a", "c"]
+    found = [score(["macro_f1"], answers, references, "jv")["macro_f1"] for answers in (ours, theirs)]
+    compared = compare_with_baselines(
+        found[0].statistics,
+        {"theirs": found[1].statistics},
+        corpus_score=METRICS["macro_f1"].from_statistics,
+        resamples=2000,
+    )["theirs"]
+    assert compared.difference == pytest.approx(found[0].value - found[1].value)
+    assert compared.low < compared.difference < compared.high
+    assert torch.tensor(found[0].statistics).shape == (7, 9)
+
+
+def test_a_translation_is_scored_by_chrf_and_bleu(tiny_workspace) -> None:
+    write("translation")
+    metrics = api.run("tiny.yaml", folder="run").metrics
+    assert list(metrics.systems["grasp"].metrics) == ["chrf++", "bleu"]
+    assert "nw:2" in metrics.signatures["chrf++"]
+    assert "chrF++" in Path("run/report.md").read_text(encoding="utf-8")
+
+
+def test_check_says_what_can_be_chosen(tiny_workspace) -> None:
+    write("classification")
+    session = Session(*load_recipe("tiny.yaml", ['data.labels=["no","not","yes","never"]']))
+    texts = {finding.level: finding.text for finding in preflight(session) if finding.topic == "labels"}
+    assert texts["ok"].startswith("4, how often each stands in train: never 0, no ")
+    assert texts["warning"] == "no training row has never; add rows, or remove it"
+    Path("source.jsonl").write_text(
+        "".join(json.dumps({"text": f"s {i}", "label": "ja"}) + "\n" for i in range(20)), encoding="utf-8"
+    )
+    findings = preflight(Session(*load_recipe("tiny.yaml")))
+    assert [one.text for one in findings if (one.level, one.topic) == ("warning", "labels")] == [
+        "the source has labels that the target has not, ja; are they the same in other words?"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "options", "message"),
+    [
+        (
+            "classification",
+            {},
+            ['data.labels=["no","not"]'],
+            "has the label 'yes', which is not among those of data.labels",
+        ),
+        ("classification", {"label": "Yes"}, ['data.labels=["no","not","yes"]'], "; write it as 'yes'"),
+        ("classification", {"label": " yes"}, [], "with white space around it"),
+        ("classification", {"label": ""}, [], "label is empty"),
+        ("classification", {}, ["data.labels=[not]"], "needs two labels or more"),
+        ("translation", {"target": ""}, [], "target is empty"),
+        ("translation", {"source": " "}, [], "source is empty"),
+        ("translation", {}, ["data.labels=[a, b]"], "the task translation writes its answers"),
+    ],
+)
+def test_mistakes_are_one_line_and_nothing_is_written(task, changes, options, message, tiny_workspace, refused) -> None:
+    write(task, **changes)
+    options = ["data.target.language=ar", *options]  # which has templates, so that no warning stands before the error
+    refused("run", [part for option in options for part in ("--set", option)], message)

@@ -1,0 +1,131 @@
+"""What a label may be: unknown, empty and look-alike ones are named, and one that begins another is no mistake."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from grasp_lora.data.build import CorpusSettings, DataSettings, build_splits
+from grasp_lora.data.labels import MOST_LABELS, check_labels
+from grasp_lora.data.splits import Splits
+from grasp_lora.errors import DataError
+
+Rows = list[dict[str, object]]
+
+
+def rows(labels: list[str], count: int = 24, name: str = "t") -> Rows:
+    return [{"text": f"{name} {i}", "label": labels[i % len(labels)]} for i in range(count)]
+
+
+@pytest.fixture
+def split(tmp_path: Path, tiny_tokenizer) -> Callable[..., Splits]:
+    """Give `split(train, test, source, **settings)`, which splits rows of files of their own."""
+
+    def call(train: Rows, test: Rows | None = None, source: Rows | None = None, **settings: object) -> Splits:
+        given = {"train": train, "test": rows(["a", "ab"], 6, "other") if test is None else test, "source": source}
+        for name, content in given.items():
+            (tmp_path / name).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in content or []))
+        target = CorpusSettings("jv", train_files=("train.jsonl",), test_files=("test.jsonl",), micro_dev=0)
+        rich = None if source is None else CorpusSettings("en", files=("source.jsonl",), dev=0)
+        data = DataSettings("classification", target, rich, **settings)
+        return build_splits(data, tiny_tokenizer, 0, tmp_path)
+
+    return call
+
+
+def test_the_labels_are_those_of_the_training_rows_with_their_end(split, tiny_tokenizer) -> None:
+    found = split(rows(["ab", "a"], 24))
+    assert list(found.labels) == ["a", "ab"]  # one begins the other: the end tells them apart
+    for label, tokens in found.labels.items():
+        assert tokens[-1] == tiny_tokenizer.eos_token_id
+        assert tiny_tokenizer.decode(tokens[:-1]) == f" {label}"
+    assert all(example.completion_ids == found.labels[example.references[0]] for example in found.train)
+    assert found.report.labels == {
+        label: {"source_train": 0, "source_dev": 0, "train": 12, "dev": 0, "micro_dev": 0, "test": 3}
+        for label in ("a", "ab")
+    }
+
+
+def test_labels_of_the_recipe_may_be_more_than_the_training_rows_have(split) -> None:
+    found = split(rows(["a"]), rows(["a", "c"], 6, "o"), labels=("c", "b", "a"))
+    assert list(found.labels) == ["a", "b", "c"]
+
+
+def test_a_completion_template_and_a_chat_hold_for_labels_too(split, tiny_tokenizer) -> None:
+    found = split(rows(["ab", "a"]), completion="<{label}>")
+    assert tiny_tokenizer.decode(found.labels["ab"][:-1]) == "<ab>"
+
+
+def test_the_source_may_have_labels_of_its_own(split) -> None:
+    found = split(rows(["a", "ab"]), source=rows(["x", "a"], name="s"))
+    assert list(found.labels) == ["a", "ab"]
+    assert len(found.source_train) == 24
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "settings", "message"),
+    [
+        (["a", "ab"], ["a", "c"], {}, r"the test example .*test\.jsonl:2' has the label 'c', which is not among those of"),
+        (["a", "ab"], ["A"], {}, r"has the label 'A', .*\(a, ab\); write it as 'a'"),
+        (["a", "b"], ["a", "b"], {"labels": ("a", "c")}, r"has the label 'b', .*those of data\.labels \(a, c\); correct it"),
+        (["a"], ["a"], {}, r"the training rows of the target: a; a classification needs two labels or more"),
+        (["a", "A"], ["a"], {}, r"the labels 'A' and 'a' differ in case or white space alone; write them alike"),
+        (["a b", "a  b"], ["a b"], {}, r"the labels 'a  b' and 'a b' differ in case or white space"),
+        ([" a", "b"], ["b"], {}, r"train\.jsonl:1' has the label ' a' with white space around it; remove that"),
+        (["a", "b"], ["b\n"], {}, r"has the label 'b\\n' with white space around it"),
+        (["a", ""], ["a"], {}, r"train\.jsonl, line 2: label is empty"),
+        (["a", " "], ["a"], {}, r"train\.jsonl, line 2: label is empty"),
+        ([f"l{i}" for i in range(500)], ["l1"], {}, rf"500 labels, first l0, l1, l10; at most {MOST_LABELS} are allowed"),
+    ],
+)  # fmt: skip
+def test_what_no_answer_can_be_chosen_from_is_refused(train, test, settings, message, split) -> None:
+    with pytest.raises(DataError, match=message) as error:
+        split(rows(train, max(24, len(train))), rows(test, len(test), "o"), **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_a_source_label_that_is_written_otherwise_is_refused(split) -> None:
+    with pytest.raises(DataError, match=r"the source_train example .* has the label 'AB', .*; write it as 'ab'"):
+        split(rows(["a", "ab"]), source=rows(["a", "AB"], name="s"))
+
+
+def test_labels_that_the_tokenizer_confounds_are_refused(tmp_path, tiny_tokenizer, split, monkeypatch) -> None:
+    whole = type(tiny_tokenizer).__call__
+    monkeypatch.setattr(
+        type(tiny_tokenizer),
+        "__call__",
+        lambda self, texts, **options: whole(self, [text.replace("ab", "a") for text in texts], **options),
+    )
+    with pytest.raises(DataError, match="the labels 'a' and 'ab' are the same tokens; rename one"):
+        split(rows(["a", "ab"]))
+
+
+def test_references_beside_a_label_are_refused(split) -> None:
+    train = [row | {"references": ["a", "b"]} for row in rows(["a", "ab"])]
+    with pytest.raises(DataError, match=r"has references beside its label, .*leave out the column references"):
+        split(train)
+
+
+def test_a_number_is_no_label(split) -> None:
+    with pytest.raises(DataError, match="line 1: label must be a text, found int"):
+        split([{"text": f"t {i}", "label": i % 2} for i in range(24)])
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "message"),
+    [
+        ("qa", ("a", "b"), "the task qa writes its answers; remove them, or set task to classification"),
+        ("classification", ("a",), "labels: a; a classification needs two labels or more"),
+        ("classification", ("a", ""), "the label '' is empty or has white space around it"),
+        ("classification", ("a", "b "), "the label 'b ' is empty or has white space around it"),
+        ("classification", ("a", "A"), "differ in case or white space alone"),
+    ],
+)
+def test_labels_of_a_recipe_are_checked_with_it(task, labels, message) -> None:
+    with pytest.raises((DataError, ValueError), match=message):
+        DataSettings(task, CorpusSettings("jv", files=("a.csv",)), labels=labels)
+
+
+def test_as_many_labels_as_are_allowed() -> None:
+    assert len(check_labels(map(str, range(MOST_LABELS)), "here")) == MOST_LABELS
