@@ -908,7 +908,7 @@ def test_corrected_references_and_another_metric_need_no_new_answers(finished, m
     def fail(*_: Any) -> None:
         raise AssertionError("nothing is to be answered")
 
-    monkeypatch.setattr(Session, "_answer", fail)
+    monkeypatch.setattr(Session, "examine", fail)
     again, recorder = run(folder, SMALL, "metrics=[rouge1]", "generation.batch_size=3")
     assert set(recorder.done_steps) == {"scores"}
     assert again["metrics"] == ["test_loss", "rouge1"]

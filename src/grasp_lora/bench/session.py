@@ -27,7 +27,7 @@ from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, check_fits, fresh_adapter, save_adapter
 from grasp_lora.models.backbone import Backbone, load_backbone
-from grasp_lora.models.generation import generate
+from grasp_lora.models.generation import Reader, generate
 from grasp_lora.models.live import adapter_weights, segments_of
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import EMBEDDED_NAME
@@ -315,10 +315,17 @@ class Session:
         with self._with(weights) as model:
             return {name: self._losses(model, getattr(self.splits, name)) for name in splits}
 
-    def answer(self, weights: AdapterWeights | None) -> tuple[str, ...]:
-        """Answer the test prompts; return the answers in the order of the split."""
+    def examine(self, weights: AdapterWeights | None) -> tuple[list[float], tuple[str, ...]]:
+        """Measure the losses of the test examples and answer their prompts, in one go; both in the order of the split."""
+        test, tokenizer, settings = self.splits.test, self.backbone.tokenizer, self.recipe.generation
+        prompts, gold = [one.prompt_ids for one in test], [one.completion_ids for one in test]
+        told = self.progress.answered
         with self._with(weights) as model:
-            return self._answer(model)
+            if world_size() == 1:
+                reader = Reader(model, tokenizer, prompts, gold, settings, told)
+                return ProbeSet(test, self.pad_id).losses(model, reader=reader), tuple(reader.answers())
+            answers = distribute(prompts, lambda own: generate(model, tokenizer, own, settings, told))
+            return self._losses(model, test), tuple(answers)
 
     def score(self, answers: Sequence[str]) -> dict[str, MetricScore]:
         """Score answers to the test prompts, in the order of the split."""
@@ -345,11 +352,6 @@ class Session:
 
     def _losses(self, model: Any, examples: Sequence[Example]) -> list[float]:
         return ProbeSet(examples, self.pad_id).losses(model) if examples else []
-
-    def _answer(self, model: Any) -> tuple[str, ...]:
-        prompts = [example.prompt_ids for example in self.splits.test]
-        tokenizer, settings = self.backbone.tokenizer, self.recipe.generation
-        return tuple(distribute(prompts, lambda own: generate(model, tokenizer, own, settings, self.progress.answered)))
 
 
 def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:
