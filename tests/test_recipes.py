@@ -92,6 +92,8 @@ def arguments(
             corpus = getattr(recipe.data, role)
             changes += [f"data.{role}.{split}={count}" for split, count in counts.items()]
             files = []
+            if corpus.test_files:
+                changes.append(f"data.{role}.test_files=[]")
             for number, file in enumerate(corpus.files):
                 rows = news(f"{corpus.language}{number}")
                 if recipe.data.task == "summarization":

@@ -91,7 +91,7 @@ class TestSettings:
             ({"files": ()}, "data of ar is given by nothing; give exactly one of files"),
             ({"hub": "a/b"}, "is given by files and hub; give exactly one"),
             ({"train_files": ("b",)}, "is given by files and train_files"),
-            ({"test_files": ("b",)}, "files of single splits need train_files, and exclude files"),
+            ({"dev_files": ("b",)}, "files of single splits need train_files, and exclude files"),
             ({"format": "hub"}, "need hub: the name of the data set"),
             ({"hub_split": "train"}, "need hub: the name of the data set"),
             ({"files": (), "hub": "a/b", "format": "squad"}, "format squad reads files"),

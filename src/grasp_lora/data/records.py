@@ -347,8 +347,8 @@ FORMATS = ("auto", *LAYOUTS)
 
 
 def _article(title: str) -> str:
-    """Key of an article, the same in every file: its paragraphs may be spread over several."""
-    return f"article:{' '.join(title.split())}"
+    """Key of an article, the same in every file: its paragraphs may be spread over several, with spaces or, as in XQuAD, `_`."""
+    return f"article:{' '.join(title.replace('_', ' ').split())}"
 
 
 def _blank(value: object) -> bool:
