@@ -108,12 +108,12 @@ class OtherSplit(_Shape):
 
 
 class CurvePoint(_Shape):
-    """Mean losses of one run of the grid."""
+    """Mean losses of one run of the grid; a large test set is measured for the chosen ratio alone."""
 
     seed: int
     prune_ratio: float
     dev: float
-    test: float
+    test: float | None = None
 
 
 class Pace(_Shape):
