@@ -8,10 +8,11 @@ process's own time counts, so that other work on the machine disturbs little; ot
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,11 @@ import torch
 from grasp_lora.bench.checks import check
 from grasp_lora.bench.session import Session
 from grasp_lora.models import generation
-from grasp_lora.models.adapters import fresh_adapter
-from grasp_lora.models.generation import generate
+from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.generation import Reader, generate
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.training.finetune import finetune
+from grasp_lora.training.probes import ProbeSet
 
 
 def main() -> None:
@@ -36,12 +38,16 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=32, help="test prompts to answer")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--repeats", type=int, default=2, help="the fastest counts")
+    parser.add_argument("--adapter", type=Path, help="a PEFT adapter on the backbone, for realistic answers")
     parser.add_argument("--training-examples", type=int, default=16, help="examples to time a training step on")
     arguments = parser.parse_args()
     recipe, base = load_recipe(arguments.recipe, arguments.overrides)
     session = Session(recipe, base)
     check(session, parents=False)
-    print(json.dumps(measure(session, arguments), indent=1))  # noqa: T201
+    # The backbone has the adapter in place, so what is measured is called as it is without one.
+    adapter = attached(session.backbone.model, session.read(arguments.adapter).weights) if arguments.adapter else None
+    with adapter or nullcontext():
+        print(json.dumps(measure(session, arguments), indent=1))  # noqa: T201
 
 
 def measure(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,7 +73,7 @@ def measure(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
             "forward_passes": best.passes,
         }
     per_example = rows[str(arguments.batch_sizes[-1])]["seconds_per_example"]
-    step = training_step(session, arguments.training_examples, now)
+    step = math.nan if arguments.adapter else training_step(session, arguments.training_examples, now)
     training = recipe.final.training
     longest = training.epochs * len(session.splits.train)
     generation_seconds = per_example * len(session.splits.test)
@@ -81,10 +87,50 @@ def measure(session: Session, arguments: argparse.Namespace) -> dict[str, Any]:
         "max_new_tokens": recipe.generation.max_new_tokens,
         "by_batch_size": rows,
         "with_ended_rows_in_the_batch_over_without": staying,
+        "evaluation": evaluation(session, arguments.examples, now),
         "training_seconds_per_example": round(step, 4),
         "answering_an_example_over_training_on_one": round(per_example / step, 2),
         "test_split_over_one_epoch": round(generation_seconds / (step * len(session.splits.train)), 2),
         "test_split_over_a_final_run_without_early_stopping": round(generation_seconds / (step * longest), 2),
+    }
+
+
+def evaluation(session: Session, examples: int, now: Callable[[], float]) -> dict[str, Any]:
+    """Losses and answers of a system in one go, against losses and then answers, and against losses alone."""
+    test, settings = session.splits.test[:examples], session.recipe.generation
+    prompts, gold = [one.prompt_ids for one in test], [one.completion_ids for one in test]
+    model, tokenizer = session.backbone.model, session.backbone.tokenizer
+    probes = ProbeSet(test, session.pad_id)
+
+    def in_one_go() -> list[str]:
+        reader = Reader(model, tokenizer, prompts, gold, settings)
+        probes.losses(model, reader=reader)
+        return reader.answers()
+
+    def one_after_the_other() -> list[str]:
+        probes.losses(model)
+        return generate(model, tokenizer, prompts, settings)
+
+    found: dict[str, list[str]] = {}
+    works = {
+        "in_one_go": lambda: found.__setitem__("new", in_one_go()),
+        "one_after_the_other": lambda: found.__setitem__("old", one_after_the_other()),
+        "losses_alone": lambda: probes.losses(model),
+    }
+    with timed(model, now) as clock:
+        costs = {name: run(clock, work) for name, work in works.items()}
+    whole = costs["losses_alone"]
+    return {
+        "different_answers": sum(a != b for a, b in zip(found["new"], found["old"], strict=True)),
+        "exact": sum(a in one.references for a, one in zip(found["new"], test, strict=True)),
+        "over_losses_alone": {
+            name: {
+                "seconds": round(cost.total / whole.total, 2),
+                "tokens": round(cost.tokens / whole.tokens, 2),
+                "passes": round(cost.passes / whole.passes, 1),
+            }
+            for name, cost in costs.items()
+        },
     }
 
 
@@ -115,6 +161,7 @@ class Clock:
     head: float = 0.0
     prefill: float = 0.0
     passes: int = 0
+    tokens: int = 0
 
 
 @contextmanager
@@ -131,6 +178,7 @@ def timed(model: Any, now: Callable[[], float]) -> Iterator[Clock]:
 
     def end_model(_: Any, inputs: Any, named: dict[str, Any], output: Any) -> None:
         clock.passes += 1
+        clock.tokens += named["input_ids"].numel()
         if named["input_ids"].shape[1] > 1:
             clock.prefill += now() - started["model"]
 
@@ -159,6 +207,7 @@ def run(clock: Clock, work: Callable[[], object]) -> Clock:
         clock.head - before.head,
         clock.prefill - before.prefill,
         clock.passes - before.passes,
+        clock.tokens - before.tokens,
     )
 
 

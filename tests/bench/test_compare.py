@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -41,6 +42,7 @@ from grasp_lora.report.comparison import (
     cost_table,
     print_comparison,
     score_table,
+    verdict_table,
     write_comparison,
 )
 
@@ -391,11 +393,72 @@ def test_the_verdict_is_that_of_the_records(whole_comparison):
     rows = {row["method"]: row["scores"]["test_loss"]["mean"] for row in content["rows"]}
     values = {name: by_mean[value] for name, value in rows.items()}
     ours = values.pop("grasp")
-    expected = compare_with_baselines(ours, values, higher_is_better=False, resamples=1000)
+    planned = {"continued", "joint", "grid"}
+    together = {name: values.pop(name) for name in planned}
+    expected = compare_with_baselines(ours, together, higher_is_better=False, resamples=1000)
     for row in content["rows"]:
-        if row["method"] != "grasp":
+        if row["method"] in planned:
             assert row["against"]["test_loss"]["low"] == expected[row["method"]].low
             assert row["against"]["test_loss"]["verdict"] == expected[row["method"]].verdict
+        elif row["method"] != "grasp":
+            alone = {row["method"]: values[row["method"]]}
+            one = compare_with_baselines(ours, alone, higher_is_better=False, resamples=1000)[row["method"]]
+            assert row["against"]["test_loss"]["low"] == one.low
+            assert row["against"]["test_loss"]["verdict"] is None
+    assert content["comparisons"] == 3
+
+
+def against(verdict: str | None, difference: float = -0.3, low: float = -0.4, high: float = -0.2) -> dict[str, Any]:
+    return {
+        "difference": difference, "low": low, "high": high, "p_value": 0.01, "confidence": 0.95, "examples": 8, "resamples": 1000,
+        "comparisons": 3, "higher_is_better": False, "verdict": verdict,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("loss", "score", "saved"),
+    [
+        ("better", "no difference shown", True), ("better", "worse", True), ("better", "better", False),
+        ("no difference shown", "no difference shown", False), (None, None, False),
+    ],
+)  # fmt: skip
+def test_a_gain_in_the_loss_that_no_answer_shows_is_called_over_confidence_saved(whole_comparison, loss, score, saved):
+    _, content = whole_comparison
+    shown = {
+        "test_loss": against(loss),
+        "exact_match": against(score, 1.25, -0.5, 3.0),
+        "rougeL": against(score, 0.6, -1.4, 2.5),
+    }
+    rows = [row | {"against": shown} if row["method"] == "continued" else row for row in content["rows"]]
+    [row] = [
+        row
+        for row in verdict_table(record(content | {"rows": rows})).rows
+        if row[0].text.startswith("source adapter c")
+    ]
+    word = f", {score}" if score else ""
+    assert re.fullmatch(rf"\+0\.60? ROUGE-L{word} \(-1\.40? to \+2\.50?\)", row[3].text)
+    assert ("over-confidence saved" in row[1].text) is saved
+    [row] = [
+        row for row in score_table(record(content | {"rows": rows})).rows if row[0].text.startswith("source adapter c")
+    ]
+    assert row[-1].text.startswith("+0.6")
+    assert ("over-confidence saved" in row[-1].text) is saved
+
+
+def test_the_half_width_is_said_before_anything_is_trained(tiny_workspace):
+    said: list[str] = []
+
+    class Notes(Progress):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+        def step(self, report: Any) -> None:
+            assert said
+
+    settings = ComparisonSettings(("merged", "continued", "joint"), (1,), resamples=1000)
+    compare(session(), tiny_workspace / "compare", settings, Notes(), write_comparison)
+    assert "8 test examples, 2 planned comparisons" in said[0]
+    assert said[0] in (tiny_workspace / "compare/compare/compare.md").read_text(encoding="utf-8").replace("\\", "")
 
 
 def test_cost_counts_runs_and_examples_beyond_the_adapters_that_are_merged(whole_comparison):
@@ -912,7 +975,7 @@ def test_corrected_references_and_another_metric_need_no_new_answers(finished, m
     def fail(*_: Any) -> None:
         raise AssertionError("nothing is to be answered")
 
-    monkeypatch.setattr(Session, "_answer", fail)
+    monkeypatch.setattr(Session, "examine", fail)
     again, recorder = run(folder, SMALL, "metrics=[rouge1]", "generation.batch_size=3")
     assert set(recorder.done_steps) == {"scores"}
     assert again["metrics"] == ["test_loss", "rouge1"]

@@ -354,7 +354,7 @@ def test_the_test_split_is_never_looked_at(tiny_workspace, monkeypatch):
         raise AssertionError("nothing is to be answered")
 
     monkeypatch.setattr(ProbeSet, "__init__", spy)
-    monkeypatch.setattr(session_module, "generate", fail)
+    monkeypatch.setattr(session_module, "Reader", fail)
     run("out", RATIO, trials=2)
     splits = session().splits
     assert {example.id for example in splits.dev} <= seen

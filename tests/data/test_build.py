@@ -91,7 +91,11 @@ class TestSettings:
             ({"files": ()}, "data of ar is given by nothing; give exactly one of files"),
             ({"hub": "a/b"}, "is given by files and hub; give exactly one"),
             ({"train_files": ("b",)}, "is given by files and train_files"),
-            ({"test_files": ("b",)}, "files of single splits need train_files, and exclude files"),
+            ({"dev_files": ("b",)}, "files of single splits need train_files, and exclude files"),
+            (
+                {"files": (), "hub": "a/b", "test_files": ("c",)},
+                "files of single splits need train_files, and exclude hub",
+            ),
             ({"format": "hub"}, "need hub: the name of the data set"),
             ({"hub_split": "train"}, "need hub: the name of the data set"),
             ({"files": (), "hub": "a/b", "format": "squad"}, "format squad reads files"),
@@ -547,6 +551,29 @@ class TestBuildSplits:
         splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
         sizes = [len(getattr(splits, name)) for name in ("source_train", "source_dev", *self.COUNTS)]
         assert sizes == [0, 0, 100, 0, 16, 84]
+
+    def test_test_files_beside_a_pool_are_all_tested_on_and_leave_nothing_related_in_the_pool(
+        self, tiny_tokenizer: PreTrainedTokenizerFast, write: Callable[[str, object], str], tmp_path: Path
+    ) -> None:
+        more = squad("fr", 3)
+        more["data"][0]["title"] = "de_title_0"  # as XQuAD writes what MLQA calls "de title 0"
+        for number, article in enumerate(more["data"]):
+            article["paragraphs"][0]["qas"][0]["id"] = f"more{number}"
+            article["paragraphs"][0]["qas"][1]["id"] = f"also{number}"
+        more["data"][2]["paragraphs"][0]["qas"][1]["id"] = "q5-0"
+        files = (write("de.json", squad("de", 12)),)
+        corpus = CorpusSettings(
+            "de", files=files, test_files=(write("more.json", more),), train=6, dev=4, micro_dev=2, test=4
+        )
+        source = CorpusSettings("en", files=(write("en.json", squad("en", 12)),), dev=2)
+        splits = build_splits(DataSettings("qa", corpus, source), tiny_tokenizer, 0, tmp_path)
+        assert len(splits.test) == 6 + 4
+        assert {f"{kind}{n}" for kind in ("more", "also") for n in range(2)} | {"more2", "q5-0"} <= set(
+            ids(splits.test)
+        )
+        taught = {*ids(splits.train), *ids(splits.dev), *ids(splits.micro_dev), *ids(splits.source_train)}
+        assert not taught & {"q0-0", "q0-1", "q5-0", "q5-1"}
+        assert splits.report.target.excluded_for_leak == 4
 
     def test_a_pool_from_the_hub(
         self, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast

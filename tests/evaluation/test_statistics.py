@@ -16,6 +16,7 @@ from grasp_lora.evaluation.metrics import METRICS, score
 from grasp_lora.evaluation.statistics import (
     PairedComparison,
     compare_with_baselines,
+    half_width,
     holm,
     mean_and_sd,
 )
@@ -327,3 +328,22 @@ def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         compared([1.0, 2.0], [1.0, 3.0], **settings)
     assert compared([1.0, 2.0], [1.0, 3.0], resamples=39).resamples == 39
+
+
+def test_what_is_not_looked_at_together_is_taken_alone():
+    generator = torch.Generator().manual_seed(5)
+    ours, *others = torch.randn(6, 60, generator=generator).tolist()
+    names = dict(zip("abcde", others, strict=True))
+    found = compare_with_baselines(ours, names, together=("a", "b", "nowhere"))
+    both = compare_with_baselines(ours, {name: names[name] for name in "ab"})
+    assert {name: found[name] for name in "ab"} == both
+    for name in "cde":
+        assert found[name] == compare_with_baselines(ours, {name: names[name]})[name]
+    assert {name: one.comparisons for name, one in found.items()} == {"a": 2, "b": 2, "c": 1, "d": 1, "e": 1}
+
+
+def test_the_half_width_foretold_is_that_of_the_bootstrap():
+    differences = torch.randn(400, generator=torch.Generator().manual_seed(1)).mul(26.0)
+    zeros = {str(number): [0.0] * 400 for number in range(3)}
+    found = compare_with_baselines(differences.tolist(), zeros)["0"]
+    assert half_width(float(differences.std()), 400, 3) == pytest.approx((found.high - found.low) / 2, rel=0.06)

@@ -2,6 +2,7 @@
 
 import logging
 import random
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,8 +19,9 @@ from transformers import (
 from grasp_lora.errors import DataError
 from grasp_lora.models import generation as generation_module
 from grasp_lora.models.backbone import without_peft
-from grasp_lora.models.generation import _TOKENS_BETWEEN, generate
+from grasp_lora.models.generation import _TOKENS_BETWEEN, Reader, generate
 from grasp_lora.models.settings import GenerationSettings
+from grasp_lora.training.probes import ProbeSet
 
 ARCHITECTURES = ["llama", "gemma3", "qwen3", "gpt2"]
 EOS = 2
@@ -330,3 +332,96 @@ def test_models_with_a_state_of_their_own_answer_alike_in_batches(architecture, 
     answers = generate(model, tiny_tokenizer, prompts, settings)
     assert answers == [generate(model, tiny_tokenizer, [prompt], settings)[0] for prompt in prompts]
     assert len(set(answers)) > 1
+    examples = [Gold(str(number), prompt, [7, 8, EOS]) for number, prompt in enumerate(prompts)]
+    assert read_answers(model, tiny_tokenizer, examples, settings)[1] == answers
+
+
+@dataclass(frozen=True)
+class Gold:
+    """A prompt with the gold answer that its loss is measured on."""
+
+    id: str
+    prompt_ids: list[int]
+    completion_ids: list[int]
+
+
+def read_answers(model, tokenizer, examples, settings):
+    """Losses and answers of one go, and how many tokens each forward pass of it took in."""
+    sizes = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    prompts, gold = [one.prompt_ids for one in examples], [one.completion_ids for one in examples]
+    reader = Reader(model, tokenizer, prompts, gold, settings)
+    losses = ProbeSet(examples, 0, token_budget=120).losses(model, reader=reader)
+    answers = reader.answers()
+    hook.remove()
+    return losses, answers, sizes
+
+
+def golden(model, prompts, count=NEW_TOKENS):
+    """Gold answers of all kinds: what the model says, what it says at first, and what it never says; all with an end."""
+    made = []
+    for number, prompt in enumerate(prompts):
+        said = greedy_tokens(model, prompt, count)
+        wrong = [token for token in (300 - token for token in said) if 4 <= token < 260]
+        kinds = (said[: 1 + number % 5], [*said[:2], *wrong[:3]], wrong[:4] or [9], said)
+        made.append(Gold(str(number), prompt, [*kinds[number % 4], EOS]))
+    return made
+
+
+@pytest.mark.parametrize("allow_empty", [True, False])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_reading_gold_answers_gives_the_losses_and_answers_of_two_goes(
+    architecture, make_tiny_model, tiny_tokenizer, allow_empty
+):
+    model = make_tiny_model(architecture)
+    prompts = make_prompts(16)
+    examples = golden(model, prompts)
+    # Some prompts are answered by the end at once, some after a few tokens.
+    firsts = {example.completion_ids[0] for example in examples[4:6]}
+    model.generation_config.eos_token_id = sorted({EOS, *firsts, greedy_tokens(model, prompts[0], 4)[3]})
+    stop = (tiny_tokenizer.decode([greedy_tokens(model, prompts[3], 3)[2]]),)
+    for size in (1, 3, 16):
+        settings = GenerationSettings(max_new_tokens=NEW_TOKENS, batch_size=size, stop=stop, allow_empty=allow_empty)
+        losses, answers, _ = read_answers(model, tiny_tokenizer, examples, settings)
+        assert losses == ProbeSet(examples, 0, token_budget=120).losses(model)
+        assert answers == generate(model, tiny_tokenizer, prompts, settings)
+    assert "" in answers or not allow_empty
+
+
+@pytest.mark.parametrize(("architecture", "longest"), [("llama", 40), ("gpt2", 40), ("gemma3", 9)])
+def test_an_answer_that_is_reproduced_is_not_decoded_and_others_read_no_prompt_again(
+    architecture, longest, make_tiny_model, tiny_tokenizer
+):
+    model = make_tiny_model(architecture)
+    prompts = make_prompts(8, longest)
+    said = [greedy_tokens(model, prompt, 4) for prompt in prompts]
+    model.generation_config.eos_token_id = [EOS, *{tokens[3] for tokens in said}]
+    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
+    same = [Gold(str(n), *both) for n, both in enumerate(zip(prompts, said, strict=True)) if len(set(both[1])) == 4]
+    assert len(same) > 2
+    _, answers, sizes = read_answers(model, tiny_tokenizer, same, settings)
+    measured = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: measured.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    ProbeSet(same, 0, token_budget=120).losses(model)
+    hook.remove()
+    assert sizes == measured
+    assert answers == generate(model, tiny_tokenizer, [one.prompt_ids for one in same], settings)
+    others = [Gold(one.id, one.prompt_ids, [9 if one.completion_ids[0] != 9 else 8, EOS]) for one in same]
+    _, answers_of_others, sizes = read_answers(model, tiny_tokenizer, others, settings)
+    assert answers_of_others == answers
+    assert all(size <= len(others) for size in sizes[-3:])
+
+
+def test_a_cache_that_cannot_be_cut_costs_time_and_no_answer(make_tiny_model, tiny_tokenizer, monkeypatch):
+    model = make_tiny_model("llama")
+    examples = golden(model, make_prompts(9))
+    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, batch_size=4, stop=())
+    expected = read_answers(model, tiny_tokenizer, examples, settings)
+    monkeypatch.setattr(generation_module, "_can_cut", lambda cache, tokens: tokens % 2 == 0)
+    found = read_answers(model, tiny_tokenizer, examples, settings)
+    assert found[:2] == expected[:2]
+    assert sum(found[2]) > sum(expected[2])

@@ -19,6 +19,7 @@ from grasp_lora.bench.comparison_record import (
 )
 from grasp_lora.bench.keyed import GRID
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, REMOVED
+from grasp_lora.bench.planned import expected_width, planned_against
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
 from grasp_lora.bench.session import Session
@@ -46,7 +47,8 @@ class ComparisonSettings:
         methods: names of methods; by default all but the last three.
         seeds: seeds of initialisation, order of the data and controller; the source adapter is that of the recipe's seed.
         grid: prune ratios of the grid search, fractions in [0, 1].
-        reference: the method that the others are compared with; it is run even if `methods` leaves it out.
+        reference: the method that the others are compared with; it is run even if `methods` leaves it out. Verdicts are those of
+            the planned comparisons: with grasp, continued, joint and grid.
         split_seeds: seeds of further splits of the data, on which all is done once more with the first seed.
         resamples: of the bootstrap.
 
@@ -188,6 +190,9 @@ class Work:
         self.again = {other: self._rows(elsewhere) for other, elsewhere in self.others.items()}
 
     def execute(self) -> Comparison:
+        planned = planned_against(self.settings.reference, self.names)
+        if text := expected_width(list(self.session.metrics), len(self.session.splits.test), len(planned)):
+            self.progress.note(text)
         shared, batches = self._batches(Bench)
         self.progress.begin(sum(METHODS[name].units for batch in batches for name in batch.to_do))
         finished = 0

@@ -46,7 +46,7 @@ class Cost(_Shape):
 
 
 class Against(_Shape):
-    """The reference against this row by one metric; see `PairedComparison`."""
+    """The reference against this row by one metric; see `PairedComparison`. Only planned comparisons have a verdict."""
 
     difference: float
     low: float
@@ -57,7 +57,7 @@ class Against(_Shape):
     resamples: int
     comparisons: int
     higher_is_better: bool
-    verdict: str
+    verdict: str | None
 
 
 class Row(_Shape):
@@ -108,12 +108,12 @@ class OtherSplit(_Shape):
 
 
 class CurvePoint(_Shape):
-    """Mean losses of one run of the grid."""
+    """Mean losses of one run of the grid; a large test set is measured for the chosen ratio alone."""
 
     seed: int
     prune_ratio: float
     dev: float
-    test: float
+    test: float | None = None
 
 
 class Pace(_Shape):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from grasp_lora.bench.checks import check, expected_rounds
 from grasp_lora.bench.plan import time_step
+from grasp_lora.bench.planned import PLANNED, expected_width
 from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import Example, Tally
 from grasp_lora.models.backbone import is_quantised
@@ -61,6 +62,8 @@ def preflight(session: Session) -> list[Finding]:
     if not splits.test:
         findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
     findings += _plan(recipe, sizes)
+    if width := expected_width(list(session.metrics), len(splits.test), len(PLANNED) - 1):
+        findings.append(Finding("ok", "power", f"in a comparison, {width}"))
     trained, probed = _cost(recipe, sizes)
     pace = time_step(session)
     text = (

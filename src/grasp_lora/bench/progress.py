@@ -17,6 +17,9 @@ class Progress:
     def begin(self, units: float, finished: float = 0.0) -> None:
         """Take how much there is to do, in rough units of any kind, and how much was finished before."""
 
+    def note(self, text: str) -> None:
+        """Take what is to be known beforehand, a sentence."""
+
     def stage(self, name: str) -> None:
         """A stage of a run, a method of a comparison or a trial of a sweep begins."""
 

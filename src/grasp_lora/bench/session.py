@@ -29,7 +29,7 @@ from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, check_fits, fresh_adapter, save_adapter
 from grasp_lora.models.backbone import Backbone, load_backbone
 from grasp_lora.models.choosing import label_scores
-from grasp_lora.models.generation import generate
+from grasp_lora.models.generation import Reader, generate
 from grasp_lora.models.live import adapter_weights, segments_of
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import EMBEDDED_NAME
@@ -317,10 +317,26 @@ class Session:
         with self._with(weights) as model:
             return {name: self._losses(model, getattr(self.splits, name)) for name in splits}
 
-    def answer(self, weights: AdapterWeights | None) -> tuple[str, ...]:
-        """Answer the test prompts, in a classification by the likeliest label; return the answers in the order of the split."""
+    def examine(self, weights: AdapterWeights | None) -> tuple[list[float], tuple[str, ...]]:
+        """Measure the losses of the test examples and answer their prompts, in a classification by the likeliest label.
+
+        Both are in the order of the split, and made in one go where they can be.
+        """
+        test, tokenizer, settings = self.splits.test, self.backbone.tokenizer, self.recipe.generation
+        prompts, gold = [one.prompt_ids for one in test], [one.completion_ids for one in test]
+        told, ends = self.progress.answered, {completion[-1] for completion in gold}
+        labels = self.splits.labels
         with self._with(weights) as model:
-            return self._answer(model)
+            if labels:
+                tokens = list(labels.values())
+                scores = distribute(prompts, lambda own: label_scores(model, own, tokens, settings, told))
+                answers = [max(zip(of_prompt, labels, strict=True), key=itemgetter(0))[1] for of_prompt in scores]
+            elif world_size() == 1:
+                reader = Reader(model, tokenizer, prompts, gold, settings, told, ends)
+                return ProbeSet(test, self.pad_id).losses(model, reader=reader), tuple(reader.answers())
+            else:
+                answers = distribute(prompts, lambda own: generate(model, tokenizer, own, settings, told, ends))
+            return self._losses(model, test), tuple(answers)
 
     def score(self, answers: Sequence[str]) -> dict[str, MetricScore]:
         """Score answers to the test prompts, in the order of the split."""
@@ -354,18 +370,6 @@ class Session:
 
     def _losses(self, model: Any, examples: Sequence[Example]) -> list[float]:
         return ProbeSet(examples, self.pad_id).losses(model) if examples else []
-
-    def _answer(self, model: Any) -> tuple[str, ...]:
-        test = self.splits.test
-        prompts, ends = [example.prompt_ids for example in test], {example.completion_ids[-1] for example in test}
-        tokenizer, settings, labels = self.backbone.tokenizer, self.recipe.generation, self.splits.labels
-        if labels:
-            tokens = list(labels.values())
-            scores = distribute(prompts, lambda own: label_scores(model, own, tokens, settings, self.progress.answered))
-            return tuple(max(zip(of_prompt, labels, strict=True), key=itemgetter(0))[1] for of_prompt in scores)
-        return tuple(
-            distribute(prompts, lambda own: generate(model, tokenizer, own, settings, self.progress.answered, ends))
-        )
 
 
 def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:

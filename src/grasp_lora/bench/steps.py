@@ -250,10 +250,15 @@ class Bench(Keyed):
 
         return self._adapter("lorahub", settings, parents, work)
 
-    def losses(self, adapter: Adapter, split: str = "test") -> Record:
-        """The losses of the examples of a split: `dev`, `micro_dev` or `test`."""
+    def losses(self, adapter: Adapter, split: str = "test", *, answered: bool = False) -> Record:
+        """The losses of the examples of a split: `dev`, `micro_dev` or `test`.
+
+        Where the test prompts are to be `answered`, too, that is done in the same go, for `scores`.
+        """
 
         def work(key: str, folder: Path) -> dict[str, Any]:
+            if answered and not on_first_process(self._answers_file(adapter).is_file):
+                return {"losses": self._examine(adapter)}
             return {"losses": self.session.losses(adapter.load(), split)[split]}
 
         settings = self._measured(adapter, data=self._data(split), revision=REVISIONS["losses"], split=split)
@@ -269,34 +274,48 @@ class Bench(Keyed):
         dev = self.losses(adapter, "dev") if splits.dev else None
         if not splits.test:
             return Measured(dev, None, None, ())
+        losses = self.losses(adapter, answered=True)
         scores, answers = self._scored(adapter)
-        return Measured(dev, self.losses(adapter), scores, answers())
+        return Measured(dev, losses, scores, answers())
 
-    def _scored(self, adapter: Adapter) -> tuple[Record, Callable[[], tuple[str, ...]]]:
-        recipe, session, test = self.recipe, self.session, self.session.splits.test
-        answers_by = recipe.generation
+    def _asked(self, adapter: Adapter) -> dict[str, Any]:
+        """What decides the answers to the test prompts."""
+        answers_by = self.recipe.generation
         generation = {"max_new_tokens": answers_by.max_new_tokens, "stop": answers_by.stop}
         if not answers_by.allow_empty:  # as the records say that were made when every answer could be empty
             generation["allow_empty"] = False
         asked = self._measured(adapter, data=self._data("test"), revision=REVISIONS["scores"], generation=generation)
-        if session.splits.labels:
+        if self.session.splits.labels:
             del asked["generation"]  # nothing is written
-            asked |= plain({"labels": session.splits.labels})
-        references = [example.references for example in test]
-        settings = asked | {
+            asked |= plain({"labels": self.session.splits.labels})
+        return asked
+
+    def _answers_file(self, adapter: Adapter) -> Path:
+        """Where the answers are: under a key of their own, so that another metric does not need new ones."""
+        return self.store.answers_file(key_of("answers", self._asked(adapter)))
+
+    def _examine(self, adapter: Adapter) -> list[float]:
+        """Measure the losses of the test examples and write the answers to their prompts."""
+        losses, answers = self.session.examine(adapter.load())
+        test = self.session.splits.test
+        rows = [{"id": one.public_id, "prediction": text} for one, text in zip(test, answers, strict=True)]
+        on_first_process(lambda: write_jsonl(self._answers_file(adapter), rows))
+        return losses
+
+    def _scored(self, adapter: Adapter) -> tuple[Record, Callable[[], tuple[str, ...]]]:
+        recipe, session = self.recipe, self.session
+        references = [example.references for example in session.splits.test]
+        settings = self._asked(adapter) | {
             "metrics": list(session.metrics),
             "bertscore": _public(recipe.bertscore) if "bertscore" in session.metrics else None,
             "language": session.language,
             "references": hashlib.sha256(repr(references).encode()).hexdigest(),
         }
-        # Under a key of their own, so that another metric does not need new answers.
-        file = self.store.answers_file(key_of("answers", asked))
+        file = self._answers_file(adapter)
 
         def answers() -> tuple[str, ...]:
             if not on_first_process(file.is_file):
-                given = session.answer(adapter.load())
-                rows = [{"id": one.public_id, "prediction": text} for one, text in zip(test, given, strict=True)]
-                on_first_process(lambda: write_jsonl(file, rows))
+                self._examine(adapter)
             lines = on_first_process(lambda: file.read_text(encoding="utf-8")).split("\n")
             return tuple(json.loads(line)["prediction"] for line in lines if line)
 
@@ -324,7 +343,7 @@ class Bench(Keyed):
             chosen_by: measurements that the choice took beyond those of the trainings.
         """
         needed = unique([*(record for one in (*chosen_among, adapter) for record in one.records), *chosen_by])
-        losses, scores = self.losses(adapter), self.scores(adapter)
+        losses, scores = self.losses(adapter, answered=True), self.scores(adapter)
         return Outcome(losses, scores, needed, prune_ratio, chosen_on, curve, tuple(left_out))
 
     @cached_property

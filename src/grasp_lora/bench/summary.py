@@ -21,6 +21,7 @@ from grasp_lora.bench.comparison_record import (
 )
 from grasp_lora.bench.methods import METHODS
 from grasp_lora.bench.outcomes import Outcome
+from grasp_lora.bench.planned import planned_against
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import environments
 from grasp_lora.evaluation.statistics import compare_with_baselines, mean_and_sd
@@ -79,7 +80,7 @@ def summary(session: Session, settings: "ComparisonSettings", rows: Rows, split_
         metrics=metrics,
         signatures=signatures,
         resamples=settings.resamples,
-        comparisons=max((len(compared) for compared in comparisons.values()), default=0),
+        comparisons=len(planned_against(settings.reference, list(finished))),
         rows=[_row(name, row, metrics, comparisons) for name, row in rows.items()],
         other_splits=[],
         curve=_curve(finished),
@@ -146,14 +147,18 @@ def _comparisons(
         if METHODS[name].warning is None or name == settings.reference  # what is not fair is not tested
     }
     ours = values.pop(settings.reference)
+    planned = planned_against(settings.reference, list(values))
     compared = compare_with_baselines(
         ours,
         values,
+        together=planned,
         corpus_score=corpus,
         higher_is_better=metric != TEST_LOSS,
         resamples=settings.resamples,
     )
-    return {name: Against(**asdict(one), verdict=one.verdict) for name, one in compared.items()}
+    return {
+        name: Against(**asdict(one), verdict=one.verdict if name in planned else None) for name, one in compared.items()
+    }
 
 
 def _per_example(outcome: Outcome, metric: str, corpus: Any) -> list[Any]:

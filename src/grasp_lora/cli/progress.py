@@ -145,6 +145,10 @@ class TerminalBenchProgress(_Bar):
         self._total = units
         self._begin("load the model and the data", units)
 
+    def note(self, text: str) -> None:
+        """Say it above the bar."""
+        self._say(text)
+
     def stage(self, name: str) -> None:
         """Say what is being done."""
         self._title, self._new = name, False

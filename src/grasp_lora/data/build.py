@@ -58,6 +58,8 @@ class CorpusSettings:
             not; without micro_dev the controller has to probe dev.
         train_files, dev_files, micro_dev_files, test_files: files of each split, in place of a pool. Without
             micro_dev_files, the micro-dev set is taken by whole groups from the dev files, or else the train files.
+            test_files may also stand beside files: all of them are tested on, with `test` examples of the pool, and what
+            shares an id, a text or an article with them is left out of the pool.
         prompt, completion: templates for this language; None takes those of `data`.
 
     Raises:
@@ -95,7 +97,7 @@ class CorpusSettings:
                 f"data of {self.language} is given by {' and '.join(given) or 'nothing'}; "
                 "give exactly one of files (a pool), hub (a pool) and train_files (with dev_files, test_files)"
             )
-        if not self.explicit and (self.dev_files or self.micro_dev_files or self.test_files):
+        if not self.explicit and (self.dev_files or self.micro_dev_files or (self.test_files and self.hub)):
             raise ValueError(f"files of single splits need train_files, and exclude {given[0]}")
         if self.hub is None and (self.format == "hub" or self.hub_config or self.hub_split):
             raise ValueError("format hub, hub_config and hub_split need hub: the name of the data set")
@@ -235,10 +237,12 @@ def build_splits(
         prompts[role] = template.prompt
         used = 0
         for share in shares[role]:
+            # Of test files beside a pool: they come first.
+            tested = set() if corpus.explicit else {example.group for example in splits["test"]}
             generator = random.Random(f"{split_seed} {role} {' '.join(share.counts)}")
-            filled = fill(share, groups, barred, encoder, generator, tally, f"{role} ({corpus.language})")
+            filled = fill(share, groups, barred | tested, encoder, generator, tally, f"{role} ({corpus.language})")
             used += sum(map(len, filled.values()))
-            splits |= filled
+            splits |= {name: [*splits[name], *examples] for name, examples in filled.items()}
         tally.unused = tally.read - tally.excluded_for_leak - tally.answers_cut_away - tally.too_long - used
         held_out = {example.group for name in HELD_OUT for example in splits[name]}
         logger.info("%s (%s): %s", role, corpus.language, asdict(tally))
@@ -336,7 +340,8 @@ def _read_corpus(
         return [Share(pool, {"source_dev": dev, "source_train": corpus.train})]
     asked = {"test": corpus.test, "dev": corpus.dev, "micro_dev": corpus.micro_dev}
     counts: Counts = {name: TARGET_COUNTS[name] if count is None else count for name, count in asked.items()}
-    return [Share(pool, counts | {"train": corpus.train})]
+    beside = [Share(read(files(corpus.test_files)), {"test": None}, True)] if corpus.test_files else []
+    return [*beside, Share(pool, counts | {"train": corpus.train})]
 
 
 def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ...], Counts]]:

@@ -316,8 +316,8 @@ FORMATS = ("auto", *LAYOUTS)
 
 
 def _article(title: str) -> str:
-    """Key of an article, the same in every file: its paragraphs may be spread over several."""
-    return f"article:{' '.join(title.split())}"
+    """Key of an article, the same in every file: its paragraphs may be spread over several, with spaces or, as in XQuAD, `_`."""
+    return f"article:{' '.join(title.replace('_', ' ').split())}"
 
 
 def _inner(item: object, key: str) -> object:

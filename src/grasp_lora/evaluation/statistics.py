@@ -6,7 +6,7 @@ every method; how hard they happen to be cancels out.
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,21 +94,38 @@ def least_resamples(comparisons: int, confidence: float = 0.95) -> int:
     return max(1, math.ceil(2.0 * comparisons / (1.0 - confidence) - 1e-9) - 1)
 
 
+def half_width(sd: float, examples: int, comparisons: int = 1, confidence: float = 0.95) -> float:
+    """Return how far an interval of a mean difference reaches to each side (Student's, Bonferroni).
+
+    Args:
+        sd: standard deviation over examples of the difference.
+        examples: at least 2.
+        comparisons: how many differences are looked at together.
+        confidence: in (0, 1), of all intervals jointly.
+
+    >>> round(half_width(26.0, 1000), 2), round(half_width(26.0, 1000, 3), 2)
+    (1.61, 1.97)
+    """
+    tail = (1.0 - confidence) / 2.0 / comparisons
+    return float(-stdtrit(examples - 1, tail)) * sd / math.sqrt(examples)
+
+
 def compare_with_baselines(
     ours: Runs,
     baselines: Mapping[str, Runs],
     *,
+    together: Collection[str] | None = None,
     corpus_score: Callable[[Tensor], Tensor] | None = None,
     higher_is_better: bool = True,
     resamples: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, PairedComparison]:
-    """Compare one method with each baseline by the paired bootstrap, corrected for the number of baselines.
+    """Compare one method with each baseline by the paired bootstrap, corrected for the number of those looked at together.
 
     Test examples are drawn with replacement, the same ones for all methods. Runs are averaged within a draw: each example's
     values where the score is a mean over examples, the corpus scores of the runs otherwise. The interval is about other
-    examples of this kind, not about other seeds. With m baselines, interval and p value come from the same sorted draws:
+    examples of this kind, not about other seeds. With m baselines together, interval and p value come from the same sorted draws:
 
     - Draws of few examples spread too little. So each one's distance from the observed difference is widened by what separates
       Student's interval of a mean from the percentile one of normal draws at its level, and is never less than Student's.
@@ -124,6 +141,7 @@ def compare_with_baselines(
     Args:
         ours: the method's runs; the values of a single run, or ones already averaged, may come without the outer list.
         baselines: the same of each method by name; the number of runs may differ, examples and their order may not.
+        together: the baselines that are corrected for each other; each other one is taken alone. None takes all.
         corpus_score: for a score that is no mean, a function from summed statistics [..., k] to scores [...], such as
             `Metric.from_statistics`; an example is then a row of k statistics.
         higher_is_better: False for a loss; it decides the verdict only.
@@ -141,12 +159,14 @@ def compare_with_baselines(
         raise ValueError(f"confidence is {confidence}; it must be between 0 and 1")
     if not baselines:
         return {}
-    tail = (1.0 - confidence) / 2.0 / len(baselines)
-    outside = math.floor(tail * (resamples + 1) + 1e-9)  # draws beyond a bound, the bound included
-    if outside < 1:
+    corrected = [name for name in baselines if together is None or name in together]
+    counts = [len(corrected) if name in corrected else 1 for name in baselines]
+    tails = torch.tensor([(1.0 - confidence) / 2.0 / count for count in counts], dtype=torch.float64)
+    outside = (tails * (resamples + 1) + 1e-9).floor().long()  # draws beyond a bound, the bound included
+    if outside.min() < 1:
         raise ValueError(
-            f"{resamples} resamples are too few for {len(baselines)} comparisons at confidence {confidence}; "
-            f"use at least {least_resamples(len(baselines), confidence)}"
+            f"{resamples} resamples are too few for {max(counts)} comparisons at confidence {confidence}; "
+            f"use at least {least_resamples(max(counts), confidence)}"
         )
     mine = _statistics("ours", ours, corpus_score)
     others = {name: _statistics(name, runs, corpus_score) for name, runs in baselines.items()}
@@ -176,21 +196,25 @@ def compare_with_baselines(
     below, above = below.cummax(dim=0).values, above.cummin(dim=0).values
     beyond = torch.minimum((below <= 0).sum(dim=0), (above >= 0).sum(dim=0)).tolist()
     least = 2.0 ** (1 - examples)
-    p_values = holm([min(1.0, max(least, 2.0 * (count + 1) / (resamples + 1))) for count in beyond])
-    low, high = below[outside - 1], above[outside - 1]
-    if least > 2.0 * tail:
-        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-    lows, highs = low.tolist(), high.tolist()
+    p_values = {
+        name: min(1.0, max(least, 2.0 * (count + 1) / (resamples + 1)))
+        for name, count in zip(others, beyond, strict=True)
+    }
+    p_values |= zip(corrected, holm([p_values[name] for name in corrected]), strict=True)
+    low, high = (bounds.gather(0, outside[None] - 1)[0] for bounds in (below, above))
+    silent = least > 2.0 * tails
+    lows = torch.where(silent, low.clamp(max=0.0), low).tolist()
+    highs = torch.where(silent, high.clamp(min=0.0), high).tolist()
     return {
         name: PairedComparison(
             difference=observed[index],
             low=lows[index],
             high=highs[index],
-            p_value=p_values[index],
+            p_value=p_values[name],
             confidence=confidence,
             examples=examples,
             resamples=resamples,
-            comparisons=len(others),
+            comparisons=counts[index],
             higher_is_better=higher_is_better,
         )
         for index, name in enumerate(others)

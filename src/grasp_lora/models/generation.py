@@ -1,8 +1,8 @@
-"""Batched greedy decoding: token ids of prompts in, answers as text out."""
+"""Batched greedy decoding: token ids of prompts in, answers as text out; also out of a pass that measures losses."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,27 +49,81 @@ def generate(
     Raises:
         DataError: a prompt is empty, or too long for the model's context with `max_new_tokens` after it.
     """
-    inner = without_peft(model)
-    stop_ids = {*find_stop_ids(inner, tokenizer), *ends}
-    check_lengths(inner, prompts, settings)
-    if getattr(inner.config, "model_type", None) in _ONE_BY_ONE:
-        settings = replace(settings, batch_size=1)
-    answers = [""] * len(prompts)
-    finished = 0
-    with (
-        _greedy_mode(inner, settings.max_new_tokens),
-        contiguous_head_input(inner),
-        enough_memory("answering", less_memory(settings)),
-    ):
-        for batch in _batches([len(prompt) for prompt in prompts], settings):
-            rows = _Answers(tokenizer, len(batch), stop_ids, settings)
-            _decode(inner, [prompts[index] for index in batch], rows, settings.max_new_tokens)
-            for index, text in zip(batch, rows.texts, strict=True):
-                answers[index] = text.strip()
-            finished += len(batch)
-            if progress is not None:
-                progress(finished, len(prompts))
-    return answers
+    answering = _Answering(model, tokenizer, prompts, settings, progress, ends)
+    for batch in _batches([len(prompt) for prompt in prompts], answering.settings):
+        answering.decode([_Row(index, prompts[index]) for index in batch])
+    return answering.texts
+
+
+class Reader:
+    """Greedy answers out of the forward pass that measures the losses of gold answers.
+
+    Until a gold answer and the likeliest tokens part, that pass has computed what decoding would: the likeliest token after each
+    token of the answer. A row that ends by then needs nothing more; the others go on from there, with the keys and values of
+    the pass. The answers are those of `generate` up to rounding: where two tokens are equally likely but for the last bits, as
+    happens in bfloat16, either may be taken, as with another size of batches. Which one does not depend on the gold answer.
+
+    Args:
+        model, tokenizer, prompts, settings, progress, ends: as of `generate`.
+        gold: token ids of the gold answer of each prompt, its end included.
+
+    Raises:
+        DataError: as of `generate`.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: "PreTrainedTokenizerBase",
+        prompts: Sequence[Sequence[int]],
+        gold: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        progress: Callable[[int, int], None] | None = None,
+        ends: Iterable[int] = (),
+    ) -> None:
+        self._answering = _Answering(model, tokenizer, prompts, settings, progress, ends)
+        self._prompts, self._gold = prompts, gold
+        self._waiting: list[_Row] = []
+        self.keeps_cache = not self._answering.one_by_one
+
+    def take(self, batch: Sequence[int], likeliest: torch.Tensor, cache: Any) -> None:
+        """Take in the pass over some prompts with their gold answers, padded on the right.
+
+        Args:
+            batch: places of the prompts.
+            likeliest: token id after each token that is followed by one of a gold answer, row by row [tokens of the answers].
+            cache: of the pass, or None.
+        """
+        answering, tokens = self._answering, iter(likeliest.tolist())
+        for place, index in enumerate(batch):
+            row, gold = _Row(index, self._prompts[index]), self._gold[index]
+            best = [next(tokens) for _ in gold]
+            for likely, token in zip(best, gold, strict=True):
+                if answering.must_wait(row) and likely in answering.stop_ids:
+                    break  # decoding takes the likeliest other token, which the pass did not look for
+                answering.add(row, likely)
+                if row.ended or likely != token:
+                    break
+            if row.ended:
+                answering.end([row])
+                continue
+            known = len(row.prompt) + len(row.tokens) - 1
+            row.cache = [
+                (layer.keys[place, :, :known].clone(), layer.values[place, :, :known].clone())
+                for layer in (cache.layers if _can_cut(cache, known) else ())
+            ]
+            if self._waiting and not _fits([*self._waiting, row], answering.settings):
+                self._decode()
+            self._waiting.append(row)
+
+    def answers(self) -> list[str]:
+        """Decode what is left; return the answers in the order of the prompts."""
+        self._decode()
+        return self._answering.texts
+
+    def _decode(self) -> None:
+        self._answering.decode(self._waiting)
+        self._waiting = []
 
 
 def less_memory(settings: GenerationSettings) -> str:
@@ -97,47 +151,134 @@ def check_lengths(model: Any, prompts: Sequence[Sequence[int]], settings: Genera
             )
 
 
+@dataclass
+class _Row:
+    """One answer, as far as it goes.
+
+    Args:
+        index: its place in the list of prompts.
+        prompt: token ids.
+        tokens: those of the answer.
+        text: of the answer.
+        ended: whether it is whole.
+        cache: keys and values of all tokens but the last, [heads, tokens, size] of each layer; empty where they are not at hand.
+    """
+
+    index: int
+    prompt: Sequence[int]
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    ended: bool = False
+    cache: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+
 def _batches(lengths: Sequence[int], settings: GenerationSettings) -> Iterator[list[int]]:
     """Group prompts of similar length, the longest first: what does not fit in memory fails at once."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if batch:
-            tokens = (lengths[batch[0]] + settings.max_new_tokens) * (len(batch) + 1)
-            if len(batch) == settings.batch_size or tokens > settings.batch_tokens:
-                yield batch
-                batch = []
+        if batch and not _fit(lengths[batch[0]], len(batch) + 1, settings):
+            yield batch
+            batch = []
         batch.append(index)
     if batch:
         yield batch
 
 
-def _decode(model: Any, prompts: Sequence[Sequence[int]], answers: "_Answers", longest: int) -> None:
-    """Generate until every row of `answers` has ended or has `longest` tokens; the model is in greedy mode.
+def _fit(longest: int, rows: int, settings: GenerationSettings) -> bool:
+    """Whether so many prompts, the longest of so many tokens, make one batch."""
+    return rows <= settings.batch_size and (longest + settings.max_new_tokens) * rows <= settings.batch_tokens
+
+
+def _fits(rows: Sequence[_Row], settings: GenerationSettings) -> bool:
+    """Whether these rows make one batch: all or none of them have their keys and values at hand."""
+    alike = len({bool(row.cache) for row in rows}) == 1
+    return alike and _fit(max(len(row.prompt) for row in rows), len(rows), settings)
+
+
+class _Answering:
+    """What one round of answering shares: the model, how an answer ends, and the answers so far."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: "PreTrainedTokenizerBase",
+        prompts: Sequence[Sequence[int]],
+        settings: GenerationSettings,
+        progress: Callable[[int, int], None] | None,
+        ends: Iterable[int],
+    ) -> None:
+        self.model: Any = without_peft(model)
+        self.stop_ids = frozenset({*find_stop_ids(self.model, tokenizer), *ends})
+        self.one_by_one = getattr(self.model.config, "model_type", None) in _ONE_BY_ONE
+        self.settings = replace(settings, batch_size=1) if self.one_by_one else settings
+        self.texts = [""] * len(prompts)
+        self._tokenizer, self._progress, self._finished = tokenizer, progress, 0
+        check_lengths(self.model, prompts, settings)
+
+    def must_wait(self, row: _Row) -> bool:
+        """Whether the end has to wait for a text."""
+        return not (row.ended or row.text.strip() or self.settings.allow_empty)
+
+    def add(self, row: _Row, token: int) -> None:
+        """Add the next token of an answer."""
+        if token in self.stop_ids:
+            row.ended = True
+            return
+        row.tokens.append(token)
+        text = self._tokenizer.decode(row.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = str(text) if self.settings.allow_empty else str(text).lstrip()
+        ends = [end for end in (text.find(stop) for stop in self.settings.stop) if end >= 0]
+        row.text = text[: min(ends)] if ends else text
+        row.ended = bool(ends) or len(row.tokens) == self.settings.max_new_tokens
+
+    def end(self, rows: Sequence[_Row]) -> None:
+        """Take the texts of rows that have ended."""
+        for row in rows:
+            self.texts[row.index] = row.text.strip()
+        self._finished += len(rows)
+        if self._progress is not None and rows:
+            self._progress(self._finished, len(self.texts))
+
+    def decode(self, rows: Sequence[_Row]) -> None:
+        """Bring a batch of rows to their ends."""
+        with (
+            _greedy_mode(self.model, self.settings.max_new_tokens),
+            contiguous_head_input(self.model),
+            enough_memory("answering", less_memory(self.settings)),
+        ):
+            _decode(self.model, _Batch(self, list(rows)))
+        self.end(rows)
+
+
+def _decode(model: Any, batch: "_Batch") -> None:
+    """Generate until every row has ended; the model is in greedy mode.
 
     Every few tokens the rows that have ended leave the batch, with their part of the cache.
     """
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros((len(prompts), width), dtype=torch.long)  # padding is masked: any token will do
+    rows = batch.rows
+    width = max((len(row.prompt) + len(row.tokens) for row in rows), default=0)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)  # padding is masked: any token will do
     mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        mask[row, width - len(prompt) :] = 1
-    answers.prompt_width = width
+    for place, row in enumerate(rows):
+        known = torch.tensor([*row.prompt, *row.tokens], dtype=torch.long)
+        ids[place, width - len(known) :] = known
+        mask[place, width - len(known) :] = 1
     inputs = {"inputs": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    if rows and all(row.cache for row in rows):
+        inputs["cache"] = _joined_cache(model, rows, width - 1)
     tokens = _TOKENS_BETWEEN
-    while answers.rows and longest > 0:
-        tokens = min(tokens, longest)
-        longest -= tokens
+    while batch.rows:
+        longest = batch.most_tokens_left()
         generated = model.generate(
             **inputs,
-            max_new_tokens=tokens,
+            max_new_tokens=min(tokens, longest),
             return_dict_in_generate=True,
-            stopping_criteria=StoppingCriteriaList([answers]),
-            logits_processor=LogitsProcessorList([answers.hold_off_the_end]),
+            stopping_criteria=StoppingCriteriaList([batch]),
+            logits_processor=LogitsProcessorList([batch.hold_off_the_end]),
         )
-        staying = answers.drop_ended().to(model.device)
+        staying = batch.drop_ended().to(model.device)
         sequences, mask = generated.sequences[staying], inputs["attention_mask"][staying]
         new = mask.new_ones((len(staying), sequences.shape[1] - mask.shape[1]))
         inputs = {"inputs": sequences, "attention_mask": torch.cat([mask, new], dim=1)}
@@ -146,6 +287,36 @@ def _decode(model: Any, prompts: Sequence[Sequence[int]], answers: "_Answers", l
             inputs["cache"] = generated.cache
         else:  # the next call reads the prompts anew, and so it is the last one
             tokens = longest
+
+
+def _joined_cache(model: Any, rows: Sequence[_Row], width: int) -> Any:
+    """One cache of `width` tokens a row, padded on the left as the token ids are; the rows give theirs away."""
+    from transformers import DynamicCache
+
+    joined: Any = DynamicCache(config=model.config)
+    for layer, parts in enumerate(zip(*(row.cache for row in rows), strict=True)):
+        padded = []
+        for tensors in zip(*parts, strict=True):
+            whole = tensors[0].new_zeros((len(rows), tensors[0].shape[0], width, tensors[0].shape[2]))
+            for place, tensor in enumerate(tensors):
+                whole[place, :, width - tensor.shape[1] :] = tensor
+            padded.append(whole)
+        joined.update(*padded, layer)
+    for row in rows:
+        row.cache = []
+    return joined
+
+
+def _can_cut(cache: Any, tokens: int) -> bool:
+    """Whether a model's cache of a pass gives the keys and values of the first tokens of each row, one at least."""
+    from transformers import cache_utils
+
+    plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
+    if tokens < 1 or type(cache) is not cache_utils.DynamicCache:
+        return False
+    layers: list[Any] = cache.layers
+    # A sliding window that was full has dropped the first tokens.
+    return all(type(one) in plain and one.keys.shape[-2] == one.get_seq_length() for one in layers)
 
 
 def can_share_rows(cache: Any) -> bool:
@@ -157,48 +328,34 @@ def can_share_rows(cache: Any) -> bool:
     return type(cache) is cache_utils.DynamicCache and all(type(layer) in plain for layer in cache.layers)
 
 
-class _Answers:
-    """Stopping criterion that keeps the text of each row up to its end: what a batch generates later changes nothing."""
+class _Batch:
+    """Stopping criterion that takes in the tokens of each row up to its end: what a batch generates later changes nothing."""
 
-    def __init__(
-        self, tokenizer: "PreTrainedTokenizerBase", rows: int, stop_ids: Collection[int], settings: GenerationSettings
-    ) -> None:
-        self.texts = [""] * rows
-        self.rows = list(range(rows))  # those that are still generated, in the order of the batch
-        self.prompt_width = 0  # tokens of the padded prompts, before the answers
-        self._ended: set[int] = set()
-        self._tokenizer = tokenizer
-        self._stop_ids = frozenset(stop_ids)
-        self._settings = settings
+    def __init__(self, answering: _Answering, rows: list[_Row]) -> None:
+        self.rows = rows  # those that are still generated, in the order of the batch
+        self._answering = answering
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """Take in the newest token of each row [rows]; give True for the rows that have ended."""
-        for row, tokens in zip(self.rows, input_ids[:, self.prompt_width :].tolist(), strict=True):
-            if row in self._ended:
-                continue
-            if tokens[-1] in self._stop_ids:
-                self._ended.add(row)
-                continue
-            text = str(self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-            if not self._settings.allow_empty:
-                text = text.lstrip()
-            ends = [end for end in (text.find(stop) for stop in self._settings.stop) if end >= 0]
-            if ends:
-                self._ended.add(row)
-            self.texts[row] = text[: min(ends)] if ends else text
-        return torch.tensor([row in self._ended for row in self.rows], device=input_ids.device)
+        for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
+            if not row.ended:
+                self._answering.add(row, token)
+        return torch.tensor([row.ended for row in self.rows], device=input_ids.device)
 
     def hold_off_the_end(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Take the end tokens from the scores [rows, vocabulary] of rows that have no text yet, unless they may be empty."""
-        blank = [place for place, row in enumerate(self.rows) if row not in self._ended and not self.texts[row].strip()]
-        if blank and not self._settings.allow_empty:
-            ends = [token for token in sorted(self._stop_ids) if token < scores.shape[-1]]
-            scores[torch.tensor(blank)[:, None], torch.tensor(ends, dtype=torch.long)] = -torch.inf
+        if waiting := [place for place, row in enumerate(self.rows) if self._answering.must_wait(row)]:
+            ends = [token for token in sorted(self._answering.stop_ids) if token < scores.shape[-1]]
+            scores[torch.tensor(waiting)[:, None], torch.tensor(ends, dtype=torch.long)] = -torch.inf
         return scores
+
+    def most_tokens_left(self) -> int:
+        """How many tokens the row with the fewest may still take."""
+        return self._answering.settings.max_new_tokens - min(len(row.tokens) for row in self.rows)
 
     def drop_ended(self) -> torch.Tensor:
         """Leave out the rows that have ended, and give the places in the batch of the others."""
-        places = [place for place, row in enumerate(self.rows) if row not in self._ended]
+        places = [place for place, row in enumerate(self.rows) if not row.ended]
         self.rows = [self.rows[place] for place in places]
         return torch.tensor(places, dtype=torch.long)
 

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from grasp_lora.bench.comparison_record import TEST_LOSS, Comparison, Cost, Row, Spread
 from grasp_lora.bench.methods import DEFAULT_METHODS
+from grasp_lora.bench.planned import expected_width, main_metric, saves_over_confidence
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, REPORT_FILE
 from grasp_lora.recipes.recipe import RECIPE_FILE
 from grasp_lora.report.figures import comparison_figure, plotly_js
@@ -71,7 +72,7 @@ def score_table(comparison: Comparison) -> Table:
     """Rows methods, columns the ratio and the metrics, mean and deviation over seeds; the best of a column is marked."""
     digits = _digits(comparison)
     columns = ["method", "prune ratio", "chosen on", *(_heading(metric) for metric in comparison.metrics)]
-    columns.append(f"is {comparison.reference_title} better? (test loss)")
+    columns.append(f"{comparison.reference_title} minus it")
     best = {metric: _best(comparison, metric, digits[metric]) for metric in comparison.metrics}
     rows = []
     for row in comparison.rows:
@@ -83,7 +84,7 @@ def score_table(comparison: Comparison) -> Table:
             Cell(_spread(row.scores[metric], digits[metric]), row.method in best[metric])
             for metric in comparison.metrics
         ]
-        verdict = Cell(_verdict(row, comparison.reference))
+        verdict = Cell(_verdict(row, comparison, digits))
         rows.append([Cell(row.title), Cell(_ratio(row)), Cell(CHOSEN_ON[row.chosen_on]), *scores, verdict])
     return Table("Scores of every method, mean and standard deviation over seeds", columns, rows)
 
@@ -127,24 +128,27 @@ def split_tables(comparison: Comparison) -> list[Table]:
 
 
 def verdict_table(comparison: Comparison) -> Table:
-    """The reference method minus each other one, with the corrected interval, for every metric."""
+    """The reference method minus each other one, with its interval, for every metric; planned comparisons with their verdicts."""
     digits = _digits(comparison)
-    columns = ["method", *(f"{_heading(metric)}: difference, interval, verdict" for metric in comparison.metrics)]
     rows = []
     for row in comparison.finished:
-        if not row.against:
-            continue
-        cells = [Cell(row.title)]
-        for metric in comparison.metrics:
-            if one := row.against.get(metric):
-                difference, low, high = (
-                    f"{value:+.{digits[metric]}f}" for value in (one.difference, one.low, one.high)
-                )
-                cells.append(Cell(f"{difference} [{low}, {high}] {one.verdict}"))
-            else:
-                cells.append(Cell("unavailable"))
-        rows.append(cells)
-    return Table("The reference method against every other one", columns, rows)
+        if row.against:
+            cells = [_against(row, metric, digits[metric]) for metric in comparison.metrics]
+            rows.append([Cell(row.title), *map(Cell, cells)])
+    columns = ["method", *(_heading(metric) for metric in comparison.metrics)]
+    return Table("The reference method minus every other one", columns, rows)
+
+
+def _against(row: Row, metric: str, digits: int) -> str:
+    """Difference in the metric's own points, verdict where it was planned, interval."""
+    one = row.against.get(metric)
+    if one is None:
+        return "unavailable"
+    difference, low, high = (f"{value:+.{digits}f}" for value in (one.difference, one.low, one.high))
+    unit = "nats" if metric == TEST_LOSS else _heading(metric)
+    verdict = f", {one.verdict}" if one.verdict else ""
+    saved = "; over-confidence saved" if metric == TEST_LOSS and saves_over_confidence(row.against) else ""
+    return f"{difference} {unit}{verdict} ({low} to {high}){saved}"
 
 
 def _view(comparison: Comparison) -> dict[str, Any]:
@@ -159,6 +163,8 @@ def _view(comparison: Comparison) -> dict[str, Any]:
         "cost": cost_table(comparison),
         "verdicts": verdict_table(comparison),
         "splits": split_tables(comparison),
+        "widths": _widths(comparison),
+        "planned": [row.title for row in comparison.finished if any(one.verdict for one in row.against.values())],
         "confidence": f"{against[0].confidence:.0%}" if against else "95%",
         "incomparable_seconds": _incomparable_seconds(comparison),
         "scale": scale_note(metric for metric in comparison.metrics if metric != TEST_LOSS),
@@ -231,11 +237,25 @@ def _ratio(row: Row) -> str:
     return "–" if row.prune_ratio is None else f"{_spread(row.prune_ratio, 1, scale=100)} %"
 
 
-def _verdict(row: Row, reference: str) -> str:
-    if row.method == reference:
+def _verdict(row: Row, comparison: Comparison, digits: dict[str, int]) -> str:
+    if row.method == comparison.reference:
         return "it is the reference"
-    one = row.against.get(TEST_LOSS)
-    return "–" if one is None else f"{one.verdict} ({one.difference:+.4f})"
+    if not row.against:
+        return "–"
+    main = main_metric([metric for metric in comparison.metrics if metric in row.against])
+    saved = "; over-confidence saved" if main != TEST_LOSS and saves_over_confidence(row.against) else ""
+    return _against(row, main, digits[main]) + saved
+
+
+def _widths(comparison: Comparison) -> str | None:
+    """What half-width was to be expected, and what it came to, in a sentence."""
+    rows = [row for row in comparison.finished if any(one.verdict for one in row.against.values())]
+    main = main_metric(comparison.metrics)
+    measured = [(one.high - one.low) / 2 for row in rows if (one := row.against.get(main))]
+    expected = expected_width(comparison.metrics, comparison.test_examples, len(rows))
+    if not measured or expected is None:
+        return None
+    return f"Before the comparison: {expected}. They reach {min(measured):.1f} to {max(measured):.1f}."
 
 
 def _speedup(grid: Cost | None, cost: Cost, what: str) -> str:

@@ -46,14 +46,12 @@ def comparison_figure(comparison: Comparison) -> Figure:
     points: dict[float, list[CurvePoint]] = {}
     for point in comparison.curve:
         points.setdefault(point.prune_ratio, []).append(point)
-    dev, test = (
-        [(ratio, fmean(getattr(one, split) for one in points[ratio])) for ratio in sorted(points)]
-        for split in ("dev", "test")
-    )
-    traces = [
-        _scatter("dev loss", dev, "lines+markers", line={"color": "var(--target)"}),
-        _scatter("test loss", test, "lines+markers", line={"color": "var(--grasp)"}),
-    ]
+    traces = []
+    for split, colour in (("dev", "target"), ("test", "grasp")):
+        measured = {ratio: [getattr(one, split) for one in points[ratio]] for ratio in sorted(points)}
+        if all(None not in values for values in measured.values()):
+            line = [(ratio, fmean(values)) for ratio, values in measured.items()]
+            traces.append(_scatter(f"{split} loss", line, "lines+markers", line={"color": f"var(--{colour})"}))
     learned = comparison.learned.prune_ratio if comparison.learned else None
     marks = [
         {

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from grasp_lora.errors import AdapterError, DataError, ProbeError
 from grasp_lora.method.importance import InputNorms
 from grasp_lora.method.masks import MaskSet
+from grasp_lora.models.generation import Reader
 from grasp_lora.models.live import active_adapter, evaluating, lora_layers
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.text.display import quoted
@@ -84,10 +86,17 @@ class ProbeSet:
         return None
 
     @torch.no_grad()
-    def losses(self, model: torch.nn.Module, collector: "NormCollector | None" = None) -> list[float]:
+    def losses(
+        self, model: torch.nn.Module, collector: "NormCollector | None" = None, reader: Reader | None = None
+    ) -> list[float]:
         """Measure every example's loss in eval mode; the training mode and the random state are as before afterwards.
 
         In a distributed run every rank takes its share of the batches and all get all losses.
+
+        Args:
+            model: with or without adapters.
+            collector: told which tokens are padding.
+            reader: shown each forward pass, in a run of one process: the answers then cost little more than the losses.
 
         Raises:
             ProbeError: a loss is not a finite number; the message names the example.
@@ -106,7 +115,13 @@ class ProbeSet:
                 if collector is not None:
                     # A batch that only keeps this rank in step counts for another rank already.
                     collector.token_mask = on_device["attention_mask"] * bool(indices)
-                measured = example_losses(model, on_device, label_positions=label_positions)
+                measured = example_losses(
+                    model,
+                    on_device,
+                    label_positions=label_positions,
+                    tell=None if reader is None else partial(reader.take, indices),
+                    use_cache=reader is not None and reader.keeps_cache,
+                )
                 if indices:
                     losses[indices] = measured
         if _world_size() > 1:
