@@ -103,6 +103,7 @@ def export(
     uniform_rank: Annotated[bool, _export("uniform_rank", "--uniform-rank")] = False,
     fold: Annotated[bool, _export("fold", "--fold")] = False,
     dtype: Annotated[str | None, _export("dtype")] = None,
+    gguf: Annotated[bool, _export("gguf", "--gguf")] = False,
     backbone: BackboneOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
@@ -115,7 +116,7 @@ def export(
     from grasp_lora.recipes.load import backbone_of_run
 
     log_to_terminal(False)
-    settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype)
+    settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype, gguf)
     backbone = backbone or backbone_of_run(adapter)
     for line in export_folder(
         adapter, output, settings, backbone, revision=revision, trust_remote_code=trust_remote_code

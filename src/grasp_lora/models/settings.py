@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 EMBEDDED_NAME = "gemma3-270m"
 EMBEDDED_HUB_ID = "google/gemma-3-270m"
+EMBEDDED_LICENCE = "gemma"  # as the hub calls it
 
 
 @dataclass(frozen=True)
