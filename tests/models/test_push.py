@@ -1,4 +1,4 @@
-"""`push`: an adapter's own files reach the hub, in one commit, and nothing else does; the hub here is a server of this machine."""
+"""`push`: an adapter's own files reach the hub, in one commit, and nothing else does. The hub is a server of this machine."""
 
 import base64
 import json
@@ -74,7 +74,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeHub]]:
                 self.end_headers()
                 self.wfile.write(content)
 
-            do_POST = do_GET
+            do_POST = do_GET  # noqa: N815 - so http.server calls it
 
             def log_message(self, *arguments: object) -> None:
                 pass

@@ -81,7 +81,7 @@ def check_gguf_installed() -> None:
 
 
 def _in_pairs(B: Tensor, heads: int) -> Tensor:
-    """Order rows as llama.cpp rotates those of a Llama: each with its neighbour, where transformers takes the two halves of a head.
+    """Order rows as llama.cpp rotates a Llama's: each with its neighbour, where transformers takes the halves of a head.
 
     Args:
         B: [heads * head size, rank].

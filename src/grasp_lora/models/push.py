@@ -12,7 +12,7 @@ from grasp_lora.models.gguf_adapter import GGUF_FILE
 from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE, read_adapter
 from grasp_lora.storage.network import first_line
 from grasp_lora.storage.reading import RefusedError, is_folder, read_bounded
-from grasp_lora.text.display import escaped, listed, quoted
+from grasp_lora.text.display import escaped, quoted
 from grasp_lora.text.names import without_place
 
 OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, OUR_FILE, CARD_FILE, GGUF_FILE)
@@ -66,8 +66,8 @@ def plan_upload(place: str, name: str, *, public: bool = False, licence: str | N
     base = adapter.base_model
     if base is not None and without_place(base) != base:
         raise AdapterError(
-            f"adapter {adapter.name}: {CONFIG_FILE} names its base model by a path of this machine ({quoted(base)}), which nobody "
-            "else has; `grasp-lora export` writes a copy that names it without"
+            f"adapter {adapter.name}: {CONFIG_FILE} names its base model by a path of this machine ({quoted(base)}), which "
+            "nobody else has; `grasp-lora export` writes a copy that names it without"
         )
     own = [folder / file for file in OWN_FILES if (folder / file).is_file()]
     if links := [file.name for file in own if file.is_symlink()]:
