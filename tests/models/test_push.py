@@ -44,6 +44,8 @@ class FakeHub:
         if path == "/api/repos/create":
             self.created = json.loads(body)
             return 200, {"url": "https://huggingface.co/me/mine"}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
         if "/preupload/" in path:
             names = [one["path"] for one in json.loads(body)["files"]]
             return 200, {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
@@ -138,7 +140,7 @@ def test_without_yes_nothing_is_sent(serve: Callable[..., FakeHub], cli: Callabl
     assert (hub.created, hub.files, hub.bytes_received) == (None, {}, b"")
     assert "would upload to me/mine (public)" in result.out
     size = (adapter / "adapter_model.safetensors").stat().st_size
-    assert f"adapter_model.safetensors  {size:,} bytes" in result.out
+    assert f"adapter_model.safetensors: {size:,} bytes" in result.out
     assert "left out: .env, checkpoint-3, notes.txt, predictions.jsonl, prompt.jsonl\n" in result.out
     assert "no licence; give one with --license" in result.out
     assert "'tiny-llama': others cannot load that from the hub" in result.out

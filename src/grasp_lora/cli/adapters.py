@@ -146,7 +146,7 @@ def push(
     plan = plan_upload(adapter, name, public=public, licence=licence)
     say(f"{'uploading' if yes else 'would upload'} to {name} ({'private' if plan.private else 'public'}):")
     for file, size in plan.sizes.items():
-        say(f"  {file}  {size:,} bytes")
+        say(f"{file}: {size:,} bytes")
     if plan.left_out:
         say(f"left out: {listed(plan.left_out)}")
     for note in plan.notes:

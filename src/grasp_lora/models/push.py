@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES
 from grasp_lora.models.export import CARD_FILE
@@ -118,9 +120,9 @@ def upload(plan: Upload) -> str:
         hub.create_commit(plan.name, operations, commit_message="Upload an adapter with grasp-lora")
     except GraspError:
         raise
-    except HfHubHTTPError as error:
+    except (HfHubHTTPError, ValueError) as error:  # a card whose metadata the hub does not take is the latter
         raise GraspError(f"{plan.name}: {_refusal(error, plan.name)}") from error
-    except (OSError, ValueError, HTTPError) as error:
+    except (OSError, HTTPError) as error:
         raise GraspError(
             f"{plan.name}: the hub cannot be reached at {hub.endpoint} ({first_line(error)}); try again when you are online"
         ) from error
@@ -150,7 +152,7 @@ def _card(adapter: str, file: Path, name: str, licence: str | None) -> tuple[str
     try:
         text = read_bounded(file, MOST_BYTES).decode()
         card = ModelCard(text, ignore_metadata_errors=True)
-    except (RefusedError, ValueError) as error:
+    except (RefusedError, ValueError, yaml.YAMLError) as error:
         raise AdapterError(f"adapter {adapter}: {CARD_FILE} cannot be read ({first_line(error)}); mend it") from error
     if licence is not None:
         card.data.license = licence
