@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -102,7 +103,8 @@ def upload(plan: Upload) -> str:
         GraspError: there is no token or no network, the hub refuses, or the repository is public and was not to be.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # of httpx or httpx2, by version
 
     token = get_token()
     if token is None:
@@ -122,7 +124,7 @@ def upload(plan: Upload) -> str:
         raise
     except (HfHubHTTPError, ValueError) as error:  # a card whose metadata the hub does not take is the latter
         raise GraspError(f"{plan.name}: {_refusal(error, plan.name)}") from error
-    except (OSError, HTTPError) as error:
+    except (OSError, NoAnswer) as error:
         raise GraspError(
             f"{plan.name}: the hub cannot be reached at {hub.endpoint} ({first_line(error)}); try again when you are online"
         ) from error
@@ -131,7 +133,7 @@ def upload(plan: Upload) -> str:
 
 def _check_name(name: str) -> None:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(name)
@@ -151,7 +153,7 @@ def _card(adapter: str, file: Path, name: str, licence: str | None) -> tuple[str
         raise RecipeError(f"--license is {quoted(licence)}; give it as the hub calls it, such as apache-2.0 or gemma")
     try:
         text = read_bounded(file, MOST_BYTES).decode()
-        card = ModelCard(text, ignore_metadata_errors=True)
+        card: Any = ModelCard(text, ignore_metadata_errors=True)
     except (RefusedError, ValueError, yaml.YAMLError) as error:
         raise AdapterError(f"adapter {adapter}: {CARD_FILE} cannot be read ({first_line(error)}); mend it") from error
     if licence is not None:
