@@ -169,7 +169,7 @@ def _check_trackers(names: Sequence[str]) -> None:
         if name not in INTEGRATION_TO_CALLBACK:
             raise RecipeError(f"report_to names {name!r}; allowed: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
         kind = INTEGRATION_TO_CALLBACK[name]
-        callback: Any = kind.__new__(kind)
+        callback: Any = object.__new__(kind)
         callback._auto_end_run = False  # else MLflow's raises once more when it goes, where it could not be made
         try:
             callback.__init__()
