@@ -12,6 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from grasp_lora.data.tasks import TEMPLATES
 from grasp_lora.errors import RecipeError
@@ -600,28 +601,90 @@ def test_model_card_says_what_the_adapter_is_and_holds_no_path(run_folder: Path)
     source, target = (str(run_folder / "data" / f"xquad.{code}.json") for code in ("en", "ar"))
     corpora = {"source": {"language": "en", "files": [source]}, "target": {"language": "ar", "files": [target]}}
     change_recipe(run_folder, data={"task": "qa"} | corpora)
-    name = {"name": "google/gemma-3-270m", "fingerprint": "sha256:9d20aa41"}
+    name = {"name": "google/gemma-3-270m", "fingerprint": "sha256:9d20aa41", "commit": "9b0cfec892e2"}
     change(run_folder / "run.json", lambda run: run.update(backbone=name, recipe_hash="sha256:4f1e"))
     text = card(run_folder)
     _, front, body = text.split("---\n", 2)
-    assert yaml.safe_load(front) == {
+    facts = yaml.safe_load(front)
+    [result] = facts.pop("model-index")[0]["results"]
+    assert facts == {
         "library_name": "peft",
         "base_model": "google/gemma-3-270m",
         "tags": ["lora", "grasp-lora", "adapter-merging", "pruning", "cross-lingual-transfer"],
         "pipeline_tag": "text-generation",
-        "language": ["ar"],
+        "language": ["ar", "en"],
     }
+    assert {one["type"]: one["value"] for one in result["metrics"]} == {"loss": 0.857, "f1": 43.2, "exact_match": 26.0}
+    assert result["dataset"]["args"] == {"test_rows": 8}
     for private in (str(run_folder), str(run_folder.parent), str(Path.home()) + "/"):
         assert private not in text
     assert "xquad.en.json, xquad.ar.json" in body
     assert "sha256:9d20aa41" in body
     assert body.count("sha256:") == 4  # backbone, two parents, recipe
-    code = body.split("```python\n")[1].split("```")[0].strip().splitlines()
-    assert len(code) == 5
-    compile("\n".join(code), "card", "exec")
+    assert 'from_pretrained(base, revision="9b0cfec892e2", dtype="float32")' in snippet_of(body)
+    compile(snippet_of(body), "card", "exec")
+    assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])["data"]["target"]["files"] == ["xquad.ar.json"]
     assert "| GRASP | **0.857** | **0.822** | **43.2** |" in body
     prompt = "".join(f"    {line}\n" for line in TEMPLATES["qa"]["ar"].prompt.split("\n"))
     assert "It was trained on prompts of this form:\n\n" + prompt in body
+
+
+def snippet_of(text: str) -> str:
+    return text.split("```python\n")[1].split("```")[0]
+
+
+def test_the_snippet_of_the_card_ends_in_the_answer_that_predict_gives(
+    finished_run: Path, cli: Callable[..., Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = cli("predict", "run/adapter", "source 1: what?")
+    assert expected.status == 0, expected.err
+    adapter = finished_run / "adapter"
+    (adapter / "tiny-llama").symlink_to(Path("tiny-llama").resolve(), target_is_directory=True)
+    code = snippet_of((adapter / "README.md").read_text(encoding="utf-8"))
+    assert 'prompt = "..."' in code
+    monkeypatch.chdir(adapter)
+    exec(code.replace("...", "source 1: what?"), {})
+    assert capsys.readouterr().out.strip() == expected.out.strip() != ""
+
+
+def test_the_snippet_of_a_chat_goes_through_the_chat_template(run_folder: Path) -> None:
+    change_recipe(run_folder, data={"chat_template": True})
+    change_recipe(run_folder, generation={"stop": ["\n", '"```'], "max_new_tokens": 9})
+    code = card(run_folder).split("```python\n")[1].split("\n```\n")[0]
+    compile(code, "card", "exec")
+    assert "tokenizer.apply_chat_template(turns, add_generation_prompt=True" in code
+    assert "max_new_tokens=9" in code
+    assert 'print(answer.split("\\n")[0].split("\\"```")[0])' in code
+
+
+def test_what_the_hub_reads_of_a_card(run_folder: Path) -> None:
+    """Local names would be taken for those of the hub; what is of the hub stands with its licence, where that is known."""
+    front = ModelCard(card(run_folder)).data.to_dict()
+    assert "base_model" not in front
+    assert "license" not in front
+    assert "Put the path of your copy in the place of its name" in card(run_folder)
+    change(run_folder / "run.json", lambda run: run["backbone"].update(name="google/gemma-3-270m (Q4_K_M GGUF)"))
+    change_recipe(run_folder, data={"target": {"hub": "facebook/mlqa", "language": "ar"}})
+    text = card(run_folder)
+    front = ModelCard(text).data.to_dict()
+    assert (front["base_model"], front["license"], front["datasets"]) == (
+        "google/gemma-3-270m", "gemma", ["facebook/mlqa"],
+    )  # fmt: skip
+    assert {result.dataset_name for result in ModelCard(text).data.eval_results} == {"facebook/mlqa, 8 test rows"}
+    assert "base = str(embedded_folder())" in snippet_of(text)
+
+
+def test_the_recipe_in_the_card_stays_in_its_block_and_names_no_place(run_folder: Path) -> None:
+    places = {"root": "../a/root", "target": {"files": [r"C:\Users\me\a.json", "/home/me/b.json", "../../c/d.json"]}}
+    change_recipe(run_folder, data=places | {"prompt": "\n````\n<b> /x/y \u202e"}, backbone={"name": "/models/of/me"})
+    text = card(run_folder)
+    for private in ("Users", "../a", "/home/me", "../c", "/models", "\u202e"):
+        assert private not in text
+    block = text.split("`````yaml\n")[1].split("\n`````\n")[0]
+    recipe = yaml.safe_load(block)
+    assert recipe["data"]["prompt"].startswith("\n````\n<b> /x/y ")
+    assert recipe["data"]["target"]["files"] == ["a.json", "b.json", "d.json"]
+    assert recipe["backbone"]["name"] == "me"
 
 
 def test_card_and_reports_name_the_start_of_a_single_run(run_folder: Path) -> None:
@@ -635,7 +698,6 @@ def test_card_and_reports_name_the_start_of_a_single_run(run_folder: Path) -> No
 @pytest.mark.parametrize(
     ("name", "base_model"),
     [
-        ("google/gemma-3-270m (Q4_K_M GGUF)", "google/gemma-3-270m"),
         ("/home/someone/models/llama", "llama"),
         (r"C:\Users\me\llama", "llama"),
         ("~/models/llama/", "llama"),
@@ -645,10 +707,8 @@ def test_card_and_reports_name_the_start_of_a_single_run(run_folder: Path) -> No
 def test_model_card_names_a_backbone_as_others_know_it(run_folder: Path, name: str, base_model: str) -> None:
     change(run_folder / "run.json", lambda run: run["backbone"].update(name=name))
     text = card(run_folder)
-    assert yaml.safe_load(text.split("---\n")[1])["base_model"] == base_model
-    assert f'AutoModelForCausalLM.from_pretrained("{base_model}")' in text
+    assert f'base = "{base_model}"' in text
     assert name not in text
-    assert "GGUF" not in name or "Q4\\_K\\_M GGUF" in text
 
 
 def test_report_and_card_need_a_run_and_an_adapter(run_folder: Path) -> None:

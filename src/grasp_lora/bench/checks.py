@@ -1,6 +1,7 @@
 """What is checked before a run, a comparison or a sweep begins, so that none stops half way for what could be known before."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from grasp_lora.bench.session import Session
 from grasp_lora.data.places import resolve_file
@@ -167,8 +168,11 @@ def _check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise RecipeError(f"report_to names {name!r}; allowed: {', '.join(sorted(INTEGRATION_TO_CALLBACK))}")
+        kind = INTEGRATION_TO_CALLBACK[name]
+        callback: Any = object.__new__(kind)
+        callback._auto_end_run = False  # else MLflow's raises once more when it goes, where it could not be made
         try:
-            INTEGRATION_TO_CALLBACK[name]()
+            callback.__init__()
         except (ImportError, RuntimeError) as error:
             raise RecipeError(
                 f"report_to names {name!r}, which cannot be used here: {error}; install it, or leave it out"

@@ -309,7 +309,7 @@ class _Run:
             name=self.recipe.name,
             seed=self.recipe.seed,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            backbone=files.Parent(name=backbone.name, fingerprint=backbone.fingerprint),
+            backbone=files.Parent(name=backbone.name, fingerprint=backbone.fingerprint, commit=backbone.commit),
             dtype=str(backbone.model.dtype).removeprefix("torch."),
             parents=[
                 files.GivenAdapter(name=adapter.name, sha256=adapter.sha256, identity=adapter.identity)

@@ -70,10 +70,11 @@ class Shape(BaseModel):
 
 
 class Parent(Shape):
-    """A model that the run started from."""
+    """A model that the run started from; one without a `commit` is a folder or the embedded one."""
 
     name: str
     fingerprint: str
+    commit: str | None = None
 
 
 class GivenAdapter(Shape):

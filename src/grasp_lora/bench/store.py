@@ -9,17 +9,19 @@ has a folder of its own for checkpoints, from which it goes on after a kill, to 
     adapters/KEY/            a PEFT adapter
     answers/KEY.jsonl        answers to the test prompts
     work/KEY/STEP/           a step under way: checkpoints, history, rounds
+    tensorboard/STEP-KEY/    its curves, where `report_to` names TensorBoard
 """
 
 import gzip
 import hashlib
 import json
 import logging
+import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -40,6 +42,7 @@ from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 VERSION = 1
 PACKED, ADAPTERS, ANSWERS = "records.jsonl.gz", "adapters", "answers"
+CURVES, PLACE_OF_CURVES = "tensorboard", "TENSORBOARD_LOGGING_DIR"
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +206,8 @@ class Store:
         started, outer = time.perf_counter() - on_first_process(partial(_seconds_so_far, folder)), self._inside
         self._inside = 0.0
         try:
-            result = work(key, folder)
+            with _lasting_curves(self.folder / CURVES / f"{_file_name(step)}-{key}"):
+                result = work(key, folder)
         except GraspError as error:
             if not isinstance(error, Busy):
                 self._failed[key] = error
@@ -249,6 +253,20 @@ class Store:
     def _packed(self) -> dict[str, Record]:
         file = self.folder / PACKED
         return {record.key: record for record in read_packed(file)} if file.is_file() else {}
+
+
+@contextmanager
+def _lasting_curves(folder: Path) -> Iterator[None]:
+    """Let TensorBoard write where its files outlast a step, whose own folder goes; a place that the user has set stays."""
+    before = os.environ.get(PLACE_OF_CURVES)
+    if before is None or Path(before).parent == folder.parent:  # that of a step which this one is a part of
+        os.environ[PLACE_OF_CURVES] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(PLACE_OF_CURVES, None)
+        if before is not None:
+            os.environ[PLACE_OF_CURVES] = before
 
 
 def key_of(step: str, settings: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grasp_lora.cli.adapters import export, predict
+from grasp_lora.cli.adapters import export, predict, push
 from grasp_lora.cli.experiments import compare, sweep
 from grasp_lora.cli.recipes import init, recipes, schema
 from grasp_lora.cli.run import check, demo, report, run, status
@@ -35,7 +35,8 @@ TIME_TO_SPEAK = 3  # seconds
 UsageError: Any = typer.BadParameter.__base__
 
 for command in (
-    run, demo, check, recipes, init, schema, predict, merge, export, learn, finetune, evaluate, compare, sweep, status, report,
+    run, demo, check, recipes, init, schema, predict, merge, export, push, learn, finetune, evaluate, compare, sweep, status,
+    report,
 ):  # fmt: skip
     app.command()(command)
 

@@ -1,4 +1,4 @@
-"""The commands that take finished adapters: `predict` and `export`."""
+"""The commands that take finished adapters: `predict`, `export` and `push`."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import typer
 from grasp_lora.cli.options import AdapterArgument, BackboneOption, OptionsOf, RevisionOption, StepOutput, TrustOption
 from grasp_lora.cli.terminal import loading, log_to_terminal, print_error, say
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.text.display import SURROGATES, escaped, quoted
+from grasp_lora.text.display import SURROGATES, escaped, listed, quoted
 
 _export = OptionsOf("grasp_lora.models.export", "ExportSettings")
 
@@ -165,6 +165,7 @@ def export(
     uniform_rank: Annotated[bool, _export("uniform_rank", "--uniform-rank")] = False,
     fold: Annotated[bool, _export("fold", "--fold")] = False,
     dtype: Annotated[str | None, _export("dtype")] = None,
+    gguf: Annotated[bool, _export("gguf", "--gguf")] = False,
     backbone: BackboneOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
@@ -177,10 +178,39 @@ def export(
     from grasp_lora.recipes.load import backbone_of_run
 
     log_to_terminal(False)
-    settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype)
+    settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype, gguf)
     backbone = backbone or backbone_of_run(adapter)
     for line in export_folder(
         adapter, output, settings, backbone, revision=revision, trust_remote_code=trust_remote_code
     ):
         say(line)
     say(f"-> {output}")
+
+
+def push(
+    adapter: Annotated[str, typer.Argument(help="Folder of a PEFT adapter.")],
+    name: Annotated[
+        str, typer.Argument(metavar="ORG/NAME", help="Repository on the hub; it is made where it is not there.")
+    ],
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this, only say what would be done.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everyone see it; without this, only its owner.")
+    ] = False,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", help="Licence to state in the card, such as apache-2.0; default: the card's own."),
+    ] = None,
+) -> None:
+    """Put an adapter on the Hugging Face hub: its own files, no data. Without --yes nothing is sent."""
+    from grasp_lora.models.push import plan_upload, upload
+
+    log_to_terminal(False)
+    plan = plan_upload(adapter, name, public=public, licence=licence)
+    say(f"{'uploading' if yes else 'would upload'} to {name} ({'private' if plan.private else 'public'}):")
+    for file, size in plan.sizes.items():
+        say(f"{file}: {size:,} bytes")
+    if plan.left_out:
+        say(f"left out: {listed(plan.left_out)}")
+    for note in plan.notes:
+        say(f"note: {note}")
+    say(f"-> {upload(plan)}" if yes else "nothing was sent; add --yes to do it")

@@ -51,6 +51,7 @@ class Backbone:
         name: the public name for reports and run files, of a folder only its own where the settings give an absolute path.
         fingerprint: see `fingerprint`.
         stop_ids: tokens that end an answer, see `find_stop_ids`.
+        commit: of a model on the hub; None for a folder and for the embedded model.
     """
 
     model: "PreTrainedModel"
@@ -58,6 +59,7 @@ class Backbone:
     name: str
     fingerprint: str
     stop_ids: tuple[int, ...]
+    commit: str | None = None
 
     @property
     def base_model(self) -> str:
@@ -110,7 +112,8 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     model.eval()
     seconds = time.perf_counter() - started
     logger.info("Loaded backbone %s in %s on %s (%.1f s)", name, model.dtype, device, seconds)
-    return Backbone(model, tokenizer, without_place(name), fingerprint(model), stop_ids)
+    commit = None if is_folder(Path(location)) else getattr(model.config, "_commit_hash", None)
+    return Backbone(model, tokenizer, without_place(name), fingerprint(model), stop_ids, commit)
 
 
 def backbone_of(

@@ -26,6 +26,7 @@ from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES
 from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import Backbone, backbone_of, is_quantised
 from grasp_lora.models.fold import fold
+from grasp_lora.models.gguf_adapter import GGUF_FILE, check_gguf_installed, write_gguf
 from grasp_lora.models.reading import OUR_FILE, LoadedAdapter, read_adapter
 from grasp_lora.storage.folder import new_folder, refuse_existing
 from grasp_lora.storage.reading import RefusedError, read_bounded
@@ -51,6 +52,7 @@ class ExportSettings:
         uniform_rank: pad all modules with zeros to one rank, as llama.cpp needs it.
         fold: add the adapter to the backbone and write the whole model.
         dtype: number format: float32, float16 or bfloat16; None is float32, and refused with `fold`.
+        gguf: write `adapter.gguf` beside, for llama.cpp and Ollama.
 
     Raises:
         RecipeError: a setting is outside its range, or does not go with another.
@@ -61,6 +63,7 @@ class ExportSettings:
     uniform_rank: bool = False
     fold: bool = False
     dtype: str | None = None
+    gguf: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -71,6 +74,11 @@ class ExportSettings:
             raise RecipeError(f"--fold writes a whole model; say in which --dtype: {', '.join(DTYPES)}")
         if self.fold and self.uniform_rank:
             raise RecipeError("--uniform-rank pads an adapter, but --fold writes none; leave one of them out")
+        if self.gguf and self.fold:
+            raise RecipeError(
+                "--gguf writes an adapter, but --fold writes none; leave one of them out (convert_hf_to_gguf.py of llama.cpp "
+                "takes the folded model)"
+            )
 
 
 def export_folder(
@@ -98,6 +106,8 @@ def export_folder(
         GraspError: the adapter, its backbone, a setting or the output does not fit. Nothing is written then.
     """
     refuse_existing(output)
+    if settings.gguf:
+        check_gguf_installed()
     adapter = read_adapter(place)
     shrunk = _shrink(adapter, settings)
     dtype_read = "float32" if settings.fold else "bfloat16"
@@ -226,6 +236,9 @@ def _write_adapter(
             *shrunk.lines(error),
             *accepted_by(written, conv1d=bool(config["fan_in_fan_out"])),
         ]
+        if settings.gguf:
+            write_gguf(draft / GGUF_FILE, written, backbone.model, dtype)
+            lines[-1] = f"llama.cpp: --lora {GGUF_FILE}; Ollama: ADAPTER ./{GGUF_FILE} in a Modelfile"
         info = json.loads((draft / OUR_FILE).read_text(encoding="utf-8"))
         _describe(draft, adapter, info, shrunk.facts() | {"dtype": dtype} | asdict(error), card, lines)
     return lines

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 EMBEDDED_NAME = "gemma3-270m"
 ALL_LINEAR = "all-linear"  # PEFT's word
 EMBEDDED_HUB_ID = "google/gemma-3-270m"
+EMBEDDED_LICENCE = "gemma"  # as the hub calls it
 
 Texts = Annotated[  # a single text stands for a list of one
     tuple[str, ...],

@@ -2,24 +2,34 @@
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from grasp_lora.bench.run_folder import CARD_FILE
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_template
 from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.reading import WEIGHTS_FILE
+from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
+from grasp_lora.recipes.recipe import TEXTS
+from grasp_lora.recipes.text import parse
 from grasp_lora.report.delivered import MADE, PARTS, delivered_system
 from grasp_lora.report.pages import public_name, render, view_of
-from grasp_lora.report.run_record import DataRecipe, read_run
+from grasp_lora.report.run_record import DataRecipe, RunRecord, read_run
+from grasp_lora.report.tables import METRIC_NAMES
 from grasp_lora.storage.files import write_whole
 from grasp_lora.text.display import escaped
 
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+TAGS = ["lora", "grasp-lora", "adapter-merging", "pruning", "cross-lingual-transfer"]
+
 
 def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
-    """Write README.md into an adapter folder: what it is, what it was made of, what it scores, how to load it.
+    """Write README.md into an adapter folder: what it is, what it was made of, what it scores, how to load and ask it.
 
     The card names files and models and gives hashes; it holds no path and no text of the data.
 
@@ -34,16 +44,6 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     if not adapter_folder.is_dir():
         raise RecipeError(f"There is no adapter folder {adapter_folder}; give the folder of a saved adapter.")
     backbone = public_name(record.run.backbone.name)
-    base_model = backbone.split(" (")[0]  # what the hub knows: without a remark on the quantisation
-    front = {
-        "library_name": "peft",
-        "base_model": base_model,
-        "tags": ["lora", "grasp-lora", "adapter-merging", "pruning", "cross-lingual-transfer"],
-        "pipeline_tag": "text-generation",
-    }
-    language = record.recipe.data.target.language
-    if re.fullmatch(r"[a-z]{2,3}", language):
-        front["language"] = [language]
     parents = [("Backbone", backbone, record.run.backbone.fingerprint)]
     system = delivered_system(record)
     kind = system.partition("_")[0]
@@ -56,32 +56,127 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     sources = len(record.recipe.source.adapters)  # which come first
     given = {"source": record.run.parents[:sources], "target": record.run.parents[sources:]}
     parents += [("Given adapter", one.name, f"sha256:{one.sha256}") for side in sides for one in given[side]]
+    prompt = _prompt(record.recipe.data)
+    recipe = _public_recipe(record.recipe_text)
     context = view_of(record) | {
-        "front_matter": yaml.safe_dump(front, sort_keys=False, allow_unicode=True),
+        "front_matter": _front_matter(record, backbone, system),
         "made": MADE[kind],
         "pruned": system == "grasp",
-        "base_model": json.dumps(base_model),
+        "base": _base(record, backbone),
         "base_model_name": backbone,
         "parents": parents,
         "files": _data_names(record.recipe.data),
-        "prompt": _prompt(record.recipe.data),
+        "prompt": [escaped(line) for line in prompt.split("\n")] if prompt else [],
+        "asked": _literal(re.sub(r"\{\w*\}", "...", prompt or "...").replace("{{", "{").replace("}}", "}")),
+        "max_new_tokens": record.recipe.generation.max_new_tokens,
+        "stops": [_literal(stop) for stop in record.recipe.generation.stop if stop],
         "chat": record.in_chat,
+        "recipe": recipe,
+        "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
     }
     path = adapter_folder / CARD_FILE
     write_whole(path, render("model_card.md.j2", context))
     return path
 
 
-def _prompt(data: DataRecipe) -> list[str]:
-    """The lines of the template of the prompts that the adapter was trained on; none where the recipe does not say."""
+def _front_matter(record: RunRecord, backbone: str, system: str) -> str:
+    """What the hub reads of a card. It names no local file and no local folder, for which the hub would look among its own."""
+    from huggingface_hub import ModelCardData
+
+    run, corpora = record.run, record.recipe.data.corpora
+    embedded = backbone == PUBLIC_NAME
+    codes = [corpus.language for corpus in reversed(corpora) if re.fullmatch(r"[a-z]{2,3}", corpus.language)]
+    data_sets = [corpus.hub for corpus in reversed(corpora) if corpus.hub and HUB_ID.fullmatch(corpus.hub)]
+    card = ModelCardData(
+        model_name=run.name,
+        library_name="peft",
+        base_model=EMBEDDED_HUB_ID if embedded else backbone if run.backbone.commit else None,
+        license=EMBEDDED_LICENCE if embedded else None,
+        language=list(dict.fromkeys(codes)) or None,
+        datasets=list(dict.fromkeys(data_sets)) or None,
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        eval_results=_results(record, system) or None,
+    )
+    return card.to_yaml() + "\n"
+
+
+def _results(record: RunRecord, system: str) -> list[Any]:
+    """The scores of the adapter that was handed over, one a metric, with the number of test rows."""
+    from huggingface_hub import EvalResult
+
+    metrics, target = record.metrics, record.recipe.data.target
+    if metrics is None or system not in metrics.systems:
+        return []
+    scores = metrics.systems[system]
+    values = {"loss": scores.test_loss} | dict(scores.metrics)
+    names = {"loss": "Test loss, nats per token of the answer"} | METRIC_NAMES
+    on_hub = target.hub is not None and HUB_ID.fullmatch(target.hub)
+    rows = f"{metrics.test_examples} test rows"
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=str(target.hub) if on_hub else "local",
+            dataset_name=f"{target.hub}, {rows}" if on_hub else f"{rows} of the run",
+            dataset_split="test",
+            dataset_args={"test_rows": metrics.test_examples},
+            metric_type=name,
+            metric_name=names.get(name, name),
+            metric_value=round(value, 4),
+        )
+        for name, value in values.items()
+        if value is not None and math.isfinite(value)
+    ]
+
+
+def _base(record: RunRecord, backbone: str) -> dict[str, Any]:
+    """How Python loads the model that the adapter was trained on."""
+    run, options = record.run, []
+    if run.backbone.commit:
+        options.append(f"revision={_literal(run.backbone.commit)}")
+    if record.recipe.backbone.trust_remote_code:
+        options.append("trust_remote_code=True")
+    return {
+        "embedded": backbone == PUBLIC_NAME,
+        "local": run.backbone.commit is None,
+        "name": _literal(backbone),
+        "options": "".join(f", {option}" for option in options),
+        "dtype": f", dtype={_literal(run.dtype)}" if run.dtype else "",
+    }
+
+
+def _literal(text: str) -> str:
+    """A text as Python code on one line, with its control characters as escapes."""
+    return escaped(json.dumps(text, ensure_ascii=False))
+
+
+def _public_recipe(text: str) -> str:
+    """The recipe as YAML, of each path only the last part."""
+    content = _without_places(parse(text, "it"))
+    dumped = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=math.inf)
+    return "\n".join(map(escaped, dumped.split("\n")))
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: part if key in TEXTS else _without_places(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_without_places(part) for part in value]
+    if not isinstance(value, str) or not re.search(r"[\\/]", value) or HUB_ID.fullmatch(value):
+        return value
+    return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+
+
+def _prompt(data: DataRecipe) -> str | None:
+    """The template of the prompts that the adapter was trained on; None where the recipe does not say."""
     prompt = data.prompt if data.target.prompt is None else data.target.prompt
-    if prompt is None:
-        try:
-            built_in = built_in_template(data.task, data.target.language)
-            prompt = (built_in or TEMPLATES[data.task][FALLBACK_LANGUAGE]).prompt
-        except (KeyError, DataError):
-            return []
-    return [escaped(line) for line in prompt.split("\n")]
+    if prompt is not None:
+        return prompt
+    try:
+        built_in = built_in_template(data.task, data.target.language)
+        return (built_in or TEMPLATES[data.task][FALLBACK_LANGUAGE]).prompt
+    except (KeyError, DataError):
+        return None
 
 
 def _data_names(data: DataRecipe) -> list[str]:

@@ -48,6 +48,19 @@ class DataRecipe(files.Shape):
         return [self.source, self.target] if self.source else [self.target]
 
 
+class BackboneRecipe(files.Shape):
+    """The recipe's `backbone`."""
+
+    trust_remote_code: bool = False
+
+
+class GenerationRecipe(files.Shape):
+    """The recipe's `generation`."""
+
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ("\n",)
+
+
 class SourceRecipe(files.Shape):
     """The recipe's `source`."""
 
@@ -98,7 +111,9 @@ class FinalRecipe(files.Shape):
 class RecipeFacts(files.Shape):
     """What the report reads of recipe.yaml: little, so that it can read what older versions wrote."""
 
+    backbone: BackboneRecipe = BackboneRecipe()
     data: DataRecipe = DataRecipe()
+    generation: GenerationRecipe = GenerationRecipe()
     source: SourceRecipe = SourceRecipe()
     merge: MergeRecipe = MergeRecipe()
     mask: MaskRecipe = MaskRecipe()
