@@ -1,7 +1,8 @@
 # Each target does all its set-up: a virtual environment in .venv, the packages, then the work.
 #   make demo              the main job on the embedded model and texts (DEMO_LANGUAGE=zh for Chinese)
 #   make test              the tests
-#   make check             the one gate: lint, format, types, import contract, tests
+#   make docs              the docs site, into site/
+#   make check             the one gate: lint, format, types, import contract, docs, tests
 # TORCH_INDEX=URL installs torch from that wheel index first (for a CPU build, see the README).
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ TORCH_INDEX ?=
 DEMO_LANGUAGE ?= ar
 BIN := $(VENV)/bin
 
-.PHONY: demo test slow lint types imports check clean
+.PHONY: demo test slow docs lint types imports check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/grasp-lora demo --language $(DEMO_LANGUAGE)
@@ -21,6 +22,9 @@ test: $(VENV)/.dev
 
 slow: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict   # it warns of mkdocs 2, which pyproject.toml leaves out
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -33,7 +37,7 @@ types: $(VENV)/.dev
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports
 
-check: lint types imports test
+check: lint types imports docs test
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
