@@ -31,7 +31,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Let links lead to what is on the site; what is not, such as a folder, stays as a text. Part lists from what precedes them."""
+    """Let links lead to what is on the site; what is not stays as a text. Part lists from what precedes them."""
     names = {page: source for source, page in PAGES.items()}
     here = page.file.src_uri
     folder = dirname(names.get(here, f"docs/{here}"))

@@ -32,7 +32,10 @@ def test_nothing_of_the_site_is_loaded_from_elsewhere() -> None:
     assert site["theme"]["font"] is False
     assert not {"extra_javascript", "extra_css"} & site.keys()
     # `offline` and `social` of the theme fetch a script and fonts.
-    assert [name if isinstance(name, str) else next(iter(name)) for name in site["plugins"]] == ["search", "mkdocstrings"]
+    assert [name if isinstance(name, str) else next(iter(name)) for name in site["plugins"]] == [
+        "search",
+        "mkdocstrings",
+    ]
 
 
 SHAPES = {  # layers, width, width of keys and values together, as the models' configs say
@@ -46,7 +49,9 @@ SHAPES = {  # layers, width, width of keys and values together, as the models' c
 
 def test_the_table_of_machines_is_what_its_arithmetic_says() -> None:
     page = (DOCS / "guide" / "machines.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([\w. ]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| \d+ \|$", page, re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([\w. ]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| \d+ \|$", page, re.MULTILINE
+    )
     assert [row[0] for row in rows] == list(SHAPES)
     for model, parameters, *shown in rows:
         layers, width, cached = SHAPES[model]
