@@ -154,7 +154,8 @@ def test_a_spreadsheet_becomes_a_checked_recipe(newcomer: Path, cli: Callable[..
     )
     assert told is not None
     target = load_recipe("my-examples.yaml")[0].data.target
-    assert list(map(int, told.groups())) == [target.train, target.dev, target.micro_dev, target.test]
+    held_out = [target.dev, target.micro_dev, target.test]
+    assert list(map(int, told.groups())) == [60 - sum(map(int, held_out)), *held_out]
 
 
 TO_RUN = [page for page in PAGES if any(why_not_run(command) is None for command in commands(page))]
