@@ -158,6 +158,33 @@ def test_a_spreadsheet_becomes_a_checked_recipe(newcomer: Path, cli: Callable[..
     assert list(map(int, told.groups())) == [60 - sum(map(int, held_out)), *held_out]
 
 
+def python_of(page: str) -> str:
+    """All Python blocks of a page, one after the other."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return "\n".join(code for language, code in FENCE.findall(text) if language == "python")
+
+
+def test_every_page_with_python_is_run() -> None:
+    found = {page.name for page in PAGES if "```python" in page.read_text(encoding="utf-8")}
+    assert found == {"README.md", "script.md", "serve.md"}  # the first one by tests/test_readme.py
+
+
+def test_an_adapter_is_asked_in_peft_as_the_page_does(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished_run, "runs/my-examples")
+    exec(compile(python_of("how-to/serve.md"), "serve.md", "exec"), {"BACKBONE": "tiny-llama"})
+    assert capsys.readouterr().out.startswith("Question: ...\nAnswer:")
+
+
+@pytest.mark.slow
+def test_the_jobs_are_called_as_the_page_does(tiny_workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("data").mkdir()
+    for name in ("source.jsonl", "target.jsonl"):
+        Path(name).rename(f"data/{name}")
+    exec(compile(python_of("guide/script.md").replace('"mlqa-ar"', '"tiny.yaml"'), "script.md", "exec"), {})
+    assert "RatioEstimate(ratio=" in capsys.readouterr().out
+    assert Path("runs/tiny/compare/compare.json").is_file()
+
+
 TO_RUN = [page for page in PAGES if any(why_not_run(command) is None for command in commands(page))]
 BEFORE = ROOT / "docs" / "how-to" / "spreadsheet.md"  # other pages begin where it ends
 
