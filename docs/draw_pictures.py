@@ -1,6 +1,15 @@
-"""Draws docs/images/round.svg (one round) and docs/images/regimes.svg (Held and EachStep): `python docs/draw_pictures.py`."""
+"""Draws docs/images/round.svg (one round) and docs/images/regimes.svg (Held and EachStep): `python docs/draw_pictures.py`.
+
+With the folder of a run, as `grasp-lora demo` leaves it, it takes the README's picture of a report, docs/images/report.png, too:
+`python docs/draw_pictures.py runs/demo-ar`. That needs Chromium.
+"""
 
 import math
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -143,6 +152,33 @@ def _dot(x: float, y: float, color: str, radius: float) -> str:
 
 PICTURES = {"round.svg": draw_round, "regimes.svg": draw_regimes}
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+SIZE = (1100, 2080)  # pixels
+ALONE = [  # nothing of the user's, and nothing from the network
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync", "--no-first-run", "--hide-scrollbars",
+]  # fmt: skip
+
+
+def steady(report: str) -> str:
+    """A report without what is another at each run: its date, and the versions that made it."""
+    return re.sub(r"<dt>(Date|Versions)</dt>\s*<dd>.*?</dd>", "", report, flags=re.DOTALL)
+
+
+def take_report(run: Path, picture: Path) -> None:
+    """Take a picture of the upper part of a run's report, in the light theme."""
+    browser = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if browser is None:
+        sys.exit(f"no browser is there; install one of {', '.join(BROWSERS)}")
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+        page.write_text(steady((run / "report.html").read_text(encoding="utf-8")), encoding="utf-8")
+        shot = [f"--window-size={SIZE[0]},{SIZE[1]}", f"--user-data-dir={folder}/profile", f"--screenshot={picture}"]
+        subprocess.run([browser, *ALONE, *shot, page.as_uri()], check=True, capture_output=True, timeout=120)
+
+
 if __name__ == "__main__":
     for name, draw in PICTURES.items():
         (IMAGES / name).write_text(draw(), encoding="utf-8")
+    for run in sys.argv[1:2]:
+        take_report(Path(run), IMAGES / "report.png")

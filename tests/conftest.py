@@ -164,6 +164,16 @@ def tiny_backbone_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenize
     return folder
 
 
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the sources without a network."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = ["pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([sys.executable, "-m", *build, str(Path(__file__).parents[1])], check=True, capture_output=True)
+    [wheel] = folder.glob("*.whl")
+    return wheel
+
+
 def run_ranks(
     count: int,
     arguments: Sequence[str],

@@ -54,24 +54,9 @@ def test_the_package_is_imported_quickly() -> None:
 
 
 @pytest.fixture(scope="module")
-def python_with_the_wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def python_with_the_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Python in whose site-packages the wheel lies, and nothing of the sources."""
-    folder = tmp_path_factory.mktemp("wheel")
-    root = Path(__file__).parents[1]
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(folder),
-        str(root),
-    ]
-    subprocess.run(build, check=True, capture_output=True)
-    [wheel] = folder.glob("*.whl")
+    folder = tmp_path_factory.mktemp("without-sources")
     venv.create(folder / "venv", symlinks=True)
     [site] = (folder / "venv").glob("lib/*/site-packages")
     with zipfile.ZipFile(wheel) as archive:

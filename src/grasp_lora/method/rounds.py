@@ -19,9 +19,9 @@ class Round:
     Args:
         current_ratio: committed ratio at which the baseline was measured.
         candidates: C ratios.
-        baseline_losses: loss of each micro-dev example under the committed mask, [examples].
-        candidate_losses: loss of each example under each candidate's mask, [C][examples]; only of those in `places` if there
-            are any.
+        baseline_losses: loss of each micro-dev example under the committed mask, shape `[examples]`.
+        candidate_losses: loss of each example under each candidate's mask, shape `[C][examples]`; only of those in `places`
+            if there are any.
         places: the examples that the candidates were measured on, as places in `baseline_losses`; None for all.
     """
 
@@ -44,7 +44,7 @@ class Round:
 
     @property
     def common_losses(self) -> tuple[tuple[float, ...], ...]:
-        """Losses of the examples that every probe measured, the baseline first, [1 + C][examples]."""
+        """Losses of the examples that every probe measured, the baseline first, shape `[1 + C][examples]`."""
         baseline = self.baseline_losses
         if self.places is not None:
             baseline = tuple(baseline[place] for place in self.places)

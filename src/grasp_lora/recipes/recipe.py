@@ -39,7 +39,7 @@ from grasp_lora.training.settings import TrainingSettings
 RECIPE_FILE = "recipe.yaml"
 
 
-TEXTS = ("prompt", "completion", "stop")  # keys of texts that may begin as a path does
+TEXTS = ("prompt", "completion", "stop", "labels", "columns")  # keys of texts that may look like a path
 LATER_OF_DATA = {"labels", "skip_unanswered"}
 LATER_OF_CORPORA = {"sheet", "prompt", "completion"}
 RENAMED = {  # keys of a controller as recipes had them once, and where they are now

@@ -63,7 +63,8 @@ def sync(path: Path) -> None:
     """Wait until a file's content, or the names in a folder, are on the disk."""
     if os.name == "nt" and path.is_dir():  # Windows keeps names by itself and cannot open a folder
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    how = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows flushes only what may be written
+    descriptor = os.open(path, how)
     try:
         os.fsync(descriptor)
     finally:

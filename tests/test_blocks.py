@@ -1,0 +1,217 @@
+"""What stands in the shell and Python blocks of README, guide and how-to can be done.
+
+In the gate: the command line takes every command, every program that is not run is named with the reason, and the Python runs.
+In `make slow`: the commands of a page run one after the other, in the folder of a newcomer.
+"""
+
+import csv
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from transformers import PreTrainedTokenizerFast
+
+from grasp_lora.cli import UsageError, app
+from grasp_lora.recipes.load import load_recipe
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("guide/*.md")), *sorted((ROOT / "docs").glob("how-to/*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", flags=re.DOTALL | re.MULTILINE)
+
+NOT_RUN = {  # the first words of a command -> why no test runs it
+    "make demo": "minutes, and the wheel's demo is run by tests/test_packaging.py",
+    "make test": "it is what runs these tests",
+    "pip install": "needs the network; the extras that it names are looked up",
+    "torchrun": "tests/bench/test_ranks.py starts two processes; its command is parsed here",
+    "until grasp-lora": "a loop around a command that other blocks run",
+    "CUDA_VISIBLE_DEVICES=": "needs GPUs; its command is parsed here",
+    "OMP_NUM_THREADS=1 python benchmarks/": "minutes; its file and its options are looked up",
+    "python benchmarks/": "minutes; its file and its options are looked up",
+    "vllm serve": "needs vLLM and a GPU",
+    "python convert_lora_to_gguf.py": "needs llama.cpp",
+    "llama-cli": "needs llama.cpp",
+    "ollama create": "needs Ollama",
+}
+STAND_INS = {  # in what is run: a word of the pages -> what stands for it here
+    "demo-ar": "recipe.yaml",
+    "RECIPE": "recipe.yaml",
+    "KEY=VALUES": "final.prune_ratio=0.1..0.8",
+    "runs/NAME/sweep/best.yaml": "runs/tiny/sweep/best.yaml",
+    "ORG/MODEL-INSTRUCT": "tiny-chat",
+}
+ADDED = {  # what keeps it short, or on the tiny model; the last one of an option counts
+    "init": ["--backbone", "tiny-llama"],
+    "sweep": ["--trials", "2", "--sampler", "random"],
+    "compare": ["--methods", "merged,continued,grasp", "--seeds", "42"],
+}
+SHIM = """#!{python}
+import sys
+sys.path.insert(0, {source!r})
+from grasp_lora.cli import main
+words = [{stand_ins!r}.get(word, word) for word in sys.argv[1:]]
+added = [] if "tiny-chat" in words else {added!r}.get(words[0], [])
+sys.argv[1:] = words + added
+main()
+"""
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page's shell blocks, without remarks."""
+    lines = [
+        line
+        for language, text in FENCE.findall(page.read_text(encoding="utf-8"))
+        if not language
+        for line in text.splitlines()
+    ]
+    return [command for line in lines if (command := re.sub(r"\s+# .*$", "", line).strip())]
+
+
+def why_not_run(command: str) -> str | None:
+    """The reason of the table, or None for what is run."""
+    return next((why for start, why in NOT_RUN.items() if command.startswith(start)), None)
+
+
+ALL = [(page, command) for page in PAGES for command in commands(page)]
+IDS = [f"{page.name}-{number}" for number, (page, _) in enumerate(ALL)]
+
+
+def test_there_are_blocks_and_every_reason_has_its_command() -> None:
+    assert len(ALL) > 30
+    idle = [start for start in NOT_RUN if not any(command.startswith(start) for _, command in ALL)]
+    assert not idle, f"no page shows {', '.join(idle)} any more"
+
+
+@pytest.mark.parametrize(("page", "command"), ALL, ids=IDS)
+def test_a_command_is_one_that_the_program_takes(page: Path, command: str) -> None:
+    if found := re.search(r"(?:grasp-lora|-m grasp_lora) (\w+)\s*([^;<]*)", command):
+        name, arguments = found.groups()
+        group: Any = typer.main.get_command(app)
+        assert name in group.commands, f"{page.name}: {command}"
+        try:
+            group.commands[name].make_context(name, shlex.split(arguments))
+        except UsageError as error:
+            pytest.fail(f"{page.name}: {command}: {error.format_message()}")
+        return
+    assert why_not_run(command), f"{page.name}: no test runs {command}, and no reason is given"
+    if command.startswith("pip install"):
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+            "optional-dependencies"
+        ]
+        assert set(re.findall(r"\[(\w+)\]", command)) <= extras.keys(), command
+    if file := re.search(r"benchmarks/\S+", command):
+        text = (ROOT / file[0]).read_text(encoding="utf-8")
+        unknown = [option for option in re.findall(r"--[\w-]+", command) if f'"{option}"' not in text]
+        assert not unknown, f"{file[0]} has no option {', '.join(unknown)}"
+
+
+def test_an_option_that_is_gone_is_found() -> None:
+    with pytest.raises(pytest.fail.Exception, match="--gone"):
+        test_a_command_is_one_that_the_program_takes(README, "grasp-lora run mine.yaml --gone")
+    with pytest.raises(AssertionError, match="no reason"):
+        test_a_command_is_one_that_the_program_takes(README, "unknown-program --now")
+
+
+@pytest.fixture
+def newcomer(tiny_workspace: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
+    """The working folder of somebody who has the files that the pages name."""
+    with Path("my-examples.csv").open("w", encoding="utf-8", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(("context", "question", "answer"))
+        rows.writerows((f"Maandishi {row}: mto {row % 7}.", f"Swali {row}?", f"mto {row % 7}") for row in range(60))
+    english = [
+        {"context": f"Text {row}e: river {row % 7}.", "question": f"Question {row}?", "answer": f"river {row % 7}"}
+        for row in range(80)
+    ]
+    Path("english.jsonl").write_text("".join(json.dumps(row) + "\n" for row in english), encoding="utf-8")
+    shutil.copy("tiny.yaml", "recipe.yaml")
+    shutil.copytree("tiny-llama", "tiny-chat")
+    tiny_tokenizer.chat_template = (
+        "{% for turn in messages %}{{ turn['role'][0] }}: {{ turn['content'] }} | {% endfor %}a: "
+    )
+    tiny_tokenizer.save_pretrained("tiny-chat")
+    tiny_tokenizer.chat_template = None
+    return tiny_workspace
+
+
+def test_a_spreadsheet_becomes_a_checked_recipe(newcomer: Path, cli: Callable[..., Any]) -> None:
+    init, check, *_ = commands(ROOT / "docs" / "how-to" / "spreadsheet.md")
+    assert cli(*shlex.split(init)[1:], *ADDED["init"]).status == 0
+    result = cli(*shlex.split(check)[1:])
+    assert result.status == 0, result.err
+    shown = (ROOT / "docs" / "how-to" / "spreadsheet.md").read_text(encoding="utf-8")
+    told = re.search(
+        r"Of 60 rows (\d+) are for training, (\d+) for dev, (\d+) for probes and (\d+) for the test", shown
+    )
+    assert told is not None
+    target = load_recipe("my-examples.yaml")[0].data.target
+    held_out = [target.dev, target.micro_dev, target.test]
+    assert list(map(int, told.groups())) == [60 - sum(map(int, held_out)), *held_out]
+
+
+def python_of(page: str) -> str:
+    """All Python blocks of a page, one after the other."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return "\n".join(code for language, code in FENCE.findall(text) if language == "python")
+
+
+def test_every_page_with_python_is_run() -> None:
+    found = {page.name for page in PAGES if "```python" in page.read_text(encoding="utf-8")}
+    assert found == {"README.md", "script.md", "serve.md"}  # the first one by tests/test_readme.py
+
+
+def test_an_adapter_is_asked_in_peft_as_the_page_does(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished_run, "runs/my-examples")
+    exec(compile(python_of("how-to/serve.md"), "serve.md", "exec"), {"BACKBONE": "tiny-llama"})
+    assert capsys.readouterr().out.startswith("Question: ...\nAnswer:")
+
+
+@pytest.mark.slow
+def test_the_jobs_are_called_as_the_page_does(tiny_workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("data").mkdir()
+    for name in ("source.jsonl", "target.jsonl"):
+        Path(name).rename(f"data/{name}")
+    exec(compile(python_of("guide/script.md").replace('"mlqa-ar"', '"tiny.yaml"'), "script.md", "exec"), {})
+    assert "RatioEstimate(ratio=" in capsys.readouterr().out
+    assert Path("runs/tiny/compare/compare.json").is_file()
+
+
+TO_RUN = [page for page in PAGES if any(why_not_run(command) is None for command in commands(page))]
+BEFORE = ROOT / "docs" / "how-to" / "spreadsheet.md"  # other pages begin where it ends
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TO_RUN, ids=lambda page: page.name)
+def test_the_commands_of_a_page_run_one_after_the_other(page: Path, newcomer: Path) -> None:
+    programs = newcomer / "programs"
+    programs.mkdir()
+    shim = programs / "grasp-lora"
+    source = str(ROOT / "src")
+    shim.write_text(
+        SHIM.format(python=sys.executable, source=source, stand_ins=STAND_INS, added=ADDED), encoding="utf-8"
+    )
+    shim.chmod(0o755)
+    mine = commands(page)
+    if not any(command.startswith("grasp-lora init") for command in mine) and any(
+        "my-examples" in command for command in mine
+    ):
+        mine = [*commands(BEFORE)[:3], *mine]
+    script = "\n".join(command for command in mine if why_not_run(command) is None)
+    environment = {
+        "PATH": f"{programs}:/usr/bin:/bin",
+        "HOME": str(newcomer),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(["bash", "-e", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert "Traceback" not in done.stderr

