@@ -55,14 +55,21 @@ def test_a_classification_is_answered_by_the_likeliest_label(tiny_workspace, cli
     assert "Accuracy" in report
     assert "Macro-F1" in report
     assert "accuracy" in result.out
+    asked = cli("predict", "run/final", "target.jsonl")
+    assert asked.status == 0, asked.err
+    texts = [json.loads(line)["text"] for line in Path("target.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = {text: json.loads(line)["prediction"] for text, line in zip(texts, asked.out.splitlines(), strict=True)}
+    assert [row["prediction"] for row in rows] == [
+        next(answer for text, answer in found.items() if text in example.prompt) for example in test
+    ]
     # The score of a label is the one loss of its answer, not divided by its length.
     with attached(session.backbone.model, read_adapter("run/final").weights) as model:
         losses = ProbeSet(test, session.pad_id).losses(model)
-        answers = session._answer(model)
         by_label = {
             label: ProbeSet([replace(one, completion_ids=tokens) for one in test], session.pad_id).losses(model)
             for label, tokens in session.splits.labels.items()
         }
+    _, answers = session.examine(read_adapter("run/final").weights)
     assert answers == tuple(row["prediction"] for row in rows)
     for number, (one, answer) in enumerate(zip(test, answers, strict=True)):
         sums = {label: by_label[label][number] * len(tokens) for label, tokens in session.splits.labels.items()}

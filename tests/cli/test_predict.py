@@ -233,3 +233,19 @@ def test_an_adapter_of_many_linear_modules_is_merged_with_one_of_few(cli: Cli, h
     assert result.status == 0, result.err
     assert set(json.loads(Path("r/adapter/adapter_config.json").read_text())["target_modules"]) > {"q_proj", "up_proj"}
     assert "'all-linear' and more" in refusal(cli("check", "tiny.yaml", "-s", "lora.target_modules=[all-linear, a]"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "what 1?"},
+        {"instruction": "what 1?", "input": "", "output": "unread"},
+        {"conversations": [{"from": "human", "value": "what 1?"}]},
+        {"conversations": [{"from": "human", "value": "what 1?"}, {"from": "gpt", "value": "unread"}]},
+        {"messages": talk("what 1?", None)},
+    ],
+)
+def test_rows_of_every_layout_need_no_answer(here: Path, cli: Cli, row: dict[str, Any]) -> None:
+    result = cli("predict", "talks", str(jsonl(Path("asked.jsonl"), [row])))
+    assert result.status == 0, result.err
+    assert len(result.out.splitlines()) == 1

@@ -17,11 +17,13 @@ from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.conversations import Message
 from grasp_lora.data.encode import Encoder, prompt_ids
 from grasp_lora.data.files import READERS, Row, Table, read_file
+from grasp_lora.data.labels import encode_labels
 from grasp_lora.data.records import Record, make_pool
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, task_fields
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.models.adapters import attached, check_fits
 from grasp_lora.models.backbone import backbone_of
+from grasp_lora.models.choosing import likeliest_labels
 from grasp_lora.models.generation import generate
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import GenerationSettings
@@ -70,26 +72,22 @@ class Asked:
 
     def records(self, records: Sequence[Record]) -> list[str]:
         """Answer records: their fields are put into the adapter's own prompt, and conversations are as they are."""
-        task, template = _form(self.own)
-        talks = any(record.messages for record in records)
-        encoder = Encoder(
-            self.tokenizer,
-            task,
-            "",
-            PLAIN if talks else template,
-            sys.maxsize,
-            None if talks else self.own.max_document_tokens,
-            self.chat,
-        )
-        return self._answer(encoder.ask(records))
+        return self._answer(self._encoder(any(record.messages for record in records)).ask(records))
 
     def reply(self, turns: Sequence[Message]) -> str:
         """Answer the last turn of a conversation."""
         record = Record("the conversation", {}, "", (), frozenset(), tuple(turns))
-        asked = replace(self, own=replace(self.own, task="completion", prompt=None))
+        asked = replace(self, own=replace(self.own, task="completion", prompt=None, labels=()))
         return asked.records([record])[0]
 
+    def _encoder(self, talks: bool = False) -> Encoder:
+        task, template = _form(self.own)
+        cut = None if talks else self.own.max_document_tokens
+        return Encoder(self.tokenizer, task, "", PLAIN if talks else template, sys.maxsize, cut, self.chat)
+
     def _answer(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        if self.own.labels:
+            return likeliest_labels(self.model, ids, encode_labels(self.own.labels, self._encoder()), self.settings)
         ends = [Encoder(self.tokenizer, "completion", "", PLAIN, sys.maxsize, chat=True).end] if self.chat else []
         return generate(self.model, self.tokenizer, ids, self.settings, ends=ends)
 
@@ -304,10 +302,16 @@ def _with_no_answer(values: Mapping[str, object], answer: str) -> dict[str, obje
         return dict(values)
     row = {name: value for name, value in values.items() if name not in ("answers", "references")}
     last = [{"role": "assistant", "content": _NO_ANSWER}]
-    turns = row.get("messages")
-    if isinstance(turns, list) and turns:
-        answered = isinstance(turns[-1], Mapping) and turns[-1].get("role") == "assistant"
-        return {**row, "messages": (turns[:-1] if answered else turns) + last}
+    for column, who, ours in (
+        ("messages", "role", last),
+        ("conversations", "from", [{"from": "gpt", "value": _NO_ANSWER}]),
+    ):
+        turns = row.get(column)
+        if isinstance(turns, list) and turns:
+            answered = isinstance(turns[-1], Mapping) and turns[-1].get(who) in ("assistant", "gpt")
+            return {**row, column: (turns[:-1] if answered else turns) + ours}
+    if "instruction" in row and answer == "completion":  # Alpaca's
+        return {**row, "output": _NO_ANSWER}
     return {**row, answer: last if isinstance(row.get("prompt"), list) else _NO_ANSWER}
 
 

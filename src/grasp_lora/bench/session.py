@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, check_fits, fresh_adapter, save_adapter
 from grasp_lora.models.backbone import Backbone, load_backbone
-from grasp_lora.models.choosing import label_scores
+from grasp_lora.models.choosing import likeliest_labels
 from grasp_lora.models.generation import Reader, generate
 from grasp_lora.models.live import adapter_weights, segments_of
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
@@ -328,9 +327,7 @@ class Session:
         labels = self.splits.labels
         with self._with(weights) as model:
             if labels:
-                tokens = list(labels.values())
-                scores = distribute(prompts, lambda own: label_scores(model, own, tokens, settings, told))
-                answers = [max(zip(of_prompt, labels, strict=True), key=itemgetter(0))[1] for of_prompt in scores]
+                answers = distribute(prompts, lambda own: likeliest_labels(model, own, labels, settings, told))
             elif world_size() == 1:
                 reader = Reader(model, tokenizer, prompts, gold, settings, told, ends)
                 return ProbeSet(test, self.pad_id).losses(model, reader=reader), tuple(reader.answers())
@@ -360,6 +357,7 @@ class Session:
                 report.prompt,
                 recipe.data.target.columns,
                 recipe.data.max_document_tokens,
+                tuple(self.splits.labels),
             ),
         )
 

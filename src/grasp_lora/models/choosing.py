@@ -1,8 +1,9 @@
 """Labels in place of answers: token ids of prompts and of labels in, how likely each label is out."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -64,6 +65,26 @@ def label_scores(
             if progress is not None:
                 progress(len(found), len(prompts))
     return found
+
+
+def likeliest_labels(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    labels: Mapping[str, Sequence[int]],
+    settings: GenerationSettings,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Return the likeliest label after each prompt, the first of equal ones.
+
+    Args:
+        labels: label -> token ids.
+        model, prompts, settings, progress: as of `label_scores`.
+
+    Raises:
+        DataError: as of `label_scores`.
+    """
+    scores = label_scores(model, prompts, list(labels.values()), settings, progress)
+    return [max(zip(of_prompt, labels, strict=True), key=itemgetter(0))[1] for of_prompt in scores]
 
 
 def _read(model: Any, tokens: Sequence[int]) -> Any:

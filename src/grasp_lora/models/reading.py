@@ -41,6 +41,7 @@ class Answers:
         prompt: the template of its prompts, with the task's fields in braces, or None.
         columns: field -> column of the rows that it was trained on, where they differ.
         max_document_tokens: what contexts and articles were cut to, or None.
+        labels: of a classification, what an answer may be.
     """
 
     max_new_tokens: Annotated[int, Field(strict=True)] = 64
@@ -50,6 +51,7 @@ class Answers:
     prompt: Annotated[str, Field(strict=True, max_length=MOST_PROMPT)] | None = None
     columns: dict[str, Name] = field(default_factory=dict)
     max_document_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
+    labels: tuple[Annotated[str, Field(strict=True, max_length=MOST_PROMPT)], ...] = ()
 
 
 @dataclass(frozen=True)
