@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 import typer.main
 from transformers import PreTrainedTokenizerFast
@@ -38,7 +39,12 @@ NOT_RUN = {  # the first words of a command -> why no test runs it
     "OMP_NUM_THREADS=1 python benchmarks/": "minutes; its file and its options are looked up",
     "python benchmarks/": "minutes; its file and its options are looked up",
     "vllm serve": "needs vLLM and a GPU",
-    "python convert_lora_to_gguf.py": "needs llama.cpp",
+    "grasp-lora --install-completion": "changes the shell of who runs it",
+    "grasp-lora init my-examples.xlsx --language sw --column": "the columns of another file; tests/recipes/test_starter.py",
+    "grasp-lora predict runs/NAME": "tests/cli/test_predict.py; another page asks a finished run",
+    "grasp-lora status runs/NAME": "tests/cli/test_status.py",
+    "srun": "needs SLURM; its command is parsed here",
+    "grasp-lora compare my-examples.yaml --on ray": "tests/cli/test_ray.py runs one; needs GPUs or a cluster",
     "llama-cli": "needs llama.cpp",
     "ollama create": "needs Ollama",
 }
@@ -124,10 +130,18 @@ def test_an_option_that_is_gone_is_found() -> None:
 @pytest.fixture
 def newcomer(tiny_workspace: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """The working folder of somebody who has the files that the pages name."""
+    rows = [
+        ("context", "question", "answer"),
+        *((f"Maandishi {row}: mto {row % 7}.", f"Swali {row}?", f"mto {row % 7}") for row in range(60)),
+    ]
     with Path("my-examples.csv").open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(("context", "question", "answer"))
-        rows.writerows((f"Maandishi {row}: mto {row % 7}.", f"Swali {row}?", f"mto {row % 7}") for row in range(60))
+        csv.writer(file).writerows(rows)
+    for name in ("my-examples.xlsx", "new-rows.xlsx"):
+        workbook = openpyxl.Workbook(write_only=True)
+        sheet = workbook.create_sheet()
+        for row in rows:
+            sheet.append(row)
+        workbook.save(name)
     english = [
         {"context": f"Text {row}e: river {row % 7}.", "question": f"Question {row}?", "answer": f"river {row % 7}"}
         for row in range(80)
