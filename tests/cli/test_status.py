@@ -49,11 +49,12 @@ def test_status_of_a_run_that_is_finished_stopped_or_under_way(cli: Cli, finishe
     assert "still to do: controller, final, evaluate, deliver" in said
     assert "stopped: final-0.40, step 40 of at most 100 at its last checkpoint, after 2 min; at most 3 min left" in said
     assert "grasp-lora run tiny.yaml --output" in said
-    with only_writer(finished_run):
+    with only_writer(finished_run), only_writer(finished_run / "store/work/abc", beside=True):
         lock = finished_run / "grasp-lora.lock"
         said = cli("status", finished_run).out
         assert f"running: process {os.getpid()} on " in said
-        assert "under way: final-0.40, step 40" in said
+        assert re.search(rf"under way: final-0\.40, by process {os.getpid()} on \S+, step 40", said)
+        assert "next: wait; a run has its folder for itself" in said
         assert lock.is_file()
     assert contents(finished_run) == before
     (finished_run / "grasp-lora.lock").write_text("{}")  # of a process that was killed

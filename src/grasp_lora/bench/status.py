@@ -31,6 +31,7 @@ class UnderWay:
         step, steps: optimizer steps taken, and at most to take; 0 before the first checkpoint.
         seconds: that these took.
         age: seconds since then.
+        worker: the process that is at it, None where it was stopped.
     """
 
     name: str
@@ -38,13 +39,15 @@ class UnderWay:
     steps: int = 0
     seconds: float = 0.0
     age: float = 0.0
+    worker: str | None = None
 
-    def text(self, running: bool) -> str:
-        """Say how far it is and, while it runs, how long it takes at most."""
+    def text(self) -> str:
+        """Say how far it is and how long it takes at most."""
+        begin = f"under way: {self.name}, by {self.worker}" if self.worker else f"stopped: {self.name}"
         if not self.step:
-            return f"{self.name}, before its first checkpoint"
-        text = f"{self.name}, step {self.step} of at most {self.steps} at its last checkpoint, after {_spent(self.seconds)}"
-        left = self.seconds / self.step * (self.steps - self.step) - (self.age if running else 0.0)
+            return f"{begin}, before its first checkpoint"
+        text = f"{begin}, step {self.step} of at most {self.steps} at its last checkpoint, after {_spent(self.seconds)}"
+        left = self.seconds / self.step * (self.steps - self.step) - (self.age if self.worker else 0.0)
         return f"{text}; at most {_spent(max(left, 0.0))} left"
 
 
@@ -72,14 +75,16 @@ def status(folder: Path) -> list[str]:
             commands += [command] if command else []
     if writer:
         lines.append(f"running: {writer}")
-    lines += [f"{'under way' if writer else 'stopped'}: {one.text(bool(writer))}" for one in under_way]
+    lines += [one.text() for one in under_way]
     seconds, records = 0.0, list((folder / files.STORE_FOLDER / files.RECORDS).glob("*.json"))
     for file in records:
         seconds += float(read_needed(file, dict[str, Any]).get("seconds", 0.0))
     seconds += sum(one.seconds for one in under_way)
     lines.append(f"store: {len(records)} finished steps, {_spent(seconds)} of work")
-    if writer:
-        commands = ["wait; the same command cannot run twice in one folder"]
+    if writer and parts[files.RUN_FILE] and not is_there(folder / files.METRICS_FILE):
+        commands = ["wait; a run has its folder for itself"]
+    elif writer:
+        commands = ["wait, or start the same command once more, which takes a share of the work"]
     elif not commands:
         prompt, adapter = (shlex.quote(str(folder / name)) for name in (files.PROMPT_FILE, files.ADAPTER_FOLDER))
         told = f"--jsonl < {prompt}" if is_there(folder / files.PROMPT_FILE) else '"..."'
@@ -139,6 +144,7 @@ def _sweep(folder: Path) -> tuple[list[str], str | None]:
 def _under_way(folder: Path) -> Iterator[UnderWay]:
     """The steps that have a folder of work."""
     for place in sorted((folder / files.STORE_FOLDER / files.WORK).glob("*/*")):
+        worker = writer_of(place.parent, beside=True)
         whole = [path for path in place.glob("checkpoint-*") if is_there(path / MANIFEST)]
         try:
             newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
@@ -147,10 +153,10 @@ def _under_way(folder: Path) -> Iterator[UnderWay]:
             )
             age = time.time() - (newest / MANIFEST).stat().st_mtime
             yield UnderWay(
-                place.name, int(state["global_step"]), int(state["max_steps"]), float(manifest["seconds"]), age
+                place.name, int(state["global_step"]), int(state["max_steps"]), float(manifest["seconds"]), age, worker
             )
         except (OSError, ValueError, TypeError, KeyError):  # none yet, or it went while we looked
-            yield UnderWay(place.name)
+            yield UnderWay(place.name, worker=worker)
 
 
 def _again(command: str, name: str | None, folder: Path) -> str:

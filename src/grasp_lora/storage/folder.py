@@ -208,9 +208,9 @@ def in_turn(place: Path) -> Iterator[None]:
         yield
 
 
-def writer_of(place: Path) -> str | None:
-    """Name the process that writes a folder, None where nobody does; nothing is written."""
-    file = place / LOCK_FILE
+def writer_of(place: Path, *, beside: bool = False) -> str | None:
+    """Name the process that holds the lock of `only_writer`, None where nobody does; nothing is written."""
+    file = _lock_beside(place) if beside else place / LOCK_FILE
     try:
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
     except OSError:
