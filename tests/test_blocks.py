@@ -43,6 +43,7 @@ NOT_RUN = {  # the first words of a command -> why no test runs it
     "grasp-lora init my-examples.xlsx --language sw --column": "the columns of another file; tests/recipes/test_starter.py",
     "grasp-lora predict runs/NAME": "tests/cli/test_predict.py; another page asks a finished run",
     "grasp-lora status runs/NAME": "tests/cli/test_status.py",
+    "llama-server": "needs llama.cpp",
     "srun": "needs SLURM; its command is parsed here",
     "grasp-lora compare my-examples.yaml --on ray": "tests/cli/test_ray.py runs one; needs GPUs or a cluster",
     "llama-cli": "needs llama.cpp",

@@ -13,6 +13,7 @@ import sys
 from html import unescape
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -493,6 +494,7 @@ class FakeBench(Bench):
 
     def __init__(self) -> None:
         self.grid = tuple(self.LOSSES)
+        self.session: Any = SimpleNamespace(splits=SimpleNamespace(test=[None]))
 
     def merged(self, dev_free: bool = False) -> Any:
         return baselines.Adapter("merged", lambda: None)
@@ -501,7 +503,7 @@ class FakeBench(Bench):
         facts = {"dev_loss": self.LOSSES[prune_ratio]["dev"][0]}
         return baselines.Adapter(str(prune_ratio), lambda: None, (Record("final", str(prune_ratio), {}, facts, 0.0),))
 
-    def losses(self, adapter: Any, split: str = "test") -> Record:
+    def losses(self, adapter: Any, split: str = "test", *, answered: bool = False) -> Record:
         return Record("losses", adapter.key, {}, {"losses": self.LOSSES[float(adapter.key)][split]}, 0.0)
 
     def scores(self, adapter: Any) -> Record:
@@ -557,12 +559,12 @@ def test_given_source_adapters_leave_no_source_data_for_the_joint_row(finished_r
 
 
 def test_a_method_that_fails_says_why_and_the_others_go_on(tiny_workspace, cli, monkeypatch):
-    answer = Session.answer
+    examine = Session.examine
 
     def fail(self: Session, weights: AdapterWeights | None) -> Any:
         if weights is None:
             raise AdapterError("no such luck")
-        return answer(self, weights)
+        return examine(self, weights)
 
     arguments = (
         "compare",
@@ -574,7 +576,7 @@ def test_a_method_that_fails_says_why_and_the_others_go_on(tiny_workspace, cli, 
         "--set",
         ROUNDS_EVERY,
     )
-    monkeypatch.setattr(Session, "answer", fail)
+    monkeypatch.setattr(Session, "examine", fail)
     result = cli(*arguments)
     assert result.status == 2
     assert "1 of 3 methods failed: zero shot failed with seed 1: no such luck" in result.err
@@ -582,7 +584,7 @@ def test_a_method_that_fails_says_why_and_the_others_go_on(tiny_workspace, cli, 
     rows = {row["method"]: row["unavailable"] for row in content["rows"]}
     assert rows["target_only"] is None
     assert rows["grasp"] is None
-    monkeypatch.setattr(Session, "answer", answer)
+    monkeypatch.setattr(Session, "examine", examine)
     assert cli(*arguments).status == 0
 
 

@@ -166,8 +166,8 @@ class TestRun:
         original = Bench.losses
         asked: list[str] = []
 
-        def scripted(self: Bench, adapter: Any, split: str = "test") -> Record:
-            found = original(self, adapter, split)
+        def scripted(self: Bench, adapter: Any, split: str = "test", *, answered: bool = False) -> Record:
+            found = original(self, adapter, split, answered=answered)
             if split == "dev":
                 if adapter.key not in asked:
                     asked.append(adapter.key)

@@ -326,7 +326,7 @@ class TestAgain:
             (GraspController, "run_round", 1, "controller"),
             (BestOnDev, "_evaluate", 5, "final"),  # the fifth look at a dev set is the last one, in the final run
             (Session, "save", 4, "final"),  # source, target and the merge that is shown come before
-            (Session, "answer", 2, "scores"),
+            (Session, "examine", 2, "test"),
         ],
         ids=["controller", "round", "final", "save", "evaluate"],
     )

@@ -41,8 +41,8 @@ from grasp_lora.storage.folder import only_writer
 
 TORCH = Path(torch.__file__).parent
 COMMANDS = (
-    "run", "demo", "check", "recipes", "init", "schema", "predict", "merge", "export", "learn", "finetune", "evaluate", "compare",
-    "sweep", "status", "report",
+    "run", "demo", "check", "recipes", "init", "schema", "predict", "merge", "export", "push", "learn", "finetune", "evaluate",
+    "compare", "sweep", "status", "report",
 )  # fmt: skip
 
 Cli = Callable[..., CliResult]

@@ -1,11 +1,11 @@
 """A chat template is a program of a stranger: it makes prompts, or ends within limits and is named in one line."""
 
 import copy
-import os
 import resource
 import threading
 import time
 
+import psutil
 import pytest
 from transformers import PreTrainedTokenizerFast
 
@@ -62,9 +62,9 @@ def tight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "MOST_MEMORY", 2**26)
 
 
-def check_no_child_is_left() -> None:
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+def children() -> set[int]:
+    """Processes that this one has started and not waited for; a server of forks of other tests may be among them."""
+    return {child.pid for child in psutil.Process().children()}
 
 
 @pytest.mark.usefixtures("tight")
@@ -80,6 +80,7 @@ def check_no_child_is_left() -> None:
 )
 def test_hostile_templates(template: str | dict, message: str, with_template: PreTrainedTokenizerFast) -> None:
     with_template.chat_template = template
+    started = children()
     before = resource.getrlimit(resource.RLIMIT_AS), resource.getrusage(resource.RUSAGE_CHILDREN)
     with pytest.raises(DataError, match=rf"^row 0: the tokenizer's chat template {message}") as caught:
         render_chat(with_template, [TURNS], ["row 0"])
@@ -88,7 +89,7 @@ def test_hostile_templates(template: str | dict, message: str, with_template: Pr
     assert resource.getrlimit(resource.RLIMIT_AS) == before[0]
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before[1].ru_utime - before[1].ru_stime < 2
-    check_no_child_is_left()
+    assert children() == started
 
 
 @pytest.mark.usefixtures("tight")
@@ -109,6 +110,7 @@ def test_any_thread_may_ask_and_others_go_on(with_template: PreTrainedTokenizerF
     endless.chat_template = WITHOUT_END["loops"]
     with_template.chat_template = "{{ messages[0].content }}\u2028\U0001f600"
     found: dict[int, object] = {}
+    started = children()
 
     def ask(number: int) -> None:
         try:
@@ -123,7 +125,7 @@ def test_any_thread_may_ask_and_others_go_on(with_template: PreTrainedTokenizerF
         thread.join()
     assert "does not end" in str(found.pop(0))
     assert list(found.values()) == [["hi\u2028\U0001f600"] * 50] * 3
-    check_no_child_is_left()
+    assert children() == started
 
 
 def test_prompts_are_those_of_transformers(with_template: PreTrainedTokenizerFast) -> None:

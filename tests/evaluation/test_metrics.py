@@ -57,6 +57,8 @@ def test_scores_come_by_name_in_the_order_asked_for():
     [
         ("qa", ("exact_match", "f1")),
         ("summarization", ("rougeL", "bleu")),
+        ("classification", ("accuracy", "macro_f1")),
+        ("translation", ("chrf++", "bleu")),
         ("completion", ("exact_match", "rougeL")),
     ],
 )
@@ -66,7 +68,9 @@ def test_every_task_has_metrics(task, names):
 
 
 def test_unknown_task_is_an_error():
-    with pytest.raises(DataError, match="'poetry'; allowed: qa, summarization, completion"):
+    with pytest.raises(
+        DataError, match="'poetry'; allowed: qa, summarization, classification, translation, completion"
+    ):
         task_fields("poetry")
 
 
@@ -87,7 +91,7 @@ def test_what_cannot_be_scored_is_an_error(names, predictions, references, langu
 
 
 def test_a_name_is_needed():
-    with pytest.raises(RecipeError, match="No metric was named: choose from exact_match, f1"):
+    with pytest.raises(RecipeError, match="No metric was named: choose from accuracy, macro_f1, exact_match, f1"):
         score([], ["x"], [["x"]], "en")
 
 
@@ -140,7 +144,7 @@ def test_a_metric_of_the_users_own_is_found_by_its_import_path(own_module):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("meteor", "metric is 'meteor'; allowed: exact_match, f1, .*import path"),
+        ("meteor", "metric is 'meteor'; allowed: accuracy, macro_f1, exact_match, f1, .*import path"),
         ("own/metrics.py:f", "metric is 'own/metrics.py:f'; allowed"),
         ("own:f:g", "metric is 'own:f:g'"),
         (":f", "metric is ':f'"),

@@ -292,7 +292,8 @@ def test_texts_of_models_and_files_are_escaped(run_folder: Path) -> None:
     assert page.text.count(attack) >= 4
     assert not set(page.scripts[1]) & set("<>&\u2028\u2029")
     for markdown in (card(run_folder), (run_folder / "report.md").read_text(encoding="utf-8")):
-        without_recipe = re.sub(r"(?m)^    .*$", "", markdown)
+        markdown = re.sub(r"\A---\n[\s\S]*?\n---\n", "", markdown)  # YAML, which nobody shows
+        without_recipe = re.sub(r"(?m)^    .*$|^(`{3,})yaml\n[\s\S]*?^\1$", "", markdown)
         assert "<script" not in without_recipe
         assert "<img" not in without_recipe
 
@@ -648,7 +649,7 @@ def test_the_snippet_of_the_card_ends_in_the_answer_that_predict_gives(
 
 
 def test_the_snippet_of_a_chat_goes_through_the_chat_template(run_folder: Path) -> None:
-    change_recipe(run_folder, data={"chat_template": True})
+    change(run_folder / "data.json", lambda data: data["report"].update(chat_template=True))
     change_recipe(run_folder, generation={"stop": ["\n", '"```'], "max_new_tokens": 9})
     code = card(run_folder).split("```python\n")[1].split("\n```\n")[0]
     compile(code, "card", "exec")

@@ -554,8 +554,8 @@ def test_a_probe_that_fails_names_the_ratio_and_the_example(make_tiny_model, tmp
     measure = probing.example_losses
     calls = []
 
-    def fail(model, batch, *, label_positions):
-        losses = measure(model, batch, label_positions=label_positions)
+    def fail(model, batch, **options):
+        losses = measure(model, batch, **options)
         calls.append(len(losses))
         return losses if len(calls) < 3 else losses.index_fill(0, torch.tensor([1]), math.inf)
 

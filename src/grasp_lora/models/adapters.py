@@ -175,7 +175,10 @@ def save_adapter(
     )
     stated = {key: value for key, value in asdict(info).items() if value is not None and value is not False}
     if answers is not None:
-        stated["answers"] = {key: value for key, value in asdict(answers).items() if value not in (None, {})}
+        unsaid = {
+            key for key, value in asdict(answers).items() if value in (None, {}) or (key == "labels" and not value)
+        }
+        stated["answers"] = {key: value for key, value in asdict(answers).items() if key not in unsaid}
     (folder / OUR_FILE).write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
 
 

@@ -88,7 +88,7 @@ def _front_matter(record: RunRecord, backbone: str, system: str) -> str:
     codes = [corpus.language for corpus in reversed(corpora) if re.fullmatch(r"[a-z]{2,3}", corpus.language)]
     data_sets = [corpus.hub for corpus in reversed(corpora) if corpus.hub and HUB_ID.fullmatch(corpus.hub)]
     card = ModelCardData(
-        model_name=run.name,
+        model_name=escaped(run.name),
         library_name="peft",
         base_model=EMBEDDED_HUB_ID if embedded else backbone if run.backbone.commit else None,
         license=EMBEDDED_LICENCE if embedded else None,
