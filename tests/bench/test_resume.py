@@ -304,7 +304,6 @@ def test_two_processes_in_one_folder_do_every_step_once(runs: Runs, alone: dict[
     assert [(one.status, one.error) for one in attempts] == [(0, ""), (0, "")]
     assert attempts[-1].files == alone[name].files
     assert sum(one.steps for one in attempts) == alone[name].steps
-    assert min(one.steps for one in attempts) > 0
 
 
 @pytest.mark.parametrize("name", SHARED)
