@@ -10,9 +10,11 @@ import torch
 
 from grasp_lora import api
 from grasp_lora.bench.compare import ComparisonSettings, compare
+from grasp_lora.bench.predict import asking
 from grasp_lora.bench.preflight import preflight
 from grasp_lora.bench.run_folder import predictions_file, read_metrics
 from grasp_lora.bench.session import Session
+from grasp_lora.data.labels import encode_labels
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.reading import read_adapter
@@ -55,6 +57,10 @@ def test_a_classification_is_answered_by_the_likeliest_label(tiny_workspace, cli
     assert "Accuracy" in report
     assert "Macro-F1" in report
     assert "accuracy" in result.out
+    stored = read_adapter("run/final").info.answers
+    assert stored is not None
+    with asking("run/final") as one:
+        assert encode_labels(stored.labels, one._encoder()) == session.splits.labels
     asked = cli("predict", "run/final", "target.jsonl")
     assert asked.status == 0, asked.err
     texts = [json.loads(line)["text"] for line in Path("target.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -240,12 +240,41 @@ def test_an_adapter_of_many_linear_modules_is_merged_with_one_of_few(cli: Cli, h
     [
         {"instruction": "what 1?"},
         {"instruction": "what 1?", "input": "", "output": "unread"},
+        {"conversations": [{"from": "human", "value": "what 1?"}, {"from": "chatgpt", "value": "unread"}]},
+        {"conversations": [{"role": "user", "content": "what 1?"}, {"role": "assistant", "content": "unread"}]},
+        {"messages": [{"from": "human", "value": "what 1?"}, {"from": "gpt", "value": "unread"}]},
         {"conversations": [{"from": "human", "value": "what 1?"}]},
         {"conversations": [{"from": "human", "value": "what 1?"}, {"from": "gpt", "value": "unread"}]},
         {"messages": talk("what 1?", None)},
     ],
 )
-def test_rows_of_every_layout_need_no_answer(here: Path, cli: Cli, row: dict[str, Any]) -> None:
+def test_rows_of_every_layout_need_no_answer(here: Path, cli: Cli, asked: Any, row: dict[str, Any]) -> None:
     result = cli("predict", "talks", str(jsonl(Path("asked.jsonl"), [row])))
     assert result.status == 0, result.err
     assert len(result.out.splitlines()) == 1
+    [([prompt], _)] = asked
+    assert "what 1?" in prompt
+    assert "unread" not in prompt
+
+
+def test_questions_of_squad_need_no_answer(here: Path, cli: Cli, asked: Any) -> None:
+    qas = [{"id": "q1", "question": "where?"}, {"id": "q2", "question": "when?", "answers": [], "is_impossible": True}]
+    content = {"data": [{"title": "t", "paragraphs": [{"context": "here and now", "qas": qas}]}]}
+    Path("asked.json").write_text(json.dumps(content), encoding="utf-8")
+    result = cli("predict", "qa", "asked.json")
+    assert result.status == 0, result.err
+    assert [json.loads(line)["id"] for line in result.out.splitlines()] == ["q1", "q2"]
+    [(prompts, _)] = asked
+    assert [("here and now" in prompt, "where?" in prompt) for prompt in prompts] == [(True, True), (True, False)]
+
+
+def test_columns_that_are_called_as_each_other_are_not_mixed_up(here: Path, cli: Cli, asked: Any) -> None:
+    """Of a translation whose columns `source` and `target` are meant the other way round."""
+    file = Path("qa", OUR_FILE)
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts["answers"] |= {"task": "translation", "prompt": "German: {source}\nEnglish:"}
+    facts["answers"]["columns"] = {"source": "target", "target": "source"}
+    file.write_text(json.dumps(facts), encoding="utf-8")
+    result = cli("predict", "qa", str(jsonl(Path("asked.jsonl"), [{"source": "unread", "target": "Fluss"}])))
+    assert result.status == 0, result.err
+    assert asked[0][0][0].endswith("German: Fluss\nEnglish:")

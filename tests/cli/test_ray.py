@@ -67,8 +67,8 @@ def test_workers_leave_the_tables_of_one_process_also_when_one_is_killed(tiny_wo
     ("arguments", "message"),
     [
         (("--address", "127.0.0.1:9"), "the Ray cluster at '127.0.0.1:9' cannot be reached"),
-        (("--workers", "10000"), "--workers is 10000, but the Ray cluster has"),
-        (("--gpus-per-worker", "1000"), "need 1000, but the Ray cluster has 0"),
+        (("--workers", "10000"), "--workers is 10000, but the Ray cluster has room for"),
+        (("--gpus-per-worker", "1000"), "room for 0"),
         (("--set", "final.training.epochs=-1"), "final.training.epochs"),
     ],
 )

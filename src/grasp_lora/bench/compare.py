@@ -24,7 +24,7 @@ from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
-from grasp_lora.bench.store import Store
+from grasp_lora.bench.store import WAIT, Store
 from grasp_lora.bench.summary import Outcomes, Rows, other_split, summary
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import least_resamples
@@ -36,7 +36,6 @@ from grasp_lora.storage.folder import Busy, Workplace, in_turn, working_in
 
 SEEDS = (42, 1337, 9001)  # Paper: experimental setup
 LEAST_TEST = 2
-WAIT = 0.5  # seconds between two looks at what other processes do
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from grasp_lora.bench.run_folder import ADAPTER_FOLDER, RUN_FILE
 from grasp_lora.data.chat import check_has_template
-from grasp_lora.data.conversations import Message
+from grasp_lora.data.conversations import SPEAKERS, Message
 from grasp_lora.data.encode import Encoder, prompt_ids
-from grasp_lora.data.files import READERS, Row, Table, read_file
+from grasp_lora.data.files import READERS, NoText, Row, Table, read_file
 from grasp_lora.data.labels import encode_labels
 from grasp_lora.data.records import Record, make_pool
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, task_fields
@@ -251,7 +251,7 @@ def predict_rows(place: str, file: Path, output: Path | None, *arguments: Any, *
             else found
         )
         try:
-            write_whole(output, _WRITERS[output.suffix.lower()](rows))
+            write_whole(output, _WRITERS[output.suffix.lower()](list(map(_shown, rows))))
         except OSError as error:
             raise RecipeError(
                 f"{output} cannot be written ({error.strerror}); choose another file with --output"
@@ -272,7 +272,7 @@ def _form(own: Answers) -> tuple[str, Template]:
     if prompt is None:
         raise DataError(f"the adapter names the task {task}, but no template of its prompts; give whole prompts")
     check_template("the adapter's prompt", prompt, fields.inputs)
-    return task, Template(prompt, "{" + fields.answer + "}")
+    return task, Template(prompt, own.completion or "{" + fields.answer + "}")
 
 
 def _fits(prompt: str, template: str) -> bool:
@@ -292,27 +292,45 @@ def _records(table: Table, own: Answers) -> list[Record]:
     task = own.task or "completion"
     answer = task_fields(task).answer
     present = {column for row in table.rows for column in row.values}
-    columns = {field: column for field, column in own.columns.items() if column in present and field != answer}
-    rows = [Row(where, _with_no_answer(values, answer)) for where, values in table.rows]
+    columns = {field: column for field, column in own.columns.items() if column in present or field == answer}
+    alpaca = task == "completion" and "prompt" not in columns
+    rows = [Row(where, _with_no_answer(values, columns.get(answer, answer), alpaca)) for where, values in table.rows]
     return list(make_pool([Table(table.name, rows)], task, "auto", columns).records)
 
 
-def _with_no_answer(values: Mapping[str, object], answer: str) -> dict[str, object]:
-    if "paragraphs" in values:  # SQuAD's questions stand deeper, and keep their answers
-        return dict(values)
+def _with_no_answer(values: Mapping[str, object], answer: str, alpaca: bool) -> dict[str, object]:
+    """A row with a stand-in for its answer, which may be in one of several places.
+
+    Args:
+        answer: column of the answer.
+        alpaca: whether a column `instruction` makes it a row as Alpaca has it.
+    """
+    if isinstance(values.get("paragraphs"), list):
+        return {**values, "paragraphs": [_with_stand_ins(paragraph) for paragraph in values["paragraphs"]]}  # type: ignore[attr-defined]
     row = {name: value for name, value in values.items() if name not in ("answers", "references")}
-    last = [{"role": "assistant", "content": _NO_ANSWER}]
-    for column, who, ours in (
-        ("messages", "role", last),
-        ("conversations", "from", [{"from": "gpt", "value": _NO_ANSWER}]),
-    ):
+    for column in ("messages", "conversations"):
         turns = row.get(column)
         if isinstance(turns, list) and turns:
-            answered = isinstance(turns[-1], Mapping) and turns[-1].get(who) in ("assistant", "gpt")
-            return {**row, column: (turns[:-1] if answered else turns) + ours}
-    if "instruction" in row and answer == "completion":  # Alpaca's
-        return {**row, "output": _NO_ANSWER}
-    return {**row, answer: last if isinstance(row.get("prompt"), list) else _NO_ANSWER}
+            last = turns[-1] if isinstance(turns[-1], Mapping) else {}
+            answered = SPEAKERS.get(str(last.get("role", last.get("from")))) == "assistant"
+            ours = (
+                {"from": "gpt", "value": _NO_ANSWER} if "from" in last else {"role": "assistant", "content": _NO_ANSWER}
+            )
+            return {**row, column: [*(turns[:-1] if answered else turns), ours]}
+    if isinstance(row.get("prompt"), list):
+        return {**row, answer: [{"role": "assistant", "content": _NO_ANSWER}]}
+    return {**row, answer: _NO_ANSWER} | ({"output": _NO_ANSWER} if alpaca and "instruction" in row else {})
+
+
+def _with_stand_ins(paragraph: object) -> object:
+    """A paragraph of SQuAD whose questions are answered by the first word of their context."""
+    context = paragraph.get("context") if isinstance(paragraph, Mapping) else None
+    if not isinstance(context, str) or not context.split() or not isinstance(paragraph["qas"], list):  # type: ignore[index]
+        return paragraph  # the reader says what is wrong with it
+    word = context.split()[0]
+    answers = {"answers": [{"text": word, "answer_start": context.index(word)}], "is_impossible": False}
+    qas = [{**one, **answers} if isinstance(one, Mapping) else one for one in paragraph["qas"]]  # type: ignore[index]
+    return {**paragraph, "qas": qas}  # type: ignore[dict-item]
 
 
 def _check_output(output: Path) -> None:
@@ -321,6 +339,11 @@ def _check_output(output: Path) -> None:
     if output.exists() or not output.absolute().parent.is_dir():
         problem = "exists already" if output.exists() else "lies in a folder that is not there"
         raise RecipeError(f"{output} {problem}; choose another with --output")
+
+
+def _shown(row: Mapping[str, object]) -> dict[str, object]:
+    """A row as it is written: a cell whose text is not in the file stays empty."""
+    return {name: "" if isinstance(value, NoText) else value for name, value in row.items()}
 
 
 def _as_jsonl(rows: Sequence[Mapping[str, object]]) -> str:

@@ -25,7 +25,7 @@ from grasp_lora.bench.run_folder import STORE_FOLDER, SWEEP_FOLDER, check_place
 from grasp_lora.bench.search_space import SAMPLERS, Parameter, propose, search_space, trial_recipe
 from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.steps import Bench
-from grasp_lora.bench.store import Store
+from grasp_lora.bench.store import WAIT, Store
 from grasp_lora.bench.sweep_record import Identity, SweepCost, SweepResult, Trial
 from grasp_lora.data.places import resolve_file
 from grasp_lora.errors import GraspError, RecipeError
@@ -40,7 +40,6 @@ from grasp_lora.text.names import needs
 TRIALS = 20
 BEST_FILE = "best.yaml"
 SWEEP_FILE = "sweep.json"
-WAIT = 0.5  # seconds between two looks at what other processes do
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,6 +77,8 @@ def merge_folders(
     answers = [adapter.info.answers for adapter in adapters]
     if len({one.prompt for one in answers if one}) > 1:  # such as prompts in two languages, which answer in one way
         answers = [one and Answers(one.max_new_tokens, one.stop, one.chat_template) for one in answers]
+    else:  # columns are of files, not of the adapter
+        answers = [one and replace(one, columns={}) for one in answers]
     alike = all(one == answers[0] for one in answers)
     with new_folder(output) as draft:
         save_adapter(

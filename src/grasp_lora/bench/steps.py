@@ -114,7 +114,7 @@ class Bench(Keyed):
             start: the adapter it starts from.
             prune_ratio: fraction in [0, 1].
             changes: of the final stage; its own ratio and its start are left aside. With `start` "controller" the adapter is one
-                of `controlled_adapter`, whose mask is held.
+                of `learned_with_adapter`, whose mask is held.
             dev_free: all epochs, no dev set, the last adapter.
         """
         stage = replace(self.recipe.final, **{"prune_ratio": None, "start": "merged", **(changes or {})})

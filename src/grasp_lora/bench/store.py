@@ -41,6 +41,7 @@ from grasp_lora.storage.processes import on_first_process, world_size
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 VERSION = 1
+WAIT = 0.5  # seconds between two looks at what other processes do
 PACKED, ADAPTERS, ANSWERS = "records.jsonl.gz", "adapters", "answers"
 CURVES, PLACE_OF_CURVES = "tensorboard", "TENSORBOARD_LOGGING_DIR"
 

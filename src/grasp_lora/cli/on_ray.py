@@ -1,7 +1,11 @@
 """`--on ray`: workers of a Ray cluster that share a comparison or a sweep, each doing what the command does by itself."""
 
 import logging
+import math
 import os
+import re
+import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from grasp_lora.text.display import quoted
 from grasp_lora.text.names import needs
 
 RETRIES = 3  # of a worker whose process is lost
+ANSWERS = 10  # seconds within which a cluster does
 SHOWN = 0.2  # seconds between two looks at what the workers say
 
 
@@ -48,8 +53,10 @@ def share(
     from ray.util.queue import Queue
 
     try:
+        if address is not None:
+            _check_reachable(address)
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise RecipeError(
             f"the Ray cluster at {quoted(address or 'this machine')} cannot be reached ({error}); look at `ray status`, or leave "
             "--address out for one on this machine"
@@ -60,7 +67,7 @@ def share(
             interruption.handled(),
             interruption.deferred(),
         ):  # an exception inside Ray's own code would come out as another
-            cpus = _room(ray.cluster_resources(), workers, gpus_per_worker)
+            cpus = _room([node["Resources"] for node in ray.nodes() if node["Alive"]], workers, gpus_per_worker)
             said = Queue()
             work = ray.remote(num_cpus=cpus, num_gpus=gpus_per_worker, max_retries=RETRIES)(_work)
             waiting = [work.remote(number, said, Path.cwd(), command, arguments) for number in range(workers)]
@@ -83,19 +90,31 @@ def share(
     return result
 
 
-def _room(resources: dict[str, float], workers: int, gpus_per_worker: float) -> int:
-    """CPUs for each worker, all of those that there are shared out."""
-    cpus, gpus = int(resources.get("CPU", 0)), resources.get("GPU", 0.0)
-    if workers > cpus:
-        raise RecipeError(
-            f"--workers is {workers}, but the Ray cluster has {cpus} CPUs, one for each; give at most {cpus}"
-        )
-    if workers * gpus_per_worker > gpus:
-        raise RecipeError(
-            f"{workers} workers with {gpus_per_worker:g} GPUs each need {workers * gpus_per_worker:g}, but the Ray cluster has "
-            f"{gpus:g}; lower --workers or --gpus-per-worker"
-        )
-    return cpus // workers
+def _room(nodes: Sequence[Mapping[str, float]], workers: int, gpus_per_worker: float) -> int:
+    """The most CPUs that each worker can have; one that does not fit on any machine would never begin."""
+
+    def places(cpus: int) -> float:
+        by_gpus = [one.get("GPU", 0.0) // gpus_per_worker if gpus_per_worker else math.inf for one in nodes]
+        return sum(min(one.get("CPU", 0.0) // cpus, gpus) for one, gpus in zip(nodes, by_gpus, strict=True))
+
+    for cpus in range(int(max((one.get("CPU", 0.0) for one in nodes), default=0.0)), 0, -1):
+        if places(cpus) >= workers:
+            return cpus
+    there = f"{sum(one.get('CPU', 0.0) for one in nodes):g} CPUs and {sum(one.get('GPU', 0.0) for one in nodes):g} GPUs"
+    raise RecipeError(
+        f"--workers is {workers}, but the Ray cluster has room for {places(1):g}: {there}, and each worker takes one CPU and "
+        f"{gpus_per_worker:g} GPUs (--gpus-per-worker); give fewer workers"
+    )
+
+
+def _check_reachable(address: str) -> None:
+    """Look whether somebody listens there: Ray itself would try for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    if match := re.fullmatch(r"(?:ray://)?([^:/]+):(\d{1,5})", address):
+        socket.create_connection((match[1], int(match[2])), timeout=ANSWERS).close()
 
 
 class _Told(Progress):

@@ -220,7 +220,10 @@ def _row_record(cells: Cells, task: str, position: str, has_ids: bool) -> Record
         value = cells.need(fields.answer, other="answers" if fields.answer == "answer" else None)
         if is_blank(value):
             return Unanswered(where, f"{fields.answer} is empty")
-        answers = _answers(cells, value) if fields.answer == "answer" else [cells.text(fields.answer)]
+        if fields.chooses and type(value) is int:  # labels are often numbers; CSV gives them as texts anyhow
+            answers = [str(value)]
+        else:
+            answers = _answers(cells, value) if fields.answer == "answer" else [cells.text(fields.answer)]
         if not answers:
             return Unanswered(where, "no answer")
         keys.add(text_key(inputs[fields.document or fields.inputs[0]]))

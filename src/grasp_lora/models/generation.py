@@ -365,7 +365,7 @@ def _greedy_mode(model: Any, max_new_tokens: int) -> Iterator[None]:
     """Put the model in eval mode, with a greedy generation config in place of its own.
 
     Passing ours to `generate` would not do: its gaps are filled from the model's own (temperature, penalties). It has
-    no EOS and no padding: `_Answers` ends a row, and what follows in an ended row is never read.
+    no EOS and no padding: `_Batch` ends a row, and what follows in an ended row is never read.
     """
     from transformers import GenerationConfig
 

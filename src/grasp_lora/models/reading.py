@@ -42,6 +42,7 @@ class Answers:
         columns: field -> column of the rows that it was trained on, where they differ.
         max_document_tokens: what contexts and articles were cut to, or None.
         labels: of a classification, what an answer may be.
+        completion: of a classification, the template of its answers, or None.
     """
 
     max_new_tokens: Annotated[int, Field(strict=True)] = 64
@@ -52,6 +53,7 @@ class Answers:
     columns: dict[str, Name] = field(default_factory=dict)
     max_document_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
     labels: tuple[Annotated[str, Field(strict=True, max_length=MOST_PROMPT)], ...] = ()
+    completion: Annotated[str, Field(strict=True, max_length=MOST_PROMPT)] | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ except ImportError:  # Windows
 log = logging.getLogger(__name__)
 
 LOCK_FILE = "grasp-lora.lock"
+_warned: set[str] = set()
 MOMENT = 0.05  # seconds between two looks at what another process holds
 
 
@@ -287,6 +288,9 @@ def _lock(descriptor: int, file: Path, place: Path, shared: bool) -> None:
             f"{place} is being written by {holder}; wait until that is done, or choose another folder with --output"
         ) from error
     except OSError as error:  # some network file systems lock nothing
+        if str(error) in _warned:  # each step has a lock of its own
+            return
+        _warned.add(str(error))
         log.warning("%s cannot be locked (%s); make sure that only one run writes there", place, error)
 
 
