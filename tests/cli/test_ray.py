@@ -69,7 +69,7 @@ def test_workers_leave_the_tables_of_one_process_also_when_one_is_killed(tiny_wo
         (("--address", "127.0.0.1:9"), "the Ray cluster at '127.0.0.1:9' cannot be reached"),
         (("--workers", "10000"), "--workers is 10000, but the Ray cluster has room for"),
         (("--gpus-per-worker", "1000"), "room for 0"),
-        (("--set", "final.training.epochs=-1"), "final.training.epochs"),
+        (("--set", "final.training.epochs=-1"), "epochs is -1"),
     ],
 )
 def test_a_cluster_that_is_not_there_or_has_no_room_is_one_line(tiny_workspace, arguments, message):
