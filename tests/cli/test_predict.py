@@ -185,7 +185,7 @@ def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
         (("qa", "--question", "q"), "{context}, {question}", "--context and --question"),
         (("qa", "--question", "q", "--context", " "), "--context is empty", "give a text"),
         (("talks", "--question", "q", "--context", "c"), "{prompt}", "--question alone"),
-        (("qa", "no-columns.csv"), "no column 'context'", "found: "),
+        (("qa", "no-columns.csv"), "no column 'text'", "found: "),
         (("qa", "no-such.csv"), "'no-such.csv' is missing", "not a file"),
         (("qa", "qa.jsonl", "-o", "qa.jsonl"), "exists already", "--output"),
         (("qa", "qa.jsonl", "-o", "no/such.csv"), "not there", "--output"),
@@ -266,6 +266,11 @@ def test_questions_of_squad_need_no_answer(here: Path, cli: Cli, asked: Any) -> 
     assert [json.loads(line)["id"] for line in result.out.splitlines()] == ["q1", "q2"]
     [(prompts, _)] = asked
     assert [("here and now" in prompt, "where?" in prompt) for prompt in prompts] == [(True, True), (True, False)]
+
+
+def test_a_missing_column_is_named_as_in_the_training(here: Path, cli: Cli) -> None:
+    rows = jsonl(Path("asked.jsonl"), [{"Swali": "?", "question": "where?"}])
+    assert "no column 'text'; found: Swali, question" in refusal(cli("predict", "qa", str(rows)))
 
 
 def test_columns_that_are_called_as_each_other_are_not_mixed_up(here: Path, cli: Cli, asked: Any) -> None:

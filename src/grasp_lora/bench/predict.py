@@ -30,7 +30,7 @@ from grasp_lora.models.settings import GenerationSettings
 from grasp_lora.recipes.load import backbone_of_run
 from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.reading import is_file, is_folder, is_there
-from grasp_lora.text.display import SURROGATES, escaped, quoted
+from grasp_lora.text.display import SURROGATES, escaped, listed, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -293,6 +293,13 @@ def _records(table: Table, own: Answers) -> list[Record]:
     answer = task_fields(task).answer
     present = {column for row in table.rows for column in row.values}
     columns = {field: column for field, column in own.columns.items() if column in present or field == answer}
+    if task not in ("completion", "summarization") and "paragraphs" not in present:  # those have several layouts
+        for field in task_fields(task).inputs:
+            if not {field, own.columns.get(field, field)} & present:
+                name = quoted(own.columns.get(field, field))
+                raise DataError(
+                    f"{table.name} has no column {name}; found: {listed(sorted(present))}; rename the right one"
+                )
     alpaca = task == "completion" and "prompt" not in columns
     rows = [Row(where, _with_no_answer(values, columns.get(answer, answer), alpaca)) for where, values in table.rows]
     return list(make_pool([Table(table.name, rows)], task, "auto", columns).records)
