@@ -107,9 +107,14 @@ def test_references_beside_a_label_are_refused(split) -> None:
         split(train)
 
 
-def test_a_number_is_no_label(split) -> None:
-    with pytest.raises(DataError, match="line 1: label must be a text, found int"):
-        split([{"text": f"t {i}", "label": i % 2} for i in range(24)])
+def test_a_whole_number_is_a_label_as_in_csv_and_nothing_else_that_is_no_text(split) -> None:
+    def numbered(kind: type, count: int = 24) -> Rows:
+        return [{"text": f"{kind.__name__} {count} {i}", "label": kind(i % 2)} for i in range(count)]
+
+    assert list(split(numbered(int), numbered(int, 6)).labels) == ["0", "1"]
+    for kind in (float, bool):
+        with pytest.raises(DataError, match=f"line 1: label must be a text, found {kind.__name__}"):
+            split(numbered(kind))
 
 
 @pytest.mark.parametrize(
