@@ -118,7 +118,7 @@ MUTATIONS = (
     ),
     Mutation(
         "sweep: every trial with the same seed",
-        'seeds.seed_of(f"sweep {len(told)}")',
+        'seeds.seed_of(f"sweep {len(told) + len(others)}")',
         'seeds.seed_of("sweep")',
         (SWEEP,),
         "random search tries one point again and again",
