@@ -174,6 +174,25 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wheel
 
 
+@pytest.fixture
+def save_backbone(
+    tmp_path: Path,
+    make_tiny_model: Callable[..., PreTrainedModel],
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str], PreTrainedModel]:
+    """Save a tiny model as `backbone` in the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def save(architecture: str) -> PreTrainedModel:
+        model = make_tiny_model(architecture)
+        model.save_pretrained("backbone")
+        tiny_tokenizer.save_pretrained("backbone")
+        return model
+
+    return save
+
+
 def run_ranks(
     count: int,
     arguments: Sequence[str],

@@ -20,12 +20,12 @@ from grasp_lora.bench import search as search_module
 from grasp_lora.bench import session as session_module
 from grasp_lora.bench.outcomes import Adapter
 from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.search import BEST_FILE, SWEEP_FILE, SweepSettings, sweep
+from grasp_lora.bench.search import BEST_FILE, SweepSettings, sweep
 from grasp_lora.bench.search_space import Parameter, propose, search_space, trial_recipe
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
-from grasp_lora.bench.sweep_record import SweepResult, Trial
+from grasp_lora.bench.sweep_record import SWEEP_FILE, SweepResult, Trial
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import only_writer

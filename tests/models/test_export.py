@@ -29,25 +29,6 @@ TARGETS = {"llama": ("q_proj", "down_proj"), "gemma3": ("q_proj", "down_proj"), 
 
 
 @pytest.fixture
-def save_backbone(
-    tmp_path: Path,
-    make_tiny_model: Callable[..., PreTrainedModel],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[str], PreTrainedModel]:
-    """Save a tiny model as `backbone` in the working folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def save(architecture: str) -> PreTrainedModel:
-        model = make_tiny_model(architecture)
-        model.save_pretrained("backbone")
-        tiny_tokenizer.save_pretrained("backbone")
-        return model
-
-    return save
-
-
-@pytest.fixture
 def llama(save_backbone: Callable[[str], PreTrainedModel]) -> PreTrainedModel:
     return save_backbone("llama")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from grasp_lora.errors import AdapterError, RecipeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
@@ -51,24 +51,6 @@ def deltas_of(file: Path) -> dict[str, torch.Tensor]:
         A, B = (torch.tensor(tensors[f"{name}.lora_{end}"], dtype=torch.float64) for end in "ab")
         found[name] = alpha / A.shape[0] * B @ A
     return found
-
-
-@pytest.fixture
-def save_backbone(
-    tmp_path: Path,
-    make_tiny_model: Callable[..., PreTrainedModel],
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[[str], PreTrainedModel]:
-    monkeypatch.chdir(tmp_path)
-
-    def save(architecture: str) -> PreTrainedModel:
-        model = make_tiny_model(architecture)
-        model.save_pretrained("backbone")
-        tiny_tokenizer.save_pretrained("backbone")
-        return model
-
-    return save
 
 
 @pytest.mark.parametrize("architecture", ["gemma3", "llama", "qwen3"])

@@ -26,7 +26,7 @@ from grasp_lora.bench.search_space import SAMPLERS, Parameter, propose, search_s
 from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import WAIT, Store
-from grasp_lora.bench.sweep_record import Identity, SweepCost, SweepResult, Trial
+from grasp_lora.bench.sweep_record import SWEEP_FILE, Identity, SweepCost, SweepResult, Trial
 from grasp_lora.data.places import resolve_file
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.models.settings import EMBEDDED_NAME
@@ -39,7 +39,6 @@ from grasp_lora.text.names import needs
 
 TRIALS = 20
 BEST_FILE = "best.yaml"
-SWEEP_FILE = "sweep.json"
 
 
 @dataclass(frozen=True)

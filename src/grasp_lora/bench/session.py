@@ -17,7 +17,7 @@ from grasp_lora.bench.progress import Progress
 from grasp_lora.data.build import build_splits
 from grasp_lora.data.encode import Example
 from grasp_lora.data.splits import SPLITS, Splits
-from grasp_lora.data.tasks import resolve_template, task_fields
+from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.metrics import Metric, resolve_metrics, score
 from grasp_lora.evaluation.outputs import MetricScore
@@ -358,15 +358,9 @@ class Session:
                 recipe.data.target.columns,
                 recipe.data.max_document_tokens,
                 tuple(self.splits.labels),
-                self._completion() if self.splits.labels else None,
+                report.completion,
             ),
         )
-
-    def _completion(self) -> str:
-        """The template of the target's answers."""
-        data, report = self.recipe.data, self.splits.report
-        templates = data.templates(data.target)
-        return resolve_template(data.task, data.target.language, *templates, report.chat_template).completion
 
     def _with(self, weights: AdapterWeights | None) -> AbstractContextManager[Any]:
         """The backbone with an adapter, or alone."""

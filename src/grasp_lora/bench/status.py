@@ -11,6 +11,7 @@ from typing import Any
 from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.records import read_needed, read_record, read_text
+from grasp_lora.bench.sweep_record import SWEEP_FILE
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.builtin import builtin_recipes
 from grasp_lora.recipes.text import parse
@@ -18,7 +19,7 @@ from grasp_lora.storage.folder import writer_of
 from grasp_lora.storage.reading import is_folder, is_there
 from grasp_lora.text.display import escaped
 
-RECIPE_FILE, SWEEP_FILE = "recipe.yaml", "sweep.json"
+RECIPE_FILE = "recipe.yaml"
 MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
 
 

@@ -240,9 +240,8 @@ class Store:
         if not file.is_file():
             return self._packed.get(key)
         work = self.folder / WORK / key
-        if (
-            work.exists()
-        ):  # a kill may have come after the record was written, or another process makes a lost adapter again
+        # A kill may have come after the record was written; but another process may make a lost adapter again.
+        if work.exists():
             with suppress(Busy), only_writer(work, beside=True):
                 shutil.rmtree(work, ignore_errors=True)
         return _read(file, key)

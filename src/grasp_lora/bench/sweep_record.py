@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+SWEEP_FILE = "sweep.json"
+
 
 @dataclass(frozen=True)
 class Trial:

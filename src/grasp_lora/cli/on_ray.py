@@ -63,10 +63,8 @@ def share(
         ) from error
     interruption = Interruption(lambda: "while its workers were at it")
     try:
-        with (
-            interruption.handled(),
-            interruption.deferred(),
-        ):  # an exception inside Ray's own code would come out as another
+        # Deferred, since an exception inside Ray's own code would come out as another.
+        with interruption.handled(), interruption.deferred():
             cpus = _room([node["Resources"] for node in ray.nodes() if node["Alive"]], workers, gpus_per_worker)
             said = Queue()
             work = ray.remote(num_cpus=cpus, num_gpus=gpus_per_worker, max_retries=RETRIES)(_work)

@@ -223,7 +223,6 @@ def build_splits(
     chat = _in_chat(settings.chat_template, shares, tokenizer)
     splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
     tallies: dict[str, Tally] = {}
-    prompts: dict[str, str] = {}
     encoders: dict[str, Encoder] = {}
     held_out: set[str] = set()
     for role, corpus in corpora.items():
@@ -234,7 +233,6 @@ def build_splits(
         # Splits that the user made on both sides are checked, not changed.
         barred = set() if corpus.explicit and settings.target.explicit else held_out
         tallies[role] = tally = Tally(corpus.language)
-        prompts[role] = template.prompt
         used = 0
         for share in shares[role]:
             # Of test files beside a pool: they come first.
@@ -247,18 +245,19 @@ def build_splits(
         held_out = {example.group for name in HELD_OUT for example in splits[name]}
         logger.info("%s (%s): %s", role, corpus.language, asdict(tally))
     labels = count_labels(settings.labels, splits) if task_fields(settings.task).chooses else None
+    target = encoders["target"].template
     report = DataReport(
         settings.task,
         split_seed,
         settings.max_tokens,
         chat,
-        prompts["target"]
-        + ("\n" if tallies["target"].conversations and not chat else ""),  # which ends the user's turn
+        target.prompt + ("\n" if tallies["target"].conversations and not chat else ""),  # which ends the user's turn
         _numbers_as_ids(shares),
         tallies["target"],
         tallies.get("source"),
         {name: measure(splits[name]) for name in SPLITS},
         labels,
+        target.completion if labels else None,
     )
     result = Splits(
         **{name: tuple(examples) for name, examples in splits.items()},

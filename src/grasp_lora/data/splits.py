@@ -41,6 +41,7 @@ class DataReport:
         target, source: what became of their records.
         splits: size of each of SPLITS.
         labels: of a classification, how often each stands in the target's splits.
+        completion: of a classification, the template of the target's answers.
     """
 
     task: str
@@ -53,6 +54,7 @@ class DataReport:
     source: Tally | None
     splits: dict[str, SplitSize]
     labels: dict[str, dict[str, int]] | None = None
+    completion: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return it as data.json holds it."""
