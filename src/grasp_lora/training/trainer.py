@@ -22,6 +22,7 @@ from grasp_lora.training.gradients import no_gradients
 from grasp_lora.training.loss import IGNORED, example_losses, takes_label_positions
 from grasp_lora.training.saved import SavedInCheckpoints
 
+LOSS_STATE = "loss-"  # of a checkpoint, with the number of each process behind it: its loss since it was last logged
 WEIGHTS = "weights.safetensors"  # of a checkpoint: every trained parameter as it is
 
 
@@ -167,7 +168,7 @@ class Saving(SavedInCheckpoints):
         self._trainer, self._settings, self._every = trainer, settings, every
         self._stop: str | None = None
         self._started = time.perf_counter() - (seconds_of(resumed) if resumed else 0.0)
-        self.state_name = f"loss-{trainer.args.process_index}"
+        self.state_name = f"{LOSS_STATE}{trainer.args.process_index}"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
