@@ -241,8 +241,8 @@ def _check_split(device: str) -> None:
     """Refuse to split a backbone where there is nothing to split it over."""
     if world_size() == 1:
         raise GraspError(
-            "backbone.shard is true, but there is one process: start it with torchrun --nproc-per-node N -m grasp_lora run, or set "
-            "backbone.shard to false"
+            "backbone.shard is true, but there is one process: start it with torchrun --nproc-per-node N -m grasp_lora run, or "
+            "set backbone.shard to false"
         )
     if device == "cpu" and torch.cuda.is_available():  # transformers takes the GPUs whatever is asked for
         raise GraspError("backbone.shard is true, which takes the GPUs, but backbone.device is 'cpu': use 'auto'")
@@ -264,9 +264,7 @@ def _find_location(name: str) -> str:
     return name
 
 
-def _load(
-    location: str, settings: BackboneSettings, device: str, dtype: str
-) -> tuple[Any, "PreTrainedTokenizerBase"]:
+def _load(location: str, settings: BackboneSettings, device: str, dtype: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
     from transformers.distributed import DistributedConfig
 
@@ -285,8 +283,8 @@ def _load(
     if settings.shard:
         if is_quantised(config):
             raise GraspError(
-                f"backbone.shard is true, but backbone {settings.name!r} comes quantised, and only full weights can be split: set "
-                "it to false, or take the model in full precision"
+                f"backbone.shard is true, but backbone {settings.name!r} comes quantised, and only full weights can be split: "
+                "set it to false, or take the model in full precision"
             )
         join(settings.device)
         split["distributed_config"] = DistributedConfig(fsdp_size=world_size())

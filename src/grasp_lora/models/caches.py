@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 
 def joined(model: Any, rows: Sequence[Any], width: int) -> Any:
     """One cache of `width` tokens a row, padded on the left as the token ids are; the rows give theirs, in `cache`, away."""

@@ -354,7 +354,10 @@ class Recipe(BaseModel):
         content = self.model_dump(
             mode="json",
             exclude={
-                "data": {"root"}, "backbone": {"device", "offline", "shard"}, "report_to": True, "save_every": True,
+                "data": {"root"},
+                "backbone": {"device", "offline", "shard"},
+                "report_to": True,
+                "save_every": True,
                 "wait_minutes": True,
             },
         )
