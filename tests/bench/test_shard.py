@@ -53,9 +53,7 @@ def results(folder: str) -> dict[str, Any]:
     return {file: Path(folder, file).read_bytes() for file in files}
 
 
-@pytest.mark.parametrize(
-    "changes", [["data.target.test=7"], ["data.target.test=1"], ["data.target.test=1", "final.start=controller"]]
-)
+@pytest.mark.parametrize("changes", [["data.target.test=7"], ["data.target.test=1", "final.start=controller"]])
 def test_a_split_backbone_changes_no_bit(tiny_workspace: Path, changes: list[str]) -> None:
     for output, shard in (("whole", "false"), ("split", "true")):
         status, said = launch(output, *changes, f"backbone.shard={shard}")
@@ -68,6 +66,7 @@ def test_a_split_backbone_changes_no_bit(tiny_workspace: Path, changes: list[str
     assert results("split") == results("whole")
 
 
+@pytest.mark.slow
 def test_labels_are_scored_on_a_split_backbone_too(tiny_workspace: Path) -> None:
     rows = [{"text": f"row {number}", "label": "ab"[number % 2] * (1 + number % 2)} for number in range(40)]
     for name in ("source", "target"):

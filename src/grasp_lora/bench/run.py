@@ -1,8 +1,8 @@
 """The main job, from top to bottom: data, source, target, merge, controller, final, continued, evaluate, deliver.
 
 A `Bench` does every step, and the folder's store remembers it, also for comparisons and sweeps. A run that was stopped goes on
-from there, inside a training to the same bits; with another number of processes from the beginning of that training. What a person
-looks at is written beside the store as the stages end.
+from there, inside a training to the same bits; with another number of processes from the beginning of that training. What a
+person looks at is written beside the store as the stages end.
 Nothing is written before the recipe, the backbone, the data and the adapters have been checked. Under torchrun all processes
 train and measure together, the first one writes, and all of them have to see the folder.
 """

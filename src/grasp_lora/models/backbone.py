@@ -266,7 +266,7 @@ def _find_location(name: str) -> str:
 
 def _load(location: str, settings: BackboneSettings, device: str, dtype: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-    from transformers.distributed import DistributedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     source: dict[str, Any] = {
         "revision": settings.revision,

@@ -69,7 +69,7 @@ def join(device: str, minutes: float = WAIT_MINUTES) -> None:
         return
     import torch
     from accelerate import PartialState
-    from torch.distributed import PrefixStore, TCPStore
+    from torch import distributed as dist
 
     on_gpus = device != "cpu" and torch.cuda.is_available()
     if on_gpus and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
@@ -83,8 +83,8 @@ def join(device: str, minutes: float = WAIT_MINUTES) -> None:
         raise GraspError(f"WORLD_SIZE is {world_size()}, but {met} processes have met; start them with torchrun")
     if not _joined:
         # torchrun's own store, which outlasts each of the processes
-        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
-        board = PrefixStore(f"grasp-lora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
+        board = dist.PrefixStore(f"grasp-lora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         board.set(f"process/{os.environ['RANK']}", f"{os.getpid()} {platform.node()}")
         _joined.update(board=board, minutes=minutes, meetings=0)
 
