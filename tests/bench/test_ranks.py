@@ -140,12 +140,25 @@ def _hit(launcher: subprocess.Popen[str], rank: int, how: signal.Signals) -> Non
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes are found in /proc")
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("how", "rank", "shard"),
+    [
+        (signal.SIGKILL, 0, "false"),
+        (signal.SIGKILL, 1, "true"),
+        (signal.SIGSTOP, 0, "true"),
+        (signal.SIGSTOP, 1, "false"),
+    ],
+)
 def test_a_lost_process_ends_all_with_one_line_and_the_run_goes_on(
-    tiny_workspace: Path, how: signal.Signals, rank: int
+    tiny_workspace: Path, how: signal.Signals, rank: int, shard: str
 ) -> None:
-    long = ["target.training.epochs=60", "target.training.patience=null", "save_every=5", "wait_minutes=0.1"]
+    long = [
+        f"backbone.shard={shard}",
+        "target.training.epochs=60",
+        "target.training.patience=null",
+        "save_every=5",
+        "wait_minutes=0.1",
+    ]
     hit_at = 0.0
 
     def hit(process: subprocess.Popen[str]) -> None:
