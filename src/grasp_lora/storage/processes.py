@@ -17,6 +17,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+STARTING = 600.0  # seconds between the starts of the first process and the last
 FIRST_LOAD = 6 * 3600.0  # seconds, for the slowest process, which may have a model to download
 WAIT_MINUTES = 15.0  # for each exchange after that
 LOOK = 0.2  # seconds between two looks at who is there
@@ -69,7 +70,6 @@ def join(device: str, minutes: float = WAIT_MINUTES) -> None:
         return
     import torch
     from accelerate import PartialState
-    from torch import distributed as dist
 
     on_gpus = device != "cpu" and torch.cuda.is_available()
     if on_gpus and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
@@ -77,16 +77,26 @@ def join(device: str, minutes: float = WAIT_MINUTES) -> None:
             f"torchrun started process {int(os.environ['LOCAL_RANK']) + 1} on this machine, but torch sees "
             f"{torch.cuda.device_count()} GPUs; start one process for each"
         )
-    limit = timedelta(minutes=minutes)
-    met = PartialState(cpu=not on_gpus, timeout=limit).num_processes
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if by_torchrun and not _joined:
+        _open_board(minutes)
+        _wait_for_all(STARTING)
+    met = PartialState(cpu=not on_gpus, timeout=timedelta(minutes=minutes)).num_processes
     if met != world_size():
         raise GraspError(f"WORLD_SIZE is {world_size()}, but {met} processes have met; start them with torchrun")
-    if not _joined:
-        # torchrun's own store, which outlasts each of the processes
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=limit)
-        board = dist.PrefixStore(f"grasp-lora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        board.set(f"process/{os.environ['RANK']}", f"{os.getpid()} {platform.node()}")
-        _joined.update(board=board, minutes=minutes, meetings=0)
+    if not _joined:  # else the first process keeps it, from now on
+        _open_board(minutes)
+
+
+def _open_board(minutes: float) -> None:
+    """Find torchrun's own store, which outlasts each of the processes, and leave word of who is here."""
+    from torch import distributed as dist
+
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*place, is_master=False, timeout=timedelta(minutes=minutes))
+    board = dist.PrefixStore(f"grasp-lora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    board.set(f"process/{os.environ['RANK']}", f"{os.getpid()} {platform.node()}")
+    _joined.update(board=board, minutes=minutes, meetings=0)
 
 
 def leave() -> None:
