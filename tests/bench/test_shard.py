@@ -105,7 +105,7 @@ def test_a_quantised_backbone_is_not_split(
     monkeypatch.setattr(backbone, "world_size", lambda: 2)
     result = cli("run", "tiny.yaml", "--set", "backbone.shard=true")
     assert (result.status, result.err.count("\n")) == (2, 1)
-    assert "comes quantised, and only full weights can be split" in result.err
+    assert "is quantised, and only full weights can be split" in result.err
     assert not Path("runs").exists()
 
 

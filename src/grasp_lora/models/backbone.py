@@ -283,7 +283,7 @@ def _load(location: str, settings: BackboneSettings, device: str, dtype: str) ->
     if settings.shard:
         if is_quantised(config):
             raise GraspError(
-                f"backbone.shard is true, but backbone {settings.name!r} comes quantised, and only full weights can be split: "
+                f"backbone.shard is true, but backbone {settings.name!r} is quantised, and only full weights can be split: "
                 "set it to false, or take the model in full precision"
             )
         join(settings.device)

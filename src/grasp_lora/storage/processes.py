@@ -90,8 +90,9 @@ def join(device: str, minutes: float = WAIT_MINUTES) -> None:
 
 def _open_board(minutes: float) -> None:
     """Find torchrun's own store, which outlasts each of the processes, and leave word of who is here."""
-    from torch import distributed as dist
+    import torch
 
+    dist: Any = torch.distributed  # which does not say that it exports its stores
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(*place, is_master=False, timeout=timedelta(minutes=minutes))
     board = dist.PrefixStore(f"grasp-lora/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
