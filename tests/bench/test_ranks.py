@@ -1,9 +1,11 @@
 """A run in two processes, as torchrun starts them: the steps of one process, one writer, one voice."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 from conftest import run_ranks
 
 from grasp_lora.errors import GraspError
+from grasp_lora.storage.checkpoints import complete
 from grasp_lora.storage.processes import STARTED, distribute, is_first, on_every_process, on_first_process, world_size
 from grasp_lora.training.settings import TrainingSettings
 
@@ -88,14 +91,101 @@ def test_two_processes_that_a_signal_stopped_end_in_the_same_bits(tiny_workspace
     assert read("run/metrics.json") == metrics
 
 
-def test_another_number_of_processes_does_not_go_on(finished_run: Path, cli: Callable[..., Any]) -> None:
-    started = read("run/run.json")
-    assert started["processes"] == 1
-    Path("run/run.json").write_text(json.dumps(started | {"processes": 4}), encoding="utf-8")
+def test_another_number_of_processes_goes_on_with_the_next_stage(tiny_workspace: Path, cli: Callable[..., Any]) -> None:
+    """Two processes are interrupted inside the target's training; one process begins that anew and keeps the source's."""
+    changes = [*CHANGES, "target.training.epochs=4", "target.training.patience=null", "save_every=2"]
+    settings = [part for change in changes for part in ("--set", change)]
+    assert cli("run", "tiny.yaml", "--output", "alone", *settings).status == 0
+    status, output = launch_forked(*changes)
+    assert status == 0, output[-3000:]
+    [target] = Path("run/store/records").glob("target-*")
+    key = target.stem.rpartition("-")[2]
+    assert [file.name for file in Path("run/store/records").glob("target-*")] == [
+        file.name for file in Path("alone/store/records").glob("target-*")
+    ]
+    assert read(str(target))["made_with"]["processes"] == "2"
+    # As after a kill: the source's step is done, of the target's training there is a checkpoint of two processes.
+    for file in Path("run/store/records").iterdir():
+        if not file.name.startswith("source-"):
+            file.unlink()
     Path("run/metrics.json").unlink()
-    result = cli("run", "tiny.yaml", "--output", "run")
-    assert result.status == 2
-    assert result.err.startswith("error: run was begun with 4 processes and would end otherwise with 1; start as many")
+    work = Path("run/store/work", key, "target")
+    checkpoint = work / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    for rank in (0, 1):
+        (checkpoint / f"loss-{rank}.json").write_text("{}", encoding="utf-8")
+    complete(checkpoint, 1.0)
+    result = cli("run", "tiny.yaml", "--output", "run", *settings)
+    assert result.status == 0, result.err
+    assert "was saved by another number of processes; the training begins anew" in result.err
+    # The source adapter is that of two processes, as the same steps gave it but for rounding and dropout.
+    [source] = Path("run/store/records").glob("source-*")
+    assert read(str(source))["made_with"]["processes"] == "2"
+    [target] = Path("run/store/records").glob("target-*")
+    assert "processes" not in read(str(target))["made_with"]
+    for file in ("target/adapter_model.safetensors", "target/history.jsonl"):
+        assert Path("run", file).read_bytes() == Path("alone", file).read_bytes()
+
+
+def _hit(launcher: subprocess.Popen[str], rank: int, how: signal.Signals) -> None:
+    """Send a signal to one process of those that a launcher has started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text(encoding="utf-8").split()
+    for child in children:
+        told = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={rank}".encode() in told:
+            os.kill(int(child), how)
+            return
+    raise AssertionError(f"there is no process {rank} among {children}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes are found in /proc")
+@pytest.mark.parametrize(
+    ("how", "rank", "shard"),
+    [
+        (signal.SIGKILL, 0, "false"),
+        (signal.SIGKILL, 1, "true"),
+        (signal.SIGSTOP, 0, "true"),
+        (signal.SIGSTOP, 1, "false"),
+    ],
+)
+def test_a_lost_process_ends_all_with_one_line_and_the_run_goes_on(
+    tiny_workspace: Path, how: signal.Signals, rank: int, shard: str
+) -> None:
+    long = [
+        f"backbone.shard={shard}",
+        "target.training.epochs=60",
+        "target.training.patience=null",
+        "save_every=5",
+        "wait_minutes=0.1",
+    ]
+    hit_at = 0.0
+
+    def hit(process: subprocess.Popen[str]) -> None:
+        nonlocal hit_at
+        deadline = time.monotonic() + 300
+        while not list(Path("run/store/work").glob("*/target/checkpoint-*/manifest.json")):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        _hit(process, rank, how)
+        hit_at = time.monotonic()
+
+    status, output = launch(*CHANGES, *long, during=hit)
+    # Six seconds of waiting, thirty until torchrun kills what does not end by itself, and a busy machine.
+    assert time.monotonic() - hit_at < 90
+    assert status != 0
+    lines = [line for line in output.splitlines() if "error: " in line]
+    assert len(lines) == 1, output[-3000:]
+    assert "another of the 2 processes" in lines[0]
+    assert "run the same command again to go on" in lines[0]
+    assert ("did not answer for 0.1 minutes" in lines[0]) == (how is signal.SIGSTOP)
+    assert "[rank" not in output  # no stack trace
+    status, output = launch_forked(*CHANGES, *long)
+    assert status == 0, output[-3000:]
+    resumed = Path("run/target/adapter_model.safetensors").read_bytes()
+    shutil.rmtree("run")
+    assert launch_forked(*CHANGES, *long)[0] == 0
+    assert Path("run/target/adapter_model.safetensors").read_bytes() == resumed
 
 
 def test_what_cannot_be_shared_is_said_once(tiny_workspace: Path) -> None:

@@ -1,7 +1,7 @@
 """Masks: scores, exact counts, and a mask set that never loses a weight it did not mean to lose."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,8 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.importance import SCORES, InputNorms, Score, score_pair
@@ -735,65 +733,3 @@ def test_quantised_moments_are_left_alone() -> None:
     optimizer.state[weight] = {"codes": torch.full(weight.shape, 127, dtype=torch.uint8), "step": 3, "empty": None}
     reset_moments(optimizer, masks.weights, masks.commit(1.0))
     assert (optimizer.state[weight]["codes"] == 127).all()
-
-
-# --- sharded weights -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[DeviceMesh]:
-    """A mesh of this one process."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
-@every_mask
-@pytest.mark.parametrize("score", SCORES)
-@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
-def test_sharded_weights_are_masked_as_whole_ones(
-    mesh: DeviceMesh, placement: Placement, score: str, scope: str, granularity: str
-) -> None:
-    whole = mask_set(scope, granularity, score)
-
-    def distribute(tensor: Tensor) -> DTensor:
-        return distribute_tensor(tensor.detach().clone(), mesh, [placement])
-
-    sharded = MaskSet(
-        {
-            module: LoraPair(
-                torch.nn.Parameter(distribute(pair.A)), torch.nn.Parameter(distribute(pair.B)), segments=pair.segments
-            )
-            for module, pair in whole.pairs.items()
-        },
-        whole.settings,
-    )
-    sharded.norms = whole.norms
-    gradients = {key: torch.ones_like(weight) for key, weight in whole.weights.items()}
-
-    def play(masks: MaskSet, optimizer: torch.optim.Optimizer) -> list[Tensor | float | list[dict[str, str | int]]]:
-        seen: list[Tensor | float | list[dict[str, str | int]]] = []
-        for prune_ratio in (0.6, 0.7, 0.2):
-            for key, weight in masks.weights.items():
-                weight.grad = distribute(gradients[key]) if masks is sharded else gradients[key].clone()
-            masks.mask_gradients()
-            optimizer.step()
-            masks.enforce()
-            ranking = masks.rank()
-            with masks.probe(0.4, ranking):
-                seen += [weight.detach().clone() for weight in masks.weights.values()]
-            reset_moments(optimizer, masks.weights, masks.commit(prune_ratio, ranking))
-            seen += [weight.detach().clone() for weight in masks.weights.values()]
-            seen += [optimizer.state[weight]["exp_avg"].clone() for weight in masks.weights.values()]
-            seen += [masks.sparsity(), survival(masks.pairs)]
-        masks.reselect(0.5)
-        return [*seen, *(weight.detach().clone() for weight in masks.weights.values())]
-
-    seen = [play(masks, torch.optim.AdamW(masks.weights.values(), lr=0.1)) for masks in (whole, sharded)]
-    for expected, actual in zip(*seen, strict=True):
-        if isinstance(expected, Tensor):
-            assert isinstance(actual, DTensor)
-            assert actual.placements == (placement,)
-            assert torch.equal(actual.full_tensor(), expected)
-        else:
-            assert actual == expected

@@ -420,7 +420,7 @@ def test_a_cache_that_cannot_be_cut_costs_time_and_no_answer(make_tiny_model, ti
     examples = golden(model, make_prompts(9))
     settings = GenerationSettings(max_new_tokens=NEW_TOKENS, batch_size=4, stop=())
     expected = read_answers(model, tiny_tokenizer, examples, settings)
-    monkeypatch.setattr(generation_module, "_can_cut", lambda cache, tokens: tokens % 2 == 0)
+    monkeypatch.setattr(generation_module, "can_cut", lambda cache, tokens: tokens % 2 == 0)
     found = read_answers(model, tiny_tokenizer, examples, settings)
     assert found[:2] == expected[:2]
     assert sum(found[2]) > sum(expected[2])

@@ -1,7 +1,8 @@
 """The main job, from top to bottom: data, source, target, merge, controller, final, continued, evaluate, deliver.
 
 A `Bench` does every step, and the folder's store remembers it, also for comparisons and sweeps. A run that was stopped goes on
-from there, inside a training to the same bits. What a person looks at is written beside the store as the stages end.
+from there, inside a training to the same bits; with another number of processes from the beginning of that training. What a
+person looks at is written beside the store as the stages end.
 Nothing is written before the recipe, the backbone, the data and the adapters have been checked. Under torchrun all processes
 train and measure together, the first one writes, and all of them have to see the folder.
 """
@@ -90,7 +91,7 @@ def run(session: Session, folder: Path, progress: Progress | None = None) -> Run
     progress = progress or Progress()
     check_folder(folder, session.recipe)
     with working_in(folder) as work:
-        join(session.recipe.backbone.device)
+        join(session.recipe.backbone.device, session.recipe.wait_minutes)
         if not on_first_process(partial(files.is_finished, folder, learns=session.recipe.final.prune_ratio is None)):
             _Run(session, folder, progress, work).execute()
         elif is_first() and (folder / LOCK_FILE).is_file():
@@ -169,7 +170,7 @@ class _Run:
         if existing:
             on_first_process(self.work.begin)
         self.progress.preparing()
-        on_every_process(partial(check, self.session))
+        on_every_process(partial(check, self.session), loads=True)
         if not existing:
             on_first_process(self.work.begin)
         on_first_process(self._begin)
@@ -333,11 +334,6 @@ class _Run:
             raise RecipeError(
                 f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
                 "put those back, or choose another folder with --output"
-            )
-        if before.processes != world_size():
-            raise RecipeError(
-                f"{self.folder} was begun with {before.processes} processes and would end otherwise with {world_size()}; "
-                "start as many, or choose another folder with --output"
             )
         if before.dtype not in (None, started.dtype):
             log.warning(

@@ -270,9 +270,8 @@ def _lasting_curves(folder: Path) -> Iterator[None]:
 
 
 def key_of(step: str, settings: Mapping[str, Any]) -> str:
-    """Return the hash under which a step is on record; of several processes that share the work, too."""
-    shared_work = {"processes": world_size()} if world_size() > 1 else {}
-    text = json.dumps([VERSION, step, {**settings, **shared_work}], sort_keys=True, ensure_ascii=False)
+    """Return the hash under which a step is on record, whoever does it: several processes take the same steps as one."""
+    text = json.dumps([VERSION, step, settings], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -337,6 +336,8 @@ def made_with() -> dict[str, str]:
     import torch
 
     libraries = {name: version(name) for name in ("grasp-lora", "torch", "transformers", "peft")}
+    if world_size() > 1:
+        libraries["processes"] = str(world_size())
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:

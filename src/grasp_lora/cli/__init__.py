@@ -16,7 +16,7 @@ from grasp_lora.cli.steps import evaluate, finetune, learn, merge
 from grasp_lora.cli.terminal import error_console, lasting_outputs, print_error, say
 from grasp_lora.errors import FailedElsewhere, GraspError, Interrupted
 from grasp_lora.storage.memory import enough_memory
-from grasp_lora.storage.processes import is_first, world_size
+from grasp_lora.storage.processes import TIME_TO_SPEAK, is_first, speaks, world_size
 
 app = typer.Typer(
     name="grasp-lora",
@@ -30,7 +30,6 @@ Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv 
 )
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 IN_SEVERAL_PROCESSES = ("run", "demo")
-TIME_TO_SPEAK = 3  # seconds
 # Typer brings a click of its own or, in older versions, uses the installed one; it exports no class of all usage errors but this.
 UsageError: Any = typer.BadParameter.__base__
 
@@ -86,13 +85,14 @@ def _status() -> int:
         time.sleep(TIME_TO_SPEAK)  # else torchrun might end the process that says what happened before it has
         return 2
     except Interrupted as stop:
-        if is_first():
+        if is_first() and speaks():
             print_error(str(stop), style="yellow")
+        elif not is_first():
+            time.sleep(TIME_TO_SPEAK)
         return STOPPED
     except GraspError as error:
-        if not is_first():
-            time.sleep(TIME_TO_SPEAK)  # where all have the same to say, torchrun ends this one before it does
-        print_error(f"error: {error}")
+        if speaks():
+            print_error(f"error: {error}")
         return 2
 
 

@@ -1,8 +1,8 @@
 """Which weights of a LoRA adapter are pruned: exact-count keep masks and the set of live masks.
 
 A keep mask is True where a weight is kept. Weights are ranked once by (importance, position), so a mask at any ratio is one
-comparison, counts are exact under ties, and raising the ratio only adds weights to the pruned set. Sharded weights
-(DTensors, FSDP2) are gathered to be ranked, since an order needs all of them; their masks are sharded as they are.
+comparison, counts are exact under ties, and raising the ratio only adds weights to the pruned set. The
+weights are whole in every process, also where the backbone under them is split.
 Paper: masking step of the controller, pruning of the final run.
 """
 
@@ -153,11 +153,11 @@ class MaskSet:
     @torch.no_grad()
     def are_on(self) -> bool:
         """Whether every masked weight is zero."""
-        return not any(whole((weight != 0) & ~self.keep[key]).any() for key, weight in self.weights.items())
+        return not any(((weight != 0) & ~self.keep[key]).any() for key, weight in self.weights.items())
 
     def checksums(self) -> list[int]:
         """Return the sum of the bytes of each factor, which tells whether something else has changed the weights since."""
-        return [int(whole(weight.detach()).contiguous().view(torch.uint8).sum()) for weight in self.weights.values()]
+        return [int(weight.detach().contiguous().view(torch.uint8).sum()) for weight in self.weights.values()]
 
     def dense(self, key: WeightKey) -> Tensor:
         """Return a factor with stashed values in place of masked ones."""
@@ -188,10 +188,7 @@ class MaskSet:
             ranking: of `rank()`, to build several masks from one scoring.
         """
         ranked = self.rank() if ranking is None else ranking
-        return {
-            key: _sharded_as(self.weights[key], one.keep(prune_ratio, RANK_DIMENSION[key[1]]))
-            for key, one in ranked.items()
-        }
+        return {key: one.keep(prune_ratio, RANK_DIMENSION[key[1]]) for key, one in ranked.items()}
 
     @torch.no_grad()
     def commit(self, prune_ratio: float, ranking: Mapping[WeightKey, Ranking] | None = None) -> dict[WeightKey, Tensor]:
@@ -274,7 +271,7 @@ class MaskSet:
                 raise ValueError(
                     f"the saved masks ({prefix[:-1]}) are of another adapter; resume with the one they belong to"
                 )
-            ours |= {key: _sharded_as(w, saved[key].to(w.device)) for key, w in self.weights.items()}
+            ours |= {key: saved[key].to(w.device) for key, w in self.weights.items()}
         norms = {key: tensor.to(self.weights[key].device) for key, tensor in of_prefix(NORMS, state).items()}
         self.norms = {
             module: InputNorms(norms[module, "A"], norms[module, "B"])
@@ -286,7 +283,7 @@ class MaskSet:
     @torch.no_grad()
     def sparsity(self) -> float:
         """Return the measured share of weights that are masked and really are zero."""
-        zeros = sum(int(whole((weight == 0) & ~self.keep[key]).sum()) for key, weight in self.weights.items())
+        zeros = sum(int(((weight == 0) & ~self.keep[key]).sum()) for key, weight in self.weights.items())
         return zeros / sum(weight.numel() for weight in self.weights.values())
 
     def _segment_ranks(self, module: str) -> list[int]:
@@ -296,7 +293,7 @@ class MaskSet:
     def _scores(self) -> dict[WeightKey, Tensor]:
         scores = {}
         for module, pair in self.pairs.items():
-            A, B = (whole(self.dense((module, factor)).detach()) for factor in FACTORS)
+            A, B = (self.dense((module, factor)).detach() for factor in FACTORS)
             parts = replace(pair, A=A, B=B).parts()
             scored = [score_pair(part, self.settings.score, self.norms.get(module)) for part in parts]
             for factor, found in zip(FACTORS, zip(*scored, strict=True), strict=True):
@@ -325,8 +322,8 @@ class MaskSet:
 
 
 def named(prefix: str, tensors: Mapping[WeightKey, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the factors, whole, by the names that they have in a checkpoint."""
-    return {f"{prefix}{factor}.{module}": whole(tensor) for (module, factor), tensor in tensors.items()}
+    """Tensors of the factors by the names that they have in a checkpoint."""
+    return {f"{prefix}{factor}.{module}": tensor for (module, factor), tensor in tensors.items()}
 
 
 def of_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[WeightKey, Tensor]:
@@ -339,21 +336,6 @@ def of_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[WeightKey, Ten
     return found
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all shards of a DTensor; then every rank has to call it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _sharded_as(weight: Tensor, mask: Tensor) -> Tensor:
-    """The mask itself, or its shards where the weight is a DTensor."""
-    if not (hasattr(weight, "device_mesh") and hasattr(weight, "placements")):
-        return mask
-    from torch.distributed.tensor import distribute_tensor  # not in every build of torch
-
-    # All ranks hold the same mask, so each takes its shard and none sends anything.
-    return distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None)
-
-
 @torch.no_grad()
 def survival(pairs: Mapping[str, LoraPair]) -> list[dict[str, str | int]]:
     """Count weights that are not zero per module, factor and origin: rows of module, factor, segment, weights, kept."""
@@ -362,7 +344,7 @@ def survival(pairs: Mapping[str, LoraPair]) -> list[dict[str, str | int]]:
         segments = pair.segments or (Segment("merged", pair.rank),)
         for factor, weight in (("A", pair.A), ("B", pair.B)):
             ranks = [segment.rank for segment in segments]
-            blocks = torch.split(whole(weight), ranks, dim=RANK_DIMENSION[factor])
+            blocks = torch.split(weight, ranks, dim=RANK_DIMENSION[factor])
             for segment, block in zip(segments, blocks, strict=True):
                 row: dict[str, str | int] = {"module": module, "factor": factor, "segment": segment.name}
                 rows.append(row | {"weights": block.numel(), "kept": int((block != 0).sum())})

@@ -19,7 +19,7 @@ from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, BackboneSettings
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.network import first_line, hub_problem, no_network, not_there
-from grasp_lora.storage.processes import join, on_first_process
+from grasp_lora.storage.processes import join, on_first_process, world_size
 from grasp_lora.storage.reading import expanded, is_folder, is_there
 from grasp_lora.text.display import one_line, quoted
 from grasp_lora.text.names import without_place
@@ -78,6 +78,12 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
             model, or has no usable tokenizer; or the device is not there.
     """
     device = _find_device(settings.device)
+    dtype: str = settings.dtype
+    if dtype == "auto":  # of processes on machines of several kinds the first one decides
+        join(settings.device)
+        dtype = on_first_process(lambda: find_dtype(device))
+    if settings.shard:
+        _check_split(device)
     started = time.perf_counter()
     own = settings.name == EMBEDDED_NAME
     location = str(embedded.embedded_folder()) if own else _find_location(settings.name)
@@ -93,7 +99,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
         )
     try:
         with no_network(settings.offline), enough_memory(f"backbone {name!r}", _SMALLER):
-            model, tokenizer = _load(location, settings, device)
+            model, tokenizer = _load(location, settings, device, dtype)
         stop_ids = find_stop_ids(model, tokenizer)
     except GraspError:
         raise
@@ -184,7 +190,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     """Compute 16 hexadecimal digits that tell one backbone from another, LoRA layers on top of it left out.
 
     They cover the shape facts of the config and 16 weights of every parameter, rounded to bfloat16: a checkpoint has
-    one fingerprint, loaded in bfloat16 or in float32. It recognises, it does not protect: a model altered on
+    one fingerprint, loaded in bfloat16 or in float32, split or not. It recognises, it does not protect: a model altered on
     purpose can keep its fingerprint.
     """
     inner = without_peft(model)
@@ -195,7 +201,9 @@ def fingerprint(model: torch.nn.Module) -> str:
         if ".lora_" not in name and ".modules_to_save." not in name:
             names[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = parameter
     for name, parameter in sorted(names.items()):
-        flat = parameter.detach().flatten()
+        # One parameter at a time; of a split model all processes ask for it together.
+        gathered = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+        flat = gathered.detach().flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLED_WEIGHTS)][:SAMPLED_WEIGHTS]
         if sample.is_floating_point():
             sample = sample.to(torch.bfloat16).view(torch.int16)
@@ -229,6 +237,17 @@ def _find_device(wanted: str) -> str:
     return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"  # torchrun: one GPU for each process
 
 
+def _check_split(device: str) -> None:
+    """Refuse to split a backbone where there is nothing to split it over."""
+    if world_size() == 1:
+        raise GraspError(
+            "backbone.shard is true, but there is one process: start it with torchrun --nproc-per-node N -m grasp_lora run, or "
+            "set backbone.shard to false"
+        )
+    if device == "cpu" and torch.cuda.is_available():  # transformers takes the GPUs whatever is asked for
+        raise GraspError("backbone.shard is true, which takes the GPUs, but backbone.device is 'cpu': use 'auto'")
+
+
 def _find_location(name: str) -> str:
     """Tell a local folder from a hub id; what can only be a path must exist."""
     folder = expanded(name)
@@ -245,8 +264,9 @@ def _find_location(name: str) -> str:
     return name
 
 
-def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
+def _load(location: str, settings: BackboneSettings, device: str, dtype: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     source: dict[str, Any] = {
         "revision": settings.revision,
@@ -259,10 +279,15 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
     if not settings.trust_remote_code:
         _refuse_foreign_kernels(config)
     tokenizer = AutoTokenizer.from_pretrained(location, **source)
-    dtype: str = settings.dtype
-    if dtype == "auto":  # of processes on machines of several kinds the first one decides
-        join(device)
-        dtype = on_first_process(lambda: find_dtype(device))
+    split: dict[str, Any] = {}
+    if settings.shard:
+        if is_quantised(config):
+            raise GraspError(
+                f"backbone.shard is true, but backbone {settings.name!r} is quantised, and only full weights can be split: "
+                "set it to false, or take the model in full precision"
+            )
+        join(settings.device)
+        split["distributed_config"] = DistributedConfig(fsdp_size=world_size())
     result: Any = AutoModelForCausalLM.from_pretrained(
         location,
         config=config,
@@ -271,6 +296,7 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
         device_map={"": device} if is_quantised(config) else None,
         use_safetensors=True,
         output_loading_info=True,
+        **split,
         **source,
     )
     model, loaded = result
@@ -292,7 +318,9 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
         # later training would change anything.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if not is_quantised(config):
+    if split:
+        model.set_reshard_after_forward(True)  # else norm and head stay whole in each process after a pass
+    elif not is_quantised(config):
         model.to(device)
     return model, tokenizer
 

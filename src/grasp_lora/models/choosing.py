@@ -9,7 +9,9 @@ from typing import Any
 import torch
 
 from grasp_lora.models.backbone import supports_logits_to_keep, without_peft
-from grasp_lora.models.generation import can_share_rows, check_lengths, contiguous_head_input, less_memory
+from grasp_lora.models.caches import can_share_rows
+from grasp_lora.models.company import Company
+from grasp_lora.models.generation import check_lengths, contiguous_head_input, less_memory
 from grasp_lora.models.live import evaluating
 from grasp_lora.models.settings import GenerationSettings
 from grasp_lora.storage.memory import enough_memory
@@ -48,6 +50,7 @@ def label_scores(
     inner = without_peft(model)
     longest = max(map(len, labels))
     check_lengths(inner, prompts, replace(settings, max_new_tokens=longest))
+    company = Company(inner, lambda token: inner(input_ids=token, use_cache=False))
     shares = True
     found: list[list[float]] = []
     with (
@@ -56,14 +59,15 @@ def label_scores(
         enough_memory("scoring labels", less_memory(settings)),
     ):
         for prompt in prompts:
-            cache = _read(inner, prompt[:-1]) if shares and len(prompt) > 1 else None
+            cache = _read(inner, prompt[:-1], company) if shares and len(prompt) > 1 else None
             shares = cache is not None or len(prompt) == 1
             together = settings.batch_tokens // (len(prompt) + longest)
             rows = max(1, min(settings.batch_size, together, _LABEL_BUDGET // longest))
             batches = (labels[start : start + rows] for start in range(0, len(labels), rows))
-            found.append([score for batch in batches for score in _score(inner, prompt, cache, batch)])
+            found.append([score for batch in batches for score in _score(inner, prompt, cache, batch, company)])
             if progress is not None:
                 progress(len(found), len(prompts))
+        company.keep()
     return found
 
 
@@ -87,15 +91,18 @@ def likeliest_labels(
     return [max(zip(of_prompt, labels, strict=True), key=itemgetter(0))[1] for of_prompt in scores]
 
 
-def _read(model: Any, tokens: Sequence[int]) -> Any:
+def _read(model: Any, tokens: Sequence[int], company: Company) -> Any:
     """The cache of a model that has read these tokens; None where it cannot serve several rows."""
     ids = torch.tensor([tokens], device=model.device)
     keep = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
+    company.calls()
     cache = getattr(model(input_ids=ids, use_cache=True, **keep), "cache", None)
     return cache if can_share_rows(cache) else None
 
 
-def _score(model: Any, prompt: Sequence[int], cache: Any, labels: Sequence[Sequence[int]]) -> list[float]:
+def _score(
+    model: Any, prompt: Sequence[int], cache: Any, labels: Sequence[Sequence[int]], company: Company
+) -> list[float]:
     """Score a batch of labels; a cache holds all but the last token of the prompt."""
     seen = 0 if cache is None else len(prompt) - 1
     width = max(map(len, labels))
@@ -115,6 +122,7 @@ def _score(model: Any, prompt: Sequence[int], cache: Any, labels: Sequence[Seque
         inputs |= {"cache": own, "use_cache": True}
     if supports_logits_to_keep(model):
         inputs["logits_to_keep"] = width
+    company.calls()
     logits = model(**inputs).logits[:, -width:]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
     losses = torch.nn.functional.cross_entropy(

@@ -9,6 +9,8 @@ import torch
 
 from grasp_lora.errors import DataError
 from grasp_lora.models.backbone import find_stop_ids, without_peft
+from grasp_lora.models.caches import can_cut, can_share_rows, joined
+from grasp_lora.models.company import Company
 from grasp_lora.models.live import evaluating
 from grasp_lora.models.settings import GenerationSettings
 from grasp_lora.storage.memory import enough_memory
@@ -52,6 +54,8 @@ def generate(
     answering = _Answering(model, tokenizer, prompts, settings, progress, ends)
     for batch in _batches([len(prompt) for prompt in prompts], answering.settings):
         answering.decode([_Row(index, prompts[index]) for index in batch])
+    with _greedy_mode(answering.model, 1):
+        answering.company.keep()
     return answering.texts
 
 
@@ -110,7 +114,7 @@ class Reader:
             known = len(row.prompt) + len(row.tokens) - 1
             row.cache = [
                 (layer.keys[place, :, :known].clone(), layer.values[place, :, :known].clone())
-                for layer in (cache.layers if _can_cut(cache, known) else ())
+                for layer in (cache.layers if can_cut(cache, known) else ())
             ]
             if self._waiting and not _fits([*self._waiting, row], answering.settings):
                 self._decode()
@@ -214,6 +218,7 @@ class _Answering:
         self.texts = [""] * len(prompts)
         self._tokenizer, self._progress, self._finished = tokenizer, progress, 0
         check_lengths(self.model, prompts, settings)
+        self.company = Company(self.model, lambda token: self.model.generate(token, max_new_tokens=1))
 
     def must_wait(self, row: _Row) -> bool:
         """Whether the end has to wait for a text."""
@@ -246,11 +251,11 @@ class _Answering:
             contiguous_head_input(self.model),
             enough_memory("answering", less_memory(self.settings)),
         ):
-            _decode(self.model, _Batch(self, list(rows)))
+            _decode(self.model, _Batch(self, list(rows)), self.company)
         self.end(rows)
 
 
-def _decode(model: Any, batch: "_Batch") -> None:
+def _decode(model: Any, batch: "_Batch", company: Company) -> None:
     """Generate until every row has ended; the model is in greedy mode.
 
     Every few tokens the rows that have ended leave the batch, with their part of the cache.
@@ -267,10 +272,11 @@ def _decode(model: Any, batch: "_Batch") -> None:
         mask[place, width - len(known) :] = 1
     inputs = {"inputs": ids.to(model.device), "attention_mask": mask.to(model.device)}
     if rows and all(row.cache for row in rows):
-        inputs["cache"] = _joined_cache(model, rows, width - 1)
+        inputs["cache"] = joined(model, rows, width - 1)
     tokens = _TOKENS_BETWEEN
     while batch.rows:
         longest = batch.most_tokens_left()
+        company.calls()
         generated = model.generate(
             **inputs,
             max_new_tokens=min(tokens, longest),
@@ -287,45 +293,6 @@ def _decode(model: Any, batch: "_Batch") -> None:
             inputs["cache"] = generated.cache
         else:  # the next call reads the prompts anew, and so it is the last one
             tokens = longest
-
-
-def _joined_cache(model: Any, rows: Sequence[_Row], width: int) -> Any:
-    """One cache of `width` tokens a row, padded on the left as the token ids are; the rows give theirs away."""
-    from transformers import DynamicCache
-
-    joined: Any = DynamicCache(config=model.config)
-    for layer, parts in enumerate(zip(*(row.cache for row in rows), strict=True)):
-        padded = []
-        for tensors in zip(*parts, strict=True):
-            whole = tensors[0].new_zeros((len(rows), tensors[0].shape[0], width, tensors[0].shape[2]))
-            for place, tensor in enumerate(tensors):
-                whole[place, :, width - tensor.shape[1] :] = tensor
-            padded.append(whole)
-        joined.update(*padded, layer)
-    for row in rows:
-        row.cache = []
-    return joined
-
-
-def _can_cut(cache: Any, tokens: int) -> bool:
-    """Whether a model's cache of a pass gives the keys and values of the first tokens of each row, one at least."""
-    from transformers import cache_utils
-
-    plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer)
-    if tokens < 1 or type(cache) is not cache_utils.DynamicCache:
-        return False
-    layers: list[Any] = cache.layers
-    # A sliding window that was full has dropped the first tokens.
-    return all(type(one) in plain and one.keys.shape[-2] == one.get_seq_length() for one in layers)
-
-
-def can_share_rows(cache: Any) -> bool:
-    """Whether a model's cache has rows to take out or to repeat: that of a layer with a state of its own keeps them all."""
-    from transformers import cache_utils
-
-    plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DummyLayer)
-    # A model's own kind of cache, MiniMax's for one, holds more than its layers.
-    return type(cache) is cache_utils.DynamicCache and all(type(layer) in plain for layer in cache.layers)
 
 
 class _Batch:

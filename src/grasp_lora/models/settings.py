@@ -31,6 +31,8 @@ class BackboneSettings:
         trust_remote_code: run the Python code that comes with the model.
         offline: use only what is on this machine.
         device: "auto" takes a CUDA GPU where there is one.
+        shard: split the weights over the processes that torchrun starts, each of which holds its part; for models that are too
+            large for one GPU.
 
     Raises:
         ValueError: a value is not among those allowed, or does not go with the name.
@@ -44,6 +46,7 @@ class BackboneSettings:
     trust_remote_code: bool = False
     offline: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    shard: bool = False
 
     def __post_init__(self) -> None:
         if not self.name.strip():

@@ -32,6 +32,7 @@ from grasp_lora.method.policy import POLICIES, plain_policy, policy_class
 from grasp_lora.method.presets import PRESETS, WITH_DEV, WITHOUT_DEV, Controller, preset
 from grasp_lora.method.search import RatioPolicy
 from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings, Texts
+from grasp_lora.storage.processes import WAIT_MINUTES
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import without_place
 from grasp_lora.training.settings import TrainingSettings
@@ -273,6 +274,8 @@ class Recipe(BaseModel):
         bertscore: models of the metric `bertscore`.
         report_to: trackers of transformers, such as `tensorboard`, one or a list; none by default.
         save_every: optimizer steps between checkpoints, >= 1; None for an epoch or a tenth of a training, the shorter one.
+        wait_minutes: under torchrun, how long a process waits for the others before it counts one as lost, > 0; the first load of
+            backbone and data has hours.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -293,6 +296,7 @@ class Recipe(BaseModel):
     bertscore: BertScoreSettings = BertScoreSettings()
     report_to: Texts = ()
     save_every: int | None = Field(default=None, ge=1)
+    wait_minutes: float = Field(default=WAIT_MINUTES, gt=0.0, le=1440.0)
 
     @model_validator(mode="before")
     @classmethod
@@ -343,13 +347,19 @@ class Recipe(BaseModel):
         return int.from_bytes(hashlib.sha256(f"{self.seed}/{part}".encode()).digest()[:4], "big") >> 1
 
     def fingerprint(self) -> str:
-        """Return a hash of what decides the result: all but the place of the data, the device, trackers and checkpoints.
+        """Return a hash of what decides the result: all but the place of the data, devices, processes, trackers and checkpoints.
 
         Keys of the data that came later count only where they are set, so that runs begun before go on.
         """
         content = self.model_dump(
             mode="json",
-            exclude={"data": {"root"}, "backbone": {"device", "offline"}, "report_to": True, "save_every": True},
+            exclude={
+                "data": {"root"},
+                "backbone": {"device", "offline", "shard"},
+                "report_to": True,
+                "save_every": True,
+                "wait_minutes": True,
+            },
         )
         data = content["data"]
         # None was once false; where it means something else now, the run's hash of its examples differs.

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.masks import FACTORS, RANK_DIMENSION, MaskSet, WeightKey, whole
+from grasp_lora.method.masks import FACTORS, RANK_DIMENSION, MaskSet, WeightKey
 from grasp_lora.training.regimes import Order
 
 
@@ -30,7 +30,7 @@ class BestRound:
     def of(cls, masks: MaskSet, loss: float, order: Order) -> Self:
         """Copy the weights as they are now."""
         # Gathered where they are sharded, as an order of importance is.
-        return cls(loss, {key: whole(masks.dense(key)) for key in masks.weights}, order)
+        return cls(loss, {key: masks.dense(key) for key in masks.weights}, order)
 
     def pruned(self, pairs: Mapping[str, LoraPair], prune_ratio: float) -> AdapterWeights:
         """Return the adapter of the round, pruned at a ratio as its masks are; float32, on the CPU.

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from grasp_lora.errors import DataError, DivergedError, GraspError
 from grasp_lora.models.backbone import without_peft
 from grasp_lora.models.live import live_factors
-from grasp_lora.storage.checkpoints import Checkpointing, State, newest_checkpoint
+from grasp_lora.storage.checkpoints import Checkpointing, State, newest_checkpoint, remove_checkpoints
 from grasp_lora.storage.files import clear_write_errors, write_jsonl
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.training.gradients import GradientCheck
@@ -31,7 +31,7 @@ from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.saved import SavedInCheckpoints
 from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.trackers import guard_trackers, own_tracked_run
-from grasp_lora.training.trainer import FineTuneTrainer, Saving
+from grasp_lora.training.trainer import LOSS_STATE, FineTuneTrainer, Saving
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -244,6 +244,10 @@ def finetune(
             folder.mkdir(parents=True, exist_ok=True)
             with arguments.main_process_first(local=False):  # it removes what is not whole
                 resumed = newest_checkpoint(folder)
+                if resumed and len(list(resumed.glob(f"{LOSS_STATE}*.json"))) != arguments.world_size:
+                    log.warning("%s was saved by another number of processes; the training begins anew", resumed)
+                    remove_checkpoints(folder)
+                    resumed = None
             every = checkpoints.steps_between(steps_per_epoch, settings.steps(len(train) // arguments.world_size))
             trainer.add_callback(Saving(trainer, checkpoints, every, resumed))
         try:

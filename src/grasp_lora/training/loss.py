@@ -67,7 +67,7 @@ def example_losses(
     tell: Callable[[Tensor, Any], None] | None = None,
     use_cache: bool = False,
 ) -> Tensor:
-    """Return each example's mean answer NLL, float32 or finer, [examples].
+    """Return each example's mean answer NLL, float32 or finer, [examples]; 0 for one without a label.
 
     Args:
         model: causal language model, with or without adapters, wrapped or not.
@@ -90,4 +90,4 @@ def example_losses(
         tell(logits.argmax(dim=-1), getattr(output, "cache", None))
     counts = predicts.sum(1)
     rows = torch.arange(len(labels), device=labels.device).repeat_interleave(counts, output_size=len(targets))
-    return token_losses.new_zeros(len(labels)).index_add(0, rows, token_losses) / counts
+    return token_losses.new_zeros(len(labels)).index_add(0, rows, token_losses) / counts.clamp(min=1)

@@ -124,7 +124,7 @@ class ProbeSet:
                 )
                 if indices:
                     losses[indices] = measured
-        if _world_size() > 1:
+        if world_size() > 1:
             torch.distributed.all_reduce(losses)
         values: list[float] = losses.tolist()
         for example, value, finite in zip(self.ids, values, torch.isfinite(losses).tolist(), strict=True):
@@ -137,7 +137,7 @@ class ProbeSet:
 
     def _share(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """This rank's batches; every rank gets equally many, so that sharded models stay in step."""
-        ranks = _world_size()
+        ranks = world_size()
         if ranks == 1:
             yield from self.batches
             return
@@ -248,7 +248,7 @@ class NormCollector:
     def norms(self) -> dict[str, InputNorms]:
         """Return the norms gathered so far, one a module; in a distributed run over all ranks."""
         sums = {key: total.clone() for key, total in self._sums.items()}
-        if _world_size() > 1:
+        if world_size() > 1:
             for total in sums.values():
                 torch.distributed.all_reduce(total)
         return {name: InputNorms(sums[name, "A"].sqrt(), sums[name, "B"].sqrt()) for name in self._layers}
@@ -287,7 +287,8 @@ def calibrate(model: torch.nn.Module, masks: MaskSet, examples: ProbeSet) -> lis
     return losses
 
 
-def _world_size() -> int:
+def world_size() -> int:
+    """How many processes exchange what they measure, however they were started."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()
     return 1

@@ -1,5 +1,6 @@
 """A Trainer callback that keeps a LoRA adapter pruned at a fixed ratio: the final run. Paper: final run."""
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_pairs, lora_layers
 from grasp_lora.storage.checkpoints import State, read_state
 from grasp_lora.training.gradients import GradientCheck
-from grasp_lora.training.probes import ProbeSet, calibrate
+from grasp_lora.training.probes import ProbeSet, calibrate, world_size
 from grasp_lora.training.saved import SavedInCheckpoints
 
 log = logging.getLogger(__name__)
@@ -120,6 +121,31 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
                 )
         self._left = self.masks.checksums()
 
+    def check_alike(self, place: str) -> None:
+        """Check that all processes hold the same masks; only a hash of them is exchanged.
+
+        Args:
+            place: such as "after round 3".
+
+        Raises:
+            GraspError: they do not.
+        """
+        ranks = world_size()
+        if ranks == 1:
+            return
+        digest = hashlib.sha256()
+        for keep in self.masks.keep.values():
+            digest.update(keep.cpu().numpy().tobytes())
+        device = next(iter(self.masks.weights.values())).device
+        own = torch.tensor([int.from_bytes(digest.digest()[:7], "big")], device=device)
+        hashes = [torch.zeros_like(own) for _ in range(ranks)]
+        torch.distributed.all_gather(hashes, own)
+        if others := [rank for rank, one in enumerate(hashes) if not torch.equal(one, hashes[0])]:
+            raise GraspError(
+                f"{place} process {others[0]} holds other masks than process 0, so their losses do not belong together; give all "
+                "processes the same libraries, devices and data, then run the same command again"
+            )
+
     def _revive(self, pairs: Mapping[str, LoraPair]) -> None:
         """Put stashed values back on the weights that they were taken from."""
         if self._masks is None or not self._masks.holds(pairs):
@@ -188,14 +214,11 @@ def _check_best_can_be_put_back(model: torch.nn.Module, state: TrainerState) -> 
 
 
 def _check_weights_are_whole() -> None:
-    """Refuse what flattens or partitions the weights that masks are laid on, or steps the optimizer by itself."""
+    """Refuse what flattens, shards or partitions the weights that masks are laid on, or steps the optimizer by itself."""
     state = AcceleratorState()
-    if getattr(state, "deepspeed_plugin", None) is not None:
-        raise GraspError(
-            "the trainer uses DeepSpeed, under which masks cannot be held; train with DDP (plain torchrun)"
-        )
-    plugin = getattr(state, "fsdp_plugin", None)
-    if plugin is not None and plugin.fsdp_version == 1:
-        raise GraspError(
-            "the trainer uses FSDP1, which flattens the weights that are masked; train with DDP (plain torchrun)"
-        )
+    for plugin, name in (("deepspeed_plugin", "DeepSpeed"), ("fsdp_plugin", "FSDP by accelerate")):
+        if getattr(state, plugin, None) is not None:
+            raise GraspError(
+                f"the trainer uses {name}, under which the weights that are masked are no longer whole; train with DDP (plain "
+                "torchrun), and to split the backbone load it with distributed_config, as backbone.shard does"
+            )

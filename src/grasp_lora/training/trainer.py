@@ -2,28 +2,67 @@
 
 import math
 import shutil
+import signal
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError, Interrupted
 from grasp_lora.storage.checkpoints import Checkpointing, State, checkpoint_at, complete, seconds_of, write_state
 from grasp_lora.storage.files import cannot_write, vanished
 from grasp_lora.training.gradients import no_gradients
-from grasp_lora.training.loss import example_losses, takes_label_positions
+from grasp_lora.training.loss import IGNORED, example_losses, takes_label_positions
 from grasp_lora.training.saved import SavedInCheckpoints
 
+LOSS_STATE = "loss-"  # of a checkpoint, with the number of each process behind it: its loss since it was last logged
 WEIGHTS = "weights.safetensors"  # of a checkpoint: every trained parameter as it is
+
+
+@dataclass(frozen=True)
+class Blank:
+    """An example of weight 0, which fills a batch where the processes cannot share the examples of an epoch evenly."""
+
+    id: str = "blank"
+    prompt_ids: tuple[int, ...] = (0,)
+    completion_ids: tuple[int, ...] = ()
+
+
+class _WithBlanks(list[Any]):
+    """Examples, with blanks behind them."""
+
+    def __getitem__(self, place: Any) -> Any:
+        return Blank() if isinstance(place, int) and place >= len(self) else super().__getitem__(place)
+
+
+class _Filled(Sampler[int]):
+    """The order of a sampler, then as many blanks as make its length a multiple of what all processes take at once."""
+
+    def __init__(self, sampler: Any, multiple: int) -> None:
+        self._sampler, self._length = sampler, math.ceil(len(sampler) / multiple) * multiple
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._sampler
+        yield from range(len(self._sampler), self._length)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._sampler.set_epoch(epoch)
 
 
 class FineTuneTrainer(Trainer):
     """The Trainer with this project's loss and learning-rate schedule.
+
+    Several processes take the optimizer steps of one: the same examples in each, none twice.
 
     Args:
         lr_decay: factor on the learning rate after each epoch.
@@ -31,17 +70,31 @@ class FineTuneTrainer(Trainer):
     """
 
     def __init__(self, *, lr_decay: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(**kwargs | {"train_dataset": _WithBlanks(kwargs["train_dataset"])})
         self.loss_is_scaled_for_ga = True
         self.lr_decay = lr_decay
         self._examples_per_rank = torch.ones(())
         self._label_positions = takes_label_positions(kwargs["model"])
 
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Fill up uneven epochs with blanks; else accelerate repeats examples."""
+        loader: Any = super().get_train_dataloader()
+        if self.args.world_size > 1:
+            together = self.args.per_device_train_batch_size * self.args.world_size
+            loader.set_sampler(_Filled(loader.get_sampler(), together))
+        filled: DataLoader[Any] = loader
+        return filled
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Count the examples of an optimizer step, to weigh each of them alike."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.tensor(float(sum(len(batch["labels"]) for batch in samples)), device=device)
-        # DDP averages the gradients of the ranks, so all of them divide by the same number.
+        if self.args.world_size == 1:
+            self._examples_per_rank = torch.tensor(float(sum(len(batch["labels"]) for batch in samples)), device=device)
+            return samples, items
+        count = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in samples:
+            count += (batch["labels"] != IGNORED).any(1).sum()  # blanks have no label
+        # The gradients of the processes are averaged, so all of them divide by the same number.
         self._examples_per_rank = self.accelerator.reduce(count, "mean")
         return samples, items
 
@@ -60,7 +113,7 @@ class FineTuneTrainer(Trainer):
         losses = example_losses(model, inputs, label_positions=self._label_positions)
         if not losses.requires_grad:
             raise no_gradients(model)
-        return losses.sum() / self._examples_per_rank
+        return losses.sum() / self._examples_per_rank.to(losses.dtype)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Multiply the learning rate by `lr_decay` after every epoch."""
@@ -115,7 +168,7 @@ class Saving(SavedInCheckpoints):
         self._trainer, self._settings, self._every = trainer, settings, every
         self._stop: str | None = None
         self._started = time.perf_counter() - (seconds_of(resumed) if resumed else 0.0)
-        self.state_name = f"loss-{trainer.args.process_index}"
+        self.state_name = f"{LOSS_STATE}{trainer.args.process_index}"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -132,7 +185,10 @@ class Saving(SavedInCheckpoints):
             return
         self._stop = self._settings.stop_requested()
         if args.world_size > 1:  # a signal need not reach all processes within the same step
-            self._stop = next(filter(None, gather_object([self._stop])), None)
+            asked = signal.Signals[self._stop] if self._stop else 0
+            latest = torch.tensor(int(asked), device=args.device)
+            torch.distributed.all_reduce(latest, torch.distributed.ReduceOp.MAX)
+            self._stop = signal.Signals(int(latest)).name if latest else None
         if self._stop or state.global_step % self._every == 0:
             control.should_save = True
 
