@@ -86,7 +86,7 @@ def probe(lab: Lab) -> list[Row]:
         @torch.no_grad()
         def forward() -> None:
             model.eval()
-            for _, batch in probes.batches:
+            for _, batch in probes.batches():
                 inputs = {name: batch[name].to(lab.device) for name in ("input_ids", "attention_mask")}
                 decoder(**inputs, use_cache=False)
 

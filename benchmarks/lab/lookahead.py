@@ -122,7 +122,7 @@ class LookAhead(LossLandscape):
 def add_gradients(model: torch.nn.Module, examples: ProbeSet) -> None:
     """Add the gradients of the mean loss to the parameters' `.grad`, in eval mode."""
     with evaluating(model):
-        for _, batch in examples.batches:
+        for _, batch in examples.batches():
             losses = example_losses(model, batch, label_positions=takes_label_positions(model))
             (losses.sum() / len(examples)).backward()
 
