@@ -183,12 +183,12 @@ def test_a_stop_that_is_asked_for_and_what_cannot_be_stacked(make_tiny_model):
     backbone = make_tiny_model("llama").requires_grad_(False)
     start = start_on(backbone, "llama")
     members = members_of(backbone, start, (0.3,), (1,), ProbeSet(PROBES, PAD), MaskSettings())
-    with pytest.raises(Interrupted, match="stopped by SIGTERM .* run the same command again"):
+    with pytest.raises(Interrupted, match=r"stopped by SIGTERM .* run the same command again"):
         train_stacked(
             backbone, members, TRAIN, ProbeSet(DEV, PAD), TRAINING, pad_id=PAD, stop_requested=lambda: "SIGTERM"
         )
+    settings = replace(TRAINING, gradient_checkpointing=True)
     with pytest.raises(GraspError, match="without gradient_checkpointing; leave it out"):
-        settings = replace(TRAINING, gradient_checkpointing=True)
         train_stacked(backbone, members, TRAIN, ProbeSet(DEV, PAD), settings, pad_id=PAD)
 
 

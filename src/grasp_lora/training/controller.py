@@ -31,7 +31,7 @@ from grasp_lora.storage.files import write_jsonl
 from grasp_lora.training.best_round import BestRound
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn, encoded_rows, probes_of
 from grasp_lora.training.pruned import PrunedTraining
-from grasp_lora.training.regimes import REGIMES
+from grasp_lora.training.regimes import regime_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -141,7 +141,7 @@ class GraspController(PrunedTraining):
 
     def _start_anew(self) -> None:
         self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
-        self.regime = REGIMES[self.settings.policy.regime]()
+        self.regime = regime_of(self.settings.policy)
         self.prune_ratio = self.search.current_ratio
         self._best: BestRound | None = None
         self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}

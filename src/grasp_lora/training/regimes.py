@@ -9,7 +9,7 @@ import torch
 
 from grasp_lora.method.masks import MaskSet, reset_moments
 from grasp_lora.method.ranking import Ranking
-from grasp_lora.method.search import RatioSearch
+from grasp_lora.method.search import RatioPolicy, RatioSearch
 from grasp_lora.training.probes import ProbeSet, calibrate
 
 
@@ -81,3 +81,17 @@ class EachStep(Held):
 
 
 REGIMES: dict[str, type[Held]] = {"held": Held, "each_step": EachStep}
+
+
+def regime_of(policy: RatioPolicy) -> Held:
+    """The regime of a policy, at its beginning.
+
+    Raises:
+        ValueError: no callback can give it to a trainer.
+    """
+    if policy.regime not in REGIMES:
+        raise ValueError(
+            f"the policy's regime is {policy.regime!r}, which only a recipe has (controller.preset); in a trainer of your own "
+            f"take a policy with {' or '.join(map(repr, REGIMES))}"
+        )
+    return REGIMES[policy.regime]()

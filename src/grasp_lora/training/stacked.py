@@ -294,7 +294,7 @@ def train_stacked(
             batch = {name: part.to(device) for name, part in collate(examples, pad_id).items()}
             losses = example_losses(model, batch, label_positions=takes_label_positions(model))
             loss = losses.sum() / (end - first)
-            loss.backward()
+            torch.autograd.backward(loss)
             total += loss.detach()
         gradient = stack.take_gradients()
         if step == 0 and not bool(gradient.any()):
@@ -332,6 +332,8 @@ def train_stacked(
                 done = (is_measured(step) and measure()) or step >= steps
                 if done:
                     break
+    for place in acting:
+        members[place].steps = step
     for place, one in enumerate(members):
         one.weights = stack.weights(kept[place])
     return step
@@ -339,6 +341,6 @@ def train_stacked(
 
 def _order(examples: int, seed: int, epoch: int) -> list[int]:
     """The order in which the Trainer takes so many examples in an epoch."""
-    sampler = SeedableRandomSampler(range(examples), data_seed=seed)  # type: ignore[no-untyped-call]
-    sampler.set_epoch(epoch)  # type: ignore[no-untyped-call]
+    sampler = SeedableRandomSampler(range(examples), data_seed=seed)
+    sampler.set_epoch(epoch)
     return [int(place) for place in sampler]
