@@ -29,6 +29,7 @@ def parts_of(recipe: str, overrides: Sequence[str]) -> dict[str, list[str]]:
     speed = ["benchmarks/speed.py", recipe, "--set", "backbone.device=cuda", *changes]
     return {
         "Tests": ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"],
+        "Masks": ["benchmarks/mask_cost.py", "--device", "cuda"],
         "Speed": [*speed, "--only", MEASURES],
         "Memory": [*speed, "--only", "memory"],
     }

@@ -161,3 +161,18 @@ def test_the_page_holds_tables_and_failures(monkeypatch):
     assert "\n| step | 1.2 |\n" in page
     assert "Failed with status 3: `MemoryError: too much`" in page
     assert "It took 20 s." in page
+
+
+def test_the_cost_of_masks_counts_as_many_operations_for_many_layers(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    import mask_cost
+
+    def operations(layers: int) -> dict[str, int]:
+        mask_cost.main(["--layers", str(layers), "--width", "8", "--outputs", "6,4", "--rank", "2", "--device", "cpu"])
+        cells = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+        return {name.strip(" `"): int(count) for _, name, count, *_ in cells}
+
+    few, many = operations(1), operations(5)
+    for name in ("commit", "mask_gradients", "enforce", "probe"):
+        assert few[name] == many[name]
+    assert few["rank"] < many["rank"]  # a round scores module by module

@@ -1,6 +1,7 @@
 """A grid whose runs train side by side: as a method beside the grid, and as the controller of a recipe."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ from grasp_lora import api
 from grasp_lora.bench.compare import ComparisonSettings, compare
 from grasp_lora.bench.methods import METHODS
 from grasp_lora.bench.session import Session
-from grasp_lora.errors import RecipeError
+from grasp_lora.errors import ProbeError, RecipeError
+from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.policy import Stacked
 from grasp_lora.method.presets import preset
 from grasp_lora.recipes.load import load_recipe
@@ -131,3 +133,26 @@ def test_the_ratios_of_a_stack_hold_the_first_current_one(settings, ratios):
     search = RatioSearch(policy, RULES["surrogate"])
     assert search.ask() == pytest.approx(ratios)
     assert search.current_ratio in search.ask()
+
+
+def test_a_stack_that_loses_a_member_says_so_and_chooses_among_the_others(tiny_workspace, monkeypatch):
+    from grasp_lora.training import stacked
+
+    members_of = stacked.members_of
+
+    def one_broken(model, start, ratios, *rest):
+        members = members_of(model, start, ratios, *rest)
+        pairs = {name: replace(pair, A=pair.A * float("nan")) for name, pair in start.items()}
+        members[1].weights = AdapterWeights(pairs)
+        return members
+
+    monkeypatch.setattr(stacked, "members_of", one_broken)
+    settings = ComparisonSettings(("grid_stacked",), (42,), RATIOS, resamples=100)
+    comparison = compare(session(NO_DROPOUT), Path("runs/tiny"), settings)
+    [row] = [row for row in comparison.rows if row.method == "grid_stacked"]
+    assert row.prune_ratio.mean in (0.2, 0.8)
+    assert any("is without ratio 0.5, whose run failed: the dev loss is nan" in one for one in comparison.warnings)
+    [record] = records("stacked grid")
+    assert [one["dev_loss"] is None for one in record["result"]["members"]] == [False, True, False]
+    with pytest.raises(ProbeError, match=r"the run at prune ratio 0.1000: the dev loss is nan at step 0"):
+        api.run("tiny.yaml", overrides=[STACKED, NO_DROPOUT], folder="runs/other")

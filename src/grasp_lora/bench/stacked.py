@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from grasp_lora.bench.outcomes import measured_examples, trained_examples
 from grasp_lora.bench.session import CALIBRATION_EXAMPLES, LearnedRatio, Session
-from grasp_lora.errors import DivergedError, ProbeError
+from grasp_lora.errors import DivergedError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.presets import ratio_rule
 from grasp_lora.method.rounds import Round
@@ -50,7 +50,12 @@ def train_grid(
         "dev_loss": best.dev_loss,
         "history": best.history,
         "members": [
-            {"prune_ratio": one.prune_ratio, "dev_loss": one.dev_loss, "best_step": one.best_step, "failed": one.failed}
+            {
+                "prune_ratio": one.prune_ratio,
+                "dev_loss": None if one.failed else one.dev_loss,
+                "best_step": one.best_step,
+                "failed": one.failed,
+            }
             for one in members
         ],
     }
@@ -70,7 +75,7 @@ def learn_stacked(session: Session, merged: AdapterWeights, folder: Path) -> Lea
 
     recipe, stage, pool = session.recipe, session.recipe.controller, session.probe_pool
     search, probes = RatioSearch(stage.policy, ratio_rule(stage.rule)), ProbeSet(pool, session.pad_id)
-    ratios, orders = search.ask(), getattr(stage.policy, "orders", 1)
+    ratios, orders = search.ask(), stage.policy.copies // stage.policy.candidates
     seeds = [recipe.seed_of("controller order" + (f" {number}" if number else "")) for number in range(orders)]
     members = members_of(session.backbone.model, merged, ratios, seeds, probes, recipe.mask)
     latest: dict[int, list[float]] = {}
@@ -89,6 +94,11 @@ def learn_stacked(session: Session, merged: AdapterWeights, folder: Path) -> Lea
             for place in range(len(ratios))
         ]
         before = search.current_ratio
+        if before not in ratios:
+            raise GraspError(
+                f"the policy's current ratio {before} is not among the stacked ones ({', '.join(map(str, ratios))}), so nothing "
+                "was measured at it; let draw give the same ratios each time, and decide one of them"
+            )
         baseline = by_ratio[ratios.index(before)]
         decision = search.tell(Round(before, tuple(ratios), tuple(baseline), tuple(map(tuple, by_ratio))))
         rows.append(

@@ -64,8 +64,8 @@ class RatioPolicy(ABC):
 
     @property
     def copies(self) -> int:
-        """Adapters that train side by side."""
-        return 1
+        """Adapters that train side by side: with regime `stacked` one for each candidate, else one."""
+        return self.candidates if self.regime == "stacked" else 1
 
     @property
     def start(self) -> tuple[float, float]:
