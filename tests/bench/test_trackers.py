@@ -3,13 +3,21 @@
 import json
 import math
 import os
-from collections.abc import Callable
+import socket
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from grasp_lora import api
+from grasp_lora.bench import checks
+from grasp_lora.errors import RecipeError
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -48,6 +56,125 @@ def test_tensorboard_has_ratio_rewards_and_losses(
     assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
+STEPS = {"source", "target", "controller"}
+CONTROLLED = "grasp/prune_ratio", "grasp/best_reward"
+
+
+def controlled() -> dict[str, Any]:
+    """What a tracker has to have of the controller run: what the run wrote."""
+    rounds = rows_of(Path("run/controller/rounds.jsonl"))
+    values = [row["ratio"] for row in rounds], [max(row["rewards"]) for row in rounds]
+    return {tag: pytest.approx(own, rel=1e-5) for tag, own in zip(CONTROLLED, values, strict=True)}
+
+
+def steps_of(names: Iterable[str]) -> list[str]:
+    """The steps that runs of a tracker are called by, less the keys after them."""
+    return sorted(name.rpartition(" ")[0] for name in names)
+
+
+@pytest.mark.slow
+def test_trackio(tiny_workspace: Path, reference_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trackio", exc_type=ImportError)
+    monkeypatch.setenv("TRACKIO_DIR", str(tiny_workspace / "tracked"))
+    program = "from grasp_lora import api; api.run('tiny.yaml', ['report_to=trackio'], 'run')"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)  # it chooses its place as it is imported
+    assert (Path("run") / WEIGHTS).read_bytes() == (reference_run / WEIGHTS).read_bytes()
+    [file] = Path("tracked").glob("*.db")
+    with sqlite3.connect(file) as database:
+        rows = database.execute("select run_name, metrics from metrics order by id").fetchall()
+    assert set(steps_of({name for name, _ in rows})) >= STEPS
+    rounds = [values for _, row in rows if "train/grasp/prune_ratio" in (values := json.loads(row))]
+    assert {tag: [one[f"train/{tag}"] for one in rounds] for tag in CONTROLLED} == controlled()
+
+
+@pytest.mark.slow
+def test_mlflow(tiny_workspace: Path, reference_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", exc_type=ImportError)
+    place = f"file://{tiny_workspace / 'tracked'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # files need no database
+    api.run("tiny.yaml", ["report_to=mlflow"], "run")
+    assert (Path("run") / WEIGHTS).read_bytes() == (reference_run / WEIGHTS).read_bytes()
+    client = mlflow.MlflowClient(place)
+    runs = client.search_runs(["0"])
+    assert set(steps_of(run.info.run_name for run in runs)) >= STEPS
+    [own] = [run.info.run_id for run in runs if run.info.run_name.startswith("controller")]
+    assert {tag: [one.value for one in client.get_metric_history(own, tag)] for tag in CONTROLLED} == controlled()
+
+
+@pytest.mark.slow
+def test_wandb_without_a_network(tiny_workspace: Path, reference_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", exc_type=ImportError)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tiny_workspace))
+    api.run("tiny.yaml", ["report_to=wandb"], "run")
+    assert wandb.run is None  # each training's own has ended
+    assert (Path("run") / WEIGHTS).read_bytes() == (reference_run / WEIGHTS).read_bytes()
+    files = [file.read_bytes() for file in Path("wandb").glob("offline-run-*/*.wandb")]
+    own = {step: [file for file in files if f"{step} ".encode() in file] for step in STEPS}
+    assert all(own.values())
+    [controller] = [file for file in files if b"grasp/prune_ratio" in file]
+    assert controller in own["controller"]
+    for row in rows_of(Path("run/controller/rounds.jsonl")):
+        assert str(row["ratio"]).encode() in controller
+
+
 def test_a_tracker_that_is_not_installed(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.integrations.integration_utils.is_mlflow_available", lambda: False)
     refused("run", ["--set", "report_to=mlflow"], "report_to names 'mlflow', which cannot be used here")
+
+
+class Fragile(TrainerCallback):
+    """A tracker that fails at an event."""
+
+    event = ""
+
+    def on_train_begin(self, *args: object, **kwargs: object) -> None:
+        if self.event == "begin":
+            raise RuntimeError("no key\nhere is how to get one")
+
+    def on_log(self, *args: object, **kwargs: object) -> None:
+        if self.event == "log":
+            raise OSError("the server went away")
+
+
+@pytest.fixture
+def fragile(monkeypatch: pytest.MonkeyPatch) -> type[Fragile]:
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "fragile", Fragile)
+    return Fragile
+
+
+def test_a_tracker_that_cannot_begin(
+    fragile: type[Fragile], tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fragile, "event", "begin")
+    with pytest.raises(
+        RecipeError, match=r"^report_to names 'fragile', which cannot begin: no key; mend it, or leave it out$"
+    ):
+        api.run("tiny.yaml", ["report_to=fragile"], "run")
+
+
+def test_a_tracker_that_fails_later_costs_no_run(
+    fragile: type[Fragile],
+    tiny_workspace: Path,
+    reference_run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(fragile, "event", "log")
+    api.run("tiny.yaml", ["report_to=fragile"], "run")
+    assert (Path("run") / WEIGHTS).read_bytes() == (reference_run / WEIGHTS).read_bytes()
+    told = [record.getMessage() for record in caplog.records if "fragile" in record.getMessage()]
+    assert 4 <= len(told) <= 6  # once a training
+    assert "the server went away" in told[0]
+
+
+def test_a_server_that_does_not_answer(
+    fragile: type[Fragile], refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setitem(checks.SERVERS, "fragile", "FRAGILE_URI")
+    monkeypatch.setenv("FRAGILE_URI", f"http://me:secret@127.0.0.1:{port}/api")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    refused("run", ["--set", "report_to=fragile"], f"whose server 127.0.0.1:{port} (FRAGILE_URI) does not answer")

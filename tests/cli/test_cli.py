@@ -491,6 +491,11 @@ def test_prompts_come_from_standard_input(cli: Cli, workspace: Path, monkeypatch
         ((), "a\n问题".encode("gbk"), "line 2 on standard input is not UTF-8"),
         (("--jsonl",), b"plain\n", "prompt 1 on standard input is no JSON"),
         (("--jsonl",), b'"a"\n"\\ud800"\n', "prompt 2 is no valid text"),
+        (
+            ("--jsonl",),
+            b'{"text": "a"}\n',
+            'prompt 1 on standard input must be a JSON text, such as "one\\ntwo", or an object with',
+        ),
         (("ok", "\udce9"), b"", "prompt 2 is no valid text"),
     ],
 )
@@ -514,7 +519,7 @@ def test_an_adapter_is_asked_and_answers_as_it_was_trained(
     ask = ("predict", "adapter", "--backbone", "tiny-llama")
     answers = {"max_new_tokens": 7, "stop": [], "chat_template": False}
     change_json(workspace / "adapter" / OUR_FILE, answers=answers)
-    monkeypatch.setattr("sys.stdin", standard_input(b'"a\\nb"\n"<bos>c"\n'))
+    monkeypatch.setattr("sys.stdin", standard_input(b'"a\\nb"\n{"id": "7", "prompt": "<bos>c"}\n'))
     assert output(cli(*ask, "--jsonl")) == '"one\\ntwo"\n' * 2
     [(prompts, settings)] = asked
     assert prompts == ["<bos>a\nb", "<bos>c"]  # one BOS token each

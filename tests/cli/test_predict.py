@@ -235,6 +235,19 @@ def test_an_adapter_of_many_linear_modules_is_merged_with_one_of_few(cli: Cli, h
     assert "'all-linear' and more" in refusal(cli("check", "tiny.yaml", "-s", "lora.target_modules=[all-linear, a]"))
 
 
+def test_a_merge_of_differently_worded_prompts_says_what_it_loses(cli: Cli, here: Path) -> None:
+    for name in ("first", "second"):
+        shutil.copytree("qa", name)
+        info = json.loads((Path(name) / OUR_FILE).read_text())
+        own = {"task": "classification", "prompt": f"{name} {{text}}", "completion": " {label}", "labels": ["a", "b"]}
+        (Path(name) / OUR_FILE).write_text(json.dumps(info | {"answers": info["answers"] | own}))
+    said = cli("merge", "first", "second", "--backbone", "tiny-llama", "-o", "both").out
+    assert "so predict takes whole prompts and writes any text, not one of their labels" in " ".join(said.split())
+    alike = cli("merge", "first", "first", "--backbone", "tiny-llama", "-o", "same")
+    assert "whole prompts" not in alike.out
+    assert json.loads(Path("same", OUR_FILE).read_text())["answers"]["labels"] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     "row",
     [

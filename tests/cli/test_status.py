@@ -57,6 +57,12 @@ def test_status_of_a_run_that_is_finished_stopped_or_under_way(cli: Cli, finishe
         assert "next: wait; a run has its folder for itself" in said
         assert lock.is_file()
     assert contents(finished_run) == before
+    fresh = finished_run / "store/work/def"
+    (fresh / "target").mkdir(parents=True)
+    with only_writer(fresh, beside=True):
+        begun = r"under way: target, by process \d+ on \S+, before its first checkpoint, begun \d+\.\d s ago"
+        assert re.search(begun, cli("status", finished_run).out)
+    assert "stopped: target, before its first checkpoint\n" in cli("status", finished_run).out
     (finished_run / "grasp-lora.lock").write_text("{}")  # of a process that was killed
     assert "running" not in cli("status", finished_run).out
 

@@ -52,6 +52,16 @@ def test_labels_of_the_recipe_may_be_more_than_the_training_rows_have(split) -> 
     assert list(found.labels) == ["a", "b", "c"]
 
 
+def test_a_label_that_no_test_row_has_is_told_of(split, caplog: pytest.LogCaptureFixture) -> None:
+    split(rows(["a", "b"]), rows(["a"], 6, "o"))
+    split(rows(["a"]), rows(["a", "c"], 6, "o"), labels=("c", "a"))
+    split(rows(["a", "b"]), rows(["a", "b"], 6, "o"))
+    assert [text for text in caplog.messages if "row has" in text] == [
+        "no test row has the label b: the scores say nothing of it",
+        "no train row has the label c: nothing is learned of it",
+    ]
+
+
 def test_a_completion_template_and_a_chat_hold_for_labels_too(split, tiny_tokenizer) -> None:
     found = split(rows(["ab", "a"]), completion="<{label}>")
     assert tiny_tokenizer.decode(found.labels["ab"][:-1]) == "<ab>"

@@ -247,7 +247,7 @@ def test_usual_names_of_prompt_and_completion_are_understood(
 @pytest.mark.parametrize("part", ["context", "system", "history"])
 def test_a_prompt_that_would_lose_a_part_is_not_guessed(start: Callable[..., Path], part: str) -> None:
     Path("t.csv").write_text(f"question,{part},response\n" + "a,b,c\n" * 60, encoding="utf-8")
-    with pytest.raises(DataError, match=r"which fit no task .*--column prompt=NAME --column completion=NAME"):
+    with pytest.raises(DataError, match=r"which fit no task .* such as .*--column answer=NAME, or rename them"):
         start(Path("t.csv"))
 
 
@@ -269,6 +269,25 @@ def test_columns_that_the_user_names_are_those_of_the_recipe_and_of_the_run(star
     assert fits(Path("mine.yaml"))["train"] == 25
 
 
+def test_a_source_has_columns_of_its_own_names(start: Callable[..., Path]) -> None:
+    data = write(Path("t.csv"), swahili(60))
+    english = [dict(zip(("Passage", "Q", "Jibu"), row.values(), strict=True)) for row in swahili(60, "s")]
+    source = (str(write(Path("s.csv"), english)),)
+    with pytest.raises(
+        DataError, match=r"s\.csv has the columns .* such as --source-column context=NAME --source-column qu"
+    ):
+        start(data, source, columns=COLUMNS)
+    with pytest.raises(DataError, match=r"s\.csv has no column 'P' \(--source-column context=\.\.\.\)"):
+        start(data, source, columns=COLUMNS, source_columns=["context=P"])
+    with pytest.raises(DataError, match="--source-column is 'Q'; write a field and a column"):
+        start(data, source, columns=COLUMNS, source_columns=["Q"])
+    own = ["context=Passage", "question=Q", "answer=Jibu"]
+    recipe, _ = load_recipe(start(data, source, columns=COLUMNS, source_columns=own))
+    assert recipe.data.source is not None
+    assert recipe.data.source.columns == {"context": "Passage", "question": "Q", "answer": "Jibu"}
+    assert fits(Path("mine.yaml"))["source_train"]
+
+
 def test_without_a_context_question_and_answer_are_prompt_and_completion(start: Callable[..., Path]) -> None:
     rows = [{"Swali": row["Muktadha"], "Jibu": row["Jibu"], "Nambari": str(i)} for i, row in enumerate(swahili(60))]
     columns = [*COLUMNS[1:], "id=Nambari"]
@@ -288,7 +307,10 @@ def test_without_a_context_question_and_answer_are_prompt_and_completion(start: 
             ["question=Suali"],
             r"t\.csv has no column 'Suali' \(--column question=\.\.\.\); it has Muktadha, Swali, Jibu",
         ),
-        (["question=Swali"], r"t\.csv has the columns Muktadha, Swali, Jibu, which fit no task"),
+        (
+            ["question=Swali"],
+            r"t\.csv has the columns Muktadha, Swali, Jibu, which fit no task .* --column context=NAME --column answer=NAME, or",
+        ),
         ([*COLUMNS[1:], "summary=Muktadha"], "the task completion has no field summary"),
     ],
 )

@@ -1,7 +1,11 @@
 """What is checked before a run, a comparison or a sweep begins, so that none stops half way for what could be known before."""
 
+import os
+import socket
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from grasp_lora.bench.session import Session
 from grasp_lora.data.places import resolve_file
@@ -13,6 +17,9 @@ from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.models.generation import context_of
 from grasp_lora.recipes.recipe import ControllerStage, Recipe
 from grasp_lora.storage.processes import world_size
+
+SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_BASE_URL"}  # tracker -> variable that names its server
+SERVER_ANSWERS_WITHIN = 5.0  # seconds
 
 
 def check(session: Session, *, parents: bool = True) -> None:
@@ -182,3 +189,26 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise RecipeError(
                 f"report_to names {name!r}, which cannot be used here: {error}; install it, or leave it out"
             ) from error
+        _check_server(name)
+
+
+def _check_server(tracker: str) -> None:
+    """Check that the server which a tracker's environment names can be reached: libraries try for minutes.
+
+    Raises:
+        RecipeError: it cannot.
+    """
+    variable = SERVERS.get(tracker, "")
+    place = urlsplit(os.environ.get(variable, ""))
+    if place.scheme not in ("http", "https") or not place.hostname:
+        return
+    if getproxies().get(place.scheme) and not proxy_bypass(place.hostname):
+        return  # it may be reached through that alone
+    try:
+        port = place.port or (443 if place.scheme == "https" else 80)
+        socket.create_connection((place.hostname, port), SERVER_ANSWERS_WITHIN).close()
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"report_to names {tracker!r}, whose server {place.netloc.rpartition('@')[2]} ({variable}) does not answer: {error}; "
+            "start it, or leave the tracker out"
+        ) from error

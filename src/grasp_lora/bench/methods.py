@@ -179,7 +179,7 @@ def _paper(recipe: Recipe) -> ControllerStage:
     )
 
 
-def _dev_free(recipe: Recipe) -> ControllerStage:
+def dev_free_stage(recipe: Recipe) -> ControllerStage:
     """Late probes of the micro-dev set: where the final run trains all epochs, its end decides, not its best moment."""
     own, late = recipe.controller, PRESETS["late"]
     rounds, training = replace(late.rounds, every=own.rounds.every), replace(own.training, patience=None)
@@ -271,14 +271,14 @@ METHODS: dict[str, Method] = {
     "grasp": Method("GRASP", _run_grasp(_own), 5),
     "grasp_single": Method("GRASP in a single run", _run_single, 5, _needs_single_run),
     "grasp_paper": Method("GRASP, preset paper", _run_grasp(_paper, PAPER_FINAL), 5, _needs_rounds(_paper)),
-    "merge_dev_free": Method(
+    "mergedev_free_stage": Method(
         "adaptive LoRA merge without a dev set",
         lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),
         2,
     ),
-    "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12, _needs("micro_dev")),
-    "grasp_dev_free": Method(
-        "GRASP without a dev set", _run_grasp(_dev_free, dev_free=True), 6, _needs_rounds(_dev_free)
+    "griddev_free_stage": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12, _needs("micro_dev")),
+    "graspdev_free_stage": Method(
+        "GRASP without a dev set", _run_grasp(dev_free_stage, dev_free=True), 6, _needs_rounds(dev_free_stage)
     ),
     "grid_oracle": Method(
         "grid chosen on the TEST set",

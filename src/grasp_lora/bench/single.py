@@ -75,7 +75,10 @@ def merge_folders(
     for adapter in adapters:
         check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
     answers = [adapter.info.answers for adapter in adapters]
-    if len({one.prompt for one in answers if one}) > 1:  # such as prompts in two languages, which answer in one way
+    labels = any(one.labels for one in answers if one)
+    if (
+        reworded := len({one.prompt for one in answers if one}) > 1
+    ):  # such as prompts in two languages, which answer in one way
         answers = [one and Answers(one.max_new_tokens, one.stop, one.chat_template) for one in answers]
     else:  # columns are of files, not of the adapter
         answers = [one and replace(one, columns={}) for one in answers]
@@ -94,6 +97,9 @@ def merge_folders(
     line = f"merged {len(adapters)} adapters by {rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"
     if not alike:
         line += "; they were trained to answer in different ways, so tell predict: --stop, --max-new-tokens, --chat"
+    if reworded:
+        line += "; their prompts are worded in different ways, so predict takes whole prompts"
+        line += " and writes any text, not one of their labels" if labels else ""
     return line
 
 

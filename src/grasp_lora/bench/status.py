@@ -4,6 +4,7 @@ import json
 import shlex
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ class UnderWay:
         name: of the step.
         step, steps: optimizer steps taken, and at most to take; 0 before the first checkpoint.
         seconds: that these took.
-        age: seconds since then.
+        age: seconds since then, or since the step began.
         worker: the process that is at it, None where it was stopped.
     """
 
@@ -46,7 +47,7 @@ class UnderWay:
         """Say how far it is and how long it takes at most."""
         begin = f"under way: {self.name}, by {self.worker}" if self.worker else f"stopped: {self.name}"
         if not self.step:
-            return f"{begin}, before its first checkpoint"
+            return f"{begin}, before its first checkpoint" + (f", begun {_spent(self.age)} ago" if self.worker else "")
         text = f"{begin}, step {self.step} of at most {self.steps} at its last checkpoint, after {_spent(self.seconds)}"
         left = self.seconds / self.step * (self.steps - self.step) - (self.age if self.worker else 0.0)
         return f"{text}; at most {_spent(max(left, 0.0))} left"
@@ -156,8 +157,9 @@ def _under_way(folder: Path) -> Iterator[UnderWay]:
             yield UnderWay(
                 place.name, int(state["global_step"]), int(state["max_steps"]), float(manifest["seconds"]), age, worker
             )
-        except (OSError, ValueError, TypeError, KeyError):  # none yet, or it went while we looked
-            yield UnderWay(place.name, worker=worker)
+        except (OSError, ValueError, TypeError, KeyError):  # none yet
+            with suppress(OSError):  # it went while we looked
+                yield UnderWay(place.name, age=time.time() - place.stat().st_ctime, worker=worker)
 
 
 def _again(command: str, name: str | None, folder: Path) -> str:

@@ -50,7 +50,10 @@ def predict(
     ] = None,
     jsonl: Annotated[
         bool,
-        typer.Option(help="Prompts on standard input, and answers, are JSON texts, so that they may have line breaks."),
+        typer.Option(
+            help="Prompts on standard input, and answers, are JSON texts, so that they may have line breaks; "
+            "a prompt may be an object with a key prompt."
+        ),
     ] = False,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
@@ -149,9 +152,12 @@ def _prompts_on_standard_input(jsonl: bool) -> list[str]:
             prompt = json.loads(line)
         except ValueError as error:
             raise DataError(f"prompt {number} on standard input is no JSON ({error})") from None
+        if isinstance(prompt, dict):  # a line of a run's evaluation/prompts.jsonl
+            prompt = prompt.get("prompt")
         if not isinstance(prompt, str):
             raise DataError(
-                f'prompt {number} on standard input must be a JSON text, such as "one\\ntwo"; it is {quoted(line[:40])}'
+                f'prompt {number} on standard input must be a JSON text, such as "one\\ntwo", or an object with a "prompt"; '
+                f"it is {quoted(line[:40])}"
             )
         prompts.append(prompt)
     return prompts

@@ -63,6 +63,10 @@ def init(
         list[str] | None,
         typer.Option(metavar="FIELD=COLUMN", help="A column of another name, such as question=Swali. May be repeated."),
     ] = None,
+    source_column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=COLUMN", help="The same for source data, whose columns have names of their own."),
+    ] = None,
     sheet: Annotated[str | None, typer.Option(help="Sheet of an .xlsx workbook; default the first.")] = None,
     source_sheet: Annotated[str | None, typer.Option(help="The same for source workbooks.")] = None,
     skip_unanswered: Annotated[
@@ -86,6 +90,7 @@ def init(
         source_language,
         backbone,
         columns=column or [],
+        source_columns=source_column or [],
         sheet=sheet,
         source_sheet=source_sheet,
         skip_unanswered=skip_unanswered,

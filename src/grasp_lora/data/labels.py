@@ -1,5 +1,6 @@
 """The labels of a classification: what an answer may be, checked before a model sees them."""
 
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +10,8 @@ from grasp_lora.data.encode import Encoder, Example, Tally
 from grasp_lora.data.records import Record, same_text
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import listed, quoted
+
+log = logging.getLogger(__name__)
 
 MOST_LABELS = 200  # more are texts, which a model should write
 
@@ -85,6 +88,9 @@ def count_labels(given: Sequence[str], splits: Mapping[str, Sequence[Example]]) 
                     f"the {name} example {quoted(example.id)} has the label {quoted(label)}, which is not among those of {where} "
                     f"({listed(labels)}); {advice}"
                 )
+    for name, loss in (("train", "nothing is learned of it"), ("test", "the scores say nothing of it")):
+        if missing := [label for label in labels if splits[name] and not found[name][label]]:
+            log.warning("no %s row has the label %s: %s", name, listed(missing), loss)
     return {label: {name: counts[label] for name, counts in found.items()} for label in labels}
 
 

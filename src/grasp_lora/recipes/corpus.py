@@ -85,7 +85,7 @@ class Corpus:
         return sum(sizes) + len(record.answer.encode()) + 100
 
 
-def parse_columns(given: Sequence[str]) -> dict[str, str]:
+def parse_columns(given: Sequence[str], option: str = "--column") -> dict[str, str]:
     """Return field -> column of what the command line has, such as `question=Swali`.
 
     Raises:
@@ -96,12 +96,12 @@ def parse_columns(given: Sequence[str]) -> dict[str, str]:
         field, _, column = (part.strip() for part in pair.partition("="))
         if not field or not column:
             raise DataError(
-                f"--column is {quoted(pair)}; write a field and a column of the file, such as question=Swali"
+                f"{option} is {quoted(pair)}; write a field and a column of the file, such as question=Swali"
             )
         if field not in FIELDS:
-            raise DataError(f"--column {quoted(pair)} names no field; allowed: {', '.join(sorted(FIELDS))}")
+            raise DataError(f"{option} {quoted(pair)} names no field; allowed: {', '.join(sorted(FIELDS))}")
         if field in columns or column in columns.values():
-            raise DataError(f"--column {quoted(pair)} names a field or a column for a second time; leave one out")
+            raise DataError(f"{option} {quoted(pair)} names a field or a column for a second time; leave one out")
         columns[field] = column
     return columns
 
@@ -114,6 +114,7 @@ def read_corpus(
     columns: Mapping[str, str] | None = None,
     sheet: str | None = None,
     *,
+    option: str | None = None,
     skip_unanswered: bool = False,
 ) -> Corpus:
     """Read a file and find its task.
@@ -123,7 +124,8 @@ def read_corpus(
         path: where it is.
         folder: of the recipe.
         task: that its columns have to fit; None for any.
-        columns: field -> column, for those that are called otherwise; with a task, only those that the file has.
+        columns: field -> column, for those that are called otherwise.
+        option: that names the columns, so that the file has to have all of them; None takes those that it has.
         sheet: of a workbook.
         skip_unanswered: leave out rows without an answer.
 
@@ -135,10 +137,14 @@ def read_corpus(
     own = {
         field: column
         for field, column in (columns or {}).items()
-        if task is None or column in next(iter(table.rows), Row("", {})).values
+        if option or column in next(iter(table.rows), Row("", {})).values
     }
     layout = find_layout(table, None, columns=own)
-    found, named = _guess(table, task, own) if layout.task is None else (layout.task, dict[str, str]())
+    found, named = (
+        _guess(table, task, own, option or "--source-column")
+        if layout.task is None
+        else (layout.task, dict[str, str]())
+    )
     if find_layout(table, found, columns=own) is LAYOUTS["xlsum"]:
         named = {}  # the reader knows them
     if task not in (None, found):
@@ -160,7 +166,7 @@ def relative(place: str, folder: Path) -> str:
     return Path(os.path.relpath(place, folder)).as_posix()
 
 
-def _guess(table: Table, preferred: str | None, given: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+def _guess(table: Table, preferred: str | None, given: Mapping[str, str], option: str) -> tuple[str, dict[str, str]]:
     """Return a task whose fields are all among the columns, and the columns that are called otherwise.
 
     What the user names a column for is understood as if the column had that name.
@@ -168,7 +174,7 @@ def _guess(table: Table, preferred: str | None, given: Mapping[str, str]) -> tup
     name, found = table.name, list(map(str, table.rows[0].values))
     for field, column in given.items():
         if column not in found:
-            raise DataError(f"{name} has no column {quoted(column)} (--column {field}=...); it has {listed(found)}")
+            raise DataError(f"{name} has no column {quoted(column)} ({option} {field}=...); it has {listed(found)}")
     by_name = {column.strip().lower(): column for column in found if column not in given.values()} | dict(given)
     choices = [(task, COLUMNS[task]) for task in sorted(COLUMNS, key=lambda task: task != preferred)]
     if not by_name.keys() & PARTS_OF_PROMPTS:
@@ -186,7 +192,7 @@ def _guess(table: Table, preferred: str | None, given: Mapping[str, str]) -> tup
             needed = {*TASKS[task].inputs, TASKS[task].answer}
             if useless := sorted(others.keys() & FIELDS - {*OPTIONAL_COLUMNS, *needed}):
                 raise DataError(
-                    f"{name}: the task {task} has no field {useless[0]}; leave --column {useless[0]}=... out"
+                    f"{name}: the task {task} has no field {useless[0]}; leave {option} {useless[0]}=... out"
                 )
             # The reader finds `answers` by itself, and there it may hold SQuAD's lists.
             understood = {field: ("answer", "answers") if field == "answer" else (field,) for field in chosen}
@@ -205,7 +211,10 @@ def _guess(table: Table, preferred: str | None, given: Mapping[str, str]) -> tup
             f"{name} has whole texts ({listed(found)}), and no answers to learn: adapters are chosen here by how they answer, so "
             f"there is no language modelling. Split each text into prompt and completion, or give the columns of a task ({known})"
         )
+    # The task of which most columns are there; of several, one with as many fields as there are columns.
+    nearest = max(choices, key=lambda one: (len(by_name.keys() & set(one[1])), len(one[1]) == len(found)))[1]
+    lacking = [field for field, names in nearest.items() if not by_name.keys() & set(names)]
     raise DataError(
         f"{name} has the columns {listed(found)}, which fit no task ({known}, messages, or instruction and output); name them, "
-        "such as --column prompt=NAME --column completion=NAME, or rename them"
+        f"such as {' '.join(f'{option} {field}=NAME' for field in lacking)}, or rename them"
     )

@@ -28,6 +28,7 @@ from grasp_lora.storage.reading import is_file, is_folder, is_there
 from grasp_lora.text.display import listed
 from grasp_lora.text.languages import language_code
 
+SOURCE_COLUMN = "--source-column"
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
 EPOCHS = 5  # of the controller run, as the template has it
 LATE_ROUNDS = 3  # wanted in its second half, without a dev set
@@ -42,6 +43,7 @@ def write_recipe(
     backbone: str | None = None,
     *,
     columns: Sequence[str] = (),
+    source_columns: Sequence[str] = (),
     sheet: str | None = None,
     source_sheet: str | None = None,
     skip_unanswered: bool = False,
@@ -55,7 +57,8 @@ def write_recipe(
         source: data files of the rich language, or PEFT adapters (folders or hub ids) trained on it; may be empty.
         source_language: language of the source data.
         backbone: hub id, folder or `gemma3-270m`; None for the one that the adapters in `source` name, or else `gemma3-270m`.
-        columns: such as `question=Swali`: columns of the data that are not called as the field; source files may have them, too.
+        columns: such as `question=Swali`: columns of the data that are not called as the field.
+        source_columns: the same for source files; empty takes those of `columns` that they have.
         sheet, source_sheet: of workbooks; None for the first that is not hidden.
         skip_unanswered: leave out rows without an answer, here and in runs of the recipe.
 
@@ -69,13 +72,24 @@ def write_recipe(
     _refuse_existing(file)
     for code in (language, source_language):
         language_code(code)
-    named = parse_columns(columns)
-    target = read_corpus(str(data), data, file.parent, columns=named, sheet=sheet, skip_unanswered=skip_unanswered)
+    named, of_source = parse_columns(columns), parse_columns(source_columns, SOURCE_COLUMN)
+    target = read_corpus(
+        str(data), data, file.parent, columns=named, sheet=sheet, option="--column", skip_unanswered=skip_unanswered
+    )
     files, adapters = _sort_out(source)
     backbone = backbone or _backbone_of(adapters)
     places = [resolve_file(name) if name.startswith(DEMO_PREFIX) else Path(name) for name in files]
     sources = [
-        read_corpus(name, place, file.parent, target.task, named, source_sheet, skip_unanswered=skip_unanswered)
+        read_corpus(
+            name,
+            place,
+            file.parent,
+            target.task,
+            of_source or named,
+            source_sheet,
+            option=SOURCE_COLUMN if of_source else None,
+            skip_unanswered=skip_unanswered,
+        )
         for name, place in zip(files, places, strict=True)
     ]
     if len({(corpus.format, tuple(corpus.columns.items())) for corpus in sources}) > 1:

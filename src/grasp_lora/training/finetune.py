@@ -30,6 +30,7 @@ from grasp_lora.training.loss import Encoded, check_measurable, collate
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.saved import SavedInCheckpoints
 from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.trackers import guard_trackers, own_tracked_run
 from grasp_lora.training.trainer import FineTuneTrainer, Saving
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def finetune(
     check_measurable(train)
     arguments = TrainingArguments(
         output_dir=str(folder),
+        run_name=f"{folder.name} {folder.parent.name}",  # of an experiment: the step and its key
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
@@ -218,6 +220,7 @@ def finetune(
     best, resumed = None, None
     with (
         leaving_backbone_as_it_was(model),
+        own_tracked_run(report_to),
         clear_write_errors(folder) if checkpoints else nullcontext(),
         enough_memory("the training", _less_memory(model, train, settings)),
     ):
@@ -229,6 +232,7 @@ def finetune(
             data_collator=lambda examples: collate(examples, pad_id),
             callbacks=[_Watch(on_step), GradientCheck(), *callbacks],
         )
+        guard_trackers(trainer, report_to)
         trainer.remove_callback(PrinterCallback)  # it prints; progress is shown by whoever passes `on_step`
         if controller is not None:
             controller.add_to(trainer)

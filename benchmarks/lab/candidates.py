@@ -1,0 +1,228 @@
+"""What else a run could hand over: candidates beside the source adapter continued on the target rows.
+
+    python benchmarks/lab/candidates.py RECIPE --output FOLDER --seeds 42,1337,9001 [--set KEY=VALUE]... [--answers]
+
+FOLDER is that of a comparison, whose finished steps are taken from its store; what is missing is trained there. The table on
+standard output has, per candidate, the test loss and, with --answers, the first score; its difference to `continued` has an
+interval at 95 %, each by itself. Candidates that use the test rows for a choice do not exist: choices are made on dev.
+
+| candidate | what it is |
+|---|---|
+| soup | average of the deltas of several adapters (Wortsman et al. 2022) |
+| greedy soup | of all adapters here, in the order of their dev loss, those that do not raise the dev loss of the average |
+| stacked | the target adapter trained on top of the frozen source adapter; their exact sum |
+| stacked, GRASP | that sum pruned at a learned ratio and fine-tuned |
+| replay | `continued` with half as many source rows among the target rows |
+| joint, then target | the joint adapter, continued on the target rows |
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from grasp_lora.bench.checks import check
+from grasp_lora.bench.outcomes import Adapter, facts_of
+from grasp_lora.bench.planned import main_metric
+from grasp_lora.bench.run_folder import STORE_FOLDER
+from grasp_lora.bench.session import Session
+from grasp_lora.bench.steps import Bench
+from grasp_lora.bench.store import Store
+from grasp_lora.cli.terminal import log_to_terminal
+from grasp_lora.errors import GraspError
+from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
+from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.method.merging import MergeSettings
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.storage.folder import working_in
+
+BASELINE = "continued"
+REPLAYED = 0.5  # source rows for each target row
+REVISION = 1  # part of what a candidate's training is found by
+
+
+class Candidates(Bench):
+    """The steps of one seed, and the candidates made of them."""
+
+    def all(self) -> dict[str, Callable[[], Adapter]]:
+        """Each candidate by its name, those first that others are made of."""
+        single: dict[str, Callable[[], Adapter]] = {
+            BASELINE: self.continued,
+            "source": lambda: self.source,
+            "target": lambda: self.target,
+            "merged": self.merged,
+            "joint": self.trained_jointly,
+            "joint, then target": lambda: self.finetuned(self.trained_jointly(), 0.0),
+            "GRASP": self.grasp,
+            "stacked": lambda: self.stacked_bench().merged(),
+            "stacked, GRASP": lambda: self.stacked_bench().grasp(),
+            "replay": self.replayed,
+        }
+
+        def soup(*names: str) -> Callable[[], Adapter]:
+            return lambda: self.soup([single[name]() for name in names])
+
+        return single | {
+            "soup of continued and joint": soup(BASELINE, "joint"),
+            "soup of continued and GRASP": soup(BASELINE, "GRASP"),
+            "soup of continued, joint and GRASP": soup(BASELINE, "joint", "GRASP"),
+            "greedy soup": lambda: self.greedy([adapter() for adapter in single.values()]),
+        }
+
+    def grasp(self) -> Adapter:
+        """The final run at the ratio that the recipe's controller learns."""
+        learned = self.learned(self.recipe.controller)
+        return self.finetuned(learned.start, learned.ratio)
+
+    def soup(self, parts: Sequence[Adapter]) -> Adapter:
+        """The average of adapters' deltas."""
+        return self._merged("soup", MergeSettings("exact"), parts, [f"part_{n}" for n in range(1, len(parts) + 1)])
+
+    def greedy(self, parts: Sequence[Adapter]) -> Adapter:
+        """Add one adapter after the other, the best by dev loss first, and keep those that do not raise the average's."""
+        first, *others = sorted(parts, key=self.dev_loss)
+        chosen, best, lowest = [first], first, self.dev_loss(first)
+        for part in others:
+            trial = self.soup([*chosen, part])
+            if (loss := self.dev_loss(trial)) <= lowest:
+                chosen, best, lowest = [*chosen, part], trial, loss
+        return best
+
+    def dev_loss(self, adapter: Adapter) -> float:
+        """Mean dev loss of an adapter."""
+        return fmean(self.losses(adapter, "dev").result["losses"])
+
+    def stacked_bench(self) -> "Candidates":
+        """A bench whose target adapter was trained on top of the source adapter, and whose merge is their sum."""
+        recipe = self.recipe.model_copy(update={"merge": MergeSettings("exact", weights=(1.0, 1.0))})
+        other = Candidates(self.session.variant(recipe), self._shared, self.store, self.grid)
+        other.__dict__["target"] = self._on_top()
+        return other
+
+    def _on_top(self) -> Adapter:
+        source, training = self.source, self.recipe.target.training
+        settings = self._settings(
+            data=self._data("train", "dev"), revision=REVISION, beneath=source.key, training=vars(training),
+            lora=vars(self.recipe.lora),
+        )  # fmt: skip
+
+        def work(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
+            session = self.session
+            splits = session.splits
+            with beneath(session.backbone.model, source.weights):
+                weights, result = session.train_adapter("target", splits.train, splits.dev, training, folder)
+            return weights, facts_of(result, training, len(splits.train), len(splits.dev))
+
+        return self._adapter("target on source", settings, [source], work)
+
+    def replayed(self) -> Adapter:
+        """The source adapter continued on target rows with source rows among them."""
+        splits = self.session.splits
+        rows = splits.source_train[: round(REPLAYED * len(splits.train))]
+        session = self.session.variant(self.recipe)
+        session.splits = replace(splits, train=(*splits.train, *rows))
+        other = Candidates(session, self._shared, self.store, self.grid)
+        other.__dict__["sources"] = self.sources
+        return other.continued()
+
+
+@contextmanager
+def beneath(model: torch.nn.Module, weights: AdapterWeights) -> Iterator[None]:
+    """Let a frozen adapter act on the backbone's modules, for one that is trained on top of it."""
+    modules, handles = dict(model.named_modules()), []
+    for name, pair in weights.items():
+
+        def add(
+            module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, pair: Any = pair
+        ) -> torch.Tensor:
+            A, B = (factor.to(output.device) for factor in (pair.A, pair.B))
+            return output + (linear(linear(inputs[0].to(A.dtype), A), B) * pair.scaling).to(output.dtype)
+
+        handles.append(modules[name].register_forward_hook(add))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def benches(session: Session, store: Store, seeds: Sequence[int]) -> list[Candidates]:
+    """One bench a seed, as `compare` has them: the same splits, and the source adapter of the recipe's own seed."""
+    recipe = session.recipe
+    split_seed = recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
+    shared = session.variant(
+        recipe.model_copy(update={"data": replace(recipe.data, split_seed=split_seed)}),
+    )
+    return [
+        Candidates(shared.variant(shared.recipe.model_copy(update={"seed": seed})), shared, store) for seed in seeds
+    ]
+
+
+def measure(bench: Candidates, adapter: Adapter, metric: str | None) -> tuple[list[float], list[float]]:
+    """Losses of the test rows and, where a metric is given, its value for each row."""
+    losses = bench.losses(adapter, "test", answered=metric is not None).result["losses"]
+    return losses, bench.scores(adapter).result[metric]["per_example"] if metric else []
+
+
+def shown(found: PairedComparison | None) -> str:
+    """A difference with its interval."""
+    return "" if found is None else f"{found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
+
+
+def table(measured: dict[str, list[tuple[list[float], list[float]]]], metric: str | None) -> str:
+    """Markdown: a row a candidate, in the order of their test loss."""
+    heads = ["candidate", "test loss", f"minus {BASELINE}"] + ([metric, f"minus {BASELINE}"] if metric else [])
+    rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    means = {name: fmean(fmean(losses) for losses, _ in runs) for name, runs in measured.items()}
+    for name in sorted(measured, key=means.__getitem__):
+        cells = [name, f"{means[name]:.3f}"]
+        for index in range(2 if metric else 1):
+            ours, theirs = ([run[index] for run in measured[one]] for one in (name, BASELINE))
+            found = None
+            if name != BASELINE:
+                found = compare_with_baselines(ours, {BASELINE: theirs}, higher_is_better=bool(index))[BASELINE]
+            cells += ([f"{fmean(map(fmean, ours)):.1f}"] if index else []) + [shown(found)]
+        rows.append(cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train and measure what is not on record; print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("recipe")
+    parser.add_argument("--output", type=Path, required=True, help="folder of a comparison")
+    parser.add_argument("--seeds", default="42,1337,9001", help="separated by commas")
+    parser.add_argument("--set", action="append", default=[], help="as of grasp-lora compare")
+    parser.add_argument("--only", action="append", default=[], help="a candidate; may be repeated")
+    parser.add_argument("--answers", action="store_true", help="score the answers, too")
+    given = parser.parse_args(arguments)
+    log_to_terminal(False)
+    try:
+        session = Session(*load_recipe(given.recipe, given.set))
+        check(session)
+        with working_in(given.output) as place:
+            place.begin(shared=True)
+            store = Store(given.output / STORE_FOLDER, session.progress, place.interruption)
+            metric = main_metric(list(session.metrics)) if given.answers else None
+            measured: dict[str, list[tuple[list[float], list[float]]]] = {}
+            for bench in benches(session, store, [int(seed) for seed in given.seeds.split(",")]):
+                for name, make in bench.all().items():
+                    if not given.only or name in (BASELINE, *given.only):
+                        measured.setdefault(name, []).append(measure(bench, make(), metric))
+                        sys.stderr.write(f"{name}, seed {bench.recipe.seed}: {fmean(measured[name][-1][0]):.4f}\n")
+    except GraspError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(table(measured, metric) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Trackers of transformers beside a training: each training is a run of its own, and a tracker that fails costs no training."""
+
+import importlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from grasp_lora.errors import GraspError, RecipeError
+
+log = logging.getLogger(__name__)
+
+AT_BEGIN, LATER = "on_train_begin", ("on_log", "on_evaluate", "on_save", "on_train_end")
+
+
+@contextmanager
+def own_tracked_run(report_to: Sequence[str]) -> Iterator[None]:
+    """End the run that transformers begins at Weights & Biases and leaves open: the next training would write into it."""
+    wandb = importlib.import_module("wandb") if "wandb" in report_to else None
+    began_before = wandb is None or wandb.run is not None  # a script's own stays open
+    try:
+        yield
+    finally:
+        if wandb is not None and not began_before and wandb.run is not None:
+            wandb.finish()
+
+
+def guard_trackers(trainer: Trainer, report_to: Sequence[str]) -> None:
+    """Let a tracker that cannot begin end the training with one line, and one that fails later only be told of.
+
+    Args:
+        trainer: with the callbacks of the trackers.
+        report_to: their names.
+    """
+    for name in report_to:
+        for callback in trainer.callback_handler.callbacks:
+            if type(callback) is INTEGRATION_TO_CALLBACK[name]:
+                setattr(callback, AT_BEGIN, _first(name, getattr(callback, AT_BEGIN)))
+                failed: list[str] = []
+                for event in LATER:
+                    setattr(callback, event, _later(name, getattr(callback, event), failed))
+
+
+def _first(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def begin(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except GraspError:
+            raise
+        except Exception as error:  # whatever a foreign library raises
+            raise RecipeError(
+                f"report_to names {name!r}, which cannot begin: {_line(error)}; mend it, or leave it out"
+            ) from error
+
+    return begin
+
+
+def _later(name: str, call: Callable[..., Any], failed: list[str]) -> Callable[..., Any]:
+    def tell(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return None if failed else call(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001  # as above; the training is worth more
+            failed.append(name)
+            log.warning(
+                "the tracker %s failed and hears no more of this training, which goes on: %s", name, _line(error)
+            )
+
+    return tell
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,62 @@
+"""Candidates rest on steps of a comparison, and the stacked one is the sum that was trained."""
+
+from pathlib import Path
+from statistics import fmean
+
+import candidates
+import pytest
+
+from grasp_lora.bench.checks import check
+from grasp_lora.bench.session import Session
+from grasp_lora.bench.store import Store
+from grasp_lora.models.adapters import attached
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.training.probes import ProbeSet
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def bench(tiny_workspace: Path) -> candidates.Candidates:
+    session = Session(*load_recipe("tiny.yaml"))
+    check(session)
+    [one] = candidates.benches(session, Store(Path("store")), [1])
+    return one
+
+
+def test_the_sum_of_the_stacked_adapters_is_what_was_trained(bench: candidates.Candidates) -> None:
+    dev, model = bench.session.splits.dev, bench.session.backbone.model
+    stacked = bench.stacked_bench()
+    with candidates.beneath(model, bench.source.weights), attached(model, stacked.target.weights) as whole:
+        beneath = ProbeSet(dev, bench.session.pad_id).losses(whole)
+    merged = bench.losses(stacked.merged(), "dev").result["losses"]
+    assert merged == pytest.approx(beneath, rel=1e-5)
+    assert fmean(merged) == pytest.approx(stacked.target.records[-1].result["dev_loss"], rel=1e-5)
+    assert fmean(merged) < bench.dev_loss(bench.source)  # it learned on top of the source
+
+
+def test_a_greedy_soup_is_no_worse_on_dev_than_its_best_part(bench: candidates.Candidates) -> None:
+    parts = [bench.source, bench.target, bench.continued()]
+    assert bench.dev_loss(bench.greedy(parts)) <= min(map(bench.dev_loss, parts))
+    alone = bench.soup([parts[0]])
+    assert bench.dev_loss(alone) == pytest.approx(bench.dev_loss(parts[0]), rel=1e-5)
+
+
+def test_replay_adds_source_rows_and_keeps_the_source_adapter(bench: candidates.Candidates) -> None:
+    rows = len(bench.session.splits.train)
+    facts = bench.replayed().records[-1].result
+    plain = bench.continued().records[-1].result
+    assert facts["trained_examples"] / facts["steps"] == plain["trained_examples"] / plain["steps"]
+    steps = bench.recipe.final.training.steps_per_epoch
+    assert facts["history"][-1]["epoch"] == pytest.approx(facts["steps"] / steps(rows + round(rows / 2)), rel=1e-3)
+    assert len(bench.session.splits.train) == rows
+
+
+def test_the_table_has_a_row_for_each_candidate(tiny_workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["tiny.yaml", "--output", "f", "--seeds", "1,2", "--only", "source", "--only", "replay", "--answers"]
+    assert candidates.main(asked) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] != []
+    assert {line.split(" | ")[0].strip("| ") for line in lines[2:]} == {"continued", "source", "replay"}
+    assert candidates.main([*asked, "--set", "nosuch=1"]) == 2
+    assert "error: " in capsys.readouterr().err
