@@ -276,7 +276,9 @@ METHODS: dict[str, Method] = {
         lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),
         2,
     ),
-    "griddev_free_stage": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12, _needs("micro_dev")),
+    "griddev_free_stage": Method(
+        "grid without a dev set", _run_grid("micro_dev", dev_free=True), 12, _needs("micro_dev")
+    ),
     "graspdev_free_stage": Method(
         "GRASP without a dev set", _run_grasp(dev_free_stage, dev_free=True), 6, _needs_rounds(dev_free_stage)
     ),
