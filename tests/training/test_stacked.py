@@ -211,3 +211,22 @@ def test_each_member_is_clipped_by_a_norm_of_its_own():
     stack.clip(gradient, 1.0)
     assert gradient[0].norm().item() == pytest.approx(1.0, rel=1e-4)
     assert gradient[1].norm().item() == pytest.approx(0.1 * math.sqrt(14))  # shorter than the limit
+
+
+def test_a_module_that_reads_tokens_without_their_batch_is_refused():
+    model = torch.nn.ModuleDict({"m": torch.nn.Linear(4, 3)})
+    start = AdapterWeights({"m": LoraPair(torch.randn(2, 4), torch.randn(3, 2))})
+    stack = Stack([Member(0.5, 1, start, torch.ones(14, dtype=torch.bool))] * 2, torch.device("cpu"), 0.0)
+    with stack.on(model):
+        assert model["m"](torch.ones(2, 5, 4)).shape == (2, 5, 3)
+        with pytest.raises(GraspError, match="m reads tokens without their batch, as experts do"):
+            model["m"](torch.ones(10, 4))
+    assert model["m"](torch.ones(10, 4)).shape == (10, 3)
+
+
+def test_adapters_pruned_to_nothing_train_nothing_and_are_no_error(make_tiny_model):
+    backbone = make_tiny_model("llama").requires_grad_(False)
+    [one] = members_of(backbone, start_on(backbone, "llama"), (1.0,), (1,), ProbeSet(PROBES, PAD), MaskSettings())
+    train_stacked(backbone, [one], TRAIN, ProbeSet(DEV, PAD), TRAINING, pad_id=PAD)
+    assert all(not pair.A.any() and not pair.B.any() for pair in one.weights.values())
+    assert one.best_step == 0

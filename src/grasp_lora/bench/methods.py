@@ -271,15 +271,13 @@ METHODS: dict[str, Method] = {
     "grasp": Method("GRASP", _run_grasp(_own), 5),
     "grasp_single": Method("GRASP in a single run", _run_single, 5, _needs_single_run),
     "grasp_paper": Method("GRASP, preset paper", _run_grasp(_paper, PAPER_FINAL), 5, _needs_rounds(_paper)),
-    "mergedev_free_stage": Method(
+    "merge_dev_free": Method(
         "adaptive LoRA merge without a dev set",
         lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),
         2,
     ),
-    "griddev_free_stage": Method(
-        "grid without a dev set", _run_grid("micro_dev", dev_free=True), 12, _needs("micro_dev")
-    ),
-    "graspdev_free_stage": Method(
+    "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12, _needs("micro_dev")),
+    "grasp_dev_free": Method(
         "GRASP without a dev set", _run_grasp(dev_free_stage, dev_free=True), 6, _needs_rounds(dev_free_stage)
     ),
     "grid_oracle": Method(

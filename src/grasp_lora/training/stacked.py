@@ -174,6 +174,11 @@ class Stack:
     def _hook(self, name: str, pair: LoraPair) -> Callable[[torch.nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def add(module: torch.nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             A, B = self._factors[name, "A"], self._factors[name, "B"]
+            if inputs[0].ndim != 3:  # whose token is whose could not be told
+                raise GraspError(
+                    f"{name} reads tokens without their batch, as experts do, so adapters on it cannot be stacked; take another "
+                    "preset or method"
+                )
             if pair.apart:
                 A, B = added_up(A, len(pair.segments), 1), added_up(B, len(pair.segments), 2)
             entering = inputs[0].to(A.dtype).reshape(len(A), -1, A.shape[2])
@@ -297,7 +302,7 @@ def train_stacked(
             torch.autograd.backward(loss)
             total += loss.detach()
         gradient = stack.take_gradients()
-        if step == 0 and not bool(gradient.any()):
+        if step == 0 and not gradient.any() and stack.values.any():
             raise GraspError(
                 "no LoRA weight has a gradient, so nothing would be trained; the backbone's layers cut gradients: load it "
                 "unquantised, or take another preset or method"
@@ -325,13 +330,13 @@ def train_stacked(
             for first in range(0, len(train), settings.batch_size * settings.accumulation):
                 take_step(orders, first, step % max(1, min(10, per_epoch // 5)) == 0)
                 step += 1
+                done = (is_measured(step) and measure()) or step >= steps
+                if done:
+                    break
                 if reason := stop_requested():
                     raise Interrupted(
                         f"stopped by {reason} in a stacked training; run the same command again to do it anew"
                     )
-                done = (is_measured(step) and measure()) or step >= steps
-                if done:
-                    break
     for place in acting:
         members[place].steps = step
     for place, one in enumerate(members):
