@@ -1,6 +1,7 @@
 # Each target does all its set-up: a virtual environment in .venv, the packages, then the work.
 #   make demo              the main job on the embedded model and texts (DEMO_LANGUAGE=zh for Chinese)
 #   make test              the tests
+#   make gpu               all that wants a GPU, on whatever card is there; writes docs/lab/results/gpu.md
 #   make docs              the docs site, into site/
 #   make check             the one gate: lint, format, types, import contract, docs, tests
 # TORCH_INDEX=URL installs torch from that wheel index first (for a CPU build, see the README).
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 # Each worker begins with a half of the tests in order, so that few fixtures of a file are made twice.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo test slow docs lint types imports check clean
+.PHONY: demo test slow gpu docs lint types imports check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/grasp-lora demo --language $(DEMO_LANGUAGE)
@@ -27,6 +28,9 @@ test: $(VENV)/.dev
 
 slow: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow
+
+gpu: $(VENV)/.dev $(VENV)/.demo
+	$(BIN)/python benchmarks/gpu.py
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict   # it warns of mkdocs 2, which pyproject.toml leaves out

@@ -41,6 +41,7 @@ from grasp_lora.training.settings import TrainingSettings
 
 CANDIDATES, MICRO_DEV, RANKS, ADAPTERS = (1, 3, 6), (4, 16), (4, 16, 64), (2, 4)
 BUDGETS = (256, 512, 1024, 4096, 8192)
+STACKS = (2, 8)  # final runs
 PROFILED = 4  # examples under the profiler, which is slow and holds every event
 MEMORY_KINDS = ("plain", "plain with dev", "controller", "final")
 MEMORY_STEPS, MEMORY_PAIRS = 2, 2
@@ -86,7 +87,7 @@ def probe(lab: Lab) -> list[Row]:
         @torch.no_grad()
         def forward() -> None:
             model.eval()
-            for _, batch in probes.batches:
+            for _, batch in probes.batches():
                 inputs = {name: batch[name].to(lab.device) for name in ("input_ids", "attention_mask")}
                 decoder(**inputs, use_cache=False)
 
@@ -138,6 +139,18 @@ def end_to_end(lab: Lab) -> list[Row]:
         rows.append(row("end to end", what, grid, ours, computed=True, note=note))
     note = f"in units of work {lab.parts.single_work_ratio():.2f}"
     rows.append(row("end to end", f"{rivals} / single run", grid, lab.parts.whole_single(), computed=True, note=note))
+    return rows
+
+
+def stacked(lab: Lab) -> list[Row]:
+    """Final runs of one epoch with its dev losses, side by side over one after the other, of which one is timed."""
+    train, dev = taken(lab.session.splits.train, lab.examples), lab.session.splits.dev[: lab.examples]
+    works: dict[str, Callable[[], float]] = {str(one): partial(lab.stacked, train, dev, GRID[:one]) for one in STACKS}
+    works["1"] = partial(lab.trained, train, lab.recipe.final.training, dev=dev, callbacks=[lab.pruning()])
+    times, rows = take_turns(works, lab.pairs), []
+    for one in STACKS:
+        what = f"{one} final runs side by side / one after the other, {len(train)} examples, {len(dev)} dev examples"
+        rows.append(row("stacked", what, times[str(one)], [one * own for own in times["1"]], computed=True))
     return rows
 
 
@@ -294,9 +307,10 @@ MEASURES: dict[str, Callable[[Lab], list[Row]]] = {
     "controller": controller,
     "end": end_to_end,
     "growth": growth,
+    "stacked": stacked,
     "compile": compiled,
 }
-DEFAULT = tuple(name for name in MEASURES if name not in ("batches", "compile"))
+DEFAULT = tuple(name for name in MEASURES if name not in ("batches", "compile", "stacked"))
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -307,7 +321,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--only",
         default=",".join(DEFAULT),
-        help=f"any of {', '.join(MEASURES)}; all but batches and compile by default",
+        help=f"any of {', '.join(MEASURES)}; all but batches, compile and stacked by default",
     )
     parser.add_argument(
         "--policy",

@@ -26,6 +26,7 @@ from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probes import ProbeSet, probes_of
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TRAINED_AS_MEASURED, TrainingSettings
+from grasp_lora.training.stacked import members_of, train_stacked
 
 SINGLE = "single"
 RATIO = 0.4  # of probes and final runs; costs do not depend on it
@@ -318,6 +319,15 @@ class Lab:
         with self.on(weights) as model:
             seconds = self.epoch(model, train, stage.training, controller=controller)
         return ControllerRun(seconds, controller.seconds, controller.rounds)
+
+    def stacked(self, train: Sequence[Example], dev: Sequence[Example], ratios: Sequence[float]) -> float:
+        """Do final runs of one epoch side by side, one a ratio, and return the seconds of their training."""
+        model, pad_id, final = self.session.backbone.model, self.session.pad_id, self.recipe.final
+        calibration = ProbeSet(self.session.splits.train[:CALIBRATION_EXAMPLES], pad_id)
+        members = members_of(model, self.merged, ratios, [0], calibration, final.mask or self.recipe.mask)
+        once, probes = replace(final.training, epochs=1, patience=None), ProbeSet(dev, pad_id)
+        dropout = self.recipe.lora.dropout
+        return self.clocked(lambda: train_stacked(model, members, train, probes, once, pad_id=pad_id, dropout=dropout))
 
     def measured(self, examples: Sequence[Example]) -> float:
         """Return the seconds of measuring the examples' losses under the merged adapter."""

@@ -76,13 +76,16 @@ def build_tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_tiny_model(architecture: str, seed: int = 0, vocab_size: int = TINY_VOCAB_SIZE) -> PreTrainedModel:
-    """Build a random two-layer float32 model in eval mode; equal seeds give equal weights.
+def build_tiny_model(
+    architecture: str, seed: int = 0, vocab_size: int = TINY_VOCAB_SIZE, layers: int = 2
+) -> PreTrainedModel:
+    """Build a random float32 model in eval mode; equal seeds give equal weights.
 
     Args:
         architecture: "llama", "gemma3" (text, sliding window of 16 in its first layer), "qwen3", "qwen3_moe" or "gpt2".
         seed: the global random state is left as it was.
         vocab_size: >= 260 where `tiny_tokenizer` is used.
+        layers: how many; of "gemma3" two.
     """
     import torch
     from transformers import (
@@ -103,7 +106,7 @@ def build_tiny_model(architecture: str, seed: int = 0, vocab_size: int = TINY_VO
     shape = {
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
@@ -131,7 +134,7 @@ def build_tiny_model(architecture: str, seed: int = 0, vocab_size: int = TINY_VO
                 GPT2Config(
                     n_embd=32,
                     n_inner=64,
-                    n_layer=2,
+                    n_layer=layers,
                     n_head=4,
                     n_positions=TINY_CONTEXT,
                     initializer_range=0.2,

@@ -31,7 +31,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Store
 from grasp_lora.errors import GraspError
-from grasp_lora.method.masks import Ranking, WeightKey
+from grasp_lora.method.ranking import Ranking, WeightKey
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import evaluating, segments_of
 from grasp_lora.recipes.load import load_recipe
@@ -72,7 +72,7 @@ class LookAhead(LossLandscape):
         self._optimizer = kwargs["optimizer"]
         super().on_train_begin(args, state, control, **kwargs)
 
-    def _measure(self, model: torch.nn.Module, step: int, ranking: Mapping[WeightKey, Ranking]) -> None:
+    def _measure(self, model: torch.nn.Module, step: int, ranking: Ranking) -> None:
         super()._measure(model, step, ranking)
         ahead, slopes = [], []
         for ratio in self.ratios:
@@ -122,7 +122,7 @@ class LookAhead(LossLandscape):
 def add_gradients(model: torch.nn.Module, examples: ProbeSet) -> None:
     """Add the gradients of the mean loss to the parameters' `.grad`, in eval mode."""
     with evaluating(model):
-        for _, batch in examples.batches:
+        for _, batch in examples.batches():
             losses = example_losses(model, batch, label_positions=takes_label_positions(model))
             (losses.sum() / len(examples)).backward()
 

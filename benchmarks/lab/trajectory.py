@@ -17,8 +17,9 @@ from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
-from grasp_lora.method.masks import MaskSettings, Ranking, WeightKey
+from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.policy import even_ratio
+from grasp_lora.method.ranking import Ranking
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import segments_of
 from grasp_lora.training.probes import ProbeSet, calibrate
@@ -73,7 +74,7 @@ class LossLandscape(PrunedTraining):
         self.shared = prune_ratio is None
         self.steps: list[int] = []
         self.losses: list[list[list[float]]] = []
-        self._one_ranking: dict[WeightKey, Ranking] | None = None
+        self._one_ranking: Ranking | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -112,7 +113,7 @@ class LossLandscape(PrunedTraining):
             ranking = self.masks.rank()
         self._measure(kwargs["model"], state.global_step, ranking)
 
-    def _measure(self, model: torch.nn.Module, step: int, ranking: Mapping[WeightKey, Ranking]) -> None:
+    def _measure(self, model: torch.nn.Module, step: int, ranking: Ranking) -> None:
         losses = []
         for ratio in self.ratios:
             try:

@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from typing import get_args
 
 import torch
 
@@ -19,7 +20,7 @@ from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.masks import GRANULARITIES, SCOPES, MaskSet, MaskSettings
 from grasp_lora.method.merging import MergeRule, MergeSettings, merge
 from grasp_lora.method.rounds import Round
-from grasp_lora.method.search import RatioPolicy, RatioSearch
+from grasp_lora.method.search import RatioPolicy, RatioSearch, Regime
 
 _ROUNDS, _EXAMPLES = 6, 4
 _LOSSES: dict[str, Callable[[float, int, int], float]] = {  # of ratio, round and example
@@ -40,7 +41,8 @@ def check_policy(policy: RatioPolicy, rule: Rule = smooth_fit) -> None:
         AssertionError: the contract is broken.
     """
     name = type(policy).__name__
-    _require(policy.regime in ("held", "each_step"), f"{name}.regime is {policy.regime!r}; allowed: held, each_step")
+    allowed = get_args(Regime)
+    _require(policy.regime in allowed, f"{name}.regime is {policy.regime!r}; allowed: {', '.join(allowed)}")
     try:
         plain = json.loads(json.dumps(asdict(policy), allow_nan=False))
         again = json.loads(json.dumps(asdict(replace(policy, **plain))))

@@ -283,7 +283,7 @@ def test_controllers_beside_the_recipes_own_are_run_as_their_authors_do(name):
     assert (type(found.policy), found.rule, found.rounds) == (Gaussian, "best_reward", Rounds(10))
     assert (found.policy.ratio_min, found.policy.ratio_max) == (own.ratio_min, own.ratio_max)
     assert found.training == recipe.controller.training
-    late = methods._dev_free(recipe)
+    late = methods.dev_free_stage(recipe)
     assert late.training.patience is None
     assert (late.policy, late.rule) == (Spread(candidates=3, bounds_first=True), "smooth_fit")
     assert late.rounds == Rounds(recipe.controller.rounds.every, start=0.5)

@@ -24,7 +24,8 @@ from grasp_lora.bench.store import Record
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.metrics import score
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
+from grasp_lora.method.masks import MaskSet, MaskSettings, survival
+from grasp_lora.method.ranking import prune_count
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.models.reading import read_adapter

@@ -127,6 +127,12 @@ class TestMeasures:
         found = ratios(speed.batches(lab))
         assert found == {f"{one} / 2048 tokens a batch, 8 examples": 1.0 for one in speed.BUDGETS}
 
+    def test_final_runs_side_by_side_need_as_many_passes_as_one_after_the_other(self, lab: speed_lab.Lab) -> None:
+        found = ratios(speed.stacked(lab))
+        assert found == {
+            f"{one} final runs side by side / one after the other, 6 examples, 6 dev examples": 1.0 for one in (2, 8)
+        }
+
     def test_controller_runs_are_compared_with_the_training_alone(self, lab: speed_lab.Lab) -> None:
         lab.pairs = 2
         found = ratios(speed.controller(lab))

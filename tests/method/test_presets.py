@@ -76,7 +76,8 @@ def test_rounds_out_of_range_are_an_error(changes: dict[str, Any], message: str)
 
 
 def test_presets_are_policy_rounds_and_rule() -> None:
-    assert set(PRESETS) == {"spread", "late", "paper"}
+    assert set(PRESETS) == {"spread", "late", "paper", "stacked"}
+    assert preset("stacked").policy.copies == 8
     assert preset("spread") == Controller()
     assert Controller() == Controller(
         Spread(candidates=2), Rounds("epoch", before_training=True, pool="dev", in_turn=12, patience=1), "surrogate"

@@ -145,7 +145,10 @@ class TestController:
             ("preset=default", r"preset is 'default', which was removed; use 'paper' with rule 'smooth_fit'"),
             ("preset=[paper]", r"controller\.preset is a list; allowed: spread, late, paper"),
             ("policy.kind=adaptive", r"policy kind is 'adaptive', which was removed; use 'spread'"),
-            ("policy.kind=3", r"controller\.policy: kind is 3; allowed: gaussian, uniform, spread, or the import path"),
+            (
+                "policy.kind=3",
+                r"controller\.policy: kind is 3; allowed: gaussian, uniform, spread, stacked, or the import path",
+            ),
             ("policy=0", r"controller\.policy is 0, but a policy is a section"),
             ("policy=3", r"controller\.policy is 3, but a policy is a section"),
             ("rule=lowest_loss", r"controller: rule is 'lowest_loss', which was removed; use 'surrogate'"),
@@ -336,7 +339,7 @@ class TestOverrides:
         ),
         (
             SMALL + "controller: {training: {patience: 1}}",
-            r"controller: training\.patience is 1, but each step of this policy trains at a ratio of its own",
+            r"controller: training\.patience is 1, but this policy trains at many ratios",
         ),
         (
             SMALL + "controller: {training: {keep: best}}",

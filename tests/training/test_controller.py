@@ -17,10 +17,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
+from grasp_lora.method.masks import MaskSet, MaskSettings, survival
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.policy import POLICIES, Gaussian, Spread, Uniform
 from grasp_lora.method.presets import Controller
+from grasp_lora.method.ranking import prune_count
 from grasp_lora.method.rounds import Decision, Round
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.models.adapters import attached, fresh_adapter

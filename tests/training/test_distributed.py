@@ -357,7 +357,7 @@ def test_norms_count_each_example_once(ranks, common, make_tiny_model):
         with collector.collecting():
             examples.losses(model, collector)
         norms = collector.norms()
-    assert len(examples.batches) % RANKS  # else no process would have run a batch for company
+    assert len(examples.batches()) % RANKS  # else no process would have run a batch for company
     for found in (*ranks[0]["norms"], *ranks[1]["norms"], ranks[0]["hold"]["norms"]):  # asked twice, the same
         for name, (norm_A, norm_B) in found.items():
             torch.testing.assert_close(norm_A, norms[name].A, rtol=1e-5, atol=1e-6)

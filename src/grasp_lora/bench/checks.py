@@ -134,6 +134,11 @@ def _check_processes(session: Session) -> None:
 
 def check_rounds(session: Session) -> None:
     stage = session.recipe.controller
+    if stage.policy.regime == "stacked" and world_size() > 1:
+        raise RecipeError(
+            f"controller.preset is 'stacked', whose adapters train in one process, but {world_size()} were started; "
+            "start without torchrun, or take another preset"
+        )
     for split in stage.splits:
         if not getattr(session.splits, split):
             needed_by, fix = (

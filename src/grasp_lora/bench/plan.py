@@ -147,21 +147,22 @@ class _PlannedStore(Store):
             pool = sum(self.sizes[split] for split in stage.rounds.splits)
             rounds = len(stage.round_steps(train))
             measured = rounds * stage.probed_examples(pool, keep_best=step == "controller adapter")
-            return self._cost(stage.training, train, 0) | {"measured_examples": measured}
+            return self._cost(stage.training, train, 0, stage.policy.copies) | {"measured_examples": measured}
         if "training" in settings:
             train, dev = (sum(self.sizes[name] for name in names) for names in settings["splits"])
             return self._cost(TrainingSettings(**settings["training"]), train, dev)
         if "final" in settings:
             dev = 0 if settings["dev_free"] else self.sizes["dev"]
-            return self._cost(TrainingSettings(**settings["final"]["training"]), self.sizes["train"], dev)
+            training, runs = TrainingSettings(**settings["final"]["training"]), len(settings.get("ratios", [0.0]))
+            return self._cost(training, self.sizes["train"], dev, runs) | {"prune_ratio": 0.0, "members": []}
         return {}
 
-    def _cost(self, training: TrainingSettings, train: int, dev: int) -> dict[str, Any]:
+    def _cost(self, training: TrainingSettings, train: int, dev: int, runs: int = 1) -> dict[str, Any]:
         evaluations = math.ceil(training.epochs / training.evaluate_every) + 1  # and the one before the first step
         return {
             PLANNED: True,
-            "trained_examples": trained_examples(training.steps(train), training, train),
-            "measured_examples": evaluations * dev,
+            "trained_examples": runs * trained_examples(training.steps(train), training, train),
+            "measured_examples": runs * evaluations * dev,
             "dev_loss": 0.0,
         }
 

@@ -239,7 +239,7 @@ def _cost(recipe: Recipe, sizes: dict[str, int]) -> tuple[float, int]:
     trained += runs * recipe.final.training.epochs * sizes["train"]
     if recipe.final.prune_ratio is None:
         stage = recipe.controller
-        trained += stage.training.epochs * sizes["train"]
+        trained += stage.policy.copies * stage.training.epochs * sizes["train"]
         pool = sum(sizes[split] for split in stage.rounds.splits)
         keep_best = recipe.final.start == "controller"
         probed = expected_rounds(recipe, sizes["train"]) * stage.probed_examples(pool, keep_best=keep_best)
@@ -254,7 +254,7 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
         pool = sum(sizes[split] for split in stage.rounds.splits)
         if pool < FEW_PROBED:
             findings.append(Finding("warning", "probes", f"{pool} examples choose the ratio; 16 are usual"))
-        few = FEW_INDEPENDENT_ROUNDS if stage.policy.regime == "each_step" else FEW_ROUNDS
+        few = FEW_ROUNDS if stage.policy.regime == "held" else FEW_INDEPENDENT_ROUNDS
         level = "warning" if rounds < few else "ok"
         advice = "; raise controller.training.epochs or lower controller.rounds.every" if level == "warning" else ""
         noun = "round" if rounds == 1 else "rounds"

@@ -6,9 +6,9 @@ reports. Every method of the paper and every baseline is a few calls on it.
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,6 +59,7 @@ class LearnedRatio:
         last_committed: the ratio in force at the end.
         steps: optimizer steps taken.
         rounds, timings, history: as the files of their names hold them.
+        cost: examples trained on and measured, where steps and rounds do not tell.
     """
 
     estimate: RatioEstimate
@@ -68,6 +69,7 @@ class LearnedRatio:
     rounds: list[dict[str, Any]]
     timings: list[dict[str, Any]]
     history: "list[LossRow]"
+    cost: Mapping[str, int] = field(default_factory=dict)
 
 
 class Session:

@@ -29,6 +29,7 @@ from grasp_lora.bench.outcomes import (
     trained_examples,
     unique,
 )
+from grasp_lora.bench.stacked import learn_stacked, train_grid
 from grasp_lora.bench.store import Record, key_of
 from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.lora import AdapterWeights
@@ -142,6 +143,25 @@ class Bench(Keyed):
 
         return self._adapter(f"final {prune_ratio:.2f}", settings, [start], work)
 
+    def stacked_grid(self) -> Adapter:
+        """The grid's final runs on the merge side by side, and of them the one with the lowest dev loss."""
+        merged = self.merged()
+        stage = replace(self.recipe.final, prune_ratio=None, start="merged")
+        settings = self._settings(
+            data=self._data("train", "dev"),
+            revision=REVISIONS["training"],
+            start=merged.key,
+            ratios=self.grid,
+            final=final_settings(stage),
+            mask=asdict(stage.mask or self.recipe.mask),
+            dropout=self.recipe.dropout,
+            dev_free=False,
+        )
+        session = self.session.variant(self.recipe.model_copy(update={"final": stage}))
+        return self._adapter(
+            "stacked grid", settings, [merged], lambda folder: train_grid(session, merged.weights, self.grid)
+        )
+
     def continued(self) -> Adapter:
         """The source adapter, trained on the target data as the final run is, nothing pruned."""
         return self.finetuned(self.source, 0.0)
@@ -213,7 +233,10 @@ class Bench(Keyed):
     ) -> tuple[AdapterWeights, dict[str, Any]]:
         """Run the controller; return what it leaves, and its rounds and its cost."""
         session = self.session.variant(self.recipe.model_copy(update={"controller": stage}))
-        learned = session.learn_ratio(merged.weights, folder, keep_best=keep_best)
+        if stage.policy.regime == "stacked":
+            learned = learn_stacked(session, merged.weights, folder)
+        else:
+            learned = session.learn_ratio(merged.weights, folder, keep_best=keep_best)
         rounds = learned.rounds
         facts = {
             "rounds": rounds,
@@ -226,6 +249,7 @@ class Bench(Keyed):
                 for row in rounds
             )
             + measured_examples(learned.history, len(session.splits.dev)),
+            **learned.cost,
         }
         return learned.adapter, facts | ({"prune_ratio": learned.estimate.ratio} if keep_best else {})
 

@@ -1,15 +1,15 @@
 """Which weights of a LoRA adapter are pruned: exact-count keep masks and the set of live masks.
 
-A keep mask is True where a weight is kept. Weights are ranked once by (importance, position), so a mask at any ratio is one
-comparison, counts are exact under ties, and raising the ratio only adds weights to the pruned set. The
-weights are whole in every process, also where the backbone under them is split.
+A keep mask is True where a weight is kept. Masks and stashed values of all modules on one device lie in a row, so a step's mask
+takes a handful of tensor operations whatever the number of modules, and nothing is read from the device. The weights are whole in
+every process, also where the backbone under them is split.
 Paper: masking step of the controller, pruning of the final run.
 """
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.importance import InputNorms, ScoreOrName, importance, score_pair
 from grasp_lora.method.lora import LoraPair, Segment
+from grasp_lora.method.ranking import Groups, Ranking, WeightKey, in_a_row, views
 
 SCOPES = ("factor", "tensor", "global")
 GRANULARITIES = ("weight", "component")
@@ -60,59 +61,45 @@ class MaskSettings:
         return importance(self.score).needs_inputs
 
 
-def prune_count(prune_ratio: float, weights: int) -> int:
-    """Turn a prune ratio into a whole number of weights to zero.
-
-    Raising the ratio can only add weights to the pruned set.
-
-    Args:
-        prune_ratio: share to remove, a fraction in [0, 1], not a percentage.
-        weights: how many weights are in scope, >= 0.
-
-    Raises:
-        ValueError: the ratio is NaN or outside [0, 1].
-
-    Paper: masking step. It leaves rounding open; rounding down is our choice.
-
-    >>> prune_count(0.29, 100)   # int(0.29 * 100) would give 28
-    29
-    """
-    if not 0.0 <= prune_ratio <= 1.0:
-        raise ValueError(f"prune ratio is {prune_ratio}; it must be a fraction in [0, 1]")
-    # The nearest whole number wins when only float rounding separates the product from it.
-    product = prune_ratio * weights
-    nearest = round(product)
-    return nearest if math.isclose(product, nearest, rel_tol=1e-12) else math.floor(product)
-
-
-def rank_weights(scores: Tensor) -> Tensor:
-    """Return each entry's place in the order of importance, 0 for the least, ties by position; int64, same shape."""
-    flat = scores.flatten()
-    order = flat.argsort(stable=True)
-    return torch.empty_like(order).scatter(0, order, torch.arange(order.numel(), device=order.device)).view_as(scores)
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Places of the weights of one factor in the order of importance.
-
-    Args:
-        places: place of each weight within its group, 0 for the least important, shaped as the factor.
-        groups: runs along the rank dimension: (number of components, size of the group that they are ranked in).
-    """
-
-    places: Tensor
-    groups: tuple[tuple[int, int], ...]
-
-    def keep(self, prune_ratio: float, rank_dimension: int) -> Tensor:
-        """Return the keep mask that prunes floor(ratio * size) weights of each group."""
-        counts = [prune_count(prune_ratio, size) for components, size in self.groups for _ in range(components)]
-        pruned = torch.tensor(counts, device=self.places.device)
-        return self.places >= (pruned[:, None] if rank_dimension == 0 else pruned[None, :])
-
-
-WeightKey = tuple[str, str]  # (module, factor)
 RANK_DIMENSION = {"A": 0, "B": 1}
+
+
+class _Block:
+    """The weights of one device and dtype: their values pass through one flat tensor, beside which mask and stash lie.
+
+    Args:
+        weights: the parameters, changed in place.
+    """
+
+    def __init__(self, weights: Mapping[WeightKey, Tensor]) -> None:
+        self.weights = weights
+        self.shapes = {key: weight.shape for key, weight in weights.items()}
+        first = next(iter(weights.values()))
+        self.size = sum(weight.numel() for weight in weights.values())
+        self.values = torch.empty(self.size, dtype=first.dtype, device=first.device)
+        self.keep = torch.ones_like(self.values, dtype=torch.bool)
+        self.stash = torch.zeros_like(self.values)
+        self._views = views(self.values, self.shapes)
+
+    def read(self, tensors: Mapping[WeightKey, Tensor] | None = None) -> Tensor:
+        """Copy the weights, or tensors shaped as some of them, to where they lie in a row, and return that."""
+        tensors = self.weights if tensors is None else tensors
+        torch._foreach_copy_([self._views[key] for key in tensors], list(tensors.values()))
+        return self.values
+
+    def write(self, tensors: Mapping[WeightKey, Tensor] | None = None) -> None:
+        """Copy what lies in a row back."""
+        tensors = self.weights if tensors is None else tensors
+        torch._foreach_copy_(list(tensors.values()), [self._views[key] for key in tensors])
+
+    def dense(self) -> Tensor:
+        """The weights with stashed values in place of masked ones."""
+        return torch.where(self.keep, self.read(), self.stash)
+
+    def prune(self, dense: Tensor, keep: Tensor) -> None:
+        """Give the weights these values, zero where they are not kept."""
+        torch.where(keep, dense, torch.zeros_like(dense), out=self.values)
+        self.write()
 
 
 class MaskSet:
@@ -126,7 +113,7 @@ class MaskSet:
         settings: score, scope and granularity.
 
     Raises:
-        AdapterError: there are no pairs, or two modules share a factor.
+        AdapterError: there are no pairs, two modules share a factor, or a factor is sharded.
     """
 
     def __init__(self, pairs: Mapping[str, LoraPair], settings: MaskSettings) -> None:
@@ -136,14 +123,40 @@ class MaskSet:
         self.pairs = dict(pairs)
         self.norms: dict[str, InputNorms] = {}
         self.ratio = 0.0
-        self.weights: dict[WeightKey, Tensor] = {}
-        for module, pair in self.pairs.items():
-            self.weights[module, "A"] = pair.A
-            self.weights[module, "B"] = pair.B
-        if len({id(weight) for weight in self.weights.values()}) < len(self.weights):
+        weights = {(module, factor): getattr(pair, factor) for module, pair in pairs.items() for factor in FACTORS}
+        if len({id(weight) for weight in weights.values()}) < len(weights):
             raise AdapterError("two modules share a LoRA factor; masks need separate ones")
-        self.keep = {key: torch.ones_like(weight, dtype=torch.bool) for key, weight in self.weights.items()}
-        self.stash = {key: torch.zeros_like(weight) for key, weight in self.weights.items()}
+        places: dict[tuple[torch.device, torch.dtype], dict[WeightKey, Tensor]] = {}
+        for key, weight in weights.items():
+            if hasattr(weight, "full_tensor"):
+                raise AdapterError(
+                    f"factor {key[1]} of {key[0]} is sharded (a DTensor), but masks need whole adapters; "
+                    "train with DDP (plain torchrun), or shard the backbone alone"
+                )
+            places.setdefault((weight.device, weight.dtype), {})[key] = weight
+        self._blocks = [_Block(block) for block in places.values()]
+        self.weights: dict[WeightKey, Tensor] = {k: w for block in self._blocks for k, w in block.weights.items()}
+        self._newly_masked = [torch.zeros_like(block.keep) for block in self._blocks]
+
+    @property
+    def keep(self) -> dict[WeightKey, Tensor]:
+        """The keep mask of each factor."""
+        return self._views([block.keep for block in self._blocks])
+
+    @property
+    def stash(self) -> dict[WeightKey, Tensor]:
+        """The value of each masked weight, zero elsewhere."""
+        return self._views([block.stash for block in self._blocks])
+
+    @property
+    def newly_masked(self) -> dict[WeightKey, Tensor]:
+        """Where the last commit masked a weight that was not masked before, for `reset_moments`."""
+        return self._views(self._newly_masked)
+
+    @torch.no_grad()
+    def dense(self) -> dict[WeightKey, Tensor]:
+        """Return a copy of the factors with stashed values in place of masked ones."""
+        return self._views([block.dense() for block in self._blocks])
 
     def holds(self, pairs: Mapping[str, LoraPair]) -> bool:
         """Whether these are the very parameters that the set masks."""
@@ -153,66 +166,52 @@ class MaskSet:
     @torch.no_grad()
     def are_on(self) -> bool:
         """Whether every masked weight is zero."""
-        return not any(((weight != 0) & ~self.keep[key]).any() for key, weight in self.weights.items())
+        return not any(bool(((block.read() != 0) & ~block.keep).any()) for block in self._blocks)
 
     def checksums(self) -> list[int]:
         """Return the sum of the bytes of each factor, which tells whether something else has changed the weights since."""
         return [int(weight.detach().contiguous().view(torch.uint8).sum()) for weight in self.weights.values()]
 
-    def dense(self, key: WeightKey) -> Tensor:
-        """Return a factor with stashed values in place of masked ones."""
-        return torch.where(self.keep[key], self.weights[key], self.stash[key])
-
     @torch.no_grad()
-    def rank(self) -> dict[WeightKey, Ranking]:
+    def rank(self) -> Ranking:
         """Score all weights as they are now, stashed ones with their stashed values, and rank them within their scope."""
         scores = self._scores()
-        if self.settings.granularity == "weight":
-            return self._rank_in_scope(scores)
-        sums = {(module, "A"): scores[module, "A"].sum(1) + scores[module, "B"].sum(0) for module in self.pairs}
-        ranked = self._rank_in_scope(sums)
-        spread = {}
-        for (module, _), ranking in ranked.items():
-            A, B = self.weights[module, "A"], self.weights[module, "B"]
-            spread[module, "A"] = Ranking(ranking.places[:, None].expand(A.shape), ranking.groups)
-            spread[module, "B"] = Ranking(ranking.places[None, :].expand(B.shape), ranking.groups)
-        return spread
+        if self.settings.granularity == "component":
+            units = [scores[module, "A"].sum(1) + scores[module, "B"].sum(0) for module in self.pairs]
+        else:
+            units = [scores[key] for key in self.weights]
+        return Ranking(self._groups.places(in_a_row(units, self._device)), self._groups, self._shapes)
 
-    def keep_masks(
-        self, prune_ratio: float, ranking: Mapping[WeightKey, Ranking] | None = None
-    ) -> dict[WeightKey, Tensor]:
+    def ranking_of(self, places: Mapping[WeightKey, Tensor]) -> Ranking:
+        """The ranking whose places these are: those of a checkpoint."""
+        return Ranking(in_a_row([places[key] for key in self.weights], self._device), self._groups, self._shapes)
+
+    def keep_masks(self, prune_ratio: float, ranking: Ranking | None = None) -> dict[WeightKey, Tensor]:
         """Build the keep masks at a ratio: in each group the floor(ratio * n) least important weights are False.
 
         Args:
             prune_ratio: fraction in [0, 1].
             ranking: of `rank()`, to build several masks from one scoring.
         """
-        ranked = self.rank() if ranking is None else ranking
-        return {key: one.keep(prune_ratio, RANK_DIMENSION[key[1]]) for key, one in ranked.items()}
+        return self._views(self._keep_at(prune_ratio, ranking))
 
     @torch.no_grad()
-    def commit(self, prune_ratio: float, ranking: Mapping[WeightKey, Ranking] | None = None) -> dict[WeightKey, Tensor]:
-        """Prune at a ratio for good: revive what the new mask keeps, stash and zero what it does not.
-
-        Returns:
-            For each factor where a weight was newly masked, for `reset_moments`.
-        """
-        masks = self.keep_masks(prune_ratio, ranking)
-        newly_masked = {}
-        for key, keep in masks.items():
-            dense = self.dense(key)
-            self.weights[key].copy_(torch.where(keep, dense, torch.zeros_like(dense)))
-            self.stash[key] = torch.where(keep, torch.zeros_like(dense), dense)
-            newly_masked[key] = self.keep[key] & ~keep
-            self.keep[key] = keep
+    def commit(self, prune_ratio: float, ranking: Ranking | None = None) -> None:
+        """Prune at a ratio for good: revive what the new mask keeps, stash and zero what it does not."""
+        for number, (block, keep) in enumerate(zip(self._blocks, self._keep_at(prune_ratio, ranking), strict=True)):
+            dense = block.dense()
+            block.prune(dense, keep)
+            block.stash = dense.masked_fill_(keep, 0.0)
+            self._newly_masked[number] = block.keep & ~keep
+            block.keep = keep
         self.ratio = prune_ratio
-        return newly_masked
 
     @torch.no_grad()
     def enforce(self) -> None:
         """Hold masked weights at zero; call it after every optimizer step."""
-        for key, weight in self.weights.items():
-            weight.masked_fill_(~self.keep[key], 0.0)
+        for block in self._blocks:
+            block.read().masked_fill_(~block.keep, 0.0)
+            block.write()
 
     @torch.no_grad()
     def reselect(self, prune_ratio: float) -> None:
@@ -220,38 +219,39 @@ class MaskSet:
 
         A weight pruned earlier may have been moved away from zero by the optimizer and then competes again.
         """
-        for stash in self.stash.values():
-            stash.zero_()
-        for keep in self.keep.values():
-            keep.fill_(True)
-        for key, keep in self.keep_masks(prune_ratio).items():
-            self.weights[key].masked_fill_(~keep, 0.0)
-            self.keep[key] = keep
+        for block in self._blocks:
+            block.stash.zero_()
+            block.keep.fill_(True)
+        for block, keep in zip(self._blocks, self._keep_at(prune_ratio), strict=True):
+            block.prune(block.read().clone(), keep)
+            block.keep = keep
         self.ratio = prune_ratio
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Zero the gradients of masked weights, so that their optimizer moments stay zero too."""
-        for key, weight in self.weights.items():
-            if weight.grad is not None:
-                weight.grad.masked_fill_(~self.keep[key], 0.0)
+        for block in self._blocks:
+            gradients = {key: weight.grad for key, weight in block.weights.items() if weight.grad is not None}
+            if gradients:
+                block.read(gradients).masked_fill_(~block.keep, 0.0)
+                block.write(gradients)
 
     @contextmanager
-    def probe(self, prune_ratio: float, ranking: Mapping[WeightKey, Ranking] | None = None) -> Iterator[None]:
+    def probe(self, prune_ratio: float, ranking: Ranking | None = None) -> Iterator[None]:
         """Prune at a candidate ratio inside the context; afterwards every weight is bit for bit what it was."""
         with torch.no_grad():
-            masks = self.keep_masks(prune_ratio, ranking)
-            saved = {key: weight.detach().clone() for key, weight in self.weights.items()}
+            masks = self._keep_at(prune_ratio, ranking)
+            saved = [block.read().clone() for block in self._blocks]
         try:
             with torch.no_grad():
-                for key, weight in self.weights.items():
-                    dense = self.dense(key)
-                    weight.copy_(torch.where(masks[key], dense, torch.zeros_like(dense)))
+                for block, keep in zip(self._blocks, masks, strict=True):
+                    block.prune(block.dense(), keep)
             yield
         finally:
             with torch.no_grad():
-                for key, weight in self.weights.items():
-                    weight.copy_(saved[key])
+                for block, values in zip(self._blocks, saved, strict=True):
+                    block.values.copy_(values)
+                    block.write()
 
     def state(self) -> dict[str, Tensor]:
         """Return all that a resume needs beside `ratio` and the weights themselves, by names such as `keep.A.MODULE`."""
@@ -265,13 +265,15 @@ class MaskSet:
         Raises:
             ValueError: the state is of other modules or shapes.
         """
-        for prefix, ours in ((KEEP, self.keep), (STASH, self.stash)):
-            saved = of_prefix(prefix, state)
-            if {key: t.shape for key, t in saved.items()} != {key: t.shape for key, t in self.weights.items()}:
+        keep, stash = of_prefix(KEEP, state), of_prefix(STASH, state)
+        for prefix, saved in ((KEEP, keep), (STASH, stash)):
+            if {key: t.shape for key, t in saved.items()} != self._shapes:
                 raise ValueError(
                     f"the saved masks ({prefix[:-1]}) are of another adapter; resume with the one they belong to"
                 )
-            ours |= {key: saved[key].to(w.device) for key, w in self.weights.items()}
+        for block in self._blocks:
+            block.keep = in_a_row([keep[key] for key in block.weights], block.keep.device)
+            block.stash = in_a_row([stash[key] for key in block.weights], block.keep.device)
         norms = {key: tensor.to(self.weights[key].device) for key, tensor in of_prefix(NORMS, state).items()}
         self.norms = {
             module: InputNorms(norms[module, "A"], norms[module, "B"])
@@ -283,42 +285,43 @@ class MaskSet:
     @torch.no_grad()
     def sparsity(self) -> float:
         """Return the measured share of weights that are masked and really are zero."""
-        zeros = sum(int(((weight == 0) & ~self.keep[key]).sum()) for key, weight in self.weights.items())
-        return zeros / sum(weight.numel() for weight in self.weights.values())
+        zeros = sum(int(((block.read() == 0) & ~block.keep).sum()) for block in self._blocks)
+        return zeros / sum(block.size for block in self._blocks)
 
-    def _segment_ranks(self, module: str) -> list[int]:
-        pair = self.pairs[module]
-        return [segment.rank for segment in pair.segments] or [pair.rank]
+    @property
+    def _device(self) -> torch.device:
+        """Where all weights are ranked."""
+        return self._blocks[0].values.device
+
+    @cached_property
+    def _shapes(self) -> dict[WeightKey, torch.Size]:
+        return {key: weight.shape for key, weight in self.weights.items()}
+
+    def _views(self, flat: Sequence[Tensor]) -> dict[WeightKey, Tensor]:
+        """Tensors in a row, one a block, as tensors shaped as the factors."""
+        parts = zip(flat, self._blocks, strict=True)
+        return {key: view for tensor, block in parts for key, view in views(tensor, block.shapes).items()}
+
+    def _keep_at(self, prune_ratio: float, ranking: Ranking | None = None) -> Sequence[Tensor]:
+        """The keep masks at a ratio in a row, one a block."""
+        keep = (self.rank() if ranking is None else ranking).keep(prune_ratio)
+        if len(self._blocks) == 1:
+            return [keep]
+        parts = torch.split(keep, [block.size for block in self._blocks])
+        return [part.to(block.keep.device) for part, block in zip(parts, self._blocks, strict=True)]
+
+    @cached_property
+    def _groups(self) -> Groups:
+        return Groups.of(self.pairs, self._shapes, self.settings.scope, self.settings.granularity, self._device)
 
     def _scores(self) -> dict[WeightKey, Tensor]:
-        scores = {}
+        scores, dense = {}, self.dense()
         for module, pair in self.pairs.items():
-            A, B = (self.dense((module, factor)).detach() for factor in FACTORS)
-            parts = replace(pair, A=A, B=B).parts()
+            parts = replace(pair, A=dense[module, "A"], B=dense[module, "B"]).parts()
             scored = [score_pair(part, self.settings.score, self.norms.get(module)) for part in parts]
             for factor, found in zip(FACTORS, zip(*scored, strict=True), strict=True):
                 scores[module, factor] = torch.cat(found, dim=RANK_DIMENSION[factor])
         return scores
-
-    def _rank_in_scope(self, scores: Mapping[WeightKey, Tensor]) -> dict[WeightKey, Ranking]:
-        """Rank scores shaped as their factor, or one score a component under the key of A."""
-        if self.settings.scope == "global":
-            places = rank_weights(torch.cat([score.flatten() for score in scores.values()]))
-            parts = torch.split(places, [score.numel() for score in scores.values()])
-            return {
-                key: Ranking(part.view_as(score), ((self.pairs[key[0]].rank, places.numel()),))
-                for (key, score), part in zip(scores.items(), parts, strict=True)
-            }
-        ranked = {}
-        for key, score in scores.items():
-            module, factor = key
-            sizes = self._segment_ranks(module) if self.settings.scope == "factor" else [self.pairs[module].rank]
-            blocks = torch.split(score, sizes, dim=RANK_DIMENSION[factor])
-            ranked[key] = Ranking(
-                torch.cat([rank_weights(block) for block in blocks], dim=RANK_DIMENSION[factor]),
-                tuple((size, block.numel()) for size, block in zip(sizes, blocks, strict=True)),
-            )
-        return ranked
 
 
 def named(prefix: str, tensors: Mapping[WeightKey, Tensor]) -> dict[str, Tensor]:

@@ -3,10 +3,10 @@
 import math
 import random
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from grasp_lora.method.rounds import Decision, Round
-from grasp_lora.method.search import RatioPolicy, RatioSearch, step_to_best
+from grasp_lora.method.search import RatioPolicy, RatioSearch, Regime, step_to_best
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import find
 
@@ -120,7 +120,7 @@ class Spread(RatioPolicy):
             those that were probed could otherwise not reach the bounds.
     """
 
-    regime: ClassVar[Literal["held", "each_step"]] = "each_step"
+    regime: ClassVar[Regime] = "each_step"
 
     bounds_first: bool = False
 
@@ -149,6 +149,53 @@ class Spread(RatioPolicy):
         return even_ratio(number, self.ratio_min, self.ratio_max, offset)
 
 
+@dataclass(frozen=True)
+class Stacked(RatioPolicy):
+    """A grid in one run: a copy of the adapter for each ratio, all trained side by side on one backbone.
+
+    Each copy holds its mask as a final run does. A round measures all of them, and the current ratio is that of the best one. On
+    a CPU the grid takes as long as its runs one after the other. It is meant for a GPU that a small model leaves idle, where it
+    has not been measured. Our choice, as a rival of learning.
+
+    Args:
+        ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
+        ratio_init: first current ratio, within the bounds; the nearest ratio of the grid gives way to it.
+        candidates: ratios from bound to bound (C), >= 1.
+        seed: unused, since nothing is drawn.
+        orders: copies of each ratio, each with an order of the training examples of its own, >= 1; their mean loss counts.
+        halve: whether after each round that follows a step only the better half of the copies trains on.
+    """
+
+    regime: ClassVar[Regime] = "stacked"
+
+    candidates: int = 8
+    orders: int = 1
+    halve: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.orders < 1:
+            raise ValueError(f"orders is {self.orders}; at least 1 is needed")
+
+    @property
+    def copies(self) -> int:
+        """Adapters that train side by side."""
+        return self.candidates * self.orders
+
+    def draw(self, search: RatioSearch, generator: random.Random) -> list[float]:
+        """The same ratios in each round."""
+        width = (self.ratio_max - self.ratio_min) / max(1, self.candidates - 1)
+        ratios = [self.ratio_min + place * width for place in range(self.candidates)]
+        nearest = min(range(self.candidates), key=lambda place: abs(ratios[place] - self.ratio_init))
+        ratios[nearest] = self.ratio_init
+        return ratios
+
+    def decide(self, search: RatioSearch, measured: Round) -> Decision:
+        """Move to the best of them."""
+        ratio = measured.candidates[measured.best]
+        return Decision(measured.rewards, ratio != search.current_ratio, ratio)
+
+
 def even_ratio(number: int, low: float, high: float, offset: float = 0.5) -> float:
     """Return a ratio of a sequence whose every stretch covers the whole range evenly: multiples of the golden ratio.
 
@@ -163,7 +210,12 @@ def even_ratio(number: int, low: float, high: float, offset: float = 0.5) -> flo
     return low + (high - low) * ((offset + number * GOLDEN) % 1.0)
 
 
-POLICIES: dict[str, type[RatioPolicy]] = {"gaussian": Gaussian, "uniform": Uniform, "spread": Spread}
+POLICIES: dict[str, type[RatioPolicy]] = {
+    "gaussian": Gaussian,
+    "uniform": Uniform,
+    "spread": Spread,
+    "stacked": Stacked,
+}
 REMOVED_POLICIES = {
     "shared": "'spread', as it is called now",
     "adaptive": "'spread'; it chose worse than the paper's own",

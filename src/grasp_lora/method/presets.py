@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from grasp_lora.method.estimate import Rule, best_reward, smooth_fit
-from grasp_lora.method.policy import Gaussian, Spread
+from grasp_lora.method.policy import Gaussian, Spread, Stacked
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.method.search import RatioPolicy
 from grasp_lora.method.surrogate import surrogate
@@ -61,6 +61,8 @@ class Controller:
 
     def probed_examples(self, pool: int, keep_best: bool = False) -> int:
         """Examples measured in a round on a pool of so many, with each ratio counted anew, at most."""
+        if self.policy.regime == "stacked":
+            return self.policy.copies * pool
         few = self.rounds.turn(pool) or pool
         return (pool if self.compares_rounds(keep_best) else few) + self.policy.candidates * few
 
@@ -69,6 +71,7 @@ PRESETS: dict[str, Controller] = {
     "spread": Controller(),
     "late": Controller(Spread(bounds_first=True), Rounds(start=0.5), "smooth_fit"),
     "paper": Controller(Gaussian(), Rounds(), "best_reward"),
+    "stacked": Controller(Stacked(), Rounds(every="epoch", before_training=True, pool="dev", patience=1)),
 }
 WITH_DEV, WITHOUT_DEV = "spread", "late"  # the default where the target has a dev set, and where it has none
 REMOVED_PRESETS = {
@@ -82,7 +85,7 @@ REMOVED_PRESETS = {
 
 def preset(name: str) -> Controller:
     """Return a preset: `spread` (all ratios train together, few probes of dev; the default), `late` (for targets without a dev
-    set) or `paper`.
+    set), `paper`, or `stacked` (a grid in one run, for a GPU with room).
 
     Raises:
         ValueError: there is none of that name.

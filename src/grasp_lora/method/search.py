@@ -17,6 +17,8 @@ from grasp_lora.errors import ProbeError
 from grasp_lora.method.estimate import Rule
 from grasp_lora.method.rounds import Decision, RatioEstimate, Round
 
+Regime = Literal["held", "each_step", "stacked"]
+
 
 @dataclass(frozen=True)
 class RatioPolicy(ABC):
@@ -24,7 +26,8 @@ class RatioPolicy(ABC):
 
     A policy implements `draw` and `decide`, and `learn` if it learns; each reads the search and changes nothing. The draws of a
     round depend on the seed and the number of the round alone. `regime` says how the network trains between rounds: `held`
-    under the mask of the current ratio, `each_step` under a nested mask of the ratio that `training_ratio` gives for the step.
+    under the mask of the current ratio, `each_step` under a nested mask of the ratio that `training_ratio` gives for the step,
+    `stacked` a copy of it under the mask of each candidate, side by side.
 
     Args:
         ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
@@ -37,7 +40,7 @@ class RatioPolicy(ABC):
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-    regime: ClassVar[Literal["held", "each_step"]] = "held"
+    regime: ClassVar[Regime] = "held"
 
     ratio_min: float = 0.10
     ratio_max: float = 0.80
@@ -58,6 +61,11 @@ class RatioPolicy(ABC):
             )
         if self.candidates < 1:
             raise ValueError(f"candidates is {self.candidates}; at least 1 is needed")
+
+    @property
+    def copies(self) -> int:
+        """Adapters that train side by side: with regime `stacked` one for each candidate, else one."""
+        return self.candidates if self.regime == "stacked" else 1
 
     @property
     def start(self) -> tuple[float, float]:

@@ -164,12 +164,12 @@ class TargetStage:
 class ControllerStage(Controller):
     """The run that learns the ratio.
 
-    In a recipe, `preset` names one (`spread`, `late` or `paper`), and what is left out here is the preset's. The preset left out
-    is `spread` where the target has a dev set, else `late`.
+    In a recipe, `preset` names one (`spread`, `late`, `paper`, `stacked`), and what is left out here is the preset's. The preset
+    left out is `spread` where the target has a dev set, else `late`.
 
     Args:
-        policy: who chooses candidates and when the current ratio moves: its `kind` (`gaussian`, `uniform`, `spread`, or the
-            import path `package.module:name` of a class) and its settings.
+        policy: who chooses candidates and when the current ratio moves: its `kind` (`gaussian`, `uniform`, `spread`, `stacked` or
+            the import path `package.module:name` of a class) and its settings.
         rounds: when rounds come and what they measure.
         rule: how the ratio is read off them: `surrogate`, `smooth_fit`, `best_reward` (the paper's), or the import path of a
             `Rule`.
@@ -194,8 +194,13 @@ class ControllerStage(Controller):
             )
         if self.training.patience is not None and self.policy.regime != "held":
             raise ValueError(
-                f"training.patience is {self.training.patience}, but each step of this policy trains at a ratio of its own, so "
+                f"training.patience is {self.training.patience}, but this policy trains at many ratios, so "
                 "no dev loss is that of the run; remove it, or set controller.rounds.patience to stop the run by its rounds"
+            )
+        if self.policy.regime == "stacked" and (self.rounds.in_turn or self.training.gradient_checkpointing):
+            found = "rounds.in_turn" if self.rounds.in_turn else "training.gradient_checkpointing"
+            raise ValueError(
+                f"{found} is set, but stacked adapters measure the whole pool and train without it; remove it"
             )
         if self.training.patience is not None and self.rounds.start > 0.0:
             raise ValueError(
@@ -314,6 +319,10 @@ class Recipe(BaseModel):
         """
         final = self.final
         if final.start == "controller":
+            if self.controller.policy.regime == "stacked":
+                raise ValueError(
+                    "final.start is 'controller', but stacked adapters leave none to finish; start from 'merged'"
+                )
             if merge_rule(self.merge.rule).space.apart:
                 raise ValueError(
                     f"final.start is 'controller', whose adapter is saved as one, but merge.rule {quoted(self.merge.rule)} keeps "

@@ -7,8 +7,8 @@ from typing import Self
 import torch
 
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.masks import FACTORS, RANK_DIMENSION, MaskSet, WeightKey
-from grasp_lora.training.regimes import Order
+from grasp_lora.method.masks import FACTORS, MaskSet
+from grasp_lora.method.ranking import Ranking, WeightKey
 
 
 @dataclass(frozen=True)
@@ -17,20 +17,19 @@ class BestRound:
 
     Args:
         loss: mean baseline loss.
-        dense: every weight, masked ones with their stashed values; whole, also of sharded weights.
+        dense: every weight, masked ones with their stashed values.
         order: the order of importance that the round's masks were made from.
     """
 
     loss: float
     dense: Mapping[WeightKey, torch.Tensor]
-    order: Order
+    order: Ranking
 
     @classmethod
     @torch.no_grad()
-    def of(cls, masks: MaskSet, loss: float, order: Order) -> Self:
+    def of(cls, masks: MaskSet, loss: float, order: Ranking) -> Self:
         """Copy the weights as they are now."""
-        # Gathered where they are sharded, as an order of importance is.
-        return cls(loss, {key: masks.dense(key) for key in masks.weights}, order)
+        return cls(loss, masks.dense(), order)
 
     def pruned(self, pairs: Mapping[str, LoraPair], prune_ratio: float) -> AdapterWeights:
         """Return the adapter of the round, pruned at a ratio as its masks are; float32, on the CPU.
@@ -39,12 +38,11 @@ class BestRound:
             pairs: module name -> live pair, for scaling and segments.
             prune_ratio: fraction in [0, 1].
         """
-        found = {}
+        found, keep = {}, self.order.keep_masks(prune_ratio)
         for module, pair in pairs.items():
             factors = []
             for factor in FACTORS:
-                dense = self.dense[module, factor]
-                keep = self.order[module, factor].keep(prune_ratio, RANK_DIMENSION[factor])
-                factors.append(torch.where(keep, dense, torch.zeros_like(dense)).float().cpu())
+                dense = self.dense[module, factor].float().cpu()
+                factors.append(dense.masked_fill(~keep[module, factor].cpu(), 0.0))
             found[module] = replace(pair, A=factors[0], B=factors[1])
         return AdapterWeights(found)

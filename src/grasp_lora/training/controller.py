@@ -23,6 +23,7 @@ from grasp_lora.method.lora import AdapterWeights, Segment
 from grasp_lora.method.masks import MaskSettings, named, of_prefix
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.method.presets import Controller, ratio_rule
+from grasp_lora.method.ranking import Ranking
 from grasp_lora.method.rounds import RatioEstimate, Round
 from grasp_lora.method.search import RatioSearch
 from grasp_lora.storage.checkpoints import State
@@ -30,7 +31,7 @@ from grasp_lora.storage.files import write_jsonl
 from grasp_lora.training.best_round import BestRound
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn, encoded_rows, probes_of
 from grasp_lora.training.pruned import PrunedTraining
-from grasp_lora.training.regimes import REGIMES, Order, order_from, places_of
+from grasp_lora.training.regimes import regime_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -140,7 +141,7 @@ class GraspController(PrunedTraining):
 
     def _start_anew(self) -> None:
         self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
-        self.regime = REGIMES[self.settings.policy.regime]()
+        self.regime = regime_of(self.settings.policy)
         self.prune_ratio = self.search.current_ratio
         self._best: BestRound | None = None
         self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
@@ -189,7 +190,7 @@ class GraspController(PrunedTraining):
             "measured_sparsity": masks.sparsity(),
         }
 
-    def _probe(self, model: torch.nn.Module, ratio: float, order: Order, examples: ProbeSet) -> list[float]:
+    def _probe(self, model: torch.nn.Module, ratio: float, order: Ranking, examples: ProbeSet) -> list[float]:
         try:
             with self.masks.probe(ratio, order):
                 return examples.losses(model)
@@ -293,7 +294,7 @@ class GraspController(PrunedTraining):
 
     # The best round
 
-    def _keep_if_best(self, baseline: Sequence[float], order: Order) -> None:
+    def _keep_if_best(self, baseline: Sequence[float], order: Ranking) -> None:
         loss = math.fsum(baseline) / len(baseline)
         if self.keep_best and (self._best is None or loss < self._best.loss):
             self._best = BestRound.of(self.masks, loss, order)
@@ -325,13 +326,13 @@ class GraspController(PrunedTraining):
         values, tensors = super().state()
         values |= {**self._searched_by(), "rows": self._rows}
         if self.regime.order is not None:
-            tensors |= named(PLACES, places_of(self.regime.order))
+            tensors |= named(PLACES, self.regime.order.by_factor())
         if self.keep_best:
             values["best_loss"] = None if self._best is None else self._best.loss
         if self._best is not None:
             tensors |= named(BEST, self._best.dense)
             if self.regime.order is None:  # else it is that of all rounds
-                tensors |= named(BEST_PLACES, places_of(self._best.order))
+                tensors |= named(BEST_PLACES, self._best.order.by_factor())
         return values, tensors
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -354,10 +355,10 @@ class GraspController(PrunedTraining):
         for row in self._rows[ROUNDS_FILE]:
             self._tell_again(row)
         if places := of_prefix(PLACES, tensors):
-            self.regime.order = order_from(self.masks, places)
+            self.regime.order = self.masks.ranking_of(places)
         if self.keep_best and values["best_loss"] is not None:
             dense = {key: tensor.to(self.masks.weights[key].device) for key, tensor in of_prefix(BEST, tensors).items()}
-            order = self.regime.order or order_from(self.masks, of_prefix(BEST_PLACES, tensors))
+            order = self.regime.order or self.masks.ranking_of(of_prefix(BEST_PLACES, tensors))
             self._best = BestRound(values["best_loss"], dense, order)
         self.prune_ratio = self.search.current_ratio
 

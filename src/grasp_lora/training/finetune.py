@@ -219,7 +219,7 @@ def finetune(
     arguments.logging_steps = max(1, min(10, steps_per_epoch // 5))
     best, resumed = None, None
     with (
-        _leaving_backbone_as_it_was(model),
+        leaving_backbone_as_it_was(model),
         own_tracked_run(report_to),
         clear_write_errors(folder) if checkpoints else nullcontext(),
         enough_memory("the training", _less_memory(model, train, settings)),
@@ -291,7 +291,7 @@ def _less_memory(model: torch.nn.Module, train: Sequence[Encoded], settings: Tra
 
 
 @contextmanager
-def _leaving_backbone_as_it_was(model: torch.nn.Module) -> Iterator[None]:
+def leaving_backbone_as_it_was(model: torch.nn.Module) -> Iterator[None]:
     """Undo what a Trainer leaves behind: training mode, a config without cache, checkpointing, transformers' log level."""
     backbone = without_peft(model)
     training = [(module, module.training) for module in model.modules()]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 TOKEN_BUDGET = 2048  # of a measured batch: on two CPU cores 4096 took 1.1 to 1.2 times as long (`docs/lab/log.md`)
 _LABEL_BUDGET = 512  # bounds the logits of a batch: 512 positions x 262k vocabulary in float32 are 0.5 GB
+_ON_ACCELERATOR = 4  # as many times the tokens and labels in a batch; not measured, `make gpu` does
 
 
 class ProbeSet:
@@ -37,34 +38,51 @@ class ProbeSet:
     Args:
         examples: at least one, each with a completion.
         pad_id: token id for padding.
-        token_budget: most tokens, padding included, in one batch.
+        token_budget: most tokens, padding included, in one batch; None takes what suits the device.
 
     Raises:
         DataError: there are no examples, or one has no prompt or no completion.
     """
 
-    def __init__(self, examples: Sequence[Encoded], pad_id: int, token_budget: int = TOKEN_BUDGET) -> None:
+    def __init__(self, examples: Sequence[Encoded], pad_id: int, token_budget: int | None = None) -> None:
         if not examples:
             raise DataError("the set of examples to measure is empty; at least one is needed")
         check_measurable(examples)
         self.ids = [example.id for example in examples]
-        self.batches: list[tuple[list[int], dict[str, Tensor]]] = []
+        self._examples, self._pad_id, self._token_budget = list(examples), pad_id, token_budget
+        self._batches: dict[float, list[tuple[list[int], dict[str, Tensor]]]] = {}
+
+    def batches(self, device: str = "cpu", copies: int = 1) -> list[tuple[list[int], dict[str, Tensor]]]:
+        """The batches for a type of device, each with the places of its examples; they lie on the CPU.
+
+        Args:
+            device: type of the device that measures them.
+            copies: how many of a batch are measured in one go.
+        """
+        share = (1 if device == "cpu" else _ON_ACCELERATOR) / copies
+        if share not in self._batches:
+            self._batches[share] = self._batched(share)
+        return self._batches[share]
+
+    def _batched(self, share: float) -> list[tuple[list[int], dict[str, Tensor]]]:
+        examples, token_budget = self._examples, self._token_budget or share * TOKEN_BUDGET
         lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
+        batches: list[list[int]] = []
         batch: list[int] = []
         label_tokens = 0
         for index in sorted(range(len(examples)), key=lengths.__getitem__):
             labels = len(examples[index].completion_ids)
-            full = (len(batch) + 1) * lengths[index] > token_budget or label_tokens + labels > _LABEL_BUDGET
+            full = (len(batch) + 1) * lengths[index] > token_budget or label_tokens + labels > share * _LABEL_BUDGET
             if batch and full:
-                self.batches.append((batch, collate([examples[i] for i in batch], pad_id)))
+                batches.append(batch)
                 batch, label_tokens = [], 0
             batch.append(index)
             label_tokens += labels
-        self.batches.append((batch, collate([examples[i] for i in batch], pad_id)))
+        return [(batch, collate([examples[i] for i in batch], self._pad_id)) for batch in (*batches, batch)]
 
     @classmethod
     def from_rows(
-        cls, rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", token_budget: int = TOKEN_BUDGET
+        cls, rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase", token_budget: int | None = None
     ) -> "ProbeSet":
         """Build a set from rows in TRL's prompt/completion convention (texts, or lists of messages)."""
         return cls(*encoded_rows(rows, tokenizer), token_budget)
@@ -110,7 +128,7 @@ class ProbeSet:
                 "measuring losses", "lower data.max_tokens, or set backbone.dtype to bfloat16 if it is float32"
             ),
         ):
-            for indices, batch in self._share():
+            for indices, batch in self._share(device.type):
                 on_device = {name: tensor.to(device) for name, tensor in batch.items()}
                 if collector is not None:
                     # A batch that only keeps this rank in step counts for another rank already.
@@ -135,18 +153,18 @@ class ProbeSet:
                 )
         return values
 
-    def _share(self) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    def _share(self, device: str) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """This rank's batches; every rank gets equally many, so that sharded models stay in step."""
-        ranks = world_size()
+        ranks, batches = world_size(), self.batches(device)
         if ranks == 1:
-            yield from self.batches
+            yield from batches
             return
         rank = torch.distributed.get_rank()
-        for start in range(0, len(self.batches), ranks):
-            if start + rank < len(self.batches):
-                yield self.batches[start + rank]
+        for start in range(0, len(batches), ranks):
+            if start + rank < len(batches):
+                yield batches[start + rank]
             else:
-                yield [], self.batches[0][1]  # nothing left for this rank: run any batch and count none of it
+                yield [], batches[0][1]  # nothing left for this rank: run any batch and count none of it
 
 
 class ProbesInTurn:
@@ -169,7 +187,7 @@ class ProbesInTurn:
     """
 
     def __init__(
-        self, examples: Sequence[Encoded], pad_id: int, count: int, seed: int, token_budget: int = TOKEN_BUDGET
+        self, examples: Sequence[Encoded], pad_id: int, count: int, seed: int, token_budget: int | None = None
     ) -> None:
         if not 1 <= count <= len(examples):
             raise DataError(

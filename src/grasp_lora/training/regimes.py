@@ -5,16 +5,12 @@
 nest. For rounds, evaluations and checkpoints the mask of the current ratio is put on.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
-
 import torch
 
-from grasp_lora.method.masks import MaskSet, Ranking, WeightKey, reset_moments
-from grasp_lora.method.search import RatioSearch
+from grasp_lora.method.masks import MaskSet, reset_moments
+from grasp_lora.method.ranking import Ranking
+from grasp_lora.method.search import RatioPolicy, RatioSearch
 from grasp_lora.training.probes import ProbeSet, calibrate
-
-Order = Mapping[WeightKey, Ranking]  # the order of importance that masks are made from
 
 
 class Held:
@@ -24,7 +20,7 @@ class Held:
         order: the order of importance of the whole run, where there is one.
     """
 
-    order: Order | None = None
+    order: Ranking | None = None
 
     def begin(self, masks: MaskSet) -> None:
         """Take up a training that starts at its beginning."""
@@ -35,7 +31,7 @@ class Held:
     def rest(self, masks: MaskSet, search: RatioSearch) -> None:
         """Put on the mask of the current ratio, for a round, an evaluation or a checkpoint, and at the end: it is on already."""
 
-    def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Order]:
+    def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Ranking]:
         """Measure the losses under the mask that is on, and rank the weights as they are now, for the masks of the round."""
         losses = calibrate(model, masks, probes) or probes.losses(model)
         return losses, masks.rank()
@@ -44,11 +40,11 @@ class Held:
         """Whether a candidate's mask is the one of the baseline: never, since that may be of an older order."""
         return False
 
-    def commit(self, masks: MaskSet, ratio: float, order: Order, optimizer: torch.optim.Optimizer | None) -> None:
+    def commit(self, masks: MaskSet, ratio: float, order: Ranking, optimizer: torch.optim.Optimizer | None) -> None:
         """Prune at a new current ratio, and let the optimizer forget what it knew of newly masked weights."""
-        newly_masked = masks.commit(ratio, order)
+        masks.commit(ratio, order)
         if optimizer is not None:
-            reset_moments(optimizer, masks.weights, newly_masked)
+            reset_moments(optimizer, masks.weights, masks.newly_masked)
 
 
 class EachStep(Held):
@@ -66,7 +62,7 @@ class EachStep(Held):
         """Prune at the current ratio in place of the last step's."""
         masks.commit(search.current_ratio, self._order)
 
-    def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Order]:
+    def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Ranking]:
         """Measure; the order is that of the run."""
         return probes.losses(model), self._order
 
@@ -74,12 +70,12 @@ class EachStep(Held):
         """Equal ratios have equal masks."""
         return ratio == current_ratio
 
-    def commit(self, masks: MaskSet, ratio: float, order: Order, optimizer: torch.optim.Optimizer | None) -> None:
+    def commit(self, masks: MaskSet, ratio: float, order: Ranking, optimizer: torch.optim.Optimizer | None) -> None:
         """Prune; a weight that comes and goes keeps its moments."""
         masks.commit(ratio, order)
 
     @property
-    def _order(self) -> Order:
+    def _order(self) -> Ranking:
         assert self.order is not None, "training has not begun"
         return self.order
 
@@ -87,11 +83,15 @@ class EachStep(Held):
 REGIMES: dict[str, type[Held]] = {"held": Held, "each_step": EachStep}
 
 
-def places_of(order: Order) -> dict[WeightKey, torch.Tensor]:
-    """The part of an order that a checkpoint keeps."""
-    return {key: one.places for key, one in order.items()}
+def regime_of(policy: RatioPolicy) -> Held:
+    """The regime of a policy, at its beginning.
 
-
-def order_from(masks: MaskSet, places: Mapping[WeightKey, torch.Tensor]) -> Order:
-    """The order of a checkpoint; its groups are those of the masks."""
-    return {key: replace(one, places=places[key].to(one.places.device)) for key, one in masks.rank().items()}
+    Raises:
+        ValueError: no callback can give it to a trainer.
+    """
+    if policy.regime not in REGIMES:
+        raise ValueError(
+            f"the policy's regime is {policy.regime!r}, which only a recipe has (controller.preset); in a trainer of your own "
+            f"take a policy with {' or '.join(map(repr, REGIMES))}"
+        )
+    return REGIMES[policy.regime]()

@@ -1,0 +1,157 @@
+"""The order in which weights are pruned, as one flat tensor for all modules, and the masks that follow from it.
+
+Weights are ranked once by (importance, position), so a mask at any ratio is one comparison, counts are exact under ties, and
+raising the ratio only adds weights to the pruned set. Groups of one size are ranked in one sort.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from grasp_lora.method.lora import LoraPair
+
+WeightKey = tuple[str, str]  # (module, factor)
+
+
+def prune_count(prune_ratio: float, weights: int) -> int:
+    """Turn a prune ratio into a whole number of weights to zero.
+
+    Raising the ratio can only add weights to the pruned set.
+
+    Args:
+        prune_ratio: share to remove, a fraction in [0, 1], not a percentage.
+        weights: how many weights are in scope, >= 0.
+
+    Raises:
+        ValueError: the ratio is NaN or outside [0, 1].
+
+    Paper: masking step. It leaves rounding open; rounding down is our choice.
+
+    >>> prune_count(0.29, 100)   # int(0.29 * 100) would give 28
+    29
+    """
+    if not 0.0 <= prune_ratio <= 1.0:
+        raise ValueError(f"prune ratio is {prune_ratio}; it must be a fraction in [0, 1]")
+    # The nearest whole number wins when only float rounding separates the product from it.
+    product = prune_ratio * weights
+    nearest = round(product)
+    return nearest if math.isclose(product, nearest, rel_tol=1e-12) else math.floor(product)
+
+
+def rank_weights(scores: Tensor) -> Tensor:
+    """Return each entry's place in the order of importance of its row, 0 for the least, ties by position; int64, same shape."""
+    order = scores.argsort(dim=-1, stable=True)
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter(-1, order, places)
+
+
+class Groups:
+    """Who competes with whom: weights, or rank-one components as a whole, in groups that are ranked each for itself.
+
+    Args:
+        group_of: the group of each weight or component, numbered from 0 without a gap, [units].
+        component_of: the place of each weight's component among the components; None where weights compete, [weights].
+        device: where scores will be.
+    """
+
+    def __init__(self, group_of: Tensor, component_of: Tensor | None, device: torch.device) -> None:
+        size_of_unit, order = group_of.bincount()[group_of], group_of.argsort(stable=True)
+        sizes, index = torch.unique(size_of_unit, return_inverse=True)
+        self.sizes: list[int] = sizes.tolist()
+        self._members = [order[size_of_unit[order] == size].view(-1, size).int().to(device) for size in self.sizes]
+        self._size_of = (index if component_of is None else index[component_of]).int().to(device)
+        self._component_of = None if component_of is None else component_of.to(device)
+
+    @classmethod
+    def of(
+        cls,
+        pairs: Mapping[str, LoraPair],
+        shapes: Mapping[WeightKey, torch.Size],
+        scope: str,
+        granularity: str,
+        device: torch.device,
+    ) -> Self:
+        """The groups of a scope and a granularity, of the pairs' components or of weights of these shapes, in their order."""
+        numbers: dict[tuple[object, ...], int] = {}
+
+        def along_rank(module: str, factor: str) -> Tensor:
+            """The group of each rank-one component of a factor."""
+            ranks = [segment.rank for segment in pairs[module].segments] if scope == "factor" else []
+            names = [(module, factor, part)[: 0 if scope == "global" else 3] for part in range(len(ranks) or 1)]
+            groups = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
+            return groups.repeat_interleave(torch.tensor(ranks or [pairs[module].rank]))
+
+        cpu = torch.device("cpu")
+        if granularity == "weight":
+            spread = [_spread(along_rank(*key), key[1], shape) for key, shape in shapes.items()]
+            return cls(in_a_row(spread, cpu), None, device)
+        starts = dict(zip(pairs, accumulate((pair.rank for pair in pairs.values()), initial=0), strict=False))
+        components = {module: starts[module] + torch.arange(pair.rank) for module, pair in pairs.items()}
+        component_of = [_spread(components[module], factor, shape) for (module, factor), shape in shapes.items()]
+        return cls(in_a_row([along_rank(module, "A") for module in pairs], cpu), in_a_row(component_of, cpu), device)
+
+    def places(self, scores: Tensor) -> Tensor:
+        """Return the place of each weight within its group, 0 for the least important; int32, [weights].
+
+        Args:
+            scores: of the weights or components, [units].
+        """
+        places = torch.empty_like(scores, dtype=torch.int32)
+        for members in map(Tensor.long, self._members):
+            places[members] = rank_weights(scores[members]).int()
+        return places if self._component_of is None else places[self._component_of]
+
+    def keep(self, places: Tensor, prune_ratio: float) -> Tensor:
+        """Return the mask that prunes floor(ratio * size) members of each group, [weights]; nothing is read from the device."""
+        pruned = torch.empty(len(self.sizes), dtype=torch.int32, device=places.device)
+        for number, size in enumerate(self.sizes):
+            pruned[number].fill_(prune_count(prune_ratio, size))
+        return places >= pruned.index_select(0, self._size_of)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The order of importance of all weights, from which masks at every ratio are made.
+
+    Args:
+        places: place of each weight within its group, 0 for the least important, all modules in a row, [weights].
+        groups: who competes with whom.
+        shapes: shape of each factor, in their order in `places`.
+    """
+
+    places: Tensor
+    groups: Groups
+    shapes: Mapping[WeightKey, torch.Size]
+
+    def by_factor(self) -> dict[WeightKey, Tensor]:
+        """Return the places of each factor, shaped as it."""
+        return views(self.places, self.shapes)
+
+    def keep(self, prune_ratio: float) -> Tensor:
+        """Return the keep mask at a ratio, all modules in a row, [weights]."""
+        return self.groups.keep(self.places, prune_ratio)
+
+    def keep_masks(self, prune_ratio: float) -> dict[WeightKey, Tensor]:
+        """Return the keep masks at a ratio, each shaped as its factor."""
+        return views(self.keep(prune_ratio), self.shapes)
+
+
+def views(flat: Tensor, shapes: Mapping[WeightKey, torch.Size]) -> dict[WeightKey, Tensor]:
+    """Parts of a flat tensor, shaped as factors; what is written to one is written to the other."""
+    parts = torch.split(flat, [shape.numel() for shape in shapes.values()])
+    return {key: part.view(shape) for (key, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def in_a_row(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Copy tensors into one flat tensor on a device."""
+    return torch.cat([tensor.flatten().to(device) for tensor in tensors])
+
+
+def _spread(components: Tensor, factor: str, shape: torch.Size) -> Tensor:
+    """Give each weight of a factor what its rank-one component has."""
+    return (components[:, None] if factor == "A" else components[None, :]).expand(shape)

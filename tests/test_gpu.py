@@ -1,0 +1,178 @@
+"""What wants a GPU; `make gpu` runs these. Only the last test, of that command itself, needs none."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from grasp_lora import api
+from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.method.masks import MaskSet, MaskSettings
+from grasp_lora.models.adapters import fresh_adapter
+from grasp_lora.models.live import adapter_weights
+from grasp_lora.models.settings import LoraSettings
+from grasp_lora.training.loss import collate, example_losses, takes_label_positions
+from grasp_lora.training.probes import ProbeSet
+from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.stacked import members_of, train_stacked
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
+
+
+class One:
+    """A tokenised example."""
+
+    def __init__(self, number: int) -> None:
+        self.id = f"e{number}"
+        self.prompt_ids = [4 + (number * 7 + place) % 250 for place in range(3 + number % 5)]
+        self.completion_ids = [5 + number % 11, 2]
+
+
+EXAMPLES = [One(number) for number in range(12)]
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA GPU here")
+    return torch.device("cuda")
+
+
+def pairs_on(device: torch.device) -> dict[str, LoraPair]:
+    generator, segments = torch.Generator().manual_seed(0), (Segment("source", 2), Segment("target", 4))
+    return {
+        f"layer{number}": LoraPair(
+            torch.nn.Parameter(torch.randn(6, 40, generator=generator).to(device)),
+            torch.nn.Parameter(torch.randn(24, 6, generator=generator).to(device)),
+            segments=segments,
+        )
+        for number in range(20)
+    }
+
+
+def start_on(backbone) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(1)
+    with fresh_adapter(backbone, LoraSettings(rank=4, target_modules=("q_proj", "v_proj")), 0) as model:
+        return AdapterWeights(
+            {
+                name: replace(pair, B=0.3 * torch.randn(pair.B.shape, generator=generator))
+                for name, pair in adapter_weights(model).items()
+            }
+        )
+
+
+@pytest.mark.gpu
+def test_masks_are_those_of_the_cpu_and_a_step_does_not_make_the_host_wait(cuda):
+    sets = [MaskSet(pairs_on(device), MaskSettings()) for device in (torch.device("cpu"), cuda)]
+    rankings = [masks.rank() for masks in sets]
+    for ratio in (0.35, 0.7, 0.1):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for masks, ranking in zip(sets, rankings, strict=True):
+                masks.commit(ratio, ranking)
+                for weight in masks.weights.values():
+                    weight.grad = torch.ones_like(weight)
+                masks.mask_gradients()
+                masks.enforce()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for key, keep in sets[0].keep.items():
+            assert torch.equal(sets[1].keep[key].cpu(), keep)
+            assert torch.equal(sets[1].weights[key].detach().cpu(), sets[0].weights[key].detach())
+            assert torch.equal(sets[1].stash[key].cpu(), sets[0].stash[key])
+
+
+@pytest.mark.gpu
+def test_losses_are_those_of_the_cpu_whatever_the_batches(cuda, make_tiny_model):
+    backbone = make_tiny_model("llama").double()
+    expected = ProbeSet(EXAMPLES, 0).losses(backbone)
+    assert ProbeSet(EXAMPLES, 0).losses(backbone.to(cuda)) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.gpu
+def test_stacked_runs_equal_those_of_the_cpu(cuda, make_tiny_model):
+    backbone = make_tiny_model("llama").requires_grad_(False)
+    start, found = start_on(backbone), []
+    settings = TrainingSettings(epochs=2, learning_rate=1e-2, patience=1)
+    for device in (torch.device("cpu"), cuda):
+        backbone.float().to(device)
+        members = members_of(backbone, start, (0.2, 0.6), (1,), ProbeSet(EXAMPLES, 0), MaskSettings())
+        for one in members:
+            one.weights = AdapterWeights(
+                {n: replace(p, A=p.A.double(), B=p.B.double()) for n, p in one.weights.items()}
+            )
+        train_stacked(backbone.double(), members, EXAMPLES, ProbeSet(EXAMPLES[:5], 0), settings, pad_id=0)
+        found.append([[row["dev_loss"] for row in one.history] for one in members])
+    for here, there in zip(*found, strict=True):
+        assert here == pytest.approx(there, abs=1e-6)
+
+
+@pytest.mark.gpu
+def test_a_batch_of_the_accelerators_size_fits(cuda, make_tiny_model):
+    backbone = make_tiny_model("llama").to(cuda)
+    batch = {name: part.to(cuda) for name, part in collate(EXAMPLES, 0).items()}
+    assert example_losses(backbone, batch, label_positions=takes_label_positions(backbone)).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("preset", ["spread", "paper", "stacked"])
+def test_a_run_on_a_gpu(cuda, tiny_workspace, preset):
+    overrides = [
+        f"controller={{preset: {preset}, training: {{epochs: 1, learning_rate: 1.0e-2}}}}",
+        "backbone.device=cuda",
+    ]
+    result = api.run("tiny.yaml", overrides=overrides, folder="runs/tiny")
+    assert 0.1 <= result.ratio.ratio <= 0.8
+
+
+def test_without_a_gpu_the_command_skips_in_one_line_and_writes_nothing(tmp_path):
+    page = tmp_path / "gpu.md"
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARK), "--page", str(page)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"},
+    )
+    assert done.stdout == "skipped: there is no CUDA GPU here\n"
+    assert not page.exists()
+
+
+def test_the_page_holds_tables_and_failures(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    import gpu
+
+    parts = gpu.parts_of("demo-ar", ["data.root=x"])
+    assert parts["Tests"][:5] == ["-m", "pytest", "-q", "-m", "gpu"]
+    assert parts["Speed"][4:6] == ["--set", "data.root=x"]
+    page = gpu.page_of(
+        "a card",
+        {
+            "Tests": (parts["Tests"], 0, "....\n7 passed in 9.1s\n", 9.4),
+            "Speed": (parts["Speed"], 0, "| part | what |\n|---|---|\n| step | 1.2 |\n", 20.0),
+            "Memory": (parts["Memory"], 3, "Traceback\nMemoryError: too much\n\n", 1.0),
+        },
+    )
+    assert "- Card: a card" in page
+    assert "`7 passed in 9.1s`" in page
+    assert "\n| step | 1.2 |\n" in page
+    assert "Failed with status 3: `MemoryError: too much`" in page
+    assert "It took 20 s." in page
+
+
+def test_the_cost_of_masks_counts_as_many_operations_for_many_layers(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
+    import mask_cost
+
+    def operations(layers: int) -> dict[str, int]:
+        mask_cost.main(["--layers", str(layers), "--width", "8", "--outputs", "6,4", "--rank", "2", "--device", "cpu"])
+        cells = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
+        return {name.strip(" `"): int(count) for _, name, count, *_ in cells}
+
+    few, many = operations(1), operations(5)
+    for name in ("commit", "mask_gradients", "enforce", "probe"):
+        assert few[name] == many[name]
+    assert few["rank"] < many["rank"]  # a round scores module by module

@@ -1,0 +1,118 @@
+"""What a step's masks ask of the device: as much for many modules as for few, and nothing that would make the host wait."""
+
+from collections import Counter
+
+import pytest
+import torch
+from random_examples import make_examples
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
+
+from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.method.policy import POLICIES
+from grasp_lora.method.presets import Controller
+from grasp_lora.method.schedule import Rounds
+from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.live import live_pairs, segments_of
+from grasp_lora.models.settings import LoraSettings
+from grasp_lora.training.controller import GraspController
+from grasp_lora.training.finetune import finetune
+from grasp_lora.training.probes import ProbeSet
+from grasp_lora.training.pruned import PrunedTraining
+from grasp_lora.training.settings import TrainingSettings
+
+EXAMPLES = make_examples(8, seed=3)
+STEPS = 8
+# To read a value, to copy from the host or another device, or to ask for a shape that only the values tell.
+WAITING = ("_local_scalar_dense", "_to_copy", "lift_fresh", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+HOOKS = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_epoch_end")
+
+
+class Operations(TorchDispatchMode):
+    """Counts every tensor operation, those that only make a view included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Counted(TrainerCallback):
+    """Calls a callback with its operations counted, step by step."""
+
+    def __init__(self, inner: PrunedTraining) -> None:
+        self.inner = inner
+        self.steps: dict[int, Counter[str]] = {}
+        for name in (*HOOKS, "on_train_begin", "on_train_end"):
+            setattr(self, name, self._counted(name))
+
+    def _counted(self, name: str):
+        def call(args, state, control, **kwargs):
+            with Operations() as operations:
+                getattr(self.inner, name)(args, state, control, **kwargs)
+            if name in HOOKS:
+                # Before the step ends the trainer has not counted it.
+                step = state.global_step + (name in HOOKS[:3])
+                self.steps[step] = self.steps.get(step, Counter()) + operations.counts
+
+        return call
+
+
+def weights_of(backbone) -> AdapterWeights:
+    generator = torch.Generator().manual_seed(1)
+    with fresh_adapter(backbone, LoraSettings(rank=4, target_modules=("q_proj", "v_proj")), 0) as model:
+        return AdapterWeights(
+            {
+                name: LoraPair(
+                    torch.randn(pair.A.shape, generator=generator),
+                    torch.randn(pair.B.shape, generator=generator),
+                    1.0,
+                    (Segment("source", 1), Segment("target", 3)),
+                )
+                for name, pair in live_pairs(model).items()
+            }
+        )
+
+
+def counted_steps(make_tiny_model, tmp_path, layers: int, kind: str) -> list[Counter[str]]:
+    """The operations of each step between the first, whose gradients are checked, and the next round."""
+    backbone = make_tiny_model("llama", layers=layers)
+    weights = weights_of(backbone)
+    probes, segments = ProbeSet(EXAMPLES[:2], 0), segments_of(weights)
+    pruned: PrunedTraining
+    if kind == "final":
+        pruned = PrunedTraining(0.4, probes, segments=segments)
+    else:
+        settings = Controller(POLICIES[kind](), Rounds(STEPS), "smooth_fit")
+        pruned = GraspController(probes, settings, segments=segments)
+    counted = Counted(pruned)
+    with attached(backbone, weights) as model:
+        training = TrainingSettings(epochs=1, patience=None, keep="last")
+        finetune(model, EXAMPLES, (), training, pad_id=0, seed=1, folder=tmp_path, callbacks=[counted])
+        assert pruned.masks.sparsity() > 0.0
+    return [counted.steps[step] for step in range(2, STEPS)]
+
+
+@pytest.mark.parametrize("kind", ["final", "gaussian", "spread"])
+def test_the_work_of_a_step_does_not_grow_with_the_modules(make_tiny_model, tmp_path, kind):
+    few, many = (counted_steps(make_tiny_model, tmp_path / str(layers), layers, kind) for layers in (2, 6))
+    assert few == many
+    assert all(0 < sum(step.values()) <= 40 for step in many)
+    assert all(any(name.startswith("_foreach_copy") for name in step) for step in many)
+
+
+@pytest.mark.parametrize("kind", ["final", "gaussian", "spread"])
+def test_nothing_is_read_from_the_device_or_copied_to_it_between_rounds(make_tiny_model, tmp_path, kind):
+    for step in counted_steps(make_tiny_model, tmp_path, 2, kind):
+        assert not [name for name in step if name in WAITING], step
+
+
+def test_the_counter_sees_what_waits():
+    with Operations() as operations:
+        float(torch.ones(2).sum())
+        torch.tensor([1, 2]).to(torch.float64)
+        torch.ones(2).nonzero()
+    assert {"_local_scalar_dense", "lift_fresh", "_to_copy", "nonzero"} <= operations.counts.keys()
