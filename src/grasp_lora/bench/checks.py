@@ -1,8 +1,11 @@
 """What is checked before a run, a comparison or a sweep begins, so that none stops half way for what could be known before."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from grasp_lora.bench import run_folder as files
+from grasp_lora.bench.records import read_needed
 from grasp_lora.bench.session import Session
 from grasp_lora.data.places import resolve_file
 from grasp_lora.data.splits import SPLITS
@@ -11,8 +14,11 @@ from grasp_lora.method.merging import COMPONENTS, merge_rule
 from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.models.generation import context_of
-from grasp_lora.recipes.recipe import ControllerStage, Recipe
+from grasp_lora.recipes.recipe import RECIPE_FILE, ControllerStage, Recipe
+from grasp_lora.recipes.text import parse
 from grasp_lora.storage.processes import world_size
+
+DIFFERENCES_SHOWN = 3
 
 
 def check(session: Session, *, parents: bool = True) -> None:
@@ -57,10 +63,10 @@ def _check_files(session: Session) -> None:
     """Look for the data files before the backbone is loaded, which takes long."""
     data = session.recipe.data
     for corpus in filter(None, (data.source, data.target)):
-        for files in (
+        for group in (
             corpus.files, corpus.train_files, corpus.dev_files, corpus.micro_dev_files, corpus.test_files
         ):  # fmt: skip
-            for name in files:
+            for name in group:
                 resolve_file(name, data.root, session.base)
 
 
@@ -177,3 +183,42 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise RecipeError(
                 f"report_to names {name!r}, which cannot be used here: {error}; install it, or leave it out"
             ) from error
+
+
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Check that a folder is free for a run of the recipe, or holds one.
+
+    Raises:
+        RecipeError: it belongs to a run of another recipe, or holds something else.
+    """
+    files.check_place(folder)
+    if not (folder / files.RUN_FILE).is_file():
+        return
+    if read_needed(folder / files.RUN_FILE, files.RunInfo).recipe_hash != recipe.fingerprint():
+        raise RecipeError(
+            f"{folder} holds a run of another recipe ({_differences(folder, recipe)}); "
+            "choose another folder with --output, or delete it"
+        )
+
+
+def _differences(folder: Path, recipe: Recipe) -> str:
+    """Which settings differ from those of the run in the folder."""
+    try:
+        theirs = _flat(parse((folder / RECIPE_FILE).read_text(encoding="utf-8"), "it"))
+    except (OSError, ValueError, RecipeError):
+        return f"its {RECIPE_FILE} cannot be read"
+    ours = _flat(parse(recipe.to_yaml(folder), "the recipe"))
+    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    shown = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in keys[:DIFFERENCES_SHOWN]]
+    more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
+    return ", ".join(shown) + more if shown else f"by its hash; its recipe is in {RECIPE_FILE} there"
+
+
+def _flat(content: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> value of every setting."""
+    if not isinstance(content, dict) or not content:
+        return {path: content}
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{path}.{key}" if path else str(key))
+    return flat

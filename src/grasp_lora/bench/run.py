@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.bench import run_folder as files
-from grasp_lora.bench.checks import check
+from grasp_lora.bench.checks import check, check_folder
 from grasp_lora.bench.deliver import FEWEST, best_of, by_setting
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.progress import Progress
@@ -35,7 +35,6 @@ from grasp_lora.errors import AdapterError, DivergedError, ProbeError, RecipeErr
 from grasp_lora.method.masks import survival
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
-from grasp_lora.recipes.text import parse
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import discard, sync, sync_all, vanished, write_json, write_jsonl, write_whole
 from grasp_lora.storage.folder import LOCK_FILE, Workplace, only_writer, working_in
@@ -44,7 +43,6 @@ from grasp_lora.storage.processes import is_first, join, on_every_process, on_fi
 log = logging.getLogger(__name__)
 
 ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
-DIFFERENCES_SHOWN = 3
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
 
 
@@ -351,47 +349,8 @@ class _Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Check that a folder is free for a run of the recipe, or holds one.
-
-    Raises:
-        RecipeError: it belongs to a run of another recipe, or holds something else.
-    """
-    files.check_place(folder)
-    if not (folder / files.RUN_FILE).is_file():
-        return
-    if read_needed(folder / files.RUN_FILE, files.RunInfo).recipe_hash != recipe.fingerprint():
-        raise RecipeError(
-            f"{folder} holds a run of another recipe ({_differences(folder, recipe)}); "
-            "choose another folder with --output, or delete it"
-        )
-
-
 def _result(recipe: Recipe, folder: Path) -> RunResult:
     metrics = files.read_metrics(folder)
     given = recipe.final.prune_ratio
     ratio = files.read_learned(folder) if given is None else RatioEstimate(given, given, given, "given", 0)
     return RunResult(ratio, metrics, folder)
-
-
-def _differences(folder: Path, recipe: Recipe) -> str:
-    """Which settings differ from those of the run in the folder."""
-    try:
-        theirs = _flat(parse((folder / RECIPE_FILE).read_text(encoding="utf-8"), "it"))
-    except (OSError, ValueError, RecipeError):
-        return f"its {RECIPE_FILE} cannot be read"
-    ours = _flat(parse(recipe.to_yaml(folder), "the recipe"))
-    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-    shown = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in keys[:DIFFERENCES_SHOWN]]
-    more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
-    return ", ".join(shown) + more if shown else f"by its hash; its recipe is in {RECIPE_FILE} there"
-
-
-def _flat(content: Any, path: str = "") -> dict[str, Any]:
-    """Dotted path -> value of every setting."""
-    if not isinstance(content, dict) or not content:
-        return {path: content}
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{path}.{key}" if path else str(key))
-    return flat

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from grasp_lora.data.build import DataSettings
+from grasp_lora.data.settings import DataSettings
 from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings, merge_rule
