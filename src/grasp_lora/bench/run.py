@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.bench import run_folder as files
+from grasp_lora.bench.all_rows import TrainedAgain, train_again
 from grasp_lora.bench.checks import check, check_folder
 from grasp_lora.bench.deliver import FEWEST, best_of, by_setting
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
@@ -157,8 +158,19 @@ class _Run:
             delivered = self._choose(bench, systems, left_out)
             self._show_adapter(files.ADAPTER_FOLDER, systems[delivered.name])
             facts |= {"adapter": delivered.title}
+        all_rows = None
+        if recipe.final.all_rows:
+            with self._stage("all_rows") as facts:
+                again = self._train_on_all_rows(bench, delivered.name, systems[delivered.name], ratio)
+                all_rows = again.facts
+                if again.adapter is not None and again.bench is not None:
+                    self._show_adapter(files.ADAPTER_FOLDER, again.adapter)
+                    measured[files.ALL_ROWS] = again.bench.measured(again.adapter)
+                    self.progress.scored(files.ALL_ROWS, measured[files.ALL_ROWS].rows(self.session.splits.test))
+                    on_first_process(partial(self._write_answers, measured))
+                    facts |= {"rows": all_rows.rows, "test_loss": measured[files.ALL_ROWS].test_loss}
         # Last of all: with them the run is finished.
-        on_first_process(partial(self._write_metrics, measured, learned, final, delivered))
+        on_first_process(partial(self._write_metrics, measured, learned, final, delivered, all_rows))
 
     def _prepare(self) -> None:
         """Load and check everything, become the folder's only writer, and begin."""
@@ -187,6 +199,20 @@ class _Run:
         seconds = sum(record.seconds for record, _ in used) if used else own
         on_first_process(partial(self._write_cost, name, seconds))
         self.progress.finished(name, seconds, facts, skipped=bool(used) and all(there for _, there in used))
+
+    def _train_on_all_rows(self, bench: Bench, name: str, chosen: Adapter, ratio: float) -> TrainedAgain:
+        """Train what was chosen on all rows; where that fails, what was chosen stays."""
+        try:
+            again = train_again(bench, name, chosen, ratio)
+        except (DivergedError, ProbeError, AdapterError) as error:
+            return TrainedAgain(
+                files.AllRows(why=f"What was chosen could not be trained once more on all rows: {error}")
+            )
+        if again.adapter is not None:
+            self._show_adapter(files.ALL_ROWS, again.adapter)
+            rows = again.adapter.records[-1].result["history"]
+            on_first_process(partial(write_jsonl, self.folder / files.ALL_ROWS / files.HISTORY_FILE, rows))
+        return again
 
     def _choose(self, bench: Bench, systems: Mapping[str, Adapter], left_out: str) -> files.Delivered:
         """Choose what is handed over, by the losses on the dev set, or else on the micro-dev set."""
@@ -267,7 +293,12 @@ class _Run:
             write_jsonl(files.predictions_file(self.folder, name), one.rows(test))
 
     def _write_metrics(
-        self, measured: Mapping[str, Measured], learned: Learned | None, final: Adapter, delivered: files.Delivered
+        self,
+        measured: Mapping[str, Measured],
+        learned: Learned | None,
+        final: Adapter,
+        delivered: files.Delivered,
+        all_rows: files.AllRows | None,
     ) -> None:
         metrics = files.Metrics(
             systems={
@@ -282,6 +313,7 @@ class _Run:
             signatures=measured["grasp"].signatures,
             test_examples=len(self.session.splits.test),
             language=self.session.language,
+            **({} if all_rows is None else {"all_rows": all_rows}),
         )
         write_json(self.folder / files.METRICS_FILE, metrics.to_json())
 

@@ -100,6 +100,7 @@ def _run(folder: Path) -> tuple[list[str], str | None]:
     left_out = {
         "controller": final.get("prune_ratio") is not None,
         "continued": final.get("deliver", "best") != "best",
+        "all_rows": not final.get("all_rows"),
     }
     stages = [stage for stage in files.STAGES if stage in cost or not left_out.get(stage)]
     done = [f"{stage} {_spent(cost[stage])}" for stage in stages if stage in cost]
