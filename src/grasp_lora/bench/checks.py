@@ -40,10 +40,19 @@ def check(session: Session, *, parents: bool = True) -> None:
     _check_files(session)
     if parents:
         _check_adapters(session)
+    check_splits(session, rounds=parents and recipe.final.prune_ratio is None)
+
+
+def check_splits(session: Session, *, rounds: bool = True) -> None:
+    """Check that the splits can be trained on and measured, and that the controller has its rounds.
+
+    Raises:
+        GraspError: they cannot; one line.
+    """
     if not session.splits.train:
         raise DataError("the target has no training examples; give data.target.train at least 1")
     _check_context(session)
-    if parents and recipe.final.prune_ratio is None:
+    if rounds:
         check_rounds(session)
 
 

@@ -20,9 +20,11 @@ from grasp_lora.data.splits import (
     SPLITS,
     Counts,
     DataReport,
+    Fold,
     Share,
     Splits,
     check_disjoint,
+    cut,
     fill,
     join_groups,
     measure,
@@ -47,6 +49,7 @@ def build_splits(
     base: Path | None = None,
     *,
     offline: bool = False,
+    fold: Fold | None = None,
 ) -> Splits:
     """Read, filter, tokenise and split the data; the result is proved disjoint.
 
@@ -59,9 +62,10 @@ def build_splits(
         seed: seed of the recipe, used where settings.split_seed is None.
         base: folder of the recipe, for relative paths; None for the working folder.
         offline: take data sets of the hub from the cache only.
+        fold: of a cross-validation: the target's pool is cut into so many parts, and this one is the test set.
 
     Raises:
-        DataError: files are missing or malformed, there are too few examples, or given splits overlap.
+        DataError: files are missing or malformed, there are too few examples or groups, or given splits overlap.
     """
     _check_eos(tokenizer)
     if settings.chat_template:
@@ -72,6 +76,9 @@ def build_splits(
         corpora["source"] = settings.source
     shares = {role: _read_corpus(settings, corpus, role, base, offline) for role, corpus in corpora.items()}
     groups = join_groups(record.keys for parts in shares.values() for part in parts for record in part.pool.records)
+    if fold is not None:
+        [whole] = shares["target"]
+        shares["target"] = cut(whole, groups, fold, split_seed)
     chat = _in_chat(settings.chat_template, shares, tokenizer)
     splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
     tallies: dict[str, Tally] = {}
@@ -179,7 +186,9 @@ def _read_corpus(
         return pool
 
     if corpus.explicit:
-        return [Share(read(files(names)), counts, True) for names, counts in _given_splits(corpus, role) if names]
+        return [
+            Share(read(files(names)), counts, tuple(counts)) for names, counts in _given_splits(corpus, role) if names
+        ]
     if corpus.hub is not None:
         table = read_hub(corpus.hub, corpus.hub_config, corpus.hub_split or "train", offline=offline)
         pool = read([table])
@@ -191,7 +200,7 @@ def _read_corpus(
         return [Share(pool, {"source_dev": dev, "source_train": corpus.train})]
     asked = {"test": corpus.test, "dev": corpus.dev, "micro_dev": corpus.micro_dev}
     counts: Counts = {name: TARGET_COUNTS[name] if count is None else count for name, count in asked.items()}
-    beside = [Share(read(files(corpus.test_files)), {"test": None}, True)] if corpus.test_files else []
+    beside = [Share(read(files(corpus.test_files)), {"test": None})] if corpus.test_files else []
     return [*beside, Share(pool, counts | {"train": corpus.train})]
 
 
