@@ -209,6 +209,7 @@ class _Run:
                 files.AllRows(why=f"What was chosen could not be trained once more on all rows: {error}")
             )
         if again.adapter is not None:
+            again.adapter.load()  # by every process, since it may have to be made
             self._show_adapter(files.ALL_ROWS, again.adapter)
             rows = again.adapter.records[-1].result["history"]
             on_first_process(partial(write_jsonl, self.folder / files.ALL_ROWS / files.HISTORY_FILE, rows))

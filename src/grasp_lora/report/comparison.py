@@ -231,8 +231,8 @@ def _drawn(comparison: Comparison) -> str:
     if comparison.folds:
         return (
             f"Paired bootstrap over the {comparison.test_examples} examples of all folds together, each tested once, in "
-            f"{comparison.resamples} resamples, {ends} other training examples would: the trainings of two folds share most of "
-            "theirs. A difference is that of the scores of all examples together, not the mean over the folds."
+            f"{comparison.resamples} resamples, {ends} other training examples would, since the folds train on one another's. "
+            "A difference is that of the scores of all examples together, not the mean over the folds."
         )
     return (
         f"Paired bootstrap over the {comparison.test_examples} test examples, the mean over the seeds in each of "
