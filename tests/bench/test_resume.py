@@ -281,6 +281,7 @@ def test_a_folder_that_vanishes_is_one_line(runs: Runs, event: str) -> None:
 SHARED = {
     "compare": ("compare", "tiny.yaml", "--methods", "zero_shot,target_only,continued,grid,grasp", "--grid", "0.2,0.5",
                 "--seeds", "1,2", "--set", "save_every=3"),
+    "folds": ("compare", "tiny.yaml", "--methods", "continued,grasp", "--folds", "3", "--set", "save_every=3"),
     "sweep": ("sweep", "tiny.yaml", "-p", "final.prune_ratio=0.1..0.8", "--trials", "5", "--workers", "2",
               "--set", "save_every=3"),
 }  # fmt: skip

@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
-from grasp_lora.data.build import CorpusSettings, DataSettings, build_splits, encode_rows
+from grasp_lora.data.build import build_splits, encode_rows
 from grasp_lora.data.chat import render_chat
 from grasp_lora.data.encode import Encoder, Example, Tally, prompt_ids
 from grasp_lora.data.records import Record
+from grasp_lora.data.settings import CorpusSettings, DataSettings
 from grasp_lora.data.splits import HELD_OUT, SPLITS, Splits
 from grasp_lora.data.tasks import Template, resolve_template
 from grasp_lora.errors import DataError

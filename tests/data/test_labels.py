@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from grasp_lora.data.build import CorpusSettings, DataSettings, build_splits
+from grasp_lora.data.build import build_splits
 from grasp_lora.data.labels import MOST_LABELS, check_labels
+from grasp_lora.data.settings import CorpusSettings, DataSettings
 from grasp_lora.data.splits import Splits
 from grasp_lora.errors import DataError
 

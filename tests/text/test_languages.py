@@ -1,6 +1,6 @@
 import pytest
 
-from grasp_lora.data.build import CorpusSettings
+from grasp_lora.data.settings import CorpusSettings
 from grasp_lora.data.tasks import resolve_template
 from grasp_lora.errors import DataError
 from grasp_lora.text.languages import language_code

@@ -3,10 +3,13 @@
 import os
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from grasp_lora.bench import run_folder as files
+from grasp_lora.bench.records import read_needed
 from grasp_lora.bench.session import Session
 from grasp_lora.data.places import resolve_file
 from grasp_lora.data.splits import SPLITS
@@ -15,11 +18,13 @@ from grasp_lora.method.merging import COMPONENTS, merge_rule
 from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.models.generation import context_of
-from grasp_lora.recipes.recipe import ControllerStage, Recipe
+from grasp_lora.recipes.recipe import RECIPE_FILE, ControllerStage, Recipe
+from grasp_lora.recipes.text import parse
 from grasp_lora.storage.processes import world_size
 
 SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_BASE_URL"}  # tracker -> variable that names its server
 SERVER_ANSWERS_WITHIN = 5.0  # seconds
+DIFFERENCES_SHOWN = 3
 
 
 def check(session: Session, *, parents: bool = True) -> None:
@@ -41,10 +46,19 @@ def check(session: Session, *, parents: bool = True) -> None:
     _check_files(session)
     if parents:
         _check_adapters(session)
+    check_splits(session, rounds=parents and recipe.final.prune_ratio is None)
+
+
+def check_splits(session: Session, *, rounds: bool = True) -> None:
+    """Check that the splits can be trained on and measured, and that the controller has its rounds.
+
+    Raises:
+        GraspError: they cannot; one line.
+    """
     if not session.splits.train:
         raise DataError("the target has no training examples; give data.target.train at least 1")
     _check_context(session)
-    if parents and recipe.final.prune_ratio is None:
+    if rounds:
         check_rounds(session)
 
 
@@ -64,10 +78,10 @@ def _check_files(session: Session) -> None:
     """Look for the data files before the backbone is loaded, which takes long."""
     data = session.recipe.data
     for corpus in filter(None, (data.source, data.target)):
-        for files in (
+        for group in (
             corpus.files, corpus.train_files, corpus.dev_files, corpus.micro_dev_files, corpus.test_files
         ):  # fmt: skip
-            for name in files:
+            for name in group:
                 resolve_file(name, data.root, session.base)
 
 
@@ -212,3 +226,42 @@ def _check_server(tracker: str) -> None:
             f"report_to names {tracker!r}, whose server {place.netloc.rpartition('@')[2]} ({variable}) does not answer: {error}; "
             "start it, or leave the tracker out"
         ) from error
+
+
+def check_folder(folder: Path, recipe: Recipe) -> None:
+    """Check that a folder is free for a run of the recipe, or holds one.
+
+    Raises:
+        RecipeError: it belongs to a run of another recipe, or holds something else.
+    """
+    files.check_place(folder)
+    if not (folder / files.RUN_FILE).is_file():
+        return
+    if read_needed(folder / files.RUN_FILE, files.RunInfo).recipe_hash != recipe.fingerprint():
+        raise RecipeError(
+            f"{folder} holds a run of another recipe ({_differences(folder, recipe)}); "
+            "choose another folder with --output, or delete it"
+        )
+
+
+def _differences(folder: Path, recipe: Recipe) -> str:
+    """Which settings differ from those of the run in the folder."""
+    try:
+        theirs = _flat(parse((folder / RECIPE_FILE).read_text(encoding="utf-8"), "it"))
+    except (OSError, ValueError, RecipeError):
+        return f"its {RECIPE_FILE} cannot be read"
+    ours = _flat(parse(recipe.to_yaml(folder), "the recipe"))
+    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    shown = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in keys[:DIFFERENCES_SHOWN]]
+    more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
+    return ", ".join(shown) + more if shown else f"by its hash; its recipe is in {RECIPE_FILE} there"
+
+
+def _flat(content: Any, path: str = "") -> dict[str, Any]:
+    """Dotted path -> value of every setting."""
+    if not isinstance(content, dict) or not content:
+        return {path: content}
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{path}.{key}" if path else str(key))
+    return flat

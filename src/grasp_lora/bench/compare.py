@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from grasp_lora.bench.checks import check
+from grasp_lora.bench.checks import check, check_splits
 from grasp_lora.bench.comparison_record import (
     COMPARISON_FILE,
     Comparison,
@@ -26,6 +26,9 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import WAIT, Store
 from grasp_lora.bench.summary import Outcomes, Rows, other_split, summary
+from grasp_lora.data.settings import DataSettings
+from grasp_lora.data.splits import Fold
+from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import least_resamples
 from grasp_lora.models.adapters import check_target_modules
@@ -49,10 +52,13 @@ class ComparisonSettings:
         reference: the method that the others are compared with; it is run even if `methods` leaves it out. Verdicts are those of
             the planned comparisons: with grasp, continued, joint and grid.
         split_seeds: seeds of further splits of the data, on which all is done once more with the first seed.
+        folds: cross-validation: cut the target's pool into so many folds, at least 2, and test on each of them once, with one
+            seed. None takes the recipe's splits.
         resamples: of the bootstrap.
 
     Raises:
-        ValueError: an unknown name, a list that is empty or says something twice, a ratio out of range, too few resamples.
+        ValueError: an unknown name, a list that is empty or says something twice, a ratio out of range, too few resamples or
+            folds, folds beside several seeds or another split.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -62,9 +68,12 @@ class ComparisonSettings:
     grid: tuple[float, ...] = GRID
     reference: str = "grasp"
     split_seeds: tuple[int, ...] = ()
+    folds: int | None = None
     resamples: int = 10_000
 
     def __post_init__(self) -> None:
+        if self.folds is not None:
+            self._check_folds(self.folds)
         for name in (*self.methods, self.reference):
             if name in REMOVED:
                 raise ValueError(
@@ -83,6 +92,18 @@ class ComparisonSettings:
         least = least_resamples(len({*self.methods, self.reference}) - 1)
         if self.resamples < least:
             raise ValueError(f"resamples is {self.resamples}; so many methods need at least {least}")
+
+    def _check_folds(self, folds: int) -> None:
+        if self.seeds is SEEDS:  # nobody has asked for several
+            object.__setattr__(self, "seeds", SEEDS[:1])
+        if folds < 2:
+            raise ValueError(f"folds is {folds}; it must be at least 2")
+        if len(self.seeds) > 1:
+            raise ValueError(f"folds are compared with one seed, but seeds has {len(self.seeds)}; give one")
+        if self.split_seeds:
+            raise ValueError(
+                "folds are splits of their own; leave --split-seed out, or set data.split_seed for other folds"
+            )
 
 
 Show = Callable[[Path, Comparison], object]
@@ -116,7 +137,7 @@ def compare(
         Interrupted: SIGTERM or SIGINT came.
     """
     with working_in(folder) as place:
-        session = prepared(session, folder)
+        session = prepared(session, folder, settings.folds)
         recipe = session.recipe
         session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
         work = Work(session, place, settings, progress or Progress(), show)
@@ -128,8 +149,13 @@ def compare(
         return work.execute()
 
 
-def prepared(session: Session, folder: Path) -> Session:
+def prepared(session: Session, folder: Path, folds: int | None = None) -> Session:
     """Return the session of a comparison, whose prune ratio is learned, with everything loaded and checked.
+
+    Args:
+        session: of the recipe; what is to become of the result (`final.prune_ratio`, `final.all_rows`) is left aside.
+        folder: of the experiment.
+        folds: of a cross-validation; the session is then that of the first one.
 
     Raises:
         GraspError: the folder, the recipe, the data or an adapter does not fit.
@@ -141,9 +167,11 @@ def prepared(session: Session, folder: Path) -> Session:
             "final.training.epochs to those of the controller and the final run together, and name grasp_single among the "
             "methods: it shares them out between both"
         )
+    if folds is not None:
+        _check_can_be_cut(recipe.data)
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
     check_place(folder)
-    session = Session(recipe, session.base, session.progress)
+    session = Session(recipe, session.base, session.progress, None if folds is None else Fold(1, folds))
     check(session)
     check_target_modules(session.backbone.model, recipe.lora.target_modules)
     return session
@@ -151,11 +179,12 @@ def prepared(session: Session, folder: Path) -> Session:
 
 @dataclass
 class _Batch:
-    """All methods with one seed on one split of the data, and the names of those that are to be done."""
+    """All methods with one seed on one split of the data: where outcomes go, under which number, and what is to be done."""
 
     bench: Bench
     rows: Rows
-    seed: int
+    number: int
+    title: str
     to_do: list[str]
 
 
@@ -184,13 +213,19 @@ class Work:
             raise RecipeError(
                 f"--split-seed {self.split_seed} is the split that is compared in any case; give another seed"
             )
-        self.rows = self._rows(session)
+        self.folds = {1: session} if settings.folds else {}
+        for number in range(2, 1 + (settings.folds or 0)):
+            self.folds[number] = self._elsewhere(self.split_seed, Fold(number, settings.folds or 0))
+            check_splits(self.folds[number])
+        self.numbers = tuple(self.folds) or settings.seeds
+        self.rows = self._rows(*(self.folds.values() or [session]))
         self.others = {other: self._elsewhere(other) for other in settings.split_seeds}
         self.again = {other: self._rows(elsewhere) for other, elsewhere in self.others.items()}
 
     def execute(self) -> Comparison:
         planned = planned_against(self.settings.reference, self.names)
-        if text := expected_width(list(self.session.metrics), len(self.session.splits.test), len(planned)):
+        tested = [len(one.splits.test) for one in self.folds.values() or [self.session]]
+        if text := expected_width(list(self.session.metrics), sum(tested), len(planned)):
             self.progress.note(text)
         shared, batches = self._batches(Bench)
         self.progress.begin(sum(METHODS[name].units for batch in batches for name in batch.to_do))
@@ -211,14 +246,15 @@ class Work:
 
     def _comparison(self, shared: Session, finished: int) -> Comparison:
         """What the batches that come before the first unfinished one have come to."""
-        settings, seeds = self.settings, self.settings.seeds[:finished]
+        settings, numbers = self.settings, self.numbers[:finished]
         rows = {
-            name: replace(row, by_seed={seed: row.by_seed[seed] for seed in seeds if seed in row.by_seed})
+            name: replace(row, by_number={one: row.by_number[one] for one in numbers if one in row.by_number})
             for name, row in self.rows.items()
         }
-        others = list(self.again.items())[: max(0, finished - len(settings.seeds))]
+        others = list(self.again.items())[: max(0, finished - len(self.numbers))]
         splits = [other_split(rows, there, settings, other) for other, there in others]
-        return summary(shared, settings, rows, self.split_seed).model_copy(update={"other_splits": splits})
+        folds = [one.splits for number, one in self.folds.items() if number in numbers]
+        return summary(shared, settings, rows, self.split_seed, folds).model_copy(update={"other_splits": splits})
 
     def run_all(self, kind: type[Bench]) -> None:
         """Go through all seeds and splits with benches of a kind, and write no table."""
@@ -228,26 +264,37 @@ class Work:
     def _batches(self, kind: type[Bench]) -> tuple[Session, list["_Batch"]]:
         """The session of the splits that are compared, and all there is to do."""
         shared, seeds = self.session.variant(self._with_split(self.split_seed)), self.settings.seeds
+        if self.folds:
+            folds = {number: one.variant(shared.recipe) for number, one in self.folds.items()}
+            of = len(folds)
+            return shared, [
+                self._batch(there, self.rows, seeds[0], kind, number, f"fold {number} of {of}")
+                for number, there in folds.items()
+            ]
         batches = [self._batch(shared, self.rows, seed, kind) for seed in seeds]
         batches += [self._batch(there, self.again[other], seeds[0], kind) for other, there in self.others.items()]
         return shared, batches
 
-    def _rows(self, session: Session) -> Rows:
-        """Rows with nothing in them yet, for the splits of a session.
+    def _rows(self, *sessions: Session) -> Rows:
+        """Rows with nothing in them yet, for the splits of a session, or of each fold.
 
         Raises:
             RecipeError: there are too few test examples to compare anything.
         """
-        if len(session.splits.test) < LEAST_TEST:
+        tested = sum(len(one.splits.test) for one in sessions)
+        if tested < LEAST_TEST:
             raise RecipeError(
-                f"a comparison needs a test split, but it has {len(session.splits.test)} examples (data.target.test); "
+                f"a comparison needs a test split, but it has {tested} examples (data.target.test); "
                 f"give it at least {LEAST_TEST}"
             )
-        return {name: Outcomes(unavailable=METHODS[name].unavailable(session)) for name in self.names}
+        reasons = {name: [METHODS[name].unavailable(one) for one in sessions] for name in self.names}
+        return {name: Outcomes(unavailable=next(filter(None, found), None)) for name, found in reasons.items()}
 
-    def _elsewhere(self, split_seed: int) -> Session:
-        session = Session(self._with_split(split_seed), self.session.base, self.session.progress)
+    def _elsewhere(self, split_seed: int, fold: Fold | None = None) -> Session:
+        """A session of another split of the same data."""
+        session = Session(self._with_split(split_seed), self.session.base, self.session.progress, fold)
         session.backbone, session.checkpoints = self.session.backbone, self.session.checkpoints
+        session.existing_adapters = self.session.existing_adapters
         return session
 
     def _with_split(self, split_seed: int) -> Recipe:
@@ -255,30 +302,33 @@ class Work:
         recipe = self.session.recipe
         return recipe.model_copy(update={"data": replace(recipe.data, split_seed=split_seed)})
 
-    def _batch(self, shared: Session, rows: Rows, seed: int, kind: type[Bench]) -> "_Batch":
+    def _batch(
+        self, shared: Session, rows: Rows, seed: int, kind: type[Bench], number: int | None = None, title: str = ""
+    ) -> "_Batch":
         seeded = shared.variant(shared.recipe.model_copy(update={"seed": seed}))
         bench = kind(seeded, shared, self.store, self.settings.grid)
-        return _Batch(bench, rows, seed, [name for name, row in rows.items() if row.unavailable is None])
+        to_do = [name for name, row in rows.items() if row.unavailable is None]
+        return _Batch(bench, rows, seed if number is None else number, title or f"seed {seed}", to_do)
 
     def _advance(self, batch: "_Batch") -> None:
         """Do every method of a batch that is to be done, less those of which another process does a step."""
         left = []
         for name in batch.to_do:
             method, row = METHODS[name], batch.rows[name]
-            title = f"{method.title}, seed {batch.seed}"
+            title = f"{method.title}, {batch.title}"
             self.place.place = f"in {title}"
             try:
                 if row.unavailable is None:
                     self.progress.stage(title)
-                    row.by_seed[batch.seed] = method.run(batch.bench)
+                    row.by_number[batch.number] = method.run(batch.bench)
             except Busy:
                 left.append(name)
                 continue
             except RecipeError:  # of a record or a setting: that concerns the whole comparison
                 raise
             except GraspError as error:
-                row.unavailable, row.failed = f"failed with seed {batch.seed}: {error}", True
-                row.by_seed.clear()
+                row.unavailable, row.failed = f"failed {'in' if self.folds else 'with'} {batch.title}: {error}", True
+                row.by_number.clear()
             self.progress.done(method.units)
         batch.to_do = left
 
@@ -287,6 +337,23 @@ class Work:
         with in_turn(folder):
             write_json(folder / COMPARISON_FILE, comparison.to_json())
             self.show(folder, comparison)
+
+
+def _check_can_be_cut(data: DataSettings) -> None:
+    """Check that the target is one pool, and that the labels of a classification do not hang on a fold.
+
+    Raises:
+        RecipeError: they do, or it is not.
+    """
+    target = data.target
+    if target.explicit or target.test_files:
+        given = "train_files" if target.explicit else "test_files"
+        raise RecipeError(
+            f"folds are cut from one pool, but the target has data.target.{given}; give one pool (files or hub), or leave "
+            "--folds out"
+        )
+    if task_fields(data.task).chooses and not data.labels:
+        raise RecipeError("folds may lack a label in their training rows; write all of them into data.labels")
 
 
 def check_list(name: str, values: Sequence[Any]) -> None:

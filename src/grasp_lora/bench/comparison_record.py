@@ -23,11 +23,20 @@ class Compared(_Shape):
     grid: list[float]
     reference: str
     split_seeds: list[int]
+    folds: int | None = None
     resamples: int
 
 
+class FoldSizes(_Shape):
+    """How many examples a fold of a cross-validation has for the test and for training, and how many of the source."""
+
+    test: int
+    train: int
+    source_train: int
+
+
 class Spread(_Shape):
-    """Mean over the seeds, and the sample standard deviation; a single value has none."""
+    """Mean over the seeds, or the folds, and the sample standard deviation; a single value has none."""
 
     mean: float
     sd: float | None
@@ -35,7 +44,7 @@ class Spread(_Shape):
 
 
 class Cost(_Shape):
-    """Means over the seeds: beyond the adapters that are merged, and `in_all` with them; work is in forward passes."""
+    """Means over the seeds or folds: beyond the adapters that are merged, and `in_all` with them; work is in forward passes."""
 
     runs: float
     seconds: float
@@ -63,7 +72,7 @@ class Against(_Shape):
 class Row(_Shape):
     """One method; all from `warning` on is there only where a seed was finished.
 
-    `scores` holds None for a metric that was not available.
+    In a cross-validation `seeds` is the number of its folds. `scores` holds None for a metric that was not available.
     """
 
     method: str
@@ -108,7 +117,10 @@ class OtherSplit(_Shape):
 
 
 class CurvePoint(_Shape):
-    """Mean losses of one run of the grid; a large test set is measured for the chosen ratio alone."""
+    """Mean losses of one run of the grid; a large test set is measured for the chosen ratio alone.
+
+    In a cross-validation `seed` is the number of the fold.
+    """
 
     seed: int
     prune_ratio: float
@@ -124,7 +136,7 @@ class Pace(_Shape):
 
 
 class Comparison(_Shape):
-    """The whole content of `compare.json`."""
+    """The whole content of `compare.json`; `folds` are those of a cross-validation that are finished, `test_examples` of all."""
 
     name: str
     recipe_hash: str
@@ -150,6 +162,7 @@ class Comparison(_Shape):
     warnings: list[str]
     made_with: list[dict[str, str]]
     pace: Pace | None
+    folds: list[FoldSizes] = []
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -163,6 +176,11 @@ class Comparison(_Shape):
     def to_json(self) -> dict[str, Any]:
         """Return plain values; what was not set is left out."""
         return self.model_dump(exclude_unset=True)
+
+    @property
+    def runs(self) -> str:
+        """What means and deviations go over."""
+        return "folds" if self.folds else "seeds"
 
     @property
     def finished(self) -> list[Row]:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from grasp_lora.training.loss import collate, example_losses, takes_label_positi
 from grasp_lora.training.settings import TrainingSettings
 
 MOST_TRIES, MOST_SECONDS = 3, 2.0  # of a step that is timed; the first is often slow
-PLANNED = "planned"
+PLANNED, ANSWERED = "planned", "answered"
 
 
 @dataclass(frozen=True)
@@ -97,15 +98,15 @@ def plan_comparison(session: Session, folder: Path, settings: ComparisonSettings
     Raises:
         GraspError: what `compare` would refuse.
     """
-    session = prepared(session, folder)
+    session = prepared(session, folder, settings.folds)
     work = Work(session, Workplace(folder), settings)
     store = _PlannedStore(work.store.folder)
     work.store = store
     work.run_all(_PlannedBench)
     unavailable = {name: row.unavailable for name, row in work.rows.items() if row.unavailable}
     steps = list({record.key: (record, there) for record, there in store.used}.values())
-    scored = sum(record.step == "scores" and not there for record, there in steps)
-    return Plan(steps, unavailable, time_step(session), scored * len(session.splits.test))
+    answers = sum(record.result.get(ANSWERED, 0) for record, there in steps if not there)
+    return Plan(steps, unavailable, time_step(session), answers)
 
 
 def _adapter(session: Session) -> AbstractContextManager[Any]:
@@ -138,6 +139,8 @@ class _PlannedStore(Store):
         return record
 
     def _result(self, step: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+        if step == "scores":
+            return {ANSWERED: self.sizes["test"]}
         if "split" in settings:
             return {"losses": [0.0] * self.sizes[settings["split"]]}
         if "budget" in settings:
@@ -171,10 +174,10 @@ class _PlannedBench(Bench):
     """The steps of a bench on a store that does none."""
 
     def __init__(self, session: Session, shared: Session, store: Store, grid: Sequence[float]) -> None:
-        super().__init__(session, shared, store, grid)
         if isinstance(store, _PlannedStore):
-            splits = session.splits
+            splits, store = session.splits, copy(store)  # what is used is noted in one list, but splits differ in size
             store.sizes = {name: len(getattr(splits, name)) for name in SPLITS}
+        super().__init__(session, shared, store, grid)
 
     def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
         if isinstance(self.store, _PlannedStore):

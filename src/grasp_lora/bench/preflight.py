@@ -237,6 +237,9 @@ def _cost(recipe: Recipe, sizes: dict[str, int]) -> tuple[float, int]:
         trained += recipe.target.training.epochs * sizes["train"]
     runs = 2 if recipe.final.deliver == "best" else 1  # the final run, and the source adapter continued
     trained += runs * recipe.final.training.epochs * sizes["train"]
+    if recipe.final.all_rows:
+        epochs = recipe.final.training.epochs + (0.0 if recipe.target.adapter else recipe.target.training.epochs)
+        trained += epochs * sum(sizes[name] for name in ("train", "dev", "micro_dev"))
     if recipe.final.prune_ratio is None:
         stage = recipe.controller
         trained += stage.policy.copies * stage.training.epochs * sizes["train"]

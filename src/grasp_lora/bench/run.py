@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.bench import run_folder as files
-from grasp_lora.bench.checks import check
+from grasp_lora.bench.all_rows import TrainedAgain, train_again
+from grasp_lora.bench.checks import check, check_folder
 from grasp_lora.bench.deliver import FEWEST, best_of, by_setting
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.progress import Progress
@@ -36,7 +37,6 @@ from grasp_lora.errors import AdapterError, DivergedError, ProbeError, RecipeErr
 from grasp_lora.method.masks import survival
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
-from grasp_lora.recipes.text import parse
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import discard, sync, sync_all, vanished, write_json, write_jsonl, write_whole
 from grasp_lora.storage.folder import LOCK_FILE, Workplace, only_writer, working_in
@@ -45,7 +45,6 @@ from grasp_lora.storage.processes import is_first, join, on_every_process, on_fi
 log = logging.getLogger(__name__)
 
 ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
-DIFFERENCES_SHOWN = 3
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
 
 
@@ -160,8 +159,19 @@ class _Run:
             delivered = self._choose(bench, systems, left_out)
             self._show_adapter(files.ADAPTER_FOLDER, systems[delivered.name])
             facts |= {"adapter": delivered.title}
+        all_rows = None
+        if recipe.final.all_rows:
+            with self._stage("all_rows") as facts:
+                again = self._train_on_all_rows(bench, delivered.name, systems[delivered.name], ratio)
+                all_rows = again.facts
+                if again.adapter is not None and again.bench is not None:
+                    self._show_adapter(files.ADAPTER_FOLDER, again.adapter)
+                    measured[files.ALL_ROWS] = again.bench.measured(again.adapter)
+                    self.progress.scored(files.ALL_ROWS, measured[files.ALL_ROWS].rows(self.session.splits.test))
+                    on_first_process(partial(self._write_answers, measured))
+                    facts |= {"rows": all_rows.rows, "test_loss": measured[files.ALL_ROWS].test_loss}
         # Last of all: with them the run is finished.
-        on_first_process(partial(self._write_metrics, measured, learned, final, delivered))
+        on_first_process(partial(self._write_metrics, measured, learned, final, delivered, all_rows))
 
     def _prepare(self) -> None:
         """Load and check everything, become the folder's only writer, and begin."""
@@ -190,6 +200,21 @@ class _Run:
         seconds = sum(record.seconds for record, _ in used) if used else own
         on_first_process(partial(self._write_cost, name, seconds))
         self.progress.finished(name, seconds, facts, skipped=bool(used) and all(there for _, there in used))
+
+    def _train_on_all_rows(self, bench: Bench, name: str, chosen: Adapter, ratio: float) -> TrainedAgain:
+        """Train what was chosen on all rows; where that fails, what was chosen stays."""
+        try:
+            again = train_again(bench, name, chosen, ratio)
+        except (DivergedError, ProbeError, AdapterError) as error:
+            return TrainedAgain(
+                files.AllRows(why=f"What was chosen could not be trained once more on all rows: {error}")
+            )
+        if again.adapter is not None:
+            again.adapter.load()  # by every process, since it may have to be made
+            self._show_adapter(files.ALL_ROWS, again.adapter)
+            rows = again.adapter.records[-1].result["history"]
+            on_first_process(partial(write_jsonl, self.folder / files.ALL_ROWS / files.HISTORY_FILE, rows))
+        return again
 
     def _choose(self, bench: Bench, systems: Mapping[str, Adapter], left_out: str) -> files.Delivered:
         """Choose what is handed over, by the losses on the dev set, or else on the micro-dev set."""
@@ -270,7 +295,12 @@ class _Run:
             write_jsonl(files.predictions_file(self.folder, name), one.rows(test))
 
     def _write_metrics(
-        self, measured: Mapping[str, Measured], learned: Learned | None, final: Adapter, delivered: files.Delivered
+        self,
+        measured: Mapping[str, Measured],
+        learned: Learned | None,
+        final: Adapter,
+        delivered: files.Delivered,
+        all_rows: files.AllRows | None,
     ) -> None:
         metrics = files.Metrics(
             systems={
@@ -285,6 +315,7 @@ class _Run:
             signatures=measured["grasp"].signatures,
             test_examples=len(self.session.splits.test),
             language=self.session.language,
+            **({} if all_rows is None else {"all_rows": all_rows}),
         )
         write_json(self.folder / files.METRICS_FILE, metrics.to_json())
 
@@ -347,47 +378,8 @@ class _Run:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Check that a folder is free for a run of the recipe, or holds one.
-
-    Raises:
-        RecipeError: it belongs to a run of another recipe, or holds something else.
-    """
-    files.check_place(folder)
-    if not (folder / files.RUN_FILE).is_file():
-        return
-    if read_needed(folder / files.RUN_FILE, files.RunInfo).recipe_hash != recipe.fingerprint():
-        raise RecipeError(
-            f"{folder} holds a run of another recipe ({_differences(folder, recipe)}); "
-            "choose another folder with --output, or delete it"
-        )
-
-
 def _result(recipe: Recipe, folder: Path) -> RunResult:
     metrics = files.read_metrics(folder)
     given = recipe.final.prune_ratio
     ratio = files.read_learned(folder) if given is None else RatioEstimate(given, given, given, "given", 0)
     return RunResult(ratio, metrics, folder)
-
-
-def _differences(folder: Path, recipe: Recipe) -> str:
-    """Which settings differ from those of the run in the folder."""
-    try:
-        theirs = _flat(parse((folder / RECIPE_FILE).read_text(encoding="utf-8"), "it"))
-    except (OSError, ValueError, RecipeError):
-        return f"its {RECIPE_FILE} cannot be read"
-    ours = _flat(parse(recipe.to_yaml(folder), "the recipe"))
-    keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-    shown = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in keys[:DIFFERENCES_SHOWN]]
-    more = f" and {len(keys) - len(shown)} more" if len(keys) > len(shown) else ""
-    return ", ".join(shown) + more if shown else f"by its hash; its recipe is in {RECIPE_FILE} there"
-
-
-def _flat(content: Any, path: str = "") -> dict[str, Any]:
-    """Dotted path -> value of every setting."""
-    if not isinstance(content, dict) or not content:
-        return {path: content}
-    flat: dict[str, Any] = {}
-    for key, value in content.items():
-        flat |= _flat(value, f"{path}.{key}" if path else str(key))
-    return flat

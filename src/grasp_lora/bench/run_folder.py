@@ -12,15 +12,16 @@ from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.storage.folder import LOCK_FILE
 from grasp_lora.storage.reading import is_file, is_there
 
-STAGES = ("data", "source", "target", "merge", "controller", "final", "continued", "evaluate", "deliver")
+STAGES = ("data", "source", "target", "merge", "controller", "final", "continued", "evaluate", "deliver", "all_rows")
 TRAINED = {
     "source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run",
-    "continued": "Source, continued",
+    "continued": "Source, continued", "all_rows": "On all rows",
 }  # fmt: skip
 # Folders. Each adapter that the run trains or makes lies in the folder of its name; a stage's history lies in that of its own.
 CONTROLLER_FOLDER = "controller"
 FINAL_FOLDER = "final"
 CONTINUED_FOLDER = "continued"
+ALL_ROWS = "all_rows"  # the folder, and the system in metrics.json
 MERGED_FOLDER = "merged"
 ADAPTER_FOLDER = "adapter"
 PREDICTIONS_FOLDER = "evaluation"
@@ -270,11 +271,26 @@ class Delivered(Shape):
     nothing_learned: bool = False
 
 
+class AllRows(Shape):
+    """What became of `final.all_rows`.
+
+    Args:
+        why: a sentence or two.
+        rows: how many were trained on; 0 where nothing was.
+        epochs: of each training on them, `target` and the chosen system; 0 where it was left as it was.
+    """
+
+    why: str
+    rows: int = 0
+    epochs: dict[str, int] = {}
+
+
 class Metrics(Shape):
     """metrics.json; the interval is None where the ratio was given. `best_step` is that of the final run."""
 
     systems: dict[str, SystemScores]
     delivered: Delivered | None = None
+    all_rows: AllRows | None = None  # where the recipe asks for it
     prune_ratio: float | None = None
     prune_ratio_interval: tuple[float, float] | None = None
     nothing_learned_about_ratio: bool = False
@@ -282,6 +298,13 @@ class Metrics(Shape):
     signatures: dict[str, str] = {}
     test_examples: int = Field(ge=0)
     language: str = ""
+
+    @property
+    def handed_over(self) -> str:
+        """The system whose adapter lies in `adapter/`; in folders of older versions always GRASP's."""
+        if ALL_ROWS in self.systems:
+            return ALL_ROWS
+        return self.delivered.name if self.delivered else "grasp"
 
 
 def read_metrics(folder: Path) -> Metrics:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from grasp_lora.bench.progress import Progress
 from grasp_lora.data.build import build_splits
 from grasp_lora.data.encode import Example
-from grasp_lora.data.splits import SPLITS, Splits
+from grasp_lora.data.splits import SPLITS, Fold, Splits
 from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.metrics import Metric, resolve_metrics, score
@@ -79,13 +79,15 @@ class Session:
         recipe: what to do.
         base: folder that relative paths of the recipe start from.
         progress: told how far the work is.
+        fold: of a cross-validation, on which the target is tested; None for the recipe's splits.
 
     Raises:
         GraspError: (from the properties) the backbone, the data or an adapter cannot be used.
     """
 
-    def __init__(self, recipe: Recipe, base: Path, progress: Progress | None = None) -> None:
+    def __init__(self, recipe: Recipe, base: Path, progress: Progress | None = None, fold: Fold | None = None) -> None:
         self.recipe = recipe
+        self.fold = fold
         self.base = base
         self.progress = progress or Progress()
         self.checkpoints: Checkpointing | None = None  # of every fine-tune; an experiment sets it
@@ -104,10 +106,8 @@ class Session:
     @cached_property
     def splits(self) -> Splits:
         """The tokenised data."""
-        recipe = self.recipe
-        return build_splits(
-            recipe.data, self.backbone.tokenizer, recipe.seed, self.base, offline=recipe.backbone.offline
-        )
+        recipe, tokenizer, offline = self.recipe, self.backbone.tokenizer, self.recipe.backbone.offline
+        return build_splits(recipe.data, tokenizer, recipe.seed, self.base, offline=offline, fold=self.fold)
 
     @cached_property
     def existing_adapters(self) -> dict[str, LoadedAdapter]:
@@ -339,7 +339,8 @@ class Session:
 
     def score(self, answers: Sequence[str]) -> dict[str, MetricScore]:
         """Score answers to the test prompts, in the order of the split."""
-        return score(self.metrics, answers, [example.references for example in self.splits.test], self.language)
+        references = [example.references for example in self.splits.test]
+        return score(self.metrics, answers, references, self.language, tuple(self.splits.labels))
 
     def save(self, folder: Path, weights: AdapterWeights) -> None:
         """Write an adapter as an ordinary PEFT folder."""

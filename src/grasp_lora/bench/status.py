@@ -101,6 +101,7 @@ def _run(folder: Path) -> tuple[list[str], str | None]:
     left_out = {
         "controller": final.get("prune_ratio") is not None,
         "continued": final.get("deliver", "best") != "best",
+        "all_rows": not final.get("all_rows"),
     }
     stages = [stage for stage in files.STAGES if stage in cost or not left_out.get(stage)]
     done = [f"{stage} {_spent(cost[stage])}" for stage in stages if stage in cost]
@@ -124,12 +125,12 @@ def _comparison(folder: Path) -> tuple[list[str], str | None]:
         )
     found = Comparison.read(file)
     settings = found.settings
-    done = [seed for seed in settings.seeds if seed in found.seeds]
+    done = len(found.folds) or sum(seed in found.seeds for seed in settings.seeds)
+    asked = settings.folds or len(settings.seeds)
     splits = len(settings.split_seeds) - len(found.other_splits)
-    whole = len(done) == len(settings.seeds) and not splits
-    text = (
-        f"{file.parent}: comparison of {len(found.rows)} methods; {len(done)} of {len(settings.seeds)} seeds finished"
-        + (f", {splits} further splits to do" if splits else "")
+    whole = done == asked and not splits
+    text = f"{file.parent}: comparison of {len(found.rows)} methods; {done} of {asked} {found.runs} finished" + (
+        f", {splits} further splits to do" if splits else ""
     )
     return [text], None if whole else _again("compare", found.name, folder)
 

@@ -335,6 +335,8 @@ class Bench(Keyed):
             "language": session.language,
             "references": hashlib.sha256(repr(references).encode()).hexdigest(),
         }
+        if session.splits.labels.keys() - {one for texts in references for one in texts}:
+            settings["statistics"] = "of all labels"  # once they were of those in the references alone
         file = self._answers_file(adapter)
 
         def answers() -> tuple[str, ...]:

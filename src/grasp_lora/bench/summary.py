@@ -12,6 +12,7 @@ from grasp_lora.bench.comparison_record import (
     Comparison,
     Cost,
     CurvePoint,
+    FoldSizes,
     Missing,
     OtherSplit,
     Pace,
@@ -24,6 +25,7 @@ from grasp_lora.bench.outcomes import Outcome
 from grasp_lora.bench.planned import planned_against
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import environments
+from grasp_lora.data.splits import Splits
 from grasp_lora.evaluation.statistics import compare_with_baselines, mean_and_sd
 
 if TYPE_CHECKING:
@@ -34,9 +36,9 @@ PARENTS = ("source", "target")  # steps that train the adapters that are merged
 
 @dataclass
 class Outcomes:
-    """What came of one method: an outcome by seed, or why there is none."""
+    """What came of one method: an outcome by seed, in a cross-validation by number of the fold, or why there is none."""
 
-    by_seed: dict[int, Outcome] = field(default_factory=dict)
+    by_number: dict[int, Outcome] = field(default_factory=dict)
     unavailable: str | None = None
     failed: bool = False
 
@@ -44,33 +46,37 @@ class Outcomes:
 Rows = dict[str, Outcomes]
 
 
-def summary(session: Session, settings: "ComparisonSettings", rows: Rows, split_seed: int) -> Comparison:
+def summary(
+    session: Session, settings: "ComparisonSettings", rows: Rows, split_seed: int, folds: Sequence[Splits] = ()
+) -> Comparison:
     """The whole comparison as it stands, less other splits.
 
     Args:
         session: of the splits that are compared.
         settings: what is compared.
-        rows: by method; all of those that are finished have the same seeds.
+        rows: by method; all of those that are finished have the same seeds, or folds.
         split_seed: seed of the splits.
+        folds: the splits of each fold that is finished, in a cross-validation.
     """
-    finished = {name: row for name, row in rows.items() if row.by_seed}
+    finished = {name: row for name, row in rows.items() if row.by_number}
+    numbers = {number for row in finished.values() for number in row.by_number}
     metrics = _metrics(finished)
     comparisons = {metric: _comparisons(session, settings, finished, metric) for metric in metrics}
     signatures = {
         metric: entry["signature"]
         for row in finished.values()
-        for outcome in row.by_seed.values()
+        for outcome in row.by_number.values()
         for metric, entry in outcome.scores.result.items()
     }
     return Comparison(
         name=session.recipe.name,
         recipe_hash=session.recipe.fingerprint(),
-        settings=Compared.model_validate(asdict(settings)),
+        settings=Compared.model_validate({name: one for name, one in asdict(settings).items() if one is not None}),
         backbone=session.backbone.name,
         language=session.language,
-        seeds=sorted({seed for row in finished.values() for seed in row.by_seed}, key=settings.seeds.index),
+        seeds=list(settings.seeds) if folds else sorted(numbers, key=settings.seeds.index),
         split_seed=split_seed,
-        test_examples=len(session.splits.test),
+        test_examples=sum(len(one.test) for one in folds or [session.splits]),
         dev_examples=len(session.splits.dev),
         stops_early=session.recipe.final.training.patience is not None,
         keeps_best=session.recipe.final.training.keep == "best",
@@ -84,19 +90,24 @@ def summary(session: Session, settings: "ComparisonSettings", rows: Rows, split_
         rows=[_row(name, row, metrics, comparisons) for name, row in rows.items()],
         other_splits=[],
         curve=_curve(finished),
-        warnings=_warnings(finished),
+        warnings=_warnings(finished, "fold" if folds else "seed"),
         made_with=_made_with(finished),
         pace=_pace(finished),
+        **({"folds": _folds(folds)} if folds else {}),
     )
+
+
+def _folds(folds: Sequence[Splits]) -> list[FoldSizes]:
+    return [FoldSizes(test=len(one.test), train=len(one.train), source_train=len(one.source_train)) for one in folds]
 
 
 def other_split(rows: Rows, again: Rows, settings: "ComparisonSettings", split_seed: int) -> OtherSplit:
     """The test losses of the first seed on the usual split and on another one, and what separates the reference from each row."""
     seed = settings.seeds[0]
     both = {
-        name: [fmean(one.by_seed[seed].losses.result["losses"]) for one in (rows[name], again[name])]
+        name: [fmean(one.by_number[seed].losses.result["losses"]) for one in (rows[name], again[name])]
         for name in rows
-        if seed in rows[name].by_seed and seed in again[name].by_seed
+        if seed in rows[name].by_number and seed in again[name].by_number
     }
     reference = both.get(settings.reference)
     return OtherSplit(
@@ -121,7 +132,7 @@ def other_split(rows: Rows, again: Rows, settings: "ComparisonSettings", split_s
 
 def _metrics(rows: Mapping[str, Outcomes]) -> list[str]:
     """Test loss first, then the scores in the order of the recipe."""
-    names = [name for row in rows.values() for outcome in row.by_seed.values() for name in outcome.scores.result]
+    names = [name for row in rows.values() for outcome in row.by_number.values() for name in outcome.scores.result]
     return [TEST_LOSS, *dict.fromkeys(names)]
 
 
@@ -137,15 +148,19 @@ def _comparisons(
     session: Session, settings: "ComparisonSettings", rows: Mapping[str, Outcomes], metric: str
 ) -> dict[str, Against]:
     """The reference method against each other one."""
-    values_of = [_value(outcome, metric) for row in rows.values() for outcome in row.by_seed.values()]
+    values_of = [_value(outcome, metric) for row in rows.values() for outcome in row.by_number.values()]
     if settings.reference not in rows or None in values_of:
         return {}
     corpus = None if metric == TEST_LOSS else session.metrics[metric].from_statistics
     values = {
-        name: [_per_example(one, metric, corpus) for one in row.by_seed.values()]
+        name: [_per_example(one, metric, corpus) for one in row.by_number.values()]
         for name, row in rows.items()
         if METHODS[name].warning is None or name == settings.reference  # what is not fair is not tested
     }
+    if settings.folds:  # each row is tested in one of them
+        values = {name: [[one for fold in folds for one in fold]] for name, folds in values.items()}
+        if len(values[settings.reference][0]) < 2:
+            return {}
     ours = values.pop(settings.reference)
     planned = planned_against(settings.reference, list(values))
     compared = compare_with_baselines(
@@ -171,9 +186,9 @@ def _per_example(outcome: Outcome, metric: str, corpus: Any) -> list[Any]:
 def _row(name: str, row: Outcomes, metrics: Sequence[str], comparisons: Mapping[str, Mapping[str, Against]]) -> Row:
     method = METHODS[name]
     facts = Row(method=name, title=method.title, unavailable=row.unavailable, failed=row.failed, merges=method.merges)
-    if not row.by_seed:
+    if not row.by_number:
         return facts
-    outcomes = list(row.by_seed.values())
+    outcomes = list(row.by_number.values())
     # Where no seed has a part, as in zero shot, there is one result and no spread.
     distinct = list({outcome.losses.key: outcome for outcome in outcomes}.values())
     result = {
@@ -198,7 +213,7 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 
 def _cost(row: Outcomes) -> Cost:
     """Mean over the seeds: of all that the method needs, and of what it needs beyond the adapters that are merged."""
-    everything = [outcome.records for outcome in row.by_seed.values()]
+    everything = [outcome.records for outcome in row.by_number.values()]
     own = [[record for record in records if record.step not in PARENTS] for records in everything]
     return Cost(
         runs=fmean(sum(record.trains for record in records) for records in own),
@@ -212,33 +227,33 @@ def _cost(row: Outcomes) -> Cost:
 
 def _curve(rows: Mapping[str, Outcomes]) -> list[CurvePoint]:
     """Mean dev and test loss of each run of the grid that chooses on the dev set, by seed."""
-    outcomes = rows["grid"].by_seed if "grid" in rows else {}
+    outcomes = rows["grid"].by_number if "grid" in rows else {}
     return [
-        CurvePoint(seed=seed, prune_ratio=ratio, **losses)
-        for seed, outcome in outcomes.items()
+        CurvePoint(seed=number, prune_ratio=ratio, **losses)
+        for number, outcome in outcomes.items()
         for ratio, losses in (outcome.curve or {}).items()
     ]
 
 
-def _warnings(rows: Mapping[str, Outcomes]) -> list[str]:
+def _warnings(rows: Mapping[str, Outcomes], what: str) -> list[str]:
     of_methods = [f"{METHODS[name].title} {warning}" for name in rows if (warning := METHODS[name].warning)]
     of_runs = [
-        f"{METHODS[name].title}, seed {seed}, {sentence}"
+        f"{METHODS[name].title}, {what} {number}, {sentence}"
         for name, row in rows.items()
-        for seed, outcome in row.by_seed.items()
+        for number, outcome in row.by_number.items()
         for sentence in outcome.left_out
     ]
     return of_methods + of_runs
 
 
 def _made_with(rows: Mapping[str, Outcomes]) -> list[dict[str, str]]:
-    outcomes = [outcome for row in rows.values() for outcome in row.by_seed.values()]
+    outcomes = [outcome for row in rows.values() for outcome in row.by_number.values()]
     return environments(record for one in outcomes for record in (*one.records, one.losses, one.scores))
 
 
 def _pace(rows: Mapping[str, Outcomes]) -> Pace | None:
     """Lowest and highest seconds per forward pass of the final runs, which are alike but for what else the machine did."""
-    outcomes = [outcome for row in rows.values() for outcome in row.by_seed.values()]
+    outcomes = [outcome for row in rows.values() for outcome in row.by_number.values()]
     finals = [record for one in outcomes for record in one.records if record.step.startswith("final ")]
     paces = [record.seconds / record.work for record in finals if record.work and record.seconds]
     return Pace(lowest=min(paces), highest=max(paces)) if paces else None

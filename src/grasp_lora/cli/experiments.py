@@ -34,7 +34,9 @@ def _folder_option(kind: str) -> Any:
 def compare(
     recipe: RecipeArgument,
     methods: Annotated[str | None, _compare("methods", more="Separated by commas.")] = None,
-    seeds: Annotated[str, _compare("seeds", more="Separated by commas.")] = "42,1337,9001",
+    seeds: Annotated[
+        str | None, _compare("seeds", more="Separated by commas; 42,1337,9001 by default, 42 with --folds.")
+    ] = None,
     grid: Annotated[str, _compare("grid", more="Separated by commas.")] = "0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8",
     reference: Annotated[str, _compare("reference")] = "grasp",
     on: OnOption = None,
@@ -42,6 +44,7 @@ def compare(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that share the work, with --on ray.")] = None,
     gpus_per_worker: GpusOption = 0.0,
     split_seed: Annotated[list[int] | None, _compare("split_seeds", more="May be repeated.")] = None,
+    folds: Annotated[int | None, _compare("folds")] = None,
     overrides: SetOption = None,
     allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("compare")] = None,
@@ -70,11 +73,13 @@ def compare(
     with _checked_options():
         settings = {
             "methods": DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
-            "seeds": tuple(_number(int, "--seeds", seed, "whole numbers") for seed in _parts(seeds)),
             "grid": _ratios("--grid", grid),
             "reference": reference,
             "split_seeds": tuple(split_seed or ()),
+            "folds": folds,
         }
+        if seeds is not None:
+            settings["seeds"] = tuple(_number(int, "--seeds", seed, "whole numbers") for seed in _parts(seeds))
     given = _given(recipe, overrides, output, allow_code, settings)
     ray = _ray(on, address, workers, gpus_per_worker)
     if ray is None and workers is not None:

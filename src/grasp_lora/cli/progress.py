@@ -40,6 +40,7 @@ _TITLES = {
     "continued": "continue the source adapter",
     "evaluate": "answer the test questions",
     "deliver": "hand over the adapter",
+    "all_rows": "train once more, on all rows",
     "report": "write the report",
 }
 

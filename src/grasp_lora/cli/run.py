@@ -86,6 +86,8 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
     if result.delivered is not None:
         say(verdict(result.delivered), style="bold")
         say(result.delivered.why)
+        if result.metrics.all_rows is not None:
+            say(result.metrics.all_rows.why)
         if result.delivered.warning:
             say(result.delivered.warning, style="yellow")
     learned = result.delivered is None or not result.delivered.nothing_learned

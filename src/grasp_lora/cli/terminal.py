@@ -129,7 +129,7 @@ def print_scores(metrics: "Metrics") -> None:
         losses = ("-" if loss is None else f"{loss:.4f}" for loss in (system.dev_loss, system.test_loss))
         values = {metric: column[number] for metric, column in scores.items()}
         texts = ("unavailable" if value is None else f"{value:.{digits[metric]}f}" for metric, value in values.items())
-        chosen = metrics.delivered is not None and metrics.delivered.name == name
+        chosen = metrics.delivered is not None and metrics.handed_over == name
         table.add_row(one_line(name), *losses, *texts, style="bold" if chosen else "")
     console.print(table)
 

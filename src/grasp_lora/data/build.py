@@ -1,35 +1,36 @@
-"""Settings of the data, and from files or rows to tokenised examples."""
+"""From files or rows to tokenised examples, in splits that are proved disjoint."""
 
 import logging
 import random
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.encode import Encoder, Example, Tally
 from grasp_lora.data.files import Row, Table, as_row, read_file
-from grasp_lora.data.labels import check_labels, check_records, count_labels, encode_labels
+from grasp_lora.data.labels import check_records, count_labels, encode_labels
 from grasp_lora.data.places import read_hub, resolve_file
-from grasp_lora.data.records import FIELDS, FORMATS, Pool, make_pool
+from grasp_lora.data.records import Pool, make_pool
+from grasp_lora.data.settings import CorpusSettings, DataSettings
 from grasp_lora.data.splits import (
     HELD_OUT,
     SPLITS,
     Counts,
     DataReport,
+    Fold,
     Share,
     Splits,
     check_disjoint,
+    cut,
     fill,
     join_groups,
     measure,
 )
 from grasp_lora.data.tasks import ANY_LANGUAGE, resolve_template, task_fields
 from grasp_lora.errors import DataError
-from grasp_lora.text.display import quoted
-from grasp_lora.text.languages import language_code
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,153 +42,6 @@ SOURCE_DEV_SHARE, SOURCE_DEV_MOST = 10, 1000  # Paper: 1000 dev beside 10000 tra
 FEW_GROUPS = 4
 
 
-@dataclass(frozen=True)
-class CorpusSettings:
-    """Data of one language: one pool (`files` or `hub`) split by counts, or files for each split.
-
-    Args:
-        language: ISO 639 code such as `en`, `ar`, `zh`; chooses prompts and metrics.
-        format: `auto`, `squad`, `xlsum`, `alpaca`, `sharegpt`, `records` or `hub`.
-        files: the pool: paths, or `demo:NAME` for a built-in text.
-        sheet: of `.xlsx` workbooks; None takes the first that is not hidden.
-        hub, hub_config, hub_split: the pool from a data set on the hub; the split defaults to `train`.
-        columns: field -> column of generic records; fields are the task's, and id, group, title, references, messages.
-        train, dev, micro_dev, test: how many examples. For a pool, None means 100 test, 50 dev and 16 micro-dev
-            examples of the target, a tenth (at most 1000) for the source's dev, and all the rest for train. For
-            files of one split None means all, and a count is a cap. dev, micro_dev and test may be 0, train
-            not; without micro_dev the controller has to probe dev.
-        train_files, dev_files, micro_dev_files, test_files: files of each split, in place of a pool. Without
-            micro_dev_files, the micro-dev set is taken by whole groups from the dev files, or else the train files.
-            test_files may also stand beside files: all of them are tested on, with `test` examples of the pool, and what
-            shares an id, a text or an article with them is left out of the pool.
-        prompt, completion: templates for this language; None takes those of `data`.
-
-    Raises:
-        ValueError: a value is out of range, the language is no code, or two ways to give the data are mixed.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    language: str
-    format: str = "auto"
-    files: tuple[str, ...] = ()
-    sheet: str | None = None
-    hub: str | None = None
-    hub_config: str | None = None
-    hub_split: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-    train: int | None = None
-    dev: int | None = None
-    micro_dev: int | None = None
-    test: int | None = None
-    train_files: tuple[str, ...] = ()
-    dev_files: tuple[str, ...] = ()
-    micro_dev_files: tuple[str, ...] = ()
-    test_files: tuple[str, ...] = ()
-    prompt: str | None = None
-    completion: str | None = None
-
-    def __post_init__(self) -> None:
-        language_code(self.language)
-        if self.format not in FORMATS:
-            raise ValueError(f"format is {self.format!r}; allowed: {', '.join(FORMATS)}")
-        given = [name for name in ("files", "hub", "train_files") if getattr(self, name)]
-        if len(given) != 1:
-            raise ValueError(
-                f"data of {self.language} is given by {' and '.join(given) or 'nothing'}; "
-                "give exactly one of files (a pool), hub (a pool) and train_files (with dev_files, test_files)"
-            )
-        if not self.explicit and (self.dev_files or self.micro_dev_files or (self.test_files and self.hub)):
-            raise ValueError(f"files of single splits need train_files, and exclude {given[0]}")
-        if self.hub is None and (self.format == "hub" or self.hub_config or self.hub_split):
-            raise ValueError("format hub, hub_config and hub_split need hub: the name of the data set")
-        if self.hub is not None and self.format == "squad":
-            raise ValueError("format squad reads files; a data set on the hub has rows: use format hub or auto")
-        unknown = sorted(set(self.columns) - FIELDS)
-        if unknown:
-            raise ValueError(f"columns names {', '.join(unknown)}; allowed: {', '.join(sorted(FIELDS))}")
-        if self.sheet is not None and self.hub is not None:
-            raise ValueError(f"sheet is {quoted(self.sheet)}, but a data set on the hub has none; remove it")
-        if self.columns and self.format not in ("auto", "records", "hub"):
-            raise ValueError(f"columns apply to generic records, not to format {self.format}: remove them")
-        for name, least in (("train", 1), ("dev", 0), ("micro_dev", 0), ("test", 0)):
-            count = getattr(self, name)
-            if count is not None and count < least:
-                raise ValueError(f"{name} must be >= {least}, or left out; it is {count}")
-            if self.explicit and name in ("dev", "test") and count and not getattr(self, name + "_files"):
-                raise ValueError(f"{name} is {count} but there are no {name}_files; name them, or remove {name}")
-
-    @property
-    def explicit(self) -> bool:
-        """Whether each split has files of its own."""
-        return bool(self.train_files)
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """Task, data of both languages, prompts and length limits.
-
-    Args:
-        task: `qa`, `summarization`, `classification`, `translation` or `completion`.
-        source: data of the rich language; None where adapters are given, or for a single step that trains on the target alone.
-        target: data of the language to adapt to.
-        root: folder of relative paths, itself relative to the recipe's; tried before GRASP_LORA_DATA and that one.
-        max_tokens: examples of more tokens (prompt, completion and end) are dropped, >= 8.
-        max_document_tokens: articles and contexts are cut to this many tokens before templating; None to cut nothing.
-        labels: of a classification, all that an answer may be; none takes those of the target's training rows.
-        prompt, completion: templates in place of the built-in ones, for both languages; each may have its own.
-        chat_template: give the prompt as a user turn through the tokenizer's chat template, and end the answer as that ends a
-            turn. None does so where the data are conversations and there is a template. Without one a line break ends each turn.
-        split_seed: seed of the splits; None takes the recipe's seed. Set it to keep splits over several seeds.
-        skip_unanswered: leave out rows without an answer, and count them; false refuses them.
-
-    Raises:
-        ValueError: a value is out of range, or a template names an unknown field.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    task: str
-    target: CorpusSettings
-    source: CorpusSettings | None = None
-    root: str | None = None
-    max_tokens: int = 512
-    max_document_tokens: int | None = None
-    labels: tuple[str, ...] = ()
-    prompt: str | None = None
-    completion: str | None = None
-    chat_template: bool | None = None
-    split_seed: int | None = None
-    skip_unanswered: bool = False
-
-    def __post_init__(self) -> None:
-        task = task_fields(self.task)
-        document = task.document
-        if self.max_tokens < 8:
-            raise ValueError(f"max_tokens is {self.max_tokens}; it must be >= 8")
-        if self.max_document_tokens is not None and self.max_document_tokens < 1:
-            raise ValueError(f"max_document_tokens is {self.max_document_tokens}; it must be >= 1, or left out")
-        if self.max_document_tokens is not None and document is None:
-            raise ValueError(f"max_document_tokens: the task {self.task} has no document to cut; remove it")
-        if self.labels and not task.chooses:
-            raise ValueError(
-                f"labels: the task {self.task} writes its answers; remove them, or set task to classification"
-            )
-        if self.labels:
-            check_labels(self.labels, "labels")
-        for corpus in filter(None, (self.target, self.source)):
-            resolve_template(self.task, "en", *self.templates(corpus))
-        source = self.source
-        if source is not None and (source.test or source.micro_dev or source.test_files or source.micro_dev_files):
-            raise ValueError("the source has only train and dev splits: remove its test and micro_dev settings")
-
-    def templates(self, corpus: CorpusSettings) -> tuple[str | None, str | None]:
-        """The templates of prompt and completion of a language; None where the built-in one serves."""
-        own, common = (corpus.prompt, corpus.completion), (self.prompt, self.completion)
-        prompt, completion = (one if one is not None else other for one, other in zip(own, common, strict=True))
-        return prompt, completion
-
-
 def build_splits(
     settings: DataSettings,
     tokenizer: "PreTrainedTokenizerBase",
@@ -195,6 +49,7 @@ def build_splits(
     base: Path | None = None,
     *,
     offline: bool = False,
+    fold: Fold | None = None,
 ) -> Splits:
     """Read, filter, tokenise and split the data; the result is proved disjoint.
 
@@ -207,9 +62,10 @@ def build_splits(
         seed: seed of the recipe, used where settings.split_seed is None.
         base: folder of the recipe, for relative paths; None for the working folder.
         offline: take data sets of the hub from the cache only.
+        fold: of a cross-validation: the target's pool is cut into so many parts, and this one is the test set.
 
     Raises:
-        DataError: files are missing or malformed, there are too few examples, or given splits overlap.
+        DataError: files are missing or malformed, there are too few examples or groups, or given splits overlap.
     """
     _check_eos(tokenizer)
     if settings.chat_template:
@@ -220,6 +76,9 @@ def build_splits(
         corpora["source"] = settings.source
     shares = {role: _read_corpus(settings, corpus, role, base, offline) for role, corpus in corpora.items()}
     groups = join_groups(record.keys for parts in shares.values() for part in parts for record in part.pool.records)
+    if fold is not None:
+        [whole] = shares["target"]
+        shares["target"] = cut(whole, groups, fold, split_seed)
     chat = _in_chat(settings.chat_template, shares, tokenizer)
     splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
     tallies: dict[str, Tally] = {}
@@ -327,7 +186,9 @@ def _read_corpus(
         return pool
 
     if corpus.explicit:
-        return [Share(read(files(names)), counts, True) for names, counts in _given_splits(corpus, role) if names]
+        return [
+            Share(read(files(names)), counts, tuple(counts)) for names, counts in _given_splits(corpus, role) if names
+        ]
     if corpus.hub is not None:
         table = read_hub(corpus.hub, corpus.hub_config, corpus.hub_split or "train", offline=offline)
         pool = read([table])
@@ -339,7 +200,7 @@ def _read_corpus(
         return [Share(pool, {"source_dev": dev, "source_train": corpus.train})]
     asked = {"test": corpus.test, "dev": corpus.dev, "micro_dev": corpus.micro_dev}
     counts: Counts = {name: TARGET_COUNTS[name] if count is None else count for name, count in asked.items()}
-    beside = [Share(read(files(corpus.test_files)), {"test": None}, True)] if corpus.test_files else []
+    beside = [Share(read(files(corpus.test_files)), {"test": None})] if corpus.test_files else []
     return [*beside, Share(pool, counts | {"train": corpus.train})]
 
 

@@ -1,8 +1,8 @@
 """Splits by whole groups of records that belong together, and the proof that they are disjoint."""
 
 import random
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import TypeVar
 
@@ -86,12 +86,51 @@ class Share:
     Args:
         pool: records to split.
         counts: examples per split, in the order of filling; None takes the rest.
-        counts_are_caps: a split may hold fewer than its count, but not none.
+        capped: splits that may hold fewer than their count, but not none.
     """
 
     pool: Pool
     counts: Counts
-    counts_are_caps: bool = False
+    capped: Collection[str] = ()
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One of the parts of a cross-validation, the one that is tested on.
+
+    Args:
+        number: from 1 to `of`.
+        of: how many there are, at least 2.
+    """
+
+    number: int
+    of: int
+
+
+def cut(share: Share, groups: Mapping[str, str], fold: Fold, seed: int) -> list[Share]:
+    """Cut a pool by whole groups into parts of about one size; return the part of a fold, for the test, and all the others.
+
+    The parts hang on the pool, their number and the seed alone, so each record is in the part of one fold. What is left for
+    training may be less than its count.
+
+    Raises:
+        DataError: there are fewer groups than folds.
+    """
+    members = by_group(sorted(share.pool.records, key=lambda record: record.id), groups)
+    if fold.of > len(members):
+        raise DataError(
+            f"{fold.of} folds are asked for, but the {len(share.pool.records)} examples of the target form {len(members)} groups "
+            "of what belongs together, and folds take whole groups; ask for fewer folds"
+        )
+    names = list(members)
+    random.Random(f"{seed} folds {fold.of}").shuffle(names)
+    parts: list[list[Record]] = [[] for _ in range(fold.of)]
+    for name in sorted(names, key=lambda name: -len(members[name])):  # the largest first evens the parts out
+        min(parts, key=len).extend(members[name])
+    tested = parts.pop(fold.number - 1)
+    counts = {name: count for name, count in share.counts.items() if name != "test"}
+    rest = Share(Pool(tuple(record for part in parts for record in part)), counts, ("train",))
+    return [Share(replace(share.pool, records=tuple(tested)), {"test": None}), rest]
 
 
 def fill(
@@ -159,7 +198,7 @@ def fill(
             spreads.pop(0)
     for name, count in counts.items():
         # Files of one split are taken as they are, so there a count is a cap; but no split may come out empty.
-        least = count if count is not None and not (count and share.counts_are_caps) else 1
+        least = count if count is not None and not (count and name in share.capped) else 1
         if len(splits[name]) < least:
             raise DataError(_shortage(name, splits, counts, kept, label, encoder.max_tokens, tally))
     return splits

@@ -16,13 +16,13 @@ def accuracy(outputs: Outputs) -> MetricScore:
 def macro_f1(outputs: Outputs) -> MetricScore:
     """Score the mean over labels of each label's F1: 2 * right / (predicted + true).
 
-    The labels are those that occur in the references. A prediction that is none of them is wrong, and has no F1 of its own. Of
-    several references the predicted one counts, or else the first. `per_example` is that of `accuracy`; the statistics are, of
-    each label, whether the example is right, predicted and true.
+    The labels that count are those that occur in the references. A prediction that is none of them is wrong, and has no F1 of its
+    own. Of several references the predicted one counts, or else the first. `per_example` is that of `accuracy`; the statistics
+    are, of each label, whether the example is right, predicted and true.
 
     Source: scikit-learn's `f1_score(average="macro")` with the labels of the references.
     """
-    labels = sorted({reference for references in outputs.references for reference in references})
+    labels = sorted({*outputs.labels, *(reference for references in outputs.references for reference in references)})
     hits = _hits(outputs)
     rows = []
     for prediction, references, hit in zip(outputs.predictions, outputs.references, hits, strict=True):

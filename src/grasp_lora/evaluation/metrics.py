@@ -84,12 +84,13 @@ def score(
     predictions: Sequence[str],
     references: Sequence[Sequence[str]],
     language: str,
+    labels: Sequence[str] = (),
 ) -> dict[str, MetricScore]:
     """Score predictions against their references with each metric.
 
     Args:
         metrics: names, at least one, or what `resolve_metrics` made of them.
-        predictions, references, language: see `Outputs`. The best reference counts; BLEU pools them instead.
+        predictions, references, language, labels: see `Outputs`. The best reference counts; BLEU pools them instead.
 
     Raises:
         RecipeError: a name is unknown (see `resolve_metrics`).
@@ -101,7 +102,7 @@ def score(
     if not metrics:
         raise RecipeError(f"No metric was named: choose from {', '.join(METRICS)}.")
     chosen = metrics if isinstance(metrics, Mapping) else resolve_metrics(metrics)
-    outputs = Outputs(predictions, references, language)
+    outputs = Outputs(predictions, references, language, labels)
     return {name: _compute(name, metric, outputs) for name, metric in chosen.items()}
 
 

@@ -42,6 +42,8 @@ class Outputs:
         predictions: one text per example; may be empty texts.
         references: one or more good texts per example.
         language: code of the language of the texts, such as `ar` or `zh-CN`; see `language_code`.
+        labels: of a classification, all that can be chosen; a score of labels has its statistics for each of them, so that those
+            of several sets can be added up.
 
     Raises:
         DataError: nothing to score, lengths that differ, an example without references or with one bare text
@@ -51,6 +53,7 @@ class Outputs:
     predictions: Sequence[str]
     references: Sequence[Sequence[str]]
     language: str
+    labels: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.predictions:

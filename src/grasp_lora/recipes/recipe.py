@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from grasp_lora.data.build import DataSettings
+from grasp_lora.data.settings import DataSettings
 from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings, merge_rule
@@ -43,6 +43,7 @@ RECIPE_FILE = "recipe.yaml"
 TEXTS = ("prompt", "completion", "stop", "labels", "columns")  # keys of texts that may look like a path
 LATER_OF_DATA = {"labels", "skip_unanswered"}
 LATER_OF_CORPORA = {"sheet", "prompt", "completion"}
+LATER_OF_FINAL = {"all_rows"}
 RENAMED = {  # keys of a controller as recipes had them once, and where they are now
     "probe_every": "rounds.every (null is now 'epoch')",
     "probe_on": "rounds.pool",
@@ -236,6 +237,8 @@ class FinalStage:
             adapter as it was at the round with the lowest loss, pruned at that ratio, with that mask held.
         deliver: what the run hands over: `best`, the best by dev loss of the source adapter, the target adapter, the merge, the
             source adapter continued on the target rows, and this run's result; or `grasp`, this run's result in any case.
+        all_rows: train what is handed over once more, on the target's train, dev and micro-dev rows together, for the epochs that
+            the dev loss had chosen. `compare` and `sweep` leave this aside.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -246,6 +249,7 @@ class FinalStage:
     training: TrainingSettings = field(default_factory=TrainingSettings)
     start: str = "merged"
     deliver: str = "best"
+    all_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.deliver not in ("best", "grasp"):
@@ -338,6 +342,10 @@ class Recipe(BaseModel):
                     "final.start is 'controller', which holds the controller's mask; "
                     f"remove {'final.mask' if final.mask is not None else 'final.mode'}, or start from 'merged'"
                 )
+            if final.all_rows:
+                raise ValueError(
+                    "final.all_rows needs a final run from a fresh merge, but final.start is 'controller'; remove one of them"
+                )
             if self.controller.rounds.start > 0.0:
                 raise ValueError(
                     "final.start is 'controller', which keeps the adapter of the best round, but controller.rounds.start "
@@ -358,7 +366,7 @@ class Recipe(BaseModel):
     def fingerprint(self) -> str:
         """Return a hash of what decides the result: all but the place of the data, devices, processes, trackers and checkpoints.
 
-        Keys of the data that came later count only where they are set, so that runs begun before go on.
+        Keys of the data and of `final` that came later count only where they are set, so that runs begun before go on.
         """
         content = self.model_dump(
             mode="json",
@@ -373,7 +381,8 @@ class Recipe(BaseModel):
         data = content["data"]
         # None was once false; where it means something else now, the run's hash of its examples differs.
         data["chat_template"] = bool(data["chat_template"])
-        for part, later in ((data, LATER_OF_DATA), *((data[side], LATER_OF_CORPORA) for side in ("source", "target"))):
+        corpora = ((data[side], LATER_OF_CORPORA) for side in ("source", "target"))
+        for part, later in ((data, LATER_OF_DATA), (content["final"], LATER_OF_FINAL), *corpora):
             for key in later & (part or {}).keys():
                 if not part[key]:
                     del part[key]

@@ -45,12 +45,15 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         raise RecipeError(f"There is no adapter folder {adapter_folder}; give the folder of a saved adapter.")
     backbone = public_name(record.run.backbone.name)
     parents = [("Backbone", backbone, record.run.backbone.fingerprint)]
-    system = delivered_system(record)
-    kind = system.partition("_")[0]
+    system, metrics = delivered_system(record), record.metrics
+    kind = (metrics.delivered.name if metrics and metrics.delivered else system).partition("_")[0]
+    again = metrics.all_rows.epochs if metrics and metrics.all_rows else {}
     sides = PARTS.get(kind, ("source", "target"))
     for side in sides:
         weights = run_folder / side / WEIGHTS_FILE
-        if weights.is_file():
+        if again.get(side):  # so that the one in the run's folder has no part in this one
+            parents.append((f"{side.capitalize()} adapter", "trained again on all rows", "–"))
+        elif weights.is_file():
             digest = hashlib.sha256(weights.read_bytes()).hexdigest()
             parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{digest}"))
     sources = len(record.recipe.source.adapters)  # which come first
@@ -61,7 +64,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     context = view_of(record) | {
         "front_matter": _front_matter(record, backbone, system),
         "made": MADE[kind],
-        "pruned": system == "grasp",
+        "pruned": kind == "grasp",
         "base": _base(record, backbone),
         "base_model_name": backbone,
         "parents": parents,

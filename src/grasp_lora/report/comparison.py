@@ -63,13 +63,15 @@ def command_of(comparison: Comparison) -> str:
         words += ["--methods", ",".join(settings.methods)]
     words += ["--seeds", ",".join(map(str, settings.seeds)), "--grid", ",".join(map(str, settings.grid))]
     words += ["--reference", settings.reference]
+    if settings.folds:
+        words += ["--folds", str(settings.folds)]
     for seed in settings.split_seeds:
         words += ["--split-seed", str(seed)]
     return " ".join([*words, "--output", "."])
 
 
 def score_table(comparison: Comparison) -> Table:
-    """Rows methods, columns the ratio and the metrics, mean and deviation over seeds; the best of a column is marked."""
+    """Rows methods, columns the ratio and the metrics, mean and deviation over seeds or folds; the best of a column is marked."""
     digits = _digits(comparison)
     columns = ["method", "prune ratio", "chosen on", *(_heading(metric) for metric in comparison.metrics)]
     columns.append(f"{comparison.reference_title} minus it")
@@ -86,7 +88,7 @@ def score_table(comparison: Comparison) -> Table:
         ]
         verdict = Cell(_verdict(row, comparison, digits))
         rows.append([Cell(row.title), Cell(_ratio(row)), Cell(CHOSEN_ON[row.chosen_on]), *scores, verdict])
-    return Table("Scores of every method, mean and standard deviation over seeds", columns, rows)
+    return Table(f"Scores of every method, mean and standard deviation over {comparison.runs}", columns, rows)
 
 
 def cost_table(comparison: Comparison) -> Table:
@@ -106,7 +108,7 @@ def cost_table(comparison: Comparison) -> Table:
         facts.append(_speedup(grid, cost, f"seconds{what}") if in_seconds else "–")
         facts += [f"{cost.runs_in_all:.0f}", f"{cost.seconds_in_all:.0f}"]
         rows.append([Cell(row.title), *map(Cell, facts)])
-    return Table("Cost of every method, mean over seeds", columns, rows)
+    return Table(f"Cost of every method, mean over {comparison.runs}", columns, rows)
 
 
 def split_tables(comparison: Comparison) -> list[Table]:
@@ -163,6 +165,8 @@ def _view(comparison: Comparison) -> dict[str, Any]:
         "cost": cost_table(comparison),
         "verdicts": verdict_table(comparison),
         "splits": split_tables(comparison),
+        "sizes": _sizes(comparison),
+        "drawn": _drawn(comparison),
         "widths": _widths(comparison),
         "planned": [row.title for row in comparison.finished if any(one.verdict for one in row.against.values())],
         "confidence": f"{against[0].confidence:.0%}" if against else "95%",
@@ -203,6 +207,37 @@ def _stopping(comparison: Comparison) -> str:
         return f"{uses}."
     target = "" if comparison.given_target else ", whose target adapter does not look at it either"
     return f"{uses}, except in the rows “without a dev set”{target}."
+
+
+def _sizes(comparison: Comparison) -> str:
+    """How many examples there are, in a cross-validation of each fold."""
+    others = f"{comparison.dev_examples} dev and {comparison.micro_dev_examples} micro-dev"
+    if not comparison.folds:
+        return f"{comparison.test_examples} test, {others}"
+    parts = {}
+    for name in ("test", "train"):
+        counts = [getattr(one, name) for one in comparison.folds]
+        parts[name] = f"{min(counts)}" if len(set(counts)) == 1 else f"{min(counts)} to {max(counts)}"
+    of = comparison.settings.folds
+    return (
+        f"{len(comparison.folds)} of {of} folds: {comparison.test_examples} tested once each; in a fold {parts['test']} test, "
+        f"{others}, {parts['train']} train"
+    )
+
+
+def _drawn(comparison: Comparison) -> str:
+    """What the intervals come from, and what they do not say."""
+    ends = "widened as Student's for few examples. They say what other test examples of this kind would show, not what"
+    if comparison.folds:
+        return (
+            f"Paired bootstrap over the {comparison.test_examples} examples of all folds together, each tested once, in "
+            f"{comparison.resamples} resamples, {ends} other training examples would, since the folds train on one another's. "
+            "A difference is that of the scores of all examples together, not the mean over the folds."
+        )
+    return (
+        f"Paired bootstrap over the {comparison.test_examples} test examples, the mean over the seeds in each of "
+        f"{comparison.resamples} resamples, {ends} other seeds or another split would."
+    )
 
 
 def _heading(metric: str) -> str:

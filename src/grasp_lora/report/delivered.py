@@ -33,9 +33,8 @@ def chosen(record: RunRecord) -> Delivered | None:
 
 
 def delivered_system(record: RunRecord) -> str:
-    """The system whose adapter lies in `adapter/`: in folders of older versions always GRASP's."""
-    delivered = record.metrics.delivered if record.metrics else None
-    return delivered.name if delivered else "grasp"
+    """The system whose adapter lies in `adapter/`."""
+    return record.metrics.handed_over if record.metrics else "grasp"
 
 
 def predict_command(folder: Path | None = None) -> str:

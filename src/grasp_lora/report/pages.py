@@ -89,6 +89,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "verdict": verdict(delivered) if delivered else None,
         "delivered": delivered,
         "system": delivered_system(record),
+        "all_rows": record.metrics.all_rows.why if record.metrics and record.metrics.all_rows else None,
         "warning": handed_over.warning if handed_over else None,
         "predict": predict_command(),
         "has_prompt": not record.in_chat,

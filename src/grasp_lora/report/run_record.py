@@ -106,6 +106,7 @@ class FinalRecipe(files.Shape):
     mask: MaskRecipe | None = None
     start: str = "merged"
     deliver: str | None = None
+    all_rows: bool = False
 
 
 class RecipeFacts(files.Shape):
@@ -158,6 +159,7 @@ class RunRecord:
         }
         return titles | {
             "target": "Target only", "merged": "Merged, not pruned", "continued": "Source, continued", "grasp": "GRASP",
+            "all_rows": "The chosen one, on all rows",
         }  # fmt: skip
 
     @property
@@ -186,6 +188,7 @@ class RunRecord:
             "controller": self.given_ratio is not None,
             "continued": deliver != "best",
             "deliver": deliver is None,
+            "all_rows": not self.recipe.final.all_rows,
         }
         return [stage for stage in files.STAGES if stage not in self.cost and not left_out.get(stage)]
 
@@ -228,7 +231,7 @@ def read_run(run_folder: Path) -> RunRecord:
         sparsity=read_record(run_folder / files.FINAL_FOLDER / files.SPARSITY_FILE, list[files.FactorSparsity]) or [],
         predictions={
             name: read_lines(files.predictions_file(run_folder, name), files.Prediction)
-            for name in ("zero_shot", *_sources(recipe), "target", "merged", "continued", "grasp")
+            for name in ("zero_shot", *_sources(recipe), "target", "merged", "continued", "grasp", "all_rows")
         },
         prompts=read_lines(files.prompts_file(run_folder), files.Prompt),
         metrics=read_record(run_folder / files.METRICS_FILE, files.Metrics),

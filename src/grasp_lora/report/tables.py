@@ -8,7 +8,7 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from grasp_lora.bench.run_folder import TRAINED, FactorSparsity, Prediction
+from grasp_lora.bench.run_folder import ALL_ROWS, TRAINED, FactorSparsity, Prediction
 from grasp_lora.report.run_record import RunRecord
 
 if TYPE_CHECKING:
@@ -173,7 +173,8 @@ def scores_table(record: RunRecord) -> Table | None:
     used = {key for system in metrics.systems.values() for key in system.metrics}
     keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
     scores = {name: metrics.systems[name] for name in record.systems if name in metrics.systems}
-    delivered = metrics.delivered.name if metrics.delivered and record.recipe.final.deliver == "best" else None
+    delivered = metrics.handed_over if metrics.delivered and record.recipe.final.deliver == "best" else None
+    of_grasp = {"grasp", *([ALL_ROWS] if metrics.delivered and metrics.delivered.name == "grasp" else [])}
     pruned = "–" if record.prune_ratio is None else percent(record.prune_ratio, 1)
     if record.sparsity:
         pruned = percent(1 - kept_share(record.sparsity), 1)
@@ -182,7 +183,7 @@ def scores_table(record: RunRecord) -> Table | None:
         _column([score.test_loss for score in scores.values()], 3, min),
         _column([score.dev_loss for score in scores.values()], 3, min),
         *(_scores_column(key, [score.metrics.get(key) for score in scores.values()]) for key in keys),
-        [Cell(pruned if name == "grasp" else percent(0)) for name in scores],
+        [Cell(pruned if name in of_grasp else percent(0)) for name in scores],
     ]
     names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
     heads = ["System", "Test loss\u00a0↓", "Dev loss\u00a0↓", *names, "Pruned"]

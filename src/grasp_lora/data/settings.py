@@ -1,0 +1,157 @@
+"""Settings of the data: task, files or hub data sets, sizes of the splits, prompts and length limits."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from grasp_lora.data.labels import check_labels
+from grasp_lora.data.records import FIELDS, FORMATS
+from grasp_lora.data.tasks import resolve_template, task_fields
+from grasp_lora.text.display import quoted
+from grasp_lora.text.languages import language_code
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    """Data of one language: one pool (`files` or `hub`) split by counts, or files for each split.
+
+    Args:
+        language: ISO 639 code such as `en`, `ar`, `zh`; chooses prompts and metrics.
+        format: `auto`, `squad`, `xlsum`, `alpaca`, `sharegpt`, `records` or `hub`.
+        files: the pool: paths, or `demo:NAME` for a built-in text.
+        sheet: of `.xlsx` workbooks; None takes the first that is not hidden.
+        hub, hub_config, hub_split: the pool from a data set on the hub; the split defaults to `train`.
+        columns: field -> column of generic records; fields are the task's, and id, group, title, references, messages.
+        train, dev, micro_dev, test: how many examples. For a pool, None means 100 test, 50 dev and 16 micro-dev
+            examples of the target, a tenth (at most 1000) for the source's dev, and all the rest for train. For
+            files of one split None means all, and a count is a cap. dev, micro_dev and test may be 0, train
+            not; without micro_dev the controller has to probe dev.
+        train_files, dev_files, micro_dev_files, test_files: files of each split, in place of a pool. Without
+            micro_dev_files, the micro-dev set is taken by whole groups from the dev files, or else the train files.
+            test_files may also stand beside files: all of them are tested on, with `test` examples of the pool, and what
+            shares an id, a text or an article with them is left out of the pool.
+        prompt, completion: templates for this language; None takes those of `data`.
+
+    Raises:
+        ValueError: a value is out of range, the language is no code, or two ways to give the data are mixed.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    language: str
+    format: str = "auto"
+    files: tuple[str, ...] = ()
+    sheet: str | None = None
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_split: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    train: int | None = None
+    dev: int | None = None
+    micro_dev: int | None = None
+    test: int | None = None
+    train_files: tuple[str, ...] = ()
+    dev_files: tuple[str, ...] = ()
+    micro_dev_files: tuple[str, ...] = ()
+    test_files: tuple[str, ...] = ()
+    prompt: str | None = None
+    completion: str | None = None
+
+    def __post_init__(self) -> None:
+        language_code(self.language)
+        if self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}; allowed: {', '.join(FORMATS)}")
+        given = [name for name in ("files", "hub", "train_files") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(
+                f"data of {self.language} is given by {' and '.join(given) or 'nothing'}; "
+                "give exactly one of files (a pool), hub (a pool) and train_files (with dev_files, test_files)"
+            )
+        if not self.explicit and (self.dev_files or self.micro_dev_files or (self.test_files and self.hub)):
+            raise ValueError(f"files of single splits need train_files, and exclude {given[0]}")
+        if self.hub is None and (self.format == "hub" or self.hub_config or self.hub_split):
+            raise ValueError("format hub, hub_config and hub_split need hub: the name of the data set")
+        if self.hub is not None and self.format == "squad":
+            raise ValueError("format squad reads files; a data set on the hub has rows: use format hub or auto")
+        unknown = sorted(set(self.columns) - FIELDS)
+        if unknown:
+            raise ValueError(f"columns names {', '.join(unknown)}; allowed: {', '.join(sorted(FIELDS))}")
+        if self.sheet is not None and self.hub is not None:
+            raise ValueError(f"sheet is {quoted(self.sheet)}, but a data set on the hub has none; remove it")
+        if self.columns and self.format not in ("auto", "records", "hub"):
+            raise ValueError(f"columns apply to generic records, not to format {self.format}: remove them")
+        for name, least in (("train", 1), ("dev", 0), ("micro_dev", 0), ("test", 0)):
+            count = getattr(self, name)
+            if count is not None and count < least:
+                raise ValueError(f"{name} must be >= {least}, or left out; it is {count}")
+            if self.explicit and name in ("dev", "test") and count and not getattr(self, name + "_files"):
+                raise ValueError(f"{name} is {count} but there are no {name}_files; name them, or remove {name}")
+
+    @property
+    def explicit(self) -> bool:
+        """Whether each split has files of its own."""
+        return bool(self.train_files)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Task, data of both languages, prompts and length limits.
+
+    Args:
+        task: `qa`, `summarization`, `classification`, `translation` or `completion`.
+        source: data of the rich language; None where adapters are given, or for a single step that trains on the target alone.
+        target: data of the language to adapt to.
+        root: folder of relative paths, itself relative to the recipe's; tried before GRASP_LORA_DATA and that one.
+        max_tokens: examples of more tokens (prompt, completion and end) are dropped, >= 8.
+        max_document_tokens: articles and contexts are cut to this many tokens before templating; None to cut nothing.
+        labels: of a classification, all that an answer may be; none takes those of the target's training rows.
+        prompt, completion: templates in place of the built-in ones, for both languages; each may have its own.
+        chat_template: give the prompt as a user turn through the tokenizer's chat template, and end the answer as that ends a
+            turn. None does so where the data are conversations and there is a template. Without one a line break ends each turn.
+        split_seed: seed of the splits; None takes the recipe's seed. Set it to keep splits over several seeds.
+        skip_unanswered: leave out rows without an answer, and count them; false refuses them.
+
+    Raises:
+        ValueError: a value is out of range, or a template names an unknown field.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    task: str
+    target: CorpusSettings
+    source: CorpusSettings | None = None
+    root: str | None = None
+    max_tokens: int = 512
+    max_document_tokens: int | None = None
+    labels: tuple[str, ...] = ()
+    prompt: str | None = None
+    completion: str | None = None
+    chat_template: bool | None = None
+    split_seed: int | None = None
+    skip_unanswered: bool = False
+
+    def __post_init__(self) -> None:
+        task = task_fields(self.task)
+        document = task.document
+        if self.max_tokens < 8:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be >= 8")
+        if self.max_document_tokens is not None and self.max_document_tokens < 1:
+            raise ValueError(f"max_document_tokens is {self.max_document_tokens}; it must be >= 1, or left out")
+        if self.max_document_tokens is not None and document is None:
+            raise ValueError(f"max_document_tokens: the task {self.task} has no document to cut; remove it")
+        if self.labels and not task.chooses:
+            raise ValueError(
+                f"labels: the task {self.task} writes its answers; remove them, or set task to classification"
+            )
+        if self.labels:
+            check_labels(self.labels, "labels")
+        for corpus in filter(None, (self.target, self.source)):
+            resolve_template(self.task, "en", *self.templates(corpus))
+        source = self.source
+        if source is not None and (source.test or source.micro_dev or source.test_files or source.micro_dev_files):
+            raise ValueError("the source has only train and dev splits: remove its test and micro_dev settings")
+
+    def templates(self, corpus: CorpusSettings) -> tuple[str | None, str | None]:
+        """The templates of prompt and completion of a language; None where the built-in one serves."""
+        own, common = (corpus.prompt, corpus.completion), (self.prompt, self.completion)
+        prompt, completion = (one if one is not None else other for one, other in zip(own, common, strict=True))
+        return prompt, completion
