@@ -360,6 +360,7 @@ class Session:
                 tuple(self.splits.labels),
                 report.completion,
             ),
+            quantise=self.backbone.quantise,
         )
 
     def _with(self, weights: AdapterWeights | None) -> AbstractContextManager[Any]:

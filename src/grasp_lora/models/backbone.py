@@ -16,6 +16,7 @@ import torch
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.models import embedded
 from grasp_lora.models.adapter_config import CONFIG_FILE
+from grasp_lora.models.quantised import is_quantised, keep_exact, quantiser, refuse_untrainable, stored_parts
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, BackboneSettings
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.network import first_line, hub_problem, no_network, not_there
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SMALLER = "set backbone.dtype to bfloat16 if it is float32, or take a smaller or a quantised model"
+_SMALLER = "set backbone.quantise to nf4, or backbone.dtype to bfloat16 if it is float32, or take a smaller model"
 MOST_LAYERS, MOST_SIZE = 10_000, 2**24
 _SIZES = ("_size", "_dim", "_heads", "_experts", "n_embd", "n_inner")
 SAMPLED_WEIGHTS = 16  # of every parameter, in a fingerprint
@@ -52,6 +53,7 @@ class Backbone:
         fingerprint: see `fingerprint`.
         stop_ids: tokens that end an answer, see `find_stop_ids`.
         commit: of a model on the hub; None for a folder and for the embedded model.
+        quantise: how its weights were quantised here, see `BackboneSettings`.
     """
 
     model: "PreTrainedModel"
@@ -60,6 +62,7 @@ class Backbone:
     fingerprint: str
     stop_ids: tuple[int, ...]
     commit: str | None = None
+    quantise: str | None = None
 
     @property
     def base_model(self) -> str:
@@ -70,12 +73,12 @@ class Backbone:
 def load_backbone(settings: BackboneSettings) -> Backbone:
     """Load the model and its tokenizer, ready for adapters.
 
-    Quantised models (those with a `quantization_config`) are loaded as they are. Weights come from safetensors
+    Models that come quantised (those with a `quantization_config`) are loaded as they are. Weights come from safetensors
     only. The embedded model is converted once into the user's cache folder.
 
     Raises:
         GraspError: the model is missing, gated, not cached while offline, incomplete, not a causal language
-            model, or has no usable tokenizer; or the device is not there.
+            model, or has no usable tokenizer; it cannot be quantised as asked; or the device is not there.
     """
     device = _find_device(settings.device)
     started = time.perf_counter()
@@ -113,7 +116,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     seconds = time.perf_counter() - started
     logger.info("Loaded backbone %s in %s on %s (%.1f s)", name, model.dtype, device, seconds)
     commit = None if is_folder(Path(location)) else getattr(model.config, "_commit_hash", None)
-    return Backbone(model, tokenizer, without_place(name), fingerprint(model), stop_ids, commit)
+    return Backbone(model, tokenizer, without_place(name), fingerprint(model), stop_ids, commit, settings.quantise)
 
 
 def backbone_of(
@@ -123,8 +126,11 @@ def backbone_of(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    whole: bool = False,
 ) -> Backbone:
     """Load the backbone of an adapter: the one given by the user, or else the one that the adapter names.
+
+    It is quantised as it was when the adapter was trained, unless `whole` asks for all bits of its weights.
 
     Raises:
         GraspError: there is no name, a setting is not allowed, or the backbone cannot be loaded.
@@ -139,6 +145,7 @@ def backbone_of(
             device=device,  # type: ignore[arg-type]
             revision=revision,
             trust_remote_code=trust_remote_code,
+            quantise=None if whole else adapter.info.quantise,  # type: ignore[arg-type]
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -184,8 +191,9 @@ def fingerprint(model: torch.nn.Module) -> str:
     """Compute 16 hexadecimal digits that tell one backbone from another, LoRA layers on top of it left out.
 
     They cover the shape facts of the config and 16 weights of every parameter, rounded to bfloat16: a checkpoint has
-    one fingerprint, loaded in bfloat16 or in float32. It recognises, it does not protect: a model altered on
-    purpose can keep its fingerprint.
+    one fingerprint, loaded in bfloat16 or in float32. Quantised weights count as they are stored, so that a backbone has
+    another fingerprint for each way of quantising it. It recognises, it does not protect: a model altered on purpose can
+    keep its fingerprint.
     """
     inner = without_peft(model)
     config = inner.config.get_text_config(decoder=True)
@@ -194,7 +202,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     for name, parameter in inner.named_parameters():
         if ".lora_" not in name and ".modules_to_save." not in name:
             names[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = parameter
-    for name, parameter in sorted(names.items()):
+    parts = [part for name, parameter in sorted(names.items()) for part in stored_parts(name, parameter)]
+    for name, parameter in parts:
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLED_WEIGHTS)][:SAMPLED_WEIGHTS]
         if sample.is_floating_point():
@@ -203,21 +212,23 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_dtype(device: str) -> Literal["bfloat16", "float32"]:
+def find_dtype(device: str, model_type: str = "") -> Literal["bfloat16", "float16", "float32"]:
     """Return the dtype that "auto" stands for, by a fixed rule: the same recipe gives the same numbers on every day.
 
-    bfloat16 on CUDA cards that compute in it and on processors with AMX, where products take a fifth of the time. float32
+    bfloat16 on CUDA cards that compute in it and on processors with AMX, where products take a fifth of the time. float16 on
+    other CUDA cards (T4, V100), but for Gemma: hidden states of Gemma 3 270M reach 1e5, and float16 ends at 65,504. float32
     elsewhere: processors without AMX are slower in bfloat16 than in float32 (`docs/lab/log.md`).
 
     Args:
         device: "cpu", "cuda" or "cuda:N".
+        model_type: of the backbone's config.
     """
     if device.startswith("cuda"):
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        native = bool(capabilities.get("amx_bf16"))
-    return "bfloat16" if native else "float32"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+        return "float32" if model_type.startswith("gemma") else "float16"
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if capabilities.get("amx_bf16") else "float32"
 
 
 def _find_device(wanted: str) -> str:
@@ -262,15 +273,22 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
     dtype: str = settings.dtype
     if dtype == "auto":  # of processes on machines of several kinds the first one decides
         join(device)
-        dtype = on_first_process(lambda: find_dtype(device))
+        dtype = on_first_process(lambda: find_dtype(device, config.model_type))
+    refuse_untrainable(config)
+    computed = getattr(torch, dtype)
+    quantised = (
+        {} if settings.quantise is None else {"quantization_config": quantiser(settings.quantise, config, computed)}
+    )
+    packed = bool(quantised) or is_quantised(config)
     result: Any = AutoModelForCausalLM.from_pretrained(
         location,
         config=config,
-        dtype=getattr(torch, dtype),
+        dtype=computed,
         # Quantised weights are packed for the device they arrive on, and refuse `.to` later.
-        device_map={"": device} if is_quantised(config) else None,
+        device_map={"": device} if packed else None,
         use_safetensors=True,
         output_loading_info=True,
+        **quantised,
         **source,
     )
     model, loaded = result
@@ -287,19 +305,10 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
             len(unexpected),
             one_line(unexpected[0]),
         )
-    for module in model.modules():
-        # On processors with AVX512-BF16 bitsandbytes packs it for a kernel without backward as soon as it is evaluated: no
-        # later training would change anything.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    if not is_quantised(config):
+    keep_exact(model)
+    if not packed:
         model.to(device)
     return model, tokenizer
-
-
-def is_quantised(config: "PretrainedConfig") -> bool:
-    """Whether a backbone's weights are stored in fewer bits than they are computed with."""
-    return getattr(config, "quantization_config", None) is not None
 
 
 def _check_sizes(facts: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ RECIPE_FILE = "recipe.yaml"
 
 
 TEXTS = ("prompt", "completion", "stop", "labels", "columns")  # keys of texts that may look like a path
+LATER_OF_BACKBONE = {"quantise"}
 LATER_OF_DATA = {"labels", "skip_unanswered"}
 LATER_OF_CORPORA = {"sheet", "prompt", "completion"}
 RENAMED = {  # keys of a controller as recipes had them once, and where they are now
@@ -345,7 +346,7 @@ class Recipe(BaseModel):
     def fingerprint(self) -> str:
         """Return a hash of what decides the result: all but the place of the data, the device, trackers and checkpoints.
 
-        Keys of the data that came later count only where they are set, so that runs begun before go on.
+        Keys of the backbone and the data that came later count only where they are set, so that runs begun before go on.
         """
         content = self.model_dump(
             mode="json",
@@ -354,7 +355,8 @@ class Recipe(BaseModel):
         data = content["data"]
         # None was once false; where it means something else now, the run's hash of its examples differs.
         data["chat_template"] = bool(data["chat_template"])
-        for part, later in ((data, LATER_OF_DATA), *((data[side], LATER_OF_CORPORA) for side in ("source", "target"))):
+        corpora = ((data[side], LATER_OF_CORPORA) for side in ("source", "target"))
+        for part, later in ((content["backbone"], LATER_OF_BACKBONE), (data, LATER_OF_DATA), *corpora):
             for key in later & (part or {}).keys():
                 if not part[key]:
                     del part[key]
