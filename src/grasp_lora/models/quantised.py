@@ -99,6 +99,20 @@ def stored_parts(name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torc
             yield from stored_parts(f"{name}.{part}", inner)
 
 
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's weights as they are stored, with the scales that quantised ones need; what is shared counts once."""
+    total = 0
+    for module in model.modules():
+        state: Any = getattr(module, "state", None)
+        if isinstance(rows := getattr(state, "SCB", None), torch.Tensor):  # of an 8-bit layer that was used once
+            total += rows.nbytes
+    for name, parameter in model.named_parameters():
+        scales = [getattr(parameter, "SCB", None), getattr(getattr(parameter, "quant_state", None), "absmax", None)]
+        parts = [part for _, part in stored_parts(name, parameter)]
+        total += sum(part.nbytes for part in (*parts, *scales) if part is not None)
+    return total
+
+
 def _kind(config: "PretrainedConfig") -> str:
     """How a quantised backbone was quantised; of torchao the kind of numbers."""
     found: Any = config.quantization_config  # a dict in a file, an object once it is loaded
