@@ -18,7 +18,7 @@ from typing import Any
 
 from grasp_lora.bench.run import run
 from grasp_lora.bench.session import Session
-from grasp_lora.models.quantised import stored_bytes
+from grasp_lora.models.precision import stored_bytes
 from grasp_lora.models.settings import QUANTISERS
 from grasp_lora.recipes.load import load_recipe
 

@@ -9,7 +9,7 @@ from grasp_lora.bench.plan import time_step
 from grasp_lora.bench.planned import PLANNED, expected_width
 from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import Example, Tally
-from grasp_lora.models.quantised import is_quantised
+from grasp_lora.models.precision import is_quantised
 from grasp_lora.recipes.recipe import ControllerStage, Recipe
 from grasp_lora.text.characters import split_unspaced
 from grasp_lora.text.display import listed

@@ -17,7 +17,7 @@ from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_RANK
 from grasp_lora.models.apart import keep_apart
 from grasp_lora.models.live import ADAPTER_NAME, live_pairs, lora_layers
-from grasp_lora.models.quantised import is_quantised
+from grasp_lora.models.precision import is_quantised
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
 from grasp_lora.models.settings import ALL_LINEAR, LoraSettings
 from grasp_lora.text.display import quoted
@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_name: str, fingerprint: str) -> None:
+def check_fits(
+    adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_name: str, fingerprint: str, strict: bool = False
+) -> None:
     """Check that an adapter belongs on this backbone.
 
-    A different base model name only warns, since paths and hub ids differ for the same model. So do weights of the same model
-    that are quantised on one side only.
+    A different base model name only warns, since paths and hub ids differ for the same model. So do other weights where those of
+    one side are quantised, unless `strict`.
 
     Raises:
         AdapterError: a module does not exist, a shape differs, the config does not name it, or the adapter was trained on
@@ -45,14 +47,15 @@ def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_nam
     _check_base_weights(model, adapter, backbone_name)
     stated = adapter.info.backbone_fingerprint
     quantised = is_quantised(model.config)
-    if stated is not None and stated != fingerprint and quantised != adapter.info.backbone_quantised:
+    other = stated is not None and stated != fingerprint
+    if other and not strict and quantised != adapter.info.backbone_quantised:
         log.warning(
             "adapter %s was trained on a %s backbone, so that %s is the same model could not be checked by its weights",
             quoted(adapter.name),
             "full-precision" if quantised else "quantised",
             quoted(backbone_name),
         )
-    elif stated is not None and stated != fingerprint:
+    elif other:
         raise AdapterError(
             f"adapter {adapter.name} was trained on a backbone with fingerprint {stated}, but {backbone_name} has "
             f"{fingerprint}: same shapes, other weights; use the backbone it was trained on"

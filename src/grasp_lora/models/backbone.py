@@ -4,19 +4,20 @@ import hashlib
 import inspect
 import json
 import logging
-import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
-from grasp_lora.models import embedded
+from grasp_lora.models import embedded, precision
 from grasp_lora.models.adapter_config import CONFIG_FILE
-from grasp_lora.models.quantised import is_quantised, keep_exact, quantiser, refuse_untrainable, stored_parts
+from grasp_lora.models.checked_config import read_config, source_of
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, BackboneSettings
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.network import first_line, hub_problem, no_network, not_there
@@ -26,15 +27,13 @@ from grasp_lora.text.display import one_line, quoted
 from grasp_lora.text.names import without_place
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from grasp_lora.models.reading import LoadedAdapter
 
 logger = logging.getLogger(__name__)
 
 _SMALLER = "set backbone.quantise to nf4, or backbone.dtype to bfloat16 if it is float32, or take a smaller model"
-MOST_LAYERS, MOST_SIZE = 10_000, 2**24
-_SIZES = ("_size", "_dim", "_heads", "_experts", "n_embd", "n_inner")
 SAMPLED_WEIGHTS = 16  # of every parameter, in a fingerprint
 FINGERPRINT_FACTS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -82,27 +81,15 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     """
     device = _find_device(settings.device)
     started = time.perf_counter()
+    location, name = _place(settings)
     own = settings.name == EMBEDDED_NAME
-    location = str(embedded.embedded_folder()) if own else _find_location(settings.name)
-    name = embedded.PUBLIC_NAME if own else settings.name
-    if settings.revision is not None and is_folder(Path(location)):
-        raise GraspError(
-            f"Backbone revision is {quoted(settings.revision)}, but {quoted(name)} is a folder, which has "
-            "no revisions: leave it out"
-        )
     if settings.trust_remote_code and not own:
         logger.warning(
             "trust_remote_code is on: Python code that comes with %s will run on this machine", one_line(name)
         )
-    try:
-        with no_network(settings.offline), enough_memory(f"backbone {name!r}", _SMALLER):
-            model, tokenizer = _load(location, settings, device)
+    with _explained(name, settings):
+        model, tokenizer = _load(location, settings, device)
         stop_ids = find_stop_ids(model, tokenizer)
-    except GraspError:
-        raise
-    # On a damaged or hostile folder the libraries raise whatever comes first: KeyError, ZeroDivisionError, Exception itself.
-    except Exception as error:
-        raise GraspError(_explain(error, name, settings)) from error
     if tokenizer.eos_token_id is None:
         raise GraspError(f"The tokenizer of backbone {name!r} has no EOS token: answers could not end; add one to it")
     if tokenizer.pad_token_id is None:  # safe: padding is always covered by an attention mask
@@ -117,6 +104,23 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     logger.info("Loaded backbone %s in %s on %s (%.1f s)", name, model.dtype, device, seconds)
     commit = None if is_folder(Path(location)) else getattr(model.config, "_commit_hash", None)
     return Backbone(model, tokenizer, without_place(name), fingerprint(model), stop_ids, commit, settings.quantise)
+
+
+def skeleton(settings: BackboneSettings) -> "PreTrainedModel":
+    """Make the model without its weights, on the device `meta`, as it is before anything is quantised.
+
+    Raises:
+        GraspError: as of `load_backbone`, as far as the config tells.
+    """
+    from transformers import AutoModelForCausalLM
+
+    location, name = _place(settings)
+    with _explained(name, settings), torch.device("meta"):
+        config = read_config(location, settings)
+        if precision.is_quantised(config):
+            del config.quantization_config
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+    return model.requires_grad_(False).eval()
 
 
 def backbone_of(
@@ -202,7 +206,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     for name, parameter in inner.named_parameters():
         if ".lora_" not in name and ".modules_to_save." not in name:
             names[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = parameter
-    parts = [part for name, parameter in sorted(names.items()) for part in stored_parts(name, parameter)]
+    parts = [part for name, parameter in sorted(names.items()) for part in precision.stored_parts(name, parameter)]
     for name, parameter in parts:
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // SAMPLED_WEIGHTS)][:SAMPLED_WEIGHTS]
@@ -212,23 +216,30 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_dtype(device: str, model_type: str = "") -> Literal["bfloat16", "float16", "float32"]:
-    """Return the dtype that "auto" stands for, by a fixed rule: the same recipe gives the same numbers on every day.
+def _place(settings: BackboneSettings) -> tuple[str, str]:
+    """Where a backbone is read from, and its public name."""
+    own = settings.name == EMBEDDED_NAME
+    location = str(embedded.embedded_folder()) if own else _find_location(settings.name)
+    name = embedded.PUBLIC_NAME if own else settings.name
+    if settings.revision is not None and is_folder(Path(location)):
+        raise GraspError(
+            f"Backbone revision is {quoted(settings.revision)}, but {quoted(name)} is a folder, which has "
+            "no revisions: leave it out"
+        )
+    return location, name
 
-    bfloat16 on CUDA cards that compute in it and on processors with AMX, where products take a fifth of the time. float16 on
-    other CUDA cards (T4, V100), but for Gemma: hidden states of Gemma 3 270M reach 1e5, and float16 ends at 65,504. float32
-    elsewhere: processors without AMX are slower in bfloat16 than in float32 (`docs/lab/log.md`).
 
-    Args:
-        device: "cpu", "cuda" or "cuda:N".
-        model_type: of the backbone's config.
-    """
-    if device.startswith("cuda"):
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16"
-        return "float32" if model_type.startswith("gemma") else "float16"
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return "bfloat16" if capabilities.get("amx_bf16") else "float32"
+@contextmanager
+def _explained(name: str, settings: BackboneSettings) -> Iterator[None]:
+    """Turn what transformers raises into one line, and keep it off the network where that is asked for."""
+    try:
+        with no_network(settings.offline), enough_memory(f"backbone {name!r}", _SMALLER):
+            yield
+    except GraspError:
+        raise
+    # On a damaged or hostile folder the libraries raise whatever comes first: KeyError, ZeroDivisionError, Exception itself.
+    except Exception as error:
+        raise GraspError(_explain(error, name, settings)) from error
 
 
 def _find_device(wanted: str) -> str:
@@ -257,29 +268,21 @@ def _find_location(name: str) -> str:
 
 
 def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    source: dict[str, Any] = {
-        "revision": settings.revision,
-        "trust_remote_code": settings.trust_remote_code,
-        "local_files_only": settings.offline,
-    }
-    _check_sizes(PretrainedConfig.get_config_dict(location, **source)[0])
-    config = AutoConfig.from_pretrained(location, **source)
-    _check_causal(config)
-    if not settings.trust_remote_code:
-        _refuse_foreign_kernels(config)
+    source, config = source_of(settings), read_config(location, settings)
     tokenizer = AutoTokenizer.from_pretrained(location, **source)
     dtype: str = settings.dtype
     if dtype == "auto":  # of processes on machines of several kinds the first one decides
         join(device)
-        dtype = on_first_process(lambda: find_dtype(device, config.model_type))
-    refuse_untrainable(config)
+        dtype = on_first_process(lambda: precision.find_dtype(device, config.model_type))
     computed = getattr(torch, dtype)
     quantised = (
-        {} if settings.quantise is None else {"quantization_config": quantiser(settings.quantise, config, computed)}
+        {}
+        if settings.quantise is None
+        else {"quantization_config": precision.quantiser(settings.quantise, config, computed)}
     )
-    packed = bool(quantised) or is_quantised(config)
+    packed = bool(quantised) or precision.is_quantised(config)
     result: Any = AutoModelForCausalLM.from_pretrained(
         location,
         config=config,
@@ -305,44 +308,10 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
             len(unexpected),
             one_line(unexpected[0]),
         )
-    keep_exact(model)
+    precision.keep_exact(model)
     if not packed:
         model.to(device)
     return model, tokenizer
-
-
-def _check_sizes(facts: dict[str, Any]) -> None:
-    """Refuse sizes that no model has before anything of such a size is made, be it a list of the config itself."""
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            _check_sizes(value)
-        elif isinstance(value, int | float):
-            is_count = "layer" in key and "per_layer" not in key  # Gemma 3n has sizes per layer
-            most = MOST_LAYERS if is_count else MOST_SIZE if "per_layer" in key or key.endswith(_SIZES) else math.inf
-            if value > most:
-                raise GraspError(
-                    f"The config of the backbone has {one_line(key)} {quoted(value)}; at most {most} is allowed: it is damaged "
-                    "or hostile, download it again"
-                )
-
-
-def _refuse_foreign_kernels(config: "PretrainedConfig") -> None:
-    """Refuse a config that names a repository of compiled attention code: transformers would fetch and run it."""
-    for part in (config, config.get_text_config(decoder=True)):
-        wanted = part._attn_implementation
-        if wanted is not None and "/" in wanted:
-            raise GraspError(
-                f"The config of the backbone asks for compiled attention code of the hub ({quoted(wanted)}): read that "
-                "code, then set trust_remote_code to true, or remove the entry"
-            )
-
-
-def _check_causal(config: "PretrainedConfig") -> None:
-    """Refuse what AutoModelForCausalLM would load, but not as a language model that reads left to right."""
-    architectures = config.architectures or []
-    if config.is_encoder_decoder or any(str(name).endswith("ForMaskedLM") for name in architectures):
-        kind = architectures[0] if architectures else config.model_type
-        raise ValueError(f"{kind} is not a causal language model")
 
 
 def _explain(error: Exception, name: str, settings: BackboneSettings) -> str:

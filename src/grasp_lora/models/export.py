@@ -111,7 +111,13 @@ def export_folder(
     shrunk = _shrink(adapter, settings)
     dtype_read = "float32" if settings.fold else "bfloat16"
     loaded = backbone_of(adapter, backbone, "cpu", dtype_read, revision, trust_remote_code, settings.fold)
-    check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
+    check_fits(
+        adapter,
+        loaded.model,
+        backbone_name=loaded.name,
+        fingerprint=loaded.fingerprint,
+        strict=not settings.fold,  # what it was trained on is written down anew
+    )
     if settings.fold:
         return _write_model(output, adapter, shrunk, loaded, settings)
     return _write_adapter(output, adapter, shrunk, loaded, settings, _card_of(Path(place), adapter))
