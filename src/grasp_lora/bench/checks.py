@@ -92,10 +92,7 @@ def _check_adapters(session: Session) -> None:
     trains = not (recipe.source.adapters and recipe.target.adapter)
     if trains:
         check_target_modules(session.backbone.model, recipe.lora.target_modules)
-    given = {place: adapter.highest_rank for place, adapter in session.existing_adapters.items()}
-    parents = [
-        given.get(place, recipe.lora.rank) for place in (*(recipe.source.adapters or [""]), recipe.target.adapter or "")
-    ]
+    parents = session.parent_ranks
     rule = merge_rule(recipe.merge.rule)
     if rule.space is COMPONENTS and sum(parents) > MOST_RANK:
         raise AdapterError(

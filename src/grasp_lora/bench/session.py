@@ -126,6 +126,14 @@ class Session:
         trained = set() if recipe.source.adapters and recipe.target.adapter else {recipe.lora.rank}
         return trained | {pair.rank for one in self.existing_adapters.values() for pair in one.weights.values()}
 
+    @property
+    def parent_ranks(self) -> list[int]:
+        """The highest rank of each adapter that is merged, the sources first."""
+        recipe = self.recipe
+        given = {place: adapter.highest_rank for place, adapter in self.existing_adapters.items()}
+        places = (*(recipe.source.adapters or [""]), recipe.target.adapter or "")
+        return [given.get(place, recipe.lora.rank) for place in places]
+
     def variant(self, recipe: Recipe) -> "Session":
         """Return a session of another recipe on this one's backbone and data, which must be the same in both."""
         other = Session(recipe, self.base, self.progress)

@@ -117,9 +117,12 @@ def skeleton(settings: BackboneSettings) -> "PreTrainedModel":
     location, name = _place(settings)
     with _explained(name, settings), torch.device("meta"):
         config = read_config(location, settings)
-        if precision.is_quantised(config):
+        saved = getattr(config, "quantization_config", None)
+        if saved is not None:
             del config.quantization_config
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+    if saved is not None:
+        model.config.quantization_config = saved
     return model.requires_grad_(False).eval()
 
 

@@ -4,6 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.errors import GraspError
+from grasp_lora.models.precision import refuse_untrainable
 from grasp_lora.models.settings import BackboneSettings
 from grasp_lora.text.display import one_line, quoted
 
