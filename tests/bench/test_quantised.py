@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from grasp_lora import api
 from grasp_lora.data.encode import Example
-from grasp_lora.errors import AdapterError, GraspError
+from grasp_lora.errors import AdapterError
 from grasp_lora.models import precision
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import Backbone, fingerprint, load_backbone
@@ -28,10 +28,9 @@ from grasp_lora.recipes.load import load_recipe
 from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.probes import ProbeSet
 
-NEAR = {"nf4": 0.2, "int8": 0.02, "int8_torchao": 0.02}  # relative distance of the logits from those of the full model
+NEAR = {"nf4": 0.3, "int8": 0.02, "int8_torchao": 0.02}  # relative distance of the logits from those of the full model
 EXAMPLES = [
-    Example(f"e{n}", "p", "c", ("c",), tuple(range(5 + n, 30)), tuple(range(40, 44 + n)))
-    for n in range(4)
+    Example(f"e{n}", "p", "c", ("c",), "de", "", tuple(range(5 + n, 30)), tuple(range(40, 44 + n))) for n in range(4)
 ]
 
 
@@ -136,7 +135,7 @@ def test_the_recipes_hash_counts_it_where_it_is_set(tiny_workspace: Path) -> Non
         load_recipe("tiny.yaml", changes)[0].fingerprint()
         for changes in ((), ("backbone.quantise=null",), ("backbone.quantise=nf4",))
     )
-    assert plain == null == "RECIPE_HASH"
+    assert plain == null == "ed2f4f2068e852aa"
     assert other != plain
 
 
@@ -194,22 +193,24 @@ def test_without_our_care_one_of_the_two_would_fail(
     if kind == "nf4" and not has_avx512bf16():
         pytest.skip("this processor has no AVX512-BF16")
     monkeypatch.setattr(precision, "keep_exact", lambda model: None)
-    with pytest.raises((AssertionError, RuntimeError)):
-        test_gradients_are_the_same_before_and_after_a_dev_evaluation(kind, adapted)
-        test_a_dev_loss_is_the_loss_that_is_trained_on(kind, adapted)
+    checks = {
+        "nf4": test_gradients_are_the_same_before_and_after_a_dev_evaluation,
+        "int8": test_a_dev_loss_is_the_loss_that_is_trained_on,
+    }
+    with pytest.raises((AssertionError, UserWarning)):
+        checks[kind](kind, adapted)
 
 
-@torch.no_grad()
 def test_its_adapter_works_on_the_full_model_in_plain_peft(
     kind: str, wide: Path, run_of: Callable[[str], Path], load: Callable[..., Backbone]
 ) -> None:
     folder = run_of(kind) / "adapter"
     full = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
     ids = torch.arange(4, 60).view(2, -1)
-    alone = full(ids).logits
-    plain = PeftModel.from_pretrained(full, folder).eval()(ids).logits
-    with attached(load(kind).model, read_adapter(folder).weights) as model:
+    with torch.no_grad(), attached(load(kind).model, read_adapter(folder).weights) as model:
         quantised = model.eval()(ids).logits
+        alone = full(ids).logits
+        plain = PeftModel.from_pretrained(full, folder).eval()(ids).logits
     assert (quantised - plain).norm() < NEAR[kind] * plain.norm()
     assert (quantised - plain).norm() < 0.5 * (plain - alone).norm()
 
@@ -245,7 +246,7 @@ def test_an_adapter_is_asked_on_the_backbone_it_was_trained_on(
     import grasp_lora.models.backbone as module
 
     monkeypatch.setattr(module, "_load", lambda *a, real=module._load: loaded.append(a[1].quantise) or real(*a))
-    result = cli("predict", "run/adapter", "--backbone", "tiny-llama", "--device", "cpu", "--prompt", "target 1: what?")
+    result = cli("predict", "run/adapter", "--backbone", "tiny-llama", "--device", "cpu", "target 1: what?")
     assert result.status == 0, result.err
     assert loaded == [kind]
     assert "could not be checked" not in result.err
@@ -264,7 +265,7 @@ def test_it_is_folded_into_the_full_model(kind: str, run_of: Callable[[str], Pat
 def test_nothing_is_folded_into_quantised_weights(
     kind: str, run_of: Callable[[str], Path], load: Callable[..., Backbone]
 ) -> None:
-    with pytest.raises(AdapterError, match="the backbone is quantised.* name its full-precision model"):
+    with pytest.raises(AdapterError, match=r"the backbone is quantised.* name its full-precision model"):
         fold(load(kind).model, read_adapter(run_of(kind) / "adapter").weights, torch.float32)
 
 
@@ -317,7 +318,9 @@ def test_backbones_that_were_saved_so_are_refused_by_name(
 @pytest.mark.parametrize("kind", BITSANDBYTES)
 def test_what_comes_quantised_is_not_quantised_again(kind: str, refused: Callable[..., None]) -> None:
     _save_as({"quant_method": "bitsandbytes", "load_in_8bit": True})
-    refused("run", ["--set", f"backbone.quantise={kind}"], "comes quantised ('bitsandbytes'), and is taken as it is: leave")
+    refused(
+        "run", ["--set", f"backbone.quantise={kind}"], "comes quantised ('bitsandbytes'), and is taken as it is: leave"
+    )
 
 
 def _save_as(saved: dict[str, Any]) -> None:
@@ -358,5 +361,3 @@ def test_what_was_saved_quantised_trains_exactly_as_well(
 def test_a_setting_in_python_is_checked_too() -> None:
     with pytest.raises(ValueError, match="quantise is 'fp4'"):
         BackboneSettings(quantise="fp4")  # type: ignore[arg-type]
-    with pytest.raises(GraspError, match="cannot be loaded|needs"):
-        raise GraspError("needs")

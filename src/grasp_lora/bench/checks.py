@@ -31,7 +31,7 @@ def check(session: Session, *, parents: bool = True) -> None:
     if parents:
         _check_parents(session)
         _check_processes(session)
-    _check_files(session)
+    check_files(session)
     if parents:
         _check_adapters(session)
     if not session.splits.train:
@@ -53,7 +53,7 @@ def _check_parents(session: Session) -> None:
         )
 
 
-def _check_files(session: Session) -> None:
+def check_files(session: Session) -> None:
     """Look for the data files before the backbone is loaded, which takes long."""
     data = session.recipe.data
     for corpus in filter(None, (data.source, data.target)):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from grasp_lora.bench.checks import check, expected_rounds
+from grasp_lora.bench.checks import check, check_files, expected_rounds
 from grasp_lora.bench.memory import (
     CARDS,
     GIGABYTE,
@@ -52,6 +52,7 @@ def preflight(session: Session) -> list[Finding]:
     Raises:
         GraspError: something does not fit, so that a run would stop.
     """
+    check_files(session)
     _check_weights_fit(session)
     check(session)
     recipe, splits, backbone = session.recipe, session.splits, session.backbone
@@ -274,7 +275,7 @@ def _memory(session: Session) -> list[Finding]:
 
 
 def _gigabytes(size: float) -> str:
-    return f"{size / GIGABYTE:.1f}" if size >= GIGABYTE else f"{size / GIGABYTE:.2g}"
+    return f"{size / GIGABYTE:.{1 if size >= GIGABYTE else 2}f}"
 
 
 def _counts(side: str, tally: Tally) -> Finding:

@@ -120,10 +120,13 @@ def skeleton(settings: BackboneSettings) -> "PreTrainedModel":
         saved = getattr(config, "quantization_config", None)
         if saved is not None:
             del config.quantization_config
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+        own_code = settings.trust_remote_code
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=own_code)  # type: ignore[no-untyped-call]
     if saved is not None:
         model.config.quantization_config = saved
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False)
+    model.eval()
+    return model  # type: ignore[no-any-return]
 
 
 def backbone_of(

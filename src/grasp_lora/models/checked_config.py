@@ -35,7 +35,7 @@ def read_config(location: str, settings: BackboneSettings) -> "PretrainedConfig"
 
     source = source_of(settings)
     _check_sizes(PretrainedConfig.get_config_dict(location, **source)[0])
-    config = AutoConfig.from_pretrained(location, **source)
+    config: PretrainedConfig = AutoConfig.from_pretrained(location, **source)
     _check_causal(config)
     if not settings.trust_remote_code:
         _refuse_foreign_kernels(config)

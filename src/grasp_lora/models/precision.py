@@ -75,8 +75,10 @@ def quantiser(name: str, config: "PretrainedConfig", dtype: torch.dtype) -> Any:
         from transformers import BitsAndBytesConfig
 
         if name == "int8":
-            return BitsAndBytesConfig(load_in_8bit=True)
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+            given: dict[str, Any] = {"load_in_8bit": True}
+        else:
+            given = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        return BitsAndBytesConfig(**given)  # type: ignore[no-untyped-call]
 
 
 def refuse_untrainable(config: "PretrainedConfig") -> None:
