@@ -25,13 +25,13 @@ from transformers import (
 
 from grasp_lora.errors import GraspError
 from grasp_lora.models.backbone import (
-    _check_sizes,
-    find_dtype,
     find_stop_ids,
     fingerprint,
     load_backbone,
     supports_logits_to_keep,
 )
+from grasp_lora.models.checked_config import _check_sizes
+from grasp_lora.models.precision import find_dtype
 from grasp_lora.models.settings import BackboneSettings
 
 ARCHITECTURES = ["llama", "gemma3", "qwen3", "gpt2"]
@@ -81,12 +81,14 @@ def test_of_processors_auto_takes_bfloat16_on_those_with_amx(monkeypatch, capabi
     assert find_dtype("cpu") == dtype
 
 
-@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float32")])
+@pytest.mark.parametrize(("native", "dtype"), [(True, "bfloat16"), (False, "float16")])
 @pytest.mark.parametrize("device", ["cuda", "cuda:3"])
 def test_of_cards_auto_takes_bfloat16_on_those_that_do_not_emulate_it(monkeypatch, device, native, dtype):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": not native}, raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
-    assert find_dtype(device) == dtype
+    assert find_dtype(device) == find_dtype(device, "llama") == dtype
+    # Hidden states of Gemma 3 270M reach 1e5, which float16 cannot hold.
+    assert find_dtype(device, "gemma3_text") == ("bfloat16" if native else "float32")
 
 
 def test_auto_is_float32_where_torch_does_not_tell(monkeypatch):
@@ -268,7 +270,7 @@ def test_a_backbone_that_does_not_fit_into_memory_is_one_line(folder, monkeypatc
 
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
     with pytest.raises(
-        GraspError, match=r"memory does not suffice for backbone .*9\.00 GiB.*set backbone\.dtype to bfloat16"
+        GraspError, match=r"memory does not suffice for backbone .*9\.00 GiB.*set backbone\.quantise to nf4"
     ):
         load(folder)
 
@@ -378,7 +380,10 @@ def test_cuda_where_there_is_none(tiny_backbone_folder):
     ("values", "message"),
     [
         ({"name": " "}, "name is empty"),
-        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"dtype": "float8"}, "dtype is 'float8'"),
+        ({"quantise": "int3"}, "quantise is 'int3': use 'nf4', 'int8', 'int8_torchao', or leave it out"),
+        ({"quantise": "hqq"}, "HQQ"),
+        ({"quantise": "int4"}, "torchao's int4"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"revision": "main"}, "has no revisions"),
     ],

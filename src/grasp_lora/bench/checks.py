@@ -43,7 +43,7 @@ def check(session: Session, *, parents: bool = True) -> None:
     if parents:
         _check_parents(session)
         _check_processes(session)
-    _check_files(session)
+    check_files(session)
     if parents:
         _check_adapters(session)
     check_splits(session, rounds=parents and recipe.final.prune_ratio is None)
@@ -74,7 +74,7 @@ def _check_parents(session: Session) -> None:
         )
 
 
-def _check_files(session: Session) -> None:
+def check_files(session: Session) -> None:
     """Look for the data files before the backbone is loaded, which takes long."""
     data = session.recipe.data
     for corpus in filter(None, (data.source, data.target)):
@@ -113,10 +113,7 @@ def _check_adapters(session: Session) -> None:
     trains = not (recipe.source.adapters and recipe.target.adapter)
     if trains:
         check_target_modules(session.backbone.model, recipe.lora.target_modules)
-    given = {place: adapter.highest_rank for place, adapter in session.existing_adapters.items()}
-    parents = [
-        given.get(place, recipe.lora.rank) for place in (*(recipe.source.adapters or [""]), recipe.target.adapter or "")
-    ]
+    parents = session.parent_ranks
     rule = merge_rule(recipe.merge.rule)
     if rule.space is COMPONENTS and sum(parents) > MOST_RANK:
         raise AdapterError(

@@ -52,7 +52,8 @@ class Keyed:
     @cached_property
     def _common(self) -> dict[str, str]:
         backbone = self.session.backbone
-        return {"backbone": backbone.fingerprint, "dtype": str(backbone.model.dtype)}
+        quantise = {} if backbone.quantise is None else {"quantise": backbone.quantise}
+        return {"backbone": backbone.fingerprint, "dtype": str(backbone.model.dtype), **quantise}
 
     def _data(self, *splits: str) -> str:
         return hash_of(self.session.splits, splits)

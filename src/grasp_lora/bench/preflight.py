@@ -3,16 +3,32 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from grasp_lora.bench.checks import check, expected_rounds
+import torch
+
+from grasp_lora.bench.checks import check, check_files, expected_rounds
+from grasp_lora.bench.memory import (
+    CARDS,
+    GIGABYTE,
+    QUANTISED,
+    by_setting,
+    shape_of,
+    sizes_of,
+    smallest_card,
+    stages_of,
+)  # fmt: skip
 from grasp_lora.bench.plan import time_step
 from grasp_lora.bench.planned import PLANNED, expected_width
 from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import Example, Tally
-from grasp_lora.models.backbone import is_quantised
+from grasp_lora.errors import GraspError
+from grasp_lora.models.backbone import skeleton
+from grasp_lora.models.precision import find_dtype, is_quantised, stored_bytes
 from grasp_lora.recipes.recipe import ControllerStage, Recipe
+from grasp_lora.storage.memory import available_memory
 from grasp_lora.text.characters import split_unspaced
-from grasp_lora.text.display import listed
+from grasp_lora.text.display import listed, quoted
 from grasp_lora.training.loss import takes_label_positions
 
 FEW_ROUNDS = 10
@@ -36,6 +52,8 @@ def preflight(session: Session) -> list[Finding]:
     Raises:
         GraspError: something does not fit, so that a run would stop.
     """
+    check_files(session)
+    _check_weights_fit(session)
     check(session)
     recipe, splits, backbone = session.recipe, session.splits, session.backbone
     findings = [_backbone(session)]
@@ -61,6 +79,7 @@ def preflight(session: Session) -> list[Finding]:
     findings += _labels(session) if splits.labels else _cut_answers(session)
     if not splits.test:
         findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
+    findings += _memory(session)
     findings += _plan(recipe, sizes)
     if width := expected_width(list(session.metrics), len(splits.test), len(PLANNED) - 1):
         findings.append(Finding("ok", "power", f"in a comparison, {width}"))
@@ -206,6 +225,57 @@ def _backbone(session: Session) -> Finding:
             "warning", "backbone", f"{text}; it is quantised: adapters are measured on the quantised weights"
         )
     return Finding("ok", "backbone", text)
+
+
+def _check_weights_fit(session: Session) -> None:
+    """Refuse a backbone that this machine cannot hold before it is loaded, which could end the process without a word."""
+    settings = session.backbone_settings
+    empty: Any = skeleton(settings)
+    if is_quantised(empty.config):
+        return
+    on_gpu = settings.device != "cpu" and torch.cuda.is_available()
+    dtype = (
+        find_dtype("cuda" if on_gpu else "cpu", empty.config.model_type) if settings.dtype == "auto" else settings.dtype
+    )
+    number, sizes = getattr(torch, dtype).itemsize, sizes_of(empty)
+    needed, free = sizes.weights(number, settings.quantise), available_memory(on_gpu)
+    if needed > free:
+        ways = ", ".join(f"{one} {_gigabytes(sizes.weights(number, one))}" for one in QUANTISED)
+        raise GraspError(
+            f"the weights of {quoted(session.recipe.backbone.name)} need about {_gigabytes(needed)} GB "
+            f"({settings.quantise or dtype}), and {_gigabytes(free)} GB are free here; quantised they need about {ways}: set "
+            "backbone.quantise, or take a smaller backbone or a larger machine"
+        )
+
+
+def _memory(session: Session) -> list[Finding]:
+    """Estimate what each stage needs, and say what that would be on a card in other settings."""
+    recipe, splits, model = session.recipe, session.splits, session.backbone.model
+    stages = stages_of(recipe, splits, session.parent_ranks)
+    longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in (*splits.train, *splits.source_train))
+    shape = shape_of(skeleton(session.backbone_settings), recipe.lora, longest)
+    number, weights = model.dtype.itemsize, float(stored_bytes(model))
+    needs = {stage.name: shape.need(stage, number, session.backbone.quantise, weights) for stage in stages}
+    parts = ", ".join(
+        f"{name} {_gigabytes(need.total)} (activations {_gigabytes(need.activations)}, logits {_gigabytes(need.logits)}, "
+        f"adapter {_gigabytes(need.adapter)})"
+        for name, need in needs.items()
+    )
+    text = f"estimates in GB, each with 1 for the process and {_gigabytes(weights)} for the weights: {parts}"
+    found = [Finding("ok", "memory", text)]
+    if session.backbone.quantise is not None or not is_quantised(model.config):
+        sizes = [
+            f"{name} {_gigabytes(needed)} ({smallest_card(needed) or 'none'})"
+            for name, needed in by_setting(shape, stages).items()
+        ]
+        cards = ", ".join(map(str, CARDS))
+        text = f"estimates in GB, in brackets the smallest of cards of {cards} that holds it: {', '.join(sizes)}"
+        found.append(Finding("ok", "cards", text))
+    return found
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / GIGABYTE:.{1 if size >= GIGABYTE else 2}f}"
 
 
 def _counts(side: str, tally: Tally) -> Finding:

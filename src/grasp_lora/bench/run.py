@@ -36,6 +36,7 @@ from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import AdapterError, DivergedError, ProbeError, RecipeError
 from grasp_lora.method.masks import survival
 from grasp_lora.method.rounds import RatioEstimate
+from grasp_lora.models.settings import QUANTISERS
 from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import discard, sync, sync_all, vanished, write_json, write_jsonl, write_whole
@@ -348,9 +349,12 @@ class _Run:
                 for adapter in adapters.values()
             ],
             data=hash_of(self.session.splits),
-            libraries={name: version(name) for name in LIBRARIES},
+            libraries={
+                name: version(name) for name in (*LIBRARIES, *filter(None, [QUANTISERS.get(backbone.quantise or "")]))
+            },
             python=platform.python_version(),
             processes=world_size(),
+            **({} if backbone.quantise is None else {"quantise": backbone.quantise}),
         )
         if not (self.folder / files.RUN_FILE).is_file():
             write_json(self.folder / files.RUN_FILE, started.to_json())

@@ -96,6 +96,7 @@ class RunInfo(Shape):
     created: str
     backbone: Parent
     dtype: str | None = None
+    quantise: str | None = None
     parents: list[GivenAdapter] = []
     data: str | None = None  # a hash of all examples
     libraries: dict[str, str] = {}

@@ -31,7 +31,7 @@ from grasp_lora.models.choosing import likeliest_labels
 from grasp_lora.models.generation import Reader, generate
 from grasp_lora.models.live import adapter_weights, segments_of
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
-from grasp_lora.models.settings import EMBEDDED_NAME
+from grasp_lora.models.settings import EMBEDDED_NAME, BackboneSettings
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.processes import distribute, world_size
 from grasp_lora.storage.reading import is_folder
@@ -95,13 +95,19 @@ class Session:
     @cached_property
     def backbone(self) -> Backbone:
         """The frozen model, loaded once; a relative folder starts from that of the recipe, or else from the working one."""
+        loaded = load_backbone(self.backbone_settings)
+        if self.backbone_settings != self.recipe.backbone:
+            loaded.name = without_place(self.recipe.backbone.name)
+        return loaded
+
+    @property
+    def backbone_settings(self) -> BackboneSettings:
+        """Those of the recipe, a folder beside it as a path from here."""
         settings = self.recipe.backbone
         beside_recipe = self.base / settings.name
         if settings.name == EMBEDDED_NAME or not is_folder(beside_recipe):
-            return load_backbone(settings)
-        loaded = load_backbone(replace(settings, name=str(beside_recipe)))
-        loaded.name = without_place(settings.name)
-        return loaded
+            return settings
+        return replace(settings, name=str(beside_recipe))
 
     @cached_property
     def splits(self) -> Splits:
@@ -121,6 +127,14 @@ class Session:
         recipe = self.recipe
         trained = set() if recipe.source.adapters and recipe.target.adapter else {recipe.lora.rank}
         return trained | {pair.rank for one in self.existing_adapters.values() for pair in one.weights.values()}
+
+    @property
+    def parent_ranks(self) -> list[int]:
+        """The highest rank of each adapter that is merged, the sources first."""
+        recipe = self.recipe
+        given = {place: adapter.highest_rank for place, adapter in self.existing_adapters.items()}
+        places = (*(recipe.source.adapters or [""]), recipe.target.adapter or "")
+        return [given.get(place, recipe.lora.rank) for place in places]
 
     def variant(self, recipe: Recipe) -> "Session":
         """Return a session of another recipe on this one's backbone and data, which must be the same in both."""
@@ -363,6 +377,7 @@ class Session:
                 tuple(self.splits.labels),
                 report.completion,
             ),
+            quantise=self.backbone.quantise,
         )
 
     def _with(self, weights: AdapterWeights | None) -> AbstractContextManager[Any]:

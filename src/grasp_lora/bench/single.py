@@ -92,6 +92,7 @@ def merge_folders(
             fingerprint=loaded.fingerprint,
             dropout=0.0,
             answers=answers[0] if alike else None,
+            quantise=loaded.quantise,
         )
     ranks = sorted({pair.rank for pair in merged.values()})
     line = f"merged {len(adapters)} adapters by {rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"

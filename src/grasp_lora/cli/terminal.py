@@ -142,6 +142,9 @@ def log_to_terminal(verbose: bool) -> None:
     ours.handlers[:] = [handler]
     ours.setLevel((logging.INFO if verbose else logging.WARNING) if is_first() else logging.ERROR)
     ours.propagate = False
+    # Where the extra `quant` is installed, transformers imports both, which tell of kernels that a machine lacks.
+    for other in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(other).setLevel(logging.ERROR)
 
 
 class _OneLine(logging.Formatter):

@@ -16,8 +16,8 @@ from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_RANK
 from grasp_lora.models.apart import keep_apart
-from grasp_lora.models.backbone import is_quantised
 from grasp_lora.models.live import ADAPTER_NAME, live_pairs, lora_layers
+from grasp_lora.models.precision import is_quantised
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
 from grasp_lora.models.settings import ALL_LINEAR, LoraSettings
 from grasp_lora.text.display import quoted
@@ -30,10 +30,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_name: str, fingerprint: str) -> None:
+def check_fits(
+    adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_name: str, fingerprint: str, strict: bool = False
+) -> None:
     """Check that an adapter belongs on this backbone.
 
-    A different base model name only warns, since paths and hub ids differ for the same model.
+    A different base model name only warns, since paths and hub ids differ for the same model. So do other weights where those of
+    one side are quantised, unless `strict`.
 
     Raises:
         AdapterError: a module does not exist, a shape differs, the config does not name it, or the adapter was trained on
@@ -43,7 +46,16 @@ def check_fits(adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_nam
     _check_targets(model, adapter)
     _check_base_weights(model, adapter, backbone_name)
     stated = adapter.info.backbone_fingerprint
-    if stated is not None and stated != fingerprint:
+    quantised = is_quantised(model.config)
+    other = stated is not None and stated != fingerprint
+    if other and not strict and quantised != adapter.info.backbone_quantised:
+        log.warning(
+            "adapter %s was trained on a %s backbone, so that %s is the same model could not be checked by its weights",
+            quoted(adapter.name),
+            "full-precision" if quantised else "quantised",
+            quoted(backbone_name),
+        )
+    elif other:
         raise AdapterError(
             f"adapter {adapter.name} was trained on a backbone with fingerprint {stated}, but {backbone_name} has "
             f"{fingerprint}: same shapes, other weights; use the backbone it was trained on"
@@ -137,6 +149,7 @@ def save_adapter(
     fingerprint: str,
     dropout: float,
     answers: Answers | None = None,
+    quantise: str | None = None,
 ) -> None:
     """Write weights as an ordinary PEFT adapter folder, with our own facts in a file beside it.
 
@@ -148,6 +161,7 @@ def save_adapter(
         fingerprint: of the backbone, checked when the adapter is read again.
         dropout: kept in the config, so that training may go on.
         answers: how it is asked and answers, for `grasp-lora predict`.
+        quantise: how the backbone was quantised for the training, if it was.
 
     Raises:
         AdapterError: the backbone lacks one of the modules, or it is no linear layer of that shape.
@@ -172,6 +186,7 @@ def save_adapter(
         is_quantised(model.config),
         {name: tuple((one.name, one.rank) for one in pair.segments) for name, pair in weights.items() if pair.segments},
         answers,
+        quantise,
     )
     stated = {key: value for key, value in asdict(info).items() if value is not None and value is not False}
     if answers is not None:

@@ -4,18 +4,20 @@ import hashlib
 import inspect
 import json
 import logging
-import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
-from grasp_lora.models import embedded
+from grasp_lora.models import embedded, precision
 from grasp_lora.models.adapter_config import CONFIG_FILE
+from grasp_lora.models.checked_config import read_config, source_of
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, BackboneSettings
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.network import first_line, hub_problem, no_network, not_there
@@ -25,15 +27,13 @@ from grasp_lora.text.display import one_line, quoted
 from grasp_lora.text.names import without_place
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from grasp_lora.models.reading import LoadedAdapter
 
 logger = logging.getLogger(__name__)
 
-_SMALLER = "set backbone.dtype to bfloat16 if it is float32, or take a smaller or a quantised model"
-MOST_LAYERS, MOST_SIZE = 10_000, 2**24
-_SIZES = ("_size", "_dim", "_heads", "_experts", "n_embd", "n_inner")
+_SMALLER = "set backbone.quantise to nf4, or backbone.dtype to bfloat16 if it is float32, or take a smaller model"
 SAMPLED_WEIGHTS = 16  # of every parameter, in a fingerprint
 FINGERPRINT_FACTS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -52,6 +52,7 @@ class Backbone:
         fingerprint: see `fingerprint`.
         stop_ids: tokens that end an answer, see `find_stop_ids`.
         commit: of a model on the hub; None for a folder and for the embedded model.
+        quantise: how its weights were quantised here, see `BackboneSettings`.
     """
 
     model: "PreTrainedModel"
@@ -60,6 +61,7 @@ class Backbone:
     fingerprint: str
     stop_ids: tuple[int, ...]
     commit: str | None = None
+    quantise: str | None = None
 
     @property
     def base_model(self) -> str:
@@ -70,42 +72,26 @@ class Backbone:
 def load_backbone(settings: BackboneSettings) -> Backbone:
     """Load the model and its tokenizer, ready for adapters.
 
-    Quantised models (those with a `quantization_config`) are loaded as they are. Weights come from safetensors
+    Models that come quantised (those with a `quantization_config`) are loaded as they are. Weights come from safetensors
     only. The embedded model is converted once into the user's cache folder.
 
     Raises:
         GraspError: the model is missing, gated, not cached while offline, incomplete, not a causal language
-            model, or has no usable tokenizer; or the device is not there.
+            model, or has no usable tokenizer; it cannot be quantised as asked; or the device is not there.
     """
     device = _find_device(settings.device)
-    dtype: str = settings.dtype
-    if dtype == "auto":  # of processes on machines of several kinds the first one decides
-        join(settings.device)
-        dtype = on_first_process(lambda: find_dtype(device))
     if settings.shard:
         _check_split(device)
     started = time.perf_counter()
+    location, name = _place(settings)
     own = settings.name == EMBEDDED_NAME
-    location = str(embedded.embedded_folder()) if own else _find_location(settings.name)
-    name = embedded.PUBLIC_NAME if own else settings.name
-    if settings.revision is not None and is_folder(Path(location)):
-        raise GraspError(
-            f"Backbone revision is {quoted(settings.revision)}, but {quoted(name)} is a folder, which has "
-            "no revisions: leave it out"
-        )
     if settings.trust_remote_code and not own:
         logger.warning(
             "trust_remote_code is on: Python code that comes with %s will run on this machine", one_line(name)
         )
-    try:
-        with no_network(settings.offline), enough_memory(f"backbone {name!r}", _SMALLER):
-            model, tokenizer = _load(location, settings, device, dtype)
+    with _explained(name, settings):
+        model, tokenizer = _load(location, settings, device)
         stop_ids = find_stop_ids(model, tokenizer)
-    except GraspError:
-        raise
-    # On a damaged or hostile folder the libraries raise whatever comes first: KeyError, ZeroDivisionError, Exception itself.
-    except Exception as error:
-        raise GraspError(_explain(error, name, settings)) from error
     if tokenizer.eos_token_id is None:
         raise GraspError(f"The tokenizer of backbone {name!r} has no EOS token: answers could not end; add one to it")
     if tokenizer.pad_token_id is None:  # safe: padding is always covered by an attention mask
@@ -119,7 +105,30 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     seconds = time.perf_counter() - started
     logger.info("Loaded backbone %s in %s on %s (%.1f s)", name, model.dtype, device, seconds)
     commit = None if is_folder(Path(location)) else getattr(model.config, "_commit_hash", None)
-    return Backbone(model, tokenizer, without_place(name), fingerprint(model), stop_ids, commit)
+    return Backbone(model, tokenizer, without_place(name), fingerprint(model), stop_ids, commit, settings.quantise)
+
+
+def skeleton(settings: BackboneSettings) -> "PreTrainedModel":
+    """Make the model without its weights, on the device `meta`, as it is before anything is quantised.
+
+    Raises:
+        GraspError: as of `load_backbone`, as far as the config tells.
+    """
+    from transformers import AutoModelForCausalLM
+
+    location, name = _place(settings)
+    with _explained(name, settings), torch.device("meta"):
+        config = read_config(location, settings)
+        saved = getattr(config, "quantization_config", None)
+        if saved is not None:
+            del config.quantization_config
+        own_code = settings.trust_remote_code
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=own_code)  # type: ignore[no-untyped-call]
+    if saved is not None:
+        model.config.quantization_config = saved
+    model.requires_grad_(False)
+    model.eval()
+    return model  # type: ignore[no-any-return]
 
 
 def backbone_of(
@@ -129,8 +138,11 @@ def backbone_of(
     dtype: str = "auto",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    whole: bool = False,
 ) -> Backbone:
     """Load the backbone of an adapter: the one given by the user, or else the one that the adapter names.
+
+    It is quantised as it was when the adapter was trained, unless `whole` asks for all bits of its weights.
 
     Raises:
         GraspError: there is no name, a setting is not allowed, or the backbone cannot be loaded.
@@ -145,6 +157,7 @@ def backbone_of(
             device=device,  # type: ignore[arg-type]
             revision=revision,
             trust_remote_code=trust_remote_code,
+            quantise=None if whole else adapter.info.quantise,  # type: ignore[arg-type]
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -190,7 +203,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     """Compute 16 hexadecimal digits that tell one backbone from another, LoRA layers on top of it left out.
 
     They cover the shape facts of the config and 16 weights of every parameter, rounded to bfloat16: a checkpoint has
-    one fingerprint, loaded in bfloat16 or in float32, split or not. It recognises, it does not protect: a model altered on
+    one fingerprint, loaded in bfloat16 or in float32, split or not. Quantised weights count as they are stored, so that a
+    backbone has another fingerprint for each way of quantising it. It recognises, it does not protect: a model altered on
     purpose can keep its fingerprint.
     """
     inner = without_peft(model)
@@ -200,7 +214,8 @@ def fingerprint(model: torch.nn.Module) -> str:
     for name, parameter in inner.named_parameters():
         if ".lora_" not in name and ".modules_to_save." not in name:
             names[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = parameter
-    for name, parameter in sorted(names.items()):
+    parts = [part for name, parameter in sorted(names.items()) for part in precision.stored_parts(name, parameter)]
+    for name, parameter in parts:
         # One parameter at a time; of a split model all processes ask for it together.
         gathered = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         flat = gathered.detach().flatten()
@@ -211,21 +226,30 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def find_dtype(device: str) -> Literal["bfloat16", "float32"]:
-    """Return the dtype that "auto" stands for, by a fixed rule: the same recipe gives the same numbers on every day.
+def _place(settings: BackboneSettings) -> tuple[str, str]:
+    """Where a backbone is read from, and its public name."""
+    own = settings.name == EMBEDDED_NAME
+    location = str(embedded.embedded_folder()) if own else _find_location(settings.name)
+    name = embedded.PUBLIC_NAME if own else settings.name
+    if settings.revision is not None and is_folder(Path(location)):
+        raise GraspError(
+            f"Backbone revision is {quoted(settings.revision)}, but {quoted(name)} is a folder, which has "
+            "no revisions: leave it out"
+        )
+    return location, name
 
-    bfloat16 on CUDA cards that compute in it and on processors with AMX, where products take a fifth of the time. float32
-    elsewhere: processors without AMX are slower in bfloat16 than in float32 (`docs/lab/log.md`).
 
-    Args:
-        device: "cpu", "cuda" or "cuda:N".
-    """
-    if device.startswith("cuda"):
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        native = bool(capabilities.get("amx_bf16"))
-    return "bfloat16" if native else "float32"
+@contextmanager
+def _explained(name: str, settings: BackboneSettings) -> Iterator[None]:
+    """Turn what transformers raises into one line, and keep it off the network where that is asked for."""
+    try:
+        with no_network(settings.offline), enough_memory(f"backbone {name!r}", _SMALLER):
+            yield
+    except GraspError:
+        raise
+    # On a damaged or hostile folder the libraries raise whatever comes first: KeyError, ZeroDivisionError, Exception itself.
+    except Exception as error:
+        raise GraspError(_explain(error, name, settings)) from error
 
 
 def _find_device(wanted: str) -> str:
@@ -264,24 +288,26 @@ def _find_location(name: str) -> str:
     return name
 
 
-def _load(location: str, settings: BackboneSettings, device: str, dtype: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    source: dict[str, Any] = {
-        "revision": settings.revision,
-        "trust_remote_code": settings.trust_remote_code,
-        "local_files_only": settings.offline,
-    }
-    _check_sizes(PretrainedConfig.get_config_dict(location, **source)[0])
-    config = AutoConfig.from_pretrained(location, **source)
-    _check_causal(config)
-    if not settings.trust_remote_code:
-        _refuse_foreign_kernels(config)
+    source, config = source_of(settings), read_config(location, settings)
     tokenizer = AutoTokenizer.from_pretrained(location, **source)
+    dtype: str = settings.dtype
+    if dtype == "auto":  # of processes on machines of several kinds the first one decides
+        join(settings.device)
+        dtype = on_first_process(lambda: precision.find_dtype(device, config.model_type))
+    computed = getattr(torch, dtype)
+    quantised = (
+        {}
+        if settings.quantise is None
+        else {"quantization_config": precision.quantiser(settings.quantise, config, computed)}
+    )
+    packed = bool(quantised) or precision.is_quantised(config)
     split: dict[str, Any] = {}
     if settings.shard:
-        if is_quantised(config):
+        if packed:
             raise GraspError(
                 f"backbone.shard is true, but backbone {settings.name!r} is quantised, and only full weights can be split: "
                 "set it to false, or take the model in full precision"
@@ -291,12 +317,13 @@ def _load(location: str, settings: BackboneSettings, device: str, dtype: str) ->
     result: Any = AutoModelForCausalLM.from_pretrained(
         location,
         config=config,
-        dtype=getattr(torch, dtype),
+        dtype=computed,
         # Quantised weights are packed for the device they arrive on, and refuse `.to` later.
-        device_map={"": device} if is_quantised(config) else None,
+        device_map={"": device} if packed else None,
         use_safetensors=True,
         output_loading_info=True,
         **split,
+        **quantised,
         **source,
     )
     model, loaded = result
@@ -313,55 +340,12 @@ def _load(location: str, settings: BackboneSettings, device: str, dtype: str) ->
             len(unexpected),
             one_line(unexpected[0]),
         )
-    for module in model.modules():
-        # On processors with AVX512-BF16 bitsandbytes packs it for a kernel without backward as soon as it is evaluated: no
-        # later training would change anything.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    precision.keep_exact(model)
     if split:
         model.set_reshard_after_forward(True)  # else norm and head stay whole in each process after a pass
-    elif not is_quantised(config):
+    elif not packed:
         model.to(device)
     return model, tokenizer
-
-
-def is_quantised(config: "PretrainedConfig") -> bool:
-    """Whether a backbone's weights are stored in fewer bits than they are computed with."""
-    return getattr(config, "quantization_config", None) is not None
-
-
-def _check_sizes(facts: dict[str, Any]) -> None:
-    """Refuse sizes that no model has before anything of such a size is made, be it a list of the config itself."""
-    for key, value in facts.items():
-        if isinstance(value, dict):
-            _check_sizes(value)
-        elif isinstance(value, int | float):
-            is_count = "layer" in key and "per_layer" not in key  # Gemma 3n has sizes per layer
-            most = MOST_LAYERS if is_count else MOST_SIZE if "per_layer" in key or key.endswith(_SIZES) else math.inf
-            if value > most:
-                raise GraspError(
-                    f"The config of the backbone has {one_line(key)} {quoted(value)}; at most {most} is allowed: it is damaged "
-                    "or hostile, download it again"
-                )
-
-
-def _refuse_foreign_kernels(config: "PretrainedConfig") -> None:
-    """Refuse a config that names a repository of compiled attention code: transformers would fetch and run it."""
-    for part in (config, config.get_text_config(decoder=True)):
-        wanted = part._attn_implementation
-        if wanted is not None and "/" in wanted:
-            raise GraspError(
-                f"The config of the backbone asks for compiled attention code of the hub ({quoted(wanted)}): read that "
-                "code, then set trust_remote_code to true, or remove the entry"
-            )
-
-
-def _check_causal(config: "PretrainedConfig") -> None:
-    """Refuse what AutoModelForCausalLM would load, but not as a language model that reads left to right."""
-    architectures = config.architectures or []
-    if config.is_encoder_decoder or any(str(name).endswith("ForMaskedLM") for name in architectures):
-        kind = architectures[0] if architectures else config.model_type
-        raise ValueError(f"{kind} is not a causal language model")
 
 
 def _explain(error: Exception, name: str, settings: BackboneSettings) -> str:

@@ -24,13 +24,12 @@ from grasp_lora.method.shrinking import (
 )
 from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES
 from grasp_lora.models.adapters import check_fits, save_adapter
-from grasp_lora.models.backbone import Backbone, backbone_of, is_quantised
+from grasp_lora.models.backbone import Backbone, backbone_of
 from grasp_lora.models.fold import fold
 from grasp_lora.models.gguf_adapter import GGUF_FILE, check_gguf_installed, write_gguf
 from grasp_lora.models.reading import OUR_FILE, LoadedAdapter, read_adapter
 from grasp_lora.storage.folder import new_folder, refuse_existing
 from grasp_lora.storage.reading import RefusedError, read_bounded
-from grasp_lora.text.display import quoted
 from grasp_lora.text.names import without_place
 
 logger = logging.getLogger(__name__)
@@ -111,16 +110,14 @@ def export_folder(
     adapter = read_adapter(place)
     shrunk = _shrink(adapter, settings)
     dtype_read = "float32" if settings.fold else "bfloat16"
-    loaded = backbone_of(adapter, backbone, "cpu", dtype_read, revision, trust_remote_code)
-    fingerprint = loaded.fingerprint
-    if settings.fold and adapter.info.backbone_quantised and not is_quantised(loaded.model.config):
-        fingerprint = adapter.info.backbone_fingerprint or fingerprint
-        logger.warning(
-            "adapter %s was trained on a quantised backbone, so that %s is the same model could not be checked by its weights",
-            quoted(adapter.name),
-            quoted(loaded.name),
-        )
-    check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=fingerprint)
+    loaded = backbone_of(adapter, backbone, "cpu", dtype_read, revision, trust_remote_code, settings.fold)
+    check_fits(
+        adapter,
+        loaded.model,
+        backbone_name=loaded.name,
+        fingerprint=loaded.fingerprint,
+        strict=not settings.fold,  # what it was trained on is written down anew
+    )
     if settings.fold:
         return _write_model(output, adapter, shrunk, loaded, settings)
     return _write_adapter(output, adapter, shrunk, loaded, settings, _card_of(Path(place), adapter))
@@ -227,6 +224,7 @@ def _write_adapter(
             fingerprint=backbone.fingerprint,
             dropout=0.0,
             answers=adapter.info.answers,
+            quantise=backbone.quantise,
         )
         written = read_adapter(draft).weights
         error = delta_error(adapter.weights, written)

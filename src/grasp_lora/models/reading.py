@@ -64,6 +64,7 @@ class AdapterInfo:
         backbone: public name of the backbone.
         backbone_fingerprint: see `backbone.fingerprint`; None if another program wrote the adapter.
         backbone_quantised: whether its weights were stored in fewer bits than they were computed with.
+        quantise: how grasp-lora quantised them for the training; None where it did not.
         segments: module name -> name and rank of the adapters that its components came from, in order.
         answers: None where it does not say.
     """
@@ -73,6 +74,7 @@ class AdapterInfo:
     backbone_quantised: Annotated[bool, Field(strict=True)] = False
     segments: dict[str, tuple[tuple[Name, Rank], ...]] = field(default_factory=dict)
     answers: Answers | None = None
+    quantise: Name | None = None
 
     def origins(self) -> dict[str, tuple[Segment, ...]]:
         """Return module name -> origin of its components."""

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, WithJsonSchema
 
@@ -10,6 +10,12 @@ EMBEDDED_NAME = "gemma3-270m"
 ALL_LINEAR = "all-linear"  # PEFT's word
 EMBEDDED_HUB_ID = "google/gemma-3-270m"
 EMBEDDED_LICENCE = "gemma"  # as the hub calls it
+QUANTISERS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int8_torchao": "torchao"}  # -> the library that does it
+REFUSED_QUANTISERS = {
+    "hqq": "transformers cannot train on HQQ yet",
+    "int4": "torchao's int4 cannot be trained on",
+    "int4_torchao": "torchao's int4 cannot be trained on",
+}
 
 Texts = Annotated[  # a single text stands for a list of one
     tuple[str, ...],
@@ -18,15 +24,30 @@ Texts = Annotated[  # a single text stands for a list of one
 ]
 
 
+def known_quantiser(name: Any) -> Any:
+    """Refuse by name what people ask for and cannot have.
+
+    Raises:
+        ValueError: it cannot be trained on, or is not known.
+    """
+    if name in QUANTISERS:
+        return name
+    why = f"{REFUSED_QUANTISERS[name]}; " if name in REFUSED_QUANTISERS else ""
+    raise ValueError(f"backbone quantise is {name!r}: {why}use {', '.join(map(repr, QUANTISERS))}, or leave it out")
+
+
 @dataclass(frozen=True)
 class BackboneSettings:
     """Which model to start from, and how to load it.
 
     Args:
         name: "gemma3-270m" (the embedded default), a local folder, or a Hugging Face hub id. A model that was saved quantised is
-            loaded as it is; none is quantised here.
-        dtype: what the weights are loaded in; "auto" takes bfloat16 on CUDA cards that have it and on processors with AMX, else
-            float32.
+            loaded as it is.
+        dtype: what the weights are loaded in, or computed in if they are quantised; "auto" takes bfloat16 on CUDA cards that
+            have it and on processors with AMX, float16 on other CUDA cards (float32 for Gemma 3, whose numbers it cannot
+            hold), else float32.
+        quantise: store the weights of the linear layers, but not the output layer, in fewer bits: `nf4` (4 bits) and `int8` by
+            bitsandbytes, `int8_torchao` by torchao; None as they are.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run the Python code that comes with the model.
         offline: use only what is on this machine.
@@ -41,7 +62,8 @@ class BackboneSettings:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     name: str = EMBEDDED_NAME
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    quantise: Annotated[Literal["nf4", "int8", "int8_torchao"], BeforeValidator(known_quantiser)] | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     offline: bool = False
@@ -51,8 +73,10 @@ class BackboneSettings:
     def __post_init__(self) -> None:
         if not self.name.strip():
             raise ValueError("backbone name is empty: give a local folder, a hub id or 'gemma3-270m'")
-        if self.dtype not in ("auto", "bfloat16", "float32"):
-            raise ValueError(f"backbone dtype is {self.dtype!r}: use 'auto', 'bfloat16' or 'float32'")
+        if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
+            raise ValueError(f"backbone dtype is {self.dtype!r}: use 'auto', 'bfloat16', 'float16' or 'float32'")
+        if self.quantise is not None:
+            known_quantiser(self.quantise)
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"backbone device is {self.device!r}: use 'auto', 'cpu' or 'cuda'")
         if self.name == EMBEDDED_NAME and self.revision is not None:

@@ -54,8 +54,8 @@ SYNONYMS = {
     "validation_file": "data.target.dev_files",
 }
 NO_KEY = {  # what people look for that is no key of a recipe
-    "load_in_4bit": "a backbone that was saved quantised is loaded as it is; name one as backbone.name",
-    "load_in_8bit": "a backbone that was saved quantised is loaded as it is; name one as backbone.name",
+    "load_in_4bit": "set backbone.quantise to nf4; a backbone that was saved quantised is loaded as it is",
+    "load_in_8bit": "set backbone.quantise to int8; a backbone that was saved quantised is loaded as it is",
     "output_dir": "give the folder on the command line: --output FOLDER",
     "warmup_ratio": "there is no warm-up; lower learning_rate",
     "warmup_steps": "there is no warm-up; lower learning_rate",

@@ -41,6 +41,7 @@ RECIPE_FILE = "recipe.yaml"
 
 
 TEXTS = ("prompt", "completion", "stop", "labels", "columns")  # keys of texts that may look like a path
+LATER_OF_BACKBONE = {"quantise"}
 LATER_OF_DATA = {"labels", "skip_unanswered"}
 LATER_OF_CORPORA = {"sheet", "prompt", "completion"}
 LATER_OF_FINAL = {"all_rows"}
@@ -366,7 +367,7 @@ class Recipe(BaseModel):
     def fingerprint(self) -> str:
         """Return a hash of what decides the result: all but the place of the data, devices, processes, trackers and checkpoints.
 
-        Keys of the data and of `final` that came later count only where they are set, so that runs begun before go on.
+        Keys of the backbone, the data and `final` that came later count only where they are set, so that runs begun before go on.
         """
         content = self.model_dump(
             mode="json",
@@ -382,7 +383,8 @@ class Recipe(BaseModel):
         # None was once false; where it means something else now, the run's hash of its examples differs.
         data["chat_template"] = bool(data["chat_template"])
         corpora = ((data[side], LATER_OF_CORPORA) for side in ("source", "target"))
-        for part, later in ((data, LATER_OF_DATA), (content["final"], LATER_OF_FINAL), *corpora):
+        later_keys = (content["backbone"], LATER_OF_BACKBONE), (data, LATER_OF_DATA), (content["final"], LATER_OF_FINAL)
+        for part, later in (*later_keys, *corpora):
             for key in later & (part or {}).keys():
                 if not part[key]:
                     del part[key]

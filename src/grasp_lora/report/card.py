@@ -44,7 +44,8 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     if not adapter_folder.is_dir():
         raise RecipeError(f"There is no adapter folder {adapter_folder}; give the folder of a saved adapter.")
     backbone = public_name(record.run.backbone.name)
-    parents = [("Backbone", backbone, record.run.backbone.fingerprint)]
+    quantised = f", quantised as {record.run.quantise}" if record.run.quantise else ""
+    parents = [("Backbone", f"{backbone}{quantised}", record.run.backbone.fingerprint)]
     system, metrics = delivered_system(record), record.metrics
     kind = (metrics.delivered.name if metrics and metrics.delivered else system).partition("_")[0]
     again = metrics.all_rows.epochs if metrics and metrics.all_rows else {}

@@ -188,7 +188,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     run = record.run
     versions = [f"grasp-lora {run.grasp_lora}", *(f"{name} {number}" for name, number in run.libraries.items())]
     facts = [
-        ("Backbone", public_name(run.backbone.name)),
+        ("Backbone", public_name(run.backbone.name) + (f", quantised as {run.quantise}" if run.quantise else "")),
         ("Given adapters", ", ".join(f"{one.name} (sha256:{one.sha256[:12]})" for one in run.parents)),
         ("Languages", _languages(record)),
         ("Examples", _sizes(record)),

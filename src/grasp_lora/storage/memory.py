@@ -1,4 +1,4 @@
-"""Memory that does not suffice: one line that says what takes less of it."""
+"""Memory: how much is free, and one line that says what takes less where it does not suffice."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +8,17 @@ from grasp_lora.storage.network import first_line
 
 # Of torch.OutOfMemoryError, CUDA's drivers and libraries, and torch's allocator on the CPU, which raises a plain RuntimeError.
 _SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+
+
+def available_memory(on_gpu: bool) -> int:
+    """Bytes that are free on the current GPU, or in this machine's memory."""
+    if on_gpu:
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0])
+    import psutil  # of accelerate
+
+    return int(psutil.virtual_memory().available)
 
 
 @contextmanager

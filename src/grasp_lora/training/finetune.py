@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from grasp_lora.errors import DataError, DivergedError, GraspError
 from grasp_lora.models.backbone import without_peft
 from grasp_lora.models.live import live_factors
+from grasp_lora.models.precision import is_quantised
 from grasp_lora.storage.checkpoints import Checkpointing, State, newest_checkpoint, remove_checkpoints
 from grasp_lora.storage.files import clear_write_errors, write_jsonl
 from grasp_lora.storage.memory import enough_memory
@@ -287,6 +288,8 @@ def _less_memory(model: torch.nn.Module, train: Sequence[Encoded], settings: Tra
     ways.append(f"lower data.max_tokens (the longest example has {longest} tokens)")
     if next(model.parameters()).dtype == torch.float32:
         ways.append("set backbone.dtype to bfloat16")
+    if not is_quantised(without_peft(model).config):
+        ways.append("set backbone.quantise to nf4")
     return ", or ".join(ways)
 
 

@@ -1,0 +1,147 @@
+"""The number formats of a backbone: what it computes in, and weights of fewer bits, quantised while they are read or saved so."""
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from grasp_lora.errors import GraspError
+from grasp_lora.models.settings import QUANTISERS
+from grasp_lora.storage.network import no_network
+from grasp_lora.text.display import quoted
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+UNTRAINABLE = {"hqq": "HQQ", "Int4WeightOnlyConfig": "torchao's int4"}  # kind of a saved model -> as people call it
+
+
+def find_dtype(device: str, model_type: str = "") -> Literal["bfloat16", "float16", "float32"]:
+    """Return the dtype that "auto" stands for, by a fixed rule: the same recipe gives the same numbers on every day.
+
+    bfloat16 on CUDA cards that compute in it and on processors with AMX, where products take a fifth of the time. float16 on
+    other CUDA cards (T4, V100), but for Gemma: hidden states of Gemma 3 270M reach 1e5, and float16 ends at 65,504. float32
+    elsewhere: processors without AMX are slower in bfloat16 than in float32 (`docs/lab/log.md`).
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        model_type: of the backbone's config.
+    """
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+        return "float32" if model_type.startswith("gemma") else "float16"
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if capabilities.get("amx_bf16") else "float32"
+
+
+def is_quantised(config: "PretrainedConfig") -> bool:
+    """Whether a backbone's weights are stored in fewer bits than they are computed with."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def quantiser(name: str, config: "PretrainedConfig", dtype: torch.dtype) -> Any:
+    """Return what `from_pretrained` takes as `quantization_config`.
+
+    Args:
+        name: a key of `QUANTISERS`.
+        config: of the backbone, which must not be quantised yet.
+        dtype: what is computed in.
+
+    Raises:
+        GraspError: the backbone comes quantised, or the library is not installed.
+    """
+    library = QUANTISERS[name]
+    if is_quantised(config):
+        raise GraspError(
+            f"backbone.quantise is {name!r}, but the backbone comes quantised ({quoted(_kind(config))}), and is taken as it is: "
+            "leave backbone.quantise out"
+        )
+    if importlib.util.find_spec(library) is None:
+        raise GraspError(
+            f'backbone.quantise is {name!r}, which needs {library}: run pip install "grasp-lora[quant]", or leave it out'
+        )
+    # It warns at each product that activations are rounded to float16.
+    logging.getLogger(library).setLevel(logging.ERROR)
+    with no_network(True):  # bitsandbytes fetches compiled code from the hub where it can
+        if name == "int8_torchao":
+            from torchao.quantization import Int8WeightOnlyConfig
+            from transformers import TorchAoConfig
+
+            return TorchAoConfig(Int8WeightOnlyConfig(version=2))
+        import bitsandbytes  # noqa: F401
+        from transformers import BitsAndBytesConfig
+
+        if name == "int8":
+            given: dict[str, Any] = {"load_in_8bit": True}
+        else:
+            given = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        return BitsAndBytesConfig(**given)  # type: ignore[no-untyped-call]
+
+
+def refuse_untrainable(config: "PretrainedConfig") -> None:
+    """Refuse a backbone that was saved in a way nothing can be trained on here.
+
+    Raises:
+        GraspError: it was; the message names the way.
+    """
+    if is_quantised(config) and (name := UNTRAINABLE.get(_kind(config))):
+        raise GraspError(
+            f"The backbone comes quantised by {name}, on which adapters cannot be trained: take its full-precision model, with "
+            f"backbone.quantise {' or '.join(QUANTISERS)} where memory is short"
+        )
+
+
+def keep_exact(model: torch.nn.Module) -> None:
+    """Let bitsandbytes' layers compute on a processor in eval mode as they do in training.
+
+    By default a 4-bit layer on a processor with AVX512-BF16 packs its weight for a kernel without backward as soon as it is
+    evaluated, and no later training would change anything; an 8-bit layer rounds activations to 8 bits, in eval mode alone.
+    """
+    for module in model.modules():
+        layer: Any = module
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+        state = getattr(layer, "state", None)
+        if hasattr(state, "has_fp16_weights") and layer.weight.device.type == "cpu":
+            always = property(lambda _: True, lambda _, value: None)
+            state.__class__ = type("Exact", (state.__class__,), {"is_training": always})
+
+
+def stored_parts(name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give the plain tensors that a parameter consists of: itself, or codes and scales of one that torchao made."""
+    if not type(parameter).__module__.startswith("torchao."):
+        yield name, parameter
+        return
+    for part in parameter.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
+        if (inner := getattr(parameter, part)) is not None:
+            yield from stored_parts(f"{name}.{part}", inner)
+
+
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Bytes of a model's weights as they are stored, with the scales that quantised ones need; what is shared counts once."""
+    total = 0
+    for module in model.modules():
+        state: Any = getattr(module, "state", None)
+        if isinstance(rows := getattr(state, "SCB", None), torch.Tensor):  # of an 8-bit layer that was used once
+            total += rows.nbytes
+    for name, parameter in model.named_parameters():
+        scales = [getattr(parameter, "SCB", None), getattr(getattr(parameter, "quant_state", None), "absmax", None)]
+        parts = [part for _, part in stored_parts(name, parameter)]
+        total += sum(part.nbytes for part in (*parts, *scales) if part is not None)
+    return total
+
+
+def _kind(config: "PretrainedConfig") -> str:
+    """How a quantised backbone was quantised; of torchao the kind of numbers."""
+    found: Any = config.quantization_config  # a dict in a file, an object once it is loaded
+    found = found if isinstance(found, dict) else found.to_dict()
+    method = str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
+    kind = found.get("quant_type")
+    if method == "torchao":
+        kind = kind.get("default", kind) if isinstance(kind, dict) else kind
+        kind = kind.get("_type", method) if isinstance(kind, dict) else kind
+        return "Int4WeightOnlyConfig" if "int4" in str(kind).lower() else method
+    return method
