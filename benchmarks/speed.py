@@ -28,7 +28,8 @@ from grasp_lora.method.masks import MaskSet
 from grasp_lora.method.presets import preset
 from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe
-from grasp_lora.recipes.recipe import ControllerStage, Recipe
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.training.probes import (
     TOKEN_BUDGET,
     ProbeSet,

@@ -20,7 +20,8 @@ from grasp_lora.data.encode import Example
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import adapter_weights, segments_of
-from grasp_lora.recipes.recipe import ControllerStage, FinalStage, Recipe
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.stages import ControllerStage, FinalStage
 from grasp_lora.training.controller import GraspController, RoundRow
 from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probes import ProbeSet, probes_of

@@ -16,7 +16,8 @@ from grasp_lora.method.schedule import Rounds
 from grasp_lora.recipes.builtin import recipe_keys
 from grasp_lora.recipes.explain import SYNONYMS
 from grasp_lora.recipes.load import builtin_recipes, load_recipe, validate
-from grasp_lora.recipes.recipe import ControllerStage, Recipe
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.stages import ControllerStage
 
 SMALL = "name: a\ndata: {task: completion, target: {language: de, files: [x.csv]}}\n"
 

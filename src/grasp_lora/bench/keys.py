@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.method.policy import plain_policy
-from grasp_lora.recipes.recipe import ControllerStage, FinalStage
+from grasp_lora.recipes.stages import ControllerStage, FinalStage
 from grasp_lora.text.names import is_import_path
 
 

@@ -19,7 +19,8 @@ from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES, merge_rule
 from grasp_lora.method.presets import PRESETS
 from grasp_lora.method.search import RatioPolicy
-from grasp_lora.recipes.recipe import ControllerStage, FinalStage, Recipe
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.stages import ControllerStage, FinalStage
 from grasp_lora.storage.folder import Busy
 
 MOST_IN_CURVE = 200  # test examples: of 1,000 the curve of a grid of 8 would cost more passes than the grid

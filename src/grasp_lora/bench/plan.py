@@ -20,7 +20,7 @@ from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import DataError
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, fresh_adapter
-from grasp_lora.recipes.recipe import ControllerStage
+from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.storage.folder import Workplace
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.training.loss import collate, example_losses, takes_label_positions

@@ -25,7 +25,8 @@ from grasp_lora.data.encode import Example, Tally
 from grasp_lora.errors import GraspError
 from grasp_lora.models.backbone import skeleton
 from grasp_lora.models.precision import find_dtype, is_quantised, stored_bytes
-from grasp_lora.recipes.recipe import ControllerStage, Recipe
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.storage.memory import available_memory
 from grasp_lora.text.characters import split_unspaced
 from grasp_lora.text.display import listed, quoted

@@ -36,7 +36,8 @@ from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.presets import ratio_rule
 from grasp_lora.method.rounds import RatioEstimate
-from grasp_lora.recipes.recipe import ControllerStage, Recipe
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
 from grasp_lora.text.names import without_place

@@ -92,9 +92,7 @@ class GraspController(PrunedTraining):
         keep_best: bool = False,
     ) -> None:
         self.settings = settings or Controller()
-        self.micro_dev = micro_dev
-        self.folder = folder
-        self.keep_best = keep_best
+        self.micro_dev, self.folder, self.keep_best = micro_dev, folder, keep_best
         self._on_round = on_round
         self._log: Callable[[dict[str, float]], None] | None = None
         self._round_end = 0.0
