@@ -101,9 +101,18 @@ def test_a_quantised_backbone_is_not_split(
 ) -> None:
     from grasp_lora.models import backbone
 
-    monkeypatch.setattr(backbone, "is_quantised", lambda config: True)
+    asked = cli("run", "tiny.yaml", "--set", "backbone.shard=true", "--set", "backbone.quantise=nf4")
+    assert (asked.status, asked.err.count("\n")) == (2, 1)
+    assert "shard is true and quantise is 'nf4', but only full weights can be split: leave out one" in asked.err
+    config = json.loads(Path("tiny-llama/config.json").read_text())
+    Path("packed").mkdir()
+    for file in Path("tiny-llama").iterdir():
+        Path("packed", file.name).symlink_to(file.resolve())
+    Path("packed/config.json").unlink()
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    Path("packed/config.json").write_text(json.dumps(config | {"quantization_config": packed}))
     monkeypatch.setattr(backbone, "world_size", lambda: 2)
-    result = cli("run", "tiny.yaml", "--set", "backbone.shard=true")
+    result = cli("run", "tiny.yaml", "--set", "backbone.shard=true", "--set", "backbone.name=packed")
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert "is quantised, and only full weights can be split" in result.err
     assert not Path("runs").exists()

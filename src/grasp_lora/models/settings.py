@@ -77,6 +77,10 @@ class BackboneSettings:
             raise ValueError(f"backbone dtype is {self.dtype!r}: use 'auto', 'bfloat16', 'float16' or 'float32'")
         if self.quantise is not None:
             known_quantiser(self.quantise)
+            if self.shard:
+                raise ValueError(
+                    f"backbone shard is true and quantise is {self.quantise!r}, but only full weights can be split: leave out one"
+                )
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"backbone device is {self.device!r}: use 'auto', 'cpu' or 'cuda'")
         if self.name == EMBEDDED_NAME and self.revision is not None:
