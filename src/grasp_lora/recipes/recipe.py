@@ -29,6 +29,7 @@ from grasp_lora.text.display import quoted
 from grasp_lora.text.names import without_place
 
 RECIPE_FILE = "recipe.yaml"
+NO_RESULT = ("report_to", "save_every", "wait_minutes")  # settings that decide nothing of a result
 
 
 TEXTS = ("prompt", "completion", "stop", "labels", "columns")  # keys of texts that may look like a path
@@ -146,13 +147,7 @@ class Recipe(BaseModel):
         """
         content = self.model_dump(
             mode="json",
-            exclude={
-                "data": {"root"},
-                "backbone": {"device", "offline", "shard"},
-                "report_to": True,
-                "save_every": True,
-                "wait_minutes": True,
-            },
+            exclude={"data": {"root"}, "backbone": {"device", "offline", "shard"}, **dict.fromkeys(NO_RESULT, True)},
         )
         data = content["data"]
         # None was once false; where it means something else now, the run's hash of its examples differs.
