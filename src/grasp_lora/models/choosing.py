@@ -94,7 +94,7 @@ def likeliest_labels(
 def _read(model: Any, tokens: Sequence[int], company: Company) -> Any:
     """The cache of a model that has read these tokens; None where it cannot serve several rows."""
     ids = torch.tensor([tokens], device=model.device)
-    keep = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
+    keep = {"logits_to_keep": torch.zeros_like(ids, dtype=torch.bool)} if supports_logits_to_keep(model) else {}
     company.calls()
     cache = getattr(model(input_ids=ids, use_cache=True, **keep), "cache", None)
     return cache if can_share_rows(cache) else None
@@ -121,9 +121,12 @@ def _score(
         own.batch_repeat_interleave(len(labels))
         inputs |= {"cache": own, "use_cache": True}
     if supports_logits_to_keep(model):
-        inputs["logits_to_keep"] = width
+        # A mask, not a number: in bfloat16 a processor copies the whole output layer for a slice of several rows.
+        inputs["logits_to_keep"] = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        inputs["logits_to_keep"][:, -width:] = True
     company.calls()
-    logits = model(**inputs).logits[:, -width:]
+    logits = model(**inputs).logits
+    logits = logits.view(len(labels), -1, logits.shape[-1])[:, -width:]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2)
     losses = torch.nn.functional.cross_entropy(
         logits, targets.to(logits.device), reduction="none", ignore_index=_PADDING
