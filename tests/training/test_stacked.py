@@ -84,6 +84,7 @@ def test_members_equal_separate_runs(make_tiny_model, tmp_path, architecture, ru
         if isinstance(module, torch.nn.Dropout):  # GPT-2's own
             module.p = 0.0
     start = start_on(backbone, architecture, rule)
+    start = AdapterWeights({name: start[name] for name in reversed(list(start))})  # as a file may have them
     backbone.double()
     members = stacked(backbone, start, RATIOS, SEEDS, mask, settings)
     ended = set()

@@ -84,10 +84,12 @@ def members_of(
     with attached(model, start) as peft_model:
         masks = MaskSet(live_pairs(peft_model, segments_of(start)), mask)
         calibrate(peft_model, masks, calibration)
-        ranking = masks.rank()
-        keep = {
-            ratio: in_a_row(list(masks.keep_masks(ratio, ranking).values()), torch.device("cpu")) for ratio in ratios
-        }
+        ranking, keep = masks.rank(), {}
+        for ratio in ratios:
+            by_factor = masks.keep_masks(ratio, ranking)
+            # In the order of the start, which need not be that of the layers: in a file layer 10 comes before layer 2.
+            in_order = [by_factor[name, factor] for name in start for factor in FACTORS]
+            keep[ratio] = in_a_row(in_order, torch.device("cpu"))
     return [Member(ratio, seed, start, keep[ratio]) for ratio in ratios for seed in seeds]
 
 
