@@ -89,7 +89,9 @@ class FineTuneTrainer(Trainer):
         """Count the examples of an optimizer step, to weigh each of them alike."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.world_size == 1:
-            self._examples_per_rank = torch.tensor(float(sum(len(batch["labels"]) for batch in samples)), device=device)
+            self._examples_per_rank = torch.full(
+                (), float(sum(len(batch["labels"]) for batch in samples)), device=device
+            )
             return samples, items
         count = torch.zeros((), dtype=torch.float64, device=device)
         for batch in samples:
