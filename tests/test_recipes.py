@@ -141,7 +141,7 @@ def test_a_round_comes_before_training_and_after_each_epoch(name: str) -> None:
     epoch = stage.training.steps_per_epoch(train)
     assert stage.round_steps(train) == [number * epoch for number in range(round(stage.training.epochs) + 1)]
     assert (stage.rounds.patience, stage.rounds.in_turn) == (1, 12)
-    assert stage.rounds.pool == ("both" if name.startswith("demo") else "dev")
+    assert stage.rounds.pool == "dev"
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("mlqa-ar", 64), ("mlqa-zh", 64), ("xlsum-ar", 128), ("xlsum-zh", 96)])

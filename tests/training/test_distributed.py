@@ -201,7 +201,7 @@ class Differing(GraspController):
     def run_round(self, model, optimizer):
         found = super().run_round(model, optimizer)
         key = next(iter(self.masks.keep))
-        self.masks.keep[key] = self.masks.keep[key] ^ (rank == 1)
+        self.masks.keep[key].logical_xor_(torch.tensor(rank == 1))  # a view: that is the mask itself
         return found
 
 
