@@ -7,6 +7,7 @@ One training example of so many tokens at a time, 32 of them with a label, an ad
 
 import argparse
 import sys
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -48,8 +49,9 @@ def main() -> None:
 def shape(name: str, tokens: int) -> Shape:
     """The sizes of a model of the table, counted on the device `meta`."""
     *sizes, tied = MODELS[name]
+    values: dict[str, Any] = dict(zip(KEYS, sizes, strict=True))
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**dict(zip(KEYS, sizes, strict=True)), tie_word_embeddings=tied))
+        model = LlamaForCausalLM(LlamaConfig(**values, tie_word_embeddings=tied))
     return shape_of(model.requires_grad_(False), LoraSettings(), tokens)
 
 
