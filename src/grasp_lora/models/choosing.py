@@ -122,8 +122,9 @@ def _score(
         inputs |= {"cache": own, "use_cache": True}
     if supports_logits_to_keep(model):
         # A mask, not a number: in bfloat16 a processor copies the whole output layer for a slice of several rows.
-        inputs["logits_to_keep"] = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
-        inputs["logits_to_keep"][:, -width:] = True
+        kept = torch.zeros_like(ids, dtype=torch.bool)
+        kept[:, -width:] = True
+        inputs["logits_to_keep"] = kept.to(model.device)
     company.calls()
     logits = model(**inputs).logits
     logits = logits.view(len(labels), -1, logits.shape[-1])[:, -width:]
