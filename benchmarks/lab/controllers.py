@@ -364,7 +364,7 @@ def judge_signals(settings: Sequence[Setting]) -> dict[str, Any]:
         for trajectory, by_signal in signals(one.landscape).items():
             for signal, (steps, ratios, values) in by_signal.items():
                 final = [one.landscape.final_loss(ratio, "dev") for ratio in ratios]
-                moments = [int(np.abs(np.array(steps) / steps[-1] - fraction).argmin()) for fraction in FRACTIONS]
+                moments = [int(np.argmin(np.abs(np.array(steps) / steps[-1] - fraction))) for fraction in FRACTIONS]
                 chosen = [smooth(ratios, values[moment], one.low, one.high).ratio for moment in moments]
                 rows.setdefault(f"{trajectory} / {signal}", {})[one.name] = {
                     "spearman": [spearman(values[moment], final) for moment in moments],

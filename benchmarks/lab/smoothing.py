@@ -65,5 +65,5 @@ def smooth(
     curve = np.polynomial.Legendre.fit(x, y, degree)
     grid = np.linspace(low, high, 1401)
     values = curve(grid)
-    best = int(values.argmin())
+    best = int(np.argmin(values))
     return SmoothFit(float(grid[best]), float(values[best]), degree, curve)
