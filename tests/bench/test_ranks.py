@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -179,7 +180,7 @@ def test_a_lost_process_ends_all_with_one_line_and_the_run_goes_on(
     assert "another of the 2 processes" in lines[0]
     assert "run the same command again to go on" in lines[0]
     assert ("did not answer for 0.1 minutes" in lines[0]) == (how is signal.SIGSTOP)
-    assert "Traceback" not in output
+    assert not re.search(r"\[rank\d\]: ", output)  # as a process begins the lines of a stack trace
     status, output = launch_forked(*CHANGES, *long)
     assert status == 0, output[-3000:]
     resumed = Path("run/target/adapter_model.safetensors").read_bytes()
