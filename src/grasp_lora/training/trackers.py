@@ -37,7 +37,7 @@ def guard_trackers(trainer: Trainer, report_to: Sequence[str]) -> None:
     """
     for name in report_to:
         for callback in trainer.callback_handler.callbacks:
-            if type(callback) is INTEGRATION_TO_CALLBACK[name]:
+            if type(callback) is INTEGRATION_TO_CALLBACK.get(name):
                 setattr(callback, AT_BEGIN, _first(name, getattr(callback, AT_BEGIN)))
                 failed: list[str] = []
                 for event in LATER:
