@@ -100,26 +100,11 @@ def learn_stacked(session: Session, merged: AdapterWeights, folder: Path) -> Lea
                 "was measured at it; let draw give the same ratios each time, and decide one of them"
             )
         baseline = by_ratio[ratios.index(before)]
-        decision = search.tell(Round(before, tuple(ratios), tuple(baseline), tuple(map(tuple, by_ratio))))
-        rows.append(
-            {
-                "round": len(search.history),
-                "step": step,
-                "epoch": step / per_epoch,
-                "candidates": ratios,
-                "baseline_losses": baseline,
-                "candidate_losses": by_ratio,
-                "places": None,
-                "rewards": list(decision.rewards),
-                "policy_mean": search.mean,
-                "policy_std": search.std,
-                "committed": decision.committed,
-                "clipped": decision.clipped,
-                "ratio_before": before,
-                "ratio": decision.ratio,
-                "measured_sparsity": float((~members[ratios.index(before) * orders].keep).double().mean()),
-            }
-        )
+        measured = Round(before, tuple(ratios), tuple(baseline), tuple(map(tuple, by_ratio)))
+        decision = search.tell(measured)
+        sparsity = float((~members[ratios.index(before) * orders].keep).double().mean())
+        place = {"round": len(search.history), "step": step, "epoch": step / per_epoch}
+        rows.append(place | dict(decision.to_json(measured, search.mean, search.std, sparsity)))
         now = time.perf_counter()
         timings.append({"round": len(rows), "step": step, "probe_seconds": 0.0, "train_seconds": now - began})
         began = now

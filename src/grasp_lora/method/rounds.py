@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 CONFIDENCE = 0.95
 WIDE_INTERVAL = 0.3  # from here on a reader is told that the probes did not settle the ratio
@@ -71,6 +71,23 @@ class Round:
         return min(baseline, *(mean(losses) for losses in self.candidate_losses))
 
 
+class RoundRow(TypedDict):
+    """A round as plain values: what it measured, what followed, and what was learned."""
+
+    candidates: list[float]
+    baseline_losses: list[float]
+    candidate_losses: list[list[float]]
+    places: list[int] | None
+    rewards: list[float]
+    policy_mean: float
+    policy_std: float
+    committed: bool
+    clipped: bool
+    ratio_before: float
+    ratio: float
+    measured_sparsity: float
+
+
 @dataclass(frozen=True)
 class Decision:
     """What follows from a round.
@@ -86,6 +103,29 @@ class Decision:
     committed: bool
     ratio: float
     clipped: bool = False
+
+    def to_json(self, measured: Round, mean: float, std: float, sparsity: float) -> RoundRow:
+        """Return what a line of `rounds.jsonl` says of a round.
+
+        Args:
+            measured: the round that it follows from.
+            mean, std: of the policy after it.
+            sparsity: measured share of pruned weights, a fraction in [0, 1].
+        """
+        return {
+            "candidates": list(measured.candidates),
+            "baseline_losses": list(measured.baseline_losses),
+            "candidate_losses": list(map(list, measured.candidate_losses)),
+            "places": None if measured.places is None else list(measured.places),
+            "rewards": list(self.rewards),
+            "policy_mean": mean,
+            "policy_std": std,
+            "committed": self.committed,
+            "clipped": self.clipped,
+            "ratio_before": measured.current_ratio,
+            "ratio": self.ratio,
+            "measured_sparsity": sparsity,
+        }
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -24,7 +24,7 @@ from grasp_lora.method.masks import MaskSettings, named, of_prefix
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.method.presets import Controller, ratio_rule
 from grasp_lora.method.ranking import Ranking
-from grasp_lora.method.rounds import RatioEstimate, Round
+from grasp_lora.method.rounds import RatioEstimate, Round, RoundRow
 from grasp_lora.method.search import RatioSearch
 from grasp_lora.storage.checkpoints import State
 from grasp_lora.storage.files import write_jsonl
@@ -42,23 +42,6 @@ ROUNDS_FILE = "rounds.jsonl"
 TIMINGS_FILE = "timings.jsonl"
 # What begins the names of the tensors in a checkpoint that hold the order of importance, and the best round's weights and order.
 PLACES, BEST, BEST_PLACES = "places.", "best.", "best_places."
-
-
-class RoundRow(TypedDict):
-    """A round as plain values: what it measured, what followed, and what was learned."""
-
-    candidates: list[float]
-    baseline_losses: list[float]
-    candidate_losses: list[list[float]]
-    places: list[int] | None
-    rewards: list[float]
-    policy_mean: float
-    policy_std: float
-    committed: bool
-    clipped: bool
-    ratio_before: float
-    ratio: float
-    measured_sparsity: float
 
 
 class GraspController(PrunedTraining):
@@ -167,26 +150,12 @@ class GraspController(PrunedTraining):
             if ratio not in losses:  # candidates coincide where bounds clamp them
                 losses[ratio] = self._probe(model, ratio, order, few)
         by_candidate = [losses[ratio] for ratio in candidates]
-        decision = search.tell(
-            Round(before, tuple(candidates), tuple(baseline), tuple(map(tuple, by_candidate)), places)
-        )
+        measured = Round(before, tuple(candidates), tuple(baseline), tuple(map(tuple, by_candidate)), places)
+        decision = search.tell(measured)
         if decision.committed:
             self.regime.commit(masks, decision.ratio, order, optimizer)
             self.prune_ratio = decision.ratio
-        return {
-            "candidates": candidates,
-            "baseline_losses": baseline,
-            "candidate_losses": by_candidate,
-            "places": None if places is None else list(places),
-            "rewards": list(decision.rewards),
-            "policy_mean": search.mean,
-            "policy_std": search.std,
-            "committed": decision.committed,
-            "clipped": decision.clipped,
-            "ratio_before": before,
-            "ratio": decision.ratio,
-            "measured_sparsity": masks.sparsity(),
-        }
+        return decision.to_json(measured, search.mean, search.std, masks.sparsity())
 
     def _probe(self, model: torch.nn.Module, ratio: float, order: Ranking, examples: ProbeSet) -> list[float]:
         try:
