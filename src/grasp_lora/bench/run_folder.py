@@ -253,7 +253,7 @@ class Delivered(Shape):
         split, examples: the rows that the choice rests on; None and 0 where there were none.
         against: the system that it was compared with, None where none was.
         difference: mean loss of this one minus that of the other, nats per answer token.
-        low, high: bounds of the difference at `confidence`, for all comparisons together.
+        low, high: bounds of the difference at `confidence`.
         warning: what a reader has to be told of it.
         nothing_learned: no adapter is shown to be better than the backbone alone, so that a prune ratio would say nothing.
     """

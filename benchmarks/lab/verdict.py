@@ -1,0 +1,206 @@
+"""Which rule should choose the adapter that a run hands over? Replayed on comparisons that are on record.
+
+    python benchmarks/lab/verdict.py RECIPE --output FOLDER --seeds 42,1337,9001 [--set KEY=VALUE]... [--rows 50] [--draws 300]
+
+FOLDER is that of a comparison (or holds its records in `store/`); what is on record is not done again. In each draw some test
+rows play the dev set, and a rule sees them alone. What it chooses is scored on all other rows. So the rules differ by what they
+choose, and by nothing else. One thing is kinder than in a run: no training has stopped early on the rows that choose.
+
+| rule | what it takes |
+|---|---|
+| always X | X, whatever the rows say |
+| lowest loss, highest score | the best mean; of equal scores the one with the lower loss |
+| loss and score | the best sum of both, each in standard errors |
+| first within N SE, by loss or score | the first of `CANDIDATES` that is at most N standard errors (paired) behind the best |
+| continued unless N SE | `continued`, unless its loss is more than N standard errors behind the lowest one: then that |
+| GRASP unless 1 SE | the same with GRASP's result in its place |
+| a run's | `final.deliver: best`: `continued` unless the bootstrap shows another to be better |
+
+The table on standard output: the mean score of what a rule hands over, minus that of `continued`, minus that of the best parent
+(source, target or merge) in hindsight, and how often it hands over what.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from controllers import table
+
+from grasp_lora.bench.checks import check
+from grasp_lora.bench.compare import ComparisonSettings, Work, prepared
+from grasp_lora.bench.deliver import best_of
+from grasp_lora.bench.planned import main_metric
+from grasp_lora.bench.run_folder import COMPARE_FOLDER
+from grasp_lora.bench.session import Session
+from grasp_lora.cli.terminal import log_to_terminal
+from grasp_lora.errors import GraspError
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.storage.folder import working_in
+
+# method of a comparison -> candidate of a run, in the order of deliver.py
+CANDIDATES = {
+    "continued": "continued",
+    "source_only": "source",
+    "target_only": "target",
+    "merged": "merged",
+    "grasp": "grasp",
+}
+PARENTS = ("source", "target", "merged")
+Values = Mapping[str, np.ndarray]
+Rule = Callable[[Values, Values], str]  # losses and scores of the rows that choose -> candidate
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Losses and scores of the test rows, one array a candidate."""
+
+    losses: dict[str, np.ndarray]
+    scores: dict[str, np.ndarray]
+
+
+def lowest_loss(losses: Values, scores: Values) -> str:
+    """The candidate with the lowest mean loss."""
+    return min(losses, key=lambda name: float(losses[name].mean()))
+
+
+def highest_score(losses: Values, scores: Values) -> str:
+    """The candidate with the highest mean score; of equal ones that with the lower loss."""
+    return max(losses, key=lambda name: (float(scores[name].mean()), -float(losses[name].mean())))
+
+
+def within(by_score: bool, errors: float, losses: Values, scores: Values) -> str:
+    """The first candidate that is at most so many standard errors of the paired difference behind the best."""
+    best = highest_score(losses, scores) if by_score else lowest_loss(losses, scores)
+    for name in losses:
+        behind = scores[best] - scores[name] if by_score else losses[name] - losses[best]
+        if behind.mean() <= errors * behind.std(ddof=1) / len(behind) ** 0.5:
+            return name
+    return best
+
+
+def unless(usual: str, errors: float, losses: Values, scores: Values) -> str:
+    """The usual candidate, unless it is more than so many standard errors behind the lowest loss: then that."""
+    best = lowest_loss(losses, scores)
+    behind = losses[usual] - losses[best]
+    return usual if behind.mean() <= errors * behind.std(ddof=1) / len(behind) ** 0.5 else best
+
+
+def both(losses: Values, scores: Values) -> str:
+    """The best sum of mean score and mean negative loss, each in standard errors of its difference to `continued`."""
+
+    def gain(name: str) -> float:
+        parts = [losses["continued"] - losses[name], scores[name] - scores["continued"]]
+        return sum(float(one.mean()) / max(float(one.std(ddof=1)), 1e-12) for one in parts)
+
+    return max(losses, key=gain)
+
+
+def a_runs(losses: Values, scores: Values) -> str:
+    """What a run does."""
+    return best_of({name: own.tolist() for name, own in losses.items()}, "dev").name
+
+
+RULES: dict[str, Rule] = {
+    "lowest loss": lowest_loss,
+    "highest score": highest_score,
+    "loss and score": both,
+    "first within 1 SE, by loss": partial(within, False, 1.0),
+    "first within 2 SE, by loss": partial(within, False, 2.0),
+    "first within 1 SE, by score": partial(within, True, 1.0),
+    "continued unless 1 SE": partial(unless, "continued", 1.0),
+    "continued unless 1.5 SE": partial(unless, "continued", 1.5),
+    "continued unless 2 SE": partial(unless, "continued", 2.0),
+    "continued unless 2.5 SE": partial(unless, "continued", 2.5),
+    "GRASP unless 1 SE": partial(unless, "grasp", 1.0),
+}
+
+
+def replay(seeds: Sequence[Seed], rows: int, draws: int, bootstraps: int, seed: int = 0) -> list[list[str]]:
+    """One row of the table a rule.
+
+    Args:
+        rows: that choose, in each draw.
+        draws: for each seed.
+        bootstraps: the same for a run's own rule, which draws thousands of times itself.
+    """
+    names = list(seeds[0].losses)
+    rules: dict[str, tuple[Rule, int]] = {f"always {name}": (partial(_always, name), draws) for name in names}
+    rules |= {title: (rule, draws) for title, rule in RULES.items()}
+    rules["a run's"] = (a_runs, bootstraps)
+    found = []
+    for title, (rule, times) in rules.items():
+        random = np.random.default_rng(seed)  # the same rows for every rule
+        gains, chosen = [], Counter[str]()
+        for one in seeds:
+            examples = len(next(iter(one.losses.values())))
+            for _ in range(times):
+                choosing = np.zeros(examples, dtype=bool)
+                choosing[random.choice(examples, rows, replace=False)] = True
+                name = rule(_of(one.losses, choosing), _of(one.scores, choosing))
+                judged = {key: float(values[~choosing].mean()) for key, values in one.scores.items()}
+                parent = max(judged[key] for key in PARENTS if key in judged)
+                gains.append((judged[name], judged[name] - judged["continued"], judged[name] - parent))
+                chosen[name] += 1
+        score, against, parents = np.mean(gains, axis=0)
+        often = ", ".join(f"{name} {100 * times / chosen.total():.0f} %" for name, times in chosen.most_common())
+        found.append([title, f"{score:.1f}", f"{against:+.2f}", f"{parents:+.2f}", often])
+    return found
+
+
+def _always(name: str, losses: Values, scores: Values) -> str:
+    return name
+
+
+def _of(values: Values, mask: np.ndarray) -> dict[str, np.ndarray]:
+    return {name: own[mask] for name, own in values.items()}
+
+
+def on_record(session: Session, folder: Path, seeds: tuple[int, ...]) -> list[Seed]:
+    """The test rows' losses and first score of every candidate and seed."""
+    metric = main_metric(list(session.metrics))
+    with working_in(folder) as place:
+        place.begin(shared=True)
+        (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
+        work = Work(prepared(session, folder), place, ComparisonSettings(methods=tuple(CANDIDATES), seeds=seeds))
+        work.execute()
+    outcomes = {name: work.rows[method].by_number for method, name in CANDIDATES.items()}
+    return [
+        Seed(
+            {name: np.array(by[seed].losses.result["losses"]) for name, by in outcomes.items()},
+            {name: np.array(by[seed].scores.result[metric]["per_example"]) for name, by in outcomes.items()},
+        )
+        for seed in seeds
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the records and print the table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("recipe")
+    parser.add_argument("--output", type=Path, required=True, help="folder of a comparison")
+    parser.add_argument("--seeds", default="42,1337,9001", help="separated by commas")
+    parser.add_argument("--set", action="append", default=[], help="as of grasp-lora compare")
+    parser.add_argument("--rows", type=int, default=50, help="that choose")
+    parser.add_argument("--draws", type=int, default=300, help="for each seed")
+    given = parser.parse_args(arguments)
+    log_to_terminal(False)
+    try:
+        session = Session(*load_recipe(given.recipe, given.set))
+        check(session)
+        seeds = on_record(session, given.output, tuple(int(seed) for seed in given.seeds.split(",")))
+    except GraspError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    metric = main_metric(list(session.metrics))
+    found = replay(seeds, given.rows, given.draws, bootstraps=min(given.draws, 60))
+    sys.stdout.write(table(["rule", metric, "minus continued", "minus best parent", "hands over"], found) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
