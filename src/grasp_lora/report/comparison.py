@@ -86,7 +86,7 @@ def score_table(comparison: Comparison) -> Table:
             Cell(_spread(row.scores[metric], digits[metric]), row.method in best[metric])
             for metric in comparison.metrics
         ]
-        verdict = Cell(_verdict(row, comparison, digits))
+        verdict = Cell(_verdict(row, comparison, digits), long=True)
         rows.append([Cell(row.title), Cell(_ratio(row)), Cell(CHOSEN_ON[row.chosen_on]), *scores, verdict])
     return Table(f"Scores of every method, mean and standard deviation over {comparison.runs}", columns, rows)
 

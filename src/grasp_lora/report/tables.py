@@ -22,11 +22,18 @@ METRIC_NAMES = {
 
 
 class Cell(NamedTuple):
-    """A table cell; `best` marks the best of its column, in a first cell the row; `span` columns a text that is no value."""
+    """A table cell.
+
+    Args:
+        best: marks the best of its column, in a first cell the row.
+        span: columns of a text that is no value.
+        long: text among numbers, which may take several lines.
+    """
 
     text: str
     best: bool = False
     span: int = 1
+    long: bool = False
 
 
 class Table(NamedTuple):
