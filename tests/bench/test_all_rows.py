@@ -12,13 +12,14 @@ import torch
 
 from grasp_lora import api
 from grasp_lora.bench import run as running
+from grasp_lora.bench import run_folder
 from grasp_lora.bench.all_rows import _AllRowsBench, _epochs
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import Delivered
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record, Store
-from grasp_lora.errors import DivergedError, Interrupted
+from grasp_lora.errors import DivergedError, Interrupted, RecipeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
@@ -285,3 +286,41 @@ def test_check_counts_it(tiny_workspace: Path, cli: Callable[..., Any]) -> None:
         return int(out.partition("at most ")[2].partition(" training examples")[0])
 
     assert trained(*AGAIN) - trained(*BEST) == (3 + 2) * 20
+
+
+def test_a_finished_run_goes_on_to_all_rows_and_back(tiny_workspace: Path, choose: Callable[[str], None]) -> None:
+    choose("continued")
+    first = api.run("tiny.yaml", BEST, "run")
+    before = {name: Path("run", name).read_bytes() for name in ("recipe.yaml", "run.json", "metrics.json")}
+    recorder = Recorder()
+    again = api.run("tiny.yaml", AGAIN, "run", recorder)
+    assert recorder.did == ["final 0.00", "test losses", "scores"]  # on all rows, and that adapter on the test
+    assert read("run/run.json")["recipe_hash"] == load_recipe("run/recipe.yaml")[0].fingerprint()
+    assert again.metrics.all_rows is not None
+    assert {name: again.metrics.systems[name] for name in first.metrics.systems} == first.metrics.systems
+    recorder = Recorder()
+    api.run("tiny.yaml", BEST, "run", recorder)
+    assert not recorder.did
+    assert {name: Path("run", name).read_bytes() for name in before} == before
+    assert Path("run/adapter", WEIGHTS).read_bytes() == Path("run/continued", WEIGHTS).read_bytes()
+    assert not Path("run/all_rows").exists()
+    with pytest.raises(RecipeError, match="another recipe"):
+        api.run("tiny.yaml", [*AGAIN, "seed=7"], "run")
+
+
+def test_another_choice_may_be_killed_at_any_write(
+    tiny_workspace: Path, choose: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose("continued")
+    whole = api.run("tiny.yaml", AGAIN, "whole").metrics
+    api.run("tiny.yaml", BEST, "run")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            api.run("tiny.yaml", AGAIN, "run")
+    assert not Path("run/metrics.json").exists()
+    assert api.run("tiny.yaml", AGAIN, "run").metrics == whole

@@ -227,7 +227,7 @@ def _check_server(tracker: str) -> None:
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:
-    """Check that a folder is free for a run of the recipe, or holds one.
+    """Check that a folder is free for a run of the recipe, or holds one, whatever is to become of its result in the end.
 
     Raises:
         RecipeError: it belongs to a run of another recipe, or holds something else.
@@ -235,7 +235,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     files.check_place(folder)
     if not (folder / files.RUN_FILE).is_file():
         return
-    if read_needed(folder / files.RUN_FILE, files.RunInfo).recipe_hash != recipe.fingerprint():
+    if read_needed(folder / files.RUN_FILE, files.RunInfo).recipe_hash not in recipe.choices():
         raise RecipeError(
             f"{folder} holds a run of another recipe ({_differences(folder, recipe)}); "
             "choose another folder with --output, or delete it"

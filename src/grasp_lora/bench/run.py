@@ -92,7 +92,8 @@ def run(session: Session, folder: Path, progress: Progress | None = None) -> Run
     check_folder(folder, session.recipe)
     with working_in(folder) as work:
         join(session.recipe.backbone.device, session.recipe.wait_minutes)
-        if not on_first_process(partial(files.is_finished, folder, learns=session.recipe.final.prune_ratio is None)):
+        learns, recipe_hash = session.recipe.final.prune_ratio is None, session.recipe.fingerprint()
+        if not on_first_process(partial(files.is_finished, folder, recipe_hash, learns=learns)):
             _Run(session, folder, progress, work).execute()
         elif is_first() and (folder / LOCK_FILE).is_file():
             # A kill came when all was done: the file goes with the lock, unless someone lives who holds it.
@@ -356,6 +357,7 @@ class _Run:
             processes=world_size(),
             **({} if backbone.quantise is None else {"quantise": backbone.quantise}),
         )
+        files.forget_another_choice(self.folder, started.recipe_hash)
         if not (self.folder / files.RUN_FILE).is_file():
             write_json(self.folder / files.RUN_FILE, started.to_json())
         if not (self.folder / RECIPE_FILE).is_file():

@@ -9,6 +9,8 @@ from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, model_validator
 from grasp_lora.bench.records import damaged, read_needed, read_record, read_text
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rounds import RatioEstimate
+from grasp_lora.recipes.recipe import RECIPE_FILE
+from grasp_lora.storage.files import discard, write_json
 from grasp_lora.storage.folder import LOCK_FILE
 from grasp_lora.storage.reading import is_file, is_there
 
@@ -342,17 +344,31 @@ def check_rows(folder: Path, learned: LearnedRatio) -> None:
             raise damaged(file, f"it holds {found} of {count} rows")
 
 
-def is_finished(folder: Path, *, learns: bool) -> bool:
+def forget_another_choice(folder: Path, recipe_hash: str) -> None:
+    """Where a run was to hand over something else, take away what says so; the steps stay in the store."""
+    before = read_record(folder / RUN_FILE, RunInfo)
+    if before is not None and before.recipe_hash != recipe_hash:
+        (folder / METRICS_FILE).unlink(missing_ok=True)  # first: without it the run is not finished
+        for name in (CONTINUED_FOLDER, ALL_ROWS):
+            discard(predictions_file(folder, name))
+            discard(folder / name)
+        (folder / RECIPE_FILE).unlink(missing_ok=True)  # the run writes its own
+        write_json(folder / RUN_FILE, before.model_copy(update={"recipe_hash": recipe_hash}).to_json())
+
+
+def is_finished(folder: Path, recipe_hash: str, *, learns: bool) -> bool:
     """Tell whether a run has written all, so that it is only read; a file of its controller that was deleted is written again.
 
     Args:
         folder: of the run.
+        recipe_hash: of the recipe that is run, which may hand over something else than the one before it.
         learns: whether the run has a controller.
 
     Raises:
         RecipeError: a file of the controller is damaged.
     """
-    if not is_file(folder / METRICS_FILE):
+    run = read_record(folder / RUN_FILE, RunInfo) if is_file(folder / METRICS_FILE) else None
+    if run is None or run.recipe_hash != recipe_hash:
         return False
     controller = folder / CONTROLLER_FOLDER
     learned = read_record(controller / RATIO_FILE, LearnedRatio) if learns else None

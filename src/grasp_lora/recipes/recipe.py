@@ -7,6 +7,7 @@ single values; the resolved recipe is saved with the run.
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +24,7 @@ from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings, Texts
-from grasp_lora.recipes.stages import ControllerStage, FinalStage, SourceStage, TargetStage, from_preset
+from grasp_lora.recipes.stages import DELIVER, ControllerStage, FinalStage, SourceStage, TargetStage, from_preset
 from grasp_lora.storage.processes import WAIT_MINUTES
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import without_place
@@ -159,6 +160,14 @@ class Recipe(BaseModel):
                 if not part[key]:
                     del part[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def choices(self) -> set[str]:
+        """Return the fingerprints of all recipes that take the same steps and differ in what becomes of them in the end."""
+        return {
+            self.model_copy(update={"final": replace(self.final, deliver=deliver, all_rows=all_rows)}).fingerprint()
+            for deliver in DELIVER
+            for all_rows in (False, True)
+        }
 
     def to_yaml(self, folder: Path | None = None) -> str:
         """Return the resolved recipe, every default filled in; without the place of the data, which is a machine's own.

@@ -192,6 +192,9 @@ class ControllerStage(Controller):
         return self.rounds.round_steps(self.training.steps(train_examples), self.spacing(train_examples))
 
 
+DELIVER = ("best", "grasp")
+
+
 @dataclass(frozen=True)
 class FinalStage:
     """The final run at the learned ratio.
@@ -203,8 +206,9 @@ class FinalStage:
         training: how it is trained.
         start: `merged`, a fresh merge that is pruned at the learned ratio; or `controller` (single run): the controller run's own
             adapter as it was at the round with the lowest loss, pruned at that ratio, with that mask held.
-        deliver: what the run hands over: `best`, the best by dev loss of the source adapter, the target adapter, the merge, the
-            source adapter continued on the target rows, and this run's result; or `grasp`, this run's result in any case.
+        deliver: what the run hands over: `best`, the source adapter continued on the target rows, unless the dev rows show that
+            the source adapter, the target adapter, the merge or this run's result is better; or `grasp`, this run's result in any
+            case.
         all_rows: train what is handed over once more, on the target's train, dev and micro-dev rows together, for the epochs that
             the dev loss had chosen. `compare` and `sweep` leave this aside.
     """
@@ -220,8 +224,8 @@ class FinalStage:
     all_rows: bool = False
 
     def __post_init__(self) -> None:
-        if self.deliver not in ("best", "grasp"):
-            raise ValueError(f"deliver is {self.deliver!r}; allowed: best, grasp")
+        if self.deliver not in DELIVER:
+            raise ValueError(f"deliver is {self.deliver!r}; allowed: {', '.join(DELIVER)}")
         if self.start not in ("merged", "controller"):
             raise ValueError(f"start is {self.start!r}; allowed: merged, controller")
         if self.mode not in ("hold", "reselect"):
