@@ -1,0 +1,53 @@
+"""Whether runs hand over the best adapter their users could have had, from metrics whose answer is known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import handed_over
+import pytest
+
+pytestmark = pytest.mark.slow
+
+
+def run(folder: Path, chosen: str, **scores: float) -> str:
+    folder.mkdir()
+    content: dict[str, Any] = {
+        "systems": {
+            name: {"dev_loss": None, "test_loss": 1.0, "metrics": {"f1": score}} for name, score in scores.items()
+        },
+        "delivered": {"name": chosen, "title": chosen, "why": "so"},
+        "prune_ratio": 0.5,
+        "test_examples": 3,
+    }
+    (folder / "metrics.json").write_text(json.dumps(content), encoding="utf-8")
+    return str(folder)
+
+
+def test_a_row_a_run_and_the_means(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [
+        run(
+            tmp_path / "1",
+            "continued",
+            zero_shot=90,
+            source=40,
+            source_2=52,
+            target=20,
+            merged=30,
+            continued=50,
+            grasp=45,
+        ),
+        run(tmp_path / "2", "grasp", zero_shot=1, source=40, target=41, merged=30, continued=50, grasp=45),
+        run(tmp_path / "3", "source", zero_shot=1, source=40, target=20, merged=30, grasp=45),
+    ]
+    assert handed_over.main(folders) == 0
+    lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert lines[0] == ["continued", "50.0", "-2.0", "+0.0", "+5.0"]
+    assert lines[1] == ["grasp", "45.0", "+4.0", "-5.0", "+0.0"]
+    assert lines[2] == ["source", "40.0", "+0.0", "+0.0", "-5.0"]
+    assert lines[3] == ["", "45.0", "+0.7 ± 7.6", "-1.7 ± 7.2", "+0.0 ± 12.4"]  # 4.303 standard errors of three runs
+
+
+def test_a_folder_without_metrics_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert handed_over.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
