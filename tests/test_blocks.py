@@ -50,10 +50,10 @@ NOT_RUN = {  # the first words of a command -> why no test runs it
     "ollama create": "needs Ollama",
 }
 STAND_INS = {  # in what is run: a word of the pages -> what stands for it here
-    "demo-ar": "recipe.yaml",
+    "demo-ar": "tiny.yaml",
     "RECIPE": "recipe.yaml",
     "KEY=VALUES": "final.prune_ratio=0.1..0.8",
-    "runs/NAME/sweep/best.yaml": "runs/tiny/sweep/best.yaml",
+    "runs/NAME/sweep/best.yaml": "runs/mine/sweep/best.yaml",
     "ORG/MODEL-INSTRUCT": "tiny-chat",
 }
 ADDED = {  # what keeps it short, or on the tiny model; the last one of an option counts
@@ -148,7 +148,8 @@ def newcomer(tiny_workspace: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> P
         for row in range(80)
     ]
     Path("english.jsonl").write_text("".join(json.dumps(row) + "\n" for row in english), encoding="utf-8")
-    shutil.copy("tiny.yaml", "recipe.yaml")
+    recipe = Path("tiny.yaml").read_text(encoding="utf-8")
+    Path("recipe.yaml").write_text(recipe.replace("name: tiny\n", "name: mine\n"), encoding="utf-8")
     shutil.copytree("tiny-llama", "tiny-chat")
     tiny_tokenizer.chat_template = (
         "{% for turn in messages %}{{ turn['role'][0] }}: {{ turn['content'] }} | {% endfor %}a: "
@@ -227,6 +228,8 @@ def test_the_commands_of_a_page_run_one_after_the_other(page: Path, newcomer: Pa
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    done = subprocess.run(["bash", "-e", "-c", script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", "-e", "-c", script], input="Swali?\n", env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"{script}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert "Traceback" not in done.stderr
