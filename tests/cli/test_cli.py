@@ -438,7 +438,7 @@ def test_steps_work_one_by_one(cli: Cli, workspace: Path) -> None:
 def test_where_probes_say_nothing_learn_says_so(cli: Cli, workspace: Path, rule: str, changes: str) -> None:
     settings = ("-s", f"controller.rule={rule}", "-s", changes)
     said = output(cli("learn", "tiny.yaml", "-a", "adapter", "-o", "learned", *settings))
-    assert "nothing was learned about the prune ratio (95 % interval 10.0% to 80.0%); " in said
+    assert "nothing was learned about the prune ratio (95 % interval 10 to 80 %); " in said
     ratio = json.loads((workspace / "learned/ratio.json").read_text())
     assert (ratio["low"], ratio["high"]) == (0.1, 0.8)
 
@@ -459,7 +459,7 @@ def test_a_run_that_learned_nothing_and_kept_no_step_says_both(
         file.unlink()
     monkeypatch.setattr(probing, "example_losses", flat)
     said = output(cli("run", "tiny.yaml", "-o", finished_run))
-    assert "nothing was learned about the prune ratio (95 % interval 10.0% to 80.0%); " in said
+    assert "nothing was learned about the prune ratio (95 % interval 10 to 80 %); " in said
     assert "no step lowered the dev loss, so the fine-tuning was discarded (best step 0)" in said
     metrics = json.loads((finished_run / "metrics.json").read_text())
     assert (metrics["nothing_learned_about_ratio"], metrics["best_step"]) == (True, 0)

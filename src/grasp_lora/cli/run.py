@@ -95,7 +95,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         say(f"GRASP's own result lies in {result.folder / FINAL_FOLDER}{':' if learned else ''}")
     ratio, given = result.ratio, result.metrics.prune_ratio_interval is None
     if learned:
-        say(f"prune ratio {ratio.ratio:.1%} (given)" if given else ratio.summary)
+        say(f"prune ratio {100 * ratio.ratio:.3g} % (given)" if given else ratio.summary)
         if ratio.wide:
             say("these probes do not settle the ratio; the report says what narrows the interval", style="yellow")
     if result.metrics.best_step == 0:

@@ -165,10 +165,10 @@ class RatioEstimate:
     @property
     def summary(self) -> str:
         """What was learned, in one line for people."""
-        interval = f"{100 * self.confidence:.0f} % interval {self.low:.1%} to {self.high:.1%}"
+        interval = f"{100 * self.confidence:.0f} % interval {100 * self.low:.0f} to {100 * self.high:.0f} %"
         if self.nothing_learned:
-            return f"nothing was learned about the prune ratio ({interval}); {self.ratio:.1%} was taken"
-        return f"prune ratio {self.ratio:.1%} ({interval})"
+            return f"nothing was learned about the prune ratio ({interval}); {100 * self.ratio:.0f} % was taken"
+        return f"prune ratio {100 * self.ratio:.0f} % ({interval})"
 
 
 def mean(losses: tuple[float, ...]) -> float:
