@@ -8,7 +8,8 @@ The rule, for `final.deliver: best`:
 3. The best is compared with the usual practice by the paired bootstrap over these rows (`compare_with_baselines`, 95 %). Where it
    is shown to be better, it is handed over, else the usual practice.
 
-Replayed on finished comparisons, no other rule that was tried loses as little in any setting: `benchmarks/lab/verdict.py`.
+Of the rules that `benchmarks/lab/verdict.py` replays on finished comparisons it loses least where `continued` is best, and still
+gains where that is clearly worse.
 The backbone alone is measured beside them and never handed over: it tells whether any adapter has learned something.
 """
 
