@@ -18,9 +18,9 @@ from grasp_lora.method.merging import COMPONENTS, merge_rule
 from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.models.generation import context_of
-from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
+from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
-from grasp_lora.recipes.text import parse
+from grasp_lora.recipes.text import RECIPE_FILE, parse
 from grasp_lora.storage.processes import world_size
 
 SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_BASE_URL"}  # tracker -> variable that names its server

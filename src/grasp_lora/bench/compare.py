@@ -32,7 +32,8 @@ from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import least_resamples
 from grasp_lora.models.adapters import check_target_modules
-from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import write_json, write_whole
 from grasp_lora.storage.folder import Busy, Workplace, in_turn, working_in

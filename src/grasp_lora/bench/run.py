@@ -37,7 +37,8 @@ from grasp_lora.errors import AdapterError, DivergedError, ProbeError, RecipeErr
 from grasp_lora.method.masks import survival
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.settings import QUANTISERS
-from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import discard, sync, sync_all, vanished, write_json, write_jsonl, write_whole
 from grasp_lora.storage.folder import LOCK_FILE, Workplace, only_writer, working_in

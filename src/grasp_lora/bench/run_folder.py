@@ -9,7 +9,7 @@ from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, model_validator
 from grasp_lora.bench.records import damaged, read_needed, read_record, read_text
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rounds import RatioEstimate
-from grasp_lora.recipes.recipe import RECIPE_FILE
+from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.files import discard, write_json
 from grasp_lora.storage.folder import LOCK_FILE
 from grasp_lora.storage.reading import is_file, is_there

@@ -14,8 +14,8 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.models.reading import read_base_model
 from grasp_lora.recipes.builtin import builtin_recipes, builtin_text
 from grasp_lora.recipes.explain import explain
-from grasp_lora.recipes.recipe import RECIPE_FILE, Recipe
-from grasp_lora.recipes.text import MOST_BYTES, decode, parse
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.text import MOST_BYTES, RECIPE_FILE, decode, parse
 from grasp_lora.storage.reading import RefusedError, expanded, is_file, is_folder, read_bounded
 from grasp_lora.text.display import CONTROLS, SURROGATES, escaped, quoted
 from grasp_lora.text.names import beside, imported, is_import_path

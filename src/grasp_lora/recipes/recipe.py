@@ -29,7 +29,6 @@ from grasp_lora.storage.processes import WAIT_MINUTES
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import without_place
 
-RECIPE_FILE = "recipe.yaml"
 NO_RESULT = ("report_to", "save_every", "wait_minutes")  # settings that decide nothing of a result
 
 

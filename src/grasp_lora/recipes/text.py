@@ -12,6 +12,7 @@ import yaml
 from grasp_lora.errors import RecipeError
 from grasp_lora.text.display import one_line, quoted
 
+RECIPE_FILE = "recipe.yaml"  # where a folder keeps it
 MOST_BYTES = 1_000_000
 MOST_LEVELS = 20
 _OPENING = (

@@ -13,7 +13,7 @@ from grasp_lora.bench.comparison_record import TEST_LOSS, Comparison, Cost, Row,
 from grasp_lora.bench.methods import DEFAULT_METHODS
 from grasp_lora.bench.planned import expected_width, main_metric, saves_over_confidence
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, REPORT_FILE
-from grasp_lora.recipes.recipe import RECIPE_FILE
+from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.report.figures import comparison_figure, plotly_js
 from grasp_lora.report.pages import PAPER, render
 from grasp_lora.report.tables import METRIC_NAMES, Cell, Table, scale_note, score_digits

@@ -9,9 +9,8 @@ from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.records import check_shape, damaged, read_lines, read_record, read_text
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.schedule import PROBE_SPLITS, Pool
-from grasp_lora.recipes.recipe import RECIPE_FILE
 from grasp_lora.recipes.stages import RENAMED
-from grasp_lora.recipes.text import parse
+from grasp_lora.recipes.text import RECIPE_FILE, parse
 
 _Row = TypeVar("_Row")
 
