@@ -306,6 +306,11 @@ def test_a_finished_run_goes_on_to_all_rows_and_back(tiny_workspace: Path, choos
     assert not Path("run/all_rows").exists()
     with pytest.raises(RecipeError, match="another recipe"):
         api.run("tiny.yaml", [*AGAIN, "seed=7"], "run")
+    rows = Path("target.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    Path("target.jsonl").write_text("".join(reversed(rows)), encoding="utf-8")
+    with pytest.raises(RecipeError, match="begun with other data"):
+        api.run("tiny.yaml", AGAIN, "run")
+    assert {name: Path("run", name).read_bytes() for name in before} == before  # what was refused has cost nothing
 
 
 def test_another_choice_may_be_killed_at_any_write(

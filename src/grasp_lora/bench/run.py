@@ -358,11 +358,8 @@ class _Run:
             processes=world_size(),
             **({} if backbone.quantise is None else {"quantise": backbone.quantise}),
         )
-        files.forget_another_choice(self.folder, started.recipe_hash)
         if not (self.folder / files.RUN_FILE).is_file():
             write_json(self.folder / files.RUN_FILE, started.to_json())
-        if not (self.folder / RECIPE_FILE).is_file():
-            write_whole(self.folder / RECIPE_FILE, self.recipe.to_yaml(self.folder))
         before = read_needed(self.folder / files.RUN_FILE, files.RunInfo)
         now, then = (
             {"backbone": info.backbone.fingerprint, "parents": info.parents, "data": info.data}
@@ -373,6 +370,9 @@ class _Run:
                 f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
                 "put those back, or choose another folder with --output"
             )
+        files.forget_another_choice(self.folder, started.recipe_hash)
+        if not (self.folder / RECIPE_FILE).is_file():
+            write_whole(self.folder / RECIPE_FILE, self.recipe.to_yaml(self.folder))
         if before.dtype not in (None, started.dtype):
             log.warning(
                 "%s was begun in %s and goes on in %s, which backbone.dtype 'auto' means on this machine: the result is sound, "
