@@ -16,12 +16,12 @@ from statistics import fmean, stdev
 
 from controllers import table
 from scipy.stats import t
+from verdict import PARENTS
 
 from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import Metrics, read_metrics
 from grasp_lora.errors import GraspError
 
-PARENTS = ("source", "target", "merged")
 FEWEST = 3  # runs that an interval needs
 
 
