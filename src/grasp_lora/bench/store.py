@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,9 @@ class Record:
     def trains(self) -> bool:
         """Whether the step trained an adapter or ran a controller."""
         return "trained_examples" in self.result
+
+
+_RECORD = TypeAdapter(Record)
 
 
 class Store:
@@ -301,7 +304,7 @@ def read_packed(file: Path) -> list[Record]:
     """
     try:
         lines = gzip.decompress(file.read_bytes()).decode().split("\n")
-        records = [TypeAdapter(Record).validate_json(line) for line in lines if line]
+        records = [_RECORD.validate_json(line) for line in lines if line]
     except (OSError, EOFError, ValueError) as error:
         raise RecipeError(f"the packed records {file} cannot be read ({error}); copy them again") from error
     if changed := [record.key for record in records if key_of(record.step, record.settings) != record.key]:
@@ -313,7 +316,7 @@ def read_packed(file: Path) -> list[Record]:
 
 def _read(file: Path, key: str) -> Record:
     try:
-        record = TypeAdapter(Record).validate_json(file.read_bytes())
+        record = _RECORD.validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         raise RecipeError(f"record {file} cannot be read; delete it, and its step is done again") from error
     if record.key != key or key_of(record.step, record.settings) != key:
@@ -335,7 +338,7 @@ def made_with() -> dict[str, str]:
     """Return what seconds depend on: versions, processor or GPU, and threads."""
     import torch
 
-    libraries = {name: version(name) for name in ("grasp-lora", "torch", "transformers", "peft")}
+    libraries = dict(_library_versions())
     if world_size() > 1:
         libraries["processes"] = str(world_size())
     if torch.cuda.is_available():
@@ -348,3 +351,8 @@ def made_with() -> dict[str, str]:
         "device": device,
         "threads": str(torch.get_num_threads()),
     }
+
+
+@cache
+def _library_versions() -> Mapping[str, str]:
+    return {name: version(name) for name in ("grasp-lora", "torch", "transformers", "peft")}

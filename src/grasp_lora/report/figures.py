@@ -6,6 +6,7 @@ Colours are names of CSS variables, which the page resolves, so that one file su
 import json
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
@@ -71,6 +72,7 @@ def script_json(value: Any) -> Any:
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
 
 
+@cache
 def plotly_js() -> Any:
     """Return the plotly library, to be written into a script element."""
     from markupsafe import Markup

@@ -7,6 +7,7 @@ another stage should have computed, and nothing that was not measured is shown a
 import logging
 import re
 import secrets
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,11 @@ def public_name(name: str) -> str:
 
 def render(template: str, context: dict[str, Any]) -> str:
     """Fill a template of this package; HTML is escaped."""
+    return _templates().get_template(template).render(context)  # type: ignore[no-any-return]
+
+
+@cache
+def _templates() -> Any:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -250,7 +256,7 @@ def render(template: str, context: dict[str, Any]) -> str:
     )
     environment.filters["script_json"] = script_json
     environment.filters["md"] = _markdown
-    return environment.get_template(template).render(context)
+    return environment
 
 
 def _markdown(text: str) -> str:
