@@ -4,6 +4,7 @@ Each is as fresh as one that was started, but for those libraries: nothing of th
 the tests is set, and its environment is what it is given.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -18,7 +19,15 @@ from subprocess import CompletedProcess
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["datasets", "optuna", "peft", "rouge_score.rouge_scorer", "transformers.models.llama.modeling_llama", "trl"]
+    [
+        "datasets",
+        "optuna",
+        "peft",
+        "rouge_score.rouge_scorer",
+        "transformers.models.llama.modeling_llama",
+        "transformers.trainer",
+        "trl",
+    ]
 )
 LONGEST = 600  # seconds; who takes longer hangs
 
@@ -67,6 +76,7 @@ def _told(count: int) -> list[dict[str, str]]:
 
 def _run(arguments: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
     """Be `python ARGUMENTS`, in a process that was just forked."""
+    gc.freeze()  # the Trainer collects garbage, which would go through all that was imported, again and again
     for descriptor, file in ((1, out), (2, err)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
     os.environ.clear()

@@ -9,7 +9,7 @@ import torch
 
 from grasp_lora.models.live import live_factors
 
-COUNTS = (12, 10, 50)  # of training examples: three processes share the first evenly, none of them the others
+COUNTS = (12, 10, 14)  # of training examples: three processes share the first evenly, none of them the others
 ACCUMULATION = 6
 
 WORKER = """
