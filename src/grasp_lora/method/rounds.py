@@ -71,7 +71,7 @@ class Round:
         return min(baseline, *(mean(losses) for losses in self.candidate_losses))
 
 
-class RoundRow(TypedDict):
+class RoundRecord(TypedDict):
     """A round as plain values: what it measured, what followed, and what was learned."""
 
     candidates: list[float]
@@ -104,7 +104,7 @@ class Decision:
     ratio: float
     clipped: bool = False
 
-    def to_json(self, measured: Round, mean: float, std: float, sparsity: float) -> RoundRow:
+    def to_json(self, measured: Round, mean: float, std: float, sparsity: float) -> RoundRecord:
         """Return what a line of `rounds.jsonl` says of a round.
 
         Args:

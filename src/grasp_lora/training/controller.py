@@ -24,7 +24,7 @@ from grasp_lora.method.masks import MaskSettings, named, of_prefix
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.method.presets import Controller, ratio_rule
 from grasp_lora.method.ranking import Ranking
-from grasp_lora.method.rounds import RatioEstimate, Round, RoundRow
+from grasp_lora.method.rounds import RatioEstimate, Round, RoundRecord
 from grasp_lora.method.search import RatioSearch
 from grasp_lora.storage.checkpoints import State
 from grasp_lora.storage.files import write_jsonl
@@ -129,7 +129,7 @@ class GraspController(PrunedTraining):
 
     # One round
 
-    def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> RoundRow:
+    def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> RoundRecord:
         """Probe the candidates, tell the search, commit what it decides.
 
         Raises:
@@ -355,7 +355,7 @@ def _steps_per_epoch(args: TrainingArguments, batches: Any) -> int:
     return math.ceil(count / args.gradient_accumulation_steps)
 
 
-def _tracked(measured: RoundRow) -> dict[str, float]:
+def _tracked(measured: RoundRecord) -> dict[str, float]:
     """The round's scalars, as trackers take them."""
     baseline = measured["baseline_losses"]
     return {
