@@ -287,6 +287,53 @@ class TestAgain:
         execute(folder="again")
         same_result(finished_run, Path("again"))
 
+    def test_a_finished_run_sees_that_its_data_were_changed(self, finished_run: Path, cli: Callable[..., Any]) -> None:
+        before, data = files_of(finished_run), Path("target.jsonl").read_text(encoding="utf-8")
+        Path("target.jsonl").write_text(data.replace(" 3", " 4"), encoding="utf-8")
+        result = cli("run", "tiny.yaml", "-o", "run")
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert "error: run was begun with other data than the recipe's files hold now; put those back, or" in result.err
+        assert files_of(finished_run) == before
+
+    def test_a_finished_run_looks_once_at_data_that_hold_the_same_examples(
+        self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Path("target.jsonl").open("a", encoding="utf-8") as file:
+            file.write("\n")
+        before = read(finished_run / "metrics.json")
+        monkeypatch.setattr(Session, "finetune", lambda *_: pytest.fail("it is trained again"))
+        assert execute() == before
+        monkeypatch.setattr("grasp_lora.bench.session.load_backbone", lambda *_: pytest.fail("it is loaded again"))
+        assert execute() == before
+
+    def test_a_finished_run_sees_that_a_given_adapter_was_changed(
+        self, finished_run: Path, cli: Callable[..., Any]
+    ) -> None:
+        shutil.copytree("run/source", "given")
+        given = ["--set", "data.source=null", "--set", "source.adapters=[given]", "-o", "other"]
+        assert cli("run", "tiny.yaml", *given).status == 0
+        shutil.copytree("run/target", "given", dirs_exist_ok=True)
+        result = cli("run", "tiny.yaml", *given)
+        assert result.status == 2
+        assert "error: other was begun with other parents than the recipe's files hold now" in result.err
+
+    def test_an_adapter_that_was_moved_away_is_there_again(self, finished_run: Path) -> None:
+        before = files_of(finished_run)
+        Path("run/adapter").rename("elsewhere")
+        execute()
+        assert (
+            files_of(finished_run)["adapter/adapter_model.safetensors"] == before["adapter/adapter_model.safetensors"]
+        )
+
+    def test_an_adapter_says_how_its_own_recipe_asks(self, finished_run: Path, cli: Callable[..., Any]) -> None:
+        shutil.copytree("run/store", "other/store")
+        changes = ["generation.max_new_tokens=9", "generation.stop=['.']", "generation.allow_empty=true"]
+        execute(*changes, folder="other")
+        for name in ("source", "target", "merged", "final", "adapter"):
+            answers = read(Path("other", name, "grasp_lora.json"))["answers"]
+            assert (answers["max_new_tokens"], answers["stop"], answers["allow_empty"]) == (9, ["."], True)
+            assert "allow_empty" not in read(Path("run", name, "grasp_lora.json"))["answers"]
+
     def test_another_seed_gives_another_adapter(self, finished_run: Path) -> None:
         execute("seed=43", "data.split_seed=42", folder="other")
         name = "adapter/adapter_model.safetensors"

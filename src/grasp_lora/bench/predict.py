@@ -124,6 +124,7 @@ def asking(
         settings = GenerationSettings(
             max_new_tokens=own.max_new_tokens if max_new_tokens is None else max_new_tokens,
             stop=tuple(own.stop if stop is None else stop),
+            allow_empty=own.allow_empty,
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error

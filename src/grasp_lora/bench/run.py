@@ -26,6 +26,7 @@ from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.all_rows import TrainedAgain, train_again
 from grasp_lora.bench.checks import check, check_folder
 from grasp_lora.bench.deliver import FEWEST, best_of, by_setting
+from grasp_lora.bench.finished import inputs_of, is_finished
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.records import read_needed
@@ -36,6 +37,7 @@ from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import AdapterError, DivergedError, ProbeError, RecipeError
 from grasp_lora.method.masks import survival
 from grasp_lora.method.rounds import RatioEstimate
+from grasp_lora.models.adapters import restate_answers
 from grasp_lora.models.settings import QUANTISERS
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import RECIPE_FILE
@@ -93,8 +95,7 @@ def run(session: Session, folder: Path, progress: Progress | None = None) -> Run
     check_folder(folder, session.recipe)
     with working_in(folder) as work:
         join(session.recipe.backbone.device, session.recipe.wait_minutes)
-        learns, recipe_hash = session.recipe.final.prune_ratio is None, session.recipe.fingerprint()
-        if not on_first_process(partial(files.is_finished, folder, recipe_hash, learns=learns)):
+        if not on_first_process(partial(is_finished, folder, session.recipe, session.base)):
             _Run(session, folder, progress, work).execute()
         elif is_first() and (folder / LOCK_FILE).is_file():
             # A kill came when all was done: the file goes with the lock, unless someone lives who holds it.
@@ -272,6 +273,7 @@ class _Run:
                 self.session.save(draft, adapter.weights)
             else:
                 shutil.copytree(adapter.folder, draft)
+                restate_answers(draft, self.session.answers)  # the step may have been done for another recipe
             sync_all(draft)
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(draft.iterdir()):
@@ -351,6 +353,7 @@ class _Run:
                 for adapter in adapters.values()
             ],
             data=hash_of(self.session.splits),
+            inputs=inputs_of(self.recipe, self.session.base),
             libraries={
                 name: version(name) for name in (*LIBRARIES, *filter(None, [QUANTISERS.get(backbone.quantise or "")]))
             },
@@ -371,6 +374,9 @@ class _Run:
                 "put those back, or choose another folder with --output"
             )
         files.forget_another_choice(self.folder, started.recipe_hash)
+        if before.inputs != started.inputs:  # of the same examples
+            told = {"recipe_hash": started.recipe_hash, "inputs": before.inputs | started.inputs}
+            write_json(self.folder / files.RUN_FILE, before.model_copy(update=told).to_json())
         if not (self.folder / RECIPE_FILE).is_file():
             write_whole(self.folder / RECIPE_FILE, self.recipe.to_yaml(self.folder))
         if before.dtype not in (None, started.dtype):

@@ -12,7 +12,6 @@ from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.files import discard, write_json
 from grasp_lora.storage.folder import LOCK_FILE
-from grasp_lora.storage.reading import is_file, is_there
 
 STAGES = ("data", "source", "target", "merge", "controller", "final", "continued", "evaluate", "deliver", "all_rows")
 TRAINED = {
@@ -101,6 +100,7 @@ class RunInfo(Shape):
     quantise: str | None = None
     parents: list[GivenAdapter] = []
     data: str | None = None  # a hash of all examples
+    inputs: dict[str, str] = {}  # as `inputs_of` gives them
     libraries: dict[str, str] = {}
     python: str = ""
     processes: int = 1
@@ -354,30 +354,6 @@ def forget_another_choice(folder: Path, recipe_hash: str) -> None:
             discard(folder / name)
         (folder / RECIPE_FILE).unlink(missing_ok=True)  # the run writes its own
         write_json(folder / RUN_FILE, before.model_copy(update={"recipe_hash": recipe_hash}).to_json())
-
-
-def is_finished(folder: Path, recipe_hash: str, *, learns: bool) -> bool:
-    """Tell whether a run has written all, so that it is only read; a file of its controller that was deleted is written again.
-
-    Args:
-        folder: of the run.
-        recipe_hash: of the recipe that is run, which may hand over something else than the one before it.
-        learns: whether the run has a controller.
-
-    Raises:
-        RecipeError: a file of the controller is damaged.
-    """
-    run = read_record(folder / RUN_FILE, RunInfo) if is_file(folder / METRICS_FILE) else None
-    if run is None or run.recipe_hash != recipe_hash:
-        return False
-    controller = folder / CONTROLLER_FOLDER
-    learned = read_record(controller / RATIO_FILE, LearnedRatio) if learns else None
-    if learned is None:
-        return not learns
-    if not all(is_there(controller / name) for name in learned.rows):
-        return False
-    check_rows(folder, learned)
-    return True
 
 
 def check_place(folder: Path) -> None:

@@ -356,27 +356,25 @@ class Session:
         references = [example.references for example in self.splits.test]
         return score(self.metrics, answers, references, self.language, tuple(self.splits.labels))
 
+    @property
+    def answers(self) -> Answers:
+        """How the recipe asks and lets answer, for `predict`."""
+        report, data, generation = self.splits.report, self.recipe.data, self.recipe.generation
+        return Answers(
+            generation.max_new_tokens, generation.stop, report.chat_template, report.task, report.prompt, data.target.columns,
+            data.max_document_tokens, tuple(self.splits.labels), report.completion, generation.allow_empty,
+        )  # fmt: skip
+
     def save(self, folder: Path, weights: AdapterWeights) -> None:
         """Write an adapter as an ordinary PEFT folder."""
-        recipe, report = self.recipe, self.splits.report
         save_adapter(
             folder,
             weights,
             self.backbone.model,
             backbone_name=self.backbone.base_model,
             fingerprint=self.backbone.fingerprint,
-            dropout=recipe.lora.dropout,
-            answers=Answers(
-                recipe.generation.max_new_tokens,
-                recipe.generation.stop,
-                report.chat_template,
-                report.task,
-                report.prompt,
-                recipe.data.target.columns,
-                recipe.data.max_document_tokens,
-                tuple(self.splits.labels),
-                report.completion,
-            ),
+            dropout=self.recipe.lora.dropout,
+            answers=self.answers,
             quantise=self.backbone.quantise,
         )
 

@@ -189,11 +189,21 @@ def save_adapter(
         quantise,
     )
     stated = {key: value for key, value in asdict(info).items() if value is not None and value is not False}
+    _state(folder, stated, answers)
+
+
+def restate_answers(folder: Path, answers: Answers) -> None:
+    """Write anew how a saved adapter is asked and answers: no part of its training, so another recipe may have it otherwise."""
+    _state(folder, json.loads((folder / OUR_FILE).read_text(encoding="utf-8")), answers)
+
+
+def _state(folder: Path, stated: dict[str, Any], answers: Answers | None) -> None:
     if answers is not None:
+        said = asdict(answers)
         unsaid = {
-            key for key, value in asdict(answers).items() if value in (None, {}) or (key == "labels" and not value)
+            key for key in said if said[key] in (None, {}) or (key in ("labels", "allow_empty") and not said[key])
         }
-        stated["answers"] = {key: value for key, value in asdict(answers).items() if key not in unsaid}
+        stated["answers"] = {key: value for key, value in said.items() if key not in unsaid}
     (folder / OUR_FILE).write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
 
 

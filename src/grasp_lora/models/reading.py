@@ -43,6 +43,7 @@ class Answers:
         max_document_tokens: what contexts and articles were cut to, or None.
         labels: of a classification, what an answer may be.
         completion: of a classification, the template of its answers, or None.
+        allow_empty: whether an answer may be empty.
     """
 
     max_new_tokens: Annotated[int, Field(strict=True)] = 64
@@ -54,6 +55,7 @@ class Answers:
     max_document_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
     labels: tuple[Annotated[str, Field(strict=True, max_length=MOST_PROMPT)], ...] = ()
     completion: Annotated[str, Field(strict=True, max_length=MOST_PROMPT)] | None = None
+    allow_empty: Annotated[bool, Field(strict=True)] = False
 
 
 @dataclass(frozen=True)
