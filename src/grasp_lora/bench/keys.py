@@ -13,7 +13,7 @@ from grasp_lora.text.names import is_import_path
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same as JSON gives it back, lists for tuples, with hashes of a user's own code."""
+    """The same as JSON gives it back, lists for tuples, with hashes of a user's own code, and no matter what saves memory."""
     plain = {key: _plain_value(value) for key, value in settings.items()}
     code = _own_code(plain)
     return plain | ({"own_code": code} if code else {})
@@ -21,7 +21,9 @@ def plain(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _plain_value(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _plain_value(entry) for key, entry in value.items()}
+        # It trades time for memory and no bit of the result, so that who ran out of memory may set it and go on.
+        saved = {"gradient_checkpointing": False} if "gradient_checkpointing" in value else {}
+        return {key: _plain_value(entry) for key, entry in {**value, **saved}.items()}
     return [_plain_value(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 

@@ -141,7 +141,7 @@ class Recipe(BaseModel):
         return int.from_bytes(hashlib.sha256(f"{self.seed}/{part}".encode()).digest()[:4], "big") >> 1
 
     def fingerprint(self) -> str:
-        """Return a hash of what decides the result: all but the place of the data, devices, processes, trackers and checkpoints.
+        """Return a hash of what decides the result: all but places, devices, trackers, checkpoints and what saves memory.
 
         Keys of the backbone, the data and `final` that came later count only where they are set, so that runs begun before go on.
         """
@@ -149,6 +149,10 @@ class Recipe(BaseModel):
             mode="json",
             exclude={"data": {"root"}, "backbone": {"device", "offline", "shard"}, **dict.fromkeys(NO_RESULT, True)},
         )
+        usual = GenerationSettings()
+        content["generation"] |= {"batch_size": usual.batch_size, "batch_tokens": usual.batch_tokens}
+        for stage in ("source", "target", "controller", "final"):
+            content[stage]["training"]["gradient_checkpointing"] = False
         data = content["data"]
         # None was once false; where it means something else now, the run's hash of its examples differs.
         data["chat_template"] = bool(data["chat_template"])
