@@ -331,6 +331,20 @@ class TestAgain:
             files_of(finished_run)["adapter/adapter_model.safetensors"] == before["adapter/adapter_model.safetensors"]
         )
 
+    def test_a_step_that_has_to_be_done_again_counts_once_and_is_not_called_done(self, finished_run: Path) -> None:
+        shutil.rmtree("run/store/adapters")
+        Path("run/metrics.json").unlink()
+        before, done = read(finished_run / "cost.json"), {}
+
+        class Watch(Progress):
+            def finished(self, name: str, seconds: float, summary: Mapping[str, Any], *, skipped: bool) -> None:
+                done[name] = not skipped
+
+        execute(progress=Watch())
+        assert done["source"]
+        assert done["target"]
+        assert read(finished_run / "cost.json")["source"] == before["source"]
+
     def test_an_adapter_says_how_its_own_recipe_asks(self, finished_run: Path, cli: Callable[..., Any]) -> None:
         shutil.copytree("run/store", "other/store")
         changes = ["generation.max_new_tokens=9", "generation.stop=['.']", "generation.allow_empty=true"]

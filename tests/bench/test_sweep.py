@@ -1,5 +1,6 @@
 """The sweep: Optuna over recipe keys; trials that are final runs, never see the test split, and survive a kill."""
 
+import errno
 import importlib.util
 import json
 import math
@@ -29,6 +30,7 @@ from grasp_lora.bench.sweep_record import SWEEP_FILE, SweepResult, Trial
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import only_writer
+from grasp_lora.training import trainer as trainer_module
 from grasp_lora.training.probes import ProbeSet
 
 RATIO = "final.prune_ratio=0.1..0.8"
@@ -53,6 +55,13 @@ class Recorder(Progress):
     def record(self, record: Record, there: bool) -> None:
         if not there:
             self.steps.append(record.step)
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No checkpoint can be written."""
+    full = OSError(errno.ENOSPC, "No space left on device", "checkpoint")
+    monkeypatch.setattr(trainer_module, "save_file", lambda *_, **__: (_ for _ in ()).throw(full))
 
 
 def session(*overrides: str) -> Session:
@@ -465,3 +474,16 @@ def test_processes_that_torchrun_started_are_refused(tiny_workspace, cli, monkey
     result = cli("sweep", "tiny.yaml", "--param", RATIO)
     assert result.status == 2
     assert "start it without torchrun" in result.err
+
+
+def test_a_full_disk_is_no_fault_of_the_values(
+    tiny_workspace: Path, full_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RecipeError, match="cannot be written"):
+        run("sweep", RATIO, overrides=("save_every=1",), trials=2)
+    assert not list(Path("sweep").rglob(SWEEP_FILE))
+    monkeypatch.undo()
+    monkeypatch.chdir(tiny_workspace)
+    assert {trial.state for trial in run("sweep", RATIO, overrides=("save_every=1",), trials=2)[0].trials} == {
+        "complete"
+    }

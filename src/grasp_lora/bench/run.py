@@ -199,7 +199,8 @@ class _Run:
         facts: dict[str, Any] = {}
         started, before = time.perf_counter(), len(self.store.used)
         yield facts
-        used = self.store.used[before:]
+        # A step whose adapter was missing is found on record first, and then done.
+        used = list({record.key: (record, there) for record, there in self.store.used[before:]}.values())
         own = time.perf_counter() - started
         seconds = sum(record.seconds for record, _ in used) if used else own
         on_first_process(partial(self._write_cost, name, seconds))

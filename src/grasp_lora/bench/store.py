@@ -145,7 +145,7 @@ class Store:
             make_folder(self.folder / WORK)
             with only_writer(self.folder / WORK / key, beside=True):
                 record = on_first_process(partial(self._find, step, key))  # another process may have done it by now
-                there = record is not None
+                there = record is not None and not redo
                 if record is None or redo:
                     with self._interruption.deferred() if trains and self._interruption else nullcontext():
                         done = self._do(step, key, settings, work, record)

@@ -157,7 +157,7 @@ class TerminalBenchProgress(_Bar):
 
     def record(self, record: Record, there: bool) -> None:
         """One line for each step that was really done."""
-        self.used.append((record, there))
+        self.used = [one for one in self.used if one[0].key != record.key] + [(record, there)]
         if not there:
             self._new = True
             self._say(f"{self._title:<46} {record.step:<17} {record.seconds:8.1f} s")

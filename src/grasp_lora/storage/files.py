@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from grasp_lora.errors import GraspError
+from grasp_lora.errors import RecipeError
 from grasp_lora.storage.reading import is_folder
 
 # What only a file system says; other OSErrors (a network that is down) count if they name a file inside the folder.
@@ -105,7 +105,7 @@ def clear_write_errors(folder: Path) -> Iterator[None]:
         folder: where it is written; the same command, run again, goes on from what is there.
 
     Raises:
-        GraspError: the disk is full or read-only, a file may not be written, or the folder has vanished.
+        RecipeError: the disk is full or read-only, a file may not be written, or the folder has vanished.
     """
     try:
         yield
@@ -126,16 +126,16 @@ def why_not_written(error: OSError | SafetensorError, *places: Path) -> str | No
     return error.strerror or str(error) if error.errno in _STORAGE or inside else None
 
 
-def cannot_write(folder: Path, reason: str) -> GraspError:
+def cannot_write(folder: Path, reason: str) -> RecipeError:
     """The error to raise when something could not be written into a folder; see `clear_write_errors`."""
     if not is_folder(folder):
         return vanished(folder)
-    return GraspError(
+    return RecipeError(
         f"{folder} cannot be written ({reason}); make room or make it writable, then run the same command again: "
         "it goes on from what is there"
     )
 
 
-def vanished(folder: Path) -> GraspError:
+def vanished(folder: Path) -> RecipeError:
     """The error to raise when a folder that work had begun in is no longer there."""
-    return GraspError(f"the folder {folder} has vanished: it was removed or moved, or its disk is gone")
+    return RecipeError(f"the folder {folder} has vanished: it was removed or moved, or its disk is gone")
