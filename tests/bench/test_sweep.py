@@ -349,6 +349,12 @@ def test_a_signal_stops_a_sweep_with_status_75_and_it_goes_on(tiny_workspace, cl
     assert "source adapter" not in resumed.out
     assert "is the best by dev loss" in resumed.out
     assert f"best recipe {Path('runs/tiny/sweep/best.yaml')}" in resumed.out
+    assert "it prunes nothing" not in resumed.out
+    rates = cli("sweep", "tiny.yaml", "--param", f"{RATE}=[0.01]", "--trials", "1", "--output", "rates")
+    assert (
+        "it prunes nothing, as its trials did; take the line prune_ratio out of it, and `run` learns one"
+        in " ".join(rates.out.split())
+    )
 
 
 def test_the_test_split_is_never_looked_at(tiny_workspace, monkeypatch):

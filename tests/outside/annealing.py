@@ -31,3 +31,11 @@ class Sweeping(Annealing):
     def training_ratio(self, search: RatioSearch, step: int) -> float:
         place = abs(step % 20 - 10) / 10
         return self.clamp(self.ratio_min + (self.ratio_max - self.ratio_min) * place)
+
+
+@dataclass(frozen=True)
+class Asking(Annealing):
+    """The same, while it goes to the ratio that the recipe's rule reads off the rounds so far."""
+
+    def decide(self, search: RatioSearch, measured: Round) -> Decision:
+        return Decision(measured.rewards, True, search.best_ratio(interval=False).ratio)

@@ -29,7 +29,7 @@ def test_they_pass_the_suites() -> None:
     check_score(squares)
 
 
-@pytest.mark.parametrize("kind", ["Annealing", "Sweeping"])
+@pytest.mark.parametrize("kind", ["Annealing", "Sweeping", "Asking"])
 def test_a_recipe_runs_with_them(kind: str, tiny_workspace: Path, cli: Callable[..., Any]) -> None:
     for name in ("annealing.py", "median_merge.py"):
         shutil.copy(HERE / name, tiny_workspace)
@@ -45,6 +45,8 @@ def test_a_recipe_runs_with_them(kind: str, tiny_workspace: Path, cli: Callable[
     rows = [json.loads(line) for line in Path("out/controller/rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     assert ratio["rule"] == "best_mean"
     assert any(ratio["prune_ratio"] in row["candidates"] for row in rows)
+    if kind == "Asking":
+        assert rows[-1]["ratio"] == ratio["prune_ratio"]
     assert "annealing" in Path("out/recipe.yaml").read_text(encoding="utf-8")
     again = cli("run", "tiny.yaml", "--output", "out", "--allow-code", *settings)  # all of it is done
     assert again.status == 0, again.err

@@ -34,6 +34,7 @@ from grasp_lora.bench.store import Record, key_of
 from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
+from grasp_lora.method.policy import POLICIES
 from grasp_lora.method.presets import ratio_rule
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import Recipe
@@ -185,10 +186,10 @@ class Bench(Keyed):
         Returns:
             The learned ratio, and the merged adapter to start from, with the run's record among its own: what it cost.
         """
-        policy, asked = stage.policy, stage
-        run_by = replace(stage, rule="smooth_fit")
+        policy, asked, run_by = stage.policy, stage, replace(stage, rule="smooth_fit")
         measures_alike = stage.compares_rounds() == run_by.compares_rounds()
-        if policy.regime == "held" and (stage.rounds.in_turn is None or measures_alike):
+        held = policy.regime == "held" and type(policy) in POLICIES.values()  # a user's own may ask the rule as it goes
+        if held and (stage.rounds.in_turn is None or measures_alike):
             stage = run_by
         merged = self.merged(dev_free)
         record = self.store.get(
@@ -212,8 +213,7 @@ class Bench(Keyed):
             [merged],
             lambda folder: self._control(stage, merged, folder, keep_best=True),
         )
-        record = adapter.records[-1]
-        return Learned(self._estimate(record, stage), adapter, record)
+        return Learned(self._estimate(adapter.records[-1], stage), adapter, adapter.records[-1])
 
     def _estimate(self, record: Record, stage: ControllerStage) -> RatioEstimate:
         """The ratio that the rule of a stage reads off a controller run."""

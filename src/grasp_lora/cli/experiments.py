@@ -135,6 +135,8 @@ def sweep(
             "(final.training.patience); leave it out"
         )
     with loading():
+        import yaml
+
         from grasp_lora import api
         from grasp_lora.bench.search import BEST_FILE
         from grasp_lora.cli.on_ray import share
@@ -152,6 +154,9 @@ def sweep(
         folder, result = share("sweep", progress, given, **ray) if ray else api.sweep(progress=progress, **given)
     print_sweep(result, console)
     say(f"best recipe {folder / BEST_FILE}")
+    swept = any(one.startswith("final.prune_ratio=") for one in param or ())
+    if not swept and yaml.safe_load((folder / BEST_FILE).read_text(encoding="utf-8"))["final"]["prune_ratio"] == 0.0:
+        say("it prunes nothing, as its trials did; take the line prune_ratio out of it, and `run` learns one")
 
 
 def _given(
