@@ -147,10 +147,10 @@ class ProbeSet:
         values: list[float] = losses.tolist()
         for example, value, finite in zip(self.ids, values, torch.isfinite(losses).tolist(), strict=True):
             if not finite:
-                raise ProbeError(
-                    f"the loss of example {example} is {value}, not a finite number; "
-                    "lower the learning rate or check the example and the adapters"
-                )
+                ways = "lower the learning rate, or check the example and the adapters"
+                if weight.dtype == torch.float16:
+                    ways = "set backbone.dtype to float32, since float16 may overflow; else " + ways
+                raise ProbeError(f"the loss of example {example} is {value}, not a finite number; {ways}")
         return values
 
     def _share(self, device: str) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
