@@ -1,10 +1,12 @@
 """Which rule should choose the adapter that a run hands over? Replayed on comparisons that are on record.
 
     python benchmarks/lab/verdict.py RECIPE --output FOLDER --seeds 42,1337,9001 [--set KEY=VALUE]... [--rows 50] [--draws 300]
+    python benchmarks/lab/verdict.py --runs RUN_FOLDER... --rows 12
 
-FOLDER is that of a comparison (or holds its records in `store/`); what is on record is not done again. In each draw some test
-rows play the dev set, and a rule sees them alone. What it chooses is scored on all other rows. So the rules differ by what they
-choose, and by nothing else. One thing is kinder than in a run: no training has stopped early on the rows that choose.
+FOLDER is that of a comparison (or holds its records in `store/`); what is on record is not done again. With `--runs` each
+finished run counts as a seed. In each draw some test rows play the dev set, and a rule sees them alone. What it chooses is scored
+on all other rows. So the rules differ by what they choose, and by nothing else. One thing is kinder than in a run: no training has
+stopped early on the rows that choose.
 
 | rule | what it takes |
 |---|---|
@@ -14,13 +16,15 @@ choose, and by nothing else. One thing is kinder than in a run: no training has 
 | first within N SE, by loss or score | the first of `CANDIDATES` that is at most N standard errors (paired) behind the best |
 | continued unless N SE | `continued`, unless its loss is more than N standard errors behind the lowest one: then that |
 | GRASP unless 1 SE | the same with GRASP's result in its place |
-| a run's | `final.deliver: best`: `continued` unless the bootstrap shows another to be better |
+| GRASP if target N SE ahead | GRASP's result where the target adapter is that far ahead of the source's, else `continued` |
+| a run's | `final.deliver: best`: the same with 1, unless the bootstrap shows another to be better |
 
 The table on standard output: the mean score of what a rule hands over, minus that of `continued`, minus that of the best parent
 (source, target or merge) in hindsight, and how often it hands over what.
 """
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +39,7 @@ from grasp_lora.bench.checks import check
 from grasp_lora.bench.compare import ComparisonSettings, Work, prepared
 from grasp_lora.bench.deliver import best_of
 from grasp_lora.bench.planned import main_metric
-from grasp_lora.bench.run_folder import COMPARE_FOLDER
+from grasp_lora.bench.run_folder import COMPARE_FOLDER, predictions_file, read_metrics
 from grasp_lora.bench.session import Session
 from grasp_lora.cli.terminal import log_to_terminal
 from grasp_lora.errors import GraspError
@@ -90,6 +94,14 @@ def unless(usual: str, errors: float, losses: Values, scores: Values) -> str:
     return usual if behind.mean() <= errors * behind.std(ddof=1) / len(behind) ** 0.5 else best
 
 
+def ahead(errors: float, losses: Values, scores: Values) -> str:
+    """GRASP's result, where the target adapter is so many standard errors ahead of the source adapter; else `continued`."""
+    if not {"source", "target"} <= losses.keys():
+        return "continued"
+    apart = losses["source"] - losses["target"]
+    return "grasp" if apart.mean() > errors * apart.std(ddof=1) / len(apart) ** 0.5 else "continued"
+
+
 def both(losses: Values, scores: Values) -> str:
     """The best sum of mean score and mean negative loss, each in standard errors of its difference to `continued`."""
 
@@ -117,6 +129,7 @@ RULES: dict[str, Rule] = {
     "continued unless 2 SE": partial(unless, "continued", 2.0),
     "continued unless 2.5 SE": partial(unless, "continued", 2.5),
     "GRASP unless 1 SE": partial(unless, "grasp", 1.0),
+    **{f"GRASP if target {errors:g} SE ahead": partial(ahead, errors) for errors in (0.0, 0.5, 1.0, 1.5, 2.0)},
 }
 
 
@@ -178,25 +191,47 @@ def on_record(session: Session, folder: Path, seeds: tuple[int, ...]) -> list[Se
     ]
 
 
+def of_runs(folders: Sequence[Path]) -> tuple[str, list[Seed]]:
+    """The first metric, and the test rows of each finished run; without `continued` the source adapter stands in its place."""
+    found, metric = [], ""
+    for folder in folders:
+        systems = read_metrics(folder).systems
+        metric = main_metric(list(systems["grasp"].metrics))
+        losses, scores = {}, {}
+        for name in CANDIDATES.values():
+            file = predictions_file(folder, name if name in systems else "source")
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            losses[name] = np.array([row["loss"] for row in rows])
+            scores[name] = np.array([row["scores"][metric] for row in rows])
+        found.append(Seed(losses, scores))
+    return metric, found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the records and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("recipe")
-    parser.add_argument("--output", type=Path, required=True, help="folder of a comparison")
+    parser.add_argument("recipe", nargs="?")
+    parser.add_argument("--output", type=Path, help="folder of a comparison")
+    parser.add_argument("--runs", type=Path, nargs="+", help="folders of finished runs, in place of a comparison")
     parser.add_argument("--seeds", default="42,1337,9001", help="separated by commas")
     parser.add_argument("--set", action="append", default=[], help="as of grasp-lora compare")
     parser.add_argument("--rows", type=int, default=50, help="that choose")
     parser.add_argument("--draws", type=int, default=300, help="for each seed")
     given = parser.parse_args(arguments)
     log_to_terminal(False)
+    if bool(given.runs) == bool(given.recipe and given.output):
+        parser.error("give a recipe and --output, or --runs")
     try:
-        session = Session(*load_recipe(given.recipe, given.set))
-        check(session)
-        seeds = on_record(session, given.output, tuple(int(seed) for seed in given.seeds.split(",")))
+        if given.runs:
+            metric, seeds = of_runs(given.runs)
+        else:
+            session = Session(*load_recipe(given.recipe, given.set))
+            check(session)
+            metric = main_metric(list(session.metrics))
+            seeds = on_record(session, given.output, tuple(int(seed) for seed in given.seeds.split(",")))
     except GraspError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    metric = main_metric(list(session.metrics))
     found = replay(seeds, given.rows, given.draws, bootstraps=min(given.draws, 60))
     sys.stdout.write(table(["rule", metric, "minus continued", "minus best parent", "hands over"], found) + "\n")
     return 0

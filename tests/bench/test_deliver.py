@@ -61,9 +61,30 @@ class TestRule:
         first = "the usual practice" if usual == "continued" else "the simpler one"
         assert f"{ROWS} dev rows cannot tell these apart, so {first} is handed over" in found.why
 
+    def test_where_the_target_adapter_is_ahead_of_the_source_it_is_grasps_result(self) -> None:
+        ahead = {"continued": 1.0, "source": 2.0, "target": 1.5, "merged": 1.2}
+        found = best_of(losses(**ahead, grasp=1.002), "dev")  # the rows cannot tell it from the continued one
+        assert (found.name, found.against) == ("grasp", "continued")
+        assert f"{ROWS} dev rows cannot tell these apart, so GRASP's result is handed over." in found.why
+        assert found.why.endswith("(2.496 against 2.998), which is then a poor start."), found.why
+        assert best_of(losses(**ahead, grasp=1.1), "dev").name == "continued"  # which is shown to be better
+        ahead["merged"] = 0.8
+        assert best_of(losses(**ahead, grasp=1.002), "dev").name == "merged"
+        no_grasp = best_of(losses(continued=1.0, source=2.0, target=1.5), "dev")
+        assert no_grasp.name == "continued"
+
+    def test_the_target_adapter_is_ahead_by_more_than_a_standard_error_of_the_best_source(self) -> None:
+        rows = {name: [1.0, 2.0, 1.0, 2.0] for name in ("continued", "merged", "grasp")}
+        for step, chosen in ((0.3, "continued"), (0.5, "grasp")):  # a standard error is 0.41
+            target = [value - step + (0.7 if row % 2 else -0.7) for row, value in enumerate(rows["grasp"])]
+            one = best_of(rows | {"source": rows["grasp"], "target": target}, "dev")
+            assert one.name == chosen
+            both = best_of(rows | {"source": [9.0] * 4, "source_2": rows["grasp"], "target": target}, "dev")
+            assert both.name == chosen
+
     def test_where_the_usual_practice_is_shown_to_be_worse_the_lowest_loss_is_taken(self) -> None:
         # The rows cannot tell the first two apart. What is left to choose by is their loss, not which one is simpler.
-        found = best_of(losses(continued=3.0, source=3.0, target=1.001, merged=2.0, grasp=1.0), "dev")
+        found = best_of(losses(continued=3.0, source=1.001, target=1.1, merged=2.0, grasp=1.0), "dev")
         assert (found.name, found.against) == ("grasp", "continued")
         assert found.difference == pytest.approx(-2.0, abs=0.1)
         assert found.high is not None
@@ -134,13 +155,14 @@ class TestRun:
         result = api.run("tiny.yaml", [BEST], "best", recorder)
         delivered = result.delivered
         assert delivered is not None
-        assert delivered.name == "continued"
+        assert delivered.name == "grasp"
         assert delivered.low is not None
         metrics = read(Path("best/metrics.json"))
         assert set(metrics["systems"]) == {"zero_shot", *SYSTEMS}
-        assert metrics["delivered"]["name"] == "continued"
+        assert metrics["delivered"]["name"] == "grasp"
         assert result.adapter == Path("best/adapter")
-        assert (result.adapter / WEIGHTS).read_bytes() == Path("best/continued", WEIGHTS).read_bytes()
+        assert (result.adapter / WEIGHTS).read_bytes() == Path("best/final", WEIGHTS).read_bytes()
+        assert Path("best/continued", WEIGHTS).is_file()
         # GRASP's own result is what a run that hands it over gives.
         assert Path("best/final", WEIGHTS).read_bytes() == (finished_run / "adapter" / WEIGHTS).read_bytes()
         theirs = read(finished_run / "metrics.json")["systems"]
@@ -156,7 +178,7 @@ class TestRun:
         assert not (finished_run / "continued").exists()
         assert (finished_run / "adapter" / WEIGHTS).read_bytes() == (finished_run / "final" / WEIGHTS).read_bytes()
 
-    @pytest.mark.parametrize("winner", ["merged", "grasp"])
+    @pytest.mark.parametrize("winner", ["merged", "grasp", "continued"])
     def test_whichever_wins_lies_in_adapter(
         self, winner: str, finished_run: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
     ) -> None:
@@ -236,6 +258,7 @@ class TestRun:
             return adapter
 
         monkeypatch.setattr(Bench, "continued", unchanged)
+        monkeypatch.setattr("grasp_lora.bench.deliver.AHEAD", 1000.0)
         result = api.run("tiny.yaml", [BEST, "data.target.dev=5"], "best")  # too few rows to show anything
         assert result.delivered is not None
         assert result.delivered.name == "source"

@@ -55,3 +55,16 @@ def test_the_table_of_a_comparison(tiny_workspace: Path, capsys: pytest.CaptureF
     lines = capsys.readouterr().out.splitlines()
     titles = [line.split(" | ")[0].strip("| ") for line in lines[2:]]
     assert titles == [*(f"always {name}" for name in verdict.CANDIDATES.values()), *verdict.RULES, "a run's"]
+
+
+def test_finished_runs_count_as_seeds(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verdict.main(["--runs", str(finished_run), "--rows", "4", "--draws", "5"]) == 0
+    assert "| always grasp | " in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        verdict.main(["--rows", "4"])
+
+
+def test_ahead_is_more_than_so_many_standard_errors() -> None:
+    losses = values(source=1.15, target=1.0)
+    assert verdict.ahead(1.0, losses, losses) == "grasp"
+    assert verdict.ahead(2.0, losses, losses) == "continued"

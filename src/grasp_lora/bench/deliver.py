@@ -1,21 +1,21 @@
-"""Which adapter a run hands over: the usual practice, unless the dev rows show that another is better.
+"""Which adapter a run hands over: the one to expect the best of, unless the dev rows show that another is better.
 
-The rule, for `final.deliver: best`:
+The rule, for `final.deliver: best`, by losses on dev, or on micro-dev where there is no dev set. The test split has no part.
 
-1. Candidates stand in the order of `IN_ORDER`. One whose losses are not finite is left out. The first that is left is the usual
-   practice: the source adapter continued on the target rows, or the source adapter itself where no step lowered its dev loss.
-2. The best is the one with the lowest mean loss on dev, or on micro-dev where there is no dev set. The test split has no part.
-3. The best is compared with the usual practice by the paired bootstrap over these rows (`compare_with_baselines`, 95 %). Where it
-   is shown to be better, it is handed over, else the usual practice.
+1. Candidates stand in the order of `IN_ORDER`. One whose losses are not finite is left out.
+2. What to expect the best of depends on what the source adapter is worth. Where the target adapter is ahead of it by more than
+   `AHEAD` standard errors of the paired difference, it is GRASP's result. Else it is the usual practice, the first in the order:
+   the source adapter continued on the target rows, or the source adapter itself where no step lowered its dev loss.
+3. The best is the one with the lowest mean loss. It is compared with the expected one by the paired bootstrap over these rows
+   (`compare_with_baselines`, 95 %). Where it is shown to be better, it is handed over, else the expected one.
 
-Of the rules that `benchmarks/lab/verdict.py` replays on finished comparisons it loses least where `continued` is best, and still
-gains where that is clearly worse.
+Of the rules that `benchmarks/lab/verdict.py` replays on finished comparisons this one gains most.
 The backbone alone is measured beside them and never handed over: it tells whether any adapter has learned something.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from grasp_lora.bench.run_folder import Delivered
@@ -29,6 +29,7 @@ IN_ORDER = {
     "grasp": "GRASP's result",
 }
 FEWEST = 2  # rows that a comparison needs
+AHEAD = 1.0  # standard errors
 
 
 def by_setting(losses: Mapping[str, Sequence[float]], split: str, alone: Sequence[float] = ()) -> Delivered:
@@ -58,20 +59,27 @@ def best_of(
         why = f"{why} {left_out}".strip()
         return Delivered(name=chosen, title=title_of(chosen), why=why, **_learned(chosen, losses, alone, split))
     means = {name: fmean(losses[name]) for name in usable}
-    usual, best = usable[0], min(usable, key=means.__getitem__)  # of equal ones the first in the order
-    against = usual if best != usual else min(usable[1:], key=means.__getitem__)
+    source = _source_behind(losses, usable)
+    expected, best = (
+        "grasp" if source else usable[0],
+        min(usable, key=means.__getitem__),
+    )  # of equal ones the first in the order
+    against = expected if best != expected else min((name for name in usable if name != best), key=means.__getitem__)
     compared = compare_with_baselines(losses[best], {against: losses[against]}, higher_is_better=False)
     found, chosen = compared[against], best
     difference, low, high = found.difference, found.low, found.high
-    if found.verdict != "better" and best != usual:
-        chosen, against = usual, best
+    if found.verdict != "better" and best != expected:
+        chosen, against = expected, best
         difference, low, high = -difference, -high, -low
     rows = found.examples
     why = f"Its {split} loss is {means[chosen]:.3f} against {means[against]:.3f} for {title_of(against)}"
     if found.verdict == "better":
-        why += f"{', the next best' if best == usual else ''}; the {rows} {split} rows show a difference."
+        why += f"{', the next best' if best == expected else ''}; the {rows} {split} rows show a difference."
     else:
         why += f"; {rows} {split} rows cannot tell these apart, so {_first(chosen)} is handed over."
+        if source:
+            worth = f"{means['target']:.3f} against {means[source]:.3f}"
+            why += f" The target adapter alone is ahead of {title_of(source)} ({worth}), which is then a poor start."
     return Delivered(
         name=chosen,
         title=title_of(chosen),
@@ -93,9 +101,19 @@ def title_of(name: str) -> str:
     return IN_ORDER[_kind(name)] + (f" (number {number})" if number else "")
 
 
+def _source_behind(losses: Mapping[str, Sequence[float]], usable: Sequence[str]) -> str | None:
+    """The best source adapter, where the target adapter is ahead of it and GRASP's result may be handed over; else None."""
+    sources = [name for name in usable if _kind(name) == "source"]
+    if not sources or not {"target", "grasp"} <= set(usable):
+        return None
+    source = min(sources, key=lambda name: fmean(losses[name]))
+    ahead = [theirs - own for theirs, own in zip(losses[source], losses["target"], strict=True)]
+    return source if fmean(ahead) > AHEAD * stdev(ahead) / math.sqrt(len(ahead)) else None
+
+
 def _first(name: str) -> str:
-    """What comes first in the order, in words."""
-    return "the usual practice" if name == "continued" else "the simpler one"
+    """What is handed over where the rows cannot tell, in words."""
+    return {"continued": "the usual practice", "grasp": IN_ORDER["grasp"]}.get(name, "the simpler one")
 
 
 def _kind(name: str) -> str:

@@ -206,9 +206,9 @@ class FinalStage:
         training: how it is trained.
         start: `merged`, a fresh merge that is pruned at the learned ratio; or `controller` (single run): the controller run's own
             adapter as it was at the round with the lowest loss, pruned at that ratio, with that mask held.
-        deliver: what the run hands over: `best`, the source adapter continued on the target rows, unless the dev rows show that
-            the source adapter, the target adapter, the merge or this run's result is better; or `grasp`, this run's result in any
-            case.
+        deliver: what the run hands over: `best`, which is this run's result where the target adapter is ahead of the source
+            adapter, else the source adapter continued on the target rows, unless the dev rows show another to be better; or
+            `grasp`, this run's result in any case.
         all_rows: train what is handed over once more, on the target's train, dev and micro-dev rows together, for the epochs that
             the dev loss had chosen. `compare` and `sweep` leave this aside.
     """
