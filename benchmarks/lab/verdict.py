@@ -5,8 +5,8 @@
 
 FOLDER is that of a comparison (or holds its records in `store/`); what is on record is not done again. With `--runs` each
 finished run counts as a seed. In each draw some test rows play the dev set, and a rule sees them alone. What it chooses is scored
-on all other rows. So the rules differ by what they choose, and by nothing else. One thing is kinder than in a run: no training has
-stopped early on the rows that choose.
+on all other rows. So the rules differ by what they choose, and by nothing else. One thing is kinder than in a run: no training
+has stopped early on the rows that choose.
 
 | rule | what it takes |
 |---|---|
