@@ -79,7 +79,7 @@ def best_of(
         why += f"; {rows} {split} rows cannot tell these apart, so {_first(chosen)} is handed over."
         if source:
             worth = f"{means['target']:.3f} against {means[source]:.3f}"
-            why += f" The target adapter alone is ahead of {title_of(source)} ({worth}), which is then a poor start."
+            why += f" The target adapter is ahead of the source adapter ({worth}), so continuing that is not the best to expect."
     return Delivered(
         name=chosen,
         title=title_of(chosen),
