@@ -60,10 +60,8 @@ def best_of(
         return Delivered(name=chosen, title=title_of(chosen), why=why, **_learned(chosen, losses, alone, split))
     means = {name: fmean(losses[name]) for name in usable}
     source = _source_behind(losses, usable)
-    expected, best = (
-        "grasp" if source else usable[0],
-        min(usable, key=means.__getitem__),
-    )  # of equal ones the first in the order
+    expected = "grasp" if source else usable[0]
+    best = min(usable, key=means.__getitem__)  # of equal ones the first in the order
     against = expected if best != expected else min((name for name in usable if name != best), key=means.__getitem__)
     compared = compare_with_baselines(losses[best], {against: losses[against]}, higher_is_better=False)
     found, chosen = compared[against], best

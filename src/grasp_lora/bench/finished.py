@@ -11,7 +11,7 @@ from grasp_lora.data.places import resolve_file
 from grasp_lora.errors import DataError
 from grasp_lora.models.reading import WEIGHTS_FILE
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.storage.reading import expanded, is_file, is_there
+from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there
 
 _FILES = ("files", "train_files", "dev_files", "micro_dev_files", "test_files")
 
@@ -67,6 +67,8 @@ def _places(recipe: Recipe, base: Path) -> Iterator[tuple[str, Path]]:
                 with suppress(DataError):
                     yield f"{side}.{key}.{number}", resolve_file(name, recipe.data.root, base)
     adapters = {f"source.adapters.{number}": place for number, place in enumerate(recipe.source.adapters)}
-    for key, place in (adapters | {"target.adapter": recipe.target.adapter or ""}).items():
-        if place:
-            yield key, base / expanded(place) / WEIGHTS_FILE
+    if recipe.target.adapter is not None:
+        adapters["target.adapter"] = recipe.target.adapter
+    for key, place in adapters.items():
+        beside_recipe = base / place
+        yield key, (beside_recipe if is_folder(beside_recipe) else expanded(place)) / WEIGHTS_FILE

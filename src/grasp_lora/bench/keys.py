@@ -13,7 +13,7 @@ from grasp_lora.text.names import is_import_path
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same as JSON gives it back, lists for tuples, with hashes of a user's own code, and no matter what saves memory."""
+    """The same as JSON gives it back, lists for tuples, with hashes of a user's own code and without what saves memory."""
     plain = {key: _plain_value(value) for key, value in settings.items()}
     code = _own_code(plain)
     return plain | ({"own_code": code} if code else {})
