@@ -39,7 +39,7 @@ TINY_CONTEXT = 512
 
 
 MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
-MEMORY_NEEDED = 4_000_000_000  # bytes free; the tests leave 200 MB at most at a time
+MEMORY_NEEDED = 4_000_000_000  # bytes free
 
 
 def pytest_configure(config: pytest.Config) -> None:

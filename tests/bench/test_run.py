@@ -281,9 +281,8 @@ class TestAgain:
         stages = [
             f"{stage}.training.gradient_checkpointing=true" for stage in ("source", "target", "controller", "final")
         ]
-        execute(
-            *stages, "generation.batch_size=1", "generation.batch_tokens=600"
-        )  # as the message says, or that of answers
+        # As the message says, or that of answers.
+        execute(*stages, "generation.batch_size=1", "generation.batch_tokens=600")
         after = files_of(finished_run)
         for name in ("source/adapter_model.safetensors", "adapter/adapter_model.safetensors", "metrics.json"):
             assert after[name] == before[name]
@@ -345,7 +344,7 @@ class TestAgain:
         assert done["target"]
         assert read(finished_run / "cost.json")["source"] == before["source"]
 
-    def test_an_adapter_says_how_its_own_recipe_asks(self, finished_run: Path, cli: Callable[..., Any]) -> None:
+    def test_an_adapter_says_how_its_own_recipe_asks(self, finished_run: Path) -> None:
         shutil.copytree("run/store", "other/store")
         changes = ["generation.max_new_tokens=9", "generation.stop=['.']", "generation.allow_empty=true"]
         execute(*changes, folder="other")

@@ -9,7 +9,8 @@ The rule, for `final.deliver: best`, by losses on dev, or on micro-dev where the
 3. The best is the one with the lowest mean loss. It is compared with the expected one by the paired bootstrap over these rows
    (`compare_with_baselines`, 95 %). Where it is shown to be better, it is handed over, else the expected one.
 
-Of the rules that `benchmarks/lab/verdict.py` replays on finished comparisons this one gains most.
+Replayed on finished comparisons (`benchmarks/lab/verdict.py`) it gains nearly as much as GRASP's result where that is the best,
+and loses little where the continued adapter is.
 The backbone alone is measured beside them and never handed over: it tells whether any adapter has learned something.
 """
 

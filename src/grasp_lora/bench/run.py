@@ -274,7 +274,7 @@ class _Run:
                 self.session.save(draft, adapter.weights)
             else:
                 shutil.copytree(adapter.folder, draft)
-                restate_answers(draft, self.session.answers)  # the step may have been done for another recipe
+                restate_answers(draft, self.session.answers)  # another recipe may have done the step
             sync_all(draft)
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(draft.iterdir()):
