@@ -1,11 +1,12 @@
 """Where does learned pruning help? A map over rows, rank, stopping and source adapter.
 
-    python benchmarks/lab/pruning_map.py tydiqa-sw --output FOLDER [--rows 16,50,200] [--sources 400,2000] [--seeds 42]
-        [--set KEY=VALUE]... [--rivals] [--answers] [--json map.json] [--figure map.svg]
+    python benchmarks/lab/pruning_map.py tydiqa-sw --output FOLDER [--rows 16,50,200] [--ranks 8,64] [--stops early,none]
+        [--sources 400,2000] [--seeds 42] [--set KEY=VALUE]... [--rivals] [--answers] [--json map.json] [--figure map.svg]
 
 A cell is one setting of these four. In each, GRASP is compared with the source adapter continued (`continued`) and with the merge
 that is fine-tuned as it is (`merge`): test loss, with the paired interval over test rows at 95 %, each by itself. With --answers
 the main score is added where a difference of losses leaves out 0. All steps are kept in FOLDER/store; a killed map goes on.
+Cells that the file of --json holds stay, so that a map can grow by several commands; table and figure show all of them.
 
 | stopping | what is compared |
 |---|---|
@@ -152,17 +153,32 @@ def measure_cell(
 def cells(given: argparse.Namespace) -> Iterator[Cell]:
     """All cells, those first that are quick."""
     rows, sources = ([int(one) for one in text.split(",")] for text in (given.rows, given.sources))
-    for count, source, rank, stopping in product(rows, sources, RANKS, STOPPING):
+    ranks = [rank for rank in RANKS if rank.partition(",")[0] in given.ranks.split(",")]
+    stops = [stop for stop in STOPPING if stop in given.stops.split(",")]
+    for count, source, rank, stopping in product(rows, sources, ranks, stops):
         yield Cell(count, rank, stopping, source)
+
+
+def together(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The cells that are there with one more, or with it in the place of its predecessor; in the order of their settings."""
+    others = [one for one in rows if one["cell"] != row["cell"]]
+    ranks, stops = list(RANKS), list(STOPPING)
+
+    def place(one: dict[str, Any]) -> tuple[int, ...]:
+        cell = Cell(**one["cell"])
+        return cell.rows, ranks.index(cell.rank), cell.source, stops.index(cell.stopping)
+
+    return sorted([*others, row], key=place)
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row a cell, a column a contestant that GRASP is compared with."""
-    names = list(rows[0]["GRASP minus"])
+    names = list(dict.fromkeys(name for row in rows for name in row["GRASP minus"]))
     lines = [["cell", "GRASP's test loss", *(f"minus {name}" for name in names), "score"]]
     lines.append(["---", *["---:"] * (len(names) + 2)])
     for row in rows:
-        differences = [shown(_comparison(row["GRASP minus"][name])) for name in names]
+        found = row["GRASP minus"]
+        differences = [shown(_comparison(found[name])) if name in found else "" for name in names]
         scores = [
             f"{values['metric']} minus {name} {shown(_comparison(values))}" for name, values in row["score"].items()
         ]
@@ -215,6 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe")
     parser.add_argument("--output", type=Path, required=True, help="folder of the map; its store keeps all steps")
     parser.add_argument("--rows", default="16,50,200")
+    parser.add_argument("--ranks", default=",".join(rank.partition(",")[0] for rank in RANKS))
+    parser.add_argument("--stops", default=",".join(STOPPING))
     parser.add_argument("--sources", default="400,2000", help="English rows of the source adapter")
     parser.add_argument("--seeds", default="42", help="separated by commas")
     parser.add_argument("--set", action="append", default=[], help="as of grasp-lora compare")
@@ -233,8 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sessions: dict[tuple[str, ...], Session] = {}
             store = Store(given.output / STORE_FOLDER, None, place.interruption)
             for cell in cells(given):
-                rows.append(measure_cell(sessions, given.recipe, cell, given, store))
-                sys.stderr.write(table(rows[-1:]).splitlines()[-1] + "\n")
+                row = measure_cell(sessions, given.recipe, cell, given, store)
+                sys.stderr.write(table([row]).splitlines()[-1] + "\n")
+                if given.json and given.json.exists():  # read anew: another command may have added to it
+                    rows = json.loads(given.json.read_text(encoding="utf-8"))
+                rows = together(rows, row)
                 if given.json:
                     given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
                 if given.figure:
