@@ -6,7 +6,7 @@ import math
 import random
 import statistics
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
@@ -1236,6 +1236,95 @@ def test_a_controller_that_has_trained_already_takes_up_a_checkpoint_as_it_is(ma
 
     assert first.pruned
     assert controller.search.history
+
+
+def resumable(model, folder, callback) -> Trainer:
+    """A trainer that saves a checkpoint at step 5."""
+    trainer = Trainer(
+        model=model,
+        args=arguments(folder, remove_unused_columns=False, save_strategy="steps", save_steps=5),
+        train_dataset=TRAIN,
+        data_collator=lambda examples: collate(examples, PAD),
+    )
+    trainer.add_callback(callback)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("controls", "changes", "message"),
+    [
+        (False, {"prune_ratio": 0.7}, "prune_ratio 0.4 and resumes with 0.7"),
+        (False, {"mode": "reselect"}, "mode 'hold' and resumes with 'reselect'"),
+        (True, {"mask": MaskSettings(scope="global")}, "mask.scope 'factor' and resumes with 'global'"),
+        (
+            True,
+            {"mask": MaskSettings(granularity="component")},
+            "mask.granularity 'weight' and resumes with 'component'",
+        ),
+        (True, {"mask": MaskSettings("input_aware")}, "mask.score 'magnitude' and resumes with 'input_aware'"),
+        (True, {"segments": None}, "segments"),
+    ],
+)
+def test_a_training_does_not_resume_with_other_masks(make_tiny_model, tmp_path, controls, changes, message):
+    def train(**options) -> None:
+        backbone = make_tiny_model("llama")
+        weights = merged_adapter(backbone, "llama")
+        options = {"segments": segments_of(weights)} | options
+        probes = ProbeSet(MICRO_DEV, PAD)
+        given = Controller(Gaussian(), Rounds(3), "smooth_fit")
+        callback = GraspController(probes, given, **options) if controls else None
+        callback = callback or PrunedTraining(**{"prune_ratio": 0.4, "calibration": probes} | options)
+        checkpoint = tmp_path / "run" / "checkpoint-5"
+        with attached(backbone, weights) as model:
+            trainer = resumable(model, tmp_path, callback)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint.exists() else None)
+
+    train()
+    train()
+    with pytest.raises(GraspError, match=message):
+        train(**changes)
+
+
+def test_a_checkpoint_of_another_folder_is_refused(make_tiny_model, tmp_path):
+    """The masks would be those of the own folder's checkpoint, of the same step."""
+    for folder, seed in (("one", 0), ("other", 1)):
+        torch.manual_seed(seed)
+        backbone = make_tiny_model("llama")
+        weights = AdapterWeights(
+            {
+                name: replace(pair, A=torch.randn_like(pair.A), B=torch.randn_like(pair.B))
+                for name, pair in merged_adapter(backbone, "llama").items()
+            }
+        )
+        with attached(backbone, weights) as model:
+            resumable(model, tmp_path / folder, PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD))).train()
+    backbone = make_tiny_model("llama")
+    with attached(backbone, weights) as model:
+        trainer = resumable(model, tmp_path / "one", PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD)))
+        with pytest.raises(GraspError, match=r"step 5 in .*is not the one training resumes from"):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "other" / "run" / "checkpoint-5"))
+
+
+@pytest.mark.parametrize("controls", [True, False])
+def test_an_untrained_adapter_is_not_pruned_by_position(make_tiny_model, tmp_path, controls):
+    probes = ProbeSet(MICRO_DEV, PAD)
+    with fresh_adapter(make_tiny_model("llama"), LoraSettings(), 0) as model:
+        callback = GraspController(probes, Controller()) if controls else PrunedTraining(0.5, probes)
+        with pytest.raises(GraspError, match=r"factors are all zero, the first B of .*trained or merged adapter"):
+            resumable(model, tmp_path, callback).train()
+        # What is chosen anew after every step has an order from the first step on.
+        again = PrunedTraining(0.5, probes, mode="reselect")
+        resumable(model, tmp_path / "again", again).train()
+        assert again.masks.sparsity() == pytest.approx(0.5, abs=0.05)
+
+
+def test_the_folder_of_records_may_be_a_text(make_tiny_model, tmp_path):
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    with attached(backbone, weights) as model:
+        controller = controller_for(weights, folder=str(tmp_path / "records"))
+        resumable(model, tmp_path, controller).train()
+    assert len(read_rows(tmp_path / "records" / "rounds.jsonl")) == len(controller.search.history) > 0
 
 
 def _live_and_stash(masks):

@@ -75,7 +75,8 @@ class GraspController(PrunedTraining):
         keep_best: bool = False,
     ) -> None:
         self.settings = settings or Controller()
-        self.micro_dev, self.folder, self.keep_best = micro_dev, folder, keep_best
+        self.micro_dev, self.keep_best = micro_dev, keep_best
+        self.folder = None if folder is None else Path(folder)
         self._on_round = on_round
         self._log: Callable[[dict[str, float]], None] | None = None
         self._round_end = 0.0
@@ -337,6 +338,11 @@ class GraspController(PrunedTraining):
                 f"round {row['round']} of the checkpoint led to ratio {row['ratio']}, but told again it leads to "
                 f"{decision.ratio}; resume with the versions and on the kind of machine it began with, or start anew"
             )
+
+    def _masked_by(self) -> dict[str, Any]:
+        found = super()._masked_by()
+        del found["prune_ratio"]
+        return found
 
     def _searched_by(self) -> dict[str, Any]:
         """What decides the search, as it comes back from JSON."""

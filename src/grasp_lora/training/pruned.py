@@ -1,6 +1,7 @@
 """A Trainer callback that keeps a LoRA adapter pruned at a fixed ratio: the final run. Paper: final run."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,7 +81,8 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         with the stashed values where the mask was on.
 
         Raises:
-            GraspError: the adapter cannot be pruned, or the trainer shards its weights or would put back others.
+            GraspError: the adapter cannot be pruned, the trainer shards its weights or would put back others, or the checkpoint
+                belongs to other masks or weights.
         """
         _check_weights_are_whole()
         super().on_train_begin(args, state, control, **kwargs)
@@ -95,7 +97,14 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         self._masks = MaskSet(pairs, self.mask)
         if saved:
             self.restore(*saved)
+            if not self.masks.are_on():
+                raise GraspError(
+                    f"the checkpoint of step {state.global_step} in {args.output_dir} is not the one training resumes from, so "
+                    "its masks do not fit the weights; resume within the folder that training began in"
+                )
             return
+        if self.mode == "hold" and self.prune_ratio > 0.0:
+            _check_order(self.masks)
         calibrate(kwargs["model"], self.masks, self.calibration)
         if self.mode == "reselect":
             self.masks.reselect(self.prune_ratio)
@@ -166,7 +175,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
 
     def state(self) -> State:
         """Return the ratio and the masks with what they rest on."""
-        return {"ratio": self.masks.ratio}, self.masks.state()
+        return {"ratio": self.masks.ratio, "masked_by": self._masked_by()}, self.masks.state()
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Take up a state.
@@ -174,10 +183,29 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         Raises:
             GraspError: it does not fit this adapter or these settings.
         """
+        now = self._masked_by()
+        for name, begun in values.get("masked_by", {}).items():  # checkpoints of older versions do not tell
+            if begun != now[name]:
+                raise GraspError(
+                    f"training began with {name} {begun!r} and resumes with {now[name]!r}; give it the same, or start anew"
+                )
         try:
             self.masks.restore(tensors, values["ratio"])
         except ValueError as error:
             raise GraspError(str(error)) from error
+
+    def _masked_by(self) -> dict[str, Any]:
+        """What decides which weights are pruned, as it comes back from JSON; a ratio that is learned is no part of it."""
+        score = self.mask.score
+        segments = {module: [vars(one) for one in pair.segments] for module, pair in self.masks.pairs.items()}
+        return {
+            "prune_ratio": float(self.prune_ratio),
+            "mode": self.mode,
+            "mask.score": score if isinstance(score, str) else score.function.__qualname__,
+            "mask.scope": self.mask.scope,
+            "mask.granularity": self.mask.granularity,
+            "segments of hash": hashlib.sha256(json.dumps(segments, sort_keys=True).encode()).hexdigest()[:16],
+        }
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -199,6 +227,16 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
             self.masks.enforce()
         else:
             self.masks.reselect(self.prune_ratio)
+
+
+def _check_order(masks: MaskSet) -> None:
+    """Refuse an adapter whose weights have no order, since they would be pruned by their position and stay so."""
+    zero = [f"{factor} of {module}" for (module, factor), weight in masks.weights.items() if not weight.any()]
+    if zero:
+        raise GraspError(
+            f"{len(zero)} of {len(masks.weights)} LoRA factors are all zero, the first {zero[0]}, as B is before any training; "
+            "nothing says which of their weights matter: start from a trained or merged adapter, or take mode 'reselect'"
+        )
 
 
 def _check_best_can_be_put_back(model: torch.nn.Module, state: TrainerState) -> None:
