@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.merging import MergeSettings, merge
+from grasp_lora.models import backbone as backbone_module
 from grasp_lora.models.adapters import attached, check_fits, config_of, fresh_adapter, save_adapter
+from grasp_lora.models.backbone import fingerprint
 from grasp_lora.models.live import adapter_weights, live_pairs, lora_layers, segments_of
-from grasp_lora.models.reading import AdapterInfo, read_adapter
+from grasp_lora.models.reading import AdapterInfo, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import LoraSettings
 
 TARGETS = {
@@ -693,6 +695,42 @@ def test_an_adapter_on_a_module_that_is_not_linear_is_refused(make_tiny_model, f
     edit_tensors(folder, move)
     with pytest.raises(AdapterError, match=r"model\.embed_tokens, which is a Embedding"):
         check(folder, make_tiny_model("llama"))
+
+
+@pytest.mark.parametrize("trained", [torch.float16, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("read", [torch.float16, torch.float32, torch.bfloat16])
+def test_a_backbone_may_be_read_in_another_format_than_it_was_trained_in(
+    make_tiny_model, tmp_path, trained, read, caplog
+):
+    model = make_tiny_model("llama").to(trained)
+    weights = random_weights(model, TARGETS["llama"], 2, 1)
+    save_adapter(tmp_path, weights, model, backbone_name="lab/tiny", fingerprint=fingerprint(model), dropout=0.0)
+    again = make_tiny_model("llama").to(read)
+    for strict in (False, True):
+        check_fits(
+            read_adapter(tmp_path), again, backbone_name="lab/tiny", fingerprint=fingerprint(again), strict=strict
+        )
+    assert ("could not be checked" in caplog.text) == (fingerprint(again) != fingerprint(model))
+    if trained == read:
+        with pytest.raises(AdapterError, match="same shapes, other weights"):
+            check_fits(read_adapter(tmp_path), again, backbone_name="lab/tiny", fingerprint="another")
+
+
+def test_float16_rounds_a_fingerprint_another_way(make_tiny_model):
+    """Why the check above only warns there."""
+    found = {fingerprint(make_tiny_model("llama").to(dtype)) for dtype in (torch.float16, torch.float32)}
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize(
+    ("named", "loaded"), [(None, "gemma3-270m"), ("google/gemma-3-270m", "google/gemma-3-270m"), ("lab/x", "lab/x")]
+)
+def test_a_backbone_that_the_user_names_is_the_one_that_is_loaded(monkeypatch, named, loaded):
+    """Adapters on the embedded weights name the model on the hub, which others can load."""
+    monkeypatch.setattr(backbone_module, "load_backbone", lambda settings: settings)
+    pairs = {"m": LoraPair(torch.ones(1, 2), torch.ones(2, 1))}
+    adapter = LoadedAdapter(AdapterWeights(pairs), "mine", "google/gemma-3-270m", "")
+    assert backbone_module.backbone_of(adapter, named, "cpu").name == loaded
 
 
 def test_an_adapter_trained_on_other_weights_is_refused(make_tiny_model, tmp_path):

@@ -36,7 +36,7 @@ def check_fits(
     """Check that an adapter belongs on this backbone.
 
     A different base model name only warns, since paths and hub ids differ for the same model. So do other weights where those of
-    one side are quantised, unless `strict`.
+    one side are quantised, unless `strict`, or where one side is in float16, whose rounding changes the fingerprint.
 
     Raises:
         AdapterError: a module does not exist, a shape differs, the config does not name it, or the adapter was trained on
@@ -53,6 +53,13 @@ def check_fits(
             "adapter %s was trained on a %s backbone, so that %s is the same model could not be checked by its weights",
             quoted(adapter.name),
             "full-precision" if quantised else "quantised",
+            quoted(backbone_name),
+        )
+    elif other and (model.dtype == torch.float16) != adapter.info.backbone_float16:
+        log.warning(
+            "adapter %s was trained in float16 or is read for it, which rounds the weights another way, so that %s is the same "
+            "model could not be checked by them",
+            quoted(adapter.name),
             quoted(backbone_name),
         )
     elif other:
@@ -187,6 +194,7 @@ def save_adapter(
         {name: tuple((one.name, one.rank) for one in pair.segments) for name, pair in weights.items() if pair.segments},
         answers,
         quantise,
+        model.dtype == torch.float16,
     )
     stated = {key: value for key, value in asdict(info).items() if value is not None and value is not False}
     _state(folder, stated, answers)

@@ -152,7 +152,8 @@ def backbone_of(
         raise AdapterError(f"adapter {adapter.name} does not name its base model; give it with --backbone")
     try:
         settings = BackboneSettings(
-            EMBEDDED_NAME if name == EMBEDDED_HUB_ID else name,
+            # The embedded weights are those that our adapters name so; a user who names the hub's gets the hub's.
+            EMBEDDED_NAME if named is None and name == EMBEDDED_HUB_ID else name,
             dtype=dtype,  # type: ignore[arg-type]
             device=device,  # type: ignore[arg-type]
             revision=revision,
@@ -203,9 +204,9 @@ def fingerprint(model: torch.nn.Module) -> str:
     """Compute 16 hexadecimal digits that tell one backbone from another, LoRA layers on top of it left out.
 
     They cover the shape facts of the config and 16 weights of every parameter, rounded to bfloat16: a checkpoint has
-    one fingerprint, loaded in bfloat16 or in float32, split or not. Quantised weights count as they are stored, so that a
-    backbone has another fingerprint for each way of quantising it. It recognises, it does not protect: a model altered on
-    purpose can keep its fingerprint.
+    one fingerprint, loaded in bfloat16 or in float32, split or not; float16 may give it another. Quantised weights count as
+    they are stored, so that a backbone has another fingerprint for each way of quantising it. It recognises, it does not
+    protect: a model altered on purpose can keep its fingerprint.
     """
     inner = without_peft(model)
     config = inner.config.get_text_config(decoder=True)

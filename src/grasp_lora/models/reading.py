@@ -69,6 +69,7 @@ class AdapterInfo:
         quantise: how grasp-lora quantised them for the training; None where it did not.
         segments: module name -> name and rank of the adapters that its components came from, in order.
         answers: None where it does not say.
+        backbone_float16: whether the backbone's weights were in float16.
     """
 
     backbone: Name | None = None
@@ -77,6 +78,7 @@ class AdapterInfo:
     segments: dict[str, tuple[tuple[Name, Rank], ...]] = field(default_factory=dict)
     answers: Answers | None = None
     quantise: Name | None = None
+    backbone_float16: Annotated[bool, Field(strict=True)] = False
 
     def origins(self) -> dict[str, tuple[Segment, ...]]:
         """Return module name -> origin of its components."""
