@@ -76,6 +76,7 @@ def stacked(backbone, start, ratios, seeds, mask, settings, **options) -> list[M
         ("gpt2", "exact", MaskSettings(scope="global", granularity="component"), {"weight_decay": 0.1}),
         ("llama", "paper_apart", MaskSettings("gradient_of_delta"), {"max_grad_norm": 0.0}),
         ("llama", "exact", MaskSettings(), {"keep": "last", "patience": None, "epochs": 1.5}),
+        ("llama", "exact", MaskSettings(), {"keep": "last", "patience": 3, "epochs": 8}),
     ],
 )
 def test_members_equal_separate_runs(make_tiny_model, tmp_path, architecture, rule, mask, changes):

@@ -141,7 +141,8 @@ def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedToke
     Args:
         rows: each with `prompt` and `completion`, as texts or as lists of messages, or with `messages` that end with
             the assistant's answer; an `id` may be given and is "row 0", "row 1", ... where it is not. Messages go
-            through the tokenizer's chat template; texts are taken as they are, control tokens in them too. No row is too long.
+            through the tokenizer's chat template; texts are taken as they are, control tokens in them too, but for control
+            characters and the line ends of Windows, which are cleaned as in files: TRL keeps them. No row is too long.
         tokenizer: with an EOS token.
 
     Raises:

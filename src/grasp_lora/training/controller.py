@@ -48,7 +48,8 @@ class GraspController(PrunedTraining):
     """Learn one global prune ratio while an adapter trains.
 
     Args:
-        micro_dev: the examples on which candidates are probed, 16 in the paper; or a pool of which rounds take a few in turn.
+        micro_dev: the examples on which candidates are probed, 16 in the paper, all of them whatever `rounds.in_turn` says; or a
+            pool of which rounds take a few in turn (`ProbesInTurn`; `from_rows` makes one where the rounds ask for it).
         settings: policy, rounds and rule; None takes preset `spread`.
         mask: score, scope and granularity.
         segments: module name -> origin of its rank-one components, for scope `factor`.

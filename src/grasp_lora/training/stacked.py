@@ -263,6 +263,7 @@ def train_stacked(
     kept = stack.values.detach().clone()
     optimizer = torch.optim.AdamW([stack.values], lr=settings.learning_rate, weight_decay=settings.weight_decay)
     acting, bad, step = list(range(len(members))), [0] * len(members), 0
+    lowest = [math.inf] * len(members)  # dev losses: a member's own is that of its last step where that is kept
 
     def measure() -> bool:
         """Measure those that act, drop those that have ended, and say whether none is left."""
@@ -278,7 +279,8 @@ def train_stacked(
                 continue
             one.steps = step
             one.history.append({"step": step, "epoch": step / per_epoch, "dev_loss": loss})
-            better = loss < one.dev_loss
+            better = loss < lowest[place]
+            lowest[place] = min(loss, lowest[place])
             bad[place] = 0 if better else bad[place] + 1
             if better or settings.keep == "last":
                 one.dev_loss, one.best_step = loss, step
