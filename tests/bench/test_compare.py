@@ -24,7 +24,7 @@ from rich.console import Console
 from grasp_lora import api
 from grasp_lora.bench import lorahub, methods
 from grasp_lora.bench import steps as baselines
-from grasp_lora.bench.compare import ComparisonSettings, compare
+from grasp_lora.bench.compare import ComparisonSettings, Work, compare
 from grasp_lora.bench.comparison_record import Comparison
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, SINGLE_SHARE
 from grasp_lora.bench.progress import Progress
@@ -136,6 +136,28 @@ def test_the_files_are_complete_and_hold_no_answers(whole_comparison, tmp_path):
     for row in content["rows"]:
         assert row["title"] in html
         assert row["title"] in text.replace("\\", "")
+
+
+def test_a_recipe_stands_beside_its_own_tables(finished, monkeypatch, caplog):
+    """Also where a comparison of another recipe was stopped before its first table."""
+    folder, _ = finished
+    before = {file: file.read_bytes() for file in (folder / "compare").iterdir()}
+    settings = ComparisonSettings(("merged", "grasp"), (1,), (0.2,), resamples=1000)
+
+    def stop(*_: Any) -> None:
+        raise Interrupted("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Work, "_advance", stop)
+        with pytest.raises(Interrupted):
+            run(folder, settings, "controller.policy.max_step=0.05")
+    assert {file: file.read_bytes() for file in (folder / "compare").iterdir()} == before
+    assert "the tables of another recipe" in caplog.text
+    run(folder, settings, "controller.policy.max_step=0.05")
+    assert "max_step: 0.05" in (folder / "compare/recipe.yaml").read_text(encoding="utf-8")
+    caplog.clear()
+    run(folder, settings, "controller.policy.max_step=0.05")
+    assert "another recipe" not in caplog.text
 
 
 def test_the_table_says_what_each_ratio_was_chosen_on(whole_comparison):

@@ -30,6 +30,7 @@ from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
+from grasp_lora.report.pages import write_report
 from grasp_lora.storage.folder import LOCK_FILE, only_writer
 from grasp_lora.training.controller import GraspController, PrunedTraining
 from grasp_lora.training.finetune import BestOnDev
@@ -545,6 +546,18 @@ class TestAgain:
         (finished_run / "report.html").write_text("so far")
         execute()
         assert "so far" not in (finished_run / "report.html").read_text(encoding="utf-8")[:10]
+
+    def test_a_report_made_while_another_choice_is_under_way_does_not_stay(self, finished_run: Path) -> None:
+        class Looks(Progress):
+            def stage(self, name: str) -> None:
+                if name == "all_rows":
+                    write_report(finished_run)
+
+        card, tables = finished_run / "adapter/README.md", finished_run / "report.md"
+        before = card.read_text(encoding="utf-8")
+        execute("final.all_rows=true", progress=Looks())
+        assert card.read_text(encoding="utf-8") != before
+        assert "not complete" not in tables.read_text(encoding="utf-8")
 
 
 def pruned(session: Session, merged: AdapterWeights, prune_ratio: float) -> AdapterWeights:

@@ -187,6 +187,8 @@ def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
         (("talks", "--question", "q", "--context", "c"), "{prompt}", "--question alone"),
         (("qa", "no-columns.csv"), "no column 'text'", "found: "),
         (("qa", "no-such.csv"), "'no-such.csv' is missing", "not a file"),
+        (("qa", "qa.jsonl", "talks.jsonl"), "qa.jsonl is a file of rows, and 2 things", "one file at a time"),
+        (("talks", "a prompt", "qa.jsonl"), "qa.jsonl is a file of rows, and 2 things", "one file at a time"),
         (("qa", "qa.jsonl", "-o", "qa.jsonl"), "exists already", "--output"),
         (("qa", "qa.jsonl", "-o", "no/such.csv"), "not there", "--output"),
         (("qa", "qa.jsonl", "-o", "out.xml"), "out.xml", ".csv"),

@@ -257,6 +257,22 @@ class TestOverrides:
         recipe, _ = load_recipe("demo-ar", changes)
         assert (recipe.data.root, recipe.final.prune_ratio, recipe.metrics) == ("texts", 0.5, ("f1",))
 
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "Read {prompt}\nAnswer",
+            "{prompt}\n",
+            "Text: {prompt}",
+            "{prompt} #1",
+            "'{prompt}'",
+            "1 {prompt}",
+            "😀 {prompt}",
+        ],
+    )
+    def test_a_text_in_a_mapping_is_that_text(self, text: str) -> None:
+        recipe, _ = load_recipe("demo-ar", {"data.prompt": text, "data.task": "completion", "metrics": ["f1"]})
+        assert recipe.data.prompt == text
+
     def test_a_single_text_is_not_read_letter_by_letter(self) -> None:
         with pytest.raises(RecipeError, match=r"overrides is the text 'seed=1'; give a list, or a mapping"):
             load_recipe("demo-ar", "seed=1")

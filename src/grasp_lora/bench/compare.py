@@ -6,6 +6,7 @@ of its steps. The table is made from the records alone, anew after each seed, so
 Paper: main table and runtime table.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,14 +14,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from grasp_lora.bench.checks import check, check_splits
-from grasp_lora.bench.comparison_record import (
-    COMPARISON_FILE,
-    Comparison,
-)
+from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.keyed import GRID
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, REMOVED
 from grasp_lora.bench.planned import expected_width, planned_against
 from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.records import read_record
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
@@ -37,6 +36,8 @@ from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import write_json, write_whole
 from grasp_lora.storage.folder import Busy, Workplace, in_turn, working_in
+
+log = logging.getLogger(__name__)
 
 SEEDS = (42, 1337, 9001)  # Paper: experimental setup
 LEAST_TEST = 2
@@ -139,14 +140,12 @@ def compare(
     """
     with working_in(folder) as place:
         session = prepared(session, folder, settings.folds)
-        recipe = session.recipe
-        session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
+        session.checkpoints = Checkpointing(session.recipe.save_every, lambda: place.interruption.asked_by)
         work = Work(session, place, settings, progress or Progress(), show)
         work.store.check_dtype(str(session.backbone.model.dtype))
         place.begin(shared=True)
         (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
-        with in_turn(folder / COMPARE_FOLDER):
-            write_whole(folder / COMPARE_FOLDER / RECIPE_FILE, recipe.to_yaml(folder / COMPARE_FOLDER))
+        work.begin()
         return work.execute()
 
 
@@ -257,6 +256,21 @@ class Work:
         folds = [one.splits for number, one in self.folds.items() if number in numbers]
         return summary(shared, settings, rows, self.split_seed, folds).model_copy(update={"other_splits": splits})
 
+    def begin(self) -> None:
+        """Write the recipe, unless the tables of another one stand there: then it comes with the tables that replace them."""
+        tables = self.place.folder / COMPARE_FOLDER
+        with in_turn(tables):
+            before = read_record(tables / COMPARISON_FILE, Comparison)
+            if before is None or before.recipe_hash == self._with_split(self.split_seed).fingerprint():
+                self._write_recipe()
+            else:
+                text = "%s holds the tables of another recipe, which these replace; to keep both, give --output another folder"
+                log.warning(text, tables)
+
+    def _write_recipe(self) -> None:
+        tables = self.place.folder / COMPARE_FOLDER
+        write_whole(tables / RECIPE_FILE, self.session.recipe.to_yaml(tables))
+
     def run_all(self, kind: type[Bench]) -> None:
         """Go through all seeds and splits with benches of a kind, and write no table."""
         for batch in self._batches(kind)[1]:
@@ -336,6 +350,7 @@ class Work:
     def _write(self, comparison: Comparison) -> None:
         folder = self.place.folder / COMPARE_FOLDER
         with in_turn(folder):
+            self._write_recipe()
             write_json(folder / COMPARISON_FILE, comparison.to_json())
             self.show(folder, comparison)
 

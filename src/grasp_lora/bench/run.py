@@ -388,7 +388,12 @@ class _Run:
                 before.dtype,
                 started.dtype,
             )
-        for name in (files.REPORT_FILE, files.REPORT_TABLES_FILE):  # of an unfinished run, which would stay
+        card = f"{files.ADAPTER_FOLDER}/{files.CARD_FILE}"
+        for name in (
+            files.REPORT_FILE,
+            files.REPORT_TABLES_FILE,
+            card,
+        ):  # of an unfinished run or another choice, which would stay
             (self.folder / name).unlink(missing_ok=True)
 
 

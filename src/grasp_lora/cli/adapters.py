@@ -77,6 +77,10 @@ def predict(
     }
     given = {name: text for name, text in (("context", context), ("question", question)) if text is not None}
     rows = Path(prompts[0]) if prompts and len(prompts) == 1 and is_rows(prompts[0]) else None
+    if prompts and len(prompts) > 1 and (file := next(filter(is_rows, prompts), None)) is not None:
+        raise RecipeError(
+            f"{file} is a file of rows, and {len(prompts)} things to answer are given; give one file at a time"
+        )
     if given and prompts:
         raise RecipeError(f"a prompt is given, and --{' and --'.join(given)}, too; give one of them")
     if output is not None and rows is None:

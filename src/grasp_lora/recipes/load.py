@@ -41,7 +41,7 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
 
     Args:
         recipe: path of a YAML file, or a name of `builtin_recipes()`.
-        overrides: changes, such as `["data.root=data"]`, each value read as YAML, or `{"data.root": "data"}`.
+        overrides: changes, such as `["data.root=data"]`, each value read as YAML, or `{"data.root": "data"}`, taken as it is.
         allow_code: whether the recipe may name code (`package.module:name`), which is imported: policies, rules, scores and
             metrics of your own, installed, on PYTHONPATH, or in a file beside the recipe.
 
@@ -198,11 +198,8 @@ def _texts(overrides: Overrides) -> list[str]:
         raise RecipeError(f"overrides is the text {quoted(overrides)}; give a list, or a mapping from keys to values")
     if not isinstance(overrides, Mapping):
         return [str(override) for override in overrides]
-    # Whatever writes itself as a text, a path for one, is meant as that text.
-    return [
-        f"{key}={value if isinstance(value, str) else json.dumps(value, default=str)}"
-        for key, value in overrides.items()
-    ]
+    # A text is that text, and whatever writes itself as one, a path for example: JSON is YAML that keeps every character.
+    return [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]
 
 
 def _apply(content: dict[str, Any], override: str) -> None:
