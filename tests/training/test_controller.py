@@ -1310,7 +1310,7 @@ def test_an_untrained_adapter_is_not_pruned_by_position(make_tiny_model, tmp_pat
     probes = ProbeSet(MICRO_DEV, PAD)
     with fresh_adapter(make_tiny_model("llama"), LoraSettings(), 0) as model:
         callback = GraspController(probes, Controller()) if controls else PrunedTraining(0.5, probes)
-        with pytest.raises(GraspError, match=r"factors are all zero, the first B of .*trained or merged adapter"):
+        with pytest.raises(GraspError, match=r"all zero in each of its 4 modules.*trained or merged adapter"):
             resumable(model, tmp_path, callback).train()
         # What is chosen anew after every step has an order from the first step on.
         again = PrunedTraining(0.5, probes, mode="reselect")

@@ -388,12 +388,8 @@ class _Run:
                 before.dtype,
                 started.dtype,
             )
-        card = f"{files.ADAPTER_FOLDER}/{files.CARD_FILE}"
-        for name in (
-            files.REPORT_FILE,
-            files.REPORT_TABLES_FILE,
-            card,
-        ):  # of an unfinished run or another choice, which would stay
+        # Of an unfinished run or of another choice: they would stay.
+        for name in (files.REPORT_FILE, files.REPORT_TABLES_FILE, f"{files.ADAPTER_FOLDER}/{files.CARD_FILE}"):
             (self.folder / name).unlink(missing_ok=True)
 
 

@@ -230,12 +230,11 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
 
 
 def _check_order(masks: MaskSet) -> None:
-    """Refuse an adapter whose weights have no order, since they would be pruned by their position and stay so."""
-    zero = [f"{factor} of {module}" for (module, factor), weight in masks.weights.items() if not weight.any()]
-    if zero:
+    """Refuse an adapter that was never trained: its weights of zero would be pruned by their position and stay so."""
+    if not any(pair.A.any() and pair.B.any() for pair in masks.pairs.values()):
         raise GraspError(
-            f"{len(zero)} of {len(masks.weights)} LoRA factors are all zero, the first {zero[0]}, as B is before any training; "
-            "nothing says which of their weights matter: start from a trained or merged adapter, or take mode 'reselect'"
+            f"the adapter changes nothing: A or B is all zero in each of its {len(masks.pairs)} modules, as before any training, so "
+            "nothing says which weights matter; start from a trained or merged adapter"
         )
 
 
