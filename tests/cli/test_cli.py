@@ -249,6 +249,7 @@ def shared_workspace(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_fol
         (("predict", "moved", "a"), r"'\./gone' does not exist", "--backbone"),
         ((*TWICE, "-o", "out", "--weight", "1"), "1 merge weights for 2 adapters", "give one per"),
         ((*TWICE, "-o", "out", "--rank", "2"), "'exact' does not take a rank", "choose one of .*svd"),
+        ((*TWICE, "-o", "out", "--density", "0.5"), "'exact' does not take a density", "choose one of ties, dare_ties"),
         ((*TWICE, "-o", "out", "--rule", "sum"), "'sum'", "allowed: exact, "),
         ((*TWICE, "-o", "."), "not an empty folder", "another with --output"),
         (("merge", "adapter", "rank3", "-o", "out", "--rule", "ties"), "'ties' needs equal ranks", "use 'exact' or 'svd'"),

@@ -19,6 +19,8 @@ from grasp_lora.cli.options import (
     session_of,
 )
 from grasp_lora.cli.terminal import log_to_terminal, print_scores, say
+from grasp_lora.errors import RecipeError
+from grasp_lora.text.display import quoted
 
 _merge = OptionsOf("grasp_lora.method.merging", "MergeSettings")
 
@@ -81,14 +83,20 @@ def merge(
     rule: Annotated[str, _merge("rule")] = "exact",
     weight: Annotated[list[float] | None, _merge("weights", more="May be repeated.")] = None,
     rank: Annotated[int | None, _merge("rank")] = None,
-    density: Annotated[float, _merge("density")] = 0.5,
+    density: Annotated[float | None, _merge("density", more="Default: 0.5.")] = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Merge LoRA adapters into one ordinary PEFT adapter."""
     from grasp_lora.bench.single import merge_folders
+    from grasp_lora.method.merging import MERGE_RULES, MergeSettings, keep_all
 
     log_to_terminal(False)
+    takers = [name for name, row in MERGE_RULES.items() if row.sparsify is not keep_all]
+    if density is not None and rule in MERGE_RULES and rule not in takers:
+        raise RecipeError(
+            f"merge rule {quoted(rule)} does not take a density; leave it out, or choose one of {', '.join(takers)}"
+        )
     facts = merge_folders(
         adapters,
         output,
@@ -96,7 +104,7 @@ def merge(
         rule,
         weight,
         rank,
-        density,
+        MergeSettings.density if density is None else density,
         revision=revision,
         trust_remote_code=trust_remote_code,
     )
