@@ -241,6 +241,48 @@ def test_given_adapters_stand_in_report_and_card(run_folder: Path) -> None:
     assert f"| Given adapter | owner/english-lora | sha256:{'ab' * 32} |" in card(run_folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "parents", "sides"),
+    [
+        ("target", 0, ["target"], ["target"]),
+        ("source", 0, ["source"], ["source"]),
+        ("continued", 0, ["source"], ["source", "target"]),
+        ("source", 2, ["first"], []),
+        ("source_2", 2, ["second"], []),
+        ("target", 2, ["target"], ["target"]),
+        ("continued", 2, ["first", "second"], ["target"]),
+        ("grasp", 2, ["first", "second", "target"], ["target"]),
+        ("target", 3, ["third"], []),
+        ("grasp", 3, ["first", "second", "third"], ["target"]),
+    ],
+)
+def test_the_card_names_what_the_adapter_was_made_of_and_trained_on_alone(
+    run_folder: Path, name: str, given: int, parents: list[str], sides: list[str]
+) -> None:
+    """Of three given adapters the third is the target's."""
+    adapters = [{"name": f"owner/{one}", "sha256": one} for one in ("first", "second", "third")[:given]]
+    if adapters:
+        remove(run_folder, "source", *["target"] * (given == 3))
+        change_recipe(run_folder, source={"adapters": ["owner/first", "owner/second"]})
+    change(run_folder / "run.json", lambda run: run.update(parents=adapters))
+    change(run_folder / "metrics.json", lambda metrics: metrics["delivered"].update(name=name))
+    codes = {"source": "en", "target": "de"}
+    corpora = {side: {"language": code, "hub": f"owner/{code}", "files": []} for side, code in codes.items()}
+    change_recipe(run_folder, data=corpora)
+    text = card(run_folder)
+    front, body = ModelCard(text).data.to_dict(), text.split("## Made of")[1].split("## Scores")[0]
+    rows = re.findall(r"\| (?:Given|Source|Target) adapter \| (?:owner/|the run's folder )(\w+) \|", body)
+    assert sorted(rows) == sorted(parents)
+    assert sorted(front.get("language", [])) == sorted(codes[side] for side in sides)
+    assert sorted(front.get("datasets", [])) == sorted(f"owner/{codes[side]}" for side in sides)
+    for side, told in {
+        "source": ("owner/en", "English", "source train 12"),
+        "target": ("owner/de", "German", " train 10"),
+    }.items():
+        for one in told:
+            assert (one in body) == (side in sides), one
+
+
 @pytest.mark.parametrize(("granularity", "alarm"), [("component", False), ("weight", True)])
 def test_whole_components_are_no_alarm(run_folder: Path, granularity: str, alarm: bool) -> None:
     change(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
 from grasp_lora.recipes.recipe import TEXTS
 from grasp_lora.recipes.text import parse
 from grasp_lora.report.delivered import MADE, PARTS, delivered_system
-from grasp_lora.report.pages import public_name, render, view_of
-from grasp_lora.report.run_record import DataRecipe, RunRecord, read_run
+from grasp_lora.report.pages import SPLITS, languages_of, public_name, render, sizes_of, view_of
+from grasp_lora.report.run_record import CorpusFacts, DataRecipe, RunRecord, read_run
 from grasp_lora.report.tables import METRIC_NAMES
 from grasp_lora.storage.files import write_whole
 from grasp_lora.text.display import escaped
@@ -47,7 +48,8 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     quantised = f", quantised as {record.run.quantise}" if record.run.quantise else ""
     parents = [("Backbone", f"{backbone}{quantised}", record.run.backbone.fingerprint)]
     system, metrics = delivered_system(record), record.metrics
-    kind = (metrics.delivered.name if metrics and metrics.delivered else system).partition("_")[0]
+    name = metrics.delivered.name if metrics and metrics.delivered else system
+    kind = name.partition("_")[0]
     again = metrics.all_rows.epochs if metrics and metrics.all_rows else {}
     sides = PARTS.get(kind, ("source", "target"))
     for side in sides:
@@ -59,17 +61,26 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
             parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{digest}"))
     sources = len(record.recipe.source.adapters)  # which come first
     given = {"source": record.run.parents[:sources], "target": record.run.parents[sources:]}
+    trained_on = [side for side in sides if not given[side]]
+    if kind in ("continued", "grasp") and "target" not in trained_on:
+        trained_on.append("target")
+    if kind == "source":
+        given["source"] = [one for own, one in zip(record.sources, given["source"], strict=False) if own == name]
     parents += [("Given adapter", one.name, f"sha256:{one.sha256}") for side in sides for one in given[side]]
+    corpora = [corpus for side in trained_on if (corpus := getattr(record.recipe.data, side))]
+    sides_of = {split: "source" if split.startswith("source") else "target" for split in SPLITS}
     prompt = _prompt(record.recipe.data)
     recipe = _public_recipe(record.recipe_text)
     context = view_of(record) | {
-        "front_matter": _front_matter(record, backbone, system),
+        "front_matter": _front_matter(record, backbone, system, corpora),
         "made": MADE[kind],
         "pruned": kind == "grasp",
         "base": _base(record, backbone),
         "base_model_name": backbone,
         "parents": parents,
-        "files": _data_names(record.recipe.data),
+        "files": _data_names(corpora),
+        "languages": languages_of(corpora),
+        "sizes": sizes_of(record, [split for split in SPLITS if split == "test" or sides_of[split] in trained_on]),
         "prompt": [escaped(line) for line in prompt.split("\n")] if prompt else [],
         "asked": _literal(re.sub(r"\{\w*\}", "...", prompt or "...").replace("{{", "{").replace("}}", "}")),
         "max_new_tokens": record.recipe.generation.max_new_tokens,
@@ -83,11 +94,11 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     return path
 
 
-def _front_matter(record: RunRecord, backbone: str, system: str) -> str:
+def _front_matter(record: RunRecord, backbone: str, system: str, corpora: Sequence[CorpusFacts]) -> str:
     """What the hub reads of a card. It names no local file and no local folder, for which the hub would look among its own."""
     from huggingface_hub import ModelCardData
 
-    run, corpora = record.run, record.recipe.data.corpora
+    run = record.run
     embedded = backbone == PUBLIC_NAME
     codes = [corpus.language for corpus in reversed(corpora) if re.fullmatch(r"[a-z]{2,3}", corpus.language)]
     data_sets = [corpus.hub for corpus in reversed(corpora) if corpus.hub and HUB_ID.fullmatch(corpus.hub)]
@@ -183,10 +194,10 @@ def _prompt(data: DataRecipe) -> str | None:
         return None
 
 
-def _data_names(data: DataRecipe) -> list[str]:
-    """Names of the data sets and files in the recipe, without their folders."""
+def _data_names(corpora: Sequence[CorpusFacts]) -> list[str]:
+    """Names of data sets and files, without their folders."""
     names: list[str] = []
-    for corpus in data.corpora:
+    for corpus in corpora:
         names += [public_name(corpus.hub)] if corpus.hub else []
         names += [re.split(r"[\\/]", file)[-1] for file in corpus.all_files]
     return list(dict.fromkeys(names))

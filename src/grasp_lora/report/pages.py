@@ -7,6 +7,7 @@ another stage should have computed, and nothing that was not measured is shown a
 import logging
 import re
 import secrets
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from grasp_lora.method.policy import POLICIES
 from grasp_lora.report.delivered import NOTHING_LEARNED, chosen, delivered_system, predict_command, verdict
 from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
-from grasp_lora.report.run_record import RunRecord, read_run
+from grasp_lora.report.run_record import CorpusFacts, RunRecord, read_run
 from grasp_lora.report.tables import (
     METRIC_NAMES,
     Against,
@@ -110,8 +111,8 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "interval_note": _interval_note(record),
         "nothing_learned": learned is not None and learned.estimate.nothing_learned,
         "language": record.recipe.data.target.language,
-        "languages": _languages(record),
-        "sizes": _sizes(record),
+        "languages": languages_of(record.recipe.data.corpora),
+        "sizes": sizes_of(record),
         "scores": scores_table(record),
         "signatures": {METRIC_NAMES.get(key, key): text for key, text in signatures.items()},
         "scale": scale_note(signatures),
@@ -194,8 +195,8 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     facts = [
         ("Backbone", public_name(run.backbone.name) + (f", quantised as {run.quantise}" if run.quantise else "")),
         ("Given adapters", ", ".join(f"{one.name} (sha256:{one.sha256[:12]})" for one in run.parents)),
-        ("Languages", _languages(record)),
-        ("Examples", _sizes(record)),
+        ("Languages", languages_of(record.recipe.data.corpora)),
+        ("Examples", sizes_of(record)),
         ("Final run starts from", _start(record)),
         ("Seed", str(run.seed)),
         ("Date", run.created[:16].replace("T", " ")),
@@ -213,15 +214,16 @@ def _start(record: RunRecord) -> str:
     return f"{start}; {DISCARDED}" if record.metrics and record.metrics.best_step == 0 else start
 
 
-def _sizes(record: RunRecord) -> str:
+def sizes_of(record: RunRecord, splits: Sequence[str] = SPLITS) -> str:
     """Examples per split."""
-    sizes = {split: len(record.data.ids.get(split, ())) for split in SPLITS}
+    sizes = {split: len(record.data.ids.get(split, ())) for split in splits}
     names = {split: split.replace("_", " " if split.startswith("source") else "-") for split in SPLITS}
     return ", ".join(f"{names[split]} {size}" for split, size in sizes.items() if size)
 
 
-def _languages(record: RunRecord) -> str:
-    codes = [corpus.language for corpus in record.recipe.data.corpora]
+def languages_of(corpora: Sequence[CorpusFacts]) -> str:
+    """The languages of data, as words."""
+    codes = [corpus.language for corpus in corpora]
     return " to ".join(LANGUAGES.get(code, code) for code in codes if code)
 
 
