@@ -104,7 +104,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "ratio": None if record.prune_ratio is None else percent(record.prune_ratio, 1),
         "given": given,
         "start": _start(record),
-        "each_step": _at_each_step(record),
+        "regime": _regime(record),
         "probed_on": _probed_on(record),
         "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
         "confidence": percent(learned.confidence) if learned else None,
@@ -130,10 +130,11 @@ def view_of(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _at_each_step(record: RunRecord) -> bool:
-    """Whether the controller held no ratio, but trained each step at one of its own."""
+def _regime(record: RunRecord) -> str:
+    """How the controller trained between its rounds: at one ratio, each step at one of its own, or a copy for each ratio."""
     kind = record.recipe.controller.policy.kind
-    return kind == "shared" or (kind in POLICIES and POLICIES[kind].regime == "each_step")  # so it was called once
+    kind = "spread" if kind == "shared" else kind  # as it was called once
+    return POLICIES[kind].regime if kind in POLICIES else "held"
 
 
 def _probed_on(record: RunRecord) -> str:
