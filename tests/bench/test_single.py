@@ -171,3 +171,16 @@ class TestBackbone:
         self.rename(adapter, "./gone")
         with pytest.raises(GraspError, match=r"'\./gone' does not exist.*\(adapter adapter names this .*--backbone"):
             predict_texts("run/adapter", ["a"], None, "cpu", max_new_tokens=2)
+
+    @pytest.mark.parametrize("written", [None, "../../tiny-llama"], ids=["today", "as if there was no link"])
+    def test_of_a_run_behind_a_link_it_is_found_from_anywhere(
+        self, written: str | None, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "disk/deep").mkdir(parents=True)
+        Path("runs").symlink_to(tmp_path / "disk/deep")
+        finished_run.rename("runs/tiny")
+        recipe, _ = load_recipe("tiny.yaml", {"backbone.name": written or str(Path("tiny-llama").absolute())})
+        Path("runs/tiny/recipe.yaml").write_text(recipe.to_yaml(Path("runs/tiny")), encoding="utf-8")
+        monkeypatch.chdir(tmp_path)  # where no `tiny-llama` is
+        for place in ["work/runs/tiny/adapter"] + ([] if written else ["disk/deep/tiny/adapter"]):
+            assert len(predict_texts(place, ["a"], None, "cpu", max_new_tokens=2)) == 1

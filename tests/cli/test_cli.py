@@ -81,12 +81,13 @@ def change_weights(adapter: Path, change: Callable[[torch.Tensor], torch.Tensor]
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> Path:
-    """Untrained adapters of the tiny backbone: `adapter` of rank 2, `rank3`, `wide` (of another backbone), `moved`."""
+    """Adapters so little trained that no loss changes: `adapter` of rank 2, `rank3`, `wide` (of another backbone), `moved`."""
     folder = tmp_path_factory.mktemp("adapters")
     session = Session(*load_recipe(write_tiny_workspace(folder / "work", tiny_backbone_folder)))
     for name, rank in {"adapter": 2, "rank3": 3}.items():
         with fresh_adapter(session.backbone.model, LoraSettings(rank=rank, alpha=4), seed=1) as model:
             session.save(folder / name, adapter_weights(model))
+        change_weights(folder / name, lambda tensor: tensor if tensor.any() else torch.full_like(tensor, 1e-12))
     shutil.rmtree(folder / "work")
     for name in ("wide", "moved"):
         shutil.copytree(folder / "adapter", folder / name)

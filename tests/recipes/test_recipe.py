@@ -66,6 +66,17 @@ def test_absolute_paths_are_written_as_they_are_seen_from_the_folder_and_texts_a
     assert yaml.safe_load(recipe.to_yaml())["backbone"]["name"] == "/srv/models/llama"
 
 
+def test_behind_a_link_paths_are_seen_from_where_it_leads(tmp_path: Path, load: Load) -> None:
+    recipe = load(SMALL, f"backbone.name={tmp_path}/models/llama")
+    for leads_to, seen in (
+        (tmp_path / "a/b/c", "../../../../models/llama"),
+        (Path("/elsewhere"), "../../models/llama"),
+    ):
+        (tmp_path / "runs").symlink_to(leads_to)
+        assert yaml.safe_load(recipe.to_yaml(tmp_path / "runs/small"))["backbone"]["name"] == seen
+        (tmp_path / "runs").unlink()
+
+
 def test_the_resolved_copy_says_every_default_but_no_place_of_the_data(load: Load) -> None:
     content = yaml.safe_load(load(SMALL, "data.root=/somewhere").to_yaml())
     assert set(content) == set(Recipe.model_fields)

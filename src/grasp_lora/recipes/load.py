@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import islice
@@ -88,8 +89,10 @@ def backbone_of_run(adapter: str) -> str | None:
                 named = expanded(content["backbone"]["name"])
             except (RefusedError, RecipeError, TypeError, KeyError):  # a recipe of another kind
                 return None
-            fits = base_model is not None and named.name == Path(base_model).name and is_folder(folder / named)
-            return str(folder / named) if fits else None
+            if base_model is None or named.name != Path(base_model).name:
+                return None
+            places = (Path(os.path.normpath(folder / named)), folder / named)  # as if there was no link, and behind it
+            return next((str(place) for place in places if is_folder(place)), None)
     return None
 
 

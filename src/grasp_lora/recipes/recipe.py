@@ -191,8 +191,12 @@ def _seen_from(folder: Path, value: Any) -> Any:
         return [_seen_from(folder, part) for part in value]
     if not isinstance(value, str) or not Path(value).is_absolute():
         return value
-    shared = Path(value).parts[:2] == folder.parts[:2]  # more than the root
-    return Path(os.path.relpath(value, folder)).as_posix() if shared else without_place(value)
+    path, real = Path(value), Path(os.path.realpath(folder))
+    # Where the folder lies behind a link, `..` leaves it from where that leads, which may be another disk.
+    for start, place in ((real, Path(os.path.realpath(path.parent), path.name)), (folder, path)):
+        if start.parts[:2] == place.parts[:2]:  # more than the root
+            return Path(os.path.relpath(place, start)).as_posix()
+    return without_place(value)
 
 
 def _has_dev(data: Any) -> bool:
