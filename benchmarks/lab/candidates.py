@@ -177,7 +177,7 @@ def shown(found: PairedComparison | None) -> str:
     return "" if found is None else f"{found.difference:+.3f} ({found.low:+.3f} to {found.high:+.3f})"
 
 
-def table(measured: dict[str, list[tuple[list[float], list[float]]]], metric: str | None) -> str:
+def table(measured: dict[str, list[tuple[list[float], list[float]]]], metric: str | None, groups: Sequence[str]) -> str:
     """Markdown: a row a candidate, in the order of their test loss."""
     heads = ["candidate", "test loss", f"minus {BASELINE}"] + ([metric, f"minus {BASELINE}"] if metric else [])
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
@@ -188,7 +188,9 @@ def table(measured: dict[str, list[tuple[list[float], list[float]]]], metric: st
             ours, theirs = ([run[index] for run in measured[one]] for one in (name, BASELINE))
             found = None
             if name != BASELINE:
-                found = compare_with_baselines(ours, {BASELINE: theirs}, higher_is_better=bool(index))[BASELINE]
+                found = compare_with_baselines(ours, {BASELINE: theirs}, groups=groups, higher_is_better=bool(index))[
+                    BASELINE
+                ]
             cells += ([f"{fmean(map(fmean, ours)):.1f}"] if index else []) + [shown(found)]
         rows.append(cells)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -221,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GraspError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(table(measured, metric) + "\n")
+    sys.stdout.write(table(measured, metric, [example.group for example in session.splits.test]) + "\n")
     return 0
 
 

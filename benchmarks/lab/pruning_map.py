@@ -136,9 +136,9 @@ def measure_cell(
         "GRASP minus": {},
         "score": {},
     }
-    ours = losses.pop("GRASP")
+    ours, groups = losses.pop("GRASP"), [example.group for example in session.splits.test]
     for name, theirs in losses.items():
-        found = compare_with_baselines(ours, {name: theirs}, higher_is_better=False)[name]
+        found = compare_with_baselines(ours, {name: theirs}, groups=groups, higher_is_better=False)[name]
         row["GRASP minus"][name] = vars(found)
         if given.answers and not found.low <= 0.0 <= found.high and name in ("continued", "merge"):
             metric = main_metric(list(session.metrics))
@@ -146,7 +146,8 @@ def measure_cell(
                 [measure(bench, one[which], metric)[1] for bench, one in zip(own, made, strict=True)]
                 for which in ("GRASP", name)
             ]
-            row["score"][name] = {"metric": metric} | vars(compare_with_baselines(scores[0], {name: scores[1]})[name])
+            compared = compare_with_baselines(scores[0], {name: scores[1]}, groups=groups)[name]
+            row["score"][name] = {"metric": metric} | vars(compared)
     return row
 
 

@@ -138,6 +138,32 @@ def test_the_files_are_complete_and_hold_no_answers(whole_comparison, tmp_path):
         assert row["title"] in text.replace("\\", "")
 
 
+def test_rows_of_one_article_are_drawn_together(tiny_workspace):
+    rows = [{"prompt": f"target {i}: what?", "completion": f" {i % 7}", "group": f"g{i // 2}"} for i in range(40)]
+    Path("target.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    api.run("tiny.yaml", [ROUNDS_EVERY], "runs")
+    seed = load_recipe("tiny.yaml")[0].seed
+    groups = json.loads(Path("runs/data.json").read_text(encoding="utf-8"))["test_groups"]
+    assert len(groups) == 2 * len(set(groups)) > 2
+    content, _ = run(Path("runs"), ComparisonSettings(("merged", "grasp"), (seed,), (0.2,), resamples=1000))
+    assert content["test_groups"] == len(set(groups))
+    text = f"in their {len(set(groups))} groups"
+    assert text in Path("runs/compare/compare.md").read_text(encoding="utf-8")
+    assert text in Path("runs/report.md").read_text(encoding="utf-8")
+    losses = {}
+    for name in ("grasp", "merged"):
+        lines = Path(f"runs/evaluation/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        losses[name] = [json.loads(line)["loss"] for line in lines]
+    [row] = [row for row in content["rows"] if row["method"] == "merged"]
+    found = row["against"]["test_loss"]
+    drawn = compare_with_baselines(
+        losses["grasp"], {"merged": losses["merged"]}, groups=groups, higher_is_better=False, resamples=1000
+    )["merged"]
+    assert (found["difference"], found["low"], found["high"]) == pytest.approx(
+        (drawn.difference, drawn.low, drawn.high)
+    )
+
+
 def test_a_recipe_stands_beside_its_own_tables(finished, monkeypatch, caplog):
     """Also where a comparison of another recipe was stopped before its first table."""
     folder, _ = finished

@@ -19,6 +19,7 @@ from grasp_lora.evaluation.statistics import (
     half_width,
     holm,
     mean_and_sd,
+    standard_error,
 )
 
 
@@ -347,3 +348,60 @@ def test_the_half_width_foretold_is_that_of_the_bootstrap():
     zeros = {str(number): [0.0] * 400 for number in range(3)}
     found = compare_with_baselines(differences.tolist(), zeros)["0"]
     assert half_width(float(differences.std()), 400, 3) == pytest.approx((found.high - found.low) / 2, rel=0.06)
+
+
+class TestGroups:
+    """Examples that belong together are drawn together."""
+
+    def test_examples_in_groups_of_their_own_are_drawn_as_without_groups(self):
+        ours, theirs = normal(30, 1, 0.4), normal(30, 2)
+        assert compared(ours, theirs, groups=[f"g{number}" for number in range(30)]) == compared(ours, theirs)
+        assert standard_error(ours, list(range(30))) == pytest.approx(standard_error(ours))
+        assert standard_error(ours) == pytest.approx(statistics.stdev(ours) / math.sqrt(30))
+
+    @pytest.mark.parametrize("copies", [2, 5])
+    def test_copies_of_examples_tell_nothing_new(self, copies):
+        ours, theirs = normal(20, 3, 0.5), normal(20, 4)
+        alone, groups = compared(ours, theirs), [number for number in range(20) for _ in range(copies)]
+        many = compared(*([one for one in values for _ in range(copies)] for values in (ours, theirs)), groups=groups)
+        assert (many.difference, many.low, many.high) == pytest.approx((alone.difference, alone.low, alone.high))
+        assert (many.p_value, many.examples) == (alone.p_value, 20 * copies)
+        apart = [one - other for one, other in zip(ours, theirs, strict=True)]
+        repeated = [one for one in apart for _ in range(copies)]
+        assert standard_error(repeated, groups) == pytest.approx(standard_error(apart))
+
+    def test_the_interval_covers_the_truth_where_examples_of_a_group_are_alike(self):
+        covered = {True: 0, False: 0}
+        groups = [number for number in range(40) for _ in range(4)]
+        for seed in range(150):
+            own, shared = normal(160, seed), normal(40, 1000 + seed)
+            apart = [one + shared[group] for one, group in zip(own, groups, strict=True)]
+            for known in covered:
+                found = compared(apart, [0.0] * 160, groups=groups if known else None, resamples=400, seed=seed)
+                covered[known] += found.low <= 0.0 <= found.high
+        assert covered[True] >= 137  # 142.5 are expected
+        assert covered[False] <= 125
+
+    def test_groups_may_differ_in_size(self):
+        """By hand: two groups, of 1 and of 3 examples, are drawn as (1, 1), (1, 2) or (2, 2)."""
+        found = compared([4.0, 0.0, 0.0, 0.0], [0.0] * 4, groups=[7, 8, 8, 8], resamples=999)
+        assert found.difference == 1.0
+        assert found.low <= 0.0
+        assert found.high >= 4.0
+
+    def test_corpus_scores_are_drawn_in_groups_too(self):
+        rows = [[value, 1.0] for value in normal(20, 5, 1.0)]
+        ours, theirs = [row for row in rows for _ in range(3)], [[0.0, 1.0]] * 60
+        groups = [number for number in range(20) for _ in range(3)]
+        found = compared(ours, theirs, groups=groups, corpus_score=mean_of_first)
+        alone = compared(rows, [[0.0, 1.0]] * 20, corpus_score=mean_of_first)
+        assert (found.low, found.high) == pytest.approx((alone.low, alone.high))
+
+    def test_a_single_group_shows_nothing(self):
+        found = compared([3.0, 2.0, 4.0, 3.0, 4.0, 3.0, 5.0, 6.0], [1.0] * 8, groups=["a"] * 8)
+        assert found.verdict == "no difference shown"
+        assert standard_error([1.0, 2.0], ["a", "a"]) == math.inf
+
+    def test_each_example_needs_a_group(self):
+        with pytest.raises(ValueError, match="2 groups for 3 examples"):
+            compared([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], groups=["a", "b"])

@@ -136,7 +136,10 @@ class Pace(_Shape):
 
 
 class Comparison(_Shape):
-    """The whole content of `compare.json`; `folds` are those of a cross-validation that are finished, `test_examples` of all."""
+    """The whole content of `compare.json`; `folds` are those of a cross-validation that are finished, `test_examples` of all.
+
+    `test_groups`: how many groups of those that belong together they form, where that is fewer.
+    """
 
     name: str
     recipe_hash: str
@@ -163,6 +166,7 @@ class Comparison(_Shape):
     made_with: list[dict[str, str]]
     pace: Pace | None
     folds: list[FoldSizes] = []
+    test_groups: int | None = None
 
     @classmethod
     def read(cls, file: Path) -> Self:

@@ -8,6 +8,7 @@ The rule, for `final.deliver: best`, by losses on dev, or on micro-dev where the
    the source adapter continued on the target rows, or the source adapter itself where no step lowered its dev loss.
 3. The best is the one with the lowest mean loss. It is compared with the expected one by the paired bootstrap over these rows
    (`compare_with_baselines`, 95 %). Where it is shown to be better, it is handed over, else the expected one.
+4. Rows that belong together, such as those of one article, count as alike in 2 and 3: whole groups are drawn.
 
 Replayed on finished comparisons (`benchmarks/lab/verdict.py`) it gains nearly as much as GRASP's result where that is the best,
 and loses little where the continued adapter is.
@@ -16,11 +17,11 @@ The backbone alone is measured beside them and never handed over: it tells wheth
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from grasp_lora.bench.run_folder import Delivered
-from grasp_lora.evaluation.statistics import compare_with_baselines
+from grasp_lora.evaluation.statistics import compare_with_baselines, standard_error
 
 IN_ORDER = {
     "continued": "the source adapter continued on the target rows",
@@ -33,14 +34,23 @@ FEWEST = 2  # rows that a comparison needs
 AHEAD = 1.0  # standard errors
 
 
-def by_setting(losses: Mapping[str, Sequence[float]], split: str, alone: Sequence[float] = ()) -> Delivered:
+def by_setting(
+    losses: Mapping[str, Sequence[float]],
+    split: str,
+    alone: Sequence[float] = (),
+    groups: Sequence[int] | None = None,
+) -> Delivered:
     """What is handed over with `final.deliver: grasp`; the losses are those of `best_of`, for the warning alone."""
     why = "The recipe asks for it (final.deliver)."
-    return Delivered(name="grasp", title=IN_ORDER["grasp"], why=why, **_learned("grasp", losses, alone, split))
+    return Delivered(name="grasp", title=IN_ORDER["grasp"], why=why, **_learned("grasp", losses, alone, split, groups))
 
 
 def best_of(
-    losses: Mapping[str, Sequence[float]], split: str, alone: Sequence[float] = (), left_out: str = ""
+    losses: Mapping[str, Sequence[float]],
+    split: str,
+    alone: Sequence[float] = (),
+    left_out: str = "",
+    groups: Sequence[int] | None = None,
 ) -> Delivered:
     """Choose by the rule above.
 
@@ -49,6 +59,7 @@ def best_of(
         split: where they come from, as a reader calls it.
         alone: those of the backbone without an adapter, for the warning that nothing was learned.
         left_out: why a candidate is missing, as a sentence.
+        groups: what each row belongs to, such as its article; None takes each by itself.
     """
     order = sorted(losses, key=lambda name: list(IN_ORDER).index(_kind(name)))
     usable = [name for name in order if len(losses[name]) >= FEWEST and all(map(math.isfinite, losses[name]))]
@@ -58,13 +69,13 @@ def best_of(
         if usable:
             why = f"Only its {split} losses are finite."
         why = f"{why} {left_out}".strip()
-        return Delivered(name=chosen, title=title_of(chosen), why=why, **_learned(chosen, losses, alone, split))
+        return Delivered(name=chosen, title=title_of(chosen), why=why, **_learned(chosen, losses, alone, split, groups))
     means = {name: fmean(losses[name]) for name in usable}
-    source = _source_behind(losses, usable)
+    source = _source_behind(losses, usable, groups)
     expected = "grasp" if source else usable[0]
     best = min(usable, key=means.__getitem__)  # of equal ones the first in the order
     against = expected if best != expected else min((name for name in usable if name != best), key=means.__getitem__)
-    compared = compare_with_baselines(losses[best], {against: losses[against]}, higher_is_better=False)
+    compared = compare_with_baselines(losses[best], {against: losses[against]}, groups=groups, higher_is_better=False)
     found, chosen = compared[against], best
     difference, low, high = found.difference, found.low, found.high
     if found.verdict != "better" and best != expected:
@@ -90,7 +101,7 @@ def best_of(
         low=low + 0.0,
         high=high + 0.0,
         confidence=found.confidence,
-        **_learned(chosen, losses, alone, split),
+        **_learned(chosen, losses, alone, split, groups),
     )
 
 
@@ -100,14 +111,16 @@ def title_of(name: str) -> str:
     return IN_ORDER[_kind(name)] + (f" (number {number})" if number else "")
 
 
-def _source_behind(losses: Mapping[str, Sequence[float]], usable: Sequence[str]) -> str | None:
+def _source_behind(
+    losses: Mapping[str, Sequence[float]], usable: Sequence[str], groups: Sequence[int] | None
+) -> str | None:
     """The best source adapter, where the target adapter is ahead of it and GRASP's result may be handed over; else None."""
     sources = [name for name in usable if _kind(name) == "source"]
     if not sources or not {"target", "grasp"} <= set(usable):
         return None
     source = min(sources, key=lambda name: fmean(losses[name]))
     ahead = [theirs - own for theirs, own in zip(losses[source], losses["target"], strict=True)]
-    return source if fmean(ahead) > AHEAD * stdev(ahead) / math.sqrt(len(ahead)) else None
+    return source if fmean(ahead) > AHEAD * standard_error(ahead, groups) else None
 
 
 def _first(name: str) -> str:
@@ -119,7 +132,13 @@ def _kind(name: str) -> str:
     return name.partition("_")[0]
 
 
-def _learned(chosen: str, losses: Mapping[str, Sequence[float]], alone: Sequence[float], split: str) -> dict[str, Any]:
+def _learned(
+    chosen: str,
+    losses: Mapping[str, Sequence[float]],
+    alone: Sequence[float],
+    split: str,
+    groups: Sequence[int] | None,
+) -> dict[str, Any]:
     """Whether any adapter is shown to be better than the backbone alone, and what has to be said of the one handed over.
 
     Each is compared by itself: a correction for their number would raise the alarm where few rows are clear.
@@ -130,7 +149,8 @@ def _learned(chosen: str, losses: Mapping[str, Sequence[float]], alone: Sequence
     better = {
         name
         for name, own in usable.items()
-        if compare_with_baselines(own, {"alone": alone}, higher_is_better=False)["alone"].verdict == "better"
+        if compare_with_baselines(own, {"alone": alone}, groups=groups, higher_is_better=False)["alone"].verdict
+        == "better"
     }
     if chosen in better or not usable:
         return {"nothing_learned": False}

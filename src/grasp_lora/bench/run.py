@@ -33,7 +33,7 @@ from grasp_lora.bench.records import read_needed
 from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Store
-from grasp_lora.data.splits import SPLITS
+from grasp_lora.data.splits import SPLITS, group_numbers
 from grasp_lora.errors import AdapterError, DivergedError, ProbeError, RecipeError
 from grasp_lora.method.masks import survival
 from grasp_lora.method.rounds import RatioEstimate
@@ -201,8 +201,7 @@ class _Run:
         yield facts
         # A step whose adapter was missing is found on record first, and then done.
         used = list({record.key: (record, there) for record, there in self.store.used[before:]}.values())
-        own = time.perf_counter() - started
-        seconds = sum(record.seconds for record, _ in used) if used else own
+        seconds = sum(record.seconds for record, _ in used) if used else time.perf_counter() - started
         on_first_process(partial(self._write_cost, name, seconds))
         self.progress.finished(name, seconds, facts, skipped=bool(used) and all(there for _, there in used))
 
@@ -211,9 +210,8 @@ class _Run:
         try:
             again = train_again(bench, name, chosen, ratio)
         except (DivergedError, ProbeError, AdapterError) as error:
-            return TrainedAgain(
-                files.AllRows(why=f"What was chosen could not be trained once more on all rows: {error}")
-            )
+            why = f"What was chosen could not be trained once more on all rows: {error}"
+            return TrainedAgain(files.AllRows(why=why))
         if again.adapter is not None:
             again.adapter.load()  # by every process, since it may have to be made
             self._show_adapter(files.ALL_ROWS, again.adapter)
@@ -229,9 +227,10 @@ class _Run:
             for name, system in systems.items()
         }
         alone, rows = losses.pop(ALONE), (split or "dev").replace("_", "-")
+        groups = None if split is None else group_numbers(getattr(self.session.splits, split))
         if self.recipe.final.deliver == "best":
-            return best_of(losses, rows, alone, left_out)
-        return by_setting(losses, rows, alone)
+            return best_of(losses, rows, alone, left_out, groups)
+        return by_setting(losses, rows, alone, groups)
 
     def _show_trained(self, name: str, adapter: Adapter) -> dict[str, Any]:
         """Write the history of a training and its adapter into the run folder; a given adapter stays where it is."""
@@ -287,7 +286,8 @@ class _Run:
     def _write_data(self) -> dict[str, Any]:
         splits = self.session.splits
         ids = {name: [example.public_id for example in getattr(splits, name)] for name in SPLITS}
-        facts = files.DataFacts(report=splits.report.to_json(), ids=ids, sha256=hash_of(splits))
+        report, groups = splits.report.to_json(), group_numbers(splits.test)
+        facts = files.DataFacts(report=report, ids=ids, sha256=hash_of(splits), test_groups=groups)
         write_json(self.folder / files.DATA_FILE, facts.to_json())
         if not splits.report.chat_template:  # a prompt in a chat template is not what `predict` is given
             prompt = json.dumps((splits.test or splits.train)[0].prompt, ensure_ascii=False)

@@ -107,11 +107,12 @@ class RunInfo(Shape):
 
 
 class DataFacts(Shape):
-    """data.json: what was read, the ids of each split, and a hash of all examples."""
+    """data.json: what was read, the ids of each split, a hash of all examples, and the number of each test example's group."""
 
     report: dict[str, Any] = {}
     ids: dict[str, list[str]] = {}
     sha256: str | None = None
+    test_groups: list[int] = []
 
 
 class RoundRow(Shape):

@@ -25,7 +25,7 @@ from grasp_lora.bench.outcomes import Outcome
 from grasp_lora.bench.planned import planned_against
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import environments
-from grasp_lora.data.splits import Splits
+from grasp_lora.data.splits import Splits, group_numbers
 from grasp_lora.evaluation.statistics import compare_with_baselines, mean_and_sd
 
 if TYPE_CHECKING:
@@ -61,7 +61,11 @@ def summary(
     finished = {name: row for name, row in rows.items() if row.by_number}
     numbers = {number for row in finished.values() for number in row.by_number}
     metrics = _metrics(finished)
-    comparisons = {metric: _comparisons(session, settings, finished, metric) for metric in metrics}
+    sizes: dict[str, Any] = {"folds": _folds(folds)} if folds else {}
+    tested = group_numbers([example for one in folds or [session.splits] for example in one.test])
+    if len(set(tested)) < len(tested):
+        sizes["test_groups"] = len(set(tested))
+    comparisons = {metric: _comparisons(session, settings, finished, metric, tested) for metric in metrics}
     signatures = {
         metric: entry["signature"]
         for row in finished.values()
@@ -93,7 +97,7 @@ def summary(
         warnings=_warnings(finished, "fold" if folds else "seed"),
         made_with=_made_with(finished),
         pace=_pace(finished),
-        **({"folds": _folds(folds)} if folds else {}),
+        **sizes,
     )
 
 
@@ -145,9 +149,9 @@ def _value(outcome: Outcome, metric: str) -> float | None:
 
 
 def _comparisons(
-    session: Session, settings: "ComparisonSettings", rows: Mapping[str, Outcomes], metric: str
+    session: Session, settings: "ComparisonSettings", rows: Mapping[str, Outcomes], metric: str, groups: Sequence[int]
 ) -> dict[str, Against]:
-    """The reference method against each other one."""
+    """The reference method against each other one; `groups` are those of the test examples."""
     values_of = [_value(outcome, metric) for row in rows.values() for outcome in row.by_number.values()]
     if settings.reference not in rows or None in values_of:
         return {}
@@ -166,6 +170,7 @@ def _comparisons(
     compared = compare_with_baselines(
         ours,
         values,
+        groups=groups,
         together=planned,
         corpus_score=corpus,
         higher_is_better=metric != TEST_LOSS,

@@ -79,6 +79,12 @@ class Splits:
     labels: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
+def group_numbers(examples: Sequence[Example]) -> list[int]:
+    """Return the number of each example's group, from 0 in the order in which they come."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(example.group, len(numbers)) for example in examples]
+
+
 @dataclass(frozen=True)
 class Share:
     """A pool and the splits it serves.

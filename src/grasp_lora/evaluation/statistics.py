@@ -6,7 +6,7 @@ every method; how hard they happen to be cancels out.
 
 import math
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,10 +110,33 @@ def half_width(sd: float, examples: int, comparisons: int = 1, confidence: float
     return float(-stdtrit(examples - 1, tail)) * sd / math.sqrt(examples)
 
 
+def standard_error(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> float:
+    """Return the standard error of a mean over examples, at least two, that stand in groups of those that belong together.
+
+    >>> round(standard_error([1.0, 2.0, 3.0]), 4), standard_error([1.0, 1.0, 2.0, 2.0], ["a", "a", "b", "b"])
+    (0.5774, 0.5)
+
+    Args:
+        values: one an example.
+        groups: what each belongs to; None takes each by itself. A single group has an infinite error.
+
+    Source: Davison & Hinkley 1997, section 3.8; without groups it is the usual one.
+    """
+    center, sums = math.fsum(values) / len(values), dict[Hashable, float]()
+    for place, value in enumerate(values):
+        name = groups[place] if groups is not None else place
+        sums[name] = sums.get(name, 0.0) + value - center
+    if len(sums) < 2:
+        return math.inf
+    square = math.fsum(one * one for one in sums.values()) * len(sums) / (len(sums) - 1)
+    return math.sqrt(square) / len(values)
+
+
 def compare_with_baselines(
     ours: Runs,
     baselines: Mapping[str, Runs],
     *,
+    groups: Sequence[Hashable] | None = None,
     together: Collection[str] | None = None,
     corpus_score: Callable[[Tensor], Tensor] | None = None,
     higher_is_better: bool = True,
@@ -123,14 +146,16 @@ def compare_with_baselines(
 ) -> dict[str, PairedComparison]:
     """Compare one method with each baseline by the paired bootstrap, corrected for the number of those looked at together.
 
-    Test examples are drawn with replacement, the same ones for all methods. Runs are averaged within a draw: each example's
-    values where the score is a mean over examples, the corpus scores of the runs otherwise. The interval is about other
-    examples of this kind, not about other seeds. With m baselines together, interval and p value come from the same sorted draws:
+    Test examples are drawn with replacement, the same ones for all methods, and in whole groups of those that belong together:
+    two systems differ alike on the questions of one article, so single draws would make the interval too narrow. Runs are
+    averaged within a draw: each example's values where the score is a mean over examples, the corpus scores of the runs
+    otherwise. The interval is about other examples of this kind, not about other seeds. With m baselines together, interval and
+    p value come from the same sorted draws:
 
     - Draws of few examples spread too little. So each one's distance from the observed difference is widened by what separates
       Student's interval of a mean from the percentile one of normal draws at its level, and is never less than Student's.
     - The interval is the percentile interval at 1 - (1 - confidence) / m (Bonferroni), so all of them hold at once.
-    - Where n examples would say nothing even if all agreed, m 2^(1 - n) > 1 - confidence (the exact test by signs), the
+    - Where n groups would say nothing even if all agreed, m 2^(1 - n) > 1 - confidence (the exact test by signs), the
       interval is stretched to hold 0, and p is at least 2^(1 - n).
     - p is min(1, 2 (k + 1) / (resamples + 1)), k the widened draws of at most 0 or of at least 0, whichever are fewer, then
       corrected after Holm: less strictly than the interval, whose verdict may still be that no difference is shown.
@@ -141,6 +166,7 @@ def compare_with_baselines(
     Args:
         ours: the method's runs; the values of a single run, or ones already averaged, may come without the outer list.
         baselines: the same of each method by name; the number of runs may differ, examples and their order may not.
+        groups: what each example belongs to, such as its article; None takes each by itself.
         together: the baselines that are corrected for each other; each other one is taken alone. None takes all.
         corpus_score: for a score that is no mean, a function from summed statistics [..., k] to scores [...], such as
             `Metric.from_statistics`; an example is then a row of k statistics.
@@ -151,9 +177,10 @@ def compare_with_baselines(
 
     Raises:
         DataError: the examples of two methods differ in number, are fewer than two, or hold a value that is not finite.
-        ValueError: `confidence` is outside its range, or `resamples` too few for it.
+        ValueError: `confidence` is outside its range, `resamples` too few for it, or `groups` not one for each example.
 
-    Source: Efron & Tibshirani 1993, chapter 13; Koehn 2004 for the resampling of test sets; Hesterberg 2015 for the widening.
+    Source: Efron & Tibshirani 1993, chapter 13; Koehn 2004 for the resampling of test sets; Hesterberg 2015 for the widening;
+    Davison & Hinkley 1997, section 3.8 for draws of whole groups.
     """
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence is {confidence}; it must be between 0 and 1")
@@ -177,25 +204,32 @@ def compare_with_baselines(
                 f"{name} has {statistics_of.shape[1]} examples of {statistics_of.shape[2]} values, ours has {examples} of "
                 f"{mine.shape[2]}; compare methods on the same test examples"
             )
-    evaluate = corpus_score or (lambda sums: sums[..., 0] / examples)
+    if groups is not None and len(groups) != examples:
+        raise ValueError(f"there are {len(groups)} groups for {examples} examples; give one for each example")
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(groups or ()))}
+    members = torch.tensor([numbers[name] for name in groups] if groups else range(examples))
+    units = len(numbers) or examples
 
     def differences(weights: Tensor) -> Tensor:
         """Ours minus each of the others [draws, methods] when example i counts weights[:, i] times."""
+        drawn = weights.sum(dim=1)[:, None]
+        evaluate = corpus_score or (lambda sums: sums[..., 0] / drawn)
         scores = [evaluate(torch.einsum("de,rek->drk", weights, of)).mean(dim=1) for of in (mine, *others.values())]
         return torch.stack([scores[0] - score for score in scores[1:]], dim=1).round(decimals=_DECIMALS) + 0.0
 
     center = differences(torch.ones(1, examples, dtype=torch.float64))
     observed = center[0].tolist()
-    draws = torch.cat([differences(weights) for weights in _draws(examples, resamples, seed)])
+    draws = torch.cat([differences(weights[:, members]) for weights in _draws(units, examples, resamples, seed)])
     draws = draws.sort(dim=0).values
-    student, widening = _student(examples, resamples)
+    units = max(2, units)  # a single group says nothing, as two do
+    student, widening = _student(units, resamples)
     reach = student * draws.std(dim=0, correction=0)
     below = torch.minimum(widening * (draws[: len(reach)] - center), -reach)
     above = torch.maximum(widening * (draws.flip(0)[: len(reach)] - center), reach)
     below, above = ((center + one).round(decimals=_DECIMALS) + 0.0 for one in (below, above))
     below, above = below.cummax(dim=0).values, above.cummin(dim=0).values
     beyond = torch.minimum((below <= 0).sum(dim=0), (above >= 0).sum(dim=0)).tolist()
-    least = 2.0 ** (1 - examples)
+    least = 2.0 ** (1 - units)
     p_values = {
         name: min(1.0, max(least, 2.0 * (count + 1) / (resamples + 1)))
         for name, count in zip(others, beyond, strict=True)
@@ -242,7 +276,7 @@ def _statistics(name: str, runs: Runs, corpus_score: object) -> Tensor:
     return values
 
 
-def _student(examples: int, resamples: int) -> tuple[Tensor, Tensor]:
+def _student(units: int, resamples: int) -> tuple[Tensor, Tensor]:
     """For the levels that the sorted draws are bounds of, from the outermost to the middle, each [half of draws, 1].
 
     Returns:
@@ -252,15 +286,15 @@ def _student(examples: int, resamples: int) -> tuple[Tensor, Tensor]:
     levels = torch.arange(1, (resamples + 1) // 2 + 1, dtype=torch.float64)[:, None] / (resamples + 1)
     tails = levels.clamp(max=0.499).numpy()  # the ratio is 0 / 0 at a half
     # The spread of draws has n where the standard error has n - 1.
-    student = torch.from_numpy(-stdtrit(examples - 1, tails)) * math.sqrt(examples / (examples - 1))
+    student = torch.from_numpy(-stdtrit(units - 1, tails)) * math.sqrt(units / (units - 1))
     return student, student / torch.from_numpy(-ndtri(tails))
 
 
-def _draws(examples: int, resamples: int, seed: int) -> Iterator[Tensor]:
-    """How often each example was drawn, in blocks [draws, examples] of bounded size."""
+def _draws(units: int, examples: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """How often each example or group was drawn, in blocks [draws, units], bounded by the examples in them."""
     generator = torch.Generator().manual_seed(seed)
     block = max(1, _CHUNK // examples)
     for start in range(0, resamples, block):
-        drawn = torch.randint(examples, (min(block, resamples - start), examples), generator=generator)
+        drawn = torch.randint(units, (min(block, resamples - start), units), generator=generator)
         counts = torch.zeros(drawn.shape, dtype=torch.float64)
         yield counts.scatter_add_(1, drawn, torch.ones_like(counts))

@@ -227,15 +227,18 @@ def _sizes(comparison: Comparison) -> str:
 
 def _drawn(comparison: Comparison) -> str:
     """What the intervals come from, and what they do not say."""
+    groups = (
+        f", drawn in their {comparison.test_groups} groups (articles or contexts)" if comparison.test_groups else ""
+    )
     ends = "widened as Student's for few examples. They say what other test examples of this kind would show, not what"
     if comparison.folds:
         return (
-            f"Paired bootstrap over the {comparison.test_examples} examples of all folds together, each tested once, in "
+            f"Paired bootstrap over the {comparison.test_examples} examples of all folds together{groups}, each tested once, in "
             f"{comparison.resamples} resamples, {ends} other training examples would, since the folds train on one another's. "
             "A difference is that of the scores of all examples together, not the mean over the folds."
         )
     return (
-        f"Paired bootstrap over the {comparison.test_examples} test examples, the mean over the seeds in each of "
+        f"Paired bootstrap over the {comparison.test_examples} test examples{groups}, the mean over the seeds in each of "
         f"{comparison.resamples} resamples, {ends} other seeds or another split would."
     )
 

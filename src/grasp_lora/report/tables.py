@@ -163,7 +163,9 @@ def _paired(
     if "grasp" not in usable or len(ids["grasp"]) < 2:
         return {}
     rest = {name: values[name] for name in usable if name != "grasp"}
-    return compare_with_baselines(values["grasp"], rest, higher_is_better=higher_is_better)
+    groups = record.data.test_groups  # older versions wrote none
+    alike = groups if len(groups) == len(ids["grasp"]) else None
+    return compare_with_baselines(values["grasp"], rest, groups=alike, higher_is_better=higher_is_better)
 
 
 def _table(caption: str, columns: Sequence[str], rows: Iterable[Iterable[str | Cell]]) -> Table | None:
@@ -228,11 +230,13 @@ def score_notes(record: RunRecord, against: Mapping[str, Against]) -> list[str]:
         notes.append(f"GRASP against {record.systems[other].lower()}: {gap}.")
     shown = [one for found in against.values() for one in (found.score, found.loss) if one is not None]
     if shown:
+        groups = len(set(record.data.test_groups))
+        over = f"examples in their {groups} groups (articles or contexts)" if 0 < groups < count else "examples"
         notes.append(
-            f"Intervals: paired bootstrap over the test examples, {percent(shown[0].confidence)} for all "
+            f"Intervals: paired bootstrap over the test {over}, {percent(shown[0].confidence)} for all "
             f"{shown[0].comparisons} rows together. They say nothing about other seeds or other training examples."
             if shown[0].comparisons > 1
-            else f"Interval: paired bootstrap over the test examples, {percent(shown[0].confidence)}. "
+            else f"Interval: paired bootstrap over the test {over}, {percent(shown[0].confidence)}. "
             "It says nothing about other seeds or other training examples."
         )
     return notes
