@@ -8,7 +8,7 @@ The rule, for `final.deliver: best`, by losses on dev, or on micro-dev where the
    the source adapter continued on the target rows, or the source adapter itself where no step lowered its dev loss.
 3. The best is the one with the lowest mean loss. It is compared with the expected one by the paired bootstrap over these rows
    (`compare_with_baselines`, 95 %). Where it is shown to be better, it is handed over, else the expected one.
-4. Rows that belong together, such as those of one article, count as alike in 2 and 3: whole groups are drawn.
+   Rows that belong together, such as those of one article, are drawn together.
 
 Replayed on finished comparisons (`benchmarks/lab/verdict.py`) it gains nearly as much as GRASP's result where that is the best,
 and loses little where the continued adapter is.
@@ -17,11 +17,11 @@ The backbone alone is measured beside them and never handed over: it tells wheth
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 from grasp_lora.bench.run_folder import Delivered
-from grasp_lora.evaluation.statistics import compare_with_baselines, standard_error
+from grasp_lora.evaluation.statistics import compare_with_baselines
 
 IN_ORDER = {
     "continued": "the source adapter continued on the target rows",
@@ -71,7 +71,7 @@ def best_of(
         why = f"{why} {left_out}".strip()
         return Delivered(name=chosen, title=title_of(chosen), why=why, **_learned(chosen, losses, alone, split, groups))
     means = {name: fmean(losses[name]) for name in usable}
-    source = _source_behind(losses, usable, groups)
+    source = _source_behind(losses, usable)
     expected = "grasp" if source else usable[0]
     best = min(usable, key=means.__getitem__)  # of equal ones the first in the order
     against = expected if best != expected else min((name for name in usable if name != best), key=means.__getitem__)
@@ -111,16 +111,14 @@ def title_of(name: str) -> str:
     return IN_ORDER[_kind(name)] + (f" (number {number})" if number else "")
 
 
-def _source_behind(
-    losses: Mapping[str, Sequence[float]], usable: Sequence[str], groups: Sequence[int] | None
-) -> str | None:
+def _source_behind(losses: Mapping[str, Sequence[float]], usable: Sequence[str]) -> str | None:
     """The best source adapter, where the target adapter is ahead of it and GRASP's result may be handed over; else None."""
     sources = [name for name in usable if _kind(name) == "source"]
     if not sources or not {"target", "grasp"} <= set(usable):
         return None
     source = min(sources, key=lambda name: fmean(losses[name]))
     ahead = [theirs - own for theirs, own in zip(losses[source], losses["target"], strict=True)]
-    return source if fmean(ahead) > AHEAD * standard_error(ahead, groups) else None
+    return source if fmean(ahead) > AHEAD * stdev(ahead) / math.sqrt(len(ahead)) else None
 
 
 def _first(name: str) -> str:

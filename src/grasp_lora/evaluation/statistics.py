@@ -110,28 +110,6 @@ def half_width(sd: float, examples: int, comparisons: int = 1, confidence: float
     return float(-stdtrit(examples - 1, tail)) * sd / math.sqrt(examples)
 
 
-def standard_error(values: Sequence[float], groups: Sequence[Hashable] | None = None) -> float:
-    """Return the standard error of a mean over examples, at least two, that stand in groups of those that belong together.
-
-    >>> round(standard_error([1.0, 2.0, 3.0]), 4), standard_error([1.0, 1.0, 2.0, 2.0], ["a", "a", "b", "b"])
-    (0.5774, 0.5)
-
-    Args:
-        values: one an example.
-        groups: what each belongs to; None takes each by itself. A single group has an infinite error.
-
-    Source: Davison & Hinkley 1997, section 3.8; without groups it is the usual one.
-    """
-    center, sums = math.fsum(values) / len(values), dict[Hashable, float]()
-    for place, value in enumerate(values):
-        name = groups[place] if groups is not None else place
-        sums[name] = sums.get(name, 0.0) + value - center
-    if len(sums) < 2:
-        return math.inf
-    square = math.fsum(one * one for one in sums.values()) * len(sums) / (len(sums) - 1)
-    return math.sqrt(square) / len(values)
-
-
 def compare_with_baselines(
     ours: Runs,
     baselines: Mapping[str, Runs],
