@@ -146,7 +146,7 @@ def test_rows_of_one_article_are_drawn_together(tiny_workspace):
     groups = json.loads(Path("runs/data.json").read_text(encoding="utf-8"))["test_groups"]
     assert len(groups) == 2 * len(set(groups)) > 2
     content, _ = run(Path("runs"), ComparisonSettings(("merged", "grasp"), (seed,), (0.2,), resamples=1000))
-    assert content["test_groups"] == len(set(groups))
+    assert (content["test_groups"], content["test_group_size"]) == (len(set(groups)), 2.0)
     text = f"in their {len(set(groups))} groups"
     assert text in Path("runs/compare/compare.md").read_text(encoding="utf-8")
     assert text in Path("runs/report.md").read_text(encoding="utf-8")

@@ -26,7 +26,7 @@ from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import WAIT, Store
 from grasp_lora.bench.summary import Outcomes, Rows, other_split, summary
 from grasp_lora.data.settings import DataSettings
-from grasp_lora.data.splits import Fold
+from grasp_lora.data.splits import Fold, group_size
 from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import least_resamples
@@ -224,8 +224,8 @@ class Work:
 
     def execute(self) -> Comparison:
         planned = planned_against(self.settings.reference, self.names)
-        tested = [len(one.splits.test) for one in self.folds.values() or [self.session]]
-        if text := expected_width(list(self.session.metrics), sum(tested), len(planned)):
+        test = [example for one in self.folds.values() or [self.session] for example in one.splits.test]
+        if text := expected_width(list(self.session.metrics), len(test), len(planned), group_size(test)):
             self.progress.note(text)
         shared, batches = self._batches(Bench)
         self.progress.begin(sum(METHODS[name].units for batch in batches for name in batch.to_do))

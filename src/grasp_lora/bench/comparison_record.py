@@ -138,7 +138,8 @@ class Pace(_Shape):
 class Comparison(_Shape):
     """The whole content of `compare.json`; `folds` are those of a cross-validation that are finished, `test_examples` of all.
 
-    `test_groups`: how many groups of those that belong together they form, where that is fewer.
+    `test_groups`: how many groups of those that belong together they form, where that is fewer, and `test_group_size` how large
+    the group of one is on average.
     """
 
     name: str
@@ -167,6 +168,7 @@ class Comparison(_Shape):
     pace: Pace | None
     folds: list[FoldSizes] = []
     test_groups: int | None = None
+    test_group_size: float = 1.0
 
     @classmethod
     def read(cls, file: Path) -> Self:

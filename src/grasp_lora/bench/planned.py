@@ -3,6 +3,7 @@
 Only these get a verdict, and only they are corrected for each other. Every other row has an interval of its own, to look at.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from grasp_lora.bench.comparison_record import TEST_LOSS, Against
@@ -12,6 +13,8 @@ PLANNED = ("grasp", "continued", "joint", "grid")  # less the reference: GRASP a
 # Standard deviation over examples of the difference of two systems, each the mean of three seeds: the largest of the planned
 # ones in `docs/lab/results`, rounded up. One seed alone has about 1.3 times that.
 ASSUMED_SD = {"f1": 26.0, "exact_match": 28.0, "rougeL": 9.0}
+# Correlation of that difference within a group, as of F1 on TyDi QA Swahili (`benchmarks/lab/verdict.py`); MLQA has none.
+ALIKE = 0.2
 MAIN = ("f1", "rougeL", "rougeL_xlsum", "exact_match")
 
 
@@ -33,8 +36,10 @@ def saves_over_confidence(against: Mapping[str, Against]) -> bool:
     return loss == "better" and bool(verdicts) and "better" not in verdicts.values()
 
 
-def expected_width(metrics: Sequence[str], examples: int, comparisons: int) -> str | None:
+def expected_width(metrics: Sequence[str], examples: int, comparisons: int, group_size: float = 1.0) -> str | None:
     """Say what half-width an interval of the main metric will have; None where no deviation is assumed or too little to test.
+
+    `group_size` is that of `splits.group_size`. The variance grows by 1 + correlation (size - 1) (Kish 1965, section 5.4).
 
     >>> str(expected_width(["exact_match", "f1"], 1000, 3)).partition(":")[0]
     'intervals of f1 will reach about 2.0 points to each side'
@@ -42,9 +47,11 @@ def expected_width(metrics: Sequence[str], examples: int, comparisons: int) -> s
     metric = main_metric(metrics)
     if metric not in ASSUMED_SD or examples < 2:
         return None
-    reach, planned = half_width(ASSUMED_SD[metric], examples, max(1, comparisons)), max(1, comparisons)
+    planned, wider = max(1, comparisons), math.sqrt(1.0 + ALIKE * (group_size - 1.0))
+    reach = wider * half_width(ASSUMED_SD[metric], examples, planned)
+    groups = f" in groups of {group_size:.1f} on average" if group_size > 1.0 else ""
     return (
-        f"intervals of {metric} will reach about {reach:.1f} points to each side: {examples} test examples, {planned} planned "
-        f"comparison{'' if planned == 1 else 's'}, 95 %, and a standard deviation of {ASSUMED_SD[metric]:g} points between two "
-        "systems, which is assumed"
+        f"intervals of {metric} will reach about {reach:.1f} points to each side: {examples} test examples{groups}, {planned} "
+        f"planned comparison{'' if planned == 1 else 's'}, 95 %, and a standard deviation of {ASSUMED_SD[metric]:g} points "
+        "between two systems, which is assumed"
     )

@@ -22,6 +22,7 @@ from grasp_lora.bench.plan import time_step
 from grasp_lora.bench.planned import PLANNED, expected_width
 from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import Example, Tally
+from grasp_lora.data.splits import group_size
 from grasp_lora.errors import GraspError
 from grasp_lora.models.backbone import skeleton
 from grasp_lora.models.precision import find_dtype, is_quantised, stored_bytes
@@ -82,7 +83,8 @@ def preflight(session: Session) -> list[Finding]:
         findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
     findings += _memory(session)
     findings += _plan(recipe, sizes)
-    if width := expected_width(list(session.metrics), len(splits.test), len(PLANNED) - 1):
+    width = expected_width(list(session.metrics), len(splits.test), len(PLANNED) - 1, group_size(splits.test))
+    if width:
         findings.append(Finding("ok", "power", f"in a comparison, {width}"))
     trained, probed = _cost(recipe, sizes)
     pace = time_step(session)

@@ -25,7 +25,7 @@ from grasp_lora.bench.outcomes import Outcome
 from grasp_lora.bench.planned import planned_against
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import environments
-from grasp_lora.data.splits import Splits, group_numbers
+from grasp_lora.data.splits import Splits, group_numbers, group_size
 from grasp_lora.evaluation.statistics import compare_with_baselines, mean_and_sd
 
 if TYPE_CHECKING:
@@ -62,9 +62,10 @@ def summary(
     numbers = {number for row in finished.values() for number in row.by_number}
     metrics = _metrics(finished)
     sizes: dict[str, Any] = {"folds": _folds(folds)} if folds else {}
-    tested = group_numbers([example for one in folds or [session.splits] for example in one.test])
+    test = [example for one in folds or [session.splits] for example in one.test]
+    tested = group_numbers(test)
     if len(set(tested)) < len(tested):
-        sizes["test_groups"] = len(set(tested))
+        sizes |= {"test_groups": len(set(tested)), "test_group_size": group_size(test)}
     comparisons = {metric: _comparisons(session, settings, finished, metric, tested) for metric in metrics}
     signatures = {
         metric: entry["signature"]
@@ -80,7 +81,7 @@ def summary(
         language=session.language,
         seeds=list(settings.seeds) if folds else sorted(numbers, key=settings.seeds.index),
         split_seed=split_seed,
-        test_examples=sum(len(one.test) for one in folds or [session.splits]),
+        test_examples=len(test),
         dev_examples=len(session.splits.dev),
         stops_early=session.recipe.final.training.patience is not None,
         keeps_best=session.recipe.final.training.keep == "best",

@@ -1,6 +1,7 @@
 """Splits by whole groups of records that belong together, and the proof that they are disjoint."""
 
 import random
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -83,6 +84,12 @@ def group_numbers(examples: Sequence[Example]) -> list[int]:
     """Return the number of each example's group, from 0 in the order in which they come."""
     numbers: dict[str, int] = {}
     return [numbers.setdefault(example.group, len(numbers)) for example in examples]
+
+
+def group_size(examples: Sequence[Example]) -> float:
+    """Return how large the group of an example is on average, 1 where each is by itself."""
+    sizes = Counter(group_numbers(examples)).values()
+    return sum(size * size for size in sizes) / max(1, len(examples))
 
 
 @dataclass(frozen=True)

@@ -290,7 +290,7 @@ def _widths(comparison: Comparison) -> str | None:
     rows = [row for row in comparison.finished if any(one.verdict for one in row.against.values())]
     main = main_metric(comparison.metrics)
     measured = [(one.high - one.low) / 2 for row in rows if (one := row.against.get(main))]
-    expected = expected_width(comparison.metrics, comparison.test_examples, len(rows))
+    expected = expected_width(comparison.metrics, comparison.test_examples, len(rows), comparison.test_group_size)
     if not measured or expected is None:
         return None
     return f"Before the comparison: {expected}. They reach {min(measured):.1f} to {max(measured):.1f}."
