@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -52,11 +53,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems() -> None:
     import torch
+    from accelerate import optimizer
     from accelerate.utils import memory
 
     torch.set_num_threads(1)
     # Every fine-tune ends in a full garbage collection, which takes longer than a tiny training; Python's own go on.
     memory.gc = SimpleNamespace(collect=lambda: 0)
+    # Every step looks anew whether a package is there.
+    optimizer.is_lomo_available = cache(optimizer.is_lomo_available)
 
 
 def build_tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -658,25 +659,27 @@ def test_a_run_says_how_its_adapter_answers(finished_run: Path) -> None:
     assert set(info["answers"]) == {"max_new_tokens", "stop", "chat_template", "task", "prompt"}
 
 
+CALL = (
+    "import sys\nfrom grasp_lora.cli import main\n"
+    "def call(*arguments):\n    sys.argv = ['grasp-lora', *arguments]\n"
+    "    try:\n        main()\n    except SystemExit as end:\n        return end.code\n"
+)
+
+
 def in_a_process(code: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run Python code that has `call`, the installed command with its exit status, in a process of its own."""
-    call = (
-        "import sys\nfrom grasp_lora.cli import main\n"
-        "def call(*arguments):\n    sys.argv = ['grasp-lora', *arguments]\n"
-        "    try:\n        main()\n    except SystemExit as end:\n        return end.code\n"
-    )
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("HF_HUB_DISABLE", "TRANSFORMERS"))
     }
     return subprocess.run(
-        [sys.executable, "-c", call + code],
+        [sys.executable, "-c", CALL + code],
         cwd=folder, env=kept | {"OMP_NUM_THREADS": "1"} | env, capture_output=True, text=True, check=False,
     )  # fmt: skip
 
 
 def test_where_there_is_no_terminal_a_mistake_is_one_line_and_a_run_is_quiet(tiny_workspace: Path) -> None:
     code = "assert call('run', 'tiny.yaml', '-s', 'data.target.files=[no.jsonl]') == 2\nassert not call('run', 'tiny.yaml')\n"
-    result = in_a_process(code, tiny_workspace)
+    result = forked.python(["-c", CALL + code], tiny_workspace)
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r"error: [^\n]+'no\.jsonl' is missing[^\n]+\n", result.stderr), result.stderr
     assert len(result.stdout.splitlines()) < 25

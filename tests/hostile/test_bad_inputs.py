@@ -5,11 +5,10 @@ import json
 import os
 import re
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -634,10 +633,7 @@ def test_so_it_is_in_a_process_of_its_own(table: str, name: str, workspace: Path
     make(workspace)
     before = contents(workspace)
     code = "from grasp_lora.cli import main; main()"
-    result = subprocess.run(
-        [sys.executable, "-c", code, "check", "tiny.yaml"],
-        cwd=workspace, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    result = forked.python(["-c", code, "check", "tiny.yaml"], workspace)
     check_refusal(result.returncode, result.stdout, result.stderr, message)
     assert contents(workspace) == before
 

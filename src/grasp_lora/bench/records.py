@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from grasp_lora.errors import RecipeError
+from grasp_lora.storage.reading import adapter_of
 
 _Shape = TypeVar("_Shape")
 
@@ -18,7 +19,7 @@ def read_record(file: Path, shape: type[_Shape]) -> _Shape | None:
         RecipeError: it is damaged.
     """
     text = read_text(file)
-    return None if text is None else check_shape(TypeAdapter(shape).validate_json, text, file)
+    return None if text is None else check_shape(adapter_of(shape).validate_json, text, file)
 
 
 def read_needed(file: Path, shape: type[_Shape], made_by: str = "recipe") -> _Shape:
@@ -43,7 +44,7 @@ def read_lines(file: Path, shape: type[_Shape], growing: bool = False) -> list[_
     lines = (read_text(file) or "").split("\n")
     if growing and not lines[-1].endswith("}"):  # the rows that grow are flat, so only a whole one ends with a brace
         lines.pop()
-    read = TypeAdapter(shape).validate_json
+    read = adapter_of(shape).validate_json
     return [check_shape(read, line, file, f" (line {n})") for n, line in enumerate(lines, start=1) if line.strip()]
 
 

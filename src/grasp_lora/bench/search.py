@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from grasp_lora.bench.checks import check
 from grasp_lora.bench.progress import Progress
@@ -34,6 +34,7 @@ from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import write_json, write_whole
 from grasp_lora.storage.folder import Busy, Workplace, in_turn, working_in
+from grasp_lora.storage.reading import adapter_of
 from grasp_lora.text.display import escaped
 from grasp_lora.text.names import needs
 
@@ -200,7 +201,7 @@ class _Search:
 
     def _read(self) -> SweepResult | None:
         try:
-            return TypeAdapter(SweepResult).validate_json(self._file.read_bytes()) if self._file.exists() else None
+            return adapter_of(SweepResult).validate_json(self._file.read_bytes()) if self._file.exists() else None
         except (OSError, ValidationError) as error:
             raise self._unreadable() from error
 

@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from scipy.special import ndtri, stdtrit
@@ -254,6 +255,7 @@ def _statistics(name: str, runs: Runs, corpus_score: object) -> Tensor:
     return values
 
 
+@lru_cache(maxsize=16)
 def _student(units: int, resamples: int) -> tuple[Tensor, Tensor]:
     """For the levels that the sorted draws are bounds of, from the outermost to the middle, each [half of draws, 1].
 

@@ -163,12 +163,9 @@ def settle(rule: str, grid: Tensor, rounds: int, fitted: Tensor, resampled: Tens
     ratio = float(grid[lowest])
     low, high = interval_of(grid[resampled.argmin(1)])
     reference = fitted - fitted[lowest]
-    anchored = resampled - resampled[:, lowest][:, None]
-    bounds = torch.quantile(anchored, _TAILS, dim=0)
-    curve = tuple(
-        (float(grid[i]), float(reference[i]), float(bounds[0, i]), float(bounds[1, i]))
-        for i in range(0, len(grid), max(1, (len(grid) - 1) // _CURVE_POINTS))
-    )
+    shown = slice(0, None, max(1, (len(grid) - 1) // _CURVE_POINTS))
+    bounds = torch.quantile(resampled[:, shown] - resampled[:, lowest][:, None], _TAILS, dim=0)
+    curve = tuple(zip(*(values.tolist() for values in (grid[shown], reference[shown], *bounds)), strict=True))
     # Resampling scatters around the estimate but need not cover it when it sits on a bound.
     return RatioEstimate(ratio, min(low, ratio), max(high, ratio), rule, rounds, curve)
 

@@ -3,12 +3,13 @@
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BeforeValidator, InstanceOf, PlainSerializer, TypeAdapter, WithJsonSchema
+from pydantic import BeforeValidator, InstanceOf, PlainSerializer, WithJsonSchema
 
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.policy import POLICIES, plain_policy, policy_class
 from grasp_lora.method.presets import PRESETS, WITH_DEV, WITHOUT_DEV, Controller, preset
 from grasp_lora.method.search import RatioPolicy
+from grasp_lora.storage.reading import adapter_of
 from grasp_lora.text.display import quoted
 from grasp_lora.training.settings import TrainingSettings
 
@@ -33,7 +34,7 @@ def _policy(value: Any) -> Any:
         raise ValueError(
             f"kind is {quoted(kind)}; allowed: {', '.join(POLICIES)}, or the import path package.module:name"
         )
-    return TypeAdapter(policy_class(kind)).validate_python(settings)
+    return adapter_of(policy_class(kind)).validate_python(settings)
 
 
 KIND = {

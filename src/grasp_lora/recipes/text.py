@@ -45,32 +45,40 @@ def parse(text: str, name: str) -> Any:
         RecipeError: one line: where, and what is wrong.
     """
     try:
-        _check_tokens(text, name)
-        return yaml.load(text, _Loader)
+        loader = _Loader(text, name)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except RecipeError:
         raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, a number that is too long
         raise RecipeError(f"{name} is no valid YAML{_problem(error)}") from error
 
 
-def _check_tokens(text: str, name: str) -> None:
-    """Look for aliases, tags and depth as the text is scanned: nothing is built yet, and what is too deep is not read on."""
-    levels = 0
-    for token in yaml.scan(text):
-        line = token.start_mark.line + 1
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases, tags and depth as it reads; keys that stand twice, of which YAML would silently take the last; and numbers
+    that are not what they seem.
+    """
+
+    def __init__(self, text: str, recipe: str) -> None:
+        super().__init__(text)
+        self.recipe, self.levels = recipe, 0
+
+    def get_token(self) -> Any:
+        """Return the next token, before anything is built of it: what is too deep is not read on."""
+        token = super().get_token()  # type: ignore[no-untyped-call]
+        line = 0 if token is None else token.start_mark.line + 1
         if isinstance(token, yaml.AliasToken):
-            raise RecipeError(f"{name} uses a YAML alias (*name) in line {line}; write the values out")
+            raise RecipeError(f"{self.recipe} uses a YAML alias (*name) in line {line}; write the values out")
         if isinstance(token, yaml.TagToken):
             raise RecipeError(
-                f"{name} uses a YAML tag (!name) in line {line}; write the value without it, or in quotes"
+                f"{self.recipe} uses a YAML tag (!name) in line {line}; write the value without it, or in quotes"
             )
-        levels += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
-        if levels > MOST_LEVELS:
-            raise RecipeError(f"{name} is nested too deeply; a recipe has at most {MOST_LEVELS} levels")
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses keys that stand twice, of which YAML would silently take the last, and numbers that are not what they seem."""
+        self.levels += isinstance(token, _OPENING) - isinstance(token, _CLOSING)
+        if self.levels > MOST_LEVELS:
+            raise RecipeError(f"{self.recipe} is nested too deeply; a recipe has at most {MOST_LEVELS} levels")
+        return token
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a mapping from its node."""

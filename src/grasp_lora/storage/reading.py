@@ -149,6 +149,16 @@ def read_json_object(file: Path, most: int) -> dict[str, Any]:
     return content
 
 
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+def adapter_of(kind: type[Read]) -> TypeAdapter[Read]:
+    """Return pydantic's reader of a type: each takes milliseconds to make, so it is kept."""
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
+
+
 def validated(kind: type[Read], content: Any) -> Read:
     """Return content, as JSON has it, as a pydantic model or a dataclass.
 
@@ -156,7 +166,7 @@ def validated(kind: type[Read], content: Any) -> Read:
         RefusedError: a value has the wrong type or is out of range; the first one is named.
     """
     try:
-        return TypeAdapter(kind).validate_python(content)
+        return adapter_of(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         key = ".".join(one_line(str(part))[:80] for part in first["loc"]) or "it"

@@ -1,0 +1,127 @@
+"""PEFT's add_weighted_adapter as the second opinion on the merge rules."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+
+from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.method.merging import (
+    DELTAS,
+    MergeRule,
+    MergeSettings,
+    drop_and_rescale,
+    elect_and_average,
+    keep_largest,
+    merge,
+)
+
+D_IN, D_OUT = 12, 10
+ROWS = {
+    "dare": MergeRule("DARE on the factors, summed", sparsify=drop_and_rescale, draws=True),
+    "dare_svd": MergeRule("DARE on whole updates, summed", DELTAS, drop_and_rescale, draws=True),
+    "ties_svd": MergeRule("TIES on whole updates", DELTAS, keep_largest, elect_and_average, lambda adapters: 1.0),
+}
+
+
+class TwoLayers(torch.nn.Module):
+    """Layers whose names sort as they stand, so that both implementations draw in the same order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(D_IN, D_OUT, bias=False)
+        self.second = torch.nn.Linear(D_IN, D_OUT, bias=False)
+
+
+@pytest.fixture
+def peft_deltas() -> Callable[..., tuple[list[AdapterWeights], dict[str, Tensor]]]:
+    """Build adapters in PEFT, merge them there; give the adapters and the merged deltas."""
+
+    def build(
+        weights: Sequence[float], combination: str, ranks: Sequence[int] = (3, 3), **options: Any
+    ) -> tuple[list[AdapterWeights], dict[str, Tensor]]:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            names = [f"adapter_{index}" for index in range(len(ranks))]
+            configs = [
+                peft.LoraConfig(
+                    r=rank, lora_alpha=(2, 9, 4)[index], target_modules=["first", "second"], init_lora_weights=False
+                )
+                for index, rank in enumerate(ranks)
+            ]
+            model = peft.PeftModel(TwoLayers(), configs[0], names[0])
+            for name, config in zip(names[1:], configs[1:], strict=True):
+                model.add_adapter(name, config)
+        layers = {name: getattr(model.base_model.model, name) for name in ("first", "second")}
+        adapters = [
+            AdapterWeights(
+                {
+                    module: LoraPair(
+                        layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), layer.scaling[name]
+                    )
+                    for module, layer in layers.items()
+                }
+            )
+            for name in names
+        ]
+        model.add_weighted_adapter(names, list(weights), "merged", combination_type=combination, **options)
+        return adapters, {module: layer.get_delta_weight("merged").detach() for module, layer in layers.items()}
+
+    return build
+
+
+def assert_agree(merged: AdapterWeights, deltas: dict[str, Tensor]) -> None:
+    assert set(merged) == set(deltas)
+    for module, delta in deltas.items():
+        assert delta.norm() > 0
+        torch.testing.assert_close(
+            merged[module].delta().double(), delta.double(), rtol=0, atol=1e-5 * float(delta.norm())
+        )
+
+
+@pytest.mark.parametrize(
+    ("rule", "combination"),
+    [("exact", "cat"), ("svd", "svd"), ("paper_sum", "linear"), ("ties", "ties"), (ROWS["ties_svd"], "ties_svd")],
+    ids=["exact", "svd", "paper_sum", "ties", "ties_svd"],
+)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 0.7), (1.2, -0.5)])
+def test_rules_agree_with_peft(
+    rule: Any, combination: str, weights: tuple[float, ...], peft_deltas: Callable[..., Any]
+) -> None:
+    options = {"density": 0.4} if "ties" in combination else {}
+    adapters, deltas = peft_deltas(weights, combination, **options)
+    assert_agree(merge(adapters, MergeSettings(rule, weights=weights, **options)), deltas)
+
+
+@pytest.mark.parametrize(("rule", "combination"), [("exact", "cat"), ("svd", "svd")])
+def test_rules_agree_with_peft_on_mixed_ranks(rule: Any, combination: str, peft_deltas: Callable[..., Any]) -> None:
+    weights = (0.5, 0.2, -1.0)
+    adapters, deltas = peft_deltas(weights, combination, ranks=(2, 5, 3))
+    assert_agree(merge(adapters, MergeSettings(rule, weights=weights)), deltas)
+
+
+@pytest.mark.parametrize(
+    ("rule", "combination"),
+    [(ROWS["dare"], "dare_linear"), ("dare_ties", "dare_ties"), (ROWS["dare_svd"], "dare_linear_svd")],
+    ids=["dare", "dare_ties", "dare_svd"],
+)
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.3, 0.7), (1.2, -0.5)])
+def test_dare_agrees_with_peft_under_the_same_drops(
+    rule: Any,
+    combination: str,
+    weights: tuple[float, ...],
+    peft_deltas: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draws = torch.Generator().manual_seed(42)
+
+    def same_drops(tensor: Tensor, density: float, rescale: bool) -> Tensor:
+        assert rescale
+        return tensor * (torch.rand(tensor.shape, generator=draws) < density) / density
+
+    monkeypatch.setattr("peft.utils.merge_utils.random_pruning", same_drops)
+    adapters, deltas = peft_deltas(weights, combination, density=0.6)
+    assert_agree(merge(adapters, MergeSettings(rule, weights=weights, density=0.6)), deltas)
