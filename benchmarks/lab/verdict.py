@@ -186,8 +186,10 @@ def design_effects(seeds: Sequence[Seed], groups: Sequence[str]) -> str:
             for name in values.keys() - {"continued"}:
                 apart = values[name] - values["continued"]
                 apart = apart - apart.mean()
-                effects.append(float((np.bincount(numbers, apart) ** 2).sum() / (apart**2).sum()))
-        found.append(f"{kind} {np.mean(effects):.2f} ({min(effects):.2f} to {max(effects):.2f})")
+                if apart.any():  # two systems may answer alike throughout
+                    effects.append(float((np.bincount(numbers, apart) ** 2).sum() / (apart**2).sum()))
+        if effects:
+            found.append(f"{kind} {np.mean(effects):.2f} ({min(effects):.2f} to {max(effects):.2f})")
     return f"Design effect of {numbers.max() + 1} groups of {len(groups)} rows: {', '.join(found)}"
 
 

@@ -49,11 +49,19 @@ def test_a_rule_is_judged_on_the_rows_that_did_not_choose() -> None:
     assert found["always grasp"][4] == "grasp 100 %"
 
 
+def test_the_design_effect_is_the_size_of_groups_that_are_wholly_alike() -> None:
+    alike = np.repeat(np.random.default_rng(0).normal(size=10), 4)
+    seed = verdict.Seed({"continued": np.zeros(40), "grasp": alike}, {"continued": np.zeros(40), "grasp": np.zeros(40)})
+    groups = [f"article {row // 4}" for row in range(40)]
+    assert verdict.design_effects([seed], groups) == "Design effect of 10 groups of 40 rows: losses 4.00 (4.00 to 4.00)"
+
+
 def test_the_table_of_a_comparison(tiny_workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["tiny.yaml", "--output", "f", "--seeds", "1,2", "--rows", "2", "--draws", "5"]
     assert verdict.main(asked) == 0
     lines = capsys.readouterr().out.splitlines()
-    titles = [line.split(" | ")[0].strip("| ") for line in lines[2:]]
+    assert lines[0].startswith("Design effect of 8 groups of 8 rows: losses 1.00 (1.00 to 1.00)")
+    titles = [line.split(" | ")[0].strip("| ") for line in lines[4:]]
     assert titles == [*(f"always {name}" for name in verdict.CANDIDATES.values()), *verdict.RULES, "a run's"]
 
 
