@@ -199,7 +199,7 @@ def figure(rows: Sequence[dict[str, Any]], names: Sequence[str] = ("continued", 
     height = top + step * len(rows) + 30
     parts = []
     for panel, name in enumerate(names):
-        begin = left + panel * (width + 30)
+        begin = left + panel * (width + 60)
 
         def at(value: float, begin: int = begin) -> float:
             return begin + width / 2 + value / reach * width / 2
@@ -217,7 +217,7 @@ def figure(rows: Sequence[dict[str, Any]], names: Sequence[str] = ("continued", 
             parts.append(f'<circle cx="{at(found["difference"]):.1f}" cy="{y}" r="4" fill="{color}"/>')
     for number, row in enumerate(rows):
         parts.append(f'<text x="10" y="{top + step * number + 4}">{Cell(**row["cell"]).title()}</text>')
-    whole = left + len(names) * (width + 30)
+    whole = left + len(names) * (width + 60)
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {whole} {height}" width="{whole}" height="{height}" '
         f'font-family="Helvetica, Arial, sans-serif" font-size="11" role="img"><title>Where learned pruning helps</title>'
