@@ -34,15 +34,10 @@ FEWEST = 2  # rows that a comparison needs
 AHEAD = 1.0  # standard errors
 
 
-def by_setting(
-    losses: Mapping[str, Sequence[float]],
-    split: str,
-    alone: Sequence[float] = (),
-    groups: Sequence[int] | None = None,
-) -> Delivered:
+def by_setting(losses: Mapping[str, Sequence[float]], split: str, alone: Sequence[float] = ()) -> Delivered:
     """What is handed over with `final.deliver: grasp`; the losses are those of `best_of`, for the warning alone."""
     why = "The recipe asks for it (final.deliver)."
-    return Delivered(name="grasp", title=IN_ORDER["grasp"], why=why, **_learned("grasp", losses, alone, split, groups))
+    return Delivered(name="grasp", title=IN_ORDER["grasp"], why=why, **_learned("grasp", losses, alone, split))
 
 
 def best_of(
@@ -69,7 +64,7 @@ def best_of(
         if usable:
             why = f"Only its {split} losses are finite."
         why = f"{why} {left_out}".strip()
-        return Delivered(name=chosen, title=title_of(chosen), why=why, **_learned(chosen, losses, alone, split, groups))
+        return Delivered(name=chosen, title=title_of(chosen), why=why, **_learned(chosen, losses, alone, split))
     means = {name: fmean(losses[name]) for name in usable}
     source = _source_behind(losses, usable)
     expected = "grasp" if source else usable[0]
@@ -101,7 +96,7 @@ def best_of(
         low=low + 0.0,
         high=high + 0.0,
         confidence=found.confidence,
-        **_learned(chosen, losses, alone, split, groups),
+        **_learned(chosen, losses, alone, split),
     )
 
 
@@ -130,16 +125,11 @@ def _kind(name: str) -> str:
     return name.partition("_")[0]
 
 
-def _learned(
-    chosen: str,
-    losses: Mapping[str, Sequence[float]],
-    alone: Sequence[float],
-    split: str,
-    groups: Sequence[int] | None,
-) -> dict[str, Any]:
+def _learned(chosen: str, losses: Mapping[str, Sequence[float]], alone: Sequence[float], split: str) -> dict[str, Any]:
     """Whether any adapter is shown to be better than the backbone alone, and what has to be said of the one handed over.
 
-    Each is compared by itself: a correction for their number would raise the alarm where few rows are clear.
+    Each is compared by itself, and row by row: a correction for their number, or rows of a few articles drawn together, would
+    raise the alarm where adapters have clearly learned.
     """
     if len(alone) < FEWEST or not all(map(math.isfinite, alone)):
         return {}
@@ -147,8 +137,7 @@ def _learned(
     better = {
         name
         for name, own in usable.items()
-        if compare_with_baselines(own, {"alone": alone}, groups=groups, higher_is_better=False)["alone"].verdict
-        == "better"
+        if compare_with_baselines(own, {"alone": alone}, higher_is_better=False)["alone"].verdict == "better"
     }
     if chosen in better or not usable:
         return {"nothing_learned": False}

@@ -230,7 +230,7 @@ class _Run:
         groups = None if split is None else group_numbers(getattr(self.session.splits, split))
         if self.recipe.final.deliver == "best":
             return best_of(losses, rows, alone, left_out, groups)
-        return by_setting(losses, rows, alone, groups)
+        return by_setting(losses, rows, alone)
 
     def _show_trained(self, name: str, adapter: Adapter) -> dict[str, Any]:
         """Write the history of a training and its adapter into the run folder; a given adapter stays where it is."""
