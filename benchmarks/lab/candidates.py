@@ -72,7 +72,6 @@ class Candidates(Bench):
         return single | {
             "soup of continued and joint": soup(BASELINE, "joint"),
             "soup of continued and GRASP": soup(BASELINE, "GRASP"),
-            "soup of continued and target": soup(BASELINE, "target"),
             "soup of continued, joint and GRASP": soup(BASELINE, "joint", "GRASP"),
             "greedy soup": lambda: self.greedy([adapter() for adapter in single.values()]),
         }

@@ -21,8 +21,8 @@ has stopped early on the rows that choose.
 
 The table on standard output: the mean score of what a rule hands over, minus that of `continued`, minus that of the best parent
 (source, target or merge) in hindsight, and how often it hands over what. Of a comparison it also says whether rows of one group
-(article, context) differ alike: the variance of a mean difference by groups, over that by single rows. Near 1 the bootstrap over
-single rows is right; far above 1 its intervals are too narrow.
+(article, context) differ alike: the variance of a mean difference by groups, over that by single rows. Above 1 intervals from
+single rows would be too narrow, so the bootstrap draws whole groups.
 """
 
 import argparse

@@ -193,6 +193,18 @@ def train_transformers(model, folder, controller, callbacks=()) -> Trainer:
     return trainer
 
 
+def resumable(model, folder, callback, save_steps: int = 5) -> Trainer:
+    """A trainer that saves checkpoints."""
+    trainer = Trainer(
+        model=model,
+        args=arguments(folder, remove_unused_columns=False, save_strategy="steps", save_steps=save_steps),
+        train_dataset=TRAIN,
+        data_collator=lambda examples: collate(examples, PAD),
+    )
+    trainer.add_callback(callback)
+    return trainer
+
+
 ROWS = [{"prompt": f"What is {i} + {i}?", "completion": f" It is {2 * i}."} for i in range(12)]
 
 
@@ -987,13 +999,7 @@ def test_a_training_that_patience_had_stopped_stops_again_without_a_round(make_t
         with attached(backbone, weights) as model:
             probes = ScriptedBaselines([1.0, *itertools.repeat(9.0, 9)], candidates=3)
             controller = controller_for(weights, probes, folder=tmp_path / "records", kind="spread", patience=1)
-            trainer = Trainer(
-                model=model,
-                args=arguments(tmp_path, remove_unused_columns=False, save_strategy="steps", save_steps=3),
-                train_dataset=TRAIN,
-                data_collator=lambda examples: collate(examples, PAD),
-            )
-            controller.add_to(trainer)
+            trainer = resumable(model, tmp_path, controller, save_steps=3)
             trainer.train(resume_from_checkpoint=resume)
         return trainer.state.global_step, read_rows(tmp_path / "records" / "rounds.jsonl")
 
@@ -1223,31 +1229,13 @@ def test_a_controller_that_has_trained_already_takes_up_a_checkpoint_as_it_is(ma
     weights = merged_adapter(backbone, "llama")
     controller, first = controller_for(weights, kind=kind, ratio_init=0.5), AtTheBeginning()
     with attached(backbone, weights) as model:
-        trainer = Trainer(
-            model=model,
-            args=arguments(tmp_path, remove_unused_columns=False, save_strategy="steps", save_steps=5),
-            train_dataset=TRAIN,
-            data_collator=lambda examples: collate(examples, PAD),
-        )
-        controller.add_to(trainer)
+        trainer = resumable(model, tmp_path, controller)
         trainer.train()
         trainer.add_callback(first)
         trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
 
     assert first.pruned
     assert controller.search.history
-
-
-def resumable(model, folder, callback) -> Trainer:
-    """A trainer that saves a checkpoint at step 5."""
-    trainer = Trainer(
-        model=model,
-        args=arguments(folder, remove_unused_columns=False, save_strategy="steps", save_steps=5),
-        train_dataset=TRAIN,
-        data_collator=lambda examples: collate(examples, PAD),
-    )
-    trainer.add_callback(callback)
-    return trainer
 
 
 @pytest.mark.parametrize(
