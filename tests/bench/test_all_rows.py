@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from grasp_lora import api
+from grasp_lora.bench import deliver, run_folder
 from grasp_lora.bench import run as running
-from grasp_lora.bench import run_folder
 from grasp_lora.bench.all_rows import _AllRowsBench, _epochs
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import Delivered
@@ -56,7 +56,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
     def choosing(name: str) -> None:
         found = Delivered(name=name, title=name, why=f"It is {name}.", split="dev", examples=6)
-        monkeypatch.setattr(running, "best_of", lambda *_: found)
+        monkeypatch.setattr(deliver, "best_of", lambda *_: found)
 
     return choosing
 

@@ -801,6 +801,22 @@ class TestOneStore:
             weights = f"{name}/adapter_model.safetensors"
             assert (tiny_workspace / "both" / weights).read_bytes() == (finished_run / weights).read_bytes()
 
+    @pytest.mark.parametrize("overrides", [("final.deliver=best",), ("final.deliver=grasp",)])
+    def test_what_a_run_hands_over_is_a_row_that_trains_nothing_anew(self, overrides, tiny_workspace, monkeypatch):
+        monkeypatch.setattr("grasp_lora.bench.deliver.AHEAD", 1000.0)  # so that it is not GRASP's result in both
+        result = api.run("tiny.yaml", [ROUNDS_EVERY, *overrides], "both")
+        settings = ComparisonSettings(("delivered",), (42,), (0.2,), resamples=1000)
+        recorder = Recorder()
+        content = compare(session("tiny.yaml", *overrides), Path("both"), settings, recorder).to_json()
+        assert not recorder.done_steps
+        (row,) = [row for row in content["rows"] if row["method"] == "delivered"]
+        delivered = result.metrics.systems[result.delivered.name]
+        assert row["scores"]["test_loss"]["mean"] == delivered.test_loss
+        assert row["scores"]["rougeL"]["mean"] == delivered.metrics["rougeL"]
+        assert content["warnings"] == [f"what a run hands over, seed 42, is {result.delivered.title}"]
+        assert (result.delivered.name == "grasp") == (overrides == ("final.deliver=grasp",))
+        assert row["prune_ratio"] is None or result.delivered.name == "grasp"
+
     def test_the_printed_table_of_steps_says_what_was_found_and_what_was_done(self, tiny_workspace, cli):
         assert cli("run", "tiny.yaml").status == 0
         result = cli("compare", "tiny.yaml", "--seeds", "42", "--methods", "target_only,adaptive_merge,grasp")

@@ -100,7 +100,7 @@ def test_a_comparison_and_its_dry_run(cli: Cli, finished_run: Path) -> None:
     before = contents(finished_run.parent)
     small = (
         "--methods",
-        "target_only,merged,continued,grid,grasp,grasp_single,lorahub",
+        "target_only,merged,continued,grid,grasp,delivered,grasp_single,lorahub",
         "--seeds",
         "42,7",
         "-o",

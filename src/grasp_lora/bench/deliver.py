@@ -20,7 +20,11 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from grasp_lora.bench.outcomes import Adapter, names_of
 from grasp_lora.bench.run_folder import Delivered
+from grasp_lora.bench.steps import Bench
+from grasp_lora.data.splits import group_numbers
+from grasp_lora.errors import AdapterError, DivergedError, ProbeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 
 IN_ORDER = {
@@ -30,8 +34,55 @@ IN_ORDER = {
     "merged": "the merge, not trained",
     "grasp": "GRASP's result",
 }
+ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
 FEWEST = 2  # rows that a comparison needs
 AHEAD = 1.0  # standard errors
+
+
+def continue_source(bench: Bench) -> tuple[Adapter | None, str]:
+    """Continue the source adapter on the target rows.
+
+    Returns:
+        The adapter, None where its training fails; and why it is no candidate, empty where it is one.
+    """
+    try:
+        continued = bench.continued()
+    except (DivergedError, ProbeError, AdapterError) as error:  # the other candidates are there
+        return None, f"The source adapter could not be continued: {error}"
+    if continued.records[-1].result["best_step"] or len(bench.sources) > 1:
+        return continued, ""
+    return continued, "Continued training lowered no dev loss, which leaves the source adapter."
+
+
+def candidates(bench: Bench, merged: Adapter, continued: Adapter | None, final: Adapter) -> dict[str, Adapter]:
+    """What may be handed over, by name; the continued source adapter is left aside where it is None."""
+    parents = dict(zip(names_of(bench.parents), bench.parents, strict=True))
+    return {**parents, "merged": merged, **({} if continued is None else {"continued": continued}), "grasp": final}
+
+
+def choosing_split(bench: Bench) -> str | None:
+    """The split whose losses decide: `dev`, or `micro_dev` where that is too small; None where both are."""
+    splits = bench.session.splits
+    return next((name for name in ("dev", "micro_dev") if len(getattr(splits, name)) >= FEWEST), None)
+
+
+def choose(bench: Bench, systems: Mapping[str, Adapter], left_out: str = "") -> Delivered:
+    """Choose what is handed over, as the recipe says (`final.deliver`).
+
+    Args:
+        bench: measures what is not on record yet.
+        systems: of `candidates`; with the backbone `ALONE` among them, it is told whether any adapter has learned something.
+        left_out: as in `best_of`.
+    """
+    split = choosing_split(bench)
+    losses: dict[str, list[float]] = {
+        name: [] if split is None else bench.losses(system, split).result["losses"] for name, system in systems.items()
+    }
+    alone, rows = losses.pop(ALONE, []), (split or "dev").replace("_", "-")
+    groups = None if split is None else group_numbers(getattr(bench.session.splits, split))
+    if bench.recipe.final.deliver == "best":
+        return best_of(losses, rows, alone, left_out, groups)
+    return by_setting(losses, rows, alone)
 
 
 def by_setting(losses: Mapping[str, Sequence[float]], split: str, alone: Sequence[float] = ()) -> Delivered:

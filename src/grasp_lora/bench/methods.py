@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from grasp_lora.bench.checks import lack_of_rounds
+from grasp_lora.bench.deliver import candidates, choose, choosing_split, continue_source
 from grasp_lora.bench.outcomes import Adapter, Outcome
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
@@ -92,7 +93,7 @@ def _run_grid(
             curve=points if curve else None,
             chosen_among=runs.values(),
             chosen_by=[] if choose_on == "dev" else [bench.losses(adapter, choose_on) for adapter in runs.values()],
-            left_out=[f"is without ratio {ratio:g}, whose run failed: {error}" for ratio, error in failed.items()],
+            notes=[f"is without ratio {ratio:g}, whose run failed: {error}" for ratio, error in failed.items()],
         )
 
     return run
@@ -114,13 +115,30 @@ def _run_grasp(
     return run
 
 
+def _run_delivered(bench: Bench) -> Outcome:
+    """What a run hands over: the choice of `deliver.py` among its adapters."""
+    learned = bench.learned(bench.recipe.controller)
+    final = bench.finetuned(learned.start, learned.ratio)
+    continued, left_out = continue_source(bench) if bench.recipe.final.deliver == "best" else (None, "")
+    systems = candidates(bench, bench.merged(), None if left_out else continued, final)
+    chosen, split = choose(bench, systems, left_out), choosing_split(bench)
+    return bench.outcome(
+        systems[chosen.name],
+        learned.ratio if chosen.name == "grasp" else None,
+        chosen_on=split,
+        chosen_among=[one for one in (*systems.values(), continued) if one is not None],
+        chosen_by=[] if split is None else [bench.losses(one, split) for one in systems.values()],
+        notes=[f"is {chosen.title}"],
+    )
+
+
 def _run_stacked(bench: Bench) -> Outcome:
     """The grid of final runs, all trained side by side."""
     adapter = bench.stacked_grid()
     result = adapter.records[-1].result
     failed = [one for one in result["members"] if one["failed"]]
-    left_out = [f"is without ratio {one['prune_ratio']:g}, whose run failed: {one['failed']}" for one in failed]
-    return bench.outcome(adapter, result["prune_ratio"], chosen_on="dev", left_out=left_out)
+    notes = [f"is without ratio {one['prune_ratio']:g}, whose run failed: {one['failed']}" for one in failed]
+    return bench.outcome(adapter, result["prune_ratio"], chosen_on="dev", notes=notes)
 
 
 def _needs_stack(session: Session) -> str | None:
@@ -270,6 +288,7 @@ METHODS: dict[str, Method] = {
     "grid": Method("grid of GRASP's final runs", _run_grid("dev", curve=True), 8, _needs("dev")),
     "grid_stacked": Method("the same grid, its runs side by side", _run_stacked, 8, _needs_stack),
     "grasp": Method("GRASP", _run_grasp(_own), 5),
+    "delivered": Method("what a run hands over", _run_delivered, 0.3),
     "grasp_single": Method("GRASP in a single run", _run_single, 5, _needs_single_run),
     "grasp_paper": Method("GRASP, preset paper", _run_grasp(_paper, PAPER_FINAL), 5, _needs_rounds(_paper)),
     "merge_dev_free": Method(

@@ -136,7 +136,7 @@ class Outcome:
         prune_ratio: of the result, None where nothing is pruned.
         chosen_on: the split on which a choice was made, if one was.
         curve: for a grid, ratio -> split -> mean loss of its run.
-        left_out: what a choice had to do without, a sentence each.
+        notes: what the table has to tell of a choice, each going on from the method's title: "is without ratio 0.6".
     """
 
     losses: Record
@@ -145,7 +145,7 @@ class Outcome:
     prune_ratio: float | None = None
     chosen_on: str | None = None
     curve: Mapping[float, Mapping[str, float]] | None = None
-    left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def names_of(adapters: Sequence[Any]) -> tuple[str, ...]:

@@ -167,6 +167,7 @@ class _PlannedStore(Store):
             "trained_examples": runs * trained_examples(training.steps(train), training, train),
             "measured_examples": runs * evaluations * dev,
             "dev_loss": 0.0,
+            "best_step": training.steps(train),
         }
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.all_rows import TrainedAgain, train_again
 from grasp_lora.bench.checks import check, check_folder
-from grasp_lora.bench.deliver import FEWEST, best_of, by_setting
+from grasp_lora.bench.deliver import ALONE, candidates, choose, continue_source
 from grasp_lora.bench.finished import inputs_of, is_finished
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.progress import Progress
@@ -48,7 +48,6 @@ from grasp_lora.storage.processes import is_first, join, on_every_process, on_fi
 
 log = logging.getLogger(__name__)
 
-ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
 
 
@@ -137,21 +136,14 @@ class _Run:
         with self._stage("final") as facts:
             final = bench.finetuned(start, ratio, {"start": recipe.final.start})
             facts |= {"prune_ratio": ratio} | self._show_trained(files.FINAL_FOLDER, final)
-        systems = {ALONE: bench.backbone(), **dict(zip(names_of(bench.parents), bench.parents, strict=True))}
-        systems["merged"] = merged
-        left_out = ""
+        continued, left_out = None, ""
         if recipe.final.deliver == "best":
             with self._stage("continued") as facts:
-                try:
-                    continued = bench.continued()
+                continued, left_out = continue_source(bench)
+                if continued is not None:
                     facts |= self._show_trained(files.CONTINUED_FOLDER, continued)
-                    if continued.records[-1].result["best_step"] or len(bench.sources) > 1:
-                        systems["continued"] = continued
-                    else:
-                        left_out = "Continued training lowered no dev loss, which leaves the source adapter."
-                except (DivergedError, ProbeError, AdapterError) as error:  # the others are there
-                    left_out = f"The source adapter could not be continued: {error}"
-        systems["grasp"] = final
+        systems = candidates(bench, merged, None if left_out else continued, final)
+        systems = {ALONE: bench.backbone(), **systems}
         with self._stage("evaluate") as facts:
             measured: dict[str, Measured] = {}
             for name, system in systems.items():
@@ -160,7 +152,7 @@ class _Run:
             on_first_process(partial(self._write_answers, measured))
             facts |= {"test_loss": measured["grasp"].test_loss, **measured["grasp"].values}
         with self._stage("deliver") as facts:
-            delivered = self._choose(bench, systems, left_out)
+            delivered = choose(bench, systems, left_out)
             self._show_adapter(files.ADAPTER_FOLDER, systems[delivered.name])
             facts |= {"adapter": delivered.title}
         all_rows = None
@@ -218,19 +210,6 @@ class _Run:
             rows = again.adapter.records[-1].result["history"]
             on_first_process(partial(write_jsonl, self.folder / files.ALL_ROWS / files.HISTORY_FILE, rows))
         return again
-
-    def _choose(self, bench: Bench, systems: Mapping[str, Adapter], left_out: str) -> files.Delivered:
-        """Choose what is handed over, by the losses on the dev set, or else on the micro-dev set."""
-        split = next((name for name in ("dev", "micro_dev") if len(getattr(self.session.splits, name)) >= FEWEST), None)
-        losses: dict[str, list[float]] = {
-            name: [] if split is None else bench.losses(system, split).result["losses"]
-            for name, system in systems.items()
-        }
-        alone, rows = losses.pop(ALONE), (split or "dev").replace("_", "-")
-        groups = None if split is None else group_numbers(getattr(self.session.splits, split))
-        if self.recipe.final.deliver == "best":
-            return best_of(losses, rows, alone, left_out, groups)
-        return by_setting(losses, rows, alone)
 
     def _show_trained(self, name: str, adapter: Adapter) -> dict[str, Any]:
         """Write the history of a training and its adapter into the run folder; a given adapter stays where it is."""

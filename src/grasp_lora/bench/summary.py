@@ -247,7 +247,7 @@ def _warnings(rows: Mapping[str, Outcomes], what: str) -> list[str]:
         f"{METHODS[name].title}, {what} {number}, {sentence}"
         for name, row in rows.items()
         for number, outcome in row.by_number.items()
-        for sentence in outcome.left_out
+        for sentence in outcome.notes
     ]
     return of_methods + of_runs
 
