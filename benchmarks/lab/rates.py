@@ -114,15 +114,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             store = Store(given.output / STORE_FOLDER, session.progress, place.interruption)
             for bench in benches(session, store, [int(seed) for seed in given.seeds.split(",")]):
                 for name in names:
-                    tried = [Tried(factor, rows(bench)[name](factor)) for factor in factors]
-                    best = min(tried, key=lambda one: one.dev_loss)
-                    for one in tried:
-                        mark = "**" if one is best else ""
+                    tried = []
+                    for factor in factors:
+                        tried.append(one := Tried(factor, rows(bench)[name](factor)))
                         step = one.adapter.records[-1].result["best_step"]
                         loss = fmean(measure(bench, one.adapter, None)[0])
-                        cells = [name, f"{bench.recipe.seed}", f"{mark}{one.factor:g}{mark}"]
-                        every.append([*cells, f"{one.dev_loss:.3f}", f"{step}", f"{loss:.3f}"])
-                        sys.stderr.write(" | ".join(every[-1]) + "\n")
+                        cells = [
+                            name,
+                            f"{bench.recipe.seed}",
+                            f"{factor:g}",
+                            f"{one.dev_loss:.3f}",
+                            f"{step}",
+                            f"{loss:.3f}",
+                        ]
+                        every.append(cells)
+                        sys.stderr.write(" | ".join(cells) + "\n")
+                    best = min(tried, key=lambda one: one.dev_loss)
+                    row = every[tried.index(best) - len(tried)]
+                    row[2] = f"**{row[2]}**"
                     chosen[name].append(measure(bench, best.adapter, metric))
     except GraspError as error:
         sys.stderr.write(f"error: {error}\n")
