@@ -28,6 +28,7 @@ from grasp_lora.bench.compare import ComparisonSettings, Work, compare
 from grasp_lora.bench.comparison_record import Comparison
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, SINGLE_SHARE
 from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.run_folder import Delivered
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record, Store, pack
@@ -813,9 +814,28 @@ class TestOneStore:
         delivered = result.metrics.systems[result.delivered.name]
         assert row["scores"]["test_loss"]["mean"] == delivered.test_loss
         assert row["scores"]["rougeL"]["mean"] == delivered.metrics["rougeL"]
-        assert content["warnings"] == [f"what a run hands over, seed 42, is {result.delivered.title}"]
+        assert row["taken"] == f"{result.delivered.title} (42)"
         assert (result.delivered.name == "grasp") == (overrides == ("final.deliver=grasp",))
         assert row["prune_ratio"] is None or result.delivered.name == "grasp"
+
+    def test_each_seed_counts_where_several_hand_over_the_same_adapter(self, tiny_workspace, monkeypatch):
+        def chosen(bench: Bench, *_: Any) -> Delivered:
+            name = "target" if bench.recipe.seed == 2 else "source"
+            return Delivered(name=name, title=f"the {name}", why="It is.")
+
+        monkeypatch.setattr("grasp_lora.bench.methods.choose", chosen)
+        settings = ComparisonSettings(("source_only", "target_only", "delivered"), (1, 2, 3), (0.2,), resamples=1000)
+        content, _ = run(tiny_workspace / "compare", settings)
+        scores = {row["method"]: row["scores"]["test_loss"]["values"] for row in content["rows"]}
+        assert scores["source_only"] == scores["source_only"][:1]  # one adapter for all seeds
+        assert scores["delivered"] == [*scores["source_only"], scores["target_only"][1], *scores["source_only"]]
+        (row,) = [row for row in content["rows"] if row["method"] == "delivered"]
+        assert row["taken"] == "the source (1, 3); the target (2)"
+        text = Path("compare/compare/compare.md").read_text(encoding="utf-8")
+        assert "- what a run hands over, by seed: the source (1, 3); the target (2)\n" in text
+        assert "What a run hands over, by seed: the source (1, 3); the target (2)." in (
+            Path("compare/compare/report.html").read_text(encoding="utf-8")
+        )
 
     def test_the_printed_table_of_steps_says_what_was_found_and_what_was_done(self, tiny_workspace, cli):
         assert cli("run", "tiny.yaml").status == 0

@@ -73,6 +73,7 @@ class Row(_Shape):
     """One method; all from `warning` on is there only where a seed was finished.
 
     In a cross-validation `seeds` is the number of its folds. `scores` holds None for a metric that was not available.
+    `taken` is there where a method chooses among adapters of several kinds: what it took, each with its seeds or folds.
     """
 
     method: str
@@ -85,6 +86,7 @@ class Row(_Shape):
     scores: dict[str, Spread | None] = {}
     prune_ratio: Spread | None = None
     chosen_on: str | None = None
+    taken: str | None = None
     cost: Cost | None = None
     against: dict[str, Against] = {}
 

@@ -93,7 +93,7 @@ def _run_grid(
             curve=points if curve else None,
             chosen_among=runs.values(),
             chosen_by=[] if choose_on == "dev" else [bench.losses(adapter, choose_on) for adapter in runs.values()],
-            notes=[f"is without ratio {ratio:g}, whose run failed: {error}" for ratio, error in failed.items()],
+            left_out=[f"is without ratio {ratio:g}, whose run failed: {error}" for ratio, error in failed.items()],
         )
 
     return run
@@ -128,7 +128,7 @@ def _run_delivered(bench: Bench) -> Outcome:
         chosen_on=split,
         chosen_among=[one for one in (*systems.values(), continued) if one is not None],
         chosen_by=[] if split is None else [bench.losses(one, split) for one in systems.values()],
-        notes=[f"is {chosen.title}"],
+        taken=chosen.title,
     )
 
 
@@ -137,8 +137,8 @@ def _run_stacked(bench: Bench) -> Outcome:
     adapter = bench.stacked_grid()
     result = adapter.records[-1].result
     failed = [one for one in result["members"] if one["failed"]]
-    notes = [f"is without ratio {one['prune_ratio']:g}, whose run failed: {one['failed']}" for one in failed]
-    return bench.outcome(adapter, result["prune_ratio"], chosen_on="dev", notes=notes)
+    left_out = [f"is without ratio {one['prune_ratio']:g}, whose run failed: {one['failed']}" for one in failed]
+    return bench.outcome(adapter, result["prune_ratio"], chosen_on="dev", left_out=left_out)
 
 
 def _needs_stack(session: Session) -> str | None:

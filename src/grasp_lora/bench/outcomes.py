@@ -136,7 +136,8 @@ class Outcome:
         prune_ratio: of the result, None where nothing is pruned.
         chosen_on: the split on which a choice was made, if one was.
         curve: for a grid, ratio -> split -> mean loss of its run.
-        notes: what the table has to tell of a choice, each going on from the method's title: "is without ratio 0.6".
+        left_out: what a choice had to do without, a sentence each.
+        taken: what a choice among adapters of several kinds took, in words.
     """
 
     losses: Record
@@ -145,7 +146,8 @@ class Outcome:
     prune_ratio: float | None = None
     chosen_on: str | None = None
     curve: Mapping[float, Mapping[str, float]] | None = None
-    notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    taken: str | None = None
 
 
 def names_of(adapters: Sequence[Any]) -> tuple[str, ...]:

@@ -359,19 +359,19 @@ class Bench(Keyed):
         curve: Mapping[float, Mapping[str, float]] | None = None,
         chosen_among: Iterable[Adapter] = (),
         chosen_by: Iterable[Record] = (),
-        notes: Sequence[str] = (),
+        left_out: Sequence[str] = (),
+        taken: str | None = None,
     ) -> Outcome:
         """Measure what a method came to.
 
         Args:
-            adapter: the result.
-            prune_ratio, chosen_on, curve, notes: as in `Outcome`.
+            adapter: the result; what is not named here is as in `Outcome`.
             chosen_among: the adapters that a choice was made among, the result included: all of them were needed.
             chosen_by: measurements that the choice took beyond those of the trainings.
         """
         needed = unique([*(record for one in (*chosen_among, adapter) for record in one.records), *chosen_by])
         losses, scores = self.losses(adapter, answered=True), self.scores(adapter)
-        return Outcome(losses, scores, needed, prune_ratio, chosen_on, curve, tuple(notes))
+        return Outcome(losses, scores, needed, prune_ratio, chosen_on, curve, tuple(left_out), taken)
 
     @cached_property
     def sources(self) -> list[Adapter]:

@@ -196,17 +196,27 @@ def _row(name: str, row: Outcomes, metrics: Sequence[str], comparisons: Mapping[
         return facts
     outcomes = list(row.by_number.values())
     # Where no seed has a part, as in zero shot, there is one result and no spread.
-    distinct = list({outcome.losses.key: outcome for outcome in outcomes}.values())
+    distinct = outcomes if len({outcome.losses.key for outcome in outcomes}) > 1 else outcomes[:1]
     result = {
         "warning": method.warning,
         "seeds": len(outcomes),
         "scores": {metric: _spread([_value(outcome, metric) for outcome in distinct]) for metric in metrics},
         "prune_ratio": _spread([outcome.prune_ratio for outcome in outcomes if outcome.prune_ratio is not None]),
         "chosen_on": outcomes[0].chosen_on,
+        "taken": _taken(row),
         "cost": _cost(row),
         "against": {metric: compared[name] for metric, compared in comparisons.items() if name in compared},
     }
     return facts.model_copy(update=result)
+
+
+def _taken(row: Outcomes) -> str | None:
+    """What a choice among adapters of several kinds took, and with which seeds or in which folds."""
+    numbers: dict[str, list[str]] = {}
+    for number, outcome in row.by_number.items():
+        if outcome.taken is not None:
+            numbers.setdefault(outcome.taken, []).append(str(number))
+    return "; ".join(f"{what} ({', '.join(where)})" for what, where in numbers.items()) or None
 
 
 def _spread(values: Sequence[float | None]) -> Spread | None:
@@ -247,7 +257,7 @@ def _warnings(rows: Mapping[str, Outcomes], what: str) -> list[str]:
         f"{METHODS[name].title}, {what} {number}, {sentence}"
         for name, row in rows.items()
         for number, outcome in row.by_number.items()
-        for sentence in outcome.notes
+        for sentence in outcome.left_out
     ]
     return of_methods + of_runs
 

@@ -51,6 +51,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         printed.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
     # The width of what is printed never exceeds that of its console, which is 80 where there is no terminal.
     (console if console.is_terminal else Console(file=console.file, width=FULL_WIDTH)).print(printed)
+    for one in comparison.finished:
+        if one.taken:
+            console.print(f"{one.title}, by {comparison.runs[:-1]}: {one.taken}", markup=False, soft_wrap=True)
     for warning in comparison.warnings:
         console.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
 
