@@ -689,7 +689,10 @@ def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callab
     assert "next: name a source in it, then grasp-lora check t.yaml" in cli("init", "t.jsonl", "-l", "de").out
     options = ("--source", "s.jsonl", "--backbone", "tiny-llama", "-o", "full.yaml")
     said = cli("init", "t.jsonl", "-l", "de", *options).out
-    assert said == f"wrote full.yaml and {SCHEMA_FILE}; next: grasp-lora check full.yaml\n"
+    first, *advised = said.splitlines()
+    assert first == f"wrote full.yaml and {SCHEMA_FILE}; next: grasp-lora check full.yaml"
+    assert [line.partition(":")[0] for line in advised] == ["advice", "advice"]
+    assert "--methods joint" in advised[1]
     assert cli("check", "full.yaml").status == 0
     assert Path("full.yaml").read_text().startswith(f"# yaml-language-server: $schema={SCHEMA_FILE}\n")
     assert Path(SCHEMA_FILE).read_text(encoding="utf-8") == schema_text()

@@ -26,6 +26,7 @@ from grasp_lora.data.splits import group_size
 from grasp_lora.errors import GraspError
 from grasp_lora.models.backbone import skeleton
 from grasp_lora.models.precision import find_dtype, is_quantised, stored_bytes
+from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.storage.memory import available_memory
@@ -83,6 +84,9 @@ def preflight(session: Session) -> list[Finding]:
         findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
     findings += _memory(session)
     findings += _plan(recipe, sizes)
+    keeps_best, has_source_rows = recipe.final.training.keep == "best", bool(splits.source_train)
+    said = advice(sizes["train"], sizes["dev"], keeps_best=keeps_best, has_source_rows=has_source_rows)
+    findings += [Finding("ok", "advice", sentence) for sentence in said]
     width = expected_width(list(session.metrics), len(splits.test), len(PLANNED) - 1, group_size(splits.test))
     if width:
         findings.append(Finding("ok", "power", f"in a comparison, {width}"))

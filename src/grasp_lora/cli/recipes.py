@@ -80,6 +80,8 @@ def init(
     ] = None,
 ) -> None:
     """Write a commented recipe, with split sizes that fit your own examples, and the schema that editors complete it by."""
+    from grasp_lora.recipes.advice import advice
+    from grasp_lora.recipes.load import load_recipe
     from grasp_lora.recipes.starter import write_recipe
 
     file = write_recipe(
@@ -97,3 +99,8 @@ def init(
     )
     name_source = "" if source else "name a source in it, then "
     say(f"wrote {file} and {file.with_name(SCHEMA_FILE)}; next: {name_source}grasp-lora check {shlex.quote(str(file))}")
+    recipe, _ = load_recipe(str(file))
+    target, keeps_best = recipe.data.target, recipe.final.training.keep == "best"
+    rows, has_source_rows = (target.train or 0, target.dev or 0), recipe.data.source is not None
+    for sentence in advice(*rows, keeps_best=keeps_best, has_source_rows=has_source_rows):
+        say(f"advice: {sentence}")

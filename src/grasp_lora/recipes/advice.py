@@ -1,0 +1,35 @@
+"""When to prune, when to continue, when to train jointly: what was measured says for a recipe's own numbers.
+
+The rule and its measurements: docs/lab/results/README.md, "When to prune". It looks at two things, since only these moved what
+was best: whether dev rows stop the trainings, and whether the rows of the source language are there.
+"""
+
+
+def advice(train: int, dev: int, *, keeps_best: bool, has_source_rows: bool) -> list[str]:
+    """Say what to expect the most of, a sentence each.
+
+    Args:
+        train, dev: target rows.
+        keeps_best: whether a final run keeps its adapter of the lowest dev loss.
+        has_source_rows: whether there is data of the source language, not a source adapter alone.
+
+    >>> advice(24, 0, keeps_best=True, has_source_rows=False)[0].partition(":")[0]
+    'no dev rows stop the trainings, so 24 rows are overfitted'
+    """
+    if dev and keeps_best:
+        said = [
+            f"{dev} dev rows stop the trainings in time: then pruning alone gains little, so a run also continues the source "
+            "adapter, and the dev rows choose what it hands over"
+        ]
+    else:
+        why = "the last step is kept, whatever the dev rows say" if dev else "no dev rows stop the trainings"
+        said = [
+            f"{why}, so {train} rows are overfitted: prune, as this recipe does; its loss was lower than that of the unpruned "
+            "merge and of the continued source adapter wherever it was measured"
+        ]
+    if has_source_rows:
+        said.append(
+            "one adapter trained on both languages (joint) is the strongest rival, and takes the time of another source adapter: "
+            "try grasp-lora compare with --methods joint,continued,grasp"
+        )
+    return said

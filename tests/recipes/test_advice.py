@@ -1,0 +1,41 @@
+"""The advice follows from two of a recipe's numbers, and `check` prints it."""
+
+from pathlib import Path
+
+import pytest
+
+from grasp_lora.bench.preflight import preflight
+from grasp_lora.bench.session import Session
+from grasp_lora.recipes.advice import advice
+from grasp_lora.recipes.load import load_recipe
+
+
+@pytest.mark.parametrize(
+    ("dev", "keeps_best", "says"),
+    [
+        (50, True, "50 dev rows stop the trainings in time"),
+        (0, True, "no dev rows stop the trainings, so 16 rows are overfitted: prune"),
+        (50, False, "the last step is kept, whatever the dev rows say, so 16 rows are overfitted: prune"),
+    ],
+)
+def test_what_stops_a_training_decides(dev: int, keeps_best: bool, says: str) -> None:
+    [said] = advice(16, dev, keeps_best=keeps_best, has_source_rows=False)
+    assert said.startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "count", "says"),
+    [
+        ((), 2, "6 dev rows stop the trainings"),
+        (("data.target.dev=0",), 2, "no dev rows stop the trainings, so 10 rows"),
+        (("final.training.keep=last", "final.training.patience=null"), 2, "the last step is kept"),
+    ],
+)
+def test_check_says_it_of_the_recipes_own_numbers(
+    overrides: tuple[str, ...], count: int, says: str, tiny_workspace: Path
+) -> None:
+    found = [one for one in preflight(Session(*load_recipe("tiny.yaml", overrides))) if one.topic == "advice"]
+    assert len(found) == count
+    assert found[0].text.startswith(says)
+    assert "joint" in found[-1].text
+    assert {one.level for one in found} == {"ok"}
