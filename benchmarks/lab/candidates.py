@@ -10,7 +10,7 @@ interval at 95 %, each by itself. Candidates that use the test rows for a choice
 |---|---|
 | soup | average of the deltas of several adapters (Wortsman et al. 2022) |
 | greedy soup | of all adapters here, in the order of their dev loss, those that do not raise the dev loss of the average |
-| stacked | the target adapter trained on top of the frozen source adapter; their exact sum |
+| stacked | the target adapter trained on top of the frozen source adapter (`target.on: source`); their exact sum |
 | stacked, GRASP | that sum pruned at a learned ratio and fine-tuned |
 | replay | `continued` with half as many source rows among the target rows |
 | joint, then target | the joint adapter, continued on the target rows |
@@ -18,18 +18,13 @@ interval at 95 %, each by itself. Candidates that use the test rows for a choice
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-import torch
-from torch.nn.functional import linear
 
 from grasp_lora.bench.checks import check
-from grasp_lora.bench.outcomes import Adapter, facts_of
+from grasp_lora.bench.outcomes import Adapter
 from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import STORE_FOLDER
 from grasp_lora.bench.session import Session
@@ -38,14 +33,12 @@ from grasp_lora.bench.store import Store
 from grasp_lora.cli.terminal import log_to_terminal
 from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
-from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import working_in
 
 BASELINE = "continued"
 REPLAYED = 0.5  # source rows for each target row
-REVISION = 1  # part of what a candidate's training is found by
 
 
 class Candidates(Bench):
@@ -100,27 +93,13 @@ class Candidates(Bench):
         return fmean(self.losses(adapter, "dev").result["losses"])
 
     def stacked_bench(self) -> "Candidates":
-        """A bench whose target adapter was trained on top of the source adapter, and whose merge is their sum."""
-        recipe = self.recipe.model_copy(update={"merge": MergeSettings("exact", weights=(1.0, 1.0))})
+        """A bench whose target adapter is trained on top of the source adapter, and whose merge is their sum."""
+        recipe = self.recipe.model_copy(
+            update={"merge": MergeSettings("exact"), "target": replace(self.recipe.target, on="source")}
+        )
         other = Candidates(self.session.variant(recipe), self._shared, self.store, self.grid)
-        other.__dict__["target"] = self._on_top()
+        other.__dict__["sources"] = self.sources
         return other
-
-    def _on_top(self) -> Adapter:
-        source, training = self.source, self.recipe.target.training
-        settings = self._settings(
-            data=self._data("train", "dev"), revision=REVISION, beneath=source.key, training=vars(training),
-            lora=vars(self.recipe.lora),
-        )  # fmt: skip
-
-        def work(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
-            session = self.session
-            splits = session.splits
-            with beneath(session.backbone.model, source.weights):
-                weights, result = session.train_adapter("target", splits.train, splits.dev, training, folder)
-            return weights, facts_of(result, training, len(splits.train), len(splits.dev))
-
-        return self._adapter("target on source", settings, [source], work)
 
     def replayed(self) -> Adapter:
         """The source adapter continued on target rows with source rows among them."""
@@ -131,26 +110,6 @@ class Candidates(Bench):
         other = Candidates(session, self._shared, self.store, self.grid)
         other.__dict__["sources"] = self.sources
         return other.continued()
-
-
-@contextmanager
-def beneath(model: torch.nn.Module, weights: AdapterWeights) -> Iterator[None]:
-    """Let a frozen adapter act on the backbone's modules, for one that is trained on top of it."""
-    modules, handles = dict(model.named_modules()), []
-    for name, pair in weights.items():
-
-        def add(
-            module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, pair: Any = pair
-        ) -> torch.Tensor:
-            A, B = (factor.to(output.device) for factor in (pair.A, pair.B))
-            return output + (linear(linear(inputs[0].to(A.dtype), A), B) * pair.scaling).to(output.dtype)
-
-        handles.append(modules[name].register_forward_hook(add))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def benches(session: Session, store: Store, seeds: Sequence[int]) -> list[Candidates]:

@@ -10,6 +10,7 @@ from grasp_lora.bench.checks import check
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import Store
 from grasp_lora.models.adapters import attached
+from grasp_lora.models.beneath import beneath
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.training.probes import ProbeSet
 
@@ -27,10 +28,10 @@ def bench(tiny_workspace: Path) -> candidates.Candidates:
 def test_the_sum_of_the_stacked_adapters_is_what_was_trained(bench: candidates.Candidates) -> None:
     dev, model = bench.session.splits.dev, bench.session.backbone.model
     stacked = bench.stacked_bench()
-    with candidates.beneath(model, bench.source.weights), attached(model, stacked.target.weights) as whole:
-        beneath = ProbeSet(dev, bench.session.pad_id).losses(whole)
+    with beneath(model, bench.source.weights), attached(model, stacked.target.weights) as whole:
+        trained = ProbeSet(dev, bench.session.pad_id).losses(whole)
     merged = bench.losses(stacked.merged(), "dev").result["losses"]
-    assert merged == pytest.approx(beneath, rel=1e-5)
+    assert merged == pytest.approx(trained, rel=1e-5)
     assert fmean(merged) == pytest.approx(stacked.target.records[-1].result["dev_loss"], rel=1e-5)
     assert fmean(merged) < bench.dev_loss(bench.source)  # it learned on top of the source
 

@@ -3,9 +3,10 @@
 The rule, for `final.deliver: best`, by losses on dev, or on micro-dev where there is no dev set. The test split has no part.
 
 1. Candidates stand in the order of `IN_ORDER`. One whose losses are not finite is left out.
-2. What to expect the best of depends on what the source adapter is worth. Where the target adapter is ahead of it by more than
-   `AHEAD` standard errors of the paired difference, it is GRASP's result. Else it is the usual practice, the first in the order:
-   the source adapter continued on the target rows, or the source adapter itself where no step lowered its dev loss.
+2. What to expect the best of depends on what the source adapter is worth. Where the target adapter (with `target.on` the sum of
+   both) is ahead of it by more than `AHEAD` standard errors of the paired difference, it is GRASP's result. Else it is the usual
+   practice, the first in the order: the source adapter continued on the target rows, or the source adapter itself where no step
+   lowered its dev loss.
 3. The best is the one with the lowest mean loss. It is compared with the expected one by the paired bootstrap over these rows
    (`compare_with_baselines`, 95 %). Where it is shown to be better, it is handed over, else the expected one.
    Rows that belong together, such as those of one article, are drawn together.
@@ -55,8 +56,13 @@ def continue_source(bench: Bench) -> tuple[Adapter | None, str]:
 
 
 def candidates(bench: Bench, merged: Adapter, continued: Adapter | None, final: Adapter) -> dict[str, Adapter]:
-    """What may be handed over, by name; the continued source adapter is left aside where it is None."""
+    """What may be handed over, by name; the continued source adapter is left aside where it is None.
+
+    A target adapter that was trained on the source adapter is none, since it does nothing alone: it is the merge, their sum.
+    """
     parents = dict(zip(names_of(bench.parents), bench.parents, strict=True))
+    if bench.recipe.target.on is not None:
+        del parents["target"]
     return {**parents, "merged": merged, **({} if continued is None else {"continued": continued}), "grasp": final}
 
 
@@ -117,8 +123,8 @@ def best_of(
         why = f"{why} {left_out}".strip()
         return Delivered(name=chosen, title=title_of(chosen), why=why, **_learned(chosen, losses, alone, split))
     means = {name: fmean(losses[name]) for name in usable}
-    source = _source_behind(losses, usable)
-    expected = "grasp" if source else usable[0]
+    behind = _source_behind(losses, usable)
+    expected = "grasp" if behind else usable[0]
     best = min(usable, key=means.__getitem__)  # of equal ones the first in the order
     against = expected if best != expected else min((name for name in usable if name != best), key=means.__getitem__)
     compared = compare_with_baselines(losses[best], {against: losses[against]}, groups=groups, higher_is_better=False)
@@ -133,8 +139,9 @@ def best_of(
         why += f"{', the next best' if best == expected else ''}; the {rows} {split} rows show a difference."
     else:
         why += f"; {rows} {split} rows cannot tell these apart, so {_first(chosen)} is handed over."
-        if source:
-            worth = f"{means['target']:.3f} against {means[source]:.3f}"
+        if behind:
+            source, target = behind
+            worth = f"{means[target]:.3f} against {means[source]:.3f}"
             why += f" The target adapter is ahead of the source adapter ({worth}), so continuing that is not the best to expect."
     return Delivered(
         name=chosen,
@@ -157,14 +164,15 @@ def title_of(name: str) -> str:
     return IN_ORDER[_kind(name)] + (f" (number {number})" if number else "")
 
 
-def _source_behind(losses: Mapping[str, Sequence[float]], usable: Sequence[str]) -> str | None:
-    """The best source adapter, where the target adapter is ahead of it and GRASP's result may be handed over; else None."""
+def _source_behind(losses: Mapping[str, Sequence[float]], usable: Sequence[str]) -> tuple[str, str] | None:
+    """The best source adapter and the target adapter, where that is ahead and GRASP's result may be handed over; else None."""
     sources = [name for name in usable if _kind(name) == "source"]
-    if not sources or not {"target", "grasp"} <= set(usable):
+    target = "target" if "target" in losses else "merged"
+    if not sources or not {target, "grasp"} <= set(usable):
         return None
     source = min(sources, key=lambda name: fmean(losses[name]))
-    ahead = [theirs - own for theirs, own in zip(losses[source], losses["target"], strict=True)]
-    return source if fmean(ahead) > AHEAD * stdev(ahead) / math.sqrt(len(ahead)) else None
+    ahead = [theirs - own for theirs, own in zip(losses[source], losses[target], strict=True)]
+    return (source, target) if fmean(ahead) > AHEAD * stdev(ahead) / math.sqrt(len(ahead)) else None
 
 
 def _first(name: str) -> str:

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,9 @@ class Keyed:
         dev: Sequence[str],
         training: TrainingSettings,
         session: Session | None = None,
+        on: Adapter | None = None,
     ) -> Adapter:
-        """A fresh adapter, trained on the named splits and judged on others."""
+        """A fresh adapter, trained on the named splits and judged on others; on top of another one, if given."""
         session = session or self.session
         train_set, dev_set = (
             [one for split in names for one in getattr(session.splits, split)] for names in (train, dev)
@@ -78,15 +79,22 @@ class Keyed:
             lora=asdict(session.recipe.lora),
             training=asdict(training),
             seed=session.recipe.seed,
+            **({} if on is None else {"on": on.key}),
         )
 
         def work(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
             # Every target-only variant begins as the target adapter does: they differ in what their name says alone.
             part = "source" if name == "source" else "target"
-            weights, result = session.train_adapter(part, train_set, dev_set, training, folder)
+            beneath = None if on is None else on.weights
+            weights, result = session.train_adapter(part, train_set, dev_set, training, folder, beneath)
             return weights, facts_of(result, training, len(train_set), len(dev_set))
 
-        return self._adapter(name, settings, [], work)
+        return self._adapter(name, settings, [] if on is None else [on], work)
+
+    def _merge_settings(self, sources: int) -> MergeSettings:
+        """The recipe's merge; a target adapter that was trained on the mean of the source adapters is added to that."""
+        merge = self.recipe.merge
+        return merge if self.recipe.target.on is None else replace(merge, weights=(*[1 / sources] * sources, 1.0))
 
     def _merged(self, name: str, merge: MergeSettings, parents: Sequence[Adapter], names: Sequence[str]) -> Adapter:
         decided = asdict(merge)

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.recipes.stages import ControllerStage, FinalStage
-from grasp_lora.text.names import is_import_path
+from grasp_lora.text.names import is_import_path, without_place
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
@@ -50,3 +51,13 @@ def _own_code(settings: Any) -> dict[str, str]:
         return {}
     file = getattr(sys.modules.get(settings.partition(":")[0]), "__file__", None)
     return {settings: hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
+
+
+def public_bertscore(settings: BertScoreSettings) -> dict[str, Any]:
+    """The settings as a record holds them: a hash tells models of one name in different places of this machine apart."""
+    names = {language: (without_place(place), place) for language, place in settings.models.items()}
+    models = {
+        language: name if name == place else f"{name} {hashlib.sha256(place.encode()).hexdigest()[:16]}"
+        for language, (name, place) in names.items()
+    }
+    return asdict(settings) | {"models": models}

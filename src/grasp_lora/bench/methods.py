@@ -259,7 +259,7 @@ PAPER_FINAL = {"mode": "reselect", "mask": MaskSettings(score="gradient_of_delta
 METHODS: dict[str, Method] = {
     "zero_shot": Method("zero shot", lambda bench: bench.outcome(bench.backbone()), 0.3, merges=False),
     "source_only": Method("source only", lambda bench: bench.outcome(bench.source), merges=False),
-    "target_only": Method("target only (LoRA)", lambda bench: bench.outcome(bench.target), merges=False),
+    "target_only": Method("target only (LoRA)", lambda bench: bench.outcome(bench.target_alone), merges=False),
     "target_wide": Method(
         "target only, rank of the merge", lambda bench: bench.outcome(bench.trained_wide()), merges=False
     ),

@@ -27,6 +27,7 @@ from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, check_fits, fresh_adapter, save_adapter
 from grasp_lora.models.backbone import Backbone, load_backbone
+from grasp_lora.models.beneath import beneath
 from grasp_lora.models.choosing import likeliest_labels
 from grasp_lora.models.generation import Reader, generate
 from grasp_lora.models.live import adapter_weights, segments_of
@@ -186,10 +187,12 @@ class Session:
         dev: Sequence[Example],
         training: TrainingSettings,
         folder: Path,
+        on: AdapterWeights | None = None,
     ) -> tuple[AdapterWeights, "FineTuneResult"]:
-        """Train a fresh LoRA adapter; `part` names it and chooses its seed."""
-        seed = self.recipe.seed_of(part)
-        with fresh_adapter(self.backbone.model, self.recipe.lora, seed) as model:
+        """Train a fresh LoRA adapter, `on` another one that stays frozen, if given; `part` names it and chooses its seed."""
+        seed, backbone = self.recipe.seed_of(part), self.backbone.model
+        lower = nullcontext() if on is None else beneath(backbone, on)
+        with lower, fresh_adapter(backbone, self.recipe.lora, seed) as model:
             result = self.finetune(model, train, dev, training, part, folder)
             return adapter_weights(model), result
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from grasp_lora.bench import lorahub
 from grasp_lora.bench.keyed import REVISIONS, Keyed
-from grasp_lora.bench.keys import controller_settings, final_settings, plain
+from grasp_lora.bench.keys import controller_settings, final_settings, plain, public_bertscore
 from grasp_lora.bench.outcomes import (
     Adapter,
     Learned,
@@ -31,7 +31,6 @@ from grasp_lora.bench.outcomes import (
 )
 from grasp_lora.bench.stacked import learn_stacked, train_grid
 from grasp_lora.bench.store import Record, key_of
-from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import POLICIES
@@ -41,7 +40,6 @@ from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
-from grasp_lora.text.names import without_place
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +69,13 @@ class Bench(Keyed):
 
     @cached_property
     def target(self) -> Adapter:
-        """The target adapter."""
+        """The target adapter; with `target.on` it is the part that is added to the source adapter, and does nothing alone."""
         return self._target(dev_free=False)
+
+    @cached_property
+    def target_alone(self) -> Adapter:
+        """The target adapter trained on the backbone alone, whatever the recipe says."""
+        return self._target(dev_free=False, alone=True)
 
     @property
     def parents(self) -> list[Adapter]:
@@ -82,11 +85,12 @@ class Bench(Keyed):
     def merged(self, dev_free: bool = False) -> Adapter:
         """The merge of the recipe; with the target adapter of all epochs, without a look at the dev set, if `dev_free`."""
         parents = [*self.sources, self._target(dev_free=True)] if dev_free else self.parents
-        return self._merged("merged", self.recipe.merge, parents, names_of(parents))
+        return self._merged("merged", self._merge_settings(len(self.sources)), parents, names_of(parents))
 
     def merged_by(self, rule: str) -> Adapter:
         """The merge by another rule, with its own default weights."""
-        return self._merged(rule, MergeSettings(rule), self.parents, names_of(self.parents))
+        parents = [*self.sources, self.target_alone]
+        return self._merged(rule, MergeSettings(rule), parents, names_of(parents))
 
     def trained_wide(self) -> Adapter:
         """A fresh adapter on the target data, of the rank of the merge and the scaling of the recipe's adapters."""
@@ -256,7 +260,7 @@ class Bench(Keyed):
 
     def lorahub(self) -> Adapter:
         """Merge weights found without gradients on the micro-dev loss (Huang et al. 2023)."""
-        parents, examples = self.parents, len(self.session.splits.micro_dev)
+        parents, examples = [*self.sources, self.target_alone], len(self.session.splits.micro_dev)
         settings = self._settings(
             data=self._data("micro_dev"),
             revision=REVISIONS["training"],
@@ -332,7 +336,7 @@ class Bench(Keyed):
         references = [example.references for example in session.splits.test]
         settings = self._asked(adapter) | {
             "metrics": list(session.metrics),
-            "bertscore": _public(recipe.bertscore) if "bertscore" in session.metrics else None,
+            "bertscore": public_bertscore(recipe.bertscore) if "bertscore" in session.metrics else None,
             "language": session.language,
             "references": hashlib.sha256(repr(references).encode()).hexdigest(),
         }
@@ -381,20 +385,12 @@ class Bench(Keyed):
             return [given(session.existing_adapters[place]) for place in recipe.source.adapters]
         return [self._trained("source", ("source_train",), ("source_dev",), recipe.source.training, session)]
 
-    def _target(self, dev_free: bool) -> Adapter:
+    def _target(self, dev_free: bool, alone: bool = False) -> Adapter:
         recipe = self.recipe
         if recipe.target.adapter is not None:
             return given(self.session.existing_adapters[recipe.target.adapter])
-        if not dev_free:
-            return self._trained("target", ("train",), ("dev",), recipe.target.training)
-        return self._trained("target", ("train",), (), replace(recipe.target.training, patience=None, keep="last"))
-
-
-def _public(settings: BertScoreSettings) -> dict[str, Any]:
-    """The settings as a record holds them: a hash tells models of one name in different places of this machine apart."""
-    names = {language: (without_place(place), place) for language, place in settings.models.items()}
-    models = {
-        language: name if name == place else f"{name} {hashlib.sha256(place.encode()).hexdigest()[:16]}"
-        for language, (name, place) in names.items()
-    }
-    return asdict(settings) | {"models": models}
+        training, dev = recipe.target.training, () if dev_free else ("dev",)
+        if dev_free:
+            training = replace(training, patience=None, keep="last")
+        on = None if alone or recipe.target.on is None else self.source
+        return self._trained("target", ("train",), dev, training, on=on)

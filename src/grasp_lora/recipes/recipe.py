@@ -37,6 +37,7 @@ LATER_OF_BACKBONE = {"quantise"}
 LATER_OF_DATA = {"labels", "skip_unanswered"}
 LATER_OF_CORPORA = {"sheet", "prompt", "completion"}
 LATER_OF_FINAL = {"all_rows"}
+LATER_OF_TARGET = {"on"}
 
 
 class Recipe(BaseModel):
@@ -131,6 +132,16 @@ class Recipe(BaseModel):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _target_on_source_is_added_up(self) -> Self:
+        """Refuse another merge than the sum: the target adapter was trained as the second part of it."""
+        if self.target.on is not None and (self.merge.rule != "exact" or self.merge.weights is not None):
+            found = "merge.rule" if self.merge.rule != "exact" else "merge.weights"
+            raise ValueError(
+                f"target.on is 'source', so both adapters are added up as they are; remove {found}, or target.on"
+            )
+        return self
+
     @property
     def dropout(self) -> float:
         """Dropout of the controller run and the final runs."""
@@ -158,7 +169,7 @@ class Recipe(BaseModel):
         data["chat_template"] = bool(data["chat_template"])
         corpora = ((data[side], LATER_OF_CORPORA) for side in ("source", "target"))
         later_keys = (content["backbone"], LATER_OF_BACKBONE), (data, LATER_OF_DATA), (content["final"], LATER_OF_FINAL)
-        for part, later in (*later_keys, *corpora):
+        for part, later in (*later_keys, (content["target"], LATER_OF_TARGET), *corpora):
             for key in later & (part or {}).keys():
                 if not part[key]:
                     del part[key]

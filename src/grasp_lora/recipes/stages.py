@@ -117,15 +117,22 @@ class TargetStage:
 
     Args:
         adapter: PEFT folder or hub id; None trains one.
+        on: `source` trains it on top of the source adapter, which stays frozen beneath it; their merge is then the sum of both.
+            None trains it on the backbone alone, as the paper does.
         training: how it is trained.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     adapter: str | None = None
+    on: str | None = None
     training: TrainingSettings = field(default_factory=lambda: TrainingSettings(learning_rate=2e-4))
 
     def __post_init__(self) -> None:
+        if self.on not in (None, "source"):
+            raise ValueError(f"on is {quoted(self.on)}; allowed: source, or null for the backbone alone")
+        if self.on is not None and self.adapter is not None:
+            raise ValueError("on is 'source', but an adapter is given, which was trained already; remove one of them")
         if self.adapter is not None and not self.adapter.strip():
             raise ValueError("adapter is empty; give a folder or a hub id, or leave it out to train one")
 

@@ -1,0 +1,163 @@
+"""`target.on: source`: the target adapter is trained on top of the source adapter, and their merge is what was trained."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grasp_lora import api
+from grasp_lora.bench.checks import check
+from grasp_lora.bench.progress import Progress
+from grasp_lora.bench.session import Session
+from grasp_lora.bench.steps import Bench
+from grasp_lora.bench.store import Record, Store
+from grasp_lora.errors import Interrupted
+from grasp_lora.models.adapters import attached
+from grasp_lora.models.beneath import beneath
+from grasp_lora.models.reading import read_adapter
+from grasp_lora.recipes.load import load_recipe
+
+ON = "target.on=source"
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Recorder(Progress):
+    def __init__(self) -> None:
+        self.did: list[str] = []
+
+    def record(self, record: Record, there: bool) -> None:
+        if not there:
+            self.did.append(record.step)
+
+
+def bench_of(*overrides: str) -> Bench:
+    session = Session(*load_recipe("tiny.yaml", overrides))
+    check(session)
+    return Bench(session, session, Store(Path("store")))
+
+
+def test_the_merge_is_the_model_that_was_trained(tiny_workspace: Path) -> None:
+    bench = bench_of(ON)
+    source, target, merged = bench.source.weights, bench.target.weights, bench.merged()
+    for name, pair in merged.weights.items():
+        torch.testing.assert_close(pair.delta(), source[name].delta() + target[name].delta(), rtol=1e-5, atol=1e-7)
+    losses = bench.losses(merged, "dev").result["losses"]
+    history = bench.target.records[-1].result
+    assert sum(losses) / len(losses) == pytest.approx(history["dev_loss"], rel=1e-5)
+    alone = bench.losses(bench.source, "dev").result["losses"]
+    assert history["history"][0]["dev_loss"] == pytest.approx(
+        sum(alone) / len(alone), rel=1e-5
+    )  # a fresh one adds nothing
+    assert history["dev_loss"] < sum(alone) / len(alone)
+
+
+def test_what_lies_beneath_acts_as_the_adapter_itself_and_is_gone_after(
+    tiny_workspace: Path, finished_run: Path
+) -> None:
+    session = bench_of().session
+    model, weights = session.backbone.model, read_adapter(finished_run / "source").weights
+    tokens = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        bare = model(tokens).logits
+        with beneath(model, weights):
+            lower = model(tokens).logits
+        with attached(model, weights) as whole:
+            upper = whole(tokens).logits
+        assert torch.equal(model(tokens).logits, bare)
+    torch.testing.assert_close(lower, upper)
+    assert not torch.allclose(lower, bare)
+
+
+def test_several_source_adapters_lie_beneath_as_their_mean(tiny_workspace: Path, finished_run: Path) -> None:
+    given = ["data.source=null", f"source.adapters=[{finished_run / 'source'},{finished_run / 'target'}]"]
+    bench = bench_of(ON, *given)
+    first, second = (one.weights for one in bench.sources)
+    for name, pair in bench.merged().weights.items():
+        mean = (first[name].delta() + second[name].delta()) / 2
+        torch.testing.assert_close(
+            pair.delta(), mean + bench.target.weights[name].delta(), rtol=1e-5, atol=1e-7
+        )  # fmt: skip
+
+
+def test_a_run_leaves_no_adapter_that_does_nothing_alone(tiny_workspace: Path, cli: Callable[..., Any]) -> None:
+    result = cli("run", "tiny.yaml", "--set", ON, "--set", "final.deliver=best", "-o", "on")
+    assert result.status == 0, result.err
+    metrics = json.loads(Path("on/metrics.json").read_text(encoding="utf-8"))
+    assert list(metrics["systems"]) == ["zero_shot", "source", "merged", "continued", "grasp"]
+    assert Path("on/target", WEIGHTS).read_bytes() == Path("on/merged", WEIGHTS).read_bytes()
+    assert Path("on/target/history.jsonl").is_file()
+    assert cli("predict", "on/target", "source 1: what?").status == 0
+    for file in ("on/report.md", "on/report.html", "on/adapter/README.md"):
+        assert Path(file).is_file()
+    assert "Target only" not in Path("on/report.md").read_text(encoding="utf-8")
+
+
+def test_the_verdict_asks_whether_the_sum_is_ahead_of_the_source_adapter(tiny_workspace: Path) -> None:
+    few = [ON, "final.deliver=best", "data.target.dev=5"]
+    said = api.run("tiny.yaml", few, "on").delivered
+    assert said is not None
+    assert said.name == "grasp"
+    assert "The target adapter is ahead of the source adapter" in said.why
+
+
+def test_a_run_that_is_stopped_in_the_training_goes_on_to_the_same_bits(
+    tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = api.run("tiny.yaml", [ON], "whole")
+    finetune = Session.finetune
+
+    def stopped(self: Session, *given: Any, **more: Any) -> Any:
+        if given[4] == "target":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return finetune(self, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "finetune", stopped)
+        with pytest.raises(Interrupted, match=r"target.* step 1; run the same command again"):
+            api.run("tiny.yaml", [ON], "again")
+    assert api.run("tiny.yaml", [ON], "again").metrics == whole.metrics
+    assert Path("again/adapter", WEIGHTS).read_bytes() == Path("whole/adapter", WEIGHTS).read_bytes()
+
+
+def test_the_last_training_on_all_rows_lies_on_the_source_adapter_too(tiny_workspace: Path) -> None:
+    result = api.run("tiny.yaml", [ON, "final.all_rows=true"], "again")
+    assert result.metrics.all_rows is not None
+    assert set(result.metrics.all_rows.epochs) == {"target", "grasp"}
+    assert result.metrics.handed_over == "all_rows"
+
+
+def test_rows_of_a_comparison_that_need_a_target_adapter_alone_have_one(tiny_workspace: Path) -> None:
+    settings: dict[str, Any] = {"methods": ("target_only", "ties", "merged", "grasp"), "seeds": (42,)}
+    plain = {row.method: row for row in api.compare("tiny.yaml", (), "both", **settings)[1].rows}
+    recorder = Recorder()
+    stacked = {row.method: row for row in api.compare("tiny.yaml", [ON], "both", recorder, **settings)[1].rows}
+    for name in ("target_only", "ties"):
+        assert stacked[name].scores == plain[name].scores
+    assert stacked["merged"].scores != plain["merged"].scores
+    assert recorder.did.count("target") == 1  # that on the source adapter; the other is on record
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("target.on=backbone",), "on is 'backbone'; allowed: source, or null"),
+        (
+            (ON, "merge.rule=ties"),
+            "target.on is 'source', so both adapters are added up as they are; remove merge.rule",
+        ),
+        ((ON, "merge.weights=[1, 1]"), "remove merge.weights, or target.on"),
+        ((ON, "target.adapter=mine"), "on is 'source', but an adapter is given"),
+    ],
+)
+def test_what_contradicts_it_is_refused(changes: tuple[str, ...], message: str, refused: Callable[..., None]) -> None:
+    refused("run", [part for one in changes for part in ("--set", one)], message)
+
+
+def test_the_key_counts_in_a_recipes_hash_only_where_it_is_set(tiny_workspace: Path) -> None:
+    plain, said, asked = (load_recipe("tiny.yaml", one)[0] for one in ((), ["target.on=null"], [ON]))
+    assert plain.fingerprint() == said.fingerprint() != asked.fingerprint()
