@@ -65,6 +65,8 @@ class Candidates(Bench):
         return single | {
             "soup of continued and joint": soup(BASELINE, "joint"),
             "soup of continued and GRASP": soup(BASELINE, "GRASP"),
+            "soup of continued and stacked": soup(BASELINE, "stacked"),
+            "soup of joint and stacked": soup("joint", "stacked"),
             "soup of continued, joint and GRASP": soup(BASELINE, "joint", "GRASP"),
             "greedy soup": lambda: self.greedy([adapter() for adapter in single.values()]),
         }
