@@ -121,11 +121,12 @@ def test_the_last_training_on_all_rows_lies_on_the_source_adapter_too(tiny_works
     assert result.metrics.handed_over == "all_rows"
 
 
-def test_rows_of_a_comparison_that_need_a_target_adapter_alone_have_one(tiny_workspace: Path) -> None:
-    settings: dict[str, Any] = {"methods": ("target_only", "ties", "merged", "grasp"), "seeds": (42,)}
+def test_the_rows_of_the_paper_are_what_they_are_without_it(tiny_workspace: Path) -> None:
+    paper = ("target_only", "ties", "adaptive_merge", "grid_paper", "grasp_paper")
+    settings: dict[str, Any] = {"methods": (*paper, "merged", "grasp"), "seeds": (42,), "grid": (0.3,)}
     plain = {row.method: row for row in api.compare("tiny.yaml", (), "both", **settings)[1].rows}
     stacked = {row.method: row for row in api.compare("tiny.yaml", [ON], "both", **settings)[1].rows}
-    for name in ("target_only", "ties"):
+    for name in paper:
         assert stacked[name].scores == plain[name].scores
     assert stacked["merged"].scores != plain["merged"].scores
     steps = [json.loads(file.read_text(encoding="utf-8"))["step"] for file in Path("both/store/records").glob("*.json")]

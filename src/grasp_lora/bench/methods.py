@@ -115,6 +115,11 @@ def _run_grasp(
     return run
 
 
+def _run_rule(rule: str) -> Callable[[Bench], Outcome]:
+    """Another way to merge, not trained."""
+    return lambda bench: bench.outcome(bench.merged_by(rule))
+
+
 def _run_delivered(bench: Bench) -> Outcome:
     """What a run hands over: the choice of `deliver.py` among its adapters."""
     learned = bench.learned(bench.recipe.controller)
@@ -254,12 +259,17 @@ def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
     return unavailable
 
 
+def _in_paper(run: Callable[[Bench], Outcome]) -> Callable[[Bench], Outcome]:
+    """A row of the paper: its target adapter is trained on the backbone alone, whatever the recipe says."""
+    return lambda bench: run(bench.as_in_paper)
+
+
 PAPER_FINAL = {"mode": "reselect", "mask": MaskSettings(score="gradient_of_delta")}  # Paper: adaptive LoRA merge
 
 METHODS: dict[str, Method] = {
     "zero_shot": Method("zero shot", lambda bench: bench.outcome(bench.backbone()), 0.3, merges=False),
     "source_only": Method("source only", lambda bench: bench.outcome(bench.source), merges=False),
-    "target_only": Method("target only (LoRA)", lambda bench: bench.outcome(bench.target_alone), merges=False),
+    "target_only": Method("target only (LoRA)", _in_paper(lambda bench: bench.outcome(bench.target)), merges=False),
     "target_wide": Method(
         "target only, rank of the merge", lambda bench: bench.outcome(bench.trained_wide()), merges=False
     ),
@@ -275,22 +285,24 @@ METHODS: dict[str, Method] = {
         _needs_source,
         merges=False,
     ),
-    "ties": Method("TIES", lambda bench: bench.outcome(bench.merged_by("ties")), 0.3, _needs_equal_ranks("ties")),
-    "dare_ties": Method(
-        "DARE-TIES", lambda bench: bench.outcome(bench.merged_by("dare_ties")), 0.3, _needs_equal_ranks("dare_ties")
+    "ties": Method("TIES", _in_paper(_run_rule("ties")), 0.3, _needs_equal_ranks("ties")),
+    "dare_ties": Method("DARE-TIES", _in_paper(_run_rule("dare_ties")), 0.3, _needs_equal_ranks("dare_ties")),
+    "lorahub": Method(
+        "LoRAHub", _in_paper(lambda bench: bench.outcome(bench.lorahub())), 2, _needs_equal_ranks("lorahub")
     ),
-    "lorahub": Method("LoRAHub", lambda bench: bench.outcome(bench.lorahub()), 2, _needs_equal_ranks("lorahub")),
     "merged": Method("merged, not trained", lambda bench: bench.outcome(bench.merged()), 0.3),
     "adaptive_merge": Method(
-        "adaptive LoRA merge", lambda bench: bench.outcome(bench.finetuned(bench.merged(), 0.0), 0.0)
+        "adaptive LoRA merge", _in_paper(lambda bench: bench.outcome(bench.finetuned(bench.merged(), 0.0), 0.0))
     ),
-    "grid_paper": Method("adaptive LoRA merge + pruning, grid", _run_grid("dev", final=PAPER_FINAL), 10, _needs("dev")),
+    "grid_paper": Method(
+        "adaptive LoRA merge + pruning, grid", _in_paper(_run_grid("dev", final=PAPER_FINAL)), 10, _needs("dev")
+    ),
     "grid": Method("grid of GRASP's final runs", _run_grid("dev", curve=True), 8, _needs("dev")),
     "grid_stacked": Method("the same grid, its runs side by side", _run_stacked, 8, _needs_stack),
     "grasp": Method("GRASP", _run_grasp(_own), 5),
     "delivered": Method("what a run hands over", _run_delivered, 0.3),
     "grasp_single": Method("GRASP in a single run", _run_single, 5, _needs_single_run),
-    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_paper, PAPER_FINAL), 5, _needs_rounds(_paper)),
+    "grasp_paper": Method("GRASP, preset paper", _in_paper(_run_grasp(_paper, PAPER_FINAL)), 5, _needs_rounds(_paper)),
     "merge_dev_free": Method(
         "adaptive LoRA merge without a dev set",
         lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),

@@ -73,9 +73,13 @@ class Bench(Keyed):
         return self._target(dev_free=False)
 
     @cached_property
-    def target_alone(self) -> Adapter:
-        """The target adapter trained on the backbone alone, whatever the recipe says."""
-        return self._target(dev_free=False, alone=True)
+    def as_in_paper(self) -> "Bench":
+        """The bench whose target adapter is trained on the backbone alone; this one, unless the recipe has `target.on`."""
+        if self.recipe.target.on is None:
+            return self
+        target = replace(self.recipe.target, on=None)
+        session = self.session.variant(self.recipe.model_copy(update={"target": target}))
+        return Bench(session, self._shared, self.store, self.grid)
 
     @property
     def parents(self) -> list[Adapter]:
@@ -89,8 +93,7 @@ class Bench(Keyed):
 
     def merged_by(self, rule: str) -> Adapter:
         """The merge by another rule, with its own default weights."""
-        parents = [*self.sources, self.target_alone]
-        return self._merged(rule, MergeSettings(rule), parents, names_of(parents))
+        return self._merged(rule, MergeSettings(rule), self.parents, names_of(self.parents))
 
     def trained_wide(self) -> Adapter:
         """A fresh adapter on the target data, of the rank of the merge and the scaling of the recipe's adapters."""
@@ -260,7 +263,7 @@ class Bench(Keyed):
 
     def lorahub(self) -> Adapter:
         """Merge weights found without gradients on the micro-dev loss (Huang et al. 2023)."""
-        parents, examples = [*self.sources, self.target_alone], len(self.session.splits.micro_dev)
+        parents, examples = self.parents, len(self.session.splits.micro_dev)
         settings = self._settings(
             data=self._data("micro_dev"),
             revision=REVISIONS["training"],
@@ -385,12 +388,12 @@ class Bench(Keyed):
             return [given(session.existing_adapters[place]) for place in recipe.source.adapters]
         return [self._trained("source", ("source_train",), ("source_dev",), recipe.source.training, session)]
 
-    def _target(self, dev_free: bool, alone: bool = False) -> Adapter:
-        recipe = self.recipe
-        if recipe.target.adapter is not None:
-            return given(self.session.existing_adapters[recipe.target.adapter])
-        training, dev = recipe.target.training, () if dev_free else ("dev",)
+    def _target(self, dev_free: bool) -> Adapter:
+        stage = self.recipe.target
+        if stage.adapter is not None:
+            return given(self.session.existing_adapters[stage.adapter])
+        training, dev = stage.training, () if dev_free else ("dev",)
         if dev_free:
             training = replace(training, patience=None, keep="last")
-        on = None if alone or recipe.target.on is None else self.source
+        on = None if stage.on is None else self.source
         return self._trained("target", ("train",), dev, training, on=on)
