@@ -84,7 +84,10 @@ def test_a_run_leaves_no_adapter_that_does_nothing_alone(tiny_workspace: Path, c
     assert cli("predict", "on/target", "source 1: what?").status == 0
     for file in ("on/report.md", "on/report.html", "on/adapter/README.md"):
         assert Path(file).is_file()
-    assert "Target only" not in Path("on/report.md").read_text(encoding="utf-8")
+    report = Path("on/report.md").read_text(encoding="utf-8")
+    assert "| Target on source, not pruned |" in report
+    assert "Target only" not in report
+    assert "Merged" not in report
 
 
 def test_the_verdict_asks_whether_the_sum_is_ahead_of_the_source_adapter(tiny_workspace: Path) -> None:

@@ -18,7 +18,7 @@ from grasp_lora.models.reading import WEIGHTS_FILE
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
 from grasp_lora.recipes.recipe import TEXTS
 from grasp_lora.recipes.text import parse
-from grasp_lora.report.delivered import MADE, PARTS, delivered_system
+from grasp_lora.report.delivered import MADE, MADE_ON_SOURCE, PARTS, delivered_system
 from grasp_lora.report.pages import SPLITS, languages_of, public_name, render, sizes_of, view_of
 from grasp_lora.report.run_record import CorpusFacts, DataRecipe, RunRecord, read_run
 from grasp_lora.report.tables import METRIC_NAMES
@@ -73,7 +73,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     recipe = _public_recipe(record.recipe_text)
     context = view_of(record) | {
         "front_matter": _front_matter(record, backbone, system, corpora),
-        "made": MADE[kind],
+        "made": (MADE if record.recipe.target.on is None else MADE_ON_SOURCE)[kind],
         "pruned": kind == "grasp",
         "base": _base(record, backbone),
         "base_model_name": backbone,

@@ -15,6 +15,10 @@ MADE = {
     "merged": "a source and a target adapter were merged, and nothing was trained after that",
     "grasp": "a source and a target adapter were merged, a share of the merge was pruned, and the rest was fine-tuned",
 }
+MADE_ON_SOURCE = MADE | {  # with `target.on`
+    "merged": "a target adapter was trained on top of a source adapter, and this is their sum",
+    "grasp": "a target adapter was trained on top of a source adapter, and their sum was pruned by a share and fine-tuned",
+}
 NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
 PARTS = {"continued": ("source",), "source": ("source",), "target": ("target",)}  # of all others both
 

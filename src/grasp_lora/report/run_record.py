@@ -67,6 +67,12 @@ class SourceRecipe(files.Shape):
     adapters: tuple[str, ...] = ()
 
 
+class TargetRecipe(files.Shape):
+    """The recipe's `target`."""
+
+    on: str | None = None
+
+
 class MergeRecipe(files.Shape):
     """The recipe's `merge`."""
 
@@ -116,6 +122,7 @@ class RecipeFacts(files.Shape):
     data: DataRecipe = DataRecipe()
     generation: GenerationRecipe = GenerationRecipe()
     source: SourceRecipe = SourceRecipe()
+    target: TargetRecipe = TargetRecipe()
     merge: MergeRecipe = MergeRecipe()
     mask: MaskRecipe = MaskRecipe()
     controller: ControllerRecipe = ControllerRecipe()
@@ -157,8 +164,9 @@ class RunRecord:
         titles = {"zero_shot": "Backbone alone"} | {
             name: f"Source {number} only" if several else "Source only" for number, name in enumerate(self.sources, 1)
         }
+        merged = "Merged, not pruned" if self.recipe.target.on is None else "Target on source, not pruned"
         return titles | {
-            "target": "Target only", "merged": "Merged, not pruned", "continued": "Source, continued", "grasp": "GRASP",
+            "target": "Target only", "merged": merged, "continued": "Source, continued", "grasp": "GRASP",
             "all_rows": "The chosen one, on all rows",
         }  # fmt: skip
 
