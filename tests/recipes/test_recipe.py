@@ -55,6 +55,12 @@ def test_the_resolved_copy_is_the_same_recipe(name: str, load: Load) -> None:
     assert again.to_yaml() == recipe.to_yaml()
 
 
+@pytest.mark.parametrize("text", ["{on: source}", "{'on': source}"])
+def test_the_key_on_is_a_text_though_yaml_takes_it_for_true(text: str, load: Load) -> None:
+    assert load(f"{SMALL}target: {text}").target.on == "source"
+    assert load(SMALL, f"target={text}").target.on == "source"
+
+
 def test_absolute_paths_are_written_as_they_are_seen_from_the_folder_and_texts_are_not(load: Load) -> None:
     recipe = load(
         SMALL, "backbone.name=/srv/models/llama", "target.adapter=/elsewhere/german", "data.prompt='/srv/{prompt} '"

@@ -13,6 +13,7 @@ from grasp_lora.method.presets import PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_LINE, builtin_recipes, builtin_text, schema_text
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.schema import recipe_schema
+from grasp_lora.recipes.text import parse
 
 SCHEMA = json.loads(schema_text())
 
@@ -39,8 +40,8 @@ def test_the_shipped_schema_is_current() -> None:
 def test_a_shipped_recipe_names_the_schema_and_fits_it(name: str) -> None:
     text = builtin_text(name)
     assert text.startswith(SCHEMA_LINE + "\n")
-    resolved = yaml.safe_load(validate(yaml.safe_load(text), name).to_yaml())
-    for content in (yaml.safe_load(text), resolved):
+    resolved = yaml.safe_load(validate(parse(text, name), name).to_yaml())
+    for content in (parse(text, name), resolved):
         assert unknown_keys(content, SCHEMA) == []
 
 

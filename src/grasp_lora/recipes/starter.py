@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import yaml
-
 from grasp_lora.data.files import READERS
 from grasp_lora.data.places import DEMO_PREFIX, resolve_file
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TASKS, TEMPLATES, built_in_template
@@ -22,6 +20,7 @@ from grasp_lora.recipes.builtin import SCHEMA_FILE, SCHEMA_LINE, schema_text
 from grasp_lora.recipes.corpus import CUT_DOCUMENT, Corpus, parse_columns, read_corpus, relative
 from grasp_lora.recipes.load import backbone_of_run, validate
 from grasp_lora.recipes.sizes import Sizes, choose_sizes
+from grasp_lora.recipes.text import parse
 from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.folder import only_writer
 from grasp_lora.storage.reading import is_file, is_folder, is_there
@@ -106,7 +105,7 @@ def write_recipe(
         backbone=_written(backbone, file.parent),
         skip_unanswered=skip_unanswered,
     )
-    validate(yaml.safe_load(text), str(file))
+    validate(parse(text, str(file)), str(file))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         for corpus in (target, *sources):

@@ -84,6 +84,8 @@ class _Loader(yaml.SafeLoader):
         """Build a mapping from its node."""
         seen: set[str] = set()
         for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value == "on":  # target.on, which YAML 1.1 takes for true
+                key.tag = _STR
             if not isinstance(key, yaml.ScalarNode) or key.tag not in (_STR, _MERGE):
                 shown = quoted(key.value) if isinstance(key, yaml.ScalarNode) else "a list or an object"
                 raise _error(key, f"the key {shown} is no text; put it in quotes")
