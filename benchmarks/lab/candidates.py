@@ -12,6 +12,9 @@ interval at 95 %, each by itself. Candidates that use the test rows for a choice
 | greedy soup | of all adapters here, in the order of their dev loss, those that do not raise the dev loss of the average |
 | stacked | the target adapter trained on top of the frozen source adapter (`target.on: source`); their exact sum |
 | stacked, GRASP | that sum pruned at a learned ratio and fine-tuned |
+| stacked, replay | the target adapter of that sum trained with half as many source rows among the target rows |
+| stacked, 0.6 of both parts | that sum pruned at a given ratio and fine-tuned |
+| stacked, 0.6 of the source part; of the target part | the same, with one part pruned alone |
 | replay | `continued` with half as many source rows among the target rows |
 | joint, then target | the joint adapter, continued on the target rows |
 """
@@ -23,22 +26,29 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
+import torch
+from torch import Tensor
+
 from grasp_lora.bench.checks import check
-from grasp_lora.bench.outcomes import Adapter
+from grasp_lora.bench.outcomes import Adapter, once
 from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import STORE_FOLDER
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
-from grasp_lora.bench.store import Store
+from grasp_lora.bench.store import Store, key_of
 from grasp_lora.cli.terminal import log_to_terminal
 from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
+from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings
+from grasp_lora.method.ranking import prune_count
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import working_in
 
 BASELINE = "continued"
 REPLAYED = 0.5  # source rows for each target row
+PRUNED = 0.6  # what GRASP learns of the sum in Swahili and in two of three Javanese seeds
 
 
 class Candidates(Bench):
@@ -56,7 +66,11 @@ class Candidates(Bench):
             "GRASP": self.grasp,
             "stacked": lambda: self.stacked_bench().merged(),
             "stacked, GRASP": lambda: self.stacked_bench().grasp(),
-            "replay": self.replayed,
+            "replay": lambda: self.with_replay().continued(),
+            "stacked, replay": lambda: self.with_replay().stacked_bench().merged(),
+            f"stacked, {PRUNED} of both parts": lambda: self.stacked_bench().pruned_by_part(PRUNED, PRUNED),
+            f"stacked, {PRUNED} of the source part": lambda: self.stacked_bench().pruned_by_part(PRUNED, 0.0),
+            f"stacked, {PRUNED} of the target part": lambda: self.stacked_bench().pruned_by_part(0.0, PRUNED),
         }
 
         def soup(*names: str) -> Callable[[], Adapter]:
@@ -103,15 +117,44 @@ class Candidates(Bench):
         other.__dict__["sources"] = self.sources
         return other
 
-    def replayed(self) -> Adapter:
-        """The source adapter continued on target rows with source rows among them."""
+    def pruned_by_part(self, source: float, target: float) -> Adapter:
+        """The merge of a source and a target adapter of one rank, each pruned at a ratio of its own, and fine-tuned so."""
+        merged = self.merged()
+        decided = {"of": merged.key, "ratios": [source, target]}
+        start = Adapter(
+            key_of("pruned by part", decided), once(lambda: by_part(merged.weights, [source, target])), merged.records
+        )
+        # Among all weights of a factor the zeros are the smallest, so the final run's own mask is this one.
+        return self.finetuned(start, (source + target) / 2, {"mask": MaskSettings(scope="tensor")})
+
+    def with_replay(self) -> "Candidates":
+        """A bench whose target rows have source rows among them."""
         splits = self.session.splits
         rows = splits.source_train[: round(REPLAYED * len(splits.train))]
         session = self.session.variant(self.recipe)
         session.splits = replace(splits, train=(*splits.train, *rows))
         other = Candidates(session, self._shared, self.store, self.grid)
         other.__dict__["sources"] = self.sources
-        return other.continued()
+        return other
+
+
+def by_part(weights: AdapterWeights, ratios: Sequence[float]) -> AdapterWeights:
+    """An adapter whose smallest weights are zero: a share of each segment's, in each factor."""
+
+    def pruned(weight: Tensor, ratio: float) -> Tensor:
+        smallest = weight.abs().flatten().argsort(stable=True)[: prune_count(ratio, weight.numel())]
+        return weight.flatten().index_fill(0, smallest, 0.0).view_as(weight)
+
+    def pair(whole: LoraPair) -> LoraPair:
+        ranks = [segment.rank for segment in whole.segments]
+        A, B = whole.A.split(ranks), whole.B.split(ranks, dim=1)
+        return replace(
+            whole,
+            A=torch.cat([pruned(part, ratio) for part, ratio in zip(A, ratios, strict=True)]),
+            B=torch.cat([pruned(part, ratio) for part, ratio in zip(B, ratios, strict=True)], dim=1),
+        )
+
+    return AdapterWeights({name: pair(whole) for name, whole in weights.items()})
 
 
 def benches(session: Session, store: Store, seeds: Sequence[int]) -> list[Candidates]:

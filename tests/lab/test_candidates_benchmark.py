@@ -5,10 +5,12 @@ from statistics import fmean
 
 import candidates
 import pytest
+import torch
 
 from grasp_lora.bench.checks import check
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import Store
+from grasp_lora.method.ranking import prune_count
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.beneath import beneath
 from grasp_lora.recipes.load import load_recipe
@@ -28,7 +30,8 @@ def bench(tiny_workspace: Path) -> candidates.Candidates:
 def test_the_sum_of_the_stacked_adapters_is_what_was_trained(bench: candidates.Candidates) -> None:
     dev, model = bench.session.splits.dev, bench.session.backbone.model
     stacked = bench.stacked_bench()
-    with beneath(model, bench.source.weights), attached(model, stacked.target.weights) as whole:
+    weights = stacked.target.weights  # trained before anything lies beneath
+    with beneath(model, bench.source.weights), attached(model, weights) as whole:
         trained = ProbeSet(dev, bench.session.pad_id).losses(whole)
     merged = bench.losses(stacked.merged(), "dev").result["losses"]
     assert merged == pytest.approx(trained, rel=1e-5)
@@ -45,12 +48,30 @@ def test_a_greedy_soup_is_no_worse_on_dev_than_its_best_part(bench: candidates.C
 
 def test_replay_adds_source_rows_and_keeps_the_source_adapter(bench: candidates.Candidates) -> None:
     rows = len(bench.session.splits.train)
-    facts = bench.replayed().records[-1].result
+    facts = bench.with_replay().continued().records[-1].result
     plain = bench.continued().records[-1].result
     assert facts["trained_examples"] / facts["steps"] == plain["trained_examples"] / plain["steps"]
     steps = bench.recipe.final.training.steps_per_epoch
     assert facts["history"][-1]["epoch"] == pytest.approx(facts["steps"] / steps(rows + round(rows / 2)), rel=1e-3)
     assert len(bench.session.splits.train) == rows
+
+
+def test_a_part_that_is_pruned_alone_leaves_the_other_whole(bench: candidates.Candidates) -> None:
+    stacked = bench.stacked_bench()
+    for source, target in ((0.5, 0.0), (0.0, 0.5), (0.25, 0.75)):
+        for pair in stacked.pruned_by_part(source, target).weights.values():
+            ranks = [pair.rank // 2] * 2
+            for factor, dimension in ((pair.A, 0), (pair.B, 1)):
+                for part, ratio in zip(factor.split(ranks, dimension), (source, target), strict=True):
+                    assert int((part == 0).sum()) == prune_count(ratio, part.numel())
+
+
+def test_both_parts_pruned_alike_are_what_a_final_run_prunes(bench: candidates.Candidates) -> None:
+    stacked = bench.stacked_bench()
+    plain, by_part = stacked.finetuned(stacked.merged(), 0.5).weights, stacked.pruned_by_part(0.5, 0.5).weights
+    for name, pair in plain.items():
+        assert torch.equal(pair.A, by_part[name].A)
+        assert torch.equal(pair.B, by_part[name].B)
 
 
 def test_the_table_has_a_row_for_each_candidate(tiny_workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
