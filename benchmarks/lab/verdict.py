@@ -14,10 +14,11 @@ has stopped early on the rows that choose.
 | lowest loss, highest score | the best mean; of equal scores the one with the lower loss |
 | loss and score | the best sum of both, each in standard errors |
 | first within N SE, by loss or score | the first of `CANDIDATES` that is at most N standard errors (paired) behind the best |
-| continued unless N SE | `continued`, unless its loss is more than N standard errors behind the lowest one: then that |
-| GRASP unless 1 SE | the same with GRASP's result in its place |
+| X unless N SE | X, unless its loss is more than N standard errors behind the lowest one: then that |
 | GRASP if target N SE ahead | GRASP's result where the target adapter is that far ahead of the source's, else `continued` |
 | a run's | `final.deliver: best`: the same with 1, unless the bootstrap shows another to be better |
+
+With `target.on` there is no target adapter by itself: in the rules the sum (`merged`) stands in its place.
 
 The table on standard output: the mean score of what a rule hands over, minus that of `continued`, minus that of the best parent
 (source, target or merge) in hindsight, and how often it hands over what. Of a comparison it also says whether rows of one group
@@ -98,9 +99,10 @@ def unless(usual: str, errors: float, losses: Values, scores: Values) -> str:
 
 def ahead(errors: float, losses: Values, scores: Values) -> str:
     """GRASP's result, where the target adapter is so many standard errors ahead of the source adapter; else `continued`."""
-    if not {"source", "target"} <= losses.keys():
+    target = "target" if "target" in losses else "merged"
+    if not {"source", target} <= losses.keys():
         return "continued"
-    apart = losses["source"] - losses["target"]
+    apart = losses["source"] - losses[target]
     return "grasp" if apart.mean() > errors * apart.std(ddof=1) / len(apart) ** 0.5 else "continued"
 
 
@@ -130,6 +132,7 @@ RULES: dict[str, Rule] = {
     "continued unless 1.5 SE": partial(unless, "continued", 1.5),
     "continued unless 2 SE": partial(unless, "continued", 2.0),
     "continued unless 2.5 SE": partial(unless, "continued", 2.5),
+    "merged unless 1 SE": partial(unless, "merged", 1.0),
     "GRASP unless 1 SE": partial(unless, "grasp", 1.0),
     **{f"GRASP if target {errors:g} SE ahead": partial(ahead, errors) for errors in (0.0, 0.5, 1.0, 1.5, 2.0)},
 }
@@ -195,13 +198,14 @@ def design_effects(seeds: Sequence[Seed], groups: Sequence[str]) -> str:
 
 def on_record(session: Session, folder: Path, seeds: tuple[int, ...]) -> list[Seed]:
     """The test rows' losses and first score of every candidate and seed."""
-    metric = main_metric(list(session.metrics))
+    metric, target = main_metric(list(session.metrics)), session.recipe.target
+    named = {method: name for method, name in CANDIDATES.items() if target.on is None or name != "target"}
     with working_in(folder) as place:
         place.begin(shared=True)
         (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
-        work = Work(prepared(session, folder), place, ComparisonSettings(methods=tuple(CANDIDATES), seeds=seeds))
+        work = Work(prepared(session, folder), place, ComparisonSettings(methods=tuple(named), seeds=seeds))
         work.execute()
-    outcomes = {name: work.rows[method].by_number for method, name in CANDIDATES.items()}
+    outcomes = {name: work.rows[method].by_number for method, name in named.items()}
     return [
         Seed(
             {name: np.array(by[seed].losses.result["losses"]) for name, by in outcomes.items()},
