@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from recorder import Recorder
 
 from grasp_lora import api
 from grasp_lora.bench import deliver, run_folder
 from grasp_lora.bench import run as running
 from grasp_lora.bench.all_rows import _AllRowsBench, _epochs
-from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import Delivered
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
@@ -29,15 +29,6 @@ BEST = ("final.deliver=best", "target.training.epochs=3", "final.training.epochs
 AGAIN = (*BEST, "final.all_rows=true")
 WEIGHTS = "adapter_model.safetensors"
 TRAINED = {"target": ["target"], "merged": ["target"], "continued": ["final"], "grasp": ["target", "final"]}
-
-
-class Recorder(Progress):
-    def __init__(self) -> None:
-        self.did: list[str] = []
-
-    def record(self, record: Record, there: bool) -> None:
-        if not there:
-            self.did.append(record.step)
 
 
 def read(file: Path | str) -> Any:

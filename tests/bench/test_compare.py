@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import write_tiny_workspace
+from recorder import Recorder
 from rich.console import Console
 
 from grasp_lora import api
@@ -59,17 +60,6 @@ from grasp_lora.evaluation.metrics import MetricScore
 def constant(outputs):
     return MetricScore("constant", {value}, "own", tuple([{value}] * len(outputs.predictions)))
 """
-
-
-class Recorder(Progress):
-    """Remembers which steps were done and which were on record."""
-
-    def __init__(self) -> None:
-        self.done_steps: list[str] = []
-        self.skipped: list[str] = []
-
-    def record(self, record: Record, there: bool) -> None:
-        (self.skipped if there else self.done_steps).append(record.step)
 
 
 def session(recipe: Path | str = "tiny.yaml", *overrides: str) -> Session:
@@ -217,7 +207,7 @@ def test_the_pages_say_how_they_were_made(finished, cli, monkeypatch):
 def test_a_finished_comparison_does_nothing_again(finished):
     folder, content = finished
     again, recorder = run(folder, SMALL)
-    assert not recorder.done_steps
+    assert not recorder.did
     assert again == content
 
 
@@ -231,7 +221,7 @@ def test_records_alone_are_enough_on_another_machine(finished, monkeypatch):
     monkeypatch.setattr(Session, "finetune", fail)
     again, recorder = run(folder, SMALL)
     assert again == content
-    assert not recorder.done_steps
+    assert not recorder.did
 
 
 def test_a_missing_adapter_is_trained_again_only_for_what_rests_on_it(finished):
@@ -240,7 +230,7 @@ def test_a_missing_adapter_is_trained_again_only_for_what_rests_on_it(finished):
     for file in (folder / "store/records").glob("final-0.60-*"):
         file.unlink()
     again, recorder = run(folder, SMALL)
-    assert set(recorder.done_steps) == {"source", "target", "final 0.60"}
+    assert set(recorder.did) == {"source", "target", "final 0.60"}
     assert without_seconds(again) == without_seconds(content)
 
 
@@ -255,7 +245,7 @@ def test_an_adapter_of_which_a_part_was_copied_is_trained_again(finished, caplog
     for file in (folder / "store/records").glob("final-0.60-*"):
         file.unlink()
     again, recorder = run(folder, SMALL)
-    assert set(recorder.done_steps) == {"target", "final 0.60"}
+    assert set(recorder.did) == {"target", "final 0.60"}
     assert without_seconds(again) == without_seconds(content)
     assert any(weights.is_file() for weights in broken)
     assert "it is made again" in caplog.text
@@ -264,7 +254,7 @@ def test_an_adapter_of_which_a_part_was_copied_is_trained_again(finished, caplog
 def test_a_changed_controller_leaves_the_other_rows_alone(finished):
     folder, content = finished
     again, recorder = run(folder, SMALL, "controller.policy.max_step=0.05")
-    steps = set(recorder.done_steps)
+    steps = set(recorder.did)
     assert "controller" in steps
     assert not steps & {"source", "target", "joint", "target-wide", "lorahub"}
     before, after = ({row["method"]: row for row in one["rows"]} for one in (content, again))
@@ -285,7 +275,7 @@ def test_a_single_run_finishes_the_adapter_of_its_own_controller_run(tiny_worksp
     settings = ComparisonSettings(("grasp", "grasp_single"), (1,), (0.2,), resamples=1000)
     folder = tiny_workspace / "compare"
     content, recorder = run(folder, settings)
-    assert recorder.done_steps.count("controller") == recorder.done_steps.count("controller adapter") == 1
+    assert recorder.did.count("controller") == recorder.did.count("controller adapter") == 1
     grasp, single = content["rows"]
     assert single["title"] == "GRASP in a single run"
     assert single["scores"]["test_loss"] != grasp["scores"]["test_loss"]
@@ -306,7 +296,7 @@ def test_a_single_run_finishes_the_adapter_of_its_own_controller_run(tiny_worksp
             assert zeros.any()
             assert torch.equal(zeros, getattr(adapters[finished["key"]][name], factor) == 0)
     _, again = run(folder, settings)
-    assert not again.done_steps
+    assert not again.did
 
 
 def test_a_single_run_leaves_the_keys_of_all_other_steps_as_they_are(finished):
@@ -353,7 +343,7 @@ def test_a_single_run_too_short_to_learn_is_left_out(tiny_workspace):
     rows = {row["method"]: row for row in content["rows"]}
     assert rows["grasp_single"]["unavailable"].startswith("the controller run has 6 optimizer steps and probes every 7")
     assert "unavailable" not in rows["grasp"] or rows["grasp"]["unavailable"] is None
-    assert recorder.done_steps.count("controller") == 1
+    assert recorder.did.count("controller") == 1
 
 
 def test_a_single_run_of_adapters_kept_apart_is_left_out(tiny_workspace):
@@ -375,7 +365,7 @@ def test_an_interrupted_comparison_goes_on_without_repeating_a_step(tiny_workspa
 
         def record(self, record: Record, there: bool) -> None:
             super().record(record, there)
-            if len(self.done_steps) == self.last:
+            if len(self.did) == self.last:
                 raise Killed
 
     whole, uninterrupted = run(tiny_workspace / "other", settings)
@@ -384,7 +374,7 @@ def test_an_interrupted_comparison_goes_on_without_repeating_a_step(tiny_workspa
         with pytest.raises(Killed):
             compare(session(), folder, settings, first)
         content, second = run(folder, settings)
-        assert first.done_steps + second.done_steps == uninterrupted.done_steps
+        assert first.did + second.did == uninterrupted.did
         assert without_seconds(content) == without_seconds(whole)
 
 
@@ -412,15 +402,15 @@ def test_a_comparison_killed_while_a_record_is_written_goes_on(tiny_workspace, m
     there = len([file for file in (folder / "store/records").iterdir() if file.suffix == ".json"])
     assert there == 2
     content, recorder = run(folder, settings)
-    assert len(recorder.skipped) >= there
+    assert len(recorder.found) >= there
     assert [row["unavailable"] for row in content["rows"]] == [None, None]
 
 
 def test_the_source_adapter_is_shared_and_everything_else_has_its_own_seed(tiny_workspace):
     settings = ComparisonSettings(FEW, (1, 2), (0.2,), resamples=1000)
     content, recorder = run(tiny_workspace / "compare", settings)
-    assert recorder.done_steps.count("source") == 1
-    assert recorder.done_steps.count("target") == recorder.done_steps.count("controller") == 2
+    assert recorder.did.count("source") == 1
+    assert recorder.did.count("target") == recorder.did.count("controller") == 2
     rows = {row["method"]: row for row in content["rows"]}
     assert len(set(rows["target_only"]["scores"]["test_loss"]["values"])) == 2
     assert rows["target_only"]["scores"]["test_loss"]["sd"] > 0
@@ -602,7 +592,7 @@ def test_given_source_adapters_leave_no_source_data_for_the_joint_row(finished_r
     content, recorder = run(tiny_workspace / "compare", settings, *overrides)
     rows = {row["method"]: row["unavailable"] for row in content["rows"]}
     assert rows["source_only"] is None
-    assert "source" not in recorder.done_steps
+    assert "source" not in recorder.did
     assert "data.source" in rows["joint"]
     assert "equal ranks" in rows["ties"]
 
@@ -679,7 +669,7 @@ def test_another_split_is_done_with_its_own_source_adapter(tiny_workspace):
     for row in other["rows"]:
         assert row["test_loss"][0] != row["test_loss"][1]
         assert row["difference"] == ([0, 0] if row["method"] == "grasp" else row["difference"])
-    assert recorder.done_steps.count("source") == 2
+    assert recorder.did.count("source") == 2
     assert "split 7" in (tiny_workspace / "compare" / "compare/compare.md").read_text(encoding="utf-8")
 
 
@@ -758,7 +748,7 @@ def test_a_metric_of_the_users_own_that_changed_is_computed_anew(tiny_workspace,
         importlib.invalidate_caches()
         content, recorder = run(tiny_workspace / "compare", settings, "metrics=['own_metric:constant']")
         assert [row["scores"]["own_metric:constant"]["mean"] for row in content["rows"]] == [value] * 2
-    assert set(recorder.done_steps) == {"scores"}
+    assert set(recorder.did) == {"scores"}
 
 
 @pytest.mark.parametrize(("command", "more"), [("compare", []), ("sweep", ["--param", "lora.rank=[1,2]"])])
@@ -776,7 +766,7 @@ class TestOneStore:
     METHODS = ("source_only", "target_only", "merged", "adaptive_merge", "grasp")
 
     def trained(self, recorder: Recorder) -> list[str]:
-        return [step for step in recorder.done_steps if "losses" not in step and step != "scores"]
+        return [step for step in recorder.did if "losses" not in step and step != "scores"]
 
     def test_a_comparison_in_the_folder_of_a_run_trains_only_what_the_run_did_not(self, finished_run, tiny_workspace):
         before = {file: file.read_bytes() for file in finished_run.glob("*.*")}
@@ -784,7 +774,7 @@ class TestOneStore:
         recorder = Recorder()
         content = compare(Session(*load_recipe("tiny.yaml")), finished_run, settings, recorder).to_json()
         assert self.trained(recorder) == ["final 0.00"]
-        assert {"source", "target", "controller"} <= set(recorder.skipped)
+        assert {"source", "target", "controller"} <= set(recorder.found)
         assert {file: file.read_bytes() for file in finished_run.glob("*.*")} == before
         metrics = json.loads((finished_run / "metrics.json").read_text(encoding="utf-8"))
         rows = {row["method"]: row for row in content["rows"]}
@@ -809,7 +799,7 @@ class TestOneStore:
         settings = ComparisonSettings(("delivered",), (42,), (0.2,), resamples=1000)
         recorder = Recorder()
         content = compare(session("tiny.yaml", *overrides), Path("both"), settings, recorder).to_json()
-        assert not recorder.done_steps
+        assert not recorder.did
         (row,) = [row for row in content["rows"] if row["method"] == "delivered"]
         delivered = result.metrics.systems[result.delivered.name]
         assert row["scores"]["test_loss"]["mean"] == delivered.test_loss
@@ -852,7 +842,7 @@ class TestOneStore:
         there = len(list((folder / "store/records").glob("*.json")))
         assert pack(folder / "store", tiny_workspace / "mine/store/records.jsonl.gz") == there
         again, recorder = run(tiny_workspace / "mine", SMALL)
-        assert not recorder.done_steps
+        assert not recorder.did
         assert again == content
 
     @pytest.mark.parametrize("damage", [b"", b"no gzip at all"])
@@ -1063,7 +1053,7 @@ def test_corrected_references_and_another_metric_need_no_new_answers(finished, m
 
     monkeypatch.setattr(Session, "examine", fail)
     again, recorder = run(folder, SMALL, "metrics=[rouge1]", "generation.batch_size=3")
-    assert set(recorder.done_steps) == {"scores"}
+    assert set(recorder.did) == {"scores"}
     assert again["metrics"] == ["test_loss", "rouge1"]
 
 

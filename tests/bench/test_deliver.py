@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recorder import Recorder
 
 from grasp_lora import api
 from grasp_lora.bench.deliver import best_of, by_setting
@@ -19,15 +20,6 @@ ROWS = 20
 BEST = "final.deliver=best"
 WEIGHTS = "adapter_model.safetensors"
 SYSTEMS = ("source", "target", "merged", "continued", "grasp")
-
-
-class Recorder(Progress):
-    def __init__(self) -> None:
-        self.did: list[str] = []
-
-    def record(self, record: Record, there: bool) -> None:
-        if not there:
-            self.did.append(record.step)
 
 
 def losses(**means: float) -> dict[str, Sequence[float]]:

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recorder import Recorder
 
 from grasp_lora import api
 from grasp_lora.bench.compare import ComparisonSettings
 from grasp_lora.bench.plan import plan_comparison
-from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.store import Record as Step
 from grasp_lora.data.records import Pool, Record
 from grasp_lora.data.splits import HELD_OUT, Fold, Share, cut
 from grasp_lora.errors import DataError, Interrupted
@@ -33,14 +32,10 @@ METHODS = ("target_only", "continued", "grasp")
 COUNTS = {"test": 5, "dev": 2, "micro_dev": 1, "train": None}
 
 
-class Recorder(Progress):
+class Noting(Recorder):
     def __init__(self) -> None:
-        self.did: list[str] = []
+        super().__init__()
         self.notes: list[str] = []
-
-    def record(self, record: Step, there: bool) -> None:
-        if not there:
-            self.did.append(record.step)
 
     def note(self, text: str) -> None:
         self.notes.append(text)
@@ -157,7 +152,7 @@ def losses_of(folder: Path, comparison: Any, method: str) -> list[list[float]]:
 
 
 def test_a_comparison_over_folds(tiny_workspace: Path, trainings: list[Any], cli: Callable[..., Any]) -> None:
-    recorder = Recorder()
+    recorder = Noting()
     folder, comparison = api.compare("tiny.yaml", (), "compared", recorder, methods=METHODS, folds=3)
     assert recorder.did.count("source") == 1  # no row of it is related to a held-out one
     assert recorder.did.count("target") == recorder.did.count("controller") == 3

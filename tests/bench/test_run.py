@@ -14,13 +14,13 @@ import forked
 import pytest
 import torch
 import yaml
+from recorder import Recorder
 from safetensors.torch import load_file
 
 from grasp_lora import api
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import STAGES
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.store import Record
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.metrics import score
 from grasp_lora.method.lora import AdapterWeights
@@ -91,20 +91,21 @@ def same_result(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
-class Recorder(Progress):
-    """Remembers which stages there were, and which steps were done and which were found."""
+class Watching(Recorder):
+    """Remembers the stages, too."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.stages: list[str] = []
-        self.done: list[str] = []
-        self.found: list[str] = []
         self.skipped: list[str] = []
+
+    @property
+    def done(self) -> list[str]:
+        """The kinds of steps that were done."""
+        return [step.split()[0] for step in self.did]
 
     def stage(self, name: str) -> None:
         self.stages.append(name)
-
-    def record(self, record: Record, there: bool) -> None:
-        (self.found if there else self.done).append(record.step.split()[0])
 
     def finished(self, name: str, seconds: float, summary: Mapping[str, Any], *, skipped: bool) -> None:
         if skipped:
@@ -365,7 +366,7 @@ class TestAgain:
     ) -> None:
         before = files_of(finished_run)
         monkeypatch.setattr("grasp_lora.bench.session.load_backbone", lambda _: pytest.fail("loaded the backbone"))
-        recorder = Recorder()
+        recorder = Watching()
         metrics = execute(progress=recorder)
         assert recorder.stages == ["report"]
         assert recorder.done == recorder.found == []
@@ -378,7 +379,7 @@ class TestAgain:
     ) -> None:
         before = files_of(finished_run)
         reopen(finished_run, *steps)
-        recorder = Recorder()
+        recorder = Watching()
         execute(progress=recorder)
         assert {step.split("-")[0].rstrip("*") for step in steps} == set(recorder.done)
         assert recorder.found
@@ -417,10 +418,10 @@ class TestAgain:
             with pytest.raises(KeyboardInterrupt):
                 execute()
         done = {file.stem.split("-")[0] for file in Path("run/store/records").iterdir()}
-        recorder = Recorder()
+        recorder = Watching()
         execute(progress=recorder)
         assert recorder.done[0] == step
-        assert done <= set(recorder.found)
+        assert done <= {step.split()[0] for step in recorder.found}
         same_result(Path("run"), reference_run)
         assert set(files_of(Path("run"))) == FILES
         assert not list(Path("run/store/work").iterdir())
@@ -573,7 +574,7 @@ class TestWays:
     """Ways to start and to finish other than the reference run's."""
 
     def test_a_given_ratio_leaves_out_the_controller(self, finished_run: Path) -> None:
-        recorder = Recorder()
+        recorder = Watching()
         metrics = execute("final.prune_ratio=0.5", folder="given", progress=recorder)
         assert "controller" not in recorder.stages
         assert not Path("given/controller").exists()
@@ -581,7 +582,7 @@ class TestWays:
         assert metrics["prune_ratio_interval"] is None
         assert "controller" not in read(Path("given/cost.json"))
         assert all(2 * row["kept"] == row["weights"] for row in read(Path("given/final/sparsity.json")))
-        again = Recorder()
+        again = Watching()
         execute("final.prune_ratio=0.5", folder="given", progress=again)
         assert again.done == []
 
@@ -685,7 +686,7 @@ class TestWays:
     @pytest.mark.parametrize("preset", ["paper", "spread"])
     def test_a_single_run_finishes_the_adapter_of_the_controller_run(self, preset: str, finished_run: Path) -> None:
         changes = ("final.start=controller", f"controller.preset={preset}")
-        recorder = Recorder()
+        recorder = Watching()
         metrics = execute(*changes, folder="single", progress=recorder)
         run = Path("single")
         assert recorder.stages == [*(stage for stage in STAGES if stage not in ("continued", "all_rows")), "report"]
@@ -714,7 +715,7 @@ class TestWays:
         before = files_of(run)
         for step in ("final*", "controller-adapter"):
             reopen(run, step)
-            again = Recorder()
+            again = Watching()
             execute(*changes, folder="single", progress=again)
             assert again.done == [step.split("-")[0].rstrip("*")]
             for name in ("adapter/adapter_model.safetensors", *left, "metrics.json"):

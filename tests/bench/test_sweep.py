@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import yaml
 from conftest import write_tiny_workspace
+from recorder import Recorder
 
 from grasp_lora.bench import search as search_module
 from grasp_lora.bench import session as session_module
 from grasp_lora.bench.outcomes import Adapter
-from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.search import BEST_FILE, SweepSettings, sweep
 from grasp_lora.bench.search_space import Parameter, propose, search_space, trial_recipe
 from grasp_lora.bench.session import Session
@@ -38,11 +38,11 @@ RATE = "final.training.learning_rate"
 LONGER = ("final.training.epochs=3", "final.training.patience=null")
 
 
-class Recorder(Progress):
-    """Remembers what was done."""
+class Watching(Recorder):
+    """Remembers the trials, too."""
 
     def __init__(self) -> None:
-        self.steps: list[str] = []
+        super().__init__()
         self.begun: tuple[int, int] | None = None
         self.trials: list[dict[str, Any]] = []
 
@@ -51,10 +51,6 @@ class Recorder(Progress):
 
     def trial(self, trial: Trial) -> None:
         self.trials.append(dict(trial.values))
-
-    def record(self, record: Record, there: bool) -> None:
-        if not there:
-            self.steps.append(record.step)
 
 
 @pytest.fixture
@@ -68,8 +64,8 @@ def session(*overrides: str) -> Session:
     return Session(*load_recipe("tiny.yaml", overrides))
 
 
-def run(folder: str, *params: str, overrides: tuple[str, ...] = (), **settings: Any) -> tuple[SweepResult, Recorder]:
-    recorder = Recorder()
+def run(folder: str, *params: str, overrides: tuple[str, ...] = (), **settings: Any) -> tuple[SweepResult, Watching]:
+    recorder = Watching()
     return sweep(session(*overrides), Path(folder), SweepSettings(params, **settings), recorder), recorder
 
 
@@ -184,8 +180,8 @@ def test_more_trials_go_on_with_a_sweep_and_shared_steps_are_done_once(tiny_work
     again, resumed = run("out", RATIO, sampler="random", trials=3)
     assert resumed.begun == (3, 2)
     assert again.trials[:2] == first.trials
-    assert recorder.steps.count("source") == recorder.steps.count("target") == 1
-    assert len(resumed.steps) == 1
+    assert recorder.did.count("source") == recorder.did.count("target") == 1
+    assert len(resumed.did) == 1
     # A final run: 10 examples counted twice, 6 dev examples before and after; both parents were trained once.
     assert [trial.work for trial in again.trials] == [10 * 2 + 6 * 2] * 3
     assert again.cost.work == 3 * 32
@@ -193,14 +189,14 @@ def test_more_trials_go_on_with_a_sweep_and_shared_steps_are_done_once(tiny_work
     assert again.cost.runs == 3
     fewer, nothing = run("out", RATIO, sampler="random", trials=1)
     assert fewer == again
-    assert nothing.steps == []
+    assert nothing.did == []
 
 
 def test_parents_are_trained_again_only_for_values_that_change_them(tiny_workspace):
     result, recorder = run("out", "target.training.learning_rate=[0.01, 0.02]", sampler="random", trials=4)
     assert set(values_of(result, "target.training.learning_rate")) == {0.01, 0.02}
-    assert recorder.steps.count("source") == 1
-    assert recorder.steps.count("target") == 2
+    assert recorder.did.count("source") == 1
+    assert recorder.did.count("target") == 2
 
 
 def test_a_trial_is_the_run_that_best_yaml_gives_by_hand(tiny_workspace, cli, tmp_path, monkeypatch):
@@ -222,7 +218,7 @@ def test_the_best_recipe_finds_data_and_adapters_wherever_they_were(finished_run
     (tiny_workspace / "target.jsonl").rename(tiny_workspace / "data/target.jsonl")
     overrides = ("source.adapters=[run/source]", "target.adapter=run/target", "data.source=null", "data.root=data")
     result, recorder = run("deep/out", "merge.density=[0.5]", trials=1, overrides=overrides)
-    assert recorder.steps == ["final 0.00"]  # a ratio that is neither swept nor given is 0
+    assert recorder.did == ["final 0.00"]  # a ratio that is neither swept nor given is 0
     best = yaml.safe_load(Path("deep/out/sweep/best.yaml").read_text(encoding="utf-8"))
     assert best["final"]["prune_ratio"] == 0.0
     assert best["source"]["adapters"] == ["../../../run/source"]
@@ -280,7 +276,7 @@ def test_values_that_come_again_cost_nothing(tiny_workspace):
     assert len(repeats) == 3
     assert {(trial.work, trial.seconds) for trial in repeats} == {(0, 0.0)}
     assert {trial.dev_loss for trial in repeats} <= {trial.dev_loss for trial in result.trials if not trial.repeats}
-    assert sum(step.startswith("final") for step in recorder.steps) == result.cost.runs == 2
+    assert sum(step.startswith("final") for step in recorder.did) == result.cost.runs == 2
 
 
 class Killed(BaseException):
@@ -297,7 +293,7 @@ def uninterrupted(tmp_path_factory, tiny_backbone_folder) -> SweepResult:
 @pytest.mark.parametrize(
     ("place", "name", "after", "left"),
     [
-        (Recorder, "stage", False, 1),
+        (Watching, "stage", False, 1),
         (Session, "finetune_pruned", False, 1),
         (Session, "finetune_pruned", True, 1),
         (Bench, "finetuned", True, 0),
@@ -324,9 +320,9 @@ def test_a_killed_sweep_goes_on_to_the_same_trials(
             run("out", RATIO, trials=2)
     result, resumed = run("out", RATIO, trials=2)
     assert outcome(result) == outcome(uninterrupted)
-    assert len([step for step in resumed.steps if step.startswith("final")]) == left
+    assert len([step for step in resumed.did if step.startswith("final")]) == left
     again, nothing = run("out", RATIO, trials=2)
-    assert nothing.steps == nothing.trials == []
+    assert nothing.did == nothing.trials == []
     assert again == result
 
 

@@ -14,10 +14,10 @@ import record as recording
 from conftest import CliResult, write_tiny_workspace
 from landscape import Landscape
 from record import FINAL_RATIOS, LANDSCAPE_FILE, RecordingSettings, record
+from recorder import Recorder
 
 from grasp_lora.bench.compare import ComparisonSettings, compare
 from grasp_lora.bench.keyed import GRID
-from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
@@ -32,19 +32,15 @@ SMALL_OPTIONS = ("--ratios", "0.2,0.6", "--train-ratios", "0,0.4,shared", "--pro
 TRAJECTORIES = ["trajectory 0.00", "trajectory 0.40", "trajectory shared", "trajectory shared dev"]
 
 
-class Recorder(Progress):
-    """Remembers which steps were done and which were on record, and the units."""
+class Counting(Recorder):
+    """Remembers the units, too."""
 
     def __init__(self) -> None:
-        self.done_steps: list[str] = []
-        self.skipped: list[str] = []
+        super().__init__()
         self.left = 0.0
 
     def begin(self, units: float, finished: float = 0.0) -> None:
         self.left = units
-
-    def record(self, record: Record, there: bool) -> None:
-        (self.skipped if there else self.done_steps).append(record.step)
 
     def done(self, units: float) -> None:
         assert units > 0
@@ -55,8 +51,8 @@ def session(recipe: Path | str = "tiny.yaml", *overrides: str) -> Session:
     return Session(*load_recipe(recipe, overrides))
 
 
-def run(folder: Path, settings: RecordingSettings = SMALL, *overrides: str) -> tuple[Landscape, Recorder]:
-    recorder = Recorder()
+def run(folder: Path, settings: RecordingSettings = SMALL, *overrides: str) -> tuple[Landscape, Counting]:
+    recorder = Counting()
     return record(session("tiny.yaml", *overrides), folder, settings, recorder), recorder
 
 
@@ -140,10 +136,10 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("step", [3, 8])
 def test_an_interrupted_recording_goes_on_without_repeating_a_step(tiny_workspace, recorded, step):
-    class Kill(Recorder):
+    class Kill(Counting):
         def record(self, record: Record, there: bool) -> None:
             super().record(record, there)
-            if len(self.done_steps) == step:
+            if len(self.did) == step:
                 raise Killed
 
     first = Kill()
@@ -152,8 +148,8 @@ def test_an_interrupted_recording_goes_on_without_repeating_a_step(tiny_workspac
         record(session(), folder, SMALL, first)
     assert not (folder / LANDSCAPE_FILE).exists()
     landscape, second = run(folder)
-    assert len(set(first.done_steps)) == step
-    done = first.done_steps + second.done_steps
+    assert len(set(first.did)) == step
+    done = first.did + second.did
     assert [name for name in done if name.startswith("trajectory")] == TRAJECTORIES
     assert [name for name in done if name.startswith("final")] == ["final 0.00", "final 0.20", "final 0.60"]
     assert len(done) == 2 + 4 + 3 * 4  # parents, trajectories, final runs with three splits each
@@ -172,7 +168,7 @@ def test_a_finished_recording_does_nothing_again(tiny_workspace, monkeypatch):
     monkeypatch.setattr("grasp_lora.training.finetune.finetune", fail)
     monkeypatch.setattr(Session, "losses", fail)
     again, recorder = run(tiny_workspace / "one")
-    assert not recorder.done_steps
+    assert not recorder.did
     assert same(again, landscape)
     assert (tiny_workspace / "one" / LANDSCAPE_FILE).read_bytes() == text
 
@@ -182,9 +178,9 @@ def test_final_runs_are_those_of_a_comparison_in_the_same_folder(tiny_workspace)
     settings = ComparisonSettings(("adaptive_merge", "grid"), (42,), (0.2, 0.6), "grid", resamples=1000)
     content = compare(session(), folder, settings).to_json()
     landscape, recorder = run(folder)
-    assert set(recorder.done_steps) == {*TRAJECTORIES, "micro_dev losses", "dev losses"}
-    assert recorder.done_steps.count("dev losses") == 3  # example by example; a comparison needs their means only
-    assert recorder.skipped.count("test losses") == 3
+    assert set(recorder.did) == {*TRAJECTORIES, "micro_dev losses", "dev losses"}
+    assert recorder.did.count("dev losses") == 3  # example by example; a comparison needs their means only
+    assert recorder.found.count("test losses") == 3
     losses = {point["prune_ratio"]: point["dev"] for point in content["curve"]}
     for one in landscape.finals[1:]:
         assert sum(one.losses["dev"]) / 6 == pytest.approx(losses[one.ratio])
@@ -195,7 +191,7 @@ def test_more_ratios_do_only_what_is_new(tiny_workspace):
     run(tiny_workspace / "one")
     more = RecordingSettings((0.2, 0.6, 0.8), SMALL.train_ratios, SMALL.probe_ratios, SMALL.every)
     landscape, recorder = run(tiny_workspace / "one", more)
-    assert [name for name in recorder.done_steps if "losses" not in name] == ["final 0.80"]
+    assert [name for name in recorder.did if "losses" not in name] == ["final 0.80"]
     assert len(landscape.finals) == 4
 
 
@@ -258,7 +254,7 @@ def test_the_dev_set_is_measured_along_the_same_shared_training(recorded, tiny_w
     settings = RecordingSettings((0.2,), (0.4, None), (0.0, 0.8), every=99, dev=False)
     without, recorder = run(tiny_workspace / "one", settings)
     assert without.shared_dev is None
-    assert "trajectory shared dev" not in recorder.done_steps
+    assert "trajectory shared dev" not in recorder.did
     # At ratio 0, before training, the dev losses are those of the merge: `final 0.00` measures them, too, if it is not trained.
     untrained, _ = run(tiny_workspace / "two", replace(settings, dev=True), "final.training.learning_rate=1e-12")
     assert untrained.shared_dev is not None
