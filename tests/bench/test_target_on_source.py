@@ -79,9 +79,11 @@ def test_a_run_leaves_no_adapter_that_does_nothing_alone(tiny_workspace: Path, c
     assert result.status == 0, result.err
     metrics = json.loads(Path("on/metrics.json").read_text(encoding="utf-8"))
     assert list(metrics["systems"]) == ["zero_shot", "source", "merged", "continued", "grasp"]
-    assert Path("on/target", WEIGHTS).read_bytes() == Path("on/merged", WEIGHTS).read_bytes()
-    assert Path("on/target/history.jsonl").is_file()
-    assert cli("predict", "on/target", "source 1: what?").status == 0
+    assert [file.name for file in Path("on/target").iterdir()] == ["history.jsonl"]
+    assert cli("predict", "on/merged", "source 1: what?").status == 0
+    refused = cli("predict", "on/target", "source 1: what?")
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert cli("status", "on").status == 0
     for file in ("on/report.md", "on/report.html", "on/adapter/README.md"):
         assert Path(file).is_file()
     report = Path("on/report.md").read_text(encoding="utf-8")

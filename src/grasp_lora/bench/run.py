@@ -122,7 +122,7 @@ class _Run:
             for name, source in zip(names_of([*bench.sources, None]), bench.sources, strict=False):
                 facts |= self._show_trained(name, source)
         with self._stage("target") as facts:
-            facts |= self._show_trained("target", bench.target, None if recipe.target.on is None else bench.merged())
+            facts |= self._show_trained("target", bench.target, alone=recipe.target.on is None)
         with self._stage("merge") as facts:
             merged = bench.merged()
             self._show_adapter(files.MERGED_FOLDER, merged)
@@ -211,17 +211,18 @@ class _Run:
             on_first_process(partial(write_jsonl, self.folder / files.ALL_ROWS / files.HISTORY_FILE, rows))
         return again
 
-    def _show_trained(self, name: str, adapter: Adapter, whole: Adapter | None = None) -> dict[str, Any]:
+    def _show_trained(self, name: str, adapter: Adapter, *, alone: bool = True) -> dict[str, Any]:
         """Write the history of a training and its adapter into the run folder; a given adapter stays where it is.
 
-        Of one that does nothing alone, the `whole` that it is a part of is written.
+        Of one that does nothing `alone`, the history alone is written: used or merged by itself it would mislead.
         """
         if adapter.folder is None:
             return {"adapter": adapter.title}
         record, folder = adapter.records[-1], self.folder / name
         if not on_first_process(adapter.folder.is_dir):
             adapter.load()  # its record came from another machine, so that it is trained again
-        self._show_adapter(name, whole or adapter)
+        if alone:
+            self._show_adapter(name, adapter)
         on_first_process(partial(write_jsonl, folder / files.HISTORY_FILE, record.result["history"]))
         facts = {key: record.result[key] for key in ("steps", "best_step", "dev_loss")}
         if name == files.FINAL_FOLDER:
