@@ -15,6 +15,7 @@ interval at 95 %, each by itself. Candidates that use the test rows for a choice
 | stacked, replay | the target adapter of that sum trained with half as many source rows among the target rows |
 | stacked, 0.6 of both parts | that sum pruned at a given ratio and fine-tuned |
 | stacked, 0.6 of the source part; of the target part | the same, with one part pruned alone |
+| stacked, source part times 0.6 | that sum with the source adapter shrunk in place of pruned, and fine-tuned |
 | replay | `continued` with half as many source rows among the target rows |
 | joint, then target | the joint adapter, continued on the target rows |
 """
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 
 from grasp_lora.bench.checks import check
-from grasp_lora.bench.outcomes import Adapter, once
+from grasp_lora.bench.outcomes import Adapter, names_of, once
 from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import STORE_FOLDER
 from grasp_lora.bench.session import Session
@@ -71,6 +72,7 @@ class Candidates(Bench):
             f"stacked, {PRUNED} of both parts": lambda: self.stacked_bench().pruned_by_part(PRUNED, PRUNED),
             f"stacked, {PRUNED} of the source part": lambda: self.stacked_bench().pruned_by_part(PRUNED, 0.0),
             f"stacked, {PRUNED} of the target part": lambda: self.stacked_bench().pruned_by_part(0.0, PRUNED),
+            f"stacked, source part times {PRUNED}": lambda: self.stacked_bench().shrunk(PRUNED),
         }
 
         def soup(*names: str) -> Callable[[], Adapter]:
@@ -126,6 +128,11 @@ class Candidates(Bench):
         )
         # Among all weights of a factor the zeros are the smallest, so the final run's own mask is this one.
         return self.finetuned(start, (source + target) / 2, {"mask": MaskSettings(scope="tensor")})
+
+    def shrunk(self, source: float) -> Adapter:
+        """The sum of one source adapter times a factor and of the target adapter, fine-tuned: a rival of pruning."""
+        merge = MergeSettings("exact", (source, 1.0))
+        return self.finetuned(self._merged("shrunk", merge, self.parents, names_of(self.parents)), 0.0)
 
     def with_replay(self) -> "Candidates":
         """A bench whose target rows have source rows among them."""
