@@ -57,6 +57,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     ),
     "given": ("final.prune_ratio=0.45", "merge.rule=dare_ties", "final.training.epochs=2", "final.training.keep=last"),
     "best": (SPREAD, "final.deliver=best"),
+    "on_source": (SPREAD, "target.on=source", "final.deliver=best"),
     "no_dev": ("data.target.dev=0", "final.training.patience=null", "merge.rule=paper_sum"),
 }
 INTERRUPTED = {
@@ -193,7 +194,8 @@ def of_run(folder: Path) -> dict[str, str]:
     found = {"metrics": of_value([metrics["systems"], metrics["prune_ratio"], metrics["prune_ratio_interval"]])}
     more = ("continued", "final") if (folder / "continued").is_dir() else ()
     for name in ("source", "target", "merged", "adapter", *more):
-        found[name] = of_tensors(folder / name / "adapter_model.safetensors")
+        if name != "target" or (folder / name / "adapter_model.safetensors").is_file():  # with target.on it does nothing alone
+            found[name] = of_tensors(folder / name / "adapter_model.safetensors")
     for file in sorted((folder / "evaluation").glob("*.jsonl")):
         found[f"answers {file.stem}"] = of_value(rows(file))
     for stage in ("source", "target", "controller", "final"):
