@@ -75,7 +75,8 @@ def figures(recipe: str, changes: Sequence[str]) -> dict[str, Any]:
 def row(setting: str, found: dict[str, Any]) -> str:
     """A line of the table; losses are those of the dev set where nothing is said."""
     losses = found["losses"]
-    dev = [f"{losses[name][0]:.4f}" for name in ("source", "target", "grasp")]
+    target = "target" if "target" in losses else "merged"  # with target.on their sum
+    dev = [f"{losses[name][0]:.4f}" for name in ("source", target, "grasp")]
     sizes = [f"{found[name] / MEGABYTE:.0f}" for name in ("weights", "peak")]
     cells = [f"`{setting}`", *sizes, f"{found['seconds']:.0f}", *dev, f"{losses['grasp'][1]:.4f}"]
     return f"| {' | '.join(cells)} |"

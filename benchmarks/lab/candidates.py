@@ -8,6 +8,7 @@ interval at 95 %, each by itself. Candidates that use the test rows for a choice
 
 | candidate | what it is |
 |---|---|
+| target, merged, GRASP | with the target adapter trained on the backbone alone, whatever the recipe says |
 | soup | average of the deltas of several adapters (Wortsman et al. 2022) |
 | greedy soup | of all adapters here, in the order of their dev loss, those that do not raise the dev loss of the average |
 | stacked | the target adapter trained on top of the frozen source adapter (`target.on: source`); their exact sum |
@@ -57,14 +58,15 @@ class Candidates(Bench):
 
     def all(self) -> dict[str, Callable[[], Adapter]]:
         """Each candidate by its name, those first that others are made of."""
+        apart = self.as_in_paper  # whatever the recipe says
         single: dict[str, Callable[[], Adapter]] = {
             BASELINE: self.continued,
             "source": lambda: self.source,
-            "target": lambda: self.target,
-            "merged": self.merged,
+            "target": lambda: apart.target,
+            "merged": apart.merged,
             "joint": self.trained_jointly,
             "joint, then target": lambda: self.finetuned(self.trained_jointly(), 0.0),
-            "GRASP": self.grasp,
+            "GRASP": apart.grasp,
             "stacked": lambda: self.stacked_bench().merged(),
             "stacked, GRASP": lambda: self.stacked_bench().grasp(),
             "replay": lambda: self.with_replay().continued(),

@@ -60,6 +60,7 @@ class Cell:
     rank: str
     stopping: str
     source: int
+    on: str | None = None  # the recipe's target.on
 
     def changes(self) -> list[str]:
         """What it sets in the recipe."""
@@ -67,7 +68,8 @@ class Cell:
 
     def title(self) -> str:
         """What it is called in the table."""
-        return f"{self.rows} rows, rank {self.rank}, stopping {self.stopping}, source of {self.source}"
+        end = "" if self.on is None else f", target on {self.on}"
+        return f"{self.rows} rows, rank {self.rank}, stopping {self.stopping}, source of {self.source}{end}"
 
 
 def contestants(bench: Candidates, free: bool, rivals: bool) -> dict[str, Callable[[], Adapter]]:
@@ -131,7 +133,7 @@ def measure_cell(
         name: [measure(bench, one[name], None)[0] for bench, one in zip(own, made, strict=True)] for name in made[0]
     }
     row: dict[str, Any] = {
-        "cell": vars(cell),
+        "cell": vars(replace(cell, on=session.recipe.target.on)),
         "test_loss": {name: fmean(map(fmean, runs)) for name, runs in losses.items()},
         "GRASP minus": {},
         "score": {},
@@ -162,7 +164,7 @@ def cells(given: argparse.Namespace) -> Iterator[Cell]:
 
 def together(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
     """The cells that are there with one more, or with it in the place of its predecessor; in the order of their settings."""
-    others = [one for one in rows if one["cell"] != row["cell"]]
+    others = [one for one in rows if Cell(**one["cell"]) != Cell(**row["cell"])]
     ranks, stops = list(RANKS), list(STOPPING)
 
     def place(one: dict[str, Any]) -> tuple[int, ...]:

@@ -63,6 +63,7 @@ def tuned(training: TrainingSettings, factor: float) -> TrainingSettings:
 
 def rows(bench: Candidates) -> dict[str, Callable[[float], Adapter]]:
     """What trains each row at a multiple of its rate."""
+    bench = bench.as_in_paper
     recipe = bench.recipe
 
     def final(start: Adapter, ratio: float, factor: float) -> Adapter:

@@ -146,7 +146,7 @@ def replay(seeds: Sequence[Seed], rows: int, draws: int, bootstraps: int, seed: 
         draws: for each seed.
         bootstraps: the same for a run's own rule, which draws thousands of times itself.
     """
-    names = list(seeds[0].losses)
+    names = [name for name in seeds[0].losses if all(name in seed.losses for seed in seeds)]
     rules: dict[str, tuple[Rule, int]] = {f"always {name}": (partial(_always, name), draws) for name in names}
     rules |= {title: (rule, draws) for title, rule in RULES.items()}
     rules["a run's"] = (a_runs, bootstraps)
@@ -223,6 +223,8 @@ def of_runs(folders: Sequence[Path]) -> tuple[str, list[Seed]]:
         metric = main_metric(list(systems["grasp"].metrics))
         losses, scores = {}, {}
         for name in CANDIDATES.values():
+            if name == "target" and name not in systems:
+                continue  # trained on the source adapter: it is the merge
             file = predictions_file(folder, name if name in systems else "source")
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             losses[name] = np.array([row["loss"] for row in rows])

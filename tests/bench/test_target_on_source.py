@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recorder import Recorder
 
 from grasp_lora import api
 from grasp_lora.bench.checks import check
@@ -89,6 +91,7 @@ def test_a_run_leaves_no_adapter_that_does_nothing_alone(tiny_workspace: Path, c
     report = Path("on/report.md").read_text(encoding="utf-8")
     assert "| Target on source, not pruned |" in report
     assert "Target only" not in report
+    assert " for the target adapter on the source adapter" in report.split("## How good")[0]
     assert "Merged" not in report
 
 
@@ -98,6 +101,7 @@ def test_the_verdict_asks_whether_the_sum_is_ahead_of_the_source_adapter(tiny_wo
     assert said is not None
     assert said.name == "grasp"
     assert "The target adapter is ahead of the source adapter" in said.why
+    assert "the merge" not in said.why
 
 
 def test_a_run_that_is_stopped_in_the_training_goes_on_to_the_same_bits(
@@ -136,6 +140,36 @@ def test_the_rows_of_the_paper_are_what_they_are_without_it(tiny_workspace: Path
     assert stacked["merged"].scores != plain["merged"].scores
     steps = [json.loads(file.read_text(encoding="utf-8"))["step"] for file in Path("both/store/records").glob("*.json")]
     assert steps.count("target") == 2  # one alone, for both comparisons, and one on the source adapter
+
+
+@pytest.mark.parametrize("changes", [(), (ON,)])
+def test_a_dry_run_counts_the_rows_of_the_paper_too(changes: tuple[str, ...], tiny_workspace: Path) -> None:
+    given: dict[str, Any] = {
+        "methods": ("target_only", "grid_paper", "grasp", "grasp_paper"),
+        "grid": (0.3,),
+        "seeds": (42,),
+    }
+    plan = api.plan("tiny.yaml", changes, "planned", **given)
+    recorder = Recorder()
+    api.compare("tiny.yaml", changes, "planned", recorder, **given)
+    planned = Counter(record.step.split()[0] for record, _ in plan.steps)
+    assert planned == Counter(step.split()[0] for step in recorder.did)
+    assert planned["target"] == 1 + len(changes)
+    assert planned["controller"] == 1 + len(changes)
+
+
+def test_a_comparison_says_which_rows_have_another_target_adapter(tiny_workspace: Path) -> None:
+    said = (
+        "the target adapter of these rows is trained on the backbone alone, as in the paper: target only (LoRA), TIES"
+    )
+    for changes, methods, warned in (
+        ((ON,), ("target_only", "ties", "grasp"), True),
+        ((ON,), ("continued", "grasp"), False),
+        ((), ("target_only", "ties", "grasp"), False),
+    ):
+        folder, comparison = api.compare("tiny.yaml", changes, "both", methods=methods, seeds=(42,), reference="grasp")
+        assert (said in comparison.warnings) is warned
+        assert (said in (folder / "compare.md").read_text(encoding="utf-8")) is warned
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ IN_ORDER = {
     "merged": "the merge, not trained",
     "grasp": "GRASP's result",
 }
+ON_SOURCE = IN_ORDER | {"merged": "the target adapter on top of the source adapter"}  # with `target.on`
 ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
 FEWEST = 2  # rows that a comparison needs
 AHEAD = 1.0  # standard errors
@@ -87,7 +88,8 @@ def choose(bench: Bench, systems: Mapping[str, Adapter], left_out: str = "") -> 
     alone, rows = losses.pop(ALONE, []), (split or "dev").replace("_", "-")
     groups = None if split is None else group_numbers(getattr(bench.session.splits, split))
     if bench.recipe.final.deliver == "best":
-        return best_of(losses, rows, alone, left_out, groups)
+        titles = IN_ORDER if bench.recipe.target.on is None else ON_SOURCE
+        return best_of(losses, rows, alone, left_out, groups, titles)
     return by_setting(losses, rows, alone)
 
 
@@ -103,6 +105,7 @@ def best_of(
     alone: Sequence[float] = (),
     left_out: str = "",
     groups: Sequence[int] | None = None,
+    titles: Mapping[str, str] = IN_ORDER,
 ) -> Delivered:
     """Choose by the rule above.
 
@@ -112,6 +115,7 @@ def best_of(
         alone: those of the backbone without an adapter, for the warning that nothing was learned.
         left_out: why a candidate is missing, as a sentence.
         groups: what each row belongs to, such as its article; None takes each by itself.
+        titles: what each kind of candidate is called.
     """
     order = sorted(losses, key=lambda name: list(IN_ORDER).index(_kind(name)))
     usable = [name for name in order if len(losses[name]) >= FEWEST and all(map(math.isfinite, losses[name]))]
@@ -121,7 +125,9 @@ def best_of(
         if usable:
             why = f"Only its {split} losses are finite."
         why = f"{why} {left_out}".strip()
-        return Delivered(name=chosen, title=title_of(chosen), why=why, **_learned(chosen, losses, alone, split))
+        return Delivered(
+            name=chosen, title=title_of(chosen, titles), why=why, **_learned(chosen, losses, alone, split, titles)
+        )
     means = {name: fmean(losses[name]) for name in usable}
     behind = _source_behind(losses, usable)
     expected = "grasp" if behind else usable[0]
@@ -134,7 +140,7 @@ def best_of(
         chosen, against = expected, best
         difference, low, high = -difference, -high, -low
     rows = found.examples
-    why = f"Its {split} loss is {means[chosen]:.3f} against {means[against]:.3f} for {title_of(against)}"
+    why = f"Its {split} loss is {means[chosen]:.3f} against {means[against]:.3f} for {title_of(against, titles)}"
     if found.verdict == "better":
         why += f"{', the next best' if best == expected else ''}; the {rows} {split} rows show a difference."
     else:
@@ -145,7 +151,7 @@ def best_of(
             why += f" The target adapter is ahead of the source adapter ({worth}), so continuing that is not the best to expect."
     return Delivered(
         name=chosen,
-        title=title_of(chosen),
+        title=title_of(chosen, titles),
         why=f"{why} {left_out}".strip(),
         split=split,
         examples=rows,
@@ -154,14 +160,14 @@ def best_of(
         low=low + 0.0,
         high=high + 0.0,
         confidence=found.confidence,
-        **_learned(chosen, losses, alone, split),
+        **_learned(chosen, losses, alone, split, titles),
     )
 
 
-def title_of(name: str) -> str:
+def title_of(name: str, titles: Mapping[str, str] = IN_ORDER) -> str:
     """Return what a system is, as a part of a sentence; the second of several sources says so."""
     number = name.partition("_")[2]
-    return IN_ORDER[_kind(name)] + (f" (number {number})" if number else "")
+    return titles[_kind(name)] + (f" (number {number})" if number else "")
 
 
 def _source_behind(losses: Mapping[str, Sequence[float]], usable: Sequence[str]) -> tuple[str, str] | None:
@@ -184,7 +190,13 @@ def _kind(name: str) -> str:
     return name.partition("_")[0]
 
 
-def _learned(chosen: str, losses: Mapping[str, Sequence[float]], alone: Sequence[float], split: str) -> dict[str, Any]:
+def _learned(
+    chosen: str,
+    losses: Mapping[str, Sequence[float]],
+    alone: Sequence[float],
+    split: str,
+    titles: Mapping[str, str] = IN_ORDER,
+) -> dict[str, Any]:
     """Whether any adapter is shown to be better than the backbone alone, and what has to be said of the one handed over.
 
     Each is compared by itself, and row by row: a correction for their number, or rows of a few articles drawn together, would
@@ -205,7 +217,7 @@ def _learned(chosen: str, losses: Mapping[str, Sequence[float]], alone: Sequence
         warning = f"The {rows} do not show that this adapter is better than {without}; others are: it may have learned nothing."
         return {"nothing_learned": False, "warning": warning}
     best = min(usable, key=lambda name: fmean(usable[name]))
-    lowest = f"{fmean(usable[best]):.3f}, {title_of(best)}"
+    lowest = f"{fmean(usable[best]):.3f}, {title_of(best, titles)}"
     warning = f"The {rows} show no adapter to be better than {without}; the lowest loss of one is {lowest}."
     if fmean(usable[best]) >= fmean(alone):
         warning = (

@@ -39,6 +39,7 @@ class Method:
         unavailable: why it cannot run with this recipe here, or None.
         warning: what a reader has to be told of it.
         merges: whether it starts from the merge, so that its cost is what comes on top of the adapters that are merged.
+        paper: whether it is a row of the paper, whose target adapter is trained on the backbone alone in any recipe.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Method:
     unavailable: Callable[[Session], str | None] = lambda session: None
     warning: str | None = None
     merges: bool = True
+    paper: bool = False
 
 
 def _loss_of_final_run(bench: Bench, adapter: Adapter, split: str) -> float:
@@ -259,17 +261,12 @@ def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
     return unavailable
 
 
-def _in_paper(run: Callable[[Bench], Outcome]) -> Callable[[Bench], Outcome]:
-    """A row of the paper: its target adapter is trained on the backbone alone, whatever the recipe says."""
-    return lambda bench: run(bench.as_in_paper)
-
-
 PAPER_FINAL = {"mode": "reselect", "mask": MaskSettings(score="gradient_of_delta")}  # Paper: adaptive LoRA merge
 
 METHODS: dict[str, Method] = {
     "zero_shot": Method("zero shot", lambda bench: bench.outcome(bench.backbone()), 0.3, merges=False),
     "source_only": Method("source only", lambda bench: bench.outcome(bench.source), merges=False),
-    "target_only": Method("target only (LoRA)", _in_paper(lambda bench: bench.outcome(bench.target)), merges=False),
+    "target_only": Method("target only (LoRA)", lambda bench: bench.outcome(bench.target), merges=False, paper=True),
     "target_wide": Method(
         "target only, rank of the merge", lambda bench: bench.outcome(bench.trained_wide()), merges=False
     ),
@@ -285,26 +282,26 @@ METHODS: dict[str, Method] = {
         _needs_source,
         merges=False,
     ),
-    "ties": Method("TIES", _in_paper(_run_rule("ties")), 0.3, _needs_equal_ranks("ties")),
-    "dare_ties": Method("DARE-TIES", _in_paper(_run_rule("dare_ties")), 0.3, _needs_equal_ranks("dare_ties")),
+    "ties": Method("TIES", _run_rule("ties"), 0.3, _needs_equal_ranks("ties"), paper=True),
+    "dare_ties": Method("DARE-TIES", _run_rule("dare_ties"), 0.3, _needs_equal_ranks("dare_ties"), paper=True),
     "lorahub": Method(
-        "LoRAHub", _in_paper(lambda bench: bench.outcome(bench.lorahub())), 2, _needs_equal_ranks("lorahub")
+        "LoRAHub", lambda bench: bench.outcome(bench.lorahub()), 2, _needs_equal_ranks("lorahub"), paper=True
     ),
     "merged": Method("merged, not trained", lambda bench: bench.outcome(bench.merged()), 0.3),
     "adaptive_merge": Method(
-        "adaptive LoRA merge", _in_paper(lambda bench: bench.outcome(bench.finetuned(bench.merged(), 0.0), 0.0))
+        "adaptive LoRA merge", lambda bench: bench.outcome(bench.finetuned(bench.merged(), 0.0), 0.0), paper=True
     ),
     "grid_paper": Method(
-        "adaptive LoRA merge + pruning, grid", _in_paper(_run_grid("dev", final=PAPER_FINAL)), 10, _needs("dev")
+        "adaptive LoRA merge + pruning, grid", _run_grid("dev", final=PAPER_FINAL), 10, _needs("dev"), paper=True
     ),
     "grid": Method("grid of GRASP's final runs", _run_grid("dev", curve=True), 8, _needs("dev")),
     "grid_stacked": Method("the same grid, its runs side by side", _run_stacked, 8, _needs_stack),
     "grasp": Method("GRASP", _run_grasp(_own), 5),
     "delivered": Method("what a run hands over", _run_delivered, 0.3),
     "grasp_single": Method("GRASP in a single run", _run_single, 5, _needs_single_run),
-    "grasp_paper": Method("GRASP, preset paper", _in_paper(_run_grasp(_paper, PAPER_FINAL)), 5, _needs_rounds(_paper)),
+    "grasp_paper": Method("GRASP, preset paper", _run_grasp(_paper, PAPER_FINAL), 5, _needs_rounds(_paper), paper=True),
     "merge_dev_free": Method(
-        "adaptive LoRA merge without a dev set",
+        "merge fine-tuned without a dev set",
         lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),
         2,
     ),

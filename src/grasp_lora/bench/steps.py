@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from grasp_lora.bench import lorahub
 from grasp_lora.bench.keyed import REVISIONS, Keyed
@@ -73,13 +73,13 @@ class Bench(Keyed):
         return self._target(dev_free=False)
 
     @cached_property
-    def as_in_paper(self) -> "Bench":
+    def as_in_paper(self) -> Self:
         """The bench whose target adapter is trained on the backbone alone; this one, unless the recipe has `target.on`."""
         if self.recipe.target.on is None:
             return self
         target = replace(self.recipe.target, on=None)
         session = self.session.variant(self.recipe.model_copy(update={"target": target}))
-        return Bench(session, self._shared, self.store, self.grid)
+        return type(self)(session, self._shared, self.store, self.grid)
 
     @property
     def parents(self) -> list[Adapter]:

@@ -27,6 +27,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import environments
 from grasp_lora.data.splits import Splits, group_numbers, group_size
 from grasp_lora.evaluation.statistics import compare_with_baselines, mean_and_sd
+from grasp_lora.text.display import listed
 
 if TYPE_CHECKING:
     from grasp_lora.bench.compare import ComparisonSettings
@@ -95,7 +96,7 @@ def summary(
         rows=[_row(name, row, metrics, comparisons) for name, row in rows.items()],
         other_splits=[],
         curve=_curve(finished),
-        warnings=_warnings(finished, "fold" if folds else "seed"),
+        warnings=[*_warnings(finished, "fold" if folds else "seed"), *_of_the_paper(session, finished)],
         made_with=_made_with(finished),
         pace=_pace(finished),
         **sizes,
@@ -260,6 +261,14 @@ def _warnings(rows: Mapping[str, Outcomes], what: str) -> list[str]:
         for sentence in outcome.left_out
     ]
     return of_methods + of_runs
+
+
+def _of_the_paper(session: Session, rows: Mapping[str, Outcomes]) -> list[str]:
+    """Which rows have another target adapter than the others."""
+    paper = [METHODS[name].title for name in rows if METHODS[name].paper]
+    if session.recipe.target.on is None or not paper or not any(METHODS[name].merges for name in rows):
+        return []
+    return [f"the target adapter of these rows is trained on the backbone alone, as in the paper: {listed(paper)}"]
 
 
 def _made_with(rows: Mapping[str, Outcomes]) -> list[dict[str, str]]:

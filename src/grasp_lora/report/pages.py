@@ -98,7 +98,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "warning": handed_over.warning if handed_over else None,
         "predict": predict_command(),
         "has_prompt": not record.in_chat,
-        "headline": _headline(record, against.get("target")),
+        "headline": _headline(record, against.get("target" if record.recipe.target.on is None else "merged")),
         "facts": _facts(record),
         "missing": record.missing,
         "ratio": None if record.prune_ratio is None else percent(record.prune_ratio, 1),
@@ -147,6 +147,11 @@ def _probed_on(record: RunRecord) -> str:
     return f"on the {found}, of candidates on {few.pop()} of its examples in turn" if few else f"on the {found}"
 
 
+def _beside(record: RunRecord) -> str:
+    """The system that the headline names beside GRASP's result."""
+    return "the target adapter alone" if record.recipe.target.on is None else "the target adapter on the source adapter"
+
+
 def _headline(record: RunRecord, against: Against | None) -> str:
     learned = record.learned
     prune = "It prunes" if chosen(record) else "Prune"  # the verdict is what says what to do
@@ -166,7 +171,7 @@ def _headline(record: RunRecord, against: Against | None) -> str:
     if against is not None:
         sentences.append(
             f"Test {against.metric} {against.ours:.{against.digits}f} against {against.theirs:.{against.digits}f} "
-            "for the target adapter alone" + (f": {against.score.verdict}." if against.score else ".")
+            f"for {_beside(record)}" + (f": {against.score.verdict}." if against.score else ".")
         )
     elif record.metrics is None:
         sentences.append("The result has not been evaluated yet.")
