@@ -195,7 +195,7 @@ def _comparison(values: dict[str, Any]) -> PairedComparison:
 
 def figure(rows: Sequence[dict[str, Any]], names: Sequence[str] = ("continued", "merge")) -> str:
     """An SVG: per cell the difference of GRASP's test loss to each of two others, with its interval."""
-    left, width, top, step = 300, 260, 46, 22
+    left, width, top, step = 380, 260, 46, 22
     bounds = [row["GRASP minus"][name][end] for row in rows for name in names for end in ("low", "high")]
     reach = max(map(abs, bounds)) or 1.0
     height = top + step * len(rows) + 30
