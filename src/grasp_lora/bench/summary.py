@@ -266,7 +266,8 @@ def _warnings(rows: Mapping[str, Outcomes], what: str) -> list[str]:
 def _of_the_paper(session: Session, rows: Mapping[str, Outcomes]) -> list[str]:
     """Which rows have another target adapter than the others."""
     paper = [METHODS[name].title for name in rows if METHODS[name].paper]
-    if session.recipe.target.on is None or not paper or not any(METHODS[name].merges for name in rows):
+    others = any(METHODS[name].merges and not METHODS[name].paper for name in rows)
+    if session.recipe.target.on is None or not (paper and others):
         return []
     return [f"the target adapter of these rows is trained on the backbone alone, as in the paper: {listed(paper)}"]
 
