@@ -50,7 +50,7 @@ from grasp_lora.storage.folder import working_in
 
 BASELINE = "continued"
 REPLAYED = 0.5  # source rows for each target row
-PRUNED = 0.6  # what GRASP learns of the sum in Swahili and in two of three Javanese seeds
+PRUNED = 0.6  # what GRASP learned of the sum in Swahili with seeds 42 and 1337
 
 
 class Candidates(Bench):

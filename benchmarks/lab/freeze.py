@@ -194,10 +194,9 @@ def of_run(folder: Path) -> dict[str, str]:
     found = {"metrics": of_value([metrics["systems"], metrics["prune_ratio"], metrics["prune_ratio_interval"]])}
     more = ("continued", "final") if (folder / "continued").is_dir() else ()
     for name in ("source", "target", "merged", "adapter", *more):
-        if (
-            name != "target" or (folder / name / "adapter_model.safetensors").is_file()
-        ):  # with target.on it does nothing alone
-            found[name] = of_tensors(folder / name / "adapter_model.safetensors")
+        file = folder / name / "adapter_model.safetensors"
+        if name != "target" or file.is_file():  # with target.on there is none
+            found[name] = of_tensors(file)
     for file in sorted((folder / "evaluation").glob("*.jsonl")):
         found[f"answers {file.stem}"] = of_value(rows(file))
     for stage in ("source", "target", "controller", "final"):

@@ -66,13 +66,14 @@ def test_a_part_that_is_pruned_alone_leaves_the_other_whole(bench: candidates.Ca
                     assert int((part == 0).sum()) == prune_count(ratio, part.numel())
 
 
-def test_a_source_part_that_is_shrunk_is_so_before_the_training(bench: candidates.Candidates) -> None:
+def test_a_source_part_that_is_not_shrunk_is_the_sum_fine_tuned(bench: candidates.Candidates) -> None:
     stacked = bench.stacked_bench()
-    settings = candidates.MergeSettings("exact", (0.5, 1.0))
-    for name, pair in stacked.session.merge([one.weights for one in stacked.parents], ["s", "t"], settings).items():
-        whole = 0.5 * stacked.source.weights[name].delta() + stacked.target.weights[name].delta()
-        torch.testing.assert_close(pair.delta(), whole, rtol=1e-5, atol=1e-7)
-    assert stacked.shrunk(0.5).key != stacked.finetuned(stacked.merged(), 0.0).key
+    plain, whole, half = (
+        one.weights for one in (stacked.finetuned(stacked.merged(), 0.0), stacked.shrunk(1.0), stacked.shrunk(0.5))
+    )
+    for name, pair in plain.items():
+        assert torch.equal(pair.delta(), whole[name].delta())
+        assert pair.delta().norm() > half[name].delta().norm()
 
 
 def test_both_parts_pruned_alike_are_what_a_final_run_prunes(bench: candidates.Candidates) -> None:
