@@ -92,3 +92,13 @@ def test_the_table_has_a_row_for_each_candidate(tiny_workspace: Path, capsys: py
     assert {line.split(" | ")[0].strip("| ") for line in lines[2:]} == {"continued", "source", "replay"}
     assert candidates.main([*asked, "--set", "nosuch=1"]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_the_weight_of_the_source_part_is_the_one_with_the_lowest_dev_loss(bench: candidates.Candidates) -> None:
+    stacked = bench.stacked_bench()
+    chosen = stacked.weighted()
+    assert chosen.recipe.merge.weights is not None
+    assert chosen.recipe.merge.weights[0] in candidates.WEIGHTS
+    assert bench.dev_loss(chosen.merged()) <= bench.dev_loss(stacked.merged())  # whose weight is among them
+    assert chosen.target.key == stacked.target.key
+    assert bench.dev_loss(bench.less_source()) <= bench.dev_loss(bench.continued()) + 1e-6
