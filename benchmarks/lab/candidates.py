@@ -146,14 +146,14 @@ class Candidates(Bench):
 
     def weighted(self) -> "Candidates":
         """A bench whose merge has the weight of the source part with the lowest dev loss, nothing trained."""
+        return min(map(self.at_weight, WEIGHTS), key=lambda one: one.dev_loss(one.merged()))
 
-        def at(weight: float) -> Candidates:
-            recipe = self.recipe.model_copy(update={"merge": MergeSettings("exact", (weight, 1.0))})
-            other = Candidates(self.session.variant(recipe), self._shared, self.store, self.grid)
-            other.__dict__.update(sources=self.sources, target=self.target)
-            return other
-
-        return min(map(at, WEIGHTS), key=lambda one: one.dev_loss(one.merged()))
+    def at_weight(self, source: float) -> "Candidates":
+        """A bench whose merge has a weight of the source part."""
+        recipe = self.recipe.model_copy(update={"merge": MergeSettings("exact", (source, 1.0))})
+        other = Candidates(self.session.variant(recipe), self._shared, self.store, self.grid)
+        other.__dict__.update(sources=self.sources, target=self.target)
+        return other
 
     def less_source(self) -> Adapter:
         """The continued adapter with the weight of the source adapter in it that dev chooses."""
@@ -166,6 +166,10 @@ class Candidates(Bench):
             ),
             key=self.dev_loss,
         )
+
+    def _merge_settings(self, sources: int) -> MergeSettings:
+        merge = self.recipe.merge
+        return merge if merge.weights is not None else super()._merge_settings(sources)  # which has weights of its own
 
     def tuned(self) -> Adapter:
         """The sum with the weight that dev chooses, fine-tuned."""

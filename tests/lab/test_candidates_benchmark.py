@@ -99,6 +99,8 @@ def test_the_weight_of_the_source_part_is_the_one_with_the_lowest_dev_loss(bench
     chosen = stacked.weighted()
     assert chosen.recipe.merge.weights is not None
     assert chosen.recipe.merge.weights[0] in candidates.WEIGHTS
-    assert bench.dev_loss(chosen.merged()) <= bench.dev_loss(stacked.merged())  # whose weight is among them
+    of_all = [bench.dev_loss(stacked.at_weight(weight).merged()) for weight in candidates.WEIGHTS]
+    assert bench.dev_loss(chosen.merged()) == min(of_all) < max(of_all)
+    assert of_all[candidates.WEIGHTS.index(1.0)] == bench.dev_loss(stacked.merged())
     assert chosen.target.key == stacked.target.key
     assert bench.dev_loss(bench.less_source()) <= bench.dev_loss(bench.continued()) + 1e-6
