@@ -4,25 +4,23 @@ A `Bench` holds the steps of one seed. Each step is on record in a `Store` under
 rests on. So runs, comparisons and sweeps share what they have in common, and a change makes only what rests on it anew.
 """
 
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from grasp_lora.bench import lorahub
-from grasp_lora.bench.keyed import REVISIONS, Keyed
-from grasp_lora.bench.keys import controller_settings, final_settings, plain, public_bertscore
+from grasp_lora.bench.keyed import REVISIONS
+from grasp_lora.bench.keys import controller_settings, final_settings
+from grasp_lora.bench.measuring import Measuring
 from grasp_lora.bench.outcomes import (
     Adapter,
     Learned,
-    Measured,
-    Outcome,
     facts_of,
     given,
+    mean_loss,
     measured_examples,
     names_of,
     rounds_of,
@@ -30,7 +28,7 @@ from grasp_lora.bench.outcomes import (
     unique,
 )
 from grasp_lora.bench.stacked import learn_stacked, train_grid
-from grasp_lora.bench.store import Record, key_of
+from grasp_lora.bench.store import Record
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import POLICIES
@@ -38,15 +36,13 @@ from grasp_lora.method.presets import ratio_rule
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
-from grasp_lora.storage.files import write_jsonl
-from grasp_lora.storage.processes import on_first_process
 
 logger = logging.getLogger(__name__)
 
 JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
 
 
-class Bench(Keyed):
+class Bench(Measuring):
     """The steps of experiments with one seed.
 
     Args:
@@ -88,8 +84,35 @@ class Bench(Keyed):
 
     def merged(self, dev_free: bool = False) -> Adapter:
         """The merge of the recipe; with the target adapter of all epochs, without a look at the dev set, if `dev_free`."""
-        parents = [*self.sources, self._target(dev_free=True)] if dev_free else self.parents
-        return self._merged("merged", self._merge_settings(len(self.sources)), parents, names_of(parents))
+        if dev_free:
+            parents = [*self.sources, self._target(dev_free=True)]
+            return self._merged("merged", self._merge_settings(1.0), parents, names_of(parents))
+        merged = self._summed(self.source_weight)
+        tried = [record for records in self.source_weights.values() for record in records]
+        return replace(merged, records=unique([*merged.records, *tried]))
+
+    @cached_property
+    def source_weight(self) -> float:
+        """The weight of the source adapter in the sum: of those that the recipe tries the one with the lowest loss."""
+        losses = {weight: mean_loss(records) for weight, records in self.source_weights.items()}
+        return max(losses, key=lambda weight: (-losses[weight], weight), default=1.0)
+
+    @cached_property
+    def source_weights(self) -> dict[float, list[Record]]:
+        """The losses of the dev and micro-dev rows of the sum, not trained, at each weight in `target.source_weights`."""
+        splits = [name for name in ("dev", "micro_dev") if getattr(self.session.splits, name)]
+        weights = self.recipe.target.source_weights or ()
+        return {weight: [self.losses(self._summed(weight), name) for name in splits] for weight in weights}
+
+    def _summed(self, source_weight: float) -> Adapter:
+        return self._merged("merged", self._merge_settings(source_weight), self.parents, names_of(self.parents))
+
+    def _merge_settings(self, source_weight: float) -> MergeSettings:
+        """The recipe's merge; a target adapter that was trained on the mean of the source adapters is added to their share."""
+        merge, sources = self.recipe.merge, len(self.sources)
+        if self.recipe.target.on is None:
+            return merge
+        return replace(merge, weights=(*[source_weight / sources] * sources, 1.0))
 
     def merged_by(self, rule: str) -> Adapter:
         """The merge by another rule, with its own default weights."""
@@ -281,104 +304,6 @@ class Bench(Keyed):
             return merged, {"weights": list(weights), "measured_examples": lorahub.BUDGET * examples}
 
         return self._adapter("lorahub", settings, parents, work)
-
-    def losses(self, adapter: Adapter, split: str = "test", *, answered: bool = False) -> Record:
-        """The losses of the examples of a split: `dev`, `micro_dev` or `test`.
-
-        Where the test prompts are to be `answered`, too, that is done in the same go, for `scores`.
-        """
-
-        def work(key: str, folder: Path) -> dict[str, Any]:
-            if answered and not on_first_process(self._answers_file(adapter).is_file):
-                return {"losses": self._examine(adapter)}
-            return {"losses": self.session.losses(adapter.load(), split)[split]}
-
-        settings = self._measured(adapter, data=self._data(split), revision=REVISIONS["losses"], split=split)
-        return self.store.get(f"{split} losses", settings, work)
-
-    def scores(self, adapter: Adapter) -> Record:
-        """The scores of the answers to the test prompts; the answers themselves are written beside the records."""
-        return self._scored(adapter)[0]
-
-    def measured(self, adapter: Adapter) -> Measured:
-        """All that one system is worth: losses on dev and test, answers and their scores."""
-        splits = self.session.splits
-        dev = self.losses(adapter, "dev") if splits.dev else None
-        if not splits.test:
-            return Measured(dev, None, None, ())
-        losses = self.losses(adapter, answered=True)
-        scores, answers = self._scored(adapter)
-        return Measured(dev, losses, scores, answers())
-
-    def _asked(self, adapter: Adapter) -> dict[str, Any]:
-        """What decides the answers to the test prompts."""
-        answers_by = self.recipe.generation
-        generation = {"max_new_tokens": answers_by.max_new_tokens, "stop": answers_by.stop}
-        if not answers_by.allow_empty:  # as the records say that were made when every answer could be empty
-            generation["allow_empty"] = False
-        asked = self._measured(adapter, data=self._data("test"), revision=REVISIONS["scores"], generation=generation)
-        if self.session.splits.labels:
-            del asked["generation"]  # nothing is written
-            asked |= plain({"labels": self.session.splits.labels})
-        return asked
-
-    def _answers_file(self, adapter: Adapter) -> Path:
-        """Where the answers are: under a key of their own, so that another metric does not need new ones."""
-        return self.store.answers_file(key_of("answers", self._asked(adapter)))
-
-    def _examine(self, adapter: Adapter) -> list[float]:
-        """Measure the losses of the test examples and write the answers to their prompts."""
-        losses, answers = self.session.examine(adapter.load())
-        test = self.session.splits.test
-        rows = [{"id": one.public_id, "prediction": text} for one, text in zip(test, answers, strict=True)]
-        on_first_process(lambda: write_jsonl(self._answers_file(adapter), rows))
-        return losses
-
-    def _scored(self, adapter: Adapter) -> tuple[Record, Callable[[], tuple[str, ...]]]:
-        recipe, session = self.recipe, self.session
-        references = [example.references for example in session.splits.test]
-        settings = self._asked(adapter) | {
-            "metrics": list(session.metrics),
-            "bertscore": public_bertscore(recipe.bertscore) if "bertscore" in session.metrics else None,
-            "language": session.language,
-            "references": hashlib.sha256(repr(references).encode()).hexdigest(),
-        }
-        if session.splits.labels.keys() - {one for texts in references for one in texts}:
-            settings["statistics"] = "of all labels"  # once they were of those in the references alone
-        file = self._answers_file(adapter)
-
-        def answers() -> tuple[str, ...]:
-            if not on_first_process(file.is_file):
-                self._examine(adapter)
-            lines = on_first_process(lambda: file.read_text(encoding="utf-8")).split("\n")
-            return tuple(json.loads(line)["prediction"] for line in lines if line)
-
-        def work(key: str, folder: Path) -> dict[str, Any]:
-            return {name: asdict(entry) for name, entry in session.score(answers()).items()}
-
-        return self.store.get("scores", plain(settings), work), answers
-
-    def outcome(
-        self,
-        adapter: Adapter,
-        prune_ratio: float | None = None,
-        chosen_on: str | None = None,
-        curve: Mapping[float, Mapping[str, float]] | None = None,
-        chosen_among: Iterable[Adapter] = (),
-        chosen_by: Iterable[Record] = (),
-        left_out: Sequence[str] = (),
-        taken: str | None = None,
-    ) -> Outcome:
-        """Measure what a method came to.
-
-        Args:
-            adapter: the result; what is not named here is as in `Outcome`.
-            chosen_among: the adapters that a choice was made among, the result included: all of them were needed.
-            chosen_by: measurements that the choice took beyond those of the trainings.
-        """
-        needed = unique([*(record for one in (*chosen_among, adapter) for record in one.records), *chosen_by])
-        losses, scores = self.losses(adapter, answered=True), self.scores(adapter)
-        return Outcome(losses, scores, needed, prune_ratio, chosen_on, curve, tuple(left_out), taken)
 
     @cached_property
     def sources(self) -> list[Adapter]:

@@ -1,0 +1,117 @@
+"""How a bench measures a system: losses of a split, answers to the test prompts and their scores, the outcome of a method."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from grasp_lora.bench.keyed import REVISIONS, Keyed
+from grasp_lora.bench.keys import plain, public_bertscore
+from grasp_lora.bench.outcomes import Adapter, Measured, Outcome, unique
+from grasp_lora.bench.store import Record, key_of
+from grasp_lora.storage.files import write_jsonl
+from grasp_lora.storage.processes import on_first_process
+
+
+class Measuring(Keyed):
+    """The steps that measure an adapter; no seed has a part in them."""
+
+    def losses(self, adapter: Adapter, split: str = "test", *, answered: bool = False) -> Record:
+        """The losses of the examples of a split: `dev`, `micro_dev` or `test`.
+
+        Where the test prompts are to be `answered`, too, that is done in the same go, for `scores`.
+        """
+
+        def work(key: str, folder: Path) -> dict[str, Any]:
+            if answered and not on_first_process(self._answers_file(adapter).is_file):
+                return {"losses": self._examine(adapter)}
+            return {"losses": self.session.losses(adapter.load(), split)[split]}
+
+        settings = self._measured(adapter, data=self._data(split), revision=REVISIONS["losses"], split=split)
+        return self.store.get(f"{split} losses", settings, work)
+
+    def scores(self, adapter: Adapter) -> Record:
+        """The scores of the answers to the test prompts; the answers themselves are written beside the records."""
+        return self._scored(adapter)[0]
+
+    def measured(self, adapter: Adapter) -> Measured:
+        """All that one system is worth: losses on dev and test, answers and their scores."""
+        splits = self.session.splits
+        dev = self.losses(adapter, "dev") if splits.dev else None
+        if not splits.test:
+            return Measured(dev, None, None, ())
+        losses = self.losses(adapter, answered=True)
+        scores, answers = self._scored(adapter)
+        return Measured(dev, losses, scores, answers())
+
+    def _asked(self, adapter: Adapter) -> dict[str, Any]:
+        """What decides the answers to the test prompts."""
+        answers_by = self.recipe.generation
+        generation = {"max_new_tokens": answers_by.max_new_tokens, "stop": answers_by.stop}
+        if not answers_by.allow_empty:  # as the records say that were made when every answer could be empty
+            generation["allow_empty"] = False
+        asked = self._measured(adapter, data=self._data("test"), revision=REVISIONS["scores"], generation=generation)
+        if self.session.splits.labels:
+            del asked["generation"]  # nothing is written
+            asked |= plain({"labels": self.session.splits.labels})
+        return asked
+
+    def _answers_file(self, adapter: Adapter) -> Path:
+        """Where the answers are: under a key of their own, so that another metric does not need new ones."""
+        return self.store.answers_file(key_of("answers", self._asked(adapter)))
+
+    def _examine(self, adapter: Adapter) -> list[float]:
+        """Measure the losses of the test examples and write the answers to their prompts."""
+        losses, answers = self.session.examine(adapter.load())
+        test = self.session.splits.test
+        rows = [{"id": one.public_id, "prediction": text} for one, text in zip(test, answers, strict=True)]
+        on_first_process(lambda: write_jsonl(self._answers_file(adapter), rows))
+        return losses
+
+    def _scored(self, adapter: Adapter) -> tuple[Record, Callable[[], tuple[str, ...]]]:
+        recipe, session = self.recipe, self.session
+        references = [example.references for example in session.splits.test]
+        settings = self._asked(adapter) | {
+            "metrics": list(session.metrics),
+            "bertscore": public_bertscore(recipe.bertscore) if "bertscore" in session.metrics else None,
+            "language": session.language,
+            "references": hashlib.sha256(repr(references).encode()).hexdigest(),
+        }
+        if session.splits.labels.keys() - {one for texts in references for one in texts}:
+            settings["statistics"] = "of all labels"  # once they were of those in the references alone
+        file = self._answers_file(adapter)
+
+        def answers() -> tuple[str, ...]:
+            if not on_first_process(file.is_file):
+                self._examine(adapter)
+            lines = on_first_process(lambda: file.read_text(encoding="utf-8")).split("\n")
+            return tuple(json.loads(line)["prediction"] for line in lines if line)
+
+        def work(key: str, folder: Path) -> dict[str, Any]:
+            return {name: asdict(entry) for name, entry in session.score(answers()).items()}
+
+        return self.store.get("scores", plain(settings), work), answers
+
+    def outcome(
+        self,
+        adapter: Adapter,
+        prune_ratio: float | None = None,
+        chosen_on: str | None = None,
+        curve: Mapping[float, Mapping[str, float]] | None = None,
+        chosen_among: Iterable[Adapter] = (),
+        chosen_by: Iterable[Record] = (),
+        left_out: Sequence[str] = (),
+        taken: str | None = None,
+    ) -> Outcome:
+        """Measure what a method came to.
+
+        Args:
+            adapter: the result; what is not named here is as in `Outcome`.
+            chosen_among: the adapters that a choice was made among, the result included: all of them were needed.
+            chosen_by: measurements that the choice took beyond those of the trainings.
+        """
+        needed = unique([*(record for one in (*chosen_among, adapter) for record in one.records), *chosen_by])
+        losses, scores = self.losses(adapter, answered=True), self.scores(adapter)
+        return Outcome(losses, scores, needed, prune_ratio, chosen_on, curve, tuple(left_out), taken)
