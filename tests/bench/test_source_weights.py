@@ -1,6 +1,7 @@
 """`target.source_weights`: the rows that choose give the source adapter its weight in the sum."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +13,9 @@ from recorder import Recorder
 
 from grasp_lora import api
 from grasp_lora.bench.checks import check
+from grasp_lora.bench.outcomes import mean_loss
 from grasp_lora.bench.session import Session
+from grasp_lora.bench.source_weight import nearest_to_whole
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Store
 from grasp_lora.models.reading import read_adapter
@@ -35,13 +38,32 @@ def losses(bench: Bench, weight: float) -> list[float]:
     return [loss for split in ("dev", "micro_dev") for loss in bench.losses(merged, split).result["losses"]]
 
 
-def test_the_lowest_loss_on_dev_and_micro_dev_chooses_the_weight(tiny_workspace: Path) -> None:
+def test_the_losses_on_dev_and_micro_dev_choose_the_weight(tiny_workspace: Path) -> None:
     bench = bench_of(ON, TRIED)
     splits = bench.session.splits
     means = {weight: fmean(losses(bench, weight)) for weight in WEIGHTS}
     assert len(losses(bench, 1.0)) == len(splits.dev) + len(splits.micro_dev)
     assert len(set(means.values())) == len(WEIGHTS)
-    assert bench.source_weight == min(means, key=means.__getitem__)
+    assert {weight: mean_loss(tried) for weight, tried in bench.source_weights.items()} == means
+    assert bench.source_weight == nearest_to_whole({weight: losses(bench, weight) for weight in WEIGHTS})
+
+
+def test_the_weight_nearest_to_1_is_taken_unless_the_rows_clearly_say_less() -> None:
+    base = [1.0, 2.0, 3.0, 4.0]
+
+    def with_mean(shift: float, spread: float) -> list[float]:
+        """Losses whose paired difference to the base has this mean and twice this spread as its standard error."""
+        return [own + shift + spread * sign for own, sign in zip(base, (1, -1, 1, -1), strict=True)]
+
+    error = 0.1 * (4 / 3) ** 0.5 / 2  # of four differences of 0.1 to both sides of their mean
+    assert nearest_to_whole({0.6: base, 1.0: with_mean(1.01 * error, 0.1)}) == 0.6
+    assert nearest_to_whole({0.6: base, 1.0: with_mean(0.99 * error, 0.1)}) == 1.0
+    assert nearest_to_whole({0.4: base, 0.8: with_mean(0.99 * error, 0.1), 1.0: with_mean(1.01 * error, 0.1)}) == 0.8
+    assert nearest_to_whole({0.6: with_mean(0.2, 0.0), 1.0: base}) == 1.0
+    assert nearest_to_whole({0.8: base, 1.2: base}) == 1.2
+    assert nearest_to_whole({0.8: base, 1.0: [math.nan] * 4}) == 0.8
+    assert nearest_to_whole({0.6: [1.0], 1.0: [2.0]}) == 0.6  # one row has no error
+    assert nearest_to_whole({}) == nearest_to_whole({0.5: [math.inf]}) == 1.0
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0])
@@ -62,11 +84,6 @@ def test_several_source_adapters_share_the_weight(tiny_workspace: Path, finished
         torch.testing.assert_close(pair.delta(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_of_equal_losses_the_largest_weight_is_taken(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Session, "losses", lambda self, weights, split: {split: [1.0] * len(self.splits.dev)})
-    assert bench_of(ON, TRIED).source_weight == 1.0
-
-
 def test_weight_1_alone_is_the_sum_as_it_was(tiny_workspace: Path) -> None:
     assert bench_of(ON, "target.source_weights=[1.0]").merged().key == bench_of(ON).merged().key
     assert bench_of(ON, "target.source_weights=[0.5]").merged().key != bench_of(ON).merged().key
@@ -77,7 +94,7 @@ def test_a_run_says_which_weight_it_took_and_at_what_losses(tiny_workspace: Path
     assert result.status == 0, result.err
     rows = [json.loads(line) for line in Path("on/merged/source_weights.jsonl").read_text("utf-8").splitlines()]
     assert [row["weight"] for row in rows] == list(WEIGHTS)
-    best = min(rows, key=lambda row: row["loss"])
+    [best] = [row for row in rows if row["taken"]]
     tried = ", ".join(f"{row['loss']:.3f} at {row['weight']:g}" for row in rows)
     said = f"{best['weight']:g}, chosen by the loss of the sum on the dev and micro-dev rows: {tried}"
     assert f"Weight of the source adapter: {said}" in Path("on/report.md").read_text(encoding="utf-8")
@@ -142,7 +159,10 @@ def test_a_dry_run_counts_the_measurements_and_knows_no_weight(tiny_workspace: P
         ((ON, "target.source_weights=[]"), "source_weights is []; give weights between 0 and 2, or null"),
         ((ON, "target.source_weights=[0.5, 2.5]"), "source_weights is [0.5, 2.5]; give weights between 0 and 2"),
         ((ON, "target.source_weights=[.nan]"), "source_weights"),
-        ((ON, TRIED, "data.target.dev=0"), "target.source_weights takes the weight with the lowest dev loss"),
+        (
+            (ON, TRIED, "data.target.dev=0"),
+            "target.source_weights chooses by the dev loss, but there are no dev examples",
+        ),
     ],
 )
 def test_what_contradicts_it_is_refused(changes: tuple[str, ...], message: str, refused: Callable[..., None]) -> None:

@@ -94,13 +94,20 @@ def test_the_table_has_a_row_for_each_candidate(tiny_workspace: Path, capsys: py
     assert "error: " in capsys.readouterr().err
 
 
-def test_the_weight_of_the_source_part_is_the_one_with_the_lowest_dev_loss(bench: candidates.Candidates) -> None:
+def test_the_weight_of_the_source_part_is_chosen_and_the_adapters_stay_the_same(bench: candidates.Candidates) -> None:
     stacked = bench.stacked_bench()
-    chosen = stacked.weighted()
-    assert chosen.recipe.merge.weights is not None
-    assert chosen.recipe.merge.weights[0] in candidates.WEIGHTS
-    of_all = [bench.dev_loss(stacked.at_weight(weight).merged()) for weight in candidates.WEIGHTS]
-    assert bench.dev_loss(chosen.merged()) == min(of_all) < max(of_all)
-    assert of_all[candidates.WEIGHTS.index(1.0)] == bench.dev_loss(stacked.merged())
-    assert chosen.target.key == stacked.target.key
-    assert bench.dev_loss(bench.less_source()) <= bench.dev_loss(bench.continued()) + 1e-6
+    weighted = stacked.weighted()
+    assert set(weighted.source_weights) == set(candidates.WEIGHTS)
+    assert weighted.source_weight in candidates.WEIGHTS
+    assert weighted.target.key == stacked.target.key
+    assert (weighted.merged().key == stacked.merged().key) is (weighted.source_weight == 1.0)
+
+
+def test_a_continued_adapter_less_no_share_of_its_source_is_itself(
+    bench: candidates.Candidates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = bench.dev_loss(bench.continued())
+    monkeypatch.setattr(candidates, "WEIGHTS", (1.0,))
+    assert bench.dev_loss(bench.less_source()) == pytest.approx(whole, rel=1e-5)
+    monkeypatch.setattr(candidates, "WEIGHTS", (0.0,))
+    assert bench.dev_loss(bench.less_source()) > whole

@@ -50,7 +50,7 @@ def check(session: Session, *, parents: bool = True) -> None:
     check_splits(session, rounds=parents and recipe.final.prune_ratio is None)
     if parents and recipe.target.source_weights and not session.splits.dev:
         raise RecipeError(
-            "target.source_weights takes the weight with the lowest dev loss, but there are no dev examples; "
+            "target.source_weights chooses by the dev loss, but there are no dev examples; "
             "give data.target.dev at least 1, or set target.source_weights to null"
         )
 

@@ -237,7 +237,10 @@ class _Run:
         """Write the loss at each weight of the source adapter that was tried, if any was."""
         if not bench.source_weights:
             return {}
-        rows = [{"weight": weight, "loss": mean_loss(tried)} for weight, tried in bench.source_weights.items()]
+        rows = [
+            {"weight": weight, "loss": mean_loss(tried), "taken": weight == bench.source_weight}
+            for weight, tried in bench.source_weights.items()
+        ]
         file = self.folder / files.MERGED_FOLDER / files.SOURCE_WEIGHTS_FILE
         on_first_process(partial(write_jsonl, file, rows))
         return {"source_weight": bench.source_weight}

@@ -121,6 +121,7 @@ class SourceWeight(Shape):
 
     weight: float
     loss: Loss
+    taken: bool
 
 
 class RoundRow(Shape):

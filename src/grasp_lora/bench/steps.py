@@ -20,13 +20,13 @@ from grasp_lora.bench.outcomes import (
     Learned,
     facts_of,
     given,
-    mean_loss,
     measured_examples,
     names_of,
     rounds_of,
     trained_examples,
     unique,
 )
+from grasp_lora.bench.source_weight import nearest_to_whole
 from grasp_lora.bench.stacked import learn_stacked, train_grid
 from grasp_lora.bench.store import Record
 from grasp_lora.method.lora import AdapterWeights
@@ -93,9 +93,13 @@ class Bench(Measuring):
 
     @cached_property
     def source_weight(self) -> float:
-        """The weight of the source adapter in the sum: of those that the recipe tries the one with the lowest loss."""
-        losses = {weight: mean_loss(records) for weight, records in self.source_weights.items()}
-        return max(losses, key=lambda weight: (-losses[weight], weight), default=1.0)
+        """The weight of the source adapter in the sum, chosen from those that the recipe tries (`nearest_to_whole`)."""
+        return nearest_to_whole(
+            {
+                weight: [loss for one in records for loss in one.result["losses"]]
+                for weight, records in self.source_weights.items()
+            }
+        )
 
     @cached_property
     def source_weights(self) -> dict[float, list[Record]]:

@@ -119,9 +119,9 @@ class TargetStage:
         adapter: PEFT folder or hub id; None trains one.
         on: `source` trains it on top of the source adapter, which stays frozen beneath it; their merge is then the sum of both.
             None trains it on the backbone alone, as the paper does.
-        source_weights: with `on`, weights that the source adapter is tried with in that sum, each in [0, 2]; the one with the
-            lowest loss on the dev and micro-dev rows is taken, before anything else is trained. None takes the source adapter
-            whole.
+        source_weights: with `on`, weights that the source adapter is tried with in that sum, each in [0, 2]. Taken is the one
+            nearest to 1 whose loss on the dev and micro-dev rows is at most one standard error above the lowest. None takes the
+            source adapter whole.
         training: how it is trained.
     """
 

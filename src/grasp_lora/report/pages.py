@@ -216,11 +216,11 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 def _source_weight(record: RunRecord) -> str:
     """The weight of the source adapter in the sum, and the loss at each that was tried; empty where none was."""
     tried = record.source_weights
-    if not tried:
+    taken = next((row for row in tried if row.taken), None)
+    if taken is None:
         return ""
-    best = max(tried, key=lambda row: (-row.loss, row.weight))
     losses = ", ".join(f"{row.loss:.3f} at {row.weight:g}" for row in tried)
-    return f"{best.weight:g}, chosen by the loss of the sum on the dev and micro-dev rows: {losses}"
+    return f"{taken.weight:g}, chosen by the loss of the sum on the dev and micro-dev rows: {losses}"
 
 
 def _start(record: RunRecord) -> str:
