@@ -17,10 +17,7 @@ interval at 95 %, each by itself. Candidates that use the test rows for a choice
 | stacked, 0.6 of both parts | that sum pruned at a given ratio and fine-tuned |
 | stacked, 0.6 of the source part; of the target part | the same, with one part pruned alone |
 | stacked, source part times 0.6 | that sum with the source adapter shrunk in place of pruned, and fine-tuned |
-| stacked, source part as dev chooses | that sum with `target.source_weights`, not trained |
-| stacked, source part as dev chooses, tuned; GRASP | the same, then fine-tuned; then pruned at a learned ratio and fine-tuned |
 | replay | `continued` with half as many source rows among the target rows |
-| continued, source part as dev chooses | `continued` less a share of the source adapter that it began as, not trained |
 | joint, then target | the joint adapter, continued on the target rows |
 """
 
@@ -39,7 +36,6 @@ from grasp_lora.bench.outcomes import Adapter, names_of, once
 from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import STORE_FOLDER
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.source_weight import nearest_to_whole
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Store, key_of
 from grasp_lora.cli.terminal import log_to_terminal
@@ -54,7 +50,6 @@ from grasp_lora.storage.folder import working_in
 
 BASELINE = "continued"
 REPLAYED = 0.5  # source rows for each target row
-WEIGHTS = (0.4, 0.6, 0.8, 1.0)  # of the source part
 PRUNED = 0.6  # what GRASP learned of the sum in Swahili with seeds 42 and 1337
 
 
@@ -80,10 +75,6 @@ class Candidates(Bench):
             f"stacked, {PRUNED} of the source part": lambda: self.stacked_bench().pruned_by_part(PRUNED, 0.0),
             f"stacked, {PRUNED} of the target part": lambda: self.stacked_bench().pruned_by_part(0.0, PRUNED),
             f"stacked, source part times {PRUNED}": lambda: self.stacked_bench().shrunk(PRUNED),
-            "continued, source part as dev chooses": lambda: self.less_source(),
-            "stacked, source part as dev chooses": lambda: self.stacked_bench().weighted().merged(),
-            "stacked, source part as dev chooses, tuned": lambda: self.stacked_bench().tuned(),
-            "stacked, source part as dev chooses, GRASP": lambda: self.stacked_bench().weighted().grasp(),
         }
 
         def soup(*names: str) -> Callable[[], Adapter]:
@@ -144,34 +135,6 @@ class Candidates(Bench):
         """The sum of one source adapter times a factor and of the target adapter, fine-tuned: a rival of pruning."""
         merge = MergeSettings("exact", (source, 1.0))
         return self.finetuned(self._merged("shrunk", merge, self.parents, names_of(self.parents)), 0.0)
-
-    def weighted(self) -> "Candidates":
-        """A bench whose merge has the weight of the source part that its dev rows choose, nothing trained."""
-        target = replace(self.recipe.target, source_weights=WEIGHTS)
-        other = Candidates(
-            self.session.variant(self.recipe.model_copy(update={"target": target})), self._shared, self.store, self.grid
-        )
-        other.__dict__.update(sources=self.sources, target=self.target)
-        return other
-
-    def less_source(self) -> Adapter:
-        """The continued adapter with the weight of the source adapter in it that dev chooses."""
-        parts = [self.continued(), self.source]
-        less = {
-            weight: self._merged(
-                "less source", MergeSettings("exact", (1.0, weight - 1.0)), parts, ["continued", "source"]
-            )
-            for weight in WEIGHTS
-        }
-        return less[nearest_to_whole({weight: self.choosing_losses(one) for weight, one in less.items()})]
-
-    def choosing_losses(self, adapter: Adapter) -> list[float]:
-        """The losses of the rows that choose."""
-        return [loss for split in ("dev", "micro_dev") for loss in self.losses(adapter, split).result["losses"]]
-
-    def tuned(self) -> Adapter:
-        """The sum with the weight that dev chooses, fine-tuned."""
-        return self.finetuned(self.weighted().merged(), 0.0)
 
     def with_replay(self) -> "Candidates":
         """A bench whose target rows have source rows among them."""

@@ -92,22 +92,3 @@ def test_the_table_has_a_row_for_each_candidate(tiny_workspace: Path, capsys: py
     assert {line.split(" | ")[0].strip("| ") for line in lines[2:]} == {"continued", "source", "replay"}
     assert candidates.main([*asked, "--set", "nosuch=1"]) == 2
     assert "error: " in capsys.readouterr().err
-
-
-def test_the_weight_of_the_source_part_is_chosen_and_the_adapters_stay_the_same(bench: candidates.Candidates) -> None:
-    stacked = bench.stacked_bench()
-    weighted = stacked.weighted()
-    assert set(weighted.source_weights) == set(candidates.WEIGHTS)
-    assert weighted.source_weight in candidates.WEIGHTS
-    assert weighted.target.key == stacked.target.key
-    assert (weighted.merged().key == stacked.merged().key) is (weighted.source_weight == 1.0)
-
-
-def test_a_continued_adapter_less_no_share_of_its_source_is_itself(
-    bench: candidates.Candidates, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = bench.dev_loss(bench.continued())
-    monkeypatch.setattr(candidates, "WEIGHTS", (1.0,))
-    assert bench.dev_loss(bench.less_source()) == pytest.approx(whole, rel=1e-5)
-    monkeypatch.setattr(candidates, "WEIGHTS", (0.0,))
-    assert bench.dev_loss(bench.less_source()) > whole

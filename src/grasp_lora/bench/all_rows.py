@@ -94,18 +94,12 @@ class _AllRowsBench(Bench):
         session = bench.session.variant(recipe.model_copy(update=changes))
         session.splits = replace(session.splits, train=rows, dev=(), micro_dev=())
         super().__init__(session, bench.session, bench.store)
-        self.source_weights = {}
         self.sources = bench.sources
 
     @cached_property
     def target(self) -> Adapter:
         """The target adapter, trained on all rows; or that of the run."""
         return self._target(dev_free=True) if self._epochs.get("target") else self._first.target
-
-    @cached_property
-    def source_weight(self) -> float:
-        """The one that the run chose, since no dev rows are left."""
-        return self._first.source_weight
 
     def made(self, kind: str, prune_ratio: float) -> Adapter:
         """What was chosen, made once more."""

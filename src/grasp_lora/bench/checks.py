@@ -48,11 +48,6 @@ def check(session: Session, *, parents: bool = True) -> None:
     if parents:
         _check_adapters(session)
     check_splits(session, rounds=parents and recipe.final.prune_ratio is None)
-    if parents and recipe.target.source_weights and not session.splits.dev:
-        raise RecipeError(
-            "target.source_weights chooses by the dev loss, but there are no dev examples; "
-            "give data.target.dev at least 1, or set target.source_weights to null"
-        )
 
 
 def check_splits(session: Session, *, rounds: bool = True) -> None:

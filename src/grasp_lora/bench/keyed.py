@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,11 @@ class Keyed:
             return weights, facts_of(result, training, len(train_set), len(dev_set))
 
         return self._adapter(name, settings, [] if on is None else [on], work)
+
+    def _merge_settings(self, sources: int) -> MergeSettings:
+        """The recipe's merge; a target adapter that was trained on the mean of the source adapters is added to that."""
+        merge = self.recipe.merge
+        return merge if self.recipe.target.on is None else replace(merge, weights=(*[1 / sources] * sources, 1.0))
 
     def _merged(self, name: str, merge: MergeSettings, parents: Sequence[Adapter], names: Sequence[str]) -> Adapter:
         decided = asdict(merge)

@@ -187,11 +187,6 @@ def trained_examples(steps: int, training: TrainingSettings, examples: int) -> i
     return round(steps / training.steps_per_epoch(examples) * examples)
 
 
-def mean_loss(records: Sequence[Record]) -> float:
-    """The mean over all examples whose losses are on record."""
-    return fmean(loss for record in records for loss in record.result["losses"])
-
-
 def unique(records: Sequence[Record]) -> tuple[Record, ...]:
     """Return each record once, in the order of first use."""
     return tuple({record.key: record for record in records}.values())

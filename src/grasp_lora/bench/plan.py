@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,7 @@ class _PlannedStore(Store):
         if step == "scores":
             return {ANSWERED: self.sizes["test"]}
         if "split" in settings:
-            return {"losses": [0.0] * self.sizes[settings["split"]], PLANNED: True}
+            return {"losses": [0.0] * self.sizes[settings["split"]]}
         if "budget" in settings:
             return {"measured_examples": settings["budget"] * self.sizes["micro_dev"]}
         if "controller" in settings and self.stage is not None:
@@ -179,16 +179,6 @@ class _PlannedBench(Bench):
             splits, store = session.splits, copy(store)  # what is used is noted in one list, but splits differ in size
             store.sizes = {name: len(getattr(splits, name)) for name in SPLITS}
         super().__init__(session, shared, store, grid)
-
-    def merged(self, dev_free: bool = False) -> Adapter:
-        merged = super().merged(dev_free)
-        if dev_free or not any(
-            record.result.get(PLANNED) for tried in self.source_weights.values() for record in tried
-        ):
-            return merged
-        return replace(
-            merged, key=f"{PLANNED} {merged.key}"
-        )  # no weight is known, so what rests on it is no other's step
 
     def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
         if isinstance(self.store, _PlannedStore):

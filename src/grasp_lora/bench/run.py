@@ -27,7 +27,7 @@ from grasp_lora.bench.all_rows import TrainedAgain, train_again
 from grasp_lora.bench.checks import check, check_folder
 from grasp_lora.bench.deliver import ALONE, candidates, choose, continue_source
 from grasp_lora.bench.finished import inputs_of, is_finished
-from grasp_lora.bench.outcomes import Adapter, Learned, Measured, mean_loss, names_of
+from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.records import read_needed
 from grasp_lora.bench.session import Session, hash_of
@@ -126,7 +126,7 @@ class _Run:
         with self._stage("merge") as facts:
             merged = bench.merged()
             self._show_adapter(files.MERGED_FOLDER, merged)
-            facts |= {"rule": recipe.merge.rule, "modules": len(merged.weights)} | self._show_weights(bench)
+            facts |= {"rule": recipe.merge.rule, "modules": len(merged.weights)}
         learned, ratio, start = None, recipe.final.prune_ratio, merged
         if ratio is None:
             with self._stage("controller") as facts:
@@ -232,18 +232,6 @@ class _Run:
                 "measured_sparsity": 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)
             } | facts
         return facts
-
-    def _show_weights(self, bench: Bench) -> dict[str, Any]:
-        """Write the loss at each weight of the source adapter that was tried, if any was."""
-        if not bench.source_weights:
-            return {}
-        rows = [
-            {"weight": weight, "loss": mean_loss(tried), "taken": weight == bench.source_weight}
-            for weight, tried in bench.source_weights.items()
-        ]
-        file = self.folder / files.MERGED_FOLDER / files.SOURCE_WEIGHTS_FILE
-        on_first_process(partial(write_jsonl, file, rows))
-        return {"source_weight": bench.source_weight}
 
     def _show_learned(self, learned: Learned) -> dict[str, Any]:
         folder, result, estimate = self.folder / files.CONTROLLER_FOLDER, learned.record.result, learned.estimate

@@ -43,7 +43,6 @@ ROUNDS_FILE = "rounds.jsonl"
 TIMINGS_FILE = "timings.jsonl"
 RATIO_FILE = "ratio.json"
 SPARSITY_FILE = "sparsity.json"
-SOURCE_WEIGHTS_FILE = "source_weights.jsonl"  # in that of the merge
 CARD_FILE = "README.md"  # beside the adapter
 
 # Where `best_step` is 0.
@@ -114,14 +113,6 @@ class DataFacts(Shape):
     ids: dict[str, list[str]] = {}
     sha256: str | None = None
     test_groups: list[int] = []
-
-
-class SourceWeight(Shape):
-    """One line of merged/source_weights.jsonl: the dev and micro-dev loss of the sum with a weight of the source adapter."""
-
-    weight: float
-    loss: Loss
-    taken: bool
 
 
 class RoundRow(Shape):

@@ -24,9 +24,7 @@ from grasp_lora.bench.outcomes import (
     names_of,
     rounds_of,
     trained_examples,
-    unique,
 )
-from grasp_lora.bench.source_weight import nearest_to_whole
 from grasp_lora.bench.stacked import learn_stacked, train_grid
 from grasp_lora.bench.store import Record
 from grasp_lora.method.lora import AdapterWeights
@@ -84,39 +82,8 @@ class Bench(Measuring):
 
     def merged(self, dev_free: bool = False) -> Adapter:
         """The merge of the recipe; with the target adapter of all epochs, without a look at the dev set, if `dev_free`."""
-        if dev_free:
-            parents = [*self.sources, self._target(dev_free=True)]
-            return self._merged("merged", self._merge_settings(1.0), parents, names_of(parents))
-        merged = self._summed(self.source_weight)
-        tried = [record for records in self.source_weights.values() for record in records]
-        return replace(merged, records=unique([*merged.records, *tried]))
-
-    @cached_property
-    def source_weight(self) -> float:
-        """The weight of the source adapter in the sum, chosen from those that the recipe tries (`nearest_to_whole`)."""
-        return nearest_to_whole(
-            {
-                weight: [loss for one in records for loss in one.result["losses"]]
-                for weight, records in self.source_weights.items()
-            }
-        )
-
-    @cached_property
-    def source_weights(self) -> dict[float, list[Record]]:
-        """The losses of the dev and micro-dev rows of the sum, not trained, at each weight in `target.source_weights`."""
-        splits = [name for name in ("dev", "micro_dev") if getattr(self.session.splits, name)]
-        weights = self.recipe.target.source_weights or ()
-        return {weight: [self.losses(self._summed(weight), name) for name in splits] for weight in weights}
-
-    def _summed(self, source_weight: float) -> Adapter:
-        return self._merged("merged", self._merge_settings(source_weight), self.parents, names_of(self.parents))
-
-    def _merge_settings(self, source_weight: float) -> MergeSettings:
-        """The recipe's merge; a target adapter that was trained on the mean of the source adapters is added to their share."""
-        merge, sources = self.recipe.merge, len(self.sources)
-        if self.recipe.target.on is None:
-            return merge
-        return replace(merge, weights=(*[source_weight / sources] * sources, 1.0))
+        parents = [*self.sources, self._target(dev_free=True)] if dev_free else self.parents
+        return self._merged("merged", self._merge_settings(len(self.sources)), parents, names_of(parents))
 
     def merged_by(self, rule: str) -> Adapter:
         """The merge by another rule, with its own default weights."""

@@ -37,7 +37,7 @@ LATER_OF_BACKBONE = {"quantise"}
 LATER_OF_DATA = {"labels", "skip_unanswered"}
 LATER_OF_CORPORA = {"sheet", "prompt", "completion"}
 LATER_OF_FINAL = {"all_rows"}
-LATER_OF_TARGET = {"on", "source_weights"}
+LATER_OF_TARGET = {"on"}
 
 
 class Recipe(BaseModel):

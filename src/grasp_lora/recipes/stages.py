@@ -119,9 +119,6 @@ class TargetStage:
         adapter: PEFT folder or hub id; None trains one.
         on: `source` trains it on top of the source adapter, which stays frozen beneath it; their merge is then the sum of both.
             None trains it on the backbone alone, as the paper does.
-        source_weights: with `on`, weights that the source adapter is tried with in that sum, each in [0, 2]. Taken is the one
-            nearest to 1 whose loss on the dev and micro-dev rows is at most one standard error above the lowest. None takes the
-            source adapter whole.
         training: how it is trained.
     """
 
@@ -129,7 +126,6 @@ class TargetStage:
 
     adapter: str | None = None
     on: str | None = None
-    source_weights: tuple[float, ...] | None = None
     training: TrainingSettings = field(default_factory=lambda: TrainingSettings(learning_rate=2e-4))
 
     def __post_init__(self) -> None:
@@ -139,13 +135,6 @@ class TargetStage:
             raise ValueError("on is 'source', but an adapter is given, which was trained already; remove one of them")
         if self.adapter is not None and not self.adapter.strip():
             raise ValueError("adapter is empty; give a folder or a hub id, or leave it out to train one")
-        weights = self.source_weights
-        if weights is not None and (not weights or not all(0.0 <= weight <= 2.0 for weight in weights)):
-            raise ValueError(
-                f"source_weights is {list(weights)}; give weights between 0 and 2, or null for the source adapter as it is"
-            )
-        if weights is not None and self.on is None:
-            raise ValueError("source_weights belongs to on: source, but on is null; remove source_weights, or set on")
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,6 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("Given adapters", ", ".join(f"{one.name} (sha256:{one.sha256[:12]})" for one in run.parents)),
         ("Languages", languages_of(record.recipe.data.corpora)),
         ("Examples", sizes_of(record)),
-        ("Weight of the source adapter", _source_weight(record)),
         ("Final run starts from", _start(record)),
         ("Seed", str(run.seed)),
         ("Date", run.created[:16].replace("T", " ")),
@@ -211,16 +210,6 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("Recipe", f"{run.name}, {run.recipe_hash[:19]}"),
     ]
     return [(label, text) for label, text in facts if text]
-
-
-def _source_weight(record: RunRecord) -> str:
-    """The weight of the source adapter in the sum, and the loss at each that was tried; empty where none was."""
-    tried = record.source_weights
-    taken = next((row for row in tried if row.taken), None)
-    if taken is None:
-        return ""
-    losses = ", ".join(f"{row.loss:.3f} at {row.weight:g}" for row in tried)
-    return f"{taken.weight:g}, chosen by the loss of the sum on the dev and micro-dev rows: {losses}"
 
 
 def _start(record: RunRecord) -> str:

@@ -143,7 +143,6 @@ class RunRecord:
     history: Mapping[str, list[files.HistoryRow]]
     sparsity: list[files.FactorSparsity]
     predictions: Mapping[str, list[files.Prediction]]
-    source_weights: list[files.SourceWeight]  # tried in the sum of both adapters, if any were
     prompts: list[files.Prompt]  # of the test examples; older versions wrote none
     metrics: files.Metrics | None
     cost: Mapping[str, float]  # seconds of each stage that is complete
@@ -242,7 +241,6 @@ def read_run(run_folder: Path) -> RunRecord:
             name: read_lines(files.predictions_file(run_folder, name), files.Prediction)
             for name in ("zero_shot", *_sources(recipe), "target", "merged", "continued", "grasp", "all_rows")
         },
-        source_weights=read_lines(run_folder / files.MERGED_FOLDER / files.SOURCE_WEIGHTS_FILE, files.SourceWeight),
         prompts=read_lines(files.prompts_file(run_folder), files.Prompt),
         metrics=read_record(run_folder / files.METRICS_FILE, files.Metrics),
         cost=read_record(run_folder / files.COST_FILE, dict[str, float]) or {},
