@@ -46,7 +46,8 @@ from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.ranking import prune_count
 from grasp_lora.recipes.load import load_recipe
-from grasp_lora.storage.folder import working_in
+from grasp_lora.storage.checkpoints import Checkpointing
+from grasp_lora.storage.folder import Workplace, working_in
 
 BASELINE = "continued"
 REPLAYED = 0.5  # source rows for each target row
@@ -166,6 +167,11 @@ def by_part(weights: AdapterWeights, ratios: Sequence[float]) -> AdapterWeights:
     return AdapterWeights({name: pair(whole) for name, whole in weights.items()})
 
 
+def save_checkpoints(session: Session, place: Workplace) -> None:
+    """Let every training save what it needs to go on after a kill."""
+    session.checkpoints = Checkpointing(session.recipe.save_every, lambda: place.interruption.asked_by)
+
+
 def benches(session: Session, store: Store, seeds: Sequence[int]) -> list[Candidates]:
     """One bench a seed, as `compare` has them: the same splits, and the source adapter of the recipe's own seed."""
     recipe = session.recipe
@@ -224,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check(session)
         with working_in(given.output) as place:
             place.begin(shared=True)
+            save_checkpoints(session, place)
             store = Store(given.output / STORE_FOLDER, session.progress, place.interruption)
             metric = main_metric(list(session.metrics)) if given.answers else None
             measured: dict[str, list[tuple[list[float], list[float]]]] = {}

@@ -29,7 +29,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from candidates import Candidates, benches, measure, shown
+from candidates import Candidates, benches, measure, save_checkpoints, shown
 
 from grasp_lora.bench.checks import check
 from grasp_lora.bench.methods import dev_free_stage
@@ -43,7 +43,7 @@ from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.recipes.load import load_recipe
-from grasp_lora.storage.folder import working_in
+from grasp_lora.storage.folder import Workplace, working_in
 
 RANKS: dict[str, tuple[str, ...]] = {
     "8": (),
@@ -115,16 +115,17 @@ def with_random_source(bench: Candidates) -> Candidates:
 
 
 def measure_cell(
-    sessions: dict[tuple[str, ...], Session], recipe: str, cell: Cell, given: argparse.Namespace, store: Store
+    sessions: dict[tuple[str, ...], Session], cell: Cell, given: argparse.Namespace, place: Workplace, store: Store
 ) -> dict[str, Any]:
     """Train and measure one cell; return its row."""
     changes = [*given.set, *cell.changes()]
     session = sessions.get(tuple(changes))
     if session is None:
-        session = Session(*load_recipe(recipe, changes))
+        session = Session(*load_recipe(given.recipe, changes))
         if sessions:  # the backbone is loaded once
             session.backbone = next(iter(sessions.values())).backbone
         check(session)
+        save_checkpoints(session, place)
         sessions[tuple(changes)] = session
     own = benches(session, store, [int(seed) for seed in given.seeds.split(",")])
     free = STOPPING[cell.stopping]
@@ -254,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sessions: dict[tuple[str, ...], Session] = {}
             store = Store(given.output / STORE_FOLDER, None, place.interruption)
             for cell in cells(given):
-                row = measure_cell(sessions, given.recipe, cell, given, store)
+                row = measure_cell(sessions, cell, given, place, store)
                 sys.stderr.write(table([row]).splitlines()[-1] + "\n")
                 if given.json and given.json.exists():  # read anew: another command may have added to it
                     rows = json.loads(given.json.read_text(encoding="utf-8"))

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from candidates import BASELINE, Candidates, benches, measure, table
+from candidates import BASELINE, Candidates, benches, measure, save_checkpoints, table
 
 from grasp_lora.bench.checks import check
 from grasp_lora.bench.outcomes import Adapter
@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metric = main_metric(list(session.metrics)) if given.answers else None
         with working_in(given.output) as place:
             place.begin(shared=True)
+            save_checkpoints(session, place)
             store = Store(given.output / STORE_FOLDER, session.progress, place.interruption)
             for bench in benches(session, store, [int(seed) for seed in given.seeds.split(",")]):
                 for name in names:

@@ -1,15 +1,22 @@
 """Candidates rest on steps of a comparison, and the stacked one is the sum that was trained."""
 
+import os
+import signal
 from pathlib import Path
 from statistics import fmean
+from types import ModuleType
+from typing import Any
 
 import candidates
+import pruning_map
 import pytest
+import rates
 import torch
 
 from grasp_lora.bench.checks import check
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import Store
+from grasp_lora.errors import Interrupted
 from grasp_lora.method.ranking import prune_count
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.beneath import beneath
@@ -92,3 +99,26 @@ def test_the_table_has_a_row_for_each_candidate(tiny_workspace: Path, capsys: py
     assert {line.split(" | ")[0].strip("| ") for line in lines[2:]} == {"continued", "source", "replay"}
     assert candidates.main([*asked, "--set", "nosuch=1"]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [
+        (candidates, ["--only", "source"]),
+        (rates, ["--rows", "continued"]),
+        (pruning_map, ["--rows", "8", "--ranks", "8", "--stops", "early", "--sources", "8"]),
+    ],
+)
+def test_a_training_that_is_stopped_leaves_a_checkpoint(
+    script: ModuleType, more: list[str], tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune = Session.finetune
+
+    def stopped(self: Session, *given: Any, **more: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finetune(self, *given, **more)
+
+    monkeypatch.setattr(Session, "finetune", stopped)
+    with pytest.raises(Interrupted):
+        script.main(["tiny.yaml", "--output", "f", "--seeds", "1", *more])
+    assert [*Path("f/store/work").rglob("checkpoint-*")]
