@@ -132,7 +132,7 @@ def trajectory(
 
     Args:
         bench: of the recipe.
-        train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step (`shared_ratio`).
+        train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step, as policy `spread` does.
         ratios: what is measured, fractions in [0, 1].
         every: optimizer steps between measurements, >= 1.
         split: `micro_dev` or `dev`; scores that need inputs or gradients are calibrated on it, too.

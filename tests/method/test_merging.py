@@ -14,7 +14,6 @@ from torch import Tensor
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.merging import (
-    DELTAS,
     MERGE_RULES,
     MergeRule,
     MergeSettings,
@@ -29,17 +28,14 @@ from grasp_lora.testing import check_merge_rule
 
 D_IN, D_OUT = 12, 10
 MODULES = ("layers.0.q_proj", "layers.1.v_proj")
-# Rows that one could have as well: they cost a line each, and show what sparsify, combine and space do.
+# A row that one could have as well: it costs a line, and shows what sparsify does.
 ROWS = {
     "dare": MergeRule("DARE on the factors, summed", sparsify=drop_and_rescale, draws=True),
-    "dare_svd": MergeRule("DARE on whole updates, summed", DELTAS, drop_and_rescale, draws=True),
-    "ties_svd": MergeRule("TIES on whole updates", DELTAS, keep_largest, elect_and_average, lambda adapters: 1.0),
 }
 RULES: dict[str, Any] = {name: name for name in MERGE_RULES} | ROWS
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 SIDE_BY_SIDE = ("exact", "paper_apart")
 EQUAL_RANK_RULES = [name for name, row in MERGE_RULES.items() if row.space.equal_ranks]
-RANK_RULES = [rule for rule in RULES.values() if merge_rule(rule).space.takes_rank]
 
 
 def adapter(seed: int, rank: int = 3, scaling: float = 2.0, modules: Sequence[str] = MODULES) -> AdapterWeights:
@@ -307,13 +303,11 @@ def test_svd_is_the_best_approximation_of_its_rank(rank: int | None, ranks: tupl
         assert_same(merged[module].delta(), best_of_rank(weighted_sum(adapters, weights, module), expected_rank), 1e-5)
 
 
-@pytest.mark.parametrize("rule", RANK_RULES, ids=["svd", "dare_svd", "ties_svd"])
-def test_a_rank_beyond_the_components_is_cut_and_logged(rule: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_rank_beyond_the_components_is_cut_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        merged = merge([adapter(0), adapter(1)], MergeSettings(rule, rank=40))
-    available = 6 if rule == "svd" else D_OUT
-    assert {pair.rank for pair in merged.values()} == {available}
-    assert f"rank 40 is more than the {available} components there are" in caplog.text
+        merged = merge([adapter(0), adapter(1)], MergeSettings("svd", rank=40))
+    assert {pair.rank for pair in merged.values()} == {6}
+    assert "rank 40 is more than the 6 components there are" in caplog.text
 
 
 @pytest.mark.parametrize("unscaled", [False, True])
@@ -376,14 +370,6 @@ def test_ties_by_hand() -> None:
     torch.testing.assert_close(pair.delta(), expected)
 
 
-def test_ties_svd_by_hand() -> None:
-    # The deltas (2 B A) are [[8, 2]] and [[-6, 1]]; density 0.5 keeps 8 and -6; + is elected, only 0.5 * 8 agrees.
-    first, second = pair_of([[4.0, 1.0]], [[1.0]], 2.0), pair_of([[-3.0, 0.5]], [[1.0]], 2.0)
-    pair = one_pair(merge([first, second], MergeSettings(ROWS["ties_svd"], weights=(0.5, 0.5))))
-    torch.testing.assert_close(pair.delta(), torch.tensor([[4.0, 0.0]]))
-    assert pair.rank == 1
-
-
 def test_trim_elect_and_average() -> None:
     assert keep_largest(torch.tensor([[1.0, -4.0], [3.0, 2.0]]), 0.5).tolist() == [[0.0, -4.0], [3.0, 0.0]]
     assert keep_largest(torch.tensor([1.0, 2.0, 3.0]), 0.5).tolist() == [0.0, 0.0, 3.0]  # floor(1.5) = 1
@@ -414,18 +400,6 @@ def test_dare_by_hand() -> None:
     A = (first.A * keeps[0] - math.sqrt(0.5) * second.A * keeps[1]) / 0.4
     B = (first.B * keeps[2] + math.sqrt(0.5) * second.B * keeps[3]) / 0.4
     assert_same(merged.delta(), B @ A, 1e-5)
-
-
-def test_dare_svd_by_hand() -> None:
-    draws = torch.Generator().manual_seed(42)
-    keeps = [torch.rand((D_OUT, D_IN), generator=draws) < 0.5 for _ in range(2)]
-    adapters = [adapter(0, modules=["m"]), adapter(1, modules=["m"])]
-    delta = sum(keep * one["m"].delta() for keep, one in zip(keeps, adapters, strict=True))  # 1/2 over density 1/2
-    full = one_pair(merge(adapters, MergeSettings(ROWS["dare_svd"], rank=D_OUT)))
-    assert_same(full.delta(), delta, 1e-5)
-    cut = one_pair(merge(adapters, MergeSettings(ROWS["dare_svd"])))
-    assert cut.rank == 3
-    assert_same(cut.delta(), best_of_rank(delta, 3), 1e-5)
 
 
 @every_rule

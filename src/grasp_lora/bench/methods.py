@@ -323,7 +323,7 @@ REMOVED = {  # rows that equalled another one in every table, and the changes of
     "target_long": "--set target.training.epochs=... and the method target_only",
     "grid_16": "--set data.target.dev=... and the method grid",
     "grasp_50": "--set controller.rounds.pool=dev --set controller.rounds.in_turn=null and the method grasp",
-    "grasp_default": "grasp_paper",
+    "grasp_default": "--set controller.preset=paper --set controller.rule=smooth_fit and the method grasp",
     "grasp_random": "--set controller.preset=paper --set controller.policy.kind=uniform and the method grasp",
     "one_shot": "grasp",
 }

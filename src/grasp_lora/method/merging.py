@@ -116,13 +116,6 @@ def _apart(parts: list[Part], rule: "MergeRule", settings: "MergeSettings", draw
     )
 
 
-def _deltas(parts: list[Part], rule: "MergeRule", settings: "MergeSettings", draws: torch.Generator) -> LoraPair:
-    sparse = [rule.sparsify(part.pair.delta(), settings.density, draws) for part in parts]
-    delta = rule.combine(sparse, [part.weight for part in parts])
-    left, sizes, right = torch.linalg.svd(delta.double(), full_matrices=False)
-    return _from_svd(left, sizes, right, _result_rank(parts, settings), delta.dtype)
-
-
 def factors(shares: Callable[[Part], tuple[float, float]]) -> Space:
     """The space of A's and B's apart.
 
@@ -159,7 +152,6 @@ def _lorahub(part: Part) -> tuple[float, float]:
 COMPONENTS = Space(_components)
 COMPONENTS_SVD = Space(_components_svd, takes_rank=True)
 FACTORS = factors(_roots)
-DELTAS = Space(_deltas, takes_rank=True)
 APART = Space(_apart, equal_ranks=True, apart=True)
 
 
