@@ -1,4 +1,4 @@
-"""The advice follows from two of a recipe's numbers, and `check` prints it."""
+"""The advice follows from what a recipe says, and `check` and `init` print it."""
 
 from pathlib import Path
 
@@ -19,8 +19,9 @@ from grasp_lora.recipes.load import load_recipe
     ],
 )
 def test_what_stops_a_training_decides(dev: int, keeps_best: bool, says: str) -> None:
-    [said] = advice(16, dev, keeps_best=keeps_best, has_source_rows=False)
-    assert said.startswith(says)
+    for on_source in (False, True):
+        [said] = advice(16, dev, keeps_best=keeps_best, on_source=on_source, has_source_rows=False)
+        assert said.startswith(says)
 
 
 @pytest.mark.parametrize(
@@ -37,3 +38,12 @@ def test_check_says_it_of_the_recipes_own_numbers(overrides: tuple[str, ...], sa
     assert found[0].text.startswith(says)
     assert "joint" in found[-1].text
     assert {one.level for one in found} == {"ok"}
+
+
+@pytest.mark.parametrize(("overrides", "little"), [((), True), (("target.on=source",), False)])
+def test_what_pruning_gains_depends_on_where_the_target_adapter_is_trained(
+    overrides: tuple[str, ...], little: bool, tiny_workspace: Path
+) -> None:
+    said = next(one.text for one in preflight(Session(*load_recipe("tiny.yaml", overrides))) if one.topic == "advice")
+    assert ("then pruning alone gains little" in said) is little
+    assert ("pruning lowered the loss of both adapters' sum" in said) is not little

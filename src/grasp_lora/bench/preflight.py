@@ -85,7 +85,10 @@ def preflight(session: Session) -> list[Finding]:
     findings += _memory(session)
     findings += _plan(recipe, sizes)
     keeps_best, has_source_rows = recipe.final.training.keep == "best", bool(splits.source_train)
-    said = advice(sizes["train"], sizes["dev"], keeps_best=keeps_best, has_source_rows=has_source_rows)
+    on_source = recipe.target.on is not None
+    said = advice(
+        sizes["train"], sizes["dev"], keeps_best=keeps_best, on_source=on_source, has_source_rows=has_source_rows
+    )
     findings += [Finding("ok", "advice", sentence) for sentence in said]
     width = expected_width(list(session.metrics), len(splits.test), len(PLANNED) - 1, group_size(splits.test))
     if width:

@@ -102,5 +102,7 @@ def init(
     recipe, _ = load_recipe(str(file))
     target, keeps_best = recipe.data.target, recipe.final.training.keep == "best"
     rows, has_source_rows = (target.train or 0, target.dev or 0), recipe.data.source is not None
-    for sentence in advice(*rows, keeps_best=keeps_best, has_source_rows=has_source_rows):
+    for sentence in advice(
+        *rows, keeps_best=keeps_best, on_source=recipe.target.on is not None, has_source_rows=has_source_rows
+    ):
         say(f"advice: {sentence}")
