@@ -21,7 +21,7 @@ from grasp_lora.method.presets import PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_FILE, schema_text
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.sizes import FEWEST
-from grasp_lora.recipes.starter import write_recipe
+from grasp_lora.recipes.starter import FEWEST_ON_SOURCE, write_recipe
 
 Rows = list[dict[str, Any]]
 
@@ -212,6 +212,17 @@ def test_the_controller_follows_the_final_run(count: int, start: Callable[..., P
         late = PRESETS["late"]
         assert (stage.policy, stage.rounds) == (late.policy, replace(late.rounds, every=stage.rounds.every))
         assert f": {len(steps)} rounds, in the second half" in text
+
+
+@pytest.mark.parametrize(("count", "on"), [(60, None), (66, None), (68, "source"), (216, "source")])
+def test_few_training_rows_keep_the_adapters_apart(count: int, on: str | None, start: Callable[..., Path]) -> None:
+    file = start(write(Path("t.jsonl"), completion(count)))
+    recipe, _ = load_recipe(file)
+    target = recipe.data.target
+    train = target.train or count - (target.dev or 0) - (target.micro_dev or 0) - (target.test or 0)
+    assert (train >= FEWEST_ON_SOURCE) is (on is not None)
+    assert recipe.target.on == on
+    assert ("better with so few rows" in file.read_text(encoding="utf-8")) is (on is None)
 
 
 def test_too_few_for_a_dev_set_is_said(start: Callable[..., Path]) -> None:
