@@ -234,6 +234,26 @@ def test_a_missing_adapter_is_trained_again_only_for_what_rests_on_it(finished):
     assert without_seconds(again) == without_seconds(content)
 
 
+def test_a_step_that_comes_out_otherwise_than_its_record_says_is_told(finished, caplog):
+    folder, _ = finished
+    shutil.rmtree(folder / "store/adapters")
+    for file in (folder / "store/records").glob("final-0.60-*"):
+        file.unlink()
+    run(folder, SMALL)
+    assert "came out otherwise" not in caplog.text
+    shutil.rmtree(folder / "store/adapters")
+    for file in (folder / "store/records").glob("final-0.60-*"):
+        file.unlink()
+    (source,) = (folder / "store/records").glob("source-????????????????.json")
+    record = json.loads(source.read_text())
+    record["result"]["dev_loss"] += 1  # as another processor might have found it
+    source.write_text(json.dumps(record))
+    run(folder, SMALL)
+    (told,) = [line for line in caplog.messages if "came out otherwise" in line]
+    assert told.startswith("source was missing")
+    assert f"on record {record['result']['dev_loss']:.4f}" in told
+
+
 def test_an_adapter_of_which_a_part_was_copied_is_trained_again(finished, caplog):
     folder, content = finished
     targets = (folder / "store/records").glob("target-????????????????.json")
@@ -844,6 +864,16 @@ class TestOneStore:
         again, recorder = run(tiny_workspace / "mine", SMALL)
         assert not recorder.did
         assert again == content
+
+    def test_records_that_came_packed_are_packed_with_the_new_ones(self, whole_comparison, tiny_workspace):
+        folder, _ = whole_comparison
+        mine = tiny_workspace / "mine/store"
+        there = pack(folder / "store", mine / "records.jsonl.gz")
+        (mine / "records").mkdir()
+        for file in (folder / "store/records").glob("source-*.json"):
+            shutil.copy(file, mine / "records")  # a record of both kinds counts once
+        assert pack(mine, tiny_workspace / "all.jsonl.gz") == there
+        assert (tiny_workspace / "all.jsonl.gz").read_bytes() == (mine / "records.jsonl.gz").read_bytes()
 
     @pytest.mark.parametrize("damage", [b"", b"no gzip at all"])
     def test_damaged_packed_records_are_one_line(self, damage, tiny_workspace, cli):

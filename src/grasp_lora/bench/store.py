@@ -43,6 +43,7 @@ from grasp_lora.training.settings import TRAINED_AS_MEASURED
 VERSION = 1
 WAIT = 0.5  # seconds between two looks at what other processes do
 PACKED, ADAPTERS, ANSWERS = "records.jsonl.gz", "adapters", "answers"
+MEASURED_TIME = {"timings"}  # what a result holds besides what was decided by its settings
 CURVES, PLACE_OF_CURVES = "tensorboard", "TENSORBOARD_LOGGING_DIR"
 
 logger = logging.getLogger(__name__)
@@ -219,7 +220,10 @@ class Store:
             raise
         elapsed = time.perf_counter() - started
         seconds, self._inside = round(elapsed - self._inside, 3), outer + elapsed
-        record = before or Record(step, key, dict(settings), result, seconds, made_with())
+        made = Record(step, key, dict(settings), result, seconds, made_with())
+        if before is not None:
+            _warn_of_change(before, made)
+        record = before or made
         return on_first_process(partial(self._complete, record, new=before is None))
 
     def _complete(self, record: Record, *, new: bool) -> Record:
@@ -288,8 +292,14 @@ def environments(records: Iterable[Record]) -> list[dict[str, str]]:
 
 
 def pack(folder: Path, file: Path) -> int:
-    """Write all records of a store into one compressed file that another store can go on from; return their number."""
-    records = [_read(one, one.stem.rpartition("-")[2]) for one in sorted((folder / RECORDS).glob("*.json"))]
+    """Write all records of a store, those that came packed included, into one file that another store can go on from.
+
+    Returns:
+        How many they are.
+    """
+    packed = read_packed(folder / PACKED) if (folder / PACKED).is_file() else []
+    own = [_read(one, one.stem.rpartition("-")[2]) for one in (folder / RECORDS).glob("*.json")]
+    records = sorted({record.key: record for record in [*packed, *own]}.values(), key=lambda one: (one.step, one.key))
     lines = "".join(json.dumps(asdict(record), sort_keys=True, ensure_ascii=False) + "\n" for record in records)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(gzip.compress(lines.encode(), mtime=0))
@@ -322,6 +332,21 @@ def _read(file: Path, key: str) -> Record:
     if record.key != key or key_of(record.step, record.settings) != key:
         raise RecipeError(f"record {file} was changed: its settings do not give its key; delete it")
     return record
+
+
+def _warn_of_change(record: Record, made: Record) -> None:
+    """Say that a step which was done again came out otherwise, as on another processor: its record tells of the first."""
+    ours = json.loads(json.dumps({name: value for name, value in made.result.items() if name not in MEASURED_TIME}))
+    if ours == {name: value for name, value in record.result.items() if name not in MEASURED_TIME}:
+        return
+    losses = [f"{one.result['dev_loss']:.4f}" for one in (made, record) if one.result.get("dev_loss") is not None]
+    shown = f" (dev loss {', on record '.join(losses)})" if losses else ""
+    logger.warning(
+        "%s was missing and is made again, but came out otherwise than its record says%s; older steps rest on the "
+        "first, newer ones on this. For results of one piece use an --output without records",
+        record.step,
+        shown,
+    )
 
 
 def _seconds_so_far(folder: Path) -> float:
