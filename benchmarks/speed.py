@@ -26,6 +26,7 @@ from grasp_lora.bench.keyed import GRID
 from grasp_lora.data.encode import Example
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.method.presets import preset
+from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import Recipe
@@ -36,7 +37,6 @@ from grasp_lora.training.probes import (
     calibrate,
     collate,
     example_losses,
-    takes_label_positions,
 )
 from grasp_lora.training.settings import TrainingSettings
 
@@ -53,7 +53,7 @@ def step(lab: Lab) -> list[Row]:
     """One epoch of our fine-tune over a bare loop on the same examples, one example a step in both."""
     train, training = taken(lab.session.splits.train, lab.examples), one_by_one(lab.recipe)
     with lab.on() as model:
-        label_positions = takes_label_positions(model)
+        label_positions = supports_logits_to_keep(model)
 
         def bare() -> None:
             parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -12,9 +12,10 @@ from grasp_lora import api
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.models.adapters import fresh_adapter
+from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import adapter_weights
 from grasp_lora.models.settings import LoraSettings
-from grasp_lora.training.loss import collate, example_losses, takes_label_positions
+from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.stacked import members_of, train_stacked
@@ -114,7 +115,7 @@ def test_stacked_runs_equal_those_of_the_cpu(cuda, make_tiny_model):
 def test_a_batch_of_the_accelerators_size_fits(cuda, make_tiny_model):
     backbone = make_tiny_model("llama").to(cuda)
     batch = {name: part.to(cuda) for name, part in collate(EXAMPLES, 0).items()}
-    assert example_losses(backbone, batch, label_positions=takes_label_positions(backbone)).isfinite().all()
+    assert example_losses(backbone, batch, label_positions=supports_logits_to_keep(backbone)).isfinite().all()
 
 
 @pytest.mark.gpu

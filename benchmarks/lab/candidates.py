@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from grasp_lora.bench.checks import check
-from grasp_lora.bench.outcomes import Adapter, names_of, once
+from grasp_lora.bench.outcomes import Adapter, once
 from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import STORE_FOLDER
 from grasp_lora.bench.session import Session
@@ -135,7 +135,7 @@ class Candidates(Bench):
     def shrunk(self, source: float) -> Adapter:
         """The sum of one source adapter times a factor and of the target adapter, fine-tuned: a rival of pruning."""
         merge = MergeSettings("exact", (source, 1.0))
-        return self.finetuned(self._merged("shrunk", merge, self.parents, names_of(self.parents)), 0.0)
+        return self.finetuned(self._merged("shrunk", merge, self.parents, self.parent_names), 0.0)
 
     def with_replay(self) -> "Candidates":
         """A bench whose target rows have source rows among them."""

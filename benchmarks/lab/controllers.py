@@ -55,7 +55,7 @@ MEASURES = (("dev", "smooth"), ("dev", "recorded"), ("test", "smooth"), ("test",
 PROPOSERS = {
     "Optuna TPE": (tpe_trials, "optuna", "grasp-lora[sweep]"),
     "CMA-ES": (cma_trials, "cma", "grasp-lora[compare]"),
-    "Brent's method": (brent_trials, "scipy", "grasp-lora[sweep]"),
+    "Brent's method": (brent_trials, "scipy", "grasp-lora"),
 }
 
 Contestant = Callable[[Setting, int], Choice]

@@ -5,8 +5,9 @@ Write them before a change and compare them after it, on the same machine, since
     python benchmarks/lab/freeze.py write
     python benchmarks/lab/freeze.py check
 
-Every preset, mask, merge rule and start of the final run is run; a comparison, two sweeps, exports and resumed runs, too. A hash
-stands for the tensors of an adapter, the rounds of a controller, the losses and scores of a table, or the answers.
+All presets but `stacked`, all masks, all merge rules but `paper_apart`, and all starts of the final run are run; a comparison,
+two sweeps, exports and resumed runs, too. A hash stands for the tensors of an adapter, the rounds of a controller, the losses and
+scores of a table, or the answers.
 """
 
 import argparse
@@ -60,12 +61,8 @@ RUNS: dict[str, tuple[str, ...]] = {
     "on_source": (SPREAD, "target.on=source", "final.deliver=best"),
     "no_dev": ("data.target.dev=0", "final.training.patience=null", "merge.rule=paper_sum"),
 }
-INTERRUPTED = {
-    "spread": 22,
-    "paper": 31,
-    "single": 26,
-    "given": 17,
-}  # and the optimizer step after which a signal comes
+# The optimizer step after which a signal comes.
+INTERRUPTED = {"spread": 22, "paper": 31, "single": 26, "given": 17}
 METHODS = (
     "zero_shot,source_only,target_only,target_wide,continued,joint,ties,dare_ties,lorahub,merged,adaptive_merge,grid_paper,"
     "grid,grasp,grasp_single,grasp_paper,merge_dev_free,grid_dev_free,grasp_dev_free,grid_oracle"

@@ -166,8 +166,8 @@ class Landscape:
     """The recorded landscape of one setting.
 
     Args:
-        facts: what it was recorded from, as plain JSON values. Two of them are read by programs: `trained_examples`, the
-            training examples of one trajectory, and `probe_every`, the recipe's optimizer steps between rounds.
+        facts: what it was recorded from, as plain JSON values. Three of them are read by programs: `trained_examples`, the
+            training examples of one trajectory, `probe_every`, the recipe's optimizer steps between rounds, and `examples`.
         trajectories: on micro_dev one per committed ratio, and at most one shared one; on dev at most one each.
         finals: final runs at different ratios.
 

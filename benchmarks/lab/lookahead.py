@@ -33,11 +33,12 @@ from grasp_lora.bench.store import Store
 from grasp_lora.errors import GraspError
 from grasp_lora.method.ranking import Ranking, WeightKey
 from grasp_lora.models.adapters import attached
+from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import evaluating, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.folder import working_in
-from grasp_lora.training.probes import ProbeSet, example_losses, takes_label_positions
+from grasp_lora.training.probes import ProbeSet, example_losses
 
 RATIOS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -123,7 +124,7 @@ def add_gradients(model: torch.nn.Module, examples: ProbeSet) -> None:
     """Add the gradients of the mean loss to the parameters' `.grad`, in eval mode."""
     with evaluating(model):
         for _, batch in examples.batches():
-            losses = example_losses(model, batch, label_positions=takes_label_positions(model))
+            losses = example_losses(model, batch, label_positions=supports_logits_to_keep(model))
             (losses.sum() / len(examples)).backward()
 
 

@@ -135,7 +135,7 @@ def trajectory(
         train_ratio: held during the run, a fraction in [0, 1]; None draws one for each step, as policy `spread` does.
         ratios: what is measured, fractions in [0, 1].
         every: optimizer steps between measurements, >= 1.
-        split: `micro_dev` or `dev`; scores that need inputs or gradients are calibrated on it, too.
+        split: `micro_dev` or `dev`; scores that need inputs are calibrated on it, too.
 
     Returns:
         Record with `steps` and `losses` of a `LossLandscape`.

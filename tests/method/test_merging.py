@@ -371,10 +371,19 @@ def test_ties_by_hand() -> None:
 
 
 def test_trim_elect_and_average() -> None:
-    assert keep_largest(torch.tensor([[1.0, -4.0], [3.0, 2.0]]), 0.5).tolist() == [[0.0, -4.0], [3.0, 0.0]]
-    assert keep_largest(torch.tensor([1.0, 2.0, 3.0]), 0.5).tolist() == [0.0, 0.0, 3.0]  # floor(1.5) = 1
-    assert keep_largest(torch.tensor([2.0, -2.0, 2.0, 2.0]), 0.5).count_nonzero() == 2  # exact under ties
-    assert keep_largest(torch.tensor([1.0, 2.0]), 1.0).tolist() == [1.0, 2.0]
+    assert keep_largest(torch.tensor([[1.0, -4.0], [3.0, 2.0]]), 0.5, torch.Generator()).tolist() == [
+        [0.0, -4.0],
+        [3.0, 0.0],
+    ]
+    assert keep_largest(torch.tensor([1.0, 2.0, 3.0]), 0.5, torch.Generator()).tolist() == [
+        0.0,
+        0.0,
+        3.0,
+    ]  # floor(1.5) = 1
+    assert (
+        keep_largest(torch.tensor([2.0, -2.0, 2.0, 2.0]), 0.5, torch.Generator()).count_nonzero() == 2
+    )  # exact under ties
+    assert keep_largest(torch.tensor([1.0, 2.0]), 1.0, torch.Generator()).tolist() == [1.0, 2.0]
     # Signs elected by the unweighted sum: +, - and (for a sum of zero) +.
     stacked = [torch.tensor([3.0, -2.0, 1.0]), torch.tensor([-1.0, -1.0, -1.0])]
     assert elect_and_average(stacked, [1.0, 2.0]).tolist() == [3.0, (-2.0 - 2.0) / 2, 1.0]

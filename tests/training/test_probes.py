@@ -13,9 +13,10 @@ from grasp_lora.errors import AdapterError, DataError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import live_pairs, lora_layers
 from grasp_lora.models.settings import LoraSettings
-from grasp_lora.training.loss import IGNORED, collate, example_losses, takes_label_positions
+from grasp_lora.training.loss import IGNORED, collate, example_losses
 from grasp_lora.training.probes import NormCollector, ProbeSet, ProbesInTurn, calibrate
 
 TARGETS = {
@@ -74,7 +75,7 @@ def test_losses_equal_a_naive_loop(make_tiny_model, architecture):
     with attached(model, random_adapter(model, architecture)) as peft_model, torch.no_grad():
         expected = naive_losses(peft_model, examples)
         batch = collate(examples, PAD)
-        assert takes_label_positions(peft_model)
+        assert supports_logits_to_keep(peft_model)
         for label_positions in (True, False):
             found = example_losses(peft_model, batch, label_positions=label_positions)
             assert found.dtype == torch.float32
@@ -124,17 +125,6 @@ def test_a_pad_token_within_an_answer_counts(make_tiny_model):
         expected = naive_losses(model, examples)
     found = ProbeSet(examples, pad_id=2).losses(model)
     torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-6, atol=2e-6)
-
-
-def test_takes_label_positions_looks_under_the_adapter(make_tiny_model):
-    class NoPositions(torch.nn.Module):
-        def forward(self, input_ids, attention_mask=None):
-            raise NotImplementedError
-
-    assert not takes_label_positions(NoPositions())
-    model = make_tiny_model("gemma3")
-    with fresh_adapter(model, LoraSettings(), 1) as peft_model:
-        assert takes_label_positions(peft_model)
 
 
 # Sets of examples

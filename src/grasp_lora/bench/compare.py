@@ -37,7 +37,7 @@ from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import write_json, write_whole
 from grasp_lora.storage.folder import Busy, Workplace, in_turn, working_in
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SEEDS = (42, 1337, 9001)  # Paper: experimental setup
 LEAST_TEST = 2
@@ -48,7 +48,7 @@ class ComparisonSettings:
     """What is compared.
 
     Args:
-        methods: names of methods; by default all but the last three.
+        methods: names of methods; by default those that need no naming.
         seeds: seeds of initialisation, order of the data and controller; the source adapter is that of the recipe's seed.
         grid: prune ratios of the grid search, fractions in [0, 1].
         reference: the method that the others are compared with; it is run even if `methods` leaves it out. Verdicts are those of
@@ -265,7 +265,7 @@ class Work:
                 self._write_recipe()
             else:
                 text = "%s holds the tables of another recipe, which these replace; to keep both, give --output another folder"
-                log.warning(text, tables)
+                logger.warning(text, tables)
 
     def _write_recipe(self) -> None:
         tables = self.place.folder / COMPARE_FOLDER

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from grasp_lora.bench.outcomes import Adapter, names_of
+from grasp_lora.bench.outcomes import Adapter
 from grasp_lora.bench.run_folder import Delivered
 from grasp_lora.bench.steps import Bench
 from grasp_lora.data.splits import group_numbers
@@ -61,7 +61,7 @@ def candidates(bench: Bench, merged: Adapter, continued: Adapter | None, final: 
 
     A target adapter that was trained on the source adapter is none, since it does nothing alone: it is the merge, their sum.
     """
-    parents = dict(zip(names_of(bench.parents), bench.parents, strict=True))
+    parents = dict(zip(bench.parent_names, bench.parents, strict=True))
     if bench.recipe.target.on is not None:
         del parents["target"]
     return {**parents, "merged": merged, **({} if continued is None else {"continued": continued}), "grasp": final}

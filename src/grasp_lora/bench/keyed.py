@@ -118,7 +118,6 @@ class Keyed:
         settings: dict[str, Any],
         starts: Sequence[Adapter],
         work: Callable[[Path], tuple[AdapterWeights, dict[str, Any]]],
-        trains: bool = True,
     ) -> Adapter:
         """A step that makes an adapter: on record with its facts, its weights in a folder beside the records."""
 
@@ -127,7 +126,7 @@ class Keyed:
             self.store.save_adapter(key, lambda draft: self.session.save(draft, weights))
             return facts
 
-        record = self.store.get(name, settings, make, trains=trains)
+        record = self.store.get(name, settings, make, trains=True)
         folder = self.store.adapter_folder(record.key)
 
         def load() -> AdapterWeights:
@@ -136,7 +135,7 @@ class Keyed:
             except AdapterError as error:
                 if folder.exists():  # half of it was copied, for example
                     logger.warning("%s; it is made again", error)
-            self.store.get(name, settings, make, trains=trains, redo=True)
+            self.store.get(name, settings, make, trains=True, redo=True)
             return read_adapter(folder).weights
 
         earlier = [past for start in starts for past in start.records]

@@ -30,7 +30,7 @@ def search_weights(
             tried = search.ask()
             weights = tuple(float(weight) for weight in tried.value)
             merged = session.merge(adapters, names, MergeSettings("lorahub", weights))
-            loss = fmean(session.losses(merged, "micro_dev")["micro_dev"])
+            loss = fmean(session.losses(merged, "micro_dev"))
             search.tell(tried, loss + L1 * fmean([abs(weight) for weight in weights]))
         best = search.provide_recommendation()
     return tuple(float(weight) for weight in best.value)

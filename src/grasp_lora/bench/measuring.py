@@ -27,7 +27,7 @@ class Measuring(Keyed):
         def work(key: str, folder: Path) -> dict[str, Any]:
             if answered and not on_first_process(self._answers_file(adapter).is_file):
                 return {"losses": self._examine(adapter)}
-            return {"losses": self.session.losses(adapter.load(), split)[split]}
+            return {"losses": self.session.losses(adapter.load(), split)}
 
         settings = self._measured(adapter, data=self._data(split), revision=REVISIONS["losses"], split=split)
         return self.store.get(f"{split} losses", settings, work)

@@ -12,23 +12,19 @@ import torch
 
 from grasp_lora.data.encode import Example
 from grasp_lora.data.splits import Splits
-from grasp_lora.method.merging import COMPONENTS, merge_rule
 from grasp_lora.models.adapters import fresh_adapter
+from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.training.loss import takes_label_positions
 
 CARDS = (8, 16, 24, 40, 80)  # GB
 GIGABYTE = 1e9
 PROCESS = 1.0 * GIGABYTE  # Python, torch, what CUDA keeps for itself
 ADAPTER_BYTES = 21  # of each weight: itself, gradient, two moments of AdamW, stash, mask
 LOGIT_BYTES = 12  # of each logit in float32: itself, its gradient, the softmax
-DTYPES = {"float32": 4, "bfloat16": 2}
 QUANTISED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # bytes of a weight; nf4 has a float32 scale for 64 of them
-KEPT_BY_WIDTH = {
-    4: 75,
-    2: 48,
-}  # bytes of a token, layer and unit of width where a model cannot be counted: docs/guide/machines.md
+# Bytes of a token, layer and unit of width where a model cannot be counted: docs/guide/machines.md.
+KEPT_BY_WIDTH = {4: 75, 2: 48}
 
 
 @dataclass(frozen=True)
@@ -170,7 +166,7 @@ def stages_of(recipe: Recipe, splits: Splits, ranks: Sequence[int]) -> list[Stag
         recipe, splits: of the run.
         ranks: of the adapters that are merged.
     """
-    merged = sum(ranks) if merge_rule(recipe.merge.rule).space is COMPONENTS else max(ranks)
+    merged = recipe.merge.result_rank(ranks)
     trained = (
         ("source", splits.source_train, recipe.source.training, recipe.lora.rank, not recipe.source.adapters),
         ("target", splits.train, recipe.target.training, recipe.lora.rank, not recipe.target.adapter),
@@ -226,9 +222,8 @@ def _counted(model: Any, tokens: int) -> tuple[float, float]:
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, int] = {}
     inputs: dict[int, int] = {}
-    whole = (
-        model.config._attn_implementation == "eager"
-    )  # the other kinds do not keep every token's attention to every other
+    # The other kinds do not keep every token's attention to every other.
+    whole = model.config._attn_implementation == "eager"
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -250,7 +245,7 @@ def _counted(model: Any, tokens: int) -> tuple[float, float]:
     ]
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device="meta")  # four dimensions: nothing looks into it
-    positions = {"logits_to_keep": 1} if takes_label_positions(model) else {}
+    positions = {"logits_to_keep": 1} if supports_logits_to_keep(model) else {}
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             output = model(input_ids=ids, attention_mask=mask, use_cache=False, **positions)

@@ -150,10 +150,9 @@ class Outcome:
     taken: str | None = None
 
 
-def names_of(adapters: Sequence[Any]) -> tuple[str, ...]:
-    """Return what adapters that are merged are called: source (source_2, ...) and target."""
-    sources = len(adapters) - 1
-    return (*("source" if number == 0 else f"source_{number + 1}" for number in range(sources)), "target")
+def names_of(sources: int) -> tuple[str, ...]:
+    """Return what so many source adapters are called: source, source_2 and so on."""
+    return ("source", *(f"source_{number}" for number in range(2, sources + 1)))
 
 
 def given(adapter: LoadedAdapter) -> Adapter:

@@ -20,10 +20,11 @@ from grasp_lora.data.splits import SPLITS
 from grasp_lora.errors import DataError
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.storage.folder import Workplace
 from grasp_lora.storage.memory import enough_memory
-from grasp_lora.training.loss import collate, example_losses, takes_label_positions
+from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.settings import TrainingSettings
 
 MOST_TRIES, MOST_SECONDS = 3, 2.0  # of a step that is timed; the first is often slow
@@ -75,7 +76,7 @@ def time_step(session: Session) -> Pace:
     ):
         device = next(model.parameters()).device
         batch = {name: part.to(device) for name, part in collate([middle] * many, session.pad_id).items()}
-        label_positions = takes_label_positions(model)
+        label_positions = supports_logits_to_keep(model)
 
         def step(learns: bool) -> float:
             started = time.perf_counter()

@@ -35,7 +35,7 @@ from grasp_lora.text.display import SURROGATES, escaped, listed, quoted
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PLAIN = TEMPLATES["completion"][ANY_LANGUAGE]
 PREDICTION = "prediction"  # the column of the answers, as in the files of a run: rows may have an `answer` already
@@ -63,7 +63,7 @@ class Asked:
         """Answer whole prompts; with `chat` what the user says. A note tells of one that is worded otherwise than in training."""
         template = _form(self.own)[1].prompt
         if self.own.task and not all(_fits(prompt, template) for prompt in prompts):
-            log.warning(
+            logger.warning(
                 "the adapter was trained on prompts of the form %s, and a prompt here is of another; "
                 "with --question and --context it is put into that form",
                 quoted(template),
@@ -136,7 +136,7 @@ def asking(
     if in_chat:
         check_has_template(loaded.tokenizer)
     if chat is not None and adapter.info.answers is not None and chat != own.chat_template:
-        log.warning(
+        logger.warning(
             "the adapter was trained on prompts %s the chat template, and they are put the other way here; leave out %s",
             "in" if own.chat_template else "without",
             "--chat" if chat else "--no-chat",

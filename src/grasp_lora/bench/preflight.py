@@ -22,9 +22,9 @@ from grasp_lora.bench.plan import time_step
 from grasp_lora.bench.planned import PLANNED, expected_width
 from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import Example, Tally
-from grasp_lora.data.splits import group_size
+from grasp_lora.data.splits import SPLITS, group_size
 from grasp_lora.errors import GraspError
-from grasp_lora.models.backbone import skeleton
+from grasp_lora.models.backbone import skeleton, supports_logits_to_keep
 from grasp_lora.models.precision import find_dtype, is_quantised, stored_bytes
 from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
@@ -32,7 +32,6 @@ from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.storage.memory import available_memory
 from grasp_lora.text.characters import split_unspaced
 from grasp_lora.text.display import listed, quoted
-from grasp_lora.training.loss import takes_label_positions
 
 FEW_ROUNDS = 10
 FEW_INDEPENDENT_ROUNDS = 3  # where no ratio is held, they do not depend on each other
@@ -64,8 +63,7 @@ def preflight(session: Session) -> list[Finding]:
         Finding("ok", "adapter", f"{name}: {len(adapter.weights)} modules, ranks {_ranks(adapter.weights.values())}")
         for name, adapter in session.existing_adapters.items()
     ]
-    names = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
-    sizes = {name: len(getattr(splits, name)) for name in names}
+    sizes = {name: len(getattr(splits, name)) for name in SPLITS}
     findings.append(Finding("ok", "splits", ", ".join(f"{name} {size}" for name, size in sizes.items())))
     findings.append(
         Finding("ok", "leaks", "no question, context or article is shared with a held-out split, in either language")
@@ -226,7 +224,7 @@ def _backbone(session: Session) -> Finding:
         f"{backbone.name}, {parameters / 1e6:.0f} M weights in {backbone.model.dtype}".replace("torch.", "")
         + f", on {backbone.model.device}, fingerprint {backbone.fingerprint}"
     )
-    if not takes_label_positions(backbone.model):
+    if not supports_logits_to_keep(backbone.model):
         return Finding(
             "warning", "backbone", f"{text}; it computes logits at every position, which costs time and memory"
         )

@@ -46,7 +46,7 @@ from grasp_lora.storage.files import discard, sync, sync_all, vanished, write_js
 from grasp_lora.storage.folder import LOCK_FILE, Workplace, only_writer, working_in
 from grasp_lora.storage.processes import is_first, join, on_every_process, on_first_process, world_size
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "datasets", "sacrebleu", "rouge-score")
 
@@ -119,7 +119,7 @@ class _Run:
         with self._stage("data") as facts:
             facts |= on_first_process(self._write_data)
         with self._stage("source") as facts:
-            for name, source in zip(names_of([*bench.sources, None]), bench.sources, strict=False):
+            for name, source in zip(names_of(len(bench.sources)), bench.sources, strict=True):
                 facts |= self._show_trained(name, source)
         with self._stage("target") as facts:
             facts |= self._show_trained("target", bench.target, alone=recipe.target.on is None)
@@ -364,7 +364,7 @@ class _Run:
         if not (self.folder / RECIPE_FILE).is_file():
             write_whole(self.folder / RECIPE_FILE, self.recipe.to_yaml(self.folder))
         if before.dtype not in (None, started.dtype):
-            log.warning(
+            logger.warning(
                 "%s was begun in %s and goes on in %s, which backbone.dtype 'auto' means on this machine: the result is sound, "
                 "but not that of an uninterrupted run",
                 self.folder,

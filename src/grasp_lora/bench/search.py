@@ -336,10 +336,11 @@ def _identity(session: Session, settings: SweepSettings) -> Identity:
 
 def shown(values: Mapping[str, Any]) -> str:
     """The values of a trial in one line."""
-    return "  ".join(f"{key} {escaped(_short(value))}" for key, value in values.items())
+    return "  ".join(f"{key} {escaped(short(value))}" for key, value in values.items())
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value for a table: a number with four digits, a list with commas."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -18,14 +18,8 @@ if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
 SAMPLERS = ("tpe", "random")
-SECTIONS = (
-    "lora",
-    "source",
-    "target",
-    "merge",
-    "mask",
-    "final",
-)  # what the final run rests on, the data and backbone aside
+# What the final run rests on, the data and backbone aside.
+SECTIONS = ("lora", "source", "target", "merge", "mask", "final")
 MOST_POINTS = 1000  # of low..high/n
 _NUMBER = r"[-+]?(?:\d{1,30}(?:\.\d{1,30})?|\.\d{1,30})(?:[eE][-+]?\d{1,3})?"
 _RANGE = re.compile(rf"({_NUMBER})\s*\.\.\s*({_NUMBER})(?:\s*/\s*(\d{{1,9}}))?(:log)?", re.ASCII)

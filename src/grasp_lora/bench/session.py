@@ -1,7 +1,7 @@
 """The steps of an experiment on one loaded backbone: train an adapter, merge, learn the ratio, fine-tune, evaluate.
 
-A `Session` holds what the steps share. It writes only into folders that it is given, and knows nothing of run folders, markers or
-reports. Every method of the paper and every baseline is a few calls on it.
+A `Session` holds what the steps share. It writes only into folders that it is given, and knows nothing of run folders or reports.
+Every method of the paper and every baseline is a few calls on it.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ if TYPE_CHECKING:  # these bring transformers' Trainer, which takes a second to 
     from grasp_lora.training.controller import GraspController
     from grasp_lora.training.finetune import FineTuneResult, LossRow
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CALIBRATION_EXAMPLES = 16  # of the train set, for scores that need inputs in the final run
 
@@ -330,10 +330,10 @@ class Session:
             weights = adapter_weights(model, segments)
         return weights, result, survival(weights)
 
-    def losses(self, weights: AdapterWeights | None, *splits: str) -> dict[str, list[float]]:
-        """Measure every example's loss on the named splits (`dev`, `micro_dev`, `test`); an empty split has no losses."""
+    def losses(self, weights: AdapterWeights | None, split: str) -> list[float]:
+        """Measure the loss of every example of a split (`dev`, `micro_dev` or `test`)."""
         with self._with(weights) as model:
-            return {name: self._losses(model, getattr(self.splits, name)) for name in splits}
+            return self._losses(model, getattr(self.splits, split))
 
     def examine(self, weights: AdapterWeights | None) -> tuple[list[float], tuple[str, ...]]:
         """Measure the losses of the test examples and answer their prompts, in a classification by the likeliest label.

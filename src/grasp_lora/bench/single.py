@@ -76,9 +76,8 @@ def merge_folders(
         check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
     answers = [adapter.info.answers for adapter in adapters]
     labels = any(one.labels for one in answers if one)
-    if (
-        reworded := len({one.prompt for one in answers if one}) > 1
-    ):  # such as prompts in two languages, which answer in one way
+    reworded = len({one.prompt for one in answers if one}) > 1
+    if reworded:  # such as prompts in two languages, which answer in one way
         answers = [one and Answers(one.max_new_tokens, one.stop, one.chat_template) for one in answers]
     else:  # columns are of files, not of the adapter
         answers = [one and replace(one, columns={}) for one in answers]

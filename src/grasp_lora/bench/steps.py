@@ -4,7 +4,6 @@ A `Bench` holds the steps of one seed. Each step is on record in a `Store` under
 rests on. So runs, comparisons and sweeps share what they have in common, and a change makes only what rests on it anew.
 """
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -34,8 +33,6 @@ from grasp_lora.method.presets import ratio_rule
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
-
-logger = logging.getLogger(__name__)
 
 JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
 
@@ -80,22 +77,23 @@ class Bench(Measuring):
         """Every adapter that is merged, the target's last."""
         return [*self.sources, self.target]
 
+    @property
+    def parent_names(self) -> tuple[str, ...]:
+        """What the parents are called: source (source_2, ...) and target."""
+        return (*names_of(len(self.sources)), "target")
+
     def merged(self, dev_free: bool = False) -> Adapter:
         """The merge of the recipe; with the target adapter of all epochs, without a look at the dev set, if `dev_free`."""
         parents = [*self.sources, self._target(dev_free=True)] if dev_free else self.parents
-        return self._merged("merged", self._merge_settings(len(self.sources)), parents, names_of(parents))
+        return self._merged("merged", self._merge_settings(len(self.sources)), parents, self.parent_names)
 
     def merged_by(self, rule: str) -> Adapter:
         """The merge by another rule, with its own default weights."""
-        return self._merged(rule, MergeSettings(rule), self.parents, names_of(self.parents))
+        return self._merged(rule, MergeSettings(rule), self.parents, self.parent_names)
 
     def trained_wide(self) -> Adapter:
         """A fresh adapter on the target data, of the rank of the merge and the scaling of the recipe's adapters."""
-        lora, merge = self.recipe.lora, self.recipe.merge
-        given = self.session.existing_adapters
-        ranks = [max(pair.rank for pair in adapter.weights.values()) for adapter in given.values()]
-        ranks += [lora.rank] * (max(1, len(self.recipe.source.adapters)) + 1 - len(ranks))
-        rank = sum(ranks) if merge.rule == "exact" else merge.rank or max(ranks)
+        lora, rank = self.recipe.lora, self.recipe.merge.result_rank(self.session.parent_ranks)
         growth = rank / lora.rank
         wide = replace(lora, rank=rank, alpha=lora.alpha * (growth**0.5 if lora.rslora else growth))
         session = self.session.variant(self.recipe.model_copy(update={"lora": wide}))
@@ -269,7 +267,7 @@ class Bench(Measuring):
 
         def work(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
             adapters = [parent.weights for parent in parents]
-            names, seed = names_of(adapters), self.recipe.seed_of("lorahub")
+            names, seed = self.parent_names, self.recipe.seed_of("lorahub")
             weights = lorahub.search_weights(self.session, adapters, names, seed)
             merged = self.session.merge(adapters, names, MergeSettings("lorahub", weights))
             return merged, {"weights": list(weights), "measured_examples": lorahub.BUDGET * examples}

@@ -12,7 +12,7 @@ from typing import Any
 from grasp_lora.bench.progress import Progress
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.storage.interruption import Interruption
-from grasp_lora.text.display import quoted
+from grasp_lora.text.display import first_line, quoted
 from grasp_lora.text.names import needs
 
 RETRIES = 3  # of a worker whose process is lost
@@ -80,8 +80,9 @@ def share(
     except RayTaskError as error:
         raise error.cause from None
     except RayError as error:
-        text = str(error).split("\n", 1)[0]
-        raise GraspError(f"a Ray worker was lost more than {RETRIES} times ({text}); what is done stays") from error
+        raise GraspError(
+            f"a Ray worker was lost more than {RETRIES} times ({first_line(error)}); what is done stays"
+        ) from error
     finally:
         ray.shutdown()
     assert result is not None

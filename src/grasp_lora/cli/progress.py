@@ -21,7 +21,7 @@ from rich.text import Text
 from grasp_lora.bench.plan import Plan
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import Prediction
-from grasp_lora.bench.search import shown
+from grasp_lora.bench.search import short, shown
 from grasp_lora.bench.store import Record
 from grasp_lora.bench.sweep_record import SweepResult, Trial
 from grasp_lora.report.examples import leading_metric, marked
@@ -120,7 +120,7 @@ class TerminalProgress(_Bar):
     def finished(self, name: str, seconds: float, summary: Mapping[str, Any], *, skipped: bool) -> None:
         """Replace the bar by one line."""
         self.stop()
-        facts = "  ".join(f"{key} {_short(value)}" for key, value in summary.items() if value is not None)
+        facts = "  ".join(f"{key} {short(value)}" for key, value in summary.items() if value is not None)
         took = "already done" if skipped else f"{seconds:.1f} s"
         self._say(f"{_TITLES.get(name, name):<26} {took:>12}   {facts}")
 
@@ -248,7 +248,7 @@ def print_sweep(result: SweepResult, console: Console) -> None:
     for trial in result.trials:
         cells = [
             str(trial.trial),
-            *(escaped(_short(value)) for value in trial.values.values()),
+            *(escaped(short(value)) for value in trial.values.values()),
             "-" if trial.dev_loss is None else f"{trial.dev_loss:.4f}",
             str(trial.steps),
             f"{trial.seconds:.1f}",
@@ -263,9 +263,3 @@ def print_sweep(result: SweepResult, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

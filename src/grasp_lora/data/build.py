@@ -17,6 +17,7 @@ from grasp_lora.data.records import Pool, make_pool
 from grasp_lora.data.settings import CorpusSettings, DataSettings
 from grasp_lora.data.splits import (
     HELD_OUT,
+    PAPER_SIZES,
     SPLITS,
     Counts,
     DataReport,
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TARGET_COUNTS = {"test": 100, "dev": 50, "micro_dev": 16}  # Paper: experimental setup
 SOURCE_DEV_SHARE, SOURCE_DEV_MOST = 10, 1000  # Paper: 1000 dev beside 10000 train, 315 beside 3030
 FEW_GROUPS = 4
 
@@ -200,7 +200,7 @@ def _read_corpus(
         dev = min(most // SOURCE_DEV_SHARE, SOURCE_DEV_MOST) if corpus.dev is None else corpus.dev
         return [Share(pool, {"source_dev": dev, "source_train": corpus.train})]
     asked = {"test": corpus.test, "dev": corpus.dev, "micro_dev": corpus.micro_dev}
-    counts: Counts = {name: TARGET_COUNTS[name] if count is None else count for name, count in asked.items()}
+    counts: Counts = {name: PAPER_SIZES[name] if count is None else count for name, count in asked.items()}
     beside = [Share(read(files(corpus.test_files)), {"test": None})] if corpus.test_files else []
     return [*beside, Share(pool, counts | {"train": corpus.train})]
 
@@ -212,7 +212,7 @@ def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ..
     train: Counts = {"train": corpus.train}
     micro_dev: Counts = {"micro_dev": corpus.micro_dev}
     if not corpus.micro_dev_files:
-        micro_dev = {"micro_dev": TARGET_COUNTS["micro_dev"] if corpus.micro_dev is None else corpus.micro_dev}
+        micro_dev = {"micro_dev": PAPER_SIZES["micro_dev"] if corpus.micro_dev is None else corpus.micro_dev}
         dev, train = (micro_dev | dev, train) if corpus.dev_files else (dev, micro_dev | train)
     return [
         (corpus.test_files, {"test": corpus.test}),

@@ -11,7 +11,7 @@ from grasp_lora.data.records import Record, same_text
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import listed, quoted
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MOST_LABELS = 200  # more are texts, which a model should write
 
@@ -90,7 +90,7 @@ def count_labels(given: Sequence[str], splits: Mapping[str, Sequence[Example]]) 
                 )
     for name, loss in (("train", "nothing is learned of it"), ("test", "the scores say nothing of it")):
         if missing := [label for label in labels if splits[name] and not found[name][label]]:
-            log.warning("no %s row has the label %s: %s", name, listed(missing), loss)
+            logger.warning("no %s row has the label %s: %s", name, listed(missing), loss)
     return {label: {name: counts[label] for name, counts in found.items()} for label in labels}
 
 

@@ -12,6 +12,7 @@ from grasp_lora.data.records import Pool, Record, same_text
 from grasp_lora.errors import DataError
 
 SPLITS = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
+PAPER_SIZES = {"test": 100, "dev": 50, "micro_dev": 16}  # of the target's held-out splits; experimental setup
 HELD_OUT = ("test", "dev", "micro_dev")  # of the target: no source example may touch their groups
 SPREAD = 8
 LEAST_PORTION = 256

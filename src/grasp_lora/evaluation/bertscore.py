@@ -13,6 +13,7 @@ from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_similarities
 from grasp_lora.storage.network import not_there
 from grasp_lora.storage.reading import expanded, is_folder
+from grasp_lora.text.display import first_line
 from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import needs, without_place
 
@@ -151,8 +152,7 @@ def _load(language: str, place: str, num_layers: int | None, rescale: bool, base
     except RecipeError:
         raise
     except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RecipeError(f"BERTScore model {place} cannot be loaded: {reason}") from error
+        raise RecipeError(f"BERTScore model {place} cannot be loaded: {first_line(error)}") from error
     # Some tokenizers know no limit, and say so with a number that overflows theirs.
     tokenizer.model_max_length = min(tokenizer.model_max_length, _context(config))
     device = "cuda" if torch.cuda.is_available() else "cpu"

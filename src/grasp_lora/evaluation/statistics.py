@@ -95,19 +95,18 @@ def least_resamples(comparisons: int, confidence: float = 0.95) -> int:
     return max(1, math.ceil(2.0 * comparisons / (1.0 - confidence) - 1e-9) - 1)
 
 
-def half_width(sd: float, examples: int, comparisons: int = 1, confidence: float = 0.95) -> float:
-    """Return how far an interval of a mean difference reaches to each side (Student's, Bonferroni).
+def half_width(sd: float, examples: int, comparisons: int = 1) -> float:
+    """Return how far an interval of a mean difference at 95 % reaches to each side (Student's, Bonferroni).
 
     Args:
         sd: standard deviation over examples of the difference.
         examples: at least 2.
-        comparisons: how many differences are looked at together.
-        confidence: in (0, 1), of all intervals jointly.
+        comparisons: how many differences are looked at together, whose intervals then hold jointly.
 
     >>> round(half_width(26.0, 1000), 2), round(half_width(26.0, 1000, 3), 2)
     (1.61, 1.97)
     """
-    tail = (1.0 - confidence) / 2.0 / comparisons
+    tail = 0.025 / comparisons
     return float(-stdtrit(examples - 1, tail)) * sd / math.sqrt(examples)
 
 

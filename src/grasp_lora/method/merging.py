@@ -18,7 +18,7 @@ from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import find
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MOST_WEIGHT = 1_000_000  # more would overflow float32 together with a scaling
 Sparsify = Callable[[Tensor, float, torch.Generator], Tensor]  # one tensor, the density, where draws come from
@@ -56,7 +56,7 @@ def keep_all(tensor: Tensor, density: float, generator: torch.Generator) -> Tens
     return tensor
 
 
-def keep_largest(tensor: Tensor, density: float, generator: torch.Generator | None = None) -> Tensor:
+def keep_largest(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
     """Zero all but the floor(density * n) entries of largest magnitude (TIES, "trim"; Yadav et al. 2023)."""
     flat = tensor.flatten()
     kept = flat.abs().topk(int(density * flat.numel())).indices
@@ -102,7 +102,14 @@ def _components_svd(
     q_B, r_B = torch.linalg.qr(exact.B.double())
     q_A, r_A = torch.linalg.qr(exact.A.double().T)
     left, sizes, right = torch.linalg.svd(r_B @ r_A.T)
-    return _from_svd(q_B @ left, sizes, right @ q_A.T, _result_rank(parts, settings), exact.A.dtype)
+    rank = settings.result_rank([part.pair.rank for part in parts])
+    if rank > sizes.numel():
+        logger.info("rank %d is more than the %d components there are; the result has %d", rank, len(sizes), len(sizes))
+        rank = sizes.numel()
+    root = sizes[:rank].sqrt()
+    # As in LoraPair.balanced, a component of size zero keeps its A, since two zero factors never train.
+    A, B = torch.where(root > 0, root, 1.0)[:, None] * (right @ q_A.T)[:rank], (q_B @ left)[:, :rank] * root[None, :]
+    return _single_segment(LoraPair(A.to(exact.A.dtype), B.to(exact.A.dtype)))
 
 
 def _apart(parts: list[Part], rule: "MergeRule", settings: "MergeSettings", draws: torch.Generator) -> LoraPair:
@@ -134,14 +141,17 @@ def factors(shares: Callable[[Part], tuple[float, float]]) -> Space:
     return Space(merge_factors, equal_ranks=True)
 
 
+def _signed_roots(share: float) -> tuple[float, float]:
+    """The square root of a share for each factor, as PEFT has it; A takes the sign."""
+    return math.copysign(abs(share) ** 0.5, share), abs(share) ** 0.5
+
+
 def _roots(part: Part) -> tuple[float, float]:
-    """The square root of weight * scaling for each factor, as PEFT has it; A takes the sign."""
-    total = part.weight * part.pair.scaling
-    return math.copysign(abs(total) ** 0.5, total), abs(total) ** 0.5
+    return _signed_roots(part.weight * part.pair.scaling)
 
 
 def _unscaled_roots(part: Part) -> tuple[float, float]:
-    return math.copysign(abs(part.weight) ** 0.5, part.weight), abs(part.weight) ** 0.5
+    return _signed_roots(part.weight)
 
 
 def _lorahub(part: Part) -> tuple[float, float]:
@@ -151,7 +161,7 @@ def _lorahub(part: Part) -> tuple[float, float]:
 
 COMPONENTS = Space(_components)
 COMPONENTS_SVD = Space(_components_svd, takes_rank=True)
-FACTORS = factors(_roots)
+FACTOR_SPACE = factors(_roots)
 APART = Space(_apart, equal_ranks=True, apart=True)
 
 
@@ -169,7 +179,7 @@ class MergeRule:
     """
 
     scaling: str
-    space: Space = FACTORS
+    space: Space = FACTOR_SPACE
     sparsify: Sparsify = keep_all
     combine: Combine = weighted_sum
     default_weight: Callable[[int], float] = lambda adapters: 1.0 / adapters
@@ -197,11 +207,11 @@ MERGE_RULES: dict[str, MergeRule] = {
         "(sum of w_i sqrt(s_i) B_i)(sum of w_i sqrt(s_i) A_i), as LoRAHub composes", factors(_lorahub)
     ),
     "ties": MergeRule(
-        "TIES on the A's and on the B's, each times sqrt(w_i s_i)", FACTORS, keep_largest, elect_and_average, _one_each
+        "TIES on the A's and on the B's, each times sqrt(w_i s_i)", FACTOR_SPACE, keep_largest, elect_and_average, _one_each
     ),
     "dare_ties": MergeRule(
         "DARE's drops with TIES' election on the A's and on the B's",
-        FACTORS, drop_and_rescale, elect_and_average, _one_each, draws=True,
+        FACTOR_SPACE, drop_and_rescale, elect_and_average, _one_each, draws=True,
     ),
 }  # fmt: skip
 _IN_A_SCRIPT = "or build the row in a script: MergeRule(scaling, space, sparsify, combine)"
@@ -277,6 +287,10 @@ class MergeSettings:
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"merge dropout is {self.dropout}; it must lie in [0, 1)")
 
+    def result_rank(self, ranks: Sequence[int]) -> int:
+        """The highest rank that the merge of adapters of these ranks can have."""
+        return sum(ranks) if merge_rule(self.rule).space is COMPONENTS else self.rank or max(ranks)
+
 
 def merge(
     adapters: Sequence[AdapterWeights], settings: MergeSettings, names: Sequence[str] | None = None
@@ -328,20 +342,6 @@ def _check_shapes(module: str, parts: list[Part], rule: RuleOrName) -> None:
         raise AdapterError(
             f"merge rule {quoted(rule)} needs equal ranks, but {module} has {sorted(ranks)}; use 'exact' or 'svd'"
         )
-
-
-def _from_svd(left: Tensor, sizes: Tensor, right: Tensor, rank: int, dtype: torch.dtype) -> LoraPair:
-    if rank > sizes.numel():
-        log.info("rank %d is more than the %d components there are; the result has %d", rank, len(sizes), len(sizes))
-        rank = sizes.numel()
-    root = sizes[:rank].sqrt()
-    # As in LoraPair.balanced, a component of size zero keeps its A, since two zero factors never train.
-    A, B = torch.where(root > 0, root, 1.0)[:, None] * right[:rank], left[:, :rank] * root[None, :]
-    return _single_segment(LoraPair(A.to(dtype), B.to(dtype)))
-
-
-def _result_rank(parts: list[Part], settings: MergeSettings) -> int:
-    return settings.rank if settings.rank is not None else max(part.pair.rank for part in parts)
 
 
 def _single_segment(pair: LoraPair) -> LoraPair:

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any, ClassVar
 
 from grasp_lora.method.rounds import Decision, Round
@@ -58,14 +59,14 @@ class Gaussian(RatioPolicy):
     def learn(self, search: RatioSearch, measured: Round) -> tuple[float, float]:
         """Follow the gradients of the expected advantage."""
         rewards = measured.rewards
-        average = math.fsum(rewards) / len(rewards)
+        average = fmean(rewards)
         advantages = [reward - average for reward in rewards]
         variance = max(search.std**2, 1e-4)
         deviations = [candidate - search.mean for candidate in measured.candidates]
         mean_terms = [a * d / variance for a, d in zip(advantages, deviations, strict=True)]
         std_terms = [a * (d * d / variance - 1.0) for a, d in zip(advantages, deviations, strict=True)]
-        mean_gradient = math.fsum(mean_terms) / len(rewards)
-        std_gradient = math.fsum(std_terms) / len(rewards)
+        mean_gradient = fmean(mean_terms)
+        std_gradient = fmean(std_terms)
         pull = self.kl_coef * (search.mean - search.current_ratio)
         mean = self.clamp(search.mean + self.learning_rate * (mean_gradient - pull))
         return mean, max(1e-3, search.std + self.learning_rate * std_gradient + self.entropy_bonus)

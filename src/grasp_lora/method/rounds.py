@@ -1,8 +1,8 @@
 """What one controller round measured and decided, and what a whole run came to."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any, TypedDict
 
 CONFIDENCE = 0.95
@@ -53,7 +53,7 @@ class Round:
     @property
     def rewards(self) -> tuple[float, ...]:
         """Mean baseline loss minus mean candidate loss on the same examples, one per candidate; higher is better."""
-        baseline, *candidates = (mean(losses) for losses in self.common_losses)
+        baseline, *candidates = (fmean(losses) for losses in self.common_losses)
         return tuple(baseline - loss for loss in candidates)
 
     @property
@@ -65,10 +65,10 @@ class Round:
     @property
     def lowest_loss(self) -> float:
         """Lowest mean loss of a probe, baseline included; that of one on a few examples is the baseline's minus its reward."""
-        baseline = mean(self.baseline_losses)
+        baseline = fmean(self.baseline_losses)
         if self.places is not None:
             return baseline - max(0.0, *self.rewards)
-        return min(baseline, *(mean(losses) for losses in self.candidate_losses))
+        return min(baseline, *(fmean(losses) for losses in self.candidate_losses))
 
 
 class RoundRecord(TypedDict):
@@ -169,8 +169,3 @@ class RatioEstimate:
         if self.nothing_learned:
             return f"nothing was learned about the prune ratio ({interval}); {100 * self.ratio:.0f} % was taken"
         return f"prune ratio {100 * self.ratio:.0f} % ({interval})"
-
-
-def mean(losses: tuple[float, ...]) -> float:
-    """The mean, summed exactly."""
-    return math.fsum(losses) / len(losses)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def check_fits(
@@ -49,14 +49,14 @@ def check_fits(
     quantised = is_quantised(model.config)
     other = stated is not None and stated != fingerprint
     if other and not strict and quantised != adapter.info.backbone_quantised:
-        log.warning(
+        logger.warning(
             "adapter %s was trained on a %s backbone, so that %s is the same model could not be checked by its weights",
             quoted(adapter.name),
             "full-precision" if quantised else "quantised",
             quoted(backbone_name),
         )
     elif other and (model.dtype == torch.float16) != adapter.info.backbone_float16:
-        log.warning(
+        logger.warning(
             "adapter %s was trained in float16 or is read for it, which rounds the weights another way, so that %s is the same "
             "model could not be checked by them",
             quoted(adapter.name),
@@ -68,7 +68,7 @@ def check_fits(
             f"{fingerprint}: same shapes, other weights; use the backbone it was trained on"
         )
     if stated is None and adapter.base_model and Path(adapter.base_model).name != Path(backbone_name).name:
-        log.warning(
+        logger.warning(
             "adapter %s names base model %s, the backbone is %s; shapes fit, so it is taken as the same model",
             quoted(adapter.name),
             quoted(adapter.base_model),
@@ -243,7 +243,7 @@ def _check_targets(model: torch.nn.Module, adapter: LoadedAdapter) -> None:
             )
     absent = [name for name in _linear(model) if _is_named(name, adapter.targets) and name not in adapter.weights]
     if absent:
-        log.warning(
+        logger.warning(
             "adapter %s names %d modules of the backbone for which it has no weights, first %s; they stay unchanged, as in PEFT",
             quoted(adapter.name),
             len(absent),

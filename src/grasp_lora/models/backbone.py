@@ -20,10 +20,10 @@ from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.checked_config import read_config, source_of
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, BackboneSettings
 from grasp_lora.storage.memory import enough_memory
-from grasp_lora.storage.network import first_line, hub_problem, no_network, not_there
+from grasp_lora.storage.network import hub_problem, no_network, not_there
 from grasp_lora.storage.processes import join, on_first_process, world_size
 from grasp_lora.storage.reading import expanded, is_folder, is_there
-from grasp_lora.text.display import one_line, quoted
+from grasp_lora.text.display import first_line, one_line, quoted
 from grasp_lora.text.names import without_place
 
 if TYPE_CHECKING:

@@ -158,9 +158,8 @@ class _Shrunk:
 
     weights: AdapterWeights
     rank: int | None = None
-    components: int | None = (
-        None  # before those that a mask has emptied were dropped; None where that was not asked for
-    )
+    # Before those that a mask has emptied were dropped; None where that was not asked for.
+    components: int | None = None
     removed: int = 0
     kept_per_module: tuple[int, int] = (0, 0)  # the fewest and the most
 

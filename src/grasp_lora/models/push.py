@@ -13,9 +13,8 @@ from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES
 from grasp_lora.models.export import CARD_FILE
 from grasp_lora.models.gguf_adapter import GGUF_FILE
 from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE, read_adapter
-from grasp_lora.storage.network import first_line
 from grasp_lora.storage.reading import RefusedError, is_folder, read_bounded
-from grasp_lora.text.display import escaped, quoted
+from grasp_lora.text.display import escaped, first_line, quoted
 from grasp_lora.text.names import without_place
 
 OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, OUR_FILE, CARD_FILE, GGUF_FILE)

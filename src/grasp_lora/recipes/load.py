@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from grasp_lora.errors import RecipeError
+from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.reading import read_base_model
 from grasp_lora.recipes.builtin import builtin_recipes, builtin_text
 from grasp_lora.recipes.explain import explain
@@ -26,7 +27,7 @@ Overrides = Mapping[str, Any] | Sequence[str]
 MOST_ABOVE = 3  # folders between a run folder and its deepest adapters, those in its store
 MOST_WHOLE = 10**9  # of any whole number but a seed
 MOST_SEED = 2**63 - 1
-MOST_OF = {"rank": 16_384, "candidates": 1_024}  # what would be allocated or tried at once
+MOST_OF = {"rank": MOST_RANK, "candidates": 1_024}  # what would be allocated or tried at once
 MOST_TEXT = 1_024  # characters of a text that is no template
 MOST_PART = 255  # bytes of a part of a path, as file systems have it
 NAMES_CODE = ("controller.preset", "controller.policy.kind", "controller.rule", "merge.rule", "mask.score", "final.mask.score",

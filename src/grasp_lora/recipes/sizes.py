@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from grasp_lora.data.records import Record
-from grasp_lora.data.splits import HELD_OUT, assign, by_group, join_groups
+from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES, assign, by_group, join_groups
 from grasp_lora.errors import DataError
 from grasp_lora.recipes.corpus import Corpus
 from grasp_lora.text.display import quoted
 
-PAPER_SIZES = {"test": 100, "dev": 50, "micro_dev": 16}  # Paper: experimental setup; the most that is held out
 MOST_TRAIN = 200  # an example of them is trained on 20 times in a run: more take longer than a first run should
 FEWEST = 30
 FEWEST_DEV = 8

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.bench.run_folder import DISCARDED, REPORT_FILE, REPORT_TABLES_FILE
+from grasp_lora.data.splits import SPLITS
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.report.delivered import NOTHING_LEARNED, chosen, delivered_system, predict_command, verdict
 from grasp_lora.report.examples import examples_of
@@ -40,7 +41,6 @@ from grasp_lora.text.display import escaped, one_line
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
 LANGUAGES = {
     "am": "Amharic", "ar": "Arabic", "bn": "Bengali", "de": "German", "el": "Greek", "en": "English", "es": "Spanish",
     "fa": "Persian", "fi": "Finnish", "fr": "French", "ha": "Hausa", "he": "Hebrew", "hi": "Hindi", "id": "Indonesian",

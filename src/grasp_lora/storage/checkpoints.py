@@ -22,7 +22,7 @@ from torch import Tensor
 from grasp_lora.errors import GraspError
 from grasp_lora.storage.files import discard, sync, write_whole
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 KEPT = 2  # the newest, and one to fall back on should it be damaged
@@ -91,7 +91,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         if not (checkpoint / MANIFEST).is_file():
             discard(checkpoint)
         elif damage := _damage(checkpoint):
-            log.warning("%s is damaged (%s); it is removed and the one before it is used", checkpoint, damage)
+            logger.warning("%s is damaged (%s); it is removed and the one before it is used", checkpoint, damage)
             _remove(checkpoint)
         else:
             return checkpoint

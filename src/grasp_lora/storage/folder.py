@@ -25,7 +25,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = "grasp-lora.lock"
 _warned: set[str] = set()
@@ -291,7 +291,7 @@ def _lock(descriptor: int, file: Path, place: Path, shared: bool) -> None:
         if str(error) in _warned:  # each step has a lock of its own
             return
         _warned.add(str(error))
-        log.warning("%s cannot be locked (%s); make sure that only one run writes there", place, error)
+        logger.warning("%s cannot be locked (%s); make sure that only one run writes there", place, error)
 
 
 def _holder(file: Path) -> str:

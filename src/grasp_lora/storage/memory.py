@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from grasp_lora.errors import GraspError
-from grasp_lora.storage.network import first_line
+from grasp_lora.text.display import first_line
 
 # Of torch.OutOfMemoryError, CUDA's drivers and libraries, and torch's allocator on the CPU, which raises a plain RuntimeError.
 _SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")

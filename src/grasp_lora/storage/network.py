@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from grasp_lora.text.display import one_line
+from grasp_lora.text.display import first_line
 
 
 @contextmanager
@@ -51,11 +51,6 @@ def hub_problem(error: BaseException) -> str | None:
     if any(isinstance(found, HFValidationError) for found in causes):
         return "there is no such folder, and it is no hub id either"
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """The first line that an error says, or else its kind."""
-    return one_line(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
 
 
 def not_there(error: BaseException) -> str:

@@ -23,6 +23,16 @@ def one_line(text: str) -> str:
     return escaped(" ".join(text.split()))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line that an error says, or else its kind, without a full stop at its end.
+
+    >>> first_line(ValueError("no such file.\nSee the manual.")), first_line(KeyboardInterrupt())
+    ('no such file', 'KeyboardInterrupt')
+    """
+    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return one_line(said).rstrip(".")
+
+
 def escaped(text: str) -> str:
     r"""Return a text whose control characters are escapes, white space among them.
 

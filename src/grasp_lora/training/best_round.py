@@ -2,12 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
 
 import torch
 
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.masks import FACTORS, MaskSet
+from grasp_lora.method.masks import FACTORS
 from grasp_lora.method.ranking import Ranking, WeightKey
 
 
@@ -24,12 +23,6 @@ class BestRound:
     loss: float
     dense: Mapping[WeightKey, torch.Tensor]
     order: Ranking
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, masks: MaskSet, loss: float, order: Ranking) -> Self:
-        """Copy the weights as they are now."""
-        return cls(loss, masks.dense(), order)
 
     def pruned(self, pairs: Mapping[str, LoraPair], prune_ratio: float) -> AdapterWeights:
         """Return the adapter of the round, pruned at a ratio as its masks are; float32, on the CPU.

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,7 +37,7 @@ from grasp_lora.training.regimes import regime_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 ROUNDS_FILE = "rounds.jsonl"
 TIMINGS_FILE = "timings.jsonl"
@@ -189,7 +190,9 @@ class GraspController(PrunedTraining):
         measured = len(self.search.history)
         super().on_train_end(args, state, control, **kwargs)
         if later := measured - len(self.search.history):
-            log.warning("the weights are those of %s; %d later rounds do not count", state.best_model_checkpoint, later)
+            logger.warning(
+                "the weights are those of %s; %d later rounds do not count", state.best_model_checkpoint, later
+            )
             self._write_records(state)
 
     def on_step_begin(
@@ -264,9 +267,9 @@ class GraspController(PrunedTraining):
     # The best round
 
     def _keep_if_best(self, baseline: Sequence[float], order: Ranking) -> None:
-        loss = math.fsum(baseline) / len(baseline)
+        loss = fmean(baseline)
         if self.keep_best and (self._best is None or loss < self._best.loss):
-            self._best = BestRound.of(self.masks, loss, order)
+            self._best = BestRound(loss, self.masks.dense(), order)
 
     def best_adapter(self, prune_ratio: float) -> AdapterWeights:
         """Return the adapter of the round with the lowest baseline loss, pruned as that round's masks are; float32, on the CPU.
@@ -370,6 +373,6 @@ def _tracked(measured: RoundRecord) -> dict[str, float]:
         "grasp/policy_mean": measured["policy_mean"],
         "grasp/policy_std": measured["policy_std"],
         "grasp/best_reward": max(measured["rewards"]),
-        "grasp/micro_dev_loss": math.fsum(baseline) / len(baseline),
+        "grasp/micro_dev_loss": fmean(baseline),
         "grasp/measured_sparsity": measured["measured_sparsity"],
     }

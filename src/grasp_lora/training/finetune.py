@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 import torch
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from grasp_lora.training.controller import GraspController
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class LossRow(TypedDict):
@@ -117,8 +118,7 @@ class BestOnDev(SavedInCheckpoints):
                 factor.copy_(self._best[name])
 
     def _evaluate(self, model: torch.nn.Module, state: TrainerState) -> None:
-        losses = self.dev.losses(model)
-        loss = math.fsum(losses) / len(losses)
+        loss = fmean(self.dev.losses(model))
         self.history.append({"step": state.global_step, "epoch": float(state.epoch or 0.0), "dev_loss": loss})
         if loss < self.best_loss:
             self.best_loss, self.best_step, self._bad = loss, state.global_step, 0
@@ -136,9 +136,8 @@ class _Watch(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        for name in {"loss", "train_loss"} & set(
-            logs or ()
-        ):  # each few steps, and the mean of the whole run at its end
+        # Each few steps, and the mean of the whole run at its end.
+        for name in {"loss", "train_loss"} & set(logs or ()):
             if not math.isfinite(logs[name]):
                 raise DivergedError(
                     f"the training loss is {logs[name]} at step {state.global_step}; "
@@ -246,7 +245,7 @@ def finetune(
             with arguments.main_process_first(local=False):  # it removes what is not whole
                 resumed = newest_checkpoint(folder)
                 if resumed and len(list(resumed.glob(f"{LOSS_STATE}*.json"))) != arguments.world_size:
-                    log.warning("%s was saved by another number of processes; the training begins anew", resumed)
+                    logger.warning("%s was saved by another number of processes; the training begins anew", resumed)
                     remove_checkpoints(folder)
                     resumed = None
             every = checkpoints.steps_between(steps_per_epoch, settings.steps(len(train) // arguments.world_size))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from grasp_lora.errors import DataError
-from grasp_lora.models.backbone import supports_logits_to_keep
 
 IGNORED = -100  # the label of positions without loss, in all of transformers
 
@@ -54,11 +53,6 @@ def check_measurable(examples: Sequence[Encoded]) -> None:
             raise DataError(f"example {example.id} has no prompt tokens to predict its answer from")
 
 
-def takes_label_positions(model: torch.nn.Module) -> bool:
-    """Whether the backbone computes logits at chosen positions only (`logits_to_keep`); else they are cut afterwards."""
-    return supports_logits_to_keep(model)
-
-
 def example_losses(
     model: torch.nn.Module,
     batch: Mapping[str, Tensor],
@@ -72,7 +66,7 @@ def example_losses(
     Args:
         model: causal language model, with or without adapters, wrapped or not.
         batch: of `collate`, on the model's device.
-        label_positions: what `takes_label_positions` says of the model.
+        label_positions: what `supports_logits_to_keep` says of the model.
         tell: given the likeliest token id at each place of an answer's token, row by row, and the cache of the pass, if any.
         use_cache: whether the pass keeps its keys and values.
     """

@@ -12,6 +12,7 @@ from torch import Tensor
 from grasp_lora.errors import AdapterError, DataError, ProbeError
 from grasp_lora.method.importance import InputNorms
 from grasp_lora.method.masks import MaskSet
+from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.generation import Reader
 from grasp_lora.models.live import active_adapter, evaluating, lora_layers
 from grasp_lora.storage.memory import enough_memory
@@ -21,7 +22,6 @@ from grasp_lora.training.loss import (
     check_measurable,
     collate,
     example_losses,
-    takes_label_positions,
 )
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ class ProbeSet:
             ProbeError: a loss is not a finite number; the message names the example.
         """
         weight = next(model.parameters())
-        device, label_positions = weight.device, takes_label_positions(model)
+        device, label_positions = weight.device, supports_logits_to_keep(model)
         losses = torch.zeros(len(self.ids), device=device, dtype=torch.promote_types(weight.dtype, torch.float32))
         with (
             evaluating(model),
@@ -180,29 +180,26 @@ class ProbesInTurn:
         pad_id: token id for padding.
         count: examples of a round, between 1 and the size of the pool.
         seed: of the order in which they take turns.
-        token_budget: as of `ProbeSet`.
 
     Raises:
         DataError: there are fewer examples than a round measures.
     """
 
-    def __init__(
-        self, examples: Sequence[Encoded], pad_id: int, count: int, seed: int, token_budget: int | None = None
-    ) -> None:
+    def __init__(self, examples: Sequence[Encoded], pad_id: int, count: int, seed: int) -> None:
         if not 1 <= count <= len(examples):
             raise DataError(
                 f"each round is to measure {count} examples, but there are {len(examples)} to take turns; ask for 1 to that many"
             )
         self._examples = list(examples)
         random.Random(f"{seed}/turns").shuffle(self._examples)
-        self._pad_id, self._token_budget, self.count = pad_id, token_budget, count
+        self._pad_id, self.count = pad_id, count
         self._whole: ProbeSet | None = None
 
     @property
     def whole(self) -> ProbeSet:
         """All examples of the pool, in the order of their turns."""
         if self._whole is None:
-            self._whole = ProbeSet(self._examples, self._pad_id, self._token_budget)
+            self._whole = ProbeSet(self._examples, self._pad_id)
         return self._whole
 
     def places(self, number: int) -> tuple[int, ...]:
@@ -211,7 +208,7 @@ class ProbesInTurn:
 
     def at(self, number: int) -> ProbeSet:
         """The examples of a round, numbered from 0."""
-        return ProbeSet([self._examples[place] for place in self.places(number)], self._pad_id, self._token_budget)
+        return ProbeSet([self._examples[place] for place in self.places(number)], self._pad_id)
 
 
 def encoded_rows(

@@ -20,7 +20,7 @@ from grasp_lora.training.gradients import GradientCheck
 from grasp_lora.training.probes import ProbeSet, calibrate, world_size
 from grasp_lora.training.saved import SavedInCheckpoints
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MASK_MODES = ("hold", "reselect")
 
@@ -162,7 +162,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         if self._masks.are_on() and self._left in (None, self._masks.checksums()):
             self._masks.commit(0.0)
         else:
-            log.warning("the adapter has changed since its last training; what was pruned then is not put back")
+            logger.warning("the adapter has changed since its last training; what was pruned then is not put back")
 
     def _check_can_be_pruned(self, model: torch.nn.Module) -> None:
         if self.mask.granularity == "component":

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,11 +23,12 @@ from grasp_lora.method.lora import AdapterWeights, LoraPair, added_up
 from grasp_lora.method.masks import FACTORS, MaskSet, MaskSettings
 from grasp_lora.method.ranking import WeightKey, in_a_row, views
 from grasp_lora.models.adapters import attached
+from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import evaluating, live_pairs, segments_of
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.processes import world_size
 from grasp_lora.training.finetune import LossRow, leaving_backbone_as_it_was
-from grasp_lora.training.loss import Encoded, check_measurable, collate, example_losses, takes_label_positions
+from grasp_lora.training.loss import Encoded, check_measurable, collate, example_losses
 from grasp_lora.training.probes import ProbeSet, calibrate
 from grasp_lora.training.settings import TrainingSettings
 
@@ -198,7 +200,7 @@ class Stack:
         with evaluating(model):
             for places, batch in probes.batches(device.type, count):
                 copies = {name: part.to(device).repeat(count, 1) for name, part in batch.items()}
-                measured = example_losses(model, copies, label_positions=takes_label_positions(model))
+                measured = example_losses(model, copies, label_positions=supports_logits_to_keep(model))
                 found[:, places] = measured.view(count, -1).to(found.dtype)
         losses: list[list[float]] = found.tolist()
         return losses
@@ -270,7 +272,7 @@ def train_stacked(
         nonlocal acting
         losses = dict(zip(acting, stack.losses(model, dev), strict=True))
         for row, place in enumerate(acting):
-            one, loss = members[place], math.fsum(losses[place]) / len(losses[place])
+            one, loss = members[place], fmean(losses[place])
             if not math.isfinite(loss):
                 one.failed = (
                     f"the dev loss is {loss} at step {step}; lower the learning rate (now {settings.learning_rate})"
@@ -301,7 +303,7 @@ def train_stacked(
             rows = range(start, min(start + settings.batch_size, end))
             examples = [train[orders[members[place].seed][row]] for place in acting for row in rows]
             batch = {name: part.to(device) for name, part in collate(examples, pad_id).items()}
-            losses = example_losses(model, batch, label_positions=takes_label_positions(model))
+            losses = example_losses(model, batch, label_positions=supports_logits_to_keep(model))
             loss = losses.sum() / (end - first)
             torch.autograd.backward(loss)
             total += loss.detach()

@@ -10,8 +10,9 @@ from transformers import Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.text.display import first_line
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 AT_BEGIN, LATER = "on_train_begin", ("on_log", "on_evaluate", "on_save", "on_train_end")
 
@@ -52,7 +53,7 @@ def _first(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
             raise
         except Exception as error:  # whatever a foreign library raises
             raise RecipeError(
-                f"report_to names {name!r}, which cannot begin: {_line(error)}; mend it, or leave it out"
+                f"report_to names {name!r}, which cannot begin: {first_line(error)}; mend it, or leave it out"
             ) from error
 
     return begin
@@ -64,13 +65,8 @@ def _later(name: str, call: Callable[..., Any], failed: list[str]) -> Callable[.
             return None if failed else call(*args, **kwargs)
         except Exception as error:  # noqa: BLE001  # as above; the training is worth more
             failed.append(name)
-            log.warning(
-                "the tracker %s failed and hears no more of this training, which goes on: %s", name, _line(error)
+            logger.warning(
+                "the tracker %s failed and hears no more of this training, which goes on: %s", name, first_line(error)
             )
 
     return tell
-
-
-def _line(error: Exception) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError, Interrupted
+from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.storage.checkpoints import Checkpointing, State, checkpoint_at, complete, seconds_of, write_state
 from grasp_lora.storage.files import cannot_write, vanished
+from grasp_lora.text.display import first_line
 from grasp_lora.training.gradients import no_gradients
-from grasp_lora.training.loss import IGNORED, example_losses, takes_label_positions
+from grasp_lora.training.loss import IGNORED, example_losses
 from grasp_lora.training.saved import SavedInCheckpoints
 
 LOSS_STATE = "loss-"  # of a checkpoint, with the number of each process behind it: its loss since it was last logged
@@ -74,7 +76,7 @@ class FineTuneTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.lr_decay = lr_decay
         self._examples_per_rank = torch.ones(())
-        self._label_positions = takes_label_positions(kwargs["model"])
+        self._label_positions = supports_logits_to_keep(kwargs["model"])
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Fill up uneven epochs with blanks; else accelerate repeats examples."""
@@ -153,7 +155,7 @@ class FineTuneTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:  # torch.save says only that it could not write, not why
             free = shutil.disk_usage(folder).free / 1e6
-            raise cannot_write(folder, f"{str(error).splitlines()[0]}; {free:.1f} MB are free there") from error
+            raise cannot_write(folder, f"{first_line(error)}; {free:.1f} MB are free there") from error
 
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         model: torch.nn.Module = self.model  # type: ignore[assignment]  # it was given one
