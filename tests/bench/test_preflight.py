@@ -36,7 +36,7 @@ def test_all_that_a_run_needs_is_said(check: Check) -> None:
     assert found["lengths"].text.startswith("train: ")
     assert "loss on the answer only, for example ' " in found["label mask"].text
     assert "<eos>" in found["label mask"].text
-    assert found["cost"].text == "at most 42 training examples and 48 probed examples"
+    assert found["cost"].text == "at most 42 training examples and 48 probed examples, 132 forward passes in all"
 
 
 def write_rows(name: str, rows: list[dict[str, object]]) -> None:
@@ -99,12 +99,15 @@ def test_conversations_without_the_backbones_template_are_warned_of(check: Check
     [
         ("why", "because", True),
         ("why ", "because", False),
-        ("why?", "because", False),
+        ("why?", "because", True),
+        ("لماذا؟", "لأن", True),
+        ("why:", "because", False),
         ("why", "\n7", False),
         ("问", "答", False),
+        ("问？", "答", False),
     ],
 )
-def test_answers_that_go_on_the_last_word_of_the_prompt_are_warned_of(
+def test_answers_that_go_on_the_last_word_or_sentence_of_the_prompt_are_warned_of(
     check: Check, prompt: str, completion: str, warned: bool
 ) -> None:
     write_rows("target", [{"prompt": f"{i} {prompt}", "completion": completion} for i in range(40)])
@@ -163,7 +166,7 @@ def test_no_dev_and_no_test_set_are_warned_of(check: Check) -> None:
 def test_a_given_ratio_needs_no_rounds(check: Check) -> None:
     found = check("final.prune_ratio=0.4", "controller.rounds.every=1000")
     assert "rounds" not in found
-    assert found["cost"].text == "at most 32 training examples and 0 probed examples"
+    assert found["cost"].text == "at most 32 training examples and 0 probed examples, 64 forward passes in all"
 
 
 def test_a_controller_run_without_a_round_is_an_error_before_the_run(check: Check) -> None:
@@ -232,7 +235,7 @@ def test_what_a_controller_cannot_probe_is_an_error_before_the_run(check: Check)
 def test_few_late_rounds_are_as_planned(check: Check) -> None:
     found = check("controller.preset=late", "controller.rounds.pool=both", "controller.rounds.in_turn=5")
     assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run 3 rounds")
-    assert found["cost"].text.endswith("and 60 probed examples")  # the baseline and 3 candidates on 5 examples
+    assert "and 60 probed examples," in found["cost"].text  # the baseline and 3 candidates on 5 examples
 
 
 @pytest.mark.parametrize(("start", "baseline"), [("merged", 5), ("controller", 6 + 4)])
@@ -240,7 +243,7 @@ def test_a_single_run_measures_its_baseline_on_all_that_it_probes(check: Check, 
     turn = ("controller.preset=paper", "controller.rounds.pool=both", "controller.rounds.in_turn=5")
     found = check(*turn, "controller.rounds.every=5", f"final.start={start}")
     rounds = int(found["rounds"].text.split("run ")[1].split()[0])
-    assert found["cost"].text.endswith(f"and {rounds * (baseline + 3 * 5)} probed examples")
+    assert f"and {rounds * (baseline + 3 * 5)} probed examples," in found["cost"].text
 
 
 def test_data_files_are_looked_for_before_the_backbone_is_loaded(check: Check) -> None:
@@ -267,5 +270,5 @@ def test_a_single_run_is_said_and_costs_the_controller_run_and_the_final_run(che
     )
     assert found["start"].level == "ok"
     assert found["cost"].text == check("final.training.epochs=2")["cost"].text
-    assert found["cost"].text == "at most 52 training examples and 48 probed examples"
+    assert found["cost"].text == "at most 52 training examples and 48 probed examples, 152 forward passes in all"
     assert "start" not in check()

@@ -723,13 +723,20 @@ def test_float16_rounds_a_fingerprint_another_way(make_tiny_model):
 
 
 @pytest.mark.parametrize(
-    ("named", "loaded"), [(None, "gemma3-270m"), ("google/gemma-3-270m", "google/gemma-3-270m"), ("lab/x", "lab/x")]
+    ("named", "ours", "loaded"),
+    [
+        (None, True, "gemma3-270m"),
+        (None, False, "google/gemma-3-270m"),  # another program has trained it on the hub's weights
+        ("google/gemma-3-270m", True, "google/gemma-3-270m"),
+        ("lab/x", True, "lab/x"),
+    ],
 )
-def test_a_backbone_that_the_user_names_is_the_one_that_is_loaded(monkeypatch, named, loaded):
-    """Adapters on the embedded weights name the model on the hub, which others can load."""
+def test_a_backbone_that_the_user_names_is_the_one_that_is_loaded(monkeypatch, named, ours, loaded):
+    """Our adapters on the embedded weights name the model on the hub, which others can load."""
     monkeypatch.setattr(backbone_module, "load_backbone", lambda settings: settings)
     pairs = {"m": LoraPair(torch.ones(1, 2), torch.ones(2, 1))}
-    adapter = LoadedAdapter(AdapterWeights(pairs), "mine", "google/gemma-3-270m", "")
+    info = AdapterInfo(backbone_fingerprint="abc" if ours else None)
+    adapter = LoadedAdapter(AdapterWeights(pairs), "mine", "google/gemma-3-270m", "", info)
     assert backbone_module.backbone_of(adapter, named, "cpu").name == loaded
 
 

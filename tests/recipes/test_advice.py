@@ -14,13 +14,13 @@ from grasp_lora.recipes.load import load_recipe
     ("dev", "keeps_best", "says"),
     [
         (50, True, "50 dev rows stop the trainings in time"),
-        (0, True, "no dev rows stop the trainings, so 16 rows are overfitted: prune"),
-        (50, False, "the last step is kept, whatever the dev rows say, so 16 rows are overfitted: prune"),
+        (0, True, "no dev rows stop the trainings, so the training rows are overfitted: prune"),
+        (50, False, "the last step is kept, whatever the dev rows say, so the training rows are overfitted: prune"),
     ],
 )
 def test_what_stops_a_training_decides(dev: int, keeps_best: bool, says: str) -> None:
     for on_source in (False, True):
-        [said] = advice(16, dev, keeps_best=keeps_best, on_source=on_source, has_source_rows=False)
+        [said] = advice(dev, keeps_best=keeps_best, on_source=on_source, has_source_rows=False)
         assert said.startswith(says)
 
 
@@ -28,7 +28,7 @@ def test_what_stops_a_training_decides(dev: int, keeps_best: bool, says: str) ->
     ("overrides", "says"),
     [
         ((), "6 dev rows stop the trainings"),
-        (("data.target.dev=0",), "no dev rows stop the trainings, so 10 rows"),
+        (("data.target.dev=0",), "no dev rows stop the trainings, so the training rows"),
         (("final.training.keep=last", "final.training.patience=null"), "the last step is kept"),
     ],
 )

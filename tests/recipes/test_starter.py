@@ -222,7 +222,7 @@ def test_few_training_rows_keep_the_adapters_apart(count: int, on: str | None, s
     train = target.train or count - (target.dev or 0) - (target.micro_dev or 0) - (target.test or 0)
     assert (train >= FEWEST_ON_SOURCE) is (on is not None)
     assert recipe.target.on == on
-    assert ("better with so few rows" in file.read_text(encoding="utf-8")) is (on is None)
+    assert ("better with 16 rows" in file.read_text(encoding="utf-8")) is (on is None)
 
 
 def test_too_few_for_a_dev_set_is_said(start: Callable[..., Path]) -> None:
@@ -482,6 +482,10 @@ def test_the_backbone_is_that_of_the_source_adapters(start: Callable[..., Path],
     assert load_recipe(start(data, (one,), Path("a.yaml"), backbone=None))[0].backbone.name == "org/llama"
     assert load_recipe(start(data, (one,), Path("b.yaml"), backbone="mine/llama"))[0].backbone.name == "mine/llama"
     assert load_recipe(start(data, (), Path("c.yaml"), backbone=None))[0].backbone.name == "gemma3-270m"
+    hub = adapter("hub", "google/gemma-3-270m")  # another program's, trained on the hub's weights
+    assert load_recipe(start(data, (hub,), Path("d.yaml"), backbone=None))[0].backbone.name == "google/gemma-3-270m"
+    (tmp_path / "hub/grasp_lora.json").write_text(json.dumps({"backbone_fingerprint": "abc"}))
+    assert load_recipe(start(data, (hub,), Path("e.yaml"), backbone=None))[0].backbone.name == "gemma3-270m"
     with pytest.raises(AdapterError, match="are of different backbones, org/gemma, org/llama; give adapters of one"):
         start(data, (one, other), backbone=None)
     with pytest.raises(AdapterError, match="the adapter silent does not name its backbone; name it with --backbone"):
@@ -506,7 +510,7 @@ def test_the_backbone_of_an_adapter_on_the_hub_is_looked_up(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     data = write(Path("t.jsonl"), completion(60))
     assert load_recipe(start(data, ("org/adapter",), backbone=None))[0].backbone.name == "org/llama"
-    assert asked == [("org/adapter", ["adapter_config.json"])]
+    assert asked == [("org/adapter", ["adapter_config.json", "grasp_lora.json"])]
     with pytest.raises(AdapterError, match=r"adapter org/none: .*With --backbone the adapter is not looked up"):
         start(data, ("org/none",), Path("b.yaml"), backbone=None)
     assert load_recipe(start(data, ("org/none",), Path("c.yaml"), backbone="org/x"))[0].backbone.name == "org/x"
@@ -646,12 +650,17 @@ def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> No
         (completion(60), ("a/b/c",), DataError, r"source 'a/b/c' is missing"),
         (completion(60), ("tiny-llama",), AdapterError, r"tiny-llama is a folder without adapter_config\.json"),
         (completion(60), ("org/name", "s.jsonl"), RecipeError, r"data files and adapters at once"),
-        (completion(60), ("demo:en.json",), DataError, r"data for the task qa, but the target's is completion"),
+        (
+            completion(60),
+            ("demo:en.json",),
+            DataError,
+            r"data for the task qa by its columns, but the target's task is completion",
+        ),
         (
             squad(60),
             ("s.jsonl",),
             DataError,
-            r"s\.jsonl is data for the task completion, but the target's is qa",
+            r"s\.jsonl is data for the task completion by its columns, but the target's task is qa",
         ),
         (completion(60), ("few.jsonl",), DataError, r"the source has 10 examples, .*at least 20 are needed"),
         (completion(60), ("s.jsonl", "renamed.jsonl"), DataError, r"the source files differ in their columns"),
@@ -670,7 +679,7 @@ def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> No
             labelled(60, ["a", "b"]),
             ("s.jsonl",),
             DataError,
-            r"for the task completion, but the target's is classification",
+            r"for the task completion by its columns, but the target's task is classification",
         ),
         ([{"source": "a", "target": " "}] * 60, (), DataError, r"line 1: target is empty"),
         ([{"source": "", "target": "b"}] * 60, (), DataError, r"line 1: source is empty"),
@@ -702,8 +711,12 @@ def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callab
     said = cli("init", "t.jsonl", "-l", "de", *options).out
     first, *advised = said.splitlines()
     assert first == f"wrote full.yaml and {SCHEMA_FILE}; next: grasp-lora check full.yaml"
-    assert [line.partition(":")[0] for line in advised] == ["advice", "advice"]
-    assert "--methods joint" in advised[1]
+    assert [line.partition(":")[0] for line in advised] == ["task", "advice", "advice"]
+    assert "--methods joint" in advised[2]
+    named = [{"question": f"{i}?", "answer": "a"} for i in range(60)]
+    write(Path("named.jsonl"), named)
+    told = cli("init", "named.jsonl", "-l", "de").out
+    assert "task: completion, where prompt is the column question and completion is the column answer\n" in told
     assert cli("check", "full.yaml").status == 0
     assert Path("full.yaml").read_text().startswith(f"# yaml-language-server: $schema={SCHEMA_FILE}\n")
     assert Path(SCHEMA_FILE).read_text(encoding="utf-8") == schema_text()

@@ -30,8 +30,9 @@ from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.storage.memory import available_memory
-from grasp_lora.text.characters import split_unspaced
-from grasp_lora.text.display import listed, quoted
+from grasp_lora.text.characters import ENDS_OF_SENTENCES, split_unspaced
+from grasp_lora.text.display import listed, one_line, quoted
+from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 FEW_ROUNDS = 10
 FEW_INDEPENDENT_ROUNDS = 3  # where no ratio is held, they do not depend on each other
@@ -84,9 +85,7 @@ def preflight(session: Session) -> list[Finding]:
     findings += _plan(recipe, sizes)
     keeps_best, has_source_rows = recipe.final.training.keep == "best", bool(splits.source_train)
     on_source = recipe.target.on is not None
-    said = advice(
-        sizes["train"], sizes["dev"], keeps_best=keeps_best, on_source=on_source, has_source_rows=has_source_rows
-    )
+    said = advice(sizes["dev"], keeps_best=keeps_best, on_source=on_source, has_source_rows=has_source_rows)
     findings += [Finding("ok", "advice", sentence) for sentence in said]
     width = expected_width(list(session.metrics), len(splits.test), len(PLANNED) - 1, group_size(splits.test))
     if width:
@@ -136,11 +135,12 @@ def _doubtful(session: Session) -> list[Finding]:
             "messages before the answer are joined as plain text; leave it out"
         )
         found.append(Finding("warning", "chat", text))
-    glued = sum(_are_glued(example) for example in splits.train)
-    if not splits.report.chat_template and 2 * glued > len(splits.train):
+    glued = [example for example in splits.train if _are_glued(example)]
+    if not splits.report.chat_template and 2 * len(glued) > len(splits.train):
+        border = one_line(glued[0].prompt[-8:] + glued[0].completion[:8])
         text = (
-            "nothing stands between prompts and answers, which run into one word; end the prompts with a space or a line "
-            "break, or set data.prompt"
+            f"nothing stands between prompts and answers, such as {border!r}; end the prompts with a space or a line break, "
+            "or set data.prompt"
         )
         found.append(Finding("warning", "prompt", text))
     for name, metric in session.metrics.items():
@@ -164,9 +164,10 @@ def _doubtful(session: Session) -> list[Finding]:
 
 
 def _are_glued(example: Example) -> bool:
-    """Whether the last word of a prompt goes on as the first of its answer."""
+    """Whether the last word or sentence of a prompt goes on as the first word of its answer."""
     border = example.prompt[-1:] + example.completion[:1]
-    return len(border) == 2 and border.isalnum() and split_unspaced(border).strip() == border
+    ends = border[:1].isalnum() or border[:1] in ENDS_OF_SENTENCES
+    return len(border) == 2 and ends and border[1].isalnum() and split_unspaced(border).strip() == border
 
 
 def _labels(session: Session) -> list[Finding]:
@@ -349,7 +350,8 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
         )
         findings.append(Finding("ok", "start", text))
     trained, probed = _cost(recipe, sizes)
-    text = f"at most {trained:.0f} training examples and {probed} probed examples"
+    passes = TRAINED_AS_MEASURED * trained + probed
+    text = f"at most {trained:.0f} training examples and {probed} probed examples, {passes:.0f} forward passes in all"
     findings.append(Finding("ok", "cost", text))
     return findings
 

@@ -43,11 +43,14 @@ def init(
     data: Annotated[
         Path,
         typer.Argument(
-            help="Your examples, at least 30: CSV, TSV, XLSX, JSON, JSONL or parquet with columns prompt and completion, "
-            "messages, context, question and answer, or document and summary; or as Alpaca, ShareGPT or SQuAD have them."
+            help="Your examples, at least 30: CSV, TSV, XLSX, JSON, JSONL or parquet with columns prompt and completion "
+            "(or question and answer), messages, context, question and answer, document and summary, text and label, or source "
+            "and target; or as Alpaca, ShareGPT or SQuAD have them."
         ),
     ],
-    language: Annotated[str, typer.Option("--language", "-l", help="Language of the examples, such as ar, zh or sw.")],
+    language: Annotated[
+        str, typer.Option("--language", "-l", help="Language of the examples, an ISO 639 code such as ar, zh or sw.")
+    ],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The recipe file; default NAME.yaml here.")
     ] = None,
@@ -58,7 +61,7 @@ def init(
             help="Data file of the rich language, or a PEFT adapter folder or hub id trained on it. May be repeated.",
         ),
     ] = None,
-    source_language: Annotated[str, typer.Option(help="Language of the source data.")] = "en",
+    source_language: Annotated[str, typer.Option(help="Language of the source data, a code like that.")] = "en",
     column: Annotated[
         list[str] | None,
         typer.Option(metavar="FIELD=COLUMN", help="A column of another name, such as question=Swali. May be repeated."),
@@ -67,7 +70,9 @@ def init(
         list[str] | None,
         typer.Option(metavar="FIELD=COLUMN", help="The same for source data, whose columns have names of their own."),
     ] = None,
-    sheet: Annotated[str | None, typer.Option(help="Sheet of an .xlsx workbook; default the first.")] = None,
+    sheet: Annotated[
+        str | None, typer.Option(help="Sheet of an .xlsx workbook; default the first that is not hidden.")
+    ] = None,
     source_sheet: Annotated[str | None, typer.Option(help="The same for source workbooks.")] = None,
     skip_unanswered: Annotated[
         bool, typer.Option("--skip-unanswered", help="Leave out rows without an answer, and count them.")
@@ -100,9 +105,12 @@ def init(
     name_source = "" if source else "name a source in it, then "
     say(f"wrote {file} and {file.with_name(SCHEMA_FILE)}; next: {name_source}grasp-lora check {shlex.quote(str(file))}")
     recipe, _ = load_recipe(str(file))
-    target, keeps_best = recipe.data.target, recipe.final.training.keep == "best"
-    rows, has_source_rows = (target.train or 0, target.dev or 0), recipe.data.source is not None
+    named = [f"{field} is the column {column}" for field, column in recipe.data.target.columns.items()]
+    say(f"task: {recipe.data.task}" + (f", where {' and '.join(named)}" if named else ""))
     for sentence in advice(
-        *rows, keeps_best=keeps_best, on_source=recipe.target.on is not None, has_source_rows=has_source_rows
+        recipe.data.target.dev or 0,
+        keeps_best=recipe.final.training.keep == "best",
+        on_source=recipe.target.on is not None,
+        has_source_rows=recipe.data.source is not None,
     ):
         say(f"advice: {sentence}")

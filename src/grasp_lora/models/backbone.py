@@ -147,13 +147,12 @@ def backbone_of(
     Raises:
         GraspError: there is no name, a setting is not allowed, or the backbone cannot be loaded.
     """
-    name = named or adapter.base_model
+    name = named or adapter.backbone
     if not name:
         raise AdapterError(f"adapter {adapter.name} does not name its base model; give it with --backbone")
     try:
         settings = BackboneSettings(
-            # The embedded weights are those that our adapters name so; a user who names the hub's gets the hub's.
-            EMBEDDED_NAME if named is None and name == EMBEDDED_HUB_ID else name,
+            name,
             dtype=dtype,  # type: ignore[arg-type]
             device=device,  # type: ignore[arg-type]
             revision=revision,

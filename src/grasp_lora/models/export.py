@@ -50,7 +50,7 @@ class ExportSettings:
         prune_rank: drop the rank-one components that a mask has emptied.
         uniform_rank: pad all modules with zeros to one rank, as llama.cpp needs it.
         fold: add the adapter to the backbone and write the whole model.
-        dtype: number format: float32, float16 or bfloat16; None is float32, and refused with `fold`.
+        dtype: number format: float32, float16 or bfloat16; None is float32; with `fold` it has to be given.
         gguf: write `adapter.gguf` beside, for llama.cpp and Ollama.
 
     Raises:

@@ -16,6 +16,7 @@ from pydantic import Field
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES, AdapterConfig, Rank, read_config
+from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.models.tensor_files import read_shapes, read_tensors
 from grasp_lora.storage.network import no_network, not_there
 from grasp_lora.storage.reading import Name, RefusedError, about, is_folder, is_there, read_json_object, validated
@@ -109,6 +110,11 @@ class LoadedAdapter:
     base_weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
+    def backbone(self) -> str | None:
+        """What to load its backbone by."""
+        return _to_load(self.base_model, self.info)
+
+    @property
     def highest_rank(self) -> int:
         """The rank of the module that has the highest."""
         return max(pair.rank for pair in self.weights.values())
@@ -172,6 +178,20 @@ def read_base_model(place: str) -> str | None:
         return read_config(folder, escaped(place)).base_model
     except RefusedError as error:
         raise AdapterError(f"adapter {escaped(place)}: {error}") from error
+
+
+def read_backbone(place: str) -> str | None:
+    """Return what to load the backbone of an adapter by, as `read_base_model` does and `LoadedAdapter.backbone` says."""
+    folder = Path(place) if is_folder(Path(place)) else _download(place, False, [CONFIG_FILE, OUR_FILE])
+    try:
+        return _to_load(read_config(folder, escaped(place)).base_model, _read_info(folder))
+    except RefusedError as error:
+        raise AdapterError(f"adapter {escaped(place)}: {error}") from error
+
+
+def _to_load(base_model: str | None, info: AdapterInfo) -> str | None:
+    """The embedded weights are those that our adapters call by the hub's name; another program's are of the hub's."""
+    return EMBEDDED_NAME if base_model == EMBEDDED_HUB_ID and info.backbone_fingerprint is not None else base_model
 
 
 def _download(hub_id: str, offline: bool, wanted: Sequence[str] = (CONFIG_FILE, WEIGHTS_FILE, OUR_FILE)) -> Path:

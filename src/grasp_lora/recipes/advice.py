@@ -6,17 +6,17 @@ rows of the source language are there.
 """
 
 
-def advice(train: int, dev: int, *, keeps_best: bool, on_source: bool, has_source_rows: bool) -> list[str]:
+def advice(dev: int, *, keeps_best: bool, on_source: bool, has_source_rows: bool) -> list[str]:
     """Say what to expect the most of, a sentence each.
 
     Args:
-        train, dev: target rows.
+        dev: target rows that decide when a training stops.
         keeps_best: whether a final run keeps its adapter of the lowest dev loss.
         on_source: whether the target adapter is trained on top of the source adapter (`target.on`).
         has_source_rows: whether there is data of the source language, not a source adapter alone.
 
-    >>> advice(24, 0, keeps_best=True, on_source=True, has_source_rows=False)[0].partition(":")[0]
-    'no dev rows stop the trainings, so 24 rows are overfitted'
+    >>> advice(0, keeps_best=True, on_source=True, has_source_rows=False)[0].partition(":")[0]
+    'no dev rows stop the trainings, so the training rows are overfitted'
     """
     if dev and keeps_best:
         gain = "then pruning alone gains little"
@@ -29,12 +29,12 @@ def advice(train: int, dev: int, *, keeps_best: bool, on_source: bool, has_sourc
     else:
         why = "the last step is kept, whatever the dev rows say" if dev else "no dev rows stop the trainings"
         said = [
-            f"{why}, so {train} rows are overfitted: prune, as this recipe does; its loss was lower than that of the unpruned "
-            "merge and of the continued source adapter wherever it was measured"
+            f"{why}, so the training rows are overfitted: prune, as this recipe does; its loss was lower than that of the "
+            "unpruned merge and of the continued source adapter wherever it was measured"
         ]
     if has_source_rows:
         said.append(
-            "one adapter trained on both languages (joint) is the strongest rival, and takes the time of another source adapter: "
-            "try grasp-lora compare with --methods joint,continued,grasp"
+            "one adapter trained on both languages (joint) is a strong rival, and takes the time of another source adapter: "
+            "try grasp-lora compare RECIPE --seeds 42 --methods joint,continued,grasp"
         )
     return said

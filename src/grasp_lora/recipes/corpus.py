@@ -149,7 +149,8 @@ def read_corpus(
         named = {}  # the reader knows them
     if task not in (None, found):
         raise DataError(
-            f"{name} is data for the task {found}, but the target's is {task}; give source data of that task"
+            f"{name} is data for the task {found} by its columns, but the target's task is {task}; give both the same columns, "
+            "or name them with --column and --source-column"
         )
     format = "auto" if layout.task is None else next(key for key, one in LAYOUTS.items() if one is layout)
     written = name if name.startswith(DEMO_PREFIX) else relative(name, folder)

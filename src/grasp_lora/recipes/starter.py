@@ -14,8 +14,8 @@ from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TASKS, TEMPLATES, built_in_
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.presets import WITH_DEV, WITHOUT_DEV, preset
 from grasp_lora.models.adapter_config import CONFIG_FILE
-from grasp_lora.models.reading import read_base_model
-from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
+from grasp_lora.models.reading import read_backbone
+from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.builtin import SCHEMA_FILE, SCHEMA_LINE, schema_text
 from grasp_lora.recipes.corpus import CUT_DOCUMENT, Corpus, parse_columns, read_corpus, relative
 from grasp_lora.recipes.load import backbone_of_run, validate
@@ -217,14 +217,14 @@ def _backbone_of(adapters: Sequence[str]) -> str:
     named = {}
     for place in adapters:
         try:
-            named[place] = backbone_of_run(place) or read_base_model(place)
+            named[place] = backbone_of_run(place) or read_backbone(place)
         except AdapterError as error:
             if is_folder(Path(place)):
                 raise
             raise AdapterError(f"{error}. With --backbone the adapter is not looked up") from error
     if unknown := [place for place, base in named.items() if not base]:
         raise AdapterError(f"the adapter {unknown[0]} does not name its backbone; name it with --backbone")
-    found = {EMBEDDED_NAME if base == EMBEDDED_HUB_ID else str(base) for base in named.values()}
+    found = set(map(str, named.values()))
     if len(found) > 1:
         raise AdapterError(f"the adapters are of different backbones, {listed(sorted(found))}; give adapters of one")
     return found.pop() if found else EMBEDDED_NAME

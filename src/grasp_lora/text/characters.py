@@ -19,6 +19,9 @@ _WITH_MARKS = re.compile(
 )
 
 
+ENDS_OF_SENTENCES = ".?!\u2026\u061f\u06d4\u0964\u3002\uff1f\uff01"  # also those of Arabic, Urdu, Hindi and Chinese
+
+
 def split_unspaced(text: str) -> str:
     """Put white space around each ideograph, kana and letter of Thai, Lao, Myanmar and Khmer.
 
