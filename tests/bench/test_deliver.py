@@ -10,7 +10,7 @@ import pytest
 from recorder import Recorder
 
 from grasp_lora import api
-from grasp_lora.bench.deliver import best_of, by_setting
+from grasp_lora.bench.deliver import ON_SOURCE, best_of, by_setting
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
@@ -137,6 +137,20 @@ class TestRule:
         assert (found.name, found.nothing_learned) == ("grasp", False)
         assert found.warning is not None
         assert "others are" in found.warning
+
+    def test_too_few_rows_to_tell_raise_no_alarm(self) -> None:
+        few = {name: own[:5] for name, own in losses(continued=1.0, grasp=1.2, alone=9.0).items()}
+        alone = few.pop("alone")
+        found = best_of(few, "dev", alone)
+        assert (found.nothing_learned, found.warning) == (False, None)
+
+    def test_the_sum_is_called_so_in_a_warning_with_the_setting_too(self) -> None:
+        given = losses(grasp=3.0, alone=2.0)
+        alone = given.pop("alone")
+        given["merged"] = [value + (0.5 if row % 2 else -0.6) for row, value in enumerate(alone)]
+        said = by_setting(given, "dev", alone, ON_SOURCE)
+        assert said.warning is not None
+        assert ON_SOURCE["merged"] in said.warning
 
     @pytest.mark.parametrize("alone", [[], [1.0], [float("nan")] * ROWS])
     def test_without_losses_of_the_backbone_alone_nothing_is_said(self, alone: list[float]) -> None:

@@ -142,6 +142,14 @@ def test_settings_that_cannot_give_what_they_ask_for_are_warned_of(check: Check,
     assert "no source adapter is trained on data.source" in both["source"].text
     twice = check("source.adapters=[run/source]", "target.adapter=run/source", "data.source=null")
     assert twice["adapter"].text == "the same adapter is given more than once, so it is merged with itself"
+    told = Path("run/source/grasp_lora.json")
+    info = json.loads(told.read_text())
+    told.write_text(json.dumps(info | {"answers": {**info["answers"], "task": "classification"}}))
+    other = check("source.adapters=[run/source]", "data.source=null")
+    assert other["adapter"].text == (
+        "the recipe's task is completion, but these adapters were trained for another: run/source (classification)"
+    )
+    told.write_text(json.dumps(info))
 
 
 def test_few_rounds_and_few_micro_dev_examples_are_warned_of(check: Check) -> None:

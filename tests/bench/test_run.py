@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import yaml
 from recorder import Recorder
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from grasp_lora import api
 from grasp_lora.bench.progress import Progress
@@ -323,6 +325,52 @@ class TestAgain:
         result = cli("run", "tiny.yaml", *given)
         assert result.status == 2
         assert "error: other was begun with other parents than the recipe's files hold now" in result.err
+
+    def test_a_finished_run_sees_that_the_scaling_of_a_given_adapter_was_changed(
+        self, finished_run: Path, cli: Callable[..., Any]
+    ) -> None:
+        shutil.copytree("run/source", "given")
+        given = ["--set", "data.source=null", "--set", "source.adapters=[given]", "-o", "other"]
+        assert cli("run", "tiny.yaml", *given).status == 0
+        config = read(Path("given/adapter_config.json"))
+        Path("given/adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 4 * config["lora_alpha"]}))
+        assert "other was begun with other parents" in cli("run", "tiny.yaml", *given).err
+
+    def test_a_finished_run_sees_that_the_weights_of_its_backbone_were_changed(
+        self, finished_run: Path, cli: Callable[..., Any]
+    ) -> None:
+        own = shutil.copytree("tiny-llama", "own")
+        changes = ["--set", "backbone.name=own", "-o", "other"]
+        assert cli("run", "tiny.yaml", *changes).status == 0
+        model = AutoModelForCausalLM.from_pretrained("own")
+        with torch.no_grad():
+            model.model.norm.weight.mul_(2.0)
+        model.save_pretrained(own)
+        assert "other was begun with other backbone" in cli("run", "tiny.yaml", *changes).err
+
+    def test_a_finished_run_scores_anew_by_code_that_was_changed(self, finished_run: Path) -> None:
+        code = (
+            "from grasp_lora.evaluation.metrics import Metric, MetricScore\n"
+            "def score(outputs):\n"
+            "    rows = (VALUE,) * len(outputs.predictions)\n"
+            "    return MetricScore('own', VALUE, 'own', rows)\n"
+            "metric = Metric(score, 'own')\n"
+        )
+        found = []
+        for value in ("1.0", "2.0"):
+            Path("scored_by.py").write_text(code.replace("VALUE", value))
+            for name in [name for name in sys.modules if name == "scored_by"]:
+                del sys.modules[name]  # as in a process of its own
+            changes = {"metrics": ["scored_by:metric"]}
+            metrics = api.run("tiny.yaml", changes, "other", allow_code=True).metrics
+            found.append(metrics.systems["grasp"].metrics["scored_by:metric"])
+        assert found == [1.0, 2.0]
+
+    @pytest.mark.parametrize("lost", ["recipe.yaml", "cost.json", "data.json", "adapter/adapter_config.json"])
+    def test_a_file_that_a_finished_run_has_lost_is_written_again(self, finished_run: Path, lost: str) -> None:
+        (finished_run / lost).unlink()
+        execute()
+        assert (finished_run / lost).is_file()
 
     def test_an_adapter_that_was_moved_away_is_there_again(self, finished_run: Path) -> None:
         before = files_of(finished_run)

@@ -412,6 +412,8 @@ def test_a_sweep_file_that_was_changed_is_refused_in_one_line(tiny_workspace, cl
         (("--param", "lora.rank.x=1..8"), "no section of the recipe"),
         (("--param", "final.prune_ratio"), "must look like key=RANGE"),
         (("--param", "final.start=[merged, controller]"), "a trial has no controller run"),
+        (("--param", "final.deliver=[best, grasp]"), "a trial ends with its final run, which this does not touch"),
+        (("--param", "final.all_rows=[true, false]"), "a trial ends with its final run, which this does not touch"),
         (("--param", "final.prune_ratio=0.4"), "'0.4' is no range; write low..high"),
         (("--param", "final.prune_ratio=0.8..0.1"), "must go from a lower to a higher number"),
         (("--param", "final.prune_ratio=0.1..1e999"), "must go from a lower to a higher number"),

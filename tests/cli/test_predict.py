@@ -288,6 +288,16 @@ def test_a_missing_column_is_named_as_in_the_training(here: Path, cli: Cli) -> N
     assert "no column 'text'; found: Swali, question" in refusal(cli("predict", "qa", str(rows)))
 
 
+@pytest.mark.parametrize(("task", "column"), [("completion", "prompt"), ("summarization", "document")])
+def test_a_missing_column_of_a_task_with_several_layouts_is_named(here: Path, cli: Cli, task: str, column: str) -> None:
+    file = Path("qa", OUR_FILE)
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts["answers"] |= {"task": task, "prompt": None, "columns": {}}
+    file.write_text(json.dumps(facts), encoding="utf-8")
+    said = refusal(cli("predict", "qa", str(jsonl(Path("asked.jsonl"), [{"question": "where?", "text": "a"}]))))
+    assert f"has no column '{column}'; found: question, text; rename the right one" in said
+
+
 def test_columns_that_are_called_as_each_other_are_not_mixed_up(here: Path, cli: Cli, asked: Any) -> None:
     """Of a translation whose columns `source` and `target` are meant the other way round."""
     file = Path("qa", OUR_FILE)

@@ -73,8 +73,18 @@ def test_status_of_what_is_no_experiment(cli: Cli, finished_run: Path) -> None:
         result = cli("status", folder)
         assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
         assert says in result.err
-    (finished_run / "cost.json").write_text("{")
-    assert "cost.json is damaged" in cli("status", finished_run).err
+    for file, content in (
+        ("recipe.yaml", "- a"),
+        ("recipe.yaml", "final: 3"),
+        (next((finished_run / "store/records").glob("*.json")).relative_to(finished_run), '{"seconds": null}'),
+        ("cost.json", "{"),
+    ):
+        before = (finished_run / file).read_text()
+        (finished_run / file).write_text(content)
+        result = cli("status", finished_run)
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert f"{file} is damaged" in result.err
+        (finished_run / file).write_text(before)
 
 
 def test_quick_commands_do_without_torch_and_shells_complete_recipes(finished_run: Path) -> None:

@@ -463,6 +463,21 @@ def test_without_a_source_the_check_says_so(start: Callable[..., Path]) -> None:
         preflight(Session(*load_recipe(file)))
 
 
+def test_odd_names_of_files_give_a_recipe_that_other_commands_take(
+    start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = write(Path("a" * 150 + ".jsonl"), completion(60))
+    assert len(load_recipe(start(long, output=None))[0].name) == 100
+    assert start(write(Path("-dash.jsonl"), completion(60)), output=None) == Path("dash.yaml")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "s.jsonl", completion(60, "s"))
+    file = start(write(Path("t.jsonl"), completion(60)), ("~/s.jsonl",), Path("home.yaml"))
+    assert load_recipe(file)[0].data.source is not None
+    preflight(Session(*load_recipe(file)))
+    with pytest.raises(DataError, match=r"source s\.jsonl is given twice; give it once"):
+        start(Path("t.jsonl"), ("s.jsonl", "s.jsonl"), Path("twice.yaml"))
+
+
 def test_conversations_leave_the_chat_template_to_the_backbone(start: Callable[..., Path]) -> None:
     recipe, _ = load_recipe(start(write(Path("t.jsonl"), messages(60, turns=2))))
     assert recipe.data.chat_template is None

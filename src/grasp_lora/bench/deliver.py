@@ -38,6 +38,7 @@ IN_ORDER = {
 ON_SOURCE = IN_ORDER | {"merged": "the target adapter on top of the source adapter"}  # with `target.on`
 ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
 FEWEST = 2  # rows that a comparison needs
+FEWEST_TOLD = 6  # rows from which on one can show a difference at 95 %: of fewer all signs agree by chance too often
 AHEAD = 1.0  # standard errors
 
 
@@ -87,16 +88,21 @@ def choose(bench: Bench, systems: Mapping[str, Adapter], left_out: str = "") -> 
     }
     alone, rows = losses.pop(ALONE, []), (split or "dev").replace("_", "-")
     groups = None if split is None else group_numbers(getattr(bench.session.splits, split))
+    titles = IN_ORDER if bench.recipe.target.on is None else ON_SOURCE
     if bench.recipe.final.deliver == "best":
-        titles = IN_ORDER if bench.recipe.target.on is None else ON_SOURCE
         return best_of(losses, rows, alone, left_out, groups, titles)
-    return by_setting(losses, rows, alone)
+    return by_setting(losses, rows, alone, titles)
 
 
-def by_setting(losses: Mapping[str, Sequence[float]], split: str, alone: Sequence[float] = ()) -> Delivered:
+def by_setting(
+    losses: Mapping[str, Sequence[float]],
+    split: str,
+    alone: Sequence[float] = (),
+    titles: Mapping[str, str] = IN_ORDER,
+) -> Delivered:
     """What is handed over with `final.deliver: grasp`; the losses are those of `best_of`, for the warning alone."""
     why = "The recipe asks for it (final.deliver)."
-    return Delivered(name="grasp", title=IN_ORDER["grasp"], why=why, **_learned("grasp", losses, alone, split))
+    return Delivered(name="grasp", title=titles["grasp"], why=why, **_learned("grasp", losses, alone, split, titles))
 
 
 def best_of(
@@ -202,7 +208,7 @@ def _learned(
     Each is compared by itself, and row by row: a correction for their number, or rows of a few articles drawn together, would
     raise the alarm where adapters have clearly learned.
     """
-    if len(alone) < FEWEST or not all(map(math.isfinite, alone)):
+    if len(alone) < FEWEST_TOLD or not all(map(math.isfinite, alone)):
         return {}
     usable = {name: own for name, own in losses.items() if len(own) == len(alone) and all(map(math.isfinite, own))}
     better = {

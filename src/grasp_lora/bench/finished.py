@@ -6,11 +6,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from grasp_lora.bench import run_folder as files
+from grasp_lora.bench.keys import plain
 from grasp_lora.bench.records import read_record
 from grasp_lora.data.places import resolve_file
 from grasp_lora.errors import DataError
-from grasp_lora.models.reading import WEIGHTS_FILE
+from grasp_lora.models.adapter_config import CONFIG_FILE
+from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE
 from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there
 
 _FILES = ("files", "train_files", "dev_files", "micro_dev_files", "test_files")
@@ -27,7 +30,9 @@ def is_finished(folder: Path, recipe: Recipe, base: Path) -> bool:
     Raises:
         RecipeError: a file of the controller is damaged.
     """
-    whole = is_file(folder / files.METRICS_FILE) and is_file(folder / files.ADAPTER_FOLDER / WEIGHTS_FILE)
+    adapter = [f"{files.ADAPTER_FOLDER}/{name}" for name in (WEIGHTS_FILE, CONFIG_FILE)]
+    needed = (files.METRICS_FILE, files.DATA_FILE, files.COST_FILE, RECIPE_FILE, *adapter)
+    whole = all(is_file(folder / name) for name in needed)
     run = read_record(folder / files.RUN_FILE, files.RunInfo) if whole else None
     if run is None or run.recipe_hash != recipe.fingerprint():
         return False
@@ -44,8 +49,10 @@ def is_finished(folder: Path, recipe: Recipe, base: Path) -> bool:
 
 
 def inputs_of(recipe: Recipe, base: Path) -> dict[str, str]:
-    """Return the SHA-256 of every data file and given adapter, by the key of the recipe that names it, such as `target.files.0`.
+    """Return a SHA-256 of everything that a run reads, by the key of the recipe that names it, such as `target.files.0`.
 
+    That is every data file, given adapter and file of a user's own code. Of a backbone's folder names, sizes and times count,
+    since its files are large: where they differ, the run looks at the weights.
     Left out is what the hub holds, and what is not there or cannot be read any more: a finished run needs none of it.
 
     Args:
@@ -56,7 +63,12 @@ def inputs_of(recipe: Recipe, base: Path) -> dict[str, str]:
     for key, file in _places(recipe, base):
         with suppress(OSError), file.open("rb") as opened:
             found[key] = hashlib.file_digest(opened, "sha256").hexdigest()
-    return found
+    backbone = _beside(recipe.backbone.name, base)
+    with suppress(OSError):
+        listing = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(backbone.iterdir())]
+        found["backbone"] = hashlib.sha256(repr(listing).encode()).hexdigest()
+    code: dict[str, str] = plain(recipe.model_dump()).get("own_code", {})
+    return found | {f"code.{name}": digest for name, digest in code.items()}
 
 
 def _places(recipe: Recipe, base: Path) -> Iterator[tuple[str, Path]]:
@@ -70,5 +82,13 @@ def _places(recipe: Recipe, base: Path) -> Iterator[tuple[str, Path]]:
     if recipe.target.adapter is not None:
         adapters["target.adapter"] = recipe.target.adapter
     for key, place in adapters.items():
-        beside_recipe = base / place
-        yield key, (beside_recipe if is_folder(beside_recipe) else expanded(place)) / WEIGHTS_FILE
+        folder = _beside(place, base)
+        yield key, folder / WEIGHTS_FILE
+        yield f"{key}.config", folder / CONFIG_FILE
+        yield f"{key}.facts", folder / OUR_FILE
+
+
+def _beside(place: str, base: Path) -> Path:
+    """The folder that a recipe names, which may be relative to its own."""
+    beside_recipe = base / place
+    return beside_recipe if is_folder(beside_recipe) else expanded(place)

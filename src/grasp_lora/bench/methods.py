@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from grasp_lora.bench.checks import lack_of_rounds
-from grasp_lora.bench.deliver import candidates, choose, choosing_split, continue_source
+from grasp_lora.bench.deliver import IN_ORDER, candidates, choose, choosing_split, continue_source
 from grasp_lora.bench.outcomes import Adapter, Outcome
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
@@ -126,7 +126,10 @@ def _run_delivered(bench: Bench) -> Outcome:
     """What a run hands over: the choice of `deliver.py` among its adapters."""
     learned = bench.learned(bench.recipe.controller)
     final = bench.finetuned(learned.start, learned.ratio)
-    continued, left_out = continue_source(bench) if bench.recipe.final.deliver == "best" else (None, "")
+    if bench.recipe.final.deliver != "best":
+        pool = bench.recipe.controller.rounds.pool
+        return bench.outcome(final, learned.ratio, chosen_on=pool, taken=IN_ORDER["grasp"])
+    continued, left_out = continue_source(bench)
     systems = candidates(bench, bench.merged(), None if left_out else continued, final)
     chosen, split = choose(bench, systems, left_out), choosing_split(bench)
     return bench.outcome(

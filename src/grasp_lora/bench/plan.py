@@ -162,13 +162,15 @@ class _PlannedStore(Store):
         return {}
 
     def _cost(self, training: TrainingSettings, train: int, dev: int, runs: int = 1) -> dict[str, Any]:
-        evaluations = math.ceil(training.epochs / training.evaluate_every) + 1  # and the one before the first step
+        steps = training.steps(train)
+        # And the one before the first step.
+        evaluations = math.ceil(steps / training.evaluate_steps(training.steps_per_epoch(train))) + 1
         return {
             PLANNED: True,
-            "trained_examples": runs * trained_examples(training.steps(train), training, train),
+            "trained_examples": runs * trained_examples(steps, training, train),
             "measured_examples": runs * evaluations * dev,
             "dev_loss": 0.0,
-            "best_step": training.steps(train),
+            "best_step": steps,
         }
 
 

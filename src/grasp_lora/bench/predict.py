@@ -18,7 +18,7 @@ from grasp_lora.data.conversations import SPEAKERS, Message
 from grasp_lora.data.encode import Encoder, prompt_ids
 from grasp_lora.data.files import READERS, NoText, Row, Table, read_file
 from grasp_lora.data.labels import encode_labels
-from grasp_lora.data.records import Record, make_pool
+from grasp_lora.data.records import XLSUM_COLUMNS, Record, make_pool
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, task_fields
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.models.adapters import attached, check_fits
@@ -39,6 +39,11 @@ logger = logging.getLogger(__name__)
 
 PLAIN = TEMPLATES["completion"][ANY_LANGUAGE]
 PREDICTION = "prediction"  # the column of the answers, as in the files of a run: rows may have an `answer` already
+# Columns of rows that do not name the fields of a task, the answer aside.
+_OTHER_LAYOUTS: dict[str, tuple[set[str], ...]] = {
+    "completion": ({"messages"}, {"conversations"}, {"instruction"}),
+    "summarization": (set(XLSUM_COLUMNS.values()) - {"summary"},),
+}
 _NO_ANSWER = "?"  # stands where rows have their answers, which prompts do not hold
 
 
@@ -294,7 +299,7 @@ def _records(table: Table, own: Answers) -> list[Record]:
     answer = task_fields(task).answer
     present = {column for row in table.rows for column in row.values}
     columns = {field: column for field, column in own.columns.items() if column in present or field == answer}
-    if task not in ("completion", "summarization") and "paragraphs" not in present:  # those have several layouts
+    if not any(layout <= present for layout in ({"paragraphs"}, *_OTHER_LAYOUTS.get(task, ()))):
         for field in task_fields(task).inputs:
             if not {field, own.columns.get(field, field)} & present:
                 name = quoted(own.columns.get(field, field))

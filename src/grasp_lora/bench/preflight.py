@@ -154,6 +154,12 @@ def _doubtful(session: Session) -> list[Finding]:
     elif recipe.data.source is not None and recipe.data.source.language.lower() == session.language.lower():
         text = f"source and target are both in {session.language}; data.source is meant for a language with more data"
         found.append(Finding("warning", "source", text))
+    tasks = {place: one.info.answers and one.info.answers.task for place, one in session.existing_adapters.items()}
+    if others := sorted(f"{place} ({task})" for place, task in tasks.items() if task not in (None, recipe.data.task)):
+        text = (
+            f"the recipe's task is {recipe.data.task}, but these adapters were trained for another: {', '.join(others)}"
+        )
+        found.append(Finding("warning", "adapter", text))
     parents = [adapter.sha256 for adapter in session.existing_adapters.values()]
     given = len(recipe.source.adapters) + (recipe.target.adapter is not None)
     if len(set(parents)) < given:

@@ -179,6 +179,8 @@ def _read(param: str) -> Parameter:
             f"--param {escaped(key)}: {section} cannot be swept, since trials share seed, data and backbone and are judged by "
             f"their final run; sweep a key of {', '.join(SECTIONS)}"
         )
+    if key in ("final.deliver", "final.all_rows"):
+        raise RecipeError(f"--param {key}: a trial ends with its final run, which this does not touch")
     if key == "final.start":
         raise RecipeError("--param final.start: a trial has no controller run, so that it always starts from a merge")
     if text.startswith("["):

@@ -11,17 +11,35 @@ from typing import Any
 
 from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
-from grasp_lora.bench.records import read_needed, read_record, read_text
+from grasp_lora.bench.records import check_shape, read_needed, read_record, read_text
 from grasp_lora.bench.sweep_record import SWEEP_FILE
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.builtin import builtin_recipes
 from grasp_lora.recipes.text import parse
 from grasp_lora.storage.folder import writer_of
-from grasp_lora.storage.reading import is_folder, is_there
+from grasp_lora.storage.reading import adapter_of, is_folder, is_there
 from grasp_lora.text.display import escaped
 
 RECIPE_FILE = "recipe.yaml"
 MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
+
+
+class _Spent(files.Shape):
+    """What is read of a record."""
+
+    seconds: float = 0.0
+
+
+class _Final(files.Shape):
+    prune_ratio: float | None = None
+    deliver: str | None = "best"
+    all_rows: bool = False
+
+
+class _Choices(files.Shape):
+    """What is read of a recipe: which stages it leaves out."""
+
+    final: _Final = _Final()
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,7 @@ def status(folder: Path) -> list[str]:
     lines += [one.text() for one in under_way]
     seconds, records = 0.0, list((folder / files.STORE_FOLDER / files.RECORDS).glob("*.json"))
     for file in records:
-        seconds += float(read_needed(file, dict[str, Any]).get("seconds", 0.0))
+        seconds += read_needed(file, _Spent).seconds
     seconds += sum(one.seconds for one in under_way)
     lines.append(f"store: {len(records)} finished steps, {_spent(seconds)} of work")
     if writer and parts[files.RUN_FILE] and not is_there(folder / files.METRICS_FILE):
@@ -97,11 +115,13 @@ def status(folder: Path) -> list[str]:
 def _run(folder: Path) -> tuple[list[str], str | None]:
     info = read_needed(folder / files.RUN_FILE, files.RunInfo)
     cost = read_record(folder / files.COST_FILE, dict[str, float]) or {}
-    final = (parse(read_text(folder / RECIPE_FILE) or "{}", RECIPE_FILE) or {}).get("final") or {}
+    recipe = parse(read_text(folder / RECIPE_FILE) or "{}", RECIPE_FILE)
+    final = check_shape(adapter_of(_Choices).validate_python, recipe, folder / RECIPE_FILE).final
     left_out = {
-        "controller": final.get("prune_ratio") is not None,
-        "continued": final.get("deliver", "best") != "best",
-        "all_rows": not final.get("all_rows"),
+        "controller": final.prune_ratio is not None,
+        "continued": final.deliver != "best",
+        "deliver": final.deliver is None,
+        "all_rows": not final.all_rows,
     }
     stages = [stage for stage in files.STAGES if stage in cost or not left_out.get(stage)]
     done = [f"{stage} {_spent(cost[stage])}" for stage in stages if stage in cost]

@@ -19,7 +19,16 @@ from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES, AdapterCon
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.models.tensor_files import read_shapes, read_tensors
 from grasp_lora.storage.network import no_network, not_there
-from grasp_lora.storage.reading import Name, RefusedError, about, is_folder, is_there, read_json_object, validated
+from grasp_lora.storage.reading import (
+    Name,
+    RefusedError,
+    about,
+    expanded,
+    is_folder,
+    is_there,
+    read_json_object,
+    validated,
+)
 from grasp_lora.text.display import escaped
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -139,7 +148,7 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
         AdapterError: it is missing, no safetensors LoRA, holds what cannot be merged right, does not agree with its own config,
             or holds a number that is not finite.
     """
-    folder, shown = Path(place), escaped(str(place))
+    folder, shown = expanded(place), escaped(str(place))
     local = is_folder(folder)
     if not local:
         folder = _download(str(place), offline)
@@ -173,7 +182,7 @@ def read_base_model(place: str) -> str | None:
     Raises:
         AdapterError: there is no such adapter, or its config cannot be used.
     """
-    folder = Path(place) if is_folder(Path(place)) else _download(place, False, [CONFIG_FILE])
+    folder = expanded(place) if is_folder(expanded(place)) else _download(place, False, [CONFIG_FILE])
     try:
         return read_config(folder, escaped(place)).base_model
     except RefusedError as error:
@@ -182,7 +191,7 @@ def read_base_model(place: str) -> str | None:
 
 def read_backbone(place: str) -> str | None:
     """Return what to load the backbone of an adapter by, as `read_base_model` does and `LoadedAdapter.backbone` says."""
-    folder = Path(place) if is_folder(Path(place)) else _download(place, False, [CONFIG_FILE, OUR_FILE])
+    folder = expanded(place) if is_folder(expanded(place)) else _download(place, False, [CONFIG_FILE, OUR_FILE])
     try:
         return _to_load(read_config(folder, escaped(place)).base_model, _read_info(folder))
     except RefusedError as error:

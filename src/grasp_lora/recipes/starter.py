@@ -23,7 +23,7 @@ from grasp_lora.recipes.sizes import Sizes, choose_sizes
 from grasp_lora.recipes.text import parse
 from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.folder import only_writer
-from grasp_lora.storage.reading import is_file, is_folder, is_there
+from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there
 from grasp_lora.text.display import listed
 from grasp_lora.text.languages import language_code
 
@@ -68,7 +68,9 @@ def write_recipe(
     Raises:
         GraspError: the data cannot be used, the source is neither data nor adapter, or the recipe exists already.
     """
-    file = Path(f"{data.stem}.yaml") if output is None else output
+    file = (
+        Path(f"{data.stem.lstrip('-') or 'mine'}.yaml") if output is None else output
+    )  # no command takes it for an option
     _refuse_existing(file)
     for code in (language, source_language):
         language_code(code)
@@ -76,6 +78,9 @@ def write_recipe(
     target = read_corpus(
         str(data), data, file.parent, columns=named, sheet=sheet, option="--column", skip_unanswered=skip_unanswered
     )
+    source = [str(expanded(place)) if place.startswith("~") else place for place in source]
+    if twice := [place for place in dict.fromkeys(source) if source.count(place) > 1]:
+        raise DataError(f"source {twice[0]} is given twice; give it once")
     files, adapters = _sort_out(source)
     backbone = backbone or _backbone_of(adapters)
     places = [resolve_file(name) if name.startswith(DEMO_PREFIX) else Path(name) for name in files]
@@ -182,7 +187,7 @@ def _render(
     source_dev = 0 if sizes.one_source_group else min(sizes.source // 10, MOST_SOURCE // 10)
     return environment.get_template("recipe.yaml.j2").render(
         schema_line=SCHEMA_LINE,
-        name=re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._") or f"{target.task}-{facts['language']}",
+        name=re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._")[:100] or f"{target.task}-{facts['language']}",
         file=shlex.quote(file.name),
         task=target.task,
         inputs=", ".join("{" + field + "}" for field in task.inputs),

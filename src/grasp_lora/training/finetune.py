@@ -237,8 +237,7 @@ def finetune(
         if controller is not None:
             controller.add_to(trainer)
         if dev:  # after the callbacks that prune, so that it measures and keeps pruned weights
-            evaluate_steps = max(1, round(settings.evaluate_every * steps_per_epoch))
-            best = BestOnDev(ProbeSet(dev, pad_id), settings, evaluate_steps)
+            best = BestOnDev(ProbeSet(dev, pad_id), settings, settings.evaluate_steps(steps_per_epoch))
             trainer.add_callback(best)
         if checkpoints is not None:
             folder.mkdir(parents=True, exist_ok=True)

@@ -80,6 +80,10 @@ class TrainingSettings:
         """Optimizer steps in one epoch over so many examples, on one process."""
         return math.ceil(math.ceil(examples / self.batch_size) / self.accumulation)
 
+    def evaluate_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps between two dev evaluations."""
+        return max(1, round(self.evaluate_every * steps_per_epoch))
+
     def steps(self, examples: int) -> int:
         """Optimizer steps of the whole run over so many examples, on one process."""
         return math.ceil(self.epochs * self.steps_per_epoch(examples))
