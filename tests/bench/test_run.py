@@ -756,7 +756,7 @@ class TestWays:
             assert row["weights"] - row["kept"] == prune_count(ratio, row["weights"])
         # Step 0 is the adapter that the controller run left.
         session = Session(*load_recipe("tiny.yaml", changes))
-        losses = session.losses(session.read("single/controller/adapter").weights, "dev")["dev"]
+        losses = session.losses(session.read("single/controller/adapter").weights, "dev")
         unfinished = math.fsum(losses) / len(losses)
         first = read_lines(run / "final/history.jsonl")[0]
         assert (first["step"], first["dev_loss"]) == (0, pytest.approx(unfinished, rel=1e-6))
