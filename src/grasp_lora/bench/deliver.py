@@ -2,7 +2,7 @@
 
 The rule, for `final.deliver: best`, by losses on dev, or on micro-dev where there is no dev set. The test split has no part.
 
-1. Candidates stand in the order of `IN_ORDER`. One whose losses are not finite is left out.
+1. Candidates stand in the order of `IN_ORDER`. One whose losses are not finite is left out; a run itself stops at such a loss.
 2. What to expect the best of depends on what the source adapter is worth. Where the target adapter (with `target.on` the sum of
    both) is ahead of it by more than `AHEAD` standard errors of the paired difference, it is GRASP's result. Else it is the usual
    practice, the first in the order: the source adapter continued on the target rows, or the source adapter itself where no step

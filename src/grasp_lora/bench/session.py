@@ -51,7 +51,7 @@ CALIBRATION_EXAMPLES = 16  # of the train set, for scores that need inputs in th
 
 
 @dataclass(frozen=True)
-class LearnedRatio:
+class ControllerRun:
     """What a controller run came to.
 
     Args:
@@ -241,7 +241,7 @@ class Session:
         folder: Path,
         *,
         keep_best: bool = False,
-    ) -> LearnedRatio:
+    ) -> ControllerRun:
         """Run the controller on a merged adapter.
 
         Args:
@@ -280,7 +280,7 @@ class Session:
             estimate = controller.learned
             kept = controller.best_adapter(estimate.ratio) if keep_best else adapter_weights(model, segments_of(merged))
         rounds, timings = controller.rows()
-        return LearnedRatio(
+        return ControllerRun(
             estimate, kept, controller.search.current_ratio, result.steps, rounds, timings, result.history
         )
 

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.bench.outcomes import measured_examples, trained_examples
-from grasp_lora.bench.session import CALIBRATION_EXAMPLES, LearnedRatio, Session
+from grasp_lora.bench.session import CALIBRATION_EXAMPLES, ControllerRun, Session
 from grasp_lora.errors import DivergedError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.presets import ratio_rule
@@ -62,7 +62,7 @@ def train_grid(
     return best.weights, facts | _cost(members, training, len(train), len(session.splits.dev))
 
 
-def learn_stacked(session: Session, merged: AdapterWeights, folder: Path) -> LearnedRatio:
+def learn_stacked(session: Session, merged: AdapterWeights, folder: Path) -> ControllerRun:
     """Learn the ratio from copies of the merge that train side by side, one or more at each ratio.
 
     A round measures all copies. One that was halved away counts with its last losses.
@@ -125,7 +125,7 @@ def learn_stacked(session: Session, merged: AdapterWeights, folder: Path) -> Lea
     for name, content in ((ROUNDS_FILE, rows), (TIMINGS_FILE, timings)):
         write_jsonl(folder / name, content)
     cost = _cost(members, stage.training, len(session.splits.train), len(pool))
-    return LearnedRatio(search.best_ratio(), merged, search.current_ratio, taken, rows, timings, [], cost)
+    return ControllerRun(search.best_ratio(), merged, search.current_ratio, taken, rows, timings, [], cost)
 
 
 def _train(
