@@ -339,7 +339,7 @@ class Work:
             try:
                 if row.unavailable is None:
                     self.progress.stage(title)
-                    row.by_number[batch.number] = method.run(batch.bench.as_in_paper if method.paper else batch.bench)
+                    row.by_number[batch.number] = method.run(method.bench(batch.bench))
             except Busy:
                 left.append(name)
                 continue

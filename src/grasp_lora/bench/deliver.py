@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from grasp_lora.bench.measuring import FEWEST
 from grasp_lora.bench.outcomes import Adapter
 from grasp_lora.bench.run_folder import Delivered
 from grasp_lora.bench.steps import Bench
@@ -37,7 +38,6 @@ IN_ORDER = {
 }
 ON_SOURCE = IN_ORDER | {"merged": "the target adapter on top of the source adapter"}  # with `target.on`
 ALONE = "zero_shot"  # the backbone without an adapter, which is measured and never handed over
-FEWEST = 2  # rows that a comparison needs
 FEWEST_TOLD = 6  # rows from which on one can show a difference at 95 %: of fewer all signs agree by chance too often
 AHEAD = 1.0  # standard errors
 
@@ -68,12 +68,6 @@ def candidates(bench: Bench, merged: Adapter, continued: Adapter | None, final: 
     return {**parents, "merged": merged, **({} if continued is None else {"continued": continued}), "grasp": final}
 
 
-def choosing_split(bench: Bench) -> str | None:
-    """The split whose losses decide: `dev`, or `micro_dev` where that is too small; None where both are."""
-    splits = bench.session.splits
-    return next((name for name in ("dev", "micro_dev") if len(getattr(splits, name)) >= FEWEST), None)
-
-
 def choose(bench: Bench, systems: Mapping[str, Adapter], left_out: str = "") -> Delivered:
     """Choose what is handed over, as the recipe says (`final.deliver`).
 
@@ -82,7 +76,7 @@ def choose(bench: Bench, systems: Mapping[str, Adapter], left_out: str = "") -> 
         systems: of `candidates`; with the backbone `ALONE` among them, it is told whether any adapter has learned something.
         left_out: as in `best_of`.
     """
-    split = choosing_split(bench)
+    split = bench.choosing_split
     losses: dict[str, list[float]] = {
         name: [] if split is None else bench.losses(system, split).result["losses"] for name, system in systems.items()
     }

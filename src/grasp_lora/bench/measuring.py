@@ -14,6 +14,8 @@ from grasp_lora.bench.store import Record, key_of
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
 
+FEWEST = 2  # rows that a choice by losses needs
+
 
 class Measuring(Keyed):
     """The steps that measure an adapter; no seed has a part in them."""
@@ -31,6 +33,12 @@ class Measuring(Keyed):
 
         settings = self._measured(adapter, data=self._data(split), revision=REVISIONS["losses"], split=split)
         return self.store.get(f"{split} losses", settings, work)
+
+    @property
+    def choosing_split(self) -> str | None:
+        """The split whose losses decide: `dev`, or `micro_dev` where that is too small; None where both are."""
+        splits = self.session.splits
+        return next((name for name in ("dev", "micro_dev") if len(getattr(splits, name)) >= FEWEST), None)
 
     def scores(self, adapter: Adapter) -> Record:
         """The scores of the answers to the test prompts; the answers themselves are written beside the records."""

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from grasp_lora.bench.checks import lack_of_rounds
-from grasp_lora.bench.deliver import IN_ORDER, candidates, choose, choosing_split, continue_source
+from grasp_lora.bench.deliver import IN_ORDER, candidates, choose, continue_source
 from grasp_lora.bench.outcomes import Adapter, Outcome
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
@@ -49,6 +49,12 @@ class Method:
     warning: str | None = None
     merges: bool = True
     paper: bool = False
+
+    def bench(self, bench: Bench) -> Bench:
+        """The bench that it runs on: its target adapter is where this method needs it."""
+        if self.paper:
+            return bench.as_in_paper
+        return bench.decided if self.merges else bench
 
 
 def _loss_of_final_run(bench: Bench, adapter: Adapter, split: str) -> float:
@@ -131,7 +137,7 @@ def _run_delivered(bench: Bench) -> Outcome:
         return bench.outcome(final, learned.ratio, chosen_on=pool, taken=IN_ORDER["grasp"])
     continued, left_out = continue_source(bench)
     systems = candidates(bench, bench.merged(), None if left_out else continued, final)
-    chosen, split = choose(bench, systems, left_out), choosing_split(bench)
+    chosen, split = choose(bench, systems, left_out), bench.choosing_split
     return bench.outcome(
         systems[chosen.name],
         learned.ratio if chosen.name == "grasp" else None,

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -21,7 +22,7 @@ from grasp_lora.errors import DataError
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import supports_logits_to_keep
-from grasp_lora.recipes.stages import ControllerStage
+from grasp_lora.recipes.stages import AUTO, ControllerStage
 from grasp_lora.storage.folder import Workplace
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.training.loss import collate, example_losses
@@ -182,6 +183,16 @@ class _PlannedBench(Bench):
             splits, store = session.splits, copy(store)  # what is used is noted in one list, but splits differ in size
             store.sizes = {name: len(getattr(splits, name)) for name in SPLITS}
         super().__init__(session, shared, store, grid)
+
+    @cached_property
+    def decided(self) -> Self:
+        if self.recipe.target.on != AUTO:
+            return self
+        for bench in (self.as_in_paper, chosen := self._with_target("source")):  # which it will be is not known
+            merged = bench.merged()
+            if self.choosing_split:
+                bench.losses(merged, self.choosing_split)
+        return chosen
 
     def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
         if isinstance(self.store, _PlannedStore):

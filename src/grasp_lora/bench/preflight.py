@@ -28,7 +28,7 @@ from grasp_lora.models.backbone import skeleton, supports_logits_to_keep
 from grasp_lora.models.precision import find_dtype, is_quantised, stored_bytes
 from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.stages import ControllerStage
+from grasp_lora.recipes.stages import AUTO, ControllerStage
 from grasp_lora.storage.memory import available_memory
 from grasp_lora.text.characters import ENDS_OF_SENTENCES, split_unspaced
 from grasp_lora.text.display import listed, one_line, quoted
@@ -84,8 +84,7 @@ def preflight(session: Session) -> list[Finding]:
     findings += _memory(session)
     findings += _plan(recipe, sizes)
     keeps_best, has_source_rows = recipe.final.training.keep == "best", bool(splits.source_train)
-    on_source = recipe.target.on is not None
-    said = advice(sizes["dev"], keeps_best=keeps_best, on_source=on_source, has_source_rows=has_source_rows)
+    said = advice(sizes["dev"], keeps_best=keeps_best, on=recipe.target.on, has_source_rows=has_source_rows)
     findings += [Finding("ok", "advice", sentence) for sentence in said]
     width = expected_width(list(session.metrics), len(splits.test), len(PLANNED) - 1, group_size(splits.test))
     if width:
@@ -319,7 +318,7 @@ def _cost(recipe: Recipe, sizes: dict[str, int]) -> tuple[float, int]:
     if not recipe.source.adapters:
         trained += recipe.source.training.epochs * sizes["source_train"]
     if not recipe.target.adapter:
-        trained += recipe.target.training.epochs * sizes["train"]
+        trained += (2 if recipe.target.on == AUTO else 1) * recipe.target.training.epochs * sizes["train"]
     runs = 2 if recipe.final.deliver == "best" else 1  # the final run, and the source adapter continued
     trained += runs * recipe.final.training.epochs * sizes["train"]
     if recipe.final.all_rows:

@@ -122,7 +122,10 @@ class _Run:
             for name, source in zip(names_of(len(bench.sources)), bench.sources, strict=True):
                 facts |= self._show_trained(name, source)
         with self._stage("target") as facts:
-            facts |= self._show_trained("target", bench.target, alone=recipe.target.on is None)
+            bench = bench.decided
+            on = bench.recipe.target.on
+            facts |= self._show_trained("target", bench.target, alone=on is None)
+            facts |= {} if bench.target_on is None else {"on": on or "the backbone alone"}
         with self._stage("merge") as facts:
             merged = bench.merged()
             self._show_adapter(files.MERGED_FOLDER, merged)
@@ -167,7 +170,7 @@ class _Run:
                     on_first_process(partial(self._write_answers, measured))
                     facts |= {"rows": all_rows.rows, "test_loss": measured[files.ALL_ROWS].test_loss}
         # Last of all: with them the run is finished.
-        on_first_process(partial(self._write_metrics, measured, learned, final, delivered, all_rows))
+        on_first_process(partial(self._write_metrics, measured, learned, final, delivered, all_rows, bench.target_on))
 
     def _prepare(self) -> None:
         """Load and check everything, become the folder's only writer, and begin."""
@@ -290,7 +293,10 @@ class _Run:
         final: Adapter,
         delivered: files.Delivered,
         all_rows: files.AllRows | None,
+        target_on: files.TargetOn | None,
     ) -> None:
+        both = {"all_rows": all_rows, "target_on": target_on}
+        optional: dict[str, Any] = {name: value for name, value in both.items() if value is not None}
         metrics = files.Metrics(
             systems={
                 name: files.SystemScores(dev_loss=one.dev_loss, test_loss=one.test_loss, metrics=one.values)
@@ -304,7 +310,7 @@ class _Run:
             signatures=measured["grasp"].signatures,
             test_examples=len(self.session.splits.test),
             language=self.session.language,
-            **({} if all_rows is None else {"all_rows": all_rows}),
+            **optional,
         )
         write_json(self.folder / files.METRICS_FILE, metrics.to_json())
 

@@ -289,12 +289,29 @@ class AllRows(Shape):
     epochs: dict[str, int] = {}
 
 
+class TargetOn(Shape):
+    """Where the target adapter of a recipe with `target.on: auto` is trained, and why.
+
+    Args:
+        on: `source`, or None for the backbone alone.
+        split: whose rows decided.
+        examples: how many.
+        losses: `apart`, of the average, and `source`, of the sum: mean loss of each merge before any pruning.
+    """
+
+    on: str | None
+    split: str
+    examples: int
+    losses: dict[str, Loss]
+
+
 class Metrics(Shape):
     """metrics.json; the interval is None where the ratio was given. `best_step` is that of the final run."""
 
     systems: dict[str, SystemScores]
     delivered: Delivered | None = None
     all_rows: AllRows | None = None  # where the recipe asks for it
+    target_on: TargetOn | None = None  # with `target.on: auto`
     prune_ratio: float | None = None
     prune_ratio_interval: tuple[float, float] | None = None
     nothing_learned_about_ratio: bool = False

@@ -232,6 +232,7 @@ class _Search:
             return Trial(number, values, "failed", error=str(error))
         bench = Bench(session, session, self._store)
         try:
+            bench = bench.decided
             merged = bench.merged()
             self._parents |= {one.key: (one.seconds, one.work) for one in merged.records}
             started = time.perf_counter()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Self
 
 from grasp_lora.bench import lorahub
@@ -23,7 +24,9 @@ from grasp_lora.bench.outcomes import (
     names_of,
     rounds_of,
     trained_examples,
+    unique,
 )
+from grasp_lora.bench.run_folder import TargetOn
 from grasp_lora.bench.stacked import learn_stacked, train_grid
 from grasp_lora.bench.store import Record
 from grasp_lora.method.lora import AdapterWeights
@@ -32,7 +35,7 @@ from grasp_lora.method.policy import POLICIES
 from grasp_lora.method.presets import ratio_rule
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.stages import ControllerStage
+from grasp_lora.recipes.stages import AUTO, ControllerStage
 
 JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
 
@@ -46,6 +49,9 @@ class Bench(Measuring):
         store: where finished steps are kept.
         grid: prune ratios of the grid search.
     """
+
+    target_on: TargetOn | None = None  # why the target adapter is where it is, with `target.on: auto`
+    looked_at: tuple[Record, ...] = ()  # the steps of that choice, which the merge rests on
 
     def backbone(self) -> Adapter:
         """The backbone alone."""
@@ -66,9 +72,33 @@ class Bench(Measuring):
     @cached_property
     def as_in_paper(self) -> Self:
         """The bench whose target adapter is trained on the backbone alone; this one, unless the recipe has `target.on`."""
-        if self.recipe.target.on is None:
+        return self._with_target(None)
+
+    @cached_property
+    def decided(self) -> Self:
+        """The bench whose target adapter is where the recipe says; with `target.on: auto`, where the merge has the lower loss.
+
+        On the backbone alone where there are no rows to tell.
+        """
+        if self.recipe.target.on != AUTO:
             return self
-        target = replace(self.recipe.target, on=None)
+        ways, split = {"apart": self.as_in_paper, "source": self._with_target("source")}, self.choosing_split
+        if split is None:
+            return ways["apart"]
+        measured = {on: bench.losses(bench.merged(), split) for on, bench in ways.items()}
+        losses = {on: fmean(record.result["losses"]) for on, record in measured.items()}
+        chosen = ways["source" if losses["source"] < losses["apart"] else "apart"]
+        both = [record for bench in ways.values() for record in bench.merged().records]
+        chosen.looked_at = unique([*both, *measured.values()])
+        chosen.target_on = TargetOn(
+            on=chosen.recipe.target.on, split=split, examples=len(getattr(self.session.splits, split)), losses=losses
+        )
+        return chosen
+
+    def _with_target(self, on: str | None) -> Self:
+        if self.recipe.target.on == on:
+            return self
+        target = replace(self.recipe.target, on=on)
         session = self.session.variant(self.recipe.model_copy(update={"target": target}))
         return type(self)(session, self._shared, self.store, self.grid)
 
@@ -85,7 +115,8 @@ class Bench(Measuring):
     def merged(self, dev_free: bool = False) -> Adapter:
         """The merge of the recipe; with the target adapter of all epochs, without a look at the dev set, if `dev_free`."""
         parents = [*self.sources, self._target(dev_free=True)] if dev_free else self.parents
-        return self._merged("merged", self._merge_settings(len(self.sources)), parents, self.parent_names)
+        merged = self._merged("merged", self._merge_settings(len(self.sources)), parents, self.parent_names)
+        return replace(merged, records=unique([*self.looked_at, *merged.records]))
 
     def merged_by(self, rule: str) -> Adapter:
         """The merge by another rule, with its own default weights."""

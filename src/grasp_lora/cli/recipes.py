@@ -110,7 +110,7 @@ def init(
     for sentence in advice(
         recipe.data.target.dev or 0,
         keeps_best=recipe.final.training.keep == "best",
-        on_source=recipe.target.on is not None,
+        on=recipe.target.on,
         has_source_rows=recipe.data.source is not None,
     ):
         say(f"advice: {sentence}")

@@ -6,22 +6,24 @@ rows of the source language are there.
 """
 
 
-def advice(dev: int, *, keeps_best: bool, on_source: bool, has_source_rows: bool) -> list[str]:
+def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool) -> list[str]:
     """Say what to expect the most of, a sentence each.
 
     Args:
         dev: target rows that decide when a training stops.
         keeps_best: whether a final run keeps its adapter of the lowest dev loss.
-        on_source: whether the target adapter is trained on top of the source adapter (`target.on`).
+        on: where the target adapter is trained (`target.on`).
         has_source_rows: whether there is data of the source language, not a source adapter alone.
 
-    >>> advice(0, keeps_best=True, on_source=True, has_source_rows=False)[0].partition(":")[0]
+    >>> advice(0, keeps_best=True, on="source", has_source_rows=False)[0].partition(":")[0]
     'no dev rows stop the trainings, so the training rows are overfitted'
     """
     if dev and keeps_best:
         gain = "then pruning alone gains little"
-        if on_source:
+        if on == "source":
             gain = "pruning lowered the loss of both adapters' sum in three of four languages, for answers as good or better"
+        elif on == "auto":
+            gain = "they choose between two merges; pruning lowers the loss of a sum, seldom that of an average"
         said = [
             f"{dev} dev rows stop the trainings in time: {gain}; a run also continues the source adapter, "
             "and the dev rows choose what it hands over"

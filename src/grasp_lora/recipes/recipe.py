@@ -139,7 +139,7 @@ class Recipe(BaseModel):
         if self.target.on is not None and (self.merge.rule != "exact" or self.merge.weights is not None):
             found = "merge.rule" if self.merge.rule != "exact" else "merge.weights"
             raise ValueError(
-                f"target.on is 'source', so both adapters are added up as they are; remove {found}, or target.on"
+                f"target.on is {self.target.on!r}, so both adapters are added up as they are; remove {found}, or target.on"
             )
         return self
 

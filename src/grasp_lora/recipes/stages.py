@@ -111,6 +111,9 @@ class SourceStage:
             raise ValueError("adapters names an empty place; give a folder or a hub id")
 
 
+AUTO = "auto"
+
+
 @dataclass(frozen=True)
 class TargetStage:
     """The target adapter: an existing one, or one trained on the target data.
@@ -118,7 +121,8 @@ class TargetStage:
     Args:
         adapter: PEFT folder or hub id; None trains one.
         on: `source` trains it on top of the source adapter, which stays frozen beneath it; their merge is then the sum of both.
-            None trains it on the backbone alone, as the paper does.
+            None trains it on the backbone alone, as the paper does. `auto` does both, and goes on with the merge that has the
+            lower loss on the dev rows (micro-dev rows, where there are fewer than two dev rows).
         training: how it is trained.
     """
 
@@ -129,10 +133,12 @@ class TargetStage:
     training: TrainingSettings = field(default_factory=lambda: TrainingSettings(learning_rate=2e-4))
 
     def __post_init__(self) -> None:
-        if self.on not in (None, "source"):
-            raise ValueError(f"on is {quoted(self.on)}; allowed: source, or null for the backbone alone")
+        if self.on not in (None, "source", AUTO):
+            raise ValueError(f"on is {quoted(self.on)}; allowed: source, auto, or null for the backbone alone")
         if self.on is not None and self.adapter is not None:
-            raise ValueError("on is 'source', but an adapter is given, which was trained already; remove one of them")
+            raise ValueError(
+                f"on is {self.on!r}, but an adapter is given, which was trained already; remove one of them"
+            )
         if self.adapter is not None and not self.adapter.strip():
             raise ValueError("adapter is empty; give a folder or a hub id, or leave it out to train one")
 

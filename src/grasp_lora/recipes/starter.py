@@ -30,7 +30,6 @@ from grasp_lora.text.languages import language_code
 SOURCE_COLUMN = "--source-column"
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
 EPOCHS = 5  # of the controller run, as the template has it
-FEWEST_ON_SOURCE = 30  # training rows: with 50 the sum with a source adapter was the better start, with 16 the average
 LATE_ROUNDS = 3  # wanted in its second half, without a dev set
 
 
@@ -201,7 +200,6 @@ def _render(
         source_dev=source_dev,
         source_train=MOST_SOURCE if sizes.source - source_dev > MOST_SOURCE else None,
         source_left=sizes.source - source_dev,
-        on_source=splits["train"] >= FEWEST_ON_SOURCE,
         every=every,
         preset=name,
         candidates=preset(name).policy.candidates,

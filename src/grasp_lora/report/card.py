@@ -74,7 +74,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     recipe = _public_recipe(record.recipe_text)
     context = view_of(record) | {
         "front_matter": _front_matter(record, backbone, system, corpora),
-        "made": (MADE if record.recipe.target.on is None else MADE_ON_SOURCE)[kind],
+        "made": (MADE if record.target_on is None else MADE_ON_SOURCE)[kind],
         "pruned": kind == "grasp",
         "base": _base(record, backbone),
         "base_model_name": backbone,

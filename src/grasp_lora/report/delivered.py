@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grasp_lora.bench.compare import LEAST_TEST
-from grasp_lora.bench.run_folder import ADAPTER_FOLDER, FINAL_FOLDER, PROMPT_FILE, Delivered
+from grasp_lora.bench.run_folder import ADAPTER_FOLDER, FINAL_FOLDER, PROMPT_FILE, Delivered, TargetOn
 from grasp_lora.report.run_record import RunRecord
 
 MADE = {
@@ -75,3 +75,16 @@ def next_steps(record: RunRecord, recipe: str, overrides: Sequence[str], folder:
     if delivered.name != "grasp":
         steps.append(f"GRASP's result all the same, at no cost: it is {folder / FINAL_FOLDER}")
     return steps
+
+
+def where_trained(found: TargetOn) -> str:
+    """Where the target adapter of `target.on: auto` was trained, and why, as two sentences."""
+    names = {"source": "sum", "apart": "average"}
+    here, there = ("source", "apart") if found.on == "source" else ("apart", "source")
+    place = "on top of the source adapter" if found.on == "source" else "on the backbone alone"
+    split = found.split.replace("_", "-")
+    return (
+        f"The target adapter was trained both on top of the source adapter and on the backbone alone. The one {place} was taken: "
+        f"the {names[here]} of both adapters has a {split} loss of {found.losses[here]:.3f} ({found.examples} rows), the "
+        f"{names[there]} {found.losses[there]:.3f}."
+    )

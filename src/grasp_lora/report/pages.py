@@ -16,7 +16,14 @@ from typing import Any
 from grasp_lora.bench.run_folder import DISCARDED, REPORT_FILE, REPORT_TABLES_FILE
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.method.policy import POLICIES
-from grasp_lora.report.delivered import NOTHING_LEARNED, chosen, delivered_system, predict_command, verdict
+from grasp_lora.report.delivered import (
+    NOTHING_LEARNED,
+    chosen,
+    delivered_system,
+    predict_command,
+    verdict,
+    where_trained,
+)
 from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
 from grasp_lora.report.run_record import CorpusFacts, RunRecord, read_run
@@ -95,10 +102,11 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "delivered": delivered,
         "system": delivered_system(record),
         "all_rows": record.metrics.all_rows.why if record.metrics and record.metrics.all_rows else None,
+        "target_on": where_trained(record.metrics.target_on) if record.metrics and record.metrics.target_on else None,
         "warning": handed_over.warning if handed_over else None,
         "predict": predict_command(),
         "has_prompt": not record.in_chat,
-        "headline": _headline(record, against.get("target" if record.recipe.target.on is None else "merged")),
+        "headline": _headline(record, against.get("target" if record.target_on is None else "merged")),
         "facts": _facts(record),
         "missing": record.missing,
         "ratio": None if record.prune_ratio is None else percent(record.prune_ratio, 1),
@@ -149,7 +157,7 @@ def _probed_on(record: RunRecord) -> str:
 
 def _beside(record: RunRecord) -> str:
     """The system that the headline names beside GRASP's result."""
-    return "the target adapter alone" if record.recipe.target.on is None else "the target adapter on the source adapter"
+    return "the target adapter alone" if record.target_on is None else "the target adapter on the source adapter"
 
 
 def _headline(record: RunRecord, against: Against | None) -> str:

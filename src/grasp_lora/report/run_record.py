@@ -153,6 +153,12 @@ class RunRecord:
         return bool(self.data.report.get("chat_template", self.recipe.data.chat_template))
 
     @property
+    def target_on(self) -> str | None:
+        """Where the target adapter was trained; of `target.on: auto` that is known at the end."""
+        chosen = self.metrics.target_on if self.metrics else None
+        return self.recipe.target.on if chosen is None else chosen.on
+
+    @property
     def sources(self) -> list[str]:
         """The names of the source adapters in files: source, source_2, ..."""
         return _sources(self.recipe)
@@ -164,7 +170,7 @@ class RunRecord:
         titles = {"zero_shot": "Backbone alone"} | {
             name: f"Source {number} only" if several else "Source only" for number, name in enumerate(self.sources, 1)
         }
-        merged = "Merged, not pruned" if self.recipe.target.on is None else "Target on source, not pruned"
+        merged = "Merged, not pruned" if self.target_on is None else "Target on source, not pruned"
         return titles | {
             "target": "Target only", "merged": merged, "continued": "Source, continued", "grasp": "GRASP",
             "all_rows": "The chosen one, on all rows",

@@ -1,0 +1,111 @@
+"""`target.on: auto`: the target adapter is trained both ways, and the merge with the lower dev loss goes on."""
+
+import json
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pytest
+from recorder import Recorder
+
+from grasp_lora import api
+from grasp_lora.bench.checks import check
+from grasp_lora.bench.preflight import preflight
+from grasp_lora.bench.session import Session
+from grasp_lora.bench.steps import Bench
+from grasp_lora.bench.store import Store
+from grasp_lora.recipes.load import load_recipe
+
+AUTO = "target.on=auto"
+# With these the sum has the lower dev loss: a target adapter that has learned little leaves the average half of the source's.
+SUM = (AUTO, "target.training.learning_rate=1e-5", "source.training.epochs=4")
+# The average halves a source adapter that has gone astray.
+AVERAGE = (AUTO, "source.training.learning_rate=0.2", "source.training.epochs=3")
+BOTH = pytest.mark.parametrize(("changes", "on"), [(SUM, "source"), (AVERAGE, None)])
+
+
+def bench_of(*overrides: str) -> Bench:
+    session = Session(*load_recipe("tiny.yaml", overrides))
+    check(session)
+    return Bench(session, session, Store(Path("store")))
+
+
+def metrics_of(folder: str) -> dict[str, Any]:
+    return dict(json.loads(Path(folder, "metrics.json").read_text(encoding="utf-8")))
+
+
+def without_choice(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name != "target_on"}
+
+
+@BOTH
+def test_a_run_goes_on_with_the_merge_of_the_lower_dev_loss(
+    changes: tuple[str, ...], on: str | None, tiny_workspace: Path, cli: Any
+) -> None:
+    assert cli("run", "tiny.yaml", *(part for one in changes for part in ("--set", one)), "-o", "auto").status == 0
+    found = api.run("tiny.yaml", changes, "auto").metrics.target_on  # which is finished
+    assert found is not None
+    assert (found.on, found.split, found.examples) == (on, "dev", 6)
+    assert (found.losses["source"] < found.losses["apart"]) == (on == "source")
+    fixed = [AUTO.replace("auto", "source" if on else "null"), *changes[1:]]
+    api.run("tiny.yaml", fixed, "fixed")
+    assert without_choice(metrics_of("auto")) == metrics_of("fixed")
+    for name in ("adapter", "merged"):
+        weights = [Path(folder, name, "adapter_model.safetensors").read_bytes() for folder in ("auto", "fixed")]
+        assert weights[0] == weights[1]
+    assert Path("auto/target/adapter_model.safetensors").exists() == (on is None)
+    for text in (Path("auto/report.md"), Path("auto/adapter/README.md")):
+        said = text.read_text(encoding="utf-8")
+        assert f"{found.losses['source']:.3f}" in said
+        assert ("The one on top of the source adapter was taken" in said) == (on == "source")
+
+
+def test_the_losses_are_those_of_the_merges_before_any_pruning(tiny_workspace: Path) -> None:
+    bench = bench_of(*SUM)
+    found = bench.decided.target_on
+    assert found is not None
+    for name, on in (("apart", "null"), ("source", "source")):
+        own = bench_of(f"target.on={on}", *SUM[1:])
+        losses = own.losses(own.merged(), "dev").result["losses"]
+        assert found.losses[name] == pytest.approx(fmean(losses), rel=1e-9)
+
+
+def test_without_dev_rows_micro_dev_decides_and_without_both_the_way_of_the_paper(tiny_workspace: Path) -> None:
+    no_dev = ("data.target.dev=0", "final.training.patience=null")
+    found = bench_of(*SUM, *no_dev).decided.target_on
+    assert found is not None
+    assert (found.split, found.examples) == ("micro_dev", 4)
+    nothing = bench_of(*SUM, *no_dev, "data.target.micro_dev=1")
+    assert nothing.decided.recipe.target.on is None
+    assert nothing.decided.target_on is None
+
+
+def test_a_comparison_takes_the_steps_of_a_run_and_counts_both_trainings(tiny_workspace: Path) -> None:
+    api.run("tiny.yaml", SUM, "auto")
+    given: dict[str, Any] = {"methods": ("target_only", "continued", "merged", "grasp"), "seeds": (42,)}
+    plan = api.plan("tiny.yaml", SUM, "planned", **given)
+    recorder = Recorder()
+    rows = {row.method: row for row in api.compare("tiny.yaml", SUM, "auto", recorder, **given)[1].rows}
+    assert not {"source", "target", "controller"} & set(recorder.did)
+    merged = rows["merged"].cost
+    assert merged is not None
+    steps = [json.loads(file.read_text(encoding="utf-8")) for file in Path("auto/store/records").glob("target-*.json")]
+    assert len(steps) == 2
+    assert merged.runs_in_all == 3  # the source adapter, and the target adapter both ways
+    assert [record.step for record, _ in plan.steps].count("target") == 2
+
+
+def test_a_recipe_that_leaves_no_choice_is_refused(tiny_workspace: Path, cli: Any) -> None:
+    result = cli("run", "tiny.yaml", "--set", AUTO, "--set", "merge.rule=ties")
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert "target.on is 'auto', so both adapters are added up as they are; remove merge.rule" in result.err
+    given = cli("run", "tiny.yaml", "--set", AUTO, "--set", "target.adapter=nowhere")
+    assert "on is 'auto', but an adapter is given, which was trained already" in given.err
+    other = cli("run", "tiny.yaml", "--set", "target.on=both")
+    assert "allowed: source, auto, or null for the backbone alone" in other.err
+
+
+def test_check_counts_both_trainings_and_says_that_the_rows_choose(tiny_workspace: Path) -> None:
+    found = {one.topic: one.text for one in reversed(preflight(Session(*load_recipe("tiny.yaml", [AUTO]))))}
+    assert found["cost"].startswith("at most 52 training examples")  # 42 of the recipe, and the target's once more
+    assert "they choose between two merges" in found["advice"]
