@@ -19,8 +19,8 @@ from grasp_lora.recipes.load import load_recipe
     ],
 )
 def test_what_stops_a_training_decides(dev: int, keeps_best: bool, says: str) -> None:
-    for on_source in (False, True):
-        [said] = advice(dev, keeps_best=keeps_best, on_source=on_source, has_source_rows=False)
+    for on in (None, "source", "auto"):
+        [said] = advice(dev, keeps_best=keeps_best, on=on, has_source_rows=False)
         assert said.startswith(says)
 
 
