@@ -45,7 +45,7 @@ def test_a_run_goes_on_with_the_merge_of_the_lower_dev_loss(
     assert cli("run", "tiny.yaml", *(part for one in changes for part in ("--set", one)), "-o", "auto").status == 0
     found = api.run("tiny.yaml", changes, "auto").metrics.target_on  # which is finished
     assert found is not None
-    assert (found.on, found.split, found.examples) == (on, "dev", 6)
+    assert (found.on, found.splits, found.examples) == (on, ["dev", "micro_dev"], 10)
     assert (found.losses["source"] < found.losses["apart"]) == (on == "source")
     fixed = [AUTO.replace("auto", "source" if on else "null"), *changes[1:]]
     api.run("tiny.yaml", fixed, "fixed")
@@ -66,7 +66,7 @@ def test_the_losses_are_those_of_the_merges_before_any_pruning(tiny_workspace: P
     assert found is not None
     for name, on in (("apart", "null"), ("source", "source")):
         own = bench_of(f"target.on={on}", *SUM[1:])
-        losses = own.losses(own.merged(), "dev").result["losses"]
+        losses = [loss for split in ("dev", "micro_dev") for loss in own.losses(own.merged(), split).result["losses"]]
         assert found.losses[name] == pytest.approx(fmean(losses), rel=1e-9)
 
 
@@ -74,8 +74,8 @@ def test_without_dev_rows_micro_dev_decides_and_without_both_the_way_of_the_pape
     no_dev = ("data.target.dev=0", "final.training.patience=null")
     found = bench_of(*SUM, *no_dev).decided.target_on
     assert found is not None
-    assert (found.split, found.examples) == ("micro_dev", 4)
-    nothing = bench_of(*SUM, *no_dev, "data.target.micro_dev=1")
+    assert (found.splits, found.examples) == (["micro_dev"], 4)
+    nothing = bench_of(*SUM, *no_dev, "data.target.micro_dev=0", "final.prune_ratio=0.5")
     assert nothing.decided.recipe.target.on is None
     assert nothing.decided.target_on is None
 

@@ -14,6 +14,7 @@ from grasp_lora.bench.store import Record, key_of
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
 
+CHOOSING = ("dev", "micro_dev")  # the splits whose rows may decide
 FEWEST = 2  # rows that a choice by losses needs
 
 
@@ -38,7 +39,7 @@ class Measuring(Keyed):
     def choosing_split(self) -> str | None:
         """The split whose losses decide: `dev`, or `micro_dev` where that is too small; None where both are."""
         splits = self.session.splits
-        return next((name for name in ("dev", "micro_dev") if len(getattr(splits, name)) >= FEWEST), None)
+        return next((name for name in CHOOSING if len(getattr(splits, name)) >= FEWEST), None)
 
     def scores(self, adapter: Adapter) -> Record:
         """The scores of the answers to the test prompts; the answers themselves are written beside the records."""

@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 
 from grasp_lora.bench.compare import ComparisonSettings, Work, prepared
+from grasp_lora.bench.measuring import CHOOSING
 from grasp_lora.bench.outcomes import Adapter, trained_examples
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
@@ -189,9 +190,8 @@ class _PlannedBench(Bench):
         if self.recipe.target.on != AUTO:
             return self
         for bench in (self.as_in_paper, chosen := self._with_target("source")):  # which it will be is not known
-            merged = bench.merged()
-            if self.choosing_split:
-                bench.losses(merged, self.choosing_split)
+            for split in (name for name in CHOOSING if getattr(self.session.splits, name)):
+                bench.losses(bench.merged(), split)
         return chosen
 
     def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:

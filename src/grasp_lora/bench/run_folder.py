@@ -294,13 +294,13 @@ class TargetOn(Shape):
 
     Args:
         on: `source`, or None for the backbone alone.
-        split: whose rows decided.
-        examples: how many.
+        splits: whose rows decided.
+        examples: how many these are.
         losses: `apart`, of the average, and `source`, of the sum: mean loss of each merge before any pruning.
     """
 
     on: str | None
-    split: str
+    splits: list[str]
     examples: int
     losses: dict[str, Loss]
 

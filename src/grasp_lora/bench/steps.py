@@ -14,7 +14,7 @@ from typing import Any, Self
 from grasp_lora.bench import lorahub
 from grasp_lora.bench.keyed import REVISIONS
 from grasp_lora.bench.keys import controller_settings, final_settings
-from grasp_lora.bench.measuring import Measuring
+from grasp_lora.bench.measuring import CHOOSING, Measuring
 from grasp_lora.bench.outcomes import (
     Adapter,
     Learned,
@@ -78,20 +78,24 @@ class Bench(Measuring):
     def decided(self) -> Self:
         """The bench whose target adapter is where the recipe says; with `target.on: auto`, where the merge has the lower loss.
 
-        On the backbone alone where there are no rows to tell.
+        The losses are those of all dev and micro-dev rows. On the backbone alone where there are none.
         """
         if self.recipe.target.on != AUTO:
             return self
-        ways, split = {"apart": self.as_in_paper, "source": self._with_target("source")}, self.choosing_split
-        if split is None:
+        ways = {"apart": self.as_in_paper, "source": self._with_target("source")}
+        splits = [name for name in CHOOSING if getattr(self.session.splits, name)]
+        if not splits:
             return ways["apart"]
-        measured = {on: bench.losses(bench.merged(), split) for on, bench in ways.items()}
-        losses = {on: fmean(record.result["losses"]) for on, record in measured.items()}
+        measured = {on: [bench.losses(bench.merged(), split) for split in splits] for on, bench in ways.items()}
+        rows = {
+            on: [loss for record in records for loss in record.result["losses"]] for on, records in measured.items()
+        }
+        losses = {on: fmean(own) for on, own in rows.items()}
         chosen = ways["source" if losses["source"] < losses["apart"] else "apart"]
         both = [record for bench in ways.values() for record in bench.merged().records]
-        chosen.looked_at = unique([*both, *measured.values()])
+        chosen.looked_at = unique([*both, *(record for records in measured.values() for record in records)])
         chosen.target_on = TargetOn(
-            on=chosen.recipe.target.on, split=split, examples=len(getattr(self.session.splits, split)), losses=losses
+            on=chosen.recipe.target.on, splits=splits, examples=len(rows["apart"]), losses=losses
         )
         return chosen
 

@@ -122,7 +122,7 @@ class TargetStage:
         adapter: PEFT folder or hub id; None trains one.
         on: `source` trains it on top of the source adapter, which stays frozen beneath it; their merge is then the sum of both.
             None trains it on the backbone alone, as the paper does. `auto` does both, and goes on with the merge that has the
-            lower loss on the dev rows (micro-dev rows, where there are fewer than two dev rows).
+            lower loss on all dev and micro-dev rows.
         training: how it is trained.
     """
 

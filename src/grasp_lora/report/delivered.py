@@ -82,7 +82,7 @@ def where_trained(found: TargetOn) -> str:
     names = {"source": "sum", "apart": "average"}
     here, there = ("source", "apart") if found.on == "source" else ("apart", "source")
     place = "on top of the source adapter" if found.on == "source" else "on the backbone alone"
-    split = found.split.replace("_", "-")
+    split = " and ".join(name.replace("_", "-") for name in found.splits)
     return (
         f"The target adapter was trained both on top of the source adapter and on the backbone alone. The one {place} was taken: "
         f"the {names[here]} of both adapters has a {split} loss of {found.losses[here]:.3f} ({found.examples} rows), the "
