@@ -87,6 +87,10 @@ def test_a_comparison_takes_the_steps_of_a_run_and_counts_both_trainings(tiny_wo
     recorder = Recorder()
     rows = {row.method: row for row in api.compare("tiny.yaml", SUM, "auto", recorder, **given)[1].rows}
     assert not {"source", "target", "controller"} & set(recorder.did)
+    assert rows["merged"].taken == "the sum (42)"
+    alone = rows["target_only"].cost
+    assert alone is not None
+    assert alone.runs_in_all == 1  # nothing of the choice
     merged = rows["merged"].cost
     assert merged is not None
     steps = [json.loads(file.read_text(encoding="utf-8")) for file in Path("auto/store/records").glob("target-*.json")]

@@ -169,10 +169,8 @@ def prepared(session: Session, folder: Path, folds: int | None = None) -> Sessio
         )
     if folds is not None:
         _check_can_be_cut(recipe.data)
-    if given := recipe.final.prune_ratio:
-        logger.warning(
-            "final.prune_ratio is left aside: rows of a comparison learn their own; --grid %g has that one", given
-        )
+    if (given := recipe.final.prune_ratio) is not None:
+        logger.warning("final.prune_ratio is left aside: rows learn their own, and --grid %g has that one", given)
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
     check_place(folder)
     session = Session(recipe, session.base, session.progress, None if folds is None else Fold(1, folds))

@@ -82,7 +82,7 @@ class Bench(Measuring):
         """
         if self.recipe.target.on != AUTO:
             return self
-        ways = {"apart": self.as_in_paper, "source": self._with_target("source")}
+        ways = {"apart": self._with_target(None), "source": self._with_target("source")}
         splits = [name for name in CHOOSING if getattr(self.session.splits, name)]
         if not splits:
             return ways["apart"]
