@@ -200,7 +200,7 @@ def test_a_comparison_says_which_rows_have_another_target_adapter(tiny_workspace
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("target.on=backbone",), "on is 'backbone'; allowed: source, or null"),
+        (("target.on=backbone",), "on is 'backbone'; allowed: source, auto, or null"),
         (
             (ON, "merge.rule=ties"),
             "target.on is 'source', so both adapters are added up as they are; remove merge.rule",
