@@ -258,7 +258,7 @@ def test_a_name_that_is_neither_a_folder_nor_reached_on_the_hub(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     message = (
         r"^Cannot load backbone 'nosuch': there is no such folder, and the hub gave: We couldn't connect to 'https://hub' "
-        r"to load the files\.; check the name, or download it first$"
+        r"to load the files; check the name, or download it first$"
     )
     with pytest.raises(GraspError, match=message):
         load("nosuch")
