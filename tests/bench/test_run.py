@@ -366,6 +366,23 @@ class TestAgain:
             found.append(metrics.systems["grasp"].metrics["scored_by:metric"])
         assert found == [1.0, 2.0]
 
+    def test_a_finished_run_that_looks_again_is_not_finished_until_it_has(
+        self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with Path("target.jsonl").open("a", encoding="utf-8") as file:
+            file.write("\n")
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        before = read(finished_run / "metrics.json")
+        with monkeypatch.context() as patch:
+            patch.setattr("grasp_lora.bench.run.choose", killed)
+            with pytest.raises(KeyboardInterrupt):
+                execute()
+        assert not (finished_run / "metrics.json").exists()
+        assert execute() == before
+
     @pytest.mark.parametrize("lost", ["recipe.yaml", "cost.json", "data.json", "adapter/adapter_config.json"])
     def test_a_file_that_a_finished_run_has_lost_is_written_again(self, finished_run: Path, lost: str) -> None:
         (finished_run / lost).unlink()

@@ -15,6 +15,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Store
 from grasp_lora.recipes.load import load_recipe
+from grasp_lora.report.run_record import read_run
 
 AUTO = "target.on=auto"
 # With these the sum has the lower dev loss: a target adapter that has learned little leaves the average half of the source's.
@@ -97,6 +98,28 @@ def test_a_comparison_takes_the_steps_of_a_run_and_counts_both_trainings(tiny_wo
     assert len(steps) == 2
     assert merged.runs_in_all == 3  # the source adapter, and the target adapter both ways
     assert [record.step for record, _ in plan.steps].count("target") == 2
+
+
+def test_a_dry_run_knows_what_a_run_has_chosen(tiny_workspace: Path) -> None:
+    api.run("tiny.yaml", AVERAGE, "auto")
+    plan = api.plan("tiny.yaml", AVERAGE, "auto", methods=("merged", "grasp"), seeds=(42,))
+    assert all(there for _, there in plan.steps)
+
+
+def test_rows_without_a_dev_set_do_not_choose_by_it(tiny_workspace: Path) -> None:
+    given: dict[str, Any] = {"methods": ("merge_dev_free",), "reference": "merge_dev_free", "seeds": (42,)}
+    [auto] = api.compare("tiny.yaml", SUM, "auto", **given)[1].rows
+    [alone] = api.compare("tiny.yaml", ["target.on=null", *SUM[1:]], "alone", **given)[1].rows
+    assert auto.scores == alone.scores
+    assert auto.cost is not None
+    assert alone.cost is not None
+    assert auto.cost.work_in_all == alone.cost.work_in_all
+
+
+def test_where_nothing_chose_the_report_speaks_of_the_average(tiny_workspace: Path) -> None:
+    no_rows = ("data.target.dev=0", "data.target.micro_dev=0", "final.training.patience=null", "final.prune_ratio=0.5")
+    api.run("tiny.yaml", (*SUM, *no_rows), "auto")
+    assert read_run(Path("auto")).systems["merged"] == "Merged, not pruned"
 
 
 def test_a_recipe_that_leaves_no_choice_is_refused(tiny_workspace: Path, cli: Any) -> None:

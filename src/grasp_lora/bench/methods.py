@@ -21,7 +21,7 @@ from grasp_lora.method.merging import MERGE_RULES, merge_rule
 from grasp_lora.method.presets import PRESETS
 from grasp_lora.method.search import RatioPolicy
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.stages import ControllerStage, FinalStage
+from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
 from grasp_lora.storage.folder import Busy
 
 MOST_IN_CURVE = 200  # test examples: of 1,000 the curve of a grid of 8 would cost more passes than the grid
@@ -40,6 +40,7 @@ class Method:
         warning: what a reader has to be told of it.
         merges: whether it starts from the merge, so that its cost is what comes on top of the adapters that are merged.
         paper: whether it is a row of the paper, whose target adapter is trained on the backbone alone in any recipe.
+        dev_free: whether it may not look at the dev set.
     """
 
     title: str
@@ -49,10 +50,11 @@ class Method:
     warning: str | None = None
     merges: bool = True
     paper: bool = False
+    dev_free: bool = False
 
     def bench(self, bench: Bench) -> Bench:
         """The bench that it runs on: its target adapter is where this method needs it."""
-        if self.paper:
+        if self.paper or (self.dev_free and bench.recipe.target.on == AUTO):  # which the dev set decides
             return bench.as_in_paper
         return bench.decided if self.merges else bench
 
@@ -319,10 +321,17 @@ METHODS: dict[str, Method] = {
         "merge fine-tuned without a dev set",
         lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),
         2,
+        dev_free=True,
     ),
-    "grid_dev_free": Method("grid without a dev set", _run_grid("micro_dev", dev_free=True), 12, _needs("micro_dev")),
+    "grid_dev_free": Method(
+        "grid without a dev set", _run_grid("micro_dev", dev_free=True), 12, _needs("micro_dev"), dev_free=True
+    ),
     "grasp_dev_free": Method(
-        "GRASP without a dev set", _run_grasp(dev_free_stage, dev_free=True), 6, _needs_rounds(dev_free_stage)
+        "GRASP without a dev set",
+        _run_grasp(dev_free_stage, dev_free=True),
+        6,
+        _needs_rounds(dev_free_stage),
+        dev_free=True,
     ),
     "grid_oracle": Method(
         "grid chosen on the TEST set",

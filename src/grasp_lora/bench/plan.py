@@ -189,10 +189,11 @@ class _PlannedBench(Bench):
     def decided(self) -> Self:
         if self.recipe.target.on != AUTO:
             return self
-        for bench in (self.as_in_paper, chosen := self._with_target("source")):  # which it will be is not known
-            for split in (name for name in CHOOSING if getattr(self.session.splits, name)):
-                bench.losses(bench.merged(), split)
-        return chosen
+        splits = [name for name in CHOOSING if getattr(self.session.splits, name)]
+        ways = (self._with_target(None), chosen := self._with_target("source"))
+        found = [bench.losses(bench.merged(), split) for bench in ways for split in splits]
+        # Where they are on record it is known which it will be, and without rows, too.
+        return super().decided if all(record.made_with for record in found) else chosen
 
     def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
         if isinstance(self.store, _PlannedStore):

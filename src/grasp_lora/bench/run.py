@@ -364,6 +364,8 @@ class _Run:
                 "put those back, or choose another folder with --output"
             )
         files.forget_another_choice(self.folder, started.recipe_hash)
+        # From here on the run is not finished until they are written anew, even if it is killed.
+        (self.folder / files.METRICS_FILE).unlink(missing_ok=True)
         if before.inputs != started.inputs:  # of the same examples
             told = {"recipe_hash": started.recipe_hash, "inputs": before.inputs | started.inputs}
             write_json(self.folder / files.RUN_FILE, before.model_copy(update=told).to_json())

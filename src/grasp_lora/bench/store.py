@@ -336,8 +336,8 @@ def _read(file: Path, key: str) -> Record:
 
 def _warn_of_change(record: Record, made: Record) -> None:
     """Say that a step which was done again came out otherwise, as on another processor: its record tells of the first."""
-    ours = json.loads(json.dumps({name: value for name, value in made.result.items() if name not in MEASURED_TIME}))
-    if ours == {name: value for name, value in record.result.items() if name not in MEASURED_TIME}:
+    both = made.result.keys() & record.result.keys() - MEASURED_TIME  # older records say less
+    if json.loads(json.dumps([made.result[name] for name in both])) == [record.result[name] for name in both]:
         return
     losses = [f"{one.result['dev_loss']:.4f}" for one in (made, record) if one.result.get("dev_loss") is not None]
     shown = f" (dev loss {', on record '.join(losses)})" if losses else ""

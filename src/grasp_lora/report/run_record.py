@@ -9,7 +9,7 @@ from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.records import check_shape, damaged, read_lines, read_record, read_text
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.schedule import PROBE_SPLITS, Pool
-from grasp_lora.recipes.stages import RENAMED
+from grasp_lora.recipes.stages import AUTO, RENAMED
 from grasp_lora.recipes.text import RECIPE_FILE, parse
 
 _Row = TypeVar("_Row")
@@ -154,9 +154,10 @@ class RunRecord:
 
     @property
     def target_on(self) -> str | None:
-        """Where the target adapter was trained; of `target.on: auto` that is known at the end."""
+        """Where the target adapter was trained; with `target.on: auto` that is known at the end, and None until then."""
         chosen = self.metrics.target_on if self.metrics else None
-        return self.recipe.target.on if chosen is None else chosen.on
+        given = None if self.recipe.target.on == AUTO else self.recipe.target.on
+        return given if chosen is None else chosen.on
 
     @property
     def sources(self) -> list[str]:
