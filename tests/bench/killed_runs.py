@@ -107,7 +107,8 @@ def together(
 ) -> list[Attempt]:
     """Call the command line in several processes at the same time, what happens to each given by its moments."""
     children = [_start(workspace, arguments, folder, one) for one in moments]
-    return [_finish(child, workspace, folder) for child in children]
+    ended = [_wait(child) for child in children]  # all of them, before what one of them writes is read
+    return [_attempt(child, status, workspace, folder) for child, status in zip(children, ended, strict=True)]
 
 
 def _start(workspace: Path, arguments: Sequence[str], folder: Path, moments: dict[int, str] | None) -> int:
@@ -146,7 +147,15 @@ def _finish(child: int, workspace: Path, folder: Path, seconds: float | None = N
     if seconds is not None:
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return _attempt(child, _wait(child), workspace, folder)
+
+
+def _wait(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _attempt(child: int, status: int, workspace: Path, folder: Path) -> Attempt:
+    """What a process that has ended leaves."""
     record = _record(workspace, child)
     result = Attempt(
         status,
