@@ -148,7 +148,8 @@ def best_of(
         if behind:
             source, target = behind
             worth = f"{means[target]:.3f} against {means[source]:.3f}"
-            why += f" The target adapter is ahead of the source adapter ({worth}), so continuing that is not the best to expect."
+            ahead = f"{titles[_kind(target)]} is ahead of the source adapter alone ({worth})"
+            why += f" {ahead[0].upper()}{ahead[1:]}: there GRASP's result is the best to expect."
     return Delivered(
         name=chosen,
         title=title_of(chosen, titles),

@@ -36,6 +36,11 @@ class Measuring(Keyed):
         return self.store.get(f"{split} losses", settings, work)
 
     @property
+    def choosing_splits(self) -> list[str]:
+        """The splits that have rows which may decide."""
+        return [name for name in CHOOSING if getattr(self.session.splits, name)]
+
+    @property
     def choosing_split(self) -> str | None:
         """The split whose losses decide: `dev`, or `micro_dev` where that is too small; None where both are."""
         splits = self.session.splits

@@ -13,7 +13,6 @@ from typing import Any, Self
 import torch
 
 from grasp_lora.bench.compare import ComparisonSettings, Work, prepared
-from grasp_lora.bench.measuring import CHOOSING
 from grasp_lora.bench.outcomes import Adapter, trained_examples
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
@@ -189,9 +188,8 @@ class _PlannedBench(Bench):
     def decided(self) -> Self:
         if self.recipe.target.on != AUTO:
             return self
-        splits = [name for name in CHOOSING if getattr(self.session.splits, name)]
         ways = (self._with_target(None), chosen := self._with_target("source"))
-        found = [bench.losses(bench.merged(), split) for bench in ways for split in splits]
+        found = [bench.losses(bench.merged(), split) for bench in ways for split in self.choosing_splits]
         # Where they are on record it is known which it will be, and without rows, too.
         return super().decided if all(record.made_with for record in found) else chosen
 

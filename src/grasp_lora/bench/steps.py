@@ -14,7 +14,7 @@ from typing import Any, Self
 from grasp_lora.bench import lorahub
 from grasp_lora.bench.keyed import REVISIONS
 from grasp_lora.bench.keys import controller_settings, final_settings
-from grasp_lora.bench.measuring import CHOOSING, Measuring
+from grasp_lora.bench.measuring import Measuring
 from grasp_lora.bench.outcomes import (
     Adapter,
     Learned,
@@ -83,7 +83,7 @@ class Bench(Measuring):
         if self.recipe.target.on != AUTO:
             return self
         ways = {"apart": self._with_target(None), "source": self._with_target("source")}
-        splits = [name for name in CHOOSING if getattr(self.session.splits, name)]
+        splits = self.choosing_splits
         if not splits:
             return ways["apart"]
         measured = {on: [bench.losses(bench.merged(), split) for split in splits] for on, bench in ways.items()}

@@ -23,7 +23,10 @@ def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool)
         if on == "source":
             gain = "pruning lowered the loss of both adapters' sum in three of four languages, for answers as good or better"
         elif on == "auto":
-            gain = "they choose between two merges; pruning lowers the loss of a sum, seldom that of an average"
+            gain = (
+                "they also choose whether the target adapter is trained on top of the source adapter; pruning gains more "
+                "there than where both are trained apart"
+            )
         said = [
             f"{dev} dev rows stop the trainings in time: {gain}; a run also continues the source adapter, "
             "and the dev rows choose what it hands over"

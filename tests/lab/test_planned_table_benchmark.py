@@ -1,0 +1,47 @@
+"""The table of the planned comparisons, from a record whose figures are known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import planned_table
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ON_RECORD = Path(__file__).parents[2] / "docs" / "lab" / "results" / "compare-nusax-jv-on-source"
+
+
+def comparison(folder: Path, reference: str = "grasp", shift: float = 0.0, without: tuple[str, ...] = ()) -> str:
+    """A copy of the comparison on record, its differences moved and rows missing."""
+    content: dict[str, Any] = json.loads((ON_RECORD / "compare.json").read_text(encoding="utf-8"))
+    content["reference"] = reference
+    content["rows"] = [row for row in content["rows"] if row["method"] not in without]
+    for row in content["rows"]:
+        for one in row["against"].values():
+            one["difference"] += shift
+    folder.mkdir()
+    (folder / "compare.json").write_text(json.dumps(content), encoding="utf-8")
+    return str(folder)
+
+
+def test_a_row_a_setting_and_the_means_of_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(ON_RECORD), comparison(tmp_path / "compare-other", shift=1.0, without=("grid",))]
+    assert planned_table.main(folders) == 0
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows[0][:6] == [
+        *("nusax-jv-on-source", "3", "400", "72.0 accuracy"),
+        *("+2.5 (-1.1 to +6.1), no difference shown", "+0.4 (-3.6 to +4.4), no difference shown"),
+    ]
+    assert rows[0][6:] == ["+3.3 (+0.6 to +6.1), better", "+1.2 (-1.8 to +4.3)", "400, 1600, 2100, 956"]
+    assert (rows[1][0], rows[1][6], rows[1][8]) == ("other", "–", "400, 1600, –, 956")
+    assert rows[2][4:7] == ["+3.0 of 2", "+0.9 of 2", "+3.3 of 1"]
+
+
+def test_another_reference_and_a_missing_comparison_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert planned_table.main([comparison(tmp_path / "grid", reference="grid")]) == 2
+    assert "the reference of grid is 'grid'" in capsys.readouterr().err
+    assert planned_table.main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
