@@ -27,7 +27,6 @@ from trajectory import trajectory
 
 from grasp_lora.bench.checks import check
 from grasp_lora.bench.compare import check_list, check_ratios
-from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import STORE_FOLDER, check_place
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
@@ -84,16 +83,15 @@ def record(
     session: Session,
     folder: Path,
     settings: RecordingSettings,
-    progress: Progress | None = None,
     command: str = "",
 ) -> Landscape:
     """Do what is not on record yet, write `landscape.parquet`, and return what it holds.
 
     Args:
-        session: of the recipe, with nothing loaded yet; a prune ratio and metrics that it gives are left aside.
+        session: of the recipe, with nothing loaded yet, whose progress is told how far the work is; a prune ratio and metrics
+            that it gives are left aside.
         folder: for the landscape and the records; that of a comparison will do.
         settings: ratios and measurements.
-        progress: told how far the work is.
         command: how the recording was asked for, a fact of the landscape.
 
     Raises:
@@ -113,7 +111,7 @@ def record(
             raise RecipeError(
                 f"a landscape needs a {split} split, but data.target.{split} is 0; give it at least 1 example"
             )
-    work = _Work(session, folder, settings, progress or Progress())
+    work = _Work(session, folder, settings)
     if work.rows > MOST_ROWS:
         raise RecipeError(
             f"the landscape would have {work.rows} losses, of which {MOST_ROWS} are allowed; measure less often (--every is "
@@ -145,10 +143,10 @@ class _Task:
 class _Work:
     """One recording that is under way."""
 
-    def __init__(self, session: Session, folder: Path, settings: RecordingSettings, progress: Progress) -> None:
-        self.session, self.settings, self.progress = session, settings, progress
+    def __init__(self, session: Session, folder: Path, settings: RecordingSettings) -> None:
+        self.session, self.settings, self.progress = session, settings, session.progress
         self.workplace = Workplace(folder)
-        self._store = Store(folder / STORE_FOLDER, progress)
+        self._store = Store(folder / STORE_FOLDER, self.progress)
         self._bench = Bench(session, session, self._store)
         self._trajectories: list[Trajectory] = []
         self._finals: list[FinalRun] = []
@@ -319,7 +317,7 @@ def main(given: Sequence[str] | None = None) -> int:
         recipe, base = load_recipe(options.recipe, options.overrides)
         folder = options.output or Path("runs") / f"{recipe.name}-landscape"
         with shown(TerminalBenchProgress(console)) as progress:
-            landscape = record(Session(recipe, base), folder, settings, progress, command_of(options))
+            landscape = record(Session(recipe, base, progress), folder, settings, command_of(options))
     except Interrupted as stop:
         sys.stderr.write(f"{stop}\n")
         return 75

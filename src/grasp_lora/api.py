@@ -54,7 +54,7 @@ def run(
     """
     session, place = _opened(recipe, overrides, folder, progress, allow_code)
     with none_lost():
-        result = running.run(session, place, session.progress)
+        result = running.run(session, place)
         session.progress.stage("report")
 
         def report() -> None:
@@ -90,7 +90,7 @@ def compare(
     """
     chosen = _checked(ComparisonSettings, settings)
     session, place = _opened(recipe, overrides, folder, progress, allow_code)
-    return place / COMPARE_FOLDER, comparing.compare(session, place, chosen, session.progress, write_comparison)
+    return place / COMPARE_FOLDER, comparing.compare(session, place, chosen, write_comparison)
 
 
 def plan(
@@ -137,7 +137,7 @@ def sweep(
     """
     chosen = _checked(SweepSettings, settings)
     session, place = _opened(recipe, overrides, folder, progress, allow_code)
-    return place / SWEEP_FOLDER, searching.sweep(session, place, chosen, session.progress)
+    return place / SWEEP_FOLDER, searching.sweep(session, place, chosen)
 
 
 def _checked(kind: type[Settings], settings: dict[str, Any]) -> Settings:

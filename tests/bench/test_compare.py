@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import write_tiny_workspace
-from recorder import Recorder
+from recorder import Recorder, session_of
 from rich.console import Console
 
 from grasp_lora import api
@@ -62,13 +62,13 @@ def constant(outputs):
 """
 
 
-def session(recipe: Path | str = "tiny.yaml", *overrides: str) -> Session:
-    return Session(*load_recipe(recipe, [ROUNDS_EVERY, *overrides], allow_code=True))
+def session(*overrides: str, recipe: Path | str = "tiny.yaml", progress: Progress | None = None) -> Session:
+    return session_of(ROUNDS_EVERY, *overrides, recipe=recipe, progress=progress)
 
 
 def run(folder: Path, settings: ComparisonSettings, *overrides: str) -> tuple[dict[str, Any], Recorder]:
     recorder = Recorder()
-    return compare(session("tiny.yaml", *overrides), folder, settings, recorder, write_comparison).to_json(), recorder
+    return compare(session(*overrides, progress=recorder), folder, settings, write_comparison).to_json(), recorder
 
 
 def without_seconds(content: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def whole_comparison(
     """The folder and the content of a comparison of all methods; treat it as read-only."""
     recipe = write_tiny_workspace(tmp_path_factory.mktemp("comparison") / "work", tiny_backbone_folder)
     folder = recipe.parent / "compare"
-    return folder, compare(session(recipe), folder, SMALL, show=write_comparison).to_json()
+    return folder, compare(session(recipe=recipe), folder, SMALL, show=write_comparison).to_json()
 
 
 @pytest.fixture
@@ -367,7 +367,7 @@ def test_a_single_run_too_short_to_learn_is_left_out(tiny_workspace):
 
 
 def test_a_single_run_of_adapters_kept_apart_is_left_out(tiny_workspace):
-    unavailable = METHODS["grasp_single"].unavailable(session("tiny.yaml", "merge.rule=paper_apart"))
+    unavailable = METHODS["grasp_single"].unavailable(session("merge.rule=paper_apart"))
     assert "merge.rule 'paper_apart' keeps adapters apart" in unavailable
 
 
@@ -392,7 +392,7 @@ def test_an_interrupted_comparison_goes_on_without_repeating_a_step(tiny_workspa
     for step in (2, 7):
         folder, first = tiny_workspace / f"after-{step}", Kill(step)
         with pytest.raises(Killed):
-            compare(session(), folder, settings, first)
+            compare(session(progress=first), folder, settings)
         content, second = run(folder, settings)
         assert first.did + second.did == uninterrupted.did
         assert without_seconds(content) == without_seconds(whole)
@@ -516,7 +516,7 @@ def test_the_half_width_is_said_before_anything_is_trained(tiny_workspace):
             assert said
 
     settings = ComparisonSettings(("merged", "continued", "joint"), (1,), resamples=1000)
-    compare(session(), tiny_workspace / "compare", settings, Notes(), write_comparison)
+    compare(session(progress=Notes()), tiny_workspace / "compare", settings, write_comparison)
     assert "8 test examples, 2 planned comparisons" in said[0]
     assert said[0] in (tiny_workspace / "compare/compare/compare.md").read_text(encoding="utf-8").replace("\\", "")
 
@@ -792,7 +792,7 @@ class TestOneStore:
         before = {file: file.read_bytes() for file in finished_run.glob("*.*")}
         settings = ComparisonSettings(self.METHODS, (42,), (0.2,), resamples=1000)
         recorder = Recorder()
-        content = compare(Session(*load_recipe("tiny.yaml")), finished_run, settings, recorder).to_json()
+        content = compare(session_of(progress=recorder), finished_run, settings).to_json()
         assert self.trained(recorder) == ["final 0.00"]
         assert {"source", "target", "controller"} <= set(recorder.found)
         assert {file: file.read_bytes() for file in finished_run.glob("*.*")} == before
@@ -804,7 +804,7 @@ class TestOneStore:
 
     def test_a_run_in_the_folder_of_a_comparison_trains_nothing(self, finished_run, tiny_workspace):
         settings = ComparisonSettings(("grasp",), (42,), (0.2,), resamples=1000)
-        compare(Session(*load_recipe("tiny.yaml")), tiny_workspace / "both", settings)
+        compare(session_of(), tiny_workspace / "both", settings)
         recorder = Recorder()
         api.run("tiny.yaml", folder="both", progress=recorder)
         assert not self.trained(recorder)
@@ -818,7 +818,7 @@ class TestOneStore:
         result = api.run("tiny.yaml", [ROUNDS_EVERY, *overrides], "both")
         settings = ComparisonSettings(("delivered",), (42,), (0.2,), resamples=1000)
         recorder = Recorder()
-        content = compare(session("tiny.yaml", *overrides), Path("both"), settings, recorder).to_json()
+        content = compare(session(*overrides, progress=recorder), Path("both"), settings).to_json()
         assert not recorder.did
         (row,) = [row for row in content["rows"] if row["method"] == "delivered"]
         delivered = result.metrics.systems[result.delivered.name]
@@ -1133,7 +1133,7 @@ def test_several_given_sources_are_merged_for_the_source_only_row(finished_run, 
 def test_lorahub_finds_the_better_of_two_adapters_when_the_other_is_noise(tiny_workspace, tmp_path, monkeypatch):
     import torch
 
-    one = session("tiny.yaml", "target.training.epochs=6")
+    one = session("target.training.epochs=6")
     good, _ = one.train_adapter("target", one.splits.train, (), one.recipe.target.training, tmp_path)
     generator = torch.Generator().manual_seed(0)
     noise = AdapterWeights(

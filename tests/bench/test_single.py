@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from recorder import session_of
 
 from grasp_lora.bench.predict import predict_texts
-from grasp_lora.bench.session import Session
 from grasp_lora.bench.single import evaluate_folders, finetune_folder, learn_folder, merge_folders
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
 from grasp_lora.models.export import ExportSettings, export_folder
@@ -19,25 +19,21 @@ from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 
 
-def session(*overrides: str) -> Session:
-    return Session(*load_recipe("tiny.yaml", overrides))
-
-
 def test_the_steps_of_a_run_one_by_one_give_the_same_adapter(finished_run: Path) -> None:
     merge_folders(["run/source", "run/target"], Path("merged"), None, "exact", None, None, 0.5)
     merged = read_adapter("merged")
     assert merged.sha256 == read_adapter("run/merged").sha256
     assert merged.base_model == "tiny-llama"
-    estimate = learn_folder(session(), "merged", Path("learned"))
+    estimate = learn_folder(session_of(), "merged", Path("learned"))
     assert Path("learned/rounds.jsonl").read_bytes() == (finished_run / "controller/rounds.jsonl").read_bytes()
     assert json.loads(Path("learned/ratio.json").read_text()) == json.loads(
         (finished_run / "controller/ratio.json").read_text()
     )
-    result = finetune_folder(session(), "merged", estimate.ratio, Path("tuned"))
+    result = finetune_folder(session_of(), "merged", estimate.ratio, Path("tuned"))
     assert read_adapter("tuned").sha256 == read_adapter("run/adapter").sha256
     assert Path("tuned/history.jsonl").read_bytes() == (finished_run / "final/history.jsonl").read_bytes()
     assert Path("tuned/sparsity.json").read_bytes() == (finished_run / "final/sparsity.json").read_bytes()
-    table = evaluate_folders(session(), ["merged", "tuned"], Path("measured")).to_json()
+    table = evaluate_folders(session_of(), ["merged", "tuned"], Path("measured")).to_json()
     metrics = json.loads((finished_run / "metrics.json").read_text())
     assert table["systems"]["merged"] == metrics["systems"]["merged"]
     assert table["systems"]["tuned"] == metrics["systems"]["grasp"]
@@ -82,10 +78,10 @@ def test_adapters_kept_apart_are_merged_into_a_folder_as_their_sum(finished_run:
 
 
 def test_predictions_are_those_of_the_evaluation(finished_run: Path) -> None:
-    as_predict_loads_it = session("backbone.dtype=auto")
+    as_predict_loads_it = session_of("backbone.dtype=auto")
     evaluate_folders(as_predict_loads_it, ["run/adapter"], Path("measured"))
     rows = [json.loads(line) for line in Path("measured/adapter.jsonl").read_text(encoding="utf-8").splitlines()]
-    prompts = {example.id: example.prompt for example in session().splits.test}
+    prompts = {example.id: example.prompt for example in session_of().splits.test}
     answers = predict_texts("run/adapter", [prompts[row["id"]] for row in rows], None, "cpu", max_new_tokens=4)
     assert answers == [row["prediction"] for row in rows]
 
@@ -123,12 +119,12 @@ def test_a_svd_merge_has_the_rank_asked_for(finished_run: Path) -> None:
 
 
 def test_no_source_is_needed_to_work_on_a_merged_adapter(finished_run: Path) -> None:
-    alone = session("data.source=null")
+    alone = session_of("data.source=null")
     assert math.isfinite(finetune_folder(alone, "run/merged", 0.5, Path("tuned")).dev_loss or math.nan)
 
 
 def test_without_a_test_set_there_is_no_score_but_a_dev_loss(finished_run: Path) -> None:
-    table = evaluate_folders(session("data.target.test=0"), ["run/adapter"], Path("measured")).to_json()
+    table = evaluate_folders(session_of("data.target.test=0"), ["run/adapter"], Path("measured")).to_json()
     assert table["systems"]["adapter"]["test_loss"] is None
     assert table["systems"]["adapter"]["metrics"] == {}
     assert table["systems"]["adapter"]["dev_loss"] > 0
@@ -138,14 +134,14 @@ def test_without_a_test_set_there_is_no_score_but_a_dev_loss(finished_run: Path)
 def test_measuring_never_writes_into_a_run_folder(finished_run: Path) -> None:
     before = (finished_run / "metrics.json").read_bytes()
     with pytest.raises(RecipeError, match="run exists and is not an empty folder; choose another with --output"):
-        evaluate_folders(session(), ["run/adapter"], Path("run"))
+        evaluate_folders(session_of(), ["run/adapter"], Path("run"))
     assert (finished_run / "metrics.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.5, 40.0, math.nan])
 def test_a_ratio_must_be_a_fraction(ratio: float, tiny_workspace: Path) -> None:
     with pytest.raises(RecipeError, match=r"the prune ratio is .*; it must be a fraction in \[0, 1\]"):
-        finetune_folder(session(), "adapter", ratio, Path("out"))
+        finetune_folder(session_of(), "adapter", ratio, Path("out"))
 
 
 def test_no_prompts(tiny_workspace: Path) -> None:

@@ -5,16 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from recorder import session_of
 
 from grasp_lora import api
 from grasp_lora.bench.compare import ComparisonSettings, compare
 from grasp_lora.bench.methods import METHODS
-from grasp_lora.bench.session import Session
 from grasp_lora.errors import ProbeError, RecipeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.policy import Stacked
 from grasp_lora.method.presets import preset
-from grasp_lora.recipes.load import load_recipe
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.probes import ProbeSet
 
@@ -25,11 +24,6 @@ STACKED = (
 )
 
 
-def session(*overrides: str) -> Session:
-    recipe, base = load_recipe("tiny.yaml", overrides)
-    return Session(recipe, base)
-
-
 def records(step: str) -> list[dict]:
     found = [json.loads(file.read_text(encoding="utf-8")) for file in Path("runs").glob("*/store/records/*.json")]
     return [one for one in found if one["step"] == step]
@@ -37,7 +31,7 @@ def records(step: str) -> list[dict]:
 
 def test_the_stacked_grid_is_the_grid(tiny_workspace):
     settings = ComparisonSettings(("grid", "grid_stacked"), (42,), RATIOS, resamples=100)
-    own = session(NO_DROPOUT, "final.training.epochs=2", "final.training.patience=1")
+    own = session_of(NO_DROPOUT, "final.training.epochs=2", "final.training.patience=1")
     comparison = compare(own, Path("runs/tiny"), settings)
     rows = {row.method: row for row in comparison.rows}
     grid, stacked = rows["grid"], rows["grid_stacked"]
@@ -95,7 +89,7 @@ def test_several_processes_are_refused(tiny_workspace, monkeypatch):
     from grasp_lora.bench.checks import check_rounds
 
     with pytest.raises(RecipeError, match="train in one process, but 2 were started; start without torchrun"):
-        check_rounds(session(STACKED))
+        check_rounds(session_of(STACKED))
 
 
 @pytest.mark.parametrize(
@@ -107,8 +101,8 @@ def test_several_processes_are_refused(tiny_workspace, monkeypatch):
     ],
 )
 def test_a_recipe_without_a_stacked_grid_says_why(tiny_workspace, override, message):
-    assert message in (METHODS["grid_stacked"].unavailable(session(override)) or "")
-    assert METHODS["grid_stacked"].unavailable(session()) is None
+    assert message in (METHODS["grid_stacked"].unavailable(session_of(override)) or "")
+    assert METHODS["grid_stacked"].unavailable(session_of()) is None
 
 
 def test_a_callback_cannot_stack():
@@ -148,7 +142,7 @@ def test_a_stack_that_loses_a_member_says_so_and_chooses_among_the_others(tiny_w
 
     monkeypatch.setattr(stacked, "members_of", one_broken)
     settings = ComparisonSettings(("grid_stacked",), (42,), RATIOS, resamples=100)
-    comparison = compare(session(NO_DROPOUT), Path("runs/tiny"), settings)
+    comparison = compare(session_of(NO_DROPOUT), Path("runs/tiny"), settings)
     [row] = [row for row in comparison.rows if row.method == "grid_stacked"]
     assert row.prune_ratio.mean in (0.2, 0.8)
     assert any("is without ratio 0.5, whose run failed: the dev loss is nan" in one for one in comparison.warnings)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import write_tiny_workspace
-from recorder import Recorder
+from recorder import Recorder, session_of
 
 from grasp_lora.bench import search as search_module
 from grasp_lora.bench import session as session_module
@@ -60,13 +60,9 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer_module, "save_file", lambda *_, **__: (_ for _ in ()).throw(full))
 
 
-def session(*overrides: str) -> Session:
-    return Session(*load_recipe("tiny.yaml", overrides))
-
-
 def run(folder: str, *params: str, overrides: tuple[str, ...] = (), **settings: Any) -> tuple[SweepResult, Watching]:
     recorder = Watching()
-    return sweep(session(*overrides), Path(folder), SweepSettings(params, **settings), recorder), recorder
+    return sweep(session_of(*overrides, progress=recorder), Path(folder), SweepSettings(params, **settings)), recorder
 
 
 def outcome(result: SweepResult) -> SweepResult:
@@ -90,7 +86,7 @@ def values_of(result: SweepResult, key: str) -> list[Any]:
 
 class TestSearchSpace:
     def read(self, *params: str) -> tuple[Parameter, ...]:
-        return search_space(params, session().recipe)
+        return search_space(params, session_of().recipe)
 
     @pytest.mark.parametrize(
         ("text", "expected"),
@@ -112,7 +108,7 @@ class TestSearchSpace:
         assert type(found.low) is type(expected.low)
 
     def test_a_list_entry_can_vary_where_the_list_is_given(self, tiny_workspace):
-        recipe = session("merge.weights=[0.5, 0.5]").recipe
+        recipe = session_of("merge.weights=[0.5, 0.5]").recipe
         (weight,) = search_space(["merge.weights.0=0.1..0.9"], recipe)
         assert trial_recipe(recipe, {weight.key: 0.3}).merge.weights == (0.3, 0.5)
         with pytest.raises(RecipeError, match=r"merge.weights has no entry 0; give the whole list first"):
@@ -287,7 +283,7 @@ class Killed(BaseException):
 def uninterrupted(tmp_path_factory, tiny_backbone_folder) -> SweepResult:
     """What a sweep of the tiny recipe comes to when nothing stops it."""
     recipe = write_tiny_workspace(tmp_path_factory.mktemp("sweep") / "work", tiny_backbone_folder)
-    return sweep(Session(*load_recipe(recipe)), recipe.parent / "out", SweepSettings((RATIO,), trials=2))
+    return sweep(session_of(recipe=recipe), recipe.parent / "out", SweepSettings((RATIO,), trials=2))
 
 
 @pytest.mark.parametrize(
@@ -367,7 +363,7 @@ def test_the_test_split_is_never_looked_at(tiny_workspace, monkeypatch):
     monkeypatch.setattr(ProbeSet, "__init__", spy)
     monkeypatch.setattr(session_module, "Reader", fail)
     run("out", RATIO, trials=2)
-    splits = session().splits
+    splits = session_of().splits
     assert {example.id for example in splits.dev} <= seen
     assert not {example.id for example in splits.test} & seen
     result, _ = run("no-test", RATIO, trials=1, overrides=("data.target.test=0",))

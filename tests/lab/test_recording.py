@@ -14,7 +14,7 @@ import record as recording
 from conftest import CliResult, write_tiny_workspace
 from landscape import Landscape
 from record import FINAL_RATIOS, LANDSCAPE_FILE, RecordingSettings, record
-from recorder import Recorder
+from recorder import Recorder, session_of
 
 from grasp_lora.bench.compare import ComparisonSettings, compare
 from grasp_lora.bench.keyed import GRID
@@ -22,7 +22,6 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
 from grasp_lora.errors import RecipeError
-from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import only_writer
 
 pytestmark = pytest.mark.slow
@@ -47,13 +46,9 @@ class Counting(Recorder):
         self.left -= units
 
 
-def session(recipe: Path | str = "tiny.yaml", *overrides: str) -> Session:
-    return Session(*load_recipe(recipe, overrides))
-
-
 def run(folder: Path, settings: RecordingSettings = SMALL, *overrides: str) -> tuple[Landscape, Counting]:
     recorder = Counting()
-    return record(session("tiny.yaml", *overrides), folder, settings, recorder), recorder
+    return record(session_of(*overrides, progress=recorder), folder, settings), recorder
 
 
 def same(one: Landscape, other: Landscape) -> bool:
@@ -87,7 +82,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Pat
     """The folder and the content of a small recording; treat it as read-only."""
     recipe = write_tiny_workspace(tmp_path_factory.mktemp("recording") / "work", tiny_backbone_folder)
     folder = recipe.parent / "landscape"
-    return folder, record(session(recipe), folder, SMALL, command="python benchmarks/lab/record.py tiny.yaml")
+    return folder, record(session_of(recipe=recipe), folder, SMALL, command="python benchmarks/lab/record.py tiny.yaml")
 
 
 def test_a_landscape_holds_trajectories_and_final_runs(recorded):
@@ -145,7 +140,7 @@ def test_an_interrupted_recording_goes_on_without_repeating_a_step(tiny_workspac
     first = Kill()
     folder = tiny_workspace / "one"
     with pytest.raises(Killed):
-        record(session(), folder, SMALL, first)
+        record(session_of(progress=first), folder, SMALL)
     assert not (folder / LANDSCAPE_FILE).exists()
     landscape, second = run(folder)
     assert len(set(first.did)) == step
@@ -176,7 +171,7 @@ def test_a_finished_recording_does_nothing_again(tiny_workspace, monkeypatch):
 def test_final_runs_are_those_of_a_comparison_in_the_same_folder(tiny_workspace):
     folder = tiny_workspace / "both"
     settings = ComparisonSettings(("adaptive_merge", "grid"), (42,), (0.2, 0.6), "grid", resamples=1000)
-    content = compare(session(), folder, settings).to_json()
+    content = compare(session_of(), folder, settings).to_json()
     landscape, recorder = run(folder)
     assert set(recorder.did) == {*TRAJECTORIES, "micro_dev losses", "dev losses"}
     assert recorder.did.count("dev losses") == 3  # example by example; a comparison needs their means only

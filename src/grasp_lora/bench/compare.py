@@ -18,7 +18,6 @@ from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.keyed import GRID
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, REMOVED
 from grasp_lora.bench.planned import expected_width, planned_against
-from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.records import read_record
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
 from grasp_lora.bench.session import Session
@@ -119,7 +118,6 @@ def compare(
     session: Session,
     folder: Path,
     settings: ComparisonSettings,
-    progress: Progress | None = None,
     show: Show = _nothing,
 ) -> Comparison:
     """Run what is not on record yet; write `compare.json` and return what it holds.
@@ -127,10 +125,9 @@ def compare(
     A method that fails, for example because its training diverges, leaves its reason in its row, and the others go on.
 
     Args:
-        session: of the recipe; a prune ratio that it gives is left aside.
+        session: of the recipe, whose progress is told how far the work is; a prune ratio that it gives is left aside.
         folder: of the experiment, that of a run included; steps of any recipe may stand in its store side by side.
         settings: methods, seeds and the rest.
-        progress: told how far the work is.
         show: given the folder of the tables and what `compare.json` holds whenever that was written.
 
     Raises:
@@ -141,7 +138,7 @@ def compare(
     with working_in(folder) as place:
         session = prepared(session, folder, settings.folds)
         session.checkpoints = Checkpointing(session.recipe.save_every, lambda: place.interruption.asked_by)
-        work = Work(session, place, settings, progress or Progress(), show)
+        work = Work(session, place, settings, show)
         work.store.check_dtype(str(session.backbone.model.dtype))
         place.begin(shared=True)
         (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
@@ -202,12 +199,11 @@ class Work:
         session: Session,
         place: Workplace,
         settings: ComparisonSettings,
-        progress: Progress | None = None,
         show: Show = _nothing,
     ) -> None:
-        progress = progress or Progress()
-        self.session, self.place, self.settings, self.progress, self.show = session, place, settings, progress, show
-        self.store = Store(place.folder / STORE_FOLDER, progress, place.interruption)
+        self.session, self.place, self.settings, self.show = session, place, settings, show
+        self.progress = session.progress
+        self.store = Store(place.folder / STORE_FOLDER, self.progress, place.interruption)
         self.names = [name for name in METHODS if name in {*settings.methods, settings.reference}]
         recipe = session.recipe
         self.split_seed = recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed

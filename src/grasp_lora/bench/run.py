@@ -28,7 +28,6 @@ from grasp_lora.bench.checks import check, check_folder
 from grasp_lora.bench.deliver import ALONE, candidates, choose, continue_source
 from grasp_lora.bench.finished import inputs_of, is_finished
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
-from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.records import read_needed
 from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.steps import Bench
@@ -76,13 +75,12 @@ class RunResult:
         return self.metrics.delivered
 
 
-def run(session: Session, folder: Path, progress: Progress | None = None) -> RunResult:
+def run(session: Session, folder: Path) -> RunResult:
     """Do what is not done yet of the main job.
 
     Args:
-        session: of the recipe, with nothing loaded yet.
+        session: of the recipe, with nothing loaded yet; its progress is told of stages and steps.
         folder: of the run; made if missing.
-        progress: told of stages and steps.
 
     Raises:
         GraspError: something the user gave does not fit, the folder cannot be written or another process writes there; what is
@@ -90,12 +88,11 @@ def run(session: Session, folder: Path, progress: Progress | None = None) -> Run
         Interrupted: SIGTERM or SIGINT came. A training finishes its step and saves a checkpoint, all else stops at once and is
             done again; a second signal ends the process.
     """
-    progress = progress or Progress()
     check_folder(folder, session.recipe)
     with working_in(folder) as work:
         join(session.recipe.backbone.device, session.recipe.wait_minutes)
         if not on_first_process(partial(is_finished, folder, session.recipe, session.base)):
-            _Run(session, folder, progress, work).execute()
+            _Run(session, folder, work).execute()
         elif is_first() and (folder / LOCK_FILE).is_file():
             # A kill came when all was done: the file goes with the lock, unless someone lives who holds it.
             with suppress(RecipeError, OSError), only_writer(folder):  # a finished run is only read
@@ -104,11 +101,11 @@ def run(session: Session, folder: Path, progress: Progress | None = None) -> Run
 
 
 class _Run:
-    def __init__(self, session: Session, folder: Path, progress: Progress, work: Workplace) -> None:
+    def __init__(self, session: Session, folder: Path, work: Workplace) -> None:
         self.session, self.recipe = session, session.recipe
-        self.folder, self.progress, self.work = folder, progress, work
+        self.folder, self.progress, self.work = folder, session.progress, work
         self.cost: dict[str, float] = {}
-        self.store = Store(folder / files.STORE_FOLDER, progress, work.interruption)
+        self.store = Store(folder / files.STORE_FOLDER, self.progress, work.interruption)
         session.checkpoints = Checkpointing(self.recipe.save_every, lambda: work.interruption.asked_by)
 
     def execute(self) -> None:

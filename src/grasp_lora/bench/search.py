@@ -20,7 +20,6 @@ import yaml
 from pydantic import ValidationError
 
 from grasp_lora.bench.checks import check
-from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import STORE_FOLDER, SWEEP_FOLDER, check_place
 from grasp_lora.bench.search_space import SAMPLERS, Parameter, propose, search_space, trial_recipe
 from grasp_lora.bench.session import Session, hash_of
@@ -81,14 +80,14 @@ class SweepSettings:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
 
 
-def sweep(session: Session, folder: Path, settings: SweepSettings, progress: Progress | None = None) -> SweepResult:
+def sweep(session: Session, folder: Path, settings: SweepSettings) -> SweepResult:
     """Run the trials that are not finished yet, write `sweep.json` and `best.yaml`, and return the content of the former.
 
     Args:
-        session: of the recipe, with nothing loaded yet; an unset prune ratio counts as 0.
+        session: of the recipe, with nothing loaded yet, whose progress is told how far the work is; an unset prune ratio counts
+            as 0.
         folder: of the experiment; the sweep writes into its folder sweep and shares its store.
         settings: parameters, sampler and the rest.
-        progress: told how far the work is.
 
     Raises:
         GraspError: Optuna is missing; the recipe, the data, an adapter or a parameter does not fit; the folder holds another
@@ -108,7 +107,7 @@ def sweep(session: Session, folder: Path, settings: SweepSettings, progress: Pro
             raise RecipeError("a sweep needs a dev split, but data.target.dev is 0; give it at least 1 example")
         session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
         place.begin(shared=True)
-        result = _Search(session, place, settings, parameters, progress or Progress()).run()
+        result = _Search(session, place, settings, parameters).run()
         if result.best is None:
             raise RecipeError(
                 f"none of the {len(result.trials)} trials could be finished; the first says: {result.trials[0].error}"
@@ -129,12 +128,11 @@ class _Search:
         place: Workplace,
         settings: SweepSettings,
         parameters: Sequence[Parameter],
-        progress: Progress,
     ) -> None:
-        self._place = place
-        self._session, self._settings, self._parameters, self._progress = session, settings, parameters, progress
+        self._place, self._progress = place, session.progress
+        self._session, self._settings, self._parameters = session, settings, parameters
         self._file = place.folder / SWEEP_FOLDER / SWEEP_FILE
-        self._store = Store(place.folder / STORE_FOLDER, progress, place.interruption)
+        self._store = Store(place.folder / STORE_FOLDER, self._progress, place.interruption)
         self._identity = _identity(session, settings)
         self._trials: list[Trial] = []
         self._parents: dict[str, tuple[float, int]] = {}
