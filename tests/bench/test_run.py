@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from grasp_lora import api
 from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.run_folder import STAGES
+from grasp_lora.bench.run_stages import STAGES
 from grasp_lora.bench.session import Session
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.metrics import score

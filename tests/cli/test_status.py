@@ -65,6 +65,8 @@ def test_status_of_a_run_that_is_finished_stopped_or_under_way(cli: Cli, finishe
     assert "stopped: target, before its first checkpoint\n" in cli("status", finished_run).out
     (finished_run / "grasp-lora.lock").write_text("{}")  # of a process that was killed
     assert "running" not in cli("status", finished_run).out
+    (finished_run / "recipe.yaml").write_text("final: {}")  # of a version that handed over GRASP's result
+    assert "still to do: controller, final, evaluate\n" in cli("status", finished_run).out
 
 
 def test_status_of_what_is_no_experiment(cli: Cli, finished_run: Path) -> None:

@@ -13,7 +13,6 @@ from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.files import discard, write_json
 from grasp_lora.storage.folder import LOCK_FILE
 
-STAGES = ("data", "source", "target", "merge", "controller", "final", "continued", "evaluate", "deliver", "all_rows")
 TRAINED = {
     "source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run",
     "continued": "Source, continued", "all_rows": "On all rows",

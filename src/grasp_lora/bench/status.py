@@ -12,6 +12,7 @@ from typing import Any
 from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.records import check_shape, read_needed, read_record, read_text
+from grasp_lora.bench.run_stages import STAGES, FinalChoices
 from grasp_lora.bench.sweep_record import SWEEP_FILE
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.builtin import builtin_recipes
@@ -30,16 +31,10 @@ class _Spent(files.Shape):
     seconds: float = 0.0
 
 
-class _Final(files.Shape):
-    prune_ratio: float | None = None
-    deliver: str | None = "best"
-    all_rows: bool = False
-
-
 class _Choices(files.Shape):
     """What is read of a recipe: which stages it leaves out."""
 
-    final: _Final = _Final()
+    final: FinalChoices = FinalChoices()
 
 
 @dataclass(frozen=True)
@@ -117,15 +112,7 @@ def _run(folder: Path) -> tuple[list[str], str | None]:
     cost = read_record(folder / files.COST_FILE, dict[str, float]) or {}
     recipe = parse(read_text(folder / RECIPE_FILE) or "{}", RECIPE_FILE)
     final = check_shape(adapter_of(_Choices).validate_python, recipe, folder / RECIPE_FILE).final
-    left_out = {
-        "controller": final.prune_ratio is not None,
-        "continued": final.deliver != "best",
-        "deliver": final.deliver is None,
-        "all_rows": not final.all_rows,
-    }
-    stages = [stage for stage in files.STAGES if stage in cost or not left_out.get(stage)]
-    done = [f"{stage} {_spent(cost[stage])}" for stage in stages if stage in cost]
-    open_ = [stage for stage in stages if stage not in cost]
+    done = [f"{stage} {_spent(cost[stage])}" for stage in STAGES if stage in cost]
     finished = is_there(folder / files.METRICS_FILE)
     lines = [
         f"{folder}: run {info.name}, begun {info.created} on {info.backbone.name}; {'finished' if finished else 'not finished'}",
@@ -133,7 +120,7 @@ def _run(folder: Path) -> tuple[list[str], str | None]:
     ]
     if finished:
         return lines, None
-    lines.append(f"still to do: {', '.join(open_) or 'the last files'}")
+    lines.append(f"still to do: {', '.join(final.missing(cost)) or 'the last files'}")
     return lines, _again("run", info.name, folder)
 
 

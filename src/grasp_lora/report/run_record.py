@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.records import check_shape, damaged, read_lines, read_record, read_text
+from grasp_lora.bench.run_stages import FinalChoices
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.schedule import PROBE_SPLITS, Pool
 from grasp_lora.recipes.stages import AUTO, RENAMED
@@ -105,14 +106,11 @@ class ControllerRecipe(files.Shape):
     rounds: RoundsRecipe = RoundsRecipe()
 
 
-class FinalRecipe(files.Shape):
-    """The recipe's `final`; folders of older versions began with a merge and handed over GRASP's result without naming either."""
+class FinalRecipe(FinalChoices):
+    """The recipe's `final`; folders of older versions began with a merge without naming it."""
 
-    prune_ratio: float | None = None
     mask: MaskRecipe | None = None
     start: str = "merged"
-    deliver: str | None = None
-    all_rows: bool = False
 
 
 class RecipeFacts(files.Shape):
@@ -198,14 +196,7 @@ class RunRecord:
     @property
     def missing(self) -> list[str]:
         """Stages that the run has yet to complete."""
-        deliver = self.recipe.final.deliver
-        left_out = {
-            "controller": self.given_ratio is not None,
-            "continued": deliver != "best",
-            "deliver": deliver is None,
-            "all_rows": not self.recipe.final.all_rows,
-        }
-        return [stage for stage in files.STAGES if stage not in self.cost and not left_out.get(stage)]
+        return self.recipe.final.missing(self.cost)
 
     @property
     def probe_seconds(self) -> float:
