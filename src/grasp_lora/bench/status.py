@@ -16,12 +16,11 @@ from grasp_lora.bench.run_stages import STAGES, FinalChoices
 from grasp_lora.bench.sweep_record import SWEEP_FILE
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.builtin import builtin_recipes
-from grasp_lora.recipes.text import parse
+from grasp_lora.recipes.text import RECIPE_FILE, parse
 from grasp_lora.storage.folder import writer_of
 from grasp_lora.storage.reading import adapter_of, is_folder, is_there
 from grasp_lora.text.display import escaped
 
-RECIPE_FILE = "recipe.yaml"
 MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
 
 
