@@ -11,12 +11,12 @@ interval at 95 %, each by itself. Candidates that use the test rows for a choice
 | target, merged, GRASP | with the target adapter trained on the backbone alone, whatever the recipe says |
 | soup | average of the deltas of several adapters (Wortsman et al. 2022) |
 | greedy soup | of all adapters here, in the order of their dev loss, those that do not raise the dev loss of the average |
-| stacked | the target adapter trained on top of the frozen source adapter (`target.on: source`); their exact sum |
-| stacked, GRASP | that sum pruned at a learned ratio and fine-tuned |
-| stacked, replay | the target adapter of that sum trained with half as many source rows among the target rows |
-| stacked, 0.6 of both parts | that sum pruned at a given ratio and fine-tuned |
-| stacked, 0.6 of the source part; of the target part | the same, with one part pruned alone |
-| stacked, source part times 0.6 | that sum with the source adapter shrunk in place of pruned, and fine-tuned |
+| sum | the target adapter trained on top of the frozen source adapter (`target.on: source`); their exact sum |
+| sum, GRASP | that sum pruned at a learned ratio and fine-tuned |
+| sum, replay | the target adapter of that sum trained with half as many source rows among the target rows |
+| sum, 0.6 of both parts | that sum pruned at a given ratio and fine-tuned |
+| sum, 0.6 of the source part; of the target part | the same, with one part pruned alone |
+| sum, source part times 0.6 | that sum with the source adapter shrunk in place of pruned, and fine-tuned |
 | replay | `continued` with half as many source rows among the target rows |
 | joint, then target | the joint adapter, continued on the target rows |
 """
@@ -68,14 +68,14 @@ class Candidates(Bench):
             "joint": self.trained_jointly,
             "joint, then target": lambda: self.finetuned(self.trained_jointly(), 0.0),
             "GRASP": apart.grasp,
-            "stacked": lambda: self.stacked_bench().merged(),
-            "stacked, GRASP": lambda: self.stacked_bench().grasp(),
+            "sum": lambda: self.on_source().merged(),
+            "sum, GRASP": lambda: self.on_source().grasp(),
             "replay": lambda: self.with_replay().continued(),
-            "stacked, replay": lambda: self.with_replay().stacked_bench().merged(),
-            f"stacked, {PRUNED} of both parts": lambda: self.stacked_bench().pruned_by_part(PRUNED, PRUNED),
-            f"stacked, {PRUNED} of the source part": lambda: self.stacked_bench().pruned_by_part(PRUNED, 0.0),
-            f"stacked, {PRUNED} of the target part": lambda: self.stacked_bench().pruned_by_part(0.0, PRUNED),
-            f"stacked, source part times {PRUNED}": lambda: self.stacked_bench().shrunk(PRUNED),
+            "sum, replay": lambda: self.with_replay().on_source().merged(),
+            f"sum, {PRUNED} of both parts": lambda: self.on_source().pruned_by_part(PRUNED, PRUNED),
+            f"sum, {PRUNED} of the source part": lambda: self.on_source().pruned_by_part(PRUNED, 0.0),
+            f"sum, {PRUNED} of the target part": lambda: self.on_source().pruned_by_part(0.0, PRUNED),
+            f"sum, source part times {PRUNED}": lambda: self.on_source().shrunk(PRUNED),
         }
 
         def soup(*names: str) -> Callable[[], Adapter]:
@@ -84,8 +84,8 @@ class Candidates(Bench):
         return single | {
             "soup of continued and joint": soup(BASELINE, "joint"),
             "soup of continued and GRASP": soup(BASELINE, "GRASP"),
-            "soup of continued and stacked": soup(BASELINE, "stacked"),
-            "soup of joint and stacked": soup("joint", "stacked"),
+            "soup of continued and sum": soup(BASELINE, "sum"),
+            "soup of joint and sum": soup("joint", "sum"),
             "soup of continued, joint and GRASP": soup(BASELINE, "joint", "GRASP"),
             "greedy soup": lambda: self.greedy([adapter() for adapter in single.values()]),
         }
@@ -113,7 +113,7 @@ class Candidates(Bench):
         """Mean dev loss of an adapter."""
         return fmean(self.losses(adapter, "dev").result["losses"])
 
-    def stacked_bench(self) -> "Candidates":
+    def on_source(self) -> "Candidates":
         """A bench whose target adapter is trained on top of the source adapter, and whose merge is their sum."""
         recipe = self.recipe.model_copy(
             update={"merge": MergeSettings("exact"), "target": replace(self.recipe.target, on="source")}

@@ -1,4 +1,4 @@
-"""Candidates rest on steps of a comparison, and the stacked one is the sum that was trained."""
+"""Candidates rest on steps of a comparison, and the sum is the model that was trained."""
 
 import os
 import signal
@@ -34,15 +34,15 @@ def bench(tiny_workspace: Path) -> candidates.Candidates:
     return one
 
 
-def test_the_sum_of_the_stacked_adapters_is_what_was_trained(bench: candidates.Candidates) -> None:
+def test_the_sum_of_both_adapters_is_what_was_trained(bench: candidates.Candidates) -> None:
     dev, model = bench.session.splits.dev, bench.session.backbone.model
-    stacked = bench.stacked_bench()
-    weights = stacked.target.weights  # trained before anything lies beneath
+    added = bench.on_source()
+    weights = added.target.weights  # trained before anything lies beneath
     with beneath(model, bench.source.weights), attached(model, weights) as whole:
         trained = ProbeSet(dev, bench.session.pad_id).losses(whole)
-    merged = bench.losses(stacked.merged(), "dev").result["losses"]
+    merged = bench.losses(added.merged(), "dev").result["losses"]
     assert merged == pytest.approx(trained, rel=1e-5)
-    assert fmean(merged) == pytest.approx(stacked.target.records[-1].result["dev_loss"], rel=1e-5)
+    assert fmean(merged) == pytest.approx(added.target.records[-1].result["dev_loss"], rel=1e-5)
     assert fmean(merged) < bench.dev_loss(bench.source)  # it learned on top of the source
 
 
@@ -64,9 +64,9 @@ def test_replay_adds_source_rows_and_keeps_the_source_adapter(bench: candidates.
 
 
 def test_a_part_that_is_pruned_alone_leaves_the_other_whole(bench: candidates.Candidates) -> None:
-    stacked = bench.stacked_bench()
+    added = bench.on_source()
     for source, target in ((0.5, 0.0), (0.0, 0.5), (0.25, 0.75)):
-        for pair in stacked.pruned_by_part(source, target).weights.values():
+        for pair in added.pruned_by_part(source, target).weights.values():
             ranks = [pair.rank // 2] * 2
             for factor, dimension in ((pair.A, 0), (pair.B, 1)):
                 for part, ratio in zip(factor.split(ranks, dimension), (source, target), strict=True):
@@ -74,9 +74,9 @@ def test_a_part_that_is_pruned_alone_leaves_the_other_whole(bench: candidates.Ca
 
 
 def test_a_source_part_that_is_not_shrunk_is_the_sum_fine_tuned(bench: candidates.Candidates) -> None:
-    stacked = bench.stacked_bench()
+    added = bench.on_source()
     plain, whole, half = (
-        one.weights for one in (stacked.finetuned(stacked.merged(), 0.0), stacked.shrunk(1.0), stacked.shrunk(0.5))
+        one.weights for one in (added.finetuned(added.merged(), 0.0), added.shrunk(1.0), added.shrunk(0.5))
     )
     for name, pair in plain.items():
         assert torch.equal(pair.delta(), whole[name].delta())
@@ -84,8 +84,8 @@ def test_a_source_part_that_is_not_shrunk_is_the_sum_fine_tuned(bench: candidate
 
 
 def test_both_parts_pruned_alike_are_what_a_final_run_prunes(bench: candidates.Candidates) -> None:
-    stacked = bench.stacked_bench()
-    plain, by_part = stacked.finetuned(stacked.merged(), 0.5).weights, stacked.pruned_by_part(0.5, 0.5).weights
+    added = bench.on_source()
+    plain, by_part = added.finetuned(added.merged(), 0.5).weights, added.pruned_by_part(0.5, 0.5).weights
     for name, pair in plain.items():
         assert torch.equal(pair.A, by_part[name].A)
         assert torch.equal(pair.B, by_part[name].B)
