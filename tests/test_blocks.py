@@ -34,7 +34,6 @@ NOT_RUN = {  # the first words of a command -> why no test runs it
     "make test": "it is what runs these tests",
     "pip install": "needs the network; the extras that it names are looked up",
     "torchrun": "tests/bench/test_ranks.py starts two processes; its command is parsed here",
-    "until grasp-lora": "a loop around a command that other blocks run",
     "CUDA_VISIBLE_DEVICES=": "needs GPUs; its command is parsed here",
     "OMP_NUM_THREADS=1 python benchmarks/": "minutes; its file and its options are looked up",
     "python benchmarks/": "minutes; its file and its options are looked up",

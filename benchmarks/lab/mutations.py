@@ -55,8 +55,8 @@ FOLDER, INTERRUPTION, ORDER = "storage/test_folder.py", "storage/test_interrupti
 MUTATIONS = (
     Mutation(
         "target: auto takes the merge of the higher loss",
-        'ways["source" if losses["source"] < losses["apart"] else "apart"]',
-        'ways["source" if losses["source"] > losses["apart"] else "apart"]',
+        "best = min(losses, key=losses.__getitem__)  # of equal ones the average",
+        "best = max(losses, key=losses.__getitem__)  # of equal ones the average",
         ("bench/test_target_auto.py",),
         "the worse of two starts, for a training more",
     ),

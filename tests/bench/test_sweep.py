@@ -487,3 +487,13 @@ def test_a_full_disk_is_no_fault_of_the_values(
     assert {trial.state for trial in run("sweep", RATIO, overrides=("save_every=1",), trials=2)[0].trials} == {
         "complete"
     }
+
+
+def test_other_values_that_come_to_the_same_final_run_count_it_once(tiny_workspace):
+    result, recorder = run("out", "target.on=[null,source,auto]", trials=6, sampler="random", seed=0)
+    assert {trial.values["target.on"] for trial in result.trials} == {None, "source", "auto"}
+    assert len({trial.adapter for trial in result.trials}) == result.cost.runs == 2
+    assert recorder.did.count("final 0.00") == 2
+    done = {trial.adapter: trial for trial in reversed(result.trials)}
+    assert result.cost.seconds == pytest.approx(sum(trial.seconds for trial in done.values()))
+    assert result.cost.work == sum(trial.work for trial in done.values())

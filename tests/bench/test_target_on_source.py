@@ -100,7 +100,7 @@ def test_the_verdict_asks_whether_the_sum_is_ahead_of_the_source_adapter(tiny_wo
     said = api.run("tiny.yaml", few, "on").delivered
     assert said is not None
     assert said.name == "grasp"
-    assert "The target adapter is ahead of the source adapter" in said.why
+    assert "The target adapter on top of the source adapter is ahead of the source adapter alone" in said.why
     assert "the merge" not in said.why
 
 

@@ -110,12 +110,13 @@ class Missing(_Shape):
 
 
 class OtherSplit(_Shape):
-    """All of it once more, with the first seed, on another split of the data."""
+    """All of it once more, with the first seed, on another split of the data; `merge` as in `Comparison`."""
 
     split_seed: int
     seed: int
     missing: list[Missing]
     rows: list[SplitRow]
+    merge: str | None = None
 
 
 class CurvePoint(_Shape):
@@ -141,7 +142,7 @@ class Comparison(_Shape):
     """The whole content of `compare.json`; `folds` are those of a cross-validation that are finished, `test_examples` of all.
 
     `test_groups`: how many groups of those that belong together they form, where that is fewer, and `test_group_size` how large
-    the group of one is on average.
+    the group of one is on average. `merge`: with `target.on: auto`, the sum or the average, each with its seeds or folds.
     """
 
     name: str
@@ -171,6 +172,7 @@ class Comparison(_Shape):
     folds: list[FoldSizes] = []
     test_groups: int | None = None
     test_group_size: float = 1.0
+    merge: str | None = None
 
     @classmethod
     def read(cls, file: Path) -> Self:

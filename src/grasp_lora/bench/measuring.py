@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from grasp_lora.bench.keyed import REVISIONS, Keyed
 from grasp_lora.bench.keys import plain, public_bertscore
 from grasp_lora.bench.outcomes import Adapter, Measured, Outcome, unique
+from grasp_lora.bench.run_folder import TargetOn
 from grasp_lora.bench.store import Record, key_of
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
@@ -35,10 +36,14 @@ class Measuring(Keyed):
         settings = self._measured(adapter, data=self._data(split), revision=REVISIONS["losses"], split=split)
         return self.store.get(f"{split} losses", settings, work)
 
+    target_on: TargetOn | None = None  # with `target.on: auto`: why the target adapter is where it is
+    discarded: frozenset[str] = frozenset()  # keys of the steps that trained it the other way
+
     @property
     def choosing_splits(self) -> list[str]:
-        """The splits that have rows which may decide."""
-        return [name for name in CHOOSING if getattr(self.session.splits, name)]
+        """The splits with rows that may decide; none where all of them are too few."""
+        sizes = {name: len(getattr(self.session.splits, name)) for name in CHOOSING}
+        return [name for name, size in sizes.items() if size] if sum(sizes.values()) >= FEWEST else []
 
     @property
     def choosing_split(self) -> str | None:
@@ -128,4 +133,8 @@ class Measuring(Keyed):
         """
         needed = unique([*(record for one in (*chosen_among, adapter) for record in one.records), *chosen_by])
         losses, scores = self.losses(adapter, answered=True), self.scores(adapter)
-        return Outcome(losses, scores, needed, prune_ratio, chosen_on, curve, tuple(left_out), taken)
+        found = Outcome(losses, scores, needed, prune_ratio, chosen_on, curve, tuple(left_out), taken)
+        if self.target_on is None:
+            return found
+        why = [f"takes {self.target_on.merge}: {self.target_on.left_out}"] if self.target_on.left_out else []
+        return replace(found, merge=self.target_on.merge, discarded=self.discarded, left_out=(*found.left_out, *why))

@@ -130,12 +130,6 @@ def _run_rule(rule: str) -> Callable[[Bench], Outcome]:
     return lambda bench: bench.outcome(bench.merged_by(rule))
 
 
-def _run_merged(bench: Bench) -> Outcome:
-    """The merge; with `target.on: auto` the row says which one it is."""
-    taken = None if bench.target_on is None else "the sum" if bench.target_on.on else "the average"
-    return bench.outcome(bench.merged(), taken=taken)
-
-
 def _run_delivered(bench: Bench) -> Outcome:
     """What a run hands over: the choice of `deliver.py` among its adapters."""
     learned = bench.learned(bench.recipe.controller)
@@ -304,7 +298,7 @@ METHODS: dict[str, Method] = {
     "lorahub": Method(
         "LoRAHub", lambda bench: bench.outcome(bench.lorahub()), 2, _needs_equal_ranks("lorahub"), paper=True
     ),
-    "merged": Method("merged, not trained", _run_merged, 0.3),
+    "merged": Method("merged, not trained", lambda bench: bench.outcome(bench.merged()), 0.3),
     "adaptive_merge": Method(
         "adaptive LoRA merge", lambda bench: bench.outcome(bench.finetuned(bench.merged(), 0.0), 0.0), paper=True
     ),

@@ -138,6 +138,8 @@ class Outcome:
         curve: for a grid, ratio -> split -> mean loss of its run.
         left_out: what a choice had to do without, a sentence each.
         taken: what a choice among adapters of several kinds took, in words.
+        merge: with `target.on: auto`, whether it rests on the sum or the average, in words.
+        discarded: keys of steps that trained a target adapter which is not merged.
     """
 
     losses: Record
@@ -148,6 +150,8 @@ class Outcome:
     curve: Mapping[float, Mapping[str, float]] | None = None
     left_out: tuple[str, ...] = ()
     taken: str | None = None
+    merge: str | None = None
+    discarded: frozenset[str] = frozenset()
 
 
 def names_of(sources: int) -> tuple[str, ...]:

@@ -122,7 +122,10 @@ class _Run:
             bench = bench.decided
             on = bench.recipe.target.on
             facts |= self._show_trained("target", bench.target, alone=on is None)
-            facts |= {} if bench.target_on is None else {"on": on or "the backbone alone"}
+            if bench.target_on is not None:
+                place = self.folder / "target" / files.TARGET_ON_FILE
+                on_first_process(partial(write_json, place, bench.target_on.to_json()))
+                facts |= {"on": on or "the backbone alone"}
         with self._stage("merge") as facts:
             merged = bench.merged()
             self._show_adapter(files.MERGED_FOLDER, merged)
@@ -223,6 +226,8 @@ class _Run:
             adapter.load()  # its record came from another machine, so that it is trained again
         if alone:
             self._show_adapter(name, adapter)
+        else:
+            on_first_process(partial(discard, folder))  # it may hold one of a run that took the other way
         on_first_process(partial(write_jsonl, folder / files.HISTORY_FILE, record.result["history"]))
         facts = {key: record.result[key] for key in ("steps", "best_step", "dev_loss")}
         if name == files.FINAL_FOLDER:
@@ -282,6 +287,8 @@ class _Run:
         write_jsonl(files.prompts_file(self.folder), [{"id": one.public_id, "prompt": one.prompt} for one in test])
         for name, one in measured.items():
             write_jsonl(files.predictions_file(self.folder, name), one.rows(test))
+        if "target" not in measured:
+            files.predictions_file(self.folder, "target").unlink(missing_ok=True)  # of a run that took the other way
 
     def _write_metrics(
         self,

@@ -41,6 +41,7 @@ HISTORY_FILE = "history.jsonl"
 ROUNDS_FILE = "rounds.jsonl"
 TIMINGS_FILE = "timings.jsonl"
 RATIO_FILE = "ratio.json"
+TARGET_ON_FILE = "on.json"  # of the target, with `target.on: auto`
 SPARSITY_FILE = "sparsity.json"
 CARD_FILE = "README.md"  # beside the adapter
 
@@ -293,15 +294,22 @@ class TargetOn(Shape):
 
     Args:
         on: `source`, or None for the backbone alone.
-        splits: whose rows decided.
+        splits: whose rows decided; empty where there were too few.
         examples: how many these are.
         losses: `apart`, of the average, and `source`, of the sum: mean loss of each merge before any pruning.
+        left_out: why the other way was left out, where its training or its measurement failed.
     """
 
     on: str | None
     splits: list[str]
     examples: int
     losses: dict[str, Loss]
+    left_out: str = ""
+
+    @property
+    def merge(self) -> str:
+        """What the merge is, in words."""
+        return "the sum" if self.on else "the average"
 
 
 class Metrics(Shape):

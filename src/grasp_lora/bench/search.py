@@ -255,9 +255,12 @@ class _Search:
     def _result(self) -> SweepResult:
         session, trials = self._session, self._trials
         complete = [(trial.dev_loss, trial.trial) for trial in trials if trial.dev_loss is not None]
-        seconds, work = sum(trial.seconds for trial in trials), sum(trial.work for trial in trials)
+        # Other values may come to the same final run, such as target.on: auto to that of source or null.
+        first = {trial.adapter or str(trial.trial): trial for trial in reversed(trials)}
+        own = [trial for trial in trials if first[trial.adapter or str(trial.trial)] is trial]
+        seconds, work = sum(trial.seconds for trial in own), sum(trial.work for trial in own)
         cost = SweepCost(
-            runs=sum(trial.dev_loss is not None and not trial.repeats for trial in trials),
+            runs=sum(trial.dev_loss is not None for trial in own),
             seconds=seconds,
             seconds_with_parents=seconds + sum(one[0] for one in self._parents.values()),
             work=work,

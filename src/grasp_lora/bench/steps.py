@@ -29,6 +29,7 @@ from grasp_lora.bench.outcomes import (
 from grasp_lora.bench.run_folder import TargetOn
 from grasp_lora.bench.stacked import learn_stacked, train_grid
 from grasp_lora.bench.store import Record
+from grasp_lora.errors import AdapterError, DivergedError, GraspError, ProbeError, RecipeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import POLICIES
@@ -50,8 +51,7 @@ class Bench(Measuring):
         grid: prune ratios of the grid search.
     """
 
-    target_on: TargetOn | None = None  # why the target adapter is where it is, with `target.on: auto`
-    looked_at: tuple[Record, ...] = ()  # the steps of that choice, which the merge rests on
+    looked_at: tuple[Record, ...] = ()  # with `target.on: auto`, the steps of that choice, which the merge rests on
 
     def backbone(self) -> Adapter:
         """The backbone alone."""
@@ -78,24 +78,41 @@ class Bench(Measuring):
     def decided(self) -> Self:
         """The bench whose target adapter is where the recipe says; with `target.on: auto`, where the merge has the lower loss.
 
-        The losses are those of all dev and micro-dev rows. On the backbone alone where there are none.
+        The losses are those of all dev and micro-dev rows. On the backbone alone where these are too few. A way that fails, for
+        example since its training diverges, leaves the other one.
+
+        Raises:
+            DivergedError, ProbeError, AdapterError: both fail.
         """
         if self.recipe.target.on != AUTO:
             return self
         ways = {"apart": self._with_target(None), "source": self._with_target("source")}
         splits = self.choosing_splits
         if not splits:
+            ways["apart"].target_on = TargetOn(on=None, splits=[], examples=0, losses={})
             return ways["apart"]
-        measured = {on: [bench.losses(bench.merged(), split) for split in splits] for on, bench in ways.items()}
-        rows = {
-            on: [loss for record in records for loss in record.result["losses"]] for on, records in measured.items()
-        }
+        measured: dict[str, list[Record]] = {}
+        failed: dict[str, GraspError] = {}
+        for on, bench in ways.items():
+            try:
+                measured[on] = [bench.losses(bench.merged(), split) for split in splits]
+            except (DivergedError, ProbeError, AdapterError) as error:
+                failed[on] = error
+        if not measured:
+            raise failed["apart"]
+        rows = {on: [loss for one in records for loss in one.result["losses"]] for on, records in measured.items()}
         losses = {on: fmean(own) for on, own in rows.items()}
-        chosen = ways["source" if losses["source"] < losses["apart"] else "apart"]
-        both = [record for bench in ways.values() for record in bench.merged().records]
-        chosen.looked_at = unique([*both, *(record for records in measured.values() for record in records)])
+        best = min(losses, key=losses.__getitem__)  # of equal ones the average
+        chosen, merges = ways[best], {on: ways[on].merged().records for on in measured}
+        steps = [record for own in (*merges.values(), *measured.values()) for record in own]
+        chosen.looked_at = unique(steps)
+        chosen.discarded = frozenset(one.key for one in steps if one.trains) - {one.key for one in merges[best]}
         chosen.target_on = TargetOn(
-            on=chosen.recipe.target.on, splits=splits, examples=len(rows["apart"]), losses=losses
+            on=chosen.recipe.target.on,
+            splits=splits,
+            examples=len(rows[best]),
+            losses=losses,
+            left_out="; ".join(f"the other way failed: {error}" for error in failed.values()),
         )
         return chosen
 
@@ -324,5 +341,10 @@ class Bench(Measuring):
         training, dev = stage.training, () if dev_free else ("dev",)
         if dev_free:
             training = replace(training, patience=None, keep="last")
+        if stage.on == AUTO:
+            raise RecipeError(
+                "target.on is 'auto', which a run, a comparison and a sweep decide; set source or null here, or take the bench's "
+                "`decided`"
+            )
         on = None if stage.on is None else self.source
         return self._trained("target", ("train",), dev, training, on=on)

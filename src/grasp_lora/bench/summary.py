@@ -27,6 +27,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import environments
 from grasp_lora.data.splits import Splits, group_numbers, group_size
 from grasp_lora.evaluation.statistics import compare_with_baselines, mean_and_sd
+from grasp_lora.recipes.stages import AUTO
 from grasp_lora.text.display import listed
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ def summary(
         warnings=[*_warnings(finished, "fold" if folds else "seed"), *_of_the_paper(session, finished)],
         made_with=_made_with(finished),
         pace=_pace(finished),
+        merge=_taken(_merges(finished)),
         **sizes,
     )
 
@@ -119,6 +121,7 @@ def other_split(rows: Rows, again: Rows, settings: "ComparisonSettings", split_s
     return OtherSplit(
         split_seed=split_seed,
         seed=seed,
+        merge=_merges(again).get(seed),
         missing=[
             Missing(method=name, title=METHODS[name].title, reason=row.unavailable, failed=row.failed)
             for name, row in again.items()
@@ -204,20 +207,26 @@ def _row(name: str, row: Outcomes, metrics: Sequence[str], comparisons: Mapping[
         "scores": {metric: _spread([_value(outcome, metric) for outcome in distinct]) for metric in metrics},
         "prune_ratio": _spread([outcome.prune_ratio for outcome in outcomes if outcome.prune_ratio is not None]),
         "chosen_on": outcomes[0].chosen_on,
-        "taken": _taken(row),
+        "taken": _taken({number: outcome.taken for number, outcome in row.by_number.items()}),
         "cost": _cost(row),
         "against": {metric: compared[name] for metric, compared in comparisons.items() if name in compared},
     }
     return facts.model_copy(update=result)
 
 
-def _taken(row: Outcomes) -> str | None:
-    """What a choice among adapters of several kinds took, and with which seeds or in which folds."""
+def _taken(chosen: Mapping[int, str | None]) -> str | None:
+    """What choices took, and with which seeds or in which folds."""
     numbers: dict[str, list[str]] = {}
-    for number, outcome in row.by_number.items():
-        if outcome.taken is not None:
-            numbers.setdefault(outcome.taken, []).append(str(number))
+    for number, what in chosen.items():
+        if what is not None:
+            numbers.setdefault(what, []).append(str(number))
     return "; ".join(f"{what} ({', '.join(where)})" for what, where in numbers.items()) or None
+
+
+def _merges(rows: Mapping[str, Outcomes]) -> dict[int, str]:
+    """With `target.on: auto`, which merge the rows that have one rest on, by seed or fold; it is the same in all."""
+    outcomes = [item for row in rows.values() for item in row.by_number.items()]
+    return {number: outcome.merge for number, outcome in outcomes if outcome.merge is not None}
 
 
 def _spread(values: Sequence[float | None]) -> Spread | None:
@@ -231,7 +240,10 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 def _cost(row: Outcomes) -> Cost:
     """Mean over the seeds: of all that the method needs, and of what it needs beyond the adapters that are merged."""
     everything = [outcome.records for outcome in row.by_number.values()]
-    own = [[record for record in records if record.step not in PARENTS] for records in everything]
+    own = [
+        [record for record in one.records if record.step not in PARENTS or record.key in one.discarded]
+        for one in row.by_number.values()
+    ]
     return Cost(
         runs=fmean(sum(record.trains for record in records) for records in own),
         seconds=fmean(sum(record.seconds for record in records) for records in own),
@@ -264,12 +276,15 @@ def _warnings(rows: Mapping[str, Outcomes], what: str) -> list[str]:
 
 
 def _of_the_paper(session: Session, rows: Mapping[str, Outcomes]) -> list[str]:
-    """Which rows have another target adapter than the others."""
-    paper = [METHODS[name].title for name in rows if METHODS[name].paper]
-    others = any(METHODS[name].merges and not METHODS[name].paper for name in rows)
-    if session.recipe.target.on is None or not (paper and others):
+    """Which rows have another target adapter than the others may have."""
+    auto = session.recipe.target.on == AUTO
+    alone = [name for name in rows if METHODS[name].paper or (METHODS[name].dev_free and auto)]
+    others = any(METHODS[name].merges and name not in alone for name in rows)
+    if session.recipe.target.on is None or not (alone and others):
         return []
-    return [f"the target adapter of these rows is trained on the backbone alone, as in the paper: {listed(paper)}"]
+    why = "as in the paper" + (", or since the dev set would choose" if auto else "")
+    titles = listed([METHODS[name].title for name in alone])
+    return [f"the target adapter of these rows is trained on the backbone alone, {why}: {titles}"]
 
 
 def _made_with(rows: Mapping[str, Outcomes]) -> list[dict[str, str]]:

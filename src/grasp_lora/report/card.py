@@ -76,6 +76,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "front_matter": _front_matter(record, backbone, system, corpora),
         "made": (MADE if record.target_on is None else MADE_ON_SOURCE)[kind],
         "pruned": kind == "grasp",
+        "parts": sides,
         "base": _base(record, backbone),
         "base_model_name": backbone,
         "parents": parents,

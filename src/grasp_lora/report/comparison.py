@@ -51,6 +51,8 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         printed.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
     # The width of what is printed never exceeds that of its console, which is 80 where there is no terminal.
     (console if console.is_terminal else Console(file=console.file, width=FULL_WIDTH)).print(printed)
+    if comparison.merge:
+        console.print(f"the merge that rows rest on, by {comparison.runs[:-1]}: {comparison.merge}", soft_wrap=True)
     for one in comparison.finished:
         if one.taken:
             console.print(f"{one.title}, by {comparison.runs[:-1]}: {one.taken}", markup=False, soft_wrap=True)
@@ -128,7 +130,8 @@ def split_tables(comparison: Comparison) -> list[Table]:
             rows.append([Cell(row.title), *map(Cell, cells)])
         for missing in other.missing:
             rows.append([Cell(missing.title), Cell(""), Cell(missing.reason), Cell(""), Cell("")])
-        tables.append(Table(f"Seed {other.seed} on another split of the data", columns, rows))
+        merge = f", with {other.merge}" if other.merge else ""
+        tables.append(Table(f"Seed {other.seed} on another split of the data{merge}", columns, rows))
     return tables
 
 

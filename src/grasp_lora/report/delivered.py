@@ -77,14 +77,20 @@ def next_steps(record: RunRecord, recipe: str, overrides: Sequence[str], folder:
     return steps
 
 
-def where_trained(found: TargetOn) -> str:
-    """Where the target adapter of `target.on: auto` was trained, and why, as two sentences."""
-    names = {"source": "sum", "apart": "average"}
-    here, there = ("source", "apart") if found.on == "source" else ("apart", "source")
+def where_trained(found: TargetOn, sources: int) -> str:
+    """Where the target adapter of `target.on: auto` was trained, and why, as a sentence or two; `sources` are merged with it."""
     place = "on top of the source adapter" if found.on == "source" else "on the backbone alone"
+    if not found.splits:
+        return f"There are too few dev and micro-dev rows to choose by, so the target adapter was trained {place}."
+    if found.left_out:
+        return f"The target adapter was trained {place}; {found.left_out}"
+    names = {"source": "sum of both adapters", "apart": "average"}
+    if sources > 1:
+        names = {"source": "sum of the mean source adapter and the target adapter", "apart": "average of all"}
+    here, there = ("source", "apart") if found.on == "source" else ("apart", "source")
     split = " and ".join(name.replace("_", "-") for name in found.splits)
     return (
         f"The target adapter was trained both on top of the source adapter and on the backbone alone. The one {place} was taken: "
-        f"the {names[here]} of both adapters has a {split} loss of {found.losses[here]:.3f} ({found.examples} rows), the "
+        f"the {names[here]} has a {split} loss of {found.losses[here]:.3f} ({found.examples} rows), the "
         f"{names[there]} {found.losses[there]:.3f}."
     )

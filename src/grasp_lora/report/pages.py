@@ -102,7 +102,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "delivered": delivered,
         "system": delivered_system(record),
         "all_rows": record.metrics.all_rows.why if record.metrics and record.metrics.all_rows else None,
-        "target_on": where_trained(record.metrics.target_on) if record.metrics and record.metrics.target_on else None,
+        "target_on": where_trained(record.chosen_on, len(record.sources)) if record.chosen_on else None,
         "warning": handed_over.warning if handed_over else None,
         "predict": predict_command(),
         "has_prompt": not record.in_chat,

@@ -144,6 +144,7 @@ class RunRecord:
     prompts: list[files.Prompt]  # of the test examples; older versions wrote none
     metrics: files.Metrics | None
     cost: Mapping[str, float]  # seconds of each stage that is complete
+    chosen_on: files.TargetOn | None  # with `target.on: auto`, once it is known
 
     @property
     def in_chat(self) -> bool:
@@ -152,10 +153,9 @@ class RunRecord:
 
     @property
     def target_on(self) -> str | None:
-        """Where the target adapter was trained; with `target.on: auto` that is known at the end, and None until then."""
-        chosen = self.metrics.target_on if self.metrics else None
+        """Where the target adapter was trained; with `target.on: auto` that is known after its stage, and None until then."""
         given = None if self.recipe.target.on == AUTO else self.recipe.target.on
-        return given if chosen is None else chosen.on
+        return given if self.chosen_on is None else self.chosen_on.on
 
     @property
     def sources(self) -> list[str]:
@@ -219,6 +219,7 @@ def read_run(run_folder: Path) -> RunRecord:
             f"{run_folder} is no run folder: {files.RUN_FILE if run is None else RECIPE_FILE} is missing."
         )
     recipe = _recipe_facts(recipe_text, recipe_file)
+    metrics = read_record(run_folder / files.METRICS_FILE, files.Metrics)
     learned = read_record(run_folder / files.CONTROLLER_FOLDER / files.RATIO_FILE, files.LearnedRatio)
     if learned is not None:
         files.check_rows(run_folder, learned)
@@ -240,8 +241,10 @@ def read_run(run_folder: Path) -> RunRecord:
             for name in ("zero_shot", *_sources(recipe), "target", "merged", "continued", "grasp", "all_rows")
         },
         prompts=read_lines(files.prompts_file(run_folder), files.Prompt),
-        metrics=read_record(run_folder / files.METRICS_FILE, files.Metrics),
+        metrics=metrics,
         cost=read_record(run_folder / files.COST_FILE, dict[str, float]) or {},
+        chosen_on=read_record(run_folder / "target" / files.TARGET_ON_FILE, files.TargetOn)
+        or (None if metrics is None else metrics.target_on),
     )
 
 
