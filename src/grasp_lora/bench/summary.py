@@ -63,11 +63,13 @@ def summary(
     finished = {name: row for name, row in rows.items() if row.by_number}
     numbers = {number for row in finished.values() for number in row.by_number}
     metrics = _metrics(finished)
-    sizes: dict[str, Any] = {"folds": _folds(folds)} if folds else {}
+    optional: dict[str, Any] = {"folds": _folds(folds)} if folds else {}
     test = [example for one in folds or [session.splits] for example in one.test]
     tested = group_numbers(test)
     if len(set(tested)) < len(tested):
-        sizes |= {"test_groups": len(set(tested)), "test_group_size": group_size(test)}
+        optional |= {"test_groups": len(set(tested)), "test_group_size": group_size(test)}
+    if merges := _merges(finished):
+        optional["merge"] = _taken(merges)
     comparisons = {metric: _comparisons(session, settings, finished, metric, tested) for metric in metrics}
     signatures = {
         metric: entry["signature"]
@@ -100,8 +102,7 @@ def summary(
         warnings=[*_warnings(finished, "fold" if folds else "seed"), *_of_the_paper(session, finished)],
         made_with=_made_with(finished),
         pace=_pace(finished),
-        merge=_taken(_merges(finished)),
-        **sizes,
+        **optional,
     )
 
 
@@ -117,11 +118,10 @@ def other_split(rows: Rows, again: Rows, settings: "ComparisonSettings", split_s
         for name in rows
         if seed in rows[name].by_number and seed in again[name].by_number
     }
-    reference = both.get(settings.reference)
+    reference, merges = both.get(settings.reference), _merges(again)
     return OtherSplit(
         split_seed=split_seed,
         seed=seed,
-        merge=_merges(again).get(seed),
         missing=[
             Missing(method=name, title=METHODS[name].title, reason=row.unavailable, failed=row.failed)
             for name, row in again.items()
@@ -136,6 +136,7 @@ def other_split(rows: Rows, again: Rows, settings: "ComparisonSettings", split_s
             )
             for name, losses in both.items()
         ],
+        **({"merge": merges[seed]} if seed in merges else {}),
     )
 
 
