@@ -5,24 +5,30 @@
 One row a finished run: what it handed over, its first test score, and that minus the score of the best parent (source, target or
 merge, in hindsight), of `continued` and of GRASP's result. The last row has the means and, from three runs on, the half-widths of
 their intervals at 95 % (Student's, over runs).
+
+The best in hindsight owes a part to chance: its own test rows chose it. So there is a column in which half of the rows choose the
+parent and the other half judges, the mean of many such halves. It needs the run's answers in `evaluation/`.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
 
+import numpy as np
 from controllers import table
 from scipy.stats import t
 from verdict import PARENTS
 
 from grasp_lora.bench.planned import main_metric
-from grasp_lora.bench.run_folder import Metrics, read_metrics
+from grasp_lora.bench.run_folder import Metrics, predictions_file, read_metrics
 from grasp_lora.errors import GraspError
 
 FEWEST = 3  # runs that an interval needs
+HALVES = 2000
 
 
 def row(metrics: Metrics) -> tuple[str, list[float]]:
@@ -35,8 +41,33 @@ def row(metrics: Metrics) -> tuple[str, list[float]]:
     return chosen, [scores[chosen], *(scores[chosen] - one for one in against)]
 
 
-def shown(values: Sequence[float]) -> str:
-    """The mean of differences, and its half-width where there are enough of them."""
+def judged_apart(folder: Path, metrics: Metrics) -> float | None:
+    """What was handed over minus the parent that other test rows choose; None without the answers."""
+    name = main_metric(list(metrics.systems["grasp"].metrics))
+    scores = {
+        system: np.array([json.loads(line)["scores"][name] for line in file.read_text(encoding="utf-8").splitlines()])
+        for system in metrics.systems
+        if (file := predictions_file(folder, system)).is_file()
+    }
+    parents = [system for system in scores if system.partition("_")[0] in PARENTS]
+    if metrics.handed_over not in scores or not parents:
+        return None
+    random, own, found = np.random.default_rng(0), scores[metrics.handed_over], []
+    for _ in range(HALVES):
+        choosing = random.random(len(own)) < 0.5
+        if choosing.all() or not choosing.any():
+            continue
+        parent = max(parents, key=lambda system: float(scores[system][choosing].mean()))
+        found.append(float(own[~choosing].mean() - scores[parent][~choosing].mean()))
+    return fmean(found) if found else None
+
+
+def shown(values: Sequence[float | None]) -> str:
+    """The mean of differences, and its half-width where there are enough of them; without all of them nothing."""
+    there = [value for value in values if value is not None]
+    if len(there) < len(values):
+        return "–"
+    values = there
     if len(values) < FEWEST:
         return f"{fmean(values):+.1f}"
     return f"{fmean(values):+.1f} ± {t.ppf(0.975, len(values) - 1) * stdev(values) / sqrt(len(values)):.1f}"
@@ -48,17 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folders", nargs="+", type=Path)
     given = parser.parse_args(arguments)
     try:
-        found = {folder: row(read_metrics(folder)) for folder in given.folders}
+        metrics = {folder: read_metrics(folder) for folder in given.folders}
+        found = {folder: (*row(one), judged_apart(folder, one)) for folder, one in metrics.items()}
     except GraspError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     rows = [
-        [str(folder), name, f"{own:.1f}", *(f"{one:+.1f}" for one in rest)]
-        for folder, (name, [own, *rest]) in found.items()
+        [str(folder), name, f"{own:.1f}", *(f"{one:+.1f}" for one in rest), "–" if apart is None else f"{apart:+.1f}"]
+        for folder, (name, [own, *rest], apart) in found.items()
     ]
-    columns = list(zip(*(values for _, values in found.values()), strict=True))
-    rows.append(["mean", "", f"{fmean(columns[0]):.1f}", *map(shown, columns[1:])])
-    heads = ["run", "handed over", "score", "minus best parent", "minus continued", "minus GRASP's"]
+    columns = list(zip(*(values for _, values, _ in found.values()), strict=True))
+    by_others = [apart for _, _, apart in found.values()]
+    rows.append(["mean", "", f"{fmean(columns[0]):.1f}", *map(shown, columns[1:]), shown(by_others)])
+    minus = ["best parent", "continued", "GRASP's", "the parent that other rows choose"]
+    heads = ["run", "handed over", "score", *(f"minus {one}" for one in minus)]
     sys.stdout.write(table(heads, rows) + "\n")
     return 0
 

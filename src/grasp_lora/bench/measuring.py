@@ -22,6 +22,9 @@ FEWEST = 2  # rows that a choice by losses needs
 class Measuring(Keyed):
     """The steps that measure an adapter; no seed has a part in them."""
 
+    target_on: TargetOn | None = None  # with `target.on: auto`: why the target adapter is where it is
+    discarded: frozenset[str] = frozenset()  # keys of the steps that trained it the other way
+
     def losses(self, adapter: Adapter, split: str = "test", *, answered: bool = False) -> Record:
         """The losses of the examples of a split: `dev`, `micro_dev` or `test`.
 
@@ -35,9 +38,6 @@ class Measuring(Keyed):
 
         settings = self._measured(adapter, data=self._data(split), revision=REVISIONS["losses"], split=split)
         return self.store.get(f"{split} losses", settings, work)
-
-    target_on: TargetOn | None = None  # with `target.on: auto`: why the target adapter is where it is
-    discarded: frozenset[str] = frozenset()  # keys of the steps that trained it the other way
 
     @property
     def choosing_splits(self) -> list[str]:
