@@ -87,7 +87,7 @@ def test_a_comparison_has_the_intervals_of_accuracy_and_macro_f1(tiny_workspace)
     write("classification")
     session = Session(*load_recipe("tiny.yaml", ["controller.rounds.every=3"]))
     settings = ComparisonSettings(methods=("zero_shot", "target_only", "grasp"), seeds=(1,), resamples=500)
-    found = compare(session, Path("out"), settings, None, write_comparison)
+    found = compare(session, Path("out"), settings, write_comparison)
     assert found.metrics == ["test_loss", "accuracy", "macro_f1"]
     rows = {row.method: row for row in found.rows}
     for metric in ("accuracy", "macro_f1"):
