@@ -214,13 +214,15 @@ def test_the_controller_follows_the_final_run(count: int, start: Callable[..., P
         assert f": {len(steps)} rounds, in the second half" in text
 
 
-@pytest.mark.parametrize(("count", "on"), [(30, None), (39, None), (40, "auto"), (216, "auto")])
-def test_where_dev_rows_can_choose_the_target_adapter_is_trained_both_ways(
+@pytest.mark.parametrize(("count", "on"), [(39, None), (40, None), (60, None), (80, "auto"), (216, "auto")])
+def test_with_rows_to_train_on_and_to_choose_by_the_target_adapter_is_trained_both_ways(
     count: int, on: str | None, start: Callable[..., Path]
 ) -> None:
-    recipe, _ = load_recipe(start(write(Path("t.jsonl"), completion(count))))
+    file = start(write(Path("t.jsonl"), completion(count)))
+    recipe, _ = load_recipe(file)
     assert recipe.target.on == on
-    assert bool(recipe.data.target.dev) is (on is not None)
+    assert bool(recipe.data.target.dev) is (count >= 40)
+    assert ("better below 30 training rows" in file.read_text()) is (count in (40, 60))
 
 
 def test_too_few_for_a_dev_set_is_said(start: Callable[..., Path]) -> None:
