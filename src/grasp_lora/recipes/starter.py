@@ -30,7 +30,7 @@ from grasp_lora.text.languages import language_code
 SOURCE_COLUMN = "--source-column"
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
 EPOCHS = 5  # of the controller run, as the template has it
-FEWEST_BOTH_WAYS = 30  # training rows; with 16 and 25 GRASP answered better with both adapters trained apart
+FEWEST_BOTH_WAYS = 30  # training rows; with 16 and 25 GRASP had the lower loss where both adapters were trained apart
 LATE_ROUNDS = 3  # wanted in its second half, without a dev set
 
 
