@@ -62,12 +62,8 @@ def judged_apart(folder: Path, metrics: Metrics) -> float | None:
     return fmean(found) if found else None
 
 
-def shown(values: Sequence[float | None]) -> str:
-    """The mean of differences, and its half-width where there are enough of them; without all of them nothing."""
-    there = [value for value in values if value is not None]
-    if len(there) < len(values):
-        return "–"
-    values = there
+def shown(values: Sequence[float]) -> str:
+    """The mean of differences, and its half-width where there are enough of them."""
     if len(values) < FEWEST:
         return f"{fmean(values):+.1f}"
     return f"{fmean(values):+.1f} ± {t.ppf(0.975, len(values) - 1) * stdev(values) / sqrt(len(values)):.1f}"
@@ -89,8 +85,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for folder, (name, [own, *rest], apart) in found.items()
     ]
     columns = list(zip(*(values for _, values, _ in found.values()), strict=True))
-    by_others = [apart for _, _, apart in found.values()]
-    rows.append(["mean", "", f"{fmean(columns[0]):.1f}", *map(shown, columns[1:]), shown(by_others)])
+    by_others = [apart for _, _, apart in found.values() if apart is not None]
+    last = shown(by_others) if len(by_others) == len(found) else "–"
+    rows.append(["mean", "", f"{fmean(columns[0]):.1f}", *map(shown, columns[1:]), last])
     minus = ["best parent", "continued", "GRASP's", "the parent that other rows choose"]
     heads = ["run", "handed over", "score", *(f"minus {one}" for one in minus)]
     sys.stdout.write(table(heads, rows) + "\n")

@@ -6,7 +6,7 @@ FOLDER holds the `compare.json` of one setting, whose reference is GRASP. A row 
 
 | column | what it holds |
 |---|---|
-| score | the first metric of GRASP's result, the mean over the seeds |
+| GRASP | the first metric of GRASP's result, the mean over the seeds |
 | minus a row | that score minus the row's, with its interval, and a verdict where it was planned; "–" without the row |
 | passes | forward passes beyond a given source adapter; `joint` has none, so all of its own |
 

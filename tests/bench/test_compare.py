@@ -865,6 +865,14 @@ class TestOneStore:
         assert not recorder.did
         assert again == content
 
+    def test_packed_records_leave_the_metrics_in_the_order_of_the_recipe(self, tiny_workspace):
+        arguments = ComparisonSettings(seeds=(1,), methods=("merged",), reference="merged"), "metrics=[rougeL, exact_match]"
+        whole, _ = run(tiny_workspace / "first", *arguments)
+        pack(tiny_workspace / "first/store", tiny_workspace / "mine/store/records.jsonl.gz")
+        again, recorder = run(tiny_workspace / "mine", *arguments)
+        assert not recorder.did
+        assert again["metrics"] == whole["metrics"] == ["test_loss", "rougeL", "exact_match"]
+
     def test_records_that_came_packed_are_packed_with_the_new_ones(self, whole_comparison, tiny_workspace):
         folder, _ = whole_comparison
         mine = tiny_workspace / "mine/store"

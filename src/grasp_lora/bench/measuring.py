@@ -19,6 +19,12 @@ CHOOSING = ("dev", "micro_dev")  # the splits whose rows may decide
 FEWEST = 2  # rows that a choice by losses needs
 
 
+def choosing_splits(sizes: Mapping[str, int]) -> list[str]:
+    """The splits with rows that may decide, given the size of each split; none where all of them are too few."""
+    there = [name for name in CHOOSING if sizes[name]]
+    return there if sum(sizes[name] for name in there) >= FEWEST else []
+
+
 class Measuring(Keyed):
     """The steps that measure an adapter; no seed has a part in them."""
 
@@ -41,9 +47,8 @@ class Measuring(Keyed):
 
     @property
     def choosing_splits(self) -> list[str]:
-        """The splits with rows that may decide; none where all of them are too few."""
-        sizes = {name: len(getattr(self.session.splits, name)) for name in CHOOSING}
-        return [name for name, size in sizes.items() if size] if sum(sizes.values()) >= FEWEST else []
+        """The splits whose rows decide."""
+        return choosing_splits({name: len(getattr(self.session.splits, name)) for name in CHOOSING})
 
     @property
     def choosing_split(self) -> str | None:

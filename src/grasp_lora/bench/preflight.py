@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from grasp_lora.bench.checks import check, check_files, expected_rounds
-from grasp_lora.bench.measuring import CHOOSING, FEWEST
+from grasp_lora.bench.measuring import choosing_splits
 from grasp_lora.bench.memory import (
     CARDS,
     GIGABYTE,
@@ -79,7 +79,7 @@ def preflight(session: Session) -> list[Finding]:
         findings.append(
             Finding("warning", "dev", "no dev set: no early stopping, the last step of every fine-tune is kept")
         )
-    if recipe.target.on == AUTO and not _may_choose(sizes):
+    if recipe.target.on == AUTO and not choosing_splits(sizes):
         text = "too few dev and micro-dev rows choose where the target adapter is trained: it will be on the backbone alone"
         findings.append(Finding("warning", "target.on", text))
     findings += _labels(session) if splits.labels else _cut_answers(session)
@@ -316,18 +316,13 @@ def _label_mask(example: Example, tokenizer: object) -> Finding:
     return Finding("ok", "label mask", text)
 
 
-def _may_choose(sizes: dict[str, int]) -> bool:
-    """Whether there are rows enough to choose where the target adapter is trained."""
-    return sum(sizes[name] for name in CHOOSING) >= FEWEST
-
-
 def _cost(recipe: Recipe, sizes: dict[str, int]) -> tuple[float, int]:
     """How many examples are trained on and probed at most."""
     trained, probed = 0.0, 0
     if not recipe.source.adapters:
         trained += recipe.source.training.epochs * sizes["source_train"]
     if not recipe.target.adapter:
-        chosen = recipe.target.on == AUTO and _may_choose(sizes)
+        chosen = recipe.target.on == AUTO and choosing_splits(sizes)
         trained += (2 if chosen else 1) * recipe.target.training.epochs * sizes["train"]
     runs = 2 if recipe.final.deliver == "best" else 1  # the final run, and the source adapter continued
     trained += runs * recipe.final.training.epochs * sizes["train"]

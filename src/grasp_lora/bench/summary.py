@@ -62,7 +62,7 @@ def summary(
     """
     finished = {name: row for name, row in rows.items() if row.by_number}
     numbers = {number for row in finished.values() for number in row.by_number}
-    metrics = _metrics(finished)
+    metrics = _metrics(session, finished)
     optional: dict[str, Any] = {"folds": _folds(folds)} if folds else {}
     test = [example for one in folds or [session.splits] for example in one.test]
     tested = group_numbers(test)
@@ -140,10 +140,10 @@ def other_split(rows: Rows, again: Rows, settings: "ComparisonSettings", split_s
     )
 
 
-def _metrics(rows: Mapping[str, Outcomes]) -> list[str]:
-    """Test loss first, then the scores in the order of the recipe."""
-    names = [name for row in rows.values() for outcome in row.by_number.values() for name in outcome.scores.result]
-    return [TEST_LOSS, *dict.fromkeys(names)]
+def _metrics(session: Session, rows: Mapping[str, Outcomes]) -> list[str]:
+    """Test loss first, then the scores in the order of the recipe, whatever that of the records is."""
+    measured = {name for row in rows.values() for outcome in row.by_number.values() for name in outcome.scores.result}
+    return [TEST_LOSS, *(name for name in session.metrics if name in measured)]
 
 
 def _value(outcome: Outcome, metric: str) -> float | None:
