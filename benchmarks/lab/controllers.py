@@ -68,32 +68,26 @@ class Plan:
     Args:
         controller: policy, rule, and of the rounds their start and whether one comes before training.
         every: optimizer steps between rounds, or "epoch"; None takes the setting's.
-        race: examples of a heat; candidates that are clearly behind after one drop out of the round. None measures all.
         patience: rounds without a lower loss at any ratio, after which the run ends. None goes on to the end.
         pool: the examples that are probed: `micro_dev`, `dev`, or `both`. The latter two need a policy that holds no ratio and a
             landscape with a shared trajectory on dev.
         turn: examples of a round, taken from the pool in turn. None measures all of them in each round. Where rounds are
             compared, the baseline is measured on all, as a controller does.
-        fixed: examples of the pool, drawn once, that every round measures. None measures all of them.
         size: micro-dev examples, drawn with replacement from the recorded ones. None draws as many as there are.
     """
 
     controller: Controller
     every: int | str | None = None
-    race: int | None = None
     patience: int | None = None
     pool: str = "micro_dev"
     turn: int | None = None
-    fixed: int | None = None
     size: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("every", "race", "patience", "turn", "fixed", "size"):
+        for name in ("every", "patience", "turn", "size"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1) and (name, value) != ("every", "epoch"):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
-        if self.turn is not None and (self.fixed is not None or self.race is not None):
-            raise ValueError("turn measures other examples in each round, which fixed and race exclude")
         if self.pool not in POOLS:
             raise ValueError(f"pool is {self.pool!r}; allowed: {', '.join(POOLS)}")
         if self.pool != "micro_dev" and self.controller.policy.regime == "held":
@@ -130,19 +124,13 @@ def replay(landscape: Landscape, plan: Plan, seed: int, probe_every: int = 10) -
         current, candidates = policy.current_ratio, tuple(policy.ask())
         train_ratio = current if plan.controller.policy.regime == "held" else None
         losses = np.array([pool(train_ratio, step, ratio) for ratio in (current, *candidates)])
-        if plan.fixed is not None:
-            losses = losses[:, : plan.fixed]
         places = None
         if plan.turn is not None:
             chosen = (number * plan.turn + np.arange(min(plan.turn, losses.shape[1]))) % losses.shape[1]
             places = tuple(chosen.tolist()) if compared else None
             losses = losses if compared else losses[:, chosen]
-        if plan.race is None:
-            few = losses.shape[1] if places is None else len(places)
-            measured += losses.shape[1] + len(set(candidates)) * few  # a controller measures no candidate twice
-        else:
-            losses, forwards = raced(losses, plan.race)
-            measured += forwards
+        few = losses.shape[1] if places is None else len(places)
+        measured += losses.shape[1] + len(set(candidates)) * few  # a controller measures no candidate twice
         others = losses[1:] if places is None else losses[1:, places]
         policy.tell(Round(current, candidates, tuple(losses[0].tolist()), tuple(map(tuple, others.tolist())), places))
         if plan.patience is not None and policy.rounds_since_best >= plan.patience:
@@ -176,25 +164,6 @@ def pool_of(
         return losses[np.random.default_rng(seed).permutation(len(losses))]
 
     return both
-
-
-def raced(losses: Floats, heat: int) -> tuple[Floats, int]:
-    """What a racing round would have seen of all losses, [probes, examples], and how many forward passes it needed.
-
-    After each heat of examples a candidate drops out when its mean difference from the leader is above two standard errors. The
-    rest of its losses are then the leader's and that difference. The baseline, row 0, runs to the end.
-    """
-    seen, running, forwards = losses.copy(), list(range(len(losses))), 0
-    for start in range(0, losses.shape[1], heat):
-        end = min(start + heat, losses.shape[1])
-        forwards += len(running) * (end - start)
-        leader = min(running, key=lambda row: losses[row, :end].mean())
-        for row in [row for row in running if row not in (0, leader)]:
-            behind = losses[row, :end] - losses[leader, :end]
-            if end < losses.shape[1] and behind.mean() > 2 * behind.std(ddof=1) / np.sqrt(end):
-                seen[row, end:] = losses[leader, end:] + behind.mean()
-                running.remove(row)
-    return seen, forwards
 
 
 # Contestants

@@ -8,6 +8,8 @@ their intervals at 95 % (Student's, over runs).
 
 The best in hindsight owes a part to chance: its own test rows chose it. So there is a column in which half of the rows choose the
 parent and the other half judges, the mean of many such halves. It needs the run's answers in `evaluation/`.
+
+A second table has what whoever always takes the same adapter would have had: its mean score, and what was handed over minus it.
 """
 
 import argparse
@@ -29,16 +31,32 @@ from grasp_lora.errors import GraspError
 
 FEWEST = 3  # runs that an interval needs
 HALVES = 2000
+ALWAYS = (*PARENTS, "continued", "grasp")
+
+
+def scores_of(metrics: Metrics) -> dict[str, float]:
+    """The first score of every system; without `continued` the source adapter stands in its place."""
+    name = main_metric(list(metrics.systems["grasp"].metrics))
+    scores = {system: float(one.metrics[name] or 0.0) for system, one in metrics.systems.items()}
+    return {"continued": scores["source"]} | scores
 
 
 def row(metrics: Metrics) -> tuple[str, list[float]]:
-    """What was handed over, its score, and the differences; without `continued` the source adapter stands in its place."""
-    name = main_metric(list(metrics.systems["grasp"].metrics))
-    scores = {system: float(one.metrics[name] or 0.0) for system, one in metrics.systems.items()}
-    chosen = metrics.handed_over
+    """What was handed over, its score, and the differences."""
+    scores, chosen = scores_of(metrics), metrics.handed_over
     parent = max(score for system, score in scores.items() if system.partition("_")[0] in PARENTS)
-    against = [parent, scores.get("continued", scores["source"]), scores["grasp"]]
-    return chosen, [scores[chosen], *(scores[chosen] - one for one in against)]
+    return chosen, [scores[chosen], *(scores[chosen] - one for one in (parent, scores["continued"], scores["grasp"]))]
+
+
+def always(runs: Sequence[Metrics]) -> list[list[str]]:
+    """A row for each adapter that all runs have: its mean score, and what was handed over minus it."""
+    scores = [scores_of(one) for one in runs]
+    handed_over = [own[one.handed_over] for own, one in zip(scores, runs, strict=True)]
+    rows = []
+    for name in [name for name in ALWAYS if all(name in own for own in scores)]:
+        apart = [ours - own[name] for ours, own in zip(handed_over, scores, strict=True)]
+        rows.append([name, f"{fmean(own[name] for own in scores):.1f}", shown(apart)])
+    return rows
 
 
 def judged_apart(folder: Path, metrics: Metrics) -> float | None:
@@ -90,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows.append(["mean", "", f"{fmean(columns[0]):.1f}", *map(shown, columns[1:]), last])
     minus = ["best parent", "continued", "GRASP's", "the parent that other rows choose"]
     heads = ["run", "handed over", "score", *(f"minus {one}" for one in minus)]
-    sys.stdout.write(table(heads, rows) + "\n")
+    sys.stdout.write(table(heads, rows) + "\n\n")
+    sys.stdout.write(table(["always", "score", "handed over minus it"], always(list(metrics.values()))) + "\n")
     return 0
 
 

@@ -5,8 +5,7 @@
 
 All rows have the same budget: one training a factor, which multiplies the recipe's learning rate; two dev evaluations an epoch,
 and an end after one epoch without a lower dev loss. The dev loss chooses the epoch and the rate. The merge and GRASP start from
-the adapters of the recipe as it is; the ratio is learned once, at the recipe's own rate. `joint` costs a training on all source
-rows a rate, so it is not among the rows unless it is named.
+the adapters of the recipe as it is; the ratio is learned once, at the recipe's own rate.
 
 FOLDER is that of a comparison, whose finished steps are taken from its store. Two tables on standard output: every rate, and the
 rate that each row chose, with the difference to `continued` at the rate that it chose, with its own interval at 95 %.
@@ -84,7 +83,6 @@ def rows(bench: Candidates) -> dict[str, Callable[[float], Adapter]]:
         "target": lambda factor: of_changed("target", factor).target,
         "merge": lambda factor: final(bench.merged(), 0.0, factor),
         "GRASP": with_grasp,
-        "joint": lambda factor: of_changed("source", factor).trained_jointly(),
     }
 
 
@@ -95,9 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder of a comparison")
     parser.add_argument("--seeds", default="42", help="separated by commas")
     parser.add_argument("--factors", default="0.3,1,3", help="of the recipe's learning rate, separated by commas")
-    parser.add_argument(
-        "--rows", default="continued,target,merge,GRASP", help="separated by commas; joint may be added"
-    )
+    parser.add_argument("--rows", default="continued,target,merge,GRASP", help="separated by commas")
     parser.add_argument("--set", action="append", default=[], help="as of grasp-lora compare")
     parser.add_argument("--answers", action="store_true", help="score the answers of the chosen ones, too")
     given = parser.parse_args(arguments)

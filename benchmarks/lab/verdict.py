@@ -13,7 +13,6 @@ has stopped early on the rows that choose.
 | always X | X, whatever the rows say |
 | lowest loss, highest score | the best mean; of equal scores the one with the lower loss |
 | loss and score | the best sum of both, each in standard errors |
-| first within N SE, by loss or score | the first of `CANDIDATES` that is at most N standard errors (paired) behind the best |
 | X unless N SE | X, unless its loss is more than N standard errors behind the lowest one: then that |
 | GRASP if target N SE ahead | GRASP's result where the target adapter is that far ahead of the source's, else `continued` |
 | a run's | `final.deliver: best`: the same with 1, unless the bootstrap shows another to be better |
@@ -80,16 +79,6 @@ def highest_score(losses: Values, scores: Values) -> str:
     return max(losses, key=lambda name: (float(scores[name].mean()), -float(losses[name].mean())))
 
 
-def within(by_score: bool, errors: float, losses: Values, scores: Values) -> str:
-    """The first candidate that is at most so many standard errors of the paired difference behind the best."""
-    best = highest_score(losses, scores) if by_score else lowest_loss(losses, scores)
-    for name in losses:
-        behind = scores[best] - scores[name] if by_score else losses[name] - losses[best]
-        if behind.mean() <= errors * behind.std(ddof=1) / len(behind) ** 0.5:
-            return name
-    return best
-
-
 def unless(usual: str, errors: float, losses: Values, scores: Values) -> str:
     """The usual candidate, unless it is more than so many standard errors behind the lowest loss: then that."""
     best = lowest_loss(losses, scores)
@@ -125,14 +114,7 @@ RULES: dict[str, Rule] = {
     "lowest loss": lowest_loss,
     "highest score": highest_score,
     "loss and score": both,
-    "first within 1 SE, by loss": partial(within, False, 1.0),
-    "first within 2 SE, by loss": partial(within, False, 2.0),
-    "first within 1 SE, by score": partial(within, True, 1.0),
-    "continued unless 1 SE": partial(unless, "continued", 1.0),
-    "continued unless 1.5 SE": partial(unless, "continued", 1.5),
     "continued unless 2 SE": partial(unless, "continued", 2.0),
-    "continued unless 2.5 SE": partial(unless, "continued", 2.5),
-    "merged unless 1 SE": partial(unless, "merged", 1.0),
     "GRASP unless 1 SE": partial(unless, "grasp", 1.0),
     **{f"GRASP if target {errors:g} SE ahead": partial(ahead, errors) for errors in (0.0, 0.5, 1.0, 1.5, 2.0)},
 }

@@ -866,7 +866,10 @@ class TestOneStore:
         assert again == content
 
     def test_packed_records_leave_the_metrics_in_the_order_of_the_recipe(self, tiny_workspace):
-        arguments = ComparisonSettings(seeds=(1,), methods=("merged",), reference="merged"), "metrics=[rougeL, exact_match]"
+        arguments = (
+            ComparisonSettings(seeds=(1,), methods=("merged",), reference="merged"),
+            "metrics=[rougeL, exact_match]",
+        )
         whole, _ = run(tiny_workspace / "first", *arguments)
         pack(tiny_workspace / "first/store", tiny_workspace / "mine/store/records.jsonl.gz")
         again, recorder = run(tiny_workspace / "mine", *arguments)

@@ -39,10 +39,11 @@ def test_a_row_a_run_and_the_means(tmp_path: Path, capsys: pytest.CaptureFixture
             grasp=45,
         ),
         run(tmp_path / "2", "grasp", zero_shot=1, source=40, target=41, merged=30, continued=50, grasp=45),
-        run(tmp_path / "3", "source", zero_shot=1, source=40, target=20, merged=30, grasp=45),
+        run(tmp_path / "3", "source", zero_shot=1, source=40, merged=30, grasp=45),
     ]
     assert handed_over.main(folders) == 0
-    lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
+    out = capsys.readouterr().out.splitlines()
+    lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in out[2:]]
     assert lines[0] == ["continued", "50.0", "-2.0", "+0.0", "+5.0", "–"]
     assert lines[1] == ["grasp", "45.0", "+4.0", "-5.0", "+0.0", "–"]
     assert lines[2] == ["source", "40.0", "+0.0", "+0.0", "-5.0", "–"]
@@ -54,6 +55,10 @@ def test_a_row_a_run_and_the_means(tmp_path: Path, capsys: pytest.CaptureFixture
         "+0.0 ± 12.4",
         "–",
     ]  # 4.303 standard errors of three runs
+    always = {name: rest for name, *rest in ([cell.strip() for cell in line.split("|")[1:-1]] for line in out[9:])}
+    assert list(always) == ["source", "merged", "continued", "grasp"]  # not every run has a target adapter
+    assert always["source"] == ["40.0", "+5.0 ± 12.4"]
+    assert always["continued"] == ["46.7", "-1.7 ± 7.2"]  # in the third run the source adapter
 
 
 def test_a_folder_without_metrics_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,13 +11,11 @@ pytestmark = pytest.mark.slow
 def test_each_row_is_trained_at_every_rate_and_takes_the_one_with_the_lowest_dev_loss(
     tiny_workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["tiny.yaml", "--output", "f", "--factors", "0.01,30", "--rows", "target,merge,GRASP,joint", "--answers"]
+    asked = ["tiny.yaml", "--output", "f", "--factors", "0.01,30", "--rows", "target,merge,GRASP", "--answers"]
     assert rates.main(asked) == 0
     every, chosen = capsys.readouterr().out.strip().split("\n\n")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in every.splitlines()[2:]]
-    assert [row[0] for row in rows] == [
-        name for name in ("continued", "target", "merge", "GRASP", "joint") for _ in "ab"
-    ]
+    assert [row[0] for row in rows] == [name for name in ("continued", "target", "merge", "GRASP") for _ in "ab"]
     for low, high in zip(rows[::2], rows[1::2], strict=True):
         assert [low[2].strip("*"), high[2].strip("*")] == ["0.01", "30"]
         assert low[3:] != high[3:]

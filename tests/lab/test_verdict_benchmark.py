@@ -25,12 +25,6 @@ def test_the_usual_candidate_stays_within_its_standard_errors() -> None:
         assert verdict.lowest_loss(losses, scores) == "target"
 
 
-def test_the_first_within_reach_is_not_always_the_usual_one() -> None:
-    losses = values(continued=2.0, target=1.05, grasp=1.0)
-    assert verdict.within(False, 1.0, losses, losses) == "target"
-    assert verdict.unless("continued", 1.0, losses, losses) == "grasp"
-
-
 def test_of_equal_scores_the_lower_loss_decides() -> None:
     scores = {"continued": np.ones(4), "grasp": np.ones(4)}
     losses = {"continued": np.full(4, 2.0), "grasp": np.full(4, 1.0)}
