@@ -1165,7 +1165,6 @@ def test_lorahub_finds_the_better_of_two_adapters_when_the_other_is_noise(tiny_w
     ("arguments", "message"),
     [
         (("--methods", "grasp,gird"), "there is no method 'gird'"),
-        (("--methods", "grasp,grid_16"), "method 'grid_16' was removed"),
         (("--methods", ","), "methods is empty"),
         (("--methods", "grasp,grasp"), "grasp more than once"),
         (("--seeds", "1,1"), "1 more than once"),

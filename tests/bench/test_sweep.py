@@ -428,7 +428,6 @@ def test_a_sweep_file_that_was_changed_is_refused_in_one_line(tiny_workspace, cl
         (("--param", "seed=1..9"), "seed cannot be swept"),
         (("--param", RATIO, "--sampler", "grid"), "use --sampler random with --param key=low..high/n"),
         (("--param", RATIO, "--sampler", "bayes"), "sampler is 'bayes'; allowed: tpe, random"),
-        (("--param", RATIO, "--pruner", "median"), "--pruner median is given, but a sweep has no pruners"),
         (("--param", RATIO, "--trials", "0"), "trials is 0"),
         (("--param", RATIO, "--seed", "-1"), "seed is -1"),
         (("--param", RATIO, "--set", "data.target.dev=0"), "needs a dev split"),

@@ -369,7 +369,7 @@ class TestFigures:
             "paper,patience=epoch",
             "late,race=1",
             "late,fixed=3",
-            "spread,rule=lowest_loss",
+            "spread,rule=mean",
         ],
     )
     def test_a_policy_that_is_none(self, text: str) -> None:

@@ -565,7 +565,6 @@ def test_a_shared_factor_is_an_error() -> None:
             {"score": "random"},
             "mask score is 'random'; allowed: magnitude, input_aware, gradient_of_delta, or the import path",
         ),
-        ({"score": "sensitivity"}, "mask score is 'sensitivity', which was removed; use 'magnitude'"),
         ({"scope": "layer"}, "mask scope is 'layer'; allowed: factor, tensor, global"),
         ({"granularity": "row"}, "mask granularity is 'row'; allowed: weight, component"),
     ],

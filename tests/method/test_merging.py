@@ -464,8 +464,6 @@ def test_the_other_rules_take_mixed_ranks(rule: Any) -> None:
     ("changes", "message"),
     [
         ({"rule": "mean"}, "merge rule is 'mean'; allowed: exact, svd, paper_sum"),
-        ({"rule": "dare"}, "merge rule is 'dare', which was removed; use 'dare_ties'"),
-        ({"rule": "ties_svd"}, "merge rule is 'ties_svd', which was removed; use 'ties'"),
         ({"rule": "no_such_module:rule"}, "module 'no_such_module' cannot be imported"),
         ({"rule": "math:rule"}, "module 'math' has no 'rule'"),
         ({"rule": "math:sqrt"}, "merge rule 'math:sqrt' is a builtin_function_or_method; it must be a MergeRule"),

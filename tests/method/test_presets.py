@@ -86,12 +86,7 @@ def test_presets_are_policy_rounds_and_rule() -> None:
     assert preset("paper") == Controller(Gaussian(), Rounds(), "best_reward")
 
 
-@pytest.mark.parametrize(
-    ("name", "instead"), [("shared", "spread"), ("default", "paper"), ("random", "uniform"), ("adaptive", "spread")]
-)
-def test_a_preset_that_is_gone_says_what_to_use(name: str, instead: str) -> None:
-    with pytest.raises(ValueError, match=f"preset is '{name}', which was removed; use .*'{instead}'"):
-        preset(name)
+def test_a_preset_that_is_none() -> None:
     with pytest.raises(ValueError, match="preset is 'fast'; allowed: spread, late, paper"):
         preset("fast")
 
@@ -102,8 +97,6 @@ def test_a_rule_is_named_or_given() -> None:
     assert ratio_rule("grasp_lora.method.estimate:smooth_fit") is rule
     with pytest.raises(ValueError, match="rule is 'mean'; allowed: surrogate, smooth_fit, best_reward"):
         Controller(rule="mean")
-    with pytest.raises(ValueError, match="rule is 'lowest_loss', which was removed; use 'surrogate'"):
-        Controller(rule="lowest_loss")
 
 
 @pytest.mark.parametrize(

@@ -151,25 +151,14 @@ class TestController:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ("probe_every=3", r"controller\.probe_every is now controller\.rounds\.every"),
-            ("probe_on=dev", r"controller\.probe_on is now controller\.rounds\.pool"),
-            ("probe_examples=3", r"controller\.probe_examples is now controller\.rounds\.in_turn"),
-            ("patience=null", r"controller\.patience is now controller\.rounds\.patience"),
-            ("policy={preset: paper}", r"controller\.policy\.preset is now controller\.preset"),
-            ("policy.probe_from=0.5", r"controller\.policy\.probe_from is now controller\.rounds\.start"),
-            ("policy.estimate=surrogate", r"controller\.policy\.estimate is now controller\.rule"),
-            ("policy=shared", r"controller\.policy is 'shared', but a policy is a section; set controller\.preset"),
-            ("preset=shared", r"preset is 'shared', which was removed; use 'spread'"),
-            ("preset=default", r"preset is 'default', which was removed; use 'paper' with rule 'smooth_fit'"),
+            ("policy=spread", r"controller\.policy is 'spread', but a policy is a section; set controller\.preset"),
             ("preset=[paper]", r"controller\.preset is a list; allowed: spread, late, paper"),
-            ("policy.kind=adaptive", r"policy kind is 'adaptive', which was removed; use 'spread'"),
             (
                 "policy.kind=3",
                 r"controller\.policy: kind is 3; allowed: gaussian, uniform, spread, stacked, or the import path",
             ),
             ("policy=0", r"controller\.policy is 0, but a policy is a section"),
             ("policy=3", r"controller\.policy is 3, but a policy is a section"),
-            ("rule=lowest_loss", r"controller: rule is 'lowest_loss', which was removed; use 'surrogate'"),
             ("policy.ratio_min=low", r"controller\.policy\.ratio_min: .*valid number.*\(it is 'low'\)"),
             ("policy.max_step=0.1", r"unknown key 'controller\.policy\.max_step'"),
             ("rounds.evry=3", r"unknown key 'controller\.rounds\.evry'; did you mean 'every'\?"),
@@ -177,7 +166,7 @@ class TestController:
             ("rounds.start=0.5", r"controller\.rounds: before_training is true, but start is 0\.5"),
         ],
     )
-    def test_old_and_wrong_keys_are_named(self, change: str, message: str, load: Load) -> None:
+    def test_wrong_keys_are_named(self, change: str, message: str, load: Load) -> None:
         with pytest.raises(RecipeError, match=message) as caught:
             load(SMALL, f"controller.{change}")
         assert "\n" not in str(caught.value)

@@ -438,16 +438,6 @@ def test_it_says_which_examples_were_probed(run_folder: Path) -> None:
     assert "baseline" in page_of(run_folder).figures
 
 
-def test_a_run_of_an_older_version_is_said(run_folder: Path) -> None:
-    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
-    recipe["controller"] = {"policy": {"kind": "shared"}, "probe_on": "dev"}
-    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    with pytest.raises(
-        RecipeError, match=r"recipe\.yaml has controller\.probe_on, which is now controller\.rounds\.pool"
-    ):
-        write_report(run_folder)
-
-
 def test_a_folder_that_names_no_choice_has_its_report_and_no_verdict(run_folder: Path) -> None:
     change_recipe(run_folder, final={"deliver": None})
     change(run_folder / "metrics.json", lambda metrics: metrics.pop("delivered"))
@@ -633,11 +623,10 @@ def test_the_caption_says_how_the_current_ratio_moves(run_folder: Path) -> None:
     held = "moves towards the best candidate of a round"
     change_recipe(run_folder, controller={"policy": {"kind": "gaussian"}})
     assert held in texts(run_folder)[0]
-    for kind in ("spread", "shared"):  # as older versions called it
-        change_recipe(run_folder, controller={"policy": {"kind": kind}})
-        page, _ = texts(run_folder)
-        assert held not in page
-        assert "Each step trained at a ratio of its own" in page
+    change_recipe(run_folder, controller={"policy": {"kind": "spread"}})
+    page, _ = texts(run_folder)
+    assert held not in page
+    assert "Each step trained at a ratio of its own" in page
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from grasp_lora.bench.checks import check, check_splits
 from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.keyed import GRID
-from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS, REMOVED
+from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS
 from grasp_lora.bench.planned import expected_width, planned_against
 from grasp_lora.bench.records import read_record
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
@@ -76,10 +76,6 @@ class ComparisonSettings:
         if self.folds is not None:
             self._check_folds(self.folds)
         for name in (*self.methods, self.reference):
-            if name in REMOVED:
-                raise ValueError(
-                    f"the method {name!r} was removed, since it equalled another one; take {REMOVED[name]}"
-                )
             if name not in METHODS:
                 raise ValueError(f"there is no method {name!r}; allowed: {', '.join(METHODS)}")
         check_list("methods", self.methods)

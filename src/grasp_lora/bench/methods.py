@@ -337,11 +337,3 @@ METHODS: dict[str, Method] = {
 # A single run needs a controller run of its own, since those on record leave no adapter; a stacked grid comes to what the grid
 # does, and pays where a GPU has room; and the oracle is not fair.
 DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("grasp_single", "grid_stacked", "grid_oracle"))
-REMOVED = {  # rows that equalled another one in every table, and the changes of a recipe that give them
-    "target_long": "--set target.training.epochs=... and the method target_only",
-    "grid_16": "--set data.target.dev=... and the method grid",
-    "grasp_50": "--set controller.rounds.pool=dev --set controller.rounds.in_turn=null and the method grasp",
-    "grasp_default": "--set controller.preset=paper --set controller.rule=smooth_fit and the method grasp",
-    "grasp_random": "--set controller.preset=paper --set controller.policy.kind=uniform and the method grasp",
-    "one_shot": "grasp",
-}

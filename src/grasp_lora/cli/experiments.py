@@ -113,7 +113,6 @@ def sweep(
     param: Annotated[list[str] | None, _sweep("params", "--param", "-p", more="May be repeated.")] = None,
     trials: Annotated[int, _sweep("trials")] = 20,
     sampler: Annotated[str, _sweep("sampler")] = "tpe",
-    pruner: Annotated[str | None, typer.Option(hidden=True)] = None,
     seed: Annotated[int | None, _sweep("seed")] = None,
     workers: Annotated[int, _sweep("workers")] = 1,
     on: OnOption = None,
@@ -130,11 +129,6 @@ def sweep(
     again to go on after an interruption. With --workers 4 start it four times: the processes share the trials.
     """
     log_to_terminal(verbose)
-    if pruner is not None:
-        raise RecipeError(
-            f"--pruner {pruner} is given, but a sweep has no pruners any more: final runs stop early by themselves "
-            "(final.training.patience); leave it out"
-        )
     with loading():
         import yaml
 

@@ -60,7 +60,6 @@ SCORES: dict[str, Score] = {
     "input_aware": Score(_input_aware, needs_inputs=True),
     "gradient_of_delta": Score(_gradient_of_delta, needs_inputs=True),
 }
-REMOVED_SCORES = {"sensitivity": "'magnitude', which was better in all comparisons"}
 
 if TYPE_CHECKING:
     ScoreOrName = str | Score
@@ -74,7 +73,7 @@ def importance(score: ScoreOrName) -> Score:
     Raises:
         ValueError: there is none.
     """
-    return find("mask score", score, Score, SCORES, REMOVED_SCORES)
+    return find("mask score", score, Score, SCORES)
 
 
 def score_pair(pair: LoraPair, score: ScoreOrName, norms: InputNorms | None = None) -> tuple[Tensor, Tensor]:

@@ -214,12 +214,6 @@ MERGE_RULES: dict[str, MergeRule] = {
         FACTOR_SPACE, drop_and_rescale, elect_and_average, _one_each, draws=True,
     ),
 }  # fmt: skip
-_IN_A_SCRIPT = "or build the row in a script: MergeRule(scaling, space, sparsify, combine)"
-REMOVED_RULES = {
-    "dare": f"'dare_ties', {_IN_A_SCRIPT}",
-    "dare_svd": f"'dare_ties', {_IN_A_SCRIPT}",
-    "ties_svd": f"'ties', {_IN_A_SCRIPT}",
-}
 
 
 if TYPE_CHECKING:
@@ -234,7 +228,7 @@ def merge_rule(rule: RuleOrName) -> MergeRule:
     Raises:
         ValueError: there is none.
     """
-    return find("merge rule", rule, MergeRule, MERGE_RULES, REMOVED_RULES)
+    return find("merge rule", rule, MergeRule, MERGE_RULES)
 
 
 @dataclass(frozen=True)

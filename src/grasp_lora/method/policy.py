@@ -217,11 +217,6 @@ POLICIES: dict[str, type[RatioPolicy]] = {
     "spread": Spread,
     "stacked": Stacked,
 }
-REMOVED_POLICIES = {
-    "shared": "'spread', as it is called now",
-    "adaptive": "'spread'; it chose worse than the paper's own",
-    "surrogate": "'spread'; its rule 'surrogate' is still there",
-}
 
 
 def policy_class(kind: str) -> type[RatioPolicy]:
@@ -230,7 +225,7 @@ def policy_class(kind: str) -> type[RatioPolicy]:
     Raises:
         ValueError: there is none.
     """
-    found = find("policy kind", kind, type, POLICIES, REMOVED_POLICIES)
+    found = find("policy kind", kind, type, POLICIES)
     if not issubclass(found, RatioPolicy):
         raise ValueError(f"policy kind {quoted(kind)} is no RatioPolicy; derive it from grasp_lora.RatioPolicy")
     return found

@@ -11,7 +11,6 @@ from grasp_lora.method.surrogate import surrogate
 from grasp_lora.text.names import find
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in (surrogate, smooth_fit, best_reward)}
-REMOVED_RULES = {"lowest_loss": "'surrogate', which asks the same question of fewer probes"}
 
 if TYPE_CHECKING:
     RuleOrName = str | Rule
@@ -25,7 +24,7 @@ def ratio_rule(rule: RuleOrName) -> Rule:
     Raises:
         ValueError: there is none.
     """
-    return find("rule", rule, Rule, RULES, REMOVED_RULES)
+    return find("rule", rule, Rule, RULES)
 
 
 @dataclass(frozen=True)
@@ -74,13 +73,6 @@ PRESETS: dict[str, Controller] = {
     "stacked": Controller(Stacked(), Rounds(every="epoch", before_training=True, pool="dev", patience=1)),
 }
 WITH_DEV, WITHOUT_DEV = "spread", "late"  # the default where the target has a dev set, and where it has none
-REMOVED_PRESETS = {
-    "shared": "'spread', as it is called now",
-    "default": "'paper' with rule 'smooth_fit', or 'spread', which is the default",
-    "random": "'paper' with policy kind 'uniform' and rule 'smooth_fit'",
-    "adaptive": "'spread'",
-    "surrogate": "'spread'",
-}
 
 
 def preset(name: str) -> Controller:
@@ -90,4 +82,4 @@ def preset(name: str) -> Controller:
     Raises:
         ValueError: there is none of that name.
     """
-    return find("preset", name, Controller, PRESETS, REMOVED_PRESETS)
+    return find("preset", name, Controller, PRESETS)

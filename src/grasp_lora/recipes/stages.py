@@ -13,16 +13,6 @@ from grasp_lora.storage.reading import adapter_of
 from grasp_lora.text.display import quoted
 from grasp_lora.training.settings import TrainingSettings
 
-RENAMED = {  # keys of a controller as recipes had them once, and where they are now
-    "probe_every": "rounds.every (null is now 'epoch')",
-    "probe_on": "rounds.pool",
-    "probe_examples": "rounds.in_turn",
-    "patience": "rounds.patience",
-    "policy.preset": "preset",
-    "policy.probe_from": "rounds.start",
-    "policy.estimate": "rule",
-}
-
 
 def _policy(value: Any) -> Any:
     """Build a policy from its kind, a name or an import path, and its settings."""
@@ -59,16 +49,13 @@ def from_preset(stage: dict[str, Any], dev: bool) -> dict[str, Any]:
         dev: whether the target has a dev set, which decides the preset that is taken where none is named.
 
     Raises:
-        ValueError: a key has another name now, or there is no such preset.
+        ValueError: the policy is no section, or there is no such preset.
     """
     policy = {} if stage.get("policy") is None else stage["policy"]
     if not isinstance(policy, dict):
         raise ValueError(
             f"controller.policy is {quoted(policy)}, but a policy is a section; set controller.preset to a name"
         )
-    for key in (*stage, *(f"policy.{key}" for key in policy)):
-        if key in RENAMED:
-            raise ValueError(f"controller.{key} is now controller.{RENAMED[key]}; rename it")
     stage = {key: value for key, value in stage.items() if value is not None}  # an empty section says nothing
     name = stage.get("preset", WITH_DEV if dev else WITHOUT_DEV)
     if not isinstance(name, str):

@@ -141,7 +141,6 @@ def view_of(record: RunRecord) -> dict[str, Any]:
 def _regime(record: RunRecord) -> str:
     """How the controller trained between its rounds: at one ratio, each step at one of its own, or a copy for each ratio."""
     kind = record.recipe.controller.policy.kind
-    kind = "spread" if kind == "shared" else kind  # as it was called once
     return POLICIES[kind].regime if kind in POLICIES else "held"
 
 

@@ -10,7 +10,7 @@ from grasp_lora.bench.records import check_shape, damaged, read_lines, read_reco
 from grasp_lora.bench.run_stages import FinalChoices
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.schedule import PROBE_SPLITS, Pool
-from grasp_lora.recipes.stages import AUTO, RENAMED
+from grasp_lora.recipes.stages import AUTO
 from grasp_lora.recipes.text import RECIPE_FILE, parse
 
 _Row = TypeVar("_Row")
@@ -266,10 +266,4 @@ def _recipe_facts(text: str, file: Path) -> RecipeFacts:
         raise damaged(file, str(error)) from error
     if not isinstance(content, dict):
         raise damaged(file, "it must hold keys and values")
-    controller = content.get("controller")
-    for key in RENAMED.keys() & controller.keys() if isinstance(controller, dict) else ():
-        raise RecipeError(
-            f"the run is of an older version: its {RECIPE_FILE} has controller.{key}, which is now controller.{RENAMED[key]}; "
-            "rename it there, or keep the report that the run wrote"
-        )
     return check_shape(RecipeFacts.model_validate, content, file)

@@ -33,13 +33,7 @@ def is_import_path(name: str) -> bool:
     return _IMPORT_PATH.fullmatch(name) is not None
 
 
-def find(
-    what: str,
-    name: str | Found,
-    kind: type[Found],
-    table: Mapping[str, Found],
-    removed: Mapping[str, str] | None = None,
-) -> Found:
+def find(what: str, name: str | Found, kind: type[Found], table: Mapping[str, Found]) -> Found:
     """Find an object by name; an object stands for itself.
 
     Args:
@@ -47,17 +41,14 @@ def find(
         name: a key of the table, or the import path `package.module:name` of an object; importing it runs its code.
         kind: its type.
         table: the objects of this package.
-        removed: names that were in the table once, and what to use instead.
 
     Raises:
-        ValueError: one line: there is none of that name, it is of another type, or it was removed.
+        ValueError: one line: there is none of that name, or it is of another type.
     """
     if not isinstance(name, str):
         return name
     if name in table:
         return table[name]
-    if removed and name in removed:
-        raise ValueError(f"{what} is {quoted(name)}, which was removed; use {removed[name]}")
     found = imported(what, name, table)
     if not isinstance(found, kind):
         raise ValueError(f"{what} {quoted(name)} is a {type(found).__name__}; it must be a {kind.__name__}")
