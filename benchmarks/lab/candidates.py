@@ -54,8 +54,8 @@ class Candidates(Bench):
             "merged": apart.merged,
             "joint": self.trained_jointly,
             "GRASP": apart.grasp,
-            "sum": lambda: self.on_source().merged(),
-            "sum, GRASP": lambda: self.on_source().grasp(),
+            "sum": lambda: self._with_target("source").merged(),
+            "sum, GRASP": lambda: self._with_target("source").grasp(),
             "average of continued and joint": lambda: self.average([self.continued(), self.trained_jointly()]),
         }
 
@@ -67,15 +67,6 @@ class Candidates(Bench):
     def average(self, parts: Sequence[Adapter]) -> Adapter:
         """The average of adapters' deltas."""
         return self._merged("soup", MergeSettings("exact"), parts, [f"part_{n}" for n in range(1, len(parts) + 1)])
-
-    def on_source(self) -> "Candidates":
-        """A bench whose target adapter is trained on top of the source adapter, and whose merge is their sum."""
-        recipe = self.recipe.model_copy(
-            update={"merge": MergeSettings("exact"), "target": replace(self.recipe.target, on="source")}
-        )
-        other = Candidates(self.session.variant(recipe), self._shared, self.store, self.grid)
-        other.__dict__["sources"] = self.sources
-        return other
 
 
 def save_checkpoints(session: Session, place: Workplace) -> None:

@@ -34,7 +34,7 @@ def bench(tiny_workspace: Path) -> candidates.Candidates:
 
 def test_the_sum_of_both_adapters_is_what_was_trained(bench: candidates.Candidates) -> None:
     dev, model = bench.session.splits.dev, bench.session.backbone.model
-    added = bench.on_source()
+    added = bench._with_target("source")
     weights = added.target.weights  # trained before anything lies beneath
     with beneath(model, bench.source.weights), attached(model, weights) as whole:
         trained = ProbeSet(dev, bench.session.pad_id).losses(whole)

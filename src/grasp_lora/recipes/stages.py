@@ -91,7 +91,7 @@ class SourceStage:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     adapters: tuple[str, ...] = ()
-    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=2, learning_rate=2e-4))
+    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=2, learning_rate=3e-4))
 
     def __post_init__(self) -> None:
         if not all(adapter.strip() for adapter in self.adapters):
@@ -117,7 +117,7 @@ class TargetStage:
 
     adapter: str | None = None
     on: str | None = None
-    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(learning_rate=2e-4))
+    training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
         if self.on not in (None, "source", AUTO):
