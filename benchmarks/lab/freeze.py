@@ -65,7 +65,7 @@ RUNS: dict[str, tuple[str, ...]] = {
 INTERRUPTED = {"spread": 22, "paper": 31, "single": 26, "given": 17}
 METHODS = (
     "zero_shot,source_only,target_only,target_wide,continued,joint,ties,dare_ties,lorahub,merged,adaptive_merge,grid_paper,"
-    "grid,grasp,grasp_single,grasp_paper,merge_dev_free,grid_dev_free,grasp_dev_free,grid_oracle"
+    "grid,grasp,grasp_single,grasp_paper,merge_dev_free,grid_dev_free,grasp_dev_free"
 )
 SWEEPS = {
     "tpe": ("--param", "final.prune_ratio=0.1..0.8", "--param", "final.training.learning_rate=1e-3..1e-2:log"),

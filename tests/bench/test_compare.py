@@ -574,7 +574,6 @@ class FakeBench(Bench):
     [
         ("grid", 0.2, "dev"),
         ("grid_dev_free", 0.6, "micro_dev"),
-        ("grid_oracle", 0.8, "test"),
     ],
 )
 def test_a_grid_chooses_on_the_split_that_it_says(method, ratio, split):
@@ -582,18 +581,6 @@ def test_a_grid_chooses_on_the_split_that_it_says(method, ratio, split):
     assert outcome.prune_ratio == ratio
     assert outcome.chosen_on == split
     assert outcome.losses.key == outcome.scores.key == str(ratio)
-
-
-def test_a_choice_on_the_test_split_is_a_loud_warning_and_never_the_best(finished, cli):
-    folder, _ = finished
-    result = cli("compare", "tiny.yaml", "--set", ROUNDS_EVERY, "--seeds", "1", "--grid", "0.2,0.6", "--output", folder,
-                 "--methods", "target_only,grid,grasp,grid_oracle")  # fmt: skip
-    assert result.status == 0
-    assert "WARNING: grid chosen on the TEST set chooses its ratio on the test split" in " ".join(result.out.split())
-    assert "WARNING" in (folder / "compare/compare.md").read_text(encoding="utf-8")
-    assert "test split" in (folder / "compare/report.html").read_text(encoding="utf-8")
-    assert not any(METHODS[name].warning for name in DEFAULT_METHODS)
-    assert "grid_oracle" not in DEFAULT_METHODS
 
 
 def test_what_cannot_run_here_says_why_in_its_row(finished, monkeypatch):
@@ -719,13 +706,11 @@ def test_a_grid_goes_on_without_a_ratio_whose_run_fails_and_does_not_try_it_agai
         return finish(self, start, prune_ratio, *given, **more)
 
     monkeypatch.setattr(Session, "finetune_pruned", fail)
-    settings = ComparisonSettings(("grid", "grid_oracle"), (1,), (0.2, 0.6), "grid", resamples=1000)
+    settings = ComparisonSettings(("grid",), (1,), (0.2, 0.6), "grid", resamples=1000)
     content, _ = run(tiny_workspace / "compare", settings)
-    assert [row["prune_ratio"]["mean"] for row in content["rows"]] == [0.2, 0.2]
-    assert content["warnings"][1:] == [
-        f"{METHODS[name].title}, seed 1, is without ratio 0.6, whose run failed: it diverges"
-        for name in ("grid", "grid_oracle")
-    ]
+    assert [row["prune_ratio"]["mean"] for row in content["rows"]] == [0.2]
+    title = METHODS["grid"].title
+    assert content["warnings"] == [f"{title}, seed 1, is without ratio 0.6, whose run failed: it diverges"]
     assert tried == [0.2, 0.6]
     assert [point["prune_ratio"] for point in content["curve"]] == [0.2]
 
@@ -1008,7 +993,7 @@ def test_all_that_print_like_the_best_are_best(whole_comparison):
     changed = copy.deepcopy(content)
     rows = {row["method"]: row for row in changed["rows"]}
     for name, row in rows.items():
-        row["scores"]["test_loss"]["mean"] = {"grasp": 1.00001, "joint": 1.00002, "grid_oracle": 0.5}.get(name, 2.0)
+        row["scores"]["test_loss"]["mean"] = {"grasp": 1.00001, "joint": 1.00002}.get(name, 2.0)
     marked = {row[0].text for row in score_table(record(changed)).rows if row[3].best}
     assert marked == {METHODS["grasp"].title, METHODS["joint"].title}
 

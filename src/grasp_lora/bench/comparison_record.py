@@ -70,7 +70,7 @@ class Against(_Shape):
 
 
 class Row(_Shape):
-    """One method; all from `warning` on is there only where a seed was finished.
+    """One method; all from `seeds` on is there only where a seed was finished.
 
     In a cross-validation `seeds` is the number of its folds. `scores` holds None for a metric that was not available.
     `taken` is there where a method chooses among adapters of several kinds: what it took, each with its seeds or folds.
@@ -81,7 +81,6 @@ class Row(_Shape):
     unavailable: str | None
     failed: bool
     merges: bool
-    warning: str | None = None
     seeds: int = 0
     scores: dict[str, Spread | None] = {}
     prune_ratio: Spread | None = None

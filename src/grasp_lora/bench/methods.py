@@ -37,7 +37,6 @@ class Method:
         run: does what is not on record yet.
         units: rough cost in final runs, for the time left.
         unavailable: why it cannot run with this recipe here, or None.
-        warning: what a reader has to be told of it.
         merges: whether it starts from the merge, so that its cost is what comes on top of the adapters that are merged.
         paper: whether it is a row of the paper, whose target adapter is trained on the backbone alone in any recipe.
         dev_free: whether it may not look at the dev set.
@@ -47,7 +46,6 @@ class Method:
     run: Callable[[Bench], Outcome]
     units: float = 1.0
     unavailable: Callable[[Session], str | None] = lambda session: None
-    warning: str | None = None
     merges: bool = True
     paper: bool = False
     dev_free: bool = False
@@ -327,13 +325,7 @@ METHODS: dict[str, Method] = {
         _needs_rounds(dev_free_stage),
         dev_free=True,
     ),
-    "grid_oracle": Method(
-        "grid chosen on the TEST set",
-        _run_grid("test"),
-        0.3,
-        warning="chooses its ratio on the test split: a bound on what any choice could reach, no fair method",
-    ),
 }
 # A single run needs a controller run of its own, since those on record leave no adapter; a stacked grid comes to what the grid
-# does, and pays where a GPU has room; and the oracle is not fair.
-DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("grasp_single", "grid_stacked", "grid_oracle"))
+# does, and pays where a GPU has room.
+DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("grasp_single", "grid_stacked"))

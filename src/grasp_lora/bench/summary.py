@@ -162,11 +162,7 @@ def _comparisons(
     if settings.reference not in rows or None in values_of:
         return {}
     corpus = None if metric == TEST_LOSS else session.metrics[metric].from_statistics
-    values = {
-        name: [_per_example(one, metric, corpus) for one in row.by_number.values()]
-        for name, row in rows.items()
-        if METHODS[name].warning is None or name == settings.reference  # what is not fair is not tested
-    }
+    values = {name: [_per_example(one, metric, corpus) for one in row.by_number.values()] for name, row in rows.items()}
     if settings.folds:  # each row is tested in one of them
         values = {name: [[one for fold in folds for one in fold]] for name, folds in values.items()}
         if len(values[settings.reference][0]) < 2:
@@ -203,7 +199,6 @@ def _row(name: str, row: Outcomes, metrics: Sequence[str], comparisons: Mapping[
     # Where no seed has a part, as in zero shot, there is one result and no spread.
     distinct = outcomes if len({outcome.losses.key for outcome in outcomes}) > 1 else outcomes[:1]
     result = {
-        "warning": method.warning,
         "seeds": len(outcomes),
         "scores": {metric: _spread([_value(outcome, metric) for outcome in distinct]) for metric in metrics},
         "prune_ratio": _spread([outcome.prune_ratio for outcome in outcomes if outcome.prune_ratio is not None]),
@@ -266,14 +261,12 @@ def _curve(rows: Mapping[str, Outcomes]) -> list[CurvePoint]:
 
 
 def _warnings(rows: Mapping[str, Outcomes], what: str) -> list[str]:
-    of_methods = [f"{METHODS[name].title} {warning}" for name in rows if (warning := METHODS[name].warning)]
-    of_runs = [
+    return [
         f"{METHODS[name].title}, {what} {number}, {sentence}"
         for name, row in rows.items()
         for number, outcome in row.by_number.items()
         for sentence in outcome.left_out
     ]
-    return of_methods + of_runs
 
 
 def _of_the_paper(session: Session, rows: Mapping[str, Outcomes]) -> list[str]:

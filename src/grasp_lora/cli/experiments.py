@@ -60,8 +60,7 @@ def compare(
     (rank of the merge), continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged (not trained),
     adaptive_merge (fine-tuned, not pruned), grid_paper (the paper's baseline), grid (of the recipe's own final runs), grasp,
     delivered (what a run hands over), grasp_paper, merge_dev_free, grid_dev_free and grasp_dev_free (no early stopping). By name
-    only: grasp_single (the controller run's own adapter finished), grid_stacked (a grid whose final runs train side by side) and
-    grid_oracle, which is not fair.
+    only: grasp_single (the controller run's own adapter finished) and grid_stacked (a grid whose final runs train side by side).
     """
     log_to_terminal(verbose)
     with loading():

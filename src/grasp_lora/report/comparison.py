@@ -263,9 +263,9 @@ def _digits(comparison: Comparison) -> dict[str, int]:
 
 
 def _best(comparison: Comparison, metric: str, digits: int) -> set[str]:
-    """The methods whose mean prints as the best one does; those that chose on the test split are no candidates."""
-    fair = {row.method: score for row in comparison.finished if not row.warning and (score := row.scores[metric])}
-    means = {method: f"{score.mean:.{digits}f}" for method, score in fair.items()}
+    """The methods whose mean prints as the best one does."""
+    scores = {row.method: score for row in comparison.finished if (score := row.scores[metric])}
+    means = {method: f"{score.mean:.{digits}f}" for method, score in scores.items()}
     choose = min if metric == TEST_LOSS else max
     return {method for method, text in means.items() if text == choose(means.values(), key=float)}
 
