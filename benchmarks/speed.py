@@ -2,7 +2,6 @@
 
     python benchmarks/speed.py mlqa-ar --set data.root=FOLDER --policy paper@10 --output speed.json
     python benchmarks/speed.py demo-ar --only step,probe --profile
-    python benchmarks/speed.py demo-ar --only compile
 
 The sides of a ratio take turns, and a figure is the median over the turns with its range, since machines are shared and
 noisy. Adapters are random ones of the recipe's rank, merged by its rule. What each row means: docs/lab/speed.md.
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed_figures import Row, child, clock_of, peak_megabytes, profile, row, share_table, table, take_turns, wall_time
+from speed_figures import Row, child, clock_of, peak_megabytes, profile, row, share_table, table, take_turns
 from speed_lab import RATIO, Lab, length, taken
 
 from grasp_lora.bench.keyed import GRID
@@ -247,43 +246,6 @@ def start_up(lab: Lab) -> list[Row]:
     ]
 
 
-def compiled(lab: Lab) -> list[Row]:
-    """Step and probe with torch.compile on the decoder over those without; the first time, which compiles, is a note."""
-    train, training = taken(lab.session.splits.train, lab.examples), one_by_one(lab.recipe)
-    probes = ProbeSet(lab.session.splits.micro_dev, lab.session.pad_id)
-    rows = []
-    with lab.on() as model:  # one adapter for all turns: new layers would be compiled anew
-        decoder = decoder_of(model)
-        faster = torch.compile(decoder.forward, dynamic=True)
-
-        def with_compile(work: Callable[[], float]) -> float:
-            decoder.forward = faster
-            try:
-                return work()
-            finally:
-                del decoder.forward  # the instance's; that of the class comes back
-
-        works: dict[str, Callable[[], float]] = {
-            "step": lambda: lab.epoch(model, train, training),
-            "probe": lambda: lab.clocked(lambda: probes.losses(model)),
-        }
-        for name, work in works.items():
-            sides: dict[str, Callable[[], float]] = {"with": partial(with_compile, work), "without": work}
-            try:
-                started = wall_time()  # compilers are processes of their own
-                sides["with"]()
-                first = wall_time() - started
-                times = take_turns(sides, lab.pairs)
-            except RuntimeError as error:  # which all errors of torch.compile are
-                lab.notes.append(
-                    f"{name} with torch.compile fails: {(str(error).strip() or repr(error)).splitlines()[0]}"
-                )
-                continue
-            note = f"the first time, compiling included, took {first:.1f} s of wall time"
-            rows.append(row("compile", f"{name} with / without", times["with"], times["without"], note=note))
-    return rows
-
-
 def decoder_of(model: Any) -> Any:
     """The part of a PEFT causal language model below its head."""
     return model.get_base_model().get_decoder()
@@ -309,9 +271,8 @@ MEASURES: dict[str, Callable[[Lab], list[Row]]] = {
     "end": end_to_end,
     "growth": growth,
     "stacked": stacked,
-    "compile": compiled,
 }
-DEFAULT = tuple(name for name in MEASURES if name not in ("batches", "compile", "stacked"))
+DEFAULT = tuple(name for name in MEASURES if name not in ("batches", "stacked"))
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -322,7 +283,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--only",
         default=",".join(DEFAULT),
-        help=f"any of {', '.join(MEASURES)}; all but batches, compile and stacked by default",
+        help=f"any of {', '.join(MEASURES)}; all but batches and stacked by default",
     )
     parser.add_argument(
         "--policy",

@@ -236,28 +236,6 @@ class TestMeasures:
         monkeypatch.setattr(speed, "child", lambda arguments: (seconds[arguments[-1]], ""))
         assert [one.ratio for one in speed.start_up(lab)] == [0.25, 0.5, 1.5]
 
-    def test_compile_runs_on_the_same_adapter_and_leaves_the_decoder_as_it_was(
-        self, lab: speed_lab.Lab, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        calls = []
-
-        def compile_to(function: Callable[..., Any], dynamic: bool) -> Callable[..., Any]:
-            return lambda *arguments, **named: calls.append(dynamic) or function(*arguments, **named)
-
-        monkeypatch.setattr(torch, "compile", compile_to)
-        found = ratios(speed.compiled(lab))
-        assert found == {"step with / without": 1.0, "probe with / without": 1.0}
-        assert calls
-        assert "forward" not in vars(lab.session.backbone.model.get_decoder())
-
-    def test_compile_that_fails_is_one_line(self, lab: speed_lab.Lab, monkeypatch: pytest.MonkeyPatch) -> None:
-        def broken(*_: Any, **__: Any) -> None:
-            raise RuntimeError("no compiler\nand much more")
-
-        monkeypatch.setattr(torch, "compile", lambda function, dynamic: broken)
-        assert speed.compiled(lab) == []
-        assert lab.notes == [f"{name} with torch.compile fails: no compiler" for name in ("step", "probe")]
-
 
 class TestCommand:
     def test_it_writes_one_table_and_all_figures(
