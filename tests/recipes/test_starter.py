@@ -202,10 +202,7 @@ def test_the_controller_follows_the_final_run(count: int, start: Callable[..., P
     text = file.read_text(encoding="utf-8")
     if recipe.data.target.dev:
         assert steps == [number * train for number in range(6)]  # before training and after each of five epochs
-        assert (stage.policy, stage.rounds) == (
-            PRESETS["spread"].policy,
-            replace(PRESETS["spread"].rounds, pool="both"),
-        )
+        assert (stage.policy, stage.rounds) == (PRESETS["spread"].policy, PRESETS["spread"].rounds)
         assert "after each epoch, 6 at most" in text
     else:
         assert min(steps) >= 0.5 * stage.training.steps(train)
