@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from grasp_lora.bench.all_rows import _AllRowsBench, _epochs
 from grasp_lora.bench.run_folder import Delivered
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
-from grasp_lora.bench.store import Record, Store
+from grasp_lora.bench.store import Store
 from grasp_lora.errors import DivergedError, Interrupted, RecipeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.reading import read_adapter
@@ -92,9 +93,9 @@ def test_what_was_chosen_is_trained_again_on_every_row_but_those_of_the_test(
         assert (training.patience, training.keep) == (None, "last")
     for part, _, dev, _ in trainings[:first]:  # what the choice rests on was trained on 10 rows and judged on others
         assert len(dev) == {"source": 4, "controller": 0}.get(part, 6)
-    epochs = metrics["all_rows"]["epochs"]
+    steps = metrics["all_rows"]["steps"]
     assert metrics["all_rows"]["rows"] == 20
-    assert [int(training.epochs) for *_, training in again[first:]] == [count for count in epochs.values() if count]
+    assert [training.steps(20) for *_, training in again[first:]] == [count for count in steps.values() if count]
     assert metrics["systems"]["all_rows"]["dev_loss"] is None
     assert metrics["systems"]["all_rows"]["test_loss"] != metrics["systems"][winner]["test_loss"]
     own = Path("again", "final" if winner == "grasp" else winner, WEIGHTS).read_bytes()
@@ -121,24 +122,23 @@ def test_the_adapter_is_that_of_a_plain_training_on_all_rows(
     tiny_workspace: Path, choose: Callable[[str], None]
 ) -> None:
     choose("target")
-    epochs = api.run("tiny.yaml", AGAIN, "again").metrics.all_rows.epochs["target"]
+    steps = api.run("tiny.yaml", AGAIN, "again").metrics.all_rows.steps["target"]
     session = Session(*load_recipe("tiny.yaml", AGAIN))
     splits, own = session.splits, session.recipe.target.training
     rows = (*splits.train, *splits.dev, *splits.micro_dev)
-    plain = TrainingSettings(epochs=epochs, learning_rate=own.learning_rate, patience=None, keep="last")
-    weights, _ = session.train_adapter("target", rows, (), plain, tiny_workspace / "plain")
+    plain = replace(own, epochs=_epochs(steps, own, len(rows)), patience=None, keep="last")
+    weights, facts = session.train_adapter("target", rows, (), plain, tiny_workspace / "plain")
+    assert facts.steps == steps
     assert equal(weights, read_adapter("again/adapter").weights)
 
 
-@pytest.mark.parametrize(
-    ("best", "examples", "accumulation", "epochs"),
-    [(0, 10, 1, 0), (1, 10, 1, 1), (14, 10, 1, 1), (16, 10, 1, 2), (30, 10, 1, 3), (3, 10, 4, 1), (8, 10, 4, 3)],
-)
-def test_the_epochs_are_the_whole_ones_nearest_to_the_best_step(
-    best: int, examples: int, accumulation: int, epochs: int
-) -> None:
-    record = Record("target", "", {}, {"best_step": best}, 0.0)
-    assert _epochs(record, TrainingSettings(accumulation=accumulation), examples) == epochs
+@pytest.mark.parametrize("accumulation", [1, 3, 4])
+def test_the_epochs_give_the_steps_that_were_chosen(accumulation: int) -> None:
+    for examples in (1, 7, 45, 66, 100, 331):
+        for steps in (1, 2, 5, 25, 49, 75, 100, 331, 750):
+            epochs = _epochs(steps, TrainingSettings(accumulation=accumulation), examples)
+            assert TrainingSettings(accumulation=accumulation, epochs=epochs).steps(examples) == steps
+    assert _epochs(0, TrainingSettings(), 7) == 0
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_where_there_is_nothing_to_train_one_line_says_so(
     assert result.status == 0, result.err
     metrics = read("again/metrics.json")
     assert "all_rows" not in metrics["systems"]
-    assert not metrics["all_rows"].get("epochs")
+    assert not metrics["all_rows"].get("steps")
     [line] = [line for line in result.out.splitlines() if "once more on all rows:" in line]
     assert reason in line
     place = Path("run/source") if winner == "source" else Path("again", winner)
@@ -179,7 +179,7 @@ def test_a_final_run_that_was_discarded_leaves_the_pruned_merge(
     result = api.run("tiny.yaml", [*AGAIN, "final.training.learning_rate=1e-30"], "again")
     facts = result.metrics.all_rows
     assert facts is not None
-    assert facts.epochs["grasp"] == 0 < facts.epochs["target"]
+    assert facts.steps["grasp"] == 0 < facts.steps["target"]
     weights = read_adapter("again/adapter").weights
     zeros = sum(int((getattr(pair, factor) == 0).sum()) for pair in weights.values() for factor in "AB")
     size = sum(getattr(pair, factor).numel() for pair in weights.values() for factor in "AB")
@@ -244,7 +244,7 @@ def test_a_training_that_fails_leaves_what_was_chosen(
 def test_grasps_result_is_trained_again_where_the_recipe_asks_for_it(tiny_workspace: Path) -> None:
     result = api.run("tiny.yaml", [*AGAIN, "final.deliver=grasp"], "again")
     assert result.metrics.handed_over == "all_rows"
-    assert set(result.metrics.all_rows.epochs) == {"target", "grasp"}
+    assert set(result.metrics.all_rows.steps) == {"target", "grasp"}
     assert Path("again/adapter", WEIGHTS).read_bytes() == Path("again/all_rows", WEIGHTS).read_bytes()
 
 

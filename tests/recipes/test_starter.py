@@ -212,14 +212,14 @@ def test_the_controller_follows_the_final_run(count: int, start: Callable[..., P
 
 
 @pytest.mark.parametrize(("count", "on"), [(39, None), (40, None), (60, None), (80, "auto"), (216, "auto")])
-def test_with_rows_to_train_on_and_to_choose_by_the_target_adapter_is_trained_both_ways(
+def test_with_few_rows_the_adapters_are_trained_apart_and_the_result_once_more_on_all(
     count: int, on: str | None, start: Callable[..., Path]
 ) -> None:
     file = start(write(Path("t.jsonl"), completion(count)))
     recipe, _ = load_recipe(file)
     assert recipe.target.on == on
     assert bool(recipe.data.target.dev) is (count >= 40)
-    assert ("better below 30 training rows" in file.read_text()) is (count in (40, 60))
+    assert ("better below 30 training rows" in file.read_text()) is recipe.final.all_rows is (count in (40, 60))
 
 
 def test_too_few_for_a_dev_set_is_said(start: Callable[..., Path]) -> None:

@@ -1,9 +1,10 @@
 """`final.all_rows`: what a run hands over, trained once more on the target's train, dev and micro-dev rows together.
 
-The choice, the learned ratio and the epochs of each training come from the run, so no row is left to stop by: the training goes
-to its end and keeps its last step. Where a first training was discarded (best step 0), so is this one. The test rows stay out.
+The choice, the learned ratio and the optimizer steps of each training come from the run, so no row is left to stop by: a training
+goes to its end and keeps its last step. Where a first training was discarded (best step 0), so is this one. The test stays out.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from grasp_lora.bench.outcomes import Adapter, once
 from grasp_lora.bench.run_folder import AllRows
 from grasp_lora.bench.session import CALIBRATION_EXAMPLES
 from grasp_lora.bench.steps import Bench
-from grasp_lora.bench.store import Record, key_of
+from grasp_lora.bench.store import key_of
 from grasp_lora.data.encode import Example
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSet, MaskSettings
@@ -52,39 +53,39 @@ def train_again(bench: Bench, name: str, chosen: Adapter, prune_ratio: float) ->
         parts["target"] = bench.target, recipe.target.training
     if kind in ("continued", "grasp"):
         parts[kind] = chosen, recipe.final.training
-    epochs = {part: _epochs(one.records[-1], training, len(splits.train)) for part, (one, training) in parts.items()}
+    steps: dict[str, int] = {part: one.records[-1].result["best_step"] for part, (one, _) in parts.items()}
     nothing = ""
     if len(rows) == len(splits.train):
         nothing = "there are no dev and micro-dev rows"
     elif not parts:
         nothing = "no part of it was trained on target rows in this run"
-    elif not any(epochs.values()):
+    elif not any(steps.values()):
         nothing = "its training was discarded (best step 0)"
     if nothing:
         return TrainedAgain(AllRows(why=f"There is nothing to train once more on all rows: {nothing}."))
-    lengths = " and ".join(f"{part} {count}" for part, count in epochs.items() if count)
+    lengths = " and ".join(f"{part} {count}" for part, count in steps.items() if count)
     why = (
         f"The choice was made with {len(splits.train)} training rows. What was chosen was then trained once more on all "
-        f"{len(rows)} rows outside the test set (epochs: {lengths}), and that adapter is handed over."
+        f"{len(rows)} rows outside the test set (optimizer steps: {lengths}), and that adapter is handed over."
     )
+    epochs = {part: _epochs(steps[part], training, len(rows)) for part, (_, training) in parts.items()}
     again = _AllRowsBench(bench, rows, epochs)
-    return TrainedAgain(AllRows(why=why, rows=len(rows), epochs=epochs), again.made(kind, prune_ratio), again)
+    return TrainedAgain(AllRows(why=why, rows=len(rows), steps=steps), again.made(kind, prune_ratio), again)
 
 
-def _epochs(record: Record, training: TrainingSettings, examples: int) -> int:
-    """The whole epochs nearest to the best step of a training, at least one; 0 where no step was better than none."""
-    best = record.result["best_step"]
-    return max(1, round(best / training.steps_per_epoch(examples))) if best else 0
+def _epochs(steps: int, training: TrainingSettings, examples: int) -> float:
+    """Epochs over so many examples that a training makes so many optimizer steps of, since it rounds them up; 0 for none."""
+    return math.nextafter(steps / training.steps_per_epoch(examples), 0.0)
 
 
 class _AllRowsBench(Bench):
     """The bench of a run on all rows: they are its training split, and it has no dev set."""
 
-    def __init__(self, bench: Bench, rows: tuple[Example, ...], epochs: Mapping[str, int]) -> None:
+    def __init__(self, bench: Bench, rows: tuple[Example, ...], epochs: Mapping[str, float]) -> None:
         recipe, self._first, self._epochs = bench.recipe, bench, epochs
         self._final_epochs = epochs.get("continued", epochs.get("grasp", 0))
         changes = {
-            name: replace(stage, training=replace(stage.training, epochs=float(count)))
+            name: replace(stage, training=replace(stage.training, epochs=count))
             for name, stage, count in (
                 ("target", recipe.target, epochs.get("target")),
                 ("final", recipe.final, self._final_epochs),

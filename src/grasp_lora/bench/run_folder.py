@@ -281,12 +281,12 @@ class AllRows(Shape):
     Args:
         why: a sentence or two.
         rows: how many were trained on; 0 where nothing was.
-        epochs: of each training on them, `target` and the chosen system; 0 where it was left as it was.
+        steps: optimizer steps of each training on them, `target` and the chosen system; 0 where it was left as it was.
     """
 
     why: str
     rows: int = 0
-    epochs: dict[str, int] = {}
+    steps: dict[str, int] = {}
 
 
 class TargetOn(Shape):

@@ -51,7 +51,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     system, metrics = delivered_system(record), record.metrics
     name = metrics.delivered.name if metrics and metrics.delivered else system
     kind = name.partition("_")[0]
-    again = metrics.all_rows.epochs if metrics and metrics.all_rows else {}
+    again = metrics.all_rows.steps if metrics and metrics.all_rows else {}
     sides = PARTS.get(kind, ("source", "target"))
     for side in sides:
         weights = run_folder / side / WEIGHTS_FILE
