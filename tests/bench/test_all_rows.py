@@ -106,11 +106,15 @@ def test_what_was_chosen_is_trained_again_on_every_row_but_those_of_the_test(
         row["id"] for row in map(json.loads, Path("again/evaluation/all_rows.jsonl").read_text().splitlines())
     } == set(ids["test"])
     sentence = "The choice was made with 10 training rows."
+    after, before = (metrics["systems"][name]["metrics"]["rougeL"] for name in ("all_rows", winner))
+    scores = f"Test ROUGE-L {after:.1f}; {before:.1f} before."
     for text in (
         result.out,
         *(Path("again", name).read_text() for name in ("report.md", "report.html", "adapter/README.md")),
     ):
         assert sentence in text
+        assert scores in text
+        assert "trained once more on all rows." in text
     card = Path("again/adapter/README.md").read_text(encoding="utf-8")
     assert ("trained again on all rows" in card) == (winner != "continued")
     page = Path("again/report.html").read_text(encoding="utf-8")

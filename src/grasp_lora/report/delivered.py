@@ -5,8 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grasp_lora.bench.compare import LEAST_TEST
-from grasp_lora.bench.run_folder import ADAPTER_FOLDER, FINAL_FOLDER, PROMPT_FILE, Delivered, TargetOn
+from grasp_lora.bench.planned import main_metric
+from grasp_lora.bench.run_folder import (
+    ADAPTER_FOLDER,
+    ALL_ROWS,
+    FINAL_FOLDER,
+    PROMPT_FILE,
+    Delivered,
+    Metrics,
+    TargetOn,
+)
 from grasp_lora.report.run_record import RunRecord
+from grasp_lora.report.tables import METRIC_NAMES, score_digits
 
 MADE = {
     "continued": "a source adapter was trained on in the target language",
@@ -23,11 +33,26 @@ NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
 PARTS = {"continued": ("source",), "source": ("source",), "target": ("target",)}  # of all others both
 
 
-def verdict(delivered: Delivered) -> str:
+def verdict(delivered: Delivered, metrics: Metrics) -> str:
     """Say which adapter to take; `Delivered.why` has the reason."""
+    taken = delivered.title + (", trained once more on all rows" if metrics.handed_over == ALL_ROWS else "")
     if delivered.nothing_learned:
-        return f"{NOTHING_LEARNED} Handed over all the same: {delivered.title}."
-    return f"Take this adapter: {delivered.title}."
+        return f"{NOTHING_LEARNED} Handed over all the same: {taken}."
+    return f"Take this adapter: {taken}."
+
+
+def trained_again(metrics: Metrics) -> str | None:
+    """What became of `final.all_rows`, with the test score after it and before; None where the recipe does not ask for it."""
+    if metrics.all_rows is None:
+        return None
+    after, before = (
+        metrics.systems.get(name or "") for name in (ALL_ROWS, metrics.delivered and metrics.delivered.name)
+    )
+    metric = main_metric(list(after.metrics)) if after else ""
+    scores = [one.metrics.get(metric) for one in (after, before) if one]
+    shown = [f"{score:.{score_digits(metric, scores, 1)}f}" for score in scores if score is not None]
+    said = f" Test {METRIC_NAMES.get(metric, metric)} {shown[0]}; {shown[1]} before." if len(shown) == 2 else ""
+    return metrics.all_rows.why + said
 
 
 def chosen(record: RunRecord) -> Delivered | None:
