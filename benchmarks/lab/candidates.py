@@ -31,7 +31,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Store
 from grasp_lora.cli.terminal import log_to_terminal
-from grasp_lora.errors import GraspError
+from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.recipes.load import load_recipe
@@ -129,6 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_terminal(False)
     try:
         session = Session(*load_recipe(given.recipe, given.set))
+        if session.recipe.merge.rule != "exact":
+            raise RecipeError(f"merge.rule is {session.recipe.merge.rule!r}; the sum is that of exact: leave it out")
         check(session)
         with working_in(given.output) as place:
             place.begin(shared=True)

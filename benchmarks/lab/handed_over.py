@@ -10,6 +10,8 @@ The best in hindsight owes a part to chance: its own test rows chose it. So ther
 parent and the other half judges, the mean of many such halves. It needs the run's answers in `evaluation/`.
 
 A second table has what whoever always takes the same adapter would have had: its mean score, and what was handed over minus it.
+Where runs end with a last training on all rows (`final.all_rows`), it also has what they chose before that, and a last line has
+what that training does to the test loss. `--chosen` takes the choice in place of what was handed over.
 """
 
 import argparse
@@ -26,7 +28,7 @@ from scipy.stats import t
 from verdict import PARENTS
 
 from grasp_lora.bench.planned import main_metric
-from grasp_lora.bench.run_folder import Metrics, predictions_file, read_metrics
+from grasp_lora.bench.run_folder import ALL_ROWS, Metrics, predictions_file, read_metrics
 from grasp_lora.errors import GraspError
 
 FEWEST = 3  # runs that an interval needs
@@ -39,6 +41,13 @@ def scores_of(metrics: Metrics) -> dict[str, float]:
     name = main_metric(list(metrics.systems["grasp"].metrics))
     scores = {system: float(one.metrics[name] or 0.0) for system, one in metrics.systems.items()}
     return {"continued": scores["source"]} | scores
+
+
+def as_chosen(metrics: Metrics) -> Metrics:
+    """A run as it was before a last training on all rows."""
+    return metrics.model_copy(
+        update={"systems": {name: one for name, one in metrics.systems.items() if name != ALL_ROWS}}
+    )
 
 
 def row(metrics: Metrics) -> tuple[str, list[float]]:
@@ -56,7 +65,22 @@ def always(runs: Sequence[Metrics]) -> list[list[str]]:
     for name in [name for name in ALWAYS if all(name in own for own in scores)]:
         apart = [ours - own[name] for ours, own in zip(handed_over, scores, strict=True)]
         rows.append([name, f"{fmean(own[name] for own in scores):.1f}", shown(apart)])
+    if all(ALL_ROWS in one.systems for one in runs):
+        before = [own[as_chosen(one).handed_over] for own, one in zip(scores, runs, strict=True)]
+        apart = [ours - own for ours, own in zip(handed_over, before, strict=True)]
+        rows.append(["the choice, before the last training", f"{fmean(before):.1f}", shown(apart)])
     return rows
+
+
+def last_training(runs: Sequence[Metrics]) -> str:
+    """What the last training on all rows does to the test loss, as a line; nothing where not all runs have one."""
+    if not all(ALL_ROWS in one.systems for one in runs):
+        return ""
+    losses = [
+        (one.systems[ALL_ROWS].test_loss or 0.0) - (one.systems[as_chosen(one).handed_over].test_loss or 0.0)
+        for one in runs
+    ]
+    return f"\nThe last training moves the test loss by {shown(losses, 3)} nats.\n"
 
 
 def judged_apart(folder: Path, metrics: Metrics) -> float | None:
@@ -80,20 +104,24 @@ def judged_apart(folder: Path, metrics: Metrics) -> float | None:
     return fmean(found) if found else None
 
 
-def shown(values: Sequence[float]) -> str:
+def shown(values: Sequence[float], digits: int = 1) -> str:
     """The mean of differences, and its half-width where there are enough of them."""
     if len(values) < FEWEST:
-        return f"{fmean(values):+.1f}"
-    return f"{fmean(values):+.1f} ± {t.ppf(0.975, len(values) - 1) * stdev(values) / sqrt(len(values)):.1f}"
+        return f"{fmean(values):+.{digits}f}"
+    half = t.ppf(0.975, len(values) - 1) * stdev(values) / sqrt(len(values))
+    return f"{fmean(values):+.{digits}f} ± {half:.{digits}f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the runs and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--chosen", action="store_true", help="as it was before a last training on all rows")
     given = parser.parse_args(arguments)
     try:
         metrics = {folder: read_metrics(folder) for folder in given.folders}
+        if given.chosen:
+            metrics = {folder: as_chosen(one) for folder, one in metrics.items()}
         found = {folder: (*row(one), judged_apart(folder, one)) for folder, one in metrics.items()}
     except GraspError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -110,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     heads = ["run", "handed over", "score", *(f"minus {one}" for one in minus)]
     sys.stdout.write(table(heads, rows) + "\n\n")
     sys.stdout.write(table(["always", "score", "handed over minus it"], always(list(metrics.values()))) + "\n")
+    sys.stdout.write(last_training(list(metrics.values())))
     return 0
 
 

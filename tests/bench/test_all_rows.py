@@ -122,12 +122,22 @@ def test_what_was_chosen_is_trained_again_on_every_row_but_those_of_the_test(
     assert "The chosen one, on all rows" in page.partition('<tr class="chosen">')[2][:80]
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("target.training.accumulation=3",),
+        ("target.training.batch_size=4",),
+        ("target.training.keep=last", "target.training.patience=null"),
+    ],
+)
 def test_the_adapter_is_that_of_a_plain_training_on_all_rows(
-    tiny_workspace: Path, choose: Callable[[str], None]
+    changes: tuple[str, ...], tiny_workspace: Path, choose: Callable[[str], None]
 ) -> None:
     choose("target")
-    steps = api.run("tiny.yaml", AGAIN, "again").metrics.all_rows.steps["target"]
-    session = Session(*load_recipe("tiny.yaml", AGAIN))
+    given = [*AGAIN, *changes]
+    steps = api.run("tiny.yaml", given, "again").metrics.all_rows.steps["target"]
+    session = Session(*load_recipe("tiny.yaml", given))
     splits, own = session.splits, session.recipe.target.training
     rows = (*splits.train, *splits.dev, *splits.micro_dev)
     plain = replace(own, epochs=_epochs(steps, own, len(rows)), patience=None, keep="last")
@@ -280,7 +290,7 @@ def test_check_counts_it(tiny_workspace: Path, cli: Callable[..., Any]) -> None:
         out = cli("check", "tiny.yaml", *(part for one in changes for part in ("--set", one))).out
         return int(out.partition("at most ")[2].partition(" training examples")[0])
 
-    assert trained(*AGAIN) - trained(*BEST) == (3 + 2) * 20
+    assert trained(*AGAIN) - trained(*BEST) == (3 + 2) * 10  # as many steps as on the 10 training rows
 
 
 def test_a_finished_run_goes_on_to_all_rows_and_back(tiny_workspace: Path, choose: Callable[[str], None]) -> None:

@@ -126,7 +126,7 @@ def test_a_run_that_is_stopped_in_the_training_goes_on_to_the_same_bits(
 def test_the_last_training_on_all_rows_lies_on_the_source_adapter_too(tiny_workspace: Path) -> None:
     result = api.run("tiny.yaml", [ON, "final.all_rows=true"], "again")
     assert result.metrics.all_rows is not None
-    assert set(result.metrics.all_rows.epochs) == {"target", "grasp"}
+    assert set(result.metrics.all_rows.steps) == {"target", "grasp"}
     assert result.metrics.handed_over == "all_rows"
 
 

@@ -57,6 +57,7 @@ def test_the_table_has_a_row_for_each_candidate(tiny_workspace: Path, capsys: py
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] != []
     assert {line.split(" | ")[0].strip("| ") for line in lines[2:]} == {"continued", "source", "sum"}
+    assert candidates.main([*asked, "--set", "merge.rule=svd"]) == 2
     assert candidates.main([*asked, "--set", "nosuch=1"]) == 2
     assert "error: " in capsys.readouterr().err
 

@@ -164,6 +164,10 @@ def prepared(session: Session, folder: Path, folds: int | None = None) -> Sessio
         _check_can_be_cut(recipe.data)
     if (given := recipe.final.prune_ratio) is not None:
         logger.warning("final.prune_ratio is left aside: rows learn their own, and --grid %g has that one", given)
+    if recipe.final.all_rows:
+        logger.warning(
+            "final.all_rows is left aside: the row 'delivered' is what a run chooses, before that last training"
+        )
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
     check_place(folder)
     session = Session(recipe, session.base, session.progress, None if folds is None else Fold(1, folds))

@@ -1,6 +1,6 @@
 """Every method of the comparison, a few steps on a `Bench` each: the rows of the table.
 
-Choices are made on the dev or micro-dev split; the one exception says so in its title.
+Choices are made on the dev or micro-dev split.
 Paper: baselines of the main table; more that a reviewer would ask for.
 """
 

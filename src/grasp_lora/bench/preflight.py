@@ -328,7 +328,7 @@ def _cost(recipe: Recipe, sizes: dict[str, int]) -> tuple[float, int]:
     trained += runs * recipe.final.training.epochs * sizes["train"]
     if recipe.final.all_rows:
         epochs = recipe.final.training.epochs + (0.0 if recipe.target.adapter else recipe.target.training.epochs)
-        trained += epochs * sum(sizes[name] for name in ("train", "dev", "micro_dev"))
+        trained += epochs * sizes["train"]  # as many steps as before, whatever the rows
     if recipe.final.prune_ratio is None:
         stage = recipe.controller
         trained += stage.policy.copies * stage.training.epochs * sizes["train"]

@@ -78,20 +78,20 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         from grasp_lora import api
         from grasp_lora.bench.run_folder import DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
         from grasp_lora.cli.progress import TerminalProgress
-        from grasp_lora.report.delivered import next_steps, predict_command, trained_again, verdict
+        from grasp_lora.report.delivered import next_steps, predict_command, reason, trained_again, verdict
         from grasp_lora.report.run_record import read_run
     with shown(TerminalProgress(console, answers)) as progress:
         result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
     print_scores(result.metrics)
     if result.delivered is not None:
         say(verdict(result.delivered, result.metrics), style="bold")
-        say(result.delivered.why)
+        say(reason(result.delivered, result.metrics))
         if again := trained_again(result.metrics):
             say(again)
         if result.delivered.warning:
             say(result.delivered.warning, style="yellow")
     learned = result.delivered is None or not result.delivered.nothing_learned
-    if result.delivered is not None and result.delivered.name != "grasp":
+    if result.delivered is not None and result.metrics.handed_over != "grasp":
         say(f"GRASP's own result lies in {result.folder / FINAL_FOLDER}{':' if learned else ''}")
     ratio, given = result.ratio, result.metrics.prune_ratio_interval is None
     if learned:

@@ -1,8 +1,8 @@
 """When to prune, when to continue, when to train jointly: what was measured says for a recipe's own numbers.
 
 The rule and its measurements: docs/lab/results/README.md, "When to prune". It looks at three things, since only these moved what
-was best: whether dev rows stop the trainings, whether the target adapter is trained on top of the source adapter, and whether the
-rows of the source language are there.
+was best: whether dev rows stop the trainings, whether the target adapter is trained on top of the source adapter, and, where it
+is not, whether the rows of the source language are there.
 """
 
 
@@ -37,7 +37,7 @@ def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool)
             f"{why}, so the training rows are overfitted: prune, as this recipe does; its loss was lower than that of the "
             "unpruned merge and of the continued source adapter wherever it was measured"
         ]
-    if has_source_rows:
+    if has_source_rows and on is None:
         said.append(
             "one adapter trained on both languages (joint) is a strong rival, and takes the time of another source adapter: "
             "try grasp-lora compare RECIPE --seeds 42 --methods joint,continued,grasp"

@@ -210,8 +210,8 @@ class FinalStage:
         deliver: what the run hands over: `best`, which is this run's result where the target adapter is ahead of the source
             adapter, else the source adapter continued on the target rows, unless the dev rows show another to be better; or
             `grasp`, this run's result in any case.
-        all_rows: train what is handed over once more, on the target's train, dev and micro-dev rows together, for the steps that
-            the dev loss had chosen. `compare` and `sweep` leave this aside.
+        all_rows: train what is handed over once more, on the target's train, dev and micro-dev rows together, for as many
+            optimizer steps as the adapter had that was kept. `compare` and `sweep` leave this aside.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

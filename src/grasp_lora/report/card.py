@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from grasp_lora.bench.run_folder import CARD_FILE
+from grasp_lora.bench.run_folder import ALL_ROWS, CARD_FILE
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_template
 from grasp_lora.errors import DataError, RecipeError
@@ -20,7 +20,7 @@ from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
 from grasp_lora.recipes.recipe import TEXTS
 from grasp_lora.recipes.text import parse
 from grasp_lora.report.delivered import MADE, MADE_ON_SOURCE, PARTS, delivered_system
-from grasp_lora.report.pages import languages_of, public_name, render, sizes_of, view_of
+from grasp_lora.report.pages import headline, languages_of, public_name, render, sizes_of, view_of
 from grasp_lora.report.run_record import CorpusFacts, DataRecipe, RunRecord, read_run
 from grasp_lora.report.tables import METRIC_NAMES
 from grasp_lora.storage.files import write_whole
@@ -91,6 +91,8 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "recipe": recipe,
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
     }
+    if system == ALL_ROWS:  # whose scores are not those of the final run
+        context["headline"] = headline(record, None)
     path = adapter_folder / CARD_FILE
     write_whole(path, render("model_card.md.j2", context))
     return path

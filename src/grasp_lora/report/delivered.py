@@ -34,11 +34,17 @@ PARTS = {"continued": ("source",), "source": ("source",), "target": ("target",)}
 
 
 def verdict(delivered: Delivered, metrics: Metrics) -> str:
-    """Say which adapter to take; `Delivered.why` has the reason."""
+    """Say which adapter to take."""
     taken = delivered.title + (", trained once more on all rows" if metrics.handed_over == ALL_ROWS else "")
     if delivered.nothing_learned:
         return f"{NOTHING_LEARNED} Handed over all the same: {taken}."
     return f"Take this adapter: {taken}."
+
+
+def reason(delivered: Delivered, metrics: Metrics) -> str:
+    """Why that one was chosen; its losses are those before a last training on all rows."""
+    why = delivered.why
+    return f"Chosen before that: {why[0].lower()}{why[1:]}" if metrics.handed_over == ALL_ROWS and why else why
 
 
 def trained_again(metrics: Metrics) -> str | None:

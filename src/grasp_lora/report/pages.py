@@ -21,6 +21,7 @@ from grasp_lora.report.delivered import (
     chosen,
     delivered_system,
     predict_command,
+    reason,
     trained_again,
     verdict,
     where_trained,
@@ -101,13 +102,15 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "name": record.run.name,
         "verdict": verdict(delivered, record.metrics) if delivered and record.metrics else None,
         "delivered": delivered,
+        "why_delivered": reason(delivered, record.metrics) if delivered and record.metrics else None,
+        "apart": delivered_system(record) != "grasp",  # so that GRASP's result is another adapter
         "system": delivered_system(record),
         "all_rows": trained_again(record.metrics) if record.metrics else None,
         "target_on": where_trained(record.chosen_on, len(record.sources)) if record.chosen_on else None,
         "warning": handed_over.warning if handed_over else None,
         "predict": predict_command(),
         "has_prompt": not record.in_chat,
-        "headline": _headline(record, against.get("target" if record.target_on is None else "merged")),
+        "headline": headline(record, against.get("target" if record.target_on is None else "merged")),
         "facts": _facts(record),
         "missing": record.missing,
         "ratio": None if record.prune_ratio is None else percent(record.prune_ratio, 1),
@@ -160,7 +163,8 @@ def _beside(record: RunRecord) -> str:
     return "the target adapter alone" if record.target_on is None else "the target adapter on the source adapter"
 
 
-def _headline(record: RunRecord, against: Against | None) -> str:
+def headline(record: RunRecord, against: Against | None) -> str:
+    """What was learned about the ratio and, with `against`, what GRASP's result scores beside another system."""
     learned = record.learned
     prune = "It prunes" if chosen(record) else "Prune"  # the verdict is what says what to do
     if record.given_ratio is not None:
