@@ -165,7 +165,7 @@ def test_a_spreadsheet_becomes_a_checked_recipe(newcomer: Path, cli: Callable[..
     assert result.status == 0, result.err
     shown = (ROOT / "docs" / "how-to" / "spreadsheet.md").read_text(encoding="utf-8")
     told = re.search(
-        r"Of 60 rows (\d+) are for training, (\d+) for dev, (\d+) for probes and (\d+) for the test", shown
+        r"Of 60 rows (\d+) are for training, (\d+) for dev, (\d+) for micro-dev and (\d+) for the test", shown
     )
     assert told is not None
     target = load_recipe("my-examples.yaml")[0].data.target

@@ -20,7 +20,7 @@ SETTINGS: dict[str, Any] = {
 SCORE = {"mean": 1.5, "sd": None, "values": [1.5]}
 COST = dict.fromkeys(("runs", "seconds", "work", "runs_in_all", "seconds_in_all", "work_in_all"), 2.0)
 ROWS: list[dict[str, Any]] = [
-    {"method": "grasp", "title": "GRASP", "unavailable": None, "failed": False, "merges": True, "warning": None, "seeds": 1,
+    {"method": "grasp", "title": "GRASP", "unavailable": None, "failed": False, "merges": True, "seeds": 1,
      "scores": {"test_loss": SCORE, "bertscore": None}, "prune_ratio": SCORE | {"mean": 0.4}, "chosen_on": "dev", "cost": COST,
      "against": {}},
     {"method": "joint", "title": "joint", "unavailable": "no source data", "failed": False, "merges": False},
