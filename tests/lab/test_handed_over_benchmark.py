@@ -61,6 +61,28 @@ def test_a_row_a_run_and_the_means(tmp_path: Path, capsys: pytest.CaptureFixture
     assert always["continued"] == ["46.7", "-1.7 ± 7.2"]  # in the third run the source adapter
 
 
+def test_a_last_training_stands_beside_what_was_chosen_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [
+        run(tmp_path / "1", "grasp", source=40, merged=44, continued=43, grasp=45, all_rows=47),
+        run(tmp_path / "2", "continued", source=40, merged=30, continued=35, grasp=42, all_rows=34),
+    ]
+    file = tmp_path / "1/metrics.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["systems"]["all_rows"]["test_loss"] = 0.8
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert handed_over.main(folders) == 0
+    after = capsys.readouterr().out
+    assert "| 2 | all_rows | 34.0 | -6.0 | -1.0 | -8.0 |" in after.replace(str(tmp_path) + "/", "")
+    assert "| the choice, before the last training | 40.0 | +0.5 |" in after
+    assert "The last training moves the test loss by -0.100 nats." in after
+    assert handed_over.main(["--chosen", *folders]) == 0
+    before = capsys.readouterr().out
+    assert "| 2 | continued | 35.0 | -5.0 | +0.0 | -7.0 |" in before.replace(str(tmp_path) + "/", "")
+    assert "last training" not in before
+
+
 def test_a_folder_without_metrics_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert handed_over.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")
