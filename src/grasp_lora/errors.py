@@ -18,7 +18,7 @@ class DataError(GraspError):
 
 
 class ProbeError(GraspError):
-    """A probe of the controller gave a loss that is not a finite number."""
+    """A loss of an example, or a score of its answer, is not a finite number."""
 
 
 class DivergedError(GraspError):

@@ -61,6 +61,16 @@ def test_data_that_spells_control_tokens_is_warned_of(check: Check) -> None:
     assert "control tokens kept as text 3" in found["target"].text
 
 
+def test_answers_that_exact_match_cannot_tell_apart_are_warned_of(check: Check) -> None:
+    assert "metrics" not in check("metrics=[exact_match]")
+    answers = [" 5", " -5", " 3.14", " 314"]
+    write_rows("target", [{"id": f"n{i}", "prompt": f"p{i}:", "completion": answers[i % 4]} for i in range(60)])
+    found = check("metrics=[exact_match]")["metrics"]
+    assert found.level == "warning"
+    assert "for the same answer" in found.text
+    assert "metrics" not in check("metrics=[rougeL]")
+
+
 def test_a_source_in_the_target_language_is_warned_of(check: Check) -> None:
     found = check("data.source.language=de")["source"]
     assert found.level == "warning"

@@ -29,6 +29,7 @@ from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSet, MaskSettings, survival
 from grasp_lora.method.ranking import prune_count
 from grasp_lora.models.adapters import attached
+from grasp_lora.models.backbone import load_backbone
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
@@ -314,6 +315,19 @@ class TestAgain:
         assert execute() == before
         monkeypatch.setattr("grasp_lora.bench.session.load_backbone", lambda *_: pytest.fail("it is loaded again"))
         assert execute() == before
+
+    def test_a_finished_run_looks_at_its_examples_where_the_chat_template_was_turned_off(
+        self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        loaded: list[Any] = []
+        monkeypatch.setattr(
+            "grasp_lora.bench.session.load_backbone",
+            lambda *given: (loaded.append(given), load_backbone(*given))[1],
+        )
+        before = execute()
+        assert not loaded
+        assert execute("data.chat_template=false") == before  # the rows hold no conversations
+        assert len(loaded) == 1
 
     def test_a_finished_run_sees_that_a_given_adapter_was_changed(
         self, finished_run: Path, cli: Callable[..., Any]

@@ -484,7 +484,7 @@ def test_adapters_of_the_same_name_stay_apart(cli: Cli, tiny_workspace: Path, ad
 
 
 def test_prompts_come_from_standard_input(cli: Cli, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", standard_input(b"one\n\ntwo\nthree\n"))
+    monkeypatch.setattr("sys.stdin", standard_input(b"one\ntwo\nthree\n\n"))
     assert output(cli("predict", "adapter", "--backbone", "tiny-llama", "--max-new-tokens", "2")).count("\n") == 3
 
 
@@ -501,6 +501,7 @@ def test_prompts_come_from_standard_input(cli: Cli, workspace: Path, monkeypatch
             'prompt 1 on standard input must be a JSON text, such as "one\\ntwo", or an object with',
         ),
         (("ok", "\udce9"), b"", "prompt 2 is no valid text"),
+        ((), b"one\n\ntwo\n", "prompt 2 is empty"),  # without it lines of answers would not be those of the prompts
     ],
 )
 def test_prompts_that_are_no_text_are_refused(
@@ -529,6 +530,8 @@ def test_an_adapter_is_asked_and_answers_as_it_was_trained(
     assert prompts == ["<bos>a\nb", "<bos>c"]  # one BOS token each
     assert (settings.max_new_tokens, settings.stop) == (7, ())
 
+    assert "answer 1 has several lines, so lines are not answers; --jsonl" in cli(*ask, "a", "b").err
+    assert "several lines" not in cli(*ask, "a").err
     output(cli(*ask, "x", "--stop", "#", "--max-new-tokens", "3"))
     assert (asked[-1][1].max_new_tokens, asked[-1][1].stop) == (3, ("#",))
     assert "leave --chat out" in refusal(cli(*ask, "x", "--chat"))

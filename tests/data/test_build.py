@@ -195,6 +195,17 @@ class TestEncoding:
         )
         assert first == second
 
+    def test_an_end_token_that_a_template_writes_at_its_end_stays(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", EOS)]
+        )
+        for one in (tiny_tokenizer, tokenizer):
+            (e,) = self.encoder(one, template=Template("{context}<eos>", "{answer}")).encode(
+                [self.record()], ["g"], Tally()
+            )
+            assert [token for token in e.prompt_ids if token < 4] == [1, EOS]
+
     def test_too_long_is_dropped_and_counted(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         (fits,) = self.encoder(tiny_tokenizer).encode([self.record()], ["g"], Tally())
         length = len(fits.prompt_ids) + len(fits.completion_ids)
@@ -739,7 +750,21 @@ class TestGivenSplits:
         files = self.files(write)
         del files["micro_dev_files"]
         with pytest.raises(DataError, match=r"asked for micro_dev 16, dev the rest .*dev got 0"):
-            self.build(tiny_tokenizer, tmp_path, **files)
+            self.build(tiny_tokenizer, tmp_path, **files, micro_dev=16)
+
+    def test_micro_dev_leaves_the_other_split_most_of_the_rows(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        files = self.files(write)
+        del files["micro_dev_files"]
+        splits = self.build(tiny_tokenizer, tmp_path, **files)
+        assert (len(splits.micro_dev), len(splits.dev), len(splits.train)) == (2, 4, 9)
+        files["dev_files"] = (write("many.jsonl", prompt_rows(range(40, 100))),)
+        splits = self.build(tiny_tokenizer, tmp_path, **files)
+        assert (len(splits.micro_dev), len(splits.dev)) == (16, 44)
+        del files["dev_files"]
+        splits = self.build(tiny_tokenizer, tmp_path, **files)
+        assert (len(splits.micro_dev), len(splits.train)) == (3, 6)
 
     def test_overlaps_are_errors(
         self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path

@@ -93,6 +93,7 @@ def test_the_first_sheet_that_is_shown_or_the_one_that_is_named(tmp_path: Path) 
             r"a date or time in the format 'dd/mm/yyyy', .*save the sheet as CSV",
         ),
         (0.25, "0%", r"a number or truth value in the format '0%'"),
+        (1.7, "0", r"a number or truth value in the format '0'"),  # which shows 2
         (True, "General", r"a number or truth value"),
         ("=1+1", "General", r"a formula without a value: open the workbook"),
         ("#N/A", "General", r"the error '#N/A'"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM, RwkvConfig, RwkvForCausalLM
 
-from grasp_lora.errors import DataError
+from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models import choosing
 from grasp_lora.models.choosing import label_scores
 from grasp_lora.models.settings import GenerationSettings
@@ -75,3 +75,10 @@ def test_a_prompt_is_read_once_for_all_labels(make_tiny_model, monkeypatch) -> N
 def test_a_label_has_to_fit_behind_the_prompt(make_tiny_model) -> None:
     with pytest.raises(DataError, match="Prompt 0 has 510 tokens"):
         label_scores(make_tiny_model("llama"), [[5] * 510], LABELS, GenerationSettings())
+
+
+def test_a_model_that_overflows_chooses_no_label(make_tiny_model) -> None:
+    model = make_tiny_model("llama")
+    torch.nn.init.constant_(model.model.norm.weight, float("inf"))
+    with pytest.raises(ProbeError, match=r"scores are no numbers.*set backbone\.dtype to float32"):
+        label_scores(model, [[5, 6]], LABELS, GenerationSettings())

@@ -16,7 +16,7 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from grasp_lora.errors import DataError
+from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models import generation as generation_module
 from grasp_lora.models.backbone import without_peft
 from grasp_lora.models.generation import _TOKENS_BETWEEN, Reader, generate
@@ -233,6 +233,13 @@ def test_global_random_state_is_not_touched(make_tiny_model, tiny_tokenizer):
     state = torch.get_rng_state()
     generate(model, tiny_tokenizer, make_prompts(2), GenerationSettings(max_new_tokens=2))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_model_that_overflows_gives_no_answers(make_tiny_model, tiny_tokenizer):
+    model = make_tiny_model("llama")
+    torch.nn.init.constant_(model.model.norm.weight, float("inf"))
+    with pytest.raises(ProbeError, match="scores are no numbers"):
+        generate(model, tiny_tokenizer, make_prompts(2), GenerationSettings())
 
 
 def test_no_prompts_give_no_answers(make_tiny_model, tiny_tokenizer):

@@ -515,6 +515,15 @@ def test_examples_come_with_prompt_and_marks_those_first_in_which_systems_differ
     assert page.count('<div class="text" dir="auto" lang="de">prompt ') == 8
 
 
+def test_examples_of_one_id_have_each_its_own_prompt(run_folder: Path) -> None:
+    score(run_folder, target=[0.0] * 8, grasp=[0.0] * 8)
+    for file in (run_folder / "evaluation").iterdir():
+        change_lines(file, lambda number, row: row | {"id": "x.csv:1"})
+    change_lines(run_folder / "evaluation" / "prompts.jsonl", lambda number, row: row | {"prompt": f"prompt {number}"})
+    found = examples_of(read_run(run_folder))
+    assert {one.number: one.prompt for one in found.shown} == {number + 1: f"prompt {number}" for number in range(8)}
+
+
 def test_of_many_examples_twenty_are_shown_and_systems_that_answered_others_are_left_out(run_folder: Path) -> None:
     score(run_folder, source=[0.0] * 8, target=[0.0] * 8, grasp=[0.0] * 8)
     for file in (run_folder / "evaluation").iterdir():

@@ -68,6 +68,8 @@ def inputs_of(recipe: Recipe, base: Path) -> dict[str, str]:
         listing = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(backbone.iterdir())]
         found["backbone"] = hashlib.sha256(repr(listing).encode()).hexdigest()
     code: dict[str, str] = plain(recipe.model_dump()).get("own_code", {})
+    # The hash of a recipe takes "where the rows ask for it" and "never" for one; the examples tell them apart.
+    found["data.chat_template"] = str(recipe.data.chat_template)
     return found | {f"code.{name}": digest for name, digest in code.items()}
 
 

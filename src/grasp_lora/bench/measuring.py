@@ -76,6 +76,8 @@ class Measuring(Keyed):
         generation = {"max_new_tokens": answers_by.max_new_tokens, "stop": answers_by.stop}
         if not answers_by.allow_empty:  # as the records say that were made when every answer could be empty
             generation["allow_empty"] = False
+        if len(self.session.backbone.stop_ids) > 1:  # beside the one of the tokenizer, which the data's hash holds
+            generation["ends"] = self.session.backbone.stop_ids
         asked = self._measured(adapter, data=self._data("test"), revision=REVISIONS["scores"], generation=generation)
         if self.session.splits.labels:
             del asked["generation"]  # nothing is written

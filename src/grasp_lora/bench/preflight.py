@@ -25,6 +25,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import Example, Tally
 from grasp_lora.data.splits import SPLITS, group_size
 from grasp_lora.errors import GraspError
+from grasp_lora.evaluation.answers import taken_for_one
 from grasp_lora.models.backbone import skeleton, supports_logits_to_keep
 from grasp_lora.models.precision import find_dtype, is_quantised, stored_bytes
 from grasp_lora.recipes.advice import advice
@@ -107,8 +108,7 @@ def _doubtful(session: Session) -> list[Finding]:
     recipe, splits = session.recipe, session.splits
     found = []
     tallies = [tally for tally in (splits.report.source, splits.report.target) if tally is not None]
-    numbers = splits.report.numbers_as_ids
-    excluded = sum(tally.excluded_for_leak for tally in tallies)
+    numbers, excluded = splits.report.numbers_as_ids, sum(tally.excluded_for_leak for tally in tallies)
     if numbers and excluded:
         text = (
             f"{numbers} ids are whole numbers that stand in source and target, so they count as the same questions, and source "
@@ -166,9 +166,8 @@ def _doubtful(session: Session) -> list[Finding]:
     parents = [adapter.sha256 for adapter in session.existing_adapters.values()]
     given = len(recipe.source.adapters) + (recipe.target.adapter is not None)
     if len(set(parents)) < given:
-        found.append(
-            Finding("warning", "adapter", "the same adapter is given more than once, so it is merged with itself")
-        )
+        text = "the same adapter is given more than once, so it is merged with itself"
+        found.append(Finding("warning", "adapter", text))
     return found
 
 
@@ -206,7 +205,17 @@ def _cut_answers(session: Session) -> list[Finding]:
     if cut := [stop for stop in generation.stop if _cuts_all_references(test, stop)]:
         text = f"generation.stop {cut} ends answers that test references go on after; their scores cannot be full"
         found.insert(0, Finding("warning", "stop", f"{text}; set generation.stop to []"))
-    return found
+    return [*found, *_answers_alike(session)]
+
+
+def _answers_alike(session: Session) -> list[Finding]:
+    """Warn of a metric that was made for questions, where answers are something else, such as numbers or code."""
+    references = (text for example in session.splits.test for text in example.references)
+    pair = taken_for_one(references, session.language) if session.recipe.data.task == "completion" else None
+    if pair is None or "exact_match" not in session.metrics:
+        return []
+    text = f"exact_match drops marks and articles, so it takes {pair[0]!r} and {pair[1]!r} for the same answer"
+    return [Finding("warning", "metrics", f"{text}; set metrics to others, or to one of your own")]
 
 
 def _answers_too_long(test: Sequence[Example], most: int) -> list[Finding]:

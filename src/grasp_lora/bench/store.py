@@ -238,20 +238,19 @@ class Store:
         Raises:
             RecipeError: it is damaged.
         """
-        key = key_of(step, settings)
+        return self._read(step, key_of(step, settings))
+
+    def _read(self, step: str, key: str) -> Record | None:
         file = self._file(step, key)
         return _read(file, key) if file.is_file() else self._packed.get(key)
 
     def _find(self, step: str, key: str) -> Record | None:
-        file = self._file(step, key)
-        if not file.is_file():
-            return self._packed.get(key)
         work = self.folder / WORK / key
         # A kill may have come after the record was written; but another process may make a lost adapter again.
-        if work.exists():
+        if work.exists() and self._file(step, key).is_file():
             with suppress(Busy), only_writer(work, beside=True):
                 shutil.rmtree(work, ignore_errors=True)
-        return _read(file, key)
+        return self._read(step, key)
 
     def _file(self, step: str, key: str) -> Path:
         return self.folder / RECORDS / f"{_file_name(step)}-{key}.json"

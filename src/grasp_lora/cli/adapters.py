@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from grasp_lora.cli.terminal import loading, log_to_terminal, print_error, say
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.text.display import SURROGATES, escaped, listed, quoted
 
+logger = logging.getLogger(__name__)
 _export = OptionsOf("grasp_lora.models.export", "ExportSettings")
 
 
@@ -100,6 +102,12 @@ def predict(
     on_terminal = sys.stdout.isatty()
     if not on_terminal and isinstance(sys.stdout, io.TextIOWrapper):  # else what Windows takes for a pipe's encoding
         sys.stdout.reconfigure(encoding="utf-8")
+    if rows is None and len(answers) > 1 and not (on_terminal or jsonl):
+        broken = [number for number, answer in enumerate(answers, start=1) if "\n" in answer]
+        if broken:
+            logger.warning(
+                "answer %d has several lines, so lines are not answers; --jsonl writes one a line", broken[0]
+            )
     for answer in answers:
         sys.stdout.write((escaped(answer) if on_terminal else answer) + "\n")
 
@@ -146,10 +154,12 @@ def _prompts_on_standard_input(jsonl: bool) -> list[str]:
             raise DataError(
                 f"line {number} on standard input is not UTF-8 ({error.reason}); convert it first"
             ) from None
-        if line.strip():
-            lines.append(line.rstrip("\r\n"))
+        lines.append(line.rstrip("\r\n"))
+    while lines and not lines[-1].strip():
+        lines.pop()
     if not jsonl:
-        return lines
+        return lines  # a blank one among them is refused, since answers stand line by line beside prompts
+    lines = [line for line in lines if line.strip()]
     prompts = []
     for number, line in enumerate(lines, start=1):
         try:

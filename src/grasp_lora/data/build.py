@@ -187,9 +187,10 @@ def _read_corpus(
         return pool
 
     if corpus.explicit:
-        return [
-            Share(read(files(names)), counts, tuple(counts)) for names, counts in _given_splits(corpus, role) if names
-        ]
+        given = [(read(files(names)), counts) for names, counts in _given_splits(corpus, role) if names]
+        if corpus.micro_dev is None:
+            given = [(pool, _leaving_most(counts, len(pool.records))) for pool, counts in given]
+        return [Share(pool, counts, tuple(counts)) for pool, counts in given]
     if corpus.hub is not None:
         table = read_hub(corpus.hub, corpus.hub_config, corpus.hub_split or "train", offline=offline)
         pool = read([table])
@@ -220,6 +221,14 @@ def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ..
         (corpus.dev_files, dev),
         (corpus.train_files, train),
     ]
+
+
+def _leaving_most(counts: Counts, rows: int) -> Counts:
+    """Cap the micro-dev set of rows that another split needs, too: that one keeps two thirds of them."""
+    asked = counts.get("micro_dev")
+    if asked is None or len(counts) < 2:
+        return counts
+    return {**counts, "micro_dev": min(asked, rows // 3)}
 
 
 def _in_chat(wanted: bool | None, shares: Mapping[str, Sequence[Share]], tokenizer: "PreTrainedTokenizerBase") -> bool:

@@ -143,15 +143,15 @@ def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], **optio
 
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
     """Tokenise texts in one call, and the further parts of broken ones after them; an EOS token that was added is removed."""
-    eos = tokenizer.eos_token_id
+    # The one that the tokenizer adds to any text; what a text spells itself stays.
+    added = add_special_tokens and _encoded(tokenizer, ["x"])["input_ids"][0][-1:] == [tokenizer.eos_token_id]
     parts = [text.split(_BREAK) for text in texts]
     # verbose=False: that a text is longer than the model's window is what max_tokens is for.
     firsts = _encoded(tokenizer, [first for first, *_ in parts], add_special_tokens=add_special_tokens)
     tokenized: list[list[int]] = []
     for ids, (_, *rest) in zip(firsts["input_ids"], parts, strict=True):
-        ended = add_special_tokens and ids and ids[-1] == eos
         others = [_encoded(tokenizer, [part], add_special_tokens=False)["input_ids"][0] for part in rest]
-        tokenized.append([*(ids[:-1] if ended else ids), *chain.from_iterable(others)])
+        tokenized.append([*(ids[:-1] if added else ids), *chain.from_iterable(others)])
     return tokenized
 
 

@@ -33,7 +33,7 @@ MOST_SHEET_ROWS = 2**20  # as in Excel
 _STATED_DELIMITER = re.compile(r"sep=(.)\r?\n")
 _BATCH = 256  # rows of parquet at a time, at most
 _VALUE = 32  # bytes that a value takes at least, beside its text
-_PLAIN_NUMBERS = ("General", "@", "0")  # formats that show a number as it is
+_PLAIN_NUMBERS = ("General", "@")  # formats that show a number as it is; "0" does where it is whole
 _NO_TEXT = {  # how files begin that are often given the wrong name
     b"\x1f\x8b": "compressed with gzip: unpack it",
     b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or give it the suffix .xlsx",
@@ -342,7 +342,8 @@ def _cell(cell: Any, formula: Any) -> str | NoText:
         return NoText(f"the error {quoted(value)}")
     if isinstance(value, str):
         return str(unescape(value))
-    if isinstance(value, int | float) and not isinstance(value, bool) and format in _PLAIN_NUMBERS:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and (format in _PLAIN_NUMBERS or (format == "0" and value == int(value))):
         return f"{value:.15g}" if isinstance(value, float) else str(value)
     kind = "a number or truth value" if isinstance(value, int | float) else "a date or time"
     return NoText(

@@ -26,7 +26,8 @@ class CorpusSettings:
             files of one split None means all, and a count is a cap. dev, micro_dev and test may be 0, train
             not; without micro_dev the controller has to probe dev.
         train_files, dev_files, micro_dev_files, test_files: files of each split, in place of a pool. Without
-            micro_dev_files, the micro-dev set is taken by whole groups from the dev files, or else the train files.
+            micro_dev_files, the micro-dev set is taken by whole groups from the dev files, or else the train files; None
+            then means 16, but at most a third of their rows.
             test_files may also stand beside files: all of them are tested on, with `test` examples of the pool, and what
             shares an id, a text or an article with them is left out of the pool.
         prompt, completion: templates for this language; None takes those of `data`.

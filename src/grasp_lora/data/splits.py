@@ -176,7 +176,7 @@ def fill(
     tally.characters_removed += pool.characters_removed
     tally.unanswerable += pool.unanswerable
     tally.conversations += sum(bool(record.messages) for record in pool.records)
-    # Sorted, so that neither the order of the files nor that of their lines matters.
+    # Sorted, so that the order of files matters in no case, and that of their lines only where places stand for ids.
     members = by_group(sorted(pool.records, key=lambda record: record.id), groups)
     order = [group for group in members if group not in barred]
     tally.excluded_for_leak += sum(len(records) for group, records in members.items() if group in barred)

@@ -4,7 +4,7 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_fractions
 from grasp_lora.text.characters import INVISIBLE, split_unspaced
@@ -20,6 +20,7 @@ _ARTICLES: dict[str, str | None] = {
     "hi": None,
     "zh": None,
 }
+_MARKS = ".,:;!?\"'()[]«»„“”‘’、。，：；！？（）「」،؛؟।"
 _MLQA_CHINESE = re.compile("[\u4e00-\u9fa5]")
 
 
@@ -43,6 +44,24 @@ def answer_tokens(text: str, language: str) -> list[str]:
     elif language not in _ARTICLES:
         text = split_unspaced(INVISIBLE.sub("", unicodedata.normalize("NFC", text)))
     return text.split()
+
+
+def taken_for_one(answers: Iterable[str], language: str) -> tuple[str, str] | None:
+    """Find two answers that the metrics of this module take for the same, such as `C` and `C++`; None where there are none.
+
+    Two that differ in case, white space and the marks around words alone are no such pair. An answer without any token is
+    taken for an empty one.
+    """
+    seen: dict[tuple[str, ...], str] = {(): ""}
+    for answer in answers:
+        other = seen.setdefault(tuple(answer_tokens(answer, language)), answer)
+        if _words(other) != _words(answer):
+            return other, answer
+    return None
+
+
+def _words(text: str) -> list[str]:
+    return [word for part in text.lower().split() if (word := part.strip(_MARKS))]
 
 
 def _is_punctuation(character: str) -> bool:

@@ -21,8 +21,8 @@ class MetricScore:
             lower) and metrics of a user's own.
             None where the metric is not available here; the signature then says why.
         signature: how it was computed, as `key:value` pairs between bars.
-        per_example: one score per output, in their order; empty where `value` is None. `value` is their mean, except for BLEU,
-            which is a score of the corpus and no mean.
+        per_example: one score per output, in their order; empty where `value` is None. `value` is their mean, except for
+            BLEU, chrF++ and macro-F1, which are scores of the whole set.
         statistics: of a score that is no mean, one row of counts per output, from whose sums `Metric.from_statistics` computes
             it; empty for a mean.
     """

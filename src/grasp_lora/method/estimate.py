@@ -91,8 +91,8 @@ def _smooth_fit(rounds: Sequence[Round], ratio_min: float, ratio_max: float, int
 
     Model: loss(round, ratio, example) = level(round, example) + f(ratio, example), f a cubic, by least squares. The levels
     drop out by centring each round, so that only probes taken at the same moment are compared. Baselines
-    take part as probes at the committed ratio. Rounds of the second half of the run count in full, those of the first
-    half in proportion to their place in it: while the network still learns, the loss just after pruning rises with the
+    take part as probes at the committed ratio. The second half of the rounds counts in full, the first half in proportion to
+    their place in it: while the network still learns, the loss just after pruning rises with the
     ratio whatever the ratio is worth later. Our choice; the paper takes the best reward.
 
     The interval comes from resampling rounds and micro-dev examples together (1000 times, fixed seed). It does not contain the

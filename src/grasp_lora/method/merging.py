@@ -57,7 +57,7 @@ def keep_all(tensor: Tensor, density: float, generator: torch.Generator) -> Tens
 
 
 def keep_largest(tensor: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Zero all but the floor(density * n) entries of largest magnitude (TIES, "trim"; Yadav et al. 2023)."""
+    """Zero all but the int(density * n) entries of largest magnitude, as PEFT counts them (TIES, "trim"; Yadav et al. 2023)."""
     flat = tensor.flatten()
     kept = flat.abs().topk(int(density * flat.numel())).indices
     return torch.zeros_like(flat).scatter(0, kept, flat.gather(0, kept)).view_as(tensor)

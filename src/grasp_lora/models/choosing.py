@@ -1,6 +1,7 @@
 """Labels in place of answers: token ids of prompts and of labels in, how likely each label is out."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from operator import itemgetter
@@ -8,10 +9,11 @@ from typing import Any
 
 import torch
 
+from grasp_lora.errors import ProbeError
 from grasp_lora.models.backbone import supports_logits_to_keep, without_peft
 from grasp_lora.models.caches import can_share_rows
 from grasp_lora.models.company import Company
-from grasp_lora.models.generation import check_lengths, contiguous_head_input, less_memory
+from grasp_lora.models.generation import NO_NUMBERS, check_lengths, contiguous_head_input, less_memory
 from grasp_lora.models.live import evaluating
 from grasp_lora.models.settings import GenerationSettings
 from grasp_lora.storage.memory import enough_memory
@@ -46,6 +48,7 @@ def label_scores(
 
     Raises:
         DataError: a prompt is empty, or too long for the model's context with a label after it.
+        ProbeError: a score is no number.
     """
     inner = without_peft(model)
     longest = max(map(len, labels))
@@ -64,7 +67,10 @@ def label_scores(
             together = settings.batch_tokens // (len(prompt) + longest)
             rows = max(1, min(settings.batch_size, together, _LABEL_BUDGET // longest))
             batches = (labels[start : start + rows] for start in range(0, len(labels), rows))
-            found.append([score for batch in batches for score in _score(inner, prompt, cache, batch, company)])
+            scores = [score for batch in batches for score in _score(inner, prompt, cache, batch, company)]
+            if any(map(math.isnan, scores)):
+                raise ProbeError(NO_NUMBERS)
+            found.append(scores)
             if progress is not None:
                 progress(len(found), len(prompts))
         company.keep()
@@ -85,7 +91,7 @@ def likeliest_labels(
         model, prompts, settings, progress: as of `label_scores`.
 
     Raises:
-        DataError: as of `label_scores`.
+        DataError, ProbeError: as of `label_scores`.
     """
     scores = label_scores(model, prompts, list(labels.values()), settings, progress)
     return [max(zip(of_prompt, labels, strict=True), key=itemgetter(0))[1] for of_prompt in scores]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from grasp_lora.errors import DataError
+from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models.backbone import find_stop_ids, without_peft
 from grasp_lora.models.caches import can_cut, can_share_rows, joined
 from grasp_lora.models.company import Company
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer otherwise in a batch
+NO_NUMBERS = (
+    "the model's scores are no numbers, as when float16 is too small for it; in a recipe set backbone.dtype to float32, "
+    "and let predict answer with --device cpu"
+)
 _TOKENS_BETWEEN = 4  # generated before rows that have ended leave the batch
 
 
@@ -310,7 +314,13 @@ class _Batch:
         return torch.tensor([row.ended for row in self.rows], device=input_ids.device)
 
     def hold_off_the_end(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Take the end tokens from the scores [rows, vocabulary] of rows that have no text yet, unless they may be empty."""
+        """Take the end tokens from the scores [rows, vocabulary] of rows that have no text yet, unless they may be empty.
+
+        Raises:
+            ProbeError: a score is no number.
+        """
+        if scores.isnan().any():
+            raise ProbeError(NO_NUMBERS)
         if waiting := [place for place, row in enumerate(self.rows) if self._answering.must_wait(row)]:
             ends = [token for token in sorted(self._answering.stop_ids) if token < scores.shape[-1]]
             scores[torch.tensor(waiting)[:, None], torch.tensor(ends, dtype=torch.long)] = -torch.inf

@@ -25,6 +25,7 @@ from grasp_lora.report.run_record import CorpusFacts, DataRecipe, RunRecord, rea
 from grasp_lora.report.tables import METRIC_NAMES
 from grasp_lora.storage.files import write_whole
 from grasp_lora.text.display import escaped
+from grasp_lora.text.names import last_part
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 TAGS = ["lora", "grasp-lora", "adapter-merging", "pruning", "cross-lingual-transfer"]
@@ -183,7 +184,7 @@ def _without_places(value: Any) -> Any:
         return [_without_places(part) for part in value]
     if not isinstance(value, str) or not re.search(r"[\\/]", value) or HUB_ID.fullmatch(value):
         return value
-    return re.split(r"[\\/]", value.rstrip("\\/"))[-1]
+    return last_part(value)
 
 
 def _prompt(data: DataRecipe) -> str | None:
@@ -203,5 +204,5 @@ def _data_names(corpora: Sequence[CorpusFacts]) -> list[str]:
     names: list[str] = []
     for corpus in corpora:
         names += [public_name(corpus.hub)] if corpus.hub else []
-        names += [re.split(r"[\\/]", file)[-1] for file in corpus.all_files]
+        names += [last_part(file) for file in corpus.all_files]
     return list(dict.fromkeys(names))

@@ -47,7 +47,8 @@ def examples_of(record: RunRecord) -> Examples:
     ids = [row.id for row in next(iter(answered.values()), [])]
     answered = {name: rows for name, rows in answered.items() if [row.id for row in rows] == ids}
     metric = leading_metric([row for rows in answered.values() for row in rows])
-    prompts = {one.id: _cut(one.prompt, PROMPT_CHARACTERS_SHOWN) for one in record.prompts}
+    # By place: files of one name in two folders give the same ids.
+    prompts = [one.prompt for one in record.prompts] if [one.id for one in record.prompts] == ids else []
     order = sorted(range(len(ids)), key=lambda place: _likeness([rows[place] for rows in answered.values()], metric))
     shown = []
     for place in order[:MOST_SHOWN]:
@@ -57,7 +58,8 @@ def examples_of(record: RunRecord) -> Examples:
             for name, row in rows.items()
         ]
         references = [_cut(text) for text in next(iter(rows.values())).references]
-        shown.append(Example(place + 1, ids[place], prompts.get(ids[place]), references, answers))
+        prompt = _cut(prompts[place], PROMPT_CHARACTERS_SHOWN) if prompts else None
+        shown.append(Example(place + 1, ids[place], prompt, references, answers))
     return Examples(shown, len(ids), metric and METRIC_NAMES.get(metric, metric))
 
 

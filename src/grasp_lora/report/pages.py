@@ -47,6 +47,7 @@ from grasp_lora.report.tables import (
 )
 from grasp_lora.storage.files import write_whole
 from grasp_lora.text.display import escaped, one_line
+from grasp_lora.text.names import last_part
 
 logger = logging.getLogger(__name__)
 
@@ -253,8 +254,7 @@ def public_name(name: str) -> str:
     """
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?( \([\w .-]*\))?", name):
         return name
-    last = re.split(r"[\\/]", name.rstrip("\\/"))[-1]
-    return re.sub(r"[^\w.-]", "-", last) or "unnamed"
+    return re.sub(r"[^\w.-]", "-", last_part(name)) or "unnamed"
 
 
 def render(template: str, context: dict[str, Any]) -> str:

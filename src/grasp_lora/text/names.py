@@ -25,7 +25,16 @@ def without_place(name: str) -> str:
     ('llama', 'llama', 'org/llama', '../llama')
     """
     is_path = name.startswith(("/", "~")) or "\\" in name
-    return (re.split(r"[\\/]", name.rstrip("\\/"))[-1] or name) if is_path else name
+    return (last_part(name) or name) if is_path else name
+
+
+def last_part(place: str) -> str:
+    r"""Return the last part of a path, whichever system it was written on.
+
+    >>> last_part("data/rows.csv"), last_part(r"C:\data\llama\")
+    ('rows.csv', 'llama')
+    """
+    return re.split(r"[\\/]", place.rstrip("\\/"))[-1]
 
 
 def is_import_path(name: str) -> bool:

@@ -142,7 +142,7 @@ class ProbeSet:
                 )
                 if indices:
                     losses[indices] = measured
-        if world_size() > 1:
+        if exchanging() > 1:
             torch.distributed.all_reduce(losses)
         values: list[float] = losses.tolist()
         for example, value, finite in zip(self.ids, values, torch.isfinite(losses).tolist(), strict=True):
@@ -155,7 +155,7 @@ class ProbeSet:
 
     def _share(self, device: str) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """This rank's batches; every rank gets equally many, so that sharded models stay in step."""
-        ranks, batches = world_size(), self.batches(device)
+        ranks, batches = exchanging(), self.batches(device)
         if ranks == 1:
             yield from batches
             return
@@ -263,7 +263,7 @@ class NormCollector:
     def norms(self) -> dict[str, InputNorms]:
         """Return the norms gathered so far, one a module; in a distributed run over all ranks."""
         sums = {key: total.clone() for key, total in self._sums.items()}
-        if world_size() > 1:
+        if exchanging() > 1:
             for total in sums.values():
                 torch.distributed.all_reduce(total)
         return {name: InputNorms(sums[name, "A"].sqrt(), sums[name, "B"].sqrt()) for name in self._layers}
@@ -302,7 +302,7 @@ def calibrate(model: torch.nn.Module, masks: MaskSet, examples: ProbeSet) -> lis
     return losses
 
 
-def world_size() -> int:
+def exchanging() -> int:
     """How many processes exchange what they measure, however they were started."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_world_size()

@@ -17,7 +17,7 @@ from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_pairs, lora_layers
 from grasp_lora.storage.checkpoints import State, read_state
 from grasp_lora.training.gradients import GradientCheck
-from grasp_lora.training.probes import ProbeSet, calibrate, world_size
+from grasp_lora.training.probes import ProbeSet, calibrate, exchanging
 from grasp_lora.training.saved import SavedInCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         Raises:
             GraspError: they do not.
         """
-        ranks = world_size()
+        ranks = exchanging()
         if ranks == 1:
             return
         digest = hashlib.sha256()

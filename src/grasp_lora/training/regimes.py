@@ -2,7 +2,7 @@
 
 `Held`: the mask of the current ratio is on; each round ranks the weights anew, and a commit prunes by its order.
 `EachStep`: the weights are ranked once, before training; each step trains under the mask of a ratio of its own, and all masks
-nest. For rounds, evaluations and checkpoints the mask of the current ratio is put on.
+nest. For rounds and evaluations the mask of the current ratio is put on.
 """
 
 import torch

@@ -257,7 +257,7 @@ def train_stacked(
             "stacked adapters train without gradient_checkpointing; leave it out, or take another preset or method"
         )
     per_epoch, steps = settings.steps_per_epoch(len(train)), settings.steps(len(train))
-    every = max(1, round(settings.evaluate_every * per_epoch))
+    every = settings.evaluate_steps(per_epoch)
     is_measured = measured_after or (lambda step: step % every == 0 or step == steps)
     set_seed(members[0].seed)
     device = next(model.parameters()).device
