@@ -195,7 +195,9 @@ class TestEncoding:
         )
         assert first == second
 
-    def test_an_end_token_that_a_template_writes_at_its_end_stays(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    def test_an_end_token_that_a_template_writes_at_its_end_stays(
+        self, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
         tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", EOS)]

@@ -152,7 +152,7 @@ class Bench(Measuring):
         return self._trained("target-wide", ("train",), ("dev",), self.recipe.target.training, session)
 
     def trained_jointly(self) -> Adapter:
-        """One fresh adapter on source and target data together, the target's repeated about as often as its own adapter sees it."""
+        """One fresh adapter on source and target data together, the target's repeated about as often as its adapter sees it."""
         source, target = self._shared.recipe.source.training, self.recipe.target.training
         repeats = max(1, round(target.epochs / source.epochs))
         evaluate_every = min(source.evaluate_every, 1 / JOINT_EVALUATIONS)
