@@ -2,13 +2,15 @@
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from grasp_lora.bench.preflight import Finding, preflight
+from grasp_lora.bench.doubts import Finding
+from grasp_lora.bench.preflight import preflight
 from grasp_lora.bench.session import Session
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.recipes.load import load_recipe
@@ -69,6 +71,28 @@ def test_answers_that_exact_match_cannot_tell_apart_are_warned_of(check: Check) 
     assert found.level == "warning"
     assert "for the same answer" in found.text
     assert "metrics" not in check("metrics=[rougeL]")
+
+
+def test_texts_with_two_answers_are_warned_of(check: Check) -> None:
+    recipe = Path("tiny.yaml")
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("task: completion", "task: classification"))
+    rows = [{"text": f"text {i}", "label": ("no", "yes")[i % 2]} for i in range(40)]
+    write_rows("source", [{**row, "text": f"source {row['text']}"} for row in rows])
+    write_rows("target", rows)
+    assert "contradictions" not in check('data.labels=["no","yes"]')
+    write_rows("target", [*rows, *({**row, "label": "yes"} for row in rows[:20])])
+    found = check('data.labels=["no","yes"]')["contradictions"]
+    assert found.level == "warning"
+    assert re.match(r"\d+ prompts stand there with different answers, one of them with ' no' and ' yes'", found.text)
+
+
+def test_test_rows_that_stand_elsewhere_in_capitals_are_warned_of(check: Check) -> None:
+    assert "near leaks" not in check()
+    rows = [{"id": f"n{i}", "prompt": f"What is it, number {i // 2}?", "completion": f" {i}"} for i in range(60)]
+    write_rows("target", [{**row, "prompt": row["prompt"].upper()} if i % 2 else row for i, row in enumerate(rows)])
+    found = check()["near leaks"]
+    assert found.level == "warning"
+    assert "test prompts stand in another split but for case and punctuation, the first is n" in found.text
 
 
 def test_a_source_in_the_target_language_is_warned_of(check: Check) -> None:

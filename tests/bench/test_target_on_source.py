@@ -91,7 +91,7 @@ def test_a_run_leaves_no_adapter_that_does_nothing_alone(tiny_workspace: Path, c
     report = Path("on/report.md").read_text(encoding="utf-8")
     assert "| Target on source, not pruned |" in report
     assert "Target only" not in report
-    assert " for the target adapter on the source adapter" in report.split("## How good")[0]
+    assert " for the source adapter continued" in report.split("## How good")[0]
     assert "Merged" not in report
 
 
@@ -173,6 +173,7 @@ def test_a_dry_run_counts_dev_evaluations_as_they_come(tiny_workspace: Path) -> 
 def test_a_comparison_leaves_a_given_ratio_aside_and_says_so(tiny_workspace: Path, caplog: Any) -> None:
     given: dict[str, Any] = {"methods": ("grasp", "delivered"), "seeds": (42,)}
     rows = {row.method: row for row in api.compare("tiny.yaml", {"final.prune_ratio": 0.7}, "out", **given)[1].rows}
+    assert not any("final.all_rows" in line for line in caplog.messages)
     assert any("final.prune_ratio is left aside" in line and "--grid 0.7" in line for line in caplog.messages)
     grasp, delivered = rows["grasp"], rows["delivered"]  # the recipe hands over GRASP's result in any case
     assert grasp.prune_ratio == delivered.prune_ratio

@@ -226,6 +226,8 @@ def test_a_saved_adapter_loads_in_peft_with_identical_logits(make_tiny_model, tm
         expected = logits(peft_model)
         trained = adapter_weights(peft_model, segments_of(merged))
     save_adapter(tmp_path, trained, model, backbone_name="lab/tiny", fingerprint="f", dropout=0.05)
+    weights, config = (tmp_path / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    assert weights.stat().st_mode == config.stat().st_mode  # who may read one may read the other
     reloaded = PeftModel.from_pretrained(make_tiny_model(architecture), str(tmp_path))
     assert torch.equal(logits(reloaded), expected)
     assert reloaded.peft_config["default"].lora_dropout == 0.05

@@ -647,6 +647,15 @@ def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> No
     with pytest.raises(RecipeError, match=r"mine\.yaml exists already; remove it, or choose another"):
         start(data)
     assert Path("mine.yaml").read_text() == "mine"
+    with pytest.raises(RecipeError, match=r"^\. is a folder; give the recipe a file name with --output"):
+        start(data, output=Path())
+
+
+def test_a_backbones_folder_that_is_not_there_is_refused_at_once(start: Callable[..., Path]) -> None:
+    data = write(Path("t.jsonl"), completion(60))
+    with pytest.raises(RecipeError, match=r"^backbone \./nowhere is no folder"):
+        start(data, backbone="./nowhere")
+    assert not Path("mine.yaml").exists()
 
 
 @pytest.mark.parametrize(

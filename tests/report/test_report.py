@@ -179,6 +179,9 @@ def test_what_a_difference_shows_is_said_where_the_scores_are_there_by_example(
     change(run_folder / "metrics.json", lambda metrics: metrics["systems"]["grasp"]["metrics"].update(f1=40.0))
     page, _ = texts(run_folder)
     assert f"Test F1 40.0 against {theirs:.1f} for the target adapter alone: {verdict}.</h1>" in page
+    if gains == [0]:
+        assert "GRASP against target only: F1 +0.0 points, no example differs;" in page
+        return
     found = re.search(r"GRASP against target only: F1 \S+ points \((\S+) to (\S+)\): " + verdict, page)
     assert found is not None
     expected = compare_with_baselines(scores.pop("grasp"), scores)["target"]
@@ -193,7 +196,7 @@ def test_losses_are_compared_where_scores_are_not_there_by_example(run_folder: P
         change_lines(file, lambda number, row, more=more: row | {"loss": 1.0 + 0.01 * number + more, "scores": {}})
     page, _ = texts(run_folder)
     assert "GRASP against target only: F1 +8.2 points; test loss -0.500 (-0.500 to -0.500): better." in page
-    assert "against merged, not pruned: F1 +1.1 points; test loss +0.000 (+0.000 to +0.000): no difference" in page
+    assert "against merged, not pruned: F1 +1.1 points; test loss +0.000, no example differs." in page
     assert "for the target adapter alone.</h1>" in page
 
 
@@ -494,6 +497,12 @@ def score(run_folder: Path, **scores: list[float]) -> None:
             file.unlink()
         elif values is not None:
             change_lines(file, lambda number, row, values=values: row | {"scores": {"f1": values[number]}})
+
+
+def test_the_steps_of_the_controller_are_those_of_its_last_round_where_that_logged_no_loss(run_folder: Path) -> None:
+    change_lines(run_folder / "controller" / "rounds.jsonl", lambda number, row: row | {"step": 100 + number})
+    last = max(one.step for one in read_run(run_folder).rounds)
+    assert f"| Controller run | {last} |" in texts(run_folder)[1]
 
 
 def test_examples_come_with_prompt_and_marks_those_first_in_which_systems_differ(run_folder: Path) -> None:

@@ -164,10 +164,6 @@ def prepared(session: Session, folder: Path, folds: int | None = None) -> Sessio
         _check_can_be_cut(recipe.data)
     if (given := recipe.final.prune_ratio) is not None:
         logger.warning("final.prune_ratio is left aside: rows learn their own, and --grid %g has that one", given)
-    if recipe.final.all_rows:
-        logger.warning(
-            "final.all_rows is left aside: the row 'delivered' is what a run chooses, before that last training"
-        )
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
     check_place(folder)
     session = Session(recipe, session.base, session.progress, None if folds is None else Fold(1, folds))
@@ -206,6 +202,10 @@ class Work:
         self.store = Store(place.folder / STORE_FOLDER, self.progress, place.interruption)
         self.names = [name for name in METHODS if name in {*settings.methods, settings.reference}]
         recipe = session.recipe
+        if recipe.final.all_rows and "delivered" in self.names:
+            logger.warning(
+                "final.all_rows is left aside: the row 'delivered' is what a run chooses, before that last training"
+            )
         self.split_seed = recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
         if self.split_seed in settings.split_seeds:
             raise RecipeError(

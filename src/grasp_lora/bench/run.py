@@ -153,11 +153,11 @@ class _Run:
                 measured[name] = bench.measured(system)
                 self.progress.scored(name, measured[name].rows(self.session.splits.test))
             on_first_process(partial(self._write_answers, measured))
-            facts |= {"test_loss": measured["grasp"].test_loss, **measured["grasp"].values}
         with self._stage("deliver") as facts:
             delivered = choose(bench, systems, left_out)
             self._show_adapter(files.ADAPTER_FOLDER, systems[delivered.name])
-            facts |= {"adapter": delivered.title}
+            own = measured[delivered.name]
+            facts |= {"adapter": delivered.title, "test_loss": own.test_loss, **own.values}
         all_rows = None
         if recipe.final.all_rows:
             with self._stage("all_rows") as facts:

@@ -109,7 +109,7 @@ def text_of(value: object, label: str, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: {label} must be a text, found {type(value).__name__}")
     if not value.strip():
-        raise DataError(f"{where}: {label} is empty")
+        raise DataError(f"{where}: {label} is empty; fill it in, or remove the row")
     if len(value) > MOST_TEXT:
         raise DataError(f"{where}: {label} has {len(value)} characters; at most {MOST_TEXT} are allowed")
     if SURROGATES.search(value):

@@ -90,8 +90,8 @@ def check_has_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(
-            "the tokenizer has no chat template, so prompts can only be plain texts, not messages; set data.chat_template to "
-            "false, leave --chat out, or take a backbone with a chat template"
+            "the tokenizer has no chat template, so prompts can only be plain texts, not messages; leave --chat out, in a recipe "
+            "set data.chat_template to false, or take a backbone with a chat template"
         )
 
 

@@ -5,6 +5,7 @@ What is written is read back and measured before its folder appears, whole or no
 
 import json
 import logging
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,8 @@ def _write_model(
             backbone.model.save_pretrained(draft)
         except ValueError as reason:  # such as sampling settings that contradict each other in its generation config
             raise GraspError(f"backbone {backbone.name} cannot be saved: {reason}") from reason
+        for file in draft.glob("*.safetensors"):  # which nobody but the owner may read
+            shutil.copymode(draft / "config.json", file)
         backbone.tokenizer.save_pretrained(draft)
         lines = [
             f"model: {adapter.name} folded into {len(shrunk.weights)} modules of {name}, {dtype}, {_megabytes(draft)}",

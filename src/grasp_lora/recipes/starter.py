@@ -83,6 +83,8 @@ def write_recipe(
         raise DataError(f"source {twice[0]} is given twice; give it once")
     files, adapters = _sort_out(source)
     backbone = backbone or _backbone_of(adapters)
+    if backbone.startswith((".", "/", "~")) and not is_folder(expanded(backbone)):
+        raise RecipeError(f"backbone {backbone} is no folder; give that of a model, or a hub id such as org/name")
     places = [resolve_file(name) if name.startswith(DEMO_PREFIX) else Path(name) for name in files]
     sources = [
         read_corpus(
@@ -128,6 +130,8 @@ def write_recipe(
 
 
 def _refuse_existing(file: Path) -> None:
+    if is_folder(file):
+        raise RecipeError(f"{file} is a folder; give the recipe a file name with --output, such as my-examples.yaml")
     if is_there(file):
         raise RecipeError(f"{file} exists already; remove it, or choose another name with --output")
 

@@ -93,7 +93,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
     }
     if system == ALL_ROWS:  # whose scores are not those of the final run
-        context["headline"] = headline(record, None)
+        context["headline"] = headline(record, {})
     path = adapter_folder / CARD_FILE
     write_whole(path, render("model_card.md.j2", context))
     return path

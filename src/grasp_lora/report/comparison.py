@@ -16,7 +16,7 @@ from grasp_lora.bench.run_folder import COMPARE_FOLDER, REPORT_FILE
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.report.figures import comparison_figure, plotly_js
 from grasp_lora.report.pages import PAPER, render
-from grasp_lora.report.tables import METRIC_NAMES, Cell, Table, scale_note, score_digits
+from grasp_lora.report.tables import METRIC_NAMES, SAME_EVERYWHERE, Cell, Table, scale_note, score_digits
 from grasp_lora.storage.files import write_whole
 
 COMPARISON_TABLES_FILE = "compare.md"
@@ -155,6 +155,8 @@ def _against(row: Row, metric: str, digits: int) -> str:
     difference, low, high = (f"{value:+.{digits}f}" for value in (one.difference, one.low, one.high))
     unit = "nats" if metric == TEST_LOSS else _heading(metric)
     verdict = f", {one.verdict}" if one.verdict else ""
+    if one.low == one.high == 0.0:
+        return f"{difference} {unit}{verdict} ({SAME_EVERYWHERE})"
     saved = "; over-confidence saved" if metric == TEST_LOSS and saves_over_confidence(row.against) else ""
     return f"{difference} {unit}{verdict} ({low} to {high}){saved}"
 
@@ -263,10 +265,12 @@ def _digits(comparison: Comparison) -> dict[str, int]:
 
 
 def _best(comparison: Comparison, metric: str, digits: int) -> set[str]:
-    """The methods whose mean prints as the best one does."""
+    """The methods whose mean prints as the best one does, where not all do."""
     scores = {row.method: score for row in comparison.finished if (score := row.scores[metric])}
     means = {method: f"{score.mean:.{digits}f}" for method, score in scores.items()}
     choose = min if metric == TEST_LOSS else max
+    if len(set(means.values())) < 2:
+        return set()
     return {method for method, text in means.items() if text == choose(means.values(), key=float)}
 
 
@@ -295,7 +299,7 @@ def _widths(comparison: Comparison) -> str | None:
     """What half-width was to be expected, and what it came to, in a sentence."""
     rows = [row for row in comparison.finished if any(one.verdict for one in row.against.values())]
     main = main_metric(comparison.metrics)
-    measured = [(one.high - one.low) / 2 for row in rows if (one := row.against.get(main))]
+    measured = [(one.high - one.low) / 2 for row in rows if (one := row.against.get(main)) and one.high > one.low]
     expected = expected_width(comparison.metrics, comparison.test_examples, len(rows), comparison.test_group_size)
     if not measured or expected is None:
         return None

@@ -7,7 +7,7 @@ another stage should have computed, and nothing that was not measured is shown a
 import logging
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -111,7 +111,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "warning": handed_over.warning if handed_over else None,
         "predict": predict_command(),
         "has_prompt": not record.in_chat,
-        "headline": headline(record, against.get("target" if record.target_on is None else "merged")),
+        "headline": headline(record, against),
         "facts": _facts(record),
         "missing": record.missing,
         "ratio": None if record.prune_ratio is None else percent(record.prune_ratio, 1),
@@ -159,13 +159,18 @@ def _probed_on(record: RunRecord) -> str:
     return f"on the {found}, of candidates on {few.pop()} of its examples in turn" if few else f"on the {found}"
 
 
-def _beside(record: RunRecord) -> str:
-    """The system that the headline names beside GRASP's result."""
-    return "the target adapter alone" if record.target_on is None else "the target adapter on the source adapter"
+def _beside(record: RunRecord) -> dict[str, str]:
+    """What the headline may name beside GRASP's result: of these the first one that was measured."""
+    usual = {"continued": "the source adapter continued"}
+    if chosen(record):  # where no step of that lowered the dev loss, the usual practice leaves the source adapter
+        usual["source"] = "the source adapter as it is"
+    if record.target_on is None:
+        return usual | {"target": "the target adapter alone"}
+    return usual | {"merged": "the target adapter on the source adapter"}
 
 
-def headline(record: RunRecord, against: Against | None) -> str:
-    """What was learned about the ratio and, with `against`, what GRASP's result scores beside another system."""
+def headline(record: RunRecord, compared: Mapping[str, Against]) -> str:
+    """What was learned about the ratio, and what GRASP's result scores beside another system of those compared with it."""
     learned = record.learned
     prune = "It prunes" if chosen(record) else "Prune"  # the verdict is what says what to do
     if record.given_ratio is not None:
@@ -181,10 +186,12 @@ def headline(record: RunRecord, against: Against | None) -> str:
         sentences = ["No prune ratio has been learned yet."]
     if record.metrics and record.metrics.delivered and record.metrics.delivered.nothing_learned:
         sentences = [] if chosen(record) else [NOTHING_LEARNED]  # which the verdict begins with
-    if against is not None:
+    found = [(compared[name], title) for name, title in _beside(record).items() if name in compared]
+    if found:
+        against, title = found[0]
         sentences.append(
-            f"Test {against.metric} {against.ours:.{against.digits}f} against {against.theirs:.{against.digits}f} "
-            f"for {_beside(record)}" + (f": {against.score.verdict}." if against.score else ".")
+            f"Test {against.metric} {against.ours:.{against.digits}f} against {against.theirs:.{against.digits}f} for {title}"
+            + (f": {against.score.verdict}." if against.score else ".")
         )
     elif record.metrics is None:
         sentences.append("The result has not been evaluated yet.")

@@ -14,6 +14,7 @@ from grasp_lora.report.run_record import RunRecord
 if TYPE_CHECKING:
     from grasp_lora.evaluation.statistics import PairedComparison
 
+SAME_EVERYWHERE = "no example differs"  # and so no interval says what others would show
 METRIC_NAMES = {
     "accuracy": "Accuracy", "macro_f1": "Macro-F1", "chrf++": "chrF++",
     "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
@@ -204,7 +205,7 @@ def _column(
 ) -> list[Cell]:
     """Cells of one column; all that print like the best one are best, since the rest cannot be seen."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
-    best = _number(choose(finite), digits) if len(finite) > 1 else None
+    best = _number(choose(finite), digits) if len(set(finite)) > 1 else None
     texts = (absent if value is None else _number(value, digits) for value in values)
     return [Cell(text, text == best) for text in texts]
 
@@ -245,6 +246,8 @@ def score_notes(record: RunRecord, against: Mapping[str, Against]) -> list[str]:
 def _sure(compared: "PairedComparison | None", digits: int) -> str:
     if compared is None:
         return ""
+    if compared.low == compared.high == 0.0:
+        return f", {SAME_EVERYWHERE}"
     return f" ({_signed(compared.low, digits)} to {_signed(compared.high, digits)}): {compared.verdict}"
 
 
@@ -288,7 +291,9 @@ def losses_table(record: RunRecord) -> Table | None:
         dev = [(row.dev_loss, row.step) for row in history if row.dev_loss is not None and math.isfinite(row.dev_loss)]
         best = [_number(min(dev)[0], 3), str(min(dev)[1])] if dev else ["–", "–"]
         if history:
-            rows.append([title, str(history[-1].step), train[0], train[-1], *best])
+            # Losses are logged every few steps; the last round comes at the end.
+            steps = max(history[-1].step, *(one.step for one in record.rounds if stage == "controller"), 0)
+            rows.append([title, str(steps), train[0], train[-1], *best])
     heads = ["Stage", "Steps", "First train loss", "Last train loss", "Best dev loss", "at step"]
     return _table("Losses of each training stage", heads, rows)
 

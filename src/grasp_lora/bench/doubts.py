@@ -1,0 +1,189 @@
+"""What in data and recipe can be meant, but seldom is, as lines of `grasp-lora check`."""
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from grasp_lora.bench.session import Session
+from grasp_lora.data.encode import Example
+from grasp_lora.evaluation.answers import taken_for_one
+from grasp_lora.text.characters import ENDS_OF_SENTENCES, split_unspaced
+from grasp_lora.text.display import listed, one_line
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the preflight: `ok` or `warning`, a topic and what was found."""
+
+    level: str
+    topic: str
+    text: str
+
+
+def doubtful(session: Session) -> list[Finding]:
+    """Warn of what can be meant, but seldom is."""
+    recipe, splits = session.recipe, session.splits
+    found = []
+    tallies = [tally for tally in (splits.report.source, splits.report.target) if tally is not None]
+    numbers, excluded = splits.report.numbers_as_ids, sum(tally.excluded_for_leak for tally in tallies)
+    if numbers and excluded:
+        text = (
+            f"{numbers} ids are whole numbers that stand in source and target, so they count as the same questions, and source "
+            f"examples were left out ({excluded} in all); where ids only number the rows, rename that column"
+        )
+        found.append(Finding("warning", "ids", text))
+    repeated = {
+        name: len(examples) - len({(one.prompt, one.completion) for one in examples})
+        for name in ("train", "dev", "micro_dev", "test")
+        if (examples := getattr(splits, name))
+    }
+    if any(repeated.values()):
+        listed = ", ".join(f"{count} of {name}" for name, count in repeated.items() if count)
+        text = f"examples that stand there more than once, prompt and answer alike: {listed}; remove them from the data"
+        found.append(Finding("warning", "duplicates", text))
+    found += [*_contradictions(session), *_nearly_leaked(session)]
+    if spelled := sum(tally.control_tokens_kept_as_text for tally in tallies):
+        text = (
+            f"{spelled} examples spell control tokens, such as the end of a turn, which stay text; for conversations give "
+            "messages to a backbone with a chat template, or write the tokens into data.prompt and data.completion"
+        )
+        found.append(Finding("warning", "control tokens", text))
+    talks = sum(tally.conversations for tally in tallies)
+    template = getattr(session.backbone.tokenizer, "chat_template", None)
+    if talks and template and not splits.report.chat_template:
+        text = (
+            "the data are conversations and the backbone has a chat template, but data.chat_template is false, so the "
+            "messages before the answer are joined as plain text; leave it out"
+        )
+        found.append(Finding("warning", "chat", text))
+    glued = [example for example in splits.train if _are_glued(example)]
+    if not splits.report.chat_template and 2 * len(glued) > len(splits.train):
+        border = one_line(glued[0].prompt[-8:] + glued[0].completion[:8])
+        text = (
+            f"nothing stands between prompts and answers, such as {border!r}; end the prompts with a space or a line break, "
+            "or set data.prompt"
+        )
+        found.append(Finding("warning", "prompt", text))
+    for name, metric in session.metrics.items():
+        if lacking := metric.lacking(session.language):
+            advice = "; name one in bertscore.models" if name == "bertscore" else ""
+            text = f"{name} has {lacking}, so it will be unavailable{advice}"
+            found.append(Finding("warning", "metrics", text))
+    if recipe.source.adapters and recipe.data.source is not None:
+        text = "source.adapters are given, so no source adapter is trained on data.source"
+        found.append(Finding("warning", "source", text))
+    elif recipe.data.source is not None and recipe.data.source.language.lower() == session.language.lower():
+        text = f"source and target are both in {session.language}; data.source is meant for a language with more data"
+        found.append(Finding("warning", "source", text))
+    tasks = {place: one.info.answers and one.info.answers.task for place, one in session.existing_adapters.items()}
+    if others := sorted(f"{place} ({task})" for place, task in tasks.items() if task not in (None, recipe.data.task)):
+        text = (
+            f"the recipe's task is {recipe.data.task}, but these adapters were trained for another: {', '.join(others)}"
+        )
+        found.append(Finding("warning", "adapter", text))
+    parents = [adapter.sha256 for adapter in session.existing_adapters.values()]
+    given = len(recipe.source.adapters) + (recipe.target.adapter is not None)
+    if len(set(parents)) < given:
+        text = "the same adapter is given more than once, so it is merged with itself"
+        found.append(Finding("warning", "adapter", text))
+    return found
+
+
+def _contradictions(session: Session) -> list[Finding]:
+    """Warn of questions or texts that stand there with two answers."""
+    if session.recipe.data.task not in ("qa", "classification"):
+        return []
+    splits = session.splits
+    answers: dict[str, set[str]] = {}
+    for example in (*splits.train, *splits.dev, *splits.micro_dev, *splits.test):
+        answers.setdefault(example.prompt, set()).add(example.completion)
+    several = [found for found in answers.values() if len(found) > 1]
+    if not several:
+        return []
+    first = " and ".join(map(repr, sorted(several[0])[:2]))
+    text = f"{len(several)} prompts stand there with different answers, one of them with {first}; correct the data"
+    return [Finding("warning", "contradictions", text)]
+
+
+def _nearly_leaked(session: Session) -> list[Finding]:
+    """Warn of test rows that another split has in other case or punctuation, which no rule keeps apart."""
+    splits = session.splits
+    seen = {_letters(one.prompt) for one in (*splits.train, *splits.dev, *splits.micro_dev, *splits.source_train)}
+    known = [example for example in splits.test if _letters(example.prompt) in seen]
+    if not known:
+        return []
+    text = (
+        f"{len(known)} of {len(splits.test)} test prompts stand in another split but for case and punctuation, the first is "
+        f"{known[0].public_id}; remove them from the data"
+    )
+    return [Finding("warning", "near leaks", text)]
+
+
+def _letters(text: str) -> str:
+    kept = (character for character in text.casefold() if not unicodedata.category(character).startswith("P"))
+    return " ".join("".join(kept).split())
+
+
+def _are_glued(example: Example) -> bool:
+    """Whether the last word or sentence of a prompt goes on as the first word of its answer."""
+    border = example.prompt[-1:] + example.completion[:1]
+    ends = border[:1].isalnum() or border[:1] in ENDS_OF_SENTENCES
+    return len(border) == 2 and ends and border[1].isalnum() and split_unspaced(border).strip() == border
+
+
+def labels(session: Session) -> list[Finding]:
+    """Say what can be chosen, and what choosing the same label always would be worth."""
+    splits = session.splits
+    counts = splits.report.labels or {}
+    listing = ", ".join(f"{label} {found['train']}" for label, found in counts.items())
+    text = f"{len(counts)}, how often each stands in train: {listing}"
+    if splits.test:
+        most = max(counts, key=lambda label: counts[label]["train"])
+        share = 100 * counts[most]["test"] / len(splits.test)
+        text += f"; to answer the most frequent one, {most}, always has accuracy {share:.1f} on the test"
+    found = [Finding("ok", "labels", text)]
+    if missing := [label for label, of in counts.items() if not of["train"]]:
+        found.append(Finding("warning", "labels", f"no training row has {listed(missing)}; add rows, or remove it"))
+    others = {example.references[0] for example in (*splits.source_train, *splits.source_dev)} - counts.keys()
+    if others:
+        text = f"the source has labels that the target has not, {listed(sorted(others))}; are they the same in other words?"
+        found.append(Finding("warning", "labels", text))
+    return found
+
+
+def written_answers(session: Session) -> list[Finding]:
+    """Warn of written answers that cannot be whole."""
+    test, generation = session.splits.test, session.recipe.generation
+    found = _answers_too_long(test, generation.max_new_tokens)
+    if cut := [stop for stop in generation.stop if _cuts_all_references(test, stop)]:
+        text = f"generation.stop {cut} ends answers that test references go on after; their scores cannot be full"
+        found.insert(0, Finding("warning", "stop", f"{text}; set generation.stop to []"))
+    return [*found, *_answers_alike(session)]
+
+
+def _answers_alike(session: Session) -> list[Finding]:
+    """Warn of a metric that was made for questions, where answers are something else, such as numbers or code."""
+    references = (text for example in session.splits.test for text in example.references)
+    pair = taken_for_one(references, session.language) if session.recipe.data.task == "completion" else None
+    if pair is None or "exact_match" not in session.metrics:
+        return []
+    text = f"exact_match drops marks and articles, so it takes {pair[0]!r} and {pair[1]!r} for the same answer"
+    return [Finding("warning", "metrics", f"{text}; set metrics to others, or to one of your own")]
+
+
+def _answers_too_long(test: Sequence[Example], most: int) -> list[Finding]:
+    """Warn of answers that end before they are whole. The end of text is a token, too, but not one that scores need."""
+    lengths = [len(example.completion_ids) - 1 for example in test]
+    longer = sum(length > most for length in lengths)
+    if not longer:
+        return []
+    text = (
+        f"{longer} of {len(test)} test answers have more than generation.max_new_tokens {most} tokens, so their scores cannot "
+        f"be full; the longest has {max(lengths)}"
+    )
+    return [Finding("warning", "answers", text)]
+
+
+def _cuts_all_references(test: Sequence[Example], stop: str) -> bool:
+    """Whether some test example has no reference that an answer ended by this text could equal."""
+    return any(all(stop in reference for reference in example.references) for example in test)
