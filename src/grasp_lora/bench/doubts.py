@@ -101,7 +101,10 @@ def _contradictions(session: Session) -> list[Finding]:
     if not several:
         return []
     first = " and ".join(map(repr, sorted(several[0])[:2]))
-    text = f"{len(several)} prompts stand there with different answers, one of them with {first}; where they contradict, correct the data"
+    text = (
+        f"{len(several)} prompts stand there with different answers, one of them with {first}; where they contradict each "
+        "other, correct the data"
+    )
     return [Finding("warning", "contradictions", text)]
 
 
