@@ -92,7 +92,7 @@ def test_test_rows_that_stand_elsewhere_in_capitals_are_warned_of(check: Check) 
     write_rows("target", [{**row, "prompt": row["prompt"].upper()} if i % 2 else row for i, row in enumerate(rows)])
     found = check()["near leaks"]
     assert found.level == "warning"
-    assert "test prompts stand in another split but for case and punctuation, the first is n" in found.text
+    assert "test prompts stand in another split but for case and marks around words, the first is n" in found.text
 
 
 def test_a_source_in_the_target_language_is_warned_of(check: Check) -> None:

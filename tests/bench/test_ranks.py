@@ -251,3 +251,35 @@ def test_one_process_does_everything_itself() -> None:
     assert distribute([1, 2, 3], lambda items: [2 * item for item in items]) == [2, 4, 6]
     with pytest.raises(GraspError, match="mine"):
         on_every_process(lambda: (_ for _ in ()).throw(GraspError("mine")))
+
+
+def test_all_end_where_one_cannot_do_its_part_and_none_waits(tmp_path: Path) -> None:
+    script = tmp_path / "part.py"
+    script.write_text(
+        """
+import os
+from accelerate import PartialState
+from grasp_lora.errors import GraspError
+from grasp_lora.storage.processes import distribute
+
+PartialState(cpu=True)
+rank = os.environ["RANK"]
+
+def fails(items):
+    if rank == "1":
+        raise GraspError("mine")
+    return items
+
+try:
+    distribute([1, 2, 3], fails)
+except GraspError as error:
+    print(f"<{rank} {type(error).__name__}: {error}>", flush=True)
+print(f"<{rank} {distribute([1, 2, 3], lambda items: [2 * item for item in items])}>", flush=True)
+""",
+        encoding="utf-8",
+    )
+    status, output = run_ranks(2, [str(script)], cwd=tmp_path)
+    assert status == 0, output[-3000:]
+    assert "<1 GraspError: mine>" in output
+    assert "<0 FailedElsewhere: process 1 could not go on>" in output
+    assert output.count("[2, 4, 6]>") == 2

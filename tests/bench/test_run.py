@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grasp_lora import api
+from grasp_lora.bench.finished import refuse_other_template
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_stages import STAGES
 from grasp_lora.bench.session import Session
@@ -328,6 +329,13 @@ class TestAgain:
         assert not loaded
         assert execute("data.chat_template=false") == before  # the rows hold no conversations
         assert len(loaded) == 1
+
+    def test_a_run_does_not_go_on_with_the_prompts_of_another_template(self, tmp_path: Path) -> None:
+        now = {"data.chat_template": "False", "backbone": "b"}
+        refuse_other_template(tmp_path, now, now)
+        refuse_other_template(tmp_path, {}, now)  # begun before this was noted
+        with pytest.raises(RecipeError, match=r"begun with data\.chat_template None, and now it is False.*--output"):
+            refuse_other_template(tmp_path, now | {"data.chat_template": "None"}, now)
 
     def test_a_finished_run_sees_that_a_given_adapter_was_changed(
         self, finished_run: Path, cli: Callable[..., Any]

@@ -501,7 +501,11 @@ def test_prompts_come_from_standard_input(cli: Cli, workspace: Path, monkeypatch
             'prompt 1 on standard input must be a JSON text, such as "one\\ntwo", or an object with',
         ),
         (("ok", "\udce9"), b"", "prompt 2 is no valid text"),
-        ((), b"one\n\ntwo\n", "prompt 2 is empty"),  # without it lines of answers would not be those of the prompts
+        (
+            (),
+            b"one\n\ntwo\n",
+            "line 2 on standard input is blank; remove it",
+        ),
     ],
 )
 def test_prompts_that_are_no_text_are_refused(
@@ -530,7 +534,7 @@ def test_an_adapter_is_asked_and_answers_as_it_was_trained(
     assert prompts == ["<bos>a\nb", "<bos>c"]  # one BOS token each
     assert (settings.max_new_tokens, settings.stop) == (7, ())
 
-    assert "answer 1 has several lines, so lines are not answers; --jsonl" in cli(*ask, "a", "b").err
+    assert "answer 1 has several lines, so there are more lines than prompts; add --jsonl" in cli(*ask, "a", "b").err
     assert "several lines" not in cli(*ask, "a").err
     output(cli(*ask, "x", "--stop", "#", "--max-new-tokens", "3"))
     assert (asked[-1][1].max_new_tokens, asked[-1][1].stop) == (3, ("#",))

@@ -80,5 +80,7 @@ def test_a_label_has_to_fit_behind_the_prompt(make_tiny_model) -> None:
 def test_a_model_that_overflows_chooses_no_label(make_tiny_model) -> None:
     model = make_tiny_model("llama")
     torch.nn.init.constant_(model.model.norm.weight, float("inf"))
-    with pytest.raises(ProbeError, match=r"scores are no numbers.*set backbone\.dtype to float32"):
+    with pytest.raises(ProbeError, match="scores are no numbers; check the weights"):
         label_scores(model, [[5, 6]], LABELS, GenerationSettings())
+    with pytest.raises(ProbeError, match=r"float16 may overflow: set backbone\.dtype to float32"):
+        label_scores(model.half(), [[5, 6]], LABELS, GenerationSettings())

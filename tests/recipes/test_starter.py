@@ -653,7 +653,7 @@ def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> No
 
 def test_a_backbones_folder_that_is_not_there_is_refused_at_once(start: Callable[..., Path]) -> None:
     data = write(Path("t.jsonl"), completion(60))
-    with pytest.raises(RecipeError, match=r"^backbone \./nowhere is no folder"):
+    with pytest.raises(RecipeError, match=r"^--backbone \./nowhere is no folder"):
         start(data, backbone="./nowhere")
     assert not Path("mine.yaml").exists()
 

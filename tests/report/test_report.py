@@ -180,7 +180,7 @@ def test_what_a_difference_shows_is_said_where_the_scores_are_there_by_example(
     page, _ = texts(run_folder)
     assert f"Test F1 40.0 against {theirs:.1f} for the target adapter alone: {verdict}.</h1>" in page
     if gains == [0]:
-        assert "GRASP against target only: F1 +0.0 points, no example differs;" in page
+        assert "GRASP against target only: F1 +0.0 points, the same in every draw;" in page
         return
     found = re.search(r"GRASP against target only: F1 \S+ points \((\S+) to (\S+)\): " + verdict, page)
     assert found is not None
@@ -196,7 +196,7 @@ def test_losses_are_compared_where_scores_are_not_there_by_example(run_folder: P
         change_lines(file, lambda number, row, more=more: row | {"loss": 1.0 + 0.01 * number + more, "scores": {}})
     page, _ = texts(run_folder)
     assert "GRASP against target only: F1 +8.2 points; test loss -0.500 (-0.500 to -0.500): better." in page
-    assert "against merged, not pruned: F1 +1.1 points; test loss +0.000, no example differs." in page
+    assert "against merged, not pruned: F1 +1.1 points; test loss +0.000, the same in every draw." in page
     assert "for the target adapter alone.</h1>" in page
 
 
@@ -522,6 +522,12 @@ def test_examples_come_with_prompt_and_marks_those_first_in_which_systems_differ
     assert page.count("✓ right</span>") == 11
     assert page.count("≈ F1 60</span>") == 1
     assert page.count('<div class="text" dir="auto" lang="de">prompt ') == 8
+
+
+def test_the_headline_names_the_source_adapter_where_continued_training_left_it(run_folder: Path) -> None:
+    change_recipe(run_folder, final={"deliver": "best"})
+    page, _ = texts(run_folder)
+    assert "for the source adapter as it is" in page.split("<h1>")[1].split("</header>")[0]
 
 
 def test_examples_of_one_id_have_each_its_own_prompt(run_folder: Path) -> None:

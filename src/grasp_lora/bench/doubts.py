@@ -1,14 +1,15 @@
 """What in data and recipe can be meant, but seldom is, as lines of `grasp-lora check`."""
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import Example
 from grasp_lora.evaluation.answers import taken_for_one
-from grasp_lora.text.characters import ENDS_OF_SENTENCES, split_unspaced
-from grasp_lora.text.display import listed, one_line
+from grasp_lora.text.characters import ENDS_OF_SENTENCES, bare_words, split_unspaced
+from grasp_lora.text.display import listed, one_line, quoted
+from grasp_lora.text.languages import language_code
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def _contradictions(session: Session) -> list[Finding]:
     several = [found for found in answers.values() if len(found) > 1]
     if not several:
         return []
-    first = " and ".join(map(repr, sorted(several[0])[:2]))
+    first = " and ".join(map(quoted, sorted(several[0])[:2]))
     text = (
         f"{len(several)} prompts stand there with different answers, one of them with {first}; where they contradict each "
         "other, correct the data"
@@ -109,22 +110,20 @@ def _contradictions(session: Session) -> list[Finding]:
 
 
 def _nearly_leaked(session: Session) -> list[Finding]:
-    """Warn of test rows that another split has in other case or punctuation, which no rule keeps apart."""
+    """Warn of test rows that another split has in other case or with other marks, which no rule keeps apart."""
     splits = session.splits
-    seen = {_letters(one.prompt) for one in (*splits.train, *splits.dev, *splits.micro_dev, *splits.source_train)}
-    known = [example for example in splits.test if _letters(example.prompt) in seen]
+    test = [(tuple(bare_words(example.prompt)), example.public_id) for example in splits.test]
+    wanted = {words for words, _ in test}
+    others = chain(splits.train, splits.dev, splits.micro_dev, splits.source_train) if test else ()
+    seen = {words for example in others if (words := tuple(bare_words(example.prompt))) in wanted}
+    known = [name for words, name in test if words in seen]
     if not known:
         return []
     text = (
-        f"{len(known)} of {len(splits.test)} test prompts stand in another split but for case and punctuation, the first is "
-        f"{known[0].public_id}; remove them from the data"
+        f"{len(known)} of {len(test)} test prompts stand in another split but for case and marks around words, the first is "
+        f"{known[0]}; remove those that ask the same"
     )
     return [Finding("warning", "near leaks", text)]
-
-
-def _letters(text: str) -> str:
-    kept = (character for character in text.casefold() if not unicodedata.category(character).startswith("P"))
-    return " ".join("".join(kept).split())
 
 
 def _are_glued(example: Example) -> bool:
@@ -166,11 +165,16 @@ def written_answers(session: Session) -> list[Finding]:
 
 def _answers_alike(session: Session) -> list[Finding]:
     """Warn of a metric that was made for questions, where answers are something else, such as numbers or code."""
-    references = (text for example in session.splits.test for text in example.references)
-    pair = taken_for_one(references, session.language) if session.recipe.data.task == "completion" else None
-    if pair is None or "exact_match" not in session.metrics:
+    if session.recipe.data.task != "completion" or "exact_match" not in session.metrics:
         return []
-    text = f"exact_match drops marks and articles, so it takes {pair[0]!r} and {pair[1]!r} for the same answer"
+    answers = (example.references[0] for example in session.splits.test)
+    pair = taken_for_one(answers, language_code(session.language))
+    if pair is None:
+        return []
+    one, other = map(quoted, pair)
+    text = f"exact_match drops marks and articles, so it takes {one} and {other} for the same answer"
+    if not pair[0]:
+        text = f"exact_match drops marks and articles, so it takes {other} for an empty answer"
     return [Finding("warning", "metrics", f"{text}; set metrics to others, or to one of your own")]
 
 

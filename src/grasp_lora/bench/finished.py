@@ -1,7 +1,7 @@
 """Whether a run has done all, so that it is only read: nothing is missing, and what it was made from is as it was."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,13 +9,14 @@ from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.keys import plain
 from grasp_lora.bench.records import read_record
 from grasp_lora.data.places import resolve_file
-from grasp_lora.errors import DataError
+from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there
 
+CHAT_TEMPLATE = "data.chat_template"
 _FILES = ("files", "train_files", "dev_files", "micro_dev_files", "test_files")
 
 
@@ -51,6 +52,7 @@ def is_finished(folder: Path, recipe: Recipe, base: Path) -> bool:
 def inputs_of(recipe: Recipe, base: Path) -> dict[str, str]:
     """Return a SHA-256 of everything that a run reads, by the key of the recipe that names it, such as `target.files.0`.
 
+    Beside these stands what the recipe says of the chat template, as a text.
     That is every data file, given adapter and file of a user's own code. Of a backbone's folder names, sizes and times count,
     since its files are large: where they differ, the run looks at the weights.
     Left out is what the hub holds, and what is not there or cannot be read any more: a finished run needs none of it.
@@ -67,10 +69,27 @@ def inputs_of(recipe: Recipe, base: Path) -> dict[str, str]:
     with suppress(OSError):
         listing = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(backbone.iterdir())]
         found["backbone"] = hashlib.sha256(repr(listing).encode()).hexdigest()
-    code: dict[str, str] = plain(recipe.model_dump()).get("own_code", {})
     # The hash of a recipe takes "where the rows ask for it" and "never" for one; the examples tell them apart.
-    found["data.chat_template"] = str(recipe.data.chat_template)
+    found[CHAT_TEMPLATE] = str(recipe.data.chat_template)
+    code: dict[str, str] = plain(recipe.model_dump()).get("own_code", {})
     return found | {f"code.{name}": digest for name, digest in code.items()}
+
+
+def refuse_other_template(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse to go on with other prompts where the chat template is why they are others.
+
+    Args:
+        folder: of the run.
+        before, now: what `inputs_of` gave when it began, and gives now.
+
+    Raises:
+        RecipeError: the recipe says something else of the chat template.
+    """
+    if (then := before.get(CHAT_TEMPLATE, now[CHAT_TEMPLATE])) != now[CHAT_TEMPLATE]:
+        raise RecipeError(
+            f"{folder} was begun with {CHAT_TEMPLATE} {then}, and now it is {now[CHAT_TEMPLATE]}, which makes other prompts; "
+            "set it back, or choose another folder with --output"
+        )
 
 
 def _places(recipe: Recipe, base: Path) -> Iterator[tuple[str, Path]]:

@@ -14,6 +14,7 @@ from grasp_lora.bench.run_folder import TargetOn
 from grasp_lora.bench.store import Record, key_of
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
+from grasp_lora.text.languages import language_code
 
 CHOOSING = ("dev", "micro_dev")  # the splits whose rows may decide
 FEWEST = 2  # rows that a choice by losses needs
@@ -76,8 +77,6 @@ class Measuring(Keyed):
         generation = {"max_new_tokens": answers_by.max_new_tokens, "stop": answers_by.stop}
         if not answers_by.allow_empty:  # as the records say that were made when every answer could be empty
             generation["allow_empty"] = False
-        if len(self.session.backbone.stop_ids) > 1:  # beside the one of the tokenizer, which the data's hash holds
-            generation["ends"] = self.session.backbone.stop_ids
         asked = self._measured(adapter, data=self._data("test"), revision=REVISIONS["scores"], generation=generation)
         if self.session.splits.labels:
             del asked["generation"]  # nothing is written
@@ -103,6 +102,7 @@ class Measuring(Keyed):
             "metrics": list(session.metrics),
             "bertscore": public_bertscore(recipe.bertscore) if "bertscore" in session.metrics else None,
             "language": session.language,
+            **({} if (code := language_code(session.language)) == session.language else {"code": code}),
             "references": hashlib.sha256(repr(references).encode()).hexdigest(),
         }
         if session.splits.labels.keys() - {one for texts in references for one in texts}:

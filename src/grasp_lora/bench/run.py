@@ -26,7 +26,7 @@ from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.all_rows import TrainedAgain, train_again
 from grasp_lora.bench.checks import check, check_folder
 from grasp_lora.bench.deliver import ALONE, candidates, choose, continue_source
-from grasp_lora.bench.finished import inputs_of, is_finished
+from grasp_lora.bench.finished import inputs_of, is_finished, refuse_other_template
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.records import read_needed
 from grasp_lora.bench.session import Session, hash_of
@@ -362,7 +362,10 @@ class _Run:
             {"backbone": info.backbone.fingerprint, "parents": info.parents, "data": info.data}
             for info in (started, before)
         )
-        if changed := [what for what in now if now[what] != then[what]]:
+        changed = [what for what in now if now[what] != then[what]]
+        if changed == ["data"]:
+            refuse_other_template(self.folder, before.inputs, started.inputs)
+        if changed:
             raise RecipeError(
                 f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
                 "put those back, or choose another folder with --output"

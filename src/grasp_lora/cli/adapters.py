@@ -103,11 +103,10 @@ def predict(
     if not on_terminal and isinstance(sys.stdout, io.TextIOWrapper):  # else what Windows takes for a pipe's encoding
         sys.stdout.reconfigure(encoding="utf-8")
     if rows is None and len(answers) > 1 and not (on_terminal or jsonl):
-        broken = [number for number, answer in enumerate(answers, start=1) if "\n" in answer]
-        if broken:
-            logger.warning(
-                "answer %d has several lines, so lines are not answers; --jsonl writes one a line", broken[0]
-            )
+        broken = next((number for number, answer in enumerate(answers, start=1) if "\n" in answer), None)
+        if broken is not None:
+            text = "answer %d has several lines, so there are more lines than prompts; add --jsonl, which writes one line each"
+            logger.warning(text, broken)
     for answer in answers:
         sys.stdout.write((escaped(answer) if on_terminal else answer) + "\n")
 
@@ -158,7 +157,11 @@ def _prompts_on_standard_input(jsonl: bool) -> list[str]:
     while lines and not lines[-1].strip():
         lines.pop()
     if not jsonl:
-        return lines  # a blank one among them is refused, since answers stand line by line beside prompts
+        if blank := [number for number, line in enumerate(lines, start=1) if not line.strip()]:
+            raise DataError(
+                f"line {blank[0]} on standard input is blank; remove it, so that each answer has its prompt's line"
+            )
+        return lines
     lines = [line for line in lines if line.strip()]
     prompts = []
     for number, line in enumerate(lines, start=1):

@@ -224,9 +224,9 @@ def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ..
 
 
 def _leaving_most(counts: Counts, rows: int) -> Counts:
-    """Cap the micro-dev set of rows that another split needs, too: that one keeps two thirds of them."""
+    """Cap the micro-dev set at a third of the rows that were read, where another split needs them, too."""
     asked = counts.get("micro_dev")
-    if asked is None or len(counts) < 2:
+    if asked is None or all(count == 0 for name, count in counts.items() if name != "micro_dev"):
         return counts
     return {**counts, "micro_dev": min(asked, rows // 3)}
 

@@ -343,7 +343,7 @@ def _cell(cell: Any, formula: Any) -> str | NoText:
     if isinstance(value, str):
         return str(unescape(value))
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and (format in _PLAIN_NUMBERS or (format == "0" and value == int(value))):
+    if number and (format in _PLAIN_NUMBERS or (format == "0" and float(value).is_integer())):
         return f"{value:.15g}" if isinstance(value, float) else str(value)
     kind = "a number or truth value" if isinstance(value, int | float) else "a date or time"
     return NoText(

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_fractions
-from grasp_lora.text.characters import INVISIBLE, split_unspaced
+from grasp_lora.text.characters import INVISIBLE, bare_words, split_unspaced
 
 # What MLQA counts as an article, as a pattern on text without punctuation; None: no articles. The Arabic one
 # has no word boundary, so it also cuts "ال" out of the middle of a word: the official rule has that effect.
@@ -20,7 +20,6 @@ _ARTICLES: dict[str, str | None] = {
     "hi": None,
     "zh": None,
 }
-_MARKS = ".,:;!?\"'()[]«»„“”‘’、。，：；！？（）「」،؛؟।"
 _MLQA_CHINESE = re.compile("[\u4e00-\u9fa5]")
 
 
@@ -51,6 +50,10 @@ def taken_for_one(answers: Iterable[str], language: str) -> tuple[str, str] | No
 
     Two that differ in case, white space and the marks around words alone are no such pair. An answer without any token is
     taken for an empty one.
+
+    Args:
+        answers: of different examples.
+        language: as `language_code` gives it.
     """
     seen: dict[tuple[str, ...], str] = {(): ""}
     for answer in answers:
@@ -61,7 +64,7 @@ def taken_for_one(answers: Iterable[str], language: str) -> tuple[str, str] | No
 
 
 def _words(text: str) -> list[str]:
-    return [word for part in text.lower().split() if (word := part.strip(_MARKS))]
+    return bare_words(split_unspaced(INVISIBLE.sub("", unicodedata.normalize("NFC", text))))
 
 
 def _is_punctuation(character: str) -> bool:

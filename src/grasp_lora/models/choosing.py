@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from grasp_lora.errors import ProbeError
 from grasp_lora.models.backbone import supports_logits_to_keep, without_peft
 from grasp_lora.models.caches import can_share_rows
 from grasp_lora.models.company import Company
-from grasp_lora.models.generation import NO_NUMBERS, check_lengths, contiguous_head_input, less_memory
+from grasp_lora.models.generation import check_lengths, contiguous_head_input, less_memory, no_numbers
 from grasp_lora.models.live import evaluating
 from grasp_lora.models.settings import GenerationSettings
 from grasp_lora.storage.memory import enough_memory
@@ -69,7 +68,7 @@ def label_scores(
             batches = (labels[start : start + rows] for start in range(0, len(labels), rows))
             scores = [score for batch in batches for score in _score(inner, prompt, cache, batch, company)]
             if any(map(math.isnan, scores)):
-                raise ProbeError(NO_NUMBERS)
+                raise no_numbers(inner)
             found.append(scores)
             if progress is not None:
                 progress(len(found), len(prompts))

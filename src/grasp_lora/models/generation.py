@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ONE_BY_ONE = ("minimax", "recurrent_gemma", "rwkv")  # model types that answer otherwise in a batch
-NO_NUMBERS = (
-    "the model's scores are no numbers, as when float16 is too small for it; in a recipe set backbone.dtype to float32, "
-    "and let predict answer with --device cpu"
-)
 _TOKENS_BETWEEN = 4  # generated before rows that have ended leave the batch
 
 
@@ -54,6 +50,7 @@ def generate(
 
     Raises:
         DataError: a prompt is empty, or too long for the model's context with `max_new_tokens` after it.
+        ProbeError: a score is no number.
     """
     answering = _Answering(model, tokenizer, prompts, settings, progress, ends)
     for batch in _batches([len(prompt) for prompt in prompts], answering.settings):
@@ -76,7 +73,7 @@ class Reader:
         gold: token ids of the gold answer of each prompt, its end included.
 
     Raises:
-        DataError: as of `generate`.
+        DataError, ProbeError: as of `generate`.
     """
 
     def __init__(
@@ -132,6 +129,14 @@ class Reader:
     def _decode(self) -> None:
         self._answering.decode(self._waiting)
         self._waiting = []
+
+
+def no_numbers(model: Any) -> ProbeError:
+    """The error to raise where a model's scores are no numbers."""
+    ways = "check the weights of the adapter and the backbone"
+    if model.dtype == torch.float16:
+        ways = "float16 may overflow: set backbone.dtype to float32, or let predict answer with --device cpu"
+    return ProbeError(f"the model's scores are no numbers; {ways}")
 
 
 def less_memory(settings: GenerationSettings) -> str:
@@ -319,8 +324,9 @@ class _Batch:
         Raises:
             ProbeError: a score is no number.
         """
-        if scores.isnan().any():
-            raise ProbeError(NO_NUMBERS)
+        acting = [place for place, row in enumerate(self.rows) if not row.ended]
+        if scores[acting].isnan().any():
+            raise no_numbers(self._answering.model)
         if waiting := [place for place, row in enumerate(self.rows) if self._answering.must_wait(row)]:
             ends = [token for token in sorted(self._answering.stop_ids) if token < scores.shape[-1]]
             scores[torch.tensor(waiting)[:, None], torch.tensor(ends, dtype=torch.long)] = -torch.inf

@@ -82,9 +82,9 @@ def write_recipe(
     if twice := [place for place in dict.fromkeys(source) if source.count(place) > 1]:
         raise DataError(f"source {twice[0]} is given twice; give it once")
     files, adapters = _sort_out(source)
+    if backbone and (backbone[0] in ".~" or Path(backbone).is_absolute()) and not is_folder(expanded(backbone)):
+        raise RecipeError(f"--backbone {backbone} is no folder; give that of a model, or a hub id such as org/name")
     backbone = backbone or _backbone_of(adapters)
-    if backbone.startswith((".", "/", "~")) and not is_folder(expanded(backbone)):
-        raise RecipeError(f"backbone {backbone} is no folder; give that of a model, or a hub id such as org/name")
     places = [resolve_file(name) if name.startswith(DEMO_PREFIX) else Path(name) for name in files]
     sources = [
         read_corpus(

@@ -14,7 +14,7 @@ from grasp_lora.report.run_record import RunRecord
 if TYPE_CHECKING:
     from grasp_lora.evaluation.statistics import PairedComparison
 
-SAME_EVERYWHERE = "no example differs"  # and so no interval says what others would show
+SAME_EVERYWHERE = "the same in every draw"  # and so no interval says what other examples would show
 METRIC_NAMES = {
     "accuracy": "Accuracy", "macro_f1": "Macro-F1", "chrf++": "chrF++",
     "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
@@ -203,9 +203,9 @@ def scores_table(record: RunRecord) -> Table | None:
 def _column(
     values: Sequence[float | None], digits: int, choose: Callable[[Iterable[float]], float], absent: str = "–"
 ) -> list[Cell]:
-    """Cells of one column; all that print like the best one are best, since the rest cannot be seen."""
+    """Cells of one column; all that print like the best one are best, where not all do."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
-    best = _number(choose(finite), digits) if len(set(finite)) > 1 else None
+    best = _number(choose(finite), digits) if len({_number(value, digits) for value in finite}) > 1 else None
     texts = (absent if value is None else _number(value, digits) for value in values)
     return [Cell(text, text == best) for text in texts]
 

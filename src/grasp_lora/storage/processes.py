@@ -213,8 +213,6 @@ def on_every_process(work: Callable[[], None], *, loads: bool = False) -> None:
     if world_size() == 1:
         work()
         return
-    from accelerate.utils import gather_object
-
     problem: GraspError | None = None
     try:
         work()
@@ -222,6 +220,13 @@ def on_every_process(work: Callable[[], None], *, loads: bool = False) -> None:
         problem = error
     if loads and _joined:
         _wait_for_all(FIRST_LOAD)
+    _raise_together(problem)
+
+
+def _raise_together(problem: GraspError | None) -> None:
+    """Raise in every process where one has a problem: there that, elsewhere that another could not go on."""
+    from accelerate.utils import gather_object
+
     failed = [rank for rank, could in enumerate(gather_object([problem is None])) if not could]
     if failed and os.environ["RANK"] == str(failed[0]) and problem is not None:
         raise problem
@@ -235,11 +240,20 @@ def distribute(items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[
     Args:
         items: the same in every process.
         work: gives a result, plain values, for each of the items that it is given; there may be none.
+
+    Raises:
+        GraspError: of the work, in the first process that could not do it.
+        FailedElsewhere: in all others.
     """
     if world_size() == 1:
         return list(work(items))
     from accelerate.utils import gather_object
 
     mine = range(int(os.environ["RANK"]), len(items), world_size())
-    done = work([items[place] for place in mine])
+    done, problem = list[Result](), None
+    try:
+        done = list(work([items[place] for place in mine]))
+    except GraspError as error:
+        problem = error
+    _raise_together(problem)
     return [result for _, result in sorted(gather_object(list(zip(mine, done, strict=True))))]

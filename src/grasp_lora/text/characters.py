@@ -22,6 +22,18 @@ _WITH_MARKS = re.compile(
 ENDS_OF_SENTENCES = ".?!\u2026\u061f\u06d4\u0964\u3002\uff1f\uff01"  # also those of Arabic, Urdu, Hindi and Chinese
 
 
+_MARKS = ENDS_OF_SENTENCES + ",:;\"'()[]«»„“”‘’、，：；（）「」،؛–—"
+
+
+def bare_words(text: str) -> list[str]:
+    """List the words of a text in lower case, without the marks around them; one of marks alone stays, such as a smiley.
+
+    >>> bare_words("“Is it -5?” :) C++"), bare_words("")
+    (['is', 'it', '-5', ':)', 'c++'], [])
+    """
+    return [word.strip(_MARKS) or word for word in text.casefold().split()]
+
+
 def split_unspaced(text: str) -> str:
     """Put white space around each ideograph, kana and letter of Thai, Lao, Myanmar and Khmer.
 
