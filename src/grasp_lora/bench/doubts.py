@@ -39,8 +39,8 @@ def doubtful(session: Session) -> list[Finding]:
         if (examples := getattr(splits, name))
     }
     if any(repeated.values()):
-        listed = ", ".join(f"{count} of {name}" for name, count in repeated.items() if count)
-        text = f"examples that stand there more than once, prompt and answer alike: {listed}; remove them from the data"
+        where = ", ".join(f"{count} of {name}" for name, count in repeated.items() if count)
+        text = f"examples that stand there more than once, prompt and answer alike: {where}; remove them from the data"
         found.append(Finding("warning", "duplicates", text))
     found += [*_contradictions(session), *_nearly_leaked(session)]
     if spelled := sum(tally.control_tokens_kept_as_text for tally in tallies):

@@ -304,8 +304,8 @@ def _records(table: Table, own: Answers) -> list[Record]:
             if not {field, own.columns.get(field, field)} & present:
                 name = quoted(own.columns.get(field, field))
                 raise DataError(
-                    f"{table.name} has no column {name}, which the adapter was trained with; found: "
-                    f"{listed(sorted(present))}; rename a column, or take an adapter for such rows"
+                    f"{table.name} has no column {name}; found: {listed(sorted(present))}; rename the right one, or take an "
+                    "adapter that was trained for such rows"
                 )
     alpaca = task == "completion" and "prompt" not in columns
     rows = [Row(where, _with_no_answer(values, columns.get(answer, answer), alpaca)) for where, values in table.rows]

@@ -299,10 +299,13 @@ def _widths(comparison: Comparison) -> str | None:
     """What half-width was to be expected, and what it came to, in a sentence."""
     rows = [row for row in comparison.finished if any(one.verdict for one in row.against.values())]
     main = main_metric(comparison.metrics)
-    measured = [(one.high - one.low) / 2 for row in rows if (one := row.against.get(main)) and one.high > one.low]
+    found = [one for row in rows if (one := row.against.get(main))]
+    measured = [(one.high - one.low) / 2 for one in found if one.high > one.low]
     expected = expected_width(comparison.metrics, comparison.test_examples, len(rows), comparison.test_group_size)
-    if not measured or expected is None:
+    if not found or expected is None:
         return None
+    if not measured:
+        return f"Before the comparison: {expected}."
     return f"Before the comparison: {expected}. They reach {min(measured):.1f} to {max(measured):.1f}."
 
 
