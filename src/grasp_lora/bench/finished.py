@@ -52,9 +52,9 @@ def is_finished(folder: Path, recipe: Recipe, base: Path) -> bool:
 def inputs_of(recipe: Recipe, base: Path) -> dict[str, str]:
     """Return a SHA-256 of everything that a run reads, by the key of the recipe that names it, such as `target.files.0`.
 
-    Beside these stands what the recipe says of the chat template, as a text.
     That is every data file, given adapter and file of a user's own code. Of a backbone's folder names, sizes and times count,
     since its files are large: where they differ, the run looks at the weights.
+    What the recipe says of the chat template stands there as a text.
     Left out is what the hub holds, and what is not there or cannot be read any more: a finished run needs none of it.
 
     Args:

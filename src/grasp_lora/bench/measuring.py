@@ -98,13 +98,15 @@ class Measuring(Keyed):
     def _scored(self, adapter: Adapter) -> tuple[Record, Callable[[], tuple[str, ...]]]:
         recipe, session = self.recipe, self.session
         references = [example.references for example in session.splits.test]
+        code = language_code(session.language)
         settings = self._asked(adapter) | {
             "metrics": list(session.metrics),
             "bertscore": public_bertscore(recipe.bertscore) if "bertscore" in session.metrics else None,
             "language": session.language,
-            **({} if (code := language_code(session.language)) == session.language else {"code": code}),
             "references": hashlib.sha256(repr(references).encode()).hexdigest(),
         }
+        if code != session.language:  # else it says nothing more, and earlier records do not have it
+            settings["code"] = code
         if session.splits.labels.keys() - {one for texts in references for one in texts}:
             settings["statistics"] = "of all labels"  # once they were of those in the references alone
         file = self._answers_file(adapter)

@@ -325,7 +325,7 @@ class _Batch:
             ProbeError: a score is no number.
         """
         acting = [place for place, row in enumerate(self.rows) if not row.ended]
-        if scores[acting].isnan().any():
+        if scores.amax(dim=-1)[acting].isnan().any():  # without a copy of the rows
             raise no_numbers(self._answering.model)
         if waiting := [place for place, row in enumerate(self.rows) if self._answering.must_wait(row)]:
             ends = [token for token in sorted(self._answering.stop_ids) if token < scores.shape[-1]]

@@ -292,7 +292,7 @@ def losses_table(record: RunRecord) -> Table | None:
         best = [_number(min(dev)[0], 3), str(min(dev)[1])] if dev else ["–", "–"]
         if history:
             # Losses are logged every few steps; the last round comes at the end.
-            steps = max(history[-1].step, *(one.step for one in record.rounds if stage == "controller"), 0)
+            steps = max([history[-1].step, *(one.step for one in record.rounds if stage == "controller")])
             rows.append([title, str(steps), train[0], train[-1], *best])
     heads = ["Stage", "Steps", "First train loss", "Last train loss", "Best dev loss", "at step"]
     return _table("Losses of each training stage", heads, rows)
