@@ -260,7 +260,7 @@ def test_all_end_where_one_cannot_do_its_part_and_none_waits(tmp_path: Path) -> 
 import os
 from accelerate import PartialState
 from grasp_lora.errors import GraspError
-from grasp_lora.storage.processes import distribute
+from grasp_lora.storage.processes import distribute, leave
 
 PartialState(cpu=True)
 rank = os.environ["RANK"]
@@ -275,6 +275,7 @@ try:
 except GraspError as error:
     print(f"<{rank} {type(error).__name__}: {error}>", flush=True)
 print(f"<{rank} {distribute([1, 2, 3], lambda items: [2 * item for item in items])}>", flush=True)
+leave()
 """,
         encoding="utf-8",
     )

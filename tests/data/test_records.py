@@ -548,6 +548,24 @@ class TestCleaning:
             read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
         assert len(str(caught.value)) < 400
 
+    def test_parquet_with_a_column_that_is_described_wrongly(self, tmp_path: Path) -> None:
+        """Asked for such a column, pyarrow ends the process that asks."""
+        pq.write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "x.parquet")
+        content = (tmp_path / "x.parquet").read_bytes()
+        optional, required = b"\x25\x02\x18\x06prompt", b"\x25\x00\x18\x06prompt"
+        assert optional in content
+        (tmp_path / "x.parquet").write_bytes(content.replace(optional, required))
+        with pytest.raises(
+            DataError, match=r"not a valid parquet file \(.* histogram size mismatch, size: 2, expected: 1\)"
+        ):
+            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
+
+    def test_parquet_that_ends_its_reader_without_a_word(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        pq.write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "x.parquet")
+        monkeypatch.setattr("grasp_lora.data.files._LOOK", "import os; os.abort()")
+        with pytest.raises(DataError, match=r"not a valid parquet file \(its columns cannot be read\)"):
+            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
+
     @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
     def test_rows_without_end(self, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
         import grasp_lora.data.files as rows

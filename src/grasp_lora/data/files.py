@@ -6,6 +6,8 @@ A new kind of file is one function, and one row of `READERS`.
 import csv
 import io
 import re
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +36,13 @@ _STATED_DELIMITER = re.compile(r"sep=(.)\r?\n")
 _BATCH = 256  # rows of parquet at a time, at most
 _VALUE = 32  # bytes that a value takes at least, beside its text
 _PLAIN_NUMBERS = ("General", "@")  # formats that show a number as it is; "0" does where it is whole
+_LOOK = """
+import io, sys, pyarrow.parquet
+metadata = pyarrow.parquet.read_metadata(io.BytesIO(sys.stdin.buffer.read()))
+for group in map(metadata.row_group, range(metadata.num_row_groups)):
+    for column in range(group.num_columns):
+        group.column(column)
+"""
 _NO_TEXT = {  # how files begin that are often given the wrong name
     b"\x1f\x8b": "compressed with gzip: unpack it",
     b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or give it the suffix .xlsx",
@@ -225,6 +234,7 @@ def _parquet(data: bytes, name: str) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
         _check_header(file.schema_arrow.names, name)
+        _check_columns(data, name)
         groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
         values = sum(group.column(column).num_values for group in groups for column in range(group.num_columns))
         written = [group.total_byte_size for group in groups]
@@ -243,6 +253,16 @@ def _parquet(data: bytes, name: str) -> Iterator[Row]:
     # Beside its own errors, pyarrow lets pass those of the values: texts that are no UTF-8, dates that do not exist.
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise DataError(f"{name}: not a valid parquet file ({one_line(str(error))[:300]})") from None
+
+
+def _check_columns(data: bytes, name: str) -> None:
+    """Ask for each column in a process of its own: where a column is described wrongly, pyarrow ends the one that asks."""
+    footer = b"PAR1" + data[-8 - int.from_bytes(data[-8:-4], "little") :]
+    looked = subprocess.run([sys.executable, "-P", "-c", _LOOK], input=footer, capture_output=True, check=False)
+    if looked.returncode:
+        said = re.search(r"what\(\): *(.+)", looked.stderr.decode(errors="replace"))
+        why = one_line(said[1])[:300] if said else "its columns cannot be read"
+        raise DataError(f"{name}: not a valid parquet file ({why})")
 
 
 def _texts_in_lists(data: bytes, file: "ParquetFile") -> int:
