@@ -29,13 +29,23 @@ def test_a_row_a_setting_and_the_means_of_what_is_there(tmp_path: Path, capsys: 
     folders = [str(ON_RECORD), comparison(tmp_path / "compare-other", shift=1.0, without=("grid",))]
     assert planned_table.main(folders) == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert rows[0][:6] == [
-        *("nusax-jv-on-source", "3", "400", "72.0 accuracy"),
+    assert rows[0][:7] == [
+        *("nusax-jv-on-source", "3", "400", "3", "72.0 accuracy"),
         *("+2.5 (-1.1 to +6.1), no difference shown", "+0.4 (-3.6 to +4.4), no difference shown"),
     ]
-    assert rows[0][6:] == ["+3.3 (+0.6 to +6.1), better", "+1.2 (-1.8 to +4.3)", "400, 1600, 2100, 956"]
-    assert (rows[1][0], rows[1][6], rows[1][8]) == ("other", "–", "400, 1600, –, 956")
-    assert rows[2][4:7] == ["+3.0 of 2", "+0.9 of 2", "+3.3 of 1"]
+    assert rows[0][7:] == ["+3.3 (+0.6 to +6.1), better", "+1.2 (-1.8 to +4.3)", "400, 1600, 2100, 956"]
+    assert (rows[1][0], rows[1][7], rows[1][9]) == ("other", "–", "400, 1600, –, 956")
+    # Corrected for three comparisons, an interval of 7.24 points has a standard error of 1.51; that of the mean of two is 1.07.
+    assert rows[2][5:8] == ["+3.0 of 2 (+0.9 to +5.1)", "+0.9 of 2 (-1.4 to +3.2)", "+3.3 of 1 (+1.1 to +5.6)"]
+
+
+def test_without_the_source_adapters_row_its_passes_come_from_the_continued_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert planned_table.main([comparison(tmp_path / "other", without=("source_only",))]) == 0
+    assert "400, 1600, 2100, 956" in capsys.readouterr().out
+    assert planned_table.main([comparison(tmp_path / "neither", without=("source_only", "continued"))]) == 2
+    assert "no row tells what the source adapter takes" in capsys.readouterr().err
 
 
 def test_another_reference_and_a_missing_comparison_are_one_line(
