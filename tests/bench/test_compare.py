@@ -33,7 +33,7 @@ from grasp_lora.bench.run_folder import Delivered
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record, Store, pack
-from grasp_lora.errors import AdapterError, Interrupted, ProbeError, RecipeError
+from grasp_lora.errors import AdapterError, DataError, Interrupted, ProbeError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.policy import Gaussian, Spread
@@ -364,6 +364,23 @@ def test_a_single_run_too_short_to_learn_is_left_out(tiny_workspace):
     assert rows["grasp_single"]["unavailable"].startswith("the controller run has 6 optimizer steps and probes every 7")
     assert "unavailable" not in rows["grasp"] or rows["grasp"]["unavailable"] is None
     assert recorder.did.count("controller") == 1
+
+
+def test_a_single_run_of_stacked_copies_is_left_out(tiny_workspace):
+    unavailable = METHODS["grasp_single"].unavailable(session("controller={preset: stacked}"))
+    assert "the copies of controller.preset 'stacked' leave none" in unavailable
+
+
+def test_another_split_whose_prompts_are_too_long_is_refused_before_anything_is_trained(tiny_workspace, monkeypatch):
+    def too_long(one: Session) -> None:
+        if one.recipe.data.split_seed == 7:
+            raise DataError("a test prompt of split 7 is too long")
+
+    monkeypatch.setattr("grasp_lora.bench.compare.check_splits", too_long)
+    settings = ComparisonSettings(("target_only", "grasp"), (1,), (0.2,), split_seeds=(7,), resamples=1000)
+    with pytest.raises(DataError, match="of split 7 is too long"):
+        run(tiny_workspace / "compare", settings)
+    assert not list((tiny_workspace / "compare").rglob("*.safetensors"))
 
 
 def test_a_single_run_of_adapters_kept_apart_is_left_out(tiny_workspace):

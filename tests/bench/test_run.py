@@ -24,7 +24,7 @@ from grasp_lora.bench.finished import refuse_other_template
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_stages import STAGES
 from grasp_lora.bench.session import Session
-from grasp_lora.errors import RecipeError
+from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.metrics import score
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSet, MaskSettings, survival
@@ -432,6 +432,24 @@ class TestAgain:
         assert done["source"]
         assert done["target"]
         assert read(finished_run / "cost.json")["source"] == before["source"]
+
+    def test_a_single_run_makes_the_adapter_of_its_controller_run_again(self, finished_run: Path) -> None:
+        changes = ["final.start=controller", "final.deliver=grasp"]
+        execute(*changes, folder="single")
+        weights = Path("single/controller/adapter/adapter_model.safetensors")
+        before = weights.read_bytes()
+        for lost in ("single/store/adapters", "single/controller/adapter"):
+            shutil.rmtree(lost)
+        Path("single/metrics.json").unlink()
+        execute(*changes, folder="single")
+        assert weights.read_bytes() == before
+
+    def test_adapters_that_learned_nothing_are_said_to_be_the_cause(self, finished_run: Path) -> None:
+        nothing = [f"{stage}.training.learning_rate=1e-30" for stage in ("source", "target")]
+        with pytest.raises(
+            GraspError, match=r"no step lowered a dev loss .*; lower source.training.learning_rate \(now 1e-30\)"
+        ):
+            execute(*nothing, folder="nothing")
 
     def test_an_adapter_says_how_its_own_recipe_asks(self, finished_run: Path) -> None:
         shutil.copytree("run/store", "other/store")

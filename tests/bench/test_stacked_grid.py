@@ -129,6 +129,13 @@ def test_the_ratios_of_a_stack_hold_the_first_current_one(settings, ratios):
     assert search.current_ratio in search.ask()
 
 
+def test_a_stack_that_loses_all_its_members_at_once_stops(tiny_workspace):
+    with pytest.raises(ProbeError, match=r"the run at prune ratio 0.1000: the dev loss is \w+ at step [1-9]"):
+        api.run(
+            "tiny.yaml", overrides=[STACKED, NO_DROPOUT, "controller.training.learning_rate=1e30"], folder="runs/all"
+        )
+
+
 def test_a_stack_that_loses_a_member_says_so_and_chooses_among_the_others(tiny_workspace, monkeypatch):
     from grasp_lora.training import stacked
 

@@ -293,8 +293,8 @@ def uninterrupted(tmp_path_factory, tiny_backbone_folder) -> SweepResult:
         (Session, "finetune_pruned", False, 1),
         (Session, "finetune_pruned", True, 1),
         (Bench, "finetuned", True, 0),
-        (search_module, "write_json", False, 0),
-        (search_module, "write_json", True, 0),
+        (search_module, "write_json", False, 1),
+        (search_module, "write_json", True, 1),
     ],
 )
 def test_a_killed_sweep_goes_on_to_the_same_trials(
@@ -320,6 +320,38 @@ def test_a_killed_sweep_goes_on_to_the_same_trials(
     again, nothing = run("out", RATIO, trials=2)
     assert nothing.did == nothing.trials == []
     assert again == result
+
+
+def test_another_sweep_that_begins_at_the_same_time_is_refused(tiny_workspace, monkeypatch):
+    """It began while the first had no trial yet; so it is told by what that wrote at its own beginning."""
+    other = "final.prune_ratio=0.3..0.6"
+    tried = search_module._Search._tried
+
+    def another_begins(self: Any, number: int, values: Any) -> Trial:
+        monkeypatch.setattr(search_module._Search, "_tried", tried)
+        with pytest.raises(RecipeError, match="holds a sweep with other params"):
+            run("out", other, trials=1)
+        return tried(self, number, values)
+
+    monkeypatch.setattr(search_module._Search, "_tried", another_begins)
+    result, _ = run("out", RATIO, trials=2)
+    assert [trial.state for trial in result.trials] == ["complete"] * 2
+    assert json.loads(Path("out/sweep/sweep.json").read_text(encoding="utf-8"))["identity"]["params"] == [RATIO]
+
+
+def test_a_sweep_whose_record_another_one_replaced_stops(tiny_workspace, monkeypatch):
+    tried = search_module._Search._tried
+
+    def replaced(self: Any, number: int, values: Any) -> Trial:
+        file = Path("out/sweep/sweep.json")
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content["identity"]["params"] = ["lora.rank=[1, 2]"]
+        file.write_text(json.dumps(content), encoding="utf-8")
+        return tried(self, number, values)
+
+    monkeypatch.setattr(search_module._Search, "_tried", replaced)
+    with pytest.raises(RecipeError, match="holds a sweep with other params"):
+        run("out", RATIO, trials=2)
 
 
 def test_a_signal_stops_a_sweep_with_status_75_and_it_goes_on(tiny_workspace, cli, monkeypatch):
@@ -480,7 +512,7 @@ def test_a_full_disk_is_no_fault_of_the_values(
 ) -> None:
     with pytest.raises(RecipeError, match="cannot be written"):
         run("sweep", RATIO, overrides=("save_every=1",), trials=2)
-    assert not list(Path("sweep").rglob(SWEEP_FILE))
+    assert json.loads(next(Path("sweep").rglob(SWEEP_FILE)).read_text(encoding="utf-8"))["trials"] == []
     monkeypatch.undo()
     monkeypatch.chdir(tiny_workspace)
     assert {trial.state for trial in run("sweep", RATIO, overrides=("save_every=1",), trials=2)[0].trials} == {

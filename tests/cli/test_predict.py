@@ -115,6 +115,21 @@ def test_a_prompt_of_another_form_gets_a_note(cli: Cli, here: Path, asked: list[
     assert "leave out --no-chat" in cli("predict", "chat", "x", "--no-chat").err
 
 
+def test_a_prompt_that_stands_in_the_chat_template_is_asked_as_it_is(
+    cli: Cli, here: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those on record in a run's folder do: evaluation/prompts.jsonl."""
+    rendered = "<start>user\nwhat 1?<end>\n<start>assistant\n"
+    given = "".join(json.dumps(one) + "\n" for one in (rendered, "what 2?"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    result = cli("predict", "chat", "--jsonl")
+    assert asked[-1][0] == [rendered, rendered.replace("1", "2")]
+    assert asked[-1][1]["ends"] == [261]
+    assert result.err == (
+        "WARNING: 1 of 2 prompts begin with a control token, so they are taken to stand in the chat template already\n"
+    )
+
+
 def test_rows_are_answered_whatever_their_layout(cli: Cli, here: Path, asked: list[Any]) -> None:
     with Path("rows.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
@@ -248,6 +263,23 @@ def test_a_merge_of_differently_worded_prompts_says_what_it_loses(cli: Cli, here
     alike = cli("merge", "first", "first", "--backbone", "tiny-llama", "-o", "same")
     assert "whole prompts" not in alike.out
     assert json.loads(Path("same", OUR_FILE).read_text())["answers"]["labels"] == ["a", "b"]
+
+
+def test_a_merge_keeps_prompts_and_labels_where_only_the_length_of_answers_differs(cli: Cli, here: Path) -> None:
+    for name, most, label in (("first", 9, "b"), ("second", 12, "b"), ("third", 12, "c")):
+        shutil.copytree("qa", name)
+        info = json.loads((Path(name) / OUR_FILE).read_text())
+        own = {"task": "classification", "prompt": "{text}", "completion": " {label}", "labels": ["a", label]}
+        (Path(name) / OUR_FILE).write_text(
+            json.dumps(info | {"answers": info["answers"] | own | {"max_new_tokens": most}})
+        )
+    assert "predict" not in cli("merge", "first", "second", "--backbone", "tiny-llama", "-o", "both").out
+    answers = json.loads(Path("both", OUR_FILE).read_text())["answers"]
+    assert (answers["task"], answers["labels"], answers["max_new_tokens"]) == ("classification", ["a", "b"], 12)
+    said = " ".join(cli("merge", "first", "third", "--backbone", "tiny-llama", "-o", "other").out.split())
+    assert "in different ways, so tell predict" in said
+    assert "so predict takes whole prompts and writes any text, not one of their labels" in said
+    assert json.loads(Path("other", OUR_FILE).read_text()).get("answers") is None
 
 
 @pytest.mark.parametrize(

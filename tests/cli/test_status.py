@@ -145,3 +145,21 @@ def test_a_dry_run_of_a_broken_recipe_is_one_line(
     refused: Callable[..., None], arguments: tuple[str, ...], says: str
 ) -> None:
     refused("compare", [*arguments, "--dry-run"], says)
+
+
+def test_status_of_a_sweep_says_how_many_trials_are_left(cli: Cli, finished_run: Path) -> None:
+    file = finished_run / "sweep/sweep.json"
+    file.parent.mkdir()
+    for trials, best, says in (
+        ([], None, "sweep, 0 of 20 trials done\n"),
+        ([{}, {}], None, "sweep, 2 of 20 trials done; none could be finished"),
+        ([{}, {}], 2, "sweep, 2 of 20 trials done; the best is number 2"),
+    ):
+        file.write_text(json.dumps({"name": "tiny", "trials": trials, "best": best, "asked": 20}))
+        said = cli("status", finished_run).out
+        assert says in said
+        assert "grasp-lora sweep tiny.yaml --output" in said
+    file.write_text(json.dumps({"name": "tiny", "trials": [{}, {}], "best": 1}))  # of an earlier version
+    said = cli("status", finished_run).out
+    assert "sweep, 2 of 2 trials done; the best is number 1" in said
+    assert "grasp-lora sweep" not in said

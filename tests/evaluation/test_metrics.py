@@ -1,5 +1,6 @@
 """What all metrics share: ranges, signatures, names, metrics of a user's own, and refusals."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -189,6 +190,21 @@ def test_what_a_metric_of_the_users_own_gives_is_checked(own_module, given, mess
     )
     with pytest.raises(DataError, match=message):
         score([f"{module}:metric"], ["x", "y"], [["x"], ["y"]], "en")
+
+
+@pytest.mark.parametrize("made", ["numpy.float32(50)", "numpy.array(50)", "torch.tensor(50.0)", "numpy.int64(50)"])
+def test_numbers_of_numpy_and_torch_become_plain_ones(own_module, made):
+    module = own_module(
+        f"""
+        import numpy, torch
+        from grasp_lora.evaluation.metrics import MetricScore
+
+        def metric(outputs):
+            return MetricScore("x", {made}, "s", numpy.array([0, 100], dtype=numpy.float32))
+        """
+    )
+    found = score([f"{module}:metric"], ["x", "y"], [["x"], ["y"]], "en")[f"{module}:metric"]
+    assert json.dumps([found.value, found.per_example]) in ("[50.0, [0.0, 100.0]]", "[50, [0.0, 100.0]]")
 
 
 def test_statistics_of_the_users_own_are_one_row_an_example(own_module):

@@ -59,6 +59,23 @@ def test_a_deferred_signal_is_seen_and_stops_at_the_end(interruption):
     assert done == ["the rest of the work"]
 
 
+def test_a_deferral_within_another_ends_with_the_outer_one(interruption):
+    """A training that first makes what it starts from again is still one training."""
+    done = []
+
+    def work() -> None:
+        with interruption.deferred():
+            with interruption.deferred():
+                done.append("its start")
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("the rest of the training")
+        done.append("what comes after")
+
+    with pytest.raises(Interrupted), interruption.handled():
+        work()
+    assert done == ["its start", "the rest of the training"]
+
+
 TWICE = """
 import os, signal
 from grasp_lora.storage import interruption

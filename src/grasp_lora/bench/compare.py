@@ -218,6 +218,8 @@ class Work:
         self.numbers = tuple(self.folds) or settings.seeds
         self.rows = self._rows(*(self.folds.values() or [session]))
         self.others = {other: self._elsewhere(other) for other in settings.split_seeds}
+        for elsewhere in self.others.values():
+            check_splits(elsewhere)
         self.again = {other: self._rows(elsewhere) for other, elsewhere in self.others.items()}
 
     def execute(self) -> Comparison:

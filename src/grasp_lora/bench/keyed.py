@@ -118,15 +118,20 @@ class Keyed:
         settings: dict[str, Any],
         starts: Sequence[Adapter],
         work: Callable[[Path], tuple[AdapterWeights, dict[str, Any]]],
+        *,
+        trains: bool = True,
     ) -> Adapter:
-        """A step that makes an adapter: on record with its facts, its weights in a folder beside the records."""
+        """A step that makes an adapter: on record with its facts, its weights in a folder beside the records.
+
+        One that trains looks at the request to stop itself; any other is stopped at once.
+        """
 
         def make(key: str, folder: Path) -> dict[str, Any]:
             weights, facts = work(folder)
             self.store.save_adapter(key, lambda draft: self.session.save(draft, weights))
             return facts
 
-        record = self.store.get(name, settings, make, trains=True)
+        record = self.store.get(name, settings, make, trains=trains)
         folder = self.store.adapter_folder(record.key)
 
         def load() -> AdapterWeights:
@@ -135,7 +140,7 @@ class Keyed:
             except AdapterError as error:
                 if folder.exists():  # half of it was copied, for example
                     logger.warning("%s; it is made again", error)
-            self.store.get(name, settings, make, trains=True, redo=True)
+            self.store.get(name, settings, make, trains=trains, redo=True)
             return read_adapter(folder).weights
 
         earlier = [past for start in starts for past in start.records]

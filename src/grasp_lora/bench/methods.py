@@ -240,6 +240,8 @@ def _needs_single_run(session: Session) -> str | None:
     rule = session.recipe.merge.rule
     if merge_rule(rule).space.apart:
         return f"saves the controller run's adapter as one, but merge.rule {rule!r} keeps adapters apart"
+    if session.recipe.controller.policy.regime == "stacked":
+        return "goes on from the controller run's adapter, but the copies of controller.preset 'stacked' leave none"
     return _needs_rounds(lambda recipe: single_run(recipe)[0])(session)
 
 

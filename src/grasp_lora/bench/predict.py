@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grasp_lora.bench.run_folder import ADAPTER_FOLDER, RUN_FILE
 from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.conversations import SPEAKERS, Message
-from grasp_lora.data.encode import Encoder, prompt_ids
+from grasp_lora.data.encode import Encoder, control_tokens, is_rendered, prompt_ids
 from grasp_lora.data.files import READERS, NoText, Row, Table, read_file
 from grasp_lora.data.labels import encode_labels
 from grasp_lora.data.records import XLSUM_COLUMNS, Record, make_pool
@@ -65,9 +65,20 @@ class Asked:
     chat: bool
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
-        """Answer whole prompts; with `chat` what the user says. A note tells of one that is worded otherwise than in training."""
+        """Answer whole prompts; with `chat` what the user says. A note tells of one that is worded otherwise than in training.
+
+        Nor are those put into the chat template that stand in it already.
+        """
         template = _form(self.own)[1].prompt
-        if self.own.task and not all(_fits(prompt, template) for prompt in prompts):
+        spelled = control_tokens(self.tokenizer, chat=True) if self.chat else None
+        said = [prompt for prompt in prompts if spelled is None or not is_rendered(prompt, spelled)]
+        if rendered := len(prompts) - len(said):
+            logger.warning(
+                "%d of %d prompts begin with a control token, so they are taken to stand in the chat template already",
+                rendered,
+                len(prompts),
+            )
+        if self.own.task and not all(_fits(prompt, template) for prompt in said):
             logger.warning(
                 "the adapter was trained on prompts of the form %s, and a prompt here is of another; "
                 "with --question and --context it is put into that form",

@@ -179,6 +179,7 @@ class _Search:
         self._trials.append(self._repeated(trial.trial, trial.values) or trial)
         with in_turn(self._file.parent):
             before = self._read()
+            self._refuse_other(before)
             if before is None or len(before.trials) < len(self._trials):  # else another process is ahead
                 write_json(self._file, asdict(self._result()))
         self._progress.trial(self._trials[-1])
@@ -186,7 +187,15 @@ class _Search:
 
     def _remember(self) -> None:
         """Take up the trials that are in the folder."""
-        before = self._read()
+        with in_turn(self._file.parent):
+            before = self._read()
+            self._refuse_other(before)
+            if before is None:
+                write_json(self._file, asdict(self._result()))  # another sweep that begins sees what this one is
+                return
+        self._trials, self._parents = before.trials, before.parents
+
+    def _refuse_other(self, before: SweepResult | None) -> None:
         if before is None:
             return
         told, asked = asdict(before.identity), asdict(self._identity)
@@ -195,7 +204,6 @@ class _Search:
                 f"{escaped(str(self._file.parent))} holds a sweep with other {', '.join(changed)}; give those, or another "
                 "folder with --output"
             )
-        self._trials, self._parents = before.trials, before.parents
 
     def _read(self) -> SweepResult | None:
         try:
@@ -276,6 +284,7 @@ class _Search:
             dict(self._parents),
             min(complete)[1] if complete else None,
             cost,
+            max(self._settings.trials, len(trials)),
         )
 
     def _unreadable(self) -> RecipeError:

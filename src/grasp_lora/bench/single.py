@@ -79,8 +79,9 @@ def merge_folders(
     reworded = len({one.prompt for one in answers if one}) > 1
     if reworded:  # such as prompts in two languages, which answer in one way
         answers = [one and Answers(one.max_new_tokens, one.stop, one.chat_template) for one in answers]
-    else:  # columns are of files, not of the adapter
-        answers = [one and replace(one, columns={}) for one in answers]
+    else:  # columns are of files, not of the adapter, and a longer answer is no other one
+        longest = max((one.max_new_tokens for one in answers if one), default=0)
+        answers = [one and replace(one, columns={}, max_new_tokens=longest) for one in answers]
     alike = all(one == answers[0] for one in answers)
     with new_folder(output) as draft:
         save_adapter(
@@ -97,9 +98,9 @@ def merge_folders(
     line = f"merged {len(adapters)} adapters by {rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"
     if not alike:
         line += "; they were trained to answer in different ways, so tell predict: --stop, --max-new-tokens, --chat"
-    if reworded:
-        line += "; their prompts are worded in different ways, so predict takes whole prompts"
-        line += " and writes any text, not one of their labels" if labels else ""
+    if reworded or not alike:
+        line += "; their prompts are worded in different ways" if reworded else ""
+        line += "; so predict takes whole prompts" + (" and writes any text, not one of their labels" if labels else "")
     return line
 
 

@@ -83,11 +83,14 @@ def learn_stacked(session: Session, merged: AdapterWeights, folder: Path) -> Con
     timings: list[dict[str, Any]] = []
     per_epoch, began = stage.training.steps_per_epoch(len(session.splits.train)), time.perf_counter()
 
-    def told(step: int, losses: Mapping[int, list[float]]) -> bool:
-        nonlocal began
+    def check_all_go_on() -> None:
         for one in members:
             if one.failed is not None:
                 raise ProbeError(f"the run at prune ratio {one.prune_ratio:.4f}: {one.failed}")
+
+    def told(step: int, losses: Mapping[int, list[float]]) -> bool:
+        nonlocal began
+        check_all_go_on()
         latest.update(losses)
         by_ratio = [
             list(map(fmean, zip(*(latest[place * orders + number] for number in range(orders)), strict=True)))
@@ -122,6 +125,7 @@ def learn_stacked(session: Session, merged: AdapterWeights, folder: Path) -> Con
         halve=getattr(stage.policy, "halve", False),
         on_measured=told,
     )
+    check_all_go_on()  # where all failed at once, nothing was told
     for name, content in ((ROUNDS_FILE, rows), (TIMINGS_FILE, timings)):
         write_jsonl(folder / name, content)
     cost = _cost(members, stage.training, len(session.splits.train), len(pool))

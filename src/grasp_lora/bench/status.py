@@ -146,8 +146,11 @@ def _sweep(folder: Path) -> tuple[list[str], str | None]:
     found = read_record(file, dict[str, Any])
     if found is None:
         return [f"{file.parent}: sweep without a finished trial"], _again("sweep", None, folder)
-    best = found.get("best")
-    return [f"{file.parent}: sweep of {len(found.get('trials', ()))} trials, the best is number {best}"], None
+    done, best = len(found.get("trials", ())), found.get("best")
+    asked = max(done, found.get("asked", 0))
+    what = "none could be finished" if best is None else f"the best is number {best}"
+    text = f"{file.parent}: sweep, {done} of {asked} trials done" + (f"; {what}" if done else "")
+    return [text], _again("sweep", found.get("name"), folder) if done < asked else None
 
 
 def _under_way(folder: Path) -> Iterator[UnderWay]:

@@ -188,6 +188,8 @@ class Bench(Measuring):
         def work(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
             session = self.session.variant(self.recipe.model_copy(update={"final": stage}))
             weights = start.weights
+            if prune_ratio > 0.0:
+                self._check_learned(weights)
             dev = () if dev_free else session.splits.dev
             pruned = stage.start == "controller"
             adapter, result, kept = session.finetune_pruned(weights, prune_ratio, folder, dev, pruned=pruned)
@@ -266,6 +268,16 @@ class Bench(Measuring):
         )
         return Learned(self._estimate(adapter.records[-1], stage), adapter, adapter.records[-1])
 
+    def _check_learned(self, weights: AdapterWeights) -> None:
+        """Refuse to prune what no training has changed: nothing says which of its weights matter."""
+        if any(pair.A.any() and pair.B.any() for pair in weights.values()):
+            return
+        source, target = (stage.training.learning_rate for stage in (self.recipe.source, self.recipe.target))
+        raise GraspError(
+            "the adapters to start from change nothing, as before training: no step lowered a dev loss (or a given one was never "
+            f"trained); lower source.training.learning_rate (now {source:g}) and target.training.learning_rate (now {target:g})"
+        )
+
     def _estimate(self, record: Record, stage: ControllerStage) -> RatioEstimate:
         """The ratio that the rule of a stage reads off a controller run."""
         return ratio_rule(stage.rule)(rounds_of(record), stage.policy.ratio_min, stage.policy.ratio_max)
@@ -284,6 +296,7 @@ class Bench(Measuring):
         self, stage: ControllerStage, merged: Adapter, folder: Path, *, keep_best: bool = False
     ) -> tuple[AdapterWeights, dict[str, Any]]:
         """Run the controller; return what it leaves, and its rounds and its cost."""
+        self._check_learned(merged.weights)
         session = self.session.variant(self.recipe.model_copy(update={"controller": stage}))
         if stage.policy.regime == "stacked":
             learned = learn_stacked(session, merged.weights, folder)
@@ -324,7 +337,7 @@ class Bench(Measuring):
             merged = self.session.merge(adapters, names, MergeSettings("lorahub", weights))
             return merged, {"weights": list(weights), "measured_examples": lorahub.BUDGET * examples}
 
-        return self._adapter("lorahub", settings, parents, work)
+        return self._adapter("lorahub", settings, parents, work, trains=False)
 
     @cached_property
     def sources(self) -> list[Adapter]:

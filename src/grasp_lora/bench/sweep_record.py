@@ -73,6 +73,7 @@ class SweepResult:
         parents: key -> seconds and forward passes of each adapter to merge that was trained.
         best: number of the trial with the lowest dev loss; None if all failed.
         cost: of everything.
+        asked: how many trials there should be; 0 in files of earlier versions, which did not say.
     """
 
     name: str
@@ -84,3 +85,4 @@ class SweepResult:
     parents: dict[str, tuple[float, int]]
     best: int | None
     cost: SweepCost
+    asked: int = 0

@@ -76,7 +76,7 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
 
     Args:
         prompts: texts; control tokens in them are meant, and one that begins with the BOS token gets no second one.
-        chat: put each into the chat template as what the user says, which is text.
+        chat: put each into the chat template as what the user says, which is text. One that `is_rendered` stands in it already.
 
     Raises:
         DataError: the tokenizer has no chat template, or it refuses a prompt.
@@ -86,9 +86,22 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
         begun = [bool(bos) and prompt.startswith(str(bos)) for prompt in prompts]
         return [_tokenize(tokenizer, [prompt], not begins)[0] for prompt, begins in zip(prompts, begun, strict=True)]
     spelled = control_tokens(tokenizer, chat=True)
-    turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in prompts]
-    names = [f"prompt {number}" for number in range(1, len(turns) + 1)]
-    return _tokenize(tokenizer, render_chat(tokenizer, turns, names), add_special_tokens=False)
+    texts = list(prompts)
+    said = {place: prompt for place, prompt in enumerate(prompts) if not is_rendered(prompt, spelled)}
+    turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in said.values()]
+    names = [f"prompt {place + 1}" for place in said]
+    for place, text in zip(said, render_chat(tokenizer, turns, names), strict=True):
+        texts[place] = text
+    return _tokenize(tokenizer, texts, add_special_tokens=False)
+
+
+def is_rendered(prompt: str, spelled: re.Pattern[str]) -> bool:
+    """Whether a prompt stands in a chat template already, as a run's own on record do: it begins with a control token.
+
+    Args:
+        spelled: the `control_tokens` of the template's tokenizer.
+    """
+    return spelled.match(prompt) is not None
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase", chat: bool = False) -> re.Pattern[str]:

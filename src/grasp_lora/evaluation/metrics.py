@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.evaluation.answers import exact_match, token_f1
@@ -155,12 +155,24 @@ def _compute(name: str, metric: Metric, outputs: Outputs) -> MetricScore:
                 f"metric {name!r} gave {len(getattr(result, field))} values as {field}; it must give {examples}, one for each "
                 "example, or none where its value is None"
             )
-    numbers = [*result.per_example, *(number for row in result.statistics for number in row)]
-    for number in numbers if result.value is None else [result.value, *numbers]:
-        if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
-            raise DataError(
-                f"metric {name!r} gave {number!r}; its value and those of the examples must be finite numbers"
-            )
     if not result.signature:
         raise DataError(f"metric {name!r} gave no signature; say in it how the score was computed")
-    return replace(result, name=name)
+    number = partial(_plain_number, name)
+    return replace(
+        result,
+        name=name,
+        value=None if result.value is None else number(result.value),
+        per_example=tuple(map(number, result.per_example)),
+        statistics=tuple(tuple(map(number, row)) for row in result.statistics),
+    )
+
+
+def _plain_number(name: str, given: Any) -> float:
+    """Return a number of a user's metric as Python's own, be it numpy's or a tensor's."""
+    try:
+        plain = given.item()
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # a plain number, or several
+        plain = given
+    if isinstance(plain, bool) or not isinstance(plain, int | float) or not math.isfinite(plain):
+        raise DataError(f"metric {name!r} gave {given!r}; its value and those of the examples must be finite numbers")
+    return plain

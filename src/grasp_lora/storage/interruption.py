@@ -62,13 +62,17 @@ class Interruption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Let the work inside the context look at `asked_by` and end where it likes; a stop takes effect at the end at last."""
-        self._deferred = True
+        """Let the work inside the context look at `asked_by` and end where it likes; a stop takes effect at the end at last.
+
+        In a context within such a context that is the outer one's end.
+        """
+        before, self._deferred = self._deferred, True
         try:
             yield
         finally:
-            self._deferred = False
-        self.stop_if_asked()
+            self._deferred = before
+        if not before:
+            self.stop_if_asked()
 
     def stop_if_asked(self) -> None:
         """Stop now if a signal has come; `handled` turns this into its error."""
