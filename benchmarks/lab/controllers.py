@@ -190,7 +190,9 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
     missing: list[str] = []
     recorded = all(one.landscape.shared is not None for one in settings)
     for name, plan in plans.items():
-        if not recorded and plan.controller.policy.regime == "each_step":
+        if plan.controller.policy.regime == "stacked":
+            missing.append(f"{name} is left out: its copies train at ratios that no landscape holds.")
+        elif not recorded and plan.controller.policy.regime == "each_step":
             missing.append(f"{name} is left out: not every landscape has a shared trajectory.")
         else:
             found[name] = partial(learned, plan)

@@ -458,7 +458,6 @@ def test_a_sweep_file_that_was_changed_is_refused_in_one_line(tiny_workspace, cl
         (("--param", "data.target.train=5..9"), "data cannot be swept"),
         (("--param", "backbone.dtype=[float32]"), "backbone cannot be swept"),
         (("--param", "seed=1..9"), "seed cannot be swept"),
-        (("--param", RATIO, "--sampler", "grid"), "use --sampler random with --param key=low..high/n"),
         (("--param", RATIO, "--sampler", "bayes"), "sampler is 'bayes'; allowed: tpe, random"),
         (("--param", RATIO, "--trials", "0"), "trials is 0"),
         (("--param", RATIO, "--seed", "-1"), "seed is -1"),

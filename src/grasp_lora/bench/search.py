@@ -63,11 +63,6 @@ class SweepSettings:
     workers: int = 1
 
     def __post_init__(self) -> None:
-        if self.sampler == "grid":
-            raise ValueError(
-                "sampler is 'grid', which is gone; use --sampler random with --param key=low..high/n (values that come again "
-                "cost nothing), or for prune ratios the methods grid of grasp-lora compare"
-            )
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler is {self.sampler!r}; allowed: {', '.join(SAMPLERS)}")
         if self.trials < 1:

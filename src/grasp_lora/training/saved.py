@@ -25,7 +25,7 @@ class SavedInCheckpoints(TrainerCallback):
         """Put the state beside what the Trainer has just saved."""
         if state.is_hyper_param_search:  # its checkpoints lie elsewhere, and it never resumes
             return
-        content = self.state()  # on every process: sharded tensors are gathered
+        content = self.state()  # on every process: it may gather what they hold apart
         if state.is_world_process_zero:
             write_state(checkpoint_at(Path(str(args.output_dir)), state.global_step), self.state_name, *content)
 
