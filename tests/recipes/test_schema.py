@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
+from grasp_lora.errors import RecipeError
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.method.presets import PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_LINE, builtin_recipes, builtin_text, schema_text
-from grasp_lora.recipes.load import validate
+from grasp_lora.recipes.load import load_recipe, validate
 from grasp_lora.recipes.schema import recipe_schema
 from grasp_lora.recipes.text import parse
 
@@ -66,6 +67,24 @@ def test_a_controller_is_completed_by_presets_and_the_settings_of_every_policy()
     settings = {entry.name for policy in POLICIES.values() for entry in fields(policy)}
     assert controller["policy"]["properties"].keys() == {"kind"} | settings
     assert "default" not in controller["rule"]  # it is the preset's
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["mask.scope", "mask.granularity", "final.mode", "final.start", "final.deliver", "final.training.keep", "target.on",
+     "data.task", "data.target.format"],
+)  # fmt: skip
+def test_an_editor_offers_the_names_that_a_recipe_takes(path: str) -> None:
+    entry = SCHEMA
+    for key in path.split("."):
+        sections = [entry, *entry.get("anyOf", [])]
+        section = next(one for one in sections if "$ref" in one or "properties" in one)
+        section = SCHEMA["$defs"][section["$ref"].rpartition("/")[2]] if "$ref" in section else section
+        entry = section["properties"][key]
+    [offered] = [one["enum"] for one in (entry, *entry.get("anyOf", [])) if "enum" in one]
+    with pytest.raises(RecipeError) as refused:
+        load_recipe("demo-ar", [f"{path}=nothing"])
+    assert f"allowed: {', '.join(offered)}" in str(refused.value)
 
 
 def test_every_key_says_what_it_means(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,16 +6,31 @@ writes the file that comes with the package; `grasp-lora schema` prints that fil
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from grasp_lora.data.records import FORMATS
+from grasp_lora.data.tasks import TASKS
+from grasp_lora.method.masks import GRANULARITIES, SCOPES
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.method.presets import PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_FILE
 from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.stages import DELIVER, MODES, ON, STARTS
 from grasp_lora.text.docstrings import arguments, summary
+from grasp_lora.training.settings import KEEP
+
+NAMES: dict[str, dict[str, Sequence[str]]] = {  # what a text may be, by section and key; the settings refuse any other in words of their own
+    "CorpusSettings": {"format": FORMATS},
+    "DataSettings": {"task": tuple(TASKS)},
+    "FinalStage": {"deliver": DELIVER, "mode": MODES, "start": STARTS},
+    "MaskSettings": {"granularity": GRANULARITIES, "scope": SCOPES},
+    "TargetStage": {"on": ON},
+    "TrainingSettings": {"keep": KEEP},
+}
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -43,6 +58,9 @@ def _describe(name: str, section: dict[str, Any]) -> None:
         if "$ref" in entry:  # the default of a section is that of its keys
             entry.pop("default", None)
         entry["description"] = meanings[key].replace("None", "null")
+        if allowed := NAMES.get(name, {}).get(key):
+            text = next(one for one in entry.get("anyOf", [entry]) if one["type"] == "string")
+            text["enum"] = list(allowed)
     section.pop("title", None)
 
 

@@ -99,6 +99,7 @@ class SourceStage:
 
 
 AUTO = "auto"
+ON = ("source", AUTO)
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ class TargetStage:
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
-        if self.on not in (None, "source", AUTO):
-            raise ValueError(f"on is {quoted(self.on)}; allowed: source, auto, or null for the backbone alone")
+        if self.on not in (None, *ON):
+            raise ValueError(f"on is {quoted(self.on)}; allowed: {', '.join(ON)}, or null for the backbone alone")
         if self.on is not None and self.adapter is not None:
             raise ValueError(
                 f"on is {self.on!r}, but an adapter is given, which was trained already; remove one of them"
@@ -194,6 +195,8 @@ class ControllerStage(Controller):
 
 
 DELIVER = ("best", "grasp")
+STARTS = ("merged", "controller")
+MODES = ("hold", "reselect")
 
 
 @dataclass(frozen=True)
@@ -227,9 +230,9 @@ class FinalStage:
     def __post_init__(self) -> None:
         if self.deliver not in DELIVER:
             raise ValueError(f"deliver is {self.deliver!r}; allowed: {', '.join(DELIVER)}")
-        if self.start not in ("merged", "controller"):
-            raise ValueError(f"start is {self.start!r}; allowed: merged, controller")
-        if self.mode not in ("hold", "reselect"):
-            raise ValueError(f"mode is {self.mode!r}; allowed: hold, reselect")
+        if self.start not in STARTS:
+            raise ValueError(f"start is {self.start!r}; allowed: {', '.join(STARTS)}")
+        if self.mode not in MODES:
+            raise ValueError(f"mode is {self.mode!r}; allowed: {', '.join(MODES)}")
         if self.prune_ratio is not None and not 0.0 <= self.prune_ratio <= 1.0:
             raise ValueError(f"prune_ratio is {self.prune_ratio}; it must be a fraction in [0, 1]")

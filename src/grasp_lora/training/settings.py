@@ -7,6 +7,8 @@ from typing import ClassVar
 
 TRAINED_AS_MEASURED = 2  # forward passes that a training example counts as: the frozen backbone has no weight gradients
 
+KEEP = ("best", "last")
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -58,8 +60,8 @@ class TrainingSettings:
                     raise ValueError(f"{name} is {getattr(self, name)}; it must {rule}")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}; it must be at least 1, or null to train all epochs")
-        if self.keep not in ("best", "last"):
-            raise ValueError(f"keep is {self.keep!r}; allowed: best, last")
+        if self.keep not in KEEP:
+            raise ValueError(f"keep is {self.keep!r}; allowed: {', '.join(KEEP)}")
 
     def shared_by(self, processes: int) -> "TrainingSettings":
         """Return the settings of each of several processes that together take the same optimizer steps.
