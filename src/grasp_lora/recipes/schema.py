@@ -23,7 +23,7 @@ from grasp_lora.recipes.stages import DELIVER, MODES, ON, STARTS
 from grasp_lora.text.docstrings import arguments, summary
 from grasp_lora.training.settings import KEEP
 
-NAMES: dict[str, dict[str, Sequence[str]]] = {  # what a text may be, by section and key; the settings refuse any other in words of their own
+NAMES: dict[str, dict[str, Sequence[str]]] = {  # what a text may be; the settings refuse any other
     "CorpusSettings": {"format": FORMATS},
     "DataSettings": {"task": tuple(TASKS)},
     "FinalStage": {"deliver": DELIVER, "mode": MODES, "start": STARTS},
