@@ -103,7 +103,8 @@ class DataSettings:
         target: data of the language to adapt to.
         root: folder of relative paths, itself relative to the recipe's; tried before GRASP_LORA_DATA and that one.
         max_tokens: examples of more tokens (prompt, completion and end) are dropped, >= 8.
-        max_document_tokens: articles and contexts are cut to this many tokens before templating; None to cut nothing.
+        max_document_tokens: articles, contexts and texts to classify are cut to this many tokens before templating; None to cut
+            nothing. Not with `translation` and `completion`.
         labels: of a classification, all that an answer may be; none takes those of the target's training rows.
         prompt, completion: templates in place of the built-in ones, for both languages; each may have its own.
         chat_template: give the prompt as a user turn through the tokenizer's chat template, and end the answer as that ends a

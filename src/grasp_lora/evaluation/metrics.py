@@ -56,8 +56,10 @@ METRICS: dict[str, Metric] = {
     ),
     "exact_match": Metric(exact_match, "share of answers that equal a gold answer (MLQA rules)"),
     "f1": Metric(token_f1, "overlap of the tokens with the best gold answer (MLQA rules)"),
-    "rouge1": Metric(partial(rouge, "rouge1"), "F-measure of shared words (Chinese: characters)"),
-    "rouge2": Metric(partial(rouge, "rouge2"), "F-measure of shared pairs of words (Chinese: characters)"),
+    "rouge1": Metric(partial(rouge, "rouge1"), "F-measure of shared words (characters where words are not spaced)"),
+    "rouge2": Metric(
+        partial(rouge, "rouge2"), "F-measure of shared pairs of words (characters where words are not spaced)"
+    ),
     "rougeL": Metric(partial(rouge, "rougeL"), "F-measure of the longest common subsequence of words"),
     "chrf++": Metric(
         chrf, "chrF++ of the corpus, by sacrebleu: shared pieces of words, and words", chrf_from_statistics

@@ -115,10 +115,10 @@ class Spread(RatioPolicy):
     Args:
         ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
         ratio_init: first current ratio, within the bounds.
-        candidates: ratios per round (C), >= 1.
+        candidates: ratios per round (C), >= 1; preset `spread` has 2.
         seed: of where the even sequences begin; a recipe combines it with its own seed.
-        bounds_first: whether the first round goes from bound to bound. Where rounds are few, a rule that takes no ratio beyond
-            those that were probed could otherwise not reach the bounds.
+        bounds_first: whether the first round goes from bound to bound, as in preset `late`. Where rounds are few, a rule that
+            takes no ratio beyond those that were probed could otherwise not reach the bounds.
     """
 
     regime: ClassVar[Regime] = "each_step"

@@ -23,14 +23,15 @@ class Rounds:
 
     Args:
         every: optimizer steps between rounds (K), >= 1, or `epoch`.
-        start: share of the run before the first round, in [0, 1]; above 0 there is always a round after the last step, with 1
-            only that one. Pruning repairs what overfitting breaks: late in training, ratios differ by more than chance.
-        before_training: whether a round comes before the first step.
+        start: share of the run before the first round, in [0, 1]; 0.5 begins half way. Above 0 there is always a round after the
+            last step, with 1 only that one. Late in a training that overfits, ratios differ by more than chance.
+        before_training: whether a round comes before the first step; only with `start` 0.
         pool: examples that are probed: `micro_dev`, `dev`, or `both`. Dev then chooses the ratio and stops the final run.
-        in_turn: how many of them a round measures at each candidate at most, in turn, so that each round has others; None takes
-            all. The baseline is measured on all where rounds are compared: by patience, a single run or the rule `surrogate`.
-        patience: rounds in a row without a lower loss at any probed ratio, after which training stops, as early stopping would
-            by then at every ratio. None goes on to the last step.
+        in_turn: how many of them a round measures at each candidate at most, >= 1, in turn, so that each round has others; None
+            takes all. The best ratio so far is measured on all where rounds are compared: by patience, a single run or the rule
+            `surrogate`.
+        patience: >= 1: rounds in a row without a lower loss at any probed ratio, after which training stops, as early stopping
+            would by then at every ratio. None goes on to the last step.
 
     Raises:
         ValueError: a setting is outside its range, or two contradict each other.

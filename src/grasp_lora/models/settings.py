@@ -44,7 +44,7 @@ class BackboneSettings:
         name: "gemma3-270m" (the embedded default), a local folder, or a Hugging Face hub id. A model that was saved quantised is
             loaded as it is.
         dtype: what the weights are loaded in, or computed in if they are quantised; "auto" takes bfloat16 on CUDA cards that
-            have it and on processors with AMX, float16 on other CUDA cards (float32 for Gemma 3, whose numbers it cannot
+            have it and on processors with AMX, float16 on other CUDA cards (float32 for Gemma, whose numbers it cannot
             hold), else float32.
         quantise: store the weights of the linear layers, but not the output layer, in fewer bits: `nf4` (4 bits) and `int8` by
             bitsandbytes, `int8_torchao` by torchao; None as they are.

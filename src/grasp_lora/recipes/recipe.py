@@ -62,8 +62,8 @@ class Recipe(BaseModel):
         report_to: trackers of transformers, such as `tensorboard`, one or a list; none by default.
         save_every: optimizer steps between checkpoints, >= 1; None for an epoch or a tenth of a training, the shorter one, but at
             least 10.
-        wait_minutes: under torchrun, how long a process waits for the others before it counts one as lost, > 0; the first load of
-            backbone and data has hours.
+        wait_minutes: under torchrun, how long a process waits for the others before it counts one as lost, in (0, 1440]; the
+            first load of backbone and data has hours.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

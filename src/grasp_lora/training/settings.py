@@ -22,8 +22,8 @@ class TrainingSettings:
         weight_decay: >= 0.
         lr_decay: factor on the learning rate after each epoch, in (0, 1].
         max_grad_norm: gradient clipping, 0 for none.
-        patience: dev evaluations without a new best before training stops; None trains all epochs.
-        evaluate_every: dev evaluations per epoch are this far apart, in epochs, in (0, 1].
+        patience: dev evaluations without a new best before training stops, >= 1; None trains all epochs.
+        evaluate_every: how far apart dev evaluations are, in epochs: 1 is once an epoch, 0.5 twice; in (0, 1].
         keep: `best` keeps the adapter of the lowest dev loss, `last` that of the last step.
         gradient_checkpointing: trade time for memory.
 
