@@ -195,6 +195,22 @@ class TestEncoding:
         )
         assert first == second
 
+    def test_a_template_that_writes_the_first_token_itself_gets_no_second_one(
+        self, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        plain, begun = (
+            self.encoder(tiny_tokenizer, template=Template(prompt, "{answer}")).encode([self.record()], ["g"], Tally())[
+                0
+            ]
+            for prompt in ("{context}", "<bos>{context}")
+        )
+        assert begun.prompt_ids == plain.prompt_ids
+        assert prompt_ids(tiny_tokenizer, [begun.prompt]) == [list(begun.prompt_ids)]  # as predict asks it
+        spelled = self.encoder(tiny_tokenizer, template=Template("{context}", "{answer}")).encode(
+            [self.record("<bos>a")], ["g"], Tally()
+        )[0]
+        assert spelled.prompt_ids[0] == 1  # what the data spell is text
+
     def test_an_end_token_that_a_template_writes_at_its_end_stays(
         self, tiny_tokenizer: PreTrainedTokenizerFast
     ) -> None:
@@ -421,6 +437,10 @@ class TestEncodeRows:
         assert (second.id, len(second.prompt_ids)) == ("7", 5001)
 
     def test_control_tokens_are_those_of_the_trainer_beside_it(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        one, other = encode_rows(
+            [{"prompt": "a", "completion": "b<eos>"}, {"prompt": "a", "completion": "b"}], tiny_tokenizer
+        )
+        assert one.completion_ids == other.completion_ids  # TRL adds no second one
         (e,) = encode_rows([{"prompt": "a<pad>", "completion": "b<eos>c"}], tiny_tokenizer)
         assert e.prompt_ids == tuple(tiny_tokenizer("a<pad>").input_ids)
         assert e.completion_ids.count(EOS) == 2
@@ -592,9 +612,9 @@ class TestBuildSplits:
     def test_a_pool_from_the_hub(
         self, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast
     ) -> None:
-        def load(name: str, config: str, split: str) -> list[dict[str, str]]:
+        def load(name: str, config: str, split: str) -> datasets.Dataset:
             assert (name, config, split) == ("org/talk", "ar", "train")
-            return prompt_rows(range(30))
+            return datasets.Dataset.from_list(prompt_rows(range(30)))
 
         monkeypatch.setattr(datasets, "load_dataset", load)
         target = CorpusSettings("ar", hub="org/talk", hub_config="ar", test=5, dev=0, micro_dev=4)
@@ -777,6 +797,31 @@ class TestGivenSplits:
             self.build(tiny_tokenizer, tmp_path, **files)
         assert "train and test share 0 ids, 2 prompts and 2 groups" in str(caught.value)
         assert "dev and test share 0 ids, 2 prompts and 2 groups" in str(caught.value)
+
+    def test_prompts_that_are_alike_once_they_are_cut_are_named(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        rows = [{"document": f"{n % 6} " + "a" * 40 + f" {n}", "summary": "s", "id": f"id{n}"} for n in range(12)]
+        target = CorpusSettings("en", files=(write("x.jsonl", rows),), train=6, dev=3, micro_dev=0, test=3)
+        settings = DataSettings("summarization", target, max_document_tokens=20)
+        with pytest.raises(DataError, match=r"the prompts of 'id\d+' and 'id\d+' are the same, as the model sees them"):
+            build_splits(settings, tiny_tokenizer, 0, tmp_path)
+
+    def test_plain_rows_among_conversations_end_as_those_do(
+        self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        rows = [
+            {"instruction": f"what {n}?", "output": f"{n}"} | ({"system": "Be brief."} if n % 5 == 0 else {})
+            for n in range(30)
+        ]
+        target = CorpusSettings("en", files=(write("x.jsonl", rows),), dev=5, micro_dev=2, test=5)
+        splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
+        prompts = [one.prompt for one in (*splits.train, *splits.dev, *splits.test)]
+        assert {prompt[-2:] for prompt in prompts} == {"?\n"}
+        assert splits.report.prompt == "{prompt}\n"
+        plain = CorpusSettings("en", files=(write("y.jsonl", rows[1:5] * 1),), train=2, dev=1, micro_dev=0, test=1)
+        splits = build_splits(DataSettings("completion", plain), tiny_tokenizer, 0, tmp_path)
+        assert splits.train[0].prompt.endswith("?")
 
     def test_the_source_is_checked_where_both_are_given_and_filtered_where_not(
         self, write: Callable[[str, object], str], tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path

@@ -65,12 +65,12 @@ class TestResolveFile:
 
 
 class TestHub:
-    ROWS: ClassVar = [{"id": "1", "title": "", "summary": "s", "text": "\x93t\x94"}]
+    ROWS: ClassVar = datasets.Dataset.from_list([{"id": "1", "title": "", "summary": "s", "text": "\x93t\x94"}])
 
     def test_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
         calls = []
 
-        def load(*args: object, **kwargs: object) -> list[dict]:
+        def load(*args: object, **kwargs: object) -> datasets.Dataset:
             calls.append((args, kwargs))
             return self.ROWS
 
@@ -79,8 +79,16 @@ class TestHub:
         assert calls == [(("org/sums", "arabic"), {"split": "train[:10]"})]
         assert pool.records[0].fields == {"document": "“t”"}
 
+    def test_pictures_are_left_out_unread(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What decodes them, or sounds, need not be installed; and they are no text."""
+        kinds = datasets.Features({"text": datasets.Value("string"), "image": datasets.Image()})
+        rows = {"text": ["t"], "image": [{"bytes": b"no picture", "path": None}]}
+        table = datasets.Dataset.from_dict(rows, features=kinds)
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+        assert [row.values for row in read_hub("org/talk", None, "train").rows] == [{"text": "t"}]
+
     def test_a_loading_script_is_replaced_by_the_parquet_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def load(name: str, *args: object, **kwargs: object) -> list[dict]:
+        def load(name: str, *args: object, **kwargs: object) -> datasets.Dataset:
             if "revision" not in kwargs:
                 raise RuntimeError("Dataset scripts are no longer supported, but found sums.py")
             assert (name, args) == ("org/sums", ())
@@ -95,7 +103,7 @@ class TestHub:
 
         seen = []
 
-        def load(*args: object, **kwargs: object) -> list[dict]:
+        def load(*args: object, **kwargs: object) -> datasets.Dataset:
             seen.append((datasets.config.HF_HUB_OFFLINE, huggingface_hub.constants.HF_HUB_OFFLINE))
             return self.ROWS
 

@@ -409,8 +409,19 @@ class TestCleaning:
             DataError, match=r"x\.csv, line 2: answers is a list that was written as text, \"\{'text'.*give a"
         ):
             read(tmp_path / "x.csv", text, "qa")
-        (record,) = read(tmp_path / "y.csv", text.replace("answers", "answer"), "qa").records
-        assert record.answer.startswith("{")
+        for column in ("answer", "references"):
+            one = "['Paris', 'City of Paris']"
+            rows = [{"context": "c", "question": "q", "answer": "Paris", column: one}]
+            for wrong in (one, one.replace("'", '"'), '{"text": ["Paris"], "answer_start": [null]}'):
+                rows[0][column] = wrong
+                with pytest.raises(
+                    DataError, match=f"{column} is a list that was written as text, .* give one text in a cell"
+                ):
+                    read(tmp_path / "y.jsonl", rows, "qa")
+            for right in ("[Paris]", "[1]", "{}}", "['Paris'"):
+                rows[0][column] = right
+                (record,) = read(tmp_path / "y.jsonl", rows, "qa").records
+                assert record.references == (right,)
 
     def test_spaces_in_cells_stay_where_the_header_has_none(self, tmp_path: Path) -> None:
         (record,) = read(tmp_path / "x.csv", "prompt,completion\nx, y\n", "completion").records
@@ -447,7 +458,19 @@ class TestCleaning:
 
     def test_two_writings_of_one_text_join(self, tmp_path: Path) -> None:
         rows = [{"prompt": text, "completion": "b"} for text in ("\u200fcafé\ufeff", "cafe\u0301", "café ")]
-        assert len({record.keys for record in read(tmp_path / "x.jsonl", rows, "completion").records}) == 1
+        keys = [record.keys for record in read(tmp_path / "x.jsonl", rows, "completion").records]
+        assert len({key for own in keys for key in own if key.startswith("text:")}) == 1
+
+    def test_rows_of_one_file_that_both_languages_read_are_translations(self, tmp_path: Path) -> None:
+        rows = [{"en": f"good {n}", "sw": f"nzuri {n}", "label": "yes"} for n in range(3)]
+        path = tmp_path / "x.jsonl"
+        first, second = (
+            [set(record.keys) for record in read(path, rows, "classification", text=language).records]
+            for language in ("en", "sw")
+        )
+        assert [len(one & other) for one, other in zip(first, second, strict=True)] == [1, 1, 1]
+        other = read(tmp_path / "y.jsonl", rows, "classification", text="sw").records
+        assert not set.union(*first) & {key for record in other for key in record.keys}
 
     def test_ids_that_number_rows_are_told_as_such(self, tmp_path: Path) -> None:
         for name in ("a.csv", "b.csv"):

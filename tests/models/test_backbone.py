@@ -173,6 +173,15 @@ def test_missing_pad_token_becomes_eos(folder):
     assert backbone.tokenizer.pad_token_id == backbone.tokenizer.eos_token_id == 2
 
 
+def test_a_pad_token_without_a_row_in_the_embedding_becomes_eos(folder):
+    tokenizer = load(folder).tokenizer
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    backbone = load(folder)
+    assert len(tokenizer) > backbone.model.get_input_embeddings().num_embeddings
+    assert backbone.tokenizer.pad_token_id == backbone.tokenizer.eos_token_id == 2
+
+
 def test_missing_eos_token_is_refused(folder):
     edit_json(folder / "tokenizer_config.json", eos_token=None)
     with pytest.raises(GraspError, match="no EOS token"):

@@ -73,7 +73,7 @@ def test_a_prompt_is_read_once_for_all_labels(make_tiny_model, monkeypatch) -> N
 
 
 def test_a_label_has_to_fit_behind_the_prompt(make_tiny_model) -> None:
-    with pytest.raises(DataError, match="Prompt 0 has 510 tokens"):
+    with pytest.raises(DataError, match="prompt 1 has 510 tokens"):
         label_scores(make_tiny_model("llama"), [[5] * 510], LABELS, GenerationSettings())
 
 

@@ -251,12 +251,12 @@ def test_context_limit(architecture, make_tiny_model, tiny_tokenizer):
     model = make_tiny_model(architecture)
     settings = GenerationSettings(max_new_tokens=4)
     assert len(generate(model, tiny_tokenizer, [[1] * 508], settings)) == 1
-    with pytest.raises(DataError, match=r"Prompt 1 has 509 tokens.*holds 512"):
+    with pytest.raises(DataError, match=r"prompt 2 has 509 tokens.*holds 512"):
         generate(model, tiny_tokenizer, [[1] * 5, [1] * 509], settings)
 
 
 def test_empty_prompt_is_refused(make_tiny_model, tiny_tokenizer):
-    with pytest.raises(DataError, match="Prompt 0 has no tokens"):
+    with pytest.raises(DataError, match="prompt 1 has no tokens"):
         generate(make_tiny_model("llama"), tiny_tokenizer, [[]], GenerationSettings())
 
 

@@ -182,6 +182,13 @@ def test_what_the_hub_refuses(
     assert found.files == {}
 
 
+def test_a_private_repository_is_not_said_to_be_public(serve: Callable[..., FakeHub], cli: Callable[..., Any]) -> None:
+    found = serve(private=True)
+    message = "me/mine is there and private: leave --public out, or make it public on the hub first"
+    check_refused(cli("push", "run/adapter", "me/mine", "--yes", "--public"), message)
+    assert found.files == {}
+
+
 def test_no_network_and_no_token(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_not_a_real_one")
     check_refused(cli("push", "run/adapter", "me/mine", "--yes"), "the hub cannot be reached")  # HF_HUB_OFFLINE

@@ -286,6 +286,19 @@ def test_the_card_names_what_the_adapter_was_made_of_and_trained_on_alone(
             assert (one in body) == (side in sides), one
 
 
+def test_zeros_of_the_merge_itself_are_no_alarm(run_folder: Path) -> None:
+    """As TIES leaves them, where the final run kept no step."""
+    change(
+        run_folder / "final" / "sparsity.json",
+        lambda entries: [entry.update(kept=entry["weights"] // 4) for entry in entries],
+    )
+    assert "check the final run" in texts(run_folder)[0]
+    change(run_folder / "metrics.json", lambda metrics: metrics.update(best_step=0))
+    page, _ = texts(run_folder)
+    assert "check the final run" not in page
+    assert "The ratio is 46.20 %: the merge had zeros of its own, and the final run kept no step." in page
+
+
 @pytest.mark.parametrize(("granularity", "alarm"), [("component", False), ("weight", True)])
 def test_whole_components_are_no_alarm(run_folder: Path, granularity: str, alarm: bool) -> None:
     change(
@@ -671,6 +684,7 @@ def test_model_card_says_what_the_adapter_is_and_holds_no_path(run_folder: Path)
     source, target = (str(run_folder / "data" / f"xquad.{code}.json") for code in ("en", "ar"))
     corpora = {"source": {"language": "en", "files": [source]}, "target": {"language": "ar", "files": [target]}}
     change_recipe(run_folder, data={"task": "qa"} | corpora)
+    change(run_folder / "data.json", lambda data: data["report"].pop("prompt"))  # as of an earlier version
     name = {"name": "google/gemma-3-270m", "fingerprint": "sha256:9d20aa41", "commit": "9b0cfec892e2"}
     change(run_folder / "run.json", lambda run: run.update(backbone=name, recipe_hash="sha256:4f1e"))
     text = card(run_folder)
@@ -747,6 +761,7 @@ def test_what_the_hub_reads_of_a_card(run_folder: Path) -> None:
 def test_the_recipe_in_the_card_stays_in_its_block_and_names_no_place(run_folder: Path) -> None:
     places = {"root": "../a/root", "target": {"files": [r"C:\Users\me\a.json", "/home/me/b.json", "../../c/d.json"]}}
     change_recipe(run_folder, data=places | {"prompt": "\n````\n<b> /x/y \u202e"}, backbone={"name": "/models/of/me"})
+    change(run_folder / "data.json", lambda data: data["report"].update(prompt="\n````\n<b> /x/y \u202e"))
     text = card(run_folder)
     for private in ("Users", "../a", "/home/me", "../c", "/models", "\u202e"):
         assert private not in text

@@ -391,10 +391,15 @@ def test_a_model_with_an_image_encoder_trains_its_text_part(run):
         text_config={**text, "num_key_value_heads": 2, "vocab_size": 260, "query_pre_attn_scalar": 8},
         vision_config={**image, "patch_size": 16, "vision_use_head": False},
         mm_tokens_per_image=4,
+        tie_word_embeddings=False,
     )
     backbone = Gemma3ForConditionalGeneration(config).eval()
     assert any("q_proj" in name for name, _ in backbone.model.vision_tower.named_modules())
 
+    with fresh_adapter(backbone, LoraSettings(rank=2, target_modules=("q_proj", "lm_head")), 1) as model:
+        named = {name.rsplit(".", 1)[-1] for name in live_pairs(model)}
+        assert named == {"q_proj", "lm_head"}  # the output layer stands beside the text part
+        assert not any("vision" in name for name in live_pairs(model))
     with fresh_adapter(backbone, LoraSettings(rank=2), 1) as model:
         assert all("language_model" in name for name in live_pairs(model))
         result = run(dev=make_examples(3, 1), on=model)

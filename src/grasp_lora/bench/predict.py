@@ -99,7 +99,8 @@ class Asked:
     def _encoder(self, talks: bool = False) -> Encoder:
         task, template = _form(self.own)
         cut = None if talks else self.own.max_document_tokens
-        return Encoder(self.tokenizer, task, "", PLAIN if talks else template, sys.maxsize, cut, self.chat)
+        form = PLAIN if talks else template
+        return Encoder(self.tokenizer, task, "", form, sys.maxsize, cut, self.chat, ends_turns=talks)
 
     def _answer(self, ids: Sequence[Sequence[int]]) -> list[str]:
         if self.own.labels:

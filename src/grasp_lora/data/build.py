@@ -88,7 +88,10 @@ def build_splits(
         limits = settings.max_tokens, settings.max_document_tokens
         prompt, completion = settings.templates(corpus)
         template = resolve_template(settings.task, corpus.language, prompt, completion, chat)
-        encoders[role] = encoder = Encoder(tokenizer, settings.task, corpus.language, template, *limits, chat)
+        talks = any(record.messages for share in shares[role] for record in share.pool.records)
+        encoders[role] = encoder = Encoder(
+            tokenizer, settings.task, corpus.language, template, *limits, chat, ends_turns=talks
+        )
         # Splits that the user made on both sides are checked, not changed.
         barred = set() if corpus.explicit and settings.target.explicit else held_out
         tallies[role] = tally = Tally(corpus.language)
@@ -110,7 +113,7 @@ def build_splits(
         split_seed,
         settings.max_tokens,
         chat,
-        target.prompt + ("\n" if tallies["target"].conversations and not chat else ""),  # which ends the user's turn
+        target.prompt + ("\n" if encoders["target"].ends_turns and not chat else ""),  # which ends the user's turn
         _numbers_as_ids(shares),
         tallies["target"],
         tallies.get("source"),

@@ -181,6 +181,7 @@ class Encoder:
         max_document_tokens: the task's document is cut to so many tokens; None to cut nothing.
         chat: give the prompt as a user turn.
         data_is_text: whether control tokens that the data spells stay text.
+        ends_turns: without `chat`, end every prompt with a line break, as conversations do, among which it stands.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -191,6 +192,7 @@ class Encoder:
     max_document_tokens: int | None = None
     chat: bool = False
     data_is_text: bool = True
+    ends_turns: bool = False
 
     def encode(self, records: Sequence[Record], groups: Sequence[str], tally: Tally) -> list[Example | None]:
         """Tokenise records; None for one that is too long, or whose answer was cut off with its context.
@@ -207,7 +209,11 @@ class Encoder:
         completion_ids = _tokenize(self.tokenizer, completions, add_special_tokens=False)
         examples: list[Example | None] = []
         for i, record in enumerate(records):
-            before, after = prompt_ids[i], [*completion_ids[i], self.end]
+            before, after = prompt_ids[i], completion_ids[i]
+            if self.data_is_text or after[-1:] != [
+                self.end
+            ]:  # a script's texts may end with it, and TRL adds no second one
+                after = [*after, self.end]
             length = len(before) + len(after)
             too_long = length > self.max_tokens
             tally.shortest_tokens = min(length, tally.shortest_tokens or length)
@@ -249,8 +255,10 @@ class Encoder:
         return as_text(text, self._spelled[for_chat]) if self.data_is_text else text
 
     def _prompt_ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        # A chat template writes the special tokens itself.
-        return _tokenize(self.tokenizer, prompts, add_special_tokens=not self.chat)
+        # A chat template writes the special tokens itself, and so may a template of the user's.
+        bos = getattr(self.tokenizer, "bos_token", None)
+        begun = self.chat or (bool(bos) and self.template.prompt.startswith(str(bos)))
+        return _tokenize(self.tokenizer, prompts, add_special_tokens=not begun)
 
     def _prompts(self, records: Sequence[Record], tally: Tally) -> tuple[list[str], list[bool]]:
         """Write the prompts; also say which records lost their answer with the end of their document."""
@@ -266,7 +274,8 @@ class Encoder:
                 raise DataError(f"record {record.id} is a conversation, to which no prompt template applies")
             if turns and not self.chat:  # a line break between turns, the answer's included
                 turns = [{"role": "user", "content": "".join(turn["content"] + "\n" for turn in turns)}]
-            conversations.append(turns or [{"role": "user", "content": self.template.prompt.format(**fields)}])
+            end = "\n" if self.ends_turns and not self.chat else ""
+            conversations.append(turns or [{"role": "user", "content": self.template.prompt.format(**fields) + end}])
         if not self.chat:
             return [turns[0]["content"] for turns in conversations], answer_lost
         return render_chat(self.tokenizer, conversations, [record.id for record in records]), answer_lost

@@ -110,4 +110,6 @@ def read_hub(name: str, config: str | None, split: str, *, offline: bool = False
             f"{label}: cannot be loaded ({one_line(str(error))}). Check the names of the data set, the configuration and "
             "the split"
         ) from error
+    # Sounds and pictures, whose decoders need not be there, are no text.
+    table = table.remove_columns([name for name, kind in table.features.items() if hasattr(kind, "decode_example")])
     return Table(label, [as_row(row, f"{label}, row {number}") for number, row in enumerate(table, start=1)])

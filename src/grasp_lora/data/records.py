@@ -3,7 +3,9 @@
 A new layout of rows is one function, and one row of `LAYOUTS`.
 """
 
+import ast
 import hashlib
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -201,6 +203,8 @@ def _row_record(cells: Cells, task: str, position: str, has_ids: bool) -> Record
     if has_ids and (own is None or not is_blank(own)):  # an empty cell is fine, a missing field is not
         identity = name_of(own, "id", where)
         keys.add("id:" + identity)
+    else:  # where both languages read columns of one file, its rows are translations
+        keys.add("row:" + position)
     if (group := cells.get("group")) is not None:
         keys.add("group:" + name_of(group, "group", where))
     title = cells.get("title")
@@ -231,6 +235,8 @@ def _row_record(cells: Cells, task: str, position: str, has_ids: bool) -> Record
     if (references := cells.get("references")) is not None:
         several = references if isinstance(references, list | tuple) else [references]
         gold = [text_of(reference, "references", where) for reference in several]
+        if isinstance(references, str):
+            _refuse_written_list(gold[0], columns.get("references", "references"), where)
     if not gold:
         raise DataError(f"{where}: the list of references is empty")
     return Record(identity, inputs, answers[0], tuple(dict.fromkeys(gold)), frozenset(keys), tuple(messages[:-1]))
@@ -261,11 +267,27 @@ def _answers(cells: Cells, value: object) -> list[str]:
             raise DataError(
                 f"{where}: answers is a list that was written as text, {quoted(text)}; give a column answer"
             )
+        _refuse_written_list(text, cells.columns.get("answer", "answer"), where)
         return [text]
     several = value.get("text") if isinstance(value, Mapping) else value
     if not isinstance(several, list):
         raise DataError(f"{where}: no answer in an object; give a text, a list, or an object with a list `text`")
     return [text_of(item.get("text") if isinstance(item, Mapping) else item, "answer", where) for item in several]
+
+
+def _refuse_written_list(text: str, column: str, where: str) -> None:
+    """Refuse texts in a list, or an object, that a table of cells holds as one text, such as pandas writes them."""
+    if not text.lstrip().startswith(("{", "[")):
+        return
+    for read in (json.loads, ast.literal_eval):  # as JSON writes them, and as Python does
+        try:
+            found = read(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, dict) or (isinstance(found, list) and any(isinstance(one, str | dict) for one in found)):
+            raise DataError(
+                f"{where}: {column} is a list that was written as text, {quoted(text)}; give one text in a cell, or JSONL"
+            )
 
 
 def _squad_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from grasp_lora.data.encode import Encoder, Example, Tally
 from grasp_lora.data.records import Pool, Record, same_text
 from grasp_lora.errors import DataError
+from grasp_lora.text.display import quoted
 
 SPLITS = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
 PAPER_SIZES = {"test": 100, "dev": 50, "micro_dev": 16}  # of the target's held-out splits; experimental setup
@@ -338,26 +339,33 @@ def check_disjoint(splits: Splits) -> None:
     Raises:
         DataError: the counts of each pair that overlaps, or of ids that stand twice in one split.
     """
-    contents: dict[str, tuple[set[str], set[str], set[str]]] = {}
+    contents: dict[str, tuple[set[str], dict[str, str], set[str]]] = {}
     problems: list[str] = []
     ids_alone = False
+    alike = ""
     for name in SPLITS:
         examples: tuple[Example, ...] = getattr(splits, name)
         ids = {example.id for example in examples}
-        prompts = {same_text(example.prompt) for example in examples}
+        prompts = {same_text(example.prompt): example.id for example in examples}
         contents[name] = ids, prompts, {example.group for example in examples}
         if len(ids) < len(examples):
             problems.append(f"{name} holds {len(examples) - len(ids)} ids twice")
     pairs = [*combinations(("train", *reversed(HELD_OUT)), 2), ("source_train", "source_dev")]
     pairs += [(source, name) for source in ("source_train", "source_dev") for name in HELD_OUT]
     for first, second in pairs:
-        shared = [len(a & b) for a, b in zip(contents[first], contents[second], strict=True)]
+        shared = [len(set(a) & set(b)) for a, b in zip(contents[first], contents[second], strict=True)]
         if any(shared):
             ids_alone |= shared[0] > 0 and not shared[1]
+            ours, theirs = contents[first][1], contents[second][1]
+            if (both := next((prompt for prompt in ours if prompt in theirs), None)) is not None and not shared[2]:
+                alike = (
+                    f"; the prompts of {quoted(ours[both])} and {quoted(theirs[both])} are the same, as the model sees them "
+                    "(after data.max_document_tokens and the template): raise it, or remove one"
+                )
             problems.append(f"{first} and {second} share {shared[0]} ids, {shared[1]} prompts and {shared[2]} groups")
     if problems:
         numbers = "; where ids only number the rows of each file, rename that column" if ids_alone else ""
         raise DataError(
             f"splits overlap: {'; '.join(problems)}. A group joins records with the same id, context, document or "
-            f"article; remove the shared ones from a file, or give one pool (files) and let it be split{numbers}"
+            f"article; remove the shared ones from a file, or give one pool (files) and let it be split{numbers}{alike}"
         )

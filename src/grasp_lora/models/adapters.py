@@ -316,7 +316,7 @@ def _outside_decoder(model: "PreTrainedModel", target_modules: tuple[str, ...]) 
     if model.config.get_text_config(decoder=True) is model.config:
         return []
     text_part: Any = model
-    inside = set(text_part.get_decoder().modules())
+    inside = {*text_part.get_decoder().modules(), text_part.get_output_embeddings()}
     return [name for name, module in _linear(model).items() if module not in inside and _is_named(name, target_modules)]
 
 

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -94,8 +95,9 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
         stop_ids = find_stop_ids(model, tokenizer)
     if tokenizer.eos_token_id is None:
         raise GraspError(f"The tokenizer of backbone {name!r} has no EOS token: answers could not end; add one to it")
-    if tokenizer.pad_token_id is None:  # safe: padding is always covered by an attention mask
-        tokenizer.pad_token = tokenizer.eos_token
+    rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # added to it, but not to the model
+        tokenizer.pad_token = tokenizer.eos_token  # safe: padding is always covered by an attention mask
     if own:
         # PEFT writes this name into adapter_config.json: it must be one that others can load the adapter on.
         model.name_or_path = model.config._name_or_path = EMBEDDED_HUB_ID

@@ -154,12 +154,12 @@ def context_of(model: Any) -> int | None:
 
 def check_lengths(model: Any, prompts: Sequence[Sequence[int]], settings: GenerationSettings) -> None:
     context = context_of(model)
-    for index, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, start=1):
         if not prompt:
-            raise DataError(f"Prompt {index} has no tokens: give each prompt at least a BOS token")
+            raise DataError(f"prompt {number} has no tokens: give each prompt at least a BOS token")
         if context is not None and len(prompt) + settings.max_new_tokens > context:
             raise DataError(
-                f"Prompt {index} has {len(prompt)} tokens and up to {settings.max_new_tokens} are generated, but the "
+                f"prompt {number} has {len(prompt)} tokens and up to {settings.max_new_tokens} are generated, but the "
                 f"model's context holds {context}: shorten the prompt or lower max_new_tokens"
             )
 

@@ -117,6 +117,10 @@ def upload(plan: Upload) -> str:
             private = plan.private
         if plan.private and not private:
             raise GraspError(f"{plan.name} is there and public: add --public, or choose another name")
+        if private and not plan.private:
+            raise GraspError(
+                f"{plan.name} is there and private: leave --public out, or make it public on the hub first"
+            )
         operations = [CommitOperationAdd(file, content) for file, content in plan.files.items()]
         hub.create_commit(plan.name, operations, commit_message="Upload an adapter with grasp-lora")
     except GraspError:

@@ -71,7 +71,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     parents += [("Given adapter", one.name, f"sha256:{one.sha256}") for side in sides for one in given[side]]
     corpora = [corpus for side in trained_on if (corpus := getattr(record.recipe.data, side))]
     sides_of = {split: "source" if split.startswith("source") else "target" for split in SPLITS}
-    prompt = _prompt(record.recipe.data)
+    prompt = record.data.report.get("prompt") or _prompt(record.recipe.data)  # earlier runs do not say theirs
     recipe = _public_recipe(record.recipe_text)
     context = view_of(record) | {
         "front_matter": _front_matter(record, backbone, system, corpora),

@@ -355,6 +355,10 @@ def sparsity_note(record: RunRecord) -> str | None:
         mask = record.recipe.final.mask or record.recipe.mask
         if mask.granularity == "component" and pruned < ratio:
             note += f" Only whole rank-one components are pruned, as many as the ratio of {percent(ratio, 2)} covers."
+        elif record.metrics is not None and record.metrics.best_step == 0 and pruned > ratio:
+            note += (
+                f" The ratio is {percent(ratio, 2)}: the merge had zeros of its own, and the final run kept no step."
+            )
         else:
             note += f" That is not the ratio of {percent(ratio, 2)} above: check the final run."
     segments = {
