@@ -371,7 +371,7 @@ def test_a_single_run_of_stacked_copies_is_left_out(tiny_workspace):
     assert "the copies of controller.preset 'stacked' leave none" in unavailable
 
 
-def test_another_split_whose_prompts_are_too_long_is_refused_before_anything_is_trained(tiny_workspace, monkeypatch):
+def test_another_split_is_checked_before_anything_is_trained(tiny_workspace, monkeypatch):
     def too_long(one: Session) -> None:
         if one.recipe.data.split_seed == 7:
             raise DataError("a test prompt of split 7 is too long")

@@ -183,6 +183,7 @@ def test_more_trials_go_on_with_a_sweep_and_shared_steps_are_done_once(tiny_work
     assert again.cost.work == 3 * 32
     assert again.cost.work_with_parents == 3 * 32 + (12 * 2 + 4 * 2) + 32
     assert again.cost.runs == 3
+    assert json.loads(Path("out/sweep/sweep.json").read_text(encoding="utf-8"))["asked"] == 3
     fewer, nothing = run("out", RATIO, sampler="random", trials=1)
     assert fewer == again
     assert nothing.did == []

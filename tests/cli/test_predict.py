@@ -119,6 +119,8 @@ def test_a_prompt_that_stands_in_the_chat_template_is_asked_as_it_is(
     cli: Cli, here: Path, asked: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As those on record in a run's folder do: evaluation/prompts.jsonl."""
+    cli("predict", "chat", "<end> what?")  # another control token is what the user says
+    assert asked[-1][0] == ["<start>user\n<end> what?<end>\n<start>assistant\n"]
     rendered = "<start>user\nwhat 1?<end>\n<start>assistant\n"
     given = "".join(json.dumps(one) + "\n" for one in (rendered, "what 2?"))
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
@@ -126,7 +128,7 @@ def test_a_prompt_that_stands_in_the_chat_template_is_asked_as_it_is(
     assert asked[-1][0] == [rendered, rendered.replace("1", "2")]
     assert asked[-1][1]["ends"] == [261]
     assert result.err == (
-        "WARNING: 1 of 2 prompts begin with a control token, so they are taken to stand in the chat template already\n"
+        "WARNING: 1 of 2 prompts begin as the chat template does, with '<start>', so they are taken to stand in it already\n"
     )
 
 

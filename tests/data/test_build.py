@@ -819,7 +819,10 @@ class TestGivenSplits:
         prompts = [one.prompt for one in (*splits.train, *splits.dev, *splits.test)]
         assert {prompt[-2:] for prompt in prompts} == {"?\n"}
         assert splits.report.prompt == "{prompt}\n"
-        plain = CorpusSettings("en", files=(write("y.jsonl", rows[1:5] * 1),), train=2, dev=1, micro_dev=0, test=1)
+        other = CorpusSettings("de", files=(write("z.jsonl", prompt_rows(range(20))),), dev=2)
+        both = build_splits(DataSettings("completion", target, other), tiny_tokenizer, 0, tmp_path)
+        assert {one.prompt[-1] for one in both.source_train} == {"\n"}  # both languages are asked alike
+        plain = CorpusSettings("en", files=(write("y.jsonl", rows[1:5]),), train=2, dev=1, micro_dev=0, test=1)
         splits = build_splits(DataSettings("completion", plain), tiny_tokenizer, 0, tmp_path)
         assert splits.train[0].prompt.endswith("?")
 

@@ -1,5 +1,7 @@
 """Files become records; every malformed one is refused with its name and line."""
 
+import csv
+import io
 import json
 import re
 from pathlib import Path
@@ -45,6 +47,14 @@ def read_files(
     files: list[tuple[str, Path]], task: str, format: str = "auto", columns: dict[str, str] | None = None
 ) -> Pool:
     return make_pool([read_file(name, path, format) for name, path in files], task, format, columns)
+
+
+def csv_text(rows: list[dict[str, str]]) -> str:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
 
 
 def read(path: Path, content: object, task: str, format: str = "auto", **columns: str) -> Pool:
@@ -410,17 +420,17 @@ class TestCleaning:
         ):
             read(tmp_path / "x.csv", text, "qa")
         for column in ("answer", "references"):
-            one = "['Paris', 'City of Paris']"
-            rows = [{"context": "c", "question": "q", "answer": "Paris", column: one}]
-            for wrong in (one, one.replace("'", '"'), '{"text": ["Paris"], "answer_start": [null]}'):
-                rows[0][column] = wrong
+            rest = {"context": "c", "question": "q", "answer": "Paris"}
+            for wrong in ("['Paris', 'City of Paris']", '["Paris"]', '{"text": ["Paris"], "answer_start": [null]}'):
+                content = csv_text([rest | {column: wrong}])
                 with pytest.raises(
                     DataError, match=f"{column} is a list that was written as text, .* give one text in a cell"
                 ):
-                    read(tmp_path / "y.jsonl", rows, "qa")
-            for right in ("[Paris]", "[1]", "{}}", "['Paris'"):
-                rows[0][column] = right
-                (record,) = read(tmp_path / "y.jsonl", rows, "qa").records
+                    read(tmp_path / "y.csv", content, "qa")
+                (record,) = read(tmp_path / "y.jsonl", [rest | {column: wrong}], "qa").records
+                assert record.references == (wrong,)  # there it would be a list if it were meant as one
+            for right in ("[Paris]", "[1]", "{}}", "['Paris'", "{{1}}", "{[1]}"):
+                (record,) = read(tmp_path / "y.csv", csv_text([rest | {column: right}]), "qa").records
                 assert record.references == (right,)
 
     def test_spaces_in_cells_stay_where_the_header_has_none(self, tmp_path: Path) -> None:
@@ -579,9 +589,19 @@ class TestCleaning:
         assert optional in content
         (tmp_path / "x.parquet").write_bytes(content.replace(optional, required))
         with pytest.raises(
-            DataError, match=r"not a valid parquet file \(.* histogram size mismatch, size: 2, expected: 1\)"
+            DataError, match=r"not a valid parquet file \((.* histogram size mismatch.*|its columns cannot be read)\)"
         ):
             read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
+
+    @pytest.mark.parametrize("look", ["import no_such_package", "raise OSError"])
+    def test_parquet_is_read_where_another_process_cannot_look(
+        self, look: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pq.write_table(pa.table({"prompt": ["a"], "completion": ["b"]}), tmp_path / "x.parquet")
+        monkeypatch.setattr("grasp_lora.data.files._LOOK", look)
+        assert len(read_files([("x.parquet", tmp_path / "x.parquet")], "completion").records) == 1
+        monkeypatch.setattr("sys.executable", "")
+        assert len(read_files([("x.parquet", tmp_path / "x.parquet")], "completion").records) == 1
 
     def test_parquet_that_ends_its_reader_without_a_word(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pq.write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "x.parquet")

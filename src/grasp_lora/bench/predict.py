@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grasp_lora.bench.run_folder import ADAPTER_FOLDER, RUN_FILE
 from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.conversations import SPEAKERS, Message
-from grasp_lora.data.encode import Encoder, control_tokens, is_rendered, prompt_ids
+from grasp_lora.data.encode import Encoder, begin_of_chat, prompt_ids
 from grasp_lora.data.files import READERS, NoText, Row, Table, read_file
 from grasp_lora.data.labels import encode_labels
 from grasp_lora.data.records import XLSUM_COLUMNS, Record, make_pool
@@ -70,13 +70,14 @@ class Asked:
         Nor are those put into the chat template that stand in it already.
         """
         template = _form(self.own)[1].prompt
-        spelled = control_tokens(self.tokenizer, chat=True) if self.chat else None
-        said = [prompt for prompt in prompts if spelled is None or not is_rendered(prompt, spelled)]
-        if rendered := len(prompts) - len(said):
+        begin = begin_of_chat(self.tokenizer) if self.chat else None
+        said = [prompt for prompt in prompts if begin is None or not prompt.startswith(begin)]
+        if begin is not None and len(said) < len(prompts):
             logger.warning(
-                "%d of %d prompts begin with a control token, so they are taken to stand in the chat template already",
-                rendered,
+                "%d of %d prompts begin as the chat template does, with %s, so they are taken to stand in it already",
+                len(prompts) - len(said),
                 len(prompts),
+                quoted(begin),
             )
         if self.own.task and not all(_fits(prompt, template) for prompt in said):
             logger.warning(
@@ -100,7 +101,8 @@ class Asked:
         task, template = _form(self.own)
         cut = None if talks else self.own.max_document_tokens
         form = PLAIN if talks else template
-        return Encoder(self.tokenizer, task, "", form, sys.maxsize, cut, self.chat, ends_turns=talks)
+        ends_turns = talks and template.prompt.endswith("\n")  # as in its training
+        return Encoder(self.tokenizer, task, "", form, sys.maxsize, cut, self.chat, ends_turns=ends_turns)
 
     def _answer(self, ids: Sequence[Sequence[int]]) -> list[str]:
         if self.own.labels:

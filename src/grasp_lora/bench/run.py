@@ -222,6 +222,8 @@ class _Run:
         if adapter.folder is None:
             return {"adapter": adapter.title}
         record, folder = adapter.records[-1], self.folder / name
+        if not on_first_process(adapter.folder.is_dir):
+            adapter.load()  # its record came from another machine, so that it is trained again
         if alone:
             self._show_adapter(name, adapter)
         else:
@@ -252,7 +254,7 @@ class _Run:
     def _show_adapter(self, name: str, adapter: Adapter) -> None:
         """Put an adapter into a folder as a step has left it, or as it was given or merged; each file whole or not at all."""
         if adapter.folder is not None and not on_first_process(adapter.folder.is_dir):
-            adapter.load()  # its record came from another machine, so that it is trained again
+            adapter.load()  # on all processes, since it is trained again
 
         def show() -> None:
             folder, draft = self.folder / name, self.folder / f"{name}.part"

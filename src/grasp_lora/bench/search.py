@@ -187,8 +187,8 @@ class _Search:
             self._refuse_other(before)
             if before is None:
                 write_json(self._file, asdict(self._result()))  # another sweep that begins sees what this one is
-                return
-        self._trials, self._parents = before.trials, before.parents
+            else:
+                self._trials, self._parents = before.trials, before.parents
 
     def _refuse_other(self, before: SweepResult | None) -> None:
         if before is None:
@@ -197,7 +197,7 @@ class _Search:
         if changed := [name for name, value in asked.items() if told[name] != value]:
             raise RecipeError(
                 f"{escaped(str(self._file.parent))} holds a sweep with other {', '.join(changed)}; give those, or another "
-                "folder with --output"
+                f"folder with --output{'' if before.trials else f', or remove {SWEEP_FILE}: it has no trial yet'}"
             )
 
     def _read(self) -> SweepResult | None:

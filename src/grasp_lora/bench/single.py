@@ -77,10 +77,10 @@ def merge_folders(
     answers = [adapter.info.answers for adapter in adapters]
     labels = any(one.labels for one in answers if one)
     reworded = len({one.prompt for one in answers if one}) > 1
+    longest = max((one.max_new_tokens for one in answers if one), default=0)  # a longer answer is no other one
     if reworded:  # such as prompts in two languages, which answer in one way
-        answers = [one and Answers(one.max_new_tokens, one.stop, one.chat_template) for one in answers]
-    else:  # columns are of files, not of the adapter, and a longer answer is no other one
-        longest = max((one.max_new_tokens for one in answers if one), default=0)
+        answers = [one and Answers(longest, one.stop, one.chat_template) for one in answers]
+    else:  # columns are of files, not of the adapter
         answers = [one and replace(one, columns={}, max_new_tokens=longest) for one in answers]
     alike = all(one == answers[0] for one in answers)
     with new_folder(output) as draft:

@@ -79,7 +79,8 @@ def build_splits(
     if fold is not None:
         [whole] = shares["target"]
         shares["target"] = cut(whole, groups, fold, split_seed)
-    chat = _in_chat(settings.chat_template, shares, tokenizer)
+    talks = any(record.messages for parts in shares.values() for part in parts for record in part.pool.records)
+    chat = _in_chat(settings.chat_template, talks, tokenizer)
     splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
     tallies: dict[str, Tally] = {}
     encoders: dict[str, Encoder] = {}
@@ -88,7 +89,6 @@ def build_splits(
         limits = settings.max_tokens, settings.max_document_tokens
         prompt, completion = settings.templates(corpus)
         template = resolve_template(settings.task, corpus.language, prompt, completion, chat)
-        talks = any(record.messages for share in shares[role] for record in share.pool.records)
         encoders[role] = encoder = Encoder(
             tokenizer, settings.task, corpus.language, template, *limits, chat, ends_turns=talks
         )
@@ -234,11 +234,11 @@ def _leaving_most(counts: Counts, rows: int) -> Counts:
     return {**counts, "micro_dev": min(asked, rows // 3)}
 
 
-def _in_chat(wanted: bool | None, shares: Mapping[str, Sequence[Share]], tokenizer: "PreTrainedTokenizerBase") -> bool:
+def _in_chat(wanted: bool | None, talks: bool, tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether prompts are put into the chat template: where nobody says, those of conversations are, if there is one."""
     if wanted is not None:
         return wanted
-    if not any(record.messages for parts in shares.values() for part in parts for record in part.pool.records):
+    if not talks:
         return False
     if getattr(tokenizer, "chat_template", None):
         return True

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BREAK = "\x00"  # which records never hold
+_PROBE = "what?"  # a user may say it
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
 
     Args:
         prompts: texts; control tokens in them are meant, and one that begins with the BOS token gets no second one.
-        chat: put each into the chat template as what the user says, which is text. One that `is_rendered` stands in it already.
+        chat: put each into the chat template as what the user says, which is text. One that begins as `begin_of_chat` stands
+            in it already.
 
     Raises:
         DataError: the tokenizer has no chat template, or it refuses a prompt.
@@ -87,7 +89,8 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
         return [_tokenize(tokenizer, [prompt], not begins)[0] for prompt, begins in zip(prompts, begun, strict=True)]
     spelled = control_tokens(tokenizer, chat=True)
     texts = list(prompts)
-    said = {place: prompt for place, prompt in enumerate(prompts) if not is_rendered(prompt, spelled)}
+    begin = begin_of_chat(tokenizer)
+    said = {place: prompt for place, prompt in enumerate(prompts) if not prompt.startswith(begin)}
     turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in said.values()]
     names = [f"prompt {place + 1}" for place in said]
     for place, text in zip(said, render_chat(tokenizer, turns, names), strict=True):
@@ -95,13 +98,15 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
     return _tokenize(tokenizer, texts, add_special_tokens=False)
 
 
-def is_rendered(prompt: str, spelled: re.Pattern[str]) -> bool:
-    """Whether a prompt stands in a chat template already, as a run's own on record do: it begins with a control token.
+def begin_of_chat(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """How every prompt in the tokenizer's chat template begins: with its first control token, else as far as the user's text.
 
-    Args:
-        spelled: the `control_tokens` of the template's tokenizer.
+    Raises:
+        DataError: the tokenizer has no chat template, or it refuses a user's turn.
     """
-    return spelled.match(prompt) is not None
+    [rendered] = render_chat(tokenizer, [[{"role": "user", "content": _PROBE}]], ["a prompt"])
+    first = control_tokens(tokenizer, chat=True).match(rendered)
+    return first.group() if first else rendered.partition(_PROBE)[0]
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase", chat: bool = False) -> re.Pattern[str]:

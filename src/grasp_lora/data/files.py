@@ -71,10 +71,15 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one file or data set, and its name for messages and made-up ids."""
+    """Rows of one file or data set, and its name for messages and made-up ids.
+
+    Args:
+        of_cells: whether a value is what a cell holds, a text or a number, so that it is no list.
+    """
 
     name: str
     rows: list[Row]
+    of_cells: bool = False
 
 
 def read_file(name: str, path: Path, format: str = "auto", sheet: str | None = None) -> Table:
@@ -113,7 +118,8 @@ def read_file(name: str, path: Path, format: str = "auto", sheet: str | None = N
     if len(rows) > MOST_ROWS:
         raise DataError(f"{name} holds more than {MOST_ROWS} records, the most that is read from a file; split it")
     # Source and target may be sheets of one workbook, and their rows are told by the name of the table.
-    return Table(name if sheet is None else f"{name}, sheet {sheet}", rows)
+    of_cells = suffix in (".csv", ".tsv", ".xlsx")
+    return Table(name if sheet is None else f"{name}, sheet {sheet}", rows, of_cells)
 
 
 def as_row(item: object, where: str) -> Row:
@@ -258,8 +264,11 @@ def _parquet(data: bytes, name: str) -> Iterator[Row]:
 def _check_columns(data: bytes, name: str) -> None:
     """Ask for each column in a process of its own: where a column is described wrongly, pyarrow ends the one that asks."""
     footer = b"PAR1" + data[-8 - int.from_bytes(data[-8:-4], "little") :]
-    looked = subprocess.run([sys.executable, "-P", "-c", _LOOK], input=footer, capture_output=True, check=False)
-    if looked.returncode:
+    try:
+        looked = subprocess.run([sys.executable, "-P", "-c", _LOOK], input=footer, capture_output=True, check=False)
+    except OSError:  # no process can be started here
+        return
+    if looked.returncode not in (0, 1):  # 1: it could not look, such as where pyarrow lies elsewhere
         said = re.search(r"what\(\): *(.+)", looked.stderr.decode(errors="replace"))
         why = one_line(said[1])[:300] if said else "its columns cannot be read"
         raise DataError(f"{name}: not a valid parquet file ({why})")

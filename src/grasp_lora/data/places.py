@@ -5,6 +5,7 @@ import importlib.resources
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from grasp_lora.data.files import Table, as_row
 from grasp_lora.errors import DataError
@@ -111,5 +112,16 @@ def read_hub(name: str, config: str | None, split: str, *, offline: bool = False
             "the split"
         ) from error
     # Sounds and pictures, whose decoders need not be there, are no text.
-    table = table.remove_columns([name for name, kind in table.features.items() if hasattr(kind, "decode_example")])
+    table = table.remove_columns([name for name, kind in table.features.items() if _is_decoded(kind)])
     return Table(label, [as_row(row, f"{label}, row {number}") for number, row in enumerate(table, start=1)])
+
+
+def _is_decoded(kind: Any) -> bool:
+    """Whether a column of a hub data set holds sounds, pictures and the like, be it in lists or objects."""
+    import datasets
+
+    if isinstance(kind, dict):
+        return any(map(_is_decoded, kind.values()))
+    if (inner := getattr(kind, "feature", None)) is not None:
+        return _is_decoded(inner)
+    return hasattr(kind, "decode_example") and not isinstance(kind, getattr(datasets, "Json", ()))

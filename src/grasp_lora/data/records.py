@@ -9,7 +9,7 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grasp_lora.data.cells import Cells, Columns, clean_row, is_blank, name_of, text_of
 from grasp_lora.data.conversations import Message, from_alpaca, from_sharegpt, read_messages
@@ -116,7 +116,7 @@ def make_pool(
                 raise DataError(
                     f"{where} is nested hundreds of levels deep; give texts, and lists of messages"
                 ) from None
-        for one in layout.convert(Table(table.name, rows), task, columns, counts):
+        for one in layout.convert(replace(table, rows=rows), task, columns, counts):
             if isinstance(one, Record):
                 records.append(one)
             elif skip_unanswered:
@@ -188,10 +188,10 @@ def _row_records(table: Table, task: str, columns: Columns, counts: Counter[str]
         if task == "qa" and isinstance(answers, Mapping) and answers.get("text") == []:
             counts["unanswerable"] += 1
         else:
-            yield _row_record(cells, task, f"{table.name}:{number}", has_ids)
+            yield _row_record(cells, task, f"{table.name}:{number}", has_ids, table.of_cells)
 
 
-def _row_record(cells: Cells, task: str, position: str, has_ids: bool) -> Record | Unanswered:
+def _row_record(cells: Cells, task: str, position: str, has_ids: bool, of_cells: bool) -> Record | Unanswered:
     fields = task_fields(task)
     where, values, columns = cells.where, cells.values, cells.columns
     for field, column in columns.items():
@@ -235,10 +235,11 @@ def _row_record(cells: Cells, task: str, position: str, has_ids: bool) -> Record
     if (references := cells.get("references")) is not None:
         several = references if isinstance(references, list | tuple) else [references]
         gold = [text_of(reference, "references", where) for reference in several]
-        if isinstance(references, str):
-            _refuse_written_list(gold[0], columns.get("references", "references"), where)
     if not gold:
         raise DataError(f"{where}: the list of references is empty")
+    if of_cells:
+        for column in (columns.get("answer", "answer"), columns.get("references", "references")):
+            _refuse_written_list(values.get(column), column, where)
     return Record(identity, inputs, answers[0], tuple(dict.fromkeys(gold)), frozenset(keys), tuple(messages[:-1]))
 
 
@@ -249,13 +250,13 @@ def _xlsum_records(table: Table, task: str, columns: Columns, counts: Counter[st
 def _alpaca_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
     """Read instruction and input as one prompt, a line break between them; with `system` or `history` as a conversation."""
     rows = [Row(where, {**values, **from_alpaca(values, where)}) for where, values in table.rows]
-    return _row_records(Table(table.name, rows), task, {"completion": "output"}, counts)
+    return _row_records(replace(table, rows=rows), task, {"completion": "output"}, counts)
 
 
 def _sharegpt_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
     """Read `conversations` of `from` and `value` as messages; a column `system` comes first."""
     rows = [Row(where, {**values, **from_sharegpt(values)}) for where, values in table.rows]
-    return _row_records(Table(table.name, rows), task, {"messages": "conversations"}, counts)
+    return _row_records(replace(table, rows=rows), task, {"messages": "conversations"}, counts)
 
 
 def _answers(cells: Cells, value: object) -> list[str]:
@@ -267,7 +268,6 @@ def _answers(cells: Cells, value: object) -> list[str]:
             raise DataError(
                 f"{where}: answers is a list that was written as text, {quoted(text)}; give a column answer"
             )
-        _refuse_written_list(text, cells.columns.get("answer", "answer"), where)
         return [text]
     several = value.get("text") if isinstance(value, Mapping) else value
     if not isinstance(several, list):
@@ -275,14 +275,14 @@ def _answers(cells: Cells, value: object) -> list[str]:
     return [text_of(item.get("text") if isinstance(item, Mapping) else item, "answer", where) for item in several]
 
 
-def _refuse_written_list(text: str, column: str, where: str) -> None:
+def _refuse_written_list(text: object, column: str, where: str) -> None:
     """Refuse texts in a list, or an object, that a table of cells holds as one text, such as pandas writes them."""
-    if not text.lstrip().startswith(("{", "[")):
+    if not isinstance(text, str) or not text.lstrip().startswith(("{", "[")):
         return
     for read in (json.loads, ast.literal_eval):  # as JSON writes them, and as Python does
         try:
             found = read(text.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             continue
         if isinstance(found, dict) or (isinstance(found, list) and any(isinstance(one, str | dict) for one in found)):
             raise DataError(

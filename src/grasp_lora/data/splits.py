@@ -360,7 +360,7 @@ def check_disjoint(splits: Splits) -> None:
             if (both := next((prompt for prompt in ours if prompt in theirs), None)) is not None and not shared[2]:
                 alike = (
                     f"; the prompts of {quoted(ours[both])} and {quoted(theirs[both])} are the same, as the model sees them "
-                    "(after data.max_document_tokens and the template): raise it, or remove one"
+                    "(after data.max_document_tokens and the template); remove one, or let them differ there"
                 )
             problems.append(f"{first} and {second} share {shared[0]} ids, {shared[1]} prompts and {shared[2]} groups")
     if problems:

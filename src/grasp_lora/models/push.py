@@ -99,7 +99,7 @@ def upload(plan: Upload) -> str:
         The address of the repository.
 
     Raises:
-        GraspError: there is no token or no network, the hub refuses, or the repository is public and was not to be.
+        GraspError: there is no token or no network, the hub refuses, or the repository is public and was not to be, or private.
     """
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
