@@ -70,9 +70,9 @@ class Asked:
         Nor are those put into the chat template that stand in it already.
         """
         template = _form(self.own)[1].prompt
-        begin = begin_of_chat(self.tokenizer) if self.chat else None
-        said = [prompt for prompt in prompts if begin is None or not prompt.startswith(begin)]
-        if begin is not None and len(said) < len(prompts):
+        begin = begin_of_chat(self.tokenizer) if self.chat else ""
+        said = [prompt for prompt in prompts if not (begin and prompt.startswith(begin))]
+        if len(said) < len(prompts):
             logger.warning(
                 "%d of %d prompts begin as the chat template does, with %s, so they are taken to stand in it already",
                 len(prompts) - len(said),

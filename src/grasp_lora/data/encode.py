@@ -90,7 +90,7 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
     spelled = control_tokens(tokenizer, chat=True)
     texts = list(prompts)
     begin = begin_of_chat(tokenizer)
-    said = {place: prompt for place, prompt in enumerate(prompts) if not prompt.startswith(begin)}
+    said = {place: prompt for place, prompt in enumerate(prompts) if not (begin and prompt.startswith(begin))}
     turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in said.values()]
     names = [f"prompt {place + 1}" for place in said]
     for place, text in zip(said, render_chat(tokenizer, turns, names), strict=True):
@@ -100,6 +100,8 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
 
 def begin_of_chat(tokenizer: "PreTrainedTokenizerBase") -> str:
     """How every prompt in the tokenizer's chat template begins: with its first control token, else as far as the user's text.
+
+    Empty where the user's text comes first.
 
     Raises:
         DataError: the tokenizer has no chat template, or it refuses a user's turn.
@@ -215,10 +217,8 @@ class Encoder:
         examples: list[Example | None] = []
         for i, record in enumerate(records):
             before, after = prompt_ids[i], completion_ids[i]
-            if self.data_is_text or after[-1:] != [
-                self.end
-            ]:  # a script's texts may end with it, and TRL adds no second one
-                after = [*after, self.end]
+            ended = not self.data_is_text and after[-1:] == [self.end]  # by a script, whose trainer adds no second one
+            after = after if ended else [*after, self.end]
             length = len(before) + len(after)
             too_long = length > self.max_tokens
             tally.shortest_tokens = min(length, tally.shortest_tokens or length)
