@@ -27,8 +27,8 @@ def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool)
             )
         elif on == "auto":
             gain = (
-                "they also choose whether the target adapter is trained on top of the source adapter; pruning gains more "
-                "there than where both are trained apart"
+                "they also choose whether the target adapter is trained on top of the source adapter; so chosen, GRASP's result "
+                "answered better than the source adapter continued in two of five settings, and no different in the others"
             )
         said = [
             f"{dev} dev rows stop the trainings in time: {gain}; a run also continues the source adapter, "
