@@ -557,15 +557,19 @@ def test_answers_are_utf8_whatever_a_pipe_is_said_to_be(
     assert pipe.buffer.getvalue().decode("utf-8") == "لغة 语言\n"  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("tokens", "alike"), [(7, True), (8, False)])
-def test_a_merge_answers_as_its_parents_do(tokens: int, alike: bool, cli: Cli, workspace: Path) -> None:
+@pytest.mark.parametrize(("tokens", "stop", "alike"), [(7, [], True), (8, [], True), (7, ["x"], False)])
+def test_a_merge_answers_as_its_parents_do(
+    tokens: int, stop: list[str], alike: bool, cli: Cli, workspace: Path
+) -> None:
     shutil.copytree(workspace / "adapter", workspace / "other")
     answers = {"max_new_tokens": 7, "stop": [], "chat_template": False}
     change_json(workspace / "adapter" / OUR_FILE, answers=answers)
-    change_json(workspace / "other" / OUR_FILE, answers=answers | {"max_new_tokens": tokens})
+    change_json(workspace / "other" / OUR_FILE, answers=answers | {"max_new_tokens": tokens, "stop": stop})
     said = output(cli("merge", "adapter", "other", "--backbone", "tiny-llama", "-o", "merged"))
     assert ("tell predict" in said) is not alike
-    assert json.loads((workspace / "merged" / OUR_FILE).read_text()).get("answers") == (answers if alike else None)
+    assert json.loads((workspace / "merged" / OUR_FILE).read_text()).get("answers") == (
+        answers | {"max_new_tokens": tokens} if alike else None  # a longer answer is no other one
+    )
 
 
 @pytest.mark.parametrize(
