@@ -76,6 +76,7 @@ Its module is installed, on PYTHONPATH, or a file beside the recipe.
 It is a function from `Outputs` to a `MetricScore`, both in `grasp_lora.evaluation.outputs`.
 `Outputs` has predictions, lists of references and the language.
 `MetricScore` has a name, a value, a signature and one score an example.
+The value is the mean of those scores; for another one give a `Metric` with `from_statistics`.
 """
 SAYS_NOTHING = {"name": "page", "data": {"task": "qa", "target": {"language": "sw", "files": ["questions.json"]}}}
 

@@ -177,6 +177,7 @@ def test_a_module_that_lacks_its_own_imports_is_an_error_that_names_them(own_mod
         ("MetricScore('x', 1.0, 's', (1.0, float('inf')))", "gave inf; .* finite"),
         ("MetricScore('x', '1', 's', (1.0, 2.0))", "gave '1'; .* finite numbers"),
         ("MetricScore('x', 1.0, '', (1.0, 2.0))", "gave no signature"),
+        ("MetricScore('x', 40.0, 's', (10.0, 20.0))", "gave the value 40, .* have the mean 15; .*from_statistics"),
     ],
 )
 def test_what_a_metric_of_the_users_own_gives_is_checked(own_module, given, message):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from grasp_lora.bench.planned import expected_width
 from grasp_lora.errors import DataError
 from grasp_lora.evaluation.metrics import METRICS, score
 from grasp_lora.evaluation.statistics import (
@@ -347,6 +348,17 @@ def test_the_half_width_foretold_is_that_of_the_bootstrap():
     zeros = {str(number): [0.0] * 400 for number in range(3)}
     found = compare_with_baselines(differences.tolist(), zeros)["0"]
     assert half_width(float(differences.std()), 400, 3) == pytest.approx((found.high - found.low) / 2, rel=0.06)
+
+
+def test_few_groups_and_fewer_seeds_foretell_wider_intervals():
+    assert half_width(26.0, 100, groups=5) > 1.3 * half_width(26.0, 100)
+
+    def reach(**given: int) -> float:
+        return float(str(expected_width(["f1"], 400, 3, **given)).split("about ")[1].split()[0])
+
+    assert reach(seeds=1) == pytest.approx(1.3 * reach(seeds=3), abs=0.1)
+    assert reach(seeds=3) < reach(seeds=2) < reach(seeds=1)
+    assert reach(groups=4) > reach(groups=400) == reach()
 
 
 class TestGroups:

@@ -116,7 +116,7 @@ class Page(HTMLParser):
             self.scripts[-1] += data
             return
         self.text += data
-        if self._in_cell:
+        if self._in_cell and self.tags[-1] != ("span", {"class": "unseen"}):
             self.rows[-1][-1] += data.strip()
 
     @property
@@ -327,6 +327,53 @@ def test_scores_of_an_own_metric_that_runs_to_one_are_told_apart(run_folder: Pat
     assert [cells[3] for cells in page_of(run_folder).rows[1:5]] == ["0.410", "0.420", "0.430", "0.436"]
 
 
+def test_an_answer_with_a_low_similarity_is_not_called_wrong(run_folder: Path) -> None:
+    change(
+        run_folder / "metrics.json",
+        lambda metrics: [one.update(metrics={"similarity": -3.0}) for one in metrics["systems"].values()],
+    )
+    change(run_folder / "metrics.json", lambda metrics: metrics.update(signatures={"similarity": "s"}))
+    for file in (run_folder / "evaluation").glob("[a-oq-z]*.jsonl"):
+        change_lines(file, lambda number, row: row | {"scores": {"similarity": -3.0}})
+    page, tables = texts(run_folder)
+    assert "Similarity -3" in page
+    assert "✗" not in page
+    assert "scores run from 0 to 100, Similarity below 0, too." in tables
+
+
+def test_the_metric_that_leads_is_the_one_of_comparisons(run_folder: Path) -> None:
+    both = {"chrf++": 50.0, "f1": 40.0}
+    change(
+        run_folder / "metrics.json",
+        lambda metrics: [one.update(metrics=both) for one in metrics["systems"].values()],
+    )
+    page, _ = texts(run_folder)
+    assert "Test F1 40.0 against 40.0" in page
+
+
+def test_what_the_recipe_asks_for_has_its_use_and_its_row(run_folder: Path) -> None:
+    change_recipe(run_folder, final={"deliver": "grasp"})
+    page, tables = texts(run_folder)
+    assert ">Use it</h2>" in page
+    assert page.count('<tr class="chosen"><th scope="row">GRASP<span class="unseen"> (handed over)</span></th>') == 1
+    assert "grasp-lora predict" in tables
+
+
+def test_the_card_of_labels_says_how_they_were_chosen(run_folder: Path) -> None:
+    change(
+        run_folder / "data.json",
+        lambda data: data["report"].update(labels={"mbaya": {"test": 3}, "nzuri": {"test": 5}}),
+    )
+    assert "likeliest of these labels: mbaya, nzuri." in card(run_folder)
+
+
+def test_a_language_with_a_script_has_its_name(run_folder: Path) -> None:
+    change_recipe(run_folder, data={"target": {"language": "zh_Hans"}})
+    assert "Chinese" in texts(run_folder)[0]
+    assert 'lang="zh-Hans"' in texts(run_folder)[0]
+    assert "- zh\n" in card(run_folder)
+
+
 def test_texts_of_models_and_files_are_escaped(run_folder: Path) -> None:
     attack = "<script>alert(1)</script>"
     breakout = "demo</script><img src=x onerror=alert(2)>\u2028|`"
@@ -461,7 +508,7 @@ def test_a_folder_that_names_no_choice_has_its_report_and_no_verdict(run_folder:
     for text in (*texts(run_folder), card(run_folder)):
         assert "Take this adapter" not in text
         assert "not complete" not in text
-        assert "Prune 46 % of the merged adapter" in text
+        assert re.search("(Prune|It prunes) 46 % of the merged adapter", text)
 
 
 @pytest.mark.parametrize(("high", "wide"), [(0.55, False), (0.79, True)])
@@ -708,7 +755,7 @@ def test_model_card_says_what_the_adapter_is_and_holds_no_path(run_folder: Path)
     assert 'from_pretrained(base, revision="9b0cfec892e2", dtype="float32")' in snippet_of(body)
     compile(snippet_of(body), "card", "exec")
     assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])["data"]["target"]["files"] == ["xquad.ar.json"]
-    assert "| GRASP | **0.857** | **0.822** | **43.2** |" in body
+    assert "| **GRASP** | **0.857** | **0.822** | **43.2** |" in body
     prompt = "".join(f"    {line}\n" for line in TEMPLATES["qa"]["ar"].prompt.split("\n"))
     assert "It was trained on prompts of this form:\n\n" + prompt in body
 

@@ -17,7 +17,7 @@ from grasp_lora.bench.checks import check, check_splits
 from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.keyed import GRID
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS
-from grasp_lora.bench.planned import expected_width, planned_against
+from grasp_lora.bench.planned import SEEDS, expected_width, planned_against
 from grasp_lora.bench.records import read_record
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
 from grasp_lora.bench.session import Session
@@ -25,7 +25,7 @@ from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import WAIT, Store
 from grasp_lora.bench.summary import Outcomes, Rows, other_split, summary
 from grasp_lora.data.settings import DataSettings
-from grasp_lora.data.splits import Fold, group_size
+from grasp_lora.data.splits import Fold, group_numbers, group_size
 from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import least_resamples
@@ -38,7 +38,6 @@ from grasp_lora.storage.folder import Busy, Workplace, in_turn, working_in
 
 logger = logging.getLogger(__name__)
 
-SEEDS = (42, 1337, 9001)  # Paper: experimental setup
 LEAST_TEST = 2
 
 
@@ -225,7 +224,9 @@ class Work:
     def execute(self) -> Comparison:
         planned = planned_against(self.settings.reference, self.names)
         test = [example for one in self.folds.values() or [self.session] for example in one.splits.test]
-        if text := expected_width(list(self.session.metrics), len(test), len(planned), group_size(test)):
+        groups, seeds = len(set(group_numbers(test))), 1 if self.folds else len(self.numbers)
+        metrics = list(self.session.metrics)
+        if text := expected_width(metrics, len(test), len(planned), group_size(test), groups, seeds):
             self.progress.note(text)
         shared, batches = self._batches(Bench)
         self.progress.begin(sum(METHODS[name].units for batch in batches for name in batch.to_do))

@@ -14,6 +14,7 @@ from grasp_lora.bench.run_folder import TargetOn
 from grasp_lora.bench.store import Record, key_of
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
+from grasp_lora.text.characters import space_words
 from grasp_lora.text.languages import language_code
 
 CHOOSING = ("dev", "micro_dev")  # the splits whose rows may decide
@@ -109,6 +110,8 @@ class Measuring(Keyed):
             settings["code"] = code
         if session.splits.labels.keys() - {one for texts in references for one in texts}:
             settings["statistics"] = "of all labels"  # once they were of those in the references alone
+        if any(space_words(text) != text for texts in references for text in texts):
+            settings["words"] = "at their marks, too"  # once such a mark joined two words or was one
         file = self._answers_file(adapter)
 
         def answers() -> tuple[str, ...]:

@@ -144,6 +144,7 @@ def _run_delivered(bench: Bench) -> Outcome:
         chosen_on=split,
         chosen_among=[one for one in (*systems.values(), continued) if one is not None],
         chosen_by=[] if split is None else [bench.losses(one, split) for one in systems.values()],
+        left_out=[f"is without a candidate. {left_out}"] if continued is None else [],
         taken=chosen.title,
     )
 

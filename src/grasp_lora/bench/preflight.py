@@ -21,10 +21,10 @@ from grasp_lora.bench.memory import (
     stages_of,
 )  # fmt: skip
 from grasp_lora.bench.plan import time_step
-from grasp_lora.bench.planned import PLANNED, expected_width
+from grasp_lora.bench.planned import PLANNED, SEEDS, expected_width
 from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import Example, Tally
-from grasp_lora.data.splits import SPLITS, group_size
+from grasp_lora.data.splits import SPLITS, group_numbers, group_size
 from grasp_lora.errors import GraspError
 from grasp_lora.models.backbone import skeleton, supports_logits_to_keep
 from grasp_lora.models.precision import find_dtype, is_quantised, stored_bytes
@@ -81,9 +81,11 @@ def preflight(session: Session) -> list[Finding]:
     keeps_best, has_source_rows = recipe.final.training.keep == "best", bool(splits.source_train)
     said = advice(sizes["dev"], keeps_best=keeps_best, on=recipe.target.on, has_source_rows=has_source_rows)
     findings += [Finding("ok", "advice", sentence) for sentence in said]
-    width = expected_width(list(session.metrics), len(splits.test), len(PLANNED) - 1, group_size(splits.test))
-    if width:
-        findings.append(Finding("ok", "power", f"in a comparison, {width}"))
+    test, groups = splits.test, len(set(group_numbers(splits.test)))
+    if width := expected_width(
+        list(session.metrics), len(test), len(PLANNED) - 1, group_size(test), groups, len(SEEDS)
+    ):
+        findings.append(Finding("ok", "power", f"in a comparison of {len(SEEDS)} seeds, {width}"))
     trained, probed = _cost(recipe, sizes)
     pace = time_step(session)
     text = (

@@ -208,10 +208,8 @@ class _Run:
             why = f"What was chosen could not be trained once more on all rows: {error}"
             return TrainedAgain(files.AllRows(why=why))
         if again.adapter is not None:
-            again.adapter.load()  # by every process, since it may have to be made
             self._show_adapter(files.ALL_ROWS, again.adapter)
-            rows = again.adapter.records[-1].result["history"]
-            on_first_process(partial(write_jsonl, self.folder / files.ALL_ROWS / files.HISTORY_FILE, rows))
+            self._show_history(files.ALL_ROWS, again.adapter)
         return again
 
     def _show_trained(self, name: str, adapter: Adapter, *, alone: bool = True) -> dict[str, Any]:
@@ -222,13 +220,12 @@ class _Run:
         if adapter.folder is None:
             return {"adapter": adapter.title}
         record, folder = adapter.records[-1], self.folder / name
-        if not on_first_process(adapter.folder.is_dir):
-            adapter.load()  # its record came from another machine, so that it is trained again
         if alone:
             self._show_adapter(name, adapter)
         else:
+            adapter.load()  # as `_show_adapter` does
             on_first_process(partial(discard, folder))  # it may hold one of a run that took the other way
-        on_first_process(partial(write_jsonl, folder / files.HISTORY_FILE, record.result["history"]))
+        self._show_history(name, adapter)
         facts = {key: record.result[key] for key in ("steps", "best_step", "dev_loss")}
         if name == files.FINAL_FOLDER:
             rows: list[dict[str, Any]] = record.result.get("kept") or [dict(row) for row in survival(adapter.weights)]
@@ -238,23 +235,27 @@ class _Run:
             } | facts
         return facts
 
+    def _show_history(self, name: str, adapter: Adapter) -> None:
+        """Write the losses of a training, to its last step, which need not be one whose loss is logged."""
+        result = adapter.records[-1].result
+        rows, steps = result["history"], result["steps"]
+        end = [{"step": steps}] if rows and rows[-1]["step"] < steps else []
+        on_first_process(partial(write_jsonl, self.folder / name / files.HISTORY_FILE, [*rows, *end]))
+
     def _show_learned(self, learned: Learned) -> dict[str, Any]:
         folder, result, estimate = self.folder / files.CONTROLLER_FOLDER, learned.record.result, learned.estimate
         names = {files.HISTORY_FILE: "history", files.ROUNDS_FILE: "rounds", files.TIMINGS_FILE: "timings"}
-        beside = {file: result.get(name, []) for file, name in names.items()}
-        for file, rows in beside.items():
+        for file, rows in (beside := {file: result.get(name, []) for file, name in names.items()}).items():
             on_first_process(partial(write_jsonl, folder / file, rows))
         ratio = files.LearnedRatio.of(estimate, result["rounds"][-1]["ratio"], beside)
         on_first_process(partial(write_json, folder / files.RATIO_FILE, ratio.to_json()))
         if learned.start.folder is not None:
-            place = f"{files.CONTROLLER_FOLDER}/{files.ADAPTER_FOLDER}"
-            self._show_adapter(place, learned.start)
+            self._show_adapter(f"{files.CONTROLLER_FOLDER}/{files.ADAPTER_FOLDER}", learned.start)
         return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}
 
     def _show_adapter(self, name: str, adapter: Adapter) -> None:
         """Put an adapter into a folder as a step has left it, or as it was given or merged; each file whole or not at all."""
-        if adapter.folder is not None and not on_first_process(adapter.folder.is_dir):
-            adapter.load()  # on all processes, since it is trained again
+        adapter.load()  # on all processes: it is made again where the store has it not, or only half
 
         def show() -> None:
             folder, draft = self.folder / name, self.folder / f"{name}.part"
@@ -301,8 +302,7 @@ class _Run:
         all_rows: files.AllRows | None,
         target_on: files.TargetOn | None,
     ) -> None:
-        both = {"all_rows": all_rows, "target_on": target_on}
-        optional: dict[str, Any] = {name: value for name, value in both.items() if value is not None}
+        both: dict[str, Any] = {"all_rows": all_rows, "target_on": target_on}
         metrics = files.Metrics(
             systems={
                 name: files.SystemScores(dev_loss=one.dev_loss, test_loss=one.test_loss, metrics=one.values)
@@ -316,7 +316,7 @@ class _Run:
             signatures=measured["grasp"].signatures,
             test_examples=len(self.session.splits.test),
             language=self.session.language,
-            **optional,
+            **{name: value for name, value in both.items() if value is not None},
         )
         write_json(self.folder / files.METRICS_FILE, metrics.to_json())
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_fractions
-from grasp_lora.text.characters import INVISIBLE, bare_words, split_unspaced
+from grasp_lora.text.characters import INVISIBLE, bare_words, space_words, split_unspaced
 
 # What MLQA counts as an article, as a pattern on text without punctuation; None: no articles. The Arabic one
 # has no word boundary, so it also cuts "ال" out of the middle of a word: the official rule has that effect.
@@ -28,13 +28,14 @@ def answer_tokens(text: str, language: str) -> list[str]:
 
     Lower-case, drop punctuation (Unicode category P and ASCII punctuation), blank out articles, then split at white space, in
     Chinese also around ideographs. A language outside MLQA, which the official script refuses, has no articles and is split at
-    white space and by `split_unspaced`, in Unicode form NFC without invisible marks.
+    white space, by `space_words` and by `split_unspaced`, in Unicode form NFC without invisible marks.
 
     Source: MLQA evaluation v1 (Lewis et al. 2020), whose results it repeats bit for bit.
 
     >>> answer_tokens("The Well-known 第3章!", "en"), answer_tokens("Well-known 第3章!", "zh")
     (['wellknown', '第3章'], ['wellknown', '第', '3', '章'])
     """
+    text = text if language in _ARTICLES else space_words(text)
     text = "".join(character for character in text.lower() if not _is_punctuation(character))
     if articles := _ARTICLES.get(language):
         text = re.sub(articles, " ", text)
@@ -64,7 +65,7 @@ def taken_for_one(answers: Iterable[str], language: str) -> tuple[str, str] | No
 
 
 def _words(text: str) -> list[str]:
-    return bare_words(split_unspaced(INVISIBLE.sub("", unicodedata.normalize("NFC", text))))
+    return bare_words(split_unspaced(INVISIBLE.sub("", unicodedata.normalize("NFC", space_words(text)))))
 
 
 def _is_punctuation(character: str) -> bool:

@@ -22,6 +22,10 @@ from grasp_lora.text.display import quoted
 from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import imported
 
+_ROUNDED = (
+    1e-3  # how far the value of a metric of one's own may be from the mean of its examples, relative and absolute
+)
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -160,11 +164,20 @@ def _compute(name: str, metric: Metric, outputs: Outputs) -> MetricScore:
     if not result.signature:
         raise DataError(f"metric {name!r} gave no signature; say in it how the score was computed")
     number = partial(_plain_number, name)
+    value = None if result.value is None else number(result.value)
+    per_example = tuple(map(number, result.per_example))
+    if metric.from_statistics is None and value is not None:  # intervals and verdicts are those of the mean
+        mean = sum(per_example) / max(1, len(per_example))
+        if not math.isclose(value, mean, rel_tol=_ROUNDED, abs_tol=_ROUNDED):
+            raise DataError(
+                f"metric {name!r} gave the value {value:g}, but its scores of the examples have the mean {mean:g}; give that as "
+                "the value, or name a Metric whose from_statistics computes the score of a whole test set"
+            )
     return replace(
         result,
         name=name,
-        value=None if result.value is None else number(result.value),
-        per_example=tuple(map(number, result.per_example)),
+        value=value,
+        per_example=per_example,
         statistics=tuple(tuple(map(number, row)) for row in result.statistics),
     )
 

@@ -95,19 +95,20 @@ def least_resamples(comparisons: int, confidence: float = 0.95) -> int:
     return max(1, math.ceil(2.0 * comparisons / (1.0 - confidence) - 1e-9) - 1)
 
 
-def half_width(sd: float, examples: int, comparisons: int = 1) -> float:
+def half_width(sd: float, examples: int, comparisons: int = 1, groups: int | None = None) -> float:
     """Return how far an interval of a mean difference at 95 % reaches to each side (Student's, Bonferroni).
 
     Args:
         sd: standard deviation over examples of the difference.
         examples: at least 2.
         comparisons: how many differences are looked at together, whose intervals then hold jointly.
+        groups: how many groups the examples form, at least 2; None: each is by itself.
 
     >>> round(half_width(26.0, 1000), 2), round(half_width(26.0, 1000, 3), 2)
     (1.61, 1.97)
     """
     tail = 0.025 / comparisons
-    return float(-stdtrit(examples - 1, tail)) * sd / math.sqrt(examples)
+    return float(-stdtrit((groups or examples) - 1, tail)) * sd / math.sqrt(examples)
 
 
 def compare_with_baselines(

@@ -19,8 +19,8 @@ from grasp_lora.models.reading import WEIGHTS_FILE
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
 from grasp_lora.recipes.recipe import TEXTS
 from grasp_lora.recipes.text import parse
-from grasp_lora.report.delivered import MADE, MADE_ON_SOURCE, PARTS, delivered_system
-from grasp_lora.report.pages import headline, languages_of, public_name, render, sizes_of, view_of
+from grasp_lora.report.delivered import PARTS, delivered_system, made_of
+from grasp_lora.report.pages import headline, languages_of, public_name, render, short_code, sizes_of, view_of
 from grasp_lora.report.run_record import CorpusFacts, DataRecipe, RunRecord, read_run
 from grasp_lora.report.tables import METRIC_NAMES
 from grasp_lora.storage.files import write_whole
@@ -75,7 +75,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
     recipe = _public_recipe(record.recipe_text)
     context = view_of(record) | {
         "front_matter": _front_matter(record, backbone, system, corpora),
-        "made": (MADE if record.target_on is None else MADE_ON_SOURCE)[kind],
+        "made": made_of(kind, record, given_target=bool(given["target"])),
         "pruned": kind == "grasp",
         "parts": sides,
         "base": _base(record, backbone),
@@ -89,6 +89,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "max_new_tokens": record.recipe.generation.max_new_tokens,
         "stops": [_literal(stop) for stop in record.recipe.generation.stop if stop],
         "chat": record.in_chat,
+        "labels": list(record.data.report.get("labels") or ()),
         "recipe": recipe,
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
     }
@@ -105,7 +106,8 @@ def _front_matter(record: RunRecord, backbone: str, system: str, corpora: Sequen
 
     run = record.run
     embedded = backbone == PUBLIC_NAME
-    codes = [corpus.language for corpus in reversed(corpora) if re.fullmatch(r"[a-z]{2,3}", corpus.language)]
+    given = [short_code(corpus.language) for corpus in reversed(corpora)]
+    codes = [code for code in given if re.fullmatch(r"[a-z]{2,3}", code)]
     data_sets = [corpus.hub for corpus in reversed(corpora) if corpus.hub and HUB_ID.fullmatch(corpus.hub)]
     card = ModelCardData(
         model_name=escaped(run.name),

@@ -235,9 +235,7 @@ def _sizes(comparison: Comparison) -> str:
 
 def _drawn(comparison: Comparison) -> str:
     """What the intervals come from, and what they do not say."""
-    groups = (
-        f", drawn in their {comparison.test_groups} groups (articles or contexts)" if comparison.test_groups else ""
-    )
+    groups = f", drawn in their {comparison.test_groups} groups" if comparison.test_groups else ""
     ends = "widened as Student's for few examples. They say what other test examples of this kind would show, not what"
     if comparison.folds:
         return (
@@ -301,7 +299,9 @@ def _widths(comparison: Comparison) -> str | None:
     main = main_metric(comparison.metrics)
     found = [one for row in rows if (one := row.against.get(main))]
     measured = [(one.high - one.low) / 2 for one in found if one.high > one.low]
-    expected = expected_width(comparison.metrics, comparison.test_examples, len(rows), comparison.test_group_size)
+    seeds = 1 if comparison.folds else len(comparison.seeds)
+    size, groups = comparison.test_group_size, comparison.test_groups
+    expected = expected_width(comparison.metrics, comparison.test_examples, len(rows), size, groups, seeds)
     if not found or expected is None:
         return None
     if not measured:

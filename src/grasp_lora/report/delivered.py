@@ -33,6 +33,17 @@ NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
 PARTS = {"continued": ("source",), "source": ("source",), "target": ("target",)}  # of all others both
 
 
+def made_of(kind: str, record: RunRecord, *, given_target: bool) -> str:
+    """How an adapter was made, as a part of a sentence; of several source adapters it is their mean that counts."""
+    if kind == "target" and given_target:
+        return "it is the target adapter that was given, as it is"
+    made = (MADE if record.target_on is None else MADE_ON_SOURCE)[kind]
+    if (sources := len(record.sources)) > 1 and kind != "source":
+        made = made.replace("a source and a target adapter", f"{sources} source adapters and a target adapter")
+        made = made.replace("a source adapter", f"the mean of {sources} source adapters")
+    return made
+
+
 def verdict(delivered: Delivered, metrics: Metrics) -> str:
     """Say which adapter to take."""
     taken = delivered.title + (", trained once more on all rows" if metrics.handed_over == ALL_ROWS else "")

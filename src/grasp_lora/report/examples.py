@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import Prediction
 from grasp_lora.report.run_record import RunRecord
-from grasp_lora.report.tables import METRIC_NAMES
+from grasp_lora.report.tables import BELOW_ZERO, METRIC_NAMES
 
 MOST_SHOWN = 20
 CHARACTERS_SHOWN = 1000
@@ -34,11 +35,12 @@ class Example(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """The examples that are shown, of how many, and the metric that marks their answers, if there is one."""
+    """The examples that are shown, of how many, the metric that orders them, if any, and whether it says right or wrong."""
 
     shown: list[Example]
     total: int
     metric: str | None
+    marked: bool
 
 
 def examples_of(record: RunRecord) -> Examples:
@@ -60,25 +62,27 @@ def examples_of(record: RunRecord) -> Examples:
         references = [_cut(text) for text in next(iter(rows.values())).references]
         prompt = _cut(prompts[place], PROMPT_CHARACTERS_SHOWN) if prompts else None
         shown.append(Example(place + 1, ids[place], prompt, references, answers))
-    return Examples(shown, len(ids), metric and METRIC_NAMES.get(metric, metric))
+    says = marked(0.0, metric)[0] is not None
+    return Examples(shown, len(ids), metric and METRIC_NAMES.get(metric, metric), says)
 
 
 def leading_metric(rows: Sequence[Prediction]) -> str | None:
-    """Return the first metric that scored every one of some answers with a finite number; None if none did."""
-    keys = [*METRIC_NAMES, *rows[0].scores] if rows else []
-    return next((key for key in keys if all(math.isfinite(row.scores.get(key, math.nan)) for row in rows)), None)
+    """Return the main metric of those that scored every one of some answers with a finite number; None if none did."""
+    keys = list(rows[0].scores) if rows else []
+    finite = [key for key in keys if all(math.isfinite(row.scores.get(key, math.nan)) for row in rows)]
+    return main_metric(finite) if finite else None
 
 
 def marked(score: float | None, metric: str | None) -> tuple[str | None, str]:
-    """Return the verdict on one answer and how it is printed; a metric of one's own has no known best, so only its score is.
+    """Return the verdict on one answer and how it is printed; where no score says "wrong", only the score is.
 
     >>> marked(100.0, "f1"), marked(0.0, "f1"), marked(66.7, "f1"), marked(0.5, "my:metric"), marked(None, None)
     (('right', '✓ right'), ('wrong', '✗ wrong'), ('partly', '≈ F1 67'), (None, 'my:metric 0.5'), (None, ''))
     """
     if score is None or metric is None:
         return None, ""
-    if metric not in METRIC_NAMES:
-        return None, f"{metric} {score:.3g}"
+    if metric not in METRIC_NAMES or metric in BELOW_ZERO:
+        return None, f"{METRIC_NAMES.get(metric, metric)} {score:.3g}"
     if score >= 99.95:
         return "right", "✓ right"
     return ("wrong", "✗ wrong") if score <= 0 else ("partly", f"≈ {METRIC_NAMES[metric]} {score:.0f}")

@@ -15,6 +15,7 @@ from typing import Any
 
 from grasp_lora.bench.run_folder import DISCARDED, REPORT_FILE, REPORT_TABLES_FILE
 from grasp_lora.data.splits import SPLITS
+from grasp_lora.errors import DataError
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.report.delivered import (
     NOTHING_LEARNED,
@@ -47,6 +48,7 @@ from grasp_lora.report.tables import (
 )
 from grasp_lora.storage.files import write_whole
 from grasp_lora.text.display import escaped, one_line
+from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import last_part
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "name": record.run.name,
         "verdict": verdict(delivered, record.metrics) if delivered and record.metrics else None,
         "delivered": delivered,
+        "taken": handed_over,
         "why_delivered": reason(delivered, record.metrics) if delivered and record.metrics else None,
         "apart": delivered_system(record) != "grasp",  # so that GRASP's result is another adapter
         "system": delivered_system(record),
@@ -123,7 +126,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "confidence": percent(learned.confidence) if learned else None,
         "interval_note": _interval_note(record),
         "nothing_learned": learned is not None and learned.estimate.nothing_learned,
-        "language": record.recipe.data.target.language,
+        "language": record.recipe.data.target.language.replace("_", "-"),  # as HTML has it
         "languages": languages_of(record.recipe.data.corpora),
         "sizes": sizes_of(record),
         "scores": scores_table(record),
@@ -139,6 +142,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "cost": cost_table(record),
         "probe_note": probe_note(record),
         "examples": examples_of(record),
+        "untested": record.metrics is not None and not record.metrics.test_examples,
         "recipe": "\n".join(escaped(line) for line in record.recipe_text.split("\n")),
     }
 
@@ -250,7 +254,15 @@ def sizes_of(record: RunRecord, splits: Sequence[str] = SPLITS) -> str:
 def languages_of(corpora: Sequence[CorpusFacts]) -> str:
     """The languages of data, as words."""
     codes = [corpus.language for corpus in corpora]
-    return " to ".join(LANGUAGES.get(code, code) for code in codes if code)
+    return " to ".join(LANGUAGES.get(short_code(code), code) for code in codes if code)
+
+
+def short_code(language: str) -> str:
+    """A language without region and script; as it stands where it is no code, as in a damaged folder."""
+    try:
+        return language_code(language)
+    except DataError:
+        return language
 
 
 def public_name(name: str) -> str:

@@ -8,6 +8,7 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
+from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import ALL_ROWS, TRAINED, FactorSparsity, Prediction
 from grasp_lora.report.run_record import RunRecord
 
@@ -20,6 +21,7 @@ METRIC_NAMES = {
     "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2", "bleu": "BLEU", "rougeL_xlsum": "ROUGE-L (XL-Sum)", "similarity": "Similarity",
 }  # fmt: skip
+BELOW_ZERO = ("similarity", "bertscore")  # the metrics whose scores may be
 
 
 class Cell(NamedTuple):
@@ -57,8 +59,11 @@ def score_digits(metric: str, values: Iterable[float | None], usual: int) -> int
 
 def scale_note(metrics: Iterable[str]) -> str:
     """Between what scores lie, as the end of a sentence."""
-    own = any(metric not in METRIC_NAMES for metric in metrics)
-    return "scores run from 0 to 100" + (", those of your own metrics as you define them" if own else "")
+    names = list(metrics)
+    below = " and ".join(METRIC_NAMES[name] for name in names if name in BELOW_ZERO)
+    note = "scores run from 0 to 100" + (f", {below} below 0, too" if below else "")
+    own = any(name not in METRIC_NAMES for name in names)
+    return note + (", those of your own metrics as you define them" if own else "")
 
 
 def percent(fraction: float, digits: int = 0) -> str:
@@ -115,9 +120,9 @@ class Against:
 
 
 def compare_systems(record: RunRecord) -> dict[str, Against]:
-    """GRASP against every other system that has been evaluated, by the first metric that both have.
+    """GRASP against every other system that has been evaluated, by the main metric of those that both have.
 
-    The intervals hold for all systems at once (see `compare_with_baselines`).
+    The intervals hold for all systems at once (see `compare_with_baselines`); a score of a whole corpus has none here.
     """
     systems = record.metrics.systems if record.metrics else {}
     if "grasp" not in systems:
@@ -126,12 +131,10 @@ def compare_systems(record: RunRecord) -> dict[str, Against]:
     for other in ("continued", "merged", "target", *record.sources):
         scores, theirs = systems["grasp"].metrics, systems[other].metrics if other in systems else {}
         finite = [
-            key
-            for key in [*METRIC_NAMES, *scores]
-            if all(value is not None and math.isfinite(value) for value in (scores.get(key), theirs.get(key)))
+            key for key in scores if math.isfinite(_plain(scores[key])) and math.isfinite(_plain(theirs.get(key)))
         ]
         if finite:
-            found[other] = finite[0]
+            found[other] = main_metric(finite)
     losses = _paired(record, tuple(found), lambda row: row.loss, higher_is_better=False)
     sure = {key: _paired(record, tuple(found), partial(_score_of, key)) for key in set(found.values())}
     return {
@@ -146,6 +149,10 @@ def compare_systems(record: RunRecord) -> dict[str, Against]:
         )
         for other, key in found.items()
     }
+
+
+def _plain(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _score_of(key: str, row: Prediction) -> float:
@@ -183,7 +190,7 @@ def scores_table(record: RunRecord) -> Table | None:
     used = {key for system in metrics.systems.values() for key in system.metrics}
     keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
     scores = {name: metrics.systems[name] for name in record.systems if name in metrics.systems}
-    delivered = metrics.handed_over if metrics.delivered and record.recipe.final.deliver == "best" else None
+    delivered = metrics.handed_over if metrics.delivered else None
     of_grasp = {"grasp", *([ALL_ROWS] if metrics.delivered and metrics.delivered.name == "grasp" else [])}
     pruned = "–" if record.prune_ratio is None else percent(record.prune_ratio, 1)
     if record.sparsity:
@@ -232,7 +239,7 @@ def score_notes(record: RunRecord, against: Mapping[str, Against]) -> list[str]:
     shown = [one for found in against.values() for one in (found.score, found.loss) if one is not None]
     if shown:
         groups = len(set(record.data.test_groups))
-        over = f"examples in their {groups} groups (articles or contexts)" if 0 < groups < count else "examples"
+        over = f"examples in their {groups} groups" if 0 < groups < count else "examples"
         notes.append(
             f"Intervals: paired bootstrap over the test {over}, {percent(shown[0].confidence)} for all "
             f"{shown[0].comparisons} rows together. They say nothing about other seeds or other training examples."

@@ -22,6 +22,11 @@ _WITH_MARKS = re.compile(
 ENDS_OF_SENTENCES = ".?!\u2026\u061f\u06d4\u0964\u3002\uff1f\uff01"  # also those of Arabic, Urdu, Hindi and Chinese
 
 
+_BETWEEN_WORDS = re.compile(
+    "[\u200b\u0f0b-\u0f0d\u1361]"
+)  # zero-width space, Tibetan tsheg and shad, Ethiopic word space
+
+
 _MARKS = ENDS_OF_SENTENCES + ",:;\"'()[]«»„“”‘’、，：；（）「」،؛–—"
 
 
@@ -43,3 +48,12 @@ def split_unspaced(text: str) -> str:
     (['AI', 'ส', 'วั', 'ส', 'ดี'], ['第', '3', '章'])
     """
     return _WITH_MARKS.sub(r" \g<0> ", IDEOGRAPH_OR_KANA.sub(r" \g<0> ", text))
+
+
+def space_words(text: str) -> str:
+    """Put a space in place of each zero-width space, Tibetan tsheg or shad and Ethiopic word space, which end a word.
+
+    >>> space_words("ទីក្រុង\u200bភ្នំពេញ").split() == ["ទីក្រុង", "ភ្នំពេញ"], space_words("བོད་ཀྱི་སྐད").split()
+    (True, ['བོད', 'ཀྱི', 'སྐད'])
+    """
+    return _BETWEEN_WORDS.sub(" ", text)
