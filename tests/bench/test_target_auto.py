@@ -223,4 +223,4 @@ def test_a_recipe_that_leaves_no_choice_is_refused(tiny_workspace: Path, cli: An
 def test_check_counts_both_trainings_and_says_that_the_rows_choose(tiny_workspace: Path) -> None:
     found = {one.topic: one.text for one in reversed(preflight(Session(*load_recipe("tiny.yaml", [AUTO]))))}
     assert found["cost"].startswith("at most 52 training examples")  # 42 of the recipe, and the target's once more
-    assert "trained on top of the source adapter" in found["advice"]
+    assert "choose which adapter you get" in found["advice"]

@@ -134,7 +134,7 @@ def test_check_says_what_can_be_chosen(tiny_workspace) -> None:
     )
     findings = preflight(Session(*load_recipe("tiny.yaml")))
     assert [one.text for one in findings if (one.level, one.topic) == ("warning", "labels")] == [
-        "the source has labels that the target has not, ja; are they the same in other words?"
+        "the source has labels that the target has not, ja; if they mean the same, write them alike in both files"
     ]
 
 

@@ -665,7 +665,7 @@ def test_a_backbones_folder_that_is_not_there_is_refused_at_once(start: Callable
             [{"frage": "a", "antwort": "b"}] * 60,
             (),
             DataError,
-            r"columns frage, antwort, which fit no task \(qa: context and",
+            r"columns frage, antwort, which fit no task by their names",
         ),
         (completion(60), ("nowhere.csv",), DataError, r"source 'nowhere\.csv' is missing; give a data file"),
         (completion(60), ("a/b/c",), DataError, r"source 'a/b/c' is missing"),
@@ -718,6 +718,50 @@ def test_mistakes_are_named_and_nothing_is_written(
     assert not Path("mine.yaml").exists()
 
 
+def test_texts_beside_questions_and_answers_are_not_left_out_in_silence(start: Callable[..., Path]) -> None:
+    rows = [{"Muktadha": f"Maelezo {i} " * 10, "Swali": f"Nini {i}?", "Jibu": f"{i}"} for i in range(60)]
+    file = write(Path("t.jsonl"), rows)
+    named = ["question=Swali", "answer=Jibu"]
+    with pytest.raises(
+        DataError, match=r"texts in the column .Muktadha., .* add --column context=Muktadha, .* prompt=Swali"
+    ):
+        start(file, columns=named)
+    content = yaml.safe_load(start(file, columns=[*named, "context=Muktadha"]).read_text(encoding="utf-8"))
+    assert content["data"]["task"] == "qa"
+
+
+def test_sizes_leave_out_what_is_too_long(start: Callable[..., Path]) -> None:
+    rows = [{"prompt": f"{i} " + "wort " * (2500 if i % 2 else 5), "completion": "a"} for i in range(120)]
+    content = yaml.safe_load(start(write(Path("t.jsonl"), rows)).read_text(encoding="utf-8"))
+    sizes = content["data"]["target"]
+    assert sum(sizes[name] for name in ("dev", "micro_dev", "test")) < 60 - 15
+    with pytest.raises(DataError, match=r"t\.jsonl has 20 examples of at most 2048 tokens.* shorten the other 40"):
+        start(write(Path("t.jsonl"), rows[1::2][:40] + rows[::2][:20]), output=Path("other.yaml"))
+
+
+def test_labels_of_both_languages_are_written_alike(start: Callable[..., Path]) -> None:
+    write(Path("s.jsonl"), [{"text": f"s {i}", "label": ("Good", "Bad")[i % 2]} for i in range(60)])
+    file = write(Path("t.jsonl"), [{"text": f"t {i}", "label": ("good", "bad")[i % 2]} for i in range(60)])
+    with pytest.raises(DataError, match=r"t\.jsonl and s\.jsonl: the labels .Bad. and .bad. differ in case"):
+        start(file, ["s.jsonl"])
+
+
+def test_columns_of_unknown_names_are_asked_for(start: Callable[..., Path]) -> None:
+    file = write(Path("t.jsonl"), [{"Maandishi": f"Habari {i}", "Hisia": "nzuri"} for i in range(60)])
+    with pytest.raises(DataError, match=r"labels of texts: --column text=Maandishi --column label=Hisia; summaries: "):
+        start(file)
+
+
+def test_a_built_in_text_has_its_own_language(start: Callable[..., Path]) -> None:
+    rows = [{"context": f"c {i}", "question": f"q {i}", "answer": "c"} for i in range(60)]
+    file = write(Path("t.jsonl"), rows)
+    with pytest.raises(
+        DataError, match=r"source demo:ar\.json is of the language ar, not en; add --source-language ar"
+    ):
+        start(file, ["demo:ar.json"])
+    assert start(file, ["demo:ar.json"], source_language="ar").is_file()
+
+
 @pytest.mark.parametrize("language", ["", "german language", "d", "de: x"])
 def test_a_language_must_be_a_code(language: str, start: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match="is no language code; give one of two or three letters"):
@@ -727,13 +771,17 @@ def test_a_language_must_be_a_code(language: str, start: Callable[..., Path]) ->
 def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callable[..., Path]) -> None:
     write(Path("t.jsonl"), completion(60))
     write(Path("s.jsonl"), completion(60, "s"))
-    assert "next: name a source in it, then grasp-lora check t.yaml" in cli("init", "t.jsonl", "-l", "de").out
+    assert (
+        "no source yet: remove t.yaml and give the same command with --source" in cli("init", "t.jsonl", "-l", "de").out
+    )
     options = ("--source", "s.jsonl", "--backbone", "tiny-llama", "-o", "full.yaml")
     said = cli("init", "t.jsonl", "-l", "de", *options).out
-    first, *advised = said.splitlines()
-    assert first == f"wrote full.yaml and {SCHEMA_FILE}; next: grasp-lora check full.yaml"
-    assert [line.partition(":")[0] for line in advised] == ["task", "advice", "advice"]
-    assert "--methods joint" in advised[2]
+    first, *told = said.splitlines()
+    assert first == f"wrote full.yaml and {SCHEMA_FILE}"
+    assert [line.partition(":")[0] for line in told] == ["task", "rows", "advice", "advice", "next"]
+    assert told[1] == "rows: all others to train on, 12 dev, 8 micro-dev and 15 test"
+    assert "--methods joint" in told[3]
+    assert told[-1] == "next: grasp-lora check full.yaml"
     named = [{"question": f"{i}?", "answer": "a"} for i in range(60)]
     write(Path("named.jsonl"), named)
     told = cli("init", "named.jsonl", "-l", "de").out

@@ -148,7 +148,8 @@ def labels(session: Session) -> list[Finding]:
         found.append(Finding("warning", "labels", f"no training row has {listed(missing)}; add rows, or remove it"))
     others = {example.references[0] for example in (*splits.source_train, *splits.source_dev)} - counts.keys()
     if others:
-        text = f"the source has labels that the target has not, {listed(sorted(others))}; are they the same in other words?"
+        names = listed(sorted(others))
+        text = f"the source has labels that the target has not, {names}; if they mean the same, write them alike in both files"
         found.append(Finding("warning", "labels", text))
     return found
 

@@ -189,5 +189,8 @@ def _no_experiment(folder: Path) -> RecipeError:
         return RecipeError(
             f"{folder} is no run itself, but holds some: {', '.join(map(escaped, inside[:10]))}; give one of them"
         )
-    what = "holds no run, comparison or sweep" if is_folder(folder) else "is no folder"
-    return RecipeError(f"{folder} {what}; give the folder of one, such as runs/NAME")
+    if not is_folder(folder):
+        return RecipeError(
+            f"{folder} is not there: no run has begun in it, or the path is another; begin with grasp-lora run"
+        )
+    return RecipeError(f"{folder} holds no run, comparison or sweep; give the folder of one, such as runs/NAME")

@@ -102,11 +102,13 @@ def init(
         source_sheet=source_sheet,
         skip_unanswered=skip_unanswered,
     )
-    name_source = "" if source else "name a source in it, then "
-    say(f"wrote {file} and {file.with_name(SCHEMA_FILE)}; next: {name_source}grasp-lora check {shlex.quote(str(file))}")
+    say(f"wrote {file} and {file.with_name(SCHEMA_FILE)}")
     recipe, _ = load_recipe(str(file))
-    named = [f"{field} is the column {column}" for field, column in recipe.data.target.columns.items()]
+    target = recipe.data.target
+    named = [f"{field} is the column {column}" for field, column in target.columns.items()]
     say(f"task: {recipe.data.task}" + (f", where {' and '.join(named)}" if named else ""))
+    held_out = f"{target.dev} dev, {target.micro_dev} micro-dev and {target.test} test"
+    say(f"rows: {'all others' if target.train is None else target.train} to train on, {held_out}")
     for sentence in advice(
         recipe.data.target.dev or 0,
         keeps_best=recipe.final.training.keep == "best",
@@ -114,3 +116,12 @@ def init(
         has_source_rows=recipe.data.source is not None,
     ):
         say(f"advice: {sentence}")
+    if recipe.data.source is None and not recipe.source.adapters:
+        built_in = " such as --source demo:en.json, 180 built-in questions," if recipe.data.task == "qa" else ""
+        say(
+            f"no source yet: remove {file} and give the same command with --source FILE or ADAPTER,{built_in} or name one in the "
+            "recipe, where it says that a source is missing",
+            style="yellow",
+        )
+        return
+    say(f"next: grasp-lora check {shlex.quote(str(file))}")

@@ -1,5 +1,6 @@
 """The commands around the main job: `run`, `demo`, `check`, `report`."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -50,10 +51,16 @@ def check(
     log_to_terminal(verbose)
     from grasp_lora.bench.preflight import preflight
 
+    warnings = 0
     for finding in preflight(session_of(recipe, overrides, allow_code)):
+        warnings += finding.level != "ok"
         mark = "[green]ok     [/green]" if finding.level == "ok" else "[yellow]warning[/yellow]"
         console.print(f"{mark} [bold]{finding.topic:<10}[/bold]", end=" ")
         say(finding.text)
+    changes = [part for override in overrides or [] for part in ("--set", override)]
+    command = shlex.join(["grasp-lora", "run", recipe, *changes, *["--allow-code"] * allow_code])
+    said = f"{warnings} warning{'' if warnings == 1 else 's'} above" if warnings else "nothing stands in the way"
+    say(f"{said}; next: {command}")
 
 
 def status(folder: Annotated[Path, typer.Argument(help="Folder of a run, a comparison or a sweep.")]) -> None:
@@ -76,7 +83,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
 def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool, answers: int = 0) -> None:
     with loading():
         from grasp_lora import api
-        from grasp_lora.bench.run_folder import DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
+        from grasp_lora.bench.run_folder import CARD_FILE, DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
         from grasp_lora.cli.progress import TerminalProgress
         from grasp_lora.report.delivered import next_steps, predict_command, reason, trained_again, verdict
         from grasp_lora.report.run_record import read_run
@@ -103,7 +110,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
     say(f"adapter {result.adapter}   report {result.folder / REPORT_FILE}")
     if (result.folder / PROMPT_FILE).is_file():
         say(f"try it: {predict_command(result.folder)}")
-    say(f"load it: PeftModel.from_pretrained(model, {str(result.adapter)!r})")
+    say(f"in your own program: {result.adapter / CARD_FILE} holds the lines of Python")
     for step in next_steps(read_run(result.folder), recipe, overrides, result.folder, allow_code):
         say(f"next: {step}")
     leave()

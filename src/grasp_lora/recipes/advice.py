@@ -19,31 +19,28 @@ def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool)
     'no dev rows stop the trainings, so the training rows are overfitted'
     """
     if dev and keeps_best:
-        gain = "then pruning alone gains little"
+        gain = "Pruning alone then gains little"
         if on == "source":
             gain = (
-                "pruning lowered the loss of both adapters' sum in two of five settings and raised it a little in one; answers "
-                "were better in one, and no different in the others"
+                "Pruning lowered the loss of both adapters' sum in two of five measured settings. Answers were better in one, "
+                "and no different in the others"
             )
         elif on == "auto":
             gain = (
-                "they also choose whether the target adapter is trained on top of the source adapter; so chosen, GRASP's result "
-                "answered better than the source adapter continued in two of five settings, and no different in the others"
+                "In two of five measured settings GRASP's result then answered better than the source adapter trained on. In "
+                "three no difference was shown"
             )
-        said = [
-            f"{dev} dev rows stop the trainings in time: {gain}; a run also continues the source adapter, "
-            "and the dev rows choose what it hands over"
-        ]
+        said = [f"{dev} dev rows stop the trainings in time, and choose which adapter you get. {gain}"]
     else:
         why = "the last step is kept, whatever the dev rows say" if dev else "no dev rows stop the trainings"
         said = [
-            f"{why}, so the training rows are overfitted: prune, as this recipe does; wherever it was measured, its loss was "
-            "lower than that of the merge trained as long without pruning; the merge that nobody trains further may have a lower "
+            f"{why}, so the training rows are overfitted: prune, as this recipe does. Wherever it was measured, its loss was "
+            "lower than that of the merge trained as long without pruning. The merge that nobody trains further may have a lower "
             "one yet"
         ]
     if has_source_rows and on is None:
         said.append(
-            "one adapter trained on both languages (joint) is a strong rival, and takes the time of another source adapter: "
-            "try grasp-lora compare RECIPE --seeds 42 --methods joint,continued,grasp"
+            "one adapter trained on both languages (joint) is a strong rival, and takes the time of another source adapter: try "
+            "grasp-lora compare with this recipe and --seeds 42 --methods joint,continued,grasp"
         )
     return said

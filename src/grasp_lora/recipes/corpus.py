@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,17 @@ OTHER_NAMES = {
 }
 PARTS_OF_PROMPTS = {"input", "context", "system", "history"}
 BYTES = 3  # of text in a token, about; in scripts that a tokenizer knows little it is two
+# What two or three columns of unknown names may be, as one says it.
+_MEANINGS: dict[tuple[str, ...], str] = {
+    ("prompt", "completion"): "prompt and answer",
+    ("text", "label"): "labels of texts",
+    ("document", "summary"): "summaries",
+    ("source", "target"): "translations",
+    ("context", "question", "answer"): "questions on a text",
+}
 FEWEST_TOKENS, MOST_TOKENS = 512, 2048  # of an example
 CUT_DOCUMENT = 320  # tokens of an article
+LONG = 60  # characters of a cell, on average: such a column holds texts, not numbers or names
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,11 @@ class Corpus:
     def most_tokens(self) -> int:
         """A limit that leaves out no example of ordinary length, whatever the script: it bounds no more than that."""
         return max(FEWEST_TOKENS, min(MOST_TOKENS, 64 * math.ceil(self.longest_tokens * BYTES / 2 / 64)))
+
+    @property
+    def usable(self) -> tuple[Record, ...]:
+        """The records that `most_tokens` leaves in, by their estimate; the rest may be left out."""
+        return tuple(record for record in self.records if self._bytes(record) <= BYTES * self.most_tokens)
 
     def _bytes(self, record: Record) -> int:
         texts = [*record.fields.values(), *(turn["content"] for turn in record.messages)]
@@ -162,6 +177,31 @@ def read_corpus(
     return Corpus(written, found, format, named, pool.records, pool.unanswerable, sheet, labels)
 
 
+def _as_options(fields: Sequence[str], columns: Sequence[str], option: str) -> str:
+    pairs = zip(fields, columns, strict=True)
+    return f"{_MEANINGS[tuple(fields)]}: " + " ".join(
+        f"{option} {shlex.quote(f'{field}={name}')}" for field, name in pairs
+    )
+
+
+def _refuse_unused(table: Table, chosen: Mapping[str, str], given: Mapping[str, str], option: str) -> None:
+    """Refuse questions and answers beside a column of long texts, which may be what the questions are about."""
+    if "prompt" in given:  # so the user has said what a prompt is
+        return
+    columns = [
+        name
+        for name in map(str, table.rows[0].values)
+        if name not in {*chosen.values(), *given.values(), *OPTIONAL_COLUMNS}
+    ]
+    sizes = {name: sum(len(str(row.values.get(name) or "")) for row in table.rows) for name in columns}
+    if texts := [name for name in columns if sizes[name] >= LONG * len(table.rows)]:
+        said = " ".join(f"{option} {shlex.quote(f'{field}={column}')}" for field, column in chosen.items())
+        raise DataError(
+            f"{table.name} has questions, answers and texts in the column {quoted(texts[0])}, which would not be used; if the "
+            f"questions are about them, add {option} {shlex.quote(f'context={texts[0]}')}, and if not, say {said}"
+        )
+
+
 def relative(place: str, folder: Path) -> str:
     """Return a path as a recipe in a folder writes it."""
     return Path(os.path.relpath(place, folder)).as_posix()
@@ -189,6 +229,8 @@ def _guess(table: Table, preferred: str | None, given: Mapping[str, str], option
         messages = task == "completion" and "messages" in by_name
         if messages or len(chosen) == len(fields):
             chosen = {} if messages else chosen
+            if fields is OTHER_NAMES:
+                _refuse_unused(table, chosen, given, option)
             others = {field: column for field, column in given.items() if column not in chosen.values()}
             needed = {*TASKS[task].inputs, TASKS[task].answer}
             if useless := sorted(others.keys() & FIELDS - {*OPTIONAL_COLUMNS, *needed}):
@@ -211,6 +253,11 @@ def _guess(table: Table, preferred: str | None, given: Mapping[str, str], option
         raise DataError(
             f"{name} has whole texts ({listed(found)}), and no answers to learn: adapters are chosen here by how they answer, so "
             f"there is no language modelling. Split each text into prompt and completion, or give the columns of a task ({known})"
+        )
+    if not any(by_name.keys() & set(fields) for _, fields in choices) and len(found) in (2, 3):
+        said = "; ".join(_as_options(fields, found, option) for fields in _MEANINGS if len(fields) == len(found))
+        raise DataError(
+            f"{name} has the columns {listed(found)}, which fit no task by their names; say what they are: {said}"
         )
     # The task of which most columns are there; of several, one with as many fields as there are columns.
     nearest = max(choices, key=lambda one: (len(by_name.keys() & set(one[1])), len(one[1]) == len(found)))[1]

@@ -34,13 +34,18 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
     Raises:
         DataError: there are too few examples or groups, or the source has too few that may be trained on.
     """
-    records = target.records
+    records = target.usable
+    if len(records) < FEWEST <= len(target.records):
+        raise DataError(
+            f"{target.name} has {len(records)} examples of at most {target.most_tokens} tokens, about, and at least {FEWEST} are "
+            f"needed; shorten the other {len(target.records) - len(records)}"
+        )
     if len(records) < FEWEST:
         raise DataError(
             f"{target.name} has {len(records)} examples; at least {FEWEST} are needed for train, micro-dev and test "
             "(40 with a dev set, too, and 400 for held-out splits as large as the paper's)"
         )
-    source_records = [record for corpus in sources for record in corpus.records]
+    source_records = [record for corpus in sources for record in corpus.usable]
     joined = join_groups(record.keys for record in (*records, *source_records))
     groups, source_groups = by_group(records, joined), by_group(source_records, joined)
     for share in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5):

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from grasp_lora.data.files import READERS
+from grasp_lora.data.labels import check_labels
 from grasp_lora.data.places import DEMO_PREFIX, resolve_file
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TASKS, TEMPLATES, built_in_template
 from grasp_lora.errors import AdapterError, DataError, RecipeError
@@ -82,6 +83,13 @@ def write_recipe(
     if twice := [place for place in dict.fromkeys(source) if source.count(place) > 1]:
         raise DataError(f"source {twice[0]} is given twice; give it once")
     files, adapters = _sort_out(source)
+    for name in files:
+        if name.startswith(DEMO_PREFIX) and (own := name.removeprefix(DEMO_PREFIX)[:2]) != language_code(
+            source_language
+        ):
+            raise DataError(
+                f"source {name} is of the language {own}, not {source_language}; add --source-language {own}"
+            )
     if backbone and (backbone[0] in ".~" or Path(backbone).is_absolute()) and not is_folder(expanded(backbone)):
         raise RecipeError(f"--backbone {backbone} is no folder; give that of a model, or a hub id such as org/name")
     backbone = backbone or _backbone_of(adapters)
@@ -101,6 +109,8 @@ def write_recipe(
     ]
     if len({(corpus.format, tuple(corpus.columns.items())) for corpus in sources}) > 1:
         raise DataError("the source files differ in their columns; convert them to the same ones")
+    for corpus in sources if target.labels else ():
+        check_labels((*target.labels, *corpus.labels), f"{target.name} and {corpus.name}")
     sizes = choose_sizes(target, sources)
     text = _render(
         file,
@@ -180,7 +190,7 @@ def _render(
     # JSON is YAML on one line, with all text quoted: no language code or file name is read as something else.
     environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
     task = TASKS[target.task]
-    records, splits = len(target.records), sizes.splits
+    records, splits = len(target.usable), sizes.splits
     spare = records - sum(splits.values())
     steps = EPOCHS * splits["train"]
     # Without a dev set the final run trains all epochs: its end decides, not its best moment.
@@ -197,7 +207,7 @@ def _render(
         inputs=", ".join("{" + field + "}" for field in task.inputs),
         answer="{" + task.answer + "}",
         target=target,
-        records=records,
+        records=len(target.records),
         sizes=splits,
         spare=spare,
         sources=sources,

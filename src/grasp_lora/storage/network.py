@@ -49,7 +49,9 @@ def hub_problem(error: BaseException) -> str | None:
             "run `hf auth login`)"
         )
     if any(isinstance(found, HFValidationError) for found in causes):
-        return "there is no such folder, and it is no hub id either"
+        return (
+            "there is no such folder, and it is no hub id either; check the path (a run writes its adapter at its end)"
+        )
     return None
 
 
