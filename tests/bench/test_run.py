@@ -32,7 +32,7 @@ from grasp_lora.method.ranking import prune_count
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.backbone import load_backbone
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
-from grasp_lora.models.reading import read_adapter
+from grasp_lora.models.reading import WEIGHTS_FILE, read_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.report.pages import write_report
 from grasp_lora.storage.folder import LOCK_FILE, only_writer
@@ -554,6 +554,17 @@ class TestAgain:
         execute()
         assert set(files_of(finished_run)) == FILES
         assert not list((finished_run / "store/work").iterdir())
+
+    @pytest.mark.parametrize("broken", ["cut off", "missing"])
+    def test_a_store_that_was_half_copied_is_mended_before_it_is_handed_over(
+        self, finished_run: Path, broken: str
+    ) -> None:
+        handed_over = (finished_run / "adapter" / WEIGHTS_FILE).read_bytes()
+        reopen(finished_run)
+        for weights in (finished_run / "store/adapters").glob(f"*/{WEIGHTS_FILE}"):
+            weights.write_bytes(weights.read_bytes()[:100]) if broken == "cut off" else weights.unlink()
+        execute()
+        assert (finished_run / "adapter" / WEIGHTS_FILE).read_bytes() == handed_over
 
     @pytest.mark.parametrize("left", [(LOCK_FILE,), (LOCK_FILE, "run.json.part")])
     def test_a_folder_that_a_run_was_killed_in_before_it_began_is_a_new_one(
