@@ -27,7 +27,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
 from grasp_lora.bench.sweep_record import SWEEP_FILE, SweepResult, Trial
-from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.errors import DivergedError, RecipeError
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import only_writer
 from grasp_lora.training import trainer as trainer_module
@@ -130,7 +130,7 @@ def scripted(monkeypatch) -> None:
     def finetuned(self: Bench, start: Adapter, prune_ratio: float) -> Adapter:
         rate = self.recipe.final.training.learning_rate
         if rate > 1:
-            raise DataError(f"{rate} is too much")
+            raise DivergedError(f"{rate} is too much")
         result = {"dev_loss": abs(math.log10(rate) + 2), "steps": 3, "best_step": 2}
         return Adapter(f"key of {rate}", lambda: None, (Record("final", f"key of {rate}", {}, result, 0.1),))
 

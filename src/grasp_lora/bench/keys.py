@@ -1,20 +1,24 @@
 """What decides a step, as plain values: from their hash comes the key under which the step is on record."""
 
 import hashlib
-import sys
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.recipes.stages import ControllerStage, FinalStage
-from grasp_lora.text.names import is_import_path, without_place
+from grasp_lora.text.names import hash_of_module, is_import_path, without_place
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same as JSON gives it back, lists for tuples, with hashes of a user's own code and without what saves memory."""
+    """The same as JSON gives it back, lists for tuples, with hashes of a user's own code and without what saves memory.
+
+    Raises:
+        RecipeError: the file of such code cannot be read.
+    """
     plain = {key: _plain_value(value) for key, value in settings.items()}
     code = _own_code(plain)
     return plain | ({"own_code": code} if code else {})
@@ -43,14 +47,30 @@ def controller_settings(stage: ControllerStage) -> dict[str, Any]:
 
 
 def _own_code(settings: Any) -> dict[str, str]:
-    """Hashes of the files of a user's own code that settings name by import path, so that what is changed is done anew."""
+    """Hashes of a user's own code that settings name by import path, as it was loaded, so that what is changed is done anew."""
     if isinstance(settings, dict | list):
         parts = settings.values() if isinstance(settings, dict) else settings
         return {name: found for part in parts for name, found in _own_code(part).items()}
     if not isinstance(settings, str) or not is_import_path(settings):
         return {}
-    file = getattr(sys.modules.get(settings.partition(":")[0]), "__file__", None)
-    return {settings: hashlib.sha256(Path(file).read_bytes()).hexdigest()} if file else {}
+    try:
+        found = hash_of_module(settings.partition(":")[0])
+    except OSError as error:
+        raise RecipeError(
+            f"{settings} is code whose file cannot be read ({error.strerror or error}), so no record can say which code it was; "
+            "make it readable, and give it as a plain file"
+        ) from error
+    return {settings: found} if found else {}
+
+
+def hash_of_code(settings: Any) -> str | None:
+    """Return one hash of all of a user's own code that settings name; None where they name none.
+
+    Raises:
+        RecipeError: the file of such code cannot be read.
+    """
+    code = _own_code(_plain_value(settings))
+    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest() if code else None
 
 
 def public_bertscore(settings: BertScoreSettings) -> dict[str, Any]:

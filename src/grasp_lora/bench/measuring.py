@@ -78,11 +78,19 @@ class Measuring(Keyed):
         generation = {"max_new_tokens": answers_by.max_new_tokens, "stop": answers_by.stop}
         if not answers_by.allow_empty:  # as the records say that were made when every answer could be empty
             generation["allow_empty"] = False
+        if ends := self._other_ends():  # earlier records do not have it: most backbones name no other
+            generation["ends"] = ends
         asked = self._measured(adapter, data=self._data("test"), revision=REVISIONS["scores"], generation=generation)
         if self.session.splits.labels:
             del asked["generation"]  # nothing is written
             asked |= plain({"labels": self.session.splits.labels})
         return asked
+
+    def _other_ends(self) -> list[int]:
+        """Tokens that end an answer by the backbone's config alone, neither the tokenizer's end nor the end of a gold answer."""
+        backbone = self.session.backbone
+        known = {one.completion_ids[-1] for one in self.session.splits.test} | {backbone.tokenizer.eos_token_id}
+        return [token for token in backbone.stop_ids if token not in known]
 
     def _answers_file(self, adapter: Adapter) -> Path:
         """Where the answers are: under a key of their own, so that another metric does not need new ones."""

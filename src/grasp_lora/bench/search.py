@@ -20,14 +20,16 @@ import yaml
 from pydantic import ValidationError
 
 from grasp_lora.bench.checks import check
+from grasp_lora.bench.keys import hash_of_code
 from grasp_lora.bench.run_folder import STORE_FOLDER, SWEEP_FOLDER, check_place
-from grasp_lora.bench.search_space import SAMPLERS, Parameter, propose, search_space, trial_recipe
+from grasp_lora.bench.search_space import SAMPLERS, SECTIONS, Parameter, propose, search_space, trial_recipe
 from grasp_lora.bench.session import Session, hash_of
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import WAIT, Store
 from grasp_lora.bench.sweep_record import SWEEP_FILE, Identity, SweepCost, SweepResult, Trial
 from grasp_lora.data.places import resolve_file
-from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.errors import AdapterError, DivergedError, GraspError, ProbeError, RecipeError
+from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.checkpoints import Checkpointing
@@ -86,7 +88,8 @@ def sweep(session: Session, folder: Path, settings: SweepSettings) -> SweepResul
 
     Raises:
         GraspError: Optuna is missing; the recipe, the data, an adapter or a parameter does not fit; the folder holds another
-            sweep, cannot be written, or another process writes there; no trial could be finished. What is finished stays.
+            sweep, cannot be written, or another process writes there; something else than its values, such as a lack of memory,
+            stopped a trial, which is tried again next time; no trial could be finished. What is finished stays.
         Interrupted: SIGTERM or SIGINT came.
     """
     needs("a sweep", "optuna", "optuna", extra="sweep")
@@ -102,6 +105,7 @@ def sweep(session: Session, folder: Path, settings: SweepSettings) -> SweepResul
             raise RecipeError("a sweep needs a dev split, but data.target.dev is 0; give it at least 1 example")
         session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
         place.begin(shared=True)
+        (folder / SWEEP_FOLDER).mkdir(exist_ok=True)  # before the lock beside it, which alone is no experiment
         result = _Search(session, place, settings, parameters).run()
         if result.best is None:
             raise RecipeError(
@@ -112,6 +116,20 @@ def sweep(session: Session, folder: Path, settings: SweepSettings) -> SweepResul
         with in_turn(folder / SWEEP_FOLDER):
             write_whole(folder / SWEEP_FOLDER / BEST_FILE, relocated(tuned, session.base, folder / SWEEP_FOLDER))
     return result
+
+
+class _NothingLearnedError(GraspError):
+    """The adapters to start from are as before training."""
+
+
+class _TrialBench(Bench):
+    """A bench that tells this fault of a trial's values from others."""
+
+    def _check_learned(self, weights: AdapterWeights) -> None:
+        try:
+            super()._check_learned(weights)
+        except GraspError as error:
+            raise _NothingLearnedError(str(error)) from error
 
 
 class _Search:
@@ -128,7 +146,7 @@ class _Search:
         self._session, self._settings, self._parameters = session, settings, parameters
         self._file = place.folder / SWEEP_FOLDER / SWEEP_FILE
         self._store = Store(place.folder / STORE_FOLDER, self._progress, place.interruption)
-        self._identity = _identity(session, settings)
+        self._identity = _identity(session, settings, parameters)
         self._trials: list[Trial] = []
         self._parents: dict[str, tuple[float, int]] = {}
 
@@ -194,6 +212,8 @@ class _Search:
         if before is None:
             return
         told, asked = asdict(before.identity), asdict(self._identity)
+        if told["code"] is None:  # files of earlier versions name none
+            told["code"] = asked["code"]
         if changed := [name for name, value in asked.items() if told[name] != value]:
             raise RecipeError(
                 f"{escaped(str(self._file.parent))} holds a sweep with other {', '.join(changed)}; give those, or another "
@@ -224,23 +244,30 @@ class _Search:
         return None
 
     def _tried(self, number: int, values: Mapping[str, Any]) -> Trial:
-        """Do what a trial asks for."""
+        """Do what a trial asks for. It fails by its values alone; whatever else stops it ends the sweep.
+
+        Raises:
+            Busy: another process is at one of its steps.
+            GraspError: such as a lack of memory, or a tracker that is out of reach.
+        """
         started = time.perf_counter()
+        check(self._session)  # what no value changes, so that an error below is of the values
         try:
-            session = self._session.variant(trial_recipe(self._session.recipe, values))
-            check(session)
-        except GraspError as error:  # each value is allowed, but not all of them together
+            session = self._varied(values)
+        except (RecipeError, AdapterError) as error:  # each value is allowed, but not all of them together
+            if isinstance(error.__cause__, OSError):  # an adapter is out of reach
+                raise
             return Trial(number, values, "failed", error=str(error))
-        bench = Bench(session, session, self._store)
+        bench = _TrialBench(session, session, self._store)
         try:
             bench = bench.decided
             merged = bench.merged()
             self._parents |= {one.key: (one.seconds, one.work) for one in merged.records}
             started = time.perf_counter()
             adapter = bench.finetuned(merged, session.recipe.final.prune_ratio or 0.0)
-        except RecipeError:  # a record is damaged, or another process is at it: no fault of the values
-            raise
-        except GraspError as error:  # the training diverged, or these adapters do not go together
+        except (DivergedError, ProbeError, AdapterError, _NothingLearnedError) as error:
+            if isinstance(error.__cause__, OSError):
+                raise
             seconds = round(time.perf_counter() - started, 3)
             return Trial(number, values, "failed", seconds=seconds, error=str(error))
         record = adapter.records[-1]
@@ -254,6 +281,18 @@ class _Search:
             work=record.work,
             adapter=adapter.key,
         )
+
+    def _varied(self, values: Mapping[str, Any]) -> Session:
+        """The session of a trial, checked but for its trackers, which are those of every trial."""
+        recipe, read = trial_recipe(self._session.recipe, values), self._session.existing_adapters
+        checked = self._session.variant(recipe.model_copy(update={"report_to": ()}))
+        places = [*recipe.source.adapters, *filter(None, [recipe.target.adapter])]
+        if read.keys() >= set(places):  # else they are values of this trial
+            checked.existing_adapters = {place: read[place] for place in places}
+        check(checked)
+        session = self._session.variant(recipe)
+        session.existing_adapters = checked.existing_adapters
+        return session
 
     def _result(self) -> SweepResult:
         session, trials = self._session, self._trials
@@ -325,8 +364,9 @@ def relocated(recipe: Recipe, base: Path, folder: Path) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def _identity(session: Session, settings: SweepSettings) -> Identity:
+def _identity(session: Session, settings: SweepSettings, parameters: Sequence[Parameter]) -> Identity:
     recipe, backbone = session.recipe, session.backbone
+    code = hash_of_code([recipe.model_dump(include=set(SECTIONS)), [one.choices for one in parameters]])
     return Identity(
         recipe.fingerprint(),
         list(settings.params),
@@ -337,6 +377,7 @@ def _identity(session: Session, settings: SweepSettings) -> Identity:
         hash_of(session.splits),
         {place: adapter.identity for place, adapter in session.existing_adapters.items()},
         settings.workers,
+        code,
     )
 
 

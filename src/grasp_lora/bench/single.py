@@ -1,11 +1,13 @@
 """The single steps of the command line on folders: merge, learn, finetune, evaluate."""
 
 import tempfile
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
 
 from grasp_lora.bench.checks import check, check_rounds
 from grasp_lora.bench.outcomes import given
@@ -24,7 +26,7 @@ from grasp_lora.bench.run_folder import (
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Store
-from grasp_lora.errors import RecipeError
+from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.method.merging import merge as merge_weights
 from grasp_lora.method.rounds import RatioEstimate
@@ -32,7 +34,7 @@ from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import backbone_of
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.recipes.load import backbone_of_run
-from grasp_lora.storage.files import write_json, write_jsonl
+from grasp_lora.storage.files import why_not_written, write_json, write_jsonl
 from grasp_lora.storage.folder import new_folder, refuse_existing
 from grasp_lora.storage.reading import is_folder
 
@@ -144,29 +146,58 @@ def finetune_folder(session: Session, place: str, prune_ratio: float, output: Pa
 
 
 def evaluate_folders(session: Session, places: Sequence[str], output: Path | None) -> Metrics:
-    """Measure adapters on dev and test; return their scores, and write them with the predictions."""
+    """Measure adapters on dev and test; return their scores, and write them with the predictions.
+
+    Raises:
+        GraspError: the recipe, the data, an adapter or the output folder does not fit, or the temporary folder cannot be written.
+    """
     if output is not None:
         refuse_existing(output)
     check(session, parents=False)
     adapters = [session.read(_from_here(place)) for place in places]
-    systems, signatures = {}, {}
-    with (
-        nullcontext() if output is None else new_folder(output) as draft,
-        tempfile.TemporaryDirectory() as scratch,
-    ):
-        bench = Bench(session, session, Store(Path(scratch)))
-        for name, adapter in zip(_names(places, adapters), adapters, strict=True):
-            measured = bench.measured(given(adapter))
-            systems[name] = SystemScores(
-                dev_loss=measured.dev_loss, test_loss=measured.test_loss, metrics=measured.values
-            )
-            signatures = measured.signatures
-            if draft is not None:
-                write_jsonl(draft / f"{name.replace('/', '--')}.jsonl", measured.rows(session.splits.test))
+    with nullcontext() if output is None else new_folder(output) as draft:
+        with _scratch() as scratch:
+            bench = Bench(session, session, Store(scratch))
+            measured = [bench.measured(given(adapter)) for adapter in adapters]
+        found = dict(zip(_names(places, adapters), measured, strict=True))
+        systems = {
+            name: SystemScores(dev_loss=one.dev_loss, test_loss=one.test_loss, metrics=one.values)
+            for name, one in found.items()
+        }
+        signatures = measured[-1].signatures if measured else {}
         metrics = Metrics(systems=systems, signatures=signatures, test_examples=len(session.splits.test))
         if draft is not None:
+            for name, one in found.items():
+                write_jsonl(draft / f"{name.replace('/', '--')}.jsonl", one.rows(session.splits.test))
             write_json(draft / METRICS_FILE, metrics.to_json())
     return metrics
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """Give a temporary folder.
+
+    Raises:
+        GraspError: there is none, or it cannot be written.
+    """
+    try:
+        temporary = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise _no_scratch("a temporary folder cannot be made", error.strerror or str(error)) from error
+    place = Path(temporary.name)
+    try:
+        with temporary:
+            yield place
+    except (OSError, SafetensorError, GraspError) as error:
+        first = error.__cause__ if isinstance(error, GraspError) else error  # some are a line that speaks of --output
+        reason = why_not_written(first, place) if isinstance(first, OSError | SafetensorError) else None
+        if reason is None:
+            raise
+        raise _no_scratch(f"the temporary folder {place} cannot be written", reason) from error
+
+
+def _no_scratch(what: str, reason: str) -> GraspError:
+    return GraspError(f"{what} ({reason}); make room, or set TMPDIR to another folder")
 
 
 def _check_one_adapter(session: Session) -> None:

@@ -43,6 +43,7 @@ from grasp_lora.training.settings import TRAINED_AS_MEASURED
 VERSION = 1
 WAIT = 0.5  # seconds between two looks at what other processes do
 PACKED, ADAPTERS, ANSWERS = "records.jsonl.gz", "adapters", "answers"
+WITHOUT_ADAPTER = {"controller"}  # a step that trains, and keeps what it has learned alone
 MEASURED_TIME = {"timings"}  # what a result holds besides what was decided by its settings
 CURVES, PLACE_OF_CURVES = "tensorboard", "TENSORBOARD_LOGGING_DIR"
 
@@ -245,12 +246,17 @@ class Store:
         return _read(file, key) if file.is_file() else self._packed.get(key)
 
     def _find(self, step: str, key: str) -> Record | None:
-        work = self.folder / WORK / key
-        # A kill may have come after the record was written; but another process may make a lost adapter again.
-        if work.exists() and self._file(step, key).is_file():
+        record, work = self._read(step, key), self.folder / WORK / key
+        # A kill may have come after the record was written; but another process may make a lost adapter again, and what one left
+        # that was killed at that is gone on from.
+        if record and work.exists() and self._file(step, key).is_file() and not self._lacks_adapter(record):
             with suppress(Busy), only_writer(work, beside=True):
                 shutil.rmtree(work, ignore_errors=True)
-        return self._read(step, key)
+        return record
+
+    def _lacks_adapter(self, record: Record) -> bool:
+        """Whether a step has trained an adapter that is not there."""
+        return record.trains and record.step not in WITHOUT_ADAPTER and not self.adapter_folder(record.key).is_dir()
 
     def _file(self, step: str, key: str) -> Path:
         return self.folder / RECORDS / f"{_file_name(step)}-{key}.json"

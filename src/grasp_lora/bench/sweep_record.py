@@ -38,7 +38,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Identity:
-    """What must not change while a sweep goes on, since its trials are compared with each other."""
+    """What must not change while a sweep goes on, since its trials are compared with each other.
+
+    Args:
+        code: hash of the code of one's own that the recipe or the parameters name; None where they name none, and in the files
+            of earlier versions.
+    """
 
     recipe: str
     params: list[str]
@@ -49,6 +54,7 @@ class Identity:
     data: str
     adapters: dict[str, str]  # those that are given
     workers: int = 1
+    code: str | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from grasp_lora.bench.progress import Progress
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.storage.interruption import Interruption
-from grasp_lora.text.display import first_line, quoted
+from grasp_lora.text.display import escaped, first_line, quoted
 from grasp_lora.text.names import needs
 
 RETRIES = 3  # of a worker whose process is lost
@@ -135,8 +135,18 @@ class _Told(Progress):
 
 
 def _work(number: int, said: Any, here: Path, command: str, arguments: dict[str, Any]) -> tuple[Path, Any]:
-    """Be one worker, in a process of the cluster."""
-    os.chdir(here)
+    """Be one worker, in a process of the cluster.
+
+    Raises:
+        GraspError: this machine does not see the folder, or as the command does.
+    """
+    try:
+        os.chdir(here)
+    except OSError as error:
+        raise RecipeError(
+            f"a Ray worker on {socket.gethostname()} cannot work in {escaped(str(here))} ({error.strerror}), but all share that "
+            "folder; start from one that every machine of the cluster sees, or leave --address out"
+        ) from error
     from grasp_lora.cli import set_up_libraries
 
     set_up_libraries()

@@ -20,7 +20,7 @@ from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import MOST_BYTES, RECIPE_FILE, decode, parse
 from grasp_lora.storage.reading import RefusedError, expanded, is_file, is_folder, read_bounded
 from grasp_lora.text.display import CONTROLS, SURROGATES, escaped, quoted
-from grasp_lora.text.names import beside, imported, is_import_path
+from grasp_lora.text.names import beside, check_loaded, imported, is_import_path
 
 Overrides = Mapping[str, Any] | Sequence[str]
 
@@ -101,7 +101,7 @@ def _import_code(content: dict[str, Any], name: str, base: Path, allow_code: boo
     """Import what a recipe names by import path, so that it is found where its name is read.
 
     Raises:
-        RecipeError: code is not allowed, or what is named cannot be imported.
+        RecipeError: code is not allowed, what is named cannot be imported, or this process has loaded other code of that name.
     """
     for key in NAMES_CODE:
         place: Any = content
@@ -117,6 +117,7 @@ def _import_code(content: dict[str, Any], name: str, base: Path, allow_code: boo
             with beside(base):
                 try:
                     imported(key, named, ())
+                    check_loaded(key, named)
                 except ValueError as error:
                     raise RecipeError(f"{name}: {error}") from error
 
