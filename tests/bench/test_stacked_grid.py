@@ -8,6 +8,7 @@ import pytest
 from recorder import session_of
 
 from grasp_lora import api
+from grasp_lora.bench import stacked as grids
 from grasp_lora.bench.compare import ComparisonSettings, compare
 from grasp_lora.bench.methods import METHODS
 from grasp_lora.errors import ProbeError, RecipeError
@@ -66,7 +67,7 @@ def test_a_recipe_learns_its_ratio_from_stacked_copies(tiny_workspace):
     [
         (
             (STACKED, "controller.rounds.in_turn=2"),
-            "rounds.in_turn is set, but stacked adapters measure the whole pool",
+            "rounds.in_turn is 2, but stacked adapters measure the whole pool; set controller.rounds.in_turn to null",
         ),
         ((STACKED, "controller.training.gradient_checkpointing=true"), "training.gradient_checkpointing is set"),
         ((STACKED, "controller.policy.orders=0"), "orders is 0; at least 1 is needed"),
@@ -103,6 +104,22 @@ def test_several_processes_are_refused(tiny_workspace, monkeypatch):
 def test_a_recipe_without_a_stacked_grid_says_why(tiny_workspace, override, message):
     assert message in (METHODS["grid_stacked"].unavailable(session_of(override)) or "")
     assert METHODS["grid_stacked"].unavailable(session_of()) is None
+
+
+def test_the_seed_of_the_policy_is_combined_with_that_of_the_recipe(tiny_workspace, monkeypatch, tmp_path):
+    seeds = []
+
+    def search(policy, rule):
+        seeds.append(policy.seed)
+        raise InterruptedError
+
+    monkeypatch.setattr(grids, "RatioSearch", search)
+    for seed in (1, 2):
+        session = session_of(STACKED, f"seed={seed}")
+        with pytest.raises(InterruptedError):
+            grids.learn_stacked(session, AdapterWeights({}), tmp_path)
+        assert seeds[-1] == session.recipe.seed_of("policy 42")  # as for every other policy
+    assert seeds[0] != seeds[1]
 
 
 def test_a_callback_cannot_stack():

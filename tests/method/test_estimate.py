@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grasp_lora.errors import RecipeError
 from grasp_lora.method.estimate import Rule, best_reward, settle, smooth_fit
 from grasp_lora.method.presets import RULES
 from grasp_lora.method.rounds import RatioEstimate, Round
@@ -128,12 +129,39 @@ def test_smooth_fit_of_a_monotone_loss_ends_at_the_outermost_probe(sign: int) ->
 
 
 def test_smooth_fit_never_leaves_the_probed_range() -> None:
-    rounds = [replace(one, candidates=(0.42, 0.45, 0.5)) for one in history(quadratic, 10)]
-    rounds = [replace(one, current_ratio=0.4) for one in rounds]
-    estimate = smooth_fit(rounds, LOW, HIGH)
+    estimate = smooth_fit(probed(quadratic, (0.42, 0.45, 0.5), noise=0.001), LOW, HIGH)
     assert 0.4 <= estimate.low <= estimate.high <= 0.5
     assert estimate.curve[0][0] == pytest.approx(0.4)
     assert estimate.curve[-1][0] == pytest.approx(0.5)
+
+
+def probed(curve: Curve, ratios: tuple[float, ...], noise: float, seed: int = 0) -> list[Round]:
+    """Rounds that all probe these ratios, and 0.4."""
+    draw = random.Random(seed)
+    losses = [
+        [tuple(curve(ratio) + draw.gauss(0, noise) for _ in range(8)) for ratio in (0.4, *ratios)] for _ in range(6)
+    ]
+    return [Round(0.4, ratios, baseline, tuple(rest)) for baseline, *rest in losses]
+
+
+def test_noise_in_a_narrow_span_of_probes_leaves_the_whole_range_open() -> None:
+    rounds = probed(lambda _: 0.0, (0.42, 0.45, 0.5), noise=0.02)
+    estimate, quick = smooth_fit(rounds, LOW, HIGH), smooth_fit(rounds, LOW, HIGH, interval=False)
+    assert (estimate.low, estimate.high) == (LOW, HIGH)
+    assert estimate.nothing_learned
+    assert 0.4 <= estimate.ratio == quick.ratio <= 0.5
+
+
+def test_where_all_of_the_range_was_probed_an_interval_stays_as_wide_as_it_is() -> None:
+    estimate = smooth_fit(probed(lambda p: 0.3 * quadratic(p), (LOW, 0.3, 0.6, HIGH), noise=0.1, seed=9), LOW, HIGH)
+    assert estimate.nothing_learned
+    assert LOW < estimate.low < estimate.ratio < estimate.high
+
+
+def test_a_rule_that_gives_no_estimate_is_named() -> None:
+    rule = Rule("plain", lambda *_: 0.4)  # type: ignore[arg-type, return-value]
+    with pytest.raises(RecipeError, match=r"rule 'plain' gave 0\.4; its function must return a RatioEstimate"):
+        rule(history(quadratic, 1), LOW, HIGH)
 
 
 @pytest.mark.parametrize("candidates", [1, 2, 3, 9])

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from grasp_lora.errors import AdapterError
+from grasp_lora.errors import AdapterError, RecipeError
 from grasp_lora.method.importance import SCORES, InputNorms, Score, score_pair
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.masks import (
@@ -271,6 +271,33 @@ def test_adapters_kept_apart_are_masked_as_the_released_code_does(score: str, pr
                 assert B.grad is not None
                 importance = {"A": A.grad.abs(), "B": B.grad.abs()}
             assert torch.equal(~kept, lowest(importance[factor].detach(), prune_ratio))
+
+
+def with_zero_segment(pairs: dict[str, LoraPair]) -> dict[str, LoraPair]:
+    """The second segment of `q` did not train: its B is all zero."""
+    with torch.no_grad():
+        pairs["q"].B[:, 2:] = 0.0
+    return pairs
+
+
+def test_a_factor_that_did_not_train_is_not_pruned_by_position() -> None:
+    masks, plain = MaskSet(with_zero_segment(live_pairs()), MaskSettings()), mask_set()
+    kept, as_before = masks.keep_masks(0.5), plain.keep_masks(0.5)
+    zero = kept["q", "B"][:, 2:]
+    assert int((~zero).sum()) == prune_count(0.5, zero.numel())
+    assert bool((~zero[3:]).any())  # by position only the first three of six rows would go
+    assert torch.equal(zero, MaskSet(with_zero_segment(live_pairs()), MaskSettings()).keep_masks(0.5)["q", "B"][:, 2:])
+    less = masks.keep_masks(0.2)["q", "B"][:, 2:]
+    assert bool((less | ~zero).all())
+    # All others are as they were.
+    as_before["q", "B"][:, 2:] = zero
+    assert_equal(kept, as_before)
+
+
+def test_a_random_order_leaves_the_global_generator_alone() -> None:
+    before = torch.get_rng_state()
+    MaskSet(with_zero_segment(live_pairs()), MaskSettings()).rank()
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_scope_tensor_lets_source_and_target_compete() -> None:
@@ -628,6 +655,45 @@ def test_a_score_of_ones_own_is_given_or_named() -> None:
     assert not masks.settings.needs_inputs
     with pytest.raises(ValueError, match="mask score 'math:pi' is a float; it must be a Score"):
         MaskSettings("math:pi")
+
+
+def test_a_function_is_no_score() -> None:
+    with pytest.raises(ValueError, match=r"mask score is <function bits at .*; it must be a name or a Score"):
+        MaskSettings(bits)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            lambda A, B: (A, B.T),
+            r"gave \(5, 6\) for factor B of shape \(6, 5\); it must give a tensor of the factor's shape",
+        ),
+        (lambda A, B: (A[:, :1], B), r"gave \(5, 1\) for factor A of shape \(5, 7\)"),
+        (lambda A, B: (A, 1.0), r"gave 1\.0 for factor B"),
+        (lambda A, B: A, r"gave tensor.*; it must give two tensors, shaped as A and as B"),
+        (
+            lambda A, B: (A, B.log().log()),
+            r"gave .* numbers for factor B not finite; it must give a finite number >= 0",
+        ),
+        (lambda A, B: (A / 0.0, B), r"gave 35 of 35 numbers for factor A not finite"),
+    ],
+)
+def test_a_score_that_gives_no_number_for_each_weight_is_named(given: Any, message: str) -> None:
+    def mine(pair: LoraPair, norms: InputNorms | None) -> Any:
+        return given(pair.A.detach().abs(), pair.B.detach().abs())
+
+    masks = MaskSet({"q": live_pairs()["q"]}, MaskSettings(Score(mine)))
+    with pytest.raises(RecipeError, match=rf"mask score '.*mine' {message}"):
+        masks.rank()
+
+
+def test_weights_that_are_not_finite_are_no_fault_of_the_score() -> None:
+    pair = live_pairs()["q"]
+    with torch.no_grad():
+        pair.A[0, 0] = math.nan
+    A, _ = score_pair(pair, Score(lambda pair, norms: (pair.A.abs(), pair.B.abs())))
+    assert A.isnan().sum() == 1
 
 
 def test_the_other_scores_by_hand() -> None:

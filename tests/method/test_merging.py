@@ -483,6 +483,32 @@ def test_a_setting_out_of_range_is_an_error(changes: dict[str, Any], message: st
         MergeSettings(**changes)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            MergeSettings("ties", density=1e-9),
+            r"rule 'ties' is empty: .* of its 2 modules; raise merge\.density \(now 1e-09\)",
+        ),
+        (MergeSettings("dare_ties", density=1e-9), r"rule 'dare_ties' is empty: .* raise merge\.density"),
+        (MergeSettings("paper_sum", (1.0, -1.0)), r"is empty: .* give other merge\.weights than \[1\.0, -1\.0\]"),
+    ],
+)
+def test_a_merge_in_which_nothing_is_left_is_an_error(settings: MergeSettings, message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        merge([adapter(0), adapter(0)], settings)
+
+
+def test_the_search_for_lorahubs_weights_may_begin_at_0() -> None:
+    merged = merge([adapter(0), adapter(1)], MergeSettings("lorahub", (0.0, 0.0)))
+    assert not any(pair.delta().any() for pair in merged.values())
+
+
+def test_a_function_is_no_merge_rule() -> None:
+    with pytest.raises(ValueError, match=r"merge rule is <function pair_of at .*; it must be a name or a MergeRule"):
+        MergeSettings(pair_of)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("rule", [name for name, row in MERGE_RULES.items() if not row.space.takes_rank])
 def test_a_rank_for_a_rule_that_takes_none_is_an_error(rule: Any) -> None:
     with pytest.raises(

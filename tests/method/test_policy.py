@@ -14,10 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp_lora.errors import ProbeError
+from grasp_lora.errors import ProbeError, RecipeError
+from grasp_lora.method.estimate import Rule
 from grasp_lora.method.policy import POLICIES, Gaussian, Spread, Uniform, even_ratio, plain_policy, policy_class
 from grasp_lora.method.presets import RULES, preset, ratio_rule
-from grasp_lora.method.rounds import Round
+from grasp_lora.method.rounds import Decision, RatioEstimate, Round
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.method.search import RatioPolicy, RatioSearch
 from grasp_lora.testing import check_policy
@@ -369,7 +370,7 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing(kind: str, ba
         if where == "baseline"
         else a_round(policy, baseline_losses=(1.0,) * 4, candidate_losses=(good[0], good[1], spoiled))
     )
-    with pytest.raises(ProbeError, match=f"the loss of micro-dev example 2 is {bad}; it must be finite"):
+    with pytest.raises(ProbeError, match=f"the loss of probed example 2 is {bad}; it must be finite"):
         policy.tell(told)
     assert state(policy) == before
 
@@ -403,10 +404,10 @@ def test_a_round_that_does_not_fit_is_an_error_and_changes_nothing(
 
 
 @every_policy
-def test_the_micro_dev_set_cannot_change_within_a_run(kind: str) -> None:
+def test_the_probed_examples_cannot_change_in_number_within_a_run(kind: str) -> None:
     policy = of_kind(kind)
     run(policy, 1)  # four examples
-    with pytest.raises(ValueError, match="2 micro-dev examples, but 4 in earlier rounds"):
+    with pytest.raises(ValueError, match="2 probed examples, but 4 in earlier rounds"):
         policy.tell(a_round(policy))
 
 
@@ -532,6 +533,46 @@ def test_a_kind_that_is_none_is_an_error(kind: str, message: str) -> None:
         policy_class(kind)
 
 
+@dataclass(frozen=True)
+class Decided(Uniform):
+    """Decides what it is told to."""
+
+    what: Any = None
+
+    def decide(self, search: RatioSearch, measured: Round) -> Decision:
+        return self.what  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("decided", "shown"),
+    [
+        (Decision((0.0,), True, 0.9), r"0\.9"),
+        (Decision((0.0,), True, 0.05), r"0\.05"),
+        (Decision((0.0,), True, math.nan), "nan"),
+        (0.5, r"0\.5"),
+        (None, "None"),
+    ],
+)
+def test_a_policy_that_decides_no_ratio_within_its_bounds_is_named(decided: Any, shown: str) -> None:
+    search = RatioSearch(Decided(what=decided), RULES["smooth_fit"])
+    with pytest.raises(RecipeError, match=rf"policy Decided decided {shown} after round 1; .* lies in \[0\.1, 0\.8\]"):
+        search.tell(a_round(search))
+    assert search.current_ratio == 0.4
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high"),
+    [(0.9, 0.9, 0.9), (math.nan, 0.2, 0.6), (0.5, 0.5, math.inf), (0.5, 0.55, 0.6), (0.5, 0.0, 0.6)],
+)
+def test_a_rule_that_gives_a_ratio_outside_the_bounds_or_its_interval_is_named(
+    ratio: float, low: float, high: float
+) -> None:
+    search = RatioSearch(Uniform(), Rule("mine", lambda told, *_: RatioEstimate(ratio, low, high, "mine", len(told))))
+    search.tell(a_round(search))
+    with pytest.raises(RecipeError, match=rf"rule 'mine' gave ratio {ratio} .* must lie in \[0\.1, 0\.8\]"):
+        search.best_ratio()
+
+
 @pytest.mark.parametrize("number", range(5))
 def test_the_even_sequence_covers_any_stretch(number: int) -> None:
     ratios = sorted(even_ratio(place, 0.0, 0.8) for place in range(number * 17, number * 17 + 25))
@@ -591,6 +632,14 @@ class Remembering(Uniform):
 
 
 @dataclass(frozen=True)
+class Escaping(Uniform):
+    """Decides beyond its bounds."""
+
+    def decide(self, search: RatioSearch, measured: Round) -> Decision:
+        return replace(super().decide(search, measured), ratio=0.95)
+
+
+@dataclass(frozen=True)
 class Unplain(Uniform):
     """Has a setting that is no plain value."""
 
@@ -604,6 +653,7 @@ class Unplain(Uniform):
         (Short(), "2 candidates, not 3"),
         (Endless(), "the mean is nan after round 0"),
         (Wandering(), "outside"),
+        (Escaping(), r"decided 0\.95 after round 1; .* lies in \[0\.1, 0\.8\]"),
         (Remembering(), "asked twice"),
         (Unplain(), "do not survive JSON"),
     ],

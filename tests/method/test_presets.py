@@ -99,6 +99,11 @@ def test_a_rule_is_named_or_given() -> None:
         Controller(rule="mean")
 
 
+def test_a_function_is_no_rule() -> None:
+    with pytest.raises(ValueError, match=r"rule is <function quadratic at .*; it must be a name or a Rule"):
+        Controller(rule=quadratic)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("changes", "keep_best", "pool", "examples"),
     [

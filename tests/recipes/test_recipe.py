@@ -163,6 +163,10 @@ class TestController:
             ("policy.max_step=0.1", r"unknown key 'controller\.policy\.max_step'"),
             ("rounds.evry=3", r"unknown key 'controller\.rounds\.evry'; did you mean 'every'\?"),
             ("rounds.every=week", r"controller\.rounds: every is 'week'; it must be at least 1 optimizer step"),
+            (
+                "policy.kind=stacked",
+                r"rounds\.in_turn is 12, but stacked .*; set controller\.rounds\.in_turn to null, or .* controller\.preset to",
+            ),
             ("rounds.start=0.5", r"controller\.rounds: before_training is true, but start is 0\.5"),
         ],
     )

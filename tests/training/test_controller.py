@@ -536,6 +536,7 @@ def test_candidates_that_coincide_are_measured_once(make_tiny_model, tmp_path, m
 class Scripted(Gaussian):
     """Commits these ratios, one a round."""
 
+    ratio_min: float = 0.0
     ratios: tuple[float, ...] = (0.5, 0.2, 0.7, 0.0)
 
     def decide(self, search, measured):
@@ -1300,6 +1301,10 @@ def test_an_untrained_adapter_is_not_pruned_by_position(make_tiny_model, tmp_pat
         callback = GraspController(probes, Controller()) if controls else PrunedTraining(0.5, probes)
         with pytest.raises(GraspError, match=r"all zero in each of its 4 modules.*trained or merged adapter"):
             resumable(model, tmp_path, callback).train()
+        if controls:  # it may prune later, whatever it begins with
+            callback = GraspController(probes, Controller(Spread(ratio_min=0.0, ratio_init=0.0)))
+            with pytest.raises(GraspError, match=r"all zero in each of its 4 modules.*trained or merged adapter"):
+                resumable(model, tmp_path / "from 0", callback).train()
         # What is chosen anew after every step has an order from the first step on.
         again = PrunedTraining(0.5, probes, mode="reselect")
         resumable(model, tmp_path / "again", again).train()

@@ -263,6 +263,26 @@ def test_norms_equal_those_by_hand_without_the_padding(make_tiny_model, architec
             assert torch.equal(getattr(norms[name], factor), getattr(collector.norms()[name], factor))
 
 
+def test_a_batch_that_only_keeps_a_rank_company_counts_for_no_module(make_tiny_model, monkeypatch):
+    # Of the head only the positions of labels are asked for, to which no mask of the batch's tokens could be laid.
+    model = make_tiny_model("llama")
+    examples = make_examples(4)
+    with fresh_adapter(model, LoraSettings(rank=2, target_modules=("q_proj", "lm_head")), 0) as peft_model:
+        collector = NormCollector(peft_model)
+        probes = ProbeSet(examples, PAD)
+        [(_, batch)] = probes.batches()
+        monkeypatch.setattr(probes, "_share", lambda device: [([], batch)])
+        with collector.collecting():
+            probes.losses(peft_model, collector)
+        idle = collector.norms()
+        monkeypatch.undo()
+        with collector.collecting():
+            probes.losses(peft_model, collector)
+        assert "lm_head" in idle
+        assert not any(norms.A.any() or norms.B.any() for norms in idle.values())
+        assert all(norms.A.any() for norms in collector.norms().values())
+
+
 # Calibration
 
 

@@ -66,13 +66,18 @@ def check_splits(session: Session, *, rounds: bool = True) -> None:
 def _check_parents(session: Session) -> None:
     recipe = session.recipe
     if recipe.data.source is None and not recipe.source.adapters:
-        raise RecipeError("there is no source: give data.source to train an adapter, or source.adapters to use one")
+        raise RecipeError(
+            "there is no source: give data.source to train an adapter, or source.adapters to use one; "
+            "`grasp-lora init` writes either with --source"
+        )
     weights, parents = recipe.merge.weights, max(1, len(recipe.source.adapters)) + 1
     if weights is not None and len(weights) != parents:
         raise RecipeError(
             f"merge.weights has {len(weights)} numbers for {parents} adapters; "
             "give one for each source adapter and one for the target, or leave it out"
         )
+    if weights is not None and not any(weights):  # rule lorahub takes them, as its search begins there
+        raise RecipeError("merge.weights are all 0, so that nothing would be merged; give another, or leave them out")
 
 
 def check_files(session: Session) -> None:

@@ -272,14 +272,15 @@ class Session:
             result = self.finetune(
                 model, self.splits.train, dev, stage.training, "controller", folder, controller=controller
             )
-            if not controller.search.history:
+            rounds, timings = controller.rows()
+            # A round before training shows nothing of training. It is enough only where none but it was planned.
+            if not any(row["step"] for row in rounds) and stage.round_steps(len(self.splits.train)) != [0]:
                 raise GraspError(
-                    f"the controller run stopped by its dev loss at step {result.steps}, before its first round; "
+                    f"the controller run stopped by its dev loss at step {result.steps}, before a round followed a step; "
                     "lower controller.rounds.every, or raise controller.training.patience"
                 )
             estimate = controller.learned
             kept = controller.best_adapter(estimate.ratio) if keep_best else adapter_weights(model, segments_of(merged))
-        rounds, timings = controller.rows()
         return ControllerRun(
             estimate, kept, controller.search.current_ratio, result.steps, rounds, timings, result.history
         )

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -74,7 +75,8 @@ def learn_stacked(session: Session, merged: AdapterWeights, folder: Path) -> Con
     from grasp_lora.training.stacked import members_of
 
     recipe, stage, pool = session.recipe, session.recipe.controller, session.probe_pool
-    search, probes = RatioSearch(stage.policy, ratio_rule(stage.rule)), ProbeSet(pool, session.pad_id)
+    policy = replace(stage.policy, seed=recipe.seed_of(f"policy {stage.policy.seed}"))
+    search, probes = RatioSearch(policy, ratio_rule(stage.rule)), ProbeSet(pool, session.pad_id)
     ratios, orders = search.ask(), stage.policy.copies // stage.policy.candidates
     seeds = [recipe.seed_of("controller order" + (f" {number}" if number else "")) for number in range(orders)]
     members = members_of(session.backbone.model, merged, ratios, seeds, probes, recipe.mask)

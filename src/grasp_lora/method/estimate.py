@@ -11,11 +11,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grasp_lora.method.rounds import CONFIDENCE, RatioEstimate, Round
+from grasp_lora.errors import RecipeError
+from grasp_lora.method.rounds import CONFIDENCE, OPEN_SHARE, RatioEstimate, Round
+from grasp_lora.text.display import quoted
 
 _DEGREE = 3
 _GRID = 281
-_CURVE_POINTS = 40  # of the grid are reported, and one more
+# A curve has every n-th ratio of its grid, with n as large as leaves one more than these: 41 of the 281 here. A coarser grid is
+# shown whole, such as the surrogate's 57.
+_CURVE_POINTS = 40
 RESAMPLES = 1000
 _RIDGE = 1e-6
 _TAILS = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
@@ -46,10 +50,16 @@ class Rule:
 
         Raises:
             ValueError: there are no rounds.
+            RecipeError: the function gives no estimate.
         """
         if not rounds:
             raise ValueError("no round was measured yet, so there is no learned ratio; tell at least one round")
-        found = replace(self.function(rounds, ratio_min, ratio_max, interval), bounds=(ratio_min, ratio_max))
+        given = self.function(rounds, ratio_min, ratio_max, interval)
+        if not isinstance(given, RatioEstimate):
+            raise RecipeError(
+                f"rule {quoted(self.name)} gave {quoted(given)}; its function must return a RatioEstimate"
+            )
+        found = replace(given, bounds=(ratio_min, ratio_max))
         return replace(found, low=ratio_min, high=ratio_max) if interval and _say_nothing(rounds) else found
 
 
@@ -97,7 +107,8 @@ def _smooth_fit(rounds: Sequence[Round], ratio_min: float, ratio_max: float, int
 
     The interval comes from resampling rounds and micro-dev examples together (1000 times, fixed seed). It does not contain the
     error of the cubic itself, where the true curve is another one. Ratios that were never probed are not eligible: the
-    minimum is sought between the lowest and the highest probed ratio.
+    minimum is sought between the lowest and the highest probed ratio. An interval that fills most of a narrower span than the
+    bounds allow says nothing of the ratio, so the whole range is left open.
     """
     count = len(rounds)
     weights = torch.tensor([min(1.0, 2.0 * (index + 1) / count) for index in range(count)], dtype=torch.float64)
@@ -123,9 +134,11 @@ def _smooth_fit(rounds: Sequence[Round], ratio_min: float, ratio_max: float, int
         return RatioEstimate(ratio, ratio, ratio, "smooth_fit", count)
     generator = torch.Generator().manual_seed(0)
     round_weights, example_weights = resample(count, generator), resample(examples, generator) / examples
-    return settle(
-        "smooth_fit", grid, count, fitted, _curves(gram, moment, weights * round_weights, example_weights, basis)
-    )
+    curves = _curves(gram, moment, weights * round_weights, example_weights, basis)
+    found, span = settle("smooth_fit", grid, count, fitted, curves), max(probed) - min(probed)
+    if span < ratio_max - ratio_min and found.high - found.low >= OPEN_SHARE * span:
+        return replace(found, low=ratio_min, high=ratio_max)
+    return found
 
 
 best_reward = Rule("best_reward", _best_reward)

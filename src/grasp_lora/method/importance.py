@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from grasp_lora.errors import RecipeError
 from grasp_lora.method.lora import LoraPair
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import find
@@ -71,9 +72,12 @@ def importance(score: ScoreOrName) -> Score:
     """The score of a name: a key of `SCORES`, or an import path.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the object is no `Score`.
     """
-    return find("mask score", score, Score, SCORES)
+    found = find("mask score", score, Score, SCORES)
+    if not isinstance(found, Score):
+        raise ValueError(f"mask score is {quoted(found)}; it must be a name or a Score, such as Score(function)")
+    return found
 
 
 def score_pair(pair: LoraPair, score: ScoreOrName, norms: InputNorms | None = None) -> tuple[Tensor, Tensor]:
@@ -86,11 +90,36 @@ def score_pair(pair: LoraPair, score: ScoreOrName, norms: InputNorms | None = No
 
     Raises:
         ValueError: the score is unknown, or the norms are missing.
+        RecipeError: it gives something else than a number for each weight.
     """
     found = importance(score)
     if not found.needs_inputs:
-        return found.function(pair, None)
-    if norms is None:
+        scores = found.function(pair, None)
+    elif norms is None:
         raise ValueError(f"score {quoted(score)} needs input norms; run a calibration pass first")
-    dtype = torch.promote_types(pair.A.dtype, torch.float32)  # norms may be finer than the factors
-    return found.function(LoraPair(pair.A.to(dtype), pair.B.to(dtype), pair.scaling, pair.segments), norms)
+    else:
+        dtype = torch.promote_types(pair.A.dtype, torch.float32)  # norms may be finer than the factors
+        cast = LoraPair(pair.A.to(dtype), pair.B.to(dtype), pair.scaling, pair.segments)
+        scores = found.function(cast, norms)
+    _check(found, scores, pair)
+    return scores
+
+
+def _check(score: Score, scores: tuple[Tensor, Tensor], pair: LoraPair) -> None:
+    """Refuse scores that would prune by position or not at all. Our own are finite, and to look would make a GPU wait."""
+    name = quoted(getattr(score.function, "__qualname__", score.function))
+    if not isinstance(scores, tuple | list) or len(scores) != 2:
+        raise RecipeError(f"mask score {name} gave {quoted(scores)}; it must give two tensors, shaped as A and as B")
+    for factor, given, weights in zip("AB", scores, (pair.A, pair.B), strict=True):
+        shape = tuple(given.shape) if isinstance(given, Tensor) else quoted(given)
+        if shape != tuple(weights.shape):
+            raise RecipeError(
+                f"mask score {name} gave {shape} for factor {factor} of shape {tuple(weights.shape)}; it must give a tensor of "
+                "the factor's shape"
+            )
+        # Weights that are not finite are no fault of the score.
+        if score not in SCORES.values() and not given.isfinite().all() and weights.isfinite().all():
+            raise RecipeError(
+                f"mask score {name} gave {int((~given.isfinite()).sum())} of {given.numel()} numbers for factor {factor} not "
+                "finite; it must give a finite number >= 0 for each weight"
+            )

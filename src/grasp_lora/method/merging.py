@@ -6,7 +6,7 @@ works module by module: a module that only some adapters have is merged from tho
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -226,9 +226,12 @@ def merge_rule(rule: RuleOrName) -> MergeRule:
     """The rule of a name: a key of `MERGE_RULES`, or an import path.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the object is no `MergeRule`.
     """
-    return find("merge rule", rule, MergeRule, MERGE_RULES)
+    found = find("merge rule", rule, MergeRule, MERGE_RULES)
+    if not isinstance(found, MergeRule):
+        raise ValueError(f"merge rule is {quoted(found)}; it must be a name or a MergeRule")
+    return found
 
 
 @dataclass(frozen=True)
@@ -240,8 +243,8 @@ class MergeSettings:
             on the factors `paper_sum`, `paper_sum_unscaled`, `paper_apart` (the released code's: adapters stay parameters of
             their own), `lorahub`, `ties`, `dare_ties`; or a `MergeRule` of one's own, in a recipe by its import path
             `package.module:name`.
-        weights: one per adapter, in their order, in [-1000000, 1000000] and not all 0; None takes the rule's own default (1/N
-            each; 1 each for `paper_apart`, `ties` and `dare_ties`).
+        weights: one per adapter, in their order, in [-1000000, 1000000] and not all 0, where only a search for those of `lorahub`
+            begins; None takes the rule's own default (1/N each; 1 each for `paper_apart`, `ties` and `dare_ties`).
         rank: rank of the result for rules that end in an SVD; None takes the highest rank of the inputs.
         density: share of weights that TIES and DARE keep, in (0, 1].
         seed: seed of DARE's random drops; a recipe combines it with its own seed.
@@ -297,7 +300,8 @@ def merge(
         names: a name per adapter for the segments, `source` and `target` for two, else `adapter_0` and so on.
 
     Raises:
-        AdapterError: no adapters, a number of weights or names that differs, or shapes and ranks that do not fit.
+        AdapterError: no adapters, a number of weights or names that differs, shapes and ranks that do not fit, or nothing is left
+            in the merge.
     """
     if not adapters:
         raise AdapterError("there is no adapter to merge; give at least one")
@@ -321,7 +325,19 @@ def merge(
         ]
         _check_shapes(module, parts, settings.rule)
         merged[module] = rule.space.merge(parts, rule, settings, generator)
+    # Weights of 0 alone are what a search for those of `lorahub` begins with; a recipe that has them is refused before it is run.
+    if any(weights) and not _acts(merged) and any(map(_acts, adapters)):
+        thinned = rule.sparsify is not keep_all and settings.density < 1.0
+        way = f"raise merge.density (now {settings.density})" if thinned else f"give other merge.weights than {weights}"
+        raise AdapterError(
+            f"the merge by rule {quoted(settings.rule)} is empty: A or B is all zero in each of its {len(merged)} modules; {way}"
+        )
     return AdapterWeights(merged)
+
+
+def _acts(pairs: Mapping[str, LoraPair]) -> bool:
+    """Whether an adapter changes anything: a module has both factors."""
+    return any(bool(pair.A.any() and pair.B.any()) for pair in pairs.values())
 
 
 def _check_shapes(module: str, parts: list[Part], rule: RuleOrName) -> None:

@@ -8,6 +8,7 @@ from grasp_lora.method.policy import Gaussian, Spread, Stacked
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.method.search import RatioPolicy
 from grasp_lora.method.surrogate import surrogate
+from grasp_lora.text.display import quoted
 from grasp_lora.text.names import find
 
 RULES: dict[str, Rule] = {rule.name: rule for rule in (surrogate, smooth_fit, best_reward)}
@@ -22,9 +23,12 @@ def ratio_rule(rule: RuleOrName) -> Rule:
     """The rule of a name: a key of `RULES`, or an import path.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or the object is no `Rule`.
     """
-    return find("rule", rule, Rule, RULES)
+    found = find("rule", rule, Rule, RULES)
+    if not isinstance(found, Rule):
+        raise ValueError(f"rule is {quoted(found)}; it must be a name or a Rule, such as Rule('mine', function)")
+    return found
 
 
 @dataclass(frozen=True)

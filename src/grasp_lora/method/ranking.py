@@ -1,7 +1,8 @@
 """The order in which weights are pruned, as one flat tensor for all modules, and the masks that follow from it.
 
 Weights are ranked once by (importance, position), so a mask at any ratio is one comparison, counts are exact under ties, and
-raising the ratio only adds weights to the pruned set. Groups of one size are ranked in one sort.
+raising the ratio only adds weights to the pruned set. Groups of one size are ranked in one sort. A group whose scores are all
+zero, as of a factor B that did not train, would lose its first output features: it takes a random order, always the same one.
 """
 
 import math
@@ -50,6 +51,11 @@ def rank_weights(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter(-1, order, places)
 
 
+def _by_chance(size: int) -> Tensor:
+    """Places in a random order that depends on the size alone, int32, [size]."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0)).int()
+
+
 class Groups:
     """Who competes with whom: weights, or rank-one components as a whole, in groups that are ranked each for itself.
 
@@ -64,6 +70,7 @@ class Groups:
         sizes, index = torch.unique(size_of_unit, return_inverse=True)
         self.sizes: list[int] = sizes.tolist()
         self._members = [order[size_of_unit[order] == size].view(-1, size).int().to(device) for size in self.sizes]
+        self._random = [_by_chance(size).to(device) for size in self.sizes]
         self._size_of = (index if component_of is None else index[component_of]).int().to(device)
         self._component_of = None if component_of is None else component_of.to(device)
 
@@ -102,8 +109,10 @@ class Groups:
             scores: of the weights or components, [units].
         """
         places = torch.empty_like(scores, dtype=torch.int32)
-        for members in map(Tensor.long, self._members):
-            places[members] = rank_weights(scores[members]).int()
+        for members, by_chance in zip(map(Tensor.long, self._members), self._random, strict=True):
+            own = scores[members]
+            nothing = (own == 0).all(dim=1, keepdim=True)
+            places[members] = torch.where(nothing, by_chance, rank_weights(own).int())
         return places if self._component_of is None else places[self._component_of]
 
     def keep(self, places: Tensor, prune_ratio: float) -> Tensor:

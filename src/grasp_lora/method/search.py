@@ -13,9 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from grasp_lora.errors import ProbeError
+from grasp_lora.errors import ProbeError, RecipeError
 from grasp_lora.method.estimate import Rule
 from grasp_lora.method.rounds import Decision, RatioEstimate, Round
+from grasp_lora.text.display import quoted
+
+_ROUNDING = 1e-9  # by which a ratio that was computed may pass a bound
 
 Regime = Literal["held", "each_step", "stacked"]
 
@@ -130,11 +133,18 @@ class RatioSearch:
         Raises:
             ProbeError: a loss is not a finite number.
             ValueError: the round does not fit: numbers of candidates or examples, ratios. Nothing changes.
+            RecipeError: the policy decides no ratio within its bounds.
         """
         self._check(measured)
         self.history.append(measured)
         self.mean, self.std = self.policy.learn(self, measured)
         decision = self.policy.decide(self, measured)
+        low, high = self.policy.ratio_min, self.policy.ratio_max
+        if not isinstance(decision, Decision) or not low <= decision.ratio <= high:
+            raise RecipeError(
+                f"policy {type(self.policy).__name__} decided {quoted(getattr(decision, 'ratio', decision))} after round "
+                f"{len(self.history)}; decide must return a Decision whose ratio lies in [{low}, {high}]; policy.clamp sees to it"
+            )
         self.current_ratio = decision.ratio
         return decision
 
@@ -157,8 +167,16 @@ class RatioSearch:
 
         Raises:
             ValueError: no round has been told yet.
+            RecipeError: the rule gives a ratio outside the bounds, or an interval that does not hold it.
         """
-        return self.rule(self.history, self.policy.ratio_min, self.policy.ratio_max, interval=interval)
+        low, high = self.policy.ratio_min, self.policy.ratio_max
+        found = self.rule(self.history, low, high, interval=interval)
+        if not low - _ROUNDING <= found.low <= found.ratio <= found.high <= high + _ROUNDING:
+            raise RecipeError(
+                f"rule {quoted(self.rule.name)} gave ratio {found.ratio} with interval {found.low} to {found.high}; the interval "
+                f"must hold the ratio, and all must lie in [{low}, {high}]"
+            )
+        return found
 
     def _check(self, measured: Round) -> None:
         if len(measured.candidates) != len(measured.candidate_losses) or not measured.candidates:
@@ -184,15 +202,15 @@ class RatioSearch:
             if not losses or len(losses) != (few if number else examples):
                 raise ValueError(
                     f"a list of {len(losses)} losses beside a baseline of {few}; "
-                    "the baseline and every candidate need the loss of each micro-dev example"
+                    "the baseline and every candidate need the loss of each example"
                 )
             for example, loss in enumerate(losses):
                 if not math.isfinite(loss):
-                    raise ProbeError(f"the loss of micro-dev example {example} is {loss}; it must be finite")
+                    raise ProbeError(f"the loss of probed example {example} is {loss}; it must be finite")
         if self.history:
             earlier = self.history[0]
             for what, count, before in (
-                ("micro-dev examples", examples, len(earlier.baseline_losses)),
+                ("probed examples", examples, len(earlier.baseline_losses)),
                 ("losses of a candidate", len(measured.candidate_losses[0]), len(earlier.candidate_losses[0])),
             ):
                 if count != before:

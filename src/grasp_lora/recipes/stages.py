@@ -168,11 +168,13 @@ class ControllerStage(Controller):
                 f"training.patience is {self.training.patience}, but this policy trains at many ratios, so "
                 "no dev loss is that of the run; remove it, or set controller.rounds.patience to stop the run by its rounds"
             )
-        if self.policy.regime == "stacked" and (self.rounds.in_turn or self.training.gradient_checkpointing):
-            found = "rounds.in_turn" if self.rounds.in_turn else "training.gradient_checkpointing"
+        if self.policy.regime == "stacked" and self.rounds.in_turn is not None:  # preset `spread` has one, too
             raise ValueError(
-                f"{found} is set, but stacked adapters measure the whole pool and train without it; remove it"
+                f"rounds.in_turn is {self.rounds.in_turn}, but stacked adapters measure the whole pool; set "
+                "controller.rounds.in_turn to null, or leave it out and set controller.preset to stacked"
             )
+        if self.policy.regime == "stacked" and self.training.gradient_checkpointing:
+            raise ValueError("training.gradient_checkpointing is set, but stacked adapters train without it; remove it")
         if self.training.patience is not None and self.rounds.start > 0.0:
             raise ValueError(
                 f"training.patience is {self.training.patience}, but controller.rounds.start {self.rounds.start} leaves rounds "

@@ -123,6 +123,10 @@ class GraspController(PrunedTraining):
         self._log = functools.partial(Trainer.log, trainer)
         return self
 
+    @property
+    def _most_pruned(self) -> float:
+        return self.settings.policy.ratio_max
+
     def _start_anew(self) -> None:
         self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
         self.regime = regime_of(self.settings.policy)

@@ -132,7 +132,7 @@ class ProbeSet:
                 on_device = {name: tensor.to(device) for name, tensor in batch.items()}
                 if collector is not None:
                     # A batch that only keeps this rank in step counts for another rank already.
-                    collector.token_mask = on_device["attention_mask"] * bool(indices)
+                    collector.token_mask, collector.counts = on_device["attention_mask"], bool(indices)
                 measured = example_losses(
                     model,
                     on_device,
@@ -234,6 +234,8 @@ class NormCollector:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.token_mask: Tensor | None = None
+        # Whether the batch counts: its mask alone says nothing to a module that sees some of its tokens, as lm_head does.
+        self.counts = True
         self._adapter = active_adapter(model)
         layers = lora_layers(model, self._adapter)
         self._layers = {name: layer for name, layer in layers.items() if self._adapter in layer.lora_A}
@@ -270,6 +272,8 @@ class NormCollector:
 
     def _hook(self, name: str, factor: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
         def add(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if not self.counts:
+                return
             values = inputs[0].detach().float()
             if self.token_mask is not None and values.shape[:2] == self.token_mask.shape:
                 values = values * self.token_mask[:, :, None]

@@ -78,7 +78,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         """Prune before the first step, or take up the masks of the checkpoint that training resumes from.
 
         A training that begins anew on the same adapter, such as after `auto_find_batch_size` found a batch too large, begins
-        with the stashed values where the mask was on.
+        with the stashed values where the mask was on. Mode `reselect` stashes nothing, so that what it pruned last stays zero.
 
         Raises:
             GraspError: the adapter cannot be pruned, the trainer shards its weights or would put back others, or the checkpoint
@@ -103,7 +103,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
                     "its masks do not fit the weights; resume within the folder that training began in"
                 )
             return
-        if self.mode == "hold" and self.prune_ratio > 0.0:
+        if self.mode == "hold" and self._most_pruned > 0.0:
             _check_order(self.masks)
         calibrate(kwargs["model"], self.masks, self.calibration)
         if self.mode == "reselect":
@@ -154,6 +154,11 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
                 f"{place} process {others[0]} holds other masks than process 0, so their losses do not belong together; give all "
                 "processes the same libraries, devices and data, then run the same command again"
             )
+
+    @property
+    def _most_pruned(self) -> float:
+        """The highest ratio that it may prune at."""
+        return self.prune_ratio
 
     def _revive(self, pairs: Mapping[str, LoraPair]) -> None:
         """Put stashed values back on the weights that they were taken from."""

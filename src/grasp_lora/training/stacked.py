@@ -232,7 +232,7 @@ def train_stacked(
         pad_id: token id for padding.
         dropout: on what enters a factor A.
         measured_after: whether dev is measured after an optimizer step, 0 for before the first; None takes `evaluate_every`.
-        halve: whether after each measurement but the first only the better half of the members goes on.
+        halve: whether after each measurement that follows a step only the better half of the members goes on.
         on_measured: told the step and the losses; says whether all training stops.
         on_step: called with step, steps, epoch and loss every few steps, for a progress display.
         stop_requested: asked after each step; names what wants the training to stop.
