@@ -205,6 +205,14 @@ def test_no_dev_and_no_test_set_are_warned_of(check: Check) -> None:
     assert "the last step of every fine-tune is kept" in found["dev"].text
 
 
+def test_more_rounds_than_the_rule_can_follow_are_warned_of(check: Check) -> None:
+    changes = ("controller.rounds.every=1", "controller.rounds.patience=null", "controller.training.epochs=40")
+    found = check(*SPREAD, *changes)["rounds"]
+    assert found.level == "warning"
+    assert "401 rounds, and rule surrogate takes seconds or minutes for each" in found.text
+    assert check(*SPREAD, *changes, "controller.rule=smooth_fit")["rounds"].level == "ok"
+
+
 def test_a_given_ratio_needs_no_rounds(check: Check) -> None:
     found = check("final.prune_ratio=0.4", "controller.rounds.every=1000")
     assert "rounds" not in found

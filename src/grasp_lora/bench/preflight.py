@@ -26,6 +26,8 @@ from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import Example, Tally
 from grasp_lora.data.splits import SPLITS, group_numbers, group_size
 from grasp_lora.errors import GraspError
+from grasp_lora.method.presets import ratio_rule
+from grasp_lora.method.surrogate import surrogate
 from grasp_lora.models.backbone import skeleton, supports_logits_to_keep
 from grasp_lora.models.precision import find_dtype, is_quantised, stored_bytes
 from grasp_lora.recipes.advice import advice
@@ -36,6 +38,9 @@ from grasp_lora.text.display import quoted
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 FEW_ROUNDS = 10
+MANY_ROUNDS = (
+    300  # a decision by rule `surrogate` takes 0.2 s after 100 rounds and 1.6 s after 250, about as their cube
+)
 FEW_INDEPENDENT_ROUNDS = 3  # where no ratio is held, they do not depend on each other
 FEW_PROBED = 8
 PROMPT_SHOWN = 30  # characters
@@ -221,6 +226,11 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
         advice = "; raise controller.training.epochs or lower controller.rounds.every" if level == "warning" else ""
         noun = "round" if rounds == 1 else "rounds"
         most = "" if stage.rounds.patience is None and stage.training.patience is None else "at most "
+        if rounds > MANY_ROUNDS and ratio_rule(stage.rule) is surrogate:
+            level, advice = (
+                "warning",
+                ", and rule surrogate takes seconds or minutes for each; raise controller.rounds.every",
+            )
         findings.append(Finding(level, "rounds", f"the controller will run {most}{rounds} {noun}{advice}"))
         findings += _patience(stage, sizes["train"])
     if recipe.final.start == "controller":

@@ -22,6 +22,7 @@ from grasp_lora.method.ranking import Groups, Ranking, WeightKey, in_a_row, view
 
 SCOPES = ("factor", "tensor", "global")
 GRANULARITIES = ("weight", "component")
+MASK_MODES = ("hold", "reselect")  # one mask for a whole training, or another after each optimizer step
 FACTORS = ("A", "B")
 KEEP, STASH, NORMS = "keep.", "stash.", "norms."  # what begins the names of tensors in a checkpoint
 

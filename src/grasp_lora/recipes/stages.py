@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, InstanceOf, PlainSerializer, WithJsonSchema
 
-from grasp_lora.method.masks import MaskSettings
+from grasp_lora.method.masks import MASK_MODES, MaskSettings
 from grasp_lora.method.policy import POLICIES, plain_policy, policy_class
 from grasp_lora.method.presets import PRESETS, WITH_DEV, WITHOUT_DEV, Controller, preset
 from grasp_lora.method.search import RatioPolicy
@@ -198,7 +198,6 @@ class ControllerStage(Controller):
 
 DELIVER = ("best", "grasp")
 STARTS = ("merged", "controller")
-MODES = ("hold", "reselect")
 
 
 @dataclass(frozen=True)
@@ -234,7 +233,7 @@ class FinalStage:
             raise ValueError(f"deliver is {self.deliver!r}; allowed: {', '.join(DELIVER)}")
         if self.start not in STARTS:
             raise ValueError(f"start is {self.start!r}; allowed: {', '.join(STARTS)}")
-        if self.mode not in MODES:
-            raise ValueError(f"mode is {self.mode!r}; allowed: {', '.join(MODES)}")
+        if self.mode not in MASK_MODES:
+            raise ValueError(f"mode is {self.mode!r}; allowed: {', '.join(MASK_MODES)}")
         if self.prune_ratio is not None and not 0.0 <= self.prune_ratio <= 1.0:
             raise ValueError(f"prune_ratio is {self.prune_ratio}; it must be a fraction in [0, 1]")

@@ -20,7 +20,7 @@ from grasp_lora.report.tables import METRIC_NAMES, SAME_EVERYWHERE, Cell, Table,
 from grasp_lora.storage.files import write_whole
 
 COMPARISON_TABLES_FILE = "compare.md"
-CHOSEN_ON = {None: "–", "dev": "dev", "micro_dev": "micro-dev", "both": "micro-dev and dev", "test": "TEST"}
+CHOSEN_ON = {None: "–", "dev": "dev", "micro_dev": "micro-dev", "both": "micro-dev and dev"}
 STEADY = 1.5  # seconds per forward pass of the final runs that may differ this many times before speed-ups in seconds mislead
 GRIDS = ("grid", "grid_paper", "grid_dev_free")  # the first of them that was run is what speed-ups refer to
 FULL_WIDTH = 180  # of a table that does not go to a terminal

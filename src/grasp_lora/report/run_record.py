@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from grasp_lora.bench import run_folder as files
+from grasp_lora.bench.outcomes import names_of
 from grasp_lora.bench.records import check_shape, damaged, read_lines, read_record, read_text
 from grasp_lora.bench.run_stages import FinalChoices
 from grasp_lora.errors import RecipeError
@@ -160,7 +161,7 @@ class RunRecord:
     @property
     def sources(self) -> list[str]:
         """The names of the source adapters in files: source, source_2, ..."""
-        return _sources(self.recipe)
+        return list(names_of(len(self.recipe.source.adapters)))
 
     @property
     def systems(self) -> dict[str, str]:
@@ -238,7 +239,15 @@ def read_run(run_folder: Path) -> RunRecord:
         sparsity=read_record(run_folder / files.FINAL_FOLDER / files.SPARSITY_FILE, list[files.FactorSparsity]) or [],
         predictions={
             name: read_lines(files.predictions_file(run_folder, name), files.Prediction)
-            for name in ("zero_shot", *_sources(recipe), "target", "merged", "continued", "grasp", "all_rows")
+            for name in (
+                "zero_shot",
+                *names_of(len(recipe.source.adapters)),
+                "target",
+                "merged",
+                "continued",
+                "grasp",
+                "all_rows",
+            )
         },
         prompts=read_lines(files.prompts_file(run_folder), files.Prompt),
         metrics=metrics,
@@ -253,10 +262,6 @@ def _growing(run_folder: Path, name: str, shape: type[_Row]) -> list[_Row]:
     under_way = (run_folder / files.STORE_FOLDER / files.WORK).glob(f"*/{files.CONTROLLER_FOLDER}*/{name}")
     places = [run_folder / files.CONTROLLER_FOLDER / name, *under_way]
     return next((rows for file in places if (rows := read_lines(file, shape, growing=True))), [])
-
-
-def _sources(recipe: RecipeFacts) -> list[str]:
-    return ["source", *(f"source_{number}" for number in range(2, len(recipe.source.adapters) + 1))]
 
 
 def _recipe_facts(text: str, file: Path) -> RecipeFacts:

@@ -13,7 +13,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import LoraPair, Segment
-from grasp_lora.method.masks import MaskSet, MaskSettings
+from grasp_lora.method.masks import MASK_MODES, MaskSet, MaskSettings
 from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_pairs, lora_layers
 from grasp_lora.storage.checkpoints import State, read_state
 from grasp_lora.training.gradients import GradientCheck
@@ -21,8 +21,6 @@ from grasp_lora.training.probes import ProbeSet, calibrate, exchanging
 from grasp_lora.training.saved import SavedInCheckpoints
 
 logger = logging.getLogger(__name__)
-
-MASK_MODES = ("hold", "reselect")
 
 
 class PrunedTraining(GradientCheck, SavedInCheckpoints):
