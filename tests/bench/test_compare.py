@@ -269,6 +269,21 @@ def test_an_adapter_of_which_a_part_was_copied_is_trained_again(finished, caplog
     assert "it is made again" in caplog.text
 
 
+def test_scores_that_were_computed_in_several_ways_are_told_of(finished):
+    folder, content = finished
+    assert not [one for one in content["warnings"] if "computed in" in one]
+    file = next((folder / "store/records").glob("scores-*.json"))
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    metric, entry = next(iter(stored["result"].items()))
+    entry["signature"] += "|version:0"
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    again, recorder = run(folder, SMALL)
+    assert not recorder.did
+    (told,) = [one for one in again["warnings"] if "computed in" in one]
+    assert told.startswith(f"rows have {metric} computed in 2 ways (")
+    assert "|version:0" in told
+
+
 def test_a_changed_controller_leaves_the_other_rows_alone(finished):
     folder, content = finished
     again, recorder = run(folder, SMALL, "controller.policy.max_step=0.05")

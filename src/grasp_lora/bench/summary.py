@@ -99,7 +99,11 @@ def summary(
         rows=[_row(name, row, metrics, comparisons) for name, row in rows.items()],
         other_splits=[],
         curve=_curve(finished),
-        warnings=[*_warnings(finished, "fold" if folds else "seed"), *_of_the_paper(session, finished)],
+        warnings=[
+            *_warnings(finished, "fold" if folds else "seed"),
+            *_of_the_paper(session, finished),
+            *_scored_otherwise(finished, metrics),
+        ],
         made_with=_made_with(finished),
         pace=_pace(finished),
         **optional,
@@ -266,6 +270,21 @@ def _warnings(rows: Mapping[str, Outcomes], what: str) -> list[str]:
         for name, row in rows.items()
         for number, outcome in row.by_number.items()
         for sentence in outcome.left_out
+    ]
+
+
+def _scored_otherwise(rows: Mapping[str, Outcomes], metrics: Sequence[str]) -> list[str]:
+    """Which metrics were computed in several ways, such as by two versions of a library, with one seed or fold."""
+    found: dict[tuple[str, int], set[str]] = {}
+    for row in rows.values():
+        for number, outcome in row.by_number.items():
+            for metric, entry in outcome.scores.result.items():
+                found.setdefault((metric, number), set()).add(entry["signature"])
+    unlike = {metric: ways for (metric, _), ways in found.items() if metric in metrics and len(ways) > 1}
+    return [
+        f"rows have {metric} computed in {len(ways)} ways ({' and '.join(sorted(ways))}); to compute it anew, remove "
+        "scores-*.json from store/records and give the same command again"
+        for metric, ways in unlike.items()
     ]
 
 
