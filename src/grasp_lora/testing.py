@@ -71,10 +71,8 @@ def _check_search(name: str, policy: RatioPolicy, rule: Rule, loss: Callable[[fl
             _require(search.training_ratio(step) == ratio, f"{name}: asked twice, step {step} trains at other ratios")
         _require(_state(search) == before, f"{name}: asking changes the search")
         told.append(_round(search.current_ratio, candidates, number, loss))
-        try:
+        with _broken(name):
             decision = search.tell(told[-1])
-        except RecipeError as error:
-            raise AssertionError(f"{name}: {error}") from error
         _require(math.isfinite(search.mean), f"{name}: the mean is {search.mean} after round {number}")
         _require(0 < search.std < math.inf, f"{name}: the deviation is {search.std} after round {number}")
         _require(
@@ -87,6 +85,15 @@ def _check_search(name: str, policy: RatioPolicy, rule: Rule, loss: Callable[[fl
         resumed.tell(one)
     _require(_state(resumed) == _state(search), f"{name}: told the same rounds again, it is not as it was")
     _require(resumed.ask() == search.ask(), f"{name}: told the same rounds again, it asks for other candidates")
+
+
+@contextmanager
+def _broken(name: str) -> Iterator[None]:
+    """Turn what the package itself refuses into the error of a suite."""
+    try:
+        yield
+    except RecipeError as error:
+        raise AssertionError(f"{name}: {error}") from error
 
 
 def check_rule(rule: Rule) -> None:
@@ -102,16 +109,12 @@ def check_rule(rule: Rule) -> None:
             rounds = [_round(0.4, [draw.uniform(low, high) for _ in range(5)], number, loss) for number in range(count)]
             if rule.compares_rounds and count > 1:  # candidates on some examples, the baseline on all
                 rounds[-1] = replace(rounds[-1], places=(1, 3), candidate_losses=_some(rounds[-1], (1, 3)))
-            with _no_global_draws(name):
+            with _no_global_draws(name), _broken(name):
                 found, quick = rule(rounds, low, high), rule(rounds, low, high, interval=False)
             where = f"{name}, {count} rounds of {kind}"
             _require(found == rule(rounds, low, high), f"{where}: called twice, it finds another ratio")
             _require(
                 (found.rule, found.rounds) == (name, count), f"{where}: it says {found.rule}, {found.rounds} rounds"
-            )
-            _require(
-                low <= found.low <= found.ratio <= found.high <= high,
-                f"{where}: interval {found.low} to {found.high} about {found.ratio} is not within [{low}, {high}]",
             )
             _require(
                 quick.low == quick.ratio == quick.high == found.ratio,

@@ -18,7 +18,16 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
 from grasp_lora.bench.sweep_record import SWEEP_FILE, SweepResult
-from grasp_lora.errors import AdapterError, DataError, DivergedError, GraspError, ProbeError, RecipeError
+from grasp_lora.errors import (
+    AdapterError,
+    DataError,
+    DivergedError,
+    GraspError,
+    LackOfMemoryError,
+    ProbeError,
+    RecipeError,
+    UntrainedError,
+)
 
 RATIO = "final.prune_ratio=0.1..0.8"
 
@@ -69,7 +78,7 @@ def unreachable() -> AdapterError:
 @pytest.mark.parametrize(
     "error",
     [
-        GraspError("the memory does not suffice"),
+        LackOfMemoryError("the memory does not suffice"),
         DataError("data.jsonl is missing"),
         RecipeError("a tracker"),
         unreachable(),
@@ -85,6 +94,15 @@ def test_what_is_no_fault_of_the_values_ends_the_sweep_and_is_tried_again(
     assert trials_of() == []
     fails(None)
     assert [trial.state for trial in run().trials] == ["complete"]
+
+
+def test_memory_that_sufficed_for_another_trial_lacks_by_the_values(
+    tiny_workspace: Path, fails: Callable[[Exception | None], None]
+) -> None:
+    fails(None)
+    run()
+    fails(LackOfMemoryError("the memory does not suffice"))
+    assert [trial.state for trial in run(trials=2).trials] == ["complete", "failed"]
 
 
 @pytest.mark.parametrize("error", [RecipeError("a tracker does not answer"), DataError("data.jsonl is missing")])
@@ -133,7 +151,7 @@ def test_a_trial_whose_parents_learned_nothing_fails_and_the_sweep_goes_on(
     tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def nothing(self: Bench, weights: Any) -> None:
-        raise GraspError("the adapters to start from change nothing")
+        raise UntrainedError("the adapters to start from change nothing")
 
     with monkeypatch.context() as patch:
         patch.setattr(Bench, "_check_learned", nothing)

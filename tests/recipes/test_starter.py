@@ -683,7 +683,7 @@ def test_a_backbones_folder_that_is_not_there_is_refused_at_once(start: Callable
             DataError,
             r"s\.jsonl is data for the task completion by its columns, but the target's task is qa",
         ),
-        (completion(60), ("few.jsonl",), DataError, r"the source has 10 examples, .*at least 20 are needed"),
+        (completion(60), ("few.jsonl",), DataError, r"the source has 10 examples .*at least 20 are needed"),
         (completion(60), ("s.jsonl", "renamed.jsonl"), DataError, r"the source files differ in their columns"),
         ([{"prompt": "a", "completion": ""}] * 60, (), DataError, r"line 1: completion is empty"),
         (labelled(60, ["a"]), (), DataError, r"t\.jsonl: a; a classification needs two labels or more"),
@@ -723,7 +723,8 @@ def test_texts_beside_questions_and_answers_are_not_left_out_in_silence(start: C
     file = write(Path("t.jsonl"), rows)
     named = ["question=Swali", "answer=Jibu"]
     with pytest.raises(
-        DataError, match=r"texts in the column .Muktadha., .* add --column context=Muktadha, .* prompt=Swali"
+        DataError,
+        match=r"texts in the column .Muktadha. .*say --column context=Muktadha --column question=Swali .* prompt=Swali",
     ):
         start(file, columns=named)
     content = yaml.safe_load(start(file, columns=[*named, "context=Muktadha"]).read_text(encoding="utf-8"))
@@ -735,8 +736,9 @@ def test_sizes_leave_out_what_is_too_long(start: Callable[..., Path]) -> None:
     content = yaml.safe_load(start(write(Path("t.jsonl"), rows)).read_text(encoding="utf-8"))
     sizes = content["data"]["target"]
     assert sum(sizes[name] for name in ("dev", "micro_dev", "test")) < 60 - 15
-    with pytest.raises(DataError, match=r"t\.jsonl has 20 examples of at most 2048 tokens.* shorten the other 40"):
-        start(write(Path("t.jsonl"), rows[1::2][:40] + rows[::2][:20]), output=Path("other.yaml"))
+    short = write(Path("short.jsonl"), completion(60))
+    with pytest.raises(DataError, match=r"the source has 10 examples of at most 512 tokens.* at least 20 are needed"):
+        start(short, [str(write(Path("s.jsonl"), [*rows[1::2], *rows[:20:2]]))], output=Path("other.yaml"))
 
 
 def test_labels_of_both_languages_are_written_alike(start: Callable[..., Path]) -> None:
@@ -786,7 +788,9 @@ def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callab
     write(Path("named.jsonl"), named)
     told = cli("init", "named.jsonl", "-l", "de").out
     assert "task: completion, where prompt is the column question and completion is the column answer\n" in told
-    assert cli("check", "full.yaml").status == 0
+    checked = cli("check", "full.yaml", "--set", "seed=7")
+    assert checked.status == 0
+    assert checked.out.rstrip().endswith("next: grasp-lora run full.yaml --set seed=7")
     assert Path("full.yaml").read_text().startswith(f"# yaml-language-server: $schema={SCHEMA_FILE}\n")
     assert Path(SCHEMA_FILE).read_text(encoding="utf-8") == schema_text()
 

@@ -12,6 +12,7 @@ from grasp_lora.bench.keys import plain, public_bertscore
 from grasp_lora.bench.outcomes import Adapter, Measured, Outcome, unique
 from grasp_lora.bench.run_folder import TargetOn
 from grasp_lora.bench.store import Record, key_of
+from grasp_lora.evaluation.answers import MLQA_LANGUAGES
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
 from grasp_lora.text.characters import space_words
@@ -78,7 +79,7 @@ class Measuring(Keyed):
         generation = {"max_new_tokens": answers_by.max_new_tokens, "stop": answers_by.stop}
         if not answers_by.allow_empty:  # as the records say that were made when every answer could be empty
             generation["allow_empty"] = False
-        if ends := self._other_ends():  # earlier records do not have it: most backbones name no other
+        if ends := self._other_ends():  # earlier records do not have it: base models name no other
             generation["ends"] = ends
         asked = self._measured(adapter, data=self._data("test"), revision=REVISIONS["scores"], generation=generation)
         if self.session.splits.labels:
@@ -118,7 +119,8 @@ class Measuring(Keyed):
             settings["code"] = code
         if session.splits.labels.keys() - {one for texts in references for one in texts}:
             settings["statistics"] = "of all labels"  # once they were of those in the references alone
-        if any(space_words(text) != text for texts in references for text in texts):
+        by_words = code not in MLQA_LANGUAGES and {"exact_match", "f1"} & set(session.metrics)
+        if by_words and any(space_words(text) != text for texts in references for text in texts):
             settings["words"] = "at their marks, too"  # once such a mark joined two words or was one
         file = self._answers_file(adapter)
 

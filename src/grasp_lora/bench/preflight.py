@@ -226,7 +226,8 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
         advice = "; raise controller.training.epochs or lower controller.rounds.every" if level == "warning" else ""
         noun = "round" if rounds == 1 else "rounds"
         most = "" if stage.rounds.patience is None and stage.training.patience is None else "at most "
-        if rounds > MANY_ROUNDS and ratio_rule(stage.rule) is surrogate:
+        asked_each_round = stage.policy.regime == "each_step"
+        if rounds > MANY_ROUNDS and asked_each_round and ratio_rule(stage.rule) is surrogate:
             level, advice = (
                 "warning",
                 ", and rule surrogate takes seconds or minutes for each; raise controller.rounds.every",

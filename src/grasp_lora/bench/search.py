@@ -28,8 +28,14 @@ from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import WAIT, Store
 from grasp_lora.bench.sweep_record import SWEEP_FILE, Identity, SweepCost, SweepResult, Trial
 from grasp_lora.data.places import resolve_file
-from grasp_lora.errors import AdapterError, DivergedError, GraspError, ProbeError, RecipeError
-from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.errors import (
+    AdapterError,
+    DivergedError,
+    LackOfMemoryError,
+    ProbeError,
+    RecipeError,
+    UntrainedError,
+)
 from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.checkpoints import Checkpointing
@@ -116,20 +122,6 @@ def sweep(session: Session, folder: Path, settings: SweepSettings) -> SweepResul
         with in_turn(folder / SWEEP_FOLDER):
             write_whole(folder / SWEEP_FOLDER / BEST_FILE, relocated(tuned, session.base, folder / SWEEP_FOLDER))
     return result
-
-
-class _NothingLearnedError(GraspError):
-    """The adapters to start from are as before training."""
-
-
-class _TrialBench(Bench):
-    """A bench that tells this fault of a trial's values from others."""
-
-    def _check_learned(self, weights: AdapterWeights) -> None:
-        try:
-            super()._check_learned(weights)
-        except GraspError as error:
-            raise _NothingLearnedError(str(error)) from error
 
 
 class _Search:
@@ -258,15 +250,17 @@ class _Search:
             if isinstance(error.__cause__, OSError):  # an adapter is out of reach
                 raise
             return Trial(number, values, "failed", error=str(error))
-        bench = _TrialBench(session, session, self._store)
+        bench = Bench(session, session, self._store)
         try:
             bench = bench.decided
             merged = bench.merged()
             self._parents |= {one.key: (one.seconds, one.work) for one in merged.records}
             started = time.perf_counter()
             adapter = bench.finetuned(merged, session.recipe.final.prune_ratio or 0.0)
-        except (DivergedError, ProbeError, AdapterError, _NothingLearnedError) as error:
-            if isinstance(error.__cause__, OSError):
+        except (DivergedError, ProbeError, AdapterError, UntrainedError, LackOfMemoryError) as error:
+            # Memory that sufficed for another trial lacks by the values of this one.
+            fits = any(trial.dev_loss is not None for trial in self._trials)
+            if isinstance(error.__cause__, OSError) or (isinstance(error, LackOfMemoryError) and not fits):
                 raise
             seconds = round(time.perf_counter() - started, 3)
             return Trial(number, values, "failed", seconds=seconds, error=str(error))

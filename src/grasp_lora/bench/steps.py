@@ -29,7 +29,7 @@ from grasp_lora.bench.outcomes import (
 from grasp_lora.bench.run_folder import TargetOn
 from grasp_lora.bench.stacked import learn_stacked, train_grid
 from grasp_lora.bench.store import Record
-from grasp_lora.errors import AdapterError, DivergedError, GraspError, ProbeError, RecipeError
+from grasp_lora.errors import AdapterError, DivergedError, GraspError, ProbeError, RecipeError, UntrainedError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import POLICIES
@@ -273,7 +273,7 @@ class Bench(Measuring):
         if any(pair.A.any() and pair.B.any() for pair in weights.values()):
             return
         source, target = (stage.training.learning_rate for stage in (self.recipe.source, self.recipe.target))
-        raise GraspError(
+        raise UntrainedError(
             "the adapters to start from change nothing, as before training: no step lowered a dev loss (or a given one was never "
             f"trained); lower source.training.learning_rate (now {source:g}) and target.training.learning_rate (now {target:g})"
         )

@@ -20,6 +20,7 @@ _ARTICLES: dict[str, str | None] = {
     "hi": None,
     "zh": None,
 }
+MLQA_LANGUAGES = frozenset(_ARTICLES)  # whose rules stay as they are
 _MLQA_CHINESE = re.compile("[\u4e00-\u9fa5]")
 
 

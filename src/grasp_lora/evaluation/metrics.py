@@ -22,9 +22,8 @@ from grasp_lora.text.display import quoted
 from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import imported
 
-_ROUNDED = (
-    1e-3  # how far the value of a metric of one's own may be from the mean of its examples, relative and absolute
-)
+# Of the largest score of an example: how far the value of a metric of one's own may be from the mean, since it may be rounded.
+_ROUNDED = 0.005
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -168,7 +167,7 @@ def _compute(name: str, metric: Metric, outputs: Outputs) -> MetricScore:
     per_example = tuple(map(number, result.per_example))
     if metric.from_statistics is None and value is not None:  # intervals and verdicts are those of the mean
         mean = sum(per_example) / max(1, len(per_example))
-        if not math.isclose(value, mean, rel_tol=_ROUNDED, abs_tol=_ROUNDED):
+        if abs(value - mean) > _ROUNDED * max(1.0, *map(abs, per_example)):
             raise DataError(
                 f"metric {name!r} gave the value {value:g}, but its scores of the examples have the mean {mean:g}; give that as "
                 "the value, or name a Metric whose from_statistics computes the score of a whole test set"

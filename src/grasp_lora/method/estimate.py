@@ -21,6 +21,7 @@ _GRID = 281
 # shown whole, such as the surrogate's 57.
 _CURVE_POINTS = 40
 RESAMPLES = 1000
+_ROUNDING = 1e-9  # by which a ratio that was computed may pass a bound
 _RIDGE = 1e-6
 _TAILS = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
 _ROUNDING = 1e-6  # of a loss, in float32
@@ -50,7 +51,7 @@ class Rule:
 
         Raises:
             ValueError: there are no rounds.
-            RecipeError: the function gives no estimate.
+            RecipeError: the function gives no estimate, a ratio outside the bounds, or an interval that does not hold it.
         """
         if not rounds:
             raise ValueError("no round was measured yet, so there is no learned ratio; tell at least one round")
@@ -58,6 +59,11 @@ class Rule:
         if not isinstance(given, RatioEstimate):
             raise RecipeError(
                 f"rule {quoted(self.name)} gave {quoted(given)}; its function must return a RatioEstimate"
+            )
+        if not ratio_min - _ROUNDING <= given.low <= given.ratio <= given.high <= ratio_max + _ROUNDING:
+            raise RecipeError(
+                f"rule {quoted(self.name)} gave ratio {given.ratio} with interval {given.low} to {given.high}; the interval must "
+                f"hold the ratio, and all must lie in [{ratio_min}, {ratio_max}]"
             )
         found = replace(given, bounds=(ratio_min, ratio_max))
         return replace(found, low=ratio_min, high=ratio_max) if interval and _say_nothing(rounds) else found

@@ -87,10 +87,9 @@ class Corpus:
         """A limit that leaves out no example of ordinary length, whatever the script: it bounds no more than that."""
         return max(FEWEST_TOKENS, min(MOST_TOKENS, 64 * math.ceil(self.longest_tokens * BYTES / 2 / 64)))
 
-    @property
-    def usable(self) -> tuple[Record, ...]:
-        """The records that `most_tokens` leaves in, by their estimate; the rest may be left out."""
-        return tuple(record for record in self.records if self._bytes(record) <= BYTES * self.most_tokens)
+    def usable(self, most_tokens: int) -> tuple[Record, ...]:
+        """The records that a limit of tokens leaves in, by their estimate."""
+        return tuple(record for record in self.records if self._bytes(record) <= BYTES * most_tokens)
 
     def _bytes(self, record: Record) -> int:
         texts = [*record.fields.values(), *(turn["content"] for turn in record.messages)]
@@ -195,10 +194,14 @@ def _refuse_unused(table: Table, chosen: Mapping[str, str], given: Mapping[str, 
     ]
     sizes = {name: sum(len(str(row.values.get(name) or "")) for row in table.rows) for name in columns}
     if texts := [name for name in columns if sizes[name] >= LONG * len(table.rows)]:
-        said = " ".join(f"{option} {shlex.quote(f'{field}={column}')}" for field, column in chosen.items())
+        about = (("context", texts[0]), ("question", chosen["prompt"]), ("answer", chosen["completion"]))
+        with_it, without = (
+            " ".join(f"{option} {shlex.quote(f'{field}={column}')}" for field, column in pairs)
+            for pairs in (about, chosen.items())
+        )
         raise DataError(
-            f"{table.name} has questions, answers and texts in the column {quoted(texts[0])}, which would not be used; if the "
-            f"questions are about them, add {option} {shlex.quote(f'context={texts[0]}')}, and if not, say {said}"
+            f"{table.name} has long texts in the column {quoted(texts[0])} beside questions and answers; if the questions are "
+            f"about them, say {with_it}, and if they are not to be used, {without}"
         )
 
 

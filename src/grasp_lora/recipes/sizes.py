@@ -21,9 +21,11 @@ ORDERS = 20  # random orders of the groups in which the split sizes must fit
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many examples go where; `source` are those that no held-out target example excludes, maybe of one group alone."""
+    """How many examples go where, `spare` ones nowhere; `source` are those that no held-out target example excludes, maybe of one
+    group alone."""
 
     splits: dict[str, int]
+    spare: int
     source: int
     one_source_group: bool
 
@@ -34,18 +36,16 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
     Raises:
         DataError: there are too few examples or groups, or the source has too few that may be trained on.
     """
-    records = target.usable
-    if len(records) < FEWEST <= len(target.records):
-        raise DataError(
-            f"{target.name} has {len(records)} examples of at most {target.most_tokens} tokens, about, and at least {FEWEST} are "
-            f"needed; shorten the other {len(target.records) - len(records)}"
-        )
+    most = target.most_tokens  # the recipe has one limit for both languages
+    records = target.usable(most)
+    if len(records) < FEWEST:  # then the limit has to be raised, as `grasp-lora check` says
+        records = target.records
     if len(records) < FEWEST:
         raise DataError(
             f"{target.name} has {len(records)} examples; at least {FEWEST} are needed for train, micro-dev and test "
             "(40 with a dev set, too, and 400 for held-out splits as large as the paper's)"
         )
-    source_records = [record for corpus in sources for record in corpus.usable]
+    source_records = [record for corpus in sources for record in corpus.usable(most)]
     joined = join_groups(record.keys for record in (*records, *source_records))
     groups, source_groups = by_group(records, joined), by_group(source_records, joined)
     for share in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5):
@@ -59,10 +59,12 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
             fewest = min(map(sum, left))
             if sources and fewest < FEWEST_SOURCE:
                 raise DataError(
-                    f"the source has {len(source_records)} examples, of which {fewest} share no question, context or article "
-                    f"with held-out target examples; at least {FEWEST_SOURCE} are needed: give more source data"
+                    f"the source has {len(source_records)} examples of at most {most} tokens, about, of which {fewest} share no "
+                    f"question, context or article with held-out target examples; at least {FEWEST_SOURCE} are needed: give more "
+                    "source data"
                 )
-            return Sizes(_with_the_rest(groups, sizes), fewest, any(len(found) < 2 for found in left))
+            splits = _with_the_rest(groups, sizes)
+            return Sizes(splits, len(records) - sum(splits.values()), fewest, any(len(found) < 2 for found in left))
     largest = max(groups.values(), key=len)
     column, value = _shared_by(largest)
     shared = f"the {column} {quoted(value)}" if column else "one prompt, context or document"

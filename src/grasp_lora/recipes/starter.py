@@ -83,6 +83,10 @@ def write_recipe(
     if twice := [place for place in dict.fromkeys(source) if source.count(place) > 1]:
         raise DataError(f"source {twice[0]} is given twice; give it once")
     files, adapters = _sort_out(source)
+    if backbone and (backbone[0] in ".~" or Path(backbone).is_absolute()) and not is_folder(expanded(backbone)):
+        raise RecipeError(f"--backbone {backbone} is no folder; give that of a model, or a hub id such as org/name")
+    backbone = backbone or _backbone_of(adapters)
+    places = [resolve_file(name) if name.startswith(DEMO_PREFIX) else Path(name) for name in files]
     for name in files:
         if name.startswith(DEMO_PREFIX) and (own := name.removeprefix(DEMO_PREFIX)[:2]) != language_code(
             source_language
@@ -90,10 +94,6 @@ def write_recipe(
             raise DataError(
                 f"source {name} is of the language {own}, not {source_language}; add --source-language {own}"
             )
-    if backbone and (backbone[0] in ".~" or Path(backbone).is_absolute()) and not is_folder(expanded(backbone)):
-        raise RecipeError(f"--backbone {backbone} is no folder; give that of a model, or a hub id such as org/name")
-    backbone = backbone or _backbone_of(adapters)
-    places = [resolve_file(name) if name.startswith(DEMO_PREFIX) else Path(name) for name in files]
     sources = [
         read_corpus(
             name,
@@ -190,8 +190,7 @@ def _render(
     # JSON is YAML on one line, with all text quoted: no language code or file name is read as something else.
     environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
     task = TASKS[target.task]
-    records, splits = len(target.usable), sizes.splits
-    spare = records - sum(splits.values())
+    splits = sizes.splits
     steps = EPOCHS * splits["train"]
     # Without a dev set the final run trains all epochs: its end decides, not its best moment.
     name = WITH_DEV if splits["dev"] else WITHOUT_DEV
@@ -209,7 +208,7 @@ def _render(
         target=target,
         records=len(target.records),
         sizes=splits,
-        spare=spare,
+        spare=sizes.spare,
         sources=sources,
         source_records=sum(len(corpus.records) for corpus in sources),
         source_dev=source_dev,

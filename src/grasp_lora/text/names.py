@@ -135,8 +135,11 @@ def check_loaded(what: str, name: str) -> None:
         )
     try:
         loaded = hash_of_module(module)
-    except OSError:  # such as one inside an archive
-        return
+    except OSError as error:  # such as one inside an archive
+        raise ValueError(
+            f"{what} is {quoted(name)}, whose file {escaped(file)} cannot be read ({error.strerror or error}), so no record "
+            "could say which code it was; give it as a plain file"
+        ) from error
     try:
         changed = _sha256(file) != loaded
     except OSError:

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from grasp_lora.errors import GraspError
+from grasp_lora.errors import AdapterError, GraspError
 from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.masks import MASK_MODES, MaskSet, MaskSettings
 from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_pairs, lora_layers
@@ -171,7 +171,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         if self.mask.granularity == "component":
             for name, layer in lora_layers(model, active_adapter(model)).items():
                 if getattr(layer, "num_experts", 1) > 1:
-                    raise GraspError(
+                    raise AdapterError(
                         f"granularity 'component' is not possible for {name}, since PEFT orders the components of its "
                         "experts in one way in A and in another in B; use 'weight'"
                     )
