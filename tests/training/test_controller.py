@@ -1633,6 +1633,14 @@ def test_a_checkpoint_holds_every_loss_once_and_a_search_that_differs_is_refused
         for change in ({"kind": "uniform"}, {"rule": "best_reward"}, {"seed": 7}):
             with pytest.raises(GraspError, match="resumes with other settings of the policy"):
                 controller_for(weights, **change).restore(values, tensors)
+        with pytest.raises(GraspError, match="resumes with other probed rows than it began with"):
+            second.restore(values | {"probed": values["probed"].replace(" in a round", "0 in a round")}, tensors)
+        other = controller_for(weights)
+        other.micro_dev = ProbeSet([replace(one, completion_ids=(3, 3)) for one in other.micro_dev._examples], 0)
+        with pytest.raises(GraspError, match="resumes with other probed rows than it began with"):
+            other.restore(values, tensors)
+        earlier = {name: value for name, value in values.items() if name != "probed"}
+        second.restore(earlier, tensors)
         values["rows"]["rounds.jsonl"][1]["policy_mean"] += 1e-12
         with pytest.raises(GraspError, match="round 2 of the checkpoint led to ratio"):
             second.restore(values, tensors)

@@ -300,7 +300,7 @@ class GraspController(PrunedTraining):
     def state(self) -> State:
         """Return masks, settings, rounds and the best round; the search follows from the rounds."""
         values, tensors = super().state()
-        values |= {**self._searched_by(), "rows": self._rows}
+        values |= {**self._searched_by(), "rows": self._rows, "probed": self._probed()}
         if self.regime.order is not None:
             tensors |= named(PLACES, self.regime.order.by_factor())
         if self.keep_best:
@@ -320,6 +320,11 @@ class GraspController(PrunedTraining):
         if any(values.get(name) != own for name, own in self._searched_by().items()):
             raise GraspError(
                 "training resumes with other settings of the policy than it began with; give it the same, or start anew"
+            )
+        if values.get("probed", self._probed()) != self._probed():  # checkpoints of earlier versions do not say
+            raise GraspError(
+                "training resumes with other probed rows than it began with, or another number of them in a round; give it the "
+                "same, or start anew"
             )
         if self.keep_best and "best_loss" not in values:
             raise GraspError(
@@ -351,6 +356,10 @@ class GraspController(PrunedTraining):
         found = super()._masked_by()
         del found["prune_ratio"]
         return found
+
+    def _probed(self) -> str:
+        """What rounds measure: their losses are compared with each other."""
+        return f"{self.micro_dev.whole.fingerprint()}, {len(self.micro_dev.at(0))} in a round"
 
     def _searched_by(self) -> dict[str, Any]:
         """What decides the search, as it comes back from JSON."""

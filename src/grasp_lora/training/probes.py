@@ -1,5 +1,7 @@
 """Fixed sets of examples whose losses are measured again and again, and what scores need to know of their inputs."""
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,6 +91,11 @@ class ProbeSet:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def fingerprint(self) -> str:
+        """A hash of the tokens of all examples, in their order."""
+        tokens = [[list(example.prompt_ids), list(example.completion_ids)] for example in self._examples]
+        return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
     @property
     def whole(self) -> "ProbeSet":
