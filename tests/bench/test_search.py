@@ -99,10 +99,17 @@ def test_what_is_no_fault_of_the_values_ends_the_sweep_and_is_tried_again(
 def test_memory_that_sufficed_for_another_trial_lacks_by_the_values(
     tiny_workspace: Path, fails: Callable[[Exception | None], None]
 ) -> None:
+    batch = "final.training.batch_size=[1, 2, 4]"
+    fails(None)
+    run(param=batch)
+    fails(LackOfMemoryError("the memory does not suffice"))
+    assert [trial.state for trial in run(param=batch, trials=2).trials] == ["complete", "failed"]
+    Path("out").rename("before")
     fails(None)
     run()
     fails(LackOfMemoryError("the memory does not suffice"))
-    assert [trial.state for trial in run(trials=2).trials] == ["complete", "failed"]
+    with pytest.raises(LackOfMemoryError):  # no ratio takes more memory than another
+        run(trials=2)
 
 
 @pytest.mark.parametrize("error", [RecipeError("a tracker does not answer"), DataError("data.jsonl is missing")])

@@ -683,7 +683,7 @@ def test_a_backbones_folder_that_is_not_there_is_refused_at_once(start: Callable
             DataError,
             r"s\.jsonl is data for the task completion by its columns, but the target's task is qa",
         ),
-        (completion(60), ("few.jsonl",), DataError, r"the source has 10 examples .*at least 20 are needed"),
+        (completion(60), ("few.jsonl",), DataError, r"the source has 10 examples, .*at least 20 are needed"),
         (completion(60), ("s.jsonl", "renamed.jsonl"), DataError, r"the source files differ in their columns"),
         ([{"prompt": "a", "completion": ""}] * 60, (), DataError, r"line 1: completion is empty"),
         (labelled(60, ["a"]), (), DataError, r"t\.jsonl: a; a classification needs two labels or more"),
@@ -736,9 +736,14 @@ def test_sizes_leave_out_what_is_too_long(start: Callable[..., Path]) -> None:
     content = yaml.safe_load(start(write(Path("t.jsonl"), rows)).read_text(encoding="utf-8"))
     sizes = content["data"]["target"]
     assert sum(sizes[name] for name in ("dev", "micro_dev", "test")) < 60 - 15
+    assert content["data"]["max_tokens"] == 2048
+    # Where too few would be left, in either language, the limit gives way.
+    few = write(Path("few.jsonl"), [*rows[1::2], *rows[:40:2]])
+    assert yaml.safe_load(start(few, output=Path("few.yaml")).read_text())["data"]["max_tokens"] > 4000
     short = write(Path("short.jsonl"), completion(60))
-    with pytest.raises(DataError, match=r"the source has 10 examples of at most 512 tokens.* at least 20 are needed"):
-        start(short, [str(write(Path("s.jsonl"), [*rows[1::2], *rows[:20:2]]))], output=Path("other.yaml"))
+    long = [{"prompt": f"s {i} " + "word " * 2500, "completion": "a"} for i in range(60)]
+    found = start(short, [str(write(Path("s.jsonl"), long))], output=Path("both.yaml"))
+    assert yaml.safe_load(found.read_text())["data"]["max_tokens"] > 4000
 
 
 def test_labels_of_both_languages_are_written_alike(start: Callable[..., Path]) -> None:

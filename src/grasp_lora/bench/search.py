@@ -258,9 +258,7 @@ class _Search:
             started = time.perf_counter()
             adapter = bench.finetuned(merged, session.recipe.final.prune_ratio or 0.0)
         except (DivergedError, ProbeError, AdapterError, UntrainedError, LackOfMemoryError) as error:
-            # Memory that sufficed for another trial lacks by the values of this one.
-            fits = any(trial.dev_loss is not None for trial in self._trials)
-            if isinstance(error.__cause__, OSError) or (isinstance(error, LackOfMemoryError) and not fits):
+            if isinstance(error.__cause__, OSError) or (isinstance(error, LackOfMemoryError) and not self._by_values()):
                 raise
             seconds = round(time.perf_counter() - started, 3)
             return Trial(number, values, "failed", seconds=seconds, error=str(error))
@@ -275,6 +273,12 @@ class _Search:
             work=record.work,
             adapter=adapter.key,
         )
+
+    def _by_values(self) -> bool:
+        """Whether memory lacks by the values of a trial: it sufficed for another one, nobody shares it, and a key moves it."""
+        fits = any(trial.dev_loss is not None for trial in self._trials)
+        moves = any(one.key.startswith("lora.") or one.key.endswith("batch_size") for one in self._parameters)
+        return fits and moves and self._settings.workers == 1
 
     def _varied(self, values: Mapping[str, Any]) -> Session:
         """The session of a trial, checked but for its trackers, which are those of every trial."""

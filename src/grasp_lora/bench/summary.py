@@ -102,7 +102,7 @@ def summary(
         warnings=[
             *_warnings(finished, "fold" if folds else "seed"),
             *_of_the_paper(session, finished),
-            *_scored_otherwise(finished, metrics),
+            *_scored_otherwise(finished, metrics, of_folds=bool(folds)),
         ],
         made_with=_made_with(finished),
         pace=_pace(finished),
@@ -273,13 +273,13 @@ def _warnings(rows: Mapping[str, Outcomes], what: str) -> list[str]:
     ]
 
 
-def _scored_otherwise(rows: Mapping[str, Outcomes], metrics: Sequence[str]) -> list[str]:
-    """Which metrics were computed in several ways, such as by two versions of a library, with one seed or fold."""
+def _scored_otherwise(rows: Mapping[str, Outcomes], metrics: Sequence[str], *, of_folds: bool) -> list[str]:
+    """Which metrics were computed in several ways, such as by two versions of a library; folds differ in their references."""
     found: dict[tuple[str, int], set[str]] = {}
     for row in rows.values():
         for number, outcome in row.by_number.items():
             for metric, entry in outcome.scores.result.items():
-                found.setdefault((metric, number), set()).add(entry["signature"])
+                found.setdefault((metric, number if of_folds else 0), set()).add(entry["signature"])
     unlike = {metric: ways for (metric, _), ways in found.items() if metric in metrics and len(ways) > 1}
     return [
         f"rows have {metric} computed in {len(ways)} ways ({' and '.join(sorted(ways))}); to compute it anew, remove "

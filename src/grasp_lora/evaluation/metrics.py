@@ -172,6 +172,7 @@ def _compute(name: str, metric: Metric, outputs: Outputs) -> MetricScore:
                 f"metric {name!r} gave the value {value:g}, but its scores of the examples have the mean {mean:g}; give that as "
                 "the value, or name a Metric whose from_statistics computes the score of a whole test set"
             )
+        value = mean
     return replace(
         result,
         name=name,

@@ -21,7 +21,7 @@ _GRID = 281
 # shown whole, such as the surrogate's 57.
 _CURVE_POINTS = 40
 RESAMPLES = 1000
-_ROUNDING = 1e-9  # by which a ratio that was computed may pass a bound
+_PAST_BOUND = 1e-9  # by which a ratio that was computed may pass a bound
 _RIDGE = 1e-6
 _TAILS = torch.tensor([(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], dtype=torch.float64)
 _ROUNDING = 1e-6  # of a loss, in float32
@@ -60,13 +60,15 @@ class Rule:
             raise RecipeError(
                 f"rule {quoted(self.name)} gave {quoted(given)}; its function must return a RatioEstimate"
             )
-        if not ratio_min - _ROUNDING <= given.low <= given.ratio <= given.high <= ratio_max + _ROUNDING:
+        if interval and _say_nothing(rounds):
+            given = replace(given, low=ratio_min, high=ratio_max)
+        if not ratio_min - _PAST_BOUND <= given.low <= given.ratio <= given.high <= ratio_max + _PAST_BOUND:
             raise RecipeError(
                 f"rule {quoted(self.name)} gave ratio {given.ratio} with interval {given.low} to {given.high}; the interval must "
                 f"hold the ratio, and all must lie in [{ratio_min}, {ratio_max}]"
             )
-        found = replace(given, bounds=(ratio_min, ratio_max))
-        return replace(found, low=ratio_min, high=ratio_max) if interval and _say_nothing(rounds) else found
+        low, ratio, high = (min(max(one, ratio_min), ratio_max) for one in (given.low, given.ratio, given.high))
+        return replace(given, low=low, ratio=ratio, high=high, bounds=(ratio_min, ratio_max))
 
 
 def _say_nothing(rounds: Sequence[Round]) -> bool:
@@ -99,7 +101,8 @@ def _best_reward(rounds: Sequence[Round], ratio_min: float, ratio_max: float, in
     ratios = torch.tensor([candidate for _, candidate in winners], dtype=torch.float64)
     chosen = ratios[picks.gather(1, rewards[picks].argmax(1, keepdim=True)).squeeze(1)]
     low, high = interval_of(chosen)
-    return RatioEstimate(ratio, low, high, "best_reward", len(rounds))
+    # Of tied winners the first is taken, and resampling draws any.
+    return RatioEstimate(ratio, min(low, ratio), max(high, ratio), "best_reward", len(rounds))
 
 
 def _smooth_fit(rounds: Sequence[Round], ratio_min: float, ratio_max: float, interval: bool) -> RatioEstimate:

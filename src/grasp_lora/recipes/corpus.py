@@ -85,7 +85,12 @@ class Corpus:
     @property
     def most_tokens(self) -> int:
         """A limit that leaves out no example of ordinary length, whatever the script: it bounds no more than that."""
-        return max(FEWEST_TOKENS, min(MOST_TOKENS, 64 * math.ceil(self.longest_tokens * BYTES / 2 / 64)))
+        return min(MOST_TOKENS, self.roomy_tokens)
+
+    @property
+    def roomy_tokens(self) -> int:
+        """A limit that leaves out nothing, whatever the script: two bytes a token."""
+        return max(FEWEST_TOKENS, 64 * math.ceil(self.longest_tokens * BYTES / 2 / 64))
 
     def usable(self, most_tokens: int) -> tuple[Record, ...]:
         """The records that a limit of tokens leaves in, by their estimate."""

@@ -30,16 +30,24 @@ class Sizes:
     one_source_group: bool
 
 
+def token_limit(target: Corpus, sources: Sequence[Corpus]) -> int:
+    """The limit of tokens for both languages: it leaves out what is very long, unless too little would be left."""
+    corpora = (target, *sources)
+    most = max(corpus.most_tokens for corpus in corpora)
+    left = sum(len(corpus.usable(most)) for corpus in sources)
+    if len(target.usable(most)) >= FEWEST and (not sources or left >= FEWEST_SOURCE):
+        return most
+    return max(corpus.roomy_tokens for corpus in corpora)
+
+
 def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
     """Find the largest split sizes that whole groups can fill in any order.
 
     Raises:
         DataError: there are too few examples or groups, or the source has too few that may be trained on.
     """
-    most = target.most_tokens  # the recipe has one limit for both languages
+    most = token_limit(target, sources)
     records = target.usable(most)
-    if len(records) < FEWEST:  # then the limit has to be raised, as `grasp-lora check` says
-        records = target.records
     if len(records) < FEWEST:
         raise DataError(
             f"{target.name} has {len(records)} examples; at least {FEWEST} are needed for train, micro-dev and test "
@@ -59,9 +67,8 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
             fewest = min(map(sum, left))
             if sources and fewest < FEWEST_SOURCE:
                 raise DataError(
-                    f"the source has {len(source_records)} examples of at most {most} tokens, about, of which {fewest} share no "
-                    f"question, context or article with held-out target examples; at least {FEWEST_SOURCE} are needed: give more "
-                    "source data"
+                    f"the source has {len(source_records)} examples, of which {fewest} share no question, context or article "
+                    f"with held-out target examples; at least {FEWEST_SOURCE} are needed: give more source data"
                 )
             splits = _with_the_rest(groups, sizes)
             return Sizes(splits, len(records) - sum(splits.values()), fewest, any(len(found) < 2 for found in left))

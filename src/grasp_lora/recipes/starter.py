@@ -20,7 +20,7 @@ from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.builtin import SCHEMA_FILE, SCHEMA_LINE, schema_text
 from grasp_lora.recipes.corpus import CUT_DOCUMENT, Corpus, parse_columns, read_corpus, relative
 from grasp_lora.recipes.load import backbone_of_run, validate
-from grasp_lora.recipes.sizes import Sizes, choose_sizes
+from grasp_lora.recipes.sizes import Sizes, choose_sizes, token_limit
 from grasp_lora.recipes.text import parse
 from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.folder import only_writer
@@ -221,7 +221,7 @@ def _render(
         candidates=preset(name).policy.candidates,
         rounds=len(preset(name).rounds.round_steps(steps, every)),
         answer_tokens=target.answer_tokens,
-        most_tokens=target.most_tokens,
+        most_tokens=token_limit(target, sources),
         longest_tokens=target.longest_tokens,
         cut_document=CUT_DOCUMENT,
         template=None if builtin else TEMPLATES[target.task][FALLBACK_LANGUAGE],

@@ -323,8 +323,8 @@ class GraspController(PrunedTraining):
             )
         if values.get("probed", self._probed()) != self._probed():  # checkpoints of earlier versions do not say
             raise GraspError(
-                "training resumes with other probed rows than it began with, or another number of them in a round; give it the "
-                "same, or start anew"
+                "training resumes with other probed rows than it began with, in other tokens (another tokenizer or template), or "
+                "with another number of them in a round; give it the same, or start anew"
             )
         if self.keep_best and "best_loss" not in values:
             raise GraspError(
