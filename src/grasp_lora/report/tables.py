@@ -130,9 +130,8 @@ def compare_systems(record: RunRecord) -> dict[str, Against]:
     found = {}
     for other in ("continued", "merged", "target", *record.sources):
         scores, theirs = systems["grasp"].metrics, systems[other].metrics if other in systems else {}
-        finite = [
-            key for key in scores if math.isfinite(_plain(scores[key])) and math.isfinite(_plain(theirs.get(key)))
-        ]
+        known = [{key for key, one in of.items() if one is not None and math.isfinite(one)} for of in (scores, theirs)]
+        finite = [key for key in scores if all(key in keys for keys in known)]
         if finite:
             found[other] = main_metric(finite)
     losses = _paired(record, tuple(found), lambda row: row.loss, higher_is_better=False)
@@ -149,10 +148,6 @@ def compare_systems(record: RunRecord) -> dict[str, Against]:
         )
         for other, key in found.items()
     }
-
-
-def _plain(value: float | None) -> float:
-    return math.nan if value is None else value
 
 
 def _score_of(key: str, row: Prediction) -> float:
