@@ -1,10 +1,16 @@
 """Is what runs hand over as good as the best adapter their users could have had?
 
-    python benchmarks/lab/handed_over.py RUN_FOLDER...
+    python benchmarks/lab/handed_over.py FOLDER...
 
-One row a finished run: what it handed over, its first test score, and that minus the score of the best parent (source, target or
-merge, in hindsight), of `continued` and of GRASP's result. The last row has the means and, from three runs on, the half-widths of
-their intervals at 95 % (Student's, over runs).
+FOLDER is a run's, or a finished comparison's with the row `delivered`. Each run, or each seed of a comparison, has a row.
+It tells what was handed over, its first test score, and that minus the score of four others:
+
+- the best parent in hindsight: source or target adapter. Where the target adapter is trained on the source adapter, it acts with
+  that one only. So the untrained sum of both, `merged`, stands in its place;
+- the best parent or merge in hindsight, however the target adapter is trained;
+- `continued`, and GRASP's result.
+
+The last row has the means and, from three runs on, the half-widths of their intervals at 95 % (Student's, over runs).
 
 The best in hindsight owes a part to chance: its own test rows chose it. So there is a column in which half of the rows choose the
 parent and the other half judges, the mean of many such halves. It needs the run's answers in `evaluation/`.
@@ -21,66 +27,117 @@ from collections.abc import Sequence
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 import numpy as np
+import yaml
 from controllers import table
 from scipy.stats import t
 from verdict import PARENTS
 
+from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import ALL_ROWS, Metrics, predictions_file, read_metrics
-from grasp_lora.errors import GraspError
+from grasp_lora.errors import DataError, GraspError
 
 FEWEST = 3  # runs that an interval needs
 HALVES = 2000
 ALWAYS = (*PARENTS, "continued", "grasp")
 
 
-def scores_of(metrics: Metrics) -> dict[str, float]:
-    """The first score of every system; without `continued` the source adapter stands in its place."""
-    name = main_metric(list(metrics.systems["grasp"].metrics))
-    scores = {system: float(one.metrics[name] or 0.0) for system, one in metrics.systems.items()}
-    return {"continued": scores["source"]} | scores
+class Outcome(NamedTuple):
+    """What one run, or one seed of a comparison, handed over, and the first score of every adapter it had."""
+
+    name: str
+    chosen: str
+    score: float
+    scores: dict[str, float]
+    before: float | None = None  # the score of what was chosen before a last training on all rows
+    loss_moved: float | None = None  # by that training, in nats
+    apart: float | None = None  # see `judged_apart`
+
+    def minus(self) -> list[float]:
+        """The score minus those of the best parent, the best parent or merge, `continued` and GRASP's result."""
+        merge = [score for name, score in self.scores.items() if is_a(name, PARENTS)]
+        own = [score for name, score in self.scores.items() if is_a(name, self.parents())]
+        return [self.score - one for one in (max(own), max(merge), self.scores["continued"], self.scores["grasp"])]
+
+    def parents(self) -> tuple[str, ...]:
+        """The adapters that are merged; the untrained sum is one of them where there is no target adapter without it."""
+        return ("source", "target") if any(is_a(name, ("target",)) for name in self.scores) else ("source", "merged")
 
 
-def as_chosen(metrics: Metrics) -> Metrics:
-    """A run as it was before a last training on all rows."""
-    return metrics.model_copy(
+def is_a(name: str, kinds: Sequence[str]) -> bool:
+    """Whether a system is of these kinds: `source_2` is a source adapter."""
+    return name.partition("_")[0] in kinds
+
+
+def of_run(folder: Path, *, before: bool) -> Outcome:
+    """A finished run; `before` takes its choice before a last training on all rows."""
+    metrics = read_metrics(folder)
+    first = metrics.model_copy(
         update={"systems": {name: one for name, one in metrics.systems.items() if name != ALL_ROWS}}
+    )
+    trained = metrics.systems.get(ALL_ROWS) if not before else None
+    shown = metrics if trained is not None else first
+    name = main_metric(list(shown.systems["grasp"].metrics))
+    scores = {system: float(one.metrics[name] or 0.0) for system, one in shown.systems.items()}
+    scores = {"continued": scores["source"]} | scores  # without `continued` the source adapter stands in its place
+    moved = None
+    if trained is not None:
+        moved = (trained.test_loss or 0.0) - (first.systems[first.handed_over].test_loss or 0.0)
+    return Outcome(
+        str(folder),
+        shown.handed_over,
+        scores[shown.handed_over],
+        scores,
+        None if trained is None else scores[first.handed_over],
+        moved,
+        judged_apart(folder, shown),
     )
 
 
-def row(metrics: Metrics) -> tuple[str, list[float]]:
-    """What was handed over, its score, and the differences."""
-    scores, chosen = scores_of(metrics), metrics.handed_over
-    parent = max(score for system, score in scores.items() if system.partition("_")[0] in PARENTS)
-    return chosen, [scores[chosen], *(scores[chosen] - one for one in (parent, scores["continued"], scores["grasp"]))]
+def of_comparison(folder: Path) -> list[Outcome]:
+    """A finished comparison, each of its seeds by itself.
+
+    Raises:
+        DataError: it lacks one of the rows.
+    """
+    found = Comparison.read(folder / COMPARISON_FILE)
+    metric, values = main_metric(list(found.metrics)), {}
+    for one in found.rows:
+        if one.seeds and (spread := one.scores[metric]) is not None:
+            values[one.method] = spread.values * (len(found.seeds) if len(spread.values) == 1 else 1)
+    missing = [name for name in ("delivered", "merged", "continued", "grasp", "source_only") if name not in values]
+    if missing:
+        raise DataError(f"{folder} lacks {', '.join(missing)}; compare again with --methods {','.join(missing)}")
+    if on_source(folder):
+        values.pop("target_only", None)  # trained apart, so no part of the sum
+    names = {"source_only": "source", "target_only": "target"}
+    outcomes = []
+    for place, seed in enumerate(found.seeds):
+        scores = {names.get(name, name): own[place] for name, own in values.items()}
+        outcomes.append(Outcome(f"{folder}, seed {seed}", "delivered", scores["delivered"], scores))
+    return outcomes
 
 
-def always(runs: Sequence[Metrics]) -> list[list[str]]:
+def on_source(folder: Path) -> bool:
+    """Whether the target adapter of a comparison is trained on the source adapter."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))  # an older one may have other keys
+    return recipe["target"]["on"] is not None
+
+
+def always(outcomes: Sequence[Outcome]) -> list[list[str]]:
     """A row for each adapter that all runs have: its mean score, and what was handed over minus it."""
-    scores = [scores_of(one) for one in runs]
-    handed_over = [own[one.handed_over] for own, one in zip(scores, runs, strict=True)]
     rows = []
-    for name in [name for name in ALWAYS if all(name in own for own in scores)]:
-        apart = [ours - own[name] for ours, own in zip(handed_over, scores, strict=True)]
-        rows.append([name, f"{fmean(own[name] for own in scores):.1f}", shown(apart)])
-    if all(ALL_ROWS in one.systems for one in runs):
-        before = [own[as_chosen(one).handed_over] for own, one in zip(scores, runs, strict=True)]
-        apart = [ours - own for ours, own in zip(handed_over, before, strict=True)]
+    for name in [name for name in ALWAYS if all(name in one.scores for one in outcomes)]:
+        apart = [one.score - one.scores[name] for one in outcomes]
+        rows.append([name, f"{fmean(one.scores[name] for one in outcomes):.1f}", shown(apart)])
+    before = [one.before for one in outcomes if one.before is not None]
+    if len(before) == len(outcomes):
+        apart = [one.score - own for one, own in zip(outcomes, before, strict=True)]
         rows.append(["the choice, before the last training", f"{fmean(before):.1f}", shown(apart)])
     return rows
-
-
-def last_training(runs: Sequence[Metrics]) -> str:
-    """What the last training on all rows does to the test loss, as a line; nothing where not all runs have one."""
-    if not all(ALL_ROWS in one.systems for one in runs):
-        return ""
-    losses = [
-        (one.systems[ALL_ROWS].test_loss or 0.0) - (one.systems[as_chosen(one).handed_over].test_loss or 0.0)
-        for one in runs
-    ]
-    return f"\nThe last training moves the test loss by {shown(losses, 3)} nats.\n"
 
 
 def judged_apart(folder: Path, metrics: Metrics) -> float | None:
@@ -91,7 +148,7 @@ def judged_apart(folder: Path, metrics: Metrics) -> float | None:
         for system in metrics.systems
         if (file := predictions_file(folder, system)).is_file()
     }
-    parents = [system for system in scores if system.partition("_")[0] in PARENTS]
+    parents = [system for system in scores if is_a(system, PARENTS)]
     if metrics.handed_over not in scores or not parents:
         return None
     random, own, found = np.random.default_rng(0), scores[metrics.handed_over], []
@@ -119,26 +176,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--chosen", action="store_true", help="as it was before a last training on all rows")
     given = parser.parse_args(arguments)
     try:
-        metrics = {folder: read_metrics(folder) for folder in given.folders}
-        if given.chosen:
-            metrics = {folder: as_chosen(one) for folder, one in metrics.items()}
-        found = {folder: (*row(one), judged_apart(folder, one)) for folder, one in metrics.items()}
+        outcomes: list[Outcome] = []
+        for folder in given.folders:
+            if (folder / COMPARISON_FILE).is_file():
+                outcomes += of_comparison(folder)
+            else:
+                outcomes.append(of_run(folder, before=given.chosen))
     except GraspError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    rows = [
-        [str(folder), name, f"{own:.1f}", *(f"{one:+.1f}" for one in rest), "–" if apart is None else f"{apart:+.1f}"]
-        for folder, (name, [own, *rest], apart) in found.items()
-    ]
-    columns = list(zip(*(values for _, values, _ in found.values()), strict=True))
-    by_others = [apart for _, _, apart in found.values() if apart is not None]
-    last = shown(by_others) if len(by_others) == len(found) else "–"
-    rows.append(["mean", "", f"{fmean(columns[0]):.1f}", *map(shown, columns[1:]), last])
-    minus = ["best parent", "continued", "GRASP's", "the parent that other rows choose"]
-    heads = ["run", "handed over", "score", *(f"minus {one}" for one in minus)]
+    minus = [one.minus() for one in outcomes]
+    rows = []
+    for one, rest in zip(outcomes, minus, strict=True):
+        apart = "–" if one.apart is None else f"{one.apart:+.1f}"
+        rows.append([one.name, one.chosen, f"{one.score:.1f}", *(f"{value:+.1f}" for value in rest), apart])
+    by_others = [one.apart for one in outcomes if one.apart is not None]
+    last = shown(by_others) if len(by_others) == len(outcomes) else "–"
+    means = [shown(column) for column in zip(*minus, strict=True)]
+    rows.append(["mean", "", f"{fmean(one.score for one in outcomes):.1f}", *means, last])
+    against = ["best parent", "best parent or merge", "continued", "GRASP's", "the parent that other rows choose"]
+    heads = ["run", "handed over", "score", *(f"minus {one}" for one in against)]
     sys.stdout.write(table(heads, rows) + "\n\n")
-    sys.stdout.write(table(["always", "score", "handed over minus it"], always(list(metrics.values()))) + "\n")
-    sys.stdout.write(last_training(list(metrics.values())))
+    sys.stdout.write(table(["always", "score", "handed over minus it"], always(outcomes)) + "\n")
+    moved = [one.loss_moved for one in outcomes if one.loss_moved is not None]
+    if len(moved) == len(outcomes):
+        sys.stdout.write(f"\nThe last training moves the test loss by {shown(moved, 3)} nats.\n")
     return 0
 
 

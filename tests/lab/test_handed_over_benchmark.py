@@ -38,19 +38,20 @@ def test_a_row_a_run_and_the_means(tmp_path: Path, capsys: pytest.CaptureFixture
             continued=50,
             grasp=45,
         ),
-        run(tmp_path / "2", "grasp", zero_shot=1, source=40, target=41, merged=30, continued=50, grasp=45),
-        run(tmp_path / "3", "source", zero_shot=1, source=40, merged=30, grasp=45),
+        run(tmp_path / "2", "grasp", zero_shot=1, source=40, target=41, merged=43, continued=50, grasp=45),
+        run(tmp_path / "3", "source", zero_shot=1, source=40, merged=44, grasp=45),
     ]
     assert handed_over.main(folders) == 0
     out = capsys.readouterr().out.splitlines()
     lines = [[cell.strip() for cell in line.split("|")[2:-1]] for line in out[2:]]
-    assert lines[0] == ["continued", "50.0", "-2.0", "+0.0", "+5.0", "–"]
-    assert lines[1] == ["grasp", "45.0", "+4.0", "-5.0", "+0.0", "–"]
-    assert lines[2] == ["source", "40.0", "+0.0", "+0.0", "-5.0", "–"]
+    assert lines[0] == ["continued", "50.0", "-2.0", "-2.0", "+0.0", "+5.0", "–"]
+    assert lines[1] == ["grasp", "45.0", "+4.0", "+2.0", "-5.0", "+0.0", "–"]  # its merge is no parent
+    assert lines[2] == ["source", "40.0", "-4.0", "-4.0", "+0.0", "-5.0", "–"]  # on the source the sum is one
     assert lines[3] == [
         "",
         "45.0",
-        "+0.7 ± 7.6",
+        "-0.7 ± 10.3",
+        "-1.3 ± 7.6",
         "-1.7 ± 7.2",
         "+0.0 ± 12.4",
         "–",
@@ -74,13 +75,53 @@ def test_a_last_training_stands_beside_what_was_chosen_before_it(
     file.write_text(json.dumps(content), encoding="utf-8")
     assert handed_over.main(folders) == 0
     after = capsys.readouterr().out
-    assert "| 2 | all_rows | 34.0 | -6.0 | -1.0 | -8.0 |" in after.replace(str(tmp_path) + "/", "")
+    assert "| 2 | all_rows | 34.0 | -6.0 | -6.0 | -1.0 | -8.0 |" in after.replace(str(tmp_path) + "/", "")
     assert "| the choice, before the last training | 40.0 | +0.5 |" in after
     assert "The last training moves the test loss by -0.100 nats." in after
     assert handed_over.main(["--chosen", *folders]) == 0
     before = capsys.readouterr().out
-    assert "| 2 | continued | 35.0 | -5.0 | +0.0 | -7.0 |" in before.replace(str(tmp_path) + "/", "")
+    assert "| 2 | continued | 35.0 | -5.0 | -5.0 | +0.0 | -7.0 |" in before.replace(str(tmp_path) + "/", "")
     assert "last training" not in before
+
+
+@pytest.mark.parametrize(
+    ("on", "cells"),
+    [
+        ("source", ["52.0", "+2.0", "+2.0", "+6.0", "+1.0", "–"]),
+        ("null", ["52.0", "-8.0", "-8.0", "+6.0", "+1.0", "–"]),
+    ],
+)
+def test_a_comparison_has_a_row_a_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], on: str, cells: list[str]
+) -> None:
+    # Where the sum is pruned, a target adapter trained apart is no part of it.
+    stored = Path(__file__).parents[2] / "docs/lab/results/compare-nusax-jv-on-source/compare.json"
+    content = json.loads(stored.read_text(encoding="utf-8"))
+    known = {
+        "source_only": [40.0],
+        "target_only": [60.0, 10.0, 10.0],
+        "merged": [50.0, 1.0, 1.0],
+        "continued": [46.0, 45.0, 45.0],
+        "grasp": [51.0, 1.0, 1.0],
+        "delivered": [52.0, 44.0, 44.0],
+    }
+    content["rows"] = [row for row in content["rows"] if row["method"] in known]
+    for row in content["rows"]:
+        row["scores"]["accuracy"] = {"mean": 1.0, "sd": None, "values": known[row["method"]]}
+    (tmp_path / "compare.json").write_text(json.dumps(content), encoding="utf-8")
+    recipe = (stored.parent / "recipe.yaml").read_text(encoding="utf-8")
+    assert "'on': source" in recipe
+    (tmp_path / "recipe.yaml").write_text(recipe.replace("'on': source", f"'on': {on}"), encoding="utf-8")
+    assert handed_over.main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out.replace(str(tmp_path), "it")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:5]]
+    assert [line[0] for line in lines] == ["it, seed 42", "it, seed 1337", "it, seed 9001"]
+    assert lines[0][2:] == cells
+    assert lines[1][2:] == ["44.0", "+4.0", "+4.0", "-1.0", "+43.0", "–"]
+    content["rows"] = [row for row in content["rows"] if row["method"] != "merged"]
+    (tmp_path / "compare.json").write_text(json.dumps(content), encoding="utf-8")
+    assert handed_over.main([str(tmp_path)]) == 2
+    assert "lacks merged; compare again with --methods merged" in capsys.readouterr().err
 
 
 def test_a_folder_without_metrics_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,4 +140,4 @@ def test_the_best_in_hindsight_owes_a_part_to_chance(tmp_path: Path, capsys: pyt
     assert handed_over.main([str(folder)]) == 0
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].split("|")[2:-1]]
     assert (cells[2], cells[0]) == ("-2.0", "grasp")  # of the scores in metrics.json
-    assert 0 < float(cells[5]) < 6  # of equal totals the one that leads in the rows that choose is behind in the others
+    assert 0 < float(cells[6]) < 6  # of equal totals the one that leads in the rows that choose is behind in the others
