@@ -509,7 +509,7 @@ class TestEncodeRows:
             ({"prompt": "a", "completion": "b", "id": "row 0"}, "1 ids stand more than once, first row 0;"),
             (
                 {"messages": [{**USER, "role": "tool"}, ASSISTANT]},
-                "^row 1: the tokenizer's chat template refuses it: no tools",
+                "^row 1: a turn has the role 'tool'; allowed: human, user, .* Remove rows with other turns",
             ),
         ],
     )

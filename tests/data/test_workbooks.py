@@ -13,8 +13,9 @@ from typing import Any
 import openpyxl
 import pytest
 
-from grasp_lora.data.files import Row, read_file
+from grasp_lora.data.files import read_file
 from grasp_lora.data.records import make_pool
+from grasp_lora.data.tables import Row
 from grasp_lora.errors import DataError
 
 

@@ -16,9 +16,10 @@ from grasp_lora.bench.run_folder import ADAPTER_FOLDER, RUN_FILE
 from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.conversations import SPEAKERS, Message
 from grasp_lora.data.encode import Encoder, begin_of_chat, prompt_ids
-from grasp_lora.data.files import READERS, NoText, Row, Table, read_file
+from grasp_lora.data.files import READERS, read_file
 from grasp_lora.data.labels import encode_labels
 from grasp_lora.data.records import XLSUM_COLUMNS, Record, make_pool
+from grasp_lora.data.tables import NoText, Row, Table
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, task_fields
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.models.adapters import attached, check_fits
@@ -341,9 +342,7 @@ def _with_no_answer(values: Mapping[str, object], answer: str, alpaca: bool) -> 
         if isinstance(turns, list) and turns:
             last = turns[-1] if isinstance(turns[-1], Mapping) else {}
             answered = SPEAKERS.get(str(last.get("role", last.get("from")))) == "assistant"
-            ours = (
-                {"from": "gpt", "value": _NO_ANSWER} if "from" in last else {"role": "assistant", "content": _NO_ANSWER}
-            )
+            ours = {"role": "assistant", "content": _NO_ANSWER}
             return {**row, column: [*(turns[:-1] if answered else turns), ours]}
     if isinstance(row.get("prompt"), list):
         return {**row, answer: [{"role": "assistant", "content": _NO_ANSWER}]}

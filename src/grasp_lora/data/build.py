@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.encode import Encoder, Example, Tally
-from grasp_lora.data.files import Row, Table, as_row, read_file
+from grasp_lora.data.files import read_file
 from grasp_lora.data.labels import check_records, count_labels, encode_labels
 from grasp_lora.data.places import read_hub, resolve_file
 from grasp_lora.data.records import Pool, make_pool
@@ -30,6 +30,7 @@ from grasp_lora.data.splits import (
     join_groups,
     measure,
 )
+from grasp_lora.data.tables import Row, Table, as_row
 from grasp_lora.data.tasks import ANY_LANGUAGE, resolve_template, task_fields
 from grasp_lora.errors import DataError
 

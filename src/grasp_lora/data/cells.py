@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from grasp_lora.data.files import NoText
+from grasp_lora.data.tables import NoText
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import CONTROLS, SURROGATES, listed, quoted
 

@@ -7,7 +7,7 @@ from grasp_lora.errors import DataError
 from grasp_lora.text.display import quoted
 
 Message = dict[str, str]
-# What the speakers of ShareGPT's conversations are to chat templates.
+# What speakers are to chat templates.
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
     "assistant": "assistant", "system": "system",
@@ -23,12 +23,14 @@ def read_messages(cells: Cells) -> list[Message]:
         DataError: they are no messages, or none stands before the answer, or a system message is not the first.
     """
     column = cells.columns.get("messages", "messages")
-    turns = cells.values.get(column)
+    turns, system = cells.values.get(column), cells.values.get("system")
     if turns is None:
         prompt, completion = cells.get("prompt"), cells.get("completion")
         if not isinstance(prompt, list) or not isinstance(completion, list):
             return []
         turns = prompt + completion
+    if isinstance(turns, list) and not is_blank(system):  # as ShareGPT has it
+        turns = [{"role": "system", "content": system}, *turns]
     messages: list[Message] = []
     for given in turns if isinstance(turns, list) else [None]:
         turn = _with_role(given, cells.where)
@@ -36,7 +38,9 @@ def read_messages(cells: Cells) -> list[Message]:
             raise DataError(
                 f"{cells.where}: {column} must be a list of objects with texts `role` and `content` (or `from` and `value`)"
             )
-        messages.append({"role": turn["role"], "content": turn["content"]})
+        if turn["role"] not in SPEAKERS:
+            raise DataError(_unknown(turn["role"], "has the role", cells.where))
+        messages.append({"role": SPEAKERS[turn["role"]], "content": turn["content"]})
     if [message["role"] for message in messages] in ([], ["assistant"], ["system"]):
         raise DataError(
             f"{cells.where}: {column} must end with an assistant message, and a user's must stand before it"
@@ -73,21 +77,18 @@ def from_alpaca(values: Mapping[str, object], where: str) -> dict[str, object]:
     return {"prompt": prompt, "messages": turns if prompt and turns else None}
 
 
-def from_sharegpt(values: Mapping[str, object]) -> dict[str, object]:
-    """Return `conversations` of a row with its text `system`, if there is one, as their first message."""
-    system, turns = values.get("system"), values.get("conversations")
-    first: list[object] = [] if is_blank(system) else [{"role": "system", "content": system}]
-    return {"conversations": first + turns if isinstance(turns, list) else turns}
-
-
 def _with_role(turn: object, where: str) -> object:
     """Return a turn of `from` and `value` as a message; what is none of these stays."""
     if not isinstance(turn, Mapping) or "from" not in turn:
         return turn
     role = SPEAKERS.get(turn["from"]) if isinstance(turn["from"], str) else None
     if role is None:
-        raise DataError(
-            f"{where}: a turn is from {quoted(turn['from'])}; allowed: {', '.join(SPEAKERS)}. Remove rows with other turns, such "
-            "as those of tools"
-        )
+        raise DataError(_unknown(turn["from"], "is from", where))
     return {"role": role, "content": turn.get("value")}
+
+
+def _unknown(speaker: object, verb: str, where: str) -> str:
+    return (
+        f"{where}: a turn {verb} {quoted(speaker)}; allowed: {', '.join(SPEAKERS)}. Remove rows with other turns, such as those "
+        "of tools"
+    )

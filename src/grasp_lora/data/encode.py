@@ -63,6 +63,7 @@ class Tally:
     characters_mapped: int = 0
     characters_removed: int = 0
     unanswerable: int = 0
+    answers_trimmed: int = 0
     excluded_for_leak: int = 0
     control_tokens_kept_as_text: int = 0
     documents_cut: int = 0

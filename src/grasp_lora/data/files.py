@@ -12,12 +12,12 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice, product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from grasp_lora.data.tables import NoText, Row, Table, as_row
 from grasp_lora.errors import DataError
 from grasp_lora.storage.reading import RefusedError, is_there, parse_json, read_bounded
 from grasp_lora.text.characters import INVISIBLE
@@ -33,6 +33,7 @@ MOST_COLUMNS = 10_000
 MOST_WORKBOOK = 2**27  # bytes of a workbook's parts, which are read at a few million a second
 MOST_SHEET_ROWS = 2**20  # as in Excel
 _STATED_DELIMITER = re.compile(r"sep=(.)\r?\n")
+_BLANK_ROWS = re.compile(r"(?:[ \t,;]*(?:\r\n|\n|\r))+")
 _BATCH = 256  # rows of parquet at a time, at most
 _VALUE = 32  # bytes that a value takes at least, beside its text
 _PLAIN_NUMBERS = ("General", "@")  # formats that show a number as it is; "0" does where it is whole
@@ -53,33 +54,6 @@ _NO_TEXT = {  # how files begin that are often given the wrong name
     b"\xff\xfe": "in UTF-16: save it as UTF-8",
     b"\xfe\xff": "in UTF-16: save it as UTF-8",
 }
-
-
-@dataclass(frozen=True)
-class NoText:
-    """A cell of a workbook whose text is not in the file, and what it is, such as "a date"."""
-
-    what: str
-
-
-class Row(NamedTuple):
-    """Where a row stands, such as "a.jsonl, line 3", and its values by column."""
-
-    where: str
-    values: Mapping[str, object]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of one file or data set, and its name for messages and made-up ids.
-
-    Args:
-        of_cells: whether a value is what a cell holds, a text or a number, so that it is no list.
-    """
-
-    name: str
-    rows: list[Row]
-    of_cells: bool = False
 
 
 def read_file(name: str, path: Path, format: str = "auto", sheet: str | None = None) -> Table:
@@ -120,17 +94,6 @@ def read_file(name: str, path: Path, format: str = "auto", sheet: str | None = N
     # Source and target may be sheets of one workbook, and their rows are told by the name of the table.
     of_cells = suffix in (".csv", ".tsv", ".xlsx")
     return Table(name if sheet is None else f"{name}, sheet {sheet}", rows, of_cells)
-
-
-def as_row(item: object, where: str) -> Row:
-    """Return a row that is in memory, with where it stands.
-
-    Raises:
-        DataError: it is no mapping.
-    """
-    if not isinstance(item, Mapping):
-        raise DataError(f"{where}: expected an object with named fields, found {type(item).__name__}")
-    return Row(where, item)
 
 
 def _read(name: str, path: Path) -> bytes:
@@ -189,6 +152,11 @@ def _csv(data: bytes, name: str, delimiter: str | None = None) -> Iterator[Row]:
     text = _decode(data, name)
     stated = _STATED_DELIMITER.match(text)  # a first line for Excel, which other readers take for the header
     text = text[stated.end() :] if stated else text
+    blank = _BLANK_ROWS.match(text)
+    text, before = (
+        text[blank.end() :] if blank else text,
+        len((blank.group() if blank else "").splitlines()) + bool(stated),
+    )
     header = text.split("\n", 1)[0]
     found = delimiter or next((mark for mark in (",", ";", "\t") if mark in header), ",")
     delimiter = stated.group(1) if stated else found
@@ -198,16 +166,21 @@ def _csv(data: bytes, name: str, delimiter: str | None = None) -> Iterator[Row]:
         with _long_cells():
             columns = [INVISIBLE.sub("", column).strip() for column in reader.fieldnames or ()]
             reader.fieldnames = columns
-            _check_header([column for column in columns if column], f"{name}, line 1")
+            _check_header([column for column in columns if column], f"{name}, line {before + 1}")
             for row in reader:
-                where = f"{name}, line {reader.line_num + bool(stated)}"
+                where = f"{name}, line {reader.line_num + before}"
                 if not any(cell.strip() for cell in row.values() if isinstance(cell, str)) and None not in row:
                     continue
                 if None in row or None in row.values():
                     raise DataError(f"{where}: the number of cells differs from the {len(columns)} columns")
+                if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in row.values()):
+                    raise DataError(
+                        f"{where}: a cell that ends here holds tabs and line breaks, so a quotation mark that opens a cell has "
+                        "taken in the rows after it; double each mark, and put the cell between two more"
+                    )
                 yield Row(where, row)
     except csv.Error as error:
-        line = reader.reader.line_num + bool(stated)
+        line = reader.reader.line_num + before
         raise DataError(f"{name}, line {line}: not valid CSV ({error})") from None
 
 

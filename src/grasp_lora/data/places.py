@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.data.files import Table, as_row
+from grasp_lora.data.tables import Table, as_row
 from grasp_lora.errors import DataError
 from grasp_lora.storage.network import no_network
 from grasp_lora.storage.reading import expanded, is_file, is_folder

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from grasp_lora.data.cells import Cells, Columns, clean_row, is_blank, name_of, text_of
-from grasp_lora.data.conversations import Message, from_alpaca, from_sharegpt, read_messages
-from grasp_lora.data.files import Row, Table
+from grasp_lora.data.conversations import Message, from_alpaca, read_messages
+from grasp_lora.data.tables import Row, Table
 from grasp_lora.data.tasks import TASKS, task_fields
 from grasp_lora.errors import DataError
 from grasp_lora.text.characters import INVISIBLE
@@ -33,7 +33,8 @@ class Record:
         fields: the task's inputs by name; empty for a record with messages.
         answer: what the model learns to write.
         references: gold answers, at least one.
-        keys: what a group joins by: id (the file's own), declared group, hash of the text, article.
+        keys: what a group joins by: id (the file's own), declared group, hash of the text, article, hash of a row's
+            turns that other rows go on after.
         messages: turns before the answer, for a record that is a conversation.
     """
 
@@ -55,12 +56,20 @@ class Unanswered:
 
 @dataclass(frozen=True)
 class Pool:
-    """Records that may go to any split; how many control characters were mapped and removed, and rows without an answer."""
+    """Records that may go to any split, and what was done to their rows.
+
+    Args:
+        records: at least one.
+        characters_mapped, characters_removed: control characters.
+        unanswerable: rows without an answer.
+        answers_trimmed: answers with white space around them, which was removed.
+    """
 
     records: tuple[Record, ...]
     characters_mapped: int = 0
     characters_removed: int = 0
     unanswerable: int = 0
+    answers_trimmed: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,9 +136,10 @@ def make_pool(
                     "--skip-unanswered), which leaves such rows out and counts them"
                 )
     _check_ids(records)
+    records = _joined_turns(records)
     if not records and counts["unanswerable"]:
         raise DataError(f"none of the {counts['unanswerable']} questions has an answer; give some that have one")
-    return Pool(tuple(records), counts["mapped"], counts["removed"], counts["unanswerable"])
+    return Pool(tuple(records), counts["mapped"], counts["removed"], counts["unanswerable"], counts["answers_trimmed"])
 
 
 def find_layout(table: Table, task: str | None, format: str = "auto", columns: Columns | None = None) -> Layout:
@@ -144,7 +154,7 @@ def find_layout(table: Table, task: str | None, format: str = "auto", columns: C
         raise DataError(f"{table.name} holds no records")
     if format != "auto":
         return LAYOUTS[format]
-    found = table.rows[0].values.keys()
+    found = set(table.columns)
     wanted = TASKS.values() if task is None else [task_fields(task)]
     plain = any(found & {*fields.inputs, fields.answer} for fields in wanted)
     special = (layout for layout in LAYOUTS.values() if layout.columns and layout.columns <= found)
@@ -164,6 +174,24 @@ def text_key(text: str) -> str:
 def same_text(text: str) -> str:
     """Return what two writings of one text have in common: Unicode form NFC, one space for white space, no invisible marks."""
     return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
+
+
+def _joined_turns(records: list[Record]) -> list[Record]:
+    """Give the rows of one conversation, each a turn longer, a key in common: the answer of one stands in the prompt of the next.
+
+    Openings that many conversations share join none, unless a row holds no more than that.
+    """
+    ends = [
+        [place for place, turn in enumerate(record.messages) if turn["role"] == "assistant"] if record.messages else []
+        for record in records
+    ]
+    said = [[*(turn["content"] for turn in record.messages), record.answer] for record in records]
+    whole = {text_key("\n".join(own)) for own, record in zip(said, records, strict=True) if record.messages}
+    joined = []
+    for record, own, places in zip(records, said, ends, strict=True):
+        keys = {text_key("\n".join(own[: place + 1])) for place in (*places, len(record.messages))}
+        joined.append(replace(record, keys=record.keys | (keys & whole)) if record.messages else record)
+    return joined
 
 
 def _check_ids(records: list[Record]) -> None:
@@ -188,7 +216,21 @@ def _row_records(table: Table, task: str, columns: Columns, counts: Counter[str]
         if task == "qa" and isinstance(answers, Mapping) and answers.get("text") == []:
             counts["unanswerable"] += 1
         else:
-            yield _row_record(cells, task, f"{table.name}:{number}", has_ids, table.of_cells)
+            read = _row_record(cells, task, f"{table.name}:{number}", has_ids, table.of_cells)
+            yield _trimmed(read, task, counts) if isinstance(read, Record) else read
+
+
+def _trimmed(record: Record, task: str, counts: Counter[str]) -> Record:
+    """A record without white space around its answer, which would be learned as tokens of its own.
+
+    A completion is what the user wants written, and labels are refused with it.
+    """
+    answer = record.answer.strip()
+    if task == "completion" or TASKS[task].chooses or answer == record.answer:
+        return record
+    counts["answers_trimmed"] += 1
+    references = tuple(answer if text == record.answer else text for text in record.references)
+    return replace(record, answer=answer, references=tuple(dict.fromkeys(references)))
 
 
 def _row_record(cells: Cells, task: str, position: str, has_ids: bool, of_cells: bool) -> Record | Unanswered:
@@ -206,10 +248,10 @@ def _row_record(cells: Cells, task: str, position: str, has_ids: bool, of_cells:
     else:  # where both languages read columns of one file, its rows are translations
         keys.add("row:" + position)
     if (group := cells.get("group")) is not None:
-        keys.add("group:" + name_of(group, "group", where))
-    title = cells.get("title")
-    if task != "completion" and isinstance(title, str):
-        keys.add(_article(title))
+        keys.add("group:" + same_text(name_of(group, "group", where)))
+    title = cells.get("title") if task != "completion" or "title" in columns else None
+    if isinstance(title, str | int):
+        keys.add(_article(str(title)))
     messages = read_messages(cells) if task == "completion" else []
     if messages and (messages[-1]["role"] != "assistant" or is_blank(messages[-1]["content"])):
         return Unanswered(
@@ -249,14 +291,13 @@ def _xlsum_records(table: Table, task: str, columns: Columns, counts: Counter[st
 
 def _alpaca_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
     """Read instruction and input as one prompt, a line break between them; with `system` or `history` as a conversation."""
-    rows = [Row(where, {**values, **from_alpaca(values, where)}) for where, values in table.rows]
+    rows = [Row(where, {**values, **from_alpaca(values, where), "system": None}) for where, values in table.rows]
     return _row_records(replace(table, rows=rows), task, {"completion": "output"}, counts)
 
 
 def _sharegpt_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
-    """Read `conversations` of `from` and `value` as messages; a column `system` comes first."""
-    rows = [Row(where, {**values, **from_sharegpt(values)}) for where, values in table.rows]
-    return _row_records(replace(table, rows=rows), task, {"messages": "conversations"}, counts)
+    """Read `conversations` of `from` and `value` as messages."""
+    return _row_records(table, task, {"messages": "conversations"}, counts)
 
 
 def _answers(cells: Cells, value: object) -> list[str]:
@@ -342,7 +383,7 @@ FORMATS = ("auto", *LAYOUTS)
 
 def _article(title: str) -> str:
     """Key of an article, the same in every file: its paragraphs may be spread over several, with spaces or, as in XQuAD, `_`."""
-    return f"article:{' '.join(title.replace('_', ' ').split())}"
+    return f"article:{same_text(title.replace('_', ' '))}"
 
 
 def _inner(item: object, key: str) -> object:

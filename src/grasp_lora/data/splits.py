@@ -176,6 +176,7 @@ def fill(
     tally.characters_mapped += pool.characters_mapped
     tally.characters_removed += pool.characters_removed
     tally.unanswerable += pool.unanswerable
+    tally.answers_trimmed += pool.answers_trimmed
     tally.conversations += sum(bool(record.messages) for record in pool.records)
     # Sorted, so that the order of files matters in no case, and that of their lines only where places stand for ids.
     members = by_group(sorted(pool.records, key=lambda record: record.id), groups)

@@ -102,7 +102,8 @@ def resolve_template(
         language: code such as `ar` or `zh-Hans`; see `language_code`. A language without templates of its own takes the
             English ones, with a warning.
         prompt, completion: templates to use in place of the built-in ones.
-        chat: the completion is a whole assistant turn, so the built-in one is the bare answer.
+        chat: the completion is a whole assistant turn, so the built-in one is the bare answer, also where it is written out, as
+            `init` does.
 
     Raises:
         DataError: no such task, or a template names an unknown field or has stray braces.
@@ -118,10 +119,11 @@ def resolve_template(
                 task,
                 language,
             )
-    bare_answer = "{" + fields.answer + "}"
+    if chat and completion in (None, built_in.completion):
+        completion = "{" + fields.answer + "}"
     template = Template(
         prompt=built_in.prompt if prompt is None else prompt,
-        completion=completion if completion is not None else bare_answer if chat else built_in.completion,
+        completion=built_in.completion if completion is None else completion,
     )
     check_template("prompt", template.prompt, fields.inputs)
     check_template("completion", template.completion, (fields.answer,))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_fractions
-from grasp_lora.text.characters import INVISIBLE, bare_words, space_words, split_unspaced
+from grasp_lora.text.characters import DOTTED, INVISIBLE, JOINERS, bare_words, lowered, space_words, split_unspaced
 
 # What MLQA counts as an article, as a pattern on text without punctuation; None: no articles. The Arabic one
 # has no word boundary, so it also cuts "ال" out of the middle of a word: the official rule has that effect.
@@ -29,21 +29,23 @@ def answer_tokens(text: str, language: str) -> list[str]:
 
     Lower-case, drop punctuation (Unicode category P and ASCII punctuation), blank out articles, then split at white space, in
     Chinese also around ideographs. A language outside MLQA, which the official script refuses, has no articles and is split at
-    white space, by `space_words` and by `split_unspaced`, in Unicode form NFC without invisible marks.
+    white space, by `space_words` and by `split_unspaced`, in Unicode form NFC without invisible marks and without joiners around
+    words; its letters are those of `lowered`.
 
     Source: MLQA evaluation v1 (Lewis et al. 2020), whose results it repeats bit for bit.
 
     >>> answer_tokens("The Well-known 第3章!", "en"), answer_tokens("Well-known 第3章!", "zh")
     (['wellknown', '第3章'], ['wellknown', '第', '3', '章'])
     """
-    text = text if language in _ARTICLES else space_words(text)
-    text = "".join(character for character in text.lower() if not _is_punctuation(character))
+    text = text.lower() if language in _ARTICLES else lowered(space_words(text), language)
+    text = "".join(character for character in text if not _is_punctuation(character))
     if articles := _ARTICLES.get(language):
         text = re.sub(articles, " ", text)
     if language == "zh":
         text = _MLQA_CHINESE.sub(r" \g<0> ", text)
     elif language not in _ARTICLES:
         text = split_unspaced(INVISIBLE.sub("", unicodedata.normalize("NFC", text)))
+        return [bare for word in text.split() if (bare := word.strip(JOINERS))]
     return text.split()
 
 
@@ -112,7 +114,7 @@ def _answer_metric(name: str, outputs: Outputs, compare: Callable[[list[str], li
         fractions,
         rules="mlqa_v1" if code in _ARTICLES else "mlqa_v1_other_language",
         lang=code,
-        case="lc",
+        case=f"lc_{code}" if code in DOTTED else "lc",
         articles="removed" if _ARTICLES.get(code) else "none",
         **({} if code in _ARTICLES else {"form": "nfc"}),
         tok="mixed" if code == "zh" else "whitespace" if code in _ARTICLES else "whitespace+unspaced",

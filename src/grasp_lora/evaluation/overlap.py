@@ -2,10 +2,11 @@
 
 import unicodedata
 from importlib.metadata import version
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_fractions
-from grasp_lora.text.characters import split_unspaced
+from grasp_lora.text.characters import DOTTED, is_unspaced, lowered, split_unspaced
 
 if TYPE_CHECKING:
     from rouge_score.tokenizers import Tokenizer
@@ -21,17 +22,20 @@ class UnicodeTokenizer:
 
     A token is one of what `split_unspaced` sets apart, or a run of letters and digits with their combining marks. Punctuation,
     symbols, emoji, lone marks and the zero-width space separate tokens; other invisible characters are dropped without
-    separating. Text is lower-cased, in Unicode form NFC and not stemmed. On ASCII it equals the stock tokenizer without stemmer.
+    separating. Text is `lowered`, in Unicode form NFC and not stemmed. On ASCII it equals the stock tokenizer without stemmer.
 
     >>> UnicodeTokenizer().tokenize("हिन्दी 2026年, كِتَاب!")
     ['हिन्दी', '2026', '年', 'كِتَاب']
     """
 
+    def __init__(self, language: str = "") -> None:
+        self._language = language
+
     def tokenize(self, text: str) -> list[str]:
         """List the tokens of `text` in their order; the name is the one rouge-score calls."""
         tokens = []
         word = ""
-        for character in split_unspaced(unicodedata.normalize("NFC", text.lower())) + " ":
+        for character in split_unspaced(unicodedata.normalize("NFC", lowered(text, self._language))) + " ":
             category = unicodedata.category(character)
             if category[0] in "LN" or (category[0] == "M" and word):
                 word += character
@@ -53,9 +57,9 @@ def rouge(kind: str, outputs: Outputs) -> MetricScore:
     return score_of_fractions(
         kind,
         outputs,
-        rouge_fractions(kind, outputs, UnicodeTokenizer()),
+        rouge_fractions(kind, outputs, UnicodeTokenizer(outputs.language_code)),
         measure="f",
-        case="lc",
+        case=f"lc_{outputs.language_code}" if outputs.language_code in DOTTED else "lc",
         form="nfc",
         tok="unicode",
         stem="no",
@@ -79,15 +83,18 @@ def rouge_fractions(kind: str, outputs: Outputs, tokenizer: "Tokenizer") -> list
 def bleu(outputs: Outputs) -> MetricScore:
     """Score BLEU-4 over the whole set, case-sensitive, with the signature of sacrebleu.
 
-    Tokenizer `zh` for Chinese, `13a` for English, `char` for Japanese, Thai, Lao, Burmese and Khmer, `intl` for every other
-    language. Several references are pooled, so adding one can lower the score through the length penalty. `per_example` is
+    Tokenizer `zh` for Chinese, `13a` for English, `char` for Japanese, Thai, Lao, Burmese and Khmer. Of every other language it
+    is `char` where most letters of the references stand in a script without spaces between words, else `intl`. Several
+    references are pooled, so adding one can lower the score through the length penalty. `per_example` is
     sentence BLEU with effective order. Where no text has 4 tokens, the corpus score is 0 even of identical texts.
 
     Source: sacrebleu (Post 2018).
     """
     from sacrebleu.metrics.bleu import BLEU  # takes a moment: not at the top
 
-    tokenizer = _BLEU_TOKENIZERS.get(outputs.language_code, "intl")
+    tokenizer = _BLEU_TOKENIZERS.get(outputs.language_code) or (
+        "char" if is_unspaced("".join(chain.from_iterable(outputs.references))) else "intl"
+    )
     corpus = BLEU(tokenize=tokenizer)
     value = corpus.corpus_score(outputs.predictions, _columns(outputs)).score
     sentence = BLEU(tokenize=tokenizer, effective_order=True)

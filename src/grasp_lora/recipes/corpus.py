@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grasp_lora.data.files import Row, Table, read_file
+from grasp_lora.data.files import read_file
 from grasp_lora.data.labels import check_labels, check_records
 from grasp_lora.data.places import DEMO_PREFIX
 from grasp_lora.data.records import FIELDS, LAYOUTS, OPTIONAL_COLUMNS, Record, find_layout, make_pool
+from grasp_lora.data.tables import Table
 from grasp_lora.data.tasks import TASKS
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import listed, quoted
@@ -153,11 +154,7 @@ def read_corpus(
     """
     table = read_file(name, path, sheet=sheet)
     # A source may have columns of other names than the target, where the user named those of the target.
-    own = {
-        field: column
-        for field, column in (columns or {}).items()
-        if option or column in next(iter(table.rows), Row("", {})).values
-    }
+    own = {field: column for field, column in (columns or {}).items() if option or column in table.columns}
     layout = find_layout(table, None, columns=own)
     found, named = (
         _guess(table, task, own, option or "--source-column")
@@ -192,11 +189,7 @@ def _refuse_unused(table: Table, chosen: Mapping[str, str], given: Mapping[str, 
     """Refuse questions and answers beside a column of long texts, which may be what the questions are about."""
     if "prompt" in given:  # so the user has said what a prompt is
         return
-    columns = [
-        name
-        for name in map(str, table.rows[0].values)
-        if name not in {*chosen.values(), *given.values(), *OPTIONAL_COLUMNS}
-    ]
+    columns = [name for name in table.columns if name not in {*chosen.values(), *given.values(), *OPTIONAL_COLUMNS}]
     sizes = {name: sum(len(str(row.values.get(name) or "")) for row in table.rows) for name in columns}
     if texts := [name for name in columns if sizes[name] >= LONG * len(table.rows)]:
         about = (("context", texts[0]), ("question", chosen["prompt"]), ("answer", chosen["completion"]))
@@ -220,7 +213,7 @@ def _guess(table: Table, preferred: str | None, given: Mapping[str, str], option
 
     What the user names a column for is understood as if the column had that name.
     """
-    name, found = table.name, list(map(str, table.rows[0].values))
+    name, found = table.name, table.columns
     for field, column in given.items():
         if column not in found:
             raise DataError(f"{name} has no column {quoted(column)} ({option} {field}=...); it has {listed(found)}")
@@ -248,7 +241,10 @@ def _guess(table: Table, preferred: str | None, given: Mapping[str, str], option
             # The reader finds `answers` by itself, and there it may hold SQuAD's lists.
             understood = {field: ("answer", "answers") if field == "answer" else (field,) for field in chosen}
             named = {field: column for field, column in chosen.items() if column not in understood[field]}
-            return task, named | {field: column for field, column in others.items() if field not in needed}
+            named |= {field: column for field, column in others.items() if field not in needed}
+            # The reader knows the optional fields by their names, as they are written here.
+            cased = {field: by_name[field] for field in OPTIONAL_COLUMNS if field in by_name.keys() - {*found}}
+            return task, named | {field: column for field, column in cased.items() if field not in named}
     known = "; ".join(f"{task}: {' and '.join(fields)}" for task, fields in COLUMNS.items())
     if len(found) == 1 and re.search(r"[;\t|]", found[0]):
         raise DataError(

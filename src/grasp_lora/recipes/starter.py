@@ -226,7 +226,7 @@ def _render(
         cut_document=CUT_DOCUMENT,
         template=None if builtin else TEMPLATES[target.task][FALLBACK_LANGUAGE],
         unanswered=sum(corpus.unanswered for corpus in (target, *sources)),
-        several_lines=any("\n" in record.answer for record in target.records),
+        several_lines=any("\n" in record.answer.strip() for record in target.records),
         **facts,
     )
 

@@ -4,6 +4,7 @@ import re
 
 # Direction marks, soft hyphens and the like; joiners and the zero-width space tell words apart.
 INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+JOINERS = "\u200c\u200d"
 # With 々, 〇 and planes 2 and 3.
 IDEOGRAPH_OR_KANA = re.compile(
     "[\u3005-\u3007\u3021-\u3029\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f"
@@ -27,6 +28,19 @@ _BETWEEN_WORDS = re.compile(
 )  # zero-width space, Tibetan tsheg and shad, Ethiopic word space
 
 
+# Letters that texts before Unicode 5.1 write as a letter, a virama and a joiner: Malayalam's chillus and Bengali's khanda ta.
+_ONE_LETTER = {
+    letter + virama + "\u200d": one
+    for virama, letters in (
+        ("\u0d4d", {"ണ": "ൺ", "ന": "ൻ", "ര": "ർ", "ല": "ൽ", "ള": "ൾ", "ക": "ൿ"}),
+        ("\u09cd", {"ত": "ৎ"}),
+    )
+    for letter, one in letters.items()
+}
+_OLD_LETTERS = re.compile("|".join(_ONE_LETTER))
+DOTTED = frozenset({"tr", "az"})  # languages whose i keeps its dot as a capital, and whose I has none
+
+
 _MARKS = ENDS_OF_SENTENCES + ",:;\"'()[]«»„“”‘’、，：；（）「」،؛–—"
 
 
@@ -48,6 +62,26 @@ def split_unspaced(text: str) -> str:
     (['AI', 'ส', 'วั', 'ส', 'ดี'], ['第', '3', '章'])
     """
     return _WITH_MARKS.sub(r" \g<0> ", IDEOGRAPH_OR_KANA.sub(r" \g<0> ", text))
+
+
+def lowered(text: str, language: str = "") -> str:
+    """Return a text in lower case, as its language has it, with each letter in one writing.
+
+    >>> lowered("IŞIK", "tr"), lowered("I", "en"), lowered("അവന്\u200d") == "അവൻ"
+    ('ışık', 'i', True)
+    """
+    text = _OLD_LETTERS.sub(lambda found: _ONE_LETTER[found.group()], text)
+    return (text.replace("İ", "i").replace("I", "ı") if language in DOTTED else text).lower()
+
+
+def is_unspaced(text: str) -> bool:
+    """Whether most letters of a text are ideographs, kana, or letters of Thai, Lao, Myanmar or Khmer.
+
+    >>> is_unspaced("台灣 Taiwan 的首都是臺北市"), is_unspaced("Taipei (台北)")
+    (True, False)
+    """
+    alone = sum(len(script.findall(text)) for script in (IDEOGRAPH_OR_KANA, _WITH_MARKS))
+    return 2 * alone > sum(character.isalpha() for character in text)
 
 
 def space_words(text: str) -> str:

@@ -24,7 +24,7 @@ def one_line(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line that an error says, or else its kind, without a full stop at its end.
+    r"""Return the first line that an error says, or else its kind, without a full stop at its end.
 
     >>> first_line(ValueError("no such file.\nSee the manual.")), first_line(KeyboardInterrupt())
     ('no such file', 'KeyboardInterrupt')

@@ -7,11 +7,11 @@ from grasp_lora.errors import DataError
 _CODE = re.compile(r"[A-Za-z]{2,3}(?:[-_][A-Za-z0-9]+)*")
 # ISO 639-2 and 639-3 codes of the languages that prompts or metrics have rules for, and the two written forms of Norwegian.
 _SHORT = {
-    "ara": "ar", "arb": "ar", "ben": "bn", "bur": "my", "chi": "zh", "cmn": "zh", "dan": "da", "deu": "de", "dut": "nl",
-    "eng": "en", "fin": "fi", "fra": "fr", "fre": "fr", "ger": "de", "hin": "hi", "hun": "hu", "ita": "it", "jpn": "ja",
-    "khm": "km", "kor": "ko", "lao": "lo", "mya": "my", "nb": "no", "nld": "nl", "nno": "no", "nn": "no", "nob": "no",
-    "nor": "no", "pol": "pl", "por": "pt", "ron": "ro", "rum": "ro", "rus": "ru", "spa": "es", "swe": "sv", "tha": "th",
-    "tur": "tr", "vie": "vi", "zho": "zh",
+    "ara": "ar", "arb": "ar", "aze": "az", "ben": "bn", "bur": "my", "chi": "zh", "cmn": "zh", "dan": "da", "deu": "de",
+    "dut": "nl", "eng": "en", "fin": "fi", "fra": "fr", "fre": "fr", "ger": "de", "hin": "hi", "hun": "hu", "ita": "it",
+    "jpn": "ja", "khm": "km", "kor": "ko", "lao": "lo", "mya": "my", "nb": "no", "nld": "nl", "nno": "no", "nn": "no",
+    "nob": "no", "nor": "no", "pol": "pl", "por": "pt", "ron": "ro", "rum": "ro", "rus": "ru", "spa": "es", "swe": "sv",
+    "tha": "th", "tur": "tr", "vie": "vi", "zho": "zh",
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def without_place(name: str) -> str:
 def last_part(place: str) -> str:
     r"""Return the last part of a path, whichever system it was written on.
 
-    >>> last_part("data/rows.csv"), last_part(r"C:\data\llama\")
+    >>> last_part("data/rows.csv"), last_part("C:\\data\\llama\\")
     ('rows.csv', 'llama')
     """
     return re.split(r"[\\/]", place.rstrip("\\/"))[-1]
