@@ -86,6 +86,18 @@ def test_texts_with_two_answers_are_warned_of(check: Check) -> None:
     assert re.match(r"\d+ prompts stand there with different answers, one of them with ' no' and ' yes'", found.text)
 
 
+def test_references_that_hold_something_else_are_warned_of(check: Check) -> None:
+    rows = [{"id": f"n{i}", "prompt": f"p{i}:", "completion": f" c{i}"} for i in range(60)]
+    write_rows("target", [{**row, "references": [str(row["completion"]).strip(), "c"]} for row in rows])
+    assert "references" not in check()
+    write_rows("target", [{**row, "references": "Smith 2003"} for row in rows])
+    found = check()["references"]
+    assert found.level == "warning"
+    assert re.match(
+        r"(\d+) of \1 test rows have an answer that is none of .* and 'Smith 2003': the first is", found.text
+    )
+
+
 def test_test_rows_that_stand_elsewhere_in_capitals_are_warned_of(check: Check) -> None:
     assert "near leaks" not in check()
     rows = [{"id": f"n{i}", "prompt": f"What is it, number {i // 2}?", "completion": f" {i}"} for i in range(60)]

@@ -450,6 +450,9 @@ class TestCleaning:
             ("sep=,\nprompt,completion\nHabari,x\n", 3),
             ("prompt\tcompletion\nHabari, dunia\tx\n", 2),
             ("\ufeffprompt,completion\nHabari,x\n,\n ,\n\n", 2),
+            ("\n,,\r\nprompt,completion\nHabari,x\n", 4),
+            (";;\nprompt;completion\nHabari;x\n", 3),
+            ("sep=;\n\nprompt;completion\nHabari;x\n", 4),
         ],
     )
     def test_csv_as_excel_writes_it(self, tmp_path: Path, text: str, line: int) -> None:
@@ -458,6 +461,67 @@ class TestCleaning:
         assert record.answer.startswith("x")
         with pytest.raises(DataError, match=rf"x\.csv, line {line}: completion is empty"):
             read(tmp_path / "x.csv", re.sub("x(, y)?", "", text, count=1), "completion")
+
+    def test_a_quotation_mark_that_takes_in_rows_of_tabs_is_refused(self, tmp_path: Path) -> None:
+        text = 'prompt\tcompletion\nHe said\t"Njoo\nAya 1\tAya 2\nSit down\tKaa chini."\n'
+        with pytest.raises(DataError, match=r"x\.tsv, line 4: a cell that ends here holds tabs and line breaks"):
+            read(tmp_path / "x.tsv", text, "completion")
+        (record,) = read(tmp_path / "y.tsv", 'prompt\tcompletion\na\t"two\nlines"\n', "completion").records
+        assert record.answer == "two\nlines"
+
+    def test_white_space_around_answers_is_removed_and_counted(self, tmp_path: Path) -> None:
+        rows = [{"context": "a b", "question": "?", "answer": text} for text in (" a ", "b")]
+        pool = read(tmp_path / "x.jsonl", rows, "qa")
+        assert [(one.answer, one.references) for one in pool.records] == [("a", ("a",)), ("b", ("b",))]
+        assert pool.answers_trimmed == 1
+        given = [{"source": "a", "target": "b\n", "references": ["b\n", "c "]}]
+        (record,) = read(tmp_path / "y.jsonl", given, "translation").records
+        assert (record.answer, record.references) == ("b", ("b", "c "))
+        kept = [{"prompt": "a", "completion": " b\n"}]  # what the user wants written
+        assert read(tmp_path / "z.jsonl", kept, "completion").records[0].answer == " b\n"
+
+    def test_titles_and_groups_join_whatever_their_form(self, tmp_path: Path) -> None:
+        def keys(start: str, **row: object) -> list[str]:
+            content = [{"context": "a", "question": "?", "answer": "a"} | row]
+            (record,) = read(tmp_path / "x.jsonl", content, "qa").records
+            return [key for key in record.keys if key.startswith(start)]
+
+        assert keys("article:", title=0) == keys("article:", title="0") != []
+        assert keys("article:", title="cafe\u0301") == keys("article:", title="café")
+        assert keys("group:", group="doc1 ") == keys("group:", group="doc1")
+        named = [{"prompt": "a", "completion": "b", "title": "T"}]
+        assert "article:T" in read(tmp_path / "y.jsonl", named, "completion", title="title").records[0].keys
+        assert "article:T" not in read(tmp_path / "y.jsonl", named, "completion").records[0].keys
+
+    def test_rows_of_one_conversation_join_and_openings_that_many_share_do_not(self, tmp_path: Path) -> None:
+        def talk(*said: str) -> dict[str, object]:
+            roles = ("user", "assistant")
+            return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]}
+
+        rows = [talk("hi", "hello", "a", "b"), talk("hi", "hello", "a", "b", "c", "d"), talk("hi", "hello", "e", "f")]
+        first, second, third = read(tmp_path / "x.jsonl", rows, "completion").records
+        assert first.keys & second.keys
+        assert not third.keys & (first.keys | second.keys)
+        _, *others, alone = read(tmp_path / "y.jsonl", [*rows, talk("hi", "hello")], "completion").records
+        assert all(one.keys & alone.keys for one in others)  # which is all of that row
+
+    def test_a_system_text_of_its_own_column_comes_first(self, tmp_path: Path) -> None:
+        turns = [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]
+        (record,) = read(tmp_path / "x.jsonl", [{"messages": turns, "system": "s"}], "completion").records
+        assert [(one["role"], one["content"]) for one in record.messages] == [("system", "s"), ("user", "a")]
+        row = {"instruction": "a", "output": "b", "system": "s"}
+        (record,) = read(tmp_path / "y.jsonl", [row], "completion").records
+        assert [one["role"] for one in record.messages] == ["system", "user"]
+        with pytest.raises(
+            DataError, match=r"a turn has the role 'tool'; allowed: human, user, .*system\. Remove rows"
+        ):
+            read(tmp_path / "z.jsonl", [{"messages": [{"role": "tool", "content": "42"}, *turns]}], "completion")
+
+    def test_a_column_that_the_first_row_lacks_is_seen(self, tmp_path: Path) -> None:
+        rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "input": "d", "output": "e"}]
+        (_, second) = read(tmp_path / "x.jsonl", rows, "completion").records
+        assert second.fields["prompt"] == "c\nd"
+        assert read_file("x.jsonl", tmp_path / "x.jsonl").columns == ["instruction", "output", "input"]
 
     def test_empty_cells_of_optional_columns_say_nothing(self, tmp_path: Path) -> None:
         text = "id,prompt,completion,references,group\nk,a,b,,\n,c,d,e,\n"

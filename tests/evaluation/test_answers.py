@@ -10,6 +10,28 @@ from grasp_lora.evaluation.metrics import score
 ANSWER = ("exact_match", "f1")
 
 
+@pytest.mark.parametrize(
+    ("language", "prediction", "reference"),
+    [
+        ("tr", "İki", "iki"),
+        ("tr", "IŞIK", "ışık"),
+        ("aze", "İki", "iki"),
+        ("ml", "അവന്\u200d", "അവൻ"),
+        ("bn", "সত্\u200d", "সৎ"),
+        ("fa", "کتاب\u200c", "کتاب"),
+    ],
+)
+def test_letters_of_two_writings_are_one(language, prediction, reference):
+    result = score([*ANSWER, "rougeL"], [prediction], [[reference]], language)
+    assert {name: one.value for name, one in result.items()} == {"exact_match": 100, "f1": 100, "rougeL": 100}
+    assert ("case:lc_" in result["f1"].signature) == (language in ("tr", "aze"))
+
+
+def test_only_turkish_and_azeri_have_an_i_without_a_dot():
+    assert score(ANSWER, ["I"], [["i"]], "sw")["exact_match"].value == 100
+    assert score(ANSWER, ["I"], [["i"]], "tr")["exact_match"].value == 0
+
+
 def percent(share: Fraction | int | float) -> object:
     return pytest.approx(100 * float(share), rel=1e-12, abs=0)
 

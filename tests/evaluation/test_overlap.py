@@ -194,6 +194,15 @@ def test_bleu_tokenizer_is_in_the_signature(language, tokenizer):
     assert signature.startswith(f"nrefs:1|case:mixed|eff:no|tok:{tokenizer}|smooth:exp|version:2.")
 
 
+@pytest.mark.parametrize(
+    ("language", "text"), [("nan", "臺灣的首都是臺北市"), ("shn", "ၵႂၢမ်းတႆးၼႆႉလီ"), ("nod", "สวัสดีครับเพื่อน")]
+)
+def test_bleu_of_a_script_without_spaces_counts_characters_whatever_the_language(language, text):
+    result = score(["bleu"], [text[:-1]], [[text]], language)["bleu"]
+    assert result.value > 50
+    assert "|tok:char|" in result.signature
+
+
 snippets = st.sampled_from(["我们", "去", "学校", "。", "the", "cat", "كتاب", "ذهب", "，", "7", "", "x y"])
 passages = st.lists(snippets, max_size=9).map(" ".join)
 

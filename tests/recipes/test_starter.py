@@ -259,6 +259,42 @@ def test_a_prompt_that_would_lose_a_part_is_not_guessed(start: Callable[..., Pat
         start(Path("t.csv"))
 
 
+@pytest.mark.parametrize("part", ["system", "Context"])
+def test_a_part_of_a_prompt_beside_prompt_and_completion_is_not_dropped(start: Callable[..., Path], part: str) -> None:
+    data = write(Path("t.csv"), [{**row, part: "Be brief."} for row in completion(60)])
+    with pytest.raises(
+        DataError, match=f"t.csv has {part} beside prompt and completion, .* --column prompt=prompt --col"
+    ):
+        start(data)
+    recipe, _ = load_recipe(start(data, columns=["prompt=prompt", "completion=completion"]))
+    assert recipe.data.target.columns == {}
+
+
+def test_optional_columns_are_seen_in_any_case(start: Callable[..., Path]) -> None:
+    rows = [
+        {"ID": f"n{i}", "Title": f"t{i // 4}", "Context": f"{i} yes", "Question": "?", "Answer": "yes"}
+        for i in range(60)
+    ]
+    recipe, _ = load_recipe(start(write(Path("t.csv"), rows)))
+    columns = {"id": "ID", "title": "Title", "context": "Context", "question": "Question", "answer": "Answer"}
+    assert recipe.data.target.columns == columns
+    splits = Session(*load_recipe(Path("mine.yaml"))).splits
+    articles = {name: {int(one.id[1:]) // 4 for one in getattr(splits, name)} for name in ("train", "dev", "test")}
+    assert not articles["test"] & (articles["train"] | articles["dev"])
+
+
+def test_a_column_that_some_rows_lack_is_no_less_a_part_of_the_prompt(start: Callable[..., Path]) -> None:
+    rows = [{"instruction": f"t {i}", "response": "s"} | ({"input": "in"} if i else {}) for i in range(60)]
+    with pytest.raises(DataError, match="which fit no task"):
+        start(write(Path("t.jsonl"), rows))
+
+
+def test_a_line_break_behind_an_answer_is_no_second_line(start: Callable[..., Path]) -> None:
+    rows = [{"context": f"{i} yes", "question": "?", "answer": "yes\n" if i == 7 else "yes"} for i in range(60)]
+    recipe, _ = load_recipe(start(write(Path("t.jsonl"), rows)))
+    assert recipe.generation.stop == ("\n",)
+
+
 def swahili(count: int, name: str = "t", answers: int = 1) -> Rows:
     return [
         {"Muktadha": f"{name} {i} ndiyo", "Swali": f"{i}?", "Jibu": "ndiyo" if i >= count - count * answers else ""}

@@ -40,3 +40,9 @@ def test_what_is_no_code_is_refused_in_a_recipe_before_any_work(language):
 
 def test_a_long_code_has_the_prompts_of_the_short_one():
     assert resolve_template("qa", "zho") == resolve_template("qa", "zh") != resolve_template("qa", "en")
+
+
+def test_in_a_chat_the_built_in_completion_is_the_bare_answer_also_where_it_is_written_out():
+    assert resolve_template("qa", "sw", "{question}", " {answer}", chat=True).completion == "{answer}"
+    assert resolve_template("qa", "sw", "{question}", " {answer}").completion == " {answer}"
+    assert resolve_template("qa", "sw", "{question}", "= {answer}", chat=True).completion == "= {answer}"

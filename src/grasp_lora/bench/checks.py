@@ -1,31 +1,46 @@
 """What is checked before a run, a comparison or a sweep begins, so that none stops half way for what could be known before."""
 
+import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from grasp_lora.bench import run_folder as files
-from grasp_lora.bench.records import read_needed
+from grasp_lora.bench.records import read_needed, read_record
 from grasp_lora.bench.session import Session
+from grasp_lora.bench.store import CONFIGS, PACKED
 from grasp_lora.data.places import resolve_file
 from grasp_lora.data.splits import SPLITS
+from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.merging import COMPONENTS, merge_rule
 from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.adapters import check_target_modules
+from grasp_lora.models.backbone import Backbone, without_peft
 from grasp_lora.models.generation import context_of
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.recipes.text import RECIPE_FILE, parse
+from grasp_lora.storage.files import write_json
+from grasp_lora.storage.folder import in_turn, make_folder
 from grasp_lora.storage.processes import world_size
+from grasp_lora.text.display import one_line
 
 SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_BASE_URL"}  # tracker -> variable that names its server
 SERVER_ANSWERS_WITHIN = 5.0  # seconds
 DIFFERENCES_SHOWN = 3
+# What a config says of names, number formats, memory, heads and the weights of a new model: the same computation without it.
+IDLE = {
+    "architectures", "auto_map", "chunk_size_feed_forward", "distributed_config", "dtype", "id2label", "initializer_range",
+    "is_encoder_decoder", "label2id", "problem_type", "quantization_config", "return_dict", "torch_dtype", "transformers_version",
+    "use_cache",
+}  # fmt: skip
+IDLE_STARTS, IDLE_ENDS = ("_", "output_", "summary_"), ("_token_id", "_token_index")
 
 
 def check(session: Session, *, parents: bool = True) -> None:
@@ -229,6 +244,77 @@ def _check_server(tracker: str) -> None:
             f"report_to names {tracker!r}, whose server {place.netloc.rpartition('@')[2]} ({variable}) does not answer: {error}; "
             "start it, or leave the tracker out"
         ) from error
+
+
+def check_config(store: Path, backbone: Backbone, *, note: bool = True) -> None:
+    """Check that the records of a store were made with the backbone's config as it is now: fingerprints cover shapes and weights.
+
+    A store that begins notes the config. One of an older version has not, and is taken as it is.
+
+    Args:
+        store: its folder.
+        backbone: as it was loaded.
+        note: whether to write what is new.
+
+    Raises:
+        RecipeError: the config says something else of a key that it had then, too.
+    """
+    file, now = store / CONFIGS, _computed_with(backbone)
+    if note:
+        make_folder(store)
+    with in_turn(file) if note else nullcontext():
+        noted = read_record(file, dict[str, dict[str, str]])
+        if noted is None and any((store / name).exists() for name in (files.RECORDS, PACKED)):
+            return
+        then = (noted or {}).get(backbone.fingerprint)
+        if then is None and note:
+            write_json(file, {**(noted or {}), backbone.fingerprint: now})
+    # A key that only one of them has may be one that another version of transformers does not fill in.
+    if then and (keys := [key for key in then if now.get(key, then[key]) != then[key]]):
+        shown = [f"{one_line(key)} {one_line(then[key])}, now {one_line(now[key])}" for key in keys[:DIFFERENCES_SHOWN]]
+        raise RecipeError(
+            f"the steps in {store} were done with another config of the backbone ({'; '.join(shown)}); put that back, or choose "
+            "another folder with --output"
+        )
+
+
+def _computed_with(backbone: Backbone) -> dict[str, str]:
+    """What decides the computation in a backbone's config, with all defaults filled in: key -> value as JSON."""
+    config: Mapping[str, Any] = without_peft(backbone.model).config.get_text_config(decoder=True).to_dict()
+    found = {}
+    for key, value in sorted(config.items()):
+        if key not in IDLE and not key.startswith(IDLE_STARTS) and not key.endswith(IDLE_ENDS):
+            with suppress(TypeError, ValueError):  # no plain value
+                found[key] = json.dumps(value, sort_keys=True)
+    return found
+
+
+def check_can_be_cut(recipe: Recipe, option: str) -> None:
+    """Check that the target may be split otherwise, and for folds that it is one pool whose labels do not hang on a fold.
+
+    Args:
+        recipe: of a comparison.
+        option: `--folds` or `--split-seed`.
+
+    Raises:
+        RecipeError: it may not be, or is none.
+    """
+    target = recipe.data.target
+    if recipe.target.adapter is not None:
+        raise RecipeError(
+            f"{option} would test rows that the given target.adapter may have been trained on; leave target.adapter out, so that "
+            f"one is trained for each split, or leave {option} out"
+        )
+    if option != "--folds":
+        return
+    if target.explicit or target.test_files:
+        given = "train_files" if target.explicit else "test_files"
+        raise RecipeError(
+            f"folds are cut from one pool, but the target has data.target.{given}; give one pool (files or hub), or leave "
+            "--folds out"
+        )
+    if task_fields(recipe.data.task).chooses and not recipe.data.labels:
+        raise RecipeError("folds may lack a label in their training rows; write all of them into data.labels")
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:

@@ -186,6 +186,20 @@ class Comparison(_Shape):
         """Return plain values; what was not set is left out."""
         return self.model_dump(exclude_unset=True)
 
+    def is_ahead_of(self, other: Self) -> bool:
+        """Whether it is the same comparison with more seeds, folds or splits."""
+        done, others = (len(one.folds or one.seeds) + len(one.other_splits) for one in (self, other))
+        return (self.recipe_hash, self.settings) == (other.recipe_hash, other.settings) and done > others
+
+    @property
+    def merges(self) -> dict[int, str]:
+        """With `target.on: auto`, what the merge is, by seed or fold."""
+        found: dict[int, str] = {}
+        for part in (self.merge or "").split("; ") if self.merge else []:
+            what, _, numbers = part.removesuffix(")").rpartition(" (")
+            found |= {int(number): what for number in numbers.split(", ")}
+        return found
+
     @property
     def runs(self) -> str:
         """What means and deviations go over."""

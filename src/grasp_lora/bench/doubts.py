@@ -42,7 +42,7 @@ def doubtful(session: Session) -> list[Finding]:
         where = ", ".join(f"{count} of {name}" for name, count in repeated.items() if count)
         text = f"examples that stand there more than once, prompt and answer alike: {where}; remove them from the data"
         found.append(Finding("warning", "duplicates", text))
-    found += [*_contradictions(session), *_nearly_leaked(session)]
+    found += [*_contradictions(session), *_other_references(session), *_nearly_leaked(session)]
     if spelled := sum(tally.control_tokens_kept_as_text for tally in tallies):
         text = (
             f"{spelled} examples spell control tokens, such as the end of a turn, which stay text; for conversations give "
@@ -107,6 +107,21 @@ def _contradictions(session: Session) -> list[Finding]:
         "other, correct the data"
     )
     return [Finding("warning", "contradictions", text)]
+
+
+def _other_references(session: Session) -> list[Finding]:
+    """Warn of test references that no answer to learn is among, as where the column holds a bibliography."""
+    test = session.splits.test
+    apart = [one for one in test if not any(reference.strip() in one.completion for reference in one.references)]
+    if session.splits.labels or 2 * len(apart) <= len(test):
+        return []
+    learned, scored = apart[0].completion.strip(), apart[0].references[0]
+    text = (
+        f"{len(apart)} of {len(test)} test rows have an answer that is none of their references, such as {quoted(learned)} and "
+        f"{quoted(scored)}: the first is what is learned, the second what scores; where the column references holds something "
+        "else, rename it"
+    )
+    return [Finding("warning", "references", text)]
 
 
 def _nearly_leaked(session: Session) -> list[Finding]:

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 
+from grasp_lora.bench.checks import check_config
 from grasp_lora.bench.compare import ComparisonSettings, Work, prepared
 from grasp_lora.bench.outcomes import Adapter, trained_examples
 from grasp_lora.bench.session import Session
@@ -100,8 +101,9 @@ def plan_comparison(session: Session, folder: Path, settings: ComparisonSettings
     Raises:
         GraspError: what `compare` would refuse.
     """
-    session = prepared(session, folder, settings.folds)
+    session = prepared(session, folder, settings)
     work = Work(session, Workplace(folder), settings)
+    check_config(work.store.folder, session.backbone, note=False)
     store = _PlannedStore(work.store.folder)
     work.store = store
     work.run_all(_PlannedBench)
@@ -152,7 +154,9 @@ class _PlannedStore(Store):
             pool = sum(self.sizes[split] for split in stage.rounds.splits)
             rounds = len(stage.round_steps(train))
             measured = rounds * stage.probed_examples(pool, keep_best=step == "controller adapter")
-            return self._cost(stage.training, train, 0, stage.policy.copies) | {"measured_examples": measured}
+            dev = 0 if stage.training.patience is None else self.sizes["dev"]  # by whose loss the run may stop
+            cost = self._cost(stage.training, train, dev, stage.policy.copies)
+            return cost | {"measured_examples": measured + cost["measured_examples"]}
         if "training" in settings:
             train, dev = (sum(self.sizes[name] for name in names) for names in settings["splits"])
             return self._cost(TrainingSettings(**settings["training"]), train, dev)

@@ -24,7 +24,7 @@ from typing import Any
 
 from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.all_rows import TrainedAgain, train_again
-from grasp_lora.bench.checks import check, check_folder
+from grasp_lora.bench.checks import check, check_config, check_folder
 from grasp_lora.bench.deliver import ALONE, candidates, choose, continue_source
 from grasp_lora.bench.finished import inputs_of, is_finished, refuse_other_template
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
@@ -372,6 +372,7 @@ class _Run:
                 f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
                 "put those back, or choose another folder with --output"
             )
+        check_config(self.store.folder, backbone)
         files.forget_another_choice(self.folder, started.recipe_hash)
         # From here on the run is not finished until they are written anew, even if it is killed.
         (self.folder / files.METRICS_FILE).unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from grasp_lora.bench.checks import check
+from grasp_lora.bench.checks import check, check_config
 from grasp_lora.bench.keys import hash_of_code
 from grasp_lora.bench.run_folder import STORE_FOLDER, SWEEP_FOLDER, check_place
 from grasp_lora.bench.search_space import SAMPLERS, SECTIONS, Parameter, propose, search_space, trial_recipe
@@ -111,6 +111,7 @@ def sweep(session: Session, folder: Path, settings: SweepSettings) -> SweepResul
             raise RecipeError("a sweep needs a dev split, but data.target.dev is 0; give it at least 1 example")
         session.checkpoints = Checkpointing(recipe.save_every, lambda: place.interruption.asked_by)
         place.begin(shared=True)
+        check_config(folder / STORE_FOLDER, session.backbone)
         (folder / SWEEP_FOLDER).mkdir(exist_ok=True)  # before the lock beside it, which alone is no experiment
         result = _Search(session, place, settings, parameters).run()
         if result.best is None:

@@ -6,6 +6,7 @@ has a folder of its own for checkpoints, from which it goes on after a kill, to 
 
     records/STEP-KEY.json    what came of a step, its settings, its seconds
     records.jsonl.gz         records of another machine, packed; only read
+    backbones.json           what decides the computation in each backbone's config, by its fingerprint
     adapters/KEY/            a PEFT adapter
     answers/KEY.jsonl        answers to the test prompts
     work/KEY/STEP/           a step under way: checkpoints, history, rounds
@@ -42,7 +43,7 @@ from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 VERSION = 1
 WAIT = 0.5  # seconds between two looks at what other processes do
-PACKED, ADAPTERS, ANSWERS = "records.jsonl.gz", "adapters", "answers"
+PACKED, CONFIGS, ADAPTERS, ANSWERS = "records.jsonl.gz", "backbones.json", "adapters", "answers"
 WITHOUT_ADAPTER = {"controller"}  # a step that trains, and keeps what it has learned alone
 MEASURED_TIME = {"timings"}  # what a result holds besides what was decided by its settings
 CURVES, PLACE_OF_CURVES = "tensorboard", "TENSORBOARD_LOGGING_DIR"

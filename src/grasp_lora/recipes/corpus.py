@@ -232,6 +232,13 @@ def _guess(table: Table, preferred: str | None, given: Mapping[str, str], option
             chosen = {} if messages else chosen
             if fields is OTHER_NAMES:
                 _refuse_unused(table, chosen, given, option)
+            parts = sorted(by_name.keys() & PARTS_OF_PROMPTS - {*fields})
+            if task == "completion" and not messages and parts and "prompt" not in given:
+                without = " ".join(f"{option} {field}={shlex.quote(column)}" for field, column in chosen.items())
+                raise DataError(
+                    f"{name} has {listed([by_name[part] for part in parts])} beside prompt and completion, which no prompt would "
+                    f"hold; write its text into prompt, or say {without} to leave it out"
+                )
             others = {field: column for field, column in given.items() if column not in chosen.values()}
             needed = {*TASKS[task].inputs, TASKS[task].answer}
             if useless := sorted(others.keys() & FIELDS - {*OPTIONAL_COLUMNS, *needed}):
