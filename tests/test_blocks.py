@@ -159,7 +159,8 @@ def newcomer(tiny_workspace: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> P
 
 
 def test_a_spreadsheet_becomes_a_checked_recipe(newcomer: Path, cli: Callable[..., Any]) -> None:
-    init, check, *_ = commands(ROOT / "docs" / "how-to" / "spreadsheet.md")
+    install, init, check, *_ = commands(ROOT / "docs" / "how-to" / "spreadsheet.md")
+    assert install.startswith("pip install")
     assert cli(*shlex.split(init)[1:], *ADDED["init"]).status == 0
     result = cli(*shlex.split(check)[1:])
     assert result.status == 0, result.err

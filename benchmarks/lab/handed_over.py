@@ -2,11 +2,11 @@
 
     python benchmarks/lab/handed_over.py FOLDER...
 
-FOLDER is a run's, or a finished comparison's with the row `delivered`. Each run, or each seed of a comparison, has a row.
+FOLDER is a run's, or a finished comparison's with the row `delivered`. Each run, or each seed or fold of a comparison, has a row.
 It tells what was handed over, its first test score, and that minus the score of four others:
 
 - the best parent in hindsight: source or target adapter. Where the target adapter is trained on the source adapter, it acts with
-  that one only. So the untrained sum of both, `merged`, stands in its place;
+  that one only. So the untrained sum of both, `merged`, stands in its place; with `target.on: auto` where the sum was taken;
 - the best parent or merge in hindsight, however the target adapter is trained;
 - `continued`, and GRASP's result.
 
@@ -23,7 +23,7 @@ what that training does to the test loss. `--chosen` takes the choice in place o
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import sqrt
 from pathlib import Path
 from statistics import fmean, stdev
@@ -33,12 +33,15 @@ import numpy as np
 import yaml
 from controllers import table
 from scipy.stats import t
-from verdict import PARENTS
+from verdict import PARENTS, SUM
 
 from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import ALL_ROWS, Metrics, predictions_file, read_metrics
 from grasp_lora.errors import DataError, GraspError
+from grasp_lora.recipes.stages import AUTO
+from grasp_lora.recipes.text import RECIPE_FILE
+from grasp_lora.text.display import first_line
 
 FEWEST = 3  # runs that an interval needs
 HALVES = 2000
@@ -59,12 +62,14 @@ class Outcome(NamedTuple):
     def minus(self) -> list[float]:
         """The score minus those of the best parent, the best parent or merge, `continued` and GRASP's result."""
         merge = [score for name, score in self.scores.items() if is_a(name, PARENTS)]
-        own = [score for name, score in self.scores.items() if is_a(name, self.parents())]
+        own = [self.scores[name] for name in parents(self.scores)]
         return [self.score - one for one in (max(own), max(merge), self.scores["continued"], self.scores["grasp"])]
 
-    def parents(self) -> tuple[str, ...]:
-        """The adapters that are merged; the untrained sum is one of them where there is no target adapter without it."""
-        return ("source", "target") if any(is_a(name, ("target",)) for name in self.scores) else ("source", "merged")
+
+def parents(systems: Collection[str]) -> list[str]:
+    """The adapters that are merged; the untrained sum is one of them where there is no target adapter without it."""
+    kinds = ("source", "target" if any(is_a(name, ("target",)) for name in systems) else "merged")
+    return [name for name in systems if is_a(name, kinds)]
 
 
 def is_a(name: str, kinds: Sequence[str]) -> bool:
@@ -98,33 +103,49 @@ def of_run(folder: Path, *, before: bool) -> Outcome:
 
 
 def of_comparison(folder: Path) -> list[Outcome]:
-    """A finished comparison, each of its seeds by itself.
+    """A finished comparison, each of its seeds or folds by itself.
 
     Raises:
         DataError: it lacks one of the rows.
     """
     found = Comparison.read(folder / COMPARISON_FILE)
+    numbers = range(1, len(found.folds) + 1) if found.folds else found.seeds
     metric, values = main_metric(list(found.metrics)), {}
     for one in found.rows:
         if one.seeds and (spread := one.scores[metric]) is not None:
-            values[one.method] = spread.values * (len(found.seeds) if len(spread.values) == 1 else 1)
-    missing = [name for name in ("delivered", "merged", "continued", "grasp", "source_only") if name not in values]
-    if missing:
+            values[one.method] = spread.values * (len(numbers) if len(spread.values) == 1 else 1)
+    summed, needed = with_sum(folder, found, numbers), ["delivered", "merged", "continued", "grasp", "source_only"]
+    if len(summed) < len(numbers):
+        needed.append("target_only")
+    if missing := [name for name in needed if name not in values]:
         raise DataError(f"{folder} lacks {', '.join(missing)}; compare again with --methods {','.join(missing)}")
-    if on_source(folder):
-        values.pop("target_only", None)  # trained apart, so no part of the sum
     names = {"source_only": "source", "target_only": "target"}
     outcomes = []
-    for place, seed in enumerate(found.seeds):
+    for place, number in enumerate(numbers):
         scores = {names.get(name, name): own[place] for name, own in values.items()}
-        outcomes.append(Outcome(f"{folder}, seed {seed}", "delivered", scores["delivered"], scores))
+        if number in summed:
+            scores.pop("target", None)  # trained apart, so no part of the sum
+        outcomes.append(Outcome(f"{folder}, {found.runs[:-1]} {number}", "delivered", scores["delivered"], scores))
     return outcomes
 
 
-def on_source(folder: Path) -> bool:
-    """Whether the target adapter of a comparison is trained on the source adapter."""
-    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))  # an older one may have other keys
-    return recipe["target"]["on"] is not None
+def with_sum(folder: Path, found: Comparison, numbers: Collection[int]) -> set[int]:
+    """The seeds or folds of a comparison whose target adapter is trained on the source adapter.
+
+    Raises:
+        DataError: its recipe does not say so, and neither does the table.
+    """
+    file = folder / RECIPE_FILE
+    try:
+        target = yaml.safe_load(file.read_text(encoding="utf-8")).get("target") or {}
+        on = target.get("on")  # an older recipe has no such key
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise DataError(
+            f"{file} cannot be read as a recipe ({first_line(error)}); compare again in its folder"
+        ) from error
+    if on == AUTO:
+        return {number for number in numbers if found.merges.get(number, SUM) == SUM}
+    return set() if on is None else set(numbers)
 
 
 def always(outcomes: Sequence[Outcome]) -> list[list[str]]:
@@ -148,15 +169,15 @@ def judged_apart(folder: Path, metrics: Metrics) -> float | None:
         for system in metrics.systems
         if (file := predictions_file(folder, system)).is_file()
     }
-    parents = [system for system in scores if is_a(system, PARENTS)]
-    if metrics.handed_over not in scores or not parents:
+    own_parents = [system for system in parents(metrics.systems) if system in scores]
+    if metrics.handed_over not in scores or not own_parents:
         return None
     random, own, found = np.random.default_rng(0), scores[metrics.handed_over], []
     for _ in range(HALVES):
         choosing = random.random(len(own)) < 0.5
         if choosing.all() or not choosing.any():
             continue
-        parent = max(parents, key=lambda system: float(scores[system][choosing].mean()))
+        parent = max(own_parents, key=lambda system: float(scores[system][choosing].mean()))
         found.append(float(own[~choosing].mean() - scores[parent][~choosing].mean()))
     return fmean(found) if found else None
 

@@ -84,11 +84,14 @@ def line(found: Comparison, name: str) -> tuple[list[str], list[Difference | Non
     """The row of one comparison, and its differences.
 
     Raises:
-        DataError: its reference is not GRASP.
+        DataError: its reference is not GRASP, or has no result.
     """
     if found.reference != "grasp":
         raise DataError(f"the reference of {name} is {found.reference!r}; compare it again with --reference grasp")
     rows = {row.method: row for row in found.rows if row.seeds}
+    if "grasp" not in rows:
+        reason = next((row.unavailable for row in found.rows if row.method == "grasp"), None) or "it has no row"
+        raise DataError(f"GRASP has no result in {name} ({reason}); mend that and compare again, or leave {name} out")
     metric = main_metric(list(found.metrics))
     own = rows["grasp"].scores[metric]
     score = "–" if own is None else f"{own.mean:.1f} {metric}"

@@ -6,7 +6,8 @@
 A cell is one setting of these four. In each, GRASP is compared with the source adapter continued (`continued`) and with the merge
 that is fine-tuned as it is (`merge`): test loss, with the paired interval over test rows at 95 %, each by itself. With --answers
 the main score is added where a difference of losses leaves out 0. All steps are kept in FOLDER/store; a killed map goes on.
-Cells that the file of --json holds stay, so that a map can grow by several commands; table and figure show all of them.
+Cells that the file of --json holds stay, so that a map can grow by several commands; table and figure show all of them. These
+commands have the same recipe and seeds, but for rows, rank, source and `target.on`, which tell cells apart.
 
 | stopping | what is compared |
 |---|---|
@@ -39,7 +40,7 @@ from grasp_lora.bench.run_folder import STORE_FOLDER
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import Store, key_of
 from grasp_lora.cli.terminal import log_to_terminal
-from grasp_lora.errors import GraspError
+from grasp_lora.errors import DataError, GraspError
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.recipes.load import load_recipe
@@ -49,6 +50,11 @@ RANKS: dict[str, tuple[str, ...]] = {
     "8": (),
     "64, all linear": ("lora.rank=64", "lora.alpha=128", "lora.target_modules=[all-linear]"),
 }
+# Of every cell, so that only what else a recipe says is left to tell two maps apart.
+ALIKE = (
+    "data.target.train=1", "data.source.train=1", "lora.rank=1", "lora.alpha=1", "lora.target_modules=[all-linear]",
+    "target.on=null",
+)  # fmt: skip
 STOPPING = {"early": False, "none": True}  # whether it is free of a dev set
 
 
@@ -135,6 +141,7 @@ def measure_cell(
     }
     row: dict[str, Any] = {
         "cell": vars(replace(cell, on=session.recipe.target.on)),
+        "made_by": made_by(given),
         "test_loss": {name: fmean(map(fmean, runs)) for name, runs in losses.items()},
         "GRASP minus": {},
         "score": {},
@@ -161,6 +168,27 @@ def cells(given: argparse.Namespace) -> Iterator[Cell]:
     stops = [stop for stop in STOPPING if stop in given.stops.split(",")]
     for count, source, rank, stopping in product(rows, sources, ranks, stops):
         yield Cell(count, rank, stopping, source)
+
+
+def made_by(given: argparse.Namespace) -> str:
+    """The seeds and a hash of the recipe, without what tells cells apart."""
+    recipe = load_recipe(given.recipe, [*given.set, *ALIKE])[0]
+    return f"recipe {recipe.fingerprint()}, seeds {given.seeds}"
+
+
+def on_file(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """The cells that the file of --json holds.
+
+    Raises:
+        DataError: they are those of another recipe or of other seeds; older files do not say.
+    """
+    if not (given.json and given.json.exists()):
+        return []
+    rows: list[dict[str, Any]] = json.loads(given.json.read_text(encoding="utf-8"))
+    own = made_by(given)
+    if other := next((one for row in rows if (one := row.get("made_by", own)) != own), None):
+        raise DataError(f"{given.json} holds cells of {other}, and these are of {own}; give another file with --json")
+    return rows
 
 
 def together(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -250,6 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     log_to_terminal(False)
     rows: list[dict[str, Any]] = []
     try:
+        on_file(given)  # refused before anything is trained
         with working_in(given.output) as place:
             place.begin(shared=True)
             sessions: dict[tuple[str, ...], Session] = {}
@@ -257,9 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for cell in cells(given):
                 row = measure_cell(sessions, cell, given, place, store)
                 sys.stderr.write(table([row]).splitlines()[-1] + "\n")
-                if given.json and given.json.exists():  # read anew: another command may have added to it
-                    rows = json.loads(given.json.read_text(encoding="utf-8"))
-                rows = together(rows, row)
+                rows = together(on_file(given) or rows, row)  # another command may have added to it
                 if given.json:
                     given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
                 if given.figure:

@@ -15,9 +15,10 @@ has stopped early on the rows that choose.
 | loss and score | the best sum of both, each in standard errors |
 | X unless N SE | X, unless its loss is more than N standard errors behind the lowest one: then that |
 | GRASP if target N SE ahead | GRASP's result where the target adapter is that far ahead of the source's, else `continued` |
-| a run's | `final.deliver: best`: the same with 1, unless the bootstrap shows another to be better |
+| a run's | `final.deliver: best`: the same with 1, unless the bootstrap, which draws whole groups, shows another to be better |
 
-With `target.on` there is no target adapter by itself: in the rules the sum (`merged`) stands in its place.
+With `target.on: source` there is no target adapter by itself: in the rules the sum (`merged`) stands in its place. With `auto`
+that is so in each seed that has taken the sum.
 
 The table on standard output: the mean score of what a rule hands over, minus that of `continued`, minus that of the best parent
 (source, target or merge) in hindsight, and how often it hands over what. Of a comparison it also says whether rows of one group
@@ -41,11 +42,15 @@ from grasp_lora.bench.checks import check
 from grasp_lora.bench.compare import ComparisonSettings, Work, prepared
 from grasp_lora.bench.deliver import best_of
 from grasp_lora.bench.planned import main_metric
-from grasp_lora.bench.run_folder import COMPARE_FOLDER, predictions_file, read_metrics
+from grasp_lora.bench.records import read_record
+from grasp_lora.bench.run_folder import DATA_FILE, DataFacts, TargetOn, predictions_file, read_metrics
 from grasp_lora.bench.session import Session
+from grasp_lora.bench.steps import Bench
 from grasp_lora.cli.terminal import log_to_terminal
-from grasp_lora.errors import GraspError
+from grasp_lora.data.splits import group_numbers
+from grasp_lora.errors import DataError, GraspError
 from grasp_lora.recipes.load import load_recipe
+from grasp_lora.recipes.stages import AUTO
 from grasp_lora.storage.folder import working_in
 
 # method of a comparison -> candidate of a run, in the order of deliver.py
@@ -57,16 +62,24 @@ CANDIDATES = {
     "grasp": "grasp",
 }
 PARENTS = ("source", "target", "merged")
+FEWEST = 2  # rows that choose: a standard error needs two
+SUM = TargetOn(on="source", splits=[], examples=0, losses={}).merge  # what an outcome says of it
 Values = Mapping[str, np.ndarray]
 Rule = Callable[[Values, Values], str]  # losses and scores of the rows that choose -> candidate
 
 
 @dataclass(frozen=True)
 class Seed:
-    """Losses and scores of the test rows, one array a candidate."""
+    """Losses and scores of the test rows, one array a candidate; and the group of each row, where that is known."""
 
     losses: dict[str, np.ndarray]
     scores: dict[str, np.ndarray]
+    groups: np.ndarray | None = None
+
+    @property
+    def examples(self) -> int:
+        """How many test rows there are."""
+        return len(next(iter(self.losses.values())))
 
 
 def lowest_loss(losses: Values, scores: Values) -> str:
@@ -105,9 +118,10 @@ def both(losses: Values, scores: Values) -> str:
     return max(losses, key=gain)
 
 
-def a_runs(losses: Values, scores: Values) -> str:
-    """What a run does."""
-    return best_of({name: own.tolist() for name, own in losses.items()}, "dev").name
+def a_runs(losses: Values, groups: np.ndarray | None) -> str:
+    """What a run does with rows of these groups; None takes each row by itself."""
+    numbers = None if groups is None else groups.tolist()
+    return best_of({name: own.tolist() for name, own in losses.items()}, "dev", groups=numbers).name
 
 
 RULES: dict[str, Rule] = {
@@ -127,21 +141,30 @@ def replay(seeds: Sequence[Seed], rows: int, draws: int, bootstraps: int, seed: 
         rows: that choose, in each draw.
         draws: for each seed.
         bootstraps: the same for a run's own rule, which draws thousands of times itself.
+
+    Raises:
+        DataError: so many rows leave none to judge, or too few to choose.
     """
+    examples = min(one.examples for one in seeds)
+    if not FEWEST <= rows < examples:
+        raise DataError(
+            f"--rows is {rows}, but there are {examples} test rows, of which at least {FEWEST} choose and at least one judges; "
+            "give another --rows, or more test rows"
+        )
     names = [name for name in seeds[0].losses if all(name in seed.losses for seed in seeds)]
-    rules: dict[str, tuple[Rule, int]] = {f"always {name}": (partial(_always, name), draws) for name in names}
+    rules: dict[str, tuple[Rule | None, int]] = {f"always {name}": (partial(_always, name), draws) for name in names}
     rules |= {title: (rule, draws) for title, rule in RULES.items()}
-    rules["a run's"] = (a_runs, bootstraps)
+    rules["a run's"] = (None, bootstraps)
     found = []
     for title, (rule, times) in rules.items():
         random = np.random.default_rng(seed)  # the same rows for every rule
         gains, chosen = [], Counter[str]()
         for one in seeds:
-            examples = len(next(iter(one.losses.values())))
             for _ in range(times):
-                choosing = np.zeros(examples, dtype=bool)
-                choosing[random.choice(examples, rows, replace=False)] = True
-                name = rule(_of(one.losses, choosing), _of(one.scores, choosing))
+                choosing = np.zeros(one.examples, dtype=bool)
+                choosing[random.choice(one.examples, rows, replace=False)] = True
+                losses, groups = _of(one.losses, choosing), None if one.groups is None else one.groups[choosing]
+                name = rule(losses, _of(one.scores, choosing)) if rule else a_runs(losses, groups)
                 judged = {key: float(values[~choosing].mean()) for key, values in one.scores.items()}
                 parent = max(judged[key] for key in PARENTS if key in judged)
                 gains.append((judged[name], judged[name] - judged["continued"], judged[name] - parent))
@@ -179,22 +202,30 @@ def design_effects(seeds: Sequence[Seed], groups: Sequence[str]) -> str:
 
 
 def on_record(session: Session, folder: Path, seeds: tuple[int, ...]) -> list[Seed]:
-    """The test rows' losses and first score of every candidate and seed."""
-    metric, target = main_metric(list(session.metrics)), session.recipe.target
-    named = {method: name for method, name in CANDIDATES.items() if target.on is None or name != "target"}
+    """The test rows' losses and first score of every candidate and seed; the tables of the comparison stay as they are.
+
+    Raises:
+        DataError: a method has no result.
+    """
+    metric, on = main_metric(list(session.metrics)), session.recipe.target.on
+    named = {method: name for method, name in CANDIDATES.items() if on in (None, AUTO) or name != "target"}
+    settings = ComparisonSettings(methods=tuple(named), seeds=seeds)
     with working_in(folder) as place:
         place.begin(shared=True)
-        (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
-        work = Work(prepared(session, folder), place, ComparisonSettings(methods=tuple(named), seeds=seeds))
-        work.execute()
+        work = Work(prepared(session, folder, settings), place, settings)
+        work.run_all(Bench)
+    for method in named:
+        if (reason := work.rows[method].unavailable) is not None:
+            raise DataError(f"{method} has no result in {folder}: {reason}; no rule can choose without it")
     outcomes = {name: work.rows[method].by_number for method, name in named.items()}
-    return [
-        Seed(
-            {name: np.array(by[seed].losses.result["losses"]) for name, by in outcomes.items()},
-            {name: np.array(by[seed].scores.result[metric]["per_example"]) for name, by in outcomes.items()},
-        )
-        for seed in seeds
-    ]
+    groups, found = np.array(group_numbers(work.session.splits.test)), []
+    for seed in seeds:
+        summed = outcomes["merged"][seed].merge == SUM
+        own = {name: by[seed] for name, by in outcomes.items() if name != "target" or not summed}
+        losses = {name: np.array(one.losses.result["losses"]) for name, one in own.items()}
+        scores = {name: np.array(one.scores.result[metric]["per_example"]) for name, one in own.items()}
+        found.append(Seed(losses, scores, groups))
+    return found
 
 
 def of_runs(folders: Sequence[Path]) -> tuple[str, list[Seed]]:
@@ -211,7 +242,9 @@ def of_runs(folders: Sequence[Path]) -> tuple[str, list[Seed]]:
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             losses[name] = np.array([row["loss"] for row in rows])
             scores[name] = np.array([row["scores"][metric] for row in rows])
-        found.append(Seed(losses, scores))
+        facts = read_record(folder / DATA_FILE, DataFacts)
+        groups = np.array(facts.test_groups) if facts is not None and facts.test_groups else None
+        found.append(Seed(losses, scores, groups))
     return metric, found
 
 
@@ -237,12 +270,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check(session)
             metric = main_metric(list(session.metrics))
             seeds = on_record(session, given.output, tuple(int(seed) for seed in given.seeds.split(",")))
+        found = replay(seeds, given.rows, given.draws, bootstraps=min(given.draws, 60))
     except GraspError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     if not given.runs:
         sys.stdout.write(design_effects(seeds, [example.group for example in session.splits.test]) + "\n\n")
-    found = replay(seeds, given.rows, given.draws, bootstraps=min(given.draws, 60))
     sys.stdout.write(table(["rule", metric, "minus continued", "minus best parent", "hands over"], found) + "\n")
     return 0
 

@@ -401,6 +401,53 @@ def test_a_single_run_of_adapters_kept_apart_is_left_out(tiny_workspace):
     assert "merge.rule 'paper_apart' keeps adapters apart" in unavailable
 
 
+@pytest.mark.parametrize(("name", "one", "other"), [("seeds", (1,), (1, 2)), ("split_seeds", (7,), (7, 8))])
+def test_a_process_that_is_behind_leaves_the_finished_table(tiny_workspace, monkeypatch, name, one, other):
+    folder = tiny_workspace / "compare"
+    given = {"methods": ("zero_shot",), "reference": "zero_shot", "seeds": (1,)}
+    whole, few = (ComparisonSettings(**given | {name: value}) for value in (other, one))
+    content, _ = run(folder, whole)
+    before = {file: file.read_bytes() for file in (folder / "compare").iterdir()}
+    advance, done = Work._advance, []
+
+    def stop(self: Work, batch: Any) -> None:
+        if len(done) == 1:
+            raise Interrupted("stopped")
+        advance(self, batch)
+        done.append(batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Work, "_advance", stop)
+        with pytest.raises(Interrupted):
+            run(folder, whole)
+    assert {file: file.read_bytes() for file in (folder / "compare").iterdir()} == before
+    assert run(folder, whole)[0] == content
+    run(folder, few)  # another comparison has its own
+    assert json.loads((folder / "compare/compare.json").read_text())["settings"][name] == list(one)
+
+
+def test_a_split_that_tests_the_same_rows_is_refused(tiny_workspace, refused):
+    lines = Path("target.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for part, rows in (("train", lines[:20]), ("dev", lines[20:30]), ("test", lines[30:])):
+        Path(f"{part}.jsonl").write_text("".join(rows), encoding="utf-8")
+    files = "language: de, train_files: [train.jsonl], dev_files: [dev.jsonl], test_files: [test.jsonl]"
+    asked = ("--split-seed", "7", "--methods", "zero_shot", "--reference", "zero_shot", "--seeds", "1")
+    for command in ((), ("--dry-run",)):
+        message = "--split-seed 7 tests the same rows, since data.target names their files; give one pool, or leave"
+        refused("compare", (*asked, *command, "--set", f"data.target={{{files}}}"), message)
+    settings = ComparisonSettings(("zero_shot",), (1,), reference="zero_shot", split_seeds=(7,))
+    content, _ = run(tiny_workspace / "some", settings, f"data.target={{{files}, test: 5}}")  # other rows of the file
+    assert content["other_splits"][0]["split_seed"] == 7
+
+
+@pytest.mark.parametrize("option", [("--folds", "3"), ("--split-seed", "7")])
+def test_a_given_target_adapter_is_not_tested_on_rows_that_it_may_have_seen(refused, option):
+    message = (
+        f"{option[0]} would test rows that the given target.adapter may have been trained on; leave target.adapter out"
+    )
+    refused("compare", (*option, "--set", "target.adapter=mine"), message)
+
+
 class Killed(BaseException):
     """Ends a comparison as a kill would."""
 
@@ -1260,3 +1307,13 @@ def test_two_comparisons_never_write_into_one_folder(tiny_workspace, cli):
         result = cli("compare", "tiny.yaml", "--seeds", "1", "--methods", "zero_shot", "--output", "one")
     assert result.status == 2
     assert "is being written by" in result.err
+
+
+def test_the_guide_has_each_method_with_its_title():
+    page = (Path(__file__).parents[2] / "docs/guide/compare.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    found = {}
+    for names, titles, *_ in (row for row in rows if len(row) == 3):
+        listed = re.findall(r"`(\w+)`", names)
+        found |= zip(listed, titles.split(", ") if len(listed) > 1 else [titles], strict=True)
+    assert found == {name: method.title for name, method in METHODS.items()}

@@ -190,6 +190,18 @@ def test_a_comparison_over_folds(tiny_workspace: Path, trainings: list[Any], cli
     assert "3 of 3 folds finished" in status
 
 
+def test_what_a_given_source_adapter_may_have_seen_is_said(finished_run: Path) -> None:
+    settings: dict[str, Any] = {"methods": ("source_only",), "reference": "source_only", "seeds": (42,)}
+    given = {"source.adapters": ["run/source"], "data.source": None}
+    for changes, folds, said in ((given, 3, True), ({}, 3, False), (given, None, False)):
+        folder, comparison = api.compare("tiny.yaml", changes, f"{folds}{said}", folds=folds, **settings)
+        warned = any(
+            "the given source adapter may have seen what belongs together" in one for one in comparison.warnings
+        )
+        assert warned == said
+        assert ("may have seen what" in (folder / "compare.md").read_text(encoding="utf-8")) == said
+
+
 def test_a_signal_in_the_second_fold_leaves_a_table_of_the_first_and_goes_on(
     tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
 ) -> None:

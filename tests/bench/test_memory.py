@@ -8,10 +8,20 @@ from typing import Any
 import memory_table
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+import transformers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, RwkvConfig
 
 from grasp_lora.bench import preflight as module
-from grasp_lora.bench.memory import GIGABYTE, KEPT_BY_WIDTH, Stage, by_setting, shape_of, smallest_card, stages_of
+from grasp_lora.bench.memory import (
+    GIGABYTE,
+    KEPT_BY_WIDTH,
+    Stage,
+    by_setting,
+    shape_of,
+    sizes_of,
+    smallest_card,
+    stages_of,
+)
 from grasp_lora.bench.session import Session
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.backbone import skeleton
@@ -64,6 +74,25 @@ def test_what_is_kept_is_counted_without_computing(
 def test_experts_are_estimated_by_width(make_tiny_model: Callable[..., Any]) -> None:
     shape = shape_of(empty(make_tiny_model("qwen3_moe")), LORA, 16)
     assert shape.kept[2] >= KEPT_BY_WIDTH[2] * shape.layers * shape.width * 0.5
+
+
+def test_keys_and_values_are_those_of_layers_that_have_them() -> None:
+    tokens = {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    for config in (RwkvConfig, MambaConfig):
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config(**tokens, hidden_size=32, num_hidden_layers=2))
+        assert sizes_of(model).cached == 0
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        return
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    inputs = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 260, "num_kv_shared_layers": 0}
+    unequal = transformers.Gemma4TextConfig(
+        **sizes, **inputs, **tokens, num_key_value_heads=2, head_dim=8, global_head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(unequal)
+    assert sizes_of(model).cached == 2 * 2 * (8 + 16)
 
 
 @pytest.fixture(scope="module")

@@ -370,6 +370,36 @@ class TestAgain:
         model.save_pretrained(own)
         assert "other was begun with other backbone" in cli("run", "tiny.yaml", *changes).err
 
+    @pytest.mark.parametrize("command", ["run", "compare", "compare --dry-run", "sweep"])
+    def test_a_changed_config_of_the_backbone_is_refused(
+        self, command: str, finished_run: Path, cli: Callable[..., Any]
+    ) -> None:
+        Path("own").mkdir()
+        for file in Path("tiny-llama").iterdir():
+            shutil.copy(file, "own")
+        changes = ["tiny.yaml", "--set", "backbone.name=own", "-o", "other"]
+        assert cli("run", *changes).status == 0
+        config, before = read(Path("own/config.json")), files_of(Path("other"))
+        name, *more = command.split()
+        asked = [name, *changes, *more]
+        if name == "compare":
+            asked += ["--methods", "merged", "--reference", "merged", "--seeds", "42"]
+        if name == "sweep":
+            asked += ["--param", "final.prune_ratio=[0.2]", "--trials", "1"]
+        Path("own/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+        result = cli(*asked)
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        said = "the steps in other/store were done with another config of the backbone (rms_norm_eps 1e-06, now 0.5); put that"
+        assert said in result.err
+        assert files_of(Path("other")) == before
+        # What computes nothing may change, and a store of an older version is taken as it is.
+        Path("own/config.json").write_text(json.dumps(config | {"use_cache": False, "transformers_version": "9"}))
+        assert cli(*asked).status == 0
+        Path("own/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+        Path("other/store/backbones.json").unlink()
+        assert cli(*asked).status == 0
+        assert not Path("other/store/backbones.json").exists()
+
     def test_a_finished_run_scores_anew_by_code_that_was_changed(self, finished_run: Path) -> None:
         code = (
             "from grasp_lora.evaluation.metrics import Metric, MetricScore\n"

@@ -124,6 +124,82 @@ def test_a_comparison_has_a_row_a_seed(
     assert "lacks merged; compare again with --methods merged" in capsys.readouterr().err
 
 
+STORED = Path(__file__).parents[2] / "docs/lab/results/compare-nusax-jv-on-source"
+KNOWN = {
+    "source_only": [40.0, 41.0, 42.0],
+    "target_only": [60.0, 10.0, 70.0],
+    "merged": [50.0, 80.0, 50.0],
+    "continued": [46.0, 45.0, 44.0],
+    "grasp": [51.0, 1.0, 1.0],
+    "delivered": [52.0, 44.0, 44.0],
+}
+
+
+def comparison(folder: Path, on: str | None, without: tuple[str, ...] = (), **changes: Any) -> str:
+    """A comparison of three seeds whose scores are known; a recipe without the key where `on` is empty."""
+    folder.mkdir()
+    content = json.loads((STORED / "compare.json").read_text(encoding="utf-8")) | changes
+    content["rows"] = [row for row in content["rows"] if row["method"] in KNOWN.keys() - set(without)]
+    for row in content["rows"]:
+        row["scores"]["accuracy"] = {"mean": 1.0, "sd": None, "values": KNOWN[row["method"]]}
+    (folder / "compare.json").write_text(json.dumps(content), encoding="utf-8")
+    recipe = (STORED / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = recipe.replace("  'on': source\n", f"  'on': {on}\n" if on else "")
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
+    return str(folder)
+
+
+def rows_of(text: str, count: int) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2 : 2 + count]]
+
+
+def test_with_auto_each_seed_has_the_parents_of_what_it_took(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = comparison(tmp_path / "it", "auto", merge="the average (42, 9001); the sum (1337)")
+    assert handed_over.main([folder]) == 0
+    rows = rows_of(capsys.readouterr().out, 3)
+    assert [row[3] for row in rows] == ["-8.0", "-36.0", "-26.0"]  # minus target, the sum, target
+    without = comparison(tmp_path / "sums", "auto", ("target_only",), merge="the sum (42, 1337, 9001)")
+    assert handed_over.main([without]) == 0
+    assert [row[3] for row in rows_of(capsys.readouterr().out, 3)] == ["+2.0", "-36.0", "-6.0"]
+    without = comparison(tmp_path / "averages", "auto", ("target_only",), merge="the average (42, 1337, 9001)")
+    assert handed_over.main([without]) == 2
+    assert "lacks target_only; compare again with --methods target_only" in capsys.readouterr().err
+
+
+def test_a_cross_validation_has_a_row_a_fold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [{"test": 9, "train": 9, "source_train": 9}] * 3
+    folder = comparison(tmp_path / "it", "auto", folds=sizes, seeds=[42], merge="the average (1, 3); the sum (2)")
+    assert handed_over.main([folder]) == 0
+    rows = rows_of(capsys.readouterr().out, 3)
+    assert [row[0].removeprefix(folder) for row in rows] == [", fold 1", ", fold 2", ", fold 3"]
+    assert [row[2] for row in rows] == ["52.0", "44.0", "44.0"]
+    assert [row[3] for row in rows] == ["-8.0", "-36.0", "-26.0"]
+
+
+def test_an_older_recipe_does_not_say_where_the_target_adapter_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = comparison(tmp_path / "it", None)
+    assert "'on'" not in (tmp_path / "it/recipe.yaml").read_text(encoding="utf-8")
+    assert handed_over.main([folder]) == 0  # on the backbone alone, as all were then
+    assert [row[3] for row in rows_of(capsys.readouterr().out, 3)] == ["-8.0", "+3.0", "-26.0"]
+    (tmp_path / "it/recipe.yaml").unlink()
+    assert handed_over.main([folder]) == 2
+    assert "recipe.yaml cannot be read as a recipe" in capsys.readouterr().err
+
+
+def test_the_merge_is_no_parent_that_other_rows_choose_where_there_is_a_target_adapter(tmp_path: Path) -> None:
+    for name, target in (("apart", {"target": 10}), ("summed", {})):
+        folder = Path(run(tmp_path / name, "grasp", source=20, merged=90, grasp=50, **target))
+        (folder / "evaluation").mkdir()
+        for system, score in {"source": 20, "merged": 90, "grasp": 50, **target}.items():
+            line = json.dumps({"id": "x", "prediction": "", "loss": 1.0, "scores": {"f1": score}})
+            (folder / "evaluation" / f"{system}.jsonl").write_text(f"{line}\n" * 9, encoding="utf-8")
+        assert handed_over.of_run(folder, before=False).apart == pytest.approx(30.0 if target else -40.0)
+
+
 def test_a_folder_without_metrics_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert handed_over.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("error: ")

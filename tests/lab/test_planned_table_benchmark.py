@@ -48,6 +48,25 @@ def test_without_the_source_adapters_row_its_passes_come_from_the_continued_one(
     assert "no row tells what the source adapter takes" in capsys.readouterr().err
 
 
+def test_a_comparison_whose_grasp_failed_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = comparison(tmp_path / "failed")
+    file = Path(folder) / "compare.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    for row in content["rows"]:
+        row["against"] = {}
+    [row] = [row for row in content["rows"] if row["method"] == "grasp"]
+    empty = {"seeds": 0, "scores": {}, "prune_ratio": None, "cost": None}
+    row |= empty | {"unavailable": "failed with seed 42: no loss is finite", "failed": True}
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert planned_table.main([folder]) == 2
+    said = "error: GRASP has no result in failed (failed with seed 42: no loss is finite); mend that and compare again"
+    assert said in capsys.readouterr().err
+    content["rows"].remove(row)
+    file.write_text(json.dumps(content), encoding="utf-8")
+    assert planned_table.main([folder]) == 2
+    assert "GRASP has no result in failed (it has no row)" in capsys.readouterr().err
+
+
 def test_another_reference_and_a_missing_comparison_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

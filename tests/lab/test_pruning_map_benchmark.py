@@ -31,3 +31,28 @@ def test_a_map_of_two_cells(
     assert pruning_map.main(asked) == 0
     assert capsys.readouterr().out == first
     assert {file: file.stat().st_mtime_ns for file in Path("m/store/records").iterdir()} == before
+
+
+def test_a_map_takes_no_cells_of_another_recipe_or_of_other_seeds(
+    tiny_workspace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pruning_map, "RANKS", {"2": ()})
+    asked = ["tiny.yaml", "--output", "m", "--sources", "8", "--stops", "early", "--json", "map.json"]
+    assert pruning_map.main([*asked, "--rows", "8", "--seeds", "1"]) == 0
+    before = Path("map.json").read_text()
+    for other in (["--seeds", "2"], ["--seeds", "1", "--set", "final.training.learning_rate=0.02"]):
+        capsys.readouterr()
+        assert pruning_map.main([*asked, "--rows", "8", *other]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: map.json holds cells of recipe ")
+        assert "seeds 1, and these are of recipe " in said
+        assert said.count("\n") == 1
+        assert Path("map.json").read_text() == before
+    # What tells cells apart may differ, and an older file does not say whose its cells are.
+    rows = json.loads(before)
+    Path("map.json").write_text(json.dumps([{name: one for name, one in rows[0].items() if name != "made_by"}]))
+    assert pruning_map.main([*asked, "--rows", "6", "--seeds", "1", "--set", "target.on=source"]) == 0
+    found = json.loads(Path("map.json").read_text())
+    assert [(row["cell"]["rows"], row["cell"]["on"]) for row in found] == [(6, "source"), (8, None)]
+    assert pruning_map.main([*asked, "--rows", "8", "--seeds", "1"]) == 0
+    assert [row["made_by"] for row in json.loads(Path("map.json").read_text())] == [rows[0]["made_by"]] * 2

@@ -30,7 +30,7 @@ from grasp_lora.models.backbone import (
     load_backbone,
     supports_logits_to_keep,
 )
-from grasp_lora.models.checked_config import _check_sizes
+from grasp_lora.models.checked_config import _check_sizes, fact_of
 from grasp_lora.models.precision import find_dtype
 from grasp_lora.models.settings import BackboneSettings
 
@@ -250,6 +250,30 @@ def test_sizes_of_real_models_are_allowed(family):
     if config is None:
         pytest.skip(f"this transformers has no {family}")
     _check_sizes(config().to_dict())
+
+
+def test_layers_of_unequal_heads_are_told_by_all_of_them(tmp_path, tiny_tokenizer):
+    """As in Gemma 4, whose config gives no size of a head that holds for all layers."""
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this transformers has no Gemma4")
+    found = set()
+    for heads in (2, 4):
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": heads}
+        inputs = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 260, "num_kv_shared_layers": 0}
+        config = transformers.Gemma4TextConfig(
+            **sizes, **inputs, num_key_value_heads=heads, head_dim=32 // heads, global_head_dim=16, vocab_size=260,
+            layer_types=["sliding_attention", "full_attention"], pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / str(heads))
+        tiny_tokenizer.save_pretrained(tmp_path / str(heads))
+        found.add(load(tmp_path / str(heads), dtype="float32").fingerprint)
+        assert load(tmp_path / str(heads), dtype="bfloat16").fingerprint in found
+        expected = 16 if heads == 2 else [8, 16]
+        assert fact_of(config, "head_dim") == expected
+        assert fact_of(config, "hidden_size") == 32
+        assert fact_of(config, "no_such_fact") is None
+    assert len(found) == 2
 
 
 def test_weights_that_the_config_has_no_place_for_are_warned_about(folder, caplog):

@@ -10,6 +10,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import (
     MiniMaxConfig,
     MiniMaxForCausalLM,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
     RecurrentGemmaConfig,
     RecurrentGemmaForCausalLM,
     RwkvConfig,
@@ -312,6 +314,7 @@ def test_rows_that_have_ended_leave_the_batch(architecture, make_tiny_model, tin
 def other_models():
     shape = {"vocab_size": 260, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
     return {
+        "openai-gpt": lambda: OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=260, n_embd=32, n_layer=2, n_head=4)),
         "rwkv": lambda: RwkvForCausalLM(RwkvConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2)),
         "recurrent_gemma": lambda: RecurrentGemmaForCausalLM(
             RecurrentGemmaConfig(
@@ -327,8 +330,8 @@ def other_models():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("architecture", ["rwkv", "recurrent_gemma", "minimax"])
-def test_models_with_a_state_of_their_own_answer_alike_in_batches(architecture, tiny_tokenizer):
+@pytest.mark.parametrize("architecture", ["openai-gpt", "rwkv", "recurrent_gemma", "minimax"])
+def test_models_with_a_state_of_their_own_or_none_answer_alike_in_batches(architecture, tiny_tokenizer):
     torch.manual_seed(0)
     model = other_models()[architecture]().eval()
     for parameter in model.parameters():

@@ -5,7 +5,7 @@ import json
 import shutil
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,12 @@ class FakeHub:
     Args:
         private: of the repository that is there; None for none.
         refuses: HTTP status for every call that writes.
+        there: files of that repository.
     """
 
-    def __init__(self, private: bool | None = None, refuses: int | None = None) -> None:
-        self.private, self.refuses = private, refuses
+    def __init__(self, private: bool | None = None, refuses: int | None = None, there: Sequence[str] = ()) -> None:
+        self.private, self.refuses, self.there = private, refuses, there
+        self.removed: list[str] = []
         self.created: dict[str, Any] | None = None
         self.files: dict[str, bytes] = {}
         self.bytes_received = b""
@@ -35,10 +37,10 @@ class FakeHub:
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, Any]]:
         self.bytes_received += body
         if method == "GET":
-            missing = self.private is None
-            return (
-                (404, {"error": "none"}) if missing else (200, {"id": "me/mine", "private": self.private, "sha": "a"})
-            )
+            if self.private is None:
+                return 404, {"error": "none"}
+            files = [{"rfilename": name} for name in self.there]
+            return 200, {"id": "me/mine", "private": self.private, "sha": "a", "siblings": files}
         if self.refuses:
             return self.refuses, {"error": "no"}
         if path == "/api/repos/create":
@@ -52,6 +54,8 @@ class FakeHub:
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                self.removed.append(line["value"]["path"])
         return 200, {"commitOid": "a" * 40, "commitUrl": "https://huggingface.co/me/mine/commit/" + "a" * 40}
 
 
@@ -156,6 +160,49 @@ def test_a_repository_that_is_there_gets_a_commit(
     assert result.status == 0, result.err
     assert hub.created is None
     assert "adapter_model.safetensors" in hub.files
+
+
+def test_files_of_an_earlier_adapter_are_named_and_removed(
+    serve: Callable[..., FakeHub], cli: Callable[..., Any], adapter: Path
+) -> None:
+    hub = serve(private=True, there=["adapter.gguf", "grasp_lora.json", "README.md", "notes.md", "adapter_config.json"])
+    (adapter / "grasp_lora.json").unlink()
+    (adapter / "README.md").unlink()
+    told = "note: of an earlier adapter there, and removed: grasp_lora.json, adapter.gguf\n"
+    plan = cli("push", adapter, "me/mine")
+    assert told in plan.out
+    assert "the README.md there stays" in plan.out
+    assert (hub.removed, hub.files, hub.bytes_received) == ([], {}, b"")
+    done = cli("push", adapter, "me/mine", "--yes")
+    assert done.status == 0, done.err
+    assert told in done.out
+    assert hub.removed == ["grasp_lora.json", "adapter.gguf"]
+    assert set(hub.files) == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_nothing_is_removed_where_all_is_replaced_and_a_hub_that_is_silent_is_said(
+    serve: Callable[..., FakeHub], cli: Callable[..., Any], adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = serve(private=True, there=sorted(set(OWN_FILES) - {"adapter.gguf"}))
+    result = cli("push", adapter, "me/mine", "--yes")
+    assert "earlier adapter" not in result.out
+    assert (result.status, hub.removed) == (0, [])
+    close_session()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "note: me/mine could not be looked at: files of an earlier adapter" in cli("push", adapter, "me/mine").out
+
+
+def test_a_base_model_that_is_a_folder_here_is_noted(
+    serve: Callable[..., FakeHub], cli: Callable[..., Any], adapter: Path
+) -> None:
+    """On the hub there may be a stranger's model of that name."""
+    serve()
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "models/llama"}))
+    assert "the base model that" not in cli("push", adapter, "me/mine").out
+    Path("models/llama").mkdir(parents=True)
+    told = "the base model that the adapter names is 'models/llama', a folder of this machine: on the hub there may be another"
+    assert told in cli("push", adapter, "me/mine").out
 
 
 def check_refused(result: Any, message: str) -> None:

@@ -33,7 +33,7 @@ from grasp_lora.text.display import one_line
 
 SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_BASE_URL"}  # tracker -> variable that names its server
 SERVER_ANSWERS_WITHIN = 5.0  # seconds
-DIFFERENCES_SHOWN = 3
+DIFFERENCES_SHOWN, MOST_SHOWN = 3, 60  # and characters of each value
 # What a config says of names, number formats, memory, heads and the weights of a new model: the same computation without it.
 IDLE = {
     "architectures", "auto_map", "chunk_size_feed_forward", "distributed_config", "dtype", "id2label", "initializer_range",
@@ -271,7 +271,10 @@ def check_config(store: Path, backbone: Backbone, *, note: bool = True) -> None:
             write_json(file, {**(noted or {}), backbone.fingerprint: now})
     # A key that only one of them has may be one that another version of transformers does not fill in.
     if then and (keys := [key for key in then if now.get(key, then[key]) != then[key]]):
-        shown = [f"{one_line(key)} {one_line(then[key])}, now {one_line(now[key])}" for key in keys[:DIFFERENCES_SHOWN]]
+        shown = [
+            f"{one_line(key)} {one_line(then[key])[:MOST_SHOWN]}, now {one_line(now[key])[:MOST_SHOWN]}"
+            for key in keys[:DIFFERENCES_SHOWN]
+        ]
         raise RecipeError(
             f"the steps in {store} were done with another config of the backbone ({'; '.join(shown)}); put that back, or choose "
             "another folder with --output"
@@ -315,6 +318,30 @@ def check_can_be_cut(recipe: Recipe, option: str) -> None:
         )
     if task_fields(recipe.data.task).chooses and not recipe.data.labels:
         raise RecipeError("folds may lack a label in their training rows; write all of them into data.labels")
+
+
+def check_list(name: str, values: Sequence[Any]) -> None:
+    """Check that a list of settings says something, and nothing twice.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not values:
+        raise ValueError(f"{name} is empty; give at least one")
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"{name} names {twice[0]} more than once; name each one once")
+
+
+def check_ratios(name: str, ratios: Sequence[float]) -> None:
+    """Check a list of prune ratios.
+
+    Raises:
+        ValueError: it is empty, says something twice, or holds something else than fractions in [0, 1].
+    """
+    check_list(name, ratios)
+    for ratio in ratios:
+        if not 0.0 <= ratio <= 1.0:
+            raise ValueError(f"{name} holds {ratio}; each prune ratio must be a fraction in [0, 1]")
 
 
 def check_folder(folder: Path, recipe: Recipe) -> None:

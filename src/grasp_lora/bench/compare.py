@@ -8,12 +8,12 @@ Paper: main table and runtime table.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from grasp_lora.bench.checks import check, check_splits
+from grasp_lora.bench.checks import check, check_can_be_cut, check_config, check_list, check_ratios, check_splits
 from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.keyed import GRID
 from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS
@@ -24,9 +24,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import WAIT, Store
 from grasp_lora.bench.summary import Outcomes, Rows, other_split, summary
-from grasp_lora.data.settings import DataSettings
 from grasp_lora.data.splits import Fold, group_numbers, group_size
-from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import least_resamples
 from grasp_lora.models.adapters import check_target_modules
@@ -39,6 +37,9 @@ from grasp_lora.storage.folder import Busy, Workplace, in_turn, working_in
 logger = logging.getLogger(__name__)
 
 LEAST_TEST = 2
+SOURCE_MAY_HAVE_SEEN = (
+    "each row is tested in a fold, and the given source adapter may have seen what belongs together with it"
+)
 
 
 @dataclass(frozen=True)
@@ -131,23 +132,24 @@ def compare(
         Interrupted: SIGTERM or SIGINT came.
     """
     with working_in(folder) as place:
-        session = prepared(session, folder, settings.folds)
+        session = prepared(session, folder, settings)
         session.checkpoints = Checkpointing(session.recipe.save_every, lambda: place.interruption.asked_by)
         work = Work(session, place, settings, show)
         work.store.check_dtype(str(session.backbone.model.dtype))
         place.begin(shared=True)
+        check_config(work.store.folder, session.backbone)
         (folder / COMPARE_FOLDER).mkdir(exist_ok=True)
         work.begin()
         return work.execute()
 
 
-def prepared(session: Session, folder: Path, folds: int | None = None) -> Session:
+def prepared(session: Session, folder: Path, settings: ComparisonSettings) -> Session:
     """Return the session of a comparison, whose prune ratio is learned, with everything loaded and checked.
 
     Args:
         session: of the recipe; what is to become of the result (`final.prune_ratio`, `final.all_rows`) is left aside.
         folder: of the experiment.
-        folds: of a cross-validation; the session is then that of the first one.
+        settings: with folds the session is that of the first one.
 
     Raises:
         GraspError: the folder, the recipe, the data or an adapter does not fit.
@@ -159,13 +161,14 @@ def prepared(session: Session, folder: Path, folds: int | None = None) -> Sessio
             "final.training.epochs to those of the controller and the final run together, and name grasp_single among the "
             "methods: it shares them out between both"
         )
-    if folds is not None:
-        _check_can_be_cut(recipe.data)
+    for option, asked in (("--folds", settings.folds), ("--split-seed", settings.split_seeds)):
+        if asked:
+            check_can_be_cut(recipe, option)
     if (given := recipe.final.prune_ratio) is not None:
         logger.warning("final.prune_ratio is left aside: rows learn their own, and --grid %g has that one", given)
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
     check_place(folder)
-    session = Session(recipe, session.base, session.progress, None if folds is None else Fold(1, folds))
+    session = Session(recipe, session.base, session.progress, Fold(1, settings.folds) if settings.folds else None)
     check(session)
     check_target_modules(session.backbone.model, recipe.lora.target_modules)
     return session
@@ -217,8 +220,14 @@ class Work:
         self.numbers = tuple(self.folds) or settings.seeds
         self.rows = self._rows(*(self.folds.values() or [session]))
         self.others = {other: self._elsewhere(other) for other in settings.split_seeds}
-        for elsewhere in self.others.values():
+        tested = {example.id for example in session.splits.test}
+        for other, elsewhere in self.others.items():
             check_splits(elsewhere)
+            if {example.id for example in elsewhere.splits.test} == tested:
+                raise RecipeError(
+                    f"--split-seed {other} tests the same rows, since data.target names their files; give one pool, "
+                    "or leave --split-seed out"
+                )
         self.again = {other: self._rows(elsewhere) for other, elsewhere in self.others.items()}
 
     def execute(self) -> Comparison:
@@ -241,9 +250,13 @@ class Work:
                     self._write(comparison)
             if finished == len(batches):
                 return comparison
-            if len(self.store.used) == used:
-                self.progress.stage("waiting for what other processes do in this folder")
-                time.sleep(WAIT)
+            self._wait(used)
+
+    def _wait(self, used: int) -> None:
+        """Wait for other processes, unless so many steps have become more."""
+        if len(self.store.used) == used:
+            self.progress.stage("waiting for what other processes do in this folder")
+            time.sleep(WAIT)
 
     def _comparison(self, shared: Session, finished: int) -> Comparison:
         """What the batches that come before the first unfinished one have come to."""
@@ -255,7 +268,9 @@ class Work:
         others = list(self.again.items())[: max(0, finished - len(self.numbers))]
         splits = [other_split(rows, there, settings, other) for other, there in others]
         folds = [one.splits for number, one in self.folds.items() if number in numbers]
-        return summary(shared, settings, rows, self.split_seed, folds).model_copy(update={"other_splits": splits})
+        found = summary(shared, settings, rows, self.split_seed, folds)
+        seen = [SOURCE_MAY_HAVE_SEEN] if folds and shared.recipe.source.adapters else []
+        return found.model_copy(update={"other_splits": splits, "warnings": [*found.warnings, *seen]})
 
     def begin(self) -> None:
         """Write the recipe, unless the tables of another one stand there: then it comes with the tables that replace them."""
@@ -274,8 +289,14 @@ class Work:
 
     def run_all(self, kind: type[Bench]) -> None:
         """Go through all seeds and splits with benches of a kind, and write no table."""
-        for batch in self._batches(kind)[1]:
-            self._advance(batch)
+        batches = self._batches(kind)[1]
+        while True:
+            used = len(self.store.used)
+            for batch in batches:
+                self._advance(batch)
+            if not any(batch.to_do for batch in batches):
+                return
+            self._wait(used)
 
     def _batches(self, kind: type[Bench]) -> tuple[Session, list["_Batch"]]:
         """The session of the splits that are compared, and all there is to do."""
@@ -351,47 +372,9 @@ class Work:
     def _write(self, comparison: Comparison) -> None:
         folder = self.place.folder / COMPARE_FOLDER
         with in_turn(folder):
+            before = read_record(folder / COMPARISON_FILE, Comparison)
+            if before is not None and before.is_ahead_of(comparison):  # of another process, or of an earlier one
+                return
             self._write_recipe()
             write_json(folder / COMPARISON_FILE, comparison.to_json())
             self.show(folder, comparison)
-
-
-def _check_can_be_cut(data: DataSettings) -> None:
-    """Check that the target is one pool, and that the labels of a classification do not hang on a fold.
-
-    Raises:
-        RecipeError: they do, or it is not.
-    """
-    target = data.target
-    if target.explicit or target.test_files:
-        given = "train_files" if target.explicit else "test_files"
-        raise RecipeError(
-            f"folds are cut from one pool, but the target has data.target.{given}; give one pool (files or hub), or leave "
-            "--folds out"
-        )
-    if task_fields(data.task).chooses and not data.labels:
-        raise RecipeError("folds may lack a label in their training rows; write all of them into data.labels")
-
-
-def check_list(name: str, values: Sequence[Any]) -> None:
-    """Check that a list of settings says something, and nothing twice.
-
-    Raises:
-        ValueError: it does not.
-    """
-    if not values:
-        raise ValueError(f"{name} is empty; give at least one")
-    if twice := [value for value in values if values.count(value) > 1]:
-        raise ValueError(f"{name} names {twice[0]} more than once; name each one once")
-
-
-def check_ratios(name: str, ratios: Sequence[float]) -> None:
-    """Check a list of prune ratios.
-
-    Raises:
-        ValueError: it is empty, says something twice, or holds something else than fractions in [0, 1].
-    """
-    check_list(name, ratios)
-    for ratio in ratios:
-        if not 0.0 <= ratio <= 1.0:
-            raise ValueError(f"{name} holds {ratio}; each prune ratio must be a fraction in [0, 1]")

@@ -14,6 +14,7 @@ from grasp_lora.data.encode import Example
 from grasp_lora.data.splits import Splits
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.backbone import supports_logits_to_keep
+from grasp_lora.models.checked_config import fact_of
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.recipes.recipe import Recipe
 
@@ -125,8 +126,6 @@ def sizes_of(skeleton: Any) -> Shape:
         for module in skeleton.modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     ]
-    heads = config.num_attention_heads
-    dimension = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Shape(
         linear=sum(linear),
         others=sum(parameter.numel() for parameter in skeleton.parameters()) - sum(linear),
@@ -134,8 +133,20 @@ def sizes_of(skeleton: Any) -> Shape:
         layers=config.num_hidden_layers,
         width=config.hidden_size,
         vocabulary=config.vocab_size,
-        cached=2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * dimension,
+        cached=_cached(config),
     )
+
+
+def _cached(config: Any) -> int:
+    """Numbers of keys and values of one token, the layers added up, which may differ; 0 for a model without attention."""
+    names, layers = ("num_attention_heads", "num_key_value_heads", "head_dim"), config.num_hidden_layers
+    facts = [found if isinstance(found := fact_of(config, name), list) else [found] * layers for name in names]
+    of_layers = (
+        (of_keys or heads) * (size or config.hidden_size // heads)
+        for heads, of_keys, size in zip(*facts, strict=True)
+        if heads
+    )
+    return 2 * int(sum(of_layers))
 
 
 def shape_of(skeleton: Any, lora: LoraSettings, tokens: int) -> Shape:

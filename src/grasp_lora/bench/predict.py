@@ -21,7 +21,7 @@ from grasp_lora.data.labels import encode_labels
 from grasp_lora.data.records import XLSUM_COLUMNS, Record, make_pool
 from grasp_lora.data.tables import NoText, Row, Table
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, task_fields
-from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.errors import DataError, LackOfMemoryError, RecipeError
 from grasp_lora.models.adapters import attached, check_fits
 from grasp_lora.models.backbone import backbone_of
 from grasp_lora.models.choosing import likeliest_labels
@@ -31,7 +31,7 @@ from grasp_lora.models.settings import GenerationSettings
 from grasp_lora.recipes.load import backbone_of_run
 from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.reading import is_file, is_folder, is_there
-from grasp_lora.text.display import SURROGATES, escaped, listed, quoted
+from grasp_lora.text.display import SURROGATES, escaped, first_line, listed, quoted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,10 +106,16 @@ class Asked:
         return Encoder(self.tokenizer, task, "", form, sys.maxsize, cut, self.chat, ends_turns=ends_turns)
 
     def _answer(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        if self.own.labels:
-            return likeliest_labels(self.model, ids, encode_labels(self.own.labels, self._encoder()), self.settings)
-        ends = [Encoder(self.tokenizer, "completion", "", PLAIN, sys.maxsize, chat=True).end] if self.chat else []
-        return generate(self.model, self.tokenizer, ids, self.settings, ends=ends)
+        try:
+            if self.own.labels:
+                return likeliest_labels(self.model, ids, encode_labels(self.own.labels, self._encoder()), self.settings)
+            ends = [Encoder(self.tokenizer, "completion", "", PLAIN, sys.maxsize, chat=True).end] if self.chat else []
+            return generate(self.model, self.tokenizer, ids, self.settings, ends=ends)
+        except LackOfMemoryError as error:  # whose advice is for recipes
+            ways = "give fewer or shorter prompts, or a lower --max-new-tokens"
+            ways += "" if self.model.device.type == "cpu" else ", or take --device cpu"
+            reason = first_line(error.__cause__ or error)[:200]
+            raise LackOfMemoryError(f"the memory does not suffice for answering ({reason}); {ways}") from error
 
 
 @contextmanager
@@ -265,12 +271,9 @@ def predict_rows(place: str, file: Path, output: Path | None, *arguments: Any, *
         answers = asked.records(records)
     found = [{"id": record.id, PREDICTION: answer} for record, answer in zip(records, answers, strict=True)]
     if output is not None:
-        whole = len(table.rows) == len(found) and not any("paragraphs" in row.values for row in table.rows)
-        rows = (
-            [{**row.values, PREDICTION: one[PREDICTION]} for row, one in zip(table.rows, found, strict=True)]
-            if whole
-            else found
-        )
+        rows: Sequence[Mapping[str, object]] = found
+        if len(table.rows) == len(found) and not any("paragraphs" in row.values for row in table.rows):
+            rows = [{**row.values, PREDICTION: one[PREDICTION]} for row, one in zip(table.rows, found, strict=True)]
         try:
             write_whole(output, _WRITERS[output.suffix.lower()](list(map(_shown, rows))))
         except OSError as error:
@@ -382,14 +385,12 @@ def _as_table(rows: Sequence[Mapping[str, object]], delimiter: str) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     writer = csv.DictWriter(text, names, delimiter=delimiter, lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow(
-            {
-                name: json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
-                for name, value in row.items()
-            }
-        )
+    writer.writerows({name: _as_cell(value) for name, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def _as_cell(value: object) -> object:
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
 
 
 _WRITERS: dict[str, Callable[[Sequence[Mapping[str, object]]], str]] = {

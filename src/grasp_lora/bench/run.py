@@ -145,8 +145,7 @@ class _Run:
                 continued, left_out = continue_source(bench)
                 if continued is not None:
                     facts |= self._show_trained(files.CONTINUED_FOLDER, continued)
-        systems = candidates(bench, merged, None if left_out else continued, final)
-        systems = {ALONE: bench.backbone(), **systems}
+        systems = {ALONE: bench.backbone(), **candidates(bench, merged, None if left_out else continued, final)}
         with self._stage("evaluate") as facts:
             measured: dict[str, Measured] = {}
             for name, system in systems.items():
@@ -336,6 +335,7 @@ class _Run:
         """Write what the run starts from; when it goes on, check that this is still the same."""
         check_folder(self.folder, self.recipe)  # again: until now another run may have begun there
         backbone, adapters = self.session.backbone, self.session.existing_adapters
+        check_config(self.store.folder, backbone)
         started = files.RunInfo(
             grasp_lora=version("grasp-lora"),
             recipe_hash=self.recipe.fingerprint(),
@@ -372,7 +372,6 @@ class _Run:
                 f"{self.folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; "
                 "put those back, or choose another folder with --output"
             )
-        check_config(self.store.folder, backbone)
         files.forget_another_choice(self.folder, started.recipe_hash)
         # From here on the run is not finished until they are written anew, even if it is killed.
         (self.folder / files.METRICS_FILE).unlink(missing_ok=True)

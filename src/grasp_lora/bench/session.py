@@ -172,12 +172,8 @@ class Session:
         beside_recipe = self.base / place
         found = beside_recipe if is_folder(beside_recipe) else place
         adapter = read_adapter(found, offline=self.recipe.backbone.offline)
-        check_fits(
-            adapter,
-            self.backbone.model,
-            backbone_name=self.backbone.name,
-            fingerprint=self.backbone.fingerprint,
-        )
+        backbone = self.backbone
+        check_fits(adapter, backbone.model, backbone_name=backbone.name, fingerprint=backbone.fingerprint)
         return adapter
 
     def train_adapter(
@@ -380,6 +376,8 @@ class Session:
             dropout=self.recipe.lora.dropout,
             answers=self.answers,
             quantise=self.backbone.quantise,
+            dtype=str(self.backbone.model.dtype).removeprefix("torch."),
+            embedded=self.backbone.is_embedded,
         )
 
     def _with(self, weights: AdapterWeights | None) -> AbstractContextManager[Any]:

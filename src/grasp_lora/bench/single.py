@@ -95,6 +95,8 @@ def merge_folders(
             dropout=0.0,
             answers=answers[0] if alike else None,
             quantise=loaded.quantise,
+            dtype=adapters[0].info.backbone_dtype,
+            embedded=loaded.is_embedded,
         )
     ranks = sorted({pair.rank for pair in merged.values()})
     line = f"merged {len(adapters)} adapters by {rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"

@@ -18,6 +18,7 @@ from grasp_lora.text.names import needs
 RETRIES = 3  # of a worker whose process is lost
 ANSWERS = 10  # seconds within which a cluster does
 SHOWN = 0.2  # seconds between two looks at what the workers say
+UNITS = 10_000  # in which Ray counts a GPU: of floats, 1 // 0.2 is 4
 
 
 def share(
@@ -93,7 +94,8 @@ def _room(nodes: Sequence[Mapping[str, float]], workers: int, gpus_per_worker: f
     """The most CPUs that each worker can have; one that does not fit on any machine would never begin."""
 
     def places(cpus: int) -> float:
-        by_gpus = [one.get("GPU", 0.0) // gpus_per_worker if gpus_per_worker else math.inf for one in nodes]
+        each = round(gpus_per_worker * UNITS)
+        by_gpus = [round(one.get("GPU", 0.0) * UNITS) // each if each else math.inf for one in nodes]
         return sum(min(one.get("CPU", 0.0) // cpus, gpus) for one, gpus in zip(nodes, by_gpus, strict=True))
 
     for cpus in range(int(max((one.get("CPU", 0.0) for one in nodes), default=0.0)), 0, -1):

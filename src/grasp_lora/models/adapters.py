@@ -16,6 +16,7 @@ from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_RANK
 from grasp_lora.models.apart import keep_apart
+from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.live import ADAPTER_NAME, live_pairs, lora_layers
 from grasp_lora.models.precision import is_quantised
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
@@ -157,6 +158,8 @@ def save_adapter(
     dropout: float,
     answers: Answers | None = None,
     quantise: str | None = None,
+    dtype: str | None = None,
+    embedded: bool = False,
 ) -> None:
     """Write weights as an ordinary PEFT adapter folder, with our own facts in a file beside it.
 
@@ -169,6 +172,8 @@ def save_adapter(
         dropout: kept in the config, so that training may go on.
         answers: how it is asked and answers, for `grasp-lora predict`.
         quantise: how the backbone was quantised for the training, if it was.
+        dtype: what it computed in then; None where that is not known.
+        embedded: whether it is the embedded model, which others know by the name of the hub's.
 
     Raises:
         AdapterError: the backbone lacks one of the modules, or it is no linear layer of that shape.
@@ -189,13 +194,14 @@ def save_adapter(
     # Not by save_file, which lets nobody but the owner read the file.
     (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     info = AdapterInfo(
-        without_place(backbone_name),
+        PUBLIC_NAME if embedded else without_place(backbone_name),
         fingerprint,
         is_quantised(model.config),
         {name: tuple((one.name, one.rank) for one in pair.segments) for name, pair in weights.items() if pair.segments},
         answers,
         quantise,
         model.dtype == torch.float16,
+        dtype,  # type: ignore[arg-type]
     )
     stated = {key: value for key, value in asdict(info).items() if value is not None and value is not False}
     _state(folder, stated, answers)

@@ -18,7 +18,7 @@ import torch
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.models import embedded, precision
 from grasp_lora.models.adapter_config import CONFIG_FILE
-from grasp_lora.models.checked_config import read_config, source_of
+from grasp_lora.models.checked_config import fact_of, read_config, source_of
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, BackboneSettings
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.network import hub_problem, no_network, not_there
@@ -67,7 +67,12 @@ class Backbone:
     @property
     def base_model(self) -> str:
         """The name that an adapter on it states, by which others can load it."""
-        return EMBEDDED_HUB_ID if self.name == embedded.PUBLIC_NAME else self.name
+        return EMBEDDED_HUB_ID if self.is_embedded else self.name
+
+    @property
+    def is_embedded(self) -> bool:
+        """Whether it is the model that comes with us, and not the hub's of the same name, whose weights are others."""
+        return self.name == embedded.PUBLIC_NAME
 
 
 def load_backbone(settings: BackboneSettings) -> Backbone:
@@ -137,14 +142,15 @@ def backbone_of(
     adapter: "LoadedAdapter",
     named: str | None,
     device: str,
-    dtype: str = "auto",
+    dtype: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     whole: bool = False,
 ) -> Backbone:
     """Load the backbone of an adapter: the one given by the user, or else the one that the adapter names.
 
-    It is quantised as it was when the adapter was trained, unless `whole` asks for all bits of its weights.
+    It is quantised as it was when the adapter was trained, unless `whole` asks for all bits of its weights. It has the dtype of
+    the training, too, unless another is given, the adapter does not say which, or this processor does not compute in it.
 
     Raises:
         GraspError: there is no name, a setting is not allowed, or the backbone cannot be loaded.
@@ -155,7 +161,7 @@ def backbone_of(
     try:
         settings = BackboneSettings(
             name,
-            dtype=dtype,  # type: ignore[arg-type]
+            dtype=dtype or _dtype_of_training(adapter, device),  # type: ignore[arg-type]
             device=device,  # type: ignore[arg-type]
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -171,6 +177,16 @@ def backbone_of(
         raise GraspError(
             f"{error} (adapter {adapter.name} names this backbone; give its folder with --backbone)"
         ) from error
+
+
+def _dtype_of_training(adapter: "LoadedAdapter", device: str) -> str:
+    told = adapter.info.backbone_dtype
+    if told is None:
+        return "auto"
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    # Codes depend on it; those of float16 are only warned of, see `check_fits`.
+    needed = adapter.info.backbone_quantised and told == "bfloat16"
+    return told if needed or precision.computes_in(told, kind) else "auto"
 
 
 def find_stop_ids(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
@@ -211,7 +227,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     """
     inner = without_peft(model)
     config = inner.config.get_text_config(decoder=True)
-    digest = hashlib.sha256(json.dumps({fact: getattr(config, fact, None) for fact in FINGERPRINT_FACTS}).encode())
+    digest = hashlib.sha256(json.dumps({fact: fact_of(config, fact) for fact in FINGERPRINT_FACTS}).encode())
     names = {}
     for name, parameter in inner.named_parameters():
         if ".lora_" not in name and ".modules_to_save." not in name:

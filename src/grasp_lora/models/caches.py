@@ -40,4 +40,7 @@ def can_share_rows(cache: Any) -> bool:
 
     plain = (cache_utils.DynamicLayer, cache_utils.DynamicSlidingWindowLayer, cache_utils.DummyLayer)
     # A model's own kind of cache, MiniMax's for one, holds more than its layers.
-    return type(cache) is cache_utils.DynamicCache and all(type(layer) in plain for layer in cache.layers)
+    if type(cache) is not cache_utils.DynamicCache or not all(type(layer) in plain for layer in cache.layers):
+        return False
+    # A model that keeps nothing, as OpenAI's first GPT, leaves the one it was given empty.
+    return any(getattr(layer, "keys", None) is not None for layer in cache.layers)

@@ -43,6 +43,14 @@ def read_config(location: str, settings: BackboneSettings) -> "PretrainedConfig"
     return config
 
 
+def fact_of(config: "PretrainedConfig", name: str) -> Any:
+    """Return a fact of a config: None where it has none, a list with one for each layer where layers differ, as in Gemma 4."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # of transformers, which gives no such fact of the whole
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+
+
 def _check_sizes(facts: dict[str, Any]) -> None:
     """Refuse sizes that no model has before anything of such a size is made, be it a list of the config itself."""
     for key, value in facts.items():

@@ -28,7 +28,7 @@ from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import Backbone, backbone_of
 from grasp_lora.models.fold import fold
 from grasp_lora.models.gguf_adapter import GGUF_FILE, check_gguf_installed, write_gguf
-from grasp_lora.models.reading import OUR_FILE, LoadedAdapter, read_adapter
+from grasp_lora.models.reading import OUR_FILE, AdapterInfo, LoadedAdapter, read_adapter
 from grasp_lora.storage.folder import new_folder, refuse_existing
 from grasp_lora.storage.reading import RefusedError, read_bounded
 from grasp_lora.text.names import without_place
@@ -110,7 +110,7 @@ def export_folder(
         check_gguf_installed()
     adapter = read_adapter(place)
     shrunk = _shrink(adapter, settings)
-    dtype_read = "float32" if settings.fold else "bfloat16"
+    dtype_read = _dtype_read(adapter.info, settings.fold)
     loaded = backbone_of(adapter, backbone, "cpu", dtype_read, revision, trust_remote_code, settings.fold)
     check_fits(
         adapter,
@@ -209,6 +209,15 @@ def _shrink(adapter: LoadedAdapter, settings: ExportSettings) -> _Shrunk:
     return _Shrunk(weights, settings.rank, components, (components or 0) - sum(left), (min(left), max(left)))
 
 
+def _dtype_read(info: AdapterInfo, folded: bool) -> str:
+    """What the backbone is loaded in; where it is only looked at, the smallest that shows whether it is the same."""
+    if folded:
+        return "float32"
+    # Codes, and what float16 rounds, depend on the format; codes made in float16 are only warned of, see `check_fits`.
+    told = info.backbone_dtype if info.backbone_quantised != info.backbone_float16 else None
+    return told or "bfloat16"
+
+
 def _write_adapter(
     output: Path, adapter: LoadedAdapter, shrunk: _Shrunk, backbone: Backbone, settings: ExportSettings, card: str
 ) -> list[str]:
@@ -225,6 +234,8 @@ def _write_adapter(
             dropout=0.0,
             answers=adapter.info.answers,
             quantise=backbone.quantise,
+            dtype=adapter.info.backbone_dtype,
+            embedded=backbone.is_embedded,
         )
         written = read_adapter(draft).weights
         error = delta_error(adapter.weights, written)

@@ -37,6 +37,19 @@ def find_dtype(device: str, model_type: str = "") -> Literal["bfloat16", "float1
     return "bfloat16" if capabilities.get("amx_bf16") else "float32"
 
 
+def computes_in(dtype: str, device: str) -> bool:
+    """Whether a device computes in a number format itself: by way of another one a processor takes eight times as long.
+
+    Args:
+        dtype: "bfloat16", "float16" or "float32".
+        device: "cpu", "cuda" or "cuda:N".
+    """
+    if device != "cpu" or dtype == "float32":
+        return True
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return dtype == "bfloat16" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def is_quantised(config: "PretrainedConfig") -> bool:
     """Whether a backbone's weights are stored in fewer bits than they are computed with."""
     return getattr(config, "quantization_config", None) is not None

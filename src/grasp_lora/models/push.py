@@ -13,12 +13,13 @@ from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES
 from grasp_lora.models.export import CARD_FILE
 from grasp_lora.models.gguf_adapter import GGUF_FILE
 from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE, read_adapter
-from grasp_lora.storage.reading import RefusedError, is_folder, read_bounded
-from grasp_lora.text.display import escaped, first_line, quoted
+from grasp_lora.storage.reading import RefusedError, expanded, is_folder, read_bounded
+from grasp_lora.text.display import escaped, first_line, listed, quoted
 from grasp_lora.text.names import without_place
 
 OWN_FILES = (CONFIG_FILE, WEIGHTS_FILE, OUR_FILE, CARD_FILE, GGUF_FILE)
 HERE = 'adapter = "."'  # in the card's snippet
+PATIENCE = 10  # seconds for a look at the hub
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Upload:
         private: whether only its owner is to see it.
         files: name -> the file, or the content of a card that was changed for the hub.
         left_out: what else lies in the folder.
-        notes: what a reader of the repository will miss.
+        notes: what a reader of the repository will miss, and what is removed there.
+        stale: files of an earlier adapter there, which this one does not replace.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Upload:
     files: Mapping[str, Path | bytes]
     left_out: tuple[str, ...]
     notes: tuple[str, ...]
+    stale: tuple[str, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -46,7 +49,7 @@ class Upload:
 
 
 def plan_upload(place: str, name: str, *, public: bool = False, licence: str | None = None) -> Upload:
-    """Say what of an adapter folder would be put on the hub; nothing is sent.
+    """Say what of an adapter folder would be put on the hub, and look what is there; nothing is sent.
 
     Args:
         place: PEFT adapter folder.
@@ -76,9 +79,11 @@ def plan_upload(place: str, name: str, *, public: bool = False, licence: str | N
         raise AdapterError(f"adapter {adapter.name}: {links[0]} is a link; put the file itself there")
     files: dict[str, Path | bytes] = {file.name: file for file in own}
     notes = []
+    stated = f"the base model that the adapter names is {'none' if base is None else quoted(base)}"
     if base is None or "/" not in base or base.startswith("."):
-        stated = "none" if base is None else quoted(base)
-        notes.append(f"the base model that the adapter names is {stated}: others cannot load that from the hub")
+        notes.append(f"{stated}: others cannot load that from the hub")
+    elif is_folder(expanded(base)):
+        notes.append(f"{stated}, a folder of this machine: on the hub there may be another model of that name, or none")
     if CARD_FILE in files:
         card, states_licence = _card(adapter.name, folder / CARD_FILE, name, licence)
         files[CARD_FILE] = card.encode()
@@ -89,11 +94,19 @@ def plan_upload(place: str, name: str, *, public: bool = False, licence: str | N
     else:
         notes.append(f"there is no model card ({CARD_FILE})")
     left_out = tuple(sorted(file.name for file in folder.iterdir() if file.name not in files))
-    return Upload(name, not public, files, left_out, tuple(notes))
+    there = _there(name)
+    if there is None:
+        notes.append(f"{name} could not be looked at: files of an earlier adapter there would stay")
+    stale = tuple(file for file in OWN_FILES if file in (there or ()) and file not in (*files, CARD_FILE))
+    if stale:
+        notes.append(f"of an earlier adapter there, and removed: {listed(stale)}")
+    if there and CARD_FILE in there and CARD_FILE not in files:
+        notes.append(f"the {CARD_FILE} there stays, though it may be of an earlier adapter")
+    return Upload(name, not public, files, left_out, tuple(notes), stale)
 
 
 def upload(plan: Upload) -> str:
-    """Put an adapter on the hub, in one commit; a repository that is not there is made.
+    """Put an adapter on the hub and remove what is stale, in one commit; a repository that is not there is made.
 
     Returns:
         The address of the repository.
@@ -101,7 +114,7 @@ def upload(plan: Upload) -> str:
     Raises:
         GraspError: there is no token or no network, the hub refuses, or the repository is public and was not to be, or private.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
     from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]  # of httpx or httpx2, by version
 
@@ -111,17 +124,19 @@ def upload(plan: Upload) -> str:
     hub = HfApi(token=token)
     try:
         try:
-            private = bool(hub.repo_info(plan.name).private)
+            found = hub.repo_info(plan.name)
+            private, there = bool(found.private), _names(found)
         except RepositoryNotFoundError:
             hub.create_repo(plan.name, private=plan.private)
-            private = plan.private
+            private, there = plan.private, set()
         if plan.private and not private:
             raise GraspError(f"{plan.name} is there and public: add --public, or choose another name")
         if private and not plan.private:
             raise GraspError(
                 f"{plan.name} is there and private: leave --public out, or make it public on the hub first"
             )
-        operations = [CommitOperationAdd(file, content) for file, content in plan.files.items()]
+        operations: list[Any] = [CommitOperationAdd(file, content) for file, content in plan.files.items()]
+        operations += [CommitOperationDelete(file) for file in plan.stale if file in there]
         hub.create_commit(plan.name, operations, commit_message="Upload an adapter with grasp-lora")
     except GraspError:
         raise
@@ -132,6 +147,25 @@ def upload(plan: Upload) -> str:
             f"{plan.name}: the hub cannot be reached at {hub.endpoint} ({first_line(error)}); try again when you are online"
         ) from error
     return f"{hub.endpoint}/{plan.name}"
+
+
+def _there(name: str) -> set[str] | None:
+    """The files of a repository on the hub, none where there is no such one; None where that cannot be found out."""
+    from huggingface_hub import HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import HTTPError as NoAnswer  # type: ignore[attr-defined]
+
+    token = get_token()
+    try:
+        return _names(HfApi(token=token).repo_info(name, timeout=PATIENCE))
+    except RepositoryNotFoundError:  # to those without a token a private one looks so, too
+        return None if token is None else set()
+    except (HfHubHTTPError, ValueError, OSError, NoAnswer):
+        return None
+
+
+def _names(found: Any) -> set[str]:
+    return {one.rfilename for one in found.siblings or ()}
 
 
 def _check_name(name: str) -> None:

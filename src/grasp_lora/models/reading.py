@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from pydantic import Field
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES, AdapterConfig, Rank, read_config
+from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.models.tensor_files import read_shapes, read_tensors
 from grasp_lora.storage.network import no_network, not_there
@@ -80,6 +81,7 @@ class AdapterInfo:
         segments: module name -> name and rank of the adapters that its components came from, in order.
         answers: None where it does not say.
         backbone_float16: whether the backbone's weights were in float16.
+        backbone_dtype: what the backbone computed in; None if another program or an earlier version wrote the adapter.
     """
 
     backbone: Name | None = None
@@ -89,6 +91,7 @@ class AdapterInfo:
     answers: Answers | None = None
     quantise: Name | None = None
     backbone_float16: Annotated[bool, Field(strict=True)] = False
+    backbone_dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
     def origins(self) -> dict[str, tuple[Segment, ...]]:
         """Return module name -> origin of its components."""
@@ -199,8 +202,11 @@ def read_backbone(place: str) -> str | None:
 
 
 def _to_load(base_model: str | None, info: AdapterInfo) -> str | None:
-    """The embedded weights are those that our adapters call by the hub's name; another program's are of the hub's."""
-    return EMBEDDED_NAME if base_model == EMBEDDED_HUB_ID and info.backbone_fingerprint is not None else base_model
+    """Tell the embedded weights from those of the hub, whose name our adapters state for both; others know only the hub's."""
+    # Of a version that stated the hub's name for both, and no dtype.
+    earlier = info.backbone_fingerprint is not None and info.backbone_dtype is None
+    ours = info.backbone == PUBLIC_NAME or earlier
+    return EMBEDDED_NAME if base_model == EMBEDDED_HUB_ID and ours else base_model
 
 
 def _download(hub_id: str, offline: bool, wanted: Sequence[str] = (CONFIG_FILE, WEIGHTS_FILE, OUR_FILE)) -> Path:
