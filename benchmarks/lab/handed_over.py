@@ -13,7 +13,7 @@ It tells what was handed over, its first test score, and that minus the score of
 The last row has the means and, from three runs on, the half-widths of their intervals at 95 % (Student's, over runs).
 
 The best in hindsight owes a part to chance: its own test rows chose it. So there is a column in which half of the rows choose the
-parent and the other half judges, the mean of many such halves. It needs the run's answers in `evaluation/`.
+parent or merge and the other half judges, the mean of many such halves. It needs the run's answers in `evaluation/`.
 
 A second table has what whoever always takes the same adapter would have had: its mean score, and what was handed over minus it.
 Where runs end with a last training on all rows (`final.all_rows`), it also has what they chose before that, and a last line has
@@ -45,6 +45,9 @@ from grasp_lora.text.display import first_line
 
 FEWEST = 3  # runs that an interval needs
 HALVES = 2000
+NAMES = {"source_only": "source", "target_only": "target"} | {
+    name: name for name in ("merged", "continued", "grasp", "delivered")
+}  # method of a comparison -> system of a run
 ALWAYS = (*PARENTS, "continued", "grasp")
 
 
@@ -112,17 +115,16 @@ def of_comparison(folder: Path) -> list[Outcome]:
     numbers = range(1, len(found.folds) + 1) if found.folds else found.seeds
     metric, values = main_metric(list(found.metrics)), {}
     for one in found.rows:
-        if one.seeds and (spread := one.scores[metric]) is not None:
+        if one.method in NAMES and one.seeds and (spread := one.scores[metric]) is not None:
             values[one.method] = spread.values * (len(numbers) if len(spread.values) == 1 else 1)
     summed, needed = with_sum(folder, found, numbers), ["delivered", "merged", "continued", "grasp", "source_only"]
     if len(summed) < len(numbers):
         needed.append("target_only")
     if missing := [name for name in needed if name not in values]:
         raise DataError(f"{folder} lacks {', '.join(missing)}; compare again with --methods {','.join(missing)}")
-    names = {"source_only": "source", "target_only": "target"}
     outcomes = []
     for place, number in enumerate(numbers):
-        scores = {names.get(name, name): own[place] for name, own in values.items()}
+        scores = {NAMES[name]: own[place] for name, own in values.items()}
         if number in summed:
             scores.pop("target", None)  # trained apart, so no part of the sum
         outcomes.append(Outcome(f"{folder}, {found.runs[:-1]} {number}", "delivered", scores["delivered"], scores))
@@ -144,7 +146,11 @@ def with_sum(folder: Path, found: Comparison, numbers: Collection[int]) -> set[i
             f"{file} cannot be read as a recipe ({first_line(error)}); compare again in its folder"
         ) from error
     if on == AUTO:
-        return {number for number in numbers if found.merges.get(number, SUM) == SUM}
+        if unknown := sorted({*numbers} - found.merges.keys()):
+            raise DataError(
+                f"{folder} does not say which merge was taken with {unknown[0]}; compare again in its folder"
+            )
+        return {number for number in numbers if found.merges[number] == SUM}
     return set() if on is None else set(numbers)
 
 
@@ -162,14 +168,14 @@ def always(outcomes: Sequence[Outcome]) -> list[list[str]]:
 
 
 def judged_apart(folder: Path, metrics: Metrics) -> float | None:
-    """What was handed over minus the parent that other test rows choose; None without the answers."""
+    """What was handed over minus the parent or merge that other test rows choose; None without the answers."""
     name = main_metric(list(metrics.systems["grasp"].metrics))
     scores = {
         system: np.array([json.loads(line)["scores"][name] for line in file.read_text(encoding="utf-8").splitlines()])
         for system in metrics.systems
         if (file := predictions_file(folder, system)).is_file()
     }
-    own_parents = [system for system in parents(metrics.systems) if system in scores]
+    own_parents = [system for system in scores if is_a(system, PARENTS)]
     if metrics.handed_over not in scores or not own_parents:
         return None
     random, own, found = np.random.default_rng(0), scores[metrics.handed_over], []
@@ -215,7 +221,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     last = shown(by_others) if len(by_others) == len(outcomes) else "–"
     means = [shown(column) for column in zip(*minus, strict=True)]
     rows.append(["mean", "", f"{fmean(one.score for one in outcomes):.1f}", *means, last])
-    against = ["best parent", "best parent or merge", "continued", "GRASP's", "the parent that other rows choose"]
+    against = [
+        "best parent",
+        "best parent or merge",
+        "continued",
+        "GRASP's",
+        "the parent or merge that other rows choose",
+    ]
     heads = ["run", "handed over", "score", *(f"minus {one}" for one in against)]
     sys.stdout.write(table(heads, rows) + "\n\n")
     sys.stdout.write(table(["always", "score", "handed over minus it"], always(outcomes)) + "\n")

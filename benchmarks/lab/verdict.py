@@ -20,8 +20,8 @@ has stopped early on the rows that choose.
 With `target.on: source` there is no target adapter by itself: in the rules the sum (`merged`) stands in its place. With `auto`
 that is so in each seed that has taken the sum.
 
-The table on standard output: the mean score of what a rule hands over, minus that of `continued`, minus that of the best parent
-(source, target or merge) in hindsight, and how often it hands over what. Of a comparison it also says whether rows of one group
+The table on standard output: the mean score of what a rule hands over, minus that of `continued`, minus that of the best of
+source, target and merge in hindsight, and how often it hands over what. Of a comparison it also says whether rows of one group
 (article, context) differ alike: the variance of a mean difference by groups, over that by single rows. Above 1 intervals from
 single rows would be too narrow, so the bootstrap draws whole groups.
 """
@@ -276,7 +276,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if not given.runs:
         sys.stdout.write(design_effects(seeds, [example.group for example in session.splits.test]) + "\n\n")
-    sys.stdout.write(table(["rule", metric, "minus continued", "minus best parent", "hands over"], found) + "\n")
+    sys.stdout.write(
+        table(["rule", metric, "minus continued", "minus best parent or merge", "hands over"], found) + "\n"
+    )
     return 0
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from grasp_lora.data.files import read_file
 from grasp_lora.data.records import Pool, make_pool, text_key
+from grasp_lora.data.tables import Row, Table
 from grasp_lora.errors import DataError
 
 
@@ -452,6 +453,7 @@ class TestCleaning:
             ("\ufeffprompt,completion\nHabari,x\n,\n ,\n\n", 2),
             ("\n,,\r\nprompt,completion\nHabari,x\n", 4),
             (";;\nprompt;completion\nHabari;x\n", 3),
+            ('"","",""\nprompt,completion\nHabari,x\n', 3),
             ("sep=;\n\nprompt;completion\nHabari;x\n", 4),
         ],
     )
@@ -466,8 +468,9 @@ class TestCleaning:
         text = 'prompt\tcompletion\nHe said\t"Njoo\nAya 1\tAya 2\nSit down\tKaa chini."\n'
         with pytest.raises(DataError, match=r"x\.tsv, line 4: a cell that ends here holds tabs and line breaks"):
             read(tmp_path / "x.tsv", text, "completion")
-        (record,) = read(tmp_path / "y.tsv", 'prompt\tcompletion\na\t"two\nlines"\n', "completion").records
-        assert record.answer == "two\nlines"
+        for cell in ("two\nlines", "def f():\n\treturn 1", "a\tb"):
+            (record,) = read(tmp_path / "y.tsv", f'prompt\tcompletion\na\t"{cell}"\n', "completion").records
+            assert record.answer == cell
 
     def test_white_space_around_answers_is_removed_and_counted(self, tmp_path: Path) -> None:
         rows = [{"context": "a b", "question": "?", "answer": text} for text in (" a ", "b")]
@@ -486,34 +489,36 @@ class TestCleaning:
             (record,) = read(tmp_path / "x.jsonl", content, "qa").records
             return [key for key in record.keys if key.startswith(start)]
 
-        assert keys("article:", title=0) == keys("article:", title="0") != []
+        assert keys("article:", title=0) == keys("article:", title="0") == keys("article:", Title="0") != []
+        assert keys("id:", ID="7") == ["id:7"]
+        twice = [{"context": text, "question": "?", "answer": "a", "ID": "7"} for text in "ab"]  # it numbers articles
+        assert not any("id:7" in one.keys for one in read(tmp_path / "x.jsonl", twice, "qa").records)
+        assert not keys("article:", title=True)
+        with pytest.raises(DataError, match="title is a huge number"):
+            make_pool(
+                [Table("t", [Row("row 1", {"context": "a", "question": "?", "answer": "a", "title": 10**6000})])], "qa"
+            )
         assert keys("article:", title="cafe\u0301") == keys("article:", title="café")
         assert keys("group:", group="doc1 ") == keys("group:", group="doc1")
         named = [{"prompt": "a", "completion": "b", "title": "T"}]
         assert "article:T" in read(tmp_path / "y.jsonl", named, "completion", title="title").records[0].keys
         assert "article:T" not in read(tmp_path / "y.jsonl", named, "completion").records[0].keys
 
-    def test_rows_of_one_conversation_join_and_openings_that_many_share_do_not(self, tmp_path: Path) -> None:
-        def talk(*said: str) -> dict[str, object]:
-            roles = ("user", "assistant")
-            return {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]}
-
-        rows = [talk("hi", "hello", "a", "b"), talk("hi", "hello", "a", "b", "c", "d"), talk("hi", "hello", "e", "f")]
-        first, second, third = read(tmp_path / "x.jsonl", rows, "completion").records
-        assert first.keys & second.keys
-        assert not third.keys & (first.keys | second.keys)
-        _, *others, alone = read(tmp_path / "y.jsonl", [*rows, talk("hi", "hello")], "completion").records
-        assert all(one.keys & alone.keys for one in others)  # which is all of that row
-
     def test_a_system_text_of_its_own_column_comes_first(self, tmp_path: Path) -> None:
         turns = [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]
         (record,) = read(tmp_path / "x.jsonl", [{"messages": turns, "system": "s"}], "completion").records
         assert [(one["role"], one["content"]) for one in record.messages] == [("system", "s"), ("user", "a")]
+        for system in ({"role": "system", "content": "s"}, {"from": "system", "value": "s"}):
+            row = {"messages": [system, *turns], "system": "s"}  # which only repeats it
+            (record,) = read(tmp_path / "w.jsonl", [row], "completion").records
+            assert [one["role"] for one in record.messages] == ["system", "user"]
+        (record,) = read(tmp_path / "v.jsonl", [{"messages": turns, "system": False}], "completion").records
+        assert len(record.messages) == 1
         row = {"instruction": "a", "output": "b", "system": "s"}
         (record,) = read(tmp_path / "y.jsonl", [row], "completion").records
         assert [one["role"] for one in record.messages] == ["system", "user"]
         with pytest.raises(
-            DataError, match=r"a turn has the role 'tool'; allowed: human, user, .*system\. Remove rows"
+            DataError, match=r"a turn has the role 'tool'; allowed: human, user, .*developer\. Remove rows"
         ):
             read(tmp_path / "z.jsonl", [{"messages": [{"role": "tool", "content": "42"}, *turns]}], "completion")
 

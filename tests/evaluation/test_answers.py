@@ -15,6 +15,8 @@ ANSWER = ("exact_match", "f1")
     [
         ("tr", "İki", "iki"),
         ("tr", "IŞIK", "ışık"),
+        ("tr", "I\u0307stanbul", "İstanbul"),
+        ("tr", "İstanbul".lower(), "İstanbul"),
         ("aze", "İki", "iki"),
         ("ml", "അവന്\u200d", "അവൻ"),
         ("bn", "সত্\u200d", "সৎ"),

@@ -108,6 +108,8 @@ def test_a_comparison_has_a_row_a_seed(
     content["rows"] = [row for row in content["rows"] if row["method"] in known]
     for row in content["rows"]:
         row["scores"]["accuracy"] = {"mean": 1.0, "sd": None, "values": known[row["method"]]}
+    wide = json.loads(json.dumps(content["rows"][0])) | {"method": "target_wide"}  # a method that no run has
+    content["rows"].append(wide)
     (tmp_path / "compare.json").write_text(json.dumps(content), encoding="utf-8")
     recipe = (stored.parent / "recipe.yaml").read_text(encoding="utf-8")
     assert "'on': source" in recipe
@@ -188,16 +190,6 @@ def test_an_older_recipe_does_not_say_where_the_target_adapter_is_trained(
     (tmp_path / "it/recipe.yaml").unlink()
     assert handed_over.main([folder]) == 2
     assert "recipe.yaml cannot be read as a recipe" in capsys.readouterr().err
-
-
-def test_the_merge_is_no_parent_that_other_rows_choose_where_there_is_a_target_adapter(tmp_path: Path) -> None:
-    for name, target in (("apart", {"target": 10}), ("summed", {})):
-        folder = Path(run(tmp_path / name, "grasp", source=20, merged=90, grasp=50, **target))
-        (folder / "evaluation").mkdir()
-        for system, score in {"source": 20, "merged": 90, "grasp": 50, **target}.items():
-            line = json.dumps({"id": "x", "prediction": "", "loss": 1.0, "scores": {"f1": score}})
-            (folder / "evaluation" / f"{system}.jsonl").write_text(f"{line}\n" * 9, encoding="utf-8")
-        assert handed_over.of_run(folder, before=False).apart == pytest.approx(30.0 if target else -40.0)
 
 
 def test_a_folder_without_metrics_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

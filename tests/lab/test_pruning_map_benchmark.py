@@ -40,7 +40,8 @@ def test_a_map_takes_no_cells_of_another_recipe_or_of_other_seeds(
     asked = ["tiny.yaml", "--output", "m", "--sources", "8", "--stops", "early", "--json", "map.json"]
     assert pruning_map.main([*asked, "--rows", "8", "--seeds", "1"]) == 0
     before = Path("map.json").read_text()
-    for other in (["--seeds", "2"], ["--seeds", "1", "--set", "final.training.learning_rate=0.02"]):
+    sets = ("final.training.learning_rate=0.02", "lora.rank=3")
+    for other in (["--seeds", "2"], *(["--seeds", "1", "--set", one] for one in sets)):
         capsys.readouterr()
         assert pruning_map.main([*asked, "--rows", "8", *other]) == 2
         said = capsys.readouterr().err

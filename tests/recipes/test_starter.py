@@ -276,11 +276,24 @@ def test_optional_columns_are_seen_in_any_case(start: Callable[..., Path]) -> No
         for i in range(60)
     ]
     recipe, _ = load_recipe(start(write(Path("t.csv"), rows)))
-    columns = {"id": "ID", "title": "Title", "context": "Context", "question": "Question", "answer": "Answer"}
-    assert recipe.data.target.columns == columns
+    assert recipe.data.target.columns == {"context": "Context", "question": "Question", "answer": "Answer"}
     splits = Session(*load_recipe(Path("mine.yaml"))).splits
     articles = {name: {int(one.id[1:]) // 4 for one in getattr(splits, name)} for name in ("train", "dev", "test")}
     assert not articles["test"] & (articles["train"] | articles["dev"])
+
+
+def test_a_system_text_that_says_nothing_or_stands_beside_turns_is_no_part(start: Callable[..., Path]) -> None:
+    recipe, _ = load_recipe(start(write(Path("t.csv"), [{**row, "system": " "} for row in completion(60)])))
+    assert recipe.data.task == "completion"
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{i}?"}],
+            "completion": [{"role": "assistant", "content": "x"}],
+            "system": "s",
+        }
+        for i in range(60)
+    ]
+    start(write(Path("u.jsonl"), rows), output=Path("other.yaml"))
 
 
 def test_a_column_that_some_rows_lack_is_no_less_a_part_of_the_prompt(start: Callable[..., Path]) -> None:

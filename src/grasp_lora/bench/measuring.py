@@ -13,9 +13,10 @@ from grasp_lora.bench.outcomes import Adapter, Measured, Outcome, unique
 from grasp_lora.bench.run_folder import TargetOn
 from grasp_lora.bench.store import Record, key_of
 from grasp_lora.evaluation.answers import MLQA_LANGUAGES
+from grasp_lora.evaluation.overlap import bleu_tokenizer
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
-from grasp_lora.text.characters import space_words
+from grasp_lora.text.characters import DOTTED, has_old_letters, has_two_writings, space_words
 from grasp_lora.text.languages import language_code
 
 CHOOSING = ("dev", "micro_dev")  # the splits whose rows may decide
@@ -122,6 +123,8 @@ class Measuring(Keyed):
         by_words = code not in MLQA_LANGUAGES and {"exact_match", "f1"} & set(session.metrics)
         if by_words and any(space_words(text) != text for texts in references for text in texts):
             settings["words"] = "at their marks, too"  # once such a mark joined two words or was one
+        if letters := self._letters(code, [text for texts in references for text in texts]):
+            settings["letters"] = letters
         file = self._answers_file(adapter)
 
         def answers() -> tuple[str, ...]:
@@ -134,6 +137,19 @@ class Measuring(Keyed):
             return {name: asdict(entry) for name, entry in session.score(answers()).items()}
 
         return self.store.get("scores", plain(settings), work), answers
+
+    def _letters(self, code: str, references: Sequence[str]) -> list[str]:
+        """What metrics make of letters that they took otherwise once, where the test set has such letters."""
+        metrics, said = set(self.session.metrics), []
+        dotted = code in DOTTED
+        by_tokens = code not in MLQA_LANGUAGES and {"exact_match", "f1"} & metrics
+        if by_tokens and (dotted or any(has_two_writings(text) for text in references)):
+            said.append("tokens in one writing")
+        if {"rouge1", "rouge2", "rougeL"} & metrics and (dotted or any(has_old_letters(text) for text in references)):
+            said.append("words in one writing")
+        if "bleu" in metrics and bleu_tokenizer(code, references) != bleu_tokenizer(code, ()):
+            said.append("BLEU of characters")
+        return said
 
     def outcome(
         self,

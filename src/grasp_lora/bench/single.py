@@ -85,6 +85,7 @@ def merge_folders(
     else:  # columns are of files, not of the adapter
         answers = [one and replace(one, columns={}, max_new_tokens=longest) for one in answers]
     alike = all(one == answers[0] for one in answers)
+    dtypes = {adapter.info.backbone_dtype for adapter in adapters}
     with new_folder(output) as draft:
         save_adapter(
             draft,
@@ -95,7 +96,7 @@ def merge_folders(
             dropout=0.0,
             answers=answers[0] if alike else None,
             quantise=loaded.quantise,
-            dtype=adapters[0].info.backbone_dtype,
+            dtype=dtypes.pop() if len(dtypes) == 1 else None,
             embedded=loaded.is_embedded,
         )
     ranks = sorted({pair.rank for pair in merged.values()})

@@ -32,6 +32,7 @@ from grasp_lora.data.splits import (
 )
 from grasp_lora.data.tables import Row, Table, as_row
 from grasp_lora.data.tasks import ANY_LANGUAGE, resolve_template, task_fields
+from grasp_lora.data.turns import keys_with_turns
 from grasp_lora.errors import DataError
 
 if TYPE_CHECKING:
@@ -76,7 +77,9 @@ def build_splits(
     if settings.source is not None:
         corpora["source"] = settings.source
     shares = {role: _read_corpus(settings, corpus, role, base, offline) for role, corpus in corpora.items()}
-    groups = join_groups(record.keys for parts in shares.values() for part in parts for record in part.pool.records)
+    groups = join_groups(
+        keys_with_turns(record for parts in shares.values() for part in parts for record in part.pool.records)
+    )
     if fold is not None:
         [whole] = shares["target"]
         shares["target"] = cut(whole, groups, fold, split_seed)
@@ -158,7 +161,7 @@ def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedToke
         where, values = as_row(item, f"row {number}")
         identified.append(Row(where, {**values, "id": where} if values.get("id") is None else values))
     pool = make_pool([Table("the list of rows", identified)], "completion", "records")
-    groups = join_groups(record.keys for record in pool.records)
+    groups = join_groups(keys_with_turns(pool.records))
     template = resolve_template("completion", ANY_LANGUAGE)
     plain = Encoder(tokenizer, "completion", "", template, max_tokens=sys.maxsize, data_is_text=False)
     examples: dict[str, Example | None] = {}

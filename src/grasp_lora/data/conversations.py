@@ -10,7 +10,7 @@ Message = dict[str, str]
 # What speakers are to chat templates.
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
-    "assistant": "assistant", "system": "system",
+    "assistant": "assistant", "system": "system", "developer": "system",
 }  # fmt: skip
 
 
@@ -29,8 +29,10 @@ def read_messages(cells: Cells) -> list[Message]:
         if not isinstance(prompt, list) or not isinstance(completion, list):
             return []
         turns = prompt + completion
-    if isinstance(turns, list) and not is_blank(system):  # as ShareGPT has it
-        turns = [{"role": "system", "content": system}, *turns]
+    if isinstance(turns, list) and isinstance(system, str) and not is_blank(system):  # as ShareGPT has it
+        first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+        if system not in (first.get("content"), first.get("value")):  # else it only repeats the first message
+            turns = [{"role": "system", "content": system}, *turns]
     messages: list[Message] = []
     for given in turns if isinstance(turns, list) else [None]:
         turn = _with_role(given, cells.where)

@@ -33,7 +33,7 @@ MOST_COLUMNS = 10_000
 MOST_WORKBOOK = 2**27  # bytes of a workbook's parts, which are read at a few million a second
 MOST_SHEET_ROWS = 2**20  # as in Excel
 _STATED_DELIMITER = re.compile(r"sep=(.)\r?\n")
-_BLANK_ROWS = re.compile(r"(?:[ \t,;]*(?:\r\n|\n|\r))+")
+_BLANK_ROWS = re.compile(r'(?:(?:[ \t,;]|"[ \t]*")*(?:\r\n|\n|\r))+')
 _BATCH = 256  # rows of parquet at a time, at most
 _VALUE = 32  # bytes that a value takes at least, beside its text
 _PLAIN_NUMBERS = ("General", "@")  # formats that show a number as it is; "0" does where it is whole
@@ -173,7 +173,7 @@ def _csv(data: bytes, name: str, delimiter: str | None = None) -> Iterator[Row]:
                     continue
                 if None in row or None in row.values():
                     raise DataError(f"{where}: the number of cells differs from the {len(columns)} columns")
-                if delimiter == "\t" and any("\t" in cell and "\n" in cell for cell in row.values()):
+                if delimiter == "\t" and any(_holds_rows(cell, len(columns)) for cell in row.values()):
                     raise DataError(
                         f"{where}: a cell that ends here holds tabs and line breaks, so a quotation mark that opens a cell has "
                         "taken in the rows after it; double each mark, and put the cell between two more"
@@ -182,6 +182,13 @@ def _csv(data: bytes, name: str, delimiter: str | None = None) -> Iterator[Row]:
     except csv.Error as error:
         line = reader.reader.line_num + before
         raise DataError(f"{name}, line {line}: not valid CSV ({error})") from None
+
+
+def _holds_rows(cell: str, columns: int) -> bool:
+    """Whether a cell seems to have taken in rows: for each of its line breaks as many tabs as a row has, and no blank part."""
+    breaks = cell.count("\n")
+    whole = bool(breaks) and cell.count("\t") == breaks * (columns - 1) > 0
+    return whole and all(part.strip() for part in re.split("[\t\n]", cell))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from grasp_lora.data.cells import Cells, Columns, clean_row, is_blank, name_of, text_of
 from grasp_lora.data.conversations import Message, from_alpaca, read_messages
-from grasp_lora.data.tables import Row, Table
+from grasp_lora.data.tables import Row, Table, in_small_letters
 from grasp_lora.data.tasks import TASKS, task_fields
 from grasp_lora.errors import DataError
 from grasp_lora.text.characters import INVISIBLE
@@ -33,8 +33,7 @@ class Record:
         fields: the task's inputs by name; empty for a record with messages.
         answer: what the model learns to write.
         references: gold answers, at least one.
-        keys: what a group joins by: id (the file's own), declared group, hash of the text, article, hash of a row's
-            turns that other rows go on after.
+        keys: what a group joins by: id (the file's own), declared group, hash of the text, article.
         messages: turns before the answer, for a record that is a conversation.
     """
 
@@ -116,6 +115,7 @@ def make_pool(
         layout = find_layout(table, task, format, columns)
         if layout.task not in (None, task):
             raise DataError(f"{table.name} is {layout.name} data, which fits the task {layout.task}, not {task}")
+        table = in_small_letters(table, [field for field in ("id", "group", "title") if field not in columns])
         identity = columns.get("id", "id")
         rows = []
         for where, values in table.rows:
@@ -136,7 +136,6 @@ def make_pool(
                     "--skip-unanswered), which leaves such rows out and counts them"
                 )
     _check_ids(records)
-    records = _joined_turns(records)
     if not records and counts["unanswerable"]:
         raise DataError(f"none of the {counts['unanswerable']} questions has an answer; give some that have one")
     return Pool(tuple(records), counts["mapped"], counts["removed"], counts["unanswerable"], counts["answers_trimmed"])
@@ -154,7 +153,7 @@ def find_layout(table: Table, task: str | None, format: str = "auto", columns: C
         raise DataError(f"{table.name} holds no records")
     if format != "auto":
         return LAYOUTS[format]
-    found = set(table.columns)
+    found = table.rows[0].values.keys()
     wanted = TASKS.values() if task is None else [task_fields(task)]
     plain = any(found & {*fields.inputs, fields.answer} for fields in wanted)
     special = (layout for layout in LAYOUTS.values() if layout.columns and layout.columns <= found)
@@ -174,24 +173,6 @@ def text_key(text: str) -> str:
 def same_text(text: str) -> str:
     """Return what two writings of one text have in common: Unicode form NFC, one space for white space, no invisible marks."""
     return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
-
-
-def _joined_turns(records: list[Record]) -> list[Record]:
-    """Give the rows of one conversation, each a turn longer, a key in common: the answer of one stands in the prompt of the next.
-
-    Openings that many conversations share join none, unless a row holds no more than that.
-    """
-    ends = [
-        [place for place, turn in enumerate(record.messages) if turn["role"] == "assistant"] if record.messages else []
-        for record in records
-    ]
-    said = [[*(turn["content"] for turn in record.messages), record.answer] for record in records]
-    whole = {text_key("\n".join(own)) for own, record in zip(said, records, strict=True) if record.messages}
-    joined = []
-    for record, own, places in zip(records, said, ends, strict=True):
-        keys = {text_key("\n".join(own[: place + 1])) for place in (*places, len(record.messages))}
-        joined.append(replace(record, keys=record.keys | (keys & whole)) if record.messages else record)
-    return joined
 
 
 def _check_ids(records: list[Record]) -> None:
@@ -250,8 +231,10 @@ def _row_record(cells: Cells, task: str, position: str, has_ids: bool, of_cells:
     if (group := cells.get("group")) is not None:
         keys.add("group:" + same_text(name_of(group, "group", where)))
     title = cells.get("title") if task != "completion" or "title" in columns else None
-    if isinstance(title, str | int):
-        keys.add(_article(str(title)))
+    if isinstance(title, str):
+        keys.add(_article(title))
+    elif isinstance(title, int) and not isinstance(title, bool):
+        keys.add(_article(name_of(title, "title", where)))
     messages = read_messages(cells) if task == "completion" else []
     if messages and (messages[-1]["role"] != "assistant" or is_blank(messages[-1]["content"])):
         return Unanswered(

@@ -1,7 +1,7 @@
 """Rows of a file or data set, as readers give them and layouts take them."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import NamedTuple
 
@@ -38,6 +38,27 @@ class Table:
     def columns(self) -> list[str]:
         """The columns of all rows, in the order in which they appear: a record may leave out what it has not."""
         return list(map(str, dict.fromkeys(chain.from_iterable(row.values for row in self.rows))))
+
+
+def in_small_letters(table: Table, fields: Sequence[str]) -> Table:
+    """Rename columns that are called as one of these fields but for case; those that have its very name stay the only ones.
+
+    An `ID` that stands twice is no id: it may number articles.
+    """
+    renamed = {}
+    for field in fields:
+        named = [column for column in table.columns if column.strip().lower() == field]
+        if len(named) == 1 and named != [field] and (field != "id" or _are_unlike(table, named[0])):
+            renamed[named[0]] = field
+    if not renamed:
+        return table
+    rows = [Row(where, {renamed.get(key, key): value for key, value in values.items()}) for where, values in table.rows]
+    return replace(table, rows=rows)
+
+
+def _are_unlike(table: Table, column: str) -> bool:
+    values = [row.values.get(column) for row in table.rows]
+    return all(isinstance(value, str | int) for value in values) and len(set(values)) == len(values)
 
 
 def as_row(item: object, where: str) -> Row:

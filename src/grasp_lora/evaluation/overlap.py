@@ -1,6 +1,7 @@
 """ROUGE, BLEU and chrF++ that hold for Arabic and Chinese, too."""
 
 import unicodedata
+from collections.abc import Iterable
 from importlib.metadata import version
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,11 @@ def rouge_fractions(kind: str, outputs: Outputs, tokenizer: "Tokenizer") -> list
     ]
 
 
+def bleu_tokenizer(code: str, references: Iterable[str]) -> str:
+    """The tokenizer of sacrebleu for a language by its `language_code`, and where it is not known by its references."""
+    return _BLEU_TOKENIZERS.get(code) or ("char" if is_unspaced("".join(references)) else "intl")
+
+
 def bleu(outputs: Outputs) -> MetricScore:
     """Score BLEU-4 over the whole set, case-sensitive, with the signature of sacrebleu.
 
@@ -92,9 +98,7 @@ def bleu(outputs: Outputs) -> MetricScore:
     """
     from sacrebleu.metrics.bleu import BLEU  # takes a moment: not at the top
 
-    tokenizer = _BLEU_TOKENIZERS.get(outputs.language_code) or (
-        "char" if is_unspaced("".join(chain.from_iterable(outputs.references))) else "intl"
-    )
+    tokenizer = bleu_tokenizer(outputs.language_code, chain.from_iterable(outputs.references))
     corpus = BLEU(tokenize=tokenizer)
     value = corpus.corpus_score(outputs.predictions, _columns(outputs)).score
     sentence = BLEU(tokenize=tokenizer, effective_order=True)

@@ -243,8 +243,8 @@ class MergeSettings:
             on the factors `paper_sum`, `paper_sum_unscaled`, `paper_apart` (the released code's: adapters stay parameters of
             their own), `lorahub`, `ties`, `dare_ties`; or a `MergeRule` of one's own, in a recipe by its import path
             `package.module:name`.
-        weights: one per adapter, in their order, in [-1000000, 1000000] and not all 0; the search of `lorahub` alone may begin
-            there. None takes the rule's own default (1/N each; 1 each for `paper_apart`, `ties` and `dare_ties`).
+        weights: one per adapter, in their order, in [-1000000, 1000000] and not all 0 (only `lorahub`, which searches them,
+            may begin at all 0); None takes the rule's own default (1/N each; 1 each for `paper_apart`, `ties` and `dare_ties`).
         rank: rank of the result for rules that end in an SVD; None takes the highest rank of the inputs.
         density: share of weights that TIES and DARE keep, in (0, 1].
         seed: seed of DARE's random drops; a recipe combines it with its own seed.

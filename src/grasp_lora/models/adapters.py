@@ -16,7 +16,6 @@ from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_RANK
 from grasp_lora.models.apart import keep_apart
-from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.live import ADAPTER_NAME, live_pairs, lora_layers
 from grasp_lora.models.precision import is_quantised
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
@@ -194,7 +193,7 @@ def save_adapter(
     # Not by save_file, which lets nobody but the owner read the file.
     (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     info = AdapterInfo(
-        PUBLIC_NAME if embedded else without_place(backbone_name),
+        without_place(backbone_name),
         fingerprint,
         is_quantised(model.config),
         {name: tuple((one.name, one.rank) for one in pair.segments) for name, pair in weights.items() if pair.segments},
@@ -202,8 +201,9 @@ def save_adapter(
         quantise,
         model.dtype == torch.float16,
         dtype,  # type: ignore[arg-type]
+        embedded,
     )
-    stated = {key: value for key, value in asdict(info).items() if value is not None and value is not False}
+    stated = {key: value for key, value in asdict(info).items() if value not in (None, False) or key == "embedded"}
     _state(folder, stated, answers)
 
 

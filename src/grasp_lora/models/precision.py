@@ -44,7 +44,9 @@ def computes_in(dtype: str, device: str) -> bool:
         dtype: "bfloat16", "float16" or "float32".
         device: "cpu", "cuda" or "cuda:N".
     """
-    if device != "cpu" or dtype == "float32":
+    if device != "cpu":
+        return dtype != "bfloat16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "float32":
         return True
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return dtype == "bfloat16" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))

@@ -16,7 +16,6 @@ from pydantic import Field
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES, AdapterConfig, Rank, read_config
-from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.models.tensor_files import read_shapes, read_tensors
 from grasp_lora.storage.network import no_network, not_there
@@ -81,7 +80,8 @@ class AdapterInfo:
         segments: module name -> name and rank of the adapters that its components came from, in order.
         answers: None where it does not say.
         backbone_float16: whether the backbone's weights were in float16.
-        backbone_dtype: what the backbone computed in; None if another program or an earlier version wrote the adapter.
+        backbone_dtype: what the backbone computed in; None if another program or an earlier version trained the adapter.
+        embedded: whether the backbone is the embedded model; None if another program or an earlier version wrote the file.
     """
 
     backbone: Name | None = None
@@ -92,6 +92,7 @@ class AdapterInfo:
     quantise: Name | None = None
     backbone_float16: Annotated[bool, Field(strict=True)] = False
     backbone_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    embedded: Annotated[bool, Field(strict=True)] | None = None
 
     def origins(self) -> dict[str, tuple[Segment, ...]]:
         """Return module name -> origin of its components."""
@@ -203,9 +204,8 @@ def read_backbone(place: str) -> str | None:
 
 def _to_load(base_model: str | None, info: AdapterInfo) -> str | None:
     """Tell the embedded weights from those of the hub, whose name our adapters state for both; others know only the hub's."""
-    # Of a version that stated the hub's name for both, and no dtype.
-    earlier = info.backbone_fingerprint is not None and info.backbone_dtype is None
-    ours = info.backbone == PUBLIC_NAME or earlier
+    # Earlier versions did not say which, and their users seldom had the hub's.
+    ours = info.backbone_fingerprint is not None if info.embedded is None else info.embedded
     return EMBEDDED_NAME if base_model == EMBEDDED_HUB_ID and ours else base_model
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from grasp_lora.data.cells import is_blank
 from grasp_lora.data.files import read_file
 from grasp_lora.data.labels import check_labels, check_records
 from grasp_lora.data.places import DEMO_PREFIX
@@ -203,6 +204,22 @@ def _refuse_unused(table: Table, chosen: Mapping[str, str], given: Mapping[str, 
         )
 
 
+def _refuse_dropped(table: Table, chosen: Mapping[str, str], parts: Sequence[str], option: str) -> None:
+    """Refuse prompts beside columns that may be parts of them; a list of messages takes the column `system` as its first."""
+    talks = any(isinstance(row.values.get(chosen["prompt"]), list) for row in table.rows)
+    dropped = [
+        part
+        for part in parts
+        if any(not is_blank(row.values.get(part)) for row in table.rows) and not (talks and part == "system")
+    ]
+    if dropped:
+        without = " ".join(f"{option} {field}={shlex.quote(column)}" for field, column in chosen.items())
+        raise DataError(
+            f"{table.name} has {listed(dropped)} beside prompt and completion, which no prompt would hold; write its text into "
+            f"prompt, or say {without} to leave it out"
+        )
+
+
 def relative(place: str, folder: Path) -> str:
     """Return a path as a recipe in a folder writes it."""
     return Path(os.path.relpath(place, folder)).as_posix()
@@ -232,12 +249,9 @@ def _guess(table: Table, preferred: str | None, given: Mapping[str, str], option
             chosen = {} if messages else chosen
             if fields is OTHER_NAMES:
                 _refuse_unused(table, chosen, given, option)
-            parts = sorted(by_name.keys() & PARTS_OF_PROMPTS - {*fields})
-            if task == "completion" and not messages and parts and "prompt" not in given:
-                without = " ".join(f"{option} {field}={shlex.quote(column)}" for field, column in chosen.items())
-                raise DataError(
-                    f"{name} has {listed([by_name[part] for part in parts])} beside prompt and completion, which no prompt would "
-                    f"hold; write its text into prompt, or say {without} to leave it out"
+            if fields is COLUMNS["completion"] and not messages and "prompt" not in given:
+                _refuse_dropped(
+                    table, chosen, [by_name[part] for part in sorted(by_name.keys() & PARTS_OF_PROMPTS)], option
                 )
             others = {field: column for field, column in given.items() if column not in chosen.values()}
             needed = {*TASKS[task].inputs, TASKS[task].answer}
@@ -248,10 +262,7 @@ def _guess(table: Table, preferred: str | None, given: Mapping[str, str], option
             # The reader finds `answers` by itself, and there it may hold SQuAD's lists.
             understood = {field: ("answer", "answers") if field == "answer" else (field,) for field in chosen}
             named = {field: column for field, column in chosen.items() if column not in understood[field]}
-            named |= {field: column for field, column in others.items() if field not in needed}
-            # The reader knows the optional fields by their names, as they are written here.
-            cased = {field: by_name[field] for field in OPTIONAL_COLUMNS if field in by_name.keys() - {*found}}
-            return task, named | {field: column for field, column in cased.items() if field not in named}
+            return task, named | {field: column for field, column in others.items() if field not in needed}
     known = "; ".join(f"{task}: {' and '.join(fields)}" for task, fields in COLUMNS.items())
     if len(found) == 1 and re.search(r"[;\t|]", found[0]):
         raise DataError(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from grasp_lora.data.records import Record
 from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES, assign, by_group, join_groups
+from grasp_lora.data.turns import keys_with_turns
 from grasp_lora.errors import DataError
 from grasp_lora.recipes.corpus import Corpus
 from grasp_lora.text.display import quoted
@@ -54,7 +55,7 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
             "(40 with a dev set, too, and 400 for held-out splits as large as the paper's)"
         )
     source_records = [record for corpus in sources for record in corpus.usable(most)]
-    joined = join_groups(record.keys for record in (*records, *source_records))
+    joined = join_groups(keys_with_turns((*records, *source_records)))
     groups, source_groups = by_group(records, joined), by_group(source_records, joined)
     for share in (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5):
         total = int(len(records) * share)

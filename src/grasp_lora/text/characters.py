@@ -1,6 +1,7 @@
 """What characters are: invisible marks, and scripts without spaces between words, in which metrics take characters for words."""
 
 import re
+import unicodedata
 
 # Direction marks, soft hyphens and the like; joiners and the zero-width space tell words apart.
 INVISIBLE = re.compile("[\u00ad\u061c\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
@@ -64,14 +65,26 @@ def split_unspaced(text: str) -> str:
     return _WITH_MARKS.sub(r" \g<0> ", IDEOGRAPH_OR_KANA.sub(r" \g<0> ", text))
 
 
+def has_old_letters(text: str) -> bool:
+    """Whether a text has a letter of Malayalam or Bengali that is written in two ways, in either of them."""
+    return _OLD_LETTERS.search(text) is not None or any(one in text for one in _ONE_LETTER.values())
+
+
+def has_two_writings(text: str) -> bool:
+    """Whether a text has such a letter, or joiners, which programs write around words or not."""
+    return has_old_letters(text) or any(one in text for one in JOINERS)
+
+
 def lowered(text: str, language: str = "") -> str:
     """Return a text in lower case, as its language has it, with each letter in one writing.
 
     >>> lowered("IŞIK", "tr"), lowered("I", "en"), lowered("അവന്\u200d") == "അവൻ"
     ('ışık', 'i', True)
     """
-    text = _OLD_LETTERS.sub(lambda found: _ONE_LETTER[found.group()], text)
-    return (text.replace("İ", "i").replace("I", "ı") if language in DOTTED else text).lower()
+    text = _OLD_LETTERS.sub(lambda found: _ONE_LETTER[found.group()], unicodedata.normalize("NFC", text))
+    if language in DOTTED:
+        text = text.replace("İ", "i").replace("I", "ı").replace("i\u0307", "i")  # the last as other programs lower İ
+    return text.lower()
 
 
 def is_unspaced(text: str) -> bool:
