@@ -491,6 +491,8 @@ class TestCleaning:
 
         assert keys("article:", title=0) == keys("article:", title="0") == keys("article:", Title="0") != []
         assert keys("id:", ID="7") == ["id:7"]
+        other = [{"Title": "a b", "question": "?", "answer": "a"}]
+        assert read(tmp_path / "x.jsonl", other, "qa", context="Title").records[0].fields["context"] == "a b"
         twice = [{"context": text, "question": "?", "answer": "a", "ID": "7"} for text in "ab"]  # it numbers articles
         assert not any("id:7" in one.keys for one in read(tmp_path / "x.jsonl", twice, "qa").records)
         assert not keys("article:", title=True)

@@ -115,7 +115,7 @@ def make_pool(
         layout = find_layout(table, task, format, columns)
         if layout.task not in (None, task):
             raise DataError(f"{table.name} is {layout.name} data, which fits the task {layout.task}, not {task}")
-        table = in_small_letters(table, [field for field in ("id", "group", "title") if field not in columns])
+        table = in_small_letters(table, ("id", "group", "title"), columns)
         identity = columns.get("id", "id")
         rows = []
         for where, values in table.rows:

@@ -40,14 +40,21 @@ class Table:
         return list(map(str, dict.fromkeys(chain.from_iterable(row.values for row in self.rows))))
 
 
-def in_small_letters(table: Table, fields: Sequence[str]) -> Table:
+def in_small_letters(table: Table, fields: Sequence[str], named_columns: Mapping[str, str]) -> Table:
     """Rename columns that are called as one of these fields but for case; those that have its very name stay the only ones.
 
     An `ID` that stands twice is no id: it may number articles.
+
+    Args:
+        table: its rows may have different columns.
+        fields: that rows may have or not.
+        named_columns: field -> column, of what the user named.
     """
-    renamed = {}
+    renamed, columns = {}, [column for column in table.columns if column not in named_columns.values()]
     for field in fields:
-        named = [column for column in table.columns if column.strip().lower() == field]
+        if field in named_columns:
+            continue
+        named = [column for column in columns if column.strip().lower() == field]
         if len(named) == 1 and named != [field] and (field != "id" or _are_unlike(table, named[0])):
             renamed[named[0]] = field
     if not renamed:
