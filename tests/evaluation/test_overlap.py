@@ -203,6 +203,10 @@ def test_bleu_of_a_script_without_spaces_counts_characters_whatever_the_language
     assert "|tok:char|" in result.signature
 
 
+def test_bleu_of_a_language_that_is_known_keeps_its_tokenizer_whatever_the_texts():
+    assert "|tok:intl|" in score(["bleu"], ["我们"], [["我们 去"]], "ar")["bleu"].signature
+
+
 snippets = st.sampled_from(["我们", "去", "学校", "。", "the", "cat", "كتاب", "ذهب", "，", "7", "", "x y"])
 passages = st.lists(snippets, max_size=9).map(" ".join)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_fractions
 from grasp_lora.text.characters import DOTTED, is_unspaced, lowered, split_unspaced
+from grasp_lora.text.languages import KNOWN
 
 if TYPE_CHECKING:
     from rouge_score.tokenizers import Tokenizer
@@ -82,16 +83,17 @@ def rouge_fractions(kind: str, outputs: Outputs, tokenizer: "Tokenizer") -> list
 
 
 def bleu_tokenizer(code: str, references: Iterable[str]) -> str:
-    """The tokenizer of sacrebleu for a language by its `language_code`, and where it is not known by its references."""
-    return _BLEU_TOKENIZERS.get(code) or ("char" if is_unspaced("".join(references)) else "intl")
+    """The tokenizer of sacrebleu for a language by its `language_code`, and for one that is not known by its references."""
+    unspaced = code not in KNOWN and is_unspaced("".join(references))
+    return _BLEU_TOKENIZERS.get(code) or ("char" if unspaced else "intl")
 
 
 def bleu(outputs: Outputs) -> MetricScore:
     """Score BLEU-4 over the whole set, case-sensitive, with the signature of sacrebleu.
 
-    Tokenizer `zh` for Chinese, `13a` for English, `char` for Japanese, Thai, Lao, Burmese and Khmer. Of every other language it
-    is `char` where most letters of the references stand in a script without spaces between words, else `intl`. Several
-    references are pooled, so adding one can lower the score through the length penalty. `per_example` is
+    Tokenizer `zh` for Chinese, `13a` for English, `char` for Japanese, Thai, Lao, Burmese and Khmer, `intl` for all others of
+    `KNOWN`. Any other language has `char` where most letters of the references stand in a script without spaces between words,
+    else `intl`. Several references are pooled, so adding one can lower the score through the length penalty. `per_example` is
     sentence BLEU with effective order. Where no text has 4 tokens, the corpus score is 0 even of identical texts.
 
     Source: sacrebleu (Post 2018).

@@ -13,6 +13,7 @@ _SHORT = {
     "nob": "no", "nor": "no", "pol": "pl", "por": "pt", "ron": "ro", "rum": "ro", "rus": "ru", "spa": "es", "swe": "sv",
     "tha": "th", "tur": "tr", "vie": "vi", "zho": "zh",
 }  # fmt: skip
+KNOWN = frozenset(_SHORT.values())  # languages whose scripts are known, too
 
 
 def language_code(language: str) -> str:
