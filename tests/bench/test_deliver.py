@@ -2,7 +2,10 @@
 
 import json
 import random
+import re
+import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
 from grasp_lora.errors import DivergedError, GraspError, Interrupted, RecipeError
+from grasp_lora.report.delivered import next_steps
+from grasp_lora.report.run_record import read_run
 
 ROWS = 20
 BEST = "final.deliver=best"
@@ -221,12 +226,28 @@ class TestRun:
         assert "Take this adapter: " in result.out
         assert json.loads(Path("best/prompt.jsonl").read_text(encoding="utf-8")).endswith(": what?")
         assert "grasp-lora predict best/adapter --jsonl < best/prompt.jsonl" in result.out
+        advised = re.search(r"next: each of the \d+ rows tested once, about 4 times this run: (.+)", result.out)
+        assert advised
+        program, *command = shlex.split(advised[1])
+        assert (program, command[0], "--folds" in command) == ("grasp-lora", "compare", True)
+        assert cli(*command, "--dry-run").status == 0
         page = Path("best/report.html").read_text(encoding="utf-8")
         assert "<h1>Take this adapter: " in page
         assert page.count('<tr class="chosen">') == 1
         card = Path("best/adapter/README.md").read_text(encoding="utf-8")
         assert "It is: " in card
         assert ("Prune ratio" in card) == (winner == "grasp")
+
+    @pytest.mark.parametrize("refused", ["test_files: [other.jsonl]", "task: classification"])
+    def test_a_run_that_cannot_have_folds_is_sent_to_three_seeds(self, refused: str, finished_run: Path) -> None:
+        api.run("tiny.yaml", [BEST], "best")
+        record = read_run(Path("best"))
+        place = "files:\n    - target.jsonl\n" if refused.startswith("test") else "task: completion"
+        assert place in record.recipe_text
+        for text, asked in ((record.recipe_text, True), (record.recipe_text.replace(place, refused), False)):
+            steps = next_steps(replace(record, recipe_text=text), "tiny.yaml", [BEST], Path("best"), False)
+            assert ("--folds" in steps[0]) is asked
+            assert steps[0].startswith("each of the 28 rows" if asked else "three seeds, about three times this run")
 
     def test_given_adapters_are_handed_over_whole(self, finished_run: Path, cli: Callable[..., Any]) -> None:
         (finished_run / "source").rename("mine")

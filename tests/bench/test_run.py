@@ -281,8 +281,9 @@ class TestAgain:
             result = cli("run", "tiny.yaml", "-o", "run")
         assert result.status == 2
         assert re.fullmatch(
-            r"error: the memory does not suffice for the training \(.+\); set training\.gradient_checkpointing to true, or lower "
-            r"data\.max_tokens \(the longest example has \d+ tokens\), or set backbone\.dtype .*What is done stays\n", result.err
+            r"error: the memory does not suffice for the training \(.+\); set this training's gradient_checkpointing to true, or "
+            r"lower data\.max_tokens \(the longest example has \d+ tokens\), or set backbone\.dtype "
+            r".*What is done stays\n", result.err
         )  # fmt: skip
         stages = [
             f"{stage}.training.gradient_checkpointing=true" for stage in ("source", "target", "controller", "final")

@@ -83,7 +83,7 @@ def start(tmp_path: Path, tiny_backbone_folder: Path, monkeypatch: pytest.Monkey
 
     def call(data: Path, source: tuple[str, ...] = (), output: Path | None = Path("mine.yaml"), **changes: Any) -> Path:
         options: dict[str, Any] = {"language": "de", "source_language": "en", "backbone": "tiny-llama"} | changes
-        return write_recipe(data, output=output, source=source, **options)
+        return write_recipe(data, output=output, source=source, **options)[0]
 
     return call
 
@@ -835,7 +835,7 @@ def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callab
     first, *told = said.splitlines()
     assert first == f"wrote full.yaml and {SCHEMA_FILE}"
     assert [line.partition(":")[0] for line in told] == ["task", "rows", "advice", "advice", "next"]
-    assert told[1] == "rows: all others to train on, 12 dev, 8 micro-dev and 15 test"
+    assert told[1] == "rows: all others, about 25, to train on, 12 dev, 8 micro-dev and 15 test"
     assert "--methods joint" in told[3]
     assert told[-1] == "next: grasp-lora check full.yaml"
     named = [{"question": f"{i}?", "answer": "a"} for i in range(60)]

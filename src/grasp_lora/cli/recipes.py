@@ -89,7 +89,7 @@ def init(
     from grasp_lora.recipes.load import load_recipe
     from grasp_lora.recipes.starter import write_recipe
 
-    file = write_recipe(
+    file, left = write_recipe(
         data,
         language,
         output,
@@ -108,7 +108,7 @@ def init(
     named = [f"{field} is the column {column}" for field, column in target.columns.items()]
     say(f"task: {recipe.data.task}" + (f", where {' and '.join(named)}" if named else ""))
     held_out = f"{target.dev} dev, {target.micro_dev} micro-dev and {target.test} test"
-    say(f"rows: {'all others' if target.train is None else target.train} to train on, {held_out}")
+    say(f"rows: {f'all others, about {left},' if target.train is None else target.train} to train on, {held_out}")
     for sentence in advice(
         recipe.data.target.dev or 0,
         keeps_best=recipe.final.training.keep == "best",

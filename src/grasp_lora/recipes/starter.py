@@ -48,7 +48,7 @@ def write_recipe(
     sheet: str | None = None,
     source_sheet: str | None = None,
     skip_unanswered: bool = False,
-) -> Path:
+) -> tuple[Path, int]:
     """Write a commented recipe for a file of target examples, and beside it the schema by which editors complete its keys.
 
     Args:
@@ -64,7 +64,7 @@ def write_recipe(
         skip_unanswered: leave out rows without an answer, here and in runs of the recipe.
 
     Returns:
-        The recipe file.
+        The recipe file; about how many rows are left for training, since held-out splits take whole groups.
 
     Raises:
         GraspError: the data cannot be used, the source is neither data nor adapter, or the recipe exists already.
@@ -136,7 +136,7 @@ def write_recipe(
             write_whole(file, text)  # last, since it is what says that all is there
     except OSError as error:
         raise RecipeError(f"{file} cannot be written ({error.strerror}); choose another place with --output") from error
-    return file
+    return file, sizes.splits["train"] + sizes.spare
 
 
 def _refuse_existing(file: Path) -> None:

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from grasp_lora.bench.checks import check_can_be_cut
 from grasp_lora.bench.compare import LEAST_TEST
 from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import (
@@ -15,6 +16,10 @@ from grasp_lora.bench.run_folder import (
     Metrics,
     TargetOn,
 )
+from grasp_lora.data.splits import HELD_OUT
+from grasp_lora.errors import RecipeError
+from grasp_lora.recipes.load import validate
+from grasp_lora.recipes.text import RECIPE_FILE, parse
 from grasp_lora.report.run_record import RunRecord
 from grasp_lora.report.tables import METRIC_NAMES, score_digits
 
@@ -29,6 +34,7 @@ MADE_ON_SOURCE = MADE | {  # with `target.on`
     "merged": "a target adapter was trained on top of a source adapter, and this is their sum",
     "grasp": "a target adapter was trained on top of a source adapter, and their sum was pruned by a share and fine-tuned",
 }
+FEW_ROWS, FOLDS = 200, 4  # of all target rows: below that a test split alone tells little
 NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
 PARTS = {"continued": ("source",), "source": ("source",), "target": ("target",)}  # of all others both
 
@@ -107,16 +113,28 @@ def next_steps(record: RunRecord, recipe: str, overrides: Sequence[str], folder:
             *(part for override in overrides for part in ("--set", override)),
             *["--allow-code"] * allow_code,
         ]
-        seeds = ["--output", str(folder), "--methods", "merged,continued,grasp"]
-        steps.append(
-            f"three seeds, about three times this run: {shlex.join(['grasp-lora', 'compare', *given, *seeds])}"
+        rows = sum(len(record.data.ids.get(split, ())) for split in ("train", *HELD_OUT))
+        folds = rows < FEW_ROWS and _can_be_cut(record)
+        what = (
+            f"each of the {rows} rows tested once, about {FOLDS} times" if folds else "three seeds, about three times"
         )
+        settings = ["--output", str(folder), "--methods", "merged,continued,grasp", *["--folds", str(FOLDS)] * folds]
+        steps.append(f"{what} this run: {shlex.join(['grasp-lora', 'compare', *given, *settings])}")
     if delivered.low is not None and delivered.high is not None and delivered.low <= 0 <= delivered.high:
         key = f"data.target.{(delivered.split or 'dev').replace('-', '_')}"
         steps.append(f"more {delivered.split} rows tell more: add examples and raise {key} (now {delivered.examples})")
     if delivered.name != "grasp":
         steps.append(f"GRASP's result all the same, at no cost: it is {folder / FINAL_FOLDER}")
     return steps
+
+
+def _can_be_cut(record: RunRecord) -> bool:
+    """Whether a comparison of the run's recipe may have folds."""
+    try:
+        check_can_be_cut(validate(parse(record.recipe_text, RECIPE_FILE), RECIPE_FILE), "--folds")
+    except RecipeError:
+        return False
+    return True
 
 
 def where_trained(found: TargetOn, sources: int) -> str:

@@ -325,7 +325,7 @@ def train_stacked(
                 {"step": step + 1, "steps": steps, "epoch": (step + 1) / per_epoch, "loss": float(total) / len(acting)}
             )
 
-    less = "stack fewer ratios, lower training.batch_size or data.max_tokens, or set backbone.dtype to bfloat16"
+    less = "stack fewer ratios, lower this training's batch_size or data.max_tokens, or set backbone.dtype to bfloat16"
     with leaving_backbone_as_it_was(model), stack.on(model), enough_memory("the stacked training", less):
         model.train()
         done = is_measured(0) and measure()
