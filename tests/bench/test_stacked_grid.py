@@ -73,6 +73,10 @@ def test_a_recipe_learns_its_ratio_from_stacked_copies(tiny_workspace):
         ((STACKED, "controller.policy.orders=0"), "orders is 0; at least 1 is needed"),
         ((STACKED, "controller.training.patience=1"), "this policy trains at many ratios"),
         ((STACKED, "final.start=controller"), "stacked adapters leave none to finish; start from 'merged'"),
+        (
+            (STACKED, "lora.target_modules=[q_proj, lm_head]"),
+            "an adapter on the output layer cannot be stacked; leave that out",
+        ),
         ((STACKED, "data.target.dev=0"), "data.target.dev is 0; give it examples, or probe elsewhere"),
     ],
 )

@@ -20,7 +20,7 @@ from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.merging import COMPONENTS, merge_rule
 from grasp_lora.models.adapter_config import MOST_RANK
-from grasp_lora.models.adapters import check_target_modules
+from grasp_lora.models.adapters import check_target_modules, on_output_layer
 from grasp_lora.models.backbone import Backbone, without_peft
 from grasp_lora.models.generation import context_of
 from grasp_lora.recipes.recipe import Recipe
@@ -134,6 +134,14 @@ def _check_adapters(session: Session) -> None:
     trains = not (recipe.source.adapters and recipe.target.adapter)
     if trains:
         check_target_modules(session.backbone.model, recipe.lora.target_modules)
+    modules = {name for adapter in session.existing_adapters.values() for name in adapter.weights}
+    stacked = recipe.controller.policy.regime == "stacked" and recipe.final.prune_ratio is None
+    if stacked and on_output_layer(session.backbone.model, modules | set(recipe.lora.target_modules if trains else ())):
+        # It sees only the tokens whose loss counts, without their batch, as `train_stacked` says too late.
+        raise AdapterError(
+            "an adapter on the output layer cannot be stacked; leave that out of lora.target_modules, or set "
+            "controller.preset to 'late' or another"
+        )
     parents = session.parent_ranks
     rule = merge_rule(recipe.merge.rule)
     if rule.space is COMPONENTS and sum(parents) > MOST_RANK:

@@ -4,7 +4,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -289,6 +289,13 @@ def check_target_modules(model: "PreTrainedModel", target_modules: tuple[str, ..
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise AdapterError(f"the backbone has no linear module {target!r}; it has: {known}")
     return target_modules
+
+
+def on_output_layer(model: "PreTrainedModel", modules: Iterable[str]) -> bool:
+    """Tell whether a name of a module, or an ending of one, is that of the layer that gives the logits."""
+    whole: Any = model
+    head, modules = whole.get_output_embeddings(), tuple(modules)
+    return any(module is head and _is_named(name, modules) for name, module in model.named_modules())
 
 
 def is_conv1d(module: torch.nn.Module) -> bool:
