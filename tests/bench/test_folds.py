@@ -287,6 +287,9 @@ def test_a_dry_run_counts_every_fold_with_its_own_size(tiny_workspace: Path) -> 
     planned = Counter(record.step.split()[0] for record, _ in plan.steps)
     assert planned == Counter(step.split()[0] for step in recorder.did)
     assert api.plan("tiny.yaml", (), "planned", **given).answers == 0
+    other = api.plan("tiny.yaml", ("metrics=[rougeL]",), "planned", **given)
+    assert [record.step for record, there in other.steps if not there] == ["scores"] * 6
+    assert other.answers == 0, "another metric scores the answers on record"
 
 
 def test_a_method_that_fails_in_a_fold_has_no_row(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,12 @@ class _PlannedBench(Bench):
         # Where they are on record it is known which it will be, and without rows, too.
         return super().decided if all(record.made_with for record in found) else chosen
 
+    def _scored(self, adapter: Adapter) -> tuple[Record, Callable[[], tuple[str, ...]]]:
+        record, answers = super()._scored(adapter)
+        if ANSWERED in record.result and self._answers_file(adapter).is_file():
+            record.result[ANSWERED] = 0  # another metric asks for no new answers
+        return record, answers
+
     def _control_settings(self, stage: ControllerStage, merged: Adapter) -> dict[str, Any]:
         if isinstance(self.store, _PlannedStore):
             self.store.stage = stage
