@@ -1,5 +1,7 @@
 """What a run needs of memory, estimated: against what tensors really take, and what it says of cards."""
 
+import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.backbone import skeleton
 from grasp_lora.models.settings import BackboneSettings, LoraSettings
 from grasp_lora.recipes.load import load_recipe
+from grasp_lora.storage import memory
 from grasp_lora.training.loss import example_losses
 
 LORA = LoraSettings(rank=4)
@@ -179,6 +182,48 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(
     monkeypatch.setattr("grasp_lora.bench.session.load_backbone", lambda settings: pytest.fail("it was loaded"))
     for dtype in ("float32", "bfloat16", "float16"):
         refused("check", ["--set", f"backbone.dtype={dtype}"], f"GB ({dtype}), and 0.00 GB are free here; quantised")
+
+
+def test_a_stage_that_does_not_fit_is_a_warning(
+    tiny_workspace: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = iter([10**12, 1000])  # for the weights first
+    monkeypatch.setattr(module, "available_memory", lambda on_gpu: next(few))
+    result = cli("check", "tiny.yaml")
+    assert result.status == 0
+    assert re.search(
+        r"warning memory +\w+ needs about \S+ GB more than the weights, and 0\.00 GB are free here", result.out
+    )
+
+
+def test_copies_that_train_side_by_side_need_their_memory_each(tiny_workspace: Path) -> None:
+    found = {}
+    for preset in ("spread", "stacked"):
+        recipe, base = load_recipe("tiny.yaml", [f"controller={{preset: {preset}}}"])
+        stages = stages_of(recipe, Session(recipe, base).splits, [2, 2])
+        found[preset] = {one.name: one for one in stages}
+    copies = recipe.controller.policy.copies
+    assert copies > 1
+    one, many = (found[preset]["controller"] for preset in ("spread", "stacked"))
+    assert (many.tokens, many.labels, many.rank) == (copies * one.tokens, copies * one.labels, copies * one.rank)
+    assert found["spread"]["final"] == found["stacked"]["final"]
+
+
+def test_a_limit_of_the_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "LIMIT", tmp_path / "memory.max")
+    free = memory.available_memory(False)
+    assert free > 5000
+    for said, most in (("5000\n", 5000), ("max\n", math.inf)):
+        memory.LIMIT.write_text(said)
+        assert (memory.available_memory(False) == 5000) == (most == 5000)
+
+
+def test_given_adapters_are_counted_on_their_own_modules(finished_run: Path, cli: Callable[..., Any]) -> None:
+    (finished_run / "source").rename("mine")
+    (finished_run / "target").rename("theirs")
+    given = ["data.source=null", "source.adapters=[mine]", "target.adapter=theirs", "lora.target_modules=[not_there]"]
+    result = cli("check", "tiny.yaml", *(part for one in given for part in ("--set", one)))
+    assert result.status == 0, result.err
 
 
 def test_a_skeleton_is_the_model_without_weights(tiny_backbone_folder: Path, make_tiny_model: Callable) -> None:

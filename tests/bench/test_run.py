@@ -30,7 +30,7 @@ from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSet, MaskSettings, survival
 from grasp_lora.method.ranking import prune_count
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.backbone import load_backbone
+from grasp_lora.models.backbone import fingerprint, load_backbone
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.models.reading import WEIGHTS_FILE, read_adapter
 from grasp_lora.recipes.load import load_recipe
@@ -295,6 +295,32 @@ class TestAgain:
             assert after[name] == before[name]
         assert len(list(Path("run/store/records").glob("source-*"))) == 1
 
+    def test_answers_that_were_lost_are_written_again_and_damaged_ones_are_named(
+        self, finished_run: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        answers, again = finished_run / "store/answers", ("run", "tiny.yaml", "-o", "run")
+        examine = Session.examine
+
+        def others(self: Session, adapter: Any) -> Any:
+            losses, _ = examine(self, adapter)
+            return losses, [example.references[0] for example in self.splits.test]
+
+        for changed in (False, True):
+            shutil.rmtree(answers)
+            reopen(finished_run)
+            with monkeypatch.context() as patch:
+                if changed:
+                    patch.setattr(Session, "examine", others)
+                result = cli(*again)
+            assert result.status == 0, result.err
+            assert ("written again and are not those that were scored" in result.err + result.out) is changed
+        reopen(finished_run)
+        file = min(answers.iterdir())
+        file.write_text(file.read_text(encoding="utf-8")[:-5], encoding="utf-8")
+        result = cli(*again)
+        assert (result.status, result.err.count("\n")) == (2, 1)
+        assert f"{file.name} are damaged; remove the file, and they are written again" in result.err
+
     def test_the_same_recipe_in_another_folder_gives_the_same_bits(self, finished_run: Path) -> None:
         execute(folder="again")
         same_result(finished_run, Path("again"))
@@ -371,6 +397,23 @@ class TestAgain:
         model.save_pretrained(own)
         assert "other was begun with other backbone" in cli("run", "tiny.yaml", *changes).err
 
+    def test_a_few_changed_weights_of_the_backbone_are_refused(
+        self, finished_run: Path, cli: Callable[..., Any], make_tiny_model: Callable[..., Any]
+    ) -> None:
+        own = shutil.copytree("tiny-llama", "own")
+        changes = ["--set", "backbone.name=own", "-o", "other"]
+        assert cli("run", "tiny.yaml", *changes).status == 0
+        model = AutoModelForCausalLM.from_pretrained("own")
+        before = fingerprint(model)
+        with torch.no_grad():
+            model.model.embed_tokens.weight[3, 1:3] += 1.0
+        assert fingerprint(model) == before
+        model.save_pretrained(own)
+        for command in (["run", "tiny.yaml"], ["compare", "tiny.yaml", "--methods", "merged", "--reference", "merged"]):
+            result = cli(*command, *changes)
+            assert (result.status, result.err.count("\n")) == (2, 1)
+            assert "other weights of the backbone (weights in torch.float32 " in result.err
+
     @pytest.mark.parametrize("command", ["run", "compare", "compare --dry-run", "sweep"])
     def test_a_changed_config_of_the_backbone_is_refused(
         self, command: str, finished_run: Path, cli: Callable[..., Any]
@@ -390,7 +433,7 @@ class TestAgain:
         Path("own/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
         result = cli(*asked)
         assert (result.status, result.err.count("\n")) == (2, 1)
-        said = "the steps in other/store were done with another config of the backbone (rms_norm_eps 1e-06, now 0.5); put that"
+        said = "were done with another config or other weights of the backbone (rms_norm_eps 1e-06, now 0.5); put that back"
         assert said in result.err
         assert files_of(Path("other")) == before
         # What computes nothing may change, and a store of an older version is taken as it is.

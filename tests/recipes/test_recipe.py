@@ -1,6 +1,7 @@
 """The recipe: YAML in, resolved copy out, overrides, and one line for what does not fit."""
 
 import copy
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from grasp_lora.bench.keys import plain
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.policy import Gaussian, Spread, Uniform
 from grasp_lora.method.presets import PRESETS, Controller
@@ -53,6 +55,14 @@ def test_the_resolved_copy_is_the_same_recipe(name: str, load: Load) -> None:
     assert again == recipe
     assert again.fingerprint() == recipe.fingerprint()
     assert again.to_yaml() == recipe.to_yaml()
+
+
+def test_the_resolved_copy_has_the_same_keys_in_the_store(load: Load) -> None:
+    """A whole number of a default must not be an int where the copy has a float: JSON tells them apart."""
+    recipe = load(SMALL)
+    again = load(recipe.to_yaml())
+    keys = [json.dumps(plain(one.model_dump()), sort_keys=True) for one in (recipe, again)]
+    assert keys[0] == keys[1]
 
 
 @pytest.mark.parametrize("text", ["{on: source}", "{'on': source}"])

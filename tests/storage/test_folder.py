@@ -1,6 +1,7 @@
 """One writer at a time; whoever dies gives the folder free."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -17,7 +18,7 @@ from grasp_lora.bench.run_folder import check_place
 from grasp_lora.errors import GraspError, Interrupted, RecipeError
 from grasp_lora.storage import folder as lock_module
 from grasp_lora.storage.files import write_whole
-from grasp_lora.storage.folder import LOCK_FILE, Busy, in_turn, new_folder, only_writer
+from grasp_lora.storage.folder import LOCK_FILE, Busy, in_turn, new_folder, only_writer, writer_of
 
 HOLDER = """
 import sys
@@ -102,6 +103,28 @@ def test_a_folder_that_vanishes_hides_no_error(tmp_path):
 
     with pytest.raises(ZeroDivisionError), only_writer(folder):
         work()
+
+
+def test_others_of_the_group_may_take_a_lock_that_a_killed_process_left(tmp_path):
+    before = os.umask(0o002)
+    try:
+        with only_writer(tmp_path):
+            assert (tmp_path / LOCK_FILE).stat().st_mode & 0o777 == 0o664
+    finally:
+        os.umask(before)
+
+
+def test_a_lock_is_looked_at_as_network_file_systems_ask(tmp_path, monkeypatch, holder):
+    """NFS refuses an exclusive lock on what is open for reading alone; flock(2)."""
+    lock = fcntl.flock
+
+    def as_nfs(descriptor, how):
+        if how & fcntl.LOCK_EX and fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return lock(descriptor, how)
+
+    monkeypatch.setattr(lock_module.fcntl, "flock", as_nfs)
+    assert writer_of(tmp_path) == f"process {holder.pid} on {os.uname().nodename}"
 
 
 def test_many_threads_are_never_inside_together(tmp_path):

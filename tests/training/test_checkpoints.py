@@ -550,4 +550,9 @@ def test_only_errors_of_the_folder_are_translated(tmp_path):
             raise other
     with pytest.raises(GraspError, match=r"cannot be written \(denied\)"), clear_write_errors(tmp_path):
         raise PermissionError(errno.EACCES, "denied", str(tmp_path / "a" / "b"))
+    with (
+        pytest.raises(GraspError, match=r"cannot be written \(full: /elsewhere/cache\)"),
+        clear_write_errors(tmp_path),
+    ):
+        raise OSError(errno.ENOSPC, "full", "/elsewhere/cache")
     assert "has vanished" in str(cannot_write(tmp_path / "gone", "no"))

@@ -23,6 +23,7 @@ from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.adapters import check_target_modules, on_output_layer
 from grasp_lora.models.backbone import Backbone, without_peft
 from grasp_lora.models.generation import context_of
+from grasp_lora.models.precision import weight_sum
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.recipes.text import RECIPE_FILE, parse
@@ -255,7 +256,7 @@ def _check_server(tracker: str) -> None:
 
 
 def check_config(store: Path, backbone: Backbone, *, note: bool = True) -> None:
-    """Check that the records of a store were made with the backbone's config as it is now: fingerprints cover shapes and weights.
+    """Check that the records of a store were made with the backbone's config and weights as they are now.
 
     A store that begins notes the config. One of an older version has not, and is taken as it is.
 
@@ -284,19 +285,22 @@ def check_config(store: Path, backbone: Backbone, *, note: bool = True) -> None:
             for key in keys[:DIFFERENCES_SHOWN]
         ]
         raise RecipeError(
-            f"the steps in {store} were done with another config of the backbone ({'; '.join(shown)}); put that back, or choose "
-            "another folder with --output"
+            f"the steps in {store} were done with another config or other weights of the backbone ({'; '.join(shown)}); put that "
+            "back, or choose another folder with --output"
         )
 
 
 def _computed_with(backbone: Backbone) -> dict[str, str]:
-    """What decides the computation in a backbone's config, with all defaults filled in: key -> value as JSON."""
+    """What decides what a backbone computes: its config with all defaults filled in, as JSON, and the sum of its weights."""
     config: Mapping[str, Any] = without_peft(backbone.model).config.get_text_config(decoder=True).to_dict()
     found = {}
     for key, value in sorted(config.items()):
         if key not in IDLE and not key.startswith(IDLE_STARTS) and not key.endswith(IDLE_ENDS):
             with suppress(TypeError, ValueError):  # no plain value
                 found[key] = json.dumps(value, sort_keys=True)
+    # What lies in a folder may be replaced, and a fingerprint sees 16 weights of each parameter.
+    if backbone.commit is None and not backbone.is_embedded and (total := weight_sum(backbone.model)) is not None:
+        found[f"weights in {backbone.model.dtype}"] = str(total)
     return found
 
 

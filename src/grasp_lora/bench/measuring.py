@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,12 +13,15 @@ from grasp_lora.bench.keys import plain, public_bertscore
 from grasp_lora.bench.outcomes import Adapter, Measured, Outcome, unique
 from grasp_lora.bench.run_folder import TargetOn
 from grasp_lora.bench.store import Record, key_of
+from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.answers import MLQA_LANGUAGES
 from grasp_lora.evaluation.overlap import bleu_tokenizer
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.storage.processes import on_first_process
 from grasp_lora.text.characters import DOTTED, has_old_letters, has_two_writings, space_words
 from grasp_lora.text.languages import language_code
+
+logger = logging.getLogger(__name__)
 
 CHOOSING = ("dev", "micro_dev")  # the splits whose rows may decide
 FEWEST = 2  # rows that a choice by losses needs
@@ -27,6 +31,17 @@ def choosing_splits(sizes: Mapping[str, int]) -> list[str]:
     """The splits with rows that may decide, given the size of each split; none where all of them are too few."""
     there = [name for name in CHOOSING if sizes[name]]
     return there if sum(sizes[name] for name in there) >= FEWEST else []
+
+
+def _warn_of_others(file: Path, scored: Mapping[str, Any], now: Mapping[str, float | None]) -> None:
+    """Say that answers which were written again, as on another processor, are not those whose scores are on record."""
+    if changed := [name for name, entry in scored.items() if entry["value"] != now[name]]:
+        logger.warning(
+            "the answers in %s were written again and are not those that were scored: %s, and %s now",
+            file,
+            ", ".join(f"{name} {scored[name]['value']} on record" for name in changed),
+            ", ".join(f"{name} {now[name]}" for name in changed),
+        )
 
 
 class Measuring(Keyed):
@@ -127,11 +142,24 @@ class Measuring(Keyed):
             settings["letters"] = letters
         file = self._answers_file(adapter)
 
-        def answers() -> tuple[str, ...]:
-            if not on_first_process(file.is_file):
-                self._examine(adapter)
+        def read() -> tuple[str, ...]:
             lines = on_first_process(lambda: file.read_text(encoding="utf-8")).split("\n")
-            return tuple(json.loads(line)["prediction"] for line in lines if line)
+            try:
+                found = tuple(json.loads(line)["prediction"] for line in lines if line)
+            except (ValueError, KeyError, TypeError):
+                found = ()
+            if len(found) != len(references):
+                raise RecipeError(f"the answers {file} are damaged; remove the file, and they are written again")
+            return found
+
+        def answers() -> tuple[str, ...]:
+            if on_first_process(file.is_file):
+                return read()
+            self._examine(adapter)
+            made, record = read(), self.store.on_record("scores", plain(settings))
+            if record is not None:  # of a store that was copied without its answers
+                _warn_of_others(file, record.result, {name: entry.value for name, entry in session.score(made).items()})
+            return made
 
         def work(key: str, folder: Path) -> dict[str, Any]:
             return {name: asdict(entry) for name, entry in session.score(answers()).items()}

@@ -36,7 +36,7 @@ class Stage:
         name: as in a run.
         tokens: in one forward pass.
         labels: of them, those with logits.
-        rank: of the adapter.
+        rank: of the adapter; of copies that train side by side all ranks together.
         checkpointing: whether activations are computed again.
         learns: whether there is a backward pass; else keys and values of all tokens are kept.
     """
@@ -177,22 +177,22 @@ def stages_of(recipe: Recipe, splits: Splits, ranks: Sequence[int]) -> list[Stag
         recipe, splits: of the run.
         ranks: of the adapters that are merged.
     """
-    merged = recipe.merge.result_rank(ranks)
+    merged, copies = recipe.merge.result_rank(ranks), recipe.controller.policy.copies
     trained = (
-        ("source", splits.source_train, recipe.source.training, recipe.lora.rank, not recipe.source.adapters),
-        ("target", splits.train, recipe.target.training, recipe.lora.rank, not recipe.target.adapter),
-        ("controller", splits.train, recipe.controller.training, merged, recipe.final.prune_ratio is None),
-        ("final", splits.train, recipe.final.training, merged, True),
+        ("source", splits.source_train, recipe.source.training, recipe.lora.rank, 1, not recipe.source.adapters),
+        ("target", splits.train, recipe.target.training, recipe.lora.rank, 1, not recipe.target.adapter),
+        ("controller", splits.train, recipe.controller.training, merged, copies, recipe.final.prune_ratio is None),
+        ("final", splits.train, recipe.final.training, merged, 1, True),
     )
     stages = [
         Stage(
             name,
-            training.batch_size * max(map(_length, examples)),
-            training.batch_size * max(len(one.completion_ids) for one in examples),
-            rank,
+            copies * training.batch_size * max(map(_length, examples)),
+            copies * training.batch_size * max(len(one.completion_ids) for one in examples),
+            copies * rank,
             training.gradient_checkpointing,
         )
-        for name, examples, training, rank, there in trained
+        for name, examples, training, rank, copies, there in trained
         if there and examples
     ]
     if splits.test and not splits.labels:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from grasp_lora.bench.measuring import choosing_splits
 from grasp_lora.bench.memory import (
     CARDS,
     GIGABYTE,
+    PROCESS,
     QUANTISED,
     by_setting,
     shape_of,
@@ -144,7 +145,10 @@ def _memory(session: Session) -> list[Finding]:
     recipe, splits, model = session.recipe, session.splits, session.backbone.model
     stages = stages_of(recipe, splits, session.parent_ranks)
     longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in (*splits.train, *splits.source_train))
-    shape = shape_of(skeleton(session.backbone_settings), recipe.lora, longest)
+    given, lora = session.existing_adapters.values(), recipe.lora
+    if recipe.source.adapters and recipe.target.adapter:  # nothing else is put on the backbone
+        lora = replace(lora, target_modules=tuple(sorted({name for one in given for name in one.weights})))
+    shape = shape_of(skeleton(session.backbone_settings), lora, longest)
     number, weights = model.dtype.itemsize, float(stored_bytes(model))
     needs = {stage.name: shape.need(stage, number, session.backbone.quantise, weights) for stage in stages}
     parts = ", ".join(
@@ -154,6 +158,14 @@ def _memory(session: Session) -> list[Finding]:
     )
     text = f"estimates in GB, each with 1 for the process and {_gigabytes(weights)} for the weights: {parts}"
     found = [Finding("ok", "memory", text)]
+    most, need = max(needs.items(), key=lambda one: one[1].total)
+    more, free = need.total - need.weights - PROCESS, available_memory(model.device.type == "cuda")
+    if more > free:  # the weights are there already
+        text = (
+            f"{most} needs about {_gigabytes(more)} GB more than the weights, and {_gigabytes(free)} GB are free here; the next "
+            "line says what takes less, as do a smaller batch_size and a lower data.max_tokens"
+        )
+        found.append(Finding("warning", "memory", text))
     if session.backbone.quantise is not None or not is_quantised(model.config):
         sizes = [
             f"{name} {_gigabytes(needed)} ({smallest_card(needed) or 'none'})"

@@ -11,6 +11,7 @@ from typing import Any
 
 from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
+from grasp_lora.bench.failures import FAILED, Failure
 from grasp_lora.bench.records import check_shape, read_needed, read_record, read_text
 from grasp_lora.bench.run_stages import STAGES, FinalChoices
 from grasp_lora.bench.sweep_record import SWEEP_FILE
@@ -90,6 +91,8 @@ def status(folder: Path) -> list[str]:
     if writer:
         lines.append(f"running: {writer}")
     lines += [one.text() for one in under_way]
+    notes = sorted((folder / files.STORE_FOLDER / files.WORK).glob(f"*/{FAILED}"))
+    lines += [f"failed: {read_needed(note, Failure).error}" for note in notes]
     seconds, records = 0.0, list((folder / files.STORE_FOLDER / files.RECORDS).glob("*.json"))
     for file in records:
         seconds += read_needed(file, _Spent).seconds
@@ -156,6 +159,8 @@ def _sweep(folder: Path) -> tuple[list[str], str | None]:
 def _under_way(folder: Path) -> Iterator[UnderWay]:
     """The steps that have a folder of work."""
     for place in sorted((folder / files.STORE_FOLDER / files.WORK).glob("*/*")):
+        if (place.parent / FAILED).is_file():  # nobody will finish it
+            continue
         worker = writer_of(place.parent, beside=True)
         whole = [path for path in place.glob("checkpoint-*") if is_there(path / MANIFEST)]
         try:

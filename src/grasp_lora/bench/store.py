@@ -9,7 +9,7 @@ has a folder of its own for checkpoints, from which it goes on after a kill, to 
     backbones.json           what decides the computation in each backbone's config, by its fingerprint
     adapters/KEY/            a PEFT adapter
     answers/KEY.jsonl        answers to the test prompts
-    work/KEY/STEP/           a step under way: checkpoints, history, rounds
+    work/KEY/STEP/           a step under way: checkpoints, history, rounds; failed.json beside it where its training diverged
     tensorboard/STEP-KEY/    its curves, where `report_to` names TensorBoard
 """
 
@@ -31,14 +31,15 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from grasp_lora.bench.failures import failed_before, note_failure
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import RECORDS, WORK
-from grasp_lora.errors import GraspError, RecipeError
-from grasp_lora.storage.checkpoints import newest_checkpoint, seconds_of
+from grasp_lora.errors import DivergedError, GraspError, RecipeError
+from grasp_lora.storage.checkpoints import newest_checkpoint, remove_checkpoints, seconds_of
 from grasp_lora.storage.files import discard, sync, sync_all, write_json
 from grasp_lora.storage.folder import Busy, make_folder, only_writer
 from grasp_lora.storage.interruption import Interruption
-from grasp_lora.storage.processes import on_first_process, world_size
+from grasp_lora.storage.processes import is_first, on_first_process, world_size
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 VERSION = 1
@@ -150,6 +151,9 @@ class Store:
                 record = on_first_process(partial(self._find, step, key))  # another process may have done it by now
                 there = record is not None and not redo
                 if record is None or redo:
+                    if said := on_first_process(partial(failed_before, self.folder / WORK / key, made_with())):
+                        self._failed[key] = DivergedError(said)
+                        raise self._failed[key]
                     with self._interruption.deferred() if trains and self._interruption else nullcontext():
                         done = self._do(step, key, settings, work, record)
                     record = record or done
@@ -210,18 +214,22 @@ class Store:
     ) -> Record:
         """Do a step and write its record; a record that is there already stays."""
         folder = self.folder / WORK / key / _file_name(step)
-        started, outer = time.perf_counter() - on_first_process(partial(_seconds_so_far, folder)), self._inside
+        earlier, started, outer = on_first_process(partial(_seconds_so_far, folder)), time.perf_counter(), self._inside
         self._inside = 0.0
         try:
             with _lasting_curves(self.folder / CURVES / f"{_file_name(step)}-{key}"):
                 result = work(key, folder)
         except GraspError as error:
+            # An error that is known is that of a step within this one. Others may raise another, so none waits for the first.
+            if isinstance(error, DivergedError) and error not in self._failed.values() and is_first():
+                remove_checkpoints(folder)
+                note_failure(folder.parent, error, made_with())
             if not isinstance(error, Busy):
                 self._failed[key] = error
             self._inside = outer + time.perf_counter() - started
             raise
         elapsed = time.perf_counter() - started
-        seconds, self._inside = round(elapsed - self._inside, 3), outer + elapsed
+        seconds, self._inside = round(earlier + elapsed - self._inside, 3), outer + elapsed
         made = Record(step, key, dict(settings), result, seconds, made_with())
         if before is not None:
             _warn_of_change(before, made)
@@ -333,8 +341,10 @@ def read_packed(file: Path) -> list[Record]:
 def _read(file: Path, key: str) -> Record:
     try:
         record = _RECORD.validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise RecipeError(f"record {file} cannot be read; delete it, and its step is done again") from error
+    except OSError as error:  # of the disk or its network: the record may be whole
+        raise RecipeError(f"record {file} cannot be read ({error.strerror}); try again when it can be") from error
+    except ValidationError as error:
+        raise RecipeError(f"record {file} is damaged; delete it, and its step is done again") from error
     if record.key != key or key_of(record.step, record.settings) != key:
         raise RecipeError(f"record {file} was changed: its settings do not give its key; delete it")
     return record

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 UNTRAINABLE = {"hqq": "HQQ", "Int4WeightOnlyConfig": "torchao's int4"}  # kind of a saved model -> as people call it
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
 def find_dtype(device: str, model_type: str = "") -> Literal["bfloat16", "float16", "float32"]:
@@ -133,6 +134,15 @@ def stored_parts(name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torc
     for part in parameter.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
         if (inner := getattr(parameter, part)) is not None:
             yield from stored_parts(f"{name}.{part}", inner)
+
+
+def weight_sum(model: torch.nn.Module) -> int | None:
+    """Add up all stored numbers of a model as integers, in whatever order, LoRA layers left out; None if it is split."""
+    named = [(name, one) for name, one in model.named_parameters() if ".lora_" not in name]
+    if any(hasattr(one, "full_tensor") for _, one in named):
+        return None
+    parts = [part.detach().contiguous() for name, one in named for _, part in stored_parts(name, one)]
+    return sum(int(part.view(INTEGERS[part.element_size()]).sum(dtype=torch.int64)) for part in parts)
 
 
 def stored_bytes(model: torch.nn.Module) -> int:

@@ -91,7 +91,7 @@ class SourceStage:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     adapters: tuple[str, ...] = ()
-    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=2, learning_rate=3e-4))
+    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=2.0, learning_rate=3e-4))
 
     def __post_init__(self) -> None:
         if not all(adapter.strip() for adapter in self.adapters):

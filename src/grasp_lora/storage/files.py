@@ -123,7 +123,10 @@ def why_not_written(error: OSError | SafetensorError, *places: Path) -> str | No
     inside = isinstance(name, str | os.PathLike) and any(
         Path(name).absolute().is_relative_to(place.absolute()) for place in places
     )
-    return error.strerror or str(error) if error.errno in _STORAGE or inside else None
+    if error.errno not in _STORAGE and not inside:
+        return None
+    reason = error.strerror or str(error)
+    return reason if inside or name is None else f"{reason}: {name!s}"  # such as a cache on another disk
 
 
 def cannot_write(folder: Path, reason: str) -> RecipeError:

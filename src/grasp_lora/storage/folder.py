@@ -212,8 +212,12 @@ def in_turn(place: Path) -> Iterator[None]:
 def writer_of(place: Path, *, beside: bool = False) -> str | None:
     """Name the process that holds the lock of `only_writer`, None where nobody does; nothing is written."""
     file = _lock_beside(place) if beside else place / LOCK_FILE
+    flags = getattr(os, "O_NOFOLLOW", 0)
     try:
-        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        try:
+            descriptor = os.open(file, os.O_RDWR | flags)  # NFS locks no file that is open for reading alone
+        except PermissionError:
+            descriptor = os.open(file, os.O_RDONLY | flags)
     except OSError:
         return None
     try:
@@ -265,7 +269,7 @@ def _acquire(file: Path, place: Path, shared: bool) -> int:
 def _open(file: Path) -> int:
     """Open or make the file of a lock. Its content is replaced, so that no other file may be reached through it."""
     try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)  # less the umask
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from grasp_lora.errors import LackOfMemoryError
 from grasp_lora.text.display import first_line
 
 # Of torch.OutOfMemoryError, CUDA's drivers and libraries, and torch's allocator on the CPU, which raises a plain RuntimeError.
 _SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
+
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # bytes of a container on Linux, which psutil does not know
 
 
 def available_memory(on_gpu: bool) -> int:
@@ -18,7 +21,11 @@ def available_memory(on_gpu: bool) -> int:
         return int(torch.cuda.mem_get_info()[0])
     import psutil  # of accelerate
 
-    return int(psutil.virtual_memory().available)
+    free = int(psutil.virtual_memory().available)
+    try:
+        return min(free, int(LIMIT.read_text()))
+    except (OSError, ValueError):  # there is none, or it says `max`
+        return free
 
 
 @contextmanager
