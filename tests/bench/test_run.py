@@ -397,6 +397,21 @@ class TestAgain:
         model.save_pretrained(own)
         assert "other was begun with other backbone" in cli("run", "tiny.yaml", *changes).err
 
+    def test_the_command_that_is_printed_finds_a_backbone_beside_a_recipe_in_another_folder(
+        self, finished_run: Path, cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        Path("recipes/models").mkdir(parents=True)
+        shutil.copytree("tiny-llama", "recipes/models/own")
+        for name in ("tiny.yaml", "source.jsonl", "target.jsonl"):
+            shutil.copy(name, "recipes")
+        result = cli("run", "recipes/tiny.yaml", "--set", "backbone.name=models/own", "-o", "runs/other")
+        assert result.status == 0, result.err
+        assert "grasp-lora predict runs/other/adapter --jsonl < runs/other/prompt.jsonl" in result.out
+        expected = cli("predict", "runs/other/adapter", "source 1: what?")
+        assert expected.status == 0, expected.err
+        monkeypatch.chdir("runs/other")  # as the report has it
+        assert cli("predict", "adapter", "source 1: what?").out == expected.out
+
     def test_a_few_changed_weights_of_the_backbone_are_refused(
         self, finished_run: Path, cli: Callable[..., Any], make_tiny_model: Callable[..., Any]
     ) -> None:

@@ -546,6 +546,53 @@ def test_an_adapter_is_asked_and_answers_as_it_was_trained(
     assert "delete that file" in line
 
 
+def test_no_print_fails_where_the_output_lacks_a_letter(tmp_path: Path) -> None:
+    """A redirected output on Windows is often cp1252, which has no Arabic, no tick and no box."""
+    folder = tmp_path / "تجربة:key:"
+    folder.mkdir()
+    command = [sys.executable, "-m", "grasp_lora", "status", str(folder)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False, text=True
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "\\u062a" in done.stderr
+    assert ":key:" in done.stderr, "no name of ours is an emoji"
+    code = "from grasp_lora.cli.terminal import lasting_outputs, say\nwith lasting_outputs():\n    say('✓ –')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        capture_output=True,
+        check=False,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "\\u2713 \\u2013\n"), done.stderr
+
+
+def test_an_error_of_a_library_is_no_mistake_of_the_user(
+    tiny_workspace: Path, cli: Callable[..., CliResult], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(**_: Any) -> None:
+        raise ValueError("could not broadcast")
+
+    for command, more in (("compare", ()), ("sweep", ("--param", "final.prune_ratio=[0.2]"))):
+        monkeypatch.setattr(f"grasp_lora.api.{command}", broken)
+        with pytest.raises(ValueError, match="could not broadcast"):
+            cli(command, "tiny.yaml", *more)
+
+
+def test_scores_are_whole_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    from grasp_lora.bench.run_folder import Metrics, SystemScores
+    from grasp_lora.cli.terminal import print_scores
+
+    names = ("exact_match", "f1", "rougeL", "bleu", "chrf++", "similarity", "bertscore")
+    one = SystemScores(dev_loss=1.23456, test_loss=2.34567, metrics=dict.fromkeys(names, 56.78))
+    title = "runs/tydiqa-sw-seed-42-with-source-adapter [v2]"
+    print_scores(Metrics.model_construct(systems={title: one}, signatures=dict.fromkeys(names, ""), delivered=None))
+    said = capsys.readouterr().out
+    for text in (title, "1.2346", "2.3457", *names):
+        assert text in said
+
+
 def test_answers_are_utf8_whatever_a_pipe_is_said_to_be(
     cli: Cli, workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,12 @@ def test_status_of_a_run_that_is_finished_stopped_or_under_way(cli: Cli, finishe
 
 def test_status_of_what_is_no_experiment(cli: Cli, finished_run: Path) -> None:
     (finished_run.parent / "empty").mkdir()
-    for folder, says in (("nowhere", "is not there"), ("empty", "holds no run"), (".", "holds some: run")):
+    for folder, says in (
+        ("nowhere", "is not there"),
+        ("empty", "holds no run"),
+        (".", "holds some: run"),
+        ("tiny.yaml", "is a file"),
+    ):
         result = cli("status", folder)
         assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
         assert says in result.err

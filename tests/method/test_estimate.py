@@ -128,9 +128,14 @@ def test_smooth_fit_of_a_monotone_loss_ends_at_the_outermost_probe(sign: int) ->
     assert estimate.low <= estimate.ratio <= estimate.high
 
 
-def test_smooth_fit_never_leaves_the_probed_range() -> None:
-    estimate = smooth_fit(probed(quadratic, (0.42, 0.45, 0.5), noise=0.001), LOW, HIGH)
-    assert 0.4 <= estimate.low <= estimate.high <= 0.5
+def test_the_ratio_never_leaves_the_probed_range_and_its_interval_is_open_where_that_ends() -> None:
+    estimate = smooth_fit(probed(lambda p: (p - 0.9) ** 2, (0.42, 0.45, 0.5), noise=0.001), LOW, HIGH)
+    assert estimate.ratio == pytest.approx(0.5)
+    assert (estimate.low, estimate.high) == (pytest.approx(0.5), HIGH)
+    other = smooth_fit(probed(lambda p: p**2, (0.42, 0.45, 0.5), noise=0.001), LOW, HIGH)
+    assert (other.low, other.ratio, other.high) == (LOW, pytest.approx(0.4), pytest.approx(0.4))
+    inside = smooth_fit(probed(lambda p: 9 * (p - 0.45) ** 2, (0.42, 0.45, 0.5), noise=0.0001), LOW, HIGH)
+    assert 0.4 < inside.low <= inside.high < 0.5
     assert estimate.curve[0][0] == pytest.approx(0.4)
     assert estimate.curve[-1][0] == pytest.approx(0.5)
 

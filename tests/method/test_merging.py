@@ -226,8 +226,9 @@ def spoiled(parts: Any, rule: Any, settings: Any, draws: Any) -> LoraPair:
         (MergeRule("", Space(spoiled)), "are not balanced"),
         (MergeRule("", sparsify=lambda tensor, *_: tensor + torch.rand(())), "draws from a global generator"),
         (MergeRule("", sparsify=lambda tensor, *_: tensor.mul_(0.5)), "changes its inputs"),
+        (MergeRule("", sparsify=lambda tensor, *_: torch.zeros_like(tensor)), "^the merge rule: "),
     ],
-    ids=["scaling", "seed", "balance", "global", "inputs"],
+    ids=["scaling", "seed", "balance", "global", "inputs", "nothing left"],
 )
 def test_the_suite_says_what_is_wrong(rule: MergeRule, message: str) -> None:
     with pytest.raises(AssertionError, match=message):

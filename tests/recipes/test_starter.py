@@ -401,6 +401,8 @@ def test_a_workbook_with_a_sheet_for_each_language(start: Callable[..., Path]) -
     book.save("x.xlsx")
     with pytest.raises(DataError, match=r"x\.xlsx has no sheet 'Kiswaheli'; it has Sheet, Kiswahili, English"):
         start(Path("x.xlsx"), sheet="Kiswaheli")
+    with pytest.raises(DataError, match=r"--source-sheet is English, but no workbook is given as --source"):
+        start(Path("x.xlsx"), sheet="Kiswahili", source_sheet="English")
     recipe, _ = load_recipe(start(Path("x.xlsx"), ("x.xlsx",), sheet="Kiswahili", source_sheet="English"))
     assert (recipe.data.target.sheet, recipe.data.source.sheet) == ("Kiswahili", "English")
     assert fits(Path("mine.yaml"))["train"] == 25

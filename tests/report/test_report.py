@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_report
 from grasp_lora.report.run_record import read_run
-from grasp_lora.report.tables import duration, kept_share, percent, scores_table
+from grasp_lora.report.tables import duration, kept_share, percent, probe_note, scores_table
 
 SYSTEMS = ("source", "target", "merged", "grasp")
 LEARNED = {"prune_ratio": 0.462, "low": 0.384, "high": 0.549, "confidence": 0.95, "rule": "smooth_fit"}
@@ -365,6 +366,26 @@ def test_the_card_of_labels_says_how_they_were_chosen(run_folder: Path) -> None:
         lambda data: data["report"].update(labels={"mbaya": {"test": 3}, "nzuri": {"test": 5}}),
     )
     assert "likeliest of these labels: mbaya, nzuri." in card(run_folder)
+    assert '`grasp-lora predict . "..."` gives one of the labels' in card(run_folder)
+
+
+def test_the_prompt_of_the_card_has_the_braces_that_training_saw(run_folder: Path) -> None:
+    asked = "Put it into \\boxed{{}} and {{name}}: {question}"
+    change(run_folder / "data.json", lambda data: data["report"].update(prompt=asked))
+    assert r'prompt = "Put it into \\boxed{} and {name}: ..."' in snippet_of(card(run_folder))
+
+
+def test_probes_that_were_not_timed_apart_have_no_share(run_folder: Path) -> None:
+    record = read_run(run_folder)
+    assert "Probes took" in (probe_note(record) or "")
+    timings = [one.model_copy(update={"probe_seconds": 0.0}) for one in record.timings]
+    assert probe_note(replace(record, timings=timings)) is None
+    longer = {**record.cost, "controller": 1000.0 * record.probe_seconds}
+    assert "Probes took 0\xa0%" in (probe_note(replace(record, cost=longer)) or "")
+
+
+def test_the_date_says_its_zone(run_folder: Path) -> None:
+    assert re.search(r"Date[^\n]*\d{4}-\d\d-\d\d \d\d:\d\d UTC", texts(run_folder)[1])
 
 
 def test_a_language_with_a_script_has_its_name(run_folder: Path) -> None:

@@ -422,7 +422,7 @@ def test_other_settings_of_the_policy_are_refused(make_tiny_model, tmp_path, mon
         training.run(stop_at=4)
     other = Gaussian(seed=7)
     monkeypatch.setattr(f"{__name__}.Gaussian", lambda: other)
-    with pytest.raises(GraspError, match="resumes with other settings of the policy than it began with"):
+    with pytest.raises(GraspError, match="resumes with other settings of policy or rounds than it began with"):
         training.run()
 
 

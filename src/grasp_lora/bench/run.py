@@ -38,7 +38,7 @@ from grasp_lora.method.masks import survival
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import restate_answers
 from grasp_lora.models.settings import QUANTISERS
-from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.recipe import Recipe, seen_from
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.files import discard, sync, sync_all, vanished, write_json, write_jsonl, write_whole
@@ -336,6 +336,7 @@ class _Run:
         check_folder(self.folder, self.recipe)  # again: until now another run may have begun there
         backbone, adapters = self.session.backbone, self.session.existing_adapters
         check_config(self.store.folder, backbone)
+        quantiser = filter(None, [QUANTISERS.get(backbone.quantise or "")])
         started = files.RunInfo(
             grasp_lora=version("grasp-lora"),
             recipe_hash=self.recipe.fingerprint(),
@@ -350,9 +351,8 @@ class _Run:
             ],
             data=hash_of(self.session.splits),
             inputs=inputs_of(self.recipe, self.session.base),
-            libraries={
-                name: version(name) for name in (*LIBRARIES, *filter(None, [QUANTISERS.get(backbone.quantise or "")]))
-            },
+            recipe_folder=seen_from(self.folder.absolute(), str(self.session.base.absolute())),
+            libraries={name: version(name) for name in (*LIBRARIES, *quantiser)},
             python=platform.python_version(),
             processes=world_size(),
             **({} if backbone.quantise is None else {"quantise": backbone.quantise}),

@@ -10,6 +10,7 @@ from grasp_lora.bench.records import damaged, read_needed, read_record, read_tex
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.text import RECIPE_FILE
+from grasp_lora.recipes.text import RUN_FILE as RUN_FILE
 from grasp_lora.storage.files import discard, write_json
 from grasp_lora.storage.folder import LOCK_FILE
 
@@ -29,7 +30,6 @@ STORE_FOLDER = "store"  # of an experiment's memory
 RECORDS, WORK = "records", "work"  # in it: of finished steps, and of those under way
 COMPARE_FOLDER, SWEEP_FOLDER = "compare", "sweep"  # of what else was done in the folder of a run
 # Files of the run folder itself.
-RUN_FILE = "run.json"
 DATA_FILE = "data.json"
 METRICS_FILE = "metrics.json"
 PROMPT_FILE = "prompt.jsonl"  # one prompt of this run, as `predict --jsonl` takes it
@@ -96,6 +96,7 @@ class RunInfo(Shape):
     seed: int
     created: str
     backbone: Parent
+    recipe_folder: str | None = None  # as it is seen from here: relative paths of recipe.yaml start from it
     dtype: str | None = None
     quantise: str | None = None
     parents: list[GivenAdapter] = []

@@ -107,7 +107,7 @@ def learn_stacked(session: Session, merged: AdapterWeights, folder: Path) -> Con
         baseline = by_ratio[ratios.index(before)]
         measured = Round(before, tuple(ratios), tuple(baseline), tuple(map(tuple, by_ratio)))
         decision = search.tell(measured)
-        sparsity = float((~members[ratios.index(before) * orders].keep).double().mean())
+        sparsity = float((~members[ratios.index(decision.ratio) * orders].keep).double().mean())
         place = {"round": len(search.history), "step": step, "epoch": step / per_epoch}
         rows.append(place | dict(decision.to_json(measured, search.mean, search.std, sparsity)))
         now = time.perf_counter()

@@ -19,7 +19,7 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.builtin import builtin_recipes
 from grasp_lora.recipes.text import RECIPE_FILE, parse
 from grasp_lora.storage.folder import writer_of
-from grasp_lora.storage.reading import adapter_of, is_folder, is_there
+from grasp_lora.storage.reading import adapter_of, is_file, is_folder, is_there
 from grasp_lora.text.display import escaped
 
 MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
@@ -194,6 +194,8 @@ def _no_experiment(folder: Path) -> RecipeError:
         return RecipeError(
             f"{folder} is no run itself, but holds some: {', '.join(map(escaped, inside[:10]))}; give one of them"
         )
+    if is_file(folder):
+        return RecipeError(f"{folder} is a file; give the folder of a run, such as runs/NAME")
     if not is_folder(folder):
         return RecipeError(
             f"{folder} is not there: no run has begun in it, or the path is another; begin with grasp-lora run"

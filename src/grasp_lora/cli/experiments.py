@@ -87,10 +87,9 @@ def compare(
             f"--workers is {workers}, but --on is not given; give --on ray, or start this command so often"
         )
     if dry_run:
-        with _checked_options():
-            print_plan(api.plan(**given), console)
+        print_plan(api.plan(**given), console)
         return
-    with shown(TerminalBenchProgress(console)) as progress, _checked_options():
+    with shown(TerminalBenchProgress(console)) as progress:
         folder, comparison = (
             share("compare", progress, given, **ray) if ray else api.compare(progress=progress, **given)
         )
@@ -135,7 +134,7 @@ def sweep(
         from grasp_lora.bench.search import BEST_FILE
         from grasp_lora.cli.on_ray import share
         from grasp_lora.cli.progress import TerminalSweepProgress, print_sweep
-    with shown(TerminalSweepProgress(console)) as progress, _checked_options():
+    with shown(TerminalSweepProgress(console)) as progress:
         settings = {
             "params": tuple(param or ()),
             "trials": trials,

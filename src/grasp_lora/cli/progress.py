@@ -24,6 +24,7 @@ from grasp_lora.bench.run_folder import Prediction
 from grasp_lora.bench.search import short, shown
 from grasp_lora.bench.store import Record
 from grasp_lora.bench.sweep_record import SweepResult, Trial
+from grasp_lora.report.comparison import wide
 from grasp_lora.report.examples import leading_metric, marked
 from grasp_lora.text.display import escaped, one_line
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
@@ -255,7 +256,7 @@ def print_sweep(result: SweepResult, console: Console) -> None:
             f"{trial.state}, as an earlier trial" if trial.repeats else trial.state,
         ]
         table.add_row(*map(Text, cells), style="bold" if trial.trial == result.best else "")
-    console.print(table)
+    wide(console).print(table)
     cost = result.cost
     console.print(
         f"trial {result.best} is the best by dev loss; {cost.runs} final runs took {cost.seconds:.0f} s and "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from grasp_lora.storage.processes import is_first
 from grasp_lora.text.display import one_line
@@ -18,8 +19,8 @@ from grasp_lora.text.display import one_line
 if TYPE_CHECKING:
     from grasp_lora.bench.run_folder import Metrics
 
-console = Console(quiet=not is_first())  # of processes that torchrun started one speaks
-error_console = Console(stderr=True)
+console = Console(quiet=not is_first(), emoji=False)  # of processes that torchrun started one speaks
+error_console = Console(stderr=True, emoji=False)
 
 
 class _Output(io.FileIO):
@@ -79,7 +80,9 @@ def _lasting(now: TextIO | None, at_start: TextIO | None) -> tuple[_Output | Non
     now.flush()
     output = _Output(now.fileno())
     below = io.BufferedWriter(output)
-    return output, io.TextIOWrapper(below, now.encoding, now.errors, line_buffering=now is sys.stderr or now.isatty())
+    # An encoding such as cp1252 lacks most letters of the world, and no print may end the work.
+    errors = "backslashreplace" if now.errors == "strict" else now.errors
+    return output, io.TextIOWrapper(below, now.encoding, errors, line_buffering=now is sys.stderr or now.isatty())
 
 
 class _Stoppable(Protocol):
@@ -120,18 +123,21 @@ def print_error(message: str, style: str = "red") -> None:
 
 def print_scores(metrics: "Metrics") -> None:
     """Print losses and scores of every system."""
+    from grasp_lora.report.comparison import wide
     from grasp_lora.report.tables import score_digits
 
     scores = {name: [system.metrics.get(name) for system in metrics.systems.values()] for name in metrics.signatures}
     digits = {name: score_digits(name, values, 1) for name, values in scores.items()}
-    table = Table("system", "dev loss", "test loss", *scores)
+    table = Table()
+    for column in ("system", "dev loss", "test loss", *scores):
+        table.add_column(column, overflow="fold")  # a narrow terminal cuts no word off
     for number, (name, system) in enumerate(metrics.systems.items()):
         losses = ("-" if loss is None else f"{loss:.4f}" for loss in (system.dev_loss, system.test_loss))
         values = {metric: column[number] for metric, column in scores.items()}
         texts = ("unavailable" if value is None else f"{value:.{digits[metric]}f}" for metric, value in values.items())
         chosen = metrics.delivered is not None and metrics.handed_over == name
-        table.add_row(one_line(name), *losses, *texts, style="bold" if chosen else "")
-    console.print(table)
+        table.add_row(Text(one_line(name)), *losses, *texts, style="bold" if chosen else "")
+    wide(console).print(table)
 
 
 def log_to_terminal(verbose: bool) -> None:

@@ -117,7 +117,8 @@ def _smooth_fit(rounds: Sequence[Round], ratio_min: float, ratio_max: float, int
     The interval comes from resampling rounds and micro-dev examples together (1000 times, fixed seed). It does not contain the
     error of the cubic itself, where the true curve is another one. Ratios that were never probed are not eligible: the
     minimum is sought between the lowest and the highest probed ratio. An interval that fills most of a narrower span than the
-    bounds allow says nothing of the ratio, so the whole range is left open.
+    bounds allow says nothing of the ratio, so the whole range is left open. One that ends where the probing ended is open on
+    that side.
     """
     count = len(rounds)
     weights = torch.tensor([min(1.0, 2.0 * (index + 1) / count) for index in range(count)], dtype=torch.float64)
@@ -147,7 +148,13 @@ def _smooth_fit(rounds: Sequence[Round], ratio_min: float, ratio_max: float, int
     found, span = settle("smooth_fit", grid, count, fitted, curves), max(probed) - min(probed)
     if span < ratio_max - ratio_min and found.high - found.low >= OPEN_SHARE * span:
         return replace(found, low=ratio_min, high=ratio_max)
-    return found
+    # An end of the interval where probing ended says nothing of what lies beyond.
+    low, high = float(grid[0]), float(grid[-1])
+    return replace(
+        found,
+        low=ratio_min if math.isclose(found.low, low) else found.low,
+        high=ratio_max if math.isclose(found.high, high) else found.high,
+    )
 
 
 best_reward = Rule("best_reward", _best_reward)

@@ -39,6 +39,11 @@ class Score:
     function: Callable[[LoraPair, InputNorms | None], tuple[Tensor, Tensor]]
     needs_inputs: bool = False
 
+    @property
+    def name(self) -> str:
+        """What its function is called; of an object that is called like one, what its type is."""
+        return str(getattr(self.function, "__qualname__", type(self.function).__qualname__))
+
 
 def _magnitude(pair: LoraPair, norms: InputNorms | None) -> tuple[Tensor, Tensor]:
     return pair.A.abs(), pair.B.abs()
@@ -93,21 +98,18 @@ def score_pair(pair: LoraPair, score: ScoreOrName, norms: InputNorms | None = No
         RecipeError: it gives something else than a number for each weight.
     """
     found = importance(score)
-    if not found.needs_inputs:
-        scores = found.function(pair, None)
-    elif norms is None:
+    if found.needs_inputs and norms is None:
         raise ValueError(f"score {quoted(score)} needs input norms; run a calibration pass first")
-    else:
-        dtype = torch.promote_types(pair.A.dtype, torch.float32)  # norms may be finer than the factors
-        cast = LoraPair(pair.A.to(dtype), pair.B.to(dtype), pair.scaling, pair.segments)
-        scores = found.function(cast, norms)
+    dtype = torch.promote_types(pair.A.dtype, torch.float32)
+    cast = LoraPair(pair.A.to(dtype), pair.B.to(dtype), pair.scaling, pair.segments)
+    scores = found.function(cast, norms if found.needs_inputs else None)
     _check(found, scores, pair)
     return scores
 
 
 def _check(score: Score, scores: tuple[Tensor, Tensor], pair: LoraPair) -> None:
     """Refuse scores that would prune by position or not at all. Our own are finite, and to look would make a GPU wait."""
-    name = quoted(getattr(score.function, "__qualname__", score.function))
+    name = quoted(score.name)
     if not isinstance(scores, tuple | list) or len(scores) != 2:
         raise RecipeError(f"mask score {name} gave {quoted(scores)}; it must give two tensors, shaped as A and as B")
     for factor, given, weights in zip("AB", scores, (pair.A, pair.B), strict=True):

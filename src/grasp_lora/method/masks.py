@@ -220,6 +220,8 @@ class MaskSet:
 
         A weight pruned earlier may have been moved away from zero by the optimizer and then competes again.
         """
+        if not 0.0 <= prune_ratio <= 1.0:  # before the stash is given up
+            raise ValueError(f"prune_ratio is {prune_ratio}; it must lie in [0, 1]")
         for block in self._blocks:
             block.stash.zero_()
             block.keep.fill_(True)

@@ -17,7 +17,7 @@ from grasp_lora.models.reading import read_base_model
 from grasp_lora.recipes.builtin import builtin_recipes, builtin_text
 from grasp_lora.recipes.explain import explain
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.text import MOST_BYTES, RECIPE_FILE, decode, parse
+from grasp_lora.recipes.text import MOST_BYTES, RECIPE_FILE, RUN_FILE, decode, parse
 from grasp_lora.storage.reading import RefusedError, expanded, is_file, is_folder, read_bounded
 from grasp_lora.text.display import CONTROLS, SURROGATES, escaped, quoted
 from grasp_lora.text.names import beside, check_loaded, imported, is_import_path
@@ -92,9 +92,19 @@ def backbone_of_run(adapter: str) -> str | None:
                 return None
             if base_model is None or named.name != Path(base_model).name:
                 return None
-            places = (Path(os.path.normpath(folder / named)), folder / named)  # as if there was no link, and behind it
+            starts = (folder, folder / _recipe_folder(folder))
+            # As if there was no link, and behind it.
+            places = (place for start in starts for place in (Path(os.path.normpath(start / named)), start / named))
             return next((str(place) for place in places if is_folder(place)), None)
     return None
+
+
+def _recipe_folder(run: Path) -> str:
+    """The folder that relative paths of a run's recipe start from, as the run folder has it; older ones do not say it."""
+    try:
+        return str(json.loads(decode(read_bounded(run / RUN_FILE, MOST_BYTES), RUN_FILE))["recipe_folder"])
+    except (RefusedError, RecipeError, OSError, ValueError, TypeError, KeyError):
+        return "."
 
 
 def _import_code(content: dict[str, Any], name: str, base: Path, allow_code: bool) -> None:

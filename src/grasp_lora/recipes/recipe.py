@@ -192,15 +192,16 @@ class Recipe(BaseModel):
                 they have no folder in common with it.
         """
         content = self.model_dump(mode="json", exclude={"data": {"root"}})
-        content = content if folder is None else _seen_from(folder.absolute(), content)
+        content = content if folder is None else seen_from(folder.absolute(), content)
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def _seen_from(folder: Path, value: Any) -> Any:
+def seen_from(folder: Path, value: Any) -> Any:
+    """Write absolute paths as they are seen from a folder, or as their last part where they have no folder in common with it."""
     if isinstance(value, dict):
-        return {key: part if key in TEXTS else _seen_from(folder, part) for key, part in value.items()}
+        return {key: part if key in TEXTS else seen_from(folder, part) for key, part in value.items()}
     if isinstance(value, list):
-        return [_seen_from(folder, part) for part in value]
+        return [seen_from(folder, part) for part in value]
     if not isinstance(value, str) or not Path(value).is_absolute():
         return value
     path, real = Path(value), Path(os.path.realpath(folder))

@@ -86,6 +86,10 @@ def write_recipe(
     if backbone and (backbone[0] in ".~" or Path(backbone).is_absolute()) and not is_folder(expanded(backbone)):
         raise RecipeError(f"--backbone {backbone} is no folder; give that of a model, or a hub id such as org/name")
     backbone = backbone or _backbone_of(adapters)
+    if source_sheet is not None and not files:
+        raise DataError(
+            f"--source-sheet is {source_sheet}, but no workbook is given as --source; add it, or leave it out"
+        )
     places = [resolve_file(name) if name.startswith(DEMO_PREFIX) else Path(name) for name in files]
     for name in files:
         if name.startswith(DEMO_PREFIX) and (own := name.removeprefix(DEMO_PREFIX)[:2]) != language_code(

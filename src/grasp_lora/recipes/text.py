@@ -13,6 +13,7 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.text.display import one_line, quoted
 
 RECIPE_FILE = "recipe.yaml"  # where a folder keeps it
+RUN_FILE = "run.json"  # of a run folder: what it started from
 MOST_BYTES = 1_000_000
 MOST_LEVELS = 20
 _OPENING = (

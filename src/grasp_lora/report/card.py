@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import yaml
@@ -85,7 +86,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "languages": languages_of(corpora),
         "sizes": sizes_of(record, [split for split in SPLITS if split == "test" or sides_of[split] in trained_on]),
         "prompt": [escaped(line) for line in prompt.split("\n")] if prompt else [],
-        "asked": _literal(re.sub(r"\{\w*\}", "...", prompt or "...").replace("{{", "{").replace("}}", "}")),
+        "asked": _literal(_with_dots(prompt or "...")),
         "max_new_tokens": record.recipe.generation.max_new_tokens,
         "stops": [_literal(stop) for stop in record.recipe.generation.stop if stop],
         "chat": record.in_chat,
@@ -165,6 +166,12 @@ def _base(record: RunRecord, backbone: str) -> dict[str, Any]:
         "options": "".join(f", {option}" for option in options),
         "dtype": f", dtype={_literal(run.dtype)}" if run.dtype else "",
     }
+
+
+def _with_dots(template: str) -> str:
+    """A prompt with dots in the place of its fields; two braces stand for one, as `str.format` has it."""
+    parts = Formatter().parse(template)
+    return "".join(text + ("" if field is None else "...") for text, field, _, _ in parts)
 
 
 def _literal(text: str) -> str:

@@ -40,6 +40,15 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
     return path
 
 
+def wide(console: Console) -> Console:
+    """The console to print a table on, whose width is that of its console: 80 where there is no terminal."""
+    return (
+        console
+        if console.is_terminal
+        else Console(file=console.file, width=FULL_WIDTH, quiet=console.quiet, emoji=False)
+    )
+
+
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print the table of a comparison."""
     table = score_table(comparison)
@@ -49,10 +58,11 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for row in table.rows:
         # A row that is short, since its text goes over several columns, is filled up.
         printed.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
-    # The width of what is printed never exceeds that of its console, which is 80 where there is no terminal.
-    (console if console.is_terminal else Console(file=console.file, width=FULL_WIDTH)).print(printed)
+    wide(console).print(printed)
     if comparison.merge:
-        console.print(f"the merge that rows rest on, by {comparison.runs[:-1]}: {comparison.merge}", soft_wrap=True)
+        console.print(
+            f"the merge that rows rest on, by {comparison.runs[:-1]}: {comparison.merge}", markup=False, soft_wrap=True
+        )
     for one in comparison.finished:
         if one.taken:
             console.print(f"{one.title}, by {comparison.runs[:-1]}: {one.taken}", markup=False, soft_wrap=True)
@@ -280,7 +290,10 @@ def _spread(value: Spread | None, digits: int, scale: float = 1.0) -> str:
 
 
 def _ratio(row: Row) -> str:
-    return "–" if row.prune_ratio is None else f"{_spread(row.prune_ratio, 1, scale=100)} %"
+    if row.prune_ratio is None:
+        return "–"
+    pruned = len(row.prune_ratio.values)  # what a run hands over need not be
+    return f"{_spread(row.prune_ratio, 1, scale=100)} %" + (f" ({pruned} of {row.seeds})" if pruned < row.seeds else "")
 
 
 def _verdict(row: Row, comparison: Comparison, digits: dict[str, int]) -> str:

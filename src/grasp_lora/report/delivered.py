@@ -122,7 +122,9 @@ def next_steps(record: RunRecord, recipe: str, overrides: Sequence[str], folder:
         steps.append(f"{what} this run: {shlex.join(['grasp-lora', 'compare', *given, *settings])}")
     if delivered.low is not None and delivered.high is not None and delivered.low <= 0 <= delivered.high:
         key = f"data.target.{(delivered.split or 'dev').replace('-', '_')}"
-        steps.append(f"more {delivered.split} rows tell more: add examples and raise {key} (now {delivered.examples})")
+        own = getattr(record.recipe.data.target, key.rpartition(".")[2] + "_files")
+        how = f"add examples to {key}_files" if own else f"add examples and raise {key} (now {delivered.examples})"
+        steps.append(f"more {delivered.split} rows tell more: {how}")
     if delivered.name != "grasp":
         steps.append(f"GRASP's result all the same, at no cost: it is {folder / FINAL_FOLDER}")
     return steps

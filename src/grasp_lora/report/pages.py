@@ -229,7 +229,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("Examples", sizes_of(record)),
         ("Final run starts from", _start(record)),
         ("Seed", str(run.seed)),
-        ("Date", run.created[:16].replace("T", " ")),
+        ("Date", run.created[:16].replace("T", " ") + " UTC"),
         ("Versions", ", ".join(versions)),
         ("Recipe", f"{run.name}, {run.recipe_hash[:19]}"),
     ]

@@ -222,8 +222,8 @@ def score_notes(record: RunRecord, against: Mapping[str, Against]) -> list[str]:
     if not count:
         return []
     notes = [
-        f"The test set has {count} examples: one example is worth {100 / count:.2f} points of a score that is a mean "
-        "over examples and runs from 0 to 100."
+        f"The test set has {count} example{'' if count == 1 else 's'}: one example is worth {100 / count:.2f} points of a score "
+        "that is a mean over examples and runs from 0 to 100."
     ]
     for other, found in against.items():
         gap = f"{found.metric} {_signed(found.ours - found.theirs, found.digits)}{' points' if found.points else ''}"
@@ -389,8 +389,9 @@ def cost_table(record: RunRecord) -> Table | None:
 def probe_note(record: RunRecord) -> str | None:
     """How much of the controller run went into probes."""
     probing = record.probe_seconds
-    together = probing + sum(timing.train_seconds for timing in record.timings)
-    if not together:
+    # The last round need not be the end; before that nothing is known of the whole.
+    together = max(probing + sum(timing.train_seconds for timing in record.timings), record.cost.get("controller", 0.0))
+    if not probing:  # copies that train side by side are not timed apart
         return None
     return (
         f"Probes took {percent(probing / together)} of the controller run: {duration(probing)} of {duration(together)} "

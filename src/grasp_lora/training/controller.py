@@ -12,6 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -182,6 +183,12 @@ class GraspController(PrunedTraining):
         super().on_train_begin(args, state, control, **kwargs)
         every = self.settings.rounds.every
         self._spacing = _steps_per_epoch(args, kwargs["train_dataloader"]) if every == "epoch" else every
+        if not (planned := self.settings.rounds.round_steps(state.max_steps, self._spacing)):
+            raise GraspError(
+                f"no round falls into {state.max_steps} steps; lower rounds.every ({every!r}), or train longer"
+            )
+        if planned == [0]:
+            logger.warning("the only round of this training comes before its first step, and shows nothing of training")
         if self.regime.order is None:
             self.regime.begin(self.masks)
         self._write_records(state)
@@ -317,9 +324,11 @@ class GraspController(PrunedTraining):
         Raises:
             GraspError: the state does not fit.
         """
-        if any(values.get(name) != own for name, own in self._searched_by().items()):
+        own = self._searched_by()
+        told = {"rounds": own["rounds"], **values}  # checkpoints of earlier versions do not say them
+        if any(told.get(name) != own[name] for name in own):
             raise GraspError(
-                "training resumes with other settings of the policy than it began with; give it the same, or start anew"
+                "training resumes with other settings of policy or rounds than it began with; give it the same, or start anew"
             )
         if values.get("probed", self._probed()) != self._probed():  # checkpoints of earlier versions do not say
             raise GraspError(
@@ -364,8 +373,8 @@ class GraspController(PrunedTraining):
     def _searched_by(self) -> dict[str, Any]:
         """What decides the search, as it comes back from JSON."""
         rule = ratio_rule(self.settings.rule).name
-        found: dict[str, Any] = json.loads(json.dumps({"policy": plain_policy(self.settings.policy), "rule": rule}))
-        return found
+        policy, rounds = plain_policy(self.settings.policy), asdict(self.settings.rounds)
+        return dict(json.loads(json.dumps({"policy": policy, "rule": rule, "rounds": rounds})))
 
 
 def _steps_per_epoch(args: TrainingArguments, batches: Any) -> int:

@@ -204,7 +204,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         return {
             "prune_ratio": float(self.prune_ratio),
             "mode": self.mode,
-            "mask.score": score if isinstance(score, str) else score.function.__qualname__,
+            "mask.score": score if isinstance(score, str) else score.name,
             "mask.scope": self.mask.scope,
             "mask.granularity": self.mask.granularity,
             "segments of hash": hashlib.sha256(json.dumps(segments, sort_keys=True).encode()).hexdigest()[:16],
