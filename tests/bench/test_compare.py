@@ -1249,7 +1249,7 @@ def test_a_damaged_or_changed_record_is_refused(finished):
     file = next((folder / "store/records").glob("test-losses-*"))
     text = file.read_text(encoding="utf-8")
     file.write_text(text[:50], encoding="utf-8")
-    with pytest.raises(RecipeError, match="cannot be read; delete it"):
+    with pytest.raises(RecipeError, match="is damaged; delete it"):
         run(folder, SMALL)
     content = json.loads(text)
     content["settings"]["dtype"] = "torch.float16"

@@ -302,5 +302,5 @@ def test_a_damaged_record_stops_the_recording(tiny_workspace):
     run(tiny_workspace / "one")
     file = next((tiny_workspace / "one/store/records").glob("trajectory-shared-*"))
     file.write_bytes(file.read_bytes()[:50])
-    with pytest.raises(RecipeError, match="cannot be read; delete it"):
+    with pytest.raises(RecipeError, match="is damaged; delete it"):
         run(tiny_workspace / "one")

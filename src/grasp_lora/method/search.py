@@ -139,10 +139,11 @@ class RatioSearch:
         decision = self.policy.decide(self, measured)
         low, high = self.policy.ratio_min, self.policy.ratio_max
         if not isinstance(decision, Decision) or not low <= decision.ratio <= high:
+            number = len(self.history)
             self.history.pop()
             raise RecipeError(
                 f"policy {type(self.policy).__name__} decided {quoted(getattr(decision, 'ratio', decision))} after round "
-                f"{len(self.history)}; decide must return a Decision whose ratio lies in [{low}, {high}]; policy.clamp sees to it"
+                f"{number}; decide must return a Decision whose ratio lies in [{low}, {high}]; policy.clamp sees to it"
             )
         self.current_ratio = decision.ratio
         return decision
