@@ -398,14 +398,18 @@ def test_trackers_receive_the_rounds(make_tiny_model, tiny_tokenizer, tmp_path, 
 
 
 @pytest.mark.parametrize("trainer_name", ["transformers", "trl"])
-def test_a_round_takes_no_row_from_the_trainers_own_log(make_tiny_model, tiny_tokenizer, tmp_path, trainer_name):
+def test_a_round_takes_no_row_from_the_trainers_own_log(
+    make_tiny_model, tiny_tokenizer, tmp_path, trainer_name, monkeypatch
+):
     # A log call within a step ends the trainer's wish to log its loss; TRL's also empties its running metrics.
     found = []
-    for every in (3, 1000):
+    for rounds in (True, False):
+        if not rounds:
+            monkeypatch.setattr(GraspController, "_round_follows", lambda *_: False)
         backbone = make_tiny_model("llama")
         weights = merged_adapter(backbone, "llama")
         with attached(backbone, weights) as model:
-            controller = controller_for(weights, every=every, policy=NeverCommits())
+            controller = controller_for(weights, every=3, policy=NeverCommits())
             trainer = train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller)
         rows = [row for row in trainer.state.log_history if "loss" in row]
         found.append([{key: value for key, value in row.items() if "runtime" not in key} for row in rows])
@@ -494,15 +498,19 @@ class NeverCommits(Gaussian):
     ("architecture", "score"),
     [*((name, "magnitude") for name in ARCHITECTURES), ("llama", "input_aware"), ("gpt2", "gradient_of_delta")],
 )
-def test_probing_without_a_commit_does_not_change_the_training(make_tiny_model, tmp_path, architecture, score):
+def test_probing_without_a_commit_does_not_change_the_training(
+    make_tiny_model, tmp_path, architecture, score, monkeypatch
+):
     found = []
-    for every in (2, 1000):
+    for rounds in (6, 0):
+        if not rounds:
+            monkeypatch.setattr(GraspController, "_round_follows", lambda *_: False)
         backbone = make_tiny_model(architecture)
         weights = merged_adapter(backbone, architecture)
         with attached(backbone, weights, dropout=0.3) as model:
-            controller = controller_for(weights, mask=MaskSettings(score), every=every, policy=NeverCommits())
+            controller = controller_for(weights, mask=MaskSettings(score), every=2, policy=NeverCommits())
             train_ours(model, tmp_path, controller)
-            assert len(controller.search.history) == (6 if every == 2 else 0)
+            assert len(controller.search.history) == rounds
             found.append(adapter_weights(model))
     for name, pair in found[0].items():
         assert torch.equal(pair.A, found[1][name].A)
