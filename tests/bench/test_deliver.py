@@ -226,7 +226,7 @@ class TestRun:
         assert "Take this adapter: " in result.out
         assert json.loads(Path("best/prompt.jsonl").read_text(encoding="utf-8")).endswith(": what?")
         assert "grasp-lora predict best/adapter --jsonl < best/prompt.jsonl" in result.out
-        advised = re.search(r"next: each of the \d+ rows tested once, about 4 times this run: (.+)", result.out)
+        advised = re.search(r"next: each row tested once, about 4 times this run: (.+)", result.out)
         assert advised
         program, *command = shlex.split(advised[1])
         assert (program, command[0], "--folds" in command) == ("grasp-lora", "compare", True)
@@ -247,7 +247,11 @@ class TestRun:
         for text, asked in ((record.recipe_text, True), (record.recipe_text.replace(place, refused), False)):
             steps = next_steps(replace(record, recipe_text=text), "tiny.yaml", [BEST], Path("best"), False)
             assert ("--folds" in steps[0]) is asked
-            assert steps[0].startswith("each of the 28 rows" if asked else "three seeds, about three times this run")
+            assert steps[0].startswith(
+                "each row tested once, about 4 times" if asked else "three seeds, about three times this run"
+            )
+        record.data.report["target"]["unused"] = 500
+        assert "--folds" not in next_steps(record, "tiny.yaml", [BEST], Path("best"), False)[0], "the pool is large"
 
     def test_given_adapters_are_handed_over_whole(self, finished_run: Path, cli: Callable[..., Any]) -> None:
         (finished_run / "source").rename("mine")

@@ -75,7 +75,7 @@ def test_a_recipe_learns_its_ratio_from_stacked_copies(tiny_workspace):
         ((STACKED, "final.start=controller"), "stacked adapters leave none to finish; start from 'merged'"),
         (
             (STACKED, "lora.target_modules=[q_proj, lm_head]"),
-            "an adapter on the output layer cannot be stacked; leave that out",
+            "an adapter on the output layer cannot be stacked; leave that layer out",
         ),
         ((STACKED, "data.target.dev=0"), "data.target.dev is 0; give it examples, or probe elsewhere"),
     ],

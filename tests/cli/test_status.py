@@ -63,9 +63,11 @@ def test_status_of_a_run_that_is_finished_stopped_or_under_way(cli: Cli, finishe
         begun = r"under way: target, by process \d+ on \S+, before its first checkpoint, begun \d+\.\d s ago"
         assert re.search(begun, cli("status", finished_run).out)
     assert "stopped: target, before its first checkpoint\n" in cli("status", finished_run).out
-    (fresh / "failed.json").write_text(json.dumps({"error": "the loss is not finite", "made_with": {}}))
+    (fresh / "failed.json").write_text(
+        json.dumps({"step": "target", "error": "the loss is not finite", "made_with": {}})
+    )
     said = cli("status", finished_run).out
-    assert "failed: the loss is not finite\n" in said
+    assert "failed: target: the loss is not finite\n" in said
     assert "stopped: target" not in said
     (finished_run / "grasp-lora.lock").write_text("{}")  # of a process that was killed
     assert "running" not in cli("status", finished_run).out

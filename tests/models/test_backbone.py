@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from grasp_lora.errors import GraspError
+from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.backbone import (
     find_stop_ids,
     fingerprint,
@@ -31,8 +32,8 @@ from grasp_lora.models.backbone import (
     supports_logits_to_keep,
 )
 from grasp_lora.models.checked_config import _check_sizes, fact_of
-from grasp_lora.models.precision import find_dtype
-from grasp_lora.models.settings import BackboneSettings
+from grasp_lora.models.precision import find_dtype, weight_sum
+from grasp_lora.models.settings import BackboneSettings, LoraSettings
 
 ARCHITECTURES = ["llama", "gemma3", "qwen3", "gpt2"]
 
@@ -126,6 +127,20 @@ def test_fingerprint_sees_the_backbone_and_not_the_adapter(architecture, make_ti
     assert fingerprint(wrapped) == plain
     wrapped.add_adapter("second", LoraConfig(r=3, target_modules=targets, fan_in_fan_out=architecture == "gpt2"))
     assert fingerprint(wrapped) == plain
+
+
+def test_the_sum_of_weights_sees_each_of_them_and_no_adapter(make_tiny_model, monkeypatch):
+    model = make_tiny_model("llama")
+    before = weight_sum(model)
+    expected = sum(int(one.view(torch.int32).long().sum()) for one in model.parameters())
+    monkeypatch.setattr("grasp_lora.models.precision.AT_ONCE", 7)
+    assert before == weight_sum(model) == expected
+    with fresh_adapter(model, LoraSettings(rank=2), 0) as adapted:
+        assert weight_sum(adapted) == before
+    with torch.no_grad():
+        model.model.embed_tokens.weight[3, 1] += 1e-3
+    assert weight_sum(model) != before
+    assert weight_sum(model.to(torch.bfloat16)) is not None
 
 
 def test_fingerprint_notices_one_retrained_matrix(make_tiny_model):

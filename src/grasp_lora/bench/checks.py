@@ -140,8 +140,8 @@ def _check_adapters(session: Session) -> None:
     if stacked and on_output_layer(session.backbone.model, modules | set(recipe.lora.target_modules if trains else ())):
         # It sees only the tokens whose loss counts, without their batch, as `train_stacked` says too late.
         raise AdapterError(
-            "an adapter on the output layer cannot be stacked; leave that out of lora.target_modules, or set "
-            "controller.preset to 'late' or another"
+            "an adapter on the output layer cannot be stacked; leave that layer out of lora.target_modules and of given "
+            "adapters, or set controller.preset to 'late' or another"
         )
     parents = session.parent_ranks
     rule = merge_rule(recipe.merge.rule)
@@ -258,7 +258,7 @@ def _check_server(tracker: str) -> None:
 def check_config(store: Path, backbone: Backbone, *, note: bool = True) -> None:
     """Check that the records of a store were made with the backbone's config and weights as they are now.
 
-    A store that begins notes the config. One of an older version has not, and is taken as it is.
+    A store that begins notes both. What one of an older version has not noted is taken as it is now.
 
     Args:
         store: its folder.
@@ -266,7 +266,7 @@ def check_config(store: Path, backbone: Backbone, *, note: bool = True) -> None:
         note: whether to write what is new.
 
     Raises:
-        RecipeError: the config says something else of a key that it had then, too.
+        RecipeError: the config says something else of a key that it had then, too, or the weights have another sum.
     """
     file, now = store / CONFIGS, _computed_with(backbone)
     if note:
@@ -275,11 +275,12 @@ def check_config(store: Path, backbone: Backbone, *, note: bool = True) -> None:
         noted = read_record(file, dict[str, dict[str, str]])
         if noted is None and any((store / name).exists() for name in (files.RECORDS, PACKED)):
             return
-        then = (noted or {}).get(backbone.fingerprint)
-        if then is None and note:
-            write_json(file, {**(noted or {}), backbone.fingerprint: now})
-    # A key that only one of them has may be one that another version of transformers does not fill in.
-    if then and (keys := [key for key in then if now.get(key, then[key]) != then[key]]):
+        then = (noted or {}).get(backbone.fingerprint, {})
+        # A key that only one of them has may be one that another version of transformers does not fill in.
+        keys = [key for key in then if now.get(key, then[key]) != then[key]]
+        if note and not keys and now.keys() - then.keys():
+            write_json(file, {**(noted or {}), backbone.fingerprint: {**now, **then}})
+    if keys:
         shown = [
             f"{one_line(key)} {one_line(then[key])[:MOST_SHOWN]}, now {one_line(now[key])[:MOST_SHOWN]}"
             for key in keys[:DIFFERENCES_SHOWN]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,12 +36,15 @@ def choosing_splits(sizes: Mapping[str, int]) -> list[str]:
 
 def _warn_of_others(file: Path, scored: Mapping[str, Any], now: Mapping[str, float | None]) -> None:
     """Say that answers which were written again, as on another processor, are not those whose scores are on record."""
-    if changed := [name for name, entry in scored.items() if entry["value"] != now[name]]:
+    # A metric that was not available may be now, and the last bits of a similarity differ between processors.
+    both = {name: (entry["value"], now[name]) for name, entry in scored.items()}
+    known = {name: (one, other) for name, (one, other) in both.items() if one is not None and other is not None}
+    if changed := [name for name, (one, other) in known.items() if not math.isclose(one, other, rel_tol=1e-6)]:
         logger.warning(
             "the answers in %s were written again and are not those that were scored: %s, and %s now",
             file,
-            ", ".join(f"{name} {scored[name]['value']} on record" for name in changed),
-            ", ".join(f"{name} {now[name]}" for name in changed),
+            ", ".join(f"{name} {known[name][0]} on record" for name in changed),
+            ", ".join(f"{name} {known[name][1]}" for name in changed),
         )
 
 

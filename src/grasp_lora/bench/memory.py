@@ -37,7 +37,7 @@ class Stage:
         tokens: in one forward pass.
         labels: of them, those with logits.
         rank: of the adapter; of copies that train side by side all ranks together.
-        checkpointing: whether activations are computed again.
+        checkpointing: whether activations are computed again; None where that cannot be.
         learns: whether there is a backward pass; else keys and values of all tokens are kept.
     """
 
@@ -45,7 +45,7 @@ class Stage:
     tokens: int
     labels: int
     rank: int
-    checkpointing: bool = False
+    checkpointing: bool | None = False
     learns: bool = True
 
 
@@ -190,7 +190,7 @@ def stages_of(recipe: Recipe, splits: Splits, ranks: Sequence[int]) -> list[Stag
             copies * training.batch_size * max(map(_length, examples)),
             copies * training.batch_size * max(len(one.completion_ids) for one in examples),
             copies * rank,
-            training.gradient_checkpointing,
+            training.gradient_checkpointing if copies == 1 else None,
         )
         for name, examples, training, rank, copies, there in trained
         if there and examples
@@ -221,7 +221,7 @@ def by_setting(shape: Shape, stages: Sequence[Stage]) -> dict[str, float]:
 
 
 def _checkpointed(stages: Sequence[Stage]) -> list[Stage]:
-    return [replace(stage, checkpointing=True) for stage in stages]
+    return [stage if stage.checkpointing is None else replace(stage, checkpointing=True) for stage in stages]
 
 
 def _length(example: Example) -> int:

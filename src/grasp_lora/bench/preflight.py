@@ -162,8 +162,8 @@ def _memory(session: Session) -> list[Finding]:
     more, free = need.total - need.weights - PROCESS, available_memory(model.device.type == "cuda")
     if more > free:  # the weights are there already
         text = (
-            f"{most} needs about {_gigabytes(more)} GB more than the weights, and {_gigabytes(free)} GB are free here; the next "
-            "line says what takes less, as do a smaller batch_size and a lower data.max_tokens"
+            f"{most} needs about {_gigabytes(more)} GB more than the weights, and {_gigabytes(free)} GB are free here; a smaller "
+            "batch_size, a lower data.max_tokens and numbers of fewer bits take less"
         )
         found.append(Finding("warning", "memory", text))
     if session.backbone.quantise is not None or not is_quantised(model.config):

@@ -99,15 +99,10 @@ def learn_stacked(session: Session, merged: AdapterWeights, folder: Path) -> Con
             for place in range(len(ratios))
         ]
         before = search.current_ratio
-        if before not in ratios:
-            raise GraspError(
-                f"the policy's current ratio {before} is not among the stacked ones ({', '.join(map(str, ratios))}), so nothing "
-                "was measured at it; let draw give the same ratios each time, and decide one of them"
-            )
-        baseline = by_ratio[ratios.index(before)]
+        baseline = by_ratio[_place(before, ratios)]
         measured = Round(before, tuple(ratios), tuple(baseline), tuple(map(tuple, by_ratio)))
         decision = search.tell(measured)
-        sparsity = float((~members[ratios.index(decision.ratio) * orders].keep).double().mean())
+        sparsity = float((~members[_place(decision.ratio, ratios) * orders].keep).double().mean())
         place = {"round": len(search.history), "step": step, "epoch": step / per_epoch}
         rows.append(place | dict(decision.to_json(measured, search.mean, search.std, sparsity)))
         now = time.perf_counter()
@@ -152,6 +147,16 @@ def _train(
         on_step=session.progress.step,
         **options,
     )
+
+
+def _place(ratio: float, ratios: Sequence[float]) -> int:
+    """Where a policy's ratio stands among the stacked ones."""
+    if ratio not in ratios:
+        raise GraspError(
+            f"the policy's current ratio {ratio} is not among the stacked ones ({', '.join(map(str, ratios))}), so nothing was "
+            "measured at it; let draw give the same ratios each time, and decide one of them"
+        )
+    return ratios.index(ratio)
 
 
 def _cost(members: "Sequence[Member]", training: TrainingSettings, train: int, measured: int) -> dict[str, int]:

@@ -92,7 +92,7 @@ def status(folder: Path) -> list[str]:
         lines.append(f"running: {writer}")
     lines += [one.text() for one in under_way]
     notes = sorted((folder / files.STORE_FOLDER / files.WORK).glob(f"*/{FAILED}"))
-    lines += [f"failed: {read_needed(note, Failure).error}" for note in notes]
+    lines += [f"failed: {one.step}: {one.error}" for one in (read_needed(note, Failure) for note in notes)]
     seconds, records = 0.0, list((folder / files.STORE_FOLDER / files.RECORDS).glob("*.json"))
     for file in records:
         seconds += read_needed(file, _Spent).seconds

@@ -223,7 +223,7 @@ class Store:
             # An error that is known is that of a step within this one. Others may raise another, so none waits for the first.
             if isinstance(error, DivergedError) and error not in self._failed.values() and is_first():
                 remove_checkpoints(folder)
-                note_failure(folder.parent, error, made_with())
+                note_failure(folder.parent, step, error, made_with())
             if not isinstance(error, Busy):
                 self._failed[key] = error
             self._inside = outer + time.perf_counter() - started

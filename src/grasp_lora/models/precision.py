@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 UNTRAINABLE = {"hqq": "HQQ", "Int4WeightOnlyConfig": "torchao's int4"}  # kind of a saved model -> as people call it
+AT_ONCE = 1 << 24  # numbers
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
 
@@ -137,12 +138,20 @@ def stored_parts(name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torc
 
 
 def weight_sum(model: torch.nn.Module) -> int | None:
-    """Add up all stored numbers of a model as integers, in whatever order, LoRA layers left out; None if it is split."""
+    """Add up the stored numbers of all parameters as integers, LoRA layers left out: exact, in whatever order; None if split.
+
+    Scales that a quantiser keeps beside its codes are left out.
+    """
     named = [(name, one) for name, one in model.named_parameters() if ".lora_" not in name]
     if any(hasattr(one, "full_tensor") for _, one in named):
         return None
-    parts = [part.detach().contiguous() for name, one in named for _, part in stored_parts(name, one)]
-    return sum(int(part.view(INTEGERS[part.element_size()]).sum(dtype=torch.int64)) for part in parts)
+    parts = (part.detach().contiguous() for name, one in named for _, part in stored_parts(name, one))
+    total = 0
+    for part in parts:
+        numbers = part.view(INTEGERS[part.element_size()]).flatten()
+        for first in range(0, numbers.numel(), AT_ONCE):  # a sum in int64 makes a copy of what it adds up
+            total += int(numbers[first : first + AT_ONCE].sum(dtype=torch.int64))
+    return total
 
 
 def stored_bytes(model: torch.nn.Module) -> int:

@@ -248,6 +248,10 @@ def _backbone_of(adapters: Sequence[str]) -> str:
     if unknown := [place for place, base in named.items() if not base]:
         raise AdapterError(f"the adapter {unknown[0]} does not name its backbone; name it with --backbone")
     found = set(map(str, named.values()))
+    folders = [one for one in found if is_folder(Path(one))]
+    # One that was copied, or is of an older run, states the folder's own name alone.
+    if len(folders) == 1 and {Path(one).name for one in found} == {Path(folders[0]).name}:
+        found = set(folders)
     if len(found) > 1:
         raise AdapterError(f"the adapters are of different backbones, {listed(sorted(found))}; give adapters of one")
     return found.pop() if found else EMBEDDED_NAME

@@ -113,11 +113,8 @@ def next_steps(record: RunRecord, recipe: str, overrides: Sequence[str], folder:
             *(part for override in overrides for part in ("--set", override)),
             *["--allow-code"] * allow_code,
         ]
-        rows = sum(len(record.data.ids.get(split, ())) for split in ("train", *HELD_OUT))
-        folds = rows < FEW_ROWS and _can_be_cut(record)
-        what = (
-            f"each of the {rows} rows tested once, about {FOLDS} times" if folds else "three seeds, about three times"
-        )
+        folds = _few_rows(record) and _can_be_cut(record)
+        what = f"each row tested once, about {FOLDS} times" if folds else "three seeds, about three times"
         settings = ["--output", str(folder), "--methods", "merged,continued,grasp", *["--folds", str(FOLDS)] * folds]
         steps.append(f"{what} this run: {shlex.join(['grasp-lora', 'compare', *given, *settings])}")
     if delivered.low is not None and delivered.high is not None and delivered.low <= 0 <= delivered.high:
@@ -128,6 +125,16 @@ def next_steps(record: RunRecord, recipe: str, overrides: Sequence[str], folder:
     if delivered.name != "grasp":
         steps.append(f"GRASP's result all the same, at no cost: it is {folder / FINAL_FOLDER}")
     return steps
+
+
+def _few_rows(record: RunRecord) -> bool:
+    """Whether the pool has few rows, but enough groups for folds, as far as the splits tell: each takes whole ones."""
+    ids, groups = record.data.ids, len(set(record.data.test_groups))
+    rows = sum(len(ids.get(split, ())) for split in ("train", *HELD_OUT))
+    unused = record.data.report.get("target", {}).get("unused", 0)
+    return (
+        rows + unused < FEW_ROWS and groups + sum(bool(ids.get(one)) for one in ("train", "dev", "micro_dev")) >= FOLDS
+    )
 
 
 def _can_be_cut(record: RunRecord) -> bool:

@@ -216,7 +216,7 @@ def writer_of(place: Path, *, beside: bool = False) -> str | None:
     try:
         try:
             descriptor = os.open(file, os.O_RDWR | flags)  # NFS locks no file that is open for reading alone
-        except PermissionError:
+        except OSError:  # it may not be written, or nothing here may
             descriptor = os.open(file, os.O_RDONLY | flags)
     except OSError:
         return None

@@ -10,7 +10,7 @@ from grasp_lora.text.display import first_line
 # Of torch.OutOfMemoryError, CUDA's drivers and libraries, and torch's allocator on the CPU, which raises a plain RuntimeError.
 _SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
 
-LIMIT = Path("/sys/fs/cgroup/memory.max")  # bytes of a container on Linux, which psutil does not know
+CONTAINER = Path("/sys/fs/cgroup")  # its limits on Linux, which psutil does not know
 
 
 def available_memory(on_gpu: bool) -> int:
@@ -23,8 +23,10 @@ def available_memory(on_gpu: bool) -> int:
 
     free = int(psutil.virtual_memory().available)
     try:
-        return min(free, int(LIMIT.read_text()))
-    except (OSError, ValueError):  # there is none, or it says `max`
+        most, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        facts = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
+        return max(0, min(free, most - used + int(facts["file"])))  # what is cached of files can go
+    except (OSError, ValueError, KeyError):  # there is none, or its limit is `max`
         return free
 
 

@@ -178,9 +178,6 @@ class GraspController(PrunedTraining):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Prune at the first ratio and start the records; a resume cuts off rounds after its checkpoint."""
-        if self._masks is not None:  # a training of this controller's has begun before
-            self._start_anew()
-        super().on_train_begin(args, state, control, **kwargs)
         every = self.settings.rounds.every
         self._spacing = _steps_per_epoch(args, kwargs["train_dataloader"]) if every == "epoch" else every
         if not (planned := self.settings.rounds.round_steps(state.max_steps, self._spacing)):
@@ -189,6 +186,9 @@ class GraspController(PrunedTraining):
             )
         if planned == [0]:
             logger.warning("the only round of this training comes before its first step, and shows nothing of training")
+        if self._masks is not None:  # a training of this controller's has begun before
+            self._start_anew()
+        super().on_train_begin(args, state, control, **kwargs)
         if self.regime.order is None:
             self.regime.begin(self.masks)
         self._write_records(state)
