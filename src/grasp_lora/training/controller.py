@@ -180,7 +180,7 @@ class GraspController(PrunedTraining):
         """Prune at the first ratio and start the records; a resume cuts off rounds after its checkpoint."""
         every = self.settings.rounds.every
         self._spacing = _steps_per_epoch(args, kwargs["train_dataloader"]) if every == "epoch" else every
-        if not (planned := self.settings.rounds.round_steps(state.max_steps, self._spacing)):
+        if not (planned := self.settings.rounds.round_steps(state.max_steps, self._spacing)) and state.max_steps:
             raise GraspError(
                 f"no round falls into {state.max_steps} steps; lower rounds.every ({every!r}), or train longer"
             )
