@@ -41,12 +41,10 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
 
 
 def wide(console: Console) -> Console:
-    """The console to print a table on, whose width is that of its console: 80 where there is no terminal."""
-    return (
-        console
-        if console.is_terminal
-        else Console(file=console.file, width=FULL_WIDTH, quiet=console.quiet, emoji=False)
-    )
+    """The console to print a table on. Without a terminal rich would take 80 columns."""
+    if console.is_terminal:
+        return console
+    return Console(file=console.file, width=FULL_WIDTH, quiet=console.quiet, emoji=False)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

@@ -118,8 +118,8 @@ def next_steps(record: RunRecord, recipe: str, overrides: Sequence[str], folder:
         settings = ["--output", str(folder), "--methods", "merged,continued,grasp", *["--folds", str(FOLDS)] * folds]
         steps.append(f"{what} this run: {shlex.join(['grasp-lora', 'compare', *given, *settings])}")
     if delivered.low is not None and delivered.high is not None and delivered.low <= 0 <= delivered.high:
-        key = f"data.target.{(delivered.split or 'dev').replace('-', '_')}"
-        own = getattr(record.recipe.data.target, key.rpartition(".")[2] + "_files")
+        split = (delivered.split or "dev").replace("-", "_")
+        own, key = getattr(record.recipe.data.target, f"{split}_files"), f"data.target.{split}"
         how = f"add examples to {key}_files" if own else f"add examples and raise {key} (now {delivered.examples})"
         steps.append(f"more {delivered.split} rows tell more: {how}")
     if delivered.name != "grasp":

@@ -48,9 +48,8 @@ def comparison_figure(comparison: Comparison) -> Figure:
     for point in comparison.curve:
         points.setdefault(point.prune_ratio, []).append(point)
     most = max(map(len, points.values()), default=0)
-    points = {
-        ratio: found for ratio, found in points.items() if len(found) == most
-    }  # where a run failed, the mean is of others
+    # Where the run of a seed failed, the mean would be that of the others.
+    points = {ratio: found for ratio, found in points.items() if len(found) == most}
     traces = []
     for split, colour in (("dev", "target"), ("test", "grasp")):
         measured = {ratio: [getattr(one, split) for one in points[ratio]] for ratio in sorted(points)}
