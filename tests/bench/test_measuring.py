@@ -1,6 +1,9 @@
-"""What decides the answers to the test prompts: the tokens that end them, too."""
+"""What decides the answers to the test prompts, and who writes them."""
 
 import json
+import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -28,3 +31,33 @@ def test_a_further_end_of_the_backbone_is_part_of_the_key(
     assert keys[1]["generation"].pop("ends", None) == extra
     assert keys[0] == keys[1]
     assert "ends" not in keys[0]["generation"]
+
+
+def test_two_who_write_the_same_answers_take_turns(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two comparisons of other metrics do, which share no step that scores."""
+    session = session_of()
+    count = len(session.splits.test)
+    monkeypatch.setattr(session, "examine", lambda _: ([1.0] * count, ["answer"] * count))
+    bench, adapter = Bench(session, session, Store(Path("store"))), Adapter("adapter", lambda: None)
+    sync, together, failed = os.fsync, threading.Barrier(2), []
+
+    def slow(descriptor: int) -> None:
+        time.sleep(0.2)  # between the draft and its rename
+        sync(descriptor)
+
+    def write() -> None:
+        together.wait()
+        try:
+            bench._examine(adapter)
+        except OSError as error:
+            failed.append(error)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for one in writers:
+        one.start()
+    for one in writers:
+        one.join()
+    assert not failed
+    [file] = Path("store/answers").iterdir()
+    assert len(file.read_text(encoding="utf-8").splitlines()) == count

@@ -57,6 +57,9 @@ def test_status_of_a_run_that_is_finished_stopped_or_under_way(cli: Cli, finishe
         assert "next: wait; a run has its folder for itself" in said
         assert lock.is_file()
     assert contents(finished_run) == before
+    with only_writer(finished_run, shared=True):  # a comparison in the folder of a run that was stopped
+        assert "next: wait, or start the same command once more" in cli("status", finished_run).out
+    assert contents(finished_run) == before
     fresh = finished_run / "store/work/def"
     (fresh / "target").mkdir(parents=True)
     with only_writer(fresh, beside=True):

@@ -18,6 +18,7 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.answers import MLQA_LANGUAGES
 from grasp_lora.evaluation.overlap import bleu_tokenizer
 from grasp_lora.storage.files import write_jsonl
+from grasp_lora.storage.folder import in_turn, make_folder
 from grasp_lora.storage.processes import on_first_process
 from grasp_lora.text.characters import DOTTED, has_old_letters, has_two_writings, space_words
 from grasp_lora.text.languages import language_code
@@ -122,7 +123,14 @@ class Measuring(Keyed):
         losses, answers = self.session.examine(adapter.load())
         test = self.session.splits.test
         rows = [{"id": one.public_id, "prediction": text} for one, text in zip(test, answers, strict=True)]
-        on_first_process(lambda: write_jsonl(self._answers_file(adapter), rows))
+        file = self._answers_file(adapter)
+
+        def write() -> None:
+            make_folder(file.parent)
+            with in_turn(file):  # scores of other metrics may need the same answers in another process
+                write_jsonl(file, rows)
+
+        on_first_process(write)
         return losses
 
     def _scored(self, adapter: Adapter) -> tuple[Record, Callable[[], tuple[str, ...]]]:

@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Self
 
 import torch
@@ -63,15 +64,17 @@ class Plan:
 
 
 def time_step(session: Session) -> Pace:
-    """Take one training step on the example of median length, and one measurement, and forget what they came to.
+    """Take one training step on the example nearest the mean length, and one measurement, and forget what they came to.
 
     Raises:
         GraspError: the memory does not suffice, or the adapter does not fit.
     """
-    train = sorted(session.splits.train, key=lambda one: len(one.prompt_ids) + len(one.completion_ids))
+    train, many = session.splits.train, session.recipe.final.training.batch_size
     if not train:
         raise DataError("the target has no training examples; give data.target.train at least 1")
-    middle, many = train[len(train) // 2], session.recipe.final.training.batch_size
+    lengths = [len(one.prompt_ids) + len(one.completion_ids) for one in train]
+    mean = fmean(lengths)
+    middle = min(zip(lengths, train, strict=True), key=lambda pair: abs(pair[0] - mean))[1]
     with (
         enough_memory("one training step", "take a smaller backbone, or lower data.max_tokens"),
         _adapter(session) as model,

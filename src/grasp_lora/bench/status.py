@@ -98,7 +98,7 @@ def status(folder: Path) -> list[str]:
         seconds += read_needed(file, _Spent).seconds
     seconds += sum(one.seconds for one in under_way)
     lines.append(f"store: {len(records)} finished steps, {_spent(seconds)} of work")
-    if writer and parts[files.RUN_FILE] and not is_there(folder / files.METRICS_FILE):
+    if writer and writer_of(folder, shared=True):
         commands = ["wait; a run has its folder for itself"]
     elif writer:
         commands = ["wait, or start the same command once more, which takes a share of the work"]

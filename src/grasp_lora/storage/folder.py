@@ -209,8 +209,13 @@ def in_turn(place: Path) -> Iterator[None]:
         yield
 
 
-def writer_of(place: Path, *, beside: bool = False) -> str | None:
-    """Name the process that holds the lock of `only_writer`, None where nobody does; nothing is written."""
+def writer_of(place: Path, *, beside: bool = False, shared: bool = False) -> str | None:
+    """Name the process that holds the lock of `only_writer`, None where nobody does; nothing is written.
+
+    Args:
+        place, beside: as of `only_writer`.
+        shared: name only a process that would refuse one who shares the work.
+    """
     file = _lock_beside(place) if beside else place / LOCK_FILE
     flags = getattr(os, "O_NOFOLLOW", 0)
     try:
@@ -222,7 +227,7 @@ def writer_of(place: Path, *, beside: bool = False) -> str | None:
         return None
     try:
         if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return _holder(file)
     except OSError:  # some network file systems lock nothing
