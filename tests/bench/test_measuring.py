@@ -61,3 +61,21 @@ def test_two_who_write_the_same_answers_take_turns(tiny_workspace: Path, monkeyp
     assert not failed
     [file] = Path("store/answers").iterdir()
     assert len(file.read_text(encoding="utf-8").splitlines()) == count
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "metrics", "expected"),
+    [
+        ("sw", "habari ya leo", ["f1", "rougeL", "bleu"], {}),
+        ("am", "ሰላም፡ለዓለም", ["f1"], {"words": "at their marks, too"}),
+        ("am", "ሰላም፡ለዓለም", ["rougeL"], {}),
+        ("tr", "ışık", ["exact_match", "rouge1"], {"letters": ["tokens in one writing", "words in one writing"]}),
+        ("tr", "ışık", ["accuracy"], {}),
+    ],
+)
+def test_scores_made_by_an_older_rule_for_such_text_are_not_taken(
+    tiny_workspace: Path, code: str, text: str, metrics: list[str], expected: dict[str, object]
+) -> None:
+    session = session_of()
+    session.metrics = metrics
+    assert Bench(session, session, Store(Path("store")))._text_rules(code, [text]) == expected

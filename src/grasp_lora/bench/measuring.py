@@ -147,11 +147,7 @@ class Measuring(Keyed):
             settings["code"] = code
         if session.splits.labels.keys() - {one for texts in references for one in texts}:
             settings["statistics"] = "of all labels"  # once they were of those in the references alone
-        by_words = code not in MLQA_LANGUAGES and {"exact_match", "f1"} & set(session.metrics)
-        if by_words and any(space_words(text) != text for texts in references for text in texts):
-            settings["words"] = "at their marks, too"  # once such a mark joined two words or was one
-        if letters := self._letters(code, [text for texts in references for text in texts]):
-            settings["letters"] = letters
+        settings |= self._text_rules(code, [text for texts in references for text in texts])
         file = self._answers_file(adapter)
 
         def read() -> tuple[str, ...]:
@@ -178,18 +174,22 @@ class Measuring(Keyed):
 
         return self.store.get("scores", plain(settings), work), answers
 
-    def _letters(self, code: str, references: Sequence[str]) -> list[str]:
-        """What metrics make of letters that they took otherwise once, where the test set has such letters."""
-        metrics, said = set(self.session.metrics), []
+    def _text_rules(self, code: str, references: Sequence[str]) -> dict[str, Any]:
+        """What metrics make of words and letters that they took otherwise once, where the test set has such text."""
+        metrics = set(self.session.metrics)
+        rules: dict[str, Any] = {}
+        letters: list[str] = []
         dotted = code in DOTTED
-        by_tokens = code not in MLQA_LANGUAGES and {"exact_match", "f1"} & metrics
-        if by_tokens and (dotted or any(has_two_writings(text) for text in references)):
-            said.append("tokens in one writing")
+        by_words = code not in MLQA_LANGUAGES and {"exact_match", "f1"} & metrics
+        if by_words and any(space_words(text) != text for text in references):
+            rules["words"] = "at their marks, too"  # once such a mark joined two words or was one
+        if by_words and (dotted or any(has_two_writings(text) for text in references)):
+            letters.append("tokens in one writing")
         if {"rouge1", "rouge2", "rougeL"} & metrics and (dotted or any(has_old_letters(text) for text in references)):
-            said.append("words in one writing")
+            letters.append("words in one writing")
         if "bleu" in metrics and bleu_tokenizer(code, references) != bleu_tokenizer(code, ()):
-            said.append("BLEU of characters")
-        return said
+            letters.append("BLEU of characters")
+        return rules | ({"letters": letters} if letters else {})
 
     def outcome(
         self,
