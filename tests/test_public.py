@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import grasp_lora as gl
+from grasp_lora import api
+from grasp_lora.recipes.builtin import builtin_text
 
 SCRIPT = """\
 import grasp_lora as gl
@@ -86,6 +88,7 @@ def test_a_script_is_type_checked_against_the_installed_wheel(
         ({"seeds": 42}, r"^seeds: must be a list"),
         ({"seeds": ("x",)}, r"^seeds\.0: .*valid integer.* \(it is 'x'\)$"),
         ({"method": ("grasp",)}, r"^unknown key 'method'; did you mean 'methods'\?$"),
+        ({"trails": 3}, r"^unknown key 'trails'; known here: methods, seeds, "),
     ],
 )
 def test_settings_of_a_wrong_type_are_named_before_anything_is_loaded(
@@ -93,3 +96,31 @@ def test_settings_of_a_wrong_type_are_named_before_anything_is_loaded(
 ) -> None:
     with pytest.raises(gl.RecipeError, match=message):
         gl.compare("no recipe", **settings)
+
+
+def test_a_slip_in_the_settings_of_a_sweep_is_named_before_anything_is_loaded() -> None:
+    with pytest.raises(gl.RecipeError, match=r"^unknown key 'trails'; did you mean 'trials'\?$"):
+        gl.sweep("no recipe", params=("final.prune_ratio=0.1..0.8",), trails=3)
+
+
+def test_what_is_no_preset_or_no_weights_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"policy is 'paper'; it must be an object, such as Gaussian\(\); preset"):
+        gl.Controller("paper")  # type: ignore[arg-type]
+    with pytest.raises(gl.AdapterError, match="adapter 0 is a str; give the weights of each"):
+        gl.merge(["adapter"], gl.MergeSettings())  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"candidates is 2\.5; a whole number is needed"):
+        gl.Spread(candidates=2.5)  # type: ignore[arg-type]
+    for name in ("in_turn", "patience"):
+        with pytest.raises(ValueError, match=rf"{name} is 2\.5; it must be at least 1 \w+, a whole number"):
+            gl.Rounds(**{name: 2.5})  # type: ignore[arg-type]
+
+
+def test_the_home_folder_is_found_in_names_of_recipes_and_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text(builtin_text("demo-ar"), encoding="utf-8")
+    assert gl.load_recipe("~/mine.yaml")[1] == tmp_path
+    monkeypatch.setattr(api.running, "run", lambda session, place: pytest.fail(f"in {place}"))
+    with pytest.raises(pytest.fail.Exception, match=f"^in {tmp_path}/out$"):
+        gl.run("~/mine.yaml", folder="~/out")

@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from grasp_lora.api import compare, run, sweep
+    from grasp_lora.bench.compare import ComparisonSettings
     from grasp_lora.bench.comparison_record import Comparison
+    from grasp_lora.bench.progress import Progress
     from grasp_lora.bench.run import RunResult
     from grasp_lora.bench.run_folder import Delivered, Metrics
+    from grasp_lora.bench.search import SweepSettings
     from grasp_lora.bench.sweep_record import SweepResult
     from grasp_lora.errors import (
         AdapterError,
@@ -22,8 +25,8 @@ if TYPE_CHECKING:
         RecipeError,
     )
     from grasp_lora.method.estimate import Rule
-    from grasp_lora.method.importance import Score
-    from grasp_lora.method.lora import AdapterWeights, LoraPair
+    from grasp_lora.method.importance import InputNorms, Score
+    from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
     from grasp_lora.method.masks import MaskSettings
     from grasp_lora.method.merging import MergeRule, MergeSettings, merge
     from grasp_lora.method.policy import Gaussian, Spread, Uniform
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from grasp_lora.method.schedule import Rounds
     from grasp_lora.method.search import RatioPolicy, RatioSearch
     from grasp_lora.models.adapters import attached, save_adapter
-    from grasp_lora.models.live import segments_of
+    from grasp_lora.models.live import adapter_weights, segments_of
     from grasp_lora.models.reading import LoadedAdapter, read_adapter
     from grasp_lora.recipes.load import load_recipe
     from grasp_lora.recipes.recipe import Recipe
@@ -46,6 +49,7 @@ _HOMES = {
     "AdapterError": "errors",
     "AdapterWeights": "method.lora",
     "Comparison": "bench.comparison_record",
+    "ComparisonSettings": "bench.compare",
     "Controller": "method.presets",
     "DataError": "errors",
     "Decision": "method.rounds",
@@ -54,6 +58,7 @@ _HOMES = {
     "Gaussian": "method.policy",
     "GraspController": "training.controller",
     "GraspError": "errors",
+    "InputNorms": "method.importance",
     "Interrupted": "errors",
     "LoadedAdapter": "models.reading",
     "LoraPair": "method.lora",
@@ -64,6 +69,7 @@ _HOMES = {
     "ProbeError": "errors",
     "ProbeSet": "training.probes",
     "ProbesInTurn": "training.probes",
+    "Progress": "bench.progress",
     "PrunedTraining": "training.pruned",
     "RatioEstimate": "method.rounds",
     "RatioPolicy": "method.search",
@@ -75,9 +81,12 @@ _HOMES = {
     "Rule": "method.estimate",
     "RunResult": "bench.run",
     "Score": "method.importance",
+    "Segment": "method.lora",
     "Spread": "method.policy",
     "SweepResult": "bench.sweep_record",
+    "SweepSettings": "bench.search",
     "Uniform": "method.policy",
+    "adapter_weights": "models.live",
     "attached": "models.adapters",
     "compare": "api",
     "load_recipe": "recipes.load",
@@ -93,6 +102,7 @@ __all__ = [
     "AdapterError",
     "AdapterWeights",
     "Comparison",
+    "ComparisonSettings",
     "Controller",
     "DataError",
     "Decision",
@@ -101,6 +111,7 @@ __all__ = [
     "Gaussian",
     "GraspController",
     "GraspError",
+    "InputNorms",
     "Interrupted",
     "LoadedAdapter",
     "LoraPair",
@@ -111,6 +122,7 @@ __all__ = [
     "ProbeError",
     "ProbeSet",
     "ProbesInTurn",
+    "Progress",
     "PrunedTraining",
     "RatioEstimate",
     "RatioPolicy",
@@ -122,9 +134,12 @@ __all__ = [
     "Rule",
     "RunResult",
     "Score",
+    "Segment",
     "Spread",
     "SweepResult",
+    "SweepSettings",
     "Uniform",
+    "adapter_weights",
     "attached",
     "compare",
     "load_recipe",

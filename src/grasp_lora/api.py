@@ -1,5 +1,6 @@
 """The jobs as functions, for a script as for the command line."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,16 +16,18 @@ from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run import RunResult
 from grasp_lora.bench.run_folder import CARD_FILE, COMPARE_FOLDER, REPORT_FILE, SWEEP_FOLDER
 from grasp_lora.bench.search import SweepSettings
+from grasp_lora.bench.search_space import named_values
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.sweep_record import SweepResult
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.explain import explain
-from grasp_lora.recipes.load import Overrides, load_recipe
+from grasp_lora.recipes.load import Overrides, import_code, load_recipe
 from grasp_lora.report.card import write_model_card
 from grasp_lora.report.comparison import write_comparison
 from grasp_lora.report.pages import write_report
 from grasp_lora.storage.files import clear_write_errors
 from grasp_lora.storage.processes import none_lost, on_first_process
+from grasp_lora.storage.reading import expanded
 
 Settings = TypeVar("Settings", ComparisonSettings, SweepSettings)
 
@@ -137,6 +140,8 @@ def sweep(
     """
     chosen = _checked(SweepSettings, settings)
     session, place = _opened(recipe, overrides, folder, progress, allow_code)
+    for content in named_values(chosen.params):
+        import_code(content, "--param", session.base, allow_code=allow_code)
     return place / SWEEP_FOLDER, searching.sweep(session, place, chosen)
 
 
@@ -144,11 +149,11 @@ def _checked(kind: type[Settings], settings: dict[str, Any]) -> Settings:
     try:
         return TypeAdapter(kind).validate_python(settings)
     except ValidationError as error:
-        raise RecipeError(explain(error, list(kind.__dataclass_fields__))) from error
+        raise RecipeError(explain(error, [one.name for one in fields(kind)])) from error
 
 
 def _opened(
     recipe: str | Path, overrides: Overrides, folder: str | Path | None, progress: Progress | None, allow_code: bool
 ) -> tuple[Session, Path]:
     loaded, base = load_recipe(recipe, overrides, allow_code=allow_code)
-    return Session(loaded, base, progress), Path("runs") / loaded.name if folder is None else Path(folder)
+    return Session(loaded, base, progress), Path("runs") / loaded.name if folder is None else expanded(folder)

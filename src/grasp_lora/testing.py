@@ -10,7 +10,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from typing import get_args
+from functools import wraps
+from typing import ParamSpec, get_args
 
 import torch
 
@@ -22,6 +23,9 @@ from grasp_lora.method.masks import GRANULARITIES, SCOPES, MaskSet, MaskSettings
 from grasp_lora.method.merging import MergeRule, MergeSettings, merge
 from grasp_lora.method.rounds import Round
 from grasp_lora.method.search import RatioPolicy, RatioSearch, Regime
+from grasp_lora.text.display import first_line
+
+Given = ParamSpec("Given")
 
 _ROUNDS, _EXAMPLES = 6, 4
 _LOSSES: dict[str, Callable[[float, int, int], float]] = {  # of ratio, round and example
@@ -31,6 +35,23 @@ _LOSSES: dict[str, Callable[[float, int, int], float]] = {  # of ratio, round an
 }
 
 
+def _in_one_line(check: Callable[Given, None]) -> Callable[Given, None]:
+    """Let any error of the object that is checked be an AssertionError, which says where it came from."""
+
+    @wraps(check)
+    def checked(*args: Given.args, **kwargs: Given.kwargs) -> None:
+        try:
+            check(*args, **kwargs)
+        except AssertionError:
+            raise
+        except Exception as error:
+            problem = f"{type(error).__name__}: {first_line(error)}"
+            raise AssertionError(f"{check.__name__} could not go on: {problem}") from error
+
+    return checked
+
+
+@_in_one_line
 def check_policy(policy: RatioPolicy, rule: Rule = smooth_fit) -> None:
     """Check a policy: frozen settings that survive JSON, draws that depend on seed and round alone, ratios within the bounds.
 
@@ -96,6 +117,7 @@ def _broken(name: str) -> Iterator[None]:
         raise AssertionError(f"{name}: {error}") from error
 
 
+@_in_one_line
 def check_rule(rule: Rule) -> None:
     """Check a rule: an estimate within the bounds from one round on, the same with and without an interval, of a clear valley.
 
@@ -132,6 +154,7 @@ def check_rule(rule: Rule) -> None:
         )
 
 
+@_in_one_line
 def check_merge_rule(rule: MergeRule) -> None:
     """Check a merge rule: shapes, scaling 1, balance, the same bits each time, one adapter alone stays itself.
 
@@ -155,6 +178,8 @@ def check_merge_rule(rule: MergeRule) -> None:
     with _broken("the merge rule, with another seed"):
         other = merge(adapters, replace(settings, seed=7))
     for module, pair in merged.items():
+        finite = bool(pair.A.isfinite().all() and pair.B.isfinite().all())
+        _require(finite, f"the merged pair of {module} is not finite")
         same = torch.equal(pair.A, twice[module].A) and torch.equal(pair.B, twice[module].B)
         _require(same, "the merge rule gives other bits when it is called twice")
         _require(
@@ -165,9 +190,6 @@ def check_merge_rule(rule: MergeRule) -> None:
         _require(pair.scaling == 1.0, f"the merged pair of {module} has scaling {pair.scaling}; it must be 1")
         _require(
             sum(segment.rank for segment in pair.segments) == pair.rank, f"segments of {module} do not make up its rank"
-        )
-        _require(
-            bool(pair.A.isfinite().all() and pair.B.isfinite().all()), f"the merged pair of {module} is not finite"
         )
         norms = pair.A.norm(dim=1), pair.B.norm(dim=0)
         balanced = pair.apart or torch.allclose(*norms, rtol=1e-4, atol=1e-6)
@@ -191,6 +213,7 @@ def check_merge_rule(rule: MergeRule) -> None:
             merge([_adapter(0, 2, 1.0), _adapter(1, 3, 1.0)], settings)
 
 
+@_in_one_line
 def check_score(score: Score) -> None:
     """Check a score: one number >= 0 for each weight, that depends on weights and norms alone, and masks that nest.
 
@@ -206,6 +229,10 @@ def check_score(score: Score) -> None:
         given = norms[module] if score.needs_inputs else None
         with _no_global_draws("the score"):
             first, second = score.function(pair, given), score.function(pair, given)
+        _require(
+            isinstance(first, tuple) and len(first) == 2 and all(isinstance(one, torch.Tensor) for one in first),
+            "the score must give a pair of tensors, for A and for B",
+        )
         for values, again, factor, old in zip(first, second, (pair.A, pair.B), before, strict=True):
             _require(torch.equal(factor, old), "the score changes the weights")
             _require(

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 from recorder import session_of
 
+from grasp_lora import api
 from grasp_lora.bench import search as search_module
 from grasp_lora.bench.outcomes import Adapter
 from grasp_lora.bench.search import SweepSettings, sweep
+from grasp_lora.bench.search_space import search_space
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
@@ -231,6 +234,49 @@ def test_a_sweep_does_not_go_on_with_other_code_of_its_own(
         run(OWN, "lora.rank=3")
     own_code(CODE)
     assert len(run(OWN, trials=2).trials) == 2
+
+
+def test_code_among_the_values_of_a_sweep_is_allowed_and_found_as_that_of_a_recipe(
+    own_code: Callable[[str], None], fails: Callable[[Exception | None], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails(None)
+    own_code("raise SystemExit('imported')")
+    for param in ("merge.rule=[exact,own_of_sweep:rule]", "merge=[{rule: own_of_sweep:rule}]"):
+        with pytest.raises(RecipeError, match=r"merge\.rule names code, 'own_of_sweep:rule'; .* --allow-code"):
+            api.sweep("tiny.yaml", folder="out", params=(param,), trials=1)
+    own_code(CODE)
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    _, found = api.sweep(
+        "../tiny.yaml", folder="out", params=(f"{OWN.replace('=', '=[')}]",), trials=1, allow_code=True
+    )
+    assert [trial.values for trial in found.trials] == [{"merge.rule": "own_of_sweep:rule"}]
+
+
+@pytest.mark.parametrize(
+    ("param", "changes", "said"),
+    [
+        ("merge.seed=1..9", (), "merge.seed changes nothing: merge rule 'exact' draws nothing"),
+        ("merge.density=0.1..0.9", (), "'exact' does not take a density"),
+        (
+            "source.training.learning_rate=1e-5..1e-2:log",
+            ("source.adapters=[somewhere]",),
+            "source.training.learning_rate changes nothing: source.adapters is given, so that none is trained",
+        ),
+        (
+            "target.training.epochs=[1,2]",
+            ("target.adapter=somewhere",),
+            "target.training.epochs changes nothing: target.adapter is given",
+        ),
+    ],
+)
+def test_a_key_that_changes_nothing_is_not_swept(
+    param: str, changes: tuple[str, ...], said: str, tiny_workspace: Path
+) -> None:
+    recipe = session_of(*changes).recipe
+    with pytest.raises(RecipeError, match=re.escape(said)):
+        search_space((param,), recipe)
+    assert search_space(("merge.rule=[exact,dare_ties]", "merge.seed=1..9", "merge.density=0.1..0.9"), recipe)
 
 
 def test_sweeps_of_earlier_versions_which_named_no_code_go_on(

@@ -640,6 +640,9 @@ def test_the_shipped_conformance_suite_holds(score: Score) -> None:
         (Score(lambda pair, norms: (pair.A.abs(), pair.B.abs().T)), "not"),
         (Score(lambda pair, norms: (pair.A.mul_(2).abs(), pair.B.abs())), "changes the weights"),
         (Score(lambda pair, norms: (torch.rand(pair.A.shape), pair.B.abs())), "global generator"),
+        (Score(lambda pair, norms: pair.A.abs()), "must give a pair of tensors, for A and for B"),
+        (Score(lambda pair, norms: (1.0, 2.0)), "must give a pair of tensors"),
+        (Score(lambda pair, norms: (pair.A * norms.A, pair.B)), "could not go on: AttributeError: 'NoneType'"),
     ],
 )
 def test_the_suite_says_what_is_wrong(score: Score, message: str) -> None:

@@ -227,8 +227,14 @@ def spoiled(parts: Any, rule: Any, settings: Any, draws: Any) -> LoraPair:
         (MergeRule("", sparsify=lambda tensor, *_: tensor + torch.rand(())), "draws from a global generator"),
         (MergeRule("", sparsify=lambda tensor, *_: tensor.mul_(0.5)), "changes its inputs"),
         (MergeRule("", sparsify=lambda tensor, *_: torch.zeros_like(tensor)), "^the merge rule: "),
+        (
+            MergeRule("", combine=lambda tensors, weights: tensors[0] * math.nan),
+            r"^the merged pair of \S+ is not finite",
+        ),
+        (MergeRule("", combine=lambda tensors, weights: None), "^check_merge_rule could not go on: AttributeError: "),
+        (keep_largest, "^check_merge_rule could not go on: ValueError: merge rule is .* or a MergeRule"),
     ],
-    ids=["scaling", "seed", "balance", "global", "inputs", "nothing left"],
+    ids=["scaling", "seed", "balance", "global", "inputs", "nothing left", "not finite", "nothing given", "function"],
 )
 def test_the_suite_says_what_is_wrong(rule: MergeRule, message: str) -> None:
     with pytest.raises(AssertionError, match=message):
@@ -473,6 +479,7 @@ def test_the_other_rules_take_mixed_ranks(rule: Any) -> None:
         ({"weights": (1e300, 1.0)}, r"merge weights are \[1e\+300, 1.0\]; each must lie in"),
         ({"weights": (0.0, 0.0)}, r"merge weights are \[0.0, 0.0\]; .* one must not be 0"),
         ({"rule": "svd", "rank": 0}, "merge rank is 0; it must be at least 1"),
+        ({"density": 0.3}, "'exact' does not take a density; leave it out, or choose one of ties, dare_ties"),
         ({"density": 0.0}, r"merge density is 0.0; it must lie in \(0, 1\]"),
         ({"density": 1.01}, "merge density is 1.01"),
         ({"density": math.nan}, "merge density is nan"),

@@ -506,7 +506,7 @@ def test_the_other_policies_train_at_the_committed_ratio() -> None:
         ("gaussian", {"std_init": 0.0}, "std_init is 0.0; it must be a positive number, or left out"),
         ("gaussian", {"std_init": math.inf}, "std_init is inf"),
         ("gaussian", {"std_init": math.nan}, "std_init is nan"),
-        ("uniform", {"candidates": 0}, "candidates is 0; at least 1 is needed"),
+        ("uniform", {"candidates": 0}, "candidates is 0; a whole number is needed, at least 1"),
         ("gaussian", {"learning_rate": -0.1}, "learning_rate is -0.1; it must be a number >= 0"),
         ("gaussian", {"kl_coef": math.inf}, "kl_coef is inf"),
         ("gaussian", {"entropy_bonus": math.nan}, "entropy_bonus is nan"),
@@ -640,6 +640,14 @@ class Escaping(Uniform):
 
 
 @dataclass(frozen=True)
+class Drawless(Uniform):
+    """Draws nothing."""
+
+    def draw(self, search: RatioSearch, generator: random.Random) -> Any:
+        return None
+
+
+@dataclass(frozen=True)
 class Unplain(Uniform):
     """Has a setting that is no plain value."""
 
@@ -656,6 +664,7 @@ class Unplain(Uniform):
         (Escaping(), r"decided 0\.95 after round 1; .* lies in \[0\.1, 0\.8\]"),
         (Remembering(), "asked twice"),
         (Unplain(), "do not survive JSON"),
+        (Drawless(), "^check_policy could not go on: TypeError: "),
     ],
 )
 def test_the_suite_says_what_is_wrong(policy: RatioPolicy, message: str) -> None:

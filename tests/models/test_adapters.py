@@ -232,6 +232,8 @@ def test_a_saved_adapter_loads_in_peft_with_identical_logits(make_tiny_model, tm
     assert torch.equal(logits(reloaded), expected)
     assert reloaded.peft_config["default"].lora_dropout == 0.05
     assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == "lab/tiny"
+    save_adapter(tmp_path / "own", trained, model, backbone_name="lab/tiny", dropout=0.05)  # by a user's script
+    assert read_adapter(tmp_path / "own").info.backbone_fingerprint == fingerprint(model)
 
 
 def test_a_saved_adapter_loads_in_a_new_process(make_tiny_model, tiny_backbone_folder, tmp_path):

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -257,7 +259,6 @@ class TestOverrides:
             ("metrics=[f1, bleu]", "metrics", ("f1", "bleu")),
             ("report_to=tensorboard", "report_to", ("tensorboard",)),
             ("final.training.patience=null", "final.training.patience", None),
-            ("final.training.patience=", "final.training.patience", None),
             ("controller.training.epochs=2", "controller.training.patience", None),
             ("controller.training.epochs=2", "controller.training.keep", "last"),
             ("data.prompt='{prompt} = '", "data.prompt", "{prompt} = "),
@@ -287,11 +288,27 @@ class TestOverrides:
             "'{prompt}'",
             "1 {prompt}",
             "😀 {prompt}",
+            "{prompt}\x85Answer",
+            "\u2029 {prompt}",
+            "\x7f{prompt}",
         ],
     )
     def test_a_text_in_a_mapping_is_that_text(self, text: str) -> None:
         recipe, _ = load_recipe("demo-ar", {"data.prompt": text, "data.task": "completion", "metrics": ["f1"]})
         assert recipe.data.prompt == text
+
+    def test_numbers_of_numpy_in_a_mapping_are_numbers(self) -> None:
+        changes = {"data.target.dev": np.int64(0), "data.skip_unanswered": np.bool_(True), "lora.rank": np.int32(4)}
+        recipe, _ = load_recipe("mlqa-ar", changes)
+        assert (recipe.data.target.dev, recipe.data.skip_unanswered, recipe.lora.rank) == (0, True, 4)
+
+    def test_the_preset_goes_by_the_number_of_dev_rows_however_it_is_written(self, load: Load) -> None:
+        assert load(SMALL, "data.target.dev='0'").controller == load(SMALL, "data.target.dev=0").controller
+
+    @pytest.mark.parametrize("changes", [None, 3])
+    def test_what_is_no_list_of_changes_is_named(self, changes: Any) -> None:
+        with pytest.raises(RecipeError, match=rf"^overrides is '?{changes}'?; give a list, or a mapping"):
+            load_recipe("demo-ar", changes)
 
     def test_a_single_text_is_not_read_letter_by_letter(self) -> None:
         with pytest.raises(RecipeError, match=r"overrides is the text 'seed=1'; give a list, or a mapping"):
@@ -315,6 +332,10 @@ class TestOverrides:
             ("name.first=1", r"override 'name\.first=1': name is no section of the recipe"),
             ("data.target.files.0=x", r"files is no section of the recipe"),
             ("seed=[1", r"the value is no valid YAML; put text in quotes"),
+            ("final.prune_ratio=", r"'final\.prune_ratio=' has no value; write final\.prune_ratio=null to unset it"),
+            ("data.root= ", r"has no value; write data\.root=null"),
+            ("data.root=/my #1 folder", r"YAML reads this text as '/my'; .* such as data\.root='/my #1 folder'$"),
+            ("data.completion= A{answer}", r"reads this text as 'A\{answer\}'; put it in quotes"),
             ("data.target.fils=[x]", r"unknown key 'data\.target\.fils'; did you mean 'files'\?"),
             ("target.train=4", r"unknown key 'target\.train'; did you mean 'data\.target\.train'\?"),
             ("rank=4", r"unknown key 'rank'; did you mean 'lora\.rank' or 'merge\.rank'\?"),
@@ -322,6 +343,10 @@ class TestOverrides:
             ("controller.pool=dev", r"did you mean 'controller\.rounds\.pool'\?"),
             ("controller.nonsense=1", r"known here: preset, policy, rounds, rule, training"),
             ("controller.policy.nonsense=1", r"known here: kind, .*bounds_first"),
+            ("controller.policy.max_step=0.2", r"only a policy of kind gaussian or uniform has it; set kind"),
+            ("source.adapter=x", r"unknown key 'source\.adapter'; did you mean 'adapters'\?"),
+            ("model=org/llama", r"unknown key 'model'; did you mean 'backbone\.name'\?"),
+            ("model_name_or_path=org/llama", r"did you mean 'backbone\.name'\?"),
             ("lora_r=8", r"did you mean 'lora\.rank'\?"),
             ("lora.r=8", r"did you mean 'rank'\?"),
             ("controller.training.lr=1", r"did you mean 'learning_rate'\?"),

@@ -4,6 +4,7 @@ import json
 from dataclasses import fields
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -44,6 +45,22 @@ def test_a_shipped_recipe_names_the_schema_and_fits_it(name: str) -> None:
     resolved = yaml.safe_load(validate(parse(text, name), name).to_yaml())
     for content in (parse(text, name), resolved):
         assert unknown_keys(content, SCHEMA) == []
+        jsonschema.validate(content, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    "controller",
+    [
+        {"policy": None, "rounds": None, "rule": None, "preset": None},  # as `init` leaves sections to the preset
+        {"preset": "mine:one", "rule": "mine:rule", "policy": {"kind": "mine:Policy"}},
+        {"preset": "late", "rounds": {"every": "epoch"}},
+    ],
+)
+def test_a_controller_that_a_recipe_takes_fits(controller: dict[str, Any]) -> None:
+    jsonschema.validate({"controller": controller}, SCHEMA | {"required": []})
+    for wrong in ({"preset": 3}, {"policy": "late"}, {"rounds": {"every": "step"}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"controller": controller | wrong}, SCHEMA | {"required": []})
 
 
 def test_a_misspelt_key_does_not_fit() -> None:
@@ -63,10 +80,12 @@ def test_a_misspelt_key_does_not_fit() -> None:
 
 def test_a_controller_is_completed_by_presets_and_the_settings_of_every_policy() -> None:
     controller = SCHEMA["$defs"]["ControllerStage"]["properties"]
-    assert controller["preset"]["enum"] == list(PRESETS)
+    assert controller["preset"]["anyOf"][1]["enum"] == list(PRESETS)
     settings = {entry.name for policy in POLICIES.values() for entry in fields(policy)}
-    assert controller["policy"]["properties"].keys() == {"kind"} | settings
-    assert "default" not in controller["rule"]  # it is the preset's
+    section, empty = controller["policy"]["anyOf"]
+    assert section["properties"].keys() == {"kind"} | settings
+    assert empty == {"type": "null"}
+    assert "default" not in controller["rule"]["anyOf"][0]  # it is the preset's
 
 
 @pytest.mark.parametrize(

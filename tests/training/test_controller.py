@@ -20,9 +20,9 @@ from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import MaskSet, MaskSettings, survival
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.policy import POLICIES, Gaussian, Spread, Uniform
-from grasp_lora.method.presets import Controller
+from grasp_lora.method.presets import PRESETS, Controller
 from grasp_lora.method.ranking import prune_count
-from grasp_lora.method.rounds import Decision, Round
+from grasp_lora.method.rounds import Decision, RatioEstimate, Round
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
@@ -606,6 +606,13 @@ def test_masks_before_training_are_an_error():
         _ = pruned.masks
     with pytest.raises(ValueError, match="mask mode is 'keep'; allowed: hold, reselect"):
         PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), mode="keep")
+    for ratio in (40, math.nan, "0.4"):
+        with pytest.raises(ValueError, match=r"prune_ratio is .*; it must be a fraction in \[0, 1\]$"):
+            PrunedTraining(ratio, ProbeSet(MICRO_DEV, PAD))
+    with pytest.raises(ValueError, match=r"prune_ratio is .*RatioEstimate.*; take its ratio$"):
+        PrunedTraining(RatioEstimate(0.4, 0.3, 0.5, "best_reward", 3), ProbeSet(MICRO_DEV, PAD))
+    with pytest.raises(ValueError, match=r"calibration is a list; give a ProbeSet, as of ProbeSet\.from_rows"):
+        PrunedTraining(0.4, MICRO_DEV)
 
 
 def test_each_run_starts_new_records(make_tiny_model, tmp_path):
@@ -1602,6 +1609,18 @@ def test_from_rows_builds_the_measured_default(make_tiny_model, tiny_tokenizer, 
     assert len(repr(controller.learned)) < 150
     whole = GraspController.from_rows(rows[:5], tiny_tokenizer, Controller(Gaussian(), Rounds(4), "best_reward"))
     assert whole.micro_dev.at(0) is whole.micro_dev.at(1)
+    assert GraspController.from_rows(rows, tiny_tokenizer, "paper").settings == PRESETS["paper"]
+    with pytest.raises(ValueError, match="preset is 'papers'; allowed: spread"):
+        GraspController.from_rows(rows, tiny_tokenizer, "papers")
+    with pytest.raises(ValueError, match="settings is 3; give a Controller, or the name of a preset: spread"):
+        GraspController.from_rows(rows, tiny_tokenizer, 3)
+    with attached(make_tiny_model("llama"), weights) as model:
+        slip = {f"base_model.model.{name}": parts for name, parts in segments_of(weights).items()}
+        astray = GraspController.from_rows(rows, tiny_tokenizer, segments=slip)
+        with pytest.raises(
+            AdapterError, match=r"segments names 'base_model\.model\.\S+', which the adapter does not have"
+        ):
+            train_transformers(model, tmp_path / "slip", astray)
 
 
 def test_an_epoch_counts_optimizer_steps(make_tiny_model, tmp_path):

@@ -3,11 +3,13 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.errors import RecipeError
+from grasp_lora.method.merging import merge_rule
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import parse
@@ -76,6 +78,9 @@ def search_space(params: Sequence[str], recipe: Recipe) -> tuple[Parameter, ...]
             "a sweep needs something to vary; give --param, for example --param final.prune_ratio=0.1..0.8"
         )
     found = [_read(param) for param in params]
+    for one in found:
+        if why := _without_effect(one.key, recipe, {other.key for other in found}):
+            raise RecipeError(f"--param {escaped(one.key)} changes nothing: {why}")
     for number, one in enumerate(found):
         for other in found[:number]:
             if f"{one.key}.".startswith(f"{other.key}.") or f"{other.key}.".startswith(f"{one.key}."):
@@ -83,6 +88,17 @@ def search_space(params: Sequence[str], recipe: Recipe) -> tuple[Parameter, ...]
                     f"--param {escaped(one.key)} and {escaped(other.key)} set the same value; give one of them"
                 )
     return tuple(_checked(parameter, found, recipe) for parameter in found)
+
+
+def named_values(params: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Each value that parameters list by itself, as the part of a recipe that would hold it.
+
+    Raises:
+        RecipeError: as `search_space`, of what is seen without a recipe.
+    """
+    for one in map(_read, params):
+        for value in one.choices or ():
+            yield reduce(lambda inner, part: {part: inner}, reversed(one.key.split(".")), value)
 
 
 def with_values(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
@@ -197,6 +213,16 @@ def _read(param: str) -> Parameter:
     if match[3] is None:
         return parameter
     return replace(parameter, choices=_points(parameter, int(match[3]), text), log=False)
+
+
+def _without_effect(key: str, recipe: Recipe, swept: Collection[str]) -> str | None:
+    """Why all values of a key come to the same, None where they do not."""
+    section, rest = key.partition(".")[::2]
+    for given, places in (("adapters", recipe.source.adapters), ("adapter", recipe.target.adapter)):
+        if section == ("source" if given == "adapters" else "target") and places and rest not in ("", given):
+            return f"{section}.{given} is given, so that none is trained"
+    drawn = "merge" in swept or "merge.rule" in swept or merge_rule(recipe.merge.rule).draws
+    return None if key != "merge.seed" or drawn else f"merge rule {quoted(recipe.merge.rule)} draws nothing"
 
 
 def _listed(key: str, text: str) -> tuple[Any, ...]:

@@ -134,6 +134,7 @@ def sweep(
         from grasp_lora.bench.search import BEST_FILE
         from grasp_lora.cli.on_ray import share
         from grasp_lora.cli.progress import TerminalSweepProgress, print_sweep
+        from grasp_lora.recipes.load import named_code
     with shown(TerminalSweepProgress(console)) as progress:
         settings = {
             "params": tuple(param or ()),
@@ -147,8 +148,11 @@ def sweep(
         folder, result = share("sweep", progress, given, **ray) if ray else api.sweep(progress=progress, **given)
     print_sweep(result, console)
     say(f"best recipe {folder / BEST_FILE}")
+    best = yaml.safe_load((folder / BEST_FILE).read_text(encoding="utf-8"))
+    if any(named_code(best)):
+        say("it names code: put the folder of that code on PYTHONPATH, and allow it with --allow-code")
     swept = any(one.startswith("final.prune_ratio=") for one in param or ())
-    if not swept and yaml.safe_load((folder / BEST_FILE).read_text(encoding="utf-8"))["final"]["prune_ratio"] == 0.0:
+    if not swept and best["final"]["prune_ratio"] == 0.0:
         say("it prunes nothing, as its trials did; take the line prune_ratio out of it, and `run` learns one")
 
 

@@ -67,7 +67,7 @@ class Cells:
                 return self.values[known]
         raise DataError(
             f"{self.where}: no column {quoted(column)}; found: {listed(self.values)}. "
-            f"Rename the right one, or name it in the recipe: columns: {{{field}: NAME}}"
+            f"Rename the right one; a recipe can also name it: columns: {{{field}: NAME}}"
         )
 
     def text(self, field: str) -> str:

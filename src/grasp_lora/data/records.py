@@ -132,8 +132,8 @@ def make_pool(
                 counts["unanswerable"] += 1
             else:
                 raise DataError(
-                    f"{one.where}: {one.what}; give it an answer, remove it, or set data.skip_unanswered to true (`init` has "
-                    "--skip-unanswered), which leaves such rows out and counts them"
+                    f"{one.where}: {one.what}; give it an answer, or remove it; a recipe can set data.skip_unanswered to true "
+                    "(`init` has --skip-unanswered), which leaves such rows out and counts them"
                 )
     _check_ids(records)
     if not records and counts["unanswerable"]:

@@ -281,6 +281,12 @@ class MergeSettings:
                 )
         if not 0.0 < self.density <= 1.0:
             raise ValueError(f"merge density is {self.density}; it must lie in (0, 1]")
+        # A rule of one's own may have a space that reads it.
+        if self.density not in (MergeSettings.density, 1.0) and self.rule in MERGE_RULES and rule.sparsify is keep_all:
+            takers = ", ".join(name for name, row in MERGE_RULES.items() if row.sparsify is not keep_all)
+            raise ValueError(
+                f"merge rule {quoted(self.rule)} does not take a density; leave it out, or choose one of {takers}"
+            )
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"merge dropout is {self.dropout}; it must lie in [0, 1)")
 
@@ -305,6 +311,11 @@ def merge(
     """
     if not adapters:
         raise AdapterError("there is no adapter to merge; give at least one")
+    for number, one in enumerate(adapters):
+        if not isinstance(one, AdapterWeights):
+            raise AdapterError(
+                f"adapter {number} is a {type(one).__name__}; give the weights of each, as of read_adapter"
+            )
     rule = merge_rule(settings.rule)
     default = [rule.default_weight(len(adapters))] * len(adapters)
     weights = list(settings.weights) if settings.weights is not None else default

@@ -42,7 +42,7 @@ class Controller:
             own, in a recipe by its import path `package.module:name`.
 
     Raises:
-        ValueError: there is no such rule.
+        ValueError: there is no such rule, or the policy is none.
     """
 
     policy: RatioPolicy = field(default_factory=lambda: Spread(candidates=2))
@@ -52,6 +52,10 @@ class Controller:
     rule: RuleOrName = "surrogate"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.policy, RatioPolicy):
+            raise ValueError(
+                f"policy is {quoted(self.policy)}; it must be an object, such as Gaussian(); preset('paper') gives a preset"
+            )
         ratio_rule(self.rule)
 
     def compares_rounds(self, keep_best: bool = False) -> bool:
@@ -87,3 +91,17 @@ def preset(name: str) -> Controller:
         ValueError: there is none of that name.
     """
     return find("preset", name, Controller, PRESETS)
+
+
+def controller_settings(settings: Controller | str | None) -> Controller:
+    """Settings by themselves, by the name of a preset, or those of preset `spread`.
+
+    Raises:
+        ValueError: there is no preset of that name, or it is something else.
+    """
+    found = Controller() if settings is None else preset(settings) if isinstance(settings, str) else settings
+    if not isinstance(found, Controller):
+        raise ValueError(
+            f"settings is {quoted(found)}; give a Controller, or the name of a preset: {', '.join(PRESETS)}"
+        )
+    return found

@@ -59,10 +59,14 @@ class Rounds:
             )
         if self.pool not in PROBE_SPLITS:
             raise ValueError(f"pool is {quoted(self.pool)}; allowed: {', '.join(PROBE_SPLITS)}")
-        if self.in_turn is not None and self.in_turn < 1:
-            raise ValueError(f"in_turn is {self.in_turn}; it must be at least 1 example, or null for all")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience is {self.patience}; it must be at least 1 round, or null to train to the end")
+        if self.in_turn is not None and (type(self.in_turn) is not int or self.in_turn < 1):
+            raise ValueError(
+                f"in_turn is {self.in_turn}; it must be at least 1 example, a whole number, or null for all"
+            )
+        if self.patience is not None and (type(self.patience) is not int or self.patience < 1):
+            raise ValueError(
+                f"patience is {self.patience}; it must be at least 1 round, a whole number, or null to train to the end"
+            )
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -60,8 +60,8 @@ class RatioPolicy(ABC):
                 f"ratio_init is {self.ratio_init}; it must lie between ratio_min {self.ratio_min} "
                 f"and ratio_max {self.ratio_max}"
             )
-        if self.candidates < 1:
-            raise ValueError(f"candidates is {self.candidates}; at least 1 is needed")
+        if type(self.candidates) is not int or self.candidates < 1:
+            raise ValueError(f"candidates is {self.candidates}; a whole number is needed, at least 1")
 
     @property
     def copies(self) -> int:

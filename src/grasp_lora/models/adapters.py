@@ -153,8 +153,8 @@ def save_adapter(
     model: "PreTrainedModel",
     *,
     backbone_name: str,
-    fingerprint: str,
     dropout: float,
+    fingerprint: str | None = None,
     answers: Answers | None = None,
     quantise: str | None = None,
     dtype: str | None = None,
@@ -167,7 +167,7 @@ def save_adapter(
         weights: the adapter; those kept apart in it are added up.
         model: the backbone without adapters, for the shortest list of target modules.
         backbone_name: name of the backbone; of an absolute path only the last part is written, and the fingerprint tells it.
-        fingerprint: of the backbone, checked when the adapter is read again.
+        fingerprint: of the backbone, checked when the adapter is read again; None takes it from the model.
         dropout: kept in the config, so that training may go on.
         answers: how it is asked and answers, for `grasp-lora predict`.
         quantise: how the backbone was quantised for the training, if it was.
@@ -178,6 +178,8 @@ def save_adapter(
         AdapterError: the backbone lacks one of the modules, or it is no linear layer of that shape.
     """
     from safetensors.torch import save
+
+    from grasp_lora.models import backbone
 
     weights = weights.together()
     _check_shapes(model, weights, "the adapter", "the backbone")
@@ -194,7 +196,7 @@ def save_adapter(
     (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     info = AdapterInfo(
         without_place(backbone_name),
-        fingerprint,
+        backbone.fingerprint(model) if fingerprint is None else fingerprint,
         is_quantised(model.config),
         {name: tuple((one.name, one.rank) for one in pair.segments) for name, pair in weights.items() if pair.segments},
         answers,

@@ -11,6 +11,7 @@ from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.models.apart import live_pair
 from grasp_lora.models.reading import PREFIX
+from grasp_lora.text.display import listed, quoted
 
 ADAPTER_NAME = "default"  # of those that are put on here
 
@@ -62,8 +63,13 @@ def live_pairs(
         AdapterError: there is no active adapter, there are several, or one has more weights in a module than A and B.
     """
     origins, adapter = segments or {}, active_adapter(model)
-    pairs = {}
-    for name, layer in lora_layers(model, adapter).items():
+    pairs, layers = {}, lora_layers(model, adapter)
+    if strange := [name for name in origins if name not in layers]:
+        raise AdapterError(
+            f"segments names {quoted(strange[0])}, which the adapter does not have; it has {listed(layers)}; take the names of "
+            "segments_of"
+        )
+    for name, layer in layers.items():
         _refuse_other_weights(name, layer, adapter)
         if adapter in layer.lora_embedding_A:
             A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]

@@ -2,10 +2,12 @@
 
 import difflib
 from collections.abc import Sequence
+from dataclasses import fields
 from datetime import date
 
 from pydantic import ValidationError
 
+from grasp_lora.method.policy import POLICIES
 from grasp_lora.recipes.builtin import recipe_keys
 from grasp_lora.text.display import escaped, one_line, quoted
 
@@ -109,8 +111,14 @@ def _hint(place: list[str], keys: Sequence[str]) -> str:
     inside = ".".join([*section, ""])
     known = [key.removeprefix(inside) for key in keys if key.startswith(inside) and "." not in key[len(inside) :]]
     wanted = SYNONYMS.get(name, name)
-    if (last := wanted.rpartition(".")[2]) in known:
+    home, _, last = wanted.rpartition(".")
+    if last in known and last != name and f".{'.'.join(section)}".endswith(f".{home}" if home else ""):
         return f"did you mean {last!r}?"
+    if ".".join(place) in keys:  # a setting of another kind
+        kinds = [kind for kind, policy in POLICIES.items() if name in {one.name for one in fields(policy)}]
+        return f"only a policy of kind {' or '.join(kinds)} has it; set kind, or leave it out"
+    if wanted == name and section and (near := difflib.get_close_matches(name, known, n=1, cutoff=0.85)):
+        return f"did you mean {near[0]!r}?"
     ends = (".".join(["", *place]), f".{wanted}")  # the whole of what was written counts for more than its last part
     there = next((found for end in ends if (found := [key for key in keys if f".{key}".endswith(end)])), [])
     inner = [key for key in there if key.startswith(inside)]

@@ -3,8 +3,9 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -53,13 +54,13 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
     Raises:
         RecipeError: one line that names the field, what arrived and what is allowed.
     """
-    name = f"recipe {escaped(str(recipe))}"
-    if is_file(Path(recipe)):
+    name, file = f"recipe {escaped(str(recipe))}", expanded(recipe)
+    if is_file(file):
         try:
-            text = decode(read_bounded(Path(recipe), MOST_BYTES), name)
+            text = decode(read_bounded(file, MOST_BYTES), name)
         except RefusedError as error:
             raise RecipeError(f"{name}: {error}") from error
-        base = Path(recipe).parent
+        base = file.parent
     elif str(recipe) in builtin_recipes():
         text = builtin_text(str(recipe))
         base = Path()
@@ -70,9 +71,9 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
     content = parse(text, name)
     if not isinstance(content, dict):
         raise RecipeError(f"{name} must hold keys and values, such as 'name: my-recipe'")
-    for override in _texts(overrides):
-        _apply(content, override)
-    _import_code(content, name, base, allow_code)
+    for path, value in _changes(overrides):
+        _apply(content, path, value)
+    import_code(content, name, base, allow_code=allow_code)
     return validate(content, escaped(str(recipe))), base
 
 
@@ -107,29 +108,38 @@ def _recipe_folder(run: Path) -> str:
         return "."
 
 
-def _import_code(content: dict[str, Any], name: str, base: Path, allow_code: bool) -> None:
+def named_code(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The code that a recipe's plain values name: dotted key and import path."""
+    for key in NAMES_CODE:
+        place: Any = content
+        for part in key.split("."):
+            place = place.get(part) if isinstance(place, Mapping) else None
+        for named in place if isinstance(place, list) else [place]:
+            if isinstance(named, str) and is_import_path(named):
+                yield key, named
+
+
+def import_code(content: Mapping[str, Any], name: str, base: Path, *, allow_code: bool) -> None:
     """Import what a recipe names by import path, so that it is found where its name is read.
+
+    Args:
+        content: plain values of a recipe, or a part of them.
+        name: what they are, for messages.
+        base: folder of the recipe, where a file of code may lie.
+        allow_code: whether the user allows it.
 
     Raises:
         RecipeError: code is not allowed, what is named cannot be imported, or this process has loaded other code of that name.
     """
-    for key in NAMES_CODE:
-        place: Any = content
-        for part in key.split("."):
-            place = place.get(part) if isinstance(place, dict) else None
-        for named in place if isinstance(place, list) else [place]:
-            if not isinstance(named, str) or not is_import_path(named):
-                continue
-            if not allow_code:
-                raise RecipeError(
-                    f"{name}: {key} names code, {quoted(named)}; read it, then allow it with --allow-code"
-                )
-            with beside(base):
-                try:
-                    imported(key, named, ())
-                    check_loaded(key, named)
-                except ValueError as error:
-                    raise RecipeError(f"{name}: {error}") from error
+    for key, named in named_code(content):
+        if not allow_code:
+            raise RecipeError(f"{name}: {key} names code, {quoted(named)}; read it, then allow it with --allow-code")
+        with beside(base):
+            try:
+                imported(key, named, ())
+                check_loaded(key, named)
+            except ValueError as error:
+                raise RecipeError(f"{name}: {error}") from error
 
 
 def validate(content: dict[str, Any], name: str) -> Recipe:
@@ -207,30 +217,62 @@ def _text_problem(text: str, free: bool) -> str | None:
     return None
 
 
-def _texts(overrides: Overrides) -> list[str]:
-    """Overrides as `a.b=value`."""
-    if isinstance(overrides, str):
-        raise RecipeError(f"overrides is the text {quoted(overrides)}; give a list, or a mapping from keys to values")
-    if not isinstance(overrides, Mapping):
-        return [str(override) for override in overrides]
-    # A text is that text, and whatever writes itself as one, a path for example: JSON is YAML that keeps every character.
-    return [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in overrides.items()]
+def _changes(overrides: Overrides) -> list[tuple[str, Any]]:
+    """Keys and values."""
+    if isinstance(overrides, Mapping):
+        return [(str(key), _plain(value)) for key, value in overrides.items()]
+    if isinstance(overrides, str) or not isinstance(overrides, Iterable):
+        what = f"the text {quoted(overrides)}" if isinstance(overrides, str) else quoted(overrides)
+        raise RecipeError(f"overrides is {what}; give a list, or a mapping from keys to values")
+    return [_read(str(override)) for override in overrides]
 
 
-def _apply(content: dict[str, Any], override: str) -> None:
+def _read(override: str) -> tuple[str, Any]:
+    """A key and its value, from `a.b=value`."""
     shown = quoted(override)
     path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
+    if not equals:
         raise RecipeError(f"override {shown} must look like a.b=value, for example data.target.train=100")
+    if not text.strip():
+        raise RecipeError(f"override {shown} has no value; write {escaped(path)}=null to unset it")
     try:
-        value = parse(text, "the value") if text else None
+        value = parse(text, "the value")
     except RecipeError as error:
         problem = str(error)
         if "no valid YAML" in problem:
             where = problem.partition("no valid YAML")[2].lstrip(": ")
             problem = f"the value is no valid YAML; put text in quotes ({where})"
         raise RecipeError(f"override {shown}: {problem}") from error
+    if isinstance(value, str) and value != text and text.lstrip()[0] not in "\"'|>":
+        raise RecipeError(
+            f"override {shown}: YAML reads this text as {quoted(value)}; put it in quotes within the shell's, such as "
+            f"{escaped(path)}={_in_quotes(text)}"
+        )
+    return path, value
+
+
+def _in_quotes(text: str) -> str:
+    return "'" + escaped(text).replace("'", "''") + "'"
+
+
+def _plain(value: Any) -> Any:
+    """A value of Python as a recipe's file would give it: tuples are lists, numbers of NumPy numbers, paths their texts."""
+    if value is None or isinstance(value, bool | int | float | str | date):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    return str(value)
+
+
+def _apply(content: dict[str, Any], path: str, value: Any) -> None:
+    shown = quoted(f"{path}={value}")
+    keys = path.strip().split(".")
+    if not all(keys):
+        raise RecipeError(f"override {shown} must look like a.b=value, for example data.target.train=100")
     place = content
     for key in keys[:-1]:
         inner = place.get(key)

@@ -217,4 +217,4 @@ def _has_dev(data: Any) -> bool:
     target = data.get("target") if isinstance(data, dict) else None
     if not isinstance(target, dict):
         return True
-    return target.get("dev") != 0 and (bool(target.get("dev_files")) or not target.get("train_files"))
+    return str(target.get("dev")) != "0" and (bool(target.get("dev_files")) or not target.get("train_files"))

@@ -77,8 +77,12 @@ def _follow_the_preset(sections: dict[str, Any]) -> None:
     for properties in (controller, rounds, policy):
         for entry in properties.values():
             entry.pop("default", None)
+    for key in ("policy", "rounds", "rule"):  # a key with nothing behind it follows the preset, too
+        entry = controller[key]
+        described = {"description": entry.pop("description")}
+        controller[key] = {"anyOf": [entry, {"type": "null"}]} | described
     preset = {
-        "enum": list(PRESETS),
+        "anyOf": [{"type": ["string", "null"], "pattern": ":"}, {"enum": list(PRESETS)}],
         "description": "policy, rounds and rule that go together; what is left out is the preset's.",
     }
     sections["ControllerStage"]["properties"] = {"preset": preset} | controller

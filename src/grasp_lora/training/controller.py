@@ -24,7 +24,7 @@ from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, Segment
 from grasp_lora.method.masks import MaskSettings, named, of_prefix
 from grasp_lora.method.policy import plain_policy
-from grasp_lora.method.presets import Controller, ratio_rule
+from grasp_lora.method.presets import Controller, controller_settings, ratio_rule
 from grasp_lora.method.ranking import Ranking
 from grasp_lora.method.rounds import RatioEstimate, Round, RoundRecord
 from grasp_lora.method.search import RatioSearch
@@ -70,14 +70,14 @@ class GraspController(PrunedTraining):
     def __init__(
         self,
         micro_dev: ProbeSet | ProbesInTurn,
-        settings: Controller | None = None,
+        settings: Controller | str | None = None,
         mask: MaskSettings | None = None,
         segments: Mapping[str, tuple[Segment, ...]] | None = None,
         folder: Path | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
         keep_best: bool = False,
     ) -> None:
-        self.settings = settings or Controller()
+        self.settings = controller_settings(settings)
         self.micro_dev, self.keep_best = micro_dev, keep_best
         self.folder = None if folder is None else Path(folder)
         self._on_round = on_round
@@ -92,7 +92,7 @@ class GraspController(PrunedTraining):
         cls,
         rows: Sequence[Mapping[str, Any]],
         tokenizer: "PreTrainedTokenizerBase",
-        settings: Controller | None = None,
+        settings: Controller | str | None = None,
         **options: Any,
     ) -> "GraspController":
         """Build the controller of a trainer of your own.
@@ -100,10 +100,10 @@ class GraspController(PrunedTraining):
         Args:
             rows: examples to probe, in TRL's prompt/completion convention: the dev set.
             tokenizer: of the model.
-            settings: policy, rounds and rule; None takes preset `spread`.
+            settings: policy, rounds and rule, or the name of a preset; None takes preset `spread`.
             options: what else the constructor takes.
         """
-        settings = settings or Controller()
+        settings = controller_settings(settings)
         examples, pad_id = encoded_rows(rows, tokenizer)
         turn = settings.rounds.turn(len(examples))
         return cls(probes_of(examples, pad_id, turn, settings.policy.seed), settings, **options)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from grasp_lora.errors import AdapterError, GraspError
 from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.masks import MASK_MODES, MaskSet, MaskSettings
+from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_pairs, lora_layers
 from grasp_lora.storage.checkpoints import State, read_state
+from grasp_lora.text.display import quoted
 from grasp_lora.training.gradients import GradientCheck
 from grasp_lora.training.probes import ProbeSet, calibrate, exchanging
 from grasp_lora.training.saved import SavedInCheckpoints
@@ -37,7 +40,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         segments: module name -> origin of its rank-one components (`segments_of` a merged adapter), for scope `factor`.
 
     Raises:
-        ValueError: the mode is unknown.
+        ValueError: the mode is unknown, the ratio no fraction, or the calibration no `ProbeSet`.
     """
 
     state_name = "pruning"
@@ -52,6 +55,13 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
     ) -> None:
         if mode not in MASK_MODES:
             raise ValueError(f"mask mode is {mode!r}; allowed: {', '.join(MASK_MODES)}")
+        if not _is_fraction(prune_ratio):
+            hint = "; take its ratio" if isinstance(prune_ratio, RatioEstimate) else ""
+            raise ValueError(f"prune_ratio is {quoted(prune_ratio)}; it must be a fraction in [0, 1]{hint}")
+        if not isinstance(calibration, ProbeSet):
+            raise ValueError(
+                f"calibration is a {type(calibration).__name__}; give a ProbeSet, as of ProbeSet.from_rows"
+            )
         self.prune_ratio = prune_ratio
         self.calibration = calibration
         self.mask = mask or MaskSettings()
@@ -262,3 +272,7 @@ def _check_weights_are_whole() -> None:
                 f"the trainer uses {name}, under which the weights that are masked are no longer whole; train with DDP (plain "
                 "torchrun), and to split the backbone load it with distributed_config, as backbone.shard does"
             )
+
+
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, Real) and 0.0 <= float(value) <= 1.0
