@@ -325,10 +325,14 @@ class Lab:
         """Do final runs of one epoch side by side, one a ratio, and return the seconds of their training."""
         model, pad_id, final = self.session.backbone.model, self.session.pad_id, self.recipe.final
         calibration = ProbeSet(self.session.splits.train[:CALIBRATION_EXAMPLES], pad_id)
-        members = members_of(model, self.merged, ratios, [0], calibration, final.mask or self.recipe.mask)
         once, probes = replace(final.training, epochs=1, patience=None), ProbeSet(dev, pad_id)
-        dropout = self.recipe.lora.dropout
-        return self.clocked(lambda: train_stacked(model, members, train, probes, once, pad_id=pad_id, dropout=dropout))
+        dropout, mask = self.recipe.lora.dropout, final.mask or self.recipe.mask
+
+        def work() -> None:  # masks and their ranking are a part of a final run, too
+            members = members_of(model, self.merged, ratios, [0], calibration, mask)
+            train_stacked(model, members, train, probes, once, pad_id=pad_id, dropout=dropout)
+
+        return self.clocked(work)
 
     def measured(self, examples: Sequence[Example]) -> float:
         """Return the seconds of measuring the examples' losses under the merged adapter."""

@@ -77,7 +77,7 @@ def commands(page: Path) -> list[str]:
         line
         for language, text in FENCE.findall(page.read_text(encoding="utf-8"))
         if not language
-        for line in text.splitlines()
+        for line in text.replace("\\\n", " ").splitlines()
     ]
     return [command for line in lines if (command := re.sub(r"\s+# .*$", "", line).strip())]
 
@@ -118,6 +118,44 @@ def test_a_command_is_one_that_the_program_takes(page: Path, command: str) -> No
         text = (ROOT / file[0]).read_text(encoding="utf-8")
         unknown = [option for option in re.findall(r"--[\w-]+", command) if f'"{option}"' not in text]
         assert not unknown, f"{file[0]} has no option {', '.join(unknown)}"
+
+
+RESULTS = ROOT / "docs" / "lab" / "results"
+MEASURED = [
+    RESULTS / name for name in ("README.md", "where-pruning-helps.md", "speed.md")
+]  # other pages keep commands of their day
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        command
+        for page in MEASURED
+        for command in commands(page)
+        if "grasp-lora" in command or ("benchmarks/" in command and "python" in command)
+    ],
+)
+def test_a_command_of_the_results_is_one_that_the_program_takes(command: str) -> None:
+    """Numbers come from them; that they still give the same is measured, not tested."""
+    if "grasp-lora" in command:
+        test_a_command_is_one_that_the_program_takes(RESULTS, command)
+        recipe = re.search(r"grasp-lora \w+ (\S+)", command)
+        changes = [
+            change for change in re.findall(r"--set '?([\w.]+=[^\s']+(?:, [^\s']+)*)", command) if "[" not in change
+        ]
+        assert recipe is not None
+        load_recipe(recipe[1].replace("SETTING", "mlqa-ar"), [change.replace("=K", "=1") for change in changes])
+        return
+    file = re.search(r"benchmarks/\S+", command)
+    assert file is not None
+    text = (ROOT / file[0]).read_text(encoding="utf-8")
+    unknown = [option for option in re.findall(r" (--[\w-]+)", command) if f'"{option}"' not in text]
+    assert not unknown, f"{file[0]} has no option {', '.join(unknown)}"
+    if command.startswith("cd docs/lab/results"):
+        folders = [word for word in command.split(".py", 1)[1].split() if not word.startswith("-")]
+        missing = [name for name in folders if not list(RESULTS.glob(name))]
+        assert folders
+        assert not missing, f"there is no {', '.join(missing)}"
 
 
 def test_an_option_that_is_gone_is_found() -> None:

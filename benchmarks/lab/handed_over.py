@@ -80,6 +80,17 @@ def is_a(name: str, kinds: Sequence[str]) -> bool:
     return name.partition("_")[0] in kinds
 
 
+def needed(value: float | None, what: str) -> float:
+    """The value, which a run without a test set does not have.
+
+    Raises:
+        DataError: it is not there.
+    """
+    if value is None:
+        raise DataError(f"{what} is not on record; give runs with a test set, and metrics that could be measured")
+    return value
+
+
 def of_run(folder: Path, *, before: bool) -> Outcome:
     """A finished run; `before` takes its choice before a last training on all rows."""
     metrics = read_metrics(folder)
@@ -89,11 +100,14 @@ def of_run(folder: Path, *, before: bool) -> Outcome:
     trained = metrics.systems.get(ALL_ROWS) if not before else None
     shown = metrics if trained is not None else first
     name = main_metric(list(shown.systems["grasp"].metrics))
-    scores = {system: float(one.metrics[name] or 0.0) for system, one in shown.systems.items()}
+    scores = {
+        system: needed(one.metrics[name], f"{folder}: {name} of {system}") for system, one in shown.systems.items()
+    }
     scores = {"continued": scores["source"]} | scores  # without `continued` the source adapter stands in its place
     moved = None
     if trained is not None:
-        moved = (trained.test_loss or 0.0) - (first.systems[first.handed_over].test_loss or 0.0)
+        before_it = first.systems[first.handed_over].test_loss
+        moved = needed(trained.test_loss, f"{folder}: test loss") - needed(before_it, f"{folder}: test loss before")
     return Outcome(
         str(folder),
         shown.handed_over,

@@ -44,6 +44,8 @@ def regret_table(contents: Sequence[dict[str, Any]]) -> str:
     """Markdown: one row a method, one column a comparison, and the mean over all."""
     each = [regrets(content) for content in contents]
     names = [title for title in each[0] if all(title in one for one in each)]
+    if not names:
+        raise ValueError("no method with a ratio is in all of these comparisons; name fewer of them")
     heads = [f"{content['name']}: ratios, regret %" for content in contents]
     rows = []
     for title in names:
@@ -65,7 +67,9 @@ def main() -> int:
         contents = [json.loads(file.read_text(encoding="utf-8")) for file in arguments.files]
         sys.stdout.write(regret_table(contents) + "\n")
     except (OSError, ValueError, KeyError) as error:
-        sys.stderr.write(f"error: {error}; give files that `grasp-lora compare` wrote, with the method grid\n")
+        sys.stderr.write(
+            f"error: {str(error).removesuffix('.')}; give files that `grasp-lora compare` wrote, with the method grid\n"
+        )
         return 2
     return 0
 

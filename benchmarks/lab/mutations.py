@@ -54,6 +54,20 @@ FOLDER, INTERRUPTION, ORDER = "storage/test_folder.py", "storage/test_interrupti
 
 MUTATIONS = (
     Mutation(
+        "deliver: rows of one article are drawn apart",
+        "return best_of(losses, rows, alone, left_out, groups, titles)",
+        "return best_of(losses, rows, alone, left_out, None, titles)",
+        ("bench/test_deliver.py",),
+        "a few articles decide what is handed over, and the interval says nothing of it",
+    ),
+    Mutation(
+        "compare: joint trains on the source alone",
+        '("source_train", *["train"] * repeats)',
+        '("source_train",)',
+        (COMPARE,),
+        "GRASP is compared with a joint training that never saw the target language",
+    ),
+    Mutation(
         "target: auto takes the merge of the higher loss",
         "best = min(losses, key=losses.__getitem__)  # of equal ones the average",
         "best = max(losses, key=losses.__getitem__)  # of equal ones the average",

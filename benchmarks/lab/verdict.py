@@ -5,8 +5,8 @@
 
 FOLDER is that of a comparison (or holds its records in `store/`); what is on record is not done again. With `--runs` each
 finished run counts as a seed. In each draw some test rows play the dev set, and a rule sees them alone. What it chooses is scored
-on all other rows. So the rules differ by what they choose, and by nothing else. One thing is kinder than in a run: no training
-has stopped early on the rows that choose.
+on all other rows. So the rules differ by what they choose, and by nothing else. Two things are kinder than in a run: no training
+has stopped early on the rows that choose, and rows of one article may choose and judge.
 
 | rule | what it takes |
 |---|---|
@@ -157,7 +157,9 @@ def replay(seeds: Sequence[Seed], rows: int, draws: int, bootstraps: int, seed: 
     rules["a run's"] = (None, bootstraps)
     found = []
     for title, (rule, times) in rules.items():
-        random = np.random.default_rng(seed)  # the same rows for every rule
+        random = np.random.default_rng(
+            seed
+        )  # the same rows for every rule; a run's, with fewer draws, has others from seed 2 on
         gains, chosen = [], Counter[str]()
         for one in seeds:
             for _ in range(times):

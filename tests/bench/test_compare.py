@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import io
+import itertools
 import json
 import os
 import re
@@ -802,6 +803,30 @@ def test_a_grid_measures_what_it_needs_and_nothing_else(tiny_workspace):
     # Only the curve is of test losses at every ratio; the final runs measure dev themselves.
     assert measured == [[1, 2, 0], [2, 2, 0], [4, 2, 0]]
     assert all({"dev", "test"} <= set(point) for point in content["curve"])
+
+
+def test_a_grid_on_a_large_test_set_has_a_curve_of_dev_losses_alone(tiny_workspace, monkeypatch):
+    monkeypatch.setattr(methods, "MOST_IN_CURVE", 7)  # of 8 test rows
+    content, recorder = run(
+        tiny_workspace / "compare", ComparisonSettings(("grid",), (1,), (0.2, 0.6), "grid", resamples=1000)
+    )
+    assert recorder.did.count("test losses") == 1  # of the ratio that was chosen
+    assert all("dev" in point and "test" not in point for point in content["curve"])
+
+
+def test_joint_trains_on_both_languages_and_keeps_the_best_of_at_least_four_looks_an_epoch(tiny_workspace):
+    changes = ("target.training.epochs=3", "source.training.patience=1", "source.training.learning_rate=0.5")
+    bench = Bench(session(*changes), session(*changes), Store(tiny_workspace / "store"))
+    trained = bench.trained_jointly()
+    [record] = trained.records
+    found = record.result
+    assert found["trained_examples"] == 12 + 3 * 10  # the target rows once for each epoch of the target adapter
+    looks = [one["dev_loss"] for one in found["history"] if "dev_loss" in one]
+    assert len(looks) >= 1 + 4
+    assert any(later > sooner for sooner, later in itertools.pairwise(looks[:-1]))  # where patience would have stopped
+    assert min(looks) < looks[-1]
+    assert found["dev_loss"] == min(looks)
+    assert fmean(bench.losses(trained, "dev").result["losses"]) == pytest.approx(found["dev_loss"], rel=1e-5)
 
 
 def test_a_rule_that_compares_rounds_gets_baselines_on_all_examples(tiny_workspace):

@@ -7,13 +7,14 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from recorder import Recorder
 
 from grasp_lora import api
-from grasp_lora.bench.deliver import ON_SOURCE, best_of, by_setting
+from grasp_lora.bench.deliver import ON_SOURCE, best_of, by_setting, choose
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
@@ -55,6 +56,21 @@ class TestRule:
         )  # one article in four makes all of the difference
         assert (few.name, few.examples) == ("grasp", ROWS)
         assert "cannot tell" in few.why  # it is expected: the target adapter is ahead in all articles
+
+    def test_a_run_draws_rows_of_one_article_together(self) -> None:
+        rows = losses(continued=1.0, source=2.0, target=1.5, merged=2.0, grasp=1.5)
+        rows["grasp"] = [one - (0.9 if row % 4 == 0 else -0.05) for row, one in enumerate(rows["continued"])]
+        articles = [SimpleNamespace(group=f"article {row % 4}") for row in range(ROWS)]
+        recipe = SimpleNamespace(target=SimpleNamespace(on=None), final=SimpleNamespace(deliver="best"))
+        bench = SimpleNamespace(
+            choosing_split="dev",
+            losses=lambda system, split: SimpleNamespace(result={"losses": rows[system]}),
+            session=SimpleNamespace(splits=SimpleNamespace(dev=articles)),
+            recipe=recipe,
+        )
+        found = choose(bench, {name: name for name in SYSTEMS})
+        assert found == best_of(rows, "dev", groups=[row % 4 for row in range(ROWS)])
+        assert found != best_of(rows, "dev")
 
     @pytest.mark.parametrize("usual", ["continued", "source"])
     def test_where_the_rows_cannot_tell_it_is_the_usual_practice(self, usual: str) -> None:
