@@ -6,6 +6,7 @@ import venv
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import grasp_lora as gl
@@ -110,6 +111,7 @@ def test_what_is_no_preset_or_no_weights_is_named(tmp_path: Path) -> None:
         gl.merge(["adapter"], gl.MergeSettings())  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"candidates is 2\.5; a whole number is needed"):
         gl.Spread(candidates=2.5)  # type: ignore[arg-type]
+    assert gl.Spread(candidates=np.int64(3)) == gl.Spread(candidates=3)  # type: ignore[arg-type]
     for name in ("in_turn", "patience"):
         with pytest.raises(ValueError, match=rf"{name} is 2\.5; it must be at least 1 \w+, a whole number"):
             gl.Rounds(**{name: 2.5})  # type: ignore[arg-type]

@@ -230,7 +230,7 @@ def check_score(score: Score) -> None:
         with _no_global_draws("the score"):
             first, second = score.function(pair, given), score.function(pair, given)
         _require(
-            isinstance(first, tuple) and len(first) == 2 and all(isinstance(one, torch.Tensor) for one in first),
+            isinstance(first, tuple | list) and len(first) == 2 and all(isinstance(one, torch.Tensor) for one in first),
             "the score must give a pair of tensors, for A and for B",
         )
         for values, again, factor, old in zip(first, second, (pair.A, pair.B), before, strict=True):

@@ -257,7 +257,8 @@ def test_code_among_the_values_of_a_sweep_is_allowed_and_found_as_that_of_a_reci
     ("param", "changes", "said"),
     [
         ("merge.seed=1..9", (), "merge.seed changes nothing: merge rule 'exact' draws nothing"),
-        ("merge.density=0.1..0.9", (), "'exact' does not take a density"),
+        ("merge.density=0.1..0.9", (), "merge.density changes nothing: merge rule 'exact' keeps all weights"),
+        ("source.nonsense=[1]", ("source.adapters=[somewhere]",), "unknown key 'source.nonsense'"),
         (
             "source.training.learning_rate=1e-5..1e-2:log",
             ("source.adapters=[somewhere]",),
@@ -277,6 +278,10 @@ def test_a_key_that_changes_nothing_is_not_swept(
     with pytest.raises(RecipeError, match=re.escape(said)):
         search_space((param,), recipe)
     assert search_space(("merge.rule=[exact,dare_ties]", "merge.seed=1..9", "merge.density=0.1..0.9"), recipe)
+    decided = session_of("source.adapters=[a,b]", "target.adapter=c").recipe
+    assert search_space(("source.adapters.0=[x,y]",), decided)
+    assert search_space(("source.adapters=[[],[a]]", "source.training.epochs=[1,2]"), decided)
+    assert search_space(("target.adapter=[null,a]", "target.training.learning_rate=1e-5..1e-3:log"), decided)
 
 
 def test_sweeps_of_earlier_versions_which_named_no_code_go_on(

@@ -479,7 +479,6 @@ def test_the_other_rules_take_mixed_ranks(rule: Any) -> None:
         ({"weights": (1e300, 1.0)}, r"merge weights are \[1e\+300, 1.0\]; each must lie in"),
         ({"weights": (0.0, 0.0)}, r"merge weights are \[0.0, 0.0\]; .* one must not be 0"),
         ({"rule": "svd", "rank": 0}, "merge rank is 0; it must be at least 1"),
-        ({"density": 0.3}, "'exact' does not take a density; leave it out, or choose one of ties, dare_ties"),
         ({"density": 0.0}, r"merge density is 0.0; it must lie in \(0, 1\]"),
         ({"density": 1.01}, "merge density is 1.01"),
         ({"density": math.nan}, "merge density is nan"),

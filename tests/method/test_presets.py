@@ -66,8 +66,8 @@ def test_spacing_turns_and_splits() -> None:
         ({"start": math.nan}, "start is nan"),
         ({"start": 0.5, "before_training": True}, "before_training is true, but start is 0.5; set before_training"),
         ({"pool": "test"}, "pool is 'test'; allowed: micro_dev, dev, both"),
-        ({"in_turn": 0}, "in_turn is 0; it must be at least 1 example, or null for all"),
-        ({"patience": 0}, "patience is 0; it must be at least 1 round, or null"),
+        ({"in_turn": 0}, "in_turn is 0; it must be at least 1 example, a whole number, or null for all"),
+        ({"patience": 0}, "patience is 0; it must be at least 1 round, a whole number, or null"),
     ],
 )
 def test_rounds_out_of_range_are_an_error(changes: dict[str, Any], message: str) -> None:

@@ -264,6 +264,9 @@ class TestOverrides:
             ("data.prompt='{prompt} = '", "data.prompt", "{prompt} = "),
             ("backbone.revision='1e5'", "backbone.revision", "1e5"),
             ("final.mask.scope=global", "final.mask.scope", "global"),
+            ("final.mask.scope = global\n", "final.mask.scope", "global"),
+            ('data.prompt="{prompt} #1"', "data.prompt", "{prompt} #1"),
+            ("data.root=~", "data.root", None),
         ],
     )
     def test_a_value_is_read_as_yaml(self, override: str, path: str, value: object, load: Load) -> None:
@@ -302,8 +305,9 @@ class TestOverrides:
         recipe, _ = load_recipe("mlqa-ar", changes)
         assert (recipe.data.target.dev, recipe.data.skip_unanswered, recipe.lora.rank) == (0, True, 4)
 
-    def test_the_preset_goes_by_the_number_of_dev_rows_however_it_is_written(self, load: Load) -> None:
-        assert load(SMALL, "data.target.dev='0'").controller == load(SMALL, "data.target.dev=0").controller
+    @pytest.mark.parametrize("zero", ["'0'", "0.0", "'00'"])
+    def test_the_preset_goes_by_the_number_of_dev_rows_however_it_is_written(self, zero: str, load: Load) -> None:
+        assert load(SMALL, f"data.target.dev={zero}").controller == load(SMALL, "data.target.dev=0").controller
 
     @pytest.mark.parametrize("changes", [None, 3])
     def test_what_is_no_list_of_changes_is_named(self, changes: Any) -> None:
@@ -334,8 +338,13 @@ class TestOverrides:
             ("seed=[1", r"the value is no valid YAML; put text in quotes"),
             ("final.prune_ratio=", r"'final\.prune_ratio=' has no value; write final\.prune_ratio=null to unset it"),
             ("data.root= ", r"has no value; write data\.root=null"),
-            ("data.root=/my #1 folder", r"YAML reads this text as '/my'; .* such as data\.root='/my #1 folder'$"),
-            ("data.completion= A{answer}", r"reads this text as 'A\{answer\}'; put it in quotes"),
+            (
+                "data.root=/my #1 folder",
+                r"reads this text as '/my'; .* within the shell's: data\.root=\"/my #1 folder\"$",
+            ),
+            ("data.root=#1", r"reads this text as nothing; put it in double quotes .*: data\.root=\"#1\"$"),
+            ("data.completion= A{answer}", r"reads this text as 'A\{answer\}'; .*: data\.completion=\" A\{answer\}\"$"),
+            ("data.prompt=a\nb", r"reads this text as 'a b'; .*: data\.prompt=\"a\\nb\"$"),
             ("data.target.fils=[x]", r"unknown key 'data\.target\.fils'; did you mean 'files'\?"),
             ("target.train=4", r"unknown key 'target\.train'; did you mean 'data\.target\.train'\?"),
             ("rank=4", r"unknown key 'rank'; did you mean 'lora\.rank' or 'merge\.rank'\?"),

@@ -51,7 +51,13 @@ def test_a_shipped_recipe_names_the_schema_and_fits_it(name: str) -> None:
 @pytest.mark.parametrize(
     "controller",
     [
-        {"policy": None, "rounds": None, "rule": None, "preset": None},  # as `init` leaves sections to the preset
+        {
+            "policy": None,
+            "rounds": None,
+            "rule": None,
+            "preset": None,
+            "training": None,
+        },  # as `init` leaves sections to the preset
         {"preset": "mine:one", "rule": "mine:rule", "policy": {"kind": "mine:Policy"}},
         {"preset": "late", "rounds": {"every": "epoch"}},
     ],

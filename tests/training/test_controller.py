@@ -613,6 +613,9 @@ def test_masks_before_training_are_an_error():
         PrunedTraining(RatioEstimate(0.4, 0.3, 0.5, "best_reward", 3), ProbeSet(MICRO_DEV, PAD))
     with pytest.raises(ValueError, match=r"calibration is a list; give a ProbeSet, as of ProbeSet\.from_rows"):
         PrunedTraining(0.4, MICRO_DEV)
+    with pytest.raises(ValueError, match="micro_dev is a list; give a ProbeSet, or rows to GraspController"):
+        GraspController(MICRO_DEV)
+    assert PrunedTraining(torch.tensor(0.5), ProbeSet(MICRO_DEV, PAD)).prune_ratio == 0.5
 
 
 def test_each_run_starts_new_records(make_tiny_model, tmp_path):

@@ -9,7 +9,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.merging import merge_rule
+from grasp_lora.method.merging import MERGE_RULES, keep_all, merge_rule
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import parse
@@ -78,16 +78,17 @@ def search_space(params: Sequence[str], recipe: Recipe) -> tuple[Parameter, ...]
             "a sweep needs something to vary; give --param, for example --param final.prune_ratio=0.1..0.8"
         )
     found = [_read(param) for param in params]
-    for one in found:
-        if why := _without_effect(one.key, recipe, {other.key for other in found}):
-            raise RecipeError(f"--param {escaped(one.key)} changes nothing: {why}")
     for number, one in enumerate(found):
         for other in found[:number]:
             if f"{one.key}.".startswith(f"{other.key}.") or f"{other.key}.".startswith(f"{one.key}."):
                 raise RecipeError(
                     f"--param {escaped(one.key)} and {escaped(other.key)} set the same value; give one of them"
                 )
-    return tuple(_checked(parameter, found, recipe) for parameter in found)
+    checked = tuple(_checked(parameter, found, recipe) for parameter in found)
+    for one in found:
+        if why := _without_effect(one.key, recipe, [other.key for other in found]):
+            raise RecipeError(f"--param {escaped(one.key)} changes nothing: {why}")
+    return checked
 
 
 def named_values(params: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -216,13 +217,22 @@ def _read(param: str) -> Parameter:
 
 
 def _without_effect(key: str, recipe: Recipe, swept: Collection[str]) -> str | None:
-    """Why all values of a key come to the same, None where they do not."""
-    section, rest = key.partition(".")[::2]
-    for given, places in (("adapters", recipe.source.adapters), ("adapter", recipe.target.adapter)):
-        if section == ("source" if given == "adapters" else "target") and places and rest not in ("", given):
-            return f"{section}.{given} is given, so that none is trained"
-    drawn = "merge" in swept or "merge.rule" in swept or merge_rule(recipe.merge.rule).draws
-    return None if key != "merge.seed" or drawn else f"merge rule {quoted(recipe.merge.rule)} draws nothing"
+    """Why all values of a key come to the same, None where they do not, or where another parameter decides it."""
+    for section, given, there in (
+        ("source", "adapters", recipe.source.adapters),
+        ("target", "adapter", recipe.target.adapter),
+    ):
+        place = f"{section}.{given}"
+        decided = any(one == section or f"{one}.".startswith(f"{place}.") for one in swept)
+        if key.startswith(f"{section}.") and there and not decided:
+            return f"{place} is given, so that none is trained"
+    rule = merge_rule(recipe.merge.rule)
+    if "merge" in swept or "merge.rule" in swept or recipe.merge.rule not in MERGE_RULES:  # one's own may read all
+        return None
+    if key == "merge.seed" and not rule.draws:
+        return f"merge rule {quoted(recipe.merge.rule)} draws nothing"
+    keeps = rule.sparsify is keep_all
+    return f"merge rule {quoted(recipe.merge.rule)} keeps all weights" if key == "merge.density" and keeps else None
 
 
 def _listed(key: str, text: str) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from grasp_lora.bench.sweep_record import SWEEP_FILE
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.builtin import builtin_recipes
 from grasp_lora.recipes.text import RECIPE_FILE, parse
-from grasp_lora.storage.folder import writer_of
+from grasp_lora.storage.folder import is_shared, writer_of
 from grasp_lora.storage.reading import adapter_of, is_file, is_folder, is_there
 from grasp_lora.text.display import escaped
 
@@ -98,7 +98,7 @@ def status(folder: Path) -> list[str]:
         seconds += read_needed(file, _Spent).seconds
     seconds += sum(one.seconds for one in under_way)
     lines.append(f"store: {len(records)} finished steps, {_spent(seconds)} of work")
-    if writer and writer_of(folder, shared=True):
+    if writer and not is_shared(folder):
         commands = ["wait; a run has its folder for itself"]
     elif writer:
         commands = ["wait, or start the same command once more, which takes a share of the work"]

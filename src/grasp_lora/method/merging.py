@@ -246,7 +246,7 @@ class MergeSettings:
         weights: one per adapter, in their order, in [-1000000, 1000000] and not all 0 (only `lorahub`, which searches them,
             may begin at all 0); None takes the rule's own default (1/N each; 1 each for `paper_apart`, `ties` and `dare_ties`).
         rank: rank of the result for rules that end in an SVD; None takes the highest rank of the inputs.
-        density: share of weights that TIES and DARE keep, in (0, 1].
+        density: share of weights that TIES and DARE keep, in (0, 1]; other rules keep all.
         seed: seed of DARE's random drops; a recipe combines it with its own seed.
         dropout: on the input of the merged adapter while it trains on, in [0, 1); None takes that of fresh adapters.
 
@@ -281,12 +281,6 @@ class MergeSettings:
                 )
         if not 0.0 < self.density <= 1.0:
             raise ValueError(f"merge density is {self.density}; it must lie in (0, 1]")
-        # A rule of one's own may have a space that reads it.
-        if self.density not in (MergeSettings.density, 1.0) and self.rule in MERGE_RULES and rule.sparsify is keep_all:
-            takers = ", ".join(name for name, row in MERGE_RULES.items() if row.sparsify is not keep_all)
-            raise ValueError(
-                f"merge rule {quoted(self.rule)} does not take a density; leave it out, or choose one of {takers}"
-            )
         if self.dropout is not None and not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"merge dropout is {self.dropout}; it must lie in [0, 1)")
 

@@ -1,6 +1,7 @@
 """When rounds come, and what they measure."""
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from grasp_lora.text.display import quoted
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     Spacing = int | Literal["epoch"]
 else:
     Spacing = Any  # checked below, in one line
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class Rounds:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        if self.every != "epoch" and (type(self.every) is not int or self.every < 1):
+        if self.every != "epoch" and not is_count(self.every):
             raise ValueError(
                 f"every is {quoted(self.every)}; it must be at least 1 optimizer step, a whole number, or 'epoch'"
             )
@@ -59,11 +65,11 @@ class Rounds:
             )
         if self.pool not in PROBE_SPLITS:
             raise ValueError(f"pool is {quoted(self.pool)}; allowed: {', '.join(PROBE_SPLITS)}")
-        if self.in_turn is not None and (type(self.in_turn) is not int or self.in_turn < 1):
+        if self.in_turn is not None and not is_count(self.in_turn):
             raise ValueError(
                 f"in_turn is {self.in_turn}; it must be at least 1 example, a whole number, or null for all"
             )
-        if self.patience is not None and (type(self.patience) is not int or self.patience < 1):
+        if self.patience is not None and not is_count(self.patience):
             raise ValueError(
                 f"patience is {self.patience}; it must be at least 1 round, a whole number, or null to train to the end"
             )

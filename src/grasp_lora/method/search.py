@@ -16,6 +16,7 @@ from typing import ClassVar, Literal
 from grasp_lora.errors import ProbeError, RecipeError
 from grasp_lora.method.estimate import Rule
 from grasp_lora.method.rounds import Decision, RatioEstimate, Round
+from grasp_lora.method.schedule import is_count
 from grasp_lora.text.display import quoted
 
 Regime = Literal["held", "each_step", "stacked"]
@@ -60,7 +61,7 @@ class RatioPolicy(ABC):
                 f"ratio_init is {self.ratio_init}; it must lie between ratio_min {self.ratio_min} "
                 f"and ratio_max {self.ratio_max}"
             )
-        if type(self.candidates) is not int or self.candidates < 1:
+        if not is_count(self.candidates):
             raise ValueError(f"candidates is {self.candidates}; a whole number is needed, at least 1")
 
     @property

@@ -167,7 +167,8 @@ def save_adapter(
         weights: the adapter; those kept apart in it are added up.
         model: the backbone without adapters, for the shortest list of target modules.
         backbone_name: name of the backbone; of an absolute path only the last part is written, and the fingerprint tells it.
-        fingerprint: of the backbone, checked when the adapter is read again; None takes it from the model.
+        fingerprint: of the backbone, checked when the adapter is read again; None takes it from the model, and all
+            processes of a sharded one then have to call this.
         dropout: kept in the config, so that training may go on.
         answers: how it is asked and answers, for `grasp-lora predict`.
         quantise: how the backbone was quantised for the training, if it was.

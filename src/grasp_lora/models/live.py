@@ -67,7 +67,7 @@ def live_pairs(
     if strange := [name for name in origins if name not in layers]:
         raise AdapterError(
             f"segments names {quoted(strange[0])}, which the adapter does not have; it has {listed(layers)}; take the names of "
-            "segments_of"
+            "segments_of, and give the PeftModel itself, not what wraps it"
         )
     for name, layer in layers.items():
         _refuse_other_weights(name, layer, adapter)

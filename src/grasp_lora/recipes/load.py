@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -243,21 +242,20 @@ def _read(override: str) -> tuple[str, Any]:
             where = problem.partition("no valid YAML")[2].lstrip(": ")
             problem = f"the value is no valid YAML; put text in quotes ({where})"
         raise RecipeError(f"override {shown}: {problem}") from error
-    if isinstance(value, str) and value != text and text.lstrip()[0] not in "\"'|>":
+    written = text if path.strip().startswith(_FREE_TEXTS) else text.strip()
+    cut = value != written if isinstance(value, str) else value is None and text.strip().startswith("#")
+    if cut and text.strip()[0] not in "\"'|>":
+        read = "nothing" if value is None else quoted(value)
         raise RecipeError(
-            f"override {shown}: YAML reads this text as {quoted(value)}; put it in quotes within the shell's, such as "
-            f"{escaped(path)}={_in_quotes(text)}"
+            f"override {shown}: YAML reads this text as {read}; put it in double quotes within the shell's: "
+            f"{escaped(path)}={json.dumps(written, ensure_ascii=False)}"
         )
     return path, value
 
 
-def _in_quotes(text: str) -> str:
-    return "'" + escaped(text).replace("'", "''") + "'"
-
-
 def _plain(value: Any) -> Any:
     """A value of Python as a recipe's file would give it: tuples are lists, numbers of NumPy numbers, paths their texts."""
-    if value is None or isinstance(value, bool | int | float | str | date):
+    if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}

@@ -217,4 +217,12 @@ def _has_dev(data: Any) -> bool:
     target = data.get("target") if isinstance(data, dict) else None
     if not isinstance(target, dict):
         return True
-    return str(target.get("dev")) != "0" and (bool(target.get("dev_files")) or not target.get("train_files"))
+    return not _is_zero(target.get("dev")) and (bool(target.get("dev_files")) or not target.get("train_files"))
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a value will be read as the number 0."""
+    try:
+        return not isinstance(value, bool) and float(value) == 0.0
+    except (TypeError, ValueError):
+        return False

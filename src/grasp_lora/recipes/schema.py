@@ -77,7 +77,7 @@ def _follow_the_preset(sections: dict[str, Any]) -> None:
     for properties in (controller, rounds, policy):
         for entry in properties.values():
             entry.pop("default", None)
-    for key in ("policy", "rounds", "rule"):  # a key with nothing behind it follows the preset, too
+    for key in ("policy", "rounds", "rule", "training"):  # a key with nothing behind it follows the preset, too
         entry = controller[key]
         described = {"description": entry.pop("description")}
         controller[key] = {"anyOf": [entry, {"type": "null"}]} | described

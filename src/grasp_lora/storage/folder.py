@@ -180,7 +180,7 @@ def only_writer(place: Path, *, beside: bool = False, shared: bool = False) -> I
     file = _lock_beside(place) if beside else place / LOCK_FILE
     descriptor = _acquire(file, place, shared)
     try:
-        holder = {"pid": os.getpid(), "host": platform.node()}
+        holder = {"pid": os.getpid(), "host": platform.node(), "shared": shared}
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps(holder).encode())
         yield
@@ -209,13 +209,8 @@ def in_turn(place: Path) -> Iterator[None]:
         yield
 
 
-def writer_of(place: Path, *, beside: bool = False, shared: bool = False) -> str | None:
-    """Name the process that holds the lock of `only_writer`, None where nobody does; nothing is written.
-
-    Args:
-        place, beside: as of `only_writer`.
-        shared: name only a process that would refuse one who shares the work.
-    """
+def writer_of(place: Path, *, beside: bool = False) -> str | None:
+    """Name the process that holds the lock of `only_writer`, None where nobody does; nothing is written."""
     file = _lock_beside(place) if beside else place / LOCK_FILE
     flags = getattr(os, "O_NOFOLLOW", 0)
     try:
@@ -227,7 +222,7 @@ def writer_of(place: Path, *, beside: bool = False, shared: bool = False) -> str
         return None
     try:
         if fcntl is not None:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return _holder(file)
     except OSError:  # some network file systems lock nothing
@@ -235,6 +230,13 @@ def writer_of(place: Path, *, beside: bool = False, shared: bool = False) -> str
     finally:
         os.close(descriptor)
     return None
+
+
+def is_shared(place: Path) -> bool:
+    """Whether the process that writes a folder shares the work with others who ask for it."""
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads((place / LOCK_FILE).read_text(encoding="utf-8")).get("shared") is True
+    return False
 
 
 def _lock_beside(place: Path) -> Path:

@@ -31,7 +31,7 @@ from grasp_lora.method.search import RatioSearch
 from grasp_lora.storage.checkpoints import State
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.training.best_round import BestRound
-from grasp_lora.training.probes import ProbeSet, ProbesInTurn, encoded_rows, probes_of
+from grasp_lora.training.probes import ProbeSet, ProbesInTurn, checked_probes, encoded_rows, probes_of
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.regimes import regime_of
 
@@ -78,7 +78,7 @@ class GraspController(PrunedTraining):
         keep_best: bool = False,
     ) -> None:
         self.settings = controller_settings(settings)
-        self.micro_dev, self.keep_best = micro_dev, keep_best
+        self.micro_dev, self.keep_best = checked_probes(micro_dev), keep_best
         self.folder = None if folder is None else Path(folder)
         self._on_round = on_round
         self._log: Callable[[dict[str, float]], None] | None = None

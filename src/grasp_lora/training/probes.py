@@ -233,6 +233,19 @@ def probes_of(examples: Sequence[Encoded], pad_id: int, turn: int | None, seed: 
     return ProbeSet(examples, pad_id) if turn is None else ProbesInTurn(examples, pad_id, turn, seed)
 
 
+def checked_probes(probes: ProbeSet | ProbesInTurn) -> ProbeSet | ProbesInTurn:
+    """The probes themselves.
+
+    Raises:
+        ValueError: they are something else, such as rows.
+    """
+    if not isinstance(probes, ProbeSet | ProbesInTurn):
+        raise ValueError(
+            f"micro_dev is a {type(probes).__name__}; give a ProbeSet, or rows to GraspController.from_rows"
+        )
+    return probes
+
+
 class NormCollector:
     """Sums of squares of what enters the LoRA factors, gathered by hooks while the context is open.
 

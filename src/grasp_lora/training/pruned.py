@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -274,5 +273,8 @@ def _check_weights_are_whole() -> None:
             )
 
 
-def _is_fraction(value: object) -> bool:
-    return isinstance(value, Real) and 0.0 <= float(value) <= 1.0
+def _is_fraction(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and 0.0 <= float(value) <= 1.0
+    except (TypeError, ValueError):
+        return False
