@@ -214,7 +214,7 @@ def test_the_best_recipe_finds_data_and_adapters_wherever_they_were(finished_run
     (tiny_workspace / "data").mkdir()
     (tiny_workspace / "target.jsonl").rename(tiny_workspace / "data/target.jsonl")
     overrides = ("source.adapters=[run/source]", "target.adapter=run/target", "data.source=null", "data.root=data")
-    result, recorder = run("deep/out", "merge.density=[0.5]", trials=1, overrides=overrides)
+    result, recorder = run("deep/out", "merge.rule=[exact]", trials=1, overrides=overrides)
     assert recorder.did == ["final 0.00"]  # a ratio that is neither swept nor given is 0
     best = yaml.safe_load(Path("deep/out/sweep/best.yaml").read_text(encoding="utf-8"))
     assert best["final"]["prune_ratio"] == 0.0
@@ -241,7 +241,7 @@ def test_a_sweep_does_not_go_on_with_another_adapter(finished_run, tiny_workspac
 
 
 def test_the_trials_of_a_single_run_start_from_a_merge(tiny_workspace):
-    run("out", "merge.density=[0.5]", trials=1, overrides=("final.start=controller",))
+    run("out", "merge.rule=[exact]", trials=1, overrides=("final.start=controller",))
     recipe, _ = load_recipe("out/sweep/best.yaml")
     assert (recipe.final.start, recipe.final.prune_ratio) == ("merged", 0.0)
 

@@ -139,7 +139,7 @@ class GenerationSettings:
             needs more makes a batch of its own.
         stop: texts that end an answer; they are cut off, with all that follows.
         allow_empty: whether the end may come before any text. No training answer is empty, so by default neither is one here:
-            white space at the start is skipped, and an end token has to wait for a text.
+            white space at the start is skipped, and an end token has to wait for a text. A stop text does not wait.
 
     Raises:
         ValueError: a number is below 1 or a stop text is empty.
