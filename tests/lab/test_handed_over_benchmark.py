@@ -97,6 +97,7 @@ def test_a_comparison_has_a_row_a_seed(
     # Where the sum is pruned, a target adapter trained apart is no part of it.
     stored = Path(__file__).parents[2] / "docs/lab/results/compare-nusax-jv-on-source/compare.json"
     content = json.loads(stored.read_text(encoding="utf-8"))
+    content["seeds"] = content["seeds"][:3]
     known = {
         "source_only": [40.0],
         "target_only": [60.0, 10.0, 10.0],
@@ -140,7 +141,8 @@ KNOWN = {
 def comparison(folder: Path, on: str | None, without: tuple[str, ...] = (), **changes: Any) -> str:
     """A comparison of three seeds whose scores are known; a recipe without the key where `on` is empty."""
     folder.mkdir()
-    content = json.loads((STORED / "compare.json").read_text(encoding="utf-8")) | changes
+    stored = json.loads((STORED / "compare.json").read_text(encoding="utf-8"))
+    content = stored | {"seeds": stored["seeds"][:3]} | changes
     content["rows"] = [row for row in content["rows"] if row["method"] in KNOWN.keys() - set(without)]
     for row in content["rows"]:
         row["scores"]["accuracy"] = {"mean": 1.0, "sd": None, "values": KNOWN[row["method"]]}

@@ -30,20 +30,20 @@ def test_a_row_a_setting_and_the_means_of_what_is_there(tmp_path: Path, capsys: 
     assert planned_table.main(folders) == 0
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows[0][:7] == [
-        *("nusax-jv-on-source", "3", "400", "3", "72.0 accuracy"),
-        *("+2.5 (-1.1 to +6.1), no difference shown", "+0.4 (-3.6 to +4.4), no difference shown"),
+        *("nusax-jv-on-source", "6", "400", "3", "71.0 accuracy"),
+        *("+1.4 (-2.1 to +4.9), no difference shown", "-0.8 (-4.3 to +2.8), no difference shown"),
     ]
-    assert rows[0][7:] == ["+3.3 (+0.6 to +6.1), better", "+1.2 (-1.8 to +4.3)", "400, 1600, 2100, 956"]
-    assert (rows[1][0], rows[1][7], rows[1][9]) == ("other", "–", "400, 1600, –, 956")
-    # Corrected for three comparisons, an interval of 7.24 points has a standard error of 1.51; that of the mean of two is 1.07.
-    assert rows[2][5:8] == ["+3.0 of 2 (+0.9 to +5.1)", "+0.9 of 2 (-1.4 to +3.2)", "+3.3 of 1 (+1.1 to +5.6)"]
+    assert rows[0][7:] == ["+2.4 (+0.7 to +4.2), better", "+1.8 (-1.0 to +4.7)", "400, 1600, 2150, 1010"]
+    assert (rows[1][0], rows[1][7], rows[1][9]) == ("other", "–", "400, 1600, –, 1010")
+    # Corrected for three comparisons, an interval of 6.97 points has a standard error of 1.46; that of the mean of two is 1.03.
+    assert rows[2][5:8] == ["+1.9 of 2 (-0.1 to +3.9)", "-0.2 of 2 (-2.3 to +1.8)", "+2.4 of 1 (+1.0 to +3.8)"]
 
 
 def test_without_the_source_adapters_row_its_passes_come_from_the_continued_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert planned_table.main([comparison(tmp_path / "other", without=("source_only",))]) == 0
-    assert "400, 1600, 2100, 956" in capsys.readouterr().out
+    assert "400, 1600, 2150, 1010" in capsys.readouterr().out
     assert planned_table.main([comparison(tmp_path / "neither", without=("source_only", "continued"))]) == 2
     assert "no row tells what the source adapter takes" in capsys.readouterr().err
 
