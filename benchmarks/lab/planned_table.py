@@ -48,11 +48,16 @@ def difference(row: Row | None, metric: str) -> tuple[str, Difference | None]:
     errors = NormalDist().inv_cdf(
         1 - (1 - found.confidence) / 2 / found.comparisons
     )  # that the interval reaches to a side
-    mean, low, high = (round(one, 1) + 0.0 for one in (found.difference, found.low, found.high))  # never -0.0
-    shown = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+    shown = interval(found.difference, found.low, found.high)
     return shown + (f", {found.verdict}" if found.verdict else ""), Difference(
         found.difference, (found.high - found.low) / 2 / errors
     )
+
+
+def interval(mean: float, low: float, high: float, of: str = "") -> str:
+    """A mean and its interval with one digit, never -0.0."""
+    mean, low, high = (round(one, 1) + 0.0 for one in (mean, low, high))
+    return f"{mean:+.1f}{of} ({low:+.1f} to {high:+.1f})"
 
 
 def mean_of(column: Sequence[Difference | None]) -> str:
@@ -62,7 +67,7 @@ def mean_of(column: Sequence[Difference | None]) -> str:
         return "–"
     mean = fmean(one.mean for one in found)
     half = NormalDist().inv_cdf(0.975) * math.hypot(*(one.error for one in found)) / len(found)
-    return f"{mean:+.1f} of {len(found)} ({mean - half:+.1f} to {mean + half:+.1f})"
+    return interval(mean, mean - half, mean + half, f" of {len(found)}")
 
 
 def passes(row: Row | None, source: float) -> str:
