@@ -93,25 +93,22 @@ def measure(session: Session, folder: Path, key: str, dev_loss: float) -> list[s
     ]
 
 
-def numbers(text: str) -> list[float]:
-    """Numbers with commas between them."""
-    return [float(part) for part in text.split(",") if part]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write the table to standard output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--output", type=Path, required=True, help="folder of the comparison")
-    parser.add_argument("--seeds", type=numbers, required=True)
-    parser.add_argument("--ratios", type=numbers, default=[], help="all that are on record where none is given")
+    parser.add_argument("--seeds", required=True)
+    parser.add_argument("--ratios", default="", help="all that are on record where none is given")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     try:
         session = Session(*load_recipe(options.recipe, options.overrides))
         if not session.splits.labels:
             raise DataError(f"{options.recipe} has no labels to choose from; give a recipe of task classification")
-        runs = final_runs(options.output, [int(seed) for seed in options.seeds], options.ratios)
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+        ratios = [float(ratio) for ratio in options.ratios.split(",") if ratio]
+        runs = final_runs(options.output, seeds, ratios)
         rows = [
             [str(seed), f"{ratio:.2f}", *measure(session, options.output, key, dev)] for seed, ratio, key, dev in runs
         ]

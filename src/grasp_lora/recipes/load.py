@@ -232,7 +232,8 @@ def _read(override: str) -> tuple[str, Any]:
     path, equals, text = override.partition("=")
     if not equals:
         raise RecipeError(f"override {shown} must look like a.b=value, for example data.target.train=100")
-    if not text.strip():
+    path, bare = path.strip(), text.strip()
+    if not bare:
         raise RecipeError(f"override {shown} has no value; write {escaped(path)}=null to unset it")
     try:
         value = parse(text, "the value")
@@ -242,9 +243,9 @@ def _read(override: str) -> tuple[str, Any]:
             where = problem.partition("no valid YAML")[2].lstrip(": ")
             problem = f"the value is no valid YAML; put text in quotes ({where})"
         raise RecipeError(f"override {shown}: {problem}") from error
-    written = text if path.strip().startswith(_FREE_TEXTS) else text.strip()
-    cut = value != written if isinstance(value, str) else value is None and text.strip().startswith("#")
-    if cut and text.strip()[0] not in "\"'|>":
+    written = text if path.startswith(_FREE_TEXTS) else bare
+    cut = value != written if isinstance(value, str) else value is None and bare.startswith("#")
+    if cut and bare[0] not in "\"'|>":
         read = "nothing" if value is None else quoted(value)
         raise RecipeError(
             f"override {shown}: YAML reads this text as {read}; put it in double quotes within the shell's: "
