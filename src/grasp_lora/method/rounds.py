@@ -19,7 +19,7 @@ class Round:
     Args:
         current_ratio: committed ratio at which the baseline was measured.
         candidates: C ratios.
-        baseline_losses: loss of each micro-dev example under the committed mask, shape `[examples]`.
+        baseline_losses: loss of each probed example under the committed mask, shape `[examples]`.
         candidate_losses: loss of each example under each candidate's mask, shape `[C][examples]`; only of those in `places`
             if there are any.
         places: the examples that the candidates were measured on, as places in `baseline_losses`; None for all.

@@ -1,8 +1,8 @@
 """The search for the prune ratio: ask a policy for candidates, tell it their losses, read the ratio off.
 
-One round: `ask()` gives candidate ratios, the caller measures the micro-dev loss of each, `tell()` turns the losses into rewards,
-lets the policy learn and says whether the current ratio moves. `best_ratio()` is the learned ratio p*. A policy is frozen
-settings; all that changes is in the search, and follows from the rounds: tell them again, and it is as it was.
+One round: `ask()` gives candidate ratios, the caller measures the loss of each on some examples, `tell()` turns the losses into
+rewards, lets the policy learn and says whether the current ratio moves. `best_ratio()` is the learned ratio p*. A policy is
+frozen settings; all that changes is in the search, and follows from the rounds: tell them again, and it is as it was.
 Paper: controller and policy update sections.
 """
 

