@@ -8,6 +8,7 @@ import pytest
 import random_examples
 import torch
 from random_examples import Example
+from transformers import OPTConfig, OPTForCausalLM
 
 from grasp_lora.errors import AdapterError, DataError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
@@ -261,6 +262,22 @@ def test_norms_equal_those_by_hand_without_the_padding(make_tiny_model, architec
             torch.testing.assert_close(getattr(norms[name], factor), value, rtol=1e-5, atol=1e-5)
             assert torch.equal(getattr(norms[name], factor), getattr(again[name], factor))
             assert torch.equal(getattr(norms[name], factor), getattr(collector.norms()[name], factor))
+
+
+def test_padding_does_not_count_where_a_model_flattens_the_batch():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = OPTForCausalLM(OPTConfig(vocab_size=260, word_embed_proj_dim=32, pad_token_id=PAD, init_std=0.2, **sizes))
+    examples, norms = make_examples(6), []
+    with fresh_adapter(model, LoraSettings(rank=4, target_modules=("fc1", "q_proj")), 1) as peft_model:
+        for token_budget in (10_000, 1):  # one padded batch, then each example alone
+            collector = NormCollector(peft_model)
+            with collector.collecting():
+                ProbeSet(examples, PAD, token_budget).losses(peft_model, collector)
+            norms.append(collector.norms())
+    assert {name.rpartition(".")[2] for name in norms[0]} == {"fc1", "q_proj"}
+    for name, own in norms[0].items():
+        torch.testing.assert_close(own.A, norms[1][name].A, rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_that_only_keeps_a_rank_company_counts_for_no_module(make_tiny_model, monkeypatch):

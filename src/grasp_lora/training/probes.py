@@ -295,8 +295,8 @@ class NormCollector:
             if not self.counts:
                 return
             values = inputs[0].detach().float()
-            if self.token_mask is not None and values.shape[:2] == self.token_mask.shape:
-                values = values * self.token_mask[:, :, None]
+            if self.token_mask is not None and values.shape[:-1].numel() == self.token_mask.numel():
+                values = values * self.token_mask.reshape(*values.shape[:-1], 1)  # some models flatten the batch
             self._sums[name, factor] += values.flatten(0, -2).square().sum(0)
 
         return add
