@@ -14,6 +14,7 @@ has stopped early on the rows that choose, and rows of one article may choose an
 | lowest loss, highest score | the best mean; of equal scores the one with the lower loss |
 | loss and score | the best sum of both, each in standard errors |
 | X unless N SE | X, unless its loss is more than N standard errors behind the lowest one: then that |
+| GRASP unless continued scores N SE higher | GRASP's result, unless `continued` scores so many standard errors more |
 | GRASP if target N SE ahead | GRASP's result where the target adapter is that far ahead of the source's, else `continued` |
 | a run's | `final.deliver: best`: the same with 1, unless the bootstrap, which draws whole groups, shows another to be better |
 
@@ -108,6 +109,12 @@ def ahead(errors: float, losses: Values, scores: Values) -> str:
     return "grasp" if apart.mean() > errors * apart.std(ddof=1) / len(apart) ** 0.5 else "continued"
 
 
+def vetoed(errors: float, losses: Values, scores: Values) -> str:
+    """GRASP's result, unless the mean score of `continued` is more than so many standard errors higher: then that."""
+    apart = scores["continued"] - scores["grasp"]
+    return "continued" if apart.mean() > errors * apart.std(ddof=1) / len(apart) ** 0.5 else "grasp"
+
+
 def both(losses: Values, scores: Values) -> str:
     """The best sum of mean score and mean negative loss, each in standard errors of its difference to `continued`."""
 
@@ -130,6 +137,7 @@ RULES: dict[str, Rule] = {
     "loss and score": both,
     "continued unless 2 SE": partial(unless, "continued", 2.0),
     "GRASP unless 1 SE": partial(unless, "grasp", 1.0),
+    **{f"GRASP unless continued scores {errors:g} SE higher": partial(vetoed, errors) for errors in (0.0, 1.0)},
     **{f"GRASP if target {errors:g} SE ahead": partial(ahead, errors) for errors in (0.0, 0.5, 1.0, 1.5, 2.0)},
 }
 
