@@ -57,6 +57,14 @@ def test_a_classification_is_answered_by_the_likeliest_label(tiny_workspace, cli
     assert "Accuracy" in report
     assert "Macro-F1" in report
     assert "accuracy" in result.out
+    assert 'with a text of your own: grasp-lora predict run/adapter --context "..."' in result.out
+    counts = [f"{label} {sum(row['prediction'] == label for row in rows)}" for label in LABELS]
+    assert f"What is handed over answers: {', '.join(counts)}." in report
+    most = max(LABELS, key=lambda label: sum(one.references[0] == label for one in session.splits.train))
+    share = 100 * sum(one.references[0] == most for one in test) / len(test)
+    assert (
+        f"To answer {most}, the most frequent label of the training rows, always has accuracy {share:.1f} on" in report
+    )
     stored = read_adapter("run/final").info.answers
     assert stored is not None
     with asking("run/final") as one:
@@ -120,14 +128,19 @@ def test_a_translation_is_scored_by_chrf_and_bleu(tiny_workspace) -> None:
     metrics = api.run("tiny.yaml", folder="run").metrics
     assert list(metrics.systems["grasp"].metrics) == ["chrf++", "bleu"]
     assert "nw:2" in metrics.signatures["chrf++"]
-    assert "chrF++" in Path("run/report.md").read_text(encoding="utf-8")
+    report = Path("run/report.md").read_text(encoding="utf-8")
+    assert "chrF++" in report
+    assert "is worth" not in report  # neither score is a mean over examples
+    assert 'grasp-lora predict adapter --context "..."' in report
 
 
 def test_check_says_what_can_be_chosen(tiny_workspace) -> None:
     write("classification")
     session = Session(*load_recipe("tiny.yaml", ['data.labels=["no","not","yes","never"]']))
     texts = {finding.level: finding.text for finding in preflight(session) if finding.topic == "labels"}
-    assert texts["ok"].startswith("4, how often each stands in train: never 0, no ")
+    assert texts["ok"].startswith(
+        "4, how often each stands in train + dev + micro_dev + test: never 0 + 0 + 0 + 0, no 4 + 3 + 1 + 2, "
+    )
     assert texts["warning"] == "no training row has never; add rows, or remove it"
     Path("source.jsonl").write_text(
         "".join(json.dumps({"text": f"s {i}", "label": "ja"}) + "\n" for i in range(20)), encoding="utf-8"

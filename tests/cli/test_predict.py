@@ -201,7 +201,10 @@ def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
         (("qa", "a prompt", "--question", "q"), "--question", "one of them"),
         (("qa", "--question", "q"), "{context}, {question}", "--context and --question"),
         (("qa", "--question", "q", "--context", " "), "--context is empty", "give a text"),
-        (("talks", "--question", "q", "--context", "c"), "{prompt}", "--question alone"),
+        (("talks", "--question", "q", "--context", "c"), "the field {prompt}, and", "give --context alone"),
+        (("qa", "letter.txt"), "letter.txt: cannot tell the format from the suffix '.txt'", ".csv"),
+        (("qa", "a prompt", "--sheet", "S"), "--sheet is that of a workbook", "leave it out"),
+        (("qa", "qa.jsonl", "--sheet", "S"), "qa.jsonl has no sheets", "leave it out"),
         (("qa", "no-columns.csv"), "no column 'text'", "found: "),
         (("qa", "no-such.csv"), "'no-such.csv' is missing", "not a file"),
         (("qa", "qa.jsonl", "talks.jsonl"), "qa.jsonl is a file of rows, and 2 things", "one file at a time"),
@@ -221,6 +224,7 @@ def test_what_cannot_be_asked_is_one_line_and_nothing_is_written(
     cli: Cli, here: Path, arguments: tuple[str, ...], value: str, fix: str
 ) -> None:
     Path("no-columns.csv").write_text("a,b\n1,2\n")
+    Path("letter.txt").write_text("a text\n")
     Path("empty").mkdir()
     Path("a-run").mkdir()
     Path("a-run/run.json").write_text("{}")

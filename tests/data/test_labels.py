@@ -84,6 +84,7 @@ def test_the_source_may_have_labels_of_its_own(split) -> None:
         (["a", "A"], ["a"], {}, r"the labels 'A' and 'a' differ in case or white space alone; write them alike"),
         (["a b", "a  b"], ["a b"], {}, r"the labels 'a  b' and 'a b' differ in case or white space"),
         ([" a", "b"], ["b"], {}, r"train\.jsonl:1' has the label ' a' with white space around it; remove that"),
+        ([" a", "b", "a "], ["b"], {}, r"train\.jsonl:1' .* remove that, also in train\.jsonl:3, train\.jsonl:4, "),
         (["a", "b"], ["b\n"], {}, r"has the label 'b\\n' with white space around it"),
         (["a", ""], ["a"], {}, r"train\.jsonl, line 2: label is empty"),
         (["a", " "], ["a"], {}, r"train\.jsonl, line 2: label is empty"),

@@ -363,10 +363,12 @@ def test_what_the_recipe_asks_for_has_its_use_and_its_row(run_folder: Path) -> N
 def test_the_card_of_labels_says_how_they_were_chosen(run_folder: Path) -> None:
     change(
         run_folder / "data.json",
-        lambda data: data["report"].update(labels={"mbaya": {"test": 3}, "nzuri": {"test": 5}}),
+        lambda data: data["report"].update(labels={"mbaya": {"test": 3}, "nzuri": {"test": 5}}, prompt="Text: {text}"),
     )
     assert "likeliest of these labels: mbaya, nzuri." in card(run_folder)
-    assert '`grasp-lora predict . "..."` gives one of the labels' in card(run_folder)
+    assert '`grasp-lora predict . --context "..."` gives one of the labels' in card(run_folder)
+    change(run_folder / "data.json", lambda data: data["report"].update(prompt="{text} or {other}"))
+    assert "`grasp-lora predict` with a file of rows gives one of the labels" in card(run_folder)
 
 
 def test_the_prompt_of_the_card_has_the_braces_that_training_saw(run_folder: Path) -> None:

@@ -11,6 +11,8 @@ from grasp_lora.text.characters import ENDS_OF_SENTENCES, bare_words, split_unsp
 from grasp_lora.text.display import listed, one_line, quoted
 from grasp_lora.text.languages import language_code
 
+FEW_OF_A_LABEL = 3  # rows of the target, in all its splits
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -33,13 +35,9 @@ def doubtful(session: Session) -> list[Finding]:
             f"examples were left out ({excluded} in all); where ids only number the rows, rename that column"
         )
         found.append(Finding("warning", "ids", text))
-    repeated = {
-        name: len(examples) - len({(one.prompt, one.completion) for one in examples})
-        for name in ("train", "dev", "micro_dev", "test")
-        if (examples := getattr(splits, name))
-    }
+    repeated = {name: _repeated(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")}
     if any(repeated.values()):
-        where = ", ".join(f"{count} of {name}" for name, count in repeated.items() if count)
+        where = ", ".join(f"{len(own)} of {name} (such as {own[0].public_id})" for name, own in repeated.items() if own)
         text = f"examples that stand there more than once, prompt and answer alike: {where}; remove them from the data"
         found.append(Finding("warning", "duplicates", text))
     found += [*_contradictions(session), *_other_references(session), *_nearly_leaked(session)]
@@ -90,21 +88,28 @@ def doubtful(session: Session) -> list[Finding]:
     return found
 
 
+def _repeated(examples: Sequence[Example]) -> list[Example]:
+    """The examples of which an equal one, prompt and answer alike, stands before."""
+    first: dict[tuple[str, str], Example] = {}
+    return [one for one in examples if first.setdefault((one.prompt, one.completion), one) is not one]
+
+
 def _contradictions(session: Session) -> list[Finding]:
     """Warn of questions or texts that stand there with two answers."""
     if session.recipe.data.task not in ("qa", "classification"):
         return []
     splits = session.splits
-    answers: dict[str, set[str]] = {}
+    answers: dict[str, dict[str, str]] = {}
     for example in (*splits.train, *splits.dev, *splits.micro_dev, *splits.test):
-        answers.setdefault(example.prompt, set()).add(example.completion)
+        answers.setdefault(example.prompt, {}).setdefault(example.completion, example.public_id)
     several = [found for found in answers.values() if len(found) > 1]
     if not several:
         return []
-    first = " and ".join(map(quoted, sorted(several[0])[:2]))
+    first = " and ".join(f"{quoted(answer)} ({place})" for answer, place in sorted(several[0].items())[:2])
+    many = "1 prompt stands" if len(several) == 1 else f"{len(several)} prompts stand"
     text = (
-        f"{len(several)} prompts stand there with different answers, one of them with {first}; where they contradict each "
-        "other, correct the data"
+        f"{many} there with different answers, {'' if len(several) == 1 else 'one of them '}with {first}; where they contradict "
+        "each other, correct the data"
     )
     return [Finding("warning", "contradictions", text)]
 
@@ -152,8 +157,9 @@ def labels(session: Session) -> list[Finding]:
     """Say what can be chosen, and what choosing the same label always would be worth."""
     splits = session.splits
     counts = splits.report.labels or {}
-    listing = ", ".join(f"{label} {found['train']}" for label, found in counts.items())
-    text = f"{len(counts)}, how often each stands in train: {listing}"
+    there = [name for name in ("train", "dev", "micro_dev", "test") if getattr(splits, name)]
+    listing = ", ".join(f"{label} {' + '.join(str(found[name]) for name in there)}" for label, found in counts.items())
+    text = f"{len(counts)}, how often each stands in {' + '.join(there)}: {listing}"
     if splits.test:
         most = max(counts, key=lambda label: counts[label]["train"])
         share = 100 * counts[most]["test"] / len(splits.test)
@@ -161,6 +167,11 @@ def labels(session: Session) -> list[Finding]:
     found = [Finding("ok", "labels", text)]
     if missing := [label for label, of in counts.items() if not of["train"]]:
         found.append(Finding("warning", "labels", f"no training row has {listed(missing)}; add rows, or remove it"))
+    rare = {label: sum(of[name] for name in there) for label, of in counts.items()}
+    if rare := {label: count for label, count in rare.items() if 0 < count < FEW_OF_A_LABEL}:
+        told = listed([f"{label} ({count})" for label, count in rare.items()])
+        advice = "where one is a slip of another label, correct it; else add rows"
+        found.append(Finding("warning", "labels", f"so few rows of the target have the label {told}; {advice}"))
     others = {example.references[0] for example in (*splits.source_train, *splits.source_dev)} - counts.keys()
     if others:
         names = listed(sorted(others))

@@ -20,7 +20,7 @@ from grasp_lora.data.files import READERS, read_file
 from grasp_lora.data.labels import encode_labels
 from grasp_lora.data.records import XLSUM_COLUMNS, Record, make_pool
 from grasp_lora.data.tables import NoText, Row, Table
-from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, task_fields
+from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, fields_of, options_of, task_fields
 from grasp_lora.errors import DataError, LackOfMemoryError, RecipeError
 from grasp_lora.models.adapters import attached, check_fits
 from grasp_lora.models.backbone import backbone_of
@@ -83,8 +83,9 @@ class Asked:
         if self.own.task and not all(_fits(prompt, template) for prompt in said):
             logger.warning(
                 "the adapter was trained on prompts of the form %s, and a prompt here is of another; "
-                "with --question and --context it is put into that form",
+                "to put a text into that form, give %s",
                 quoted(template),
+                " and ".join(options_of(template)) or "a file of rows",
             )
         return self._answer(prompt_ids(self.tokenizer, prompts, self.chat))
 
@@ -226,18 +227,14 @@ def predict_question(place: str, given: Mapping[str, str], *arguments: Any, **se
             f"{' and '.join('--' + name for name in given)}"
         )
     task, template = _form(own)
-    wanted = list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template.prompt) if name))
+    wanted = fields_of(template.prompt)
     fields = dict(zip(wanted, given.values(), strict=True)) if len(wanted) == len(given) == 1 else dict(given)
     if set(fields) != set(wanted):
-        options = [f"--{name}" for name in given]
-        fix = "--question alone" if len(wanted) == 1 else "a file of rows with these columns"
-        if set(wanted) <= {"context", "question"} and len(wanted) > 1:
-            fix = "--context and --question"
-        fields_there = ", ".join(f"{{{name}}}" for name in wanted)
-        raise DataError(
-            f"prompts of adapter {adapter.name} have the fields {fields_there}, and {' and '.join(options)} "
-            f"{'is' if len(options) == 1 else 'are'} given; give {fix}"
-        )
+        known, options = options_of(template.prompt), [f"--{name}" for name in given]
+        fix = " and ".join(known) + (" alone" if len(known) == 1 else "") or "a file of rows with these columns"
+        there = f"field{'s' * (len(wanted) > 1)} {listed(map('{{{}}}'.format, wanted))}"
+        are = f"{' and '.join(options)} {'is' if len(options) == 1 else 'are'} given"
+        raise DataError(f"prompts of adapter {adapter.name} have the {there}, and {are}; give {fix}")
     for name, text in given.items():
         if not text.strip() or SURROGATES.search(text):
             raise DataError(f"--{name} is {'no valid text' if text.strip() else 'empty'}; give a text in UTF-8")
@@ -246,13 +243,16 @@ def predict_question(place: str, given: Mapping[str, str], *arguments: Any, **se
         return asked.records([Record("the question", unused | fields, "", (), frozenset())])[0]
 
 
-def predict_rows(place: str, file: Path, output: Path | None, *arguments: Any, **settings: Any) -> list[dict[str, Any]]:
+def predict_rows(
+    place: str, file: Path, output: Path | None, *arguments: Any, sheet: str | None = None, **settings: Any
+) -> list[dict[str, Any]]:
     """Answer every row of a file; the rows may be laid out in any way that a recipe's data may, with answers or without.
 
     Args:
         place: PEFT adapter, a folder or a hub id.
         file: of rows.
         output: a new file, CSV, TSV or JSONL, for the rows with a column `prediction`; None writes nothing.
+        sheet: of a workbook; None for the first that is not hidden.
         arguments, settings: of `asking`.
 
     Returns:
@@ -265,7 +265,7 @@ def predict_rows(place: str, file: Path, output: Path | None, *arguments: Any, *
         _check_output(output)
     adapter = adapter_at(place)
     own = adapter.info.answers or Answers()
-    table = read_file(str(file), file)
+    table = read_file(str(file), file, sheet=sheet)
     records = _records(table, own)
     with asking(place, *arguments, adapter=adapter, **settings) as asked:
         answers = asked.records(records)
@@ -284,8 +284,8 @@ def predict_rows(place: str, file: Path, output: Path | None, *arguments: Any, *
 
 
 def is_rows(text: str) -> bool:
-    """Whether a prompt is rather the name of a file of rows, be it one that is missing."""
-    return Path(text).suffix.lower() in READERS and "\n" not in text and (" " not in text or is_file(Path(text)))
+    """Whether a prompt is rather the name of a file, be it of no kind that is read, or of a file of rows that is missing."""
+    return "\n" not in text and (is_file(Path(text)) or (Path(text).suffix.lower() in READERS and " " not in text))
 
 
 def _form(own: Answers) -> tuple[str, Template]:

@@ -28,10 +28,16 @@ def predict(
     question: Annotated[
         str | None, typer.Option(help="A question, put into the prompt that the adapter was trained with.")
     ] = None,
-    context: Annotated[str | None, typer.Option(help="The text that the question is about.")] = None,
+    context: Annotated[
+        str | None,
+        typer.Option(help="The text that the question is about; or the one text that a prompt has, as for labels."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="A new file (.csv, .tsv, .jsonl) for the rows with their predictions."),
+    ] = None,
+    sheet: Annotated[
+        str | None, typer.Option(help="The sheet of a workbook of rows. Default: the first that is not hidden.")
     ] = None,
     backbone: BackboneOption = None,
     max_new_tokens: Annotated[
@@ -87,10 +93,12 @@ def predict(
         raise RecipeError(f"a prompt is given, and --{' and --'.join(given)}, too; give one of them")
     if output is not None and rows is None:
         raise RecipeError("--output takes the predictions of a file of rows; give such a file, or leave it out")
+    if sheet is not None and rows is None:
+        raise RecipeError("--sheet is that of a workbook of rows; give such a file, or leave it out")
     if given:
         answers = [predict_question(adapter, given, **settings)]
     elif rows is not None:
-        found = predict_rows(adapter, rows, output, **settings)
+        found = predict_rows(adapter, rows, output, sheet=sheet, **settings)
         answers = [] if output else [json.dumps(one, ensure_ascii=False) for one in found]
     elif chat and not prompts and sys.stdin is not None and sys.stdin.isatty():
         _talk(adapter, settings)

@@ -85,7 +85,14 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
         from grasp_lora import api
         from grasp_lora.bench.run_folder import CARD_FILE, DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
         from grasp_lora.cli.progress import TerminalProgress
-        from grasp_lora.report.delivered import next_steps, predict_command, reason, trained_again, verdict
+        from grasp_lora.report.delivered import (
+            command_for_texts,
+            next_steps,
+            predict_command,
+            reason,
+            trained_again,
+            verdict,
+        )
         from grasp_lora.report.run_record import read_run
     with shown(TerminalProgress(console, answers)) as progress:
         result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
@@ -110,7 +117,10 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
     say(f"adapter {result.adapter}   report {result.folder / REPORT_FILE}")
     if (result.folder / PROMPT_FILE).is_file():
         say(f"try it: {predict_command(result.folder)}")
+    record = read_run(result.folder)
+    if own := command_for_texts(record, result.folder):
+        say(f"with a text of your own: {own}")
     say(f"in your own program: {result.adapter / CARD_FILE} holds the lines of Python")
-    for step in next_steps(read_run(result.folder), recipe, overrides, result.folder, allow_code):
+    for step in next_steps(record, recipe, overrides, result.folder, allow_code):
         say(f"next: {step}")
     leave()

@@ -336,6 +336,9 @@ def _sheet(data: bytes, name: str, sheet: str | None) -> list[Row]:
         else:
             cells += [""] * (len(columns) - len(cells))
             rows.append(Row(where, {column: cell for column, cell in zip(columns, cells, strict=False) if column}))
+    if not rows and len(titles) > 1:
+        others = listed(one for one in titles if one != title)
+        raise DataError(f"{name}, sheet {quoted(title)}, holds no records; name another sheet: {others}")
     return rows
 
 

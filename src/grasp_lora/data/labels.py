@@ -20,8 +20,9 @@ def check_records(records: Iterable[Record]) -> None:
     """Check that each record has one label, without white space around it.
 
     Raises:
-        DataError: the message names the first that has not.
+        DataError: one has not; the message names it, and of white space the others, too.
     """
+    around = []
     for record in records:
         if record.references != (record.answer,):
             raise DataError(
@@ -29,9 +30,13 @@ def check_records(records: Iterable[Record]) -> None:
                 "leave out the column references"
             )
         if record.answer != record.answer.strip():
-            raise DataError(
-                f"example {quoted(record.id)} has the label {quoted(record.answer)} with white space around it; remove that"
-            )
+            around.append(record)
+    if around:
+        others = f", also in {listed([record.id for record in around[1:]])}" if len(around) > 1 else ""
+        raise DataError(
+            f"example {quoted(around[0].id)} has the label {quoted(around[0].answer)} with white space around it; "
+            f"remove that{others}"
+        )
 
 
 def check_labels(labels: Iterable[str], where: str) -> tuple[str, ...]:

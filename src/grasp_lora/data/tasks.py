@@ -76,6 +76,27 @@ TEMPLATES: dict[str, dict[str, Template]] = {
 }
 
 
+def fields_of(template: str) -> list[str]:
+    """The fields of a template, each once.
+
+    >>> fields_of("Context: {context}\\nQuestion: {question}\\nAnswer:")
+    ['context', 'question']
+    """
+    return list(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(template) if name))
+
+
+def options_of(template: str) -> list[str]:
+    """The options of `grasp-lora predict` that fill a prompt template; none where only rows do.
+
+    >>> options_of("Text: {text}\\nLabel:"), options_of("{question}? {context}"), options_of("{context}{question}{hint}")
+    (['--context'], ['--context', '--question'], [])
+    """
+    fields = fields_of(template)
+    if len(fields) == 1:
+        return ["--context"]
+    return ["--context", "--question"] if set(fields) == {"context", "question"} else []
+
+
 def task_fields(task: str) -> Task:
     """Return a task by its name.
 

@@ -13,7 +13,7 @@ import yaml
 
 from grasp_lora.bench.run_folder import ALL_ROWS, CARD_FILE
 from grasp_lora.data.splits import SPLITS
-from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_template
+from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_template, options_of
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.reading import WEIGHTS_FILE
@@ -90,6 +90,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "max_new_tokens": record.recipe.generation.max_new_tokens,
         "stops": [_literal(stop) for stop in record.recipe.generation.stop if stop],
         "chat": record.in_chat,
+        "options": options_of(prompt or ""),
         "labels": list(record.data.report.get("labels") or ()),
         "recipe": recipe,
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),

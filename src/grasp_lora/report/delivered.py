@@ -17,6 +17,7 @@ from grasp_lora.bench.run_folder import (
     TargetOn,
 )
 from grasp_lora.data.splits import HELD_OUT
+from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, options_of
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.text import RECIPE_FILE, parse
@@ -94,6 +95,14 @@ def predict_command(folder: Path | None = None) -> str:
     places = [str(Path(name) if folder is None else folder / name) for name in (ADAPTER_FOLDER, PROMPT_FILE)]
     adapter, prompt = map(shlex.quote, places)
     return f"grasp-lora predict {adapter} --jsonl < {prompt}"
+
+
+def command_for_texts(record: RunRecord, folder: Path | None = None) -> str | None:
+    """One command that answers a text of the reader's own; None where no option puts it into a prompt, or there is nothing to."""
+    prompt = record.data.report.get("prompt") or ""
+    options = [] if prompt == TEMPLATES["completion"][ANY_LANGUAGE].prompt else options_of(prompt)
+    adapter = shlex.quote(str(Path(ADAPTER_FOLDER) if folder is None else folder / ADAPTER_FOLDER))
+    return " ".join([f"grasp-lora predict {adapter}", *(f'{option} "..."' for option in options)]) if options else None
 
 
 def next_steps(record: RunRecord, recipe: str, overrides: Sequence[str], folder: Path, allow_code: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """Test examples side by side: what each system answered, those first in which the systems differ most."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import Prediction
 from grasp_lora.report.run_record import RunRecord
 from grasp_lora.report.tables import BELOW_ZERO, METRIC_NAMES
+from grasp_lora.text.display import listed
 
 MOST_SHOWN = 20
 CHARACTERS_SHOWN = 1000
@@ -64,6 +66,22 @@ def examples_of(record: RunRecord) -> Examples:
         shown.append(Example(place + 1, ids[place], prompt, references, answers))
     says = marked(0.0, metric)[0] is not None
     return Examples(shown, len(ids), metric and METRIC_NAMES.get(metric, metric), says)
+
+
+def label_notes(record: RunRecord, system: str) -> list[str]:
+    """Of a classification, what the same label for every test row is worth, and how often a system answers each label."""
+    counts: dict[str, dict[str, int]] = record.data.report.get("labels") or {}
+    rows = record.predictions.get(system)
+    if not counts or not rows:
+        return []
+    most = max(counts, key=lambda label: counts[label].get("train", 0))
+    share = 100 * sum(most in row.references for row in rows) / len(rows)
+    answered = Counter(row.prediction for row in rows)
+    listing = listed([f"{label} {answered[label]}" for label in counts])
+    return [
+        f"To answer {most}, the most frequent label of the training rows, always has accuracy {share:.1f} on the test. "
+        f"What is handed over answers: {listing}."
+    ]
 
 
 def leading_metric(rows: Sequence[Prediction]) -> str | None:

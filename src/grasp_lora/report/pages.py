@@ -20,6 +20,7 @@ from grasp_lora.method.policy import POLICIES
 from grasp_lora.report.delivered import (
     NOTHING_LEARNED,
     chosen,
+    command_for_texts,
     delivered_system,
     predict_command,
     reason,
@@ -27,7 +28,7 @@ from grasp_lora.report.delivered import (
     verdict,
     where_trained,
 )
-from grasp_lora.report.examples import examples_of
+from grasp_lora.report.examples import examples_of, label_notes
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
 from grasp_lora.report.run_record import CorpusFacts, RunRecord, read_run
 from grasp_lora.report.tables import (
@@ -113,6 +114,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "target_on": where_trained(record.chosen_on, len(record.sources)) if record.chosen_on else None,
         "warning": handed_over.warning if handed_over else None,
         "predict": predict_command(),
+        "predict_texts": command_for_texts(record),
         "has_prompt": not record.in_chat,
         "headline": headline(record, against),
         "facts": _facts(record),
@@ -132,7 +134,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "scores": scores_table(record),
         "signatures": {METRIC_NAMES.get(key, key): text for key, text in signatures.items()},
         "scale": scale_note(signatures),
-        "notes": score_notes(record, against),
+        "notes": [*label_notes(record, delivered_system(record)), *score_notes(record, against)],
         "rule": learned.rule if learned and not given else None,
         "curve": curve_table(record),
         "rounds": rounds_table(record),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import ALL_ROWS, TRAINED, FactorSparsity, Prediction
+from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.report.run_record import RunRecord
 
 if TYPE_CHECKING:
@@ -218,13 +219,12 @@ def _scores_column(key: str, values: Sequence[float | None]) -> list[Cell]:
 
 def score_notes(record: RunRecord, against: Mapping[str, Against]) -> list[str]:
     """How much of the table is noise, and what separates GRASP from each other system."""
-    count = record.metrics.test_examples if record.metrics else 0
-    if not count:
+    if record.metrics is None or not (count := record.metrics.test_examples):
         return []
-    notes = [
-        f"The test set has {count} example{'' if count == 1 else 's'}: one example is worth {100 / count:.2f} points of a score "
-        "that is a mean over examples and runs from 0 to 100."
-    ]
+    worth = f": one example is worth {100 / count:.2f} points of a score that is a mean over examples and runs from 0 to 100"
+    names = {name for system in record.metrics.systems.values() for name in system.metrics}
+    has_mean = any(name not in METRICS or METRICS[name].from_statistics is None for name in names)
+    notes = [f"The test set has {count} example{'' if count == 1 else 's'}{worth if has_mean else ''}."]
     for other, found in against.items():
         gap = f"{found.metric} {_signed(found.ours - found.theirs, found.digits)}{' points' if found.points else ''}"
         gap += _sure(found.score, found.digits)
