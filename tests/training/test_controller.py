@@ -1,5 +1,6 @@
 """Masks that hold through training and rounds that tell the truth, in three trainers: ours, transformers' and TRL's."""
 
+import copy
 import itertools
 import json
 import math
@@ -353,14 +354,24 @@ def test_mixed_precision_and_checkpointing_as_trl_has_them_by_default(make_tiny_
     assert all(math.isfinite(loss) for loss in measured)
 
 
-def test_rows_are_tokenised_as_trl_tokenises_them(make_tiny_model, tiny_tokenizer, tmp_path):
-    backbone = make_tiny_model("llama")
-    with attached(backbone, merged_adapter(backbone, "llama")) as model:
-        trainer = make_sft_trainer(model, tmp_path, tiny_tokenizer)
-        trained_on = list(trainer.train_dataset)
+@pytest.mark.parametrize("merges", [(), ("?", "Ġ")])
+def test_rows_are_tokenised_as_trl_tokenises_them(make_tiny_model, tiny_tokenizer, tmp_path, merges):
+    from tokenizers import models
+
     from grasp_lora.data.build import encode_rows
 
-    for ours, theirs in zip(encode_rows(ROWS, tiny_tokenizer), trained_on, strict=True):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    if merges:  # the end of a prompt and the beginning of its answer become one token
+        vocabulary = tokenizer.get_vocab()
+        vocabulary["".join(merges)] = merged = len(vocabulary)
+        tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[merges], unk_token="<unk>")
+    backbone = make_tiny_model("llama")
+    with attached(backbone, merged_adapter(backbone, "llama")) as model:
+        trainer = make_sft_trainer(model, tmp_path, tokenizer)
+        trained_on = list(trainer.train_dataset)
+    encoded = encode_rows(ROWS, tokenizer)
+    assert not merges or all(one.completion_ids[0] == merged for one in encoded)
+    for ours, theirs in zip(encoded, trained_on, strict=True):
         assert [*ours.prompt_ids, *ours.completion_ids] == theirs["input_ids"]
         completion = [
             token for token, label in zip(theirs["input_ids"], theirs["labels"], strict=True) if label != -100

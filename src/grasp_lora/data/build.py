@@ -149,7 +149,9 @@ def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedToke
         rows: each with `prompt` and `completion`, as texts or as lists of messages, or with `messages` that end with
             the assistant's answer; an `id` may be given and is "row 0", "row 1", ... where it is not. Messages go
             through the tokenizer's chat template; texts are taken as they are, control tokens in them too, but for control
-            characters and the line ends of Windows, which are cleaned as in files: TRL keeps them. No row is too long.
+            characters and the line ends of Windows, which are cleaned as in files: TRL keeps them. No row is too long. Prompt
+            and completion are tokenised together where they are texts. Of messages the answer counts up to the token that ends
+            its turn; TRL also trains on what a template writes after that, or before the answer, such as `<think>`.
         tokenizer: with an EOS token.
 
     Raises:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 from grasp_lora.data.chat import end_of_turn, render_chat
@@ -188,7 +188,8 @@ class Encoder:
         max_tokens: prompt, completion and EOS together.
         max_document_tokens: the task's document is cut to so many tokens; None to cut nothing.
         chat: give the prompt as a user turn.
-        data_is_text: whether control tokens that the data spells stay text.
+        data_is_text: whether control tokens that the data spells stay text. Else they are control tokens, and without `chat`
+            prompt and answer are tokenised together, both as in TRL.
         ends_turns: without `chat`, end every prompt with a line break, as conversations do, among which it stands.
     """
 
@@ -213,8 +214,11 @@ class Encoder:
         answer = TASKS[self.task].answer
         prompts, answer_lost = self._prompts(records, tally)
         completions = [self.template.completion.format(**{answer: self._text(record.answer)}) for record in records]
-        prompt_ids = self._prompt_ids(prompts)
-        completion_ids = _tokenize(self.tokenizer, completions, add_special_tokens=False)
+        if self.data_is_text or self.chat:
+            prompt_ids = self._prompt_ids(prompts)
+            completion_ids = _tokenize(self.tokenizer, completions, add_special_tokens=False)
+        else:
+            prompt_ids, completion_ids = self._tokenize_together(prompts, completions)
         examples: list[Example | None] = []
         for i, record in enumerate(records):
             before, after = prompt_ids[i], completion_ids[i]
@@ -238,6 +242,18 @@ class Encoder:
             )
             examples.append(None if too_long or answer_lost[i] else example)
         return examples
+
+    def _tokenize_together(
+        self, prompts: Sequence[str], completions: Sequence[str]
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """Let each answer begin where prompt and answer together leave the tokens of the prompt alone, since tokens may merge."""
+        alone, answers = self._prompt_ids(prompts), _tokenize(self.tokenizer, completions, add_special_tokens=False)
+        whole = self._prompt_ids([before + after for before, after in zip(prompts, completions, strict=True)])
+        for place, (prompt, both) in enumerate(zip(alone, whole, strict=True)):
+            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, both, strict=False)))
+            if 0 < common < len(both):
+                alone[place], answers[place] = both[:common], both[common:]
+        return alone, answers
 
     def ask(self, records: Sequence[Record]) -> list[list[int]]:
         """Return the token ids of the prompts of records, as `encode` makes them; their answers have no part in it.
