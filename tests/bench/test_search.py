@@ -269,6 +269,17 @@ def test_code_among_the_values_of_a_sweep_is_allowed_and_found_as_that_of_a_reci
             ("target.adapter=somewhere",),
             "target.training.epochs changes nothing: target.adapter is given",
         ),
+        ("mask.score=[magnitude,input_aware]", (), "mask.score changes nothing: a trial prunes nothing without"),
+        (
+            "final.mode=[hold,reselect]",
+            ("final.prune_ratio=0.0",),
+            "final.mode changes nothing: a trial prunes nothing",
+        ),
+        (
+            "mask.score=[magnitude,input_aware]",
+            ("final.prune_ratio=0.5", "final.mask.score=magnitude"),
+            "mask.score changes nothing: final.mask is given",
+        ),
     ],
 )
 def test_a_key_that_changes_nothing_is_not_swept(
@@ -278,6 +289,7 @@ def test_a_key_that_changes_nothing_is_not_swept(
     with pytest.raises(RecipeError, match=re.escape(said)):
         search_space((param,), recipe)
     assert search_space(("merge.rule=[exact,dare_ties]", "merge.seed=1..9", "merge.density=0.1..0.9"), recipe)
+    assert search_space(("mask.score=[magnitude,input_aware]", "final.prune_ratio=[0.2,0.5]"), session_of().recipe)
     decided = session_of("source.adapters=[a,b]", "target.adapter=c").recipe
     assert search_space(("source.adapters.0=[x,y]",), decided)
     assert search_space(("source.adapters=[[],[a]]", "source.training.epochs=[1,2]"), decided)

@@ -99,7 +99,7 @@ class TestSearchSpace:
             ("final.prune_ratio=.1..1/2", Parameter("final.prune_ratio", (0.1, 1.0), 0.1, 1)),
             (f"{RATE}=[1e-3, 2e-3]", Parameter(RATE, (0.001, 0.002))),
             ("merge.weights=[null, [0.3, 0.7]]", Parameter("merge.weights", (None, [0.3, 0.7]))),
-            ("mask.score=[magnitude, input_aware]", Parameter("mask.score", ("magnitude", "input_aware"))),
+            ("final.training.keep=[best, last]", Parameter("final.training.keep", ("best", "last"))),
         ],
     )
     def test_forms(self, tiny_workspace, text, expected):
@@ -268,7 +268,7 @@ def test_values_that_do_not_go_together_fail_their_trial_only(tiny_workspace):
 
 
 def test_values_that_come_again_cost_nothing(tiny_workspace):
-    result, recorder = run("out", "mask.scope=[factor, global]", sampler="random", trials=5)
+    result, recorder = run("out", "final.training.weight_decay=[0.0, 0.1]", sampler="random", trials=5)
     repeats = [trial for trial in result.trials if trial.repeats]
     assert len(repeats) == 3
     assert {(trial.work, trial.seconds) for trial in repeats} == {(0, 0.0)}

@@ -765,3 +765,26 @@ def test_another_base_name_only_warns(make_tiny_model, folder, caplog):
     with caplog.at_level(logging.WARNING):
         check(folder, make_tiny_model("llama"))
     assert not caplog.records
+
+
+@pytest.mark.filterwarnings("ignore:target_parameters:RuntimeWarning")
+def test_a_model_type_in_which_peft_takes_other_modules_is_refused() -> None:
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    dense = Glm4MoeConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, head_dim=16,
+        num_key_value_heads=1, n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, first_k_dense_replace=1,
+    )  # fmt: skip
+    model = Glm4MoeForCausalLM(dense).eval()
+    said = r"PEFT puts no adapter on model\.layers\.0\.mlp\.down_proj in a model of this type; name other lora"
+    with (
+        pytest.raises(AdapterError, match=said),
+        fresh_adapter(model, LoraSettings(rank=2, target_modules=("q_proj", "down_proj")), seed=0),
+    ):
+        pass
+    names = ("model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj")
+    weights = AdapterWeights({name: LoraPair(torch.ones(2, 16), torch.ones(16, 2)) for name in names})
+    with pytest.raises(AdapterError, match=said), attached(model, weights):
+        pass
+    with fresh_adapter(model, LoraSettings(rank=2, target_modules=("q_proj",)), seed=0) as free:
+        assert list(live_pairs(free)) == ["model.layers.0.self_attn.q_proj"]  # it was left as it was

@@ -20,7 +20,7 @@ from grasp_lora.models.live import ADAPTER_NAME, live_pairs, lora_layers
 from grasp_lora.models.precision import is_quantised
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
 from grasp_lora.models.settings import ALL_LINEAR, LoraSettings
-from grasp_lora.text.display import quoted
+from grasp_lora.text.display import listed, quoted
 from grasp_lora.text.names import without_place
 
 if TYPE_CHECKING:
@@ -98,7 +98,8 @@ def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -
         task_type="CAUSAL_LM",
         fan_in_fan_out=_transposed(model, targets),
     )
-    with _injected(model, config, seed) as peft_model:
+    named = {name for name in _linear(model) if _is_named(name, targets)} - set(config.exclude_modules or ())
+    with _injected(model, config, named, seed) as peft_model:
         yield peft_model
 
 
@@ -113,7 +114,7 @@ def attached(model: "PreTrainedModel", weights: AdapterWeights, *, dropout: floa
     """
     check_target_modules(model, tuple(weights))
     _check_shapes(model, weights, "the adapter", "the backbone")
-    with _injected(model, config_of(weights.together(), model, dropout)) as peft_model:
+    with _injected(model, config_of(weights.together(), model, dropout), set(weights)) as peft_model:
         with torch.no_grad():
             for name, layer in lora_layers(peft_model).items():
                 if weights[name].apart:
@@ -344,7 +345,9 @@ def _transposed(model: torch.nn.Module, target_modules: tuple[str, ...]) -> bool
 
 
 @contextmanager
-def _injected(model: "PreTrainedModel", config: "LoraConfig", seed: int = 0) -> Iterator["PeftModel"]:
+def _injected(
+    model: "PreTrainedModel", config: "LoraConfig", modules: set[str], seed: int = 0
+) -> Iterator["PeftModel"]:
     from peft import get_peft_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -357,7 +360,11 @@ def _injected(model: "PreTrainedModel", config: "LoraConfig", seed: int = 0) -> 
         torch.default_generator.manual_seed(seed)
         peft_model = get_peft_model(model, config)
     try:
-        for module in lora_layers(peft_model).values():
+        layers = lora_layers(peft_model)
+        if missing := sorted(modules - layers.keys()):  # PEFT takes the experts of some types for the names of an MLP
+            ways = "name other lora.target_modules, such as q_proj"
+            raise AdapterError(f"PEFT puts no adapter on {listed(missing)} in a model of this type; {ways}")
+        for module in layers.values():
             module.lora_A[ADAPTER_NAME].float()
             module.lora_B[ADAPTER_NAME].float()
             # PEFT's new modules are in training mode whatever the backbone's is: its dropout would act on an eval model.
