@@ -55,10 +55,17 @@ FOLDER, INTERRUPTION, ORDER = "storage/test_folder.py", "storage/test_interrupti
 MUTATIONS = (
     Mutation(
         "deliver: rows of one article are drawn apart",
-        "return best_of(losses, rows, alone, left_out, groups, titles)",
-        "return best_of(losses, rows, alone, left_out, None, titles)",
+        "found = best_of(losses, rows, alone, left_out, groups, titles)",
+        "found = best_of(losses, rows, alone, left_out, None, titles)",
         ("bench/test_deliver.py",),
         "a few articles decide what is handed over, and the interval says nothing of it",
+    ),
+    Mutation(
+        "deliver: the right answers of labels have no veto",
+        'if found.name != "grasp" or not errors or not vetoed(*errors):',
+        "if True:",
+        ("bench/test_deliver.py", "bench/test_tasks.py"),
+        "over-confidence saved is taken for better labels",
     ),
     Mutation(
         "compare: joint trains on the source alone",

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from grasp_lora.bench.session import hash_of
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
+from grasp_lora.data.splits import hash_of
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSettings

@@ -18,8 +18,8 @@ has stopped early on the rows that choose, and rows of one article may choose an
 | GRASP if target N SE ahead | GRASP's result where the target adapter is that far ahead of the source's, else `continued` |
 | a run's | `final.deliver: best`: the same with 1, unless the bootstrap, which draws whole groups, shows another to be better |
 
-With `target.on: source` there is no target adapter by itself: in the rules the sum (`merged`) stands in its place. With `auto`
-that is so in each seed that has taken the sum.
+Of labels a run's rule has the veto of right answers, too. With `target.on: source` there is no target adapter by itself: in the
+rules the sum (`merged`) stands in its place. With `auto` that is so in each seed that has taken the sum.
 
 The table on standard output: the mean score of what a rule hands over, minus that of `continued`, minus that of the best of
 source, target and merge in hindsight, and how often it hands over what. Of a comparison it also says whether rows of one group
@@ -125,10 +125,11 @@ def both(losses: Values, scores: Values) -> str:
     return max(losses, key=gain)
 
 
-def a_runs(losses: Values, groups: np.ndarray | None) -> str:
-    """What a run does with rows of these groups; None takes each row by itself."""
+def a_runs(losses: Values, scores: Values, groups: np.ndarray | None, labels: bool) -> str:
+    """What a run does with rows of these groups; None takes each row by itself. Of labels the right answers may veto."""
     numbers = None if groups is None else groups.tolist()
-    return best_of({name: own.tolist() for name, own in losses.items()}, "dev", groups=numbers).name
+    found = best_of({name: own.tolist() for name, own in losses.items()}, "dev", groups=numbers).name
+    return vetoed(1.0, losses, scores) if labels and found == "grasp" else found
 
 
 RULES: dict[str, Rule] = {
@@ -142,10 +143,13 @@ RULES: dict[str, Rule] = {
 }
 
 
-def replay(seeds: Sequence[Seed], rows: int, draws: int, bootstraps: int, seed: int = 0) -> list[list[str]]:
+def replay(
+    seeds: Sequence[Seed], rows: int, draws: int, bootstraps: int, seed: int = 0, labels: bool = False
+) -> list[list[str]]:
     """One row of the table a rule.
 
     Args:
+        labels: whether the scores are those of a classification.
         rows: that choose, in each draw.
         draws: for each seed.
         bootstraps: the same for a run's own rule, which draws thousands of times itself.
@@ -173,8 +177,9 @@ def replay(seeds: Sequence[Seed], rows: int, draws: int, bootstraps: int, seed: 
             for _ in range(times):
                 choosing = np.zeros(one.examples, dtype=bool)
                 choosing[random.choice(one.examples, rows, replace=False)] = True
-                losses, groups = _of(one.losses, choosing), None if one.groups is None else one.groups[choosing]
-                name = rule(losses, _of(one.scores, choosing)) if rule else a_runs(losses, groups)
+                losses, scores = _of(one.losses, choosing), _of(one.scores, choosing)
+                groups = None if one.groups is None else one.groups[choosing]
+                name = rule(losses, scores) if rule else a_runs(losses, scores, groups, labels)
                 judged = {key: float(values[~choosing].mean()) for key, values in one.scores.items()}
                 parent = max(judged[key] for key in PARENTS if key in judged)
                 gains.append((judged[name], judged[name] - judged["continued"], judged[name] - parent))
@@ -280,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check(session)
             metric = main_metric(list(session.metrics))
             seeds = on_record(session, given.output, tuple(int(seed) for seed in given.seeds.split(",")))
-        found = replay(seeds, given.rows, given.draws, bootstraps=min(given.draws, 60))
+        found = replay(seeds, given.rows, given.draws, bootstraps=min(given.draws, 60), labels=metric == "accuracy")
     except GraspError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -10,6 +10,7 @@ import torch
 
 from grasp_lora import api
 from grasp_lora.bench.compare import ComparisonSettings, compare
+from grasp_lora.bench.deliver import by_setting
 from grasp_lora.bench.predict import asking
 from grasp_lora.bench.preflight import preflight
 from grasp_lora.bench.run_folder import predictions_file, read_metrics
@@ -17,6 +18,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.data.labels import encode_labels
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.models.adapters import attached
+from grasp_lora.models.choosing import likeliest_labels
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.report.comparison import score_table, write_comparison
@@ -104,6 +106,37 @@ def test_a_comparison_has_the_intervals_of_accuracy_and_macro_f1(tiny_workspace)
         assert against.difference == pytest.approx(ours - theirs)
         assert against.low <= against.difference <= against.high
     assert any("Macro-F1" in column for column in score_table(found).columns)
+
+
+def test_the_right_answers_decide_between_grasps_result_and_the_continued_adapter(tiny_workspace, monkeypatch) -> None:
+    """Rule 4 of `deliver.py`, in a run and in the row `delivered` of a comparison."""
+    write("classification")
+    measured, original = [], Session.errors
+
+    def errors(self: Session, weights: Any, split: str) -> list[float]:
+        found = original(self, weights, split)
+        with attached(self.backbone.model, weights) as model:
+            told = likeliest_labels(
+                model, [one.prompt_ids for one in self.splits.dev], self.splits.labels, self.recipe.generation
+            )
+        assert found == [float(answer not in one.references) for answer, one in zip(told, self.splits.dev, strict=True)]
+        measured.append(split)
+        return [float(len(measured) > 1)] * len(found)  # the first, `continued`, is always right, the other never
+
+    monkeypatch.setattr("grasp_lora.bench.deliver.best_of", lambda losses, rows, *_: by_setting(losses, rows))
+    monkeypatch.setattr(Session, "errors", errors)
+    given = ["final.deliver=best", "data.target.dev=8", "data.target.test=8", "data.labels=['no','not','yes']"]
+    api.run("tiny.yaml", given, "run")
+    delivered = read_metrics(Path("run")).delivered
+    assert delivered is not None
+    assert (delivered.name, delivered.against, measured) == ("continued", "grasp", ["dev", "dev"])
+    assert "It answers 8 of 8 dev rows right, GRASP's result 0." in Path("run/report.md").read_text(encoding="utf-8")
+    settings = ComparisonSettings(methods=("continued", "delivered"), seeds=(42,), resamples=200)
+    found = compare(Session(*load_recipe("tiny.yaml", given)), Path("run"), settings, write_comparison)
+    assert {row.method: row.taken for row in found.rows}["delivered"]
+    rows = {row.method: row for row in found.rows}
+    assert rows["delivered"].scores == rows["continued"].scores
+    assert len(measured) == 2  # on record
 
 
 def test_macro_f1_is_computed_again_for_each_draw() -> None:

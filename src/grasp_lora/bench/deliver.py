@@ -10,6 +10,8 @@ The rule, for `final.deliver: best`, by losses on dev, or on micro-dev where the
 3. The best is the one with the lowest mean loss. It is compared with the expected one by the paired bootstrap over these rows
    (`compare_with_baselines`, 95 %). Where it is shown to be better, it is handed over, else the expected one.
    Rows that belong together, such as those of one article, are drawn together.
+4. In a classification a lower loss is often no more than less over-confidence. So where that is GRASP's result, the continued
+   source adapter is handed over all the same if it answers more of these rows right, by more than `AHEAD` standard errors.
 
 Replayed on finished comparisons (`benchmarks/lab/verdict.py`) it gains nearly as much as GRASP's result where that is the best,
 and loses little where the continued adapter is.
@@ -25,6 +27,7 @@ from grasp_lora.bench.measuring import FEWEST
 from grasp_lora.bench.outcomes import Adapter
 from grasp_lora.bench.run_folder import Delivered
 from grasp_lora.bench.steps import Bench
+from grasp_lora.bench.store import Record
 from grasp_lora.data.splits import group_numbers
 from grasp_lora.errors import AdapterError, DivergedError, ProbeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
@@ -83,9 +86,36 @@ def choose(bench: Bench, systems: Mapping[str, Adapter], left_out: str = "") -> 
     alone, rows = losses.pop(ALONE, []), (split or "dev").replace("_", "-")
     groups = None if split is None else group_numbers(getattr(bench.session.splits, split))
     titles = IN_ORDER if bench.recipe.target.on is None else ON_SOURCE
-    if bench.recipe.final.deliver == "best":
-        return best_of(losses, rows, alone, left_out, groups, titles)
-    return by_setting(losses, rows, alone, titles)
+    if bench.recipe.final.deliver != "best":
+        return by_setting(losses, rows, alone, titles)
+    found = best_of(losses, rows, alone, left_out, groups, titles)
+    errors = [record.result["losses"] for record in answers_that_count(bench, systems)]
+    if found.name != "grasp" or not errors or not vetoed(*errors):
+        return found
+    ours, theirs = (f"{len(own) - sum(own):.0f}" for own in errors)
+    return Delivered(
+        name="continued",
+        title=titles["continued"],
+        why=f"It answers {ours} of {len(errors[0])} {rows} rows right, {titles['grasp']} {theirs}. That weighs more than the "
+        f"loss of these rows, which is {fmean(losses['continued']):.3f} against {fmean(losses['grasp']):.3f}. {left_out}".strip(),
+        split=rows,
+        examples=len(errors[0]),
+        against="grasp",
+        **_learned("continued", losses, alone, rows, titles),
+    )
+
+
+def answers_that_count(bench: Bench, systems: Mapping[str, Adapter]) -> list[Record]:
+    """The errors of `continued` and of GRASP's result that rule 4 compares; none where it has no part."""
+    split, both = bench.choosing_split, [systems[name] for name in ("continued", "grasp") if name in systems]
+    if split is None or not bench.session.splits.labels or len(both) < 2:
+        return []
+    return [bench.errors(system, split) for system in both]
+
+
+def vetoed(continued: Sequence[float], grasp: Sequence[float]) -> bool:
+    """Whether the continued source adapter makes clearly fewer errors than GRASP's result: rule 4; two rows or more."""
+    return _above([theirs - own for own, theirs in zip(continued, grasp, strict=True)])
 
 
 def by_setting(
@@ -179,7 +209,12 @@ def _source_behind(losses: Mapping[str, Sequence[float]], usable: Sequence[str])
         return None
     source = min(sources, key=lambda name: fmean(losses[name]))
     ahead = [theirs - own for theirs, own in zip(losses[source], losses[target], strict=True)]
-    return (source, target) if fmean(ahead) > AHEAD * stdev(ahead) / math.sqrt(len(ahead)) else None
+    return (source, target) if _above(ahead) else None
+
+
+def _above(leads: Sequence[float]) -> bool:
+    """Whether a paired difference is above 0 by more than `AHEAD` standard errors."""
+    return fmean(leads) > AHEAD * stdev(leads) / math.sqrt(len(leads))
 
 
 def _first(name: str) -> str:

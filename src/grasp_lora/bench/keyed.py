@@ -9,8 +9,9 @@ from typing import Any
 
 from grasp_lora.bench.keys import plain
 from grasp_lora.bench.outcomes import Adapter, facts_of, once, unique
-from grasp_lora.bench.session import Session, hash_of
+from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import Store, key_of
+from grasp_lora.data.splits import hash_of
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings, merge_rule

@@ -69,6 +69,19 @@ class Measuring(Keyed):
         settings = self._measured(adapter, data=self._data(split), revision=REVISIONS["losses"], split=split)
         return self.store.get(f"{split} losses", settings, work)
 
+    def errors(self, adapter: Adapter, split: str) -> Record:
+        """Which examples of a split of a classification get a wrong label: 1, the right one: 0; as its `losses`."""
+        settings = self._measured(
+            adapter,
+            data=self._data(split),
+            revision=REVISIONS["scores"],
+            split=split,
+            labels=self.session.splits.labels,
+        )
+        return self.store.get(
+            f"{split} errors", settings, lambda key, folder: {"losses": self.session.errors(adapter.load(), split)}
+        )
+
     @property
     def choosing_splits(self) -> list[str]:
         """The splits whose rows decide."""

@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from grasp_lora.bench.checks import lack_of_rounds
-from grasp_lora.bench.deliver import IN_ORDER, candidates, choose, continue_source
+from grasp_lora.bench.deliver import IN_ORDER, answers_that_count, candidates, choose, continue_source
 from grasp_lora.bench.outcomes import Adapter, Outcome
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
@@ -143,7 +143,9 @@ def _run_delivered(bench: Bench) -> Outcome:
         learned.ratio if chosen.name == "grasp" else None,
         chosen_on=split,
         chosen_among=[one for one in (*systems.values(), continued) if one is not None],
-        chosen_by=[] if split is None else [bench.losses(one, split) for one in systems.values()],
+        chosen_by=[]
+        if split is None
+        else [*(bench.losses(one, split) for one in systems.values()), *answers_that_count(bench, systems)],
         left_out=[f"is without a candidate. {left_out}"] if continued is None else [],
         taken=chosen.title,
     )

@@ -29,10 +29,10 @@ from grasp_lora.bench.deliver import ALONE, candidates, choose, continue_source
 from grasp_lora.bench.finished import inputs_of, is_finished, refuse_other_template
 from grasp_lora.bench.outcomes import Adapter, Learned, Measured, names_of
 from grasp_lora.bench.records import read_needed
-from grasp_lora.bench.session import Session, hash_of
+from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Store
-from grasp_lora.data.splits import SPLITS, group_numbers
+from grasp_lora.data.splits import SPLITS, group_numbers, hash_of
 from grasp_lora.errors import AdapterError, DivergedError, ProbeError, RecipeError
 from grasp_lora.method.masks import survival
 from grasp_lora.method.rounds import RatioEstimate

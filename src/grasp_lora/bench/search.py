@@ -23,11 +23,12 @@ from grasp_lora.bench.checks import check, check_config
 from grasp_lora.bench.keys import hash_of_code
 from grasp_lora.bench.run_folder import STORE_FOLDER, SWEEP_FOLDER, check_place
 from grasp_lora.bench.search_space import SAMPLERS, SECTIONS, Parameter, propose, search_space, trial_recipe
-from grasp_lora.bench.session import Session, hash_of
+from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import WAIT, Store
 from grasp_lora.bench.sweep_record import SWEEP_FILE, Identity, SweepCost, SweepResult, Trial
 from grasp_lora.data.places import resolve_file
+from grasp_lora.data.splits import hash_of
 from grasp_lora.errors import (
     AdapterError,
     DivergedError,

@@ -4,9 +4,8 @@ A `Session` holds what the steps share. It writes only into folders that it is g
 Every method of the paper and every baseline is a few calls on it.
 """
 
-import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grasp_lora.bench.progress import Progress
 from grasp_lora.data.build import build_splits
 from grasp_lora.data.encode import Example
-from grasp_lora.data.splits import SPLITS, Fold, Splits
+from grasp_lora.data.splits import Fold, Splits
 from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.metrics import Metric, resolve_metrics, score
@@ -340,16 +339,22 @@ class Session:
         test, tokenizer, settings = self.splits.test, self.backbone.tokenizer, self.recipe.generation
         prompts, gold = [one.prompt_ids for one in test], [one.completion_ids for one in test]
         told, ends = self.progress.answered, {completion[-1] for completion in gold}
-        labels = self.splits.labels
         with self._with(weights) as model:
-            if labels:
-                answers = distribute(prompts, lambda own: likeliest_labels(model, own, labels, settings, told))
+            if self.splits.labels:
+                answers = self._likeliest(model, test, told)
             elif world_size() == 1:
                 reader = Reader(model, tokenizer, prompts, gold, settings, told, ends)
                 return ProbeSet(test, self.pad_id).losses(model, reader=reader), tuple(reader.answers())
             else:
                 answers = distribute(prompts, lambda own: generate(model, tokenizer, own, settings, told, ends))
             return self._losses(model, test), tuple(answers)
+
+    def errors(self, weights: AdapterWeights | None, split: str) -> list[float]:
+        """Of each example of a split of a classification 1 where another label is likelier, else 0."""
+        examples, labels = getattr(self.splits, split), self.splits.labels
+        with self._with(weights) as model:
+            answers = self._likeliest(model, examples)
+        return [float(one.completion_ids != labels[own]) for one, own in zip(examples, answers, strict=True)]
 
     def score(self, answers: Sequence[str]) -> dict[str, MetricScore]:
         """Score answers to the test prompts, in the order of the split."""
@@ -385,14 +390,11 @@ class Session:
         model = self.backbone.model
         return nullcontext(model) if weights is None else attached(model, weights.together())
 
+    def _likeliest(
+        self, model: Any, examples: Sequence[Example], told: Callable[[int, int], None] | None = None
+    ) -> Sequence[str]:
+        prompts, labels, settings = [one.prompt_ids for one in examples], self.splits.labels, self.recipe.generation
+        return distribute(prompts, lambda own: likeliest_labels(model, own, labels, settings, told))
+
     def _losses(self, model: Any, examples: Sequence[Example]) -> list[float]:
         return ProbeSet(examples, self.pad_id).losses(model) if examples else []
-
-
-def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:
-    """Return a hash of every token and its place in the named splits, so that nothing goes on with other data."""
-    digest = hashlib.sha256()
-    for name in names:
-        for example in getattr(splits, name):
-            digest.update(repr((name, example.id, example.prompt_ids, example.completion_ids)).encode())
-    return digest.hexdigest()

@@ -1,5 +1,6 @@
 """Splits by whole groups of records that belong together, and the proof that they are disjoint."""
 
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
@@ -370,3 +371,12 @@ def check_disjoint(splits: Splits) -> None:
             f"splits overlap: {'; '.join(problems)}. A group joins records with the same id, context, document or "
             f"article; remove the shared ones from a file, or give one pool (files) and let it be split{numbers}{alike}"
         )
+
+
+def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:
+    """Return a hash of every token and its place in the named splits, so that nothing goes on with other data."""
+    digest = hashlib.sha256()
+    for name in names:
+        for example in getattr(splits, name):
+            digest.update(repr((name, example.id, example.prompt_ids, example.completion_ids)).encode())
+    return digest.hexdigest()
