@@ -259,7 +259,8 @@ def test_the_commands_of_a_page_run_one_after_the_other(page: Path, newcomer: Pa
     if not any(command.startswith("grasp-lora init") for command in mine) and any(
         "my-examples" in command for command in mine
     ):
-        mine = [*commands(BEFORE)[:3], *mine]
+        begin = commands(BEFORE)
+        mine = [*begin[: 1 + next(n for n, one in enumerate(begin) if one.startswith("grasp-lora run "))], *mine]
     script = "\n".join(command for command in mine if why_not_run(command) is None)
     environment = {
         "PATH": f"{programs}:/usr/bin:/bin",
