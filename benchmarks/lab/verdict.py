@@ -93,11 +93,15 @@ def highest_score(losses: Values, scores: Values) -> str:
     return max(losses, key=lambda name: (float(scores[name].mean()), -float(losses[name].mean())))
 
 
+def above(apart: np.ndarray, errors: float) -> bool:
+    """Whether a paired difference is above 0 by more than so many standard errors."""
+    return bool(apart.mean() > errors * apart.std(ddof=1) / len(apart) ** 0.5)
+
+
 def unless(usual: str, errors: float, losses: Values, scores: Values) -> str:
     """The usual candidate, unless it is more than so many standard errors behind the lowest loss: then that."""
     best = lowest_loss(losses, scores)
-    behind = losses[usual] - losses[best]
-    return usual if behind.mean() <= errors * behind.std(ddof=1) / len(behind) ** 0.5 else best
+    return best if above(losses[usual] - losses[best], errors) else usual
 
 
 def ahead(errors: float, losses: Values, scores: Values) -> str:
@@ -105,14 +109,12 @@ def ahead(errors: float, losses: Values, scores: Values) -> str:
     target = "target" if "target" in losses else "merged"
     if not {"source", target} <= losses.keys():
         return "continued"
-    apart = losses["source"] - losses[target]
-    return "grasp" if apart.mean() > errors * apart.std(ddof=1) / len(apart) ** 0.5 else "continued"
+    return "grasp" if above(losses["source"] - losses[target], errors) else "continued"
 
 
 def vetoed(errors: float, losses: Values, scores: Values) -> str:
     """GRASP's result, unless the mean score of `continued` is more than so many standard errors higher: then that."""
-    apart = scores["continued"] - scores["grasp"]
-    return "continued" if apart.mean() > errors * apart.std(ddof=1) / len(apart) ** 0.5 else "grasp"
+    return "continued" if above(scores["continued"] - scores["grasp"], errors) else "grasp"
 
 
 def both(losses: Values, scores: Values) -> str:

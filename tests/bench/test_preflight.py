@@ -92,11 +92,8 @@ def test_a_label_of_one_or_two_rows_may_be_a_slip(tiny_workspace: Path) -> None:
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("task: completion", "task: classification"))
     rows = [{"text": f"text {i}", "label": ("no", "yes")[i % 2]} for i in range(40)]
     write_rows("source", [{**row, "text": f"source {row['text']}"} for row in rows])
-    sizes = [
-        f"data.target.{name}={size}"
-        for name, size in zip(("train", "dev", "micro_dev", "test"), (20, 8, 4, 8), strict=False)
-    ]
-    given = ['data.labels=["no","yes","yse"]', *sizes]
+    sizes = {"train": 20, "dev": 8, "micro_dev": 4, "test": 8}
+    given = ['data.labels=["no","yes","yse"]', *(f"data.target.{name}={size}" for name, size in sizes.items())]
     slip = "so few rows of the target have the label yse (2); where one is a slip of another label, correct it; else add rows"
     for slips in (2, 3):
         places = (5, 15, 25)[:slips]

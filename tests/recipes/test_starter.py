@@ -326,6 +326,14 @@ def test_columns_that_the_user_names_are_those_of_the_recipe_and_of_the_run(star
     assert fits(Path("mine.yaml"))["train"] == 25
 
 
+def test_columns_that_fit_nothing_may_be_labels_of_texts(start: Callable[..., Path]) -> None:
+    data = write(Path("t.csv"), [{"a": "x", "b": "y", "c": "z", "d": "w"}])
+    with pytest.raises(
+        DataError, match="--column answer=NAME, or for labels --column text=NAME --column label=NAME, or"
+    ):
+        start(data, ())
+
+
 def test_a_source_has_columns_of_its_own_names(start: Callable[..., Path]) -> None:
     data = write(Path("t.csv"), swahili(60))
     english = [dict(zip(("Passage", "Q", "Jibu"), row.values(), strict=True)) for row in swahili(60, "s")]

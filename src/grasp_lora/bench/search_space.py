@@ -229,8 +229,7 @@ def _without_effect(key: str, recipe: Recipe, swept: Collection[str]) -> str | N
     masks = key == "final.mode" or key.partition(".")[0] == "mask" or f"{key}.".startswith("final.mask.")
     if masks and not recipe.final.prune_ratio and not {"final", "final.prune_ratio"} & set(swept):
         return "a trial prunes nothing without a final.prune_ratio above 0; give one, or sweep it, too"
-    own_mask = recipe.final.mask is not None and not any(f"{one}.".startswith("final.") for one in swept)
-    if own_mask and key.partition(".")[0] == "mask":
+    if key.partition(".")[0] == "mask" and recipe.final.mask is not None and not {"final", "final.mask"} & set(swept):
         return "final.mask is given, and a trial masks by that"
     rule = merge_rule(recipe.merge.rule)
     if "merge" in swept or "merge.rule" in swept or recipe.merge.rule not in MERGE_RULES:  # one's own may read all

@@ -284,7 +284,7 @@ def _guess(table: Table, preferred: str | None, given: Mapping[str, str], option
     # The task of which most columns are there; of several, one with as many fields as there are columns.
     nearest = max(choices, key=lambda one: (len(by_name.keys() & set(one[1])), len(one[1]) == len(found)))[1]
     lacking = [field for field, names in nearest.items() if not by_name.keys() & set(names)]
-    ways = [lacking] if len(lacking) < len(nearest) else [lacking, ["text", "label"]]
+    ways = [lacking] if preferred or len(lacking) < len(nearest) else [lacking, ["text", "label"]]
     such = ", or for labels ".join(" ".join(f"{option} {field}=NAME" for field in fields) for fields in ways)
     raise DataError(
         f"{name} has the columns {listed(found)}, which fit no task ({known}, messages, or instruction and output); name them, "
