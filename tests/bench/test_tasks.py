@@ -16,12 +16,15 @@ from grasp_lora.bench.preflight import preflight
 from grasp_lora.bench.run_folder import predictions_file, read_metrics
 from grasp_lora.bench.session import Session
 from grasp_lora.data.labels import encode_labels
+from grasp_lora.evaluation.metrics import METRICS, score
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.choosing import likeliest_labels
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.report.comparison import score_table, write_comparison
+from grasp_lora.report.differences import compare_systems
+from grasp_lora.report.run_record import read_run
 from grasp_lora.training.probes import ProbeSet
 
 LABELS = ("no", "not", "yes")
@@ -140,8 +143,6 @@ def test_the_right_answers_decide_between_grasps_result_and_the_continued_adapte
 
 
 def test_macro_f1_is_computed_again_for_each_draw() -> None:
-    from grasp_lora.evaluation.metrics import METRICS, score
-
     references = [[label] for label in ("a", "a", "b", "b", "c", "a", "b")]
     ours, theirs = ["a", "a", "b", "a", "c", "a", "b"], ["a", "b", "b", "a", "a", "a", "c"]
     found = [score(["macro_f1"], answers, references, "jv")["macro_f1"] for answers in (ours, theirs)]
@@ -165,6 +166,22 @@ def test_a_translation_is_scored_by_chrf_and_bleu(tiny_workspace) -> None:
     assert "chrF++" in report
     assert "is worth" not in report  # neither score is a mean over examples
     assert 'grasp-lora predict adapter --context "..."' in report
+    rows = {
+        name: [json.loads(line)["statistics"]["chrf++"] for line in path.read_text(encoding="utf-8").splitlines()]
+        for name in ("grasp", "target")
+        for path in [Path(f"run/evaluation/{name}.jsonl")]
+    }
+    corpus_score = METRICS["chrf++"].from_statistics
+    assert corpus_score is not None
+    for name, sums in rows.items():
+        assert float(corpus_score(torch.tensor(sums).sum(dim=0))) == pytest.approx(
+            metrics.systems[name].metrics["chrf++"], abs=1e-6
+        )
+    known = compare_systems(read_run(Path("run")))
+    assert known["target"].score is not None
+    alone = compare_with_baselines(rows["grasp"], {"target": rows["target"]}, corpus_score=corpus_score)["target"]
+    assert known["target"].score.difference == pytest.approx(alone.difference)
+    assert known["target"].score.low <= alone.low <= alone.high <= known["target"].score.high  # that holds for all rows
 
 
 def test_check_says_what_can_be_chosen(tiny_workspace) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.store import Record, key_of
 from grasp_lora.data.encode import Example
 from grasp_lora.errors import AdapterError
@@ -82,12 +83,11 @@ class Measured:
         return {name: entry["signature"] for name, entry in self._entries.items()}
 
     def rows(self, test: Sequence[Example]) -> list[dict[str, Any]]:
-        """One row a test example: its answer, its loss and, of each score that is a mean over examples, its share."""
-        means = {
-            name: entry["per_example"]
-            for name, entry in self._entries.items()
-            if entry["value"] is not None and not entry["statistics"]
-        }
+        """One row a test example, as `Prediction` describes it."""
+        scored = {name: entry for name, entry in self._entries.items() if entry["value"] is not None}
+        means = {name: entry["per_example"] for name, entry in scored.items() if not entry["statistics"]}
+        leading = main_metric(list(scored))
+        sums = {leading: scored[leading]["statistics"]} if leading in scored and leading not in means else {}
         losses = [] if self.test is None else self.test.result["losses"]
         return [
             {
@@ -96,6 +96,7 @@ class Measured:
                 "references": list(example.references),
                 "loss": loss,
                 "scores": {name: values[number] for name, values in means.items()},
+                **({"statistics": {name: values[number] for name, values in sums.items()}} if sums else {}),
             }
             for number, (example, answer, loss) in enumerate(zip(test, self.answers, losses, strict=True))
         ]

@@ -223,13 +223,14 @@ class FactorSparsity(Shape):
 
 
 class Prediction(Shape):
-    """One line of evaluation/<system>.jsonl."""
+    """One line of evaluation/<system>.jsonl; `statistics` has the leading metric's counts, where its score is no mean."""
 
     id: str
     prediction: str
     references: list[str] = []
     loss: Loss
     scores: dict[str, Loss] = {}
+    statistics: dict[str, list[float]] = {}  # as in `MetricScore`
 
 
 class Prompt(Shape):

@@ -28,13 +28,12 @@ from grasp_lora.report.delivered import (
     verdict,
     where_trained,
 )
+from grasp_lora.report.differences import Difference, compare_systems
 from grasp_lora.report.examples import examples_of, label_notes
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
 from grasp_lora.report.run_record import CorpusFacts, RunRecord, read_run
 from grasp_lora.report.tables import (
     METRIC_NAMES,
-    Against,
-    compare_systems,
     cost_table,
     curve_table,
     losses_table,
@@ -175,7 +174,7 @@ def _beside(record: RunRecord) -> dict[str, str]:
     return usual | {"merged": "the target adapter on the source adapter"}
 
 
-def headline(record: RunRecord, compared: Mapping[str, Against]) -> str:
+def headline(record: RunRecord, compared: Mapping[str, Difference]) -> str:
     """What was learned about the ratio, and what GRASP's result scores beside another system of those compared with it."""
     learned = record.learned
     prune = "It prunes" if chosen(record) else "Prune"  # the verdict is what says what to do

@@ -3,18 +3,16 @@
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from grasp_lora.bench.planned import main_metric
-from grasp_lora.bench.run_folder import ALL_ROWS, TRAINED, FactorSparsity, Prediction
+from grasp_lora.bench.run_folder import ALL_ROWS, TRAINED, FactorSparsity
 from grasp_lora.evaluation.metrics import METRICS
 from grasp_lora.report.run_record import RunRecord
 
 if TYPE_CHECKING:
     from grasp_lora.evaluation.statistics import PairedComparison
+    from grasp_lora.report.differences import Difference
 
 SAME_EVERYWHERE = "the same in every draw"  # and so no interval says what other examples would show
 METRIC_NAMES = {
@@ -99,79 +97,6 @@ def _signed(value: float, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
-@dataclass(frozen=True)
-class Against:
-    """GRASP against another system on the same test examples.
-
-    Args:
-        metric: the leading one, as it is printed.
-        digits: decimals that show its scores.
-        points: whether it runs to 100.
-        ours, theirs: its scores.
-        score, loss: how sure their difference is, and that of the test losses; None where there are no values by example.
-    """
-
-    metric: str
-    digits: int
-    points: bool
-    ours: float
-    theirs: float
-    score: "PairedComparison | None"
-    loss: "PairedComparison | None"
-
-
-def compare_systems(record: RunRecord) -> dict[str, Against]:
-    """GRASP against every other system that has been evaluated, by the main metric of those that both have.
-
-    The intervals hold for all systems at once (see `compare_with_baselines`); a score of a whole corpus has none here.
-    """
-    systems = record.metrics.systems if record.metrics else {}
-    if "grasp" not in systems:
-        return {}
-    found = {}
-    for other in ("continued", "merged", "target", *record.sources):
-        scores, theirs = systems["grasp"].metrics, systems[other].metrics if other in systems else {}
-        known = [{key for key, one in of.items() if one is not None and math.isfinite(one)} for of in (scores, theirs)]
-        finite = [key for key in scores if all(key in keys for keys in known)]
-        if finite:
-            found[other] = main_metric(finite)
-    losses = _paired(record, tuple(found), lambda row: row.loss, higher_is_better=False)
-    sure = {key: _paired(record, tuple(found), partial(_score_of, key)) for key in set(found.values())}
-    return {
-        other: Against(
-            METRIC_NAMES.get(key, key),
-            score_digits(key, [one.metrics.get(key) for one in systems.values()], 1),
-            key in METRIC_NAMES,
-            systems["grasp"].metrics[key] or 0.0,
-            systems[other].metrics[key] or 0.0,
-            sure[key].get(other),
-            losses.get(other),
-        )
-        for other, key in found.items()
-    }
-
-
-def _score_of(key: str, row: Prediction) -> float:
-    return row.scores.get(key, math.nan)
-
-
-def _paired(
-    record: RunRecord, others: Sequence[str], value: Callable[[Prediction], float], *, higher_is_better: bool = True
-) -> "dict[str, PairedComparison]":
-    """Compare GRASP with the systems whose values by example are all there and finite."""
-    from grasp_lora.evaluation.statistics import compare_with_baselines  # brings torch, which is slow to import
-
-    values = {name: [value(row) for row in record.predictions[name]] for name in ("grasp", *others)}
-    ids = {name: [row.id for row in record.predictions[name]] for name in values}
-    usable = [name for name in values if ids[name] == ids["grasp"] and all(map(math.isfinite, values[name]))]
-    if "grasp" not in usable or len(ids["grasp"]) < 2:
-        return {}
-    rest = {name: values[name] for name in usable if name != "grasp"}
-    groups = record.data.test_groups  # older versions wrote none
-    alike = groups if len(groups) == len(ids["grasp"]) else None
-    return compare_with_baselines(values["grasp"], rest, groups=alike, higher_is_better=higher_is_better)
-
-
 def _table(caption: str, columns: Sequence[str], rows: Iterable[Iterable[str | Cell]]) -> Table | None:
     """A table, or None where it would have no rows."""
     cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
@@ -217,7 +142,7 @@ def _scores_column(key: str, values: Sequence[float | None]) -> list[Cell]:
     return _column(values, score_digits(key, values, 1), max, "unavailable")
 
 
-def score_notes(record: RunRecord, against: Mapping[str, Against]) -> list[str]:
+def score_notes(record: RunRecord, against: Mapping[str, "Difference"]) -> list[str]:
     """How much of the table is noise, and what separates GRASP from each other system."""
     if record.metrics is None or not (count := record.metrics.test_examples):
         return []
