@@ -209,7 +209,7 @@ MUTATIONS = (
     ),
     Mutation(
         "checkpoints: files that have changed count",
-        "if _sha256(file) != digest:",
+        "if sha256_of(file) != digest:",
         "if not digest:",
         (CHECKPOINTS,),
         "training goes on from spoiled weights",

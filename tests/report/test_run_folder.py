@@ -60,17 +60,11 @@ def test_what_a_run_writes_is_what_the_shapes_hold(reference_run: Path) -> None:
 
 def test_an_estimate_becomes_the_ratio_file_and_comes_back() -> None:
     curve = ((0.1, 1.0, 0.5, 1.5), (0.4, 0.0, 0.0, 0.0))
-    ratio = LearnedRatio.of(RatioEstimate(0.4, 0.3, 0.5, "smooth_fit", 7, curve), last_committed=0.45)
-    assert (ratio.prune_ratio, ratio.low, ratio.high, ratio.rounds, ratio.last_committed_ratio) == (
-        0.4,
-        0.3,
-        0.5,
-        7,
-        0.45,
-    )
+    ratio = LearnedRatio.of(RatioEstimate(0.4, 0.3, 0.5, "smooth_fit", 7, curve))
+    assert (ratio.prune_ratio, ratio.low, ratio.high, ratio.rounds) == (0.4, 0.3, 0.5, 7)
     assert ratio.curve.to_json() == {"ratios": [0.1, 0.4], "mean": [1.0, 0.0], "low": [0.5, 0.0], "high": [1.5, 0.0]}
     assert ratio.estimate == RatioEstimate(0.4, 0.3, 0.5, "smooth_fit", 7, curve)
-    assert LearnedRatio.of(RatioEstimate(0.4, 0.3, 0.5, "best_reward", 7), None).curve.ratios == []
+    assert LearnedRatio.of(RatioEstimate(0.4, 0.3, 0.5, "best_reward", 7)).curve.ratios == []
 
 
 @pytest.mark.parametrize(

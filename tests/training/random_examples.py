@@ -1,7 +1,21 @@
-"""Examples of random tokens, which the tests of training share."""
+"""Examples of random tokens and adapters of random weights, which the tests of training share."""
 
 import random
 from dataclasses import dataclass
+
+import torch
+
+from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.models.adapters import fresh_adapter
+from grasp_lora.models.live import live_pairs
+from grasp_lora.models.settings import LoraSettings
+
+TARGETS = {
+    "llama": ("q_proj", "v_proj"),
+    "gemma3": ("q_proj", "v_proj"),
+    "qwen3": ("q_proj", "v_proj"),
+    "gpt2": ("c_attn",),
+}
 
 
 @dataclass(frozen=True)
@@ -22,3 +36,22 @@ def make_examples(count: int, seed: int = 0, name: str = "e", prompt: tuple[int,
         )
         for index in range(count)
     ]
+
+
+def random_like(model, generator: torch.Generator, size: float, **rest) -> AdapterWeights:
+    """Random weights in the shapes of a model's LoRA pairs; `rest` are fields of each `LoraPair`."""
+    return AdapterWeights(
+        {
+            name: LoraPair(
+                size * torch.randn(pair.A.shape, generator=generator),
+                size * torch.randn(pair.B.shape, generator=generator),
+                **rest,
+            )
+            for name, pair in live_pairs(model).items()
+        }
+    )
+
+
+def random_adapter(model, architecture: str = "llama") -> AdapterWeights:
+    with fresh_adapter(model, LoraSettings(rank=4, target_modules=TARGETS[architecture]), 1) as peft_model:
+        return random_like(peft_model, torch.Generator().manual_seed(1), 0.2, scaling=2.0)

@@ -10,17 +10,17 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
+from random_examples import make_examples, random_like
 from transformers import TrainerCallback
 
 from grasp_lora.errors import GraspError, Interrupted
-from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.method.lora import AdapterWeights, Segment
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.policy import Gaussian
 from grasp_lora.method.presets import Controller
@@ -58,25 +58,6 @@ def little_garbage() -> Iterator[None]:
     gc.unfreeze()
 
 
-@dataclass(frozen=True)
-class Example:
-    id: str
-    prompt_ids: tuple[int, ...]
-    completion_ids: tuple[int, ...]
-
-
-def make_examples(count: int, seed: int = 0) -> list[Example]:
-    generator = random.Random(seed)
-    return [
-        Example(
-            f"e{index}",
-            tuple(generator.randrange(4, 260) for _ in range(generator.randint(2, 12))),
-            (*(generator.randrange(4, 260) for _ in range(generator.randint(0, 4))), 2),
-        )
-        for index in range(count)
-    ]
-
-
 DEV, MICRO_DEV = make_examples(4, 1), make_examples(3, 2)
 
 
@@ -86,17 +67,7 @@ def merged(backbone, apart: bool = False) -> AdapterWeights:
     segments = (Segment("source", 3), Segment("target", 3 if apart else 2))
     rank = sum(segment.rank for segment in segments)
     with fresh_adapter(backbone, LoraSettings(rank=rank), 0) as model:
-        return AdapterWeights(
-            {
-                name: LoraPair(
-                    0.3 * torch.randn(pair.A.shape, generator=generator),
-                    0.3 * torch.randn(pair.B.shape, generator=generator),
-                    segments=segments,
-                    apart=apart,
-                )
-                for name, pair in live_pairs(model).items()
-            }
-        )
+        return random_like(model, generator, 0.3, segments=segments, apart=apart)
 
 
 class AtStep(TrainerCallback):

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from random_examples import Example, make_examples
+from random_examples import TARGETS, Example, make_examples, random_like
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError
-from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSet, MaskSettings, survival
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.policy import POLICIES, Gaussian, Spread, Uniform
@@ -39,12 +39,6 @@ from grasp_lora.training.probes import ProbeSet, ProbesInTurn
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TrainingSettings
 
-TARGETS = {
-    "llama": ("q_proj", "v_proj"),
-    "gemma3": ("q_proj", "v_proj"),
-    "qwen3": ("q_proj", "v_proj"),
-    "gpt2": ("c_attn",),
-}
 ARCHITECTURES = list(TARGETS)
 TRAINERS = ["ours", "transformers", "trl"]
 PAD = 0
@@ -60,17 +54,7 @@ def merged_adapter(model, architecture: str) -> AdapterWeights:
     for seed, rank in ((1, 3), (2, 2)):
         generator = torch.Generator().manual_seed(seed)
         with fresh_adapter(model, LoraSettings(rank=rank, target_modules=TARGETS[architecture]), seed) as peft_model:
-            parts.append(
-                AdapterWeights(
-                    {
-                        name: LoraPair(
-                            0.3 * torch.randn(pair.A.shape, generator=generator),
-                            0.3 * torch.randn(pair.B.shape, generator=generator),
-                        )
-                        for name, pair in live_pairs(peft_model).items()
-                    }
-                )
-            )
+            parts.append(random_like(peft_model, generator, 0.3))
     return merge(parts, MergeSettings())
 
 

@@ -4,16 +4,16 @@ from collections import Counter
 
 import pytest
 import torch
-from random_examples import make_examples
+from random_examples import make_examples, random_like
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
-from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
+from grasp_lora.method.lora import AdapterWeights, Segment
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.method.presets import Controller
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.models.adapters import attached, fresh_adapter
-from grasp_lora.models.live import live_pairs, segments_of
+from grasp_lora.models.live import segments_of
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.finetune import finetune
@@ -64,17 +64,7 @@ class Counted(TrainerCallback):
 def weights_of(backbone) -> AdapterWeights:
     generator = torch.Generator().manual_seed(1)
     with fresh_adapter(backbone, LoraSettings(rank=4, target_modules=("q_proj", "v_proj")), 0) as model:
-        return AdapterWeights(
-            {
-                name: LoraPair(
-                    torch.randn(pair.A.shape, generator=generator),
-                    torch.randn(pair.B.shape, generator=generator),
-                    1.0,
-                    (Segment("source", 1), Segment("target", 3)),
-                )
-                for name, pair in live_pairs(model).items()
-            }
-        )
+        return random_like(model, generator, 1.0, segments=(Segment("source", 1), Segment("target", 3)))
 
 
 def counted_steps(make_tiny_model, tmp_path, layers: int, kind: str) -> list[Counter[str]]:

@@ -5,12 +5,11 @@ import math
 
 import pytest
 import torch
-from random_examples import Example, make_examples
+from random_examples import TARGETS, Example, make_examples, random_adapter
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
 from grasp_lora.errors import DataError, GraspError, ProbeError
-from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import adapter_weights, live_pairs
 from grasp_lora.models.settings import LoraSettings
@@ -19,12 +18,6 @@ from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
 
-TARGETS = {
-    "llama": ("q_proj", "v_proj"),
-    "gemma3": ("q_proj", "v_proj"),
-    "qwen3": ("q_proj", "v_proj"),
-    "gpt2": ("c_attn",),
-}
 PAD = 0
 
 
@@ -36,21 +29,6 @@ def naive_loss(model, examples) -> torch.Tensor:
         logits = model(input_ids=tokens, use_cache=False).logits[0, len(example.prompt_ids) - 1 : -1]
         losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(example.completion_ids)))
     return torch.stack(losses).mean()
-
-
-def random_adapter(model, architecture: str = "llama", seed: int = 1) -> AdapterWeights:
-    generator = torch.Generator().manual_seed(seed)
-    with fresh_adapter(model, LoraSettings(rank=4, target_modules=TARGETS[architecture]), seed) as peft_model:
-        return AdapterWeights(
-            {
-                name: LoraPair(
-                    0.2 * torch.randn(pair.A.shape, generator=generator),
-                    0.2 * torch.randn(pair.B.shape, generator=generator),
-                    2.0,
-                )
-                for name, pair in live_pairs(peft_model).items()
-            }
-        )
 
 
 def factors(model) -> list[torch.Tensor]:

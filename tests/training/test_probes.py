@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import random_examples
 import torch
-from random_examples import Example
+from random_examples import TARGETS, Example, random_adapter
 from transformers import OPTConfig, OPTForCausalLM
 
 from grasp_lora.errors import AdapterError, DataError, ProbeError
-from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import supports_logits_to_keep
@@ -20,12 +19,6 @@ from grasp_lora.models.settings import LoraSettings
 from grasp_lora.training.loss import IGNORED, collate, example_losses
 from grasp_lora.training.probes import NormCollector, ProbeSet, ProbesInTurn, calibrate
 
-TARGETS = {
-    "llama": ("q_proj", "v_proj"),
-    "gemma3": ("q_proj", "v_proj"),
-    "qwen3": ("q_proj", "v_proj"),
-    "gpt2": ("c_attn",),
-}
 ARCHITECTURES = list(TARGETS)
 PAD = 0
 make_examples = partial(random_examples.make_examples, prompt=(1, 23))
@@ -41,21 +34,6 @@ def naive_losses(model, examples) -> torch.Tensor:
         terms = [-log_probabilities[i - 1, tokens[0, i]] for i in range(start, tokens.shape[1])]
         losses.append(torch.stack(terms).mean())
     return torch.stack(losses)
-
-
-def random_adapter(model, architecture: str, seed: int = 1) -> AdapterWeights:
-    generator = torch.Generator().manual_seed(seed)
-    with fresh_adapter(model, LoraSettings(rank=4, target_modules=TARGETS[architecture]), seed) as peft_model:
-        return AdapterWeights(
-            {
-                name: LoraPair(
-                    0.2 * torch.randn(pair.A.shape, generator=generator),
-                    0.2 * torch.randn(pair.B.shape, generator=generator),
-                    2.0,
-                )
-                for name, pair in live_pairs(peft_model).items()
-            }
-        )
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from random_examples import make_examples
+from random_examples import TARGETS, make_examples, random_like
 
 from grasp_lora.errors import GraspError, Interrupted
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
@@ -21,7 +21,6 @@ from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.stacked import Member, Stack, members_of, train_stacked
 
 PAD = 0
-TARGETS = {"llama": ("q_proj", "v_proj"), "gemma3": ("q_proj", "v_proj"), "gpt2": ("c_attn",)}
 TRAIN, DEV, PROBES = make_examples(11, seed=1), make_examples(5, seed=2), make_examples(4, seed=3)
 RATIOS, SEEDS = (0.0, 0.3, 0.7), (1, 2)
 TRAINING = TrainingSettings(epochs=3, learning_rate=3e-2, patience=2, max_grad_norm=0.5, evaluate_every=0.5)
@@ -32,18 +31,7 @@ def start_on(backbone, architecture: str, rule: str = "exact") -> AdapterWeights
     parts = []
     for seed in (1, 2):
         with fresh_adapter(backbone, LoraSettings(rank=2, target_modules=TARGETS[architecture]), seed) as model:
-            parts.append(
-                AdapterWeights(
-                    {
-                        name: LoraPair(
-                            0.3 * torch.randn(pair.A.shape, generator=generator),
-                            0.3 * torch.randn(pair.B.shape, generator=generator),
-                            2.0,
-                        )
-                        for name, pair in live_pairs(model).items()
-                    }
-                )
-            )
+            parts.append(random_like(model, generator, 0.3, scaling=2.0))
     return merge(parts, MergeSettings(rule))
 
 

@@ -14,7 +14,7 @@ from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import RECIPE_FILE
-from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there
+from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there, sha256_of
 
 CHAT_TEMPLATE = "data.chat_template"
 _FILES = ("files", "train_files", "dev_files", "micro_dev_files", "test_files")
@@ -63,8 +63,8 @@ def inputs_of(recipe: Recipe, base: Path) -> dict[str, str]:
     """
     found = {}
     for key, file in _places(recipe, base):
-        with suppress(OSError), file.open("rb") as opened:
-            found[key] = hashlib.file_digest(opened, "sha256").hexdigest()
+        with suppress(OSError):
+            found[key] = sha256_of(file)
     backbone = _beside(recipe.backbone.name, base)
     with suppress(OSError):
         listing = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(backbone.iterdir())]

@@ -244,10 +244,12 @@ class _Run:
     def _show_learned(self, learned: Learned) -> dict[str, Any]:
         folder, result, estimate = self.folder / files.CONTROLLER_FOLDER, learned.record.result, learned.estimate
         names = {files.HISTORY_FILE: "history", files.ROUNDS_FILE: "rounds", files.TIMINGS_FILE: "timings"}
-        for file, rows in (beside := {file: result.get(name, []) for file, name in names.items()}).items():
+        beside = {file: result.get(name, []) for file, name in names.items()}
+        for file, rows in beside.items():
             on_first_process(partial(write_jsonl, folder / file, rows))
-        ratio = files.LearnedRatio.of(estimate, result["rounds"][-1]["ratio"], beside)
-        on_first_process(partial(write_json, folder / files.RATIO_FILE, ratio.to_json()))
+        on_first_process(
+            partial(write_json, folder / files.RATIO_FILE, files.LearnedRatio.of(estimate, beside).to_json())
+        )
         if learned.start.folder is not None:
             self._show_adapter(f"{files.CONTROLLER_FOLDER}/{files.ADAPTER_FOLDER}", learned.start)
         return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}

@@ -172,14 +172,11 @@ class LearnedRatio(Shape):
     rounds: int = 0
     confidence: float
     curve: Curve = Curve()
-    last_committed_ratio: float | None = None
     bounds: tuple[float, float] = (0.0, 1.0)  # runs of older versions do not say
     rows: dict[str, int] = {}  # how many each file beside this one has
 
     @classmethod
-    def of(
-        cls, estimate: RatioEstimate, last_committed: float | None, beside: Mapping[str, Sequence[object]] | None = None
-    ) -> Self:
+    def of(cls, estimate: RatioEstimate, beside: Mapping[str, Sequence[object]] | None = None) -> Self:
         """Return what the file says of an estimate, and of the rows in the files beside it."""
         ratios, mean, low, high = map(list, zip(*estimate.curve, strict=True)) if estimate.curve else ([], [], [], [])
         return cls(
@@ -190,7 +187,6 @@ class LearnedRatio(Shape):
             rounds=estimate.rounds,
             confidence=estimate.confidence,
             curve=Curve(ratios=ratios, mean=mean, low=low, high=high),
-            last_committed_ratio=last_committed,
             bounds=estimate.bounds,
             rows={name: len(rows) for name, rows in (beside or {}).items()},
         )

@@ -56,7 +56,6 @@ class ControllerRun:
     Args:
         estimate: the learned ratio.
         adapter: as it was after the run, or at its best round.
-        last_committed: the ratio in force at the end.
         steps: optimizer steps taken.
         rounds, timings, history: as the files of their names hold them.
         cost: examples trained on and measured, where steps and rounds do not tell.
@@ -64,7 +63,6 @@ class ControllerRun:
 
     estimate: RatioEstimate
     adapter: AdapterWeights
-    last_committed: float
     steps: int
     rounds: list[dict[str, Any]]
     timings: list[dict[str, Any]]
@@ -276,9 +274,7 @@ class Session:
                 )
             estimate = controller.learned
             kept = controller.best_adapter(estimate.ratio) if keep_best else adapter_weights(model, segments_of(merged))
-        return ControllerRun(
-            estimate, kept, controller.search.current_ratio, result.steps, rounds, timings, result.history
-        )
+        return ControllerRun(estimate, kept, result.steps, rounds, timings, result.history)
 
     def finetune_pruned(
         self,

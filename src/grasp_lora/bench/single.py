@@ -128,7 +128,7 @@ def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
             ROUNDS_FILE: learned.rounds,
             TIMINGS_FILE: learned.timings,
         }
-        write_json(draft / RATIO_FILE, LearnedRatio.of(learned.estimate, learned.last_committed, files).to_json())
+        write_json(draft / RATIO_FILE, LearnedRatio.of(learned.estimate, files).to_json())
         session.save(draft / ADAPTER_FOLDER, learned.adapter)
     return learned.estimate
 

@@ -126,7 +126,7 @@ def learn_stacked(session: Session, merged: AdapterWeights, folder: Path) -> Con
     for name, content in ((ROUNDS_FILE, rows), (TIMINGS_FILE, timings)):
         write_jsonl(folder / name, content)
     cost = _cost(members, stage.training, len(session.splits.train), len(pool))
-    return ControllerRun(search.best_ratio(), merged, search.current_ratio, taken, rows, timings, [], cost)
+    return ControllerRun(search.best_ratio(), merged, taken, rows, timings, [], cost)
 
 
 def _train(

@@ -4,7 +4,7 @@ A `Bench` holds the steps of one seed. Each step is on record in a `Store` under
 rests on. So runs, comparisons and sweeps share what they have in common, and a change makes only what rests on it anew.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,7 @@ from grasp_lora.method.policy import POLICIES
 from grasp_lora.method.presets import ratio_rule
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.stages import AUTO, ControllerStage
+from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
 
 JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
 
@@ -174,16 +174,7 @@ class Bench(Measuring):
         stage = replace(self.recipe.final, **{"prune_ratio": None, "start": "merged", **(changes or {})})
         if dev_free:
             stage = replace(stage, training=replace(stage.training, patience=None, keep="last"))
-        settings = self._settings(
-            data=self._data("train", *([] if dev_free else ["dev"])),
-            revision=REVISIONS["training"],
-            start=start.key,
-            prune_ratio=prune_ratio,
-            final=final_settings(stage),
-            mask=asdict(stage.mask or self.recipe.mask),
-            dropout=self.recipe.dropout,
-            dev_free=dev_free,
-        )
+        settings = self._final_run_settings(start, stage, dev_free, prune_ratio=prune_ratio)
 
         def work(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
             session = self.session.variant(self.recipe.model_copy(update={"final": stage}))
@@ -202,19 +193,25 @@ class Bench(Measuring):
         """The grid's final runs on the merge side by side, and of them the one with the lowest dev loss."""
         merged = self.merged()
         stage = replace(self.recipe.final, prune_ratio=None, start="merged")
-        settings = self._settings(
-            data=self._data("train", "dev"),
-            revision=REVISIONS["training"],
-            start=merged.key,
-            ratios=self.grid,
-            final=final_settings(stage),
-            mask=asdict(stage.mask or self.recipe.mask),
-            dropout=self.recipe.dropout,
-            dev_free=False,
-        )
+        settings = self._final_run_settings(merged, stage, dev_free=False, ratios=self.grid)
         session = self.session.variant(self.recipe.model_copy(update={"final": stage}))
         return self._adapter(
             "stacked grid", settings, [merged], lambda folder: train_grid(session, merged.weights, self.grid)
+        )
+
+    def _final_run_settings(
+        self, start: Adapter, stage: FinalStage, dev_free: bool, **pruned: float | Sequence[float]
+    ) -> dict[str, Any]:
+        """What the key of a final run or of several holds; `pruned` is its ratio or are theirs."""
+        return self._settings(
+            data=self._data("train", *([] if dev_free else ["dev"])),
+            revision=REVISIONS["training"],
+            start=start.key,
+            final=final_settings(stage),
+            mask=asdict(stage.mask or self.recipe.mask),
+            dropout=self.recipe.dropout,
+            dev_free=dev_free,
+            **pruned,
         )
 
     def continued(self) -> Adapter:
@@ -270,7 +267,7 @@ class Bench(Measuring):
 
     def _check_learned(self, weights: AdapterWeights) -> None:
         """Refuse to prune what no training has changed: nothing says which of its weights matter."""
-        if any(pair.A.any() and pair.B.any() for pair in weights.values()):
+        if any(pair.acts for pair in weights.values()):
             return
         source, target = (stage.training.learning_rate for stage in (self.recipe.source, self.recipe.target))
         raise UntrainedError(

@@ -1,7 +1,5 @@
 """The commands that do many runs of a recipe: compare, sweep."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,16 +68,15 @@ def compare(
         from grasp_lora.cli.on_ray import share
         from grasp_lora.cli.progress import TerminalBenchProgress, print_plan, print_steps
         from grasp_lora.report.comparison import COMPARISON_TABLES_FILE, print_comparison
-    with _checked_options():
-        settings = {
-            "methods": DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
-            "grid": _ratios("--grid", grid),
-            "reference": reference,
-            "split_seeds": tuple(split_seed or ()),
-            "folds": folds,
-        }
-        if seeds is not None:
-            settings["seeds"] = tuple(_number(int, "--seeds", seed, "whole numbers") for seed in _parts(seeds))
+    settings = {
+        "methods": DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
+        "grid": tuple(_number(float, "--grid", part) for part in _parts(grid)),
+        "reference": reference,
+        "split_seeds": tuple(split_seed or ()),
+        "folds": folds,
+    }
+    if seeds is not None:
+        settings["seeds"] = tuple(_number(int, "--seeds", seed, "whole numbers") for seed in _parts(seeds))
     given = _given(recipe, overrides, output, allow_code, settings)
     ray = _ray(on, address, workers, gpus_per_worker)
     if ray is None and workers is not None:
@@ -176,25 +173,12 @@ def _ray(on: str | None, address: str | None, workers: int | None, gpus_per_work
     return {"workers": workers or 1, "address": address, "gpus_per_worker": gpus_per_worker}
 
 
-@contextmanager
-def _checked_options() -> Iterator[None]:
-    """Turn what settings say of their values into the error of a user's mistake."""
-    try:
-        yield
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
-
-
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _ratios(option: str, text: str) -> tuple[float, ...]:
-    return tuple(_number(float, option, part) for part in _parts(text))
 
 
 def _number(kind: type[int] | type[float], option: str, text: str, allowed: str = "numbers") -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        raise ValueError(f"{option} holds {text!r}; give {allowed}, separated by commas") from error
+        raise RecipeError(f"{option} holds {text!r}; give {allowed}, separated by commas") from error

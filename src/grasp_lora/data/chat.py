@@ -49,7 +49,7 @@ def render_chat(
     answers = _rendered(tokenizer, conversations)
     seconds = MOST_SECONDS * (1 + len(conversations) // EACH)
     prompts: list[str] = []
-    for answer in _by_a_child(answers, seconds) if hasattr(os, "fork") else answers:
+    for answer in _limited(answers, seconds):
         if isinstance(answer, dict):
             name = names[len(prompts)]
             raise DataError(f"{name}: the tokenizer's chat template refuses it: {one_line(answer['reason'])[:300]}")
@@ -74,7 +74,7 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
     check_has_template(tokenizer)
     talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
     answers = _rendered(tokenizer, [talk], answered=True)
-    whole = next(iter(_by_a_child(answers, MOST_SECONDS) if hasattr(os, "fork") else answers), "")
+    whole = next(iter(_limited(answers, MOST_SECONDS)), "")
     after = whole.rpartition(_ANSWER)[2].strip() if isinstance(whole, str) and _ANSWER in whole else ""
     first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after else []
     # What the template writes as ordinary text, such as a line break or the next user's name, ends nothing for sure.
@@ -120,8 +120,10 @@ def _rendered(
         yield {"reason": str(error)[:1000] or type(error).__name__}
 
 
-def _by_a_child(answers: Iterator[str | dict[str, str]], seconds: int) -> list[str | dict[str, str]]:
-    """Return what a generator gives when a forked process runs it; less where that reaches a limit."""
+def _limited(answers: Iterator[str | dict[str, str]], seconds: int) -> list[str | dict[str, str]]:
+    """Return what a generator gives when a forked process runs it; less where that reaches a limit. Windows has no fork."""
+    if not hasattr(os, "fork"):
+        return list(answers)
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         # Python 3.12 warns that other threads may hold locks: the child takes none, and ends without cleaning up.

@@ -149,17 +149,16 @@ def _csv(data: bytes, name: str, delimiter: str | None = None) -> Iterator[Row]:
 
     Rows of blank cells alone are none; around and in the names of columns, white space and invisible marks do not count.
     """
-    text = _decode(data, name)
-    stated = _STATED_DELIMITER.match(text)  # a first line for Excel, which other readers take for the header
-    text = text[stated.end() :] if stated else text
-    blank = _BLANK_ROWS.match(text)
-    text, before = (
-        text[blank.end() :] if blank else text,
-        len((blank.group() if blank else "").splitlines()) + bool(stated),
-    )
+    text, before = _decode(data, name), 0
+    if stated := _STATED_DELIMITER.match(text):  # a first line for Excel, which other readers take for the header
+        text, before = text[stated.end() :], 1
+    if blank := _BLANK_ROWS.match(text):
+        text, before = text[blank.end() :], before + len(blank.group().splitlines())
     header = text.split("\n", 1)[0]
-    found = delimiter or next((mark for mark in (",", ";", "\t") if mark in header), ",")
-    delimiter = stated.group(1) if stated else found
+    if stated:
+        delimiter = stated.group(1)
+    elif delimiter is None:
+        delimiter = next((mark for mark in (",", ";", "\t") if mark in header), ",")
     lines = io.StringIO(text, newline="")
     reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=f"{delimiter} " in header, strict=True)
     try:

@@ -79,10 +79,7 @@ def importance(score: ScoreOrName) -> Score:
     Raises:
         ValueError: there is none, or the object is no `Score`.
     """
-    found = find("mask score", score, Score, SCORES)
-    if not isinstance(found, Score):
-        raise ValueError(f"mask score is {quoted(found)}; it must be a name or a Score, such as Score(function)")
-    return found
+    return find("mask score", score, Score, SCORES)
 
 
 def score_pair(pair: LoraPair, score: ScoreOrName, norms: InputNorms | None = None) -> tuple[Tensor, Tensor]:

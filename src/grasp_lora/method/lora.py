@@ -64,6 +64,11 @@ class LoraPair:
         """(d_out, d_in) of the delta."""
         return self.B.shape[0], self.A.shape[1]
 
+    @property
+    def acts(self) -> bool:
+        """Whether the pair changes anything: neither factor is all zero."""
+        return bool(self.A.any() and self.B.any())
+
     def delta(self) -> Tensor:
         """Return scaling * B @ A, [d_out, d_in]."""
         pair = self.together()

@@ -6,7 +6,7 @@ works module by module: a module that only some adapters have is merged from tho
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -228,10 +228,7 @@ def merge_rule(rule: RuleOrName) -> MergeRule:
     Raises:
         ValueError: there is none, or the object is no `MergeRule`.
     """
-    found = find("merge rule", rule, MergeRule, MERGE_RULES)
-    if not isinstance(found, MergeRule):
-        raise ValueError(f"merge rule is {quoted(found)}; it must be a name or a MergeRule")
-    return found
+    return find("merge rule", rule, MergeRule, MERGE_RULES)
 
 
 @dataclass(frozen=True)
@@ -331,18 +328,14 @@ def merge(
         _check_shapes(module, parts, settings.rule)
         merged[module] = rule.space.merge(parts, rule, settings, generator)
     # Weights of 0 alone are what a search for those of `lorahub` begins with; a recipe that has them is refused before it is run.
-    if any(weights) and not _acts(merged) and any(map(_acts, adapters)):
+    acted = any(pair.acts for adapter in adapters for pair in adapter.values())
+    if any(weights) and acted and not any(pair.acts for pair in merged.values()):
         thinned = rule.sparsify is not keep_all and settings.density < 1.0
         way = f"raise merge.density (now {settings.density})" if thinned else f"give other merge.weights than {weights}"
         raise AdapterError(
             f"the merge by rule {quoted(settings.rule)} is empty: A or B is all zero in each of its {len(merged)} modules; {way}"
         )
     return AdapterWeights(merged)
-
-
-def _acts(pairs: Mapping[str, LoraPair]) -> bool:
-    """Whether an adapter changes anything: a module has both factors."""
-    return any(bool(pair.A.any() and pair.B.any()) for pair in pairs.values())
 
 
 def _check_shapes(module: str, parts: list[Part], rule: RuleOrName) -> None:

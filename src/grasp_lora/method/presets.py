@@ -25,10 +25,7 @@ def ratio_rule(rule: RuleOrName) -> Rule:
     Raises:
         ValueError: there is none, or the object is no `Rule`.
     """
-    found = find("rule", rule, Rule, RULES)
-    if not isinstance(found, Rule):
-        raise ValueError(f"rule is {quoted(found)}; it must be a name or a Rule, such as Rule('mine', function)")
-    return found
+    return find("rule", rule, Rule, RULES)
 
 
 @dataclass(frozen=True)

@@ -88,10 +88,11 @@ class Groups:
 
         def along_rank(module: str, factor: str) -> Tensor:
             """The group of each rank-one component of a factor."""
-            ranks = [segment.rank for segment in pairs[module].segments] if scope == "factor" else []
-            names = [(module, factor, part)[: 0 if scope == "global" else 3] for part in range(len(ranks) or 1)]
+            segments = pairs[module].segments if scope == "factor" else ()
+            ranks = [segment.rank for segment in segments] or [pairs[module].rank]
+            names = [() if scope == "global" else (module, factor, part) for part in range(len(ranks))]
             groups = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
-            return groups.repeat_interleave(torch.tensor(ranks or [pairs[module].rank]))
+            return groups.repeat_interleave(torch.tensor(ranks))
 
         cpu = torch.device("cpu")
         if granularity == "weight":

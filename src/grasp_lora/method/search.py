@@ -192,12 +192,14 @@ class RatioSearch:
         if places is not None and (len(set(places)) < len(places) or not set(places) <= set(range(examples))):
             raise ValueError(f"places {list(places)} are not different places among {examples} baseline losses")
         few = examples if places is None else len(places)
-        for number, losses in enumerate((measured.baseline_losses, *measured.candidate_losses)):
-            if not losses or len(losses) != (few if number else examples):
+        if not few:
+            raise ValueError("a round without losses; probe one example at least")
+        for losses in measured.candidate_losses:
+            if len(losses) != few:
                 raise ValueError(
-                    f"a list of {len(losses)} losses beside a baseline of {few}; "
-                    "the baseline and every candidate need the loss of each example"
+                    f"a candidate has {len(losses)} losses, but {few} examples are probed; give each one's loss"
                 )
+        for losses in (measured.baseline_losses, *measured.candidate_losses):
             for example, loss in enumerate(losses):
                 if not math.isfinite(loss):
                     raise ProbeError(f"the loss of probed example {example} is {loss}; it must be finite")

@@ -4,9 +4,11 @@ Nothing that a config names is imported, and no regular expression in it can tak
 """
 
 import math
+import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,12 +160,13 @@ def _patterns(key: str, stated: Mapping[str, float] | None) -> Patterns:
             if re.fullmatch(r"[\w-]+(\.[\w-]+)*", pattern):
                 means = _ending(pattern)
             elif re.fullmatch(r"\^[\w-]+(\\\.[\w-]+)*", pattern):  # a module's whole name, as `config_of` writes it
-                means = pattern[1:].replace("\\.", ".").__eq__
-            elif (expressions := expressions + 1) > MOST_EXPRESSIONS:
-                raise RefusedError(
-                    f"it holds over {MOST_EXPRESSIONS} regular expressions; name modules in full instead"
-                )
+                means = partial(operator.eq, pattern[1:].replace("\\.", "."))
             else:
+                expressions += 1
+                if expressions > MOST_EXPRESSIONS:
+                    raise RefusedError(
+                        f"it holds over {MOST_EXPRESSIONS} regular expressions; name modules in full instead"
+                    )
                 means = _expression(pattern)
             entries.append((means, value))
     return Patterns(tuple(entries), len(entries) + (_EXPRESSION_EFFORT - 1) * expressions)

@@ -1,6 +1,5 @@
 """The embedded backbone: Gemma 3 270M from a PyPI package, converted once into a folder that loads in a second."""
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -12,7 +11,7 @@ from safetensors import SafetensorError
 from grasp_lora.errors import GraspError
 from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.storage.files import sync, sync_all
-from grasp_lora.storage.reading import expanded
+from grasp_lora.storage.reading import expanded, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -79,8 +78,7 @@ def _assemble(assemble: Callable[[Path], Path], folder: Path) -> Path:
         path = Path(assemble(folder / "model.gguf"))
     except (FileNotFoundError, ValueError) as error:  # a part is missing, or its own check failed
         raise GraspError(f"{_damaged()} ({error})") from error
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(path)
     if found != SHA256:
         raise GraspError(f"{_damaged()} (SHA-256 is {found[:12]}..., not {SHA256[:12]}...)")
     return path

@@ -27,11 +27,11 @@ from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES
 from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import Backbone, backbone_of
 from grasp_lora.models.fold import fold
-from grasp_lora.models.gguf_adapter import GGUF_FILE, check_gguf_installed, write_gguf
+from grasp_lora.models.gguf_adapter import GGUF_FILE, write_gguf
 from grasp_lora.models.reading import OUR_FILE, AdapterInfo, LoadedAdapter, read_adapter
 from grasp_lora.storage.folder import new_folder, refuse_existing
 from grasp_lora.storage.reading import RefusedError, read_bounded
-from grasp_lora.text.names import without_place
+from grasp_lora.text.names import needs, without_place
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def export_folder(
     """
     refuse_existing(output)
     if settings.gguf:
-        check_gguf_installed()
+        needs("--gguf", "gguf", "the package gguf", extra="gguf")
     adapter = read_adapter(place)
     shrunk = _shrink(adapter, settings)
     dtype_read = _dtype_read(adapter.info, settings.fold)
@@ -187,7 +187,7 @@ class _Shrunk:
 
 def _shrink(adapter: LoadedAdapter, settings: ExportSettings) -> _Shrunk:
     weights, highest = adapter.weights, adapter.highest_rank
-    components, left = None, [0]
+    components, removed, kept = None, 0, (0, 0)
     if settings.rank is not None and settings.rank >= highest:
         raise AdapterError(
             f"adapter {adapter.name} has rank {highest}, so --rank {settings.rank} has nothing to gain; "
@@ -201,12 +201,13 @@ def _shrink(adapter: LoadedAdapter, settings: ExportSettings) -> _Shrunk:
                 f"adapter {adapter.name} changes nothing: all its components are zero; use the backbone alone"
             )
         left = [weights[module].rank if module in weights else 0 for module in adapter.weights]
+        removed, kept = components - sum(left), (min(left), max(left))
     if settings.rank is not None:
         weights = lower_rank(weights, settings.rank)
     weights = share_scaling(weights)
     if settings.uniform_rank:
         weights = pad_ranks(weights)
-    return _Shrunk(weights, settings.rank, components, (components or 0) - sum(left), (min(left), max(left)))
+    return _Shrunk(weights, settings.rank, components, removed, kept)
 
 
 def _dtype_read(info: AdapterInfo, folded: bool) -> str:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.text.names import needs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,15 +68,6 @@ def write_gguf(file: Path, weights: AdapterWeights, model: "PreTrainedModel", dt
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def check_gguf_installed() -> None:
-    """Refuse to begin without the package that writes GGUF files.
-
-    Raises:
-        RecipeError: it is not installed.
-    """
-    needs("--gguf", "gguf", "the package gguf", extra="gguf")
 
 
 def _in_pairs(B: Tensor, heads: int) -> Tensor:

@@ -27,6 +27,7 @@ from grasp_lora.storage.reading import (
     is_folder,
     is_there,
     read_json_object,
+    sha256_of,
     validated,
 )
 from grasp_lora.text.display import escaped
@@ -165,8 +166,7 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
             factors, base = _match_factors(read_shapes(file), config)
             _check_origins(info, config, factors)
             tensors = read_tensors(file, as_stored=frozenset(base.values()))
-        with file.open("rb") as opened:
-            digest = hashlib.file_digest(opened, "sha256").hexdigest()
+        digest = sha256_of(file)
     except RefusedError as error:
         raise AdapterError(f"adapter {shown}: {error}") from error
     except OSError as error:  # the folder may be closed to us
@@ -180,21 +180,24 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
     return LoadedAdapter(AdapterWeights(pairs), own_name, config.base_model, digest, info, config.targets, beside)
 
 
-def read_base_model(place: str) -> str | None:
-    """Return the backbone that an adapter in a folder or on the hub names; of the latter only the config is fetched.
+def read_base_model(folder: str) -> str | None:
+    """Return the backbone that the adapter in a folder names.
+
+    Raises:
+        AdapterError: its config is not there, or cannot be used.
+    """
+    try:
+        return read_config(expanded(folder), escaped(folder)).base_model
+    except RefusedError as error:
+        raise AdapterError(f"adapter {escaped(folder)}: {error}") from error
+
+
+def read_backbone(place: str) -> str | None:
+    """Return what to load the backbone of an adapter by, as `LoadedAdapter.backbone` says; from the hub its configs alone come.
 
     Raises:
         AdapterError: there is no such adapter, or its config cannot be used.
     """
-    folder = expanded(place) if is_folder(expanded(place)) else _download(place, False, [CONFIG_FILE])
-    try:
-        return read_config(folder, escaped(place)).base_model
-    except RefusedError as error:
-        raise AdapterError(f"adapter {escaped(place)}: {error}") from error
-
-
-def read_backbone(place: str) -> str | None:
-    """Return what to load the backbone of an adapter by, as `read_base_model` does and `LoadedAdapter.backbone` says."""
     folder = expanded(place) if is_folder(expanded(place)) else _download(place, False, [CONFIG_FILE, OUR_FILE])
     try:
         return _to_load(read_config(folder, escaped(place)).base_model, _read_info(folder))

@@ -33,11 +33,6 @@ NO_RESULT = ("report_to", "save_every", "wait_minutes")  # settings that decide 
 
 
 TEXTS = ("prompt", "completion", "stop", "labels", "columns")  # keys of texts that may look like a path
-LATER_OF_BACKBONE = {"quantise"}
-LATER_OF_DATA = {"labels", "skip_unanswered"}
-LATER_OF_CORPORA = {"sheet", "prompt", "completion"}
-LATER_OF_FINAL = {"all_rows"}
-LATER_OF_TARGET = {"on"}
 
 
 class Recipe(BaseModel):
@@ -168,12 +163,18 @@ class Recipe(BaseModel):
         data = content["data"]
         # None was once false; where it means something else now, the run's hash of its examples differs.
         data["chat_template"] = bool(data["chat_template"])
-        corpora = ((data[side], LATER_OF_CORPORA) for side in ("source", "target"))
-        later_keys = (content["backbone"], LATER_OF_BACKBONE), (data, LATER_OF_DATA), (content["final"], LATER_OF_FINAL)
-        for part, later in (*later_keys, (content["target"], LATER_OF_TARGET), *corpora):
-            for key in later & (part or {}).keys():
-                if not part[key]:
-                    del part[key]
+        later: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (  # an older recipe does not have these keys
+            (content["backbone"], ("quantise",)),
+            (data, ("labels", "skip_unanswered")),
+            (data["source"] or {}, ("sheet", "prompt", "completion")),
+            (data["target"], ("sheet", "prompt", "completion")),
+            (content["target"], ("on",)),
+            (content["final"], ("all_rows",)),
+        )
+        for section, keys in later:
+            for key in keys:
+                if key in section and not section[key]:
+                    del section[key]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def choices(self) -> set[str]:

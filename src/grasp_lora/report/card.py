@@ -1,6 +1,5 @@
 """The model card of an adapter: README.md beside it."""
 
-import hashlib
 import json
 import math
 import re
@@ -25,6 +24,7 @@ from grasp_lora.report.pages import headline, languages_of, public_name, render,
 from grasp_lora.report.run_record import CorpusFacts, DataRecipe, RunRecord, read_run
 from grasp_lora.report.tables import METRIC_NAMES
 from grasp_lora.storage.files import write_whole
+from grasp_lora.storage.reading import sha256_of
 from grasp_lora.text.display import escaped
 from grasp_lora.text.names import last_part
 
@@ -60,8 +60,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         if again.get(side):  # so that the one in the run's folder has no part in this one
             parents.append((f"{side.capitalize()} adapter", "trained again on all rows", "–"))
         elif weights.is_file():
-            digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-            parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{digest}"))
+            parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{sha256_of(weights)}"))
     sources = len(record.recipe.source.adapters)  # which come first
     given = {"source": record.run.parents[:sources], "target": record.run.parents[sources:]}
     trained_on = [side for side in sides if not given[side]]

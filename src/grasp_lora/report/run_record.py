@@ -1,6 +1,6 @@
 """A run folder as one typed record, read as far as the run has got."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -166,15 +166,10 @@ class RunRecord:
     @property
     def systems(self) -> dict[str, str]:
         """What is evaluated: name in files -> title."""
-        several = len(self.sources) > 1
-        titles = {"zero_shot": "Backbone alone"} | {
-            name: f"Source {number} only" if several else "Source only" for number, name in enumerate(self.sources, 1)
-        }
-        merged = "Merged, not pruned" if self.target_on is None else "Target on source, not pruned"
-        return titles | {
-            "target": "Target only", "merged": merged, "continued": "Source, continued", "grasp": "GRASP",
-            "all_rows": "The chosen one, on all rows",
-        }  # fmt: skip
+        titles = _systems(self.sources)
+        if self.target_on is not None:
+            titles["merged"] = "Target on source, not pruned"
+        return titles
 
     @property
     def given_ratio(self) -> float | None:
@@ -239,15 +234,7 @@ def read_run(run_folder: Path) -> RunRecord:
         sparsity=read_record(run_folder / files.FINAL_FOLDER / files.SPARSITY_FILE, list[files.FactorSparsity]) or [],
         predictions={
             name: read_lines(files.predictions_file(run_folder, name), files.Prediction)
-            for name in (
-                "zero_shot",
-                *names_of(len(recipe.source.adapters)),
-                "target",
-                "merged",
-                "continued",
-                "grasp",
-                "all_rows",
-            )
+            for name in _systems(names_of(len(recipe.source.adapters)))
         },
         prompts=read_lines(files.prompts_file(run_folder), files.Prompt),
         metrics=metrics,
@@ -255,6 +242,20 @@ def read_run(run_folder: Path) -> RunRecord:
         chosen_on=read_record(run_folder / "target" / files.TARGET_ON_FILE, files.TargetOn)
         or (None if metrics is None else metrics.target_on),
     )
+
+
+def _systems(sources: Sequence[str]) -> dict[str, str]:
+    """What a run may evaluate: name in files -> title."""
+    of_source = (f"Source {number} only" if len(sources) > 1 else "Source only" for number, _ in enumerate(sources, 1))
+    return {
+        "zero_shot": "Backbone alone",
+        **dict(zip(sources, of_source, strict=True)),
+        "target": "Target only",
+        "merged": "Merged, not pruned",
+        "continued": "Source, continued",
+        "grasp": "GRASP",
+        "all_rows": "The chosen one, on all rows",
+    }
 
 
 def _growing(run_folder: Path, name: str, shape: type[_Row]) -> list[_Row]:

@@ -5,7 +5,6 @@ the trained weights and our own state beside: tensors as safetensors, the rest a
 of every file and is written last, so a folder without one is the remains of a process that died while writing it.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from grasp_lora.errors import GraspError
 from grasp_lora.storage.files import discard, sync, write_whole
+from grasp_lora.storage.reading import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def complete(checkpoint: Path, seconds: float) -> None:
     files = {}
     for file in sorted(path for path in checkpoint.iterdir() if path.is_file() and path.name != MANIFEST):
         sync(file)
-        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
     sync(checkpoint)
     write_whole(checkpoint / MANIFEST, json.dumps({"version": 1, "seconds": seconds, "files": files}, indent=1) + "\n")
     sync(checkpoint.parent)
@@ -159,11 +159,6 @@ def _damage(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if _sha256(file) != digest:
+        if sha256_of(file) != digest:
             return f"{name} has changed"
     return None
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

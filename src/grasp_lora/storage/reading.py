@@ -4,7 +4,9 @@ Python's own `json` takes NaN, of two equal keys the last, and any depth up to a
 blocks whoever opens it.
 """
 
+import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,6 +114,12 @@ def check_file(file: Path, most: int) -> int:
     return status.st_size
 
 
+def sha256_of(file: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def parse_json(text: str) -> Any:
     """Parse JSON as its standard has it: no NaN, no key twice; and no deeper than 64 levels.
 
@@ -205,8 +213,7 @@ def _levels(value: Any) -> int:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise RefusedError(f"not valid JSON for us (the key {quoted(twice)} stands twice)")
     return content
 

@@ -46,7 +46,7 @@ def is_import_path(name: str) -> bool:
 
 
 def find(what: str, name: str | Found, kind: type[Found], table: Mapping[str, Found]) -> Found:
-    """Find an object by name; an object stands for itself.
+    """Find an object by name; an object of the right type stands for itself.
 
     Args:
         what: what it is, for messages: "merge rule".
@@ -58,6 +58,8 @@ def find(what: str, name: str | Found, kind: type[Found], table: Mapping[str, Fo
         ValueError: one line: there is none of that name, or it is of another type.
     """
     if not isinstance(name, str):
+        if not isinstance(name, kind):
+            raise ValueError(f"{what} is {quoted(name)}; it must be a name or a {kind.__name__}")
         return name
     if name in table:
         return table[name]

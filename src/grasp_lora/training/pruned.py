@@ -243,7 +243,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
 
 def _check_order(masks: MaskSet) -> None:
     """Refuse an adapter that was never trained: its weights of zero would be pruned by their position and stay so."""
-    if not any(pair.A.any() and pair.B.any() for pair in masks.pairs.values()):
+    if not any(pair.acts for pair in masks.pairs.values()):
         raise GraspError(
             f"the adapter changes nothing: A or B is all zero in each of its {len(masks.pairs)} modules, as before training, so "
             "nothing says which weights matter; start from a trained or merged adapter"
