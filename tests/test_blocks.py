@@ -18,10 +18,13 @@ from typing import Any
 
 import openpyxl
 import pytest
+import torch
 import typer.main
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grasp_lora.cli import UsageError, app
+from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.models.adapters import save_adapter
 from grasp_lora.recipes.load import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -192,7 +195,22 @@ def newcomer(tiny_workspace: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> P
     )
     tiny_tokenizer.save_pretrained("tiny-chat")
     tiny_tokenizer.chat_template = None
+    for number, name in enumerate(("english-adapter", "swahili-adapter")):
+        write_adapter(Path(name), number)
+    Path("mine.py").write_text(python_of("guide/recipe.md"), encoding="utf-8")
     return tiny_workspace
+
+
+def write_adapter(folder: Path, seed: int) -> None:
+    """Write an adapter of random weights for the backbone in `tiny-llama`."""
+    backbone = AutoModelForCausalLM.from_pretrained("tiny-llama")
+    draws = torch.Generator().manual_seed(seed)
+    modules = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
+    pairs = {
+        name: LoraPair(torch.randn(2, 32, generator=draws), torch.randn(32, 2, generator=draws), 0.1)
+        for name in modules
+    }
+    save_adapter(folder, AdapterWeights(pairs), backbone, backbone_name="tiny-llama", dropout=0.0)
 
 
 def test_a_spreadsheet_becomes_a_checked_recipe(newcomer: Path, cli: Callable[..., Any]) -> None:
@@ -211,15 +229,48 @@ def test_a_spreadsheet_becomes_a_checked_recipe(newcomer: Path, cli: Callable[..
     assert list(map(int, told.groups())) == [60 - sum(map(int, held_out)), *held_out]
 
 
-def python_of(page: str) -> str:
-    """All Python blocks of a page, one after the other."""
+def python_of(page: str, heading: str = "") -> str:
+    """All Python blocks of a page, or of what stands under one heading, one after the other."""
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    if heading:
+        text = re.split(r"^##+ ", re.split(rf"^##+ {heading}\n", text, flags=re.M)[1], maxsplit=1, flags=re.M)[0]
     return "\n".join(code for language, code in FENCE.findall(text) if language == "python")
 
 
 def test_every_page_with_python_is_run() -> None:
     found = {page.name for page in PAGES if "```python" in page.read_text(encoding="utf-8")}
-    assert found == {"README.md", "script.md", "serve.md"}  # the first one by tests/test_readme.py
+    # The README by tests/test_readme.py, with the final run of script.md.
+    assert found == {"README.md", "recipe.md", "script.md", "serve.md"}
+    script = "guide/script.md"
+    headings = re.findall(r"^##+ (.+)$", (ROOT / "docs" / script).read_text(encoding="utf-8"), re.MULTILINE)
+    run = ["The whole job", "The final run", "Merge, prune, save"]
+    assert [heading for heading in headings if python_of(script, heading)] == run
+
+
+def test_adapters_are_merged_and_pruned_as_the_page_does(tiny_workspace: Path) -> None:
+    for number, name in enumerate(("english-adapter", "arabic-adapter")):
+        write_adapter(Path(name), number)
+    names: dict[str, Any] = {"BACKBONE": "tiny-llama"}
+    exec(compile(python_of("guide/script.md", "Merge, prune, save"), "script.md", "exec"), names)
+    loaded = {name: tensor for name, tensor in names["model"].named_parameters() if "lora_" in name}
+    assert len(loaded) == 4
+    for (
+        tensor
+    ) in loaded.values():  # two adapters of rank 2 and width 32: each loses 25.6 weights of a factor, rounded down
+        assert (tensor.numel(), int((tensor == 0).sum())) == (128, 50)
+
+
+def test_a_metric_of_ones_own_is_scored_as_the_page_does(finished_run: Path, cli: Callable[..., Any]) -> None:
+    Path("mine.py").write_text(python_of("guide/recipe.md"), encoding="utf-8")
+    [command] = [one for one in commands(ROOT / "docs/guide/recipe.md") if one.startswith("grasp-lora evaluate")]
+    words = [{"my-examples.yaml": "tiny.yaml", "runs/my-examples/adapter": "run/adapter"}.get(word, word)
+             for word in shlex.split(command)[1:]]  # fmt: skip
+    result = cli(*words, "-o", "measured")
+    assert result.status == 0, result.err
+    rows = [json.loads(line) for line in Path("measured/adapter.jsonl").read_text(encoding="utf-8").splitlines()]
+    begun = [100.0 * any(row["prediction"][:1] == good[:1] for good in row["references"]) for row in rows]
+    scores = json.loads(Path("measured/metrics.json").read_text(encoding="utf-8"))["systems"]["adapter"]["metrics"]
+    assert scores["mine:first_letter"] == pytest.approx(sum(begun) / len(begun))
 
 
 def test_an_adapter_is_asked_in_peft_as_the_page_does(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,8 +286,13 @@ def test_the_jobs_are_called_as_the_page_does(tiny_workspace: Path, capsys: pyte
     Path("data").mkdir()
     for name in ("source.jsonl", "target.jsonl"):
         Path(name).rename(f"data/{name}")
-    exec(compile(python_of("guide/script.md").replace('"mlqa-ar"', '"tiny.yaml"'), "script.md", "exec"), {})
-    assert "RatioEstimate(ratio=" in capsys.readouterr().out
+    code = python_of("guide/script.md", "The whole job").replace('"mlqa-ar"', '"tiny.yaml"')
+    names: dict[str, Any] = {}
+    exec(compile(code, "script.md", "exec"), names)
+    said = capsys.readouterr().out
+    assert "RatioEstimate(ratio=" in said
+    assert said.endswith("report\n")  # of the run that is there, only the last stage
+    assert (names["recipe"].name, names["folder"]) == ("tiny", Path())
     assert Path("runs/tiny/compare/compare.json").is_file()
 
 

@@ -3,14 +3,17 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.merging import MergeSettings, merge
+from grasp_lora.method.ranking import prune_count
 from grasp_lora.models.adapters import save_adapter
 from grasp_lora.recipes.load import load_recipe
 
@@ -32,6 +35,7 @@ def test_the_python_example_runs_and_is_short(
     [code] = blocks(README, "python")
     assert len([line for line in code.splitlines() if line]) <= 12
     monkeypatch.chdir(tmp_path)
+    Path("tiny-llama").symlink_to(tiny_backbone_folder, target_is_directory=True)
     backbone = make_tiny_model("llama")
     generator = torch.Generator().manual_seed(0)
     name = "model.layers.0.self_attn.q_proj"
@@ -42,13 +46,22 @@ def test_the_python_example_runs_and_is_short(
         for _ in range(2)
     ]
     merged = merge(adapters, MergeSettings())
-    save_adapter(Path("merged"), merged, backbone, backbone_name=str(tiny_backbone_folder), fingerprint="", dropout=0.0)
+    save_adapter(Path("merged"), merged, backbone, backbone_name="tiny-llama", fingerprint="", dropout=0.0)
     rows = [{"prompt": f"question {number}:", "completion": f" answer {number % 3}"} for number in range(8)]
-    # What a machine without a GPU needs; everything else is the README's.
-    code = code.replace('SFTConfig("out"', 'SFTConfig("out", use_cpu=True, bf16=False, activation_checkpointing=False')
-    names = {"BACKBONE": str(tiny_backbone_folder), "train": Dataset.from_list(rows), "dev_rows": rows[:4]}
-    exec(compile(code, "README.md", "exec"), names)
+    names: dict[str, Any] = {
+        "BACKBONE": "tiny-llama",
+        "train": Dataset.from_list(rows),
+        "dev_rows": rows[:4],
+    }
+    exec(compile(without_gpu(code), "README.md", "exec"), names)
     assert "RatioEstimate(ratio=" in capsys.readouterr().out
+    # Where the README leads to: the page goes on with its names.
+    script = (ROOT / "docs" / "guide" / "script.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"^### The final run\n.*?```python\n(.*?)```", script, flags=re.DOTALL | re.MULTILINE)
+    exec(compile(without_gpu(code), "script.md", "exec"), names)
+    ratio = names["controller"].learned.ratio
+    for tensor in load_file("final/adapter_model.safetensors").values():
+        assert int((tensor == 0).sum()) == prune_count(ratio, tensor.numel())
 
 
 def test_the_recipe_that_the_guide_shows_is_the_one_that_comes_along(tmp_path: Path) -> None:
@@ -56,6 +69,11 @@ def test_the_recipe_that_the_guide_shows_is_the_one_that_comes_along(tmp_path: P
     shown = tmp_path / "shown.yaml"
     shown.write_text(text, encoding="utf-8")
     assert load_recipe(shown)[0] == load_recipe("mlqa-ar")[0]
+
+
+def without_gpu(code: str) -> str:
+    """What such a machine needs; everything else is the page's."""
+    return re.sub(r'SFTConfig\("[\w-]+"', r"\g<0>, use_cpu=True, bf16=False, activation_checkpointing=False", code)
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from grasp_lora.method.merging import MergeRule, MergeSettings, merge
     from grasp_lora.method.policy import Gaussian, Spread, Uniform
     from grasp_lora.method.presets import Controller, preset
+    from grasp_lora.method.pruning import prune
     from grasp_lora.method.rounds import Decision, RatioEstimate, Round
     from grasp_lora.method.schedule import Rounds
     from grasp_lora.method.search import RatioPolicy, RatioSearch
@@ -92,6 +93,7 @@ _HOMES = {
     "load_recipe": "recipes.load",
     "merge": "method.merging",
     "preset": "method.presets",
+    "prune": "method.pruning",
     "read_adapter": "models.reading",
     "run": "api",
     "save_adapter": "models.adapters",
@@ -145,6 +147,7 @@ __all__ = [
     "load_recipe",
     "merge",
     "preset",
+    "prune",
     "read_adapter",
     "run",
     "save_adapter",
@@ -159,3 +162,6 @@ if not TYPE_CHECKING:  # a type checker sees the imports above, and nothing else
         if name not in _HOMES:
             raise AttributeError(f"module 'grasp_lora' has no attribute {name!r}")
         return getattr(import_module(f"grasp_lora.{_HOMES[name]}"), name)
+
+    def __dir__() -> list[str]:  # what a notebook completes: the public names, imported or not yet
+        return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

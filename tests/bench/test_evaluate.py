@@ -47,3 +47,19 @@ def test_a_temporary_folder_that_is_full(
     assert "the temporary folder" in result.err
     assert "cannot be written (No space left on device); make room, or set TMPDIR" in result.err
     assert not Path("out").exists()
+
+
+def test_test_rows_that_the_adapter_was_trained_on_are_counted(finished_run: Path, cli: Callable[..., Any]) -> None:
+    fine = cli("evaluate", "tiny.yaml", "--adapter", "run/adapter")
+    assert fine.status == 0
+    assert "trained or chosen on" not in fine.err
+    drawn_anew = cli("evaluate", "tiny.yaml", "--adapter", "run/adapter", "--set", "data.split_seed=7")
+    assert drawn_anew.status == 0, drawn_anew.err
+    assert " test rows have ids of rows that adapter 'adapter' was trained or chosen on" in drawn_anew.err
+    assert "data.target.test_files" in drawn_anew.err
+
+
+def test_a_recipe_that_asks_otherwise_than_the_training_is_named(finished_run: Path, cli: Callable[..., Any]) -> None:
+    result = cli("evaluate", "tiny.yaml", "--adapter", "run/adapter", "--set", 'data.target.prompt="Say {prompt}:"')
+    assert result.status == 0, result.err
+    assert "was trained on prompts of the form '{prompt}', and the recipe asks otherwise" in result.err

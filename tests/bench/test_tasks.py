@@ -23,7 +23,7 @@ from grasp_lora.models.choosing import likeliest_labels
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.report.comparison import score_table, write_comparison
-from grasp_lora.report.differences import compare_systems
+from grasp_lora.report.differences import compare_grasp
 from grasp_lora.report.run_record import read_run
 from grasp_lora.training.probes import ProbeSet
 
@@ -177,7 +177,7 @@ def test_a_translation_is_scored_by_chrf_and_bleu(tiny_workspace) -> None:
         assert float(corpus_score(torch.tensor(sums).sum(dim=0))) == pytest.approx(
             metrics.systems[name].metrics["chrf++"], abs=1e-6
         )
-    known = compare_systems(read_run(Path("run")))
+    known = compare_grasp(read_run(Path("run")))
     assert known["target"].score is not None
     alone = compare_with_baselines(rows["grasp"], {"target": rows["target"]}, corpus_score=corpus_score)["target"]
     assert known["target"].score.difference == pytest.approx(alone.difference)

@@ -17,6 +17,7 @@ from typing import Any
 import forked
 import pytest
 import torch
+import typer
 import yaml
 from conftest import CliResult, write_tiny_workspace
 from rich.console import Console
@@ -160,7 +161,7 @@ POLICY, TARGET = "controller__policy", "data__target__"
 MISTAKES: dict[str, tuple[Mistake, str, str]] = {
     "unknown key": (recipe(lora__rnk=2), "lora.rnk", "'rank'"),
     "unknown top key": (recipe(lorra={}), "lorra", "'lora'"),
-    "wrong type": (recipe(lora__rank="many"), "lora.rank: .*'many'", "integer"),
+    "wrong type": (recipe(lora__rank="many"), "lora.rank is 'many'", "must be a whole number"),
     "section expected": (recipe(final=3), "final: .*3", "section of keys and values"),
     "list expected": (recipe(metrics="f1"), "metrics: .*'f1'", "list"),
     "language no": (recipe(**{TARGET + "language": False}), "language: .*False", "in quotes"),
@@ -285,6 +286,16 @@ def test_a_mistake_on_the_command_line_is_one_line_and_nothing_is_written(
         (("finetune", "tiny.yaml", "--ratio", "much"), "'much'"),
         (("comprae",), "'compare'"),
         (("merge", "a", "-o", "b\nc\x1b[2J", "--rank"), "--rank"),
+        (
+            ("finetune", "tiny.yaml", "-a", "ad en", "--adapter=ad-sw", "--ratio", "0.5", "-o", "out"),
+            "--adapter takes one value and is given 2: 'ad en' ad-sw; "
+            "merge them first: grasp-lora merge 'ad en' ad-sw --output merged",
+        ),
+        (("run", "tiny.yaml", "--output", "a", "-ob"), "--output takes one value and is given 2: a b; give it once"),
+        (
+            ("compare", "tiny.yaml", "--seeds", "1", "--seeds", "2,3"),
+            "is given 2: 1 2,3; give all in one: --seeds 1,2,3",
+        ),
     ],
 )
 def test_a_mistake_in_the_arguments_is_one_line_with_the_way_to_help(
@@ -295,6 +306,24 @@ def test_a_mistake_in_the_arguments_is_one_line_with_the_way_to_help(
     assert re.search(r" \(see grasp-lora( \w+)? --help\)\n$", line), line
     assert says in line
     assert not contents(tmp_path)
+
+
+def test_every_option_that_takes_one_value_is_refused_twice(cli: Cli) -> None:
+    group: Any = typer.main.get_command(app)
+    for name, command in group.commands.items():
+        for option in command.params:
+            if option.param_type_name != "option" or option.multiple or option.is_flag:
+                continue
+            needed = [one for one in command.params if one.required and one is not option]
+            words = [word for one in needed for word in ([one.opts[0], "1"] if one.opts[0].startswith("-") else ["1"])]
+            line = refusal(cli(name, *words, *[option.opts[0], "1"] * 2))
+            assert f"{option.opts[0]} takes one value and is given 2: 1 1; " in line, (name, option.name)
+
+
+def test_flags_and_what_may_be_repeated_are_taken_twice(cli: Cli) -> None:
+    twice = ("-v", "-v", "--set", "seed=1", "--set", "seed=2", "--allow-code", "--allow-code")
+    assert "neither a file nor a built-in name" in refusal(cli("run", "nope", *twice))
+    assert "Usage: grasp-lora run" in output(cli("run", "-o", "a", "-o", "b", "--help"))
 
 
 def test_a_run_folder_of_another_recipe_is_refused_with_what_differs(cli: Cli, finished_run: Path) -> None:

@@ -1,6 +1,7 @@
 """`predict` asks an adapter as it was trained to be asked: whole prompts, a question, rows of a file, a conversation."""
 
 import csv
+import datetime
 import io
 import json
 import shutil
@@ -8,14 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openpyxl
 import pytest
 from conftest import CliResult, build_tiny_model, build_tiny_tokenizer, write_tiny_workspace
 
 from grasp_lora.bench import predict as predicting
 from grasp_lora.bench.session import Session
+from grasp_lora.errors import AdapterError
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.live import adapter_weights
-from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE
+from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE, read_adapter
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.recipes.load import load_recipe
 
@@ -155,6 +158,52 @@ def test_rows_are_answered_whatever_their_layout(cli: Cli, here: Path, asked: li
     assert asked[-1][0] == [prompt, "<start>user\nd<end>\n<start>assistant\n"]
 
 
+def test_a_text_that_is_cut_gets_a_note(cli: Cli, here: Path, asked: list[Any]) -> None:
+    file = Path("qa", OUR_FILE)
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    facts["answers"]["max_document_tokens"] = 4
+    file.write_text(json.dumps(facts), encoding="utf-8")
+    rows = [{"text": text, "question": "where?"} for text in ("abcd", "abcdefgh", "abcdefgh")]
+    said = cli("predict", "qa", str(jsonl(Path("asked.jsonl"), rows))).err
+    assert said == "WARNING: 2 of 3 texts were cut to 4 tokens, as in training\n"
+    assert asked[-1][0] == ["<bos>" + QA_TEMPLATE.format(context="abcd", question="where?")] * 3
+    assert "1 of 1 texts were cut" in cli("predict", "qa", "--context", "abcdefgh", "--question", "where?").err
+
+
+def test_a_question_is_cleaned_as_rows_are(cli: Cli, here: Path, asked: list[Any]) -> None:
+    context, question = "one\r\ntwo \x93so\x94\x07", "wait\x85?"
+    cli("predict", "qa", "--context", context, "--question", question)
+    cli("predict", "qa", str(jsonl(Path("asked.jsonl"), [{"text": context, "question": question}])))
+    expected = "<bos>" + QA_TEMPLATE.format(context="one\ntwo “so”", question="wait…?")
+    assert [one[0] for one in asked] == [[expected], [expected]]
+
+
+def test_columns_of_a_workbook_come_out_with_their_values(cli: Cli, here: Path, asked: list[Any]) -> None:
+    day, time = datetime.date(2026, 1, 2), datetime.datetime(2026, 1, 2, 3, 4, 5)
+    cells = {
+        "day": (day, "dd/mm/yyyy"),
+        "at": (time, "dd/mm/yyyy hh:mm"),
+        "share": (0.25, "0%"),
+        "price": (7.5, "0.00"),
+        "many": (1200, "#,##0"),
+        "done": (True, "General"),
+        "fault": ("#N/A", "General"),
+        "sum": ("=1+1", "General"),  # without a value
+    }
+    book = openpyxl.Workbook()
+    book.active.append(["text", "question", *cells])
+    book.active.append(["here", "where?", *(value for value, _ in cells.values())])
+    for place, (_, shown) in enumerate(cells.values(), start=3):
+        book.active.cell(2, place).number_format = shown
+    book.save("rows.xlsx")
+    cli("predict", "qa", "rows.xlsx", "-o", "out.csv")
+    with Path("out.csv").open(newline="", encoding="utf-8") as file:
+        [row] = csv.DictReader(file)
+    assert list(row.values()) == [
+        "here", "where?", "2026-01-02", "2026-01-02 03:04:05", "0.25", "7.5", "1200", "true", "#N/A", "", "so"
+    ]  # fmt: skip
+
+
 class Keyboard(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -201,6 +250,7 @@ def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
         (("qa", "a prompt", "--question", "q"), "--question", "one of them"),
         (("qa", "--question", "q"), "{context}, {question}", "--context and --question"),
         (("qa", "--question", "q", "--context", " "), "--context is empty", "give a text"),
+        (("qa", "--question", "\x00", "--context", "c"), "--question is empty", "give a text"),
         (("talks", "--question", "q", "--context", "c"), "the field {prompt}, and", "give --context alone"),
         (("qa", "letter.txt"), "letter.txt: cannot tell the format from the suffix '.txt'", ".csv"),
         (("qa", "a prompt", "--sheet", "S"), "--sheet is that of a workbook", "leave it out"),
@@ -211,6 +261,7 @@ def test_an_answer_in_a_chat_ends_with_its_turn(here: Path) -> None:
         (("talks", "a prompt", "qa.jsonl"), "qa.jsonl is a file of rows, and 2 things", "one file at a time"),
         (("qa", "qa.jsonl", "-o", "qa.jsonl"), "exists already", "--output"),
         (("qa", "qa.jsonl", "-o", "no/such.csv"), "not there", "--output"),
+        (("qa", "twice.jsonl", "-o", "out.csv"), "twice.jsonl has a column prediction", "rename or remove that column"),
         (("qa", "qa.jsonl", "-o", "out.xml"), "out.xml", ".csv"),
         (("qa", "a prompt", "-o", "out.csv"), "--output", "file of rows"),
         (("nowhere", "--question", "q"), "nowhere", "no such folder"),
@@ -225,6 +276,7 @@ def test_what_cannot_be_asked_is_one_line_and_nothing_is_written(
 ) -> None:
     Path("no-columns.csv").write_text("a,b\n1,2\n")
     Path("letter.txt").write_text("a text\n")
+    jsonl(Path("twice.jsonl"), [{"text": "c", "question": "q", "prediction": "so"}])
     Path("empty").mkdir()
     Path("a-run").mkdir()
     Path("a-run/run.json").write_text("{}")
@@ -346,3 +398,19 @@ def test_columns_that_are_called_as_each_other_are_not_mixed_up(here: Path, cli:
     result = cli("predict", "qa", str(jsonl(Path("asked.jsonl"), [{"source": "unread", "target": "Fluss"}])))
     assert result.status == 0, result.err
     assert asked[0][0][0].endswith("German: Fluss\nEnglish:")
+
+
+def test_the_chat_template_that_lies_beside_an_adapter_counts(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As where a trainer saved its tokenizer with the adapter."""
+    own = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
+    shutil.copytree("chat", "foreign")
+    for template, said in ((own, "brings a chat template of its own"), (TEMPLATE, "")):
+        Path("foreign/chat_template.jinja").write_text(template, encoding="utf-8")
+        caplog.clear()
+        with predicting.asking("foreign") as ready:
+            assert ready.tokenizer.chat_template == template
+            assert said in caplog.text
+        assert bool(caplog.text) is bool(said)
+    Path("foreign/chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(AdapterError, match=r"foreign: chat_template\.jinja: it is not UTF-8"):
+        read_adapter("foreign")

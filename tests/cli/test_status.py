@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import CliResult
 
+from grasp_lora.bench.checks import check_folder
 from grasp_lora.recipes.builtin import builtin_recipes
+from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.folder import only_writer
 
 Cli = Callable[..., CliResult]
@@ -76,6 +79,76 @@ def test_status_of_a_run_that_is_finished_stopped_or_under_way(cli: Cli, finishe
     assert "running" not in cli("status", finished_run).out
     (finished_run / "recipe.yaml").write_text("final: {}")  # of a version that handed over GRASP's result
     assert "still to do: controller, final, evaluate\n" in cli("status", finished_run).out
+
+
+def begun(folder: Path, overrides: list[str], *, allow_code: bool = False, **told: object) -> Path:
+    """Make the folder of a run of `tiny.yaml` that was stopped before its first stage."""
+    recipe, _ = load_recipe("tiny.yaml", overrides, allow_code=allow_code)
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(folder))
+    info = {
+        "grasp_lora": "0.1.0", "recipe_hash": recipe.fingerprint(), "name": recipe.name, "seed": 1, "created": "today",
+        "backbone": {"name": "tiny-llama", "fingerprint": "abc"}, "recipe_folder": os.path.relpath(".", folder),
+    }  # fmt: skip
+    (folder / "run.json").write_text(json.dumps(info | told))
+    return folder
+
+
+def commands_of(cli: Cli, folder: Path) -> list[str]:
+    """The words of the command that `status` names."""
+    [line] = re.findall(
+        r"^next: the command that began it goes on.*, such as grasp-lora (.*)$", cli("status", folder).out, re.M
+    )
+    return shlex.split(line)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["target.training.epochs=40.0"],
+        ["lora.rank=3", "final.prune_ratio=0.5", "metrics=[f1, chrf]"],
+        ["controller.preset=late"],
+        ["controller.policy.kind=spread"],
+        ["data.source=null", "source.adapters=[adapter]"],
+        ["data.prompt='Say: {prompt} #1'", 'generation.stop=["\\n"]'],
+        ["data.prompt='it''s {prompt}'", 'data.completion="{completion}\\nEnd"'],
+        ["backbone.device=cpu"],  # which does not decide the result
+        ["backbone.name={here}/tiny-llama"],
+    ],
+)
+def test_status_of_a_stopped_run_gives_a_command_that_is_taken(
+    overrides: list[str], cli: Cli, tiny_workspace: Path
+) -> None:
+    overrides = [one.replace("{here}", str(tiny_workspace)) for one in overrides]
+    folder = begun(Path("runs/it's k"), overrides)
+    words = commands_of(cli, folder)
+    assert words[:2] == ["run", "tiny.yaml"]
+    assert words[-2:] == ["--output", str(folder)]
+    changes = words[2:-2]
+    assert changes[::2] == ["--set"] * (len(changes) // 2)
+    again, wanted = (load_recipe("tiny.yaml", one)[0] for one in (changes[1::2], overrides))
+    assert again == wanted
+    check_folder(folder, again)  # which refuses another recipe
+    if len(overrides) == 1 and "controller" not in overrides[0]:
+        assert changes[1::2] == overrides
+
+
+def test_status_says_which_settings_it_cannot_tell(cli: Cli, tiny_workspace: Path) -> None:
+    lacks = "goes on, with the --set that it had, such as grasp-lora run tiny.yaml --output runs/"
+    assert lacks in cli("status", begun(Path("runs/other"), ["seed=7"], recipe_hash="another")).out
+    (tiny_workspace / "of_status.py").write_text("from grasp_lora import Uniform\nclass Mine(Uniform):\n    pass\n")
+    own = ["controller.policy={kind: 'of_status:Mine'}"]
+    code = begun(Path("runs/code"), own, allow_code=True, inputs={"code.of_status:Mine": "abc"})
+    assert (
+        "with the --set that it had, such as grasp-lora run tiny.yaml --allow-code --output" in cli("status", code).out
+    )
+    found = {"source.files.0": "abc", "target.files.0": "abc", "backbone": "abc"}
+    assert "goes on, such as" in cli("status", begun(Path("runs/here"), [], inputs=found)).out
+    (tiny_workspace / "target.jsonl").unlink()
+    assert "goes on, with the --set data.root=FOLDER that it had, such as" in cli("status", Path("runs/here")).out
+    (tiny_workspace / "tiny.yaml").unlink()
+    assert lacks in cli("status", Path("runs/here")).out
 
 
 def test_status_of_what_is_no_experiment(cli: Cli, finished_run: Path) -> None:

@@ -511,11 +511,25 @@ class TestEncodeRows:
                 {"messages": [{**USER, "role": "tool"}, ASSISTANT]},
                 "^row 1: a turn has the role 'tool'; allowed: human, user, .* Remove rows with other turns",
             ),
+            (
+                {"messages": [USER, ASSISTANT], "tools": [{"type": "function"}]},
+                "^row 1: tools is not empty, but prompts are made without it; leave out such rows, or the column tools",
+            ),
+            (
+                {"prompt": [USER], "completion": [ASSISTANT], "chat_template_kwargs": {"enable_thinking": False}},
+                "^row 1: chat_template_kwargs is not empty, but prompts are made without it",
+            ),
         ],
     )
     def test_errors_name_the_row(self, row: object, message: str, chat_tokenizer: PreTrainedTokenizerFast) -> None:
         with pytest.raises(DataError, match=message):
             encode_rows([{"prompt": "a", "completion": "b"}, row], chat_tokenizer)
+
+    def test_columns_of_the_template_may_be_empty(self, chat_tokenizer: PreTrainedTokenizerFast) -> None:
+        said = {"messages": [USER, ASSISTANT]}
+        rows = [said | {"tools": empty, "chat_template_kwargs": {}} for empty in (None, [], "", " ", "[]")]
+        assert len(encode_rows(rows, chat_tokenizer)) == 5
+        assert encode_rows([{"prompt": "a", "completion": "b", "tools": "a saw"}], chat_tokenizer)  # no conversation
 
     def test_tokenizers_that_do_not_fit(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         with pytest.raises(DataError, match="the tokenizer has no chat template, so prompts can only be plain texts"):

@@ -84,6 +84,9 @@ def test_the_source_may_have_labels_of_its_own(split) -> None:
         (["a", "A"], ["a"], {}, r"the labels 'A' and 'a' differ in case or white space alone; write them alike"),
         (["a b", "a  b"], ["a b"], {}, r"the labels 'a  b' and 'a b' differ in case or white space"),
         ([" a", "b"], ["b"], {}, r"train\.jsonl:1' has the label ' a' with white space around it; remove that"),
+        (["a", "b", "a\u200b"], ["b"], {}, r"train\.jsonl:3' has the label 'a\\u200b' with white space around it; remove that"),
+        (["\u200ca", "b"], ["b"], {}, r"has the label '\\u200ca' with white space around it"),
+        (["a", "b"], ["b\u200d\u200e"], {}, r"has the label 'b\\u200d\\u200e' with white space around it"),
         ([" a", "b", "a "], ["b"], {}, r"train\.jsonl:1' .* remove that, also in train\.jsonl:3, train\.jsonl:4, "),
         (["a", "b"], ["b\n"], {}, r"has the label 'b\\n' with white space around it"),
         (["a", ""], ["a"], {}, r"train\.jsonl, line 2: label is empty"),
@@ -136,12 +139,18 @@ def test_a_whole_number_is_a_label_as_in_csv_and_nothing_else_that_is_no_text(sp
         ("classification", ("a",), "labels: a; a classification needs two labels or more"),
         ("classification", ("a", ""), "the label '' is empty or has white space around it"),
         ("classification", ("a", "b "), "the label 'b ' is empty or has white space around it"),
+        ("classification", ("a", "b\u200c"), "the label 'b\\\\u200c' is empty or has white space around it"),
         ("classification", ("a", "A"), "differ in case or white space alone"),
     ],
 )
 def test_labels_of_a_recipe_are_checked_with_it(task, labels, message) -> None:
     with pytest.raises((DataError, ValueError), match=message):
         DataSettings(task, CorpusSettings("jv", files=("a.csv",)), labels=labels)
+
+
+def test_joiners_that_belong_to_a_word_stay() -> None:
+    labels = ("می\u200cخواهم", "അവന്\u200d")  # Persian, and a letter of Malayalam in its older writing
+    assert set(check_labels(labels, "here")) == set(labels)
 
 
 def test_as_many_labels_as_are_allowed() -> None:

@@ -146,15 +146,19 @@ class TestXlsum:
         assert (pool.characters_mapped, pool.characters_removed) == (2, 1)
         assert {"id:z-1", "article:标题"} < pool.records[0].keys
 
-    def test_windows_quotation_marks_dashes_and_page_breaks_stay_apart(self, tmp_path: Path) -> None:
+    def test_characters_of_windows_and_page_breaks_stay_apart(self, tmp_path: Path) -> None:
         row = {**self.ROW, "text": "it\x92s 5\x9610 \x91so\x92 a\x97b page1\x0cpage2\x0bend"}
         pool = read(tmp_path / "zh.jsonl", [row], "summarization")
         assert pool.records[0].fields["document"] == "it’s 5–10 ‘so’ a—b page1 page2 end"
         assert (pool.characters_mapped, pool.characters_removed) == (7, 0)
+        row = {**self.ROW, "text": "wait\x85foo \x805 \x84ma\x9aina\x93 \x81\x8d\x8f\x90\x9d"}
+        pool = read(tmp_path / "hr.jsonl", [row], "summarization")
+        assert pool.records[0].fields["document"] == "wait…foo €5 „mašina“ "
+        assert (pool.characters_mapped, pool.characters_removed) == (5, 5)
 
     def test_an_unusual_separator_does_not_end_the_line(self, tmp_path: Path) -> None:
         row = {**self.ROW, "text": "a\u2028b\u0085c"}
-        assert read(tmp_path / "zh.jsonl", [row], "summarization").records[0].fields["document"] == "a\u2028bc"
+        assert read(tmp_path / "zh.jsonl", [row], "summarization").records[0].fields["document"] == "a\u2028b…c"
 
     def test_the_format_may_be_stated(self, tmp_path: Path) -> None:
         assert read(tmp_path / "zh.txt", json.dumps(self.ROW), "summarization", "xlsum").records[0].id == "z-1"
@@ -468,7 +472,10 @@ class TestCleaning:
         text = 'prompt\tcompletion\nHe said\t"Njoo\nAya 1\tAya 2\nSit down\tKaa chini."\n'
         with pytest.raises(DataError, match=r"x\.tsv, line 4: a cell that ends here holds tabs and line breaks"):
             read(tmp_path / "x.tsv", text, "completion")
-        for cell in ("two\nlines", "def f():\n\treturn 1", "a\tb"):
+        text = 'id\ttext\tlabel\tnote\n1\t"Hello there\tpos\t\n2\tBye all"\tneg\t\n'
+        with pytest.raises(DataError, match=r"x\.tsv, line 3: a cell that ends here holds tabs and line breaks"):
+            read(tmp_path / "x.tsv", text, "classification")
+        for cell in ("two\nlines", "def f():\n\treturn 1", "def f():\n\ta()\n\n\t\tb()", "a\tb", "a\tb\n\tc"):
             (record,) = read(tmp_path / "y.tsv", f'prompt\tcompletion\na\t"{cell}"\n', "completion").records
             assert record.answer == cell
 

@@ -425,7 +425,28 @@ def test_seeds_matter_where_a_rule_draws(rule: Any) -> None:
     assert torch.equal(first.A, second.A) != merge_rule(rule).draws
 
 
+def test_settings_left_out_are_the_defaults() -> None:
+    adapters = [adapter(0), adapter(1)]
+    plain, named = merge(adapters), merge(adapters, MergeSettings())
+    for module in MODULES:
+        assert torch.equal(plain[module].A, named[module].A)
+        assert torch.equal(plain[module].B, named[module].B)
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "message"),
+    [
+        ("svd", r"^settings is 'svd'; give MergeSettings\(rule='svd'\)$"),
+        ({"rule": "svd"}, r"^settings is an object; give MergeSettings\(\)$"),
+        ([0.5, 0.5], r"^settings is a list; give MergeSettings\(\)$"),
+    ],
+)
+def test_settings_of_another_type_are_named(given_settings: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        merge([adapter(0), adapter(1)], given_settings)
 
 
 @every_rule

@@ -107,6 +107,25 @@ def test_stop_text_is_cut_off_and_ends_the_batch_early(make_tiny_model, tiny_tok
     assert generate(model, tiny_tokenizer, prompts, single) == answers
 
 
+@pytest.mark.parametrize("stop", ["<unk>", "<unk>\n"])
+def test_a_stop_text_that_is_a_special_token_ends_an_answer(make_tiny_model, tiny_tokenizer, stop):
+    """It stands in no decoded text."""
+    model, prompts, taken = make_tiny_model("llama"), make_prompts(1), []
+    first = expected_text(tiny_tokenizer, greedy_tokens(model, prompts[0], 3))
+
+    def fourth_is_special(_, inputs, logits):
+        taken.append(1)
+        if len(taken) == 4:
+            logits[..., 3] = 1e9
+
+    model.lm_head.register_forward_hook(fourth_is_special)
+    [answer] = generate(model, tiny_tokenizer, prompts, GenerationSettings(max_new_tokens=9, stop=(stop,)))
+    assert answer == first
+    assert len(taken) < 9
+    taken.clear()
+    assert generate(model, tiny_tokenizer, prompts, GenerationSettings(max_new_tokens=9, stop=())) != [first]
+
+
 def test_every_eos_of_the_model_and_the_tokenizer_ends_an_answer(make_tiny_model, tiny_tokenizer):
     model = make_tiny_model("qwen3")
     prompts = make_prompts(5)
@@ -270,11 +289,18 @@ def test_empty_prompt_is_refused(make_tiny_model, tiny_tokenizer):
         ({"batch_tokens": -1}, "batch_tokens is -1"),
         ({"stop": ("\n", "")}, "empty text"),
         ({"stop": "\n"}, "list of texts"),
+        ({"stop": ("###", r"\n")}, "a backslash and a letter, which is no line break or tab: write it as .* in YAML"),
+        ({"stop": (r"\nQuestion:",)}, "a backslash and a letter"),
+        ({"stop": (r"\t",)}, "a backslash and a letter"),
     ],
 )
 def test_settings_are_checked(values, message):
     with pytest.raises(ValueError, match=message):
         GenerationSettings(**values)
+
+
+def test_stop_texts_of_latex_are_taken():
+    assert GenerationSettings(stop=(r"\nabla", r"\end{document}", "\n\t")).stop
 
 
 def test_without_peft_gives_plain_models_back(make_tiny_model):

@@ -171,7 +171,7 @@ class TestController:
             ),
             ("policy=0", r"controller\.policy is 0, but a policy is a section"),
             ("policy=3", r"controller\.policy is 3, but a policy is a section"),
-            ("policy.ratio_min=low", r"controller\.policy\.ratio_min: .*valid number.*\(it is 'low'\)"),
+            ("policy.ratio_min=low", r"controller\.policy\.ratio_min is 'low'; it must be a number$"),
             ("policy.max_step=0.1", r"unknown key 'controller\.policy\.max_step'"),
             ("rounds.evry=3", r"unknown key 'controller\.rounds\.evry'; did you mean 'every'\?"),
             ("rounds.every=week", r"controller\.rounds: every is 'week'; it must be at least 1 optimizer step"),
@@ -230,7 +230,7 @@ class Mine(Uniform):
         again, _ = load_recipe(tmp_path / "again.yaml", allow_code=True)
         assert again == recipe
         assert again.fingerprint() == recipe.fingerprint()
-        with pytest.raises(RecipeError, match=r"controller\.policy\.width: .*\(it is 'far'\)"):
+        with pytest.raises(RecipeError, match=r"controller\.policy\.width is 'far'; it must be a number"):
             load_recipe(tmp_path / "r.yaml", [*change, "controller.policy.width=far"], allow_code=True)
 
     def test_what_is_not_there_is_named(self, tmp_path: Path, load: Load) -> None:
@@ -347,6 +347,7 @@ class TestOverrides:
             ("data.prompt=a\nb", r"reads this text as 'a b'; .*: data\.prompt=\"a\\nb\"$"),
             ("data.target.fils=[x]", r"unknown key 'data\.target\.fils'; did you mean 'files'\?"),
             ("target.train=4", r"unknown key 'target\.train'; did you mean 'data\.target\.train'\?"),
+            ("final.ratio=0.5", r"unknown key 'final\.ratio'; did you mean 'final\.prune_ratio'\?"),
             ("rank=4", r"unknown key 'rank'; did you mean 'lora\.rank' or 'merge\.rank'\?"),
             ("controler.rounds=1", r"unknown key 'controler'; did you mean 'controller'\?"),
             ("controller.pool=dev", r"did you mean 'controller\.rounds\.pool'\?"),
@@ -380,8 +381,24 @@ class TestOverrides:
         (SMALL + "lora: {rnk: 4, alpa: 2}", r"unknown key 'lora\.rnk'; did you mean 'rank'\? \(and 1 more\)"),
         (SMALL + "source: {training: {epoch: 4}}", r"unknown key 'source\.training\.epoch'; did you mean 'epochs'\?"),
         (SMALL + "seed: -1", r"seed: .*greater than or equal to 0 \(it is -1\)"),
-        (SMALL + "seed: one", r"seed: .*valid integer.*\(it is 'one'\)"),
-        (SMALL + "metrics: bleu", r"metrics: must be a list, such as \[first, second\] \(it is 'bleu'\)"),
+        (SMALL + "seed: one", r"seed is 'one'; it must be a whole number$"),
+        (SMALL + "seed: 1.5", r"seed is 1\.5; it must be a whole number$"),
+        (SMALL + "seed: 2024-01-02", r"seed is 2024-01-02; it must be a whole number$"),
+        (SMALL + "merge: {weights: 1}", r"must be a list, .* \(it is 1\); write \[1\], as in --set"),
+        (SMALL + "final: {all_rows: perhaps}", r"final\.all_rows is 'perhaps'; it must be true or false"),
+        (
+            SMALL + "metrics: bleu",
+            r"metrics: must be a list, .* \(it is 'bleu'\); write \[bleu\], as in --set 'metrics=\[bleu\]'$",
+        ),
+        (SMALL + "metrics: f1,bleu", r"; write \[f1,bleu\], as in --set 'metrics=\[f1,bleu\]'$"),
+        (
+            SMALL + "final: {prune_ratio: 50%}",
+            r"final\.prune_ratio is '50%'; it must be a number; for 50 % write 0\.5$",
+        ),
+        (
+            SMALL + "final: {prune_ratio: 50}",
+            r"prune_ratio is 50\.0; it must be a fraction in \[0, 1\]; for 50 % write 0\.5$",
+        ),
         (SMALL + "final: {start: fresh}", r"final: start is 'fresh'; allowed: merged, controller"),
         (
             SMALL + "final: {start: controller, prune_ratio: 0.4}",
@@ -513,6 +530,25 @@ def test_a_file_far_too_large(tmp_path: Path) -> None:
     file.write_text("# " + "x" * 1_000_000)
     with pytest.raises(RecipeError, match="has 1000002 bytes; at most 1000000 are allowed"):
         load_recipe(file)
+
+
+def test_a_slip_in_the_name_of_a_file_gives_the_nearest_and_a_run_its_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "runs/sw"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text('{"name": "sw", "recipe_folder": "../.."}')
+    with pytest.raises(RecipeError, match=r"^runs/sw is a run; give its recipe, such as runs/sw/recipe\.yaml$"):
+        load_recipe("runs/sw")
+    (tmp_path / "sw.yaml").write_text(SMALL)
+    with pytest.raises(RecipeError, match=r"^runs/sw is a run; give its recipe, such as sw\.yaml$"):
+        load_recipe("runs/sw")
+    with pytest.raises(RecipeError, match=r"^there is no recipe './swx\.yaml'; did you mean 'sw\.yaml'\?$"):
+        load_recipe("./swx.yaml")
+    for name in ("runs/swx.yaml", "swx"):  # no recipe is near there, and no file is meant
+        with pytest.raises(RecipeError, match="neither a file nor a built-in name"):
+            load_recipe(name)
 
 
 def test_a_recipe_that_does_not_exist_lists_those_that_do() -> None:

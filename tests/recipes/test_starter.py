@@ -19,6 +19,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
 from grasp_lora.method.presets import PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_FILE, schema_text
+from grasp_lora.recipes.corpus import read_corpus
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.sizes import FEWEST
 from grasp_lora.recipes.starter import write_recipe
@@ -698,6 +699,14 @@ def test_labels_are_written_down_and_templates_are_of_the_task(start: Callable[.
     text = file.read_text(encoding="utf-8")
     assert "in place of the built-in one, with {text}" in text
     assert "labels" not in start(write(Path("u.csv"), completion(60)), output=Path("other.yaml")).read_text()
+
+
+@pytest.mark.parametrize("columns", [("text", "Text", "label", "Label"), ("Label", "Text", "text", "label")])
+def test_of_two_columns_that_differ_in_case_the_plain_one_is_taken(columns: tuple[str, ...], tmp_path: Path) -> None:
+    values = {"text": "t", "Text": "other", "label": "ab", "Label": "xy"}
+    rows = [{column: values[column][i % len(values[column])] for column in columns} for i in range(2)]
+    corpus = read_corpus("x.csv", write(tmp_path / "x.csv", rows), tmp_path)
+    assert (corpus.columns, corpus.labels, corpus.records[0].fields) == ({}, ("a", "b"), {"text": "t"})
 
 
 def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> None:

@@ -24,7 +24,7 @@ from grasp_lora.report.examples import examples_of
 from grasp_lora.report.figures import figures_of
 from grasp_lora.report.pages import write_report
 from grasp_lora.report.run_record import read_run
-from grasp_lora.report.tables import duration, kept_share, percent, probe_note, scores_table
+from grasp_lora.report.tables import duration, kept_share, percent, probe_note, rounds_table, scores_table
 
 SYSTEMS = ("source", "target", "merged", "grasp")
 LEARNED = {"prune_ratio": 0.462, "low": 0.384, "high": 0.549, "confidence": 0.95, "rule": "smooth_fit"}
@@ -213,6 +213,37 @@ def test_systems_that_answered_other_examples_are_not_compared_by_example(
     page, _ = texts(run_folder)
     assert "GRASP against target only: F1 +8.2 points.<" in page
     assert "95 % for all 2 rows together" in page
+
+
+def test_what_is_handed_over_is_compared_with_what_there_was_before(run_folder: Path) -> None:
+    page, _ = texts(run_folder)
+    assert "What is handed over against" not in page  # it is GRASP's result
+    change(run_folder / "metrics.json", lambda metrics: metrics["delivered"].update(name="target"))
+    for name in ("target", "source"):
+        gain = 2.0 * (name == "target")
+        change_lines(
+            run_folder / "evaluation" / f"{name}.jsonl",
+            lambda number, row, gain=gain: row | {"scores": {"f1": 30.0 + gain + number % 2}},
+        )
+    page, tables = texts(run_folder)
+    assert "What is handed over against source only: F1 -3.1 points (+2.0 to +2.0): better; test loss" in page
+    assert page.index("What is handed over against") < page.index("GRASP against")
+    assert "95 % for all 3 rows together" in page
+    assert "What is handed over against target only" not in tables
+
+
+@pytest.mark.parametrize(("right", "warned"), [(37.5, True), (50.0, False)])
+def test_answers_that_are_no_better_than_one_label_have_a_warning(run_folder: Path, right: float, warned: bool) -> None:
+    labels = {"nzuri": {"train": 9, "test": 3}, "mbaya": {"train": 5, "test": 5}}
+    change(run_folder / "data.json", lambda data: data["report"].update(labels=labels, prompt="Text: {text}"))
+    change_lines(
+        run_folder / "evaluation" / "grasp.jsonl",
+        lambda number, row: row | {"references": ["nzuri" if number < 3 else "mbaya"]},
+    )
+    change(run_folder / "metrics.json", lambda metrics: metrics["systems"]["grasp"]["metrics"].update(accuracy=right))
+    said = "It answers 37.5 % of the 8 test rows right, and nzuri every time would have 37.5 %."
+    for text in (*texts(run_folder), card(run_folder)):
+        assert (said in text) is warned
 
 
 def test_every_one_of_several_sources_has_its_row(run_folder: Path) -> None:
@@ -665,12 +696,17 @@ def test_charts_that_can_show_one_value_only_are_left_out(run_folder: Path) -> N
     figures = figures_of(read_run(run_folder))
     assert not {"sparsity", "survival"} & figures.keys()
     assert [trace["name"] for trace in figures["trajectory"]["data"]] == ["candidate", "committed ratio"]
+    table = rounds_table(read_run(run_folder))
+    assert table is not None
+    assert "Policy" not in table.columns
+    assert {len(row) for row in table.rows} == {len(table.columns)}
     change(run_folder / "final" / "sparsity.json", uneven)
     change_lines(
         run_folder / "controller" / "rounds.jsonl", lambda number, row: row | {"policy_mean": 0.4 + number / 10}
     )
     figures = figures_of(read_run(run_folder))
     assert {"sparsity", "survival"} <= figures.keys()
+    assert "Policy" in rounds_table(read_run(run_folder)).columns
     assert len(figures["trajectory"]["data"]) == 4
 
 
@@ -802,12 +838,16 @@ def test_the_snippet_of_the_card_ends_in_the_answer_that_predict_gives(
 
 
 def test_the_snippet_of_a_chat_goes_through_the_chat_template(run_folder: Path) -> None:
-    change(run_folder / "data.json", lambda data: data["report"].update(chat_template=True))
+    assert "eos_token_id" not in snippet_of(card(run_folder))
+    chat = {"chat_template": True, "end_of_turn": "<|im_end|>"}
+    change(run_folder / "data.json", lambda data: data["report"].update(chat))
     change_recipe(run_folder, generation={"stop": ["\n", '"```'], "max_new_tokens": 9})
     code = card(run_folder).split("```python\n")[1].split("\n```\n")[0]
     compile(code, "card", "exec")
     assert "tokenizer.apply_chat_template(turns, add_generation_prompt=True" in code
     assert "max_new_tokens=9" in code
+    assert 'ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]' in code
+    assert "do_sample=False, eos_token_id=ends)" in code
     assert 'print(answer.split("\\n")[0].split("\\"```")[0])' in code
 
 

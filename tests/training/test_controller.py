@@ -1621,6 +1621,62 @@ def test_from_rows_builds_the_measured_default(make_tiny_model, tiny_tokenizer, 
             train_transformers(model, tmp_path / "slip", astray)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"), [("eos_token", "another EOS token than"), ("chat_template", "another chat template than")]
+)
+def test_rows_are_encoded_with_what_the_trainer_trains_on(make_tiny_model, tiny_tokenizer, tmp_path, changed, message):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    (tmp_path / "chat.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+    ways = {"eos_token": {"eos_token": "<unk>"}, "chat_template": {"chat_template_path": str(tmp_path / "chat.jinja")}}
+    backbone = make_tiny_model("llama")
+    with attached(backbone, merged_adapter(backbone, "llama")) as model:
+        early = GraspController.from_rows(ROWS, tokenizer)
+        trainer = make_sft_trainer(model, tmp_path, tokenizer, **ways[changed])
+        with pytest.raises(
+            DataError, match=rf"^the trainer's tokenizer has {message} .* with trainer\.processing_class"
+        ):
+            early.add_to(trainer)
+        assert early not in trainer.callback_handler.callbacks
+        late = GraspController.from_rows(ROWS, trainer.processing_class).add_to(trainer)
+        assert late in trainer.callback_handler.callbacks
+
+
+def test_zeros_that_an_earlier_training_left_are_told(make_tiny_model, tmp_path, caplog):
+    """As where a cell of a notebook runs again; not where a merge has zeros of its own, or the stash is put back."""
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    for pair in weights.values():
+        pair.A[0], pair.B[:, 0] = 0.0, 0.0
+    with attached(backbone, weights) as model:
+        controller = controller_for(weights, kind="spread")
+        train_transformers(model, tmp_path, controller)
+        train_transformers(model, tmp_path, controller)
+        assert not caplog.messages
+        train_transformers(model, tmp_path, controller_for(weights, kind="spread"))
+    with attached(backbone, weights) as model:
+        train_ours(model, tmp_path, callbacks=[PrunedTraining(0.3, ProbeSet(MICRO_DEV, PAD))])
+    [told] = caplog.messages
+    assert " % of the adapter's weights are zero already, left by an earlier training under masks; load the" in told
+    assert int(told.split()[0]) > 15
+
+
+def test_after_an_interrupt_the_mask_of_the_current_ratio_can_be_put_on(make_tiny_model, tmp_path):
+    class Interrupts(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    backbone = make_tiny_model("llama")
+    weights = merged_adapter(backbone, "llama")
+    controller = controller_for(weights, kind="spread")
+    with attached(backbone, weights) as model:
+        with pytest.raises(KeyboardInterrupt):
+            train_transformers(model, tmp_path, controller, [Interrupts()])
+        assert controller.masks.ratio != controller.search.current_ratio
+        controller.regime.rest(controller.masks, controller.search)
+        assert controller.masks.ratio == controller.search.current_ratio
+
+
 def test_an_epoch_counts_optimizer_steps(make_tiny_model, tmp_path):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import socket
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
@@ -20,9 +21,10 @@ from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.merging import COMPONENTS, merge_rule
 from grasp_lora.models.adapter_config import MOST_RANK
-from grasp_lora.models.adapters import check_target_modules, on_output_layer
+from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.models.backbone import Backbone, without_peft
 from grasp_lora.models.generation import context_of
+from grasp_lora.models.linear import on_output_layer
 from grasp_lora.models.precision import weight_sum
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
@@ -367,10 +369,10 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     if not (folder / files.RUN_FILE).is_file():
         return
     if read_needed(folder / files.RUN_FILE, files.RunInfo).recipe_hash not in recipe.choices():
-        raise RecipeError(
-            f"{folder} holds a run of another recipe ({_differences(folder, recipe)}); "
-            "choose another folder with --output, or delete it"
-        )
+        advice = "choose another folder with --output, or delete it"
+        if not (folder / files.METRICS_FILE).is_file():
+            advice = f"to finish it, take the command of `grasp-lora status {shlex.quote(str(folder))}`; else another --output"
+        raise RecipeError(f"{folder} holds a run of another recipe ({_differences(folder, recipe)}); {advice}")
 
 
 def _differences(folder: Path, recipe: Recipe) -> str:

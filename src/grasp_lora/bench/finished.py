@@ -62,7 +62,7 @@ def inputs_of(recipe: Recipe, base: Path) -> dict[str, str]:
         base: folder that its relative paths start from.
     """
     found = {}
-    for key, file in _places(recipe, base):
+    for key, file in places_of(recipe, base):
         with suppress(OSError):
             found[key] = sha256_of(file)
     backbone = _beside(recipe.backbone.name, base)
@@ -92,7 +92,8 @@ def refuse_other_template(folder: Path, before: Mapping[str, str], now: Mapping[
         )
 
 
-def _places(recipe: Recipe, base: Path) -> Iterator[tuple[str, Path]]:
+def places_of(recipe: Recipe, base: Path) -> Iterator[tuple[str, Path]]:
+    """Give the key and the place of every data file that is found, and of every file of a given adapter."""
     for side in ("source", "target"):
         corpus = getattr(recipe.data, side)
         for key in _FILES if corpus else ():

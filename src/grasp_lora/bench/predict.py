@@ -1,25 +1,25 @@
 """`grasp-lora predict`: whole prompts, a question, rows of a file or a conversation, asked as the adapter was trained to be."""
 
-import csv
-import io
-import json
 import logging
 import string
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grasp_lora.bench.answered import PREDICTION, check_output, check_unanswered, write_rows
 from grasp_lora.bench.run_folder import ADAPTER_FOLDER, RUN_FILE
+from grasp_lora.data.cells import clean_text
 from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.conversations import SPEAKERS, Message
-from grasp_lora.data.encode import Encoder, begin_of_chat, prompt_ids
+from grasp_lora.data.encode import Encoder, Tally, begin_of_chat, prompt_ids
 from grasp_lora.data.files import READERS, read_file
 from grasp_lora.data.labels import encode_labels
 from grasp_lora.data.records import XLSUM_COLUMNS, Record, make_pool
-from grasp_lora.data.tables import NoText, Row, Table
+from grasp_lora.data.tables import Row, Table
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, fields_of, options_of, task_fields
 from grasp_lora.errors import DataError, LackOfMemoryError, RecipeError
 from grasp_lora.models.adapters import attached, check_fits
@@ -29,7 +29,6 @@ from grasp_lora.models.generation import generate
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import GenerationSettings
 from grasp_lora.recipes.load import backbone_of_run
-from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.reading import is_file, is_folder, is_there
 from grasp_lora.text.display import SURROGATES, escaped, first_line, listed, quoted
 
@@ -39,7 +38,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 PLAIN = TEMPLATES["completion"][ANY_LANGUAGE]
-PREDICTION = "prediction"  # the column of the answers, as in the files of a run: rows may have an `answer` already
 # Columns of rows that do not name the fields of a task, the answer aside.
 _OTHER_LAYOUTS: dict[str, tuple[set[str], ...]] = {
     "completion": ({"messages"}, {"conversations"}, {"instruction"}),
@@ -90,8 +88,16 @@ class Asked:
         return self._answer(prompt_ids(self.tokenizer, prompts, self.chat))
 
     def records(self, records: Sequence[Record]) -> list[str]:
-        """Answer records: their fields are put into the adapter's own prompt, and conversations are as they are."""
-        return self._answer(self._encoder(any(record.messages for record in records)).ask(records))
+        """Answer records: their fields are put into the adapter's own prompt, and conversations are as they are.
+
+        A note tells of texts that are cut.
+        """
+        tally = Tally()
+        ids = self._encoder(any(record.messages for record in records)).ask(records, tally)
+        if tally.documents_cut:
+            cut, most = tally.documents_cut, self.own.max_document_tokens
+            logger.warning("%d of %d texts were cut to %d tokens, as in training", cut, len(records), most)
+        return self._answer(ids)
 
     def reply(self, turns: Sequence[Message]) -> str:
         """Answer the last turn of a conversation."""
@@ -158,9 +164,14 @@ def asking(
     _form(own)
     backbone = backbone or backbone_of_run(place)
     loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)
-    check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
+    check_fits(adapter, loaded.model, **loaded.told)
     in_chat = own.chat_template if chat is None else chat
     if in_chat:
+        if adapter.chat_template not in (None, loaded.tokenizer.chat_template):
+            loaded.tokenizer.chat_template = adapter.chat_template
+            logger.warning(
+                "the adapter brings a chat template of its own, so prompts stand in that, not in the backbone's"
+            )
         check_has_template(loaded.tokenizer)
     if chat is not None and adapter.info.answers is not None and chat != own.chat_template:
         logger.warning(
@@ -226,6 +237,7 @@ def predict_question(place: str, given: Mapping[str, str], *arguments: Any, **se
             f"adapter {adapter.name} does not say how its prompts are worded; give a whole prompt in place of "
             f"{' and '.join('--' + name for name in given)}"
         )
+    given = {name: clean_text(text, Counter()) for name, text in given.items()}  # as rows of files are
     task, template = _form(own)
     wanted = fields_of(template.prompt)
     fields = dict(zip(wanted, given.values(), strict=True)) if len(wanted) == len(given) == 1 else dict(given)
@@ -262,24 +274,20 @@ def predict_rows(
         GraspError: as of `asking`; or the rows or the output file cannot be used.
     """
     if output is not None:
-        _check_output(output)
+        check_output(output)
     adapter = adapter_at(place)
     own = adapter.info.answers or Answers()
     table = read_file(str(file), file, sheet=sheet)
     records = _records(table, own)
+    whole = len(table.rows) == len(records) and not any("paragraphs" in row.values for row in table.rows)
+    if output is not None and whole:
+        check_unanswered(table)
     with asking(place, *arguments, adapter=adapter, **settings) as asked:
         answers = asked.records(records)
     found = [{"id": record.id, PREDICTION: answer} for record, answer in zip(records, answers, strict=True)]
     if output is not None:
-        rows: Sequence[Mapping[str, object]] = found
-        if len(table.rows) == len(found) and not any("paragraphs" in row.values for row in table.rows):
-            rows = [{**row.values, PREDICTION: one[PREDICTION]} for row, one in zip(table.rows, found, strict=True)]
-        try:
-            write_whole(output, _WRITERS[output.suffix.lower()](list(map(_shown, rows))))
-        except OSError as error:
-            raise RecipeError(
-                f"{output} cannot be written ({error.strerror}); choose another file with --output"
-            ) from error
+        kept = [row.values for row in table.rows] if whole else [{"id": record.id} for record in records]
+        write_rows(output, [{**row, PREDICTION: answer} for row, answer in zip(kept, answers, strict=True)])
     return found
 
 
@@ -361,40 +369,3 @@ def _with_stand_ins(paragraph: object) -> object:
     answers = {"answers": [{"text": word, "answer_start": context.index(word)}], "is_impossible": False}
     qas = [{**one, **answers} if isinstance(one, Mapping) else one for one in paragraph["qas"]]  # type: ignore[index]
     return {**paragraph, "qas": qas}  # type: ignore[dict-item]
-
-
-def _check_output(output: Path) -> None:
-    if output.suffix.lower() not in _WRITERS:
-        raise RecipeError(f"--output is {quoted(str(output))}; its name must end with {', '.join(_WRITERS)}")
-    if output.exists() or not output.absolute().parent.is_dir():
-        problem = "exists already" if output.exists() else "lies in a folder that is not there"
-        raise RecipeError(f"{output} {problem}; choose another with --output")
-
-
-def _shown(row: Mapping[str, object]) -> dict[str, object]:
-    """A row as it is written: a cell whose text is not in the file stays empty."""
-    return {name: "" if isinstance(value, NoText) else value for name, value in row.items()}
-
-
-def _as_jsonl(rows: Sequence[Mapping[str, object]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-
-
-def _as_table(rows: Sequence[Mapping[str, object]], delimiter: str) -> str:
-    text = io.StringIO()
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    writer = csv.DictWriter(text, names, delimiter=delimiter, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({name: _as_cell(value) for name, value in row.items()} for row in rows)
-    return text.getvalue()
-
-
-def _as_cell(value: object) -> object:
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
-
-
-_WRITERS: dict[str, Callable[[Sequence[Mapping[str, object]]], str]] = {
-    ".csv": lambda rows: _as_table(rows, ","),
-    ".tsv": lambda rows: _as_table(rows, "\t"),
-    ".jsonl": _as_jsonl,
-}

@@ -229,9 +229,8 @@ class _Run:
         if name == files.FINAL_FOLDER:
             rows: list[dict[str, Any]] = record.result.get("kept") or [dict(row) for row in survival(adapter.weights)]
             on_first_process(partial(write_json, folder / files.SPARSITY_FILE, rows))
-            facts = {
-                "measured_sparsity": 1 - sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows)
-            } | facts
+            kept, weights = (sum(row[name] for row in rows) for name in ("kept", "weights"))
+            facts = {"measured_sparsity": 1 - kept / weights} | facts
         return facts
 
     def _show_history(self, name: str, adapter: Adapter) -> None:
@@ -242,14 +241,13 @@ class _Run:
         on_first_process(partial(write_jsonl, self.folder / name / files.HISTORY_FILE, [*rows, *end]))
 
     def _show_learned(self, learned: Learned) -> dict[str, Any]:
-        folder, result, estimate = self.folder / files.CONTROLLER_FOLDER, learned.record.result, learned.estimate
-        names = {files.HISTORY_FILE: "history", files.ROUNDS_FILE: "rounds", files.TIMINGS_FILE: "timings"}
-        beside = {file: result.get(name, []) for file, name in names.items()}
+        folder, estimate = self.folder / files.CONTROLLER_FOLDER, learned.estimate
+        names = {"history": files.HISTORY_FILE, "rounds": files.ROUNDS_FILE, "timings": files.TIMINGS_FILE}
+        beside = {file: learned.record.result.get(name, []) for name, file in names.items()}
         for file, rows in beside.items():
             on_first_process(partial(write_jsonl, folder / file, rows))
-        on_first_process(
-            partial(write_json, folder / files.RATIO_FILE, files.LearnedRatio.of(estimate, beside).to_json())
-        )
+        ratio = files.LearnedRatio.of(estimate, beside)
+        on_first_process(partial(write_json, folder / files.RATIO_FILE, ratio.to_json()))
         if learned.start.folder is not None:
             self._show_adapter(f"{files.CONTROLLER_FOLDER}/{files.ADAPTER_FOLDER}", learned.start)
         return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}

@@ -170,7 +170,7 @@ class Session:
         found = beside_recipe if is_folder(beside_recipe) else place
         adapter = read_adapter(found, offline=self.recipe.backbone.offline)
         backbone = self.backbone
-        check_fits(adapter, backbone.model, backbone_name=backbone.name, fingerprint=backbone.fingerprint)
+        check_fits(adapter, backbone.model, **backbone.told)
         return adapter
 
     def train_adapter(
@@ -379,6 +379,7 @@ class Session:
             quantise=self.backbone.quantise,
             dtype=str(self.backbone.model.dtype).removeprefix("torch."),
             embedded=self.backbone.is_embedded,
+            revision=self.backbone.revision,
         )
 
     def _with(self, weights: AdapterWeights | None) -> AbstractContextManager[Any]:

@@ -1,9 +1,11 @@
 """The single steps of the command line on folders: merge, learn, finetune, evaluate."""
 
+import logging
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,14 +13,17 @@ from safetensors import SafetensorError
 
 from grasp_lora.bench.checks import check, check_rounds
 from grasp_lora.bench.outcomes import given
+from grasp_lora.bench.records import read_record
 from grasp_lora.bench.run_folder import (
     ADAPTER_FOLDER,
+    DATA_FILE,
     HISTORY_FILE,
     METRICS_FILE,
     RATIO_FILE,
     ROUNDS_FILE,
     SPARSITY_FILE,
     TIMINGS_FILE,
+    DataFacts,
     LearnedRatio,
     Metrics,
     SystemScores,
@@ -33,13 +38,16 @@ from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import backbone_of
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
-from grasp_lora.recipes.load import backbone_of_run
+from grasp_lora.recipes.load import MOST_ABOVE, backbone_of_run
 from grasp_lora.storage.files import why_not_written, write_json, write_jsonl
 from grasp_lora.storage.folder import new_folder, refuse_existing
 from grasp_lora.storage.reading import is_folder
+from grasp_lora.text.display import quoted
 
 if TYPE_CHECKING:
     from grasp_lora.training.finetune import FineTuneResult
+
+logger = logging.getLogger(__name__)
 
 
 def merge_folders(
@@ -75,7 +83,7 @@ def merge_folders(
     backbone = backbone or backbone_of_run(places[0])
     loaded = backbone_of(adapters[0], backbone, "cpu", revision=revision, trust_remote_code=trust_remote_code)
     for adapter in adapters:
-        check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint)
+        check_fits(adapter, loaded.model, **loaded.told)
     answers = [adapter.info.answers for adapter in adapters]
     labels = any(one.labels for one in answers if one)
     reworded = len({one.prompt for one in answers if one}) > 1
@@ -98,6 +106,7 @@ def merge_folders(
             quantise=loaded.quantise,
             dtype=dtypes.pop() if len(dtypes) == 1 else None,
             embedded=loaded.is_embedded,
+            revision=loaded.revision,
         )
     ranks = sorted({pair.rank for pair in merged.values()})
     line = f"merged {len(adapters)} adapters by {rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"
@@ -158,6 +167,9 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
         refuse_existing(output)
     check(session, parents=False)
     adapters = [session.read(_from_here(place)) for place in places]
+    for adapter, place in zip(adapters, places, strict=True):
+        _warn_of_other_prompt(session, adapter)
+        _warn_of_known_rows(session, adapter.name, place)
     with nullcontext() if output is None else new_folder(output) as draft:
         with _scratch() as scratch:
             bench = Bench(session, session, Store(scratch))
@@ -174,6 +186,39 @@ def evaluate_folders(session: Session, places: Sequence[str], output: Path | Non
                 write_jsonl(draft / f"{name.replace('/', '--')}.jsonl", one.rows(session.splits.test))
             write_json(draft / METRICS_FILE, metrics.to_json())
     return metrics
+
+
+def _warn_of_other_prompt(session: Session, adapter: LoadedAdapter) -> None:
+    told, own = adapter.info.answers, session.answers
+    if (
+        told is not None
+        and told.task is not None
+        and (told.prompt, told.chat_template) != (own.prompt, own.chat_template)
+    ):
+        logger.warning(
+            "adapter %s was trained on prompts of the form %s%s, and the recipe asks otherwise; its scores may be too low",
+            quoted(adapter.name),
+            quoted(told.prompt or ""),
+            " in the chat template" if told.chat_template else "",
+        )
+
+
+def _warn_of_known_rows(session: Session, name: str, place: str) -> None:
+    """Warn where test rows are, by their ids, among those that the run of an adapter trained or chose on."""
+    for folder in islice(Path(place).absolute().parents, MOST_ABOVE):
+        facts = read_record(folder / DATA_FILE, DataFacts)
+        if facts is not None:
+            used = {one for split in ("train", "dev", "micro_dev") for one in facts.ids.get(split, ())}
+            test = [example.public_id for example in session.splits.test]
+            if known := sum(one in used for one in test):
+                logger.warning(
+                    "%d of the %d test rows have ids of rows that adapter %s was trained or chosen on, so its scores may be too "
+                    "high; evaluate with the recipe and the rows of its run, or give test rows apart (data.target.test_files)",
+                    known,
+                    len(test),
+                    quoted(name),
+                )
+            return
 
 
 @contextmanager

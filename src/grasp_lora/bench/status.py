@@ -1,11 +1,15 @@
-"""What a folder of experiments is and how far it has got: read only, and at once, since torch is not imported."""
+"""What a folder of experiments is and how far it has got: read only, and at once, since torch is not imported.
+
+But for a run that was stopped: which command goes on is told by loading its recipe.
+"""
 
 import json
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from grasp_lora.bench.records import check_shape, read_needed, read_record, read
 from grasp_lora.bench.run_stages import STAGES, FinalChoices
 from grasp_lora.bench.sweep_record import SWEEP_FILE
 from grasp_lora.errors import RecipeError
+from grasp_lora.recipes.begun import overrides_of, recipe_file
 from grasp_lora.recipes.builtin import builtin_recipes
 from grasp_lora.recipes.text import RECIPE_FILE, parse
 from grasp_lora.storage.folder import is_shared, writer_of
@@ -23,6 +28,8 @@ from grasp_lora.storage.reading import adapter_of, is_file, is_folder, is_there
 from grasp_lora.text.display import escaped
 
 MANIFEST, TRAINER_STATE = "manifest.json", "trainer_state.json"
+# Lines, and what says which command goes on, where something is left to do.
+Description = tuple[list[str], Callable[[], str] | None]
 
 
 class _Spent(files.Shape):
@@ -82,12 +89,13 @@ def status(folder: Path) -> list[str]:
         raise _no_experiment(folder)
     writer = writer_of(folder)
     under_way = list(_under_way(folder))
-    lines, commands = [], []
+    lines: list[str] = []
+    left: list[Callable[[], str]] = []
     for there, describe in zip(parts.values(), (_run, _comparison, _sweep), strict=True):
         if there:
             said, command = describe(folder)
             lines += said
-            commands += [command] if command else []
+            left += [command] if command else []
     if writer:
         lines.append(f"running: {writer}")
     lines += [one.text() for one in under_way]
@@ -102,14 +110,16 @@ def status(folder: Path) -> list[str]:
         commands = ["wait; a run has its folder for itself"]
     elif writer:
         commands = ["wait, or start the same command once more, which takes a share of the work"]
-    elif not commands:
+    elif left:
+        commands = [command() for command in left]
+    else:
         prompt, adapter = (shlex.quote(str(folder / name)) for name in (files.PROMPT_FILE, files.ADAPTER_FOLDER))
         told = f"--jsonl < {prompt}" if is_there(folder / files.PROMPT_FILE) else '"..."'
         commands = [f"grasp-lora predict {adapter} {told}"] if is_there(folder / files.ADAPTER_FOLDER) else []
     return [*(escaped(line) for line in lines), *(f"next: {escaped(command)}" for command in commands)]
 
 
-def _run(folder: Path) -> tuple[list[str], str | None]:
+def _run(folder: Path) -> Description:
     info = read_needed(folder / files.RUN_FILE, files.RunInfo)
     cost = read_record(folder / files.COST_FILE, dict[str, float]) or {}
     recipe = parse(read_text(folder / RECIPE_FILE) or "{}", RECIPE_FILE)
@@ -123,15 +133,14 @@ def _run(folder: Path) -> tuple[list[str], str | None]:
     if finished:
         return lines, None
     lines.append(f"still to do: {', '.join(final.missing(cost)) or 'the last files'}")
-    return lines, _again("run", info.name, folder)
+    return lines, partial(_run_again, info, folder)
 
 
-def _comparison(folder: Path) -> tuple[list[str], str | None]:
+def _comparison(folder: Path) -> Description:
     file = folder / files.COMPARE_FOLDER / COMPARISON_FILE
     if not is_there(file):
-        return [f"{file.parent}: comparison without a table yet; the first seed is not finished"], _again(
-            "compare", None, folder
-        )
+        said = f"{file.parent}: comparison without a table yet; the first seed is not finished"
+        return [said], partial(_again, "compare", None, folder)
     found = Comparison.read(file)
     settings = found.settings
     done = len(found.folds) or sum(seed in found.seeds for seed in settings.seeds)
@@ -141,19 +150,19 @@ def _comparison(folder: Path) -> tuple[list[str], str | None]:
     text = f"{file.parent}: comparison of {len(found.rows)} methods; {done} of {asked} {found.runs} finished" + (
         f", {splits} further splits to do" if splits else ""
     )
-    return [text], None if whole else _again("compare", found.name, folder)
+    return [text], None if whole else partial(_again, "compare", found.name, folder)
 
 
-def _sweep(folder: Path) -> tuple[list[str], str | None]:
+def _sweep(folder: Path) -> Description:
     file = folder / files.SWEEP_FOLDER / SWEEP_FILE
     found = read_record(file, dict[str, Any])
     if found is None:
-        return [f"{file.parent}: sweep without a finished trial"], _again("sweep", None, folder)
+        return [f"{file.parent}: sweep without a finished trial"], partial(_again, "sweep", None, folder)
     done, best = len(found.get("trials", ())), found.get("best")
     asked = max(done, found.get("asked", 0))
     what = "none could be finished" if best is None else f"the best is number {best}"
     text = f"{file.parent}: sweep, {done} of {asked} trials done" + (f"; {what}" if done else "")
-    return [text], _again("sweep", found.get("name"), folder) if done < asked else None
+    return [text], partial(_again, "sweep", found.get("name"), folder) if done < asked else None
 
 
 def _under_way(folder: Path) -> Iterator[UnderWay]:
@@ -179,9 +188,28 @@ def _under_way(folder: Path) -> Iterator[UnderWay]:
 
 def _again(command: str, name: str | None, folder: Path) -> str:
     recipe = name if name in builtin_recipes() else f"{name or 'RECIPE'}.yaml"
-    return (
-        f"the command that began it goes on, such as grasp-lora {command} {recipe} --output {shlex.quote(str(folder))}"
-    )
+    return _goes_on([command, recipe, "--output", str(folder)], ", with the options that it had")
+
+
+def _run_again(info: files.RunInfo, folder: Path) -> str:
+    """The command that goes on with a run: what it had set counts."""
+    recipe = recipe_file(folder)
+    overrides = None if recipe is None else overrides_of(folder, recipe)
+    lacks = "--set" if overrides is None else ""
+    if recipe is not None and overrides is not None:
+        from grasp_lora.bench.finished import places_of
+        from grasp_lora.recipes.load import load_recipe
+
+        found = {key for key, _ in places_of(*load_recipe(recipe, overrides))}
+        lacks = "" if {key for key in info.inputs if "files." in key} <= found else "--set data.root=FOLDER"
+    changes = [part for override in overrides or () for part in ("--set", override)]
+    code = ["--allow-code"] * any(key.startswith("code.") for key in info.inputs)
+    words = ["run", recipe or f"{info.name}.yaml", *changes, *code, "--output", str(folder)]
+    return _goes_on(words, lacks and f", with the {lacks} that it had")
+
+
+def _goes_on(words: list[str], what_else: str) -> str:
+    return f"the command that began it goes on{what_else}, such as {shlex.join(['grasp-lora', *words])}"
 
 
 def _spent(seconds: float) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from grasp_lora.cli.adapters import export, predict, push
 from grasp_lora.cli.experiments import compare, sweep
+from grasp_lora.cli.options import Command, UsageError
 from grasp_lora.cli.recipes import init, recipes, schema
 from grasp_lora.cli.run import check, demo, report, run, status
 from grasp_lora.cli.steps import evaluate, finetune, learn, merge
@@ -30,14 +31,12 @@ Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv 
 )
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 IN_SEVERAL_PROCESSES = ("run", "demo")
-# Typer brings a click of its own or, in older versions, uses the installed one; it exports no class of all usage errors but this.
-UsageError: Any = typer.BadParameter.__base__
 
 for command in (
     run, demo, check, recipes, init, schema, predict, merge, export, push, learn, finetune, evaluate, compare, sweep, status,
     report,
 ):  # fmt: skip
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _say_version(wanted: bool) -> None:

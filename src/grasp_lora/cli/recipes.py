@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grasp_lora.cli.terminal import console, say
+from grasp_lora.cli.terminal import console, log_to_terminal, say
 from grasp_lora.recipes.builtin import SCHEMA_FILE, builtin_recipes, builtin_text, schema_text
 
 
@@ -89,6 +89,7 @@ def init(
     from grasp_lora.recipes.load import load_recipe
     from grasp_lora.recipes.starter import write_recipe
 
+    log_to_terminal(False)
     file, left = write_recipe(
         data,
         language,

@@ -65,9 +65,11 @@ def check(
 
 def status(folder: Annotated[Path, typer.Argument(help="Folder of a run, a comparison or a sweep.")]) -> None:
     """Say how far a run, a comparison or a sweep is, and what to do next; nothing is written."""
-    from grasp_lora.bench.status import status
+    with loading():
+        from grasp_lora.bench.status import status
 
-    for line in status(folder):
+        lines = status(folder)
+    for line in lines:
         say(line)
 
 
@@ -92,18 +94,20 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
             reason,
             trained_again,
             verdict,
+            warning_of,
         )
         from grasp_lora.report.run_record import read_run
     with shown(TerminalProgress(console, answers)) as progress:
         result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
     print_scores(result.metrics)
+    record = read_run(result.folder)
     if result.delivered is not None:
         say(verdict(result.delivered, result.metrics), style="bold")
         say(reason(result.delivered, result.metrics))
         if again := trained_again(result.metrics):
             say(again)
-        if result.delivered.warning:
-            say(result.delivered.warning, style="yellow")
+        if warning := warning_of(record):
+            say(warning, style="yellow")
     learned = result.delivered is None or not result.delivered.nothing_learned
     if result.delivered is not None and result.metrics.handed_over != "grasp":
         say(f"GRASP's own result lies in {result.folder / FINAL_FOLDER}{':' if learned else ''}")
@@ -117,7 +121,6 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
     say(f"adapter {result.adapter}   report {result.folder / REPORT_FILE}")
     if (result.folder / PROMPT_FILE).is_file():
         say(f"try it: {predict_command(result.folder)}")
-    record = read_run(result.folder)
     if own := command_for_texts(record, result.folder):
         say(f"with a text of your own: {own}")
     say(f"in your own program: {result.adapter / CARD_FILE} holds the lines of Python")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grasp_lora.data.chat import check_has_template
 from grasp_lora.data.encode import Encoder, Example, Tally
@@ -111,7 +111,7 @@ def build_splits(
         held_out = {example.group for name in HELD_OUT for example in splits[name]}
         logger.info("%s (%s): %s", role, corpus.language, asdict(tally))
     labels = count_labels(settings.labels, splits) if task_fields(settings.task).chooses else None
-    target = encoders["target"].template
+    target, end = encoders["target"].template, encoders["target"].end
     report = DataReport(
         settings.task,
         split_seed,
@@ -124,6 +124,7 @@ def build_splits(
         {name: measure(splits[name]) for name in SPLITS},
         labels,
         target.completion if labels else None,
+        None if end == tokenizer.eos_token_id else str(tokenizer.convert_ids_to_tokens(end)),
     )
     result = Splits(
         **{name: tuple(examples) for name, examples in splits.items()},
@@ -173,6 +174,33 @@ def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedToke
         examples |= zip((record.id for record in records), encoder.encode(records, names, Tally()), strict=True)
     # Nothing is cut and nothing is too long, so there is one for each.
     return [example for record in pool.records if (example := examples[record.id]) is not None]
+
+
+def encoding_of(tokenizer: Any) -> tuple[object, object]:
+    """What decides how rows are encoded and may be changed on a tokenizer, or on that of a processor: end token and template."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    return getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "chat_template", None)
+
+
+def check_encoding(encoding: tuple[object, object] | None, trained_by: Any) -> None:
+    """Check that a trainer's tokenizer, or processor, encodes as rows were encoded; TRL may change it as it makes the trainer.
+
+    Args:
+        encoding: of the rows; None where nothing is known.
+        trained_by: the trainer's; None where it has none.
+
+    Raises:
+        DataError: it does not.
+    """
+    if encoding is None or trained_by is None:
+        return
+    names = ("EOS token", "chat template")
+    pairs = zip(names, encoding, encoding_of(trained_by), strict=True)
+    if changed := [name for name, before, now in pairs if before != now]:
+        raise DataError(
+            f"the trainer's tokenizer has another {' and another '.join(changed)} than the rows were encoded with; make the "
+            "trainer first, and then the controller with trainer.processing_class as its tokenizer"
+        )
 
 
 def _check_eos(tokenizer: "PreTrainedTokenizerBase") -> None:

@@ -14,10 +14,12 @@ from grasp_lora.errors import DataError
 from grasp_lora.text.display import CONTROLS, SURROGATES, listed, quoted
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-# Windows-1252 quotation marks and dashes, as in XL-Sum's Chinese articles, the line ends of old Macs, and page breaks.
+# What Windows-1252 has in their place, as in XL-Sum's Chinese articles (U+0085 is its "…": as a line break of Unicode it is
+# rare), the line ends of old Macs, and page breaks.
 MAPPED = {
-    "\x91": "‘", "\x92": "’", "\x93": "“", "\x94": "”", "\x96": "–", "\x97": "—", "\r": "\n", "\x0b": " ", "\x0c": " ",
-}  # fmt: skip
+    **{chr(code): bytes([code]).decode("cp1252", "ignore") for code in range(0x80, 0xA0)},
+    **{"\r": "\n", "\x0b": " ", "\x0c": " "},
+}
 MOST_TEXT = 1_000_000  # characters
 MOST_ID = 500
 
@@ -25,20 +27,23 @@ Columns = Mapping[str, str]  # field -> column
 
 
 def _clean(value: object, identity: str, counts: Counter[str]) -> object:
-    """Map or remove control characters other than newline and tab in every text but ids, and count them."""
+    """Clean every text but ids."""
     if isinstance(value, Mapping):
         return clean_row(value, identity, counts)
     if isinstance(value, list | tuple):
         return [_clean(part, identity, counts) for part in value]
-    if not isinstance(value, str):
-        return value
+    return clean_text(value, counts) if isinstance(value, str) else value
+
+
+def clean_text(text: str, counts: Counter[str]) -> str:
+    """Map or remove control characters other than newline and tab, and count them."""
 
     def replacement(match: re.Match[str]) -> str:
         mapped = MAPPED.get(match.group(), "")
         counts["mapped" if mapped else "removed"] += 1
         return mapped
 
-    return CONTROL.sub(replacement, value.replace("\r\n", "\n"))
+    return CONTROL.sub(replacement, text.replace("\r\n", "\n"))
 
 
 def clean_row(values: Mapping[str, object], identity: str, counts: Counter[str]) -> dict[str, object]:

@@ -5,6 +5,7 @@ forked process with limits of the system, which hold inside a single operation, 
 """
 
 import json
+import logging
 import os
 import signal
 import warnings
@@ -17,6 +18,8 @@ from grasp_lora.text.display import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 DATE = "26 Jul 2024"  # in chat templates that print one: what Llama 3.2's takes where it knows no clock
 MOST_SECONDS = 5  # of computing, and as much again for each EACH conversations; an ordinary one takes 0.0002
@@ -43,7 +46,8 @@ def render_chat(
         names: of the conversations, for messages.
 
     Raises:
-        DataError: there is no template, or it refuses a conversation, which is named, or does not end within the limits.
+        DataError: there is no template, or it refuses a conversation, which is named, or leaves out its system message, or does
+            not end within the limits.
     """
     check_has_template(tokenizer)
     answers = _rendered(tokenizer, conversations)
@@ -58,6 +62,16 @@ def render_chat(
         raise DataError(
             f"{names[len(prompts)]}: the tokenizer's chat template does not end; it was stopped after {seconds} s of computing, "
             f"or as it took more memory than there is. Take a backbone with another one, or set data.chat_template to false"
+        )
+    left_out = _left_out(tokenizer, conversations, prompts, seconds)
+    if (place := left_out.get("system")) is not None:
+        raise DataError(
+            f"{names[place]}: the tokenizer's chat template leaves out the system message; put its text into the first user turn"
+        )
+    if (place := left_out.get("user")) is not None:
+        logger.warning(
+            "%s: the tokenizer's chat template leaves out a user turn, so the model does not see it; check the template",
+            names[place],
         )
     return prompts
 
@@ -118,6 +132,28 @@ def _rendered(
     # A template is a program: beside its own refusals it may divide by zero, take a text for a list, or never come back.
     except Exception as error:  # noqa: BLE001
         yield {"reason": str(error)[:1000] or type(error).__name__}
+
+
+def _left_out(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Conversation], prompts: Sequence[str], seconds: int
+) -> dict[str, int]:
+    """Return the roles, `system` or `user`, of which a turn leaves no trace, and the first conversation of each.
+
+    A template may change a text, so one that does not stand in its prompt counts only if with more text the prompt is the same.
+    """
+    missing = []
+    for place, (turns, prompt) in enumerate(zip(conversations, prompts, strict=True)):
+        rendered = "".join(prompt.split())
+        for number, turn in enumerate(turns):
+            if turn["role"] in ("system", "user") and "".join(turn["content"].split()) not in rendered:
+                longer = {**turn, "content": turn["content"] + " And more."}
+                missing.append((turn["role"], place, [*turns[:number], longer, *turns[number + 1 :]]))
+    again = _limited(_rendered(tokenizer, [turns for *_, turns in missing]), seconds) if missing else []
+    found: dict[str, int] = {}
+    for (role, place, _), longer_prompt in zip(missing, again, strict=False):  # fewer where it refuses one
+        if longer_prompt == prompts[place]:
+            found.setdefault(role, place)
+    return found
 
 
 def _limited(answers: Iterator[str | dict[str, str]], seconds: int) -> list[str | dict[str, str]]:

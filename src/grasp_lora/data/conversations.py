@@ -20,7 +20,8 @@ def read_messages(cells: Cells) -> list[Message]:
     The last may be no answer, or an empty one; those before it are texts.
 
     Raises:
-        DataError: they are no messages, or none stands before the answer, or a system message is not the first.
+        DataError: they are no messages, or none stands before the answer, or a system message is not the first, or tools belong
+            to them.
     """
     column = cells.columns.get("messages", "messages")
     turns, system = cells.values.get(column), cells.values.get("system")
@@ -33,6 +34,12 @@ def read_messages(cells: Cells) -> list[Message]:
         first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
         if system not in (first.get("content"), first.get("value")):  # else it only repeats the first message
             turns = [{"role": "system", "content": system}, *turns]
+    for name in ("tools", "chat_template_kwargs"):
+        if not is_blank(said := cells.values.get(name)) and said not in ([], {}, "[]", "{}"):
+            raise DataError(
+                f"{cells.where}: {name} is not empty, but prompts are made without it; leave out such rows, or the column {name} "
+                "where the answers do not rest on it"
+            )
     messages: list[Message] = []
     for given in turns if isinstance(turns, list) else [None]:
         turn = _with_role(given, cells.where)

@@ -255,13 +255,15 @@ class Encoder:
                 alone[place], answers[place] = both[:common], both[common:]
         return alone, answers
 
-    def ask(self, records: Sequence[Record]) -> list[list[int]]:
+    def ask(self, records: Sequence[Record], tally: Tally) -> list[list[int]]:
         """Return the token ids of the prompts of records, as `encode` makes them; their answers have no part in it.
+
+        The tally says how many documents were cut.
 
         Raises:
             DataError: a conversation needs a chat template, or the chat template refuses one.
         """
-        return self._prompt_ids(self._prompts(records, Tally())[0]) if records else []
+        return self._prompt_ids(self._prompts(records, tally)[0]) if records else []
 
     @cached_property
     def end(self) -> int:

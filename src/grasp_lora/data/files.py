@@ -12,6 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice, product
 from pathlib import Path
@@ -184,10 +185,14 @@ def _csv(data: bytes, name: str, delimiter: str | None = None) -> Iterator[Row]:
 
 
 def _holds_rows(cell: str, columns: int) -> bool:
-    """Whether a cell seems to have taken in rows: for each of its line breaks as many tabs as a row has, and no blank part."""
-    breaks = cell.count("\n")
-    whole = bool(breaks) and cell.count("\t") == breaks * (columns - 1) > 0
-    return whole and all(part.strip() for part in re.split("[\t\n]", cell))
+    """Whether a cell seems to have taken in rows: its first and last line together have the tabs of one, and so has each between.
+
+    Tabs that only indent lines, such as those of code, are none of rows.
+    """
+    lines = cell.split("\n")
+    tabs = [line.count("\t") for line in lines]
+    whole = len(lines) > 1 and {tabs[0] + tabs[-1], *tabs[1:-1]} == {columns - 1}
+    return whole and any("\t" in line.lstrip() for line in lines)
 
 
 @contextmanager
@@ -341,6 +346,13 @@ def _sheet(data: bytes, name: str, sheet: str | None) -> list[Row]:
     return rows
 
 
+@dataclass(frozen=True)
+class NotShown(NoText):
+    """A cell whose value is in the file, but not the text that is shown; and how the value is written where it is passed on."""
+
+    written: str
+
+
 def _cell(cell: Any, formula: Any) -> str | NoText:
     """Return the text of a cell as a spreadsheet program shows it, where that is in the file: it is not for dates, say."""
     from openpyxl.utils.escape import unescape
@@ -350,15 +362,17 @@ def _cell(cell: Any, formula: Any) -> str | NoText:
         lacking = formula.data_type == "f" and cell.data_type == "n"  # a text, also an empty one, has another type
         return NoText("a formula without a value: open the workbook in a program, and save it") if lacking else ""
     if cell.data_type == "e":
-        return NoText(f"the error {quoted(value)}")
+        return NotShown(f"the error {quoted(value)}", value)
     if isinstance(value, str):
         return str(unescape(value))
     number = isinstance(value, int | float) and not isinstance(value, bool)
+    written = f"{value:.15g}" if isinstance(value, float) else str(value)
     if number and (format in _PLAIN_NUMBERS or (format == "0" and float(value).is_integer())):
-        return f"{value:.15g}" if isinstance(value, float) else str(value)
+        return written
     kind = "a number or truth value" if isinstance(value, int | float) else "a date or time"
-    return NoText(
-        f"{kind} in the format {quoted(format)}, not a text: save the sheet as CSV, which holds what is shown"
+    return NotShown(
+        f"{kind} in the format {quoted(format)}, not a text: save the sheet as CSV, which holds what is shown",
+        written.lower() if isinstance(value, bool) else written.removesuffix(" 00:00:00"),  # of a date alone
     )
 
 

@@ -1,6 +1,7 @@
 """The labels of a classification: what an answer may be, checked before a model sees them."""
 
 import logging
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,11 +10,14 @@ from dataclasses import replace
 from grasp_lora.data.encode import Encoder, Example, Tally
 from grasp_lora.data.records import Record, same_text
 from grasp_lora.errors import DataError
+from grasp_lora.text.characters import INVISIBLE, JOINERS
 from grasp_lora.text.display import listed, quoted
 
 logger = logging.getLogger(__name__)
 
 MOST_LABELS = 200  # more are texts, which a model should write
+_VIRAMAS = "\u094d\u09cd\u0a4d\u0acd\u0b4d\u0bcd\u0c4d\u0ccd\u0d4d\u0dca"  # a joiner after one belongs to the letter
+_AROUND = re.compile(rf"\A[\s\u200b{JOINERS}]|[\s\u200b]\Z|(?<![{_VIRAMAS}])[{JOINERS}]\Z")
 
 
 def check_records(records: Iterable[Record]) -> None:
@@ -29,7 +33,7 @@ def check_records(records: Iterable[Record]) -> None:
                 f"example {quoted(record.id)} has references beside its label, and a classification has one label an example; "
                 "leave out the column references"
             )
-        if record.answer != record.answer.strip():
+        if _has_space_around(record.answer):
             around.append(record)
     if around:
         others = f", also in {listed([record.id for record in around[1:]])}" if len(around) > 1 else ""
@@ -53,7 +57,7 @@ def check_labels(labels: Iterable[str], where: str) -> tuple[str, ...]:
     different = tuple(sorted(set(labels)))
     alike: dict[str, str] = {}
     for label in different:
-        if not label or label != label.strip():
+        if not label or _has_space_around(label):
             raise DataError(f"{where}: the label {quoted(label)} is empty or has white space around it; correct it")
         if (other := alike.setdefault(_meaning(label), label)) != label:
             raise DataError(
@@ -116,6 +120,11 @@ def encode_labels(labels: Iterable[str], encoder: Encoder) -> dict[str, tuple[in
                 f"to the backbone's tokenizer the labels {quoted(other)} and {quoted(label)} are the same tokens; rename one"
             )
     return tokens
+
+
+def _has_space_around(label: str) -> bool:
+    """Whether white space stands around a label, that of no width and lone joiners among it."""
+    return _AROUND.search(INVISIBLE.sub("", label)) is not None
 
 
 def _meaning(label: str) -> str:

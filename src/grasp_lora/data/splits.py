@@ -46,6 +46,7 @@ class DataReport:
         splits: size of each of SPLITS.
         labels: of a classification, how often each stands in the target's splits.
         completion: of a classification, the template of the target's answers.
+        end_of_turn: the token that ends an answer in a chat, where that is not the tokenizer's EOS.
     """
 
     task: str
@@ -59,6 +60,7 @@ class DataReport:
     splits: dict[str, SplitSize]
     labels: dict[str, dict[str, int]] | None = None
     completion: str | None = None
+    end_of_turn: str | None = None
 
     def to_json(self) -> dict[str, object]:
         """Return it as data.json holds it."""

@@ -287,25 +287,32 @@ class MergeSettings:
 
 
 def merge(
-    adapters: Sequence[AdapterWeights], settings: MergeSettings, names: Sequence[str] | None = None
+    adapters: Sequence[AdapterWeights], settings: MergeSettings | None = None, names: Sequence[str] | None = None
 ) -> AdapterWeights:
     """Merge adapters into one whose pairs have scaling 1 and, unless adapters are kept apart, balanced factors.
 
+    That the adapters are of one backbone is not checked, only that the shapes of modules that they share agree.
+
     Args:
         adapters: at least one.
-        settings: rule, weights and the rest.
+        settings: rule, weights and the rest; None takes `MergeSettings()`, which is rule `exact`.
         names: a name per adapter for the segments, `source` and `target` for two, else `adapter_0` and so on.
 
     Raises:
         AdapterError: no adapters, a number of weights or names that differs, shapes and ranks that do not fit, or nothing is left
             in the merge.
+        ValueError: the settings are no `MergeSettings`.
     """
+    settings = MergeSettings() if settings is None else settings
+    if not isinstance(settings, MergeSettings):
+        chosen = f"rule={quoted(settings)}" if isinstance(settings, str) else ""
+        raise ValueError(f"settings is {quoted(settings)}; give MergeSettings({chosen})")
     if not adapters:
         raise AdapterError("there is no adapter to merge; give at least one")
     for number, one in enumerate(adapters):
         if not isinstance(one, AdapterWeights):
             raise AdapterError(
-                f"adapter {number} is a {type(one).__name__}; give the weights of each, as of read_adapter"
+                f"adapter {number} is a {type(one).__name__}; give the weights of each, such as read_adapter(folder).weights"
             )
     rule = merge_rule(settings.rule)
     default = [rule.default_weight(len(adapters))] * len(adapters)

@@ -43,6 +43,7 @@ class _Stated(BaseModel):
     alpha_pattern: dict[str, Alpha] | None = None
     use_rslora: bool | None = None
     base_model_name_or_path: Name | None = None
+    revision: Name | None = None
     target_modules: list[str] | str | None = None
     layers_to_transform: Any = None
     layers_pattern: Any = None
@@ -76,6 +77,7 @@ class AdapterConfig:
         rslora: whether the scaling is alpha / sqrt(rank).
         base_model: name of the backbone, or None.
         targets: endings of the modules that have the adapter, or empty where the config chooses them in another way.
+        revision: branch, tag or commit of the backbone on the hub; None for its main branch.
     """
 
     rank: int
@@ -85,6 +87,7 @@ class AdapterConfig:
     rslora: bool
     base_model: str | None
     targets: tuple[str, ...]
+    revision: str | None
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module."""
@@ -122,6 +125,7 @@ def read_config(folder: Path, name: str) -> AdapterConfig:
             bool(stated.use_rslora),
             stated.base_model_name_or_path,
             stated.targets,
+            stated.revision,
         )
 
 

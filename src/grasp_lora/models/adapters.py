@@ -4,7 +4,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +16,7 @@ from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_RANK
 from grasp_lora.models.apart import keep_apart
+from grasp_lora.models.linear import is_conv1d, is_named, linear_modules, linear_shape
 from grasp_lora.models.live import ADAPTER_NAME, live_pairs, lora_layers
 from grasp_lora.models.precision import is_quantised
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
@@ -31,12 +32,19 @@ logger = logging.getLogger(__name__)
 
 
 def check_fits(
-    adapter: LoadedAdapter, model: "PreTrainedModel", *, backbone_name: str, fingerprint: str, strict: bool = False
+    adapter: LoadedAdapter,
+    model: "PreTrainedModel",
+    *,
+    backbone_name: str,
+    fingerprint: str,
+    revision: str | None = None,
+    strict: bool = False,
 ) -> None:
     """Check that an adapter belongs on this backbone.
 
-    A different base model name only warns, since paths and hub ids differ for the same model. So do other weights where those of
-    one side are quantised, unless `strict`, or where one side is in float16, whose rounding changes the fingerprint.
+    A different base model name or revision only warns, since paths and hub ids differ for the same model. So do other weights
+    where those of one side are quantised, unless `strict`, or where one side is in float16, whose rounding changes the
+    fingerprint.
 
     Raises:
         AdapterError: a module does not exist, a shape differs, the config does not name it, or the adapter was trained on
@@ -66,6 +74,14 @@ def check_fits(
         raise AdapterError(
             f"adapter {adapter.name} was trained on a backbone with fingerprint {stated}, but {backbone_name} has "
             f"{fingerprint}: same shapes, other weights; use the backbone it was trained on"
+        )
+    if stated is None and adapter.revision not in (None, revision) and adapter.base_model == backbone_name:
+        logger.warning(
+            "adapter %s was made on revision %s of %s, and %s is loaded; set backbone.revision, or --revision, to that",
+            quoted(adapter.name),
+            quoted(str(adapter.revision)),
+            quoted(backbone_name),
+            quoted(revision or "main"),
         )
     if stated is None and adapter.base_model and Path(adapter.base_model).name != Path(backbone_name).name:
         logger.warning(
@@ -98,7 +114,7 @@ def fresh_adapter(model: "PreTrainedModel", settings: LoraSettings, seed: int) -
         task_type="CAUSAL_LM",
         fan_in_fan_out=_transposed(model, targets),
     )
-    named = {name for name in _linear(model) if _is_named(name, targets)} - set(config.exclude_modules or ())
+    named = {name for name in linear_modules(model) if is_named(name, targets)} - set(config.exclude_modules or ())
     with _injected(model, config, named, seed) as peft_model:
         yield peft_model
 
@@ -149,7 +165,7 @@ def config_of(weights: AdapterWeights, model: "PreTrainedModel", dropout: float 
 
 
 def save_adapter(
-    folder: Path,
+    folder: str | Path,
     weights: AdapterWeights,
     model: "PreTrainedModel",
     *,
@@ -160,6 +176,7 @@ def save_adapter(
     quantise: str | None = None,
     dtype: str | None = None,
     embedded: bool = False,
+    revision: str | None = None,
 ) -> None:
     """Write weights as an ordinary PEFT adapter folder, with our own facts in a file beside it.
 
@@ -175,6 +192,7 @@ def save_adapter(
         quantise: how the backbone was quantised for the training, if it was.
         dtype: what it computed in then; None where that is not known.
         embedded: whether it is the embedded model, which others know by the name of the hub's.
+        revision: branch, tag or commit of the backbone on the hub; None for its main branch and for a folder.
 
     Raises:
         AdapterError: the backbone lacks one of the modules, or it is no linear layer of that shape.
@@ -183,10 +201,10 @@ def save_adapter(
 
     from grasp_lora.models import backbone
 
-    weights = weights.together()
+    folder, weights = Path(folder), weights.together()
     _check_shapes(model, weights, "the adapter", "the backbone")
     config = config_of(weights, model, dropout)
-    config.base_model_name_or_path = without_place(backbone_name)
+    config.base_model_name_or_path, config.revision = without_place(backbone_name), revision
     config.inference_mode = True
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
@@ -230,7 +248,7 @@ def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str,
     modules = dict(model.named_modules())
     for name, pair in weights.items():
         module = modules.get(name)
-        shape = None if module is None else _linear_shape(module)
+        shape = None if module is None else linear_shape(module)
         if shape == pair.shape:
             continue
         if module is None:
@@ -247,12 +265,12 @@ def _check_targets(model: torch.nn.Module, adapter: LoadedAdapter) -> None:
     if not adapter.targets:
         return
     for name in adapter.weights:
-        if not _is_named(name, adapter.targets):
+        if not is_named(name, adapter.targets):
             raise AdapterError(
                 f"adapter {adapter.name} holds weights of {name}, which target_modules of its {CONFIG_FILE} does not name; "
                 "PEFT would leave them out: add it there, or save the adapter again"
             )
-    absent = [name for name in _linear(model) if _is_named(name, adapter.targets) and name not in adapter.weights]
+    absent = [name for name in linear_modules(model) if is_named(name, adapter.targets) and name not in adapter.weights]
     if absent:
         logger.warning(
             "adapter %s names %d modules of the backbone for which it has no weights, first %s; they stay unchanged, as in PEFT",
@@ -283,49 +301,16 @@ def check_target_modules(model: "PreTrainedModel", target_modules: tuple[str, ..
     Raises:
         AdapterError: one does not; the message lists those that exist.
     """
-    linear = _linear(model)
+    linear = linear_modules(model)
     if target_modules == (ALL_LINEAR,):
         whole: Any = model
         head = whole.get_output_embeddings()
         return tuple(_shortest_targets(tuple(name for name, module in linear.items() if module is not head), model))
     for target in target_modules:
-        if not any(_is_named(name, (target,)) for name in linear):
+        if not any(is_named(name, (target,)) for name in linear):
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
             raise AdapterError(f"the backbone has no linear module {target!r}; it has: {known}")
     return target_modules
-
-
-def on_output_layer(model: "PreTrainedModel", modules: Iterable[str]) -> bool:
-    """Tell whether a name of a module, or an ending of one, is that of the layer that gives the logits."""
-    whole: Any = model
-    head, modules = whole.get_output_embeddings(), tuple(modules)
-    return any(module is head and _is_named(name, modules) for name, module in model.named_modules())
-
-
-def is_conv1d(module: torch.nn.Module) -> bool:
-    """Tell whether a module stores its weight as [d_in, d_out], as GPT-2's do."""
-    from transformers.pytorch_utils import Conv1D
-
-    return isinstance(module, Conv1D)
-
-
-def _linear(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    return {name: module for name, module in model.named_modules() if _linear_shape(module) is not None}
-
-
-def _linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
-    """(d_out, d_in) of a linear module, quantised ones included; None for any other module."""
-    linear: Any = module
-    if is_conv1d(module):
-        return linear.nf, linear.nx
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return linear.out_features, linear.in_features
-    return None
-
-
-def _is_named(module: str, targets: tuple[str, ...]) -> bool:
-    """Whether PEFT takes a module for one of the targets: by its full name or an ending of it."""
-    return any(module == target or module.endswith(f".{target}") for target in targets)
 
 
 def _outside_decoder(model: "PreTrainedModel", target_modules: tuple[str, ...]) -> list[str]:
@@ -334,11 +319,15 @@ def _outside_decoder(model: "PreTrainedModel", target_modules: tuple[str, ...]) 
         return []
     text_part: Any = model
     inside = {*text_part.get_decoder().modules(), text_part.get_output_embeddings()}
-    return [name for name, module in _linear(model).items() if module not in inside and _is_named(name, target_modules)]
+    return [
+        name
+        for name, module in linear_modules(model).items()
+        if module not in inside and is_named(name, target_modules)
+    ]
 
 
 def _transposed(model: torch.nn.Module, target_modules: tuple[str, ...]) -> bool:
-    kinds = {is_conv1d(module) for name, module in _linear(model).items() if _is_named(name, target_modules)}
+    kinds = {is_conv1d(module) for name, module in linear_modules(model).items() if is_named(name, target_modules)}
     if len(kinds) > 1:
         raise AdapterError("the target modules mix Conv1D and Linear layers; PEFT takes one kind in an adapter")
     return kinds == {True}

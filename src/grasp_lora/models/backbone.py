@@ -5,7 +5,6 @@ import inspect
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,8 @@ import torch
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.models import embedded, precision
 from grasp_lora.models.adapter_config import CONFIG_FILE
-from grasp_lora.models.checked_config import fact_of, read_config, source_of
+from grasp_lora.models.checked_config import commit_of, fact_of, read_config, source_of
+from grasp_lora.models.devices import device_for
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, BackboneSettings
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.network import hub_problem, no_network, not_there
@@ -54,6 +54,7 @@ class Backbone:
         stop_ids: tokens that end an answer, see `find_stop_ids`.
         commit: of a model on the hub; None for a folder and for the embedded model.
         quantise: how its weights were quantised here, see `BackboneSettings`.
+        revision: the branch, tag or commit that was asked for.
     """
 
     model: "PreTrainedModel"
@@ -63,6 +64,12 @@ class Backbone:
     stop_ids: tuple[int, ...]
     commit: str | None = None
     quantise: str | None = None
+    revision: str | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What `check_fits` compares with what an adapter states."""
+        return {"backbone_name": self.name, "fingerprint": self.fingerprint, "revision": self.revision}
 
     @property
     def base_model(self) -> str:
@@ -85,9 +92,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
         GraspError: the model is missing, gated, not cached while offline, incomplete, not a causal language
             model, or has no usable tokenizer; it cannot be quantised as asked; or the device is not there.
     """
-    device = _find_device(settings.device)
-    if settings.shard:
-        _check_split(device)
+    device = device_for(settings)
     started = time.perf_counter()
     location, name = _place(settings)
     own = settings.name == EMBEDDED_NAME
@@ -111,8 +116,16 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     model.eval()
     seconds = time.perf_counter() - started
     logger.info("Loaded backbone %s in %s on %s (%.1f s)", name, model.dtype, device, seconds)
-    commit = None if is_folder(Path(location)) else getattr(model.config, "_commit_hash", None)
-    return Backbone(model, tokenizer, without_place(name), fingerprint(model), stop_ids, commit, settings.quantise)
+    return Backbone(
+        model,
+        tokenizer,
+        without_place(name),
+        fingerprint(model),
+        stop_ids,
+        commit_of(location, settings.revision),
+        settings.quantise,
+        settings.revision,
+    )
 
 
 def skeleton(settings: BackboneSettings) -> "PreTrainedModel":
@@ -156,6 +169,9 @@ def backbone_of(
         GraspError: there is no name, a setting is not allowed, or the backbone cannot be loaded.
     """
     name = named or adapter.backbone
+    if adapter.revision is not None and revision is None and (named is None or named == adapter.base_model):
+        revision = adapter.revision
+        logger.info("adapter %s names revision %s of %s", quoted(adapter.name), quoted(revision), quoted(name or ""))
     if not name:
         raise AdapterError(f"adapter {adapter.name} does not name its base model; give it with --backbone")
     try:
@@ -268,26 +284,6 @@ def _explained(name: str, settings: BackboneSettings) -> Iterator[None]:
     # On a damaged or hostile folder the libraries raise whatever comes first: KeyError, ZeroDivisionError, Exception itself.
     except Exception as error:
         raise GraspError(_explain(error, name, settings)) from error
-
-
-def _find_device(wanted: str) -> str:
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise GraspError("backbone device is 'cuda', but torch sees no CUDA GPU: use 'auto' or 'cpu'")
-    if wanted == "cpu" or not available:
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"  # torchrun: one GPU for each process
-
-
-def _check_split(device: str) -> None:
-    """Refuse to split a backbone where there is nothing to split it over."""
-    if world_size() == 1:
-        raise GraspError(
-            "backbone.shard is true, but there is one process: start it with torchrun --nproc-per-node N -m grasp_lora run, or "
-            "set backbone.shard to false"
-        )
-    if device == "cpu" and torch.cuda.is_available():  # transformers takes the GPUs whatever is asked for
-        raise GraspError("backbone.shard is true, which takes the GPUs, but backbone.device is 'cpu': use 'auto'")
 
 
 def _find_location(name: str) -> str:

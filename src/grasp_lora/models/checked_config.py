@@ -1,11 +1,13 @@
 """The config of a backbone, read and checked before anything of its sizes is made."""
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp_lora.errors import GraspError
 from grasp_lora.models.precision import refuse_untrainable
 from grasp_lora.models.settings import BackboneSettings
+from grasp_lora.storage.reading import is_folder
 from grasp_lora.text.display import one_line, quoted
 
 if TYPE_CHECKING:
@@ -41,6 +43,16 @@ def read_config(location: str, settings: BackboneSettings) -> "PretrainedConfig"
         _refuse_foreign_kernels(config)
     refuse_untrainable(config)
     return config
+
+
+def commit_of(location: str, revision: str | None) -> str | None:
+    """Return the commit of a model on the hub whose config has just been read; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if is_folder(Path(location)):
+        return None
+    config = try_to_load_from_cache(location, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def fact_of(config: "PretrainedConfig", name: str) -> Any:

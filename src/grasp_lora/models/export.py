@@ -115,8 +115,7 @@ def export_folder(
     check_fits(
         adapter,
         loaded.model,
-        backbone_name=loaded.name,
-        fingerprint=loaded.fingerprint,
+        **loaded.told,
         strict=not settings.fold,  # what it was trained on is written down anew
     )
     if settings.fold:
@@ -237,6 +236,7 @@ def _write_adapter(
             quantise=backbone.quantise,
             dtype=adapter.info.backbone_dtype,
             embedded=backbone.is_embedded,
+            revision=backbone.revision,
         )
         written = read_adapter(draft).weights
         error = delta_error(adapter.weights, written)

@@ -9,7 +9,7 @@ import torch
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.shrinking import rounded
-from grasp_lora.models.adapters import is_conv1d
+from grasp_lora.models.linear import is_conv1d
 from grasp_lora.models.precision import is_quantised
 
 if TYPE_CHECKING:

@@ -221,7 +221,10 @@ class _Answering:
         ends: Iterable[int],
     ) -> None:
         self.model: Any = without_peft(model)
-        self.stop_ids = frozenset({*find_stop_ids(self.model, tokenizer), *ends})
+        stops = {text for stop in settings.stop for text in (stop, stop.strip())}
+        # They never stand in a decoded text.
+        special = {token for token, it in tokenizer.added_tokens_decoder.items() if it.special and it.content in stops}
+        self.stop_ids = frozenset({*find_stop_ids(self.model, tokenizer), *special, *ends})
         self.one_by_one = getattr(self.model.config, "model_type", None) in _ONE_BY_ONE
         self.settings = replace(settings, batch_size=1) if self.one_by_one else settings
         self.texts = [""] * len(prompts)

@@ -26,6 +26,7 @@ from grasp_lora.storage.reading import (
     expanded,
     is_folder,
     is_there,
+    read_bounded,
     read_json_object,
     sha256_of,
     validated,
@@ -34,6 +35,7 @@ from grasp_lora.text.display import escaped
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 OUR_FILE = "grasp_lora.json"
+CHAT_FILE = "chat_template.jinja"
 PREFIX = "base_model.model."
 MOST_PROMPT = 100_000  # characters of a template
 MOST_EFFORT = 5_000_000  # comparisons of modules with patterns, a few seconds
@@ -113,6 +115,8 @@ class LoadedAdapter:
         targets: endings of the modules that its config names, or empty where it chooses them in another way.
         base_weights: module name -> weight of the backbone itself that PEFT has stored beside, as it does for `lm_head`. They
             are no part of the adapter: `check_fits` refuses those that are not the backbone's.
+        revision: branch, tag or commit of the backbone on the hub, where its config states one.
+        chat_template: what lies beside the weights, as where a trainer saves its tokenizer with them; None where there is none.
     """
 
     weights: AdapterWeights
@@ -122,6 +126,8 @@ class LoadedAdapter:
     info: AdapterInfo = field(default_factory=AdapterInfo)
     targets: tuple[str, ...] = ()
     base_weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    revision: str | None = None
+    chat_template: str | None = None
 
     @property
     def backbone(self) -> str | None:
@@ -166,7 +172,7 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
             factors, base = _match_factors(read_shapes(file), config)
             _check_origins(info, config, factors)
             tensors = read_tensors(file, as_stored=frozenset(base.values()))
-        digest = sha256_of(file)
+        digest, template = sha256_of(file), _read_chat_template(folder)
     except RefusedError as error:
         raise AdapterError(f"adapter {shown}: {error}") from error
     except OSError as error:  # the folder may be closed to us
@@ -177,7 +183,17 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
         pairs[name] = LoraPair(tensors[keys["A"]], tensors[keys["B"]], scaling, origins.get(name, ()))
     own_name = escaped(folder.resolve().name) if local else shown
     beside = {module: tensors[key] for module, key in base.items()}
-    return LoadedAdapter(AdapterWeights(pairs), own_name, config.base_model, digest, info, config.targets, beside)
+    return LoadedAdapter(
+        AdapterWeights(pairs),
+        own_name,
+        config.base_model,
+        digest,
+        info,
+        config.targets,
+        beside,
+        config.revision,
+        template,
+    )
 
 
 def read_base_model(folder: str) -> str | None:
@@ -212,7 +228,9 @@ def _to_load(base_model: str | None, info: AdapterInfo) -> str | None:
     return EMBEDDED_NAME if base_model == EMBEDDED_HUB_ID and ours else base_model
 
 
-def _download(hub_id: str, offline: bool, wanted: Sequence[str] = (CONFIG_FILE, WEIGHTS_FILE, OUR_FILE)) -> Path:
+def _download(
+    hub_id: str, offline: bool, wanted: Sequence[str] = (CONFIG_FILE, WEIGHTS_FILE, OUR_FILE, CHAT_FILE)
+) -> Path:
     """Fetch the files that count, and not the gigabytes that may lie beside them."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -234,6 +252,17 @@ def _read_info(folder: Path) -> AdapterInfo:
             return validated(AdapterInfo, content)
         except RefusedError as error:
             raise RefusedError(f"{error}; delete that file to do without it") from error
+
+
+def _read_chat_template(folder: Path) -> str | None:
+    file = folder / CHAT_FILE
+    if not is_there(file):
+        return None
+    with about(CHAT_FILE):
+        try:
+            return read_bounded(file, MOST_BYTES).decode()
+        except UnicodeDecodeError as error:
+            raise RefusedError("it is not UTF-8") from error
 
 
 def _check_place(folder: Path) -> None:

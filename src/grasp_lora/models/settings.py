@@ -1,6 +1,7 @@
 """Settings of backbones, fresh adapters and answers, importable without torch so that the command line starts at once."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -137,12 +138,13 @@ class GenerationSettings:
         batch_size: most prompts in a batch, >= 1.
         batch_tokens: most tokens in a batch, padding and room for the answers included, >= 1. A single prompt that
             needs more makes a batch of its own.
-        stop: texts that end an answer; they are cut off, with all that follows.
+        stop: texts that end an answer; they are cut off, with all that follows. A special token of the tokenizer, such as
+            `<|im_end|>`, is an end token.
         allow_empty: whether the end may come before any text. No training answer is empty, so by default neither is one here:
             white space at the start is skipped, and an end token has to wait for a text. A stop text does not wait.
 
     Raises:
-        ValueError: a number is below 1 or a stop text is empty.
+        ValueError: a number is below 1, or a stop text is empty or spells a line break with a backslash.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -161,3 +163,9 @@ class GenerationSettings:
             raise ValueError(f"stop is the text {self.stop!r}: give a list of texts")
         if "" in self.stop:
             raise ValueError("stop contains an empty text, which would end every answer at once: remove it")
+        for text in self.stop:
+            if re.search(r"\\[nt](?![a-z])", text):  # LaTeX's \nabla may be meant
+                raise ValueError(
+                    f'stop contains {text!r}, a backslash and a letter, which is no line break or tab: write it as ["\\n"], in '
+                    "double quotes, in YAML, and as $'\\n' in bash"
+                )

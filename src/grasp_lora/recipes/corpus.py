@@ -228,13 +228,14 @@ def relative(place: str, folder: Path) -> str:
 def _guess(table: Table, preferred: str | None, given: Mapping[str, str], option: str) -> tuple[str, dict[str, str]]:
     """Return a task whose fields are all among the columns, and the columns that are called otherwise.
 
-    What the user names a column for is understood as if the column had that name.
+    What the user names a column for is understood as if the column had that name. Of `label` and `Label` the first is meant.
     """
     name, found = table.name, table.columns
     for field, column in given.items():
         if column not in found:
             raise DataError(f"{name} has no column {quoted(column)} ({option} {field}=...); it has {listed(found)}")
-    by_name = {column.strip().lower(): column for column in found if column not in given.values()} | dict(given)
+    free = [column for column in found if column not in given.values()]
+    by_name = {column.strip().lower(): column for column in free} | {column: column for column in free} | dict(given)
     choices = [(task, COLUMNS[task]) for task in sorted(COLUMNS, key=lambda task: task != preferred)]
     if not by_name.keys() & PARTS_OF_PROMPTS:
         choices.append(("completion", OTHER_NAMES))

@@ -1,6 +1,8 @@
 """What is wrong with a recipe, in one line that names the field, what arrived and what is allowed."""
 
 import difflib
+import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import fields
 from datetime import date
@@ -72,6 +74,9 @@ _PLAIN_WORDS = {  # of pydantic's error types, for those who do not know Python
     "dict_type": "must be a section of keys and values",
     "string_type": "must be a text",
 }
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}  # as those types begin
+_PLAIN_ITEMS = re.compile(r"[\w./, -]{1,80}")
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%")
 
 
 def explain(error: ValidationError, keys: Sequence[str] = ()) -> str:
@@ -93,13 +98,16 @@ def explain(error: ValidationError, keys: Sequence[str] = ()) -> str:
     if problem["type"] == "value_error":
         return f"{escaped(path)}: {message}{others}" if path else f"{message}{others}"
     arrived = problem["input"]
-    shown = (
-        ""
-        if isinstance(arrived, dict | list)
-        else f" (it is {arrived if isinstance(arrived, date) else quoted(arrived)})"
-    )
+    value = arrived if isinstance(arrived, date) else quoted(arrived)
+    if not keys and (wanted := _KINDS.get(problem["type"].partition("_")[0])):  # settings in Python are Python's
+        share = _PERCENT.fullmatch(arrived) if isinstance(arrived, str) and wanted == "a number" else None
+        hint = f"; for {share[1]} % write {float(share[1]) / 100:g}" if share else ""
+        return f"{escaped(path)} is {value}; it must be {wanted}{hint}{others}"
+    shown = "" if isinstance(arrived, dict | list) else f" (it is {value})"
     if problem["type"] == "string_type" and isinstance(arrived, bool | int | float | date):
         shown += "; put it in quotes"  # YAML reads the language code `no` as false
+    if problem["type"] == "tuple_type" and not keys and _PLAIN_ITEMS.fullmatch(str(arrived)):
+        shown += f"; write [{arrived}], as in --set {shlex.quote(f'{path}=[{arrived}]')}"
     return f"{escaped(path)}: {message[0].lower()}{message[1:]}{shown}{others}"
 
 
@@ -122,6 +130,6 @@ def _hint(place: list[str], keys: Sequence[str]) -> str:
     ends = (".".join(["", *place]), f".{wanted}")  # the whole of what was written counts for more than its last part
     there = next((found for end in ends if (found := [key for key in keys if f".{key}".endswith(end)])), [])
     inner = [key for key in there if key.startswith(inside)]
-    near = inner or there or difflib.get_close_matches(name, known, n=1)
+    near = inner or there or [inside + key for key in difflib.get_close_matches(name, known, n=1)]
     shown = [repr(key) for key in near[:ELSEWHERE_SHOWN]]
     return f"did you mean {' or '.join(shown)}?" if near else f"known here: {', '.join(known)}"

@@ -1,5 +1,6 @@
 """From a file or a built-in name to a recipe: read, overridden, checked."""
 
+import difflib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pydantic import ValidationError
 from grasp_lora.errors import RecipeError
 from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.reading import read_base_model
+from grasp_lora.recipes.begun import recipe_file, recipe_folder
 from grasp_lora.recipes.builtin import builtin_recipes, builtin_text
 from grasp_lora.recipes.explain import explain
 from grasp_lora.recipes.recipe import Recipe
@@ -24,6 +26,7 @@ from grasp_lora.text.names import beside, check_loaded, imported, is_import_path
 
 Overrides = Mapping[str, Any] | Sequence[str]
 
+ENDINGS = (".yaml", ".yml")  # of a recipe
 MOST_ABOVE = 3  # folders between a run folder and its deepest adapters, those in its store
 MOST_WHOLE = 10**9  # of any whole number but a seed
 MOST_SEED = 2**63 - 1
@@ -64,9 +67,7 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
         text = builtin_text(str(recipe))
         base = Path()
     else:
-        raise RecipeError(
-            f"there is no recipe {quoted(str(recipe))}: neither a file nor a built-in name ({', '.join(builtin_recipes())})"
-        )
+        raise RecipeError(_no_recipe(file, str(recipe)))
     content = parse(text, name)
     if not isinstance(content, dict):
         raise RecipeError(f"{name} must hold keys and values, such as 'name: my-recipe'")
@@ -74,6 +75,17 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
         _apply(content, path, value)
     import_code(content, name, base, allow_code=allow_code)
     return validate(content, escaped(str(recipe))), base
+
+
+def _no_recipe(file: Path, name: str) -> str:
+    """What was given in the place of a recipe."""
+    if is_file(file / RUN_FILE):
+        return f"{escaped(name)} is a run; give its recipe, such as {escaped(recipe_file(file) or str(file / RECIPE_FILE))}"
+    there = file.parent.iterdir() if file.suffix in ENDINGS and is_folder(file.parent) else ()
+    near = difflib.get_close_matches(file.name, [one.name for one in there if one.suffix in ENDINGS], n=1)
+    if near:
+        return f"there is no recipe {quoted(name)}; did you mean {quoted(str(file.with_name(near[0])))}?"
+    return f"there is no recipe {quoted(name)}: neither a file nor a built-in name ({', '.join(builtin_recipes())})"
 
 
 def backbone_of_run(adapter: str) -> str | None:
@@ -92,19 +104,11 @@ def backbone_of_run(adapter: str) -> str | None:
                 return None
             if base_model is None or named.name != Path(base_model).name:
                 return None
-            starts = (folder, folder / _recipe_folder(folder))
+            starts = (folder, folder / recipe_folder(folder))
             # As if there was no link, and behind it.
             places = (place for start in starts for place in (Path(os.path.normpath(start / named)), start / named))
             return next((str(place) for place in places if is_folder(place)), None)
     return None
-
-
-def _recipe_folder(run: Path) -> str:
-    """The folder that relative paths of a run's recipe start from, as the run folder has it; older ones do not say it."""
-    try:
-        return str(json.loads(decode(read_bounded(run / RUN_FILE, MOST_BYTES), RUN_FILE))["recipe_folder"])
-    except (RefusedError, RecipeError, OSError, ValueError, TypeError, KeyError):
-        return "."
 
 
 def named_code(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -236,4 +236,6 @@ class FinalStage:
         if self.mode not in MASK_MODES:
             raise ValueError(f"mode is {self.mode!r}; allowed: {', '.join(MASK_MODES)}")
         if self.prune_ratio is not None and not 0.0 <= self.prune_ratio <= 1.0:
-            raise ValueError(f"prune_ratio is {self.prune_ratio}; it must be a fraction in [0, 1]")
+            ratio = self.prune_ratio
+            hint = f"; for {ratio:g} % write {ratio / 100:g}" if 1 < ratio <= 100 else ""
+            raise ValueError(f"prune_ratio is {ratio}; it must be a fraction in [0, 1]{hint}")

@@ -1,6 +1,7 @@
 """A first recipe for a user's own examples: task, columns and split sizes are read off the data."""
 
 import json
+import logging
 import math
 import re
 import shlex
@@ -25,8 +26,10 @@ from grasp_lora.recipes.text import parse
 from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.folder import only_writer
 from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there
-from grasp_lora.text.display import listed
+from grasp_lora.text.display import escaped, listed, quoted
 from grasp_lora.text.languages import language_code
+
+logger = logging.getLogger(__name__)
 
 SOURCE_COLUMN = "--source-column"
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
@@ -85,6 +88,8 @@ def write_recipe(
     files, adapters = _sort_out(source)
     if backbone and (backbone[0] in ".~" or Path(backbone).is_absolute()) and not is_folder(expanded(backbone)):
         raise RecipeError(f"--backbone {backbone} is no folder; give that of a model, or a hub id such as org/name")
+    if backbone:
+        _say_other_backbones(adapters, backbone)
     backbone = backbone or _backbone_of(adapters)
     if source_sheet is not None and not files:
         raise DataError(
@@ -233,6 +238,17 @@ def _render(
         several_lines=any("\n" in record.answer.strip() for record in target.records),
         **facts,
     )
+
+
+def _say_other_backbones(adapters: Sequence[str], backbone: str) -> None:
+    """Note which adapters in folders name another backbone than the recipe; none is looked up on the hub or refused for that."""
+    text = "%s names backbone %s, the recipe says %s"
+    for place in adapters:
+        named = None
+        with suppress(AdapterError):
+            named = (backbone_of_run(place) or read_backbone(place)) if is_folder(Path(place)) else None
+        if named is not None and Path(named).absolute().name != Path(backbone).absolute().name:
+            logger.warning(text, escaped(place), quoted(named), quoted(backbone))
 
 
 def _backbone_of(adapters: Sequence[str]) -> str:

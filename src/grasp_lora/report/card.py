@@ -89,6 +89,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "max_new_tokens": record.recipe.generation.max_new_tokens,
         "stops": [_literal(stop) for stop in record.recipe.generation.stop if stop],
         "chat": record.in_chat,
+        "end_of_turn": _literal(end) if (end := record.data.report.get("end_of_turn")) else None,
         "options": options_of(prompt or ""),
         "labels": list(record.data.report.get("labels") or ()),
         "recipe": recipe,

@@ -21,6 +21,7 @@ from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, options_of
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.text import RECIPE_FILE, parse
+from grasp_lora.report.examples import best_guess
 from grasp_lora.report.run_record import RunRecord
 from grasp_lora.report.tables import METRIC_NAMES, score_digits
 
@@ -95,6 +96,22 @@ def predict_command(folder: Path | None = None) -> str:
     places = [str(Path(name) if folder is None else folder / name) for name in (ADAPTER_FOLDER, PROMPT_FILE)]
     adapter, prompt = map(shlex.quote, places)
     return f"grasp-lora predict {adapter} --jsonl < {prompt}"
+
+
+def warning_of(record: RunRecord) -> str | None:
+    """What has to be known before the adapter is taken, as sentences; None where there is nothing."""
+    if record.metrics is None or record.metrics.delivered is None:
+        return None
+    said = [record.metrics.delivered.warning] if record.metrics.delivered.warning else []
+    system = delivered_system(record)
+    scores, guess = record.metrics.systems.get(system), best_guess(record, system)
+    right = None if scores is None else scores.metrics.get("accuracy")
+    if right is not None and guess is not None and right <= guess[1]:
+        said.append(
+            f"It answers {right:.1f} % of the {record.metrics.test_examples} test rows right, and {guess[0]} every time would "
+            f"have {guess[1]:.1f} %. Take it only if more test rows show that it is better."
+        )
+    return " ".join(said) or None
 
 
 def command_for_texts(record: RunRecord, folder: Path | None = None) -> str | None:

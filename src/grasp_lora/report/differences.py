@@ -1,4 +1,4 @@
-"""GRASP's result against every other system of a run, with intervals."""
+"""GRASP's result, or what is handed over, against other systems of a run, with intervals."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Difference:
-    """GRASP against another system on the same test examples.
+    """A system against another one on the same test examples.
 
     Args:
         metric: the leading one, as it is printed.
@@ -38,29 +38,41 @@ class Difference:
     loss: "PairedComparison | None"
 
 
-def compare_systems(record: RunRecord) -> dict[str, Difference]:
-    """GRASP against every other system that has been evaluated, by the main metric of those that both have.
+def compare_grasp(record: RunRecord) -> dict[str, Difference]:
+    """GRASP's result against every other adapter that has been evaluated."""
+    return _compare(record, "grasp", ("continued", "merged", "target", *record.sources))
 
-    The intervals hold for all systems at once (see `compare_with_baselines`).
-    """
+
+def compare_handed_over(record: RunRecord) -> dict[str, Difference]:
+    """What is handed over against what there was before it; none where that is GRASP's result itself."""
+    if record.metrics is None or record.metrics.delivered is None or record.metrics.handed_over == "grasp":
+        return {}
+    ours, chosen = record.metrics.handed_over, record.metrics.delivered.name
+    others = ("zero_shot", *record.sources, *([chosen] if chosen not in (ours, *record.sources) else []))
+    return _compare(record, ours, [other for other in others if other != ours])
+
+
+def _compare(record: RunRecord, ours: str, others: Sequence[str]) -> dict[str, Difference]:
+    """One system against others, by the main metric of those that both have; the intervals hold for all of them at once."""
     systems = record.metrics.systems if record.metrics else {}
-    if "grasp" not in systems:
+    if ours not in systems:
         return {}
     found = {}
-    for other in ("continued", "merged", "target", *record.sources):
-        scores, theirs = systems["grasp"].metrics, systems[other].metrics if other in systems else {}
+    for other in others:
+        scores, theirs = systems[ours].metrics, systems[other].metrics if other in systems else {}
         known = [{key for key, one in of.items() if one is not None and math.isfinite(one)} for of in (scores, theirs)]
         finite = [key for key in scores if all(key in keys for keys in known)]
         if finite:
             found[other] = main_metric(finite)
-    losses = _paired(record, tuple(found), lambda row: [row.loss], higher_is_better=False)
-    sure = {key: _paired_scores(record, tuple(found), key) for key in set(found.values())}
+    compared = (ours, *found)
+    losses = _paired(record, compared, lambda row: [row.loss], higher_is_better=False)
+    sure = {key: _paired_scores(record, compared, key) for key in set(found.values())}
     return {
         other: Difference(
             METRIC_NAMES.get(key, key),
             score_digits(key, [one.metrics.get(key) for one in systems.values()], 1),
             key in METRIC_NAMES,
-            systems["grasp"].metrics[key] or 0.0,
+            systems[ours].metrics[key] or 0.0,
             systems[other].metrics[key] or 0.0,
             sure[key].get(other),
             losses.get(other),
@@ -69,34 +81,34 @@ def compare_systems(record: RunRecord) -> dict[str, Difference]:
     }
 
 
-def _paired_scores(record: RunRecord, others: Sequence[str], key: str) -> "dict[str, PairedComparison]":
+def _paired_scores(record: RunRecord, names: Sequence[str], key: str) -> "dict[str, PairedComparison]":
     corpus_score = METRICS[key].from_statistics if key in METRICS else None
     if corpus_score is None:
-        return _paired(record, others, lambda row: [row.scores.get(key, math.nan)])
-    return _paired(record, others, lambda row: row.statistics.get(key, [math.nan]), corpus_score)
+        return _paired(record, names, lambda row: [row.scores.get(key, math.nan)])
+    return _paired(record, names, lambda row: row.statistics.get(key, [math.nan]), corpus_score)
 
 
 def _paired(
     record: RunRecord,
-    others: Sequence[str],
+    names: Sequence[str],
     values_of: Callable[[Prediction], list[float]],
     corpus_score: "Callable[[Tensor], Tensor] | None" = None,
     *,
     higher_is_better: bool = True,
 ) -> "dict[str, PairedComparison]":
-    """Compare GRASP with the systems whose values by example are all there and finite."""
+    """Compare the first of some systems with each other one whose values by example are all there and finite."""
     from grasp_lora.evaluation.statistics import compare_with_baselines  # brings torch, which is slow to import
 
-    rows = {name: record.predictions[name] for name in ("grasp", *others)}
-    ids = [row.id for row in rows["grasp"]]
+    rows, ours = {name: record.predictions[name] for name in names}, names[0]
+    ids = [row.id for row in rows[ours]]
     values = {name: [values_of(row) for row in of] for name, of in rows.items() if [row.id for row in of] == ids}
     usable = {name: of for name, of in values.items() if all(math.isfinite(one) for row in of for one in row)}
-    if "grasp" not in usable or len(ids) < 2:
+    if ours not in usable or len(ids) < 2:
         return {}
     runs = usable if corpus_score else {name: [row[0] for row in of] for name, of in usable.items()}
     groups = record.data.test_groups  # older versions wrote none
     return compare_with_baselines(
-        runs.pop("grasp"),
+        runs.pop(ours),
         runs,
         groups=groups if len(groups) == len(ids) else None,
         corpus_score=corpus_score,

@@ -70,18 +70,26 @@ def examples_of(record: RunRecord) -> Examples:
 
 def label_notes(record: RunRecord, system: str) -> list[str]:
     """Of a classification, what the same label for every test row is worth, and how often a system answers each label."""
-    counts: dict[str, dict[str, int]] = record.data.report.get("labels") or {}
-    rows = record.predictions.get(system)
-    if not counts or not rows:
+    guess = best_guess(record, system)
+    if guess is None:
         return []
-    most = max(counts, key=lambda label: counts[label].get("train", 0))
-    share = 100 * sum(most in row.references for row in rows) / len(rows)
-    answered = Counter(row.prediction for row in rows)
-    listing = listed([f"{label} {answered[label]}" for label in counts])
+    most, share = guess
+    answered = Counter(row.prediction for row in record.predictions[system])
+    listing = listed([f"{label} {answered[label]}" for label in record.data.report["labels"]])
     return [
         f"To answer {most}, the most frequent label of the training rows, always has accuracy {share:.1f} on the test. "
         f"What is handed over answers: {listing}."
     ]
+
+
+def best_guess(record: RunRecord, system: str) -> tuple[str, float] | None:
+    """Of a classification, the most frequent label of the training rows, and the accuracy in percent of answering it always."""
+    counts: dict[str, dict[str, int]] = record.data.report.get("labels") or {}
+    rows = record.predictions.get(system)
+    if not counts or not rows:
+        return None
+    most = max(counts, key=lambda label: counts[label].get("train", 0))
+    return most, 100 * sum(most in row.references for row in rows) / len(rows)
 
 
 def leading_metric(rows: Sequence[Prediction]) -> str | None:

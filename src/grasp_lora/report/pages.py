@@ -26,9 +26,10 @@ from grasp_lora.report.delivered import (
     reason,
     trained_again,
     verdict,
+    warning_of,
     where_trained,
 )
-from grasp_lora.report.differences import Difference, compare_systems
+from grasp_lora.report.differences import Difference, compare_grasp, compare_handed_over
 from grasp_lora.report.examples import examples_of, label_notes
 from grasp_lora.report.figures import figures_of, plotly_js, script_json
 from grasp_lora.report.run_record import CorpusFacts, RunRecord, read_run
@@ -97,7 +98,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
     learned, given = record.learned, record.given_ratio is not None
     handed_over = record.metrics.delivered if record.metrics else None
     signatures = record.metrics.signatures if record.metrics else {}
-    against, delivered = compare_systems(record), chosen(record)
+    against, delivered = compare_grasp(record), chosen(record)
     return {
         "version": version("grasp-lora"),
         "paper": PAPER,
@@ -111,7 +112,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "system": delivered_system(record),
         "all_rows": trained_again(record.metrics) if record.metrics else None,
         "target_on": where_trained(record.chosen_on, len(record.sources)) if record.chosen_on else None,
-        "warning": handed_over.warning if handed_over else None,
+        "warning": warning_of(record),
         "predict": predict_command(),
         "predict_texts": command_for_texts(record),
         "has_prompt": not record.in_chat,
@@ -133,7 +134,10 @@ def view_of(record: RunRecord) -> dict[str, Any]:
         "scores": scores_table(record),
         "signatures": {METRIC_NAMES.get(key, key): text for key, text in signatures.items()},
         "scale": scale_note(signatures),
-        "notes": [*label_notes(record, delivered_system(record)), *score_notes(record, against)],
+        "notes": [
+            *label_notes(record, delivered_system(record)),
+            *score_notes(record, against, compare_handed_over(record)),
+        ],
         "rule": learned.rule if learned and not given else None,
         "curve": curve_table(record),
         "rounds": rounds_table(record),

@@ -20,6 +20,7 @@ METRIC_NAMES = {
     "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2", "bleu": "BLEU", "rougeL_xlsum": "ROUGE-L (XL-Sum)", "similarity": "Similarity",
 }  # fmt: skip
+POLICY_COLUMN = 5  # of the rounds
 BELOW_ZERO = ("similarity", "bertscore")  # the metrics whose scores may be
 
 
@@ -142,30 +143,36 @@ def _scores_column(key: str, values: Sequence[float | None]) -> list[Cell]:
     return _column(values, score_digits(key, values, 1), max, "unavailable")
 
 
-def score_notes(record: RunRecord, against: Mapping[str, "Difference"]) -> list[str]:
-    """How much of the table is noise, and what separates GRASP from each other system."""
+def score_notes(
+    record: RunRecord, against: Mapping[str, "Difference"], handed_over: Mapping[str, "Difference"]
+) -> list[str]:
+    """How much of the table is noise, and what separates what is handed over, and GRASP, from other systems."""
     if record.metrics is None or not (count := record.metrics.test_examples):
         return []
     worth = f": one example is worth {100 / count:.2f} points of a score that is a mean over examples and runs from 0 to 100"
     names = {name for system in record.metrics.systems.values() for name in system.metrics}
     has_mean = any(name not in METRICS or METRICS[name].from_statistics is None for name in names)
     notes = [f"The test set has {count} example{'' if count == 1 else 's'}{worth if has_mean else ''}."]
-    for other, found in against.items():
-        gap = f"{found.metric} {_signed(found.ours - found.theirs, found.digits)}{' points' if found.points else ''}"
-        gap += _sure(found.score, found.digits)
-        if found.loss is not None:
-            gap += f"; test loss {_signed(found.loss.difference, 3)}{_sure(found.loss, 3)}"
-        notes.append(f"GRASP against {record.systems[other].lower()}: {gap}.")
-    shown = [one for found in against.values() for one in (found.score, found.loss) if one is not None]
+    for ours, differences in (("What is handed over", handed_over), ("GRASP", against)):
+        for other, found in differences.items():
+            gap = (
+                f"{found.metric} {_signed(found.ours - found.theirs, found.digits)}{' points' if found.points else ''}"
+            )
+            gap += _sure(found.score, found.digits)
+            if found.loss is not None:
+                gap += f"; test loss {_signed(found.loss.difference, 3)}{_sure(found.loss, 3)}"
+            notes.append(f"{ours} against {record.systems[other].lower()}: {gap}.")
+    both = [
+        [one for found in some.values() for one in (found.score, found.loss) if one] for some in (handed_over, against)
+    ]
+    shown = [some[0] for some in both if some]
     if shown:
         groups = len(set(record.data.test_groups))
         over = f"examples in their {groups} groups" if 0 < groups < count else "examples"
+        together = " and for all ".join(f"{one.comparisons} rows together" for one in shown if one.comparisons > 1)
         notes.append(
-            f"Intervals: paired bootstrap over the test {over}, {percent(shown[0].confidence)} for all "
-            f"{shown[0].comparisons} rows together. They say nothing about other seeds or other training examples."
-            if shown[0].comparisons > 1
-            else f"Interval: paired bootstrap over the test {over}, {percent(shown[0].confidence)}. "
-            "It says nothing about other seeds or other training examples."
+            f"Intervals: paired bootstrap over the test {over}, {percent(shown[0].confidence)}"
+            f"{' for all ' if together else ''}{together}. They say nothing about other seeds or other training examples."
         )
     return notes
 
@@ -187,12 +194,13 @@ def curve_table(record: RunRecord) -> Table | None:
     # About ten rows say what the curve says.
     picked = rows[:: max(1, len(rows) // 10)]
     texts = [[percent(ratio, 1), *(f"{loss:.4f}" for loss in losses)] for ratio, *losses in picked]
-    return _table("Fitted loss above its minimum", ["Pruned", "Fit", "Low", "High"], texts)
+    return _table("Fitted loss above its minimum, in nats", ["Pruned", "Fit", "Low", "High"], texts)
 
 
 def rounds_table(record: RunRecord) -> Table | None:
-    """One row a round of the controller."""
+    """One row a round of the controller; without the policy's mean and deviation where it learns none."""
     heads = ["Round", "Step", "Probed loss", "Candidates", "Rewards", "Policy", "Current ratio", "Commit"]
+    learns = len({(measured.policy_mean, measured.policy_std) for measured in record.rounds}) > 1
     rows = [
         [
             str(measured.round),
@@ -206,6 +214,9 @@ def rounds_table(record: RunRecord) -> Table | None:
         ]
         for measured in record.rounds
     ]
+    if not learns:
+        for row in (heads, *rows):
+            del row[POLICY_COLUMN]
     return _table("Rounds of the controller", heads, rows)
 
 

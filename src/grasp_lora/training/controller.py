@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from grasp_lora.data.build import check_encoding, encoding_of
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, Segment
 from grasp_lora.method.masks import MaskSettings, named, of_prefix
@@ -34,6 +35,7 @@ from grasp_lora.training.best_round import BestRound
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn, checked_probes, encoded_rows, probes_of
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.regimes import regime_of
+from grasp_lora.training.trackers import scalars_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,8 +82,9 @@ class GraspController(PrunedTraining):
         self.settings = controller_settings(settings)
         self.micro_dev, self.keep_best = checked_probes(micro_dev), keep_best
         self.folder = None if folder is None else Path(folder)
-        self._on_round = on_round
         self._log: Callable[[dict[str, float]], None] | None = None
+        self._encoding: tuple[object, object] | None = None  # of the rows; a tokenizer may be changed in place
+        self._on_round = on_round
         self._round_end = 0.0
         self._spacing = 1
         self._start_anew()
@@ -99,14 +102,16 @@ class GraspController(PrunedTraining):
 
         Args:
             rows: examples to probe, in TRL's prompt/completion convention: the dev set.
-            tokenizer: of the model.
+            tokenizer: of the trainer, as it trains.
             settings: policy, rounds and rule, or the name of a preset; None takes preset `spread`.
             options: what else the constructor takes.
         """
         settings = controller_settings(settings)
         examples, pad_id = encoded_rows(rows, tokenizer)
         turn = settings.rounds.turn(len(examples))
-        return cls(probes_of(examples, pad_id, turn, settings.policy.seed), settings, **options)
+        controller = cls(probes_of(examples, pad_id, turn, settings.policy.seed), settings, **options)
+        controller._encoding = encoding_of(tokenizer)
+        return controller
 
     @property
     def learned(self) -> RatioEstimate:
@@ -118,7 +123,12 @@ class GraspController(PrunedTraining):
         return self.search.best_ratio()
 
     def add_to(self, trainer: Trainer) -> "GraspController":
-        """Register with a trainer, so that its trackers receive the ratio, the deviation and the rewards too."""
+        """Register with a trainer, so that its trackers receive the ratio, the deviation and the rewards too.
+
+        Raises:
+            DataError: its tokenizer has another EOS token or chat template than that of `from_rows` had.
+        """
+        check_encoding(self._encoding, trainer.processing_class)
         trainer.add_callback(self)
         # Not trainer.log: TRL's adds its own running metrics to every row and starts them anew.
         self._log = functools.partial(Trainer.log, trainer)
@@ -256,7 +266,7 @@ class GraspController(PrunedTraining):
         if self._log is not None:
             # Any log call ends the trainer's wish to log this step's loss, which all ranks gather together: put it back.
             should_log = control.should_log
-            self._log(_tracked(measured))
+            self._log(scalars_of(measured))
             control.should_log = should_log
         self._record(ROUNDS_FILE, record, state)
         self._record(TIMINGS_FILE, timing, state)
@@ -385,16 +395,3 @@ def _steps_per_epoch(args: TrainingArguments, batches: Any) -> int:
             "rounds.every is 'epoch', but the training data has no length; give a number of optimizer steps"
         ) from None
     return math.ceil(count / args.gradient_accumulation_steps)
-
-
-def _tracked(measured: RoundRecord) -> dict[str, float]:
-    """The round's scalars, as trackers take them."""
-    baseline = measured["baseline_losses"]
-    return {
-        "grasp/prune_ratio": measured["ratio"],
-        "grasp/policy_mean": measured["policy_mean"],
-        "grasp/policy_std": measured["policy_std"],
-        "grasp/best_reward": max(measured["rewards"]),
-        "grasp/micro_dev_loss": fmean(baseline),
-        "grasp/measured_sparsity": measured["measured_sparsity"],
-    }

@@ -24,6 +24,9 @@ from grasp_lora.training.saved import SavedInCheckpoints
 
 logger = logging.getLogger(__name__)
 
+_UNDER_MASKS = "_grasp_lora_under_masks"  # marks a live weight that has been trained so
+_MOST_ZEROS = 0.05
+
 
 class PrunedTraining(GradientCheck, SavedInCheckpoints):
     """Train a LoRA adapter pruned at a fixed ratio.
@@ -100,8 +103,12 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         saved = self.saved_state(args, state)
         if not saved:  # the weights of a checkpoint have their own masks
             self._revive(pairs)
+            if self._masks is None:
+                _warn_of_zeros(pairs)
         self._left = None
         self._masks = MaskSet(pairs, self.mask)
+        for weight in self._masks.weights.values():
+            setattr(weight, _UNDER_MASKS, True)
         if saved:
             self.restore(*saved)
             if not self.masks.are_on():
@@ -247,6 +254,22 @@ def _check_order(masks: MaskSet) -> None:
         raise GraspError(
             f"the adapter changes nothing: A or B is all zero in each of its {len(masks.pairs)} modules, as before training, so "
             "nothing says which weights matter; start from a trained or merged adapter"
+        )
+
+
+@torch.no_grad()
+def _warn_of_zeros(pairs: Mapping[str, LoraPair]) -> None:
+    """Warn of weights that another training has left pruned, as where a cell of a notebook runs again on the same model.
+
+    Only weights that were trained under masks count: a merge may have zeros of its own, and so has a fresh B.
+    """
+    weights = [weight for pair in pairs.values() for weight in (pair.A, pair.B)]
+    zeros = sum(int((weight == 0).sum()) for weight in weights if hasattr(weight, _UNDER_MASKS))
+    if (share := zeros / sum(weight.numel() for weight in weights)) >= _MOST_ZEROS:
+        logger.warning(
+            "%.0f %% of the adapter's weights are zero already, left by an earlier training under masks; load the merge anew, "
+            "unless that is meant",
+            100 * share,
         )
 
 

@@ -4,12 +4,14 @@ import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 from transformers import Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.method.rounds import RoundRecord
 from grasp_lora.text.display import first_line
 
 logger = logging.getLogger(__name__)
@@ -70,3 +72,15 @@ def _later(name: str, call: Callable[..., Any], failed: list[str]) -> Callable[.
             )
 
     return tell
+
+
+def scalars_of(measured: RoundRecord) -> dict[str, float]:
+    """Return a round's scalars, as trackers take them."""
+    return {
+        "grasp/prune_ratio": measured["ratio"],
+        "grasp/policy_mean": measured["policy_mean"],
+        "grasp/policy_std": measured["policy_std"],
+        "grasp/best_reward": max(measured["rewards"]),
+        "grasp/micro_dev_loss": fmean(measured["baseline_losses"]),
+        "grasp/measured_sparsity": measured["measured_sparsity"],
+    }
