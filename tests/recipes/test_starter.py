@@ -223,6 +223,15 @@ def test_with_few_rows_the_adapters_are_trained_apart_and_the_result_once_more_o
     assert ("better below 30 training rows" in file.read_text()) is recipe.final.all_rows is (count in (40, 60))
 
 
+@pytest.mark.parametrize(("count", "on"), [(39, None), (60, None), (80, "source")])
+def test_for_labels_the_dev_loss_does_not_choose_where_the_target_adapter_is_trained(
+    count: int, on: str | None, start: Callable[..., Path]
+) -> None:
+    file = start(write(Path("t.jsonl"), labelled(count, ["good", "bad"])))
+    assert load_recipe(file)[0].target.on == on
+    assert ("which was better for labels" in file.read_text()) is (on == "source")
+
+
 def test_too_few_for_a_dev_set_is_said(start: Callable[..., Path]) -> None:
     file = start(write(Path("t.jsonl"), completion(FEWEST)))
     assert load_recipe(file)[0].data.target.dev == 0

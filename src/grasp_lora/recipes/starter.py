@@ -5,7 +5,7 @@ import logging
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from grasp_lora.recipes.builtin import SCHEMA_FILE, SCHEMA_LINE, schema_text
 from grasp_lora.recipes.corpus import CUT_DOCUMENT, Corpus, parse_columns, read_corpus, relative
 from grasp_lora.recipes.load import backbone_of_run, validate
 from grasp_lora.recipes.sizes import Sizes, choose_sizes, token_limit
+from grasp_lora.recipes.stages import AUTO
 from grasp_lora.recipes.text import parse
 from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.folder import only_writer
@@ -34,7 +35,9 @@ logger = logging.getLogger(__name__)
 SOURCE_COLUMN = "--source-column"
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
 EPOCHS = 5  # of the controller run, as the template has it
-FEWEST_BOTH_WAYS = 30  # training rows; with 16 and 25 GRASP had the lower loss where both adapters were trained apart
+# Training rows from which on the target adapter is worth a training on top of the source adapter: with 16 and 25 GRASP had the
+# lower loss where both adapters were trained apart.
+FEWEST_ON_SOURCE = 30
 LATE_ROUNDS = 3  # wanted in its second half, without a dev set
 
 
@@ -223,8 +226,9 @@ def _render(
         source_dev=source_dev,
         source_train=MOST_SOURCE if sizes.source - source_dev > MOST_SOURCE else None,
         source_left=sizes.source - source_dev,
-        both_ways=splits["dev"] > 0 and splits["train"] >= FEWEST_BOTH_WAYS,
-        fewest_both_ways=FEWEST_BOTH_WAYS,
+        on=_start(task.chooses, splits),
+        few=splits["dev"] > 0 and splits["train"] < FEWEST_ON_SOURCE,
+        fewest=FEWEST_ON_SOURCE,
         every=every,
         preset=name,
         candidates=preset(name).policy.candidates,
@@ -238,6 +242,13 @@ def _render(
         several_lines=any("\n" in record.answer.strip() for record in target.records),
         **facts,
     )
+
+
+def _start(labels: bool, splits: Mapping[str, int]) -> str | None:
+    """Where the target adapter is trained. `auto` goes by the dev loss, which for labels took the merge that answers worse."""
+    if not splits["dev"] or splits["train"] < FEWEST_ON_SOURCE:
+        return None
+    return "source" if labels else AUTO
 
 
 def _say_other_backbones(adapters: Sequence[str], backbone: str) -> None:
