@@ -75,13 +75,14 @@ def check_fits(
             f"adapter {adapter.name} was trained on a backbone with fingerprint {stated}, but {backbone_name} has "
             f"{fingerprint}: same shapes, other weights; use the backbone it was trained on"
         )
-    if stated is None and adapter.revision not in (None, revision) and adapter.base_model == backbone_name:
+    made_on, loaded = adapter.revision or "main", revision or "main"
+    if stated is None and made_on != loaded and adapter.base_model == backbone_name:
         logger.warning(
             "adapter %s was made on revision %s of %s, and %s is loaded; set backbone.revision, or --revision, to that",
             quoted(adapter.name),
-            quoted(str(adapter.revision)),
+            quoted(made_on),
             quoted(backbone_name),
-            quoted(revision or "main"),
+            quoted(loaded),
         )
     if stated is None and adapter.base_model and Path(adapter.base_model).name != Path(backbone_name).name:
         logger.warning(
