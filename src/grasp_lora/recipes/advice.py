@@ -27,8 +27,8 @@ def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool)
             )
         elif on == "auto":
             gain = (
-                "In two of six measured settings GRASP's result then answered better than the source adapter trained on. In "
-                "four no difference was shown"
+                "In two of seven measured settings GRASP's result then answered better than the source adapter trained on. In "
+                "five no difference was shown"
             )
         said = [f"{dev} dev rows stop the trainings in time, and choose which adapter you get. {gain}"]
     else:
