@@ -1,5 +1,6 @@
 """What `predict` asks a backbone with, and what it says where memory is short."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,12 @@ import pytest
 import torch
 
 from grasp_lora.bench import predict as module
-from grasp_lora.errors import LackOfMemoryError
+from grasp_lora.errors import AdapterError, LackOfMemoryError
 from grasp_lora.models import backbone as backbones
 from grasp_lora.models.adapters import fresh_adapter, save_adapter
 from grasp_lora.models.backbone import load_backbone
 from grasp_lora.models.live import adapter_weights
-from grasp_lora.models.reading import Answers
+from grasp_lora.models.reading import Answers, read_adapter
 from grasp_lora.models.settings import BackboneSettings, LoraSettings
 
 
@@ -64,3 +65,25 @@ def test_out_of_memory_says_what_predict_can_be_given(
             asked.texts(["target 1: what?"])
         hook.remove()
         hook_below.remove()
+
+
+def test_the_chat_template_that_lies_beside_an_adapter_counts(
+    place: Callable[..., str], tiny_backbone_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a trainer saved its tokenizer with the adapter."""
+    usual, own = (
+        f"{{% for m in messages %}}{mark} {{{{ m.role }}}} {{{{ m.content }}}} {{% endfor %}}" for mark in "*-"
+    )
+    adapter = Path(place("float32", chat_template=True))
+    backbone = Path(shutil.copytree(tiny_backbone_folder, tmp_path / "tiny-llama"))
+    (backbone / "chat_template.jinja").write_text(usual, encoding="utf-8")
+    for template, said in ((own, "brings a chat template of its own"), (usual, "")):
+        (adapter / "chat_template.jinja").write_text(template, encoding="utf-8")
+        caplog.clear()
+        with module.asking(str(adapter), str(backbone), "cpu") as ready:
+            assert ready.tokenizer.chat_template == template
+            assert said in caplog.text
+        assert bool(caplog.text) is bool(said)
+    (adapter / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(AdapterError, match=r"float32: chat_template\.jinja: it is not UTF-8"):
+        read_adapter(adapter)

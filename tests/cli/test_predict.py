@@ -15,10 +15,9 @@ from conftest import CliResult, build_tiny_model, build_tiny_tokenizer, write_ti
 
 from grasp_lora.bench import predict as predicting
 from grasp_lora.bench.session import Session
-from grasp_lora.errors import AdapterError
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.live import adapter_weights
-from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE, read_adapter
+from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.recipes.load import load_recipe
 
@@ -398,19 +397,3 @@ def test_columns_that_are_called_as_each_other_are_not_mixed_up(here: Path, cli:
     result = cli("predict", "qa", str(jsonl(Path("asked.jsonl"), [{"source": "unread", "target": "Fluss"}])))
     assert result.status == 0, result.err
     assert asked[0][0][0].endswith("German: Fluss\nEnglish:")
-
-
-def test_the_chat_template_that_lies_beside_an_adapter_counts(here: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As where a trainer saved its tokenizer with the adapter."""
-    own = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}"
-    shutil.copytree("chat", "foreign")
-    for template, said in ((own, "brings a chat template of its own"), (TEMPLATE, "")):
-        Path("foreign/chat_template.jinja").write_text(template, encoding="utf-8")
-        caplog.clear()
-        with predicting.asking("foreign") as ready:
-            assert ready.tokenizer.chat_template == template
-            assert said in caplog.text
-        assert bool(caplog.text) is bool(said)
-    Path("foreign/chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(AdapterError, match=r"foreign: chat_template\.jinja: it is not UTF-8"):
-        read_adapter("foreign")

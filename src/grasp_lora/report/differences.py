@@ -47,8 +47,8 @@ def compare_handed_over(record: RunRecord) -> dict[str, Difference]:
     """What is handed over against what there was before it; none where that is GRASP's result itself."""
     if record.metrics is None or record.metrics.delivered is None or record.metrics.handed_over == "grasp":
         return {}
-    ours, chosen = record.metrics.handed_over, record.metrics.delivered.name
-    others = ("zero_shot", *record.sources, *([chosen] if chosen not in (ours, *record.sources) else []))
+    ours = record.metrics.handed_over
+    others = dict.fromkeys(("zero_shot", *record.sources, record.metrics.delivered.name))
     return _compare(record, ours, [other for other in others if other != ours])
 
 
