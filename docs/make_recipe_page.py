@@ -71,30 +71,7 @@ The authors leave stop words unstemmed, by a list that is downloaded; here all w
 Unrelated texts have about 0 to 20.
 `rougeL_xlsum` in Chinese and `similarity` need `pip install 'grasp-lora[eval]'`; `check` says so before a run.
 
-### A metric of your own
-
-It is a function, here in a file `mine.py` beside the recipe:
-```python
-from grasp_lora.evaluation.outputs import MetricScore, Outputs
-
-
-def first_letter(outputs: Outputs) -> MetricScore:
-    \"\"\"Share of answers that begin as a good answer does.\"\"\"
-    pairs = zip(outputs.predictions, outputs.references, strict=True)
-    scores = tuple(100.0 * any(said[:1] == good[:1] for good in references) for said, references in pairs)
-    return MetricScore("first_letter", sum(scores) / len(scores), "case:kept", scores)
-```
-A recipe names it by its import path, `package.module:name`. A finished run keeps its metrics, so `evaluate` is for its adapters:
-```
-grasp-lora run my-examples.yaml --allow-code --set 'metrics=[accuracy,mine:first_letter]' --output runs/first-letter
-grasp-lora evaluate my-examples.yaml --allow-code --set 'metrics=[accuracy,mine:first_letter]' --adapter runs/my-examples/adapter
-```
-Its module is installed, on PYTHONPATH, or a file beside the recipe.
-A recipe may come from a stranger, so it needs `--allow-code`.
-`Outputs` has predictions, lists of references and the language.
-`MetricScore` has a name, a value, a signature and one score an example. The signature says how it was computed.
-The value is the mean of those scores.
-For another one name a `Metric`, of `grasp_lora.evaluation.metrics`, with `from_statistics`.
+[A metric of your own](../method/extend.md#a-metric) is a function.
 """
 SAYS_NOTHING = {"name": "page", "data": {"task": "qa", "target": {"language": "sw", "files": ["questions.json"]}}}
 

@@ -220,22 +220,6 @@ def own_code(tiny_workspace: Path) -> Iterator[Callable[[str], None]]:
     sys.modules.pop("own_of_sweep", None)
 
 
-def test_a_sweep_does_not_go_on_with_other_code_of_its_own(
-    own_code: Callable[[str], None], fails: Callable[[Exception | None], None]
-) -> None:
-    fails(None)
-    own_code(CODE)
-    run(OWN)
-    run(OWN)
-    own_code(CODE + "# edited")
-    with pytest.raises(RecipeError, match="holds a sweep with other code; give those, or another folder"):
-        run(OWN)
-    with pytest.raises(RecipeError, match="holds a sweep with other recipe, code; give those"):
-        run(OWN, "lora.rank=3")
-    own_code(CODE)
-    assert len(run(OWN, trials=2).trials) == 2
-
-
 def test_code_among_the_values_of_a_sweep_is_allowed_and_found_as_that_of_a_recipe(
     own_code: Callable[[str], None], fails: Callable[[Exception | None], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -297,17 +281,3 @@ def test_a_key_that_changes_nothing_is_not_swept(
     assert search_space(("source.adapters.0=[x,y]",), decided)
     assert search_space(("source.adapters=[[],[a]]", "source.training.epochs=[1,2]"), decided)
     assert search_space(("target.adapter=[null,a]", "target.training.learning_rate=1e-5..1e-3:log"), decided)
-
-
-def test_sweeps_of_earlier_versions_which_named_no_code_go_on(
-    own_code: Callable[[str], None], fails: Callable[[Exception | None], None]
-) -> None:
-    fails(None)
-    own_code(CODE)
-    run(OWN)
-    file = Path("out/sweep", SWEEP_FILE)
-    content = json.loads(file.read_text(encoding="utf-8"))
-    assert content["identity"].pop("code")
-    file.write_text(json.dumps(content), encoding="utf-8")
-    assert len(run(OWN, trials=2).trials) == 2
-    assert len(run(OWN, trials=2).trials) == 2

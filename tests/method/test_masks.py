@@ -25,7 +25,6 @@ from grasp_lora.method.masks import (
 )
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.ranking import WeightKey, prune_count, rank_weights
-from grasp_lora.testing import check_score
 
 SEGMENTS = (Segment("source", 2), Segment("target", 3))
 # Two modules of different widths; the second has no segments.
@@ -626,28 +625,6 @@ def test_factors_in_bfloat16_are_scored_with_norms_in_float32(score: str) -> Non
     exact = score_pair(LoraPair(low.A.float(), low.B.float()), score, norms)
     for found, wanted in zip(score_pair(low, score, norms), exact, strict=True):
         torch.testing.assert_close(found.float(), wanted)
-
-
-@pytest.mark.parametrize("score", SCORES.values(), ids=SCORES)
-def test_the_shipped_conformance_suite_holds(score: Score) -> None:
-    check_score(score)
-
-
-@pytest.mark.parametrize(
-    ("score", "message"),
-    [
-        (Score(lambda pair, norms: (pair.A, pair.B)), "negative"),
-        (Score(lambda pair, norms: (pair.A.abs(), pair.B.abs().T)), "not"),
-        (Score(lambda pair, norms: (pair.A.mul_(2).abs(), pair.B.abs())), "changes the weights"),
-        (Score(lambda pair, norms: (torch.rand(pair.A.shape), pair.B.abs())), "global generator"),
-        (Score(lambda pair, norms: pair.A.abs()), "must give a pair of tensors, for A and for B"),
-        (Score(lambda pair, norms: (1.0, 2.0)), "must give a pair of tensors"),
-        (Score(lambda pair, norms: (pair.A * norms.A, pair.B)), "could not go on: AttributeError: 'NoneType'"),
-    ],
-)
-def test_the_suite_says_what_is_wrong(score: Score, message: str) -> None:
-    with pytest.raises(AssertionError, match=message):
-        check_score(score)
 
 
 def test_a_score_of_ones_own_is_given_or_named() -> None:

@@ -17,14 +17,12 @@ from grasp_lora.method.merging import (
     MERGE_RULES,
     MergeRule,
     MergeSettings,
-    Space,
     drop_and_rescale,
     elect_and_average,
     keep_largest,
     merge,
     merge_rule,
 )
-from grasp_lora.testing import check_merge_rule
 
 D_IN, D_OUT = 12, 10
 MODULES = ("layers.0.q_proj", "layers.1.v_proj")
@@ -201,44 +199,6 @@ def test_lorahub_composes_the_factors_by_hand() -> None:
         A = 0.5 * 2.0 * one[module].A - 2.0 * two[module].A
         B = 0.5 * 2.0 * one[module].B - 2.0 * two[module].B
         assert_same(pair.delta(), B @ A, 1e-5)
-
-
-@every_rule
-def test_the_shipped_conformance_suite_holds(rule: Any) -> None:
-    check_merge_rule(merge_rule(rule))
-
-
-def first_alone(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Ignores the weights."""
-    return 2 * tensors[0]
-
-
-def spoiled(parts: Any, rule: Any, settings: Any, draws: Any) -> LoraPair:
-    """Two factors that are not balanced."""
-    return LoraPair(parts[0].pair.A, parts[0].pair.B, 1.0, (Segment("merged", 3),))
-
-
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
-        (MergeRule("", combine=first_alone), "does not stay itself"),
-        (MergeRule("", sparsify=drop_and_rescale), "depends on the seed; set draws to True"),
-        (MergeRule("", Space(spoiled)), "are not balanced"),
-        (MergeRule("", sparsify=lambda tensor, *_: tensor + torch.rand(())), "draws from a global generator"),
-        (MergeRule("", sparsify=lambda tensor, *_: tensor.mul_(0.5)), "changes its inputs"),
-        (MergeRule("", sparsify=lambda tensor, *_: torch.zeros_like(tensor)), "^the merge rule: "),
-        (
-            MergeRule("", combine=lambda tensors, weights: tensors[0] * math.nan),
-            r"^the merged pair of \S+ is not finite",
-        ),
-        (MergeRule("", combine=lambda tensors, weights: None), "^check_merge_rule could not go on: AttributeError: "),
-        (keep_largest, "^check_merge_rule could not go on: ValueError: merge rule is .* or a MergeRule"),
-    ],
-    ids=["scaling", "seed", "balance", "global", "inputs", "nothing left", "not finite", "nothing given", "function"],
-)
-def test_the_suite_says_what_is_wrong(rule: MergeRule, message: str) -> None:
-    with pytest.raises(AssertionError, match=message):
-        check_merge_rule(rule)
 
 
 # --- what each rule states -------------------------------------------------------------------------------------------

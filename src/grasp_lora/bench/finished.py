@@ -6,7 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from grasp_lora.bench import run_folder as files
-from grasp_lora.bench.keys import plain
 from grasp_lora.bench.records import read_record
 from grasp_lora.data.places import resolve_file
 from grasp_lora.errors import DataError, RecipeError
@@ -52,7 +51,7 @@ def is_finished(folder: Path, recipe: Recipe, base: Path) -> bool:
 def inputs_of(recipe: Recipe, base: Path) -> dict[str, str]:
     """Return a SHA-256 of everything that a run reads, by the key of the recipe that names it, such as `target.files.0`.
 
-    That is every data file, given adapter and file of a user's own code. Of a backbone's folder names, sizes and times count,
+    That is every data file and given adapter. Of a backbone's folder names, sizes and times count,
     since its files are large: where they differ, the run looks at the weights.
     What the recipe says of the chat template stands there as a text.
     Left out is what the hub holds, and what is not there or cannot be read any more: a finished run needs none of it.
@@ -71,8 +70,7 @@ def inputs_of(recipe: Recipe, base: Path) -> dict[str, str]:
         found["backbone"] = hashlib.sha256(repr(listing).encode()).hexdigest()
     # The hash of a recipe takes "where the rows ask for it" and "never" for one; the examples tell them apart.
     found[CHAT_TEMPLATE] = str(recipe.data.chat_template)
-    code: dict[str, str] = plain(recipe.model_dump()).get("own_code", {})
-    return found | {f"code.{name}": digest for name, digest in code.items()}
+    return found
 
 
 def refuse_other_template(folder: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:

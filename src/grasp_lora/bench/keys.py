@@ -1,27 +1,22 @@
 """What decides a step, as plain values: from their hash comes the key under which the step is on record."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.recipes.stages import ControllerStage, FinalStage
-from grasp_lora.text.names import hash_of_module, is_import_path, without_place
+from grasp_lora.text.names import without_place
 
 
 def plain(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same as JSON gives it back, lists for tuples, with hashes of a user's own code and without what saves memory.
+    """The same as JSON gives it back, lists for tuples, without what saves memory.
 
-    Raises:
-        RecipeError: the file of such code cannot be read.
+    A user's own code counts by its import path alone: who changes it gives it another name.
     """
-    plain = {key: _plain_value(value) for key, value in settings.items()}
-    code = _own_code(plain)
-    return plain | ({"own_code": code} if code else {})
+    return {key: _plain_value(value) for key, value in settings.items()}
 
 
 def _plain_value(value: Any) -> Any:
@@ -44,33 +39,6 @@ def final_settings(stage: FinalStage) -> dict[str, Any]:
 def controller_settings(stage: ControllerStage) -> dict[str, Any]:
     """What decides a controller run."""
     return asdict(stage) | {"policy": plain_policy(stage.policy)}
-
-
-def _own_code(settings: Any) -> dict[str, str]:
-    """Hashes of a user's own code that settings name by import path, as it was loaded, so that what is changed is done anew."""
-    if isinstance(settings, dict | list):
-        parts = settings.values() if isinstance(settings, dict) else settings
-        return {name: found for part in parts for name, found in _own_code(part).items()}
-    if not isinstance(settings, str) or not is_import_path(settings):
-        return {}
-    try:
-        found = hash_of_module(settings.partition(":")[0])
-    except OSError as error:
-        raise RecipeError(
-            f"{settings} is code whose file cannot be read ({error.strerror or error}), so no record can say which code it was; "
-            "make it readable, and give it as a plain file"
-        ) from error
-    return {settings: found} if found else {}
-
-
-def hash_of_code(settings: Any) -> str | None:
-    """Return one hash of all of a user's own code that settings name; None where they name none.
-
-    Raises:
-        RecipeError: the file of such code cannot be read.
-    """
-    code = _own_code(_plain_value(settings))
-    return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest() if code else None
 
 
 def public_bertscore(settings: BertScoreSettings) -> dict[str, Any]:

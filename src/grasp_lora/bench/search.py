@@ -20,9 +20,8 @@ import yaml
 from pydantic import ValidationError
 
 from grasp_lora.bench.checks import check, check_config
-from grasp_lora.bench.keys import hash_of_code
 from grasp_lora.bench.run_folder import STORE_FOLDER, SWEEP_FOLDER, check_place
-from grasp_lora.bench.search_space import SAMPLERS, SECTIONS, Parameter, propose, search_space, trial_recipe
+from grasp_lora.bench.search_space import SAMPLERS, Parameter, propose, search_space, trial_recipe
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import WAIT, Store
@@ -368,7 +367,6 @@ def relocated(recipe: Recipe, base: Path, folder: Path) -> str:
 
 def _identity(session: Session, settings: SweepSettings, parameters: Sequence[Parameter]) -> Identity:
     recipe, backbone = session.recipe, session.backbone
-    code = hash_of_code([recipe.model_dump(include=set(SECTIONS)), [one.choices for one in parameters]])
     return Identity(
         recipe.fingerprint(),
         list(settings.params),
@@ -379,7 +377,6 @@ def _identity(session: Session, settings: SweepSettings, parameters: Sequence[Pa
         hash_of(session.splits),
         {place: adapter.identity for place, adapter in session.existing_adapters.items()},
         settings.workers,
-        code,
     )
 
 

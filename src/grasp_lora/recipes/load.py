@@ -22,7 +22,7 @@ from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import MOST_BYTES, RECIPE_FILE, RUN_FILE, decode, parse
 from grasp_lora.storage.reading import RefusedError, expanded, is_file, is_folder, read_bounded
 from grasp_lora.text.display import CONTROLS, SURROGATES, escaped, quoted
-from grasp_lora.text.names import beside, check_loaded, imported, is_import_path
+from grasp_lora.text.names import beside, imported, is_import_path
 
 Overrides = Mapping[str, Any] | Sequence[str]
 
@@ -132,7 +132,7 @@ def import_code(content: Mapping[str, Any], name: str, base: Path, *, allow_code
         allow_code: whether the user allows it.
 
     Raises:
-        RecipeError: code is not allowed, what is named cannot be imported, or this process has loaded other code of that name.
+        RecipeError: code is not allowed, or what is named cannot be imported.
     """
     for key, named in named_code(content):
         if not allow_code:
@@ -140,7 +140,6 @@ def import_code(content: Mapping[str, Any], name: str, base: Path, *, allow_code
         with beside(base):
             try:
                 imported(key, named, ())
-                check_loaded(key, named)
             except ValueError as error:
                 raise RecipeError(f"{name}: {error}") from error
 

@@ -1,12 +1,10 @@
 """From a name to what it means: a row of a table, or an object of a user's own by its import path."""
 
-import hashlib
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,7 +16,6 @@ Found = TypeVar("Found")
 
 _WORD = r"[^\W\d]\w*"
 _IMPORT_PATH = re.compile(rf"{_WORD}(\.{_WORD})*:{_WORD}")
-_HASHES: dict[str, tuple[Any, str]] = {}  # module -> its spec, which is another one after a reload, and its hash
 
 
 def without_place(name: str) -> str:
@@ -94,80 +91,7 @@ def imported(what: str, name: str, known: Iterable[str]) -> Any:
         ) from error
     if not hasattr(module, attribute):
         raise ValueError(f"{what} is {quoted(name)}, but module {module_name!r} has no {attribute!r}")
-    with suppress(OSError):  # whoever needs the hash says so
-        hash_of_module(module_name)
     return getattr(module, attribute)
-
-
-def hash_of_module(name: str) -> str | None:
-    """Return the SHA-256 of a loaded module's file, read once: `imported` does so at once, and later edits run no other code.
-
-    Returns:
-        None where no such module is loaded, or it has no file.
-
-    Raises:
-        OSError: its file cannot be read, and never was.
-    """
-    module = sys.modules.get(name)
-    file = getattr(module, "__file__", None)
-    if not file:
-        return None
-    spec = getattr(module, "__spec__", None)
-    known = _HASHES.get(name)
-    if known is None or known[0] is not spec:
-        known = _HASHES[name] = (spec, _sha256(file))
-    return known[1]
-
-
-def check_loaded(what: str, name: str) -> None:
-    """Check that an import path, which is imported, leads to the code that a new process would import now.
-
-    Raises:
-        ValueError: one line: its module is loaded from another file, or the file has changed since.
-    """
-    module = name.partition(":")[0]
-    file = getattr(sys.modules.get(module), "__file__", None)
-    if not file:
-        return
-    found = _file_to_import(module)
-    if found is not None and os.path.realpath(found) != os.path.realpath(file):
-        raise ValueError(
-            f"{what} is {quoted(name)}, which is to come from {escaped(found)}, but this process has loaded module {module!r} "
-            f"from {escaped(file)}; start a new process, or give one of the files another name"
-        )
-    try:
-        loaded = hash_of_module(module)
-    except OSError as error:  # such as one inside an archive
-        raise ValueError(
-            f"{what} is {quoted(name)}, whose file {escaped(file)} cannot be read ({error.strerror or error}), so no record "
-            "could say which code it was; give it as a plain file"
-        ) from error
-    try:
-        changed = _sha256(file) != loaded
-    except OSError:
-        changed = True
-    if changed:
-        raise ValueError(
-            f"{what} is {quoted(name)}, but {escaped(file)} was changed or removed after this process had loaded it, and the old "
-            "code would run; start a new process (in a notebook: restart its kernel)"
-        )
-
-
-def _file_to_import(module: str) -> str | None:
-    """The file that a module would be imported from if it was not loaded; None where it has none or cannot be found."""
-    inside, parts = None, module.split(".")
-    for number in range(1, len(parts) + 1):
-        finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
-        found = (finder.find_spec(".".join(parts[:number]), inside) for finder in finders)
-        spec = next((one for one in found if one is not None), None)
-        if spec is None or (number < len(parts) and spec.submodule_search_locations is None):
-            return None
-        inside = spec.submodule_search_locations
-    return spec.origin if spec is not None and spec.has_location else None
-
-
-def _sha256(file: str) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def needs(what: str, module: str, package: str, *, extra: str) -> None:
