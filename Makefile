@@ -1,7 +1,8 @@
 # Each target does all its set-up: a virtual environment in .venv, the packages, then the work.
 #   make demo              the main job on the embedded model and texts (DEMO_LANGUAGE=zh for Chinese)
 #   make test              the tests
-#   make gpu               all that wants a GPU, on whatever card is there; writes docs/lab/results/gpu.md
+#   make gpu               all that wants a GPU, on whatever card is there; writes lab/results/gpu.md
+#   make lab               the tests of the laboratory, which the gate leaves out (lab/README.md)
 #   make docs              the docs site, into site/
 #   make check             the one gate: lint, format, types, import contract, docs, tests
 # TORCH_INDEX=URL installs torch from that wheel index first (for a CPU build, see the README).
@@ -14,13 +15,13 @@ BIN := $(VENV)/bin
 # Each worker begins with a half of the tests in order, so that few fixtures of a file are made twice.
 WORKERS := -n 2 --dist worksteal
 
-.PHONY: demo test slow gpu docs lint types imports check clean
+.PHONY: demo test slow gpu lab docs lint types imports check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/grasp-lora demo --language $(DEMO_LANGUAGE)
 
 # The tests start many Pythons: what those import must not be compiled again each time.
-test slow: export PYTHONDONTWRITEBYTECODE :=
+test slow lab: export PYTHONDONTWRITEBYTECODE :=
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(WORKERS) tests/method --cov=grasp_lora.method --cov-branch --cov-report=term --cov-fail-under=95
@@ -30,7 +31,11 @@ slow: $(VENV)/.dev $(VENV)/.demo
 	$(BIN)/python -m pytest -m slow
 
 gpu: $(VENV)/.dev $(VENV)/.demo
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python lab/gpu.py
+
+# They use the fixtures of the package's tests.
+lab: $(VENV)/.dev
+	PYTHONPATH=tests:lab $(BIN)/python -m pytest $(WORKERS) -p conftest lab/tests
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict   # it warns of mkdocs 2, which pyproject.toml leaves out
@@ -41,7 +46,7 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy --strict src
-	$(BIN)/mypy benchmarks docs
+	$(BIN)/mypy docs
 
 imports: $(VENV)/.dev
 	$(BIN)/lint-imports

@@ -38,8 +38,6 @@ NOT_RUN = {  # the first words of a command -> why no test runs it
     "pip install": "needs the network; the extras that it names are looked up",
     "torchrun": "tests/bench/test_ranks.py starts two processes; its command is parsed here",
     "CUDA_VISIBLE_DEVICES=": "needs GPUs; its command is parsed here",
-    "OMP_NUM_THREADS=1 python benchmarks/": "minutes; its file and its options are looked up",
-    "python benchmarks/": "minutes; its file and its options are looked up",
     "vllm serve": "needs vLLM and a GPU",
     "grasp-lora --install-completion": "changes the shell of who runs it",
     "grasp-lora init my-examples.xlsx --language sw --column": "the columns of another file; tests/recipes/test_starter.py",
@@ -117,47 +115,6 @@ def test_a_command_is_one_that_the_program_takes(page: Path, command: str) -> No
             "optional-dependencies"
         ]
         assert set(re.findall(r"\[(\w+)\]", command)) <= extras.keys(), command
-    if file := re.search(r"benchmarks/\S+", command):
-        text = (ROOT / file[0]).read_text(encoding="utf-8")
-        unknown = [option for option in re.findall(r"--[\w-]+", command) if f'"{option}"' not in text]
-        assert not unknown, f"{file[0]} has no option {', '.join(unknown)}"
-
-
-RESULTS = ROOT / "docs" / "lab" / "results"
-MEASURED = [
-    RESULTS / name for name in ("README.md", "where-pruning-helps.md", "speed.md")
-]  # other pages keep commands of their day
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        command
-        for page in MEASURED
-        for command in commands(page)
-        if "grasp-lora" in command or ("benchmarks/" in command and "python" in command)
-    ],
-)
-def test_a_command_of_the_results_is_one_that_the_program_takes(command: str) -> None:
-    """Numbers come from them; that they still give the same is measured, not tested."""
-    changes = [change for change in re.findall(r"--set '?([\w.]+=[^\s']+(?:, [^\s']+)*)", command) if "[" not in change]
-    recipe = re.search(r"(?:grasp-lora \w+|benchmarks/\S+) ([\w-]+)(?: |$)", command)
-    if recipe is not None and (changes or "grasp-lora" in command) and recipe[1] != "tiny":
-        load_recipe(recipe[1].replace("SETTING", "mlqa-ar"), [change.replace("=K", "=1") for change in changes])
-    if "grasp-lora" in command:
-        assert recipe is not None
-        test_a_command_is_one_that_the_program_takes(RESULTS, command)
-        return
-    file = re.search(r"benchmarks/\S+", command)
-    assert file is not None
-    text = (ROOT / file[0]).read_text(encoding="utf-8")
-    unknown = [option for option in re.findall(r" (--[\w-]+)", command) if f'"{option}"' not in text]
-    assert not unknown, f"{file[0]} has no option {', '.join(unknown)}"
-    if command.startswith("cd docs/lab/results"):
-        folders = [word for word in command.split(".py", 1)[1].split() if not word.startswith("-")]
-        missing = [name for name in folders if not list(RESULTS.glob(name))]
-        assert folders
-        assert not missing, f"there is no {', '.join(missing)}"
 
 
 def test_an_option_that_is_gone_is_found() -> None:

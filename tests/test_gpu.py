@@ -1,9 +1,6 @@
-"""What wants a GPU; `make gpu` runs these. Only the last test, of that command itself, needs none."""
+"""What wants a GPU; `make gpu` runs these."""
 
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +16,6 @@ from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.stacked import members_of, train_stacked
-
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 
 
 class One:
@@ -127,53 +122,3 @@ def test_a_run_on_a_gpu(cuda, tiny_workspace, preset):
     ]
     result = api.run("tiny.yaml", overrides=overrides, folder="runs/tiny")
     assert 0.1 <= result.ratio.ratio <= 0.8
-
-
-def test_without_a_gpu_the_command_skips_in_one_line_and_writes_nothing(tmp_path):
-    page = tmp_path / "gpu.md"
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARK), "--page", str(page)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={"CUDA_VISIBLE_DEVICES": "", "PATH": "/usr/bin:/bin"},
-    )
-    assert done.stdout == "skipped: there is no CUDA GPU here\n"
-    assert not page.exists()
-
-
-def test_the_page_holds_tables_and_failures(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
-    import gpu
-
-    parts = gpu.parts_of("demo-ar", ["data.root=x"])
-    assert parts["Tests"][:5] == ["-m", "pytest", "-q", "-m", "gpu"]
-    assert parts["Speed"][4:6] == ["--set", "data.root=x"]
-    page = gpu.page_of(
-        "a card",
-        {
-            "Tests": (parts["Tests"], 0, "....\n7 passed in 9.1s\n", 9.4),
-            "Speed": (parts["Speed"], 0, "| part | what |\n|---|---|\n| step | 1.2 |\n", 20.0),
-            "Memory": (parts["Memory"], 3, "Traceback\nMemoryError: too much\n\n", 1.0),
-        },
-    )
-    assert "- Card: a card" in page
-    assert "`7 passed in 9.1s`" in page
-    assert "\n| step | 1.2 |\n" in page
-    assert "Failed with status 3: `MemoryError: too much`" in page
-    assert "It took 20 s." in page
-
-
-def test_the_cost_of_masks_counts_as_many_operations_for_many_layers(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(BENCHMARK.parent))
-    import mask_cost
-
-    def operations(layers: int) -> dict[str, int]:
-        mask_cost.main(["--layers", str(layers), "--width", "8", "--outputs", "6,4", "--rank", "2", "--device", "cpu"])
-        cells = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| `")]
-        return {name.strip(" `"): int(count) for _, name, count, *_ in cells}
-
-    few, many = operations(1), operations(5)
-    for name in ("commit", "mask_gradients", "enforce", "probe"):
-        assert few[name] == many[name]
-    assert few["rank"] < many["rank"]  # a round scores module by module

@@ -27,7 +27,7 @@ def test_a_missing_file_and_a_missing_heading_are_found(tmp_path: Path) -> None:
 
 
 CODE = [
-    *(file for folder in ("src", "tests", "benchmarks", "docs") for file in sorted((ROOT / folder).rglob("*.py"))),
+    *(file for folder in ("src", "tests", "docs") for file in sorted((ROOT / folder).rglob("*.py"))),
     ROOT / "Makefile",
     ROOT / "pyproject.toml",
 ]

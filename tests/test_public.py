@@ -64,7 +64,7 @@ def python_with_the_wheel(wheel: Path, tmp_path_factory: pytest.TempPathFactory)
     [site] = (folder / "venv").glob("lib/*/site-packages")
     with zipfile.ZipFile(wheel) as archive:
         assert "grasp_lora/py.typed" in archive.namelist()
-        assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in archive.namelist())
+        assert not any(name.startswith(("tests/", "lab/", "docs/")) for name in archive.namelist())
         archive.extractall(site)
     return folder / "venv/bin/python"
 

@@ -1,7 +1,4 @@
-"""What the fuzzers share: valid files of every kind, ways to spoil them, and readers that must take or refuse what results.
-
-`benchmarks/fuzz.py` runs the same for as long as one likes.
-"""
+"""What the fuzzers share: valid files of every kind, ways to spoil them, and readers that must take or refuse what results."""
 
 import copy
 import io

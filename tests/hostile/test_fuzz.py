@@ -1,6 +1,6 @@
 """Random and spoiled inputs: a reader takes them or refuses them with a GraspError, and never anything else.
 
-GRASP_LORA_FUZZ_EXAMPLES sets how many inputs each reader gets; `benchmarks/fuzz.py` goes on for as long as one likes.
+GRASP_LORA_FUZZ_EXAMPLES sets how many inputs each reader gets.
 """
 
 import json

@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 CONFIDENCE = 0.95
 WIDE_INTERVAL = 0.3  # from here on a reader is told that the probes did not settle the ratio
 # From this share of the searched range on nothing was learned. Losses of nothing but noise leave as much open in 8 to 10 of 10
-# runs by `surrogate` and `smooth_fit`, those of a clear valley hardly ever (`docs/lab/log.md`).
+# runs by `surrogate` and `smooth_fit`, those of a clear valley hardly ever (`lab/log.md`).
 OPEN_SHARE = 0.75
 
 

@@ -25,7 +25,7 @@ def find_dtype(device: str, model_type: str = "") -> Literal["bfloat16", "float1
 
     bfloat16 on CUDA cards that compute in it and on processors with AMX, where products take a fifth of the time. float16 on
     other CUDA cards (T4, V100), but for Gemma: hidden states of Gemma 3 270M reach 1e5, and float16 ends at 65,504. float32
-    elsewhere: processors without AMX are slower in bfloat16 than in float32 (`docs/lab/log.md`).
+    elsewhere: processors without AMX are slower in bfloat16 than in float32 (`lab/log.md`).
 
     Args:
         device: "cpu", "cuda" or "cuda:N".

@@ -1,6 +1,6 @@
 """When to prune, when to continue, when to train jointly: what was measured says for a recipe's own numbers.
 
-The rule and its measurements: docs/lab/results/where-pruning-helps.md, "When to prune". It looks at three things, since only
+The rule and its measurements: lab/results/where-pruning-helps.md, "When to prune". It looks at three things, since only
 these moved what was best: whether dev rows stop the trainings, whether the target adapter is trained on top of the source
 adapter, and, where it is not, whether the rows of the source language are there.
 """

@@ -29,7 +29,7 @@ from grasp_lora.training.loss import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TOKEN_BUDGET = 2048  # of a measured batch: on two CPU cores 4096 took 1.1 to 1.2 times as long (`docs/lab/log.md`)
+TOKEN_BUDGET = 2048  # of a measured batch: on two CPU cores 4096 took 1.1 to 1.2 times as long (`lab/log.md`)
 _LABEL_BUDGET = 512  # bounds the logits of a batch: 512 positions x 262k vocabulary in float32 are 0.5 GB
 _ON_ACCELERATOR = 4  # as many times the tokens and labels in a batch; not measured, `make gpu` does
 
