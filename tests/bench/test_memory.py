@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import memory_table
 import pytest
 import torch
 import transformers
@@ -231,11 +230,3 @@ def test_a_skeleton_is_the_model_without_weights(tiny_backbone_folder: Path, mak
     assert found.device.type == "meta"
     shapes = {name: list(one.shape) for name, one in make_tiny_model("llama").named_parameters()}
     assert {name: list(one.shape) for name, one in found.named_parameters()} == shapes
-
-
-@pytest.mark.parametrize("tokens", [512, 1024])
-@pytest.mark.parametrize("name", memory_table.MODELS)
-def test_the_page_shows_what_is_estimated(name: str, tokens: int) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "guide" / "scaling.md").read_text(encoding="utf-8")
-    needs = memory_table.needs(memory_table.shape(name, tokens), tokens)
-    assert f"| {name} | {tokens} | {' | '.join(f'{need / GIGABYTE:.1f}' for need in needs)} |" in page
