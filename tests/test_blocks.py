@@ -197,7 +197,7 @@ def python_of(page: str, heading: str = "") -> str:
 def test_every_page_with_python_is_run() -> None:
     found = {page.name for page in PAGES if "```python" in page.read_text(encoding="utf-8")}
     # The README by tests/test_readme.py, with the final run of script.md.
-    assert found == {"README.md", "recipe.md", "script.md", "serve.md"}
+    assert found == {"README.md", "recipe.md", "script.md", "search-settings.md", "serve.md"}
     script = "guide/script.md"
     headings = re.findall(r"^##+ (.+)$", (ROOT / "docs" / script).read_text(encoding="utf-8"), re.MULTILINE)
     run = ["The whole job", "The final run", "Merge, prune, save"]
@@ -228,6 +228,22 @@ def test_a_metric_of_ones_own_is_scored_as_the_page_does(finished_run: Path, cli
     begun = [100.0 * any(row["prediction"][:1] == good[:1] for good in row["references"]) for row in rows]
     scores = json.loads(Path("measured/metrics.json").read_text(encoding="utf-8"))["systems"]["adapter"]["metrics"]
     assert scores["mine:first_letter"] == pytest.approx(sum(begun) / len(begun))
+
+
+@pytest.mark.filterwarnings("ignore")  # of optuna's own
+def test_settings_are_searched_as_the_page_does(tiny_workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("optuna")
+    shutil.copy("tiny.yaml", "my-examples.yaml")
+    write_adapter(Path("runs/my-examples/source"), 0)
+    code = python_of("how-to/search-settings.md").replace("n_trials=20", "n_trials=2")
+    exec(compile(code, "search-settings.md", "exec"), {})
+    losses = [
+        json.loads(Path(f"runs/search/{number}/metrics.json").read_text(encoding="utf-8"))["systems"]["grasp"][
+            "dev_loss"
+        ]
+        for number in range(2)
+    ]
+    assert f"{min(losses)}\n" in capsys.readouterr().out
 
 
 def test_an_adapter_is_asked_in_peft_as_the_page_does(finished_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
