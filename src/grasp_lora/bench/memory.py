@@ -24,7 +24,7 @@ PROCESS = 1.0 * GIGABYTE  # Python, torch, what CUDA keeps for itself
 ADAPTER_BYTES = 21  # of each weight: itself, gradient, two moments of AdamW, stash, mask
 LOGIT_BYTES = 12  # of each logit in float32: itself, its gradient, the softmax
 QUANTISED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # bytes of a weight; nf4 has a float32 scale for 64 of them
-# Bytes of a token, layer and unit of width where a model cannot be counted: docs/guide/machines.md.
+# Bytes of a token, layer and unit of width where a model cannot be counted.
 KEPT_BY_WIDTH = {4: 75, 2: 48}
 
 
