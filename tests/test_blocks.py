@@ -154,7 +154,7 @@ def newcomer(tiny_workspace: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> P
     tiny_tokenizer.chat_template = None
     for number, name in enumerate(("english-adapter", "swahili-adapter")):
         write_adapter(Path(name), number)
-    Path("mine.py").write_text(python_of("guide/recipe.md"), encoding="utf-8")
+    Path("mine.py").write_text(python_of("method/extend.md"), encoding="utf-8")
     return tiny_workspace
 
 
@@ -197,7 +197,7 @@ def python_of(page: str, heading: str = "") -> str:
 def test_every_page_with_python_is_run() -> None:
     found = {page.name for page in PAGES if "```python" in page.read_text(encoding="utf-8")}
     # The README by tests/test_readme.py, with the final run of script.md.
-    assert found == {"README.md", "recipe.md", "script.md", "search-settings.md", "serve.md"}
+    assert found == {"README.md", "script.md", "search-settings.md", "serve.md"}
     script = "guide/script.md"
     headings = re.findall(r"^##+ (.+)$", (ROOT / "docs" / script).read_text(encoding="utf-8"), re.MULTILINE)
     run = ["The whole job", "The final run", "Merge, prune, save"]
@@ -218,8 +218,8 @@ def test_adapters_are_merged_and_pruned_as_the_page_does(tiny_workspace: Path) -
 
 
 def test_a_metric_of_ones_own_is_scored_as_the_page_does(finished_run: Path, cli: Callable[..., Any]) -> None:
-    Path("mine.py").write_text(python_of("guide/recipe.md"), encoding="utf-8")
-    [command] = [one for one in commands(ROOT / "docs/guide/recipe.md") if one.startswith("grasp-lora evaluate")]
+    Path("mine.py").write_text(python_of("method/extend.md"), encoding="utf-8")
+    [command] = [one for one in commands(ROOT / "docs/method/extend.md") if one.startswith("grasp-lora evaluate")]
     words = [{"my-examples.yaml": "tiny.yaml", "runs/my-examples/adapter": "run/adapter"}.get(word, word)
              for word in shlex.split(command)[1:]]  # fmt: skip
     result = cli(*words, "-o", "measured")
