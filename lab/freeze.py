@@ -50,10 +50,9 @@ RUNS: dict[str, tuple[str, ...]] = {
         "merge.rule=ties",
     ),
     "single": (SPREAD, "final.start=controller", "controller.training.epochs=2"),
-    "input_aware": ("controller.rule=best_reward", "mask={score: input_aware, scope: tensor}"),
+    "input_aware": ("controller.rule=best_reward", "mask={score: input_aware}"),
     "component": (
         "controller={preset: late, rounds: {every: 3}, training: {epochs: 1, learning_rate: 1.0e-2}}",
-        "mask={granularity: component, scope: global}",
         "merge={rule: svd, rank: 3}",
     ),
     "given": ("final.prune_ratio=0.45", "merge.rule=dare_ties", "final.training.epochs=2", "final.training.keep=last"),

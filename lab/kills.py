@@ -41,7 +41,7 @@ GIVEN = "given"  # the folder of a finished run, whose adapters the single steps
 WAYS: dict[str, tuple[str, ...]] = {
     "run": (*RUN, *sets(*LONG)),
     "run, gradients and reselection": (*RUN, *sets(
-        *LONG, "mask.score=input_aware", "mask.scope=global", "final.mode=reselect", "final.mask.score=gradient_of_delta",
+        *LONG, "mask.score=input_aware", "final.mode=reselect", "final.mask.score=gradient_of_delta",
         "controller.rounds.every=2",
     )),
     "run, accumulation and fractions": (*RUN, *sets(

@@ -154,10 +154,10 @@ def test_the_papers_recipes_are_as_the_released_code_runs(name: str, tokens: int
         )
     assert recipe.lora == LoraSettings(8, 32.0, 0.05, ("q_proj", "v_proj"))
     assert recipe.merge == MergeSettings("paper_apart", dropout=0.0)
-    assert recipe.mask == MaskSettings("magnitude", "factor")
+    assert recipe.mask == MaskSettings("magnitude")
     assert (recipe.controller.policy, recipe.controller.rounds) == (Gaussian(), Rounds(10))
     assert recipe.controller.rule == "best_reward"
-    assert (recipe.final.mode, recipe.final.mask) == ("reselect", MaskSettings("gradient_of_delta", "factor"))
+    assert (recipe.final.mode, recipe.final.mask) == ("reselect", MaskSettings("gradient_of_delta"))
     assert (recipe.generation.max_new_tokens, recipe.generation.stop) == (tokens, ())
 
 

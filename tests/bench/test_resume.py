@@ -138,7 +138,7 @@ def test_a_kill_in_a_single_run_loses_nothing(runs: Runs, stage: str, preset: st
 
 HARDER = (
     "source.training.epochs=1.5", "target.training.accumulation=2", "target.training.epochs=3", "controller.rounds.every=2",
-    "target.training.evaluate_every=0.5", "target.training.patience=3", "mask.score=input_aware", "mask.scope=global",
+    "target.training.evaluate_every=0.5", "target.training.patience=3", "mask.score=input_aware",
     "final.mode=reselect", "final.mask.score=gradient_of_delta", "final.training.epochs=2", "final.deliver=best",
 )  # fmt: skip
 

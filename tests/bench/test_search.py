@@ -275,8 +275,8 @@ def test_a_key_that_changes_nothing_is_not_swept(
     assert search_space(("merge.rule=[exact,dare_ties]", "merge.seed=1..9", "merge.density=0.1..0.9"), recipe)
     assert search_space(("mask.score=[magnitude,input_aware]", "final.prune_ratio=[0.2,0.5]"), session_of().recipe)
     masked = session_of("final.prune_ratio=0.5", "final.mask.score=magnitude").recipe
-    with pytest.raises(RecipeError, match=r"mask.scope changes nothing: final.mask is given"):
-        search_space(("mask.scope=[factor,global]", "final.training.epochs=[1,2]"), masked)
+    with pytest.raises(RecipeError, match=r"mask.score changes nothing: final.mask is given"):
+        search_space(("mask.score=[magnitude,input_aware]", "final.training.epochs=[1,2]"), masked)
     decided = session_of("source.adapters=[a,b]", "target.adapter=c").recipe
     assert search_space(("source.adapters.0=[x,y]",), decided)
     assert search_space(("source.adapters=[[],[a]]", "source.training.epochs=[1,2]"), decided)

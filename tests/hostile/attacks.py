@@ -40,9 +40,9 @@ lora: {rank: 2, alpha: 4, target_modules: [q_proj, v_proj]}
 source: {adapters: [one, org/two], training: {epochs: 1, batch_size: 2, learning_rate: 1.0e-2}}
 target: {training: {epochs: 1, patience: null}}
 merge: {rule: svd, weights: [0.5, 0.5, 1], rank: 3}
-mask: {score: magnitude, scope: global}
+mask: {score: magnitude}
 controller: {preset: paper, rounds: {every: 3}, policy: {candidates: 2}, training: {epochs: 1, keep: last}}
-final: {mode: hold, prune_ratio: 0.5, mask: {scope: tensor}}
+final: {mode: hold, prune_ratio: 0.5, mask: {score: magnitude}}
 generation: {max_new_tokens: 4, stop: ["\\n"]}
 metrics: [f1]
 """

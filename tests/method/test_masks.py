@@ -16,8 +16,6 @@ from grasp_lora.errors import AdapterError, RecipeError
 from grasp_lora.method.importance import SCORES, InputNorms, Score, score_pair
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.masks import (
-    GRANULARITIES,
-    SCOPES,
     MaskSet,
     MaskSettings,
     reset_moments,
@@ -30,9 +28,6 @@ SEGMENTS = (Segment("source", 2), Segment("target", 3))
 # Two modules of different widths; the second has no segments.
 SHAPES = {"q": (7, 6, 5, SEGMENTS), "v": (4, 9, 2, ())}
 
-every_mask = pytest.mark.parametrize(
-    ("scope", "granularity"), [(scope, granularity) for scope in SCOPES for granularity in GRANULARITIES]
-)
 ratios = st.one_of(st.floats(0, 1), st.integers(0, 20).map(lambda twentieth: twentieth / 20))
 
 
@@ -51,8 +46,8 @@ def live_pairs(seed: int = 0, values: Sequence[float] | None = None) -> dict[str
     }
 
 
-def mask_set(scope: str = "factor", granularity: str = "weight", score: str = "magnitude", **options: Any) -> MaskSet:
-    masks = MaskSet(live_pairs(**options), MaskSettings(score, scope, granularity))
+def mask_set(score: str = "magnitude", **options: Any) -> MaskSet:
+    masks = MaskSet(live_pairs(**options), MaskSettings(score))
     generator = torch.Generator().manual_seed(99)
     for module, pair in masks.pairs.items():
         if masks.settings.needs_inputs:
@@ -83,24 +78,13 @@ def assert_equal(first: dict[WeightKey, Tensor], second: dict[WeightKey, Tensor]
 
 
 def masked_by_group(masks: MaskSet, keep: dict[WeightKey, Tensor]) -> list[tuple[int, int]]:
-    """(masked, size) of each group that competes; counted in components where those are the unit."""
+    """(masked, size) of each group that competes."""
     blocks: list[list[Tensor]] = []
     for module, pair in masks.pairs.items():
         sizes = [segment.rank for segment in pair.segments] or [pair.rank]
-        if masks.settings.scope == "tensor":
-            sizes = [pair.rank]
-        if masks.settings.granularity == "component":
-            rows, columns = keep[module, "A"], keep[module, "B"]
-            assert torch.equal(rows, rows[:, :1].expand_as(rows))
-            assert torch.equal(columns, columns[:1].expand_as(columns))
-            assert torch.equal(rows[:, 0], columns[0])
-            blocks.append(list(rows[:, 0].split(sizes)))
-        else:
-            blocks.append(list(keep[module, "A"].split(sizes, dim=0)))
-            blocks.append(list(keep[module, "B"].split(sizes, dim=1)))
+        blocks.append(list(keep[module, "A"].split(sizes, dim=0)))
+        blocks.append(list(keep[module, "B"].split(sizes, dim=1)))
     flat = [block.flatten() for group in blocks for block in group]
-    if masks.settings.scope == "global":
-        flat = [torch.cat(flat)]
     return [(int((~block).sum()), block.numel()) for block in flat]
 
 
@@ -155,39 +139,33 @@ def test_rank_weights_breaks_ties_by_position() -> None:
     assert torch.equal(rank_weights(many), torch.arange(50_000).expand(3, -1))
 
 
-@every_mask
 @settings(deadline=None, max_examples=40)
 @given(prune_ratio=ratios, seed=st.integers(0, 1000))
-def test_counts_are_exact_under_ties(scope: str, granularity: str, prune_ratio: float, seed: int) -> None:
-    masks = mask_set(scope, granularity, seed=seed, values=(0.0, -0.0, 1.0, -1.0, 0.5))
+def test_counts_are_exact_under_ties(prune_ratio: float, seed: int) -> None:
+    masks = mask_set(seed=seed, values=(0.0, -0.0, 1.0, -1.0, 0.5))
     for masked, size in masked_by_group(masks, masks.keep_masks(prune_ratio)):
         assert masked == prune_count(prune_ratio, size)
 
 
-@every_mask
-def test_counts_are_exact_when_all_weights_are_equal(scope: str, granularity: str) -> None:
-    masks = mask_set(scope, granularity, values=(0.3,))
+def test_counts_are_exact_when_all_weights_are_equal() -> None:
+    masks = mask_set(values=(0.3,))
     masks.commit(0.5)
     assert masked_by_group(masks, masks.keep) == [(size // 2, size) for _, size in masked_by_group(masks, masks.keep)]
 
 
-@every_mask
 @pytest.mark.parametrize("score", SCORES)
 @settings(deadline=None, max_examples=15)
 @given(first=ratios, second=ratios, seed=st.integers(0, 1000))
-def test_masks_nest_as_the_ratio_grows(
-    scope: str, granularity: str, score: str, first: float, second: float, seed: int
-) -> None:
-    masks = mask_set(scope, granularity, score, seed=seed, values=(0.0, 1.0, -1.0, 0.5))
+def test_masks_nest_as_the_ratio_grows(score: str, first: float, second: float, seed: int) -> None:
+    masks = mask_set(score, seed=seed, values=(0.0, 1.0, -1.0, 0.5))
     low, high = sorted((first, second))
     small, large = masks.keep_masks(low), masks.keep_masks(high)
     for key in small:
         assert (small[key] | ~large[key]).all()
 
 
-@every_mask
-def test_ratio_zero_keeps_and_ratio_one_masks_everything(scope: str, granularity: str) -> None:
-    masks = mask_set(scope, granularity)
+def test_ratio_zero_keeps_and_ratio_one_masks_everything() -> None:
+    masks = mask_set()
     before = snapshot(masks)
     masks.commit(0.0)
     assert masks.sparsity() == 0.0
@@ -211,7 +189,7 @@ def test_the_least_important_weights_go() -> None:
     assert masks.ratio == 0.5
 
 
-# --- scopes and granularity ------------------------------------------------------------------------------------------
+# --- who competes ----------------------------------------------------------------------------------------------------
 
 
 def tiny_source() -> dict[str, LoraPair]:
@@ -231,9 +209,9 @@ def kept_shares(pairs: dict[str, LoraPair]) -> dict[tuple[str, str], float]:
     }
 
 
-def test_scope_factor_prunes_source_and_target_alike() -> None:
+def test_source_and_target_are_pruned_alike() -> None:
     pairs = tiny_source()
-    MaskSet(pairs, MaskSettings(scope="factor")).commit(0.5)
+    MaskSet(pairs, MaskSettings()).commit(0.5)
     assert set(kept_shares(pairs).values()) == {0.5, 11 / 21}  # 21 weights of A are the target's
 
 
@@ -299,49 +277,13 @@ def test_a_random_order_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_scope_tensor_lets_source_and_target_compete() -> None:
-    pairs = tiny_source()
-    MaskSet(pairs, MaskSettings(scope="tensor")).commit(0.4)
-    assert kept_shares(pairs) == {
-        ("A", "source"): 0.0,
-        ("A", "target"): 1.0,
-        ("B", "source"): 0.0,
-        ("B", "target"): 1.0,
-    }
-
-
-def test_scope_global_lets_modules_compete() -> None:
-    pairs = live_pairs()
-    with torch.no_grad():
-        pairs["v"].A.mul_(1e-4)
-        pairs["v"].B.mul_(1e-4)
-    masks = MaskSet(pairs, MaskSettings(scope="global"))
-    share = (pairs["v"].A.numel() + pairs["v"].B.numel()) / sum(weight.numel() for weight in masks.weights.values())
-    masks.commit(share)
-    assert pairs["v"].A.abs().sum() == pairs["v"].B.abs().sum() == 0
-    assert masks.keep["q", "A"].all()
-    assert masks.keep["q", "B"].all()
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_components_go_as_a_whole_the_weakest_first(scope: str) -> None:
-    A = torch.tensor([[1.0, 1.0], [5.0, 0.0], [0.0, 0.1], [2.0, 2.0]])
-    B = torch.tensor([[9.0, 0.0, 0.1, 0.0]])  # sums of scores: 11, 5, 0.2, 4
-    masks = MaskSet({"m": LoraPair(A, B)}, MaskSettings(scope=scope, granularity="component"))
-    for prune_ratio, kept in ((0.25, [0, 1, 3]), (0.5, [0, 1]), (0.75, [0])):
-        masks.commit(prune_ratio)
-        assert masks.keep["m", "A"].all(dim=1).nonzero().flatten().tolist() == kept
-        assert masks.keep["m", "B"].any(dim=0).nonzero().flatten().tolist() == kept
-
-
 # --- the mask set ----------------------------------------------------------------------------------------------------
 
 
-@every_mask
 @pytest.mark.parametrize("committed", [0.0, 0.4])
 @pytest.mark.parametrize("raises", [False, True])
-def test_a_probe_leaves_every_bit_as_it_was(scope: str, granularity: str, committed: float, raises: bool) -> None:
-    masks = mask_set(scope, granularity, values=(-0.0, 0.0, 1e-42, -1.5, 2.5))  # zeros of both signs, a subnormal
+def test_a_probe_leaves_every_bit_as_it_was(committed: float, raises: bool) -> None:
+    masks = mask_set(values=(-0.0, 0.0, 1e-42, -1.5, 2.5))  # zeros of both signs, a subnormal
     masks.commit(committed)
     with torch.no_grad():
         masks.weights["q", "A"][~masks.keep["q", "A"]] = -0.0  # a masked weight, moved and not yet held again
@@ -361,13 +303,10 @@ def test_a_probe_leaves_every_bit_as_it_was(scope: str, granularity: str, commit
         assert masks.ratio == committed
 
 
-@every_mask
 @pytest.mark.parametrize("committed", [0.0, 0.5])
 @pytest.mark.parametrize("candidate", [0.0, 0.3, 0.8])
-def test_a_probe_shows_what_a_commit_would_give(
-    scope: str, granularity: str, committed: float, candidate: float
-) -> None:
-    masks = mask_set(scope, granularity)
+def test_a_probe_shows_what_a_commit_would_give(committed: float, candidate: float) -> None:
+    masks = mask_set()
     masks.commit(committed)
     ranking = masks.rank()
     with masks.probe(candidate, ranking):
@@ -400,24 +339,19 @@ def test_a_probe_keeps_parameters_gradients_and_training_as_they_are() -> None:
     assert torch.equal(weight.grad, torch.ones_like(weight))
 
 
-@every_mask
 @settings(deadline=None, max_examples=25)
 @given(prune_ratio=ratios, seed=st.integers(0, 1000))
-def test_measured_sparsity_is_the_committed_ratio(scope: str, granularity: str, prune_ratio: float, seed: int) -> None:
-    masks = mask_set(scope, granularity, seed=seed, values=(0.0, 1.0, -1.0))
+def test_measured_sparsity_is_the_committed_ratio(prune_ratio: float, seed: int) -> None:
+    masks = mask_set(seed=seed, values=(0.0, 1.0, -1.0))
     masks.commit(prune_ratio)
     total = sum(weight.numel() for weight in masks.weights.values())
     assert masks.ratio == prune_ratio
-    if granularity == "weight":
-        groups = len(masked_by_group(masks, masks.keep))
-        assert -1e-6 <= prune_ratio * total - masks.sparsity() * total <= groups
-    else:  # whole components: within one of them a group
-        assert all(abs(masked - prune_ratio * size) <= 1 for masked, size in masked_by_group(masks, masks.keep))
+    groups = len(masked_by_group(masks, masks.keep))
+    assert -1e-6 <= prune_ratio * total - masks.sparsity() * total <= groups
 
 
-@every_mask
-def test_a_lower_ratio_revives_exactly_what_was_stashed(scope: str, granularity: str) -> None:
-    masks = mask_set(scope, granularity)
+def test_a_lower_ratio_revives_exactly_what_was_stashed() -> None:
+    masks = mask_set()
     original = snapshot(masks)
     masks.commit(0.8)
     high = {key: keep.clone() for key, keep in masks.keep.items()}
@@ -450,16 +384,13 @@ def test_a_stashed_weight_returns_when_the_others_shrink() -> None:
     assert newly_masked["m", "A"].tolist() == [[False, False, True, True]]
 
 
-@every_mask
 @settings(deadline=None, max_examples=25)
 @given(
     actions=st.lists(st.tuples(st.sampled_from(["commit", "probe", "train"]), ratios), min_size=1, max_size=8),
     seed=st.integers(0, 1000),
 )
-def test_no_sequence_of_rounds_loses_a_weight(
-    scope: str, granularity: str, actions: list[tuple[str, float]], seed: int
-) -> None:
-    masks = mask_set(scope, granularity, seed=seed)
+def test_no_sequence_of_rounds_loses_a_weight(actions: list[tuple[str, float]], seed: int) -> None:
+    masks = mask_set(seed=seed)
     generator = torch.Generator().manual_seed(seed)
     for action, prune_ratio in actions:
         dense = dense_bits(masks)
@@ -533,9 +464,8 @@ def test_mask_gradients_stops_masked_weights_only() -> None:
             assert torch.equal(weight.grad, 2.0 * masks.keep[key])
 
 
-@every_mask
-def test_reselect_lets_all_weights_compete_again_without_a_stash(scope: str, granularity: str) -> None:
-    masks = mask_set(scope, granularity)
+def test_reselect_lets_all_weights_compete_again_without_a_stash() -> None:
+    masks = mask_set()
     masks.commit(0.6)
     masks.reselect(0.6)
     pruned = {key: ~keep for key, keep in masks.keep.items()}
@@ -591,8 +521,6 @@ def test_a_shared_factor_is_an_error() -> None:
             {"score": "random"},
             "mask score is 'random'; allowed: magnitude, input_aware, gradient_of_delta, or the import path",
         ),
-        ({"scope": "layer"}, "mask scope is 'layer'; allowed: factor, tensor, global"),
-        ({"granularity": "row"}, "mask granularity is 'row'; allowed: weight, component"),
     ],
 )
 def test_an_unknown_setting_is_an_error(changes: dict[str, str], message: str) -> None:

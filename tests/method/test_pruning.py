@@ -9,7 +9,7 @@ import torch
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.importance import Score
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.method.masks import FACTORS, GRANULARITIES, SCOPES, MaskSet, MaskSettings
+from grasp_lora.method.masks import FACTORS, MaskSet, MaskSettings
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.pruning import prune
 from grasp_lora.method.ranking import prune_count
@@ -30,13 +30,11 @@ def adapter(seed: int = 0, dtype: torch.dtype = torch.float32) -> AdapterWeights
     )
 
 
-@pytest.mark.parametrize("scope", SCOPES)
-@pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("rule", ["exact", "paper_apart"])
-def test_the_zeros_are_those_of_a_mask_set_and_all_else_stays(scope: str, granularity: str, rule: str) -> None:
+def test_the_zeros_are_those_of_a_mask_set_and_all_else_stays(rule: str) -> None:
     merged = merge([adapter(1), adapter(2)], MergeSettings(rule))
     before = {(name, factor): getattr(pair, factor).clone() for name, pair in merged.items() for factor in FACTORS}
-    mask = MaskSettings(scope=scope, granularity=granularity)
+    mask = MaskSettings()
     keep = MaskSet(merged, mask).keep_masks(0.4)
     assert any(not one.all() for one in keep.values())
     pruned = prune(merged, 0.4, mask)
@@ -84,7 +82,7 @@ LEARNED = RatioEstimate(0.4, 0.3, 0.5, "surrogate", 3)
         ((adapter(), "0.4"), ValueError, "ratio is '0.4'"),
         ((adapter(), LEARNED), ValueError, r"ratio is RatioEstimate.*such as learned\.ratio"),
         ((adapter(), 0.4, "magnitude"), ValueError, "mask is 'magnitude'; give MaskSettings"),
-        ((adapter(), 0.4, {"scope": "tensor"}), ValueError, "mask is an object; give MaskSettings"),
+        ((adapter(), 0.4, {"score": "magnitude"}), ValueError, "mask is an object; give MaskSettings"),
         ((adapter(), 0.4, MaskSettings("input_aware")), ValueError, "'input_aware' needs the inputs.*PrunedTraining"),
         ((adapter(), 0.4, MaskSettings("gradient_of_delta")), ValueError, "'gradient_of_delta' needs the inputs"),
         (("merged", 0.4), AdapterError, "weights is a str; give those of an adapter, such as read_adapter"),

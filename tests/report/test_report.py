@@ -331,20 +331,6 @@ def test_zeros_of_the_merge_itself_are_no_alarm(run_folder: Path) -> None:
     assert "The ratio is 46.20 %: the merge had zeros of its own, and the final run kept no step." in page
 
 
-@pytest.mark.parametrize(("granularity", "alarm"), [("component", False), ("weight", True)])
-def test_whole_components_are_no_alarm(run_folder: Path, granularity: str, alarm: bool) -> None:
-    change(
-        run_folder / "final" / "sparsity.json",
-        lambda entries: [entry.update(kept=entry["weights"] * 5 // 8) for entry in entries],
-    )
-    change_recipe(run_folder, mask={"granularity": granularity})
-    page, _ = texts(run_folder)
-    assert "37.50 % of the weights are zero. Every factor keeps the same share" in page
-    assert ("check the final run" in page) == alarm
-    assert ("Only whole rank-one components are pruned, as many as the ratio of 46.20 % covers." in page) != alarm
-    assert page_of(run_folder).row("GRASP")[-1] == "37.5\u00a0%"
-
-
 def test_scores_of_an_own_metric_that_runs_to_one_are_told_apart(run_folder: Path) -> None:
     def own(metrics: Any) -> None:
         for value, system in zip((0.41, 0.42, 0.43, 0.436), metrics["systems"].values(), strict=True):

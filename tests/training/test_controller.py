@@ -83,17 +83,14 @@ class Watch(TrainerCallback):
             for part in keep.split(sizes, dim=0 if factor == "A" else 1):
                 pruned += int((~part).sum())
                 groups += 1
-                if masks.settings.scope == "factor" and masks.settings.granularity == "weight":
-                    assert int((~part).sum()) == prune_count(ratio, part.numel())
+                assert int((~part).sum()) == prune_count(ratio, part.numel())
             if self.pruned.mode == "hold":
                 for name in ("exp_avg", "exp_avg_sq"):
                     assert (moments[weight][name][~keep] == 0).all()
-                    if masks.settings.granularity == "weight":  # of components, only a just revived one may be left
-                        assert (moments[weight][name][keep] != 0).any()
+                    assert (moments[weight][name][keep] != 0).any()
         total = sum(weight.numel() for weight in masks.weights.values())
         assert masks.sparsity() == pruned / total
-        if masks.settings.granularity == "weight":
-            assert abs(pruned - ratio * total) <= groups
+        assert abs(pruned - ratio * total) <= groups
         assert masks.ratio == ratio
         self.steps += 1
         self.ratios.append(ratio)
@@ -546,21 +543,17 @@ class Scripted(Gaussian):
         return Decision(measured.rewards, True, self.ratios[len(search.history) - 1], True)
 
 
-@pytest.mark.parametrize("scope", ["factor", "tensor", "global"])
-@pytest.mark.parametrize("granularity", ["weight", "component"])
-def test_ratios_that_rise_and_fall_are_followed_exactly(make_tiny_model, tmp_path, scope, granularity):
+def test_ratios_that_rise_and_fall_are_followed_exactly(make_tiny_model, tmp_path):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
     with attached(backbone, weights) as model:
-        mask = MaskSettings(scope=scope, granularity=granularity)
-        controller = controller_for(weights, mask=mask, policy=Scripted())
+        controller = controller_for(weights, policy=Scripted())
         watch = Watch(controller)
         train_transformers(model, tmp_path, controller, [watch])
     assert watch.ratios == [0.4, 0.4, 0.5, 0.5, 0.5, 0.2, 0.2, 0.2, 0.7, 0.7, 0.7, 0.0]
     assert watch.masks[-1].all()
-    if granularity == "weight":  # a component is a whole unit; its count is rounded down coarsely
-        shares = [1 - float(mask.float().mean()) for mask in watch.masks]
-        assert shares == pytest.approx(watch.ratios, abs=0.01)
+    shares = [1 - float(mask.float().mean()) for mask in watch.masks]
+    assert shares == pytest.approx(watch.ratios, abs=0.01)
     assert (watch.weights[5] != 0).sum() > (watch.weights[4] != 0).sum()  # revived ones are back at their values
 
 
@@ -1139,7 +1132,7 @@ def test_a_best_round_is_kept_only_when_asked_and_changes_no_training(make_tiny_
 @pytest.mark.parametrize("kind", ["gaussian", "spread"])
 @pytest.mark.parametrize(
     "mask",
-    [MaskSettings(), MaskSettings("input_aware", "global"), MaskSettings("gradient_of_delta", "tensor", "component")],
+    [MaskSettings(), MaskSettings("input_aware"), MaskSettings("gradient_of_delta")],
 )
 def test_a_state_holds_the_best_round_to_the_bit(make_tiny_model, tmp_path, kind, mask):
     backbone = make_tiny_model("llama")
@@ -1257,12 +1250,6 @@ def test_a_controller_that_has_trained_already_takes_up_a_checkpoint_as_it_is(ma
     [
         (False, {"prune_ratio": 0.7}, "prune_ratio 0.4 and resumes with 0.7"),
         (False, {"mode": "reselect"}, "mode 'hold' and resumes with 'reselect'"),
-        (True, {"mask": MaskSettings(scope="global")}, "mask.scope 'factor' and resumes with 'global'"),
-        (
-            True,
-            {"mask": MaskSettings(granularity="component")},
-            "mask.granularity 'weight' and resumes with 'component'",
-        ),
         (True, {"mask": MaskSettings("input_aware")}, "mask.score 'magnitude' and resumes with 'input_aware'"),
         (True, {"segments": None}, "segments"),
     ],
@@ -1512,12 +1499,6 @@ def test_experts_whose_inputs_are_not_seen_are_named(make_tiny_model, tmp_path, 
     with pytest.raises(AdapterError, match=rf"^score '{score}' .* model.layers.0.mlp.experts.*'magnitude'") as error:
         train_transformers(own_adapters(make_tiny_model, "default", **EXPERTS), tmp_path, controller)
     assert "\n" not in str(error.value)
-
-
-def test_components_of_experts_are_named(make_tiny_model, tmp_path):
-    controller = controller_for({}, mask=MaskSettings(granularity="component"))
-    with pytest.raises(GraspError, match=r"^granularity 'component' .* model.layers.0.mlp.experts.*'weight'"):
-        train_transformers(own_adapters(make_tiny_model, "default", **EXPERTS), tmp_path, controller)
 
 
 @pytest.mark.parametrize("more", [EXPERTS, {"target_modules": ["q_proj", "embed_tokens"]}])

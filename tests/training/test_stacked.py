@@ -60,8 +60,8 @@ def stacked(backbone, start, ratios, seeds, mask, settings, **options) -> list[M
     ("architecture", "rule", "mask", "changes"),
     [
         ("llama", "exact", MaskSettings(), {}),
-        ("gemma3", "exact", MaskSettings("input_aware", "tensor"), {"batch_size": 2, "accumulation": 2}),
-        ("gpt2", "exact", MaskSettings(scope="global", granularity="component"), {"weight_decay": 0.1}),
+        ("gemma3", "exact", MaskSettings("input_aware"), {"batch_size": 2, "accumulation": 2}),
+        ("gpt2", "exact", MaskSettings(), {"weight_decay": 0.1}),
         ("llama", "paper_apart", MaskSettings("gradient_of_delta"), {"max_grad_norm": 0.0}),
         ("llama", "exact", MaskSettings(), {"keep": "last", "patience": None, "epochs": 1.5}),
         ("llama", "exact", MaskSettings(), {"keep": "last", "patience": 3, "epochs": 8}),

@@ -20,8 +20,6 @@ from grasp_lora.method.importance import InputNorms, ScoreOrName, importance, sc
 from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.ranking import Groups, Ranking, WeightKey, in_a_row, views
 
-SCOPES = ("factor", "tensor", "global")
-GRANULARITIES = ("weight", "component")
 MASK_MODES = ("hold", "reselect")  # one mask for a whole training, or another after each optimizer step
 FACTORS = ("A", "B")
 KEEP, STASH, NORMS = "keep.", "stash.", "norms."  # what begins the names of tensors in a checkpoint
@@ -29,16 +27,12 @@ KEEP, STASH, NORMS = "keep.", "stash.", "norms."  # what begins the names of ten
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """What is pruned first.
+    """What is pruned first, among the weights of one adapter's A or B in one module, as in the paper.
 
     Args:
         score: importance of a weight w. `magnitude` |w|; `input_aware` |A_ij| * ||x_j|| and |B_ij| * ||(A x)_j|| (Wanda);
             `gradient_of_delta` |d/dw sum(|B A| * ||x||)| (adaptive LoRA merge); or a `Score` of one's own, in a recipe by its
             import path `package.module:name`.
-        scope: who competes: the weights of one adapter's A or B in one module (`factor`, the paper's), of a whole
-            concatenated A or B (`tensor`), or of all modules (`global`).
-        granularity: `weight`, or `component`: a rank-one component (a row of A with its column of B) as a whole, scored
-            by the sum of its weights' scores.
 
     Raises:
         ValueError: a name that does not exist.
@@ -47,14 +41,9 @@ class MaskSettings:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     score: ScoreOrName = "magnitude"
-    scope: str = "factor"
-    granularity: str = "weight"
 
     def __post_init__(self) -> None:
         importance(self.score)
-        for name, allowed in (("scope", SCOPES), ("granularity", GRANULARITIES)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"mask {name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
 
     @property
     def needs_inputs(self) -> bool:
@@ -111,7 +100,7 @@ class MaskSet:
 
     Args:
         pairs: module name -> pair whose A and B are the live parameters, scaling and segments included.
-        settings: score, scope and granularity.
+        settings: the score.
 
     Raises:
         AdapterError: there are no pairs, two modules share a factor, or a factor is sharded.
@@ -175,13 +164,10 @@ class MaskSet:
 
     @torch.no_grad()
     def rank(self) -> Ranking:
-        """Score all weights as they are now, stashed ones with their stashed values, and rank them within their scope."""
+        """Score all weights as they are now, stashed ones with their stashed values, and rank them within their groups."""
         scores = self._scores()
-        if self.settings.granularity == "component":
-            units = [scores[module, "A"].sum(1) + scores[module, "B"].sum(0) for module in self.pairs]
-        else:
-            units = [scores[key] for key in self.weights]
-        return Ranking(self._groups.places(in_a_row(units, self._device)), self._groups, self._shapes)
+        in_order = in_a_row([scores[key] for key in self.weights], self._device)
+        return Ranking(self._groups.places(in_order), self._groups, self._shapes)
 
     def ranking_of(self, places: Mapping[WeightKey, Tensor]) -> Ranking:
         """The ranking whose places these are: those of a checkpoint."""
@@ -315,7 +301,7 @@ class MaskSet:
 
     @cached_property
     def _groups(self) -> Groups:
-        return Groups.of(self.pairs, self._shapes, self.settings.scope, self.settings.granularity, self._device)
+        return Groups(self.pairs, self._shapes, self._device)
 
     def _scores(self) -> dict[WeightKey, Tensor]:
         scores, dense = {}, self.dense()

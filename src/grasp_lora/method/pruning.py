@@ -18,7 +18,7 @@ def prune(weights: AdapterWeights, ratio: float, mask: MaskSettings | None = Non
     Args:
         weights: module name -> its pair, A [rank, d_in] and B [d_out, rank]. They are left as they are.
         ratio: share of the weights that become zero, a fraction in [0, 1].
-        mask: score, scope and granularity; None takes `MaskSettings()`: by magnitude, within each factor of each adapter.
+        mask: the score; None takes `MaskSettings()`: by magnitude, within each factor of each adapter.
 
     Returns:
         A copy of the same shapes, with the same scaling and segments.
@@ -37,7 +37,7 @@ def prune(weights: AdapterWeights, ratio: float, mask: MaskSettings | None = Non
     if not isinstance(ratio, Real) or not 0.0 <= ratio <= 1.0:
         raise ValueError(f"ratio is {quoted(ratio)}; it must be a fraction in [0, 1], such as learned.ratio")
     if not isinstance(mask, MaskSettings):
-        raise ValueError(f"mask is {quoted(mask)}; give MaskSettings(score, scope, granularity)")
+        raise ValueError(f"mask is {quoted(mask)}; give MaskSettings(score)")
     if mask.needs_inputs:
         raise ValueError(
             f"mask score {quoted(mask.score)} needs the inputs of each module, and prune sees no examples; take 'magnitude', or "

@@ -8,8 +8,6 @@ zero, as of a factor B that did not train, would lose its first output features:
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -57,64 +55,45 @@ def _by_chance(size: int) -> Tensor:
 
 
 class Groups:
-    """Who competes with whom: weights, or rank-one components as a whole, in groups that are ranked each for itself.
+    """Who competes with whom: the weights of one adapter's A or B in one module, ranked each group for itself.
+
+    A concatenation of a source and a target adapter has four groups in a module: the source's A, the target's A, and so for B.
 
     Args:
-        group_of: the group of each weight or component, numbered from 0 without a gap, [units].
-        component_of: the place of each weight's component among the components; None where weights compete, [weights].
+        pairs: whose segments say which rank-one components are of which adapter.
+        shapes: shape of each factor, in the order in which its weights lie in a row.
         device: where scores will be.
     """
 
-    def __init__(self, group_of: Tensor, component_of: Tensor | None, device: torch.device) -> None:
-        size_of_unit, order = group_of.bincount()[group_of], group_of.argsort(stable=True)
-        sizes, index = torch.unique(size_of_unit, return_inverse=True)
+    def __init__(
+        self, pairs: Mapping[str, LoraPair], shapes: Mapping[WeightKey, torch.Size], device: torch.device
+    ) -> None:
+        parts, number = [], 0
+        for (module, factor), shape in shapes.items():
+            ranks = [segment.rank for segment in pairs[module].segments] or [pairs[module].rank]
+            along_rank = torch.arange(number, number + len(ranks)).repeat_interleave(torch.tensor(ranks))
+            parts.append((along_rank[:, None] if factor == "A" else along_rank[None, :]).expand(shape))
+            number += len(ranks)
+        group_of = in_a_row(parts, torch.device("cpu"))
+        size_of_weight, order = group_of.bincount()[group_of], group_of.argsort(stable=True)
+        sizes, index = torch.unique(size_of_weight, return_inverse=True)
         self.sizes: list[int] = sizes.tolist()
-        self._members = [order[size_of_unit[order] == size].view(-1, size).int().to(device) for size in self.sizes]
+        self._members = [order[size_of_weight[order] == size].view(-1, size).int().to(device) for size in self.sizes]
         self._random = [_by_chance(size).to(device) for size in self.sizes]
-        self._size_of = (index if component_of is None else index[component_of]).int().to(device)
-        self._component_of = None if component_of is None else component_of.to(device)
-
-    @classmethod
-    def of(
-        cls,
-        pairs: Mapping[str, LoraPair],
-        shapes: Mapping[WeightKey, torch.Size],
-        scope: str,
-        granularity: str,
-        device: torch.device,
-    ) -> Self:
-        """The groups of a scope and a granularity, of the pairs' components or of weights of these shapes, in their order."""
-        numbers: dict[tuple[object, ...], int] = {}
-
-        def along_rank(module: str, factor: str) -> Tensor:
-            """The group of each rank-one component of a factor."""
-            segments = pairs[module].segments if scope == "factor" else ()
-            ranks = [segment.rank for segment in segments] or [pairs[module].rank]
-            names = [() if scope == "global" else (module, factor, part) for part in range(len(ranks))]
-            groups = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
-            return groups.repeat_interleave(torch.tensor(ranks))
-
-        cpu = torch.device("cpu")
-        if granularity == "weight":
-            spread = [_spread(along_rank(*key), key[1], shape) for key, shape in shapes.items()]
-            return cls(in_a_row(spread, cpu), None, device)
-        starts = dict(zip(pairs, accumulate((pair.rank for pair in pairs.values()), initial=0), strict=False))
-        components = {module: starts[module] + torch.arange(pair.rank) for module, pair in pairs.items()}
-        component_of = [_spread(components[module], factor, shape) for (module, factor), shape in shapes.items()]
-        return cls(in_a_row([along_rank(module, "A") for module in pairs], cpu), in_a_row(component_of, cpu), device)
+        self._size_of = index.int().to(device)
 
     def places(self, scores: Tensor) -> Tensor:
         """Return the place of each weight within its group, 0 for the least important; int32, [weights].
 
         Args:
-            scores: of the weights or components, [units].
+            scores: of the weights, [weights].
         """
         places = torch.empty_like(scores, dtype=torch.int32)
         for members, by_chance in zip(map(Tensor.long, self._members), self._random, strict=True):
-            own = scores[members]
-            nothing = (own == 0).all(dim=1, keepdim=True)
-            places[members] = torch.where(nothing, by_chance, rank_weights(own).int())
-        return places if self._component_of is None else places[self._component_of]
+            compared = scores[members]
+            nothing = (compared == 0).all(dim=1, keepdim=True)
+            places[members] = torch.where(nothing, by_chance, rank_weights(compared).int())
+        return places
 
     def keep(self, places: Tensor, prune_ratio: float) -> Tensor:
         """Return the mask that prunes floor(ratio * size) members of each group, [weights]; nothing is read from the device."""
@@ -160,8 +139,3 @@ def views(flat: Tensor, shapes: Mapping[WeightKey, torch.Size]) -> dict[WeightKe
 def in_a_row(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     """Copy tensors into one flat tensor on a device."""
     return torch.cat([tensor.flatten().to(device) for tensor in tensors])
-
-
-def _spread(components: Tensor, factor: str, shape: torch.Size) -> Tensor:
-    """Give each weight of a factor what its rank-one component has."""
-    return (components[:, None] if factor == "A" else components[None, :]).expand(shape)

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from grasp_lora.data.records import FORMATS
 from grasp_lora.data.tasks import TASKS
-from grasp_lora.method.masks import GRANULARITIES, MASK_MODES, SCOPES
+from grasp_lora.method.masks import MASK_MODES
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.method.presets import PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_FILE
@@ -27,7 +27,6 @@ NAMES: dict[str, dict[str, Sequence[str]]] = {  # what a text may be; the settin
     "CorpusSettings": {"format": FORMATS},
     "DataSettings": {"task": tuple(TASKS)},
     "FinalStage": {"deliver": DELIVER, "mode": MASK_MODES, "start": STARTS},
-    "MaskSettings": {"granularity": GRANULARITIES, "scope": SCOPES},
     "TargetStage": {"on": ON},
     "TrainingSettings": {"keep": KEEP},
 }

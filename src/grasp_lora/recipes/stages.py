@@ -206,7 +206,7 @@ class FinalStage:
 
     Args:
         mode: `hold` one mask, or `reselect` after every optimizer step (the paper's final run).
-        mask: another score, scope or granularity than the controller's; None takes the same.
+        mask: another score than the controller's; None takes the same.
         prune_ratio: use this fraction, in [0, 1], instead of learning one; the controller run is then left out.
         training: how it is trained.
         start: `merged`, a fresh merge that is pruned at the learned ratio; or `controller` (single run): the controller run's own

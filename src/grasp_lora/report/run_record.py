@@ -84,8 +84,6 @@ class MergeRecipe(files.Shape):
 class MaskRecipe(files.Shape):
     """The recipe's `mask`, or that of its final run."""
 
-    granularity: str = "weight"
-
 
 class PolicyRecipe(files.Shape):
     """The recipe's `controller.policy`."""

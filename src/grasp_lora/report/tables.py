@@ -290,10 +290,7 @@ def sparsity_note(record: RunRecord) -> str | None:
         )
     ratio = record.prune_ratio
     if ratio is not None and abs(pruned - ratio) > 0.005:
-        mask = record.recipe.final.mask or record.recipe.mask
-        if mask.granularity == "component" and pruned < ratio:
-            note += f" Only whole rank-one components are pruned, as many as the ratio of {percent(ratio, 2)} covers."
-        elif record.metrics is not None and record.metrics.best_step == 0 and pruned > ratio:
+        if record.metrics is not None and record.metrics.best_step == 0 and pruned > ratio:
             note += (
                 f" The ratio is {percent(ratio, 2)}: the merge had zeros of its own, and the final run kept no step."
             )

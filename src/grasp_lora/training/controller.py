@@ -55,8 +55,8 @@ class GraspController(PrunedTraining):
         micro_dev: the examples on which candidates are probed, 16 in the paper, all of them whatever `rounds.in_turn` says; or a
             pool of which rounds take a few in turn (`ProbesInTurn`; `from_rows` makes one where the rounds ask for it).
         settings: policy, rounds and rule; None takes preset `spread`.
-        mask: score, scope and granularity.
-        segments: module name -> origin of its rank-one components, for scope `factor`.
+        mask: the score.
+        segments: module name -> origin of its rank-one components, each pruned by itself.
         folder: where `rounds.jsonl` and `timings.jsonl` go; None writes no files.
         on_round: called with each round's record, for a progress display.
         keep_best: keep a copy of the dense weights at the round with the lowest baseline loss, for `best_adapter`. It costs the

@@ -11,11 +11,11 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from grasp_lora.errors import AdapterError, GraspError
+from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.masks import MASK_MODES, MaskSet, MaskSettings
 from grasp_lora.method.rounds import RatioEstimate
-from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_pairs, lora_layers
+from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_pairs
 from grasp_lora.storage.checkpoints import State, read_state
 from grasp_lora.text.display import quoted
 from grasp_lora.training.gradients import GradientCheck
@@ -37,9 +37,9 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
     Args:
         prune_ratio: fraction in [0, 1].
         calibration: examples on which scores that need inputs are measured.
-        mask: score, scope and granularity.
+        mask: the score.
         mode: `hold` keeps one mask, `reselect` selects the least important weights anew after every optimizer step.
-        segments: module name -> origin of its rank-one components (`segments_of` a merged adapter), for scope `factor`.
+        segments: module name -> origin of its rank-one components (`segments_of` a merged adapter), each pruned by itself.
 
     Raises:
         ValueError: the mode is unknown, the ratio no fraction, or the calibration no `ProbeSet`.
@@ -97,7 +97,6 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         _check_weights_are_whole()
         super().on_train_begin(args, state, control, **kwargs)
         pairs = live_pairs(kwargs["model"], self.segments)
-        self._check_can_be_pruned(kwargs["model"])
         if args.load_best_model_at_end:
             _check_best_can_be_put_back(kwargs["model"], state)
         saved = self.saved_state(args, state)
@@ -183,15 +182,6 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         else:
             logger.warning("the adapter has changed since its last training; what was pruned then is not put back")
 
-    def _check_can_be_pruned(self, model: torch.nn.Module) -> None:
-        if self.mask.granularity == "component":
-            for name, layer in lora_layers(model, active_adapter(model)).items():
-                if getattr(layer, "num_experts", 1) > 1:
-                    raise AdapterError(
-                        f"granularity 'component' is not possible for {name}, since PEFT orders the components of its "
-                        "experts in one way in A and in another in B; use 'weight'"
-                    )
-
     def state(self) -> State:
         """Return the ratio and the masks with what they rest on."""
         return {"ratio": self.masks.ratio, "masked_by": self._masked_by()}, self.masks.state()
@@ -221,8 +211,6 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
             "prune_ratio": float(self.prune_ratio),
             "mode": self.mode,
             "mask.score": score if isinstance(score, str) else score.name,
-            "mask.scope": self.mask.scope,
-            "mask.granularity": self.mask.granularity,
             "segments of hash": hashlib.sha256(json.dumps(segments, sort_keys=True).encode()).hexdigest()[:16],
         }
 

@@ -81,7 +81,7 @@ def members_of(
         ratios: fractions in [0, 1].
         seeds: of the orders of the examples.
         calibration: examples on which scores that need inputs are measured.
-        mask: score, scope and granularity.
+        mask: the score.
     """
     with attached(model, start) as peft_model:
         masks = MaskSet(live_pairs(peft_model, segments_of(start)), mask)
