@@ -36,7 +36,7 @@ from grasp_lora.evaluation.statistics import PairedComparison, compare_with_base
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.checkpoints import Checkpointing
-from grasp_lora.storage.folder import Workplace, working_in
+from grasp_lora.storage.claims import Workplace, working_in
 
 BASELINE = "continued"
 

@@ -44,7 +44,7 @@ from grasp_lora.errors import DataError, GraspError
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.recipes.load import load_recipe
-from grasp_lora.storage.folder import Workplace, working_in
+from grasp_lora.storage.claims import Workplace, working_in
 
 RANKS: dict[str, tuple[str, ...]] = {
     "8": (),

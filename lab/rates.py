@@ -30,7 +30,7 @@ from grasp_lora.bench.store import Store
 from grasp_lora.cli.terminal import log_to_terminal
 from grasp_lora.errors import GraspError
 from grasp_lora.recipes.load import load_recipe
-from grasp_lora.storage.folder import working_in
+from grasp_lora.storage.claims import working_in
 from grasp_lora.training.settings import TrainingSettings
 
 EVALUATIONS = 2  # of the dev loss in an epoch

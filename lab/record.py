@@ -36,7 +36,7 @@ from grasp_lora.cli.terminal import console, log_to_terminal, say, shown
 from grasp_lora.errors import GraspError, Interrupted, RecipeError
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.storage.folder import Workplace, working_in
+from grasp_lora.storage.claims import Workplace, working_in
 from grasp_lora.training.settings import TRAINED_AS_MEASURED, TrainingSettings
 
 LANDSCAPE_FILE = "landscape.parquet"

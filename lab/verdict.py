@@ -52,7 +52,7 @@ from grasp_lora.data.splits import group_numbers
 from grasp_lora.errors import DataError, GraspError
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.stages import AUTO
-from grasp_lora.storage.folder import working_in
+from grasp_lora.storage.claims import working_in
 
 # method of a comparison -> candidate of a run, in the order of deliver.py
 CANDIDATES = {

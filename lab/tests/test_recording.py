@@ -22,7 +22,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record
 from grasp_lora.errors import RecipeError
-from grasp_lora.storage.folder import only_writer
+from grasp_lora.storage.claims import claim
 
 SMALL = RecordingSettings((0.2, 0.6), (0.0, 0.4, None), (0.0, 0.4, 0.8), every=4)
 SMALL_OPTIONS = ("--ratios", "0.2,0.6", "--train-ratios", "0,0.4,shared", "--probe-ratios", "0,0.4,0.8", "--every", "4")
@@ -234,7 +234,7 @@ def test_a_signal_stops_a_recording_with_status_75_and_it_goes_on(tiny_workspace
 
 def test_two_recordings_never_write_into_one_folder(tiny_workspace, command):
     (tiny_workspace / "one").mkdir()
-    with only_writer(tiny_workspace / "one"):
+    with claim(tiny_workspace / "one", wait=False, inside=True):
         result = command("tiny.yaml", *SMALL_OPTIONS, "--output", "one")
     assert result.status == 2
     assert "is being written by" in result.err

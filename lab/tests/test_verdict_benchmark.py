@@ -12,7 +12,7 @@ import verdict
 from grasp_lora import api
 from grasp_lora.bench.deliver import best_of
 from grasp_lora.bench.store import Store
-from grasp_lora.storage.folder import Busy
+from grasp_lora.storage.claims import Busy
 
 ROWS = 40
 

@@ -26,7 +26,7 @@ from grasp_lora.report.card import write_model_card
 from grasp_lora.report.comparison import write_comparison
 from grasp_lora.report.pages import write_report
 from grasp_lora.storage.files import clear_write_errors
-from grasp_lora.storage.processes import none_lost, on_first_process
+from grasp_lora.storage.processes import on_first_process
 from grasp_lora.storage.reading import expanded
 
 Settings = TypeVar("Settings", ComparisonSettings, SweepSettings)
@@ -56,17 +56,16 @@ def run(
         Interrupted: SIGTERM or SIGINT came.
     """
     session, place = _opened(recipe, overrides, folder, progress, allow_code)
-    with none_lost():
-        result = running.run(session, place)
-        session.progress.stage("report")
+    result = running.run(session, place)
+    session.progress.stage("report")
 
-        def report() -> None:
-            with clear_write_errors(place):
-                if not ((place / REPORT_FILE).is_file() and (result.adapter / CARD_FILE).is_file()):
-                    write_model_card(place, result.adapter)
-                    write_report(place)
+    def report() -> None:
+        with clear_write_errors(place):
+            if not ((place / REPORT_FILE).is_file() and (result.adapter / CARD_FILE).is_file()):
+                write_model_card(place, result.adapter)
+                write_report(place)
 
-        on_first_process(report)
+    on_first_process(report)
     return result
 
 

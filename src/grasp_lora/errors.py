@@ -35,7 +35,3 @@ class LackOfMemoryError(GraspError):
 
 class Interrupted(Exception):  # noqa: N818 - it is no mistake
     """A signal stopped the work at a point that it can go on from; the message says where."""
-
-
-class FailedElsewhere(GraspError):  # noqa: N818 - the mistake is another process's, which says what it was
-    """Of several processes at one run another one has failed, and this one must not go on."""

@@ -1324,16 +1324,6 @@ def test_a_signal_stops_a_comparison_with_status_75_and_it_goes_on(tiny_workspac
     assert "adaptive LoRA merge, seed 1" in resumed.out
 
 
-def test_two_comparisons_never_write_into_one_folder(tiny_workspace, cli):
-    from grasp_lora.storage.folder import only_writer
-
-    (tiny_workspace / "one").mkdir()
-    with only_writer(tiny_workspace / "one"):
-        result = cli("compare", "tiny.yaml", "--seeds", "1", "--methods", "zero_shot", "--output", "one")
-    assert result.status == 2
-    assert "is being written by" in result.err
-
-
 def test_the_guide_has_each_method_with_its_title():
     page = (Path(__file__).parents[2] / "docs/guide/compare.md").read_text(encoding="utf-8")
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]

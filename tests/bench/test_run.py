@@ -34,7 +34,7 @@ from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.models.reading import WEIGHTS_FILE, read_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.report.pages import write_report
-from grasp_lora.storage.folder import LOCK_FILE, only_writer
+from grasp_lora.storage.claims import LOCK_FILE, claim
 from grasp_lora.training.controller import GraspController, PrunedTraining
 from grasp_lora.training.finetune import BestOnDev
 from grasp_lora.training.probes import ProbeSet, calibrate
@@ -619,12 +619,12 @@ class TestAgain:
         assert not list(Path("run/store/work").iterdir())
 
     def test_a_second_writer_is_refused_and_changes_nothing(self, finished_run: Path) -> None:
-        with only_writer(finished_run):
+        with claim(finished_run, wait=False, inside=True):
             assert execute()["test_examples"] == 8  # a complete run is only read
             reopen(finished_run)
             before = files_of(finished_run)
             with pytest.raises(
-                RecipeError, match=r"run is being written by process \d+ on .*choose another folder with"
+                RecipeError, match=r"run is being written by another process; .*choose another folder with"
             ):
                 execute()
             assert files_of(finished_run) == before

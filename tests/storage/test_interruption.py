@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from grasp_lora.errors import Interrupted
-from grasp_lora.storage.interruption import SIGNALS, Interruption
+from grasp_lora.storage.processes import SIGNALS, Interruption
 
 
 @pytest.fixture
@@ -78,9 +78,9 @@ def test_a_deferral_within_another_ends_with_the_outer_one(interruption):
 
 TWICE = """
 import os, signal
-from grasp_lora.storage import interruption
-interruption.ECHO = 0.0
-stop = interruption.Interruption(lambda: "here")
+from grasp_lora.storage import processes
+processes.ECHO = 0.0
+stop = processes.Interruption(lambda: "here")
 with stop.handled(), stop.deferred():
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)

@@ -14,7 +14,7 @@ from conftest import CliResult
 from grasp_lora import api
 from grasp_lora.models import embedded
 from grasp_lora.storage.checkpoints import MANIFEST
-from grasp_lora.storage.folder import LOCK_FILE
+from grasp_lora.storage.claims import LOCK_FILE
 
 State = tuple[int, int]
 MARKERS = (MANIFEST, "metrics.json", "sweep.json", "compare.json")

@@ -48,7 +48,7 @@ def make_examples(count, seed=0, name="e"):
 
 
 MICRO_DEV = make_examples(5, 1, "m")
-MICRO_DEV_BUDGET = 20  # three batches for two processes: one has to keep the other company
+MICRO_DEV_BUDGET = 20  # three batches
 DEV = make_examples(4, 2, "d")
 
 
@@ -196,25 +196,6 @@ with attached(backbone, random_adapter(backbone)) as model:
         ProbeSet(MICRO_DEV, 0, MICRO_DEV_BUDGET).losses(model, collector)
     results["norms"] = [{name: (norm.A, norm.B) for name, norm in collector.norms().items()} for _ in range(2)]
 
-# A process whose masks are others.
-class Differing(GraspController):
-    def run_round(self, model, optimizer):
-        found = super().run_round(model, optimizer)
-        key = next(iter(self.masks.keep))
-        self.masks.keep[key].logical_xor_(torch.tensor(rank == 1))  # a view: that is the mask itself
-        return found
-
-
-with attached(backbone, random_adapter(backbone)) as model:
-    controller = Differing(ProbeSet(MICRO_DEV, 0), Controller(Gaussian(), Rounds(2), "smooth_fit"))
-    try:
-        finetune(
-            model, make_examples(6), [], TrainingSettings(epochs=1), pad_id=0, seed=1, folder=folder / "differing",
-            controller=controller,
-        )
-    except ValueError as error:
-        results["masks"] = str(error), len(controller.search.history)
-
 # All processes refuse a loss that is not finite, also the one that did not measure it.
 with torch.no_grad():
     backbone.get_input_embeddings().weight[MICRO_DEV[0].prompt_ids[0]] = float("nan")
@@ -288,13 +269,14 @@ def test_a_step_follows_the_mean_over_the_examples_of_all_ranks(ranks, common, m
     plain = [rank["plain"] for rank in ranks]
     examples = {example.id: example for example in common.make_examples(7)}
     fed = [[name for batch in rank["fed"] for name in batch] for rank in plain]
-    assert sorted([*fed[0], *fed[1]]) == sorted([*examples, "blank"])  # one fills the last batch, none comes twice
+    assert len([*fed[0], *fed[1]]) == 8  # accelerate takes one twice, so that both processes have as many
+    assert {*fed[0], *fed[1]} == {*examples}
     assert same(plain[0]["watch"], plain[1]["watch"])
     backbone = make_tiny_model("llama")
     with attached(backbone, common.random_adapter(backbone)) as model:
         for step in range(2):  # of the first epoch: two batches of one example on each process
             names = [name for names in fed for name in names[2 * step : 2 * step + 2]]
-            both = [examples[name] for name in names if name != "blank"]
+            both = [examples[name] for name in names]
             loss, expected = naive_gradients(model, plain[0]["watch"]["before"][step], both)
             for found, gradient in zip(plain[0]["watch"]["gradients"][step], expected, strict=True):
                 torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
@@ -357,7 +339,6 @@ def test_norms_count_each_example_once(ranks, common, make_tiny_model):
         with collector.collecting():
             examples.losses(model, collector)
         norms = collector.norms()
-    assert len(examples.batches()) % RANKS  # else no process would have run a batch for company
     for found in (*ranks[0]["norms"], *ranks[1]["norms"], ranks[0]["hold"]["norms"]):  # asked twice, the same
         for name, (norm_A, norm_B) in found.items():
             torch.testing.assert_close(norm_A, norms[name].A, rtol=1e-5, atol=1e-6)
@@ -375,13 +356,6 @@ def test_records_are_written_once(ranks, folder):
         assert history == ranks[0][score]["result"]["history"]
         # The dev loss is measured once an epoch, whose steps are shared by the processes.
         assert [row["step"] for row in history if "dev_loss" in row] == [0, 6, 12]
-
-
-def test_a_rank_with_other_masks_ends_all_in_the_first_round(ranks):
-    for rank in ranks:
-        message, rounds = rank["masks"]
-        assert message.startswith("after round 1 process 1 holds other masks than process 0")
-        assert rounds == 1
 
 
 def test_every_rank_refuses_a_loss_that_is_not_finite(ranks, common):

@@ -29,8 +29,8 @@ from grasp_lora.models.precision import weight_sum
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.recipes.text import RECIPE_FILE, parse
+from grasp_lora.storage.claims import claim, make_folder
 from grasp_lora.storage.files import write_json
-from grasp_lora.storage.folder import in_turn, make_folder
 from grasp_lora.storage.processes import world_size
 from grasp_lora.text.display import one_line
 
@@ -273,7 +273,7 @@ def check_config(store: Path, backbone: Backbone, *, note: bool = True) -> None:
     file, now = store / CONFIGS, _computed_with(backbone)
     if note:
         make_folder(store)
-    with in_turn(file) if note else nullcontext():
+    with claim(file, wait=True) if note else nullcontext():
         noted = read_record(file, dict[str, dict[str, str]])
         if noted is None and any((store / name).exists() for name in (files.RECORDS, PACKED)):
             return

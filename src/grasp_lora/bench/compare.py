@@ -31,8 +31,8 @@ from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.checkpoints import Checkpointing
+from grasp_lora.storage.claims import Busy, Workplace, claim, working_in
 from grasp_lora.storage.files import write_json, write_whole
-from grasp_lora.storage.folder import Busy, Workplace, in_turn, working_in
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ class Work:
     def begin(self) -> None:
         """Write the recipe, unless the tables of another one stand there: then it comes with the tables that replace them."""
         tables = self.place.folder / COMPARE_FOLDER
-        with in_turn(tables):
+        with claim(tables, wait=True):
             before = read_record(tables / COMPARISON_FILE, Comparison)
             if before is None or before.recipe_hash == self._with_split(self.split_seed).fingerprint():
                 self._write_recipe()
@@ -371,7 +371,7 @@ class Work:
 
     def _write(self, comparison: Comparison) -> None:
         folder = self.place.folder / COMPARE_FOLDER
-        with in_turn(folder):
+        with claim(folder, wait=True):
             before = read_record(folder / COMPARISON_FILE, Comparison)
             if before is not None and before.is_ahead_of(comparison):  # of another process, or of an earlier one
                 return

@@ -17,8 +17,8 @@ from grasp_lora.bench.store import Record, key_of
 from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.answers import MLQA_LANGUAGES
 from grasp_lora.evaluation.overlap import bleu_tokenizer
+from grasp_lora.storage.claims import claim, make_folder
 from grasp_lora.storage.files import write_jsonl
-from grasp_lora.storage.folder import in_turn, make_folder
 from grasp_lora.storage.processes import on_first_process
 from grasp_lora.text.characters import DOTTED, has_old_letters, has_two_writings, space_words
 from grasp_lora.text.languages import language_code
@@ -140,7 +140,7 @@ class Measuring(Keyed):
 
         def write() -> None:
             make_folder(file.parent)
-            with in_turn(file):  # scores of other metrics may need the same answers in another process
+            with claim(file, wait=True):  # scores of other metrics may need the same answers in another process
                 write_jsonl(file, rows)
 
         on_first_process(write)

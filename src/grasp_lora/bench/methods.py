@@ -22,7 +22,7 @@ from grasp_lora.method.presets import PRESETS
 from grasp_lora.method.search import RatioPolicy
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
-from grasp_lora.storage.folder import Busy
+from grasp_lora.storage.claims import Busy
 
 MOST_IN_CURVE = 200  # test examples: of 1,000 the curve of a grid of 8 would cost more passes than the grid
 SINGLE_SHARE = 0.6  # of the epochs of a final run, in which a single run learns its ratio

@@ -25,7 +25,7 @@ from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.recipes.stages import AUTO, ControllerStage
-from grasp_lora.storage.folder import Workplace
+from grasp_lora.storage.claims import Workplace
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.settings import TrainingSettings

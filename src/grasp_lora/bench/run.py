@@ -41,9 +41,9 @@ from grasp_lora.models.settings import QUANTISERS
 from grasp_lora.recipes.recipe import Recipe, seen_from
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.checkpoints import Checkpointing
+from grasp_lora.storage.claims import LOCK_FILE, Workplace, claim, working_in
 from grasp_lora.storage.files import discard, sync, sync_all, vanished, write_json, write_jsonl, write_whole
-from grasp_lora.storage.folder import LOCK_FILE, Workplace, only_writer, working_in
-from grasp_lora.storage.processes import is_first, join, on_every_process, on_first_process, world_size
+from grasp_lora.storage.processes import is_first, join, on_first_process, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +90,12 @@ def run(session: Session, folder: Path) -> RunResult:
     """
     check_folder(folder, session.recipe)
     with working_in(folder) as work:
-        join(session.recipe.backbone.device, session.recipe.wait_minutes)
+        join(session.recipe.backbone.device)
         if not on_first_process(partial(is_finished, folder, session.recipe, session.base)):
             _Run(session, folder, work).execute()
         elif is_first() and (folder / LOCK_FILE).is_file():
             # A kill came when all was done: the file goes with the lock, unless someone lives who holds it.
-            with suppress(RecipeError, OSError), only_writer(folder):  # a finished run is only read
+            with suppress(RecipeError, OSError), claim(folder, wait=False, inside=True):  # a finished run is only read
                 pass
         return on_first_process(partial(_result, session.recipe, folder))
 
@@ -178,11 +178,11 @@ class _Run:
         if existing:
             on_first_process(self.work.begin)
         self.progress.preparing()
-        on_every_process(partial(check, self.session), loads=True)
+        check(self.session)
         if not existing:
             on_first_process(self.work.begin)
         on_first_process(self._begin)
-        on_every_process(self._check_sight)
+        self._check_sight()
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[dict[str, Any]]:

@@ -11,8 +11,8 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.recipes.text import RUN_FILE as RUN_FILE
+from grasp_lora.storage.claims import LOCK_FILE
 from grasp_lora.storage.files import discard, write_json
-from grasp_lora.storage.folder import LOCK_FILE
 
 TRAINED = {
     "source": "Source", "target": "Target", "controller": "Controller run", "final": "Final run",

@@ -39,8 +39,8 @@ from grasp_lora.errors import (
 from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.checkpoints import Checkpointing
+from grasp_lora.storage.claims import Busy, Workplace, claim, working_in
 from grasp_lora.storage.files import write_json, write_whole
-from grasp_lora.storage.folder import Busy, Workplace, in_turn, working_in
 from grasp_lora.storage.reading import adapter_of
 from grasp_lora.text.display import escaped
 from grasp_lora.text.names import needs
@@ -122,7 +122,7 @@ def sweep(session: Session, folder: Path, settings: SweepSettings) -> SweepResul
             )
         best = result.trials[result.best - 1]
         tuned = trial_recipe(recipe.model_copy(update={"metrics": given.metrics}), best.values)
-        with in_turn(folder / SWEEP_FOLDER):
+        with claim(folder / SWEEP_FOLDER, wait=True):
             write_whole(folder / SWEEP_FOLDER / BEST_FILE, relocated(tuned, session.base, folder / SWEEP_FOLDER))
     return result
 
@@ -185,7 +185,7 @@ class _Search:
     def _tell(self, trial: Trial) -> None:
         """Take a trial up, after all those before it."""
         self._trials.append(self._repeated(trial.trial, trial.values) or trial)
-        with in_turn(self._file.parent):
+        with claim(self._file.parent, wait=True):
             before = self._read()
             self._refuse_other(before)
             if before is None or len(before.trials) < len(self._trials):  # else another process is ahead
@@ -195,7 +195,7 @@ class _Search:
 
     def _remember(self) -> None:
         """Take up the trials that are in the folder."""
-        with in_turn(self._file.parent):
+        with claim(self._file.parent, wait=True):
             before = self._read()
             self._refuse_other(before)
             if before is None:

@@ -39,8 +39,8 @@ from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import backbone_of
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.recipes.load import MOST_ABOVE, backbone_of_run
+from grasp_lora.storage.claims import new_folder, refuse_existing
 from grasp_lora.storage.files import why_not_written, write_json, write_jsonl
-from grasp_lora.storage.folder import new_folder, refuse_existing
 from grasp_lora.storage.reading import is_folder
 from grasp_lora.text.display import quoted
 

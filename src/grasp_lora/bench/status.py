@@ -23,7 +23,7 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.begun import overrides_of, recipe_file
 from grasp_lora.recipes.builtin import builtin_recipes
 from grasp_lora.recipes.text import RECIPE_FILE, parse
-from grasp_lora.storage.folder import is_shared, writer_of
+from grasp_lora.storage.claims import is_claimed
 from grasp_lora.storage.reading import adapter_of, is_file, is_folder, is_there
 from grasp_lora.text.display import escaped
 
@@ -87,7 +87,7 @@ def status(folder: Path) -> list[str]:
     parts = {name: is_there(folder / name) for name in (files.RUN_FILE, files.COMPARE_FOLDER, files.SWEEP_FOLDER)}
     if not any(parts.values()):
         raise _no_experiment(folder)
-    writer = writer_of(folder)
+    writer = is_claimed(folder, inside=True)
     under_way = list(_under_way(folder))
     lines: list[str] = []
     left: list[Callable[[], str]] = []
@@ -97,7 +97,7 @@ def status(folder: Path) -> list[str]:
             lines += said
             left += [command] if command else []
     if writer:
-        lines.append(f"running: {writer}")
+        lines.append("running: another process")
     lines += [one.text() for one in under_way]
     notes = sorted((folder / files.STORE_FOLDER / files.WORK).glob(f"*/{FAILED}"))
     lines += [f"failed: {one.step}: {one.error}" for one in (read_needed(note, Failure) for note in notes)]
@@ -106,10 +106,8 @@ def status(folder: Path) -> list[str]:
         seconds += read_needed(file, _Spent).seconds
     seconds += sum(one.seconds for one in under_way)
     lines.append(f"store: {len(records)} finished steps, {_spent(seconds)} of work")
-    if writer and not is_shared(folder):
+    if writer:
         commands = ["wait; a run has its folder for itself"]
-    elif writer:
-        commands = ["wait, or start the same command once more, which takes a share of the work"]
     elif left:
         commands = [command() for command in left]
     else:
@@ -170,7 +168,7 @@ def _under_way(folder: Path) -> Iterator[UnderWay]:
     for place in sorted((folder / files.STORE_FOLDER / files.WORK).glob("*/*")):
         if (place.parent / FAILED).is_file():  # nobody will finish it
             continue
-        worker = writer_of(place.parent, beside=True)
+        worker = "another process" if is_claimed(place.parent) else None
         whole = [path for path in place.glob("checkpoint-*") if is_there(path / MANIFEST)]
         try:
             newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -36,10 +36,9 @@ from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import RECORDS, WORK
 from grasp_lora.errors import DivergedError, GraspError, RecipeError
 from grasp_lora.storage.checkpoints import newest_checkpoint, remove_checkpoints, seconds_of
+from grasp_lora.storage.claims import Busy, claim, make_folder
 from grasp_lora.storage.files import discard, sync, sync_all, write_json
-from grasp_lora.storage.folder import Busy, make_folder, only_writer
-from grasp_lora.storage.interruption import Interruption
-from grasp_lora.storage.processes import is_first, on_first_process, world_size
+from grasp_lora.storage.processes import Interruption, is_first, on_first_process, world_size
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
 VERSION = 1
@@ -147,7 +146,7 @@ class Store:
         there = record is not None
         if record is None or redo:
             make_folder(self.folder / WORK)
-            with only_writer(self.folder / WORK / key, beside=True):
+            with claim(self.folder / WORK / key, wait=False):
                 record = on_first_process(partial(self._find, step, key))  # another process may have done it by now
                 there = record is not None and not redo
                 if record is None or redo:
@@ -259,7 +258,7 @@ class Store:
         # A kill may have come after the record was written; but another process may make a lost adapter again, and what one left
         # that was killed at that is gone on from.
         if record and work.exists() and self._file(step, key).is_file() and not self._lacks_adapter(record):
-            with suppress(Busy), only_writer(work, beside=True):
+            with suppress(Busy), claim(work, wait=False):
                 shutil.rmtree(work, ignore_errors=True)
         return record
 

@@ -15,9 +15,9 @@ from grasp_lora.cli.recipes import init, recipes, schema
 from grasp_lora.cli.run import check, demo, report, run, status
 from grasp_lora.cli.steps import evaluate, finetune, learn, merge
 from grasp_lora.cli.terminal import error_console, lasting_outputs, print_error, say
-from grasp_lora.errors import FailedElsewhere, GraspError, Interrupted
+from grasp_lora.errors import GraspError, Interrupted
 from grasp_lora.storage.memory import enough_memory
-from grasp_lora.storage.processes import TIME_TO_SPEAK, is_first, speaks, world_size
+from grasp_lora.storage.processes import is_first, world_size
 
 app = typer.Typer(
     name="grasp-lora",
@@ -31,6 +31,7 @@ Start with [bold]grasp-lora demo[/bold], then [bold]grasp-lora init my-data.csv 
 )
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: run it again
 IN_SEVERAL_PROCESSES = ("run", "demo")
+TIME_TO_SPEAK = 3  # seconds: torchrun ends all processes when one has ended
 
 for command in (
     run, demo, check, recipes, init, schema, predict, merge, export, push, learn, finetune, evaluate, compare, sweep, status,
@@ -80,18 +81,16 @@ def _status() -> int:
             command = error.ctx.command_path if error.ctx else "grasp-lora"
             print_error(f"error: {message.removesuffix('.')}{_what_arrived(error)} (see {command} --help)")
         return 2
-    except FailedElsewhere:
-        time.sleep(TIME_TO_SPEAK)  # else torchrun might end the process that says what happened before it has
-        return 2
     except Interrupted as stop:
-        if is_first() and speaks():
+        if is_first():
             print_error(str(stop), style="yellow")
-        elif not is_first():
+        else:
             time.sleep(TIME_TO_SPEAK)
         return STOPPED
     except GraspError as error:
-        if speaks():
-            print_error(f"error: {error}")
+        if not is_first():  # mostly the first process has the same to say, and torchrun ends this one before it does
+            time.sleep(TIME_TO_SPEAK)
+        print_error(f"error: {error}")
         return 2
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from grasp_lora.bench.progress import Progress
 from grasp_lora.errors import GraspError, RecipeError
-from grasp_lora.storage.interruption import Interruption
+from grasp_lora.storage.processes import Interruption
 from grasp_lora.text.display import escaped, first_line, quoted
 from grasp_lora.text.names import needs
 

@@ -29,7 +29,7 @@ from grasp_lora.models.backbone import Backbone, backbone_of
 from grasp_lora.models.fold import fold
 from grasp_lora.models.gguf_adapter import GGUF_FILE, write_gguf
 from grasp_lora.models.reading import OUR_FILE, AdapterInfo, LoadedAdapter, read_adapter
-from grasp_lora.storage.folder import new_folder, refuse_existing
+from grasp_lora.storage.claims import new_folder, refuse_existing
 from grasp_lora.storage.reading import RefusedError, read_bounded
 from grasp_lora.text.names import needs, without_place
 

@@ -25,7 +25,6 @@ from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings, Texts
 from grasp_lora.recipes.stages import DELIVER, ControllerStage, FinalStage, SourceStage, TargetStage, from_preset
-from grasp_lora.storage.processes import WAIT_MINUTES
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import without_place
 
@@ -79,7 +78,7 @@ class Recipe(BaseModel):
     bertscore: BertScoreSettings = BertScoreSettings()
     report_to: Texts = ()
     save_every: int | None = Field(default=None, ge=1)
-    wait_minutes: float = Field(default=WAIT_MINUTES, gt=0.0, le=1440.0)
+    wait_minutes: float = Field(default=15.0, gt=0.0, le=1440.0)
 
     @model_validator(mode="before")
     @classmethod

@@ -24,8 +24,8 @@ from grasp_lora.recipes.load import backbone_of_run, validate
 from grasp_lora.recipes.sizes import Sizes, choose_sizes, token_limit
 from grasp_lora.recipes.stages import AUTO
 from grasp_lora.recipes.text import parse
+from grasp_lora.storage.claims import claim
 from grasp_lora.storage.files import write_whole
-from grasp_lora.storage.folder import only_writer
 from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there
 from grasp_lora.text.display import escaped, listed, quoted
 from grasp_lora.text.languages import language_code
@@ -140,10 +140,10 @@ def write_recipe(
         file.parent.mkdir(parents=True, exist_ok=True)
         for corpus in (target, *sources):
             resolve_file(corpus.name, base=file.parent)  # which refuses a name that is found in two places
-        with only_writer(file, beside=True):
+        with claim(file, wait=False):
             _refuse_existing(file)
             schema = file.with_name(SCHEMA_FILE)
-            with suppress(RecipeError), only_writer(schema, beside=True):  # else another process writes the same
+            with suppress(RecipeError), claim(schema, wait=False):  # else another process writes the same
                 write_whole(schema, schema_text())
             write_whole(file, text)  # last, since it is what says that all is there
     except OSError as error:

@@ -33,7 +33,7 @@ from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.saved import SavedInCheckpoints
 from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.trackers import guard_trackers, own_tracked_run
-from grasp_lora.training.trainer import LOSS_STATE, FineTuneTrainer, Saving
+from grasp_lora.training.trainer import FineTuneTrainer, Saving
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -243,11 +243,13 @@ def finetune(
             folder.mkdir(parents=True, exist_ok=True)
             with arguments.main_process_first(local=False):  # it removes what is not whole
                 resumed = newest_checkpoint(folder)
-                if resumed and len(list(resumed.glob(f"{LOSS_STATE}*.json"))) != arguments.world_size:
+                if resumed and len(list(resumed.glob("rng_state*.pth"))) != arguments.world_size:
                     logger.warning("%s was saved by another number of processes; the training begins anew", resumed)
                     remove_checkpoints(folder)
                     resumed = None
-            every = checkpoints.steps_between(steps_per_epoch, settings.steps(len(train) // arguments.world_size))
+            every = checkpoints.steps_between(
+                steps_per_epoch, settings.steps(math.ceil(len(train) / arguments.world_size))
+            )
             trainer.add_callback(Saving(trainer, checkpoints, every, resumed))
         try:
             trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)

@@ -116,7 +116,7 @@ class ProbeSet:
     ) -> list[float]:
         """Measure every example's loss in eval mode; the training mode and the random state are as before afterwards.
 
-        In a distributed run every rank takes its share of the batches and all get all losses.
+        In a distributed run every rank measures all of them, so that sharded models stay in step, and all get the mean.
 
         Args:
             model: with or without adapters.
@@ -135,22 +135,18 @@ class ProbeSet:
                 "measuring losses", "lower data.max_tokens, or set backbone.dtype to bfloat16 if it is float32"
             ),
         ):
-            for indices, batch in self._share(device.type):
+            for indices, batch in self.batches(device.type):
                 on_device = {name: tensor.to(device) for name, tensor in batch.items()}
                 if collector is not None:
-                    # A batch that only keeps this rank in step counts for another rank already.
-                    collector.token_mask, collector.counts = on_device["attention_mask"], bool(indices)
-                measured = example_losses(
+                    collector.token_mask = on_device["attention_mask"]
+                losses[indices] = example_losses(
                     model,
                     on_device,
                     label_positions=label_positions,
                     tell=None if reader is None else partial(reader.take, indices),
                     use_cache=reader is not None and reader.keeps_cache,
                 )
-                if indices:
-                    losses[indices] = measured
-        if exchanging() > 1:
-            torch.distributed.all_reduce(losses)
+        losses = averaged(losses)
         values: list[float] = losses.tolist()
         for example, value, finite in zip(self.ids, values, torch.isfinite(losses).tolist(), strict=True):
             if not finite:
@@ -159,19 +155,6 @@ class ProbeSet:
                     ways = "set backbone.dtype to float32, since float16 may overflow; else " + ways
                 raise ProbeError(f"the loss of example {example} is {value}, not a finite number; {ways}")
         return values
-
-    def _share(self, device: str) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-        """This rank's batches; every rank gets equally many, so that sharded models stay in step."""
-        ranks, batches = exchanging(), self.batches(device)
-        if ranks == 1:
-            yield from batches
-            return
-        rank = torch.distributed.get_rank()
-        for start in range(0, len(batches), ranks):
-            if start + rank < len(batches):
-                yield batches[start + rank]
-            else:
-                yield [], batches[0][1]  # nothing left for this rank: run any batch and count none of it
 
 
 class ProbesInTurn:
@@ -254,8 +237,6 @@ class NormCollector:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.token_mask: Tensor | None = None
-        # Whether the batch counts: its mask alone says nothing to a module that sees some of its tokens, as lm_head does.
-        self.counts = True
         self._adapter = active_adapter(model)
         layers = lora_layers(model, self._adapter)
         self._layers = {name: layer for name, layer in layers.items() if self._adapter in layer.lora_A}
@@ -284,16 +265,11 @@ class NormCollector:
 
     def norms(self) -> dict[str, InputNorms]:
         """Return the norms gathered so far, one a module; in a distributed run over all ranks."""
-        sums = {key: total.clone() for key, total in self._sums.items()}
-        if exchanging() > 1:
-            for total in sums.values():
-                torch.distributed.all_reduce(total)
+        sums = {key: averaged(total.clone()) for key, total in self._sums.items()}
         return {name: InputNorms(sums[name, "A"].sqrt(), sums[name, "B"].sqrt()) for name in self._layers}
 
     def _hook(self, name: str, factor: str) -> Callable[[torch.nn.Module, tuple[Tensor, ...]], None]:
         def add(_module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if not self.counts:
-                return
             values = inputs[0].detach().float()
             if self.token_mask is not None and values.shape[:-1].numel() == self.token_mask.numel():
                 values = values * self.token_mask.reshape(*values.shape[:-1], 1)  # some models flatten the batch
@@ -326,8 +302,9 @@ def calibrate(model: torch.nn.Module, masks: MaskSet, examples: ProbeSet) -> lis
     return losses
 
 
-def exchanging() -> int:
-    """How many processes exchange what they measure, however they were started."""
+def averaged(values: Tensor) -> Tensor:
+    """The mean over all processes of what each has measured, so that all of them decide alike."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
+        torch.distributed.all_reduce(values)
+        values /= torch.distributed.get_world_size()
+    return values

@@ -19,7 +19,7 @@ from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_pairs
 from grasp_lora.storage.checkpoints import State, read_state
 from grasp_lora.text.display import quoted
 from grasp_lora.training.gradients import GradientCheck
-from grasp_lora.training.probes import ProbeSet, calibrate, exchanging
+from grasp_lora.training.probes import ProbeSet, calibrate
 from grasp_lora.training.saved import SavedInCheckpoints
 
 logger = logging.getLogger(__name__)
@@ -142,31 +142,6 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
                     "load that checkpoint, or train without load_best_model_at_end"
                 )
         self._left = self.masks.checksums()
-
-    def check_alike(self, place: str) -> None:
-        """Check that all processes hold the same masks; only a hash of them is exchanged.
-
-        Args:
-            place: such as "after round 3".
-
-        Raises:
-            GraspError: they do not.
-        """
-        ranks = exchanging()
-        if ranks == 1:
-            return
-        digest = hashlib.sha256()
-        for keep in self.masks.keep.values():
-            digest.update(keep.cpu().numpy().tobytes())
-        device = next(iter(self.masks.weights.values())).device
-        own = torch.tensor([int.from_bytes(digest.digest()[:7], "big")], device=device)
-        hashes = [torch.zeros_like(own) for _ in range(ranks)]
-        torch.distributed.all_gather(hashes, own)
-        if others := [rank for rank, one in enumerate(hashes) if not torch.equal(one, hashes[0])]:
-            raise GraspError(
-                f"{place} process {others[0]} holds other masks than process 0, so their losses do not belong together; give all "
-                "processes the same libraries, devices and data, then run the same command again"
-            )
 
     @property
     def _most_pruned(self) -> float:

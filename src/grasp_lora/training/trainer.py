@@ -4,67 +4,30 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError, Interrupted
 from grasp_lora.models.backbone import supports_logits_to_keep
-from grasp_lora.storage.checkpoints import Checkpointing, State, checkpoint_at, complete, seconds_of, write_state
+from grasp_lora.storage.checkpoints import Checkpointing, State, checkpoint_at, complete, seconds_of
 from grasp_lora.storage.files import cannot_write, vanished
 from grasp_lora.text.display import first_line
 from grasp_lora.training.gradients import no_gradients
-from grasp_lora.training.loss import IGNORED, example_losses
+from grasp_lora.training.loss import example_losses
 from grasp_lora.training.saved import SavedInCheckpoints
 
-LOSS_STATE = "loss-"  # of a checkpoint, with the number of each process behind it: its loss since it was last logged
 WEIGHTS = "weights.safetensors"  # of a checkpoint: every trained parameter as it is
-
-
-@dataclass(frozen=True)
-class Blank:
-    """An example of weight 0, which fills a batch where the processes cannot share the examples of an epoch evenly."""
-
-    id: str = "blank"
-    prompt_ids: tuple[int, ...] = (0,)
-    completion_ids: tuple[int, ...] = ()
-
-
-class _WithBlanks(list[Any]):
-    """Examples, with blanks behind them."""
-
-    def __getitem__(self, place: Any) -> Any:
-        return Blank() if isinstance(place, int) and place >= len(self) else super().__getitem__(place)
-
-
-class _Filled(Sampler[int]):
-    """The order of a sampler, then as many blanks as make its length a multiple of what all processes take at once."""
-
-    def __init__(self, sampler: Any, multiple: int) -> None:
-        self._sampler, self._length = sampler, math.ceil(len(sampler) / multiple) * multiple
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[int]:
-        yield from self._sampler
-        yield from range(len(self._sampler), self._length)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._sampler.set_epoch(epoch)
 
 
 class FineTuneTrainer(Trainer):
     """The Trainer with this project's loss and learning-rate schedule.
 
-    Several processes take the optimizer steps of one: the same examples in each, none twice.
+    Several processes share the examples of each optimizer step, as accelerate deals them out.
 
     Args:
         lr_decay: factor on the learning rate after each epoch.
@@ -72,32 +35,16 @@ class FineTuneTrainer(Trainer):
     """
 
     def __init__(self, *, lr_decay: float = 1.0, **kwargs: Any) -> None:
-        super().__init__(**kwargs | {"train_dataset": _WithBlanks(kwargs["train_dataset"])})
+        super().__init__(**kwargs)
         self.loss_is_scaled_for_ga = True
         self.lr_decay = lr_decay
         self._examples_per_rank = torch.ones(())
         self._label_positions = supports_logits_to_keep(kwargs["model"])
 
-    def get_train_dataloader(self) -> DataLoader[Any]:
-        """Fill up uneven epochs with blanks; else accelerate repeats examples."""
-        loader: Any = super().get_train_dataloader()
-        if self.args.world_size > 1:
-            together = self.args.per_device_train_batch_size * self.args.world_size
-            loader.set_sampler(_Filled(loader.get_sampler(), together))
-        filled: DataLoader[Any] = loader
-        return filled
-
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """Count the examples of an optimizer step, to weigh each of them alike."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.args.world_size == 1:
-            self._examples_per_rank = torch.full(
-                (), float(sum(len(batch["labels"]) for batch in samples)), device=device
-            )
-            return samples, items
-        count = torch.zeros((), dtype=torch.float64, device=device)
-        for batch in samples:
-            count += (batch["labels"] != IGNORED).any(1).sum()  # blanks have no label
+        count = torch.tensor(float(sum(len(batch["labels"]) for batch in samples)), device=device)
         # The gradients of the processes are averaged, so all of them divide by the same number.
         self._examples_per_rank = self.accelerator.reduce(count, "mean")
         return samples, items
@@ -168,11 +115,12 @@ class Saving(SavedInCheckpoints):
     It is the trainer's last callback, so that the others have written their state before a checkpoint is completed.
     """
 
+    state_name = "loss"
+
     def __init__(self, trainer: FineTuneTrainer, settings: Checkpointing, every: int, resumed: Path | None) -> None:
         self._trainer, self._settings, self._every = trainer, settings, every
         self._stop: str | None = None
         self._started = time.perf_counter() - (seconds_of(resumed) if resumed else 0.0)
-        self.state_name = f"{LOSS_STATE}{trainer.args.process_index}"
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -197,8 +145,9 @@ class Saving(SavedInCheckpoints):
             control.should_save = True
 
     def state(self) -> State:
-        """Return the loss since it was last logged, and when that was."""
-        return {"logged": self._trainer._globalstep_last_logged}, {"sum": self._trainer._tr_loss}
+        """Return the loss since it was last logged, the mean over the processes, and when that was."""
+        loss = self._trainer.accelerator.reduce(self._trainer._tr_loss, "mean")
+        return {"logged": self._trainer._globalstep_last_logged}, {"sum": loss}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint, and stop if that was asked for.
@@ -206,8 +155,8 @@ class Saving(SavedInCheckpoints):
         Raises:
             Interrupted: the checkpoint is whole, and the training stops here.
         """
+        super().on_save(args, state, control, **kwargs)
         checkpoint = checkpoint_at(Path(str(args.output_dir)), state.global_step)
-        write_state(checkpoint, self.state_name, *self.state())  # each process has its own
         self._trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             complete(checkpoint, time.perf_counter() - self._started)

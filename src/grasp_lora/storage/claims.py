@@ -1,0 +1,196 @@
+"""One writer at a time for a step, a file or a folder, and new folders that appear whole or not at all.
+
+A claim is a lock file that the operating system frees with its process, even a killed one (`filelock`). It serves alike
+two commands in one folder, several commands that share the steps of a comparison, and the workers of a Ray cluster:
+
+    with claim(store / "work" / key, wait=False):   # Busy: another process is at this step, take the next one
+        ...
+
+The file system has to lock files (`flock`), as local disks and NFS 4 do.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
+from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.storage.files import clear_write_errors, discard, sync, sync_all, why_not_written
+from grasp_lora.storage.processes import Interruption, is_first
+
+LOCK_FILE = "grasp-lora.lock"
+
+
+class Busy(RecipeError):  # noqa: N818 - a state of the folder, which ends by itself
+    """Another process writes there."""
+
+
+@contextmanager
+def claim(path: Path, *, wait: bool, inside: bool = False) -> Iterator[None]:
+    """Be the only process that writes a file or a folder, inside the context.
+
+    Of the processes that torchrun started together the first one holds the claim for all. The lock file goes with the claim; what
+    a killed process leaves of it holds nobody up.
+
+    Args:
+        path: what is written; it need not be there, but the folder that holds it does.
+        wait: whether to wait for another process, for what takes a moment.
+        inside: whether `path` is a folder that is there and holds the lock file itself.
+
+    Raises:
+        Busy: another process writes there, and `wait` is False.
+        OSError: the lock file cannot be written, or the file system locks nothing.
+    """
+    if not is_first():
+        yield
+        return
+    lock = FileLock(path / LOCK_FILE if inside else _beside(path, "lock"), fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout as error:
+        raise Busy(
+            f"{path} is being written by another process; wait until that is done, or choose another folder with --output"
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(
+            OSError
+        ):  # before the release: one that has waited for this file sees that it is gone, and makes another
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def is_claimed(path: Path, *, inside: bool = False) -> bool:
+    """Whether another process claims a path; see `claim`."""
+    try:
+        with claim(path, wait=False, inside=inside):
+            return False
+    except Busy:
+        return True
+
+
+class Workplace:
+    """A folder of which this process becomes the only writer, and where the work is when a signal comes.
+
+    Args:
+        folder: of an experiment; may be missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.place = "before it began"
+        self.interruption = Interruption(lambda: self.place)
+        self.claims = ExitStack()
+
+    def begin(self, *, shared: bool = False) -> None:
+        """Make the folder and be its only writer; of several processes the first one is, for all.
+
+        Args:
+            shared: be one of those who share the work instead, each step of which has one writer.
+
+        Raises:
+            GraspError: the folder cannot be made, or another process writes there.
+        """
+        make_folder(self.folder)
+        if not shared:
+            self.claims.enter_context(claim(self.folder, wait=False, inside=True))
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[Workplace]:
+    """Work in the folder of an experiment; signals and failed writes are one line. `Workplace.begin` comes before any write.
+
+    Raises:
+        GraspError: the folder cannot be written.
+        Interrupted: SIGTERM or SIGINT came.
+    """
+    work = Workplace(folder)
+    with work.interruption.handled(), clear_write_errors(folder), work.claims:
+        yield work
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Give the draft of a folder for a result; at the end of the context it appears, whole or not at all.
+
+    Of processes that write the same folder at once one does, and the others are refused. What a killed one left is removed.
+
+    Args:
+        output: not there yet, or an empty folder.
+
+    Raises:
+        RecipeError: it holds something or cannot be made, or another process writes it.
+        GraspError: it cannot be written; nothing was.
+        Interrupted: SIGTERM or SIGINT came; nothing was written.
+    """
+    refuse_existing(output)
+    place = Path(os.path.realpath(output))
+    make_folder(place.parent)
+    draft = _beside(output, "part")
+    stop = Interruption(lambda: f"before {output} was complete", "nothing was written")
+    try:
+        with stop.handled(), claim(output, wait=False):
+            refuse_existing(output)  # again: another process may have written it
+            discard(draft)
+            draft.mkdir()
+            try:
+                yield draft
+                sync_all(draft)
+                if place.exists():
+                    place.rmdir()  # it is empty; not every system renames onto a folder
+                draft.rename(place)
+                sync(place.parent)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if reason := why_not_written(error, draft, place, _beside(output, "lock")):
+            raise GraspError(
+                f"{output} cannot be written ({reason}); nothing was. Make room or make it writable, or choose another folder "
+                "with --output"
+            ) from error
+        raise
+
+
+def refuse_existing(output: Path) -> None:
+    """Check that a folder for a result is not there yet, or empty, and that it can be written.
+
+    Raises:
+        RecipeError: it holds something, is a file, or cannot be written.
+    """
+    problem = None
+    try:
+        place = Path(os.path.realpath(output))
+        above = next(folder for folder in (place, *place.parents) if folder.exists())
+        if place.exists() and (not place.is_dir() or any(place.iterdir())):
+            problem = "exists and is not an empty folder"
+        elif not above.is_dir():
+            problem = f"cannot be made ({above.name} is a file)"
+        elif not os.access(above, os.W_OK | os.X_OK):
+            problem = "cannot be made (no permission)"
+    except OSError as error:
+        problem = f"cannot be made ({error.strerror})"
+    if problem:
+        raise RecipeError(f"{output} {problem}; choose another with --output")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Raises:
+        RecipeError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{folder} cannot be made ({error.strerror}); choose another folder with --output") from error
+
+
+def _beside(path: Path, ending: str) -> Path:
+    """A hidden file or folder beside the place that a path leads to."""
+    place = Path(os.path.realpath(path))
+    return place.with_name(f".{place.name}.{ending}")
