@@ -24,7 +24,6 @@ if TYPE_CHECKING:
         ProbeError,
         RecipeError,
     )
-    from grasp_lora.method.estimate import Rule
     from grasp_lora.method.importance import InputNorms, Score
     from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
     from grasp_lora.method.masks import MaskSettings
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
     from grasp_lora.method.presets import Controller, preset
     from grasp_lora.method.pruning import prune
     from grasp_lora.method.rounds import Decision, RatioEstimate, Round
+    from grasp_lora.method.rules import Rule
     from grasp_lora.method.schedule import Rounds
     from grasp_lora.method.search import RatioPolicy, RatioSearch
     from grasp_lora.models.adapters import attached, save_adapter
@@ -79,7 +79,7 @@ _HOMES = {
     "RecipeError": "errors",
     "Round": "method.rounds",
     "Rounds": "method.schedule",
-    "Rule": "method.estimate",
+    "Rule": "method.rules",
     "RunResult": "bench.run",
     "Score": "method.importance",
     "Segment": "method.lora",

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp_lora.errors import ProbeError, RecipeError
-from grasp_lora.method.estimate import Rule
 from grasp_lora.method.policy import POLICIES, Gaussian, Spread, Uniform, even_ratio, plain_policy, policy_class
 from grasp_lora.method.presets import RULES, preset, ratio_rule
 from grasp_lora.method.rounds import Decision, RatioEstimate, Round
+from grasp_lora.method.rules import Rule
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.method.search import RatioSearch
 

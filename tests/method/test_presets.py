@@ -94,7 +94,7 @@ def test_a_preset_that_is_none() -> None:
 def test_a_rule_is_named_or_given() -> None:
     rule = ratio_rule("smooth_fit")
     assert ratio_rule(rule) is rule
-    assert ratio_rule("grasp_lora.method.estimate:smooth_fit") is rule
+    assert ratio_rule("grasp_lora.method.rules:smooth_fit") is rule
     with pytest.raises(ValueError, match="rule is 'mean'; allowed: surrogate, smooth_fit, best_reward"):
         Controller(rule="mean")
 

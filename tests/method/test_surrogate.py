@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from grasp_lora.method.rounds import Round
-from grasp_lora.method.surrogate import surrogate
+from grasp_lora.method.rules import surrogate
 
 LOW, HIGH = 0.1, 0.8
 BEST = 0.5

@@ -17,7 +17,7 @@ from grasp_lora.bench.run_folder import (
     RunInfo,
 )
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.estimate import RatioEstimate
+from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.report.run_record import read_run
 from grasp_lora.report.tables import by_factor, kept_share
 

@@ -28,7 +28,7 @@ from grasp_lora.data.encode import Example, Tally
 from grasp_lora.data.splits import SPLITS, group_numbers, group_size
 from grasp_lora.errors import GraspError
 from grasp_lora.method.presets import ratio_rule
-from grasp_lora.method.surrogate import surrogate
+from grasp_lora.method.rules import surrogate
 from grasp_lora.models.backbone import skeleton, supports_logits_to_keep
 from grasp_lora.models.precision import find_dtype, is_quantised, stored_bytes
 from grasp_lora.recipes.advice import advice

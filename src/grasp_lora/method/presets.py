@@ -3,15 +3,12 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from grasp_lora.method.estimate import Rule, best_reward, smooth_fit
 from grasp_lora.method.policy import Gaussian, Spread, Stacked
+from grasp_lora.method.rules import RULES, Rule
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.method.search import RatioPolicy
-from grasp_lora.method.surrogate import surrogate
 from grasp_lora.text.display import quoted
 from grasp_lora.text.names import find
-
-RULES: dict[str, Rule] = {rule.name: rule for rule in (surrogate, smooth_fit, best_reward)}
 
 if TYPE_CHECKING:
     RuleOrName = str | Rule

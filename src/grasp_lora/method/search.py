@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from grasp_lora.errors import ProbeError, RecipeError
-from grasp_lora.method.estimate import Rule
 from grasp_lora.method.rounds import Decision, RatioEstimate, Round
+from grasp_lora.method.rules import Rule
 from grasp_lora.method.schedule import is_count
 from grasp_lora.text.display import quoted
 
