@@ -246,7 +246,7 @@ def test_a_checkpoint_holds_no_pickle_of_ours_and_no_place_of_this_machine(make_
     found = newest_checkpoint(training.folder)
     assert {file.name for file in found.iterdir()} == {
         "weights.safetensors", "controller.json", "controller.safetensors", "dev.json", "dev.safetensors",
-        "loss-0.json", "loss-0.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MANIFEST,
+        "loss.json", "loss.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MANIFEST,
     }  # fmt: skip
     for file in found.iterdir():
         assert str(tmp_path).encode() not in file.read_bytes(), file.name
