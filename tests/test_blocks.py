@@ -20,10 +20,13 @@ import openpyxl
 import pytest
 import torch
 import typer.main
+from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grasp_lora.cli import UsageError, app
 from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.method.ranking import prune_count
 from grasp_lora.models.adapters import save_adapter
 from grasp_lora.recipes.load import load_recipe
 
@@ -117,13 +120,6 @@ def test_a_command_is_one_that_the_program_takes(page: Path, command: str) -> No
         assert set(re.findall(r"\[(\w+)\]", command)) <= extras.keys(), command
 
 
-def test_an_option_that_is_gone_is_found() -> None:
-    with pytest.raises(pytest.fail.Exception, match="--gone"):
-        test_a_command_is_one_that_the_program_takes(README, "grasp-lora run mine.yaml --gone")
-    with pytest.raises(AssertionError, match="no reason"):
-        test_a_command_is_one_that_the_program_takes(README, "unknown-program --now")
-
-
 @pytest.fixture
 def newcomer(tiny_workspace: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """The working folder of somebody who has the files that the pages name."""
@@ -196,12 +192,43 @@ def python_of(page: str, heading: str = "") -> str:
 
 def test_every_page_with_python_is_run() -> None:
     found = {page.name for page in PAGES if "```python" in page.read_text(encoding="utf-8")}
-    # The README by tests/test_readme.py, with the final run of script.md.
     assert found == {"README.md", "script.md", "search-settings.md", "serve.md"}
     script = "guide/script.md"
     headings = re.findall(r"^##+ (.+)$", (ROOT / "docs" / script).read_text(encoding="utf-8"), re.MULTILINE)
     run = ["The whole job", "The final run", "Merge, prune, save"]
     assert [heading for heading in headings if python_of(script, heading)] == run
+
+
+def test_the_readme_learns_a_ratio_and_the_guide_trains_at_it(
+    tiny_workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_adapter(Path("merged"), 0)
+    rows = [{"prompt": f"question {number}:", "completion": f" answer {number % 3}"} for number in range(8)]
+    names: dict[str, Any] = {
+        "BACKBONE": "tiny-llama",
+        "train": Dataset.from_list(rows),
+        "dev_rows": rows[:4],
+    }
+    exec(compile(without_gpu(python_of("../README.md")), "README.md", "exec"), names)
+    assert "RatioEstimate(ratio=" in capsys.readouterr().out
+    final = python_of("guide/script.md", "The final run")
+    exec(compile(without_gpu(final), "script.md", "exec"), names)
+    ratio = names["controller"].learned.ratio
+    for tensor in load_file("final/adapter_model.safetensors").values():
+        assert int((tensor == 0).sum()) == prune_count(ratio, tensor.numel())
+
+
+def test_the_recipe_that_the_guide_shows_is_the_one_that_comes_along(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "guide" / "data.md").read_text(encoding="utf-8")
+    [text] = [code for language, code in FENCE.findall(page) if language == "yaml"]
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(text, encoding="utf-8")
+    assert load_recipe(shown)[0] == load_recipe("mlqa-ar")[0]
+
+
+def without_gpu(code: str) -> str:
+    """What such a machine needs; everything else is the page's."""
+    return re.sub(r'SFTConfig\("[\w-]+"', r"\g<0>, use_cpu=True, bf16=False, activation_checkpointing=False", code)
 
 
 def test_adapters_are_merged_and_pruned_as_the_page_does(tiny_workspace: Path) -> None:

@@ -19,13 +19,6 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not broken, f"{page.relative_to(ROOT)} links to {', '.join(broken)}"
 
 
-def test_a_missing_file_and_a_missing_heading_are_found(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("# One\n[a](gone.md) [b](page.md#one) [c](#two)\n```\n[d](code.md)\n```\n", encoding="utf-8")
-    assert _targets(page) == ["gone.md", "page.md#one", "#two"]
-    assert [_leads_somewhere(page, target) for target in _targets(page)] == [False, True, False]
-
-
 CODE = [
     *(file for folder in ("src", "tests", "docs") for file in sorted((ROOT / folder).rglob("*.py"))),
     ROOT / "Makefile",
