@@ -70,7 +70,7 @@ SWEEPS = {
     "tpe": ("--param", "final.prune_ratio=0.1..0.8", "--param", "final.training.learning_rate=1e-3..1e-2:log"),
     "random": ("--sampler", "random", "--param", "lora.rank=[1, 2]", "--param", "merge.rule=[exact, svd]"),
 }
-EXPORTS = {"unequal": (), "uniform": ("--uniform-rank",), "folded": ("--fold", "--dtype", "float32")}
+EXPORTS = {"folded": ("--fold", "--dtype", "float32")}
 
 
 def main() -> None:

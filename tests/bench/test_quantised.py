@@ -15,11 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from grasp_lora import api
 from grasp_lora.data.encode import Example
-from grasp_lora.errors import AdapterError
 from grasp_lora.models import precision
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.backbone import Backbone, fingerprint, load_backbone
-from grasp_lora.models.fold import fold
 from grasp_lora.models.generation import generate
 from grasp_lora.models.live import live_factors
 from grasp_lora.models.reading import read_adapter
@@ -260,13 +258,6 @@ def test_it_is_folded_into_the_full_model(kind: str, run_of: Callable[[str], Pat
     assert result.status == 0, result.err
     assert "was trained on a quantised backbone" in result.err
     assert AutoModelForCausalLM.from_pretrained(out).config.hidden_size == 128
-
-
-def test_nothing_is_folded_into_quantised_weights(
-    kind: str, run_of: Callable[[str], Path], load: Callable[..., Backbone]
-) -> None:
-    with pytest.raises(AdapterError, match=r"the backbone is quantised.* name its full-precision model"):
-        fold(load(kind).model, read_adapter(run_of(kind) / "adapter").weights, torch.float32)
 
 
 @pytest.mark.parametrize("kind", [pytest.param("nf4", marks=needs("bitsandbytes"))])

@@ -14,7 +14,7 @@ from recorder import session_of
 from grasp_lora.bench.predict import predict_texts
 from grasp_lora.bench.single import evaluate_folders, finetune_folder, learn_folder, merge_folders
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
-from grasp_lora.models.export import ExportSettings, export_folder
+from grasp_lora.models.export import export_folder
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 
@@ -90,7 +90,7 @@ def test_predictions_are_those_of_the_evaluation(finished_run: Path) -> None:
     "step",
     [
         lambda **of: merge_folders(["run/source"], Path("out"), None, "exact", None, None, 0.5, **of),
-        lambda **of: export_folder("run/adapter", Path("out"), ExportSettings(), **of),
+        lambda **of: export_folder("run/adapter", Path("out"), gguf=True, **of),
         lambda **of: predict_texts("run/adapter", ["a"], None, "cpu", max_new_tokens=1, **of),
     ],
     ids=["merge", "export", "predict"],

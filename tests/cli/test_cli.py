@@ -33,7 +33,6 @@ from grasp_lora.cli.progress import TerminalProgress
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
 from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.adapters import fresh_adapter
-from grasp_lora.models.export import ExportSettings
 from grasp_lora.models.live import adapter_weights
 from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE
 from grasp_lora.models.settings import LoraSettings
@@ -393,7 +392,6 @@ def test_help_of_options_is_what_the_settings_say(cli: Cli, monkeypatch: pytest.
     assert set(MERGE_RULES) <= set(re.findall(r"\w+", output(cli("merge", "--help"))))
     for command, settings, said in (
         ("merge", MergeSettings, "share of weights that TIES and DARE keep"),
-        ("export", ExportSettings, "drop the rank-one components that a mask has emptied"),
         ("compare", ComparisonSettings, "the method that the others are compared with"),
     ):
         assert said in (settings.__doc__ or "")
@@ -673,7 +671,7 @@ def test_a_full_disk_is_one_line_in_a_single_step(
     "arguments",
     [
         (*TWICE, "--backbone", "tiny-llama"),
-        ("export", "adapter", "--backbone", "tiny-llama"),
+        ("export", "adapter", "--gguf", "--backbone", "tiny-llama"),
         ("learn", "tiny.yaml", "-a", "adapter"),
         ("finetune", "tiny.yaml", "-a", "adapter", "--ratio", "0.5"),
         ("evaluate", "tiny.yaml", "-a", "adapter"),

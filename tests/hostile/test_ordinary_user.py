@@ -44,8 +44,8 @@ READ: dict[str, Line] = {
     "evaluate, adapter": lambda path: ("evaluate", "tiny.yaml", "-a", path, *OUT),
     "merge": lambda path: ("merge", "adapter", path, *OUT),
     "merge, backbone": lambda path: ("merge", "adapter", "--backbone", path, *OUT),
-    "export": lambda path: ("export", path, *OUT),
-    "export, backbone": lambda path: ("export", "adapter", "--backbone", path, *OUT),
+    "export": lambda path: ("export", path, "--gguf", *OUT),
+    "export, backbone": lambda path: ("export", "adapter", "--gguf", "--backbone", path, *OUT),
     "predict": lambda path: ("predict", path, "hi"),
     "predict, backbone": lambda path: ("predict", "adapter", "hi", "--backbone", path),
     "init": lambda path: ("init", path, "-l", "de", "-o", "new.yaml"),
@@ -62,7 +62,7 @@ WRITTEN: dict[str, Line] = {
     "finetune": lambda path: ("finetune", "tiny.yaml", *A, "--ratio", "0.5", "-o", path),
     "evaluate": lambda path: ("evaluate", "tiny.yaml", *A, "-o", path),
     "merge": lambda path: ("merge", "adapter", "-o", path),
-    "export": lambda path: ("export", "adapter", "-o", path),
+    "export": lambda path: ("export", "adapter", "--gguf", "-o", path),
     "init": lambda path: ("init", "target.jsonl", "-l", "de", "-o", f"{path}/new.yaml"),
 }
 

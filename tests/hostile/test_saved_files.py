@@ -74,15 +74,15 @@ def test_an_adapter_names_its_backbone_without_its_place_and_the_run_knows_where
     assert json.loads((adapter / "grasp_lora.json").read_text())["backbone_fingerprint"]
     for place in (adapter, next((run_with_secrets / "store" / "adapters").iterdir())):
         assert cli("predict", place, "source 1: what?").status == 0
-    for command in (("export", adapter), ("merge", run_with_secrets / "source", run_with_secrets / "target")):
+    for command in (("export", adapter, "--gguf"), ("merge", run_with_secrets / "source", run_with_secrets / "target")):
         assert cli(*command, "-o", command[0]).status == 0
         assert all(str(work).encode() not in file.read_bytes() for file in (tmp_path / command[0]).iterdir()
                    for work in (run_with_secrets.parent, tmp_path))  # fmt: skip
-    moved = cli("predict", "export", "hi")
+    moved = cli("predict", "merge", "hi")
     assert moved.status == 2
     assert moved.err.count("\n") == 1
-    assert re.search(r"'tiny-llama': it is no folder.*adapter export names .*with --backbone", moved.err)
-    assert cli("predict", "export", "hi", "--backbone", run_with_secrets.parent / "tiny-llama").status == 0
+    assert re.search(r"'tiny-llama': it is no folder.*adapter merge names .*with --backbone", moved.err)
+    assert cli("predict", "merge", "hi", "--backbone", run_with_secrets.parent / "tiny-llama").status == 0
 
 
 def test_nothing_is_a_pickle(run_with_secrets: Path) -> None:

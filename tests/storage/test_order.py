@@ -86,7 +86,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
         (("learn", "tiny.yaml", "-a", "run/merged", "-o", "out"), "out"),
         (("finetune", "tiny.yaml", "-a", "run/merged", "--ratio", "0.3", "-o", "out"), "out"),
         (("evaluate", "tiny.yaml", "-a", "run/adapter", "-o", "out"), "out"),
-        (("export", "run/adapter", "-o", "out"), "out"),
+        (("export", "run/adapter", "-o", "out", "--gguf"), "out"),
         (("export", "run/adapter", "-o", "out", "--fold", "--dtype", "bfloat16"), "out"),
         (("init", "target.jsonl", "-l", "de", "-o", "out"), "out"),
         (("report", "run"), "run/report.html"),

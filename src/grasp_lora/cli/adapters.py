@@ -10,13 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from grasp_lora.cli.options import AdapterArgument, BackboneOption, OptionsOf, RevisionOption, StepOutput, TrustOption
+from grasp_lora.cli.options import AdapterArgument, BackboneOption, RevisionOption, StepOutput, TrustOption
 from grasp_lora.cli.terminal import loading, log_to_terminal, print_error, say
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.text.display import SURROGATES, escaped, listed, quoted
 
 logger = logging.getLogger(__name__)
-_export = OptionsOf("grasp_lora.models.export", "ExportSettings")
 
 
 def predict(
@@ -191,28 +190,32 @@ def _prompts_on_standard_input(jsonl: bool) -> list[str]:
 def export(
     adapter: AdapterArgument,
     output: StepOutput,
-    rank: Annotated[int | None, _export("rank")] = None,
-    prune_rank: Annotated[bool, _export("prune_rank", "--prune-rank")] = False,
-    uniform_rank: Annotated[bool, _export("uniform_rank", "--uniform-rank")] = False,
-    fold: Annotated[bool, _export("fold", "--fold")] = False,
-    dtype: Annotated[str | None, _export("dtype")] = None,
-    gguf: Annotated[bool, _export("gguf", "--gguf")] = False,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Add the adapter to its backbone and write the whole model.")
+    ] = False,
+    gguf: Annotated[bool, typer.Option("--gguf", help="Write adapter.gguf, for llama.cpp and Ollama.")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Number format: float32, float16 or bfloat16. Default for --gguf: float32."),
+    ] = None,
     backbone: BackboneOption = None,
     revision: RevisionOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Make an adapter ready for others: smaller, in another dtype, or folded into its backbone.
-
-    Prints the error that this costs, and what vLLM and llama.cpp need to take the result.
-    """
-    from grasp_lora.models.export import ExportSettings, export_folder
+    """Make an adapter ready for programs that read no PEFT: folded into its backbone, or as a GGUF file."""
+    from grasp_lora.models.export import export_folder
     from grasp_lora.recipes.load import backbone_of_run
 
     log_to_terminal(False)
-    settings = ExportSettings(rank, prune_rank, uniform_rank, fold, dtype, gguf)
-    backbone = backbone or backbone_of_run(adapter)
     for line in export_folder(
-        adapter, output, settings, backbone, revision=revision, trust_remote_code=trust_remote_code
+        adapter,
+        output,
+        fold=fold,
+        gguf=gguf,
+        dtype=dtype,
+        backbone=backbone or backbone_of_run(adapter),
+        revision=revision,
+        trust_remote_code=trust_remote_code,
     ):
         say(line)
     say(f"-> {output}")

@@ -26,11 +26,11 @@ STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 def write_gguf(file: Path, weights: AdapterWeights, model: "PreTrainedModel", dtype: str) -> None:
     """Write an adapter for llama.cpp.
 
-    llama.cpp divides one alpha by each module's own rank. In a module of a rank below the highest, B is scaled to make up for it.
+    llama.cpp divides one alpha by each module's own rank. Where that is not a module's scaling, B is scaled to make up for it.
 
     Args:
         file: to write.
-        weights: plain LoRA pairs with one scaling.
+        weights: the adapter.
         model: the backbone.
         dtype: a key of `STORED`.
 
@@ -48,17 +48,17 @@ def write_gguf(file: Path, weights: AdapterWeights, model: "PreTrainedModel", dt
         )
     architecture = next(one for one, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
     tensors = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    highest = max(pair.rank for pair in weights.values())
+    alpha = max(pair.scaling * pair.rank for pair in weights.values())
     stored = gguf.GGMLQuantizationType[STORED[dtype]]
     writer = gguf.GGUFWriter(file, name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, next(iter(weights.values())).scaling * highest)
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     for module, pair in weights.items():
         tensor = tensors.get_name(module)
         if tensor is None or module == "lm_head":  # the output layer is often the embedding, which takes no adapter
             raise AdapterError(f"--gguf cannot write {module}, which llama.cpp takes no adapter on; use --fold")
-        B = pair.B * (pair.rank / highest)
+        B = pair.B * (pair.scaling * pair.rank / alpha)
         if name == "llama" and module.endswith(("q_proj", "k_proj")):
             B = _in_pairs(B, config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads)
         for ending, factor in (("a", pair.A), ("b", B)):
