@@ -85,8 +85,8 @@ def export_folder(
 
 def _dtype_read(adapter: LoadedAdapter) -> str:
     """What a backbone is loaded in that is only looked at: the smallest that shows whether it is the adapter's."""
-    # Codes, and what float16 rounds, depend on the format.
-    depends = adapter.info.backbone_quantised or adapter.info.backbone_float16
+    # Codes, and what float16 rounds, depend on the format; codes made in float16 are only warned of, see `check_fits`.
+    depends = adapter.info.backbone_quantised != adapter.info.backbone_float16
     return (adapter.info.backbone_dtype if depends else None) or "bfloat16"
 
 
