@@ -26,7 +26,7 @@ from controllers import table
 from grasp_lora.bench.session import Session
 from grasp_lora.errors import DataError, GraspError
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.choosing import label_scores
+from grasp_lora.models.answers import label_scores
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 
@@ -80,8 +80,8 @@ def measure(session: Session, folder: Path, key: str, dev_loss: float) -> list[s
     parts = []
     with attached(session.backbone.model, adapter.weights) as model:
         for examples in (splits.dev, splits.test):
-            prompts, settings = [one.prompt_ids for one in examples], session.recipe.generation
-            scores = label_scores(model, prompts, list(labels.values()), settings)
+            prompts = [one.prompt_ids for one in examples]
+            scores = label_scores(model, prompts, list(labels.values()))
             parts.append((np.array(scores), np.array([names[one.references[0].strip()] for one in examples])))
     (dev, gold), (test, truth) = parts
     return [

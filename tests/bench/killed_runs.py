@@ -70,8 +70,8 @@ def load_everything() -> None:
     import grasp_lora.bench.single
     import grasp_lora.cli
     import grasp_lora.cli.progress
+    import grasp_lora.models.answers
     import grasp_lora.models.export
-    import grasp_lora.models.generation
     import grasp_lora.recipes.starter
     import grasp_lora.training.finetune  # noqa: F401
 

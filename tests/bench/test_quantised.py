@@ -17,8 +17,8 @@ from grasp_lora import api
 from grasp_lora.data.encode import Example
 from grasp_lora.models import precision
 from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.answers import generate
 from grasp_lora.models.backbone import Backbone, fingerprint, load_backbone
-from grasp_lora.models.generation import generate
 from grasp_lora.models.live import live_factors
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.models.settings import QUANTISERS, BackboneSettings, GenerationSettings, LoraSettings

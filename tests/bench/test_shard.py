@@ -15,7 +15,7 @@ HELD = """
 import json, os, sys
 import torch
 from grasp_lora.models.backbone import fingerprint, load_backbone
-from grasp_lora.models.generation import generate
+from grasp_lora.models.answers import generate
 from grasp_lora.models.settings import BackboneSettings, GenerationSettings
 from grasp_lora.storage.processes import join, leave
 

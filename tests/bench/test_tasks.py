@@ -19,7 +19,7 @@ from grasp_lora.data.labels import encode_labels
 from grasp_lora.evaluation.metrics import METRICS, score
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.choosing import likeliest_labels
+from grasp_lora.models.answers import likeliest_labels
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.report.comparison import score_table, write_comparison
@@ -119,9 +119,7 @@ def test_the_right_answers_decide_between_grasps_result_and_the_continued_adapte
     def errors(self: Session, weights: Any, split: str) -> list[float]:
         found = original(self, weights, split)
         with attached(self.backbone.model, weights) as model:
-            told = likeliest_labels(
-                model, [one.prompt_ids for one in self.splits.dev], self.splits.labels, self.recipe.generation
-            )
+            told = likeliest_labels(model, [one.prompt_ids for one in self.splits.dev], self.splits.labels)
         assert found == [float(answer not in one.references) for answer, one in zip(told, self.splits.dev, strict=True)]
         measured.append(split)
         return [float(len(measured) > 1)] * len(found)  # the first, `continued`, is always right, the other never

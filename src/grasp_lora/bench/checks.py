@@ -22,8 +22,8 @@ from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.merging import COMPONENTS, merge_rule
 from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.adapters import check_target_modules
+from grasp_lora.models.answers import context_of
 from grasp_lora.models.backbone import Backbone, without_peft
-from grasp_lora.models.generation import context_of
 from grasp_lora.models.linear import on_output_layer
 from grasp_lora.models.precision import weight_sum
 from grasp_lora.recipes.recipe import Recipe

@@ -23,9 +23,8 @@ from grasp_lora.data.tables import Row, Table
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, fields_of, options_of, task_fields
 from grasp_lora.errors import DataError, LackOfMemoryError, RecipeError
 from grasp_lora.models.adapters import attached, check_fits
+from grasp_lora.models.answers import generate, likeliest_labels
 from grasp_lora.models.backbone import backbone_of
-from grasp_lora.models.choosing import likeliest_labels
-from grasp_lora.models.generation import generate
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import GenerationSettings
 from grasp_lora.recipes.load import backbone_of_run
@@ -115,7 +114,7 @@ class Asked:
     def _answer(self, ids: Sequence[Sequence[int]]) -> list[str]:
         try:
             if self.own.labels:
-                return likeliest_labels(self.model, ids, encode_labels(self.own.labels, self._encoder()), self.settings)
+                return likeliest_labels(self.model, ids, encode_labels(self.own.labels, self._encoder()))
             ends = [Encoder(self.tokenizer, "completion", "", PLAIN, sys.maxsize, chat=True).end] if self.chat else []
             return generate(self.model, self.tokenizer, ids, self.settings, ends=ends)
         except LackOfMemoryError as error:  # whose advice is for recipes

@@ -25,10 +25,9 @@ from grasp_lora.method.masks import MaskSettings, survival
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, check_fits, fresh_adapter, save_adapter
+from grasp_lora.models.answers import generate, likeliest_labels
 from grasp_lora.models.backbone import Backbone, load_backbone
 from grasp_lora.models.beneath import beneath
-from grasp_lora.models.choosing import likeliest_labels
-from grasp_lora.models.generation import Reader, generate
 from grasp_lora.models.live import adapter_weights, segments_of
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import EMBEDDED_NAME, BackboneSettings
@@ -330,17 +329,14 @@ class Session:
     def examine(self, weights: AdapterWeights | None) -> tuple[list[float], tuple[str, ...]]:
         """Measure the losses of the test examples and answer their prompts, in a classification by the likeliest label.
 
-        Both are in the order of the split, and made in one go where they can be.
+        Both are in the order of the split.
         """
         test, tokenizer, settings = self.splits.test, self.backbone.tokenizer, self.recipe.generation
-        prompts, gold = [one.prompt_ids for one in test], [one.completion_ids for one in test]
-        told, ends = self.progress.answered, {completion[-1] for completion in gold}
+        prompts, ends = [one.prompt_ids for one in test], {one.completion_ids[-1] for one in test}
+        told = self.progress.answered
         with self._with(weights) as model:
             if self.splits.labels:
                 answers = self._likeliest(model, test, told)
-            elif world_size() == 1:
-                reader = Reader(model, tokenizer, prompts, gold, settings, told, ends)
-                return ProbeSet(test, self.pad_id).losses(model, reader=reader), tuple(reader.answers())
             else:
                 answers = distribute(prompts, lambda own: generate(model, tokenizer, own, settings, told, ends))
             return self._losses(model, test), tuple(answers)
@@ -390,8 +386,8 @@ class Session:
     def _likeliest(
         self, model: Any, examples: Sequence[Example], told: Callable[[int, int], None] | None = None
     ) -> Sequence[str]:
-        prompts, labels, settings = [one.prompt_ids for one in examples], self.splits.labels, self.recipe.generation
-        return distribute(prompts, lambda own: likeliest_labels(model, own, labels, settings, told))
+        prompts, labels = [one.prompt_ids for one in examples], self.splits.labels
+        return distribute(prompts, lambda own: likeliest_labels(model, own, labels, told))
 
     def _losses(self, model: Any, examples: Sequence[Example]) -> list[float]:
         return ProbeSet(examples, self.pad_id).losses(model) if examples else []

@@ -233,6 +233,20 @@ def supports_logits_to_keep(model: torch.nn.Module) -> bool:
     return trusted and "logits_to_keep" in inspect.signature(inner.forward).parameters
 
 
+def is_split(model: Any) -> bool:
+    """Whether `backbone.shard` has split a model over several processes: all of them have to call it equally often."""
+    return bool(getattr(model, "is_distributed_loading_by_transformers", False))
+
+
+def calls_behind(model: Any, calls: int) -> int:
+    """How many calls of a split model this process has to add to make as many as the busiest one; 0 of a whole model."""
+    if not is_split(model):
+        return 0
+    most = torch.tensor(calls, device=model.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most) - calls
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """Compute 16 hexadecimal digits that tell one backbone from another, LoRA layers on top of it left out.
 

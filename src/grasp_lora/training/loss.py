@@ -3,8 +3,8 @@
 Training, dev sets, probes and reports all use it, so their numbers can be compared.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -58,8 +58,6 @@ def example_losses(
     batch: Mapping[str, Tensor],
     *,
     label_positions: bool,
-    tell: Callable[[Tensor, Any], None] | None = None,
-    use_cache: bool = False,
 ) -> Tensor:
     """Return each example's mean answer NLL, float32 or finer, [examples]; 0 for one without a label.
 
@@ -67,21 +65,17 @@ def example_losses(
         model: causal language model, with or without adapters, wrapped or not.
         batch: of `collate`, on the model's device.
         label_positions: what `supports_logits_to_keep` says of the model.
-        tell: given the likeliest token id at each place of an answer's token, row by row, and the cache of the pass, if any.
-        use_cache: whether the pass keeps its keys and values.
     """
     labels = batch["labels"]
     # Position i predicts token i + 1.
     predicts = torch.zeros_like(labels, dtype=torch.bool)
     predicts[:, :-1] = labels[:, 1:] != IGNORED
     targets = labels[:, 1:][predicts[:, :-1]]
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": use_cache}
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
     output = model(**inputs, logits_to_keep=predicts) if label_positions else model(**inputs)
     logits = output.logits if label_positions else output.logits[predicts]
     logits = logits.view(-1, logits.shape[-1]).to(torch.promote_types(logits.dtype, torch.float32))
     token_losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    if tell is not None:
-        tell(logits.argmax(dim=-1), getattr(output, "cache", None))
     counts = predicts.sum(1)
     rows = torch.arange(len(labels), device=labels.device).repeat_interleave(counts, output_size=len(targets))
     return token_losses.new_zeros(len(labels)).index_add(0, rows, token_losses) / counts.clamp(min=1)

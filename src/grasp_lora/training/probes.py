@@ -5,7 +5,6 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,6 @@ from grasp_lora.errors import AdapterError, DataError, ProbeError
 from grasp_lora.method.importance import InputNorms
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.models.backbone import supports_logits_to_keep
-from grasp_lora.models.generation import Reader
 from grasp_lora.models.live import active_adapter, evaluating, lora_layers
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.text.display import quoted
@@ -111,9 +109,7 @@ class ProbeSet:
         return None
 
     @torch.no_grad()
-    def losses(
-        self, model: torch.nn.Module, collector: "NormCollector | None" = None, reader: Reader | None = None
-    ) -> list[float]:
+    def losses(self, model: torch.nn.Module, collector: "NormCollector | None" = None) -> list[float]:
         """Measure every example's loss in eval mode; the training mode and the random state are as before afterwards.
 
         In a distributed run every rank measures all of them, so that sharded models stay in step, and all get the mean.
@@ -121,7 +117,6 @@ class ProbeSet:
         Args:
             model: with or without adapters.
             collector: told which tokens are padding.
-            reader: shown each forward pass, in a run of one process: the answers then cost little more than the losses.
 
         Raises:
             ProbeError: a loss is not a finite number; the message names the example.
@@ -139,13 +134,7 @@ class ProbeSet:
                 on_device = {name: tensor.to(device) for name, tensor in batch.items()}
                 if collector is not None:
                     collector.token_mask = on_device["attention_mask"]
-                losses[indices] = example_losses(
-                    model,
-                    on_device,
-                    label_positions=label_positions,
-                    tell=None if reader is None else partial(reader.take, indices),
-                    use_cache=reader is not None and reader.keeps_cache,
-                )
+                losses[indices] = example_losses(model, on_device, label_positions=label_positions)
         losses = averaged(losses)
         values: list[float] = losses.tolist()
         for example, value, finite in zip(self.ids, values, torch.isfinite(losses).tolist(), strict=True):

@@ -7,9 +7,8 @@ import torch
 from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from grasp_lora.errors import DataError, ProbeError
-from grasp_lora.models import choosing
-from grasp_lora.models.choosing import label_scores
-from grasp_lora.models.settings import GenerationSettings
+from grasp_lora.models import answers
+from grasp_lora.models.answers import label_scores
 
 EOS = 2
 LABELS = [[70, EOS], [70, 71, EOS], [70, 71, 72, 73, EOS], [90, 91, EOS]]
@@ -28,11 +27,13 @@ def slowly(model: torch.nn.Module, prompt: list[int], label: list[int]) -> float
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "qwen3", "gpt2", "qwen3_moe"])
-@pytest.mark.parametrize("settings", [GenerationSettings(), GenerationSettings(batch_size=3, batch_tokens=60)])
-def test_a_score_is_the_log_probability_of_label_and_end(architecture, settings, make_tiny_model) -> None:
+@pytest.mark.parametrize("sizes", [(16, 8192), (3, 60)])
+def test_a_score_is_the_log_probability_of_label_and_end(architecture, sizes, make_tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr(answers, "BATCH_SIZE", sizes[0])
+    monkeypatch.setattr(answers, "BATCH_TOKENS", sizes[1])
     model = make_tiny_model(architecture).train()
     prompts, done = make_prompts(), []
-    found = label_scores(model, prompts, LABELS, settings, lambda *of: done.append(of))
+    found = label_scores(model, prompts, LABELS, lambda *of: done.append(of))
     model.eval()
     for prompt, scores in zip(prompts, found, strict=True):
         assert scores == pytest.approx([slowly(model, prompt, label) for label in LABELS], abs=1e-4)
@@ -43,7 +44,7 @@ def test_the_mode_of_the_model_comes_back(make_tiny_model) -> None:
     model = make_tiny_model("llama").train()
     model.model.layers[0].eval()
     before = [module.training for module in model.modules()]
-    label_scores(model, make_prompts(1), LABELS, GenerationSettings())
+    label_scores(model, make_prompts(1), LABELS)
     assert [module.training for module in model.modules()] == before
 
 
@@ -56,7 +57,7 @@ def test_a_model_whose_cache_cannot_be_shared_reads_the_prompt_for_each_label(ki
         model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(num_hidden_layers=3, num_attention_heads=2, **sizes))
     model.eval()
     prompt = make_prompts()[1]
-    [scores] = label_scores(model, [prompt], LABELS, GenerationSettings())
+    [scores] = label_scores(model, [prompt], LABELS)
     assert scores == pytest.approx([slowly(model, prompt, label) for label in LABELS], abs=1e-4)
 
 
@@ -64,23 +65,23 @@ def test_a_prompt_is_read_once_for_all_labels(make_tiny_model, monkeypatch) -> N
     model, tokens = make_tiny_model("llama"), []
     model.register_forward_pre_hook(lambda _, __, inputs: tokens.append(inputs["input_ids"].numel()), with_kwargs=True)
     prompt = [1, *range(4, 104)]
-    label_scores(model, [prompt], LABELS, GenerationSettings())
-    assert tokens == [100, len(LABELS) * 5]
+    label_scores(model, [prompt], LABELS)
+    assert tokens == [1, 100, len(LABELS) * 5]  # the first tells what the cache is
     tokens.clear()
-    monkeypatch.setattr(choosing, "can_share_rows", lambda cache: False)
-    label_scores(model, [prompt, prompt], LABELS, GenerationSettings())
-    assert tokens == [100, *[len(LABELS) * 105] * 2]  # what the first shows holds for the others
+    monkeypatch.setattr(answers, "_read", lambda *_: None)
+    label_scores(model, [prompt, prompt], LABELS)
+    assert tokens == [len(LABELS) * 105] * 2
 
 
 def test_a_label_has_to_fit_behind_the_prompt(make_tiny_model) -> None:
     with pytest.raises(DataError, match="prompt 1 has 510 tokens"):
-        label_scores(make_tiny_model("llama"), [[5] * 510], LABELS, GenerationSettings())
+        label_scores(make_tiny_model("llama"), [[5] * 510], LABELS)
 
 
 def test_a_model_that_overflows_chooses_no_label(make_tiny_model) -> None:
     model = make_tiny_model("llama")
     torch.nn.init.constant_(model.model.norm.weight, float("inf"))
     with pytest.raises(ProbeError, match="scores are no numbers; check the weights"):
-        label_scores(model, [[5, 6]], LABELS, GenerationSettings())
+        label_scores(model, [[5, 6]], LABELS)
     with pytest.raises(ProbeError, match=r"float16 may overflow: set backbone\.dtype to float32"):
-        label_scores(model.half(), [[5, 6]], LABELS, GenerationSettings())
+        label_scores(model.half(), [[5, 6]], LABELS)

@@ -2,7 +2,6 @@
 
 import logging
 import random
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -19,11 +18,10 @@ from transformers import (
 )
 
 from grasp_lora.errors import DataError, ProbeError
-from grasp_lora.models import generation as generation_module
+from grasp_lora.models import answers as module
+from grasp_lora.models.answers import generate
 from grasp_lora.models.backbone import without_peft
-from grasp_lora.models.generation import _TOKENS_BETWEEN, Reader, generate
 from grasp_lora.models.settings import GenerationSettings
-from grasp_lora.training.probes import ProbeSet
 
 ARCHITECTURES = ["llama", "gemma3", "qwen3", "gpt2"]
 EOS = 2
@@ -68,19 +66,21 @@ def wake_lora():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_batch_size_does_not_change_answers(architecture, make_tiny_model, tiny_tokenizer):
+def test_batch_size_does_not_change_answers(architecture, make_tiny_model, tiny_tokenizer, monkeypatch):
     model = make_tiny_model(architecture)
     prompts = make_prompts()
     expected = [expected_text(tiny_tokenizer, greedy_tokens(model, prompt)) for prompt in prompts]
     assert len(set(expected)) > 4  # the prompts matter to this model
     for size in (1, 3, 8):
-        settings = GenerationSettings(max_new_tokens=NEW_TOKENS, batch_size=size, stop=())
+        monkeypatch.setattr(module, "BATCH_SIZE", size)
+        settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
         assert generate(model, tiny_tokenizer, prompts, settings) == expected, size
 
 
-def test_token_budget_splits_batches_longest_first(make_tiny_model, tiny_tokenizer):
+def test_token_budget_splits_batches_longest_first(make_tiny_model, tiny_tokenizer, monkeypatch):
     prompts = [[1] * 10, [1] * 30, [1] * 20, [1] * 100]
-    settings = GenerationSettings(max_new_tokens=10, batch_tokens=80)
+    monkeypatch.setattr(module, "BATCH_TOKENS", 80)
+    settings = GenerationSettings(max_new_tokens=10)
     seen, widths = [], []
     model = make_tiny_model("llama")
     model.model.embed_tokens.register_forward_pre_hook(lambda _, args: widths.append(tuple(args[0].shape)))
@@ -89,7 +89,7 @@ def test_token_budget_splits_batches_longest_first(make_tiny_model, tiny_tokeniz
     assert seen == [(1, 4), (3, 4), (4, 4)]
 
 
-def test_stop_text_is_cut_off_and_ends_the_batch_early(make_tiny_model, tiny_tokenizer):
+def test_stop_text_is_cut_off_and_ends_the_batch_early(make_tiny_model, tiny_tokenizer, monkeypatch):
     model = make_tiny_model("llama")
     prompts = make_prompts(6)
     tokens = [greedy_tokens(model, prompt, 40) for prompt in prompts]
@@ -99,12 +99,12 @@ def test_stop_text_is_cut_off_and_ends_the_batch_early(make_tiny_model, tiny_tok
     stop = tuple(dict.fromkeys(stop + stop_bytes))
     steps = []
     model.lm_head.register_forward_hook(lambda *_: steps.append(1))
-    settings = GenerationSettings(max_new_tokens=40, batch_size=6, stop=stop)
+    settings = GenerationSettings(max_new_tokens=40, stop=stop)
     answers = generate(model, tiny_tokenizer, prompts, settings)
     assert len(steps) < 10
     assert not any(mark in answer for answer in answers for mark in stop)
-    single = GenerationSettings(max_new_tokens=40, batch_size=1, stop=stop)
-    assert generate(model, tiny_tokenizer, prompts, single) == answers
+    monkeypatch.setattr(module, "BATCH_SIZE", 1)
+    assert generate(model, tiny_tokenizer, prompts, settings) == answers
 
 
 @pytest.mark.parametrize("stop", ["<unk>", "<unk>\n"])
@@ -189,7 +189,7 @@ def test_sampling_settings_of_the_model_are_ignored_in_silence(make_tiny_model, 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_peft_model_answers_with_its_adapter(architecture, make_tiny_model, tiny_tokenizer, wake_lora):
     prompts = make_prompts(5)
-    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, batch_size=2, stop=())
+    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, stop=())
     plain = generate(make_tiny_model(architecture), tiny_tokenizer, prompts, settings)
     config = LoraConfig(
         r=4,
@@ -308,35 +308,6 @@ def test_without_peft_gives_plain_models_back(make_tiny_model):
     assert without_peft(model) is model
 
 
-@pytest.mark.parametrize("can_drop", [True, False])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_rows_that_have_ended_leave_the_batch(architecture, make_tiny_model, tiny_tokenizer, monkeypatch, can_drop):
-    model = make_tiny_model(architecture)
-    prompts = make_prompts(12)
-    long = 4 * _TOKENS_BETWEEN + 1
-    tokens = [greedy_tokens(model, prompt, long) for prompt in prompts]
-    # What half of the prompts answer with their third token ends an answer.
-    stop_ids = {answer[2] for answer in tokens[::2]} | {EOS}
-    model.generation_config.eos_token_id = sorted(stop_ids)
-    expected = [expected_text(tiny_tokenizer, answer, stop_ids) for answer in tokens]
-    if not can_drop:
-        monkeypatch.setattr(generation_module, "can_share_rows", lambda cache: False)
-    rows = []
-    hook = model.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    settings = GenerationSettings(max_new_tokens=long, batch_size=12, stop=(), allow_empty=True)
-
-    answers = generate(model, tiny_tokenizer, prompts, settings)
-    hook.remove()
-
-    assert answers == expected
-    assert rows[:_TOKENS_BETWEEN] == [12] * _TOKENS_BETWEEN
-    assert rows == sorted(rows, reverse=True)
-    assert 1 <= rows[-1] < 12
-    assert len(rows) <= long
-
-
 def other_models():
     shape = {"vocab_size": 260, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
     return {
@@ -364,100 +335,7 @@ def test_models_with_a_state_of_their_own_or_none_answer_alike_in_batches(archit
         if parameter.ndim == 2:
             torch.nn.init.normal_(parameter, std=0.25)
     prompts = make_prompts(4, longest=12)
-    settings = GenerationSettings(max_new_tokens=2 * _TOKENS_BETWEEN + 1, stop=())
+    settings = GenerationSettings(max_new_tokens=9, stop=())
     answers = generate(model, tiny_tokenizer, prompts, settings)
     assert answers == [generate(model, tiny_tokenizer, [prompt], settings)[0] for prompt in prompts]
     assert len(set(answers)) > 1
-    examples = [Gold(str(number), prompt, [7, 8, EOS]) for number, prompt in enumerate(prompts)]
-    assert read_answers(model, tiny_tokenizer, examples, settings)[1] == answers
-
-
-@dataclass(frozen=True)
-class Gold:
-    """A prompt with the gold answer that its loss is measured on."""
-
-    id: str
-    prompt_ids: list[int]
-    completion_ids: list[int]
-
-
-def read_answers(model, tokenizer, examples, settings):
-    """Losses and answers of one go, and how many tokens each forward pass of it took in."""
-    sizes = []
-    hook = model.register_forward_pre_hook(
-        lambda _, args, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    prompts, gold = [one.prompt_ids for one in examples], [one.completion_ids for one in examples]
-    reader = Reader(model, tokenizer, prompts, gold, settings)
-    losses = ProbeSet(examples, 0, token_budget=120).losses(model, reader=reader)
-    answers = reader.answers()
-    hook.remove()
-    return losses, answers, sizes
-
-
-def golden(model, prompts, count=NEW_TOKENS):
-    """Gold answers of all kinds: what the model says, what it says at first, and what it never says; all with an end."""
-    made = []
-    for number, prompt in enumerate(prompts):
-        said = greedy_tokens(model, prompt, count)
-        wrong = [token for token in (300 - token for token in said) if 4 <= token < 260]
-        kinds = (said[: 1 + number % 5], [*said[:2], *wrong[:3]], wrong[:4] or [9], said)
-        made.append(Gold(str(number), prompt, [*kinds[number % 4], EOS]))
-    return made
-
-
-@pytest.mark.parametrize("allow_empty", [True, False])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_reading_gold_answers_gives_the_losses_and_answers_of_two_goes(
-    architecture, make_tiny_model, tiny_tokenizer, allow_empty
-):
-    model = make_tiny_model(architecture)
-    prompts = make_prompts(16)
-    examples = golden(model, prompts)
-    # Some prompts are answered by the end at once, some after a few tokens.
-    firsts = {example.completion_ids[0] for example in examples[4:6]}
-    model.generation_config.eos_token_id = sorted({EOS, *firsts, greedy_tokens(model, prompts[0], 4)[3]})
-    stop = (tiny_tokenizer.decode([greedy_tokens(model, prompts[3], 3)[2]]),)
-    for size in (1, 3, 16):
-        settings = GenerationSettings(max_new_tokens=NEW_TOKENS, batch_size=size, stop=stop, allow_empty=allow_empty)
-        losses, answers, _ = read_answers(model, tiny_tokenizer, examples, settings)
-        assert losses == ProbeSet(examples, 0, token_budget=120).losses(model)
-        assert answers == generate(model, tiny_tokenizer, prompts, settings)
-    if allow_empty:  # else only what begins with the stop text is empty
-        assert "" in answers
-
-
-@pytest.mark.parametrize(("architecture", "longest"), [("llama", 40), ("gpt2", 40), ("gemma3", 9)])
-def test_an_answer_that_is_reproduced_is_not_decoded_and_others_read_no_prompt_again(
-    architecture, longest, make_tiny_model, tiny_tokenizer
-):
-    model = make_tiny_model(architecture)
-    prompts = make_prompts(8, longest)
-    settings = GenerationSettings(max_new_tokens=4, stop=(), allow_empty=True)
-    said = [greedy_tokens(model, prompt, settings.max_new_tokens) for prompt in prompts]
-    same = [Gold(str(number), *both) for number, both in enumerate(zip(prompts, said, strict=True))]
-    _, answers, sizes = read_answers(model, tiny_tokenizer, same, settings)
-    measured = []
-    hook = model.register_forward_pre_hook(
-        lambda _, args, kwargs: measured.append(kwargs["input_ids"].numel()), with_kwargs=True
-    )
-    ProbeSet(same, 0, token_budget=120).losses(model)
-    hook.remove()
-    assert sizes == measured
-    assert answers == generate(model, tiny_tokenizer, [one.prompt_ids for one in same], settings)
-    others = [Gold(one.id, one.prompt_ids, [9 if one.completion_ids[0] != 9 else 8, EOS]) for one in same]
-    _, answers_of_others, sizes = read_answers(model, tiny_tokenizer, others, settings)
-    assert answers_of_others == answers
-    assert len(sizes) > len(measured)
-    assert all(size <= len(others) for size in sizes[-3:])
-
-
-def test_a_cache_that_cannot_be_cut_costs_time_and_no_answer(make_tiny_model, tiny_tokenizer, monkeypatch):
-    model = make_tiny_model("llama")
-    examples = golden(model, make_prompts(9))
-    settings = GenerationSettings(max_new_tokens=NEW_TOKENS, batch_size=4, stop=())
-    expected = read_answers(model, tiny_tokenizer, examples, settings)
-    monkeypatch.setattr(generation_module, "can_cut", lambda cache, tokens: tokens % 2 == 0)
-    found = read_answers(model, tiny_tokenizer, examples, settings)
-    assert found[:2] == expected[:2]
-    assert sum(found[2]) > sum(expected[2])
