@@ -1,7 +1,7 @@
 """Answers: token ids of prompts in, greedy texts or the likeliest labels out.
 
-Texts come from transformers' `generate`. Added here: how an answer ends (at a stop text, never before there is a text), batches of
-similar lengths, and equally many calls in each process where the backbone is split over several.
+Texts come from transformers' `generate`. Added here: how an answer ends (at a stop text, never before there is a text), batches
+of similar lengths, and equally many calls in each process where the backbone is split over several.
 """
 
 import copy
