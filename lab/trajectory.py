@@ -17,9 +17,8 @@ from grasp_lora.bench.store import Record
 from grasp_lora.data.splits import hash_of
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
-from grasp_lora.method.masks import MaskSettings
+from grasp_lora.method.masks import MaskSettings, Ranking
 from grasp_lora.method.policy import even_ratio
-from grasp_lora.method.ranking import Ranking
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import segments_of
 from grasp_lora.training.probes import ProbeSet, calibrate

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grasp_lora.cli import UsageError, app
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.ranking import prune_count
+from grasp_lora.method.masks import prune_count
 from grasp_lora.models.adapters import save_adapter
 from grasp_lora.recipes.load import load_recipe
 

@@ -12,9 +12,8 @@ from trajectory import LossLandscape
 from transformers import TrainerCallback, TrainerState
 
 from grasp_lora.errors import GraspError, ProbeError
-from grasp_lora.method.importance import SCORES
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.masks import MaskSet, MaskSettings
+from grasp_lora.method.masks import SCORES, MaskSet, MaskSettings
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.policy import even_ratio
 from grasp_lora.models.adapters import attached, fresh_adapter

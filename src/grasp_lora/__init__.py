@@ -24,13 +24,11 @@ if TYPE_CHECKING:
         ProbeError,
         RecipeError,
     )
-    from grasp_lora.method.importance import InputNorms, Score
     from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-    from grasp_lora.method.masks import MaskSettings
+    from grasp_lora.method.masks import InputNorms, MaskSettings, Score, prune
     from grasp_lora.method.merging import MergeRule, MergeSettings, merge
     from grasp_lora.method.policy import Gaussian, Spread, Uniform
     from grasp_lora.method.presets import Controller, preset
-    from grasp_lora.method.pruning import prune
     from grasp_lora.method.rounds import Decision, RatioEstimate, Round
     from grasp_lora.method.rules import Rule
     from grasp_lora.method.schedule import Rounds
@@ -59,7 +57,7 @@ _HOMES = {
     "Gaussian": "method.policy",
     "GraspController": "training.controller",
     "GraspError": "errors",
-    "InputNorms": "method.importance",
+    "InputNorms": "method.masks",
     "Interrupted": "errors",
     "LoadedAdapter": "models.reading",
     "LoraPair": "method.lora",
@@ -81,7 +79,7 @@ _HOMES = {
     "Rounds": "method.schedule",
     "Rule": "method.rules",
     "RunResult": "bench.run",
-    "Score": "method.importance",
+    "Score": "method.masks",
     "Segment": "method.lora",
     "Spread": "method.policy",
     "SweepResult": "bench.sweep_record",
@@ -93,7 +91,7 @@ _HOMES = {
     "load_recipe": "recipes.load",
     "merge": "method.merging",
     "preset": "method.presets",
-    "prune": "method.pruning",
+    "prune": "method.masks",
     "read_adapter": "models.reading",
     "run": "api",
     "save_adapter": "models.adapters",

@@ -26,8 +26,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.metrics import score
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.masks import MaskSet, MaskSettings, survival
-from grasp_lora.method.ranking import prune_count
+from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.backbone import fingerprint, load_backbone
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of

@@ -18,11 +18,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.masks import MaskSet, MaskSettings, survival
+from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.policy import POLICIES, Gaussian, Spread, Uniform
 from grasp_lora.method.presets import PRESETS, Controller
-from grasp_lora.method.ranking import prune_count
 from grasp_lora.method.rounds import Decision, RatioEstimate, Round
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.models.adapters import attached, fresh_adapter

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.masks import FACTORS
-from grasp_lora.method.ranking import Ranking, WeightKey
+from grasp_lora.method.masks import FACTORS, Ranking, WeightKey
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,9 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from grasp_lora.data.build import check_encoding, encoding_of
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, Segment
-from grasp_lora.method.masks import MaskSettings, named, of_prefix
+from grasp_lora.method.masks import MaskSettings, Ranking, named, of_prefix
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.method.presets import Controller, controller_settings, ratio_rule
-from grasp_lora.method.ranking import Ranking
 from grasp_lora.method.rounds import RatioEstimate, Round, RoundRecord
 from grasp_lora.method.search import RatioSearch
 from grasp_lora.storage.checkpoints import State

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from grasp_lora.errors import AdapterError, DataError, ProbeError
-from grasp_lora.method.importance import InputNorms
-from grasp_lora.method.masks import MaskSet
+from grasp_lora.method.masks import InputNorms, MaskSet
 from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import active_adapter, evaluating, lora_layers
 from grasp_lora.storage.memory import enough_memory

@@ -7,8 +7,7 @@ nest. For rounds and evaluations the mask of the current ratio is put on.
 
 import torch
 
-from grasp_lora.method.masks import MaskSet, reset_moments
-from grasp_lora.method.ranking import Ranking
+from grasp_lora.method.masks import MaskSet, Ranking, reset_moments
 from grasp_lora.method.search import RatioPolicy, RatioSearch
 from grasp_lora.training.probes import ProbeSet, calibrate
 

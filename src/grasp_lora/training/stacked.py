@@ -20,8 +20,7 @@ from transformers import set_seed
 
 from grasp_lora.errors import DataError, GraspError, Interrupted
 from grasp_lora.method.lora import AdapterWeights, LoraPair, added_up
-from grasp_lora.method.masks import FACTORS, MaskSet, MaskSettings
-from grasp_lora.method.ranking import WeightKey, in_a_row, views
+from grasp_lora.method.masks import FACTORS, MaskSet, MaskSettings, WeightKey, in_a_row, views
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import evaluating, live_pairs, segments_of
