@@ -19,7 +19,6 @@ Those that lost (replay, a ratio for each part, a shrunk source part, joint befo
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -77,13 +76,7 @@ def save_checkpoints(session: Session, place: Workplace) -> None:
 def benches(session: Session, store: Store, seeds: Sequence[int]) -> list[Candidates]:
     """One bench a seed, as `compare` has them: the same splits, and the source adapter of the recipe's own seed."""
     recipe = session.recipe
-    split_seed = recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
-    shared = session.variant(
-        recipe.model_copy(update={"data": replace(recipe.data, split_seed=split_seed)}),
-    )
-    return [
-        Candidates(shared.variant(shared.recipe.model_copy(update={"seed": seed})), shared, store) for seed in seeds
-    ]
+    return [Candidates(session.variant(recipe.model_copy(update={"seed": seed})), session, store) for seed in seeds]
 
 
 def measure(bench: Candidates, adapter: Adapter, metric: str | None) -> tuple[list[float], list[float]]:

@@ -53,7 +53,7 @@ FRACTIONS = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # of traini
 MEASURES = (("dev", "smooth"), ("dev", "recorded"), ("test", "smooth"), ("test", "recorded"))
 # Rivals that propose final runs: their package, and how to get it.
 PROPOSERS = {
-    "Optuna TPE": (tpe_trials, "optuna", "grasp-lora[sweep]"),
+    "Optuna TPE": (tpe_trials, "optuna", "optuna"),
     "CMA-ES": (cma_trials, "cma", "grasp-lora[compare]"),
     "Brent's method": (brent_trials, "scipy", "grasp-lora"),
 }
@@ -190,9 +190,7 @@ def contestants(settings: Sequence[Setting], extra: Sequence[str] = ()) -> tuple
     missing: list[str] = []
     recorded = all(one.landscape.shared is not None for one in settings)
     for name, plan in plans.items():
-        if plan.controller.policy.regime == "stacked":
-            missing.append(f"{name} is left out: its copies train at ratios that no landscape holds.")
-        elif not recorded and plan.controller.policy.regime == "each_step":
+        if not recorded and plan.controller.policy.regime == "each_step":
             missing.append(f"{name} is left out: not every landscape has a shared trajectory.")
         else:
             found[name] = partial(learned, plan)

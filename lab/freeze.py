@@ -5,8 +5,8 @@ Write them before a change and compare them after it, on the same machine, since
     python lab/freeze.py write
     python lab/freeze.py check
 
-All presets but `stacked`, all masks, all merge rules but `paper_apart`, and all starts of the final run are run; a comparison,
-two sweeps, exports and resumed runs, too. A hash stands for the tensors of an adapter, the rounds of a controller, the losses and
+All presets, all masks and all merge rules but `paper_apart` are run; a comparison,
+exports and resumed runs, too. A hash stands for the tensors of an adapter, the rounds of a controller, the losses and
 scores of a table, or the answers.
 """
 
@@ -43,13 +43,6 @@ RUNS: dict[str, tuple[str, ...]] = {
         "final.mask={score: gradient_of_delta}",
         "merge={rule: paper_sum_unscaled, weights: [1.0, 1.0]}",
     ),
-    "uniform": (
-        "controller.policy.kind=uniform",
-        "controller.rule=best_reward",
-        "controller.rounds.every=2",
-        "merge.rule=ties",
-    ),
-    "single": (SPREAD, "final.start=controller", "controller.training.epochs=2"),
     "input_aware": ("controller.rule=best_reward", "mask={score: input_aware}"),
     "component": (
         "controller={preset: late, rounds: {every: 3}, training: {epochs: 1, learning_rate: 1.0e-2}}",
@@ -61,15 +54,11 @@ RUNS: dict[str, tuple[str, ...]] = {
     "no_dev": ("data.target.dev=0", "final.training.patience=null", "merge.rule=paper_sum"),
 }
 # The optimizer step after which a signal comes.
-INTERRUPTED = {"spread": 22, "paper": 31, "single": 26, "given": 17}
+INTERRUPTED = {"spread": 22, "paper": 31, "given": 17}
 METHODS = (
-    "zero_shot,source_only,target_only,target_wide,continued,joint,ties,dare_ties,lorahub,merged,adaptive_merge,grid_paper,"
-    "grid,grasp,grasp_single,grasp_paper,merge_dev_free,grid_dev_free,grasp_dev_free"
+    "zero_shot,source_only,target_only,continued,joint,ties,dare_ties,lorahub,merged,adaptive_merge,grid_paper,grid,grasp,"
+    "grasp_paper"
 )
-SWEEPS = {
-    "tpe": ("--param", "final.prune_ratio=0.1..0.8", "--param", "final.training.learning_rate=1e-3..1e-2:log"),
-    "random": ("--sampler", "random", "--param", "lora.rank=[1, 2]", "--param", "merge.rule=[exact, svd]"),
-}
 EXPORTS = {"folded": ("--fold", "--dtype", "float32")}
 
 
@@ -125,10 +114,6 @@ def cases(only: str) -> Iterator[tuple[str, dict[str, str]]]:
             more = ("--methods", METHODS, "--seeds", "42,7", "--grid", "0.2,0.5", "--output", "compared")
             call("compare", "tiny.yaml", *more)
             yield "compare", of_comparison(Path("compared"))
-        for name, arguments in SWEEPS.items():
-            if f"sweep {name}".startswith(only):
-                call("sweep", "tiny.yaml", "--trials", "5", "--output", f"sweep-{name}", *arguments)
-                yield f"sweep {name}", of_sweep(Path(f"sweep-{name}"))
         for name, arguments in EXPORTS.items():
             if f"export {name}".startswith(only):
                 if not Path("spread").is_dir():
@@ -219,14 +204,6 @@ def of_comparison(folder: Path) -> dict[str, str]:
         )
         found[row["method"]] = of_value(facts)
     return found
-
-
-def of_sweep(folder: Path) -> dict[str, str]:
-    """The hashes of a sweep."""
-    [file] = folder.rglob("sweep.json")
-    content = read(file)
-    keys = ("trial", "values", "state", "dev_loss", "steps", "best_step", "work")
-    return {"trials": of_value([[{key: row.get(key) for key in keys} for row in content["trials"]], content["best"]])}
 
 
 def of_tensors(file: Path) -> str:

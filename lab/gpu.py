@@ -19,7 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "lab" / "results" / "gpu.md"
-MEASURES = "step,probe,batches,controller,growth,stacked"
+MEASURES = "step,probe,batches,controller,growth"
 LIBRARIES = ("torch", "transformers", "peft")
 
 

@@ -49,9 +49,6 @@ WAYS: dict[str, tuple[str, ...]] = {
         "mask.score=input_aware", "controller.preset=paper", "controller.rule=best_reward", "controller.training.accumulation=2",
     )),
     "compare": ("compare", "tiny.yaml", "--methods", "source_only,continued,grasp", "--seeds", "42", *sets("save_every=3")),
-    "sweep": (
-        "sweep", "tiny.yaml", "--param", "final.training.learning_rate=0.001..0.01", "--trials", "3", *sets("save_every=3"),
-    ),
     "merge": ("merge", f"{GIVEN}/source", f"{GIVEN}/target"),
     "learn": ("learn", "tiny.yaml", "--adapter", f"{GIVEN}/merged"),
     "finetune": ("finetune", "tiny.yaml", "--adapter", f"{GIVEN}/merged", "--ratio", "0.4"),
@@ -104,7 +101,7 @@ def kill_and_resume(workspace: Path, kills: int, chance: random.Random) -> dict[
         folder = f"job-{jobs}"
         jobs += 1
         needed += whole[way].steps
-        most = GOES_ON if WAYS[way][0] in ("run", "compare", "sweep") else BEGINS_ANEW
+        most = GOES_ON if WAYS[way][0] in ("run", "compare") else BEGINS_ANEW
         while True:
             moment = "random time" if chance.random() < 0.5 else "event"
             if stages.total() >= kills:

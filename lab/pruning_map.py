@@ -33,7 +33,6 @@ import torch
 from candidates import Candidates, benches, measure, save_checkpoints, shown
 
 from grasp_lora.bench.checks import check
-from grasp_lora.bench.methods import dev_free_stage
 from grasp_lora.bench.outcomes import Adapter
 from grasp_lora.bench.planned import main_metric
 from grasp_lora.bench.run_folder import STORE_FOLDER
@@ -43,6 +42,7 @@ from grasp_lora.cli.terminal import log_to_terminal
 from grasp_lora.errors import DataError, GraspError
 from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.method.presets import PRESETS
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.claims import Workplace, working_in
 
@@ -75,20 +75,41 @@ class Cell:
         return f"{self.rows} rows, rank {self.rank}, stopping {self.stopping}, source of {self.source}{end}"
 
 
-def contestants(bench: Candidates, free: bool, rivals: bool) -> dict[str, Callable[[], Adapter]]:
+def without_dev(bench: Candidates) -> Candidates:
+    """A bench that never looks at the dev set: all epochs, the last step, late rounds on the micro-dev set."""
+    recipe, late = bench.recipe, PRESETS["late"]
+    own = recipe.controller
+    bounds = {name: getattr(own.policy, name) for name in ("ratio_min", "ratio_max", "ratio_init")}
+    controller = replace(
+        own,
+        policy=replace(late.policy, **bounds),
+        rounds=replace(late.rounds, every=own.rounds.every),
+        rule=late.rule,
+        training=replace(own.training, patience=None),
+    )
+    stages = {
+        name: replace(stage, training=replace(stage.training, patience=None, keep="last"))
+        for name, stage in (("target", recipe.target), ("final", recipe.final))
+    }
+    session = bench.session.variant(recipe.model_copy(update={**stages, "controller": controller}))
+    session.splits = replace(session.splits, dev=())
+    return Candidates(session, bench._shared, bench.store, bench.grid)
+
+
+def contestants(bench: Candidates, rivals: bool) -> dict[str, Callable[[], Adapter]]:
     """What is measured in a cell, GRASP first."""
 
     def grasp(own: Candidates) -> Adapter:
-        learned = own.learned(dev_free_stage(own.recipe) if free else own.recipe.controller, free)
-        return own.finetuned(learned.start, learned.ratio, dev_free=free)
+        learned = own.learned(own.recipe.controller)
+        return own.finetuned(learned.start, learned.ratio)
 
     def merged(ratio: float = 0.0, **training: Any) -> Adapter:
         changes = {"training": replace(bench.recipe.final.training, **training)}
-        return bench.finetuned(bench.merged(free), ratio, changes, free)
+        return bench.finetuned(bench.merged(), ratio, changes)
 
     found: dict[str, Callable[[], Adapter]] = {
         "GRASP": partial(grasp, bench),
-        "continued": lambda: bench.finetuned(bench.source, 0.0, dev_free=free),
+        "continued": lambda: bench.finetuned(bench.source, 0.0),
         "merge": merged,
     }
     if rivals:
@@ -131,8 +152,8 @@ def measure_cell(
         save_checkpoints(session, place)
         sessions[tuple(changes)] = session
     own = benches(session, store, [int(seed) for seed in given.seeds.split(",")])
-    free = STOPPING[cell.stopping]
-    made = [{name: make() for name, make in contestants(bench, free, given.rivals).items()} for bench in own]
+    tried = [without_dev(bench) if STOPPING[cell.stopping] else bench for bench in own]
+    made = [{name: make() for name, make in contestants(bench, given.rivals).items()} for bench in tried]
     losses = {
         name: [measure(bench, one[name], None)[0] for bench, one in zip(own, made, strict=True)] for name in made[0]
     }

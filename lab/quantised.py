@@ -1,6 +1,6 @@
 """What a quantised backbone costs and saves: the same run in several settings, each in a process of its own.
 
-    OMP_NUM_THREADS=1 python lab/quantised.py demo-ar --settings float32,nf4,int8,int8_torchao --set data.target.test=20
+    OMP_NUM_THREADS=1 python lab/quantised.py demo-ar --settings float32,nf4,int8 --set data.target.test=20
 
 prints a table of weights, peak memory, seconds and losses. A setting is a dtype, or a way to quantise; then float32
 is computed in.
@@ -18,7 +18,6 @@ from typing import Any
 
 from grasp_lora.bench.run import run
 from grasp_lora.bench.session import Session
-from grasp_lora.models.precision import stored_bytes
 from grasp_lora.models.settings import QUANTISERS
 from grasp_lora.recipes.load import load_recipe
 
@@ -33,7 +32,7 @@ def main() -> None:
     """Print the table, or in a process of one setting its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("--settings", default="float32,nf4,int8,int8_torchao")
+    parser.add_argument("--settings", default="float32,nf4,int8")
     parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -70,6 +69,20 @@ def figures(recipe: str, changes: Sequence[str]) -> dict[str, Any]:
         losses = {name: [one.dev_loss, one.test_loss] for name, one in result.metrics.systems.items()}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"weights": weights, "peak": peak, "seconds": seconds, "losses": losses}
+
+
+def stored_bytes(model: Any) -> int:
+    """Bytes of a model's weights as they are stored, with the scales that quantised ones need; what is shared counts once."""
+    total = 0
+    for module in model.modules():
+        if (
+            rows := getattr(getattr(module, "state", None), "SCB", None)
+        ) is not None:  # of an 8-bit layer that was used once
+            total += rows.nbytes
+    for parameter in model.parameters():
+        scales = [getattr(parameter, "SCB", None), getattr(getattr(parameter, "quant_state", None), "absmax", None)]
+        total += sum(part.nbytes for part in (parameter, *scales) if part is not None)
+    return total
 
 
 def row(setting: str, found: dict[str, Any]) -> str:

@@ -137,20 +137,6 @@ def end_to_end(lab: Lab) -> list[Row]:
         what = f"{rivals} / controller run ({name}) + final run"
         note = f"in units of work {lab.parts.work_ratio(name):.2f}"
         rows.append(row("end to end", what, grid, ours, computed=True, note=note))
-    note = f"in units of work {lab.parts.single_work_ratio():.2f}"
-    rows.append(row("end to end", f"{rivals} / single run", grid, lab.parts.whole_single(), computed=True, note=note))
-    return rows
-
-
-def stacked(lab: Lab) -> list[Row]:
-    """Final runs of one epoch with its dev losses, side by side over one after the other, of which one is timed."""
-    train, dev = taken(lab.session.splits.train, lab.examples), lab.session.splits.dev[: lab.examples]
-    works: dict[str, Callable[[], float]] = {str(one): partial(lab.stacked, train, dev, GRID[:one]) for one in STACKS}
-    works["1"] = partial(lab.trained, train, lab.recipe.final.training, dev=dev, callbacks=[lab.pruning()])
-    times, rows = take_turns(works, lab.pairs), []
-    for one in STACKS:
-        what = f"{one} final runs side by side / one after the other, {len(train)} examples, {len(dev)} dev examples"
-        rows.append(row("stacked", what, times[str(one)], [one * own for own in times["1"]], computed=True))
     return rows
 
 
@@ -270,9 +256,8 @@ MEASURES: dict[str, Callable[[Lab], list[Row]]] = {
     "controller": controller,
     "end": end_to_end,
     "growth": growth,
-    "stacked": stacked,
 }
-DEFAULT = tuple(name for name in MEASURES if name not in ("batches", "stacked"))
+DEFAULT = tuple(name for name in MEASURES if name != "batches")
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -283,7 +268,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--only",
         default=",".join(DEFAULT),
-        help=f"any of {', '.join(MEASURES)}; all but batches and stacked by default",
+        help=f"any of {', '.join(MEASURES)}; all but batches by default",
     )
     parser.add_argument(
         "--policy",

@@ -14,7 +14,6 @@ from speed_figures import clock_of, take_turns
 
 from grasp_lora.bench.checks import check, expected_rounds
 from grasp_lora.bench.keyed import GRID
-from grasp_lora.bench.methods import single_run
 from grasp_lora.bench.session import CALIBRATION_EXAMPLES, Session
 from grasp_lora.data.encode import Example
 from grasp_lora.method.lora import AdapterWeights, LoraPair
@@ -27,9 +26,7 @@ from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probes import ProbeSet, probes_of
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TRAINED_AS_MEASURED, TrainingSettings
-from grasp_lora.training.stacked import members_of, train_stacked
 
-SINGLE = "single"
 RATIO = 0.4  # of probes and final runs; costs do not depend on it
 
 
@@ -68,12 +65,11 @@ class Parts:
         recipe: the run.
         train, dev: examples of its splits.
         stages: the controller runs, by name.
-        pools: how many examples each of them may probe, and a single run.
+        pools: how many examples each of them may probe.
         timed: training examples of each training that was timed.
         plain, final: a training without pruning, and one with the mask held at a fixed ratio.
         per_dev: measuring one dev example; zeros without a dev split.
         controlled: the timed controller runs, by name.
-        single: those of a single run.
     """
 
     recipe: Recipe
@@ -86,7 +82,6 @@ class Parts:
     final: list[float]
     per_dev: list[float]
     controlled: Mapping[str, list[ControllerRun]]
-    single: list[ControllerRun]
 
     def whole_training(self) -> list[float]:
         """The controller's training without a controller."""
@@ -101,11 +96,6 @@ class Parts:
         """The final run with its dev evaluations."""
         return self._finals(self.recipe.final)
 
-    def whole_single(self) -> list[float]:
-        """A single run: its shorter controller run, and the rest of a final run with its dev evaluations."""
-        learn, finish = single_run(self.recipe)
-        return [self._whole(learn, run) + rest for run, rest in zip(self.single, self._finals(finish), strict=True)]
-
     def dev_evaluations(self, stage: FinalStage | None = None) -> list[float]:
         """The dev evaluations of the final run: before the first step, when they are due, and after the last step."""
         return [self._measured(stage or self.recipe.final) * seconds for seconds in self.per_dev]
@@ -115,11 +105,6 @@ class Parts:
         return self._grid_work() / (
             self._work(self.stages[name], self.pools[name]) + self._final_work(self.recipe.final)
         )
-
-    def single_work_ratio(self) -> float:
-        """The same over a single run."""
-        learn, finish = single_run(self.recipe)
-        return self._grid_work() / (self._work(learn, self.pools[SINGLE]) + self._final_work(finish))
 
     def _grid_work(self) -> float:
         return len(GRID) * self._final_work(self.recipe.final)
@@ -209,8 +194,7 @@ class Lab:
         }
         if dev := splits.dev[: self.examples]:
             works["dev"] = lambda: self.measured(dev) / len(dev)
-        stages = {**self.stages, SINGLE: single_run(self.recipe)[0]}
-        for name, stage in stages.items():
+        for name, stage in self.stages.items():
             every = min(stage.spacing(len(self.session.splits.train)), steps)
             timed = replace(stage, rounds=replace(stage.rounds, every=every))
             works[f"run {name}"] = partial(self.controlled, train, timed)
@@ -220,13 +204,12 @@ class Lab:
             len(splits.train),
             len(splits.dev),
             self.stages,
-            {name: len(self.pool(stage)) for name, stage in stages.items()},
+            {name: len(self.pool(stage)) for name, stage in self.stages.items()},
             len(train),
             times["plain"],
             times["final"],
             times.get("dev", [0.0] * self.pairs),
             {name: times[f"run {name}"] for name in self.stages},
-            times[f"run {SINGLE}"],
         )
 
     def pool(self, stage: ControllerStage) -> list[Example]:
@@ -320,19 +303,6 @@ class Lab:
         with self.on(weights) as model:
             seconds = self.epoch(model, train, stage.training, controller=controller)
         return ControllerRun(seconds, controller.seconds, controller.rounds)
-
-    def stacked(self, train: Sequence[Example], dev: Sequence[Example], ratios: Sequence[float]) -> float:
-        """Do final runs of one epoch side by side, one a ratio, and return the seconds of their training."""
-        model, pad_id, final = self.session.backbone.model, self.session.pad_id, self.recipe.final
-        calibration = ProbeSet(self.session.splits.train[:CALIBRATION_EXAMPLES], pad_id)
-        once, probes = replace(final.training, epochs=1, patience=None), ProbeSet(dev, pad_id)
-        dropout, mask = self.recipe.lora.dropout, final.mask or self.recipe.mask
-
-        def work() -> None:  # masks and their ranking are a part of a final run, too
-            members = members_of(model, self.merged, ratios, [0], calibration, mask)
-            train_stacked(model, members, train, probes, once, pad_id=pad_id, dropout=dropout)
-
-        return self.clocked(work)
 
     def measured(self, examples: Sequence[Example]) -> float:
         """Return the seconds of measuring the examples' losses under the merged adapter."""

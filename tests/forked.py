@@ -21,7 +21,6 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
     [
         "datasets",
-        "optuna",
         "peft",
         "rouge_score.rouge_scorer",
         "transformers.models.llama.modeling_llama",

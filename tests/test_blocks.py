@@ -45,7 +45,6 @@ NOT_RUN = {  # the first words of a command -> why no test runs it
     "grasp-lora --install-completion": "changes the shell of who runs it",
     "grasp-lora init my-examples.xlsx --language sw --column": "the columns of another file; tests/recipes/test_starter.py",
     "grasp-lora predict runs/NAME": "tests/cli/test_predict.py; another page asks a finished run",
-    "grasp-lora status runs/NAME": "tests/cli/test_status.py",
     "llama-server": "needs llama.cpp",
     "srun": "needs SLURM; its command is parsed here",
     "grasp-lora compare my-examples.yaml --on ray": "tests/cli/test_ray.py runs one; needs GPUs or a cluster",
@@ -55,13 +54,10 @@ NOT_RUN = {  # the first words of a command -> why no test runs it
 STAND_INS = {  # in what is run: a word of the pages -> what stands for it here
     "demo-ar": "tiny.yaml",
     "RECIPE": "recipe.yaml",
-    "KEY=VALUES": "final.prune_ratio=0.1..0.8",
-    "runs/NAME/sweep/best.yaml": "runs/mine/sweep/best.yaml",
     "ORG/MODEL-INSTRUCT": "tiny-chat",
 }
 ADDED = {  # what keeps it short, or on the tiny model; the last one of an option counts
     "init": ["--backbone", "tiny-llama"],
-    "sweep": ["--trials", "2", "--sampler", "random"],
     "compare": ["--methods", "merged,continued,grasp", "--seeds", "42"],
 }
 SHIM = """#!{python}

@@ -14,8 +14,6 @@ from grasp_lora.models.live import adapter_weights
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.probes import ProbeSet
-from grasp_lora.training.settings import TrainingSettings
-from grasp_lora.training.stacked import members_of, train_stacked
 
 
 class One:
@@ -89,24 +87,6 @@ def test_losses_are_those_of_the_cpu_whatever_the_batches(cuda, make_tiny_model)
 
 
 @pytest.mark.gpu
-def test_stacked_runs_equal_those_of_the_cpu(cuda, make_tiny_model):
-    backbone = make_tiny_model("llama").requires_grad_(False)
-    start, found = start_on(backbone), []
-    settings = TrainingSettings(epochs=2, learning_rate=1e-2, patience=1)
-    for device in (torch.device("cpu"), cuda):
-        backbone.float().to(device)
-        members = members_of(backbone, start, (0.2, 0.6), (1,), ProbeSet(EXAMPLES, 0), MaskSettings())
-        for one in members:
-            one.weights = AdapterWeights(
-                {n: replace(p, A=p.A.double(), B=p.B.double()) for n, p in one.weights.items()}
-            )
-        train_stacked(backbone.double(), members, EXAMPLES, ProbeSet(EXAMPLES[:5], 0), settings, pad_id=0)
-        found.append([[row["dev_loss"] for row in one.history] for one in members])
-    for here, there in zip(*found, strict=True):
-        assert here == pytest.approx(there, abs=1e-6)
-
-
-@pytest.mark.gpu
 def test_a_batch_of_the_accelerators_size_fits(cuda, make_tiny_model):
     backbone = make_tiny_model("llama").to(cuda)
     batch = {name: part.to(cuda) for name, part in collate(EXAMPLES, 0).items()}
@@ -114,7 +94,7 @@ def test_a_batch_of_the_accelerators_size_fits(cuda, make_tiny_model):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("preset", ["spread", "paper", "stacked"])
+@pytest.mark.parametrize("preset", ["spread", "paper"])
 def test_a_run_on_a_gpu(cuda, tiny_workspace, preset):
     overrides = [
         f"controller={{preset: {preset}, training: {{epochs: 1, learning_rate: 1.0e-2}}}}",

@@ -99,11 +99,6 @@ def test_settings_of_a_wrong_type_are_named_before_anything_is_loaded(
         gl.compare("no recipe", **settings)
 
 
-def test_a_slip_in_the_settings_of_a_sweep_is_named_before_anything_is_loaded() -> None:
-    with pytest.raises(gl.RecipeError, match=r"^unknown key 'trails'; did you mean 'trials'\?$"):
-        gl.sweep("no recipe", params=("final.prune_ratio=0.1..0.8",), trails=3)
-
-
 def test_what_is_no_preset_or_no_weights_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"policy is 'paper'; it must be an object, such as Gaussian\(\); preset"):
         gl.Controller("paper")  # type: ignore[arg-type]

@@ -125,12 +125,6 @@ class TestMeasures:
         found = ratios(speed.batches(lab))
         assert found == {f"{one} / 2048 tokens a batch, 8 examples": 1.0 for one in speed.BUDGETS}
 
-    def test_final_runs_side_by_side_need_as_many_passes_as_one_after_the_other(self, lab: speed_lab.Lab) -> None:
-        found = ratios(speed.stacked(lab))
-        assert found == {
-            f"{one} final runs side by side / one after the other, 6 examples, 6 dev examples": 1.0 for one in (2, 8)
-        }
-
     def test_controller_runs_are_compared_with_the_training_alone(self, lab: speed_lab.Lab) -> None:
         lab.pairs = 2
         found = ratios(speed.controller(lab))
@@ -147,16 +141,13 @@ class TestMeasures:
             assert found[f"controller run ({name}) / training with dev, all epochs"] == pytest.approx(with_dev)
 
     def test_end_to_end_is_computed_from_the_same_parts(self, lab: speed_lab.Lab) -> None:
-        [paper, _, single] = rows = speed.end_to_end(lab)
+        [paper, _] = rows = speed.end_to_end(lab)
         assert all(one.computed for one in rows)
         final, controller = 10 + 2 * 6, 10 + 3 * A_ROUND
         assert paper.name == "grid of 8, or Optuna at 8 trials / controller run (paper) + final run"
         assert paper.ratio == pytest.approx(8 * final / (controller + final))
         work = 8 * (final + 10) / (controller + 10 + final + 10)  # a training example counts as two
         assert paper.note == f"in units of work {work:.2f}"
-        learn, finish = 6 + 2 * A_ROUND, 4 + 2 * 6  # of ten examples, and the dev set before and after
-        assert single.ratio == pytest.approx(8 * final / (learn + finish))
-        assert single.note == f"in units of work {8 * (final + 10) / (learn + 6 + finish + 4):.2f}"
 
     def test_examples_in_turn_are_timed_and_counted_as_such(self, lab: speed_lab.Lab) -> None:
         preset_stage, policy = lab.stages["spread"], lab.stages["spread"].policy
@@ -167,9 +158,7 @@ class TestMeasures:
             "compared": replace(turn, rule="surrogate"),
         }  # fmt: skip
         whole = MICRO_DEV + len(lab.session.splits.dev)
-        assert lab.parts.pools == {"all": MICRO_DEV, "single": MICRO_DEV} | dict.fromkeys(
-            ("in turn", "rare", "compared"), whole
-        )
+        assert lab.parts.pools == {"all": MICRO_DEV} | dict.fromkeys(("in turn", "rare", "compared"), whole)
         seconds = {
             name: [run.round_seconds / run.rounds for run in runs] for name, runs in lab.parts.controlled.items()
         }
@@ -254,8 +243,8 @@ class TestCommand:
     ) -> None:
         speed.main(["tiny.yaml", "--only", "end", "--policy", "late", "--pairs", "1", "--examples", "3"])
         lines = capsys.readouterr().out.splitlines()
-        names = ("the recipe's", "late", "single run")
-        assert [name in line for name, line in zip(names, lines[2:], strict=True)] == [True, True, True]
+        names = ("the recipe's", "late")
+        assert [name in line for name, line in zip(names, lines[2:], strict=True)] == [True, True]
 
     def test_a_policy_may_name_its_spacing(self) -> None:
         recipe, _ = load_recipe("demo-ar")

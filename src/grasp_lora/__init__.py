@@ -7,14 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from grasp_lora.api import compare, run, sweep
+    from grasp_lora.api import compare, run
     from grasp_lora.bench.compare import ComparisonSettings
     from grasp_lora.bench.comparison_record import Comparison
     from grasp_lora.bench.progress import Progress
     from grasp_lora.bench.run import RunResult
     from grasp_lora.bench.run_folder import Delivered, Metrics
-    from grasp_lora.bench.search import SweepSettings
-    from grasp_lora.bench.sweep_record import SweepResult
     from grasp_lora.errors import (
         AdapterError,
         DataError,
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
     from grasp_lora.method.masks import InputNorms, MaskSettings, Score, prune
     from grasp_lora.method.merging import MergeRule, MergeSettings, merge
-    from grasp_lora.method.policy import Gaussian, Spread, Uniform
+    from grasp_lora.method.policy import Gaussian, Spread
     from grasp_lora.method.presets import Controller, preset
     from grasp_lora.method.rounds import Decision, RatioEstimate, Round
     from grasp_lora.method.rules import Rule
@@ -82,9 +80,6 @@ _HOMES = {
     "Score": "method.masks",
     "Segment": "method.lora",
     "Spread": "method.policy",
-    "SweepResult": "bench.sweep_record",
-    "SweepSettings": "bench.search",
-    "Uniform": "method.policy",
     "adapter_weights": "models.live",
     "attached": "models.adapters",
     "compare": "api",
@@ -96,7 +91,6 @@ _HOMES = {
     "run": "api",
     "save_adapter": "models.adapters",
     "segments_of": "models.live",
-    "sweep": "api",
 }
 __all__ = [
     "AdapterError",
@@ -136,9 +130,6 @@ __all__ = [
     "Score",
     "Segment",
     "Spread",
-    "SweepResult",
-    "SweepSettings",
-    "Uniform",
     "adapter_weights",
     "attached",
     "compare",
@@ -150,7 +141,6 @@ __all__ = [
     "run",
     "save_adapter",
     "segments_of",
-    "sweep",
 ]
 
 

@@ -2,34 +2,28 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from grasp_lora.bench import compare as comparing
 from grasp_lora.bench import run as running
-from grasp_lora.bench import search as searching
 from grasp_lora.bench.compare import ComparisonSettings
 from grasp_lora.bench.comparison_record import Comparison
 from grasp_lora.bench.plan import Plan, plan_comparison
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run import RunResult
-from grasp_lora.bench.run_folder import CARD_FILE, COMPARE_FOLDER, REPORT_FILE, SWEEP_FOLDER
-from grasp_lora.bench.search import SweepSettings
-from grasp_lora.bench.search_space import named_values
+from grasp_lora.bench.run_folder import CARD_FILE, COMPARE_FOLDER, REPORT_FILE
 from grasp_lora.bench.session import Session
-from grasp_lora.bench.sweep_record import SweepResult
 from grasp_lora.errors import RecipeError
 from grasp_lora.recipes.explain import explain
-from grasp_lora.recipes.load import Overrides, import_code, load_recipe
+from grasp_lora.recipes.load import Overrides, load_recipe
 from grasp_lora.report.card import write_model_card
 from grasp_lora.report.comparison import write_comparison
 from grasp_lora.report.pages import write_report
 from grasp_lora.storage.files import clear_write_errors
 from grasp_lora.storage.processes import on_first_process
 from grasp_lora.storage.reading import expanded
-
-Settings = TypeVar("Settings", ComparisonSettings, SweepSettings)
 
 
 def run(
@@ -90,7 +84,7 @@ def compare(
     Raises:
         GraspError, Interrupted: as of `run`; a setting is out of range.
     """
-    chosen = _checked(ComparisonSettings, settings)
+    chosen = _checked(settings)
     session, place = _opened(recipe, overrides, folder, progress, allow_code)
     return place / COMPARE_FOLDER, comparing.compare(session, place, chosen, write_comparison)
 
@@ -103,7 +97,7 @@ def plan(
     allow_code: bool = False,
     **settings: Any,
 ) -> Plan:
-    """Say what `compare` would do and about how long it takes here; nothing is trained or written.
+    """Say what `compare` would do, in forward passes; nothing is trained or written.
 
     Args:
         recipe, overrides, folder, allow_code, settings: as of `compare`.
@@ -111,44 +105,16 @@ def plan(
     Raises:
         GraspError: what `compare` would refuse.
     """
-    chosen = _checked(ComparisonSettings, settings)
+    chosen = _checked(settings)
     session, place = _opened(recipe, overrides, folder, None, allow_code)
     return plan_comparison(session, place, chosen)
 
 
-def sweep(
-    recipe: str | Path,
-    overrides: Overrides = (),
-    folder: str | Path | None = None,
-    progress: Progress | None = None,
-    *,
-    allow_code: bool = False,
-    **settings: Any,
-) -> tuple[Path, SweepResult]:
-    """Search good values for keys of a recipe with Optuna, by the dev loss of the final run.
-
-    Args:
-        recipe, overrides, folder, progress, allow_code: as of `run`.
-        settings: of `SweepSettings`, such as `params` and `trials`.
-
-    Returns:
-        The folder of sweep.json and best.yaml, and the content of the former.
-
-    Raises:
-        GraspError, Interrupted: as of `run`; a setting is out of range.
-    """
-    chosen = _checked(SweepSettings, settings)
-    session, place = _opened(recipe, overrides, folder, progress, allow_code)
-    for content in named_values(chosen.params):
-        import_code(content, "--param", session.base, allow_code=allow_code)
-    return place / SWEEP_FOLDER, searching.sweep(session, place, chosen)
-
-
-def _checked(kind: type[Settings], settings: dict[str, Any]) -> Settings:
+def _checked(settings: dict[str, Any]) -> ComparisonSettings:
     try:
-        return TypeAdapter(kind).validate_python(settings)
+        return TypeAdapter(ComparisonSettings).validate_python(settings)
     except ValidationError as error:
-        raise RecipeError(explain(error, [one.name for one in fields(kind)])) from error
+        raise RecipeError(explain(error, [one.name for one in fields(ComparisonSettings)])) from error
 
 
 def _opened(

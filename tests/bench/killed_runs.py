@@ -29,7 +29,7 @@ TIMED = {
     "run.json", "cost.json", "report.html", "report.md", "controller/timings.jsonl", "timings.jsonl", "compare/compare.md",
     "compare/report.html",
 }  # fmt: skip
-BUT_FOR_SECONDS = {"compare/compare.json", "sweep/sweep.json"}
+BUT_FOR_SECONDS = {"compare/compare.json"}
 KEY = re.compile(r"[0-9a-f]{16}")  # of a step, which depends on the recipe
 
 
@@ -58,7 +58,6 @@ class Attempt:
 def load_everything() -> None:
     """Import what a run needs, without starting a thread: only then is a fork safe."""
     import datasets  # noqa: F401
-    import optuna  # noqa: F401
     import rouge_score.rouge_scorer  # noqa: F401
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401
@@ -66,7 +65,6 @@ def load_everything() -> None:
 
     import grasp_lora.bench.compare
     import grasp_lora.bench.run
-    import grasp_lora.bench.search
     import grasp_lora.bench.single
     import grasp_lora.cli
     import grasp_lora.cli.progress

@@ -281,11 +281,6 @@ def test_the_key_counts_in_a_recipes_hash_only_where_it_is_set(tiny_workspace: P
     assert plain.fingerprint() == said.fingerprint() != asked.fingerprint()
 
 
-def test_a_single_run_is_refused(refused: Callable[..., None]) -> None:
-    changes = ("--set", "final.all_rows=true", "--set", "final.start=controller")
-    refused("run", changes, "final.all_rows needs a final run from a fresh merge")
-
-
 def test_check_counts_it(tiny_workspace: Path, cli: Callable[..., Any]) -> None:
     def trained(*changes: str) -> int:
         out = cli("check", "tiny.yaml", *(part for one in changes for part in ("--set", one))).out

@@ -14,7 +14,6 @@ SETTINGS: dict[str, Any] = {
     "seeds": [1],
     "grid": [0.2],
     "reference": "grasp",
-    "split_seeds": [],
     "resamples": 1000,
 }
 SCORE = {"mean": 1.5, "sd": None, "values": [1.5]}
@@ -26,10 +25,10 @@ ROWS: list[dict[str, Any]] = [
     {"method": "joint", "title": "joint", "unavailable": "no source data", "failed": False, "merges": False},
 ]  # fmt: skip
 CONTENT: dict[str, Any] = {
-    "name": "tiny", "recipe_hash": "ab", "settings": SETTINGS, "backbone": "b", "language": "de", "seeds": [1], "split_seed": 1,
-    "test_examples": 8, "dev_examples": 6, "stops_early": True, "keeps_best": True, "given_target": False,
+    "name": "tiny", "recipe_hash": "ab", "settings": SETTINGS, "backbone": "b", "language": "de", "seeds": [1],
+    "test_examples": 8, "dev_examples": 6, "stops_early": True, "keeps_best": True,
     "micro_dev_examples": 4, "reference": "grasp", "metrics": ["test_loss", "bertscore"], "signatures": {}, "resamples": 1000,
-    "comparisons": 0, "rows": ROWS, "other_splits": [], "curve": [], "warnings": [], "made_with": [{"torch": "2"}], "pace": None,
+    "comparisons": 0, "rows": ROWS, "curve": [], "warnings": [], "made_with": [{"torch": "2"}], "pace": None,
 }  # fmt: skip
 
 

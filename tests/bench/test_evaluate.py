@@ -53,7 +53,7 @@ def test_test_rows_that_the_adapter_was_trained_on_are_counted(finished_run: Pat
     fine = cli("evaluate", "tiny.yaml", "--adapter", "run/adapter")
     assert fine.status == 0
     assert "trained or chosen on" not in fine.err
-    drawn_anew = cli("evaluate", "tiny.yaml", "--adapter", "run/adapter", "--set", "data.split_seed=7")
+    drawn_anew = cli("evaluate", "tiny.yaml", "--adapter", "run/adapter", "--set", "seed=7")
     assert drawn_anew.status == 0, drawn_anew.err
     assert " test rows have ids of rows that adapter 'adapter' was trained or chosen on" in drawn_anew.err
     assert "data.target.test_files" in drawn_anew.err

@@ -1,15 +1,10 @@
 """A dry run says at most what the comparison then takes."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
-from recorder import session_of
-
 from grasp_lora import api
-from grasp_lora.bench import plan as module
 
 
 def test_a_controller_that_stops_by_its_dev_loss_measures_dev_too(tiny_workspace: Path) -> None:
@@ -28,19 +23,3 @@ def test_a_controller_that_stops_by_its_dev_loss_measures_dev_too(tiny_workspace
     without = api.plan("tiny.yaml", ["controller.training={epochs: 3, learning_rate: 1.0e-2}"], "other", **given)
     [rounds] = [record.result for record, _ in without.steps if record.step == "controller"]
     assert planned["measured_examples"] == rounds["measured_examples"] + 6 * evaluations
-
-
-def test_the_row_that_is_timed_is_of_mean_length(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A few long texts among many short ones take most of the time."""
-    session, timed, collate = session_of(), [], module.collate
-    one = session.splits.train[0]
-    rows = [replace(one, prompt_ids=one.prompt_ids[:1] * size) for size in (1, 1, 1, 3, 9)]
-
-    def note(batch: list[Any], pad: int) -> Any:
-        timed.append(len(batch[0].prompt_ids))
-        return collate(batch, pad)
-
-    session.splits = replace(session.splits, train=tuple(rows))
-    monkeypatch.setattr(module, "collate", note)
-    module.time_step(session)
-    assert set(timed) == {3}

@@ -316,14 +316,6 @@ def test_few_late_rounds_are_as_planned(check: Check) -> None:
     assert "and 60 probed examples," in found["cost"].text  # the baseline and 3 candidates on 5 examples
 
 
-@pytest.mark.parametrize(("start", "baseline"), [("merged", 5), ("controller", 6 + 4)])
-def test_a_single_run_measures_its_baseline_on_all_that_it_probes(check: Check, start: str, baseline: int) -> None:
-    turn = ("controller.preset=paper", "controller.rounds.pool=both", "controller.rounds.in_turn=5")
-    found = check(*turn, "controller.rounds.every=5", f"final.start={start}")
-    rounds = int(found["rounds"].text.split("run ")[1].split()[0])
-    assert f"and {rounds * (baseline + 3 * 5)} probed examples," in found["cost"].text
-
-
 def test_data_files_are_looked_for_before_the_backbone_is_loaded(check: Check) -> None:
     with pytest.raises(DataError, match=r"data file 'none\.jsonl' is missing"):
         check("data.source.files=[none.jsonl]", "backbone.name=./nowhere")
@@ -340,13 +332,23 @@ def test_existing_adapters_are_named_with_their_ranks(check: Check, tiny_workspa
     assert found["cost"].text.startswith("at most 30 training examples")
 
 
-def test_a_single_run_is_said_and_costs_the_controller_run_and_the_final_run(check: Check) -> None:
-    found = check("final.start=controller", "final.training.epochs=2")
-    assert found["start"].text == (
-        "single run: the controller run's own adapter, of its best round and pruned at the learned ratio, is finished "
-        "for at most 20 steps"
+def test_time_and_memory_are_measured_on_the_real_rows_and_nothing_of_it_stays(
+    check: Check, tiny_workspace: Path
+) -> None:
+    before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
+    found = check("report_to=tensorboard", "final.training.gradient_checkpointing=true")
+    assert re.fullmatch(r"measured: \d+\.\d GB of this process at the longest row", found["memory"].text)
+    time = found["time"].text
+    assert re.fullmatch(
+        r"at most \d+\.\d min for the run .*: a training example takes \d\.\d{3} s, an answer \d\.\d\d s", time
     )
-    assert found["start"].level == "ok"
-    assert found["cost"].text == check("final.training.epochs=2")["cost"].text
-    assert found["cost"].text == "at most 52 training examples and 48 probed examples, 152 forward passes in all"
-    assert "start" not in check()
+    assert {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()} == before
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(
+    tiny_workspace: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grasp_lora.bench.preflight.available_memory", lambda on_gpu: 1000)
+    monkeypatch.setattr("grasp_lora.bench.session.load_backbone", lambda settings: pytest.fail("it was loaded"))
+    for dtype in ("float32", "bfloat16", "float16"):
+        refused("check", ["--set", f"backbone.dtype={dtype}"], f"GB ({dtype}), and 0.00 GB are free here; set backbone")

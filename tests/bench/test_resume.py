@@ -127,15 +127,6 @@ def test_a_kill_at_a_random_moment_loses_nothing(runs: Runs, stages: tuple[str, 
     kill(runs, random.Random(f"kill in {stages}").choice(numbers), f"killed-{stages[0]}")
 
 
-@pytest.mark.parametrize(("stage", "preset"), [("controller", "paper"), ("controller", "spread"), ("final", "spread")])
-def test_a_kill_in_a_single_run_loses_nothing(runs: Runs, stage: str, preset: str) -> None:
-    changes = ("final.start=controller", f"controller.preset={preset}", "controller.rounds.patience=2")
-    events = runs.uninterrupted(*changes).events
-    assert "controller open controller/adapter.part/adapter_config.json" in events
-    numbers = [number for number, event in enumerate(events, start=1) if event.split()[0] == stage]
-    kill(runs, random.Random(f"single {stage} {preset}").choice(numbers), f"single-{stage}-{preset}", *changes)
-
-
 HARDER = (
     "source.training.epochs=1.5", "target.training.accumulation=2", "target.training.epochs=3", "controller.rounds.every=2",
     "target.training.evaluate_every=0.5", "target.training.patience=3", "mask.score=input_aware",
@@ -282,8 +273,6 @@ SHARED = {
     "compare": ("compare", "tiny.yaml", "--methods", "zero_shot,target_only,continued,grid,grasp", "--grid", "0.2,0.5",
                 "--seeds", "1,2", "--set", "save_every=3"),
     "folds": ("compare", "tiny.yaml", "--methods", "continued,grasp", "--folds", "3", "--set", "save_every=3"),
-    "sweep": ("sweep", "tiny.yaml", "-p", "final.prune_ratio=0.1..0.8", "--trials", "5", "--workers", "2",
-              "--set", "save_every=3"),
 }  # fmt: skip
 
 

@@ -21,22 +21,18 @@ from transformers import AutoModelForCausalLM
 from grasp_lora import api
 from grasp_lora.bench.finished import refuse_other_template
 from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.run_stages import STAGES
 from grasp_lora.bench.session import Session
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.metrics import score
-from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
-from grasp_lora.models.adapters import attached
+from grasp_lora.method.masks import prune_count
 from grasp_lora.models.backbone import fingerprint, load_backbone
-from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.models.reading import WEIGHTS_FILE, read_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.report.pages import write_report
+from grasp_lora.report.run_record import STAGES
 from grasp_lora.storage.claims import LOCK_FILE, claim
 from grasp_lora.training.controller import GraspController, PrunedTraining
 from grasp_lora.training.finetune import BestOnDev
-from grasp_lora.training.probes import ProbeSet, calibrate
 
 SYSTEMS = ("zero_shot", "source", "target", "merged", "grasp")
 FILES = {
@@ -426,7 +422,7 @@ class TestAgain:
             assert (result.status, result.err.count("\n")) == (2, 1)
             assert "other weights of the backbone (weights in torch.float32 " in result.err
 
-    @pytest.mark.parametrize("command", ["run", "compare", "compare --dry-run", "sweep"])
+    @pytest.mark.parametrize("command", ["run", "compare", "compare --dry-run"])
     def test_a_changed_config_of_the_backbone_is_refused(
         self, command: str, finished_run: Path, cli: Callable[..., Any]
     ) -> None:
@@ -440,8 +436,6 @@ class TestAgain:
         asked = [name, *changes, *more]
         if name == "compare":
             asked += ["--methods", "merged", "--reference", "merged", "--seeds", "42"]
-        if name == "sweep":
-            asked += ["--param", "final.prune_ratio=[0.2]", "--trials", "1"]
         Path("own/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
         result = cli(*asked)
         assert (result.status, result.err.count("\n")) == (2, 1)
@@ -519,17 +513,6 @@ class TestAgain:
         assert done["target"]
         assert read(finished_run / "cost.json")["source"] == before["source"]
 
-    def test_a_single_run_makes_the_adapter_of_its_controller_run_again(self, finished_run: Path) -> None:
-        changes = ["final.start=controller", "final.deliver=grasp"]
-        execute(*changes, folder="single")
-        weights = Path("single/controller/adapter/adapter_model.safetensors")
-        before = weights.read_bytes()
-        for lost in ("single/store/adapters", "single/controller/adapter"):
-            shutil.rmtree(lost)
-        Path("single/metrics.json").unlink()
-        execute(*changes, folder="single")
-        assert weights.read_bytes() == before
-
     def test_adapters_that_learned_nothing_are_said_to_be_the_cause(self, finished_run: Path) -> None:
         nothing = [f"{stage}.training.learning_rate=1e-30" for stage in ("source", "target")]
         with pytest.raises(
@@ -547,10 +530,9 @@ class TestAgain:
             assert "allow_empty" not in read(Path("run", name, "grasp_lora.json"))["answers"]
 
     def test_another_seed_gives_another_adapter(self, finished_run: Path) -> None:
-        execute("seed=43", "data.split_seed=42", folder="other")
+        execute("seed=43", folder="other")
         name = "adapter/adapter_model.safetensors"
         assert (Path("other") / name).read_bytes() != (finished_run / name).read_bytes()
-        assert read(Path("other/data.json"))["ids"] == read(finished_run / "data.json")["ids"]
 
     def test_a_complete_run_is_skipped_and_left_as_it_is(
         self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
@@ -763,15 +745,6 @@ class TestAgain:
         assert "not complete" not in tables.read_text(encoding="utf-8")
 
 
-def pruned(session: Session, merged: AdapterWeights, prune_ratio: float) -> AdapterWeights:
-    """A merged adapter, pruned by the mask of the session's recipe."""
-    with attached(session.backbone.model, merged) as model:
-        masks = MaskSet(live_pairs(model, segments_of(merged)), session.recipe.mask)
-        calibrate(model, masks, ProbeSet(session.splits.train, session.pad_id))
-        masks.commit(prune_ratio)
-        return adapter_weights(model, segments_of(merged))
-
-
 class TestWays:
     """Ways to start and to finish other than the reference run's."""
 
@@ -884,67 +857,6 @@ class TestWays:
         refused(
             "run", changes, "controller.training.patience is 1, but data.target.dev is 0; give it examples, or set that"
         )
-
-    @pytest.mark.parametrize("preset", ["paper", "spread"])
-    def test_a_single_run_finishes_the_adapter_of_the_controller_run(self, preset: str, finished_run: Path) -> None:
-        changes = ("final.start=controller", f"controller.preset={preset}")
-        recorder = Watching()
-        metrics = execute(*changes, folder="single", progress=recorder)
-        run = Path("single")
-        assert recorder.stages == [*(stage for stage in STAGES if stage not in ("continued", "all_rows")), "report"]
-        left = {
-            f"controller/adapter/{file}"
-            for file in ("adapter_config.json", "adapter_model.safetensors", "grasp_lora.json")
-        }
-        assert set(files_of(run)) == FILES | left
-        if preset == "paper":  # the controller run itself is that of two runs
-            for name in ("controller/rounds.jsonl", "controller/ratio.json", "merged/adapter_model.safetensors"):
-                assert (run / name).read_bytes() == (finished_run / name).read_bytes()
-        start, result = (
-            load_file(run / name / "adapter_model.safetensors") for name in ("controller/adapter", "adapter")
-        )
-        assert all(torch.equal(tensor == 0, result[name] == 0) for name, tensor in start.items())
-        ratio = read(run / "controller/ratio.json")["prune_ratio"]
-        assert metrics["prune_ratio"] == ratio
-        for row in read(run / "final/sparsity.json"):
-            assert row["weights"] - row["kept"] == prune_count(ratio, row["weights"])
-        # Step 0 is the adapter that the controller run left.
-        session = Session(*load_recipe("tiny.yaml", changes))
-        losses = session.losses(session.read("single/controller/adapter").weights, "dev")
-        unfinished = math.fsum(losses) / len(losses)
-        first = read_lines(run / "final/history.jsonl")[0]
-        assert (first["step"], first["dev_loss"]) == (0, pytest.approx(unfinished, rel=1e-6))
-        before = files_of(run)
-        for step in ("final*", "controller-adapter"):
-            reopen(run, step)
-            again = Watching()
-            execute(*changes, folder="single", progress=again)
-            assert again.done == [step.split("-")[0].rstrip("*")]
-            for name in ("adapter/adapter_model.safetensors", *left, "metrics.json"):
-                assert (run / name).read_bytes() == before[name], name
-
-    @pytest.mark.parametrize("score", ["magnitude", "input_aware", "gradient_of_delta"])
-    def test_a_pruned_adapter_keeps_exactly_its_mask(self, score: str, finished_run: Path) -> None:
-        training = ("final.training.epochs=0.3", "final.training.keep=last", "final.training.patience=null")
-        first = Session(*load_recipe("tiny.yaml", training))
-        merged = first.read("run/merged").weights
-        chosen_anew = 0
-        session = first.variant(first.recipe.model_copy(update={"mask": MaskSettings(score)}))
-        start = pruned(session, merged, 0.45)
-        finished, result, rows = session.finetune_pruned(start, 0.45, Path("scratch"), pruned=True)
-        again, *_ = session.finetune_pruned(start, 0.45, Path("scratch"))
-        assert result.best_step == 3
-        moved = 0
-        for name, pair in start.items():
-            for factor in "AB":
-                before, after = getattr(pair, factor), getattr(finished[name], factor)
-                assert torch.equal(before == 0, after == 0)
-                moved += int((before != after).sum())
-                chosen_anew += not torch.equal(before == 0, getattr(again[name], factor) == 0)
-        assert moved
-        assert rows == survival(start)
-        if score == "gradient_of_delta":
-            assert chosen_anew  # else there were no need to say that it is pruned
 
     @pytest.mark.parametrize(
         "changes",

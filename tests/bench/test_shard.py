@@ -53,9 +53,7 @@ def results(folder: str) -> dict[str, Any]:
     return {file: Path(folder, file).read_bytes() for file in files}
 
 
-@pytest.mark.parametrize(
-    "changes", [["data.target.test=7", "target.on=source"], ["data.target.test=1", "final.start=controller"]]
-)
+@pytest.mark.parametrize("changes", [["data.target.test=7", "target.on=source"], ["data.target.test=1"]])
 def test_a_split_backbone_changes_no_bit(tiny_workspace: Path, changes: list[str]) -> None:
     for output, shard in (("whole", "false"), ("split", "true")):
         status, said = launch(output, *changes, f"backbone.shard={shard}")

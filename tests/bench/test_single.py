@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,14 +53,6 @@ def test_one_adapter_is_not_trained_as_several_that_are_kept_apart(
         "merge.rule 'paper_apart' keeps adapters apart while they train, which a saved adapter cannot; use 'run'"
         in result.err
     )
-    assert not Path("out").exists()
-
-
-def test_copies_that_train_side_by_side_are_for_a_whole_run(finished_run: Path, cli: Callable[..., Any]) -> None:
-    arguments = ("--adapter", "run/merged", "--output", "out", "--set", "controller={preset: stacked}")
-    result = cli("learn", "tiny.yaml", *arguments)
-    assert (result.status, result.err.count("\n")) == (2, 1)
-    assert re.search("controller.preset is 'stacked'.* use 'run' or 'compare', or take another preset", result.err)
     assert not Path("out").exists()
 
 

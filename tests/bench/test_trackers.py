@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -12,12 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import TrainerCallback
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from grasp_lora import api
-from grasp_lora.bench import checks
-from grasp_lora.errors import RecipeError
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -122,59 +117,3 @@ def test_wandb_without_a_network(tiny_workspace: Path, reference_run: Path, monk
 def test_a_tracker_that_is_not_installed(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.integrations.integration_utils.is_mlflow_available", lambda: False)
     refused("run", ["--set", "report_to=mlflow"], "report_to names 'mlflow', which cannot be used here")
-
-
-class Fragile(TrainerCallback):
-    """A tracker that fails at an event."""
-
-    event = ""
-
-    def on_train_begin(self, *args: object, **kwargs: object) -> None:
-        if self.event == "begin":
-            raise RuntimeError("no key\nhere is how to get one")
-
-    def on_log(self, *args: object, **kwargs: object) -> None:
-        if self.event == "log":
-            raise OSError("the server went away")
-
-
-@pytest.fixture
-def fragile(monkeypatch: pytest.MonkeyPatch) -> type[Fragile]:
-    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "fragile", Fragile)
-    return Fragile
-
-
-def test_a_tracker_that_cannot_begin(
-    fragile: type[Fragile], tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fragile, "event", "begin")
-    with pytest.raises(
-        RecipeError, match=r"^report_to names 'fragile', which cannot begin: no key; mend it, or leave it out$"
-    ):
-        api.run("tiny.yaml", ["report_to=fragile"], "run")
-
-
-def test_a_tracker_that_fails_later_costs_no_run(
-    fragile: type[Fragile],
-    tiny_workspace: Path,
-    reference_run: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr(fragile, "event", "log")
-    api.run("tiny.yaml", ["report_to=fragile"], "run")
-    assert (Path("run") / WEIGHTS).read_bytes() == (reference_run / WEIGHTS).read_bytes()
-    told = [record.getMessage() for record in caplog.records if "fragile" in record.getMessage()]
-    assert 4 <= len(told) <= 6  # once a training
-    assert "the server went away" in told[0]
-
-
-def test_a_server_that_does_not_answer(
-    fragile: type[Fragile], refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    monkeypatch.setitem(checks.SERVERS, "fragile", "FRAGILE_URI")
-    monkeypatch.setenv("FRAGILE_URI", f"http://me:secret@127.0.0.1:{port}/api")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    refused("run", ["--set", "report_to=fragile"], f"whose server 127.0.0.1:{port} (FRAGILE_URI) does not answer")

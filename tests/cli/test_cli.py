@@ -37,13 +37,14 @@ from grasp_lora.models.live import adapter_weights
 from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.recipes.builtin import builtin_recipes, schema_text
+from grasp_lora.recipes.gone import GONE_COMMANDS
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.claims import claim
 
 TORCH = Path(torch.__file__).parent
 COMMANDS = (
-    "run", "demo", "check", "recipes", "init", "schema", "predict", "merge", "export", "push", "learn", "finetune", "evaluate",
-    "compare", "sweep", "status", "report",
+    "run", "demo", "check", "recipes", "init", "schema", "predict", "merge", "export", "learn", "finetune", "evaluate",
+    "compare", "report",
 )  # fmt: skip
 
 Cli = Callable[..., CliResult]
@@ -577,7 +578,7 @@ def test_no_print_fails_where_the_output_lacks_a_letter(tmp_path: Path) -> None:
     """A redirected output on Windows is often cp1252, which has no Arabic, no tick and no box."""
     folder = tmp_path / "تجربة:key:"
     folder.mkdir()
-    command = [sys.executable, "-m", "grasp_lora", "status", str(folder)]
+    command = [sys.executable, "-m", "grasp_lora", "check", str(folder)]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, check=False, text=True
     )
@@ -595,16 +596,21 @@ def test_no_print_fails_where_the_output_lacks_a_letter(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "\\u2713 \\u2013\n"), done.stderr
 
 
+@pytest.mark.parametrize("command", GONE_COMMANDS)
+def test_a_command_that_is_gone_says_what_to_do_instead(cli: Callable[..., CliResult], command: str) -> None:
+    result = cli(command, "tiny.yaml", "--param", "x=1..2")
+    assert (result.status, result.err) == (2, f"error: {command} is gone: {GONE_COMMANDS[command]}\n")
+
+
 def test_an_error_of_a_library_is_no_mistake_of_the_user(
     tiny_workspace: Path, cli: Callable[..., CliResult], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(**_: Any) -> None:
         raise ValueError("could not broadcast")
 
-    for command, more in (("compare", ()), ("sweep", ("--param", "final.prune_ratio=[0.2]"))):
-        monkeypatch.setattr(f"grasp_lora.api.{command}", broken)
-        with pytest.raises(ValueError, match="could not broadcast"):
-            cli(command, "tiny.yaml", *more)
+    monkeypatch.setattr("grasp_lora.api.compare", broken)
+    with pytest.raises(ValueError, match="could not broadcast"):
+        cli("compare", "tiny.yaml")
 
 
 def test_scores_are_whole_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ def test_a_worker_that_does_not_see_the_folder_says_so_in_one_line(tmp_path: Pat
     with pytest.raises(
         RecipeError, match=r"cannot work in \S+elsewhere \(No such file or directory\).* sees"
     ) as caught:
-        _work(0, None, tmp_path / "elsewhere", "sweep", {})
+        _work(0, None, tmp_path / "elsewhere", {})
     assert "\n" not in str(caught.value)
 
 

@@ -21,7 +21,6 @@ READ_FROM = ("shut/adapter", "listed/tiny.yaml", "mute.jsonl", "muted", "loop/x"
 WRITTEN_TO = ("shut/x", "sealed/x", "loop", "loop/x", "mute.yaml/x", TOO_LONG, "pipe")
 A = ("-a", "adapter")
 OUT = ("-o", "out")
-P = ("-p", "final.prune_ratio=0.1..0.2")
 
 
 def setting(key: str, *more: str) -> Line:
@@ -37,7 +36,6 @@ READ: dict[str, Line] = {
     "check, backbone": setting("backbone.name"),
     "run": lambda path: ("run", path, *OUT),
     "compare": lambda path: ("compare", path, *OUT),
-    "sweep": lambda path: ("sweep", path, *P, *OUT),
     "learn": lambda path: ("learn", path, *A, *OUT),
     "learn, adapter": lambda path: ("learn", "tiny.yaml", "-a", path, *OUT),
     "finetune, adapter": lambda path: ("finetune", "tiny.yaml", "-a", path, "--ratio", "0.5", *OUT),
@@ -57,7 +55,6 @@ WRITTEN: dict[str, Line] = {
     "run": lambda path: ("run", "tiny.yaml", "-o", path),
     "demo": lambda path: ("demo", "-s", "backbone={name: tiny-llama}", "-o", path),
     "compare": lambda path: ("compare", "tiny.yaml", "-o", path),
-    "sweep": lambda path: ("sweep", "tiny.yaml", *P, "-o", path),
     "learn": lambda path: ("learn", "tiny.yaml", *A, "-o", path),
     "finetune": lambda path: ("finetune", "tiny.yaml", *A, "--ratio", "0.5", "-o", path),
     "evaluate": lambda path: ("evaluate", "tiny.yaml", *A, "-o", path),

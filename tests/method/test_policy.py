@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp_lora.errors import ProbeError, RecipeError
-from grasp_lora.method.policy import POLICIES, Gaussian, Spread, Uniform, even_ratio, plain_policy, policy_class
+from grasp_lora.method.policy import POLICIES, Gaussian, Spread, even_ratio, plain_policy, policy_class
 from grasp_lora.method.presets import RULES, preset, ratio_rule
 from grasp_lora.method.rounds import Decision, RatioEstimate, Round
 from grasp_lora.method.rules import Rule
@@ -142,13 +142,6 @@ def test_deviation_has_a_floor() -> None:
     assert policy.std == 1e-3
 
 
-def test_uniform_policy_reports_its_own_mean_and_deviation() -> None:
-    policy = of_kind("uniform", ratio_min=0.0, ratio_max=0.6, ratio_init=0.1)
-    run(policy, 5)
-    assert policy.mean == pytest.approx(0.3)
-    assert policy.std == pytest.approx(0.6 / math.sqrt(12))
-
-
 @pytest.mark.parametrize("kind", POLICIES)
 def test_draws_cover_the_bounds_fairly(kind: str) -> None:
     policy = of_kind(kind, ratio_init=0.45, candidates=4000)
@@ -160,9 +153,6 @@ def test_draws_cover_the_bounds_fairly(kind: str) -> None:
 # --- every policy ----------------------------------------------------------------------------------------------------
 
 every_policy = pytest.mark.parametrize("kind", POLICIES)
-drawing_policy = pytest.mark.parametrize(
-    "kind", [kind for kind in POLICIES if kind != "stacked"]
-)  # which draws nothing
 committing_policy = pytest.mark.parametrize("kind", [kind for kind in POLICIES if POLICIES[kind].regime == "held"])
 
 
@@ -178,7 +168,7 @@ def test_candidates_lie_within_the_bounds_and_are_as_many_as_asked(kind: str, ca
         assert all(0.2 <= ratio <= 0.3 for ratio in drawn)
 
 
-@drawing_policy
+@every_policy
 def test_asking_twice_gives_the_same_and_each_round_other_candidates(kind: str) -> None:
     policy = of_kind(kind)
     seen = set()
@@ -190,7 +180,7 @@ def test_asking_twice_gives_the_same_and_each_round_other_candidates(kind: str) 
         run(policy, 1)
 
 
-@drawing_policy
+@every_policy
 def test_seeds_give_unrelated_draws(kind: str) -> None:
     draws = [of_kind(kind, seed=seed).ask() for seed in range(50)]
     assert len({tuple(drawn) for drawn in draws}) == 50
@@ -200,11 +190,9 @@ def test_seeds_give_unrelated_draws(kind: str) -> None:
 def test_draws_are_the_same_on_every_machine() -> None:
     # Pinned, so that a change of the generator does not go unnoticed: it would silently change every run.
     assert of_preset("paper").ask() == pytest.approx(PINNED_GAUSSIAN, abs=1e-12)
-    assert of_kind("uniform").ask() == pytest.approx(PINNED_UNIFORM, abs=1e-12)
 
 
 PINNED_GAUSSIAN = [0.37736492376755, 0.6142712155187089, 0.4992321985825299]
-PINNED_UNIFORM = [0.28672542484062713, 0.6728089201295364, 0.17260221962698555]
 
 
 @every_policy
@@ -476,11 +464,10 @@ def test_the_ratio_of_spread_is_its_best_one_so_far() -> None:
     assert policy.current_ratio == policy.best_ratio().ratio == pytest.approx(0.55, abs=0.02)
 
 
-def test_the_other_policies_train_at_the_committed_ratio() -> None:
-    for kind in ("gaussian", "uniform"):
-        policy = of_kind(kind)
-        run(policy, 3)
-        assert {policy.training_ratio(step) for step in range(5)} == {policy.current_ratio}
+def test_the_other_policy_trains_at_the_committed_ratio() -> None:
+    policy = of_kind("gaussian")
+    run(policy, 3)
+    assert {policy.training_ratio(step) for step in range(5)} == {policy.current_ratio}
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -491,19 +478,19 @@ def test_the_other_policies_train_at_the_committed_ratio() -> None:
     [
         ("spread", {"ratio_min": -0.1}, r"ratio bounds are \[-0.1, 0.8\]"),
         ("spread", {"ratio_max": 1.1}, r"ratio bounds are \[0.1, 1.1\]"),
-        ("uniform", {"ratio_min": 0.8}, r"ratio bounds are \[0.8, 0.8\]"),
+        ("gaussian", {"ratio_min": 0.8}, r"ratio bounds are \[0.8, 0.8\]"),
         ("gaussian", {"ratio_min": math.nan}, r"ratio bounds are \[nan, 0.8\]"),
         ("spread", {"ratio_init": 0.05}, "ratio_init is 0.05; it must lie between ratio_min 0.1 and ratio_max 0.8"),
         ("gaussian", {"ratio_init": math.nan}, "ratio_init is nan"),
         ("gaussian", {"std_init": 0.0}, "std_init is 0.0; it must be a positive number, or left out"),
         ("gaussian", {"std_init": math.inf}, "std_init is inf"),
         ("gaussian", {"std_init": math.nan}, "std_init is nan"),
-        ("uniform", {"candidates": 0}, "candidates is 0; a whole number is needed, at least 1"),
+        ("gaussian", {"candidates": 0}, "candidates is 0; a whole number is needed, at least 1"),
         ("gaussian", {"learning_rate": -0.1}, "learning_rate is -0.1; it must be a number >= 0"),
         ("gaussian", {"kl_coef": math.inf}, "kl_coef is inf"),
         ("gaussian", {"entropy_bonus": math.nan}, "entropy_bonus is nan"),
         ("gaussian", {"max_step": 0.0}, r"max_step is 0.0; it must lie in \(0, 1\]"),
-        ("uniform", {"max_step": 1.5}, "max_step is 1.5"),
+        ("gaussian", {"max_step": 1.5}, "max_step is 1.5"),
         ("gaussian", {"max_step": math.nan}, "max_step is nan"),
     ],
 )
@@ -515,7 +502,7 @@ def test_a_setting_out_of_range_is_an_error(kind: str, changes: dict[str, Any], 
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("grid", "policy kind is 'grid'; allowed: gaussian, uniform, spread, stacked, or the import path"),
+        ("grid", "policy kind is 'grid'; allowed: gaussian, spread, or the import path"),
         ("math:sqrt", "policy kind 'math:sqrt' is a builtin_function_or_method; it must be a type"),
         ("pathlib:Path", "policy kind 'pathlib:Path' is no RatioPolicy; derive it"),
     ],
@@ -526,7 +513,7 @@ def test_a_kind_that_is_none_is_an_error(kind: str, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class Decided(Uniform):
+class Decided(Gaussian):
     """Decides what it is told to."""
 
     what: Any = None
@@ -559,7 +546,7 @@ def test_a_policy_that_decides_no_ratio_within_its_bounds_is_named(decided: Any,
 def test_a_rule_that_gives_a_ratio_outside_the_bounds_or_its_interval_is_named(
     ratio: float, low: float, high: float
 ) -> None:
-    search = RatioSearch(Uniform(), Rule("mine", lambda told, *_: RatioEstimate(ratio, low, high, "mine", len(told))))
+    search = RatioSearch(Gaussian(), Rule("mine", lambda told, *_: RatioEstimate(ratio, low, high, "mine", len(told))))
     search.tell(a_round(search))
     with pytest.raises(RecipeError, match=rf"rule 'mine' gave ratio {ratio} .* must lie in \[0\.1, 0\.8\]"):
         search.best_ratio()
@@ -575,6 +562,3 @@ def test_the_even_sequence_covers_any_stretch(number: int) -> None:
 def test_a_policy_of_ones_own_is_named_by_its_import_path() -> None:
     assert policy_class("grasp_lora.method.policy:Spread") is Spread
     assert plain_policy(Spread())["kind"] == "spread"
-
-
-# --- the conformance suite finds what is wrong -----------------------------------------------------------------------

@@ -76,8 +76,7 @@ def test_rounds_out_of_range_are_an_error(changes: dict[str, Any], message: str)
 
 
 def test_presets_are_policy_rounds_and_rule() -> None:
-    assert set(PRESETS) == {"spread", "late", "paper", "stacked"}
-    assert preset("stacked").policy.copies == 8
+    assert set(PRESETS) == {"spread", "late", "paper"}
     assert preset("spread") == Controller()
     assert Controller() == Controller(
         Spread(candidates=2), Rounds("epoch", before_training=True, pool="dev", in_turn=12, patience=1), "surrogate"
@@ -105,19 +104,18 @@ def test_a_function_is_no_rule() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "keep_best", "pool", "examples"),
+    ("changes", "pool", "examples"),
     [
-        ({"rounds": Rounds(), "rule": "smooth_fit"}, False, 16, 16 + 2 * 16),
-        ({"rounds": Rounds(in_turn=12), "rule": "smooth_fit"}, False, 50, 12 + 2 * 12),
-        ({"rounds": Rounds(in_turn=12), "rule": "surrogate"}, False, 50, 50 + 2 * 12),
-        ({"rounds": Rounds(in_turn=12, patience=1), "rule": "smooth_fit"}, False, 50, 50 + 2 * 12),
-        ({"rounds": Rounds(in_turn=12), "rule": "smooth_fit"}, True, 50, 50 + 2 * 12),
+        ({"rounds": Rounds(), "rule": "smooth_fit"}, 16, 16 + 2 * 16),
+        ({"rounds": Rounds(in_turn=12), "rule": "smooth_fit"}, 50, 12 + 2 * 12),
+        ({"rounds": Rounds(in_turn=12), "rule": "surrogate"}, 50, 50 + 2 * 12),
+        ({"rounds": Rounds(in_turn=12, patience=1), "rule": "smooth_fit"}, 50, 50 + 2 * 12),
     ],
 )
 def test_a_baseline_needs_all_examples_where_rounds_are_compared(
-    changes: dict[str, Any], keep_best: bool, pool: int, examples: int
+    changes: dict[str, Any], pool: int, examples: int
 ) -> None:
-    assert Controller(**changes).probed_examples(pool, keep_best) == examples
+    assert Controller(**changes).probed_examples(pool) == examples
 
 
 def test_the_late_preset_probes_the_second_half_all_over_the_range() -> None:

@@ -429,7 +429,7 @@ def test_cuda_where_there_is_none(tiny_backbone_folder):
     [
         ({"name": " "}, "name is empty"),
         ({"dtype": "float8"}, "dtype is 'float8'"),
-        ({"quantise": "int3"}, "quantise is 'int3': use 'nf4', 'int8', 'int8_torchao', or leave it out"),
+        ({"quantise": "int3"}, "quantise is 'int3': use 'nf4', 'int8', or leave it out"),
         ({"quantise": "hqq"}, "HQQ"),
         ({"quantise": "int4"}, "torchao's int4"),
         ({"device": "tpu"}, "device is 'tpu'"),

@@ -14,7 +14,7 @@ import yaml
 
 from grasp_lora.bench.keys import plain
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.policy import Gaussian, Spread, Uniform
+from grasp_lora.method.policy import Gaussian, Spread
 from grasp_lora.method.presets import PRESETS, Controller
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.recipes.builtin import recipe_keys
@@ -111,7 +111,6 @@ def test_the_resolved_copy_says_every_default_but_no_place_of_the_data(load: Loa
         "mask.score=input_aware",
         "controller.policy.candidates=4", "controller.rounds.every=3", "controller.rule=smooth_fit",
         "final.prune_ratio=0.5", "final.mode=reselect",
-        "final.start=controller",
         "generation.max_new_tokens=3", "metrics=[f1]", "name=b", "data.skip_unanswered=true", "data.target.sheet=a",
     ],
 )  # fmt: skip
@@ -150,10 +149,6 @@ class TestController:
                 ("controller={preset: paper, policy: {max_step: 0.2}, rounds: {pool: both}}",),
                 replace(PRESETS["paper"], policy=Gaussian(max_step=0.2), rounds=Rounds(pool="both")),
             ),
-            (
-                ("controller={preset: paper, policy: {kind: uniform, candidates: 5}}",),
-                replace(PRESETS["paper"], policy=Uniform(candidates=5)),
-            ),
             (("controller.policy={kind: spread}",), PRESETS["spread"]),
         ],
     )
@@ -166,20 +161,13 @@ class TestController:
         [
             ("policy=spread", r"controller\.policy is 'spread', but a policy is a section; set controller\.preset"),
             ("preset=[paper]", r"controller\.preset is a list; allowed: spread, late, paper"),
-            (
-                "policy.kind=3",
-                r"controller\.policy: kind is 3; allowed: gaussian, uniform, spread, stacked, or the import path",
-            ),
+            ("policy.kind=3", r"controller\.policy: kind is 3; allowed: gaussian, spread, or the import path"),
             ("policy=0", r"controller\.policy is 0, but a policy is a section"),
             ("policy=3", r"controller\.policy is 3, but a policy is a section"),
             ("policy.ratio_min=low", r"controller\.policy\.ratio_min is 'low'; it must be a number$"),
             ("policy.max_step=0.1", r"unknown key 'controller\.policy\.max_step'"),
             ("rounds.evry=3", r"unknown key 'controller\.rounds\.evry'; did you mean 'every'\?"),
             ("rounds.every=week", r"controller\.rounds: every is 'week'; it must be at least 1 optimizer step"),
-            (
-                "policy.kind=stacked",
-                r"rounds\.in_turn is 12, but stacked .*; set controller\.rounds\.in_turn to null, or .* controller\.preset to",
-            ),
             ("rounds.start=0.5", r"controller\.rounds: before_training is true, but start is 0\.5"),
         ],
     )
@@ -199,10 +187,10 @@ class TestCode:
 
     POLICY = """
 from dataclasses import dataclass
-from grasp_lora import Uniform
+from grasp_lora import Gaussian
 
 @dataclass(frozen=True)
-class Mine(Uniform):
+class Mine(Gaussian):
     width: float = 0.5
 """
 
@@ -354,7 +342,9 @@ class TestOverrides:
             ("controller.pool=dev", r"did you mean 'controller\.rounds\.pool'\?"),
             ("controller.nonsense=1", r"known here: preset, policy, rounds, rule, training"),
             ("controller.policy.nonsense=1", r"known here: kind, .*bounds_first"),
-            ("controller.policy.max_step=0.2", r"only a policy of kind gaussian or uniform has it; set kind"),
+            ("controller.policy.max_step=0.2", r"only a policy of kind gaussian has it; set kind"),
+            ("final.start=controller", "final.start is gone: leave it out; the final run starts from the merge"),
+            ("data.split_seed=7", "data.split_seed is gone: leave it out; the recipe's seed draws the splits"),
             ("source.adapter=x", r"unknown key 'source\.adapter'; did you mean 'adapters'\?"),
             ("model=org/llama", r"unknown key 'model'; did you mean 'backbone\.name'\?"),
             ("model_name_or_path=org/llama", r"did you mean 'backbone\.name'\?"),
@@ -400,23 +390,6 @@ class TestOverrides:
             SMALL + "final: {prune_ratio: 50}",
             r"prune_ratio is 50\.0; it must be a fraction in \[0, 1\]; for 50 % write 0\.5$",
         ),
-        (SMALL + "final: {start: fresh}", r"final: start is 'fresh'; allowed: merged, controller"),
-        (
-            SMALL + "final: {start: controller, prune_ratio: 0.4}",
-            r"final\.start is 'controller', but final\.prune_ratio 0\.4 leaves out the controller run; remove one of them",
-        ),
-        (
-            SMALL + "final: {start: controller, mode: reselect}",
-            r"final\.start is 'controller', which holds the controller's mask; remove final\.mode, or start from 'merged'",
-        ),
-        (
-            SMALL + "final: {start: controller, mask: {score: input_aware}}",
-            r"the controller's mask; remove final\.mask, or",
-        ),
-        (
-            SMALL + "final: {start: controller}\ncontroller: {preset: late}",
-            r"controller\.rounds\.start 0\.5 leaves rounds to the end of the run",
-        ),
         (
             SMALL + "controller: {rounds: {pool: test}}",
             r"controller\.rounds\.pool: .*'micro_dev', 'dev' or 'both'.*'test'",
@@ -433,10 +406,6 @@ class TestOverrides:
         (
             SMALL + "controller: {training: {keep: best}}",
             r"training\.keep is 'best', but the masks of a controller run are",
-        ),
-        (
-            SMALL + "merge: {rule: paper_apart}\nfinal: {start: controller}",
-            r"final\.start is 'controller', whose adapter is saved as one, but merge\.rule 'paper_apart' keeps adapters apart",
         ),
         (
             SMALL + "controller: {rounds: {patience: 0}}",
@@ -533,18 +502,16 @@ def test_a_file_far_too_large(tmp_path: Path) -> None:
         load_recipe(file)
 
 
-def test_a_slip_in_the_name_of_a_file_gives_the_nearest_and_a_run_its_recipe(
+def test_a_slip_in_the_name_of_a_file_gives_the_nearest_and_a_run_is_no_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "runs/sw"
     run.mkdir(parents=True)
     (run / "run.json").write_text('{"name": "sw", "recipe_folder": "../.."}')
-    with pytest.raises(RecipeError, match=r"^runs/sw is a run; give its recipe, such as runs/sw/recipe\.yaml$"):
+    with pytest.raises(RecipeError, match=r"^runs/sw is the folder of a run; give the recipe that it was begun with$"):
         load_recipe("runs/sw")
     (tmp_path / "sw.yaml").write_text(SMALL)
-    with pytest.raises(RecipeError, match=r"^runs/sw is a run; give its recipe, such as sw\.yaml$"):
-        load_recipe("runs/sw")
     with pytest.raises(RecipeError, match=r"^there is no recipe './swx\.yaml'; did you mean 'sw\.yaml'\?$"):
         load_recipe("./swx.yaml")
     for name in ("runs/swx.yaml", "swx"):  # no recipe is near there, and no file is meant

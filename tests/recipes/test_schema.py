@@ -96,7 +96,7 @@ def test_a_controller_is_completed_by_presets_and_the_settings_of_every_policy()
 
 @pytest.mark.parametrize(
     "path",
-    ["final.mode", "final.start", "final.deliver", "final.training.keep", "target.on",
+    ["final.mode", "final.deliver", "final.training.keep", "target.on",
      "data.task", "data.target.format"],
 )  # fmt: skip
 def test_an_editor_offers_the_names_that_a_recipe_takes(path: str) -> None:

@@ -758,20 +758,6 @@ def test_the_caption_says_how_the_current_ratio_moves(run_folder: Path) -> None:
     assert "Each step trained at a ratio of its own" in page
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_copies_that_train_side_by_side_are_not_called_moments_of_one_adapter(run_folder: Path, rule: str) -> None:
-    change(run_folder / "controller" / "ratio.json", lambda ratio: ratio.update(rule=rule))
-    change_recipe(run_folder, controller={"policy": {"kind": "stacked"}, "rounds": {"pool": "dev"}})
-    page, _ = texts(run_folder)
-    for wrong in ("for a moment", "moves towards the best candidate", "Each step trained"):
-        assert wrong not in page
-    assert "Copies of the adapter trained side by side" in page
-    assert "measured their losses on the dev set." in page
-    assert "Each candidate has copies of its own, which trained at its ratio throughout" in page
-    change_recipe(run_folder, controller={"policy": {"kind": "spread"}})
-    assert "pruned the adapter at several ratios for a moment" in texts(run_folder)[0]
-
-
 def test_model_card_says_what_the_adapter_is_and_holds_no_path(run_folder: Path) -> None:
     source, target = (str(run_folder / "data" / f"xquad.{code}.json") for code in ("en", "ar"))
     corpora = {"source": {"language": "en", "files": [source]}, "target": {"language": "ar", "files": [target]}}
@@ -866,14 +852,6 @@ def test_the_recipe_in_the_card_stays_in_its_block_and_names_no_place(run_folder
     assert recipe["data"]["prompt"].startswith("\n````\n<b> /x/y ")
     assert recipe["data"]["target"]["files"] == ["a.json", "b.json", "d.json"]
     assert recipe["backbone"]["name"] == "me"
-
-
-def test_card_and_reports_name_the_start_of_a_single_run(run_folder: Path) -> None:
-    assert "- The final run starts from a fresh merge\n" in card(run_folder)
-    change_recipe(run_folder, final={"start": "controller"})
-    for text in (card(run_folder), *texts(run_folder)):
-        assert "controller run" in text
-        assert "at its best round, with its mask held (single run)" in text
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from grasp_lora.storage.checkpoints import MANIFEST
 from grasp_lora.storage.claims import LOCK_FILE
 
 State = tuple[int, int]
-MARKERS = (MANIFEST, "metrics.json", "sweep.json", "compare.json")
+MARKERS = (MANIFEST, "metrics.json", "compare.json")
 
 
 class Disk:

@@ -20,14 +20,14 @@ from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.method.policy import POLICIES, Gaussian, Spread, Uniform
+from grasp_lora.method.policy import POLICIES, Gaussian, Spread
 from grasp_lora.method.presets import PRESETS, Controller
 from grasp_lora.method.rounds import Decision, RatioEstimate, Round
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings
-from grasp_lora.storage.checkpoints import read_state, write_state
+from grasp_lora.storage.checkpoints import read_state
 from grasp_lora.training import finetune as finetune_module
 from grasp_lora.training import probes as probing
 from grasp_lora.training import pruned as pruned_module
@@ -103,7 +103,6 @@ def controller_for(
     mask=None,
     folder=None,
     every=3,
-    keep_best=False,
     patience=None,
     kind="gaussian",
     rule="smooth_fit",
@@ -119,7 +118,6 @@ def controller_for(
         mask=mask,
         segments=segments_of(weights),
         folder=folder,
-        keep_best=keep_best,
     )
 
 
@@ -237,16 +235,16 @@ def read_rows(file) -> list[dict]:
 # In three trainers
 
 
-@pytest.mark.parametrize(("kind", "keep_best"), [("gaussian", False), ("gaussian", True), ("spread", True)])
+@pytest.mark.parametrize("kind", ["gaussian", "spread"])
 @pytest.mark.parametrize("trainer_name", ["transformers", "trl"])
 def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
-    make_tiny_model, tiny_tokenizer, tmp_path, trainer_name, kind, keep_best
+    make_tiny_model, tiny_tokenizer, tmp_path, trainer_name, kind
 ):
     def train(resume: bool) -> tuple[list[torch.Tensor], dict, list[dict]]:
         backbone = make_tiny_model("llama")
         weights = merged_adapter(backbone, "llama")
         mask = MaskSettings("input_aware")
-        controller = controller_for(weights, mask=mask, folder=tmp_path / "records", keep_best=keep_best, kind=kind)
+        controller = controller_for(weights, mask=mask, folder=tmp_path / "records", kind=kind)
         saving = {"save_strategy": "steps", "save_steps": 5}
         with attached(backbone, weights, dropout=0.2) as model:
             if trainer_name == "trl":
@@ -260,8 +258,7 @@ def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
                 )
             controller.add_to(trainer)
             trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5") if resume else None)
-            pairs = [*live_pairs(model).values(), *(controller.best_adapter(0.5).values() if keep_best else ())]
-            factors = [factor.detach().clone() for pair in pairs for factor in (pair.A, pair.B)]
+            factors = [factor.detach().clone() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
         return factors, searched(controller), read_rows(tmp_path / "records" / "rounds.jsonl")
 
     whole, resumed = train(resume=False), train(resume=True)
@@ -790,7 +787,7 @@ def test_accumulation_counts_optimizer_steps(make_tiny_model, tmp_path):
 def test_the_controllers_settings_choose_the_policy(make_tiny_model, tmp_path):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
-    policy = Uniform(ratio_min=0.2, ratio_max=0.3, ratio_init=0.25, candidates=2)
+    policy = Gaussian(ratio_min=0.2, ratio_max=0.3, ratio_init=0.25, candidates=2)
     with attached(backbone, weights) as model:
         controller = GraspController(
             ProbeSet(MICRO_DEV, PAD), Controller(policy, Rounds(4), "smooth_fit"), folder=tmp_path
@@ -891,7 +888,7 @@ class AfterwardsOnly(TrainerCallback):
         self.inner.on_step_begin(args, state, control, **kwargs)
 
 
-# The best round
+# Scripted baselines
 
 
 class ScriptedBaselines(ProbeSet):
@@ -905,74 +902,6 @@ class ScriptedBaselines(ProbeSet):
     def losses(self, model, collector=None):
         measured = super().losses(model, collector)
         return [next(self._baselines)] * len(measured) if next(self._calls) else measured
-
-
-class DenseAtRounds(TrainerCallback):
-    """Stands before the controller: the weights that each round finds, stashed ones included, and those of the beginning."""
-
-    def __init__(self, controller: GraspController) -> None:
-        self.controller = controller
-        self.dense: list[dict] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self.note()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % self.controller.settings.rounds.every == 0:
-            self.note()
-
-    def note(self) -> None:
-        masks = self.controller.masks
-        self.dense.append({k: torch.where(masks.keep[k], w, masks.stash[k]) for k, w in masks.weights.items()})
-
-
-def pruned_by_hand(values: torch.Tensor, by: torch.Tensor, sizes, dimension: int, ratio: float) -> torch.Tensor:
-    """Zero the values whose `by` is smallest, in each segment."""
-    parts = []
-    for value, size in zip(values.split(sizes, dimension), by.abs().split(sizes, dimension), strict=True):
-        part = value.clone().contiguous()
-        part.view(-1)[size.flatten().argsort(stable=True)[: prune_count(ratio, size.numel())]] = 0.0
-        parts.append(part)
-    return torch.cat(parts, dimension)
-
-
-@pytest.mark.parametrize(
-    ("kind", "baselines", "best"),
-    [
-        ("gaussian", [3.0, 1.0, 2.0, 1.0], 1),
-        ("gaussian", [3.0, 2.0, 1.5, 1.0], 3),
-        ("spread", [3.0, 2.0, 1.0, 1.0, 4.0], 2),
-        ("spread", [1.0, 2.0, 3.0, 4.0, 5.0], 0),  # the round before training
-    ],
-)
-def test_the_best_round_is_given_as_it_was_and_pruned_as_the_masks_are(
-    make_tiny_model, tmp_path, kind, baselines, best
-):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        probes = ScriptedBaselines(baselines, candidates=3)
-        controller = controller_for(weights, probes, folder=tmp_path, keep_best=True, kind=kind)
-        seen = DenseAtRounds(controller)
-        train_ours(model, tmp_path, controller, callbacks=[seen])
-        before = adapter_weights(model)
-        found = controller.best_adapter(0.37)
-        after = adapter_weights(model)
-    assert [row["baseline_losses"][0] for row in read_rows(tmp_path / "rounds.jsonl")] == baselines
-    rounds = seen.dense if kind == "spread" else seen.dense[1:]
-    dense, order = rounds[best], seen.dense[0] if kind == "spread" else rounds[best]
-    for module, pair in found.items():
-        sizes = [segment.rank for segment in weights[module].segments]
-        for factor, dimension in (("A", 0), ("B", 1)):
-            key = module, factor
-            assert torch.equal(
-                getattr(pair, factor), pruned_by_hand(dense[key], order[key], sizes, dimension, 0.37).detach()
-            )
-            assert torch.equal(getattr(before[module], factor), getattr(after[module], factor))
-        assert (pair.scaling, pair.segments) == (weights[module].scaling, weights[module].segments)
-    for row in survival(found):
-        assert row["weights"] - row["kept"] == prune_count(0.37, row["weights"])
 
 
 @pytest.mark.parametrize(
@@ -1058,7 +987,7 @@ def test_examples_take_turns_and_a_round_compares_like_with_like(make_tiny_model
     assert turns != [ProbesInTurn(pool, PAD, count=3, seed=6).at(number).ids for number in range(len(rows))]
 
 
-@pytest.mark.parametrize("compared_by", ["patience", "keep_best", "surrogate"])
+@pytest.mark.parametrize("compared_by", ["patience", "surrogate"])
 @pytest.mark.parametrize("kind", ["spread", "gaussian"])
 def test_the_baseline_is_measured_on_all_where_rounds_are_compared(
     make_tiny_model, tmp_path, probed, kind, compared_by
@@ -1066,7 +995,7 @@ def test_the_baseline_is_measured_on_all_where_rounds_are_compared(
     pool = make_examples(7, 1, "m")
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
-    how = {"patience": {"patience": 99}, "keep_best": {"keep_best": True}, "surrogate": {"rule": "surrogate"}}
+    how = {"patience": {"patience": 99}, "surrogate": {"rule": "surrogate"}}
     with attached(backbone, weights) as model:
         probes = ProbesInTurn(pool, PAD, count=3, seed=5)
         controller = controller_for(weights, probes, folder=tmp_path, kind=kind, **how[compared_by])
@@ -1107,54 +1036,6 @@ def test_rounds_may_begin_late(make_tiny_model, tmp_path, kind, start, steps):
     assert rows[0]["ratio_before"] == 0.4
     for row in survival(kept):
         assert row["weights"] - row["kept"] == prune_count(controller.search.current_ratio, row["weights"])
-
-
-def test_a_best_round_is_kept_only_when_asked_and_changes_no_training(make_tiny_model, tmp_path):
-    found = []
-    for keep_best in (True, False):
-        backbone = make_tiny_model("llama")
-        weights = merged_adapter(backbone, "llama")
-        with attached(backbone, weights, dropout=0.3) as model:
-            controller = controller_for(weights, folder=tmp_path, keep_best=keep_best)
-            train_ours(model, tmp_path, controller)
-            found.append((adapter_weights(model), read_rows(tmp_path / "rounds.jsonl")))
-    values, tensors = controller.state()
-    assert "best_loss" not in values
-    assert not any(name.startswith("best") for name in tensors)
-    with pytest.raises(RuntimeError, match="no round was kept; give keep_best=True"):
-        controller.best_adapter(0.5)
-    assert found[0][1] == found[1][1]
-    for name, pair in found[0][0].items():
-        assert torch.equal(pair.A, found[1][0][name].A)
-
-
-@pytest.mark.parametrize("kind", ["gaussian", "spread"])
-@pytest.mark.parametrize(
-    "mask",
-    [MaskSettings(), MaskSettings("input_aware"), MaskSettings("gradient_of_delta")],
-)
-def test_a_state_holds_the_best_round_to_the_bit(make_tiny_model, tmp_path, kind, mask):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        first = controller_for(weights, mask=mask, keep_best=True, kind=kind)
-        train_ours(model, tmp_path, first)
-        checkpoint = tmp_path / "checkpoint-12"
-        checkpoint.mkdir()
-        write_state(checkpoint, first.state_name, *first.state())
-        second, third = (controller_for(weights, mask=mask, keep_best=kept, kind=kind) for kept in (True, False))
-        for other in (second, third):
-            other._masks = MaskSet(live_pairs(model, segments_of(weights)), mask)
-            other.restore(*read_state(checkpoint, first.state_name))
-        for ratio in (0.2, 0.6):
-            one, same = first.best_adapter(ratio), second.best_adapter(ratio)
-            for name, pair in one.items():
-                assert torch.equal(pair.A, same[name].A)
-                assert torch.equal(pair.B, same[name].B)
-        assert first.state()[0] == second.state()[0]
-        write_state(checkpoint, first.state_name, *third.state())  # one that kept nothing
-        with pytest.raises(GraspError, match="resumes from a checkpoint that kept no best round; leave keep_best out"):
-            second.restore(*read_state(checkpoint, first.state_name))
 
 
 # Trainings that go on, are saved, or begin again
@@ -1366,7 +1247,7 @@ def same(one: dict, other: dict) -> bool:
 def test_the_best_checkpoint_brings_its_own_masks_rounds_and_stash(make_tiny_model, tmp_path, caplog, kind):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
-    controller = controller_for(weights, kind=kind, folder=tmp_path, ratio_init=0.5, keep_best=True)
+    controller = controller_for(weights, kind=kind, folder=tmp_path, ratio_init=0.5)
     beginning = AtTheBeginning(controller)
     with attached(backbone, weights) as model:
         trainer = loading_the_best(model, tmp_path, controller, best=4)
@@ -1707,7 +1588,7 @@ def test_a_checkpoint_holds_every_loss_once_and_a_search_that_differs_is_refused
         second.restore(
             {name: value for name, value in values.items() if name != "rounds"}, tensors
         )  # of earlier versions
-        for change in ({"kind": "uniform"}, {"rule": "best_reward"}, {"seed": 7}, {"every": 4}):
+        for change in ({"candidates": 4}, {"rule": "best_reward"}, {"seed": 7}, {"every": 4}):
             with pytest.raises(GraspError, match="resumes with other settings of policy or rounds"):
                 controller_for(weights, **change).restore(values, tensors)
         with pytest.raises(GraspError, match="resumes with other probed rows than it began with"):

@@ -85,7 +85,7 @@ class _AllRowsBench(Bench):
         recipe, self._first, self._epochs = bench.recipe, bench, epochs
         self._final_epochs = epochs.get("continued", epochs.get("grasp", 0))
         changes = {
-            name: replace(stage, training=replace(stage.training, epochs=count))
+            name: replace(stage, training=replace(stage.training, epochs=count, patience=None, keep="last"))
             for name, stage, count in (
                 ("target", recipe.target, epochs.get("target")),
                 ("final", recipe.final, self._final_epochs),
@@ -100,19 +100,19 @@ class _AllRowsBench(Bench):
     @cached_property
     def target(self) -> Adapter:
         """The target adapter, trained on all rows; or that of the run."""
-        return self._target(dev_free=True) if self._epochs.get("target") else self._first.target
+        return super().target if self._epochs.get("target") else self._first.target
 
     def made(self, kind: str, prune_ratio: float) -> Adapter:
         """What was chosen, made once more."""
         if kind == "target":
             return self.target
         if kind == "continued":
-            return self.finetuned(self.source, 0.0, dev_free=True)
+            return self.finetuned(self.source, 0.0)
         merged = self.merged()
         if kind == "merged":
             return merged
         if self._final_epochs:
-            return self.finetuned(merged, prune_ratio, dev_free=True)
+            return self.finetuned(merged, prune_ratio)
         settings = self._measured(merged, data=self._data("train"), prune_ratio=prune_ratio, mask=asdict(self._mask))
         return Adapter(key_of("pruned", settings), once(lambda: self._pruned(merged, prune_ratio)), merged.records)
 

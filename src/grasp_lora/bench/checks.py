@@ -1,15 +1,10 @@
-"""What is checked before a run, a comparison or a sweep begins, so that none stops half way for what could be known before."""
+"""What is checked before a run or a comparison begins, so that none stops half way for what could be known before."""
 
 import json
-import os
-import shlex
-import socket
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.records import read_needed, read_record
@@ -24,7 +19,6 @@ from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.models.answers import context_of
 from grasp_lora.models.backbone import Backbone, without_peft
-from grasp_lora.models.linear import on_output_layer
 from grasp_lora.models.precision import weight_sum
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
@@ -34,8 +28,6 @@ from grasp_lora.storage.files import write_json
 from grasp_lora.storage.processes import world_size
 from grasp_lora.text.display import one_line
 
-SERVERS = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_BASE_URL"}  # tracker -> variable that names its server
-SERVER_ANSWERS_WITHIN = 5.0  # seconds
 DIFFERENCES_SHOWN, MOST_SHOWN = 3, 60  # and characters of each value
 # What a config says of names, number formats, memory, heads and the weights of a new model: the same computation without it.
 IDLE = {
@@ -137,14 +129,6 @@ def _check_adapters(session: Session) -> None:
     trains = not (recipe.source.adapters and recipe.target.adapter)
     if trains:
         check_target_modules(session.backbone.model, recipe.lora.target_modules)
-    modules = {name for adapter in session.existing_adapters.values() for name in adapter.weights}
-    stacked = recipe.controller.policy.regime == "stacked" and recipe.final.prune_ratio is None
-    if stacked and on_output_layer(session.backbone.model, modules | set(recipe.lora.target_modules if trains else ())):
-        # It sees only the tokens whose loss counts, without their batch, as `train_stacked` says too late.
-        raise AdapterError(
-            "an adapter on the output layer cannot be stacked; leave that layer out of lora.target_modules and of given "
-            "adapters, or set controller.preset to 'late' or another"
-        )
     parents = session.parent_ranks
     rule = merge_rule(recipe.merge.rule)
     if rule.space is COMPONENTS and sum(parents) > MOST_RANK:
@@ -177,11 +161,6 @@ def _check_processes(session: Session) -> None:
 
 def check_rounds(session: Session) -> None:
     stage = session.recipe.controller
-    if stage.policy.regime == "stacked" and world_size() > 1:
-        raise RecipeError(
-            f"controller.preset is 'stacked', whose adapters train in one process, but {world_size()} were started; "
-            "start without torchrun, or take another preset"
-        )
     for split in stage.splits:
         if not getattr(session.splits, split):
             needed_by, fix = (
@@ -232,29 +211,6 @@ def _check_trackers(names: Sequence[str]) -> None:
             raise RecipeError(
                 f"report_to names {name!r}, which cannot be used here: {error}; install it, or leave it out"
             ) from error
-        _check_server(name)
-
-
-def _check_server(tracker: str) -> None:
-    """Check that the server which a tracker's environment names can be reached: libraries try for minutes.
-
-    Raises:
-        RecipeError: it cannot.
-    """
-    variable = SERVERS.get(tracker, "")
-    place = urlsplit(os.environ.get(variable, ""))
-    if place.scheme not in ("http", "https") or not place.hostname:
-        return
-    if getproxies().get(place.scheme) and not proxy_bypass(place.hostname):
-        return  # it may be reached through that alone
-    try:
-        port = place.port or (443 if place.scheme == "https" else 80)
-        socket.create_connection((place.hostname, port), SERVER_ANSWERS_WITHIN).close()
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"report_to names {tracker!r}, whose server {place.netloc.rpartition('@')[2]} ({variable}) does not answer: {error}; "
-            "start it, or leave the tracker out"
-        ) from error
 
 
 def check_config(store: Path, backbone: Backbone, *, note: bool = True) -> None:
@@ -307,12 +263,8 @@ def _computed_with(backbone: Backbone) -> dict[str, str]:
     return found
 
 
-def check_can_be_cut(recipe: Recipe, option: str) -> None:
-    """Check that the target may be split otherwise, and for folds that it is one pool whose labels do not hang on a fold.
-
-    Args:
-        recipe: of a comparison.
-        option: `--folds` or `--split-seed`.
+def check_can_be_cut(recipe: Recipe) -> None:
+    """Check that the target may be cut into folds: it is one pool, and its labels do not hang on a fold.
 
     Raises:
         RecipeError: it may not be, or is none.
@@ -320,11 +272,9 @@ def check_can_be_cut(recipe: Recipe, option: str) -> None:
     target = recipe.data.target
     if recipe.target.adapter is not None:
         raise RecipeError(
-            f"{option} would test rows that the given target.adapter may have been trained on; leave target.adapter out, so that "
-            f"one is trained for each split, or leave {option} out"
+            "--folds would test rows that the given target.adapter may have been trained on; leave target.adapter out, so that "
+            "one is trained for each fold, or leave --folds out"
         )
-    if option != "--folds":
-        return
     if target.explicit or target.test_files:
         given = "train_files" if target.explicit else "test_files"
         raise RecipeError(
@@ -371,7 +321,7 @@ def check_folder(folder: Path, recipe: Recipe) -> None:
     if read_needed(folder / files.RUN_FILE, files.RunInfo).recipe_hash not in recipe.choices():
         advice = "choose another folder with --output, or delete it"
         if not (folder / files.METRICS_FILE).is_file():
-            advice = f"to finish it, take the command of `grasp-lora status {shlex.quote(str(folder))}`; else another --output"
+            advice = "to finish it, run the recipe that began it with what was set then; else choose another --output"
         raise RecipeError(f"{folder} holds a run of another recipe ({_differences(folder, recipe)}); {advice}")
 
 

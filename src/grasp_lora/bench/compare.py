@@ -16,19 +16,18 @@ from typing import ClassVar
 from grasp_lora.bench.checks import check, check_can_be_cut, check_config, check_list, check_ratios, check_splits
 from grasp_lora.bench.comparison_record import COMPARISON_FILE, Comparison
 from grasp_lora.bench.keyed import GRID
-from grasp_lora.bench.methods import DEFAULT_METHODS, METHODS
+from grasp_lora.bench.methods import METHODS
 from grasp_lora.bench.planned import SEEDS, expected_width, planned_against
 from grasp_lora.bench.records import read_record
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, STORE_FOLDER, check_place
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import WAIT, Store
-from grasp_lora.bench.summary import Outcomes, Rows, other_split, summary
+from grasp_lora.bench.summary import Outcomes, Rows, summary
 from grasp_lora.data.splits import Fold, group_numbers, group_size
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.statistics import least_resamples
 from grasp_lora.models.adapters import check_target_modules
-from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.claims import Busy, Workplace, claim, working_in
@@ -47,28 +46,26 @@ class ComparisonSettings:
     """What is compared.
 
     Args:
-        methods: names of methods; by default those that need no naming.
+        methods: names of methods; by default all.
         seeds: seeds of initialisation, order of the data and controller; the source adapter is that of the recipe's seed.
         grid: prune ratios of the grid search, fractions in [0, 1].
         reference: the method that the others are compared with; it is run even if `methods` leaves it out. Verdicts are those of
             the planned comparisons: with grasp, continued, joint and grid.
-        split_seeds: seeds of further splits of the data, on which all is done once more with the first seed.
         folds: cross-validation: cut the target's pool into so many folds, at least 2, and test on each of them once, with one
             seed. None takes the recipe's splits.
         resamples: of the bootstrap.
 
     Raises:
         ValueError: an unknown name, a list that is empty or says something twice, a ratio out of range, too few resamples or
-            folds, folds beside several seeds or another split.
+            folds, folds beside several seeds.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    methods: tuple[str, ...] = DEFAULT_METHODS
+    methods: tuple[str, ...] = tuple(METHODS)
     seeds: tuple[int, ...] = SEEDS
     grid: tuple[float, ...] = GRID
     reference: str = "grasp"
-    split_seeds: tuple[int, ...] = ()
     folds: int | None = None
     resamples: int = 10_000
 
@@ -80,10 +77,8 @@ class ComparisonSettings:
                 raise ValueError(f"there is no method {name!r}; allowed: {', '.join(METHODS)}")
         check_list("methods", self.methods)
         check_list("seeds", self.seeds)
-        if self.split_seeds:
-            check_list("split seeds", self.split_seeds)
         check_ratios("grid", self.grid)
-        for seed in (*self.seeds, *self.split_seeds):
+        for seed in self.seeds:
             if seed < 0:
                 raise ValueError(f"seed is {seed}; it must be at least 0")
         least = least_resamples(len({*self.methods, self.reference}) - 1)
@@ -97,10 +92,6 @@ class ComparisonSettings:
             raise ValueError(f"folds is {folds}; it must be at least 2")
         if len(self.seeds) > 1:
             raise ValueError(f"folds are compared with one seed, but seeds has {len(self.seeds)}; give one")
-        if self.split_seeds:
-            raise ValueError(
-                "folds are splits of their own; leave --split-seed out, or set data.split_seed for other folds"
-            )
 
 
 Show = Callable[[Path, Comparison], object]
@@ -155,15 +146,8 @@ def prepared(session: Session, folder: Path, settings: ComparisonSettings) -> Se
         GraspError: the folder, the recipe, the data or an adapter does not fit.
     """
     recipe = session.recipe
-    if recipe.final.start == "controller":
-        raise RecipeError(
-            "final.start is 'controller', but a comparison's final runs start from a fresh merge; leave it out, set "
-            "final.training.epochs to those of the controller and the final run together, and name grasp_single among the "
-            "methods: it shares them out between both"
-        )
-    for option, asked in (("--folds", settings.folds), ("--split-seed", settings.split_seeds)):
-        if asked:
-            check_can_be_cut(recipe, option)
+    if settings.folds:
+        check_can_be_cut(recipe)
     if (given := recipe.final.prune_ratio) is not None:
         logger.warning("final.prune_ratio is left aside: rows learn their own, and --grid %g has that one", given)
     recipe = recipe.model_copy(update={"final": replace(recipe.final, prune_ratio=None)})
@@ -176,10 +160,9 @@ def prepared(session: Session, folder: Path, settings: ComparisonSettings) -> Se
 
 @dataclass
 class _Batch:
-    """All methods with one seed on one split of the data: where outcomes go, under which number, and what is to be done."""
+    """All methods with one seed, or in one fold: under which number outcomes go, and what is to be done."""
 
     bench: Bench
-    rows: Rows
     number: int
     title: str
     to_do: list[str]
@@ -208,27 +191,12 @@ class Work:
             logger.warning(
                 "final.all_rows is left aside: the row 'delivered' is what a run chooses, before that last training"
             )
-        self.split_seed = recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
-        if self.split_seed in settings.split_seeds:
-            raise RecipeError(
-                f"--split-seed {self.split_seed} is the split that is compared in any case; give another seed"
-            )
         self.folds = {1: session} if settings.folds else {}
         for number in range(2, 1 + (settings.folds or 0)):
-            self.folds[number] = self._elsewhere(self.split_seed, Fold(number, settings.folds or 0))
+            self.folds[number] = self._in_fold(Fold(number, settings.folds or 0))
             check_splits(self.folds[number])
         self.numbers = tuple(self.folds) or settings.seeds
         self.rows = self._rows(*(self.folds.values() or [session]))
-        self.others = {other: self._elsewhere(other) for other in settings.split_seeds}
-        tested = {example.id for example in session.splits.test}
-        for other, elsewhere in self.others.items():
-            check_splits(elsewhere)
-            if {example.id for example in elsewhere.splits.test} == tested:
-                raise RecipeError(
-                    f"--split-seed {other} tests the same rows, since data.target names their files; give one pool, "
-                    "or leave --split-seed out"
-                )
-        self.again = {other: self._rows(elsewhere) for other, elsewhere in self.others.items()}
 
     def execute(self) -> Comparison:
         planned = planned_against(self.settings.reference, self.names)
@@ -237,7 +205,7 @@ class Work:
         metrics = list(self.session.metrics)
         if text := expected_width(metrics, len(test), len(planned), group_size(test), groups, seeds):
             self.progress.note(text)
-        shared, batches = self._batches(Bench)
+        batches = self._batches(Bench)
         self.progress.begin(sum(METHODS[name].units for batch in batches for name in batch.to_do))
         finished = 0
         while True:
@@ -246,7 +214,7 @@ class Work:
                 self._advance(batch)
                 before, finished = finished, next((n for n, one in enumerate(batches) if one.to_do), len(batches))
                 if finished > before:
-                    comparison = self._comparison(shared, finished)
+                    comparison = self._comparison(finished)
                     self._write(comparison)
             if finished == len(batches):
                 return comparison
@@ -258,26 +226,24 @@ class Work:
             self.progress.stage("waiting for what other processes do in this folder")
             time.sleep(WAIT)
 
-    def _comparison(self, shared: Session, finished: int) -> Comparison:
+    def _comparison(self, finished: int) -> Comparison:
         """What the batches that come before the first unfinished one have come to."""
         settings, numbers = self.settings, self.numbers[:finished]
         rows = {
             name: replace(row, by_number={one: row.by_number[one] for one in numbers if one in row.by_number})
             for name, row in self.rows.items()
         }
-        others = list(self.again.items())[: max(0, finished - len(self.numbers))]
-        splits = [other_split(rows, there, settings, other) for other, there in others]
         folds = [one.splits for number, one in self.folds.items() if number in numbers]
-        found = summary(shared, settings, rows, self.split_seed, folds)
-        seen = [SOURCE_MAY_HAVE_SEEN] if folds and shared.recipe.source.adapters else []
-        return found.model_copy(update={"other_splits": splits, "warnings": [*found.warnings, *seen]})
+        found = summary(self.session, settings, rows, folds)
+        seen = [SOURCE_MAY_HAVE_SEEN] if folds and self.session.recipe.source.adapters else []
+        return found.model_copy(update={"warnings": [*found.warnings, *seen]})
 
     def begin(self) -> None:
         """Write the recipe, unless the tables of another one stand there: then it comes with the tables that replace them."""
         tables = self.place.folder / COMPARE_FOLDER
         with claim(tables, wait=True):
             before = read_record(tables / COMPARISON_FILE, Comparison)
-            if before is None or before.recipe_hash == self._with_split(self.split_seed).fingerprint():
+            if before is None or before.recipe_hash == self.session.recipe.fingerprint():
                 self._write_recipe()
             else:
                 text = "%s holds the tables of another recipe, which these replace; to keep both, give --output another folder"
@@ -288,8 +254,8 @@ class Work:
         write_whole(tables / RECIPE_FILE, self.session.recipe.to_yaml(tables))
 
     def run_all(self, kind: type[Bench]) -> None:
-        """Go through all seeds and splits with benches of a kind, and write no table."""
-        batches = self._batches(kind)[1]
+        """Go through all seeds or folds with benches of a kind, and write no table."""
+        batches = self._batches(kind)
         while True:
             used = len(self.store.used)
             for batch in batches:
@@ -298,19 +264,16 @@ class Work:
                 return
             self._wait(used)
 
-    def _batches(self, kind: type[Bench]) -> tuple[Session, list["_Batch"]]:
-        """The session of the splits that are compared, and all there is to do."""
-        shared, seeds = self.session.variant(self._with_split(self.split_seed)), self.settings.seeds
+    def _batches(self, kind: type[Bench]) -> list["_Batch"]:
+        """All there is to do."""
+        shared, seeds = self.session, self.settings.seeds
         if self.folds:
-            folds = {number: one.variant(shared.recipe) for number, one in self.folds.items()}
-            of = len(folds)
-            return shared, [
-                self._batch(there, self.rows, seeds[0], kind, number, f"fold {number} of {of}")
-                for number, there in folds.items()
+            of = len(self.folds)
+            return [
+                self._batch(fold, seeds[0], kind, number, f"fold {number} of {of}")
+                for number, fold in self.folds.items()
             ]
-        batches = [self._batch(shared, self.rows, seed, kind) for seed in seeds]
-        batches += [self._batch(there, self.again[other], seeds[0], kind) for other, there in self.others.items()]
-        return shared, batches
+        return [self._batch(shared, seed, kind) for seed in seeds]
 
     def _rows(self, *sessions: Session) -> Rows:
         """Rows with nothing in them yet, for the splits of a session, or of each fold.
@@ -327,31 +290,26 @@ class Work:
         reasons = {name: [METHODS[name].unavailable(one) for one in sessions] for name in self.names}
         return {name: Outcomes(unavailable=next(filter(None, found), None)) for name, found in reasons.items()}
 
-    def _elsewhere(self, split_seed: int, fold: Fold | None = None) -> Session:
-        """A session of another split of the same data."""
-        session = Session(self._with_split(split_seed), self.session.base, self.session.progress, fold)
+    def _in_fold(self, fold: Fold) -> Session:
+        """A session of another fold of the same data."""
+        session = Session(self.session.recipe, self.session.base, self.session.progress, fold)
         session.backbone, session.checkpoints = self.session.backbone, self.session.checkpoints
         session.existing_adapters = self.session.existing_adapters
         return session
 
-    def _with_split(self, split_seed: int) -> Recipe:
-        """The recipe with a split that does not move with its seed."""
-        recipe = self.session.recipe
-        return recipe.model_copy(update={"data": replace(recipe.data, split_seed=split_seed)})
-
     def _batch(
-        self, shared: Session, rows: Rows, seed: int, kind: type[Bench], number: int | None = None, title: str = ""
+        self, shared: Session, seed: int, kind: type[Bench], number: int | None = None, title: str = ""
     ) -> "_Batch":
         seeded = shared.variant(shared.recipe.model_copy(update={"seed": seed}))
         bench = kind(seeded, shared, self.store, self.settings.grid)
-        to_do = [name for name, row in rows.items() if row.unavailable is None]
-        return _Batch(bench, rows, seed if number is None else number, title or f"seed {seed}", to_do)
+        to_do = [name for name, row in self.rows.items() if row.unavailable is None]
+        return _Batch(bench, seed if number is None else number, title or f"seed {seed}", to_do)
 
     def _advance(self, batch: "_Batch") -> None:
         """Do every method of a batch that is to be done, less those of which another process does a step."""
         left = []
         for name in batch.to_do:
-            method, row = METHODS[name], batch.rows[name]
+            method, row = METHODS[name], self.rows[name]
             title = f"{method.title}, {batch.title}"
             self.place.place = f"in {title}"
             try:

@@ -22,7 +22,6 @@ class Compared(_Shape):
     seeds: list[int]
     grid: list[float]
     reference: str
-    split_seeds: list[int]
     folds: int | None = None
     resamples: int
 
@@ -90,34 +89,6 @@ class Row(_Shape):
     against: dict[str, Against] = {}
 
 
-class SplitRow(_Shape):
-    """One method with the first seed: test loss on the usual split and on the other one, and the reference minus it on each."""
-
-    method: str
-    title: str
-    test_loss: list[float]
-    difference: list[float] | None
-
-
-class Missing(_Shape):
-    """A method that has no result on another split."""
-
-    method: str
-    title: str
-    reason: str
-    failed: bool
-
-
-class OtherSplit(_Shape):
-    """All of it once more, with the first seed, on another split of the data; `merge` as in `Comparison`."""
-
-    split_seed: int
-    seed: int
-    missing: list[Missing]
-    rows: list[SplitRow]
-    merge: str | None = None
-
-
 class CurvePoint(_Shape):
     """Mean losses of one run of the grid; a large test set is measured for the chosen ratio alone.
 
@@ -150,12 +121,10 @@ class Comparison(_Shape):
     backbone: str
     language: str
     seeds: list[int]
-    split_seed: int
     test_examples: int
     dev_examples: int
     stops_early: bool
     keeps_best: bool
-    given_target: bool
     micro_dev_examples: int
     reference: str
     metrics: list[str]
@@ -163,7 +132,6 @@ class Comparison(_Shape):
     resamples: int
     comparisons: int
     rows: list[Row]
-    other_splits: list[OtherSplit]
     curve: list[CurvePoint]
     warnings: list[str]
     made_with: list[dict[str, str]]
@@ -187,8 +155,8 @@ class Comparison(_Shape):
         return self.model_dump(exclude_unset=True)
 
     def is_ahead_of(self, other: Self) -> bool:
-        """Whether it is the same comparison with more seeds, folds or splits."""
-        done, others = (len(one.folds or one.seeds) + len(one.other_splits) for one in (self, other))
+        """Whether it is the same comparison with more seeds or folds."""
+        done, others = (len(one.folds or one.seeds) for one in (self, other))
         return (self.recipe_hash, self.settings) == (other.recipe_hash, other.settings) and done > others
 
     @property

@@ -28,11 +28,9 @@ def _plain_value(value: Any) -> Any:
 
 
 def final_settings(stage: FinalStage) -> dict[str, Any]:
-    """What decides a final run of this stage; the usual start is left out, as in the records made before there was another."""
+    """What decides a final run of this stage."""
     settings = asdict(stage)
     del settings["deliver"], settings["all_rows"]  # a choice among finished adapters, and a training of its own
-    if stage.start == "merged":
-        del settings["start"]
     return settings
 
 

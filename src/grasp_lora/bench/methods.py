@@ -12,20 +12,19 @@ from typing import Any
 
 from grasp_lora.bench.checks import lack_of_rounds
 from grasp_lora.bench.deliver import IN_ORDER, answers_that_count, candidates, choose, continue_source
-from grasp_lora.bench.outcomes import Adapter, Outcome
+from grasp_lora.bench.outcomes import Outcome
 from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.method.masks import MaskSettings
-from grasp_lora.method.merging import MERGE_RULES, merge_rule
+from grasp_lora.method.merging import MERGE_RULES
 from grasp_lora.method.presets import PRESETS
 from grasp_lora.method.search import RatioPolicy
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
+from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.storage.claims import Busy
 
 MOST_IN_CURVE = 200  # test examples: of 1,000 the curve of a grid of 8 would cost more passes than the grid
-SINGLE_SHARE = 0.6  # of the epochs of a final run, in which a single run learns its ratio
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class Method:
         unavailable: why it cannot run with this recipe here, or None.
         merges: whether it starts from the merge, so that its cost is what comes on top of the adapters that are merged.
         paper: whether it is a row of the paper, whose target adapter is trained on the backbone alone in any recipe.
-        dev_free: whether it may not look at the dev set.
     """
 
     title: str
@@ -48,35 +46,26 @@ class Method:
     unavailable: Callable[[Session], str | None] = lambda session: None
     merges: bool = True
     paper: bool = False
-    dev_free: bool = False
 
     def bench(self, bench: Bench) -> Bench:
         """The bench that it runs on: its target adapter is where this method needs it."""
-        if self.paper or (self.dev_free and bench.recipe.target.on == AUTO):  # which the dev set decides
+        if self.paper:
             return bench.as_in_paper
         return bench.decided if self.merges else bench
 
 
-def _loss_of_final_run(bench: Bench, adapter: Adapter, split: str) -> float:
-    if split == "dev":  # measured already, of the adapter that the run kept
-        return float(adapter.records[-1].result["dev_loss"])
-    return fmean(bench.losses(adapter, split).result["losses"])
-
-
-def _run_grid(
-    choose_on: str, final: Mapping[str, Any] | None = None, dev_free: bool = False, curve: bool = False
-) -> Callable[[Bench], Outcome]:
-    """A grid search: one final run per ratio, the best of them by the mean loss on a split.
+def _run_grid(final: Mapping[str, Any] | None = None, curve: bool = False) -> Callable[[Bench], Outcome]:
+    """A grid search: one final run per ratio, the best of them by the mean loss on the dev split.
 
     Only where the curve is wanted is the test split measured at every ratio, and only a small one: the chosen ratio is enough.
     """
 
     def run(bench: Bench) -> Outcome:
-        merged = bench.merged(dev_free)
+        merged = bench.merged()
         runs, failed, taken = {}, {}, None
         for ratio in bench.grid:
             try:
-                runs[ratio] = bench.finetuned(merged, ratio, final, dev_free)
+                runs[ratio] = bench.finetuned(merged, ratio, final)
             except Busy as error:  # the other ratios need not wait for this one
                 taken = error
             except RecipeError:
@@ -88,19 +77,17 @@ def _run_grid(
         if not runs:
             raise next(iter(failed.values()))
         small = len(bench.session.splits.test) <= MOST_IN_CURVE
-        splits = (choose_on, "test") if curve and small else (choose_on,)
-        points = {
-            ratio: {split: _loss_of_final_run(bench, adapter, split) for split in splits}
-            for ratio, adapter in runs.items()
-        }
-        best = min(points, key=lambda ratio: points[ratio][choose_on])
+        points = {ratio: {"dev": float(adapter.records[-1].result["dev_loss"])} for ratio, adapter in runs.items()}
+        if curve and small:
+            for ratio, adapter in runs.items():
+                points[ratio]["test"] = fmean(bench.losses(adapter).result["losses"])
+        best = min(points, key=lambda ratio: points[ratio]["dev"])
         return bench.outcome(
             runs[best],
             best,
-            chosen_on=choose_on,
+            chosen_on="dev",
             curve=points if curve else None,
             chosen_among=runs.values(),
-            chosen_by=[] if choose_on == "dev" else [bench.losses(adapter, choose_on) for adapter in runs.values()],
             left_out=[f"is without ratio {ratio:g}, whose run failed: {error}" for ratio, error in failed.items()],
         )
 
@@ -110,14 +97,13 @@ def _run_grid(
 def _run_grasp(
     stage: Callable[[Recipe], ControllerStage],
     final: Mapping[str, Any] | None = None,
-    dev_free: bool = False,
 ) -> Callable[[Bench], Outcome]:
     """GRASP: learn the ratio in one controller run, then one final run."""
 
     def run(bench: Bench) -> Outcome:
         chosen = stage(bench.recipe)
-        learned = bench.learned(chosen, dev_free)
-        adapter = bench.finetuned(learned.start, learned.ratio, final, dev_free)
+        learned = bench.learned(chosen)
+        adapter = bench.finetuned(learned.start, learned.ratio, final)
         return bench.outcome(adapter, learned.ratio, chosen_on=chosen.rounds.pool)
 
     return run
@@ -151,59 +137,6 @@ def _run_delivered(bench: Bench) -> Outcome:
     )
 
 
-def _run_stacked(bench: Bench) -> Outcome:
-    """The grid of final runs, all trained side by side."""
-    adapter = bench.stacked_grid()
-    result = adapter.records[-1].result
-    failed = [one for one in result["members"] if one["failed"]]
-    left_out = [f"is without ratio {one['prune_ratio']:g}, whose run failed: {one['failed']}" for one in failed]
-    return bench.outcome(adapter, result["prune_ratio"], chosen_on="dev", left_out=left_out)
-
-
-def _needs_stack(session: Session) -> str | None:
-    final = session.recipe.final
-    if final.mode != "hold":
-        return f"holds one mask in each run, but final.mode is {final.mode!r}"
-    if final.training.gradient_checkpointing:
-        return "has no final.training.gradient_checkpointing"
-    return _needs("dev")(session)
-
-
-def single_run(recipe: Recipe) -> tuple[ControllerStage, FinalStage]:
-    """The two stages of GRASP in a single run, together as many epochs as a final run has.
-
-    Rounds come from the first step on, since their losses decide which adapter is kept. They measure what the recipe's do if
-    those take examples in turn, else the micro-dev set alone: with all of dev, too, a single run would cost twice as much.
-    """
-    own, final = recipe.controller, recipe.final
-    epochs = final.training.epochs
-    rounds = replace(
-        own.rounds,
-        start=0.0,
-        before_training=own.policy.regime == "each_step",
-        pool="micro_dev" if own.rounds.in_turn is None else own.rounds.pool,
-    )
-    learn = replace(own, rounds=rounds, training=replace(own.training, epochs=SINGLE_SHARE * epochs))
-    finish = replace(
-        final,
-        start="controller",
-        mode="hold",
-        mask=None,
-        prune_ratio=None,
-        # Rounded, since 3 - 1.8 is a bit more than 1.2 and would be a step more.
-        training=replace(final.training, epochs=round(epochs - learn.training.epochs, 9)),
-    )
-    return learn, finish
-
-
-def _run_single(bench: Bench) -> Outcome:
-    """GRASP in a single run: the controller run's own adapter, pruned at the learned ratio and finished."""
-    learn, finish = single_run(bench.recipe)
-    learned = bench.learned_with_adapter(learn)
-    adapter = bench.finetuned(learned.start, learned.ratio, vars(finish))
-    return bench.outcome(adapter, learned.ratio, chosen_on=learn.rounds.pool)
-
-
 def _own(recipe: Recipe) -> ControllerStage:
     return recipe.controller
 
@@ -215,13 +148,6 @@ def _paper(recipe: Recipe) -> ControllerStage:
     return replace(
         own, policy=_bounded(paper.policy, own.policy), rounds=replace(paper.rounds, every=every), rule=paper.rule
     )
-
-
-def dev_free_stage(recipe: Recipe) -> ControllerStage:
-    """Late probes of the micro-dev set: where the final run trains all epochs, its end decides, not its best moment."""
-    own, late = recipe.controller, PRESETS["late"]
-    rounds, training = replace(late.rounds, every=own.rounds.every), replace(own.training, patience=None)
-    return replace(own, policy=_bounded(late.policy, own.policy), rounds=rounds, rule=late.rule, training=training)
 
 
 def _bounded(policy: RatioPolicy, own: RatioPolicy) -> RatioPolicy:
@@ -237,15 +163,6 @@ def _needs_rounds(stage: Callable[[Recipe], ControllerStage]) -> Callable[[Sessi
         return next(filter(None, missing), None) or lack_of_rounds(own, len(session.splits.train))
 
     return unavailable
-
-
-def _needs_single_run(session: Session) -> str | None:
-    rule = session.recipe.merge.rule
-    if merge_rule(rule).space.apart:
-        return f"saves the controller run's adapter as one, but merge.rule {rule!r} keeps adapters apart"
-    if session.recipe.controller.policy.regime == "stacked":
-        return "goes on from the controller run's adapter, but the copies of controller.preset 'stacked' leave none"
-    return _needs_rounds(lambda recipe: single_run(recipe)[0])(session)
 
 
 def _needs_source(session: Session) -> str | None:
@@ -281,9 +198,6 @@ METHODS: dict[str, Method] = {
     "zero_shot": Method("zero shot", lambda bench: bench.outcome(bench.backbone()), 0.3, merges=False),
     "source_only": Method("source only", lambda bench: bench.outcome(bench.source), merges=False),
     "target_only": Method("target only (LoRA)", lambda bench: bench.outcome(bench.target), merges=False, paper=True),
-    "target_wide": Method(
-        "target only, rank of the merge", lambda bench: bench.outcome(bench.trained_wide()), merges=False
-    ),
     "continued": Method(
         "source adapter continued on the target",
         lambda bench: bench.outcome(bench.continued()),
@@ -305,32 +219,9 @@ METHODS: dict[str, Method] = {
     "adaptive_merge": Method(
         "adaptive LoRA merge", lambda bench: bench.outcome(bench.finetuned(bench.merged(), 0.0), 0.0), paper=True
     ),
-    "grid_paper": Method(
-        "adaptive LoRA merge + pruning, grid", _run_grid("dev", final=PAPER_FINAL), 10, _needs("dev"), paper=True
-    ),
-    "grid": Method("grid of GRASP's final runs", _run_grid("dev", curve=True), 8, _needs("dev")),
-    "grid_stacked": Method("the same grid, its runs side by side", _run_stacked, 8, _needs_stack),
+    "grid_paper": Method("adaptive LoRA merge + pruning, grid", _run_grid(PAPER_FINAL), 10, _needs("dev"), paper=True),
+    "grid": Method("grid of GRASP's final runs", _run_grid(curve=True), 8, _needs("dev")),
     "grasp": Method("GRASP", _run_grasp(_own), 5),
     "delivered": Method("what a run hands over", _run_delivered, 0.3),
-    "grasp_single": Method("GRASP in a single run", _run_single, 5, _needs_single_run),
     "grasp_paper": Method("GRASP, preset paper", _run_grasp(_paper, PAPER_FINAL), 5, _needs_rounds(_paper), paper=True),
-    "merge_dev_free": Method(
-        "merge fine-tuned without a dev set",
-        lambda bench: bench.outcome(bench.finetuned(bench.merged(dev_free=True), 0.0, dev_free=True), 0.0),
-        2,
-        dev_free=True,
-    ),
-    "grid_dev_free": Method(
-        "grid without a dev set", _run_grid("micro_dev", dev_free=True), 12, _needs("micro_dev"), dev_free=True
-    ),
-    "grasp_dev_free": Method(
-        "GRASP without a dev set",
-        _run_grasp(dev_free_stage, dev_free=True),
-        6,
-        _needs_rounds(dev_free_stage),
-        dev_free=True,
-    ),
 }
-# A single run needs a controller run of its own, since those on record leave no adapter; a stacked grid comes to what the grid
-# does, and pays where a GPU has room.
-DEFAULT_METHODS = tuple(name for name in METHODS if name not in ("grasp_single", "grid_stacked"))

@@ -112,7 +112,7 @@ class Learned:
 
     Args:
         estimate: the learned ratio.
-        start: what the final run starts from: the merge, or in a single run the controller's own adapter.
+        start: what the final run starts from: the merge, with the record of this run among its own.
         record: of the run: its rounds and what they took.
     """
 

@@ -1,17 +1,12 @@
-"""What a comparison or a run would do, and about how long that takes here: the steps are planned and one of them is timed."""
+"""What a comparison would do: its steps with what they cost at most, in forward passes."""
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Self
-
-import torch
 
 from grasp_lora.bench.checks import check_config
 from grasp_lora.bench.compare import ComparisonSettings, Work, prepared
@@ -20,30 +15,12 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Record, Store, key_of
 from grasp_lora.data.splits import SPLITS
-from grasp_lora.errors import DataError
 from grasp_lora.method.rounds import RatioEstimate
-from grasp_lora.models.adapters import attached, fresh_adapter
-from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.recipes.stages import AUTO, ControllerStage
 from grasp_lora.storage.claims import Workplace
-from grasp_lora.storage.memory import enough_memory
-from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.settings import TrainingSettings
 
-MOST_TRIES, MOST_SECONDS = 3, 2.0  # of a step that is timed; the first is often slow
 PLANNED, ANSWERED = "planned", "answered"
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Seconds that one example takes on this machine: to train on, and to measure."""
-
-    trained: float
-    measured: float
-
-    def seconds(self, trained: float, measured: float) -> float:
-        """Seconds for so many examples of each kind."""
-        return trained * self.trained + measured * self.measured
 
 
 @dataclass(frozen=True)
@@ -53,46 +30,12 @@ class Plan:
     Args:
         steps: each step once, and whether it is on record; of one that is not, the result holds the most it costs.
         unavailable: title of a method -> why it cannot run here.
-        pace: of this machine.
-        answers: test prompts that are answered, of which the seconds are not known.
+        answers: test prompts that are answered.
     """
 
     steps: list[tuple[Record, bool]]
     unavailable: Mapping[str, str]
-    pace: Pace
     answers: int
-
-
-def time_step(session: Session) -> Pace:
-    """Take one training step on the example nearest the mean length, and one measurement, and forget what they came to.
-
-    Raises:
-        GraspError: the memory does not suffice, or the adapter does not fit.
-    """
-    train, many = session.splits.train, session.recipe.final.training.batch_size
-    if not train:
-        raise DataError("the target has no training examples; give data.target.train at least 1")
-    lengths = [len(one.prompt_ids) + len(one.completion_ids) for one in train]
-    mean = fmean(lengths)
-    middle = min(zip(lengths, train, strict=True), key=lambda pair: abs(pair[0] - mean))[1]
-    with (
-        enough_memory("one training step", "take a smaller backbone, or lower data.max_tokens"),
-        _adapter(session) as model,
-    ):
-        device = next(model.parameters()).device
-        batch = {name: part.to(device) for name, part in collate([middle] * many, session.pad_id).items()}
-        label_positions = supports_logits_to_keep(model)
-
-        def step(learns: bool) -> float:
-            started = time.perf_counter()
-            with torch.set_grad_enabled(learns):
-                loss: Any = example_losses(model, batch, label_positions=label_positions).mean()
-                if learns:
-                    loss.backward()
-            loss.item()  # waits for a GPU
-            return (time.perf_counter() - started) / many
-
-        return Pace(_quickest(step, True), _quickest(step, False))
 
 
 def plan_comparison(session: Session, folder: Path, settings: ComparisonSettings) -> Plan:
@@ -113,22 +56,7 @@ def plan_comparison(session: Session, folder: Path, settings: ComparisonSettings
     unavailable = {name: row.unavailable for name, row in work.rows.items() if row.unavailable}
     steps = list({record.key: (record, there) for record, there in store.used}.values())
     answers = sum(record.result.get(ANSWERED, 0) for record, there in steps if not there)
-    return Plan(steps, unavailable, time_step(session), answers)
-
-
-def _adapter(session: Session) -> AbstractContextManager[Any]:
-    given = session.existing_adapters
-    if given:
-        return attached(session.backbone.model, next(iter(given.values())).weights)
-    return fresh_adapter(session.backbone.model, session.recipe.lora, session.recipe.seed)
-
-
-def _quickest(step: Callable[[bool], float], learns: bool) -> float:
-    began = time.perf_counter()
-    taken: list[float] = []
-    while not taken or (len(taken) < MOST_TRIES and time.perf_counter() - began < MOST_SECONDS):
-        taken.append(step(learns))
-    return min(taken)
+    return Plan(steps, unavailable, answers)
 
 
 class _PlannedStore(Store):
@@ -156,27 +84,25 @@ class _PlannedStore(Store):
             stage, train = self.stage, self.sizes["train"]
             pool = sum(self.sizes[split] for split in stage.rounds.splits)
             rounds = len(stage.round_steps(train))
-            measured = rounds * stage.probed_examples(pool, keep_best=step == "controller adapter")
+            measured = rounds * stage.probed_examples(pool)
             dev = 0 if stage.training.patience is None else self.sizes["dev"]  # by whose loss the run may stop
-            cost = self._cost(stage.training, train, dev, stage.policy.copies)
+            cost = self._cost(stage.training, train, dev)
             return cost | {"measured_examples": measured + cost["measured_examples"]}
         if "training" in settings:
             train, dev = (sum(self.sizes[name] for name in names) for names in settings["splits"])
             return self._cost(TrainingSettings(**settings["training"]), train, dev)
         if "final" in settings:
-            dev = 0 if settings["dev_free"] else self.sizes["dev"]
-            training, runs = TrainingSettings(**settings["final"]["training"]), len(settings.get("ratios", [0.0]))
-            return self._cost(training, self.sizes["train"], dev, runs) | {"prune_ratio": 0.0, "members": []}
+            return self._cost(TrainingSettings(**settings["final"]["training"]), self.sizes["train"], self.sizes["dev"])
         return {}
 
-    def _cost(self, training: TrainingSettings, train: int, dev: int, runs: int = 1) -> dict[str, Any]:
+    def _cost(self, training: TrainingSettings, train: int, dev: int) -> dict[str, Any]:
         steps = training.steps(train)
         # And the one before the first step.
         evaluations = math.ceil(steps / training.evaluate_steps(training.steps_per_epoch(train))) + 1
         return {
             PLANNED: True,
-            "trained_examples": runs * trained_examples(steps, training, train),
-            "measured_examples": runs * evaluations * dev,
+            "trained_examples": trained_examples(steps, training, train),
+            "measured_examples": evaluations * dev,
             "dev_loss": 0.0,
             "best_step": steps,
         }

@@ -1,8 +1,12 @@
 """What will happen before it happens: the checks of `grasp-lora check`, as lines a person reads."""
 
 import math
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -10,31 +14,22 @@ import torch
 from grasp_lora.bench.checks import check, check_files, expected_rounds
 from grasp_lora.bench.doubts import Finding, doubtful, labels, written_answers
 from grasp_lora.bench.measuring import choosing_splits
-from grasp_lora.bench.memory import (
-    CARDS,
-    GIGABYTE,
-    PROCESS,
-    QUANTISED,
-    by_setting,
-    shape_of,
-    sizes_of,
-    smallest_card,
-    stages_of,
-)  # fmt: skip
-from grasp_lora.bench.plan import time_step
 from grasp_lora.bench.planned import PLANNED, SEEDS, expected_width
+from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.session import Session
 from grasp_lora.data.encode import Example, Tally
 from grasp_lora.data.splits import SPLITS, group_numbers, group_size
 from grasp_lora.errors import GraspError
 from grasp_lora.method.presets import ratio_rule
 from grasp_lora.method.rules import surrogate
+from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.answers import generate, likeliest_labels
 from grasp_lora.models.backbone import skeleton, supports_logits_to_keep
-from grasp_lora.models.precision import find_dtype, is_quantised, stored_bytes
+from grasp_lora.models.precision import find_dtype, is_quantised
 from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO, ControllerStage
-from grasp_lora.storage.memory import available_memory
+from grasp_lora.storage.memory import available_memory, peak_memory
 from grasp_lora.text.display import quoted
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
 
@@ -45,6 +40,7 @@ MANY_ROUNDS = (
 FEW_INDEPENDENT_ROUNDS = 3  # where no ratio is held, they do not depend on each other
 FEW_PROBED = 8
 PROMPT_SHOWN = 30  # characters
+GIGABYTE = 10**9
 
 
 def preflight(session: Session) -> list[Finding]:
@@ -82,7 +78,6 @@ def preflight(session: Session) -> list[Finding]:
     findings += labels(session) if splits.labels else written_answers(session)
     if not splits.test:
         findings.append(Finding("warning", "test", "no test set: nothing will be evaluated"))
-    findings += _memory(session)
     findings += _plan(recipe, sizes)
     keeps_best, has_source_rows = recipe.final.training.keep == "best", bool(splits.source_train)
     said = advice(sizes["dev"], keeps_best=keeps_best, on=recipe.target.on, has_source_rows=has_source_rows)
@@ -92,13 +87,7 @@ def preflight(session: Session) -> list[Finding]:
         list(session.metrics), len(test), len(PLANNED) - 1, group_size(test), groups, len(SEEDS)
     ):
         findings.append(Finding("ok", "power", f"in a comparison of {len(SEEDS)} seeds, {width}"))
-    trained, probed = _cost(recipe, sizes)
-    pace = time_step(session)
-    text = (
-        f"at most {pace.seconds(trained, probed) / 60:.1f} min for that on this machine, where a training example takes "
-        f"{pace.trained:.3f} s; dev losses and answers come on top"
-    )
-    return [*findings, Finding("ok", "time", text)]
+    return [*findings, *_measured(session, sizes)]
 
 
 def _backbone(session: Session) -> Finding:
@@ -123,62 +112,82 @@ def _check_weights_fit(session: Session) -> None:
     """Refuse a backbone that this machine cannot hold before it is loaded, which could end the process without a word."""
     settings = session.backbone_settings
     empty: Any = skeleton(settings)
-    if is_quantised(empty.config):
+    if settings.quantise is not None or is_quantised(empty.config):
         return
     on_gpu = settings.device != "cpu" and torch.cuda.is_available()
-    dtype = (
-        find_dtype("cuda" if on_gpu else "cpu", empty.config.model_type) if settings.dtype == "auto" else settings.dtype
-    )
-    number, sizes = getattr(torch, dtype).itemsize, sizes_of(empty)
-    needed, free = sizes.weights(number, settings.quantise), available_memory(on_gpu)
+    automatic = find_dtype("cuda" if on_gpu else "cpu", empty.config.model_type)
+    dtype = automatic if settings.dtype == "auto" else settings.dtype
+    weights = sum(parameter.numel() for parameter in empty.parameters())
+    needed, free = weights * getattr(torch, dtype).itemsize, available_memory(on_gpu)
     if needed > free:
-        ways = ", ".join(f"{one} {_gigabytes(sizes.weights(number, one))}" for one in QUANTISED)
         raise GraspError(
-            f"the weights of {quoted(session.recipe.backbone.name)} need about {_gigabytes(needed)} GB "
-            f"({settings.quantise or dtype}), and {_gigabytes(free)} GB are free here; quantised they need about {ways}: set "
-            "backbone.quantise, or take a smaller backbone or a larger machine"
+            f"the weights of {quoted(session.recipe.backbone.name)} need about {needed / GIGABYTE:.2f} GB ({dtype}), and "
+            f"{free / GIGABYTE:.2f} GB are free here; set backbone.quantise to nf4, or take another backbone or a larger machine"
         )
 
 
-def _memory(session: Session) -> list[Finding]:
-    """Estimate what each stage needs, and say what that would be on a card in other settings."""
-    recipe, splits, model = session.recipe, session.splits, session.backbone.model
-    stages = stages_of(recipe, splits, session.parent_ranks)
-    longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in (*splits.train, *splits.source_train))
-    given, lora = session.existing_adapters.values(), recipe.lora
-    if recipe.source.adapters and recipe.target.adapter:  # nothing else is put on the backbone
-        lora = replace(lora, target_modules=tuple(sorted({name for one in given for name in one.weights})))
-    shape = shape_of(skeleton(session.backbone_settings), lora, longest)
-    number, weights = model.dtype.itemsize, float(stored_bytes(model))
-    needs = {stage.name: shape.need(stage, number, session.backbone.quantise, weights) for stage in stages}
-    parts = ", ".join(
-        f"{name} {_gigabytes(need.total)} (activations {_gigabytes(need.activations)}, logits {_gigabytes(need.logits)}, "
-        f"adapter {_gigabytes(need.adapter)})"
-        for name, need in needs.items()
-    )
-    text = f"estimates in GB, each with 1 for the process and {_gigabytes(weights)} for the weights: {parts}"
-    found = [Finding("ok", "memory", text)]
-    most, need = max(needs.items(), key=lambda one: one[1].total)
-    more, free = need.total - need.weights - PROCESS, available_memory(model.device.type == "cuda")
-    if more > free:  # the weights are there already
-        text = (
-            f"{most} needs about {_gigabytes(more)} GB more than the weights, and {_gigabytes(free)} GB are free here; a smaller "
-            "batch_size, a lower data.max_tokens and numbers of fewer bits take less"
-        )
-        found.append(Finding("warning", "memory", text))
-    if session.backbone.quantise is not None or not is_quantised(model.config):
-        sizes = [
-            f"{name} {_gigabytes(needed)} ({smallest_card(needed) or 'none'})"
-            for name, needed in by_setting(shape, stages).items()
-        ]
-        cards = ", ".join(map(str, CARDS))
-        text = f"estimates in GB, in brackets the smallest of cards of {cards} that holds it: {', '.join(sizes)}"
-        found.append(Finding("ok", "cards", text))
-    return found
+class _Clock(Progress):
+    """Notes when each optimizer step ends."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def step(self, report: Mapping[str, float]) -> None:
+        self.ends.append(time.perf_counter())
 
 
-def _gigabytes(size: float) -> str:
-    return f"{size / GIGABYTE:.{1 if size >= GIGABYTE else 2}f}"
+def _measured(session: Session, sizes: dict[str, int]) -> list[Finding]:
+    """Take two optimizer steps on the longest row and write two answers, and say what the run takes by that.
+
+    The second step and the second answer are timed, since the first ones warm up. Seconds count by tokens: those of a row of
+    mean length. What was trained is forgotten.
+    """
+    recipe, backbone, training = session.recipe, session.backbone, session.recipe.final.training
+    train, asked = session.splits.train, session.splits.test or session.splits.train
+    longest, clock = max(train, key=_tokens), _Clock()
+    quiet = session.variant(recipe.model_copy(update={"report_to": ()}))
+    quiet.progress = clock
+    rows = [longest] * (2 * training.batch_size * training.accumulation)
+    settings = replace(training, epochs=1.0, patience=None, keep="last")
+    on_gpu = backbone.model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    given = next(iter(session.existing_adapters.values()), None)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        fresh_adapter(backbone.model, recipe.lora, recipe.seed)
+        if given is None
+        else attached(backbone.model, given.weights) as model,
+    ):
+        quiet.finetune(model, rows, (), settings, "check", Path(folder))
+        a_row = (clock.ends[1] - clock.ends[0]) * 2 / len(rows) * fmean(map(_tokens, train)) / _tokens(longest)
+        for prompt in (asked[-1].prompt_ids, max(asked, key=_tokens).prompt_ids):
+            started = time.perf_counter()
+            if session.splits.labels:
+                likeliest_labels(model, [prompt], session.splits.labels)
+            else:
+                generate(model, backbone.tokenizer, [prompt], recipe.generation)
+            an_answer = time.perf_counter() - started
+    trained, probed = _cost(recipe, sizes)
+    final, sources = recipe.final, max(1, len(recipe.source.adapters))
+    systems = 3 + sources + (recipe.target.on is None) + (final.deliver == "best") + final.all_rows
+    seconds = (trained + probed / TRAINED_AS_MEASURED) * a_row + systems * sizes["test"] * an_answer
+    where = "of the GPU" if on_gpu else "of this process"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
+    said = "cannot be told on this system" if peak is None else f"{peak / GIGABYTE:.1f} GB {where} at the longest row"
+    return [
+        Finding("ok", "memory", f"measured: {said}"),
+        Finding(
+            "ok",
+            "time",
+            f"at most {seconds / 60:.1f} min for the run on this machine, dev losses aside, measured: a training example takes "
+            f"{a_row:.3f} s, an answer {an_answer:.2f} s",
+        ),
+    ]
+
+
+def _tokens(example: Example) -> int:
+    return len(example.prompt_ids) + len(example.completion_ids)
 
 
 def _counts(side: str, tally: Tally) -> Finding:
@@ -190,7 +199,7 @@ def _counts(side: str, tally: Tally) -> Finding:
 
 
 def _lengths(name: str, examples: Sequence[Example]) -> Finding:
-    lengths = sorted(len(example.prompt_ids) + len(example.completion_ids) for example in examples)
+    lengths = sorted(map(_tokens, examples))
     return Finding(
         "ok", "lengths", f"{name}: {lengths[0]} to {lengths[-1]} tokens, median {lengths[len(lengths) // 2]}"
     )
@@ -218,10 +227,9 @@ def _cost(recipe: Recipe, sizes: dict[str, int]) -> tuple[float, int]:
         trained += epochs * sizes["train"]  # as many steps as before, whatever the rows
     if recipe.final.prune_ratio is None:
         stage = recipe.controller
-        trained += stage.policy.copies * stage.training.epochs * sizes["train"]
+        trained += stage.training.epochs * sizes["train"]
         pool = sum(sizes[split] for split in stage.rounds.splits)
-        keep_best = recipe.final.start == "controller"
-        probed = expected_rounds(recipe, sizes["train"]) * stage.probed_examples(pool, keep_best=keep_best)
+        probed = expected_rounds(recipe, sizes["train"]) * stage.probed_examples(pool)
     return trained, probed
 
 
@@ -246,12 +254,6 @@ def _plan(recipe: Recipe, sizes: dict[str, int]) -> list[Finding]:
             )
         findings.append(Finding(level, "rounds", f"the controller will run {most}{rounds} {noun}{advice}"))
         findings += _patience(stage, sizes["train"])
-    if recipe.final.start == "controller":
-        text = (
-            "single run: the controller run's own adapter, of its best round and pruned at the learned ratio, is finished "
-            f"for at most {recipe.final.training.steps(sizes['train'])} steps"
-        )
-        findings.append(Finding("ok", "start", text))
     trained, probed = _cost(recipe, sizes)
     passes = TRAINED_AS_MEASURED * trained + probed
     text = f"at most {trained:.0f} training examples and {probed} probed examples, {passes:.0f} forward passes in all"

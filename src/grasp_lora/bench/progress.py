@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grasp_lora.bench.store import Record
-    from grasp_lora.bench.sweep_record import Trial
 
 
 class Progress:
@@ -21,7 +20,7 @@ class Progress:
         """Take what is to be known beforehand, a sentence."""
 
     def stage(self, name: str) -> None:
-        """A stage of a run, a method of a comparison or a trial of a sweep begins."""
+        """A stage of a run or a method of a comparison begins."""
 
     def step(self, report: Mapping[str, float]) -> None:
         """Take step, steps, epoch and loss of the fine-tune that is running."""
@@ -40,9 +39,6 @@ class Progress:
 
     def finished(self, name: str, seconds: float, summary: Mapping[str, Any], *, skipped: bool) -> None:
         """A stage of a run is complete, now or already before."""
-
-    def trial(self, trial: "Trial") -> None:
-        """Take a finished trial of a sweep."""
 
     def done(self, units: float) -> None:
         """The part that began last is finished."""

@@ -1,6 +1,6 @@
 """The main job, from top to bottom: data, source, target, merge, controller, final, continued, evaluate, deliver.
 
-A `Bench` does every step, and the folder's store remembers it, also for comparisons and sweeps. A run that was stopped goes on
+A `Bench` does every step, and the folder's store remembers it, also for comparisons. A run that was stopped goes on
 from there, inside a training to the same bits; with another number of processes from the beginning of that training. What a
 person looks at is written beside the store as the stages end.
 Nothing is written before the recipe, the backbone, the data and the adapters have been checked. Under torchrun all processes
@@ -133,11 +133,11 @@ class _Run:
         learned, ratio, start = None, recipe.final.prune_ratio, merged
         if ratio is None:
             with self._stage("controller") as facts:
-                learned = bench.learned_by(recipe)
+                learned = bench.learned(recipe.controller)
                 ratio, start = learned.ratio, learned.start
                 facts |= self._show_learned(learned)
         with self._stage("final") as facts:
-            final = bench.finetuned(start, ratio, {"start": recipe.final.start})
+            final = bench.finetuned(start, ratio)
             facts |= {"prune_ratio": ratio} | self._show_trained(files.FINAL_FOLDER, final)
         continued, left_out = None, ""
         if recipe.final.deliver == "best":
@@ -248,8 +248,6 @@ class _Run:
             on_first_process(partial(write_jsonl, folder / file, rows))
         ratio = files.LearnedRatio.of(estimate, beside)
         on_first_process(partial(write_json, folder / files.RATIO_FILE, ratio.to_json()))
-        if learned.start.folder is not None:
-            self._show_adapter(f"{files.CONTROLLER_FOLDER}/{files.ADAPTER_FOLDER}", learned.start)
         return {"prune_ratio": estimate.ratio, "low": estimate.low, "high": estimate.high, "rounds": estimate.rounds}
 
     def _show_adapter(self, name: str, adapter: Adapter) -> None:

@@ -28,7 +28,7 @@ ADAPTER_FOLDER = "adapter"
 PREDICTIONS_FOLDER = "evaluation"
 STORE_FOLDER = "store"  # of an experiment's memory
 RECORDS, WORK = "records", "work"  # in it: of finished steps, and of those under way
-COMPARE_FOLDER, SWEEP_FOLDER = "compare", "sweep"  # of what else was done in the folder of a run
+COMPARE_FOLDER = "compare"  # of the comparison in the folder of a run
 # Files of the run folder itself.
 DATA_FILE = "data.json"
 METRICS_FILE = "metrics.json"
@@ -392,5 +392,5 @@ def check_place(folder: Path) -> None:
     except OSError as error:
         raise RecipeError(f"{folder} cannot be read ({error.strerror}); choose another with --output") from error
     # What one that was killed before it really began may have left is no experiment, and no obstacle.
-    if there - {LOCK_FILE, f"{RUN_FILE}.part"} and not there & {RUN_FILE, STORE_FOLDER, COMPARE_FOLDER, SWEEP_FOLDER}:
+    if there - {LOCK_FILE, f"{RUN_FILE}.part"} and not there & {RUN_FILE, STORE_FOLDER, COMPARE_FOLDER}:
         raise RecipeError(f"{folder} is not empty and no experiment's; choose another with --output")

@@ -5,9 +5,9 @@ Every method of the paper and every baseline is a few calls on it.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.metrics import Metric, resolve_metrics, score
 from grasp_lora.evaluation.outputs import MetricScore
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.masks import MaskSettings, survival
+from grasp_lora.method.masks import survival
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, check_fits, fresh_adapter, save_adapter
@@ -54,10 +54,9 @@ class ControllerRun:
 
     Args:
         estimate: the learned ratio.
-        adapter: as it was after the run, or at its best round.
+        adapter: as it was after the run.
         steps: optimizer steps taken.
         rounds, timings, history: as the files of their names hold them.
-        cost: examples trained on and measured, where steps and rounds do not tell.
     """
 
     estimate: RatioEstimate
@@ -66,7 +65,6 @@ class ControllerRun:
     rounds: list[dict[str, Any]]
     timings: list[dict[str, Any]]
     history: "list[LossRow]"
-    cost: Mapping[str, int] = field(default_factory=dict)
 
 
 class Session:
@@ -227,20 +225,12 @@ class Session:
         settings = replace(settings, seed=self.recipe.seed_of(f"merge {settings.seed}"))
         return merge(adapters, settings, names)
 
-    def learn_ratio(
-        self,
-        merged: AdapterWeights,
-        folder: Path,
-        *,
-        keep_best: bool = False,
-    ) -> ControllerRun:
+    def learn_ratio(self, merged: AdapterWeights, folder: Path) -> ControllerRun:
         """Run the controller on a merged adapter.
 
         Args:
             merged: the adapter to start from.
             folder: for the records of the rounds.
-            keep_best: give the adapter of the round with the lowest baseline loss, pruned at the learned ratio, for
-                `finetune_pruned` to finish.
 
         Raises:
             ProbeError: a loss is not finite.
@@ -257,7 +247,6 @@ class Session:
             segments_of(merged),
             folder,
             self.progress.round,
-            keep_best=keep_best,
         )
         dev = () if stage.training.patience is None else self.splits.dev
         with attached(self.backbone.model, merged, dropout=self.recipe.dropout) as model:
@@ -271,18 +260,14 @@ class Session:
                     f"the controller run stopped by its dev loss at step {result.steps}, before a round followed a step; "
                     "lower controller.rounds.every, or raise controller.training.patience"
                 )
-            estimate = controller.learned
-            kept = controller.best_adapter(estimate.ratio) if keep_best else adapter_weights(model, segments_of(merged))
-        return ControllerRun(estimate, kept, result.steps, rounds, timings, result.history)
+            trained = adapter_weights(model, segments_of(merged))
+        return ControllerRun(controller.learned, trained, result.steps, rounds, timings, result.history)
 
     def finetune_pruned(
         self,
         start: AdapterWeights,
         prune_ratio: float,
         folder: Path,
-        dev: Sequence[Example] | None = None,
-        *,
-        pruned: bool = False,
     ) -> tuple[AdapterWeights, "FineTuneResult", list[dict[str, Any]]]:
         """Prune an adapter at a fixed ratio and fine-tune it: the final run, or one run of a grid.
 
@@ -290,8 +275,6 @@ class Session:
             start: the adapter to start from.
             prune_ratio: fraction in [0, 1].
             folder: for the history.
-            dev: the examples for early stopping, empty for none; None takes the dev split.
-            pruned: whether it is pruned at this ratio already, by the controller's mask, which is then held as it is.
 
         Returns:
             The adapter at its best dev loss, how training went, and its kept weights per module, factor and origin.
@@ -299,20 +282,14 @@ class Session:
         from grasp_lora.training.pruned import PrunedTraining
 
         stage = self.recipe.final
-        mask: MaskSettings = stage.mask or self.recipe.mask
-        mode = stage.mode
-        if pruned:
-            # In the same groups, as many weights as are zero are pruned, and by magnitude zeros come first: the mask is found
-            # again whatever score made it. Other scores would choose anew: gradient_of_delta, say, ranks many a zero high.
-            mask, mode = replace(self.recipe.mask, score="magnitude"), "hold"
         segments = segments_of(start)
         calibration = ProbeSet(self.splits.train[:CALIBRATION_EXAMPLES], self.pad_id)
-        pruning = PrunedTraining(prune_ratio, calibration, mask, mode, segments)
+        pruning = PrunedTraining(prune_ratio, calibration, stage.mask or self.recipe.mask, stage.mode, segments)
         with attached(self.backbone.model, start, dropout=self.recipe.dropout) as model:
             result = self.finetune(
                 model,
                 self.splits.train,
-                self.splits.dev if dev is None else dev,
+                self.splits.dev,
                 stage.training,
                 "final",
                 folder,

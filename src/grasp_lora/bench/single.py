@@ -120,11 +120,6 @@ def merge_folders(
 
 def learn_folder(session: Session, place: str, output: Path) -> RatioEstimate:
     """Run the controller on an adapter; write its records, ratio.json and the trained adapter."""
-    if session.recipe.controller.policy.regime == "stacked":
-        raise RecipeError(
-            "controller.preset is 'stacked', whose copies leave no trained adapter for learn to write; use 'run' or 'compare', "
-            "or take another preset"
-        )
     _check_one_adapter(session)
     refuse_existing(output)
     check(session, parents=False)

@@ -1,10 +1,10 @@
 """The steps that every experiment is made of: adapters trained, merged, pruned and fine-tuned, ratios learned, systems measured.
 
 A `Bench` holds the steps of one seed. Each step is on record in a `Store` under a hash of what decides it and of the steps it
-rests on. So runs, comparisons and sweeps share what they have in common, and a change makes only what rests on it anew.
+rests on. So runs and comparisons share what they have in common, and a change makes only what rests on it anew.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,6 @@ from grasp_lora.bench.outcomes import (
     unique,
 )
 from grasp_lora.bench.run_folder import TargetOn
-from grasp_lora.bench.stacked import learn_stacked, train_grid
 from grasp_lora.bench.store import Record
 from grasp_lora.errors import AdapterError, DivergedError, GraspError, ProbeError, RecipeError, UntrainedError
 from grasp_lora.method.lora import AdapterWeights
@@ -35,8 +34,7 @@ from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.method.presets import ratio_rule
 from grasp_lora.method.rounds import RatioEstimate
-from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
+from grasp_lora.recipes.stages import AUTO, ControllerStage
 
 JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
 
@@ -67,7 +65,16 @@ class Bench(Measuring):
     @cached_property
     def target(self) -> Adapter:
         """The target adapter; with `target.on` it is the part that is added to the source adapter, and does nothing alone."""
-        return self._target(dev_free=False)
+        stage = self.recipe.target
+        if stage.adapter is not None:
+            return given(self.session.existing_adapters[stage.adapter])
+        if stage.on == AUTO:
+            raise RecipeError(
+                "target.on is 'auto', which a run and a comparison decide; set source or null here, or take the bench's "
+                "`decided`"
+            )
+        on = None if stage.on is None else self.source
+        return self._trained("target", ("train",), ("dev",), stage.training, on=on)
 
     @cached_property
     def as_in_paper(self) -> Self:
@@ -133,23 +140,14 @@ class Bench(Measuring):
         """What the parents are called: source (source_2, ...) and target."""
         return (*names_of(len(self.sources)), "target")
 
-    def merged(self, dev_free: bool = False) -> Adapter:
-        """The merge of the recipe; with the target adapter of all epochs, without a look at the dev set, if `dev_free`."""
-        parents = [*self.sources, self._target(dev_free=True)] if dev_free else self.parents
-        merged = self._merged("merged", self._merge_settings(len(self.sources)), parents, self.parent_names)
+    def merged(self) -> Adapter:
+        """The merge of the recipe."""
+        merged = self._merged("merged", self._merge_settings(len(self.sources)), self.parents, self.parent_names)
         return replace(merged, records=unique([*self.looked_at, *merged.records]))
 
     def merged_by(self, rule: str) -> Adapter:
         """The merge by another rule, with its own default weights."""
         return self._merged(rule, MergeSettings(rule), self.parents, self.parent_names)
-
-    def trained_wide(self) -> Adapter:
-        """A fresh adapter on the target data, of the rank of the merge and the scaling of the recipe's adapters."""
-        lora, rank = self.recipe.lora, self.recipe.merge.result_rank(self.session.parent_ranks)
-        growth = rank / lora.rank
-        wide = replace(lora, rank=rank, alpha=lora.alpha * (growth**0.5 if lora.rslora else growth))
-        session = self.session.variant(self.recipe.model_copy(update={"lora": wide}))
-        return self._trained("target-wide", ("train",), ("dev",), self.recipe.target.training, session)
 
     def trained_jointly(self) -> Adapter:
         """One fresh adapter on source and target data together, the target's repeated about as often as its adapter sees it."""
@@ -159,71 +157,41 @@ class Bench(Measuring):
         training = replace(source, evaluate_every=evaluate_every, patience=None, keep="best")
         return self._trained("joint", ("source_train", *["train"] * repeats), ("dev",), training)
 
-    def finetuned(
-        self, start: Adapter, prune_ratio: float, changes: Mapping[str, Any] | None = None, dev_free: bool = False
-    ) -> Adapter:
+    def finetuned(self, start: Adapter, prune_ratio: float, changes: Mapping[str, Any] | None = None) -> Adapter:
         """The final run of the recipe.
 
         Args:
             start: the adapter it starts from.
             prune_ratio: fraction in [0, 1].
-            changes: of the final stage; its own ratio and its start are left aside. With `start` "controller" the adapter is one
-                of `learned_with_adapter`, whose mask is held.
-            dev_free: all epochs, no dev set, the last adapter.
+            changes: of the final stage; its own ratio is left aside.
         """
-        stage = replace(self.recipe.final, **{"prune_ratio": None, "start": "merged", **(changes or {})})
-        if dev_free:
-            stage = replace(stage, training=replace(stage.training, patience=None, keep="last"))
-        settings = self._final_run_settings(start, stage, dev_free, prune_ratio=prune_ratio)
+        stage = replace(self.recipe.final, **{"prune_ratio": None, **(changes or {})})
+        settings = self._settings(
+            data=self._data("train", "dev"),
+            revision=REVISIONS["training"],
+            start=start.key,
+            final=final_settings(stage),
+            mask=asdict(stage.mask or self.recipe.mask),
+            dropout=self.recipe.dropout,
+            prune_ratio=prune_ratio,
+        )
 
         def work(folder: Path) -> tuple[AdapterWeights, dict[str, Any]]:
             session = self.session.variant(self.recipe.model_copy(update={"final": stage}))
             weights = start.weights
             if prune_ratio > 0.0:
                 self._check_learned(weights)
-            dev = () if dev_free else session.splits.dev
-            pruned = stage.start == "controller"
-            adapter, result, kept = session.finetune_pruned(weights, prune_ratio, folder, dev, pruned=pruned)
-            facts = facts_of(result, stage.training, len(session.splits.train), len(dev))
+            adapter, result, kept = session.finetune_pruned(weights, prune_ratio, folder)
+            facts = facts_of(result, stage.training, len(session.splits.train), len(session.splits.dev))
             return adapter, facts | ({"kept": kept} if adapter.apart else {})  # which the saved sum does not tell
 
         return self._adapter(f"final {prune_ratio:.2f}", settings, [start], work)
-
-    def stacked_grid(self) -> Adapter:
-        """The grid's final runs on the merge side by side, and of them the one with the lowest dev loss."""
-        merged = self.merged()
-        stage = replace(self.recipe.final, prune_ratio=None, start="merged")
-        settings = self._final_run_settings(merged, stage, dev_free=False, ratios=self.grid)
-        session = self.session.variant(self.recipe.model_copy(update={"final": stage}))
-        return self._adapter(
-            "stacked grid", settings, [merged], lambda folder: train_grid(session, merged.weights, self.grid)
-        )
-
-    def _final_run_settings(
-        self, start: Adapter, stage: FinalStage, dev_free: bool, **pruned: float | Sequence[float]
-    ) -> dict[str, Any]:
-        """What the key of a final run or of several holds; `pruned` is its ratio or are theirs."""
-        return self._settings(
-            data=self._data("train", *([] if dev_free else ["dev"])),
-            revision=REVISIONS["training"],
-            start=start.key,
-            final=final_settings(stage),
-            mask=asdict(stage.mask or self.recipe.mask),
-            dropout=self.recipe.dropout,
-            dev_free=dev_free,
-            **pruned,
-        )
 
     def continued(self) -> Adapter:
         """The source adapter, trained on the target data as the final run is, nothing pruned."""
         return self.finetuned(self.source, 0.0)
 
-    def learned_by(self, recipe: Recipe) -> Learned:
-        """The controller run of a recipe, whose adapter is kept where the final run goes on from it."""
-        single = recipe.final.start == "controller"
-        return self.learned_with_adapter(recipe.controller) if single else self.learned(recipe.controller)
-
-    def learned(self, stage: ControllerStage, dev_free: bool = False) -> Learned:
+    def learned(self, stage: ControllerStage) -> Learned:
         """The controller run on the merged adapter.
 
         Where a ratio is held the run does not depend on the rule that reads the ratio off its rounds, unless the rule decides
@@ -231,39 +199,23 @@ class Bench(Measuring):
 
         Args:
             stage: in place of the recipe's own.
-            dev_free: of the merged adapter.
 
         Returns:
             The learned ratio, and the merged adapter to start from, with the run's record among its own: what it cost.
         """
         policy, asked, run_by = stage.policy, stage, replace(stage, rule="smooth_fit")
-        measures_alike = stage.compares_rounds() == run_by.compares_rounds()
+        measures_alike = stage.compares_rounds == run_by.compares_rounds
         held = policy.regime == "held" and type(policy) in POLICIES.values()  # a user's own may ask the rule as it goes
         if held and (stage.rounds.in_turn is None or measures_alike):
             stage = run_by
-        merged = self.merged(dev_free)
+        merged = self.merged()
         record = self.store.get(
             "controller",
             self._control_settings(stage, merged),
-            lambda key, folder: self._control(stage, merged, folder)[1],
+            lambda key, folder: self._control(stage, merged, folder),
             trains=True,
         )
         return Learned(self._estimate(record, asked), replace(merged, records=(*merged.records, record)), record)
-
-    def learned_with_adapter(self, stage: ControllerStage) -> Learned:
-        """A controller run for the adapter that a single run finishes; it rests on the rule, which prunes it.
-
-        Returns:
-            The learned ratio, and the adapter of the best round, pruned at it, to start from.
-        """
-        merged = self.merged()
-        adapter = self._adapter(
-            "controller adapter",
-            self._control_settings(stage, merged),
-            [merged],
-            lambda folder: self._control(stage, merged, folder, keep_best=True),
-        )
-        return Learned(self._estimate(adapter.records[-1], stage), adapter, adapter.records[-1])
 
     def _check_learned(self, weights: AdapterWeights) -> None:
         """Refuse to prune what no training has changed: nothing says which of its weights matter."""
@@ -289,18 +241,13 @@ class Bench(Measuring):
             dropout=self.recipe.dropout,
         )
 
-    def _control(
-        self, stage: ControllerStage, merged: Adapter, folder: Path, *, keep_best: bool = False
-    ) -> tuple[AdapterWeights, dict[str, Any]]:
-        """Run the controller; return what it leaves, and its rounds and its cost."""
+    def _control(self, stage: ControllerStage, merged: Adapter, folder: Path) -> dict[str, Any]:
+        """Run the controller; return its rounds and its cost."""
         self._check_learned(merged.weights)
         session = self.session.variant(self.recipe.model_copy(update={"controller": stage}))
-        if stage.policy.regime == "stacked":
-            learned = learn_stacked(session, merged.weights, folder)
-        else:
-            learned = session.learn_ratio(merged.weights, folder, keep_best=keep_best)
+        learned = session.learn_ratio(merged.weights, folder)
         rounds = learned.rounds
-        facts = {
+        return {
             "rounds": rounds,
             "timings": learned.timings,
             "history": learned.history,
@@ -311,9 +258,7 @@ class Bench(Measuring):
                 for row in rounds
             )
             + measured_examples(learned.history, len(session.splits.dev)),
-            **learned.cost,
         }
-        return learned.adapter, facts | ({"prune_ratio": learned.estimate.ratio} if keep_best else {})
 
     def lorahub(self) -> Adapter:
         """Merge weights found without gradients on the micro-dev loss (Huang et al. 2023)."""
@@ -343,18 +288,3 @@ class Bench(Measuring):
         if recipe.source.adapters:
             return [given(session.existing_adapters[place]) for place in recipe.source.adapters]
         return [self._trained("source", ("source_train",), ("source_dev",), recipe.source.training, session)]
-
-    def _target(self, dev_free: bool) -> Adapter:
-        stage = self.recipe.target
-        if stage.adapter is not None:
-            return given(self.session.existing_adapters[stage.adapter])
-        training, dev = stage.training, () if dev_free else ("dev",)
-        if dev_free:
-            training = replace(training, patience=None, keep="last")
-        if stage.on == AUTO:
-            raise RecipeError(
-                "target.on is 'auto', which a run, a comparison and a sweep decide; set source or null here, or take the bench's "
-                "`decided`"
-            )
-        on = None if stage.on is None else self.source
-        return self._trained("target", ("train",), dev, training, on=on)

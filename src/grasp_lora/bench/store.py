@@ -1,4 +1,4 @@
-"""The memory of `run`, `compare` and `sweep` alike: each step is done once, whoever needs it.
+"""The memory of `run` and `compare` alike: each step is done once, whoever needs it.
 
 A finished step is a record: one small JSON file under its key, a hash of everything that decides it. The adapter that it made
 lies beside the records under the same key; one that is missing is made again only if something rests on it. A step under way

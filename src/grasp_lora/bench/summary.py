@@ -13,11 +13,8 @@ from grasp_lora.bench.comparison_record import (
     Cost,
     CurvePoint,
     FoldSizes,
-    Missing,
-    OtherSplit,
     Pace,
     Row,
-    SplitRow,
     Spread,
 )
 from grasp_lora.bench.methods import METHODS
@@ -27,7 +24,6 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import environments
 from grasp_lora.data.splits import Splits, group_numbers, group_size
 from grasp_lora.evaluation.statistics import compare_with_baselines, mean_and_sd
-from grasp_lora.recipes.stages import AUTO
 from grasp_lora.text.display import listed
 
 if TYPE_CHECKING:
@@ -48,16 +44,13 @@ class Outcomes:
 Rows = dict[str, Outcomes]
 
 
-def summary(
-    session: Session, settings: "ComparisonSettings", rows: Rows, split_seed: int, folds: Sequence[Splits] = ()
-) -> Comparison:
-    """The whole comparison as it stands, less other splits.
+def summary(session: Session, settings: "ComparisonSettings", rows: Rows, folds: Sequence[Splits] = ()) -> Comparison:
+    """The whole comparison as it stands.
 
     Args:
         session: of the splits that are compared.
         settings: what is compared.
         rows: by method; all of those that are finished have the same seeds, or folds.
-        split_seed: seed of the splits.
         folds: the splits of each fold that is finished, in a cross-validation.
     """
     finished = {name: row for name, row in rows.items() if row.by_number}
@@ -84,12 +77,10 @@ def summary(
         backbone=session.backbone.name,
         language=session.language,
         seeds=list(settings.seeds) if folds else sorted(numbers, key=settings.seeds.index),
-        split_seed=split_seed,
         test_examples=len(test),
         dev_examples=len(session.splits.dev),
         stops_early=session.recipe.final.training.patience is not None,
         keeps_best=session.recipe.final.training.keep == "best",
-        given_target=session.recipe.target.adapter is not None,
         micro_dev_examples=len(session.splits.micro_dev),
         reference=settings.reference,
         metrics=metrics,
@@ -97,7 +88,6 @@ def summary(
         resamples=settings.resamples,
         comparisons=len(planned_against(settings.reference, list(finished))),
         rows=[_row(name, row, metrics, comparisons) for name, row in rows.items()],
-        other_splits=[],
         curve=_curve(finished),
         warnings=[
             *_warnings(finished, "fold" if folds else "seed"),
@@ -112,36 +102,6 @@ def summary(
 
 def _folds(folds: Sequence[Splits]) -> list[FoldSizes]:
     return [FoldSizes(test=len(one.test), train=len(one.train), source_train=len(one.source_train)) for one in folds]
-
-
-def other_split(rows: Rows, again: Rows, settings: "ComparisonSettings", split_seed: int) -> OtherSplit:
-    """The test losses of the first seed on the usual split and on another one, and what separates the reference from each row."""
-    seed = settings.seeds[0]
-    both = {
-        name: [fmean(one.by_number[seed].losses.result["losses"]) for one in (rows[name], again[name])]
-        for name in rows
-        if seed in rows[name].by_number and seed in again[name].by_number
-    }
-    reference, merges = both.get(settings.reference), _merges(again)
-    return OtherSplit(
-        split_seed=split_seed,
-        seed=seed,
-        missing=[
-            Missing(method=name, title=METHODS[name].title, reason=row.unavailable, failed=row.failed)
-            for name, row in again.items()
-            if row.unavailable and name in rows and not rows[name].unavailable
-        ],
-        rows=[
-            SplitRow(
-                method=name,
-                title=METHODS[name].title,
-                test_loss=losses,
-                difference=None if reference is None else [a - b for a, b in zip(reference, losses, strict=True)],
-            )
-            for name, losses in both.items()
-        ],
-        **({"merge": merges[seed]} if seed in merges else {}),
-    )
 
 
 def _metrics(session: Session, rows: Mapping[str, Outcomes]) -> list[str]:
@@ -290,14 +250,12 @@ def _scored_otherwise(rows: Mapping[str, Outcomes], metrics: Sequence[str], *, o
 
 def _of_the_paper(session: Session, rows: Mapping[str, Outcomes]) -> list[str]:
     """Which rows have another target adapter than the others may have."""
-    auto = session.recipe.target.on == AUTO
-    alone = [name for name in rows if METHODS[name].paper or (METHODS[name].dev_free and auto)]
+    alone = [name for name in rows if METHODS[name].paper]
     others = any(METHODS[name].merges and name not in alone for name in rows)
     if session.recipe.target.on is None or not (alone and others):
         return []
-    why = "as in the paper" + (", or since the dev set would choose" if auto else "")
     titles = listed([METHODS[name].title for name in alone])
-    return [f"the target adapter of these rows is trained on the backbone alone, {why}: {titles}"]
+    return [f"the target adapter of these rows is trained on the backbone alone, as in the paper: {titles}"]
 
 
 def _made_with(rows: Mapping[str, Outcomes]) -> list[dict[str, str]]:

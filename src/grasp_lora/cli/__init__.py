@@ -8,14 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from grasp_lora.cli.adapters import export, predict, push
-from grasp_lora.cli.experiments import compare, sweep
+from grasp_lora.cli.adapters import export, predict
+from grasp_lora.cli.experiments import compare
 from grasp_lora.cli.options import Command, UsageError
 from grasp_lora.cli.recipes import init, recipes, schema
-from grasp_lora.cli.run import check, demo, report, run, status
+from grasp_lora.cli.run import check, demo, report, run
 from grasp_lora.cli.steps import evaluate, finetune, learn, merge
 from grasp_lora.cli.terminal import error_console, lasting_outputs, print_error, say
 from grasp_lora.errors import GraspError, Interrupted
+from grasp_lora.recipes.gone import GONE_COMMANDS
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.processes import is_first, world_size
 
@@ -34,8 +35,7 @@ IN_SEVERAL_PROCESSES = ("run", "demo")
 TIME_TO_SPEAK = 3  # seconds: torchrun ends all processes when one has ended
 
 for command in (
-    run, demo, check, recipes, init, schema, predict, merge, export, push, learn, finetune, evaluate, compare, sweep, status,
-    report,
+    run, demo, check, recipes, init, schema, predict, merge, export, learn, finetune, evaluate, compare, report,
 ):  # fmt: skip
     app.command(cls=Command)(command)
 
@@ -73,6 +73,9 @@ def main() -> None:
 
 def _status() -> int:
     """Do what the arguments ask for; return the exit status."""
+    if sys.argv[1:] and (instead := GONE_COMMANDS.get(sys.argv[1])):
+        print_error(f"error: {sys.argv[1]} is gone: {instead}")
+        return 2
     try:
         with enough_memory("this command", "give it less at once, or more memory"):
             return int(app(prog_name="grasp-lora", standalone_mode=False) or 0)

@@ -1,4 +1,4 @@
-"""The commands that take finished adapters: `predict`, `export` and `push`."""
+"""The commands that take finished adapters: `predict` and `export`."""
 
 import io
 import json
@@ -13,7 +13,7 @@ import typer
 from grasp_lora.cli.options import AdapterArgument, BackboneOption, RevisionOption, StepOutput, TrustOption
 from grasp_lora.cli.terminal import loading, log_to_terminal, print_error, say
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.text.display import SURROGATES, escaped, listed, quoted
+from grasp_lora.text.display import SURROGATES, escaped, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -219,32 +219,3 @@ def export(
     ):
         say(line)
     say(f"-> {output}")
-
-
-def push(
-    adapter: Annotated[str, typer.Argument(help="Folder of a PEFT adapter.")],
-    name: Annotated[
-        str, typer.Argument(metavar="ORG/NAME", help="Repository on the hub; it is made where it is not there.")
-    ],
-    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this, only say what would be done.")] = False,
-    public: Annotated[
-        bool, typer.Option("--public", help="Let everyone see it; without this, only its owner.")
-    ] = False,
-    licence: Annotated[
-        str | None,
-        typer.Option("--license", help="Licence to state in the card, such as apache-2.0; default: the card's own."),
-    ] = None,
-) -> None:
-    """Put an adapter on the Hugging Face hub: its own files, no data. Without --yes nothing is sent."""
-    from grasp_lora.models.push import plan_upload, upload
-
-    log_to_terminal(False)
-    plan = plan_upload(adapter, name, public=public, licence=licence)
-    say(f"{'uploading' if yes else 'would upload'} to {name} ({'private' if plan.private else 'public'}):")
-    for file, size in plan.sizes.items():
-        say(f"{file}: {size:,} bytes")
-    if plan.left_out:
-        say(f"left out: {listed(plan.left_out)}")
-    for note in plan.notes:
-        say(f"note: {note}")
-    say(f"-> {upload(plan)}" if yes else "nothing was sent; add --yes to do it")

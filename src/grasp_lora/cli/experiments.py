@@ -1,4 +1,4 @@
-"""The commands that do many runs of a recipe: compare, sweep."""
+"""The command that does many runs of a recipe: compare."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +11,6 @@ from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.text.display import quoted
 
 _compare = OptionsOf("grasp_lora.bench.compare", "ComparisonSettings")
-_sweep = OptionsOf("grasp_lora.bench.search", "SweepSettings")
-
 
 OnOption = Annotated[
     str | None, typer.Option("--on", help="`ray`: let the workers of a Ray cluster share the work (extra ray).")
@@ -41,38 +39,35 @@ def compare(
     address: AddressOption = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that share the work, with --on ray.")] = None,
     gpus_per_worker: GpusOption = 0.0,
-    split_seed: Annotated[list[int] | None, _compare("split_seeds", more="May be repeated.")] = None,
     folds: Annotated[int | None, _compare("folds")] = None,
     overrides: SetOption = None,
     allow_code: AllowCodeOption = False,
     output: Annotated[Path | None, _folder_option("compare")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the trainings with their cost and minutes here, and do none.")
+        bool, typer.Option("--dry-run", help="List the steps with their forward passes, and do none.")
     ] = False,
     verbose: VerboseOption = False,
 ) -> None:
     """Run every baseline and GRASP under one protocol; print the table with uncertainty and cost.
 
-    What a run, a sweep or an earlier comparison has done in this folder is not done again, and a training that was stopped
-    goes on. Start it several times, and the processes share the work. Methods: zero_shot, source_only, target_only, target_wide
-    (rank of the merge), continued (source adapter on the target data), joint, ties, dare_ties, lorahub, merged (not trained),
-    adaptive_merge (fine-tuned, not pruned), grid_paper (the paper's baseline), grid (of the recipe's own final runs), grasp,
-    delivered (what a run hands over), grasp_paper, merge_dev_free, grid_dev_free and grasp_dev_free (no early stopping). By name
-    only: grasp_single (the controller run's own adapter finished) and grid_stacked (a grid whose final runs train side by side).
+    What a run or an earlier comparison has done in this folder is not done again, and a training that was stopped
+    goes on. Start it several times, and the processes share the work. Methods: zero_shot, source_only, target_only, continued
+    (source adapter on the target data), joint, ties, dare_ties, lorahub, merged (not trained), adaptive_merge (fine-tuned, not
+    pruned), grid_paper (the paper's baseline), grid (of the recipe's own final runs), grasp, delivered (what a run hands over)
+    and grasp_paper.
     """
     log_to_terminal(verbose)
     with loading():
         from grasp_lora import api
-        from grasp_lora.bench.methods import DEFAULT_METHODS
+        from grasp_lora.bench.methods import METHODS
         from grasp_lora.bench.run_folder import REPORT_FILE
         from grasp_lora.cli.on_ray import share
         from grasp_lora.cli.progress import TerminalBenchProgress, print_plan, print_steps
         from grasp_lora.report.comparison import COMPARISON_TABLES_FILE, print_comparison
     settings = {
-        "methods": DEFAULT_METHODS if methods is None else tuple(_parts(methods)),
+        "methods": tuple(METHODS) if methods is None else tuple(_parts(methods)),
         "grid": tuple(_number(float, "--grid", part) for part in _parts(grid)),
         "reference": reference,
-        "split_seeds": tuple(split_seed or ()),
         "folds": folds,
     }
     if seeds is not None:
@@ -87,70 +82,13 @@ def compare(
         print_plan(api.plan(**given), console)
         return
     with shown(TerminalBenchProgress(console)) as progress:
-        folder, comparison = (
-            share("compare", progress, given, **ray) if ray else api.compare(progress=progress, **given)
-        )
+        folder, comparison = share(progress, given, **ray) if ray else api.compare(progress=progress, **given)
     print_comparison(comparison, console)
     print_steps(progress.used, console)
     say(f"tables {folder / COMPARISON_TABLES_FILE}   report {folder / REPORT_FILE}")
     failed = [f"{row.title} {row.unavailable}" for row in comparison.rows if row.failed]
-    missing = [f"{row.title} on split {other.split_seed} {row.reason}"
-               for other in comparison.other_splits for row in other.missing if row.failed]  # fmt: skip
-    if failed or missing:
-        count = (
-            f"{len(failed)} of {len(comparison.rows)} methods failed" if failed else "on another split methods failed"
-        )
-        raise GraspError(f"{count}: {'; '.join([*failed, *missing])}")
-
-
-def sweep(
-    recipe: RecipeArgument,
-    param: Annotated[list[str] | None, _sweep("params", "--param", "-p", more="May be repeated.")] = None,
-    trials: Annotated[int, _sweep("trials")] = 20,
-    sampler: Annotated[str, _sweep("sampler")] = "tpe",
-    seed: Annotated[int | None, _sweep("seed")] = None,
-    workers: Annotated[int, _sweep("workers")] = 1,
-    on: OnOption = None,
-    address: AddressOption = None,
-    gpus_per_worker: GpusOption = 0.0,
-    overrides: SetOption = None,
-    allow_code: AllowCodeOption = False,
-    output: Annotated[Path | None, _folder_option("sweep")] = None,
-    verbose: VerboseOption = False,
-) -> None:
-    """Search good values for any keys of a recipe with Optuna, by the dev loss of the final run.
-
-    For example --param final.prune_ratio=0.1..0.8, the search that the learned ratio replaces. Writes best.yaml for `run`. Run it
-    again to go on after an interruption. With --workers 4 start it four times: the processes share the trials.
-    """
-    log_to_terminal(verbose)
-    with loading():
-        import yaml
-
-        from grasp_lora import api
-        from grasp_lora.bench.search import BEST_FILE
-        from grasp_lora.cli.on_ray import share
-        from grasp_lora.cli.progress import TerminalSweepProgress, print_sweep
-        from grasp_lora.recipes.load import named_code
-    with shown(TerminalSweepProgress(console)) as progress:
-        settings = {
-            "params": tuple(param or ()),
-            "trials": trials,
-            "sampler": sampler,
-            "seed": seed,
-            "workers": workers,
-        }
-        given = _given(recipe, overrides, output, allow_code, settings)
-        ray = _ray(on, address, workers, gpus_per_worker)
-        folder, result = share("sweep", progress, given, **ray) if ray else api.sweep(progress=progress, **given)
-    print_sweep(result, console)
-    say(f"best recipe {folder / BEST_FILE}")
-    best = yaml.safe_load((folder / BEST_FILE).read_text(encoding="utf-8"))
-    if any(named_code(best)):
-        say("it names code: put the folder of that code on PYTHONPATH, and allow it with --allow-code")
-    swept = any(one.startswith("final.prune_ratio=") for one in param or ())
-    if not swept and best["final"]["prune_ratio"] == 0.0:
-        say("it prunes nothing, as its trials did; take the line prune_ratio out of it, and `run` learns one")
+    if failed:
+        raise GraspError(f"{len(failed)} of {len(comparison.rows)} methods failed: {'; '.join(failed)}")
 
 
 def _given(

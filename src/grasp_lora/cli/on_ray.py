@@ -1,4 +1,4 @@
-"""`--on ray`: workers of a Ray cluster that share a comparison or a sweep, each doing what the command does by itself."""
+"""`--on ray`: workers of a Ray cluster that share a comparison, each doing what the command does by itself."""
 
 import logging
 import math
@@ -22,7 +22,6 @@ UNITS = 10_000  # in which Ray counts a GPU: of floats, 1 // 0.2 is 4
 
 
 def share(
-    command: str,
     progress: Progress,
     arguments: dict[str, Any],
     *,
@@ -30,14 +29,13 @@ def share(
     address: str | None = None,
     gpus_per_worker: float = 0.0,
 ) -> tuple[Path, Any]:
-    """Let workers of a Ray cluster share the steps of one folder, which all of them see; return what the command returns.
+    """Let workers of a Ray cluster share the steps of one folder, which all of them see; return what it returns.
 
     A worker that is lost is started again by Ray, and what it was at is free for the others at once.
 
     Args:
-        command: `compare` or `sweep`, as in `grasp_lora.api`.
         progress: told what the first worker is at, and of each step that any of them has done.
-        arguments: of the command.
+        arguments: of `grasp_lora.api.compare`.
         workers: how many, at least 1.
         address: of a running cluster; None starts one on this machine for the time of the command.
         gpus_per_worker: share of a GPU that each worker takes.
@@ -69,7 +67,7 @@ def share(
             cpus = _room([node["Resources"] for node in ray.nodes() if node["Alive"]], workers, gpus_per_worker)
             said = Queue()
             work = ray.remote(num_cpus=cpus, num_gpus=gpus_per_worker, max_retries=RETRIES)(_work)
-            waiting = [work.remote(number, said, Path.cwd(), command, arguments) for number in range(workers)]
+            waiting = [work.remote(number, said, Path.cwd(), arguments) for number in range(workers)]
             result: tuple[Path, Any] | None = None
             while waiting:
                 done, waiting = ray.wait(waiting, timeout=SHOWN)
@@ -130,13 +128,13 @@ class _Told(Progress):
 
         def tell(*values: Any) -> None:
             done = name == "record" and not values[1]
-            if done or (self._first and name in ("begin", "stage", "record", "trial", "done")):
+            if done or (self._first and name in ("begin", "stage", "record", "done")):
                 self._said.put((name, values))
 
         return tell
 
 
-def _work(number: int, said: Any, here: Path, command: str, arguments: dict[str, Any]) -> tuple[Path, Any]:
+def _work(number: int, said: Any, here: Path, arguments: dict[str, Any]) -> tuple[Path, Any]:
     """Be one worker, in a process of the cluster.
 
     Raises:
@@ -154,5 +152,5 @@ def _work(number: int, said: Any, here: Path, command: str, arguments: dict[str,
     set_up_libraries()
     from grasp_lora import api
 
-    found: tuple[Path, Any] = getattr(api, command)(**arguments, progress=_Told(said, first=number == 0))
+    found: tuple[Path, Any] = api.compare(**arguments, progress=_Told(said, first=number == 0))
     return found

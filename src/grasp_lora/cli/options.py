@@ -101,7 +101,7 @@ class OptionsOf:
 
         Args:
             field: of the settings.
-            names: such as `--split-seed`, where they are not the parameter's own.
+            names: such as `--methods`, where they are not the parameter's own.
             more: what only the command line has to say.
         """
         text = re.sub(r"\bNone (takes|is|for)\b", "default:", self._meanings.get(field, "")).replace(

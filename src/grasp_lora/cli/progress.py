@@ -15,19 +15,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
-from rich.table import Column, Table
-from rich.text import Text
+from rich.table import Table
 
 from grasp_lora.bench.plan import Plan
 from grasp_lora.bench.progress import Progress
 from grasp_lora.bench.run_folder import Prediction
-from grasp_lora.bench.search import short, shown
 from grasp_lora.bench.store import Record
-from grasp_lora.bench.sweep_record import SweepResult, Trial
-from grasp_lora.report.comparison import wide
 from grasp_lora.report.examples import leading_metric, marked
-from grasp_lora.text.display import escaped, one_line
-from grasp_lora.training.settings import TRAINED_AS_MEASURED
+from grasp_lora.text.display import one_line
 
 _ANSWER_SHOWN = 60  # characters
 
@@ -174,35 +169,11 @@ class TerminalBenchProgress(_Bar):
         self._move(completed=self._done, facts=left)
 
 
-class TerminalSweepProgress(_Bar):
-    """Shows how far a sweep is, what it tries, and the time left.
-
-    Args:
-        console: where to; a live bar only if it is a terminal.
-    """
-
-    def __init__(self, console: Console) -> None:
-        title, times = TextColumn("{task.description:<46}", markup=False), (TimeElapsedColumn(), TimeRemainingColumn())
-        super().__init__(console, title, BarColumn(bar_width=24), MofNCompleteColumn(), *times)
-
-    def begin(self, units: float, finished: float = 0.0) -> None:
-        """Start the bar."""
-        self._begin("", units, int(finished))
-
-    def stage(self, name: str) -> None:
-        """Say what is tried."""
-        self._move(description=name)
-
-    def record(self, record: Record, there: bool) -> None:
-        """One line for each adapter to merge that was trained."""
-        if not there and record.step in ("source", "target"):
-            self._say(f"{_TITLES[record.step]:<26} {record.seconds:.1f} s")
-
-    def trial(self, trial: Trial) -> None:
-        """One line for each trial; move the bar."""
-        loss = "" if trial.dev_loss is None else f"dev loss {trial.dev_loss:.4f}"
-        self._say(f"trial {trial.trial:<4} {trial.state:<9} {trial.seconds:7.1f} s   {loss}   {shown(trial.values)}")
-        self._move(advance=1)
+def short(value: Any) -> str:
+    """A value for a line: a number with four digits, a list with commas."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def print_steps(used: Sequence[tuple[Record, bool]], console: Console) -> None:
@@ -219,48 +190,21 @@ def print_steps(used: Sequence[tuple[Record, bool]], console: Console) -> None:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """Print what a comparison would do: trainings first, each step with its forward passes and minutes at most."""
+    """Print what a comparison would do: trainings first, each step with its forward passes at most."""
     groups: dict[str, list[tuple[Record, bool]]] = {}
     for record, there in sorted(plan.steps, key=lambda one: not one[0].trains):
         groups.setdefault(record.step.replace("nan", "at the learned ratio"), []).append((record, there))
-    table = Table("step", "on record", "to do", "forward passes", "minutes")
-    passes, seconds = 0, 0.0
+    table = Table("step", "on record", "to do", "forward passes")
+    passes = 0
     for step, members in groups.items():
         left = [record for record, there in members if not there]
         work = sum(record.work for record in left)
-        trained = sum(record.result.get("trained_examples", 0) for record in left)
-        spent = plan.pace.seconds(trained, work - TRAINED_AS_MEASURED * trained)
-        passes, seconds = passes + work, seconds + spent
-        table.add_row(step, str(len(members) - len(left)), str(len(left)), str(work), f"{spent / 60:.1f}")
+        passes += work
+        table.add_row(step, str(len(members) - len(left)), str(len(left)), str(work))
     console.print(table)
     for line in (
-        f"at most {passes} forward passes and {seconds / 60:.1f} min on this machine, where a training example takes "
-        f"{plan.pace.trained:.3f} s; {plan.answers} answers to test prompts come on top",
+        f"at most {passes} forward passes; {plan.answers} answers to test prompts come on top",
         *(f"left out: {name} {reason}" for name, reason in plan.unavailable.items()),
         "nothing was trained or written",
     ):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def print_sweep(result: SweepResult, console: Console) -> None:
-    """Print the trials of a sweep, the best one bold, and what they cost."""
-    keys = (Column(key, overflow="fold") for key in result.trials[0].values)
-    table = Table("trial", *keys, "dev loss", "steps", "seconds", "state")
-    for trial in result.trials:
-        cells = [
-            str(trial.trial),
-            *(escaped(short(value)) for value in trial.values.values()),
-            "-" if trial.dev_loss is None else f"{trial.dev_loss:.4f}",
-            str(trial.steps),
-            f"{trial.seconds:.1f}",
-            f"{trial.state}, as an earlier trial" if trial.repeats else trial.state,
-        ]
-        table.add_row(*map(Text, cells), style="bold" if trial.trial == result.best else "")
-    wide(console).print(table)
-    cost = result.cost
-    console.print(
-        f"trial {result.best} is the best by dev loss; {cost.runs} final runs took {cost.seconds:.0f} s and "
-        f"{cost.work} examples forward",
-        highlight=False,
-        soft_wrap=True,
-    )

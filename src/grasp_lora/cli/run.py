@@ -63,16 +63,6 @@ def check(
     say(f"{said}; next: {command}")
 
 
-def status(folder: Annotated[Path, typer.Argument(help="Folder of a run, a comparison or a sweep.")]) -> None:
-    """Say how far a run, a comparison or a sweep is, and what to do next; nothing is written."""
-    with loading():
-        from grasp_lora.bench.status import status
-
-        lines = status(folder)
-    for line in lines:
-        say(line)
-
-
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html and report.md of a run folder again."""
     from grasp_lora.report.pages import write_report
@@ -124,6 +114,7 @@ def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: boo
     if own := command_for_texts(record, result.folder):
         say(f"with a text of your own: {own}")
     say(f"in your own program: {result.adapter / CARD_FILE} holds the lines of Python")
+    say(f"to the hub: hf upload {record.run.name} {shlex.quote(str(result.adapter))} --private")
     for step in next_steps(record, recipe, overrides, result.folder, allow_code):
         say(f"next: {step}")
     leave()

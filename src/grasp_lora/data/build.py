@@ -61,7 +61,7 @@ def build_splits(
     Args:
         settings: task, files and limits.
         tokenizer: with an EOS token.
-        seed: seed of the recipe, used where settings.split_seed is None.
+        seed: of the splits, that of the recipe.
         base: folder of the recipe, for relative paths; None for the working folder.
         offline: take data sets of the hub from the cache only.
         fold: of a cross-validation: the target's pool is cut into so many parts, and this one is the test set.
@@ -72,7 +72,6 @@ def build_splits(
     _check_eos(tokenizer)
     if settings.chat_template:
         check_has_template(tokenizer)
-    split_seed = seed if settings.split_seed is None else settings.split_seed
     corpora = {"target": settings.target}
     if settings.source is not None:
         corpora["source"] = settings.source
@@ -82,7 +81,7 @@ def build_splits(
     )
     if fold is not None:
         [whole] = shares["target"]
-        shares["target"] = cut(whole, groups, fold, split_seed)
+        shares["target"] = cut(whole, groups, fold, seed)
     talks = any(record.messages for parts in shares.values() for part in parts for record in part.pool.records)
     chat = _in_chat(settings.chat_template, talks, tokenizer)
     splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
@@ -103,7 +102,7 @@ def build_splits(
         for share in shares[role]:
             # Of test files beside a pool: they come first.
             tested = set() if corpus.explicit else {example.group for example in splits["test"]}
-            generator = random.Random(f"{split_seed} {role} {' '.join(share.counts)}")
+            generator = random.Random(f"{seed} {role} {' '.join(share.counts)}")
             filled = fill(share, groups, barred | tested, encoder, generator, tally, f"{role} ({corpus.language})")
             used += sum(map(len, filled.values()))
             splits |= {name: [*splits[name], *examples] for name, examples in filled.items()}
@@ -114,7 +113,7 @@ def build_splits(
     target, end = encoders["target"].template, encoders["target"].end
     report = DataReport(
         settings.task,
-        split_seed,
+        seed,
         settings.max_tokens,
         chat,
         target.prompt + ("\n" if encoders["target"].ends_turns and not chat else ""),  # which ends the user's turn

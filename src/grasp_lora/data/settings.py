@@ -109,7 +109,6 @@ class DataSettings:
         prompt, completion: templates in place of the built-in ones, for both languages; each may have its own.
         chat_template: give the prompt as a user turn through the tokenizer's chat template, and end the answer as that ends a
             turn. None does so where the data are conversations and there is a template. Without one a line break ends each turn.
-        split_seed: seed of the splits; None takes the recipe's seed. Set it to keep splits over several seeds.
         skip_unanswered: leave out rows without an answer, and count them; false refuses them.
 
     Raises:
@@ -128,7 +127,6 @@ class DataSettings:
     prompt: str | None = None
     completion: str | None = None
     chat_template: bool | None = None
-    split_seed: int | None = None
     skip_unanswered: bool = False
 
     def __post_init__(self) -> None:

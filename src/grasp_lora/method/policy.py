@@ -77,33 +77,6 @@ class Gaussian(RatioPolicy):
 
 
 @dataclass(frozen=True)
-class Uniform(RatioPolicy):
-    """Best of C uniform candidates, no learning: the control that a learning policy has to beat.
-
-    Args:
-        ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
-        ratio_init: first current ratio, within the bounds.
-        candidates: ratios per round (C), >= 1.
-        seed: of the draws; a recipe combines it with its own seed.
-        max_step: furthest that one commit moves the current ratio, in (0, 1].
-    """
-
-    max_step: float = 0.10
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_step(self.max_step)
-
-    def draw(self, search: RatioSearch, generator: random.Random) -> list[float]:
-        """Draw evenly between the bounds."""
-        return [generator.uniform(self.ratio_min, self.ratio_max) for _ in range(self.candidates)]
-
-    def decide(self, search: RatioSearch, measured: Round) -> Decision:
-        """Step towards the best candidate."""
-        return step_to_best(search, measured, self.max_step)
-
-
-@dataclass(frozen=True)
 class Spread(RatioPolicy):
     """All ratios train together: each optimizer step draws the ratio it trains at, and candidates spread over the range.
 
@@ -150,53 +123,6 @@ class Spread(RatioPolicy):
         return even_ratio(number, self.ratio_min, self.ratio_max, offset)
 
 
-@dataclass(frozen=True)
-class Stacked(RatioPolicy):
-    """A grid in one run: a copy of the adapter for each ratio, all trained side by side on one backbone.
-
-    Each copy holds its mask as a final run does. A round measures all of them, and the current ratio is that of the best one. On
-    a CPU eight runs so cost 0.73 of eight separate ones. It is meant for a GPU that a small model leaves idle, where it has not
-    been measured. Our choice, as a rival of learning.
-
-    Args:
-        ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
-        ratio_init: first current ratio, within the bounds; the nearest ratio of the grid gives way to it.
-        candidates: ratios from bound to bound (C), >= 1.
-        seed: unused, since nothing is drawn.
-        orders: copies of each ratio, each with an order of the training examples of its own, >= 1; their mean loss counts.
-        halve: whether after each round that follows a step only the better half of the copies trains on.
-    """
-
-    regime: ClassVar[Regime] = "stacked"
-
-    candidates: int = 8
-    orders: int = 1
-    halve: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.orders < 1:
-            raise ValueError(f"orders is {self.orders}; at least 1 is needed")
-
-    @property
-    def copies(self) -> int:
-        """Adapters that train side by side."""
-        return self.candidates * self.orders
-
-    def draw(self, search: RatioSearch, generator: random.Random) -> list[float]:
-        """The same ratios in each round."""
-        width = (self.ratio_max - self.ratio_min) / max(1, self.candidates - 1)
-        ratios = [self.ratio_min + place * width for place in range(self.candidates)]
-        nearest = min(range(self.candidates), key=lambda place: abs(ratios[place] - self.ratio_init))
-        ratios[nearest] = self.ratio_init
-        return ratios
-
-    def decide(self, search: RatioSearch, measured: Round) -> Decision:
-        """Move to the best of them."""
-        ratio = measured.candidates[measured.best]
-        return Decision(measured.rewards, ratio != search.current_ratio, ratio)
-
-
 def even_ratio(number: int, low: float, high: float, offset: float = 0.5) -> float:
     """Return a ratio of a sequence whose every stretch covers the whole range evenly: multiples of the golden ratio.
 
@@ -213,9 +139,7 @@ def even_ratio(number: int, low: float, high: float, offset: float = 0.5) -> flo
 
 POLICIES: dict[str, type[RatioPolicy]] = {
     "gaussian": Gaussian,
-    "uniform": Uniform,
     "spread": Spread,
-    "stacked": Stacked,
 }
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from grasp_lora.method.policy import Gaussian, Spread, Stacked
+from grasp_lora.method.policy import Gaussian, Spread
 from grasp_lora.method.rules import RULES, Rule
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.method.search import RatioPolicy
@@ -52,34 +52,28 @@ class Controller:
             )
         ratio_rule(self.rule)
 
-    def compares_rounds(self, keep_best: bool = False) -> bool:
-        """Whether losses of one round are compared with those of another, so that its baseline needs all examples.
+    @property
+    def compares_rounds(self) -> bool:
+        """Whether losses of one round are compared with those of another, so that its baseline needs all examples."""
+        return self.rounds.patience is not None or ratio_rule(self.rule).compares_rounds
 
-        Args:
-            keep_best: whether the adapter of the round with the lowest loss is kept.
-        """
-        return keep_best or self.rounds.patience is not None or ratio_rule(self.rule).compares_rounds
-
-    def probed_examples(self, pool: int, keep_best: bool = False) -> int:
+    def probed_examples(self, pool: int) -> int:
         """Examples measured in a round on a pool of so many, with each ratio counted anew, at most."""
-        if self.policy.regime == "stacked":
-            return self.policy.copies * pool
         few = self.rounds.turn(pool) or pool
-        return (pool if self.compares_rounds(keep_best) else few) + self.policy.candidates * few
+        return (pool if self.compares_rounds else few) + self.policy.candidates * few
 
 
 PRESETS: dict[str, Controller] = {
     "spread": Controller(),
     "late": Controller(Spread(bounds_first=True), Rounds(start=0.5), "smooth_fit"),
     "paper": Controller(Gaussian(), Rounds(), "best_reward"),
-    "stacked": Controller(Stacked(), Rounds(every="epoch", before_training=True, pool="dev", patience=1)),
 }
 WITH_DEV, WITHOUT_DEV = "spread", "late"  # the default where the target has a dev set, and where it has none
 
 
 def preset(name: str) -> Controller:
     """Return a preset: `spread` (all ratios train together, few probes of dev; the default), `late` (for targets without a dev
-    set), `paper`, or `stacked` (a grid in one run, for a GPU with room).
+    set), or `paper`.
 
     Raises:
         ValueError: there is none of that name.

@@ -34,7 +34,7 @@ class Rounds:
         before_training: whether a round comes before the first step; only with `start` 0.
         pool: examples that are probed: `micro_dev`, `dev`, or `both`. Dev then chooses the ratio and stops the final run.
         in_turn: how many of them a round measures at each candidate at most, >= 1, in turn, so that each round has others; None
-            takes all. The best ratio so far is measured on all where rounds are compared: by patience, a single run or the rule
+            takes all. The best ratio so far is measured on all where rounds are compared: by patience or the rule
             `surrogate`.
         patience: >= 1: rounds in a row without a lower loss at any probed ratio, after which training stops, as early stopping
             would by then at every ratio. None goes on to the last step.

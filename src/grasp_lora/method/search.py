@@ -19,7 +19,7 @@ from grasp_lora.method.rules import Rule
 from grasp_lora.method.schedule import is_count
 from grasp_lora.text.display import quoted
 
-Regime = Literal["held", "each_step", "stacked"]
+Regime = Literal["held", "each_step"]
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class RatioPolicy(ABC):
 
     A policy implements `draw` and `decide`, and `learn` if it learns; each reads the search and changes nothing. The draws of a
     round depend on the seed and the number of the round alone. `regime` says how the network trains between rounds: `held`
-    under the mask of the current ratio, `each_step` under a nested mask of the ratio that `training_ratio` gives for the step,
-    `stacked` a copy of it under the mask of each candidate, side by side.
+    under the mask of the current ratio, `each_step` under a nested mask of the ratio that `training_ratio` gives for the step.
 
     Args:
         ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
@@ -63,11 +62,6 @@ class RatioPolicy(ABC):
             )
         if not is_count(self.candidates):
             raise ValueError(f"candidates is {self.candidates}; a whole number is needed, at least 1")
-
-    @property
-    def copies(self) -> int:
-        """Adapters that train side by side: with regime `stacked` one for each candidate, else one."""
-        return self.candidates if self.regime == "stacked" else 1
 
     @property
     def start(self) -> tuple[float, float]:

@@ -262,8 +262,7 @@ def fingerprint(model: torch.nn.Module) -> str:
     for name, parameter in inner.named_parameters():
         if ".lora_" not in name and ".modules_to_save." not in name:
             names[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = parameter
-    parts = [part for name, parameter in sorted(names.items()) for part in precision.stored_parts(name, parameter)]
-    for name, parameter in parts:
+    for name, parameter in sorted(names.items()):
         # One parameter at a time; of a split model all processes ask for it together.
         gathered = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
         flat = gathered.detach().flatten()

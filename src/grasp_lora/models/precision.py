@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from grasp_lora.text.display import quoted
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-UNTRAINABLE = {"hqq": "HQQ", "Int4WeightOnlyConfig": "torchao's int4"}  # kind of a saved model -> as people call it
+UNTRAINABLE = {"hqq": "HQQ", "torchao": "torchao"}  # method of a saved model -> as people call it
 AT_ONCE = 1 << 24  # numbers
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 
@@ -83,11 +82,6 @@ def quantiser(name: str, config: "PretrainedConfig", dtype: torch.dtype) -> Any:
     # It warns at each product that activations are rounded to float16.
     logging.getLogger(library).setLevel(logging.ERROR)
     with no_network(True):  # bitsandbytes fetches compiled code from the hub where it can
-        if name == "int8_torchao":
-            from torchao.quantization import Int8WeightOnlyConfig
-            from transformers import TorchAoConfig
-
-            return TorchAoConfig(Int8WeightOnlyConfig(version=2))
         import bitsandbytes  # noqa: F401
         from transformers import BitsAndBytesConfig
 
@@ -106,7 +100,7 @@ def refuse_untrainable(config: "PretrainedConfig") -> None:
     """
     if is_quantised(config) and (name := UNTRAINABLE.get(_kind(config))):
         raise GraspError(
-            f"The backbone comes quantised by {name}, on which adapters cannot be trained: take its full-precision model, with "
+            f"The backbone comes quantised by {name}, on which no adapter is trained here: take its full-precision model, with "
             f"backbone.quantise {' or '.join(QUANTISERS)} where memory is short"
         )
 
@@ -127,16 +121,6 @@ def keep_exact(model: torch.nn.Module) -> None:
             state.__class__ = type("Exact", (state.__class__,), {"is_training": always})
 
 
-def stored_parts(name: str, parameter: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give the plain tensors that a parameter consists of: itself, or codes and scales of one that torchao made."""
-    if not type(parameter).__module__.startswith("torchao."):
-        yield name, parameter
-        return
-    for part in parameter.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
-        if (inner := getattr(parameter, part)) is not None:
-            yield from stored_parts(f"{name}.{part}", inner)
-
-
 def weight_sum(model: torch.nn.Module) -> int | None:
     """Add up the stored numbers of all parameters as integers, LoRA layers left out: exact, in whatever order; None if split.
 
@@ -145,37 +129,16 @@ def weight_sum(model: torch.nn.Module) -> int | None:
     named = [(name, one) for name, one in model.named_parameters() if ".lora_" not in name]
     if any(hasattr(one, "full_tensor") for _, one in named):
         return None
-    parts = (part.detach().contiguous() for name, one in named for _, part in stored_parts(name, one))
     total = 0
-    for part in parts:
+    for part in (one.detach().contiguous() for _, one in named):
         numbers = part.view(INTEGERS[part.element_size()]).flatten()
         for first in range(0, numbers.numel(), AT_ONCE):  # a sum in int64 makes a copy of what it adds up
             total += int(numbers[first : first + AT_ONCE].sum(dtype=torch.int64))
     return total
 
 
-def stored_bytes(model: torch.nn.Module) -> int:
-    """Bytes of a model's weights as they are stored, with the scales that quantised ones need; what is shared counts once."""
-    total = 0
-    for module in model.modules():
-        state: Any = getattr(module, "state", None)
-        if isinstance(rows := getattr(state, "SCB", None), torch.Tensor):  # of an 8-bit layer that was used once
-            total += rows.nbytes
-    for name, parameter in model.named_parameters():
-        scales = [getattr(parameter, "SCB", None), getattr(getattr(parameter, "quant_state", None), "absmax", None)]
-        parts = [part for _, part in stored_parts(name, parameter)]
-        total += sum(part.nbytes for part in (*parts, *scales) if part is not None)
-    return total
-
-
 def _kind(config: "PretrainedConfig") -> str:
-    """How a quantised backbone was quantised; of torchao the kind of numbers."""
+    """How a quantised backbone was quantised."""
     found: Any = config.quantization_config  # a dict in a file, an object once it is loaded
     found = found if isinstance(found, dict) else found.to_dict()
-    method = str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
-    kind = found.get("quant_type")
-    if method == "torchao":
-        kind = kind.get("default", kind) if isinstance(kind, dict) else kind
-        kind = kind.get("_type", method) if isinstance(kind, dict) else kind
-        return "Int4WeightOnlyConfig" if "int4" in str(kind).lower() else method
-    return method
+    return str(getattr(found.get("quant_method"), "value", found.get("quant_method")))

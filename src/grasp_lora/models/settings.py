@@ -11,11 +11,11 @@ EMBEDDED_NAME = "gemma3-270m"
 ALL_LINEAR = "all-linear"  # PEFT's word
 EMBEDDED_HUB_ID = "google/gemma-3-270m"
 EMBEDDED_LICENCE = "gemma"  # as the hub calls it
-QUANTISERS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int8_torchao": "torchao"}  # -> the library that does it
+QUANTISERS = {"nf4": "bitsandbytes", "int8": "bitsandbytes"}  # -> the library that does it
 REFUSED_QUANTISERS = {
     "hqq": "transformers cannot train on HQQ yet",
     "int4": "torchao's int4 cannot be trained on",
-    "int4_torchao": "torchao's int4 cannot be trained on",
+    "int8_torchao": "it is gone, and int8 is as good",
 }
 
 Texts = Annotated[  # a single text stands for a list of one
@@ -48,7 +48,7 @@ class BackboneSettings:
             have it and on processors with AMX, float16 on other CUDA cards (float32 for Gemma, whose numbers it cannot
             hold), else float32.
         quantise: store the weights of the linear layers, but not the output layer, in fewer bits: `nf4` (4 bits) and `int8` by
-            bitsandbytes, `int8_torchao` by torchao; None as they are.
+            bitsandbytes; None as they are.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: run the Python code that comes with the model.
         offline: use only what is on this machine.
@@ -64,7 +64,7 @@ class BackboneSettings:
 
     name: str = EMBEDDED_NAME
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    quantise: Annotated[Literal["nf4", "int8", "int8_torchao"], BeforeValidator(known_quantiser)] | None = None
+    quantise: Annotated[Literal["nf4", "int8"], BeforeValidator(known_quantiser)] | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     offline: bool = False

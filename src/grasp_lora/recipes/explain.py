@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from grasp_lora.method.policy import POLICIES
 from grasp_lora.recipes.builtin import recipe_keys
+from grasp_lora.recipes.gone import GONE_KEYS
 from grasp_lora.text.display import escaped, one_line, quoted
 
 ELSEWHERE_SHOWN = 4  # of the keys that end as an unknown one does
@@ -90,6 +91,8 @@ def explain(error: ValidationError, keys: Sequence[str] = ()) -> str:
     place = [str(part) for part in problem["loc"] if not str(part).startswith("function-")]
     path = ".".join(place)
     others = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] in _UNKNOWN and path in GONE_KEYS and not keys:
+        return f"{path} is gone: {GONE_KEYS[path]}{others}"
     if problem["type"] in _UNKNOWN:
         return f"unknown key {quoted(path)}; {_hint(place, keys or recipe_keys())}{others}"
     if problem["type"] in ("missing", "missing_argument"):

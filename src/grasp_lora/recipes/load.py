@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from grasp_lora.errors import RecipeError
 from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.reading import read_base_model
-from grasp_lora.recipes.begun import recipe_file, recipe_folder
 from grasp_lora.recipes.builtin import builtin_recipes, builtin_text
 from grasp_lora.recipes.explain import explain
 from grasp_lora.recipes.recipe import Recipe
@@ -80,7 +79,7 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
 def _no_recipe(file: Path, name: str) -> str:
     """What was given in the place of a recipe."""
     if is_file(file / RUN_FILE):
-        return f"{escaped(name)} is a run; give its recipe, such as {escaped(recipe_file(file) or str(file / RECIPE_FILE))}"
+        return f"{escaped(name)} is the folder of a run; give the recipe that it was begun with"
     there = file.parent.iterdir() if file.suffix in ENDINGS and is_folder(file.parent) else ()
     near = difflib.get_close_matches(file.name, [one.name for one in there if one.suffix in ENDINGS], n=1)
     if near:
@@ -104,11 +103,20 @@ def backbone_of_run(adapter: str) -> str | None:
                 return None
             if base_model is None or named.name != Path(base_model).name:
                 return None
-            starts = (folder, folder / recipe_folder(folder))
+            starts = (folder, folder / _recipe_folder(folder))
             # As if there was no link, and behind it.
             places = (place for start in starts for place in (Path(os.path.normpath(start / named)), start / named))
             return next((str(place) for place in places if is_folder(place)), None)
     return None
+
+
+def _recipe_folder(run: Path) -> str:
+    """The folder that relative paths of a run's recipe start from, as it is seen from the run folder."""
+    try:
+        content = json.loads(decode(read_bounded(run / RUN_FILE, MOST_BYTES), RUN_FILE))
+    except (RefusedError, RecipeError, OSError, ValueError):
+        return "."
+    return str(content.get("recipe_folder") or ".") if isinstance(content, dict) else "."
 
 
 def named_code(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

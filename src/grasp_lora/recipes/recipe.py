@@ -22,10 +22,9 @@ from pydantic import (
 from grasp_lora.data.settings import DataSettings
 from grasp_lora.evaluation.bertscore import BertScoreSettings
 from grasp_lora.method.masks import MaskSettings
-from grasp_lora.method.merging import MergeSettings, merge_rule
+from grasp_lora.method.merging import MergeSettings
 from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings, Texts
 from grasp_lora.recipes.stages import DELIVER, ControllerStage, FinalStage, SourceStage, TargetStage, from_preset
-from grasp_lora.text.display import quoted
 from grasp_lora.text.names import without_place
 
 NO_RESULT = ("report_to", "save_every", "wait_minutes")  # settings that decide nothing of a result
@@ -87,45 +86,6 @@ class Recipe(BaseModel):
         if not isinstance(stage, dict):
             return content
         return content | {"controller": from_preset(stage, _has_dev(content.get("data")))}
-
-    @model_validator(mode="after")
-    def _single_run_has_its_mask(self) -> Self:
-        """Refuse what contradicts a single run.
-
-        Not in `FinalStage`, where grids and sweeps set a ratio on a stage whose start they then leave aside.
-        """
-        final = self.final
-        if final.start == "controller":
-            if self.controller.policy.regime == "stacked":
-                raise ValueError(
-                    "final.start is 'controller', but stacked adapters leave none to finish; start from 'merged'"
-                )
-            if merge_rule(self.merge.rule).space.apart:
-                raise ValueError(
-                    f"final.start is 'controller', whose adapter is saved as one, but merge.rule {quoted(self.merge.rule)} keeps "
-                    "adapters apart; start from 'merged', or take another rule, such as 'paper_sum_unscaled' with weights of 1"
-                )
-            if final.prune_ratio is not None:
-                raise ValueError(
-                    f"final.start is 'controller', but final.prune_ratio {final.prune_ratio} leaves out the controller run; "
-                    "remove one of them"
-                )
-            if final.mode != "hold" or final.mask is not None:
-                raise ValueError(
-                    "final.start is 'controller', which holds the controller's mask; "
-                    f"remove {'final.mask' if final.mask is not None else 'final.mode'}, or start from 'merged'"
-                )
-            if final.all_rows:
-                raise ValueError(
-                    "final.all_rows needs a final run from a fresh merge, but final.start is 'controller'; remove one of them"
-                )
-            if self.controller.rounds.start > 0.0:
-                raise ValueError(
-                    "final.start is 'controller', which keeps the adapter of the best round, but controller.rounds.start "
-                    f"{self.controller.rounds.start} leaves rounds to the end of the run, when it has overfitted; "
-                    "set it to 0, or start from 'merged'"
-                )
-        return self
 
     @model_validator(mode="after")
     def _target_on_source_is_added_up(self) -> Self:

@@ -19,14 +19,14 @@ from grasp_lora.method.policy import POLICIES
 from grasp_lora.method.presets import PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_FILE
 from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.stages import DELIVER, ON, STARTS
+from grasp_lora.recipes.stages import DELIVER, ON
 from grasp_lora.text.docstrings import arguments, summary
 from grasp_lora.training.settings import KEEP
 
 NAMES: dict[str, dict[str, Sequence[str]]] = {  # what a text may be; the settings refuse any other
     "CorpusSettings": {"format": FORMATS},
     "DataSettings": {"task": tuple(TASKS)},
-    "FinalStage": {"deliver": DELIVER, "mode": MASK_MODES, "start": STARTS},
+    "FinalStage": {"deliver": DELIVER, "mode": MASK_MODES},
     "TargetStage": {"on": ON},
     "TrainingSettings": {"keep": KEEP},
 }

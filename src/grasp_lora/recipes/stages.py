@@ -135,12 +135,12 @@ class TargetStage:
 class ControllerStage(Controller):
     """The run that learns the ratio.
 
-    In a recipe, `preset` names one (`spread`, `late`, `paper`, `stacked`), and what is left out here is the preset's. The preset
+    In a recipe, `preset` names one (`spread`, `late`, `paper`), and what is left out here is the preset's. The preset
     left out is `spread` where the target has a dev set, else `late`.
 
     Args:
-        policy: who chooses candidates and when the current ratio moves: its `kind` (`gaussian`, `uniform`, `spread`, `stacked` or
-            the import path `package.module:name` of a class) and its settings.
+        policy: who chooses candidates and when the current ratio moves: its `kind` (`gaussian`, `spread` or the import
+            path `package.module:name` of a class) and its settings.
         rounds: when rounds come and what they measure.
         rule: how the ratio is read off them: `surrogate`, `smooth_fit`, `best_reward` (the paper's), or the import path of a
             `Rule`.
@@ -161,20 +161,13 @@ class ControllerStage(Controller):
         if self.training.keep != "last":
             raise ValueError(
                 f"training.keep is {self.training.keep!r}, but the masks of a controller run are those of its last step; "
-                "remove it, or set final.start to 'controller', which keeps the best round's adapter"
+                "remove it"
             )
         if self.training.patience is not None and self.policy.regime != "held":
             raise ValueError(
                 f"training.patience is {self.training.patience}, but this policy trains at many ratios, so "
                 "no dev loss is that of the run; remove it, or set controller.rounds.patience to stop the run by its rounds"
             )
-        if self.policy.regime == "stacked" and self.rounds.in_turn is not None:  # preset `spread` has one, too
-            raise ValueError(
-                f"rounds.in_turn is {self.rounds.in_turn}, but stacked adapters measure the whole pool; set "
-                "controller.rounds.in_turn to null, or leave it out and set controller.preset to stacked"
-            )
-        if self.policy.regime == "stacked" and self.training.gradient_checkpointing:
-            raise ValueError("training.gradient_checkpointing is set, but stacked adapters train without it; remove it")
         if self.training.patience is not None and self.rounds.start > 0.0:
             raise ValueError(
                 f"training.patience is {self.training.patience}, but controller.rounds.start {self.rounds.start} leaves rounds "
@@ -197,7 +190,6 @@ class ControllerStage(Controller):
 
 
 DELIVER = ("best", "grasp")
-STARTS = ("merged", "controller")
 
 
 @dataclass(frozen=True)
@@ -209,13 +201,11 @@ class FinalStage:
         mask: another score than the controller's; None takes the same.
         prune_ratio: use this fraction, in [0, 1], instead of learning one; the controller run is then left out.
         training: how it is trained.
-        start: `merged`, a fresh merge that is pruned at the learned ratio; or `controller` (single run): the controller run's own
-            adapter as it was at the round with the lowest loss, pruned at that ratio, with that mask held.
         deliver: what the run hands over: `best`, which is this run's result where the target adapter is ahead of the source
             adapter, else the source adapter continued on the target rows, unless the dev rows show another to be better; or
             `grasp`, this run's result in any case.
         all_rows: train what is handed over once more, on the target's train, dev and micro-dev rows together, for as many
-            optimizer steps as the adapter had that was kept. `compare` and `sweep` leave this aside.
+            optimizer steps as the adapter had that was kept. `compare` leaves this aside.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -224,15 +214,12 @@ class FinalStage:
     mask: MaskSettings | None = None
     prune_ratio: float | None = None
     training: TrainingSettings = field(default_factory=TrainingSettings)
-    start: str = "merged"
     deliver: str = "best"
     all_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.deliver not in DELIVER:
             raise ValueError(f"deliver is {self.deliver!r}; allowed: {', '.join(DELIVER)}")
-        if self.start not in STARTS:
-            raise ValueError(f"start is {self.start!r}; allowed: {', '.join(STARTS)}")
         if self.mode not in MASK_MODES:
             raise ValueError(f"mode is {self.mode!r}; allowed: {', '.join(MASK_MODES)}")
         if self.prune_ratio is not None and not 0.0 <= self.prune_ratio <= 1.0:

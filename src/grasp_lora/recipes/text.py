@@ -4,7 +4,6 @@ No tags, no aliases (of which "anchor bombs" are made), no merge keys, no key tw
 size and depth; and no number that YAML 1.1 reads otherwise than a person does: 010 is 8 there, and 1:30 is 90.
 """
 
-import json
 import re
 from typing import Any
 
@@ -56,19 +55,6 @@ def parse(text: str, name: str) -> Any:
         raise
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist, a number that is too long
         raise RecipeError(f"{name} is no valid YAML{_problem(error)}") from error
-
-
-def on_one_line(value: Any) -> str:
-    r"""Return a plain value as YAML on one line.
-
-    >>> on_one_line(["f1", 2.0, None, "a\nb"])
-    '["f1", 2.0, null, "a\\nb"]'
-    >>> on_one_line(["f1", 2.0, None])
-    '[f1, 2.0, null]'
-    """
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=MOST_BYTES).strip()
-    text = text.removesuffix("...").strip()  # behind a value that is no list or section
-    return json.dumps(value, ensure_ascii=False) if "\n" in text else text
 
 
 class _Loader(yaml.SafeLoader):

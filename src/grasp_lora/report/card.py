@@ -93,6 +93,7 @@ def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
         "options": options_of(prompt or ""),
         "labels": list(record.data.report.get("labels") or ()),
         "recipe": recipe,
+        "hub_name": record.run.name if HUB_ID.fullmatch(record.run.name) else "NAME",
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
     }
     if system == ALL_ROWS:  # whose scores are not those of the final run

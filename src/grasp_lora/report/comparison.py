@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from grasp_lora.bench.comparison_record import TEST_LOSS, Comparison, Cost, Row, Spread
-from grasp_lora.bench.methods import DEFAULT_METHODS
+from grasp_lora.bench.methods import METHODS
 from grasp_lora.bench.planned import expected_width, main_metric, saves_over_confidence
 from grasp_lora.bench.run_folder import COMPARE_FOLDER, REPORT_FILE
 from grasp_lora.recipes.text import RECIPE_FILE
@@ -22,7 +22,7 @@ from grasp_lora.storage.files import write_whole
 COMPARISON_TABLES_FILE = "compare.md"
 CHOSEN_ON = {None: "–", "dev": "dev", "micro_dev": "micro-dev", "both": "micro-dev and dev"}
 STEADY = 1.5  # seconds per forward pass of the final runs that may differ this many times before speed-ups in seconds mislead
-GRIDS = ("grid", "grid_paper", "grid_dev_free")  # the first of them that was run is what speed-ups refer to
+GRIDS = ("grid", "grid_paper")  # the first of them that was run is what speed-ups refer to
 FULL_WIDTH = 180  # of a table that does not go to a terminal
 
 
@@ -72,14 +72,12 @@ def command_of(comparison: Comparison) -> str:
     """The command that makes the comparison in the folder of the experiment; with its store there it only writes it anew."""
     settings = comparison.settings
     words = ["grasp-lora", "compare", f"{COMPARE_FOLDER}/{RECIPE_FILE}"]
-    if set(settings.methods) != set(DEFAULT_METHODS):
+    if set(settings.methods) != set(METHODS):
         words += ["--methods", ",".join(settings.methods)]
     words += ["--seeds", ",".join(map(str, settings.seeds)), "--grid", ",".join(map(str, settings.grid))]
     words += ["--reference", settings.reference]
     if settings.folds:
         words += ["--folds", str(settings.folds)]
-    for seed in settings.split_seeds:
-        words += ["--split-seed", str(seed)]
     return " ".join([*words, "--output", "."])
 
 
@@ -124,25 +122,6 @@ def cost_table(comparison: Comparison) -> Table:
     return Table(f"Cost of every method, mean over {comparison.runs}", columns, rows)
 
 
-def split_tables(comparison: Comparison) -> list[Table]:
-    """For each further split: test loss with the first seed there and on the usual split, and the difference to the reference."""
-    tables = []
-    for other in comparison.other_splits:
-        names = [f"split {comparison.split_seed}", f"split {other.split_seed}"]
-        minus = [f"{comparison.reference_title} minus it, {name}" for name in names]
-        columns = ["method", *(f"test loss, {name}" for name in names), *minus]
-        rows = []
-        for row in other.rows:
-            cells = [f"{loss:.4f}" for loss in row.test_loss]
-            cells += ["–", "–"] if row.difference is None else [f"{one:+.4f}" for one in row.difference]
-            rows.append([Cell(row.title), *map(Cell, cells)])
-        for missing in other.missing:
-            rows.append([Cell(missing.title), Cell(""), Cell(missing.reason), Cell(""), Cell("")])
-        merge = f", with {other.merge}" if other.merge else ""
-        tables.append(Table(f"Seed {other.seed} on another split of the data{merge}", columns, rows))
-    return tables
-
-
 def verdict_table(comparison: Comparison) -> Table:
     """The reference method minus each other one, with its interval, for every metric; planned comparisons with their verdicts."""
     digits = _digits(comparison)
@@ -180,7 +159,6 @@ def _view(comparison: Comparison) -> dict[str, Any]:
         "scores": score_table(comparison),
         "cost": cost_table(comparison),
         "verdicts": verdict_table(comparison),
-        "splits": split_tables(comparison),
         "sizes": _sizes(comparison),
         "drawn": _drawn(comparison),
         "widths": _widths(comparison),
@@ -219,10 +197,7 @@ def _stopping(comparison: Comparison) -> str:
         uses += " and keep the adapter with the lowest dev loss"
     elif not comparison.stops_early:
         return f"{uses} and keep the last adapter."
-    if not any(row.method.endswith("dev_free") for row in comparison.rows):
-        return f"{uses}."
-    target = "" if comparison.given_target else ", whose target adapter does not look at it either"
-    return f"{uses}, except in the rows “without a dev set”{target}."
+    return f"{uses}."
 
 
 def _sizes(comparison: Comparison) -> str:

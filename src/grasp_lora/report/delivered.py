@@ -129,11 +129,7 @@ def next_steps(record: RunRecord, recipe: str, overrides: Sequence[str], folder:
         return []
     steps = []
     # The rest `compare` refuses, or it would measure another GRASP.
-    if (
-        record.recipe.final.start == "merged"
-        and record.given_ratio is None
-        and record.metrics.test_examples >= LEAST_TEST
-    ):
+    if record.given_ratio is None and record.metrics.test_examples >= LEAST_TEST:
         given = [
             recipe,
             *(part for override in overrides for part in ("--set", override)),
@@ -166,7 +162,7 @@ def _few_rows(record: RunRecord) -> bool:
 def _can_be_cut(record: RunRecord) -> bool:
     """Whether a comparison of the run's recipe may have folds."""
     try:
-        check_can_be_cut(validate(parse(record.recipe_text, RECIPE_FILE), RECIPE_FILE), "--folds")
+        check_can_be_cut(validate(parse(record.recipe_text, RECIPE_FILE), RECIPE_FILE))
     except RecipeError:
         return False
     return True

@@ -153,7 +153,7 @@ def view_of(record: RunRecord) -> dict[str, Any]:
 
 
 def _regime(record: RunRecord) -> str:
-    """How the controller trained between its rounds: at one ratio, each step at one of its own, or a copy for each ratio."""
+    """How the controller trained between its rounds: at one ratio, or each step at one of its own."""
     kind = record.recipe.controller.policy.kind
     return POLICIES[kind].regime if kind in POLICIES else "held"
 
@@ -244,8 +244,6 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
 def _start(record: RunRecord) -> str:
     """What the final run began with."""
     start = "a fresh merge"
-    if record.recipe.final.start == "controller":
-        start = "the controller run's own adapter, at its best round, with its mask held (single run)"
     return f"{start}; {DISCARDED}" if record.metrics and record.metrics.best_step == 0 else start
 
 

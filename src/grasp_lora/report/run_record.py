@@ -1,6 +1,6 @@
 """A run folder as one typed record, read as far as the run has got."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -8,11 +8,12 @@ from typing import TypeVar
 from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.outcomes import names_of
 from grasp_lora.bench.records import check_shape, damaged, read_lines, read_record, read_text
-from grasp_lora.bench.run_stages import FinalChoices
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.schedule import PROBE_SPLITS, Pool
 from grasp_lora.recipes.stages import AUTO
 from grasp_lora.recipes.text import RECIPE_FILE, parse
+
+STAGES = ("data", "source", "target", "merge", "controller", "final", "continued", "evaluate", "deliver", "all_rows")
 
 _Row = TypeVar("_Row")
 
@@ -105,11 +106,23 @@ class ControllerRecipe(files.Shape):
     rounds: RoundsRecipe = RoundsRecipe()
 
 
-class FinalRecipe(FinalChoices):
-    """The recipe's `final`; folders of older versions began with a merge without naming it."""
+class FinalRecipe(files.Shape):
+    """The recipe's `final`."""
 
     mask: MaskRecipe | None = None
-    start: str = "merged"
+    prune_ratio: float | None = None
+    deliver: str | None = None
+    all_rows: bool = False
+
+    def missing(self, complete: Container[str]) -> list[str]:
+        """Name the stages that a run has yet to do, in order."""
+        left_out = {
+            "controller": self.prune_ratio is not None,
+            "continued": self.deliver != "best",
+            "deliver": self.deliver is None,
+            "all_rows": not self.all_rows,
+        }
+        return [stage for stage in STAGES if stage not in complete and not left_out.get(stage)]
 
 
 class RecipeFacts(files.Shape):

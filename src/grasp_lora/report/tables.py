@@ -324,7 +324,7 @@ def probe_note(record: RunRecord) -> str | None:
     probing = record.probe_seconds
     # The last round need not be the end; before that nothing is known of the whole.
     together = max(probing + sum(timing.train_seconds for timing in record.timings), record.cost.get("controller", 0.0))
-    if not probing:  # copies that train side by side are not timed apart
+    if not probing:
         return None
     return (
         f"Probes took {percent(probing / together)} of the controller run: {duration(probing)} of {duration(together)} "

@@ -1,5 +1,6 @@
 """Memory: how much is free, and one line that says what takes less where it does not suffice."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,16 @@ def available_memory(on_gpu: bool) -> int:
         return max(0, min(free, most - used + int(facts["file"])))  # what is cached of files can go
     except (OSError, ValueError, KeyError):  # there is none, or its limit is `max`
         return free
+
+
+def peak_memory() -> int | None:
+    """Bytes that this process had at most; None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 @contextmanager

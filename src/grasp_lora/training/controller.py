@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from grasp_lora.data.build import check_encoding, encoding_of
 from grasp_lora.errors import GraspError, ProbeError
-from grasp_lora.method.lora import AdapterWeights, Segment
+from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSettings, Ranking, named, of_prefix
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.method.presets import Controller, controller_settings, ratio_rule
@@ -30,7 +29,6 @@ from grasp_lora.method.rounds import RatioEstimate, Round, RoundRecord
 from grasp_lora.method.search import RatioSearch
 from grasp_lora.storage.checkpoints import State
 from grasp_lora.storage.files import write_jsonl
-from grasp_lora.training.best_round import BestRound
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn, checked_probes, encoded_rows, probes_of
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.regimes import regime_of
@@ -43,8 +41,7 @@ logger = logging.getLogger(__name__)
 
 ROUNDS_FILE = "rounds.jsonl"
 TIMINGS_FILE = "timings.jsonl"
-# What begins the names of the tensors in a checkpoint that hold the order of importance, and the best round's weights and order.
-PLACES, BEST, BEST_PLACES = "places.", "best.", "best_places."
+PLACES = "places."  # begins the names of the tensors in a checkpoint that hold the order of importance
 
 
 class GraspController(PrunedTraining):
@@ -58,8 +55,6 @@ class GraspController(PrunedTraining):
         segments: module name -> origin of its rank-one components, each pruned by itself.
         folder: where `rounds.jsonl` and `timings.jsonl` go; None writes no files.
         on_round: called with each round's record, for a progress display.
-        keep_best: keep a copy of the dense weights at the round with the lowest baseline loss, for `best_adapter`. It costs the
-            memory of a second adapter and of its order of importance.
 
     After training, `learned` is the learned ratio. Raises ProbeError during training when a probe's loss is not
     finite. Where the trainer saves checkpoints, everything is in them, and a resumed training goes on with the same rounds; one
@@ -76,10 +71,9 @@ class GraspController(PrunedTraining):
         segments: Mapping[str, tuple[Segment, ...]] | None = None,
         folder: Path | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
-        keep_best: bool = False,
     ) -> None:
         self.settings = controller_settings(settings)
-        self.micro_dev, self.keep_best = checked_probes(micro_dev), keep_best
+        self.micro_dev = checked_probes(micro_dev)
         self.folder = None if folder is None else Path(folder)
         self._log: Callable[[dict[str, float]], None] | None = None
         self._encoding: tuple[object, object] | None = None  # of the rows; a tokenizer may be changed in place
@@ -141,7 +135,6 @@ class GraspController(PrunedTraining):
         self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
         self.regime = regime_of(self.settings.policy)
         self.prune_ratio = self.search.current_ratio
-        self._best: BestRound | None = None
         self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
 
     # One round
@@ -154,12 +147,11 @@ class GraspController(PrunedTraining):
         """
         masks, search, number = self.masks, self.search, len(self.search.history)
         few = self.micro_dev.at(number)
-        compared = self.settings.compares_rounds(self.keep_best)
+        compared = self.settings.compares_rounds
         whole, places = (self.micro_dev.whole, self.micro_dev.places(number)) if compared else (few, None)
 
         self.regime.rest(masks, search)
         baseline, order = self.regime.measure_baseline(model, masks, whole)
-        self._keep_if_best(baseline, order)
         candidates, before = search.ask(), search.current_ratio
         known = baseline if places is None else [baseline[place] for place in places]
         losses = {ratio: known for ratio in candidates if self.regime.is_baseline(ratio, before)}
@@ -283,29 +275,6 @@ class GraspController(PrunedTraining):
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    # The best round
-
-    def _keep_if_best(self, baseline: Sequence[float], order: Ranking) -> None:
-        loss = fmean(baseline)
-        if self.keep_best and (self._best is None or loss < self._best.loss):
-            self._best = BestRound(loss, self.masks.dense(), order)
-
-    def best_adapter(self, prune_ratio: float) -> AdapterWeights:
-        """Return the adapter of the round with the lowest baseline loss, pruned as that round's masks are; float32, on the CPU.
-
-        The last step is of no use to go on from: with few examples the run overfits long before its end, which the baselines
-        show. Nothing of the live adapter changes.
-
-        Args:
-            prune_ratio: fraction in [0, 1].
-
-        Raises:
-            RuntimeError: no round was kept, since `keep_best` is off or none was run.
-        """
-        if self._best is None:
-            raise RuntimeError("no round was kept; give keep_best=True and train for at least one round")
-        return self._best.pruned(self.masks.pairs, prune_ratio)
-
     def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return the rounds and their timings, as `rounds.jsonl` and `timings.jsonl` hold them."""
         return self._rows[ROUNDS_FILE], self._rows[TIMINGS_FILE]
@@ -313,17 +282,11 @@ class GraspController(PrunedTraining):
     # Checkpoints
 
     def state(self) -> State:
-        """Return masks, settings, rounds and the best round; the search follows from the rounds."""
+        """Return masks, settings and rounds; the search follows from the rounds."""
         values, tensors = super().state()
         values |= {**self._searched_by(), "rows": self._rows, "probed": self._probed()}
         if self.regime.order is not None:
             tensors |= named(PLACES, self.regime.order.by_factor())
-        if self.keep_best:
-            values["best_loss"] = None if self._best is None else self._best.loss
-        if self._best is not None:
-            tensors |= named(BEST, self._best.dense)
-            if self.regime.order is None:  # else it is that of all rounds
-                tensors |= named(BEST_PLACES, self._best.order.by_factor())
         return values, tensors
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
@@ -343,10 +306,6 @@ class GraspController(PrunedTraining):
                 "training resumes with other probed rows than it began with, in other tokens (another tokenizer or template), or "
                 "with another number of them in a round; give it the same, or start anew"
             )
-        if self.keep_best and "best_loss" not in values:
-            raise GraspError(
-                "training resumes from a checkpoint that kept no best round; leave keep_best out as it was, or start anew"
-            )
         super().restore(values, tensors)
         self._start_anew()
         self._rows = values["rows"]
@@ -354,10 +313,6 @@ class GraspController(PrunedTraining):
             self._tell_again(row)
         if places := of_prefix(PLACES, tensors):
             self.regime.order = self.masks.ranking_of(places)
-        if self.keep_best and values["best_loss"] is not None:
-            dense = {key: tensor.to(self.masks.weights[key].device) for key, tensor in of_prefix(BEST, tensors).items()}
-            order = self.regime.order or self.masks.ranking_of(of_prefix(BEST_PLACES, tensors))
-            self._best = BestRound(values["best_loss"], dense, order)
         self.prune_ratio = self.search.current_ratio
 
     def _tell_again(self, row: Mapping[str, Any]) -> None:

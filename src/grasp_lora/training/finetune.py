@@ -32,7 +32,7 @@ from grasp_lora.training.loss import Encoded, check_measurable, collate
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.saved import SavedInCheckpoints
 from grasp_lora.training.settings import TrainingSettings
-from grasp_lora.training.trackers import guard_trackers, own_tracked_run
+from grasp_lora.training.trackers import own_tracked_run
 from grasp_lora.training.trainer import FineTuneTrainer, Saving
 
 if TYPE_CHECKING:
@@ -232,7 +232,6 @@ def finetune(
             data_collator=lambda examples: collate(examples, pad_id),
             callbacks=[_Watch(on_step), GradientCheck(), *callbacks],
         )
-        guard_trackers(trainer, report_to)
         trainer.remove_callback(PrinterCallback)  # it prints; progress is shown by whoever passes `on_step`
         if controller is not None:
             controller.add_to(trainer)
