@@ -15,7 +15,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
-from grasp_lora.text.display import CONTROLS, one_line, quoted
+from grasp_lora.errors import DataError, GraspError
+from grasp_lora.text.display import CONTROLS, escaped, one_line, quoted
 
 MOST_LEVELS = 64
 MOST_NAME = 1024
@@ -182,6 +183,42 @@ def validated(kind: type[Read], content: Any) -> Read:
             raise RefusedError(f"{key} is missing") from None
         rule = first["msg"].removeprefix("Value error, ").replace("tuple", "list").replace("dictionary", "object")
         raise RefusedError(f"{key} is {quoted(first['input'])}; {rule[0].lower()}{rule[1:]}") from None
+
+
+@contextmanager
+def reading(path: Path | str, kind: type[GraspError] = DataError) -> Iterator[None]:
+    """Turn whatever a library raises while it reads a file into one line with the file's name.
+
+    Files are trusted as transformers trusts them. So the parsers of JSON, YAML, workbooks and tensors say themselves what is wrong.
+
+    >>> with reading("a.json"):
+    ...     json.loads("{")
+    Traceback (most recent call last):
+    grasp_lora.errors.DataError: a.json: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)
+
+    Args:
+        path: where it is, or what the user calls it.
+        kind: of the error.
+
+    Raises:
+        GraspError: of that kind; one that was raised inside passes as it is.
+    """
+    try:
+        yield
+    except (GraspError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - parsers raise what they like
+        raise kind(f"{escaped(str(path))}: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """Return in one line why something could not be read: of a file system its reason, of pydantic the first key that is wrong."""
+    if isinstance(error, OSError):
+        return error.strerror or one_line(str(error))
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_context=False)[0]
+        return f"{'.'.join(one_line(str(part)) for part in first['loc'])}: {first['msg']}"
+    return one_line(str(error))[:300].rstrip(".") or type(error).__name__
 
 
 @contextmanager
