@@ -17,7 +17,7 @@ from grasp_lora.bench.session import Session
 from grasp_lora.bench.store import Store
 from grasp_lora.errors import Interrupted
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.beneath import beneath
+from grasp_lora.models.live import frozen_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.training.probes import ProbeSet
 
@@ -34,7 +34,7 @@ def test_the_sum_of_both_adapters_is_what_was_trained(bench: candidates.Candidat
     dev, model = bench.session.splits.dev, bench.session.backbone.model
     added = bench._with_target("source")
     weights = added.target.weights  # trained before anything lies beneath
-    with beneath(model, bench.source.weights), attached(model, weights) as whole:
+    with frozen_adapter(model, bench.source.weights), attached(model, weights) as whole:
         trained = ProbeSet(dev, bench.session.pad_id).losses(whole)
     merged = bench.losses(added.merged(), "dev").result["losses"]
     assert merged == pytest.approx(trained, rel=1e-5)

@@ -19,7 +19,7 @@ from grasp_lora.bench.steps import Bench
 from grasp_lora.bench.store import Store
 from grasp_lora.errors import Interrupted
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.beneath import beneath
+from grasp_lora.models.live import frozen_adapter
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 
@@ -56,7 +56,7 @@ def test_what_lies_beneath_acts_as_the_adapter_itself_and_is_gone_after(
     tokens = torch.arange(1, 9)[None]
     with torch.no_grad():
         bare = model(tokens).logits
-        with beneath(model, weights):
+        with frozen_adapter(model, weights):
             lower = model(tokens).logits
         with attached(model, weights) as whole:
             upper = whole(tokens).logits

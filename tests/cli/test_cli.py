@@ -31,10 +31,9 @@ from grasp_lora.cli import app
 from grasp_lora.cli.experiments import compare
 from grasp_lora.cli.progress import TerminalProgress
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
-from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.live import adapter_weights
-from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE
+from grasp_lora.models.reading import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.recipes.builtin import builtin_recipes, schema_text
 from grasp_lora.recipes.gone import GONE_COMMANDS

@@ -19,9 +19,8 @@ from safetensors.torch import save
 from grasp_lora.data.files import read_file
 from grasp_lora.data.records import make_pool
 from grasp_lora.errors import GraspError
-from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.adapters import check_fits
-from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE, read_adapter
+from grasp_lora.models.reading import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE, read_adapter
 from grasp_lora.recipes.load import load_recipe
 
 MOST_MESSAGE = 4000

@@ -72,7 +72,10 @@ def test_the_revision_that_an_adapter_of_peft_states_is_loaded(
 def test_what_we_save_says_its_revision_to_peft(hub: str, tmp_path: Path) -> None:
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False)
     get_peft_model(build_tiny_model("llama", 1), config).save_pretrained(tmp_path / "given")
-    weights, backbone = read_adapter(tmp_path / "given").weights, load_backbone(BackboneSettings(hub, revision="v2"))
+    weights, backbone = (
+        read_adapter(tmp_path / "given").weights,
+        load_backbone(BackboneSettings(hub, revision="v2", dtype="float32")),
+    )
     names = {"backbone_name": backbone.base_model, "revision": backbone.revision}
     save_adapter(tmp_path / "saved", weights, backbone.model, dropout=0.0, **names)
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "saved")

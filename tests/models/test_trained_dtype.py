@@ -76,7 +76,7 @@ def test_another_format_beside_the_weights_is_refused(tmp_path: Path, make_tiny_
     file = tmp_path / "grasp_lora.json"
     assert read_adapter(tmp_path).info.backbone_dtype == "bfloat16"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"backbone_dtype": "fp8"}))
-    with pytest.raises(AdapterError, match=r"backbone_dtype is 'fp8'; .*'bfloat16', 'float16' or 'float32'; delete"):
+    with pytest.raises(AdapterError, match=r"delete that file.*backbone_dtype: .*'bfloat16', 'float16' or 'float32'"):
         read_adapter(tmp_path)
 
 
@@ -136,8 +136,6 @@ def test_a_whole_backbone_is_looked_at_in_bfloat16(wide: Path, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("info", "loaded"),
     [
-        ({"backbone_fingerprint": "a"}, "gemma3-270m"),  # of an earlier version, which knew no other name
-        ({"backbone_fingerprint": "a", "backbone": HUB}, "gemma3-270m"),
         ({"backbone_fingerprint": "a", "embedded": True}, "gemma3-270m"),
         ({"backbone_fingerprint": "a", "embedded": False}, HUB),  # also of another program's, exported or merged by us
         ({}, HUB),

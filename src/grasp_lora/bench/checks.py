@@ -15,11 +15,11 @@ from grasp_lora.data.splits import SPLITS
 from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.merging import COMPONENTS, merge_rule
-from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.models.answers import context_of
 from grasp_lora.models.backbone import Backbone, without_peft
 from grasp_lora.models.precision import weight_sum
+from grasp_lora.models.settings import MOST_RANK
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.recipes.text import RECIPE_FILE, parse

@@ -9,8 +9,7 @@ from grasp_lora.bench import run_folder as files
 from grasp_lora.bench.records import read_record
 from grasp_lora.data.places import resolve_file
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.models.adapter_config import CONFIG_FILE
-from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE
+from grasp_lora.models.reading import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there, sha256_of

@@ -27,8 +27,7 @@ from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.adapters import attached, check_fits, fresh_adapter, save_adapter
 from grasp_lora.models.answers import generate, likeliest_labels
 from grasp_lora.models.backbone import Backbone, load_backbone
-from grasp_lora.models.beneath import beneath
-from grasp_lora.models.live import adapter_weights, segments_of
+from grasp_lora.models.live import adapter_weights, frozen_adapter, segments_of
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import EMBEDDED_NAME, BackboneSettings
 from grasp_lora.recipes.recipe import Recipe
@@ -181,7 +180,7 @@ class Session:
     ) -> tuple[AdapterWeights, "FineTuneResult"]:
         """Train a fresh LoRA adapter, `on` another one that stays frozen, if given; `part` names it and chooses its seed."""
         seed, backbone = self.recipe.seed_of(part), self.backbone.model
-        lower = nullcontext() if on is None else beneath(backbone, on)
+        lower = nullcontext() if on is None else frozen_adapter(backbone, on)
         with lower, fresh_adapter(backbone, self.recipe.lora, seed) as model:
             result = self.finetune(model, train, dev, training, part, folder)
             return adapter_weights(model), result

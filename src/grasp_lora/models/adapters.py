@@ -14,13 +14,19 @@ import torch
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_RANK
-from grasp_lora.models.apart import keep_apart
-from grasp_lora.models.linear import is_conv1d, is_named, linear_modules, linear_shape
-from grasp_lora.models.live import ADAPTER_NAME, live_pairs, lora_layers
+from grasp_lora.models.live import (
+    ADAPTER_NAME,
+    is_conv1d,
+    is_named,
+    keep_apart,
+    linear_modules,
+    linear_shape,
+    live_pairs,
+    lora_layers,
+)
 from grasp_lora.models.precision import is_quantised
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
-from grasp_lora.models.settings import ALL_LINEAR, LoraSettings
+from grasp_lora.models.settings import ALL_LINEAR, MOST_RANK, LoraSettings
 from grasp_lora.text.display import listed, quoted
 from grasp_lora.text.names import without_place
 
@@ -51,7 +57,6 @@ def check_fits(
             another backbone's weights or has changed them.
     """
     _check_shapes(model, adapter.weights, f"adapter {adapter.name}", f"backbone {backbone_name}")
-    _check_targets(model, adapter)
     _check_base_weights(model, adapter, backbone_name)
     stated = adapter.info.backbone_fingerprint
     quantised = is_quantised(model.config)
@@ -226,7 +231,7 @@ def save_adapter(
         dtype,  # type: ignore[arg-type]
         embedded,
     )
-    stated = {key: value for key, value in asdict(info).items() if value not in (None, False) or key == "embedded"}
+    stated = {key: value for key, value in asdict(info).items() if value not in (None, False)}
     _state(folder, stated, answers)
 
 
@@ -259,26 +264,6 @@ def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str,
         else:
             problem = f"fits a {name} of shape {pair.shape} (d_out, d_in), but {backbone} has {shape}"
         raise AdapterError(f"{adapter} {problem}; use an adapter of this backbone")
-
-
-def _check_targets(model: torch.nn.Module, adapter: LoadedAdapter) -> None:
-    """Compare the modules that the config lists with those that have weights, since PEFT goes by the list."""
-    if not adapter.targets:
-        return
-    for name in adapter.weights:
-        if not is_named(name, adapter.targets):
-            raise AdapterError(
-                f"adapter {adapter.name} holds weights of {name}, which target_modules of its {CONFIG_FILE} does not name; "
-                "PEFT would leave them out: add it there, or save the adapter again"
-            )
-    absent = [name for name in linear_modules(model) if is_named(name, adapter.targets) and name not in adapter.weights]
-    if absent:
-        logger.warning(
-            "adapter %s names %d modules of the backbone for which it has no weights, first %s; they stay unchanged, as in PEFT",
-            quoted(adapter.name),
-            len(absent),
-            absent[0],
-        )
 
 
 def _check_base_weights(model: torch.nn.Module, adapter: LoadedAdapter, backbone: str) -> None:

@@ -16,9 +16,9 @@ import torch
 
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.models import embedded, precision
-from grasp_lora.models.adapter_config import CONFIG_FILE
 from grasp_lora.models.checked_config import commit_of, fact_of, read_config, source_of
 from grasp_lora.models.devices import device_for
+from grasp_lora.models.reading import CONFIG_FILE
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, BackboneSettings
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.network import hub_problem, no_network, not_there

@@ -1,17 +1,27 @@
-"""A model that is loaded: its mode, and the adapter inside it with its layers, its live factors, and a copy of them."""
+"""The adapter inside a loaded model: its layers, the live factors that train, a copy of them, and a frozen adapter under it.
 
-from collections.abc import Iterator, Mapping
+An ordinary PEFT layer holds one A and one B. Where a merge keeps adapters apart (the released code's merge), each factor's weight
+is the sum of one block for each adapter: of two adapters of rank 8 the parameter that trains is A [16, d_in], and what acts is
+A[:8] + A[8:]. PyTorch adds the blocks up whenever the weight is read.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.nn.utils import parametrize
 
 from grasp_lora.errors import AdapterError
-from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.models.apart import live_pair
+from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment, added_up
 from grasp_lora.models.reading import PREFIX
 from grasp_lora.text.display import listed, quoted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ADAPTER_NAME = "default"  # of those that are put on here
 
@@ -75,7 +85,7 @@ def live_pairs(
             A, B = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
             pairs[name] = LoraPair(A, B, layer.scaling[adapter], origins.get(name, ()))
         else:
-            pairs[name] = live_pair(layer, adapter, origins.get(name, ()))
+            pairs[name] = _live_pair(layer, adapter, origins.get(name, ()))
     return pairs
 
 
@@ -123,3 +133,110 @@ def _refuse_other_weights(module: str, layer: Any, adapter: str) -> None:
                 f"{module}.{name} belongs to the adapter, but only the factors A and B can be pruned; "
                 "train plain LoRA, without DoRA and lora_bias"
             )
+
+
+class _Blocks(torch.nn.Module):
+    """A parametrization of torch: one factor's blocks, side by side along a dimension."""
+
+    def __init__(self, segments: tuple[Segment, ...], dimension: int) -> None:
+        super().__init__()
+        self.segments, self.dimension = segments, dimension
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        """The weight that acts."""
+        return added_up(blocks, len(self.segments), self.dimension)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Blocks of this weight: the first adapter has all of it."""
+        return torch.cat([weight, *[torch.zeros_like(weight)] * (len(self.segments) - 1)], self.dimension)
+
+
+def keep_apart(layer: Any, adapter: str, segments: tuple[Segment, ...]) -> None:
+    """Give both factors of a PEFT LoRA layer one block for each segment in place of their weight."""
+    for factors, dimension in ((layer.lora_A, 0), (layer.lora_B, 1)):
+        parametrize.register_parametrization(factors[adapter], "weight", _Blocks(segments, dimension))
+
+
+def _live_pair(layer: Any, adapter: str, segments: tuple[Segment, ...]) -> LoraPair:
+    """Return the pair of a PEFT LoRA layer whose A and B are the parameters that train.
+
+    Args:
+        layer: of an ordinary adapter, or one that `keep_apart` has changed.
+        adapter: its name in the layer.
+        segments: of an ordinary adapter.
+    """
+    A, B, scaling = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
+    if parametrize.is_parametrized(A, "weight"):
+        of_A, of_B = A.parametrizations.weight, B.parametrizations.weight
+        if isinstance(of_A[0], _Blocks):
+            return LoraPair(of_A.original, of_B.original, scaling, of_A[0].segments, apart=True)
+    return LoraPair(A.weight, B.weight, scaling, segments)
+
+
+@contextmanager
+def frozen_adapter(model: "PreTrainedModel", weights: AdapterWeights) -> Iterator[None]:
+    """Let a frozen adapter act on the backbone's modules for the length of the context.
+
+    A PEFT adapter that is attached meanwhile is trained on top of it. What the two do together is their exact sum, so their
+    merge by the rule `exact` at weights of 1 is the model that was trained.
+
+    Args:
+        model: the backbone, without a PEFT adapter yet.
+        weights: an adapter that fits it.
+    """
+    modules, handles = dict(model.named_modules()), []
+    for name, pair in weights.together().items():
+        handles.append(modules[name].register_forward_hook(_adds(pair)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _adds(pair: LoraPair) -> Any:
+    """A hook that adds scaling * B @ A @ x to a layer's output, computed in the factors' precision as PEFT does."""
+    placed: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def add(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if output.device not in placed:
+            placed[output.device] = (pair.A.to(output.device), pair.B.to(output.device))
+        A, B = placed[output.device]
+        change = linear(linear(inputs[0].to(output.device, A.dtype), A), B)
+        return output + (change * pair.scaling).to(output.dtype)
+
+    return add
+
+
+def linear_modules(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return all of them by their full names."""
+    return {name: module for name, module in model.named_modules() if linear_shape(module) is not None}
+
+
+def linear_shape(module: torch.nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of a linear module, quantised ones included; None for any other module."""
+    linear: Any = module
+    if is_conv1d(module):
+        return linear.nf, linear.nx
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return linear.out_features, linear.in_features
+    return None
+
+
+def is_conv1d(module: torch.nn.Module) -> bool:
+    """Tell whether a module stores its weight as [d_in, d_out], as GPT-2's do."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def is_named(module: str, targets: tuple[str, ...]) -> bool:
+    """Tell whether PEFT takes a module for one of the targets: by its full name or an ending of it."""
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def on_output_layer(model: "PreTrainedModel", modules: Iterable[str]) -> bool:
+    """Tell whether a name of a module, or an ending of one, is that of the layer that gives the logits."""
+    whole: Any = model
+    head, modules = whole.get_output_embeddings(), tuple(modules)
+    return any(module is head and is_named(name, modules) for name, module in model.named_modules())

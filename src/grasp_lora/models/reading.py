@@ -1,45 +1,61 @@
-"""Adapter folders of strangers: what PEFT wrote is read, checked against itself, and turned into plain factors.
+"""Adapter folders, strangers' among them: read by PEFT, and refused, with the reason, where plain factors would not say all.
 
-Only safetensors files are read, and only after their header and the config agree.
+Weights come from safetensors files only: a pickle can run any program. What is read means exactly what it means to PEFT:
+`{"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 4}}` gives q_proj rank 4 and the scaling 16 / 4, all others 8 and 16 / 8.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import TypeAdapter
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.models.adapter_config import CONFIG_FILE, MOST_BYTES, AdapterConfig, Rank, read_config
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
-from grasp_lora.models.tensor_files import read_shapes, read_tensors
 from grasp_lora.storage.network import no_network, not_there
-from grasp_lora.storage.reading import (
-    Name,
-    RefusedError,
-    about,
-    expanded,
-    is_folder,
-    is_there,
-    read_bounded,
-    read_json_object,
-    sha256_of,
-    validated,
-)
+from grasp_lora.storage.reading import expanded, is_folder, reading, sha256_of
 from grasp_lora.text.display import escaped
 
+CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 OUR_FILE = "grasp_lora.json"
 CHAT_FILE = "chat_template.jinja"
 PREFIX = "base_model.model."
-MOST_PROMPT = 100_000  # characters of a template
-MOST_EFFORT = 5_000_000  # comparisons of modules with patterns, a few seconds
-_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+# Initialisations that subtract something from the backbone's own weights: the saved factors alone are not the change.
+_CHANGES_BACKBONE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def _uses(attribute: str) -> Callable[[Any], bool]:
+    return lambda config: bool(getattr(config, attribute, None))
+
+
+# What a config may ask for that factors A and B with a scaling do not represent: whether it does -> its name for the message.
+REFUSED: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (lambda config: config.peft_type != "LORA", "another method than LoRA"),
+    (_uses("use_dora"), "DoRA"),
+    (_uses("lora_bias"), "a trained LoRA bias (lora_bias)"),
+    (lambda config: config.bias not in ("none", None), "trained biases (bias)"),
+    (_uses("modules_to_save"), "modules_to_save"),
+    (_uses("trainable_token_indices"), "trainable_token_indices"),
+    (_uses("target_parameters"), "target_parameters"),
+    (_uses("layer_replication"), "layer_replication"),
+    (_uses("use_qalora"), "QALoRA"),
+    (_uses("alora_invocation_tokens"), "activated LoRA"),
+    (_uses("arrow_config"), "an Arrow router"),
+    (_uses("kasa_config"), "KaSA"),
+    (_uses("monteclora_config"), "MonteCLoRA"),
+    (_uses("use_bdlora"), "block-diagonal factors (BD-LoRA)"),
+    (
+        lambda config: str(config.init_lora_weights).lower().startswith(_CHANGES_BACKBONE),
+        "an initialisation that changes the backbone (init_lora_weights)",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -59,16 +75,16 @@ class Answers:
         allow_empty: whether an answer may be empty.
     """
 
-    max_new_tokens: Annotated[int, Field(strict=True)] = 64
-    stop: tuple[Annotated[str, Field(strict=True)], ...] = ("\n",)
-    chat_template: Annotated[bool, Field(strict=True)] = False
-    task: Name | None = None
-    prompt: Annotated[str, Field(strict=True, max_length=MOST_PROMPT)] | None = None
-    columns: dict[str, Name] = field(default_factory=dict)
-    max_document_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
-    labels: tuple[Annotated[str, Field(strict=True, max_length=MOST_PROMPT)], ...] = ()
-    completion: Annotated[str, Field(strict=True, max_length=MOST_PROMPT)] | None = None
-    allow_empty: Annotated[bool, Field(strict=True)] = False
+    max_new_tokens: int = 64
+    stop: tuple[str, ...] = ("\n",)
+    chat_template: bool = False
+    task: str | None = None
+    prompt: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    max_document_tokens: int | None = None
+    labels: tuple[str, ...] = ()
+    completion: str | None = None
+    allow_empty: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,23 +99,19 @@ class AdapterInfo:
         segments: module name -> name and rank of the adapters that its components came from, in order.
         answers: None where it does not say.
         backbone_float16: whether the backbone's weights were in float16.
-        backbone_dtype: what the backbone computed in; None if another program or an earlier version trained the adapter.
-        embedded: whether the backbone is the embedded model; None if another program or an earlier version wrote the file.
+        backbone_dtype: what the backbone computed in; None if another program trained the adapter.
+        embedded: whether the backbone is the embedded model.
     """
 
-    backbone: Name | None = None
-    backbone_fingerprint: Name | None = None
-    backbone_quantised: Annotated[bool, Field(strict=True)] = False
-    segments: dict[str, tuple[tuple[Name, Rank], ...]] = field(default_factory=dict)
+    backbone: str | None = None
+    backbone_fingerprint: str | None = None
+    backbone_quantised: bool = False
+    segments: dict[str, tuple[tuple[str, int], ...]] = field(default_factory=dict)
     answers: Answers | None = None
-    quantise: Name | None = None
-    backbone_float16: Annotated[bool, Field(strict=True)] = False
+    quantise: str | None = None
+    backbone_float16: bool = False
     backbone_dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    embedded: Annotated[bool, Field(strict=True)] | None = None
-
-    def origins(self) -> dict[str, tuple[Segment, ...]]:
-        """Return module name -> origin of its components."""
-        return {module: tuple(Segment(*row) for row in rows) for module, rows in self.segments.items()}
+    embedded: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,6 @@ class LoadedAdapter:
         base_model: name of the backbone that its config states, or None.
         sha256: hash of the weights file.
         info: what grasp-lora wrote beside it.
-        targets: endings of the modules that its config names, or empty where it chooses them in another way.
         base_weights: module name -> weight of the backbone itself that PEFT has stored beside, as it does for `lm_head`. They
             are no part of the adapter: `check_fits` refuses those that are not the backbone's.
         revision: branch, tag or commit of the backbone on the hub, where its config states one.
@@ -124,7 +135,6 @@ class LoadedAdapter:
     base_model: str | None
     sha256: str
     info: AdapterInfo = field(default_factory=AdapterInfo)
-    targets: tuple[str, ...] = ()
     base_weights: dict[str, torch.Tensor] = field(default_factory=dict)
     revision: str | None = None
     chat_template: str | None = None
@@ -143,7 +153,8 @@ class LoadedAdapter:
     def facts(self) -> dict[str, list[Any]]:
         """What the file of weights does not hold and decides as much: scaling and segments of each module, as JSON values."""
         return {
-            name: [pair.scaling, [[one.name, one.rank] for one in pair.segments]] for name, pair in self.weights.items()
+            name: [pair.scaling, [[segment.name, segment.rank] for segment in pair.segments]]
+            for name, pair in self.weights.items()
         }
 
     @property
@@ -159,53 +170,36 @@ def read_adapter(place: str | Path, *, offline: bool = False) -> LoadedAdapter:
         AdapterError: it is missing, no safetensors LoRA, holds what cannot be merged right, does not agree with its own config,
             or holds a number that is not finite.
     """
-    folder, shown = expanded(place), escaped(str(place))
-    local = is_folder(folder)
-    if not local:
-        folder = _download(str(place), offline)
-    file = folder / WEIGHTS_FILE
-    try:
-        config = read_config(folder, escaped(folder.name) if local else shown)
-        info = _read_info(folder)
-        _check_place(folder)
-        with about(WEIGHTS_FILE):
-            factors, base = _match_factors(read_shapes(file), config)
-            _check_origins(info, config, factors)
-            tensors = read_tensors(file, as_stored=frozenset(base.values()))
-        digest, template = sha256_of(file), _read_chat_template(folder)
-    except RefusedError as error:
-        raise AdapterError(f"adapter {shown}: {error}") from error
-    except OSError as error:  # the folder may be closed to us
-        raise AdapterError(f"adapter {shown} cannot be read: {error.strerror or error}") from error
-    origins, pairs = info.origins(), {}
-    for name, keys in factors.items():
-        scaling = config.scaling_of(name, config.rank_of(name))
-        pairs[name] = LoraPair(tensors[keys["A"]], tensors[keys["B"]], scaling, origins.get(name, ()))
-    own_name = escaped(folder.resolve().name) if local else shown
-    beside = {module: tensors[key] for module, key in base.items()}
+    from peft import PeftConfig
+    from peft.utils import load_peft_weights
+
+    shown, local = escaped(str(place)), is_folder(expanded(place))
+    folder = (expanded(place) if local else _download(str(place), offline)).absolute()
+    _check_files(folder, shown)
+    with reading(f"adapter {shown}: {CONFIG_FILE}", AdapterError):
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        name = next((name for applies, name in REFUSED if applies(config)), None)
+    if name is not None:
+        raise AdapterError(
+            f"adapter {shown} uses {name}, which cannot be merged exactly; train or convert it to plain LoRA"
+        )
+    info = _read_info(folder, shown)
+    with reading(f"adapter {shown}: {WEIGHTS_FILE}", AdapterError):
+        tensors = load_peft_weights(str(folder), device="cpu")
+        pairs, base = _split(tensors, config, info)
+        digest = sha256_of(folder / WEIGHTS_FILE)
+    with reading(f"adapter {shown}: {CHAT_FILE}", AdapterError):
+        template = (folder / CHAT_FILE).read_text(encoding="utf-8") if (folder / CHAT_FILE).is_file() else None
     return LoadedAdapter(
         AdapterWeights(pairs),
-        own_name,
-        config.base_model,
+        escaped(folder.resolve().name) if local else shown,
+        config.base_model_name_or_path,
         digest,
         info,
-        config.targets,
-        beside,
+        base,
         config.revision,
         template,
     )
-
-
-def read_base_model(folder: str) -> str | None:
-    """Return the backbone that the adapter in a folder names.
-
-    Raises:
-        AdapterError: its config is not there, or cannot be used.
-    """
-    try:
-        return read_config(expanded(folder), escaped(folder)).base_model
-    except RefusedError as error:
-        raise AdapterError(f"adapter {escaped(folder)}: {error}") from error
 
 
 def read_backbone(place: str) -> str | None:
@@ -215,17 +209,24 @@ def read_backbone(place: str) -> str | None:
         AdapterError: there is no such adapter, or its config cannot be used.
     """
     folder = expanded(place) if is_folder(expanded(place)) else _download(place, False, [CONFIG_FILE, OUR_FILE])
-    try:
-        return _to_load(read_config(folder, escaped(place)).base_model, _read_info(folder))
-    except RefusedError as error:
-        raise AdapterError(f"adapter {escaped(place)}: {error}") from error
+    return _to_load(read_base_model(str(folder)), _read_info(folder, escaped(place)))
+
+
+def read_base_model(folder: str) -> str | None:
+    """Return the backbone that the adapter in a folder names, without PEFT, which takes seconds to import.
+
+    Raises:
+        AdapterError: its config is not there, or cannot be used.
+    """
+    with reading(f"adapter {escaped(folder)}: {CONFIG_FILE}", AdapterError):
+        content = json.loads((expanded(folder) / CONFIG_FILE).read_text(encoding="utf-8"))
+        named: str | None = content.get("base_model_name_or_path")
+    return named
 
 
 def _to_load(base_model: str | None, info: AdapterInfo) -> str | None:
-    """Tell the embedded weights from those of the hub, whose name our adapters state for both; others know only the hub's."""
-    # Earlier versions did not say which, and their users seldom had the hub's.
-    ours = info.backbone_fingerprint is not None if info.embedded is None else info.embedded
-    return EMBEDDED_NAME if base_model == EMBEDDED_HUB_ID and ours else base_model
+    """Tell the embedded weights from those of the hub, whose name our adapters state for both."""
+    return EMBEDDED_NAME if base_model == EMBEDDED_HUB_ID and info.embedded else base_model
 
 
 def _download(
@@ -242,90 +243,74 @@ def _download(
         raise AdapterError(f"adapter {escaped(hub_id)}: {not_there(error)}") from error
 
 
-def _read_info(folder: Path) -> AdapterInfo:
+def _check_files(folder: Path, shown: str) -> None:
+    if not (folder / CONFIG_FILE).is_file():
+        raise AdapterError(f"adapter {shown}: this is no PEFT adapter: it has no {CONFIG_FILE}")
+    if not (folder / WEIGHTS_FILE).is_file():  # PEFT would take adapter_model.bin
+        raise AdapterError(
+            f"adapter {shown}: it has no {WEIGHTS_FILE}; a pickle (.bin) is never loaded, since it can run any program: "
+            "load what you trust with PEFT and save it again with save_pretrained"
+        )
+
+
+def _read_info(folder: Path, shown: str) -> AdapterInfo:
     file = folder / OUR_FILE
-    if not is_there(file):
-        return AdapterInfo()
-    with about(OUR_FILE):
-        content = read_json_object(file, MOST_BYTES)
-        try:
-            return validated(AdapterInfo, content)
-        except RefusedError as error:
-            raise RefusedError(f"{error}; delete that file to do without it") from error
+    with reading(f"adapter {shown}: {OUR_FILE} (delete that file to do without it)", AdapterError):
+        return TypeAdapter(AdapterInfo).validate_json(file.read_bytes()) if file.exists() else AdapterInfo()
 
 
-def _read_chat_template(folder: Path) -> str | None:
-    file = folder / CHAT_FILE
-    if not is_there(file):
-        return None
-    with about(CHAT_FILE):
-        try:
-            return read_bounded(file, MOST_BYTES).decode()
-        except UnicodeDecodeError as error:
-            raise RefusedError("it is not UTF-8") from error
+def _split(
+    tensors: Mapping[str, torch.Tensor], config: Any, info: AdapterInfo
+) -> tuple[dict[str, LoraPair], dict[str, torch.Tensor]]:
+    """Return module -> its pair in float32, and module -> the weight of the backbone that is stored beside.
 
-
-def _check_place(folder: Path) -> None:
-    """Refuse a folder without the one file of weights, with the way out."""
-    if is_there(folder / WEIGHTS_FILE):
-        return
-    names = {path.name for path in folder.iterdir()}
-    found, fix = "the file is missing", "save it again with PEFT's save_pretrained"
-    if pickled := [name for name in _PICKLES if name in names]:
-        found = f"it holds {pickled[0]}, a pickle, which is never loaded, since it can run any program"
-        fix = "if you trust it, load it with PEFT and save it again with save_pretrained"
-    elif any(name.startswith("adapter_model") and name.endswith((".index.json", ".safetensors")) for name in names):
-        found = "the adapter is sharded"
-        fix = "load it with PEFT and save it again with save_pretrained"
-    raise RefusedError(f"no {WEIGHTS_FILE} ({found}); {fix}, which writes one safetensors file")
-
-
-def _match_factors(
-    shapes: Mapping[str, tuple[int, ...]], config: AdapterConfig
-) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """Return module -> factor A or B -> its key in the file, and module -> key of a base weight; all shapes fit the config."""
-    factors: dict[str, dict[str, str]] = {}
-    base: dict[str, str] = {}
-    if embedding := next((key for key in shapes if ".lora_embedding_" in key), None):
-        raise RefusedError(
-            f"the adapter changes an embedding ({embedding}), which cannot be merged; train one on linear layers only"
-        )
-    for key, shape in shapes.items():
-        module, _, rest = key.removeprefix(PREFIX).rpartition(".lora_")
-        if not module and key.endswith(".weight") and len(shape) == 2:
-            base[key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")] = key
-            continue
-        if not module or rest not in ("A.weight", "B.weight"):
-            raise RefusedError(f"it holds {key}, which is no LoRA factor of a linear layer and cannot be merged")
-        if len(shape) != 2:
-            raise RefusedError(f"{key} has shape {shape}; only linear layers can be merged")
-        keys = factors.setdefault(module, {})
-        if rest[0] in keys:
-            raise RefusedError(f"factor {rest[0]} of {module} stands twice, once with and once without {PREFIX!r}")
-        keys[rest[0]] = key
-    if not factors:
-        raise RefusedError("it holds no LoRA weights")
-    if len(factors) * config.effort > MOST_EFFORT:
-        raise RefusedError(
-            f"{len(factors)} modules are too many for the patterns of {CONFIG_FILE}; give it fewer exceptions"
-        )
-    for module, keys in factors.items():
-        if len(keys) < 2:
-            raise RefusedError(f"{module} has only factor {next(iter(keys))}; both A and B are needed")
-        rank = config.rank_of(module)
-        for factor, stored in (("A", shapes[keys["A"]][0]), ("B", shapes[keys["B"]][1])):
-            if stored != rank:
-                raise RefusedError(
-                    f"factor {factor} of {module} has rank {stored}, its config says {rank}; "
-                    f"the weights and {CONFIG_FILE} are not of the same adapter"
-                )
-    return factors, base
-
-
-def _check_origins(info: AdapterInfo, config: AdapterConfig, modules: Mapping[str, object]) -> None:
-    for module, rows in info.segments.items():
-        if module in modules and rows and sum(rank for _, rank in rows) != config.rank_of(module):
-            raise RefusedError(
-                f"{OUR_FILE} describes another rank of {module} than its weights have; "
-                f"delete {OUR_FILE} if the adapter was trained on or replaced by another program"
+    Raises:
+        ValueError: a tensor is neither, or a module is not as the config says, so that PEFT would not read it so.
+    """
+    factors: dict[str, dict[str, torch.Tensor]] = {}
+    base: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        module, _, factor = key.removeprefix(PREFIX).rpartition(".lora_")
+        if key.startswith(PREFIX) and module and factor in ("A.weight", "B.weight") and tensor.ndim == 2:
+            factors.setdefault(module, {})[factor[0]] = tensor.float()
+        elif key.startswith(PREFIX) and not module and key.endswith(".weight"):
+            base[key.removeprefix(PREFIX).removesuffix(".weight").removesuffix(".base_layer")] = tensor
+        else:
+            raise ValueError(
+                f"it holds {key} of shape {tuple(tensor.shape)}, which is no LoRA factor of a linear layer and cannot be merged"
             )
+    if not factors:
+        raise ValueError("it holds no LoRA weights")
+    return {module: _pair(module, pair, config, info) for module, pair in factors.items()}, base
+
+
+def _pair(module: str, factors: Mapping[str, torch.Tensor], config: Any, info: AdapterInfo) -> LoraPair:
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank: int = ranks.get(get_pattern_key(list(ranks), module), config.r)
+    alpha: float = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+    shapes = {name: tuple(factor.shape) for name, factor in sorted(factors.items())}
+    if len(shapes) < 2 or shapes["A"][0] != rank or shapes["B"][1] != rank:
+        raise ValueError(
+            f"the factors of {module} have the shapes {shapes}, {CONFIG_FILE} says rank {rank}: they are not of one adapter"
+        )
+    if not all(factor.isfinite().all() for factor in factors.values()):
+        raise ValueError(f"{module} holds NaN or infinity; it is broken, train it again")
+    chosen = config.target_modules not in (None, "all-linear")  # else PEFT chooses by the backbone
+    if chosen and not check_target_module_exists(config, module):
+        raise ValueError(
+            f"it holds weights of {module}, which {CONFIG_FILE} does not name in target_modules or excludes; PEFT would leave "
+            "them out: add it there, or save the adapter again"
+        )
+    scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+    if not math.isfinite(scaling):
+        raise ValueError(f"lora_alpha of {module} is {alpha}, no finite number")
+    segments = tuple(Segment(*row) for row in info.segments.get(module, ()))
+    if segments and sum(segment.rank for segment in segments) != rank:
+        raise ValueError(
+            f"{OUR_FILE} describes another rank of {module} than its weights have; delete it if the adapter was trained on or "
+            "replaced by another program"
+        )
+    return LoraPair(factors["A"], factors["B"], scaling, segments)

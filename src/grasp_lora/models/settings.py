@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, WithJsonSchema
 
 EMBEDDED_NAME = "gemma3-270m"
 ALL_LINEAR = "all-linear"  # PEFT's word
+MOST_RANK = 16_384  # of an adapter
 EMBEDDED_HUB_ID = "google/gemma-3-270m"
 EMBEDDED_LICENCE = "gemma"  # as the hub calls it
 QUANTISERS = {"nf4": "bitsandbytes", "int8": "bitsandbytes"}  # -> the library that does it

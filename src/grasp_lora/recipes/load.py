@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.models.adapter_config import MOST_RANK
 from grasp_lora.models.reading import read_base_model
+from grasp_lora.models.settings import MOST_RANK
 from grasp_lora.recipes.builtin import builtin_recipes, builtin_text
 from grasp_lora.recipes.explain import explain
 from grasp_lora.recipes.recipe import Recipe

@@ -15,8 +15,7 @@ from grasp_lora.data.places import DEMO_PREFIX, resolve_file
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TASKS, TEMPLATES, built_in_template
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.presets import WITH_DEV, WITHOUT_DEV, preset
-from grasp_lora.models.adapter_config import CONFIG_FILE
-from grasp_lora.models.reading import read_backbone
+from grasp_lora.models.reading import CONFIG_FILE, read_backbone
 from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.builtin import SCHEMA_FILE, SCHEMA_LINE, schema_text
 from grasp_lora.recipes.corpus import CUT_DOCUMENT, Corpus, parse_columns, read_corpus, relative

@@ -189,7 +189,7 @@ def validated(kind: type[Read], content: Any) -> Read:
 def reading(path: Path | str, kind: type[GraspError] = DataError) -> Iterator[None]:
     """Turn whatever a library raises while it reads a file into one line with the file's name.
 
-    Files are trusted as transformers trusts them. So the parsers of JSON, YAML, workbooks and tensors say themselves what is wrong.
+    Files are trusted as transformers trusts them: the parsers of JSON, YAML, workbooks and tensors say what is wrong.
 
     >>> with reading("a.json"):
     ...     json.loads("{")
@@ -207,12 +207,12 @@ def reading(path: Path | str, kind: type[GraspError] = DataError) -> Iterator[No
         yield
     except (GraspError, MemoryError):
         raise
-    except Exception as error:  # noqa: BLE001 - parsers raise what they like
+    except Exception as error:
         raise kind(f"{escaped(str(path))}: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:
-    """Return in one line why something could not be read: of a file system its reason, of pydantic the first key that is wrong."""
+    """Return in one line why something could not be read: of a file system its reason, of pydantic the first wrong key."""
     if isinstance(error, OSError):
         return error.strerror or one_line(str(error))
     if isinstance(error, ValidationError):
