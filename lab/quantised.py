@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.bench.run import run
-from grasp_lora.bench.session import Session
+from grasp_lora.engine.run import run
+from grasp_lora.engine.session import Session
 from grasp_lora.models.settings import QUANTISERS
 from grasp_lora.recipes.load import load_recipe
 

@@ -21,8 +21,8 @@ import torch
 from speed_figures import Row, child, clock_of, peak_megabytes, profile, row, share_table, table, take_turns
 from speed_lab import RATIO, Lab, length, taken
 
-from grasp_lora.bench.keyed import GRID
 from grasp_lora.data.encode import Example
+from grasp_lora.engine.steps import GRID
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.method.presets import preset
 from grasp_lora.models.backbone import supports_logits_to_keep

@@ -39,7 +39,7 @@ NOT_RUN = {  # the first words of a command -> why no test runs it
     "make demo": "minutes, and the wheel's demo is run by tests/test_packaging.py",
     "make test": "it is what runs these tests",
     "pip install": "needs the network; the extras that it names are looked up",
-    "torchrun": "tests/bench/test_ranks.py starts two processes; its command is parsed here",
+    "torchrun": "tests/engine/test_ranks.py starts two processes; its command is parsed here",
     "CUDA_VISIBLE_DEVICES=": "needs GPUs; its command is parsed here",
     "vllm serve": "needs vLLM and a GPU",
     "grasp-lora --install-completion": "changes the shell of who runs it",

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from landscape import Cost, FinalRun, Landscape, Trajectory
 
-from grasp_lora.bench.keyed import GRID
+from grasp_lora.engine.steps import GRID
 from grasp_lora.errors import GraspError
 from grasp_lora.method.policy import POLICIES, Gaussian, Spread
 from grasp_lora.method.presets import Controller, preset

@@ -7,12 +7,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from grasp_lora.api import compare, run
-    from grasp_lora.bench.compare import ComparisonSettings
-    from grasp_lora.bench.comparison_record import Comparison
-    from grasp_lora.bench.progress import Progress
-    from grasp_lora.bench.run import RunResult
-    from grasp_lora.bench.run_folder import Delivered, Metrics
+    from grasp_lora.api import RunResult, compare, run
+    from grasp_lora.engine.comparison import Comparison, ComparisonSettings
+    from grasp_lora.engine.progress import Progress
+    from grasp_lora.engine.run_folder import Delivered, Metrics
     from grasp_lora.errors import (
         AdapterError,
         DataError,
@@ -45,12 +43,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "AdapterError": "errors",
     "AdapterWeights": "method.lora",
-    "Comparison": "bench.comparison_record",
-    "ComparisonSettings": "bench.compare",
+    "Comparison": "engine.comparison",
+    "ComparisonSettings": "engine.comparison",
     "Controller": "method.presets",
     "DataError": "errors",
     "Decision": "method.rounds",
-    "Delivered": "bench.run_folder",
+    "Delivered": "engine.run_folder",
     "DivergedError": "errors",
     "Gaussian": "method.policy",
     "GraspController": "training.controller",
@@ -62,11 +60,11 @@ _HOMES = {
     "MaskSettings": "method.masks",
     "MergeRule": "method.merging",
     "MergeSettings": "method.merging",
-    "Metrics": "bench.run_folder",
+    "Metrics": "engine.run_folder",
     "ProbeError": "errors",
     "ProbeSet": "training.probes",
     "ProbesInTurn": "training.probes",
-    "Progress": "bench.progress",
+    "Progress": "engine.progress",
     "PrunedTraining": "training.pruned",
     "RatioEstimate": "method.rounds",
     "RatioPolicy": "method.search",
@@ -76,7 +74,7 @@ _HOMES = {
     "Round": "method.rounds",
     "Rounds": "method.schedule",
     "Rule": "method.rules",
-    "RunResult": "bench.run",
+    "RunResult": "api",
     "Score": "method.masks",
     "Segment": "method.lora",
     "Spread": "method.policy",

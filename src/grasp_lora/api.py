@@ -1,29 +1,59 @@
 """The jobs as functions, for a script as for the command line."""
 
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from grasp_lora.bench import compare as comparing
-from grasp_lora.bench import run as running
-from grasp_lora.bench.compare import ComparisonSettings
-from grasp_lora.bench.comparison_record import Comparison
-from grasp_lora.bench.plan import Plan, plan_comparison
-from grasp_lora.bench.progress import Progress
-from grasp_lora.bench.run import RunResult
-from grasp_lora.bench.run_folder import CARD_FILE, COMPARE_FOLDER, REPORT_FILE
-from grasp_lora.bench.session import Session
+from grasp_lora.engine import compare as comparing
+from grasp_lora.engine import run as running
+from grasp_lora.engine.comparison import Comparison, ComparisonSettings
+from grasp_lora.engine.progress import Progress
+from grasp_lora.engine.run_folder import ADAPTER_FOLDER, COMPARE_FOLDER, Delivered, Metrics, Run
+from grasp_lora.engine.session import Session
 from grasp_lora.errors import RecipeError
+from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.recipes.explain import explain
 from grasp_lora.recipes.load import Overrides, load_recipe
 from grasp_lora.report.card import write_model_card
-from grasp_lora.report.comparison import write_comparison
-from grasp_lora.report.pages import write_report
+from grasp_lora.report.pages import write_comparison, write_report
 from grasp_lora.storage.files import clear_write_errors
 from grasp_lora.storage.processes import on_first_process
 from grasp_lora.storage.reading import expanded
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Args:
+        record: all of it, as the report tells it.
+        folder: of the run.
+    """
+
+    record: Run
+    folder: Path
+
+    @property
+    def ratio(self) -> RatioEstimate:
+        """The learned prune ratio with its interval, or the one that the recipe gives."""
+        return self.record.estimate
+
+    @property
+    def metrics(self) -> Metrics:
+        """What each system is worth on dev and test."""
+        return self.record.metrics
+
+    @property
+    def delivered(self) -> Delivered:
+        """Which adapter is handed over and why, with difference and interval."""
+        return self.record.metrics.delivered
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the adapter that is handed over."""
+        return self.folder / ADAPTER_FOLDER
 
 
 def run(
@@ -36,13 +66,13 @@ def run(
 ) -> RunResult:
     """Do the main job of a recipe: adapters, merge, learn the ratio, final run, evaluation, report.
 
-    A run that was stopped goes on; one that is finished is read.
+    A run that was stopped goes on; of one that is finished no step is done again.
 
     Args:
         recipe: a file, or the name of a built-in recipe.
         overrides: changes of the recipe, such as `{"data.root": "data"}` or `["data.root=data"]`.
         folder: of the run; None takes runs/NAME.
-        progress: told of stages and steps; None is silent.
+        progress: told of the steps; None is silent.
         allow_code: whether code that the recipe names by import path may be imported.
 
     Raises:
@@ -50,14 +80,12 @@ def run(
         Interrupted: SIGTERM or SIGINT came.
     """
     session, place = _opened(recipe, overrides, folder, progress, allow_code)
-    result = running.run(session, place)
-    session.progress.stage("report")
+    result = RunResult(running.run(session, place), place)
 
     def report() -> None:
         with clear_write_errors(place):
-            if not ((place / REPORT_FILE).is_file() and (result.adapter / CARD_FILE).is_file()):
-                write_model_card(place, result.adapter)
-                write_report(place)
+            write_model_card(result.record, place, result.adapter)
+            write_report(result.record, place)
 
     on_first_process(report)
     return result
@@ -84,37 +112,12 @@ def compare(
     Raises:
         GraspError, Interrupted: as of `run`; a setting is out of range.
     """
-    chosen = _checked(settings)
+    try:
+        chosen = ComparisonSettings(**settings)
+    except ValidationError as error:
+        raise RecipeError(explain(error, list(ComparisonSettings.model_fields))) from error
     session, place = _opened(recipe, overrides, folder, progress, allow_code)
     return place / COMPARE_FOLDER, comparing.compare(session, place, chosen, write_comparison)
-
-
-def plan(
-    recipe: str | Path,
-    overrides: Overrides = (),
-    folder: str | Path | None = None,
-    *,
-    allow_code: bool = False,
-    **settings: Any,
-) -> Plan:
-    """Say what `compare` would do, in forward passes; nothing is trained or written.
-
-    Args:
-        recipe, overrides, folder, allow_code, settings: as of `compare`.
-
-    Raises:
-        GraspError: what `compare` would refuse.
-    """
-    chosen = _checked(settings)
-    session, place = _opened(recipe, overrides, folder, None, allow_code)
-    return plan_comparison(session, place, chosen)
-
-
-def _checked(settings: dict[str, Any]) -> ComparisonSettings:
-    try:
-        return TypeAdapter(ComparisonSettings).validate_python(settings)
-    except ValidationError as error:
-        raise RecipeError(explain(error, [one.name for one in fields(ComparisonSettings)])) from error
 
 
 def _opened(

@@ -20,16 +20,16 @@ import torch
 import typer
 import yaml
 from conftest import CliResult, write_tiny_workspace
+from grasp_lora.cli.experiments import compare
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from grasp_lora.bench import predict as predicting
-from grasp_lora.bench import single
-from grasp_lora.bench.compare import ComparisonSettings
-from grasp_lora.bench.session import Session
 from grasp_lora.cli import app
-from grasp_lora.cli.experiments import compare
 from grasp_lora.cli.progress import TerminalProgress
+from grasp_lora.engine import predict as predicting
+from grasp_lora.engine import single
+from grasp_lora.engine.comparison import ComparisonSettings
+from grasp_lora.engine.session import Session
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.live import adapter_weights
@@ -425,7 +425,7 @@ def test_an_error_of_ours_keeps_its_traceback(cli: Cli, tiny_workspace: Path, mo
     def fail(session: Session, **options: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("grasp_lora.bench.preflight.check", fail)
+    monkeypatch.setattr("grasp_lora.engine.preflight.check", fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli("check", "tiny.yaml")
 
@@ -613,8 +613,8 @@ def test_an_error_of_a_library_is_no_mistake_of_the_user(
 
 
 def test_scores_are_whole_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    from grasp_lora.bench.run_folder import Metrics, SystemScores
     from grasp_lora.cli.terminal import print_scores
+    from grasp_lora.engine.run_folder import Metrics, SystemScores
 
     names = ("exact_match", "f1", "rougeL", "bleu", "chrf++", "similarity", "bertscore")
     one = SystemScores(dev_loss=1.23456, test_loss=2.34567, metrics=dict.fromkeys(names, 56.78))

@@ -13,8 +13,8 @@ import openpyxl
 import pytest
 from conftest import CliResult, build_tiny_model, build_tiny_tokenizer, write_tiny_workspace
 
-from grasp_lora.bench import predict as predicting
-from grasp_lora.bench.session import Session
+from grasp_lora.engine import predict as predicting
+from grasp_lora.engine.session import Session
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.live import adapter_weights
 from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE

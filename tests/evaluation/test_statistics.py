@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from grasp_lora.bench.planned import expected_width
+from grasp_lora.engine.comparison import expected_width
 from grasp_lora.errors import DataError
 from grasp_lora.evaluation.metrics import METRICS, score
 from grasp_lora.evaluation.statistics import (

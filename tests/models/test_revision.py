@@ -12,7 +12,7 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grasp_lora import api
-from grasp_lora.bench.predict import predict_texts
+from grasp_lora.engine.predict import predict_texts
 from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import backbone_of, fingerprint, load_backbone
 from grasp_lora.models.reading import read_adapter

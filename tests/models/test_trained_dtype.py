@@ -148,7 +148,7 @@ def test_the_hubs_weights_are_told_from_the_embedded_ones_of_the_same_name(info:
 
 
 def test_an_adapter_on_either_is_saved_under_its_own_name(tmp_path: Path, make_tiny_model: Callable[..., Any]) -> None:
-    from grasp_lora.bench.session import Session
+    from grasp_lora.engine.session import Session
 
     model = make_tiny_model("llama")
     for public, back in ((PUBLIC_NAME, "gemma3-270m"), (HUB, HUB)):

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from grasp_lora.bench.preflight import preflight
-from grasp_lora.bench.session import Session
+from grasp_lora.engine.preflight import preflight
+from grasp_lora.engine.session import Session
 from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.load import load_recipe
 

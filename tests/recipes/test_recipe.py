@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from grasp_lora.bench.keys import plain
+from grasp_lora.engine.steps import plain
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.policy import Gaussian, Spread
 from grasp_lora.method.presets import PRESETS, Controller

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from grasp_lora.bench.preflight import preflight
-from grasp_lora.bench.session import Session
+from grasp_lora.engine.preflight import preflight
+from grasp_lora.engine.session import Session
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
 from grasp_lora.method.presets import PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_FILE, schema_text

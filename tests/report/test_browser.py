@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from grasp_lora.bench.comparison_record import Comparison
-from grasp_lora.bench.records import read_needed
 from grasp_lora.report.comparison import write_comparison
+
+from grasp_lora.engine.comparison import Comparison
+from grasp_lora.engine.results import read_needed
 from grasp_lora.report.pages import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

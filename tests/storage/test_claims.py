@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from grasp_lora.bench.run_folder import check_place
+from grasp_lora.engine.run_folder import check_place
 from grasp_lora.errors import GraspError, Interrupted, RecipeError
 from grasp_lora.storage.claims import LOCK_FILE, Busy, claim, new_folder
 from grasp_lora.storage.files import write_whole

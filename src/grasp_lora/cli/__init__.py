@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from grasp_lora.cli.adapters import export, predict
-from grasp_lora.cli.experiments import compare
+from grasp_lora.cli.compare import compare
 from grasp_lora.cli.options import Command, UsageError
 from grasp_lora.cli.recipes import init, recipes, schema
-from grasp_lora.cli.run import check, demo, report, run
+from grasp_lora.cli.run import check, demo, run
 from grasp_lora.cli.steps import evaluate, finetune, learn, merge
 from grasp_lora.cli.terminal import error_console, lasting_outputs, print_error, say
 from grasp_lora.errors import GraspError, Interrupted
@@ -35,7 +35,7 @@ IN_SEVERAL_PROCESSES = ("run", "demo")
 TIME_TO_SPEAK = 3  # seconds: torchrun ends all processes when one has ended
 
 for command in (
-    run, demo, check, recipes, init, schema, predict, merge, export, learn, finetune, evaluate, compare, report,
+    run, demo, check, recipes, init, schema, predict, merge, export, learn, finetune, evaluate, compare,
 ):  # fmt: skip
     app.command(cls=Command)(command)
 

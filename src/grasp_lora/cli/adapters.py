@@ -70,7 +70,7 @@ def predict(
 
     A prompt is whole, as the adapter was trained on it; --question, --context and rows are put into that form.
     """
-    from grasp_lora.bench.predict import is_rows, predict_question, predict_rows, predict_texts
+    from grasp_lora.engine.predict import is_rows, predict_question, predict_rows, predict_texts
 
     log_to_terminal(False)
     settings = {
@@ -120,7 +120,7 @@ def predict(
 
 def _talk(adapter: str, settings: dict[str, Any]) -> None:
     """Answer what a user says, line by line, with all that was said before in view."""
-    from grasp_lora.bench.predict import asking
+    from grasp_lora.engine.predict import asking
 
     turns: list[dict[str, str]] = []
     with ExitStack() as stack:

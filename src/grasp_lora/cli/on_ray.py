@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.bench.progress import Progress
+from grasp_lora.engine.progress import Progress
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.storage.processes import Interruption
 from grasp_lora.text.display import escaped, first_line, quoted
@@ -29,13 +29,13 @@ def share(
     address: str | None = None,
     gpus_per_worker: float = 0.0,
 ) -> tuple[Path, Any]:
-    """Let workers of a Ray cluster share the steps of one folder, which all of them see; return what it returns.
+    """Let workers of a Ray cluster share the steps of one folder, which all of them see; return what the command returns.
 
     A worker that is lost is started again by Ray, and what it was at is free for the others at once.
 
     Args:
         progress: told what the first worker is at, and of each step that any of them has done.
-        arguments: of `grasp_lora.api.compare`.
+        arguments: of `grasp_lora.compare`.
         workers: how many, at least 1.
         address: of a running cluster; None starts one on this machine for the time of the command.
         gpus_per_worker: share of a GPU that each worker takes.
@@ -127,8 +127,8 @@ class _Told(Progress):
             return super().__getattribute__(name)
 
         def tell(*values: Any) -> None:
-            done = name == "record" and not values[1]
-            if done or (self._first and name in ("begin", "stage", "record", "done")):
+            done = name == "finished" and not values[0].repeated
+            if done or (self._first and name in ("note", "method", "begin")):
                 self._said.put((name, values))
 
         return tell
@@ -152,5 +152,4 @@ def _work(number: int, said: Any, here: Path, arguments: dict[str, Any]) -> tupl
     set_up_libraries()
     from grasp_lora import api
 
-    found: tuple[Path, Any] = api.compare(**arguments, progress=_Told(said, first=number == 0))
-    return found
+    return api.compare(**arguments, progress=_Told(said, first=number == 0))

@@ -14,7 +14,7 @@ from grasp_lora.recipes.builtin import builtin_recipes
 from grasp_lora.text.docstrings import arguments, docstring_of
 
 if TYPE_CHECKING:
-    from grasp_lora.bench.session import Session
+    from grasp_lora.engine.session import Session
 
 # Typer brings a click of its own or, in older versions, uses the installed one; it exports no class of all usage errors but this.
 UsageError: Any = typer.BadParameter.__base__
@@ -116,6 +116,6 @@ def session_of(recipe: str, overrides: list[str] | None, allow_code: bool) -> "S
     from grasp_lora.recipes.load import load_recipe
 
     loaded, base = load_recipe(recipe, overrides or [], allow_code=allow_code)
-    from grasp_lora.bench.session import Session
+    from grasp_lora.engine.session import Session
 
     return Session(loaded, base)

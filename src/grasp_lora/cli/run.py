@@ -1,4 +1,4 @@
-"""The commands around the main job: `run`, `demo`, `check`, `report`."""
+"""The commands around the main job: `run`, `demo`, `check`."""
 
 import shlex
 from pathlib import Path
@@ -49,7 +49,7 @@ def check(
 ) -> None:
     """Check a recipe before running it: files, adapters, label masks, lengths, splits, leaks, rounds and cost."""
     log_to_terminal(verbose)
-    from grasp_lora.bench.preflight import preflight
+    from grasp_lora.engine.preflight import preflight
 
     warnings = 0
     for finding in preflight(session_of(recipe, overrides, allow_code)):
@@ -63,58 +63,38 @@ def check(
     say(f"{said}; next: {command}")
 
 
-def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Write report.html and report.md of a run folder again."""
-    from grasp_lora.report.pages import write_report
-    from grasp_lora.storage.files import clear_write_errors
-
-    with clear_write_errors(folder):
-        say(f"wrote {write_report(folder)}")
-
-
 def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool, answers: int = 0) -> None:
     with loading():
         from grasp_lora import api
-        from grasp_lora.bench.run_folder import CARD_FILE, DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
         from grasp_lora.cli.progress import TerminalProgress
-        from grasp_lora.report.delivered import (
-            command_for_texts,
-            next_steps,
-            predict_command,
-            reason,
-            trained_again,
-            verdict,
-            warning_of,
-        )
-        from grasp_lora.report.run_record import read_run
+        from grasp_lora.engine.run_folder import CARD_FILE, DISCARDED, FINAL_FOLDER, PROMPT_FILE, REPORT_FILE
+        from grasp_lora.report import delivered as words
     with shown(TerminalProgress(console, answers)) as progress:
         result = api.run(recipe, overrides, output, progress, allow_code=allow_code)
-    print_scores(result.metrics)
-    record = read_run(result.folder)
-    if result.delivered is not None:
-        say(verdict(result.delivered, result.metrics), style="bold")
-        say(reason(result.delivered, result.metrics))
-        if again := trained_again(result.metrics):
-            say(again)
-        if warning := warning_of(record):
-            say(warning, style="yellow")
-    learned = result.delivered is None or not result.delivered.nothing_learned
-    if result.delivered is not None and result.metrics.handed_over != "grasp":
-        say(f"GRASP's own result lies in {result.folder / FINAL_FOLDER}{':' if learned else ''}")
-    ratio, given = result.ratio, result.metrics.prune_ratio_interval is None
+    record, metrics, folder = result.record, result.metrics, result.folder
+    print_scores(metrics.systems, metrics.signatures, metrics.handed_over)
+    say(words.verdict(record), style="bold")
+    say(words.reason(record))
+    if again := words.trained_again(record):
+        say(again)
+    if warning := words.warning_of(record):
+        say(warning, style="yellow")
+    learned = not result.delivered.nothing_learned
+    if metrics.handed_over != "grasp":
+        say(f"GRASP's own result lies in {folder / FINAL_FOLDER}{':' if learned else ''}")
     if learned:
-        say(f"prune ratio {100 * ratio.ratio:.3g} % (given)" if given else ratio.summary)
-        if ratio.wide:
+        say(result.ratio.summary if record.learned else f"prune ratio {100 * result.ratio.ratio:.3g} % (given)")
+        if result.ratio.wide and record.learned:
             say("these probes do not settle the ratio; the report says what narrows the interval", style="yellow")
-    if result.metrics.best_step == 0:
+    if metrics.best_step == 0:
         say(DISCARDED, style="yellow")
-    say(f"adapter {result.adapter}   report {result.folder / REPORT_FILE}")
-    if (result.folder / PROMPT_FILE).is_file():
-        say(f"try it: {predict_command(result.folder)}")
-    if own := command_for_texts(record, result.folder):
-        say(f"with a text of your own: {own}")
+    say(f"adapter {result.adapter}   report {folder / REPORT_FILE}")
+    if (folder / PROMPT_FILE).is_file():
+        say(f"try it: {words.predict_command(folder)}")
+    if command := words.command_for_texts(record, folder):
+        say(f"with a text of your own: {command}")
+    say(f"to the hub: {words.upload_command(folder)}")
     say(f"in your own program: {result.adapter / CARD_FILE} holds the lines of Python")
-    say(f"to the hub: hf upload {record.run.name} {shlex.quote(str(result.adapter))} --private")
-    for step in next_steps(record, recipe, overrides, result.folder, allow_code):
+    for step in words.next_steps(record, recipe, overrides, folder, allow_code):
         say(f"next: {step}")
     leave()

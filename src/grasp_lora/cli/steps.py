@@ -34,10 +34,10 @@ def learn(
     verbose: VerboseOption = False,
 ) -> None:
     """Learn the prune ratio of a merged adapter (the controller run alone)."""
-    from grasp_lora.bench.single import learn_folder
+    from grasp_lora.engine.single import learn_folder
 
     log_to_terminal(verbose)
-    estimate = learn_folder(session_of(recipe, overrides, allow_code), adapter, output)
+    estimate = learn_folder(session_of(recipe, overrides, allow_code), adapter, output).estimate
     say(f"{estimate.summary}, {estimate.rounds} rounds, for finetune --ratio {estimate.ratio:.4f} -> {output}")
 
 
@@ -51,8 +51,8 @@ def finetune(
     verbose: VerboseOption = False,
 ) -> None:
     """Prune a merged adapter at a given ratio and fine-tune it (the final run alone)."""
-    from grasp_lora.bench.run_folder import DISCARDED
-    from grasp_lora.bench.single import finetune_folder
+    from grasp_lora.engine.run_folder import DISCARDED
+    from grasp_lora.engine.single import finetune_folder
 
     log_to_terminal(verbose)
     result = finetune_folder(session_of(recipe, overrides, allow_code), adapter, ratio, output)
@@ -70,10 +70,10 @@ def evaluate(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure adapters on the recipe's dev and test splits."""
-    from grasp_lora.bench.single import evaluate_folders
+    from grasp_lora.engine.single import evaluate_folders
 
     log_to_terminal(verbose)
-    print_scores(evaluate_folders(session_of(recipe, overrides, allow_code), adapter, output))
+    print_scores(*evaluate_folders(session_of(recipe, overrides, allow_code), adapter, output))
 
 
 def merge(
@@ -88,7 +88,7 @@ def merge(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Merge LoRA adapters into one ordinary PEFT adapter."""
-    from grasp_lora.bench.single import merge_folders
+    from grasp_lora.engine.single import merge_folders
     from grasp_lora.method.merging import MERGE_RULES, MergeSettings, keep_all
 
     log_to_terminal(False)

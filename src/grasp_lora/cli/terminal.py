@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
@@ -17,7 +17,7 @@ from grasp_lora.storage.processes import is_first
 from grasp_lora.text.display import one_line
 
 if TYPE_CHECKING:
-    from grasp_lora.bench.run_folder import Metrics
+    from grasp_lora.engine.run_folder import SystemScores
 
 console = Console(quiet=not is_first(), emoji=False)  # of processes that torchrun started one speaks
 error_console = Console(stderr=True, emoji=False)
@@ -121,22 +121,23 @@ def print_error(message: str, style: str = "red") -> None:
     error_console.print(one_line(message), style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_scores(metrics: "Metrics") -> None:
-    """Print losses and scores of every system."""
-    from grasp_lora.report.comparison import wide
+def print_scores(
+    systems: "Mapping[str, SystemScores]", signatures: Mapping[str, str], handed_over: str | None = None
+) -> None:
+    """Print losses and scores of every system, the one that is handed over bold."""
+    from grasp_lora.report.pages import wide
     from grasp_lora.report.tables import score_digits
 
-    scores = {name: [system.metrics.get(name) for system in metrics.systems.values()] for name in metrics.signatures}
+    scores = {name: [system.metrics.get(name) for system in systems.values()] for name in signatures}
     digits = {name: score_digits(name, values, 1) for name, values in scores.items()}
     table = Table()
     for column in ("system", "dev loss", "test loss", *scores):
         table.add_column(column, overflow="fold")  # a narrow terminal cuts no word off
-    for number, (name, system) in enumerate(metrics.systems.items()):
+    for number, (name, system) in enumerate(systems.items()):
         losses = ("-" if loss is None else f"{loss:.4f}" for loss in (system.dev_loss, system.test_loss))
         values = {metric: column[number] for metric, column in scores.items()}
         texts = ("unavailable" if value is None else f"{value:.{digits[metric]}f}" for metric, value in values.items())
-        chosen = metrics.delivered is not None and metrics.handed_over == name
-        table.add_row(Text(one_line(name)), *losses, *texts, style="bold" if chosen else "")
+        table.add_row(Text(one_line(name)), *losses, *texts, style="bold" if name == handed_over else "")
     wide(console).print(table)
 
 

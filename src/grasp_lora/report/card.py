@@ -1,4 +1,7 @@
-"""The model card of an adapter: README.md beside it."""
+"""The model card of an adapter: README.md beside it, with what the hub reads of it and lines of Python that load it.
+
+It names files and models and gives hashes; it holds no path and no text of the data.
+"""
 
 import json
 import math
@@ -9,164 +12,161 @@ from string import Formatter
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
-from grasp_lora.bench.run_folder import ALL_ROWS, CARD_FILE
+from grasp_lora.data.settings import CorpusSettings
 from grasp_lora.data.splits import SPLITS
-from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TEMPLATES, built_in_template, options_of
-from grasp_lora.errors import DataError, RecipeError
+from grasp_lora.data.tasks import options_of
+from grasp_lora.engine.run_folder import ALL_ROWS, CARD_FILE, Run
+from grasp_lora.engine.steps import names_of
 from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.reading import WEIGHTS_FILE
 from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
 from grasp_lora.recipes.recipe import TEXTS
-from grasp_lora.recipes.text import parse
-from grasp_lora.report.delivered import PARTS, delivered_system, made_of
-from grasp_lora.report.pages import headline, languages_of, public_name, render, short_code, sizes_of, view_of
-from grasp_lora.report.run_record import CorpusFacts, DataRecipe, RunRecord, read_run
+from grasp_lora.report.delivered import headline, made_of, reason, upload_command, verdict
+from grasp_lora.report.pages import languages_of, public_name, render, sizes_of, view_of
 from grasp_lora.report.tables import METRIC_NAMES
 from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.reading import sha256_of
 from grasp_lora.text.display import escaped
+from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import last_part
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+PARTS = {"continued": ("source",), "source": ("source",), "target": ("target",)}  # of all others both
 TAGS = ["lora", "grasp-lora", "adapter-merging", "pruning", "cross-lingual-transfer"]
 
 
-def write_model_card(run_folder: Path, adapter_folder: Path) -> Path:
+def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
     """Write README.md into an adapter folder: what it is, what it was made of, what it scores, how to load and ask it.
 
-    The card names files and models and gives hashes; it holds no path and no text of the data.
-
     Args:
-        run_folder: the run that made the adapter; it may be half-finished.
-        adapter_folder: an existing PEFT adapter folder.
-
-    Raises:
-        RecipeError: the run folder does not fit (see `write_report`), or the adapter folder is missing.
+        run: what made it.
+        folder: of the run, whose adapters are named with their hashes.
+        adapter_folder: the PEFT folder of what is handed over.
     """
-    record = read_run(run_folder)
-    if not adapter_folder.is_dir():
-        raise RecipeError(f"There is no adapter folder {adapter_folder}; give the folder of a saved adapter.")
-    backbone = public_name(record.run.backbone.name)
-    quantised = f", quantised as {record.run.quantise}" if record.run.quantise else ""
-    parents = [("Backbone", f"{backbone}{quantised}", record.run.backbone.fingerprint)]
-    system, metrics = delivered_system(record), record.metrics
-    name = metrics.delivered.name if metrics and metrics.delivered else system
+    report, generation = run.data.report, run.recipe.generation
+    name, system = run.metrics.delivered.name, run.metrics.handed_over
     kind = name.partition("_")[0]
-    again = metrics.all_rows.steps if metrics and metrics.all_rows else {}
-    sides = PARTS.get(kind, ("source", "target"))
-    for side in sides:
-        weights = run_folder / side / WEIGHTS_FILE
-        if again.get(side):  # so that the one in the run's folder has no part in this one
-            parents.append((f"{side.capitalize()} adapter", "trained again on all rows", "–"))
-        elif weights.is_file():
-            parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{sha256_of(weights)}"))
-    sources = len(record.recipe.source.adapters)  # which come first
-    given = {"source": record.run.parents[:sources], "target": record.run.parents[sources:]}
+    sides, given = PARTS.get(kind, ("source", "target")), _given(run, name)
     trained_on = [side for side in sides if not given[side]]
     if kind in ("continued", "grasp") and "target" not in trained_on:
         trained_on.append("target")
-    if kind == "source":
-        given["source"] = [one for own, one in zip(record.sources, given["source"], strict=False) if own == name]
-    parents += [("Given adapter", one.name, f"sha256:{one.sha256}") for side in sides for one in given[side]]
-    corpora = [corpus for side in trained_on if (corpus := getattr(record.recipe.data, side))]
+    corpora = [corpus for side in trained_on if (corpus := getattr(run.recipe.data, side))]
     sides_of = {split: "source" if split.startswith("source") else "target" for split in SPLITS}
-    prompt = record.data.report.get("prompt") or _prompt(record.recipe.data)  # earlier runs do not say theirs
-    recipe = _public_recipe(record.recipe_text)
-    context = view_of(record) | {
-        "front_matter": _front_matter(record, backbone, system, corpora),
-        "made": made_of(kind, record, given_target=bool(given["target"])),
+    backbone, prompt, recipe = public_name(run.info.backbone.name), report["prompt"], _public_recipe(run)
+    context = view_of(run, folder) | {
+        "front_matter": _front_matter(run, backbone, system, corpora),
+        "made": made_of(kind, run, given_target=bool(given["target"])),
+        "is": verdict(run).replace("Take this adapter", "It is"),
+        "why": reason(run),
         "pruned": kind == "grasp",
         "parts": sides,
-        "base": _base(record, backbone),
+        "base": _base(run, backbone),
         "base_model_name": backbone,
-        "parents": parents,
+        "parents": _parents(run, folder, backbone, sides, given),
         "files": _data_names(corpora),
-        "languages": languages_of(corpora),
-        "sizes": sizes_of(record, [split for split in SPLITS if split == "test" or sides_of[split] in trained_on]),
-        "prompt": [escaped(line) for line in prompt.split("\n")] if prompt else [],
-        "asked": _literal(_with_dots(prompt or "...")),
-        "max_new_tokens": record.recipe.generation.max_new_tokens,
-        "stops": [_literal(stop) for stop in record.recipe.generation.stop if stop],
-        "chat": record.in_chat,
-        "end_of_turn": _literal(end) if (end := record.data.report.get("end_of_turn")) else None,
-        "options": options_of(prompt or ""),
-        "labels": list(record.data.report.get("labels") or ()),
+        "languages": languages_of(corpora) if corpora else "",
+        "sizes": sizes_of(run, [split for split in SPLITS if split == "test" or sides_of[split] in trained_on]),
+        "prompt": [escaped(line) for line in prompt.split("\n")],
+        "asked": _literal(_with_dots(prompt)),
+        "max_new_tokens": generation.max_new_tokens,
+        "stops": [_literal(stop) for stop in generation.stop if stop],
+        "chat": report["chat_template"],
+        "end_of_turn": _literal(report["end_of_turn"]) if report.get("end_of_turn") else None,
+        "options": options_of(prompt),
+        "labels": list(report.get("labels") or ()),
         "recipe": recipe,
-        "hub_name": record.run.name if HUB_ID.fullmatch(record.run.name) else "NAME",
         "fence": "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
+        "upload": upload_command(),
     }
     if system == ALL_ROWS:  # whose scores are not those of the final run
-        context["headline"] = headline(record, {})
-    path = adapter_folder / CARD_FILE
-    write_whole(path, render("model_card.md.j2", context))
-    return path
+        context["headline"] = headline(run, {})
+    write_whole(adapter_folder / CARD_FILE, render("model_card.md.j2", context))
+    return adapter_folder / CARD_FILE
 
 
-def _front_matter(record: RunRecord, backbone: str, system: str, corpora: Sequence[CorpusFacts]) -> str:
+def _given(run: Run, name: str) -> dict[str, Any]:
+    """The adapters that the run did not train itself, of each side; of a source adapter as it is that one alone."""
+    sources = len(run.recipe.source.adapters)  # which come first
+    given = {"source": run.info.parents[:sources], "target": run.info.parents[sources:]}
+    if name.startswith("source") and sources:
+        place = names_of(sources).index(name)
+        given["source"] = given["source"][place : place + 1]
+    return given
+
+
+def _parents(
+    run: Run, folder: Path, backbone: str, sides: Sequence[str], given: dict[str, Any]
+) -> list[tuple[str, str, str]]:
+    """What the adapter was made of: part, name and hash."""
+    quantised = f", quantised as {run.info.quantise}" if run.info.quantise else ""
+    parents = [("Backbone", f"{backbone}{quantised}", run.info.backbone.fingerprint)]
+    again = run.metrics.all_rows.steps if run.metrics.all_rows else {}
+    for side in sides:
+        weights = folder / side / WEIGHTS_FILE
+        if again.get(side):  # so that the one in the run's folder has no part in this one
+            parents.append((f"{side.capitalize()} adapter", "trained again on all rows", "–"))
+        elif not given[side] and weights.is_file():
+            parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{sha256_of(weights)}"))
+    return parents + [
+        ("Given adapter", adapter.name, f"sha256:{adapter.sha256}") for side in sides for adapter in given[side]
+    ]
+
+
+def _front_matter(run: Run, backbone: str, system: str, corpora: Sequence[CorpusSettings]) -> str:
     """What the hub reads of a card. It names no local file and no local folder, for which the hub would look among its own."""
-    from huggingface_hub import ModelCardData
-
-    run = record.run
     embedded = backbone == PUBLIC_NAME
-    given = [short_code(corpus.language) for corpus in reversed(corpora)]
-    codes = [code for code in given if re.fullmatch(r"[a-z]{2,3}", code)]
+    codes = [language_code(corpus.language) for corpus in reversed(corpora)]
     data_sets = [corpus.hub for corpus in reversed(corpora) if corpus.hub and HUB_ID.fullmatch(corpus.hub)]
     card = ModelCardData(
-        model_name=escaped(run.name),
+        model_name=run.info.name,
         library_name="peft",
-        base_model=EMBEDDED_HUB_ID if embedded else backbone if run.backbone.commit else None,
+        base_model=EMBEDDED_HUB_ID if embedded else backbone if run.info.backbone.commit else None,
         license=EMBEDDED_LICENCE if embedded else None,
         language=list(dict.fromkeys(codes)) or None,
         datasets=list(dict.fromkeys(data_sets)) or None,
         pipeline_tag="text-generation",
         tags=TAGS,
-        eval_results=_results(record, system) or None,
+        eval_results=_results(run, system) or None,
     )
     return card.to_yaml() + "\n"
 
 
-def _results(record: RunRecord, system: str) -> list[Any]:
+def _results(run: Run, system: str) -> list[EvalResult]:
     """The scores of the adapter that was handed over, one a metric, with the number of test rows."""
-    from huggingface_hub import EvalResult
-
-    metrics, target = record.metrics, record.recipe.data.target
-    if metrics is None or system not in metrics.systems:
-        return []
-    scores = metrics.systems[system]
-    values = {"loss": scores.test_loss} | dict(scores.metrics)
+    scores, count, hub = run.metrics.systems[system], run.metrics.test_examples, run.recipe.data.target.hub
     names = {"loss": "Test loss, nats per token of the answer"} | METRIC_NAMES
-    on_hub = target.hub is not None and HUB_ID.fullmatch(target.hub)
-    rows = f"{metrics.test_examples} test rows"
+    rows, on_hub = f"{count} test rows", hub is not None and HUB_ID.fullmatch(hub)
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=str(target.hub) if on_hub else "local",
-            dataset_name=f"{target.hub}, {rows}" if on_hub else f"{rows} of the run",
+            dataset_type=str(hub) if on_hub else "local",
+            dataset_name=f"{hub}, {rows}" if on_hub else f"{rows} of the run",
             dataset_split="test",
-            dataset_args={"test_rows": metrics.test_examples},
+            dataset_args={"test_rows": count},
             metric_type=name,
             metric_name=names.get(name, name),
             metric_value=round(value, 4),
         )
-        for name, value in values.items()
+        for name, value in {"loss": scores.test_loss, **scores.metrics}.items()
         if value is not None and math.isfinite(value)
     ]
 
 
-def _base(record: RunRecord, backbone: str) -> dict[str, Any]:
+def _base(run: Run, backbone: str) -> dict[str, Any]:
     """How Python loads the model that the adapter was trained on."""
-    run, options = record.run, []
-    if run.backbone.commit:
-        options.append(f"revision={_literal(run.backbone.commit)}")
-    if record.recipe.backbone.trust_remote_code:
+    commit, options = run.info.backbone.commit, []
+    if commit:
+        options.append(f"revision={_literal(commit)}")
+    if run.recipe.backbone.trust_remote_code:
         options.append("trust_remote_code=True")
     return {
         "embedded": backbone == PUBLIC_NAME,
-        "local": run.backbone.commit is None,
+        "local": commit is None,
         "name": _literal(backbone),
         "options": "".join(f", {option}" for option in options),
-        "dtype": f", dtype={_literal(run.dtype)}" if run.dtype else "",
+        "dtype": f", dtype={_literal(run.info.dtype)}",
     }
 
 
@@ -181,9 +181,9 @@ def _literal(text: str) -> str:
     return escaped(json.dumps(text, ensure_ascii=False))
 
 
-def _public_recipe(text: str) -> str:
+def _public_recipe(run: Run) -> str:
     """The recipe as YAML, of each path only the last part."""
-    content = _without_places(parse(text, "it"))
+    content = _without_places(run.recipe.model_dump(mode="json", exclude={"data": {"root"}}))
     dumped = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=math.inf)
     return "\n".join(map(escaped, dumped.split("\n")))
 
@@ -198,22 +198,11 @@ def _without_places(value: Any) -> Any:
     return last_part(value)
 
 
-def _prompt(data: DataRecipe) -> str | None:
-    """The template of the prompts that the adapter was trained on; None where the recipe does not say."""
-    prompt = data.prompt if data.target.prompt is None else data.target.prompt
-    if prompt is not None:
-        return prompt
-    try:
-        built_in = built_in_template(data.task, data.target.language)
-        return (built_in or TEMPLATES[data.task][FALLBACK_LANGUAGE]).prompt
-    except (KeyError, DataError):
-        return None
-
-
-def _data_names(corpora: Sequence[CorpusFacts]) -> list[str]:
+def _data_names(corpora: Sequence[CorpusSettings]) -> list[str]:
     """Names of data sets and files, without their folders."""
     names: list[str] = []
     for corpus in corpora:
+        groups = (corpus.files, corpus.train_files, corpus.dev_files, corpus.micro_dev_files, corpus.test_files)
         names += [public_name(corpus.hub)] if corpus.hub else []
-        names += [last_part(file) for file in corpus.all_files]
+        names += [last_part(file) for group in groups for file in group]
     return list(dict.fromkeys(names))

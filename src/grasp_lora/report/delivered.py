@@ -1,29 +1,19 @@
-"""What the end of a run says: which adapter to take, why, and how to use it."""
+"""What the end of a run says, in the terminal, the report and the card: which adapter to take, why, and how to use it."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from grasp_lora.bench.checks import check_can_be_cut
-from grasp_lora.bench.compare import LEAST_TEST
-from grasp_lora.bench.planned import main_metric
-from grasp_lora.bench.run_folder import (
-    ADAPTER_FOLDER,
-    ALL_ROWS,
-    FINAL_FOLDER,
-    PROMPT_FILE,
-    Delivered,
-    Metrics,
-    TargetOn,
-)
 from grasp_lora.data.splits import HELD_OUT
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, options_of
+from grasp_lora.engine.check import check_can_be_cut
+from grasp_lora.engine.compare import LEAST_TEST
+from grasp_lora.engine.results import main_metric
+from grasp_lora.engine.run_folder import ADAPTER_FOLDER, ALL_ROWS, FINAL_FOLDER, PROMPT_FILE, Run
+from grasp_lora.engine.steps import TargetOn
 from grasp_lora.errors import RecipeError
-from grasp_lora.recipes.load import validate
-from grasp_lora.recipes.text import RECIPE_FILE, parse
 from grasp_lora.report.examples import best_guess
-from grasp_lora.report.run_record import RunRecord
-from grasp_lora.report.tables import METRIC_NAMES, score_digits
+from grasp_lora.report.tables import METRIC_NAMES, Difference, percent, score_digits
 
 MADE = {
     "continued": "a source adapter was trained on in the target language",
@@ -38,150 +28,183 @@ MADE_ON_SOURCE = MADE | {  # with `target.on`
 }
 FEW_ROWS, FOLDS = 200, 4  # of all target rows: below that a test split alone tells little
 NOTHING_LEARNED = "No adapter is shown to be better than the backbone alone."
-PARTS = {"continued": ("source",), "source": ("source",), "target": ("target",)}  # of all others both
 
 
-def made_of(kind: str, record: RunRecord, *, given_target: bool) -> str:
-    """How an adapter was made, as a part of a sentence; of several source adapters it is their mean that counts."""
-    if kind == "target" and given_target:
-        return "it is the target adapter that was given, as it is"
-    made = (MADE if record.target_on is None else MADE_ON_SOURCE)[kind]
-    if (sources := len(record.sources)) > 1 and kind != "source":
-        made = made.replace("a source and a target adapter", f"{sources} source adapters and a target adapter")
-        made = made.replace("a source adapter", f"the mean of {sources} source adapters")
-    return made
+def is_chosen(run: Run) -> bool:
+    """Whether the run chose what it hands over by its dev losses; else the recipe asks for GRASP's result."""
+    return run.recipe.final.deliver == "best"
 
 
-def verdict(delivered: Delivered, metrics: Metrics) -> str:
+def verdict(run: Run) -> str:
     """Say which adapter to take."""
-    taken = delivered.title + (", trained once more on all rows" if metrics.handed_over == ALL_ROWS else "")
+    delivered = run.metrics.delivered
+    taken = delivered.title + (", trained once more on all rows" if run.metrics.handed_over == ALL_ROWS else "")
     if delivered.nothing_learned:
         return f"{NOTHING_LEARNED} Handed over all the same: {taken}."
     return f"Take this adapter: {taken}."
 
 
-def reason(delivered: Delivered, metrics: Metrics) -> str:
+def reason(run: Run) -> str:
     """Why that one was chosen; its losses are those before a last training on all rows."""
-    why = delivered.why
-    return f"Chosen before that: {why[0].lower()}{why[1:]}" if metrics.handed_over == ALL_ROWS and why else why
+    why = run.metrics.delivered.why
+    return f"Chosen before that: {why[0].lower()}{why[1:]}" if run.metrics.handed_over == ALL_ROWS and why else why
 
 
-def trained_again(metrics: Metrics) -> str | None:
+def headline(run: Run, compared: Mapping[str, Difference]) -> str:
+    """What was learned about the ratio, and what GRASP's result scores beside another system of those compared with it."""
+    chosen, ratio = is_chosen(run), run.metrics.prune_ratio
+    prune = "It prunes" if chosen else "Prune"  # the verdict is what says what to do
+    sentences = [f"{prune} {percent(ratio)} of the merged adapter (given, not learned)."]
+    if run.learned is not None:
+        estimate = run.estimate
+        span = f"{100 * estimate.low:.0f} to {100 * estimate.high:.0f} %".replace(" ", "\u00a0")
+        interval = f"{percent(estimate.confidence)} interval {span}"
+        sentences = [f"{prune} {percent(ratio)} of the merged adapter ({interval})."]
+        if estimate.nothing_learned:
+            sentences = [f"Nothing was learned about the prune ratio ({interval}); {percent(ratio)} was taken."]
+    if run.metrics.delivered.nothing_learned:
+        sentences = [] if chosen else [NOTHING_LEARNED]  # which the verdict begins with
+    beside = {"continued": "the source adapter continued"}
+    if chosen:  # where no step of that lowered the dev loss, the usual practice leaves the source adapter
+        beside["source"] = "the source adapter as it is"
+    beside |= (
+        {"target": "the target adapter alone"}
+        if run.target_alone
+        else {"merged": "the target adapter on the source adapter"}
+    )
+    rival = next((name for name in beside if name in compared), None)
+    if rival is not None:
+        against, digits = compared[rival], compared[rival].digits
+        shown = f": {against.score.verdict}." if against.score else "."
+        sentences.append(
+            f"Test {against.name} {against.ours:.{digits}f} against {against.theirs:.{digits}f} for {beside[rival]}{shown}"
+        )
+    return " ".join(sentences)
+
+
+def made_of(kind: str, run: Run, *, given_target: bool) -> str:
+    """How an adapter was made, as a part of a sentence; of several source adapters it is their mean that counts."""
+    if kind == "target" and given_target:
+        return "it is the target adapter that was given, as it is"
+    made, sources = (MADE if run.target_alone else MADE_ON_SOURCE)[kind], len(run.recipe.source.adapters)
+    if sources > 1 and kind != "source":
+        made = made.replace("a source and a target adapter", f"{sources} source adapters and a target adapter")
+        made = made.replace("a source adapter", f"the mean of {sources} source adapters")
+    return made
+
+
+def trained_again(run: Run) -> str | None:
     """What became of `final.all_rows`, with the test score after it and before; None where the recipe does not ask for it."""
+    metrics = run.metrics
     if metrics.all_rows is None:
         return None
-    after, before = (
-        metrics.systems.get(name or "") for name in (ALL_ROWS, metrics.delivered and metrics.delivered.name)
+    if ALL_ROWS not in metrics.systems:
+        return metrics.all_rows.why
+    after, before = (metrics.systems[name].metrics for name in (ALL_ROWS, metrics.delivered.name))
+    metric = main_metric(list(after))
+    scores = [score for score in (after.get(metric), before.get(metric)) if score is not None]
+    if len(scores) < 2:
+        return metrics.all_rows.why
+    now, once = (f"{score:.{score_digits(metric, scores, 1)}f}" for score in scores)
+    return f"{metrics.all_rows.why} Test {METRIC_NAMES.get(metric, metric)} {now}; {once} before."
+
+
+def warning_of(run: Run) -> str | None:
+    """What has to be known before the adapter is taken, as sentences; None where there is nothing."""
+    metrics, guess = run.metrics, best_guess(run)
+    warnings = [metrics.delivered.warning] if metrics.delivered.warning else []
+    right = metrics.systems[metrics.handed_over].metrics.get("accuracy")
+    if right is not None and guess is not None and right <= guess[1]:
+        warnings.append(
+            f"It answers {right:.1f} % of the {metrics.test_examples} test rows right, and {guess[0]} every time would "
+            f"have {guess[1]:.1f} %. Take it only if more test rows show that it is better."
+        )
+    return " ".join(warnings) or None
+
+
+def where_trained(choice: TargetOn, sources: int) -> str:
+    """Where the target adapter of `target.on: auto` was trained, and why, as a sentence or two; `sources` are merged with it."""
+    place = "on top of the source adapter" if choice.on == "source" else "on the backbone alone"
+    if not choice.splits:
+        return f"There are too few dev and micro-dev rows to choose by, so the target adapter was trained {place}."
+    if choice.left_out:
+        return f"The target adapter was trained {place}; {choice.left_out}"
+    names = {"source": "sum of both adapters", "apart": "average"}
+    if sources > 1:
+        names = {"source": "sum of the mean source adapter and the target adapter", "apart": "average of all"}
+    taken, left = ("source", "apart") if choice.on == "source" else ("apart", "source")
+    split = " and ".join(name.replace("_", "-") for name in choice.splits)
+    return (
+        f"The target adapter was trained both on top of the source adapter and on the backbone alone. The one {place} was taken: "
+        f"the {names[taken]} has a {split} loss of {choice.losses[taken]:.3f} ({choice.examples} rows), the "
+        f"{names[left]} {choice.losses[left]:.3f}."
     )
-    metric = main_metric(list(after.metrics)) if after else ""
-    scores = [one.metrics.get(metric) for one in (after, before) if one]
-    shown = [f"{score:.{score_digits(metric, scores, 1)}f}" for score in scores if score is not None]
-    said = f" Test {METRIC_NAMES.get(metric, metric)} {shown[0]}; {shown[1]} before." if len(shown) == 2 else ""
-    return metrics.all_rows.why + said
 
 
-def chosen(record: RunRecord) -> Delivered | None:
-    """What a run handed over by its dev losses; None where it has not, or where the recipe asks for GRASP's result."""
-    delivered = record.metrics.delivered if record.metrics else None
-    return delivered if delivered and record.recipe.final.deliver == "best" else None
+# Commands, each as it is given in the folder of the run, or with a folder from elsewhere
 
 
-def delivered_system(record: RunRecord) -> str:
-    """The system whose adapter lies in `adapter/`."""
-    return record.metrics.handed_over if record.metrics else "grasp"
-
-
-def predict_command(folder: Path | None = None) -> str:
-    """One command that answers a prompt of the run; without a folder as it is given inside that of the run."""
-    places = [str(Path(name) if folder is None else folder / name) for name in (ADAPTER_FOLDER, PROMPT_FILE)]
-    adapter, prompt = map(shlex.quote, places)
+def predict_command(folder: Path = Path()) -> str:
+    """One command that answers a prompt of the run."""
+    adapter, prompt = (shlex.quote(str(folder / name)) for name in (ADAPTER_FOLDER, PROMPT_FILE))
     return f"grasp-lora predict {adapter} --jsonl < {prompt}"
 
 
-def warning_of(record: RunRecord) -> str | None:
-    """What has to be known before the adapter is taken, as sentences; None where there is nothing."""
-    if record.metrics is None or record.metrics.delivered is None:
-        return None
-    said = [record.metrics.delivered.warning] if record.metrics.delivered.warning else []
-    system = delivered_system(record)
-    scores, guess = record.metrics.systems.get(system), best_guess(record, system)
-    right = None if scores is None else scores.metrics.get("accuracy")
-    if right is not None and guess is not None and right <= guess[1]:
-        said.append(
-            f"It answers {right:.1f} % of the {record.metrics.test_examples} test rows right, and {guess[0]} every time would "
-            f"have {guess[1]:.1f} %. Take it only if more test rows show that it is better."
-        )
-    return " ".join(said) or None
-
-
-def command_for_texts(record: RunRecord, folder: Path | None = None) -> str | None:
+def command_for_texts(run: Run, folder: Path = Path()) -> str | None:
     """One command that answers a text of the reader's own; None where no option puts it into a prompt, or there is nothing to."""
-    prompt = record.data.report.get("prompt") or ""
+    prompt = run.data.report["prompt"]
     options = [] if prompt == TEMPLATES["completion"][ANY_LANGUAGE].prompt else options_of(prompt)
-    adapter = shlex.quote(str(Path(ADAPTER_FOLDER) if folder is None else folder / ADAPTER_FOLDER))
-    return " ".join([f"grasp-lora predict {adapter}", *(f'{option} "..."' for option in options)]) if options else None
+    words = [
+        f"grasp-lora predict {shlex.quote(str(folder / ADAPTER_FOLDER))}",
+        *(f'{option} "..."' for option in options),
+    ]
+    return " ".join(words) if options else None
 
 
-def next_steps(record: RunRecord, recipe: str, overrides: Sequence[str], folder: Path, allow_code: bool) -> list[str]:
-    """What a user can do after a run, and what it costs."""
-    delivered = chosen(record)
-    if delivered is None or record.metrics is None:
+def upload_command(folder: Path = Path()) -> str:
+    """The command of the hub's own client that uploads the adapter to a repository that only its owner sees."""
+    return f"hf upload ORG/NAME {shlex.quote(str(folder / ADAPTER_FOLDER))} --private"
+
+
+def next_steps(run: Run, recipe: str, overrides: Sequence[str], folder: Path, allow_code: bool) -> list[str]:
+    """What a user can do after a run whose recipe leaves the choice to it, and what that costs."""
+    delivered, target = run.metrics.delivered, run.recipe.data.target
+    if not is_chosen(run):
         return []
     steps = []
-    # The rest `compare` refuses, or it would measure another GRASP.
-    if record.given_ratio is None and record.metrics.test_examples >= LEAST_TEST:
-        given = [
+    if (
+        run.learned is not None and run.metrics.test_examples >= LEAST_TEST
+    ):  # else `compare` refuses, or measures another GRASP
+        folds = _few_rows(run) and _can_be_cut(run)
+        cost = f"each row tested once, about {FOLDS} times" if folds else "three seeds, about three times"
+        words = [
             recipe,
-            *(part for override in overrides for part in ("--set", override)),
+            *(word for override in overrides for word in ("--set", override)),
             *["--allow-code"] * allow_code,
         ]
-        folds = _few_rows(record) and _can_be_cut(record)
-        what = f"each row tested once, about {FOLDS} times" if folds else "three seeds, about three times"
         settings = ["--output", str(folder), "--methods", "merged,continued,grasp", *["--folds", str(FOLDS)] * folds]
-        steps.append(f"{what} this run: {shlex.join(['grasp-lora', 'compare', *given, *settings])}")
+        steps.append(f"{cost} this run: {shlex.join(['grasp-lora', 'compare', *words, *settings])}")
     if delivered.low is not None and delivered.high is not None and delivered.low <= 0 <= delivered.high:
         split = (delivered.split or "dev").replace("-", "_")
-        own, key = getattr(record.recipe.data.target, f"{split}_files"), f"data.target.{split}"
-        how = f"add examples to {key}_files" if own else f"add examples and raise {key} (now {delivered.examples})"
+        files, key = getattr(target, f"{split}_files"), f"data.target.{split}"
+        how = f"add examples to {key}_files" if files else f"add examples and raise {key} (now {delivered.examples})"
         steps.append(f"more {delivered.split} rows tell more: {how}")
     if delivered.name != "grasp":
         steps.append(f"GRASP's result all the same, at no cost: it is {folder / FINAL_FOLDER}")
     return steps
 
 
-def _few_rows(record: RunRecord) -> bool:
+def _few_rows(run: Run) -> bool:
     """Whether the pool has few rows, but enough groups for folds, as far as the splits tell: each takes whole ones."""
-    ids, groups = record.data.ids, len(set(record.data.test_groups))
-    rows = sum(len(ids.get(split, ())) for split in ("train", *HELD_OUT))
-    unused = record.data.report.get("target", {}).get("unused", 0)
-    return (
-        rows + unused < FEW_ROWS and groups + sum(bool(ids.get(one)) for one in ("train", "dev", "micro_dev")) >= FOLDS
-    )
+    ids, groups = run.data.ids, len(set(run.data.test_groups))
+    rows = sum(len(ids[split]) for split in ("train", *HELD_OUT)) + run.data.report["target"]["unused"]
+    return rows < FEW_ROWS and groups + sum(bool(ids[split]) for split in ("train", "dev", "micro_dev")) >= FOLDS
 
 
-def _can_be_cut(record: RunRecord) -> bool:
+def _can_be_cut(run: Run) -> bool:
     """Whether a comparison of the run's recipe may have folds."""
     try:
-        check_can_be_cut(validate(parse(record.recipe_text, RECIPE_FILE), RECIPE_FILE))
+        check_can_be_cut(run.recipe)
     except RecipeError:
         return False
     return True
-
-
-def where_trained(found: TargetOn, sources: int) -> str:
-    """Where the target adapter of `target.on: auto` was trained, and why, as a sentence or two; `sources` are merged with it."""
-    place = "on top of the source adapter" if found.on == "source" else "on the backbone alone"
-    if not found.splits:
-        return f"There are too few dev and micro-dev rows to choose by, so the target adapter was trained {place}."
-    if found.left_out:
-        return f"The target adapter was trained {place}; {found.left_out}"
-    names = {"source": "sum of both adapters", "apart": "average"}
-    if sources > 1:
-        names = {"source": "sum of the mean source adapter and the target adapter", "apart": "average of all"}
-    here, there = ("source", "apart") if found.on == "source" else ("apart", "source")
-    split = " and ".join(name.replace("_", "-") for name in found.splits)
-    return (
-        f"The target adapter was trained both on top of the source adapter and on the backbone alone. The one {place} was taken: "
-        f"the {names[here]} has a {split} loss of {found.losses[here]:.3f} ({found.examples} rows), the "
-        f"{names[there]} {found.losses[there]:.3f}."
-    )

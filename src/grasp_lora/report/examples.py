@@ -1,14 +1,20 @@
-"""Test examples side by side: what each system answered, those first in which the systems differ most."""
+"""Test examples side by side: what each system answered, those first in which the systems differ most.
+
+An example comes with one mark per answer where the leading metric says right or wrong:
+
+    Reference      Paris
+    Target only    Rome     ✗ wrong
+    GRASP          Paris    ✓ right
+"""
 
 import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from grasp_lora.bench.planned import main_metric
-from grasp_lora.bench.run_folder import Prediction
-from grasp_lora.report.run_record import RunRecord
-from grasp_lora.report.tables import BELOW_ZERO, METRIC_NAMES
+from grasp_lora.engine.results import Prediction, main_metric
+from grasp_lora.engine.run_folder import Run
+from grasp_lora.report.tables import BELOW_ZERO, METRIC_NAMES, titles_of
 from grasp_lora.text.display import listed
 
 MOST_SHOWN = 20
@@ -26,12 +32,12 @@ class Answer(NamedTuple):
     mark: str
 
 
-class Example(NamedTuple):
+class Question(NamedTuple):
     """One test example with the answers of all systems; `number` is its place in the test set, from 1."""
 
     number: int
     id: str
-    prompt: str | None
+    prompt: str
     references: list[str]
     answers: list[Answer]
 
@@ -39,57 +45,55 @@ class Example(NamedTuple):
 class Examples(NamedTuple):
     """The examples that are shown, of how many, the metric that orders them, if any, and whether it says right or wrong."""
 
-    shown: list[Example]
+    shown: list[Question]
     total: int
     metric: str | None
     marked: bool
 
 
-def examples_of(record: RunRecord) -> Examples:
+def examples_of(run: Run) -> Examples:
     """Return at most `MOST_SHOWN` test examples, those first whose answers differ most by the leading metric."""
-    answered = {name: record.predictions[name] for name in record.systems if record.predictions[name]}
-    ids = [row.id for row in next(iter(answered.values()), [])]
-    answered = {name: rows for name, rows in answered.items() if [row.id for row in rows] == ids}
-    metric = leading_metric([row for rows in answered.values() for row in rows])
-    # By place: files of one name in two folders give the same ids.
-    prompts = [one.prompt for one in record.prompts] if [one.id for one in record.prompts] == ids else []
-    order = sorted(range(len(ids)), key=lambda place: _likeness([rows[place] for rows in answered.values()], metric))
+    titles, ids = titles_of(run), run.data.ids["test"]
+    metric = leading_metric([row for rows in run.predictions.values() for row in rows])
+    order = sorted(
+        range(len(ids)), key=lambda place: _likeness([rows[place] for rows in run.predictions.values()], metric)
+    )
     shown = []
     for place in order[:MOST_SHOWN]:
-        rows = {name: own[place] for name, own in answered.items()}
+        rows = {name: predictions[place] for name, predictions in run.predictions.items()}
         answers = [
-            Answer(name, record.systems[name], _cut(row.prediction), *marked(row.scores.get(metric or ""), metric))
+            Answer(name, titles[name], _cut(row.prediction), *marked(row.scores.get(metric or ""), metric))
             for name, row in rows.items()
         ]
         references = [_cut(text) for text in next(iter(rows.values())).references]
-        prompt = _cut(prompts[place], PROMPT_CHARACTERS_SHOWN) if prompts else None
-        shown.append(Example(place + 1, ids[place], prompt, references, answers))
-    says = marked(0.0, metric)[0] is not None
-    return Examples(shown, len(ids), metric and METRIC_NAMES.get(metric, metric), says)
+        prompt = _cut(run.prompts[place], PROMPT_CHARACTERS_SHOWN)
+        shown.append(Question(place + 1, ids[place], prompt, references, answers))
+    name = METRIC_NAMES.get(metric, metric) if metric else None
+    return Examples(shown, len(ids), name, marked(0.0, metric)[0] is not None)
 
 
-def label_notes(record: RunRecord, system: str) -> list[str]:
-    """Of a classification, what the same label for every test row is worth, and how often a system answers each label."""
-    guess = best_guess(record, system)
+def label_note(run: Run) -> list[str]:
+    """Of a classification, what the same label for every test row is worth, and how often each label is answered."""
+    guess, system = best_guess(run), run.metrics.handed_over
     if guess is None:
         return []
-    most, share = guess
-    answered = Counter(row.prediction for row in record.predictions[system])
-    listing = listed([f"{label} {answered[label]}" for label in record.data.report["labels"]])
+    label, share = guess
+    answered = Counter(row.prediction for row in run.predictions[system])
+    counts = listed([f"{name} {answered[name]}" for name in run.data.report["labels"]])
     return [
-        f"To answer {most}, the most frequent label of the training rows, always has accuracy {share:.1f} on the test. "
-        f"What is handed over answers: {listing}."
+        f"To answer {label}, the most frequent label of the training rows, always has accuracy {share:.1f} on the test. "
+        f"What is handed over answers: {counts}."
     ]
 
 
-def best_guess(record: RunRecord, system: str) -> tuple[str, float] | None:
+def best_guess(run: Run) -> tuple[str, float] | None:
     """Of a classification, the most frequent label of the training rows, and the accuracy in percent of answering it always."""
-    counts: dict[str, dict[str, int]] = record.data.report.get("labels") or {}
-    rows = record.predictions.get(system)
+    counts: dict[str, dict[str, int]] = run.data.report.get("labels") or {}
+    rows = run.predictions[run.metrics.handed_over]
     if not counts or not rows:
         return None
-    most = max(counts, key=lambda label: counts[label].get("train", 0))
-    return most, 100 * sum(most in row.references for row in rows) / len(rows)
+    label = max(counts, key=lambda name: counts[name].get("train", 0))
+    return label, 100 * sum(label in row.references for row in rows) / len(rows)
 
 
 def leading_metric(rows: Sequence[Prediction]) -> str | None:

@@ -1,27 +1,33 @@
-"""From a run folder to what a person reads: report.html and report.md.
+"""From a run or a comparison in memory to what a person reads: report.html, report.md, compare.md and a table in the terminal.
 
-`view_of` turns the record of a run into texts and tables that these and the model card share. Nothing is computed here that
-another stage should have computed, and nothing that was not measured is shown as a number.
+`view_of` turns a run into texts and tables that both reports and the model card share. Nothing is computed here that a step
+should have computed, and nothing that was not measured is shown as a number.
 """
 
 import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from grasp_lora.bench.run_folder import DISCARDED, REPORT_FILE, REPORT_TABLES_FILE
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from grasp_lora.data.settings import CorpusSettings
 from grasp_lora.data.splits import SPLITS
-from grasp_lora.errors import DataError
-from grasp_lora.method.policy import POLICIES
+from grasp_lora.engine.comparison import Comparison
+from grasp_lora.engine.methods import METHODS
+from grasp_lora.engine.results import TEST_LOSS
+from grasp_lora.engine.run_folder import COMPARE_FOLDER, DISCARDED, REPORT_FILE, REPORT_TABLES_FILE, Run
+from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.report.delivered import (
-    NOTHING_LEARNED,
-    chosen,
     command_for_texts,
-    delivered_system,
+    headline,
+    is_chosen,
     predict_command,
     reason,
     trained_again,
@@ -29,23 +35,25 @@ from grasp_lora.report.delivered import (
     warning_of,
     where_trained,
 )
-from grasp_lora.report.differences import Difference, compare_grasp, compare_handed_over
-from grasp_lora.report.examples import examples_of, label_notes
-from grasp_lora.report.figures import figures_of, plotly_js, script_json
-from grasp_lora.report.run_record import CorpusFacts, RunRecord, read_run
+from grasp_lora.report.examples import examples_of, label_note
+from grasp_lora.report.figures import comparison_figure, figures_of, plotly_js, script_json
 from grasp_lora.report.tables import (
     METRIC_NAMES,
+    compare_grasp,
+    compare_handed_over,
+    comparison_cost,
+    comparison_scores,
+    comparison_verdicts,
     cost_table,
-    curve_table,
+    incomparable_seconds,
+    interval_widths,
     losses_table,
     percent,
     probe_note,
-    rounds_table,
     scale_note,
     score_notes,
     scores_table,
     sparsity_note,
-    sparsity_table,
 )
 from grasp_lora.storage.files import write_whole
 from grasp_lora.text.display import escaped, one_line
@@ -68,154 +76,98 @@ COVERED = {  # by the interval of each rule
     "surrogate": "the choice of probed examples and what the surface leaves open between probes, not how smooth it is",
 }
 PAPER = "https://arxiv.org/abs/2601.06702"
+COMPARISON_TABLES_FILE = "compare.md"
+FULL_WIDTH = 180  # of a table that does not go to a terminal
 
 
-def write_report(run_folder: Path) -> Path:
-    """Write report.html and report.md into a run folder, from whatever its stages have written so far.
-
-    Args:
-        run_folder: folder of a finished or half-finished run.
+def write_report(run: Run, folder: Path) -> Path:
+    """Write report.html and report.md into the folder of a run.
 
     Returns:
         The path of report.html: one file that needs no network.
-
-    Raises:
-        RecipeError: this is no run folder, or a file in it is damaged.
     """
-    record = read_run(run_folder)
-    view = view_of(record)
-    page = {"figures": figures_of(record), "plotly_js": plotly_js(), "nonce": secrets.token_urlsafe(16)}
-    html = render("report.html.j2", view | page)
-    write_whole(run_folder / REPORT_TABLES_FILE, render("report.md.j2", view))
-    path = run_folder / REPORT_FILE
-    write_whole(path, html)
-    logger.info("Wrote %s", path)
-    return path
+    view = view_of(run, folder)
+    write_whole(folder / REPORT_TABLES_FILE, render("report.md.j2", view))
+    write_whole(folder / REPORT_FILE, _page("report.html.j2", view, figures_of(run)))
+    logger.info("Wrote %s", folder / REPORT_FILE)
+    return folder / REPORT_FILE
 
 
-def view_of(record: RunRecord) -> dict[str, Any]:
-    """Everything that both reports and the model card print, as texts and tables."""
-    learned, given = record.learned, record.given_ratio is not None
-    handed_over = record.metrics.delivered if record.metrics else None
-    signatures = record.metrics.signatures if record.metrics else {}
-    against, delivered = compare_grasp(record), chosen(record)
+def write_comparison(folder: Path, comparison: Comparison) -> Path:
+    """Write compare.md and report.html into the folder of a comparison; return the path of the latter."""
+    view = _view_of_comparison(comparison)
+    figures = {"grid": comparison_figure(comparison)} if comparison.curve else {}
+    write_whole(folder / COMPARISON_TABLES_FILE, render("comparison.md.j2", view))
+    write_whole(folder / REPORT_FILE, _page("comparison.html.j2", view, figures))
+    return folder / REPORT_FILE
+
+
+# A run
+
+
+def view_of(run: Run, folder: Path) -> dict[str, Any]:
+    """Everything that both reports and the model card print, as texts and tables; paths of the recipe as seen from a folder."""
+    metrics, estimate, against, chosen = run.metrics, run.estimate, compare_grasp(run), is_chosen(run)
     return {
         "version": version("grasp-lora"),
         "paper": PAPER,
-        "run": record.run,
-        "name": record.run.name,
-        "verdict": verdict(delivered, record.metrics) if delivered and record.metrics else None,
-        "delivered": delivered,
-        "taken": handed_over,
-        "why_delivered": reason(delivered, record.metrics) if delivered and record.metrics else None,
-        "apart": delivered_system(record) != "grasp",  # so that GRASP's result is another adapter
-        "system": delivered_system(record),
-        "all_rows": trained_again(record.metrics) if record.metrics else None,
-        "target_on": where_trained(record.chosen_on, len(record.sources)) if record.chosen_on else None,
-        "warning": warning_of(record),
-        "predict": predict_command(),
-        "predict_texts": command_for_texts(record),
-        "has_prompt": not record.in_chat,
-        "headline": headline(record, against),
-        "facts": _facts(record),
-        "missing": record.missing,
-        "ratio": None if record.prune_ratio is None else percent(record.prune_ratio, 1),
-        "given": given,
-        "start": _start(record),
-        "regime": _regime(record),
-        "probed_on": _probed_on(record),
-        "interval": [percent(bound, 1) for bound in (learned.low, learned.high)] if learned and not given else None,
-        "confidence": percent(learned.confidence) if learned else None,
-        "interval_note": _interval_note(record),
-        "nothing_learned": learned is not None and learned.estimate.nothing_learned,
-        "language": record.recipe.data.target.language.replace("_", "-"),  # as HTML has it
-        "languages": languages_of(record.recipe.data.corpora),
-        "sizes": sizes_of(record),
-        "scores": scores_table(record),
-        "signatures": {METRIC_NAMES.get(key, key): text for key, text in signatures.items()},
-        "scale": scale_note(signatures),
-        "notes": [
-            *label_notes(record, delivered_system(record)),
-            *score_notes(record, against, compare_handed_over(record)),
-        ],
-        "rule": learned.rule if learned and not given else None,
-        "curve": curve_table(record),
-        "rounds": rounds_table(record),
-        "losses": losses_table(record),
-        "sparsity": sparsity_table(record),
-        "sparsity_note": sparsity_note(record),
-        "cost": cost_table(record),
-        "probe_note": probe_note(record),
-        "examples": examples_of(record),
-        "untested": record.metrics is not None and not record.metrics.test_examples,
-        "recipe": "\n".join(escaped(line) for line in record.recipe_text.split("\n")),
+        "info": run.info,
+        "name": run.info.name,
+        "verdict": verdict(run) if chosen else None,
+        "why_delivered": reason(run) if chosen else None,
+        "apart": metrics.handed_over != "grasp",  # so that GRASP's result is another adapter
+        "system": metrics.handed_over,
+        "all_rows": trained_again(run),
+        "target_on": where_trained(metrics.target_on, len(run.recipe.source.adapters)) if metrics.target_on else None,
+        "warning": warning_of(run),
+        "headline": headline(run, against),
+        "predict": 'grasp-lora predict adapter "..."' if run.data.report["chat_template"] else predict_command(),
+        "predict_texts": command_for_texts(run),
+        "facts": _facts(run),
+        "ratio": percent(metrics.prune_ratio, 1),
+        "learned": run.learned is not None,
+        "discarded": DISCARDED if metrics.best_step == 0 else None,
+        "rule": estimate.rule,
+        "rounds": len(run.learned.result.rounds) if run.learned else 0,
+        "each_step": run.recipe.controller.policy.regime == "each_step",
+        "fitted": bool(estimate.curve),
+        "probed_on": _probed_on(run),
+        "interval": [percent(bound, 1) for bound in (estimate.low, estimate.high)],
+        "confidence": percent(estimate.confidence),
+        "interval_note": _interval_note(run),
+        "nothing_learned": estimate.nothing_learned,
+        "language": run.recipe.data.target.language.replace("_", "-"),  # as HTML has it
+        "scores": scores_table(run),
+        "signatures": {METRIC_NAMES.get(key, key): text for key, text in metrics.signatures.items()},
+        "scale": scale_note(metrics.signatures),
+        "notes": [*label_note(run), *score_notes(run, against, compare_handed_over(run))],
+        "examples": examples_of(run) if metrics.test_examples else None,
+        "losses": losses_table(run),
+        "sparsity_note": sparsity_note(run),
+        "cost": cost_table(run),
+        "probe_note": probe_note(run),
+        "recipe": "\n".join(escaped(line) for line in run.recipe.to_yaml(folder).split("\n")),
     }
 
 
-def _regime(record: RunRecord) -> str:
-    """How the controller trained between its rounds: at one ratio, or each step at one of its own."""
-    kind = record.recipe.controller.policy.kind
-    return POLICIES[kind].regime if kind in POLICIES else "held"
-
-
-def _probed_on(record: RunRecord) -> str:
+def _probed_on(run: Run) -> str:
     """Which examples the rounds measured, as the end of a sentence."""
-    names = {"dev": "dev set", "both": "micro-dev and the dev set"}
-    found = names.get(record.recipe.controller.rounds.pool, "micro-dev set")
-    if record.in_turn:
-        return f"on the {found}, other examples in each round"
-    few = {len(measured.places) for measured in record.rounds if measured.places}
-    return f"on the {found}, of candidates on {few.pop()} of its examples in turn" if few else f"on the {found}"
+    rounds = run.recipe.controller.rounds
+    pool = {"dev": "dev set", "both": "micro-dev and the dev set"}.get(rounds.pool, "micro-dev set")
+    few = {len(row["places"]) for row in run.learned.result.rounds if row["places"]} if run.learned else set()
+    if few:
+        return f"on the {pool}, of candidates on {few.pop()} of its examples in turn"
+    in_turn = rounds.turn(sum(len(run.data.ids[split]) for split in rounds.splits)) is not None
+    return f"on the {pool}" + (", other examples in each round" if in_turn else "")
 
 
-def _beside(record: RunRecord) -> dict[str, str]:
-    """What the headline may name beside GRASP's result: of these the first one that was measured."""
-    usual = {"continued": "the source adapter continued"}
-    if chosen(record):  # where no step of that lowered the dev loss, the usual practice leaves the source adapter
-        usual["source"] = "the source adapter as it is"
-    if record.target_on is None:
-        return usual | {"target": "the target adapter alone"}
-    return usual | {"merged": "the target adapter on the source adapter"}
-
-
-def headline(record: RunRecord, compared: Mapping[str, Difference]) -> str:
-    """What was learned about the ratio, and what GRASP's result scores beside another system of those compared with it."""
-    learned = record.learned
-    prune = "It prunes" if chosen(record) else "Prune"  # the verdict is what says what to do
-    if record.given_ratio is not None:
-        sentences = [f"{prune} {percent(record.given_ratio)} of the merged adapter (given, not learned)."]
-    elif learned is not None:
-        span = f"{100 * learned.low:.0f} to {100 * learned.high:.0f} %".replace(" ", "\u00a0")
-        interval = f"{percent(learned.confidence)} interval {span}"
-        ratio = percent(learned.prune_ratio)
-        sentences = [f"{prune} {ratio} of the merged adapter ({interval})."]
-        if learned.estimate.nothing_learned:
-            sentences = [f"Nothing was learned about the prune ratio ({interval}); {ratio} was taken."]
-    else:
-        sentences = ["No prune ratio has been learned yet."]
-    if record.metrics and record.metrics.delivered and record.metrics.delivered.nothing_learned:
-        sentences = [] if chosen(record) else [NOTHING_LEARNED]  # which the verdict begins with
-    found = [(compared[name], title) for name, title in _beside(record).items() if name in compared]
-    if found:
-        against, title = found[0]
-        sentences.append(
-            f"Test {against.metric} {against.ours:.{against.digits}f} against {against.theirs:.{against.digits}f} for {title}"
-            + (f": {against.score.verdict}." if against.score else ".")
-        )
-    elif record.metrics is None:
-        sentences.append("The result has not been evaluated yet.")
-    return " ".join(sentences)
-
-
-def _interval_note(record: RunRecord) -> str:
+def _interval_note(run: Run) -> str:
     """What the interval of a learned ratio covers, and whether it is wide."""
-    learned = record.learned
-    if learned is None:
-        return ""
-    note = f"The interval covers {COVERED.get(learned.rule, COVERED['smooth_fit'])}."
-    if learned.estimate.nothing_learned:
+    estimate = run.estimate
+    note = f"The interval covers {COVERED.get(estimate.rule, COVERED['smooth_fit'])}."
+    if estimate.nothing_learned:
         note = f"Nothing was learned about the ratio: the interval leaves most of the searched range open. {note}"
-    if learned.estimate.wide:
+    if estimate.wide:
         note += (
             " It is wide: these probes do not settle the ratio. More probed examples or more rounds narrow it, and"
             " runs with other seeds show how much the result depends on it."
@@ -223,49 +175,34 @@ def _interval_note(record: RunRecord) -> str:
     return note
 
 
-def _facts(record: RunRecord) -> list[tuple[str, str]]:
+def _facts(run: Run) -> list[tuple[str, str]]:
     """What was run, as pairs of label and text."""
-    run = record.run
-    versions = [f"grasp-lora {run.grasp_lora}", *(f"{name} {number}" for name, number in run.libraries.items())]
+    info, data = run.info, run.recipe.data
+    versions = [f"grasp-lora {info.grasp_lora}", *(f"{name} {number}" for name, number in info.libraries.items())]
     facts = [
-        ("Backbone", public_name(run.backbone.name) + (f", quantised as {run.quantise}" if run.quantise else "")),
-        ("Given adapters", ", ".join(f"{one.name} (sha256:{one.sha256[:12]})" for one in run.parents)),
-        ("Languages", languages_of(record.recipe.data.corpora)),
-        ("Examples", sizes_of(record)),
-        ("Final run starts from", _start(record)),
-        ("Seed", str(run.seed)),
-        ("Date", run.created[:16].replace("T", " ") + " UTC"),
+        ("Backbone", public_name(info.backbone.name) + (f", quantised as {info.quantise}" if info.quantise else "")),
+        ("Given adapters", ", ".join(f"{adapter.name} (sha256:{adapter.sha256[:12]})" for adapter in info.parents)),
+        ("Languages", languages_of([data.source, data.target] if data.source else [data.target])),
+        ("Examples", sizes_of(run)),
+        ("Final run", DISCARDED if run.metrics.best_step == 0 else ""),
+        ("Seed", str(info.seed)),
+        ("Date", info.created[:16].replace("T", " ") + " UTC"),
         ("Versions", ", ".join(versions)),
-        ("Recipe", f"{run.name}, {run.recipe_hash[:19]}"),
+        ("Recipe", f"{info.name}, {info.recipe_hash}"),
     ]
     return [(label, text) for label, text in facts if text]
 
 
-def _start(record: RunRecord) -> str:
-    """What the final run began with."""
-    start = "a fresh merge"
-    return f"{start}; {DISCARDED}" if record.metrics and record.metrics.best_step == 0 else start
-
-
-def sizes_of(record: RunRecord, splits: Sequence[str] = SPLITS) -> str:
+def sizes_of(run: Run, splits: Sequence[str] = SPLITS) -> str:
     """Examples per split."""
-    sizes = {split: len(record.data.ids.get(split, ())) for split in splits}
-    names = {split: split.replace("_", " " if split.startswith("source") else "-") for split in SPLITS}
-    return ", ".join(f"{names[split]} {size}" for split, size in sizes.items() if size)
+    names = {split: split.replace("_", " " if split.startswith("source") else "-") for split in splits}
+    return ", ".join(f"{names[split]} {len(run.data.ids[split])}" for split in splits if run.data.ids[split])
 
 
-def languages_of(corpora: Sequence[CorpusFacts]) -> str:
+def languages_of(corpora: Sequence[CorpusSettings]) -> str:
     """The languages of data, as words."""
-    codes = [corpus.language for corpus in corpora]
-    return " to ".join(LANGUAGES.get(short_code(code), code) for code in codes if code)
-
-
-def short_code(language: str) -> str:
-    """A language without region and script; as it stands where it is no code, as in a damaged folder."""
-    try:
-        return language_code(language)
-    except DataError:
-        return language
+    codes = [language_code(corpus.language) for corpus in corpora]
+    return " to ".join(LANGUAGES.get(code, code) for code in codes)
 
 
 def public_name(name: str) -> str:
@@ -279,9 +216,124 @@ def public_name(name: str) -> str:
     return re.sub(r"[^\w.-]", "-", last_part(name)) or "unnamed"
 
 
+# A comparison
+
+
+def wide(console: Console) -> Console:
+    """The console to print a table on. Without a terminal rich would take 80 columns."""
+    if console.is_terminal:
+        return console
+    return Console(file=console.file, width=FULL_WIDTH, quiet=console.quiet, emoji=False)
+
+
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print the table of a comparison."""
+    table, printed = comparison_scores(comparison), RichTable()
+    for column in table.columns:
+        printed.add_column(column, overflow="fold")  # a narrow terminal cuts no word off
+    for row in table.rows:
+        # A row that is short, since its text goes over several columns, is filled up.
+        printed.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
+    wide(console).print(printed)
+    for line in _choices(comparison):
+        console.print(line, markup=False, soft_wrap=True)
+    for warning in comparison.warnings:
+        console.print(f"WARNING: {warning}", style="bold red", markup=False, soft_wrap=True)
+
+
+def command_of(comparison: Comparison) -> str:
+    """The command that makes the comparison in the folder of the experiment; with its store there it only writes it anew."""
+    settings = comparison.settings
+    words = ["grasp-lora", "compare", f"{COMPARE_FOLDER}/{RECIPE_FILE}"]
+    if set(settings.methods) != set(METHODS):
+        words += ["--methods", ",".join(settings.methods)]
+    words += ["--seeds", ",".join(map(str, settings.seeds)), "--grid", ",".join(map(str, settings.grid))]
+    words += ["--reference", settings.reference, *(["--folds", str(settings.folds)] if settings.folds else [])]
+    return " ".join([*words, "--output", "."])
+
+
+def _view_of_comparison(comparison: Comparison) -> dict[str, Any]:
+    intervals = [interval for row in comparison.rows for interval in row.against.values()]
+    return {
+        "version": version("grasp-lora"),
+        "paper": PAPER,
+        "name": comparison.name,
+        "content": comparison,
+        "reference": comparison.reference_title,
+        "choices": _choices(comparison),
+        "scores": comparison_scores(comparison),
+        "cost": comparison_cost(comparison),
+        "verdicts": comparison_verdicts(comparison),
+        "sizes": _sizes(comparison),
+        "drawn": _drawn(comparison),
+        "widths": interval_widths(comparison),
+        "planned": [row.title for row in comparison.finished if any(each.verdict for each in row.against.values())],
+        "confidence": f"{intervals[0].confidence:.0%}" if intervals else "95%",
+        "incomparable_seconds": incomparable_seconds(comparison),
+        "scale": scale_note(metric for metric in comparison.metrics if metric != TEST_LOSS),
+        "stopping": _stopping(comparison),
+        "marked": comparison.learned.title if comparison.learned else None,
+        "command": command_of(comparison),
+    }
+
+
+def _choices(comparison: Comparison) -> list[str]:
+    """What choices among merges and adapters took, by seed or fold, a line each."""
+    by = comparison.runs[:-1]
+    merge = [f"the merge that rows rest on, by {by}: {comparison.merge}"] if comparison.merge else []
+    return merge + [f"{row.title}, by {by}: {row.taken}" for row in comparison.finished if row.taken]
+
+
+def _stopping(comparison: Comparison) -> str:
+    """What final runs use the dev set for, in a sentence."""
+    if not comparison.dev_examples:
+        return "There is no dev set: final runs train to their end."
+    stopping = "stop early on the dev set" if comparison.stops_early else "train to their end"
+    if comparison.keeps_best:
+        return f"Final runs {stopping} and keep the adapter with the lowest dev loss."
+    return f"Final runs {stopping}." if comparison.stops_early else f"Final runs {stopping} and keep the last adapter."
+
+
+def _sizes(comparison: Comparison) -> str:
+    """How many examples there are, in a cross-validation of each fold."""
+    held_out = f"{comparison.dev_examples} dev and {comparison.micro_dev_examples} micro-dev"
+    if not comparison.folds:
+        return f"{comparison.test_examples} test, {held_out}"
+    counts = {name: sorted({getattr(fold, name) for fold in comparison.folds}) for name in ("test", "train")}
+    test, train = (f"{sizes[0]}" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]}" for sizes in counts.values())
+    return (
+        f"{len(comparison.folds)} of {comparison.settings.folds} folds: {comparison.test_examples} tested once each; in a fold "
+        f"{test} test, {held_out}, {train} train"
+    )
+
+
+def _drawn(comparison: Comparison) -> str:
+    """What the intervals come from, and what they do not say."""
+    groups = f", drawn in their {comparison.test_groups} groups" if comparison.test_groups else ""
+    ends = "widened as Student's for few examples. They say what other test examples of this kind would show, not what"
+    if comparison.folds:
+        return (
+            f"Paired bootstrap over the {comparison.test_examples} examples of all folds together{groups}, each tested once, in "
+            f"{comparison.resamples} resamples, {ends} other training examples would, since the folds train on one another's. "
+            "A difference is that of the scores of all examples together, not the mean over the folds."
+        )
+    return (
+        f"Paired bootstrap over the {comparison.test_examples} test examples{groups}, the mean over the seeds in each of "
+        f"{comparison.resamples} resamples, {ends} other seeds or another split would."
+    )
+
+
+# Templates
+
+
 def render(template: str, context: dict[str, Any]) -> str:
     """Fill a template of this package; HTML is escaped."""
     return _templates().get_template(template).render(context)  # type: ignore[no-any-return]
+
+
+def _page(template: str, view: dict[str, Any], figures: dict[str, Any]) -> str:
+    """A page with its figures; a viewer runs the scripts of this one alone, as the nonce says."""
+    return render(template, view | {"figures": figures, "plotly_js": plotly_js(), "nonce": secrets.token_urlsafe(16)})
 
 
 @cache

@@ -1,27 +1,43 @@
-"""The tables of a run's report, and what has to be said beside them."""
+"""The tables of a run and of a comparison, and the sentences beside them.
+
+A table here is plain text in cells, so that a page, a Markdown file and a terminal show the same numbers:
+
+    Table("Time per step", ["Step", "Seconds"], [[Cell("source"), Cell("7.1")], [Cell("controller", best=True), Cell("0.7")]])
+
+Beside the scores stand the paired intervals of `evaluation.statistics`: a difference of two means says little without one.
+"""
 
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import fmean
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-from grasp_lora.bench.run_folder import ALL_ROWS, TRAINED, FactorSparsity
+from grasp_lora.engine.comparison import (
+    Comparison,
+    Cost,
+    Row,
+    Spread,
+    expected_width,
+    planned_against,
+    saves_over_confidence,
+)
+from grasp_lora.engine.results import TEST_LOSS, Prediction, main_metric
+from grasp_lora.engine.run_folder import ALL_ROWS, TRAINED, Run
+from grasp_lora.engine.steps import names_of
 from grasp_lora.evaluation.metrics import METRICS
-from grasp_lora.report.run_record import RunRecord
+from grasp_lora.evaluation.statistics import PairedComparison, compare_with_baselines
 
-if TYPE_CHECKING:
-    from grasp_lora.evaluation.statistics import PairedComparison
-    from grasp_lora.report.differences import Difference
-
-SAME_EVERYWHERE = "the same in every draw"  # and so no interval says what other examples would show
 METRIC_NAMES = {
     "accuracy": "Accuracy", "macro_f1": "Macro-F1", "chrf++": "chrF++",
     "f1": "F1", "exact_match": "Exact match", "bertscore": "BERTScore", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2", "bleu": "BLEU", "rougeL_xlsum": "ROUGE-L (XL-Sum)", "similarity": "Similarity",
 }  # fmt: skip
-POLICY_COLUMN = 5  # of the rounds
 BELOW_ZERO = ("similarity", "bertscore")  # the metrics whose scores may be
+SAME_EVERYWHERE = "the same in every draw"  # and so no interval says what other examples would show
+CHOSEN_ON = {None: "–", "dev": "dev", "micro_dev": "micro-dev", "both": "micro-dev and dev"}
+GRIDS = ("grid", "grid_paper")  # the first of them that was run is what speed-ups refer to
+STEADY = 1.5  # seconds per forward pass of the final runs that may differ this many times before speed-ups in seconds mislead
 
 
 class Cell(NamedTuple):
@@ -47,6 +63,9 @@ class Table(NamedTuple):
     rows: list[list[Cell]]
 
 
+# Numbers as texts
+
+
 def score_digits(metric: str, values: Iterable[float | None], usual: int) -> int:
     """Return how many decimals show a score: two more for a user's own metric that runs to 1, not to 100.
 
@@ -62,8 +81,9 @@ def scale_note(metrics: Iterable[str]) -> str:
     names = list(metrics)
     below = " and ".join(METRIC_NAMES[name] for name in names if name in BELOW_ZERO)
     note = "scores run from 0 to 100" + (f", {below} below 0, too" if below else "")
-    own = any(name not in METRIC_NAMES for name in names)
-    return note + (", those of your own metrics as you define them" if own else "")
+    return note + (
+        ", those of your own metrics as you define them" if any(name not in METRIC_NAMES for name in names) else ""
+    )
 
 
 def percent(fraction: float, digits: int = 0) -> str:
@@ -78,8 +98,8 @@ def percent(fraction: float, digits: int = 0) -> str:
 def duration(seconds: float) -> str:
     """Print seconds the way one says them.
 
-    >>> duration(7.25), duration(125), duration(4000)
-    ('7.2 s', '2 min 5 s', '1 h 7 min')
+    >>> duration(7.25), duration(125), duration(4000), duration(59.96)
+    ('7.2 s', '2 min 5 s', '1 h 7 min', '1 min 0 s')
     """
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
@@ -98,35 +118,43 @@ def _signed(value: float, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "\u2212")
 
 
-def _table(caption: str, columns: Sequence[str], rows: Iterable[Iterable[str | Cell]]) -> Table | None:
-    """A table, or None where it would have no rows."""
-    cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in rows]
-    return Table(caption, columns, cells) if cells else None
+# A run
 
 
-def scores_table(record: RunRecord) -> Table | None:
-    """Losses and scores of every system; None before the evaluation."""
-    metrics = record.metrics
-    if metrics is None:
-        return None
-    used = {key for system in metrics.systems.values() for key in system.metrics}
+def titles_of(run: Run) -> dict[str, str]:
+    """What each system is called: its name in files -> its title."""
+    sources = names_of(len(run.recipe.source.adapters))
+    numbered = (f"Source {number} only" if len(sources) > 1 else "Source only" for number, _ in enumerate(sources, 1))
+    return {
+        "zero_shot": "Backbone alone",
+        **dict(zip(sources, numbered, strict=True)),
+        "target": "Target only",
+        "merged": "Merged, not pruned" if run.target_alone else "Target on source, not pruned",
+        "continued": "Source, continued",
+        "grasp": "GRASP",
+        ALL_ROWS: "The chosen one, on all rows",
+    }
+
+
+def scores_table(run: Run) -> Table:
+    """Losses and scores of every system; the row of what is handed over is marked."""
+    titles, systems = titles_of(run), run.metrics.systems
+    used = {key for system in systems.values() for key in system.metrics}
     keys = [key for key in METRIC_NAMES if key in used] + sorted(used - METRIC_NAMES.keys())
-    scores = {name: metrics.systems[name] for name in record.systems if name in metrics.systems}
-    delivered = metrics.handed_over if metrics.delivered else None
-    of_grasp = {"grasp", *([ALL_ROWS] if metrics.delivered and metrics.delivered.name == "grasp" else [])}
-    pruned = "–" if record.prune_ratio is None else percent(record.prune_ratio, 1)
-    if record.sparsity:
-        pruned = percent(1 - kept_share(record.sparsity), 1)
+    pruned = {"grasp", *([ALL_ROWS] if run.metrics.delivered.name == "grasp" else [])}
+    share = 1 - kept_share(run.sparsity)
     columns: list[list[Cell]] = [
-        [Cell(record.systems[name], name == delivered) for name in scores],
-        _column([score.test_loss for score in scores.values()], 3, min),
-        _column([score.dev_loss for score in scores.values()], 3, min),
-        *(_scores_column(key, [score.metrics.get(key) for score in scores.values()]) for key in keys),
-        [Cell(pruned if name in of_grasp else percent(0)) for name in scores],
+        [Cell(titles[name], name == run.metrics.handed_over) for name in systems],
+        _column([score.test_loss for score in systems.values()], 3, min),
+        _column([score.dev_loss for score in systems.values()], 3, min),
     ]
+    for key in keys:
+        values = [score.metrics.get(key) for score in systems.values()]
+        columns.append(_column(values, score_digits(key, values, 1), max, "unavailable"))
+    columns.append([Cell(percent(share, 1) if name in pruned else percent(0)) for name in systems])
     names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
     heads = ["System", "Test loss\u00a0↓", "Dev loss\u00a0↓", *names, "Pruned"]
-    return _table("Scores on the test set", heads, zip(*columns, strict=True))
+    return Table("Scores on the test set", heads, [list(row) for row in zip(*columns, strict=True)])
 
 
 def _column(
@@ -139,194 +167,384 @@ def _column(
     return [Cell(text, text == best) for text in texts]
 
 
-def _scores_column(key: str, values: Sequence[float | None]) -> list[Cell]:
-    return _column(values, score_digits(key, values, 1), max, "unavailable")
+@dataclass(frozen=True)
+class Difference:
+    """One system against another on the same test rows.
+
+    Args:
+        metric: the leading one.
+        ours, theirs: its scores.
+        score: how sure their difference is; None where there are no finite values by row.
+        loss: the same of the test losses.
+    """
+
+    metric: str
+    ours: float
+    theirs: float
+    score: PairedComparison | None
+    loss: PairedComparison | None
+
+    @property
+    def name(self) -> str:
+        """The metric, as it is printed."""
+        return METRIC_NAMES.get(self.metric, self.metric)
+
+    @property
+    def digits(self) -> int:
+        """Decimals that show its scores."""
+        return score_digits(self.metric, [self.ours, self.theirs], 1)
 
 
-def score_notes(
-    record: RunRecord, against: Mapping[str, "Difference"], handed_over: Mapping[str, "Difference"]
-) -> list[str]:
+def compare_grasp(run: Run) -> dict[str, Difference]:
+    """GRASP's result against every other adapter."""
+    sources = names_of(len(run.recipe.source.adapters))
+    return _differences(run, "grasp", ("continued", "merged", "target", *sources))
+
+
+def compare_handed_over(run: Run) -> dict[str, Difference]:
+    """What is handed over against what there was before it; none where that is GRASP's result itself."""
+    ours = run.metrics.handed_over
+    before = dict.fromkeys(("zero_shot", *names_of(len(run.recipe.source.adapters)), run.metrics.delivered.name))
+    return {} if ours == "grasp" else _differences(run, ours, [name for name in before if name != ours])
+
+
+def _differences(run: Run, ours: str, rivals: Sequence[str]) -> dict[str, Difference]:
+    """One system against others by the leading metric; the intervals hold for all of them together."""
+    names = [ours, *(name for name in rivals if name in run.metrics.systems)]
+    scores = {name: run.metrics.systems[name].metrics for name in names}
+    finite = [key for key in scores[ours] if all(_is_number(scores[name].get(key)) for name in names)]
+    if not finite or len(names) < 2:
+        return {}
+    metric = main_metric(finite)
+    corpus_score = METRICS[metric].from_statistics if metric in METRICS else None
+
+    def values_of(row: Prediction) -> Sequence[float]:
+        return row.statistics.get(metric, ()) if corpus_score else (row.scores.get(metric, math.nan),)
+
+    sure = _paired(run, names, values_of, corpus_score)
+    losses = _paired(run, names, lambda row: (row.loss,), higher_is_better=False)
+    values = {name: float(scores[name][metric] or 0.0) for name in names}
+    return {
+        name: Difference(metric, values[ours], values[name], sure.get(name), losses.get(name)) for name in names[1:]
+    }
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _paired(
+    run: Run,
+    names: Sequence[str],
+    values_of: Callable[[Prediction], Sequence[float]],
+    corpus_score: Callable[[Any], Any] | None = None,
+    *,
+    higher_is_better: bool = True,
+) -> dict[str, PairedComparison]:
+    """Compare the first of some systems with each other one, where every row of both has finite values."""
+    values = {name: [list(values_of(row)) for row in run.predictions[name]] for name in names}
+    usable = {
+        name: rows for name, rows in values.items() if rows and all(row and all(map(_is_number, row)) for row in rows)
+    }
+    if names[0] not in usable or len(usable[names[0]]) < 2:
+        return {}
+    runs: dict[str, Any] = usable if corpus_score else {name: [row[0] for row in rows] for name, rows in usable.items()}
+    return compare_with_baselines(
+        runs.pop(names[0]),
+        runs,
+        groups=run.data.test_groups,
+        corpus_score=corpus_score,
+        higher_is_better=higher_is_better,
+    )
+
+
+def score_notes(run: Run, against: Mapping[str, Difference], handed_over: Mapping[str, Difference]) -> list[str]:
     """How much of the table is noise, and what separates what is handed over, and GRASP, from other systems."""
-    if record.metrics is None or not (count := record.metrics.test_examples):
+    count, titles = run.metrics.test_examples, titles_of(run)
+    if not count:
         return []
-    worth = f": one example is worth {100 / count:.2f} points of a score that is a mean over examples and runs from 0 to 100"
-    names = {name for system in record.metrics.systems.values() for name in system.metrics}
+    names = {name for system in run.metrics.systems.values() for name in system.metrics}
     has_mean = any(name not in METRICS or METRICS[name].from_statistics is None for name in names)
+    worth = f": one example is worth {100 / count:.2f} points of a score that is a mean over examples and runs from 0 to 100"
     notes = [f"The test set has {count} example{'' if count == 1 else 's'}{worth if has_mean else ''}."]
     for ours, differences in (("What is handed over", handed_over), ("GRASP", against)):
-        for other, found in differences.items():
-            gap = (
-                f"{found.metric} {_signed(found.ours - found.theirs, found.digits)}{' points' if found.points else ''}"
-            )
-            gap += _sure(found.score, found.digits)
-            if found.loss is not None:
-                gap += f"; test loss {_signed(found.loss.difference, 3)}{_sure(found.loss, 3)}"
-            notes.append(f"{ours} against {record.systems[other].lower()}: {gap}.")
-    both = [
-        [one for found in some.values() for one in (found.score, found.loss) if one] for some in (handed_over, against)
+        for name, difference in differences.items():
+            points = " points" if difference.metric in METRIC_NAMES else ""
+            gap = f"{difference.name} {_signed(difference.ours - difference.theirs, difference.digits)}{points}"
+            gap += _sure(difference.score, difference.digits)
+            if difference.loss is not None:
+                gap += f"; test loss {_signed(difference.loss.difference, 3)}{_sure(difference.loss, 3)}"
+            notes.append(f"{ours} against {titles[name].lower()}: {gap}.")
+    intervals = [
+        next(filter(None, (interval for each in group.values() for interval in (each.score, each.loss))), None)
+        for group in (handed_over, against)
     ]
-    shown = [some[0] for some in both if some]
+    shown = [interval for interval in intervals if interval]
     if shown:
-        groups = len(set(record.data.test_groups))
-        over = f"examples in their {groups} groups" if 0 < groups < count else "examples"
-        together = " and for all ".join(f"{one.comparisons} rows together" for one in shown if one.comparisons > 1)
+        groups = len(set(run.data.test_groups))
+        over = f"examples in their {groups} groups" if groups < count else "examples"
+        together = [f" for all {interval.comparisons} rows together" for interval in shown if interval.comparisons > 1]
         notes.append(
-            f"Intervals: paired bootstrap over the test {over}, {percent(shown[0].confidence)}"
-            f"{' for all ' if together else ''}{together}. They say nothing about other seeds or other training examples."
+            f"Intervals: paired bootstrap over the test {over}, {percent(shown[0].confidence)}{' and'.join(together)}. "
+            "They say nothing about other seeds or other training examples."
         )
     return notes
 
 
-def _sure(compared: "PairedComparison | None", digits: int) -> str:
-    if compared is None:
+def _sure(interval: PairedComparison | None, digits: int) -> str:
+    if interval is None:
         return ""
-    if compared.low == compared.high == 0.0:
+    if interval.low == interval.high == 0.0:
         return f", {SAME_EVERYWHERE}"
-    return f" ({_signed(compared.low, digits)} to {_signed(compared.high, digits)}): {compared.verdict}"
+    return f" ({_signed(interval.low, digits)} to {_signed(interval.high, digits)}): {interval.verdict}"
 
 
-def curve_table(record: RunRecord) -> Table | None:
-    """About ten points of the fitted curve; None where no ratio was learned."""
-    if record.learned is None:
-        return None
-    curve = record.learned.curve
-    rows = list(zip(curve.ratios, curve.mean, curve.low, curve.high, strict=True))
-    # About ten rows say what the curve says.
-    picked = rows[:: max(1, len(rows) // 10)]
-    texts = [[percent(ratio, 1), *(f"{loss:.4f}" for loss in losses)] for ratio, *losses in picked]
-    return _table("Fitted loss above its minimum, in nats", ["Pruned", "Fit", "Low", "High"], texts)
-
-
-def rounds_table(record: RunRecord) -> Table | None:
-    """One row a round of the controller; without the policy's mean and deviation where it learns none."""
-    heads = ["Round", "Step", "Probed loss", "Candidates", "Rewards", "Policy", "Current ratio", "Commit"]
-    learns = len({(measured.policy_mean, measured.policy_std) for measured in record.rounds}) > 1
-    rows = [
-        [
-            str(measured.round),
-            str(measured.step),
-            f"{fmean(measured.baseline_losses):.4f}",
-            ", ".join(percent(ratio, 1) for ratio in measured.candidates),
-            ", ".join(_signed(reward, 4) for reward in measured.rewards),
-            f"{percent(measured.policy_mean, 1)} ± {100 * measured.policy_std:.1f}",
-            percent(measured.ratio, 1),
-            ("moved, clipped" if measured.clipped else "moved") if measured.committed else "stayed",
-        ]
-        for measured in record.rounds
-    ]
-    if not learns:
-        for row in (heads, *rows):
-            del row[POLICY_COLUMN]
-    return _table("Rounds of the controller", heads, rows)
-
-
-def losses_table(record: RunRecord) -> Table | None:
+def losses_table(run: Run) -> Table:
     """How far each training came."""
     rows = []
-    for stage, title in TRAINED.items():
-        history = record.history[stage]
-        train = [_number(row.loss, 3) for row in history if row.loss is not None] or ["–"]
-        dev = [(row.dev_loss, row.step) for row in history if row.dev_loss is not None and math.isfinite(row.dev_loss)]
-        best = [_number(min(dev)[0], 3), str(min(dev)[1])] if dev else ["–", "–"]
-        if history:
-            # Losses are logged every few steps; the last round comes at the end.
-            steps = max([history[-1].step, *(one.step for one in record.rounds if stage == "controller")])
-            rows.append([title, str(steps), train[0], train[-1], *best])
-    heads = ["Stage", "Steps", "First train loss", "Last train loss", "Best dev loss", "at step"]
-    return _table("Losses of each training stage", heads, rows)
+    for name, title in TRAINED.items():
+        history = run.history.get(name, [])
+        if not history:
+            continue
+        train = [_number(row["loss"], 3) for row in history if "loss" in row] or ["–"]
+        dev = [(row["dev_loss"], row["step"]) for row in history if _is_number(row.get("dev_loss"))]
+        best = [_number(min(dev)[0], 3), f"{min(dev)[1]:.0f}"] if dev else ["–", "–"]
+        rows.append([Cell(text) for text in (title, f"{history[-1]['step']:.0f}", train[0], train[-1], *best)])
+    heads = ["Training", "Steps", "First train loss", "Last train loss", "Best dev loss", "at step"]
+    return Table("Losses of each training", heads, rows)
 
 
-def kept_share(entries: Iterable[FactorSparsity]) -> float:
-    """Return the share of kept weights over some entries, a fraction in [0, 1]."""
-    found = list(entries)
-    return sum(entry.kept for entry in found) / sum(entry.weights for entry in found)
+def kept_share(entries: Iterable[Mapping[str, Any]]) -> float:
+    """Return the share of kept weights over some rows of `Run.sparsity`, a fraction in [0, 1]."""
+    rows = list(entries)
+    return float(sum(row["kept"] for row in rows) / sum(row["weights"] for row in rows))
 
 
-def is_even(entries: Sequence[FactorSparsity]) -> bool:
+def is_even(entries: Sequence[Mapping[str, Any]]) -> bool:
     """Whether every factor keeps the same share, to the weight, as where the ratio is applied to each of them."""
-    share = kept_share(entries) if entries else 0.0
-    return all(abs(entry.kept - share * entry.weights) <= 1 for entry in entries)
+    share = kept_share(entries)
+    return all(abs(row["kept"] - share * row["weights"]) <= 1 for row in entries)
 
 
-def by_factor(entries: Sequence[FactorSparsity]) -> dict[tuple[str, str], list[tuple[str, FactorSparsity]]]:
-    """Sort entries by factor and segment, each with its layer.
+def shares_by_factor(entries: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the kept share of each factor and origin, by layer.
 
-    The factor A of `model.layers.3.self_attn.q_proj` is "q_proj A" in layer "3".
+    The factor A of `model.layers.3.self_attn.q_proj`, from the source adapter, is "q_proj A, source" in layer "3".
     """
-    matches = [re.search(r"\.(\d+)\.(.+)$", entry.module) for entry in entries]
-    places = [(m[2], m[1]) if m else (entry.module, "–") for entry, m in zip(entries, matches, strict=True)]
-    short = {kind: kind.rsplit(".", 1)[-1] for kind, _ in places}
+    places = [re.fullmatch(r"(?:.*\.)?(\d+)\.(.+)", row["module"]) for row in entries]
+    kinds = [place[2] if place else row["module"] for place, row in zip(places, entries, strict=True)]
+    short = {kind: kind.rsplit(".", 1)[-1] for kind in kinds}
     # GPT-2 has a c_proj in its attention and another in its MLP: then the full names are needed.
     ambiguous = len(set(short.values())) < len(short)
-    groups: dict[tuple[str, str], list[tuple[str, FactorSparsity]]] = {}
-    for entry, (kind, layer) in zip(entries, places, strict=True):
-        factor = f"{kind if ambiguous else short[kind]} {entry.factor}"
-        groups.setdefault((factor, entry.segment), []).append((layer, entry))
-    return dict(sorted(groups.items()))
+    shares: dict[str, dict[str, float]] = {}
+    for row, place, kind in zip(entries, places, kinds, strict=True):
+        factor = f"{kind if ambiguous else short[kind]} {row['factor']}, {row['segment']}"
+        shares.setdefault(factor, {})[place[1] if place else "–"] = row["kept"] / row["weights"]
+    return dict(sorted(shares.items()))
 
 
-def sparsity_table(record: RunRecord) -> Table | None:
-    """Shares of kept weights by factor and origin."""
-    rows = []
-    for (factor, segment), members in by_factor(record.sparsity).items():
-        entries = [entry for _, entry in members]
-        shares = [entry.kept / entry.weights for entry in entries]
-        texts = [percent(share, 1) for share in (kept_share(entries), min(shares), max(shares))]
-        rows.append([f"{factor}, {segment}", str(sum(entry.weights for entry in entries)), *texts])
-    return _table("Kept weights per factor", ["Factor", "Weights", "Kept", "Lowest layer", "Highest layer"], rows)
-
-
-def sparsity_note(record: RunRecord) -> str | None:
-    """What the shares say together, and whether they are those of the ratio."""
-    if not record.sparsity:
-        return None
-    pruned = 1 - kept_share(record.sparsity)
+def sparsity_note(run: Run) -> str:
+    """What the shares of kept weights say together, and whether they are those of the ratio."""
+    pruned, ratio = 1 - kept_share(run.sparsity), run.metrics.prune_ratio
     note = f"Measured over all factors, {percent(pruned, 2)} of the weights are zero."
-    if is_even(record.sparsity):
+    if is_even(run.sparsity):
         note += " Every factor keeps the same share: the ratio is applied to each of them separately."
-    if record.recipe.merge.rule == "paper_apart":
+    if run.recipe.merge.rule == "paper_apart":
         note += (
             " These are the weights of the adapters that were kept apart; fewer are zero in their sum, which is saved."
         )
-    ratio = record.prune_ratio
-    if ratio is not None and abs(pruned - ratio) > 0.005:
-        if record.metrics is not None and record.metrics.best_step == 0 and pruned > ratio:
+    if abs(pruned - ratio) > 0.005:
+        if run.metrics.best_step == 0 and pruned > ratio:
             note += (
                 f" The ratio is {percent(ratio, 2)}: the merge had zeros of its own, and the final run kept no step."
             )
         else:
             note += f" That is not the ratio of {percent(ratio, 2)} above: check the final run."
-    segments = {
-        name: [entry for entry in record.sparsity if entry.segment == name] for name in (*record.sources, "target")
-    }
-    if all(segments.values()):
-        parts = [
-            f"of the {name.replace('_', ' ')} adapter {percent(kept_share(segments[name]), 1)}" for name in segments
-        ]
-        note += f" {parts[0].capitalize()} of the weights survive, {', '.join(parts[1:])}."
+    names = (*names_of(len(run.recipe.source.adapters)), "target")
+    origins = {name: [row for row in run.sparsity if row["segment"] == name] for name in names}
+    if all(origins.values()):
+        shares = {name.replace("_", " "): percent(kept_share(rows), 1) for name, rows in origins.items()}
+        first, *rest = (f"of the {name} adapter {share}" for name, share in shares.items())
+        note += f" {first.capitalize()} of the weights survive, {', '.join(rest)}."
     return note
 
 
-def cost_table(record: RunRecord) -> Table | None:
-    """Seconds of each stage."""
-    if not record.cost:
-        return None
-    total = sum(record.cost.values())
+def cost_table(run: Run) -> Table:
+    """Seconds of each step."""
+    total = sum(run.cost.values())
     rows = [
-        [stage, f"{seconds:.1f}", duration(seconds), percent(seconds / total if total else 0.0)]
-        for stage, seconds in [*record.cost.items(), ("all", total)]
+        [Cell(text) for text in (name, f"{seconds:.1f}", duration(seconds), percent(seconds / total if total else 0.0))]
+        for name, seconds in [*run.cost.items(), ("all", total)]
     ]
-    return _table("Time per stage", ["Stage", "Seconds", "Time", "Share"], rows)
+    return Table("Time of each step", ["Step", "Seconds", "Time", "Share"], rows)
 
 
-def probe_note(record: RunRecord) -> str | None:
-    """How much of the controller run went into probes."""
-    probing = record.probe_seconds
-    # The last round need not be the end; before that nothing is known of the whole.
-    together = max(probing + sum(timing.train_seconds for timing in record.timings), record.cost.get("controller", 0.0))
-    if not probing:
+def probe_note(run: Run) -> str | None:
+    """How much of the controller run went into probes; None where there is no such run."""
+    if run.learned is None:
         return None
-    return (
-        f"Probes took {percent(probing / together)} of the controller run: {duration(probing)} of {duration(together)} "
-        f"in {len(record.timings)} rounds."
+    timings = run.learned.result.timings
+    probing = sum(row["probe_seconds"] for row in timings)
+    together = max(probing + sum(row["train_seconds"] for row in timings), run.learned.seconds)
+    share = percent(probing / together if together else 0.0)
+    return f"Probes took {share} of the controller run: {duration(probing)} of {duration(together)} in {len(timings)} rounds."
+
+
+# A comparison
+
+
+def comparison_scores(comparison: Comparison) -> Table:
+    """Rows methods, columns the ratio and the metrics, mean and deviation over seeds or folds; the best of a column is marked."""
+    digits = _digits(comparison)
+    columns = ["method", "prune ratio", "chosen on", *map(metric_heading, comparison.metrics)]
+    columns.append(f"{comparison.reference_title} minus it")
+    best = {metric: _best(comparison, metric, digits[metric]) for metric in comparison.metrics}
+    rows = []
+    for row in comparison.rows:
+        if row.unavailable:
+            reason = row.unavailable if row.failed else f"unavailable: {row.unavailable}"
+            rows.append([Cell(row.title), Cell(reason, span=len(columns) - 1)])
+            continue
+        scores = [
+            Cell(_spread(row.scores[metric], digits[metric]), row.method in best[metric])
+            for metric in comparison.metrics
+        ]
+        verdict = Cell(_verdict(row, comparison, digits), long=True)
+        rows.append([Cell(row.title), Cell(_ratio(row)), Cell(CHOSEN_ON[row.chosen_on]), *scores, verdict])
+    return Table(f"Scores of every method, mean and standard deviation over {comparison.runs}", columns, rows)
+
+
+def comparison_cost(comparison: Comparison) -> Table:
+    """What each method needs, in all and beyond the adapters that are merged, and how it compares with the grid search."""
+    done = [(row, row.cost) for row in comparison.finished if row.cost]
+    grids = {row.method: (row.title, cost) for row, cost in done}
+    title, grid = next((grids[name] for name in GRIDS if name in grids), ("a grid", None))
+    columns = ["method", "runs", "seconds", "forward passes",
+               f"speed-up over {title}, in forward passes", "the same in seconds",
+               "runs in all", "seconds in all"]  # fmt: skip
+    in_seconds = not incomparable_seconds(comparison)
+    rows = []
+    for row, cost in done:
+        part = "" if row.merges else "_in_all"
+        facts = [f"{cost.runs:.0f}", f"{cost.seconds:.0f}", f"{cost.work:.0f}"]
+        facts.append(_speedup(grid, cost, f"work{part}"))
+        facts.append(_speedup(grid, cost, f"seconds{part}") if in_seconds else "–")
+        facts += [f"{cost.runs_in_all:.0f}", f"{cost.seconds_in_all:.0f}"]
+        rows.append([Cell(row.title), *map(Cell, facts)])
+    return Table(f"Cost of every method, mean over {comparison.runs}", columns, rows)
+
+
+def comparison_verdicts(comparison: Comparison) -> Table:
+    """The reference method minus each other one, with its interval, for every metric; planned comparisons with their verdicts."""
+    digits = _digits(comparison)
+    rows = [
+        [Cell(row.title), *(Cell(_against(row, metric, digits[metric])) for metric in comparison.metrics)]
+        for row in comparison.finished
+        if row.against
+    ]
+    return Table(
+        "The reference method minus every other one", ["method", *map(metric_heading, comparison.metrics)], rows
     )
+
+
+def metric_heading(metric: str) -> str:
+    """A metric of a comparison as a column is headed."""
+    return "test loss" if metric == TEST_LOSS else METRIC_NAMES.get(metric, metric)
+
+
+def incomparable_seconds(comparison: Comparison) -> str | None:
+    """Why seconds of different rows cannot be compared, in a sentence; None if they can."""
+    if (machines := len(comparison.made_with)) > 1:
+        return (
+            f"The steps were done in {machines} different environments, so their seconds cannot be compared; "
+            "the forward passes can."
+        )
+    pace = comparison.pace
+    if pace and pace.highest > STEADY * pace.lowest:
+        return (
+            f"A forward pass of one final run took {pace.highest / pace.lowest:.1f} times the seconds of one of another, so the "
+            "machine was slower or busier at times, and seconds cannot be compared; the forward passes can."
+        )
+    return None
+
+
+def interval_widths(comparison: Comparison) -> str | None:
+    """What half-width was to be expected, and what it came to, in a sentence."""
+    main, titles = main_metric(comparison.metrics), [row.method for row in comparison.finished]
+    planned = planned_against(comparison.reference, titles)
+    intervals = [row.against[main] for row in comparison.finished if row.method in planned and main in row.against]
+    measured = [(interval.high - interval.low) / 2 for interval in intervals if interval.high > interval.low]
+    expected = expected_width(
+        comparison.metrics,
+        comparison.test_examples,
+        len(intervals),
+        comparison.test_group_size,
+        comparison.test_groups,
+        1 if comparison.folds else len(comparison.seeds),
+    )
+    if not intervals or expected is None:
+        return None
+    reached = f" They reach {min(measured):.1f} to {max(measured):.1f}." if measured else ""
+    return f"Before the comparison: {expected}.{reached}"
+
+
+def _against(row: Row, metric: str, digits: int) -> str:
+    """Difference in the metric's own points, verdict where it was planned, interval."""
+    interval = row.against.get(metric)
+    if interval is None:
+        return "unavailable"
+    difference, low, high = (f"{value:+.{digits}f}" for value in (interval.difference, interval.low, interval.high))
+    unit = "nats" if metric == TEST_LOSS else metric_heading(metric)
+    verdict = f", {interval.verdict}" if interval.verdict else ""
+    if interval.low == interval.high == 0.0:
+        return f"{difference} {unit}{verdict} ({SAME_EVERYWHERE})"
+    saved = "; over-confidence saved" if metric == TEST_LOSS and saves_over_confidence(row.against) else ""
+    return f"{difference} {unit}{verdict} ({low} to {high}){saved}"
+
+
+def _verdict(row: Row, comparison: Comparison, digits: Mapping[str, int]) -> str:
+    if row.method == comparison.reference:
+        return "it is the reference"
+    if not row.against:
+        return "–"
+    main = main_metric([metric for metric in comparison.metrics if metric in row.against])
+    saved = "; over-confidence saved" if main != TEST_LOSS and saves_over_confidence(row.against) else ""
+    return _against(row, main, digits[main]) + saved
+
+
+def _digits(comparison: Comparison) -> dict[str, int]:
+    """How many decimals each metric is printed with."""
+    means = {
+        metric: [score.mean for row in comparison.finished if (score := row.scores[metric])]
+        for metric in comparison.metrics
+    }
+    return {metric: 4 if metric == TEST_LOSS else score_digits(metric, values, 2) for metric, values in means.items()}
+
+
+def _best(comparison: Comparison, metric: str, digits: int) -> set[str]:
+    """The methods whose mean prints as the best one does, where not all do."""
+    scores = {row.method: score for row in comparison.finished if (score := row.scores[metric])}
+    means = {method: f"{score.mean:.{digits}f}" for method, score in scores.items()}
+    choose = min if metric == TEST_LOSS else max
+    if len(set(means.values())) < 2:
+        return set()
+    return {method for method, text in means.items() if text == choose(means.values(), key=float)}
+
+
+def _spread(value: Spread | None, digits: int, scale: float = 1.0) -> str:
+    if value is None:
+        return "unavailable"
+    deviation = "" if value.sd is None else f" ± {scale * value.sd:.{digits}f}"
+    return f"{scale * value.mean:.{digits}f}{deviation}"
+
+
+def _ratio(row: Row) -> str:
+    if row.prune_ratio is None:
+        return "–"
+    pruned = len(row.prune_ratio.values)  # what a run hands over need not be
+    return f"{_spread(row.prune_ratio, 1, scale=100)} %" + (f" ({pruned} of {row.seeds})" if pruned < row.seeds else "")
+
+
+def _speedup(grid: Cost | None, cost: Cost, part: str) -> str:
+    ours = getattr(cost, part)
+    return f"{getattr(grid, part) / ours:.2f}" if grid and ours else "–"

@@ -1,0 +1,93 @@
+"""`grasp-lora compare`: every method of the paper and ours on the user's own rows."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from grasp_lora.cli.options import AllowCodeOption, OptionsOf, RecipeArgument, SetOption, VerboseOption
+from grasp_lora.cli.terminal import console, loading, log_to_terminal, say, shown
+from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.text.display import quoted
+
+_compare = OptionsOf("grasp_lora.engine.comparison", "ComparisonSettings")
+
+
+def compare(
+    recipe: RecipeArgument,
+    methods: Annotated[str | None, _compare("methods", more="Separated by commas; all by default.")] = None,
+    seeds: Annotated[
+        str | None, _compare("seeds", more="Separated by commas; 42,1337,9001 by default, 42 with --folds.")
+    ] = None,
+    grid: Annotated[str | None, _compare("grid", more="Separated by commas; 0.1 to 0.8 by default.")] = None,
+    reference: Annotated[str, _compare("reference")] = "grasp",
+    folds: Annotated[int | None, _compare("folds")] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", help="`ray`: let the workers of a Ray cluster share the work (extra ray).")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster; without one, a cluster on this machine is started.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that share the work, with --on ray.")] = None,
+    gpus_per_worker: Annotated[float, typer.Option(min=0.0, help="GPUs of each Ray worker; may be a fraction.")] = 0.0,
+    overrides: SetOption = None,
+    allow_code: AllowCodeOption = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the experiment; default runs/NAME, the tables in its compare."),
+    ] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Run every baseline and GRASP under one protocol; print the table with uncertainty and cost.
+
+    What a run or an earlier comparison has done in this folder is not done again, and a training that was stopped goes on. Start
+    it several times, and the processes share the work. Methods: zero_shot, source_only, target_only, continued (source adapter
+    on the target data), joint, ties, dare_ties, lorahub, merged (not trained), adaptive_merge (fine-tuned, not pruned),
+    grid_paper (the paper's baseline), grid (of the recipe's own final runs), grasp, delivered (what a run hands over) and
+    grasp_paper.
+    """
+    log_to_terminal(verbose)
+    with loading():
+        from grasp_lora import api
+        from grasp_lora.cli.on_ray import share
+        from grasp_lora.cli.progress import TerminalProgress
+        from grasp_lora.engine.run_folder import REPORT_FILE
+        from grasp_lora.report.pages import COMPARISON_TABLES_FILE, print_comparison
+    settings: dict[str, Any] = {"reference": reference, "folds": folds}
+    if methods is not None:
+        settings["methods"] = tuple(_parts(methods))
+    if seeds is not None:
+        settings["seeds"] = tuple(_number(int, "--seeds", seed, "whole numbers") for seed in _parts(seeds))
+    if grid is not None:
+        settings["grid"] = tuple(_number(float, "--grid", part) for part in _parts(grid))
+    arguments = {
+        "recipe": recipe, "overrides": overrides or [], "folder": output, "allow_code": allow_code, **settings
+    }  # fmt: skip
+    if on not in (None, "ray"):
+        raise RecipeError(f"--on is {quoted(str(on))}; allowed: ray")
+    if on is None and (address is not None or gpus_per_worker or workers is not None):
+        raise RecipeError(
+            "--workers, --address and --gpus-per-worker are for --on ray; add that, or start this command several times"
+        )
+    with shown(TerminalProgress(console)) as progress:
+        if on:
+            ray = {"workers": workers or 1, "address": address, "gpus_per_worker": gpus_per_worker}
+            folder, comparison = share(progress, arguments, **ray)
+        else:
+            folder, comparison = api.compare(progress=progress, **arguments)
+    print_comparison(comparison, console)
+    say(f"tables {folder / COMPARISON_TABLES_FILE}   report {folder / REPORT_FILE}")
+    failed = [f"{row.title} {row.unavailable}" for row in comparison.rows if row.failed]
+    if failed:
+        raise GraspError(f"{len(failed)} of {len(comparison.rows)} methods failed: {'; '.join(failed)}")
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _number(kind: type[int] | type[float], option: str, text: str, allowed: str = "numbers") -> Any:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise RecipeError(f"{option} holds {text!r}; give {allowed}, separated by commas") from error

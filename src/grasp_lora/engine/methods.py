@@ -1,0 +1,265 @@
+"""Every method of the comparison: a function of a few lines over the same `Steps`, and a row of the table.
+
+A new method is a function and a row of `METHODS`. Choices are made on dev or micro-dev rows, never on the test.
+Paper: baselines of the main table; more that a reviewer would ask for.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from grasp_lora.engine import deliver
+from grasp_lora.engine.check import lack_of_rounds
+from grasp_lora.engine.results import Adapter, Measured
+from grasp_lora.engine.session import Session
+from grasp_lora.engine.steps import Parents, Steps
+from grasp_lora.engine.store import Finished
+from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.method.masks import MaskSettings
+from grasp_lora.method.merging import MERGE_RULES, MergeSettings
+from grasp_lora.method.presets import PRESETS
+from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.stages import ControllerStage, FinalStage
+from grasp_lora.storage.claims import Busy
+
+MOST_IN_CURVE = 200  # test examples: of 1,000 the curve of a grid of 8 would cost more passes than the grid
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method came to with one seed.
+
+    Args:
+        adapter: the result, with every step that led to it in its trail.
+        prune_ratio: of the result, None where nothing is pruned.
+        chosen_on: the split on which a choice was made, if one was.
+        curve: for a grid, ratio -> split -> mean loss of its run.
+        left_out: what a choice had to do without, a sentence each.
+        taken: what a choice among adapters of several kinds took, in words.
+        parents: the adapters that were merged, where the method starts from the merge.
+        measured: losses and scores; `compare` fills it in.
+    """
+
+    adapter: Adapter
+    prune_ratio: float | None = None
+    chosen_on: str | None = None
+    curve: Mapping[float, Mapping[str, float]] | None = None
+    left_out: tuple[str, ...] = ()
+    taken: str | None = None
+    parents: Parents | None = None
+    measured: Measured | None = None
+
+    @property
+    def merge(self) -> str | None:
+        """With `target.on: auto`, whether it rests on the sum or the average, in words."""
+        choice = self.parents.choice if self.parents else None
+        return choice.merge if choice else None
+
+    @property
+    def discarded(self) -> frozenset[str]:
+        """Keys of steps that trained a target adapter which is not merged."""
+        return self.parents.discarded if self.parents else frozenset()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Args:
+        title: as the table prints it.
+        run: does what is not on record yet.
+        unavailable: why it cannot run with this recipe here, or None.
+        merges: whether it starts from the merge, so that its cost is what comes on top of the adapters that are merged.
+        paper: whether it is a row of the paper, whose target adapter is trained on the backbone alone in any recipe.
+    """
+
+    title: str
+    run: Callable[[Steps], Outcome]
+    unavailable: Callable[[Session], str | None] = lambda session: None
+    merges: bool = True
+    paper: bool = False
+
+
+def _adaptive_merge(steps: Steps) -> Outcome:
+    parents = steps.parents(in_paper=True)
+    return Outcome(steps.finetune(parents.merged, 0.0), 0.0, parents=parents)
+
+
+def _by_rule(rule: str) -> Callable[[Steps], Outcome]:
+    """Another way to merge, not trained."""
+
+    def run(steps: Steps) -> Outcome:
+        parents = steps.parents(in_paper=True)
+        merged = steps.merge(rule, tuple(parents.named.values()), tuple(parents.named), MergeSettings(rule))
+        return Outcome(merged, parents=parents)
+
+    return run
+
+
+def _lorahub(steps: Steps) -> Outcome:
+    parents = steps.parents(in_paper=True)
+    return Outcome(steps.search_merge_weights(parents), chosen_on="micro_dev", parents=parents)
+
+
+def _merged(steps: Steps) -> Outcome:
+    parents = steps.parents()
+    return Outcome(parents.merged, parents=parents)
+
+
+def _grid(in_paper: bool, curve: bool) -> Callable[[Steps], Outcome]:
+    """A grid search: one final run per ratio, the best of them by the dev loss.
+
+    Only where the curve is wanted is the test split measured at every ratio, and only a small one: the chosen ratio is enough.
+    """
+
+    def run(steps: Steps) -> Outcome:
+        parents = steps.parents(in_paper=in_paper)
+        stage = _paper_final(steps.recipe) if in_paper else None
+        runs, failed, busy = {}, {}, None
+        for ratio in steps.grid:
+            try:
+                runs[ratio] = steps.finetune(parents.merged, ratio, stage)
+            except Busy as error:  # the other ratios need not wait for this one
+                busy = error
+            except RecipeError:
+                raise
+            except GraspError as error:  # such as a training that diverges: a search goes on without it
+                failed[ratio] = error
+        if busy is not None:
+            raise busy
+        if not runs:
+            raise next(iter(failed.values()))
+        points = {ratio: {"dev": float(adapter.made.result.dev_loss)} for ratio, adapter in runs.items()}  # type: ignore[union-attr, arg-type]
+        if curve and len(steps.splits.test) <= MOST_IN_CURVE:
+            for ratio, adapter in runs.items():
+                points[ratio]["test"] = steps.losses(adapter, "test").result.mean
+        best = min(points, key=lambda ratio: points[ratio]["dev"])
+        return Outcome(
+            runs[best].after(*_trail(*runs.values())),
+            best,
+            chosen_on="dev",
+            curve=points if curve else None,
+            left_out=tuple(f"is without ratio {ratio:g}, whose run failed: {error}" for ratio, error in failed.items()),
+            parents=parents,
+        )
+
+    return run
+
+
+def _grasp(steps: Steps) -> Outcome:
+    """GRASP: learn the ratio in one controller run, then one final run."""
+    parents, stage = steps.parents(), steps.recipe.controller
+    learned = steps.learn_ratio(parents.merged)
+    ratio = learned.result.estimate.ratio
+    grasp = steps.finetune(parents.merged.after(learned), ratio)
+    return Outcome(grasp, ratio, chosen_on=stage.rounds.pool, parents=parents)
+
+
+def _grasp_paper(steps: Steps) -> Outcome:
+    """The same with the paper's policy, rule, final run and target adapter."""
+    parents, stage = steps.parents(in_paper=True), _paper_controller(steps.recipe)
+    learned = steps.learn_ratio(parents.merged, stage)
+    ratio = learned.result.estimate.ratio
+    grasp = steps.finetune(parents.merged.after(learned), ratio, _paper_final(steps.recipe))
+    return Outcome(grasp, ratio, chosen_on=stage.rounds.pool, parents=parents)
+
+
+def _delivered(steps: Steps) -> Outcome:
+    """What a run hands over: the choice of `deliver` among its adapters."""
+    grasp = _grasp(steps)
+    assert grasp.parents is not None
+    if steps.recipe.final.deliver != "best":
+        return replace(grasp, taken=deliver.IN_ORDER["grasp"])
+    continued, left_out = deliver.continue_source(steps)
+    systems = deliver.candidates(grasp.parents, None if left_out else continued, grasp.adapter)
+    chosen, split = deliver.choose(steps, systems, grasp.parents, left_out), steps.choosing_split
+    losses = [] if split is None else [steps.losses(system, split) for system in systems.values()]
+    looked_at = [*_trail(*systems.values(), *[continued] if continued else []), *losses]
+    return replace(
+        grasp,
+        adapter=systems[chosen.name].after(*looked_at, *deliver.answers_that_count(steps, systems)),
+        prune_ratio=grasp.prune_ratio if chosen.name == "grasp" else None,
+        chosen_on=split,
+        left_out=(f"is without a candidate. {left_out}",) if continued is None else (),
+        taken=chosen.title,
+    )
+
+
+def _trail(*adapters: Adapter) -> list[Finished[Any]]:
+    return [step for adapter in adapters for step in adapter.trail]
+
+
+def _paper_controller(recipe: Recipe) -> ControllerStage:
+    """Preset `paper` within the recipe's own bounds, its rounds at most ten steps apart."""
+    stage, paper = recipe.controller, PRESETS["paper"]
+    every = paper.rounds.every if stage.rounds.every == "epoch" else min(paper.rounds.every, stage.rounds.every)
+    bounds = {key: getattr(stage.policy, key) for key in ("ratio_min", "ratio_max", "ratio_init")}
+    rounds = replace(paper.rounds, every=every)
+    return replace(stage, policy=replace(paper.policy, **bounds), rounds=rounds, rule=paper.rule)
+
+
+def _paper_final(recipe: Recipe) -> FinalStage:
+    return replace(
+        recipe.final, mode="reselect", mask=MaskSettings(score="gradient_of_delta")
+    )  # Paper: adaptive LoRA merge
+
+
+def _needs_rounds(stage: Callable[[Recipe], ControllerStage]) -> Callable[[Session], str | None]:
+    """A controller beside the recipe's own has other spacing or probes: a run may be too short, or nothing to probe."""
+
+    def unavailable(session: Session) -> str | None:
+        controller = stage(session.recipe)
+        missing = [_needs(split)(session) for split in controller.splits]
+        return next(filter(None, missing), None) or lack_of_rounds(controller, len(session.splits.train))
+
+    return unavailable
+
+
+def _needs_source(session: Session) -> str | None:
+    return None if session.splits.source_train else "needs data.source, the recipe gives source adapters only"
+
+
+def _needs(split: str) -> Callable[[Session], str | None]:
+    """The rows of a split of the target."""
+    return lambda session: (
+        None if getattr(session.splits, split) else f"needs a {split} split, data.target.{split} is 0"
+    )
+
+
+def _needs_equal_ranks(rule: str) -> Callable[[Session], str | None]:
+    def unavailable(session: Session) -> str | None:
+        if MERGE_RULES[rule].space.equal_ranks and len(session.ranks) > 1:
+            return f"merge rule {rule!r} needs equal ranks, the adapters have {sorted(session.ranks)}"
+        if rule == "lorahub" and (problem := _needs("micro_dev")(session)):
+            return problem
+        if rule == "lorahub" and importlib.util.find_spec("nevergrad") is None:
+            return "needs nevergrad: pip install 'grasp-lora[compare]'"
+        return None
+
+    return unavailable
+
+
+METHODS: dict[str, Method] = {
+    "zero_shot": Method("zero shot", lambda steps: Outcome(steps.alone()), merges=False),
+    "source_only": Method("source only", lambda steps: Outcome(steps.source()), merges=False),
+    "target_only": Method("target only (LoRA)", lambda steps: Outcome(steps.target()), merges=False, paper=True),
+    "continued": Method(
+        "source adapter continued on the target", lambda steps: Outcome(steps.continued()), merges=False
+    ),
+    "joint": Method(
+        "source and target data together", lambda steps: Outcome(steps.joint()), _needs_source, merges=False
+    ),
+    "ties": Method("TIES", _by_rule("ties"), _needs_equal_ranks("ties"), paper=True),
+    "dare_ties": Method("DARE-TIES", _by_rule("dare_ties"), _needs_equal_ranks("dare_ties"), paper=True),
+    "lorahub": Method("LoRAHub", _lorahub, _needs_equal_ranks("lorahub"), paper=True),
+    "merged": Method("merged, not trained", _merged),
+    "adaptive_merge": Method("adaptive LoRA merge", _adaptive_merge, paper=True),
+    "grid_paper": Method(
+        "adaptive LoRA merge + pruning, grid", _grid(in_paper=True, curve=False), _needs("dev"), paper=True
+    ),
+    "grid": Method("grid of GRASP's final runs", _grid(in_paper=False, curve=True), _needs("dev")),
+    "grasp": Method("GRASP", _grasp),
+    "delivered": Method("what a run hands over", _delivered),
+    "grasp_paper": Method("GRASP, preset paper", _grasp_paper, _needs_rounds(_paper_controller), paper=True),
+}

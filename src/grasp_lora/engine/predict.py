@@ -1,0 +1,371 @@
+"""`grasp-lora predict`: whole prompts, a question, rows of a file or a conversation, asked as the adapter was trained to be."""
+
+import logging
+import string
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grasp_lora.data.cells import clean_text
+from grasp_lora.data.chat import check_has_template
+from grasp_lora.data.conversations import SPEAKERS, Message
+from grasp_lora.data.encode import Encoder, Tally, begin_of_chat, prompt_ids
+from grasp_lora.data.files import READERS, read_file
+from grasp_lora.data.labels import encode_labels
+from grasp_lora.data.records import XLSUM_COLUMNS, Record, make_pool
+from grasp_lora.data.tables import Row, Table
+from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, fields_of, options_of, task_fields
+from grasp_lora.engine.answered import PREDICTION, check_output, check_unanswered, write_rows
+from grasp_lora.engine.run_folder import ADAPTER_FOLDER
+from grasp_lora.errors import DataError, LackOfMemoryError, RecipeError
+from grasp_lora.models.adapters import attached, check_fits
+from grasp_lora.models.answers import generate, likeliest_labels
+from grasp_lora.models.backbone import backbone_of
+from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
+from grasp_lora.models.settings import GenerationSettings
+from grasp_lora.recipes.load import backbone_of_run
+from grasp_lora.recipes.text import RUN_FILE
+from grasp_lora.storage.reading import is_file, is_folder, is_there
+from grasp_lora.text.display import SURROGATES, escaped, first_line, listed, quoted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+PLAIN = TEMPLATES["completion"][ANY_LANGUAGE]
+# Columns of rows that do not name the fields of a task, the answer aside.
+_OTHER_LAYOUTS: dict[str, tuple[set[str], ...]] = {
+    "completion": ({"messages"}, {"conversations"}, {"instruction"}),
+    "summarization": (set(XLSUM_COLUMNS.values()) - {"summary"},),
+}
+_NO_ANSWER = "?"  # stands where rows have their answers, which prompts do not hold
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An adapter on its backbone, ready to answer.
+
+    Args:
+        model, tokenizer: with the adapter in place.
+        settings: lengths and stop texts.
+        own: how it was trained to be asked.
+        chat: whether prompts are put into the chat template.
+    """
+
+    model: Any
+    tokenizer: "PreTrainedTokenizerBase"
+    settings: GenerationSettings
+    own: Answers
+    chat: bool
+
+    def texts(self, prompts: Sequence[str]) -> list[str]:
+        """Answer whole prompts; with `chat` what the user says. A note tells of one that is worded otherwise than in training.
+
+        Nor are those put into the chat template that stand in it already.
+        """
+        template = _form(self.own)[1].prompt
+        begin = begin_of_chat(self.tokenizer) if self.chat else ""
+        said = [prompt for prompt in prompts if not (begin and prompt.startswith(begin))]
+        if len(said) < len(prompts):
+            logger.warning(
+                "%d of %d prompts begin as the chat template does, with %s, so they are taken to stand in it already",
+                len(prompts) - len(said),
+                len(prompts),
+                quoted(begin),
+            )
+        if self.own.task and not all(_fits(prompt, template) for prompt in said):
+            logger.warning(
+                "the adapter was trained on prompts of the form %s, and a prompt here is of another; "
+                "to put a text into that form, give %s",
+                quoted(template),
+                " and ".join(options_of(template)) or "a file of rows",
+            )
+        return self._answer(prompt_ids(self.tokenizer, prompts, self.chat))
+
+    def records(self, records: Sequence[Record]) -> list[str]:
+        """Answer records: their fields are put into the adapter's own prompt, and conversations are as they are.
+
+        A note tells of texts that are cut.
+        """
+        tally = Tally()
+        ids = self._encoder(any(record.messages for record in records)).ask(records, tally)
+        if tally.documents_cut:
+            cut, most = tally.documents_cut, self.own.max_document_tokens
+            logger.warning("%d of %d texts were cut to %d tokens, as in training", cut, len(records), most)
+        return self._answer(ids)
+
+    def reply(self, turns: Sequence[Message]) -> str:
+        """Answer the last turn of a conversation."""
+        record = Record("the conversation", {}, "", (), frozenset(), tuple(turns))
+        asked = replace(self, own=replace(self.own, task="completion", prompt=None, labels=()))
+        return asked.records([record])[0]
+
+    def _encoder(self, talks: bool = False) -> Encoder:
+        task, template = _form(self.own)
+        cut = None if talks else self.own.max_document_tokens
+        form = PLAIN if talks else template
+        ends_turns = talks and template.prompt.endswith("\n")  # as in its training
+        return Encoder(self.tokenizer, task, "", form, sys.maxsize, cut, self.chat, ends_turns=ends_turns)
+
+    def _answer(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        try:
+            if self.own.labels:
+                return likeliest_labels(self.model, ids, encode_labels(self.own.labels, self._encoder()))
+            ends = [Encoder(self.tokenizer, "completion", "", PLAIN, sys.maxsize, chat=True).end] if self.chat else []
+            return generate(self.model, self.tokenizer, ids, self.settings, ends=ends)
+        except LackOfMemoryError as error:  # whose advice is for recipes
+            ways = "give fewer or shorter prompts, or a lower --max-new-tokens"
+            ways += "" if self.model.device.type == "cpu" else ", or take --device cpu"
+            reason = first_line(error.__cause__ or error)[:200]
+            raise LackOfMemoryError(f"the memory does not suffice for answering ({reason}); {ways}") from error
+
+
+@contextmanager
+def asking(
+    place: str,
+    backbone: str | None = None,
+    device: str = "auto",
+    *,
+    max_new_tokens: int | None = None,
+    stop: Sequence[str] | None = None,
+    chat: bool | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    adapter: LoadedAdapter | None = None,
+) -> Iterator[Asked]:
+    """Put an adapter on its backbone for the length of the context; its answers are greedy.
+
+    Args:
+        place: PEFT adapter, a folder or a hub id.
+        backbone, revision, trust_remote_code: as in a recipe's `backbone`; None takes the one that the adapter names.
+        device: auto, cpu or cuda.
+        max_new_tokens, stop, chat: None takes what the adapter was trained with, as it says itself, else 64 tokens, the end of
+            the line and plain prompts.
+        adapter: what `adapter_at` gave for the place, where it was called before.
+
+    Raises:
+        GraspError: the adapter does not fit the backbone, a setting is out of range, or the tokenizer has no chat template.
+    """
+    adapter = adapter or adapter_at(place)
+    own = adapter.info.answers or Answers()
+    try:
+        settings = GenerationSettings(
+            max_new_tokens=own.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            stop=tuple(own.stop if stop is None else stop),
+            allow_empty=own.allow_empty,
+        )
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    _form(own)
+    backbone = backbone or backbone_of_run(place)
+    loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)
+    check_fits(adapter, loaded.model, **loaded.told)
+    in_chat = own.chat_template if chat is None else chat
+    if in_chat:
+        if adapter.chat_template not in (None, loaded.tokenizer.chat_template):
+            loaded.tokenizer.chat_template = adapter.chat_template
+            logger.warning(
+                "the adapter brings a chat template of its own, so prompts stand in that, not in the backbone's"
+            )
+        check_has_template(loaded.tokenizer)
+    if chat is not None and adapter.info.answers is not None and chat != own.chat_template:
+        logger.warning(
+            "the adapter was trained on prompts %s the chat template, and they are put the other way here; leave out %s",
+            "in" if own.chat_template else "without",
+            "--chat" if chat else "--no-chat",
+        )
+    with attached(loaded.model, adapter.weights) as model:
+        yield Asked(model, loaded.tokenizer, settings, own, in_chat)
+
+
+def adapter_at(place: str) -> LoadedAdapter:
+    """Read an adapter; of a run's folder it is said where the adapter is.
+
+    Raises:
+        AdapterError: there is none.
+        RecipeError: it is the folder of a run.
+    """
+    folder = Path(place)
+    if is_folder(folder) and is_there(folder / RUN_FILE):
+        raise RecipeError(f"{escaped(place)} is the folder of a run; its adapter is {folder / ADAPTER_FOLDER}")
+    return read_adapter(place)
+
+
+def predict_texts(place: str, prompts: Sequence[str], *arguments: Any, **settings: Any) -> list[str]:
+    """Answer whole prompts with an adapter.
+
+    Args:
+        place: PEFT adapter, a folder or a hub id.
+        prompts: as the adapter was trained on them; with `chat` what the user says.
+        arguments, settings: of `asking`.
+
+    Raises:
+        GraspError: as of `asking`; or a prompt is empty or no text, or there is none.
+    """
+    if not prompts:
+        raise DataError("there are no prompts; give them as arguments or one a line on standard input")
+    if empty := [number for number, prompt in enumerate(prompts, start=1) if not prompt.strip()]:
+        raise DataError(f"prompt {empty[0]} is empty; give the adapter something to answer")
+    if broken := [number for number, prompt in enumerate(prompts, start=1) if SURROGATES.search(prompt)]:
+        raise DataError(
+            f"prompt {broken[0]} is no valid text: it has half of a surrogate pair, or was not in UTF-8; give it in UTF-8"
+        )
+    with asking(place, *arguments, **settings) as asked:
+        return asked.texts(prompts)
+
+
+def predict_question(place: str, given: Mapping[str, str], *arguments: Any, **settings: Any) -> str:
+    """Answer a question, put into the prompt that the adapter was trained with.
+
+    Args:
+        place: PEFT adapter, a folder or a hub id.
+        given: field -> text; a single text stands for the only field of a template that has one.
+        arguments, settings: of `asking`.
+
+    Raises:
+        GraspError: as of `asking`; or the adapter does not say how its prompts are worded, or the fields are not those.
+    """
+    adapter = adapter_at(place)
+    own = adapter.info.answers or Answers()
+    if own.task is None:
+        raise DataError(
+            f"adapter {adapter.name} does not say how its prompts are worded; give a whole prompt in place of "
+            f"{' and '.join('--' + name for name in given)}"
+        )
+    given = {name: clean_text(text, Counter()) for name, text in given.items()}  # as rows of files are
+    task, template = _form(own)
+    wanted = fields_of(template.prompt)
+    fields = dict(zip(wanted, given.values(), strict=True)) if len(wanted) == len(given) == 1 else dict(given)
+    if set(fields) != set(wanted):
+        known, options = options_of(template.prompt), [f"--{name}" for name in given]
+        fix = " and ".join(known) + (" alone" if len(known) == 1 else "") or "a file of rows with these columns"
+        there = f"field{'s' * (len(wanted) > 1)} {listed(map('{{{}}}'.format, wanted))}"
+        are = f"{' and '.join(options)} {'is' if len(options) == 1 else 'are'} given"
+        raise DataError(f"prompts of adapter {adapter.name} have the {there}, and {are}; give {fix}")
+    for name, text in given.items():
+        if not text.strip() or SURROGATES.search(text):
+            raise DataError(f"--{name} is {'no valid text' if text.strip() else 'empty'}; give a text in UTF-8")
+    unused = dict.fromkeys(task_fields(task).inputs, "")
+    with asking(place, *arguments, adapter=adapter, **settings) as asked:
+        return asked.records([Record("the question", unused | fields, "", (), frozenset())])[0]
+
+
+def predict_rows(
+    place: str, file: Path, output: Path | None, *arguments: Any, sheet: str | None = None, **settings: Any
+) -> list[dict[str, Any]]:
+    """Answer every row of a file; the rows may be laid out in any way that a recipe's data may, with answers or without.
+
+    Args:
+        place: PEFT adapter, a folder or a hub id.
+        file: of rows.
+        output: a new file, CSV, TSV or JSONL, for the rows with a column `prediction`; None writes nothing.
+        sheet: of a workbook; None for the first that is not hidden.
+        arguments, settings: of `asking`.
+
+    Returns:
+        The id and the prediction of each row.
+
+    Raises:
+        GraspError: as of `asking`; or the rows or the output file cannot be used.
+    """
+    if output is not None:
+        check_output(output)
+    adapter = adapter_at(place)
+    own = adapter.info.answers or Answers()
+    table = read_file(str(file), file, sheet=sheet)
+    records = _records(table, own)
+    whole = len(table.rows) == len(records) and not any("paragraphs" in row.values for row in table.rows)
+    if output is not None and whole:
+        check_unanswered(table)
+    with asking(place, *arguments, adapter=adapter, **settings) as asked:
+        answers = asked.records(records)
+    found = [{"id": record.id, PREDICTION: answer} for record, answer in zip(records, answers, strict=True)]
+    if output is not None:
+        kept = [row.values for row in table.rows] if whole else [{"id": record.id} for record in records]
+        write_rows(output, [{**row, PREDICTION: answer} for row, answer in zip(kept, answers, strict=True)])
+    return found
+
+
+def is_rows(text: str) -> bool:
+    """Whether a prompt is rather the name of a file, be it of no kind that is read, or of a file of rows that is missing."""
+    return "\n" not in text and (is_file(Path(text)) or (Path(text).suffix.lower() in READERS and " " not in text))
+
+
+def _form(own: Answers) -> tuple[str, Template]:
+    """The task and the templates of an adapter, which a stranger may have written."""
+    task = own.task or "completion"
+    fields = task_fields(task)
+    prompt = PLAIN.prompt if own.prompt is None and task == "completion" else own.prompt
+    if prompt is None:
+        raise DataError(f"the adapter names the task {task}, but no template of its prompts; give whole prompts")
+    check_template("the adapter's prompt", prompt, fields.inputs)
+    return task, Template(prompt, own.completion or "{" + fields.answer + "}")
+
+
+def _fits(prompt: str, template: str) -> bool:
+    """Whether a prompt could have come of a template: what stands between its fields stands there, in order."""
+    parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(template)]
+    place = 0
+    for literal, _ in parts:
+        found = prompt.find(literal, place)
+        if found < 0:
+            return False
+        place = found + len(literal)
+    return prompt.startswith(parts[0][0]) and (parts[-1][1] is not None or prompt.endswith(parts[-1][0]))
+
+
+def _records(table: Table, own: Answers) -> list[Record]:
+    """The rows as records, whose answers count for nothing."""
+    task = own.task or "completion"
+    answer = task_fields(task).answer
+    present = {column for row in table.rows for column in row.values}
+    columns = {field: column for field, column in own.columns.items() if column in present or field == answer}
+    if not any(layout <= present for layout in ({"paragraphs"}, *_OTHER_LAYOUTS.get(task, ()))):
+        for field in task_fields(task).inputs:
+            if not {field, own.columns.get(field, field)} & present:
+                name = quoted(own.columns.get(field, field))
+                raise DataError(
+                    f"{table.name} has no column {name}; found: {listed(sorted(present))}; rename the right one, or take an "
+                    "adapter that was trained for such rows"
+                )
+    alpaca = task == "completion" and "prompt" not in columns
+    rows = [Row(where, _with_no_answer(values, columns.get(answer, answer), alpaca)) for where, values in table.rows]
+    return list(make_pool([Table(table.name, rows)], task, "auto", columns).records)
+
+
+def _with_no_answer(values: Mapping[str, object], answer: str, alpaca: bool) -> dict[str, object]:
+    """A row with a stand-in for its answer, which may be in one of several places.
+
+    Args:
+        answer: column of the answer.
+        alpaca: whether a column `instruction` makes it a row as Alpaca has it.
+    """
+    if isinstance(values.get("paragraphs"), list):
+        return {**values, "paragraphs": [_with_stand_ins(paragraph) for paragraph in values["paragraphs"]]}  # type: ignore[attr-defined]
+    row = {name: value for name, value in values.items() if name not in ("answers", "references")}
+    for column in ("messages", "conversations"):
+        turns = row.get(column)
+        if isinstance(turns, list) and turns:
+            last = turns[-1] if isinstance(turns[-1], Mapping) else {}
+            answered = SPEAKERS.get(str(last.get("role", last.get("from")))) == "assistant"
+            ours = {"role": "assistant", "content": _NO_ANSWER}
+            return {**row, column: [*(turns[:-1] if answered else turns), ours]}
+    if isinstance(row.get("prompt"), list):
+        return {**row, answer: [{"role": "assistant", "content": _NO_ANSWER}]}
+    return {**row, answer: _NO_ANSWER} | ({"output": _NO_ANSWER} if alpaca and "instruction" in row else {})
+
+
+def _with_stand_ins(paragraph: object) -> object:
+    """A paragraph of SQuAD whose questions are answered by the first word of their context."""
+    context = paragraph.get("context") if isinstance(paragraph, Mapping) else None
+    if not isinstance(context, str) or not context.split() or not isinstance(paragraph["qas"], list):  # type: ignore[index]
+        return paragraph  # the reader says what is wrong with it
+    word = context.split()[0]
+    answers = {"answers": [{"text": word, "answer_start": context.index(word)}], "is_impossible": False}
+    qas = [{**one, **answers} if isinstance(one, Mapping) else one for one in paragraph["qas"]]  # type: ignore[index]
+    return {**paragraph, "qas": qas}  # type: ignore[dict-item]

@@ -1,0 +1,298 @@
+"""What steps come to, each written and read by its own class, and the adapters that result.
+
+A result is one frozen record. `Store.step` writes it when the step ends and reads it ever after, so a step that is on record
+and one that was just done give the same thing:
+
+    trained = store.step("source", inputs, Trained, work)   # work trains, and returns a Trained
+    trained.result.dev_loss                                  # the same, whether it was done now or last week
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from grasp_lora.data.encode import Example
+from grasp_lora.errors import AdapterError, RecipeError
+from grasp_lora.evaluation.outputs import MetricScore
+from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.method.rounds import RatioEstimate
+from grasp_lora.storage.files import write_json
+from grasp_lora.training.settings import TRAINED_AS_MEASURED
+
+if TYPE_CHECKING:
+    from grasp_lora.engine.store import Finished
+
+RESULT = "result.json"
+MAIN = ("f1", "rougeL", "rougeL_xlsum", "exact_match")  # the first of them that was computed leads the tables
+TEST_LOSS = "test_loss"
+
+Shape = TypeVar("Shape")
+
+
+def read_json(file: Path, shape: type[Shape]) -> Shape | None:
+    """Read a JSON file of ours into a typed record; None where it is not there.
+
+    Raises:
+        RecipeError: it cannot be read or is not of that shape, as after a change by hand.
+    """
+    try:
+        return TypeAdapter(shape).validate_json(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise RecipeError(f"{file} cannot be read ({error.strerror}); make it readable") from error
+    except ValidationError as error:
+        raise _damaged(file, error) from error
+
+
+def read_needed(file: Path, shape: type[Shape], made_by: str = "run its recipe again") -> Shape:
+    """Read a JSON file of ours that has to be there; `made_by` says what makes it.
+
+    Raises:
+        RecipeError: it is missing or damaged.
+    """
+    content = read_json(file, shape)
+    if content is None:
+        raise RecipeError(f"{file} is missing; {made_by}")
+    return content
+
+
+def read_lines(file: Path, shape: type[Shape]) -> list[Shape]:
+    """Read a file of JSON lines; empty where it is not there.
+
+    Raises:
+        RecipeError: a line is damaged.
+    """
+    if not file.is_file():
+        return []
+    read = TypeAdapter(shape).validate_json
+    try:
+        return [read(line) for line in file.read_bytes().split(b"\n") if line.strip()]
+    except ValidationError as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: ValidationError) -> RecipeError:
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return RecipeError(
+        f"{file} is damaged or of another version ({place + ': ' if place else ''}{first['msg']}); "
+        "delete it, and run the same command again"
+    )
+
+
+class Result(BaseModel):
+    """What a step came to, and what that cost.
+
+    Args:
+        trained_examples, measured_examples: examples that went through a training step, and through a pass without one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    trained_examples: int = 0
+    measured_examples: int = 0
+
+    @property
+    def passes(self) -> int:
+        """Cost in forward passes of one example; a training example counts as two."""
+        return TRAINED_AS_MEASURED * self.trained_examples + self.measured_examples
+
+    def write(self, folder: Path) -> None:
+        """Write it into the folder of its step."""
+        write_json(folder / RESULT, self.model_dump())
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read it from the folder of its step.
+
+        Raises:
+            RecipeError: it is missing or damaged.
+        """
+        return read_needed(folder / RESULT, cls)
+
+
+class Trained(Result):
+    """A training; its adapter lies beside it.
+
+    Args:
+        steps: optimizer steps taken.
+        best_step: the step whose adapter was kept; 0 where no step lowered the dev loss.
+        dev_loss: mean answer NLL at that step; None without dev examples.
+        history: losses, as lines of `history.jsonl`.
+        kept: weights and kept weights of each module, factor and origin; empty where nothing was pruned.
+    """
+
+    steps: int
+    best_step: int
+    dev_loss: float | None
+    history: list[dict[str, Any]]
+    kept: list[dict[str, Any]] = []
+
+
+class Learned(Result):
+    """A controller run: the ratio with its interval, and the rounds that it was read off.
+
+    Args:
+        estimate: the learned ratio.
+        rounds, timings, history: lines of the files of these names.
+        steps: optimizer steps taken.
+    """
+
+    estimate: RatioEstimate
+    rounds: list[dict[str, Any]]
+    timings: list[dict[str, Any]]
+    history: list[dict[str, Any]]
+    steps: int
+
+
+class Losses(Result):
+    """Answer NLL of each example of a split, nats per token, in the order of the split."""
+
+    losses: list[float]
+
+    @property
+    def mean(self) -> float:
+        """The loss of the split."""
+        return fmean(self.losses)
+
+
+class Answers(Result):
+    """The answer to each test prompt, in the order of the split."""
+
+    answers: list[str]
+
+
+class Scores(Result):
+    """What the answers are worth, by the name of each metric."""
+
+    metrics: dict[str, MetricScore]
+
+
+class MergeWeights(Result):
+    """The weights of a merge that were searched for, one per adapter."""
+
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter that exists: a finished step made it, the user gave it, or it is a merge of such. Nothing here trains.
+
+    Args:
+        key: hash of all that decides it; steps that rest on it have it among their inputs.
+        load: reads or merges its weights; None of the backbone alone.
+        made: the training that made it; None where none did.
+        trail: every finished step that led to it, in order.
+        title: name of an adapter that the user gave.
+    """
+
+    key: str
+    load: Callable[[], AdapterWeights | None]
+    made: "Finished[Trained] | None" = None
+    trail: "tuple[Finished[Any], ...]" = ()
+    title: str = ""
+
+    @property
+    def weights(self) -> AdapterWeights:
+        """Its weights.
+
+        Raises:
+            AdapterError: it is the backbone alone.
+        """
+        weights = self.load()
+        if weights is None:
+            raise AdapterError("the backbone alone cannot be merged, pruned or trained on; name an adapter")
+        return weights
+
+    def after(self, *steps: "Finished[Any]") -> "Adapter":
+        """The same adapter, with more steps among those that led to it: what choosing it cost."""
+        return replace(self, trail=each_once([*self.trail, *steps]))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one system is worth: losses on dev and test, answers to the test prompts and their scores; None without such rows."""
+
+    dev: "Finished[Losses] | None"
+    test: "Finished[Losses] | None"
+    answers: "Finished[Answers] | None"
+    scores: "Finished[Scores] | None"
+
+    @property
+    def dev_loss(self) -> float | None:
+        """Mean answer NLL on dev."""
+        return self.dev.result.mean if self.dev else None
+
+    @property
+    def test_loss(self) -> float | None:
+        """Mean answer NLL on test."""
+        return self.test.result.mean if self.test else None
+
+    @property
+    def metrics(self) -> Mapping[str, MetricScore]:
+        """Each metric with its values by example; empty without test rows."""
+        return self.scores.result.metrics if self.scores else {}
+
+    @property
+    def values(self) -> dict[str, float | None]:
+        """The score by each metric; None where that is not available here."""
+        return {name: score.value for name, score in self.metrics.items()}
+
+    def predictions(self, test: Sequence[Example]) -> "list[Prediction]":
+        """One row a test example; none without test examples."""
+        if self.answers is None or self.test is None:
+            return []
+        scored = {name: score for name, score in self.metrics.items() if score.value is not None}
+        means = {name: score.per_example for name, score in scored.items() if not score.statistics}
+        leading = main_metric(list(scored))
+        sums = {leading: scored[leading].statistics} if leading in scored and leading not in means else {}
+        return [
+            Prediction(
+                example.public_id,
+                answer,
+                tuple(example.references),
+                loss,
+                {name: values[number] for name, values in means.items()},
+                {name: values[number] for name, values in sums.items()},
+            )
+            for number, (example, answer, loss) in enumerate(
+                zip(test, self.answers.result.answers, self.test.result.losses, strict=True)
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A line of evaluation/SYSTEM.jsonl: what one system answered to one test prompt, and what that is worth.
+
+    Args:
+        id: of the row.
+        prediction: the answer.
+        references: the good answers.
+        loss: answer NLL, nats per token.
+        scores: by each metric that is a mean over examples.
+        statistics: counts of the leading metric, where that is no such mean (chrF++, BLEU, macro-F1).
+    """
+
+    id: str
+    prediction: str
+    references: tuple[str, ...]
+    loss: float
+    scores: Mapping[str, float]
+    statistics: Mapping[str, tuple[float, ...]]
+
+
+def main_metric(metrics: Sequence[str]) -> str:
+    """The score that tables give the first place: that of answers, or the test loss where there is none."""
+    scores = [name for name in metrics if name != TEST_LOSS]
+    return next((name for name in MAIN if name in scores), next(iter(scores), TEST_LOSS))
+
+
+def each_once(steps: "Sequence[Finished[Any]]") -> "tuple[Finished[Any], ...]":
+    """Each step once, in the order of first use."""
+    return tuple({step.key: step for step in steps}.values())

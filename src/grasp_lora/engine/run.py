@@ -1,0 +1,133 @@
+"""The main job, from top to bottom: adapters, merge, ratio, final run, rivals, choice.
+
+Each line of `main_job` is a step that the store remembers, so a run that was killed goes on where it was, inside a training to
+the same bits. Nothing is written before the recipe, the backbone, the rows and the adapters have been checked. Under torchrun all
+processes train and measure together, the first one writes, and all of them have to see the folder.
+"""
+
+from functools import partial
+from pathlib import Path
+
+from grasp_lora.engine import deliver
+from grasp_lora.engine.all_rows import train_again
+from grasp_lora.engine.check import check
+from grasp_lora.engine.results import Adapter, Measured, each_once
+from grasp_lora.engine.run_folder import (
+    ADAPTER_FOLDER,
+    ALL_ROWS,
+    CONTINUED_FOLDER,
+    FINAL_FOLDER,
+    MERGED_FOLDER,
+    STORE_FOLDER,
+    DataFacts,
+    Metrics,
+    Run,
+    RunInfo,
+    SystemScores,
+    begin,
+    check_place,
+)
+from grasp_lora.engine.session import Session
+from grasp_lora.engine.steps import Steps
+from grasp_lora.engine.store import Store
+from grasp_lora.storage.claims import working_in
+from grasp_lora.storage.processes import join, on_first_process
+
+
+def run(session: Session, folder: Path) -> Run:
+    """Do what is not done yet of the main job, and write its files.
+
+    Args:
+        session: of the recipe, with nothing loaded yet; its progress is told of the steps.
+        folder: of the run; made if missing.
+
+    Raises:
+        GraspError: something the user gave does not fit, the folder cannot be written or another process writes there; what is
+            done stays.
+        Interrupted: SIGTERM or SIGINT came. A training finishes its step and saves a checkpoint, all else stops at once and is
+            done again; a second signal ends the process.
+    """
+    check_place(folder)
+    with working_in(folder) as work:
+        join(session.recipe.backbone.device)
+        session.progress.preparing()
+        check(session)
+        on_first_process(work.begin)
+        info = on_first_process(partial(begin, folder, session))
+        store = Store(folder / STORE_FOLDER, session.progress, work)
+        job = main_job(Steps(session, store, stop_requested=lambda: work.interruption.asked_by), info)
+        on_first_process(partial(job.write, session, folder))
+        return job
+
+
+def main_job(steps: Steps, info: RunInfo) -> Run:
+    """Learn the ratio, make GRASP's result and its rivals, and choose which of them is handed over."""
+    recipe, given = steps.recipe, steps.recipe.final.prune_ratio
+    parents = steps.parents()
+    learned = steps.learn_ratio(parents.merged) if given is None else None
+    ratio = learned.result.estimate.ratio if learned else float(given or 0.0)
+    grasp = steps.finetune(parents.merged.after(*[learned] if learned else []), ratio)
+    continued, left_out = deliver.continue_source(steps) if recipe.final.deliver == "best" else (None, "")
+
+    rivals = deliver.candidates(parents, None if left_out else continued, grasp)
+    measured = {
+        name: _measure(steps, name, system) for name, system in {deliver.ALONE: steps.alone(), **rivals}.items()
+    }
+    delivered = deliver.choose(steps, rivals, parents, left_out)
+
+    adapters = {
+        **parents.named,
+        MERGED_FOLDER: parents.merged,
+        FINAL_FOLDER: grasp,
+        ADAPTER_FOLDER: rivals[delivered.name],
+    }
+    if continued is not None:
+        adapters[CONTINUED_FOLDER] = continued
+    all_rows = None
+    if recipe.final.all_rows:
+        all_rows, again, on_all_rows = train_again(steps, parents, delivered.name, rivals[delivered.name], ratio)
+        if again is not None:
+            adapters |= {ALL_ROWS: again, ADAPTER_FOLDER: again}
+            measured[ALL_ROWS] = _measure(on_all_rows, ALL_ROWS, again)
+
+    test = steps.splits.test
+    estimate = learned.result.estimate if learned else None
+    return Run(
+        info=info,
+        recipe=recipe,
+        data=DataFacts.of(steps.session),
+        adapters={name: adapter for name, adapter in adapters.items() if adapter.title == "" or name == ADAPTER_FOLDER},
+        learned=learned,
+        predictions={name: system.predictions(test) for name, system in measured.items()},
+        prompts=[row.prompt for row in test],
+        metrics=Metrics(
+            systems={name: SystemScores.of(system) for name, system in measured.items()},
+            delivered=delivered,
+            all_rows=all_rows,
+            target_on=parents.choice,
+            prune_ratio=ratio,
+            prune_ratio_interval=(estimate.low, estimate.high) if estimate else None,
+            nothing_learned_about_ratio=estimate is not None and estimate.nothing_learned,
+            best_step=grasp.made.result.best_step if grasp.made else 0,
+            signatures={name: score.signature for name, score in measured["grasp"].metrics.items()},
+            test_examples=len(test),
+            language=steps.session.language,
+        ),
+        cost=_cost(adapters, measured),
+        target_alone=parents.on is None,
+    )
+
+
+def _measure(steps: Steps, name: str, system: Adapter) -> Measured:
+    measured = steps.measure(system)
+    steps.session.progress.scored(name, measured.predictions(steps.splits.test))
+    return measured
+
+
+def _cost(adapters: dict[str, Adapter], measured: dict[str, Measured]) -> dict[str, float]:
+    """Seconds of each step, by its name; those of all measurements together, as `evaluation`."""
+    cost: dict[str, float] = {}
+    for step in each_once([step for adapter in adapters.values() for step in adapter.trail]):
+        cost[step.name] = round(cost.get(step.name, 0.0) + step.seconds, 3)
+    parts = [part for system in measured.values() for part in vars(system).values() if part is not None]
+    return cost | {"evaluation": round(sum(part.seconds for part in each_once(parts)), 3)}

@@ -1,0 +1,258 @@
+"""Single steps on folders, without a run around them: merge, learn, finetune, evaluate."""
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from grasp_lora.engine.check import check, check_rounds
+from grasp_lora.engine.results import Learned, Trained, read_json
+from grasp_lora.engine.run_folder import (
+    ADAPTER_FOLDER,
+    DATA_FILE,
+    HISTORY_FILE,
+    RATIO_FILE,
+    SPARSITY_FILE,
+    DataFacts,
+    SystemScores,
+)
+from grasp_lora.engine.session import Session
+from grasp_lora.engine.steps import Steps, given
+from grasp_lora.engine.store import ADAPTER, Store
+from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.method.merging import MergeSettings, merge_rule
+from grasp_lora.method.merging import merge as merge_weights
+from grasp_lora.models.adapters import check_fits, save_adapter
+from grasp_lora.models.backbone import backbone_of
+from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
+from grasp_lora.recipes.load import MOST_ABOVE, backbone_of_run
+from grasp_lora.storage.claims import new_folder, refuse_existing
+from grasp_lora.storage.files import why_not_written, write_json, write_jsonl
+from grasp_lora.storage.reading import is_folder
+from grasp_lora.text.display import quoted
+
+logger = logging.getLogger(__name__)
+
+
+def merge_folders(
+    places: Sequence[str],
+    output: Path,
+    backbone: str | None,
+    rule: str,
+    weights: Sequence[float] | None,
+    rank: int | None,
+    density: float,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> str:
+    """Merge adapters from folders or hub ids into a new folder; return one line on the result.
+
+    Args:
+        places: PEFT adapters, folders or hub ids.
+        output: a folder that does not exist or is empty.
+        backbone, revision, trust_remote_code: as in a recipe's `backbone`; None takes the one that the first adapter names.
+        rule, weights, rank, density: see `MergeSettings`.
+
+    Raises:
+        GraspError: an adapter, the rule's settings or the output folder does not fit.
+    """
+    try:
+        settings = MergeSettings(rule, tuple(weights) if weights else None, rank, density)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    refuse_existing(output)
+    adapters = [read_adapter(place) for place in places]
+    merged = merge_weights([adapter.weights for adapter in adapters], settings).together()
+    backbone = backbone or backbone_of_run(places[0])
+    loaded = backbone_of(adapters[0], backbone, "cpu", revision=revision, trust_remote_code=trust_remote_code)
+    for adapter in adapters:
+        check_fits(adapter, loaded.model, **loaded.told)
+    answers = [adapter.info.answers for adapter in adapters]
+    labels = any(one.labels for one in answers if one)
+    reworded = len({one.prompt for one in answers if one}) > 1
+    longest = max((one.max_new_tokens for one in answers if one), default=0)  # a longer answer is no other one
+    if reworded:  # such as prompts in two languages, which answer in one way
+        answers = [one and Answers(longest, one.stop, one.chat_template) for one in answers]
+    else:  # columns are of files, not of the adapter
+        answers = [one and replace(one, columns={}, max_new_tokens=longest) for one in answers]
+    alike = all(one == answers[0] for one in answers)
+    dtypes = {adapter.info.backbone_dtype for adapter in adapters}
+    with new_folder(output) as draft:
+        save_adapter(
+            draft,
+            merged,
+            loaded.model,
+            backbone_name=adapters[0].base_model or loaded.base_model,
+            fingerprint=loaded.fingerprint,
+            dropout=0.0,
+            answers=answers[0] if alike else None,
+            quantise=loaded.quantise,
+            dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            embedded=loaded.is_embedded,
+            revision=loaded.revision,
+        )
+    ranks = sorted({pair.rank for pair in merged.values()})
+    line = f"merged {len(adapters)} adapters by {rule!r}: {len(merged)} modules, ranks {ranks} -> {output}"
+    if not alike:
+        line += "; they were trained to answer in different ways, so tell predict: --stop, --max-new-tokens, --chat"
+    if reworded or not alike:
+        line += "; their prompts are worded in different ways" if reworded else ""
+        line += "; so predict takes whole prompts" + (" and writes any text, not one of their labels" if labels else "")
+    return line
+
+
+def learn_folder(session: Session, place: str, output: Path) -> Learned:
+    """Run the controller on an adapter; write its records, ratio.json and the trained adapter."""
+    _check_one_adapter(session)
+    refuse_existing(output)
+    check(session, parents=False)
+    check_rounds(session)
+    adapter = session.read(_from_here(place))
+    with new_folder(output) as draft, _scratch() as scratch:
+        steps = Steps(session, Store(scratch))
+        learned, left = steps.control(adapter.weights, session.recipe.controller, scratch)
+        write_json(draft / RATIO_FILE, asdict(learned.estimate))
+        for name, rows in (("rounds", learned.rounds), ("timings", learned.timings), ("history", learned.history)):
+            write_jsonl(draft / f"{name}.jsonl", rows)
+        session.save(draft / ADAPTER_FOLDER, left)
+    return learned
+
+
+def finetune_folder(session: Session, place: str, prune_ratio: float, output: Path) -> Trained:
+    """Prune an adapter at a ratio and fine-tune it; write the adapter, its history and its sparsity."""
+    if not 0.0 <= prune_ratio <= 1.0:
+        raise RecipeError(f"the prune ratio is {prune_ratio}; it must be a fraction in [0, 1]")
+    _check_one_adapter(session)
+    refuse_existing(output)
+    check(session, parents=False)
+    start = given(session.read(_from_here(place)))
+    with new_folder(output) as draft, _scratch() as scratch:
+        made = Steps(session, Store(scratch)).finetune(start, prune_ratio).made
+        assert made is not None
+        shutil.copytree(made.folder / ADAPTER, draft, dirs_exist_ok=True)
+        write_json(draft / SPARSITY_FILE, made.result.kept)
+        write_jsonl(draft / HISTORY_FILE, made.result.history)
+    return made.result
+
+
+def evaluate_folders(
+    session: Session, places: Sequence[str], output: Path | None
+) -> tuple[dict[str, SystemScores], dict[str, str]]:
+    """Measure adapters on dev and test, and write scores and predictions into a folder, if given.
+
+    Returns:
+        The scores of each adapter, and how each metric was computed.
+
+    Raises:
+        GraspError: the recipe, the data, an adapter or the output folder does not fit, or the temporary folder cannot be written.
+    """
+    if output is not None:
+        refuse_existing(output)
+    check(session, parents=False)
+    adapters = [session.read(_from_here(place)) for place in places]
+    for adapter, place in zip(adapters, places, strict=True):
+        _warn_of_other_prompt(session, adapter)
+        _warn_of_known_rows(session, adapter.name, place)
+    with nullcontext() if output is None else new_folder(output) as draft, _scratch() as scratch:
+        steps = Steps(session, Store(scratch))
+        measured = {
+            name: steps.measure(given(adapter))
+            for name, adapter in zip(_names(places, adapters), adapters, strict=True)
+        }
+        systems = {name: SystemScores.of(system) for name, system in measured.items()}
+        signatures = {name: score.signature for system in measured.values() for name, score in system.metrics.items()}
+        if draft is not None:
+            for name, system in measured.items():
+                rows = [asdict(row) for row in system.predictions(session.splits.test)]
+                write_jsonl(draft / f"{name.replace('/', '--')}.jsonl", rows)
+            content = {"systems": {name: asdict(scores) for name, scores in systems.items()}, "signatures": signatures}
+            write_json(draft / "metrics.json", content | {"test_examples": len(session.splits.test)})
+    return systems, signatures
+
+
+def _warn_of_other_prompt(session: Session, adapter: LoadedAdapter) -> None:
+    told, own = adapter.info.answers, session.how_to_answer
+    if (
+        told is not None
+        and told.task is not None
+        and (told.prompt, told.chat_template) != (own.prompt, own.chat_template)
+    ):
+        logger.warning(
+            "adapter %s was trained on prompts of the form %s%s, and the recipe asks otherwise; its scores may be too low",
+            quoted(adapter.name),
+            quoted(told.prompt or ""),
+            " in the chat template" if told.chat_template else "",
+        )
+
+
+def _warn_of_known_rows(session: Session, name: str, place: str) -> None:
+    """Warn where test rows are, by their ids, among those that the run of an adapter trained or chose on."""
+    for folder in islice(Path(place).absolute().parents, MOST_ABOVE):
+        facts = read_json(folder / DATA_FILE, DataFacts)
+        if facts is not None:
+            used = {one for split in ("train", "dev", "micro_dev") for one in facts.ids.get(split, ())}
+            test = [example.public_id for example in session.splits.test]
+            if known := sum(one in used for one in test):
+                logger.warning(
+                    "%d of the %d test rows have ids of rows that adapter %s was trained or chosen on, so its scores may be too "
+                    "high; evaluate with the recipe and the rows of its run, or give test rows apart (data.target.test_files)",
+                    known,
+                    len(test),
+                    quoted(name),
+                )
+            return
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """Give a temporary folder.
+
+    Raises:
+        GraspError: there is none, or it cannot be written.
+    """
+    try:
+        temporary = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise _no_scratch("a temporary folder cannot be made", error.strerror or str(error)) from error
+    place = Path(temporary.name)
+    try:
+        with temporary:
+            yield place
+    except (OSError, SafetensorError, GraspError) as error:
+        first = error.__cause__ if isinstance(error, GraspError) else error  # some are a line that speaks of --output
+        reason = why_not_written(first, place) if isinstance(first, OSError | SafetensorError) else None
+        if reason is None:
+            raise
+        raise _no_scratch(f"the temporary folder {place} cannot be written", reason) from error
+
+
+def _no_scratch(what: str, reason: str) -> GraspError:
+    return GraspError(f"{what} ({reason}); make room, or set TMPDIR to another folder")
+
+
+def _check_one_adapter(session: Session) -> None:
+    """Refuse to train one adapter by a recipe that trains several as one: masks would be others than those of its run."""
+    rule = session.recipe.merge.rule
+    if merge_rule(rule).space.apart:
+        raise RecipeError(
+            f"merge.rule {rule!r} keeps adapters apart while they train, which a saved adapter cannot; use 'run', or set another "
+            "rule, such as merge.rule=exact, to train this one as it is"
+        )
+
+
+def _from_here(place: str) -> str | Path:
+    """A folder that the command line names starts from the working folder, not from that of the recipe."""
+    return Path(place).resolve() if is_folder(Path(place)) else place
+
+
+def _names(places: Sequence[str], adapters: Sequence[LoadedAdapter]) -> list[str]:
+    """Names of adapters for tables and files: their own, or the places if two are called alike."""
+    names = [adapter.name for adapter in adapters]
+    return names if len(set(names)) == len(names) else list(places)

@@ -1,0 +1,670 @@
+"""Everything that an experiment does, one plain method each: train, merge, learn the ratio, fine-tune, measure.
+
+A method names what decides its result, says how it is done, and lets the store remember it. `run` and `compare` are written in
+these methods, so both share every step that they have in common:
+
+    steps = Steps(session, store)
+    merged = steps.parents().merged
+    learned = steps.learn_ratio(merged)
+    grasp = steps.finetune(merged.after(learned), learned.result.estimate.ratio)
+    steps.measure(grasp).test_loss
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grasp_lora.data.encode import Example
+from grasp_lora.data.splits import hash_of
+from grasp_lora.engine import lorahub
+from grasp_lora.engine.results import (
+    Adapter,
+    Answers,
+    Learned,
+    Losses,
+    Measured,
+    MergeWeights,
+    Scores,
+    Trained,
+    each_once,
+)
+from grasp_lora.engine.session import Session
+from grasp_lora.engine.store import ADAPTER, WORK, Finished, Store, key_of
+from grasp_lora.errors import AdapterError, DivergedError, GraspError, ProbeError, UntrainedError
+from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.method.masks import survival
+from grasp_lora.method.merging import MergeSettings, merge, merge_rule
+from grasp_lora.method.policy import plain_policy
+from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.answers import generate, likeliest_labels
+from grasp_lora.models.live import adapter_weights, frozen_adapter, segments_of
+from grasp_lora.models.precision import weight_sum
+from grasp_lora.models.reading import LoadedAdapter, read_adapter
+from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
+from grasp_lora.storage.checkpoints import Checkpointing
+from grasp_lora.storage.processes import distribute, on_first_process, world_size
+from grasp_lora.text.names import without_place
+from grasp_lora.training.probes import ProbeSet, probes_of
+from grasp_lora.training.settings import TrainingSettings
+
+if TYPE_CHECKING:  # it brings transformers' Trainer, which takes a second to import; who only checks does without
+    from grasp_lora.training.finetune import FineTuneResult
+
+# Part of what a step is found by: raise one when a change of the code changes the result of such steps.
+REVISIONS = {"training": 2, "controller": 2, "losses": 2, "answers": 2, "scores": 2}
+GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
+CHOOSING = ("dev", "micro_dev")  # the splits whose rows may decide
+FEWEST = 2  # rows that a choice by losses needs
+CALIBRATION_EXAMPLES = 16  # of the train set, for scores that need inputs in the final run
+JOINT_EVALUATIONS = 4  # of the dev loss in an epoch of source and target data together
+# What a config says of names, formats and memory: the same computation without it.
+IDLE = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+    "quantization_config",
+)
+
+
+@dataclass(frozen=True)
+class TargetOn:
+    """Where the target adapter of a recipe with `target.on: auto` is trained, and why.
+
+    Args:
+        on: `source`, or None for the backbone alone.
+        splits: whose rows decided; empty where there were too few.
+        examples: how many these are.
+        losses: `apart`, of the average, and `source`, of the sum: mean loss of each merge before any pruning.
+        left_out: why the other way was left out, where its training or its measurement failed.
+    """
+
+    on: str | None
+    splits: tuple[str, ...] = ()
+    examples: int = 0
+    losses: Mapping[str, float] = field(default_factory=dict)
+    left_out: str = ""
+
+    @property
+    def merge(self) -> str:
+        """What the merge is, in words."""
+        return "the sum" if self.on else "the average"
+
+
+@dataclass(frozen=True)
+class Parents:
+    """The adapters that are merged, and their merge before anything is pruned.
+
+    Args:
+        sources: of the rich language.
+        target: of the target language; with `on` it does nothing alone.
+        on: `source` where the target adapter was trained on top of the source adapter.
+        merged: all of them together.
+        choice: with `target.on: auto`, why the target adapter is where it is.
+        discarded: keys of the trainings that this choice set aside.
+    """
+
+    sources: tuple[Adapter, ...]
+    target: Adapter
+    on: str | None
+    merged: Adapter
+    choice: TargetOn | None = None
+    discarded: frozenset[str] = frozenset()
+
+    @property
+    def named(self) -> dict[str, Adapter]:
+        """Each of them by its name: source (source_2, ...) and target."""
+        return {**dict(zip(names_of(len(self.sources)), self.sources, strict=True)), "target": self.target}
+
+
+class Steps:
+    """The steps of experiments with one seed.
+
+    Args:
+        session: of the recipe with this seed.
+        store: where finished steps are kept.
+        shared: of the recipe whose seed the source adapter is trained with; None for this one.
+        grid: prune ratios of a grid search.
+        stop_requested: asked after each optimizer step; names what wants the training to stop there, or gives None.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        store: Store,
+        shared: Session | None = None,
+        grid: Sequence[float] = GRID,
+        stop_requested: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        self.session, self.recipe, self.splits = session, session.recipe, session.splits
+        self.store = store
+        self.grid = tuple(grid)
+        self._shared = shared or session
+        self._stop_requested = stop_requested
+        self._backbone = session.backbone.model
+        self._common = _computed_with(session)
+
+    # Adapters
+
+    def alone(self) -> Adapter:
+        """The backbone without an adapter."""
+        return Adapter("backbone", lambda: None)
+
+    def sources(self) -> tuple[Adapter, ...]:
+        """The source adapters: those that the recipe names, or the one that is trained; all seeds share them."""
+        shared = self._shared
+        if places := shared.recipe.source.adapters:
+            return tuple(given(shared.given[place]) for place in places)
+        training = shared.recipe.source.training
+        return (self._train("source", ("source_train",), ("source_dev",), training, session=shared),)
+
+    def source(self) -> Adapter:
+        """The source adapter; several given ones are averaged exactly."""
+        sources = self.sources()
+        names = [f"source_{number}" for number in range(1, len(sources) + 1)]
+        return sources[0] if len(sources) == 1 else self.merge("source", sources, names, MergeSettings("exact"))
+
+    def target(self, on: Adapter | None = None) -> Adapter:
+        """The target adapter: given, or trained on the backbone alone or on top of another adapter, which stays frozen."""
+        stage = self.recipe.target
+        if stage.adapter is not None:
+            return given(self.session.given[stage.adapter])
+        return self._train("target", ("train",), ("dev",), stage.training, on=on)
+
+    def joint(self) -> Adapter:
+        """One fresh adapter on source and target rows together, the target's repeated about as often as its adapter sees them."""
+        source, target = self._shared.recipe.source.training, self.recipe.target.training
+        repeats = max(1, round(target.epochs / source.epochs))
+        evaluate_every = min(source.evaluate_every, 1 / JOINT_EVALUATIONS)
+        training = replace(source, evaluate_every=evaluate_every, patience=None, keep="best")
+        return self._train("joint", ("source_train", *["train"] * repeats), ("dev",), training)
+
+    def parents(self, *, in_paper: bool = False) -> Parents:
+        """The adapters to merge and their merge, the target adapter where the recipe says; `in_paper` on the backbone alone.
+
+        With `target.on: auto` both ways are trained, and the merge of the lower loss on all dev and micro-dev rows goes on. A
+        way that fails, for example since its training diverges, leaves the other one; too few rows leave the backbone alone.
+
+        Raises:
+            DivergedError, ProbeError, AdapterError: both ways fail.
+        """
+        on = None if in_paper else self.recipe.target.on
+        if on != AUTO:
+            return self._parents_on(on)
+        splits = self.choosing_splits
+        if not splits:
+            return replace(self._parents_on(None), choice=TargetOn(None))
+        ways: dict[str, Parents] = {}
+        measured: dict[str, list[Finished[Losses]]] = {}
+        failed: dict[str, GraspError] = {}
+        for name, place in (("apart", None), ("source", "source")):
+            try:
+                ways[name] = self._parents_on(place)
+                measured[name] = [self.losses(ways[name].merged, split) for split in splits]
+            except (DivergedError, ProbeError, AdapterError) as error:
+                failed[name] = error
+        if not measured:
+            raise failed["apart"]
+        rows = {name: [loss for step in steps for loss in step.result.losses] for name, steps in measured.items()}
+        means = {name: sum(losses) / len(losses) for name, losses in rows.items()}
+        best = min(means, key=means.__getitem__)  # of equal ones the average
+        looked_at = each_once([step for name in measured for step in (*ways[name].merged.trail, *measured[name])])
+        needed = {step.key for step in ways[best].merged.trail}
+        return replace(
+            ways[best],
+            merged=ways[best].merged.after(*looked_at),
+            discarded=frozenset(step.key for step in looked_at if step.trains) - needed,
+            choice=TargetOn(
+                ways[best].on,
+                splits,
+                len(rows[best]),
+                means,
+                "; ".join(f"the other way failed: {error}" for error in failed.values()),
+            ),
+        )
+
+    def _parents_on(self, on: str | None) -> Parents:
+        sources = self.sources()
+        target = self.target(None if on is None else self.source())
+        return Parents(sources, target, on, self.merge_of(sources, target, on))
+
+    def merge_of(self, sources: Sequence[Adapter], target: Adapter, on: str | None) -> Adapter:
+        """The merge of the recipe; a target adapter that was trained on the mean of the sources is added to that."""
+        settings = self.recipe.merge
+        if on is not None:
+            settings = replace(settings, weights=(*[1 / len(sources)] * len(sources), 1.0))
+        return self.merge("merged", (*sources, target), (*names_of(len(sources)), "target"), settings)
+
+    def merge(self, name: str, parents: Sequence[Adapter], names: Sequence[str], settings: MergeSettings) -> Adapter:
+        """The merge of adapters by a rule. It is quick and exact, so it is made when it is needed and never on record."""
+        decided = {key: value for key, value in asdict(settings).items() if key != "dropout"}  # of later trainings
+        draws = merge_rule(settings.rule).draws
+        seed = self.recipe.seed_of(f"merge {settings.seed}")
+        key = key_of(name, plain({
+            "merge": decided, "parents": [parent.key for parent in parents], "names": names, "seed": seed if draws else None
+        }))  # fmt: skip
+
+        def load() -> AdapterWeights:
+            return merge([parent.weights for parent in parents], replace(settings, seed=seed), names)
+
+        return Adapter(key, load, trail=each_once([step for parent in parents for step in parent.trail]))
+
+    def search_merge_weights(self, parents: Parents) -> Adapter:
+        """The merge with the weights that LoRAHub finds on the micro-dev rows."""
+        adapters, names = tuple(parents.named.values()), tuple(parents.named)
+        inputs = self._inputs(
+            parents=[adapter.key for adapter in adapters], data=self._data("micro_dev"), budget=lorahub.BUDGET
+        )
+
+        def loss_at(weights: tuple[float, ...]) -> float:
+            merged = merge([adapter.weights for adapter in adapters], MergeSettings("lorahub", weights), names)
+            losses = self._losses(merged, self.splits.micro_dev)
+            return sum(losses) / len(losses)
+
+        def work(folder: Path) -> MergeWeights:
+            weights = lorahub.search_weights(loss_at, len(adapters), self.recipe.seed_of("lorahub"))
+            measured = lorahub.BUDGET * len(self.splits.micro_dev)
+            return MergeWeights(weights=weights, measured_examples=measured)
+
+        searched = self.store.step("merge-weights", inputs, MergeWeights, work)
+        return self.merge("lorahub", adapters, names, MergeSettings("lorahub", searched.result.weights)).after(searched)
+
+    # Trainings
+
+    def _train(
+        self,
+        name: str,
+        train: Sequence[str],
+        dev: Sequence[str],
+        training: TrainingSettings,
+        session: Session | None = None,
+        on: Adapter | None = None,
+    ) -> Adapter:
+        """A fresh adapter, trained on the named splits and judged on others; `on` top of another one, if given."""
+        session = session or self.session
+        recipe = session.recipe
+        train_rows, dev_rows = (
+            [row for split in names for row in getattr(session.splits, split)] for names in (train, dev)
+        )
+        inputs = self._inputs(
+            revision=REVISIONS["training"],
+            data=hash_of(session.splits, (*train, *dev)),
+            splits=[train, dev],
+            lora=asdict(recipe.lora),
+            training=_decides(training),
+            seed=recipe.seed,
+            on=on and on.key,
+        )
+
+        def work(folder: Path) -> Trained:
+            from grasp_lora.training.finetune import finetune
+
+            # Whatever is trained on target rows begins alike: it differs in what its name says alone.
+            part = "source" if name == "source" else "target"
+            how = self._how(training, recipe.seed_of(f"{part} order"), folder)
+            below = nullcontext() if on is None else frozen_adapter(self._backbone, on.weights)
+            with below, fresh_adapter(self._backbone, recipe.lora, recipe.seed_of(part)) as model:
+                result = finetune(model, train_rows, dev_rows, **how)
+                return self._save(folder, adapter_weights(model), result, training, train_rows, dev_rows)
+
+        return self._trained(name, inputs, work, [] if on is None else [on])
+
+    def finetune(self, start: Adapter, prune_ratio: float, stage: FinalStage | None = None) -> Adapter:
+        """Prune an adapter at a ratio and fine-tune it on the target rows: the final run, or one run of a grid.
+
+        Args:
+            start: the adapter it starts from.
+            prune_ratio: fraction in [0, 1].
+            stage: in place of the recipe's own; only its training, mode and mask count.
+        """
+        stage = stage or self.recipe.final
+        mask, training, dev = stage.mask or self.recipe.mask, stage.training, self.splits.dev
+        inputs = self._inputs(
+            revision=REVISIONS["training"],
+            data=self._data("train", "dev"),
+            start=start.key,
+            prune_ratio=prune_ratio,
+            training=_decides(training),
+            mode=stage.mode,
+            mask=asdict(mask),
+            dropout=self.recipe.dropout,
+        )
+
+        def work(folder: Path) -> Trained:
+            from grasp_lora.training.finetune import finetune
+            from grasp_lora.training.pruned import PrunedTraining
+
+            weights = start.weights
+            if prune_ratio > 0.0:
+                self._check_trained(weights)
+            segments = segments_of(weights)
+            calibration = ProbeSet(self.splits.train[:CALIBRATION_EXAMPLES], self.session.pad_id)
+            pruning = PrunedTraining(prune_ratio, calibration, mask, stage.mode, segments)
+            how = self._how(training, self.recipe.seed_of("final order"), folder)
+            with attached(self._backbone, weights, dropout=self.recipe.dropout) as model:
+                result = finetune(model, self.splits.train, dev, callbacks=[pruning], **how)
+                return self._save(
+                    folder, adapter_weights(model, segments), result, training, self.splits.train, dev, pruned=True
+                )
+
+        return self._trained(f"final-{prune_ratio:.2f}", inputs, work, [start])
+
+    def continued(self) -> Adapter:
+        """The source adapter, trained on the target rows as the final run is, nothing pruned."""
+        return self.finetune(self.source(), 0.0)
+
+    def learn_ratio(self, merged: Adapter, stage: ControllerStage | None = None) -> Finished[Learned]:
+        """Run the controller on a merged adapter.
+
+        Args:
+            merged: the adapter that it trains and probes; it stays as it is.
+            stage: in place of the recipe's own.
+
+        Raises:
+            ProbeError: a loss is not finite.
+            GraspError: the run ended before a round followed a step.
+        """
+        stage = stage or self.recipe.controller
+        inputs = self._inputs(
+            revision=REVISIONS["controller"],
+            data=self._data("train", *stage.splits),
+            start=merged.key,
+            controller=asdict(stage) | {"policy": plain_policy(stage.policy), "training": _decides(stage.training)},
+            mask=asdict(self.recipe.mask),
+            dropout=self.recipe.dropout,
+        )
+        return self.store.step(
+            "controller", inputs, Learned, lambda folder: self.control(merged.weights, stage, folder)[0], trains=True
+        )
+
+    def control(self, merged: AdapterWeights, stage: ControllerStage, folder: Path) -> tuple[Learned, AdapterWeights]:
+        """Run the controller, and return what it learned and the adapter as it left it."""
+        from grasp_lora.training.controller import GraspController
+        from grasp_lora.training.finetune import finetune
+
+        self._check_trained(merged)
+        recipe, train = self.recipe, self.splits.train
+        policy = replace(stage.policy, seed=recipe.seed_of(f"policy {stage.policy.seed}"))
+        pool = [row for split in stage.rounds.splits for row in getattr(self.splits, split)]
+        controller = GraspController(
+            probes_of(pool, self.session.pad_id, stage.rounds.turn(len(pool)), policy.seed),
+            replace(stage, policy=policy),
+            recipe.mask,
+            segments_of(merged),
+            folder / WORK,
+            self.session.progress.round,
+        )
+        dev = () if stage.training.patience is None else self.splits.dev
+        how = self._how(stage.training, recipe.seed_of("controller order"), folder)
+        with attached(self._backbone, merged, dropout=recipe.dropout) as model:
+            result = finetune(model, train, dev, controller=controller, **how)
+            left = adapter_weights(model, segments_of(merged))
+        rounds, timings = controller.rows()
+        # A round before training shows nothing of training. It is enough only where none but it was planned.
+        if not any(row["step"] for row in rounds) and stage.round_steps(len(train)) != [0]:
+            raise GraspError(
+                f"the controller run stopped by its dev loss at step {result.steps}, before a round followed a step; "
+                "lower controller.rounds.every, or raise controller.training.patience"
+            )
+        probed = sum(
+            len(row["baseline_losses"]) + len(set(row["candidates"])) * len(row["candidate_losses"][0])
+            for row in rounds
+        )
+        learned = Learned(
+            estimate=controller.learned,
+            rounds=rounds,
+            timings=timings,
+            history=[dict(row) for row in result.history],
+            steps=result.steps,
+            trained_examples=_trained_examples(result, stage.training, train),
+            measured_examples=probed + _evaluated_examples(result, dev),
+        )
+        return learned, left
+
+    def on_all_rows(self, target_epochs: float, final_epochs: float) -> "Steps":
+        """The steps whose training rows are all rows outside the test, so that none is left to stop by.
+
+        Args:
+            target_epochs, final_epochs: of the target adapter's training and of what follows the merge; 0 leaves the recipe's.
+        """
+        recipe, splits = self.recipe, self.splits
+        changes = {
+            name: replace(stage, training=replace(stage.training, epochs=epochs))
+            for name, stage, epochs in (("target", recipe.target, target_epochs), ("final", recipe.final, final_epochs))
+            if epochs
+        }
+        rows = replace(splits, train=(*splits.train, *splits.dev, *splits.micro_dev), dev=(), micro_dev=())
+        session = self.session.variant(recipe.model_copy(update=changes), rows)
+        return Steps(session, self.store, self._shared, self.grid, self._stop_requested)
+
+    def _how(self, training: TrainingSettings, seed: int, folder: Path) -> dict[str, Any]:
+        """What every training is told; several processes share the rows of each optimizer step."""
+        return {
+            "settings": training.shared_by(world_size()),
+            "pad_id": self.session.pad_id,
+            "seed": seed,
+            "folder": folder / WORK,
+            "report_to": self.recipe.report_to,
+            "on_step": self.session.progress.step,
+            "checkpoints": Checkpointing(self.recipe.save_every, self._stop_requested),
+        }
+
+    def _save(
+        self,
+        folder: Path,
+        weights: AdapterWeights,
+        result: "FineTuneResult",
+        training: TrainingSettings,
+        train: Sequence[Example],
+        dev: Sequence[Example],
+        *,
+        pruned: bool = False,
+    ) -> Trained:
+        """Write the adapter of a training into the folder of its step; return what the training did."""
+        on_first_process(lambda: self.session.save(folder / ADAPTER, weights))
+        return Trained(
+            steps=result.steps,
+            best_step=result.best_step,
+            dev_loss=result.dev_loss,
+            history=[dict(row) for row in result.history],
+            kept=[dict(row) for row in survival(weights)] if pruned else [],
+            trained_examples=_trained_examples(result, training, train),
+            measured_examples=_evaluated_examples(result, dev),
+        )
+
+    def _trained(
+        self, name: str, inputs: Mapping[str, Any], work: Callable[[Path], Trained], starts: Sequence[Adapter]
+    ) -> Adapter:
+        made = self.store.step(name, inputs, Trained, work, trains=True)
+        before = [step for start in starts for step in start.trail]
+        return Adapter(made.key, lambda: read_adapter(made.folder / ADAPTER).weights, made, each_once([*before, made]))
+
+    def _check_trained(self, weights: AdapterWeights) -> None:
+        """Refuse to prune what no training has changed: nothing says which of its weights matter."""
+        if any(pair.acts for pair in weights.values()):
+            return
+        source, target = (stage.training.learning_rate for stage in (self.recipe.source, self.recipe.target))
+        raise UntrainedError(
+            "the adapters to start from change nothing, as before training: no step lowered a dev loss (or a given one was never "
+            f"trained); lower source.training.learning_rate (now {source:g}) and target.training.learning_rate (now {target:g})"
+        )
+
+    # Measurements: no seed has a part in them.
+
+    @property
+    def choosing_splits(self) -> tuple[str, ...]:
+        """The splits whose rows may decide; none where all of them together are too few."""
+        return choosing_splits({name: len(getattr(self.splits, name)) for name in CHOOSING})
+
+    @property
+    def choosing_split(self) -> str | None:
+        """The split whose losses decide what is handed over: `dev`, or `micro_dev` where that is too small; None: neither."""
+        return next((name for name in CHOOSING if len(getattr(self.splits, name)) >= FEWEST), None)
+
+    def measure(self, adapter: Adapter) -> Measured:
+        """All that one system is worth: losses on dev and test, answers to the test prompts and their scores."""
+        dev = self.losses(adapter, "dev") if self.splits.dev else None
+        if not self.splits.test:
+            return Measured(dev, None, None, None)
+        answers = self.answers(adapter)
+        return Measured(dev, self.losses(adapter, "test"), answers, self.scores(answers))
+
+    def losses(self, adapter: Adapter, split: str) -> Finished[Losses]:
+        """The loss of each example of a split: `dev`, `micro_dev` or `test`."""
+        rows = getattr(self.splits, split)
+        inputs = self._measured(adapter, revision=REVISIONS["losses"], data=self._data(split), split=split)
+        return self.store.step(f"{split}-losses", inputs, Losses, lambda folder: Losses(
+            losses=self._losses(adapter.load(), rows), measured_examples=len(rows)
+        ))  # fmt: skip
+
+    def errors(self, adapter: Adapter, split: str) -> Finished[Losses]:
+        """Of each example of a split of a classification 1 where another label is likelier, else 0."""
+        rows, labels = getattr(self.splits, split), self.splits.labels
+        inputs = self._measured(
+            adapter, revision=REVISIONS["answers"], data=self._data(split), split=split, labels=labels
+        )
+
+        def work(folder: Path) -> Losses:
+            with self._on_backbone(adapter.load()) as model:
+                answers = self._likeliest(model, rows)
+            wrong = [float(row.completion_ids != labels[answer]) for row, answer in zip(rows, answers, strict=True)]
+            return Losses(losses=wrong, measured_examples=len(rows))
+
+        return self.store.step(f"{split}-errors", inputs, Losses, work)
+
+    def answers(self, adapter: Adapter) -> Finished[Answers]:
+        """The greedy answer to each test prompt; in a classification the likeliest label."""
+        test, generation, backbone = self.splits.test, self.recipe.generation, self.session.backbone
+        prompts, ends = [row.prompt_ids for row in test], {row.completion_ids[-1] for row in test}
+        asked = {
+            "max_new_tokens": generation.max_new_tokens,
+            "stop": generation.stop,
+            "allow_empty": generation.allow_empty,
+            "ends": sorted({*ends, *backbone.stop_ids}),
+        }
+        inputs = self._measured(
+            adapter,
+            revision=REVISIONS["answers"],
+            data=self._data("test"),
+            **({"labels": self.splits.labels} if self.splits.labels else asked),
+        )
+
+        def work(folder: Path) -> Answers:
+            tell = self.session.progress.answered
+            with self._on_backbone(adapter.load()) as model:
+                if self.splits.labels:
+                    return Answers(answers=list(self._likeliest(model, test, tell)))
+                tokenizer = backbone.tokenizer
+                return Answers(answers=list(
+                    distribute(prompts, lambda part: generate(model, tokenizer, part, generation, tell, ends))
+                ))  # fmt: skip
+
+        return self.store.step("answers", inputs, Answers, work)
+
+    def scores(self, answers: Finished[Answers]) -> Finished[Scores]:
+        """What answers to the test prompts are worth by each metric."""
+        session, bertscore = self.session, self.recipe.bertscore
+        references = [row.references for row in self.splits.test]
+        inputs = plain({
+            "revision": REVISIONS["scores"],
+            "answers": answers.key,
+            "metrics": list(session.metrics),
+            "bertscore": asdict(bertscore) | {"models": {code: _by_name(place) for code, place in bertscore.models.items()}},
+            "language": session.language,
+            "references": hashlib.sha256(repr(references).encode()).hexdigest(),
+        })  # fmt: skip
+        return self.store.step(
+            "scores", inputs, Scores, lambda folder: Scores(metrics=dict(session.score(answers.result.answers)))
+        )
+
+    def _on_backbone(self, weights: AdapterWeights | None) -> AbstractContextManager[Any]:
+        """The backbone with an adapter, or alone."""
+        return nullcontext(self._backbone) if weights is None else attached(self._backbone, weights.together())
+
+    def _losses(self, weights: AdapterWeights | None, rows: Sequence[Example]) -> list[float]:
+        with self._on_backbone(weights) as model:
+            return ProbeSet(rows, self.session.pad_id).losses(model) if rows else []
+
+    def _likeliest(
+        self, model: Any, rows: Sequence[Example], tell: Callable[[int, int], None] | None = None
+    ) -> Sequence[str]:
+        prompts, labels = [row.prompt_ids for row in rows], self.splits.labels
+        return distribute(prompts, lambda part: likeliest_labels(model, part, labels, tell))
+
+    # What decides a step
+
+    def _inputs(self, **inputs: Any) -> dict[str, Any]:
+        """What decides a step that draws random numbers."""
+        return plain({**self._common, "seed": self.recipe.seed, **inputs})
+
+    def _measured(self, adapter: Adapter, **inputs: Any) -> dict[str, Any]:
+        """What decides a measurement."""
+        return plain({**self._common, "adapter": adapter.key, **inputs})
+
+    def _data(self, *splits: str) -> str:
+        return hash_of(self.splits, splits)
+
+
+def names_of(sources: int) -> tuple[str, ...]:
+    """Return what so many source adapters are called: source, source_2 and so on."""
+    return ("source", *(f"source_{number}" for number in range(2, sources + 1)))
+
+
+def given(adapter: LoadedAdapter) -> Adapter:
+    """Return an adapter that no step made: one that the user gave."""
+    key = key_of("given", {"sha256": adapter.sha256, "facts": adapter.facts})
+    return Adapter(key, lambda: adapter.weights, title=adapter.name)
+
+
+def choosing_splits(sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The splits with rows that may decide, given the size of each; none where all of them together are too few."""
+    present = tuple(name for name in CHOOSING if sizes[name])
+    return present if sum(sizes[name] for name in present) >= FEWEST else ()
+
+
+def plain(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as JSON gives it back: lists for tuples, so that a key does not depend on who computed it."""
+    return dict(json.loads(json.dumps(inputs)))
+
+
+def _decides(training: TrainingSettings) -> dict[str, Any]:
+    """What decides a training: all but what trades time for memory, so that who ran out of memory may set it and go on."""
+    return {name: value for name, value in asdict(training).items() if name != "gradient_checkpointing"}
+
+
+def _by_name(place: str) -> str:
+    """A model of this machine by its name, and by a hash of its place, which tells two of one name apart."""
+    name = without_place(place)
+    return name if name == place else f"{name} {hashlib.sha256(place.encode()).hexdigest()[:16]}"
+
+
+def _computed_with(session: Session) -> dict[str, Any]:
+    """What decides all that a backbone computes: its weights and config, number format and bits.
+
+    Weights in a folder may be replaced, and a fingerprint sees 16 of each parameter; so those have their sum taken, too.
+    """
+    backbone = session.backbone
+    config = backbone.model.config.get_text_config(decoder=True).to_diff_dict()
+    text = json.dumps({key: value for key, value in config.items() if key not in IDLE}, sort_keys=True, default=str)
+    local = backbone.commit is None and not backbone.is_embedded
+    return {
+        "backbone": backbone.fingerprint,
+        "config": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "sum": str(weight_sum(backbone.model)) if local else None,
+        "dtype": str(backbone.model.dtype),
+        "quantise": backbone.quantise,
+    }
+
+
+def _trained_examples(result: "FineTuneResult", training: TrainingSettings, train: Sequence[Example]) -> int:
+    return round(result.steps / training.steps_per_epoch(len(train)) * len(train))
+
+
+def _evaluated_examples(result: "FineTuneResult", dev: Sequence[Example]) -> int:
+    return sum("dev_loss" in row for row in result.history) * len(dev)

@@ -1,0 +1,246 @@
+"""The memory of an experiment: each step is done once, whoever needs it, and a kill loses no finished step.
+
+A step has a folder of its own, named after it and a hash of everything that decides it. Its result is written there, and
+`done.json` last. So a resume is two facts: a folder with `done.json` is a finished step and is read; one without it is under
+way, and its training goes on from the checkpoints in its `work`.
+
+    store/final-0.40-1f2e3d4c5b6a7988/
+        result.json    what came of it: losses, scores, rounds
+        adapter/       of a step that makes one
+        done.json      what decided it, its seconds, the versions it was made with
+        work/          of a step under way: checkpoints, history, rounds
+        failed.json    its training diverged on this kind of machine; it is tried again once this is removed
+
+Several processes may share a store: one claims a step, and for the others it is `Busy` until it is done.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from grasp_lora.engine.progress import Progress
+from grasp_lora.engine.results import Result, Trained, read_json
+from grasp_lora.errors import DivergedError, GraspError, RecipeError
+from grasp_lora.storage.checkpoints import newest_checkpoint, remove_checkpoints, seconds_of
+from grasp_lora.storage.claims import Busy, Workplace, claim, make_folder
+from grasp_lora.storage.files import sync_all, write_json
+from grasp_lora.storage.processes import on_first_process, world_size
+
+VERSION = 2  # of this layout and of the keys; a store of another version is done anew
+WAIT = 0.5  # seconds between two looks at what other processes do
+DONE, FAILED, ADAPTER, WORK = "done.json", "failed.json", "adapter", "work"
+CURVES = "TENSORBOARD_LOGGING_DIR"
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Result)
+
+
+@dataclass(frozen=True)
+class Done:
+    """done.json: a step is finished. `inputs` decided it, `made_with` are versions, processor or GPU, and threads."""
+
+    step: str
+    key: str
+    inputs: dict[str, Any]
+    seconds: float
+    made_with: dict[str, str]
+    version: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """failed.json: why a training diverged, and with which versions, processor or GPU: with others it may not."""
+
+    error: str
+    made_with: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Finished(Generic[R]):
+    """A finished step and its result.
+
+    Args:
+        name: of the step, such as `final-0.40`.
+        key: hash of all that decided it.
+        folder: where it lies.
+        result: what it came to.
+        seconds: wall time, of all attempts together.
+        made_with: versions, processor or GPU, and threads.
+        repeated: whether it was on record already.
+    """
+
+    name: str
+    key: str
+    folder: Path
+    result: R
+    seconds: float
+    made_with: Mapping[str, str]
+    repeated: bool = field(default=False, compare=False)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trained something."""
+        return self.result.trained_examples > 0
+
+
+class Store:
+    """The steps of one folder. Of the processes that torchrun started the first writes, and all read the result.
+
+    Args:
+        folder: made when the first step begins.
+        progress: told of each step.
+        work: what a signal asks for; while a step trains it waits for the next checkpoint. None outside of an experiment.
+    """
+
+    def __init__(self, folder: Path, progress: Progress | None = None, work: Workplace | None = None) -> None:
+        self.folder = folder
+        self._progress = progress or Progress()
+        self._work = work
+        self._finished: dict[str, Finished[Any]] = {}
+        self._failed: dict[str, GraspError] = {}
+
+    def step(
+        self, name: str, inputs: Mapping[str, Any], kind: type[R], work: Callable[[Path], R], *, trains: bool = False
+    ) -> Finished[R]:
+        """Return a step: read if it is there, else done now, going on from its own checkpoints.
+
+        Args:
+            name: short, for people; a part of the folder's name.
+            inputs: everything that decides the result, as plain JSON values, keys of other steps included.
+            kind: what the step comes to.
+            work: does it, given the folder of the step.
+            trains: whether it leaves checkpoints, so that a signal waits for the next one.
+
+        Raises:
+            Busy: another process is at this step.
+            RecipeError: the files of the step are damaged.
+            GraspError: the step fails, or has failed before: it is not tried again.
+            Interrupted: a signal has stopped it.
+        """
+        key = key_of(name, inputs)
+        if key in self._finished:
+            return self._finished[key]
+        if key in self._failed:
+            raise self._failed[key]
+        folder = self.folder / f"{name}-{key}"
+        finished = self._read(name, key, folder, kind)
+        if finished is None:
+            make_folder(self.folder)
+            with claim(folder, wait=False):
+                finished = self._read(name, key, folder, kind)  # another process may have done it by now
+                if finished is None:
+                    self._check_not_failed(key, folder)
+                    self._progress.begin(name)
+                    if self._work:
+                        self._work.place = f"at the step {name}"
+                    before, started = on_first_process(lambda: _seconds_so_far(folder)), time.perf_counter()
+                    try:
+                        with self._deferred(trains), _curves_in(folder):
+                            result = work(folder)
+                    except GraspError as error:
+                        self._note_failure(key, folder, error)
+                        raise
+                    seconds = round(before + time.perf_counter() - started, 3)
+                    on_first_process(lambda: _complete(folder, result, Done(
+                        name, key, dict(inputs), seconds, made_with(), VERSION
+                    )))  # fmt: skip
+                    finished = Finished(name, key, folder, result, seconds, made_with())
+        self._finished[key] = finished
+        self._progress.finished(finished)
+        return finished
+
+    def _read(self, name: str, key: str, folder: Path, kind: type[R]) -> Finished[R] | None:
+        done = on_first_process(lambda: read_json(folder / DONE, Done))
+        if done is None:
+            return None
+        if (done.key, done.version) != (key, VERSION) or key_of(name, done.inputs) != key:
+            raise RecipeError(f"{folder / DONE} was changed: it does not belong to its folder; delete that folder")
+        if kind is Trained and not (folder / ADAPTER).is_dir():
+            return None  # it was deleted, or not copied along
+        return Finished(name, key, folder, kind.read(folder), done.seconds, done.made_with, repeated=True)
+
+    def _deferred(self, trains: bool) -> Any:
+        return self._work.interruption.deferred() if trains and self._work else nullcontext()
+
+    def _check_not_failed(self, key: str, folder: Path) -> None:
+        failed = on_first_process(lambda: read_json(folder / FAILED, Failed))
+        if failed is not None and failed.made_with == made_with():
+            logger.warning("this training diverged before and is not tried again until %s is removed", folder / FAILED)
+            self._failed[key] = DivergedError(failed.error)
+            raise self._failed[key]
+
+    def _note_failure(self, key: str, folder: Path, error: GraspError) -> None:
+        if isinstance(error, Busy):
+            return
+        self._failed[key] = error
+        if isinstance(error, DivergedError):
+
+            def note() -> None:
+                remove_checkpoints(folder / WORK)
+                write_json(folder / FAILED, asdict(Failed(str(error), made_with())))
+
+            on_first_process(note)
+
+
+def _complete(folder: Path, result: Result, done: Done) -> None:
+    """Write a result, and `done.json` when all else is on the disk."""
+    result.write(folder)
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    sync_all(folder)
+    write_json(folder / DONE, asdict(done))
+
+
+def _seconds_so_far(folder: Path) -> float:
+    """The seconds that a step had taken up to its newest checkpoint."""
+    checkpoint = newest_checkpoint(folder / WORK)
+    return seconds_of(checkpoint) if checkpoint else 0.0
+
+
+@contextmanager
+def _curves_in(folder: Path) -> Iterator[None]:
+    """Let TensorBoard write where its files outlast the training's own folder; a place that the user has set stays."""
+    if CURVES in os.environ:
+        yield
+        return
+    os.environ[CURVES] = str(folder / "tensorboard")
+    try:
+        yield
+    finally:
+        os.environ.pop(CURVES, None)
+
+
+def key_of(name: str, inputs: Mapping[str, Any]) -> str:
+    """Return the hash under which a step is on record: whoever has the same inputs has the same step."""
+    text = json.dumps([VERSION, name, inputs], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@cache
+def made_with() -> Mapping[str, str]:
+    """Return what seconds, and the last bits of results, depend on: versions, processor or GPU, threads, processes."""
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        processor: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        device = str(processor.get("cpu_name") or platform.machine())
+    return {
+        **{name: version(name) for name in ("grasp-lora", "torch", "transformers", "peft")},
+        "python": platform.python_version(),
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "processes": str(world_size()),
+    }

@@ -1,0 +1,343 @@
+"""Backbones that are quantised while they load: whole runs, exact gradients, keys, and what is refused."""
+
+import copy
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import build_tiny_tokenizer, write_tiny_workspace
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from grasp_lora import api
+from grasp_lora.data.encode import Example
+from grasp_lora.models import precision
+from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.answers import generate
+from grasp_lora.models.backbone import Backbone, fingerprint, load_backbone
+from grasp_lora.models.live import live_factors
+from grasp_lora.models.reading import read_adapter
+from grasp_lora.models.settings import QUANTISERS, BackboneSettings, GenerationSettings, LoraSettings
+from grasp_lora.recipes.load import load_recipe
+from grasp_lora.training.loss import collate, example_losses
+from grasp_lora.training.probes import ProbeSet
+
+NEAR = {"nf4": 0.3, "int8": 0.02}  # relative distance of the logits from those of the full model
+EXAMPLES = [
+    Example(f"e{n}", "p", "c", ("c",), "de", "", tuple(range(5 + n, 30)), tuple(range(40, 44 + n))) for n in range(4)
+]
+
+
+def needs(library: str) -> pytest.MarkDecorator:
+    missing = importlib.util.find_spec(library) is None
+    return pytest.mark.skipif(missing, reason=f'{library} is not installed: pip install "grasp-lora[quant]"')
+
+
+KINDS = [pytest.param(kind, marks=needs(library)) for kind, library in QUANTISERS.items()]
+BITSANDBYTES = [pytest.param(kind, marks=needs("bitsandbytes")) for kind in ("nf4", "int8")]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved Llama of width 128, of weights as trained models have them, that bfloat16 holds."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "head_dim": 32}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        tokens = {"vocab_size": 260, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        model = LlamaForCausalLM(
+            LlamaConfig(**shape, **heads, **tokens, initializer_range=0.05, max_position_embeddings=512)
+        )
+    folder = tmp_path_factory.mktemp("wide") / "wide-llama"
+    model.bfloat16().float().save_pretrained(folder)
+    build_tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_of(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Give `run_of(kind)`: the folder of a whole run, made once for each kind; a dtype is a kind, too."""
+    done: dict[str, Path] = {}
+
+    def run(kind: str) -> Path:
+        if kind not in done:
+            recipe = write_tiny_workspace(tmp_path_factory.mktemp(kind) / "work", wide)
+            change = f"backbone.quantise={kind}" if kind in QUANTISERS else f"backbone.dtype={kind}"
+            done[kind] = recipe.parent / "run"
+            api.run(recipe, overrides=[change, "controller.training.epochs=2"], folder=done[kind])
+        return done[kind]
+
+    return run
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def load(wide: Path) -> Callable[..., Backbone]:
+    def load(quantise: str | None, dtype: str = "float32") -> Backbone:
+        return load_backbone(BackboneSettings(str(wide), dtype=dtype, device="cpu", quantise=quantise))  # type: ignore[arg-type]
+
+    return load
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("how", [*KINDS, "float16"])
+def test_every_stage_of_a_run_lowers_its_loss(how: str, run_of: Callable[[str], Path]) -> None:
+    folder = run_of(how)
+    for stage in ("source", "target", "final"):
+        dev = [row["dev_loss"] for row in rows(folder / stage / "history.jsonl") if "dev_loss" in row]
+        assert dev[-1] < 0.97 * dev[0], stage
+    rounds = rows(folder / "controller" / "rounds.jsonl")
+    first, last = (sum(rounds[number]["baseline_losses"]) / 4 for number in (0, -1))
+    assert last < 0.97 * first
+
+
+def test_a_run_says_how_its_backbone_was_quantised(kind: str, run_of: Callable[[str], Path]) -> None:
+    folder = run_of(kind)
+    told = json.loads((folder / "run.json").read_text())
+    assert told["quantise"] == kind
+    assert told["libraries"][QUANTISERS[kind]]
+    info = read_adapter(folder / "adapter").info
+    assert (info.quantise, info.backbone_quantised) == (kind, True)
+    card = (folder / "adapter" / "README.md").read_text(encoding="utf-8").replace("\\", "")
+    assert f"trained and measured on this model quantised as {kind}." in card
+    assert f"wide-llama, quantised as {kind}" not in card  # its folder is called otherwise in the recipe
+    assert f"tiny-llama, quantised as {kind}" in card
+    assert f"quantised as {kind}" in (folder / "report.md").read_text(encoding="utf-8").replace("\\", "")
+    records = [json.loads(file.read_text()) for file in (folder / "store" / "records").glob("*.json")]
+    keyed = [record["settings"]["quantise"] for record in records if "backbone" in record["settings"]]
+    assert len(keyed) > 5
+    assert set(keyed) == {kind}
+
+
+def test_what_is_not_quantised_is_keyed_as_before(reference_run: Path) -> None:
+    assert "quantise" not in json.loads((reference_run / "run.json").read_text())
+    assert "quantise" not in json.loads((reference_run / "adapter" / "grasp_lora.json").read_text())
+    records = [json.loads(file.read_text()) for file in (reference_run / "store" / "records").glob("*.json")]
+    assert records
+    assert not any("quantise" in record["settings"] for record in records)
+
+
+def test_the_recipes_hash_counts_it_where_it_is_set(tiny_workspace: Path) -> None:
+    plain, null, other = (
+        load_recipe("tiny.yaml", changes)[0].fingerprint()
+        for changes in ((), ("backbone.quantise=null",), ("backbone.quantise=nf4",))
+    )
+    assert plain == null == "ed2f4f2068e852aa"
+    assert other != plain
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    model.train()
+    model.zero_grad()
+    example_losses(model, collate(EXAMPLES, 0), label_positions=True).mean().backward()
+    return {name: factor.grad.clone() for name, factor in live_factors(model).items()}
+
+
+@pytest.fixture
+def adapted(load: Callable[..., Backbone]) -> Iterator[Callable[[str], tuple[Any, Backbone]]]:
+    """Give `adapted(kind)`: a quantised backbone with an adapter whose two factors both have numbers."""
+    contexts = []
+
+    def adapt(kind: str) -> tuple[Any, Backbone]:
+        backbone = load(kind)
+        context = fresh_adapter(backbone.model, LoraSettings(rank=4, dropout=0.0), 0)
+        contexts.append(context)
+        model = context.__enter__()
+        generator = torch.Generator().manual_seed(1)
+        for factor in live_factors(model).values():
+            factor.data = 0.05 * torch.randn(factor.shape, generator=generator)
+        return model, backbone
+
+    yield adapt
+    for context in contexts:
+        context.__exit__(None, None, None)
+
+
+def test_gradients_are_the_same_before_and_after_a_dev_evaluation(kind: str, adapted: Callable[..., Any]) -> None:
+    model, backbone = adapted(kind)
+    before = gradients(model)
+    assert all(gradient.abs().sum() > 0 for gradient in before.values())
+    ProbeSet(EXAMPLES, 0).losses(model)
+    model.eval()
+    generate(model, backbone.tokenizer, [one.prompt_ids for one in EXAMPLES], GenerationSettings(max_new_tokens=3))
+    for name, gradient in gradients(model).items():
+        assert torch.equal(gradient, before[name]), name
+
+
+def test_a_dev_loss_is_the_loss_that_is_trained_on(kind: str, adapted: Callable[..., Any]) -> None:
+    model, _ = adapted(kind)
+    model.train()
+    trained = example_losses(model, collate(EXAMPLES, 0), label_positions=True).detach()
+    assert torch.equal(torch.tensor(ProbeSet(EXAMPLES, 0).losses(model)), trained)
+
+
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_without_our_care_one_of_the_two_would_fail(
+    kind: str, adapted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitsandbytes.functional import has_avx512bf16
+
+    if kind == "nf4" and not has_avx512bf16():
+        pytest.skip("this processor has no AVX512-BF16")
+    monkeypatch.setattr(precision, "keep_exact", lambda model: None)
+    checks = {
+        "nf4": test_gradients_are_the_same_before_and_after_a_dev_evaluation,
+        "int8": test_a_dev_loss_is_the_loss_that_is_trained_on,
+    }
+    with pytest.raises((AssertionError, UserWarning)):
+        checks[kind](kind, adapted)
+
+
+def test_its_adapter_works_on_the_full_model_in_plain_peft(
+    kind: str, wide: Path, run_of: Callable[[str], Path], load: Callable[..., Backbone]
+) -> None:
+    folder = run_of(kind) / "adapter"
+    full = AutoModelForCausalLM.from_pretrained(wide, dtype=torch.float32)
+    ids = torch.arange(4, 60).view(2, -1)
+    with torch.no_grad(), attached(load(kind).model, read_adapter(folder).weights) as model:
+        quantised = model.eval()(ids).logits
+        alone = full(ids).logits
+        plain = PeftModel.from_pretrained(full, folder).eval()(ids).logits
+    assert (quantised - plain).norm() < NEAR[kind] * plain.norm()
+    assert (quantised - plain).norm() < 0.5 * (plain - alone).norm()
+
+
+def test_each_way_has_a_fingerprint_of_its_own_that_stays(kind: str, load: Callable[..., Backbone]) -> None:
+    backbone = load(kind)
+    assert load(kind).fingerprint == backbone.fingerprint
+    others = {load(other).fingerprint for other in (None, *QUANTISERS) if other != kind and _is_here(other)}
+    assert backbone.fingerprint not in others
+    ProbeSet(EXAMPLES, 0).losses(backbone.model)
+    assert fingerprint(backbone.model) == backbone.fingerprint
+    if QUANTISERS[kind] == "bitsandbytes":
+        assert load(kind, "bfloat16").fingerprint == backbone.fingerprint
+
+
+def _is_here(kind: str | None) -> bool:
+    return kind is None or importlib.util.find_spec(QUANTISERS[kind]) is not None
+
+
+def test_an_adapter_is_asked_on_the_backbone_it_was_trained_on(
+    kind: str, run_of: Callable[[str], Path], cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run_of(kind).parent)
+    loaded = []
+    import grasp_lora.models.backbone as module
+
+    monkeypatch.setattr(module, "_load", lambda *a, real=module._load: loaded.append(a[1].quantise) or real(*a))
+    result = cli("predict", "run/adapter", "--backbone", "tiny-llama", "--device", "cpu", "target 1: what?")
+    assert result.status == 0, result.err
+    assert loaded == [kind]
+    assert "could not be checked" not in result.err
+
+
+def test_it_is_folded_into_the_full_model(kind: str, run_of: Callable[[str], Path], cli: Callable[..., Any]) -> None:
+    folder = run_of(kind)
+    out = folder.parent / "folded"
+    options = ["--fold", "--dtype", "float32", "-o", out, "--backbone", folder.parent / "tiny-llama"]
+    result = cli("export", folder / "adapter", *options)
+    assert result.status == 0, result.err
+    assert "was trained on a quantised backbone" in result.err
+    assert AutoModelForCausalLM.from_pretrained(out).config.hidden_size == 128
+
+
+@pytest.mark.parametrize("kind", [pytest.param("nf4", marks=needs("bitsandbytes"))])
+def test_an_adapter_of_the_full_model_is_taken_with_a_warning(
+    kind: str, wide: Path, run_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    from grasp_lora.engine.session import Session
+
+    given = run_of("float32") / "source"
+    recipe = write_tiny_workspace(tmp_path / "work", wide)
+    changes = [f"backbone.quantise={kind}", f"source.adapters=[{given}]"]
+    session = Session(*load_recipe(recipe, changes))
+    assert list(session.existing_adapters) == [str(given)]
+    assert "was trained on a full-precision backbone, so that" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("backbone.quantise=nf8", "'nf8': use 'nf4', 'int8', or leave it out"),
+        ("backbone.quantise=hqq", "'hqq': transformers cannot train on HQQ yet; use 'nf4'"),
+        ("backbone.quantise=int4", "'int4': torchao's int4 cannot be trained on; use 'nf4'"),
+        ("backbone.load_in_4bit=true", "set backbone.quantise to nf4"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_by_name(change: str, message: str, refused: Callable[..., None]) -> None:
+    for command in ("check", "run", "compare"):
+        refused(command, ["--set", change], message)
+
+
+SAVED = [
+    ({"quant_method": "hqq"}, "quantised by HQQ, on which no adapter is trained"),
+    ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "quantised by torchao, on which no adapter"),
+]
+
+
+@pytest.mark.parametrize(("saved", "message"), SAVED)
+def test_backbones_that_were_saved_so_are_refused_by_name(
+    saved: dict[str, Any], message: str, refused: Callable[..., None]
+) -> None:
+    _save_as(saved)
+    for command in ("check", "run"):
+        refused(command, [], message)
+
+
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_what_comes_quantised_is_not_quantised_again(kind: str, refused: Callable[..., None]) -> None:
+    _save_as({"quant_method": "bitsandbytes", "load_in_8bit": True})
+    refused(
+        "run", ["--set", f"backbone.quantise={kind}"], "comes quantised ('bitsandbytes'), and is taken as it is: leave"
+    )
+
+
+def _save_as(saved: dict[str, Any]) -> None:
+    """Say in the config of the workspace's backbone that it is quantised."""
+    link = Path("tiny-llama")
+    files = {file.name: file.read_bytes() for file in link.iterdir()}
+    link.unlink()
+    link.mkdir()
+    for name, content in files.items():
+        (link / name).write_bytes(content)
+    config = json.loads(files["config.json"]) | {"quantization_config": saved}
+    (link / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(("kind", "library"), QUANTISERS.items())
+def test_a_library_that_is_missing_is_named(
+    kind: str, library: str, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: None if name == library else real(name))
+    refused("run", ["--set", f"backbone.quantise={kind}"], f'needs {library}: run pip install "grasp-lora[quant]"')
+
+
+@pytest.mark.parametrize("kind", BITSANDBYTES)
+def test_what_was_saved_quantised_trains_exactly_as_well(
+    kind: str, load: Callable[..., Backbone], tmp_path: Path
+) -> None:
+    backbone = load(kind)
+    copy.deepcopy(backbone.tokenizer).save_pretrained(tmp_path / "saved")
+    backbone.model.save_pretrained(tmp_path / "saved")
+    again = load_backbone(BackboneSettings(str(tmp_path / "saved"), dtype="float32", device="cpu"))
+    assert again.fingerprint == backbone.fingerprint
+    assert again.quantise is None
+    losses = [ProbeSet(EXAMPLES, 0).losses(one.model) for one in (backbone, again)]
+    assert losses[0] == losses[1]
+
+
+def test_a_setting_in_python_is_checked_too() -> None:
+    with pytest.raises(ValueError, match="quantise is 'fp4'"):
+        BackboneSettings(quantise="fp4")  # type: ignore[arg-type]

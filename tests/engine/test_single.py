@@ -1,0 +1,173 @@
+"""The single steps give what the whole run gives, and leave ordinary PEFT adapters."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from recorder import session_of
+
+from grasp_lora.engine.predict import predict_texts
+from grasp_lora.engine.single import evaluate_folders, finetune_folder, learn_folder, merge_folders
+from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
+from grasp_lora.models.export import export_folder
+from grasp_lora.models.reading import read_adapter
+from grasp_lora.recipes.load import load_recipe
+
+
+def test_the_steps_of_a_run_one_by_one_give_the_same_adapter(finished_run: Path) -> None:
+    merge_folders(["run/source", "run/target"], Path("merged"), None, "exact", None, None, 0.5)
+    merged = read_adapter("merged")
+    assert merged.sha256 == read_adapter("run/merged").sha256
+    assert merged.base_model == "tiny-llama"
+    estimate = learn_folder(session_of(), "merged", Path("learned"))
+    assert Path("learned/rounds.jsonl").read_bytes() == (finished_run / "controller/rounds.jsonl").read_bytes()
+    assert json.loads(Path("learned/ratio.json").read_text()) == json.loads(
+        (finished_run / "controller/ratio.json").read_text()
+    )
+    result = finetune_folder(session_of(), "merged", estimate.ratio, Path("tuned"))
+    assert read_adapter("tuned").sha256 == read_adapter("run/adapter").sha256
+    assert Path("tuned/history.jsonl").read_bytes() == (finished_run / "final/history.jsonl").read_bytes()
+    assert Path("tuned/sparsity.json").read_bytes() == (finished_run / "final/sparsity.json").read_bytes()
+    table = evaluate_folders(session_of(), ["merged", "tuned"], Path("measured")).to_json()
+    metrics = json.loads((finished_run / "metrics.json").read_text())
+    assert table["systems"]["merged"] == metrics["systems"]["merged"]
+    assert table["systems"]["tuned"] == metrics["systems"]["grasp"]
+    assert table["signatures"] == metrics["signatures"]
+    assert table["systems"]["tuned"]["dev_loss"] == pytest.approx(result.dev_loss, rel=1e-6)
+    assert Path("measured/tuned.jsonl").read_bytes() == (finished_run / "evaluation/grasp.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("command", [("learn",), ("finetune", "--ratio", "0.4")])
+def test_one_adapter_is_not_trained_as_several_that_are_kept_apart(
+    command: tuple[str, ...], finished_run: Path, cli: Callable[..., Any]
+) -> None:
+    name, *options = command
+    arguments = ("tiny.yaml", "--adapter", "run/merged", "--output", "out", *options, "--set", "merge.rule=paper_apart")
+    result = cli(name, *arguments)
+    assert (result.status, result.err.count("\n")) == (2, 1)
+    assert (
+        "merge.rule 'paper_apart' keeps adapters apart while they train, which a saved adapter cannot; use 'run'"
+        in result.err
+    )
+    assert not Path("out").exists()
+
+
+def test_adapters_kept_apart_are_merged_into_a_folder_as_their_sum(finished_run: Path) -> None:
+    line = merge_folders(["run/source", "run/target"], Path("merged"), None, "paper_apart", None, None, 0.5)
+    assert "ranks [2]" in line
+    merged, parents = (
+        read_adapter("merged").weights,
+        [read_adapter(f"run/{name}").weights for name in ("source", "target")],
+    )
+    for name, pair in merged.items():
+        assert torch.equal(pair.A, parents[0][name].A + parents[1][name].A)
+        assert torch.equal(pair.B, parents[0][name].B + parents[1][name].B)
+
+
+def test_predictions_are_those_of_the_evaluation(finished_run: Path) -> None:
+    as_predict_loads_it = session_of("backbone.dtype=auto")
+    evaluate_folders(as_predict_loads_it, ["run/adapter"], Path("measured"))
+    rows = [json.loads(line) for line in Path("measured/adapter.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = {example.id: example.prompt for example in session_of().splits.test}
+    answers = predict_texts("run/adapter", [prompts[row["id"]] for row in rows], None, "cpu", max_new_tokens=4)
+    assert answers == [row["prediction"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda **of: merge_folders(["run/source"], Path("out"), None, "exact", None, None, 0.5, **of),
+        lambda **of: export_folder("run/adapter", Path("out"), gguf=True, **of),
+        lambda **of: predict_texts("run/adapter", ["a"], None, "cpu", max_new_tokens=1, **of),
+    ],
+    ids=["merge", "export", "predict"],
+)
+def test_steps_on_adapters_say_which_revision_and_whether_its_code_may_run(
+    finished_run: Path, step: Callable[..., object], caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(GraspError, match=r"revision is 'v2', but '.+ is a folder, which has no revisions"):
+        step(revision="v2")
+    assert not Path("out").exists()
+    step(trust_remote_code=True)
+    assert "trust_remote_code is on" in caplog.text
+
+
+def test_the_merge_is_the_weighted_sum_of_the_deltas(finished_run: Path) -> None:
+    merge_folders(["run/source", "run/target"], Path("merged"), "tiny-llama", "exact", [0.3, 2.0], None, 0.5)
+    source, target, merged = (read_adapter(place).weights for place in ("run/source", "run/target", "merged"))
+    for module, pair in merged.items():
+        expected = 0.3 * source[module].delta() + 2.0 * target[module].delta()
+        torch.testing.assert_close(pair.delta(), expected)
+
+
+def test_a_svd_merge_has_the_rank_asked_for(finished_run: Path) -> None:
+    facts = merge_folders(["run/source", "run/target"], Path("merged"), None, "svd", None, 3, 0.5)
+    assert facts == "merged 2 adapters by 'svd': 4 modules, ranks [3] -> merged"
+
+
+def test_no_source_is_needed_to_work_on_a_merged_adapter(finished_run: Path) -> None:
+    alone = session_of("data.source=null")
+    assert math.isfinite(finetune_folder(alone, "run/merged", 0.5, Path("tuned")).dev_loss or math.nan)
+
+
+def test_without_a_test_set_there_is_no_score_but_a_dev_loss(finished_run: Path) -> None:
+    table = evaluate_folders(session_of("data.target.test=0"), ["run/adapter"], Path("measured")).to_json()
+    assert table["systems"]["adapter"]["test_loss"] is None
+    assert table["systems"]["adapter"]["metrics"] == {}
+    assert table["systems"]["adapter"]["dev_loss"] > 0
+    assert table["test_examples"] == 0
+
+
+def test_measuring_never_writes_into_a_run_folder(finished_run: Path) -> None:
+    before = (finished_run / "metrics.json").read_bytes()
+    with pytest.raises(RecipeError, match="run exists and is not an empty folder; choose another with --output"):
+        evaluate_folders(session_of(), ["run/adapter"], Path("run"))
+    assert (finished_run / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.5, 40.0, math.nan])
+def test_a_ratio_must_be_a_fraction(ratio: float, tiny_workspace: Path) -> None:
+    with pytest.raises(RecipeError, match=r"the prune ratio is .*; it must be a fraction in \[0, 1\]"):
+        finetune_folder(session_of(), "adapter", ratio, Path("out"))
+
+
+def test_no_prompts(tiny_workspace: Path) -> None:
+    with pytest.raises(DataError, match="there are no prompts"):
+        predict_texts("adapter", [], None, "cpu", max_new_tokens=4)
+
+
+class TestBackbone:
+    @pytest.fixture
+    def adapter(self, finished_run: Path) -> Path:
+        return finished_run / "adapter" / "adapter_config.json"
+
+    def rename(self, config: Path, name: str | None) -> None:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": name}))
+
+    def test_an_adapter_that_names_none_needs_one(self, adapter: Path) -> None:
+        self.rename(adapter, None)
+        with pytest.raises(AdapterError, match="does not name its base model; give it with --backbone"):
+            predict_texts("run/adapter", ["a"], None, "cpu", max_new_tokens=2)
+        assert len(predict_texts("run/adapter", ["a"], "tiny-llama", "cpu", max_new_tokens=2)) == 1
+
+    def test_an_adapter_that_names_one_that_is_gone(self, adapter: Path) -> None:
+        self.rename(adapter, "./gone")
+        with pytest.raises(GraspError, match=r"'\./gone' does not exist.*\(adapter adapter names this .*--backbone"):
+            predict_texts("run/adapter", ["a"], None, "cpu", max_new_tokens=2)
+
+    @pytest.mark.parametrize("written", [None, "../../tiny-llama"], ids=["today", "as if there was no link"])
+    def test_of_a_run_behind_a_link_it_is_found_from_anywhere(
+        self, written: str | None, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "disk/deep").mkdir(parents=True)
+        Path("runs").symlink_to(tmp_path / "disk/deep")
+        finished_run.rename("runs/tiny")
+        recipe, _ = load_recipe("tiny.yaml", {"backbone.name": written or str(Path("tiny-llama").absolute())})
+        Path("runs/tiny/recipe.yaml").write_text(recipe.to_yaml(Path("runs/tiny")), encoding="utf-8")
+        monkeypatch.chdir(tmp_path)  # where no `tiny-llama` is
+        for place in ["work/runs/tiny/adapter"] + ([] if written else ["disk/deep/tiny/adapter"]):
+            assert len(predict_texts(place, ["a"], None, "cpu", max_new_tokens=2)) == 1

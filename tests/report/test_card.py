@@ -1,0 +1,197 @@
+"""The model card: what the hub and a stranger read of an adapter, and that its lines of Python answer as `predict` does."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from made_runs import run, whole_run, with_delivered, with_info, with_metrics, with_recipe, with_report  # noqa: F401
+
+from grasp_lora.engine.run_folder import AllRows, GivenAdapter, Parent, Run, SystemScores
+from grasp_lora.report.card import write_model_card
+
+
+@pytest.fixture
+def folder(whole_run: tuple[Run, Path]) -> Path:
+    """Of the run: its adapters are named with their hashes."""
+    return whole_run[1]
+
+
+def card(record: Run, folder: Path, place: Path) -> str:
+    return write_model_card(record, folder, place).read_text(encoding="utf-8").replace("\u00a0", " ")
+
+
+def snippet_of(text: str) -> str:
+    return text.split("```python\n")[1].split("```")[0]
+
+
+def test_the_card_says_what_the_adapter_is_and_holds_no_path(run: Run, folder: Path, tmp_path: Path) -> None:
+    asked = "السياق: {context}\nالسؤال: {question}\nالإجابة:"
+    source, target = (str(folder / "data" / f"xquad.{code}.json") for code in ("en", "ar"))
+    corpora = {"source": {"language": "en", "files": [source]}, "target": {"language": "ar", "files": [target]}}
+    run = with_report(with_recipe(run, data={"task": "qa"} | corpora), prompt=asked)
+    backbone = Parent("google/gemma-3-270m", "sha256:9d20aa41", "9b0cfec892e2")
+    text = card(with_info(run, backbone=backbone), folder, tmp_path)
+    _, front, body = text.split("---\n", 2)
+    facts = yaml.safe_load(front)
+    [result] = facts.pop("model-index")[0]["results"]
+    assert facts == {
+        "library_name": "peft",
+        "base_model": "google/gemma-3-270m",
+        "tags": ["lora", "grasp-lora", "adapter-merging", "pruning", "cross-lingual-transfer"],
+        "pipeline_tag": "text-generation",
+        "language": ["ar", "en"],
+    }
+    assert {row["type"]: row["value"] for row in result["metrics"]} == {"loss": 0.857, "f1": 43.2, "exact_match": 26.0}
+    assert result["dataset"]["args"] == {"test_rows": 8}
+    for private in (str(folder), str(folder.parent), str(Path.home()) + "/"):
+        assert private not in text
+    assert "xquad.en.json, xquad.ar.json" in body
+    assert body.count("sha256:") == 3  # backbone, two parents
+    assert 'from_pretrained(base, revision="9b0cfec892e2", dtype="float32")' in snippet_of(body)
+    compile(snippet_of(body), "card", "exec")
+    assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])["data"]["target"]["files"] == ["xquad.ar.json"]
+    assert "| **GRASP** | **0.857** | **0.822** | **43.2** |" in body
+    prompt = "".join(f"    {line}\n" for line in asked.split("\n"))
+    assert "It was trained on prompts of this form:\n\n" + prompt in body
+    assert body.rstrip().endswith("`hf upload ORG/NAME adapter --private`")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "parents", "sides"),
+    [
+        ("target", 0, ["target"], ["target"]),
+        ("source", 0, ["source"], ["source"]),
+        ("continued", 0, ["source"], ["source", "target"]),
+        ("source", 2, ["first"], []),
+        ("source_2", 2, ["second"], []),
+        ("target", 2, ["target"], ["target"]),
+        ("continued", 2, ["first", "second"], ["target"]),
+        ("grasp", 2, ["first", "second", "target"], ["target"]),
+        ("target", 3, ["third"], []),
+        ("grasp", 3, ["first", "second", "third"], ["target"]),
+    ],
+)
+def test_the_card_names_what_the_adapter_was_made_of_and_trained_on_alone(
+    run: Run, folder: Path, tmp_path: Path, name: str, given: int, parents: list[str], sides: list[str]
+) -> None:
+    """Of three given adapters the third is the target's."""
+    run = with_info(
+        run, parents=tuple(GivenAdapter(f"owner/{each}", each) for each in ("first", "second", "third")[:given])
+    )
+    codes = {"source": "en", "target": "de"}
+    corpora = {side: {"language": code, "hub": f"owner/{code}", "files": []} for side, code in codes.items()}
+    run = with_recipe(run, data=corpora, source={"adapters": ["owner/first", "owner/second"] if given else []})
+    systems = {
+        "continued": run.metrics.systems["source"],
+        "source_2": run.metrics.systems["source"],
+        **run.metrics.systems,
+    }
+    predictions = dict.fromkeys(systems, run.predictions["source"])
+    run = with_metrics(with_delivered(replace(run, predictions=predictions), name=name), systems=systems)
+    text = card(run, folder, tmp_path)
+    front, body = ModelCard(text).data.to_dict(), text.split("## Made of")[1].split("## Scores")[0]
+    rows = re.findall(r"\| (?:Given|Source|Target) adapter \| (?:owner/|the run's folder )(\w+) \|", body)
+    assert sorted(rows) == sorted(parents)
+    assert sorted(front.get("language", [])) == sorted(codes[side] for side in sides)
+    assert sorted(front.get("datasets", [])) == sorted(f"owner/{codes[side]}" for side in sides)
+    facts = {"source": ("owner/en", "English", "source train 12"), "target": ("owner/de", "German", " train 10")}
+    for side, words in facts.items():
+        for word in words:
+            assert (word in body) == (side in sides), word
+
+
+def test_after_a_training_on_all_rows_the_first_target_adapter_is_no_part(
+    run: Run, folder: Path, tmp_path: Path
+) -> None:
+    last = SystemScores(None, 0.8, {"f1": 45.0, "exact_match": 27.0})
+    run = with_metrics(
+        run, systems={**run.metrics.systems, "all_rows": last}, all_rows=AllRows("Once more.", 20, {"target": 5})
+    )
+    text = card(replace(run, predictions={**run.predictions, "all_rows": run.predictions["grasp"]}), folder, tmp_path)
+    assert "Once more. Test F1 45.0; 43.2 before." in text
+    assert "| Target adapter | trained again on all rows | – |" in text
+    assert "| Source adapter | the run's folder source | sha256:" in text
+    assert {result.metric_value for result in ModelCard(text).data.eval_results} == {0.8, 45.0, 27.0}
+    assert "Test F1 43.2 against" not in text  # which is not what is handed over
+
+
+def test_the_card_of_labels_says_how_they_were_chosen(run: Run, folder: Path, tmp_path: Path) -> None:
+    run = with_report(run, labels={"mbaya": {"test": 3}, "nzuri": {"test": 5}}, prompt="Text: {text}")
+    text = card(run, folder, tmp_path)
+    assert "likeliest of these labels: mbaya, nzuri." in text
+    assert '`grasp-lora predict . --context "..."` gives one of the labels' in text
+    rows = card(with_report(run, prompt="{text} or {other}"), folder, tmp_path)
+    assert "`grasp-lora predict` with a file of rows gives one of the labels" in rows
+
+
+def test_the_prompt_of_the_card_has_the_braces_that_training_saw(run: Run, folder: Path, tmp_path: Path) -> None:
+    text = card(with_report(run, prompt="Put it into \\boxed{{}} and {{name}}: {question}"), folder, tmp_path)
+    assert r'prompt = "Put it into \\boxed{} and {name}: ..."' in snippet_of(text)
+
+
+def test_the_snippet_of_the_card_answers(
+    run: Run, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = Path(shutil.copytree(folder / "adapter", tmp_path / "adapter"))
+    (adapter / "tiny-llama").symlink_to((folder.parent / "tiny-llama").resolve(), target_is_directory=True)
+    code = snippet_of(card(run, folder, adapter))
+    assert 'prompt = "..."' in code
+    monkeypatch.chdir(adapter)
+    exec(code.replace("...", run.prompts[0]), {})
+    assert capsys.readouterr().out.strip() == run.predictions["grasp"][0].prediction.strip() != ""
+
+
+def test_the_snippet_of_a_chat_goes_through_the_chat_template(run: Run, folder: Path, tmp_path: Path) -> None:
+    assert "eos_token_id" not in snippet_of(card(run, folder, tmp_path))
+    run = with_report(run, chat_template=True, end_of_turn="<|im_end|>")
+    run = with_recipe(run, generation={"stop": ["\n", '"```'], "max_new_tokens": 9})
+    code = card(run, folder, tmp_path).split("```python\n")[1].split("\n```\n")[0]
+    compile(code, "card", "exec")
+    assert "tokenizer.apply_chat_template(turns, add_generation_prompt=True" in code
+    assert "max_new_tokens=9" in code
+    assert 'ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]' in code
+    assert "do_sample=False, eos_token_id=ends)" in code
+    assert 'print(answer.split("\\n")[0].split("\\"```")[0])' in code
+
+
+def test_what_the_hub_reads_of_a_card(run: Run, folder: Path, tmp_path: Path) -> None:
+    """Local names would be taken for those of the hub; what is of the hub stands with its licence, where that is known."""
+    text = card(run, folder, tmp_path)
+    assert not {"base_model", "license"} & ModelCard(text).data.to_dict().keys()
+    assert "Put the path of your copy in the place of its name" in text
+    backbone = replace(run.info.backbone, name="google/gemma-3-270m (Q4_K_M GGUF)")
+    run = with_recipe(
+        with_info(run, backbone=backbone), data={"target": {"hub": "facebook/mlqa", "files": [], "language": "ar"}}
+    )
+    text = card(run, folder, tmp_path)
+    front = ModelCard(text).data.to_dict()
+    assert (front["base_model"], front["license"], front["datasets"]) == (
+        "google/gemma-3-270m", "gemma", ["facebook/mlqa"],
+    )  # fmt: skip
+    assert {result.dataset_name for result in ModelCard(text).data.eval_results} == {"facebook/mlqa, 8 test rows"}
+    assert "base = str(embedded_folder())" in snippet_of(text)
+
+
+def test_the_recipe_in_the_card_stays_in_its_block_and_names_no_place(run: Run, folder: Path, tmp_path: Path) -> None:
+    prompt, files = "\n````\n<b> /x/y \u202e {prompt}", [r"C:\Users\me\a.json", "/home/me/b.json", "../../c/d.json"]
+    data: dict[str, Any] = {"root": "../a/root", "target": {"files": files}, "prompt": prompt}
+    run = with_report(with_recipe(run, data=data, backbone={"name": "/models/of/me"}), prompt=prompt)
+    text = card(run, folder, tmp_path)
+    for private in ("Users", "../a", "/home/me", "../c", "/models", "\u202e"):
+        assert private not in text
+    recipe = yaml.safe_load(text.split("`````yaml\n")[1].split("\n`````\n")[0])
+    assert recipe["data"]["prompt"].startswith("\n````\n<b> /x/y ")
+    assert recipe["data"]["target"]["files"] == ["a.json", "b.json", "d.json"]
+    assert recipe["backbone"]["name"] == "me"
+
+
+@pytest.mark.parametrize("name", ["/home/someone/models/llama", r"C:\Users\me\llama", "~/models/llama/", "../llama"])
+def test_the_card_names_a_backbone_as_others_know_it(run: Run, folder: Path, tmp_path: Path, name: str) -> None:
+    text = card(with_info(run, backbone=replace(run.info.backbone, name=name)), folder, tmp_path)
+    assert 'base = "llama"' in text
+    assert name not in text
