@@ -10,11 +10,11 @@ import typer
 
 from grasp_lora.cli.adapters import export, predict
 from grasp_lora.cli.compare import compare
-from grasp_lora.cli.options import Command, UsageError
-from grasp_lora.cli.recipes import init, recipes, schema
+from grasp_lora.cli.options import UsageError
+from grasp_lora.cli.recipes import init, recipes
 from grasp_lora.cli.run import check, demo, run
 from grasp_lora.cli.steps import evaluate, finetune, learn, merge
-from grasp_lora.cli.terminal import error_console, lasting_outputs, print_error, say
+from grasp_lora.cli.terminal import error_console, print_error, say, set_up_outputs
 from grasp_lora.errors import GraspError, Interrupted
 from grasp_lora.recipes.gone import GONE_COMMANDS
 from grasp_lora.storage.memory import enough_memory
@@ -35,9 +35,9 @@ IN_SEVERAL_PROCESSES = ("run", "demo")
 TIME_TO_SPEAK = 3  # seconds: torchrun ends all processes when one has ended
 
 for command in (
-    run, demo, check, recipes, init, schema, predict, merge, export, learn, finetune, evaluate, compare,
+    run, demo, check, recipes, init, predict, merge, export, learn, finetune, evaluate, compare,
 ):  # fmt: skip
-    app.command(cls=Command)(command)
+    app.command()(command)
 
 
 def _say_version(wanted: bool) -> None:
@@ -60,15 +60,8 @@ def _start(
 def main() -> None:
     """Run the command line; a user's mistake becomes one line and exit status 2, a stop by a signal one line and 75."""
     set_up_libraries()
-    with lasting_outputs() as problem_of_output:
-        status = _status()
-        if (problem := problem_of_output()) and not status:
-            status = 2
-            print_error(
-                f"error: standard output cannot be written ({problem}): what this command says is lost, what it writes into "
-                "files is not"
-            )
-    sys.exit(status)
+    set_up_outputs()
+    sys.exit(_status())
 
 
 def _status() -> int:

@@ -13,7 +13,7 @@ import typer
 from grasp_lora.cli.options import AdapterArgument, BackboneOption, RevisionOption, StepOutput, TrustOption
 from grasp_lora.cli.terminal import loading, log_to_terminal, print_error, say
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.text.display import SURROGATES, escaped, quoted
+from grasp_lora.text.display import escaped
 
 logger = logging.getLogger(__name__)
 
@@ -129,62 +129,35 @@ def _talk(adapter: str, settings: dict[str, Any]) -> None:
         say("say something; Ctrl-D ends the conversation", style="dim")
         while True:
             try:
-                said = input("> ").strip()
+                line = input("> ").strip()
             except (EOFError, KeyboardInterrupt):
                 sys.stdout.write("\n")
                 return
-            except UnicodeDecodeError:
-                said = "\ud800"
-            if SURROGATES.search(said):
-                print_error("that was no valid text; type it in UTF-8")
-            if not said or SURROGATES.search(said):
+            if not line:
                 continue
-            turns.append({"role": "user", "content": said})
             try:
-                reply = asked.reply(turns)
-            except DataError as error:  # of one that has become too long, for example
+                reply = asked.reply([*turns, {"role": "user", "content": line}])
+            except DataError as error:  # of a conversation that has become too long, for example
                 print_error(f"{error}; the conversation begins anew")
                 turns.clear()
                 continue
-            turns.append({"role": "assistant", "content": reply})
-            for line in reply.split("\n"):
-                sys.stdout.write(escaped(line) + "\n")
+            turns += [{"role": "user", "content": line}, {"role": "assistant", "content": reply}]
+            for part in reply.split("\n"):
+                sys.stdout.write(escaped(part) + "\n")
 
 
 def _prompts_on_standard_input(jsonl: bool) -> list[str]:
-    lines = []
-    for number, content in enumerate(sys.stdin.buffer if sys.stdin else (), start=1):
-        try:
-            line = content.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"line {number} on standard input is not UTF-8 ({error.reason}); convert it first"
-            ) from None
-        lines.append(line.rstrip("\r\n"))
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not jsonl:
-        if blank := [number for number, line in enumerate(lines, start=1) if not line.strip()]:
-            raise DataError(
-                f"line {blank[0]} on standard input is blank; remove it, so that each answer has its prompt's line"
-            )
-        return lines
-    lines = [line for line in lines if line.strip()]
-    prompts = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            prompt = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"prompt {number} on standard input is no JSON ({error})") from None
-        if isinstance(prompt, dict):  # a line of a run's evaluation/prompts.jsonl
-            prompt = prompt.get("prompt")
-        if not isinstance(prompt, str):
-            raise DataError(
-                f'prompt {number} on standard input must be a JSON text, such as "one\\ntwo", or an object with a "prompt"; '
-                f"it is {quoted(line[:40])}"
-            )
-        prompts.append(prompt)
-    return prompts
+    """One prompt a line; with `jsonl` each is a JSON text, or an object with a key `prompt`."""
+    try:
+        lines = sys.stdin.buffer.read().decode("utf-8-sig").splitlines() if sys.stdin else []
+        if not jsonl:
+            return lines
+        values = [json.loads(line) for line in lines if line.strip()]
+        return [str(value["prompt"] if isinstance(value, dict) else value) for value in values]
+    except (ValueError, KeyError) as error:
+        raise DataError(
+            f"standard input holds no {'JSON' if jsonl else 'UTF-8'} prompts, one a line: {error}"
+        ) from error
 
 
 def export(

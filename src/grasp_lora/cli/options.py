@@ -1,14 +1,11 @@
 """The options that commands share, and the help texts of those that mirror a setting: what its docstring says."""
 
-import copy
 import re
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from typer.core import TyperCommand
 
 from grasp_lora.recipes.builtin import builtin_recipes
 from grasp_lora.text.docstrings import arguments, docstring_of
@@ -18,41 +15,6 @@ if TYPE_CHECKING:
 
 # Typer brings a click of its own or, in older versions, uses the installed one; it exports no class of all usage errors but this.
 UsageError: Any = typer.BadParameter.__base__
-
-
-class Command(TyperCommand):
-    """Refuses an option that takes one value and is given several, of which click would take the last without a word."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse what stands on the command line.
-
-        Raises:
-            UsageError: an option stands there twice.
-        """
-        given = list(args)
-        rest: list[str] = super().parse_args(ctx, args)  # first, since it ends with the help where that is asked for
-        if ctx.resilient_parsing:  # a shell completes
-            return rest
-        options: list[Any] = [copy.copy(one) for one in self.params]
-        singles = [one for one in options if one.param_type_name == "option" and not (one.multiple or one.is_flag)]
-        for one in singles:
-            one.multiple = True
-        patient = copy.copy(self)  # which keeps all values
-        patient.params = options
-        found = patient.make_parser(ctx).parse_args(given)[0]
-        for one in singles:
-            if len(values := found.get(one.name, ())) > 1:
-                option = max(one.opts, key=len)
-                shown = shlex.join(values)
-                hint = _ALL_IN_ONE.get(option, "give it once").format(all=shown, commas=",".join(values))
-                raise UsageError(f"{option} takes one value and is given {len(values)}: {shown}; {hint}", ctx)
-        return rest
-
-
-_ALL_IN_ONE = {
-    "--adapter": "merge them first: grasp-lora merge {all} --output merged",
-    **{f"--{name}": f"give all in one: --{name} {{commas}}" for name in ("methods", "seeds", "grid")},
-}
 
 
 def _recipes_beginning(incomplete: str) -> list[str]:

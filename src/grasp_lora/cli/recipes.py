@@ -1,4 +1,4 @@
-"""The commands that give recipes and say what may stand in one: `recipes`, `init`, `schema`."""
+"""The commands that give recipes: `recipes` and `init`."""
 
 import shlex
 import sys
@@ -19,24 +19,19 @@ def recipes(
     name: Annotated[
         str | None, typer.Argument(help="Print this one, as a file to begin with.", autocompletion=_names_beginning)
     ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema of a recipe, by which editors complete its keys.")
+    ] = False,
 ) -> None:
     """List the built-in recipes with a line each, or print one."""
-    if name is not None:
-        sys.stdout.write(builtin_text(name))
+    if name is not None or schema:
+        sys.stdout.write(schema_text() if name is None else builtin_text(name))
         return
     names = builtin_recipes()
     width = max(map(len, names))
-    for one in names:
-        about = builtin_text(one).splitlines()[1].removeprefix("# ")  # the first line names the schema
-        console.print(f"{one:<{width}}  {about}", markup=False, highlight=False, soft_wrap=True)
-
-
-def schema() -> None:
-    """Print the JSON schema of a recipe, by which editors complete and check its keys.
-
-    `init` writes it beside the recipe, as grasp-lora.schema.json, where the recipe's first line names it.
-    """
-    sys.stdout.write(schema_text())
+    for name in names:
+        about = builtin_text(name).splitlines()[1].removeprefix("# ")  # the first line names the schema
+        console.print(f"{name:<{width}}  {about}", markup=False, highlight=False, soft_wrap=True)
 
 
 def init(

@@ -1,13 +1,11 @@
 """How all commands speak to a terminal."""
 
-import errno
 import io
 import logging
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from rich.console import Console
 from rich.table import Table
@@ -23,66 +21,11 @@ console = Console(quiet=not is_first(), emoji=False)  # of processes that torchr
 error_console = Console(stderr=True, emoji=False)
 
 
-class _Output(io.FileIO):
-    """Standard output or standard error. Where it fails (a full disk, nobody behind a pipe) the work goes on; `problem` says why.
-
-    Args:
-        number: of the descriptor; None where it was closed before this program began.
-    """
-
-    def __init__(self, number: int | None) -> None:
-        super().__init__(os.devnull if number is None else number, "wb", closefd=number is None)
-        self._closed_before = number is None
-        self.problem: str | None = None
-
-    def write(self, content: Any, /) -> int:
-        """Write what can be written; the rest is lost."""
-        try:
-            if self._closed_before:
-                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            return super().write(content)
-        except OSError as error:
-            self.problem = error.strerror
-            return memoryview(content).nbytes
-
-
-@contextmanager
-def lasting_outputs() -> Iterator[Callable[[], str | None]]:
-    """Let no print fail inside the context; gives what says why standard output could not be written, or None."""
-    before = sys.stdout, sys.stderr
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # else the next file that is opened would be taken for an output
-    out, sys.stdout = _lasting(sys.stdout, sys.__stdout__)
-    _, sys.stderr = _lasting(sys.stderr, sys.__stderr__)
-
-    def problem() -> str | None:
-        sys.stdout.flush()
-        return out.problem if out else None
-
-    try:
-        yield problem
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        sys.stdout, sys.stderr = before
-
-
-def _lasting(now: TextIO | None, at_start: TextIO | None) -> tuple[_Output | None, TextIO]:
-    """The stream to print to, and the output below it where that is a process's own and no console of Windows."""
-    if now is None:
-        output = _Output(None)
-        return output, io.TextIOWrapper(io.BufferedWriter(output), "utf-8")
-    if now is not at_start or (os.name == "nt" and now.isatty()):
-        return None, now
-    now.flush()
-    output = _Output(now.fileno())
-    below = io.BufferedWriter(output)
-    # An encoding such as cp1252 lacks most letters of the world, and no print may end the work.
-    errors = "backslashreplace" if now.errors == "strict" else now.errors
-    return output, io.TextIOWrapper(below, now.encoding, errors, line_buffering=now is sys.stderr or now.isatty())
+def set_up_outputs() -> None:
+    """Let no print fail for want of a letter: an encoding such as cp1252 lacks most letters of the world."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _Stoppable(Protocol):

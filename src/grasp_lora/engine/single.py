@@ -9,8 +9,6 @@ from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from grasp_lora.engine.check import check, check_rounds
 from grasp_lora.engine.results import Learned, Trained, read_json
 from grasp_lora.engine.run_folder import (
@@ -25,7 +23,7 @@ from grasp_lora.engine.run_folder import (
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps, given
 from grasp_lora.engine.store import ADAPTER, Store
-from grasp_lora.errors import GraspError, RecipeError
+from grasp_lora.errors import RecipeError
 from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.method.merging import merge as merge_weights
 from grasp_lora.models.adapters import check_fits, save_adapter
@@ -33,7 +31,7 @@ from grasp_lora.models.backbone import backbone_of
 from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.recipes.load import MOST_ABOVE, backbone_of_run
 from grasp_lora.storage.claims import new_folder, refuse_existing
-from grasp_lora.storage.files import why_not_written, write_json, write_jsonl
+from grasp_lora.storage.files import clear_write_errors, write_json, write_jsonl
 from grasp_lora.storage.reading import is_folder
 from grasp_lora.text.display import quoted
 
@@ -212,29 +210,9 @@ def _warn_of_known_rows(session: Session, name: str, place: str) -> None:
 
 @contextmanager
 def _scratch() -> Iterator[Path]:
-    """Give a temporary folder.
-
-    Raises:
-        GraspError: there is none, or it cannot be written.
-    """
-    try:
-        temporary = tempfile.TemporaryDirectory()
-    except OSError as error:
-        raise _no_scratch("a temporary folder cannot be made", error.strerror or str(error)) from error
-    place = Path(temporary.name)
-    try:
-        with temporary:
-            yield place
-    except (OSError, SafetensorError, GraspError) as error:
-        first = error.__cause__ if isinstance(error, GraspError) else error  # some are a line that speaks of --output
-        reason = why_not_written(first, place) if isinstance(first, OSError | SafetensorError) else None
-        if reason is None:
-            raise
-        raise _no_scratch(f"the temporary folder {place} cannot be written", reason) from error
-
-
-def _no_scratch(what: str, reason: str) -> GraspError:
-    return GraspError(f"{what} ({reason}); make room, or set TMPDIR to another folder")
+    """A temporary folder; where it is full that is one line."""
+    with tempfile.TemporaryDirectory() as name, clear_write_errors(Path(name)):
+        yield Path(name)
 
 
 def _check_one_adapter(session: Session) -> None:

@@ -7,6 +7,7 @@ GONE_KEYS: dict[str, str] = {  # dotted key
 GONE_COMMANDS: dict[str, str] = {
     "push": "use the hub's own client: hf upload NAME FOLDER --private",
     "report": "the same run again writes the report anew",
+    "schema": "grasp-lora recipes --schema prints it",
     "status": "the same run again says what is done and goes on",
     "sweep": "search with any tool around grasp_lora.run; docs/how-to/search-settings.md has Optuna in thirty lines",
 }
