@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from conftest import write_tiny_workspace
 
+from grasp_lora.engine.comparison import Against, Comparison, ComparisonSettings, Cost, CurvePoint, Row, Spread
+from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.results import Prediction
 from grasp_lora.engine.run import run as run_engine
 from grasp_lora.engine.run_folder import Run
@@ -16,19 +18,20 @@ from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import Recipe
 
 SYSTEMS = ("source", "target", "merged", "grasp")
+PLANNED = ("continued", "grid")  # against GRASP
 CURVE = ((0.1, 0.1, 0.0, 0.2), (0.4, 0.0, 0.0, 0.0), (0.8, 0.2, 0.1, 0.3))
 
 
-@pytest.fixture(scope="session")
-def whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> tuple[Run, Path]:
+@pytest.fixture(scope="session", name="whole_run")
+def fixture_whole_run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> tuple[Run, Path]:
     """A run of `tiny.yaml` and its folder; treat it as read-only."""
     recipe = write_tiny_workspace(tmp_path_factory.mktemp("report") / "work", tiny_backbone_folder)
     folder = recipe.parent / "run"
     return run_engine(Session(*load_recipe(recipe, [])), folder), folder
 
 
-@pytest.fixture
-def run(whole_run: tuple[Run, Path]) -> Run:
+@pytest.fixture(name="run")
+def fixture_run(whole_run: tuple[Run, Path]) -> Run:
     """The same with a learned ratio and with scores that a test can name; the backbone alone is left out."""
     losses = zip((0.910, 0.932, 0.877, 0.857), (0.891, 0.875, 0.829, 0.822), strict=True)
     scores = zip((38.1, 35.0, 42.1, 43.2), (21.0, 20.0, 26.0, 26.0), strict=True)
@@ -110,3 +113,48 @@ def answered(run: Run, system: str, change: Callable[[int], Mapping[str, Any]]) 
     """Other answers of a system, by the place of the row."""
     rows: Sequence[Prediction] = [replace(row, **change(place)) for place, row in enumerate(run.predictions[system])]
     return replace(run, predictions={**run.predictions, system: rows})
+
+
+def compared(method: str, f1: float, loss: float, reference: tuple[float, float] = (43.2, 0.857)) -> Row:
+    """A row of a comparison over three seeds; what the reference leads by is known to a point, or to a hundredth."""
+    against = {}
+    for metric, value, ours, reach in (("test_loss", loss, reference[1], 0.01), ("f1", f1, reference[0], 1.0)):
+        gain = ours - value
+        verdict = "better" if (gain if metric == "f1" else -gain) > reach else "no difference shown"
+        against[metric] = Against(
+            difference=gain, low=gain - reach, high=gain + reach, p_value=0.01, confidence=0.95, examples=100, resamples=1000,
+            comparisons=3, higher_is_better=metric == "f1", verdict=verdict if method in PLANNED else None,
+        )  # fmt: skip
+    grid = 8 if method.startswith("grid") else 1
+    pruned = method in ("grasp", "grid")
+    return Row(
+        method=method,
+        title=METHODS[method].title,
+        unavailable=None,
+        failed=False,
+        merges=METHODS[method].merges,
+        seeds=3,
+        scores={name: Spread(mean=value, sd=0.01, values=[value] * 3) for name, value in (("test_loss", loss), ("f1", f1))},
+        prune_ratio=Spread(mean=0.4, sd=0.1, values=[0.3, 0.4, 0.5]) if pruned else None,
+        chosen_on={"grasp": "micro_dev", "grid": "dev"}.get(method),
+        cost=Cost(runs=grid, seconds=10 * grid, work=100 * grid, runs_in_all=grid + 2, seconds_in_all=10 * grid + 20,
+                  work_in_all=100 * grid + 200),
+        against={} if method == "grasp" else against,
+    )  # fmt: skip
+
+
+@pytest.fixture(name="comparison")
+def fixture_comparison() -> Comparison:
+    """A comparison of five methods over three seeds, of which one could not be run."""
+    figures = {"continued": (40.0, 0.87), "merged": (42.1, 0.877), "grid": (43.0, 0.86), "grasp": (43.2, 0.857)}
+    rows = [compared(method, *scores) for method, scores in figures.items()]
+    places = [(seed, ratio) for seed in (42, 1337, 9001) for ratio in (0.2, 0.6)]
+    missing = Row(method="lorahub", title="LoRAHub", unavailable="needs nevergrad", failed=False, merges=True)
+    return Comparison(
+        name="demo", recipe_hash="4f1e", settings=ComparisonSettings(methods=("continued", "lorahub", "merged", "grid", "grasp")),
+        backbone="tiny", language="de", seeds=[42, 1337, 9001], test_examples=100, dev_examples=6, stops_early=True,
+        keeps_best=True, given_target=False, micro_dev_examples=4, reference="grasp", metrics=["test_loss", "f1"],
+        signatures={"f1": "refs:best"}, resamples=1000, comparisons=2, rows=[rows[0], missing, *rows[1:]],
+        curve=[CurvePoint(seed=seed, prune_ratio=ratio, dev=1.0 + ratio, test=1.1) for seed, ratio in places],
+        warnings=[], made_with=[{"device": "cpu"}], pace=None,
+    )  # fmt: skip

@@ -1,22 +1,22 @@
-"""The pages in a real browser: nothing wider than a phone, hints where a table is, right to left where the text is."""
+"""The pages in a real browser: nothing wider than a phone, every plot drawn, right to left where the text is."""
 
 import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
-from grasp_lora.report.comparison import write_comparison
+from made_runs import SYSTEMS, answered, fixture_comparison, fixture_run, fixture_whole_run  # noqa: F401
 
 from grasp_lora.engine.comparison import Comparison
-from grasp_lora.engine.results import read_needed
-from grasp_lora.report.pages import write_report
+from grasp_lora.engine.run_folder import Run
+from grasp_lora.report.pages import write_comparison, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-COMPARISON = Path(__file__).parents[2] / "docs" / "lab" / "results" / "compare-mlqa-ar" / "compare.json"
 WIDTHS = (390, 1280)
 TEXTS = {
     "ar": ("اقرأ النص ثم أجب.\nمن افتتح المكتبة؟", "افتتحها الشيخ سالم قبل ست سنوات"),
@@ -33,9 +33,7 @@ function measure(frame) {
   return {
     page: frame.dataset.page, width: frame.contentWindow.innerWidth, scrollWidth: page.documentElement.scrollWidth,
     directions: [...new Set([...page.querySelectorAll(".example .text")].filter(seen).map((one) => style(one).direction))],
-    tables: [...page.querySelectorAll(".scroll")].filter(seen).map((one) => [
-      one.scrollWidth > one.clientWidth, seen(one.previousElementSibling)]),
-    links: [...page.querySelectorAll("nav a")].map((one) => Boolean(page.querySelector(one.getAttribute("href")))),
+    tables: [...page.querySelectorAll(".scroll")].filter(seen).length,
     plots: [...page.querySelectorAll(".plot")].map((one) => {
       const drawn = one.querySelector(".main-svg");
       return drawn !== null && drawn.getBoundingClientRect().width <= one.clientWidth + 1;
@@ -72,19 +70,15 @@ def measured(folder: Path, pages: list[str], *flags: str) -> list[dict[str, Any]
 
 
 @pytest.fixture
-def pages(reference_run: Path, tmp_path: Path) -> list[str]:
+def pages(run: Run, comparison: Comparison, tmp_path: Path) -> list[str]:
     """The reports of a run in Arabic, of one in Chinese, and of a comparison of many methods, by paths from `tmp_path`."""
     for language, (prompt, answer) in TEXTS.items():
-        folder = Path(shutil.copytree(reference_run, tmp_path / language))
-        for file in (folder / "evaluation").iterdir():
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            text = (
-                {"prompt": prompt} if file.name == "prompts.jsonl" else {"prediction": answer, "references": [answer]}
-            )
-            file.write_text("".join(json.dumps(row | text) + "\n" for row in rows), encoding="utf-8")
-        write_report(folder)
+        for name in SYSTEMS:
+            run = answered(run, name, lambda place, answer=answer: {"prediction": answer, "references": (answer,)})
+        (tmp_path / language).mkdir()
+        write_report(replace(run, prompts=[prompt] * 8), tmp_path / language)
     (tmp_path / "compare").mkdir()
-    write_comparison(tmp_path / "compare", read_needed(COMPARISON, Comparison))
+    write_comparison(tmp_path / "compare", comparison)
     return [f"{name}/report.html" for name in (*TEXTS, "compare")]
 
 
@@ -95,15 +89,11 @@ def test_pages_fit_a_phone_and_a_desk_in_light_and_dark(pages: list[str], tmp_pa
     assert [(row["page"], row["width"]) for row in light] == [(page, width) for page in pages for width in WIDTHS]
     for row in (*light, *dark):
         assert row["scrollWidth"] <= row["width"], row
-        assert row["links"]
-        assert all(row["links"])
         assert row["plots"]
         assert all(row["plots"])
         assert row["tables"]
-        assert all(wide == hinted for wide, hinted in row["tables"]), row
         language = row["page"].partition("/")[0]
         assert row["directions"] == {"ar": ["rtl"], "zh": ["ltr"], "compare": []}[language]
-    assert any(wide for row in light if row["width"] == min(WIDTHS) for wide, _ in row["tables"])
     brightness = [
         [sum(map(int, re.findall(r"\d+", color)[:3])) for color in rows[0]["colors"]] for rows in (light, dark)
     ]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from made_runs import run, whole_run, with_delivered, with_info, with_metrics, with_recipe, with_report  # noqa: F401
+from made_runs import fixture_run, fixture_whole_run, with_delivered, with_info, with_metrics, with_recipe, with_report  # noqa: F401
 
 from grasp_lora.engine.run_folder import AllRows, GivenAdapter, Parent, Run, SystemScores
 from grasp_lora.report.card import write_model_card
@@ -86,11 +86,8 @@ def test_the_card_names_what_the_adapter_was_made_of_and_trained_on_alone(
     codes = {"source": "en", "target": "de"}
     corpora = {side: {"language": code, "hub": f"owner/{code}", "files": []} for side, code in codes.items()}
     run = with_recipe(run, data=corpora, source={"adapters": ["owner/first", "owner/second"] if given else []})
-    systems = {
-        "continued": run.metrics.systems["source"],
-        "source_2": run.metrics.systems["source"],
-        **run.metrics.systems,
-    }
+    more = dict.fromkeys(["continued", *["source_2"] * bool(given)], run.metrics.systems["source"])
+    systems = {**run.metrics.systems, **more}
     predictions = dict.fromkeys(systems, run.predictions["source"])
     run = with_metrics(with_delivered(replace(run, predictions=predictions), name=name), systems=systems)
     text = card(run, folder, tmp_path)

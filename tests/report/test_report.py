@@ -13,8 +13,8 @@ import pytest
 from made_runs import (
     SYSTEMS,
     answered,
-    run,  # noqa: F401
-    whole_run,  # noqa: F401
+    fixture_run,  # noqa: F401
+    fixture_whole_run,  # noqa: F401
     with_delivered,
     with_estimate,
     with_info,
@@ -256,7 +256,9 @@ def test_scores_of_an_own_metric_that_runs_to_one_are_told_apart(run: Run, tmp_p
 
 
 def test_an_answer_with_a_low_similarity_is_not_called_wrong(run: Run, tmp_path: Path) -> None:
-    run = with_metrics(with_scores(run, **dict.fromkeys(SYSTEMS, {"similarity": -3.0})), signatures={"similarity": "s"})
+    run = with_metrics(
+        with_scores(run, **{name: {"similarity": -3.0} for name in SYSTEMS}), signatures={"similarity": "s"}
+    )
     for name in SYSTEMS:
         run = answered(run, name, lambda place: {"scores": {"similarity": -3.0}})
     page, tables = texts(run, tmp_path)
@@ -266,7 +268,7 @@ def test_an_answer_with_a_low_similarity_is_not_called_wrong(run: Run, tmp_path:
 
 
 def test_the_metric_that_leads_is_the_one_of_comparisons(run: Run, tmp_path: Path) -> None:
-    run = with_scores(run, **dict.fromkeys(SYSTEMS, {"chrf++": 50.0, "f1": 40.0}))
+    run = with_scores(run, **{name: {"chrf++": 50.0, "f1": 40.0} for name in SYSTEMS})
     assert "Test F1 40.0 against 40.0" in texts(run, tmp_path)[0]
 
 
@@ -520,7 +522,7 @@ def test_what_can_be_done_next_names_what_it_costs(run: Run, tmp_path: Path) -> 
     run = with_delivered(run, name="target", split="dev", examples=6, low=-0.1, high=0.1)
     compare, rows, grasp = next_steps(run, "tiny.yaml", ["seed=1"], tmp_path, True)
     assert compare.startswith(
-        "each row tested once, about 4 times this run: grasp-lora compare tiny.yaml --set seed=1 --allow-code"
+        "each row tested once, about 4 times this run: grasp-lora compare tiny.yaml --set seed=1 "
     )
     assert compare.endswith("--methods merged,continued,grasp --folds 4")
     assert rows == "more dev rows tell more: add examples and raise data.target.dev (now 6)"

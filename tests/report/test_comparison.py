@@ -1,0 +1,181 @@
+"""The tables and pages of a comparison: what each method scores and costs, and what its differences show."""
+
+import io
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_runs import compared, fixture_comparison  # noqa: F401
+from rich.console import Console
+
+from grasp_lora.engine.comparison import Comparison, FoldSizes, Pace, Spread
+from grasp_lora.report.figures import comparison_figure
+from grasp_lora.report.pages import command_of, print_comparison, write_comparison
+from grasp_lora.report.tables import comparison_cost, comparison_scores, comparison_verdicts
+
+
+def texts(content: Comparison, folder: Path) -> list[str]:
+    """What the page and the Markdown file say."""
+    page = write_comparison(folder, content).read_text(encoding="utf-8")
+    return [unescape(page), unescape((folder / "compare.md").read_text(encoding="utf-8")).replace("\\", "")]
+
+
+def changed(content: Comparison, method: str, **changes: Any) -> Comparison:
+    """The same with another row."""
+    rows = [row.model_copy(update=changes) if row.method == method else row for row in content.rows]
+    return content.model_copy(update={"rows": rows})
+
+
+def cells_of(content: Comparison) -> dict[str, list[str]]:
+    return {row[0].text: [cell.text for cell in row[1:]] for row in comparison_scores(content).rows}
+
+
+def test_each_method_has_its_scores_and_what_the_reference_leads_it_by(comparison: Comparison) -> None:
+    rows = cells_of(comparison)
+    assert rows["GRASP"] == ["40.0 ± 10.0 %", "micro-dev", "0.8570 ± 0.0100", "43.20 ± 0.01", "it is the reference"]
+    assert rows["source adapter continued on the target"][-1] == "+3.20 F1, better (+2.20 to +4.20)"
+    assert rows["merged, not trained"][-1] == "+1.10 F1 (+0.10 to +2.10)"  # not planned: no verdict
+    best = [cell.text for row in comparison_scores(comparison).rows for cell in row if cell.best]
+    assert best == ["0.8570 ± 0.0100", "43.20 ± 0.01"]
+
+
+def test_all_that_print_like_the_best_are_best(comparison: Comparison) -> None:
+    rows = [compared("continued", 40.0, 0.857), compared("merged", 43.196, 0.857), compared("grasp", 43.2, 0.857)]
+    table = comparison_scores(comparison.model_copy(update={"rows": rows}))
+    assert [[cell.best for cell in row[3:5]] for row in table.rows] == [[False, False], [False, True], [False, True]]
+
+
+def test_a_gain_in_the_loss_that_no_answer_shows_is_called_over_confidence_saved(comparison: Comparison) -> None:
+    content = comparison.model_copy(update={"rows": [compared("continued", 43.1, 0.9), compared("grasp", 43.2, 0.857)]})
+    loss, f1 = (cell.text for cell in comparison_verdicts(content).rows[0][1:])
+    assert loss == "-0.0430 nats, better (-0.0530 to -0.0330); over-confidence saved"
+    assert f1 == "+0.10 F1, no difference shown (-0.90 to +1.10)"
+    assert cells_of(content)["source adapter continued on the target"][-1].endswith("; over-confidence saved")
+
+
+def test_what_could_not_run_says_why_over_all_columns(comparison: Comparison, tmp_path: Path) -> None:
+    page, tables = texts(comparison, tmp_path)
+    columns = len(comparison_scores(comparison).columns)
+    assert f'colspan="{columns - 1}">unavailable: needs nevergrad</td>' in page
+    [line] = [line for line in tables.splitlines() if "nevergrad" in line]
+    assert line.count("|") == columns + 1
+
+
+def test_speed_ups_name_their_grid_and_count_the_merged_adapters_for_what_does_without_them(
+    comparison: Comparison,
+) -> None:
+    table = comparison_cost(comparison)
+    assert "speed-up over grid of GRASP's final runs, in forward passes" in table.columns
+    rows = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
+    assert rows["GRASP"] == ["1", "10", "100", "8.00", "8.00", "3", "30"]
+    assert rows["source adapter continued on the target"][3:5] == [
+        "3.33",
+        "3.33",
+    ]  # 1,000 against 300, and 100 against 30
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pace": Pace(lowest=1.0, highest=2.0)}, "took 2.0 times the seconds of one of another"),
+        ({"made_with": [{"device": "a"}, {"device": "b"}]}, "in 2 different environments"),
+    ],
+)
+def test_seconds_of_a_busier_or_another_machine_give_no_speed_up(
+    comparison: Comparison, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    content = comparison.model_copy(update=changes)
+    assert {row[5].text for row in comparison_cost(content).rows} == {"–"}
+    assert all(reason in text for text in texts(content, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({}, "Final runs stop early on the dev set and keep the adapter with the lowest dev loss."),
+        ({"keeps_best": False}, "Final runs stop early on the dev set."),
+        ({"stops_early": False}, "Final runs train to their end and keep the adapter with the lowest dev loss."),
+        ({"stops_early": False, "keeps_best": False}, "Final runs train to their end and keep the last adapter."),
+        ({"dev_examples": 0}, "There is no dev set: final runs train to their end."),
+    ],
+)
+def test_the_pages_say_what_dev_is_for(
+    comparison: Comparison, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    assert all(sentence in text for text in texts(comparison.model_copy(update=changes), tmp_path))
+
+
+def test_the_pages_say_what_the_intervals_hold_for(comparison: Comparison, tmp_path: Path) -> None:
+    for text in texts(comparison.model_copy(update={"test_groups": 20, "test_group_size": 5.0}), tmp_path):
+        assert "Paired bootstrap over the 100 test examples, drawn in their 20 groups, the mean over the seeds" in text
+        assert (
+            "Planned, and so with a verdict: source adapter continued on the target; grid of GRASP's final runs."
+            in text
+        )
+        assert "Before the comparison: intervals of f1 will reach about" in text
+        assert "They reach 1.0 to 1.0." in text
+
+
+def test_a_cross_validation_says_its_folds(comparison: Comparison, tmp_path: Path) -> None:
+    folds = [FoldSizes(test=25, train=60, source_train=12), FoldSizes(test=26, train=59, source_train=12)]
+    settings = comparison.settings.model_copy(update={"folds": 4, "seeds": (42,)})
+    content = comparison.model_copy(
+        update={"folds": folds, "settings": settings, "seeds": [42], "merge": "the sum (1, 2)"}
+    )
+    for text in texts(content, tmp_path):
+        assert (
+            "2 of 4 folds: 100 tested once each; in a fold 25 to 26 test, 6 dev and 4 micro-dev, 59 to 60 train" in text
+        )
+        assert "over the 100 examples of all folds together" in text
+        assert "he merge that rows rest on, by fold: the sum (1, 2)" in text
+    assert command_of(content) == (
+        "grasp-lora compare compare/recipe.yaml --methods continued,lorahub,merged,grid,grasp --seeds 42 "
+        "--grid 0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8 --reference grasp --folds 4 --output ."
+    )
+    assert all(command_of(content) in text for text in texts(content, tmp_path))
+
+
+def test_scores_that_run_to_one_are_told_apart(comparison: Comparison) -> None:
+    score = {"own:metric": Spread(mean=0.4312, sd=0.0021, values=[0.4312])}
+    rows = [row.model_copy(update={"scores": score, "against": {}}) for row in comparison.finished]
+    content = comparison.model_copy(update={"rows": rows, "metrics": ["own:metric"]})
+    assert cells_of(content)["GRASP"][2] == "0.4312 ± 0.0021"
+
+
+def test_the_curve_has_the_grids_means_and_the_learned_ratios(comparison: Comparison) -> None:
+    figure = comparison_figure(comparison)
+    assert [(trace["name"], trace["x"], tuple(round(loss, 3) for loss in trace["y"])) for trace in figure["data"]] == [
+        ("dev loss", (0.2, 0.6), (1.2, 1.6)),
+        ("test loss", (0.2, 0.6), (1.1, 1.1)),
+    ]
+    assert [mark["x0"] for mark in figure["layout"]["shapes"]] == [0.3, 0.4, 0.5]
+    failed = [point for point in comparison.curve if (point.seed, point.prune_ratio) != (42, 0.6)]
+    assert comparison_figure(comparison.model_copy(update={"curve": failed}))["data"][0]["x"] == (0.2,)
+
+
+def test_a_table_that_goes_to_a_file_is_wide_and_one_for_a_narrow_terminal_cuts_nothing_off(
+    comparison: Comparison,
+) -> None:
+    content = comparison.model_copy(update={"warnings": ["something [bold]was[/bold] left out"]})
+    content = changed(content, "grasp", taken="GRASP's result (42, 1337)")
+    printed = {}
+    for terminal in (False, True):
+        file = io.StringIO()
+        print_comparison(content, Console(file=file, width=80, force_terminal=terminal, no_color=True))
+        printed[terminal] = file.getvalue()
+    assert any(len(line) > 120 for line in printed[False].splitlines())
+    assert max(len(line) for line in printed[False].splitlines()) <= 180
+    assert "GRASP, by seed: GRASP's result (42, 1337)" in printed[False]
+    assert "WARNING: something [bold]was[/bold] left out" in printed[False]
+    assert "…" not in printed[True]
+
+
+def test_names_are_escaped(comparison: Comparison, tmp_path: Path) -> None:
+    attack = "<script>alert(1)</script>|*x*"
+    content = changed(comparison, "lorahub", unavailable=attack).model_copy(
+        update={"name": attack, "warnings": [attack]}
+    )
+    page = write_comparison(tmp_path, content).read_text(encoding="utf-8")
+    assert "<script>alert" not in page
+    assert "<script" not in (tmp_path / "compare.md").read_text(encoding="utf-8")
