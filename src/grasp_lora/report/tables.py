@@ -18,8 +18,6 @@ from grasp_lora.engine.comparison import (
     Cost,
     Row,
     Spread,
-    expected_width,
-    planned_against,
     saves_over_confidence,
 )
 from grasp_lora.engine.results import TEST_LOSS, Prediction, main_metric
@@ -360,12 +358,6 @@ def sparsity_note(run: Run) -> str:
             )
         else:
             note += f" That is not the ratio of {percent(ratio, 2)} above: check the final run."
-    names = (*names_of(len(run.recipe.source.adapters)), "target")
-    origins = {name: [row for row in run.sparsity if row["segment"] == name] for name in names}
-    if all(origins.values()):
-        shares = {name.replace("_", " "): percent(kept_share(rows), 1) for name, rows in origins.items()}
-        first, *rest = (f"of the {name} adapter {share}" for name, share in shares.items())
-        note += f" {first.capitalize()} of the weights survive, {', '.join(rest)}."
     return note
 
 
@@ -466,26 +458,6 @@ def incomparable_seconds(comparison: Comparison) -> str | None:
             "machine was slower or busier at times, and seconds cannot be compared; the forward passes can."
         )
     return None
-
-
-def interval_widths(comparison: Comparison) -> str | None:
-    """What half-width was to be expected, and what it came to, in a sentence."""
-    main, titles = main_metric(comparison.metrics), [row.method for row in comparison.finished]
-    planned = planned_against(comparison.reference, titles)
-    intervals = [row.against[main] for row in comparison.finished if row.method in planned and main in row.against]
-    measured = [(interval.high - interval.low) / 2 for interval in intervals if interval.high > interval.low]
-    expected = expected_width(
-        comparison.metrics,
-        comparison.test_examples,
-        len(intervals),
-        comparison.test_group_size,
-        comparison.test_groups,
-        1 if comparison.folds else len(comparison.seeds),
-    )
-    if not intervals or expected is None:
-        return None
-    reached = f" They reach {min(measured):.1f} to {max(measured):.1f}." if measured else ""
-    return f"Before the comparison: {expected}.{reached}"
 
 
 def _against(row: Row, metric: str, digits: int) -> str:
