@@ -9,7 +9,7 @@ import pytest
 from made_runs import compared, fixture_comparison  # noqa: F401
 from rich.console import Console
 
-from grasp_lora.engine.comparison import Comparison, FoldSizes, Pace, Spread
+from grasp_lora.engine.comparison import Comparison, FoldSizes, Spread
 from grasp_lora.report.figures import comparison_figure
 from grasp_lora.report.pages import command_of, print_comparison, write_comparison
 from grasp_lora.report.tables import comparison_cost, comparison_scores, comparison_verdicts
@@ -62,32 +62,22 @@ def test_what_could_not_run_says_why_over_all_columns(comparison: Comparison, tm
     assert line.count("|") == columns + 1
 
 
-def test_speed_ups_name_their_grid_and_count_the_merged_adapters_for_what_does_without_them(
+def test_speed_ups_name_their_grid_and_count_the_merged_adapters_where_a_row_does_without(
     comparison: Comparison,
 ) -> None:
     table = comparison_cost(comparison)
-    assert "speed-up over grid of GRASP's final runs, in forward passes" in table.columns
+    assert "speed-up over grid of GRASP's final runs" in table.columns
     rows = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
-    assert rows["GRASP"] == ["1", "10", "100", "8.00", "8.00", "3", "30"]
-    assert rows["source adapter continued on the target"][3:5] == [
-        "3.33",
-        "3.33",
-    ]  # 1,000 against 300, and 100 against 30
+    assert rows["GRASP"] == ["1", "10", "100", "8.00", "3", "30"]
+    assert rows["source adapter continued on the target"][3] == "3.33"  # 1,000 passes against 300
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"pace": Pace(lowest=1.0, highest=2.0)}, "took 2.0 times the seconds of one of another"),
-        ({"made_with": [{"device": "a"}, {"device": "b"}]}, "in 2 different environments"),
-    ],
-)
-def test_seconds_of_a_busier_or_another_machine_give_no_speed_up(
-    comparison: Comparison, tmp_path: Path, changes: dict[str, Any], reason: str
-) -> None:
-    content = comparison.model_copy(update=changes)
-    assert {row[5].text for row in comparison_cost(content).rows} == {"–"}
-    assert all(reason in text for text in texts(content, tmp_path))
+def test_seconds_of_other_machines_are_called_so(comparison: Comparison, tmp_path: Path) -> None:
+    content = comparison.model_copy(update={"made_with": [{"device": "a"}, {"device": "b"}]})
+    assert all(
+        "these are of 2 different environments: compare the forward passes." in text
+        for text in texts(content, tmp_path)
+    )
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from made_runs import (
     with_scores,
 )
 
-from grasp_lora.engine.run_folder import GivenAdapter, Run, SystemScores
+from grasp_lora.engine.run_folder import Run, SystemScores
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.presets import RULES
 from grasp_lora.report.card import write_model_card
@@ -224,11 +224,6 @@ def test_every_one_of_several_sources_has_its_row(run: Run, tmp_path: Path) -> N
     assert "GRASP against source 2 only: F1 +11.7 points" in page
 
 
-def test_given_adapters_are_named(run: Run, tmp_path: Path) -> None:
-    run = with_info(run, parents=(GivenAdapter("owner/english-lora", "ab" * 32),))
-    assert "owner/english-lora (sha256:abababababab)" in texts(run, tmp_path)[0]
-
-
 def test_zeros_of_the_merge_itself_are_no_alarm(run: Run, tmp_path: Path) -> None:
     """As TIES leaves them, where the final run kept no step."""
     run = with_kept(run, lambda row: {"kept": row["weights"] // 4})
@@ -262,11 +257,6 @@ def test_an_answer_with_a_low_similarity_is_not_called_wrong(run: Run, tmp_path:
     assert "Similarity -3" in page
     assert "✗" not in page
     assert "scores run from 0 to 100, Similarity below 0, too." in tables
-
-
-def test_the_metric_that_leads_is_the_one_of_comparisons(run: Run, tmp_path: Path) -> None:
-    run = with_scores(run, **{name: {"chrf++": 50.0, "f1": 40.0} for name in SYSTEMS})
-    assert "Test F1 40.0 against 40.0" in texts(run, tmp_path)[0]
 
 
 def test_unavailable_and_non_finite_scores_are_no_numbers(run: Run, tmp_path: Path) -> None:

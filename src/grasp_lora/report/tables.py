@@ -13,13 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from grasp_lora.engine.comparison import (
-    Comparison,
-    Cost,
-    Row,
-    Spread,
-    saves_over_confidence,
-)
+from grasp_lora.engine.comparison import Comparison, Row, Spread, saves_over_confidence
 from grasp_lora.engine.results import TEST_LOSS, Prediction, main_metric
 from grasp_lora.engine.run_folder import ALL_ROWS, TRAINED, Run
 from grasp_lora.engine.steps import names_of
@@ -35,7 +29,6 @@ BELOW_ZERO = ("similarity", "bertscore")  # the metrics whose scores may be
 SAME_EVERYWHERE = "the same in every draw"  # and so no interval says what other examples would show
 CHOSEN_ON = {None: "–", "dev": "dev", "micro_dev": "micro-dev", "both": "micro-dev and dev"}
 GRIDS = ("grid", "grid_paper")  # the first of them that was run is what speed-ups refer to
-STEADY = 1.5  # seconds per forward pass of the final runs that may differ this many times before speed-ups in seconds mislead
 
 
 class Cell(NamedTuple):
@@ -407,22 +400,18 @@ def comparison_scores(comparison: Comparison) -> Table:
 
 
 def comparison_cost(comparison: Comparison) -> Table:
-    """What each method needs, in all and beyond the adapters that are merged, and how it compares with the grid search."""
+    """What each method needs beyond the adapters that are merged, and in all, and how it compares with the grid search."""
     done = [(row, row.cost) for row in comparison.finished if row.cost]
     grids = {row.method: (row.title, cost) for row, cost in done}
     title, grid = next((grids[name] for name in GRIDS if name in grids), ("a grid", None))
-    columns = ["method", "runs", "seconds", "forward passes",
-               f"speed-up over {title}, in forward passes", "the same in seconds",
-               "runs in all", "seconds in all"]  # fmt: skip
-    in_seconds = not incomparable_seconds(comparison)
+    columns = ["method", "runs", "seconds", "forward passes", f"speed-up over {title}", "runs in all", "seconds in all"]
     rows = []
     for row, cost in done:
-        part = "" if row.merges else "_in_all"
-        facts = [f"{cost.runs:.0f}", f"{cost.seconds:.0f}", f"{cost.work:.0f}"]
-        facts.append(_speedup(grid, cost, f"work{part}"))
-        facts.append(_speedup(grid, cost, f"seconds{part}") if in_seconds else "–")
-        facts += [f"{cost.runs_in_all:.0f}", f"{cost.seconds_in_all:.0f}"]
-        rows.append([Cell(row.title), *map(Cell, facts)])
+        part = "work" if row.merges else "work_in_all"
+        passes = getattr(cost, part)
+        speedup = f"{getattr(grid, part) / passes:.2f}" if grid and passes else "–"
+        counts = (cost.runs, cost.seconds, cost.work, None, cost.runs_in_all, cost.seconds_in_all)
+        rows.append([Cell(row.title), *(Cell(speedup if count is None else f"{count:.0f}") for count in counts)])
     return Table(f"Cost of every method, mean over {comparison.runs}", columns, rows)
 
 
@@ -442,22 +431,6 @@ def comparison_verdicts(comparison: Comparison) -> Table:
 def metric_heading(metric: str) -> str:
     """A metric of a comparison as a column is headed."""
     return "test loss" if metric == TEST_LOSS else METRIC_NAMES.get(metric, metric)
-
-
-def incomparable_seconds(comparison: Comparison) -> str | None:
-    """Why seconds of different rows cannot be compared, in a sentence; None if they can."""
-    if (machines := len(comparison.made_with)) > 1:
-        return (
-            f"The steps were done in {machines} different environments, so their seconds cannot be compared; "
-            "the forward passes can."
-        )
-    pace = comparison.pace
-    if pace and pace.highest > STEADY * pace.lowest:
-        return (
-            f"A forward pass of one final run took {pace.highest / pace.lowest:.1f} times the seconds of one of another, so the "
-            "machine was slower or busier at times, and seconds cannot be compared; the forward passes can."
-        )
-    return None
 
 
 def _against(row: Row, metric: str, digits: int) -> str:
@@ -515,8 +488,3 @@ def _ratio(row: Row) -> str:
         return "–"
     pruned = len(row.prune_ratio.values)  # what a run hands over need not be
     return f"{_spread(row.prune_ratio, 1, scale=100)} %" + (f" ({pruned} of {row.seeds})" if pruned < row.seeds else "")
-
-
-def _speedup(grid: Cost | None, cost: Cost, part: str) -> str:
-    ours = getattr(cost, part)
-    return f"{getattr(grid, part) / ours:.2f}" if grid and ours else "–"
