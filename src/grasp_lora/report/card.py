@@ -48,8 +48,8 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
     report, generation = run.data.report, run.recipe.generation
     name, system = run.metrics.delivered.name, run.metrics.handed_over
     kind = name.partition("_")[0]
-    sides, given = PARTS.get(kind, ("source", "target")), _given(run, name)
-    trained_on = [side for side in sides if not given[side]]
+    sides, borrowed = PARTS.get(kind, ("source", "target")), _borrowed(run, name)
+    trained_on = [side for side in sides if not borrowed[side]]
     if kind in ("continued", "grasp") and "target" not in trained_on:
         trained_on.append("target")
     corpora = [corpus for side in trained_on if (corpus := getattr(run.recipe.data, side))]
@@ -57,14 +57,14 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
     backbone, prompt, recipe = public_name(run.info.backbone.name), report["prompt"], _public_recipe(run)
     context = view_of(run, folder) | {
         "front_matter": _front_matter(run, backbone, system, corpora),
-        "made": made_of(kind, run, given_target=bool(given["target"])),
+        "made": made_of(kind, run, given_target=bool(borrowed["target"])),
         "is": verdict(run).replace("Take this adapter", "It is"),
         "why": reason(run),
         "pruned": kind == "grasp",
         "parts": sides,
         "base": _base(run, backbone),
         "base_model_name": backbone,
-        "parents": _parents(run, folder, backbone, sides, given),
+        "parents": _parents(run, folder, backbone, sides, borrowed),
         "files": _data_names(corpora),
         "languages": languages_of(corpora) if corpora else "",
         "sizes": sizes_of(run, [split for split in SPLITS if split == "test" or sides_of[split] in trained_on]),
@@ -86,18 +86,18 @@ def write_model_card(run: Run, folder: Path, adapter_folder: Path) -> Path:
     return adapter_folder / CARD_FILE
 
 
-def _given(run: Run, name: str) -> dict[str, Any]:
+def _borrowed(run: Run, name: str) -> dict[str, Any]:
     """The adapters that the run did not train itself, of each side; of a source adapter as it is that one alone."""
     sources = len(run.recipe.source.adapters)  # which come first
-    given = {"source": run.info.parents[:sources], "target": run.info.parents[sources:]}
+    borrowed = {"source": run.info.parents[:sources], "target": run.info.parents[sources:]}
     if name.startswith("source") and sources:
         place = names_of(sources).index(name)
-        given["source"] = given["source"][place : place + 1]
-    return given
+        borrowed["source"] = borrowed["source"][place : place + 1]
+    return borrowed
 
 
 def _parents(
-    run: Run, folder: Path, backbone: str, sides: Sequence[str], given: dict[str, Any]
+    run: Run, folder: Path, backbone: str, sides: Sequence[str], borrowed: dict[str, Any]
 ) -> list[tuple[str, str, str]]:
     """What the adapter was made of: part, name and hash."""
     quantised = f", quantised as {run.info.quantise}" if run.info.quantise else ""
@@ -107,10 +107,10 @@ def _parents(
         weights = folder / side / WEIGHTS_FILE
         if again.get(side):  # so that the one in the run's folder has no part in this one
             parents.append((f"{side.capitalize()} adapter", "trained again on all rows", "–"))
-        elif not given[side] and weights.is_file():
+        elif not borrowed[side] and weights.is_file():
             parents.append((f"{side.capitalize()} adapter", f"the run's folder {side}", f"sha256:{sha256_of(weights)}"))
     return parents + [
-        ("Given adapter", adapter.name, f"sha256:{adapter.sha256}") for side in sides for adapter in given[side]
+        ("Given adapter", adapter.name, f"sha256:{adapter.sha256}") for side in sides for adapter in borrowed[side]
     ]
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table as RichTable
+from rich.table import Table
 from rich.text import Text
 
 from grasp_lora.data.settings import CorpusSettings
@@ -226,7 +226,7 @@ def wide(console: Console) -> Console:
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print the table of a comparison."""
-    table, printed = comparison_scores(comparison), RichTable()
+    table, printed = comparison_scores(comparison), Table()
     for column in table.columns:
         printed.add_column(column, overflow="fold")  # a narrow terminal cuts no word off
     for row in table.rows:
@@ -360,5 +360,5 @@ def _markdown(text: str) -> str:
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # Bare addresses become links in many a viewer: a name must not be able to send a reader anywhere.
     return re.sub(
-        r"(?i)(?<=http)://|(?<=https)://|(?<=www)\.", lambda found: f"&#{ord(found[0][0])};{found[0][1:]}", line
+        r"(?i)(?<=http)://|(?<=https)://|(?<=www)\.", lambda address: f"&#{ord(address[0][0])};{address[0][1:]}", line
     )

@@ -2,7 +2,7 @@
 
 A table here is plain text in cells, so that a page, a Markdown file and a terminal show the same numbers:
 
-    Table("Time per step", ["Step", "Seconds"], [[Cell("source"), Cell("7.1")], [Cell("controller", best=True), Cell("0.7")]])
+    TextTable("Time per step", ["Step", "Seconds"], [[Cell("source"), Cell("7.1")], [Cell("controller", best=True), Cell("0.7")]])
 
 Beside the scores stand the paired intervals of `evaluation.statistics`: a difference of two means says little without one.
 """
@@ -46,7 +46,7 @@ class Cell(NamedTuple):
     long: bool = False
 
 
-class Table(NamedTuple):
+class TextTable(NamedTuple):
     """A table of texts; the first column names the row."""
 
     caption: str
@@ -127,7 +127,7 @@ def titles_of(run: Run) -> dict[str, str]:
     }
 
 
-def scores_table(run: Run) -> Table:
+def scores_table(run: Run) -> TextTable:
     """Losses and scores of every system; the row of what is handed over is marked."""
     titles, systems = titles_of(run), run.metrics.systems
     used = {key for system in systems.values() for key in system.metrics}
@@ -145,7 +145,7 @@ def scores_table(run: Run) -> Table:
     columns.append([Cell(percent(share, 1) if name in pruned else percent(0)) for name in systems])
     names = [f"{METRIC_NAMES.get(key, key)}\u00a0↑" for key in keys]
     heads = ["System", "Test loss\u00a0↓", "Dev loss\u00a0↓", *names, "Pruned"]
-    return Table("Scores on the test set", heads, [list(row) for row in zip(*columns, strict=True)])
+    return TextTable("Scores on the test set", heads, [list(row) for row in zip(*columns, strict=True)])
 
 
 def _column(
@@ -290,7 +290,7 @@ def _sure(interval: PairedComparison | None, digits: int) -> str:
     return f" ({_signed(interval.low, digits)} to {_signed(interval.high, digits)}): {interval.verdict}"
 
 
-def losses_table(run: Run) -> Table:
+def losses_table(run: Run) -> TextTable:
     """How far each training came."""
     rows = []
     for name, title in TRAINED.items():
@@ -302,7 +302,7 @@ def losses_table(run: Run) -> Table:
         best = [_number(min(dev)[0], 3), f"{min(dev)[1]:.0f}"] if dev else ["–", "–"]
         rows.append([Cell(text) for text in (title, f"{history[-1]['step']:.0f}", train[0], train[-1], *best)])
     heads = ["Training", "Steps", "First train loss", "Last train loss", "Best dev loss", "at step"]
-    return Table("Losses of each training", heads, rows)
+    return TextTable("Losses of each training", heads, rows)
 
 
 def kept_share(entries: Iterable[Mapping[str, Any]]) -> float:
@@ -354,14 +354,14 @@ def sparsity_note(run: Run) -> str:
     return note
 
 
-def cost_table(run: Run) -> Table:
+def cost_table(run: Run) -> TextTable:
     """Seconds of each step."""
     total = sum(run.cost.values())
     rows = [
         [Cell(text) for text in (name, f"{seconds:.1f}", duration(seconds), percent(seconds / total if total else 0.0))]
         for name, seconds in [*run.cost.items(), ("all", total)]
     ]
-    return Table("Time of each step", ["Step", "Seconds", "Time", "Share"], rows)
+    return TextTable("Time of each step", ["Step", "Seconds", "Time", "Share"], rows)
 
 
 def probe_note(run: Run) -> str | None:
@@ -378,7 +378,7 @@ def probe_note(run: Run) -> str | None:
 # A comparison
 
 
-def comparison_scores(comparison: Comparison) -> Table:
+def comparison_scores(comparison: Comparison) -> TextTable:
     """Rows methods, columns the ratio and the metrics, mean and deviation over seeds or folds; the best of a column is marked."""
     digits = _digits(comparison)
     columns = ["method", "prune ratio", "chosen on", *map(metric_heading, comparison.metrics)]
@@ -396,10 +396,10 @@ def comparison_scores(comparison: Comparison) -> Table:
         ]
         verdict = Cell(_verdict(row, comparison, digits), long=True)
         rows.append([Cell(row.title), Cell(_ratio(row)), Cell(CHOSEN_ON[row.chosen_on]), *scores, verdict])
-    return Table(f"Scores of every method, mean and standard deviation over {comparison.runs}", columns, rows)
+    return TextTable(f"Scores of every method, mean and standard deviation over {comparison.runs}", columns, rows)
 
 
-def comparison_cost(comparison: Comparison) -> Table:
+def comparison_cost(comparison: Comparison) -> TextTable:
     """What each method needs beyond the adapters that are merged, and in all, and how it compares with the grid search."""
     done = [(row, row.cost) for row in comparison.finished if row.cost]
     grids = {row.method: (row.title, cost) for row, cost in done}
@@ -412,10 +412,10 @@ def comparison_cost(comparison: Comparison) -> Table:
         speedup = f"{getattr(grid, part) / passes:.2f}" if grid and passes else "–"
         counts = (cost.runs, cost.seconds, cost.work, None, cost.runs_in_all, cost.seconds_in_all)
         rows.append([Cell(row.title), *(Cell(speedup if count is None else f"{count:.0f}") for count in counts)])
-    return Table(f"Cost of every method, mean over {comparison.runs}", columns, rows)
+    return TextTable(f"Cost of every method, mean over {comparison.runs}", columns, rows)
 
 
-def comparison_verdicts(comparison: Comparison) -> Table:
+def comparison_verdicts(comparison: Comparison) -> TextTable:
     """The reference method minus each other one, with its interval, for every metric; planned comparisons with their verdicts."""
     digits = _digits(comparison)
     rows = [
@@ -423,7 +423,7 @@ def comparison_verdicts(comparison: Comparison) -> Table:
         for row in comparison.finished
         if row.against
     ]
-    return Table(
+    return TextTable(
         "The reference method minus every other one", ["method", *map(metric_heading, comparison.metrics)], rows
     )
 
