@@ -394,17 +394,6 @@ def test_it_says_which_examples_were_probed(run: Run, tmp_path: Path) -> None:
     assert "on the micro-dev and the dev set, of candidates on 2 of its examples in turn." in texts(few, tmp_path)[0]
 
 
-def test_the_caption_says_how_the_current_ratio_moves(run: Run, tmp_path: Path) -> None:
-    held = "moves towards the best candidate of a round"
-    assert held in texts(with_recipe(run, controller={"policy": {"kind": "gaussian"}}), tmp_path)[0]
-    policy = {"kind": "spread", "ratio_min": 0.1, "ratio_max": 0.8, "ratio_init": 0.45}
-    content = run.recipe.model_dump(mode="json")
-    content["controller"]["policy"] = policy
-    page, _ = texts(replace(run, recipe=type(run.recipe).model_validate(content)), tmp_path)
-    assert held not in page
-    assert "Each step trained at a ratio of its own" in page
-
-
 @pytest.mark.parametrize(("high", "is_wide"), [(0.55, False), (0.79, True)])
 def test_a_wide_interval_is_called_wide(run: Run, tmp_path: Path, high: float, is_wide: bool) -> None:
     run = with_estimate(run, low=0.4, high=high)

@@ -24,35 +24,10 @@ from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.results import TEST_LOSS
 from grasp_lora.engine.run_folder import COMPARE_FOLDER, DISCARDED, REPORT_FILE, REPORT_TABLES_FILE, Run
 from grasp_lora.recipes.text import RECIPE_FILE
-from grasp_lora.report.delivered import (
-    command_for_texts,
-    headline,
-    is_chosen,
-    predict_command,
-    reason,
-    trained_again,
-    verdict,
-    warning_of,
-    where_trained,
-)
+from grasp_lora.report import delivered, tables
 from grasp_lora.report.examples import examples_of, label_note
 from grasp_lora.report.figures import comparison_figure, figures_of, plotly_js, script_json
-from grasp_lora.report.tables import (
-    METRIC_NAMES,
-    compare_grasp,
-    compare_handed_over,
-    comparison_cost,
-    comparison_scores,
-    comparison_verdicts,
-    cost_table,
-    losses_table,
-    percent,
-    probe_note,
-    scale_note,
-    score_notes,
-    scores_table,
-    sparsity_note,
-)
+from grasp_lora.report.tables import METRIC_NAMES, percent
 from grasp_lora.storage.files import write_whole
 from grasp_lora.text.display import escaped, one_line
 from grasp_lora.text.languages import language_code
@@ -105,22 +80,28 @@ def write_comparison(folder: Path, comparison: Comparison) -> Path:
 
 def view_of(run: Run, folder: Path) -> dict[str, Any]:
     """Everything that both reports and the model card print, as texts and tables; paths of the recipe as seen from a folder."""
-    metrics, estimate, against, chosen = run.metrics, run.estimate, compare_grasp(run), is_chosen(run)
+    metrics, estimate, choice, in_chat = (
+        run.metrics,
+        run.estimate,
+        run.metrics.target_on,
+        run.data.report["chat_template"],
+    )
+    against, chosen = tables.compare_grasp(run), delivered.is_chosen(run)
     return {
         "version": version("grasp-lora"),
         "paper": PAPER,
         "info": run.info,
         "name": run.info.name,
-        "verdict": verdict(run) if chosen else None,
-        "why_delivered": reason(run) if chosen else None,
+        "verdict": delivered.verdict(run) if chosen else None,
+        "why_delivered": delivered.reason(run) if chosen else None,
         "apart": metrics.handed_over != "grasp",  # so that GRASP's result is another adapter
         "system": metrics.handed_over,
-        "all_rows": trained_again(run),
-        "target_on": where_trained(metrics.target_on, len(run.recipe.source.adapters)) if metrics.target_on else None,
-        "warning": warning_of(run),
-        "headline": headline(run, against),
-        "predict": 'grasp-lora predict adapter "..."' if run.data.report["chat_template"] else predict_command(),
-        "predict_texts": command_for_texts(run),
+        "all_rows": delivered.trained_again(run),
+        "target_on": delivered.where_trained(choice, len(run.recipe.source.adapters)) if choice else None,
+        "warning": delivered.warning_of(run),
+        "headline": delivered.headline(run, against),
+        "predict": 'grasp-lora predict adapter "..."' if in_chat else delivered.predict_command(),
+        "predict_texts": delivered.command_for_texts(run),
         "facts": _facts(run),
         "ratio": percent(metrics.prune_ratio, 1),
         "learned": run.learned is not None,
@@ -135,15 +116,15 @@ def view_of(run: Run, folder: Path) -> dict[str, Any]:
         "interval_note": _interval_note(run),
         "nothing_learned": estimate.nothing_learned,
         "language": run.recipe.data.target.language.replace("_", "-"),  # as HTML has it
-        "scores": scores_table(run),
+        "scores": tables.scores_table(run),
         "signatures": {METRIC_NAMES.get(key, key): text for key, text in metrics.signatures.items()},
-        "scale": scale_note(metrics.signatures),
-        "notes": [*label_note(run), *score_notes(run, against, compare_handed_over(run))],
+        "scale": tables.scale_note(metrics.signatures),
+        "notes": [*label_note(run), *tables.score_notes(run, against, tables.compare_handed_over(run))],
         "examples": examples_of(run) if metrics.test_examples else None,
-        "losses": losses_table(run),
-        "sparsity_note": sparsity_note(run),
-        "cost": cost_table(run),
-        "probe_note": probe_note(run),
+        "losses": tables.losses_table(run),
+        "sparsity_note": tables.sparsity_note(run),
+        "cost": tables.cost_table(run),
+        "probe_note": tables.probe_note(run),
         "recipe": "\n".join(escaped(line) for line in run.recipe.to_yaml(folder).split("\n")),
     }
 
@@ -226,7 +207,7 @@ def wide(console: Console) -> Console:
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print the table of a comparison."""
-    table, printed = comparison_scores(comparison), Table()
+    table, printed = tables.comparison_scores(comparison), Table()
     for column in table.columns:
         printed.add_column(column, overflow="fold")  # a narrow terminal cuts no word off
     for row in table.rows:
@@ -259,15 +240,15 @@ def _view_of_comparison(comparison: Comparison) -> dict[str, Any]:
         "content": comparison,
         "reference": comparison.reference_title,
         "choices": _choices(comparison),
-        "scores": comparison_scores(comparison),
-        "cost": comparison_cost(comparison),
-        "verdicts": comparison_verdicts(comparison),
+        "scores": tables.comparison_scores(comparison),
+        "cost": tables.comparison_cost(comparison),
+        "verdicts": tables.comparison_verdicts(comparison),
         "sizes": _sizes(comparison),
         "drawn": _drawn(comparison),
         "planned": [row.title for row in comparison.finished if any(each.verdict for each in row.against.values())],
         "confidence": f"{intervals[0].confidence:.0%}" if intervals else "95%",
         "machines": len(comparison.made_with),
-        "scale": scale_note(metric for metric in comparison.metrics if metric != TEST_LOSS),
+        "scale": tables.scale_note(metric for metric in comparison.metrics if metric != TEST_LOSS),
         "stopping": _stopping(comparison),
         "marked": comparison.learned.title if comparison.learned else None,
         "command": command_of(comparison),
