@@ -381,7 +381,7 @@ def probe_note(run: Run) -> str | None:
 def comparison_scores(comparison: Comparison) -> TextTable:
     """Rows methods, columns the ratio and the metrics, mean and deviation over seeds or folds; the best of a column is marked."""
     digits = _digits(comparison)
-    columns = ["method", "prune ratio", "chosen on", *map(metric_heading, comparison.metrics)]
+    columns = ["method", "prune ratio", "chosen on", *map(_heading, comparison.metrics)]
     columns.append(f"{comparison.reference_title} minus it")
     best = {metric: _best(comparison, metric, digits[metric]) for metric in comparison.metrics}
     rows = []
@@ -423,12 +423,10 @@ def comparison_verdicts(comparison: Comparison) -> TextTable:
         for row in comparison.finished
         if row.against
     ]
-    return TextTable(
-        "The reference method minus every other one", ["method", *map(metric_heading, comparison.metrics)], rows
-    )
+    return TextTable("The reference method minus every other one", ["method", *map(_heading, comparison.metrics)], rows)
 
 
-def metric_heading(metric: str) -> str:
+def _heading(metric: str) -> str:
     """A metric of a comparison as a column is headed."""
     return "test loss" if metric == TEST_LOSS else METRIC_NAMES.get(metric, metric)
 
@@ -439,7 +437,7 @@ def _against(row: Row, metric: str, digits: int) -> str:
     if interval is None:
         return "unavailable"
     difference, low, high = (f"{value:+.{digits}f}" for value in (interval.difference, interval.low, interval.high))
-    unit = "nats" if metric == TEST_LOSS else metric_heading(metric)
+    unit = "nats" if metric == TEST_LOSS else _heading(metric)
     verdict = f", {interval.verdict}" if interval.verdict else ""
     if interval.low == interval.high == 0.0:
         return f"{difference} {unit}{verdict} ({SAME_EVERYWHERE})"
