@@ -37,7 +37,7 @@ def place(tiny_backbone_folder: Path, tmp_path: Path) -> Callable[..., str]:
 def test_it_answers_in_the_number_format_of_the_training(
     place: Callable[..., str], tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backbones.precision, "find_dtype", lambda device, kind="": "float32")  # what auto would take
+    monkeypatch.setattr(backbones, "find_dtype", lambda device, kind="": "float32")  # what auto would take
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
     for dtype in ("bfloat16", "float32"):
         with module.asking(place(dtype), str(tiny_backbone_folder), "cpu") as asked:

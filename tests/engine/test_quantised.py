@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from grasp_lora import api
 from grasp_lora.data.encode import Example
-from grasp_lora.models import precision
+from grasp_lora.models import backbone as backbone_module
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.answers import generate
 from grasp_lora.models.backbone import Backbone, fingerprint, load_backbone
@@ -190,7 +190,7 @@ def test_without_our_care_one_of_the_two_would_fail(
 
     if kind == "nf4" and not has_avx512bf16():
         pytest.skip("this processor has no AVX512-BF16")
-    monkeypatch.setattr(precision, "keep_exact", lambda model: None)
+    monkeypatch.setattr(backbone_module, "keep_exact", lambda model: None)
     checks = {
         "nf4": test_gradients_are_the_same_before_and_after_a_dev_evaluation,
         "int8": test_a_dev_loss_is_the_loss_that_is_trained_on,
@@ -320,7 +320,9 @@ def test_a_library_that_is_missing_is_named(
     kind: str, library: str, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: None if name == library else real(name))
+    monkeypatch.setattr(
+        backbone_module.importlib.util, "find_spec", lambda name: None if name == library else real(name)
+    )
     refused("run", ["--set", f"backbone.quantise={kind}"], f'needs {library}: run pip install "grasp-lora[quant]"')
 
 

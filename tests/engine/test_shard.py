@@ -99,7 +99,7 @@ def test_one_process_has_nothing_to_split(tiny_workspace: Path, cli: Callable[..
 def test_a_quantised_backbone_is_not_split(
     tiny_workspace: Path, cli: Callable[..., Any], tiny_backbone_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from grasp_lora.models import backbone, devices
+    from grasp_lora.models import backbone
 
     asked = cli("run", "tiny.yaml", "--set", "backbone.shard=true", "--set", "backbone.quantise=nf4")
     assert (asked.status, asked.err.count("\n")) == (2, 1)
@@ -111,8 +111,7 @@ def test_a_quantised_backbone_is_not_split(
     Path("packed/config.json").unlink()
     packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     Path("packed/config.json").write_text(json.dumps(config | {"quantization_config": packed}))
-    for module in (backbone, devices):
-        monkeypatch.setattr(module, "world_size", lambda: 2)
+    monkeypatch.setattr(backbone, "world_size", lambda: 2)
     result = cli("run", "tiny.yaml", "--set", "backbone.shard=true", "--set", "backbone.name=packed")
     assert (result.status, result.err.count("\n")) == (2, 1)
     assert "is quantised, and only full weights can be split" in result.err

@@ -16,11 +16,10 @@ from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models import backbone as module
 from grasp_lora.models.adapters import check_fits, fresh_adapter, save_adapter
-from grasp_lora.models.backbone import Backbone, backbone_of, load_backbone
+from grasp_lora.models.backbone import Backbone, backbone_of, computes_in, load_backbone
 from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.export import export_folder
 from grasp_lora.models.live import adapter_weights
-from grasp_lora.models.precision import computes_in
 from grasp_lora.models.reading import AdapterInfo, LoadedAdapter, read_adapter
 from grasp_lora.models.settings import QUANTISERS, BackboneSettings, LoraSettings
 

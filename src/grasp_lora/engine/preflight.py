@@ -22,8 +22,7 @@ from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import choosing_splits
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.answers import generate
-from grasp_lora.models.backbone import supports_logits_to_keep
-from grasp_lora.models.precision import is_quantised
+from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep
 from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO

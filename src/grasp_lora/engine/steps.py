@@ -41,8 +41,8 @@ from grasp_lora.method.merging import MergeSettings, merge, merge_rule
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.answers import generate, likeliest_labels
+from grasp_lora.models.backbone import weight_sum
 from grasp_lora.models.live import adapter_weights, frozen_adapter, segments_of
-from grasp_lora.models.precision import weight_sum
 from grasp_lora.models.reading import LoadedAdapter, read_adapter
 from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
 from grasp_lora.storage.checkpoints import Checkpointing

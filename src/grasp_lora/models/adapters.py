@@ -14,6 +14,7 @@ import torch
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.models.backbone import is_quantised
 from grasp_lora.models.live import (
     ADAPTER_NAME,
     is_conv1d,
@@ -24,7 +25,6 @@ from grasp_lora.models.live import (
     live_pairs,
     lora_layers,
 )
-from grasp_lora.models.precision import is_quantised
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
 from grasp_lora.models.settings import ALL_LINEAR, MOST_RANK, LoraSettings
 from grasp_lora.text.display import listed, quoted

@@ -1,25 +1,29 @@
-"""The backbone: a frozen causal language model with its tokenizer, and a fingerprint to recognise it by."""
+"""The backbone: a frozen causal language model with its tokenizer, and a fingerprint to recognise it by.
+
+Also how it is loaded: on which device, in which number format, quantised, or split over processes. The same recipe on the same
+kind of machine loads the same numbers on every day.
+"""
 
 import hashlib
+import importlib.util
 import inspect
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
-from grasp_lora.models import embedded, precision
-from grasp_lora.models.checked_config import commit_of, fact_of, read_config, source_of
-from grasp_lora.models.devices import device_for
+from grasp_lora.models import embedded
 from grasp_lora.models.reading import CONFIG_FILE
-from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, BackboneSettings
+from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, QUANTISERS, BackboneSettings
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.network import hub_problem, no_network, not_there
 from grasp_lora.storage.processes import join, on_first_process, world_size
@@ -28,13 +32,16 @@ from grasp_lora.text.display import first_line, one_line, quoted
 from grasp_lora.text.names import without_place
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from grasp_lora.models.reading import LoadedAdapter
 
 logger = logging.getLogger(__name__)
 
 _SMALLER = "set backbone.quantise to nf4, or backbone.dtype to bfloat16 if it is float32, or take a smaller model"
+UNTRAINABLE = {"hqq": "HQQ", "torchao": "torchao"}  # method of a saved model -> as people call it
+AT_ONCE = 1 << 24  # numbers
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of a number
 SAMPLED_WEIGHTS = 16  # of every parameter, in a fingerprint
 FINGERPRINT_FACTS = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -92,7 +99,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
         GraspError: the model is missing, gated, not cached while offline, incomplete, not a causal language
             model, or has no usable tokenizer; it cannot be quantised as asked; or the device is not there.
     """
-    device = device_for(settings)
+    device = _device_for(settings)
     started = time.perf_counter()
     location, name = _place(settings)
     own = settings.name == EMBEDDED_NAME
@@ -122,33 +129,10 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
         without_place(name),
         fingerprint(model),
         stop_ids,
-        commit_of(location, settings.revision),
+        _commit_of(location, settings.revision),
         settings.quantise,
         settings.revision,
     )
-
-
-def skeleton(settings: BackboneSettings) -> "PreTrainedModel":
-    """Make the model without its weights, on the device `meta`, as it is before anything is quantised.
-
-    Raises:
-        GraspError: as of `load_backbone`, as far as the config tells.
-    """
-    from transformers import AutoModelForCausalLM
-
-    location, name = _place(settings)
-    with _explained(name, settings), torch.device("meta"):
-        config = read_config(location, settings)
-        saved = getattr(config, "quantization_config", None)
-        if saved is not None:
-            del config.quantization_config
-        own_code = settings.trust_remote_code
-        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=own_code)  # type: ignore[no-untyped-call]
-    if saved is not None:
-        model.config.quantization_config = saved
-    model.requires_grad_(False)
-    model.eval()
-    return model  # type: ignore[no-any-return]
 
 
 def backbone_of(
@@ -202,7 +186,7 @@ def _dtype_of_training(adapter: "LoadedAdapter", device: str) -> str:
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     # Codes depend on it; those of float16 are only warned of, see `check_fits`.
     needed = adapter.info.backbone_quantised and told == "bfloat16"
-    return told if needed or precision.computes_in(told, kind) else "auto"
+    return told if needed or computes_in(told, kind) else "auto"
 
 
 def find_stop_ids(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
@@ -273,6 +257,92 @@ def fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def fact_of(config: "PretrainedConfig", name: str) -> Any:
+    """Return a fact of a config: None where it has none, a list with one for each layer where layers differ, as in Gemma 4."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # of transformers, which gives no such fact of the whole
+        return [getattr(layer, name, None) for layer in config.per_layer_config]
+
+
+def find_dtype(device: str, model_type: str = "") -> Literal["bfloat16", "float16", "float32"]:
+    """Return the dtype that "auto" stands for, by a fixed rule: the same recipe gives the same numbers on every day.
+
+    bfloat16 on CUDA cards that compute in it and on processors with AMX, where products take a fifth of the time. float16 on
+    other CUDA cards (T4, V100), but for Gemma: hidden states of Gemma 3 270M reach 1e5, and float16 ends at 65,504. float32
+    elsewhere: processors without AMX are slower in bfloat16 than in float32 (`lab/log.md`).
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N".
+        model_type: of the backbone's config.
+    """
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+        return "float32" if model_type.startswith("gemma") else "float16"
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return "bfloat16" if capabilities.get("amx_bf16") else "float32"
+
+
+def computes_in(dtype: str, device: str) -> bool:
+    """Whether a device computes in a number format itself: by way of another one a processor takes eight times as long.
+
+    Args:
+        dtype: "bfloat16", "float16" or "float32".
+        device: "cpu", "cuda" or "cuda:N".
+    """
+    if device != "cpu":
+        return dtype != "bfloat16" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "float32":
+        return True
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return dtype == "bfloat16" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def is_quantised(config: "PretrainedConfig") -> bool:
+    """Whether a backbone's weights are stored in fewer bits than they are computed with."""
+    return getattr(config, "quantization_config", None) is not None
+
+
+def keep_exact(model: torch.nn.Module) -> None:
+    """Let bitsandbytes' layers compute on a processor in eval mode as they do in training.
+
+    By default a 4-bit layer on a processor with AVX512-BF16 packs its weight for a kernel without backward as soon as it is
+    evaluated, and no later training would change anything; an 8-bit layer rounds activations to 8 bits, in eval mode alone.
+    """
+    for module in model.modules():
+        layer: Any = module
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+        state = getattr(layer, "state", None)
+        if hasattr(state, "has_fp16_weights") and layer.weight.device.type == "cpu":
+            always = property(lambda _: True, lambda _, value: None)
+            state.__class__ = type("Exact", (state.__class__,), {"is_training": always})
+
+
+def weight_sum(model: torch.nn.Module) -> int | None:
+    """Add up the stored numbers of all parameters as integers, LoRA layers left out: exact, in whatever order; None if split.
+
+    Scales that a quantiser keeps beside its codes are left out.
+    """
+    named = [(name, one) for name, one in model.named_parameters() if ".lora_" not in name]
+    if any(hasattr(one, "full_tensor") for _, one in named):
+        return None
+    total = 0
+    for part in (one.detach().contiguous() for _, one in named):
+        numbers = part.view(INTEGERS[part.element_size()]).flatten()
+        for first in range(0, numbers.numel(), AT_ONCE):  # a sum in int64 makes a copy of what it adds up
+            total += int(numbers[first : first + AT_ONCE].sum(dtype=torch.int64))
+    return total
+
+
+def _kind(config: "PretrainedConfig") -> str:
+    """How a quantised backbone was quantised."""
+    found: Any = config.quantization_config  # a dict in a file, an object once it is loaded
+    found = found if isinstance(found, dict) else found.to_dict()
+    return str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
+
+
 def _place(settings: BackboneSettings) -> tuple[str, str]:
     """Where a backbone is read from, and its public name."""
     own = settings.name == EMBEDDED_NAME
@@ -315,23 +385,123 @@ def _find_location(name: str) -> str:
     return name
 
 
+def _commit_of(location: str, revision: str | None) -> str | None:
+    """Return the commit of a model on the hub whose config has just been read; None for a folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if is_folder(Path(location)):
+        return None
+    config = try_to_load_from_cache(location, "config.json", revision=revision)
+    return Path(config).parent.name if isinstance(config, str) else None
+
+
+def _device_for(settings: BackboneSettings) -> str:
+    """Return "cpu", or a GPU as "cuda:0".
+
+    Raises:
+        GraspError: no GPU is there, or the backbone is to be split and there is nothing to split it over.
+    """
+    available = torch.cuda.is_available()
+    if settings.device == "cuda" and not available:
+        raise GraspError("backbone device is 'cuda', but torch sees no CUDA GPU: use 'auto' or 'cpu'")
+    on_cpu = settings.device == "cpu" or not available
+    if settings.shard:
+        if world_size() == 1:
+            raise GraspError(
+                "backbone.shard is true, but there is one process: start it with torchrun --nproc-per-node N -m grasp_lora run, "
+                "or set backbone.shard to false"
+            )
+        if on_cpu and available:  # transformers takes the GPUs whatever is asked for
+            raise GraspError("backbone.shard is true, which takes the GPUs, but backbone.device is 'cpu': use 'auto'")
+    return "cpu" if on_cpu else f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"  # torchrun: one GPU for each process
+
+
+def _source_of(settings: BackboneSettings) -> dict[str, Any]:
+    """What every `from_pretrained` is told of where a model comes from."""
+    return {
+        "revision": settings.revision,
+        "trust_remote_code": settings.trust_remote_code,
+        "local_files_only": settings.offline,
+    }
+
+
+def _read_config(location: str, settings: BackboneSettings) -> "PretrainedConfig":
+    """Read the config of a model and check that it is one that can be loaded and trained on here.
+
+    Raises:
+        GraspError: it asks for foreign code, or is quantised in a way nothing trains on.
+        ValueError: it is not a causal language model.
+    """
+    from transformers import AutoConfig
+
+    config: PretrainedConfig = AutoConfig.from_pretrained(location, **_source_of(settings))
+    architectures = config.architectures or []
+    if config.is_encoder_decoder or any(str(name).endswith("ForMaskedLM") for name in architectures):
+        # AutoModelForCausalLM would load it, but not as a language model that reads left to right.
+        raise ValueError(f"{architectures[0] if architectures else config.model_type} is not a causal language model")
+    kernels = [part._attn_implementation for part in (config, config.get_text_config(decoder=True))]
+    if not settings.trust_remote_code and (foreign := [name for name in kernels if name is not None and "/" in name]):
+        raise GraspError(  # transformers would fetch and run it
+            f"The config of the backbone asks for compiled attention code of the hub ({quoted(foreign[0])}): read that "
+            "code, then set trust_remote_code to true, or remove the entry"
+        )
+    if is_quantised(config) and (name := UNTRAINABLE.get(_kind(config))):
+        raise GraspError(
+            f"The backbone comes quantised by {name}, on which no adapter is trained here: take its full-precision model, with "
+            f"backbone.quantise {' or '.join(QUANTISERS)} where memory is short"
+        )
+    return config
+
+
+def _quantiser(name: str, config: "PretrainedConfig", dtype: torch.dtype) -> Any:
+    """Return what `from_pretrained` takes as `quantization_config`.
+
+    Args:
+        name: a key of `QUANTISERS`.
+        config: of the backbone, which must not be quantised yet.
+        dtype: what is computed in.
+
+    Raises:
+        GraspError: the backbone comes quantised, or the library is not installed.
+    """
+    library = QUANTISERS[name]
+    if is_quantised(config):
+        raise GraspError(
+            f"backbone.quantise is {name!r}, but the backbone comes quantised ({quoted(_kind(config))}), and is taken as it is: "
+            "leave backbone.quantise out"
+        )
+    if importlib.util.find_spec(library) is None:
+        raise GraspError(
+            f'backbone.quantise is {name!r}, which needs {library}: run pip install "grasp-lora[quant]", or leave it out'
+        )
+    # It warns at each product that activations are rounded to float16.
+    logging.getLogger(library).setLevel(logging.ERROR)
+    with no_network(True):  # bitsandbytes fetches compiled code from the hub where it can
+        import bitsandbytes  # noqa: F401
+        from transformers import BitsAndBytesConfig
+
+        if name == "int8":
+            given: dict[str, Any] = {"load_in_8bit": True}
+        else:
+            given = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        return BitsAndBytesConfig(**given)  # type: ignore[no-untyped-call]
+
+
 def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.distributed.configuration_utils import DistributedConfig
 
-    source, config = source_of(settings), read_config(location, settings)
+    source, config = _source_of(settings), _read_config(location, settings)
     tokenizer = AutoTokenizer.from_pretrained(location, **source)
     dtype: str = settings.dtype
     if dtype == "auto":  # of processes on machines of several kinds the first one decides
         join(settings.device)
-        dtype = on_first_process(lambda: precision.find_dtype(device, config.model_type))
+        dtype = on_first_process(lambda: find_dtype(device, config.model_type))
     computed = getattr(torch, dtype)
     quantised = (
-        {}
-        if settings.quantise is None
-        else {"quantization_config": precision.quantiser(settings.quantise, config, computed)}
+        {} if settings.quantise is None else {"quantization_config": _quantiser(settings.quantise, config, computed)}
     )
-    packed = bool(quantised) or precision.is_quantised(config)
+    packed = bool(quantised) or is_quantised(config)
     split: dict[str, Any] = {}
     if settings.shard:
         if packed:
@@ -367,7 +537,7 @@ def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, 
             len(unexpected),
             one_line(unexpected[0]),
         )
-    precision.keep_exact(model)
+    keep_exact(model)
     if split:
         model.set_reshard_after_forward(True)  # else norm and head stay whole in each process after a pass
     elif not packed:

@@ -13,15 +13,19 @@ import torch
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.adapters import attached, check_fits
-from grasp_lora.models.backbone import Backbone, backbone_of
-from grasp_lora.models.gguf_adapter import GGUF_FILE, write_gguf
-from grasp_lora.models.precision import is_quantised
+from grasp_lora.models.backbone import Backbone, backbone_of, is_quantised
 from grasp_lora.models.reading import LoadedAdapter, read_adapter
 from grasp_lora.storage.claims import new_folder, refuse_existing
 from grasp_lora.text.names import needs, without_place
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CARD_FILE = "README.md"
+GGUF_FILE = "adapter.gguf"
+ARCHITECTURES = {  # what transformers calls a kind of model -> what llama.cpp does
+    "gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3", "llama": "llama", "mistral": "llama", "phi3": "phi3",
+    "qwen2": "qwen2", "qwen3": "qwen3",
+}  # fmt: skip
+STORED = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def export_folder(
@@ -75,7 +79,7 @@ def export_folder(
                 f"rounding: relative error {lost:.3g} of the delta",
             ]
         else:
-            write_gguf(draft / GGUF_FILE, adapter.weights, loaded.model, written)
+            _write_gguf(draft / GGUF_FILE, adapter.weights, loaded.model, written)
             lines = [f"llama.cpp: --lora {GGUF_FILE}; Ollama: ADAPTER ./{GGUF_FILE} in a Modelfile"]
         origin = f"Exported from the adapter {adapter.name} (sha256:{adapter.sha256})."
         listed = "".join(f"- {line}\n" for line in lines)
@@ -144,3 +148,60 @@ def _write_model(draft: Path, adapter: LoadedAdapter, backbone: Backbone, dtype:
         f"model: {adapter.name} folded into {len(adapter.weights)} modules of {name}, {dtype}, {size:.2f} MB",
         "vLLM, llama.cpp: take it as they take its backbone (convert_hf_to_gguf.py)",
     ]
+
+
+def _write_gguf(file: Path, weights: AdapterWeights, model: Any, dtype: str) -> None:
+    """Write an adapter for llama.cpp. Source: `convert_lora_to_gguf.py` of llama.cpp, whose tensors these are.
+
+    llama.cpp divides one alpha by each module's own rank. Where that is not a module's scaling, B is scaled to make up for it.
+
+    Args:
+        file: to write.
+        weights: the adapter.
+        model: the backbone.
+        dtype: a key of `STORED`.
+
+    Raises:
+        AdapterError: the kind of model, or a module of it, is not among those that are known to convert.
+    """
+    import gguf
+
+    config = model.config.get_text_config(decoder=True)
+    name = ARCHITECTURES.get(config.model_type)
+    if name is None:
+        raise AdapterError(
+            f"--gguf knows adapters of {', '.join(ARCHITECTURES)}, and this backbone is a {config.model_type}; leave it out and "
+            "give the result to convert_lora_to_gguf.py of llama.cpp"
+        )
+    architecture = next(one for one, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+    tensors = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    alpha = max(pair.scaling * pair.rank for pair in weights.values())
+    stored = gguf.GGMLQuantizationType[STORED[dtype]]
+    writer = gguf.GGUFWriter(file, name)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    for module, pair in weights.items():
+        tensor = tensors.get_name(module)
+        if tensor is None or module == "lm_head":  # the output layer is often the embedding, which takes no adapter
+            raise AdapterError(f"--gguf cannot write {module}, which llama.cpp takes no adapter on; use --fold")
+        B = pair.B * (pair.scaling * pair.rank / alpha)
+        if name == "llama" and module.endswith(("q_proj", "k_proj")):
+            B = _in_pairs(B, config.num_attention_heads if module.endswith("q_proj") else config.num_key_value_heads)
+        for ending, factor in (("a", pair.A), ("b", B)):
+            data = gguf.quants.quantize(factor.to(torch.float32).contiguous().numpy(), stored)
+            writer.add_tensor(f"{tensor}.weight.lora_{ending}", data, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _in_pairs(B: torch.Tensor, heads: int) -> torch.Tensor:
+    """Order rows as llama.cpp rotates a Llama's: each with its neighbour, where transformers takes the halves of a head.
+
+    Args:
+        B: [heads * head size, rank].
+    """
+    rows, rank = B.shape
+    return B.reshape(heads, 2, rows // heads // 2, rank).swapaxes(1, 2).reshape(rows, rank)

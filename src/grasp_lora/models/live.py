@@ -5,7 +5,7 @@ is the sum of one block for each adapter: of two adapters of rank 8 the paramete
 A[:8] + A[8:]. PyTorch adds the blocks up whenever the weight is read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -233,10 +233,3 @@ def is_conv1d(module: torch.nn.Module) -> bool:
 def is_named(module: str, targets: tuple[str, ...]) -> bool:
     """Tell whether PEFT takes a module for one of the targets: by its full name or an ending of it."""
     return any(module == target or module.endswith(f".{target}") for target in targets)
-
-
-def on_output_layer(model: "PreTrainedModel", modules: Iterable[str]) -> bool:
-    """Tell whether a name of a module, or an ending of one, is that of the layer that gives the logits."""
-    whole: Any = model
-    head, modules = whole.get_output_embeddings(), tuple(modules)
-    return any(module is head and is_named(name, modules) for name, module in model.named_modules())

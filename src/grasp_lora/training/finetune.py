@@ -21,9 +21,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.utils import logging as transformers_logging
 
 from grasp_lora.errors import DataError, DivergedError, GraspError
-from grasp_lora.models.backbone import without_peft
+from grasp_lora.models.backbone import is_quantised, without_peft
 from grasp_lora.models.live import live_factors
-from grasp_lora.models.precision import is_quantised
 from grasp_lora.storage.checkpoints import Checkpointing, State, newest_checkpoint, remove_checkpoints
 from grasp_lora.storage.files import clear_write_errors, write_jsonl
 from grasp_lora.storage.memory import enough_memory
