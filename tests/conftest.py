@@ -11,7 +11,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it reads 
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import ctypes
 import json
 import logging
 import shutil
@@ -293,32 +292,6 @@ def refused(tiny_workspace: Path, cli: Callable[..., CliResult]) -> Callable[...
         assert not (tiny_workspace / "runs").exists()
 
     return check
-
-
-class _Capabilities(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
-
-
-@pytest.fixture
-def ordinary_user() -> Iterator[None]:
-    """Let file permissions count for root, too, as they do for everyone else: this thread gives up its two powers over them."""
-    if os.geteuid() != 0:
-        yield
-        return
-    if sys.platform != "linux":
-        pytest.skip("root may read everything")
-    libc, header, before = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0), (_Capabilities * 2)()
-    libc.capget(header, before)
-    mine = type(before).from_buffer_copy(before)
-    mine[0].effective &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
-    # The second one: os.access goes by what is effective, not by what could be.
-    if libc.capset(header, mine) or libc.prctl(28, 4, 0, 0, 0):
-        pytest.skip("root may read everything here")
-    try:
-        yield
-    finally:
-        libc.prctl(28, 0, 0, 0, 0)
-        libc.capset(header, before)
 
 
 TINY_RECIPE = """\

@@ -199,7 +199,7 @@ def test_columns_of_a_workbook_come_out_with_their_values(cli: Cli, here: Path, 
     with Path("out.csv").open(newline="", encoding="utf-8") as file:
         [row] = csv.DictReader(file)
     assert list(row.values()) == [
-        "here", "where?", "2026-01-02", "2026-01-02 03:04:05", "0.25", "7.5", "1200", "true", "#N/A", "", "so"
+        "here", "where?", "2026-01-02", "2026-01-02 03:04:05", "0.25", "7.5", "1200", "TRUE", "", "", "so"
     ]  # fmt: skip
 
 

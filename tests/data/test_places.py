@@ -1,19 +1,17 @@
 """A data file is found in the first place that has it; a data set on the hub is read without running its code."""
 
-from pathlib import Path
 from typing import ClassVar
 
 import datasets
 import pytest
 
-from grasp_lora.data.files import read_file
-from grasp_lora.data.places import read_hub, resolve_file
+from grasp_lora.data.files import read_file, read_hub, resolve_file
 from grasp_lora.data.records import make_pool
 from grasp_lora.errors import DataError
 
 
 class TestResolveFile:
-    def test_places_in_order(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_places_in_order(self, tmp_path, monkeypatch):
         places = [tmp_path / name for name in ("root", "variable", "recipe")]
         for place in places:
             place.mkdir()
@@ -27,9 +25,7 @@ class TestResolveFile:
         for part in (*map(str, places), "data.root", "GRASP_LORA_DATA", "folder of the recipe"):
             assert part in str(caught.value)
 
-    def test_root_is_relative_to_the_recipe_and_absolute_paths_stand_alone(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_root_is_relative_to_the_recipe_and_absolute_paths_stand_alone(self, tmp_path, monkeypatch):
         monkeypatch.delenv("GRASP_LORA_DATA", raising=False)
         (tmp_path / "data").mkdir()
         (tmp_path / "data" / "x.json").write_text("x")
@@ -38,9 +34,7 @@ class TestResolveFile:
         with pytest.raises(DataError, match=r"nowhere\.json \(absolute path\)"):
             resolve_file(str(tmp_path / "nowhere.json"))
 
-    def test_a_variable_does_not_decide_between_different_files(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_variable_does_not_decide_between_different_files(self, tmp_path, monkeypatch):
         for place in ("variable", "recipe", "root"):
             (tmp_path / place).mkdir()
             (tmp_path / place / "x.json").write_text(place)
@@ -52,12 +46,12 @@ class TestResolveFile:
         (tmp_path / "recipe/x.json").write_text("variable")
         assert resolve_file("x.json", base=tmp_path / "recipe").parent.name == "variable"
 
-    def test_a_root_that_is_not_there_is_not_passed_over(self, tmp_path: Path) -> None:
+    def test_a_root_that_is_not_there_is_not_passed_over(self, tmp_path):
         (tmp_path / "x.json").write_text("x")
         with pytest.raises(DataError, match=r"data\.root is 'nowhere', but there is no folder .*nowhere; mend it"):
             resolve_file("x.json", root="nowhere", base=tmp_path)
 
-    def test_demo_texts(self) -> None:
+    def test_demo_texts(self):
         records = make_pool([read_file("demo:zh.json", resolve_file("demo:zh.json"))], "qa").records
         assert len(records) > 50
         with pytest.raises(DataError, match=r"no demo text 'xx\.json'; available: ar\.json, en\.json, zh\.json"):
@@ -67,7 +61,7 @@ class TestResolveFile:
 class TestHub:
     ROWS: ClassVar = datasets.Dataset.from_list([{"id": "1", "title": "", "summary": "s", "text": "\x93t\x94"}])
 
-    def test_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_rows(self, monkeypatch):
         calls = []
 
         def load(*args: object, **kwargs: object) -> datasets.Dataset:
@@ -79,7 +73,7 @@ class TestHub:
         assert calls == [(("org/sums", "arabic"), {"split": "train[:10]"})]
         assert pool.records[0].fields == {"document": "“t”"}
 
-    def test_pictures_are_left_out_unread(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_pictures_are_left_out_unread(self, monkeypatch):
         """What decodes them, or sounds, need not be installed; and they are no text."""
         image, picture = datasets.Image(), {"bytes": b"no picture", "path": None}
         kinds = {"text": datasets.Value("string"), "any": datasets.Json(), "one": image, "some": datasets.List(image)}
@@ -88,7 +82,7 @@ class TestHub:
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
         assert [row.values for row in read_hub("org/talk", None, "train").rows] == [{"text": "t", "any": [1, "a"]}]
 
-    def test_a_loading_script_is_replaced_by_the_parquet_export(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_loading_script_is_replaced_by_the_parquet_export(self, monkeypatch):
         def load(name: str, *args: object, **kwargs: object) -> datasets.Dataset:
             if "revision" not in kwargs:
                 raise RuntimeError("Dataset scripts are no longer supported, but found sums.py")
@@ -99,7 +93,7 @@ class TestHub:
         monkeypatch.setattr(datasets, "load_dataset", load)
         assert len(read_hub("org/sums", "arabic", "train").rows) == 1
 
-    def test_offline_is_on_only_while_it_reads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_offline_is_on_only_while_it_reads(self, monkeypatch):
         import huggingface_hub
 
         seen = []
@@ -116,7 +110,7 @@ class TestHub:
         assert seen == [(True, True), (False, False)]
         assert not datasets.config.HF_HUB_OFFLINE
 
-    def test_offline(self) -> None:
+    def test_offline(self):
         with pytest.raises(DataError, match=r"hub:no/such/train: the hub cannot be reached .* under `files`"):
             read_hub("no/such", None, "train")
 
@@ -128,7 +122,7 @@ class TestHub:
             RuntimeError("odd"),
         ],
     )
-    def test_other_failures(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def test_other_failures(self, monkeypatch, error):
         def load(*args: object, **kwargs: object) -> None:
             raise error
 

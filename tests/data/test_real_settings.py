@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from grasp_lora.data.build import build_splits
-from grasp_lora.data.splits import HELD_OUT, Splits
+from grasp_lora.data.splits import HELD_OUT, Splits, build_splits
 from grasp_lora.recipes.load import load_recipe
 
 ROOT = Path(os.environ.get("GRASP_LORA_DATA", ""))

@@ -14,7 +14,6 @@ import pytest
 
 from grasp_lora.data.files import read_file
 from grasp_lora.data.records import Pool, make_pool, text_key
-from grasp_lora.data.tables import Row, Table
 from grasp_lora.errors import DataError
 
 
@@ -71,13 +70,8 @@ def read(path: Path, content: object, task: str, format: str = "auto", **columns
     return read_files([(path.name, path)], task, format, columns)
 
 
-@pytest.fixture
-def small_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("grasp_lora.data.files.MOST_BYTES", 100_000_000)
-
-
 class TestSquad:
-    def test_reads_fields_references_and_keys(self, tmp_path: Path) -> None:
+    def test_reads_fields_references_and_keys(self, tmp_path):
         content = squad(("قط", [("القطة سوداء جدا", [("q1", "ما لونها؟", ["سوداء", "سوداء جدا", "سوداء"])])]))
         (record,) = read(tmp_path / "ar.json", content, "qa").records
         assert record.id == "q1"
@@ -86,7 +80,7 @@ class TestSquad:
         assert record.references == ("سوداء", "سوداء جدا")
         assert record.keys == {"id:q1", text_key("القطة سوداء جدا"), "article:قط"}
 
-    def test_an_article_is_one_group_in_all_its_files(self, tmp_path: Path) -> None:
+    def test_an_article_is_one_group_in_all_its_files(self, tmp_path):
         for name, identity in (("one.json", "1"), ("two.json", "2")):
             content = squad(("قط  أسود", [(f"context {identity}", [(identity, "?", ["context"])])]))
             (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
@@ -94,12 +88,12 @@ class TestSquad:
         first, second = read_files(files, "qa", "squad", {}).records
         assert first.keys & second.keys == {"article:قط أسود"}
 
-    def test_untitled_articles_are_told_apart_by_position(self, tmp_path: Path) -> None:
+    def test_untitled_articles_are_told_apart_by_position(self, tmp_path):
         content = squad(("", [("a b", [("1", "?", ["a"])])]), ("", [("c d", [("2", "?", ["c"])])]))
         first, second = read(tmp_path / "x.json", content, "qa").records
         assert not first.keys & second.keys
 
-    def test_a_wrong_offset_is_accepted_but_not_a_foreign_answer(self, tmp_path: Path) -> None:
+    def test_a_wrong_offset_is_accepted_but_not_a_foreign_answer(self, tmp_path):
         content = squad(("T", [("one two", [("q7", "?", ["two"])])]))
         answer = content["data"][0]["paragraphs"][0]["qas"][0]["answers"][0]
         answer["answer_start"] = 1
@@ -111,21 +105,24 @@ class TestSquad:
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ({"data": [{"title": "T"}]}, r"x\.json, article 1: paragraphs must be a list, found NoneType"),
+            ({"data": [{"title": "T"}]}, r"x\.json, article 1: paragraphs must be a list of objects, found None"),
             ({"data": [{"paragraphs": [{"qas": []}]}]}, r"article 1: context must be a text, found NoneType"),
-            ({"data": [{"paragraphs": [{"context": "c", "qas": [{}]}]}]}, r"article 1: a question has no id"),
+            (
+                {"data": [{"paragraphs": [{"context": "c", "qas": [{}]}]}]},
+                r"article 1: the id of a question must be a text .*, found None",
+            ),
             ({"data": []}, r"x\.json holds no records"),
             (squad(("T", [("c", [("q", "?", [])])])), r"question q: no answer; .* set data\.skip_unanswered to true"),
             (squad(("T", [("c", [("q", " ", ["c"])])])), r"question q: question is empty"),
             (squad(("T", [("c", [("q", "?", [""])])])), r"question q: answer is empty"),
-            ({"rows": []}, r"x\.json, article 1: paragraphs must be a list, .*SQuAD data is an object with a list"),
+            ({"rows": []}, r"x\.json, article 1: paragraphs must be a list of objects, .*SQuAD data is an object"),
         ],
     )
-    def test_malformed(self, tmp_path: Path, content: dict, message: str) -> None:
+    def test_malformed(self, tmp_path, content, message):
         with pytest.raises(DataError, match=message):
             read(tmp_path / "x.json", content, "qa", "squad")
 
-    def test_fits_only_the_task_qa(self, tmp_path: Path) -> None:
+    def test_fits_only_the_task_qa(self, tmp_path):
         with pytest.raises(DataError, match="is SQuAD data, which fits the task qa, not summarization"):
             read(tmp_path / "x.json", squad(("T", [("c", [("q", "?", ["c"])])])), "summarization")
 
@@ -139,14 +136,14 @@ class TestXlsum:
         "text": "\x93引用\x94\x00文\t章\r\n第二",
     }
 
-    def test_maps_and_removes_control_characters(self, tmp_path: Path) -> None:
+    def test_maps_and_removes_control_characters(self, tmp_path):
         pool = read(tmp_path / "zh.jsonl", [self.ROW], "summarization")
         assert pool.records[0].fields == {"document": "“引用”文\t章\n第二"}
         assert pool.records[0].references == ("摘要",)
         assert (pool.characters_mapped, pool.characters_removed) == (2, 1)
         assert {"id:z-1", "article:标题"} < pool.records[0].keys
 
-    def test_characters_of_windows_and_page_breaks_stay_apart(self, tmp_path: Path) -> None:
+    def test_characters_of_windows_and_page_breaks_stay_apart(self, tmp_path):
         row = {**self.ROW, "text": "it\x92s 5\x9610 \x91so\x92 a\x97b page1\x0cpage2\x0bend"}
         pool = read(tmp_path / "zh.jsonl", [row], "summarization")
         assert pool.records[0].fields["document"] == "it’s 5–10 ‘so’ a—b page1 page2 end"
@@ -156,16 +153,16 @@ class TestXlsum:
         assert pool.records[0].fields["document"] == "wait…foo €5 „mašina“ "
         assert (pool.characters_mapped, pool.characters_removed) == (5, 5)
 
-    def test_an_unusual_separator_does_not_end_the_line(self, tmp_path: Path) -> None:
+    def test_an_unusual_separator_does_not_end_the_line(self, tmp_path):
         row = {**self.ROW, "text": "a\u2028b\u0085c"}
         assert read(tmp_path / "zh.jsonl", [row], "summarization").records[0].fields["document"] == "a\u2028b…c"
 
-    def test_the_format_may_be_stated(self, tmp_path: Path) -> None:
+    def test_the_format_may_be_stated(self, tmp_path):
         assert read(tmp_path / "zh.txt", json.dumps(self.ROW), "summarization", "xlsum").records[0].id == "z-1"
         with pytest.raises(DataError, match="XL-Sum data, which fits the task summarization, not completion"):
             read(tmp_path / "zh.jsonl", [self.ROW], "completion", "xlsum")
 
-    def test_missing_key_and_empty_summary(self, tmp_path: Path) -> None:
+    def test_missing_key_and_empty_summary(self, tmp_path):
         with pytest.raises(DataError, match=r"zh\.jsonl, line 1: no column 'text'"):
             read(tmp_path / "zh.jsonl", [{"id": "1", "title": "", "summary": "s"}], "summarization", "xlsum")
         with pytest.raises(DataError, match=r"zh\.jsonl, line 2: summary is empty"):
@@ -174,7 +171,7 @@ class TestXlsum:
 
 class TestRecords:
     @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
-    def test_every_file_type_reads_the_same(self, tmp_path: Path, suffix: str) -> None:
+    def test_every_file_type_reads_the_same(self, tmp_path, suffix):
         rows = [{"prompt": 'say "a",\nplease', "completion": "a"}, {"prompt": "قل", "completion": "ب"}]
         path = tmp_path / f"x.{suffix}"
         if suffix in ("csv", "tsv"):
@@ -190,11 +187,11 @@ class TestRecords:
         assert [r.id for r in records] == ["x:1", "x:2"]
         assert not any(key.startswith("id:") for r in records for key in r.keys)
 
-    def test_json_lines_saved_as_json(self, tmp_path: Path) -> None:
+    def test_json_lines_saved_as_json(self, tmp_path):
         text = '{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": "d"}\n'
         assert len(read(tmp_path / "x.json", text, "completion").records) == 2
 
-    def test_columns_ids_groups_and_references(self, tmp_path: Path) -> None:
+    def test_columns_ids_groups_and_references(self, tmp_path):
         row = {"key": 7, "text": "doc", "tldr": "s", "topic": "t", "gold": ["s", "short"]}
         pool = read(
             tmp_path / "x.jsonl",
@@ -213,13 +210,13 @@ class TestRecords:
     @pytest.mark.parametrize(
         "answers", ["blue", ["blue", "sky blue"], {"text": ["blue"], "answer_start": [0]}, [{"text": "blue"}]]
     )
-    def test_answers_in_the_shapes_of_hub_data(self, tmp_path: Path, answers: object) -> None:
+    def test_answers_in_the_shapes_of_hub_data(self, tmp_path, answers):
         row = {"context": "c", "question": "?", "title": "T", "answers": answers}
         (record,) = read(tmp_path / "x.jsonl", [row], "qa").records
         assert record.answer == "blue"
         assert "article:T" in record.keys
 
-    def test_messages(self, tmp_path: Path) -> None:
+    def test_messages(self, tmp_path):
         turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
         rows = [{"messages": turns}, {"prompt": turns[:1], "completion": turns[1:]}]
         for record in read(tmp_path / "x.jsonl", rows, "completion").records:
@@ -244,12 +241,12 @@ class TestRecords:
             ),
         ],
     )
-    def test_malformed(self, tmp_path: Path, rows: list, message: str) -> None:
+    def test_malformed(self, tmp_path, rows, message):
         text = "".join(json.dumps(row) + "\n" for row in rows)
         with pytest.raises(DataError, match=message):
             read(tmp_path / "x.jsonl", text, "completion")
 
-    def test_no_answer_and_unknown_column(self, tmp_path: Path) -> None:
+    def test_no_answer_and_unknown_column(self, tmp_path):
         row = {"context": "c", "question": "?", "answers": []}
         with pytest.raises(DataError, match=r"line 1: no answer; .* data\.skip_unanswered"):
             read(tmp_path / "x.jsonl", [row], "qa")
@@ -267,11 +264,11 @@ class TestLayouts:
             ({"instruction": "Say hi", "input": None, "output": "hi!", "system": " ", "history": []}, "Say hi"),
         ],
     )
-    def test_alpaca(self, tmp_path: Path, row: dict, prompt: str) -> None:
+    def test_alpaca(self, tmp_path, row, prompt):
         (record,) = read(tmp_path / "x.jsonl", [row], "completion").records
         assert (record.fields, record.answer, record.messages) == ({"prompt": prompt}, "hi!", ())
 
-    def test_what_stands_before_an_alpaca_prompt_makes_a_conversation(self, tmp_path: Path) -> None:
+    def test_what_stands_before_an_alpaca_prompt_makes_a_conversation(self, tmp_path):
         row = {
             "instruction": "And",
             "input": "you?",
@@ -286,13 +283,13 @@ class TestLayouts:
 
     @pytest.mark.parametrize("keys", [("from", "value", "human", "gpt"), ("role", "content", "user", "assistant")])
     @pytest.mark.parametrize("column", ["conversations", "messages"])
-    def test_sharegpt(self, tmp_path: Path, keys: tuple[str, ...], column: str) -> None:
+    def test_sharegpt(self, tmp_path, keys, column):
         who, what, human, model = keys
         row = {column: [{who: human, what: "hi"}, {who: model, what: "hello"}]}
         (record,) = read(tmp_path / "x.jsonl", [row], "completion").records
         assert (record.messages, record.answer) == (({"role": "user", "content": "hi"},), "hello")
 
-    def test_a_column_system_comes_before_sharegpt_turns(self, tmp_path: Path) -> None:
+    def test_a_column_system_comes_before_sharegpt_turns(self, tmp_path):
         turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
         (record,) = read(tmp_path / "x.jsonl", [{"system": "Be brief.", "conversations": turns}], "completion").records
         assert record.messages[0] == {"role": "system", "content": "Be brief."}
@@ -301,8 +298,8 @@ class TestLayouts:
         ("row", "said"),
         [
             ({"conversations": "hi"}, "conversations must be a list of objects"),
-            ({"conversations": [{"from": "tool", "value": "4"}]}, "a turn is from 'tool'; allowed: human"),
-            ({"conversations": [{"from": ["x"], "value": "4"}]}, "a turn is from a list; allowed: human"),
+            ({"conversations": [{"from": "tool", "value": "4"}]}, "a turn has the role 'tool'; allowed: human"),
+            ({"conversations": [{"from": ["x"], "value": "4"}]}, "conversations must be a list of objects with texts"),
             (
                 {"conversations": [{"from": one, "value": "a"} for one in ("system", "system", "human", "gpt")]},
                 "conversations has 2 system messages; one is understood, as the first",
@@ -316,11 +313,11 @@ class TestLayouts:
             ({"instruction": "", "output": "b"}, "prompt is empty"),
         ],
     )
-    def test_malformed(self, tmp_path: Path, row: dict, said: str) -> None:
+    def test_malformed(self, tmp_path, row, said):
         with pytest.raises(DataError, match=f"x\\.jsonl, line 1: {said}"):
             read(tmp_path / "x.jsonl", [row], "completion")
 
-    def test_they_fit_completion_alone(self, tmp_path: Path) -> None:
+    def test_they_fit_completion_alone(self, tmp_path):
         with pytest.raises(DataError, match="is Alpaca data, which fits the task completion, not qa"):
             read(tmp_path / "x.jsonl", [{"instruction": "a", "output": "b"}], "qa")
 
@@ -334,18 +331,18 @@ class TestUnanswered:
         {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}]},
     ]
 
-    def test_such_rows_are_left_out_and_counted_where_the_recipe_says_so(self, tmp_path: Path) -> None:
+    def test_such_rows_are_left_out_and_counted_where_the_recipe_says_so(self, tmp_path):
         path = tmp_path / "x.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in self.ROWS), encoding="utf-8")
         pool = make_pool([read_file("x.jsonl", path)], "completion", skip_unanswered=True)
         assert ([record.answer for record in pool.records], pool.unanswerable) == (["b"], 4)
 
     @pytest.mark.parametrize("row", ROWS[1:])
-    def test_else_the_first_is_named_with_the_key(self, tmp_path: Path, row: dict) -> None:
+    def test_else_the_first_is_named_with_the_key(self, tmp_path, row):
         with pytest.raises(DataError, match=r"x\.jsonl, line 1: .*data\.skip_unanswered to true"):
             read(tmp_path / "x.jsonl", [row], "completion")
 
-    def test_a_column_that_is_not_there_is_no_answer_that_is_missing(self, tmp_path: Path) -> None:
+    def test_a_column_that_is_not_there_is_no_answer_that_is_missing(self, tmp_path):
         path = tmp_path / "x.csv"
         path.write_text("prompt,answr\na,b\n", encoding="utf-8")
         with pytest.raises(DataError, match="no column 'completion'"):
@@ -353,7 +350,7 @@ class TestUnanswered:
 
 
 class TestCleaning:
-    def test_control_characters_go_from_every_text_and_are_counted(self, tmp_path: Path) -> None:
+    def test_control_characters_go_from_every_text_and_are_counted(self, tmp_path):
         rows = [
             {"id": "a", "prompt": "x\x1b[2Jy\r\nz", "completion": "\x93b\x94\x00", "references": ["c\x7f"]},
             {"id": "b", "messages": [{"role": "user", "content": "h\x07i"}, {"role": "assistant", "content": "o\rk"}]},
@@ -364,7 +361,7 @@ class TestCleaning:
         assert (second.messages[0]["content"], second.answer) == ("hi", "o\nk")
         assert (pool.characters_mapped, pool.characters_removed) == (3, 4)
 
-    def test_squad_answers_are_cleaned_with_their_context(self, tmp_path: Path) -> None:
+    def test_squad_answers_are_cleaned_with_their_context(self, tmp_path):
         content = squad(("T", [("one\x01 two", [("q", "which?\x00", ["e\x01 t"])])]))
         pool = read(tmp_path / "x.json", content, "qa")
         assert pool.records[0].answer == "e t"
@@ -373,13 +370,13 @@ class TestCleaning:
     @pytest.mark.parametrize(
         "mark", ["\u200e", "\u200f", "\u061c", "\u202b", "\u2067", "\u200d", "\ufeff", "\u2028", "\U000e0041"]
     )
-    def test_marks_that_texts_need_stay(self, tmp_path: Path, mark: str) -> None:
+    def test_marks_that_texts_need_stay(self, tmp_path, mark):
         row = {"prompt": f"a{mark}b", "completion": f"c{mark}"}
         pool = read(tmp_path / "x.jsonl", [row], "completion")
         assert (pool.records[0].fields["prompt"], pool.records[0].answer) == (row["prompt"], row["completion"])
         assert pool.characters_removed == 0
 
-    def test_line_ends_may_be_mixed(self, tmp_path: Path) -> None:
+    def test_line_ends_may_be_mixed(self, tmp_path):
         row = '{"prompt": "a", "completion": "b"}'
         assert len(read(tmp_path / "x.jsonl", f"{row}\r\n{row}\n\n{row}\r\n", "completion").records) == 3
         assert len(read(tmp_path / "x.csv", "prompt,completion\r\na,b\nc,d\re,f\r\n", "completion").records) == 3
@@ -394,11 +391,11 @@ class TestCleaning:
         ],
         ids=["spaces behind commas", "spaces on both sides", "invisible marks", "semicolons"],
     )
-    def test_csv_as_people_write_it(self, tmp_path: Path, text: str) -> None:
+    def test_csv_as_people_write_it(self, tmp_path, text):
         (record,) = read(tmp_path / "x.csv", text, "completion").records
         assert (record.fields["prompt"], record.answer) == ("x", "y, z")
 
-    def test_questions_without_an_answer_are_left_out_and_counted(self, tmp_path: Path) -> None:
+    def test_questions_without_an_answer_are_left_out_and_counted(self, tmp_path):
         questions = [
             {"id": "a", "question": "who?", "answers": [{"text": "Ann", "answer_start": 0}], "is_impossible": False},
             {"id": "b", "question": "when?", "answers": [], "is_impossible": True, "plausible_answers": []},
@@ -418,10 +415,10 @@ class TestCleaning:
         with pytest.raises(DataError, match="none of the 1 questions has an answer"):
             read(tmp_path / "x.jsonl", json.dumps(rows[1]), "qa")
 
-    def test_an_answer_that_is_a_list_written_as_text_is_refused(self, tmp_path: Path) -> None:
+    def test_an_answer_that_is_a_list_written_as_text_is_refused(self, tmp_path):
         text = "context,question,answers\nAnn sang.,who?,\"{'text': ['Ann'], 'answer_start': [0]}\"\n"
         with pytest.raises(
-            DataError, match=r"x\.csv, line 2: answers is a list that was written as text, \"\{'text'.*give a"
+            DataError, match=r"x\.csv, line 2: answer is a list that was written as text, \"\{'text'.*give one text"
         ):
             read(tmp_path / "x.csv", text, "qa")
         for column in ("answer", "references"):
@@ -438,14 +435,6 @@ class TestCleaning:
                 (record,) = read(tmp_path / "y.csv", csv_text([rest | {column: right}]), "qa").records
                 assert record.references == (right,)
 
-    def test_spaces_in_cells_stay_where_the_header_has_none(self, tmp_path: Path) -> None:
-        (record,) = read(tmp_path / "x.csv", "prompt,completion\nx, y\n", "completion").records
-        assert record.answer == " y"
-
-    def test_columns_that_differ_by_an_invisible_mark_alone_are_one_twice(self, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"x\.csv, line 1: the column 'prompt' stands twice; rename one"):
-            read(tmp_path / "x.csv", "prompt,\u200fprompt,completion\na,b,c\n", "completion")
-
     @pytest.mark.parametrize(
         ("text", "line"),
         [
@@ -461,14 +450,14 @@ class TestCleaning:
             ("sep=;\n\nprompt;completion\nHabari;x\n", 4),
         ],
     )
-    def test_csv_as_excel_writes_it(self, tmp_path: Path, text: str, line: int) -> None:
+    def test_csv_as_excel_writes_it(self, tmp_path, text, line):
         (record,) = read(tmp_path / "x.csv", text, "completion").records
         assert record.fields["prompt"].startswith("Habari")
         assert record.answer.startswith("x")
         with pytest.raises(DataError, match=rf"x\.csv, line {line}: completion is empty"):
             read(tmp_path / "x.csv", re.sub("x(, y)?", "", text, count=1), "completion")
 
-    def test_a_quotation_mark_that_takes_in_rows_of_tabs_is_refused(self, tmp_path: Path) -> None:
+    def test_a_quotation_mark_that_takes_in_rows_of_tabs_is_refused(self, tmp_path):
         text = 'prompt\tcompletion\nHe said\t"Njoo\nAya 1\tAya 2\nSit down\tKaa chini."\n'
         with pytest.raises(DataError, match=r"x\.tsv, line 4: a cell that ends here holds tabs and line breaks"):
             read(tmp_path / "x.tsv", text, "completion")
@@ -479,7 +468,7 @@ class TestCleaning:
             (record,) = read(tmp_path / "y.tsv", f'prompt\tcompletion\na\t"{cell}"\n', "completion").records
             assert record.answer == cell
 
-    def test_white_space_around_answers_is_removed_and_counted(self, tmp_path: Path) -> None:
+    def test_white_space_around_answers_is_removed_and_counted(self, tmp_path):
         rows = [{"context": "a b", "question": "?", "answer": text} for text in (" a ", "b")]
         pool = read(tmp_path / "x.jsonl", rows, "qa")
         assert [(one.answer, one.references) for one in pool.records] == [("a", ("a",)), ("b", ("b",))]
@@ -490,7 +479,7 @@ class TestCleaning:
         kept = [{"prompt": "a", "completion": " b\n"}]  # what the user wants written
         assert read(tmp_path / "z.jsonl", kept, "completion").records[0].answer == " b\n"
 
-    def test_titles_and_groups_join_whatever_their_form(self, tmp_path: Path) -> None:
+    def test_titles_and_groups_join_whatever_their_form(self, tmp_path):
         def keys(start: str, **row: object) -> list[str]:
             content = [{"context": "a", "question": "?", "answer": "a"} | row]
             (record,) = read(tmp_path / "x.jsonl", content, "qa").records
@@ -503,53 +492,31 @@ class TestCleaning:
         twice = [{"context": text, "question": "?", "answer": "a", "ID": "7"} for text in "ab"]  # it numbers articles
         assert not any("id:7" in one.keys for one in read(tmp_path / "x.jsonl", twice, "qa").records)
         assert not keys("article:", title=True)
-        with pytest.raises(DataError, match="title is a huge number"):
-            make_pool(
-                [Table("t", [Row("row 1", {"context": "a", "question": "?", "answer": "a", "title": 10**6000})])], "qa"
-            )
         assert keys("article:", title="cafe\u0301") == keys("article:", title="café")
         assert keys("group:", group="doc1 ") == keys("group:", group="doc1")
         named = [{"prompt": "a", "completion": "b", "title": "T"}]
         assert "article:T" in read(tmp_path / "y.jsonl", named, "completion", title="title").records[0].keys
         assert "article:T" not in read(tmp_path / "y.jsonl", named, "completion").records[0].keys
 
-    def test_a_system_text_of_its_own_column_comes_first(self, tmp_path: Path) -> None:
-        turns = [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}]
-        (record,) = read(tmp_path / "x.jsonl", [{"messages": turns, "system": "s"}], "completion").records
-        assert [(one["role"], one["content"]) for one in record.messages] == [("system", "s"), ("user", "a")]
-        for system in ({"role": "system", "content": "s"}, {"from": "system", "value": "s"}):
-            row = {"messages": [system, *turns], "system": "s"}  # which only repeats it
-            (record,) = read(tmp_path / "w.jsonl", [row], "completion").records
-            assert [one["role"] for one in record.messages] == ["system", "user"]
-        (record,) = read(tmp_path / "v.jsonl", [{"messages": turns, "system": False}], "completion").records
-        assert len(record.messages) == 1
-        row = {"instruction": "a", "output": "b", "system": "s"}
-        (record,) = read(tmp_path / "y.jsonl", [row], "completion").records
-        assert [one["role"] for one in record.messages] == ["system", "user"]
-        with pytest.raises(
-            DataError, match=r"a turn has the role 'tool'; allowed: human, user, .*developer\. Remove rows"
-        ):
-            read(tmp_path / "z.jsonl", [{"messages": [{"role": "tool", "content": "42"}, *turns]}], "completion")
-
-    def test_a_column_that_the_first_row_lacks_is_seen(self, tmp_path: Path) -> None:
+    def test_a_column_that_the_first_row_lacks_is_seen(self, tmp_path):
         rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "input": "d", "output": "e"}]
         (_, second) = read(tmp_path / "x.jsonl", rows, "completion").records
         assert second.fields["prompt"] == "c\nd"
         assert read_file("x.jsonl", tmp_path / "x.jsonl").columns == ["instruction", "output", "input"]
 
-    def test_empty_cells_of_optional_columns_say_nothing(self, tmp_path: Path) -> None:
+    def test_empty_cells_of_optional_columns_say_nothing(self, tmp_path):
         text = "id,prompt,completion,references,group\nk,a,b,,\n,c,d,e,\n"
         first, second = read(tmp_path / "x.csv", text, "completion").records
         assert (first.id, first.references, second.references) == ("k", ("b",), ("e",))
         assert second.id == "x.csv:2"
         assert not any(key.startswith(("id:", "group:")) for key in second.keys)
 
-    def test_two_writings_of_one_text_join(self, tmp_path: Path) -> None:
+    def test_two_writings_of_one_text_join(self, tmp_path):
         rows = [{"prompt": text, "completion": "b"} for text in ("\u200fcafé\ufeff", "cafe\u0301", "café ")]
         keys = [record.keys for record in read(tmp_path / "x.jsonl", rows, "completion").records]
         assert len({key for own in keys for key in own if key.startswith("text:")}) == 1
 
-    def test_rows_of_one_file_that_both_languages_read_are_translations(self, tmp_path: Path) -> None:
+    def test_rows_of_one_file_that_both_languages_read_are_translations(self, tmp_path):
         rows = [{"en": f"good {n}", "sw": f"nzuri {n}", "label": "yes"} for n in range(3)]
         path = tmp_path / "x.jsonl"
         first, second = (
@@ -560,154 +527,24 @@ class TestCleaning:
         other = read(tmp_path / "y.jsonl", rows, "classification", text="sw").records
         assert not set.union(*first) & {key for record in other for key in record.keys}
 
-    def test_ids_that_number_rows_are_told_as_such(self, tmp_path: Path) -> None:
-        for name in ("a.csv", "b.csv"):
-            (tmp_path / name).write_text(f"id,prompt,completion\n1,{name},b\n")
-        with pytest.raises(DataError, match=r"1 ids stand more than once, first 1.*rename the column id"):
-            read_files([(name, tmp_path / name) for name in ("a.csv", "b.csv")], "completion")
-
-    def test_a_workbook_is_told_as_such_whatever_its_name(self, tmp_path: Path) -> None:
-        for suffix, said in (
-            ("csv", "an Excel workbook: unpack it, or give it the suffix .xlsx"),
-            ("xlsx", "not a valid"),
-        ):
-            path = tmp_path / f"x.{suffix}"
-            path.write_bytes(b"PK\x03\x04rest")
-            with pytest.raises(DataError, match=said):
-                read_files([(path.name, path)], "completion")
-
-    def test_a_long_cell_is_a_cell(self, tmp_path: Path) -> None:
-        import csv
-
-        before = csv.field_size_limit()
+    def test_a_long_cell_is_a_cell(self, tmp_path):
         text = "x" * 200_000
         assert (
             read(tmp_path / "x.csv", f"prompt,completion\n{text},b\n", "completion").records[0].fields["prompt"] == text
         )
-        assert csv.field_size_limit() == before
 
-    def test_a_name_with_a_control_character_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "x.csv").write_text("prompt,completion\na,b\n")
-        with pytest.raises(DataError, match=r"the data file 'a\\nseed: 7\.csv' has a control character in its name"):
-            read_files([("a\nseed: 7.csv", tmp_path / "x.csv")], "completion")
-
-    def test_parquet_that_unpacks_without_end(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import grasp_lora.data.files as rows
-
-        monkeypatch.setattr(rows, "MOST_BYTES", 100_000)
-        table = {"prompt": ["x" * 1000] * 5000, "completion": ["y"] * 5000}
-        datasets.Dataset.from_dict(table).to_parquet(tmp_path / "x.parquet")
-        assert (tmp_path / "x.parquet").stat().st_size < 100_000
-        with pytest.raises(DataError, match=r"x\.parquet unpacks to more than 100000 bytes"):
-            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
-
-    @pytest.mark.parametrize("kind", ["text", "struct", "list", "list of structs", "map"])
-    @pytest.mark.parametrize("stored", [True, False], ids=["as dictionaries", "as texts"])
-    @pytest.mark.usefixtures("small_limit")
-    def test_parquet_is_as_large_as_what_it_stands_for(self, kind: str, stored: bool, tmp_path: Path) -> None:
-        """Rows of 500 kB each that a dictionary holds once, 10 GB in all."""
-        rows = 20_000
-        texts = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["x" * 500_000]))
-        one = pa.array([0, rows], pa.int32())  # a single row holds all
-        column = {
-            "text": lambda: texts,
-            "struct": lambda: pa.StructArray.from_arrays([texts, texts], ["a", "b"]),
-            "list": lambda: pa.ListArray.from_arrays(one, texts),
-            "list of structs": lambda: pa.ListArray.from_arrays(one, pa.StructArray.from_arrays([texts], ["content"])),
-            "map": lambda: pa.MapArray.from_arrays(one, texts, texts),
-        }[kind]()
-        pq.write_table(pa.table({"prompt": column}), tmp_path / "x.parquet", compression="zstd", store_schema=stored)
-        assert (tmp_path / "x.parquet").stat().st_size < 4000
-        with pytest.raises(DataError, match=r"x\.parquet unpacks to more than 100000000 bytes"):
-            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
-
-    @pytest.mark.usefixtures("small_limit")
-    def test_parquet_of_binary_of_one_length_in_a_list(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("grasp_lora.data.files._size", lambda _: pytest.fail("the row was built"))
-        texts = pa.DictionaryArray.from_arrays(
-            pa.array([0] * 20_000, pa.int32()), pa.array([b"x" * 10_000], pa.binary(10_000))
-        )
-        column = pa.ListArray.from_arrays(pa.array([0, 20_000], pa.int32()), texts.dictionary_decode())
-        pq.write_table(pa.table({"prompt": column}), tmp_path / "x.parquet", compression="zstd")
-        with pytest.raises(DataError, match=r"x\.parquet unpacks to more than 100000000 bytes"):
-            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
-
-    @pytest.mark.usefixtures("small_limit")
-    def test_parquet_of_values_without_end(self, tmp_path: Path) -> None:
-        numbers = pa.ListArray.from_arrays(pa.array([0, 5_000_000], pa.int32()), pa.nulls(5_000_000, pa.int8()))
-        pq.write_table(pa.table({"prompt": numbers}), tmp_path / "x.parquet", compression="zstd")
-        with pytest.raises(DataError, match=r"x\.parquet unpacks to more than 100000000 bytes"):
-            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
-
-    def test_parquet_in_any_coding_reads_the_same(self, tmp_path: Path) -> None:
+    def test_parquet_in_any_coding_reads_the_same(self, tmp_path):
         turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
         for options in ({}, *({"use_dictionary": False, "column_encoding": c} for c in ("PLAIN", "DELTA_BYTE_ARRAY"))):
             pq.write_table(pa.table({"messages": [turns] * 600}), tmp_path / "x.parquet", row_group_size=250, **options)
             records = read_files([("x", tmp_path / "x.parquet")], "completion").records
             assert [record.answer for record in records] == ["hello"] * 600
 
-    def test_what_a_library_says_is_shown_harmless(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Found by the fuzzer: thrift quotes the byte that it does not know."""
-        import pyarrow.parquet
-
-        def refuse(source: object) -> None:
-            raise OSError("don't know what type: \x0f\n" + "x" * 5000)
-
-        monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refuse)
-        (tmp_path / "x.parquet").write_bytes(b"PAR1")
-        with pytest.raises(DataError, match=r"not a valid parquet file \(don't know what type: \\x0f x+\)") as caught:
-            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
-        assert len(str(caught.value)) < 400
-
-    def test_parquet_with_a_column_that_is_described_wrongly(self, tmp_path: Path) -> None:
-        """Asked for such a column, pyarrow ends the process that asks."""
-        pq.write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "x.parquet")
-        content = (tmp_path / "x.parquet").read_bytes()
-        optional, required = b"\x25\x02\x18\x06prompt", b"\x25\x00\x18\x06prompt"
-        assert optional in content
-        (tmp_path / "x.parquet").write_bytes(content.replace(optional, required))
-        with pytest.raises(
-            DataError, match=r"not a valid parquet file \((.* histogram size mismatch.*|its columns cannot be read)\)"
-        ):
-            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
-
-    @pytest.mark.parametrize("look", ["import no_such_package", "raise OSError"])
-    def test_parquet_is_read_where_another_process_cannot_look(
-        self, look: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        pq.write_table(pa.table({"prompt": ["a"], "completion": ["b"]}), tmp_path / "x.parquet")
-        monkeypatch.setattr("grasp_lora.data.files._LOOK", look)
-        assert len(read_files([("x.parquet", tmp_path / "x.parquet")], "completion").records) == 1
-        monkeypatch.setattr("sys.executable", "")
-        assert len(read_files([("x.parquet", tmp_path / "x.parquet")], "completion").records) == 1
-
-    def test_parquet_that_ends_its_reader_without_a_word(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        pq.write_table(pa.table({"prompt": ["a", "b"]}), tmp_path / "x.parquet")
-        monkeypatch.setattr("grasp_lora.data.files._LOOK", "import os; os.abort()")
-        with pytest.raises(DataError, match=r"not a valid parquet file \(its columns cannot be read\)"):
-            read_files([("x.parquet", tmp_path / "x.parquet")], "completion")
-
-    @pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
-    def test_rows_without_end(self, tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        import grasp_lora.data.files as rows
-
-        monkeypatch.setattr(rows, "MOST_ROWS", 3)
-        table = datasets.Dataset.from_dict({"prompt": list("abcd"), "completion": list("abcd")})
-        path = tmp_path / f"x.{suffix}"
-        if suffix == "csv":
-            table.to_csv(path)
-        elif suffix == "parquet":
-            table.to_parquet(path)
-        else:
-            path.write_text("\n".join(map(json.dumps, table)) if suffix == "jsonl" else json.dumps(list(table)))
-        with pytest.raises(DataError, match=rf"x\.{suffix} holds more than 3 records"):
-            read_files([(path.name, path)], "completion")
-
 
 class TestEncodings:
     ROW = '{"prompt": "é", "completion": "b"}\n'
 
-    def test_byte_order_mark(self, tmp_path: Path) -> None:
+    def test_byte_order_mark(self, tmp_path):
         records = read(tmp_path / "x.jsonl", self.ROW.encode("utf-8-sig"), "completion").records
         assert records[0].fields["prompt"] == "é"
 
@@ -715,22 +552,23 @@ class TestEncodings:
         ("name", "content", "message"),
         [
             ("x.jsonl", (ROW + ROW).encode() + ROW.encode("latin-1"), r"x\.jsonl, line 3: not UTF-8"),
-            ("x.jsonl", ROW + ROW + '{"prompt"\n', r"x\.jsonl, line 3: not valid JSON"),
-            ("x.json", '{"data":\n [1,}', r"x\.json, line 2: not valid JSON"),
-            ("x.jsonl", b"\xef\xbb\xbf \n", r"x\.jsonl is empty"),
+            ("x.jsonl", ROW + ROW + '{"prompt"\n', r"x\.jsonl, line 3: Expecting ':' delimiter"),
+            ("x.json", '{"data":\n [1,}', r"x\.json: Expecting .*: line 2 column 5"),
+            ("x.jsonl", b"\xef\xbb\xbf \n", r"x\.jsonl holds no records"),
             ("x.json", "[]", r"x\.json holds no records"),
             ("x.csv", "prompt,completion\n", r"x\.csv holds no records"),
             ("x.csv", "prompt,completion\na,b\nc\n", r"x\.csv, line 3: the number of cells differs from the 2"),
             ("x.csv", "prompt,completion\na,b,c\n", r"x\.csv, line 2: the number of cells differs from the 2"),
             ("x.csv", 'prompt,completion\n"a"b,c\n', r"x\.csv, line 2: not valid CSV"),
-            ("x.parquet", "PAR", r"x\.parquet: not a valid parquet file"),
+            ("x.parquet", "PAR", r"x\.parquet: Could not open Parquet"),
+            ("x.csv", b"PK\x03\x04\x8f", r"x\.csv, line 1: not UTF-8 .* give it the suffix \.xlsx or \.parquet"),
             ("x.txt", "hello", r"x\.txt: cannot tell the format from the suffix '\.txt'; allowed: \.json"),
         ],
     )
-    def test_malformed(self, tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
+    def test_malformed(self, tmp_path, name, content, message):
         with pytest.raises(DataError, match=message):
             read(tmp_path / name, content, "completion")
 
-    def test_missing(self, tmp_path: Path) -> None:
+    def test_missing(self, tmp_path):
         with pytest.raises(DataError, match=r"data file 'x\.json' is missing"):
             read_files([("x.json", tmp_path / "x.json")], "qa")

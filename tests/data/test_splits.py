@@ -1,6 +1,5 @@
 """Groups are the connected components of shared keys, and no split shares one with another."""
 
-import random
 from collections import Counter
 
 import pytest
@@ -8,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grasp_lora.data.encode import Example, Tally
-from grasp_lora.data.splits import SPLITS, DataReport, Splits, assign, check_disjoint, join_groups
+from grasp_lora.data.groups import join_groups
+from grasp_lora.data.splits import SPLITS, DataReport, Splits, assign, check_disjoint
 from grasp_lora.errors import DataError
 
 
@@ -22,15 +22,13 @@ def splits_of(**named: list[Example]) -> Splits:
 
 
 class TestGroups:
-    def test_chains_are_joined(self) -> None:
+    def test_chains_are_joined(self):
         keys = [{"id:1", "text:a"}, {"text:a", "article:x"}, {"article:x", "text:b"}, {"id:2", "text:c"}]
         groups = join_groups(map(frozenset, keys))
         assert [groups[min(k)] for k in keys] == ["a", "a", "a", "c"]
 
     @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 8)), max_size=40), st.randoms())
-    def test_equals_a_closure_and_ignores_the_order(
-        self, links: list[tuple[int, int, int]], generator: random.Random
-    ) -> None:
+    def test_equals_a_closure_and_ignores_the_order(self, links, generator):
         keys = [frozenset({f"id:{i}", f"text:{t}", f"article:{a}"}) for i, t, a in links]
         groups = join_groups(keys)
         for start in keys:
@@ -47,13 +45,13 @@ class TestAssign:
     def groups(sizes: list[int]) -> list[list[Example]]:
         return [[example(f"{g}-{i}", str(g)) for i in range(size)] for g, size in enumerate(sizes)]
 
-    def test_a_group_is_cut_only_where_none_fits(self) -> None:
+    def test_a_group_is_cut_only_where_none_fits(self):
         result = assign(self.groups([3, 2, 4, 1]), {"test": 5, "dev": 2, "train": None})
         assert [e.id for e in result["test"]] == ["0-0", "0-1", "0-2", "1-0", "1-1"]
         assert [e.id for e in result["dev"]] == ["3-0", "2-0"]
         assert result["train"] == []
 
-    def test_spread_takes_little_of_each_group(self) -> None:
+    def test_spread_takes_little_of_each_group(self):
         result = assign(self.groups([20] * 20), {"test": 20, "micro_dev": 16, "train": 9}, ("micro_dev", "train"))
         groups = {name: Counter(e.group for e in examples) for name, examples in result.items()}
         assert groups["test"] == {"0": 20}
@@ -66,7 +64,7 @@ class TestAssign:
         st.lists(st.one_of(st.none(), st.integers(0, 20)), min_size=4, max_size=4),
         st.lists(st.sampled_from(["test", "micro_dev", "train"])),
     )
-    def test_exact_and_disjoint(self, sizes: list[int], asked: list[int | None], spread: list[str]) -> None:
+    def test_exact_and_disjoint(self, sizes, asked, spread):
         groups = self.groups(sizes)
         counts = dict(zip(("test", "dev", "micro_dev", "train"), asked, strict=True))
         result = assign(groups, counts, spread)
@@ -81,7 +79,7 @@ class TestAssign:
 
 
 class TestCheckDisjoint:
-    def test_clean_splits_pass(self) -> None:
+    def test_clean_splits_pass(self):
         named = {name: [example(f"{name}{i}") for i in range(3)] for name in SPLITS}
         named["source_train"].append(example("translation", group="train0"))
         check_disjoint(splits_of(**named))
@@ -100,7 +98,7 @@ class TestCheckDisjoint:
             ("source_train", "source_dev"),
         ],
     )
-    def test_planted_leaks(self, pair: tuple[str, str], kind: str) -> None:
+    def test_planted_leaks(self, pair, kind):
         named = {name: [example(f"{name}{i}") for i in range(3)] for name in SPLITS}
         victim = named[pair[1]][0]
         planted = example("new") if kind != "id" else example(victim.id, group="new", prompt="new")
@@ -115,6 +113,6 @@ class TestCheckDisjoint:
             check_disjoint(splits_of(**named))
         assert any(f"{a} and {b} share" in str(caught.value) for a, b in (pair, pair[::-1]))
 
-    def test_an_id_twice_in_one_split(self) -> None:
+    def test_an_id_twice_in_one_split(self):
         with pytest.raises(DataError, match="dev holds 1 ids twice"):
             check_disjoint(splits_of(dev=[example("a"), example("a", group="b", prompt="c")]))

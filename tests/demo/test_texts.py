@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from grasp_lora.data.build import build_splits
-from grasp_lora.data.splits import SPLITS
+from grasp_lora.data.splits import SPLITS, build_splits
 from grasp_lora.recipes.load import load_recipe
 
 FEWEST = {"en": 150, "ar": 140, "zh": 140}

@@ -23,8 +23,7 @@ from grasp_lora.data.splits import HELD_OUT, Fold, Share, cut
 from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.session import Session
 from grasp_lora.errors import DataError, Interrupted
-from grasp_lora.evaluation.labels import macro_f1, macro_f1_from_statistics
-from grasp_lora.evaluation.outputs import Outputs
+from grasp_lora.evaluation.answers import Outputs, macro_f1, macro_f1_from_statistics
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.recipes.load import load_recipe
 

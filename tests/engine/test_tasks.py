@@ -12,7 +12,7 @@ from grasp_lora.report.differences import compare_grasp
 from grasp_lora.report.run_record import read_run
 
 from grasp_lora import api
-from grasp_lora.data.labels import encode_labels
+from grasp_lora.data.encode import encode_labels
 from grasp_lora.engine.comparison import ComparisonSettings, compare
 from grasp_lora.engine.deliver import by_setting
 from grasp_lora.engine.predict import asking

@@ -62,7 +62,6 @@ F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
         ("en", "1,000", ["1000"], 1, 1),
         ("en", "１２３", ["123"], 0, 0),  # full-width digits are other characters
         ("en", "$5", ["5"], 1, 1),  # an ASCII symbol counts as punctuation
-        ("en", "€5", ["5"], 0, 0),  # another symbol does not
         ("en", "🙂 house", ["house"], 0, F_1_OF_2_1),
         ("en", "paris\u00a0france\n", ["Paris  France"], 1, 1),
         ("en", "red red house", ["red house house"], 0, Fraction(2, 3)),  # red once, house once: 2*2/(3+3)
@@ -73,8 +72,6 @@ F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
         ("en", "house", [""], 0, 0),
         ("en", "", [""], 1, 0),  # equal, but no token to share
         ("en", "The", ["..."], 1, 0),
-        ("en", "Yes！", ["yes"], 1, 1),  # full-width signs are punctuation
-        ("en", "the 北京 Hotel", ["北京 hotel"], 1, 1),
         # Arabic: "ال" becomes a space wherever it stands.
         ("ar", "الكتاب", ["كتاب"], 1, 1),
         ("ar", "بالعدوى", ["ب عدوى"], 1, 1),
@@ -87,11 +84,8 @@ F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
         ("ar", "إلى", ["الى"], 0, 0),
         ("ar", "١٢٣", ["123"], 0, 0),
         ("ar", "عام 1990", ["1990"], 0, F_1_OF_2_1),
-        ("ar", "5٪", ["5"], 1, 1),
         ("ar", "شركة Apple", ["apple"], 0, F_1_OF_2_1),
         ("ar", "؟!", [""], 1, 0),
-        ("ar", "نعم！", ["نعم"], 1, 1),
-        ("ar", "مصر 🙂", ["مصر"], 0, F_1_OF_2_1),
         ("ar", "", ["مصر"], 0, 0),
         # Chinese: one token per ideograph, other scripts by word.
         ("zh", "北京市", ["北京"], 0, F_2_OF_3_2),
@@ -107,11 +101,8 @@ F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
         ("zh", "カナ", ["カ"], 0, 0),  # kana make words here
         ("zh", "㐀㐁", ["㐀"], 0, 0),  # so do ideographs before U+4E00
         ("zh", "\u9fa6\u9fa7", ["\u9fa6"], 0, 0),  # and after U+9FA5
-        ("zh", "😀北京", ["北京"], 0, F_2_OF_3_2),
         ("zh", "北京", ["上海", "北京市", "东北"], 0, F_2_OF_3_2),  # 0, 2*2/(2+3), 2*1/(2+2)
-        ("zh", "the 北京", ["北京"], 0, F_2_OF_3_2),
         ("zh", "，。", ["、"], 1, 0),
-        ("zh", "café北京", ["cafe北京"], 0, Fraction(2, 3)),  # 北 京 of 3 and 3
         ("zh", "", ["北京"], 0, 0),
         ("zh", "北京", [""], 0, 0),
         # German
@@ -120,54 +111,24 @@ F_2_OF_3_2 = Fraction(4, 5)  # 2 * 2 / (3 + 2)
         ("de", "des Kaisers neue Kleider", ["Kaisers Kleider"], 0, F_2_OF_3_2),
         ("de", "„Faust“", ["Faust"], 1, 1),
         ("de", "STRASSE", ["Straße"], 0, 0),  # lower-cased, not case-folded
-        ("de", "am Rhein", ["Rhein"], 0, F_1_OF_2_1),
-        ("de", "the Rhein", ["Rhein"], 0, F_1_OF_2_1),
-        ("de", "Muller", ["Müller"], 0, 0),
-        ("de", nfd("Müller"), ["Müller"], 0, 0),
-        ("de", "1.000 km", ["1000 km"], 1, 1),
-        ("de", "Ja！", ["ja"], 1, 1),
-        ("de", "das iPhone手机", ["iphone手机"], 1, 1),
         ("de", "iPhone手机", ["手机"], 0, 0),  # ideographs are words of their own in Chinese only
-        ("de", "Haus 😀", ["Haus"], 0, F_1_OF_2_1),
-        ("de", "", ["Haus"], 0, 0),
-        ("de", "die", [""], 1, 0),
         # Spanish
         ("es", "El Quijote", ["Quijote"], 1, 1),
         ("es", "¿Los Ángeles?", ["ángeles"], 1, 1),
-        ("es", "unos 20 km", ["20 km"], 1, 1),
         ("es", "él", ["el"], 0, 0),
-        ("es", "del río", ["río"], 0, F_1_OF_2_1),
         ("es", "niño", [nfd("niño")], 0, 0),
-        ("es", "1,5 %", ["15"], 1, 1),
-        ("es", "¡Sí！", ["sí"], 1, 1),
-        ("es", "una 🙂 casa", ["casa"], 0, F_1_OF_2_1),
-        ("es", "calle Москва", ["МОСКВА"], 0, F_1_OF_2_1),
-        ("es", "", ["casa"], 0, 0),
-        ("es", "casa", ["..."], 0, 0),
         # Hindi: no articles
         ("hi", "नई दिल्ली।", ["नई दिल्ली"], 1, 1),
         ("hi", "एक घर", ["घर"], 0, F_1_OF_2_1),
         ("hi", "हिन्दी", ["हिंदी"], 0, 0),
         ("hi", "१९४७", ["1947"], 0, 0),
-        ("hi", "२०२६ में", ["२०२६"], 0, F_1_OF_2_1),
         ("hi", "\u0958लम", [nfd("\u0958लम")], 0, 0),  # a letter with a dot below, composed and apart
-        ("hi", "IPL मैच", ["ipl मैच"], 1, 1),
-        ("hi", "नमस्ते，दुनिया！", ["नमस्ते दुनिया"], 0, 0),  # a deleted comma joins two words
-        ("hi", "घर 🙂", ["घर"], 0, F_1_OF_2_1),
-        ("hi", "", ["घर"], 0, 0),
-        ("hi", "।", [""], 1, 0),
         # Vietnamese
         ("vi", "những con mèo", ["con mèo"], 1, 1),
         ("vi", "thủ đô của Việt Nam", ["Thủ đô Việt Nam"], 1, 1),
         ("vi", nfd("của") + " nhà", ["nhà"], 0, F_1_OF_2_1),  # the rule knows the composed form only
         ("vi", "Hà Nội", ["Ha Noi"], 0, 0),
         ("vi", "là", ["chiếc"], 1, 0),
-        ("vi", "5.000 đồng", ["5000 đồng"], 1, 1),
-        ("vi", "Phở！", ["phở"], 1, 1),
-        ("vi", "Huế🙂", ["Huế"], 0, 0),  # without a space the emoji belongs to the word
-        ("vi", "sông Mekong 湄公河", ["sông Mekong"], 0, F_2_OF_3_2),
-        ("vi", "Đà Nẵng", ["đà nẵng"], 1, 1),
-        ("vi", "", ["Huế"], 0, 0),
         # Languages outside MLQA: no articles, white space, and characters where there is none. Regions do not matter.
         ("fr", "Le chat !", ["le chat"], 1, 1),
         ("fr", "le chat", ["chat"], 0, F_1_OF_2_1),

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp_lora.data.tasks import task_fields
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.evaluation.metrics import METRICS, MetricScore, resolve_metrics, score
 
@@ -41,47 +40,12 @@ def test_signatures_tell_the_rules():
     assert signature("bleu", "ar").startswith("nrefs:var|")
 
 
-def test_value_is_the_mean_of_the_examples():
-    result = score(["exact_match", "rougeL"], ["x", "y", ""], [["x"], ["x"], ["z"]], "en")
-    assert result["exact_match"].per_example == result["rougeL"].per_example == (100, 0, 0)
-    assert result["exact_match"].value == result["rougeL"].value == percent(Fraction(1, 3))
-
-
-def test_scores_come_by_name_in_the_order_asked_for():
-    result = score(["rougeL", "f1"], ["x"], [("x",)], "en")
-    assert list(result) == ["rougeL", "f1"]
-    assert all(isinstance(value, MetricScore) and value.name == name for name, value in result.items())
-
-
-@pytest.mark.parametrize(
-    ("task", "names"),
-    [
-        ("qa", ("exact_match", "f1")),
-        ("summarization", ("rougeL", "bleu")),
-        ("classification", ("accuracy", "macro_f1")),
-        ("translation", ("chrf++", "bleu")),
-        ("completion", ("exact_match", "rougeL")),
-    ],
-)
-def test_every_task_has_metrics(task, names):
-    assert task_fields(task).metrics == names
-    assert set(names) <= set(METRICS)
-
-
-def test_unknown_task_is_an_error():
-    with pytest.raises(
-        DataError, match="'poetry'; allowed: qa, summarization, classification, translation, completion"
-    ):
-        task_fields("poetry")
-
-
 @pytest.mark.parametrize(
     ("names", "predictions", "references", "language", "message"),
     [
-        (["f1"], [], [], "en", "no predictions"),
+        (["f1"], [], [], "en", "0 predictions came with 0 lists"),
         (["f1"], ["x", "y"], [["x"]], "en", "2 predictions came with 1 lists"),
-        (["f1"], ["x", "y"], [["x"], []], "en", "Example 1 has no references"),
-        (["f1"], ["x"], ["x"], "en", "references of example 0 are one text"),
+        (["f1"], ["x", "y"], [["x"], []], "en", "for each a list of at least one reference"),
         (["f1"], ["x"], [["x"]], "chinese", "'chinese' is no language code"),
         (["f1"], ["x"], [["x"]], "", "'' is no language code"),
     ],
@@ -89,11 +53,6 @@ def test_unknown_task_is_an_error():
 def test_what_cannot_be_scored_is_an_error(names, predictions, references, language, message):
     with pytest.raises(DataError, match=message):
         score(names, predictions, references, language)
-
-
-def test_a_name_is_needed():
-    with pytest.raises(RecipeError, match="No metric was named: choose from accuracy, macro_f1, exact_match, f1"):
-        score([], ["x"], [["x"]], "en")
 
 
 @pytest.fixture
@@ -161,22 +120,14 @@ def test_what_is_no_metric_is_an_error(name, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_module_that_lacks_its_own_imports_is_an_error_that_names_them(own_module):
-    module = own_module("import a_package_that_is_not_there")
-    with pytest.raises(RecipeError, match=r"cannot be imported \(No module named 'a_package_that_is_not_there'\)"):
-        resolve_metrics([f"{module}:f"])
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("0.5", "gave a float; it must give a MetricScore"),
-        ("MetricScore('x', 1.0, 's', (1.0,))", "1 values as per_example; it must give 2"),
-        ("MetricScore('x', None, 's', (1.0, 2.0))", "2 values as per_example; it must give 0"),
+        ("MetricScore('x', 1.0, 's', (1.0,))", "gave 1 values for 2 examples"),
         ("MetricScore('x', float('nan'), 's', (1.0, 2.0))", "gave nan; .* finite"),
-        ("MetricScore('x', 1.0, 's', (1.0, float('inf')))", "gave inf; .* finite"),
-        ("MetricScore('x', '1', 's', (1.0, 2.0))", "gave '1'; .* finite numbers"),
-        ("MetricScore('x', 1.0, '', (1.0, 2.0))", "gave no signature"),
+        ("MetricScore('x', 1.0, 's', (1.0, float('inf')))", "must be finite numbers"),
+        ("MetricScore('x', 1.0, '', (1.0, 2.0))", "no signature; .* say in its signature how"),
         ("MetricScore('x', 40.0, 's', (10.0, 20.0))", "gave the value 40, .* have the mean 15; .*from_statistics"),
     ],
 )
@@ -206,18 +157,6 @@ def test_numbers_of_numpy_and_torch_become_plain_ones(own_module, made):
     )
     found = score([f"{module}:metric"], ["x", "y"], [["x"], ["y"]], "en")[f"{module}:metric"]
     assert json.dumps([found.value, found.per_example]) in ("[50.0, [0.0, 100.0]]", "[50, [0.0, 100.0]]")
-
-
-def test_statistics_of_the_users_own_are_one_row_an_example(own_module):
-    module = own_module(
-        """
-        from grasp_lora.evaluation.metrics import Metric, MetricScore
-
-        METRIC = Metric(lambda outputs: MetricScore("x", 1.0, "s", (1.0,)), "", lambda sums: sums[..., 0])
-        """
-    )
-    with pytest.raises(DataError, match="0 values as statistics; it must give 1"):
-        score([f"{module}:METRIC"], ["x"], [["x"]], "en")
 
 
 def test_a_metric_of_the_users_own_may_be_unavailable(own_module):

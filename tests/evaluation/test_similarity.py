@@ -35,7 +35,7 @@ def test_another_wording_is_nearer_than_other_news(language):
 def test_it_is_the_cosine_of_the_embeddings_whatever_else_is_scored():
     import numpy as np
 
-    from grasp_lora.evaluation.similarity import _encoder
+    from grasp_lora.evaluation.extras import _encoder
 
     first, second = (_encoder().encode(text).astype(float) for text in ("the red house", "a red home"))
     cosine = 100 * (first @ second) / np.sqrt((first @ first) * (second @ second))

@@ -27,7 +27,7 @@ from grasp_lora.errors import GraspError
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.models.settings import BackboneSettings
 from grasp_lora.models.backbone import load_backbone
-from grasp_lora.data.places import read_hub
+from grasp_lora.data.files import read_hub
 
 offline = sys.argv[1] == "offline"
 steps = {
@@ -87,7 +87,7 @@ def run(hub_home: Path, how: str, **environment: str) -> dict[str, tuple[int | s
 
 
 @pytest.mark.parametrize(("how", "environment"), [("offline", {}), ("online", {"HF_HUB_OFFLINE": "1"})])
-def test_offline_opens_no_socket(how: str, environment: dict[str, str], hub_home: Path) -> None:
+def test_offline_opens_no_socket(how, environment, hub_home):
     found = run(hub_home, how, **environment)
     assert (found.pop("online")[1] > 0) is not bool(environment)  # so the sockets are watched
     assert {name: tried for name, (_, tried) in found.items() if tried} == {}

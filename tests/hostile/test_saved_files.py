@@ -54,7 +54,7 @@ def run_folder(run_with_secrets: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run_with_secrets, tmp_path / "run"))
 
 
-def test_no_secret_and_no_environment_is_saved(run_with_secrets: Path) -> None:
+def test_no_secret_and_no_environment_is_saved(run_with_secrets):
     files = [path for path in run_with_secrets.rglob("*") if path.is_file()]
     assert len(files) > 10
     private = [*SECRETS.values(), str(run_with_secrets.parent)]  # nor where on this machine the work was done
@@ -65,9 +65,7 @@ def test_no_secret_and_no_environment_is_saved(run_with_secrets: Path) -> None:
             assert secret.encode() not in content, path.relative_to(run_with_secrets)
 
 
-def test_an_adapter_names_its_backbone_without_its_place_and_the_run_knows_where_that_is(
-    run_with_secrets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
-) -> None:
+def test_an_adapter_names_its_backbone_without_its_place(run_with_secrets, tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)  # where there is no folder of that name
     adapter = run_with_secrets / "adapter"
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-llama"
@@ -85,7 +83,7 @@ def test_an_adapter_names_its_backbone_without_its_place_and_the_run_knows_where
     assert cli("predict", "merge", "hi", "--backbone", run_with_secrets.parent / "tiny-llama").status == 0
 
 
-def test_nothing_is_a_pickle(run_with_secrets: Path) -> None:
+def test_nothing_is_a_pickle(run_with_secrets):
     suffixes = {path.suffix for path in run_with_secrets.rglob("*") if path.is_file()}
     assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}
 
@@ -137,7 +135,7 @@ def front_matter(run_folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_reports_hold_foreign_texts_as_texts(attack: str, run_folder: Path) -> None:
+def test_reports_hold_foreign_texts_as_texts(attack, run_folder):
     before, keys = Page(write_report(run_folder).read_text(encoding="utf-8")), front_matter(run_folder).keys()
     put_everywhere(run_folder, attack)
     page = Page(write_report(run_folder).read_text(encoding="utf-8"))
@@ -160,7 +158,7 @@ def test_reports_hold_foreign_texts_as_texts(attack: str, run_folder: Path) -> N
     assert front_matter(run_folder).keys() <= keys
 
 
-def test_a_page_asks_for_nothing_from_elsewhere(run_folder: Path) -> None:
+def test_a_page_asks_for_nothing_from_elsewhere(run_folder):
     text = write_report(run_folder).read_text(encoding="utf-8")
     page = Page(text)
     for tag, attributes in page.tags:

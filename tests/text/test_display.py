@@ -9,7 +9,7 @@ HARMLESS = ["é", "سؤال", "问题", "\u200f", "\u061c", "\u00a0", "\U0001f60
 
 
 @pytest.mark.parametrize("harmful", HARMFUL)
-def test_what_acts_becomes_its_escape(harmful: str) -> None:
+def test_what_acts_becomes_its_escape(harmful):
     text = f"a{harmful}b"
     for show in (one_line, escaped, quoted, lambda text: listed([text])):
         shown = show(text)
@@ -18,24 +18,24 @@ def test_what_acts_becomes_its_escape(harmful: str) -> None:
 
 
 @pytest.mark.parametrize("harmless", HARMLESS)
-def test_what_only_stands_there_stays(harmless: str) -> None:
+def test_what_only_stands_there_stays(harmless):
     assert escaped(harmless) == harmless
     assert CONTROLS.search(harmless) is None
 
 
-def test_one_line_is_one_line() -> None:
+def test_one_line_is_one_line():
     assert one_line(" a\n\tb\r\n c ") == "a b c"
 
 
 @pytest.mark.parametrize(
     "value", ["x" * 10_000, [1] * 10_000, {"a": "x" * 10_000}, 10**4000, 1e308, None, b"\x1b" * 1000, {1}]
 )
-def test_quoted_is_short_for_any_value(value: object) -> None:
+def test_quoted_is_short_for_any_value(value):
     shown = quoted(value)
     assert len(shown) <= 90
     assert not CONTROLS.search(shown)
 
 
-def test_many_names_are_counted() -> None:
+def test_many_names_are_counted():
     assert listed(range(25)).endswith("18, 19 and 5 more")
     assert len(listed(["x" * 1000] * 1000)) < 2000

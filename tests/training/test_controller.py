@@ -335,7 +335,7 @@ def test_mixed_precision_and_checkpointing_as_trl_has_them_by_default(make_tiny_
 def test_rows_are_tokenised_as_trl_tokenises_them(make_tiny_model, tiny_tokenizer, tmp_path, merges):
     from tokenizers import models
 
-    from grasp_lora.data.build import encode_rows
+    from grasp_lora.data.encode import encode_rows
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
     if merges:  # the end of a prompt and the beginning of its answer become one token

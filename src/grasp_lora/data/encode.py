@@ -1,25 +1,33 @@
 """Records become examples: templates are filled in, long documents cut, texts tokenised; one way for chats and plain prompts.
 
 Data is text: what spells a control token in it, such as the end token, is broken after its first character and stays text.
+So a row "Say <eos>" with a tokenizer whose end is `<eos>` becomes the tokens of "Say <" and those of "eos>", and no end.
 """
 
+import logging
 import re
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, takewhile
 from typing import TYPE_CHECKING, Any, cast
 
-from grasp_lora.data.chat import end_of_turn, render_chat
-from grasp_lora.data.records import Record
-from grasp_lora.data.tasks import ANY_LANGUAGE, TASKS, TEMPLATES, Template
+from grasp_lora.data.files import Row, Table, as_row
+from grasp_lora.data.groups import join_groups, keys_with_turns
+from grasp_lora.data.records import Message, Record, make_pool
+from grasp_lora.data.tasks import ANY_LANGUAGE, TASKS, TEMPLATES, Template, resolve_template
 from grasp_lora.errors import DataError
-from grasp_lora.text.display import one_line
+from grasp_lora.storage.reading import reading
+from grasp_lora.text.display import quoted
 from grasp_lora.text.names import without_place
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
+DATE = "26 Jul 2024"  # in chat templates that print one: what Llama 3.2's takes where it knows no clock
 _BREAK = "\x00"  # which records never hold
 _PROBE = "what?"  # a user may say it
 
@@ -73,6 +81,84 @@ class Tally:
     shortest_tokens: int | None = None
 
 
+def check_has_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Check that there is a chat template."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            "the tokenizer has no chat template, so prompts can only be plain texts, not messages; leave --chat out, in a recipe "
+            "set data.chat_template to false, or take a backbone with a chat template"
+        )
+
+
+def render_chat(
+    tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Sequence[Message]], names: Sequence[str]
+) -> list[str]:
+    """Return conversations in the tokenizer's chat template, up to where the assistant's answer begins.
+
+    The template runs in the sandbox of transformers. One that prints the current date (Llama 3.2's, for one) gets a fixed one:
+    else prompts would be others tomorrow.
+
+    Args:
+        tokenizer: with a chat template.
+        conversations: turns with `role` and `content`.
+        names: of the conversations, for messages.
+    """
+    check_has_template(tokenizer)
+    prompts, left_out = [], dict[str, str]()  # role -> the first conversation
+    for turns, name in zip(conversations, names, strict=True):
+        prompts.append(prompt := _rendered(tokenizer, turns, name))
+        rendered = "".join(prompt.split())
+        for number, turn in enumerate(turns):
+            # A template may change a text, so one that does not stand in its prompt counts only if more of it changes nothing.
+            if turn["role"] != "assistant" and "".join(turn["content"].split()) not in rendered:
+                longer = {**turn, "content": turn["content"] + " And more."}
+                if _rendered(tokenizer, [*turns[:number], longer, *turns[number + 1 :]], name) == prompt:
+                    left_out.setdefault(turn["role"], name)
+    if "system" in left_out:
+        raise DataError(
+            f"{left_out['system']}: the tokenizer's chat template leaves out the system message; put its text into "
+            "the first user turn"
+        )
+    if "user" in left_out:
+        logger.warning(
+            "%s: the tokenizer's chat template leaves out a user turn, so the model does not see it; check the template",
+            left_out["user"],
+        )
+    return prompts
+
+
+def _rendered(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[Message], name: str, answered: bool = False) -> str:
+    with reading(f"{name}: the tokenizer's chat template refuses it"):
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}" + template
+        return cast(
+            str,
+            tokenizer.apply_chat_template(
+                list(turns), chat_template=template, add_generation_prompt=not answered, tokenize=False
+            ),
+        )
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the token that the chat template writes after an answer of the assistant; the EOS token where it writes none.
+
+    Args:
+        tokenizer: with an EOS token.
+    """
+    check_has_template(tokenizer)
+    answer = "an answer of the assistant"
+    talk = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": answer}]
+    try:
+        after = _rendered(tokenizer, talk, "a conversation", answered=True).partition(answer)[2].strip()
+    except DataError:  # it takes prompts alone
+        after = ""
+    first = tokenizer(after, add_special_tokens=False)["input_ids"][:1] if after else []
+    # What the template writes as ordinary text, such as a line break or the next user's name, ends nothing for sure.
+    ends = (int(token) for token in first if token in tokenizer.added_tokens_decoder)
+    return next(ends, cast(int, tokenizer.eos_token_id))
+
+
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], chat: bool = False) -> list[list[int]]:
     """Tokenise prompts that a person wrote whole, as the `Encoder` does those that it makes.
 
@@ -80,9 +166,6 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
         prompts: texts; control tokens in them are meant, and one that begins with the BOS token gets no second one.
         chat: put each into the chat template as what the user says, which is text. One that begins as `begin_of_chat` stands
             in it already.
-
-    Raises:
-        DataError: the tokenizer has no chat template, or it refuses a prompt.
     """
     if not chat:
         bos = tokenizer.bos_token
@@ -103,9 +186,6 @@ def begin_of_chat(tokenizer: "PreTrainedTokenizerBase") -> str:
     """How every prompt in the tokenizer's chat template begins: with its first control token, else as far as the user's text.
 
     Empty where the user's text comes first.
-
-    Raises:
-        DataError: the tokenizer has no chat template, or it refuses a user's turn.
     """
     [rendered] = render_chat(tokenizer, [[{"role": "user", "content": _PROBE}]], ["a prompt"])
     first = control_tokens(tokenizer, chat=True).match(rendered)
@@ -148,30 +228,16 @@ def _whole(text: str) -> str:
     return text.replace(_BREAK, "")
 
 
-def _encoded(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], **options: bool) -> Any:
-    try:
-        return tokenizer(list(texts), verbose=False, **options)
-    except MemoryError:
-        raise
-    except BaseException as error:  # a damaged tokenizer raises anything; a panic in its Rust code is no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = f"{type(error).__name__}: {one_line(str(error))[:200]}"
-        raise DataError(
-            f"the tokenizer cannot encode a text ({reason}); its files are damaged, download them again"
-        ) from error
-
-
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
     """Tokenise texts in one call, and the further parts of broken ones after them; an EOS token that was added is removed."""
     # The one that the tokenizer adds to any text; what a text spells itself stays.
-    added = add_special_tokens and _encoded(tokenizer, ["x"])["input_ids"][0][-1:] == [tokenizer.eos_token_id]
+    added = add_special_tokens and tokenizer(["x"])["input_ids"][0][-1:] == [tokenizer.eos_token_id]
     parts = [text.split(_BREAK) for text in texts]
     # verbose=False: that a text is longer than the model's window is what max_tokens is for.
-    firsts = _encoded(tokenizer, [first for first, *_ in parts], add_special_tokens=add_special_tokens)
+    firsts: Any = tokenizer([first for first, *_ in parts], verbose=False, add_special_tokens=add_special_tokens)
     tokenized: list[list[int]] = []
     for ids, (_, *rest) in zip(firsts["input_ids"], parts, strict=True):
-        others = [_encoded(tokenizer, [part], add_special_tokens=False)["input_ids"][0] for part in rest]
+        others = [tokenizer(part, verbose=False, add_special_tokens=False)["input_ids"] for part in rest]
         tokenized.append([*(ids[:-1] if added else ids), *chain.from_iterable(others)])
     return tokenized
 
@@ -204,11 +270,7 @@ class Encoder:
     ends_turns: bool = False
 
     def encode(self, records: Sequence[Record], groups: Sequence[str], tally: Tally) -> list[Example | None]:
-        """Tokenise records; None for one that is too long, or whose answer was cut off with its context.
-
-        Raises:
-            DataError: a conversation needs a chat template, or the chat template refuses one.
-        """
+        """Tokenise records; None for one that is too long, or whose answer was cut off with its context."""
         if not records:
             return []
         answer = TASKS[self.task].answer
@@ -259,9 +321,6 @@ class Encoder:
         """Return the token ids of the prompts of records, as `encode` makes them; their answers have no part in it.
 
         The tally says how many documents were cut.
-
-        Raises:
-            DataError: a conversation needs a chat template, or the chat template refuses one.
         """
         return self._prompt_ids(self._prompts(records, tally)[0]) if records else []
 
@@ -327,7 +386,7 @@ class Encoder:
         if not long:
             return list(texts)
         fast = self.tokenizer.is_fast
-        tokens = _encoded(self.tokenizer, long, add_special_tokens=False, return_offsets_mapping=fast)
+        tokens: Any = self.tokenizer(long, verbose=False, add_special_tokens=False, return_offsets_mapping=fast)
         shortened = {}
         for i, text in enumerate(long):
             ids = tokens["input_ids"][i]
@@ -338,3 +397,84 @@ class Encoder:
                 decoded = cast(str, self.tokenizer.decode(ids[:limit], clean_up_tokenization_spaces=False))
                 shortened[text] = decoded.rstrip("\ufffd").rstrip()
         return [shortened.get(text, text) for text in texts]
+
+
+def encode_rows(rows: Sequence[Mapping[str, object]], tokenizer: "PreTrainedTokenizerBase") -> list[Example]:
+    """Tokenise rows in TRL's convention, for one's own script beside an SFTTrainer.
+
+    Args:
+        rows: each with `prompt` and `completion`, as texts or as lists of messages, or with `messages` that end with
+            the assistant's answer; an `id` may be given and is "row 0", "row 1", ... where it is not. Messages go
+            through the tokenizer's chat template; texts are taken as they are, control tokens in them too, but for control
+            characters and the line ends of Windows, which are cleaned as in files: TRL keeps them. No row is too long. Prompt
+            and completion are tokenised together where they are texts. Of messages the answer counts up to the token that ends
+            its turn; TRL also trains on what a template writes after that, or before the answer, such as `<think>`.
+        tokenizer: with an EOS token.
+
+    Returns:
+        One example a row, each in a group by its own text: what a trainer and a probe set need.
+
+    Raises:
+        DataError: there are no rows, one is malformed (the message names it), or the tokenizer does not fit.
+    """
+    check_eos(tokenizer)
+    identified: list[Row] = []
+    for number, item in enumerate(rows):
+        where, values = as_row(item, f"row {number}")
+        identified.append(Row(where, {**values, "id": where} if values.get("id") is None else values))
+    pool = make_pool([Table("the list of rows", identified)], "completion", "records")
+    groups = join_groups(keys_with_turns(pool.records))
+    template = resolve_template("completion", ANY_LANGUAGE)
+    plain = Encoder(tokenizer, "completion", "", template, max_tokens=sys.maxsize, data_is_text=False)
+    examples: dict[str, Example | None] = {}
+    for encoder in (plain, replace(plain, chat=True)):
+        records = [record for record in pool.records if bool(record.messages) == encoder.chat]
+        names = [groups[next(iter(record.keys))] for record in records]
+        examples |= zip((record.id for record in records), encoder.encode(records, names, Tally()), strict=True)
+    # Nothing is cut and nothing is too long, so there is one for each.
+    return [example for record in pool.records if (example := examples[record.id]) is not None]
+
+
+def encoding_of(tokenizer: Any) -> tuple[object, object]:
+    """What decides how rows are encoded and may be changed on a tokenizer, or on that of a processor: end token and template."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    return getattr(tokenizer, "eos_token_id", None), getattr(tokenizer, "chat_template", None)
+
+
+def check_encoding(encoding: tuple[object, object] | None, trained_by: Any) -> None:
+    """Check that a trainer's tokenizer, or processor, encodes as rows were encoded; TRL may change it as it makes the trainer.
+
+    Args:
+        encoding: of the rows; None where nothing is known.
+        trained_by: the trainer's; None where it has none.
+    """
+    if encoding is None or trained_by is None:
+        return
+    names = ("EOS token", "chat template")
+    pairs = zip(names, encoding, encoding_of(trained_by), strict=True)
+    if changed := [name for name, before, now in pairs if before != now]:
+        raise DataError(
+            f"the trainer's tokenizer has another {' and another '.join(changed)} than the rows were encoded with; make the "
+            "trainer first, and then the controller with trainer.processing_class as its tokenizer"
+        )
+
+
+def check_eos(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Check that a tokenizer has an end token."""
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer has no EOS token, so the model could not learn where an answer ends")
+
+
+def encode_labels(labels: Iterable[str], encoder: Encoder) -> dict[str, tuple[int, ...]]:
+    """Tokenise labels as the encoder does the answers of examples."""
+    records = [Record(label, {"text": label}, label, (label,), frozenset()) for label in labels]
+    names = [record.id for record in records]
+    examples = replace(encoder, max_tokens=sys.maxsize, max_document_tokens=None).encode(records, names, Tally())
+    tokens = {example.id: example.completion_ids for example in examples if example is not None}
+    alike: dict[tuple[int, ...], str] = {}
+    for label, ids in tokens.items():
+        if (before := alike.setdefault(ids, label)) != label:
+            raise DataError(
+                f"to the backbone's tokenizer the labels {quoted(before)} and {quoted(label)} are the same tokens; rename one"
+            )
+    return tokens

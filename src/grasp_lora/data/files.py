@@ -1,60 +1,70 @@
-"""Data files of strangers to tables of rows; every fault is named with its line.
+"""Where rows come from: a file in one of several places, a text of the package, a data set on the hub.
 
-A new kind of file is one function, and one row of `READERS`.
+Each reader turns a file into rows, and says of each where it stands: `train.csv, line 7`, `answers.xlsx, sheet 'May', row 3`.
+Lines and rows count as an editor or Excel shows them. A new kind of file is one function, and one row of `READERS`.
 """
 
 import csv
+import filecmp
+import importlib.resources
 import io
+import json
+import logging
+import os
 import re
-import subprocess
-import sys
-import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import count, islice, product
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from grasp_lora.data.tables import NoText, Row, Table, as_row
 from grasp_lora.errors import DataError
-from grasp_lora.storage.reading import RefusedError, is_there, parse_json, read_bounded
+from grasp_lora.storage.network import no_network
+from grasp_lora.storage.reading import expanded, is_file, is_folder, reading
 from grasp_lora.text.characters import INVISIBLE
-from grasp_lora.text.display import CONTROLS, escaped, listed, one_line, quoted
+from grasp_lora.text.display import escaped, listed, one_line, quoted
 
-if TYPE_CHECKING:
-    from pyarrow.parquet import ParquetFile
+logger = logging.getLogger(__name__)
 
-MOST_BYTES = 2**31
-MOST_ROWS = 5_000_000
-MOST_LINE = 10_000_000  # characters
-MOST_COLUMNS = 10_000
-MOST_WORKBOOK = 2**27  # bytes of a workbook's parts, which are read at a few million a second
-MOST_SHEET_ROWS = 2**20  # as in Excel
-_STATED_DELIMITER = re.compile(r"sep=(.)\r?\n")
-_BLANK_ROWS = re.compile(r'(?:(?:[ \t,;]|"[ \t]*")*(?:\r\n|\n|\r))+')
-_BATCH = 256  # rows of parquet at a time, at most
-_VALUE = 32  # bytes that a value takes at least, beside its text
-_PLAIN_NUMBERS = ("General", "@")  # formats that show a number as it is; "0" does where it is whole
-_LOOK = """
-import io, sys, pyarrow.parquet
-metadata = pyarrow.parquet.read_metadata(io.BytesIO(sys.stdin.buffer.read()))
-for group in map(metadata.row_group, range(metadata.num_row_groups)):
-    for column in range(group.num_columns):
-        group.column(column)
-"""
-_NO_TEXT = {  # how files begin that are often given the wrong name
-    b"\x1f\x8b": "compressed with gzip: unpack it",
-    b"PK\x03\x04": "a zip archive or an Excel workbook: unpack it, or give it the suffix .xlsx",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook, or one with a password: save it as .xlsx, or the sheet as CSV in UTF-8",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it",
-    b"\xfd7zXZ": "compressed with xz: unpack it",
-    b"PAR1": "a parquet file: give it the suffix .parquet",
-    b"\xff\xfe": "in UTF-16: save it as UTF-8",
-    b"\xfe\xff": "in UTF-16: save it as UTF-8",
-}
+DATA_VARIABLE = "GRASP_LORA_DATA"
+DEMO_PREFIX = "demo:"
+PARQUET_EXPORT = "refs/convert/parquet"  # where the hub keeps data sets that have a loading script
+MOST_UNPACKED = 2**30  # bytes of a workbook, which is a zip archive
+MOST_CELL = 10_000_000  # characters; the csv module's own limit is 131,072
+
+
+class Row(NamedTuple):
+    """Where a row stands, such as "a.jsonl, line 3", and its values by column."""
+
+    where: str
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of one file or data set, and its name for messages and made-up ids.
+
+    Args:
+        of_cells: whether a value is what a cell holds, a text or a number, so that it is no list.
+    """
+
+    name: str
+    rows: list[Row]
+    of_cells: bool = False
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of all rows, in the order in which they appear: a record may leave out what it has not."""
+        return list(map(str, dict.fromkeys(chain.from_iterable(row.values for row in self.rows))))
+
+
+def as_row(item: object, where: str) -> Row:
+    """Return a row that is in memory, with where it stands."""
+    if not isinstance(item, Mapping):
+        raise DataError(f"{where}: expected an object with named fields, found {type(item).__name__}")
+    return Row(where, item)
 
 
 def read_file(name: str, path: Path, format: str = "auto", sheet: str | None = None) -> Table:
@@ -67,16 +77,11 @@ def read_file(name: str, path: Path, format: str = "auto", sheet: str | None = N
         sheet: of a workbook; None for the first that is not hidden.
 
     Raises:
-        DataError: the file is missing, no regular one, too large, empty or malformed, or has no such sheet.
+        DataError: the file is missing or malformed, or has no such sheet.
     """
-    if CONTROLS.search(name):
-        raise DataError(f"the data file {quoted(name)} has a control character in its name; rename it")
-    data = _read(name, path)
-    suffix = path.suffix.lower()
-    for start, what in _NO_TEXT.items():
-        if data.startswith(start) and suffix != ".parquet" and (suffix, start[:2]) != (".xlsx", b"PK"):
-            raise DataError(f"{name} is {what}")
-    suffix = {"squad": ".json", "xlsum": ".jsonl"}.get(format, suffix)
+    if not is_file(path):
+        raise DataError(f"data file {quoted(name)} is missing: {escaped(str(path))} is not a file")
+    suffix = {"squad": ".json", "xlsum": ".jsonl"}.get(format, path.suffix.lower())
     if suffix not in READERS:
         raise DataError(
             f"{name}: cannot tell the format from the suffix {quoted(path.suffix)}; "
@@ -88,100 +93,88 @@ def read_file(name: str, path: Path, format: str = "auto", sheet: str | None = N
             raise DataError(
                 f"{name} has no sheets, but sheet is {quoted(sheet)}; leave it out, or give an .xlsx workbook"
             )
-        reader = partial(_xlsx, sheet=sheet)
-    rows = list(islice(reader(data, name), MOST_ROWS + 1))
-    if len(rows) > MOST_ROWS:
-        raise DataError(f"{name} holds more than {MOST_ROWS} records, the most that is read from a file; split it")
+        reader = partial(_workbook, sheet=sheet)
+    with reading(name):
+        rows = list(reader(path, name))
     # Source and target may be sheets of one workbook, and their rows are told by the name of the table.
-    of_cells = suffix in (".csv", ".tsv", ".xlsx")
-    return Table(name if sheet is None else f"{name}, sheet {sheet}", rows, of_cells)
+    return Table(name if sheet is None else f"{name}, sheet {sheet}", rows, suffix in (".csv", ".tsv", ".xlsx"))
 
 
-def _read(name: str, path: Path) -> bytes:
-    if not is_there(path):
-        raise DataError(f"data file {quoted(name)} is missing: {escaped(str(path))} is not a file")
-    try:
-        data = read_bounded(path, MOST_BYTES)
-    except RefusedError as error:
-        raise DataError(f"data file {name}: {error}") from error
-    if not data.removeprefix(b"\xef\xbb\xbf").strip():
-        raise DataError(f"{name} is empty")
-    return data
-
-
-def _decode(data: bytes, name: str) -> str:
+def _text(path: Path, name: str) -> str:
+    data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise DataError(f"{name}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{name}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8. If it is a workbook or parquet, give it "
+            "the suffix .xlsx or .parquet; if it is compressed, unpack it"
+        ) from None
 
 
-def _json(data: bytes, name: str) -> Iterator[Row]:
+def _json(path: Path, name: str) -> Iterator[Row]:
     """Read a list of objects, alone or under a key `data`, or one object."""
     try:
-        content = parse_json(_decode(data, name))
-    except RefusedError as error:
-        if "Extra data" in str(error):
-            yield from _json_lines(data, name)  # they are often saved as .json
-            return
-        raise DataError(f"{name}{'' if error.line is None else f', line {error.line}'}: {error}") from None
+        content = json.loads(_text(path, name))
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data":
+            raise
+        yield from _json_lines(path, name)  # they are often saved as .json
+        return
     rows = content.get("data") if isinstance(content, dict) else content
     for number, item in enumerate(rows if isinstance(rows, list) else [content], start=1):
         yield as_row(item, f"{name}, record {number}")
 
 
-def _json_lines(data: bytes, name: str) -> Iterator[Row]:
+def _json_lines(path: Path, name: str) -> Iterator[Row]:
     # Not splitlines(): it also splits at characters, such as U+2028, that may stand inside a JSON string.
-    for number, line in enumerate(_decode(data, name).split("\n"), start=1):
+    for number, line in enumerate(_text(path, name).split("\n"), start=1):
         if line.strip():
-            where = f"{name}, line {number}"
-            if len(line) > MOST_LINE:
-                raise DataError(f"{where} has {len(line)} characters; at most {MOST_LINE} are allowed")
-            try:
-                item = parse_json(line)
-            except RefusedError as error:
-                raise DataError(f"{where}: {error}") from None
-            yield as_row(item, where)
+            with reading(where := f"{name}, line {number}"):
+                yield as_row(json.loads(line), where)
 
 
-def _csv(data: bytes, name: str, delimiter: str | None = None) -> Iterator[Row]:
-    """Read CSV, also as Excel writes it where the comma is the decimal mark, or with spaces behind the commas.
+def _named(rows: Iterable[tuple[str, list[str]]]) -> Iterator[Row]:
+    """Name the cells of rows by the first row that is not blank; blank rows, and columns without a name, are left out.
 
-    Rows of blank cells alone are none; around and in the names of columns, white space and invisible marks do not count.
+    White space and invisible marks around and in the names of columns do not count.
     """
-    text, before = _decode(data, name), 0
-    if stated := _STATED_DELIMITER.match(text):  # a first line for Excel, which other readers take for the header
-        text, before = text[stated.end() :], 1
-    if blank := _BLANK_ROWS.match(text):
-        text, before = text[blank.end() :], before + len(blank.group().splitlines())
-    header = text.split("\n", 1)[0]
-    if stated:
-        delimiter = stated.group(1)
-    elif delimiter is None:
-        delimiter = next((mark for mark in (",", ";", "\t") if mark in header), ",")
+    columns: list[str] = []
+    for where, cells in rows:
+        if not any(cell.strip() for cell in cells):
+            continue
+        if not columns:
+            columns = [INVISIBLE.sub("", cell).strip() for cell in cells]
+            named = [column for column in columns if column]
+            if len(set(named)) < len(named):
+                twice = next(column for column in named if named.count(column) > 1)
+                raise DataError(f"{where}: the column {quoted(twice)} stands twice; rename one")
+            continue
+        if len(cells) != len(columns):
+            raise DataError(f"{where}: the number of cells differs from the {len(columns)} columns")
+        yield Row(where, {column: cell for column, cell in zip(columns, cells, strict=True) if column})
+
+
+def _csv(path: Path, name: str, delimiter: str | None = None) -> Iterator[Row]:
+    """Read CSV, also as Excel writes it where the comma is the decimal mark, or with spaces behind the commas."""
+    text = _text(path, name)
+    if stated := re.match(r"sep=(.)(?=\r?\n)", text):  # a first line for Excel, which other readers take for the header
+        text, delimiter = text[stated.end() :], stated[1]
+    header = next((line for line in text.split("\n") if line.strip(' \t\r,;"')), "")
+    delimiter = delimiter or next((mark for mark in ",;\t" if mark in header), ",")
+    csv.field_size_limit(max(csv.field_size_limit(), MOST_CELL))  # of the whole process; it is never lowered
     lines = io.StringIO(text, newline="")
-    reader = csv.DictReader(lines, delimiter=delimiter, skipinitialspace=f"{delimiter} " in header, strict=True)
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=f"{delimiter} " in header, strict=True)
     try:
-        with _long_cells():
-            columns = [INVISIBLE.sub("", column).strip() for column in reader.fieldnames or ()]
-            reader.fieldnames = columns
-            _check_header([column for column in columns if column], f"{name}, line {before + 1}")
-            for row in reader:
-                where = f"{name}, line {reader.line_num + before}"
-                if not any(cell.strip() for cell in row.values() if isinstance(cell, str)) and None not in row:
-                    continue
-                if None in row or None in row.values():
-                    raise DataError(f"{where}: the number of cells differs from the {len(columns)} columns")
-                if delimiter == "\t" and any(_holds_rows(cell, len(columns)) for cell in row.values()):
-                    raise DataError(
-                        f"{where}: a cell that ends here holds tabs and line breaks, so a quotation mark that opens a cell has "
-                        "taken in the rows after it; double each mark, and put the cell between two more"
-                    )
-                yield Row(where, row)
+        for row in _named((f"{name}, line {reader.line_num}", cells) for cells in reader):
+            if delimiter == "\t" and any(_holds_rows(str(cell), len(row.values)) for cell in row.values.values()):
+                raise DataError(
+                    f"{row.where}: a cell that ends here holds tabs and line breaks, so a quotation mark that opens a cell has "
+                    "taken in the rows after it; double each mark, and put the cell between two more"
+                )
+            yield row
     except csv.Error as error:
-        line = reader.reader.line_num + before
-        raise DataError(f"{name}, line {line}: not valid CSV ({error})") from None
+        raise DataError(f"{name}, line {reader.line_num}: not valid CSV ({error})") from None
 
 
 def _holds_rows(cell: str, columns: int) -> bool:
@@ -195,194 +188,153 @@ def _holds_rows(cell: str, columns: int) -> bool:
     return whole and any("\t" in line.lstrip() for line in lines)
 
 
-@contextmanager
-def _long_cells() -> Iterator[None]:
-    """Let a cell be as long as a line of JSON may be: the csv module's own limit is 131,072, and one for the whole process."""
-    before = csv.field_size_limit(MOST_LINE)
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
+def _parquet(path: Path, name: str) -> Iterator[Row]:
+    from pyarrow import parquet
+
+    for number, row in enumerate(parquet.read_table(path).to_pylist(), start=1):
+        yield Row(f"{name}, row {number}", row)
 
 
-def _check_header(columns: list[str], where: str) -> None:
-    if len(columns) > MOST_COLUMNS:
-        raise DataError(f"{where}: there are {len(columns)} columns; at most {MOST_COLUMNS} are allowed")
-    twice = next((column for column in dict.fromkeys(columns) if columns.count(column) > 1), None)
-    if twice is not None:
-        raise DataError(f"{where}: the column {quoted(twice)} stands twice; rename one")
+def _workbook(path: Path, name: str, sheet: str | None = None) -> Iterator[Row]:
+    """Read a sheet of a workbook: values as they are stored, a formula's as it was last computed."""
+    from python_calamine import CalamineWorkbook, SheetVisibleEnum
 
-
-def _parquet(data: bytes, name: str) -> Iterator[Row]:
-    """Read parquet, of which a thousand bytes can stand for gigabytes: what repeats is written only once."""
-    import pyarrow
-    import pyarrow.parquet
-
-    too_much = DataError(f"{name} unpacks to more than {MOST_BYTES} bytes, the most that is read; split it")
-    size = 0
-    numbers = count(1)
-    try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
-        _check_header(file.schema_arrow.names, name)
-        _check_columns(data, name)
-        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
-        values = sum(group.column(column).num_values for group in groups for column in range(group.num_columns))
-        written = [group.total_byte_size for group in groups]
-        if max(values * _VALUE, sum(written)) > MOST_BYTES or _texts_in_lists(data, file) > MOST_BYTES:
-            raise too_much
-        # Of each column, a row takes at most all that is written of it.
-        rows = MOST_BYTES // 4 // max(1, *written) if written else 1
-        for batch in file.iter_batches(batch_size=max(1, min(_BATCH, rows))):
-            for row in batch.to_pylist():
-                size += _size(row)
-                if size > MOST_BYTES:
-                    raise too_much
-                yield Row(f"{name}, row {next(numbers)}", row)
-    except DataError:
-        raise
-    # Beside its own errors, pyarrow lets pass those of the values: texts that are no UTF-8, dates that do not exist.
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise DataError(f"{name}: not a valid parquet file ({one_line(str(error))[:300]})") from None
-
-
-def _check_columns(data: bytes, name: str) -> None:
-    """Ask for each column in a process of its own: where a column is described wrongly, pyarrow ends the one that asks."""
-    footer = b"PAR1" + data[-8 - int.from_bytes(data[-8:-4], "little") :]
-    try:
-        looked = subprocess.run([sys.executable, "-P", "-c", _LOOK], input=footer, capture_output=True, check=False)
-    except OSError:  # no process can be started here
-        return
-    if looked.returncode not in (0, 1):  # 1: it could not look, such as where pyarrow lies elsewhere
-        said = re.search(r"what\(\): *(.+)", looked.stderr.decode(errors="replace"))
-        why = one_line(said[1])[:300] if said else "its columns cannot be read"
-        raise DataError(f"{name}: not a valid parquet file ({why})")
-
-
-def _texts_in_lists(data: bytes, file: "ParquetFile") -> int:
-    """Return the bytes of texts in lists, where they could be too many: there, a single row can repeat a text without end."""
-    import pyarrow.compute as compute
-    from pyarrow.parquet import ParquetFile
-
-    size = 0
-    for number, group in product(range(len(file.schema)), range(file.num_row_groups)):
-        column, written = file.schema.column(number), file.metadata.row_group(group).column(number)
-        doubtful = written.num_values * written.total_uncompressed_size > MOST_BYTES
-        if not doubtful or not column.max_repetition_level:
-            continue
-        if column.physical_type == "FIXED_LEN_BYTE_ARRAY":
-            size += written.num_values * column.length
-        if column.physical_type == "BYTE_ARRAY":
-            encoded = ParquetFile(io.BytesIO(data), read_dictionary=[column.path])
-            for part in encoded.read_row_group(group, columns=[column.path]).column(0).chunks:
-                while not hasattr(part, "dictionary"):
-                    part = part.field(0) if hasattr(part, "field") else part.values  # structs and lists
-                size += compute.sum(compute.binary_length(part.dictionary).take(part.indices)).as_py() or 0
-    return size
-
-
-def _size(value: object) -> int:
-    """Return the bytes of a value, at least."""
-    if isinstance(value, Mapping):
-        return sum(map(_size, value.values()))
-    if isinstance(value, list | tuple):
-        return sum(map(_size, value))
-    return _VALUE + (len(value) if isinstance(value, str | bytes) else 0)
-
-
-def _xlsx(data: bytes, name: str, sheet: str | None = None) -> Iterator[Row]:
-    """Read a sheet of a workbook, whose first row that is not blank names the columns; those without a name are left out."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of styles and rules that openpyxl leaves out
-            return iter(_sheet(data, name, sheet))
-    except DataError:
-        raise
-    # On damaged parts openpyxl lets pass whatever its own code and three parsers raise.
-    except Exception as error:  # noqa: BLE001
-        reason = one_line(str(error))[:300] or type(error).__name__
-        raise DataError(f"{name}: not a valid .xlsx workbook ({reason})") from None
-
-
-def _sheet(data: bytes, name: str, sheet: str | None) -> list[Row]:
-    import openpyxl
-
-    too_much = "the most that is read of a workbook; save the sheet as CSV"
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        size = sum(part.file_size for part in archive.infolist())
-    if size > MOST_WORKBOOK:
-        raise DataError(f"{name} unpacks to {size} bytes, more than {MOST_WORKBOOK}, {too_much}")
-    # Values and formulas come from two readings: the first alone does not tell an empty cell from a formula without a value.
-    books = [
-        openpyxl.load_workbook(io.BytesIO(data), read_only=True, data_only=values, keep_links=False)
-        for values in (True, False)
-    ]
-    titles = [one.title for one in books[0].worksheets]
-    shown = [one.title for one in books[0].worksheets if one.sheet_state == "visible"]
-    if sheet not in (None, *titles) or not titles:
-        raise DataError(f"{name} has no sheet {quoted(sheet or '')}; it has {listed(titles)}")
-    title = sheet or (shown or titles)[0]
-    sheets = [book[title] for book in books]
-    for one in sheets:
-        one.reset_dimensions()  # which some programs write wrong
-    size, rows = 0, []
-    columns: list[str] = []
-    for number, (values, formulas) in enumerate(zip(*(one.iter_rows() for one in sheets), strict=True), start=1):
-        where = f"{name}, sheet {quoted(title)}, row {number}"
-        cells = list(map(_cell, values, formulas))
-        size += _size(cells)
-        if number > MOST_SHEET_ROWS or size > MOST_BYTES:
-            raise DataError(f"{where}: more than {MOST_SHEET_ROWS} rows or {MOST_BYTES} bytes, {too_much}")
-        if not any(isinstance(cell, NoText) or cell.strip() for cell in cells):
-            continue
-        if not columns:
-            columns = [INVISIBLE.sub("", cell).strip() if isinstance(cell, str) else "" for cell in cells]
-            _check_header([column for column in columns if column], where)
-        else:
-            cells += [""] * (len(columns) - len(cells))
-            rows.append(Row(where, {column: cell for column, cell in zip(columns, cells, strict=False) if column}))
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(part.file_size for part in archive.infolist())
+        if size > MOST_UNPACKED:
+            raise DataError(f"{name} unpacks to {size} bytes, more than {MOST_UNPACKED}; save the sheet as CSV")
+    with CalamineWorkbook.from_path(path) as book:
+        titles = book.sheet_names
+        if sheet not in (None, *titles):
+            raise DataError(f"{name} has no sheet {quoted(sheet)}; it has {listed(titles)}")
+        shown = (one.name for one in book.sheets_metadata if one.visible == SheetVisibleEnum.Visible)
+        title = sheet or next(shown, titles[0])
+        where = f"{name}, sheet {quoted(title)}"
+        cells = book.get_sheet_by_name(title).to_python(skip_empty_area=False)
+    rows = list(_named((f"{where}, row {number}", list(map(_cell, row))) for number, row in enumerate(cells, start=1)))
     if not rows and len(titles) > 1:
         others = listed(one for one in titles if one != title)
-        raise DataError(f"{name}, sheet {quoted(title)}, holds no records; name another sheet: {others}")
-    return rows
+        raise DataError(f"{where}, holds no records; name another sheet: {others}")
+    return iter(rows)
 
 
-@dataclass(frozen=True)
-class NotShown(NoText):
-    """A cell whose value is in the file, but not the text that is shown; and how the value is written where it is passed on."""
-
-    written: str
-
-
-def _cell(cell: Any, formula: Any) -> str | NoText:
-    """Return the text of a cell as a spreadsheet program shows it, where that is in the file: it is not for dates, say."""
-    from openpyxl.utils.escape import unescape
-
-    value, format = cell.value, cell.number_format
-    if value is None:
-        lacking = formula.data_type == "f" and cell.data_type == "n"  # a text, also an empty one, has another type
-        return NoText("a formula without a value: open the workbook in a program, and save it") if lacking else ""
-    if cell.data_type == "e":
-        return NotShown(f"the error {quoted(value)}", value)
-    if isinstance(value, str):
-        return str(unescape(value))
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    written = f"{value:.15g}" if isinstance(value, float) else str(value)
-    if number and (format in _PLAIN_NUMBERS or (format == "0" and float(value).is_integer())):
-        return written
-    kind = "a number or truth value" if isinstance(value, int | float) else "a date or time"
-    return NotShown(
-        f"{kind} in the format {quoted(format)}, not a text: save the sheet as CSV, which holds what is shown",
-        written.lower() if isinstance(value, bool) else written.removesuffix(" 00:00:00"),  # of a date alone
-    )
+def _cell(value: object) -> str:
+    """The text of a cell: whole numbers without a point, up to 15 digits of others, dates and times as ISO 8601 has them."""
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, float):
+        return f"{value:.0f}" if value.is_integer() else f"{value:.15g}"
+    return str(value)
 
 
-# Of each suffix, the function from a file's bytes and name to its rows.
-READERS: dict[str, Callable[[bytes, str], Iterator[Row]]] = {
+# Of each suffix, the function from a file and its name to its rows.
+READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {
     ".json": _json,
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".csv": _csv,
     ".tsv": partial(_csv, delimiter="\t"),
     ".parquet": _parquet,
-    ".xlsx": _xlsx,
+    ".xlsx": _workbook,
 }
+
+
+def resolve_file(name: str, root: str | None = None, base: Path | None = None) -> Path:
+    """Find a data file: `demo:NAME`, an absolute path, or a path below the first place that has it.
+
+    The places are `data.root`, the environment variable GRASP_LORA_DATA and the folder of the recipe.
+
+    Args:
+        name: path as the recipe writes it.
+        root: `data.root` of the recipe; relative to `base`.
+        base: folder of the recipe; None for the working folder.
+    """
+    if name.startswith(DEMO_PREFIX):
+        return _demo_text(name.removeprefix(DEMO_PREFIX))
+    path = expanded(name)
+    base = Path.cwd() if base is None else base
+    variable = os.environ.get(DATA_VARIABLE)
+    places: dict[str, Path] = {}
+    if path.is_absolute():
+        places["absolute path"] = path
+    else:
+        if root is not None:
+            folder = base / expanded(root)
+            if not is_folder(folder):
+                raise DataError(
+                    f"data.root is {root!r}, but there is no folder {escaped(str(folder))}; mend it or leave it out"
+                )
+            places["data.root"] = folder / path
+        if variable:
+            places[DATA_VARIABLE] = expanded(variable) / path
+        places["folder of the recipe"] = base / path
+    having = [label for label, place in places.items() if is_file(place)]
+    if not having:
+        tried = ", ".join(f"{escaped(str(place))} ({label})" for label, place in places.items())
+        raise DataError(
+            f"data file {name!r} is missing; tried {tried}. "
+            f"Set data.root or the environment variable {DATA_VARIABLE} to the folder that holds it"
+        )
+    first, *others = having
+    for label in others:
+        # What the recipe itself says with data.root is no accident; a variable of the environment may be one.
+        if first == DATA_VARIABLE and not filecmp.cmp(places[first], places[label], shallow=False):
+            raise DataError(
+                f"data file {name!r} is in two places, with different contents: {escaped(str(places[first]))} ({first}) and "
+                f"{escaped(str(places[label]))} ({label}); rename one, or say which with data.root"
+            )
+    return places[first]
+
+
+def _demo_text(name: str) -> Path:
+    texts = Path(str(importlib.resources.files("grasp_lora.demo").joinpath("texts")))
+    built_in = {path.name: path for path in sorted(texts.glob("*.json"))}
+    if name not in built_in:
+        raise DataError(f"there is no demo text {name!r}; available: {', '.join(built_in)}")
+    return built_in[name]
+
+
+def read_hub(name: str, config: str | None, split: str, *, offline: bool = False) -> Table:
+    """Read one split of a data set on the hub; never runs code of its repository.
+
+    A repository with a loading script is read from the hub's own parquet export of it. With `offline`, only what is in the
+    cache is used, and no connection is tried.
+    """
+    import datasets
+
+    label = "/".join(part for part in ("hub:" + name, config, split) if part)
+    try:
+        with no_network(offline):
+            try:
+                table = datasets.load_dataset(name, config, split=split)
+            except RuntimeError as error:
+                if "scripts are no longer supported" not in str(error):
+                    raise
+                logger.info("%s has a loading script: reading the hub's parquet export instead", name)
+                # The export knows no configurations: each is a folder.
+                table = datasets.load_dataset(name, data_dir=config, split=split, revision=PARQUET_EXPORT)
+    except ConnectionError as error:
+        raise DataError(
+            f"{label}: the hub cannot be reached ({one_line(str(error))}). Load it once while online, which keeps a copy in the "
+            "cache, or download its files and name them under `files`"
+        ) from error
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"{label}: cannot be loaded ({one_line(str(error))}). Check the names of the data set, the configuration and "
+            "the split"
+        ) from error
+    # Sounds and pictures, whose decoders need not be there, are no text.
+    table = table.remove_columns([column for column, kind in table.features.items() if _is_decoded(kind)])
+    return Table(label, [as_row(row, f"{label}, row {number}") for number, row in enumerate(table, start=1)])
+
+
+def _is_decoded(kind: Any) -> bool:
+    """Whether a column of a hub data set holds sounds, pictures and the like, be it in lists or objects."""
+    import datasets
+
+    if isinstance(kind, dict):
+        return any(map(_is_decoded, kind.values()))
+    if (inner := getattr(kind, "feature", None)) is not None:
+        return _is_decoded(inner)
+    return hasattr(kind, "decode_example") and not isinstance(kind, getattr(datasets, "Json", ()))

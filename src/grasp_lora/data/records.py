@@ -1,27 +1,46 @@
 """Rows to records: SQuAD data, XL-Sum, Alpaca, ShareGPT, and rows with named columns.
 
+A record is one question with its answer, whatever its file looks like. Texts are cleaned by one rule, and conversations become
+messages as chat templates have them. Records that may leak from one split to another get a key that both share.
 A new layout of rows is one function, and one row of `LAYOUTS`.
 """
 
 import ast
 import hashlib
 import json
+import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from grasp_lora.data.cells import Cells, Columns, clean_row, is_blank, name_of, text_of
-from grasp_lora.data.conversations import Message, from_alpaca, read_messages
-from grasp_lora.data.tables import Row, Table, in_small_letters
+from grasp_lora.data.files import Row, Table
 from grasp_lora.data.tasks import TASKS, task_fields
 from grasp_lora.errors import DataError
 from grasp_lora.text.characters import INVISIBLE
-from grasp_lora.text.display import listed, quoted
+from grasp_lora.text.display import SURROGATES, listed, quoted
 
 OPTIONAL_COLUMNS = ("id", "group", "title", "references", "messages")
 FIELDS = frozenset(OPTIONAL_COLUMNS).union(*((*task.inputs, task.answer) for task in TASKS.values()))
 XLSUM_COLUMNS = {"id": "id", "title": "title", "document": "text", "summary": "summary"}
+MOST_LABELS = 200  # more are texts, which a model should write
+
+# What speakers are to chat templates.
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+    "assistant": "assistant", "system": "system", "developer": "system",
+}  # fmt: skip
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab
+# What Windows-1252 has in their place, as in XL-Sum's Chinese articles (U+0085 is its "…": as a line break of Unicode it is
+# rare), the line ends of old Macs, and page breaks.
+_MAPPED = {
+    **{chr(code): bytes([code]).decode("cp1252", "ignore") for code in range(0x80, 0xA0)},
+    **{"\r": "\n", "\x0b": " ", "\x0c": " "},
+}
+
+Columns = Mapping[str, str]  # field -> column
+Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -115,25 +134,24 @@ def make_pool(
         layout = find_layout(table, task, format, columns)
         if layout.task not in (None, task):
             raise DataError(f"{table.name} is {layout.name} data, which fits the task {layout.task}, not {task}")
-        table = in_small_letters(table, ("id", "group", "title"), columns)
+        table = _in_small_letters(table, columns)
         identity = columns.get("id", "id")
-        rows = []
-        for where, values in table.rows:
-            try:
-                rows.append(Row(where, clean_row(values, identity, counts)))
-            except RecursionError:  # of rows that are in memory: files are read to 64 levels
-                raise DataError(
-                    f"{where} is nested hundreds of levels deep; give texts, and lists of messages"
-                ) from None
-        for one in layout.convert(replace(table, rows=rows), task, columns, counts):
-            if isinstance(one, Record):
-                records.append(one)
+        rows = [
+            Row(
+                where,
+                {key: part if key == identity else _clean(part, identity, counts) for key, part in values.items()},
+            )
+            for where, values in table.rows
+        ]
+        for record in layout.convert(replace(table, rows=rows), task, columns, counts):
+            if isinstance(record, Record):
+                records.append(record)
             elif skip_unanswered:
                 counts["unanswerable"] += 1
             else:
                 raise DataError(
-                    f"{one.where}: {one.what}; give it an answer, or remove it; a recipe can set data.skip_unanswered to true "
-                    "(`init` has --skip-unanswered), which leaves such rows out and counts them"
+                    f"{record.where}: {record.what}; give it an answer, or remove it; a recipe can set data.skip_unanswered to "
+                    "true (`init` has --skip-unanswered), which leaves such rows out and counts them"
                 )
     _check_ids(records)
     if not records and counts["unanswerable"]:
@@ -145,18 +163,15 @@ def find_layout(table: Table, task: str | None, format: str = "auto", columns: C
     """Return the layout that `format` names, or else the first whose columns are all there.
 
     A layout of another task is not seen in rows that have a field of the task (of any task where it is None).
-
-    Raises:
-        DataError: the table has no rows.
     """
     if not table.rows:
         raise DataError(f"{table.name} holds no records")
     if format != "auto":
         return LAYOUTS[format]
-    found = table.rows[0].values.keys()
+    present = table.rows[0].values.keys()
     wanted = TASKS.values() if task is None else [task_fields(task)]
-    plain = any(found & {*fields.inputs, fields.answer} for fields in wanted)
-    special = (layout for layout in LAYOUTS.values() if layout.columns and layout.columns <= found)
+    plain = any(present & {*fields.inputs, fields.answer} for fields in wanted)
+    special = (layout for layout in LAYOUTS.values() if layout.columns and layout.columns <= present)
     fitting = (layout for layout in special if not columns and (layout.task == task or not plain))
     return next(fitting, LAYOUTS["records"])
 
@@ -175,6 +190,77 @@ def same_text(text: str) -> str:
     return " ".join(INVISIBLE.sub("", unicodedata.normalize("NFC", text)).split())
 
 
+def same_label(label: str) -> str:
+    """Return what two writings of one label have in common: its `same_text`, whatever the case."""
+    return same_text(label).casefold()
+
+
+def check_labels(labels: Iterable[str], where: str) -> tuple[str, ...]:
+    """Return labels in the order of the alphabet, if they can be chosen from.
+
+    Args:
+        labels: some may stand there more than once.
+        where: what they are, for messages, such as `data.labels`.
+    """
+    different = tuple(sorted(set(labels)))
+    alike: dict[str, str] = {}
+    for label in different:
+        if not label.strip() or label != label.strip():
+            raise DataError(f"{where}: the label {quoted(label)} is empty or has white space around it; correct it")
+        if (before := alike.setdefault(same_label(label), label)) != label:
+            raise DataError(
+                f"{where}: the labels {quoted(before)} and {quoted(label)} differ in case or white space alone; write them alike"
+            )
+    if not 2 <= len(different) <= MOST_LABELS:
+        raise DataError(
+            f"{where}: {len(different)} labels, first {listed(different[:3])}; a classification has 2 to {MOST_LABELS}. Where "
+            "they are texts, take the task completion"
+        )
+    return different
+
+
+def clean_text(text: str, counts: Counter[str]) -> str:
+    """Map or remove control characters other than newline and tab, and count them."""
+
+    def replacement(match: re.Match[str]) -> str:
+        mapped = _MAPPED.get(match.group(), "")
+        counts["mapped" if mapped else "removed"] += 1
+        return mapped
+
+    return _CONTROL.sub(replacement, text.replace("\r\n", "\n"))
+
+
+def _clean(value: object, identity: str, counts: Counter[str]) -> object:
+    """Clean every text but ids, also in lists and objects."""
+    if isinstance(value, Mapping):
+        return {key: part if key == identity else _clean(part, identity, counts) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_clean(part, identity, counts) for part in value]
+    return clean_text(value, counts) if isinstance(value, str) else value
+
+
+def _in_small_letters(table: Table, named_columns: Columns) -> Table:
+    """Rename columns that are called `ID`, `Group` or `Title`; those that have the very name stay the only ones.
+
+    An `ID` that stands twice is no id: it may number articles.
+    """
+    renamed = {}
+    for field in ("id", "group", "title"):
+        called_so = [
+            name for name in table.columns if name not in named_columns.values() and name.strip().lower() == field
+        ]
+        if field in named_columns or len(called_so) != 1 or called_so == [field]:
+            continue
+        values = [row.values.get(called_so[0]) for row in table.rows]
+        unlike = all(isinstance(value, str | int) for value in values) and len(set(values)) == len(values)
+        if field != "id" or unlike:
+            renamed[called_so[0]] = field
+    if not renamed:
+        return table
+    rows = [Row(where, {renamed.get(key, key): value for key, value in values.items()}) for where, values in table.rows]
+    return replace(table, rows=rows)
+
+
 def _check_ids(records: list[Record]) -> None:
     twice = [identity for identity, count in Counter(record.id for record in records).items() if count > 1]
     if twice:
@@ -186,86 +272,154 @@ def _check_ids(records: list[Record]) -> None:
         )
 
 
+def is_blank(value: object) -> bool:
+    """Whether an optional cell says nothing."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def name_of(value: object, label: str, where: str) -> str:
+    """Return a name, of a text or a whole number."""
+    if isinstance(value, bool) or not isinstance(value, str | int) or is_blank(value):
+        raise DataError(f"{where}: {label} must be a text or a whole number, found {quoted(value)}")
+    return str(value)
+
+
+def text_of(value: object, label: str, where: str) -> str:
+    """Return a text that the model may read or write."""
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {label} must be a text, found {type(value).__name__}")
+    if not value.strip():
+        raise DataError(f"{where}: {label} is empty; fill it in, or remove the row")
+    if SURROGATES.search(value):
+        raise DataError(f"{where}: {label} holds half of a surrogate pair, which is no valid text")
+    return value
+
+
 def _row_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
     """Read rows with a column for each field of the task, and optional ones."""
     identity = columns.get("id", "id")
     has_ids = any(not is_blank(values.get(identity)) for _, values in table.rows)
     for number, (where, values) in enumerate(table.rows, start=1):
-        cells = Cells(where, values, columns)
+        for field, column in columns.items():
+            if column not in values:
+                raise DataError(f"{where}: no column {quoted(column)} (columns.{field}); found: {listed(values)}")
+        row = {**values, **{field: values[column] for field, column in columns.items()}}
+        if "answer" not in row and "answers" in row:
+            row["answer"] = row["answers"]
         # As SQuAD 2.0 on the hub has a question without an answer: an empty list of texts.
-        answers = values.get(columns.get("answer", "answers"))
-        if task == "qa" and isinstance(answers, Mapping) and answers.get("text") == []:
+        if task == "qa" and isinstance(answer := row.get("answer"), Mapping) and answer.get("text") == []:
             counts["unanswerable"] += 1
-        else:
-            read = _row_record(cells, task, f"{table.name}:{number}", has_ids, table.of_cells)
-            yield _trimmed(read, task, counts) if isinstance(read, Record) else read
+            continue
+        if table.of_cells:
+            _refuse_written_lists(row, where)
+        record = _row_record(Row(where, row), task, f"{table.name}:{number}", has_ids, columns)
+        yield _trimmed(record, task, counts) if isinstance(record, Record) else record
 
 
 def _trimmed(record: Record, task: str, counts: Counter[str]) -> Record:
     """A record without white space around its answer, which would be learned as tokens of its own.
 
-    A completion is what the user wants written, and labels are refused with it.
+    A completion is what the user wants written.
     """
     answer = record.answer.strip()
-    if task == "completion" or TASKS[task].chooses or answer == record.answer:
+    if task == "completion" or answer == record.answer:
         return record
     counts["answers_trimmed"] += 1
     references = tuple(answer if text == record.answer else text for text in record.references)
     return replace(record, answer=answer, references=tuple(dict.fromkeys(references)))
 
 
-def _row_record(cells: Cells, task: str, position: str, has_ids: bool, of_cells: bool) -> Record | Unanswered:
-    fields = task_fields(task)
-    where, values, columns = cells.where, cells.values, cells.columns
-    for field, column in columns.items():
-        if column not in values:
-            raise DataError(f"{where}: no column {quoted(column)} (columns.{field}); found: {listed(values)}")
-    identity = position
+def _row_record(row: Row, task: str, position: str, has_ids: bool, columns: Columns) -> Record | Unanswered:
+    """Read a row whose columns are called as the fields.
+
+    Args:
+        row: where it stands, and its values by field.
+        task: a key of TASKS.
+        position: its id, where the file has none.
+        has_ids: whether the file has.
+        columns: what its fields are called there, for messages.
+    """
+    fields, (where, values) = task_fields(task), row
+
+    def need(field: str) -> object:
+        if field not in values:
+            raise DataError(
+                f"{where}: no column {quoted(columns.get(field, field))}; found: "
+                f"{listed(name for name in values if columns.get(name, name) == name)}. "
+                f"Rename the right one; a recipe can also name it: columns: {{{field}: NAME}}"
+            )
+        return values[field]
+
     keys = set()
-    own = values.get(columns.get("id", "id"))
-    if has_ids and (own is None or not is_blank(own)):  # an empty cell is fine, a missing field is not
-        identity = name_of(own, "id", where)
+    if has_ids and (
+        values.get("id") is None or not is_blank(values["id"])
+    ):  # an empty cell is fine, a missing field is not
+        identity = name_of(values.get("id"), "id", where)
         keys.add("id:" + identity)
     else:  # where both languages read columns of one file, its rows are translations
+        identity = position
         keys.add("row:" + position)
-    if (group := cells.get("group")) is not None:
+    if not is_blank(group := values.get("group")):
         keys.add("group:" + same_text(name_of(group, "group", where)))
-    title = cells.get("title") if task != "completion" or "title" in columns else None
-    if isinstance(title, str):
-        keys.add(_article(title))
-    elif isinstance(title, int) and not isinstance(title, bool):
-        keys.add(_article(name_of(title, "title", where)))
-    messages = read_messages(cells) if task == "completion" else []
+    title = values.get("title") if task != "completion" or "title" in columns else None
+    if isinstance(title, str | int) and not isinstance(title, bool) and not is_blank(title):
+        keys.add(_article(str(title)))
+    messages = read_messages(row, columns.get("messages", "messages")) if task == "completion" else []
     if messages and (messages[-1]["role"] != "assistant" or is_blank(messages[-1]["content"])):
-        return Unanswered(
-            where, f"{columns.get('messages', 'messages')} must end with an assistant message that is not empty"
-        )
+        column = columns.get("messages", "messages")
+        return Unanswered(where, f"{column} must end with an assistant message that is not empty")
     if messages:
         inputs: dict[str, str] = {}
         answers = [text_of(messages[-1]["content"], "the last assistant message", where)]
         keys.add(text_key("\n".join(message["content"] for message in messages[:-1])))
     else:
-        inputs = {field: cells.text(field) for field in fields.inputs}
-        value = cells.need(fields.answer, other="answers" if fields.answer == "answer" else None)
-        if is_blank(value):
+        inputs = {field: text_of(need(field), field, where) for field in fields.inputs}
+        answer = need(fields.answer)
+        if is_blank(answer):
             return Unanswered(where, f"{fields.answer} is empty")
-        if fields.chooses and type(value) is int:  # labels are often numbers; CSV gives them as texts anyhow
-            answers = [str(value)]
-        else:
-            answers = _answers(cells, value) if fields.answer == "answer" else [cells.text(fields.answer)]
+        if fields.chooses and type(answer) is int:  # labels are often numbers; CSV gives them as texts anyhow
+            answer = str(answer)
+        answers = _answers(answer, where) if fields.answer == "answer" else [text_of(answer, fields.answer, where)]
         if not answers:
             return Unanswered(where, "no answer")
         keys.add(text_key(inputs[fields.document or fields.inputs[0]]))
     gold = answers
-    if (references := cells.get("references")) is not None:
+    if not is_blank(references := values.get("references")):
         several = references if isinstance(references, list | tuple) else [references]
         gold = [text_of(reference, "references", where) for reference in several]
-    if not gold:
-        raise DataError(f"{where}: the list of references is empty")
-    if of_cells:
-        for column in (columns.get("answer", "answer"), columns.get("references", "references")):
-            _refuse_written_list(values.get(column), column, where)
+    if not gold or (fields.chooses and gold != answers):
+        reason = "the list of references is empty" if not gold else "references stand beside the one label of the row"
+        raise DataError(f"{where}: {reason}; leave out the column references")
     return Record(identity, inputs, answers[0], tuple(dict.fromkeys(gold)), frozenset(keys), tuple(messages[:-1]))
+
+
+def _answers(value: object, where: str) -> list[str]:
+    """Read one answer, or SQuAD's `answers`: a list, or the lists of a hub data set."""
+    if not isinstance(value, Mapping | list):
+        return [text_of(value, "answer", where)]
+    several = value.get("text") if isinstance(value, Mapping) else value
+    if not isinstance(several, list):
+        raise DataError(f"{where}: no answer in an object; give a text, a list, or an object with a list `text`")
+    return [text_of(item.get("text") if isinstance(item, Mapping) else item, "answer", where) for item in several]
+
+
+def _refuse_written_lists(row: Mapping[str, object], where: str) -> None:
+    """Refuse texts in a list, or an object, that a table of cells holds as one text, such as pandas writes them."""
+    for field in ("answer", "references"):
+        text = row.get(field)
+        if not isinstance(text, str) or not text.lstrip().startswith(("{", "[")):
+            continue
+        for parse in (json.loads, ast.literal_eval):  # as JSON writes them, and as Python does
+            try:
+                parsed = parse(text.strip())
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                continue
+            if isinstance(parsed, dict) or (
+                isinstance(parsed, list) and any(isinstance(part, str | dict) for part in parsed)
+            ):
+                raise DataError(
+                    f"{where}: {field} is a list that was written as text, {quoted(text)}; give one text in a cell, or JSONL"
+                )
 
 
 def _xlsum_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
@@ -274,7 +428,7 @@ def _xlsum_records(table: Table, task: str, columns: Columns, counts: Counter[st
 
 def _alpaca_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
     """Read instruction and input as one prompt, a line break between them; with `system` or `history` as a conversation."""
-    rows = [Row(where, {**values, **from_alpaca(values, where), "system": None}) for where, values in table.rows]
+    rows = [Row(where, {**values, **_from_alpaca(values, where), "system": None}) for where, values in table.rows]
     return _row_records(replace(table, rows=rows), task, {"completion": "output"}, counts)
 
 
@@ -283,35 +437,73 @@ def _sharegpt_records(table: Table, task: str, columns: Columns, counts: Counter
     return _row_records(table, task, {"messages": "conversations"}, counts)
 
 
-def _answers(cells: Cells, value: object) -> list[str]:
-    """Read one answer, or SQuAD's `answers`: a list, or the lists of a hub data set."""
-    where = cells.where
-    if not isinstance(value, Mapping | list):
-        text = text_of(value, "answer", where)
-        if cells.columns.get("answer", "answer") not in cells.values and text.lstrip().startswith(("{", "[")):
-            raise DataError(
-                f"{where}: answers is a list that was written as text, {quoted(text)}; give a column answer"
-            )
-        return [text]
-    several = value.get("text") if isinstance(value, Mapping) else value
-    if not isinstance(several, list):
-        raise DataError(f"{where}: no answer in an object; give a text, a list, or an object with a list `text`")
-    return [text_of(item.get("text") if isinstance(item, Mapping) else item, "answer", where) for item in several]
+def _from_alpaca(values: Mapping[str, object], where: str) -> dict[str, object]:
+    """Return `prompt`, or `messages` where there are a system text or turns before it."""
+    parts = [text_of(values[part], part, where) for part in ("instruction", "input") if not is_blank(values.get(part))]
+    before, system = values.get("history"), values.get("system")
+    turns: list[object] = [] if is_blank(system) else [{"role": "system", "content": system}]
+    for pair in before if isinstance(before, list) else [] if is_blank(before) else [None]:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError(f"{where}: history must be a list of pairs, of what was said and what was answered")
+        turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+    prompt, answer = "\n".join(parts), values.get("output")
+    if turns and prompt:
+        turns += [
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": "" if answer is None else answer},
+        ]
+    return {"prompt": prompt, "messages": turns if prompt and turns else None}
 
 
-def _refuse_written_list(text: object, column: str, where: str) -> None:
-    """Refuse texts in a list, or an object, that a table of cells holds as one text, such as pandas writes them."""
-    if not isinstance(text, str) or not text.lstrip().startswith(("{", "[")):
-        return
-    for read in (json.loads, ast.literal_eval):  # as JSON writes them, and as Python does
-        try:
-            found = read(text.strip())
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            continue
-        if isinstance(found, dict) or (isinstance(found, list) and any(isinstance(one, str | dict) for one in found)):
+def read_messages(row: Row, column: str) -> list[Message]:
+    """Read `messages`, in a column of that name, or prompt and completion that are lists of messages; empty for plain records.
+
+    The last may be no answer, or an empty one; those before it are texts.
+    """
+    where, values = row
+    turns, system = values.get("messages"), values.get("system")
+    if turns is None:
+        prompt, completion = values.get("prompt"), values.get("completion")
+        if not isinstance(prompt, list) or not isinstance(completion, list):
+            return []
+        turns = prompt + completion
+    if isinstance(turns, list) and isinstance(system, str) and not is_blank(system):  # as ShareGPT has it
+        first = turns[0] if turns and isinstance(turns[0], Mapping) else {}
+        if system not in (first.get("content"), first.get("value")):  # else it only repeats the first message
+            turns = [{"role": "system", "content": system}, *turns]
+    for name in ("tools", "chat_template_kwargs"):
+        if not is_blank(value := values.get(name)) and value not in ([], {}, "[]", "{}"):
             raise DataError(
-                f"{where}: {column} is a list that was written as text, {quoted(text)}; give one text in a cell, or JSONL"
+                f"{where}: {name} is not empty, but prompts are made without it; leave out such rows, or the column {name} "
+                "where the answers do not rest on it"
             )
+    messages = [_message(turn, column, where) for turn in (turns if isinstance(turns, list) else [None])]
+    roles = [message["role"] for message in messages]
+    if roles in ([], ["assistant"], ["system"]):
+        raise DataError(f"{where}: {column} must end with an assistant message, and a user's must stand before it")
+    if (number := roles.count("system")) > (roles[0] == "system"):
+        raise DataError(
+            f"{where}: {column} has {number} system messages; one is understood, as the first: join them there"
+        )
+    for message in messages[:-1]:
+        text_of(message["content"], "a message", where)
+    return messages
+
+
+def _message(turn: object, column: str, where: str) -> Message:
+    """A turn of `role` and `content`, or of `from` and `value`, as a message."""
+    values = turn if isinstance(turn, Mapping) else {}
+    speaker, text = (values.get(key) for key in (("from", "value") if "from" in values else ("role", "content")))
+    if not isinstance(speaker, str) or not isinstance(text, str):
+        raise DataError(
+            f"{where}: {column} must be a list of objects with texts `role` and `content` (or `from` and `value`)"
+        )
+    if speaker not in SPEAKERS:
+        raise DataError(
+            f"{where}: a turn has the role {quoted(speaker)}; allowed: {', '.join(SPEAKERS)}. Remove rows with other turns, such "
+            "as those of tools"
+        )
+    return {"role": SPEAKERS[speaker], "content": text}
 
 
 def _squad_records(table: Table, task: str, columns: Columns, counts: Counter[str]) -> Iterator[Record | Unanswered]:
@@ -322,34 +514,29 @@ def _squad_records(table: Table, task: str, columns: Columns, counts: Counter[st
         title = article.get("title")
         # Without a title, the article is told by its place.
         key = _article(title) if isinstance(title, str) and title.strip() else f"article:{table.name}#{number}"
-        for paragraph in _list(article, "paragraphs", where):
-            context = text_of(_inner(paragraph, "context"), "context", where)
-            for question in _list(paragraph, "qas", where):
+        for paragraph in _objects(article, "paragraphs", where):
+            context = text_of(paragraph.get("context"), "context", where)
+            for question in _objects(paragraph, "qas", where):
                 questions += 1
-                if _inner(question, "id") is None:
-                    raise DataError(f"{where}: a question has no id")
-                identity = name_of(_inner(question, "id"), "id", where)
+                identity = name_of(question.get("id"), "the id of a question", where)
                 here = f"{where}, question {identity}"
-                answers = [_squad_answer(answer, context, here) for answer in _list(question, "answers", here)]
-                if not answers and _inner(question, "is_impossible") is True:  # SQuAD 2.0
+                answers = [
+                    text_of(answer.get("text"), "answer", here) for answer in _objects(question, "answers", here)
+                ]
+                if not answers and question.get("is_impossible") is True:  # SQuAD 2.0
                     counts["unanswerable"] += 1
                     continue
                 if not answers:
                     yield Unanswered(here, "no answer")
                     continue
-                inputs = {"context": context, "question": text_of(_inner(question, "question"), "question", here)}
+                # An answer elsewhere in the context is only a wrong offset, which nothing here uses.
+                if foreign := [answer for answer in answers if answer not in context]:
+                    raise DataError(f"{here}: the answer {quoted(foreign[0])} does not stand in its context")
+                inputs = {"context": context, "question": text_of(question.get("question"), "question", here)}
                 keys = frozenset({"id:" + identity, text_key(context), key})
                 yield Record(identity, inputs, answers[0], tuple(dict.fromkeys(answers)), keys)
     if not questions:
         raise DataError(f"{table.name} holds no questions")
-
-
-def _squad_answer(answer: object, context: str, where: str) -> str:
-    text = text_of(_inner(answer, "text"), "answer", where)
-    # An answer elsewhere in the context is only a wrong offset, which nothing here uses.
-    if text not in context:
-        raise DataError(f"{where}: the answer {quoted(text)} does not stand in its context")
-    return text
 
 
 # Those with columns of their own are looked for in this order; the hub's data sets have plain rows.
@@ -369,15 +556,11 @@ def _article(title: str) -> str:
     return f"article:{same_text(title.replace('_', ' '))}"
 
 
-def _inner(item: object, key: str) -> object:
-    return item.get(key) if isinstance(item, Mapping) else None
-
-
-def _list(item: object, key: str, where: str) -> list[object]:
-    value = _inner(item, key)
-    if not isinstance(value, list):
-        found = type(value).__name__
+def _objects(item: Mapping[str, object], key: str, where: str) -> Sequence[Mapping[str, object]]:
+    value = item.get(key)
+    if not isinstance(value, list) or not all(isinstance(part, Mapping) for part in value):
         raise DataError(
-            f"{where}: {key} must be a list, found {found}; SQuAD data is an object with a list `data` of articles"
+            f"{where}: {key} must be a list of objects, found {quoted(value)}; SQuAD data is an object with a list `data` of "
+            "articles"
         )
     return value

@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from grasp_lora.data.labels import check_labels
-from grasp_lora.data.records import FIELDS, FORMATS
+from grasp_lora.data.records import FIELDS, FORMATS, check_labels
 from grasp_lora.data.tasks import resolve_template, task_fields
 from grasp_lora.text.display import quoted
 from grasp_lora.text.languages import language_code

@@ -1,21 +1,38 @@
-"""Splits by whole groups of records that belong together, and the proof that they are disjoint."""
+"""From files to tokenised examples: splits by whole groups of records that belong together, and the proof that they are disjoint.
+
+The held-out splits of the target are filled first, so that their size is certain. What shares a group with them is then left out
+of the source's data: its English side may hold the very answer that is tested in Arabic.
+"""
 
 import hashlib
+import logging
 import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
 
-from grasp_lora.data.encode import Encoder, Example, Tally
-from grasp_lora.data.records import Pool, Record, same_text
+from grasp_lora.data.encode import Encoder, Example, Tally, check_eos, check_has_template, encode_labels
+from grasp_lora.data.files import Table, read_file, read_hub, resolve_file
+from grasp_lora.data.groups import by_group, join_groups, keys_with_turns
+from grasp_lora.data.records import Pool, Record, check_labels, make_pool, same_label, same_text
+from grasp_lora.data.settings import CorpusSettings, DataSettings
+from grasp_lora.data.tasks import resolve_template, task_fields
 from grasp_lora.errors import DataError
-from grasp_lora.text.display import quoted
+from grasp_lora.text.display import listed, quoted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("source_train", "source_dev", "train", "dev", "micro_dev", "test")
 PAPER_SIZES = {"test": 100, "dev": 50, "micro_dev": 16}  # of the target's held-out splits; experimental setup
 HELD_OUT = ("test", "dev", "micro_dev")  # of the target: no source example may touch their groups
+SOURCE_DEV_SHARE, SOURCE_DEV_MOST = 10, 1000  # Paper: 1000 dev beside 10000 train, 315 beside 3030
+FEW_GROUPS = 4
 SPREAD = 8
 LEAST_PORTION = 256
 
@@ -125,14 +142,182 @@ class Fold:
     of: int
 
 
+def build_splits(
+    settings: DataSettings,
+    tokenizer: "PreTrainedTokenizerBase",
+    seed: int,
+    base: Path | None = None,
+    *,
+    offline: bool = False,
+    fold: Fold | None = None,
+) -> Splits:
+    """Read, filter, tokenise and split the data; the result is proved disjoint.
+
+    The same settings, files and seed give the same splits. Target splits are filled in the order test, dev,
+    micro-dev, train; source examples whose group touches a held-out target split are left out.
+
+    Args:
+        settings: task, files and limits.
+        tokenizer: with an EOS token.
+        seed: of the splits, that of the recipe.
+        base: folder of the recipe, for relative paths; None for the working folder.
+        offline: take data sets of the hub from the cache only.
+        fold: of a cross-validation: the target's pool is cut into so many parts, and this one is the test set.
+
+    Raises:
+        DataError: files are missing or malformed, there are too few examples or groups, or given splits overlap.
+    """
+    check_eos(tokenizer)
+    if settings.chat_template:
+        check_has_template(tokenizer)
+    corpora = {"target": settings.target}
+    if settings.source is not None:
+        corpora["source"] = settings.source
+    shares = {role: _read_corpus(settings, corpus, role, base, offline) for role, corpus in corpora.items()}
+    groups = join_groups(
+        keys_with_turns(record for parts in shares.values() for part in parts for record in part.pool.records)
+    )
+    if fold is not None:
+        [whole] = shares["target"]
+        shares["target"] = cut(whole, groups, fold, seed)
+    talks = any(record.messages for parts in shares.values() for part in parts for record in part.pool.records)
+    chat = _in_chat(settings.chat_template, talks, tokenizer)
+    splits: dict[str, list[Example]] = {name: [] for name in SPLITS}
+    tallies: dict[str, Tally] = {}
+    encoders: dict[str, Encoder] = {}
+    held_out: set[str] = set()
+    for role, corpus in corpora.items():
+        limits = settings.max_tokens, settings.max_document_tokens
+        prompt, completion = settings.templates(corpus)
+        template = resolve_template(settings.task, corpus.language, prompt, completion, chat)
+        encoders[role] = encoder = Encoder(
+            tokenizer, settings.task, corpus.language, template, *limits, chat, ends_turns=talks
+        )
+        # Splits that the user made on both sides are checked, not changed.
+        barred = set() if corpus.explicit and settings.target.explicit else held_out
+        tallies[role] = tally = Tally(corpus.language)
+        used = 0
+        for share in shares[role]:
+            # Of test files beside a pool: they come first.
+            tested = set() if corpus.explicit else {example.group for example in splits["test"]}
+            generator = random.Random(f"{seed} {role} {' '.join(share.counts)}")
+            filled = fill(share, groups, barred | tested, encoder, generator, tally, f"{role} ({corpus.language})")
+            used += sum(map(len, filled.values()))
+            splits |= {name: [*splits[name], *examples] for name, examples in filled.items()}
+        tally.unused = tally.read - tally.excluded_for_leak - tally.answers_cut_away - tally.too_long - used
+        held_out = {example.group for name in HELD_OUT for example in splits[name]}
+        logger.info("%s (%s): %s", role, corpus.language, asdict(tally))
+    labels = count_labels(settings.labels, splits) if task_fields(settings.task).chooses else None
+    target, end = encoders["target"].template, encoders["target"].end
+    report = DataReport(
+        settings.task,
+        seed,
+        settings.max_tokens,
+        chat,
+        target.prompt + ("\n" if encoders["target"].ends_turns and not chat else ""),  # which ends the user's turn
+        _numbers_as_ids(shares),
+        tallies["target"],
+        tallies.get("source"),
+        {name: measure(splits[name]) for name in SPLITS},
+        labels,
+        target.completion if labels else None,
+        None if end == tokenizer.eos_token_id else str(tokenizer.convert_ids_to_tokens(end)),
+    )
+    result = Splits(
+        **{name: tuple(examples) for name, examples in splits.items()},
+        report=report,
+        labels=encode_labels(labels or (), encoders["target"]),
+    )
+    check_disjoint(result)
+    micro_dev = report.splits["micro_dev"]
+    if micro_dev.groups < min(FEW_GROUPS, micro_dev.examples // FEW_GROUPS):
+        logger.warning(
+            "the %d micro-dev examples come from %d group(s) only, so their losses say little about other articles; "
+            "set target.train to a number, so that they can be drawn from more",
+            micro_dev.examples,
+            micro_dev.groups,
+        )
+    return result
+
+
+def _read_corpus(
+    settings: DataSettings, corpus: CorpusSettings, role: str, base: Path | None, offline: bool
+) -> list[Share]:
+    """Read each pool of a corpus, with the splits it serves in the order of filling and their counts."""
+
+    def pool_of(tables: Iterable[Table]) -> Pool:
+        skip = settings.skip_unanswered
+        return make_pool(tables, settings.task, corpus.format, corpus.columns, skip_unanswered=skip)
+
+    def read(names: Sequence[str]) -> Pool:
+        places = ((name, resolve_file(name, settings.root, base)) for name in names)
+        return pool_of(read_file(name, place, corpus.format, corpus.sheet) for name, place in places)
+
+    if corpus.explicit:
+        return [_given_share(read(names), counts, corpus) for names, counts in _given_splits(corpus, role) if names]
+    if corpus.hub is not None:
+        pool = pool_of([read_hub(corpus.hub, corpus.hub_config, corpus.hub_split or "train", offline=offline)])
+    else:
+        pool = read(corpus.files)
+    if role == "source":
+        most = len(pool.records) if corpus.train is None else corpus.train
+        dev = min(most // SOURCE_DEV_SHARE, SOURCE_DEV_MOST) if corpus.dev is None else corpus.dev
+        return [Share(pool, {"source_dev": dev, "source_train": corpus.train})]
+    asked = {"test": corpus.test, "dev": corpus.dev, "micro_dev": corpus.micro_dev}
+    counts: Counts = {name: PAPER_SIZES[name] if count is None else count for name, count in asked.items()}
+    beside = [Share(read(corpus.test_files), {"test": None})] if corpus.test_files else []
+    return [*beside, Share(pool, counts | {"train": corpus.train})]
+
+
+def _given_splits(corpus: CorpusSettings, role: str) -> list[tuple[tuple[str, ...], Counts]]:
+    if role == "source":
+        return [(corpus.dev_files, {"source_dev": corpus.dev}), (corpus.train_files, {"source_train": corpus.train})]
+    dev: Counts = {"dev": corpus.dev}
+    train: Counts = {"train": corpus.train}
+    micro_dev: Counts = {"micro_dev": corpus.micro_dev}
+    if not corpus.micro_dev_files:  # it is taken from the dev files, or else the train files
+        micro_dev = {"micro_dev": PAPER_SIZES["micro_dev"] if corpus.micro_dev is None else corpus.micro_dev}
+        dev, train = (micro_dev | dev, train) if corpus.dev_files else (dev, micro_dev | train)
+    counts = [{"test": corpus.test}, micro_dev, dev, train]
+    return list(
+        zip((corpus.test_files, corpus.micro_dev_files, corpus.dev_files, corpus.train_files), counts, strict=True)
+    )
+
+
+def _given_share(pool: Pool, counts: Counts, corpus: CorpusSettings) -> Share:
+    """Cap a micro-dev set that nobody sized at a third of the rows that were read, where another split needs them, too."""
+    asked = counts.get("micro_dev")
+    rest = [count for name, count in counts.items() if name != "micro_dev"]
+    if corpus.micro_dev is None and asked is not None and any(count != 0 for count in rest):
+        counts = {**counts, "micro_dev": min(asked, len(pool.records) // 3)}
+    return Share(pool, counts, tuple(counts))
+
+
+def _in_chat(wanted: bool | None, talks: bool, tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether prompts are put into the chat template: where nobody says, those of conversations are, if there is one."""
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if wanted is None and talks and not has_template:
+        logger.warning(
+            "the data are conversations, but the backbone has no chat template: a line break ends each of their turns; "
+            "an instruct model has a template"
+        )
+    return talks and has_template if wanted is None else wanted
+
+
+def _numbers_as_ids(shares: Mapping[str, Sequence[Share]]) -> int:
+    ids = [
+        {key for part in parts for record in part.pool.records for key in record.keys if key.startswith("id:")}
+        for parts in shares.values()
+    ]
+    common = set.intersection(*ids) if len(ids) > 1 else set()
+    return sum(key.removeprefix("id:").isdigit() for key in common)
+
+
 def cut(share: Share, groups: Mapping[str, str], fold: Fold, seed: int) -> list[Share]:
     """Cut a pool by whole groups into parts of about one size; return the part of a fold, for the test, and all the others.
 
     The parts hang on the pool, their number and the seed alone, so each record is in the part of one fold. What is left for
     training may be less than its count.
-
-    Raises:
-        DataError: there are fewer groups than folds.
     """
     members = by_group(sorted(share.pool.records, key=lambda record: record.id), groups)
     if fold.of > len(members):
@@ -170,9 +355,6 @@ def fill(
         generator: chooses the order of groups and records.
         tally: told what becomes of the records.
         label: name of the corpus, for messages.
-
-    Raises:
-        DataError: a split comes out too small.
     """
     pool, counts = share.pool, share.counts
     tally.read += len(pool.records)
@@ -223,14 +405,6 @@ def fill(
     return splits
 
 
-def by_group(records: Iterable[Record], groups: Mapping[str, str]) -> dict[str, list[Record]]:
-    """Return the records of each group, in their order."""
-    members: dict[str, list[Record]] = {}
-    for record in records:
-        members.setdefault(groups[next(iter(record.keys))], []).append(record)
-    return members
-
-
 def measure(examples: Sequence[Example]) -> SplitSize:
     """Measure a split."""
 
@@ -256,7 +430,7 @@ def _shortage(
     max_tokens: int,
     tally: Tally,
 ) -> str:
-    if not kept and tally.too_long and tally.shortest_tokens is not None and tally.shortest_tokens > max_tokens:
+    if not kept and tally.too_long and (tally.shortest_tokens or 0) > max_tokens:
         return (
             f"{label}: all {tally.too_long} examples are longer than max_tokens {max_tokens}; the shortest has "
             f"{tally.shortest_tokens} tokens. Raise max_tokens, or set max_document_tokens to cut articles"
@@ -268,8 +442,7 @@ def _shortage(
         f"available: of {tally.read} read, {tally.too_long} are longer than max_tokens {max_tokens}, "
         f"{tally.answers_cut_away} lost their answer to max_document_tokens and {tally.excluded_for_leak} share a group "
         f"with held-out target examples; {name} got {len(splits[name])}. Each split takes whole groups. Lower "
-        f"{' or '.join(split for split, count in counts.items() if count)}, raise max_tokens, cut documents with "
-        "max_document_tokens, or add files"
+        f"{' or '.join(split for split, count in counts.items() if count)}, raise max_tokens or add files"
     )
 
 
@@ -304,49 +477,14 @@ def assign(groups: Sequence[Sequence[Member]], counts: Counts, spread: Sequence[
     return splits
 
 
-def join_groups(key_sets: Iterable[frozenset[str]]) -> dict[str, str]:
-    """Join keys that stand together in a record, over all records: key -> name of its connected component.
-
-    Parallel corpora are joined through shared ids, and paragraphs of an article through its title. The name is the
-    hash of one of the component's texts, so it does not depend on where the files lie.
-
-    >>> names = join_groups([frozenset({"id:1", "text:b"}), frozenset({"id:1", "text:a"}), frozenset({"text:c"})])
-    >>> names["text:b"], names["text:c"]
-    ('a', 'c')
-    """
-    parent: dict[str, str] = {}
-
-    def find(key: str) -> str:
-        parent.setdefault(key, key)
-        while parent[key] != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
-
-    for keys in key_sets:
-        first, *others = keys
-        root = find(first)
-        for key in others:
-            parent[find(key)] = root
-    names: dict[str, str] = {}
-    for key in sorted(key for key in parent if key.startswith("text:")):
-        names.setdefault(find(key), key.removeprefix("text:"))
-    return {key: names[find(key)] for key in parent}
-
-
 def check_disjoint(splits: Splits) -> None:
     """Check that no two splits share an id, a prompt or a group, where sharing would leak.
 
     Target splits and source splits are compared among themselves, and each source split with the target's test, dev
     and micro-dev. The source may share groups with the target's train split: translations of it are fair training data.
-
-    Raises:
-        DataError: the counts of each pair that overlaps, or of ids that stand twice in one split.
     """
     contents: dict[str, tuple[set[str], dict[str, str], set[str]]] = {}
-    problems: list[str] = []
-    ids_alone = False
-    alike = ""
+    problems, hint = [], ""
     for name in SPLITS:
         examples: tuple[Example, ...] = getattr(splits, name)
         ids = {example.id for example in examples}
@@ -357,22 +495,50 @@ def check_disjoint(splits: Splits) -> None:
     pairs = [*combinations(("train", *reversed(HELD_OUT)), 2), ("source_train", "source_dev")]
     pairs += [(source, name) for source in ("source_train", "source_dev") for name in HELD_OUT]
     for first, second in pairs:
-        shared = [len(set(a) & set(b)) for a, b in zip(contents[first], contents[second], strict=True)]
-        if any(shared):
-            ids_alone |= shared[0] > 0 and not shared[1]
-            ours, theirs = contents[first][1], contents[second][1]
-            if (both := next((prompt for prompt in ours if prompt in theirs), None)) is not None and not shared[2]:
-                alike = (
-                    f"; the prompts of {quoted(ours[both])} and {quoted(theirs[both])} are the same, as the model sees them "
-                    "(after data.max_document_tokens and the template); remove one, or let them differ there"
+        common = [set(a) & set(b) for a, b in zip(contents[first], contents[second], strict=True)]
+        if any(common):
+            ids, alike, groups = common
+            problems.append(f"{first} and {second} share {len(ids)} ids, {len(alike)} prompts and {len(groups)} groups")
+            if ids and not alike:
+                hint = "; where ids only number the rows of each file, rename that column"
+            if alike and not groups:
+                ours, theirs = (quoted(contents[name][1][min(alike)]) for name in (first, second))
+                hint = (
+                    f"; the prompts of {ours} and {theirs} are the same, as the model sees them (after cuts and "
+                    "the template); remove one, or let them differ there"
                 )
-            problems.append(f"{first} and {second} share {shared[0]} ids, {shared[1]} prompts and {shared[2]} groups")
     if problems:
-        numbers = "; where ids only number the rows of each file, rename that column" if ids_alone else ""
         raise DataError(
             f"splits overlap: {'; '.join(problems)}. A group joins records with the same id, context, document or "
-            f"article; remove the shared ones from a file, or give one pool (files) and let it be split{numbers}{alike}"
+            f"article; remove the shared ones from a file, or give one pool (files) and let it be split{hint}"
         )
+
+
+def count_labels(given: Sequence[str], splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]:
+    """Return each label that can be chosen, and how often it stands in each split; the source's may have others.
+
+    Args:
+        given: the recipe's labels; none to take those of the split `train`.
+        splits: examples by split.
+    """
+    found = {name: Counter(example.references[0] for example in examples) for name, examples in splits.items()}
+    where = "data.labels" if given else "the training rows of the target"
+    labels = check_labels(given or found["train"], where)
+    known = {same_label(label): label for label in labels}
+    for name, examples in splits.items():
+        for example in examples:
+            label = example.references[0]
+            meant = known.get(same_label(label))
+            if label not in labels and (meant or not name.startswith("source")):
+                advice = f"write it as {quoted(meant)}" if meant else "correct it, or name every label in data.labels"
+                raise DataError(
+                    f"the {name} example {quoted(example.id)} has the label {quoted(label)}, which is not among those of {where} "
+                    f"({listed(labels)}); {advice}"
+                )
+    for name, loss in (("train", "nothing is learned of it"), ("test", "the scores say nothing of it")):
+        if missing := [label for label in labels if splits[name] and not found[name][label]]:
+            logger.warning("no %s row has the label %s: %s", name, listed(missing), loss)
+    return {label: {name: counts[label] for name, counts in found.items()} for label in labels}
 
 
 def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:

@@ -98,11 +98,7 @@ def options_of(template: str) -> list[str]:
 
 
 def task_fields(task: str) -> Task:
-    """Return a task by its name.
-
-    Raises:
-        DataError: there is none.
-    """
+    """Return a task by its name."""
     if task not in TASKS:
         raise DataError(f"there is no task {task!r}; allowed: {', '.join(TASKS)}")
     return TASKS[task]
@@ -125,9 +121,6 @@ def resolve_template(
         prompt, completion: templates to use in place of the built-in ones.
         chat: the completion is a whole assistant turn, so the built-in one is the bare answer, also where it is written out, as
             `init` does.
-
-    Raises:
-        DataError: no such task, or a template names an unknown field or has stray braces.
     """
     fields = task_fields(task)
     built_in = built_in_template(task, language)
@@ -152,11 +145,7 @@ def resolve_template(
 
 
 def check_template(kind: str, template: str, allowed: Sequence[str]) -> None:
-    """Refuse a template that names no field, or anything but plain `{field}` of the allowed ones.
-
-    Raises:
-        DataError: the message lists the allowed fields.
-    """
+    """Refuse a template that names no field, or anything but plain `{field}` of the allowed ones."""
     choices = ", ".join("{" + field + "}" for field in allowed)
     try:
         names = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]

@@ -6,8 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from grasp_lora.data.files import NotShown
-from grasp_lora.data.tables import NoText, Table
+from grasp_lora.data.files import Table
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.storage.files import write_whole
 from grasp_lora.text.display import quoted
@@ -49,20 +48,11 @@ def write_rows(output: Path, rows: Rows) -> None:
         RecipeError: it cannot be written.
     """
     try:
-        write_whole(output, _WRITERS[output.suffix.lower()]([_written(row) for row in rows]))
+        write_whole(output, _WRITERS[output.suffix.lower()](rows))
     except OSError as error:
         raise RecipeError(
             f"{output} cannot be written ({error.strerror}); choose another file with --output"
         ) from error
-
-
-def _written(row: Mapping[str, object]) -> dict[str, object]:
-    """A row with the values of its cells; one that has none, such as a formula that was never computed, stays empty."""
-    return {name: _value(cell) if isinstance(cell, NoText) else cell for name, cell in row.items()}
-
-
-def _value(cell: NoText) -> str:
-    return cell.written if isinstance(cell, NotShown) else ""
 
 
 def _as_jsonl(rows: Rows) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from grasp_lora.data.places import resolve_file
+from grasp_lora.data.files import resolve_file
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.data.tasks import task_fields
 from grasp_lora.engine.session import Session

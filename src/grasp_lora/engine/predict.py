@@ -10,14 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grasp_lora.data.cells import clean_text
-from grasp_lora.data.chat import check_has_template
-from grasp_lora.data.conversations import SPEAKERS, Message
-from grasp_lora.data.encode import Encoder, Tally, begin_of_chat, prompt_ids
-from grasp_lora.data.files import READERS, read_file
-from grasp_lora.data.labels import encode_labels
-from grasp_lora.data.records import XLSUM_COLUMNS, Record, make_pool
-from grasp_lora.data.tables import Row, Table
+from grasp_lora.data.encode import Encoder, Tally, begin_of_chat, check_has_template, encode_labels, prompt_ids
+from grasp_lora.data.files import READERS, Row, Table, read_file
+from grasp_lora.data.records import SPEAKERS, XLSUM_COLUMNS, Message, Record, clean_text, make_pool
 from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_template, fields_of, options_of, task_fields
 from grasp_lora.engine.answered import PREDICTION, check_output, check_unanswered, write_rows
 from grasp_lora.engine.run_folder import ADAPTER_FOLDER

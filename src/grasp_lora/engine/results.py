@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from grasp_lora.data.encode import Example
 from grasp_lora.errors import AdapterError, RecipeError
-from grasp_lora.evaluation.outputs import MetricScore
+from grasp_lora.evaluation.answers import MetricScore
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.storage.files import write_json

@@ -5,13 +5,12 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-from grasp_lora.data.build import build_splits
 from grasp_lora.data.encode import Example
-from grasp_lora.data.splits import Fold, Splits
+from grasp_lora.data.splits import Fold, Splits, build_splits
 from grasp_lora.data.tasks import task_fields
 from grasp_lora.engine.progress import Progress
+from grasp_lora.evaluation.answers import MetricScore
 from grasp_lora.evaluation.metrics import Metric, resolve_metrics, score
-from grasp_lora.evaluation.outputs import MetricScore
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import Backbone, load_backbone

@@ -1,13 +1,26 @@
-"""Exact match and token F1 of answers, by the rules of MLQA."""
+"""What metrics take and give, and those of short answers: exact match and token F1 by the rules of MLQA, accuracy and macro-F1.
+
+A metric is a function from `Outputs`, what a model wrote and should have written, to a `MetricScore`: a number for the whole set,
+100 at best, one for each example, and a signature that says how to compute it again.
+"""
 
 import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
 
-from grasp_lora.evaluation.outputs import MetricScore, Outputs, score_of_fractions
+from grasp_lora.errors import DataError
 from grasp_lora.text.characters import DOTTED, INVISIBLE, JOINERS, bare_words, lowered, space_words, split_unspaced
+from grasp_lora.text.languages import language_code
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_DECIMALS = 4  # of a percentage: what float32 leaves over batches of different shapes
 
 # What MLQA counts as an article, as a pattern on text without punctuation; None: no articles. The Arabic one
 # has no word boundary, so it also cuts "ال" out of the middle of a word: the official rule has that effect.
@@ -22,6 +35,177 @@ _ARTICLES: dict[str, str | None] = {
 }
 MLQA_LANGUAGES = frozenset(_ARTICLES)  # whose rules stay as they are
 _MLQA_CHINESE = re.compile("[\u4e00-\u9fa5]")
+
+
+@dataclass(frozen=True)
+class MetricScore:
+    """One metric on one set of outputs.
+
+    Args:
+        name: the metric, a key of `resolve_metrics`.
+        value: the score of the whole set, higher is better: 0 to 100, save for similarities (down to -100, a rescaled BERTScore
+            lower) and metrics of a user's own.
+            None where the metric is not available here; the signature then says why.
+        signature: how it was computed, as `key:value` pairs between bars.
+        per_example: one score per output, in their order; empty where `value` is None. `value` is their mean, except for
+            BLEU, chrF++ and macro-F1, which are scores of the whole set.
+        statistics: of a score that is no mean, one row of counts per output, from whose sums `Metric.from_statistics` computes
+            it; empty for a mean.
+    """
+
+    name: str
+    value: float | None
+    signature: str
+    per_example: tuple[float, ...]
+    statistics: tuple[tuple[float, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model wrote and what it should have written; checked on construction.
+
+    Args:
+        predictions: one text per example; may be empty texts.
+        references: one or more good texts per example.
+        language: code of the language of the texts, such as `ar` or `zh-CN`; see `language_code`.
+        labels: of a classification, all that can be chosen; a score of labels has its statistics for each of them, so that those
+            of several sets can be added up.
+
+    Raises:
+        DataError: there is nothing to score, an example has no references, or the language is no code.
+    """
+
+    predictions: Sequence[str]
+    references: Sequence[Sequence[str]]
+    language: str
+    labels: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        language_code(self.language)
+        if not self.predictions or len(self.predictions) != len(self.references) or not all(self.references):
+            raise DataError(
+                f"{len(self.predictions)} predictions came with {len(self.references)} lists of references; give at least one "
+                "prediction, and for each a list of at least one reference"
+            )
+
+    @property
+    def language_code(self) -> str:
+        """The language without region or script, in lower case: `zh` for `zh-CN`."""
+        return language_code(self.language)
+
+    @property
+    def reference_count(self) -> str:
+        """How many references an example has: a number, or `var` where it differs."""
+        counts = {len(references) for references in self.references}
+        return str(counts.pop()) if len(counts) == 1 else "var"
+
+
+def sign(**parts: str) -> str:
+    """Join the parts of a signature.
+
+    >>> sign(case="lc", stem="no")
+    'case:lc|stem:no'
+    """
+    return "|".join(f"{key}:{value}" for key, value in parts.items())
+
+
+def score_of_fractions(name: str, outputs: Outputs, fractions: Sequence[float], **parts: str) -> MetricScore:
+    """Score the mean of one fraction an output, each that of its best reference; `parts` end the signature.
+
+    The mean is rounded as the official MLQA script rounds it.
+    """
+    # Added up one by one and divided last: sum() rounds differently from Python 3.12 on, and the value has to agree to
+    # the last bit.
+    total = 0.0
+    for value in fractions:
+        total += value
+    per_example = tuple(100.0 * value for value in fractions)
+    return MetricScore(name, 100.0 * total / len(fractions), _best_of(outputs, parts), per_example)
+
+
+def score_of_similarities(
+    name: str, outputs: Outputs, compare: Callable[[list[str], list[str]], Sequence[float]], **parts: str
+) -> MetricScore:
+    """Score the mean similarity of each prediction to its best reference; `parts` end the signature.
+
+    Args:
+        compare: from texts and as many others to the similarity of each pair, at most 1; it gets no blank texts, which score 0.
+    """
+    counts = [len(references) for references in outputs.references]
+    predictions = [text for text, count in zip(outputs.predictions, counts, strict=True) for _ in range(count)]
+    pairs = list(zip(predictions, (text for texts in outputs.references for text in texts), strict=True))
+    similarities = [0.0] * len(pairs)
+    if rows := [row for row, pair in enumerate(pairs) if not any(map(_is_blank, pair))]:
+        values = compare([pairs[row][0] for row in rows], [pairs[row][1] for row in rows])
+        for row, value in zip(rows, values, strict=True):
+            similarities[row] = value
+    left = iter(similarities)
+    best = tuple(round(min(100.0, 100.0 * max(islice(left, count))), _DECIMALS) for count in counts)
+    return MetricScore(name, sum(best) / len(best), _best_of(outputs, parts), best)
+
+
+def _best_of(outputs: Outputs, parts: dict[str, str]) -> str:
+    return sign(nrefs=outputs.reference_count, refs="best", **parts)
+
+
+def _is_blank(text: str) -> bool:
+    return all(unicodedata.category(character)[0] in "CZ" for character in text)
+
+
+def accuracy(outputs: Outputs) -> MetricScore:
+    """Score 100 where the prediction is one of the references, letter by letter, else 0."""
+    return score_of_fractions("accuracy", outputs, list(map(float, _hits(outputs))), match="text")
+
+
+def macro_f1(outputs: Outputs) -> MetricScore:
+    """Score the mean over labels of each label's F1: 2 * right / (predicted + true).
+
+    The labels that count are those that occur in the references. A prediction that is none of them is wrong, and has no F1 of its
+    own. Of several references the predicted one counts, or else the first. `per_example` is that of `accuracy`; the statistics
+    are, of each label, whether the example is right, predicted and true.
+
+    Source: scikit-learn's `f1_score(average="macro")` with the labels of the references.
+    """
+    labels = sorted({*outputs.labels, *(reference for references in outputs.references for reference in references)})
+    hits = _hits(outputs)
+    rows = []
+    for prediction, references, hit in zip(outputs.predictions, outputs.references, hits, strict=True):
+        true = prediction if hit else references[0]
+        cells = ((label == prediction == true, label == prediction, label == true) for label in labels)
+        rows.append(tuple(float(cell) for triple in cells for cell in triple))
+    return MetricScore(
+        "macro_f1",
+        _macro([sum(column) for column in zip(*rows, strict=True)]),
+        sign(nrefs=outputs.reference_count, match="text", labels="in_references", average="macro"),
+        tuple(100.0 * hit for hit in hits),
+        tuple(rows),
+    )
+
+
+def _macro(sums: list[float]) -> float:
+    import torch
+
+    return float(macro_f1_from_statistics(torch.tensor(sums, dtype=torch.float64)))
+
+
+def macro_f1_from_statistics(sums: "Tensor") -> "Tensor":
+    """Compute many macro-F1 scores at once, each over the labels that its examples have.
+
+    Args:
+        sums: the `statistics` of `macro_f1` added up over examples [..., 3 * labels].
+
+    Returns:
+        Scores in [0, 100], of shape [...].
+    """
+    right, predicted, true = sums.reshape(*sums.shape[:-1], -1, 3).unbind(-1)
+    present = true > 0
+    scores = 2.0 * right / (predicted + true).clamp(min=1.0)
+    return 100.0 * (scores * present).sum(dim=-1) / present.sum(dim=-1)
+
+
+def _hits(outputs: Outputs) -> list[bool]:
+    pairs = zip(outputs.predictions, outputs.references, strict=True)
+    return [prediction in references for prediction, references in pairs]
 
 
 def answer_tokens(text: str, language: str) -> list[str]:
@@ -61,9 +245,9 @@ def taken_for_one(answers: Iterable[str], language: str) -> tuple[str, str] | No
     """
     seen: dict[tuple[str, ...], str] = {(): ""}
     for answer in answers:
-        other = seen.setdefault(tuple(answer_tokens(answer, language)), answer)
-        if _words(other) != _words(answer):
-            return other, answer
+        before = seen.setdefault(tuple(answer_tokens(answer, language)), answer)
+        if _words(before) != _words(answer):
+            return before, answer
     return None
 
 

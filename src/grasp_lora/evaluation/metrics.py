@@ -8,16 +8,29 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.evaluation.answers import exact_match, token_f1
-from grasp_lora.evaluation.bertscore import BertScoreSettings, bertscore, lack_of_bertscore
-from grasp_lora.evaluation.labels import accuracy, macro_f1, macro_f1_from_statistics
-from grasp_lora.evaluation.outputs import MetricScore, Outputs, sign
+from grasp_lora.evaluation.answers import (
+    MetricScore,
+    Outputs,
+    accuracy,
+    exact_match,
+    macro_f1,
+    macro_f1_from_statistics,
+    sign,
+    token_f1,
+)
+from grasp_lora.evaluation.extras import (
+    BertScoreSettings,
+    bertscore,
+    lack_of_bertscore,
+    lack_of_similarity,
+    lack_of_xlsum_rouge,
+    similarity,
+    xlsum_rouge,
+)
 from grasp_lora.evaluation.overlap import bleu, bleu_from_statistics, chrf, chrf_from_statistics, rouge
-from grasp_lora.evaluation.similarity import lack_of_similarity, similarity
-from grasp_lora.evaluation.xlsum import lack_of_xlsum_rouge, xlsum_rouge
 from grasp_lora.text.display import quoted
 from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import imported
@@ -94,7 +107,7 @@ def score(
     """Score predictions against their references with each metric.
 
     Args:
-        metrics: names, at least one, or what `resolve_metrics` made of them.
+        metrics: names, or what `resolve_metrics` made of them.
         predictions, references, language, labels: see `Outputs`. The best reference counts; BLEU pools them instead.
 
     Raises:
@@ -104,8 +117,6 @@ def score(
     >>> score(["f1"], ["the red house"], [["a house", "red"]], "en")["f1"].per_example
     (66.66666666666666,)
     """
-    if not metrics:
-        raise RecipeError(f"No metric was named: choose from {', '.join(METRICS)}.")
     chosen = metrics if isinstance(metrics, Mapping) else resolve_metrics(metrics)
     outputs = Outputs(predictions, references, language, labels)
     return {name: _compute(name, metric, outputs) for name, metric in chosen.items()}
@@ -134,14 +145,14 @@ def resolve_metrics(
 
 def _imported(name: str) -> Metric:
     try:
-        found = imported("metric", name, METRICS)
+        function = imported("metric", name, METRICS)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    if isinstance(found, Metric):
-        return found
-    if not callable(found):
-        raise RecipeError(f"metric {quoted(name)} is a {type(found).__name__}; name a function or a Metric")
-    return Metric(found, (found.__doc__ or name).strip().splitlines()[0])
+    if isinstance(function, Metric):
+        return function
+    if not callable(function):
+        raise RecipeError(f"metric {quoted(name)} is a {type(function).__name__}; name a function or a Metric")
+    return Metric(function, (function.__doc__ or name).strip().splitlines()[0])
 
 
 def _compute(name: str, metric: Metric, outputs: Outputs) -> MetricScore:
@@ -151,43 +162,27 @@ def _compute(name: str, metric: Metric, outputs: Outputs) -> MetricScore:
     result = metric.function(outputs)
     if name in METRICS:
         return result
+    if isinstance(result, MetricScore) and result.value is None:
+        return MetricScore(name, None, result.signature, ())
     if not isinstance(result, MetricScore):
         raise DataError(f"metric {name!r} gave a {type(result).__name__}; it must give a MetricScore")
-    examples = 0 if result.value is None else len(outputs.predictions)
-    for field in ("per_example", "statistics") if metric.from_statistics else ("per_example",):
-        if len(getattr(result, field)) != examples:
-            raise DataError(
-                f"metric {name!r} gave {len(getattr(result, field))} values as {field}; it must give {examples}, one for each "
-                "example, or none where its value is None"
-            )
-    if not result.signature:
-        raise DataError(f"metric {name!r} gave no signature; say in it how the score was computed")
-    number = partial(_plain_number, name)
-    value = None if result.value is None else number(result.value)
-    per_example = tuple(map(number, result.per_example))
-    if metric.from_statistics is None and value is not None:  # intervals and verdicts are those of the mean
-        mean = sum(per_example) / max(1, len(per_example))
+    rows = (result.per_example, *([result.statistics] if metric.from_statistics else []))
+    if not result.signature or any(len(values) != len(outputs.predictions) for values in rows):
+        raise DataError(
+            f"metric {name!r} gave {' and '.join(str(len(values)) for values in rows)} values for {len(outputs.predictions)} "
+            "examples, or no signature; it must give one for each example, and say in its signature how it was computed"
+        )
+    # Plain numbers, be they numpy's or of a tensor.
+    value, per_example = float(result.value or 0.0), tuple(map(float, result.per_example))
+    if not all(map(math.isfinite, (value, *per_example))):
+        raise DataError(f"metric {name!r} gave {value:g}; its value and those of the examples must be finite numbers")
+    if metric.from_statistics is None:  # intervals and verdicts are those of the mean
+        mean = sum(per_example) / len(per_example)
         if abs(value - mean) > _ROUNDED * max(1.0, *map(abs, per_example)):
             raise DataError(
                 f"metric {name!r} gave the value {value:g}, but its scores of the examples have the mean {mean:g}; give that as "
                 "the value, or name a Metric whose from_statistics computes the score of a whole test set"
             )
         value = mean
-    return replace(
-        result,
-        name=name,
-        value=value,
-        per_example=per_example,
-        statistics=tuple(tuple(map(number, row)) for row in result.statistics),
-    )
-
-
-def _plain_number(name: str, given: Any) -> float:
-    """Return a number of a user's metric as Python's own, be it numpy's or a tensor's."""
-    try:
-        plain = given.item()
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # a plain number, or several
-        plain = given
-    if isinstance(plain, bool) or not isinstance(plain, int | float) or not math.isfinite(plain):
-        raise DataError(f"metric {name!r} gave {given!r}; its value and those of the examples must be finite numbers")
-    return plain
+    statistics = tuple(tuple(map(float, row)) for row in result.statistics)
+    return replace(result, name=name, value=value, per_example=per_example, statistics=statistics)

@@ -59,9 +59,6 @@ class PairedComparison:
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
     """Return mean and sample standard deviation (n - 1); a single value has no deviation.
 
-    Raises:
-        DataError: there is no value.
-
     >>> mean_and_sd([1.0, 2.0, 3.0]), mean_and_sd([5.0])
     ((2.0, 1.0), (5.0, None))
     """

@@ -8,12 +8,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grasp_lora.data.cells import is_blank
-from grasp_lora.data.files import read_file
-from grasp_lora.data.labels import check_labels, check_records
-from grasp_lora.data.places import DEMO_PREFIX
-from grasp_lora.data.records import FIELDS, LAYOUTS, OPTIONAL_COLUMNS, Record, find_layout, make_pool
-from grasp_lora.data.tables import Table
+from grasp_lora.data.files import DEMO_PREFIX, Table, read_file
+from grasp_lora.data.records import (
+    FIELDS,
+    LAYOUTS,
+    OPTIONAL_COLUMNS,
+    Record,
+    check_labels,
+    find_layout,
+    is_blank,
+    make_pool,
+)
 from grasp_lora.data.tasks import TASKS
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import listed, quoted
@@ -174,7 +179,6 @@ def read_corpus(
     pool = make_pool([table], found, format, named, skip_unanswered=skip_unanswered)
     labels: tuple[str, ...] = ()
     if TASKS[found].chooses:
-        check_records(pool.records)
         labels = check_labels((record.answer for record in pool.records), name)
     return Corpus(written, found, format, named, pool.records, pool.unanswerable, sheet, labels)
 

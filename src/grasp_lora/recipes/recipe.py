@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from grasp_lora.data.settings import DataSettings
-from grasp_lora.evaluation.bertscore import BertScoreSettings
+from grasp_lora.evaluation.extras import BertScoreSettings
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings, Texts

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from grasp_lora.data.groups import by_group, join_groups, keys_with_turns
 from grasp_lora.data.records import Record
-from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES, assign, by_group, join_groups
-from grasp_lora.data.turns import keys_with_turns
+from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES, assign
 from grasp_lora.errors import DataError
 from grasp_lora.recipes.corpus import Corpus
 from grasp_lora.text.display import quoted

@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from grasp_lora.data.files import READERS
-from grasp_lora.data.labels import check_labels
-from grasp_lora.data.places import DEMO_PREFIX, resolve_file
+from grasp_lora.data.files import DEMO_PREFIX, READERS, resolve_file
+from grasp_lora.data.records import check_labels
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TASKS, TEMPLATES, built_in_template
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.presets import WITH_DEV, WITHOUT_DEV, preset

@@ -6,6 +6,7 @@ blocks whoever opens it.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,23 +47,20 @@ def _without_controls(text: str) -> str:
 Name = Annotated[str, Field(strict=True, max_length=MOST_NAME), AfterValidator(_without_controls)]
 
 
+# Of os.path, since those of pathlib raise where a folder on the way is closed.
 def is_file(path: Path) -> bool:
     """Tell whether a regular file (links are followed) can be found; what cannot even be looked at is none."""
-    return _is_kind(path, S_ISREG)
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def is_folder(path: Path) -> bool:
     """Tell whether a folder (links are followed) can be found; what cannot even be looked at is none."""
-    return _is_kind(path, S_ISDIR)
+    return os.path.isdir(path)  # noqa: PTH112
 
 
 def is_there(path: Path) -> bool:
     """Tell whether anything is at a place, be it a link to nowhere."""
-    try:
-        path.lstat()
-    except (OSError, ValueError):
-        return False
-    return True
+    return os.path.lexists(path)
 
 
 def expanded(path: str | Path) -> Path:
@@ -228,13 +226,6 @@ def about(subject: str) -> Iterator[None]:
         yield
     except RefusedError as error:
         raise RefusedError(f"{subject}: {error}", error.line) from error
-
-
-def _is_kind(path: Path, kind: Any) -> bool:
-    try:
-        return bool(kind(path.stat().st_mode))
-    except (OSError, ValueError):
-        return False
 
 
 def _levels(value: Any) -> int:

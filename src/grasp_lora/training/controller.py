@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from grasp_lora.data.build import check_encoding, encoding_of
+from grasp_lora.data.encode import check_encoding, encoding_of
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSettings, Ranking, named, of_prefix

@@ -193,7 +193,7 @@ def encoded_rows(
     rows: Sequence[Mapping[str, Any]], tokenizer: "PreTrainedTokenizerBase"
 ) -> tuple[Sequence[Encoded], int]:
     """Tokenise rows in TRL's prompt/completion convention; return the examples and the token id for padding."""
-    from grasp_lora.data.build import encode_rows
+    from grasp_lora.data.encode import encode_rows
 
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return encode_rows(rows, tokenizer), int(pad_id)
