@@ -21,10 +21,10 @@ from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.training import probes as probing
-from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.trainer import finetune
 
 RATIOS = (0.1, 0.5, 0.9)
 STEPS = 12

@@ -71,7 +71,7 @@ def load_everything() -> None:
     import grasp_lora.models.answers
     import grasp_lora.models.export
     import grasp_lora.recipes.starter
-    import grasp_lora.training.finetune  # noqa: F401
+    import grasp_lora.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch has no pool for the threads of a forked process

@@ -32,7 +32,7 @@ from grasp_lora.recipes.load import load_recipe
 from grasp_lora.report.pages import write_report
 from grasp_lora.storage.claims import LOCK_FILE, claim
 from grasp_lora.training.controller import GraspController, PrunedTraining
-from grasp_lora.training.finetune import BestOnDev
+from grasp_lora.training.trainer import BestOnDev
 
 SYSTEMS = ("zero_shot", "source", "target", "merged", "grasp")
 FILES = {

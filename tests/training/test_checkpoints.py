@@ -41,10 +41,10 @@ from grasp_lora.storage.checkpoints import (
 from grasp_lora.storage.files import cannot_write, clear_write_errors, write_whole
 from grasp_lora.training import trainer as trainer_module
 from grasp_lora.training.controller import GraspController
-from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.trainer import finetune
 
 PAD = 0
 

@@ -28,15 +28,15 @@ from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.storage.checkpoints import read_state
-from grasp_lora.training import finetune as finetune_module
 from grasp_lora.training import probes as probing
 from grasp_lora.training import pruned as pruned_module
+from grasp_lora.training import trainer as finetune_module
 from grasp_lora.training.controller import GraspController
-from grasp_lora.training.finetune import finetune
 from grasp_lora.training.loss import collate
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.trainer import finetune
 
 ARCHITECTURES = list(TARGETS)
 TRAINERS = ["ours", "transformers", "trl"]

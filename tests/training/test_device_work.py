@@ -16,10 +16,10 @@ from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import segments_of
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.training.controller import GraspController
-from grasp_lora.training.finetune import finetune
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.trainer import finetune
 
 EXAMPLES = make_examples(8, seed=3)
 STEPS = 8

@@ -79,14 +79,14 @@ from common_to_ranks import DEV, MICRO_DEV, MICRO_DEV_BUDGET, make_examples, ran
 from transformers import TrainerCallback, TrainingArguments
 
 from grasp_lora.method.masks import MaskSet, MaskSettings
-from grasp_lora.training import finetune as finetune_module
+from grasp_lora.training import trainer as finetune_module
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import live_pairs
 from grasp_lora.method.policy import Gaussian
 from grasp_lora.method.presets import Controller
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.training.controller import GraspController
-from grasp_lora.training.finetune import FineTuneTrainer, finetune
+from grasp_lora.training.trainer import FineTuneTrainer, finetune
 from grasp_lora.training.probes import NormCollector, ProbeSet, calibrate
 from grasp_lora.training.pruned import PrunedTraining
 from grasp_lora.training.settings import TrainingSettings

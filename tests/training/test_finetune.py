@@ -13,10 +13,10 @@ from grasp_lora.errors import DataError, GraspError, ProbeError
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import adapter_weights, live_pairs
 from grasp_lora.models.settings import LoraSettings
-from grasp_lora.training import finetune as finetune_module
-from grasp_lora.training.finetune import finetune
+from grasp_lora.training import trainer as finetune_module
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.trainer import finetune
 
 PAD = 0
 

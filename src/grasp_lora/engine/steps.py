@@ -52,7 +52,7 @@ from grasp_lora.training.probes import ProbeSet, probes_of
 from grasp_lora.training.settings import TrainingSettings
 
 if TYPE_CHECKING:  # it brings transformers' Trainer, which takes a second to import; who only checks does without
-    from grasp_lora.training.finetune import FineTuneResult
+    from grasp_lora.training.trainer import FineTuneResult
 
 # Part of what a step is found by: raise one when a change of the code changes the result of such steps.
 REVISIONS = {"training": 2, "controller": 2, "losses": 2, "answers": 2, "scores": 2}
@@ -303,7 +303,7 @@ class Steps:
         )
 
         def work(folder: Path) -> Trained:
-            from grasp_lora.training.finetune import finetune
+            from grasp_lora.training.trainer import finetune
 
             # Whatever is trained on target rows begins alike: it differs in what its name says alone.
             part = "source" if name == "source" else "target"
@@ -337,8 +337,8 @@ class Steps:
         )
 
         def work(folder: Path) -> Trained:
-            from grasp_lora.training.finetune import finetune
             from grasp_lora.training.pruned import PrunedTraining
+            from grasp_lora.training.trainer import finetune
 
             weights = start.weights
             if prune_ratio > 0.0:
@@ -386,7 +386,7 @@ class Steps:
     def control(self, merged: AdapterWeights, stage: ControllerStage, folder: Path) -> tuple[Learned, AdapterWeights]:
         """Run the controller, and return what it learned and the adapter as it left it."""
         from grasp_lora.training.controller import GraspController
-        from grasp_lora.training.finetune import finetune
+        from grasp_lora.training.trainer import finetune
 
         self._check_trained(merged)
         recipe, train = self.recipe, self.splits.train

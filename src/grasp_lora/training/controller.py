@@ -1,8 +1,18 @@
 """A Trainer callback that learns how far to prune a LoRA adapter while it trains.
 
-Every few optimizer steps `GraspController` runs a round: probe candidate ratios, tell the search, commit. It works in any
-transformers `Trainer` or TRL `SFTTrainer` whose model is a PEFT LoRA model. It decides nothing: ratios come from the search,
-masks from the mask set, and which mask is on when from the regime.
+Every few optimizer steps `GraspController` runs a round (`run_round`, one screen below):
+
+    baseline    the loss of each probed example under the mask of the current ratio, say 0.40
+    ask         the search gives candidate ratios, say 0.31 and 0.66
+    probe       the loss of the same examples under the mask of each; afterwards every weight is what it was
+    tell        the search takes all losses, and says whether the current ratio moves
+    commit      prune at the new ratio; what the mask takes is stashed, so that a lower ratio can give it back
+
+Two regimes say under which mask the steps between rounds train. `Held` (the paper): that of the current ratio. `EachStep` (preset
+`spread`, the default): each step under a ratio of its own, so that no ratio is favoured by what the network has healed around.
+
+It works in any transformers `Trainer` or TRL `SFTTrainer` whose model is a PEFT LoRA model. It decides nothing: ratios come from
+the search (`method.search`), masks from the mask set (`method.masks`).
 Paper: controller run.
 """
 
@@ -14,6 +24,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,17 +33,15 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from grasp_lora.data.encode import check_encoding, encoding_of
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
-from grasp_lora.method.masks import MaskSettings, Ranking, named, of_prefix
+from grasp_lora.method.masks import MaskSet, MaskSettings, Ranking, named, of_prefix, reset_moments
 from grasp_lora.method.policy import plain_policy
 from grasp_lora.method.presets import Controller, controller_settings, ratio_rule
 from grasp_lora.method.rounds import RatioEstimate, Round, RoundRecord
 from grasp_lora.method.search import RatioSearch
 from grasp_lora.storage.checkpoints import State
 from grasp_lora.storage.files import write_jsonl
-from grasp_lora.training.probes import ProbeSet, ProbesInTurn, checked_probes, encoded_rows, probes_of
+from grasp_lora.training.probes import ProbeSet, ProbesInTurn, calibrate, encoded_rows, probes_of
 from grasp_lora.training.pruned import PrunedTraining
-from grasp_lora.training.regimes import regime_of
-from grasp_lora.training.trackers import scalars_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,6 +53,73 @@ TIMINGS_FILE = "timings.jsonl"
 PLACES = "places."  # begins the names of the tensors in a checkpoint that hold the order of importance
 
 
+class Held:
+    """The mask of the current ratio is on between rounds; each round ranks the weights anew.
+
+    Attributes:
+        order: the order of importance of the whole run, where there is one.
+    """
+
+    order: Ranking | None = None
+
+    def begin(self, masks: MaskSet) -> None:
+        """Take up a training that starts at its beginning."""
+
+    def before_step(self, masks: MaskSet, search: RatioSearch, step: int) -> None:
+        """Put on the mask under which optimizer step `step` (from 0) trains: it is on already."""
+
+    def rest(self, masks: MaskSet, search: RatioSearch) -> None:
+        """Put on the mask of the current ratio, for a round, an evaluation or a checkpoint, and at the end: it is on already."""
+
+    def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Ranking]:
+        """Measure the losses under the mask that is on, and rank the weights as they are now, for the masks of the round."""
+        losses = calibrate(model, masks, probes) or probes.losses(model)
+        return losses, masks.rank()
+
+    def is_baseline(self, ratio: float, current_ratio: float) -> bool:
+        """Whether a candidate's mask is the one of the baseline: never, since that may be of an older order."""
+        return False
+
+    def commit(self, masks: MaskSet, ratio: float, order: Ranking, optimizer: torch.optim.Optimizer | None) -> None:
+        """Prune at a new current ratio, and let the optimizer forget what it knew of newly masked weights."""
+        masks.commit(ratio, order)
+        if optimizer is not None:
+            reset_moments(optimizer, masks.weights, masks.newly_masked)
+
+
+class EachStep(Held):
+    """A mask for each step. The weights are ranked once, before training, so that all masks nest."""
+
+    order: Ranking
+
+    def begin(self, masks: MaskSet) -> None:
+        """Rank the weights once."""
+        self.order = masks.rank()
+
+    def before_step(self, masks: MaskSet, search: RatioSearch, step: int) -> None:
+        """Prune at the ratio of the step."""
+        masks.commit(search.training_ratio(step), self.order)
+
+    def rest(self, masks: MaskSet, search: RatioSearch) -> None:
+        """Prune at the current ratio in place of the last step's."""
+        masks.commit(search.current_ratio, self.order)
+
+    def measure_baseline(self, model: torch.nn.Module, masks: MaskSet, probes: ProbeSet) -> tuple[list[float], Ranking]:
+        """Measure; the order is that of the run."""
+        return probes.losses(model), self.order
+
+    def is_baseline(self, ratio: float, current_ratio: float) -> bool:
+        """Equal ratios have equal masks."""
+        return ratio == current_ratio
+
+    def commit(self, masks: MaskSet, ratio: float, order: Ranking, optimizer: torch.optim.Optimizer | None) -> None:
+        """Prune; a weight that comes and goes keeps its moments."""
+        masks.commit(ratio, order)
+
+
+REGIMES: dict[str, type[Held]] = {"held": Held, "each_step": EachStep}
+
+
 class GraspController(PrunedTraining):
     """Learn one global prune ratio while an adapter trains.
 
@@ -52,7 +128,7 @@ class GraspController(PrunedTraining):
             pool of which rounds take a few in turn (`ProbesInTurn`; `from_rows` makes one where the rounds ask for it).
         settings: policy, rounds and rule; None takes preset `spread`.
         mask: the score.
-        segments: module name -> origin of its rank-one components, each pruned by itself.
+        segments: module name -> origin of its rank-one components, as `segments_of` gives it.
         folder: where `rounds.jsonl` and `timings.jsonl` go; None writes no files.
         on_round: called with each round's record, for a progress display.
 
@@ -72,8 +148,12 @@ class GraspController(PrunedTraining):
         folder: Path | None = None,
         on_round: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
+        if not isinstance(micro_dev, ProbeSet | ProbesInTurn):
+            raise ValueError(
+                f"micro_dev is a {type(micro_dev).__name__}; give a ProbeSet, or rows to GraspController.from_rows"
+            )
         self.settings = controller_settings(settings)
-        self.micro_dev = checked_probes(micro_dev)
+        self.micro_dev = micro_dev
         self.folder = None if folder is None else Path(folder)
         self._log: Callable[[dict[str, float]], None] | None = None
         self._encoding: tuple[object, object] | None = None  # of the rows; a tokenizer may be changed in place
@@ -115,6 +195,10 @@ class GraspController(PrunedTraining):
         """
         return self.search.best_ratio()
 
+    def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the rounds and their timings, as `rounds.jsonl` and `timings.jsonl` hold them."""
+        return self._rows[ROUNDS_FILE], self._rows[TIMINGS_FILE]
+
     def add_to(self, trainer: Trainer) -> "GraspController":
         """Register with a trainer, so that its trackers receive the ratio, the deviation and the rewards too.
 
@@ -127,16 +211,6 @@ class GraspController(PrunedTraining):
         self._log = functools.partial(Trainer.log, trainer)
         return self
 
-    @property
-    def _most_pruned(self) -> float:
-        return self.settings.policy.ratio_max
-
-    def _start_anew(self) -> None:
-        self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
-        self.regime = regime_of(self.settings.policy)
-        self.prune_ratio = self.search.current_ratio
-        self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
-
     # One round
 
     def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> RoundRecord:
@@ -146,6 +220,7 @@ class GraspController(PrunedTraining):
             ProbeError: a loss is not a finite number.
         """
         masks, search, number = self.masks, self.search, len(self.search.history)
+        # Candidates are compared on the few examples whose turn it is. Where rounds are compared, too, the baseline needs all.
         few = self.micro_dev.at(number)
         compared = self.settings.compares_rounds
         whole, places = (self.micro_dev.whole, self.micro_dev.places(number)) if compared else (few, None)
@@ -190,22 +265,10 @@ class GraspController(PrunedTraining):
         if self._masks is not None:  # a training of this controller's has begun before
             self._start_anew()
         super().on_train_begin(args, state, control, **kwargs)
-        if self.regime.order is None:
+        if not state.global_step:
             self.regime.begin(self.masks)
         self._write_records(state)
         self._round_end = time.perf_counter()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Where the trainer has put the best checkpoint back, go back to its rounds, too."""
-        measured = len(self.search.history)
-        super().on_train_end(args, state, control, **kwargs)
-        if later := measured - len(self.search.history):
-            logger.warning(
-                "the weights are those of %s; %d later rounds do not count", state.best_model_checkpoint, later
-            )
-            self._write_records(state)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -229,6 +292,18 @@ class GraspController(PrunedTraining):
     ) -> None:
         """Leave the adapter as it should be evaluated and saved, and as it stays where training ends here."""
         self.regime.rest(self.masks, self.search)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Where the trainer has put the best checkpoint back, go back to its rounds, too."""
+        measured = len(self.search.history)
+        super().on_train_end(args, state, control, **kwargs)
+        if later := measured - len(self.search.history):
+            logger.warning(
+                "the weights are those of %s; %d later rounds do not count", state.best_model_checkpoint, later
+            )
+            self._write_records(state)
 
     @property
     def _settled(self) -> bool:
@@ -275,19 +350,14 @@ class GraspController(PrunedTraining):
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def rows(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Return the rounds and their timings, as `rounds.jsonl` and `timings.jsonl` hold them."""
-        return self._rows[ROUNDS_FILE], self._rows[TIMINGS_FILE]
-
     # Checkpoints
 
     def state(self) -> State:
         """Return masks, settings and rounds; the search follows from the rounds."""
         values, tensors = super().state()
-        values |= {**self._searched_by(), "rows": self._rows, "probed": self._probed()}
         if self.regime.order is not None:
             tensors |= named(PLACES, self.regime.order.by_factor())
-        return values, tensors
+        return values | {"rows": self._rows}, tensors
 
     def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         """Take up a state of the same settings: the search is told its rounds again.
@@ -295,49 +365,58 @@ class GraspController(PrunedTraining):
         Raises:
             GraspError: the state does not fit.
         """
-        own = self._searched_by()
-        told = {"rounds": own["rounds"], **values}  # checkpoints of earlier versions do not say them
-        if any(told.get(name) != own[name] for name in own):
-            raise GraspError(
-                "training resumes with other settings of policy or rounds than it began with; give it the same, or start anew"
-            )
-        if values.get("probed", self._probed()) != self._probed():  # checkpoints of earlier versions do not say
-            raise GraspError(
-                "training resumes with other probed rows than it began with, in other tokens (another tokenizer or template), or "
-                "with another number of them in a round; give it the same, or start anew"
-            )
         super().restore(values, tensors)
         self._start_anew()
         self._rows = values["rows"]
         for row in self._rows[ROUNDS_FILE]:
-            self._tell_again(row)
+            decision = self.search.tell(Round.from_json(row))
+            if (self.search.mean, self.search.std, decision.ratio) != (
+                row["policy_mean"],
+                row["policy_std"],
+                row["ratio"],
+            ):
+                raise GraspError(
+                    f"round {row['round']} of the checkpoint led to ratio {row['ratio']}, but told again it leads to "
+                    f"{decision.ratio}; resume with the versions and on the kind of machine it began with, or start anew"
+                )
         if places := of_prefix(PLACES, tensors):
             self.regime.order = self.masks.ranking_of(places)
         self.prune_ratio = self.search.current_ratio
 
-    def _tell_again(self, row: Mapping[str, Any]) -> None:
-        decision = self.search.tell(Round.from_json(row))
-        found = (self.search.mean, self.search.std, decision.ratio)
-        if found != (row["policy_mean"], row["policy_std"], row["ratio"]):
-            raise GraspError(
-                f"round {row['round']} of the checkpoint led to ratio {row['ratio']}, but told again it leads to "
-                f"{decision.ratio}; resume with the versions and on the kind of machine it began with, or start anew"
-            )
+    @property
+    def _most_pruned(self) -> float:
+        return self.settings.policy.ratio_max
 
-    def _masked_by(self) -> dict[str, Any]:
-        found = super()._masked_by()
-        del found["prune_ratio"]
-        return found
+    def _start_anew(self) -> None:
+        self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
+        self.regime = REGIMES[self.settings.policy.regime]()
+        self.prune_ratio = self.search.current_ratio
+        self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
 
-    def _probed(self) -> str:
-        """What rounds measure: their losses are compared with each other."""
-        return f"{self.micro_dev.whole.fingerprint()}, {len(self.micro_dev.at(0))} in a round"
+    def _decided_by(self) -> dict[str, Any]:
+        """What decides masks and search: not the ratio, which is learned, but the probed rows, whose losses are compared."""
+        policy = {f"policy.{name}": value for name, value in plain_policy(self.settings.policy).items()}
+        rounds = {f"rounds.{name}": value for name, value in asdict(self.settings.rounds).items()}
+        probed = f"{self.micro_dev.whole.fingerprint()}, {len(self.micro_dev.at(0))} in a round"
+        more = {"rule": ratio_rule(self.settings.rule).name, "probed rows of hash": probed}
+        return (
+            {name: value for name, value in super()._decided_by().items() if name != "prune_ratio"}
+            | policy
+            | rounds
+            | more
+        )
 
-    def _searched_by(self) -> dict[str, Any]:
-        """What decides the search, as it comes back from JSON."""
-        rule = ratio_rule(self.settings.rule).name
-        policy, rounds = plain_policy(self.settings.policy), asdict(self.settings.rounds)
-        return dict(json.loads(json.dumps({"policy": policy, "rule": rule, "rounds": rounds})))
+
+def scalars_of(measured: RoundRecord) -> dict[str, float]:
+    """Return a round's scalars, as trackers take them."""
+    return {
+        "grasp/prune_ratio": measured["ratio"],
+        "grasp/policy_mean": measured["policy_mean"],
+        "grasp/policy_std": measured["policy_std"],
+        "grasp/best_reward": max(measured["rewards"]),
+        "grasp/micro_dev_loss": fmean(measured["baseline_losses"]),
+        "grasp/measured_sparsity": measured["measured_sparsity"],
+    }
 
 
 def _steps_per_epoch(args: TrainingArguments, batches: Any) -> int:

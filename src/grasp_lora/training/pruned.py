@@ -1,31 +1,129 @@
-"""A Trainer callback that keeps a LoRA adapter pruned at a fixed ratio: the final run. Paper: final run."""
+"""A Trainer callback that keeps a LoRA adapter pruned at a fixed ratio: the final run. Paper: final run.
+
+What happens when, in any Trainer:
+
+    on_train_begin           prune at the ratio, or take up the masks of the checkpoint that training resumes from
+    on_pre_optimizer_step    mode `hold`: masked weights get no gradient, so that their moments stay zero
+    on_optimizer_step        put the mask back on (`hold`), or choose it anew (`reselect`)
+    on_save                  masks and stash go beside the checkpoint of the Trainer
+
+`GraspController` is this callback with a ratio that moves.
+"""
 
 import hashlib
 import json
 import logging
+from abc import abstractmethod
 from collections.abc import Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.masks import MASK_MODES, MaskSet, MaskSettings
-from grasp_lora.method.rounds import RatioEstimate
-from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_pairs
-from grasp_lora.storage.checkpoints import State, read_state
+from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_factors, live_pairs
+from grasp_lora.storage.checkpoints import State, checkpoint_at, read_state, write_state
 from grasp_lora.text.display import quoted
-from grasp_lora.training.gradients import GradientCheck
 from grasp_lora.training.probes import ProbeSet, calibrate
-from grasp_lora.training.saved import SavedInCheckpoints
 
 logger = logging.getLogger(__name__)
 
 _UNDER_MASKS = "_grasp_lora_under_masks"  # marks a live weight that has been trained so
 _MOST_ZEROS = 0.05
+
+
+class SavedInCheckpoints(TrainerCallback):
+    """A callback whose state is saved with any Trainer's checkpoints and taken up again when training resumes from one.
+
+    A subclass names its files, gives its state, and asks for `saved_state` when training begins.
+    """
+
+    state_name: str
+
+    @abstractmethod
+    def state(self) -> State:
+        """Return everything that a resume needs and the Trainer does not save."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put the state beside what the Trainer has just saved."""
+        if state.is_hyper_param_search:  # its checkpoints lie elsewhere, and it never resumes
+            return
+        content = self.state()  # on every process: it may gather what they hold apart
+        if state.is_world_process_zero:
+            write_state(checkpoint_at(Path(str(args.output_dir)), state.global_step), self.state_name, *content)
+
+    def saved_state(self, args: TrainingArguments, state: TrainerState) -> State | None:
+        """Return the state in the checkpoint that training resumes from, None where it starts at the beginning.
+
+        Raises:
+            GraspError: that checkpoint has none.
+        """
+        if not state.global_step:
+            return None
+        return read_state(checkpoint_at(Path(str(args.output_dir)), state.global_step), self.state_name)
+
+
+class GradientCheck(TrainerCallback):
+    """Has the gradients of a training's first optimizer step checked, before whatever masks them.
+
+    They tell whether anything is trained, while a loss may fall or stand still for any reason.
+    """
+
+    _checked = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin anew.
+
+        Raises:
+            GraspError: the adapter is frozen.
+        """
+        self._checked = False
+        if not any(factor.requires_grad for factor in live_factors(kwargs["model"]).values()):
+            raise no_gradients(kwargs["model"])
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check once, see `check_gradients`."""
+        if not self._checked:
+            check_gradients(kwargs["model"])
+            self._checked = True
+
+
+def check_gradients(model: torch.nn.Module) -> None:
+    """Check after a backward pass, before gradients are masked, that some LoRA weight has a gradient that is not zero.
+
+    An adapter that is zero throughout, pruned to nothing, passes: its exact gradient is zero.
+
+    Raises:
+        GraspError: there is none, so nothing would be trained; the message names the likely causes.
+    """
+    factors = live_factors(model).values()
+    if any(factor.grad is not None and factor.grad.any() for factor in factors):
+        return
+    if not any(factor.requires_grad for factor in factors) or any(factor.detach().any() for factor in factors):
+        raise no_gradients(model)
+
+
+def no_gradients(model: torch.nn.Module) -> GraspError:
+    """The error to raise where a loss has no gradient for any LoRA weight."""
+    nothing = "no LoRA weight has a gradient, so nothing would be trained"
+    if not any(factor.requires_grad for factor in live_factors(model).values()):
+        return GraspError(
+            f"{nothing}: the adapter is frozen: load it with is_trainable=True, or let its weights require gradients"
+        )
+    return GraspError(
+        f"{nothing}; likely causes: gradient checkpointing whose inputs require no gradient (call "
+        "model.enable_input_require_grads()), or a quantised backbone whose layers cut gradients (bitsandbytes' Linear4bit on a "
+        "CPU needs support_avx512bf16_for_cpu = False; else load the backbone unquantised)"
+    )
 
 
 class PrunedTraining(GradientCheck, SavedInCheckpoints):
@@ -39,10 +137,11 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         calibration: examples on which scores that need inputs are measured.
         mask: the score.
         mode: `hold` keeps one mask, `reselect` selects the least important weights anew after every optimizer step.
-        segments: module name -> origin of its rank-one components (`segments_of` a merged adapter), each pruned by itself.
+        segments: module name -> origin of its rank-one components (`segments_of` a merged adapter); each adapter's weights
+            compete among themselves.
 
     Raises:
-        ValueError: the mode is unknown, the ratio no fraction, or the calibration no `ProbeSet`.
+        ValueError: the mode is unknown, or the ratio no fraction.
     """
 
     state_name = "pruning"
@@ -57,12 +156,9 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
     ) -> None:
         if mode not in MASK_MODES:
             raise ValueError(f"mask mode is {mode!r}; allowed: {', '.join(MASK_MODES)}")
-        if not _is_fraction(prune_ratio):
-            hint = "; take its ratio" if isinstance(prune_ratio, RatioEstimate) else ""
-            raise ValueError(f"prune_ratio is {quoted(prune_ratio)}; it must be a fraction in [0, 1]{hint}")
-        if not isinstance(calibration, ProbeSet):
+        if not isinstance(prune_ratio, Real | torch.Tensor) or not 0.0 <= prune_ratio <= 1.0:
             raise ValueError(
-                f"calibration is a {type(calibration).__name__}; give a ProbeSet, as of ProbeSet.from_rows"
+                f"prune_ratio is {quoted(prune_ratio)}; it must be a fraction in [0, 1], such as learned.ratio"
             )
         self.prune_ratio = prune_ratio
         self.calibration = calibration
@@ -70,7 +166,6 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         self.mode = mode
         self.segments = segments
         self._masks: MaskSet | None = None
-        self._left: list[int] | None = None  # checksums of the weights at the end of a training
 
     @property
     def masks(self) -> MaskSet:
@@ -78,8 +173,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
 
         It is that of the last step: count zeros of the weights (`survival`) where `finetune` put an earlier step back.
         """
-        if self._masks is None:
-            raise RuntimeError("training has not begun, so there are no masks yet")
+        assert self._masks is not None, "training has not begun, so there are no masks yet"
         return self._masks
 
     def on_train_begin(
@@ -94,28 +188,19 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
             GraspError: the adapter cannot be pruned, the trainer shards its weights or would put back others, or the checkpoint
                 belongs to other masks or weights.
         """
-        _check_weights_are_whole()
+        _check_trainer(args, kwargs["model"])
         super().on_train_begin(args, state, control, **kwargs)
         pairs = live_pairs(kwargs["model"], self.segments)
-        if args.load_best_model_at_end:
-            _check_best_can_be_put_back(kwargs["model"], state)
-        saved = self.saved_state(args, state)
-        if not saved:  # the weights of a checkpoint have their own masks
-            self._revive(pairs)
-            if self._masks is None:
-                _warn_of_zeros(pairs)
-        self._left = None
-        self._masks = MaskSet(pairs, self.mask)
-        for weight in self._masks.weights.values():
-            setattr(weight, _UNDER_MASKS, True)
-        if saved:
+        if saved := self.saved_state(args, state):
+            self._mask(pairs)
             self.restore(*saved)
-            if not self.masks.are_on():
-                raise GraspError(
-                    f"the checkpoint of step {state.global_step} in {args.output_dir} is not the one training resumes from, so "
-                    "its masks do not fit the weights; resume within the folder that training began in"
-                )
+            self._check_masks_fit(f"{args.output_dir}/checkpoint-{state.global_step}")
             return
+        if self._masks is None:
+            _warn_of_zeros(pairs)
+        elif self._masks.holds(pairs) and self._masks.are_on():
+            self._masks.commit(0.0)
+        self._mask(pairs)
         if self.mode == "hold" and self._most_pruned > 0.0:
             _check_order(self.masks)
         calibrate(kwargs["model"], self.masks, self.calibration)
@@ -123,71 +208,6 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
             self.masks.reselect(self.prune_ratio)
         else:
             self.masks.commit(self.prune_ratio)
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take up the masks of the best checkpoint where the trainer has put its weights back.
-
-        Raises:
-            GraspError: they do not belong to the weights.
-        """
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            PartialState().wait_for_everyone()  # the first process may be writing it
-            self._masks = MaskSet(live_pairs(kwargs["model"], self.segments), self.mask)
-            self.restore(*read_state(Path(state.best_model_checkpoint), self.state_name))
-            if not self.masks.are_on():
-                raise GraspError(
-                    f"the weights are not those of {state.best_model_checkpoint}, so its masks do not fit them; "
-                    "load that checkpoint, or train without load_best_model_at_end"
-                )
-        self._left = self.masks.checksums()
-
-    @property
-    def _most_pruned(self) -> float:
-        """The highest ratio that it may prune at."""
-        return self.prune_ratio
-
-    def _revive(self, pairs: Mapping[str, LoraPair]) -> None:
-        """Put stashed values back on the weights that they were taken from."""
-        if self._masks is None or not self._masks.holds(pairs):
-            return
-        if self._masks.are_on() and self._left in (None, self._masks.checksums()):
-            self._masks.commit(0.0)
-        else:
-            logger.warning("the adapter has changed since its last training; what was pruned then is not put back")
-
-    def state(self) -> State:
-        """Return the ratio and the masks with what they rest on."""
-        return {"ratio": self.masks.ratio, "masked_by": self._masked_by()}, self.masks.state()
-
-    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take up a state.
-
-        Raises:
-            GraspError: it does not fit this adapter or these settings.
-        """
-        now = self._masked_by()
-        for name, begun in values.get("masked_by", {}).items():  # checkpoints of older versions do not tell
-            if begun != now[name]:
-                raise GraspError(
-                    f"training began with {name} {begun!r} and resumes with {now[name]!r}; give it the same, or start anew"
-                )
-        try:
-            self.masks.restore(tensors, values["ratio"])
-        except ValueError as error:
-            raise GraspError(str(error)) from error
-
-    def _masked_by(self) -> dict[str, Any]:
-        """What decides which weights are pruned, as it comes back from JSON; a ratio that is learned is no part of it."""
-        score = self.mask.score
-        segments = {module: [vars(one) for one in pair.segments] for module, pair in self.masks.pairs.items()}
-        return {
-            "prune_ratio": float(self.prune_ratio),
-            "mode": self.mode,
-            "mask.score": score if isinstance(score, str) else score.name,
-            "segments of hash": hashlib.sha256(json.dumps(segments, sort_keys=True).encode()).hexdigest()[:16],
-        }
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -209,6 +229,69 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
             self.masks.enforce()
         else:
             self.masks.reselect(self.prune_ratio)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take up the masks of the best checkpoint where the trainer has put its weights back.
+
+        Raises:
+            GraspError: they do not belong to the weights.
+        """
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            PartialState().wait_for_everyone()  # the first process may be writing it
+            self._mask(live_pairs(kwargs["model"], self.segments))
+            self.restore(*read_state(Path(state.best_model_checkpoint), self.state_name))
+            self._check_masks_fit(state.best_model_checkpoint)
+
+    def state(self) -> State:
+        """Return the ratio and the masks with what they rest on."""
+        return {"ratio": self.masks.ratio, "decided_by": self._decided_by()}, self.masks.state()
+
+    def restore(self, values: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take up a state.
+
+        Raises:
+            GraspError: it does not fit this adapter or these settings.
+        """
+        now = json.loads(json.dumps(self._decided_by()))
+        for name, begun in values["decided_by"].items():
+            if begun != now.get(name):
+                raise GraspError(
+                    f"training began with {name} {begun!r} and resumes with {now.get(name)!r}; give it the same, or start anew"
+                )
+        try:
+            self.masks.restore(tensors, values["ratio"])
+        except ValueError as error:
+            raise GraspError(str(error)) from error
+
+    @property
+    def _most_pruned(self) -> float:
+        """The highest ratio that it may prune at."""
+        return self.prune_ratio
+
+    def _decided_by(self) -> dict[str, Any]:
+        """What decides which weights are pruned, by names for a message; as plain values."""
+        score = self.mask.score
+        segments = {module: [vars(segment) for segment in pair.segments] for module, pair in self.masks.pairs.items()}
+        return {
+            "prune_ratio": float(self.prune_ratio),
+            "mode": self.mode,
+            "mask.score": score if isinstance(score, str) else score.name,
+            "segments of hash": hashlib.sha256(json.dumps(segments, sort_keys=True).encode()).hexdigest()[:16],
+        }
+
+    def _mask(self, pairs: Mapping[str, LoraPair]) -> None:
+        self._masks = MaskSet(pairs, self.mask)
+        for weight in self._masks.weights.values():
+            setattr(weight, _UNDER_MASKS, True)
+
+    def _check_masks_fit(self, checkpoint: str) -> None:
+        if not self.masks.are_on():
+            raise GraspError(
+                f"the weights are not those of {checkpoint}, so its masks do not fit them; resume from that checkpoint, within the "
+                "folder that training began in"
+            )
 
 
 def _check_order(masks: MaskSet) -> None:
@@ -236,20 +319,8 @@ def _warn_of_zeros(pairs: Mapping[str, LoraPair]) -> None:
         )
 
 
-def _check_best_can_be_put_back(model: torch.nn.Module, state: TrainerState) -> None:
-    """Refuse where the Trainer would put back another adapter than is trained, or one whose masks are not saved."""
-    name = active_adapter(model)
-    if name != ADAPTER_NAME:
-        raise GraspError(
-            f"load_best_model_at_end puts back an adapter named {ADAPTER_NAME!r} only, and {name!r} is active; "
-            "leave it out, or load yours without adapter_name"
-        )
-    if state.is_hyper_param_search:
-        raise GraspError("load_best_model_at_end is not possible in a hyperparameter search, which saves no masks")
-
-
-def _check_weights_are_whole() -> None:
-    """Refuse what flattens, shards or partitions the weights that masks are laid on, or steps the optimizer by itself."""
+def _check_trainer(args: TrainingArguments, model: torch.nn.Module) -> None:
+    """Refuse a trainer that flattens, shards or partitions the weights that masks are laid on, or would put back others."""
     state = AcceleratorState()
     for plugin, name in (("deepspeed_plugin", "DeepSpeed"), ("fsdp_plugin", "FSDP by accelerate")):
         if getattr(state, plugin, None) is not None:
@@ -257,10 +328,8 @@ def _check_weights_are_whole() -> None:
                 f"the trainer uses {name}, under which the weights that are masked are no longer whole; train with DDP (plain "
                 "torchrun), and to split the backbone load it with distributed_config, as backbone.shard does"
             )
-
-
-def _is_fraction(value: Any) -> bool:
-    try:
-        return not isinstance(value, str) and 0.0 <= float(value) <= 1.0
-    except (TypeError, ValueError):
-        return False
+    if args.load_best_model_at_end and active_adapter(model) != ADAPTER_NAME:
+        raise GraspError(
+            f"load_best_model_at_end puts back an adapter named {ADAPTER_NAME!r} only, and {active_adapter(model)!r} is active; "
+            "leave it out, or load yours without adapter_name"
+        )
