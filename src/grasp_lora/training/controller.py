@@ -211,6 +211,12 @@ class GraspController(PrunedTraining):
         self._log = functools.partial(Trainer.log, trainer)
         return self
 
+    def _start_anew(self) -> None:
+        self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
+        self.regime = REGIMES[self.settings.policy.regime]()
+        self.prune_ratio = self.search.current_ratio
+        self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
+
     # One round
 
     def run_round(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer | None) -> RoundRecord:
@@ -386,12 +392,6 @@ class GraspController(PrunedTraining):
     @property
     def _most_pruned(self) -> float:
         return self.settings.policy.ratio_max
-
-    def _start_anew(self) -> None:
-        self.search = RatioSearch(self.settings.policy, ratio_rule(self.settings.rule))
-        self.regime = REGIMES[self.settings.policy.regime]()
-        self.prune_ratio = self.search.current_ratio
-        self._rows: dict[str, list[dict[str, Any]]] = {ROUNDS_FILE: [], TIMINGS_FILE: []}
 
     def _decided_by(self) -> dict[str, Any]:
         """What decides masks and search: not the ratio, which is learned, but the probed rows, whose losses are compared."""

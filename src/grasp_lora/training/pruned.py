@@ -15,7 +15,6 @@ import json
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.masks import MASK_MODES, MaskSet, MaskSettings
+from grasp_lora.method.rounds import RatioEstimate
 from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_factors, live_pairs
 from grasp_lora.storage.checkpoints import State, checkpoint_at, read_state, write_state
 from grasp_lora.text.display import quoted
@@ -156,7 +156,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
     ) -> None:
         if mode not in MASK_MODES:
             raise ValueError(f"mask mode is {mode!r}; allowed: {', '.join(MASK_MODES)}")
-        if not isinstance(prune_ratio, Real | torch.Tensor) or not 0.0 <= prune_ratio <= 1.0:
+        if isinstance(prune_ratio, str | RatioEstimate) or not 0.0 <= prune_ratio <= 1.0:
             raise ValueError(
                 f"prune_ratio is {quoted(prune_ratio)}; it must be a fraction in [0, 1], such as learned.ratio"
             )
@@ -166,6 +166,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
         self.mode = mode
         self.segments = segments
         self._masks: MaskSet | None = None
+        self._left: list[int] | None = None  # checksums of the weights at the end of a training
 
     @property
     def masks(self) -> MaskSet:
@@ -198,8 +199,11 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
             return
         if self._masks is None:
             _warn_of_zeros(pairs)
-        elif self._masks.holds(pairs) and self._masks.are_on():
-            self._masks.commit(0.0)
+        elif self._masks.holds(pairs):
+            if self._masks.are_on() and self._left in (None, self._masks.checksums()):
+                self._masks.commit(0.0)
+            else:
+                logger.warning("the adapter has changed since its last training; what was pruned then is not put back")
         self._mask(pairs)
         if self.mode == "hold" and self._most_pruned > 0.0:
             _check_order(self.masks)
@@ -243,6 +247,7 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
             self._mask(live_pairs(kwargs["model"], self.segments))
             self.restore(*read_state(Path(state.best_model_checkpoint), self.state_name))
             self._check_masks_fit(state.best_model_checkpoint)
+        self._left = self.masks.checksums()
 
     def state(self) -> State:
         """Return the ratio and the masks with what they rest on."""
@@ -283,14 +288,15 @@ class PrunedTraining(GradientCheck, SavedInCheckpoints):
 
     def _mask(self, pairs: Mapping[str, LoraPair]) -> None:
         self._masks = MaskSet(pairs, self.mask)
+        self._left = None
         for weight in self._masks.weights.values():
             setattr(weight, _UNDER_MASKS, True)
 
     def _check_masks_fit(self, checkpoint: str) -> None:
         if not self.masks.are_on():
             raise GraspError(
-                f"the weights are not those of {checkpoint}, so its masks do not fit them; resume from that checkpoint, within the "
-                "folder that training began in"
+                f"the weights are not those of {checkpoint}, so its masks do not fit them; resume from that checkpoint, within "
+                "the folder that training began in"
             )
 
 
