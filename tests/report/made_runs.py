@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import write_tiny_workspace
 
-from grasp_lora.engine.comparison import Against, Comparison, ComparisonSettings, Cost, CurvePoint, Row, Spread
+from grasp_lora.engine.comparison import Against, Comparison, ComparisonSettings, Cost, CurvePoint, MeanAndSd, MethodRow
 from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.results import Prediction
 from grasp_lora.engine.run import run as run_engine
@@ -115,7 +115,7 @@ def answered(run: Run, system: str, change: Callable[[int], Mapping[str, Any]]) 
     return replace(run, predictions={**run.predictions, system: rows})
 
 
-def compared(method: str, f1: float, loss: float, reference: tuple[float, float] = (43.2, 0.857)) -> Row:
+def compared(method: str, f1: float, loss: float, reference: tuple[float, float] = (43.2, 0.857)) -> MethodRow:
     """A row of a comparison over three seeds; what the reference leads by is known to a point, or to a hundredth."""
     against = {}
     for metric, value, ours, reach in (("test_loss", loss, reference[1], 0.01), ("f1", f1, reference[0], 1.0)):
@@ -127,15 +127,15 @@ def compared(method: str, f1: float, loss: float, reference: tuple[float, float]
         )  # fmt: skip
     grid = 8 if method.startswith("grid") else 1
     pruned = method in ("grasp", "grid")
-    return Row(
+    return MethodRow(
         method=method,
         title=METHODS[method].title,
         unavailable=None,
         failed=False,
         merges=METHODS[method].merges,
         seeds=3,
-        scores={name: Spread(mean=value, sd=0.01, values=[value] * 3) for name, value in (("test_loss", loss), ("f1", f1))},
-        prune_ratio=Spread(mean=0.4, sd=0.1, values=[0.3, 0.4, 0.5]) if pruned else None,
+        scores={name: MeanAndSd(mean=value, sd=0.01, values=[value] * 3) for name, value in (("test_loss", loss), ("f1", f1))},
+        prune_ratio=MeanAndSd(mean=0.4, sd=0.1, values=[0.3, 0.4, 0.5]) if pruned else None,
         chosen_on={"grasp": "micro_dev", "grid": "dev"}.get(method),
         cost=Cost(runs=grid, seconds=10 * grid, work=100 * grid, runs_in_all=grid + 2, seconds_in_all=10 * grid + 20,
                   work_in_all=100 * grid + 200),
@@ -149,11 +149,11 @@ def fixture_comparison() -> Comparison:
     figures = {"continued": (40.0, 0.87), "merged": (42.1, 0.877), "grid": (43.0, 0.86), "grasp": (43.2, 0.857)}
     rows = [compared(method, *scores) for method, scores in figures.items()]
     places = [(seed, ratio) for seed in (42, 1337, 9001) for ratio in (0.2, 0.6)]
-    missing = Row(method="lorahub", title="LoRAHub", unavailable="needs nevergrad", failed=False, merges=True)
+    missing = MethodRow(method="lorahub", title="LoRAHub", unavailable="needs nevergrad", failed=False, merges=True)
     return Comparison(
         name="demo", recipe_hash="4f1e", settings=ComparisonSettings(methods=("continued", "lorahub", "merged", "grid", "grasp")),
         backbone="tiny", language="de", seeds=[42, 1337, 9001], test_examples=100, dev_examples=6, stops_early=True,
-        keeps_best=True, given_target=False, micro_dev_examples=4, reference="grasp", metrics=["test_loss", "f1"],
+        keeps_best=True, micro_dev_examples=4, reference="grasp", metrics=["test_loss", "f1"],
         signatures={"f1": "refs:best"}, resamples=1000, comparisons=2, rows=[rows[0], missing, *rows[1:]],
         curve=[CurvePoint(seed=seed, prune_ratio=ratio, dev=1.0 + ratio, test=1.1) for seed, ratio in places],
         warnings=[], made_with=[{"device": "cpu"}], pace=None,

@@ -9,7 +9,7 @@ import pytest
 from made_runs import compared, fixture_comparison  # noqa: F401
 from rich.console import Console
 
-from grasp_lora.engine.comparison import Comparison, FoldSizes, Spread
+from grasp_lora.engine.comparison import Comparison, FoldSizes, MeanAndSd
 from grasp_lora.report.figures import comparison_figure
 from grasp_lora.report.pages import command_of, print_comparison, write_comparison
 from grasp_lora.report.tables import comparison_cost, comparison_scores, comparison_verdicts
@@ -125,7 +125,7 @@ def test_a_cross_validation_says_its_folds(comparison: Comparison, tmp_path: Pat
 
 
 def test_scores_that_run_to_one_are_told_apart(comparison: Comparison) -> None:
-    score = {"own:metric": Spread(mean=0.4312, sd=0.0021, values=[0.4312])}
+    score = {"own:metric": MeanAndSd(mean=0.4312, sd=0.0021, values=[0.4312])}
     rows = [row.model_copy(update={"scores": score, "against": {}}) for row in comparison.finished]
     content = comparison.model_copy(update={"rows": rows, "metrics": ["own:metric"]})
     assert cells_of(content)["GRASP"][2] == "0.4312 ± 0.0021"

@@ -71,8 +71,9 @@ def compare(
         )
     with shown(TerminalProgress(console)) as progress:
         if on:
-            ray = {"workers": workers or 1, "address": address, "gpus_per_worker": gpus_per_worker}
-            folder, comparison = share(progress, arguments, **ray)
+            folder, comparison = share(
+                progress, arguments, workers=workers or 1, address=address, gpus_per_worker=gpus_per_worker
+            )
         else:
             folder, comparison = api.compare(progress=progress, **arguments)
     print_comparison(comparison, console)

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from grasp_lora.engine.progress import Progress
-from grasp_lora.engine.results import Answers, Learned, Prediction, Trained
+from grasp_lora.engine.results import AnswerTexts, Learned, Prediction, Trained
 from grasp_lora.engine.store import Finished
 from grasp_lora.report.examples import leading_metric, marked
 from grasp_lora.text.display import one_line
@@ -90,7 +90,7 @@ class TerminalProgress(Progress):
 
     def finished(self, step: Finished[Any]) -> None:
         """One line for each training and each set of answers; a comparison says only what was done now."""
-        if step.key in self._shown or not isinstance(step.result, Trained | Learned | Answers):
+        if step.key in self._shown or not isinstance(step.result, Trained | Learned | AnswerTexts):
             return
         self._shown.add(step.key)
         if step.repeated and self._method:
@@ -125,10 +125,10 @@ def title_of(step: str) -> str:
     return next((title for name, title in _TITLES.items() if step.startswith(name)), step)
 
 
-def _facts(result: Trained | Learned | Answers) -> str:
+def _facts(result: Trained | Learned | AnswerTexts) -> str:
     if isinstance(result, Learned):
         return f"{result.estimate.summary}, {result.estimate.rounds} rounds"
-    if isinstance(result, Answers):
+    if isinstance(result, AnswerTexts):
         return f"{len(result.answers)} answers"
     loss = "" if result.dev_loss is None else f", dev loss {result.dev_loss:.4f}"
     return f"{result.steps} steps, best at {result.best_step}{loss}"

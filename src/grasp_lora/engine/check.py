@@ -1,6 +1,7 @@
 """What is checked at the door, before a run or a comparison begins: what could be known beforehand stops none half way."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from grasp_lora.data.files import resolve_file
 from grasp_lora.data.splits import SPLITS
@@ -170,10 +171,12 @@ def _check_trackers(names: Sequence[str]) -> None:
     """
     if not names:
         return
-    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+    from transformers.integrations import integration_utils
+
+    callbacks_of: Any = integration_utils.get_reporting_integration_callbacks
 
     try:
-        for kind in get_reporting_integration_callbacks(list(names)):
+        for kind in callbacks_of(list(names)):
             kind()
     except (ImportError, RuntimeError, ValueError) as error:
         raise RecipeError(f"report_to is {', '.join(names)}: {error}") from error

@@ -98,7 +98,7 @@ class FoldSizes(_Shape):
     source_train: int
 
 
-class Spread(_Shape):
+class MeanAndSd(_Shape):
     """Mean over the seeds, or the folds, and the sample standard deviation; a single value has none."""
 
     mean: float
@@ -132,7 +132,7 @@ class Against(_Shape):
     verdict: str | None
 
 
-class Row(_Shape):
+class MethodRow(_Shape):
     """One method; all from `seeds` on is there only where a seed was finished.
 
     In a cross-validation `seeds` is the number of its folds. `scores` holds None for a metric that was not available.
@@ -145,8 +145,8 @@ class Row(_Shape):
     failed: bool
     merges: bool
     seeds: int = 0
-    scores: dict[str, Spread | None] = {}
-    prune_ratio: Spread | None = None
+    scores: dict[str, MeanAndSd | None] = {}
+    prune_ratio: MeanAndSd | None = None
     chosen_on: str | None = None
     taken: str | None = None
     cost: Cost | None = None
@@ -163,13 +163,6 @@ class CurvePoint(_Shape):
     prune_ratio: float
     dev: float
     test: float | None = None
-
-
-class Pace(_Shape):
-    """Lowest and highest seconds per forward pass of the final runs."""
-
-    lowest: float
-    highest: float
 
 
 class Comparison(_Shape):
@@ -189,18 +182,16 @@ class Comparison(_Shape):
     dev_examples: int
     stops_early: bool
     keeps_best: bool
-    given_target: bool
     micro_dev_examples: int
     reference: str
     metrics: list[str]
     signatures: dict[str, str]
     resamples: int
     comparisons: int
-    rows: list[Row]
+    rows: list[MethodRow]
     curve: list[CurvePoint]
     warnings: list[str]
     made_with: list[dict[str, str]]
-    pace: Pace | None
     folds: list[FoldSizes] = []
     test_groups: int | None = None
     test_group_size: float = 1.0
@@ -239,7 +230,7 @@ class Comparison(_Shape):
         return "folds" if self.folds else "seeds"
 
     @property
-    def finished(self) -> list[Row]:
+    def finished(self) -> list[MethodRow]:
         """The rows that have a result."""
         return [row for row in self.rows if not row.unavailable]
 
@@ -249,7 +240,7 @@ class Comparison(_Shape):
         return next((row.title for row in self.rows if row.method == self.reference), self.reference)
 
     @property
-    def learned(self) -> Row | None:
+    def learned(self) -> MethodRow | None:
         """The row whose ratios a controller learned: the reference's if it has such, else the first one."""
         rows = [row for row in self.rows if row.method.startswith("grasp") and row.prune_ratio]
         return next((row for row in rows if row.method == self.reference), next(iter(rows), None))
@@ -304,7 +295,6 @@ def summary(session: Session, settings: ComparisonSettings, rows: Rows, folds: S
         dev_examples=len(session.splits.dev),
         stops_early=session.recipe.final.training.patience is not None,
         keeps_best=session.recipe.final.training.keep == "best",
-        given_target=session.recipe.target.adapter is not None,
         micro_dev_examples=len(session.splits.micro_dev),
         reference=settings.reference,
         metrics=metrics,
@@ -318,7 +308,6 @@ def summary(session: Session, settings: ComparisonSettings, rows: Rows, folds: S
             *_of_the_paper(session, finished),
         ],
         made_with=_made_with(finished),
-        pace=_pace(finished),
         **optional,
     )
 
@@ -396,9 +385,13 @@ def _losses(outcome: Outcome) -> Finished[Losses]:
     return test
 
 
-def _row(name: str, row: Outcomes, metrics: Sequence[str], comparisons: Mapping[str, Mapping[str, Against]]) -> Row:
+def _row(
+    name: str, row: Outcomes, metrics: Sequence[str], comparisons: Mapping[str, Mapping[str, Against]]
+) -> MethodRow:
     method = METHODS[name]
-    facts = Row(method=name, title=method.title, unavailable=row.unavailable, failed=row.failed, merges=method.merges)
+    facts = MethodRow(
+        method=name, title=method.title, unavailable=row.unavailable, failed=row.failed, merges=method.merges
+    )
     if not row.by_number:
         return facts
     outcomes = list(row.by_number.values())
@@ -406,8 +399,8 @@ def _row(name: str, row: Outcomes, metrics: Sequence[str], comparisons: Mapping[
     distinct = outcomes if len({_losses(outcome).key for outcome in outcomes}) > 1 else outcomes[:1]
     result = {
         "seeds": len(outcomes),
-        "scores": {metric: _spread([_value(outcome, metric) for outcome in distinct]) for metric in metrics},
-        "prune_ratio": _spread([outcome.prune_ratio for outcome in outcomes if outcome.prune_ratio is not None]),
+        "scores": {metric: _mean_and_sd([_value(outcome, metric) for outcome in distinct]) for metric in metrics},
+        "prune_ratio": _mean_and_sd([outcome.prune_ratio for outcome in outcomes if outcome.prune_ratio is not None]),
         "chosen_on": outcomes[0].chosen_on,
         "taken": _taken({number: outcome.taken for number, outcome in row.by_number.items()}),
         "cost": _cost(row),
@@ -431,12 +424,12 @@ def _merges(rows: Mapping[str, Outcomes]) -> dict[int, str]:
     return {number: outcome.merge for number, outcome in outcomes if outcome.merge is not None}
 
 
-def _spread(values: Sequence[float | None]) -> Spread | None:
+def _mean_and_sd(values: Sequence[float | None]) -> MeanAndSd | None:
     scores = [value for value in values if value is not None]
     if not scores or len(scores) < len(values):
         return None
     average, deviation = mean_and_sd(scores)
-    return Spread(mean=average, sd=deviation, values=scores)
+    return MeanAndSd(mean=average, sd=deviation, values=scores)
 
 
 def _cost(row: Outcomes) -> Cost:
@@ -496,13 +489,6 @@ def _made_with(rows: Mapping[str, Outcomes]) -> list[dict[str, str]]:
 def _all_steps(rows: Mapping[str, Outcomes]) -> list[Finished[Any]]:
     outcomes = [outcome for row in rows.values() for outcome in row.by_number.values()]
     return [step for outcome in outcomes for step in (*outcome.adapter.trail, _losses(outcome))]
-
-
-def _pace(rows: Mapping[str, Outcomes]) -> Pace | None:
-    """Lowest and highest seconds per forward pass of the final runs, which are alike but for what else the machine did."""
-    finals = [step for step in _all_steps(rows) if step.name.startswith("final-")]
-    paces = [step.seconds / step.result.passes for step in finals if step.result.passes and step.seconds]
-    return Pace(lowest=min(paces), highest=max(paces)) if paces else None
 
 
 def planned_against(reference: str, methods: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -208,7 +209,9 @@ def _contradiction(session: Session) -> str | None:
     for row in (*splits.train, *splits.dev, *splits.micro_dev, *splits.test):
         answers.setdefault(row.prompt, {}).setdefault(row.completion, row.public_id)
     several = next((by_answer for by_answer in answers.values() if len(by_answer) > 1), None)
-    return several and " and ".join(f"{quoted(answer)} ({place})" for answer, place in sorted(several.items())[:2])
+    if several is None:
+        return None
+    return " and ".join(f"{quoted(answer)} ({place})" for answer, place in sorted(several.items())[:2])
 
 
 def _nearly_leaked(session: Session) -> list[str]:
@@ -335,7 +338,7 @@ def _measured(session: Session) -> list[Finding]:
             batch = {name: part.to(device) for name, part in collate([row] * many, session.pad_id).items()}
             started = time.perf_counter()
             with torch.set_grad_enabled(learns):
-                loss = example_losses(adapted, batch, label_positions=label_positions).mean()
+                loss: Any = example_losses(adapted, batch, label_positions=label_positions).mean()
                 if learns:
                     loss.backward()
             loss.item()  # waits for a GPU

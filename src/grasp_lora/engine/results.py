@@ -161,7 +161,7 @@ class Losses(Result):
         return fmean(self.losses)
 
 
-class Answers(Result):
+class AnswerTexts(Result):
     """The answer to each test prompt, in the order of the split."""
 
     answers: list[str]
@@ -220,7 +220,7 @@ class Measured:
 
     dev: "Finished[Losses] | None"
     test: "Finished[Losses] | None"
-    answers: "Finished[Answers] | None"
+    answers: "Finished[AnswerTexts] | None"
     scores: "Finished[Scores] | None"
 
     @property

@@ -23,7 +23,7 @@ from grasp_lora.data.splits import hash_of
 from grasp_lora.engine import lorahub
 from grasp_lora.engine.results import (
     Adapter,
-    Answers,
+    AnswerTexts,
     Learned,
     Losses,
     Measured,
@@ -538,7 +538,7 @@ class Steps:
 
         return self.store.step(f"{split}-errors", inputs, Losses, work)
 
-    def answers(self, adapter: Adapter) -> Finished[Answers]:
+    def answers(self, adapter: Adapter) -> Finished[AnswerTexts]:
         """The greedy answer to each test prompt; in a classification the likeliest label."""
         test, generation, backbone = self.splits.test, self.recipe.generation, self.session.backbone
         prompts, ends = [row.prompt_ids for row in test], {row.completion_ids[-1] for row in test}
@@ -555,19 +555,19 @@ class Steps:
             **({"labels": self.splits.labels} if self.splits.labels else asked),
         )
 
-        def work(folder: Path) -> Answers:
+        def work(folder: Path) -> AnswerTexts:
             tell = self.session.progress.answered
             with self._on_backbone(adapter.load()) as model:
                 if self.splits.labels:
-                    return Answers(answers=list(self._likeliest(model, test, tell)))
+                    return AnswerTexts(answers=list(self._likeliest(model, test, tell)))
                 tokenizer = backbone.tokenizer
-                return Answers(answers=list(
+                return AnswerTexts(answers=list(
                     distribute(prompts, lambda part: generate(model, tokenizer, part, generation, tell, ends))
                 ))  # fmt: skip
 
-        return self.store.step("answers", inputs, Answers, work)
+        return self.store.step("answers", inputs, AnswerTexts, work)
 
-    def scores(self, answers: Finished[Answers]) -> Finished[Scores]:
+    def scores(self, answers: Finished[AnswerTexts]) -> Finished[Scores]:
         """What answers to the test prompts are worth by each metric."""
         session, bertscore = self.session, self.recipe.bertscore
         references = [row.references for row in self.splits.test]

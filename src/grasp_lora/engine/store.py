@@ -55,7 +55,7 @@ class Done:
     key: str
     inputs: dict[str, Any]
     seconds: float
-    made_with: dict[str, str]
+    made_with: Mapping[str, str]
     version: int
 
 
@@ -64,7 +64,7 @@ class Failed:
     """failed.json: why a training diverged, and with which versions, processor or GPU: with others it may not."""
 
     error: str
-    made_with: dict[str, str]
+    made_with: Mapping[str, str]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from grasp_lora.engine.comparison import Comparison, Row, Spread, saves_over_confidence
+from grasp_lora.engine.comparison import Comparison, MeanAndSd, MethodRow, saves_over_confidence
 from grasp_lora.engine.results import TEST_LOSS, Prediction, main_metric
 from grasp_lora.engine.run_folder import ALL_ROWS, TRAINED, Run
 from grasp_lora.engine.steps import names_of
@@ -431,7 +431,7 @@ def _heading(metric: str) -> str:
     return "test loss" if metric == TEST_LOSS else METRIC_NAMES.get(metric, metric)
 
 
-def _against(row: Row, metric: str, digits: int) -> str:
+def _against(row: MethodRow, metric: str, digits: int) -> str:
     """Difference in the metric's own points, verdict where it was planned, interval."""
     interval = row.against.get(metric)
     if interval is None:
@@ -445,7 +445,7 @@ def _against(row: Row, metric: str, digits: int) -> str:
     return f"{difference} {unit}{verdict} ({low} to {high}){saved}"
 
 
-def _verdict(row: Row, comparison: Comparison, digits: Mapping[str, int]) -> str:
+def _verdict(row: MethodRow, comparison: Comparison, digits: Mapping[str, int]) -> str:
     if row.method == comparison.reference:
         return "it is the reference"
     if not row.against:
@@ -474,14 +474,14 @@ def _best(comparison: Comparison, metric: str, digits: int) -> set[str]:
     return {method for method, text in means.items() if text == choose(means.values(), key=float)}
 
 
-def _spread(value: Spread | None, digits: int, scale: float = 1.0) -> str:
+def _spread(value: MeanAndSd | None, digits: int, scale: float = 1.0) -> str:
     if value is None:
         return "unavailable"
     deviation = "" if value.sd is None else f" ± {scale * value.sd:.{digits}f}"
     return f"{scale * value.mean:.{digits}f}{deviation}"
 
 
-def _ratio(row: Row) -> str:
+def _ratio(row: MethodRow) -> str:
     if row.prune_ratio is None:
         return "–"
     pruned = len(row.prune_ratio.values)  # what a run hands over need not be
