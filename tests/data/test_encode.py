@@ -1,28 +1,20 @@
-"""Settings are checked, splits are reproducible and leak nothing; examples are tokenised as the model is fed."""
+"""Examples are tokenised as the model is fed, chats by the tokenizer's template; one that leaves out a turn is named."""
 
 import copy
 import dataclasses
 import json
 import logging
-import os
-import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import datasets
 import pytest
-from hypothesis import given, reject
-from hypothesis import settings as hypothesis_settings
-from hypothesis import strategies as st
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from grasp_lora.data.encode import Encoder, Example, Tally, begin_of_chat, encode_rows, prompt_ids, render_chat
 from grasp_lora.data.records import Record
 from grasp_lora.data.settings import CorpusSettings, DataSettings
-from grasp_lora.data.splits import HELD_OUT, SPLITS, Splits, build_splits
+from grasp_lora.data.splits import SPLITS, build_splits
 from grasp_lora.data.tasks import Template, resolve_template
 from grasp_lora.errors import DataError
 
@@ -68,64 +60,9 @@ def ids(examples: tuple[Example, ...]) -> list[str]:
     return [e.id for e in examples]
 
 
-class TestSettings:
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"micro_dev": -1}, "micro_dev must be >= 0, or left out; it is -1"),
-            ({"train": 0}, "train must be >= 1"),
-            ({"dev": -1}, "dev must be >= 0"),
-            ({"language": " "}, "' ' is no language code; give one of two or three letters"),
-            ({"format": "xml"}, "format is 'xml'; allowed: auto, squad, xlsum, alpaca, sharegpt, records, hub"),
-            ({"files": ()}, "data of ar is given by nothing; give exactly one of files"),
-            ({"hub": "a/b"}, "is given by files and hub; give exactly one"),
-            ({"train_files": ("b",)}, "is given by files and train_files"),
-            ({"dev_files": ("b",)}, "files of single splits need train_files, and exclude files"),
-            (
-                {"files": (), "hub": "a/b", "test_files": ("c",)},
-                "files of single splits need train_files, and exclude hub",
-            ),
-            ({"format": "hub"}, "need hub: the name of the data set"),
-            ({"hub_split": "train"}, "need hub: the name of the data set"),
-            ({"files": (), "hub": "a/b", "format": "squad"}, "format squad reads files"),
-            ({"columns": {"body": "text"}}, "columns names body; allowed: answer, completion, context"),
-            ({"columns": {"id": "key"}, "format": "xlsum"}, "columns apply to generic records, not to format xlsum"),
-            ({"files": (), "train_files": ("b",), "dev": 5}, "dev is 5 but there are no dev_files"),
-        ],
-    )
-    def test_corpus(self, changes, message):
-        with pytest.raises(ValueError, match=message):
-            CorpusSettings(**{"language": "ar", "files": ("a.json",), **changes})
-
-    @pytest.mark.parametrize(
-        ("changes", "message"),
-        [
-            ({"task": "qna"}, "there is no task 'qna'; allowed: qa, summarization, classification"),
-            ({"max_tokens": 4}, "max_tokens is 4; it must be >= 8"),
-            ({"max_document_tokens": 0}, "max_document_tokens is 0; it must be >= 1"),
-            ({"task": "completion", "max_document_tokens": 9}, "the task completion has no document to cut"),
-            ({"prompt": "{context} {title}"}, r"names \{title\}; allowed fields: \{context\}, \{question\}"),
-            ({"prompt": "{answer}"}, r"names \{answer\}; allowed fields"),
-            ({"prompt": "{question!r}"}, r"names \{question!r\}"),
-            ({"prompt": "{question.__class__}"}, r"names \{question.__class__\}"),
-            ({"prompt": "{}"}, r"names \{\}"),
-            ({"prompt": "plain"}, "names no field"),
-            ({"prompt": "{question"}, r"prompt template '\{question'.*write \{\{ or \}\} for a literal brace"),
-            ({"completion": "yes"}, r"completion template 'yes' names no field; allowed fields: \{answer\}"),
-            ({"source": CorpusSettings("en", files=("a",), test=5)}, "the source has only train and dev splits"),
-            ({"source": CorpusSettings("en", files=("a",), micro_dev=5)}, "the source has only train and dev"),
-        ],
-    )
-    def test_data(self, changes, message):
-        with pytest.raises(ValueError, match=message):
-            DataSettings(**{"task": "qa", "target": CorpusSettings("ar", files=("a.json",)), **changes})
-
-    def test_importing_loads_no_heavy_library(self):
-        code = (
-            "import sys, grasp_lora.data.splits as d;"
-            "print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'jinja2'} & set(sys.modules))"
-        )
-        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+@pytest.fixture
+def with_template(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    return copy.deepcopy(tiny_tokenizer)
 
 
 class TestTemplates:
@@ -441,255 +378,63 @@ class TestEncodeRows:
             encode_rows(prompt_rows("a"), tokenizer)
 
 
-class TestBuildSplits:
-    COUNTS = ("test", "dev", "micro_dev", "train")
-
-    def qa(self, write: Callable[[str, object], str], **changes: object) -> DataSettings:
-        write("en.json", squad("en", 60))
-        write("ar.json", squad("ar", 50))
-        defaults = {
-            "task": "qa",
-            "source": CorpusSettings("en", files=("en.json",)),
-            "target": CorpusSettings("ar", files=("ar.json",), test=20, dev=9, micro_dev=8, train=10),
-        }
-        return DataSettings(**{**defaults, **changes})
-
-    def test_pools(self, write, tiny_tokenizer, tmp_path):
-        splits = build_splits(self.qa(write), tiny_tokenizer, seed=1, base=tmp_path)
-        assert [len(getattr(splits, name)) for name in self.COUNTS] == [20, 9, 8, 10]
-        held_out = {e.id.split("-")[0] for name in HELD_OUT for e in getattr(splits, name)}
-        assert not held_out & {e.id.split("-")[0] for e in splits.source_train + splits.source_dev}
-        assert not held_out & {e.id.split("-")[0] for e in splits.train}
-        source = splits.report.source
-        assert source.read == 120
-        assert source.excluded_for_leak == 2 * len(held_out)
-        assert len(splits.source_dev) == 12
-        assert len(splits.source_train) == 120 - 12 - 2 * len(held_out)
-        assert source.unused == 0
-        assert splits.report.target.unused == 100 - 47
-        assert {e.language for e in splits.source_dev} == {"en"}
-        assert splits.train[0].prompt.startswith("السياق: ar article")
-        report = splits.report.to_json()
-        assert json.loads(json.dumps(report)) == report
-        assert list(report) == [
-            "task",
-            "split_seed",
-            "max_tokens",
-            "chat_template",
-            "prompt",
-            "numbers_as_ids",
-            "target",
-            "source",
-            "splits",
-        ]
-        assert list(report["target"])[:2] == ["language", "read"]
-        assert splits.report.splits["test"].examples == 20
-
-    def test_same_seed_same_splits(self, write, tiny_tokenizer, tmp_path):
-        settings = self.qa(write)
-        state = random.getstate()
-        first, again, other = (build_splits(settings, tiny_tokenizer, seed, tmp_path) for seed in (1, 1, 2))
-        assert random.getstate() == state
-        assert first == again
-        assert first.test != other.test
-
-    def test_the_order_of_the_files_does_not_matter(self, write, tiny_tokenizer, tmp_path):
-        content = squad("ar", 50)
-        halves = [write(f"{i}.json", {"data": content["data"][i * 25 :][:25]}) for i in (0, 1)]
-        found = []
-        for files in (halves, halves[::-1]):
-            target = CorpusSettings("ar", files=tuple(files), test=20, dev=0, micro_dev=8, train=10)
-            found.append(build_splits(DataSettings("qa", target), tiny_tokenizer, 3, tmp_path))
-        assert found[0] == found[1]
-
-    def test_dev_free_and_without_source(self, write, tiny_tokenizer, tmp_path):
-        target = CorpusSettings("sw", files=(write("x.jsonl", prompt_rows(range(200))),), dev=0)
-        splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
-        sizes = [len(getattr(splits, name)) for name in ("source_train", "source_dev", *self.COUNTS)]
-        assert sizes == [0, 0, 100, 0, 16, 84]
-
-    def test_test_files_beside_a_pool_leave_nothing_related_in_the_pool(self, tiny_tokenizer, write, tmp_path):
-        more = squad("fr", 3)
-        more["data"][0]["title"] = "de_title_0"  # as XQuAD writes what MLQA calls "de title 0"
-        for number, article in enumerate(more["data"]):
-            article["paragraphs"][0]["qas"][0]["id"] = f"more{number}"
-            article["paragraphs"][0]["qas"][1]["id"] = f"also{number}"
-        more["data"][2]["paragraphs"][0]["qas"][1]["id"] = "q5-0"
-        files = (write("de.json", squad("de", 12)),)
-        corpus = CorpusSettings(
-            "de", files=files, test_files=(write("more.json", more),), train=6, dev=4, micro_dev=2, test=4
-        )
-        source = CorpusSettings("en", files=(write("en.json", squad("en", 12)),), dev=2)
-        splits = build_splits(DataSettings("qa", corpus, source), tiny_tokenizer, 0, tmp_path)
-        assert len(splits.test) == 6 + 4
-        assert {f"{kind}{n}" for kind in ("more", "also") for n in range(2)} | {"more2", "q5-0"} <= set(
-            ids(splits.test)
-        )
-        taught = {*ids(splits.train), *ids(splits.dev), *ids(splits.micro_dev), *ids(splits.source_train)}
-        assert not taught & {"q0-0", "q0-1", "q5-0", "q5-1"}
-        assert splits.report.target.excluded_for_leak == 4
-
-    def test_a_pool_from_the_hub(self, monkeypatch, tiny_tokenizer):
-        def load(name: str, config: str, split: str) -> datasets.Dataset:
-            assert (name, config, split) == ("org/talk", "ar", "train")
-            return datasets.Dataset.from_list(prompt_rows(range(30)))
-
-        monkeypatch.setattr(datasets, "load_dataset", load)
-        target = CorpusSettings("ar", hub="org/talk", hub_config="ar", test=5, dev=0, micro_dev=4)
-        splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0)
-        assert len(splits.train) == 21
-        assert splits.train[0].id.startswith("hub:org/talk/ar/train:")
-
-    def test_too_few(self, write, tiny_tokenizer, tmp_path):
-        rows = [*prompt_rows(range(30)), {"prompt": "x" * 600, "completion": "y"}]
-        target = CorpusSettings("en", files=(write("x.jsonl", rows),), test=20, dev=5, micro_dev=4, train=2)
-        with pytest.raises(DataError, match=r"asked for test 20, dev 5, micro_dev 4, train 2 \(together 31") as caught:
-            build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
-        for part in ("30 examples in 30 groups", "31 read, 1 are longer than max_tokens 512", "train got 1", "Lower"):
-            assert part in str(caught.value)
-
-    def test_all_too_long(self, write, tiny_tokenizer, tmp_path):
-        target = CorpusSettings("en", files=(write("x.jsonl", prompt_rows(["a" * 90, "b" * 50])),))
-        # bos + "prompt " + 50 + "ok" + eos
-        with pytest.raises(DataError, match="all 2 examples are longer than max_tokens 20; the shortest has 61 tokens"):
-            build_splits(DataSettings("completion", target, max_tokens=20), tiny_tokenizer, 0, tmp_path)
-
-    def test_a_large_pool_is_not_read_to_its_end(self, write, tiny_tokenizer, tmp_path):
-        rows = [*prompt_rows(range(1000)), *prompt_rows(["x" * 600 + str(i) for i in range(1000)])]
-        counts = {"test": 20, "dev": 5, "micro_dev": 4, "train": 2}
-        target = CorpusSettings("en", files=(write("x.jsonl", rows),), **counts)
-        splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
-        assert 0 < splits.report.target.too_long < 300
-        target = CorpusSettings("en", files=("x.jsonl",), **{**counts, "train": 900})
-        splits = build_splits(DataSettings("completion", target), tiny_tokenizer, 0, tmp_path)
-        assert len(splits.train) == 900
-
-    def test_few_articles_in_micro_dev_are_warned_about(self, write, tiny_tokenizer, tmp_path, caplog):
-        write("ar.json", squad("ar", 20, questions=20))
-        for train, groups in ((None, 1), (30, 8)):
-            target = CorpusSettings("ar", files=("ar.json",), train=train)
-            caplog.clear()
-            with caplog.at_level(logging.WARNING):
-                splits = build_splits(DataSettings("qa", target), tiny_tokenizer, 0, tmp_path)
-            assert splits.report.splits["micro_dev"].groups == groups
-            assert ("16 micro-dev examples come from 1 group(s) only" in caplog.text) == (groups == 1)
-
-    def test_tokenizers_that_do_not_fit(self, tiny_tokenizer):
-        settings = DataSettings("qa", CorpusSettings("ar", files=("a.json",)), chat_template=True)
-        with pytest.raises(DataError, match=r"the tokenizer has no chat template, .*set data\.chat_template to false"):
-            build_splits(settings, tiny_tokenizer, 0)
-        tokenizer = copy.deepcopy(tiny_tokenizer)
-        tokenizer.eos_token = None
-        with pytest.raises(DataError, match="no EOS token"):
-            build_splits(settings, tokenizer, 0)
-
-    @hypothesis_settings(deadline=None, max_examples=25)
-    @given(
-        st.lists(st.tuples(st.integers(0, 200), st.integers(0, 300)), min_size=40, max_size=90),
-        st.lists(st.tuples(st.integers(0, 200), st.integers(0, 300)), min_size=20, max_size=60),
-        st.integers(0, 99),
-    )
-    def test_random_groups_never_leak(self, tmp_path_factory, tiny_tokenizer, target, source, seed):
-        folder = tmp_path_factory.mktemp("random")
-        rows = {"ar": target, "en": source}
-        for language, links in rows.items():
-            lines = [
-                json.dumps({"id": f"{language}{i}", "group": g, "prompt": f"{p}", "completion": "c"})
-                for i, (g, p) in enumerate(links)
-            ]
-            (folder / f"{language}.jsonl").write_text("\n".join(lines))
-        settings = DataSettings(
-            "completion",
-            CorpusSettings("ar", files=("ar.jsonl",), test=6, dev=3, micro_dev=3),
-            CorpusSettings("en", files=("en.jsonl",), dev=0),
-        )
-        try:
-            splits = build_splits(settings, tiny_tokenizer, seed, folder)
-        except DataError as error:
-            if "available" not in str(error):
-                raise
-            reject()  # one component holds nearly all
-        links_of = {f"{language}{i}": link for language, links in rows.items() for i, link in enumerate(links)}
-        for kind in (0, 1):  # neither a group nor a prompt stands in two splits
-            values = {name: {links_of[e.id][kind] for e in getattr(splits, name)} for name in SPLITS}
-            for name in HELD_OUT:
-                assert not values[name] & values["source_train"]
-                assert not values[name] & values["train"]
-            assert not values["test"] & (values["dev"] | values["micro_dev"])
-            assert not values["dev"] & values["micro_dev"]
+TURNS = [{"role": "user", "content": "hi"}]
 
 
-class TestGivenSplits:
-    def build(self, tokenizer: PreTrainedTokenizerFast, base: Path, **target: object) -> Splits:
-        return build_splits(DataSettings("completion", CorpusSettings("en", **target)), tokenizer, 0, base)
-
-    def files(self, write: Callable[[str, object], str]) -> dict[str, tuple[str, ...]]:
-        names = {"train": range(9), "dev": range(10, 16), "micro_dev": range(20, 24), "test": range(30, 37)}
-        return {f"{name}_files": (write(f"{name}.jsonl", prompt_rows(span)),) for name, span in names.items()}
-
-    def test_all_of_each_file_or_up_to_the_cap(self, write, tiny_tokenizer, tmp_path):
-        files = self.files(write)
-        splits = self.build(tiny_tokenizer, tmp_path, **files)
-        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [9, 6, 4, 7]
-        splits = self.build(tiny_tokenizer, tmp_path, **files, train=5, dev=50, test=0)
-        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [5, 6, 4, 0]
-        del files["micro_dev_files"]
-        splits = self.build(tiny_tokenizer, tmp_path, **files, micro_dev=0)
-        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [9, 6, 0, 7]
-
-    def test_micro_dev_comes_from_dev_or_train(self, write, tiny_tokenizer, tmp_path):
-        files = self.files(write)
-        del files["micro_dev_files"]
-        splits = self.build(tiny_tokenizer, tmp_path, **files, micro_dev=2)
-        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [9, 4, 2, 7]
-        assert {e.id.split(":")[0] for e in splits.micro_dev} == {"dev.jsonl"}
-        del files["dev_files"]
-        splits = self.build(tiny_tokenizer, tmp_path, **files, micro_dev=2)
-        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [7, 0, 2, 7]
-
-    def test_a_split_may_not_come_out_empty(self, write, tiny_tokenizer, tmp_path):
-        files = self.files(write)
-        del files["micro_dev_files"]
-        with pytest.raises(DataError, match=r"asked for micro_dev 16, dev the rest .*dev got 0"):
-            self.build(tiny_tokenizer, tmp_path, **files, micro_dev=16)
-
-    def test_micro_dev_leaves_the_other_split_most_of_the_rows(self, write, tiny_tokenizer, tmp_path):
-        files = self.files(write)
-        del files["micro_dev_files"]
-        splits = self.build(tiny_tokenizer, tmp_path, **files)
-        assert (len(splits.micro_dev), len(splits.dev), len(splits.train)) == (2, 4, 9)
-        files["dev_files"] = (write("many.jsonl", prompt_rows(range(40, 100))),)
-        splits = self.build(tiny_tokenizer, tmp_path, **files)
-        assert (len(splits.micro_dev), len(splits.dev)) == (16, 44)
-        del files["dev_files"]
-        splits = self.build(tiny_tokenizer, tmp_path, **files)
-        assert (len(splits.micro_dev), len(splits.train)) == (3, 6)
-
-    def test_overlaps_are_errors(self, write, tiny_tokenizer, tmp_path):
-        files = self.files(write)
-        write("test.jsonl", prompt_rows(range(7, 12)))
-        with pytest.raises(DataError, match="splits overlap") as caught:
-            self.build(tiny_tokenizer, tmp_path, **files)
-        assert "train and test share 0 ids, 2 prompts and 2 groups" in str(caught.value)
-        assert "dev and test share 0 ids, 2 prompts and 2 groups" in str(caught.value)
-
-    def test_prompts_that_are_alike_once_they_are_cut_are_named(self, write, tiny_tokenizer, tmp_path):
-        rows = [{"document": f"{n % 6} " + "a" * 40 + f" {n}", "summary": "s", "id": f"id{n}"} for n in range(12)]
-        target = CorpusSettings("en", files=(write("x.jsonl", rows),), train=6, dev=3, micro_dev=0, test=3)
-        settings = DataSettings("summarization", target, max_document_tokens=20)
-        with pytest.raises(DataError, match=r"the prompts of 'id\d+' and 'id\d+' are the same, as the model sees them"):
-            build_splits(settings, tiny_tokenizer, 0, tmp_path)
-
-    def test_the_source_is_checked_where_both_are_given_and_filtered_where_not(self, write, tiny_tokenizer, tmp_path):
-        target = CorpusSettings("en", **self.files(write))
-        write("source.jsonl", prompt_rows(range(34, 60)))
-        given = CorpusSettings("en", train_files=("source.jsonl",))
-        with pytest.raises(DataError, match="source_train and test share 0 ids, 3 prompts and 3 groups"):
-            build_splits(DataSettings("completion", target, given), tiny_tokenizer, 0, tmp_path)
-        pool = CorpusSettings("en", files=("source.jsonl",))
-        splits = build_splits(DataSettings("completion", target, pool), tiny_tokenizer, 0, tmp_path)
-        assert splits.report.source.excluded_for_leak == 3
-        assert len(splits.source_train) + len(splits.source_dev) == 23
+def test_prompts_are_those_of_transformers(with_template):
+    with_template.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{{ m | tojson }}{% endfor %}"
+    conversations = [[{"role": "user", "content": f'é "{i}"\n\x00\u2028'}] * (i % 3 + 1) for i in range(40)]
+    expected = with_template.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    assert render_chat(with_template, conversations, [""] * 40) == expected
 
 
-MLQA = Path(os.environ.get("GRASP_LORA_DATA", "nowhere")) / "mlqa"
+SYSTEM = {"role": "system", "content": " Be  brief.\n"}
+# As Phi-3-mini had it at first, Gemma (the first user turn gets the text), and what knows its own words in it, as SmolLM3.
+DROPS = "{% for m in messages %}{% if m.role != 'system' %}[{{ m.role }}]{{ m.content }}{% endif %}{% endfor %}"
+FOLDS = "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}\n{% endif %}{{ messages[-1].content }}"
+REWRITES = "{{ messages[0].content.replace('/no_think', '') | upper }}{{ messages[-1].content | trim }}"
+
+
+def test_a_template_that_leaves_out_the_system_message_is_refused(with_template):
+    with_template.chat_template = DROPS
+    assert render_chat(with_template, [TURNS], ["a"]) == ["[user]hi"]
+    with pytest.raises(
+        DataError, match=r"^b: the tokenizer's chat template leaves out the system message; put .* first user turn$"
+    ):
+        render_chat(with_template, [TURNS, [SYSTEM, *TURNS], [SYSTEM, *TURNS]], ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("template", [FOLDS, REWRITES, "{{ messages | tojson }}"])
+@pytest.mark.parametrize("content", ["Be  brief.\n", "/no_think", 'a\n"b"'])
+def test_a_template_may_change_texts(template, content, with_template, caplog):
+    with_template.chat_template = template
+    talk = [{**SYSTEM, "content": content}, {"role": "user", "content": f" {content} "}]
+    with caplog.at_level(logging.WARNING):
+        assert render_chat(with_template, [talk], ["a"])
+    assert not caplog.messages
+
+
+def test_a_template_that_leaves_out_a_user_turn_is_named(with_template, caplog):
+    with_template.chat_template = "{{ messages[-1].content }}"
+    early = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    with caplog.at_level(logging.WARNING):
+        assert render_chat(with_template, [TURNS, [*early, *TURNS], [*early, *TURNS]], ["a", "b", "c"]) == ["hi"] * 3
+    assert caplog.messages == [
+        "b: the tokenizer's chat template leaves out a user turn, so the model does not see it; check the template"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no \x1b[31m\n system') }}", r"no \\x1b\[31m system"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for %}", "Expected an expression"),
+        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__'"),
+    ],
+)
+def test_what_a_template_refuses_is_one_line(template, reason, with_template):
+    with_template.chat_template = template
+    with pytest.raises(DataError, match=rf"^row 0: the tokenizer's chat template refuses it: {reason}") as caught:
+        render_chat(with_template, [TURNS], ["row 0"])
+    assert "\n" not in str(caught.value)
