@@ -159,12 +159,12 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Make:
 
 
 ADAPTERS: dict[str, tuple[Make, str]] = {
-    "a pickle": (adapter(lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin")), r"adapter_model\.bin"),
+    "a pickle": (adapter(lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin")), r"pickle"),
     "no config": (adapter(lambda folder: (folder / CONFIG).unlink()), r"adapter_config\.json"),
     "a config that is no JSON": (adapter(lambda folder: (folder / CONFIG).write_bytes(b"\xff")), r"adapter_config\.json"),
     "truncated weights": (adapter(lambda folder: (folder / WEIGHTS).write_bytes(b"\x00" * 50)), r"adapter"),
     "a factor missing": (tensors(lambda content: content.pop(B)), r"q_proj"),
-    "NaN": (tensors(lambda content: content[A].fill_(float("nan"))), r"lora_A.* NaN"),
+    "NaN": (tensors(lambda content: content[A].fill_(float("nan"))), r"q_proj.* NaN"),
     "DoRA": (config(use_dora=True), r"DoRA"),
     "another type": (config(peft_type="IA3"), r"IA3"),
 }  # fmt: skip

@@ -1,44 +1,13 @@
-"""Memory: how much is free, and one line that says what takes less where it does not suffice."""
+"""One line that says what takes less memory where it does not suffice."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from grasp_lora.errors import LackOfMemoryError
 from grasp_lora.text.display import first_line
 
 # Of torch.OutOfMemoryError, CUDA's drivers and libraries, and torch's allocator on the CPU, which raises a plain RuntimeError.
 _SIGNS = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
-
-CONTAINER = Path("/sys/fs/cgroup")  # its limits on Linux, which psutil does not know
-
-
-def available_memory(on_gpu: bool) -> int:
-    """Bytes that are free on the current GPU, or in this machine's memory."""
-    if on_gpu:
-        import torch
-
-        return int(torch.cuda.mem_get_info()[0])
-    import psutil  # of accelerate
-
-    free = int(psutil.virtual_memory().available)
-    try:
-        most, used = (int((CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
-        facts = dict(line.split() for line in (CONTAINER / "memory.stat").read_text().splitlines())
-        return max(0, min(free, most - used + int(facts["file"])))  # what is cached of files can go
-    except (OSError, ValueError, KeyError):  # there is none, or its limit is `max`
-        return free
-
-
-def peak_memory() -> int | None:
-    """Bytes that this process had at most; None on Windows."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 @contextmanager
