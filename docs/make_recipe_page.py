@@ -12,9 +12,7 @@ from docstring_parser import parse_from_object
 
 from grasp_lora.data.tasks import TASKS, TEMPLATES
 from grasp_lora.evaluation.metrics import METRICS
-from grasp_lora.method.policy import POLICIES, plain_policy
-from grasp_lora.method.presets import PRESETS
-from grasp_lora.method.search import RatioPolicy
+from grasp_lora.method.search import POLICIES, PRESETS, RatioPolicy, plain_policy
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.recipe import Recipe
 

@@ -42,10 +42,8 @@ from landscape import Cost, Floats, Landscape
 from smoothing import smooth
 
 from grasp_lora.errors import GraspError
-from grasp_lora.method.policy import plain_policy, policy_class
-from grasp_lora.method.presets import PRESETS, Controller, preset, ratio_rule
-from grasp_lora.method.rounds import RatioEstimate, Round
-from grasp_lora.method.search import RatioSearch
+from grasp_lora.method.rules import RatioEstimate, Round
+from grasp_lora.method.search import PRESETS, Controller, RatioSearch, plain_policy, policy_class, preset, ratio_rule
 
 POOLS = ("micro_dev", "dev", "both")
 RESAMPLES = 2000

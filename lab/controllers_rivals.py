@@ -14,7 +14,7 @@ import numpy as np
 from landscape import Cost, Landscape
 
 from grasp_lora.errors import GraspError
-from grasp_lora.method.presets import preset
+from grasp_lora.method.search import preset
 
 GRID = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # Paper: grid search
 FIXED = 0.4

@@ -24,7 +24,7 @@ from speed_lab import RATIO, Lab, length, taken
 from grasp_lora.data.encode import Example
 from grasp_lora.engine.steps import GRID
 from grasp_lora.method.masks import MaskSet
-from grasp_lora.method.presets import preset
+from grasp_lora.method.search import preset
 from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe

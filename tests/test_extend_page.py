@@ -13,8 +13,7 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.evaluation.metrics import score
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.method.rounds import Round
-from grasp_lora.method.rules import best_reward
+from grasp_lora.method.rules import Round, best_reward
 from grasp_lora.method.search import RatioSearch
 from grasp_lora.recipes.load import load_recipe
 

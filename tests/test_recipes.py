@@ -10,8 +10,7 @@ import pytest
 
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings
-from grasp_lora.method.policy import Gaussian
-from grasp_lora.method.schedule import Rounds
+from grasp_lora.method.search import Gaussian, Rounds
 from grasp_lora.models.settings import LoraSettings
 from grasp_lora.recipes.load import builtin_recipes, load_recipe
 from grasp_lora.training.settings import TrainingSettings

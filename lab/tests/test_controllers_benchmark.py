@@ -17,11 +17,8 @@ from landscape import Cost, FinalRun, Landscape, Trajectory
 
 from grasp_lora.engine.steps import GRID
 from grasp_lora.errors import GraspError
-from grasp_lora.method.policy import POLICIES, Gaussian, Spread
-from grasp_lora.method.presets import Controller, preset
-from grasp_lora.method.rounds import Round
-from grasp_lora.method.schedule import Rounds
-from grasp_lora.method.search import RatioSearch
+from grasp_lora.method.rules import Round
+from grasp_lora.method.search import POLICIES, Controller, Gaussian, RatioSearch, Rounds, Spread, preset
 
 BEST = 0.5
 RATIOS = tuple(number / 20 for number in range(17))

@@ -15,7 +15,7 @@ from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import SCORES, MaskSet, MaskSettings
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.method.policy import even_ratio
+from grasp_lora.method.search import even_ratio
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings

@@ -15,7 +15,7 @@ import speed_lab
 import torch
 
 from grasp_lora.errors import GraspError
-from grasp_lora.method.presets import preset
+from grasp_lora.method.search import preset
 from grasp_lora.recipes.load import load_recipe
 
 BENCHMARKS = Path(__file__).parents[1]

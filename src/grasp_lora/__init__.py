@@ -23,12 +23,17 @@ if TYPE_CHECKING:
     from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
     from grasp_lora.method.masks import InputNorms, MaskSettings, Score, prune
     from grasp_lora.method.merging import MergeRule, MergeSettings, merge
-    from grasp_lora.method.policy import Gaussian, Spread
-    from grasp_lora.method.presets import Controller, preset
-    from grasp_lora.method.rounds import Decision, RatioEstimate, Round
-    from grasp_lora.method.rules import Rule
-    from grasp_lora.method.schedule import Rounds
-    from grasp_lora.method.search import RatioPolicy, RatioSearch
+    from grasp_lora.method.rules import RatioEstimate, Round, Rule
+    from grasp_lora.method.search import (
+        Controller,
+        Decision,
+        Gaussian,
+        RatioPolicy,
+        RatioSearch,
+        Rounds,
+        Spread,
+        preset,
+    )
     from grasp_lora.models.adapters import attached, save_adapter
     from grasp_lora.models.live import adapter_weights, segments_of
     from grasp_lora.models.reading import LoadedAdapter, read_adapter
@@ -45,12 +50,12 @@ _HOMES = {
     "AdapterWeights": "method.lora",
     "Comparison": "engine.comparison",
     "ComparisonSettings": "engine.comparison",
-    "Controller": "method.presets",
+    "Controller": "method.search",
     "DataError": "errors",
-    "Decision": "method.rounds",
+    "Decision": "method.search",
     "Delivered": "engine.run_folder",
     "DivergedError": "errors",
-    "Gaussian": "method.policy",
+    "Gaussian": "method.search",
     "GraspController": "training.controller",
     "GraspError": "errors",
     "InputNorms": "method.masks",
@@ -66,24 +71,24 @@ _HOMES = {
     "ProbesInTurn": "training.probes",
     "Progress": "engine.progress",
     "PrunedTraining": "training.pruned",
-    "RatioEstimate": "method.rounds",
+    "RatioEstimate": "method.rules",
     "RatioPolicy": "method.search",
     "RatioSearch": "method.search",
     "Recipe": "recipes.recipe",
     "RecipeError": "errors",
-    "Round": "method.rounds",
-    "Rounds": "method.schedule",
+    "Round": "method.rules",
+    "Rounds": "method.search",
     "Rule": "method.rules",
     "RunResult": "api",
     "Score": "method.masks",
     "Segment": "method.lora",
-    "Spread": "method.policy",
+    "Spread": "method.search",
     "adapter_weights": "models.live",
     "attached": "models.adapters",
     "compare": "api",
     "load_recipe": "recipes.load",
     "merge": "method.merging",
-    "preset": "method.presets",
+    "preset": "method.search",
     "prune": "method.masks",
     "read_adapter": "models.reading",
     "run": "api",

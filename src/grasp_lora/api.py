@@ -13,7 +13,7 @@ from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.run_folder import ADAPTER_FOLDER, COMPARE_FOLDER, Delivered, Metrics, Run
 from grasp_lora.engine.session import Session
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.rounds import RatioEstimate
+from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.recipes.explain import explain
 from grasp_lora.recipes.load import Overrides, load_recipe
 from grasp_lora.report.card import write_model_card

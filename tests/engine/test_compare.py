@@ -45,8 +45,7 @@ from grasp_lora.engine.store import Record, Store, pack
 from grasp_lora.errors import AdapterError, Interrupted, ProbeError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.method.policy import Gaussian
-from grasp_lora.method.schedule import PROBE_SPLITS, Rounds
+from grasp_lora.method.search import PROBE_SPLITS, Gaussian, Rounds
 from grasp_lora.recipes.load import load_recipe
 
 ROUNDS_EVERY = "controller.rounds.every=3"

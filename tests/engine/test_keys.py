@@ -19,8 +19,7 @@ from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Finished, Store, key_of
 from grasp_lora.method.masks import MaskSettings
-from grasp_lora.method.policy import POLICIES
-from grasp_lora.method.search import RatioPolicy
+from grasp_lora.method.search import POLICIES, RatioPolicy
 
 NOTHING = ""
 TRAINED = "source target controller final"

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.presets import RULES
-from grasp_lora.method.rounds import RatioEstimate, Round
-from grasp_lora.method.rules import Rule, best_reward, settle, smooth_fit
+from grasp_lora.method.rules import RatioEstimate, Round, Rule, best_reward, settle, smooth_fit
+from grasp_lora.method.search import RULES
 
 LOW, HIGH = 0.1, 0.8
 GRID_STEP = (HIGH - LOW) / 280

@@ -15,12 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp_lora.errors import ProbeError, RecipeError
-from grasp_lora.method.policy import POLICIES, Gaussian, Spread, even_ratio, plain_policy, policy_class
-from grasp_lora.method.presets import RULES, preset, ratio_rule
-from grasp_lora.method.rounds import Decision, RatioEstimate, Round
-from grasp_lora.method.rules import Rule
-from grasp_lora.method.schedule import Rounds
-from grasp_lora.method.search import RatioSearch
+from grasp_lora.method.rules import RatioEstimate, Round, Rule
+from grasp_lora.method.search import (
+    POLICIES,
+    RULES,
+    Decision,
+    Gaussian,
+    RatioSearch,
+    Rounds,
+    Spread,
+    even_ratio,
+    plain_policy,
+    policy_class,
+    preset,
+    ratio_rule,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden_policy.json").read_text(encoding="utf-8"))
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -355,22 +364,24 @@ def test_a_loss_that_is_not_finite_is_an_error_and_changes_nothing(kind: str, ba
     assert state(policy) == before
 
 
+LOSSES, RATIOS = "the losses of the same examples, at least one", r"tell the ratios that ask\(\) gave, in \[0.1, 0.8\]"
+
+
 @every_policy
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"candidates": (0.3, 0.4)}, "2 candidates but losses for 3"),
-        ({"candidate_losses": ((1.0, 2.0),)}, "3 candidates but losses for 1"),
-        ({"candidates": (), "candidate_losses": ()}, "0 candidates but losses for 0"),
-        ({"candidate_losses": ((1.0, 2.0), (1.0,), (1.0, 2.0))}, "a candidate has 1 losses, but 2 examples are probed"),
-        ({"baseline_losses": ()}, "a round without losses"),
-        ({"baseline_losses": (), "candidate_losses": ((), (), ())}, "a round without losses"),
-        ({"candidates": (0.3, 0.4, 0.81)}, r"candidates \[0.81\] lie outside \[0.1, 0.8\]"),
-        ({"candidates": (0.3, math.nan, 0.4)}, r"candidates \[nan\] lie outside"),
-        ({"current_ratio": 0.41}, "measured at ratio 0.41, but the committed ratio is 0.4"),
-        ({"places": (0, 0)}, r"places \[0, 0\] are not different places among 2 baseline losses"),
-        ({"places": (1, 2)}, r"places \[1, 2\] are not different places among 2"),
-        ({"places": (1,)}, "a candidate has 2 losses, but 1 examples are probed"),
+        ({"candidates": (0.3, 0.4)}, LOSSES),
+        ({"candidate_losses": ((1.0, 2.0),)}, LOSSES),
+        ({"candidates": (), "candidate_losses": ()}, LOSSES),
+        ({"candidate_losses": ((1.0, 2.0), (1.0,), (1.0, 2.0))}, LOSSES),
+        ({"baseline_losses": (), "candidate_losses": ((), (), ())}, LOSSES),
+        ({"candidates": (0.3, 0.4, 0.81)}, RATIOS),
+        ({"candidates": (0.3, math.nan, 0.4)}, RATIOS),
+        ({"current_ratio": 0.41}, "measure the baseline at the current ratio 0.4"),
+        ({"places": (0, 0)}, LOSSES),
+        ({"places": (1, 2)}, LOSSES),
+        ({"places": (1,)}, LOSSES),
     ],
 )
 def test_a_round_that_does_not_fit_is_an_error_and_changes_nothing(
@@ -387,7 +398,7 @@ def test_a_round_that_does_not_fit_is_an_error_and_changes_nothing(
 def test_the_probed_examples_cannot_change_in_number_within_a_run(kind: str) -> None:
     policy = of_kind(kind)
     run(policy, 1)  # four examples
-    with pytest.raises(ValueError, match="2 probed examples, but 4 in earlier rounds"):
+    with pytest.raises(ValueError, match="as many as in earlier rounds"):
         policy.tell(a_round(policy))
 
 
@@ -400,12 +411,6 @@ def test_candidates_on_some_examples_are_compared_on_those() -> None:
     search = of_kind("spread", "surrogate")
     search.tell(told)
     assert 0.1 <= search.best_ratio().ratio <= 0.8
-
-
-@every_policy
-def test_candidates_and_rewards_of_different_lengths_are_an_error(kind: str) -> None:
-    with pytest.raises(ValueError, match="2 candidates but losses for 1"):
-        of_kind(kind).tell_rewards((0.3, 0.4), (1.0,))
 
 
 @every_policy
@@ -560,5 +565,5 @@ def test_the_even_sequence_covers_any_stretch(number: int) -> None:
 
 
 def test_a_policy_of_ones_own_is_named_by_its_import_path() -> None:
-    assert policy_class("grasp_lora.method.policy:Spread") is Spread
+    assert policy_class("grasp_lora.method.search:Spread") is Spread
     assert plain_policy(Spread())["kind"] == "spread"

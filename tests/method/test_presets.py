@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 
-from grasp_lora.method.policy import Gaussian, Spread
-from grasp_lora.method.presets import PRESETS, Controller, preset, ratio_rule
-from grasp_lora.method.rounds import Round
-from grasp_lora.method.schedule import Rounds
-from grasp_lora.method.search import RatioSearch
+from grasp_lora.method.rules import Round
+from grasp_lora.method.search import PRESETS, Controller, Gaussian, RatioSearch, Rounds, Spread, preset, ratio_rule
 
 
 def quadratic(ratio: float) -> float:

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from grasp_lora.method.rounds import Round
-from grasp_lora.method.rules import surrogate
+from grasp_lora.method.rules import Round, surrogate
 
 LOW, HIGH = 0.1, 0.8
 BEST = 0.5

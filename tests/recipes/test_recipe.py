@@ -14,9 +14,7 @@ import yaml
 
 from grasp_lora.engine.steps import plain
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.policy import Gaussian, Spread
-from grasp_lora.method.presets import PRESETS, Controller
-from grasp_lora.method.schedule import Rounds
+from grasp_lora.method.search import PRESETS, Controller, Gaussian, Rounds, Spread
 from grasp_lora.recipes.builtin import recipe_keys
 from grasp_lora.recipes.explain import SYNONYMS
 from grasp_lora.recipes.load import builtin_recipes, load_recipe, validate

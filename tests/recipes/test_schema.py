@@ -10,8 +10,7 @@ import yaml
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.merging import MergeSettings
-from grasp_lora.method.policy import POLICIES
-from grasp_lora.method.presets import PRESETS
+from grasp_lora.method.search import POLICIES, PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_LINE, builtin_recipes, builtin_text, schema_text
 from grasp_lora.recipes.load import load_recipe, validate
 from grasp_lora.recipes.schema import recipe_schema

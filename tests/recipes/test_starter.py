@@ -17,7 +17,7 @@ import yaml
 from grasp_lora.engine.preflight import preflight
 from grasp_lora.engine.session import Session
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
-from grasp_lora.method.presets import PRESETS
+from grasp_lora.method.search import PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_FILE, schema_text
 from grasp_lora.recipes.corpus import read_corpus
 from grasp_lora.recipes.load import load_recipe

@@ -28,7 +28,7 @@ from made_runs import (
 
 from grasp_lora.engine.run_folder import Run, SystemScores
 from grasp_lora.evaluation.statistics import compare_with_baselines
-from grasp_lora.method.presets import RULES
+from grasp_lora.method.search import RULES
 from grasp_lora.report.card import write_model_card
 from grasp_lora.report.delivered import next_steps
 from grasp_lora.report.examples import examples_of

@@ -22,9 +22,7 @@ from transformers import TrainerCallback
 from grasp_lora.errors import GraspError, Interrupted
 from grasp_lora.method.lora import AdapterWeights, Segment
 from grasp_lora.method.masks import MaskSettings
-from grasp_lora.method.policy import Gaussian
-from grasp_lora.method.presets import Controller
-from grasp_lora.method.schedule import Rounds
+from grasp_lora.method.search import Controller, Gaussian, Rounds
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings

@@ -20,10 +20,8 @@ from grasp_lora.errors import AdapterError, DataError, GraspError, ProbeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import MaskSet, MaskSettings, prune_count, survival
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.method.policy import POLICIES, Gaussian, Spread
-from grasp_lora.method.presets import PRESETS, Controller
-from grasp_lora.method.rounds import Decision, RatioEstimate, Round
-from grasp_lora.method.schedule import Rounds
+from grasp_lora.method.rules import RatioEstimate, Round
+from grasp_lora.method.search import POLICIES, PRESETS, Controller, Decision, Gaussian, Rounds, Spread
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.models.settings import LoraSettings

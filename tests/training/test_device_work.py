@@ -9,9 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 from grasp_lora.method.lora import AdapterWeights, Segment
-from grasp_lora.method.policy import POLICIES
-from grasp_lora.method.presets import Controller
-from grasp_lora.method.schedule import Rounds
+from grasp_lora.method.search import POLICIES, Controller, Rounds
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import segments_of
 from grasp_lora.models.settings import LoraSettings

@@ -82,9 +82,9 @@ from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.training import trainer as finetune_module
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import live_pairs
-from grasp_lora.method.policy import Gaussian
-from grasp_lora.method.presets import Controller
-from grasp_lora.method.schedule import Rounds
+from grasp_lora.method.search import Gaussian
+from grasp_lora.method.search import Controller
+from grasp_lora.method.search import Rounds
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.trainer import FineTuneTrainer, finetune
 from grasp_lora.training.probes import NormCollector, ProbeSet, calibrate

@@ -22,9 +22,7 @@ from conftest import build_tiny_model
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.masks import MaskSet
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.method.policy import Gaussian
-from grasp_lora.method.presets import Controller
-from grasp_lora.method.schedule import Rounds
+from grasp_lora.method.search import Controller, Gaussian, Rounds
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import segments_of
 from grasp_lora.training.controller import GraspController

@@ -18,7 +18,7 @@ from grasp_lora.engine.store import Finished
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
-from grasp_lora.method.presets import PRESETS
+from grasp_lora.method.search import PRESETS
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage, FinalStage
 from grasp_lora.storage.claims import Busy

@@ -19,7 +19,7 @@ from grasp_lora.data.encode import Example
 from grasp_lora.errors import AdapterError, RecipeError
 from grasp_lora.evaluation.answers import MetricScore
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.method.rounds import RatioEstimate
+from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.storage.files import write_json
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
 

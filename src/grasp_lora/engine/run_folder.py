@@ -26,7 +26,7 @@ from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import TargetOn
 from grasp_lora.engine.store import ADAPTER, Finished
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.rounds import RatioEstimate
+from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.models.adapters import restate_answers
 from grasp_lora.models.settings import QUANTISERS
 from grasp_lora.recipes.recipe import Recipe

@@ -38,7 +38,7 @@ from grasp_lora.errors import AdapterError, DivergedError, GraspError, ProbeErro
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import survival
 from grasp_lora.method.merging import MergeSettings, merge, merge_rule
-from grasp_lora.method.policy import plain_policy
+from grasp_lora.method.search import plain_policy
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.answers import generate, likeliest_labels
 from grasp_lora.models.backbone import weight_sum

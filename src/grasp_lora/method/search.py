@@ -1,8 +1,16 @@
-"""The search for the prune ratio: ask a policy for candidates, tell it their losses, read the ratio off.
+"""The search for the prune ratio: when rounds come, who chooses candidates, what is learned, and the presets.
 
 One round: `ask()` gives candidate ratios, the caller measures the loss of each on some examples, `tell()` turns the losses into
-rewards, lets the policy learn and says whether the current ratio moves. `best_ratio()` is the learned ratio p*. A policy is
-frozen settings; all that changes is in the search, and follows from the rounds: tell them again, and it is as it was.
+rewards, lets the policy learn and says whether the current ratio moves. `best_ratio()` is the learned ratio p*, read off all
+rounds by a rule (`method.rules`).
+
+    search = RatioSearch(Spread(candidates=2), RULES["surrogate"])
+    candidates = search.ask()                                  # such as [0.31, 0.66]
+    decision = search.tell(Round(0.4, ...their losses...))     # decision.committed, decision.ratio
+    search.best_ratio()                                        # RatioEstimate(ratio, low, high)
+
+A policy is frozen settings; all that changes is in the search, and follows from the rounds: tell them again, and it is as it was.
+A new policy is a class here, or in a file of your own.
 Paper: controller and policy update sections.
 """
 
@@ -10,16 +18,284 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import asdict, dataclass, field
+from numbers import Integral
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypedDict
 
 from grasp_lora.errors import ProbeError, RecipeError
-from grasp_lora.method.rounds import Decision, RatioEstimate, Round
-from grasp_lora.method.rules import Rule
-from grasp_lora.method.schedule import is_count
+from grasp_lora.method.rules import RULES, RatioEstimate, Round, Rule
 from grasp_lora.text.display import quoted
+from grasp_lora.text.names import find
 
 Regime = Literal["held", "each_step"]
+GOLDEN = (math.sqrt(5) - 1) / 2  # multiples of it, modulo 1, fill [0, 1] evenly at any length
+Pool = Literal["micro_dev", "dev", "both"]
+PROBE_SPLITS: dict[Pool, tuple[str, ...]] = {
+    "micro_dev": ("micro_dev",),
+    "dev": ("dev",),
+    "both": ("micro_dev", "dev"),
+}  # of each pool
+if TYPE_CHECKING:
+    Spacing = int | Literal["epoch"]
+else:
+    Spacing = Any  # checked below, in one line
+if TYPE_CHECKING:
+    RuleOrName = str | Rule
+else:
+    RuleOrName = str  # what a recipe can hold, which is checked by this; a script may pass the object
+
+
+# Rounds: when they come, what they measured, what followed
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number of at least 1."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How the rounds of a controller run are spaced and measured.
+
+    Args:
+        every: optimizer steps between rounds (K), >= 1, or `epoch`.
+        start: share of the run before the first round, in [0, 1]; 0.5 begins half way. Above 0 there is always a round after the
+            last step, with 1 only that one. Late in a training that overfits, ratios differ by more than chance.
+        before_training: whether a round comes before the first step; only with `start` 0.
+        pool: examples that are probed: `micro_dev`, `dev`, or `both`. Dev then chooses the ratio and stops the final run.
+        in_turn: how many of them a round measures at each candidate at most, >= 1, in turn, so that each round has others; None
+            takes all. The best ratio so far is measured on all where rounds are compared: by patience or the rule
+            `surrogate`.
+        patience: >= 1: rounds in a row without a lower loss at any probed ratio, after which training stops, as early stopping
+            would by then at every ratio. None goes on to the last step.
+
+    Raises:
+        ValueError: a setting is outside its range, or two contradict each other.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    every: Spacing = 10
+    start: float = 0.0
+    before_training: bool = False
+    pool: Pool = "micro_dev"
+    in_turn: int | None = None
+    patience: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every != "epoch" and not is_count(self.every):
+            raise ValueError(
+                f"every is {quoted(self.every)}; it must be at least 1 optimizer step, a whole number, or 'epoch'"
+            )
+        if not 0.0 <= self.start <= 1.0:
+            raise ValueError(f"start is {self.start}; it must be a share of the run, in [0, 1]")
+        if self.before_training and self.start > 0.0:
+            raise ValueError(
+                f"before_training is true, but start is {self.start}; set before_training to false, or start to 0"
+            )
+        if self.pool not in PROBE_SPLITS:
+            raise ValueError(f"pool is {quoted(self.pool)}; allowed: {', '.join(PROBE_SPLITS)}")
+        if self.in_turn is not None and not is_count(self.in_turn):
+            raise ValueError(
+                f"in_turn is {self.in_turn}; it must be at least 1 example, a whole number, or null for all"
+            )
+        if self.patience is not None and not is_count(self.patience):
+            raise ValueError(
+                f"patience is {self.patience}; it must be at least 1 round, a whole number, or null to train to the end"
+            )
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The target's splits that the pool is made of."""
+        return PROBE_SPLITS[self.pool]
+
+    def turn(self, pool: int) -> int | None:
+        """How many examples of a pool of so many a round measures at each candidate, in turn; None for all of them in each."""
+        return self.in_turn if self.in_turn is not None and self.in_turn < pool else None
+
+    def spacing(self, steps_per_epoch: int) -> int:
+        """Optimizer steps between rounds, where an epoch has so many."""
+        return steps_per_epoch if self.every == "epoch" else self.every
+
+    def round_follows(self, step: int, steps: int, spacing: int) -> bool:
+        """Return whether a round follows an optimizer step.
+
+        Args:
+            step: optimizer steps taken, 0 before the first one.
+            steps: of the whole run.
+            spacing: optimizer steps between rounds.
+        """
+        if step == 0:
+            return self.before_training
+        if step == steps and self.start > 0.0:
+            return True
+        return step >= self.start * steps and step % spacing == 0
+
+    def round_steps(self, steps: int, spacing: int) -> list[int]:
+        """Return the optimizer steps that a round follows, in a run of so many; see `round_follows`."""
+        return [step for step in range(steps + 1) if self.round_follows(step, steps, spacing)]
+
+
+class RoundRecord(TypedDict):
+    """A round as plain values: what it measured, what followed, and what was learned."""
+
+    candidates: list[float]
+    baseline_losses: list[float]
+    candidate_losses: list[list[float]]
+    places: list[int] | None
+    rewards: list[float]
+    policy_mean: float
+    policy_std: float
+    committed: bool
+    clipped: bool
+    ratio_before: float
+    ratio: float
+    measured_sparsity: float
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows from a round.
+
+    Args:
+        rewards: one per candidate.
+        committed: whether the current ratio moves; if so the mask is rebuilt at `ratio`.
+        ratio: the current ratio after the round.
+        clipped: the winner lay further away than the policy moves at once, so the mask at `ratio` was not itself probed.
+    """
+
+    rewards: tuple[float, ...]
+    committed: bool
+    ratio: float
+    clipped: bool = False
+
+    def to_json(self, measured: Round, mean: float, std: float, sparsity: float) -> RoundRecord:
+        """Return what a line of `rounds.jsonl` says of a round.
+
+        Args:
+            measured: the round that it follows from.
+            mean, std: of the policy after it.
+            sparsity: measured share of pruned weights, a fraction in [0, 1].
+        """
+        return {
+            "candidates": list(measured.candidates),
+            "baseline_losses": list(measured.baseline_losses),
+            "candidate_losses": list(map(list, measured.candidate_losses)),
+            "places": None if measured.places is None else list(measured.places),
+            "rewards": list(self.rewards),
+            "policy_mean": mean,
+            "policy_std": std,
+            "committed": self.committed,
+            "clipped": self.clipped,
+            "ratio_before": measured.current_ratio,
+            "ratio": self.ratio,
+            "measured_sparsity": sparsity,
+        }
+
+
+# The search
+
+
+class RatioSearch:
+    """A policy at work, with all that it was told.
+
+    Args:
+        policy: how candidates are drawn and what is learned.
+        rule: how the ratio is read off the rounds.
+    """
+
+    def __init__(self, policy: "RatioPolicy", rule: Rule) -> None:
+        self.policy, self.rule = policy, rule
+        self.mean, self.std = policy.start
+        self.current_ratio = policy.ratio_init
+        self.history: list[Round] = []
+
+    def ask(self) -> list[float]:
+        """Return the C candidate ratios of the next round, each within the bounds."""
+        # A string seed is hashed with SHA-512 by the standard library, so close seeds give unrelated draws.
+        generator = random.Random(f"{self.policy.seed}/{len(self.history)}")
+        return [self.policy.clamp(ratio) for ratio in self.policy.draw(self, generator)]
+
+    def tell(self, measured: Round) -> Decision:
+        """Learn from a measured round and decide whether the current ratio moves.
+
+        Raises:
+            ProbeError: a loss is not a finite number.
+            ValueError: the round does not fit: numbers of candidates or examples, ratios. Nothing changes.
+            RecipeError: the policy decides no ratio within its bounds.
+        """
+        self._check(measured)
+        self.history.append(measured)
+        self.mean, self.std = self.policy.learn(self, measured)
+        decision = self.policy.decide(self, measured)
+        low, high = self.policy.ratio_min, self.policy.ratio_max
+        if not isinstance(decision, Decision) or not low <= decision.ratio <= high:
+            number = len(self.history)
+            self.history.pop()
+            raise RecipeError(
+                f"policy {type(self.policy).__name__} decided {quoted(getattr(decision, 'ratio', decision))} after round "
+                f"{number}; decide must return a Decision whose ratio lies in [{low}, {high}]; policy.clamp sees to it"
+            )
+        self.current_ratio = decision.ratio
+        return decision
+
+    def tell_rewards(self, candidates: Sequence[float], rewards: Sequence[float]) -> Decision:
+        """Learn from given candidates and rewards: for tests and for replaying a record."""
+        return self.tell(Round(self.current_ratio, tuple(candidates), (0.0,), tuple((-reward,) for reward in rewards)))
+
+    def training_ratio(self, step: int) -> float:
+        """Return the ratio at which optimizer step `step` (from 0) trains."""
+        return self.policy.training_ratio(self, step)
+
+    @property
+    def rounds_since_best(self) -> int:
+        """Rounds since the one in which a probe, baselines included, had the lowest mean loss so far."""
+        lowest = [one.lowest_loss for one in self.history]
+        return len(lowest) - 1 - lowest.index(min(lowest)) if lowest else 0
+
+    def best_ratio(self, *, interval: bool = True) -> RatioEstimate:
+        """Return the learned ratio p* of all rounds so far, with an interval unless that is not wanted, which is faster.
+
+        Raises:
+            ValueError: no round has been told yet.
+            RecipeError: the rule gives no estimate within the bounds.
+        """
+        return self.rule(self.history, self.policy.ratio_min, self.policy.ratio_max, interval=interval)
+
+    def _check(self, measured: Round) -> None:
+        """Check a round at the door: a caller's loop of its own may mix up candidates, examples or ratios."""
+        examples = len(measured.baseline_losses)
+        places = range(examples) if measured.places is None else measured.places
+        first = self.history[0] if self.history else measured
+        if (
+            not places
+            or len(measured.candidates) != len(measured.candidate_losses)
+            or {len(losses) for losses in measured.candidate_losses} != {len(places)}
+            or len(set(places)) < len(places)
+            or not set(places) <= set(range(examples))
+            or (examples, len(places)) != (len(first.baseline_losses), len(first.candidate_losses[0]))
+        ):
+            raise ValueError(
+                f"a round of {len(measured.candidates)} candidates has {examples} baseline losses and "
+                f"{[len(losses) for losses in measured.candidate_losses]} losses of candidates (places: {measured.places}); give "
+                "each candidate the losses of the same examples, at least one, and as many as in earlier rounds"
+            )
+        low, high = self.policy.ratio_min, self.policy.ratio_max
+        # `not in between` also catches NaN, which would spread to the mean and stay there.
+        outside = [ratio for ratio in measured.candidates if not low <= ratio <= high]
+        if outside or measured.current_ratio != self.current_ratio:
+            raise ValueError(
+                f"a round measured candidates {list(measured.candidates)} against ratio {measured.current_ratio}; tell the "
+                f"ratios that ask() gave, in [{low}, {high}], and measure the baseline at the current ratio {self.current_ratio}"
+            )
+        for losses in (measured.baseline_losses, *measured.candidate_losses):
+            for example, loss in enumerate(losses):
+                if not math.isfinite(loss):
+                    raise ProbeError(f"the loss of probed example {example} is {loss}; it must be finite")
+
+
+# Policies
 
 
 @dataclass(frozen=True)
@@ -100,108 +376,236 @@ def step_to_best(search: "RatioSearch", measured: Round, max_step: float) -> Dec
     return Decision(rewards, True, search.policy.clamp(ratio), clipped)
 
 
-class RatioSearch:
-    """A policy at work, with all that it was told.
+@dataclass(frozen=True)
+class Gaussian(RatioPolicy):
+    """A Gaussian over the ratio, updated with group-relative advantages: the paper's policy.
+
+    Score function of the Gaussian, a pull of the mean towards the current ratio and a constant entropy bonus.
+    Paper: policy update; the released code floors the variance at 1e-4 and the deviation at 1e-3, and so do we.
 
     Args:
-        policy: how candidates are drawn and what is learned.
-        rule: how the ratio is read off the rounds.
+        ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
+        ratio_init: first mean and first current ratio, within the bounds.
+        candidates: ratios per round (C), >= 1.
+        seed: of the draws; a recipe combines it with its own seed.
+        std_init: first standard deviation; None takes (ratio_max - ratio_min) / 6 as the paper does.
+        learning_rate, kl_coef, entropy_bonus: step size, pull towards the current ratio and growth of the deviation per
+            round, all >= 0.
+        max_step: furthest that one commit moves the current ratio, in (0, 1].
     """
 
-    def __init__(self, policy: RatioPolicy, rule: Rule) -> None:
-        self.policy, self.rule = policy, rule
-        self.mean, self.std = policy.start
-        self.current_ratio = policy.ratio_init
-        self.history: list[Round] = []
+    std_init: float | None = None
+    learning_rate: float = 0.05
+    kl_coef: float = 0.05
+    entropy_bonus: float = 0.01
+    max_step: float = 0.10
 
-    def ask(self) -> list[float]:
-        """Return the C candidate ratios of the next round, each within the bounds."""
-        # A string seed is hashed with SHA-512 by the standard library, so close seeds give unrelated draws.
-        generator = random.Random(f"{self.policy.seed}/{len(self.history)}")
-        return [self.policy.clamp(ratio) for ratio in self.policy.draw(self, generator)]
-
-    def tell(self, measured: Round) -> Decision:
-        """Learn from a measured round and decide whether the current ratio moves.
-
-        Raises:
-            ProbeError: a loss is not a finite number.
-            ValueError: the round does not fit: numbers of candidates or examples, ratios. Nothing changes.
-            RecipeError: the policy decides no ratio within its bounds.
-        """
-        self._check(measured)
-        self.history.append(measured)
-        self.mean, self.std = self.policy.learn(self, measured)
-        decision = self.policy.decide(self, measured)
-        low, high = self.policy.ratio_min, self.policy.ratio_max
-        if not isinstance(decision, Decision) or not low <= decision.ratio <= high:
-            number = len(self.history)
-            self.history.pop()
-            raise RecipeError(
-                f"policy {type(self.policy).__name__} decided {quoted(getattr(decision, 'ratio', decision))} after round "
-                f"{number}; decide must return a Decision whose ratio lies in [{low}, {high}]; policy.clamp sees to it"
-            )
-        self.current_ratio = decision.ratio
-        return decision
-
-    def tell_rewards(self, candidates: Sequence[float], rewards: Sequence[float]) -> Decision:
-        """Learn from given candidates and rewards: for tests and for replaying a record."""
-        return self.tell(Round(self.current_ratio, tuple(candidates), (0.0,), tuple((-reward,) for reward in rewards)))
-
-    def training_ratio(self, step: int) -> float:
-        """Return the ratio at which optimizer step `step` (from 0) trains."""
-        return self.policy.training_ratio(self, step)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.std_init is not None and not 0.0 < self.std_init < math.inf:
+            raise ValueError(f"std_init is {self.std_init}; it must be a positive number, or left out")
+        for name in ("learning_rate", "kl_coef", "entropy_bonus"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number >= 0")
+        _check_step(self.max_step)
 
     @property
-    def rounds_since_best(self) -> int:
-        """Rounds since the one in which a probe, baselines included, had the lowest mean loss so far."""
-        lowest = [one.lowest_loss for one in self.history]
-        return len(lowest) - 1 - lowest.index(min(lowest)) if lowest else 0
+    def start(self) -> tuple[float, float]:
+        """The first current ratio and deviation."""
+        return self.ratio_init, (self.ratio_max - self.ratio_min) / 6 if self.std_init is None else self.std_init
 
-    def best_ratio(self, *, interval: bool = True) -> RatioEstimate:
-        """Return the learned ratio p* of all rounds so far, with an interval unless that is not wanted, which is faster.
+    def draw(self, search: RatioSearch, generator: random.Random) -> list[float]:
+        """Draw from the Gaussian."""
+        return [generator.gauss(search.mean, search.std) for _ in range(self.candidates)]
 
-        Raises:
-            ValueError: no round has been told yet.
-            RecipeError: the rule gives no estimate within the bounds.
-        """
-        return self.rule(self.history, self.policy.ratio_min, self.policy.ratio_max, interval=interval)
+    def learn(self, search: RatioSearch, measured: Round) -> tuple[float, float]:
+        """Follow the gradients of the expected advantage."""
+        rewards = measured.rewards
+        average = fmean(rewards)
+        advantages = [reward - average for reward in rewards]
+        variance = max(search.std**2, 1e-4)
+        deviations = [candidate - search.mean for candidate in measured.candidates]
+        mean_terms = [a * d / variance for a, d in zip(advantages, deviations, strict=True)]
+        std_terms = [a * (d * d / variance - 1.0) for a, d in zip(advantages, deviations, strict=True)]
+        mean_gradient = fmean(mean_terms)
+        std_gradient = fmean(std_terms)
+        pull = self.kl_coef * (search.mean - search.current_ratio)
+        mean = self.clamp(search.mean + self.learning_rate * (mean_gradient - pull))
+        return mean, max(1e-3, search.std + self.learning_rate * std_gradient + self.entropy_bonus)
 
-    def _check(self, measured: Round) -> None:
-        if len(measured.candidates) != len(measured.candidate_losses) or not measured.candidates:
+    def decide(self, search: RatioSearch, measured: Round) -> Decision:
+        """Step towards the best candidate."""
+        return step_to_best(search, measured, self.max_step)
+
+
+@dataclass(frozen=True)
+class Spread(RatioPolicy):
+    """All ratios train together: each optimizer step draws the ratio it trains at, and candidates spread over the range.
+
+    A ratio that is held biases its own probes. The network heals around its mask, and every other ratio looks worse the longer
+    that goes on. Here none is held, so that the probes of a round compare like with like at any moment of training. The
+    current ratio is the best one by the rule so far. Our choice, after slimmable networks (Yu et al. 2019) and
+    one-shot architecture search (Bender et al. 2018); nothing of the paper's update is used.
+
+    Args:
+        ratio_min, ratio_max: bounds of the prune ratio, fractions in [0, 1], ratio_min < ratio_max.
+        ratio_init: first current ratio, within the bounds.
+        candidates: ratios per round (C), >= 1; preset `spread` has 2.
+        seed: of where the even sequences begin; a recipe combines it with its own seed.
+        bounds_first: whether the first round goes from bound to bound, as in preset `late`. Where rounds are few, a rule that
+            takes no ratio beyond those that were probed could otherwise not reach the bounds.
+    """
+
+    regime: ClassVar[Regime] = "each_step"
+
+    bounds_first: bool = False
+
+    def draw(self, search: RatioSearch, generator: random.Random) -> list[float]:
+        """Spread candidates evenly, each round beginning at another place."""
+        count, low, high, number = self.candidates, self.ratio_min, self.ratio_max, len(search.history)
+        if self.bounds_first and number == 0 and count > 1:
+            shares = [place / (count - 1) for place in range(count)]
+            return [(1 - share) * low + share * high for share in shares]
+        width = (high - low) / count
+        lowest = low + (self._ratio("candidates", number) - low) / count
+        return [lowest + place * width for place in range(count)]
+
+    def decide(self, search: RatioSearch, measured: Round) -> Decision:
+        """Move to the best ratio by the rule."""
+        ratio = search.best_ratio(interval=False).ratio
+        return Decision(measured.rewards, ratio != search.current_ratio, ratio)
+
+    def training_ratio(self, search: RatioSearch, step: int) -> float:
+        """Return the ratio of a step: any few steps in a row cover the range evenly."""
+        return self._ratio("training", step)
+
+    def _ratio(self, purpose: str, number: int) -> float:
+        """The ratio with a number in the even sequence of a purpose, which begins where the seed says."""
+        offset = random.Random(f"{self.seed}/{purpose}").random()
+        return even_ratio(number, self.ratio_min, self.ratio_max, offset)
+
+
+def even_ratio(number: int, low: float, high: float, offset: float = 0.5) -> float:
+    """Return a ratio of a sequence whose every stretch covers the whole range evenly: multiples of the golden ratio.
+
+    Args:
+        number: place in the sequence, >= 0.
+        low, high: bounds of the ratio, fractions in [0, 1].
+        offset: where the sequence begins, in [0, 1).
+
+    >>> [round(even_ratio(step, 0.0, 0.8), 3) for step in range(4)]
+    [0.4, 0.094, 0.589, 0.283]
+    """
+    return low + (high - low) * ((offset + number * GOLDEN) % 1.0)
+
+
+POLICIES: dict[str, type[RatioPolicy]] = {
+    "gaussian": Gaussian,
+    "spread": Spread,
+}
+
+
+def policy_class(kind: str) -> type[RatioPolicy]:
+    """The policy of a name: a key of `POLICIES`, or the import path of a class.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = find("policy kind", kind, type, POLICIES)
+    if not issubclass(found, RatioPolicy):
+        raise ValueError(f"policy kind {quoted(kind)} is no RatioPolicy; derive it from grasp_lora.RatioPolicy")
+    return found
+
+
+def plain_policy(policy: RatioPolicy) -> dict[str, Any]:
+    """A policy as plain values: its kind, a name or an import path, and its settings."""
+    names = {one: name for name, one in POLICIES.items()}
+    own = type(policy)
+    return {"kind": names.get(own, f"{own.__module__}:{own.__qualname__}"), **asdict(policy)}
+
+
+def _check_step(max_step: float) -> None:
+    if not 0.0 < max_step <= 1.0:
+        raise ValueError(f"max_step is {max_step}; it must lie in (0, 1]")
+
+
+# Presets: a policy with the rounds and the rule that go with it
+
+
+def ratio_rule(rule: RuleOrName) -> Rule:
+    """The rule of a name: a key of `RULES`, or an import path.
+
+    Raises:
+        ValueError: there is none, or the object is no `Rule`.
+    """
+    return find("rule", rule, Rule, RULES)
+
+
+@dataclass(frozen=True)
+class Controller:
+    """How the ratio is learned: the settings of `GraspController`; left as it is, preset `spread`.
+
+    Args:
+        policy: who chooses candidates and when the current ratio moves.
+        rounds: when rounds come and what they measure.
+        rule: how the ratio is read off them: `surrogate`, `smooth_fit` or `best_reward` (the paper's); or a `Rule` of one's
+            own, in a recipe by its import path `package.module:name`.
+
+    Raises:
+        ValueError: there is no such rule, or the policy is none.
+    """
+
+    policy: RatioPolicy = field(default_factory=lambda: Spread(candidates=2))
+    rounds: Rounds = field(
+        default_factory=lambda: Rounds(every="epoch", before_training=True, pool="dev", in_turn=12, patience=1)
+    )
+    rule: RuleOrName = "surrogate"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.policy, RatioPolicy):
             raise ValueError(
-                f"{len(measured.candidates)} candidates but losses for {len(measured.candidate_losses)}; "
-                "each candidate needs its list of losses"
+                f"policy is {quoted(self.policy)}; it must be an object, such as Gaussian(); preset('paper') gives a preset"
             )
-        low, high = self.policy.ratio_min, self.policy.ratio_max
-        # `not in between` also catches NaN, which would spread to the mean and stay there.
-        outside = [ratio for ratio in measured.candidates if not low <= ratio <= high]
-        if outside:
-            raise ValueError(f"candidates {outside} lie outside [{low}, {high}]; tell the ratios that ask() gave")
-        if measured.current_ratio != self.current_ratio:
-            raise ValueError(
-                f"the baseline was measured at ratio {measured.current_ratio}, but the committed ratio is "
-                f"{self.current_ratio}; measure it under the committed mask"
-            )
-        examples, places = len(measured.baseline_losses), measured.places
-        if places is not None and (len(set(places)) < len(places) or not set(places) <= set(range(examples))):
-            raise ValueError(f"places {list(places)} are not different places among {examples} baseline losses")
-        few = examples if places is None else len(places)
-        if not few:
-            raise ValueError("a round without losses; probe one example at least")
-        for losses in measured.candidate_losses:
-            if len(losses) != few:
-                raise ValueError(
-                    f"a candidate has {len(losses)} losses, but {few} examples are probed; give each one's loss"
-                )
-        for losses in (measured.baseline_losses, *measured.candidate_losses):
-            for example, loss in enumerate(losses):
-                if not math.isfinite(loss):
-                    raise ProbeError(f"the loss of probed example {example} is {loss}; it must be finite")
-        if self.history:
-            earlier = self.history[0]
-            for what, count, before in (
-                ("probed examples", examples, len(earlier.baseline_losses)),
-                ("losses of a candidate", len(measured.candidate_losses[0]), len(earlier.candidate_losses[0])),
-            ):
-                if count != before:
-                    raise ValueError(f"{count} {what}, but {before} in earlier rounds; their number is fixed for a run")
+        ratio_rule(self.rule)
+
+    @property
+    def compares_rounds(self) -> bool:
+        """Whether losses of one round are compared with those of another, so that its baseline needs all examples."""
+        return self.rounds.patience is not None or ratio_rule(self.rule).compares_rounds
+
+    def probed_examples(self, pool: int) -> int:
+        """Examples measured in a round on a pool of so many, with each ratio counted anew, at most."""
+        few = self.rounds.turn(pool) or pool
+        return (pool if self.compares_rounds else few) + self.policy.candidates * few
+
+
+PRESETS: dict[str, Controller] = {
+    "spread": Controller(),
+    "late": Controller(Spread(bounds_first=True), Rounds(start=0.5), "smooth_fit"),
+    "paper": Controller(Gaussian(), Rounds(), "best_reward"),
+}
+WITH_DEV, WITHOUT_DEV = "spread", "late"  # the default where the target has a dev set, and where it has none
+
+
+def preset(name: str) -> Controller:
+    """Return a preset: `spread` (all ratios train together, few probes of dev; the default), `late` (for targets without a dev
+    set), or `paper`.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    return find("preset", name, Controller, PRESETS)
+
+
+def controller_settings(settings: Controller | str | None) -> Controller:
+    """Settings by themselves, by the name of a preset, or those of preset `spread`.
+
+    Raises:
+        ValueError: there is no preset of that name, or it is something else.
+    """
+    found = Controller() if settings is None else preset(settings) if isinstance(settings, str) else settings
+    if not isinstance(found, Controller):
+        raise ValueError(
+            f"settings is {quoted(found)}; give a Controller, or the name of a preset: {', '.join(PRESETS)}"
+        )
+    return found

@@ -9,7 +9,7 @@ from datetime import date
 
 from pydantic import ValidationError
 
-from grasp_lora.method.policy import POLICIES
+from grasp_lora.method.search import POLICIES
 from grasp_lora.recipes.builtin import recipe_keys
 from grasp_lora.recipes.gone import GONE_KEYS
 from grasp_lora.text.display import escaped, one_line, quoted

@@ -15,8 +15,7 @@ from pydantic import TypeAdapter
 from grasp_lora.data.records import FORMATS
 from grasp_lora.data.tasks import TASKS
 from grasp_lora.method.masks import MASK_MODES
-from grasp_lora.method.policy import POLICIES
-from grasp_lora.method.presets import PRESETS
+from grasp_lora.method.search import POLICIES, PRESETS
 from grasp_lora.recipes.builtin import SCHEMA_FILE
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import DELIVER, ON

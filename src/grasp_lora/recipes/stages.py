@@ -6,9 +6,17 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, InstanceOf, PlainSerializer, WithJsonSchema
 
 from grasp_lora.method.masks import MASK_MODES, MaskSettings
-from grasp_lora.method.policy import POLICIES, plain_policy, policy_class
-from grasp_lora.method.presets import PRESETS, WITH_DEV, WITHOUT_DEV, Controller, preset
-from grasp_lora.method.search import RatioPolicy
+from grasp_lora.method.search import (
+    POLICIES,
+    PRESETS,
+    WITH_DEV,
+    WITHOUT_DEV,
+    Controller,
+    RatioPolicy,
+    plain_policy,
+    policy_class,
+    preset,
+)
 from grasp_lora.storage.reading import adapter_of
 from grasp_lora.text.display import quoted
 from grasp_lora.training.settings import TrainingSettings

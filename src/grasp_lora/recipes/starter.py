@@ -13,7 +13,7 @@ from grasp_lora.data.files import DEMO_PREFIX, READERS, resolve_file
 from grasp_lora.data.records import check_labels
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TASKS, TEMPLATES, built_in_template
 from grasp_lora.errors import AdapterError, DataError, RecipeError
-from grasp_lora.method.presets import WITH_DEV, WITHOUT_DEV, preset
+from grasp_lora.method.search import WITH_DEV, WITHOUT_DEV, preset
 from grasp_lora.models.reading import CONFIG_FILE, read_backbone
 from grasp_lora.models.settings import EMBEDDED_NAME
 from grasp_lora.recipes.builtin import SCHEMA_FILE, SCHEMA_LINE, schema_text

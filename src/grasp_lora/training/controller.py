@@ -34,10 +34,8 @@ from grasp_lora.data.encode import check_encoding, encoding_of
 from grasp_lora.errors import GraspError, ProbeError
 from grasp_lora.method.lora import Segment
 from grasp_lora.method.masks import MaskSet, MaskSettings, Ranking, named, of_prefix, reset_moments
-from grasp_lora.method.policy import plain_policy
-from grasp_lora.method.presets import Controller, controller_settings, ratio_rule
-from grasp_lora.method.rounds import RatioEstimate, Round, RoundRecord
-from grasp_lora.method.search import RatioSearch
+from grasp_lora.method.rules import RatioEstimate, Round
+from grasp_lora.method.search import Controller, RatioSearch, RoundRecord, controller_settings, plain_policy, ratio_rule
 from grasp_lora.storage.checkpoints import State
 from grasp_lora.storage.files import write_jsonl
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn, calibrate, encoded_rows, probes_of

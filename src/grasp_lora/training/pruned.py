@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import LoraPair, Segment
 from grasp_lora.method.masks import MASK_MODES, MaskSet, MaskSettings
-from grasp_lora.method.rounds import RatioEstimate
+from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.models.live import ADAPTER_NAME, active_adapter, live_factors, live_pairs
 from grasp_lora.storage.checkpoints import State, checkpoint_at, read_state, write_state
 from grasp_lora.text.display import quoted
