@@ -82,23 +82,23 @@ def predict(
         "revision": revision,
         "trust_remote_code": trust_remote_code,
     }
-    given = {name: text for name, text in (("context", context), ("question", question)) if text is not None}
+    texts = {name: text for name, text in (("context", context), ("question", question)) if text is not None}
     rows = Path(prompts[0]) if prompts and len(prompts) == 1 and is_rows(prompts[0]) else None
     if prompts and len(prompts) > 1 and (file := next(filter(is_rows, prompts), None)) is not None:
         raise RecipeError(
             f"{file} is a file of rows, and {len(prompts)} things to answer are given; give one file at a time"
         )
-    if given and prompts:
-        raise RecipeError(f"a prompt is given, and --{' and --'.join(given)}, too; give one of them")
+    if texts and prompts:
+        raise RecipeError(f"a prompt is given, and --{' and --'.join(texts)}, too; give one of them")
     if output is not None and rows is None:
         raise RecipeError("--output takes the predictions of a file of rows; give such a file, or leave it out")
     if sheet is not None and rows is None:
         raise RecipeError("--sheet is that of a workbook of rows; give such a file, or leave it out")
-    if given:
-        answers = [predict_question(adapter, given, **settings)]
+    if texts:
+        answers = [predict_question(adapter, texts, **settings)]
     elif rows is not None:
-        found = predict_rows(adapter, rows, output, sheet=sheet, **settings)
-        answers = [] if output else [json.dumps(one, ensure_ascii=False) for one in found]
+        predictions = predict_rows(adapter, rows, output, sheet=sheet, **settings)
+        answers = [] if output else [json.dumps(row, ensure_ascii=False) for row in predictions]
     elif chat and not prompts and sys.stdin is not None and sys.stdin.isatty():
         _talk(adapter, settings)
         return

@@ -65,17 +65,17 @@ def share(
         # Deferred, since an exception inside Ray's own code would come out as another.
         with interruption.handled(), interruption.deferred():
             cpus = _room([node["Resources"] for node in ray.nodes() if node["Alive"]], workers, gpus_per_worker)
-            said = Queue()
+            queue = Queue()
             work = ray.remote(num_cpus=cpus, num_gpus=gpus_per_worker, max_retries=RETRIES)(_work)
-            waiting = [work.remote(number, said, Path.cwd(), arguments) for number in range(workers)]
+            waiting = [work.remote(number, queue, Path.cwd(), arguments) for number in range(workers)]
             result: tuple[Path, Any] | None = None
             while waiting:
                 done, waiting = ray.wait(waiting, timeout=SHOWN)
                 interruption.stop_if_asked()
-                for name, values in said.get_nowait_batch(said.qsize()):
+                for name, values in queue.get_nowait_batch(queue.qsize()):
                     getattr(progress, name)(*values)
-                for one in done:
-                    result = ray.get(one)
+                for task in done:
+                    result = ray.get(task)
     except RayTaskError as error:
         raise error.cause from None
     except RayError as error:
@@ -93,15 +93,17 @@ def _room(nodes: Sequence[Mapping[str, float]], workers: int, gpus_per_worker: f
 
     def places(cpus: int) -> float:
         each = round(gpus_per_worker * UNITS)
-        by_gpus = [round(one.get("GPU", 0.0) * UNITS) // each if each else math.inf for one in nodes]
-        return sum(min(one.get("CPU", 0.0) // cpus, gpus) for one, gpus in zip(nodes, by_gpus, strict=True))
+        by_gpus = [round(node.get("GPU", 0.0) * UNITS) // each if each else math.inf for node in nodes]
+        return sum(min(node.get("CPU", 0.0) // cpus, gpus) for node, gpus in zip(nodes, by_gpus, strict=True))
 
-    for cpus in range(int(max((one.get("CPU", 0.0) for one in nodes), default=0.0)), 0, -1):
+    for cpus in range(int(max((node.get("CPU", 0.0) for node in nodes), default=0.0)), 0, -1):
         if places(cpus) >= workers:
             return cpus
-    there = f"{sum(one.get('CPU', 0.0) for one in nodes):g} CPUs and {sum(one.get('GPU', 0.0) for one in nodes):g} GPUs"
+    has = (
+        f"{sum(node.get('CPU', 0.0) for node in nodes):g} CPUs and {sum(node.get('GPU', 0.0) for node in nodes):g} GPUs"
+    )
     raise RecipeError(
-        f"--workers is {workers}, but the Ray cluster has room for {places(1):g}: {there}, and each worker takes one CPU and "
+        f"--workers is {workers}, but the Ray cluster has room for {places(1):g}: {has}, and each worker takes one CPU and "
         f"{gpus_per_worker:g} GPUs (--gpus-per-worker); give fewer workers"
     )
 
@@ -119,8 +121,8 @@ def _check_reachable(address: str) -> None:
 class _Told(Progress):
     """Progress of a worker, told to the process that shows it."""
 
-    def __init__(self, said: Any, first: bool) -> None:
-        self._said, self._first = said, first
+    def __init__(self, queue: Any, first: bool) -> None:
+        self._queue, self._first = queue, first
 
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -129,12 +131,12 @@ class _Told(Progress):
         def tell(*values: Any) -> None:
             done = name == "finished" and not values[0].repeated
             if done or (self._first and name in ("note", "method", "begin")):
-                self._said.put((name, values))
+                self._queue.put((name, values))
 
         return tell
 
 
-def _work(number: int, said: Any, here: Path, arguments: dict[str, Any]) -> tuple[Path, Any]:
+def _work(number: int, queue: Any, here: Path, arguments: dict[str, Any]) -> tuple[Path, Any]:
     """Be one worker, in a process of the cluster.
 
     Raises:
@@ -152,4 +154,4 @@ def _work(number: int, said: Any, here: Path, arguments: dict[str, Any]) -> tupl
     set_up_libraries()
     from grasp_lora import api
 
-    return api.compare(**arguments, progress=_Told(said, first=number == 0))
+    return api.compare(**arguments, progress=_Told(queue, first=number == 0))

@@ -59,8 +59,8 @@ def check(
         say(finding.text)
     changes = [part for override in overrides or [] for part in ("--set", override)]
     command = shlex.join(["grasp-lora", "run", recipe, *changes, *["--allow-code"] * allow_code])
-    said = f"{warnings} warning{'' if warnings == 1 else 's'} above" if warnings else "nothing stands in the way"
-    say(f"{said}; next: {command}")
+    summary = f"{warnings} warning{'' if warnings == 1 else 's'} above" if warnings else "nothing stands in the way"
+    say(f"{summary}; next: {command}")
 
 
 def _run(recipe: str, overrides: list[str], output: Path | None, allow_code: bool, answers: int = 0) -> None:

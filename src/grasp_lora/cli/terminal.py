@@ -93,8 +93,8 @@ def log_to_terminal(verbose: bool) -> None:
     ours.setLevel((logging.INFO if verbose else logging.WARNING) if is_first() else logging.ERROR)
     ours.propagate = False
     # Where the extra `quant` is installed, transformers imports both, which tell of kernels that a machine lacks.
-    for other in ("bitsandbytes", "torchao", "torch.utils._pytree"):
-        logging.getLogger(other).setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 class _OneLine(logging.Formatter):

@@ -79,8 +79,8 @@ def _prepared(session: Session, folder: Path, settings: ComparisonSettings) -> l
     recipe, folds = session.recipe, settings.folds
     if folds:
         check_can_be_cut(recipe)
-    if (given := recipe.final.prune_ratio) is not None:
-        logger.warning("final.prune_ratio is left aside: rows learn their own, and --grid %g has that one", given)
+    if (ratio := recipe.final.prune_ratio) is not None:
+        logger.warning("final.prune_ratio is left aside: rows learn their own, and --grid %g has that one", ratio)
     if recipe.final.all_rows and "delivered" in settings.names:
         logger.warning(
             "final.all_rows is left aside: the row 'delivered' is what a run chooses, before that last training"
@@ -91,10 +91,10 @@ def _prepared(session: Session, folder: Path, settings: ComparisonSettings) -> l
     check_target_modules(first.backbone.model, recipe.lora.target_modules)
     sessions = [first]
     for number in range(2, (folds or 1) + 1):
-        other = Session(recipe, session.base, session.progress, Fold(number, folds or 1))
-        other.backbone, other.given = first.backbone, first.given
-        check_splits(other)
-        sessions.append(other)
+        next_session = Session(recipe, session.base, session.progress, Fold(number, folds or 1))
+        next_session.backbone, next_session.given = first.backbone, first.given
+        check_splits(next_session)
+        sessions.append(next_session)
     if (tested := sum(len(part.splits.test) for part in sessions)) < LEAST_TEST:
         raise RecipeError(
             f"a comparison needs a test split, but it has {tested} examples (data.target.test); give it at least {LEAST_TEST}"

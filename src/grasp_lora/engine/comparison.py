@@ -210,10 +210,10 @@ class Comparison(_Shape):
         """Return plain values; what was not set is left out."""
         return self.model_dump(exclude_unset=True)
 
-    def is_ahead_of(self, other: Self) -> bool:
+    def is_ahead_of(self, earlier: Self) -> bool:
         """Whether it is the same comparison with more seeds or folds."""
-        same = (self.recipe_hash, self.settings) == (other.recipe_hash, other.settings)
-        return same and len(self.folds or self.seeds) > len(other.folds or other.seeds)
+        same = (self.recipe_hash, self.settings) == (earlier.recipe_hash, earlier.settings)
+        return same and len(self.folds or self.seeds) > len(earlier.folds or earlier.seeds)
 
     @property
     def merges(self) -> dict[int, str]:

@@ -213,7 +213,7 @@ def _source_behind(losses: Mapping[str, Sequence[float]], usable: Sequence[str])
     if not sources or not {target, "grasp"} <= set(usable):
         return None
     source = min(sources, key=lambda name: fmean(losses[name]))
-    ahead = [theirs - own for theirs, own in zip(losses[source], losses[target], strict=True)]
+    ahead = [theirs - ours for theirs, ours in zip(losses[source], losses[target], strict=True)]
     return (source, target) if _above(ahead) else None
 
 

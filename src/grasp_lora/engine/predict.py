@@ -48,14 +48,14 @@ class Asked:
     Args:
         model, tokenizer: with the adapter in place.
         settings: lengths and stop texts.
-        own: how it was trained to be asked.
+        form: how it was trained to be asked.
         chat: whether prompts are put into the chat template.
     """
 
     model: Any
     tokenizer: "PreTrainedTokenizerBase"
     settings: GenerationSettings
-    own: Answers
+    form: Answers
     chat: bool
 
     def texts(self, prompts: Sequence[str]) -> list[str]:
@@ -63,17 +63,17 @@ class Asked:
 
         Nor are those put into the chat template that stand in it already.
         """
-        template = _form(self.own)[1].prompt
+        template = _templates_of(self.form)[1].prompt
         begin = begin_of_chat(self.tokenizer) if self.chat else ""
-        said = [prompt for prompt in prompts if not (begin and prompt.startswith(begin))]
-        if len(said) < len(prompts):
+        outside = [prompt for prompt in prompts if not (begin and prompt.startswith(begin))]
+        if len(outside) < len(prompts):
             logger.warning(
                 "%d of %d prompts begin as the chat template does, with %s, so they are taken to stand in it already",
-                len(prompts) - len(said),
+                len(prompts) - len(outside),
                 len(prompts),
                 quoted(begin),
             )
-        if self.own.task and not all(_fits(prompt, template) for prompt in said):
+        if self.form.task and not all(_fits(prompt, template) for prompt in outside):
             logger.warning(
                 "the adapter was trained on prompts of the form %s, and a prompt here is of another; "
                 "to put a text into that form, give %s",
@@ -90,27 +90,27 @@ class Asked:
         tally = Tally()
         ids = self._encoder(any(record.messages for record in records)).ask(records, tally)
         if tally.documents_cut:
-            cut, most = tally.documents_cut, self.own.max_document_tokens
+            cut, most = tally.documents_cut, self.form.max_document_tokens
             logger.warning("%d of %d texts were cut to %d tokens, as in training", cut, len(records), most)
         return self._answer(ids)
 
     def reply(self, turns: Sequence[Message]) -> str:
         """Answer the last turn of a conversation."""
         record = Record("the conversation", {}, "", (), frozenset(), tuple(turns))
-        asked = replace(self, own=replace(self.own, task="completion", prompt=None, labels=()))
+        asked = replace(self, form=replace(self.form, task="completion", prompt=None, labels=()))
         return asked.records([record])[0]
 
     def _encoder(self, talks: bool = False) -> Encoder:
-        task, template = _form(self.own)
-        cut = None if talks else self.own.max_document_tokens
-        form = PLAIN if talks else template
+        task, template = _templates_of(self.form)
+        cut = None if talks else self.form.max_document_tokens
+        template_of_rows = PLAIN if talks else template
         ends_turns = talks and template.prompt.endswith("\n")  # as in its training
-        return Encoder(self.tokenizer, task, "", form, sys.maxsize, cut, self.chat, ends_turns=ends_turns)
+        return Encoder(self.tokenizer, task, "", template_of_rows, sys.maxsize, cut, self.chat, ends_turns=ends_turns)
 
     def _answer(self, ids: Sequence[Sequence[int]]) -> list[str]:
         try:
-            if self.own.labels:
-                return likeliest_labels(self.model, ids, encode_labels(self.own.labels, self._encoder()))
+            if self.form.labels:
+                return likeliest_labels(self.model, ids, encode_labels(self.form.labels, self._encoder()))
             ends = [Encoder(self.tokenizer, "completion", "", PLAIN, sys.maxsize, chat=True).end] if self.chat else []
             return generate(self.model, self.tokenizer, ids, self.settings, ends=ends)
         except LackOfMemoryError as error:  # whose advice is for recipes
@@ -147,20 +147,20 @@ def asking(
         GraspError: the adapter does not fit the backbone, a setting is out of range, or the tokenizer has no chat template.
     """
     adapter = adapter or adapter_at(place)
-    own = adapter.info.answers or Answers()
+    form = adapter.info.answers or Answers()
     try:
         settings = GenerationSettings(
-            max_new_tokens=own.max_new_tokens if max_new_tokens is None else max_new_tokens,
-            stop=tuple(own.stop if stop is None else stop),
-            allow_empty=own.allow_empty,
+            max_new_tokens=form.max_new_tokens if max_new_tokens is None else max_new_tokens,
+            stop=tuple(form.stop if stop is None else stop),
+            allow_empty=form.allow_empty,
         )
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    _form(own)
+    _templates_of(form)
     backbone = backbone or backbone_of_run(place)
     loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)
     check_fits(adapter, loaded.model, **loaded.told)
-    in_chat = own.chat_template if chat is None else chat
+    in_chat = form.chat_template if chat is None else chat
     if in_chat:
         if adapter.chat_template not in (None, loaded.tokenizer.chat_template):
             loaded.tokenizer.chat_template = adapter.chat_template
@@ -168,14 +168,14 @@ def asking(
                 "the adapter brings a chat template of its own, so prompts stand in that, not in the backbone's"
             )
         check_has_template(loaded.tokenizer)
-    if chat is not None and adapter.info.answers is not None and chat != own.chat_template:
+    if chat is not None and adapter.info.answers is not None and chat != form.chat_template:
         logger.warning(
             "the adapter was trained on prompts %s the chat template, and they are put the other way here; leave out %s",
-            "in" if own.chat_template else "without",
+            "in" if form.chat_template else "without",
             "--chat" if chat else "--no-chat",
         )
     with attached(loaded.model, adapter.weights) as model:
-        yield Asked(model, loaded.tokenizer, settings, own, in_chat)
+        yield Asked(model, loaded.tokenizer, settings, form, in_chat)
 
 
 def adapter_at(place: str) -> LoadedAdapter:
@@ -214,35 +214,35 @@ def predict_texts(place: str, prompts: Sequence[str], *arguments: Any, **setting
         return asked.texts(prompts)
 
 
-def predict_question(place: str, given: Mapping[str, str], *arguments: Any, **settings: Any) -> str:
+def predict_question(place: str, texts: Mapping[str, str], *arguments: Any, **settings: Any) -> str:
     """Answer a question, put into the prompt that the adapter was trained with.
 
     Args:
         place: PEFT adapter, a folder or a hub id.
-        given: field -> text; a single text stands for the only field of a template that has one.
+        texts: field -> text; a single text stands for the only field of a template that has one.
         arguments, settings: of `asking`.
 
     Raises:
         GraspError: as of `asking`; or the adapter does not say how its prompts are worded, or the fields are not those.
     """
     adapter = adapter_at(place)
-    own = adapter.info.answers or Answers()
-    if own.task is None:
+    form = adapter.info.answers or Answers()
+    if form.task is None:
         raise DataError(
             f"adapter {adapter.name} does not say how its prompts are worded; give a whole prompt in place of "
-            f"{' and '.join('--' + name for name in given)}"
+            f"{' and '.join('--' + name for name in texts)}"
         )
-    given = {name: clean_text(text, Counter()) for name, text in given.items()}  # as rows of files are
-    task, template = _form(own)
+    texts = {name: clean_text(text, Counter()) for name, text in texts.items()}  # as rows of files are
+    task, template = _templates_of(form)
     wanted = fields_of(template.prompt)
-    fields = dict(zip(wanted, given.values(), strict=True)) if len(wanted) == len(given) == 1 else dict(given)
+    fields = dict(zip(wanted, texts.values(), strict=True)) if len(wanted) == len(texts) == 1 else dict(texts)
     if set(fields) != set(wanted):
-        known, options = options_of(template.prompt), [f"--{name}" for name in given]
-        fix = " and ".join(known) + (" alone" if len(known) == 1 else "") or "a file of rows with these columns"
-        there = f"field{'s' * (len(wanted) > 1)} {listed(map('{{{}}}'.format, wanted))}"
+        allowed, options = options_of(template.prompt), [f"--{name}" for name in texts]
+        fix = " and ".join(allowed) + (" alone" if len(allowed) == 1 else "") or "a file of rows with these columns"
+        has = f"field{'s' * (len(wanted) > 1)} {listed(map('{{{}}}'.format, wanted))}"
         are = f"{' and '.join(options)} {'is' if len(options) == 1 else 'are'} given"
-        raise DataError(f"prompts of adapter {adapter.name} have the {there}, and {are}; give {fix}")
-    for name, text in given.items():
+        raise DataError(f"prompts of adapter {adapter.name} have the {has}, and {are}; give {fix}")
+    for name, text in texts.items():
         if not text.strip() or SURROGATES.search(text):
             raise DataError(f"--{name} is {'no valid text' if text.strip() else 'empty'}; give a text in UTF-8")
     unused = dict.fromkeys(task_fields(task).inputs, "")
@@ -271,19 +271,19 @@ def predict_rows(
     if output is not None:
         check_output(output)
     adapter = adapter_at(place)
-    own = adapter.info.answers or Answers()
+    form = adapter.info.answers or Answers()
     table = read_file(str(file), file, sheet=sheet)
-    records = _records(table, own)
+    records = _records(table, form)
     whole = len(table.rows) == len(records) and not any("paragraphs" in row.values for row in table.rows)
     if output is not None and whole:
         check_unanswered(table)
     with asking(place, *arguments, adapter=adapter, **settings) as asked:
         answers = asked.records(records)
-    found = [{"id": record.id, PREDICTION: answer} for record, answer in zip(records, answers, strict=True)]
+    predictions = [{"id": record.id, PREDICTION: answer} for record, answer in zip(records, answers, strict=True)]
     if output is not None:
         kept = [row.values for row in table.rows] if whole else [{"id": record.id} for record in records]
         write_rows(output, [{**row, PREDICTION: answer} for row, answer in zip(kept, answers, strict=True)])
-    return found
+    return predictions
 
 
 def is_rows(text: str) -> bool:
@@ -291,15 +291,15 @@ def is_rows(text: str) -> bool:
     return "\n" not in text and (is_file(Path(text)) or (Path(text).suffix.lower() in READERS and " " not in text))
 
 
-def _form(own: Answers) -> tuple[str, Template]:
+def _templates_of(form: Answers) -> tuple[str, Template]:
     """The task and the templates of an adapter, which a stranger may have written."""
-    task = own.task or "completion"
+    task = form.task or "completion"
     fields = task_fields(task)
-    prompt = PLAIN.prompt if own.prompt is None and task == "completion" else own.prompt
+    prompt = PLAIN.prompt if form.prompt is None and task == "completion" else form.prompt
     if prompt is None:
         raise DataError(f"the adapter names the task {task}, but no template of its prompts; give whole prompts")
     check_template("the adapter's prompt", prompt, fields.inputs)
-    return task, Template(prompt, own.completion or "{" + fields.answer + "}")
+    return task, Template(prompt, form.completion or "{" + fields.answer + "}")
 
 
 def _fits(prompt: str, template: str) -> bool:
@@ -307,23 +307,23 @@ def _fits(prompt: str, template: str) -> bool:
     parts = [(literal, name) for literal, name, _, _ in string.Formatter().parse(template)]
     place = 0
     for literal, _ in parts:
-        found = prompt.find(literal, place)
-        if found < 0:
+        position = prompt.find(literal, place)
+        if position < 0:
             return False
-        place = found + len(literal)
+        place = position + len(literal)
     return prompt.startswith(parts[0][0]) and (parts[-1][1] is not None or prompt.endswith(parts[-1][0]))
 
 
-def _records(table: Table, own: Answers) -> list[Record]:
+def _records(table: Table, form: Answers) -> list[Record]:
     """The rows as records, whose answers count for nothing."""
-    task = own.task or "completion"
+    task = form.task or "completion"
     answer = task_fields(task).answer
     present = {column for row in table.rows for column in row.values}
-    columns = {field: column for field, column in own.columns.items() if column in present or field == answer}
+    columns = {field: column for field, column in form.columns.items() if column in present or field == answer}
     if not any(layout <= present for layout in ({"paragraphs"}, *_OTHER_LAYOUTS.get(task, ()))):
         for field in task_fields(task).inputs:
-            if not {field, own.columns.get(field, field)} & present:
-                name = quoted(own.columns.get(field, field))
+            if not {field, form.columns.get(field, field)} & present:
+                name = quoted(form.columns.get(field, field))
                 raise DataError(
                     f"{table.name} has no column {name}; found: {listed(sorted(present))}; rename the right one, or take an "
                     "adapter that was trained for such rows"
@@ -362,5 +362,5 @@ def _with_stand_ins(paragraph: object) -> object:
         return paragraph  # the reader says what is wrong with it
     word = context.split()[0]
     answers = {"answers": [{"text": word, "answer_start": context.index(word)}], "is_impossible": False}
-    qas = [{**one, **answers} if isinstance(one, Mapping) else one for one in paragraph["qas"]]  # type: ignore[index]
+    qas = [{**item, **answers} if isinstance(item, Mapping) else item for item in paragraph["qas"]]  # type: ignore[index]
     return {**paragraph, "qas": qas}  # type: ignore[dict-item]

@@ -62,10 +62,10 @@ def run(session: Session, folder: Path) -> Run:
 
 def main_job(steps: Steps, info: RunInfo) -> Run:
     """Learn the ratio, make GRASP's result and its rivals, and choose which of them is handed over."""
-    recipe, given = steps.recipe, steps.recipe.final.prune_ratio
+    recipe, fixed_ratio = steps.recipe, steps.recipe.final.prune_ratio
     parents = steps.parents()
-    learned = steps.learn_ratio(parents.merged) if given is None else None
-    ratio = learned.result.estimate.ratio if learned else float(given or 0.0)
+    learned = steps.learn_ratio(parents.merged) if fixed_ratio is None else None
+    ratio = learned.result.estimate.ratio if learned else float(fixed_ratio or 0.0)
     grasp = steps.finetune(parents.merged.after(*[learned] if learned else []), ratio)
     continued, left_out = deliver.continue_source(steps) if recipe.final.deliver == "best" else (None, "")
 

@@ -43,9 +43,9 @@ class Session:
 
     def variant(self, recipe: Recipe | None = None, splits: Splits | None = None) -> "Session":
         """The same with another recipe or other splits; what both have in common is not loaded again."""
-        other = Session(recipe or self.recipe, self.base, self.progress, self.fold)
-        other.backbone, other.splits, other.given = self.backbone, splits or self.splits, self.given
-        return other
+        session = Session(recipe or self.recipe, self.base, self.progress, self.fold)
+        session.backbone, session.splits, session.given = self.backbone, splits or self.splits, self.given
+        return session
 
     @cached_property
     def backbone(self) -> Backbone:

@@ -21,7 +21,7 @@ from grasp_lora.engine.run_folder import (
     SystemScores,
 )
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.steps import Steps, given
+from grasp_lora.engine.steps import Steps, given_adapter
 from grasp_lora.engine.store import ADAPTER, Store
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.merging import MergeSettings, merge_rule
@@ -73,14 +73,14 @@ def merge_folders(
     for adapter in adapters:
         check_fits(adapter, loaded.model, **loaded.told)
     answers = [adapter.info.answers for adapter in adapters]
-    labels = any(one.labels for one in answers if one)
-    reworded = len({one.prompt for one in answers if one}) > 1
-    longest = max((one.max_new_tokens for one in answers if one), default=0)  # a longer answer is no other one
+    labels = any(how.labels for how in answers if how)
+    reworded = len({how.prompt for how in answers if how}) > 1
+    longest = max((how.max_new_tokens for how in answers if how), default=0)  # a longer answer is no other one
     if reworded:  # such as prompts in two languages, which answer in one way
-        answers = [one and Answers(longest, one.stop, one.chat_template) for one in answers]
+        answers = [how and Answers(longest, how.stop, how.chat_template) for how in answers]
     else:  # columns are of files, not of the adapter
-        answers = [one and replace(one, columns={}, max_new_tokens=longest) for one in answers]
-    alike = all(one == answers[0] for one in answers)
+        answers = [how and replace(how, columns={}, max_new_tokens=longest) for how in answers]
+    alike = all(how == answers[0] for how in answers)
     dtypes = {adapter.info.backbone_dtype for adapter in adapters}
     with new_folder(output) as draft:
         save_adapter(
@@ -130,7 +130,7 @@ def finetune_folder(session: Session, place: str, prune_ratio: float, output: Pa
     _check_one_adapter(session)
     refuse_existing(output)
     check(session, parents=False)
-    start = given(session.read(_from_here(place)))
+    start = given_adapter(session.read(_from_here(place)))
     with new_folder(output) as draft, _scratch() as scratch:
         made = Steps(session, Store(scratch)).finetune(start, prune_ratio).made
         assert made is not None
@@ -161,7 +161,7 @@ def evaluate_folders(
     with nullcontext() if output is None else new_folder(output) as draft, _scratch() as scratch:
         steps = Steps(session, Store(scratch))
         measured = {
-            name: steps.measure(given(adapter))
+            name: steps.measure(given_adapter(adapter))
             for name, adapter in zip(_names(places, adapters), adapters, strict=True)
         }
         systems = {name: SystemScores.of(system) for name, system in measured.items()}
@@ -176,17 +176,17 @@ def evaluate_folders(
 
 
 def _warn_of_other_prompt(session: Session, adapter: LoadedAdapter) -> None:
-    told, own = adapter.info.answers, session.how_to_answer
+    theirs, ours = adapter.info.answers, session.how_to_answer
     if (
-        told is not None
-        and told.task is not None
-        and (told.prompt, told.chat_template) != (own.prompt, own.chat_template)
+        theirs is not None
+        and theirs.task is not None
+        and (theirs.prompt, theirs.chat_template) != (ours.prompt, ours.chat_template)
     ):
         logger.warning(
             "adapter %s was trained on prompts of the form %s%s, and the recipe asks otherwise; its scores may be too low",
             quoted(adapter.name),
-            quoted(told.prompt or ""),
-            " in the chat template" if told.chat_template else "",
+            quoted(theirs.prompt or ""),
+            " in the chat template" if theirs.chat_template else "",
         )
 
 
@@ -195,13 +195,13 @@ def _warn_of_known_rows(session: Session, name: str, place: str) -> None:
     for folder in islice(Path(place).absolute().parents, MOST_ABOVE):
         facts = read_json(folder / DATA_FILE, DataFacts)
         if facts is not None:
-            used = {one for split in ("train", "dev", "micro_dev") for one in facts.ids.get(split, ())}
+            used = {row for split in ("train", "dev", "micro_dev") for row in facts.ids.get(split, ())}
             test = [example.public_id for example in session.splits.test]
-            if known := sum(one in used for one in test):
+            if seen := sum(row in used for row in test):
                 logger.warning(
                     "%d of the %d test rows have ids of rows that adapter %s was trained or chosen on, so its scores may be too "
                     "high; evaluate with the recipe and the rows of its run, or give test rows apart (data.target.test_files)",
-                    known,
+                    seen,
                     len(test),
                     quoted(name),
                 )

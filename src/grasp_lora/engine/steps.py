@@ -160,7 +160,7 @@ class Steps:
         """The source adapters: those that the recipe names, or the one that is trained; all seeds share them."""
         shared = self._shared
         if places := shared.recipe.source.adapters:
-            return tuple(given(shared.given[place]) for place in places)
+            return tuple(given_adapter(shared.given[place]) for place in places)
         training = shared.recipe.source.training
         return (self._train("source", ("source_train",), ("source_dev",), training, session=shared),)
 
@@ -174,7 +174,7 @@ class Steps:
         """The target adapter: given, or trained on the backbone alone or on top of another adapter, which stays frozen."""
         stage = self.recipe.target
         if stage.adapter is not None:
-            return given(self.session.given[stage.adapter])
+            return given_adapter(self.session.given[stage.adapter])
         return self._train("target", ("train",), ("dev",), stage.training, on=on)
 
     def joint(self) -> Adapter:
@@ -616,7 +616,7 @@ def names_of(sources: int) -> tuple[str, ...]:
     return ("source", *(f"source_{number}" for number in range(2, sources + 1)))
 
 
-def given(adapter: LoadedAdapter) -> Adapter:
+def given_adapter(adapter: LoadedAdapter) -> Adapter:
     """Return an adapter that no step made: one that the user gave."""
     key = key_of("given", {"sha256": adapter.sha256, "facts": adapter.facts})
     return Adapter(key, lambda: adapter.weights, title=adapter.name)
