@@ -60,10 +60,10 @@ def test_the_revision_that_an_adapter_of_peft_states_is_loaded(
     assert backbone.fingerprint == of_seed(1)
     assert backbone_of(adapter, hub, "cpu").fingerprint == of_seed(1)
     assert backbone_of(adapter, hub, "cpu", revision="main").fingerprint == of_seed(0)
-    check_fits(adapter, backbone.model, **backbone.told)
+    check_fits(adapter, backbone)
     assert "revision 'v2'" not in caplog.text
     main = load_backbone(BackboneSettings(hub))
-    check_fits(adapter, main.model, **main.told)
+    check_fits(adapter, main)
     assert "was made on revision 'v2' of 'org/tiny', and 'main' is loaded; set backbone.revision" in caplog.text
     told = predict_texts(str(tmp_path / "adapter"), ["Hello you"], stop=[], max_new_tokens=6)
     assert told == predict_texts(str(tmp_path / "adapter"), ["Hello you"], stop=[], max_new_tokens=6, revision="v2")

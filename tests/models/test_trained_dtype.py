@@ -111,7 +111,7 @@ def test_an_adapter_of_a_quantised_backbone_finds_the_same_codes(
     adapter = read_adapter(tmp_path / "adapter")
     loaded = backbone_of(adapter, str(wide), "cpu")  # as predict does
     assert (str(loaded.model.dtype), loaded.fingerprint) == (f"torch.{dtype}", backbone.fingerprint)
-    check_fits(adapter, loaded.model, backbone_name=loaded.name, fingerprint=loaded.fingerprint, strict=True)
+    check_fits(adapter, loaded, strict=True)
     export_folder(str(tmp_path / "adapter"), tmp_path / "out", gguf=True, backbone=str(wide))
     assert "could not be checked" not in caplog.text
 
@@ -155,7 +155,7 @@ def test_an_adapter_on_either_is_saved_under_its_own_name(tmp_path: Path, make_t
         with fresh_adapter(model, LoraSettings(rank=2), 0) as adapted:
             weights = adapter_weights(adapted)
         recipe = SimpleNamespace(lora=LoraSettings())
-        session: Any = SimpleNamespace(backbone=backbone, recipe=recipe, answers=None)
+        session: Any = SimpleNamespace(backbone=backbone, recipe=recipe, how_to_answer=None)
         folder = tmp_path / back.replace("/", "-")
         Session.save(session, folder, weights)
         found = read_adapter(folder)

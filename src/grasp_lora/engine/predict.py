@@ -159,7 +159,7 @@ def asking(
     _templates_of(form)
     backbone = backbone or backbone_of_run(place)
     loaded = backbone_of(adapter, backbone, device, revision=revision, trust_remote_code=trust_remote_code)
-    check_fits(adapter, loaded.model, **loaded.told)
+    check_fits(adapter, loaded)
     in_chat = form.chat_template if chat is None else chat
     if in_chat:
         if adapter.chat_template not in (None, loaded.tokenizer.chat_template):

@@ -81,7 +81,7 @@ class Session:
         beside_recipe = self.base / place
         folder = beside_recipe if is_folder(beside_recipe) else place
         adapter = read_adapter(folder, offline=self.recipe.backbone.offline)
-        check_fits(adapter, self.backbone.model, **self.backbone.told)
+        check_fits(adapter, self.backbone)
         return adapter
 
     @cached_property

@@ -71,7 +71,7 @@ def merge_folders(
     backbone = backbone or backbone_of_run(places[0])
     loaded = backbone_of(adapters[0], backbone, "cpu", revision=revision, trust_remote_code=trust_remote_code)
     for adapter in adapters:
-        check_fits(adapter, loaded.model, **loaded.told)
+        check_fits(adapter, loaded)
     answers = [adapter.info.answers for adapter in adapters]
     labels = any(how.labels for how in answers if how)
     reworded = len({how.prompt for how in answers if how}) > 1

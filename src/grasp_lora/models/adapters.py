@@ -14,7 +14,8 @@ import torch
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.models.backbone import is_quantised
+from grasp_lora.models.backbone import Backbone, is_quantised
+from grasp_lora.models.backbone import fingerprint as fingerprint_of
 from grasp_lora.models.live import (
     ADAPTER_NAME,
     is_conv1d,
@@ -26,7 +27,7 @@ from grasp_lora.models.live import (
     lora_layers,
 )
 from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
-from grasp_lora.models.settings import ALL_LINEAR, MOST_RANK, LoraSettings
+from grasp_lora.models.settings import ALL_LINEAR, LoraSettings
 from grasp_lora.text.display import listed, quoted
 from grasp_lora.text.names import without_place
 
@@ -37,15 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-def check_fits(
-    adapter: LoadedAdapter,
-    model: "PreTrainedModel",
-    *,
-    backbone_name: str,
-    fingerprint: str,
-    revision: str | None = None,
-    strict: bool = False,
-) -> None:
+def check_fits(adapter: LoadedAdapter, backbone: Backbone, *, strict: bool = False) -> None:
     """Check that an adapter belongs on this backbone.
 
     A different base model name or revision only warns, since paths and hub ids differ for the same model. So do other weights
@@ -53,48 +46,36 @@ def check_fits(
     fingerprint.
 
     Raises:
-        AdapterError: a module does not exist, a shape differs, the config does not name it, or the adapter was trained on
-            another backbone's weights or has changed them.
+        AdapterError: a module does not exist, a shape differs, or the adapter was trained on another backbone's weights or has
+            changed them.
     """
-    _check_shapes(model, adapter.weights, f"adapter {adapter.name}", f"backbone {backbone_name}")
-    _check_base_weights(model, adapter, backbone_name)
-    stated = adapter.info.backbone_fingerprint
+    model, info, stated = backbone.model, adapter.info, adapter.info.backbone_fingerprint
+    _check_shapes(model, adapter.weights, f"adapter {adapter.name}", f"backbone {backbone.name}")
+    _check_base_weights(adapter, backbone)
+    name, on = quoted(adapter.name), quoted(backbone.name)
     quantised = is_quantised(model.config)
-    other = stated is not None and stated != fingerprint
-    if other and not strict and quantised != adapter.info.backbone_quantised:
-        logger.warning(
-            "adapter %s was trained on a %s backbone, so that %s is the same model could not be checked by its weights",
-            quoted(adapter.name),
-            "full-precision" if quantised else "quantised",
-            quoted(backbone_name),
+    if stated is None:
+        made_on, loaded = adapter.revision or "main", backbone.revision or "main"
+        if made_on != loaded and adapter.base_model == backbone.name:
+            text = "adapter %s was made on revision %s of %s, and %s is loaded; set backbone.revision, or --revision, to that"
+            logger.warning(text, name, quoted(made_on), on, quoted(loaded))
+        if adapter.base_model and Path(adapter.base_model).name != Path(backbone.name).name:
+            text = "adapter %s names base model %s, the backbone is %s; shapes fit, so it is taken as the same model"
+            logger.warning(text, name, quoted(adapter.base_model), on)
+    elif stated == backbone.fingerprint:
+        return
+    elif quantised != info.backbone_quantised and not strict:
+        text = (
+            "adapter %s was trained on a %s backbone, so that %s is the same model could not be checked by its weights"
         )
-    elif other and (model.dtype == torch.float16) != adapter.info.backbone_float16:
-        logger.warning(
-            "adapter %s was trained in float16 or is read for it, which rounds the weights another way, so that %s is the same "
-            "model could not be checked by them",
-            quoted(adapter.name),
-            quoted(backbone_name),
-        )
-    elif other:
+        logger.warning(text, name, "full-precision" if quantised else "quantised", on)
+    elif (model.dtype == torch.float16) != info.backbone_float16:
+        text = "adapter %s was trained in or is read for float16, so that %s is the same model could not be checked by weights"
+        logger.warning(text, name, on)
+    else:
         raise AdapterError(
-            f"adapter {adapter.name} was trained on a backbone with fingerprint {stated}, but {backbone_name} has "
-            f"{fingerprint}: same shapes, other weights; use the backbone it was trained on"
-        )
-    made_on, loaded = adapter.revision or "main", revision or "main"
-    if stated is None and made_on != loaded and adapter.base_model == backbone_name:
-        logger.warning(
-            "adapter %s was made on revision %s of %s, and %s is loaded; set backbone.revision, or --revision, to that",
-            quoted(adapter.name),
-            quoted(made_on),
-            quoted(backbone_name),
-            quoted(loaded),
-        )
-    if stated is None and adapter.base_model and Path(adapter.base_model).name != Path(backbone_name).name:
-        logger.warning(
-            "adapter %s names base model %s, the backbone is %s; shapes fit, so it is taken as the same model",
-            quoted(adapter.name),
-            quoted(adapter.base_model),
-            quoted(backbone_name),
+            f"adapter {adapter.name} was trained on a backbone with fingerprint {stated}, but {backbone.name} has "
+            f"{backbone.fingerprint}: same shapes, other weights; use the backbone it was trained on"
         )
 
 
@@ -151,10 +132,6 @@ def config_of(weights: AdapterWeights, model: "PreTrainedModel", dropout: float 
     """Return the PEFT config that describes these weights: commonest rank first, exceptions as patterns."""
     from peft import LoraConfig
 
-    if (highest := max(pair.rank for pair in weights.values())) > MOST_RANK:
-        raise AdapterError(
-            f"the adapter would have rank {highest}; at most {MOST_RANK} is allowed: merge by 'svd', or fewer"
-        )
     rank = Counter(pair.rank for pair in weights.values()).most_common(1)[0][0]
     alphas = {name: _alpha(pair.scaling, pair.rank) for name, pair in weights.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
@@ -205,8 +182,6 @@ def save_adapter(
     """
     from safetensors.torch import save
 
-    from grasp_lora.models import backbone
-
     folder, weights = Path(folder), weights.together()
     _check_shapes(model, weights, "the adapter", "the backbone")
     config = config_of(weights, model, dropout)
@@ -222,9 +197,13 @@ def save_adapter(
     (folder / WEIGHTS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     info = AdapterInfo(
         without_place(backbone_name),
-        backbone.fingerprint(model) if fingerprint is None else fingerprint,
+        fingerprint_of(model) if fingerprint is None else fingerprint,
         is_quantised(model.config),
-        {name: tuple((one.name, one.rank) for one in pair.segments) for name, pair in weights.items() if pair.segments},
+        {
+            name: tuple((part.name, part.rank) for part in pair.segments)
+            for name, pair in weights.items()
+            if pair.segments
+        },
         answers,
         quantise,
         model.dtype == torch.float16,
@@ -242,11 +221,7 @@ def restate_answers(folder: Path, answers: Answers) -> None:
 
 def _state(folder: Path, stated: dict[str, Any], answers: Answers | None) -> None:
     if answers is not None:
-        said = asdict(answers)
-        unsaid = {
-            key for key in said if said[key] in (None, {}) or (key in ("labels", "allow_empty") and not said[key])
-        }
-        stated["answers"] = {key: value for key, value in said.items() if key not in unsaid}
+        stated["answers"] = asdict(answers)
     (folder / OUR_FILE).write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
 
 
@@ -266,16 +241,16 @@ def _check_shapes(model: torch.nn.Module, weights: AdapterWeights, adapter: str,
         raise AdapterError(f"{adapter} {problem}; use an adapter of this backbone")
 
 
-def _check_base_weights(model: torch.nn.Module, adapter: LoadedAdapter, backbone: str) -> None:
+def _check_base_weights(adapter: LoadedAdapter, backbone: Backbone) -> None:
     """Let pass what the file stores of the backbone only where it is the same, in the coarser of both number formats."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(backbone.model.named_parameters(remove_duplicate=False))
     for module, stored in adapter.base_weights.items():
-        own = parameters.get(f"{module}.weight")
-        if own is None or not any(
-            torch.equal(own.detach().cpu().to(dtype), stored.to(dtype)) for dtype in {own.dtype, stored.dtype}
+        weight = parameters.get(f"{module}.weight")
+        if weight is None or not any(
+            torch.equal(weight.detach().cpu().to(dtype), stored.to(dtype)) for dtype in {weight.dtype, stored.dtype}
         ):
             raise AdapterError(
-                f"adapter {adapter.name} stores a base weight of {module} that is not the one of {backbone}, and only LoRA "
+                f"adapter {adapter.name} stores a base weight of {module} that is not the one of {backbone.name}, and only LoRA "
                 "factors can be merged; if it was not trained, save the adapter again with "
                 "save_pretrained(save_embedding_layers=False)"
             )
@@ -294,8 +269,8 @@ def check_target_modules(model: "PreTrainedModel", target_modules: tuple[str, ..
         return tuple(_shortest_targets(tuple(name for name, module in linear.items() if module is not head), model))
     for target in target_modules:
         if not any(is_named(name, (target,)) for name in linear):
-            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
-            raise AdapterError(f"the backbone has no linear module {target!r}; it has: {known}")
+            endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+            raise AdapterError(f"the backbone has no linear module {target!r}; it has: {endings}")
     return target_modules
 
 

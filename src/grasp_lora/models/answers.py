@@ -120,7 +120,7 @@ class _Ending:
 
     def texts(self, ids: torch.Tensor) -> list[tuple[str, bool]]:
         """Return the text of each row of prompts and answers [rows, tokens], and whether a stop text cut it."""
-        found = []
+        answers = []
         for row in ids[:, self.start :].tolist():
             length = next((place for place, token in enumerate(row) if token in self.stop_ids), len(row))
             text = str(
@@ -128,8 +128,8 @@ class _Ending:
             )
             text = text if self._settings.allow_empty else text.lstrip()
             cuts = [place for place in map(text.find, self._settings.stop) if place >= 0]
-            found.append((text[: min(cuts)] if cuts else text, bool(cuts)))
-        return found
+            answers.append((text[: min(cuts)] if cuts else text, bool(cuts)))
+        return answers
 
     def is_reached(self, ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
         """Tell of each row whether a stop text has ended it; end tokens are seen by transformers."""

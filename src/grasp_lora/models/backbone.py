@@ -74,11 +74,6 @@ class Backbone:
     revision: str | None = None
 
     @property
-    def told(self) -> dict[str, Any]:
-        """What `check_fits` compares with what an adapter states."""
-        return {"backbone_name": self.name, "fingerprint": self.fingerprint, "revision": self.revision}
-
-    @property
     def base_model(self) -> str:
         """The name that an adapter on it states, by which others can load it."""
         return EMBEDDED_HUB_ID if self.is_embedded else self.name
@@ -102,8 +97,8 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     device = _device_for(settings)
     started = time.perf_counter()
     location, name = _place(settings)
-    own = settings.name == EMBEDDED_NAME
-    if settings.trust_remote_code and not own:
+    is_embedded = settings.name == EMBEDDED_NAME
+    if settings.trust_remote_code and not is_embedded:
         logger.warning(
             "trust_remote_code is on: Python code that comes with %s will run on this machine", one_line(name)
         )
@@ -115,7 +110,7 @@ def load_backbone(settings: BackboneSettings) -> Backbone:
     rows = getattr(model.get_input_embeddings(), "num_embeddings", math.inf)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # added to it, but not to the model
         tokenizer.pad_token = tokenizer.eos_token  # safe: padding is always covered by an attention mask
-    if own:
+    if is_embedded:
         # PEFT writes this name into adapter_config.json: it must be one that others can load the adapter on.
         model.name_or_path = model.config._name_or_path = EMBEDDED_HUB_ID
         tokenizer.name_or_path = EMBEDDED_HUB_ID
@@ -180,20 +175,20 @@ def backbone_of(
 
 
 def _dtype_of_training(adapter: "LoadedAdapter", device: str) -> str:
-    told = adapter.info.backbone_dtype
-    if told is None:
+    trained_in = adapter.info.backbone_dtype
+    if trained_in is None:
         return "auto"
     kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     # Codes depend on it; those of float16 are only warned of, see `check_fits`.
-    needed = adapter.info.backbone_quantised and told == "bfloat16"
-    return told if needed or computes_in(told, kind) else "auto"
+    needed = adapter.info.backbone_quantised and trained_in == "bfloat16"
+    return trained_in if needed or computes_in(trained_in, kind) else "auto"
 
 
 def find_stop_ids(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
     """Collect the tokens that end an answer: the EOS of the tokenizer and all those of the model, ascending."""
     config = getattr(without_peft(model), "generation_config", None)
-    found = config.eos_token_id if config is not None else None
-    ids = set(found) if isinstance(found, (list, tuple)) else {found}
+    stated = config.eos_token_id if config is not None else None
+    ids = set(stated) if isinstance(stated, (list, tuple)) else {stated}
     return tuple(sorted(int(token) for token in ids | {tokenizer.eos_token_id} if token is not None))
 
 
@@ -325,12 +320,12 @@ def weight_sum(model: torch.nn.Module) -> int | None:
 
     Scales that a quantiser keeps beside its codes are left out.
     """
-    named = [(name, one) for name, one in model.named_parameters() if ".lora_" not in name]
-    if any(hasattr(one, "full_tensor") for _, one in named):
+    weights = [weight.detach() for name, weight in model.named_parameters() if ".lora_" not in name]
+    if any(hasattr(weight, "full_tensor") for weight in weights):
         return None
     total = 0
-    for part in (one.detach().contiguous() for _, one in named):
-        numbers = part.view(INTEGERS[part.element_size()]).flatten()
+    for weight in weights:
+        numbers = weight.contiguous().view(INTEGERS[weight.element_size()]).flatten()
         for first in range(0, numbers.numel(), AT_ONCE):  # a sum in int64 makes a copy of what it adds up
             total += int(numbers[first : first + AT_ONCE].sum(dtype=torch.int64))
     return total
@@ -338,16 +333,16 @@ def weight_sum(model: torch.nn.Module) -> int | None:
 
 def _kind(config: "PretrainedConfig") -> str:
     """How a quantised backbone was quantised."""
-    found: Any = config.quantization_config  # a dict in a file, an object once it is loaded
-    found = found if isinstance(found, dict) else found.to_dict()
-    return str(getattr(found.get("quant_method"), "value", found.get("quant_method")))
+    stated: Any = config.quantization_config  # a dict in a file, an object once it is loaded
+    method = stated.get("quant_method") if isinstance(stated, dict) else stated.quant_method
+    return str(getattr(method, "value", method))
 
 
 def _place(settings: BackboneSettings) -> tuple[str, str]:
     """Where a backbone is read from, and its public name."""
-    own = settings.name == EMBEDDED_NAME
-    location = str(embedded.embedded_folder()) if own else _find_location(settings.name)
-    name = embedded.PUBLIC_NAME if own else settings.name
+    is_embedded = settings.name == EMBEDDED_NAME
+    location = str(embedded.embedded_folder()) if is_embedded else _find_location(settings.name)
+    name = embedded.PUBLIC_NAME if is_embedded else settings.name
     if settings.revision is not None and is_folder(Path(location)):
         raise GraspError(
             f"Backbone revision is {quoted(settings.revision)}, but {quoted(name)} is a folder, which has "
@@ -481,10 +476,10 @@ def _quantiser(name: str, config: "PretrainedConfig", dtype: torch.dtype) -> Any
         from transformers import BitsAndBytesConfig
 
         if name == "int8":
-            given: dict[str, Any] = {"load_in_8bit": True}
-        else:
-            given = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-        return BitsAndBytesConfig(**given)  # type: ignore[no-untyped-call]
+            return BitsAndBytesConfig(load_in_8bit=True)  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
 
 
 def _load(location: str, settings: BackboneSettings, device: str) -> tuple[Any, "PreTrainedTokenizerBase"]:

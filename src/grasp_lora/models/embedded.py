@@ -26,8 +26,8 @@ def cache_folder() -> Path:
     Raises:
         GraspError: nobody knows where `~` is.
     """
-    own, cache = os.environ.get("GRASP_LORA_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = expanded(own or f"{cache}/grasp-lora")
+    ours, cache = os.environ.get("GRASP_LORA_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = expanded(ours or f"{cache}/grasp-lora")
     if str(folder).startswith("~"):
         raise GraspError(f"There is no home folder for {folder}; set HOME, or GRASP_LORA_CACHE to a folder for models")
     return folder
@@ -78,9 +78,9 @@ def _assemble(assemble: Callable[[Path], Path], folder: Path) -> Path:
         path = Path(assemble(folder / "model.gguf"))
     except (FileNotFoundError, ValueError) as error:  # a part is missing, or its own check failed
         raise GraspError(f"{_damaged()} ({error})") from error
-    found = sha256_of(path)
-    if found != SHA256:
-        raise GraspError(f"{_damaged()} (SHA-256 is {found[:12]}..., not {SHA256[:12]}...)")
+    digest = sha256_of(path)
+    if digest != SHA256:
+        raise GraspError(f"{_damaged()} (SHA-256 is {digest[:12]}..., not {SHA256[:12]}...)")
     return path
 
 

@@ -69,7 +69,7 @@ def export_folder(
     loaded = backbone_of(
         adapter, backbone, "cpu", "float32" if fold else _dtype_read(adapter), revision, trust_remote_code, whole=fold
     )
-    check_fits(adapter, loaded.model, **loaded.told, strict=gguf)
+    check_fits(adapter, loaded, strict=gguf)
     written = dtype or "float32"
     lost = _fold(loaded.model, adapter.weights, DTYPES[written]) if fold else 0.0
     with new_folder(output) as draft:
@@ -173,7 +173,7 @@ def _write_gguf(file: Path, weights: AdapterWeights, model: Any, dtype: str) -> 
             f"--gguf knows adapters of {', '.join(ARCHITECTURES)}, and this backbone is a {config.model_type}; leave it out and "
             "give the result to convert_lora_to_gguf.py of llama.cpp"
         )
-    architecture = next(one for one, known in gguf.MODEL_ARCH_NAMES.items() if known == name)
+    architecture = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name)
     tensors = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     alpha = max(pair.scaling * pair.rank for pair in weights.values())
     stored = gguf.GGMLQuantizationType[STORED[dtype]]

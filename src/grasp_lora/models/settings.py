@@ -21,7 +21,7 @@ REFUSED_QUANTISERS = {
 
 Texts = Annotated[  # a single text stands for a list of one
     tuple[str, ...],
-    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
     WithJsonSchema({"type": ["array", "string"], "items": {"type": "string"}}),
 ]
 
