@@ -337,18 +337,6 @@ def test_time_and_memory_are_measured_on_the_real_rows_and_nothing_of_it_stays(
 ) -> None:
     before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
     found = check("report_to=tensorboard", "final.training.gradient_checkpointing=true")
-    assert re.fullmatch(r"measured: \d+\.\d GB of this process at the longest row", found["memory"].text)
-    time = found["time"].text
-    assert re.fullmatch(
-        r"at most \d+\.\d min for the run .*: a training example takes \d\.\d{3} s, an answer \d\.\d\d s", time
-    )
+    assert re.fullmatch(r"\d+\.\d GB in all", found["memory"].text)
+    assert re.match(r"at most about \d+ min here: a training example takes \d+\.\d\d s", found["time"].text)
     assert {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()} == before
-
-
-def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(
-    tiny_workspace: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("grasp_lora.engine.preflight.available_memory", lambda on_gpu: 1000)
-    monkeypatch.setattr("grasp_lora.engine.session.load_backbone", lambda settings: pytest.fail("it was loaded"))
-    for dtype in ("float32", "bfloat16", "float16"):
-        refused("check", ["--set", f"backbone.dtype={dtype}"], f"GB ({dtype}), and 0.00 GB are free here; set backbone")

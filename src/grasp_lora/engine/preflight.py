@@ -5,8 +5,6 @@ First what a run would refuse is refused, as a run does it. Then come facts (`ok
 """
 
 import math
-import resource
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,13 +19,13 @@ from grasp_lora.engine.check import check, check_files
 from grasp_lora.engine.comparison import PLANNED, SEEDS, expected_width
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import choosing_splits
-from grasp_lora.models.adapters import fresh_adapter
+from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.answers import generate
 from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep
 from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO
-from grasp_lora.storage.memory import enough_memory
+from grasp_lora.storage.memory import enough_memory, peak_memory
 from grasp_lora.text.characters import ENDS_OF_SENTENCES, bare_words, split_unspaced
 from grasp_lora.text.display import listed, one_line, quoted
 from grasp_lora.training.loss import collate, example_losses
@@ -328,9 +326,12 @@ def _measured(session: Session) -> list[Finding]:
     recipe, splits, model = session.recipe, session.splits, session.backbone.model
     rows = sorted(splits.train, key=lambda row: len(row.prompt_ids) + len(row.completion_ids))
     middle, many = rows[len(rows) // 2], recipe.final.training.batch_size
+    given = next(iter(session.given.values()), None)
     with (
         enough_memory("one training step", "take a smaller backbone, or lower data.max_tokens"),
-        fresh_adapter(model, recipe.lora, recipe.seed) as adapted,
+        fresh_adapter(model, recipe.lora, recipe.seed)
+        if given is None
+        else attached(model, given.weights) as adapted,  # whose modules need not be those of the recipe
     ):
         device, label_positions = next(adapted.parameters()).device, supports_logits_to_keep(adapted)
 
@@ -353,8 +354,13 @@ def _measured(session: Session) -> list[Finding]:
             answered = (time.perf_counter() - started) / len(prompts)
     training_rows, probed = _cost(recipe, session)
     total = training_rows * trained + probed * measured + SYSTEMS * len(splits.test) * (answered + measured)
-    on_gpu, unit = model.device.type == "cuda", 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    on_gpu = model.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated() if on_gpu else peak_memory()
+    size = (
+        "not told by this system"
+        if peak is None
+        else f"{peak / GIGABYTE:.1f} GB {'on the GPU' if on_gpu else 'in all'}"
+    )
     minutes = max(1, math.ceil(total / 60))
     text = f"at most about {minutes} min here: a training example takes {trained:.2f} s, an answer {answered:.2f} s"
-    return [_ok("time", text), _ok("memory", f"{peak / GIGABYTE:.1f} GB {'on the GPU' if on_gpu else 'in all'}")]
+    return [_ok("time", text), _ok("memory", size)]

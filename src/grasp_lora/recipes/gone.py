@@ -5,7 +5,7 @@ GONE_KEYS: dict[str, str] = {  # dotted key
     "final.start": "leave it out; the final run starts from the merge",
 }
 GONE_COMMANDS: dict[str, str] = {
-    "push": "use the hub's own client: hf upload NAME FOLDER --private",
+    "push": "use the hub's own client: hf upload ORG/NAME FOLDER --private",
     "report": "the same run again writes the report anew",
     "schema": "grasp-lora recipes --schema prints it",
     "status": "the same run again says what is done and goes on",
