@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from grasp_lora.engine.doubts import Finding
 
-from grasp_lora.engine.preflight import preflight
+from grasp_lora.engine.preflight import Finding, preflight
 from grasp_lora.engine.session import Session
 from grasp_lora.errors import DataError, RecipeError
 from grasp_lora.recipes.load import load_recipe
