@@ -182,21 +182,6 @@ def test_candidates_that_all_coincide_give_that_ratio_and_nothing_is_learned() -
     assert (estimate.low, estimate.ratio, estimate.high) == (LOW, 0.4, HIGH)
 
 
-def test_a_single_micro_dev_example_is_enough() -> None:
-    assert smooth_fit(history(quadratic, 40, examples=1), LOW, HIGH).ratio == pytest.approx(0.55, abs=0.06)
-
-
-def test_candidates_almost_at_one_place_stay_solvable() -> None:
-    draw = random.Random(0)
-    rounds = []
-    for _ in range(10):
-        ratios = tuple(0.4 + draw.uniform(-1e-9, 1e-9) for _ in range(3))
-        rounds.append(Round(0.4, ratios, (1.0,), tuple((draw.random(),) for _ in ratios)))
-    estimate = smooth_fit(rounds, LOW, HIGH)
-    assert estimate.ratio == pytest.approx(0.4, abs=1e-8)
-    assert all(math.isfinite(number) for point in estimate.curve for number in point)
-
-
 def noiseless(minima: Sequence[float]) -> list[Round]:
     """A round for each minimum of a parabola, all at the same ratios."""
     ratios = (0.1, 0.3, 0.6, 0.8)
@@ -341,13 +326,6 @@ def test_no_round_no_ratio() -> None:
     for rule in RULES.values():
         with pytest.raises(ValueError, match="no round was measured yet"):
             rule([], LOW, HIGH)
-
-
-def test_an_estimate_shows_no_curve() -> None:
-    shown = repr(smooth_fit(history(quadratic, 5), LOW, HIGH))
-    assert shown.startswith("RatioEstimate(ratio=0.5")
-    assert len(shown) < 150
-    assert "curve" not in shown
 
 
 def of(ratio: float, low: float, high: float, name: str = "mine", rounds: int | None = None) -> Rule:

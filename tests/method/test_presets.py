@@ -95,11 +95,6 @@ def test_a_rule_is_named_or_given() -> None:
         Controller(rule="mean")
 
 
-def test_a_function_is_no_rule() -> None:
-    with pytest.raises(ValueError, match=r"rule is <function quadratic at .*; it must be a name or a Rule"):
-        Controller(rule=quadratic)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("changes", "pool", "examples"),
     [
@@ -130,7 +125,3 @@ def test_the_late_preset_can_choose_its_bounds(slope: float, bound: float, seed:
     search = late(seed=seed)
     run(search, 3, lambda ratio: slope * ratio)
     assert search.best_ratio().ratio == bound
-
-
-def test_bounds_first_with_one_candidate_spreads_it() -> None:
-    assert len({told.candidates for told in run(late(candidates=1), 5)}) == 5

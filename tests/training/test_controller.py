@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import math
-import random
 import statistics
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -403,14 +402,6 @@ def test_a_round_takes_no_row_from_the_trainers_own_log(
     assert found[0] == found[1]
 
 
-def test_our_history_has_the_loss_of_every_step(make_tiny_model, tmp_path):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        result = train_ours(model, tmp_path, controller_for(weights, every=2))  # a loss is due every second step
-    assert [row["step"] for row in result.history if "loss" in row] == [2, 4, 6, 8, 10, 12]
-
-
 # What a round measures
 
 
@@ -504,29 +495,6 @@ def test_probing_without_a_commit_does_not_change_the_training(
 
 
 @dataclass(frozen=True)
-class Clamped(Gaussian):
-    """All candidates of a round but one are the same, as bounds make them."""
-
-    def draw(self, search, generator):
-        return [0.9, 0.9, 0.3]
-
-
-def test_candidates_that_coincide_are_measured_once(make_tiny_model, tmp_path, monkeypatch):
-    measured = []
-    losses = ProbeSet.losses
-    monkeypatch.setattr(ProbeSet, "losses", lambda self, model, *rest: measured.append(1) or losses(self, model, *rest))
-    model = make_tiny_model("llama")
-    weights = merged_adapter(model, "llama")
-    controller = controller_for(weights, every=12, policy=Clamped())
-    with attached(model, weights) as peft_model:
-        train_ours(peft_model, tmp_path, controller)
-    (told,) = controller.search.history
-    assert len(measured) == 3  # the baseline, 0.8 and 0.3
-    assert told.candidates == (0.8, 0.8, 0.3)
-    assert told.candidate_losses[0] == told.candidate_losses[1] != told.candidate_losses[2]
-
-
-@dataclass(frozen=True)
 class Scripted(Gaussian):
     """Commits these ratios, one a round."""
 
@@ -595,29 +563,6 @@ def test_modes_and_ratios_that_do_not_exist_are_an_error():
     with pytest.raises(ValueError, match="micro_dev is a list; give a ProbeSet, or rows to GraspController"):
         GraspController(MICRO_DEV)
     assert PrunedTraining(torch.tensor(0.5), ProbeSet(MICRO_DEV, PAD)).prune_ratio == 0.5
-
-
-def test_each_run_starts_new_records(make_tiny_model, tmp_path):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    for _ in range(2):
-        with attached(backbone, weights) as model:
-            train_ours(model, tmp_path, controller_for(weights, folder=tmp_path))
-    for name in ("rounds.jsonl", "timings.jsonl"):
-        assert [row["round"] for row in read_rows(tmp_path / name)] == [1, 2, 3, 4]
-
-
-def test_equal_seeds_give_equal_rounds(make_tiny_model, tmp_path):
-    found = []
-    for noise in (1, 2):
-        torch.manual_seed(noise)
-        random.seed(noise)
-        backbone = make_tiny_model("llama")
-        weights = merged_adapter(backbone, "llama")
-        with attached(backbone, weights, dropout=0.3) as model:
-            train_ours(model, tmp_path, controller_for(weights, folder=tmp_path))
-        found.append(read_rows(tmp_path / "rounds.jsonl"))
-    assert found[0] == found[1]
 
 
 def test_on_round_gets_each_record(make_tiny_model, tmp_path):
@@ -743,18 +688,6 @@ def test_a_controller_prunes_before_the_dev_loss_is_measured(make_tiny_model, tm
             assert row["weights"] - row["kept"] == prune_count(ratio, row["weights"])
 
 
-@pytest.mark.parametrize("ratio", [0.0, 1.0])
-def test_the_extremes_work(make_tiny_model, tmp_path, ratio):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        pruned = PrunedTraining(ratio, ProbeSet(MICRO_DEV, PAD), segments=segments_of(weights))
-        train_ours(model, tmp_path, callbacks=[pruned])
-        assert pruned.masks.sparsity() == ratio
-        for pair in live_pairs(model).values():
-            assert (pair.A == 0).all() == (ratio == 1.0)
-
-
 def test_a_ratio_of_zero_trains_as_if_there_were_no_masks(make_tiny_model, tmp_path):
     found = []
     for with_masks in (True, False):
@@ -777,21 +710,6 @@ def test_accumulation_counts_optimizer_steps(make_tiny_model, tmp_path):
         result = train_ours(model, tmp_path, controller, accumulation=3, epochs=2)
     assert result.steps == 8
     assert [row["step"] for row in read_rows(tmp_path / "rounds.jsonl")] == [2, 4, 6, 8]
-
-
-def test_the_controllers_settings_choose_the_policy(make_tiny_model, tmp_path):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    policy = Gaussian(ratio_min=0.2, ratio_max=0.3, ratio_init=0.25, candidates=2)
-    with attached(backbone, weights) as model:
-        controller = GraspController(
-            ProbeSet(MICRO_DEV, PAD), Controller(policy, Rounds(4), "smooth_fit"), folder=tmp_path
-        )
-        train_ours(model, tmp_path, controller)
-    rows = read_rows(tmp_path / "rounds.jsonl")
-    assert len(rows) == 3
-    assert all(0.2 <= candidate <= 0.3 for row in rows for candidate in row["candidates"])
-    assert {len(row["candidates"]) for row in rows} == {2}
 
 
 # All ratios together
@@ -1009,12 +927,6 @@ def test_the_baseline_is_measured_on_all_where_rounds_are_compared(
         assert told == Round.from_json(row)
 
 
-def test_turns_that_cannot_be_are_refused():
-    for count in (0, 8):
-        with pytest.raises(DataError, match=f"each round is to measure {count} examples, but there are 7"):
-            ProbesInTurn(make_examples(7), PAD, count, seed=0)
-
-
 @pytest.mark.parametrize(
     ("kind", "start", "steps"),
     [("spread", 1.0, [12]), ("spread", 0.6, [10, 12]), ("gaussian", 0.6, [10, 12]), ("gaussian", 0.0, [5, 10])],
@@ -1186,15 +1098,6 @@ def test_an_untrained_adapter_is_not_pruned_by_position(make_tiny_model, tmp_pat
         assert again.masks.sparsity() == pytest.approx(0.5, abs=0.05)
 
 
-def test_the_folder_of_records_may_be_a_text(make_tiny_model, tmp_path):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        controller = controller_for(weights, folder=str(tmp_path / "records"))
-        resumable(model, tmp_path, controller).train()
-    assert len(read_rows(tmp_path / "records" / "rounds.jsonl")) == len(controller.search.history) > 0
-
-
 def _live_and_stash(masks):
     return [(key, (masks.weights[key].detach(), masks.stash[key])) for key in masks.weights]
 
@@ -1339,20 +1242,6 @@ def test_the_active_adapter_is_pruned_whatever_its_name(make_tiny_model, tmp_pat
     assert all(reward != 0 for row in read_rows(tmp_path / "rounds.jsonl") for reward in row["rewards"])
 
 
-def test_several_adapters_that_act_at_once_are_named(make_tiny_model, tmp_path):
-    model = own_adapters(make_tiny_model, "first", "second", "third")
-    model.base_model.set_adapter(["first", "third"])
-    with pytest.raises(
-        AdapterError, match=r"^the model has 2 active adapters \(first, third\), .*set_adapter\('first'\)"
-    ):
-        train_transformers(model, tmp_path, controller_for({}))
-
-
-def test_a_model_without_an_adapter_is_named(make_tiny_model):
-    with pytest.raises(AdapterError, match=r"^the model has no LoRA adapter; put one on it with peft.get_peft_model"):
-        live_pairs(make_tiny_model("llama"))
-
-
 EXPERTS = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], "architecture": "qwen3_moe"}
 
 
@@ -1374,12 +1263,6 @@ def test_every_lora_weight_is_pruned(make_tiny_model, tmp_path, more):
     assert len(factors) == len(controller.masks.weights) > 4
     for factor in factors.values():
         assert int((factor == 0).sum()) == prune_count(controller.prune_ratio, factor.numel())
-
-
-def test_embeddings_have_no_inputs_to_score_by(make_tiny_model, tmp_path):
-    model = own_adapters(make_tiny_model, "default", target_modules=["q_proj", "embed_tokens"])
-    with pytest.raises(AdapterError, match=r"^score 'input_aware' .* model.embed_tokens.*'magnitude'"):
-        train_transformers(model, tmp_path, controller_for({}, mask=MaskSettings("input_aware")))
 
 
 @pytest.mark.parametrize(
@@ -1504,23 +1387,6 @@ def test_zeros_that_an_earlier_training_left_are_told(make_tiny_model, tmp_path,
     assert int(told.split()[0]) > 15
 
 
-def test_after_an_interrupt_the_mask_of_the_current_ratio_can_be_put_on(make_tiny_model, tmp_path):
-    class Interrupts(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == 5:
-                raise KeyboardInterrupt
-
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    controller = controller_for(weights, kind="spread")
-    with attached(backbone, weights) as model:
-        with pytest.raises(KeyboardInterrupt):
-            train_transformers(model, tmp_path, controller, [Interrupts()])
-        assert controller.masks.ratio != controller.search.current_ratio
-        controller.regime.rest(controller.masks, controller.search)
-        assert controller.masks.ratio == controller.search.current_ratio
-
-
 def test_an_epoch_counts_optimizer_steps(make_tiny_model, tmp_path):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
@@ -1541,18 +1407,6 @@ def test_a_training_without_rounds_ends_before_it_begins(make_tiny_model, tmp_pa
     with attached(backbone, weights) as model:
         train_ours(model, tmp_path, controller_for(weights, every=500, policy=Spread()))
     assert "the only round of this training comes before its first step" in caplog.text
-
-
-def test_data_without_a_length_has_no_epoch(make_tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(pruned_module, "AcceleratorState", SimpleNamespace)
-    weights = merged_adapter(backbone := make_tiny_model("llama"), "llama")
-    with (
-        attached(backbone, weights) as model,
-        pytest.raises(GraspError, match=r"rounds.every is 'epoch', but .* length"),
-    ):
-        controller_for(weights, every="epoch").on_train_begin(
-            arguments(tmp_path), TrainerState(), TrainerControl(), model=model, train_dataloader=iter(())
-        )
 
 
 def test_a_checkpoint_holds_every_loss_once_and_a_search_that_differs_is_refused(make_tiny_model, tmp_path):

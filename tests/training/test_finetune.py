@@ -253,11 +253,6 @@ def test_progress_is_reported(model, tmp_path):
     assert all(math.isfinite(row["loss"]) for row in seen)
 
 
-def test_nothing_is_printed(run, capfd):
-    run(dev=make_examples(3, 1))
-    assert capfd.readouterr() == ("", "")
-
-
 # Randomness
 
 

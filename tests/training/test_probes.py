@@ -258,33 +258,7 @@ def test_padding_does_not_count_where_a_model_flattens_the_batch():
         torch.testing.assert_close(own.A, norms[1][name].A, rtol=1e-5, atol=1e-5)
 
 
-def test_a_batch_that_only_keeps_a_rank_company_counts_for_no_module(make_tiny_model, monkeypatch):
-    # Of the head only the positions of labels are asked for, to which no mask of the batch's tokens could be laid.
-    model = make_tiny_model("llama")
-    examples = make_examples(4)
-    with fresh_adapter(model, LoraSettings(rank=2, target_modules=("q_proj", "lm_head")), 0) as peft_model:
-        collector = NormCollector(peft_model)
-        probes = ProbeSet(examples, PAD)
-        [(_, batch)] = probes.batches()
-        monkeypatch.setattr(probes, "_share", lambda device: [([], batch)])
-        with collector.collecting():
-            probes.losses(peft_model, collector)
-        idle = collector.norms()
-        monkeypatch.undo()
-        with collector.collecting():
-            probes.losses(peft_model, collector)
-        assert "lm_head" in idle
-        assert not any(norms.A.any() or norms.B.any() for norms in idle.values())
-        assert all(norms.A.any() for norms in collector.norms().values())
-
-
 # Calibration
-
-
-def test_magnitude_needs_no_calibration(adapted):
-    masks = MaskSet(live_pairs(adapted), MaskSettings("magnitude"))
-    assert calibrate(adapted, masks, ProbeSet(make_examples(3), PAD)) is None
-    assert not masks.norms
 
 
 @pytest.mark.parametrize("score", ["input_aware", "gradient_of_delta"])

@@ -65,15 +65,6 @@ def claim(path: Path, *, wait: bool, inside: bool = False) -> Iterator[None]:
         lock.release()
 
 
-def is_claimed(path: Path, *, inside: bool = False) -> bool:
-    """Whether another process claims a path; see `claim`."""
-    try:
-        with claim(path, wait=False, inside=inside):
-            return False
-    except Busy:
-        return True
-
-
 class Workplace:
     """A folder of which this process becomes the only writer, and where the work is when a signal comes.
 
