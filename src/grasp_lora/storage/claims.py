@@ -58,9 +58,8 @@ def claim(path: Path, *, wait: bool, inside: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(
-            OSError
-        ):  # before the release: one that has waited for this file sees that it is gone, and makes another
+        # Before the release: one that has waited for this very file sees that it is gone, and makes another.
+        with suppress(OSError):
             Path(lock.lock_file).unlink()
         lock.release()
 
