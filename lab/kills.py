@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent.parent / "tests"
-sys.path[:0] = [str(TESTS), str(TESTS / "bench")]
+sys.path[:0] = [str(TESTS), str(TESTS / "engine")]
 
 from conftest import build_tiny_model, build_tiny_tokenizer, write_tiny_workspace  # noqa: E402
 from killed_runs import Attempt, attempt, load_everything  # noqa: E402
