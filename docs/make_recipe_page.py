@@ -1,18 +1,14 @@
 """Writes docs/guide/recipe.md, every key of a recipe with its default and meaning, from the docstrings of the settings."""
 
 import json
-import re
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from docstring_parser import parse_from_object
-
 from grasp_lora.data.tasks import TASKS, TEMPLATES
 from grasp_lora.evaluation.metrics import METRICS
-from grasp_lora.method.search import POLICIES, PRESETS, RatioPolicy, plain_policy
+from grasp_lora.method.search import PRESETS, plain_policy
 from grasp_lora.recipes.load import validate
 from grasp_lora.recipes.recipe import Recipe
 
@@ -41,7 +37,9 @@ PRESET_INTRO = """
 ## Presets
 
 What `controller.preset` stands for; where the recipe names none it is `spread` if the target has a dev set, else `late`.
-Only what differs from the defaults of the policy (above) and of rounds (`every: 10`, on all of `micro_dev`, to the end) is shown.
+Only what differs from the defaults of the policy and of rounds (`every: 10`, on all of `micro_dev`, to the end) is shown.
+All of it but the bounds, the spacing of the rounds and the rule is fixed in a recipe; a script sets it in `Controller`.
+With `paper` no training clips its gradients, and the merge is trained without dropout.
 """
 METRIC_INTRO = """
 ## Metrics
@@ -71,29 +69,30 @@ Unrelated texts have about 0 to 20.
 
 [A metric of your own](../method/extend.md#a-metric) is a function.
 """
-SAYS_NOTHING = {"name": "page", "data": {"task": "qa", "target": {"language": "sw", "files": ["questions.json"]}}}
+REQUIRED = ("name", "task", "language")
+CORPORA = {"target": {"language": "sw", "files": ["rows.csv"]}, "source": {"language": "en", "files": ["rows.csv"]}}
+SAYS_NOTHING = {"name": "page", "data": {"task": "qa", **CORPORA}}
 
 
 def page() -> str:
     """Return the whole page."""
     recipe = validate(SAYS_NOTHING, "page").model_dump(mode="json")
-    recipe["data"]["target"]["files"] = []
-    places = defaultdict(list)
-    for place, settings in _walk(Recipe, ()):
-        if settings is not RatioPolicy:
-            places[settings].append(place)
-    sections = "".join(_section(settings, found, recipe) for settings, found in places.items())
-    return INTRO + sections + _policies() + _presets() + _prompts() + _metrics()
+    recipe["data"]["target"]["files"] = recipe["data"]["source"]["files"] = {}
+    alike: dict[str, list[tuple[str, ...]]] = defaultdict(list)  # sections of the same keys are shown once
+    for place, properties in _sections(Recipe.model_json_schema(), ()):
+        alike[json.dumps({key: entry.get("description") for key, entry in properties.items()})].append(place)
+    found = dict(_sections(Recipe.model_json_schema(), ()))
+    sections = "".join(_section(found[places[0]], places, recipe) for places in alike.values())
+    return INTRO + sections + _presets() + _prompts() + _metrics()
 
 
-def _policies() -> str:
-    """The settings of each kind of policy."""
-    found = []
-    for kind, policy in POLICIES.items():
-        recipe = {"controller": {"policy": plain_policy(policy())}}
-        text = _section(policy, [("controller", "policy")], recipe)
-        found.append(text.replace("## `controller.policy`", f"## `controller.policy` of kind `{kind}`"))
-    return "".join(found)
+def _sections(schema: dict[str, Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Every section and its keys, outer ones first."""
+    for part in (schema, *schema.get("anyOf", ())):
+        if properties := part.get("properties"):
+            yield place, properties
+            for key, entry in properties.items():
+                yield from _sections(entry, (*place, key))
 
 
 def _presets() -> str:
@@ -126,57 +125,18 @@ def _metrics() -> str:
     return "\n".join(lines) + METRIC_END
 
 
-def _walk(settings: type[Any], place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], type[Any]]]:
-    """Every class of settings and where it stands, outer ones first."""
-    yield place, settings
-    for name, annotation in _annotations(settings).items():
-        if inner := settings_class(annotation):
-            yield from _walk(inner, (*place, name))
-
-
-def settings_class(annotation: Any) -> Any:
-    """The dataclass inside an annotation such as `X | None` or Annotated[X, ...]."""
-    if is_dataclass(annotation):
-        return annotation
-    for part in getattr(annotation, "__args__", ()):
-        if found := settings_class(part):
-            return found
-    return settings_class(annotation.__origin__) if hasattr(annotation, "__metadata__") else None
-
-
-def _annotations(settings: type[Any]) -> dict[str, Any]:
-    if issubclass(settings, Recipe):
-        return {name: info.annotation for name, info in settings.model_fields.items()}
-    return {entry.name: entry.type for entry in fields(settings)}
-
-
-def _required(settings: type[Any]) -> set[str]:
-    if issubclass(settings, Recipe):
-        return {name for name, info in settings.model_fields.items() if info.is_required()}
-    return {entry.name for entry in fields(settings) if entry.default is MISSING and entry.default_factory is MISSING}
-
-
-def _section(settings: type[Any], places: list[tuple[str, ...]], recipe: dict[str, Any]) -> str:
-    parsed = parse_from_object(settings)
+def _section(properties: dict[str, Any], places: list[tuple[str, ...]], recipe: dict[str, Any]) -> str:
     title = ", ".join(f"`{'.'.join(place)}`" for place in places) if places[0] else "The recipe"
-    lines = [f"\n## {title}\n", f"{parsed.short_description}\n"]
-    if parsed.long_description:
-        lines.append(f"{parsed.long_description}\n")
-    lines += ["| key | default | meaning |", "|---|---|---|"]
-    required, annotations, told = _required(settings), _annotations(settings), set[str]()
-    for entry in parsed.params:
-        names = entry.arg_name.split(", ")
-        told.update(names)
-        defaults = []
-        for name in names:
-            inner = settings_class(annotations[name])
-            given = "see below" if inner else "required" if name in required else _default(name, places, recipe)
-            defaults.append(given)
-        shown = defaults[0] if len(set(defaults)) == 1 else ", ".join(defaults)
-        meaning = re.sub(r"\bNone\b", "`null`", " ".join((entry.description or "").split())).replace("|", "\\|")
-        lines.append(f"| {', '.join(f'`{name}`' for name in names)} | {shown} | {meaning} |")
-    if missing := annotations.keys() - told:
-        raise ValueError(f"the docstring of {settings.__name__} does not say what {', '.join(sorted(missing))} means")
+    lines = [f"\n## {title}\n", "| key | default | meaning |", "|---|---|---|"]
+    for key, entry in properties.items():
+        inner = any(_sections(entry, ()))
+        required = "default" not in entry and not inner and key in REQUIRED
+        default = "see below" if inner else "required" if required else _default(key, places, recipe)
+        if not entry.get("description"):
+            raise ValueError(f"the docstring of {title} does not say what {key} means")
+        lines.append(
+            f"| `{key}` | {default} | {entry['description'].replace('null', '`null`').replace('|', chr(92) + '|')} |"
+        )
     return "\n".join(lines) + "\n"
 
 

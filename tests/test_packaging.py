@@ -20,7 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import grasp_lora
-from grasp_lora.recipes.builtin import builtin_recipes
+from grasp_lora.recipes.text import builtin_recipes
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

@@ -11,7 +11,7 @@ import pytest
 
 import grasp_lora as gl
 from grasp_lora import api
-from grasp_lora.recipes.builtin import builtin_text
+from grasp_lora.recipes.text import builtin_text
 
 SCRIPT = """\
 import grasp_lora as gl

@@ -103,8 +103,6 @@ def arguments(
                     Path(file).write_text(comments(corpus.language, name), encoding="utf-8")
                 continue
             files = []
-            if corpus.test_files:
-                changes.append(f"data.{role}.test_files=[]")
             for number, file in enumerate(corpus.files):
                 rows = news(f"{corpus.language}{number}")
                 if recipe.data.task == "summarization":

@@ -14,8 +14,7 @@ from grasp_lora.engine.run_folder import ADAPTER_FOLDER, COMPARE_FOLDER, Deliver
 from grasp_lora.engine.session import Session
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rules import RatioEstimate
-from grasp_lora.recipes.explain import explain
-from grasp_lora.recipes.load import Overrides, load_recipe
+from grasp_lora.recipes.load import Overrides, explain, load_recipe
 from grasp_lora.report.card import write_model_card
 from grasp_lora.report.pages import write_comparison, write_report
 from grasp_lora.storage.files import clear_write_errors

@@ -35,9 +35,10 @@ from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.live import adapter_weights
 from grasp_lora.models.reading import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE
 from grasp_lora.models.settings import LoraSettings
-from grasp_lora.recipes.builtin import builtin_recipes, schema_text
 from grasp_lora.recipes.gone import GONE_COMMANDS
 from grasp_lora.recipes.load import load_recipe
+from grasp_lora.recipes.recipe import schema_text
+from grasp_lora.recipes.text import builtin_recipes
 from grasp_lora.storage.claims import claim
 
 TORCH = Path(torch.__file__).parent
@@ -418,7 +419,7 @@ def test_recipes_lists_all_and_prints_one(cli: Cli, tmp_path: Path) -> None:
 
 def test_version_and_schema_are_printed(cli: Cli) -> None:
     assert output(cli("--version")) == f"grasp-lora {version('grasp-lora')}\n"
-    assert output(cli("schema")) == schema_text()
+    assert output(cli("recipes", "--schema")) == schema_text()
 
 
 def test_an_error_of_ours_keeps_its_traceback(cli: Cli, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import CliResult
 
-from grasp_lora.recipes.builtin import builtin_recipes
+from grasp_lora.recipes.text import builtin_recipes
 
 Cli = Callable[..., CliResult]
 

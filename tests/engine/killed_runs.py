@@ -70,7 +70,7 @@ def load_everything() -> None:
     import grasp_lora.engine.single
     import grasp_lora.models.answers
     import grasp_lora.models.export
-    import grasp_lora.recipes.starter
+    import grasp_lora.recipes.init
     import grasp_lora.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)

@@ -29,7 +29,6 @@ def test_what_stops_a_training_decides(dev: int, keeps_best: bool, says: str) ->
     [
         ((), "6 dev rows stop the trainings"),
         (("data.target.dev=0",), "no dev rows stop the trainings, so the training rows"),
-        (("final.training.keep=last", "final.training.patience=null"), "the last step is kept"),
     ],
 )
 def test_check_says_it_of_the_recipes_own_numbers(overrides: tuple[str, ...], says: str, tiny_workspace: Path) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from grasp_lora.recipes.builtin import builtin_recipes
+from grasp_lora.recipes.text import builtin_recipes
 from grasp_lora.text.docstrings import arguments, docstring_of
 
 if TYPE_CHECKING:

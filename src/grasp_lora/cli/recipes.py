@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from grasp_lora.cli.terminal import console, log_to_terminal, say
-from grasp_lora.recipes.builtin import SCHEMA_FILE, builtin_recipes, builtin_text, schema_text
+from grasp_lora.recipes.text import SCHEMA_FILE, builtin_recipes, builtin_text
 
 
 def _names_beginning(incomplete: str) -> list[str]:
@@ -25,7 +25,12 @@ def recipes(
 ) -> None:
     """List the built-in recipes with a line each, or print one."""
     if name is not None or schema:
-        sys.stdout.write(schema_text() if name is None else builtin_text(name))
+        if name is not None:
+            sys.stdout.write(builtin_text(name))
+            return
+        from grasp_lora.recipes.recipe import schema_text
+
+        sys.stdout.write(schema_text())
         return
     names = builtin_recipes()
     width = max(map(len, names))
@@ -81,8 +86,8 @@ def init(
 ) -> None:
     """Write a commented recipe, with split sizes that fit your own examples, and the schema that editors complete it by."""
     from grasp_lora.recipes.advice import advice
+    from grasp_lora.recipes.init import write_recipe
     from grasp_lora.recipes.load import load_recipe
-    from grasp_lora.recipes.starter import write_recipe
 
     log_to_terminal(False)
     file, left = write_recipe(

@@ -452,7 +452,7 @@ class Steps:
             "folder": folder / WORK,
             "report_to": self.recipe.report_to,
             "on_step": self.session.progress.step,
-            "checkpoints": Checkpointing(self.recipe.save_every, self._stop_requested),
+            "checkpoints": Checkpointing(stop_requested=self._stop_requested),
         }
 
     def _save(

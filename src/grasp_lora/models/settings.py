@@ -56,6 +56,7 @@ class BackboneSettings:
         device: "auto" takes a CUDA GPU where there is one.
         shard: split the weights over the processes that torchrun starts, each of which holds its part; for models that are too
             large for one GPU.
+        gradient_checkpointing: compute activations again in each backward pass, in all trainings: slower, with less memory.
 
     Raises:
         ValueError: a value is not among those allowed, or does not go with the name.
@@ -71,6 +72,7 @@ class BackboneSettings:
     offline: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     shard: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if not self.name.strip():

@@ -58,7 +58,7 @@ class Corpus:
     Args:
         name: path relative to the recipe's folder, or `demo:NAME`.
         task: that its columns fit.
-        format: `auto`, or the layout of its rows.
+        layout: of its rows, a key of `LAYOUTS`.
         columns: field -> column, where they differ.
         records: what it holds.
         unanswered: how many rows without an answer were left out.
@@ -68,7 +68,7 @@ class Corpus:
 
     name: str
     task: str
-    format: str
+    layout: str
     columns: dict[str, str]
     records: tuple[Record, ...]
     unanswered: int = 0
@@ -174,13 +174,13 @@ def read_corpus(
             f"{name} is data for the task {found} by its columns, but the target's task is {task}; give both the same columns, "
             "or name them with --column and --source-column"
         )
-    format = "auto" if layout.task is None else next(key for key, one in LAYOUTS.items() if one is layout)
+    layout_name = next(key for key, row in LAYOUTS.items() if row is layout)
     written = name if name.startswith(DEMO_PREFIX) else relative(name, folder)
-    pool = make_pool([table], found, format, named, skip_unanswered=skip_unanswered)
+    pool = make_pool([table], found, "auto", named, skip_unanswered=skip_unanswered)
     labels: tuple[str, ...] = ()
     if TASKS[found].chooses:
         labels = check_labels((record.answer for record in pool.records), name)
-    return Corpus(written, found, format, named, pool.records, pool.unanswerable, sheet, labels)
+    return Corpus(written, found, layout_name, named, pool.records, pool.unanswerable, sheet, labels)
 
 
 def _as_options(fields: Sequence[str], columns: Sequence[str], option: str) -> str:

@@ -1,11 +1,11 @@
-"""From a file or a built-in name to a recipe: read, overridden, checked."""
+"""From a file or a built-in name to a recipe: read, overridden, checked; errors say value, rule and mend in one line."""
 
 import difflib
 import json
-import math
 import os
+import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,34 @@ from pydantic import ValidationError
 
 from grasp_lora.errors import RecipeError
 from grasp_lora.models.reading import read_base_model
-from grasp_lora.models.settings import MOST_RANK
-from grasp_lora.recipes.builtin import builtin_recipes, builtin_text
-from grasp_lora.recipes.explain import explain
-from grasp_lora.recipes.recipe import Recipe
-from grasp_lora.recipes.text import MOST_BYTES, RECIPE_FILE, RUN_FILE, decode, parse
-from grasp_lora.storage.reading import RefusedError, expanded, is_file, is_folder, read_bounded
-from grasp_lora.text.display import CONTROLS, SURROGATES, escaped, quoted
+from grasp_lora.recipes.gone import GONE_KEYS
+from grasp_lora.recipes.recipe import Recipe, recipe_keys
+from grasp_lora.recipes.text import RECIPE_FILE, RUN_FILE, builtin_recipes, builtin_text, parse
+from grasp_lora.storage.reading import expanded, is_file, is_folder
+from grasp_lora.text.display import CONTROLS, escaped, one_line, quoted
 from grasp_lora.text.names import beside, imported, is_import_path
 
 Overrides = Mapping[str, Any] | Sequence[str]
 
 ENDINGS = (".yaml", ".yml")  # of a recipe
 MOST_ABOVE = 3  # folders between a run folder and its deepest adapters, those in its store
-MOST_WHOLE = 10**9  # of any whole number but a seed
-MOST_SEED = 2**63 - 1
-MOST_OF = {"rank": MOST_RANK, "candidates": 1_024}  # what would be allocated or tried at once
-MOST_TEXT = 1_024  # characters of a text that is no template
-MOST_PART = 255  # bytes of a part of a path, as file systems have it
-NAMES_CODE = ("controller.preset", "controller.policy.kind", "controller.rule", "merge.rule", "mask.score", "final.mask.score",
-              "metrics")  # fmt: skip
-_FREE_TEXTS = (  # which may hold any characters, and many
-    *(f"{place}.{text}" for place in ("data", "data.source", "data.target") for text in ("prompt", "completion")),
+NAMES_CODE = ("controller.policy.kind", "controller.rule", "merge.rule", "mask.score", "metrics")
+TEMPLATES = (
+    "data.prompt",
+    "data.completion",
     "generation.stop",
-)
+)  # which may hold line breaks, and white space at their ends
+_UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+_SECTION, _LIST = "must be a section of keys and values", "must be a list, such as [first, second]"
+_PLAIN_WORDS = {  # of pydantic's error types, for those who do not know Python
+    "string_pattern_mismatch": "use Latin letters, digits, '.', '_' and '-' only, and begin with a letter or digit",
+    "tuple_type": _LIST,
+    "dataclass_type": _SECTION,
+    "model_type": _SECTION,
+    "dict_type": _SECTION,
+    "string_type": "must be a text",
+}
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%")
 
 
 def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bool = False) -> tuple[Recipe, Path]:
@@ -58,13 +62,11 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
     name, file = f"recipe {escaped(str(recipe))}", expanded(recipe)
     if is_file(file):
         try:
-            text = decode(read_bounded(file, MOST_BYTES), name)
-        except RefusedError as error:
-            raise RecipeError(f"{name}: {error}") from error
-        base = file.parent
+            text, base = file.read_bytes(), file.parent
+        except OSError as error:
+            raise RecipeError(f"{name} cannot be read ({error.strerror})") from error
     elif str(recipe) in builtin_recipes():
-        text = builtin_text(str(recipe))
-        base = Path()
+        text, base = builtin_text(str(recipe)).encode(), Path()
     else:
         raise RecipeError(_no_recipe(file, str(recipe)))
     content = parse(text, name)
@@ -80,8 +82,8 @@ def _no_recipe(file: Path, name: str) -> str:
     """What was given in the place of a recipe."""
     if is_file(file / RUN_FILE):
         return f"{escaped(name)} is the folder of a run; give the recipe that it was begun with"
-    there = file.parent.iterdir() if file.suffix in ENDINGS and is_folder(file.parent) else ()
-    near = difflib.get_close_matches(file.name, [one.name for one in there if one.suffix in ENDINGS], n=1)
+    beside_it = file.parent.iterdir() if file.suffix in ENDINGS and is_folder(file.parent) else ()
+    near = difflib.get_close_matches(file.name, [path.name for path in beside_it if path.suffix in ENDINGS], n=1)
     if near:
         return f"there is no recipe {quoted(name)}; did you mean {quoted(str(file.with_name(near[0])))}?"
     return f"there is no recipe {quoted(name)}: neither a file nor a built-in name ({', '.join(builtin_recipes())})"
@@ -95,39 +97,19 @@ def backbone_of_run(adapter: str) -> str | None:
     """
     base_model = read_base_model(adapter) if is_folder(Path(adapter)) else None
     for folder in islice(Path(adapter).absolute().parents, MOST_ABOVE):
-        if is_file(folder / RECIPE_FILE):
+        if base_model is not None and is_file(folder / RECIPE_FILE):
             try:
-                content = parse(decode(read_bounded(folder / RECIPE_FILE, MOST_BYTES), RECIPE_FILE), RECIPE_FILE)
-                named = expanded(content["backbone"]["name"])
-            except (RefusedError, RecipeError, TypeError, KeyError):  # a recipe of another kind
+                place = expanded(parse((folder / RECIPE_FILE).read_bytes(), RECIPE_FILE)["backbone"]["name"])
+                start = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))["recipe_folder"]
+            except (OSError, RecipeError, ValueError, TypeError, KeyError):  # a recipe of another kind
                 return None
-            if base_model is None or named.name != Path(base_model).name:
+            if place.name != Path(base_model).name:
                 return None
-            starts = (folder, folder / _recipe_folder(folder))
             # As if there was no link, and behind it.
-            places = (place for start in starts for place in (Path(os.path.normpath(start / named)), start / named))
-            return next((str(place) for place in places if is_folder(place)), None)
+            starts = (folder, folder / start)
+            places = (path for start in starts for path in (Path(os.path.normpath(start / place)), start / place))
+            return next((str(path) for path in places if is_folder(path)), None)
     return None
-
-
-def _recipe_folder(run: Path) -> str:
-    """The folder that relative paths of a run's recipe start from, as it is seen from the run folder."""
-    try:
-        content = json.loads(decode(read_bounded(run / RUN_FILE, MOST_BYTES), RUN_FILE))
-    except (RefusedError, RecipeError, OSError, ValueError):
-        return "."
-    return str(content.get("recipe_folder") or ".") if isinstance(content, dict) else "."
-
-
-def named_code(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The code that a recipe's plain values name: dotted key and import path."""
-    for key in NAMES_CODE:
-        place: Any = content
-        for part in key.split("."):
-            place = place.get(part) if isinstance(place, Mapping) else None
-        for named in place if isinstance(place, list) else [place]:
-            if isinstance(named, str) and is_import_path(named):
-                yield key, named
 
 
 def import_code(content: Mapping[str, Any], name: str, base: Path, *, allow_code: bool) -> None:
@@ -142,14 +124,25 @@ def import_code(content: Mapping[str, Any], name: str, base: Path, *, allow_code
     Raises:
         RecipeError: code is not allowed, or what is named cannot be imported.
     """
-    for key, named in named_code(content):
+    for key, path in _named_code(content):
         if not allow_code:
-            raise RecipeError(f"{name}: {key} names code, {quoted(named)}; read it, then allow it with --allow-code")
+            raise RecipeError(f"{name}: {key} names code, {quoted(path)}; read it, then allow it with --allow-code")
         with beside(base):
             try:
-                imported(key, named, ())
+                imported(key, path, ())
             except ValueError as error:
                 raise RecipeError(f"{name}: {error}") from error
+
+
+def _named_code(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The code that a recipe's plain values name: dotted key and import path."""
+    for key in NAMES_CODE:
+        place: Any = content
+        for part in key.split("."):
+            place = place.get(part) if isinstance(place, Mapping) else None
+        for value in place if isinstance(place, list) else [place]:
+            if isinstance(value, str) and is_import_path(value):
+                yield key, value
 
 
 def validate(content: dict[str, Any], name: str) -> Recipe:
@@ -161,70 +154,77 @@ def validate(content: dict[str, Any], name: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(f"recipe {name}: {explain(error)}") from error
-    try:
-        _check_values(content, recipe, ())
-    except ValueError as error:
-        raise RecipeError(f"recipe {name}: {error}") from error
+        raise RecipeError(f"recipe {name}: {explain(error, recipe_keys())}") from error
+    for place, written, value in _leaves(content, recipe.model_dump(), ()):
+        key = ".".join(place)
+        if value is not None and isinstance(written, bool) is not isinstance(value, bool):
+            wanted = (
+                "true or false" if isinstance(value, bool) else "a number"
+            )  # pydantic takes 1 for true, and true for 1
+            raise RecipeError(f"recipe {name}: {key}: must be {wanted} (it is {quoted(written)})")
+        if isinstance(value, str) and not key.startswith(TEMPLATES) and (character := CONTROLS.search(value)):
+            code = ord(character.group())
+            raise RecipeError(
+                f"recipe {name}: {key}: holds the character U+{code:04X}, which is not allowed here; remove it"
+            )
     return recipe
 
 
-def _check_values(given: Any, value: Any, place: tuple[str, ...]) -> None:
-    """Check every value by what holds for all of its kind, beside what the settings check themselves.
+def _leaves(written: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Every single value that a recipe gives, with what it was read as."""
+    if isinstance(written, Mapping) and isinstance(value, Mapping):
+        for key in written.keys() & value.keys():
+            yield from _leaves(written[key], value[key], (*place, str(key)))
+    elif isinstance(written, list | tuple) and isinstance(value, list | tuple):
+        for number, (part, read) in enumerate(zip(written, value, strict=False)):
+            yield from _leaves(part, read, (*place, str(number)))
+    elif written is not None and not isinstance(value, Mapping | list | tuple):
+        yield place, written, value
+
+
+def explain(error: ValidationError, keys: Sequence[str]) -> str:
+    """The first problem in one line, an unknown key before all else, with the nearest one that exists.
 
     Args:
-        given: what the recipe says here, or None where it says nothing.
-        value: what it was read as.
-        place: keys that lead here.
-
-    Raises:
-        ValueError: with the dotted path.
+        error: of pydantic.
+        keys: what may be set, by dotted path.
     """
-    if isinstance(value, Recipe) or is_dataclass(value):
-        names = Recipe.model_fields if isinstance(value, Recipe) else [entry.name for entry in fields(value)]
-        for name in names:
-            inner = given.get(name) if isinstance(given, dict) else None
-            _check_values(inner, getattr(value, name), (*place, name))
-        return
-    if isinstance(value, dict | tuple):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, part in items:
-            inner = given[key] if isinstance(given, dict | list | tuple) else None
-            _check_values(inner, part, (*place, str(key)))
-        return
-    problem = _problem_of(given, value, place)
-    if problem:
-        raise ValueError(f"{'.'.join(place)}: {problem}")
+    problem = min(error.errors(include_url=False), key=lambda entry: entry["type"] not in _UNKNOWN)
+    place = [str(part) for part in problem["loc"] if not re.match(r"function-|dict\[|str$", str(part))]
+    path, others = ".".join(place), f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if problem["type"] in _UNKNOWN:
+        gone = next((answer for key, answer in GONE_KEYS.items() if f".{path}".endswith(f".{key}")), None)
+        return (
+            f"{path} is gone: {gone}{others}"
+            if gone
+            else f"unknown key {quoted(path)}; {_nearest(place, keys)}{others}"
+        )
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{quoted(path)} is missing{others}"
+    message, arrived = problem["msg"].removeprefix("Value error, "), problem["input"]
+    if problem["type"] == "value_error":
+        return f"{escaped(path)}: {one_line(message)}{others}" if path else f"{one_line(message)}{others}"
+    message = one_line(_PLAIN_WORDS.get(problem["type"], message[:1].lower() + message[1:]))
+    value = f" (it is {quoted(arrived)})" if not isinstance(arrived, dict | list) else ""
+    if problem["type"] == "string_type" and not isinstance(arrived, dict | list):
+        value += "; put it in quotes"  # YAML reads the language code `no` as false
+    if problem["type"] == "tuple_type" and isinstance(arrived, str):
+        value += f"; write {path}: [{arrived}], or --set {shlex.quote(f'{path}=[{arrived}]')}"
+    if isinstance(arrived, str) and (share := _PERCENT.fullmatch(arrived)):
+        value += f"; for {share[1]} % write {float(share[1]) / 100:g}"
+    return f"{escaped(path)}: {message}{value}{others}"
 
 
-def _problem_of(given: Any, value: Any, place: tuple[str, ...]) -> str | None:
-    if given is not None and isinstance(given, bool) is not isinstance(value, bool):
-        wanted = "true or false" if isinstance(value, bool) else "a number"  # pydantic takes 1 for true, and true for 1
-        return f"must be {wanted} (it is {quoted(given)})"
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"must be a finite number (it is {value})"
-    if isinstance(value, int) and not isinstance(value, bool):
-        key = place[-1]
-        most = MOST_SEED if key.endswith("seed") else MOST_OF.get(key, MOST_WHOLE)
-        return f"must be at most {most} (it is {quoted(value)})" if abs(value) > most else None
-    if isinstance(value, str):
-        free = ".".join(place).startswith(_FREE_TEXTS)
-        return _text_problem(value, free)
-    return None
-
-
-def _text_problem(text: str, free: bool) -> str | None:
-    """Why a text cannot be a name or a path; a free one may be anything that can be written down."""
-    found = SURROGATES.search(text) if free else CONTROLS.search(text)
-    if found:
-        return f"holds the character U+{ord(found.group()):04X}, which is not allowed here; remove it"
-    if free:
-        return None
-    if len(text) > MOST_TEXT:
-        return f"has {len(text)} characters; at most {MOST_TEXT} are allowed"
-    if max(len(part.encode()) for part in text.split("/")) > MOST_PART:
-        return f"holds a name of more than {MOST_PART} bytes, which no file can have"
-    return None
+def _nearest(place: Sequence[str], keys: Sequence[str]) -> str:
+    """What may have been meant by an unknown key: a slip in its section, or the same name elsewhere."""
+    *section, name = place
+    inside = "".join(f"{part}." for part in section)
+    siblings = [
+        key.removeprefix(inside) for key in keys if key.startswith(inside) and "." not in key.removeprefix(inside)
+    ]
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == name]
+    near = difflib.get_close_matches(name, siblings, n=1) or elsewhere[:4]
+    return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known here: {', '.join(siblings)}"
 
 
 def _changes(overrides: Overrides) -> list[tuple[str, Any]]:
@@ -232,8 +232,7 @@ def _changes(overrides: Overrides) -> list[tuple[str, Any]]:
     if isinstance(overrides, Mapping):
         return [(str(key), _plain(value)) for key, value in overrides.items()]
     if isinstance(overrides, str) or not isinstance(overrides, Iterable):
-        what = f"the text {quoted(overrides)}" if isinstance(overrides, str) else quoted(overrides)
-        raise RecipeError(f"overrides is {what}; give a list, or a mapping from keys to values")
+        raise RecipeError(f"overrides is {quoted(overrides)}; give a list, or a mapping from keys to values")
     return [_read(str(override)) for override in overrides]
 
 
@@ -249,18 +248,15 @@ def _read(override: str) -> tuple[str, Any]:
     try:
         value = parse(text, "the value")
     except RecipeError as error:
-        problem = str(error)
-        if "no valid YAML" in problem:
-            where = problem.partition("no valid YAML")[2].lstrip(": ")
-            problem = f"the value is no valid YAML; put text in quotes ({where})"
-        raise RecipeError(f"override {shown}: {problem}") from error
-    written = text if path.startswith(_FREE_TEXTS) else bare
+        raise RecipeError(f"override {shown}: {error}; put text in quotes") from error
+    written = text if path.startswith(TEMPLATES) else bare
     cut = value != written if isinstance(value, str) else value is None and bare.startswith("#")
-    if cut and bare[0] not in "\"'|>":
+    if cut and bare[0] not in "\"'|>":  # what stands behind a # is a comment to YAML
         read = "nothing" if value is None else quoted(value)
+        in_quotes = json.dumps(written, ensure_ascii=False)
         raise RecipeError(
             f"override {shown}: YAML reads this text as {read}; put it in double quotes within the shell's: "
-            f"{escaped(path)}={json.dumps(written, ensure_ascii=False)}"
+            f"{escaped(path)}={in_quotes}"
         )
     return path, value
 
@@ -280,16 +276,14 @@ def _plain(value: Any) -> Any:
 
 def _apply(content: dict[str, Any], path: str, value: Any) -> None:
     shown = quoted(f"{path}={value}")
-    keys = path.strip().split(".")
-    if not all(keys):
+    *sections, name = path.strip().split(".")
+    if not all((*sections, name)):
         raise RecipeError(f"override {shown} must look like a.b=value, for example data.target.train=100")
     place = content
-    for key in keys[:-1]:
-        inner = place.get(key)
-        if inner is None:
-            inner = {}
-        if not isinstance(inner, dict):
-            raise RecipeError(f"override {shown}: {escaped(key)} is no section of the recipe")
-        place[key] = inner
-        place = inner
-    place[keys[-1]] = value
+    for key in sections:
+        if place.get(key) is None:
+            place[key] = {}
+        place = place[key]
+        if not isinstance(place, dict):
+            raise RecipeError(f"override {shown}: the recipe gives {escaped(key)} as a value, not as a section")
+    place[name] = value

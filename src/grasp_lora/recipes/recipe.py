@@ -7,29 +7,27 @@ single values; the resolved recipe is saved with the run.
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from grasp_lora.data.settings import DataSettings
 from grasp_lora.evaluation.extras import BertScoreSettings
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings, Texts
+from grasp_lora.recipes.corpora import DataSection
+from grasp_lora.recipes.section import Based, Section
 from grasp_lora.recipes.stages import DELIVER, ControllerStage, FinalStage, SourceStage, TargetStage, from_preset
+from grasp_lora.text.docstrings import arguments
 from grasp_lora.text.names import without_place
+from grasp_lora.training.settings import TrainingSettings
 
-NO_RESULT = ("report_to", "save_every", "wait_minutes")  # settings that decide nothing of a result
-
-
+PAPER = "paper"  # the preset whose trainings are as the released code has them
 TEXTS = ("prompt", "completion", "stop", "labels", "columns")  # keys of texts that may look like a path
 
 
@@ -53,47 +51,66 @@ class Recipe(BaseModel):
             the task.
         bertscore: models of the metric `bertscore`.
         report_to: trackers of transformers, such as `tensorboard`, one or a list; none by default.
-        save_every: optimizer steps between checkpoints, >= 1; None for an epoch or a tenth of a training, the shorter one, but at
-            least 10.
-        wait_minutes: under torchrun, how long a process waits for the others before it counts one as lost, in (0, 1440]; the
-            first load of backbone and data has hours.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     seed: int = Field(default=42, ge=0)
-    backbone: BackboneSettings = BackboneSettings()
-    data: DataSettings
-    lora: LoraSettings = LoraSettings()
-    source: SourceStage = SourceStage()
-    target: TargetStage = TargetStage()
-    merge: MergeSettings = MergeSettings()
-    mask: MaskSettings = MaskSettings()
-    controller: ControllerStage = ControllerStage()
-    final: FinalStage = FinalStage()
-    generation: GenerationSettings = GenerationSettings()
+    backbone: Annotated[BackboneSettings, Section(("device", "offline"))] = Field(default_factory=BackboneSettings)
+    data: Annotated[DataSettings, DataSection()]
+    lora: Annotated[LoraSettings, Section(("rslora",))] = Field(default_factory=LoraSettings)
+    source: Annotated[SourceStage, Section()] = Field(default_factory=SourceStage)
+    target: Annotated[TargetStage, Section()] = Field(default_factory=TargetStage)
+    merge: Annotated[MergeSettings, Section(("seed", "dropout"))] = Field(default_factory=MergeSettings)
+    mask: Annotated[MaskSettings, Section()] = Field(default_factory=MaskSettings)
+    controller: Annotated[ControllerStage, Section()] = Field(default_factory=ControllerStage)
+    final: Annotated[FinalStage, Section(("mask",))] = Field(default_factory=FinalStage)
+    generation: Annotated[GenerationSettings, Section(("batch_size", "batch_tokens", "allow_empty"))] = Field(
+        default_factory=GenerationSettings
+    )
     metrics: tuple[str, ...] = ()
-    bertscore: BertScoreSettings = BertScoreSettings()
+    bertscore: Annotated[BertScoreSettings, Section(("num_layers", "rescale"))] = Field(
+        default_factory=BertScoreSettings
+    )
     report_to: Texts = ()
-    save_every: int | None = Field(default=None, ge=1)
-    wait_minutes: float = Field(default=15.0, gt=0.0, le=1440.0)
 
     @model_validator(mode="before")
     @classmethod
-    def _controller_from_preset(cls, content: Any) -> Any:
-        stage = content.get("controller", {}) if isinstance(content, dict) else None
-        if not isinstance(stage, dict):
+    def _on_its_preset(cls, content: Any) -> Any:
+        """Build every section on what the preset of the controller has, and on what holds for all trainings."""
+        if not isinstance(content, Mapping):
             return content
-        return content | {"controller": from_preset(stage, _has_dev(content.get("data")))}
+        sections = dict(content)
+        controller, backbone = sections.get("controller", {}), sections.get("backbone")
+        if not isinstance(controller, Mapping | None):
+            return content
+        sections["controller"] = from_preset(controller or {}, _has_dev(content.get("data")))
+        paper = sections["controller"]["preset"] == PAPER
+        common = {
+            "max_grad_norm": 0.0 if paper else 1.0,
+            "gradient_checkpointing": isinstance(backbone, Mapping) and backbone.get("gradient_checkpointing") is True,
+        }
+        for name, stage in (("source", SourceStage()), ("target", TargetStage()), ("final", FinalStage())):
+            section = sections.get(name, {})
+            if isinstance(section, Mapping):
+                sections[name] = {**section, "training": _on(stage.training, TrainingSettings(), common, section)}
+        if isinstance(final := sections.get("final"), Mapping) and final.get("mode") == "reselect":
+            sections["final"] = Based(FinalStage(mask=MaskSettings("gradient_of_delta")), final)
+        learned = sections["controller"].get("training")
+        if isinstance(learned, Based):
+            sections["controller"]["training"] = Based(replace(learned.settings, **common), learned.keys)
+        if paper and isinstance(merge := sections.get("merge", {}), Mapping):
+            sections["merge"] = Based(MergeSettings(dropout=0.0), merge)
+        return sections
 
     @model_validator(mode="after")
     def _target_on_source_is_added_up(self) -> Self:
         """Refuse another merge than the sum: the target adapter was trained as the second part of it."""
         if self.target.on is not None and (self.merge.rule != "exact" or self.merge.weights is not None):
-            found = "merge.rule" if self.merge.rule != "exact" else "merge.weights"
+            key = "merge.rule" if self.merge.rule != "exact" else "merge.weights"
             raise ValueError(
-                f"target.on is {self.target.on!r}, so both adapters are added up as they are; remove {found}, or target.on"
+                f"target.on is {self.target.on!r}, so both adapters are added up as they are; remove {key}, or target.on"
             )
         return self
 
@@ -107,33 +124,11 @@ class Recipe(BaseModel):
         return int.from_bytes(hashlib.sha256(f"{self.seed}/{part}".encode()).digest()[:4], "big") >> 1
 
     def fingerprint(self) -> str:
-        """Return a hash of what decides the result: all but places, devices, trackers, checkpoints and what saves memory.
-
-        Keys of the backbone, the data and `final` that came later count only where they are set, so that runs begun before go on.
-        """
-        content = self.model_dump(
-            mode="json",
-            exclude={"data": {"root"}, "backbone": {"device", "offline", "shard"}, **dict.fromkeys(NO_RESULT, True)},
-        )
-        usual = GenerationSettings()
-        content["generation"] |= {"batch_size": usual.batch_size, "batch_tokens": usual.batch_tokens}
-        for stage in ("source", "target", "controller", "final"):
-            content[stage]["training"]["gradient_checkpointing"] = False
-        data = content["data"]
-        # None was once false; where it means something else now, the run's hash of its examples differs.
-        data["chat_template"] = bool(data["chat_template"])
-        later: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (  # an older recipe does not have these keys
-            (content["backbone"], ("quantise",)),
-            (data, ("labels", "skip_unanswered")),
-            (data["source"] or {}, ("sheet", "prompt", "completion")),
-            (data["target"], ("sheet", "prompt", "completion")),
-            (content["target"], ("on",)),
-            (content["final"], ("all_rows",)),
-        )
-        for section, keys in later:
-            for key in keys:
-                if key in section and not section[key]:
-                    del section[key]
+        """Return a hash of what decides the result: all but places, devices, trackers and what saves memory."""
+        content = self.model_dump(mode="json", exclude={"report_to"})
+        content["data"].pop("root")
+        for key in ("shard", "gradient_checkpointing"):
+            content["backbone"].pop(key)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     def choices(self) -> set[str]:
@@ -151,9 +146,15 @@ class Recipe(BaseModel):
             folder: where it will stand: absolute paths are then written as they are seen from there, or as their last part where
                 they have no folder in common with it.
         """
-        content = self.model_dump(mode="json", exclude={"data": {"root"}})
+        content = self.model_dump(mode="json")
+        content["data"].pop("root")
         content = content if folder is None else seen_from(folder.absolute(), content)
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+for _name, _meaning in arguments(Recipe.__doc__ or "").items():
+    Recipe.model_fields[_name].description = _meaning
+Recipe.model_rebuild(force=True)
 
 
 def seen_from(folder: Path, value: Any) -> Any:
@@ -172,12 +173,22 @@ def seen_from(folder: Path, value: Any) -> Any:
     return without_place(value)
 
 
+def _on(stage: TrainingSettings, usual: TrainingSettings, common: dict[str, Any], section: Mapping[str, Any]) -> Any:
+    """The training of a stage: its keys on the usual settings where there are keys, else the stage's own."""
+    if "training" not in section:
+        return replace(stage, **common)
+    keys = section["training"]
+    return Based(replace(usual, **common), keys) if isinstance(keys, Mapping) else keys
+
+
 def _has_dev(data: Any) -> bool:
     """Whether the target of a recipe's plain values will have a dev set."""
     target = data.get("target") if isinstance(data, dict) else None
     if not isinstance(target, dict):
         return True
-    return not _is_zero(target.get("dev")) and (bool(target.get("dev_files")) or not target.get("train_files"))
+    splits = target.get("files")
+    pool = not isinstance(splits, Mapping) or "train" not in splits
+    return not _is_zero(target.get("dev")) and (pool or "dev" in (splits or {}))
 
 
 def _is_zero(value: Any) -> bool:
@@ -186,3 +197,22 @@ def _is_zero(value: Any) -> bool:
         return not isinstance(value, bool) and float(value) == 0.0
     except (TypeError, ValueError):
         return False
+
+
+def schema_text() -> str:
+    """Return the JSON schema of a recipe, by which editors complete and check its keys."""
+    return json.dumps(Recipe.model_json_schema(), indent=1, ensure_ascii=False) + "\n"
+
+
+def recipe_keys() -> list[str]:
+    """Return every key of a recipe by its dotted path, each section before what stands in it."""
+    schema = Recipe.model_json_schema()
+    return list(_keys(schema, schema.get("$defs", {}), ""))
+
+
+def _keys(section: dict[str, Any], sections: dict[str, Any], path: str) -> Iterator[str]:
+    for name, entry in section.get("properties", {}).items():
+        yield path + name
+        for part in (entry, *entry.get("anyOf", ())):
+            inner = sections[part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+            yield from _keys(inner, sections, f"{path}{name}.")

@@ -1,9 +1,13 @@
-"""The stages of a recipe: source, target, controller and final run, with what they check."""
+"""The stages of a recipe: source, target, controller and final run, with what they check.
 
-from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any, ClassVar
+Fields that are no keys have one right answer, or the one of the preset: `HIDDEN`, and the tuples beside each section.
+"""
 
-from pydantic import BeforeValidator, InstanceOf, PlainSerializer, WithJsonSchema
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from grasp_lora.method.masks import MASK_MODES, MaskSettings
 from grasp_lora.method.search import (
@@ -13,78 +17,87 @@ from grasp_lora.method.search import (
     WITHOUT_DEV,
     Controller,
     RatioPolicy,
+    Rounds,
     plain_policy,
     policy_class,
     preset,
 )
-from grasp_lora.storage.reading import adapter_of
+from grasp_lora.recipes.section import Based, Section, values_of
 from grasp_lora.text.display import quoted
 from grasp_lora.training.settings import TrainingSettings
 
-
-def _policy(value: Any) -> Any:
-    """Build a policy from its kind, a name or an import path, and its settings."""
-    if isinstance(value, RatioPolicy):
-        return value
-    settings = dict(value)
-    kind = settings.pop("kind", None)
-    if not isinstance(kind, str):
-        raise ValueError(
-            f"kind is {quoted(kind)}; allowed: {', '.join(POLICIES)}, or the import path package.module:name"
-        )
-    return adapter_of(policy_class(kind)).validate_python(settings)
+HIDDEN = ("weight_decay", "lr_decay", "max_grad_norm", "evaluate_every", "keep", "gradient_checkpointing")
+Training = Annotated[TrainingSettings, Section(HIDDEN)]
+# A controller run steps after each batch, so that rounds are as many as the steps say.
+ControllerTraining = Annotated[TrainingSettings, Section((*HIDDEN, "accumulation"))]
+BOUNDS = ("ratio_min", "ratio_max")
 
 
-KIND = {
-    "type": "string",
-    "examples": list(POLICIES),
-    "description": "Which policy: a name, or the import path of a class.",
-}
-Policy = Annotated[
-    RatioPolicy,
-    InstanceOf(),
-    BeforeValidator(_policy),
-    PlainSerializer(plain_policy, return_type=dict[str, Any]),
-    WithJsonSchema({"type": "object", "properties": {"kind": KIND}}),
-]
+class PolicySection(Section):
+    """The keys of a policy: its kind, the bounds, and all settings of one that is named by import path."""
+
+    def model_of(self, settings: type[Any]) -> type[BaseModel]:
+        """The keys of a kind; of the base class those that an editor completes."""
+        kind = (str, Field(description="a name, or the import path of a class.", examples=list(POLICIES)))
+        model = super().model_of(settings)
+        if settings in (*POLICIES.values(), RatioPolicy):
+            bounds: Any = {
+                name: (float, Field(model.model_fields[name].default, description=model.model_fields[name].description))
+                for name in BOUNDS
+            }
+            extra = ConfigDict(extra="allow" if settings is RatioPolicy else "forbid")
+            return create_model("Policy", __config__=extra, __doc__="Who chooses candidates.", kind=kind, **bounds)
+        return create_model(settings.__name__, __base__=model, kind=kind)
+
+    def read(self, settings: type[Any], base: Any, keys: Any) -> RatioPolicy:
+        """Build a policy of the kind that is named, or of the preset's kind."""
+        if not isinstance(keys, Mapping):
+            raise ValueError(f"a policy is a section (it is {quoted(keys)}); set controller.preset to a name")
+        kind = keys.get("kind", None if base is None else plain_policy(base)["kind"])
+        if not isinstance(kind, str):
+            allowed = ", ".join(POLICIES)
+            raise ValueError(f"kind is {quoted(kind)}; allowed: {allowed}, or the import path package.module:name")
+        chosen = policy_class(kind)
+        base = base if type(base) is chosen else chosen() if chosen in POLICIES.values() else None
+        known = {} if base is None else self.write(base)
+        values = values_of(self.keys(chosen).model_validate({**known, **keys, "kind": kind}))
+        del values["kind"]
+        if base is not None and "ratio_init" not in keys:  # the first ratio lies within the bounds
+            values["ratio_init"] = min(max(base.ratio_init, values["ratio_min"]), values["ratio_max"])
+        return chosen(**{**({} if base is None else vars(base)), **values})
+
+    def write(self, settings: Any) -> dict[str, Any]:
+        """The kind and the values of its keys."""
+        values = plain_policy(settings)
+        return {name: values[name] for name in self.keys(type(settings)).model_fields}
 
 
-def from_preset(stage: dict[str, Any], dev: bool) -> dict[str, Any]:
-    """The plain values of a controller: what the recipe gives, and for the rest what its preset has.
+def from_preset(stage: Mapping[str, Any], dev: bool) -> dict[str, Any]:
+    """What a controller is built of: the keys of the recipe on top of what its preset has.
 
     Args:
         stage: the recipe's.
         dev: whether the target has a dev set, which decides the preset that is taken where none is named.
 
     Raises:
-        ValueError: the policy is no section, or there is no such preset.
+        ValueError: there is no such preset.
     """
-    policy = {} if stage.get("policy") is None else stage["policy"]
-    if not isinstance(policy, dict):
-        raise ValueError(
-            f"controller.policy is {quoted(policy)}, but a policy is a section; set controller.preset to a name"
-        )
     stage = {key: value for key, value in stage.items() if value is not None}  # an empty section says nothing
     name = stage.get("preset", WITH_DEV if dev else WITHOUT_DEV)
-    if not isinstance(name, str):
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"controller.preset is {quoted(name)}; allowed: {', '.join(PRESETS)}")
     base = preset(name)
-    own = plain_policy(base.policy)
-    other = policy.get("kind", own["kind"]) != own["kind"]  # then it has settings of its own
-    values: dict[str, Any] = {"policy": {} if other else own, "rounds": asdict(base.rounds), "rule": base.rule}
-    for key, value in stage.items():
-        both = isinstance(value, dict) and isinstance(values.get(key), dict)
-        values[key] = values[key] | value if both else value
-    values.pop("preset", None)
+    sections = {"policy": base.policy, "rounds": base.rounds, "training": CONTROLLER_TRAINING}
+    values = {"preset": name, "rule": base.rule} | stage
+    for key, settings in sections.items():
+        if isinstance(values.setdefault(key, {}), Mapping | str):
+            values[key] = Based(settings, values[key])
     return values
 
 
-def _to_the_end(value: Any) -> Any:
-    """Fill in what a training without a dev set has to be, where nothing is said."""
-    return {"patience": None, "keep": "last"} | value if isinstance(value, dict) else value
-
-
-ControllerTraining = Annotated[TrainingSettings, BeforeValidator(_to_the_end)]
+CONTROLLER_TRAINING = TrainingSettings(
+    patience=None, keep="last"
+)  # the masks of a controller run are those of its last step
 
 
 @dataclass(frozen=True)
@@ -96,10 +109,8 @@ class SourceStage:
         training: how that one is trained.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
     adapters: tuple[str, ...] = ()
-    training: TrainingSettings = field(default_factory=lambda: TrainingSettings(epochs=2.0, learning_rate=3e-4))
+    training: Training = field(default_factory=lambda: TrainingSettings(epochs=2.0, learning_rate=3e-4))
 
     def __post_init__(self) -> None:
         if not all(adapter.strip() for adapter in self.adapters):
@@ -122,11 +133,9 @@ class TargetStage:
         training: how it is trained.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
     adapter: str | None = None
     on: str | None = None
-    training: TrainingSettings = field(default_factory=TrainingSettings)
+    training: Training = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
         if self.on not in (None, *ON):
@@ -141,45 +150,39 @@ class TargetStage:
 
 @dataclass(frozen=True)
 class ControllerStage(Controller):
-    """The run that learns the ratio.
-
-    In a recipe, `preset` names one (`spread`, `late`, `paper`), and what is left out here is the preset's. The preset
-    left out is `spread` where the target has a dev set, else `late`.
+    """The run that learns the ratio; what a recipe leaves out is the preset's.
 
     Args:
+        preset: `spread`, `late` or `paper`; left out, it is `spread` where the target has a dev set, else `late`.
         policy: who chooses candidates and when the current ratio moves: its `kind` (`gaussian`, `spread` or the import
             path `package.module:name` of a class) and its settings.
-        rounds: when rounds come and what they measure.
+        rounds: when rounds come.
         rule: how the ratio is read off them: `surrogate`, `smooth_fit`, `best_reward` (the paper's), or the import path of a
             `Rule`.
-        training: batch 1 by default. With `patience` the run stops by its dev loss, where one ratio is held; `keep` stays
-            `last`, as the masks are those of the last step.
+        training: batch 1 by default. With `patience` the run stops by its dev loss, where one ratio is held.
 
     Raises:
         ValueError: a setting is out of range, or two contradict each other.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    policy: Policy = field(default_factory=lambda: PRESETS[WITH_DEV].policy)
-    training: ControllerTraining = field(default_factory=lambda: TrainingSettings(patience=None, keep="last"))
+    policy: Annotated[RatioPolicy, PolicySection()] = field(default_factory=lambda: PRESETS[WITH_DEV].policy)
+    rounds: Annotated[Rounds, Section(("start", "before_training", "pool", "in_turn", "patience"))] = field(
+        default_factory=lambda: PRESETS[WITH_DEV].rounds
+    )
+    training: ControllerTraining = CONTROLLER_TRAINING
+    preset: str = WITH_DEV
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.training.keep != "last":
-            raise ValueError(
-                f"training.keep is {self.training.keep!r}, but the masks of a controller run are those of its last step; "
-                "remove it"
-            )
         if self.training.patience is not None and self.policy.regime != "held":
             raise ValueError(
                 f"training.patience is {self.training.patience}, but this policy trains at many ratios, so "
-                "no dev loss is that of the run; remove it, or set controller.rounds.patience to stop the run by its rounds"
+                "no dev loss is that of the run; remove it"
             )
         if self.training.patience is not None and self.rounds.start > 0.0:
             raise ValueError(
-                f"training.patience is {self.training.patience}, but controller.rounds.start {self.rounds.start} leaves rounds "
-                "to the end of the run, which may stop before; remove one of them"
+                f"training.patience is {self.training.patience}, but preset {self.preset!r} leaves rounds to the end of the run, "
+                "which may stop before; remove one of them"
             )
 
     @property
@@ -205,7 +208,7 @@ class FinalStage:
     """The final run at the learned ratio.
 
     Args:
-        mode: `hold` one mask, or `reselect` after every optimizer step (the paper's final run).
+        mode: `hold` one mask, or `reselect` after every optimizer step by the score `gradient_of_delta` (the paper's final run).
         mask: another score than the controller's; None takes the same.
         prune_ratio: use this fraction, in [0, 1], instead of learning one; the controller run is then left out.
         training: how it is trained.
@@ -216,12 +219,10 @@ class FinalStage:
             optimizer steps as the adapter had that was kept. `compare` leaves this aside.
     """
 
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
     mode: str = "hold"
     mask: MaskSettings | None = None
     prune_ratio: float | None = None
-    training: TrainingSettings = field(default_factory=TrainingSettings)
+    training: Training = field(default_factory=TrainingSettings)
     deliver: str = "best"
     all_rows: bool = False
 
