@@ -218,14 +218,10 @@ def _any_of(names: Set[str]) -> str:
 
 
 def as_text(text: str, spelled: re.Pattern[str]) -> str:
-    """Break what spells a control token, so that `_tokenize` takes it for text; `_whole` mends it."""
+    """Break what spells a control token, so that `_tokenize` takes it for text; removing `_BREAK` mends it."""
     while spelled.search(text):  # the rest of one may spell another
         text = spelled.sub(lambda found: found.group()[0] + _BREAK + found.group()[1:], text)
     return text
-
-
-def _whole(text: str) -> str:
-    return text.replace(_BREAK, "")
 
 
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
@@ -294,8 +290,8 @@ class Encoder:
             tally.control_tokens_kept_as_text += _BREAK in prompts[i] + completions[i]
             example = Example(
                 id=record.id,
-                prompt=_whole(prompts[i]),
-                completion=_whole(completions[i]),
+                prompt=prompts[i].replace(_BREAK, ""),
+                completion=completions[i].replace(_BREAK, ""),
                 references=record.references,
                 language=self.language,
                 group=groups[i],
@@ -373,9 +369,10 @@ class Encoder:
         whole = [fields[document] for fields in inputs]
         cut = self._cut(whole, self.max_document_tokens)
         tally.documents_cut += sum(after != before for before, after in zip(whole, cut, strict=True))
+        texts = ([text.replace(_BREAK, "") for text in part] for part in (whole, cut))
         lost = [
-            self.task == "qa" and record.answer in _whole(before) and record.answer not in _whole(after)
-            for record, before, after in zip(records, whole, cut, strict=True)
+            self.task == "qa" and record.answer in before and record.answer not in after
+            for record, before, after in zip(records, *texts, strict=True)
         ]
         return [{**fields, document: text} for fields, text in zip(inputs, cut, strict=True)], lost
 

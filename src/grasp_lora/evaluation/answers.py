@@ -8,13 +8,13 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from grasp_lora.errors import DataError
-from grasp_lora.text.characters import DOTTED, INVISIBLE, JOINERS, bare_words, lowered, space_words, split_unspaced
+from grasp_lora.text.characters import DOTTED, INVISIBLE, JOINERS, lowered, space_words, split_unspaced
 from grasp_lora.text.languages import language_code
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ _ARTICLES: dict[str, str | None] = {
     "hi": None,
     "zh": None,
 }
-MLQA_LANGUAGES = frozenset(_ARTICLES)  # whose rules stay as they are
 _MLQA_CHINESE = re.compile("[\u4e00-\u9fa5]")
 
 
@@ -231,28 +230,6 @@ def answer_tokens(text: str, language: str) -> list[str]:
         text = split_unspaced(INVISIBLE.sub("", unicodedata.normalize("NFC", text)))
         return [bare for word in text.split() if (bare := word.strip(JOINERS))]
     return text.split()
-
-
-def taken_for_one(answers: Iterable[str], language: str) -> tuple[str, str] | None:
-    """Find two answers that the metrics of this module take for the same, such as `C` and `C++`; None where there are none.
-
-    Two that differ in case, white space and the marks around words alone are no such pair. An answer without any token is
-    taken for an empty one.
-
-    Args:
-        answers: of different examples.
-        language: as `language_code` gives it.
-    """
-    seen: dict[tuple[str, ...], str] = {(): ""}
-    for answer in answers:
-        before = seen.setdefault(tuple(answer_tokens(answer, language)), answer)
-        if _words(before) != _words(answer):
-            return before, answer
-    return None
-
-
-def _words(text: str) -> list[str]:
-    return bare_words(split_unspaced(INVISIBLE.sub("", unicodedata.normalize("NFC", space_words(text)))))
 
 
 def _is_punctuation(character: str) -> bool:

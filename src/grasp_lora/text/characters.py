@@ -65,16 +65,6 @@ def split_unspaced(text: str) -> str:
     return _WITH_MARKS.sub(r" \g<0> ", IDEOGRAPH_OR_KANA.sub(r" \g<0> ", text))
 
 
-def has_old_letters(text: str) -> bool:
-    """Whether a text has a letter of Malayalam or Bengali that is written in two ways, in either of them."""
-    return _OLD_LETTERS.search(text) is not None or any(one in text for one in _ONE_LETTER.values())
-
-
-def has_two_writings(text: str) -> bool:
-    """Whether a text has such a letter, or joiners, which programs write around words or not."""
-    return has_old_letters(text) or any(one in text for one in JOINERS)
-
-
 def lowered(text: str, language: str = "") -> str:
     """Return a text in lower case, as its language has it, with each letter in one writing.
 
