@@ -3,19 +3,14 @@
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from conftest import write_tiny_workspace
 
 from grasp_lora import api
-from grasp_lora.report.card import write_model_card
-from grasp_lora.report.pages import write_report
 
 SECRETS = {
     "HF_TOKEN": "hf_secretTokenNobodyMaySee", "WANDB_API_KEY": "wandb0secret0key", "AWS_SECRET_ACCESS_KEY": "aws/secret/key",
@@ -31,27 +26,36 @@ ATTACKS = (
 RAW = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
-@pytest.fixture(scope="module")
-def run_with_secrets(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> Path:
-    """The folder of a whole run, made while secrets stood in the environment; treat it as read-only."""
-    work = tmp_path_factory.mktemp("secrets") / "work"
-    recipe = write_tiny_workspace(work, tiny_backbone_folder)
+def run_of(work: Path, backbone: Path, attacks: tuple[str, ...] = ()) -> Path:
+    """Make a whole run by absolute paths, whose rows begin with these texts; return its folder."""
+    recipe = write_tiny_workspace(work, backbone)
     content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     content["backbone"]["name"] = str(work / "tiny-llama")
     for side in ("source", "target"):
-        content["data"][side]["files"] = [str(work / f"{side}.jsonl")]
+        file = work / f"{side}.jsonl"
+        content["data"][side]["files"] = [str(file)]
+        if attacks:
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            texts = [attacks[number % len(attacks)] for number in range(len(rows))]
+            rows = [
+                row | {"prompt": text + row["prompt"], "completion": text}
+                for row, text in zip(rows, texts, strict=True)
+            ]
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SECRETS.items():
-            patch.setenv(name, value)
         patch.chdir(work)
         api.run(recipe, folder=work / "run")
     return work / "run"
 
 
-@pytest.fixture
-def run_folder(run_with_secrets: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(run_with_secrets, tmp_path / "run"))
+@pytest.fixture(scope="module")
+def run_with_secrets(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> Path:
+    """The folder of a whole run, made while secrets stood in the environment; treat it as read-only."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in SECRETS.items():
+            patch.setenv(name, value)
+        return run_of(tmp_path_factory.mktemp("secrets") / "work", tiny_backbone_folder)
 
 
 def test_no_secret_and_no_environment_is_saved(run_with_secrets):
@@ -70,8 +74,7 @@ def test_an_adapter_names_its_backbone_without_its_place(run_with_secrets, tmp_p
     adapter = run_with_secrets / "adapter"
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == "tiny-llama"
     assert json.loads((adapter / "grasp_lora.json").read_text())["backbone_fingerprint"]
-    for place in (adapter, next((run_with_secrets / "store" / "adapters").iterdir())):
-        assert cli("predict", place, "source 1: what?").status == 0
+    assert cli("predict", adapter, "source 1: what?").status == 0
     for command in (("export", adapter, "--gguf"), ("merge", run_with_secrets / "source", run_with_secrets / "target")):
         assert cli(*command, "-o", command[0]).status == 0
         assert all(str(work).encode() not in file.read_bytes() for file in (tmp_path / command[0]).iterdir()
@@ -100,66 +103,26 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def change(file: Path, how: Callable[[Any], object]) -> None:
-    content = json.loads(file.read_text(encoding="utf-8"))
-    how(content)
-    file.write_text(json.dumps(content), encoding="utf-8")
-
-
-def put_everywhere(run_folder: Path, attack: str) -> None:
-    """Put a text into every place of a run folder that a model, a file or a stranger's recipe fills."""
-    change(run_folder / "run.json", lambda run: run["backbone"].update(name=attack, fingerprint=attack))
-    change(run_folder / "run.json", lambda run: run.update(libraries={attack: attack}, name=attack, recipe_hash=attack))
-    change(run_folder / "metrics.json", lambda metrics: metrics.update(signatures={"f1": attack, attack: attack}))
-    recipe = yaml.safe_load((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
-    recipe["data"]["target"] |= {"language": attack, "files": [attack, f"folder/{attack}"]}
-    (run_folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
-
-    def rename(entries: list[dict]) -> None:
-        entries[0]["module"] = f"model.layers.0.{attack}"
-
-    change(run_folder / "final" / "sparsity.json", rename)
-    for file in (run_folder / "evaluation").glob("*.jsonl"):
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-        texts = {"prompt": attack} if file.stem == "prompts" else {"prediction": attack, "references": [attack]}
-        rows = [row | texts | {"id": attack} for row in rows]
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def front_matter(run_folder: Path) -> dict[str, Any]:
-    """What the hub reads of the model card."""
-    write_model_card(run_folder, run_folder / "adapter")
-    text = (run_folder / "adapter" / "README.md").read_text(encoding="utf-8")
-    found: dict[str, Any] = yaml.safe_load(text.split("---\n")[1])
-    return found
-
-
-@pytest.mark.parametrize("attack", ATTACKS)
-def test_reports_hold_foreign_texts_as_texts(attack, run_folder):
-    before, keys = Page(write_report(run_folder).read_text(encoding="utf-8")), front_matter(run_folder).keys()
-    put_everywhere(run_folder, attack)
-    page = Page(write_report(run_folder).read_text(encoding="utf-8"))
-    assert [tag for tag, _ in page.tags if tag not in ("li", "td", "th", "tr", "div", "code")] == [
-        tag for tag, _ in before.tags if tag not in ("li", "td", "th", "tr", "div", "code")
-    ]
-    assert {name for _, attributes in page.tags for name in attributes} == {
-        name for _, attributes in before.tags for name in attributes
-    }
-    adapter = run_folder / "adapter"
-    write_model_card(run_folder, adapter)
-    for file in (run_folder / "report.md", adapter / "README.md"):
+def test_reports_hold_foreign_texts_as_texts(run_with_secrets, tmp_path, tiny_backbone_folder):
+    run = run_of(tmp_path / "work", tiny_backbone_folder, ATTACKS)
+    pages = [Page((folder / "report.html").read_text(encoding="utf-8")) for folder in (run_with_secrets, run)]
+    before, after = ({tag for tag, _ in page.tags} for page in pages)
+    assert after - before <= {"li", "td", "th", "tr", "div", "code", "br"}
+    before, after = ({name for _, attributes in page.tags for name in attributes} for page in pages)
+    assert after <= before
+    assert "alert(1)" in (run / "report.html").read_text(encoding="utf-8")  # so they are shown
+    for file in (run / "report.md", run / "adapter" / "README.md"):
         text = file.read_text(encoding="utf-8")
-        assert not RAW.search(text), (file.name, attack)
+        assert not RAW.search(text), file.name
         prose = re.sub(r"(?m)\A---\n[\s\S]*?\n---$|^    .*$|^```[\s\S]*?^```", "", text)
-        assert not re.search(r"<(?!/?details|/?summary)[a-zA-Z/!]", prose), (file.name, attack)
+        assert not re.search(r"<(?!/?details|/?summary)[a-zA-Z/!]", prose), file.name
         assert not re.search(r"(?<!\\)\]\(javascript", prose)
-        assert "evil" not in prose or not re.search(r"(https?://|www\.)evil", prose), (file.name, attack)
+        assert not re.search(r"(https?://|www\.)evil", prose), file.name
         assert "\n## b" not in prose
-    assert front_matter(run_folder).keys() <= keys
 
 
-def test_a_page_asks_for_nothing_from_elsewhere(run_folder):
-    text = write_report(run_folder).read_text(encoding="utf-8")
+def test_a_page_asks_for_nothing_from_elsewhere(run_with_secrets):
+    text = (run_with_secrets / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     for tag, attributes in page.tags:
         assert not {"src", "srcset", "poster", "action", "background"} & attributes.keys()
