@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.engine.progress import Progress
+from grasp_lora.engine.results import Finished
 from grasp_lora.engine.run import run
 from grasp_lora.engine.run_folder import Run
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
-from grasp_lora.engine.store import Finished, Store
+from grasp_lora.engine.store import Store
 from grasp_lora.recipes.load import load_recipe
 
 WEIGHTS = "adapter_model.safetensors"

@@ -14,10 +14,10 @@ import pytest
 from pydantic import BaseModel
 from recorder import session_of
 
-from grasp_lora.engine.results import Adapter
+from grasp_lora.engine.results import Adapter, Finished
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
-from grasp_lora.engine.store import Finished, Store, key_of
+from grasp_lora.engine.store import Store, key_of
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.search import POLICIES, RatioPolicy
 

@@ -9,8 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bars
 
 from grasp_lora.engine.progress import Progress
-from grasp_lora.engine.results import AnswerTexts, Learned, Prediction, Trained
-from grasp_lora.engine.store import Finished
+from grasp_lora.engine.results import AnswerTexts, Finished, Learned, Prediction, Trained
 from grasp_lora.report.examples import leading_metric, marked
 from grasp_lora.text.display import one_line
 

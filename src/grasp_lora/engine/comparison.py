@@ -16,10 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from grasp_lora.data.splits import Splits, group_numbers, group_size
 from grasp_lora.engine.methods import METHODS, Outcome
-from grasp_lora.engine.results import TEST_LOSS, Losses, Measured, main_metric, read_needed
+from grasp_lora.engine.results import TEST_LOSS, Finished, Losses, Measured, main_metric, read_needed
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import GRID
-from grasp_lora.engine.store import Finished
 from grasp_lora.evaluation.statistics import compare_with_baselines, half_width, least_resamples, mean_and_sd
 from grasp_lora.text.display import listed
 

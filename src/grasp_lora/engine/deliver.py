@@ -24,10 +24,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 from grasp_lora.data.splits import group_numbers
-from grasp_lora.engine.results import Adapter, Losses
+from grasp_lora.engine.results import Adapter, Finished, Losses
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import FEWEST, Parents, Steps
-from grasp_lora.engine.store import Finished
 from grasp_lora.errors import AdapterError, DivergedError, ProbeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 

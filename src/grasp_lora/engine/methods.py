@@ -11,10 +11,9 @@ from typing import Any
 
 from grasp_lora.engine import deliver
 from grasp_lora.engine.check import lack_of_rounds
-from grasp_lora.engine.results import Adapter, Measured
+from grasp_lora.engine.results import Adapter, Finished, Measured
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Parents, Steps
-from grasp_lora.engine.store import Finished
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings

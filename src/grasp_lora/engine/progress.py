@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grasp_lora.engine.results import Prediction
-    from grasp_lora.engine.store import Finished
+    from grasp_lora.engine.results import Finished, Prediction
 
 
 class Progress:

@@ -8,10 +8,10 @@ and one that was just done give the same thing:
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
@@ -22,9 +22,6 @@ from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.storage.files import write_json
 from grasp_lora.training.settings import TRAINED_AS_MEASURED
-
-if TYPE_CHECKING:
-    from grasp_lora.engine.store import Finished
 
 RESULT = "result.json"
 MAIN = ("f1", "rougeL", "rougeL_xlsum", "exact_match")  # the first of them that was computed leads the tables
@@ -116,6 +113,37 @@ class Result(BaseModel):
         return read_needed(folder / RESULT, cls)
 
 
+R = TypeVar("R", bound=Result)
+
+
+@dataclass(frozen=True)
+class Finished(Generic[R]):
+    """A finished step and its result.
+
+    Args:
+        name: of the step, such as `final-0.40`.
+        key: hash of all that decided it.
+        folder: where it lies.
+        result: what it came to.
+        seconds: wall time, of all attempts together.
+        made_with: versions, processor or GPU, and threads.
+        repeated: whether it was on record already.
+    """
+
+    name: str
+    key: str
+    folder: Path
+    result: R
+    seconds: float
+    made_with: Mapping[str, str]
+    repeated: bool = field(default=False, compare=False)
+
+    @property
+    def trains(self) -> bool:
+        """Whether it trained something."""
+        return self.result.trained_examples > 0
+
+
 class Trained(Result):
     """A training; its adapter lies beside it.
 
@@ -193,8 +221,8 @@ class Adapter:
 
     key: str
     load: Callable[[], AdapterWeights | None]
-    made: "Finished[Trained] | None" = None
-    trail: "tuple[Finished[Any], ...]" = ()
+    made: Finished[Trained] | None = None
+    trail: tuple[Finished[Any], ...] = ()
     title: str = ""
 
     @property
@@ -209,7 +237,7 @@ class Adapter:
             raise AdapterError("the backbone alone cannot be merged, pruned or trained on; name an adapter")
         return weights
 
-    def after(self, *steps: "Finished[Any]") -> "Adapter":
+    def after(self, *steps: Finished[Any]) -> "Adapter":
         """The same adapter, with more steps among those that led to it: what choosing it cost."""
         return replace(self, trail=each_once([*self.trail, *steps]))
 
@@ -218,10 +246,10 @@ class Adapter:
 class Measured:
     """What one system is worth: losses on dev and test, answers to the test prompts and their scores; None without such rows."""
 
-    dev: "Finished[Losses] | None"
-    test: "Finished[Losses] | None"
-    answers: "Finished[AnswerTexts] | None"
-    scores: "Finished[Scores] | None"
+    dev: Finished[Losses] | None
+    test: Finished[Losses] | None
+    answers: Finished[AnswerTexts] | None
+    scores: Finished[Scores] | None
 
     @property
     def dev_loss(self) -> float | None:
@@ -293,6 +321,6 @@ def main_metric(metrics: Sequence[str]) -> str:
     return next((name for name in MAIN if name in scores), next(iter(scores), TEST_LOSS))
 
 
-def each_once(steps: "Sequence[Finished[Any]]") -> "tuple[Finished[Any], ...]":
+def each_once(steps: Sequence[Finished[Any]]) -> tuple[Finished[Any], ...]:
     """Each step once, in the order of first use."""
     return tuple({step.key: step for step in steps}.values())

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from grasp_lora.data.splits import SPLITS, group_numbers, hash_of
-from grasp_lora.engine.results import Adapter, Learned, Measured, Prediction, Trained, read_json
+from grasp_lora.engine.results import Adapter, Finished, Learned, Measured, Prediction, Trained, read_json
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import TargetOn
-from grasp_lora.engine.store import ADAPTER, Finished
+from grasp_lora.engine.store import ADAPTER
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.models.adapters import restate_answers

@@ -24,6 +24,7 @@ from grasp_lora.engine import lorahub
 from grasp_lora.engine.results import (
     Adapter,
     AnswerTexts,
+    Finished,
     Learned,
     Losses,
     Measured,
@@ -33,7 +34,7 @@ from grasp_lora.engine.results import (
     each_once,
 )
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.store import ADAPTER, WORK, Finished, Store, key_of
+from grasp_lora.engine.store import ADAPTER, WORK, Store, key_of
 from grasp_lora.errors import AdapterError, DivergedError, GraspError, ProbeError, UntrainedError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import survival

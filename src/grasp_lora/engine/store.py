@@ -23,14 +23,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from grasp_lora.engine.progress import Progress
-from grasp_lora.engine.results import Result, Trained, read_json
+from grasp_lora.engine.results import Finished, Result, Trained, read_json
 from grasp_lora.errors import DivergedError, GraspError, RecipeError
 from grasp_lora.storage.checkpoints import newest_checkpoint, remove_checkpoints, seconds_of
 from grasp_lora.storage.claims import Busy, Workplace, claim, make_folder
@@ -65,34 +65,6 @@ class Failed:
 
     error: str
     made_with: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Finished(Generic[R]):
-    """A finished step and its result.
-
-    Args:
-        name: of the step, such as `final-0.40`.
-        key: hash of all that decided it.
-        folder: where it lies.
-        result: what it came to.
-        seconds: wall time, of all attempts together.
-        made_with: versions, processor or GPU, and threads.
-        repeated: whether it was on record already.
-    """
-
-    name: str
-    key: str
-    folder: Path
-    result: R
-    seconds: float
-    made_with: Mapping[str, str]
-    repeated: bool = field(default=False, compare=False)
-
-    @property
-    def trains(self) -> bool:
-        """Whether it trained something."""
-        return self.result.trained_examples > 0
 
 
 class Store:
