@@ -20,7 +20,6 @@ from transformers import (
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models import answers as module
 from grasp_lora.models.answers import generate, label_scores
-from grasp_lora.models.backbone import without_peft
 from grasp_lora.models.settings import GenerationSettings
 
 ARCHITECTURES = ["llama", "gemma3", "qwen3", "gpt2"]
@@ -301,11 +300,6 @@ def test_settings_are_checked(values, message):
 
 def test_stop_texts_of_latex_are_taken():
     assert GenerationSettings(stop=(r"\nabla", r"\end{document}", "\n\t")).stop
-
-
-def test_without_peft_gives_plain_models_back(make_tiny_model):
-    model = make_tiny_model("llama")
-    assert without_peft(model) is model
 
 
 def other_models():
