@@ -89,7 +89,6 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[Disk]:
         (("export", "run/adapter", "-o", "out", "--gguf"), "out"),
         (("export", "run/adapter", "-o", "out", "--fold", "--dtype", "bfloat16"), "out"),
         (("init", "target.jsonl", "-l", "de", "-o", "out"), "out"),
-        (("report", "run"), "run/report.html"),
     ],
 )
 def test_a_result_is_on_the_disk_before_it_has_its_name(

@@ -1,4 +1,11 @@
-"""Fixed sets of examples whose losses are measured again and again, and what scores need to know of their inputs."""
+"""Probes: fixed examples whose losses are measured again and again, and what scores need to know of their inputs.
+
+`ProbeSet(examples, pad_id).losses(model)` is the mean answer NLL of each example, in their order, by the loss that training has.
+The model, its modes and every random state are as before afterwards, so that to measure changes nothing of a training.
+
+`ProbesInTurn` is a pool of which each controller round takes a few: round 0 the examples 0 to 11, round 1 those after them, and
+around again. `calibrate` gives a mask set the norms of what enters each LoRA factor, where its score needs them.
+"""
 
 import hashlib
 import json
@@ -49,21 +56,17 @@ class ProbeSet:
         check_measurable(examples)
         self.ids = [example.id for example in examples]
         self._examples, self._pad_id, self._token_budget = list(examples), pad_id, token_budget
-        self._batches: dict[float, list[tuple[list[int], dict[str, Tensor]]]] = {}
+        self._batches: dict[int, list[tuple[list[int], dict[str, Tensor]]]] = {}
 
-    def batches(self, device: str = "cpu", copies: int = 1) -> list[tuple[list[int], dict[str, Tensor]]]:
-        """The batches for a type of device, each with the places of its examples; they lie on the CPU.
-
-        Args:
-            device: type of the device that measures them.
-            copies: how many of a batch are measured in one go.
-        """
-        share = (1 if device == "cpu" else _ON_ACCELERATOR) / copies
+    def batches(self, device: str = "cpu") -> list[tuple[list[int], dict[str, Tensor]]]:
+        """The batches for a type of device, made once, each with the places of its examples; they lie on the CPU."""
+        share = 1 if device == "cpu" else _ON_ACCELERATOR
         if share not in self._batches:
             self._batches[share] = self._batched(share)
         return self._batches[share]
 
-    def _batched(self, share: float) -> list[tuple[list[int], dict[str, Tensor]]]:
+    def _batched(self, share: int) -> list[tuple[list[int], dict[str, Tensor]]]:
+        """Examples of like length side by side, so that little is padded, up to a budget of tokens and one of labels."""
         examples, token_budget = self._examples, self._token_budget or share * TOKEN_BUDGET
         lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
         batches: list[list[int]] = []
@@ -202,19 +205,6 @@ def encoded_rows(
 def probes_of(examples: Sequence[Encoded], pad_id: int, turn: int | None, seed: int) -> ProbeSet | ProbesInTurn:
     """The probes of a pool: all of it in each round, or `turn` examples at a time in the order of a seed."""
     return ProbeSet(examples, pad_id) if turn is None else ProbesInTurn(examples, pad_id, turn, seed)
-
-
-def checked_probes(probes: ProbeSet | ProbesInTurn) -> ProbeSet | ProbesInTurn:
-    """The probes themselves.
-
-    Raises:
-        ValueError: they are something else, such as rows.
-    """
-    if not isinstance(probes, ProbeSet | ProbesInTurn):
-        raise ValueError(
-            f"micro_dev is a {type(probes).__name__}; give a ProbeSet, or rows to GraspController.from_rows"
-        )
-    return probes
 
 
 class NormCollector:
