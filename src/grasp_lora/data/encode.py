@@ -174,10 +174,10 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[str], cha
     spelled = control_tokens(tokenizer, chat=True)
     texts = list(prompts)
     begin = begin_of_chat(tokenizer)
-    said = {place: prompt for place, prompt in enumerate(prompts) if not (begin and prompt.startswith(begin))}
-    turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in said.values()]
-    names = [f"prompt {place + 1}" for place in said]
-    for place, text in zip(said, render_chat(tokenizer, turns, names), strict=True):
+    plain = {place: prompt for place, prompt in enumerate(prompts) if not (begin and prompt.startswith(begin))}
+    turns = [[{"role": "user", "content": as_text(prompt, spelled)}] for prompt in plain.values()]
+    names = [f"prompt {place + 1}" for place in plain]
+    for place, text in zip(plain, render_chat(tokenizer, turns, names), strict=True):
         texts[place] = text
     return _tokenize(tokenizer, texts, add_special_tokens=False)
 
@@ -220,7 +220,7 @@ def _any_of(names: Set[str]) -> str:
 def as_text(text: str, spelled: re.Pattern[str]) -> str:
     """Break what spells a control token, so that `_tokenize` takes it for text; removing `_BREAK` mends it."""
     while spelled.search(text):  # the rest of one may spell another
-        text = spelled.sub(lambda found: found.group()[0] + _BREAK + found.group()[1:], text)
+        text = spelled.sub(lambda match: match.group()[0] + _BREAK + match.group()[1:], text)
     return text
 
 

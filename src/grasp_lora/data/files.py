@@ -208,13 +208,13 @@ def _workbook(path: Path, name: str, sheet: str | None = None) -> Iterator[Row]:
         titles = book.sheet_names
         if sheet not in (None, *titles):
             raise DataError(f"{name} has no sheet {quoted(sheet)}; it has {listed(titles)}")
-        shown = (one.name for one in book.sheets_metadata if one.visible == SheetVisibleEnum.Visible)
+        shown = (entry.name for entry in book.sheets_metadata if entry.visible == SheetVisibleEnum.Visible)
         title = sheet or next(shown, titles[0])
         where = f"{name}, sheet {quoted(title)}"
         cells = book.get_sheet_by_name(title).to_python(skip_empty_area=False)
     rows = list(_named((f"{where}, row {number}", list(map(_cell, row))) for number, row in enumerate(cells, start=1)))
     if not rows and len(titles) > 1:
-        others = listed(one for one in titles if one != title)
+        others = listed(name for name in titles if name != title)
         raise DataError(f"{where}, holds no records; name another sheet: {others}")
     return iter(rows)
 

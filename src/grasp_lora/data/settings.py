@@ -60,14 +60,14 @@ class CorpusSettings:
         language_code(self.language)
         if self.format not in FORMATS:
             raise ValueError(f"format is {self.format!r}; allowed: {', '.join(FORMATS)}")
-        given = [name for name in ("files", "hub", "train_files") if getattr(self, name)]
-        if len(given) != 1:
+        ways = [name for name in ("files", "hub", "train_files") if getattr(self, name)]
+        if len(ways) != 1:
             raise ValueError(
-                f"data of {self.language} is given by {' and '.join(given) or 'nothing'}; "
+                f"data of {self.language} is given by {' and '.join(ways) or 'nothing'}; "
                 "give exactly one of files (a pool), hub (a pool) and train_files (with dev_files, test_files)"
             )
         if not self.explicit and (self.dev_files or self.micro_dev_files or (self.test_files and self.hub)):
-            raise ValueError(f"files of single splits need train_files, and exclude {given[0]}")
+            raise ValueError(f"files of single splits need train_files, and exclude {ways[0]}")
         if self.hub is None and (self.format == "hub" or self.hub_config or self.hub_split):
             raise ValueError("format hub, hub_config and hub_split need hub: the name of the data set")
         if self.hub is not None and self.format == "squad":
@@ -151,6 +151,5 @@ class DataSettings:
 
     def templates(self, corpus: CorpusSettings) -> tuple[str | None, str | None]:
         """The templates of prompt and completion of a language; None where the built-in one serves."""
-        own, common = (corpus.prompt, corpus.completion), (self.prompt, self.completion)
-        prompt, completion = (one if one is not None else other for one, other in zip(own, common, strict=True))
-        return prompt, completion
+        prompt = self.prompt if corpus.prompt is None else corpus.prompt
+        return prompt, self.completion if corpus.completion is None else corpus.completion

@@ -514,21 +514,21 @@ def check_disjoint(splits: Splits) -> None:
         )
 
 
-def count_labels(given: Sequence[str], splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]:
+def count_labels(named: Sequence[str], splits: Mapping[str, Sequence[Example]]) -> dict[str, dict[str, int]]:
     """Return each label that can be chosen, and how often it stands in each split; the source's may have others.
 
     Args:
-        given: the recipe's labels; none to take those of the split `train`.
+        named: the recipe's labels; none to take those of the split `train`.
         splits: examples by split.
     """
-    found = {name: Counter(example.references[0] for example in examples) for name, examples in splits.items()}
-    where = "data.labels" if given else "the training rows of the target"
-    labels = check_labels(given or found["train"], where)
-    known = {same_label(label): label for label in labels}
+    counts_of = {name: Counter(example.references[0] for example in examples) for name, examples in splits.items()}
+    where = "data.labels" if named else "the training rows of the target"
+    labels = check_labels(named or counts_of["train"], where)
+    writings = {same_label(label): label for label in labels}
     for name, examples in splits.items():
         for example in examples:
             label = example.references[0]
-            meant = known.get(same_label(label))
+            meant = writings.get(same_label(label))
             if label not in labels and (meant or not name.startswith("source")):
                 advice = f"write it as {quoted(meant)}" if meant else "correct it, or name every label in data.labels"
                 raise DataError(
@@ -536,9 +536,9 @@ def count_labels(given: Sequence[str], splits: Mapping[str, Sequence[Example]]) 
                     f"({listed(labels)}); {advice}"
                 )
     for name, loss in (("train", "nothing is learned of it"), ("test", "the scores say nothing of it")):
-        if missing := [label for label in labels if splits[name] and not found[name][label]]:
+        if missing := [label for label in labels if splits[name] and not counts_of[name][label]]:
             logger.warning("no %s row has the label %s: %s", name, listed(missing), loss)
-    return {label: {name: counts[label] for name, counts in found.items()} for label in labels}
+    return {label: {name: counts[label] for name, counts in counts_of.items()} for label in labels}
 
 
 def hash_of(splits: Splits, names: Sequence[str] = SPLITS) -> str:

@@ -233,14 +233,14 @@ def similarity(outputs: Outputs) -> MetricScore:
     )
 
 
-def _cosines(texts: list[str], others: list[str]) -> list[float]:
+def _cosines(texts: list[str], references: list[str]) -> list[float]:
     import numpy as np
 
     encoder = _encoder()
     # One by one: in a batch the last bits of a text depend on its neighbours.
-    units = {text: encoder.encode(text).astype(np.float64) for text in dict.fromkeys([*texts, *others])}
+    units = {text: encoder.encode(text).astype(np.float64) for text in dict.fromkeys([*texts, *references])}
     units = {text: vector / np.linalg.norm(vector) for text, vector in units.items()}
-    return [float(units[text] @ units[other]) for text, other in zip(texts, others, strict=True)]
+    return [float(units[text] @ units[reference]) for text, reference in zip(texts, references, strict=True)]
 
 
 @lru_cache(maxsize=1)  # it takes 3 seconds to load, and a comparison scores dozens of systems

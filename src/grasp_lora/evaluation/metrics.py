@@ -135,12 +135,12 @@ def resolve_metrics(
     Raises:
         RecipeError: a name is unknown, its module or attribute is missing, or it is no function.
     """
-    known = METRICS
+    metrics = METRICS
     if settings is not None:
         function = partial(bertscore, settings=settings, base=base, offline=offline)
         lack = partial(lack_of_bertscore, settings=settings, base=base, offline=offline)
-        known = METRICS | {"bertscore": replace(METRICS["bertscore"], function=function, lack=lack)}
-    return {name: known[name] if name in known else _imported(name) for name in names}
+        metrics = METRICS | {"bertscore": replace(METRICS["bertscore"], function=function, lack=lack)}
+    return {name: metrics[name] if name in metrics else _imported(name) for name in names}
 
 
 def _imported(name: str) -> Metric:

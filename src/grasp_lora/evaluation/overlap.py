@@ -112,8 +112,8 @@ def bleu(outputs: Outputs) -> MetricScore:
         "bleu",
         _at_most_100(value),
         str(corpus.get_signature()),
-        tuple(_at_most_100(one.score) for one in sentences),
-        tuple((float(one.sys_len), float(one.ref_len), *map(float, one.counts + one.totals)) for one in sentences),
+        tuple(_at_most_100(scored.score) for scored in sentences),
+        tuple((float(s.sys_len), float(s.ref_len), *map(float, s.counts + s.totals)) for s in sentences),
     )
 
 

@@ -202,7 +202,7 @@ def compare_with_baselines(
     reach = student * draws.std(dim=0, correction=0)
     below = torch.minimum(widening * (draws[: len(reach)] - center), -reach)
     above = torch.maximum(widening * (draws.flip(0)[: len(reach)] - center), reach)
-    below, above = ((center + one).round(decimals=_DECIMALS) + 0.0 for one in (below, above))
+    below, above = ((center + bound).round(decimals=_DECIMALS) + 0.0 for bound in (below, above))
     below, above = below.cummax(dim=0).values, above.cummin(dim=0).values
     beyond = torch.minimum((below <= 0).sum(dim=0), (above >= 0).sum(dim=0)).tolist()
     least = 2.0 ** (1 - units)

@@ -19,29 +19,21 @@ _WITH_MARKS = re.compile(
     "[\u102b-\u103e\u1056-\u1059\u105e-\u1060\u1062-\u1064\u1067-\u106d\u1071-\u1074\u1082-\u108d\u108f\u109a-\u109d]*"
     "|[\u1780-\u17b3\u17d7\u17dc][\u17b4-\u17d3\u17dd]*"
 )
-
-
 ENDS_OF_SENTENCES = ".?!\u2026\u061f\u06d4\u0964\u3002\uff1f\uff01"  # also those of Arabic, Urdu, Hindi and Chinese
-
-
 _BETWEEN_WORDS = re.compile(
     "[\u200b\u0f0b-\u0f0d\u1361]"
 )  # zero-width space, Tibetan tsheg and shad, Ethiopic word space
-
-
 # Letters that texts before Unicode 5.1 write as a letter, a virama and a joiner: Malayalam's chillus and Bengali's khanda ta.
 _ONE_LETTER = {
-    letter + virama + "\u200d": one
+    letter + virama + "\u200d": whole
     for virama, letters in (
         ("\u0d4d", {"ണ": "ൺ", "ന": "ൻ", "ര": "ർ", "ല": "ൽ", "ള": "ൾ", "ക": "ൿ"}),
         ("\u09cd", {"ত": "ৎ"}),
     )
-    for letter, one in letters.items()
+    for letter, whole in letters.items()
 }
 _OLD_LETTERS = re.compile("|".join(_ONE_LETTER))
 DOTTED = frozenset({"tr", "az"})  # languages whose i keeps its dot as a capital, and whose I has none
-
-
 _MARKS = ENDS_OF_SENTENCES + ",:;\"'()[]«»„“”‘’、，：；（）「」،؛–—"
 
 
@@ -71,7 +63,7 @@ def lowered(text: str, language: str = "") -> str:
     >>> lowered("IŞIK", "tr"), lowered("I", "en"), lowered("അവന്\u200d") == "അവൻ"
     ('ışık', 'i', True)
     """
-    text = _OLD_LETTERS.sub(lambda found: _ONE_LETTER[found.group()], unicodedata.normalize("NFC", text))
+    text = _OLD_LETTERS.sub(lambda match: _ONE_LETTER[match.group()], unicodedata.normalize("NFC", text))
     if language in DOTTED:
         text = text.replace("İ", "i").replace("I", "ı").replace("i\u0307", "i")  # the last as other programs lower İ
     return text.lower()

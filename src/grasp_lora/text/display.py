@@ -29,8 +29,8 @@ def first_line(error: BaseException) -> str:
     >>> first_line(ValueError("no such file.\nSee the manual.")), first_line(KeyboardInterrupt())
     ('no such file', 'KeyboardInterrupt')
     """
-    said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return one_line(said).rstrip(".")
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return one_line(line).rstrip(".")
 
 
 def escaped(text: str) -> str:
@@ -39,7 +39,7 @@ def escaped(text: str) -> str:
     >>> escaped("a\tb\x1b")
     'a\\tb\\x1b'
     """
-    return CONTROLS.sub(lambda found: ascii(found.group())[1:-1], text)
+    return CONTROLS.sub(lambda match: ascii(match.group())[1:-1], text)
 
 
 def quoted(value: object) -> str:

@@ -34,5 +34,5 @@ def docstring_of(module: str, name: str) -> str:
     spec = find_spec(module)
     loader = spec.loader if spec else None
     source = loader.get_source(module) if isinstance(loader, InspectLoader) else None
-    found = re.search(rf'^class {name}\b[^"]*"""(.*?)"""', source or "", re.MULTILINE | re.DOTALL)
-    return inspect.cleandoc(found[1]) if found else ""
+    match = re.search(rf'^class {name}\b[^"]*"""(.*?)"""', source or "", re.MULTILINE | re.DOTALL)
+    return inspect.cleandoc(match[1]) if match else ""
