@@ -5,18 +5,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from grasp_lora.errors import DataError, GraspError
 from grasp_lora.text.display import escaped, one_line
-
-Read = TypeVar("Read")
-
-
-class RefusedError(ValueError):
-    """Content that is not taken; the message is a reason, such as "it is empty"."""
 
 
 # Of os.path, since those of pathlib raise where a folder on the way is closed.
@@ -84,24 +77,3 @@ def reason(error: Exception) -> str:
         first = error.errors(include_url=False, include_context=False)[0]
         return f"{'.'.join(one_line(str(part)) for part in first['loc'])}: {first['msg']}"
     return one_line(str(error))[:300].rstrip(".") or type(error).__name__
-
-
-def read_bounded(file: Path, most: int) -> bytes:
-    """Read a whole file of at most so many bytes."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise RefusedError(f"it cannot be read: {error.strerror or error}") from error
-    if len(content) > most:
-        raise RefusedError(f"it has {len(content)} bytes; at most {most} are allowed")
-    return content
-
-
-_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
-
-
-def adapter_of(kind: type[Read]) -> TypeAdapter[Read]:
-    """Return pydantic's reader of a type: each takes milliseconds to make, so it is kept."""
-    if kind not in _ADAPTERS:
-        _ADAPTERS[kind] = TypeAdapter(kind)
-    return _ADAPTERS[kind]
