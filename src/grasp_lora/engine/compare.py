@@ -159,7 +159,9 @@ class _Work:
                 if row.unavailable is None:
                     self.progress.method(title, total - sum(len(each.to_do) for each in self.batches) + 1, total)
                     outcome = method.run(batch.steps)
-                    row.by_number[batch.number] = replace(outcome, measured=batch.steps.measure(outcome.adapter))
+                    row.by_number[batch.number] = replace(
+                        outcome, measured=batch.steps.measure(outcome.adapter, on_dev=False)
+                    )
             except Busy:
                 continue
             except RecipeError:  # of a record or a setting: that concerns the whole comparison

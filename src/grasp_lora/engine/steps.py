@@ -508,9 +508,9 @@ class Steps:
         """The split whose losses decide what is handed over: `dev`, or `micro_dev` where that is too small; None: neither."""
         return next((name for name in CHOOSING if len(getattr(self.splits, name)) >= FEWEST), None)
 
-    def measure(self, adapter: Adapter) -> Measured:
+    def measure(self, adapter: Adapter, *, on_dev: bool = True) -> Measured:
         """All that one system is worth: losses on dev and test, answers to the test prompts and their scores."""
-        dev = self.losses(adapter, "dev") if self.splits.dev else None
+        dev = self.losses(adapter, "dev") if self.splits.dev and on_dev else None
         if not self.splits.test:
             return Measured(dev, None, None, None)
         answers = self.answers(adapter)

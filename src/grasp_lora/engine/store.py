@@ -125,10 +125,10 @@ class Store:
                         self._note_failure(key, folder, error)
                         raise
                     seconds = round(before + time.perf_counter() - started, 3)
-                    on_first_process(lambda: _complete(folder, result, Done(
-                        name, key, dict(inputs), seconds, made_with(), VERSION
-                    )))  # fmt: skip
-                    finished = Finished(name, key, folder, result, seconds, made_with())
+                    done = Done(name, key, dict(inputs), seconds, made_with(), VERSION)
+                    on_first_process(lambda: _complete(folder, result, done))
+                    # Read, as ever after: all processes have the same, and what is written is what is used.
+                    finished = Finished(name, key, folder, kind.read(folder), seconds, done.made_with)
         self._finished[key] = finished
         self._progress.finished(finished)
         return finished
