@@ -188,30 +188,32 @@ class Rule:
         """
         if not rounds:
             raise ValueError("no round was measured yet, so there is no learned ratio; tell at least one round")
-        given = self.function(rounds, ratio_min, ratio_max, interval)
-        if not isinstance(given, RatioEstimate):
+        estimate = self.function(rounds, ratio_min, ratio_max, interval)
+        if not isinstance(estimate, RatioEstimate):
             raise RecipeError(
-                f"rule {quoted(self.name)} gave {quoted(given)}; its function must return a RatioEstimate"
+                f"rule {quoted(self.name)} gave {quoted(estimate)}; its function must return a RatioEstimate"
             )
         if interval and _say_nothing(rounds):
-            given = replace(given, low=ratio_min, high=ratio_max)
-        if not ratio_min - _PAST_BOUND <= given.low <= given.ratio <= given.high <= ratio_max + _PAST_BOUND:
+            estimate = replace(estimate, low=ratio_min, high=ratio_max)
+        if not ratio_min - _PAST_BOUND <= estimate.low <= estimate.ratio <= estimate.high <= ratio_max + _PAST_BOUND:
             raise RecipeError(
-                f"rule {quoted(self.name)} gave ratio {given.ratio} with interval {given.low} to {given.high}; the interval must "
-                f"hold the ratio, and all must lie in [{ratio_min}, {ratio_max}]"
+                f"rule {quoted(self.name)} gave ratio {estimate.ratio} with interval {estimate.low} to {estimate.high}; the "
+                f"interval must hold the ratio, and all must lie in [{ratio_min}, {ratio_max}]"
             )
-        low, ratio, high = (min(max(one, ratio_min), ratio_max) for one in (given.low, given.ratio, given.high))
-        return replace(given, low=low, ratio=ratio, high=high, bounds=(ratio_min, ratio_max))
+        low, ratio, high = (
+            min(max(value, ratio_min), ratio_max) for value in (estimate.low, estimate.ratio, estimate.high)
+        )
+        return replace(estimate, low=low, ratio=ratio, high=high, bounds=(ratio_min, ratio_max))
 
 
 def _say_nothing(rounds: Sequence[Round]) -> bool:
     """Whether no loss changes with the ratio, or rounds have one example each: how far another is from it, none of them says."""
     return len(rounds[0].common_losses[0]) == 1 or all(
         math.isclose(loss, baseline, rel_tol=_ROUNDING)
-        for one in rounds
-        for ratio, losses in zip(one.candidates, one.candidate_losses, strict=True)
-        if ratio != one.current_ratio
-        for loss, baseline in zip(losses, one.common_losses[0], strict=True)
+        for measured in rounds
+        for ratio, losses in zip(measured.candidates, measured.candidate_losses, strict=True)
+        if ratio != measured.current_ratio
+        for loss, baseline in zip(losses, measured.common_losses[0], strict=True)
     )
 
 
@@ -278,15 +280,15 @@ def _smooth_fit(rounds: Sequence[Round], ratio_min: float, ratio_max: float, int
     generator = torch.Generator().manual_seed(0)
     round_weights, example_weights = resample(count, generator), resample(examples, generator) / examples
     curves = _curves(gram, moment, weights * round_weights, example_weights, basis)
-    found, span = settle("smooth_fit", grid, count, fitted, curves), max(probed) - min(probed)
-    if span < ratio_max - ratio_min and found.high - found.low >= OPEN_SHARE * span:
-        return replace(found, low=ratio_min, high=ratio_max)
+    estimate, span = settle("smooth_fit", grid, count, fitted, curves), max(probed) - min(probed)
+    if span < ratio_max - ratio_min and estimate.high - estimate.low >= OPEN_SHARE * span:
+        return replace(estimate, low=ratio_min, high=ratio_max)
     # An end of the interval where probing ended says nothing of what lies beyond.
     low, high = float(grid[0]), float(grid[-1])
     return replace(
-        found,
-        low=ratio_min if math.isclose(found.low, low) else found.low,
-        high=ratio_max if math.isclose(found.high, high) else found.high,
+        estimate,
+        low=ratio_min if math.isclose(estimate.low, low) else estimate.low,
+        high=ratio_max if math.isclose(estimate.high, high) else estimate.high,
     )
 
 
@@ -381,7 +383,7 @@ class Surrogate:
     """
 
     def __init__(self, rounds: Sequence[Round], ratio_min: float, ratio_max: float) -> None:
-        probes = [(one.current_ratio, *one.candidates) for one in rounds]
+        probes = [(measured.current_ratio, *measured.candidates) for measured in rounds]
         self.grid = torch.linspace(ratio_min, ratio_max, RATIOS, dtype=torch.float64)
         counts = torch.tensor([len(ratios) for ratios in probes])
         self._number = torch.arange(len(rounds)).repeat_interleave(counts)  # the round of each probe
@@ -390,18 +392,18 @@ class Surrogate:
         # Of each probe the losses that its mean starts from, [probes, examples], and what was measured on a few of them.
         self._losses = torch.tensor(
             [
-                one.baseline_losses if one.places is not None else losses
-                for one in rounds
-                for losses in (one.baseline_losses, *one.candidate_losses)
+                measured.baseline_losses if measured.places is not None else losses
+                for measured in rounds
+                for losses in (measured.baseline_losses, *measured.candidate_losses)
             ],
             dtype=torch.float64,
         )
         self._few: list[tuple[slice, list[int], Tensor]] = []
-        for end, one in zip(counts.cumsum(0).tolist(), rounds, strict=True):
-            if one.places is not None:
-                baseline, *candidates = torch.tensor(one.common_losses, dtype=torch.float64)
+        for end, measured in zip(counts.cumsum(0).tolist(), rounds, strict=True):
+            if measured.places is not None:
+                baseline, *candidates = torch.tensor(measured.common_losses, dtype=torch.float64)
                 rows = slice(end - len(candidates), end)
-                self._few.append((rows, list(one.places), torch.stack(candidates) - baseline))
+                self._few.append((rows, list(measured.places), torch.stack(candidates) - baseline))
         examples = self._losses.shape[1]
         means = self._means(torch.full((1, examples), 1 / examples, dtype=torch.float64))[:, 0]
         sums = torch.zeros(len(rounds), dtype=torch.float64).index_add(0, self._number, means)
@@ -441,9 +443,11 @@ class Surrogate:
         """
         means: Tensor = self._losses @ weights.T
         for rows, places, differences in self._few:
-            own = weights[:, places]
-            own = torch.where(own.sum(1, keepdim=True) > 0, own, 1.0)  # a resample may leave all of the few out
-            means[rows] += differences @ (own / own.sum(1, keepdim=True)).T
+            shares = weights[:, places]
+            shares = torch.where(
+                shares.sum(1, keepdim=True) > 0, shares, 1.0
+            )  # a resample may leave all of the few out
+            means[rows] += differences @ (shares / shares.sum(1, keepdim=True)).T
         return means
 
     def _fit(self, values: Tensor) -> None:

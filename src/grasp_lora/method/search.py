@@ -251,7 +251,7 @@ class RatioSearch:
     @property
     def rounds_since_best(self) -> int:
         """Rounds since the one in which a probe, baselines included, had the lowest mean loss so far."""
-        lowest = [one.lowest_loss for one in self.history]
+        lowest = [measured.lowest_loss for measured in self.history]
         return len(lowest) - 1 - lowest.index(min(lowest)) if lowest else 0
 
     def best_ratio(self, *, interval: bool = True) -> RatioEstimate:
@@ -511,17 +511,17 @@ def policy_class(kind: str) -> type[RatioPolicy]:
     Raises:
         ValueError: there is none.
     """
-    found = find("policy kind", kind, type, POLICIES)
-    if not issubclass(found, RatioPolicy):
+    policy = find("policy kind", kind, type, POLICIES)
+    if not issubclass(policy, RatioPolicy):
         raise ValueError(f"policy kind {quoted(kind)} is no RatioPolicy; derive it from grasp_lora.RatioPolicy")
-    return found
+    return policy
 
 
 def plain_policy(policy: RatioPolicy) -> dict[str, Any]:
     """A policy as plain values: its kind, a name or an import path, and its settings."""
-    names = {one: name for name, one in POLICIES.items()}
-    own = type(policy)
-    return {"kind": names.get(own, f"{own.__module__}:{own.__qualname__}"), **asdict(policy)}
+    names = {kind: name for name, kind in POLICIES.items()}
+    kind = type(policy)
+    return {"kind": names.get(kind, f"{kind.__module__}:{kind.__qualname__}"), **asdict(policy)}
 
 
 def _check_step(max_step: float) -> None:
@@ -603,9 +603,9 @@ def controller_settings(settings: Controller | str | None) -> Controller:
     Raises:
         ValueError: there is no preset of that name, or it is something else.
     """
-    found = Controller() if settings is None else preset(settings) if isinstance(settings, str) else settings
-    if not isinstance(found, Controller):
+    controller = Controller() if settings is None else preset(settings) if isinstance(settings, str) else settings
+    if not isinstance(controller, Controller):
         raise ValueError(
-            f"settings is {quoted(found)}; give a Controller, or the name of a preset: {', '.join(PRESETS)}"
+            f"settings is {quoted(controller)}; give a Controller, or the name of a preset: {', '.join(PRESETS)}"
         )
-    return found
+    return controller

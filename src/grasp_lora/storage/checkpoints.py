@@ -135,8 +135,8 @@ def read_state(checkpoint: Path, name: str) -> State:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a folder, whole or not, oldest first."""
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(paths, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _remove(checkpoint: Path) -> None:

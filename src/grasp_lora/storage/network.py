@@ -41,14 +41,14 @@ def hub_problem(error: BaseException) -> str | None:
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    if any(isinstance(found, GatedRepoError) for found in causes) or "gated repo" in str(error):
+    if any(isinstance(cause, GatedRepoError) for cause in causes) or "gated repo" in str(error):
         return "it is gated; accept its terms on huggingface.co and run `hf auth login`"
-    if any(isinstance(found, RepositoryNotFoundError) for found in causes):
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return (
             "there is no such folder, and no such repository on the hub, or it is private or your token is not valid (then "
             "run `hf auth login`)"
         )
-    if any(isinstance(found, HFValidationError) for found in causes):
+    if any(isinstance(cause, HFValidationError) for cause in causes):
         return (
             "there is no such folder, and it is no hub id either; check the path (a run writes its adapter at its end)"
         )

@@ -232,8 +232,8 @@ class GraspController(PrunedTraining):
         self.regime.rest(masks, search)
         baseline, order = self.regime.measure_baseline(model, masks, whole)
         candidates, before = search.ask(), search.current_ratio
-        known = baseline if places is None else [baseline[place] for place in places]
-        losses = {ratio: known for ratio in candidates if self.regime.is_baseline(ratio, before)}
+        of_turn = baseline if places is None else [baseline[place] for place in places]
+        losses = {ratio: of_turn for ratio in candidates if self.regime.is_baseline(ratio, before)}
         for ratio in candidates:
             if ratio not in losses:  # candidates coincide where bounds clamp them
                 losses[ratio] = self._probe(model, ratio, order, few)
