@@ -104,7 +104,7 @@ def test_what_is_no_preset_or_no_weights_is_named(tmp_path: Path) -> None:
         gl.Controller("paper")  # type: ignore[arg-type]
     with pytest.raises(gl.AdapterError, match="adapter 0 is a str; give the weights of each"):
         gl.merge(["adapter"], gl.MergeSettings())  # type: ignore[list-item]
-    with pytest.raises(ValueError, match=r"candidates is 2\.5; a whole number is needed"):
+    with pytest.raises(ValueError, match=r"candidates is 2\.5; it must be a whole number"):
         gl.Spread(candidates=2.5)  # type: ignore[arg-type]
     assert gl.Spread(candidates=np.int64(3)) == gl.Spread(candidates=3)  # type: ignore[arg-type]
     for name in ("in_turn", "patience"):

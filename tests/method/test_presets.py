@@ -61,7 +61,10 @@ def test_spacing_turns_and_splits() -> None:
         ({"every": "week"}, "every is 'week'"),
         ({"start": -0.1}, r"start is -0.1; it must be a share of the run, in \[0, 1\]"),
         ({"start": math.nan}, "start is nan"),
-        ({"start": 0.5, "before_training": True}, "before_training is true, but start is 0.5; set before_training"),
+        (
+            {"start": 0.5, "before_training": True},
+            "before_training is True; it must be false where start is 0.5, or start 0",
+        ),
         ({"pool": "test"}, "pool is 'test'; allowed: micro_dev, dev, both"),
         ({"in_turn": 0}, "in_turn is 0; it must be at least 1 example, a whole number, or null for all"),
         ({"patience": 0}, "patience is 0; it must be at least 1 round, a whole number, or null"),

@@ -54,6 +54,17 @@ def is_count(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
+def require(settings: object, **rules: tuple[bool, str]) -> None:
+    """Refuse the first setting that breaks its rule: name, value, rule.
+
+    Raises:
+        ValueError: as in "start is 1.5; it must be a share of the run, in [0, 1]".
+    """
+    for name, (fits, rule) in rules.items():
+        if not fits:
+            raise ValueError(f"{name} is {quoted(getattr(settings, name))}; it must {rule}")
+
+
 @dataclass(frozen=True)
 class Rounds:
     """How the rounds of a controller run are spaced and measured.
@@ -84,26 +95,28 @@ class Rounds:
     patience: int | None = None
 
     def __post_init__(self) -> None:
-        if self.every != "epoch" and not is_count(self.every):
-            raise ValueError(
-                f"every is {quoted(self.every)}; it must be at least 1 optimizer step, a whole number, or 'epoch'"
-            )
-        if not 0.0 <= self.start <= 1.0:
-            raise ValueError(f"start is {self.start}; it must be a share of the run, in [0, 1]")
-        if self.before_training and self.start > 0.0:
-            raise ValueError(
-                f"before_training is true, but start is {self.start}; set before_training to false, or start to 0"
-            )
         if self.pool not in PROBE_SPLITS:
             raise ValueError(f"pool is {quoted(self.pool)}; allowed: {', '.join(PROBE_SPLITS)}")
-        if self.in_turn is not None and not is_count(self.in_turn):
-            raise ValueError(
-                f"in_turn is {self.in_turn}; it must be at least 1 example, a whole number, or null for all"
-            )
-        if self.patience is not None and not is_count(self.patience):
-            raise ValueError(
-                f"patience is {self.patience}; it must be at least 1 round, a whole number, or null to train to the end"
-            )
+        require(
+            self,
+            every=(
+                self.every == "epoch" or is_count(self.every),
+                "be at least 1 optimizer step, a whole number, or 'epoch'",
+            ),
+            start=(0.0 <= self.start <= 1.0, "be a share of the run, in [0, 1]"),
+            before_training=(
+                not (self.before_training and self.start > 0.0),
+                f"be false where start is {self.start}, or start 0",
+            ),
+            in_turn=(
+                self.in_turn is None or is_count(self.in_turn),
+                "be at least 1 example, a whole number, or null for all",
+            ),
+            patience=(
+                self.patience is None or is_count(self.patience),
+                "be at least 1 round, a whole number, or null to train to the end",
+            ),
+        )
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -326,18 +339,14 @@ class RatioPolicy(ABC):
     seed: int = 42
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.ratio_min < self.ratio_max <= 1.0:
-            raise ValueError(
-                f"ratio bounds are [{self.ratio_min}, {self.ratio_max}]; "
-                "both must lie in [0, 1] and ratio_min must be below ratio_max"
-            )
-        if not self.ratio_min <= self.ratio_init <= self.ratio_max:
-            raise ValueError(
-                f"ratio_init is {self.ratio_init}; it must lie between ratio_min {self.ratio_min} "
-                f"and ratio_max {self.ratio_max}"
-            )
-        if not is_count(self.candidates):
-            raise ValueError(f"candidates is {self.candidates}; a whole number is needed, at least 1")
+        low, high = self.ratio_min, self.ratio_max
+        require(
+            self,
+            ratio_min=(0.0 <= low < high, f"lie in [0, 1] and below ratio_max {high}"),
+            ratio_max=(high <= 1.0, "lie in [0, 1]"),
+            ratio_init=(low <= self.ratio_init <= high, f"lie between ratio_min {low} and ratio_max {high}"),
+            candidates=(is_count(self.candidates), "be a whole number, at least 1"),
+        )
 
     @property
     def start(self) -> tuple[float, float]:
@@ -402,12 +411,15 @@ class Gaussian(RatioPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.std_init is not None and not 0.0 < self.std_init < math.inf:
-            raise ValueError(f"std_init is {self.std_init}; it must be a positive number, or left out")
-        for name in ("learning_rate", "kl_coef", "entropy_bonus"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number >= 0")
-        _check_step(self.max_step)
+        positive = {
+            name: 0.0 <= getattr(self, name) < math.inf for name in ("learning_rate", "kl_coef", "entropy_bonus")
+        }
+        require(
+            self,
+            std_init=(self.std_init is None or 0.0 < self.std_init < math.inf, "be a positive number, or left out"),
+            max_step=(0.0 < self.max_step <= 1.0, "lie in (0, 1]"),
+            **{name: (fits, "be a number >= 0") for name, fits in positive.items()},
+        )
 
     @property
     def start(self) -> tuple[float, float]:
@@ -522,11 +534,6 @@ def plain_policy(policy: RatioPolicy) -> dict[str, Any]:
     names = {kind: name for name, kind in POLICIES.items()}
     kind = type(policy)
     return {"kind": names.get(kind, f"{kind.__module__}:{kind.__qualname__}"), **asdict(policy)}
-
-
-def _check_step(max_step: float) -> None:
-    if not 0.0 < max_step <= 1.0:
-        raise ValueError(f"max_step is {max_step}; it must lie in (0, 1]")
 
 
 # Presets: a policy with the rounds and the rule that go with it
