@@ -98,7 +98,6 @@ def test_a_batch_of_the_accelerators_size_fits(cuda, make_tiny_model):
 def test_a_run_on_a_gpu(cuda, tiny_workspace, preset):
     overrides = [
         f"controller={{preset: {preset}, training: {{epochs: 1, learning_rate: 1.0e-2}}}}",
-        "backbone.device=cuda",
     ]
     result = api.run("tiny.yaml", overrides=overrides, folder="runs/tiny")
     assert 0.1 <= result.ratio.ratio <= 0.8

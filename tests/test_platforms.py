@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 import grasp_lora
-from grasp_lora.errors import RecipeError
-from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage import files
 
 UNIX_MODULES = ("fcntl", "grp", "pwd", "resource", "termios", "tty", "pty", "syslog")
@@ -62,8 +60,3 @@ def test_on_windows_a_file_is_opened_for_writing_to_be_flushed(tmp_path: Path, m
     files.sync(file)
     files.sync(tmp_path)  # a folder cannot be opened there
     assert how == [os.O_RDWR]
-
-
-def test_the_gpu_of_a_mac_is_refused_by_name() -> None:
-    with pytest.raises(RecipeError, match=r"backbone\.device.*'cpu'.*mps"):
-        load_recipe("demo-ar", ["backbone.device=mps"])

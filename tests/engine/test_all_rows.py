@@ -129,7 +129,6 @@ def test_what_was_chosen_is_trained_again_on_every_row_but_those_of_the_test(
         (),
         ("target.training.accumulation=3",),
         ("target.training.batch_size=4",),
-        ("target.training.keep=last", "target.training.patience=null"),
     ],
 )
 def test_the_adapter_is_that_of_a_plain_training_on_all_rows(

@@ -166,13 +166,13 @@ def test_a_recipe_stands_beside_its_own_tables(finished, monkeypatch, caplog):
     with monkeypatch.context() as patched:
         patched.setattr(Work, "_advance", stop)
         with pytest.raises(Interrupted):
-            run(folder, settings, "controller.policy.max_step=0.05")
+            run(folder, settings, "controller.rule=best_reward")
     assert {file: file.read_bytes() for file in (folder / "compare").iterdir()} == before
     assert "the tables of another recipe" in caplog.text
-    run(folder, settings, "controller.policy.max_step=0.05")
+    run(folder, settings, "controller.rule=best_reward")
     assert "max_step: 0.05" in (folder / "compare/recipe.yaml").read_text(encoding="utf-8")
     caplog.clear()
-    run(folder, settings, "controller.policy.max_step=0.05")
+    run(folder, settings, "controller.rule=best_reward")
     assert "another recipe" not in caplog.text
 
 
@@ -285,7 +285,7 @@ def test_scores_that_were_computed_in_several_ways_are_told_of(finished):
 
 def test_a_changed_controller_leaves_the_other_rows_alone(finished):
     folder, content = finished
-    again, recorder = run(folder, SMALL, "controller.policy.max_step=0.05")
+    again, recorder = run(folder, SMALL, "controller.rule=best_reward")
     steps = set(recorder.did)
     assert "controller" in steps
     assert not steps & {"source", "target", "joint", "lorahub"}
@@ -596,7 +596,7 @@ def test_a_method_that_fails_says_why_and_the_others_go_on(tiny_workspace, cli, 
 def test_without_a_micro_dev_set_only_the_methods_that_need_one_are_left_out(tiny_workspace):
     needy = ("lorahub", "grasp_paper")
     settings = ComparisonSettings(("target_only", "grid", "grasp", *needy), (1,), (0.2, 0.6), resamples=1000)
-    content, _ = run(tiny_workspace / "compare", settings, "data.target.micro_dev=0", "controller.rounds.pool=dev")
+    content, _ = run(tiny_workspace / "compare", settings, "data.target.micro_dev=0", "controller.preset=spread")
     assert {row["method"]: row["unavailable"] for row in content["rows"]} == {
         **dict.fromkeys(("target_only", "grid", "grasp")),
         **dict.fromkeys(needy, "needs a micro_dev split, data.target.micro_dev is 0"),
@@ -657,22 +657,6 @@ def test_joint_trains_on_both_languages_and_keeps_the_best_of_at_least_four_look
     assert min(looks) < looks[-1]
     assert found["dev_loss"] == min(looks)
     assert fmean(bench.losses(trained, "dev").result["losses"]) == pytest.approx(found["dev_loss"], rel=1e-5)
-
-
-def test_a_rule_that_compares_rounds_gets_baselines_on_all_examples(tiny_workspace):
-    turn = ("controller.rounds.pool=dev", "controller.rounds.in_turn=2")
-    settings = ComparisonSettings(("target_only", "grasp"), (1,), (0.2,), resamples=1000)
-    found = {}
-    for estimate in ("surrogate", "smooth_fit"):
-        folder = tiny_workspace / estimate
-        run(folder, settings, *turn, f"controller.rule={estimate}")
-        (file,) = (folder / "store/records").glob("controller-*")
-        found[estimate] = json.loads(file.read_text(encoding="utf-8"))["result"]["rounds"]
-    sizes = {
-        name: {(len(row["baseline_losses"]), len(row["candidate_losses"][0])) for row in rounds}
-        for name, rounds in found.items()
-    }
-    assert sizes == {"surrogate": {(6, 2)}, "smooth_fit": {(2, 2)}}
 
 
 def test_a_metric_of_the_users_own_that_changed_is_computed_anew(tiny_workspace, monkeypatch):
@@ -817,7 +801,7 @@ def test_a_comparison_stopped_inside_a_training_goes_on_to_the_same_bits(tiny_wo
 
     signals = (4, 9, 30)
     settings = ComparisonSettings(FEW, (1,), (0.2, 0.6), resamples=1000)
-    overrides = ("save_every=1",)
+    overrides = ()
     taken = 0
 
     def count(*_: Any) -> None:
@@ -1009,7 +993,7 @@ def test_corrected_references_and_another_metric_need_no_new_answers(finished, m
         raise AssertionError("nothing is to be answered")
 
     monkeypatch.setattr(Session, "examine", fail)
-    again, recorder = run(folder, SMALL, "metrics=[rouge1]", "generation.batch_size=3")
+    again, recorder = run(folder, SMALL, "metrics=[rouge1]")
     assert set(recorder.did) == {"scores"}
     assert again["metrics"] == ["test_loss", "rouge1"]
 

@@ -290,7 +290,7 @@ class TestRun:
         assert "It is: " in card
         assert ("Prune ratio" in card) == (winner == "grasp")
 
-    @pytest.mark.parametrize("refused", ["test_files: [other.jsonl]", "task: classification"])
+    @pytest.mark.parametrize("refused", ["files: {pool: target.jsonl, test: other.jsonl}", "task: classification"])
     def test_a_run_that_cannot_have_folds_is_sent_to_three_seeds(self, refused: str, finished_run: Path) -> None:
         api.run("tiny.yaml", [BEST], "best")
         record = read_run(Path("best"))

@@ -60,6 +60,6 @@ def test_test_rows_that_the_adapter_was_trained_on_are_counted(finished_run: Pat
 
 
 def test_a_recipe_that_asks_otherwise_than_the_training_is_named(finished_run: Path, cli: Callable[..., Any]) -> None:
-    result = cli("evaluate", "tiny.yaml", "--adapter", "run/adapter", "--set", 'data.target.prompt="Say {prompt}:"')
+    result = cli("evaluate", "tiny.yaml", "--adapter", "run/adapter", "--set", 'data.prompt={de: "Say {prompt}:"}')
     assert result.status == 0, result.err
     assert "was trained on prompts of the form '{prompt}', and the recipe asks otherwise" in result.err

@@ -330,13 +330,16 @@ def test_one_row_a_fold(tiny_workspace: Path) -> None:
         (("--folds", "41"), "41 folds are asked for, but the 40 examples of the target form 40 groups"),
         (("--folds", "3", "--seeds", "1,2"), "folds are compared with one seed, but seeds has 2"),
         (("--folds", "3", "--seeds", "42,1337,9001"), "folds are compared with one seed, but seeds has 3"),
-        (("--folds", "3", "--set", "data.target.test_files=[source.jsonl]"), "the target has data.target.test_files"),
+        (
+            ("--folds", "3", "--set", "data.target.files={pool: target.jsonl, test: source.jsonl}"),
+            "the target has data.target.files.test",
+        ),
         (
             (
                 "--folds",
                 "3",
                 "--set",
-                "data.target={language: de, train_files: [target.jsonl], test_files: [source.jsonl]}",
+                "data.target={language: de, files: {train: target.jsonl, test: source.jsonl}}",
             ),
             "the target has data.target.train_files",
         ),

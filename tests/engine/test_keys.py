@@ -40,10 +40,10 @@ TABLE: dict[str, str] = {
     "name": NOTHING,
     "seed": TRAINED,
     **dict.fromkeys((f"backbone.{name}" for name in (
-        "name", "dtype", "quantise", "revision", "trust_remote_code", "offline", "device", "shard",
+        "name", "dtype", "quantise", "revision", "trust_remote_code", "offline", "device", "shard", "gradient_checkpointing",
     )), BY_BACKBONE),
     **dict.fromkeys((f"data.{name}" for name in (
-        "root", "max_tokens", "max_document_tokens", "labels", "prompt", "completion", "chat_template", "split_seed",
+        "root", "max_tokens", "max_document_tokens", "labels", "prompt", "completion", "chat_template",
         "skip_unanswered", "source.language",
     )), BY_ROWS),
     **{f"data.{side}.{name}": BY_ROWS for side in ("source", "target") for name in CORPUS},
@@ -51,7 +51,7 @@ TABLE: dict[str, str] = {
     "data.target.language": "scores",
     "lora.rank": "source target",
     "lora.alpha": "source target",
-    "lora.dropout": TRAINED,  # of the controller run and the final run where merge.dropout is not set
+    "lora.dropout": "source target",  # with preset paper the merge is trained without
     "lora.target_modules": "source target",
     "lora.rslora": "source target",
     "source.adapters": "source",
@@ -61,7 +61,8 @@ TABLE: dict[str, str] = {
     **{f"target.training.{name}": "target" for name in TRAINING},
     **{f"merge.{name}": "merge" for name in ("rule", "weights", "rank", "density", "seed")},
     "merge.dropout": "controller final",
-    **{f"mask.{name}": "controller final" for name in ("score", "scope", "granularity")},
+    **{f"mask.{name}": "controller final" for name in ("score",)},
+    "controller.preset": "controller",
     "controller.policy": "controller",
     **{f"controller.rounds.{name}": "controller" for name in (
         "every", "start", "before_training", "pool", "in_turn", "patience",
@@ -72,7 +73,6 @@ TABLE: dict[str, str] = {
     "final.mask": "final",
     "final.prune_ratio": NOTHING,  # a final run is told its ratio, wherever that comes from
     **{f"final.training.{name}": "final" for name in TRAINING},
-    "final.start": NOTHING,
     "final.deliver": NOTHING,  # a choice among finished adapters
     "final.all_rows": NOTHING,  # a training of its own
     "generation.max_new_tokens": "answers",
@@ -85,8 +85,6 @@ TABLE: dict[str, str] = {
     "bertscore.num_layers": "scores",
     "bertscore.rescale": "scores",
     "report_to": NOTHING,
-    "save_every": NOTHING,
-    "wait_minutes": NOTHING,
     # It trades time for memory and no bit of the result, so that who ran out of memory may set it and go on.
     **{f"{stage}.training.gradient_checkpointing": NOTHING for stage in ("source", "target", "controller", "final")},
 }  # fmt: skip

@@ -65,7 +65,7 @@ def test_two_processes_take_as_many_steps_as_one_and_go_on_where_they_were(tiny_
 
 @pytest.mark.slow
 def test_two_processes_that_a_signal_stopped_end_in_the_same_bits(tiny_workspace: Path) -> None:
-    changes = [*CHANGES, "target.training.epochs=60", "target.training.patience=null", "save_every=5"]
+    changes = [*CHANGES, "target.training.epochs=60", "target.training.patience=null"]
 
     def stop(process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + 600
@@ -90,7 +90,7 @@ def test_two_processes_that_a_signal_stopped_end_in_the_same_bits(tiny_workspace
 
 def test_another_number_of_processes_goes_on_with_the_next_stage(tiny_workspace: Path, cli: Callable[..., Any]) -> None:
     """Two processes are interrupted inside the target's training; one process begins that anew and keeps the source's."""
-    changes = [*CHANGES, "target.training.epochs=4", "target.training.patience=null", "save_every=2"]
+    changes = [*CHANGES, "target.training.epochs=4", "target.training.patience=null"]
     settings = [part for change in changes for part in ("--set", change)]
     assert cli("run", "tiny.yaml", "--output", "alone", *settings).status == 0
     status, output = launch_forked(*changes)

@@ -15,10 +15,10 @@ from grasp_lora.models.live import adapter_weights
 
 # Nothing moves, neither weights nor masks, so that the dev loss stops the run after the second of four epochs.
 STILL = (
-    "controller.preset=paper",
+    "controller.preset=spread",
+    "controller.policy.kind=gaussian",
     "controller.training={epochs: 4, learning_rate: 1.0e-30, patience: 1}",
     "controller.policy={ratio_min: 0.4, ratio_max: 0.401}",
-    "controller.rounds.before_training=true",
 )
 
 

@@ -10,7 +10,7 @@ import forked
 import pytest
 
 TWO_A_STEP = [f"{stage}.training.accumulation=2" for stage in ("source", "target", "controller", "final")]
-CHANGES = [*TWO_A_STEP, "controller.rounds.every=2", "save_every=2"]
+CHANGES = [*TWO_A_STEP, "controller.rounds.every=2"]
 HELD = """
 import json, os, sys
 import torch

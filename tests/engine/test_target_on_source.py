@@ -158,18 +158,6 @@ def test_a_dry_run_counts_the_rows_of_the_paper_too(changes: tuple[str, ...], ti
     assert planned["controller"] == 1 + len(changes)
 
 
-def test_a_dry_run_counts_dev_evaluations_as_they_come(tiny_workspace: Path) -> None:
-    changes = {"target.training.evaluate_every": 0.25, "target.training.epochs": 2, "target.training.patience": None}
-    given: dict[str, Any] = {"methods": ("target_only",), "reference": "target_only", "seeds": (42,)}
-    plan = api.plan("tiny.yaml", changes, "planned", **given)
-    api.compare("tiny.yaml", changes, "planned", **given)
-    [planned] = [record.result for record, _ in plan.steps if record.step == "target"]
-    [file] = Path("planned/store/records").glob("target-*.json")
-    made = json.loads(file.read_text(encoding="utf-8"))["result"]
-    assert planned["measured_examples"] == made["measured_examples"]
-    assert planned["trained_examples"] == made["trained_examples"]
-
-
 def test_a_comparison_leaves_a_given_ratio_aside_and_says_so(tiny_workspace: Path, caplog: Any) -> None:
     given: dict[str, Any] = {"methods": ("grasp", "delivered"), "seeds": (42,)}
     rows = {row.method: row for row in api.compare("tiny.yaml", {"final.prune_ratio": 0.7}, "out", **given)[1].rows}

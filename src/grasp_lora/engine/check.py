@@ -143,7 +143,7 @@ def check_rounds(session: Session) -> None:
     for split in stage.splits:
         if not getattr(session.splits, split):
             needed_by, fix = (
-                (f"controller.rounds.pool is {stage.rounds.pool!r}", "probe elsewhere")
+                (f"controller.preset {stage.preset} probes {stage.rounds.pool}", "take another preset")
                 if split in stage.rounds.splits
                 else (f"controller.training.patience is {stage.training.patience}", "set that to null")
             )
@@ -195,9 +195,9 @@ def check_can_be_cut(recipe: Recipe) -> None:
             "one is trained for each fold, or leave --folds out"
         )
     if target.explicit or target.test_files:
-        key = "train_files" if target.explicit else "test_files"
+        key = "train" if target.explicit else "test"
         raise RecipeError(
-            f"folds are cut from one pool, but the target has data.target.{key}; give one pool (files or hub), or leave "
+            f"folds are cut from one pool, but the target has data.target.files.{key}; give one pool (files or hub), or leave "
             "--folds out"
         )
     if task_fields(recipe.data.task).chooses and not recipe.data.labels:

@@ -200,7 +200,7 @@ def _warn_of_known_rows(session: Session, name: str, place: str) -> None:
             if seen := sum(row in used for row in test):
                 logger.warning(
                     "%d of the %d test rows have ids of rows that adapter %s was trained or chosen on, so its scores may be too "
-                    "high; evaluate with the recipe and the rows of its run, or give test rows apart (data.target.test_files)",
+                    "high; evaluate with the recipe and the rows of its run, or give test rows apart (data.target.files.test)",
                     seen,
                     len(test),
                     quoted(name),

@@ -451,7 +451,7 @@ def _arguments(
 def _less_memory(model: torch.nn.Module, train: Sequence[Encoded], settings: TrainingSettings) -> str:
     """Say which settings would let a training take less memory, those first that leave its result as it is."""
     longest = max(len(example.prompt_ids) + len(example.completion_ids) for example in train)
-    ways = ["set this training's gradient_checkpointing to true"] if not settings.gradient_checkpointing else []
+    ways = ["set backbone.gradient_checkpointing to true"] if not settings.gradient_checkpointing else []
     if settings.batch_size > 1:
         ways.append(f"lower this training's batch_size (now {settings.batch_size}) and raise its accumulation as much")
     ways.append(f"lower data.max_tokens (the longest example has {longest} tokens)")
