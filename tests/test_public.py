@@ -102,7 +102,7 @@ def test_settings_of_a_wrong_type_are_named_before_anything_is_loaded(
 def test_what_is_no_preset_or_no_weights_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"policy is 'paper'; it must be an object, such as Gaussian\(\); preset"):
         gl.Controller("paper")  # type: ignore[arg-type]
-    with pytest.raises(gl.AdapterError, match="adapter 0 is a str; give the weights of each"):
+    with pytest.raises(gl.GraspError, match="give at least one adapter to merge, and of each its weights"):
         gl.merge(["adapter"], gl.MergeSettings())  # type: ignore[list-item]
     with pytest.raises(ValueError, match=r"candidates is 2\.5; it must be a whole number"):
         gl.Spread(candidates=2.5)  # type: ignore[arg-type]

@@ -8,67 +8,35 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from grasp_lora.api import RunResult, compare, run
-    from grasp_lora.engine.comparison import Comparison, ComparisonSettings
+    from grasp_lora.engine.comparison import Comparison
     from grasp_lora.engine.progress import Progress
-    from grasp_lora.engine.run_folder import Delivered, Metrics
-    from grasp_lora.errors import (
-        AdapterError,
-        DataError,
-        DivergedError,
-        GraspError,
-        Interrupted,
-        ProbeError,
-        RecipeError,
-    )
-    from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-    from grasp_lora.method.masks import InputNorms, MaskSettings, Score, prune
-    from grasp_lora.method.merging import MergeRule, MergeSettings, merge
-    from grasp_lora.method.rules import RatioEstimate, Round, Rule
-    from grasp_lora.method.search import (
-        Controller,
-        Decision,
-        Gaussian,
-        RatioPolicy,
-        RatioSearch,
-        Rounds,
-        Spread,
-        preset,
-    )
+    from grasp_lora.errors import GraspError, RecipeError
+    from grasp_lora.method.lora import AdapterWeights
+    from grasp_lora.method.masks import MaskSettings, prune
+    from grasp_lora.method.merging import MergeSettings, merge
+    from grasp_lora.method.rules import RatioEstimate, Round
+    from grasp_lora.method.search import Controller, Decision, RatioPolicy, RatioSearch, Rounds, Spread, preset
     from grasp_lora.models.adapters import attached, save_adapter
-    from grasp_lora.models.live import adapter_weights, segments_of
-    from grasp_lora.models.reading import LoadedAdapter, read_adapter
+    from grasp_lora.models.live import segments_of
+    from grasp_lora.models.reading import read_adapter
     from grasp_lora.recipes.load import load_recipe
     from grasp_lora.recipes.recipe import Recipe
     from grasp_lora.training.controller import GraspController
-    from grasp_lora.training.probes import ProbeSet, ProbesInTurn
+    from grasp_lora.training.probes import ProbeSet
     from grasp_lora.training.pruned import PrunedTraining
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOMES = {
-    "AdapterError": "errors",
     "AdapterWeights": "method.lora",
     "Comparison": "engine.comparison",
-    "ComparisonSettings": "engine.comparison",
     "Controller": "method.search",
-    "DataError": "errors",
     "Decision": "method.search",
-    "Delivered": "engine.run_folder",
-    "DivergedError": "errors",
-    "Gaussian": "method.search",
     "GraspController": "training.controller",
     "GraspError": "errors",
-    "InputNorms": "method.masks",
-    "Interrupted": "errors",
-    "LoadedAdapter": "models.reading",
-    "LoraPair": "method.lora",
     "MaskSettings": "method.masks",
-    "MergeRule": "method.merging",
     "MergeSettings": "method.merging",
-    "Metrics": "engine.run_folder",
-    "ProbeError": "errors",
     "ProbeSet": "training.probes",
-    "ProbesInTurn": "training.probes",
     "Progress": "engine.progress",
     "PrunedTraining": "training.pruned",
     "RatioEstimate": "method.rules",
@@ -78,12 +46,8 @@ _HOMES = {
     "RecipeError": "errors",
     "Round": "method.rules",
     "Rounds": "method.search",
-    "Rule": "method.rules",
     "RunResult": "api",
-    "Score": "method.masks",
-    "Segment": "method.lora",
     "Spread": "method.search",
-    "adapter_weights": "models.live",
     "attached": "models.adapters",
     "compare": "api",
     "load_recipe": "recipes.load",
@@ -96,29 +60,15 @@ _HOMES = {
     "segments_of": "models.live",
 }
 __all__ = [
-    "AdapterError",
     "AdapterWeights",
     "Comparison",
-    "ComparisonSettings",
     "Controller",
-    "DataError",
     "Decision",
-    "Delivered",
-    "DivergedError",
-    "Gaussian",
     "GraspController",
     "GraspError",
-    "InputNorms",
-    "Interrupted",
-    "LoadedAdapter",
-    "LoraPair",
     "MaskSettings",
-    "MergeRule",
     "MergeSettings",
-    "Metrics",
-    "ProbeError",
     "ProbeSet",
-    "ProbesInTurn",
     "Progress",
     "PrunedTraining",
     "RatioEstimate",
@@ -128,12 +78,8 @@ __all__ = [
     "RecipeError",
     "Round",
     "Rounds",
-    "Rule",
     "RunResult",
-    "Score",
-    "Segment",
     "Spread",
-    "adapter_weights",
     "attached",
     "compare",
     "load_recipe",

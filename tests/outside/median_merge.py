@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grasp_lora import MergeRule, RatioEstimate, Round, Rule, Score
+from grasp_lora import RatioEstimate, Round
+from grasp_lora.method.masks import Score
+from grasp_lora.method.merging import MergeRule
+from grasp_lora.method.rules import Rule
 
 
 def _median(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

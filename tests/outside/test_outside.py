@@ -32,9 +32,9 @@ def test_a_recipe_runs_with_them(kind: str, tiny_workspace: Path, cli: Callable[
     ratio = json.loads(Path("out/controller/ratio.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in Path("out/controller/rounds.jsonl").read_text(encoding="utf-8").splitlines()]
     assert ratio["rule"] == "best_mean"
-    assert any(ratio["prune_ratio"] in row["candidates"] for row in rows)
+    assert any(ratio["ratio"] in row["candidates"] for row in rows)
     if kind == "Asking":
-        assert rows[-1]["ratio"] == ratio["prune_ratio"]
+        assert rows[-1]["ratio"] == ratio["ratio"]
     assert "annealing" in Path("out/recipe.yaml").read_text(encoding="utf-8")
     again = cli("run", "tiny.yaml", "--output", "out", "--allow-code", *settings)  # all of it is done
     assert again.status == 0, again.err

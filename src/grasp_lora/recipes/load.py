@@ -208,7 +208,7 @@ def explain(error: ValidationError, keys: Sequence[str]) -> str:
     value = f" (it is {quoted(arrived)})" if not isinstance(arrived, dict | list) else ""
     if problem["type"] == "string_type" and not isinstance(arrived, dict | list):
         value += "; put it in quotes"  # YAML reads the language code `no` as false
-    if problem["type"] == "tuple_type" and isinstance(arrived, str):
+    if problem["type"] == "tuple_type" and isinstance(arrived, str) and "data.task" in keys:
         value += f"; write {path}: [{arrived}], or --set {shlex.quote(f'{path}=[{arrived}]')}"
     if isinstance(arrived, str) and (share := _PERCENT.fullmatch(arrived)):
         value += f"; for {share[1]} % write {float(share[1]) / 100:g}"
