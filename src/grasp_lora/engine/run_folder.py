@@ -11,6 +11,7 @@ runs/NAME/
 """
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -71,10 +72,15 @@ class GivenAdapter:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """run.json: what a run starts from. `data` is a hash of all its rows, `recipe_hash` of all keys that decide its steps."""
+    """run.json: what a run starts from.
+
+    `data` is a hash of all its rows, `recipe_hash` of all keys that decide its steps. `recipe_folder` is where its relative
+    paths start, as seen from the run's folder: `predict` finds a backbone by it.
+    """
 
     grasp_lora: str
     recipe_hash: str
+    recipe_folder: str
     name: str
     seed: int
     created: str
@@ -89,13 +95,14 @@ class RunInfo:
     version: int = VERSION
 
     @classmethod
-    def of(cls, session: Session) -> "RunInfo":
-        """What a run of this session starts from now."""
+    def of(cls, session: Session, folder: Path) -> "RunInfo":
+        """What a run of this session in this folder starts from now."""
         recipe, backbone = session.recipe, session.backbone
         quantiser = filter(None, [QUANTISERS.get(backbone.quantise or "")])
         return cls(
             grasp_lora=version("grasp-lora"),
             recipe_hash=recipe.fingerprint(),
+            recipe_folder=Path(os.path.relpath(session.base.absolute(), folder.absolute())).as_posix(),
             name=recipe.name,
             seed=recipe.seed,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -290,7 +297,7 @@ def begin(folder: Path, session: Session) -> RunInfo:
     Raises:
         RecipeError: the folder holds a run of another recipe, or of other rows, backbone or adapters.
     """
-    now, before = RunInfo.of(session), read_json(folder / RUN_FILE, RunInfo)
+    now, before = RunInfo.of(session, folder), read_json(folder / RUN_FILE, RunInfo)
     if before is None:
         write_json(folder / RUN_FILE, asdict(now))
         write_whole(folder / RECIPE_FILE, session.recipe.to_yaml(folder))
