@@ -1,5 +1,6 @@
 """Settings of the data: task, files or hub data sets, sizes of the splits, prompts and length limits."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -58,33 +59,36 @@ class CorpusSettings:
 
     def __post_init__(self) -> None:
         language_code(self.language)
+        for fault in self._faults():
+            raise ValueError(fault)
+
+    def _faults(self) -> Iterator[str]:
         if self.format not in FORMATS:
-            raise ValueError(f"format is {self.format!r}; allowed: {', '.join(FORMATS)}")
+            yield f"format is {self.format!r}; allowed: {', '.join(FORMATS)}"
         ways = [name for name in ("files", "hub", "train_files") if getattr(self, name)]
         if len(ways) != 1:
-            raise ValueError(
+            yield (
                 f"data of {self.language} is given by {' and '.join(ways) or 'nothing'}; "
                 "give exactly one of files (a pool), hub (a pool) and train_files (with dev_files, test_files)"
             )
         if not self.explicit and (self.dev_files or self.micro_dev_files or (self.test_files and self.hub)):
-            raise ValueError(f"files of single splits need train_files, and exclude {ways[0]}")
+            yield f"files of single splits need train_files, and exclude {ways[0]}"
         if self.hub is None and (self.format == "hub" or self.hub_config or self.hub_split):
-            raise ValueError("format hub, hub_config and hub_split need hub: the name of the data set")
+            yield "format hub, hub_config and hub_split need hub: the name of the data set"
         if self.hub is not None and self.format == "squad":
-            raise ValueError("format squad reads files; a data set on the hub has rows: use format hub or auto")
-        unknown = sorted(set(self.columns) - FIELDS)
-        if unknown:
-            raise ValueError(f"columns names {', '.join(unknown)}; allowed: {', '.join(sorted(FIELDS))}")
+            yield "format squad reads files; a data set on the hub has rows: use format hub or auto"
+        if unknown := sorted(set(self.columns) - FIELDS):
+            yield f"columns names {', '.join(unknown)}; allowed: {', '.join(sorted(FIELDS))}"
         if self.sheet is not None and self.hub is not None:
-            raise ValueError(f"sheet is {quoted(self.sheet)}, but a data set on the hub has none; remove it")
+            yield f"sheet is {quoted(self.sheet)}, but a data set on the hub has none; remove it"
         if self.columns and self.format not in ("auto", "records", "hub"):
-            raise ValueError(f"columns apply to generic records, not to format {self.format}: remove them")
+            yield f"columns apply to generic records, not to format {self.format}: remove them"
         for name, least in (("train", 1), ("dev", 0), ("micro_dev", 0), ("test", 0)):
             count = getattr(self, name)
             if count is not None and count < least:
-                raise ValueError(f"{name} must be >= {least}, or left out; it is {count}")
+                yield f"{name} must be >= {least}, or left out; it is {count}"
             if self.explicit and name in ("dev", "test") and count and not getattr(self, name + "_files"):
-                raise ValueError(f"{name} is {count} but there are no {name}_files; name them, or remove {name}")
+                yield f"{name} is {count} but there are no {name}_files; name them, or remove {name}"
 
     @property
     def explicit(self) -> bool:
@@ -129,25 +133,25 @@ class DataSettings:
     skip_unanswered: bool = False
 
     def __post_init__(self) -> None:
-        task = task_fields(self.task)
-        document = task.document
-        if self.max_tokens < 8:
-            raise ValueError(f"max_tokens is {self.max_tokens}; it must be >= 8")
-        if self.max_document_tokens is not None and self.max_document_tokens < 1:
-            raise ValueError(f"max_document_tokens is {self.max_document_tokens}; it must be >= 1, or left out")
-        if self.max_document_tokens is not None and document is None:
-            raise ValueError(f"max_document_tokens: the task {self.task} has no document to cut; remove it")
-        if self.labels and not task.chooses:
-            raise ValueError(
-                f"labels: the task {self.task} writes its answers; remove them, or set task to classification"
-            )
+        for fault in self._faults():
+            raise ValueError(fault)
         if self.labels:
             check_labels(self.labels, "labels")
         for corpus in filter(None, (self.target, self.source)):
             resolve_template(self.task, "en", *self.templates(corpus))
-        source = self.source
+
+    def _faults(self) -> Iterator[str]:
+        task, source, most = task_fields(self.task), self.source, self.max_document_tokens
+        if self.max_tokens < 8:
+            yield f"max_tokens is {self.max_tokens}; it must be >= 8"
+        if most is not None and most < 1:
+            yield f"max_document_tokens is {most}; it must be >= 1, or left out"
+        if most is not None and task.document is None:
+            yield f"max_document_tokens: the task {self.task} has no document to cut; remove it"
+        if self.labels and not task.chooses:
+            yield f"labels: the task {self.task} writes its answers; remove them, or set task to classification"
         if source is not None and (source.test or source.micro_dev or source.test_files or source.micro_dev_files):
-            raise ValueError("the source has only train and dev splits: remove its test and micro_dev settings")
+            yield "the source has only train and dev splits: remove its test and micro_dev settings"
 
     def templates(self, corpus: CorpusSettings) -> tuple[str | None, str | None]:
         """The templates of prompt and completion of a language; None where the built-in one serves."""
