@@ -39,7 +39,7 @@ TINY_CONTEXT = 512
 
 
 # Being ported to the engine.
-collect_ignore_glob = ["engine/test_*.py", "cli/test_cli.py", "cli/test_predict.py"]
+collect_ignore_glob = ["engine/test_*.py"]
 
 MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 MEMORY_NEEDED = 4_000_000_000  # bytes free

@@ -11,21 +11,10 @@ from typing import Any
 
 import pytest
 
+from grasp_lora.cli.on_ray import _room, _work
+from grasp_lora.errors import RecipeError
+
 COMPARE = ("compare", "tiny.yaml", "--methods", "target_only,continued,grasp", "--seeds", "1,2")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--on", "spark"), "--on is 'spark'; allowed: ray"),
-        (("--workers", "2"), "--workers is 2, but --on is not given"),
-        (("--address", "10.0.0.1:6379"), "--address is given without --on ray"),
-        (("--gpus-per-worker", "1"), "--gpus-per-worker is given without --on ray"),
-        (("--on", "ray", "--workers", "0"), "--workers"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(refused, arguments, message):
-    refused("compare", arguments, message)
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
@@ -36,40 +25,53 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def table(folder: Path) -> dict[str, Any]:
     """What the comparison came to, but for its seconds."""
 
-    def untimed(found: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in found.items() if "seconds" not in key and key not in ("pace", "made_with")}
+    def untimed(content: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: value for key, value in content.items() if "seconds" not in key and key not in ("pace", "made_with")
+        }
 
     content: dict[str, Any] = json.loads((folder / "compare" / "compare.json").read_bytes(), object_hook=untimed)
     return content
 
 
-def process_that_locks(file: Path) -> int | None:
-    """The process that holds a lock on a file, by the kernel's own list."""
-    for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
-        fields = line.split()
-        if "->" not in fields and file.exists() and int(fields[5].rpartition(":")[2]) == file.stat().st_ino:
-            return int(fields[4])
-    return None
+def test_a_worker_that_does_not_see_the_folder_says_so_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"cannot work in \S+elsewhere \(No such file or directory\).* sees"):
+        _work(0, None, tmp_path / "elsewhere", {})
+
+
+@pytest.mark.parametrize(("gpus", "each", "workers"), [(1.0, 0.2, 5), (0.6, 0.2, 3), (3.0, 1.0, 3)])
+def test_shares_of_a_gpu_are_counted_as_ray_does(gpus: float, each: float, workers: int) -> None:
+    nodes = [{"CPU": 2.0 * workers, "GPU": gpus}]
+    assert _room(nodes, workers, each) == 2
+    with pytest.raises(RecipeError, match=f"--workers is {workers + 1}, but the Ray cluster has room for {workers}:"):
+        _room(nodes, workers + 1, each)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the holder of a claim is found in /proc/locks")
-def test_workers_leave_the_tables_of_one_process_also_when_one_is_killed(tiny_workspace):
+def test_workers_leave_the_tables_of_one_process_also_when_one_is_killed(tiny_workspace: Path) -> None:
     pytest.importorskip("ray")
+
+    def working() -> int | None:
+        """A process that claims a step, by the kernel's own list."""
+        claims = {file.stat().st_ino for file in Path("shared/store").glob(".*.lock") if file.exists()}
+        lines = (line.split() for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines())
+        held = {int(fields[5].rpartition(":")[2]): int(fields[4]) for fields in lines if "->" not in fields}
+        return next((process for file, process in held.items() if file in claims), None)
+
     alone = start(*COMPARE, "--output", "alone")
     assert alone.communicate()[1] == ""
     shared = start(*COMPARE, "--output", "shared", "--on", "ray", "--workers", "2")
-    claims = Path("shared/store/work")
-    while not (holders := [holder for lock in claims.glob(".*.lock") if (holder := process_that_locks(lock))]):
+    while (worker := working()) is None:
         assert shared.poll() is None, shared.communicate()
         time.sleep(0.05)
-    os.kill(holders[0], signal.SIGKILL)
+    os.kill(worker, signal.SIGKILL)
     output, error = shared.communicate()
     assert (shared.returncode, error) == (0, "")
     assert "GRASP" in output
     assert table(Path("shared")) == table(Path("alone"))
-    records = [{file.name for file in Path(folder, "store", "records").iterdir()} for folder in ("alone", "shared")]
-    assert records[0] == records[1]
+    steps = [{step.parent.name for step in Path(folder, "store").glob("*/done.json")} for folder in ("alone", "shared")]
+    assert steps[0] == steps[1]
 
 
 @pytest.mark.slow
@@ -78,13 +80,15 @@ def test_workers_leave_the_tables_of_one_process_also_when_one_is_killed(tiny_wo
     [
         (("--address", "127.0.0.1:9"), "the Ray cluster at '127.0.0.1:9' cannot be reached"),
         (("--workers", "10000"), "--workers is 10000, but the Ray cluster has room for"),
-        (("--gpus-per-worker", "1000"), "room for 0"),
-        (("--set", "final.training.epochs=-1"), "epochs is -1"),
+        (("--set", "final.training.epochs=-1"), "epochs"),
     ],
 )
-def test_a_cluster_that_is_not_there_or_has_no_room_is_one_line(tiny_workspace, arguments, message):
+def test_a_cluster_that_is_not_there_or_has_no_room_is_one_line(
+    tiny_workspace: Path, arguments: tuple[str, ...], message: str
+) -> None:
     pytest.importorskip("ray")
-    _, error = (process := start(*COMPARE, "--on", "ray", *arguments)).communicate()
+    process = start(*COMPARE, "--on", "ray", *arguments)
+    _, error = process.communicate()
     assert process.returncode == 2
     assert error.startswith("error: ")
     assert error.count("\n") == 1

@@ -11,7 +11,6 @@ runs/NAME/
 """
 
 import json
-import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -30,7 +29,7 @@ from grasp_lora.errors import RecipeError
 from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.models.adapters import restate_answers
 from grasp_lora.models.settings import QUANTISERS
-from grasp_lora.recipes.recipe import Recipe
+from grasp_lora.recipes.recipe import Recipe, seen_from
 from grasp_lora.recipes.text import RECIPE_FILE, RUN_FILE, parse
 from grasp_lora.storage.claims import LOCK_FILE
 from grasp_lora.storage.files import discard, sync, sync_all, write_json, write_jsonl, write_whole
@@ -102,7 +101,7 @@ class RunInfo:
         return cls(
             grasp_lora=version("grasp-lora"),
             recipe_hash=recipe.fingerprint(),
-            recipe_folder=Path(os.path.relpath(session.base.absolute(), folder.absolute())).as_posix(),
+            recipe_folder=seen_from(folder.absolute(), str(session.base.absolute())),
             name=recipe.name,
             seed=recipe.seed,
             created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -113,7 +113,7 @@ def learn_folder(session: Session, place: str, output: Path) -> Learned:
     check(session, parents=False)
     check_rounds(session)
     adapter = session.read(_from_here(place))
-    with new_folder(output) as draft, _scratch() as scratch:
+    with _scratch() as scratch, new_folder(output) as draft:
         steps = Steps(session, Store(scratch))
         learned, left = steps.control(adapter.weights, session.recipe.controller, scratch)
         write_json(draft / RATIO_FILE, asdict(learned.estimate))
@@ -131,7 +131,7 @@ def finetune_folder(session: Session, place: str, prune_ratio: float, output: Pa
     refuse_existing(output)
     check(session, parents=False)
     start = given_adapter(session.read(_from_here(place)))
-    with new_folder(output) as draft, _scratch() as scratch:
+    with _scratch() as scratch, new_folder(output) as draft:
         made = Steps(session, Store(scratch)).finetune(start, prune_ratio).made
         assert made is not None
         shutil.copytree(made.folder / ADAPTER, draft, dirs_exist_ok=True)
@@ -158,7 +158,7 @@ def evaluate_folders(
     for adapter, place in zip(adapters, places, strict=True):
         _warn_of_other_prompt(session, adapter)
         _warn_of_known_rows(session, adapter.name, place)
-    with nullcontext() if output is None else new_folder(output) as draft, _scratch() as scratch:
+    with _scratch() as scratch, nullcontext() if output is None else new_folder(output) as draft:
         steps = Steps(session, Store(scratch))
         measured = {
             name: steps.measure(given_adapter(adapter))
