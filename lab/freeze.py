@@ -32,15 +32,12 @@ ROUND = (
 SPREAD = "controller={preset: spread, rounds: {every: 3}, training: {epochs: 1, learning_rate: 1.0e-2}}"
 RUNS: dict[str, tuple[str, ...]] = {
     "spread": (SPREAD, "controller.training.epochs=3"),
-    "spread_rounds": (
-        "controller={preset: spread, rounds: {every: 2, in_turn: 3}, training: {epochs: 1, learning_rate: 3.0e-3}}",
-    ),
+    "spread_rounds": ("controller={preset: spread, rounds: {every: 2}, training: {epochs: 1, learning_rate: 3.0e-3}}",),
     "late": ("controller={preset: late, rounds: {every: 2}, training: {epochs: 2, learning_rate: 1.0e-2}}",),
     "paper": (
         "controller.rule=best_reward",
         "controller.rounds.every=2",
         "final.mode=reselect",
-        "final.mask={score: gradient_of_delta}",
         "merge={rule: paper_sum_unscaled, weights: [1.0, 1.0]}",
     ),
     "input_aware": ("controller.rule=best_reward", "mask={score: input_aware}"),
@@ -48,7 +45,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         "controller={preset: late, rounds: {every: 3}, training: {epochs: 1, learning_rate: 1.0e-2}}",
         "merge={rule: svd, rank: 3}",
     ),
-    "given": ("final.prune_ratio=0.45", "merge.rule=dare_ties", "final.training.epochs=2", "final.training.keep=last"),
+    "given": ("final.prune_ratio=0.45", "merge.rule=dare_ties", "final.training.epochs=2"),
     "best": (SPREAD, "final.deliver=best"),
     "on_source": (SPREAD, "target.on=source", "final.deliver=best"),
     "no_dev": ("data.target.dev=0", "final.training.patience=null", "merge.rule=paper_sum"),
@@ -105,7 +102,7 @@ def cases(only: str) -> Iterator[tuple[str, dict[str, str]]]:
         for name, step in INTERRUPTED.items():
             if f"resume {name}".startswith(only):
                 folder = f"{name}-resumed"
-                arguments = ("run", "tiny.yaml", "--output", folder, *sets((*RUNS[name], "save_every=2")))
+                arguments = ("run", "tiny.yaml", "--output", folder, *sets(RUNS[name]))
                 with signal_after(step):
                     call(*arguments, expected=75)
                 call(*arguments)

@@ -26,7 +26,7 @@ LIBRARIES = ("torch", "transformers", "peft")
 def parts_of(recipe: str, overrides: Sequence[str]) -> dict[str, list[str]]:
     """Title -> command line of Python, of each part."""
     changes = [word for override in overrides for word in ("--set", override)]
-    speed = ["lab/speed.py", recipe, "--set", "backbone.device=cuda", *changes]
+    speed = ["lab/speed.py", recipe, *changes]
     return {
         "Tests": ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"],
         "Masks": ["lab/mask_cost.py", "--device", "cuda"],

@@ -34,21 +34,21 @@ def sets(*changes: str) -> tuple[str, ...]:
 
 LONG = (
     "source.training.epochs=3", "target.training.epochs=3", "controller.training.epochs=4", "final.training.epochs=4",
-    "target.training.patience=null", "final.training.patience=null", "save_every=4",
+    "target.training.patience=null", "final.training.patience=null",
 )  # fmt: skip
 RUN = ("run", "tiny.yaml")
 GIVEN = "given"  # the folder of a finished run, whose adapters the single steps take
 WAYS: dict[str, tuple[str, ...]] = {
     "run": (*RUN, *sets(*LONG)),
     "run, gradients and reselection": (*RUN, *sets(
-        *LONG, "mask.score=input_aware", "final.mode=reselect", "final.mask.score=gradient_of_delta",
+        *LONG, "mask.score=input_aware", "final.mode=reselect",
         "controller.rounds.every=2",
     )),
     "run, accumulation and fractions": (*RUN, *sets(
-        *LONG, "target.training.accumulation=3", "target.training.evaluate_every=0.5", "source.training.epochs=2.5",
+        *LONG, "target.training.accumulation=3", "source.training.epochs=2.5",
         "mask.score=input_aware", "controller.preset=paper", "controller.rule=best_reward", "controller.training.accumulation=2",
     )),
-    "compare": ("compare", "tiny.yaml", "--methods", "source_only,continued,grasp", "--seeds", "42", *sets("save_every=3")),
+    "compare": ("compare", "tiny.yaml", "--methods", "source_only,continued,grasp", "--seeds", "42"),
     "merge": ("merge", f"{GIVEN}/source", f"{GIVEN}/target"),
     "learn": ("learn", "tiny.yaml", "--adapter", f"{GIVEN}/merged"),
     "finetune": ("finetune", "tiny.yaml", "--adapter", f"{GIVEN}/merged", "--ratio", "0.4"),

@@ -181,16 +181,16 @@ class TestSettings:
             ({"language": " "}, "' ' is no language code; give one of two or three letters"),
             ({"format": "xml"}, "format is 'xml'; allowed: auto, squad, xlsum, alpaca, sharegpt, records, hub"),
             ({"files": ()}, "data of ar is given by nothing; give exactly one of files"),
-            ({"dev_files": ("b",)}, "files of single splits need train_files, and exclude files"),
+            ({"dev_files": ("b",)}, "files of single splits need files of train, and exclude files"),
             (
                 {"files": (), "hub": "a/b", "test_files": ("c",)},
-                "files of single splits need train_files, and exclude hub",
+                "files of single splits need files of train, and exclude hub",
             ),
             ({"format": "hub"}, "need hub: the name of the data set"),
             ({"files": (), "hub": "a/b", "format": "squad"}, "format squad reads files"),
             ({"columns": {"body": "text"}}, "columns names body; allowed: answer, completion, context"),
             ({"columns": {"id": "key"}, "format": "xlsum"}, "columns apply to generic records, not to format xlsum"),
-            ({"files": (), "train_files": ("b",), "dev": 5}, "dev is 5 but there are no dev_files"),
+            ({"files": (), "train_files": ("b",), "dev": 5}, "dev is 5 but there are no files of dev"),
         ],
     )
     def test_corpus(self, changes, message):

@@ -69,10 +69,10 @@ class CorpusSettings:
         if len(ways) != 1:
             yield (
                 f"data of {self.language} is given by {' and '.join(ways) or 'nothing'}; "
-                "give exactly one of files (a pool), hub (a pool) and train_files (with dev_files, test_files)"
+                "give exactly one of files as a list (a pool), hub (a pool) and files with train (and dev, test)"
             )
         if not self.explicit and (self.dev_files or self.micro_dev_files or (self.test_files and self.hub)):
-            yield f"files of single splits need train_files, and exclude {ways[0]}"
+            yield f"files of single splits need files of train, and exclude {ways[0]}"
         if self.hub is None and (self.format == "hub" or self.hub_config or self.hub_split):
             yield "format hub, hub_config and hub_split need hub: the name of the data set"
         if self.hub is not None and self.format == "squad":
@@ -88,7 +88,7 @@ class CorpusSettings:
             if count is not None and count < least:
                 yield f"{name} must be >= {least}, or left out; it is {count}"
             if self.explicit and name in ("dev", "test") and count and not getattr(self, name + "_files"):
-                yield f"{name} is {count} but there are no {name}_files; name them, or remove {name}"
+                yield f"{name} is {count} but there are no files of {name}; name them, or remove {name}"
 
     @property
     def explicit(self) -> bool:

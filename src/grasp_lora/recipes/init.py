@@ -210,7 +210,7 @@ def _written(place: str, folder: Path) -> str:
 def _render(
     file: Path, target: Corpus, sizes: Sizes, sources: Sequence[Corpus], **facts: str | list[str] | bool
 ) -> str:
-    """Fill the template; what it shows as defaults is checked against the settings in the tests."""
+    """Fill the template."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -236,8 +236,6 @@ def _render(
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._")[:100] or f"{target.task}-{facts['language']}",
         file=shlex.quote(file.name),
         task=target.task,
-        inputs=", ".join("{" + field + "}" for field in task.inputs),
-        answer="{" + task.answer + "}",
         target=target,
         records=len(target.records),
         sizes=splits,
@@ -252,7 +250,6 @@ def _render(
         fewest=FEWEST_ON_SOURCE,
         every=every,
         preset=name,
-        candidates=preset(name).policy.candidates,
         rounds=len(preset(name).rounds.round_steps(steps, every)),
         answer_tokens=target.answer_tokens,
         most_tokens=token_limit(target, sources),
@@ -295,14 +292,16 @@ def _backbone_of(adapters: Sequence[str]) -> str:
             raise AdapterError(f"{error}. With --backbone the adapter is not looked up") from error
     if unknown := [place for place, base in named.items() if not base]:
         raise AdapterError(f"the adapter {unknown[0]} does not name its backbone; name it with --backbone")
-    found = set(map(str, named.values()))
-    folders = [one for one in found if is_folder(Path(one))]
-    # One that was copied, or is of an older run, states the folder's own name alone.
-    if len(folders) == 1 and {Path(one).name for one in found} == {Path(folders[0]).name}:
-        found = set(folders)
-    if len(found) > 1:
-        raise AdapterError(f"the adapters are of different backbones, {listed(sorted(found))}; give adapters of one")
-    return found.pop() if found else EMBEDDED_NAME
+    backbones = set(map(str, named.values()))
+    folders = [place for place in backbones if is_folder(Path(place))]
+    # One that was copied states the folder's own name alone.
+    if len(folders) == 1 and {Path(place).name for place in backbones} == {Path(folders[0]).name}:
+        backbones = set(folders)
+    if len(backbones) > 1:
+        raise AdapterError(
+            f"the adapters are of different backbones, {listed(sorted(backbones))}; give adapters of one"
+        )
+    return backbones.pop() if backbones else EMBEDDED_NAME
 
 
 def token_limit(target: Corpus, sources: Sequence[Corpus]) -> int:
