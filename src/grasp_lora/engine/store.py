@@ -29,9 +29,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from safetensors import SafetensorError, safe_open
+
 from grasp_lora.engine.progress import Progress
-from grasp_lora.engine.results import Finished, Result, Trained, read_json
+from grasp_lora.engine.results import RESULT, Finished, Result, Trained, read_json
 from grasp_lora.errors import DivergedError, GraspError, RecipeError
+from grasp_lora.models.adapter_config import CONFIG_FILE
+from grasp_lora.models.reading import WEIGHTS_FILE
 from grasp_lora.storage.checkpoints import newest_checkpoint, remove_checkpoints, seconds_of
 from grasp_lora.storage.claims import Busy, Workplace, claim, make_folder
 from grasp_lora.storage.files import sync_all, write_json
@@ -139,8 +143,8 @@ class Store:
             return None
         if (done.key, done.version) != (key, VERSION) or key_of(name, done.inputs) != key:
             raise RecipeError(f"{folder / DONE} was changed: it does not belong to its folder; delete that folder")
-        if kind is Trained and not (folder / ADAPTER).is_dir():
-            return None  # it was deleted, or not copied along
+        if not on_first_process(lambda: _is_whole(folder, kind)):
+            return None
         return Finished(name, key, folder, kind.read(folder), done.seconds, done.made_with, repeated=True)
 
     def _deferred(self, trains: bool) -> Any:
@@ -172,6 +176,17 @@ def _complete(folder: Path, result: Result, done: Done) -> None:
     shutil.rmtree(folder / WORK, ignore_errors=True)
     sync_all(folder)
     write_json(folder / DONE, asdict(done))
+
+
+def _is_whole(folder: Path, kind: type[Result]) -> bool:
+    """Whether a finished step still has its files: one may have been deleted, or cut off in a copy."""
+    if kind is not Trained:
+        return (folder / RESULT).is_file()
+    try:
+        with safe_open(folder / ADAPTER / WEIGHTS_FILE, "pt"):
+            return (folder / RESULT).is_file() and (folder / ADAPTER / CONFIG_FILE).is_file()
+    except (OSError, SafetensorError):
+        return False
 
 
 def _seconds_so_far(folder: Path) -> float:
