@@ -14,7 +14,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from typing import Any
 from grasp_lora.data.splits import SPLITS, group_numbers, hash_of
 from grasp_lora.engine.results import Adapter, Finished, Learned, Measured, Prediction, Trained, read_json
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.steps import TargetOn
+from grasp_lora.engine.steps import TargetOn, computed_with, given
 from grasp_lora.engine.store import ADAPTER
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rules import RatioEstimate
@@ -63,18 +63,20 @@ class Parent:
 
 @dataclass(frozen=True)
 class GivenAdapter:
-    """An adapter that a run did not train itself; `sha256` is that of its file."""
+    """An adapter that a run did not train itself; `sha256` is that of its file, and `key` of all that it does."""
 
     name: str
     sha256: str
+    key: str
 
 
 @dataclass(frozen=True)
 class RunInfo:
     """run.json: what a run starts from.
 
-    `data` is a hash of all its rows, `recipe_hash` of all keys that decide its steps. `recipe_folder` is where its relative
-    paths start, as seen from the run's folder: `predict` finds a backbone by it.
+    `data` is a hash of all its rows, `recipe_hash` of all keys that decide its steps, and `computed_with` is what the keys of
+    steps hold of the backbone. `recipe_folder` is where its relative paths start, as seen from the run's folder: `predict` finds
+    a backbone by it.
     """
 
     grasp_lora: str
@@ -84,6 +86,7 @@ class RunInfo:
     seed: int
     created: str
     backbone: Parent
+    computed_with: Mapping[str, str | None]
     dtype: str
     quantise: str | None
     parents: tuple[GivenAdapter, ...]
@@ -106,9 +109,10 @@ class RunInfo:
             seed=recipe.seed,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             backbone=Parent(backbone.name, backbone.fingerprint, backbone.commit),
+            computed_with=computed_with(backbone),
             dtype=str(backbone.model.dtype).removeprefix("torch."),
             quantise=backbone.quantise,
-            parents=tuple(GivenAdapter(adapter.name, adapter.sha256) for adapter in session.given.values()),
+            parents=tuple(GivenAdapter(adapter.name, adapter.sha256, given(adapter).key) for adapter in session.given.values()),
             data=hash_of(session.splits),
             libraries={name: version(name) for name in (*LIBRARIES, *quantiser)},
             python=platform.python_version(),
@@ -302,15 +306,23 @@ def begin(folder: Path, session: Session) -> RunInfo:
         write_whole(folder / RECIPE_FILE, session.recipe.to_yaml(folder))
         return now
     advice = "choose another folder with --output, or delete it"
-    if before.recipe_hash != now.recipe_hash:
+    if before.recipe_hash not in session.recipe.choices():
         raise RecipeError(f"{folder} holds a run of another recipe ({_differences(folder, session.recipe)}); {advice}")
-    facts = {"backbone": "fingerprint", "parents": "given adapters", "data": "rows"}
+    if before.dtype != now.dtype:
+        raise RecipeError(
+            f"{folder} was begun in {before.dtype}, and here it would go on in {now.dtype}; set backbone.dtype to {before.dtype}, "
+            f"or {advice}"
+        )
+    facts = {"computed_with": "backbone", "parents": "given adapters", "data": "rows"}
     changed = [what for key, what in facts.items() if getattr(before, key) != getattr(now, key)]
     if changed:
         raise RecipeError(
             f"{folder} was begun with other {' and '.join(changed)} than the recipe's files hold now; put those back, or {advice}"
         )
-    write_whole(folder / RECIPE_FILE, session.recipe.to_yaml(folder))  # it may hand over something else now
+    if before.recipe_hash != now.recipe_hash:  # it hands over something else now
+        before = replace(before, recipe_hash=now.recipe_hash)
+        write_json(folder / RUN_FILE, asdict(before))
+    write_whole(folder / RECIPE_FILE, session.recipe.to_yaml(folder))
     return before
 
 

@@ -42,7 +42,7 @@ from grasp_lora.method.merging import MergeSettings, merge, merge_rule
 from grasp_lora.method.search import plain_policy
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.answers import generate, likeliest_labels
-from grasp_lora.models.backbone import weight_sum
+from grasp_lora.models.backbone import Backbone, weight_sum
 from grasp_lora.models.live import adapter_weights, frozen_adapter, segments_of
 from grasp_lora.models.reading import LoadedAdapter, read_adapter
 from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
@@ -149,7 +149,7 @@ class Steps:
         self._shared = shared or session
         self._stop_requested = stop_requested
         self._backbone = session.backbone.model
-        self._common = _computed_with(session)
+        self._common = computed_with(session.backbone)
 
     # Adapters
 
@@ -645,12 +645,11 @@ def _by_name(place: str) -> str:
     return name if name == place else f"{name} {hashlib.sha256(place.encode()).hexdigest()[:16]}"
 
 
-def _computed_with(session: Session) -> dict[str, Any]:
+def computed_with(backbone: Backbone) -> dict[str, str | None]:
     """What decides all that a backbone computes: its weights and config, number format and bits.
 
     Weights in a folder may be replaced, and a fingerprint sees 16 of each parameter; so those have their sum taken, too.
     """
-    backbone = session.backbone
     config = backbone.model.config.get_text_config(decoder=True).to_diff_dict()
     text = json.dumps({key: value for key, value in config.items() if key not in IDLE}, sort_keys=True, default=str)
     local = backbone.commit is None and not backbone.is_embedded

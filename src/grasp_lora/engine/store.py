@@ -34,8 +34,7 @@ from safetensors import SafetensorError, safe_open
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import RESULT, Finished, Result, Trained, read_json
 from grasp_lora.errors import DivergedError, GraspError, RecipeError
-from grasp_lora.models.adapter_config import CONFIG_FILE
-from grasp_lora.models.reading import WEIGHTS_FILE
+from grasp_lora.models.reading import CONFIG_FILE, WEIGHTS_FILE
 from grasp_lora.storage.checkpoints import newest_checkpoint, remove_checkpoints, seconds_of
 from grasp_lora.storage.claims import Busy, Workplace, claim, make_folder
 from grasp_lora.storage.files import sync_all, write_json
