@@ -1,30 +1,26 @@
-"""What a run hands over: the best by paired dev evidence, the simplest of equal ones, and never anything lost."""
+"""What a run hands over: the best by paired dev evidence, the usual practice where the rows cannot tell, and nothing is lost."""
 
-import json
 import random
-import re
-import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from grasp_lora.report.run_record import read_run
-from recorder import Recorder
+from recorder import Recorder, read, run_tiny, session_of, weights_in
 
-from grasp_lora import api
+from grasp_lora.engine import deliver
+from grasp_lora.engine.compare import compare
+from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.deliver import ON_SOURCE, best_of, by_setting, choose
 from grasp_lora.engine.progress import Progress
-from grasp_lora.engine.steps import Bench
-from grasp_lora.engine.store import Record
+from grasp_lora.engine.results import Losses
+from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import DivergedError, GraspError, Interrupted, RecipeError
-from grasp_lora.report.delivered import next_steps
 
 ROWS = 20
 BEST = "final.deliver=best"
-WEIGHTS = "adapter_model.safetensors"
 SYSTEMS = ("source", "target", "merged", "continued", "grasp")
 
 
@@ -34,6 +30,29 @@ def losses(**means: float) -> dict[str, Sequence[float]]:
         name: [mean + row % 5 / 2 + random.Random(f"{name} {row}").gauss(0.0, 0.02) for row in range(ROWS)]
         for name, mean in means.items()
     }
+
+
+ON_ITS_OWN: Any = SimpleNamespace(on=None)
+
+
+def faked(
+    rows: dict[str, Sequence[float]],
+    split: str = "dev",
+    groups: int = ROWS,
+    labels: dict[str, tuple[int, ...]] | None = None,
+    wrong: dict[str, Sequence[int]] | None = None,
+) -> Any:
+    """Steps that have measured these losses, and these wrong answers."""
+    examples = [SimpleNamespace(group=f"group {row % groups}") for row in range(ROWS)]
+    errors = {name: [float(row in numbers) for row in range(ROWS)] for name, numbers in (wrong or {}).items()}
+    return SimpleNamespace(
+        choosing_split=split,
+        alone=lambda: "alone",
+        losses=lambda system, split: SimpleNamespace(result=Losses(losses=list(rows.get(system, [])))),
+        errors=lambda system, split: SimpleNamespace(result=Losses(losses=errors[system])),
+        splits=SimpleNamespace(**{split: examples}, labels=labels or {}),
+        recipe=SimpleNamespace(final=SimpleNamespace(deliver="best")),
+    )
 
 
 class TestRule:
@@ -59,18 +78,10 @@ class TestRule:
 
     def test_a_run_draws_rows_of_one_article_together(self) -> None:
         rows = losses(continued=1.0, source=2.0, target=1.5, merged=2.0, grasp=1.5)
-        rows["grasp"] = [one - (0.9 if row % 4 == 0 else -0.05) for row, one in enumerate(rows["continued"])]
-        articles = [SimpleNamespace(group=f"article {row % 4}") for row in range(ROWS)]
-        recipe = SimpleNamespace(target=SimpleNamespace(on=None), final=SimpleNamespace(deliver="best"))
-        bench = SimpleNamespace(
-            choosing_split="dev",
-            losses=lambda system, split: SimpleNamespace(result={"losses": rows[system]}),
-            session=SimpleNamespace(splits=SimpleNamespace(dev=articles, labels={})),
-            recipe=recipe,
-        )
-        found = choose(bench, {name: name for name in SYSTEMS})
-        assert found == best_of(rows, "dev", groups=[row % 4 for row in range(ROWS)])
-        assert found != best_of(rows, "dev")
+        rows["grasp"] = [loss - (0.9 if row % 4 == 0 else -0.05) for row, loss in enumerate(rows["continued"])]
+        chosen = choose(faked(rows, groups=4), {name: name for name in SYSTEMS}, ON_ITS_OWN)  # type: ignore[dict-item]
+        assert chosen == best_of(rows, "dev", groups=[row % 4 for row in range(ROWS)])
+        assert chosen != best_of(rows, "dev")
 
     @pytest.mark.parametrize(
         ("continued", "grasp", "name"),
@@ -86,27 +97,20 @@ class TestRule:
     ) -> None:
         rows = losses(continued=1.5, source=2.0, merged=1.4, grasp=1.0)
         wrong = {"continued": continued, "grasp": grasp}
+        on_source: Any = SimpleNamespace(on="source")
 
-        def bench(labels: dict[str, tuple[int, ...]]) -> Any:
-            found = {name: [float(row in own) for row in range(ROWS)] for name, own in wrong.items()}
-            splits = SimpleNamespace(micro_dev=[SimpleNamespace(group=str(n)) for n in range(ROWS)], labels=labels)
-            return SimpleNamespace(
-                choosing_split="micro_dev",
-                losses=lambda system, split: SimpleNamespace(result={"losses": rows[system]}),
-                errors=lambda system, split: SimpleNamespace(result={"losses": found[system]}),
-                session=SimpleNamespace(splits=splits),
-                recipe=SimpleNamespace(target=SimpleNamespace(on="source"), final=SimpleNamespace(deliver="best")),
-            )
+        def steps(labels: dict[str, tuple[int, ...]]) -> Any:
+            return faked(rows, split="micro_dev", labels=labels, wrong=wrong)
 
-        systems = {one: one for one in rows}
-        found = choose(bench({"no": (1,), "yes": (2,)}), systems)
-        assert found.name == name
+        systems: Any = {system: system for system in rows}
+        chosen = choose(steps({"no": (1,), "yes": (2,)}), systems, on_source)
+        assert chosen.name == name
         if name == "continued":
-            assert "It answers 17 of 20 micro-dev rows right, GRASP's result 12. That weighs more than" in found.why
-            assert (found.split, found.examples, found.against) == ("micro-dev", ROWS, "grasp")
-        assert choose(bench({}), systems).name == "grasp"  # texts are not counted as right or wrong
+            assert "It answers 17 of 20 micro-dev rows right, GRASP's result 12. That weighs more than" in chosen.why
+            assert (chosen.split, chosen.examples, chosen.against) == ("micro-dev", ROWS, "grasp")
+        assert choose(steps({}), systems, on_source).name == "grasp"  # texts are not counted as right or wrong
         del systems["continued"]
-        assert choose(bench({"no": (1,), "yes": (2,)}), systems).name == "grasp"
+        assert choose(steps({"no": (1,), "yes": (2,)}), systems, on_source).name == "grasp"
 
     @pytest.mark.parametrize("usual", ["continued", "source"])
     def test_where_the_rows_cannot_tell_it_is_the_usual_practice(self, usual: str) -> None:
@@ -214,183 +218,130 @@ class TestRule:
         assert best_of(losses(continued=1.0, grasp=1.2), "dev", alone).warning is None
 
 
-def read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
-
-
 # Below 6 rows nothing can be shown, so the usual practice is handed over.
 ENOUGH = ("data.target.dev=9", "data.target.test=5")
 
 
 class TestRun:
     def test_the_default_is_the_best_and_all_else_stays_in_its_folder(self, finished_run: Path) -> None:
-        recorder = Recorder()
-        result = api.run("tiny.yaml", [BEST], "best", recorder)
-        delivered = result.delivered
-        assert delivered is not None
-        assert delivered.name == "grasp"
-        assert delivered.low is not None
-        metrics = read(Path("best/metrics.json"))
-        assert set(metrics["systems"]) == {"zero_shot", *SYSTEMS}
-        assert metrics["delivered"]["name"] == "grasp"
-        assert result.adapter == Path("best/adapter")
-        assert (result.adapter / WEIGHTS).read_bytes() == Path("best/final", WEIGHTS).read_bytes()
-        assert Path("best/continued", WEIGHTS).is_file()
+        metrics = run_tiny(BEST, folder="best").metrics
+        assert metrics.delivered.name == "grasp"
+        assert metrics.delivered.low is not None
+        assert set(metrics.systems) == {"zero_shot", *SYSTEMS}
+        assert weights_in("best/adapter") == weights_in("best/final")
+        assert Path("best/continued/history.jsonl").is_file()
         # GRASP's own result is what a run that hands it over gives.
-        assert Path("best/final", WEIGHTS).read_bytes() == (finished_run / "adapter" / WEIGHTS).read_bytes()
-        theirs = read(finished_run / "metrics.json")["systems"]
-        assert {name: metrics["systems"][name] for name in theirs} == theirs
-        again = Recorder()
-        assert api.run("tiny.yaml", [BEST], "best", again).metrics == result.metrics
-        assert not again.did
+        assert weights_in("best/final") == weights_in(finished_run / "adapter")
+        theirs, ours = (read(Path(folder, "metrics.json"))["systems"] for folder in ("run", "best"))
+        assert {name: ours[name] for name in theirs} == theirs
 
     def test_the_setting_keeps_grasps_result_and_trains_nothing_else(self, finished_run: Path) -> None:
         metrics = read(finished_run / "metrics.json")
         assert metrics["delivered"]["name"] == "grasp"
         assert set(metrics["systems"]) == {"zero_shot", "source", "target", "merged", "grasp"}
         assert not (finished_run / "continued").exists()
-        assert (finished_run / "adapter" / WEIGHTS).read_bytes() == (finished_run / "final" / WEIGHTS).read_bytes()
+        assert weights_in(finished_run / "adapter") == weights_in(finished_run / "final")
 
     @pytest.mark.parametrize("winner", ["merged", "grasp", "continued"])
     def test_whichever_wins_lies_in_adapter(
-        self, winner: str, finished_run: Path, monkeypatch: pytest.MonkeyPatch, cli: Callable[..., Any]
+        self, winner: str, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        original = Bench.losses
-        asked: list[str] = []
+        original, asked = Steps.losses, []
 
-        def scripted(self: Bench, adapter: Any, split: str = "test", *, answered: bool = False) -> Record:
-            found = original(self, adapter, split, answered=answered)
-            if split == "dev":
-                if adapter.key not in asked:
-                    asked.append(adapter.key)
-                name = ("zero_shot", "source", "target", "merged", "continued", "grasp")[asked.index(adapter.key)]
-                found.result["losses"][:] = [0.1 if name == winner else 1.0 + row / 10 for row in range(9)]
-            return found
+        def scripted(self: Steps, adapter: Any, split: str) -> Any:
+            measured = original(self, adapter, split)
+            if split != "dev":
+                return measured
+            if adapter.key not in asked:
+                asked.append(adapter.key)
+            name = ("zero_shot", "source", "target", "merged", "continued", "grasp")[asked.index(adapter.key)]
+            values = [0.1 if name == winner else 1.0 + row / 10 for row in range(9)]
+            return replace(measured, result=Losses(losses=values))
 
-        monkeypatch.setattr(Bench, "losses", scripted)
-        result = cli(
-            "run", "tiny.yaml", "--set", BEST, *(part for one in ENOUGH for part in ("--set", one)), "-o", "best"
-        )
-        assert result.status == 0, result.err
-        assert read(Path("best/metrics.json"))["delivered"]["name"] == winner
-        folder = "final" if winner == "grasp" else winner
-        assert Path("best/adapter", WEIGHTS).read_bytes() == Path("best", folder, WEIGHTS).read_bytes()
-        assert "Take this adapter: " in result.out
-        assert json.loads(Path("best/prompt.jsonl").read_text(encoding="utf-8")).endswith(": what?")
-        assert "grasp-lora predict best/adapter --jsonl < best/prompt.jsonl" in result.out
-        advised = re.search(r"next: each row tested once, about 4 times this run: (.+)", result.out)
-        assert advised
-        program, *command = shlex.split(advised[1])
-        assert (program, command[0], "--folds" in command) == ("grasp-lora", "compare", True)
-        assert cli(*command, "--dry-run").status == 0
-        page = Path("best/report.html").read_text(encoding="utf-8")
-        assert "<h1>Take this adapter: " in page
-        assert page.count('<tr class="chosen">') == 1
-        card = Path("best/adapter/README.md").read_text(encoding="utf-8")
-        assert "It is: " in card
-        assert ("Prune ratio" in card) == (winner == "grasp")
+        monkeypatch.setattr(Steps, "losses", scripted)
+        run_tiny(BEST, *ENOUGH)
+        assert read("run/metrics.json")["delivered"]["name"] == winner
+        assert weights_in("run/adapter") == weights_in(Path("run", "final" if winner == "grasp" else winner))
 
-    @pytest.mark.parametrize("refused", ["files: {pool: target.jsonl, test: other.jsonl}", "task: classification"])
-    def test_a_run_that_cannot_have_folds_is_sent_to_three_seeds(self, refused: str, finished_run: Path) -> None:
-        api.run("tiny.yaml", [BEST], "best")
-        record = read_run(Path("best"))
-        place = "files:\n    - target.jsonl\n" if refused.startswith("test") else "task: completion"
-        assert place in record.recipe_text
-        for text, asked in ((record.recipe_text, True), (record.recipe_text.replace(place, refused), False)):
-            steps = next_steps(replace(record, recipe_text=text), "tiny.yaml", [BEST], Path("best"), False)
-            assert ("--folds" in steps[0]) is asked
-            assert steps[0].startswith(
-                "each row tested once, about 4 times" if asked else "three seeds, about three times this run"
-            )
-        record.data.report["target"]["unused"] = 500
-        assert "--folds" not in next_steps(record, "tiny.yaml", [BEST], Path("best"), False)[0], "the pool is large"
-
-    def test_given_adapters_are_handed_over_whole(self, finished_run: Path, cli: Callable[..., Any]) -> None:
+    def test_given_adapters_are_handed_over_whole(self, finished_run: Path) -> None:
         (finished_run / "source").rename("mine")
         (finished_run / "target").rename("theirs")
-        changes = [BEST, "data.source=null", "source.adapters=[mine]", "target.adapter=theirs", "data.target.dev=0"]
-        result = api.run("tiny.yaml", [*changes, "data.target.micro_dev=1"], "given")
-        assert result.delivered is not None
-        assert result.delivered.name == "continued"  # one micro-dev row tells nothing
-        assert result.delivered.difference is None
-        assert cli("predict", "given/adapter", "source 1: what?").status == 0
+        changes = (BEST, "data.source=null", "source.adapters=[mine]", "target.adapter=theirs", "data.target.dev=0")
+        delivered = run_tiny(*changes, "data.target.micro_dev=1", folder="given").metrics.delivered
+        assert (delivered.name, delivered.difference) == ("continued", None)  # one micro-dev row tells nothing
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(deliver, "choose", lambda *_: replace(delivered, name="source"))
+            run_tiny(*changes, "data.target.micro_dev=1", folder="given")
+        assert weights_in("given/adapter") == weights_in("mine")
 
     def test_a_source_that_cannot_be_continued_is_left_out_in_words(
-        self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+        self, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def diverges(self: Bench) -> None:
+        def diverges(self: Steps) -> None:
             raise DivergedError("the loss is not finite")
 
-        monkeypatch.setattr(Bench, "continued", diverges)
-        result = api.run("tiny.yaml", [BEST], "best")
-        assert "continued" not in result.metrics.systems
-        assert result.delivered is not None
-        assert result.delivered.why.endswith("The source adapter could not be continued: the loss is not finite")
+        monkeypatch.setattr(Steps, "continued", diverges)
+        metrics = run_tiny(BEST).metrics
+        assert "continued" not in metrics.systems
+        assert metrics.delivered.why.endswith("The source adapter could not be continued: the loss is not finite")
 
     def test_what_passes_is_no_reason_to_leave_an_adapter_out(
-        self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+        self, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def full(self: Bench) -> None:
+        def full(self: Steps) -> None:
             raise GraspError("the disk is full")
 
         with monkeypatch.context() as patch:
-            patch.setattr(Bench, "continued", full)
+            patch.setattr(Steps, "continued", full)
             with pytest.raises(GraspError, match="the disk is full"):
-                api.run("tiny.yaml", [BEST], "best")
-        assert not Path("best/metrics.json").exists()
-        assert "continued" in api.run("tiny.yaml", [BEST], "best").metrics.systems
+                run_tiny(BEST)
+        assert not Path("run/metrics.json").exists()
+        assert "continued" in run_tiny(BEST).metrics.systems
 
     def test_a_source_that_no_step_improved_is_handed_over_as_the_source(
-        self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+        self, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        original = Bench.continued
+        original = Steps.continued
 
-        def unchanged(self: Bench) -> Any:
+        def unchanged(self: Steps) -> Any:
             adapter = original(self)
-            adapter.records[-1].result["best_step"] = 0
-            return adapter
+            assert adapter.made is not None
+            result = adapter.made.result.model_copy(update={"best_step": 0})
+            return replace(adapter, made=replace(adapter.made, result=result))
 
-        monkeypatch.setattr(Bench, "continued", unchanged)
-        monkeypatch.setattr("grasp_lora.engine.deliver.AHEAD", 1000.0)
-        result = api.run("tiny.yaml", [BEST, "data.target.dev=5"], "best")  # too few rows to show anything
-        assert result.delivered is not None
-        assert result.delivered.name == "source"
-        assert result.delivered.why.endswith("which leaves the source adapter.")
-        card = Path("best/adapter/README.md").read_text(encoding="utf-8")
-        assert "Source adapter |" in card
-        assert "Target adapter |" not in card
+        monkeypatch.setattr(Steps, "continued", unchanged)
+        monkeypatch.setattr(deliver, "AHEAD", 1000.0)
+        delivered = run_tiny(BEST, "data.target.dev=5").metrics.delivered  # too few rows to show anything
+        assert delivered.name == "source"
+        assert delivered.why.endswith("which leaves the source adapter.")
+        assert weights_in("run/adapter") == weights_in("run/source")
 
-    def test_a_comparison_and_a_run_share_the_continued_adapter(self, finished_run: Path) -> None:
-        settings: dict[str, Any] = {"methods": ("continued", "zero_shot"), "reference": "continued", "seeds": (42,)}
-        api.run("tiny.yaml", [BEST], "one")
+    def test_a_comparison_and_a_run_share_the_continued_adapter(self, tiny_workspace: Path) -> None:
+        settings = ComparisonSettings(methods=("continued", "zero_shot"), reference="continued", seeds=(42,))
+        run_tiny(BEST, folder="one")
         recorder = Recorder()
-        api.compare("tiny.yaml", (), "one", recorder, **settings)
+        compare(session_of(progress=recorder), Path("one"), settings)
         assert not recorder.did
-        api.compare("tiny.yaml", (), "other", **settings)
-        recorder = Recorder()
-        api.run("tiny.yaml", [BEST], "other", recorder)
-        assert "final 0.00" not in recorder.did
+        compare(session_of(), Path("other"), settings)
+        run_tiny(BEST, folder="other", progress=recorder)
+        assert "final-0.00" not in recorder.did
         assert Path("one/metrics.json").read_bytes() == Path("other/metrics.json").read_bytes()
 
-    def test_a_stop_between_the_steps_loses_nothing(self, finished_run: Path) -> None:
+    def test_a_stop_between_the_steps_loses_nothing(self, tiny_workspace: Path) -> None:
         class Stops(Progress):
-            def __init__(self, stage: str) -> None:
-                self.last = stage
-
-            def finished(self, name: str, seconds: float, summary: Any, *, skipped: bool) -> None:
-                if name == self.last:
+            def finished(self, step: Any) -> None:
+                if step.name == "final-0.00":
                     raise Interrupted("stopped")
 
-        whole = api.run("tiny.yaml", [BEST], "whole")
-        for stage in ("continued", "deliver"):
-            with pytest.raises(Interrupted):
-                api.run("tiny.yaml", [BEST], stage, Stops(stage))
-            assert not Path(stage, "metrics.json").exists()
-            recorder = Recorder()
-            assert api.run("tiny.yaml", [BEST], stage, recorder).metrics == whole.metrics
-            assert "final 0.00" not in recorder.did
-            assert Path(stage, "adapter", WEIGHTS).read_bytes() == Path("whole/adapter", WEIGHTS).read_bytes()
+        with pytest.raises(Interrupted):
+            run_tiny(BEST, progress=Stops())
+        assert not Path("run/metrics.json").exists()
+        recorder = Recorder()
+        whole = run_tiny(BEST, folder="whole")
+        assert run_tiny(BEST, progress=recorder).metrics == whole.metrics
+        assert "final-0.00" not in recorder.did
+        assert weights_in("run/adapter") == weights_in("whole/adapter")
 
     def test_another_word_is_refused(self, tiny_workspace: Path) -> None:
         with pytest.raises(RecipeError, match="deliver is 'both'; allowed: best, grasp"):
-            api.run("tiny.yaml", ["final.deliver=both"])
+            run_tiny("final.deliver=both")
