@@ -335,12 +335,10 @@ def tiny_workspace(tmp_path: Path, tiny_backbone_folder: Path, monkeypatch: pyte
 @pytest.fixture(scope="session")
 def reference_run(tmp_path_factory: pytest.TempPathFactory, tiny_backbone_folder: Path) -> Path:
     """The folder of a whole, uninterrupted run of `tiny.yaml`; treat it as read-only."""
-    from recorder import session_of
-
-    from grasp_lora.engine.run import run
+    from grasp_lora import api
 
     recipe = write_tiny_workspace(tmp_path_factory.mktemp("reference") / "work", tiny_backbone_folder)
-    run(session_of(recipe=recipe), recipe.parent / "run")
+    api.run(recipe, folder=recipe.parent / "run")
     return recipe.parent / "run"
 
 

@@ -26,11 +26,10 @@ from typing import Any
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 # What takes time or says when, and so differs between two runs that do the same.
 TIMED = {
-    "run.json", "cost.json", "report.html", "report.md", "controller/timings.jsonl", "timings.jsonl", "compare/compare.md",
-    "compare/report.html",
+    "run.json", "cost.json", "report.html", "report.md", "controller/timings.jsonl", "compare/compare.md", "compare/report.html",
 }  # fmt: skip
-BUT_FOR_SECONDS = {"compare/compare.json"}
-KEY = re.compile(r"[0-9a-f]{16}")  # of a step, which depends on the recipe
+BUT_FOR_SECONDS = re.compile(r"compare/compare\.json|store/.*/(result|done)\.json")
+KEY = re.compile(r"(-[01]\.\d\d)?-[0-9a-f]{16}")  # ratio and key of a step, which depend on the recipe
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Attempt:
     Args:
         status: its exit status, or the negative number of the signal that ended it.
         error: what it wrote to standard error.
-        events: the moments that it came by, each "STAGE WHAT"; keys of steps are written KEY.
-        files: of the run folder afterwards, name -> hash; those of `TIMED` and the records have none.
+        events: the moments that it came by, each "STEP WHAT", between steps "between WHAT"; keys of steps are written KEY.
+        files: of the run folder afterwards, name -> hash; those of `TIMED` have none.
     """
 
     status: int
@@ -170,17 +169,16 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = file.relative_to(folder).as_posix()
-        timed = name in TIMED or name.startswith("store/records/")
         content = file.read_bytes()
-        if name in BUT_FOR_SECONDS:
+        if BUT_FOR_SECONDS.fullmatch(name):
             content = json.dumps(json.loads(content, object_hook=_untimed)).encode()
-        found[name] = "" if timed else hashlib.sha256(content).hexdigest()
+        found[name] = "" if name in TIMED else hashlib.sha256(content).hexdigest()
     return found
 
 
 def _untimed(content: dict[str, Any]) -> dict[str, Any]:
     """An object less its seconds, and what was made of them."""
-    return {key: value for key, value in content.items() if "seconds" not in key and key not in ("pace", "parents")}
+    return {key: value for key, value in content.items() if "seconds" not in key and key not in ("pace", "timings")}
 
 
 def call(arguments: Sequence[str]) -> int:
@@ -207,7 +205,7 @@ def _watch(folder: Path, moments: dict[int, str]) -> None:
     from grasp_lora.method.masks import MaskSet
 
     places = (str(folder), str(folder.with_name(f".{folder.name}")))  # with the draft beside it
-    count, busy, stage = 0, False, "begin"
+    count, busy, step = 0, False, "begin"
 
     def event(what: str) -> None:
         nonlocal count, busy
@@ -215,7 +213,7 @@ def _watch(folder: Path, moments: dict[int, str]) -> None:
             return
         busy = True
         count += 1
-        os.write(3, f"{stage} {what}\n".encode())
+        os.write(3, f"{step} {what}\n".encode())
         action = moments.get(count, "")
         if action.startswith("sh "):
             subprocess.run(action.removeprefix("sh "), shell=True, check=True)
@@ -228,7 +226,7 @@ def _watch(folder: Path, moments: dict[int, str]) -> None:
         if writes and isinstance(details[0], str | os.PathLike):
             path = os.path.abspath(details[0])  # noqa: PTH100 - links are not followed
             if path.startswith(places):
-                event(f"{name} {KEY.sub('KEY', os.path.relpath(path, places[0]))}")
+                event(f"{name} {KEY.sub('-KEY', os.path.relpath(path, places[0]))}")
 
     def around(owner: type, method: str, what: str) -> None:
         original: Callable[..., Any] = getattr(owner, method)
@@ -241,14 +239,18 @@ def _watch(folder: Path, moments: dict[int, str]) -> None:
 
         setattr(owner, method, watched)
 
-    original_stage = TerminalProgress.stage
+    def naming(method: str, name: Callable[[Any], str]) -> None:
+        original: Callable[..., Any] = getattr(TerminalProgress, method)
 
-    def named_stage(self: TerminalProgress, name: str) -> None:
-        nonlocal stage
-        stage = name
-        original_stage(self, name)
+        def named(self: Any, value: Any) -> None:
+            nonlocal step
+            step = name(value)
+            original(self, value)
 
-    TerminalProgress.stage = named_stage  # type: ignore[method-assign]
+        setattr(TerminalProgress, method, named)
+
+    naming("begin", lambda begun: str(begun).partition("-0")[0])  # a final run has its ratio in its name
+    naming("finished", lambda _: "between")
     around(MaskSet, "commit", "commit")
     optimizer.register_optimizer_step_pre_hook(lambda *_: event("before step"))
     optimizer.register_optimizer_step_post_hook(lambda *_: event("after step"))

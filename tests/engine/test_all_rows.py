@@ -87,11 +87,16 @@ def test_what_was_chosen_is_trained_again_on_every_row_but_those_of_the_test(
     assert [training.steps(20) for *_, training in again[first:]] == [count for count in facts.steps.values() if count]
     assert metrics.systems["all_rows"].dev_loss is None
     assert metrics.systems["all_rows"].test_loss != metrics.systems[winner].test_loss
-    handed_over, rivals = weights_in("again/adapter"), weights_in(Path("again", "final" if winner == "grasp" else winner))
+    handed_over, rivals = (
+        weights_in("again/adapter"),
+        weights_in(Path("again", "final" if winner == "grasp" else winner)),
+    )
     assert handed_over == weights_in("again/all_rows") != rivals
     assert metrics.handed_over == "all_rows"
     assert rows_of("again/all_rows/history.jsonl")[-1]["step"] == list(facts.steps.values())[-1]
-    assert {row["id"] for row in rows_of("again/evaluation/all_rows.jsonl")} == set(read("again/data.json")["ids"]["test"])
+    assert {row["id"] for row in rows_of("again/evaluation/all_rows.jsonl")} == set(
+        read("again/data.json")["ids"]["test"]
+    )
     assert facts.why.startswith("The choice was made with 10 training rows.")
 
 
@@ -135,7 +140,11 @@ def test_the_epochs_give_the_steps_that_were_chosen(accumulation: int) -> None:
         ("source", (), "no part of it was trained on target rows"),
         ("merged", ("target.adapter=run/target",), "no part of it was trained on target rows"),
         ("continued", ("final.training.learning_rate=1e-30",), "discarded"),
-        ("target", ("data.target.dev=0", "data.target.micro_dev=0", "final.prune_ratio=0.5"), "no dev and micro-dev rows"),
+        (
+            "target",
+            ("data.target.dev=0", "data.target.micro_dev=0", "final.prune_ratio=0.5"),
+            "no dev and micro-dev rows",
+        ),
     ],
 )
 def test_where_there_is_nothing_to_train_one_line_says_so(
@@ -242,7 +251,12 @@ def test_a_finished_run_goes_on_to_all_rows_and_is_refused_another_seed(
     first = run_tiny(*BEST)
     recorder = Recorder()
     again = run_tiny(*AGAIN, progress=recorder)
-    assert recorder.did == ["final-0.00", "test-losses", "answers", "scores"]  # on all rows, and that adapter on the test
+    assert recorder.did == [
+        "final-0.00",
+        "test-losses",
+        "answers",
+        "scores",
+    ]  # on all rows, and that adapter on the test
     assert {name: again.metrics.systems[name] for name in first.metrics.systems} == first.metrics.systems
     recorder = Recorder()
     assert run_tiny(*BEST, progress=recorder).metrics == first.metrics

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -27,17 +26,16 @@ from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import Adapter, Losses
 from grasp_lora.engine.run_folder import Delivered
-from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Finished
-from grasp_lora.errors import AdapterError, GraspError, Interrupted, ProbeError, RecipeError
+from grasp_lora.errors import AdapterError, Interrupted, ProbeError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.method.policy import Gaussian
 from grasp_lora.method.schedule import Rounds
 from grasp_lora.recipes.load import load_recipe
-from grasp_lora.storage.folder import only_writer
+from grasp_lora.storage.claims import claim
 
 SMALL = ComparisonSettings(seeds=(1,), grid=(0.2, 0.6), resamples=1000)
 FEW = ("target_only", "adaptive_merge", "grid", "grasp")
@@ -145,7 +143,9 @@ class TestTable:
         paces = []
         for step in step_folders(folder, "final-*"):
             result = read(step / "result.json")
-            paces.append(read(step / "done.json")["seconds"] / (2 * result["trained_examples"] + result["measured_examples"]))
+            paces.append(
+                read(step / "done.json")["seconds"] / (2 * result["trained_examples"] + result["measured_examples"])
+            )
         assert comparison.pace is not None
         assert comparison.pace.lowest == pytest.approx(min(paces))
         assert comparison.pace.highest == pytest.approx(max(paces))
@@ -166,9 +166,13 @@ class TestTable:
         drawn = compare_with_baselines(
             losses["grasp"], {"merged": losses["merged"]}, groups=groups, higher_is_better=False, resamples=1000
         )["merged"]
-        assert (against.difference, against.low, against.high) == pytest.approx((drawn.difference, drawn.low, drawn.high))
+        assert (against.difference, against.low, against.high) == pytest.approx(
+            (drawn.difference, drawn.low, drawn.high)
+        )
 
-    def test_seeds_share_the_source_adapter_and_nothing_else_and_what_has_no_seed_has_no_spread(self, tiny_workspace) -> None:
+    def test_seeds_share_the_source_adapter_and_nothing_else_and_what_has_no_seed_has_no_spread(
+        self, tiny_workspace
+    ) -> None:
         comparison, recorder = compared("compare", asked("zero_shot", "source_only", *FEW, seeds=(1, 2)))
         assert recorder.did.count("source") == 1
         assert recorder.did.count("target") == recorder.did.count("controller") == 2
@@ -187,7 +191,9 @@ class TestTable:
             ("no difference shown", "no difference shown", False), (None, None, False),
         ],
     )  # fmt: skip
-    def test_a_gain_in_the_loss_that_no_answer_shows_is_over_confidence_saved(self, whole_comparison, loss, score, saved) -> None:
+    def test_a_gain_in_the_loss_that_no_answer_shows_is_over_confidence_saved(
+        self, whole_comparison, loss, score, saved
+    ) -> None:
         _, comparison = whole_comparison
         against = row_of(comparison, "continued").against
         verdicts = {"test_loss": loss, "exact_match": score, "rougeL": score}
@@ -260,7 +266,12 @@ class TestRecord:
 
     def test_the_tables_are_shown_after_each_seed(self, tiny_workspace) -> None:
         shown = []
-        compare(session_of(), Path("out"), asked("zero_shot", seeds=(1, 2)), lambda folder, it: shown.append((folder, it.seeds)))
+        compare(
+            session_of(),
+            Path("out"),
+            asked("zero_shot", seeds=(1, 2)),
+            lambda folder, it: shown.append((folder, it.seeds)),
+        )
         assert shown == [(Path("out/compare"), [1]), (Path("out/compare"), [1, 2])]
 
 
@@ -317,7 +328,9 @@ class TestSteps:
             assert weights_in(Path("both", name)) == weights_in(finished_run / name)
 
     @pytest.mark.parametrize("deliver", ["best", "grasp"])
-    def test_what_a_run_hands_over_is_a_row_that_trains_nothing_anew(self, deliver, tiny_workspace, monkeypatch) -> None:
+    def test_what_a_run_hands_over_is_a_row_that_trains_nothing_anew(
+        self, deliver, tiny_workspace, monkeypatch
+    ) -> None:
         monkeypatch.setattr("grasp_lora.engine.deliver.AHEAD", 1000.0)  # so that it is not GRASP's result in both
         metrics = run_tiny(f"final.deliver={deliver}", folder="both").metrics
         comparison, recorder = compared("both", asked("delivered", seeds=(42,)), f"final.deliver={deliver}")
@@ -358,7 +371,9 @@ class FakeSteps(Steps):
         return SimpleNamespace(merged=Adapter("merged", lambda: None))
 
     def finetune(self, start: Any, prune_ratio: float, stage: Any = None) -> Any:
-        made: Any = SimpleNamespace(result=SimpleNamespace(dev_loss=self.LOSSES[prune_ratio]["dev"]), key=str(prune_ratio))
+        made: Any = SimpleNamespace(
+            result=SimpleNamespace(dev_loss=self.LOSSES[prune_ratio]["dev"]), key=str(prune_ratio)
+        )
         return Adapter(str(prune_ratio), lambda: None, made, (made,))
 
     def losses(self, adapter: Any, split: str) -> Any:
@@ -394,7 +409,9 @@ class TestMethods:
         comparison, _ = compared("compare", asked("grid", grid=(0.2, 0.6)))
         ratio: Any = row_of(comparison, "grid").prune_ratio
         assert ratio.mean == 0.2
-        assert comparison.warnings == [f"{METHODS['grid'].title}, seed 1, is without ratio 0.6, whose run failed: it diverges"]
+        assert comparison.warnings == [
+            f"{METHODS['grid'].title}, seed 1, is without ratio 0.6, whose run failed: it diverges"
+        ]
 
     @pytest.mark.parametrize("name", ["demo-ar", "mlqa-ar", "xlsum-zh", "llama3-8b-mlqa-ar"])
     def test_the_papers_controller_is_run_as_its_authors_do(self, name) -> None:
@@ -404,7 +421,9 @@ class TestMethods:
         assert (paper.policy.ratio_min, paper.policy.ratio_max) == (policy.ratio_min, policy.ratio_max)
         assert paper.training == recipe.controller.training
 
-    def test_joint_trains_on_both_languages_and_keeps_the_best_of_at_least_four_looks_an_epoch(self, tiny_workspace) -> None:
+    def test_joint_trains_on_both_languages_and_keeps_the_best_of_at_least_four_looks_an_epoch(
+        self, tiny_workspace
+    ) -> None:
         steps = steps_of("target.training.epochs=3", "source.training.patience=1", "source.training.learning_rate=0.5")
         trained = steps.joint()
         assert trained.made is not None
@@ -412,7 +431,9 @@ class TestMethods:
         assert result.trained_examples == 12 + 3 * 10  # the target rows once for each epoch of the target adapter
         looks = [row["dev_loss"] for row in result.history if "dev_loss" in row]
         assert len(looks) >= 1 + 4
-        assert any(later > sooner for sooner, later in itertools.pairwise(looks[:-1]))  # where patience would have stopped
+        assert any(
+            later > sooner for sooner, later in itertools.pairwise(looks[:-1])
+        )  # where patience would have stopped
         assert min(looks) < looks[-1]
         assert result.dev_loss == min(looks)
         assert steps.losses(trained, "dev").result.mean == pytest.approx(result.dev_loss, rel=1e-5)
@@ -487,7 +508,10 @@ class TestDoor:
             ({"seeds": (-1,)}, "greater than or equal to 0"),
             ({"grid": (0.5, 1.5)}, "less than or equal to 1"),
             ({"grid": (float("nan"),)}, "grid"),
-            ({"methods": ("target_only", "grasp"), "resamples": 38}, "resamples is 38; so many methods need at least 39"),
+            (
+                {"methods": ("target_only", "grasp"), "resamples": 38},
+                "resamples is 38; so many methods need at least 39",
+            ),
             ({"folds": 1}, "greater than or equal to 2"),
             ({"folds": 3, "seeds": (1, 2)}, "folds are compared with one seed, but seeds has 2"),
         ],
@@ -504,7 +528,9 @@ class TestDoor:
             (("data.source=null",), "there is no source"),
         ],
     )
-    def test_a_recipe_that_cannot_be_compared_is_refused_and_nothing_is_written(self, tiny_workspace, changes, message) -> None:
+    def test_a_recipe_that_cannot_be_compared_is_refused_and_nothing_is_written(
+        self, tiny_workspace, changes, message
+    ) -> None:
         with pytest.raises(RecipeError, match=message):
             compared("compare", asked("target_only", "grasp"), *changes)
         assert not Path("compare").exists()
@@ -516,14 +542,11 @@ class TestDoor:
         assert grasp.prune_ratio == delivered.prune_ratio  # the recipe hands over GRASP's result in any case
         assert grasp.cost == delivered.cost
 
-    def test_what_is_no_experiments_folder_or_in_use_is_refused(self, tiny_workspace) -> None:
+    def test_what_is_no_experiments_folder_is_refused(self, tiny_workspace) -> None:
         Path("own").mkdir()
         Path("own/notes.txt").write_text("mine")
         with pytest.raises(RecipeError, match="own is not empty and no experiment's"):
             compared("own", asked("zero_shot"))
-        Path("one").mkdir()
-        with only_writer(Path("one")), pytest.raises(RecipeError, match="is being written by"):
-            compared("one", asked("zero_shot"))
 
 
 class Killed(BaseException):
@@ -587,7 +610,7 @@ class TestGoingOn:
             def finished(self, step: Any) -> None:
                 order.append(step.name)
 
-        held = only_writer(Path("compare/store", target.name), beside=True)
+        held = claim(Path("compare/store", target.name), wait=False)
 
         def done_by_the_other(_: float) -> None:
             order.append("waits")

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from grasp_lora.engine.preflight import Finding, preflight
 from grasp_lora.engine.session import Session
 from grasp_lora.errors import DataError, RecipeError
@@ -232,6 +231,14 @@ def test_no_dev_and_no_test_set_are_warned_of(check: Check) -> None:
     assert "the last step of every fine-tune is kept" in found["dev"].text
 
 
+def test_more_rounds_than_the_rule_can_follow_are_warned_of(check: Check) -> None:
+    changes = ("controller.rounds.every=1", "controller.rounds.patience=null", "controller.training.epochs=40")
+    found = check(*SPREAD, *changes)["rounds"]
+    assert found.level == "warning"
+    assert "401 rounds, and rule surrogate takes seconds or minutes for each" in found.text
+    assert check(*SPREAD, *changes, "controller.rule=smooth_fit")["rounds"].level == "ok"
+
+
 def test_a_given_ratio_needs_no_rounds(check: Check) -> None:
     found = check("final.prune_ratio=0.4", "controller.rounds.every=1000")
     assert "rounds" not in found
@@ -259,11 +266,52 @@ def test_a_round_before_training_and_one_after_are_few(check: Check) -> None:
     assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run at most 3 rounds")
 
 
+def test_all_that_is_probed_counts(check: Check) -> None:
+    assert "probes" not in check("controller.rounds.pool=both")  # 4 micro-dev and 6 dev examples
+    assert check("controller.rounds.pool=dev")["probes"].text == "6 examples choose the ratio; 16 are usual"
+    assert "probes" not in check("final.prune_ratio=0.4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        (("preset=spread", "rounds.every=10"), None),
+        (("preset=spread", "rounds.every=5", "rounds.patience=2"), None),
+        (
+            ("preset=spread", "rounds.every=3"),
+            "the run stops after 3 steps without a lower loss, less than an epoch (10 steps); leave controller.rounds.every out "
+            "for a round after each epoch, or set controller.rounds.patience to 4",
+        ),
+        (
+            ("preset=paper",),
+            "controller.rounds.patience is 1, but these rounds are needed to the end of the run; ",
+        ),
+        (("preset=late",), "controller.rounds.patience is 1, but these rounds are needed to the end of the run; "),
+        (("preset=paper", "rounds.patience=null"), None),
+    ],
+)
+def test_patience_that_stops_before_the_probes_tell_anything_is_warned_of(
+    check: Check, changes: tuple[str, ...], warning: str | None
+) -> None:
+    changed = ("rounds.patience=1", "training.epochs=2", *changes)
+    found = check(*(f"controller.{change}" for change in changed)).get("patience")
+    assert (found is None) is (warning is None)
+    if found is not None and warning is not None:
+        assert found.level == "warning"
+        assert found.text.startswith(warning)
+
+
 def test_what_a_controller_cannot_probe_is_an_error_before_the_run(check: Check) -> None:
     with pytest.raises(
-        RecipeError, match=r"controller\.preset spread probes dev, but data\.target\.dev is 0; give it examples"
+        RecipeError, match=r"controller\.rounds\.pool is 'both', but data\.target\.dev is 0; give it examples"
     ):
-        check("controller.preset=spread", "data.target.dev=0")
+        check("controller.rounds.pool=both", "data.target.dev=0")
+
+
+def test_few_late_rounds_are_as_planned(check: Check) -> None:
+    found = check("controller.preset=late", "controller.rounds.pool=both", "controller.rounds.in_turn=5")
+    assert (found["rounds"].level, found["rounds"].text) == ("ok", "the controller will run 3 rounds")
+    assert "and 60 probed examples," in found["cost"].text  # the baseline and 3 candidates on 5 examples
 
 
 def test_data_files_are_looked_for_before_the_backbone_is_loaded(check: Check) -> None:
@@ -286,7 +334,19 @@ def test_time_and_memory_are_measured_on_the_real_rows_and_nothing_of_it_stays(
     check: Check, tiny_workspace: Path
 ) -> None:
     before = {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()}
-    found = check("report_to=tensorboard", "backbone.gradient_checkpointing=true")
-    assert re.fullmatch(r"\d+\.\d GB in all", found["memory"].text)
-    assert re.match(r"at most about \d+ min here: a training example takes \d+\.\d\d s", found["time"].text)
+    found = check("report_to=tensorboard", "final.training.gradient_checkpointing=true")
+    assert re.fullmatch(r"measured: \d+\.\d GB of this process at the longest row", found["memory"].text)
+    time = found["time"].text
+    assert re.fullmatch(
+        r"at most \d+\.\d min for the run .*: a training example takes \d\.\d{3} s, an answer \d\.\d\d s", time
+    )
     assert {file: file.read_bytes() for file in Path().rglob("*") if file.is_file()} == before
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_loaded(
+    tiny_workspace: Path, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("grasp_lora.engine.preflight.available_memory", lambda on_gpu: 1000)
+    monkeypatch.setattr("grasp_lora.engine.session.load_backbone", lambda settings: pytest.fail("it was loaded"))
+    for dtype in ("float32", "bfloat16", "float16"):
+        refused("check", ["--set", f"backbone.dtype={dtype}"], f"GB ({dtype}), and 0.00 GB are free here; set backbone")

@@ -1,6 +1,6 @@
 """A run in two processes, as torchrun starts them: data parallel, one writer."""
 
-import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +12,7 @@ from typing import Any
 import forked
 import pytest
 from conftest import run_ranks
+from recorder import forget, read, result_of, rows_of, step_folders
 
 from grasp_lora.storage.checkpoints import complete
 from grasp_lora.storage.processes import STARTED, distribute, is_first, on_first_process, world_size
@@ -38,26 +39,18 @@ def command(*changes: str) -> list[str]:
     return ["-m", "grasp_lora", "run", "tiny.yaml", "--output", "run", *settings]
 
 
-def read(file: str) -> Any:
-    return json.loads(Path(file).read_text(encoding="utf-8"))
-
-
 def test_two_processes_take_as_many_steps_as_one_and_go_on_where_they_were(tiny_workspace: Path) -> None:
     status, output = launch(*CHANGES)
     assert status == 0, output[-3000:]
     assert output.count(READ_DATA) == output.count(ANSWER) == output.count("adapter run/adapter") == 1
-    records = {file.stem.split("-")[0]: read(str(file))["result"] for file in Path("run/store/records").iterdir()}
+    results = [result_of("run", name) for name in ("source", "target", "controller", "final-*")]
     # 12 examples of the source in fours; 10 of the target in twos, with a round after every other step
-    assert [records[name]["steps"] for name in ("source", "target", "controller", "final")] == [3, 5, 5, 5]
-    assert len(records["controller"]["rounds"]) == 2
+    assert [result["steps"] for result in results] == [3, 5, 5, 5]
+    assert len(results[2]["rounds"]) == 2
     metrics = read("run/metrics.json")
-    ids = [json.loads(line)["id"] for line in Path("run/evaluation/grasp.jsonl").read_text().splitlines()]
-    assert ids == read("run/data.json")["ids"]["test"]
+    assert [row["id"] for row in rows_of("run/evaluation/grasp.jsonl")] == read("run/data.json")["ids"]["test"]
     assert not Path("run/grasp-lora.lock").exists()
-    for step in ("final*", "test-losses", "scores"):
-        for file in Path("run/store/records").glob(f"{step}-*"):
-            file.unlink()
-    Path("run/metrics.json").unlink()
+    forget("run", "final-*", "test-losses", "answers", "scores")
     status, output = launch_forked(*CHANGES)
     assert status == 0, output[-3000:]
     assert read("run/metrics.json") == metrics
@@ -70,15 +63,15 @@ def test_two_processes_that_a_signal_stopped_end_in_the_same_bits(tiny_workspace
     def stop(process: subprocess.Popen[str]) -> None:
         deadline = time.monotonic() + 600
         while (
-            not list(Path("run/store/work").glob("*/target/checkpoint-*/manifest.json")) and time.monotonic() < deadline
+            not list(Path("run/store").glob("target-*/work/checkpoint-*/manifest.json")) and time.monotonic() < deadline
         ):
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
 
     status, output = launch(*changes, during=stop)
     assert status != 0
-    assert output.count("stopped by SIGTERM at target step") == 1, output[-3000:]
-    assert list(Path("run/store/work").glob("*/target/checkpoint-*/manifest.json"))
+    assert len(re.findall(r"stopped by SIGTERM at .*target.* step", output)) == 1, output[-3000:]
+    assert list(Path("run/store").glob("target-*/work/checkpoint-*/manifest.json"))
     status, output = launch(*changes)
     assert status == 0, output[-3000:]
     resumed, metrics = Path("run/target/adapter_model.safetensors").read_bytes(), read("run/metrics.json")
@@ -95,19 +88,14 @@ def test_another_number_of_processes_goes_on_with_the_next_stage(tiny_workspace:
     assert cli("run", "tiny.yaml", "--output", "alone", *settings).status == 0
     status, output = launch_forked(*changes)
     assert status == 0, output[-3000:]
-    [target] = Path("run/store/records").glob("target-*")
-    key = target.stem.rpartition("-")[2]
-    assert [file.name for file in Path("run/store/records").glob("target-*")] == [
-        file.name for file in Path("alone/store/records").glob("target-*")
-    ]
-    assert read(str(target))["made_with"]["processes"] == "2"
+    [target] = step_folders("run", "target")
+    assert [target.name] == [step.name for step in step_folders("alone", "target")]
+    assert read(target / "done.json")["made_with"]["processes"] == "2"
     # As after a kill: the source's step is done, of the target's training there is a checkpoint of two processes.
-    for file in Path("run/store/records").iterdir():
-        if not file.name.startswith("source-"):
-            file.unlink()
-    Path("run/metrics.json").unlink()
-    work = Path("run/store/work", key, "target")
-    checkpoint = work / "checkpoint-2"
+    for step in Path("run/store").iterdir():
+        if not step.name.startswith("source-"):
+            shutil.rmtree(step)
+    checkpoint = target / "work/checkpoint-2"
     checkpoint.mkdir(parents=True)
     for rank in (0, 1):
         (checkpoint / f"rng_state_{rank}.pth").touch()
@@ -115,11 +103,8 @@ def test_another_number_of_processes_goes_on_with_the_next_stage(tiny_workspace:
     result = cli("run", "tiny.yaml", "--output", "run", *settings)
     assert result.status == 0, result.err
     assert "was saved by another number of processes; the training begins anew" in result.err
-    # The source adapter is that of two processes, as the same steps gave it but for rounding and dropout.
-    [source] = Path("run/store/records").glob("source-*")
-    assert read(str(source))["made_with"]["processes"] == "2"
-    [target] = Path("run/store/records").glob("target-*")
-    assert "processes" not in read(str(target))["made_with"]
+    made_with = [read(step_folders("run", name)[0] / "done.json")["made_with"] for name in ("source", "target")]
+    assert [processes["processes"] for processes in made_with] == ["2", "1"]
     for file in ("target/adapter_model.safetensors", "target/history.jsonl"):
         assert Path("run", file).read_bytes() == Path("alone", file).read_bytes()
 

@@ -32,14 +32,14 @@ from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.metrics import score
-from grasp_lora.method.ranking import prune_count
+from grasp_lora.method.masks import prune_count
 from grasp_lora.models import precision
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.backbone import fingerprint
 from grasp_lora.models.live import live_factors
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
-from grasp_lora.storage.folder import LOCK_FILE, only_writer
+from grasp_lora.storage.claims import LOCK_FILE, claim
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.finetune import BestOnDev
 from grasp_lora.training.pruned import PrunedTraining
@@ -205,7 +205,9 @@ print(math.fsum(losses) / len(losses))
                 part = slice(first, first := first + segment.rank)
                 delta = merged.scaling * merged.B[:, part] @ merged.A[part]
                 parent = adapters[segment.name][module]
-                torch.testing.assert_close(delta, 0.5 * parent.scaling * parent.B @ parent.A)  # the exact merge: 1/N each
+                torch.testing.assert_close(
+                    delta, 0.5 * parent.scaling * parent.B @ parent.A
+                )  # the exact merge: 1/N each
 
 
 class TestAgain:
@@ -222,7 +224,9 @@ class TestAgain:
         self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before, recorder = files_of(finished_run, store=True), Recorder()
-        monkeypatch.setattr("grasp_lora.training.finetune.finetune", lambda *_, **__: pytest.fail("it is trained again"))
+        monkeypatch.setattr(
+            "grasp_lora.training.finetune.finetune", lambda *_, **__: pytest.fail("it is trained again")
+        )
         first = run_tiny(progress=recorder)
         assert not recorder.did
         assert files_of(finished_run, store=True) == before
@@ -240,7 +244,7 @@ class TestAgain:
         for name in set(before) - TIMED:
             assert after[name] == before[name], name
 
-    @pytest.mark.parametrize("lost", ["recipe.yaml", "cost.json", "data.json", "controller/rounds.jsonl", "adapter", "evaluation"])
+    @pytest.mark.parametrize("lost", ["recipe.yaml", "cost.json", "controller/rounds.jsonl", "adapter", "evaluation"])
     def test_what_the_folder_has_lost_is_written_again(self, finished_run: Path, lost: str) -> None:
         before, place = files_of(finished_run), finished_run / lost
         shutil.rmtree(place) if place.is_dir() else place.unlink()
@@ -292,7 +296,9 @@ class TestAgain:
         assert set(files_of("run")) - REPORT == FILES
         assert not list(Path("run/store").glob("*/work"))
 
-    def test_a_kill_while_the_files_are_written_is_mended(self, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_kill_while_the_files_are_written_is_mended(
+        self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """metrics.json is gone first and comes last, so that a folder with it is whole."""
         before = files_of(finished_run)
         for name in ("adapter.part", "final.part"):
@@ -315,8 +321,9 @@ class TestAgain:
     def test_a_second_writer_is_refused_and_changes_nothing(self, finished_run: Path) -> None:
         forget(finished_run, "final-*")
         before = files_of(finished_run)
-        with only_writer(finished_run), pytest.raises(
-            RecipeError, match=r"run is being written by process \d+ on .*choose another folder with"
+        with (
+            claim(finished_run, wait=False, inside=True),
+            pytest.raises(RecipeError, match=r"run is being written by another process; .*choose another folder with"),
         ):
             run_tiny()
         assert files_of(finished_run) == before
@@ -368,9 +375,13 @@ class TestAgain:
 
         with monkeypatch.context() as patch:
             patch.setattr("grasp_lora.training.trainer.example_losses", fail)
-            with pytest.raises(GraspError, match=r"^the memory does not suffice for the training .*gradient_checkpointing to true"):
+            with pytest.raises(
+                GraspError, match=r"^the memory does not suffice for the training .*gradient_checkpointing"
+            ):
                 run_tiny()
-        stages = [f"{stage}.training.gradient_checkpointing=true" for stage in ("source", "target", "controller", "final")]
+        stages = [
+            f"{stage}.training.gradient_checkpointing=true" for stage in ("source", "target", "controller", "final")
+        ]
         run_tiny(*stages, progress=recorder)
         assert [name.partition("-")[0] for name in recorder.did] == ["final"]
         after = files_of(finished_run)
@@ -433,7 +444,10 @@ class TestOther:
         return check
 
     def test_rows(self, other: Callable[..., None]) -> None:
-        other(changed_data, "other was begun with other rows than the recipe's files hold now; put those back, or choose another")
+        other(
+            changed_data,
+            "other was begun with other rows than the recipe's files hold now; put those back, or choose another",
+        )
 
     def test_weights_of_a_given_adapter(self, other: Callable[..., None]) -> None:
         def change() -> None:
@@ -451,7 +465,9 @@ class TestOther:
         other(change, "other was begun with other given adapters than", *GIVEN)
 
     def test_backbone(self, other: Callable[..., None], make_tiny_model: Callable[..., Any]) -> None:
-        other(lambda: make_tiny_model("llama", seed=5).save_pretrained("own"), "other was begun with other backbone than")
+        other(
+            lambda: make_tiny_model("llama", seed=5).save_pretrained("own"), "other was begun with other backbone than"
+        )
 
     def test_a_few_weights_of_the_backbone(self, other: Callable[..., None]) -> None:
         other(other_weights, "other was begun with other backbone than")
@@ -582,16 +598,15 @@ class TestWays:
     def test_a_ratio_is_not_learned_from_the_round_before_training_alone(self, finished_run: Path) -> None:
         still = ("controller.training={epochs: 4, learning_rate: 1.0e-30, patience: 1}", "controller.rounds.before_training=true",
                  "controller.policy={ratio_min: 0.4, ratio_max: 0.401}", "controller.rounds.every=15")  # fmt: skip
-        with pytest.raises(GraspError, match=r"stopped by its dev loss at step 10, before a round .*controller\.rounds\.every"):
+        with pytest.raises(
+            GraspError, match=r"stopped by its dev loss at step 10, before a round .*controller\.rounds\.every"
+        ):
             run_tiny(*still, folder="other")
 
     @pytest.mark.parametrize("score", ["magnitude", "input_aware", "gradient_of_delta"])
-    @pytest.mark.parametrize("where", ["scope: factor", "scope: tensor", "scope: global", "granularity: component"])
-    def test_a_held_mask_stays_exactly_as_it_was_chosen(
-        self, score: str, where: str, finished_run: Path, tmp_path: Path
-    ) -> None:
+    def test_a_held_mask_stays_exactly_as_it_was_chosen(self, score: str, finished_run: Path, tmp_path: Path) -> None:
         """The zeros of a final run are those of its first step."""
-        session = session_of(f"final.mask={{score: {score}, {where}}}", "final.training.epochs=0.3", "final.training.keep=last",
+        session = session_of(f"final.mask={{score: {score}}}", "final.training.epochs=0.3", "final.training.keep=last",
                              "final.training.patience=null")  # fmt: skip
         merged, zeros = session.read("run/merged").weights, []
         begin = PrunedTraining.on_train_begin
@@ -618,13 +633,12 @@ class TestWays:
     @pytest.mark.parametrize(
         "changes",
         [
-            ("mask.score=input_aware", "mask.scope=tensor"),
-            ("mask.score=gradient_of_delta", "mask.scope=global"),
-            ("mask.granularity=component", "merge.rule=svd", "merge.rank=3"),
+            ("mask.score=input_aware",),
+            ("mask.score=gradient_of_delta", "merge.rule=svd", "merge.rank=3"),
             ("controller.preset=late", "controller.rounds.pool=dev", "mask.score=input_aware"),
             ("controller.preset=spread",),
         ],
-        ids=["input_aware", "gradient_of_delta", "component", "late", "spread"],
+        ids=["input_aware", "gradient_of_delta", "late", "spread"],
     )
     def test_other_masks_and_merges_run_through(self, changes: tuple[str, ...], tiny_workspace: Path) -> None:
         metrics = run_tiny(*changes).metrics

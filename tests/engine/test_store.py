@@ -1,48 +1,119 @@
-"""Steps that were lost, failed or cannot be read: what is left of them is of use, or it goes."""
+"""The store of steps: each is done once, what is half done counts for nothing, and what cannot be read is named."""
 
 import errno
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from grasp_lora.engine import store as module
+from grasp_lora.engine.results import Losses, Trained
 from grasp_lora.engine.store import Store, key_of
 from grasp_lora.errors import DivergedError, GraspError, RecipeError
+from grasp_lora.storage.checkpoints import complete
+from grasp_lora.storage.claims import Busy, claim
 
-TRAINED = {"trained_examples": 3, "dev_loss": 1.0}
+INPUTS = {"a": 1}
+LOSSES = Losses(losses=[1.0, 0.1], measured_examples=2)
+TRAINED = Trained(steps=3, best_step=2, dev_loss=0.5, history=[{"step": 3, "loss": 0.1}], trained_examples=3)
+FOLDER = f"step-{key_of('step', INPUTS)}"
 
 
-@pytest.mark.parametrize(
-    ("step", "result", "adapter", "kept"),
-    [
-        ("final 0.40", TRAINED, False, True),
-        ("final 0.40", TRAINED, True, False),
-        ("controller", TRAINED, False, False),  # it keeps no adapter
-        ("test losses", {"losses": [1.0]}, False, False),
-    ],
-)
-def test_checkpoints_of_a_killed_second_training_stay_until_it_is_done(
-    tmp_path: Path, step: str, result: dict[str, Any], adapter: bool, kept: bool
-) -> None:
-    settings, key = {"a": 1}, key_of(step, {"a": 1})
-    Store(tmp_path).get(step, settings, lambda *_: result)
-    left = tmp_path / "work" / key / step.replace(" ", "-") / "of-the-training"
-    left.mkdir(parents=True)
-    if adapter:
-        Store(tmp_path).adapter_folder(key).mkdir(parents=True)
-    seen = []
+def never(folder: Path) -> Losses:
+    pytest.fail("it is done again")
 
-    def again(key: str, folder: Path) -> dict[str, Any]:
-        seen.append((folder / left.name).is_dir())
-        return result
 
+def failing(error: BaseException) -> Callable[[Path], Losses]:
+    def work(folder: Path) -> Losses:
+        raise error
+
+    return work
+
+
+def test_a_step_is_done_once_and_read_ever_after(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    assert store.get(step, settings, again).result == result
-    assert left.is_dir() == kept
-    store.get(step, settings, again, redo=True)
-    assert seen == [kept]
-    assert not left.exists()
+    first = store.step("step", INPUTS, Losses, lambda folder: LOSSES)
+    assert store.step("step", INPUTS, Losses, never) is first
+    again = Store(tmp_path).step("step", INPUTS, Losses, never)
+    assert (again, again.repeated, first.repeated) == (first, True, False)
+    assert (again.result, again.folder) == (LOSSES, tmp_path / FOLDER)
+    assert Store(tmp_path).step("step", {"a": 2}, Losses, lambda folder: Losses(losses=[])).key != first.key
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {"done.json", "result.json"}
+
+
+def test_what_was_not_finished_goes_on_and_its_work_goes(tmp_path: Path) -> None:
+    def killed(folder: Path) -> Losses:
+        complete_checkpoint(folder / "work/checkpoint-1")
+        (folder / "result.json").write_text("{")  # as a kill while it is written would not leave it
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).step("step", INPUTS, Losses, killed)
+
+    def goes_on(folder: Path) -> Losses:
+        assert (folder / "work/checkpoint-1").is_dir()
+        return LOSSES
+
+    assert Store(tmp_path).step("step", INPUTS, Losses, goes_on).result == LOSSES
+    assert not (tmp_path / FOLDER / "work").exists()
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_kill_between_result_and_done_does_the_step_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "sync_all", failing(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES)
+    assert (tmp_path / FOLDER / "result.json").is_file()
+    other = Losses(losses=[2.0])
+    assert Store(tmp_path).step("step", INPUTS, Losses, lambda folder: other).result == other
+
+
+@pytest.mark.parametrize("lost", ["result.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "cut off"])
+def test_a_training_of_which_a_file_is_gone_is_done_again(lost: str, tmp_path: Path) -> None:
+    """As after a copy that was broken off: what is handed over would be half an adapter."""
+    tries = []
+
+    def train(folder: Path) -> Trained:
+        tries.append(folder)
+        (folder / "adapter").mkdir(parents=True, exist_ok=True)
+        save_file({"w": torch.ones(9)}, folder / "adapter/adapter_model.safetensors")
+        (folder / "adapter/adapter_config.json").write_text("{}")
+        return TRAINED
+
+    made = Store(tmp_path).step("step", INPUTS, Trained, train)
+    assert Store(tmp_path).step("step", INPUTS, Trained, train).repeated
+    assert (made.trains, len(tries)) == (True, 1)
+    weights = made.folder / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4]) if lost == "cut off" else (made.folder / lost).unlink()
+    assert Store(tmp_path).step("step", INPUTS, Trained, train).result == made.result
+    assert len(tries) == 2
+
+
+def test_another_process_at_a_step_is_busy_and_its_result_is_taken(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with claim(tmp_path / FOLDER, wait=False):
+        with pytest.raises(Busy):
+            store.step("step", INPUTS, Losses, never)
+        other = Store(tmp_path).step("other", INPUTS, Losses, lambda folder: LOSSES)  # each step has a lock of its own
+    assert not other.repeated
+    Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES)
+    assert store.step("step", INPUTS, Losses, never).repeated  # to be busy is no failure
+
+
+def test_a_step_that_another_process_has_just_done_is_not_done_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def after_the_other(place: Path, **how: bool) -> object:
+        monkeypatch.setattr(module, "claim", claim)
+        Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES)
+        return claim(place, **how)
+
+    monkeypatch.setattr(module, "claim", after_the_other)
+    assert Store(tmp_path).step("step", INPUTS, Losses, never).result == LOSSES
 
 
 def test_a_training_that_diverged_is_not_tried_again_on_the_same_machine(
@@ -50,67 +121,76 @@ def test_a_training_that_diverged_is_not_tried_again_on_the_same_machine(
 ) -> None:
     tries = []
 
-    def diverges(key: str, folder: Path) -> dict[str, Any]:
-        tries.append(key)
-        (folder / "checkpoint-5").mkdir(parents=True, exist_ok=True)
+    def diverges(folder: Path) -> Trained:
+        tries.append(folder)
+        complete_checkpoint(folder / "work/checkpoint-5")
         raise DivergedError("the loss is not finite")
 
-    def outer(store: Store) -> Any:
-        return store.get("scores", {"of": 1}, lambda *_: store.get("final 0.40", {"a": 1}, diverges).result)
-
-    with pytest.raises(DivergedError, match=r"^the loss is not finite$"):
-        outer(Store(tmp_path))
-    note = tmp_path / "work" / key_of("final 0.40", {"a": 1}) / "failed.json"
-    assert list(tmp_path.rglob("failed.json")) == [note], "the step around it is not the one that failed"
-    assert not list(tmp_path.rglob("checkpoint-*"))
-    for _ in range(2):
-        with pytest.raises(DivergedError, match=r"^the loss is not finite$"):
-            outer(Store(tmp_path))
+    for _ in range(3):
+        store = Store(tmp_path)
+        for _ in range(2):
+            with pytest.raises(DivergedError, match=r"^the loss is not finite$"):
+                store.step("step", INPUTS, Trained, diverges)
     assert len(tries) == 1
-    assert f"final 0.40 failed here before and is not tried again until {note} is removed" in caplog.text
-    monkeypatch.setattr(module, "made_with", lambda: {"torch": "another"})
-    with pytest.raises(DivergedError, match=r"^the loss is not finite$"):
-        outer(Store(tmp_path))
-    monkeypatch.undo()
+    note = tmp_path / FOLDER / "failed.json"
+    assert f"diverged before and is not tried again until {note} is removed" in caplog.text
+    assert not list(tmp_path.rglob("checkpoint-*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "made_with", lambda: {"torch": "another"})
+        with pytest.raises(DivergedError):
+            Store(tmp_path).step("step", INPUTS, Trained, diverges)
     assert len(tries) == 2
     note.unlink()
-    assert Store(tmp_path).get("final 0.40", {"a": 1}, lambda *_: TRAINED).result == TRAINED
-    assert not note.parent.exists()
+    assert Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES).result == LOSSES
 
 
-def test_other_errors_leave_no_note(tmp_path: Path) -> None:
-    def fails(key: str, folder: Path) -> dict[str, Any]:
-        raise GraspError("the memory does not suffice")
-
-    with pytest.raises(GraspError):
-        Store(tmp_path).get("final 0.40", {"a": 1}, fails)
-    assert not list(tmp_path.rglob("failed.json"))
-    assert Store(tmp_path).get("final 0.40", {"a": 1}, lambda *_: TRAINED).result == TRAINED
+def complete_checkpoint(folder: Path, seconds: float = 1.0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "state.json").write_text("{}")
+    complete(folder, seconds)
 
 
-def test_a_disk_that_does_not_answer_is_no_damaged_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Store(tmp_path).get("final 0.40", {"a": 1}, lambda *_: TRAINED)
-    [file] = (tmp_path / "records").iterdir()
-
-    def out_of_reach(self: Path) -> bytes:
-        raise OSError(errno.EIO, "Input/output error", str(self))
-
-    monkeypatch.setattr(Path, "read_bytes", out_of_reach)
-    with pytest.raises(RecipeError, match=r"cannot be read \(Input/output error\); try again"):
-        Store(tmp_path).on_record("final 0.40", {"a": 1})
-    monkeypatch.undo()
-    file.write_text("{")
-    with pytest.raises(RecipeError, match="is damaged; delete it"):
-        Store(tmp_path).on_record("final 0.40", {"a": 1})
-
-
-def test_seconds_of_a_step_leave_out_only_what_was_done_within_it_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A step that goes on after a kill counts its earlier seconds; one around it never had them."""
-    monkeypatch.setattr(module, "_seconds_so_far", lambda folder: 100.0 if folder.name == "final-0.40" else 0.0)
+def test_another_error_leaves_no_note_and_is_not_tried_again_by_this_process(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    inner = {"a": 1}
-    outer = store.get("scores", {"of": 1}, lambda *_: store.get("final 0.40", inner, lambda *_: TRAINED).result)
-    assert 100.0 <= store.get("final 0.40", inner, lambda *_: TRAINED).seconds < 110.0
-    assert 0.0 <= outer.seconds < 10.0
+    for work in (failing(GraspError("the memory does not suffice")), never):
+        with pytest.raises(GraspError, match="the memory does not suffice"):
+            store.step("step", INPUTS, Losses, work)
+    assert not list(tmp_path.rglob("*.json"))
+    assert Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES).result == LOSSES
+
+
+def test_seconds_of_all_attempts_count(tmp_path: Path) -> None:
+    def killed(folder: Path) -> Losses:
+        complete_checkpoint(folder / "work/checkpoint-5", 100.0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Store(tmp_path).step("step", INPUTS, Losses, killed)
+    assert 100.0 <= Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES).seconds < 110.0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("result.json", "{", "is damaged or of another version"),
+        ("result.json", '{"losses": ["x"]}', r"is damaged or of another version \(losses.0"),
+        ("done.json", "[]", "is damaged or of another version"),
+        ("done.json", {"inputs": {"a": 2}}, "was changed: it does not belong to its folder; delete that folder"),
+        ("done.json", {"key": "0"}, "was changed"),
+    ],
+)
+def test_a_damaged_file_is_named(file: str, content: object, message: str, tmp_path: Path) -> None:
+    Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES)
+    place = tmp_path / FOLDER / file
+    if isinstance(content, dict):
+        content = json.dumps(json.loads(place.read_text()) | content)
+    place.write_text(str(content))
+    with pytest.raises(RecipeError, match=f"{place} {message}"):
+        Store(tmp_path).step("step", INPUTS, Losses, never)
+
+
+def test_a_disk_that_does_not_answer_is_no_unfinished_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Store(tmp_path).step("step", INPUTS, Losses, lambda folder: LOSSES)
+    monkeypatch.setattr(Path, "read_bytes", failing(OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(RecipeError, match=r"cannot be read \(Input/output error\)"):
+        Store(tmp_path).step("step", INPUTS, Losses, never)

@@ -11,15 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from recorder import rows_of, run_tiny, weights_in
 
-from grasp_lora import api
-
-WEIGHTS = "adapter/adapter_model.safetensors"
-
-
-def rows_of(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
+from grasp_lora.errors import RecipeError
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_has_ratio_rewards_and_losses(
@@ -29,13 +23,11 @@ def test_tensorboard_has_ratio_rewards_and_losses(
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    result = api.run("tiny.yaml", ["report_to=tensorboard"], "run")
-    assert (result.folder / WEIGHTS).read_bytes() == (reference_run / WEIGHTS).read_bytes()
-    curves = {
-        folder.name.partition("-")[0]: EventAccumulator(str(folder))
-        for folder in Path("run/store/tensorboard").iterdir()
-    }
-    assert {"source", "target", "controller", "final"} <= {name.partition(" ")[0].partition("_")[0] for name in curves}
+    run_tiny("report_to=tensorboard")
+    assert weights_in("run/adapter") == weights_in(reference_run / "adapter")
+    places = [place for place in Path("run/store").glob("*/tensorboard") if any(place.rglob("events*"))]
+    curves = {place.parent.name.partition("-")[0]: EventAccumulator(str(next(place.rglob("events*")).parent)) for place in places}
+    assert set(curves) == {"source", "target", "controller", "final"}
     for one in curves.values():
         one.Reload()
         assert all(math.isfinite(event.value) for event in one.Scalars("train/loss"))
@@ -64,7 +56,7 @@ def controlled() -> dict[str, Any]:
 
 def steps_of(names: Iterable[str]) -> list[str]:
     """The steps that runs of a tracker are called by, less the keys after them."""
-    return sorted(name.rpartition(" ")[0] for name in names)
+    return sorted(name.partition("-")[0].rpartition(" ")[2] for name in names)
 
 
 @pytest.mark.slow
@@ -73,7 +65,7 @@ def test_trackio(tiny_workspace: Path, reference_run: Path, monkeypatch: pytest.
     monkeypatch.setenv("TRACKIO_DIR", str(tiny_workspace / "tracked"))
     program = "from grasp_lora import api; api.run('tiny.yaml', ['report_to=trackio'], 'run')"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)  # it chooses its place as it is imported
-    assert (Path("run") / WEIGHTS).read_bytes() == (reference_run / WEIGHTS).read_bytes()
+    assert weights_in("run/adapter") == weights_in(reference_run / "adapter")
     [file] = Path("tracked").glob("*.db")
     with sqlite3.connect(file) as database:
         rows = database.execute("select run_name, metrics from metrics order by id").fetchall()
@@ -88,12 +80,12 @@ def test_mlflow(tiny_workspace: Path, reference_run: Path, monkeypatch: pytest.M
     place = f"file://{tiny_workspace / 'tracked'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # files need no database
-    api.run("tiny.yaml", ["report_to=mlflow"], "run")
-    assert (Path("run") / WEIGHTS).read_bytes() == (reference_run / WEIGHTS).read_bytes()
+    run_tiny("report_to=mlflow")
+    assert weights_in("run/adapter") == weights_in(reference_run / "adapter")
     client = mlflow.MlflowClient(place)
     runs = client.search_runs(["0"])
     assert set(steps_of(run.info.run_name for run in runs)) >= STEPS
-    [own] = [run.info.run_id for run in runs if run.info.run_name.startswith("controller")]
+    [own] = [run.info.run_id for run in runs if "controller" in run.info.run_name]
     assert {tag: [one.value for one in client.get_metric_history(own, tag)] for tag in CONTROLLED} == controlled()
 
 
@@ -102,11 +94,11 @@ def test_wandb_without_a_network(tiny_workspace: Path, reference_run: Path, monk
     wandb = pytest.importorskip("wandb", exc_type=ImportError)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tiny_workspace))
-    api.run("tiny.yaml", ["report_to=wandb"], "run")
+    run_tiny("report_to=wandb")
     assert wandb.run is None  # each training's own has ended
-    assert (Path("run") / WEIGHTS).read_bytes() == (reference_run / WEIGHTS).read_bytes()
+    assert weights_in("run/adapter") == weights_in(reference_run / "adapter")
     files = [file.read_bytes() for file in Path("wandb").glob("offline-run-*/*.wandb")]
-    own = {step: [file for file in files if f"{step} ".encode() in file] for step in STEPS}
+    own = {step: [file for file in files if f"{step}-".encode() in file] for step in STEPS}
     assert all(own.values())
     [controller] = [file for file in files if b"grasp/prune_ratio" in file]
     assert controller in own["controller"]
@@ -114,6 +106,9 @@ def test_wandb_without_a_network(tiny_workspace: Path, reference_run: Path, monk
         assert str(row["ratio"]).encode() in controller
 
 
-def test_a_tracker_that_is_not_installed(refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_not_installed(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.integrations.integration_utils.is_mlflow_available", lambda: False)
-    refused("run", ["--set", "report_to=mlflow"], "report_to names 'mlflow', which cannot be used here")
+    for name in ("mlflow", "nonsense"):
+        with pytest.raises(RecipeError, match=f"report_to is {name}: "):
+            run_tiny(f"report_to={name}")
+    assert not Path("run").exists()
