@@ -178,7 +178,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def _untimed(content: dict[str, Any]) -> dict[str, Any]:
     """An object less its seconds, and what was made of them."""
-    return {key: value for key, value in content.items() if "seconds" not in key and key not in ("pace", "timings")}
+    return {key: value for key, value in content.items() if "seconds" not in key and key != "timings"}
 
 
 def call(arguments: Sequence[str]) -> int:

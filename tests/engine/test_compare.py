@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from grasp_lora.engine import compare as module
 from grasp_lora.engine import lorahub, methods
 from grasp_lora.engine.compare import compare
-from grasp_lora.engine.comparison import Comparison, ComparisonSettings, Row, saves_over_confidence
+from grasp_lora.engine.comparison import Comparison, ComparisonSettings, MethodRow, saves_over_confidence
 from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import Adapter, Losses
@@ -53,7 +53,7 @@ def compared(folder: Path | str, settings: ComparisonSettings, *overrides: str) 
     return compare(session_of(*overrides, progress=recorder), Path(folder), settings), recorder
 
 
-def row_of(comparison: Comparison, method: str) -> Row:
+def row_of(comparison: Comparison, method: str) -> MethodRow:
     [row] = [row for row in comparison.rows if row.method == method]
     return row
 
@@ -66,7 +66,6 @@ def mean_loss(comparison: Comparison, method: str) -> float:
 
 def without_seconds(comparison: Comparison) -> dict[str, Any]:
     content = comparison.to_json()
-    content.pop("pace")
     for row in content["rows"]:
         for key in ("seconds", "seconds_in_all"):
             row.get("cost", {}).pop(key, None)
@@ -138,18 +137,6 @@ class TestTable:
         assert cost["grasp"].work == 10 * 2 + 3 * 4 * 4 + cost["adaptive_merge"].work
         assert cost["lorahub"].work == 40 * 4
 
-    def test_the_pace_is_of_the_final_runs(self, whole_comparison) -> None:
-        folder, comparison = whole_comparison
-        paces = []
-        for step in step_folders(folder, "final-*"):
-            result = read(step / "result.json")
-            paces.append(
-                read(step / "done.json")["seconds"] / (2 * result["trained_examples"] + result["measured_examples"])
-            )
-        assert comparison.pace is not None
-        assert comparison.pace.lowest == pytest.approx(min(paces))
-        assert comparison.pace.highest == pytest.approx(max(paces))
-
     def test_rows_of_one_article_are_drawn_together(self, tiny_workspace) -> None:
         rows = [{"prompt": f"target {i}: what?", "completion": f" {i % 7}", "group": f"g{i // 2}"} for i in range(40)]
         Path("target.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -215,7 +202,7 @@ class TestRecord:
         file = finished[0] / "compare/compare.json"
         content = json.loads(file.read_text(encoding="utf-8"))
         for change, place in (({"rows": [content["rows"][0] | {"scores": 1}]}, "rows.0.scores"),
-                              ({"pace": {"lowest": 1}}, "pace.highest"), ({"seed": [1]}, "seed")):  # fmt: skip
+                              ({"seed": [1]}, "seed")):  # fmt: skip
             file.write_text(json.dumps(content | change), encoding="utf-8")
             with pytest.raises(RecipeError, match=rf"{file} is damaged or of another version \({place}"):
                 Comparison.read(file)

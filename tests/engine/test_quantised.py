@@ -3,6 +3,8 @@
 import copy
 import importlib.util
 import json
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,20 +12,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import build_tiny_tokenizer, write_tiny_workspace
-from recorder import read, rows_of
 from peft import PeftModel
+from recorder import read, rows_of, run_tiny, session_of
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from grasp_lora import api
 from grasp_lora.data.encode import Example
-from grasp_lora.models import backbone as backbone_module
+from grasp_lora.engine.predict import predict_texts
+from grasp_lora.engine.run import run
+from grasp_lora.errors import GraspError
+from grasp_lora.models import backbone as backbones
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.answers import generate
 from grasp_lora.models.backbone import Backbone, fingerprint, load_backbone
 from grasp_lora.models.live import live_factors
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.models.settings import QUANTISERS, BackboneSettings, GenerationSettings, LoraSettings
-from grasp_lora.recipes.load import load_recipe
 from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.probes import ProbeSet
 
@@ -33,13 +36,9 @@ EXAMPLES = [
 ]
 
 
-def needs(library: str) -> pytest.MarkDecorator:
-    missing = importlib.util.find_spec(library) is None
-    return pytest.mark.skipif(missing, reason=f'{library} is not installed: pip install "grasp-lora[quant]"')
-
-
-KINDS = [pytest.param(kind, marks=needs(library)) for kind, library in QUANTISERS.items()]
-BITSANDBYTES = [pytest.param(kind, marks=needs("bitsandbytes")) for kind in ("nf4", "int8")]
+MISSING = importlib.util.find_spec("bitsandbytes") is None
+SKIPPED = pytest.mark.skipif(MISSING, reason='bitsandbytes is not installed: pip install "grasp-lora[quant]"')
+KINDS = [pytest.param(kind, marks=SKIPPED) for kind in QUANTISERS]
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +63,15 @@ def run_of(wide: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
     """Give `run_of(kind)`: the folder of a whole run, made once for each kind; a dtype is a kind, too."""
     done: dict[str, Path] = {}
 
-    def run(kind: str) -> Path:
+    def make(kind: str) -> Path:
         if kind not in done:
             recipe = write_tiny_workspace(tmp_path_factory.mktemp(kind) / "work", wide)
             change = f"backbone.quantise={kind}" if kind in QUANTISERS else f"backbone.dtype={kind}"
             done[kind] = recipe.parent / "run"
-            api.run(recipe, overrides=[change, "controller.training.epochs=2"], folder=done[kind])
+            run(session_of(change, "controller.training.epochs=2", recipe=recipe), done[kind])
         return done[kind]
 
-    return run
+    return make
 
 
 @pytest.fixture(params=KINDS)
@@ -157,23 +156,6 @@ def test_a_dev_loss_is_the_loss_that_is_trained_on(kind: str, adapted: Callable[
     assert torch.equal(torch.tensor(ProbeSet(EXAMPLES, 0).losses(model)), trained)
 
 
-@pytest.mark.parametrize("kind", BITSANDBYTES)
-def test_without_our_care_one_of_the_two_would_fail(
-    kind: str, adapted: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from bitsandbytes.functional import has_avx512bf16
-
-    if kind == "nf4" and not has_avx512bf16():
-        pytest.skip("this processor has no AVX512-BF16")
-    monkeypatch.setattr(backbone_module, "keep_exact", lambda model: None)
-    checks = {
-        "nf4": test_gradients_are_the_same_before_and_after_a_dev_evaluation,
-        "int8": test_a_dev_loss_is_the_loss_that_is_trained_on,
-    }
-    with pytest.raises((AssertionError, UserWarning)):
-        checks[kind](kind, adapted)
-
-
 def test_its_adapter_works_on_the_full_model_in_plain_peft(
     kind: str, wide: Path, run_of: Callable[[str], Path], load: Callable[..., Backbone]
 ) -> None:
@@ -191,30 +173,21 @@ def test_its_adapter_works_on_the_full_model_in_plain_peft(
 def test_each_way_has_a_fingerprint_of_its_own_that_stays(kind: str, load: Callable[..., Backbone]) -> None:
     backbone = load(kind)
     assert load(kind).fingerprint == backbone.fingerprint
-    others = {load(other).fingerprint for other in (None, *QUANTISERS) if other != kind and _is_here(other)}
+    others = {load(other).fingerprint for other in (None, *QUANTISERS) if other != kind}
     assert backbone.fingerprint not in others
     ProbeSet(EXAMPLES, 0).losses(backbone.model)
     assert fingerprint(backbone.model) == backbone.fingerprint
-    if QUANTISERS[kind] == "bitsandbytes":
-        assert load(kind, "bfloat16").fingerprint == backbone.fingerprint
-
-
-def _is_here(kind: str | None) -> bool:
-    return kind is None or importlib.util.find_spec(QUANTISERS[kind]) is not None
+    assert load(kind, "bfloat16").fingerprint == backbone.fingerprint
 
 
 def test_an_adapter_is_asked_on_the_backbone_it_was_trained_on(
-    kind: str, run_of: Callable[[str], Path], cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    kind: str, run_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(run_of(kind).parent)
-    loaded = []
-    import grasp_lora.models.backbone as module
-
-    monkeypatch.setattr(module, "_load", lambda *a, real=module._load: loaded.append(a[1].quantise) or real(*a))
-    result = cli("predict", "run/adapter", "--backbone", "tiny-llama", "--device", "cpu", "target 1: what?")
-    assert result.status == 0, result.err
+    load, loaded = backbones._load, []
+    monkeypatch.setattr(backbones, "_load", lambda *given: loaded.append(given[1].quantise) or load(*given))
+    assert len(predict_texts("run/adapter", ["target 1: what?"], "tiny-llama", "cpu")) == 1
     assert loaded == [kind]
-    assert "could not be checked" not in result.err
 
 
 def test_it_is_folded_into_the_full_model(kind: str, run_of: Callable[[str], Path], cli: Callable[..., Any]) -> None:
@@ -227,79 +200,56 @@ def test_it_is_folded_into_the_full_model(kind: str, run_of: Callable[[str], Pat
     assert AutoModelForCausalLM.from_pretrained(out).config.hidden_size == 128
 
 
-@pytest.mark.parametrize("kind", [pytest.param("nf4", marks=needs("bitsandbytes"))])
+@SKIPPED
 def test_an_adapter_of_the_full_model_is_taken_with_a_warning(
-    kind: str, wide: Path, run_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
+    wide: Path, run_of: Callable[[str], Path], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    from grasp_lora.engine.session import Session
-
-    given = run_of("float32") / "source"
+    adapter = run_of("float32") / "source"
     recipe = write_tiny_workspace(tmp_path / "work", wide)
-    changes = [f"backbone.quantise={kind}", f"source.adapters=[{given}]"]
-    session = Session(*load_recipe(recipe, changes))
-    assert list(session.given) == [str(given)]
+    assert session_of("backbone.quantise=nf4", f"source.adapters=[{adapter}]", recipe=recipe).given
     assert "was trained on a full-precision backbone, so that" in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("saved", "change", "message"),
     [
-        ("backbone.quantise=hqq", "backbone.quantise: input should be 'nf4' or 'int8' (it is 'hqq')"),
-        ("backbone.load_in_4bit=true", "set backbone.quantise to nf4"),
+        (None, "backbone.quantise=nf8", "'nf8': use 'nf4', 'int8', or leave it out"),
+        (None, "backbone.quantise=hqq", "'hqq': transformers cannot train on HQQ yet; use 'nf4'"),
+        (None, "backbone.quantise=int4", "'int4': torchao's int4 cannot be trained on; use 'nf4'"),
+        (None, "backbone.load_in_4bit=true", "set backbone.quantise to nf4"),
+        ({"quant_method": "hqq"}, "seed=42", "quantised by HQQ, on which no adapter is trained"),
+        ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "seed=42", "quantised by torchao, on which no adapter"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "backbone.quantise=nf4",
+         "comes quantised ('bitsandbytes'), and is taken as it is: leave"),
     ],
-)
-def test_what_cannot_be_had_is_refused_by_name(change: str, message: str, refused: Callable[..., None]) -> None:
-    for command in ("check", "run", "compare"):
-        refused(command, ["--set", change], message)
-
-
-SAVED = [
-    ({"quant_method": "hqq"}, "quantised by HQQ, on which no adapter is trained"),
-    ({"quant_method": "torchao", "quant_type": "int8_weight_only"}, "quantised by torchao, on which no adapter"),
-]
-
-
-@pytest.mark.parametrize(("saved", "message"), SAVED)
-def test_backbones_that_were_saved_so_are_refused_by_name(
-    saved: dict[str, Any], message: str, refused: Callable[..., None]
+)  # fmt: skip
+def test_what_cannot_be_had_is_refused_by_name(
+    saved: dict[str, Any] | None, change: str, message: str, tiny_workspace: Path
 ) -> None:
-    _save_as(saved)
-    for command in ("check", "run"):
-        refused(command, [], message)
-
-
-@pytest.mark.parametrize("kind", BITSANDBYTES)
-def test_what_comes_quantised_is_not_quantised_again(kind: str, refused: Callable[..., None]) -> None:
-    _save_as({"quant_method": "bitsandbytes", "load_in_8bit": True})
-    refused(
-        "run", ["--set", f"backbone.quantise={kind}"], "comes quantised ('bitsandbytes'), and is taken as it is: leave"
-    )
-
-
-def _save_as(saved: dict[str, Any]) -> None:
-    """Say in the config of the workspace's backbone that it is quantised."""
-    link = Path("tiny-llama")
-    files = {file.name: file.read_bytes() for file in link.iterdir()}
-    link.unlink()
-    link.mkdir()
-    for name, content in files.items():
-        (link / name).write_bytes(content)
-    config = json.loads(files["config.json"]) | {"quantization_config": saved}
-    (link / "config.json").write_text(json.dumps(config))
+    """`saved`: what the config of the backbone says of its bits."""
+    if saved:
+        shutil.copytree("tiny-llama", "copy")
+        Path("tiny-llama").unlink()
+        Path("copy").rename("tiny-llama")
+        config = read("tiny-llama/config.json") | {"quantization_config": saved}
+        Path("tiny-llama/config.json").write_text(json.dumps(config))
+        if MISSING and saved["quant_method"] == "bitsandbytes":
+            pytest.skip("bitsandbytes is not installed")
+    with pytest.raises(GraspError, match=re.escape(message)):
+        run_tiny(change)
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize(("kind", "library"), QUANTISERS.items())
 def test_a_library_that_is_missing_is_named(
-    kind: str, library: str, refused: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    kind: str, library: str, tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(
-        backbone_module.importlib.util, "find_spec", lambda name: None if name == library else real(name)
-    )
-    refused("run", ["--set", f"backbone.quantise={kind}"], f'needs {library}: run pip install "grasp-lora[quant]"')
+    monkeypatch.setattr(backbones.importlib.util, "find_spec", lambda name: None if name == library else real(name))
+    with pytest.raises(GraspError, match=re.escape(f'needs {library}: run pip install "grasp-lora[quant]"')):
+        run_tiny(f"backbone.quantise={kind}")
 
 
-@pytest.mark.parametrize("kind", BITSANDBYTES)
 def test_what_was_saved_quantised_trains_exactly_as_well(
     kind: str, load: Callable[..., Backbone], tmp_path: Path
 ) -> None:
@@ -311,8 +261,3 @@ def test_what_was_saved_quantised_trains_exactly_as_well(
     assert again.quantise is None
     losses = [ProbeSet(EXAMPLES, 0).losses(one.model) for one in (backbone, again)]
     assert losses[0] == losses[1]
-
-
-def test_a_setting_in_python_is_checked_too() -> None:
-    with pytest.raises(ValueError, match="quantise is 'fp4'"):
-        BackboneSettings(quantise="fp4")  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from typing import Any
 import forked
 import pytest
 import torch
+from grasp_lora.training.finetune import BestOnDev
 from recorder import (
     WEIGHTS,
     Recorder,
@@ -33,7 +34,7 @@ from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.metrics import score
 from grasp_lora.method.masks import prune_count
-from grasp_lora.models import precision
+from grasp_lora.models import backbone as backbones
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.backbone import fingerprint
 from grasp_lora.models.live import live_factors
@@ -41,7 +42,6 @@ from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.claims import LOCK_FILE, claim
 from grasp_lora.training.controller import GraspController
-from grasp_lora.training.finetune import BestOnDev
 from grasp_lora.training.pruned import PrunedTraining
 
 SYSTEMS = ("zero_shot", "source", "target", "merged", "grasp")
@@ -481,9 +481,9 @@ class TestOther:
 
     def test_number_format(self, other: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
         def change() -> None:
-            monkeypatch.setattr(precision, "find_dtype", lambda *_: "bfloat16")
+            monkeypatch.setattr(backbones, "find_dtype", lambda *_: "bfloat16")
 
-        monkeypatch.setattr(precision, "find_dtype", lambda *_: "float32")
+        monkeypatch.setattr(backbones, "find_dtype", lambda *_: "float32")
         message = "other was begun in float32, and here it would go on in bfloat16; set backbone.dtype to float32, or"
         other(change, message, "backbone.dtype=auto")
 

@@ -1,5 +1,6 @@
 """The single steps give what the whole run gives, and leave ordinary PEFT adapters."""
 
+import errno
 import json
 import math
 from collections.abc import Callable
@@ -8,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from recorder import session_of
+from recorder import read, rows_of, session_of, weights_in
 
+from grasp_lora.engine import store as store_module
 from grasp_lora.engine.predict import predict_texts
 from grasp_lora.engine.single import evaluate_folders, finetune_folder, learn_folder, merge_folders
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
@@ -23,36 +25,29 @@ def test_the_steps_of_a_run_one_by_one_give_the_same_adapter(finished_run: Path)
     merged = read_adapter("merged")
     assert merged.sha256 == read_adapter("run/merged").sha256
     assert merged.base_model == "tiny-llama"
-    estimate = learn_folder(session_of(), "merged", Path("learned"))
-    assert Path("learned/rounds.jsonl").read_bytes() == (finished_run / "controller/rounds.jsonl").read_bytes()
-    assert json.loads(Path("learned/ratio.json").read_text()) == json.loads(
-        (finished_run / "controller/ratio.json").read_text()
-    )
-    result = finetune_folder(session_of(), "merged", estimate.ratio, Path("tuned"))
-    assert read_adapter("tuned").sha256 == read_adapter("run/adapter").sha256
+    learned = learn_folder(session_of(), "merged", Path("learned"))
+    for name in ("rounds.jsonl", "ratio.json", "history.jsonl"):
+        assert Path("learned", name).read_bytes() == Path("run/controller", name).read_bytes()
+    tuned = finetune_folder(session_of(), "merged", learned.estimate.ratio, Path("tuned"))
+    assert weights_in("tuned") == weights_in("run/adapter")
     assert Path("tuned/history.jsonl").read_bytes() == (finished_run / "final/history.jsonl").read_bytes()
     assert Path("tuned/sparsity.json").read_bytes() == (finished_run / "final/sparsity.json").read_bytes()
-    table = evaluate_folders(session_of(), ["merged", "tuned"], Path("measured")).to_json()
-    metrics = json.loads((finished_run / "metrics.json").read_text())
-    assert table["systems"]["merged"] == metrics["systems"]["merged"]
-    assert table["systems"]["tuned"] == metrics["systems"]["grasp"]
-    assert table["signatures"] == metrics["signatures"]
-    assert table["systems"]["tuned"]["dev_loss"] == pytest.approx(result.dev_loss, rel=1e-6)
+    systems, signatures = evaluate_folders(session_of(), ["merged", "tuned"], Path("measured"))
+    metrics, written = read("run/metrics.json"), read("measured/metrics.json")
+    assert written["systems"] == {"merged": metrics["systems"]["merged"], "tuned": metrics["systems"]["grasp"]}
+    assert written["signatures"] == signatures == metrics["signatures"]
+    assert systems["tuned"].dev_loss == pytest.approx(tuned.dev_loss, rel=1e-6)
     assert Path("measured/tuned.jsonl").read_bytes() == (finished_run / "evaluation/grasp.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("command", [("learn",), ("finetune", "--ratio", "0.4")])
-def test_one_adapter_is_not_trained_as_several_that_are_kept_apart(
-    command: tuple[str, ...], finished_run: Path, cli: Callable[..., Any]
-) -> None:
-    name, *options = command
-    arguments = ("tiny.yaml", "--adapter", "run/merged", "--output", "out", *options, "--set", "merge.rule=paper_apart")
-    result = cli(name, *arguments)
-    assert (result.status, result.err.count("\n")) == (2, 1)
-    assert (
-        "merge.rule 'paper_apart' keeps adapters apart while they train, which a saved adapter cannot; use 'run'"
-        in result.err
-    )
+def test_one_adapter_is_not_trained_as_several_that_are_kept_apart(finished_run: Path) -> None:
+    session = session_of("merge.rule=paper_apart")
+    for step in (lambda: learn_folder(session, "run/merged", Path("out")),
+                 lambda: finetune_folder(session, "run/merged", 0.4, Path("out"))):  # fmt: skip
+        with pytest.raises(
+            RecipeError, match=r"'paper_apart' keeps adapters apart .* a saved adapter cannot; use 'run'"
+        ):
+            step()
     assert not Path("out").exists()
 
 
@@ -71,7 +66,7 @@ def test_adapters_kept_apart_are_merged_into_a_folder_as_their_sum(finished_run:
 def test_predictions_are_those_of_the_evaluation(finished_run: Path) -> None:
     as_predict_loads_it = session_of("backbone.dtype=auto")
     evaluate_folders(as_predict_loads_it, ["run/adapter"], Path("measured"))
-    rows = [json.loads(line) for line in Path("measured/adapter.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = rows_of("measured/adapter.jsonl")
     prompts = {example.id: example.prompt for example in session_of().splits.test}
     answers = predict_texts("run/adapter", [prompts[row["id"]] for row in rows], None, "cpu", max_new_tokens=4)
     assert answers == [row["prediction"] for row in rows]
@@ -115,11 +110,10 @@ def test_no_source_is_needed_to_work_on_a_merged_adapter(finished_run: Path) -> 
 
 
 def test_without_a_test_set_there_is_no_score_but_a_dev_loss(finished_run: Path) -> None:
-    table = evaluate_folders(session_of("data.target.test=0"), ["run/adapter"], Path("measured")).to_json()
-    assert table["systems"]["adapter"]["test_loss"] is None
-    assert table["systems"]["adapter"]["metrics"] == {}
-    assert table["systems"]["adapter"]["dev_loss"] > 0
-    assert table["test_examples"] == 0
+    systems, _ = evaluate_folders(session_of("data.target.test=0"), ["run/adapter"], Path("measured"))
+    assert (systems["adapter"].test_loss, systems["adapter"].metrics) == (None, {})
+    assert (systems["adapter"].dev_loss or 0.0) > 0
+    assert read("measured/metrics.json")["test_examples"] == 0
 
 
 def test_measuring_never_writes_into_a_run_folder(finished_run: Path) -> None:
@@ -127,6 +121,29 @@ def test_measuring_never_writes_into_a_run_folder(finished_run: Path) -> None:
     with pytest.raises(RecipeError, match="run exists and is not an empty folder; choose another with --output"):
         evaluate_folders(session_of(), ["run/adapter"], Path("run"))
     assert (finished_run / "metrics.json").read_bytes() == before
+
+
+def test_a_temporary_folder_that_is_full_is_one_line_and_nothing_is_written(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store_module, "write_json", full)
+    for output in (None, Path("out")):
+        with pytest.raises(GraspError, match="cannot be written \\(No space left on device\\)"):
+            evaluate_folders(session_of(), ["run/adapter"], output)
+    assert not Path("out").exists()
+
+
+def test_what_makes_scores_too_good_or_too_bad_is_said(finished_run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    evaluate_folders(session_of(), ["run/adapter"], None)
+    assert not caplog.messages
+    evaluate_folders(session_of("seed=7"), ["run/adapter"], None)
+    assert " test rows have ids of rows that adapter 'adapter' was trained or chosen on" in caplog.text
+    assert "asks otherwise" not in caplog.text
+    evaluate_folders(session_of('data.target.prompt="Say {prompt}:"'), ["run/adapter"], None)
+    assert "was trained on prompts of the form '{prompt}', and the recipe asks otherwise" in caplog.text
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.5, 40.0, math.nan])

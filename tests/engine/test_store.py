@@ -72,7 +72,9 @@ def test_a_kill_between_result_and_done_does_the_step_again(tmp_path: Path, monk
     assert Store(tmp_path).step("step", INPUTS, Losses, lambda folder: other).result == other
 
 
-@pytest.mark.parametrize("lost", ["result.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "cut off"])
+@pytest.mark.parametrize(
+    "lost", ["result.json", "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "cut off"]
+)
 def test_a_training_of_which_a_file_is_gone_is_done_again(lost: str, tmp_path: Path) -> None:
     """As after a copy that was broken off: what is handed over would be half an adapter."""
     tries = []

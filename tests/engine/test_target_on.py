@@ -15,7 +15,7 @@ from grasp_lora.engine.comparison import Comparison, ComparisonSettings
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import Interrupted, ProbeError, RecipeError
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.beneath import beneath
+from grasp_lora.models.live import frozen_adapter
 from grasp_lora.models.reading import read_adapter
 from grasp_lora.training import finetune as training_module
 
@@ -53,7 +53,7 @@ class TestOnSource:
         tokens = torch.arange(1, 9)[None]
         with torch.no_grad():
             bare = model(tokens).logits
-            with beneath(model, weights):
+            with frozen_adapter(model, weights):
                 lower = model(tokens).logits
             with attached(model, weights) as whole:
                 upper = whole(tokens).logits

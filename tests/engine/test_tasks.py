@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from grasp_lora.data.labels import encode_labels
 from recorder import read, rows_of, run_tiny, session_of, steps_of
 
-from grasp_lora.data.labels import encode_labels
 from grasp_lora.engine import deliver
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from recorder import rows_of, run_tiny, weights_in
 
 from grasp_lora.errors import RecipeError
+
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_has_ratio_rewards_and_losses(
@@ -26,7 +27,10 @@ def test_tensorboard_has_ratio_rewards_and_losses(
     run_tiny("report_to=tensorboard")
     assert weights_in("run/adapter") == weights_in(reference_run / "adapter")
     places = [place for place in Path("run/store").glob("*/tensorboard") if any(place.rglob("events*"))]
-    curves = {place.parent.name.partition("-")[0]: EventAccumulator(str(next(place.rglob("events*")).parent)) for place in places}
+    curves = {
+        place.parent.name.partition("-")[0]: EventAccumulator(str(next(place.rglob("events*")).parent))
+        for place in places
+    }
     assert set(curves) == {"source", "target", "controller", "final"}
     for one in curves.values():
         one.Reload()

@@ -112,7 +112,9 @@ class RunInfo:
             computed_with=computed_with(backbone),
             dtype=str(backbone.model.dtype).removeprefix("torch."),
             quantise=backbone.quantise,
-            parents=tuple(GivenAdapter(adapter.name, adapter.sha256, given(adapter).key) for adapter in session.given.values()),
+            parents=tuple(
+                GivenAdapter(adapter.name, adapter.sha256, given(adapter).key) for adapter in session.given.values()
+            ),
             data=hash_of(session.splits),
             libraries={name: version(name) for name in (*LIBRARIES, *quantiser)},
             python=platform.python_version(),
@@ -310,8 +312,8 @@ def begin(folder: Path, session: Session) -> RunInfo:
         raise RecipeError(f"{folder} holds a run of another recipe ({_differences(folder, session.recipe)}); {advice}")
     if before.dtype != now.dtype:
         raise RecipeError(
-            f"{folder} was begun in {before.dtype}, and here it would go on in {now.dtype}; set backbone.dtype to {before.dtype}, "
-            f"or {advice}"
+            f"{folder} was begun in {before.dtype}, and here it would go on in {now.dtype}; "
+            f"set backbone.dtype to {before.dtype}, or {advice}"
         )
     facts = {"computed_with": "backbone", "parents": "given adapters", "data": "rows"}
     changed = [what for key, what in facts.items() if getattr(before, key) != getattr(now, key)]
