@@ -115,7 +115,7 @@ def learn_folder(session: Session, place: str, output: Path) -> Learned:
     adapter = session.read(_from_here(place))
     with _scratch() as scratch, new_folder(output) as draft:
         steps = Steps(session, Store(scratch))
-        learned, left = steps.control(adapter.weights, session.recipe.controller, scratch)
+        learned, left = steps.control(adapter.weights, session.recipe.controller, scratch / "controller")
         write_json(draft / RATIO_FILE, asdict(learned.estimate))
         for name, rows in (("rounds", learned.rounds), ("timings", learned.timings), ("history", learned.history)):
             write_jsonl(draft / f"{name}.jsonl", rows)

@@ -451,6 +451,7 @@ class Steps:
             "pad_id": self.session.pad_id,
             "seed": seed,
             "folder": folder / WORK,
+            "name": folder.name,
             "report_to": self.recipe.report_to,
             "on_step": self.session.progress.step,
             "checkpoints": Checkpointing(stop_requested=self._stop_requested),

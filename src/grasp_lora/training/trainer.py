@@ -102,6 +102,7 @@ def finetune(
     report_to: Sequence[str] = (),
     on_step: Callable[[dict[str, float]], None] | None = None,
     checkpoints: Checkpointing | None = None,
+    name: str | None = None,
 ) -> FineTuneResult:
     """Train the model's LoRA adapter in place and leave it at its best dev loss.
 
@@ -120,6 +121,7 @@ def finetune(
         checkpoints: when to save `folder`/checkpoint-STEP; training goes on from the newest whole one that is there, which has
             to be of these same arguments, and leaves them for the caller to remove once the result is safe
             (`remove_checkpoints`). None saves and resumes nothing.
+        name: of the training, for trackers and where a signal stops it; None takes that of the folder.
 
     Raises:
         DataError: there are no training examples, or one has no prompt or no answer.
@@ -130,7 +132,7 @@ def finetune(
     if not train:
         raise DataError("there are no training examples; at least one is needed")
     check_measurable(train)
-    arguments = _arguments(model, settings, folder, seed, report_to)
+    arguments = _arguments(model, settings, folder, seed, report_to, name or folder.name)
     steps_per_epoch = settings.steps_per_epoch(math.ceil(len(train) / arguments.world_size))
     arguments.logging_steps = max(1, min(10, steps_per_epoch // 5))
     best, resumed = None, None
@@ -411,19 +413,19 @@ class Saving(SavedInCheckpoints):
         self._trainer.accelerator.wait_for_everyone()  # one that ended now would have the others ended, too
         if self._stop:
             raise Interrupted(
-                f"stopped by {self._stop} at {checkpoint.parent.name} step {state.global_step}; "
+                f"stopped by {self._stop} at {args.run_name} step {state.global_step}; "
                 "run the same command again to go on"
             )
 
 
 def _arguments(
-    model: torch.nn.Module, settings: TrainingSettings, folder: Path, seed: int, report_to: Sequence[str]
+    model: torch.nn.Module, settings: TrainingSettings, folder: Path, seed: int, report_to: Sequence[str], name: str
 ) -> TrainingArguments:
     """What the Trainer is told; it neither evaluates nor saves by itself, since `BestOnDev` and `Saving` do."""
     device = next(model.parameters()).device
     arguments = TrainingArguments(
         output_dir=str(folder),
-        run_name=f"{folder.name} {folder.parent.name}",  # of an experiment: the step and its key
+        run_name=name,
         num_train_epochs=settings.epochs,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,
