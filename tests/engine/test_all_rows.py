@@ -21,7 +21,7 @@ from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.errors import DivergedError, Interrupted, RecipeError
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.models.reading import read_adapter
-from grasp_lora.training import finetune as training_module
+from grasp_lora.training import trainer as training_module
 from grasp_lora.training.settings import TrainingSettings
 
 BEST = ("final.deliver=best", "target.training.epochs=3", "final.training.epochs=2", "final.training.patience=null")

@@ -22,7 +22,7 @@ from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import DataError, GraspError, Interrupted, ProbeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
-from grasp_lora.training import finetune as training_module
+from grasp_lora.training import trainer as training_module
 
 COUNTS = {"test": 5, "dev": 2, "micro_dev": 1, "train": None}
 

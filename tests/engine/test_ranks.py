@@ -1,5 +1,7 @@
-"""A run in two processes, as torchrun starts them: data parallel, one writer."""
+"""A run in two processes, as torchrun starts them: data parallel, one writer, and with `backbone.shard` a split backbone."""
 
+import json
+import os
 import re
 import shutil
 import signal
@@ -12,8 +14,10 @@ from typing import Any
 import forked
 import pytest
 from conftest import run_ranks
-from recorder import forget, read, result_of, rows_of, step_folders
+from recorder import forget, read, result_of, rows_of, run_tiny, step_folders
 
+from grasp_lora.errors import GraspError
+from grasp_lora.models import backbone as backbones
 from grasp_lora.storage.checkpoints import complete
 from grasp_lora.storage.processes import STARTED, distribute, is_first, on_first_process, world_size
 from grasp_lora.training.settings import TrainingSettings
@@ -28,15 +32,15 @@ def launch(*changes: str, during: Callable[[subprocess.Popen[str]], None] | None
     return run_ranks(2, command(*changes), during=during)
 
 
-def launch_forked(*changes: str) -> tuple[int, str]:
+def launch_forked(*changes: str, folder: str = "run") -> tuple[int, str]:
     """The same without torchrun itself and the imports."""
-    done = forked.python(command(*changes), count=2)
+    done = forked.python(command(*changes, folder=folder), count=2)
     return done.returncode, done.stdout + done.stderr
 
 
-def command(*changes: str) -> list[str]:
+def command(*changes: str, folder: str = "run") -> list[str]:
     settings = [part for change in changes for part in ("--set", change)]
-    return ["-m", "grasp_lora", "run", "tiny.yaml", "--output", "run", *settings]
+    return ["-m", "grasp_lora", "run", "tiny.yaml", "--output", folder, *settings]
 
 
 def test_two_processes_take_as_many_steps_as_one_and_go_on_where_they_were(tiny_workspace: Path) -> None:
@@ -145,28 +149,15 @@ def test_commands_of_one_process_say_so(
         assert (result.status, result.err) == (2, f"error: {command} runs in one process; start it without torchrun\n")
 
 
-@pytest.mark.parametrize(
-    "told",
-    [
-        {"RANK": "1"},
-        {"WORLD_SIZE": "4"},
-        {"RANK": "1", "WORLD_SIZE": "2"},
-        {"RANK": "0", "LOCAL_RANK": "", "WORLD_SIZE": ""},
-    ],
-)
-def test_what_torchrun_alone_tells_counts(told: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in STARTED:
-        monkeypatch.delenv(name, raising=False)
-    for name, value in told.items():
-        monkeypatch.setenv(name, value)
-    assert (world_size(), is_first()) == (1, True)
-    assert on_first_process(lambda: 3) == 3
-
-
-def test_one_process_does_everything_itself() -> None:
-    assert (world_size(), is_first()) == (1, True)
-    assert on_first_process(lambda: 3) == 3
-    assert distribute([1, 2, 3], lambda items: [2 * item for item in items]) == [2, 4, 6]
+def test_without_all_that_torchrun_tells_there_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for told in ({}, {"RANK": "1"}, {"WORLD_SIZE": "4"}, {"RANK": "0", "LOCAL_RANK": "", "WORLD_SIZE": ""}):
+        for name in STARTED:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in told.items():
+            monkeypatch.setenv(name, value)
+        assert (world_size(), is_first()) == (1, True)
+        assert on_first_process(lambda: 3) == 3
+        assert distribute([1, 2, 3], lambda items: [2 * item for item in items]) == [2, 4, 6]
 
 
 def test_each_does_its_part_and_all_get_the_whole(tmp_path: Path) -> None:
@@ -189,3 +180,105 @@ leave()
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in "01":
         assert f"<{rank} [[('0', 1), ('0', 2), ('1', 3)], [('0', 4)], []] 0>" in done.stdout
+
+
+# backbone.shard: everything that comes out is as if it were not split.
+
+HELD = """
+import json, os, sys
+import torch
+from grasp_lora.models.backbone import fingerprint, load_backbone
+from grasp_lora.models.answers import generate
+from grasp_lora.models.settings import BackboneSettings, GenerationSettings
+from grasp_lora.storage.processes import join, leave
+
+join("cpu")
+whole = load_backbone(BackboneSettings("tiny-llama", dtype="float32", device="cpu"))
+split = load_backbone(BackboneSettings("tiny-llama", dtype="float32", device="cpu", shard=True))
+total = sum(weight.numel() for weight in whole.model.parameters())
+
+
+def held():
+    weights = split.model.parameters()
+    return sum((weight.to_local() if hasattr(weight, "to_local") else weight).numel() for weight in weights) / total
+
+
+found = {"loaded": held(), "alike": split.fingerprint == whole.fingerprint == fingerprint(split.model)}
+prompts = [[5, 6, 7], [8] * 30, [9, 10]][: 3 * (1 - int(os.environ["RANK"]))]  # one process has nothing to answer
+settings = GenerationSettings(max_new_tokens=9, batch_size=2)
+answers = generate(split.model, split.tokenizer, prompts, settings)
+found |= {"answered": held(), "same": answers == generate(whole.model, whole.tokenizer, prompts, settings)}
+print(json.dumps(found))
+leave()
+"""
+
+
+def results(folder: str) -> dict[str, Any]:
+    """What a run came to, but for seconds."""
+    files = ["metrics.json", "controller/rounds.jsonl", "source/history.jsonl", "final/history.jsonl"]
+    files += [f"{name}/adapter_model.safetensors" for name in ("source", "merged", "final", "adapter")]
+    return {file: Path(folder, file).read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("changes", [["data.target.test=7", "target.on=source"], ["data.target.test=1"]])
+def test_a_split_backbone_changes_no_bit(tiny_workspace: Path, changes: list[str]) -> None:
+    for folder, shard in (("whole", "false"), ("split", "true")):
+        status, output = launch_forked(*CHANGES, *changes, f"backbone.shard={shard}", folder=folder)
+        assert status == 0, output[-3000:]
+    assert results("split") == results("whole")
+    # It is the same run: without the split one goes on with it.
+    forget("split", "final-*")
+    status, output = launch_forked(*CHANGES, *changes, folder="split")
+    assert status == 0, output[-3000:]
+    assert results("split") == results("whole")
+
+
+@pytest.mark.slow
+def test_labels_are_scored_on_a_split_backbone_too(tiny_workspace: Path) -> None:
+    rows = [{"text": f"row {number}", "label": "ab"[number % 2] * (1 + number % 2)} for number in range(40)]
+    for name in ("source", "target"):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    changes = [*CHANGES, "data.task=classification", "data.target.test=3"]
+    for folder, shard in (("whole", "false"), ("split", "true")):
+        status, output = launch_forked(*changes, f"backbone.shard={shard}", folder=folder)
+        assert status == 0, output[-3000:]
+    assert results("split") == results("whole")
+
+
+def test_each_process_holds_half_of_the_weights(tiny_workspace: Path) -> None:
+    done = forked.python(["-c", HELD], count=2, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 2
+    for one in found:
+        assert one["loaded"] <= 0.55
+        assert one["answered"] <= 0.55
+        assert one["alike"]
+        assert one["same"]
+
+
+def test_what_cannot_be_split_is_refused_before_anything(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree("tiny-llama", "packed")
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    Path("packed/config.json").write_text(json.dumps(read("packed/config.json") | {"quantization_config": packed}))
+    for processes, change, message in (
+        (1, "seed=42", "backbone.shard is true, but there is one process: start it with torchrun"),
+        (
+            1,
+            "backbone.quantise=nf4",
+            "shard is true and quantise is 'nf4', but only full weights can be split: leave out one",
+        ),
+        (2, "backbone.name=packed", "is quantised, and only full weights can be split"),
+    ):
+        monkeypatch.setattr(backbones, "world_size", lambda processes=processes: processes)
+        with pytest.raises(GraspError, match=message):
+            run_tiny("backbone.shard=true", change)
+    monkeypatch.undo()
+    for name, what in (("ACCELERATE_USE_FSDP", "FSDP by accelerate"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "true")
+            with pytest.raises(
+                GraspError, match=rf"the environment asks for {what} \({name} is true\).*backbone.shard"
+            ):
+                run_tiny(folder=tiny_workspace / "run")
+    assert not (tiny_workspace / "run").exists()

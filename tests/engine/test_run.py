@@ -11,7 +11,6 @@ from typing import Any
 import forked
 import pytest
 import torch
-from grasp_lora.training.finetune import BestOnDev
 from recorder import (
     WEIGHTS,
     Recorder,
@@ -43,6 +42,7 @@ from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage.claims import LOCK_FILE, claim
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.pruned import PrunedTraining
+from grasp_lora.training.trainer import BestOnDev
 
 SYSTEMS = ("zero_shot", "source", "target", "merged", "grasp")
 FILES = {
@@ -224,9 +224,7 @@ class TestAgain:
         self, finished_run: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         before, recorder = files_of(finished_run, store=True), Recorder()
-        monkeypatch.setattr(
-            "grasp_lora.training.finetune.finetune", lambda *_, **__: pytest.fail("it is trained again")
-        )
+        monkeypatch.setattr("grasp_lora.training.trainer.finetune", lambda *_, **__: pytest.fail("it is trained again"))
         first = run_tiny(progress=recorder)
         assert not recorder.did
         assert files_of(finished_run, store=True) == before

@@ -17,7 +17,7 @@ from grasp_lora.errors import Interrupted, ProbeError, RecipeError
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import frozen_adapter
 from grasp_lora.models.reading import read_adapter
-from grasp_lora.training import finetune as training_module
+from grasp_lora.training import trainer as training_module
 
 ON, AUTO = "target.on=source", "target.on=auto"
 # With these the sum has the lower dev loss: a target adapter that has learned little leaves the average half of the source's.
