@@ -1,9 +1,12 @@
 """Short ways to make, read and tear up a run of the tests' recipe, and a progress that remembers what was done."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import Finished
@@ -12,6 +15,7 @@ from grasp_lora.engine.run_folder import Run
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps
 from grasp_lora.engine.store import Store
+from grasp_lora.recipes.gone import GONE_KEYS
 from grasp_lora.recipes.load import load_recipe
 
 WEIGHTS = "adapter_model.safetensors"
@@ -39,8 +43,30 @@ class Recorder(Progress):
 
 
 def session_of(*overrides: str, recipe: Path | str = "tiny.yaml", progress: Progress | None = None) -> Session:
-    """Open a recipe, by default the one of the tests' workspace; it may name Python code."""
-    return Session(*load_recipe(recipe, overrides, allow_code=True), progress)
+    """Open a recipe, by default the one of the tests' workspace; it may name Python code.
+
+    A field that is no key of a recipe is set as a script would set it.
+    """
+    fields = {key: value for key, _, value in (text.partition("=") for text in overrides) if is_no_key(key)}
+    loaded, base = load_recipe(
+        recipe, [text for text in overrides if text.partition("=")[0] not in fields], allow_code=True
+    )
+    for key, value in fields.items():
+        loaded = changed(loaded, key, yaml.safe_load(value))
+    return Session(loaded, base, progress)
+
+
+def is_no_key(key: str) -> bool:
+    """Whether a field has one right answer, or that of the preset, so that a recipe cannot set it."""
+    return any(f".{key}".endswith(f".{gone}") for gone in GONE_KEYS)
+
+
+def changed(value: Any, path: str, other: Any) -> Any:
+    """A copy with another value somewhere, which nothing checks: that it goes with the rest is another matter."""
+    name, _, rest = path.partition(".")
+    result = copy.copy(value)
+    result.__dict__[name] = changed(getattr(value, name), rest, other) if rest else other  # all of these are frozen
+    return result
 
 
 def steps_of(*overrides: str, store: Path | str = "store") -> Steps:

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+SAVE_EVERY = 3  # optimizer steps from one checkpoint to the next
 WRITES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 # What takes time or says when, and so differs between two runs that do the same.
 TIMED = {
@@ -62,15 +63,9 @@ def load_everything() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401
     import trl  # noqa: F401
 
-    import grasp_lora.cli
-    import grasp_lora.cli.progress
-    import grasp_lora.engine.compare
-    import grasp_lora.engine.run
-    import grasp_lora.engine.single
-    import grasp_lora.models.answers
-    import grasp_lora.models.export
-    import grasp_lora.recipes.init
-    import grasp_lora.training.trainer  # noqa: F401
+    from grasp_lora.storage import checkpoints
+
+    checkpoints.LEAST_STEPS = SAVE_EVERY  # else trainings that short leave none
 
     torch.set_num_threads(1)
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # torch has no pool for the threads of a forked process

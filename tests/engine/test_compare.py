@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import write_tiny_workspace
+from grasp_lora.method.policy import Gaussian
+from grasp_lora.method.schedule import Rounds
 from recorder import Recorder, forget, read, run_tiny, session_of, step_folders, steps_of, weights_in
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -32,9 +34,8 @@ from grasp_lora.errors import AdapterError, Interrupted, ProbeError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.merging import MergeSettings, merge
-from grasp_lora.method.policy import Gaussian
-from grasp_lora.method.schedule import Rounds
 from grasp_lora.recipes.load import load_recipe
+from grasp_lora.storage import checkpoints
 from grasp_lora.storage.claims import claim
 
 SMALL = ComparisonSettings(seeds=(1,), grid=(0.2, 0.6), resamples=1000)
@@ -214,7 +215,7 @@ class TestRecord:
         """Also where a comparison of another recipe was stopped before its first table."""
         folder, _ = finished
         before = {file: file.read_bytes() for file in (folder / "compare").iterdir()}
-        settings, change = asked("merged", "grasp"), "controller.policy.max_step=0.05"
+        settings, change = asked("merged", "grasp"), "controller.policy.ratio_max=0.7"
 
         def stop(*_: Any) -> None:
             raise Interrupted("stopped")
@@ -226,7 +227,7 @@ class TestRecord:
         assert {file: file.read_bytes() for file in (folder / "compare").iterdir()} == before
         assert "the tables of another recipe" in caplog.text
         compared(folder, settings, change)
-        assert "max_step: 0.05" in (folder / "compare/recipe.yaml").read_text(encoding="utf-8")
+        assert "ratio_max: 0.7" in (folder / "compare/recipe.yaml").read_text(encoding="utf-8")
         caplog.clear()
         compared(folder, settings, change)
         assert "another recipe" not in caplog.text
@@ -280,7 +281,7 @@ class TestSteps:
 
     def test_a_changed_controller_leaves_the_other_rows_alone(self, finished) -> None:
         folder, comparison = finished
-        again, recorder = compared(folder, SMALL, "controller.policy.max_step=0.05")
+        again, recorder = compared(folder, SMALL, "controller.policy.ratio_max=0.7")
         assert "controller" in recorder.did
         assert not {"source", "target", "joint", "merge-weights"} & set(recorder.did)
         for name in ("target_only", "continued", "grid", "grid_paper", "lorahub"):
@@ -562,7 +563,8 @@ class TestGoingOn:
             assert first.did + second.did == uninterrupted.did
             assert without_seconds(comparison) == without_seconds(whole)
 
-    def test_one_stopped_inside_trainings_goes_on_to_the_same_bits(self, tiny_workspace) -> None:
+    def test_one_stopped_inside_trainings_goes_on_to_the_same_bits(self, tiny_workspace, monkeypatch) -> None:
+        monkeypatch.setattr(checkpoints, "LEAST_STEPS", 1)
         signals, settings, taken = (4, 9, 30), asked(*FEW, grid=(0.2, 0.6)), 0
 
         def count(*_: Any) -> None:
@@ -575,11 +577,11 @@ class TestGoingOn:
         try:
             for _ in signals:
                 with pytest.raises(Interrupted, match=r"stopped by SIGTERM at .* step"):
-                    compared("one", settings, "save_every=1")
+                    compared("one", settings)
                 assert list(Path("one/store").glob("*/work/*/manifest.json"))
-            comparison, _ = compared("one", settings, "save_every=1")
+            comparison, _ = compared("one", settings)
             stopped = taken
-            whole, _ = compared("other", settings, "save_every=1")
+            whole, _ = compared("other", settings)
         finally:
             handle.remove()
         assert taken - stopped == stopped  # no step was taken twice

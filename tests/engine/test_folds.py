@@ -267,8 +267,12 @@ def test_one_row_a_fold(tiny_workspace: Path) -> None:
     ("changes", "folds", "message"),
     [
         ((), 41, "41 folds are asked for, but the 40 examples of the target form 40 groups"),
-        (("data.target.test_files=[source.jsonl]",), 3, "the target has data.target.test_files"),
-        (("data.target={language: de, train_files: [target.jsonl]}",), 3, "the target has data.target.train_files"),
+        (
+            ("data.target={language: de, files: {pool: [target.jsonl], test: [source.jsonl]}}",),
+            3,
+            "folds are cut from one pool",
+        ),
+        (("data.target={language: de, files: {train: [target.jsonl]}}",), 3, "folds are cut from one pool"),
         (("data.target.dev=30",), 2, "asked for dev 30"),
         (("target.adapter=mine",), 3, "would test rows that the given target.adapter may have been trained on"),
         (("data.task=classification",), 3, "write all of them into data.labels"),

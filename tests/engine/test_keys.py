@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from recorder import session_of
+from recorder import changed, session_of
 
 from grasp_lora.engine.results import Adapter, Finished
 from grasp_lora.engine.session import Session
@@ -43,15 +43,15 @@ TABLE: dict[str, str] = {
         "name", "dtype", "quantise", "revision", "trust_remote_code", "offline", "device", "shard", "gradient_checkpointing",
     )), BY_BACKBONE),
     **dict.fromkeys((f"data.{name}" for name in (
-        "root", "max_tokens", "max_document_tokens", "labels", "prompt", "completion", "chat_template",
-        "skip_unanswered", "source.language",
+        "root", "max_tokens", "max_document_tokens", "labels", "prompt", "completion", "chat_template", "skip_unanswered",
+        "source.language",
     )), BY_ROWS),
     **{f"data.{side}.{name}": BY_ROWS for side in ("source", "target") for name in CORPUS},
     "data.task": "scores",  # by its metrics, where the recipe names none
     "data.target.language": "scores",
     "lora.rank": "source target",
     "lora.alpha": "source target",
-    "lora.dropout": "source target",  # with preset paper the merge is trained without
+    "lora.dropout": TRAINED,  # of the controller run and the final run where merge.dropout is not set
     "lora.target_modules": "source target",
     "lora.rslora": "source target",
     "source.adapters": "source",
@@ -61,8 +61,8 @@ TABLE: dict[str, str] = {
     **{f"target.training.{name}": "target" for name in TRAINING},
     **{f"merge.{name}": "merge" for name in ("rule", "weights", "rank", "density", "seed")},
     "merge.dropout": "controller final",
-    **{f"mask.{name}": "controller final" for name in ("score",)},
-    "controller.preset": "controller",
+    "mask.score": "controller final",
+    "controller.preset": NOTHING,  # by the policy, rounds and rule that it gives
     "controller.policy": "controller",
     **{f"controller.rounds.{name}": "controller" for name in (
         "every", "start", "before_training", "pool", "in_turn", "patience",
@@ -139,15 +139,6 @@ def leaves(value: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def changed(value: Any, path: str, other: Any) -> Any:
-    """A copy with another value somewhere, which nothing checks: that it goes with the rest is another matter."""
-    name, _, rest = path.partition(".")
-    result = copy.copy(value)
-    part = changed(getattr(value, name), rest, other) if rest else other
-    result.__dict__[name] = part  # all of these are frozen
-    return result
-
-
 def another(value: Any) -> Any:
     """Another value of the same kind."""
     if isinstance(value, bool):
@@ -161,7 +152,7 @@ def another(value: Any) -> Any:
 
 @pytest.fixture
 def session(tiny_workspace: Path) -> Session:
-    session = session_of()
+    session = session_of("merge.dropout=null")  # as with every preset but that of the paper
     session.given = {"given": SimpleNamespace(sha256="sum", facts="facts", name="given", weights=None)}  # type: ignore[dict-item]
     return session
 

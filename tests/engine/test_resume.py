@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 from conftest import write_tiny_workspace
-from killed_runs import Attempt
+from killed_runs import SAVE_EVERY, Attempt
 
 COMMAND = ("run", "tiny.yaml", "--output")
-SAVE_EVERY = 3
 READ_ONLY = "mount --bind {0} {0} && mount -o remount,bind,ro {0}"  # over what is there, until it is unmounted
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]  # a user's own mounts, where the system allows that
 
@@ -37,7 +36,7 @@ class Runs:
 
     def __call__(self, folder: str | Path, *changes: str, **moments: str) -> Attempt:
         """Run in a folder; `at_12="kill"` kills it at event 12."""
-        sets = [text for change in (f"save_every={SAVE_EVERY}", *changes) for text in ("--set", change)]
+        sets = [text for change in changes for text in ("--set", change)]
         place = self.workspace / folder
         actions = {name.removeprefix("at_"): action for name, action in moments.items()}
         [attempt] = self.ask([*COMMAND, str(folder), *sets], place, [actions])
@@ -123,7 +122,7 @@ def test_a_kill_at_a_random_moment_loses_nothing(runs: Runs, steps: tuple[str, .
 HARDER = (
     "source.training.epochs=1.5", "target.training.accumulation=2", "target.training.epochs=3", "controller.rounds.every=2",
     "target.training.patience=3", "mask.score=input_aware", "target.on=auto", "final.mode=reselect",
-    "final.mask.score=gradient_of_delta", "final.training.epochs=2", "final.deliver=best", "final.all_rows=true",
+    "final.training.epochs=2", "final.deliver=best", "final.all_rows=true",
 )  # fmt: skip
 
 
@@ -265,8 +264,8 @@ def test_a_folder_that_vanishes_is_one_line(runs: Runs, event: str) -> None:
 
 SHARED = {
     "compare": ("compare", "tiny.yaml", "--methods", "zero_shot,target_only,continued,grid,grasp", "--grid", "0.2,0.5",
-                "--seeds", "1,2", "--set", "save_every=3"),
-    "folds": ("compare", "tiny.yaml", "--methods", "continued,grasp", "--folds", "3", "--set", "save_every=3"),
+                "--seeds", "1,2"),
+    "folds": ("compare", "tiny.yaml", "--methods", "continued,grasp", "--folds", "3"),
 }  # fmt: skip
 
 

@@ -142,7 +142,7 @@ def test_what_makes_scores_too_good_or_too_bad_is_said(finished_run: Path, caplo
     evaluate_folders(session_of("seed=7"), ["run/adapter"], None)
     assert " test rows have ids of rows that adapter 'adapter' was trained or chosen on" in caplog.text
     assert "asks otherwise" not in caplog.text
-    evaluate_folders(session_of('data.target.prompt="Say {prompt}:"'), ["run/adapter"], None)
+    evaluate_folders(session_of('data.prompt={de: "Say {prompt}:"}'), ["run/adapter"], None)
     assert "was trained on prompts of the form '{prompt}', and the recipe asks otherwise" in caplog.text
 
 

@@ -23,7 +23,7 @@ from typing import Any
 from grasp_lora.data.splits import SPLITS, group_numbers, hash_of
 from grasp_lora.engine.results import Adapter, Finished, Learned, Measured, Prediction, Trained, read_json
 from grasp_lora.engine.session import Session
-from grasp_lora.engine.steps import TargetOn, computed_with, given
+from grasp_lora.engine.steps import TargetOn, computed_with, given_adapter
 from grasp_lora.engine.store import ADAPTER
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rules import RatioEstimate
@@ -113,7 +113,8 @@ class RunInfo:
             dtype=str(backbone.model.dtype).removeprefix("torch."),
             quantise=backbone.quantise,
             parents=tuple(
-                GivenAdapter(adapter.name, adapter.sha256, given(adapter).key) for adapter in session.given.values()
+                GivenAdapter(adapter.name, adapter.sha256, given_adapter(adapter).key)
+                for adapter in session.given.values()
             ),
             data=hash_of(session.splits),
             libraries={name: version(name) for name in (*LIBRARIES, *quantiser)},

@@ -376,7 +376,12 @@ class Steps:
             revision=REVISIONS["controller"],
             data=self._data("train", *stage.splits),
             start=merged.key,
-            controller=asdict(stage) | {"policy": plain_policy(stage.policy), "training": _decides(stage.training)},
+            controller={
+                "policy": plain_policy(stage.policy),
+                "rounds": asdict(stage.rounds),
+                "rule": stage.rule,
+                "training": _decides(stage.training),
+            },
             mask=asdict(self.recipe.mask),
             dropout=self.recipe.dropout,
         )
