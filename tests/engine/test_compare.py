@@ -15,8 +15,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from conftest import write_tiny_workspace
-from grasp_lora.method.policy import Gaussian
-from grasp_lora.method.schedule import Rounds
 from recorder import Recorder, forget, read, run_tiny, session_of, step_folders, steps_of, weights_in
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -26,14 +24,14 @@ from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import Comparison, ComparisonSettings, MethodRow, saves_over_confidence
 from grasp_lora.engine.methods import METHODS
 from grasp_lora.engine.progress import Progress
-from grasp_lora.engine.results import Adapter, Losses
+from grasp_lora.engine.results import Adapter, Finished, Losses
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.engine.steps import Steps
-from grasp_lora.engine.store import Finished
 from grasp_lora.errors import AdapterError, Interrupted, ProbeError, RecipeError
 from grasp_lora.evaluation.statistics import compare_with_baselines
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.method.merging import MergeSettings, merge
+from grasp_lora.method.search import Gaussian, Rounds
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage import checkpoints
 from grasp_lora.storage.claims import claim

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from grasp_lora.data.labels import encode_labels
 from recorder import read, rows_of, run_tiny, session_of, steps_of
 
+from grasp_lora.data.encode import encode_labels
 from grasp_lora.engine import deliver
 from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import ComparisonSettings
@@ -64,7 +64,7 @@ def test_a_classification_is_answered_by_the_likeliest_label(tiny_workspace) -> 
         assert by_label[test[number].references[0]][number] == pytest.approx(row["loss"], abs=1e-5)
     # Whoever asks the adapter chooses among the same labels and gets the same answers.
     with asking("run/final") as asked:
-        assert encode_labels(asked.own.labels, asked._encoder()) == labels
+        assert encode_labels(asked.form.labels, asked._encoder()) == labels
         assert asked.texts([row.prompt for row in test]) == [row["prediction"] for row in rows]
     errors = steps.errors(given(read_adapter("run/final")), "test").result.losses
     assert errors == [float(not answer) for answer in right]
