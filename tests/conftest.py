@@ -38,9 +38,6 @@ TINY_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 TINY_CONTEXT = 512
 
 
-# Being ported to the engine.
-collect_ignore_glob = ["engine/test_*.py"]
-
 MEMORY = Path("/dev/shm")  # a file system in memory, on Linux
 MEMORY_NEEDED = 4_000_000_000  # bytes free
 
