@@ -17,7 +17,7 @@ from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.predict import asking
 from grasp_lora.engine.preflight import preflight
 from grasp_lora.engine.results import Losses
-from grasp_lora.engine.steps import Steps, given
+from grasp_lora.engine.steps import Steps, given_adapter
 from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.metrics import METRICS, score
 from grasp_lora.evaluation.statistics import compare_with_baselines
@@ -66,7 +66,7 @@ def test_a_classification_is_answered_by_the_likeliest_label(tiny_workspace) -> 
     with asking("run/final") as asked:
         assert encode_labels(asked.form.labels, asked._encoder()) == labels
         assert asked.texts([row.prompt for row in test]) == [row["prediction"] for row in rows]
-    errors = steps.errors(given(read_adapter("run/final")), "test").result.losses
+    errors = steps.errors(given_adapter(read_adapter("run/final")), "test").result.losses
     assert errors == [float(not answer) for answer in right]
 
 
