@@ -25,11 +25,9 @@ from safetensors.torch import load_file, save_file
 from grasp_lora.cli import STOPPED, app
 from grasp_lora.cli.compare import compare
 from grasp_lora.cli.progress import TerminalProgress
-from grasp_lora.cli.terminal import print_scores
 from grasp_lora.engine import single
 from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.results import Prediction
-from grasp_lora.engine.run_folder import SystemScores
 from grasp_lora.engine.session import Session
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
 from grasp_lora.models.adapters import fresh_adapter
@@ -216,7 +214,7 @@ RAY = "--workers, --address and --gpus-per-worker are for --on ray"
         (("predict", "adapter", "a", " "), "prompt 2 is empty", "give"),
         (("predict", "adapter"), "no prompts", "standard input"),
         (("predict", "adapter", "a", "--max-new-tokens", "0"), "max_new_tokens is 0", "at least 1"),
-        (("predict", "adapter", "a", "--device", "tpu"), "'tpu'", "'auto', 'cpu' or 'cuda'"),
+        (("predict", "adapter", "a", "--device", "tpu"), "'tpu'", "'auto', 'cpu'"),
         (("predict", "no/such/adapter", "a"), "adapter no/such/adapter", "no such folder"),
         (("predict", "moved", "a"), r"'\./gone' does not exist", "--backbone"),
         (("predict", "adapter", "a", "--chat"), "no chat template", "leave .*--chat out"),
@@ -288,12 +286,6 @@ def test_a_probe_loss_that_is_not_finite_names_the_example_and_keeps_the_adapter
     steps = {done.parent.name.split("-")[0] for done in (finished_run / "store").glob("*/done.json")}
     assert steps >= {"source", "target"}
     assert "controller" not in steps
-
-
-def test_training_that_diverges_says_to_lower_the_learning_rate(cli: Cli, tiny_workspace: Path) -> None:
-    # So that the weights themselves overflow: a norm may turn what is merely huge, such as 1e30, into zeros and a finite loss.
-    line = refusal(cli("run", "tiny.yaml", "-o", "out", "-s", "target.training.learning_rate=3e37"), out=None)
-    assert "lower the learning rate" in line
 
 
 def test_every_command_is_listed_and_has_help(cli: Cli) -> None:
@@ -382,21 +374,14 @@ def test_steps_work_one_by_one(cli: Cli, workspace: Path) -> None:
     assert 0.1 <= ratio <= 0.8
     tuned = call("finetune", "recipes/tiny.yaml", "-a", "merged", "--ratio", str(ratio), "-o", "tuned")
     assert re.search("best at step|discarded", tuned)
-    table = call("evaluate", "recipes/tiny.yaml", "-a", "merged", "-a", "tuned", "-o", "measured")
-    assert {"merged", "tuned"} <= set(re.findall(r"\w+", table))
-    assert set(json.loads((workspace / "measured/metrics.json").read_text())["systems"]) == {"merged", "tuned"}
+    shutil.copytree("merged", "other/tuned")
+    table = call("evaluate", "recipes/tiny.yaml", "-a", "tuned", "-a", "other/tuned", "-o", "measured")
+    assert "other/tuned" in table  # two of one name are told apart
+    assert set(json.loads((workspace / "measured/metrics.json").read_text())["systems"]) == {"tuned", "other/tuned"}
+    assert {file.name for file in Path("measured").glob("*.jsonl")} == {"tuned.jsonl", "other--tuned.jsonl"}
     prompts = ("target 1: what?", "target 2: what?")
     assert call("predict", "tuned", *prompts, "--backbone", "tiny-llama", "--max-new-tokens", "3").count("\n") == 2
     assert "-> exported" in call("export", "tuned", "--gguf", "-o", "exported", "--backbone", "tiny-llama")
-
-
-def test_adapters_of_the_same_name_stay_apart(cli: Cli, tiny_workspace: Path, adapters: Path) -> None:
-    for parent in "ab":
-        shutil.copytree(adapters / "adapter", tiny_workspace / parent / "adapter")
-    output(cli("evaluate", "tiny.yaml", "-a", "a/adapter", "-a", "b/adapter", "-o", "out"))
-    assert set(json.loads((tiny_workspace / "out/metrics.json").read_text())["systems"]) == {"a/adapter", "b/adapter"}
-    files = {path.name for path in (tiny_workspace / "out").iterdir()}
-    assert files == {"a--adapter.jsonl", "b--adapter.jsonl", "metrics.json"}
 
 
 def test_a_full_disk_is_one_line_in_a_single_step(cli: Cli, workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -466,15 +451,6 @@ def test_quick_commands_do_without_torch_and_shells_complete_recipes(tiny_worksp
     done = subprocess.run([sys.executable, "-c", CALL + code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert {*builtin_recipes(), "tiny.yaml"} <= set(done.stdout.partition("offered:")[2].splitlines())
-
-
-def test_scores_are_whole_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("exact_match", "f1", "rougeL", "bleu", "chrf++", "similarity", "bertscore")
-    title = "runs/tydiqa-sw-seed-42-with-source-adapter [v2]"
-    print_scores({title: SystemScores(1.23456, 2.34567, dict.fromkeys(names, 56.78))}, dict.fromkeys(names, ""))
-    said = capsys.readouterr().out
-    for text in (title, "1.2346", "2.3457", *names):
-        assert text in said
 
 
 def test_the_first_answers_of_a_system_are_printed_as_they_come() -> None:
