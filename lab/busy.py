@@ -25,7 +25,7 @@ from speed_lab import RATIO, Lab, taken
 
 from grasp_lora.errors import GraspError
 from grasp_lora.method.masks import MaskSet
-from grasp_lora.models.answers import generate
+from grasp_lora.models.generation import generate
 from grasp_lora.models.live import live_pairs, segments_of
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.training.probes import ProbeSet, calibrate

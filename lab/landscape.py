@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from smoothing import SmoothFit, smooth
 
 from grasp_lora.errors import GraspError
-from grasp_lora.storage.files import write_whole
+from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import one_line, quoted
-from grasp_lora.training.settings import TRAINED_AS_MEASURED
+from grasp_lora.training.training_settings import TRAINED_AS_MEASURED
 
 Floats = NDArray[np.float64]
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from grasp_lora.engine.run import run
 from grasp_lora.engine.session import Session
-from grasp_lora.models.settings import QUANTISERS
+from grasp_lora.models.model_settings import QUANTISERS
 from grasp_lora.recipes.load import load_recipe
 
 MEGABYTE = 1e6

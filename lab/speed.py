@@ -37,7 +37,7 @@ from grasp_lora.training.probes import (
     collate,
     example_losses,
 )
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.training_settings import TrainingSettings
 
 CANDIDATES, MICRO_DEV, RANKS, ADAPTERS = (1, 3, 6), (4, 16), (4, 16, 64), (2, 4)
 BUDGETS = (256, 512, 1024, 4096, 8192)

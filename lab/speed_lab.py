@@ -25,8 +25,8 @@ from grasp_lora.recipes.stages import ControllerStage, FinalStage
 from grasp_lora.training.controller import GraspController, RoundRecord
 from grasp_lora.training.probes import ProbeSet, probes_of
 from grasp_lora.training.pruned import PrunedTraining
-from grasp_lora.training.settings import TRAINED_AS_MEASURED, TrainingSettings
 from grasp_lora.training.trainer import finetune
+from grasp_lora.training.training_settings import TRAINED_AS_MEASURED, TrainingSettings
 
 RATIO = 0.4  # of probes and final runs; costs do not depend on it
 

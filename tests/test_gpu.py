@@ -11,7 +11,7 @@ from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.backbone import supports_logits_to_keep
 from grasp_lora.models.live import adapter_weights
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.probes import ProbeSet
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 import grasp_lora
-from grasp_lora.storage import files
 
 UNIX_MODULES = ("fcntl", "grp", "pwd", "resource", "termios", "tty", "pty", "syslog")
 UNIX_NAMES = {
@@ -56,7 +55,7 @@ def test_on_windows_a_file_is_opened_for_writing_to_be_flushed(tmp_path: Path, m
         how.append(flags)
         return os.open(path, flags)
 
-    monkeypatch.setattr(files, "os", SimpleNamespace(**vars(os) | {"name": "nt", "open": opened}))
-    files.sync(file)
-    files.sync(tmp_path)  # a folder cannot be opened there
+    monkeypatch.setattr(writing, "os", SimpleNamespace(**vars(os) | {"name": "nt", "open": opened}))
+    writing.sync(file)
+    writing.sync(tmp_path)  # a folder cannot be opened there
     assert how == [os.O_RDWR]

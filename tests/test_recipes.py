@@ -11,9 +11,9 @@ import pytest
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings
 from grasp_lora.method.search import Gaussian, Rounds
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.recipes.load import builtin_recipes, load_recipe
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.training_settings import TrainingSettings
 
 COUNTS = {
     "source": {"train": 6, "dev": 3},

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from grasp_lora.method.merging import MergeSettings, merge
     from grasp_lora.method.rules import RatioEstimate, Round
     from grasp_lora.method.search import Controller, Decision, RatioPolicy, RatioSearch, Rounds, Spread, preset
+    from grasp_lora.models.adapter_files import read_adapter
     from grasp_lora.models.adapters import attached, save_adapter
     from grasp_lora.models.live import segments_of
-    from grasp_lora.models.reading import read_adapter
     from grasp_lora.recipes.load import load_recipe
     from grasp_lora.recipes.recipe import Recipe
     from grasp_lora.training.controller import GraspController
@@ -54,7 +54,7 @@ _HOMES = {
     "merge": "method.merging",
     "preset": "method.search",
     "prune": "method.masks",
-    "read_adapter": "models.reading",
+    "read_adapter": "models.adapter_files",
     "run": "api",
     "save_adapter": "models.adapters",
     "segments_of": "models.live",

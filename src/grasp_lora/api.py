@@ -17,9 +17,9 @@ from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.recipes.load import Overrides, explain, load_recipe
 from grasp_lora.report.card import write_model_card
 from grasp_lora.report.pages import write_comparison, write_report
-from grasp_lora.storage.files import clear_write_errors
 from grasp_lora.storage.processes import on_first_process
 from grasp_lora.storage.reading import expanded
+from grasp_lora.storage.writing import clear_write_errors
 
 
 @dataclass(frozen=True)

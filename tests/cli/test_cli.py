@@ -23,17 +23,17 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from grasp_lora.cli import STOPPED, app
-from grasp_lora.cli.compare import compare
-from grasp_lora.cli.progress import TerminalProgress
+from grasp_lora.cli.bars import TerminalProgress
+from grasp_lora.cli.comparisons import compare
 from grasp_lora.engine import single
 from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.results import Prediction
 from grasp_lora.engine.session import Session
 from grasp_lora.method.merging import MERGE_RULES, MergeSettings
+from grasp_lora.models.adapter_files import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.live import adapter_weights
-from grasp_lora.models.reading import CONFIG_FILE, OUR_FILE, WEIGHTS_FILE
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.recipes.gone import GONE_COMMANDS
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.recipes.recipe import schema_text

@@ -14,10 +14,10 @@ from conftest import CliResult, build_tiny_model, build_tiny_tokenizer, write_ti
 
 from grasp_lora.engine import predict as predicting
 from grasp_lora.engine.session import Session
+from grasp_lora.models.adapter_files import OUR_FILE
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.live import adapter_weights
-from grasp_lora.models.reading import OUR_FILE
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.recipes.load import load_recipe
 
 Cli = Callable[..., CliResult]

@@ -11,9 +11,9 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from grasp_lora.data.data_settings import CorpusSettings, DataSettings
 from grasp_lora.data.encode import Encoder, Example, Tally, begin_of_chat, encode_rows, prompt_ids, render_chat
 from grasp_lora.data.records import Record
-from grasp_lora.data.settings import CorpusSettings, DataSettings
 from grasp_lora.data.splits import SPLITS, build_splits
 from grasp_lora.data.tasks import Template, resolve_template
 from grasp_lora.errors import DataError

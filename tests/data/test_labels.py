@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from grasp_lora.data.data_settings import CorpusSettings, DataSettings
 from grasp_lora.data.records import MOST_LABELS, check_labels
-from grasp_lora.data.settings import CorpusSettings, DataSettings
 from grasp_lora.data.splits import Splits, build_splits
 from grasp_lora.errors import DataError
 

@@ -18,9 +18,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
+from grasp_lora.data.data_settings import CorpusSettings, DataSettings
 from grasp_lora.data.encode import Example, Tally
 from grasp_lora.data.groups import join_groups
-from grasp_lora.data.settings import CorpusSettings, DataSettings
 from grasp_lora.data.splits import HELD_OUT, SPLITS, DataReport, Splits, assign, build_splits, check_disjoint
 from grasp_lora.errors import DataError
 

@@ -20,9 +20,9 @@ from grasp_lora.engine.comparison import ComparisonSettings
 from grasp_lora.engine.run_folder import Delivered
 from grasp_lora.errors import DivergedError, Interrupted, RecipeError
 from grasp_lora.method.lora import AdapterWeights
-from grasp_lora.models.reading import read_adapter
+from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.training import trainer as training_module
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.training_settings import TrainingSettings
 
 BEST = ("final.deliver=best", "target.training.epochs=3", "final.training.epochs=2", "final.training.patience=null")
 AGAIN = (*BEST, "final.all_rows=true")

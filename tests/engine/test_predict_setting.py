@@ -11,11 +11,11 @@ import torch
 from grasp_lora.engine import predict as module
 from grasp_lora.errors import AdapterError, LackOfMemoryError
 from grasp_lora.models import backbone as backbones
+from grasp_lora.models.adapter_files import Answers, read_adapter
 from grasp_lora.models.adapters import fresh_adapter, save_adapter
 from grasp_lora.models.backbone import load_backbone
 from grasp_lora.models.live import adapter_weights
-from grasp_lora.models.reading import Answers, read_adapter
-from grasp_lora.models.settings import BackboneSettings, LoraSettings
+from grasp_lora.models.model_settings import BackboneSettings, LoraSettings
 
 
 @pytest.fixture

@@ -21,12 +21,12 @@ from grasp_lora.engine.predict import predict_texts
 from grasp_lora.engine.run import run
 from grasp_lora.errors import GraspError
 from grasp_lora.models import backbone as backbones
+from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import attached, fresh_adapter
-from grasp_lora.models.answers import generate
 from grasp_lora.models.backbone import Backbone, fingerprint, load_backbone
+from grasp_lora.models.generation import generate
 from grasp_lora.models.live import live_factors
-from grasp_lora.models.reading import read_adapter
-from grasp_lora.models.settings import QUANTISERS, BackboneSettings, GenerationSettings, LoraSettings
+from grasp_lora.models.model_settings import QUANTISERS, BackboneSettings, GenerationSettings, LoraSettings
 from grasp_lora.training.loss import collate, example_losses
 from grasp_lora.training.probes import ProbeSet
 

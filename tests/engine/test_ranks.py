@@ -20,7 +20,7 @@ from grasp_lora.errors import GraspError
 from grasp_lora.models import backbone as backbones
 from grasp_lora.storage.checkpoints import complete
 from grasp_lora.storage.processes import STARTED, distribute, is_first, on_first_process, world_size
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.training_settings import TrainingSettings
 
 TWO_A_STEP = [f"{stage}.training.accumulation=2" for stage in ("source", "target", "controller", "final")]
 CHANGES = [*TWO_A_STEP, "controller.rounds.every=2"]
@@ -188,8 +188,8 @@ HELD = """
 import json, os, sys
 import torch
 from grasp_lora.models.backbone import fingerprint, load_backbone
-from grasp_lora.models.answers import generate
-from grasp_lora.models.settings import BackboneSettings, GenerationSettings
+from grasp_lora.models.generation import generate
+from grasp_lora.models.model_settings import BackboneSettings, GenerationSettings
 from grasp_lora.storage.processes import join, leave
 
 join("cpu")

@@ -34,10 +34,10 @@ from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.evaluation.metrics import score
 from grasp_lora.method.masks import prune_count
 from grasp_lora.models import backbone as backbones
+from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.backbone import fingerprint
 from grasp_lora.models.live import live_factors
-from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 from grasp_lora.storage import checkpoints
 from grasp_lora.storage.claims import LOCK_FILE, claim

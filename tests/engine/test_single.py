@@ -15,8 +15,8 @@ from grasp_lora.engine import store as store_module
 from grasp_lora.engine.predict import predict_texts
 from grasp_lora.engine.single import evaluate_folders, finetune_folder, learn_folder, merge_folders
 from grasp_lora.errors import AdapterError, DataError, GraspError, RecipeError
+from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.export import export_folder
-from grasp_lora.models.reading import read_adapter
 from grasp_lora.recipes.load import load_recipe
 
 

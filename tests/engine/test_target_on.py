@@ -14,9 +14,9 @@ from grasp_lora.engine.compare import compare
 from grasp_lora.engine.comparison import Comparison, ComparisonSettings
 from grasp_lora.engine.steps import Steps
 from grasp_lora.errors import Interrupted, ProbeError, RecipeError
+from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import frozen_adapter
-from grasp_lora.models.reading import read_adapter
 from grasp_lora.training import trainer as training_module
 
 ON, AUTO = "target.on=source", "target.on=auto"

@@ -21,8 +21,8 @@ from grasp_lora.engine.steps import Steps, given_adapter
 from grasp_lora.errors import GraspError
 from grasp_lora.evaluation.metrics import METRICS, score
 from grasp_lora.evaluation.statistics import compare_with_baselines
+from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import attached
-from grasp_lora.models.reading import read_adapter
 from grasp_lora.training.probes import ProbeSet
 
 LABELS = ("no", "not", "yes")

@@ -24,8 +24,8 @@ socket.socket.connect = socket.socket.connect_ex = refuse
 socket.getaddrinfo = socket.create_connection = refuse
 
 from grasp_lora.errors import GraspError
-from grasp_lora.models.reading import read_adapter
-from grasp_lora.models.settings import BackboneSettings
+from grasp_lora.models.adapter_files import read_adapter
+from grasp_lora.models.model_settings import BackboneSettings
 from grasp_lora.models.backbone import load_backbone
 from grasp_lora.data.files import read_hub
 

@@ -19,11 +19,11 @@ from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.method.merging import MergeSettings, merge
 from grasp_lora.models import backbone as backbone_module
+from grasp_lora.models.adapter_files import AdapterInfo, LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import attached, check_fits, fresh_adapter, save_adapter
 from grasp_lora.models.backbone import Backbone, fingerprint
 from grasp_lora.models.live import adapter_weights, live_pairs, lora_layers, segments_of
-from grasp_lora.models.reading import AdapterInfo, LoadedAdapter, read_adapter
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.model_settings import LoraSettings
 
 TARGETS = {
     "llama": ("q_proj", "v_proj"),

@@ -19,8 +19,8 @@ from transformers import (
 
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models import answers as module
-from grasp_lora.models.answers import generate, label_scores
-from grasp_lora.models.settings import GenerationSettings
+from grasp_lora.models.generation import generate, label_scores
+from grasp_lora.models.model_settings import GenerationSettings
 
 ARCHITECTURES = ["llama", "gemma3", "qwen3", "gpt2"]
 EOS = 2

@@ -34,7 +34,7 @@ from grasp_lora.models.backbone import (
     supports_logits_to_keep,
     weight_sum,
 )
-from grasp_lora.models.settings import BackboneSettings, LoraSettings
+from grasp_lora.models.model_settings import BackboneSettings, LoraSettings
 
 ARCHITECTURES = ["llama", "gemma3", "qwen3", "gpt2"]
 
@@ -418,5 +418,5 @@ def test_settings_nest_in_pydantic_and_unknown_keys_are_errors():
 
 
 def test_settings_import_without_torch():
-    code = "import sys, grasp_lora.models.settings; sys.exit('torch' in sys.modules)"
+    code = "import sys, grasp_lora.models.model_settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -16,7 +16,7 @@ from grasp_lora.errors import GraspError
 from grasp_lora.models import embedded
 from grasp_lora.models.backbone import Backbone, load_backbone
 from grasp_lora.models.embedded import cache_folder
-from grasp_lora.models.settings import BackboneSettings
+from grasp_lora.models.model_settings import BackboneSettings
 
 
 def load(name: str, **settings) -> Backbone:

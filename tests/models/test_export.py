@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from grasp_lora.errors import AdapterError, GraspError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.models.adapter_files import OUR_FILE, WEIGHTS_FILE, read_adapter
 from grasp_lora.models.adapters import save_adapter
 from grasp_lora.models.backbone import fingerprint
 from grasp_lora.models.export import export_folder
-from grasp_lora.models.reading import OUR_FILE, WEIGHTS_FILE, read_adapter
 
 IDS = torch.arange(4, 24)[None]
 TARGETS = {"llama": ("q_proj", "down_proj"), "gemma3": ("q_proj", "down_proj"), "gpt2": ("c_attn",)}

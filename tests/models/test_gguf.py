@@ -13,7 +13,7 @@ from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models.adapters import attached, save_adapter
 from grasp_lora.models.backbone import Backbone, fingerprint, load_backbone
 from grasp_lora.models.export import export_folder
-from grasp_lora.models.settings import BackboneSettings
+from grasp_lora.models.model_settings import BackboneSettings
 
 gguf = pytest.importorskip("gguf")
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grasp_lora import api
 from grasp_lora.engine.predict import predict_texts
+from grasp_lora.models.adapter_files import read_adapter
 from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import backbone_of, fingerprint, load_backbone
-from grasp_lora.models.reading import read_adapter
-from grasp_lora.models.settings import BackboneSettings
+from grasp_lora.models.model_settings import BackboneSettings
 from grasp_lora.recipes.load import load_recipe
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}

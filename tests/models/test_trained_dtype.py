@@ -15,13 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models import backbone as module
+from grasp_lora.models.adapter_files import AdapterInfo, LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import check_fits, fresh_adapter, save_adapter
 from grasp_lora.models.backbone import Backbone, backbone_of, computes_in, load_backbone
 from grasp_lora.models.embedded import PUBLIC_NAME
 from grasp_lora.models.export import export_folder
 from grasp_lora.models.live import adapter_weights
-from grasp_lora.models.reading import AdapterInfo, LoadedAdapter, read_adapter
-from grasp_lora.models.settings import QUANTISERS, BackboneSettings, LoraSettings
+from grasp_lora.models.model_settings import QUANTISERS, BackboneSettings, LoraSettings
 
 KINDS = [
     pytest.param(kind, marks=pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"no {library}"))

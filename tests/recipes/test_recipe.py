@@ -19,7 +19,7 @@ from grasp_lora.recipes.gone import GONE_KEYS
 from grasp_lora.recipes.load import load_recipe, validate
 from grasp_lora.recipes.recipe import Recipe, recipe_keys, schema_text
 from grasp_lora.recipes.text import SCHEMA_LINE, builtin_recipes, builtin_text, parse
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.training_settings import TrainingSettings
 
 SMALL = "name: a\ndata: {task: completion, target: {language: de, files: [x.csv]}}\n"
 Load = Callable[..., Recipe]

@@ -14,7 +14,7 @@ import pytest
 from grasp_lora.engine.run_folder import check_place
 from grasp_lora.errors import GraspError, Interrupted, RecipeError
 from grasp_lora.storage.claims import LOCK_FILE, Busy, claim, new_folder
-from grasp_lora.storage.files import write_whole
+from grasp_lora.storage.writing import write_whole
 
 HOLDER = """
 import sys

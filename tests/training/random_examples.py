@@ -8,7 +8,7 @@ import torch
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.live import live_pairs
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.model_settings import LoraSettings
 
 TARGETS = {
     "llama": ("q_proj", "v_proj"),

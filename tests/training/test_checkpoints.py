@@ -25,7 +25,7 @@ from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.search import Controller, Gaussian, Rounds
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import live_pairs, segments_of
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.storage import checkpoints as checkpoint_module
 from grasp_lora.storage.checkpoints import (
     KEPT,
@@ -36,13 +36,13 @@ from grasp_lora.storage.checkpoints import (
     remove_checkpoints,
     seconds_of,
 )
-from grasp_lora.storage.files import cannot_write, clear_write_errors, write_whole
+from grasp_lora.storage.writing import cannot_write, clear_write_errors, write_whole
 from grasp_lora.training import trainer as trainer_module
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.pruned import PrunedTraining
-from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.trainer import finetune
+from grasp_lora.training.training_settings import TrainingSettings
 
 PAD = 0
 

@@ -23,7 +23,7 @@ from grasp_lora.method.rules import RatioEstimate, Round
 from grasp_lora.method.search import POLICIES, PRESETS, Controller, Decision, Gaussian, Rounds, Spread
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.storage.checkpoints import read_state
 from grasp_lora.training import probes as probing
 from grasp_lora.training import pruned as pruned_module
@@ -32,8 +32,8 @@ from grasp_lora.training.controller import GraspController
 from grasp_lora.training.loss import collate
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn
 from grasp_lora.training.pruned import PrunedTraining
-from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.trainer import finetune
+from grasp_lora.training.training_settings import TrainingSettings
 
 ARCHITECTURES = list(TARGETS)
 TRAINERS = ["ours", "transformers", "trl"]

@@ -12,12 +12,12 @@ from grasp_lora.method.lora import AdapterWeights, Segment
 from grasp_lora.method.search import POLICIES, Controller, Rounds
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import segments_of
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.pruned import PrunedTraining
-from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.trainer import finetune
+from grasp_lora.training.training_settings import TrainingSettings
 
 EXAMPLES = make_examples(8, seed=3)
 STEPS = 8

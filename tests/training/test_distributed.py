@@ -25,7 +25,7 @@ import torch
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.live import live_pairs
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.model_settings import LoraSettings
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ from grasp_lora.training.controller import GraspController
 from grasp_lora.training.trainer import FineTuneTrainer, finetune
 from grasp_lora.training.probes import NormCollector, ProbeSet, calibrate
 from grasp_lora.training.pruned import PrunedTraining
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.training_settings import TrainingSettings
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 fed = []

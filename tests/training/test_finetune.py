@@ -12,11 +12,11 @@ from transformers.utils import logging as transformers_logging
 from grasp_lora.errors import DataError, GraspError, ProbeError
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import adapter_weights, live_pairs
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.training import trainer as finetune_module
 from grasp_lora.training.probes import ProbeSet
-from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.trainer import finetune
+from grasp_lora.training.training_settings import TrainingSettings
 
 PAD = 0
 

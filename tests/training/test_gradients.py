@@ -14,11 +14,11 @@ from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import live_pairs
-from grasp_lora.models.settings import LoraSettings
+from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.training.probes import collate
 from grasp_lora.training.pruned import GradientCheck, check_gradients
-from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.trainer import finetune
+from grasp_lora.training.training_settings import TrainingSettings
 
 draw = random.Random(0)
 EXAMPLES = [Example(f"e{n}", tuple(draw.choices(range(4, 260), k=5)), (draw.randrange(4, 260), 2)) for n in range(4)]

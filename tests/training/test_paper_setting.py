@@ -27,8 +27,8 @@ from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import segments_of
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.probes import ProbeSet
-from grasp_lora.training.settings import TrainingSettings
 from grasp_lora.training.trainer import finetune
+from grasp_lora.training.training_settings import TrainingSettings
 
 FILE = Path(__file__).with_name("paper_rounds.json")
 PAD, EVERY, LEARNING_RATE = 0, 2, 3e-2

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from grasp_lora.cli.adapters import export, predict
-from grasp_lora.cli.compare import compare
+from grasp_lora.cli.comparisons import compare
+from grasp_lora.cli.jobs import check, demo, run
 from grasp_lora.cli.options import UsageError
+from grasp_lora.cli.predicting import export, predict
 from grasp_lora.cli.recipes import init, recipes
-from grasp_lora.cli.run import check, demo, run
-from grasp_lora.cli.steps import evaluate, finetune, learn, merge
+from grasp_lora.cli.single_steps import evaluate, finetune, learn, merge
 from grasp_lora.cli.terminal import error_console, print_error, say, set_up_outputs
 from grasp_lora.errors import GraspError, Interrupted
 from grasp_lora.recipes.gone import GONE_COMMANDS

@@ -14,11 +14,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from grasp_lora.data.data_settings import CorpusSettings, DataSettings
 from grasp_lora.data.encode import Encoder, Example, Tally, check_eos, check_has_template, encode_labels
 from grasp_lora.data.files import Table, read_file, read_hub, resolve_file
 from grasp_lora.data.groups import by_group, join_groups, keys_with_turns
 from grasp_lora.data.records import Pool, Record, check_labels, make_pool, same_label, same_text
-from grasp_lora.data.settings import CorpusSettings, DataSettings
 from grasp_lora.data.tasks import resolve_template, task_fields
 from grasp_lora.errors import DataError
 from grasp_lora.text.display import listed, quoted

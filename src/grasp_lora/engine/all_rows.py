@@ -19,7 +19,7 @@ from grasp_lora.method.masks import MaskSet
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import adapter_weights, live_pairs, segments_of
 from grasp_lora.training.probes import ProbeSet, calibrate
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.training_settings import TrainingSettings
 
 
 def train_again(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from grasp_lora.data.files import Table
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.storage.files import write_whole
+from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import quoted
 
 PREDICTION = "prediction"  # the column of the answers, as in the files of a run: rows may have an `answer` already

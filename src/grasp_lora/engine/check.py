@@ -10,8 +10,8 @@ from grasp_lora.engine.session import Session
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.merging import COMPONENTS, merge_rule
 from grasp_lora.models.adapters import check_target_modules
-from grasp_lora.models.answers import context_of
-from grasp_lora.models.settings import MOST_RANK
+from grasp_lora.models.generation import context_of
+from grasp_lora.models.model_settings import MOST_RANK
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import ControllerStage
 from grasp_lora.storage.processes import world_size

@@ -32,7 +32,7 @@ from grasp_lora.errors import GraspError, RecipeError
 from grasp_lora.models.adapters import check_target_modules
 from grasp_lora.recipes.text import RECIPE_FILE
 from grasp_lora.storage.claims import Busy, Workplace, claim, working_in
-from grasp_lora.storage.files import write_json, write_whole
+from grasp_lora.storage.writing import write_json, write_whole
 
 logger = logging.getLogger(__name__)
 

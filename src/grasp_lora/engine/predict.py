@@ -17,11 +17,11 @@ from grasp_lora.data.tasks import ANY_LANGUAGE, TEMPLATES, Template, check_templ
 from grasp_lora.engine.answered import PREDICTION, check_output, check_unanswered, write_rows
 from grasp_lora.engine.run_folder import ADAPTER_FOLDER
 from grasp_lora.errors import DataError, LackOfMemoryError, RecipeError
+from grasp_lora.models.adapter_files import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import attached, check_fits
-from grasp_lora.models.answers import generate, likeliest_labels
 from grasp_lora.models.backbone import backbone_of
-from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
-from grasp_lora.models.settings import GenerationSettings
+from grasp_lora.models.generation import generate, likeliest_labels
+from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.recipes.load import backbone_of_run
 from grasp_lora.recipes.text import RUN_FILE
 from grasp_lora.storage.reading import is_file, is_folder, is_there

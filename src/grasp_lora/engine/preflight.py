@@ -20,8 +20,8 @@ from grasp_lora.engine.comparison import PLANNED, SEEDS, expected_width
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import choosing_splits
 from grasp_lora.models.adapters import attached, fresh_adapter
-from grasp_lora.models.answers import generate
 from grasp_lora.models.backbone import is_quantised, supports_logits_to_keep
+from grasp_lora.models.generation import generate
 from grasp_lora.recipes.advice import advice
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.recipes.stages import AUTO
@@ -29,7 +29,7 @@ from grasp_lora.storage.memory import enough_memory, peak_memory
 from grasp_lora.text.characters import ENDS_OF_SENTENCES, bare_words, split_unspaced
 from grasp_lora.text.display import listed, one_line, quoted
 from grasp_lora.training.loss import collate, example_losses
-from grasp_lora.training.settings import TRAINED_AS_MEASURED
+from grasp_lora.training.training_settings import TRAINED_AS_MEASURED
 
 FEW_ROUNDS = 10
 FEW_INDEPENDENT_ROUNDS = 3  # where no ratio is held, they do not depend on each other

@@ -17,11 +17,11 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from grasp_lora.data.encode import Example
 from grasp_lora.errors import AdapterError, RecipeError
-from grasp_lora.evaluation.answers import MetricScore
+from grasp_lora.evaluation.short_answers import MetricScore
 from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.rules import RatioEstimate
-from grasp_lora.storage.files import write_json
-from grasp_lora.training.settings import TRAINED_AS_MEASURED
+from grasp_lora.storage.writing import write_json
+from grasp_lora.training.training_settings import TRAINED_AS_MEASURED
 
 RESULT = "result.json"
 MAIN = ("f1", "rougeL", "rougeL_xlsum", "exact_match")  # the first of them that was computed leads the tables

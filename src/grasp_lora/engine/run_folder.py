@@ -28,12 +28,12 @@ from grasp_lora.engine.store import ADAPTER
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.rules import RatioEstimate
 from grasp_lora.models.adapters import restate_answers
-from grasp_lora.models.settings import QUANTISERS
+from grasp_lora.models.model_settings import QUANTISERS
 from grasp_lora.recipes.recipe import Recipe, seen_from
 from grasp_lora.recipes.text import RECIPE_FILE, RUN_FILE, parse
 from grasp_lora.storage.claims import LOCK_FILE
-from grasp_lora.storage.files import discard, sync, sync_all, write_json, write_jsonl, write_whole
 from grasp_lora.storage.processes import world_size
+from grasp_lora.storage.writing import discard, sync, sync_all, write_json, write_jsonl, write_whole
 
 VERSION = 2  # of the folder
 ADAPTER_FOLDER, FINAL_FOLDER, CONTROLLER_FOLDER, MERGED_FOLDER = "adapter", "final", "controller", "merged"

@@ -9,14 +9,14 @@ from grasp_lora.data.encode import Example
 from grasp_lora.data.splits import Fold, Splits, build_splits
 from grasp_lora.data.tasks import task_fields
 from grasp_lora.engine.progress import Progress
-from grasp_lora.evaluation.answers import MetricScore
 from grasp_lora.evaluation.metrics import Metric, resolve_metrics, score
+from grasp_lora.evaluation.short_answers import MetricScore
 from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.models.adapter_files import Answers as HowToAnswer
+from grasp_lora.models.adapter_files import LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import Backbone, load_backbone
-from grasp_lora.models.reading import Answers as HowToAnswer
-from grasp_lora.models.reading import LoadedAdapter, read_adapter
-from grasp_lora.models.settings import EMBEDDED_NAME, BackboneSettings
+from grasp_lora.models.model_settings import EMBEDDED_NAME, BackboneSettings
 from grasp_lora.recipes.recipe import Recipe
 from grasp_lora.storage.reading import is_folder
 from grasp_lora.text.names import without_place

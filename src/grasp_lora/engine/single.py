@@ -26,13 +26,13 @@ from grasp_lora.engine.store import ADAPTER, Store
 from grasp_lora.errors import RecipeError
 from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.method.merging import merge as merge_weights
+from grasp_lora.models.adapter_files import Answers, LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import check_fits, save_adapter
 from grasp_lora.models.backbone import backbone_of
-from grasp_lora.models.reading import Answers, LoadedAdapter, read_adapter
 from grasp_lora.recipes.load import MOST_ABOVE, backbone_of_run
 from grasp_lora.storage.claims import new_folder, refuse_existing
-from grasp_lora.storage.files import clear_write_errors, write_json, write_jsonl
 from grasp_lora.storage.reading import is_folder
+from grasp_lora.storage.writing import clear_write_errors, write_json, write_jsonl
 from grasp_lora.text.display import quoted
 
 logger = logging.getLogger(__name__)

@@ -40,17 +40,17 @@ from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.masks import survival
 from grasp_lora.method.merging import MergeSettings, merge, merge_rule
 from grasp_lora.method.search import plain_policy
+from grasp_lora.models.adapter_files import LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import attached, fresh_adapter
-from grasp_lora.models.answers import generate, likeliest_labels
 from grasp_lora.models.backbone import Backbone, weight_sum
+from grasp_lora.models.generation import generate, likeliest_labels
 from grasp_lora.models.live import adapter_weights, frozen_adapter, segments_of
-from grasp_lora.models.reading import LoadedAdapter, read_adapter
 from grasp_lora.recipes.stages import AUTO, ControllerStage, FinalStage
 from grasp_lora.storage.checkpoints import Checkpointing
 from grasp_lora.storage.processes import distribute, on_first_process, world_size
 from grasp_lora.text.names import without_place
 from grasp_lora.training.probes import ProbeSet, probes_of
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.training_settings import TrainingSettings
 
 if TYPE_CHECKING:  # it brings transformers' Trainer, which takes a second to import; who only checks does without
     from grasp_lora.training.trainer import FineTuneResult

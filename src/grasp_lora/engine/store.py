@@ -34,11 +34,11 @@ from safetensors import SafetensorError, safe_open
 from grasp_lora.engine.progress import Progress
 from grasp_lora.engine.results import RESULT, Finished, Result, Trained, read_json
 from grasp_lora.errors import DivergedError, GraspError, RecipeError
-from grasp_lora.models.reading import CONFIG_FILE, WEIGHTS_FILE
+from grasp_lora.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from grasp_lora.storage.checkpoints import newest_checkpoint, remove_checkpoints, seconds_of
 from grasp_lora.storage.claims import Busy, Workplace, claim, make_folder
-from grasp_lora.storage.files import sync_all, write_json
 from grasp_lora.storage.processes import on_first_process, world_size
+from grasp_lora.storage.writing import sync_all, write_json
 
 VERSION = 2  # of this layout and of the keys; a store of another version is done anew
 WAIT = 0.5  # seconds between two looks at what other processes do

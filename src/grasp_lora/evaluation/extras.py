@@ -18,8 +18,8 @@ from string import punctuation
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.evaluation.answers import MetricScore, Outputs, score_of_fractions, score_of_similarities
 from grasp_lora.evaluation.overlap import rouge_fractions
+from grasp_lora.evaluation.short_answers import MetricScore, Outputs, score_of_fractions, score_of_similarities
 from grasp_lora.storage.network import not_there
 from grasp_lora.storage.reading import expanded, is_folder, reading
 from grasp_lora.text.languages import language_code

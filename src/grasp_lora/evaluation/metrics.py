@@ -11,16 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grasp_lora.errors import DataError, RecipeError
-from grasp_lora.evaluation.answers import (
-    MetricScore,
-    Outputs,
-    accuracy,
-    exact_match,
-    macro_f1,
-    macro_f1_from_statistics,
-    sign,
-    token_f1,
-)
 from grasp_lora.evaluation.extras import (
     BertScoreSettings,
     bertscore,
@@ -31,6 +21,16 @@ from grasp_lora.evaluation.extras import (
     xlsum_rouge,
 )
 from grasp_lora.evaluation.overlap import bleu, bleu_from_statistics, chrf, chrf_from_statistics, rouge
+from grasp_lora.evaluation.short_answers import (
+    MetricScore,
+    Outputs,
+    accuracy,
+    exact_match,
+    macro_f1,
+    macro_f1_from_statistics,
+    sign,
+    token_f1,
+)
 from grasp_lora.text.display import quoted
 from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import imported

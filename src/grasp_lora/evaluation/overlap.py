@@ -6,7 +6,7 @@ from importlib.metadata import version
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from grasp_lora.evaluation.answers import MetricScore, Outputs, score_of_fractions
+from grasp_lora.evaluation.short_answers import MetricScore, Outputs, score_of_fractions
 from grasp_lora.text.characters import DOTTED, is_unspaced, lowered, split_unspaced
 from grasp_lora.text.languages import KNOWN
 

@@ -14,6 +14,7 @@ import torch
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.models.adapter_files import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
 from grasp_lora.models.backbone import Backbone, is_quantised
 from grasp_lora.models.backbone import fingerprint as fingerprint_of
 from grasp_lora.models.live import (
@@ -26,8 +27,7 @@ from grasp_lora.models.live import (
     live_pairs,
     lora_layers,
 )
-from grasp_lora.models.reading import OUR_FILE, PREFIX, WEIGHTS_FILE, AdapterInfo, Answers, LoadedAdapter
-from grasp_lora.models.settings import ALL_LINEAR, LoraSettings
+from grasp_lora.models.model_settings import ALL_LINEAR, LoraSettings
 from grasp_lora.text.display import listed, quoted
 from grasp_lora.text.names import without_place
 

@@ -22,8 +22,8 @@ import torch
 
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.models import embedded
-from grasp_lora.models.reading import CONFIG_FILE
-from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, QUANTISERS, BackboneSettings
+from grasp_lora.models.adapter_files import CONFIG_FILE
+from grasp_lora.models.model_settings import EMBEDDED_HUB_ID, EMBEDDED_NAME, QUANTISERS, BackboneSettings
 from grasp_lora.storage.memory import enough_memory
 from grasp_lora.storage.network import hub_problem, no_network, not_there
 from grasp_lora.storage.processes import join, on_first_process, world_size
@@ -34,7 +34,7 @@ from grasp_lora.text.names import without_place
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from grasp_lora.models.reading import LoadedAdapter
+    from grasp_lora.models.adapter_files import LoadedAdapter
 
 logger = logging.getLogger(__name__)
 

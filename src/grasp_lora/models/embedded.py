@@ -9,9 +9,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from grasp_lora.errors import GraspError
-from grasp_lora.models.settings import EMBEDDED_NAME
-from grasp_lora.storage.files import sync, sync_all
+from grasp_lora.models.model_settings import EMBEDDED_NAME
 from grasp_lora.storage.reading import expanded, sha256_of
+from grasp_lora.storage.writing import sync, sync_all
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import torch
 
 from grasp_lora.errors import AdapterError, GraspError, RecipeError
 from grasp_lora.method.lora import AdapterWeights
+from grasp_lora.models.adapter_files import LoadedAdapter, read_adapter
 from grasp_lora.models.adapters import attached, check_fits
 from grasp_lora.models.backbone import Backbone, backbone_of, is_quantised
-from grasp_lora.models.reading import LoadedAdapter, read_adapter
 from grasp_lora.storage.claims import new_folder, refuse_existing
 from grasp_lora.text.names import needs, without_place
 

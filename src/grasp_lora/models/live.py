@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment, added_up
-from grasp_lora.models.reading import PREFIX
+from grasp_lora.models.adapter_files import PREFIX
 from grasp_lora.text.display import listed, quoted
 
 if TYPE_CHECKING:

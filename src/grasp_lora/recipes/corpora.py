@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from grasp_lora.data.settings import CorpusSettings, DataSettings
-from grasp_lora.models.settings import Texts
+from grasp_lora.data.data_settings import CorpusSettings, DataSettings
+from grasp_lora.models.model_settings import Texts
 from grasp_lora.recipes.section import Section, values_of
 from grasp_lora.text.display import listed
 

@@ -22,16 +22,16 @@ from grasp_lora.data.splits import HELD_OUT, PAPER_SIZES, assign
 from grasp_lora.data.tasks import FALLBACK_LANGUAGE, TASKS, TEMPLATES, built_in_template
 from grasp_lora.errors import AdapterError, DataError, RecipeError
 from grasp_lora.method.search import WITH_DEV, WITHOUT_DEV, preset
-from grasp_lora.models.reading import CONFIG_FILE, read_backbone
-from grasp_lora.models.settings import EMBEDDED_NAME
+from grasp_lora.models.adapter_files import CONFIG_FILE, read_backbone
+from grasp_lora.models.model_settings import EMBEDDED_NAME
 from grasp_lora.recipes.corpus import CUT_DOCUMENT, Corpus, parse_columns, read_corpus, relative
 from grasp_lora.recipes.load import backbone_of_run, validate
 from grasp_lora.recipes.recipe import schema_text
 from grasp_lora.recipes.stages import AUTO
 from grasp_lora.recipes.text import SCHEMA_FILE, SCHEMA_LINE, parse
 from grasp_lora.storage.claims import claim
-from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there
+from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import escaped, listed, quoted
 from grasp_lora.text.languages import language_code
 

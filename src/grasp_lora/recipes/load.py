@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.models.reading import read_base_model
+from grasp_lora.models.adapter_files import read_base_model
 from grasp_lora.recipes.gone import GONE_KEYS
 from grasp_lora.recipes.recipe import Recipe, recipe_keys
 from grasp_lora.recipes.text import RECIPE_FILE, RUN_FILE, builtin_recipes, builtin_text, parse

@@ -15,17 +15,17 @@ from typing import Annotated, Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from grasp_lora.data.settings import DataSettings
+from grasp_lora.data.data_settings import DataSettings
 from grasp_lora.evaluation.extras import BertScoreSettings
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.merging import MergeSettings
-from grasp_lora.models.settings import BackboneSettings, GenerationSettings, LoraSettings, Texts
+from grasp_lora.models.model_settings import BackboneSettings, GenerationSettings, LoraSettings, Texts
 from grasp_lora.recipes.corpora import DataSection
 from grasp_lora.recipes.section import Based, Section
 from grasp_lora.recipes.stages import DELIVER, ControllerStage, FinalStage, SourceStage, TargetStage, from_preset
 from grasp_lora.text.docstrings import arguments
 from grasp_lora.text.names import without_place
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.training_settings import TrainingSettings
 
 PAPER = "paper"  # the preset whose trainings are as the released code has them
 TEXTS = ("prompt", "completion", "stop", "labels", "columns")  # keys of texts that may look like a path

@@ -24,7 +24,7 @@ from grasp_lora.method.search import (
 )
 from grasp_lora.recipes.section import Based, Section, values_of
 from grasp_lora.text.display import quoted
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.training_settings import TrainingSettings
 
 HIDDEN = ("weight_decay", "lr_decay", "max_grad_norm", "evaluate_every", "keep", "gradient_checkpointing")
 Training = Annotated[TrainingSettings, Section(HIDDEN)]

@@ -14,20 +14,20 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from grasp_lora.data.settings import CorpusSettings
+from grasp_lora.data.data_settings import CorpusSettings
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.data.tasks import options_of
 from grasp_lora.engine.run_folder import ALL_ROWS, CARD_FILE, Run
 from grasp_lora.engine.steps import names_of
+from grasp_lora.models.adapter_files import WEIGHTS_FILE
 from grasp_lora.models.embedded import PUBLIC_NAME
-from grasp_lora.models.reading import WEIGHTS_FILE
-from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
+from grasp_lora.models.model_settings import EMBEDDED_HUB_ID, EMBEDDED_LICENCE
 from grasp_lora.recipes.recipe import TEXTS
 from grasp_lora.report.delivered import headline, made_of, reason, upload_command, verdict
 from grasp_lora.report.pages import languages_of, public_name, render, sizes_of, view_of
 from grasp_lora.report.tables import METRIC_NAMES
-from grasp_lora.storage.files import write_whole
 from grasp_lora.storage.reading import sha256_of
+from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import escaped
 from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import last_part

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from grasp_lora.data.settings import CorpusSettings
+from grasp_lora.data.data_settings import CorpusSettings
 from grasp_lora.data.splits import SPLITS
 from grasp_lora.engine.comparison import Comparison
 from grasp_lora.engine.methods import METHODS
@@ -28,7 +28,7 @@ from grasp_lora.report import delivered, tables
 from grasp_lora.report.examples import examples_of, label_note
 from grasp_lora.report.figures import comparison_figure, figures_of, plotly_js, script_json
 from grasp_lora.report.tables import METRIC_NAMES, percent
-from grasp_lora.storage.files import write_whole
+from grasp_lora.storage.writing import write_whole
 from grasp_lora.text.display import escaped, one_line
 from grasp_lora.text.languages import language_code
 from grasp_lora.text.names import last_part

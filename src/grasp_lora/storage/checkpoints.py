@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grasp_lora.errors import GraspError
-from grasp_lora.storage.files import discard, sync, write_whole
 from grasp_lora.storage.reading import sha256_of
+from grasp_lora.storage.writing import discard, sync, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from grasp_lora.errors import GraspError, RecipeError
-from grasp_lora.storage.files import clear_write_errors, discard, sync, sync_all, why_not_written
 from grasp_lora.storage.processes import Interruption, is_first
+from grasp_lora.storage.writing import clear_write_errors, discard, sync, sync_all, why_not_written
 
 LOCK_FILE = "grasp-lora.lock"
 

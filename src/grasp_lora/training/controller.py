@@ -37,7 +37,7 @@ from grasp_lora.method.masks import MaskSet, MaskSettings, Ranking, named, of_pr
 from grasp_lora.method.rules import RatioEstimate, Round
 from grasp_lora.method.search import Controller, RatioSearch, RoundRecord, controller_settings, plain_policy, ratio_rule
 from grasp_lora.storage.checkpoints import State
-from grasp_lora.storage.files import write_jsonl
+from grasp_lora.storage.writing import write_jsonl
 from grasp_lora.training.probes import ProbeSet, ProbesInTurn, calibrate, encoded_rows, probes_of
 from grasp_lora.training.pruned import PrunedTraining
 

@@ -44,13 +44,13 @@ from grasp_lora.storage.checkpoints import (
     remove_checkpoints,
     seconds_of,
 )
-from grasp_lora.storage.files import cannot_write, clear_write_errors, vanished, write_jsonl
 from grasp_lora.storage.memory import enough_memory
+from grasp_lora.storage.writing import cannot_write, clear_write_errors, vanished, write_jsonl
 from grasp_lora.text.display import first_line
 from grasp_lora.training.loss import Encoded, check_measurable, collate, example_losses
 from grasp_lora.training.probes import ProbeSet
 from grasp_lora.training.pruned import GradientCheck, SavedInCheckpoints, no_gradients
-from grasp_lora.training.settings import TrainingSettings
+from grasp_lora.training.training_settings import TrainingSettings
 
 if TYPE_CHECKING:
     from peft import PeftModel

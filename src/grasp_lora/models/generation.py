@@ -16,7 +16,7 @@ import torch
 from grasp_lora.errors import DataError, ProbeError
 from grasp_lora.models.backbone import calls_behind, find_stop_ids, is_split, supports_logits_to_keep, without_peft
 from grasp_lora.models.live import evaluating
-from grasp_lora.models.settings import GenerationSettings
+from grasp_lora.models.model_settings import GenerationSettings
 from grasp_lora.storage.memory import enough_memory
 
 if TYPE_CHECKING:

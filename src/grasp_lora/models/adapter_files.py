@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from grasp_lora.errors import AdapterError
 from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
-from grasp_lora.models.settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
+from grasp_lora.models.model_settings import EMBEDDED_HUB_ID, EMBEDDED_NAME
 from grasp_lora.storage.network import no_network, not_there
 from grasp_lora.storage.reading import expanded, is_folder, reading, sha256_of
 from grasp_lora.text.display import escaped
