@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import grasp_lora
+from grasp_lora.storage import writing
 
 UNIX_MODULES = ("fcntl", "grp", "pwd", "resource", "termios", "tty", "pty", "syslog")
 UNIX_NAMES = {

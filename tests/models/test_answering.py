@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from grasp_lora.errors import DataError, ProbeError
-from grasp_lora.models import answers as module
+from grasp_lora.models import generation as module
 from grasp_lora.models.generation import generate, label_scores
 from grasp_lora.models.model_settings import GenerationSettings
 
