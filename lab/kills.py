@@ -53,7 +53,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "learn": ("learn", "tiny.yaml", "--adapter", f"{GIVEN}/merged"),
     "finetune": ("finetune", "tiny.yaml", "--adapter", f"{GIVEN}/merged", "--ratio", "0.4"),
     "evaluate": ("evaluate", "tiny.yaml", "--adapter", f"{GIVEN}/merged", "--adapter", f"{GIVEN}/source"),
-    "export": ("export", f"{GIVEN}/merged", "--rank", "1"),
+    "export": ("export", f"{GIVEN}/merged", "--gguf"),
     "export, folded": ("export", f"{GIVEN}/merged", "--fold", "--dtype", "float32"),
     "init": ("init", "target.jsonl", "--language", "de", "--source", "source.jsonl"),
 }  # fmt: skip

@@ -1,0 +1,393 @@
+"""Do the tests see it? 34 small faults made by hand, each in a copy of the tree, and the tests that ought to catch it.
+
+    python lab/mutations.py
+    python lab/mutations.py --only turns
+
+A fault is found by its text, which has to stand exactly once in `src/`: whoever changes that line adapts the fault. The tests of
+all faults are run without any first. Exit status 1 where fewer than 32 are caught, 2 where a fault does not fit any more.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST = 32
+TIMEOUT = 1200  # seconds of a run of tests; a fault may make a loop endless
+FAILED = 1  # pytest's exit status where tests ran and some failed
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A fault.
+
+    Args:
+        name: for people.
+        old: text that stands once in `src/`.
+        new: what it becomes.
+        tests: files below `tests/` that ought to fail.
+        harm: what a user would get.
+    """
+
+    name: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+    harm: str
+
+
+MASKS, POLICY, ESTIMATE = "method/test_masks.py", "method/test_policy.py", "method/test_estimate.py"
+CONTROLLER, PROBES, CHECKPOINTS = (
+    "training/test_controller.py",
+    "training/test_probes.py",
+    "training/test_checkpoints.py",
+)
+RUN, COMPARE, SPLITS = "engine/test_run.py", "engine/test_compare.py", "data/test_splits.py"
+FOLDER, INTERRUPTION, ORDER = "storage/test_claims.py", "storage/test_interruption.py", "storage/test_order.py"
+
+MUTATIONS = (
+    Mutation(
+        "deliver: rows of one article are drawn apart",
+        "chosen = best_of(losses, rows, alone, left_out, groups, titles)",
+        "chosen = best_of(losses, rows, alone, left_out, None, titles)",
+        ("engine/test_deliver.py",),
+        "a few articles decide what is handed over, and the interval says nothing of it",
+    ),
+    Mutation(
+        "deliver: the right answers of labels have no veto",
+        'if chosen.name != "grasp" or not errors or not vetoed(*errors):',
+        "if True:",
+        ("engine/test_deliver.py", "engine/test_tasks.py"),
+        "over-confidence saved is taken for better labels",
+    ),
+    Mutation(
+        "compare: joint trains on the source alone",
+        '("source_train", *["train"] * repeats)',
+        '("source_train",)',
+        (COMPARE,),
+        "GRASP is compared with a joint training that never saw the target language",
+    ),
+    Mutation(
+        "target: auto takes the merge of the higher loss",
+        "best = min(means, key=means.__getitem__)  # of equal ones the average",
+        "best = max(means, key=means.__getitem__)  # of equal ones the average",
+        ("engine/test_target_on.py",),
+        "the worse of two starts, for a training more",
+    ),
+    Mutation(
+        "masks: count rounded down whatever floats do",
+        "return nearest if math.isclose(product, nearest, rel_tol=1e-12) else math.floor(product)",
+        "return math.floor(product)",
+        (MASKS,),
+        "29 % of 100 weights are 28",
+    ),
+    Mutation(
+        "masks: one weight more in each group",
+        "return places >= pruned.index_select",
+        "return places > pruned.index_select",
+        (MASKS,),
+        "more is pruned than the ratio says",
+    ),
+    Mutation(
+        "masks: a revived weight is zero",
+        "block.prune(dense, keep)",
+        "block.prune(block.values.clone(), keep)",
+        (MASKS,),
+        "a lower ratio loses what a higher one had masked",
+    ),
+    Mutation(
+        "masks: all masked weights count as newly masked",
+        "self._newly_masked[number] = block.keep & ~keep",
+        "self._newly_masked[number] = ~keep",
+        (MASKS,),
+        "moments are zeroed where nothing has changed",
+    ),
+    Mutation(
+        "masks: norms forgotten by restore",
+        'if (module, "A") in norms',
+        "if not module",
+        (MASKS,),
+        "a resumed run ranks without norms",
+    ),
+    Mutation(
+        "policy: no commit without a gain",
+        "if rewards[best] < 0.0:",
+        "if rewards[best] <= 0.0:",
+        (POLICY,),
+        "the paper's rule commits at a reward of 0",
+    ),
+    Mutation(
+        "policy: clipped steps go up",
+        "math.copysign(max_step, distance)",
+        "max_step",
+        (POLICY,),
+        "a far candidate below moves the ratio up",
+    ),
+    Mutation(
+        "estimate: an interval that need not hold its ratio",
+        "RatioEstimate(ratio, min(low, ratio), max(high, ratio), rule, rounds, curve)",
+        "RatioEstimate(ratio, low, high, rule, rounds, curve)",
+        (ESTIMATE,),
+        "ratio 0.80 (0.40 to 0.75)",
+    ),
+    Mutation(
+        "estimate: weights of early rounds shifted by one",
+        "2.0 * (index + 1) / count",
+        "2.0 * index / count",
+        (ESTIMATE,),
+        "the first round is not counted at all",
+    ),
+    Mutation(
+        "controller: the baseline of other examples for a candidate at the ratio in force",
+        "of_turn = baseline if places is None else [baseline[place] for place in places]",
+        "of_turn = baseline if places is None else baseline[: len(places)]",
+        (CONTROLLER,),
+        "a reward of nothing but other examples",
+    ),
+    Mutation(
+        "controller: moments of newly masked weights stay",
+        "reset_moments(optimizer, masks.weights, masks.newly_masked)",
+        "pass",
+        (CONTROLLER,),
+        "a revived weight is moved by an old average",
+    ),
+    Mutation(
+        "controller: masks are not put back on after a step",
+        "self.masks.enforce()",
+        "pass",
+        (CONTROLLER,),
+        "pruned weights drift away from zero",
+    ),
+    Mutation(
+        "controller: the baseline under the mask of the last step",
+        "masks.commit(search.current_ratio, self.order)",
+        "pass",
+        (CONTROLLER,),
+        "rewards against a ratio that is not in force",
+    ),
+    Mutation(
+        "probes: examples in turn shifted by one",
+        "(number * self.count + place) % len(self._examples)",
+        "(number * self.count + place + 1) % len(self._examples)",
+        (PROBES,),
+        "the first example comes last",
+    ),
+    Mutation(
+        "probes: the seed of the turns is ignored",
+        'random.Random(f"{seed}/turns")',
+        'random.Random("turns")',
+        (PROBES,),
+        "all seeds probe alike, so their spread says nothing",
+    ),
+    Mutation(
+        "probes: padding counts in the norms",
+        "values = values * self.token_mask.reshape(*values.shape[:-1], 1)",
+        "pass",
+        (PROBES,),
+        "scores depend on what an example is batched with",
+    ),
+    Mutation(
+        "checkpoints: a manifest not removed first",
+        "    (checkpoint / MANIFEST).unlink(missing_ok=True)\n",
+        "",
+        (CHECKPOINTS,),
+        "a kill while one is removed leaves what looks damaged",
+    ),
+    Mutation(
+        "checkpoints: files that have changed count",
+        "if sha256_of(file) != digest:",
+        "if not digest:",
+        (CHECKPOINTS,),
+        "training goes on from spoiled weights",
+    ),
+    Mutation(
+        "records: settings need not give the key",
+        "if (done.key, done.version) != (key, VERSION) or key_of(name, done.inputs) != key:",
+        "if (done.key, done.version) != (key, VERSION):",
+        (COMPARE,),
+        "a record that was edited counts",
+    ),
+    Mutation(
+        "drafts: links are followed",
+        '        draft.unlink(missing_ok=True)  # of a process that was killed\n        with draft.open("xb")',
+        '        with draft.open("wb")',
+        (FOLDER,),
+        "a stranger's folder overwrites a file of the user",
+    ),
+    Mutation(
+        "new folder: what came while the lock was awaited is not looked for",
+        "            refuse_existing(output)  # again: another process may have written it\n",
+        "",
+        (FOLDER,),
+        "a second writer in a finished folder",
+    ),
+    Mutation(
+        "new folder: its name comes before its data",
+        "                sync_all(draft)\n                if place",
+        "                if place",
+        (ORDER,),
+        "a power cut leaves a result of empty files",
+    ),
+    Mutation(
+        "signals: a second one not raised",
+        "signal.raise_signal(number)",
+        "pass",
+        (INTERRUPTION,),
+        "a second Ctrl-C does not end the run",
+    ),
+    Mutation(
+        "splits: groups of held-out examples stay in the source",
+        "order = [group for group in members if group not in barred]",
+        "order = list(members)",
+        (SPLITS, "data/test_splits.py"),
+        "test articles are trained on in English",
+    ),
+    Mutation(
+        "splits: the proof looks at test alone",
+        'for source in ("source_train", "source_dev") for name in HELD_OUT]',
+        'for source in ("source_train", "source_dev") for name in HELD_OUT[:1]]',
+        (SPLITS,),
+        "dev examples in the source's training data go unseen",
+    ),
+    Mutation(
+        "run: source and target swapped when the merge is written",
+        "merge([parent.weights for parent in parents], replace(settings, seed=seed), names)",
+        "merge([parent.weights for parent in parents], replace(settings, seed=seed), names[::-1])",
+        (RUN,),
+        "weights and segments of the merge are those of the other adapter",
+    ),
+    Mutation(
+        "keys: the dropout of a final run counts for nothing",
+        """            mask=asdict(mask),
+            dropout=self.recipe.dropout,
+""",
+        """            mask=asdict(mask),
+""",
+        ("engine/test_keys.py",),
+        "another dropout, and the old training counts as done",
+    ),
+    Mutation(
+        "keys: the mask of a final run counts for nothing",
+        """            mode=stage.mode,
+            mask=asdict(mask),
+""",
+        """            mode=stage.mode,
+""",
+        ("engine/test_keys.py",),
+        "another score, and the old training counts as done",
+    ),
+    Mutation(
+        "keys: the stop texts of answers count for nothing",
+        """            "stop": generation.stop,
+""",
+        "",
+        ("engine/test_keys.py",),
+        "another stop text, and the old answers count as done",
+    ),
+    Mutation(
+        "data: the hash of examples leaves their answers out",
+        "example.prompt_ids, example.completion_ids)).encode()",
+        "example.prompt_ids)).encode()",
+        ("data/test_splits.py",),
+        "corrected answers, and the old training counts as done",
+    ),
+)
+
+
+class MisfitError(Exception):
+    """A fault whose text is not there exactly once, or tests that fail without one."""
+
+
+def file_of(mutation: Mutation, tree: Path) -> Path:
+    """The file below `src/` in which a fault's text stands.
+
+    Raises:
+        MisfitError: it stands nowhere, or more than once.
+    """
+    files = sorted((tree / "src").rglob("*.py"))
+    places = [file for file in files for _ in range(file.read_text(encoding="utf-8").count(mutation.old))]
+    if len(places) != 1:
+        found = ", ".join(str(place.relative_to(tree)) for place in places) or "nowhere"
+        raise MisfitError(f"{mutation.name}: its text must stand once in src/, but stands {found}; adapt the fault")
+    return places[0]
+
+
+def fails(tests: Sequence[str], tree: Path) -> bool:
+    """Whether tests fail in a copy of the tree; one that never ends counts as failed.
+
+    Raises:
+        MisfitError: they could not be run.
+    """
+    environment = os.environ | {"PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        *(f"tests/{test}" for test in tests),
+    ]
+    try:
+        done = subprocess.run(command, cwd=tree, env=environment, timeout=TIMEOUT, capture_output=True, text=True)
+    except subprocess.TimeoutExpired:
+        return True
+    if done.returncode not in (0, FAILED):
+        raise MisfitError(f"{', '.join(tests)} cannot be run: {done.stdout[-800:]}{done.stderr[-200:]}")
+    return done.returncode == FAILED
+
+
+def caught(mutation: Mutation, tree: Path) -> bool:
+    """Whether the tests of a fault fail with it; the copy of the tree is as before afterwards."""
+    file = file_of(mutation, tree)
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before.replace(mutation.old, mutation.new), encoding="utf-8")
+    try:
+        return fails(mutation.tests, tree)
+    finally:
+        file.write_text(before, encoding="utf-8")
+
+
+def main() -> int:
+    """Try all faults; print one line each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="faults whose name holds this")
+    parser.add_argument("--fit", action="store_true", help="only look whether each fault still fits")
+    options = parser.parse_args()
+    chosen = [one for one in MUTATIONS if options.only in one.name]
+    survivors = 0
+    try:
+        for one in chosen:
+            file_of(one, ROOT)
+        if options.fit:
+            return 0
+        with tempfile.TemporaryDirectory() as scratch:
+            tree = Path(scratch) / "tree"
+            kept = shutil.ignore_patterns(".*", "__pycache__", "results")
+            shutil.copytree(ROOT, tree, ignore=kept)
+            if fails(sorted({test for one in chosen for test in one.tests}), tree):
+                raise MisfitError("the tests fail without a fault; mend them first")
+            for one in chosen:
+                started = time.perf_counter()
+                seen = caught(one, tree)
+                survivors += not seen
+                told = "caught  " if seen else f"SURVIVED ({one.harm})"
+                sys.stdout.write(f"{time.perf_counter() - started:6.0f} s  {told} {one.name}\n")
+                sys.stdout.flush()
+    except MisfitError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    sys.stdout.write(f"{len(chosen) - survivors} of {len(chosen)} caught\n")
+    return int(survivors > len(MUTATIONS) - LEAST)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
