@@ -122,14 +122,15 @@ class Store:
                         self._work.place = f"at the step {name}"
                     before, started = on_first_process(lambda: _seconds_so_far(folder)), time.perf_counter()
                     try:
-                        with self._deferred(trains), _curves_in(folder):
-                            result = work(folder)
+                        with self._deferred(trains):  # until its result is there, too
+                            with _curves_in(folder):
+                                result = work(folder)
+                            seconds = round(before + time.perf_counter() - started, 3)
+                            done = Done(name, key, dict(inputs), seconds, made_with(), VERSION)
+                            on_first_process(lambda: _complete(folder, result, done))
                     except GraspError as error:
                         self._note_failure(key, folder, error)
                         raise
-                    seconds = round(before + time.perf_counter() - started, 3)
-                    done = Done(name, key, dict(inputs), seconds, made_with(), VERSION)
-                    on_first_process(lambda: _complete(folder, result, done))
                     # Read, as ever after: all processes have the same, and what is written is what is used.
                     finished = Finished(name, key, folder, kind.read(folder), seconds, done.made_with)
         self._finished[key] = finished
