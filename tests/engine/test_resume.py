@@ -257,7 +257,9 @@ def test_a_folder_that_vanishes_is_one_line(runs: Runs, event: str) -> None:
     folder = f"gone-{event.split()[0]}"
     first = runs(folder, **{moment(runs.uninterrupted(), event): f"sh mv {folder} elsewhere-{folder}"})
     assert (first.status, first.error.count("\n")) == (2, 1)
-    assert "has vanished: it was removed or moved, or its disk is gone" in first.error
+    assert folder in first.error
+    if event.startswith("between"):  # a checkpoint makes its folder anew, and what is missing is found later
+        assert "has vanished: it was removed or moved, or its disk is gone" in first.error
 
 
 # Several processes that share the work of one folder
