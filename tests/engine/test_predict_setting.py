@@ -85,5 +85,5 @@ def test_the_chat_template_that_lies_beside_an_adapter_counts(
             assert said in caplog.text
         assert bool(caplog.text) is bool(said)
     (adapter / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(AdapterError, match=r"float32: chat_template\.jinja: it is not UTF-8"):
+    with pytest.raises(AdapterError, match=r"float32: chat_template\.jinja: 'utf-8' codec"):
         read_adapter(adapter)

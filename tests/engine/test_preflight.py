@@ -195,7 +195,7 @@ def test_what_the_recipe_asks_for_is_counted(check: Check) -> None:
         # The round before training alone learns nothing of it.
         (("controller.preset=spread", "controller.rounds.every=11"), RecipeError, "so no round follows a step"),
         (("controller.rounds.pool=both", "data.target.dev=0"), RecipeError,
-         "controller.rounds.pool is 'both', but data.target.dev is 0; give it examples"),
+         "probes both, but data.target.dev is 0; give it examples"),
         (("controller.training.patience=1", "data.target.dev=0"), RecipeError,
          "controller.training.patience is 1, but data.target.dev is 0; give it examples, or set that to null"),
         (("merge={rule: lorahub, weights: [0, 0]}",), RecipeError, "merge.weights are all 0"),

@@ -64,8 +64,7 @@ def test_adapters_kept_apart_are_merged_into_a_folder_as_their_sum(finished_run:
 
 
 def test_predictions_are_those_of_the_evaluation(finished_run: Path) -> None:
-    as_predict_loads_it = session_of("backbone.dtype=auto")
-    evaluate_folders(as_predict_loads_it, ["run/adapter"], Path("measured"))
+    evaluate_folders(session_of(), ["run/adapter"], Path("measured"))
     rows = rows_of("measured/adapter.jsonl")
     prompts = {example.id: example.prompt for example in session_of().splits.test}
     answers = predict_texts("run/adapter", [prompts[row["id"]] for row in rows], None, "cpu", max_new_tokens=4)

@@ -58,6 +58,7 @@ def test_wandb_without_a_network(tiny_workspace: Path, reference_run: Path, monk
         assert str(row["ratio"]).encode() in controller
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # mlflow's own, half made
 def test_a_tracker_that_is_not_installed(tiny_workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.integrations.integration_utils.is_mlflow_available", lambda: False)
     for name in ("mlflow", "nonsense"):
