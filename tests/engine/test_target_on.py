@@ -23,7 +23,13 @@ ON, AUTO = "target.on=source", "target.on=auto"
 # With these the sum has the lower dev loss: a target adapter that has learned little leaves the average half of the source's.
 SUM = (AUTO, "target.training.learning_rate=1e-5", "source.training.epochs=4")
 # The average halves a source adapter that has gone astray.
-AVERAGE = (AUTO, "source.training.learning_rate=0.2", "source.training.epochs=3")
+AVERAGE = (
+    AUTO,
+    "source.training.learning_rate=1",
+    "source.training.epochs=3",
+    "source.training.patience=null",
+    "data.source.dev=0",
+)
 NO_DEV = ("data.target.dev=0", "final.training.patience=null")
 
 
