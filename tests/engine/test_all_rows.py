@@ -93,7 +93,8 @@ def test_what_was_chosen_is_trained_again_on_every_row_but_those_of_the_test(
     )
     assert handed_over == weights_in("again/all_rows") != rivals
     assert metrics.handed_over == "all_rows"
-    assert rows_of("again/all_rows/history.jsonl")[-1]["step"] == list(facts.steps.values())[-1]
+    if winner != "merged":  # of a merge there is no training by itself
+        assert rows_of("again/all_rows/history.jsonl")[-1]["step"] == list(facts.steps.values())[-1]
     assert {row["id"] for row in rows_of("again/evaluation/all_rows.jsonl")} == set(
         read("again/data.json")["ids"]["test"]
     )
@@ -251,12 +252,12 @@ def test_a_finished_run_goes_on_to_all_rows_and_is_refused_another_seed(
     first = run_tiny(*BEST)
     recorder = Recorder()
     again = run_tiny(*AGAIN, progress=recorder)
-    assert recorder.did == [
+    assert set(recorder.did) == {
         "final-0.00",
         "test-losses",
         "answers",
         "scores",
-    ]  # on all rows, and that adapter on the test
+    }  # on all rows, and that adapter on the test
     assert {name: again.metrics.systems[name] for name in first.metrics.systems} == first.metrics.systems
     recorder = Recorder()
     assert run_tiny(*BEST, progress=recorder).metrics == first.metrics
