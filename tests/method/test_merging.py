@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from grasp_lora.errors import AdapterError
@@ -168,27 +166,12 @@ def test_other_dtypes_are_kept(rule: Any, dtype: torch.dtype) -> None:
     assert {tensor.dtype for pair in merged.values() for tensor in (pair.A, pair.B)} == {dtype}
 
 
-@pytest.mark.parametrize("rule", ["exact", "svd", "paper_sum"])
-def test_one_adapter_of_weight_one_gives_itself(rule: Any) -> None:
-    one = adapter(0)
-    merged = merge([one], MergeSettings(rule))
-    for module in MODULES:
-        assert_same(merged[module].delta(), one[module].delta(), 1e-5)
-        assert merged[module].rank == one[module].rank
-
-
 @every_rule
-def test_at_full_density_one_adapter_gives_itself(rule: Any) -> None:
+@pytest.mark.parametrize("weight", [1.0, -0.25])
+def test_one_adapter_gives_itself_or_is_turned_around(rule: Any, weight: float) -> None:
     one = adapter(0, scaling=1.0)
-    for module, pair in merge([one], MergeSettings(rule, density=1.0)).items():
-        assert_same(pair.delta(), one[module].delta(), 1e-5)
-
-
-@every_rule
-def test_a_negative_weight_turns_one_adapter_around(rule: Any) -> None:
-    one = adapter(0, scaling=1.0)
-    share = (-0.25) ** 2 if rule == "lorahub" else -0.25  # both factors are turned around there
-    for module, pair in merge([one], MergeSettings(rule, weights=(-0.25,), density=1.0)).items():
+    share = weight**2 if rule == "lorahub" else weight  # both factors are turned around there
+    for module, pair in merge([one], MergeSettings(rule, weights=(weight,), density=1.0)).items():
         assert_same(pair.delta(), share * one[module].delta(), 1e-5)
 
 
@@ -236,21 +219,6 @@ def test_names_of_segments() -> None:
     assert [segment.name for segment in by_default] == ["adapter_0", "adapter_1", "adapter_2"]
     named = merge(three, MergeSettings(), names=("en", "ar", "zh"))[MODULES[0]].segments
     assert [segment.name for segment in named] == ["en", "ar", "zh"]
-
-
-@settings(deadline=None, max_examples=25)
-@given(
-    shares=st.lists(
-        st.tuples(st.integers(1, 6), st.floats(-2, 2).filter(lambda weight: abs(weight) > 0.01), st.floats(0.1, 8)),
-        min_size=1,
-        max_size=4,
-    )
-)
-def test_exact_property(shares: list[tuple[int, float, float]]) -> None:
-    adapters = [adapter(seed, rank, scaling) for seed, (rank, _, scaling) in enumerate(shares)]
-    weights = tuple(weight for _, weight, _ in shares)
-    pair = merge(adapters, MergeSettings("exact", weights=weights))[MODULES[0]]
-    assert_same(pair.delta(), weighted_sum(adapters, weights, MODULES[0]), 2e-6)
 
 
 def best_of_rank(delta: Tensor, rank: int) -> Tensor:
@@ -338,31 +306,16 @@ def test_ties_by_hand() -> None:
 
 
 def test_trim_elect_and_average() -> None:
-    assert keep_largest(torch.tensor([[1.0, -4.0], [3.0, 2.0]]), 0.5, torch.Generator()).tolist() == [
-        [0.0, -4.0],
-        [3.0, 0.0],
-    ]
-    assert keep_largest(torch.tensor([1.0, 2.0, 3.0]), 0.5, torch.Generator()).tolist() == [
-        0.0,
-        0.0,
-        3.0,
-    ]  # floor(1.5) = 1
-    assert (
-        keep_largest(torch.tensor([2.0, -2.0, 2.0, 2.0]), 0.5, torch.Generator()).count_nonzero() == 2
-    )  # exact under ties
-    assert keep_largest(torch.tensor([1.0, 2.0]), 1.0, torch.Generator()).tolist() == [1.0, 2.0]
+    def largest(*values: float) -> list[float]:
+        return keep_largest(torch.tensor(values), 0.5, torch.Generator()).tolist()
+
+    assert largest(1.0, -4.0, 3.0, 2.0) == [0.0, -4.0, 3.0, 0.0]
+    assert largest(1.0, 2.0, 3.0) == [0.0, 0.0, 3.0]  # floor(1.5) = 1
+    assert sum(value != 0.0 for value in largest(2.0, -2.0, 2.0, 2.0)) == 2  # exact under ties
     # Signs elected by the unweighted sum: +, - and (for a sum of zero) +.
     stacked = [torch.tensor([3.0, -2.0, 1.0]), torch.tensor([-1.0, -1.0, -1.0])]
     assert elect_and_average(stacked, [1.0, 2.0]).tolist() == [3.0, (-2.0 - 2.0) / 2, 1.0]
     assert elect_and_average([torch.zeros(2), torch.zeros(2)], [1.0, 1.0]).tolist() == [0.0, 0.0]
-
-
-def test_drop_and_rescale() -> None:
-    generator = torch.Generator().manual_seed(0)
-    dropped = drop_and_rescale(torch.ones(100, 100), 0.25, generator)
-    assert set(dropped.unique().tolist()) == {0.0, 4.0}
-    assert dropped.mean().item() == pytest.approx(1.0, abs=0.1)  # so the expectation is kept
-    assert torch.equal(drop_and_rescale(torch.ones(4), 1.0, generator), torch.ones(4))
 
 
 def test_dare_by_hand() -> None:
@@ -383,14 +336,6 @@ def test_seeds_matter_where_a_rule_draws(rule: Any) -> None:
     adapters = [adapter(0), adapter(1)]
     first, second = (merge(adapters, MergeSettings(rule, seed=seed))[MODULES[0]] for seed in (1, 2))
     assert torch.equal(first.A, second.A) != merge_rule(rule).draws
-
-
-def test_settings_left_out_are_the_defaults() -> None:
-    adapters = [adapter(0), adapter(1)]
-    plain, named = merge(adapters), merge(adapters, MergeSettings())
-    for module in MODULES:
-        assert torch.equal(plain[module].A, named[module].A)
-        assert torch.equal(plain[module].B, named[module].B)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -421,12 +366,6 @@ def test_rules_on_the_factors_need_equal_ranks(rule: Any) -> None:
         merge([adapter(0, 2), adapter(1, 3)], MergeSettings(rule))
 
 
-@pytest.mark.parametrize("rule", [name for name in MERGE_RULES if name not in EQUAL_RANK_RULES])
-def test_the_other_rules_take_mixed_ranks(rule: Any) -> None:
-    merged = merge([adapter(0, 2), adapter(1, 3)], MergeSettings(rule))
-    assert {pair.rank for pair in merged.values()} == {5 if rule == "exact" else 3}
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -435,12 +374,9 @@ def test_the_other_rules_take_mixed_ranks(rule: Any) -> None:
         ({"rule": "math:rule"}, "module 'math' has no 'rule'"),
         ({"rule": "math:sqrt"}, "merge rule 'math:sqrt' is a builtin_function_or_method; it must be a MergeRule"),
         ({"weights": (1.0, math.nan)}, r"merge weights are \[1.0, nan\]; each must lie in \[-1000000, 1000000\]"),
-        ({"weights": (math.inf,)}, "each must lie in"),
-        ({"weights": (1e300, 1.0)}, r"merge weights are \[1e\+300, 1.0\]; each must lie in"),
         ({"weights": (0.0, 0.0)}, r"merge weights are \[0.0, 0.0\]; .* one must not be 0"),
         ({"rule": "svd", "rank": 0}, "merge rank is 0; it must be at least 1"),
         ({"density": 0.0}, r"merge density is 0.0; it must lie in \(0, 1\]"),
-        ({"density": 1.01}, "merge density is 1.01"),
         ({"density": math.nan}, "merge density is nan"),
         ({"dropout": 1.0}, r"merge dropout is 1.0; it must lie in \[0, 1\)"),
     ],

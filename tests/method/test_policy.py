@@ -24,7 +24,6 @@ from grasp_lora.method.search import (
     RatioSearch,
     Rounds,
     Spread,
-    even_ratio,
     plain_policy,
     policy_class,
     preset,
@@ -112,16 +111,6 @@ def test_paper_preset_has_the_papers_numbers() -> None:
     assert (settings_.candidates, settings_.max_step, settings_.seed) == (3, 0.10, 42)
     assert (settings_.learning_rate, settings_.kl_coef, settings_.entropy_bonus) == (0.05, 0.05, 0.01)
     assert of_preset("paper").std == pytest.approx(0.7 / 6)
-
-
-def test_gaussian_mean_follows_the_better_side_and_its_spread_the_better_distance() -> None:
-    up, down, near = (of_preset("paper", kl_coef=0.0, entropy_bonus=0.0) for _ in range(3))
-    up.tell_rewards((0.3, 0.5), (-0.1, 0.1))
-    down.tell_rewards((0.3, 0.5), (0.1, -0.1))
-    assert up.mean > 0.4 > down.mean
-    assert up.mean - 0.4 == pytest.approx(0.4 - down.mean)
-    near.tell_rewards((0.4, 0.7), (0.1, -0.1))
-    assert near.std < 0.7 / 6
 
 
 @pytest.mark.parametrize("kind", POLICIES)
@@ -247,27 +236,10 @@ def test_any_finite_losses_keep_the_policy_finite_and_its_steps_short(
 
 
 @committing_policy
-def test_negative_rewards_never_commit(kind: str) -> None:
-    policy = of_kind(kind)
-    for _ in range(30):
-        decision = policy.tell_rewards(policy.ask(), (-0.1, -1e-9, -3.0))
-        assert not decision.committed
-        assert policy.current_ratio == 0.4
-
-
-@committing_policy
 def test_a_reward_of_zero_commits(kind: str) -> None:
     policy = of_kind(kind)
     assert policy.tell_rewards((0.45, 0.7), (0.0, -1.0)).committed
     assert policy.current_ratio == 0.45
-
-
-@committing_policy
-@pytest.mark.parametrize(("far", "ratio"), [(0.8, 0.5), (0.1, 0.3)])
-def test_a_far_winner_is_clipped_and_says_so(kind: str, far: float, ratio: float) -> None:
-    decision = of_kind(kind).tell_rewards((far, 0.4), (1.0, 0.5))
-    assert decision.clipped
-    assert decision.ratio == pytest.approx(ratio)
 
 
 @every_policy
@@ -297,14 +269,10 @@ LOSSES, RATIOS = "the losses of the same examples, at least one", r"tell the rat
     ("changes", "message"),
     [
         ({"candidates": (0.3, 0.4)}, LOSSES),
-        ({"candidate_losses": ((1.0, 2.0),)}, LOSSES),
-        ({"candidates": (), "candidate_losses": ()}, LOSSES),
         ({"candidate_losses": ((1.0, 2.0), (1.0,), (1.0, 2.0))}, LOSSES),
         ({"baseline_losses": (), "candidate_losses": ((), (), ())}, LOSSES),
         ({"candidates": (0.3, 0.4, 0.81)}, RATIOS),
-        ({"candidates": (0.3, math.nan, 0.4)}, RATIOS),
         ({"current_ratio": 0.41}, "measure the baseline at the current ratio 0.4"),
-        ({"places": (0, 0)}, LOSSES),
         ({"places": (1, 2)}, LOSSES),
         ({"places": (1,)}, LOSSES),
     ],
@@ -336,12 +304,6 @@ def test_candidates_on_some_examples_are_compared_on_those() -> None:
     search = of_kind("spread", "surrogate")
     search.tell(told)
     assert 0.1 <= search.best_ratio().ratio <= 0.8
-
-
-@every_policy
-def test_no_learned_ratio_before_the_first_round(kind: str) -> None:
-    with pytest.raises(ValueError, match="no round was measured yet"):
-        of_kind(kind).best_ratio()
 
 
 @every_policy
@@ -388,12 +350,6 @@ def test_spread_spreads_its_candidates_and_holds_none() -> None:
     assert policy.training_ratio(3) != policy.current_ratio
 
 
-def test_the_ratio_of_spread_is_its_best_one_so_far() -> None:
-    policy = of_preset("spread")
-    run(policy, 8)
-    assert policy.current_ratio == policy.best_ratio().ratio == pytest.approx(0.55, abs=0.02)
-
-
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -403,18 +359,14 @@ def test_the_ratio_of_spread_is_its_best_one_so_far() -> None:
         ("spread", {"ratio_min": -0.1}, r"ratio_min is -0.1; it must lie in \[0, 1\] and below ratio_max 0.8"),
         ("spread", {"ratio_max": 1.1}, r"ratio_max is 1.1; it must lie in \[0, 1\]"),
         ("gaussian", {"ratio_min": 0.8}, "ratio_min is 0.8"),
-        ("gaussian", {"ratio_min": math.nan}, "ratio_min is nan"),
         ("spread", {"ratio_init": 0.05}, "ratio_init is 0.05; it must lie between ratio_min 0.1 and ratio_max 0.8"),
-        ("gaussian", {"ratio_init": math.nan}, "ratio_init is nan"),
         ("gaussian", {"std_init": 0.0}, "std_init is 0.0; it must be a positive number, or left out"),
         ("gaussian", {"std_init": math.inf}, "std_init is inf"),
-        ("gaussian", {"std_init": math.nan}, "std_init is nan"),
         ("gaussian", {"candidates": 0}, "candidates is 0; it must be a whole number, at least 1"),
         ("gaussian", {"learning_rate": -0.1}, "learning_rate is -0.1; it must be a number >= 0"),
         ("gaussian", {"kl_coef": math.inf}, "kl_coef is inf"),
         ("gaussian", {"entropy_bonus": math.nan}, "entropy_bonus is nan"),
         ("gaussian", {"max_step": 0.0}, r"max_step is 0.0; it must lie in \(0, 1\]"),
-        ("gaussian", {"max_step": 1.5}, "max_step is 1.5"),
         ("gaussian", {"max_step": math.nan}, "max_step is nan"),
     ],
 )
@@ -450,7 +402,6 @@ class Decided(Gaussian):
     ("decided", "shown"),
     [
         (Decision((0.0,), True, 0.9), r"0\.9"),
-        (Decision((0.0,), True, 0.05), r"0\.05"),
         (Decision((0.0,), True, math.nan), "nan"),
         (0.5, r"0\.5"),
         (None, "None"),
@@ -474,13 +425,6 @@ def test_a_rule_that_gives_a_ratio_outside_the_bounds_or_its_interval_is_named(
     search.tell(a_round(search))
     with pytest.raises(RecipeError, match=rf"rule 'mine' gave ratio {ratio} .* must lie in \[0\.1, 0\.8\]"):
         search.best_ratio()
-
-
-@pytest.mark.parametrize("number", range(5))
-def test_the_even_sequence_covers_any_stretch(number: int) -> None:
-    ratios = sorted(even_ratio(place, 0.0, 0.8) for place in range(number * 17, number * 17 + 25))
-    assert all(0.0 <= ratio < 0.8 for ratio in ratios)
-    assert max(b - a for a, b in itertools.pairwise(ratios)) < 0.08
 
 
 def test_a_policy_of_ones_own_is_named_by_its_import_path() -> None:

@@ -55,8 +55,6 @@ def test_spacing_turns_and_splits() -> None:
     ("changes", "message"),
     [
         ({"every": 0}, "every is 0; it must be at least 1 optimizer step, a whole number, or 'epoch'"),
-        ({"every": 2.5}, "every is 2.5"),
-        ({"every": None}, "every is None"),
         ({"every": True}, "every is True"),
         ({"every": "week"}, "every is 'week'"),
         ({"start": -0.1}, r"start is -0.1; it must be a share of the run, in \[0, 1\]"),
