@@ -4,15 +4,13 @@ import copy
 import dataclasses
 import json
 import logging
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from grasp_lora.data.data_settings import CorpusSettings, DataSettings
-from grasp_lora.data.encode import Encoder, Example, Tally, begin_of_chat, encode_rows, prompt_ids, render_chat
+from grasp_lora.data.encode import Encoder, Tally, begin_of_chat, encode_rows, prompt_ids, render_chat
 from grasp_lora.data.records import Record
 from grasp_lora.data.splits import SPLITS, build_splits
 from grasp_lora.data.tasks import Template, resolve_template
@@ -26,42 +24,13 @@ CHAT_TEMPLATE = (
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
 
-def squad(language: str, articles: int, questions: int = 2, titled: bool = True) -> dict:
-    """Build parallel SQuAD data: ids are shared between languages, texts and titles are not."""
-    data = []
-    for a in range(articles):
-        context = f"{language} article {a} says yes"
-        qas = [
-            {"id": f"q{a}-{q}", "question": f"{language} {q}?", "answers": [{"text": "yes", "answer_start": 0}]}
-            for q in range(questions)
-        ]
-        title = f"{language} title {a}" if titled else ""
-        data.append({"title": title, "paragraphs": [{"context": context, "qas": qas}]})
-    return {"data": data}
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[str, object], str]:
-    """Give `write(name, content)`: rows as JSON lines, an object as JSON; returns the name."""
-
-    def to_file(name: str, content: object) -> str:
-        lines = map(json.dumps, content) if isinstance(content, list) else [json.dumps(content)]
-        (tmp_path / name).write_text("\n".join(lines), encoding="utf-8")
-        return name
-
-    return to_file
-
-
 def prompt_rows(names: str | range, completion: str = "ok") -> list[dict[str, str]]:
     return [{"prompt": f"prompt {name}", "completion": completion} for name in names]
 
 
-def ids(examples: tuple[Example, ...]) -> list[str]:
-    return [e.id for e in examples]
-
-
 @pytest.fixture
-def with_template(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+def tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """A copy, which a test may change."""
     return copy.deepcopy(tiny_tokenizer)
 
 
@@ -100,8 +69,7 @@ class TestEncoding:
         assert tiny_tokenizer.decode(e.completion_ids[:-1]) == " sky"
         assert (e.group, e.references) == ("g", ("sky",))
 
-    def test_an_end_token_after_the_prompt_is_removed(self, tiny_tokenizer):
-        tokenizer = copy.deepcopy(tiny_tokenizer)
+    def test_an_end_token_after_the_prompt_is_removed(self, tiny_tokenizer, tokenizer):
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", EOS)]
         )
@@ -119,8 +87,7 @@ class TestEncoding:
             ("{% for m in messages %}{{ m.content }}{% endfor %}|", ""),
         ],
     )
-    def test_a_prompt_that_begins_as_the_chat_template_stands_in_it(self, tiny_tokenizer, template, begin):
-        tokenizer = copy.deepcopy(tiny_tokenizer)
+    def test_a_prompt_that_begins_as_the_chat_template_stands_in_it(self, tokenizer, template, begin):
         tokenizer.chat_template = template
         assert begin_of_chat(tokenizer) == begin
         plain, rendered = prompt_ids(tokenizer, ["abc", begin + "abc"], chat=True)
@@ -167,8 +134,7 @@ class TestEncoding:
         (e,) = encoder.encode([self.record("你好吗", "你")], ["g"], tally)
         assert e.prompt == "你"
 
-    def test_chat_template(self, tiny_tokenizer):
-        tokenizer = copy.deepcopy(tiny_tokenizer)
+    def test_chat_template(self, tokenizer):
         tokenizer.chat_template = CHAT_TEMPLATE
         template = resolve_template("qa", "en", chat=True)
         encoder = self.encoder(tokenizer, chat=True, template=template)
@@ -202,8 +168,7 @@ class TestEncoding:
         assert tally.control_tokens_kept_as_text == 1
         assert plain == self.encoder(tiny_tokenizer, data_is_text=False).encode([self.record()], ["g"], Tally())[0]
 
-    def test_what_spells_a_control_token_stays_text_in_a_chat(self, tiny_tokenizer):
-        tokenizer = copy.deepcopy(tiny_tokenizer)
+    def test_what_spells_a_control_token_stays_text_in_a_chat(self, tokenizer):
         tokenizer.chat_template = CHAT_TEMPLATE
         template, tally = resolve_template("completion", "en", chat=True), Tally()
         encoder = self.encoder(tokenizer, chat=True, task="completion", template=template)
@@ -217,8 +182,7 @@ class TestEncoding:
         assert prompt_ids(tokenizer, ["<bos>a<eos>b"])[0].count(EOS) == 1  # a prompt that a person wrote whole
 
     @pytest.mark.parametrize("special", [True, False], ids=["special", "not special"])
-    def test_no_text_begins_a_turn_of_its_own(self, special, tiny_tokenizer):
-        tokenizer = copy.deepcopy(tiny_tokenizer)
+    def test_no_text_begins_a_turn_of_its_own(self, special, tiny_tokenizer, tokenizer):
         tokenizer.add_tokens(["<sot>", "<think>", "\n\n"], special_tokens=special)
         sot, think, lines = range(len(tiny_tokenizer), len(tokenizer))
         tokenizer.chat_template = (
@@ -239,8 +203,7 @@ class TestEncoding:
         assert (think in talk.completion_ids, talk.prompt_ids.count(lines)) == (not special, 2 if special else 3)
         assert tally.control_tokens_kept_as_text == 2
 
-    def test_a_chat_template_that_prints_the_date_gives_the_same_prompt_tomorrow(self, tiny_tokenizer):
-        tokenizer = copy.deepcopy(tiny_tokenizer)
+    def test_a_chat_template_that_prints_the_date_gives_the_same_prompt_tomorrow(self, tokenizer):
         tokenizer.chat_template = "{{- strftime_now('%d %b %Y') }} {{ messages[0]['content'] }}"
         conversation = [[{"role": "user", "content": "hello"}]]
         assert tokenizer.apply_chat_template(conversation, tokenize=False) != ["26 Jul 2024 hello"]
@@ -257,8 +220,7 @@ class TestEncoding:
             ("{{ raise_exception('no') if messages | length > 1 else messages[0].content }}", "<eos>"),
         ],
     )
-    def test_an_answer_ends_as_the_template_ends_a_turn(self, template, end, tiny_tokenizer):
-        tokenizer = copy.deepcopy(tiny_tokenizer)
+    def test_an_answer_ends_as_the_template_ends_a_turn(self, template, end, tokenizer):
         tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<e>"]})
         tokenizer.chat_template = template
         row = [USER, ASSISTANT]
@@ -268,8 +230,7 @@ class TestEncoding:
         assert plain.completion_ids[-1] == EOS
 
     @pytest.mark.parametrize(("given", "chat"), [(None, True), (True, True), (False, False)])
-    def test_conversations_take_a_template_that_is_there(self, given, chat, tiny_tokenizer, tmp_path):
-        tokenizer = copy.deepcopy(tiny_tokenizer)
+    def test_conversations_take_a_template_that_is_there(self, given, chat, tokenizer, tmp_path):
         rows = [{"messages": [{**USER, "content": f"hi {i}"}, ASSISTANT]} for i in range(40)]
         (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         target = CorpusSettings("en", files=("t.jsonl",), test=9, dev=8, micro_dev=4)
@@ -296,8 +257,7 @@ class TestEncoding:
 
 class TestEncodeRows:
     @pytest.fixture
-    def chat_tokenizer(self, tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-        tokenizer = copy.deepcopy(tiny_tokenizer)
+    def chat_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
         tokenizer.chat_template = CHAT_TEMPLATE
         return tokenizer
 
@@ -327,12 +287,13 @@ class TestEncodeRows:
         assert e.completion_ids[-1] == EOS
 
     @pytest.mark.parametrize("chat", [False, True])
-    def test_equals_what_build_splits_gives(self, chat, write, chat_tokenizer, tmp_path):
+    def test_equals_what_build_splits_gives(self, chat, chat_tokenizer, tmp_path):
         rows = [{"id": f"r{i}", "prompt": f"prompt {i}", "completion": f"{i}", "title": "t"} for i in range(5)]
         if chat:
             turns = [[{**USER, "content": row["prompt"]}, {**ASSISTANT, "content": row["completion"]}] for row in rows]
             rows = [{"id": row["id"], "messages": messages} for row, messages in zip(rows, turns, strict=True)]
-        target = CorpusSettings("ar", files=(write("x.jsonl", rows),), test=1, dev=1, micro_dev=1)
+        (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        target = CorpusSettings("ar", files=("x.jsonl",), test=1, dev=1, micro_dev=1)
         splits = build_splits(DataSettings("completion", target, chat_template=chat), chat_tokenizer, 0, tmp_path)
         built = {e.id: dataclasses.replace(e, language="") for name in SPLITS for e in getattr(splits, name)}
         assert {e.id: e for e in encode_rows(rows, chat_tokenizer)} == built
@@ -342,17 +303,8 @@ class TestEncodeRows:
         ("row", "message"),
         [
             ("text", "^row 1: expected an object with named fields, found str"),
-            ({"text": "a"}, "^row 1: no column 'prompt'; found: text, id. Rename the right one"),
-            ({"prompt": "a", "completion": ""}, "^row 1: completion is empty"),
             ({"prompt": [USER], "completion": "b"}, "^row 1: prompt must be a text, found list"),
-            ({"messages": [ASSISTANT, USER]}, "^row 1: messages must end with an assistant message"),
-            ({"prompt": "a", "completion": "b", "id": 0.5}, "^row 1: id must be a text or a whole number, found 0.5"),
-            ({"prompt": "a", "completion": "b", "references": 3}, "^row 1: references must be a text, found int"),
             ({"prompt": "a", "completion": "b", "id": "row 0"}, "1 ids stand more than once, first row 0;"),
-            (
-                {"messages": [{**USER, "role": "tool"}, ASSISTANT]},
-                "^row 1: a turn has the role 'tool'; allowed: human, user, .* Remove rows with other turns",
-            ),
             (
                 {"messages": [USER, ASSISTANT], "tools": [{"type": "function"}]},
                 "^row 1: tools is not empty, but prompts are made without it; leave out such rows, or the column tools",
@@ -367,12 +319,11 @@ class TestEncodeRows:
         with pytest.raises(DataError, match=message):
             encode_rows([{"prompt": "a", "completion": "b"}, row], chat_tokenizer)
 
-    def test_tokenizers_that_do_not_fit(self, tiny_tokenizer):
+    def test_tokenizers_that_do_not_fit(self, tiny_tokenizer, tokenizer):
         with pytest.raises(DataError, match="the tokenizer has no chat template, so prompts can only be plain texts"):
             encode_rows([{"messages": [USER, ASSISTANT]}], tiny_tokenizer)
         with pytest.raises(DataError, match="the list of rows holds no records"):
             encode_rows([], tiny_tokenizer)
-        tokenizer = copy.deepcopy(tiny_tokenizer)
         tokenizer.eos_token = None
         with pytest.raises(DataError, match="no EOS token"):
             encode_rows(prompt_rows("a"), tokenizer)
@@ -381,11 +332,11 @@ class TestEncodeRows:
 TURNS = [{"role": "user", "content": "hi"}]
 
 
-def test_prompts_are_those_of_transformers(with_template):
-    with_template.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{{ m | tojson }}{% endfor %}"
+def test_prompts_are_those_of_transformers(tokenizer):
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]\n{{ m | tojson }}{% endfor %}"
     conversations = [[{"role": "user", "content": f'é "{i}"\n\x00\u2028'}] * (i % 3 + 1) for i in range(40)]
-    expected = with_template.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
-    assert render_chat(with_template, conversations, [""] * 40) == expected
+    expected = tokenizer.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+    assert render_chat(tokenizer, conversations, [""] * 40) == expected
 
 
 SYSTEM = {"role": "system", "content": " Be  brief.\n"}
@@ -395,30 +346,30 @@ FOLDS = "{% if messages[0].role == 'system' %}{{ messages[0].content | trim }}\n
 REWRITES = "{{ messages[0].content.replace('/no_think', '') | upper }}{{ messages[-1].content | trim }}"
 
 
-def test_a_template_that_leaves_out_the_system_message_is_refused(with_template):
-    with_template.chat_template = DROPS
-    assert render_chat(with_template, [TURNS], ["a"]) == ["[user]hi"]
+def test_a_template_that_leaves_out_the_system_message_is_refused(tokenizer):
+    tokenizer.chat_template = DROPS
+    assert render_chat(tokenizer, [TURNS], ["a"]) == ["[user]hi"]
     with pytest.raises(
         DataError, match=r"^b: the tokenizer's chat template leaves out the system message; put .* first user turn$"
     ):
-        render_chat(with_template, [TURNS, [SYSTEM, *TURNS], [SYSTEM, *TURNS]], ["a", "b", "c"])
+        render_chat(tokenizer, [TURNS, [SYSTEM, *TURNS], [SYSTEM, *TURNS]], ["a", "b", "c"])
 
 
 @pytest.mark.parametrize("template", [FOLDS, REWRITES, "{{ messages | tojson }}"])
 @pytest.mark.parametrize("content", ["Be  brief.\n", "/no_think", 'a\n"b"'])
-def test_a_template_may_change_texts(template, content, with_template, caplog):
-    with_template.chat_template = template
+def test_a_template_may_change_texts(template, content, tokenizer, caplog):
+    tokenizer.chat_template = template
     talk = [{**SYSTEM, "content": content}, {"role": "user", "content": f" {content} "}]
     with caplog.at_level(logging.WARNING):
-        assert render_chat(with_template, [talk], ["a"])
+        assert render_chat(tokenizer, [talk], ["a"])
     assert not caplog.messages
 
 
-def test_a_template_that_leaves_out_a_user_turn_is_named(with_template, caplog):
-    with_template.chat_template = "{{ messages[-1].content }}"
+def test_a_template_that_leaves_out_a_user_turn_is_named(tokenizer, caplog):
+    tokenizer.chat_template = "{{ messages[-1].content }}"
     early = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     with caplog.at_level(logging.WARNING):
-        assert render_chat(with_template, [TURNS, [*early, *TURNS], [*early, *TURNS]], ["a", "b", "c"]) == ["hi"] * 3
+        assert render_chat(tokenizer, [TURNS, [*early, *TURNS], [*early, *TURNS]], ["a", "b", "c"]) == ["hi"] * 3
     assert caplog.messages == [
         "b: the tokenizer's chat template leaves out a user turn, so the model does not see it; check the template"
     ]
@@ -433,8 +384,8 @@ def test_a_template_that_leaves_out_a_user_turn_is_named(with_template, caplog):
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__'"),
     ],
 )
-def test_what_a_template_refuses_is_one_line(template, reason, with_template):
-    with_template.chat_template = template
+def test_what_a_template_refuses_is_one_line(template, reason, tokenizer):
+    tokenizer.chat_template = template
     with pytest.raises(DataError, match=rf"^row 0: the tokenizer's chat template refuses it: {reason}") as caught:
-        render_chat(with_template, [TURNS], ["row 0"])
+        render_chat(tokenizer, [TURNS], ["row 0"])
     assert "\n" not in str(caught.value)

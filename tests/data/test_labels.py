@@ -81,9 +81,7 @@ def test_the_source_may_have_labels_of_its_own(split):
         (["a", "b"], ["a", "b"], {"labels": ("a", "c")}, r"has the label 'b', .*those of data\.labels \(a, c\); correct it"),
         (["a"], ["a"], {}, r"the training rows of the target: 1 labels, first a; a classification has 2 to 200"),
         (["a", "A"], ["a"], {}, r"the labels 'A' and 'a' differ in case or white space alone; write them alike"),
-        (["a b", "a  b"], ["a b"], {}, r"the labels 'a  b' and 'a b' differ in case or white space"),
         (["a", ""], ["a"], {}, r"train\.jsonl, line 2: label is empty"),
-        (["a", " "], ["a"], {}, r"train\.jsonl, line 2: label is empty"),
         ([f"l{i}" for i in range(500)], ["l1"], {}, rf"500 labels, first l0, l1, l10; a classification has 2 to {MOST_LABELS}"),
     ],
 )  # fmt: skip
@@ -132,7 +130,6 @@ def test_a_whole_number_is_a_label_as_in_csv_and_nothing_else_that_is_no_text(sp
     [
         ("qa", ("a", "b"), "the task qa writes its answers; remove them, or set task to classification"),
         ("classification", ("a",), "labels: 1 labels, first a; a classification has 2 to 200"),
-        ("classification", ("a", ""), "the label '' is empty or has white space around it"),
         ("classification", ("a", "b "), "the label 'b ' is empty or has white space around it"),
         ("classification", ("a", "A"), "differ in case or white space alone"),
     ],
@@ -149,7 +146,3 @@ def test_joiners_that_belong_to_a_word_stay():
 
 def test_white_space_around_a_label_is_removed_as_around_any_answer(split):
     assert list(split(rows([" a", "b\n"]), rows(["b "], 6, "o")).labels) == ["a", "b"]
-
-
-def test_as_many_labels_as_are_allowed():
-    assert len(check_labels(map(str, range(MOST_LABELS)), "here")) == MOST_LABELS

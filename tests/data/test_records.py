@@ -104,10 +104,6 @@ class TestSquad:
         with pytest.raises(DataError, match=message):
             read(content, "qa", "x.json", "squad")
 
-    def test_fits_only_the_task_qa(self, read):
-        with pytest.raises(DataError, match="is SQuAD data, which fits the task qa, not summarization"):
-            read(squad(("T", [("c", [("q", "?", ["c"])])])), "summarization", "x.json")
-
 
 XLSUM = {"id": "z-1", "url": "", "title": "标题", "summary": "摘要", "text": "\x93引用\x94\x00文\t章\r\n第二"}
 
@@ -134,10 +130,6 @@ class TestXlsum:
 
     def test_the_format_may_be_stated(self, read):
         assert read(json.dumps(XLSUM), "summarization", "zh.txt", "xlsum").records[0].id == "z-1"
-        with pytest.raises(DataError, match="XL-Sum data, which fits the task summarization, not completion"):
-            read([XLSUM], "completion", format="xlsum")
-        with pytest.raises(DataError, match=r"x\.jsonl, line 1: no column 'text'"):
-            read([{"id": "1", "title": "", "summary": "s"}], "summarization", format="xlsum")
 
 
 class TestRecords:
@@ -309,9 +301,18 @@ class TestConversations:
         with pytest.raises(DataError, match=f"x\\.jsonl, line 1: {message}"):
             read([row], "completion")
 
-    def test_they_fit_completion_alone(self, read):
-        with pytest.raises(DataError, match="is Alpaca data, which fits the task completion, not qa"):
-            read([{"instruction": "a", "output": "b"}], "qa")
+
+@pytest.mark.parametrize(
+    ("content", "task", "name", "format", "message"),
+    [
+        (squad(("T", [("c", [("q", "?", ["c"])])])), "summarization", "x.json", "auto", "SQuAD .* task qa, not summ"),
+        ([XLSUM], "completion", "x.jsonl", "xlsum", "XL-Sum data, which fits the task summarization, not completion"),
+        ([{"instruction": "a", "output": "b"}], "qa", "x.jsonl", "auto", "Alpaca .* the task completion, not qa"),
+    ],
+)
+def test_a_format_fits_its_task_alone(read, content, task, name, format, message):
+    with pytest.raises(DataError, match=message):
+        read(content, task, name, format)
 
 
 UNANSWERED = [

@@ -1,12 +1,8 @@
 """Settings are checked, splits are reproducible, take whole groups and leak nothing."""
 
-import copy
 import json
 import logging
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -16,20 +12,12 @@ import pytest
 from hypothesis import given, reject
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from grasp_lora.data.data_settings import CorpusSettings, DataSettings
 from grasp_lora.data.encode import Example, Tally
 from grasp_lora.data.groups import join_groups
 from grasp_lora.data.splits import HELD_OUT, SPLITS, DataReport, Splits, assign, build_splits, check_disjoint
 from grasp_lora.errors import DataError
-
-EOS = 2
-CHAT_TEMPLATE = (
-    "<bos>{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
 
 def squad(language: str, articles: int, questions: int = 2, titled: bool = True) -> dict:
@@ -76,11 +64,6 @@ def splits_of(**named: list[Example]) -> Splits:
 
 
 class TestGroups:
-    def test_chains_are_joined(self):
-        keys = [{"id:1", "text:a"}, {"text:a", "article:x"}, {"article:x", "text:b"}, {"id:2", "text:c"}]
-        groups = join_groups(map(frozenset, keys))
-        assert [groups[min(k)] for k in keys] == ["a", "a", "a", "c"]
-
     @given(st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12), st.integers(0, 8)), max_size=40), st.randoms())
     def test_equals_a_closure_and_ignores_the_order(self, links, generator):
         keys = [frozenset({f"id:{i}", f"text:{t}", f"article:{a}"}) for i, t, a in links]
@@ -182,10 +165,6 @@ class TestSettings:
             ({"format": "xml"}, "format is 'xml'; allowed: auto, squad, xlsum, alpaca, sharegpt, records, hub"),
             ({"files": ()}, "data of ar is given by nothing; give exactly one of files"),
             ({"dev_files": ("b",)}, "files of single splits need files of train, and exclude files"),
-            (
-                {"files": (), "hub": "a/b", "test_files": ("c",)},
-                "files of single splits need files of train, and exclude hub",
-            ),
             ({"format": "hub"}, "need hub: the name of the data set"),
             ({"files": (), "hub": "a/b", "format": "squad"}, "format squad reads files"),
             ({"columns": {"body": "text"}}, "columns names body; allowed: answer, completion, context"),
@@ -215,13 +194,6 @@ class TestSettings:
     def test_data(self, changes, message):
         with pytest.raises(ValueError, match=message):
             DataSettings(**{"task": "qa", "target": CorpusSettings("ar", files=("a.json",)), **changes})
-
-    def test_importing_loads_no_heavy_library(self):
-        code = (
-            "import sys, grasp_lora.data.splits as d;"
-            "print({'torch', 'transformers', 'datasets', 'pyarrow', 'numpy', 'jinja2'} & set(sys.modules))"
-        )
-        assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 class TestBuildSplits:
@@ -254,18 +226,6 @@ class TestBuildSplits:
         assert splits.train[0].prompt.startswith("السياق: ar article")
         report = splits.report.to_json()
         assert json.loads(json.dumps(report)) == report
-        assert list(report) == [
-            "task",
-            "split_seed",
-            "max_tokens",
-            "chat_template",
-            "prompt",
-            "numbers_as_ids",
-            "target",
-            "source",
-            "splits",
-        ]
-        assert list(report["target"])[:2] == ["language", "read"]
         assert splits.report.splits["test"].examples == 20
 
     def test_same_seed_same_splits(self, write, tiny_tokenizer, tmp_path):
@@ -357,14 +317,10 @@ class TestBuildSplits:
             assert splits.report.splits["micro_dev"].groups == groups
             assert ("16 micro-dev examples come from 1 group(s) only" in caplog.text) == (groups == 1)
 
-    def test_tokenizers_that_do_not_fit(self, tiny_tokenizer):
+    def test_a_tokenizer_without_a_chat_template(self, tiny_tokenizer):
         settings = DataSettings("qa", CorpusSettings("ar", files=("a.json",)), chat_template=True)
         with pytest.raises(DataError, match=r"the tokenizer has no chat template, .*set data\.chat_template to false"):
             build_splits(settings, tiny_tokenizer, 0)
-        tokenizer = copy.deepcopy(tiny_tokenizer)
-        tokenizer.eos_token = None
-        with pytest.raises(DataError, match="no EOS token"):
-            build_splits(settings, tokenizer, 0)
 
     @hypothesis_settings(deadline=None, max_examples=25)
     @given(
@@ -403,56 +359,49 @@ class TestBuildSplits:
 
 
 class TestGivenSplits:
-    def build(self, tokenizer: PreTrainedTokenizerFast, base: Path, **target: object) -> Splits:
-        return build_splits(DataSettings("completion", CorpusSettings("en", **target)), tokenizer, 0, base)
+    @pytest.fixture
+    def build(self, tiny_tokenizer, tmp_path) -> Callable[..., Splits]:
+        return lambda **target: build_splits(
+            DataSettings("completion", CorpusSettings("en", **target)), tiny_tokenizer, 0, tmp_path
+        )
 
+    @pytest.fixture
+    def sizes(self, build) -> Callable[..., list[int]]:
+        """Give `sizes(**target)`: of train, dev, micro_dev and test."""
+
+        def call(**target: object) -> list[int]:
+            splits = build(**target)
+            return [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")]
+
+        return call
+
+    @pytest.fixture
     def files(self, write: Callable[[str, object], str]) -> dict[str, tuple[str, ...]]:
         names = {"train": range(9), "dev": range(10, 16), "micro_dev": range(20, 24), "test": range(30, 37)}
         return {f"{name}_files": (write(f"{name}.jsonl", prompt_rows(span)),) for name, span in names.items()}
 
-    def test_all_of_each_file_or_up_to_the_cap(self, write, tiny_tokenizer, tmp_path):
-        files = self.files(write)
-        splits = self.build(tiny_tokenizer, tmp_path, **files)
-        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [9, 6, 4, 7]
-        splits = self.build(tiny_tokenizer, tmp_path, **files, train=5, dev=50, test=0)
-        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [5, 6, 4, 0]
+    def test_all_of_each_file_or_up_to_the_cap(self, files, sizes):
+        assert sizes(**files) == [9, 6, 4, 7]
+        assert sizes(**files, train=5, dev=50, test=0) == [5, 6, 4, 0]
         del files["micro_dev_files"]
-        splits = self.build(tiny_tokenizer, tmp_path, **files, micro_dev=0)
-        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [9, 6, 0, 7]
+        assert sizes(**files, micro_dev=0) == [9, 6, 0, 7]
 
-    def test_micro_dev_comes_from_dev_or_train(self, write, tiny_tokenizer, tmp_path):
-        files = self.files(write)
+    def test_micro_dev_comes_from_dev_or_train_and_leaves_most_of_it(self, write, files, build, sizes):
         del files["micro_dev_files"]
-        splits = self.build(tiny_tokenizer, tmp_path, **files, micro_dev=2)
-        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [9, 4, 2, 7]
-        assert {e.id.split(":")[0] for e in splits.micro_dev} == {"dev.jsonl"}
-        del files["dev_files"]
-        splits = self.build(tiny_tokenizer, tmp_path, **files, micro_dev=2)
-        assert [len(getattr(splits, name)) for name in ("train", "dev", "micro_dev", "test")] == [7, 0, 2, 7]
-
-    def test_a_split_may_not_come_out_empty(self, write, tiny_tokenizer, tmp_path):
-        files = self.files(write)
-        del files["micro_dev_files"]
+        assert sizes(**files) == [9, 4, 2, 7]
+        assert {e.id.split(":")[0] for e in build(**files).micro_dev} == {"dev.jsonl"}
         with pytest.raises(DataError, match=r"asked for micro_dev 16, dev the rest .*dev got 0"):
-            self.build(tiny_tokenizer, tmp_path, **files, micro_dev=16)
-
-    def test_micro_dev_leaves_the_other_split_most_of_the_rows(self, write, tiny_tokenizer, tmp_path):
-        files = self.files(write)
-        del files["micro_dev_files"]
-        splits = self.build(tiny_tokenizer, tmp_path, **files)
-        assert (len(splits.micro_dev), len(splits.dev), len(splits.train)) == (2, 4, 9)
+            build(**files, micro_dev=16)
         files["dev_files"] = (write("many.jsonl", prompt_rows(range(40, 100))),)
-        splits = self.build(tiny_tokenizer, tmp_path, **files)
-        assert (len(splits.micro_dev), len(splits.dev)) == (16, 44)
+        assert sizes(**files) == [9, 44, 16, 7]
         del files["dev_files"]
-        splits = self.build(tiny_tokenizer, tmp_path, **files)
-        assert (len(splits.micro_dev), len(splits.train)) == (3, 6)
+        assert sizes(**files) == [6, 0, 3, 7]
+        assert sizes(**files, micro_dev=2) == [7, 0, 2, 7]
 
-    def test_overlaps_are_errors(self, write, tiny_tokenizer, tmp_path):
-        files = self.files(write)
+    def test_overlaps_are_errors(self, write, files, build):
         write("test.jsonl", prompt_rows(range(7, 12)))
         with pytest.raises(DataError, match="splits overlap") as caught:
-            self.build(tiny_tokenizer, tmp_path, **files)
+            build(**files)
         assert "train and test share 0 ids, 2 prompts and 2 groups" in str(caught.value)
         assert "dev and test share 0 ids, 2 prompts and 2 groups" in str(caught.value)
 
@@ -463,8 +412,10 @@ class TestGivenSplits:
         with pytest.raises(DataError, match=r"the prompts of 'id\d+' and 'id\d+' are the same, as the model sees them"):
             build_splits(settings, tiny_tokenizer, 0, tmp_path)
 
-    def test_the_source_is_checked_where_both_are_given_and_filtered_where_not(self, write, tiny_tokenizer, tmp_path):
-        target = CorpusSettings("en", **self.files(write))
+    def test_the_source_is_checked_where_both_are_given_and_filtered_where_not(
+        self, write, files, tiny_tokenizer, tmp_path
+    ):
+        target = CorpusSettings("en", **files)
         write("source.jsonl", prompt_rows(range(34, 60)))
         given = CorpusSettings("en", train_files=("source.jsonl",))
         with pytest.raises(DataError, match="source_train and test share 0 ids, 3 prompts and 3 groups"):
@@ -473,6 +424,3 @@ class TestGivenSplits:
         splits = build_splits(DataSettings("completion", target, pool), tiny_tokenizer, 0, tmp_path)
         assert splits.report.source.excluded_for_leak == 3
         assert len(splits.source_train) + len(splits.source_dev) == 23
-
-
-MLQA = Path(os.environ.get("GRASP_LORA_DATA", "nowhere")) / "mlqa"
