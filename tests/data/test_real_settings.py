@@ -45,11 +45,7 @@ def test_held_out_questions_share_no_id_context_or_article_with_training_data(na
     held_out = [one for part in HELD_OUT for one in getattr(splits, part)]
     assert len(splits.test) >= SETTINGS[name]
     assert len(splits.train) == 50
-    for part, others in {
-        "train": held_out,
-        "dev": [*splits.test, *splits.micro_dev],
-        "micro_dev": splits.test,
-    }.items():
+    for part, others in {"train": held_out, "dev": [*splits.test, *splits.micro_dev], "micro_dev": splits.test}.items():
         for kind in (0, 1):
             ours = {places[one.id][kind] for one in getattr(splits, part)}
             assert not ours & {places[one.id][kind] for one in others}, (part, kind)

@@ -444,10 +444,7 @@ def test_a_score_that_gives_no_number_for_each_weight_is_named(given: Any) -> No
         return given(pair.A.detach().abs(), pair.B.detach().abs())
 
     masks = MaskSet({"q": live_pairs()["q"]}, MaskSettings(Score(mine)))
-    with pytest.raises(
-        RecipeError,
-        match=r"mask score '.*mine' gave .* it must give two tensors, shaped as A",
-    ):
+    with pytest.raises(RecipeError, match=r"mask score '.*mine' gave .* it must give two tensors, shaped as A"):
         masks.rank()
 
 

@@ -25,9 +25,7 @@ from grasp_lora.method.merging import (
 D_IN, D_OUT = 12, 10
 MODULES = ("layers.0.q_proj", "layers.1.v_proj")
 # A row that one could have as well: it costs a line, and shows what sparsify does.
-ROWS = {
-    "dare": MergeRule("DARE on the factors, summed", sparsify=drop_and_rescale, draws=True),
-}
+ROWS = {"dare": MergeRule("DARE on the factors, summed", sparsify=drop_and_rescale, draws=True)}
 RULES: dict[str, Any] = {name: name for name in MERGE_RULES} | ROWS
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 SIDE_BY_SIDE = ("exact", "paper_apart")

@@ -1,4 +1,4 @@
-"""The policies: golden trajectories of the paper's, and what every policy keeps to."""
+"""The policies: golden trajectories of the paper's, what every policy keeps to, and when rounds come."""
 
 import itertools
 import json
@@ -18,7 +18,9 @@ from grasp_lora.errors import ProbeError, RecipeError
 from grasp_lora.method.rules import RatioEstimate, Round, Rule
 from grasp_lora.method.search import (
     POLICIES,
+    PRESETS,
     RULES,
+    Controller,
     Decision,
     Gaussian,
     RatioSearch,
@@ -400,12 +402,7 @@ class Decided(Gaussian):
 
 @pytest.mark.parametrize(
     ("decided", "shown"),
-    [
-        (Decision((0.0,), True, 0.9), r"0\.9"),
-        (Decision((0.0,), True, math.nan), "nan"),
-        (0.5, r"0\.5"),
-        (None, "None"),
-    ],
+    [(Decision((0.0,), True, 0.9), r"0\.9"), (Decision((0.0,), True, math.nan), "nan"), (0.5, r"0\.5"), (None, "None")],
 )
 def test_a_policy_that_decides_no_ratio_within_its_bounds_is_named(decided: Any, shown: str) -> None:
     search = RatioSearch(Decided(what=decided), RULES["smooth_fit"])
@@ -430,3 +427,104 @@ def test_a_rule_that_gives_a_ratio_outside_the_bounds_or_its_interval_is_named(
 def test_a_policy_of_ones_own_is_named_by_its_import_path() -> None:
     assert policy_class("grasp_lora.method.search:Spread") is Spread
     assert plain_policy(Spread())["kind"] == "spread"
+
+
+# --- presets, and when their rounds come ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "start", "followed"),
+    [
+        (False, 0.0, [3, 6, 9]),
+        (True, 0.0, [0, 3, 6, 9]),
+        (False, 0.5, [6, 9, 10]),
+        (False, 1.0, [10]),
+        (False, 0.9, [9, 10]),
+    ],
+)
+def test_which_steps_a_round_follows(before: bool, start: float, followed: list[int]) -> None:
+    assert Rounds(every=3, start=start, before_training=before).round_steps(10, 3) == followed
+
+
+def test_spacing_turns_and_splits() -> None:
+    assert (Rounds(every="epoch").spacing(7), Rounds(every=4).spacing(7)) == (7, 4)
+    assert [Rounds(in_turn=5).turn(pool) for pool in (4, 5, 6)] == [None, None, 5]
+    assert Rounds().turn(6) is None
+    assert [Rounds(pool=pool).splits for pool in ("dev", "both")] == [("dev",), ("micro_dev", "dev")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"every": 0}, "every is 0; it must be at least 1 optimizer step, a whole number, or 'epoch'"),
+        ({"every": True}, "every is True"),
+        ({"every": "week"}, "every is 'week'"),
+        ({"start": -0.1}, r"start is -0.1; it must be a share of the run, in \[0, 1\]"),
+        ({"start": math.nan}, "start is nan"),
+        (
+            {"start": 0.5, "before_training": True},
+            "before_training is True; it must be false where start is 0.5, or start 0",
+        ),
+        ({"pool": "test"}, "pool is 'test'; allowed: micro_dev, dev, both"),
+        ({"in_turn": 0}, "in_turn is 0; it must be at least 1 example, a whole number, or null for all"),
+        ({"patience": 0}, "patience is 0; it must be at least 1 round, a whole number, or null"),
+    ],
+)
+def test_rounds_out_of_range_are_an_error(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rounds(**changes)
+
+
+def test_presets_are_policy_rounds_and_rule() -> None:
+    assert set(PRESETS) == {"spread", "late", "paper"}
+    assert preset("spread") == Controller()
+    assert Controller() == Controller(
+        Spread(candidates=2), Rounds("epoch", before_training=True, pool="dev", in_turn=12, patience=1), "surrogate"
+    )
+    assert preset("late") == Controller(Spread(candidates=3, bounds_first=True), Rounds(start=0.5), "smooth_fit")
+    assert preset("paper") == Controller(Gaussian(), Rounds(), "best_reward")
+
+
+def test_a_preset_that_is_none() -> None:
+    with pytest.raises(ValueError, match="preset is 'fast'; allowed: spread, late, paper"):
+        preset("fast")
+
+
+def test_a_rule_is_named_or_given() -> None:
+    rule = ratio_rule("smooth_fit")
+    assert ratio_rule(rule) is rule
+    assert ratio_rule("grasp_lora.method.rules:smooth_fit") is rule
+    with pytest.raises(ValueError, match="rule is 'mean'; allowed: surrogate, smooth_fit, best_reward"):
+        Controller(rule="mean")
+
+
+@pytest.mark.parametrize(
+    ("changes", "pool", "examples"),
+    [
+        ({"rounds": Rounds(), "rule": "smooth_fit"}, 16, 16 + 2 * 16),
+        ({"rounds": Rounds(in_turn=12), "rule": "smooth_fit"}, 50, 12 + 2 * 12),
+        ({"rounds": Rounds(in_turn=12), "rule": "surrogate"}, 50, 50 + 2 * 12),
+        ({"rounds": Rounds(in_turn=12, patience=1), "rule": "smooth_fit"}, 50, 50 + 2 * 12),
+    ],
+)
+def test_a_baseline_needs_all_examples_where_rounds_are_compared(
+    changes: dict[str, Any], pool: int, examples: int
+) -> None:
+    assert Controller(**changes).probed_examples(pool) == examples
+
+
+def test_the_late_preset_probes_the_second_half_all_over_the_range() -> None:
+    assert preset("late").rounds.round_steps(50, 12) == [36, 48, 50]
+    search = of_preset("late")
+    candidates = [ratio for told in run(search, 3) for ratio in told.candidates]
+    assert len(set(candidates)) == 9
+    assert candidates[:3] == pytest.approx([0.1, 0.45, 0.8])
+    assert quadratic(search.best_ratio().ratio) < 0.002
+
+
+@pytest.mark.parametrize(("slope", "bound"), [(-1.0, 0.8), (1.0, 0.1)])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_late_preset_can_choose_its_bounds(slope: float, bound: float, seed: int) -> None:
+    search = of_preset("late", seed=seed)
+    run(search, 3, lambda ratio: slope * ratio)
+    assert search.best_ratio().ratio == bound

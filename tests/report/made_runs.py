@@ -156,5 +156,5 @@ def fixture_comparison() -> Comparison:
         keeps_best=True, micro_dev_examples=4, reference="grasp", metrics=["test_loss", "f1"],
         signatures={"f1": "refs:best"}, resamples=1000, comparisons=2, rows=[rows[0], missing, *rows[1:]],
         curve=[CurvePoint(seed=seed, prune_ratio=ratio, dev=1.0 + ratio, test=1.1) for seed, ratio in places],
-        warnings=[], made_with=[{"device": "cpu"}], pace=None,
+        warnings=[], made_with=[{"device": "cpu"}],
     )  # fmt: skip

@@ -54,7 +54,9 @@ def test_the_card_says_what_the_adapter_is_and_holds_no_path(run: Run, folder: P
     assert body.count("sha256:") == 3  # backbone, two parents
     assert 'from_pretrained(base, revision="9b0cfec892e2", dtype="float32")' in snippet_of(body)
     compile(snippet_of(body), "card", "exec")
-    assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])["data"]["target"]["files"] == ["xquad.ar.json"]
+    assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])["data"]["target"]["files"]["pool"] == [
+        "xquad.ar.json"
+    ]
     assert "| **GRASP** | **0.857** | **0.822** | **43.2** |" in body
     prompt = "".join(f"    {line}\n" for line in asked.split("\n"))
     assert "It was trained on prompts of this form:\n\n" + prompt in body
@@ -81,7 +83,7 @@ def test_the_card_names_what_the_adapter_was_made_of_and_trained_on_alone(
 ) -> None:
     """Of three given adapters the third is the target's."""
     run = with_info(
-        run, parents=tuple(GivenAdapter(f"owner/{each}", each) for each in ("first", "second", "third")[:given])
+        run, parents=tuple(GivenAdapter(f"owner/{each}", each, each) for each in ("first", "second", "third")[:given])
     )
     codes = {"source": "en", "target": "de"}
     corpora = {side: {"language": code, "hub": f"owner/{code}", "files": []} for side, code in codes.items()}
@@ -115,15 +117,6 @@ def test_after_a_training_on_all_rows_the_first_target_adapter_is_no_part(
     assert "| Source adapter | the run's folder source | sha256:" in text
     assert {result.metric_value for result in ModelCard(text).data.eval_results} == {0.8, 45.0, 27.0}
     assert "Test F1 43.2 against" not in text  # which is not what is handed over
-
-
-def test_the_card_of_labels_says_how_they_were_chosen(run: Run, folder: Path, tmp_path: Path) -> None:
-    run = with_report(run, labels={"mbaya": {"test": 3}, "nzuri": {"test": 5}}, prompt="Text: {text}")
-    text = card(run, folder, tmp_path)
-    assert "likeliest of these labels: mbaya, nzuri." in text
-    assert '`grasp-lora predict . --context "..."` gives one of the labels' in text
-    rows = card(with_report(run, prompt="{text} or {other}"), folder, tmp_path)
-    assert "`grasp-lora predict` with a file of rows gives one of the labels" in rows
 
 
 def test_the_prompt_of_the_card_has_the_braces_that_training_saw(run: Run, folder: Path, tmp_path: Path) -> None:
@@ -183,7 +176,7 @@ def test_the_recipe_in_the_card_stays_in_its_block_and_names_no_place(run: Run, 
         assert private not in text
     recipe = yaml.safe_load(text.split("`````yaml\n")[1].split("\n`````\n")[0])
     assert recipe["data"]["prompt"].startswith("\n````\n<b> /x/y ")
-    assert recipe["data"]["target"]["files"] == ["a.json", "b.json", "d.json"]
+    assert recipe["data"]["target"]["files"]["pool"] == ["a.json", "b.json", "d.json"]
     assert recipe["backbone"]["name"] == "me"
 
 

@@ -5,7 +5,6 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
-import pytest
 from made_runs import compared, fixture_comparison  # noqa: F401
 from rich.console import Console
 
@@ -70,39 +69,6 @@ def test_speed_ups_name_their_grid_and_count_the_merged_adapters_where_a_row_doe
     rows = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
     assert rows["GRASP"] == ["1", "10", "100", "8.00", "3", "30"]
     assert rows["source adapter continued on the target"][3] == "3.33"  # 1,000 passes against 300
-
-
-def test_seconds_of_other_machines_are_called_so(comparison: Comparison, tmp_path: Path) -> None:
-    content = comparison.model_copy(update={"made_with": [{"device": "a"}, {"device": "b"}]})
-    assert all(
-        "these are of 2 different environments: compare the forward passes." in text
-        for text in texts(content, tmp_path)
-    )
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({}, "Final runs stop early on the dev set and keep the adapter with the lowest dev loss."),
-        ({"keeps_best": False}, "Final runs stop early on the dev set."),
-        ({"stops_early": False}, "Final runs train to their end and keep the adapter with the lowest dev loss."),
-        ({"stops_early": False, "keeps_best": False}, "Final runs train to their end and keep the last adapter."),
-        ({"dev_examples": 0}, "There is no dev set: final runs train to their end."),
-    ],
-)
-def test_the_pages_say_what_dev_is_for(
-    comparison: Comparison, tmp_path: Path, changes: dict[str, Any], sentence: str
-) -> None:
-    assert all(sentence in text for text in texts(comparison.model_copy(update=changes), tmp_path))
-
-
-def test_the_pages_say_what_the_intervals_hold_for(comparison: Comparison, tmp_path: Path) -> None:
-    for text in texts(comparison.model_copy(update={"test_groups": 20, "test_group_size": 5.0}), tmp_path):
-        assert "Paired bootstrap over the 100 test examples, drawn in their 20 groups, the mean over the seeds" in text
-        assert (
-            "Planned, and so with a verdict: source adapter continued on the target; grid of GRASP's final runs."
-            in text
-        )
 
 
 def test_a_cross_validation_says_its_folds(comparison: Comparison, tmp_path: Path) -> None:

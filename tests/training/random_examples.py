@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grasp_lora.method.lora import AdapterWeights, LoraPair
+from grasp_lora.method.lora import AdapterWeights, LoraPair, Segment
 from grasp_lora.models.adapters import fresh_adapter
 from grasp_lora.models.live import live_pairs
 from grasp_lora.models.model_settings import LoraSettings
@@ -38,6 +38,18 @@ def make_examples(count: int, seed: int = 0, name: str = "e", prompt: tuple[int,
     ]
 
 
+def naive_losses(model, examples) -> torch.Tensor:
+    """Each example alone, unpadded, all logits: the mean negative log-likelihood of its answer's tokens."""
+    losses = []
+    for example in examples:
+        tokens = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
+        log_probabilities = model(input_ids=tokens, use_cache=False).logits.float().log_softmax(-1)[0]
+        start = len(example.prompt_ids)
+        terms = [-log_probabilities[i - 1, tokens[0, i]] for i in range(start, tokens.shape[1])]
+        losses.append(torch.stack(terms).mean())
+    return torch.stack(losses)
+
+
 def random_like(model, generator: torch.Generator, size: float, **rest) -> AdapterWeights:
     """Random weights in the shapes of a model's LoRA pairs; `rest` are fields of each `LoraPair`."""
     return AdapterWeights(
@@ -55,3 +67,10 @@ def random_like(model, generator: torch.Generator, size: float, **rest) -> Adapt
 def random_adapter(model, architecture: str = "llama") -> AdapterWeights:
     with fresh_adapter(model, LoraSettings(rank=4, target_modules=TARGETS[architecture]), 1) as peft_model:
         return random_like(peft_model, torch.Generator().manual_seed(1), 0.2, scaling=2.0)
+
+
+def random_merged(backbone, ranks: tuple[int, int], size: float, apart: bool = False) -> AdapterWeights:
+    """An adapter of a source and a target segment with no weight at zero."""
+    segments = (Segment("source", ranks[0]), Segment("target", ranks[1]))
+    with fresh_adapter(backbone, LoraSettings(rank=sum(ranks)), 0) as model:
+        return random_like(model, torch.Generator().manual_seed(3), size, segments=segments, apart=apart)

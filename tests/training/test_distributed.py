@@ -2,12 +2,12 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import forked
 import pytest
 import torch
+from random_examples import make_examples, naive_losses, random_adapter
 
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import live_pairs
@@ -16,75 +16,25 @@ from grasp_lora.training.probes import NormCollector, ProbeSet
 RANKS = 2
 PAD = 0
 
-# What both processes and the tests need to make the same things; the processes run it as a module of its own.
-COMMON = """
-import random
-from dataclasses import dataclass
-
-import torch
-from grasp_lora.method.lora import AdapterWeights, LoraPair
-from grasp_lora.models.adapters import fresh_adapter
-from grasp_lora.models.live import live_pairs
-from grasp_lora.models.model_settings import LoraSettings
-
-
-@dataclass(frozen=True)
-class Example:
-    id: str
-    prompt_ids: tuple
-    completion_ids: tuple
-
-
-def make_examples(count, seed=0, name="e"):
-    generator = random.Random(seed)
-    return [
-        Example(
-            f"{name}{index}",
-            tuple(generator.randrange(4, 260) for _ in range(generator.randint(2, 12))),
-            (*(generator.randrange(4, 260) for _ in range(generator.randint(0, 4))), 2),
-        )
-        for index in range(count)
-    ]
-
-
 MICRO_DEV = make_examples(5, 1, "m")
 MICRO_DEV_BUDGET = 20  # three batches
-DEV = make_examples(4, 2, "d")
-
-
-def random_adapter(model):
-    generator = torch.Generator().manual_seed(1)
-    with fresh_adapter(model, LoraSettings(rank=4), 1) as peft_model:
-        return AdapterWeights({
-            name: LoraPair(
-                0.3 * torch.randn(pair.A.shape, generator=generator),
-                0.3 * torch.randn(pair.B.shape, generator=generator),
-            )
-            for name, pair in live_pairs(peft_model).items()
-        })
-
-
-def values(model):
-    return [factor.detach().clone() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
-"""
 
 WORKER = """
 import os, sys
 from pathlib import Path
 
-sys.path[:0] = [os.environ["TESTS_FOLDER"], sys.argv[1]]
+sys.path[:0] = [os.environ["TESTS_FOLDER"], os.environ["TESTS_FOLDER"] + "/training"]
 import torch
 from conftest import build_tiny_model
-from common_to_ranks import DEV, MICRO_DEV, MICRO_DEV_BUDGET, make_examples, random_adapter, values
+from random_examples import make_examples, random_adapter
+from test_distributed import MICRO_DEV, MICRO_DEV_BUDGET
 from transformers import TrainerCallback, TrainingArguments
 
 from grasp_lora.method.masks import MaskSet, MaskSettings
 from grasp_lora.training import trainer as finetune_module
 from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import live_pairs
-from grasp_lora.method.search import Gaussian
-from grasp_lora.method.search import Controller
-from grasp_lora.method.search import Rounds
+from grasp_lora.method.search import Controller, Gaussian, Rounds
 from grasp_lora.training.controller import GraspController
 from grasp_lora.training.trainer import FineTuneTrainer, finetune
 from grasp_lora.training.probes import NormCollector, ProbeSet, calibrate
@@ -96,6 +46,10 @@ fed = []
 collate = finetune_module.collate
 finetune_module.collate = lambda batch, pad_id: fed.append([example.id for example in batch]) or collate(batch, pad_id)
 results = {}
+
+
+def values(model):
+    return [factor.detach().clone() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
 
 
 class Watch(TrainerCallback):
@@ -162,8 +116,9 @@ for score in ("input_aware", "magnitude"):
         controller.records = []
         callbacks = [First()] if score == "input_aware" else []
         found = finetune(
-            model, make_examples(12), DEV, TrainingSettings(epochs=2, learning_rate=1e-2, patience=None), pad_id=0,
-            seed=1, folder=folder / score, callbacks=callbacks, controller=controller,
+            model, make_examples(12), make_examples(4, 2, "d"),
+            TrainingSettings(epochs=2, learning_rate=1e-2, patience=None), pad_id=0, seed=1,
+            folder=folder / score, callbacks=callbacks, controller=controller,
         )
         results[score] = {
             "records": controller.records,
@@ -209,23 +164,9 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def common(tmp_path_factory):
-    """The module that both processes import, here as well."""
-    folder = tmp_path_factory.mktemp("distributed")
-    (folder / "common_to_ranks.py").write_text(COMMON, encoding="utf-8")
-    sys.path.insert(0, str(folder))
-    try:
-        import common_to_ranks
-    finally:
-        sys.path.remove(str(folder))
-    yield common_to_ranks
-    del sys.modules["common_to_ranks"]
-
-
-@pytest.fixture(scope="module")
-def folder(common) -> Path:
+def folder(tmp_path_factory) -> Path:
     """Where two processes have run the worker; a hang ends."""
-    folder = Path(common.__file__).parent
+    folder = tmp_path_factory.mktemp("distributed")
     (folder / "worker.py").write_text(WORKER, encoding="utf-8")
     environment = os.environ | {"TESTS_FOLDER": str(Path(__file__).parent.parent)}
     done = forked.python(["worker.py", str(folder)], cwd=folder, env=environment, count=RANKS)
@@ -256,24 +197,19 @@ def naive_gradients(model, weights, examples) -> tuple[float, tuple[torch.Tensor
     with torch.no_grad():
         for factor, value in zip(factors, weights, strict=True):
             factor.copy_(value)
-    losses = []
-    for example in examples:
-        tokens = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
-        logits = model(input_ids=tokens, use_cache=False).logits[0, len(example.prompt_ids) - 1 : -1]
-        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(example.completion_ids)))
-    loss = torch.stack(losses).mean()
+    loss = naive_losses(model, examples).mean()
     return loss.item(), torch.autograd.grad(loss, factors)
 
 
-def test_a_step_follows_the_mean_over_the_examples_of_all_ranks(ranks, common, make_tiny_model):
+def test_a_step_follows_the_mean_over_the_examples_of_all_ranks(ranks, make_tiny_model):
     plain = [rank["plain"] for rank in ranks]
-    examples = {example.id: example for example in common.make_examples(7)}
+    examples = {example.id: example for example in make_examples(7)}
     fed = [[name for batch in rank["fed"] for name in batch] for rank in plain]
     assert len([*fed[0], *fed[1]]) == 8  # accelerate takes one twice, so that both processes have as many
     assert {*fed[0], *fed[1]} == {*examples}
     assert same(plain[0]["watch"], plain[1]["watch"])
     backbone = make_tiny_model("llama")
-    with attached(backbone, common.random_adapter(backbone)) as model:
+    with attached(backbone, random_adapter(backbone)) as model:
         for step in range(2):  # of the first epoch: two batches of one example on each process
             names = [name for names in fed for name in names[2 * step : 2 * step + 2]]
             both = [examples[name] for name in names]
@@ -290,13 +226,13 @@ def test_epochs_are_counted_over_all_ranks(ranks):
         assert rank["plain"]["watch"]["rates"] == pytest.approx([1e-2, 1e-2, 5e-3, 5e-3])
 
 
-def test_ranks_with_unequal_numbers_of_examples_weigh_each_alike(ranks, common, make_tiny_model):
+def test_ranks_with_unequal_numbers_of_examples_weigh_each_alike(ranks, make_tiny_model):
     uneven = [rank["uneven"] for rank in ranks]
     assert same(uneven[0]["watch"], uneven[1]["watch"])
     assert uneven[0]["sizes"] == 3
     backbone = make_tiny_model("llama")
-    with attached(backbone, common.random_adapter(backbone)) as model:
-        loss, expected = naive_gradients(model, uneven[0]["watch"]["before"][0], common.make_examples(3))
+    with attached(backbone, random_adapter(backbone)) as model:
+        loss, expected = naive_gradients(model, uneven[0]["watch"]["before"][0], make_examples(3))
         for found, gradient in zip(uneven[0]["watch"]["gradients"][0], expected, strict=True):
             torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
     assert uneven[0]["loss"] == pytest.approx(loss, rel=1e-4)
@@ -322,20 +258,20 @@ def test_ranks_agree_on_the_final_run(ranks, mode):
     assert one["sparsity"] == 0.5
 
 
-def test_losses_are_those_that_one_process_measures(ranks, common, make_tiny_model):
+def test_losses_are_those_that_one_process_measures(ranks, make_tiny_model):
     backbone = make_tiny_model("llama")
-    with attached(backbone, common.random_adapter(backbone)) as model:
-        naive_gradients(model, ranks[0]["at_first_round"], common.MICRO_DEV[:1])  # puts the weights in
-        alone = ProbeSet(common.MICRO_DEV, PAD, common.MICRO_DEV_BUDGET).losses(model)
+    with attached(backbone, random_adapter(backbone)) as model:
+        naive_gradients(model, ranks[0]["at_first_round"], MICRO_DEV[:1])  # puts the weights in
+        alone = ProbeSet(MICRO_DEV, PAD, MICRO_DEV_BUDGET).losses(model)
     for rank in ranks:
         assert rank["input_aware"]["records"][0]["baseline_losses"] == pytest.approx(alone, abs=1e-6)
 
 
-def test_norms_count_each_example_once(ranks, common, make_tiny_model):
+def test_norms_count_each_example_once(ranks, make_tiny_model):
     backbone = make_tiny_model("llama")
-    with attached(backbone, common.random_adapter(backbone)) as model:
+    with attached(backbone, random_adapter(backbone)) as model:
         collector = NormCollector(model)
-        examples = ProbeSet(common.MICRO_DEV, PAD, common.MICRO_DEV_BUDGET)
+        examples = ProbeSet(MICRO_DEV, PAD, MICRO_DEV_BUDGET)
         with collector.collecting():
             examples.losses(model, collector)
         norms = collector.norms()
@@ -358,6 +294,6 @@ def test_records_are_written_once(ranks, folder):
         assert [row["step"] for row in history if "dev_loss" in row] == [0, 6, 12]
 
 
-def test_every_rank_refuses_a_loss_that_is_not_finite(ranks, common):
+def test_every_rank_refuses_a_loss_that_is_not_finite(ranks):
     for rank in ranks:
-        assert rank["error"].startswith(f"the loss of example {common.MICRO_DEV[0].id} is nan")
+        assert rank["error"].startswith(f"the loss of example {MICRO_DEV[0].id} is nan")
