@@ -343,5 +343,5 @@ class TestRun:
         assert weights_in("run/adapter") == weights_in("whole/adapter")
 
     def test_another_word_is_refused(self, tiny_workspace: Path) -> None:
-        with pytest.raises(RecipeError, match="deliver is 'both'; allowed: best, grasp"):
+        with pytest.raises(RecipeError, match=r"final\.deliver: input should be 'best' or 'grasp'"):
             run_tiny("final.deliver=both")

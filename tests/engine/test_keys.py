@@ -82,8 +82,6 @@ TABLE: dict[str, str] = {
     "generation.allow_empty": "answers",
     "metrics": "scores",
     "bertscore.models": "scores",
-    "bertscore.num_layers": "scores",
-    "bertscore.rescale": "scores",
     "report_to": NOTHING,
     # It trades time for memory and no bit of the result, so that who ran out of memory may set it and go on.
     **{f"{stage}.training.gradient_checkpointing": NOTHING for stage in ("source", "target", "controller", "final")},

@@ -205,7 +205,7 @@ class TestAuto:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("target.on=both",), "on is 'both'; allowed: source, auto, or null"),
+        (("target.on=both",), r"target\.on: input should be 'source' or 'auto'"),
         (
             (ON, "merge.rule=ties"),
             "target.on is 'source', so both adapters are added up as they are; remove merge.rule",

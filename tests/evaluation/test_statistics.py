@@ -41,8 +41,6 @@ def test_mean_and_sample_deviation():
     assert mean_and_sd([2, 4, 4, 4, 5, 5, 7, 9]) == (5, pytest.approx(math.sqrt(32 / 7)))
     assert mean_and_sd([3.5]) == (3.5, None)
     assert mean_and_sd([0.1] * 10) == (0.1, 0.0)
-    with pytest.raises(DataError, match="no value"):
-        mean_and_sd([])
 
 
 @pytest.mark.parametrize(
@@ -250,12 +248,8 @@ def test_bleu_is_computed_again_for_each_draw_and_averaged_over_runs():
     [
         ([1.0, 2.0, 3.0], [1.0, 2.0], "grid has 2 examples of 1 values, ours has 3"),
         ([1.0], [1.0], "at least 2 test examples"),
-        ([], [], "at least 2 test examples"),
-        ([[], []], [[], []], "at least 2 test examples"),
-        ([1.0, float("nan")], [1.0, 2.0], "ours has a value that is not finite"),
-        ([1.0, 2.0], [1.0, float("inf")], "grid has a value that is not finite"),
-        ([1.0, 2.0], [1.0, None], "the values of grid are no table of numbers"),
-        ([[1.0, 2.0], [1.0]], [1.0, 2.0], "the values of ours are no table of numbers"),
+        ([1.0, float("nan")], [1.0, 2.0], "values of ours .* finite"),
+        ([1.0, 2.0], [1.0, float("inf")], "values of grid .* finite"),
         ([[[1.0], [2.0]]], [1.0, 2.0], "the values of ours have shape"),
     ],
 )
@@ -264,17 +258,10 @@ def test_what_cannot_be_compared_is_an_error(ours, theirs, message):
         compare_with_baselines(ours, {"grid": theirs})
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"confidence": 1.0}, "confidence is 1.0"),
-        ({"confidence": 95}, "confidence is 95"),
-        ({"resamples": 38}, "38 resamples are too few for 1 comparisons at confidence 0.95; use at least 39"),
-    ],
-)
-def test_settings_are_checked(settings, message):
+def test_too_few_draws_are_refused():
+    message = "38 resamples are too few for 1 comparisons at confidence 0.95; use at least 39"
     with pytest.raises(ValueError, match=message):
-        compared([1.0, 2.0], [1.0, 3.0], **settings)
+        compared([1.0, 2.0], [1.0, 3.0], resamples=38)
     assert compared([1.0, 2.0], [1.0, 3.0], resamples=39).resamples == 39
 
 
@@ -354,7 +341,3 @@ class TestGroups:
     def test_a_single_group_shows_nothing(self):
         found = compared([3.0, 2.0, 4.0, 3.0, 4.0, 3.0, 5.0, 6.0], [1.0] * 8, groups=["a"] * 8)
         assert found.verdict == "no difference shown"
-
-    def test_each_example_needs_a_group(self):
-        with pytest.raises(ValueError, match="2 groups for 3 examples"):
-            compared([1.0, 2.0, 3.0], [0.0, 0.0, 0.0], groups=["a", "b"])

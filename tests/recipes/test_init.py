@@ -230,12 +230,6 @@ def test_for_labels_the_dev_loss_does_not_choose_where_the_target_adapter_is_tra
     assert ("which was better for labels" in file.read_text()) is (on == "source")
 
 
-def test_too_few_for_a_dev_set_is_said(start: Callable[..., Path]) -> None:
-    file = start(write(Path("t.jsonl"), completion(FEWEST)))
-    assert load_recipe(file)[0].data.target.dev == 0
-    assert "dev-free" in file.read_text()
-
-
 def test_too_few_examples_are_refused(start: Callable[..., Path]) -> None:
     with pytest.raises(DataError, match=rf"t\.jsonl has {FEWEST - 1} examples; at least {FEWEST} are needed"):
         start(write(Path("t.jsonl"), completion(FEWEST - 1)))
@@ -263,7 +257,7 @@ def test_usual_names_of_prompt_and_completion_are_understood(
 @pytest.mark.parametrize("part", ["context", "system", "history"])
 def test_a_prompt_that_would_lose_a_part_is_not_guessed(start: Callable[..., Path], part: str) -> None:
     Path("t.csv").write_text(f"question,{part},response\n" + "a,b,c\n" * 60, encoding="utf-8")
-    with pytest.raises(DataError, match=r"which fit no task .* such as .*--column answer=NAME, or rename them"):
+    with pytest.raises(DataError, match=r"which fit no task .* such as .*--column answer=response, or rename them"):
         start(Path("t.csv"))
 
 
@@ -301,12 +295,13 @@ def test_a_source_has_columns_of_its_own_names(start: Callable[..., Path]) -> No
     english = [dict(zip(("Passage", "Q", "Jibu"), row.values(), strict=True)) for row in swahili(60, "s")]
     source = (str(write(Path("s.csv"), english)),)
     with pytest.raises(
-        DataError, match=r"s\.csv has the columns .* such as --source-column context=NAME --source-column qu"
+        DataError,
+        match=r"s\.csv has the columns .* such as --source-column context=Passage --source-column question=Q,",
     ):
         start(data, source, columns=COLUMNS)
     with pytest.raises(DataError, match=r"s\.csv has no column 'P' \(--source-column context=\.\.\.\)"):
         start(data, source, columns=COLUMNS, source_columns=["context=P"])
-    with pytest.raises(DataError, match="--source-column is 'Q'; write a field and a column"):
+    with pytest.raises(DataError, match="--source-column is 'Q'; write FIELD=COLUMN"):
         start(data, source, columns=COLUMNS, source_columns=["Q"])
     own = ["context=Passage", "question=Q", "answer=Jibu"]
     recipe, _ = load_recipe(start(data, source, columns=COLUMNS, source_columns=own))
@@ -325,18 +320,16 @@ def test_without_a_context_question_and_answer_are_prompt_and_completion(start: 
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        (["question"], "--column is 'question'; write a field and a column"),
-        (["=Swali"], "write a field and a column"),
-        (["swali=Swali"], "'swali=Swali' names no field; allowed: answer, completion, context"),
+        (["question"], "--column is 'question'; write FIELD=COLUMN, such as question=Swali"),
+        (["swali=Swali"], "'swali=Swali'; write .* Fields: answer, completion, context"),
         (["question=Swali", "question=Jibu"], "'question=Jibu' names a field or a column for a second time"),
-        (["question=Swali", "context=Swali"], "'context=Swali' names a field or a column for a second time"),
         (
             ["question=Suali"],
             r"t\.csv has no column 'Suali' \(--column question=\.\.\.\); it has Muktadha, Swali, Jibu",
         ),
         (
             ["question=Swali"],
-            r"t\.csv has the columns Muktadha, Swali, Jibu, which fit no task .* --column context=NAME --column answer=NAME, or",
+            r"has the columns Muktadha, Swali, Jibu, which fit no task .* --column context=Muktadha --column answer=Jibu, or",
         ),
         ([*COLUMNS[1:], "summary=Muktadha"], "the task completion has no field summary"),
     ],
@@ -371,8 +364,6 @@ def test_a_workbook_with_a_sheet_for_each_language(start: Callable[..., Path]) -
     book.save("x.xlsx")
     with pytest.raises(DataError, match=r"x\.xlsx has no sheet 'Kiswaheli'; it has Sheet, Kiswahili, English"):
         start(Path("x.xlsx"), sheet="Kiswaheli")
-    with pytest.raises(DataError, match=r"--source-sheet is English, but no workbook is given as --source"):
-        start(Path("x.xlsx"), sheet="Kiswahili", source_sheet="English")
     recipe, _ = load_recipe(start(Path("x.xlsx"), ("x.xlsx",), sheet="Kiswahili", source_sheet="English"))
     assert (recipe.data.target.sheet, recipe.data.source.sheet) == ("Kiswahili", "English")
     assert fits(Path("mine.yaml"))["train"] == 25
@@ -408,8 +399,7 @@ def test_limits_follow_the_lengths_of_the_file(start: Callable[..., Path]) -> No
 
 
 def test_too_few_articles_are_refused(start: Callable[..., Path]) -> None:
-    shared = "which have one prompt, context or document"
-    with pytest.raises(DataError, match=rf"60 examples of t\.json form 2 groups .* largest of 30, {shared}; .* texts$"):
+    with pytest.raises(DataError, match=r"60 examples of t\.json form 2 groups .* largest of 30; .* texts$"):
         start(write(Path("t.json"), squad(60, per_article=30)))
 
 
@@ -472,8 +462,6 @@ def test_odd_names_of_files_give_a_recipe_that_other_commands_take(
     file = start(write(Path("t.jsonl"), completion(60)), ("~/s.jsonl",), Path("home.yaml"))
     assert load_recipe(file)[0].data.source is not None
     preflight(Session(*load_recipe(file)))
-    with pytest.raises(DataError, match=r"source s\.jsonl is given twice; give it once"):
-        start(Path("t.jsonl"), ("s.jsonl", "s.jsonl"), Path("twice.yaml"))
 
 
 def test_conversations_leave_the_chat_template_to_the_backbone(start: Callable[..., Path]) -> None:
@@ -499,9 +487,9 @@ def test_the_backbone_is_that_of_the_source_adapters(start: Callable[..., Path],
     assert load_recipe(start(data, (hub,), Path("d.yaml"), backbone=None))[0].backbone.name == "google/gemma-3-270m"
     (tmp_path / "hub/grasp_lora.json").write_text(json.dumps({"embedded": True}))
     assert load_recipe(start(data, (hub,), Path("e.yaml"), backbone=None))[0].backbone.name == "gemma3-270m"
-    with pytest.raises(AdapterError, match="are of different backbones, org/gemma, org/llama; give adapters of one"):
+    with pytest.raises(AdapterError, match="name the backbones org/gemma, org/llama; name one with --backbone"):
         start(data, (one, other), backbone=None)
-    with pytest.raises(AdapterError, match="the adapter silent does not name its backbone; name it with --backbone"):
+    with pytest.raises(AdapterError, match="name the backbones None; name one with --backbone"):
         start(data, (silent,), backbone=None)
 
 
@@ -584,9 +572,6 @@ def test_a_language_that_yaml_reads_as_a_truth_value(start: Callable[..., Path])
     assert load_recipe(file)[0].data.target.language == "no"
 
 
-SETTING = re.compile(r"^( *)# ([a-z_]+: )")
-
-
 def test_a_file_that_the_recipe_would_find_elsewhere_is_refused(
     start: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -616,7 +601,7 @@ def test_an_existing_file_is_never_overwritten(start: Callable[..., Path]) -> No
     with pytest.raises(RecipeError, match=r"mine\.yaml exists already; remove it, or choose another"):
         start(data)
     assert Path("mine.yaml").read_text() == "mine"
-    with pytest.raises(RecipeError, match=r"^\. is a folder; give the recipe a file name with --output"):
+    with pytest.raises(RecipeError, match=r"^\. exists already; remove it, or choose another name with --output"):
         start(data, output=Path())
 
 
@@ -634,23 +619,16 @@ def test_a_backbones_folder_that_is_not_there_is_refused_at_once(start: Callable
             [{"frage": "a", "antwort": "b"}] * 60,
             (),
             DataError,
-            r"columns frage, antwort, which fit no task by their names",
+            r"columns frage, antwort, which fit no task .* --column prompt=frage --column completion=antwort, or",
         ),
-        (completion(60), ("nowhere.csv",), DataError, r"source 'nowhere\.csv' is missing; give a data file"),
-        (completion(60), ("a/b/c",), DataError, r"source 'a/b/c' is missing"),
-        (completion(60), ("tiny-llama",), AdapterError, r"tiny-llama is a folder without adapter_config\.json"),
+        (completion(60), ("nowhere.csv",), DataError, r"source nowhere\.csv is neither a data file, nor a folder with"),
+        (completion(60), ("tiny-llama",), DataError, r"source tiny-llama is neither .* adapter_config\.json"),
         (completion(60), ("org/name", "s.jsonl"), RecipeError, r"data files and adapters at once"),
         (
             completion(60),
             ("demo:en.json",),
             DataError,
             r"data for the task qa by its columns, but the target's task is completion",
-        ),
-        (
-            squad(60),
-            ("s.jsonl",),
-            DataError,
-            r"s\.jsonl is data for the task completion by its columns, but the target's task is qa",
         ),
         (completion(60), ("few.jsonl",), DataError, r"the source has 10 examples, .*at least 20 are needed"),
         (completion(60), ("s.jsonl", "renamed.jsonl"), DataError, r"the source files differ in their columns"),
@@ -664,14 +642,6 @@ def test_a_backbones_folder_that_is_not_there_is_refused_at_once(start: Callable
         ),
         (labelled(60, ["a", ""]), (), DataError, r"line 2: label is empty"),
         (labelled(500, [f"l{i}" for i in range(500)]), (), DataError, r"500 labels, .* take the task completion"),
-        (
-            labelled(60, ["a", "b"]),
-            ("s.jsonl",),
-            DataError,
-            r"for the task completion by its columns, but the target's task is classification",
-        ),
-        ([{"source": "a", "target": " "}] * 60, (), DataError, r"line 1: target is empty"),
-        ([{"source": "", "target": "b"}] * 60, (), DataError, r"line 1: source is empty"),
     ],
 )
 def test_mistakes_are_named_and_nothing_is_written(
@@ -692,7 +662,7 @@ def test_texts_beside_questions_and_answers_are_not_left_out_in_silence(start: C
     named = ["question=Swali", "answer=Jibu"]
     with pytest.raises(
         DataError,
-        match=r"texts in the column .Muktadha. .*say --column context=Muktadha --column question=Swali .* prompt=Swali",
+        match=r"has Muktadha beside Swali and Jibu, .*say --column prompt=Swali .* --column context=Muktadha ",
     ):
         start(file, columns=named)
     content = yaml.safe_load(start(file, columns=[*named, "context=Muktadha"]).read_text(encoding="utf-8"))
@@ -704,22 +674,6 @@ def test_labels_of_both_languages_are_written_alike(start: Callable[..., Path]) 
     file = write(Path("t.jsonl"), [{"text": f"t {i}", "label": ("good", "bad")[i % 2]} for i in range(60)])
     with pytest.raises(DataError, match=r"t\.jsonl and s\.jsonl: the labels .Bad. and .bad. differ in case"):
         start(file, ["s.jsonl"])
-
-
-def test_columns_of_unknown_names_are_asked_for(start: Callable[..., Path]) -> None:
-    file = write(Path("t.jsonl"), [{"Maandishi": f"Habari {i}", "Hisia": "nzuri"} for i in range(60)])
-    with pytest.raises(DataError, match=r"labels of texts: --column text=Maandishi --column label=Hisia; summaries: "):
-        start(file)
-
-
-def test_a_built_in_text_has_its_own_language(start: Callable[..., Path]) -> None:
-    rows = [{"context": f"c {i}", "question": f"q {i}", "answer": "c"} for i in range(60)]
-    file = write(Path("t.jsonl"), rows)
-    with pytest.raises(
-        DataError, match=r"source demo:ar\.json is of the language ar, not en; add --source-language ar"
-    ):
-        start(file, ["demo:ar.json"])
-    assert start(file, ["demo:ar.json"], source_language="ar").is_file()
 
 
 @pytest.mark.parametrize("language", ["", "german language", "d", "de: x"])
@@ -736,12 +690,12 @@ def test_the_command_says_what_comes_next(cli: Callable[..., Any], start: Callab
     )
     options = ("--source", "s.jsonl", "--backbone", "tiny-llama", "-o", "full.yaml")
     said = cli("init", "t.jsonl", "-l", "de", *options).out
-    first, *told = said.splitlines()
+    first, *lines = said.splitlines()
     assert first == f"wrote full.yaml and {SCHEMA_FILE}"
-    assert [line.partition(":")[0] for line in told] == ["task", "rows", "advice", "advice", "next"]
-    assert told[1] == "rows: all others, about 25, to train on, 12 dev, 8 micro-dev and 15 test"
-    assert "--methods joint" in told[3]
-    assert told[-1] == "next: grasp-lora check full.yaml"
+    assert [line.partition(":")[0] for line in lines] == ["task", "rows", "advice", "advice", "next"]
+    assert lines[1] == "rows: all others, about 25, to train on, 12 dev, 8 micro-dev and 15 test"
+    assert "--methods joint" in lines[3]
+    assert lines[-1] == "next: grasp-lora check full.yaml"
     named = [{"question": f"{i}?", "answer": "a"} for i in range(60)]
     write(Path("named.jsonl"), named)
     told = cli("init", "named.jsonl", "-l", "de").out

@@ -121,9 +121,9 @@ class TestPresets:
         stage = load(SMALL, "controller={preset: late, policy: {ratio_min: 0.5}, rounds: {every: 3}}").controller
         assert stage.policy == Spread(ratio_min=0.5, ratio_init=0.5, bounds_first=True)
         assert (stage.rounds.every, stage.rounds.start) == (3, 0.5)
-        other = load(SMALL, "controller.policy={kind: gaussian, ratio_max: 0.3}").controller
-        assert other.policy == Gaussian(ratio_max=0.3, ratio_init=0.3)
-        assert other.rounds == PRESETS["spread"].rounds
+        gaussian = load(SMALL, "controller.policy={kind: gaussian, ratio_max: 0.3}").controller
+        assert gaussian.policy == Gaussian(ratio_max=0.3, ratio_init=0.3)
+        assert gaussian.rounds == PRESETS["spread"].rounds
 
     def test_the_papers_preset_sets_its_own(self, load: Load) -> None:
         paper, usual = load(SMALL, "controller.preset=paper", "source.training.epochs=3", "final.mode=reselect"), load()
@@ -166,7 +166,7 @@ class TestData:
             ("{language: de, files: [x], prompt: y}", r"target\.prompt is gone: write data\.prompt"),
             ("{language: de, files: [x], format: squad}", r"target\.format is gone: leave it out"),
             ("{language: de, train_files: [x]}", r"train_files is gone: write files: \{train: "),
-            ("{language: de, hub: [a, b, c, d]}", "hub has 4 parts"),
+            ("{language: de, hub: [a, b, c, d]}", r"target\.hub: tuple should have at most 3 items"),
             ("{language: no, files: [x]}", r"language: must be a text \(it is False\); put it in quotes"),
         ],
     )
@@ -248,14 +248,12 @@ class TestOverrides:
         ("override", "message"),
         [
             ("seed", r"must look like a\.b=value"),
-            ("seed=", "has no value; write seed=null"),
-            ("a..b=1", r"must look like a\.b=value"),
-            ("name.x=1", "gives name as a value, not as a section"),
-            ("seed=[1", "no valid YAML .* put text in quotes"),
-            ("backbone.name=org/llama #2", "YAML reads this text as 'org/llama'; put it in double quotes"),
+            ("seed=", r"a\.b=null unsets a key"),
+            ("=1", r"must look like a\.b=value"),
+            ("name.x=1", "name: must be a text"),
+            ("seed=[1", "is no valid YAML"),
+            ("backbone.name=org/llama #2", "YAML reads 'org/llama'; write backbone.name=\"org/llama #2\""),
             ("data.target.trian=4", "unknown key 'data.target.trian'; did you mean 'train'?"),
-            ("training.epochs=4", r"did you mean 'training'|unknown key 'training'"),
-            ("seed=1:30", "base 60 or 8"),
         ],
     )
     def test_what_does_not_fit_is_named(self, load: Load, override: str, message: str) -> None:
@@ -270,21 +268,19 @@ MISTAKES = {
     "a slip": ("lora: {rnak: 3}", "unknown key 'lora.rnak'; did you mean 'rank'"),
     "a word": ("seed: one", r"seed: input should be a valid integer, .* \(it is 'one'\)"),
     "a share": ("final: {prune_ratio: 50%}", r"valid number.* \(it is '50%'\); for 50 % write 0\.5"),
-    "a percentage": ("final: {prune_ratio: 50}", r"prune_ratio is 50\.0; it must be a fraction .* for 50 % write 0\.5"),
-    "a number for a truth": ("final: {all_rows: 1}", r"final\.all_rows: must be true or false \(it is 1\)"),
-    "a truth for a number": ("seed: true", r"seed: must be a number \(it is True\)"),
+    "a percentage": ("final: {prune_ratio: 50}", r"prune_ratio: input should be less .* for 50 % write 0\.5"),
     "a text for a list": ("metrics: bleu", r"must be a list, .*; write metrics: \[bleu\], or --set 'metrics=\[bleu\]'"),
     "a text for a section": ("lora: 3", r"lora: must be a section of keys and values \(it is 3\)"),
     "a preset": ("controller: {preset: papr}", r"controller\.preset is 'papr'; allowed: spread, late, paper"),
-    "a policy": ("controller: {policy: spread}", r"a policy is a section \(it is 'spread'\); set controller\.preset"),
+    "a policy": ("controller: {policy: spread}", r"controller\.policy: must be a section .*\(it is 'spread'\)"),
     "a kind": ("controller: {policy: {kind: gausian}}", "policy kind is 'gausian'; allowed: gaussian, spread"),
     "patience of a run at many ratios": ("controller: {training: {patience: 1}}", r"training\.patience is 1, but this policy"),
     "a merge on the source": ("target: {on: source}\nmerge: {rule: svd}", r"target\.on is 'source', .* remove merge\.rule"),
+    "a choice": ("final: {deliver: both}", r"final\.deliver: input should be 'best' or 'grasp' \(it is 'both'\)"),
+    "code in a preset": ("controller: {preset: 'json:loads'}", r"controller\.preset is 'json:loads'; allowed: spread"),
     "out of range": ("final: {training: {epochs: -1}}", r"final\.training: epochs is -1\.0; it must be above 0"),
     "no number": ("lora: {alpha: .nan}", "LoRA alpha is nan"),
     "a key twice": ("seed: 1\nseed: 1", "the key 'seed' stands twice; remove one"),
-    "octal": ("seed: 010", "the number '010' would be read in base 60 or 8"),
-    "a control character": ('backbone: {name: "a\\x07"}', r"holds the character U\+0007"),
     "a tag": ("seed: !!python/object:os.system x", "no valid YAML in line 3"),
     "no YAML": ("a: [1, 2", "no valid YAML in line 4"),
     "depth": ("a: " + "[" * 5000, "no valid YAML"),
@@ -301,7 +297,7 @@ def test_a_mistake_is_one_line(load: Load, name: str) -> None:
 
 @pytest.mark.parametrize("content", ["", "- a", "just text", b"\xff\xfe\x00", b"a" * 1_000_001])
 def test_a_file_that_is_no_recipe_is_one_line(load: Load, content: Any) -> None:
-    with pytest.raises(RecipeError, match=r"must hold keys and values|not UTF-8|at most 1000000"):
+    with pytest.raises(RecipeError, match=r"must hold keys and values|no valid YAML: 'utf-8' codec|at most 1000000"):
         load(content if isinstance(content, str) else content.decode("latin-1") if b"\xff" not in content else content)
 
 
@@ -323,14 +319,7 @@ def test_every_gone_key_was_one_and_has_its_line(load: Load) -> None:
     for key, answer in GONE_KEYS.items():
         assert not [kept for kept in keys if f".{kept}".endswith(f".{key}")], key
         assert "\n" not in answer
-    kept = {entry.name for entry in fields(TrainingSettings)} - {
-        "epochs",
-        "batch_size",
-        "accumulation",
-        "learning_rate",
-        "patience",
-    }
-    for name in kept:
+    for name in {entry.name for entry in fields(TrainingSettings)} - {key.rpartition(".")[2] for key in keys}:
         with pytest.raises(RecipeError, match=rf"final\.training\.{name} is gone: "):
             load(SMALL, f"final.training.{name}=1")
 

@@ -3,7 +3,6 @@
 Each has a function `lack_of_...`: what a language lacks for it, such as "no model for sw", is said in the tables, and never a 0.
 """
 
-import csv
 import re
 import unicodedata
 import warnings
@@ -11,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from string import punctuation
@@ -47,30 +45,21 @@ class BertScoreSettings:
 
     Args:
         models: for each language code, such as `zh`, an encoder: a folder, relative to the recipe's, or a hub id with
-            safetensors weights. A language without one has no BERTScore.
-        num_layers: the layer whose states are compared, >= 1. None takes the one that bert-score found best for a model of this
-            name, and three quarters of the layers, rounded up, for a model it does not know.
-        rescale: map the score of unrelated texts to 0; then scores below 0 occur. bert-score has baselines for English and
-            Chinese, and none for Arabic.
+            safetensors weights. A language without one has no BERTScore. The layer whose states are compared is the one that
+            bert-score found best for a model of this name, else three quarters of the layers, rounded up.
 
     Raises:
-        ValueError: a language is no code, a model has no name, or `num_layers` is below 1.
+        ValueError: a language is no code.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     models: dict[str, str] = field(default_factory=dict)
-    num_layers: int | None = None
-    rescale: bool = False
 
     def __post_init__(self) -> None:
-        for language, place in self.models.items():
+        for language in self.models:
             if language_code(language) != language:
                 raise ValueError(f"models has the key {language!r}; use the code {language_code(language)}")
-            if not place.strip():
-                raise ValueError(f"models has no model for {language}; give a folder or a hub id, or remove the key")
-        if self.num_layers is not None and self.num_layers < 1:
-            raise ValueError(f"num_layers is {self.num_layers}; use a whole number of at least 1")
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,6 @@ class _Encoder:
     model: Any
     tokenizer: Any
     layer: str  # such as 9/12
-    baseline: float | None
     device: str
 
     def compare(self, predictions: list[str], references: list[str]) -> list[float]:
@@ -91,7 +79,7 @@ class _Encoder:
         weights[self.tokenizer.sep_token_id] = weights[self.tokenizer.cls_token_id] = 0.0
         scores = bert_cos_score_idf(self.model, references, predictions, self.tokenizer, weights, device=self.device)
         values: list[float] = scores[:, 2].tolist()
-        return values if self.baseline is None else [(f - self.baseline) / (1.0 - self.baseline) for f in values]
+        return values
 
 
 def bertscore(
@@ -111,7 +99,7 @@ def bertscore(
     """
     settings = settings or BertScoreSettings()
     code = outputs.language_code
-    encoder = _load(code, settings.models[code], settings.num_layers, settings.rescale, base, offline)
+    encoder = _load(settings.models[code], base, offline)
     return score_of_similarities(
         "bertscore",
         outputs,
@@ -120,7 +108,7 @@ def bertscore(
         model=without_place(settings.models[code]),
         layer=encoder.layer,
         idf="no",
-        rescaled="yes" if settings.rescale else "no",
+        rescaled="no",
         blank="0",
         bert_score=version("bert-score"),
         transformers=version("transformers"),
@@ -138,12 +126,12 @@ def lack_of_bertscore(
     """
     if settings is None or language not in settings.models:
         return f"no model for {language}"
-    _load(language, settings.models[language], settings.num_layers, settings.rescale, base, offline)
+    _load(settings.models[language], base, offline)
     return None
 
 
 @lru_cache(maxsize=1)  # a comparison scores dozens of systems with the same model
-def _load(language: str, place: str, num_layers: int | None, rescale: bool, base: Path, offline: bool) -> _Encoder:
+def _load(place: str, base: Path, offline: bool) -> _Encoder:
     needs("BERTScore", "bert_score", "bert-score", extra="eval")
     import torch
     from bert_score.utils import get_model, model2layers
@@ -154,24 +142,16 @@ def _load(language: str, place: str, num_layers: int | None, rescale: bool, base
         config = AutoConfig.from_pretrained(folder)
         layers = int(config.num_hidden_layers)
         tuned = model2layers.get(place, model2layers.get(Path(place).name))
-        layer = num_layers or tuned or -(-3 * layers // 4)
-        if layer > layers:
-            raise RecipeError(f"bertscore.num_layers is {layer}, but {place} has {layers} layers")
-        if "t5" in folder and "t5" not in config.model_type:
-            raise RecipeError(f"bert-score takes any path with 't5' in it for a T5 model: rename or move {folder}")
+        layer = tuned or -(-3 * layers // 4)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = get_model(folder, layer)
-    # Some tokenizers know no limit, and say so with a number that overflows theirs.
-    tokenizer.model_max_length = min(tokenizer.model_max_length, _context(config))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    baseline = _baseline(language, place, layer) if rescale else None
-    return _Encoder(model.float().eval().to(device), tokenizer, f"{layer}/{layers}", baseline, device)
-
-
-def _context(config: Any) -> int:
-    """Longest input in tokens. RoBERTa and its kin count positions from behind the padding's."""
+    # Some tokenizers know no limit, and say so with a number that overflows theirs. RoBERTa and its kin count positions from
+    # behind the padding's.
     positions = int(getattr(config, "max_position_embeddings", None) or 512)
-    return positions - 2 if positions % 64 == 2 else positions
+    context = positions - 2 if positions % 64 == 2 else positions
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _Encoder(model.float().eval().to(device), tokenizer, f"{layer}/{layers}", device)
 
 
 def _find(place: str, base: Path, offline: bool) -> str:
@@ -187,19 +167,6 @@ def _find(place: str, base: Path, offline: bool) -> str:
         return str(snapshot_download(place, allow_patterns=patterns, local_files_only=offline))
     except (HFValidationError, OSError) as error:  # network, authorisation and missing repositories are OSErrors
         raise RecipeError(f"BERTScore model {place}: {not_there(error)}") from error
-
-
-def _baseline(language: str, place: str, layer: int) -> float:
-    """Read F of unrelated texts at a layer, as bert-score measured it."""
-    folder = Path(str(resources.files("bert_score"))) / "rescale_baseline" / language
-    for name in (place, Path(place).name):
-        file = folder / f"{name}.tsv"
-        if file.is_file():
-            rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
-            return float(rows[layer]["F"])
-    raise RecipeError(
-        f"bert-score has no baseline for {place} in {language!r}, so bertscore.rescale is not possible; set it to false"
-    )
 
 
 def lack_of_similarity(language: str) -> str | None:

@@ -133,7 +133,7 @@ def resolve_metrics(
         settings, base, offline: for BERTScore (see `bertscore`).
 
     Raises:
-        RecipeError: a name is unknown, its module or attribute is missing, or it is no function.
+        RecipeError: a name is unknown, or is that of no function.
     """
     metrics = METRICS
     if settings is not None:
@@ -162,27 +162,29 @@ def _compute(name: str, metric: Metric, outputs: Outputs) -> MetricScore:
     result = metric.function(outputs)
     if name in METRICS:
         return result
-    if isinstance(result, MetricScore) and result.value is None:
-        return MetricScore(name, None, result.signature, ())
     if not isinstance(result, MetricScore):
         raise DataError(f"metric {name!r} gave a {type(result).__name__}; it must give a MetricScore")
-    rows = (result.per_example, *([result.statistics] if metric.from_statistics else []))
-    if not result.signature or any(len(values) != len(outputs.predictions) for values in rows):
-        raise DataError(
-            f"metric {name!r} gave {' and '.join(str(len(values)) for values in rows)} values for {len(outputs.predictions)} "
-            "examples, or no signature; it must give one for each example, and say in its signature how it was computed"
-        )
+    if result.value is None:
+        return MetricScore(name, None, result.signature, ())
     # Plain numbers, be they numpy's or of a tensor.
-    value, per_example = float(result.value or 0.0), tuple(map(float, result.per_example))
-    if not all(map(math.isfinite, (value, *per_example))):
-        raise DataError(f"metric {name!r} gave {value:g}; its value and those of the examples must be finite numbers")
+    value, per_example = float(result.value), tuple(map(float, result.per_example))
+    statistics = tuple(tuple(map(float, row)) for row in result.statistics)
+    sizes = {len(per_example), *([len(statistics)] if metric.from_statistics else [])}
+    if (
+        not result.signature
+        or sizes != {len(outputs.predictions)}
+        or not all(map(math.isfinite, (value, *per_example)))
+    ):
+        raise DataError(
+            f"metric {name!r} must give a signature and {len(outputs.predictions)} finite numbers, one for each example; it gave "
+            f"the value {value:g}, {len(per_example)} scores of examples and the signature {quoted(result.signature)}"
+        )
     if metric.from_statistics is None:  # intervals and verdicts are those of the mean
         mean = sum(per_example) / len(per_example)
         if abs(value - mean) > _ROUNDED * max(1.0, *map(abs, per_example)):
             raise DataError(
                 f"metric {name!r} gave the value {value:g}, but its scores of the examples have the mean {mean:g}; give that as "
-                "the value, or name a Metric whose from_statistics computes the score of a whole test set"
+                "the value, or name a Metric with from_statistics"
             )
         value = mean
-    statistics = tuple(tuple(map(float, row)) for row in result.statistics)
     return replace(result, name=name, value=value, per_example=per_example, statistics=statistics)

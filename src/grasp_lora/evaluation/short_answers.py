@@ -42,9 +42,8 @@ class MetricScore:
 
     Args:
         name: the metric, a key of `resolve_metrics`.
-        value: the score of the whole set, higher is better: 0 to 100, save for similarities (down to -100, a rescaled BERTScore
-            lower) and metrics of a user's own.
-            None where the metric is not available here; the signature then says why.
+        value: the score of the whole set, higher is better: 0 to 100, save for similarities, which may be below 0, and metrics of
+            a user's own. None where the metric is not available here; the signature then says why.
         signature: how it was computed, as `key:value` pairs between bars.
         per_example: one score per output, in their order; empty where `value` is None. `value` is their mean, except for
             BLEU, chrF++ and macro-F1, which are scores of the whole set.
@@ -165,6 +164,8 @@ def macro_f1(outputs: Outputs) -> MetricScore:
 
     Source: scikit-learn's `f1_score(average="macro")` with the labels of the references.
     """
+    import torch
+
     labels = sorted({*outputs.labels, *(reference for references in outputs.references for reference in references)})
     hits = _hits(outputs)
     rows = []
@@ -174,17 +175,11 @@ def macro_f1(outputs: Outputs) -> MetricScore:
         rows.append(tuple(float(cell) for triple in cells for cell in triple))
     return MetricScore(
         "macro_f1",
-        _macro([sum(column) for column in zip(*rows, strict=True)]),
+        float(macro_f1_from_statistics(torch.tensor(rows, dtype=torch.float64).sum(dim=0))),
         sign(nrefs=outputs.reference_count, match="text", labels="in_references", average="macro"),
         tuple(100.0 * hit for hit in hits),
         tuple(rows),
     )
-
-
-def _macro(sums: list[float]) -> float:
-    import torch
-
-    return float(macro_f1_from_statistics(torch.tensor(sums, dtype=torch.float64)))
 
 
 def macro_f1_from_statistics(sums: "Tensor") -> "Tensor":

@@ -62,8 +62,6 @@ def mean_and_sd(values: Sequence[float]) -> tuple[float, float | None]:
     >>> mean_and_sd([1.0, 2.0, 3.0]), mean_and_sd([5.0])
     ((2.0, 1.0), (5.0, None))
     """
-    if not values:
-        raise DataError("there is no value to take the mean of; give at least one")
     return math.fsum(values) / len(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -153,13 +151,11 @@ def compare_with_baselines(
 
     Raises:
         DataError: the examples of two methods differ in number, are fewer than two, or hold a value that is not finite.
-        ValueError: `confidence` is outside its range, `resamples` too few for it, or `groups` not one for each example.
+        ValueError: `resamples` are too few for the confidence.
 
     Source: Efron & Tibshirani 1993, chapter 13; Koehn 2004 for the resampling of test sets; Hesterberg 2015 for the widening;
     Davison & Hinkley 1997, section 3.8 for draws of whole groups.
     """
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence is {confidence}; it must be between 0 and 1")
     if not baselines:
         return {}
     corrected = [name for name in baselines if together is None or name in together]
@@ -180,8 +176,6 @@ def compare_with_baselines(
                 f"{name} has {statistics_of.shape[1]} examples of {statistics_of.shape[2]} values, ours has {examples} of "
                 f"{mine.shape[2]}; compare methods on the same test examples"
             )
-    if groups is not None and len(groups) != examples:
-        raise ValueError(f"there are {len(groups)} groups for {examples} examples; give one for each example")
     numbers = {name: number for number, name in enumerate(dict.fromkeys(groups or ()))}
     members = torch.tensor([numbers[name] for name in groups] if groups else range(examples))
     units = len(numbers) or examples
@@ -233,22 +227,17 @@ def compare_with_baselines(
 
 def _statistics(name: str, runs: Runs, corpus_score: object) -> Tensor:
     """Turn the runs of a method into float64 [runs, examples, k]; k is 1 where the score is a mean."""
-    try:
-        values = torch.tensor(runs, dtype=torch.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"the values of {name} are no table of numbers, equally many in each run: {error}") from error
+    values = torch.tensor(runs, dtype=torch.float64)
     if values.dim() == (1 if corpus_score is None else 2):
         values = values.unsqueeze(0)
     if corpus_score is None:
         # Averaged first, so that a method of several runs costs no more than one.
         values = values.mean(dim=0, keepdim=True).unsqueeze(-1)
-    if values.dim() != 3 or values.shape[1] < 2 or not values.numel():
+    if values.dim() != 3 or values.shape[1] < 2 or not bool(values.isfinite().all()):
         raise DataError(
-            f"the values of {name} have shape {list(values.shape)}; give one list a run, with "
-            f"{'one number' if corpus_score is None else 'one row of statistics'} for each of at least 2 test examples"
+            f"the values of {name} have shape {list(values.shape)}; give each run a finite number, or a row of statistics, "
+            "for each of at least 2 test examples"
         )
-    if not bool(values.isfinite().all()):
-        raise DataError(f"{name} has a value that is not finite, which cannot be compared; leave the method out")
     return values
 
 

@@ -14,9 +14,6 @@ def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool)
         keeps_best: whether a final run keeps its adapter of the lowest dev loss.
         on: where the target adapter is trained (`target.on`).
         has_source_rows: whether there is data of the source language, not a source adapter alone.
-
-    >>> advice(0, keeps_best=True, on="source", has_source_rows=False)[0].partition(":")[0]
-    'no dev rows stop the trainings, so the training rows are overfitted'
     """
     if dev and keeps_best:
         gain = "Pruning alone then gains little"
@@ -30,17 +27,17 @@ def advice(dev: int, *, keeps_best: bool, on: str | None, has_source_rows: bool)
                 "In two of seven measured settings GRASP's result then answered better than the source adapter trained on. In "
                 "five no difference was shown"
             )
-        said = [f"{dev} dev rows stop the trainings in time, and choose which adapter you get. {gain}"]
+        sentences = [f"{dev} dev rows stop the trainings in time, and choose which adapter you get. {gain}"]
     else:
         why = "the last step is kept, whatever the dev rows say" if dev else "no dev rows stop the trainings"
-        said = [
+        sentences = [
             f"{why}, so the training rows are overfitted: prune, as this recipe does. Wherever it was measured, its loss was "
             "lower than that of the merge trained as long without pruning. The merge that nobody trains further may have a lower "
             "one yet"
         ]
     if has_source_rows and on is None:
-        said.append(
+        sentences.append(
             "one adapter trained on both languages (joint) is a strong rival, and takes the time of another source adapter: try "
             "grasp-lora compare with this recipe and --seeds 42 --methods joint,continued,grasp"
         )
-    return said
+    return sentences

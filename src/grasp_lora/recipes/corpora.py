@@ -20,7 +20,7 @@ POOL = "pool"
 PARTS = {POOL: "files", "train": "train_files", "dev": "dev_files", "test": "test_files"}
 Files = Annotated[
     dict[Literal["pool", "train", "dev", "test"], Texts],
-    BeforeValidator(lambda given: given if isinstance(given, Mapping) else {POOL: given}, json_schema_input_type=Any),
+    BeforeValidator(lambda files: files if isinstance(files, Mapping) else {POOL: files}, json_schema_input_type=Any),
 ]
 Template = str | dict[str, str] | None
 FILES = (
@@ -48,14 +48,15 @@ class CorpusSection(Section):
 
     def __init__(self, hidden: tuple[str, ...] = ()) -> None:
         files: Any = (Files, Field(default={}, description=FILES))
-        super().__init__((*NO_KEYS, *hidden), {"files": files, "hub": (Texts, Field(default=(), description=HUB))})
+        super().__init__(
+            (*NO_KEYS, *hidden),
+            {"files": files, "hub": (Texts, Field(default=(), max_length=len(HUB_PARTS), description=HUB))},
+        )
 
     def read(self, settings: type[Any], base: Any, keys: Any) -> CorpusSettings:
         """Check the keys and build the settings."""
         values = values_of(self.keys(settings).model_validate(keys))
         hub = values.pop("hub")
-        if len(hub) > len(HUB_PARTS):
-            raise ValueError(f"hub has {len(hub)} parts; give at most a name, a configuration and a split")
         files = {PARTS[part]: places for part, places in values.pop("files").items()}
         return CorpusSettings(**values, **files, **dict(zip(HUB_PARTS, hub, strict=False)))
 

@@ -2,9 +2,8 @@
 
 import math
 import os
-import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,14 +37,6 @@ OTHER_NAMES = {
 }
 PARTS_OF_PROMPTS = {"input", "context", "system", "history"}
 BYTES = 3  # of text in a token, about; in scripts that a tokenizer knows little it is two
-# What two or three columns of unknown names may be, as one says it.
-_MEANINGS: dict[tuple[str, ...], str] = {
-    ("prompt", "completion"): "prompt and answer",
-    ("text", "label"): "labels of texts",
-    ("document", "summary"): "summaries",
-    ("source", "target"): "translations",
-    ("context", "question", "answer"): "questions on a text",
-}
 FEWEST_TOKENS, MOST_TOKENS = 512, 2048  # of an example
 CUT_DOCUMENT = 320  # tokens of an article
 LONG = 60  # characters of a cell, on average: such a column holds texts, not numbers or names
@@ -91,7 +82,7 @@ class Corpus:
 
     @property
     def most_tokens(self) -> int:
-        """A limit that leaves out no example of ordinary length, whatever the script: it bounds no more than that."""
+        """A limit that leaves out no example of ordinary length."""
         return min(MOST_TOKENS, self.roomy_tokens)
 
     @property
@@ -111,21 +102,19 @@ class Corpus:
         return sum(sizes) + len(record.answer.encode()) + 100
 
 
-def parse_columns(given: Sequence[str], option: str = "--column") -> dict[str, str]:
+def parse_columns(pairs: Sequence[str], option: str = "--column") -> dict[str, str]:
     """Return field -> column of what the command line has, such as `question=Swali`.
 
     Raises:
-        DataError: one is no such pair, its field does not exist, or a field or a column stands twice.
+        DataError: a text is no such pair, its field does not exist, or a field or a column stands twice.
     """
     columns: dict[str, str] = {}
-    for pair in given:
+    for pair in pairs:
         field, _, column = (part.strip() for part in pair.partition("="))
-        if not field or not column:
+        if field not in FIELDS or not column:
             raise DataError(
-                f"{option} is {quoted(pair)}; write a field and a column of the file, such as question=Swali"
+                f"{option} is {quoted(pair)}; write FIELD=COLUMN, such as question=Swali. Fields: {listed(sorted(FIELDS))}"
             )
-        if field not in FIELDS:
-            raise DataError(f"{option} {quoted(pair)} names no field; allowed: {', '.join(sorted(FIELDS))}")
         if field in columns or column in columns.values():
             raise DataError(f"{option} {quoted(pair)} names a field or a column for a second time; leave one out")
         columns[field] = column
@@ -160,68 +149,26 @@ def read_corpus(
     """
     table = read_file(name, path, sheet=sheet)
     # A source may have columns of other names than the target, where the user named those of the target.
-    own = {field: column for field, column in (columns or {}).items() if option or column in table.columns}
-    layout = find_layout(table, None, columns=own)
-    found, named = (
-        _guess(table, task, own, option or "--source-column")
-        if layout.task is None
-        else (layout.task, dict[str, str]())
-    )
-    if find_layout(table, found, columns=own) is LAYOUTS["xlsum"]:
-        named = {}  # the reader knows them
-    if task not in (None, found):
+    chosen = {field: column for field, column in (columns or {}).items() if option or column in table.columns}
+    layout = find_layout(table, None, columns=chosen)
+    renamed: dict[str, str] = {}
+    if layout.task is None:
+        data_task, renamed = _guess(table, task, chosen, option or "--source-column")
+    else:
+        data_task = layout.task
+    if find_layout(table, data_task, columns=chosen) is LAYOUTS["xlsum"]:
+        renamed = {}  # the reader knows them
+    if task not in (None, data_task):
         raise DataError(
-            f"{name} is data for the task {found} by its columns, but the target's task is {task}; give both the same columns, "
-            "or name them with --column and --source-column"
+            f"{name} is data for the task {data_task} by its columns, but the target's task is {task}; give both the same "
+            "columns, or name them with --column and --source-column"
         )
     layout_name = next(key for key, row in LAYOUTS.items() if row is layout)
     written = name if name.startswith(DEMO_PREFIX) else relative(name, folder)
-    pool = make_pool([table], found, "auto", named, skip_unanswered=skip_unanswered)
-    labels: tuple[str, ...] = ()
-    if TASKS[found].chooses:
-        labels = check_labels((record.answer for record in pool.records), name)
-    return Corpus(written, found, layout_name, named, pool.records, pool.unanswerable, sheet, labels)
-
-
-def _as_options(fields: Sequence[str], columns: Sequence[str], option: str) -> str:
-    pairs = zip(fields, columns, strict=True)
-    return f"{_MEANINGS[tuple(fields)]}: " + " ".join(
-        f"{option} {shlex.quote(f'{field}={name}')}" for field, name in pairs
-    )
-
-
-def _refuse_unused(table: Table, chosen: Mapping[str, str], given: Mapping[str, str], option: str) -> None:
-    """Refuse questions and answers beside a column of long texts, which may be what the questions are about."""
-    if "prompt" in given:  # so the user has said what a prompt is
-        return
-    columns = [name for name in table.columns if name not in {*chosen.values(), *given.values(), *OPTIONAL_COLUMNS}]
-    sizes = {name: sum(len(str(row.values.get(name) or "")) for row in table.rows) for name in columns}
-    if texts := [name for name in columns if sizes[name] >= LONG * len(table.rows)]:
-        about = (("context", texts[0]), ("question", chosen["prompt"]), ("answer", chosen["completion"]))
-        with_it, without = (
-            " ".join(f"{option} {shlex.quote(f'{field}={column}')}" for field, column in pairs)
-            for pairs in (about, chosen.items())
-        )
-        raise DataError(
-            f"{table.name} has long texts in the column {quoted(texts[0])} beside questions and answers; if the questions are "
-            f"about them, say {with_it}, and if they are not to be used, {without}"
-        )
-
-
-def _refuse_dropped(table: Table, chosen: Mapping[str, str], parts: Sequence[str], option: str) -> None:
-    """Refuse prompts beside columns that may be parts of them; a list of messages takes the column `system` as its first."""
-    talks = any(isinstance(row.values.get(chosen["prompt"]), list) for row in table.rows)
-    dropped = [
-        part
-        for part in parts
-        if any(not is_blank(row.values.get(part)) for row in table.rows) and not (talks and part == "system")
-    ]
-    if dropped:
-        without = " ".join(f"{option} {field}={shlex.quote(column)}" for field, column in chosen.items())
-        raise DataError(
-            f"{table.name} has {listed(dropped)} beside prompt and completion, which no prompt would hold; write its text into "
-            f"prompt, or say {without} to leave it out"
-        )
+    pool = make_pool([table], data_task, "auto", renamed, skip_unanswered=skip_unanswered)
+    answers = (record.answer for record in pool.records)
+    labels = check_labels(answers, name) if TASKS[data_task].chooses else ()
+    return Corpus(written, data_task, layout_name, renamed, pool.records, pool.unanswerable, sheet, labels)
 
 
 def relative(place: str, folder: Path) -> str:
@@ -229,69 +176,102 @@ def relative(place: str, folder: Path) -> str:
     return Path(os.path.relpath(place, folder)).as_posix()
 
 
-def _guess(table: Table, preferred: str | None, given: Mapping[str, str], option: str) -> tuple[str, dict[str, str]]:
+def _guess(table: Table, preferred: str | None, chosen: Mapping[str, str], option: str) -> tuple[str, dict[str, str]]:
     """Return a task whose fields are all among the columns, and the columns that are called otherwise.
 
     What the user names a column for is understood as if the column had that name. Of `label` and `Label` the first is meant.
+
+    Args:
+        preferred: the task that is tried first.
+        chosen: field -> column, by the user.
+        option: by which the user names columns.
     """
-    name, found = table.name, table.columns
-    for field, column in given.items():
-        if column not in found:
-            raise DataError(f"{name} has no column {quoted(column)} ({option} {field}=...); it has {listed(found)}")
-    free = [column for column in found if column not in given.values()]
-    by_name = {column.strip().lower(): column for column in free} | {column: column for column in free} | dict(given)
+    for field, column in chosen.items():
+        if column not in table.columns:
+            raise DataError(
+                f"{table.name} has no column {quoted(column)} ({option} {field}=...); it has {listed(table.columns)}"
+            )
+    free = [column for column in table.columns if column not in chosen.values()]
+    by_name = {column.strip().lower(): column for column in free} | {column: column for column in free} | dict(chosen)
     choices = [(task, COLUMNS[task]) for task in sorted(COLUMNS, key=lambda task: task != preferred)]
     if not by_name.keys() & PARTS_OF_PROMPTS:
         choices.append(("completion", OTHER_NAMES))
     for task, fields in choices:
-        chosen = {
-            field: next(by_name[known] for known in names if known in by_name)
+        columns = {
+            field: next(by_name[name] for name in names if name in by_name)
             for field, names in fields.items()
             if by_name.keys() & set(names)
         }
-        messages = task == "completion" and "messages" in by_name
-        if messages or len(chosen) == len(fields):
-            chosen = {} if messages else chosen
-            if fields is OTHER_NAMES:
-                _refuse_unused(table, chosen, given, option)
-            if fields is COLUMNS["completion"] and not messages and "prompt" not in given:
-                _refuse_dropped(
-                    table, chosen, [by_name[part] for part in sorted(by_name.keys() & PARTS_OF_PROMPTS)], option
-                )
-            others = {field: column for field, column in given.items() if column not in chosen.values()}
-            needed = {*TASKS[task].inputs, TASKS[task].answer}
-            if useless := sorted(others.keys() & FIELDS - {*OPTIONAL_COLUMNS, *needed}):
-                raise DataError(
-                    f"{name}: the task {task} has no field {useless[0]}; leave {option} {useless[0]}=... out"
-                )
-            # The reader finds `answers` by itself, and there it may hold SQuAD's lists.
-            understood = {field: ("answer", "answers") if field == "answer" else (field,) for field in chosen}
-            named = {field: column for field, column in chosen.items() if column not in understood[field]}
-            return task, named | {field: column for field, column in others.items() if field not in needed}
-    known = "; ".join(f"{task}: {' and '.join(fields)}" for task, fields in COLUMNS.items())
-    if len(found) == 1 and re.search(r"[;\t|]", found[0]):
-        raise DataError(
-            f"{name} has one column, {quoted(found[0])}: its cells seem to be separated by something else than its suffix says; "
-            "save it with commas as .csv, or with tabs as .tsv"
+        if task == "completion" and "messages" in by_name:
+            columns = {}
+        elif len(columns) < len(fields):
+            continue
+        elif task == "completion" and "prompt" not in chosen:  # else the user has said what a prompt is
+            parts = {by_name[part] for part in by_name.keys() & PARTS_OF_PROMPTS}
+            _refuse_unused(table, columns, parts, option, long_texts=fields is OTHER_NAMES)
+        extra = {field: column for field, column in chosen.items() if column not in columns.values()}
+        needed = {*TASKS[task].inputs, TASKS[task].answer}
+        if useless := sorted(extra.keys() & FIELDS - {*OPTIONAL_COLUMNS, *needed}):
+            raise DataError(
+                f"{table.name}: the task {task} has no field {useless[0]}; leave {option} {useless[0]}=... out"
+            )
+        # The reader finds `answers` by itself, and there it may hold SQuAD's lists.
+        understood = {field: ("answer", "answers") if field == "answer" else (field,) for field in columns}
+        renamed = {field: column for field, column in columns.items() if column not in understood[field]}
+        return task, renamed | {field: column for field, column in extra.items() if field not in needed}
+    raise DataError(_no_task(table, by_name, option))
+
+
+def _refuse_unused(
+    table: Table, columns: Mapping[str, str], parts: Collection[str], option: str, *, long_texts: bool
+) -> None:
+    """Refuse prompts and answers beside a column that looks like a part of the prompt: by its name, or by its long texts."""
+    free = [name for name in table.columns if name not in {*columns.values(), *OPTIONAL_COLUMNS}]
+    sizes = {name: sum(len(str(row.values.get(name) or "")) for row in table.rows) for name in free}
+    # A list of messages takes the column `system` as its first.
+    talks = any(isinstance(row.values.get(columns["prompt"]), list) for row in table.rows)
+    unused = [
+        name
+        for name in free
+        if (
+            name in parts
+            and any(not is_blank(row.values.get(name)) for row in table.rows)
+            and not (talks and name == "system")
         )
-    if not found:
-        raise DataError(f"{name} begins with a record without fields; give each record those of a task ({known})")
+        or (long_texts and sizes[name] >= LONG * len(table.rows))
+    ]
+    if unused:
+        pairs = (("context", unused[0]), ("question", columns["prompt"]), ("answer", columns["completion"]))
+        raise DataError(
+            f"{table.name} has {listed(unused)} beside {columns['prompt']} and {columns['completion']}, which no prompt would "
+            f"hold; say {_options(columns.items(), option)} to leave it out, or, for questions on it, {_options(pairs, option)}"
+        )
+
+
+def _options(pairs: Iterable[tuple[str, str]], option: str) -> str:
+    """The command line that names columns."""
+    return " ".join(f"{option} {shlex.quote(f'{field}={column}')}" for field, column in pairs)
+
+
+def _no_task(table: Table, by_name: Mapping[str, str], option: str) -> str:
+    """Say that columns fit no task, and what would mend it."""
+    columns = listed(table.columns)
     if "text" in by_name:
-        raise DataError(
-            f"{name} has whole texts ({listed(found)}), and no answers to learn: adapters are chosen here by how they answer, so "
-            f"there is no language modelling. Split each text into prompt and completion, or give the columns of a task ({known})"
-        )
-    if not any(by_name.keys() & set(fields) for _, fields in choices) and len(found) in (2, 3):
-        said = "; ".join(_as_options(fields, found, option) for fields in _MEANINGS if len(fields) == len(found))
-        raise DataError(
-            f"{name} has the columns {listed(found)}, which fit no task by their names; say what they are: {said}"
+        return (
+            f"{table.name} has whole texts ({columns}), and no answers to learn: there is no language modelling. Split each text "
+            "into prompt and completion, or give the columns of a task"
         )
     # The task of which most columns are there; of several, one with as many fields as there are columns.
-    nearest = max(choices, key=lambda one: (len(by_name.keys() & set(one[1])), len(one[1]) == len(found)))[1]
-    lacking = [field for field, names in nearest.items() if not by_name.keys() & set(names)]
-    ways = [lacking] if preferred or len(lacking) < len(nearest) else [lacking, ["text", "label"]]
-    such = ", or for labels ".join(" ".join(f"{option} {field}=NAME" for field in fields) for fields in ways)
-    raise DataError(
-        f"{name} has the columns {listed(found)}, which fit no task ({known}, messages, or instruction and output); name them, "
-        f"such as {such}, or rename them"
+    fields = max(
+        COLUMNS.values(),
+        key=lambda names: (len(by_name.keys() & names.keys()), len(names) == len(table.columns), "prompt" in names),
+    )
+    lacking = [field for field in fields if field not in by_name]
+    free = [column for column in table.columns if column not in {by_name.get(field) for field in fields}]
+    pairs = zip(lacking, free if len(free) == len(lacking) else ["NAME"] * len(lacking), strict=True)
+    tasks = "; ".join(f"{task}: {', '.join(names)}" for task, names in COLUMNS.items())
+    separated = "; save one that is separated by semicolons with commas, as .csv" if len(table.columns) == 1 else ""
+    return (
+        f"{table.name} has the columns {columns}, which fit no task ({tasks}; or messages); name them, such as "
+        f"{_options(pairs, option)}, or rename them{separated}"
     )

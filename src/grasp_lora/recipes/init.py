@@ -4,12 +4,10 @@ What the held-out splits leave is for training. Sizes are those that whole group
 """
 
 import json
-import logging
 import math
 import random
 import re
 import shlex
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,12 +28,10 @@ from grasp_lora.recipes.recipe import schema_text
 from grasp_lora.recipes.stages import AUTO
 from grasp_lora.recipes.text import SCHEMA_FILE, SCHEMA_LINE, parse
 from grasp_lora.storage.claims import claim
-from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there
+from grasp_lora.storage.reading import expanded, is_file, is_folder, is_there, reading
 from grasp_lora.storage.writing import write_whole
-from grasp_lora.text.display import escaped, listed, quoted
+from grasp_lora.text.display import listed
 from grasp_lora.text.languages import language_code
-
-logger = logging.getLogger(__name__)
 
 SOURCE_COLUMN = "--source-column"
 MOST_SOURCE = 1000  # an epoch of them takes minutes on two CPU cores
@@ -96,49 +92,37 @@ def write_recipe(
     Raises:
         GraspError: the data cannot be used, the source is neither data nor adapter, or the recipe exists already.
     """
-    file = (
-        Path(f"{data.stem.lstrip('-') or 'mine'}.yaml") if output is None else output
-    )  # no command takes it for an option
+    # No command takes the default name for an option.
+    file = Path(f"{data.stem.lstrip('-') or 'mine'}.yaml") if output is None else output
     _refuse_existing(file)
     for code in (language, source_language):
         language_code(code)
-    named, of_source = parse_columns(columns), parse_columns(source_columns, SOURCE_COLUMN)
+    target_columns, other_columns = parse_columns(columns), parse_columns(source_columns, SOURCE_COLUMN)
     target = read_corpus(
-        str(data), data, file.parent, columns=named, sheet=sheet, option="--column", skip_unanswered=skip_unanswered
+        str(data),
+        data,
+        file.parent,
+        columns=target_columns,
+        sheet=sheet,
+        option="--column",
+        skip_unanswered=skip_unanswered,
     )
-    source = [str(expanded(place)) if place.startswith("~") else place for place in source]
-    if twice := [place for place in dict.fromkeys(source) if source.count(place) > 1]:
-        raise DataError(f"source {twice[0]} is given twice; give it once")
-    files, adapters = _sort_out(source)
+    files, adapters = _sort_out([str(expanded(place)) if place.startswith("~") else place for place in source])
     if backbone and (backbone[0] in ".~" or Path(backbone).is_absolute()) and not is_folder(expanded(backbone)):
         raise RecipeError(f"--backbone {backbone} is no folder; give that of a model, or a hub id such as org/name")
-    if backbone:
-        _say_other_backbones(adapters, backbone)
     backbone = backbone or _backbone_of(adapters)
-    if source_sheet is not None and not files:
-        raise DataError(
-            f"--source-sheet is {source_sheet}, but no workbook is given as --source; add it, or leave it out"
-        )
-    places = [resolve_file(name) if name.startswith(DEMO_PREFIX) else Path(name) for name in files]
-    for name in files:
-        if name.startswith(DEMO_PREFIX) and (own := name.removeprefix(DEMO_PREFIX)[:2]) != language_code(
-            source_language
-        ):
-            raise DataError(
-                f"source {name} is of the language {own}, not {source_language}; add --source-language {own}"
-            )
     sources = [
         read_corpus(
             name,
-            place,
+            resolve_file(name) if name.startswith(DEMO_PREFIX) else Path(name),
             file.parent,
             target.task,
-            of_source or named,
+            other_columns or target_columns,
             source_sheet,
-            option=SOURCE_COLUMN if of_source else None,
+            option=SOURCE_COLUMN if other_columns else None,
             skip_unanswered=skip_unanswered,
         )
-        for name, place in zip(files, places, strict=True)
+        for name in files
     ]
     if len({(corpus.layout, tuple(corpus.columns.items())) for corpus in sources}) > 1:
         raise DataError("the source files differ in their columns; convert them to the same ones")
@@ -157,7 +141,7 @@ def write_recipe(
         skip_unanswered=skip_unanswered,
     )
     validate(parse(text, str(file)), str(file))
-    try:
+    with reading(file, RecipeError):
         file.parent.mkdir(parents=True, exist_ok=True)
         for corpus in (target, *sources):
             resolve_file(corpus.name, base=file.parent)  # which refuses a name that is found in two places
@@ -167,36 +151,23 @@ def write_recipe(
             with suppress(RecipeError), claim(schema, wait=False):  # else another process writes the same
                 write_whole(schema, schema_text())
             write_whole(file, text)  # last, since it is what says that all is there
-    except OSError as error:
-        raise RecipeError(f"{file} cannot be written ({error.strerror}); choose another place with --output") from error
     return file, sizes.splits["train"] + sizes.spare
 
 
 def _refuse_existing(file: Path) -> None:
-    if is_folder(file):
-        raise RecipeError(f"{file} is a folder; give the recipe a file name with --output, such as my-examples.yaml")
     if is_there(file):
         raise RecipeError(f"{file} exists already; remove it, or choose another name with --output")
 
 
 def _sort_out(source: Sequence[str]) -> tuple[list[str], list[str]]:
     """Tell data files from adapters."""
-    files, adapters = [], []
-    for place in source:
-        path = Path(place)
-        if is_file(path) or place.startswith(DEMO_PREFIX):
-            files.append(place)
-        elif is_folder(path):
-            if not is_file(path / CONFIG_FILE):
-                raise AdapterError(
-                    f"source {place} is a folder without {CONFIG_FILE}; give a PEFT adapter or a data file"
-                )
-            adapters.append(place)
-        elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place) and path.suffix.lower() not in READERS:
-            adapters.append(place)
-        else:
+    files = [place for place in source if is_file(Path(place)) or place.startswith(DEMO_PREFIX)]
+    adapters = [place for place in source if place not in files]
+    for place in adapters:
+        hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place) and Path(place).suffix.lower() not in READERS
+        if not (is_file(Path(place) / CONFIG_FILE) if is_folder(Path(place)) else hub_id):
             raise DataError(
-                f"source {place!r} is missing; give a data file, the folder of a PEFT adapter, or a hub id such as org/name"
+                f"source {place} is neither a data file, nor a folder with {CONFIG_FILE}, nor a hub id such as org/name"
             )
     if files and adapters:
         raise RecipeError("sources are data files and adapters at once; give files to train one adapter, or adapters")
@@ -222,8 +193,8 @@ def _render(
     )
     # JSON is YAML on one line, with all text quoted: no language code or file name is read as something else.
     environment.filters["yaml"] = lambda value: json.dumps(value, ensure_ascii=False)
-    task = TASKS[target.task]
     splits = sizes.splits
+    few = splits["train"] < FEWEST_ON_SOURCE
     steps = EPOCHS * splits["train"]
     # Without a dev set the final run trains all epochs: its end decides, not its best moment.
     name = WITH_DEV if splits["dev"] else WITHOUT_DEV
@@ -235,9 +206,7 @@ def _render(
         schema_line=SCHEMA_LINE,
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-._")[:100] or f"{target.task}-{facts['language']}",
         file=shlex.quote(file.name),
-        task=target.task,
         target=target,
-        records=len(target.records),
         sizes=splits,
         spare=sizes.spare,
         sources=sources,
@@ -245,15 +214,14 @@ def _render(
         source_dev=source_dev,
         source_train=MOST_SOURCE if sizes.source - source_dev > MOST_SOURCE else None,
         source_left=sizes.source - source_dev,
-        on=_start(task.chooses, splits),
-        few=splits["dev"] > 0 and splits["train"] < FEWEST_ON_SOURCE,
+        # `auto` goes by the dev loss, which for labels took the merge that answers worse.
+        on=None if few or not splits["dev"] else "source" if TASKS[target.task].chooses else AUTO,
+        few=few and splits["dev"] > 0,
         fewest=FEWEST_ON_SOURCE,
         every=every,
         preset=name,
         rounds=len(preset(name).rounds.round_steps(steps, every)),
-        answer_tokens=target.answer_tokens,
         most_tokens=token_limit(target, sources),
-        longest_tokens=target.longest_tokens,
         cut_document=CUT_DOCUMENT,
         template=None if builtin else TEMPLATES[target.task][FALLBACK_LANGUAGE],
         unanswered=sum(corpus.unanswered for corpus in (target, *sources)),
@@ -262,46 +230,19 @@ def _render(
     )
 
 
-def _start(labels: bool, splits: Mapping[str, int]) -> str | None:
-    """Where the target adapter is trained. `auto` goes by the dev loss, which for labels took the merge that answers worse."""
-    if not splits["dev"] or splits["train"] < FEWEST_ON_SOURCE:
-        return None
-    return "source" if labels else AUTO
-
-
-def _say_other_backbones(adapters: Sequence[str], backbone: str) -> None:
-    """Note which adapters in folders name another backbone than the recipe; none is looked up on the hub or refused for that."""
-    text = "%s names backbone %s, the recipe says %s"
-    for place in adapters:
-        named = None
-        with suppress(AdapterError):
-            named = (backbone_of_run(place) or read_backbone(place)) if is_folder(Path(place)) else None
-        if named is not None and Path(named).absolute().name != Path(backbone).absolute().name:
-            logger.warning(text, escaped(place), quoted(named), quoted(backbone))
-
-
 def _backbone_of(adapters: Sequence[str]) -> str:
     """The backbone that all adapters name."""
-    named = {}
-    for place in adapters:
-        try:
-            named[place] = backbone_of_run(place) or read_backbone(place)
-        except AdapterError as error:
-            if is_folder(Path(place)):
-                raise
-            raise AdapterError(f"{error}. With --backbone the adapter is not looked up") from error
-    if unknown := [place for place, base in named.items() if not base]:
-        raise AdapterError(f"the adapter {unknown[0]} does not name its backbone; name it with --backbone")
-    backbones = set(map(str, named.values()))
-    folders = [place for place in backbones if is_folder(Path(place))]
-    # One that was copied states the folder's own name alone.
-    if len(folders) == 1 and {Path(place).name for place in backbones} == {Path(folders[0]).name}:
-        backbones = set(folders)
-    if len(backbones) > 1:
-        raise AdapterError(
-            f"the adapters are of different backbones, {listed(sorted(backbones))}; give adapters of one"
-        )
-    return backbones.pop() if backbones else EMBEDDED_NAME
+    try:
+        names = {str(backbone_of_run(place) or read_backbone(place)) for place in adapters}
+    except AdapterError as error:
+        raise AdapterError(f"{error}. With --backbone the adapter is not looked up") from error
+    folders = [name for name in names if is_folder(Path(name))]
+    # An adapter that was copied states the folder's own name alone.
+    if len(folders) == 1 and {Path(name).name for name in names} == {Path(folders[0]).name}:
+        names = set(folders)
+    if len(names) > 1 or "None" in names:
+        raise AdapterError(f"the adapters name the backbones {listed(sorted(names))}; name one with --backbone")
+    return names.pop() if names else EMBEDDED_NAME
 
 
 def token_limit(target: Corpus, sources: Sequence[Corpus]) -> int:
@@ -335,9 +276,9 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
         if total < FEWEST:
             break
         sizes = _sizes(total)
-        held_out = [found for order in range(ORDERS) if (found := _held_out(groups, sizes, order)) is not None]
+        held_out = [names for order in range(ORDERS) if (names := _held_out(groups, sizes, order)) is not None]
         if len(held_out) == ORDERS:
-            left = [[len(source_groups[name]) for name in source_groups.keys() - found] for found in held_out]
+            left = [[len(source_groups[name]) for name in source_groups.keys() - names] for names in held_out]
             fewest = min(map(sum, left))
             if sources and fewest < FEWEST_SOURCE:
                 raise DataError(
@@ -345,33 +286,20 @@ def choose_sizes(target: Corpus, sources: Sequence[Corpus]) -> Sizes:
                     f"with held-out target examples; at least {FEWEST_SOURCE} are needed: give more source data"
                 )
             splits = _with_the_rest(groups, sizes)
-            return Sizes(splits, len(records) - sum(splits.values()), fewest, any(len(found) < 2 for found in left))
-    largest = max(groups.values(), key=len)
-    column, value = _shared_by(largest)
-    shared = f"the {column} {quoted(value)}" if column else "one prompt, context or document"
-    rename = (
-        f", or rename the column {column} if it means something else" if column and target.layout != "squad" else ""
-    )
+            return Sizes(splits, len(records) - sum(splits.values()), fewest, any(len(counts) < 2 for counts in left))
     raise DataError(
-        f"the {len(records)} examples of {target.name} form {len(groups)} groups of what belongs together, the largest of "
-        f"{len(largest)}, which have {shared}; splits take whole groups, so more of them are needed: add examples of other "
-        f"texts{rename}"
+        f"the {len(records)} examples of {target.name} form {len(groups)} groups of one text, group, id or title, the largest "
+        f"of {max(map(len, groups.values()))}; splits take whole groups, so add examples of other texts"
     )
 
 
 def _sizes(examples: int) -> dict[str, int]:
     """A quarter for the test and a fifth for dev, up to the paper's sizes; half or so is left for training."""
     micro_dev = min(PAPER_SIZES["micro_dev"], max(8, examples // 13))
-    dev = min(PAPER_SIZES["dev"], examples // 5)
-    if dev < FEWEST_DEV:
-        dev = 0
+    dev = min(PAPER_SIZES["dev"], examples // 5) if examples // 5 >= FEWEST_DEV else 0
     test = min(PAPER_SIZES["test"], math.ceil(examples / 4))
-    return {
-        "test": test,
-        "dev": dev,
-        "micro_dev": micro_dev,
-        "train": min(MOST_TRAIN, examples - micro_dev - dev - test),
-    }
+    train = min(MOST_TRAIN, examples - micro_dev - dev - test)
+    return {"test": test, "dev": dev, "micro_dev": micro_dev, "train": train}
 
 
 def _with_the_rest(groups: Mapping[str, Sequence[Record]], sizes: dict[str, int]) -> dict[str, int]:
@@ -392,11 +320,3 @@ def _held_out(groups: Mapping[str, Sequence[Record]], sizes: Mapping[str, int], 
     if any(len(splits[name]) < size for name, size in sizes.items()):
         return None
     return {name for split in HELD_OUT for name in splits[split]}
-
-
-def _shared_by(records: Sequence[Record]) -> tuple[str | None, str]:
-    """The column and the value that most records of a group have in common; no column where it is the text itself."""
-    counts = Counter(key for record in records for key in record.keys)
-    kind, _, value = max(counts, key=lambda key: (counts[key], key)).partition(":")
-    column = {"id": "id", "group": "group", "article": "title"}.get(kind)
-    return column, value.rpartition("#")[2] if kind == "article" else value

@@ -5,7 +5,8 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from grasp_lora.models.adapter_files import read_base_model
 from grasp_lora.recipes.gone import GONE_KEYS
 from grasp_lora.recipes.recipe import Recipe, recipe_keys
 from grasp_lora.recipes.text import RECIPE_FILE, RUN_FILE, builtin_recipes, builtin_text, parse
-from grasp_lora.storage.reading import expanded, is_file, is_folder
-from grasp_lora.text.display import CONTROLS, escaped, one_line, quoted
+from grasp_lora.storage.reading import expanded, is_file, is_folder, reading
+from grasp_lora.text.display import escaped, one_line, quoted
 from grasp_lora.text.names import beside, imported, is_import_path
 
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -26,11 +27,7 @@ Overrides = Mapping[str, Any] | Sequence[str]
 ENDINGS = (".yaml", ".yml")  # of a recipe
 MOST_ABOVE = 3  # folders between a run folder and its deepest adapters, those in its store
 NAMES_CODE = ("controller.policy.kind", "controller.rule", "merge.rule", "mask.score", "metrics")
-TEMPLATES = (
-    "data.prompt",
-    "data.completion",
-    "generation.stop",
-)  # which may hold line breaks, and white space at their ends
+TEMPLATES = ("data.prompt", "data.completion", "generation.stop")  # which may have white space at their ends
 _UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 _SECTION, _LIST = "must be a section of keys and values", "must be a list, such as [first, second]"
 _PLAIN_WORDS = {  # of pydantic's error types, for those who do not know Python
@@ -41,7 +38,7 @@ _PLAIN_WORDS = {  # of pydantic's error types, for those who do not know Python
     "dict_type": _SECTION,
     "string_type": "must be a text",
 }
-_PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%")
+_PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%?")
 
 
 def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bool = False) -> tuple[Recipe, Path]:
@@ -61,10 +58,8 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
     """
     name, file = f"recipe {escaped(str(recipe))}", expanded(recipe)
     if is_file(file):
-        try:
+        with reading(name, RecipeError):
             text, base = file.read_bytes(), file.parent
-        except OSError as error:
-            raise RecipeError(f"{name} cannot be read ({error.strerror})") from error
     elif str(recipe) in builtin_recipes():
         text, base = builtin_text(str(recipe)).encode(), Path()
     else:
@@ -72,18 +67,18 @@ def load_recipe(recipe: str | Path, overrides: Overrides = (), *, allow_code: bo
     content = parse(text, name)
     if not isinstance(content, dict):
         raise RecipeError(f"{name} must hold keys and values, such as 'name: my-recipe'")
-    for path, value in _changes(overrides):
-        _apply(content, path, value)
+    for path, value in overrides.items() if isinstance(overrides, Mapping) else map(_read, overrides):
+        _apply(content, str(path), _plain(value))
     import_code(content, name, base, allow_code=allow_code)
     return validate(content, escaped(str(recipe))), base
 
 
 def _no_recipe(file: Path, name: str) -> str:
-    """What was given in the place of a recipe."""
+    """Say what stands in the place of a recipe, or which recipe was meant."""
     if is_file(file / RUN_FILE):
         return f"{escaped(name)} is the folder of a run; give the recipe that it was begun with"
-    beside_it = file.parent.iterdir() if file.suffix in ENDINGS and is_folder(file.parent) else ()
-    near = difflib.get_close_matches(file.name, [path.name for path in beside_it if path.suffix in ENDINGS], n=1)
+    siblings = file.parent.iterdir() if file.suffix in ENDINGS and is_folder(file.parent) else ()
+    near = difflib.get_close_matches(file.name, [path.name for path in siblings if path.suffix in ENDINGS], n=1)
     if near:
         return f"there is no recipe {quoted(name)}; did you mean {quoted(str(file.with_name(near[0])))}?"
     return f"there is no recipe {quoted(name)}: neither a file nor a built-in name ({', '.join(builtin_recipes())})"
@@ -125,13 +120,10 @@ def import_code(content: Mapping[str, Any], name: str, base: Path, *, allow_code
         RecipeError: code is not allowed, or what is named cannot be imported.
     """
     for key, path in _named_code(content):
-        if not allow_code:
-            raise RecipeError(f"{name}: {key} names code, {quoted(path)}; read it, then allow it with --allow-code")
-        with beside(base):
-            try:
-                imported(key, path, ())
-            except ValueError as error:
-                raise RecipeError(f"{name}: {error}") from error
+        with reading(name, RecipeError), beside(base):
+            if not allow_code:
+                raise ValueError(f"{key} names code, {quoted(path)}; read it, then allow it with --allow-code")
+            imported(key, path, ())
 
 
 def _named_code(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -152,34 +144,9 @@ def validate(content: dict[str, Any], name: str) -> Recipe:
         RecipeError: one line on the first thing that does not fit, with the dotted path of the field.
     """
     try:
-        recipe = Recipe.model_validate(content)
+        return Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(f"recipe {name}: {explain(error, recipe_keys())}") from error
-    for place, written, value in _leaves(content, recipe.model_dump(), ()):
-        key = ".".join(place)
-        if value is not None and isinstance(written, bool) is not isinstance(value, bool):
-            wanted = (
-                "true or false" if isinstance(value, bool) else "a number"
-            )  # pydantic takes 1 for true, and true for 1
-            raise RecipeError(f"recipe {name}: {key}: must be {wanted} (it is {quoted(written)})")
-        if isinstance(value, str) and not key.startswith(TEMPLATES) and (character := CONTROLS.search(value)):
-            code = ord(character.group())
-            raise RecipeError(
-                f"recipe {name}: {key}: holds the character U+{code:04X}, which is not allowed here; remove it"
-            )
-    return recipe
-
-
-def _leaves(written: Any, value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """Every single value that a recipe gives, with what it was read as."""
-    if isinstance(written, Mapping) and isinstance(value, Mapping):
-        for key in written.keys() & value.keys():
-            yield from _leaves(written[key], value[key], (*place, str(key)))
-    elif isinstance(written, list | tuple) and isinstance(value, list | tuple):
-        for number, (part, read) in enumerate(zip(written, value, strict=False)):
-            yield from _leaves(part, read, (*place, str(number)))
-    elif written is not None and not isinstance(value, Mapping | list | tuple):
-        yield place, written, value
 
 
 def explain(error: ValidationError, keys: Sequence[str]) -> str:
@@ -191,28 +158,26 @@ def explain(error: ValidationError, keys: Sequence[str]) -> str:
     """
     problem = min(error.errors(include_url=False), key=lambda entry: entry["type"] not in _UNKNOWN)
     place = [str(part) for part in problem["loc"] if not re.match(r"function-|dict\[|str$", str(part))]
-    path, others = ".".join(place), f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    path, arrived = ".".join(place), problem["input"]
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if problem["type"] in _UNKNOWN:
         gone = next((answer for key, answer in GONE_KEYS.items() if f".{path}".endswith(f".{key}")), None)
-        return (
-            f"{path} is gone: {gone}{others}"
-            if gone
-            else f"unknown key {quoted(path)}; {_nearest(place, keys)}{others}"
-        )
+        return (f"{path} is gone: {gone}" if gone else f"unknown key {quoted(path)}; {_nearest(place, keys)}") + more
     if problem["type"] in ("missing", "missing_argument"):
-        return f"{quoted(path)} is missing{others}"
-    message, arrived = problem["msg"].removeprefix("Value error, "), problem["input"]
+        return f"{quoted(path)} is missing{more}"
+    message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
-        return f"{escaped(path)}: {one_line(message)}{others}" if path else f"{one_line(message)}{others}"
+        return (f"{escaped(path)}: " if path else "") + one_line(message) + more
     message = one_line(_PLAIN_WORDS.get(problem["type"], message[:1].lower() + message[1:]))
-    value = f" (it is {quoted(arrived)})" if not isinstance(arrived, dict | list) else ""
-    if problem["type"] == "string_type" and not isinstance(arrived, dict | list):
-        value += "; put it in quotes"  # YAML reads the language code `no` as false
+    if not isinstance(arrived, dict | list):
+        message += f" (it is {quoted(arrived)})"
+        if problem["type"] == "string_type":
+            message += "; put it in quotes"  # YAML reads the language code `no` as false
     if problem["type"] == "tuple_type" and isinstance(arrived, str) and "data.task" in keys:
-        value += f"; write {path}: [{arrived}], or --set {shlex.quote(f'{path}=[{arrived}]')}"
-    if isinstance(arrived, str) and (share := _PERCENT.fullmatch(arrived)):
-        value += f"; for {share[1]} % write {float(share[1]) / 100:g}"
-    return f"{escaped(path)}: {message}{value}{others}"
+        message += f"; write {path}: [{arrived}], or --set {shlex.quote(f'{path}=[{arrived}]')}"
+    if share := _PERCENT.fullmatch(str(arrived)) if "ratio" in path.rpartition(".")[2] else None:
+        message += f"; for {share[1]} % write {float(share[1]) / 100:g}"
+    return f"{escaped(path)}: {message}{more}"
 
 
 def _nearest(place: Sequence[str], keys: Sequence[str]) -> str:
@@ -227,63 +192,39 @@ def _nearest(place: Sequence[str], keys: Sequence[str]) -> str:
     return f"did you mean {' or '.join(map(repr, near))}?" if near else f"known here: {', '.join(siblings)}"
 
 
-def _changes(overrides: Overrides) -> list[tuple[str, Any]]:
-    """Keys and values."""
-    if isinstance(overrides, Mapping):
-        return [(str(key), _plain(value)) for key, value in overrides.items()]
-    if isinstance(overrides, str) or not isinstance(overrides, Iterable):
-        raise RecipeError(f"overrides is {quoted(overrides)}; give a list, or a mapping from keys to values")
-    return [_read(str(override)) for override in overrides]
-
-
 def _read(override: str) -> tuple[str, Any]:
     """A key and its value, from `a.b=value`."""
-    shown = quoted(override)
-    path, equals, text = override.partition("=")
-    if not equals:
-        raise RecipeError(f"override {shown} must look like a.b=value, for example data.target.train=100")
+    shown = f"override {quoted(override)}"
+    path, _, text = override.partition("=")
     path, bare = path.strip(), text.strip()
-    if not bare:
-        raise RecipeError(f"override {shown} has no value; write {escaped(path)}=null to unset it")
-    try:
-        value = parse(text, "the value")
-    except RecipeError as error:
-        raise RecipeError(f"override {shown}: {error}; put text in quotes") from error
+    if not path or not bare:
+        raise RecipeError(f"{shown} must look like a.b=value, such as data.target.train=100; a.b=null unsets a key")
+    value = parse(text, shown)
     written = text if path.startswith(TEMPLATES) else bare
     cut = value != written if isinstance(value, str) else value is None and bare.startswith("#")
     if cut and bare[0] not in "\"'|>":  # what stands behind a # is a comment to YAML
-        read = "nothing" if value is None else quoted(value)
         in_quotes = json.dumps(written, ensure_ascii=False)
         raise RecipeError(
-            f"override {shown}: YAML reads this text as {read}; put it in double quotes within the shell's: "
-            f"{escaped(path)}={in_quotes}"
+            f"{shown}: YAML reads {quoted(value)}; write {escaped(path)}={in_quotes}, in the shell's quotes"
         )
     return path, value
 
 
 def _plain(value: Any) -> Any:
     """A value of Python as a recipe's file would give it: tuples are lists, numbers of NumPy numbers, paths their texts."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
     if isinstance(value, Mapping):
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
-        return value.item()
-    return str(value)
+    value = value.item() if getattr(value, "shape", None) == () else value
+    return value if value is None or isinstance(value, bool | int | float | str | date) else str(value)
 
 
 def _apply(content: dict[str, Any], path: str, value: Any) -> None:
-    shown = quoted(f"{path}={value}")
+    """Set a value; a section that is not there yet is made."""
     *sections, name = path.strip().split(".")
-    if not all((*sections, name)):
-        raise RecipeError(f"override {shown} must look like a.b=value, for example data.target.train=100")
-    place = content
     for key in sections:
-        if place.get(key) is None:
-            place[key] = {}
-        place = place[key]
-        if not isinstance(place, dict):
-            raise RecipeError(f"override {shown}: the recipe gives {escaped(key)} as a value, not as a section")
-    place[name] = value
+        if not isinstance(content.get(key), dict):
+            content[key] = {}
+        content = content[key]
+    content[name] = value

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -22,7 +22,7 @@ from grasp_lora.method.merging import MergeSettings
 from grasp_lora.models.model_settings import BackboneSettings, GenerationSettings, LoraSettings, Texts
 from grasp_lora.recipes.corpora import DataSection
 from grasp_lora.recipes.section import Based, Section
-from grasp_lora.recipes.stages import DELIVER, ControllerStage, FinalStage, SourceStage, TargetStage, from_preset
+from grasp_lora.recipes.stages import ControllerStage, Deliver, FinalStage, SourceStage, TargetStage, from_preset
 from grasp_lora.text.docstrings import arguments
 from grasp_lora.text.names import without_place
 from grasp_lora.training.training_settings import TrainingSettings
@@ -70,9 +70,7 @@ class Recipe(BaseModel):
         default_factory=GenerationSettings
     )
     metrics: tuple[str, ...] = ()
-    bertscore: Annotated[BertScoreSettings, Section(("num_layers", "rescale"))] = Field(
-        default_factory=BertScoreSettings
-    )
+    bertscore: Annotated[BertScoreSettings, Section()] = Field(default_factory=BertScoreSettings)
     report_to: Texts = ()
 
     @model_validator(mode="before")
@@ -87,14 +85,16 @@ class Recipe(BaseModel):
             return content
         sections["controller"] = from_preset(controller or {}, _has_dev(content.get("data")))
         paper = sections["controller"]["preset"] == PAPER
-        common = {
+        common: dict[str, Any] = {
             "max_grad_norm": 0.0 if paper else 1.0,
             "gradient_checkpointing": isinstance(backbone, Mapping) and backbone.get("gradient_checkpointing") is True,
         }
         for name, stage in (("source", SourceStage()), ("target", TargetStage()), ("final", FinalStage())):
             section = sections.get(name, {})
-            if isinstance(section, Mapping):
-                sections[name] = {**section, "training": _on(stage.training, TrainingSettings(), common, section)}
+            if isinstance(section, Mapping):  # its keys stand on the usual settings, not on the stage's own
+                usual = TrainingSettings() if "training" in section else stage.training
+                training = Based(replace(usual, **common), section.get("training", {}))
+                sections[name] = {**section, "training": training}
         if isinstance(final := sections.get("final"), Mapping) and final.get("mode") == "reselect":
             sections["final"] = Based(FinalStage(mask=MaskSettings("gradient_of_delta")), final)
         learned = sections["controller"].get("training")
@@ -135,7 +135,7 @@ class Recipe(BaseModel):
         """Return the fingerprints of all recipes that take the same steps and differ in what becomes of them in the end."""
         return {
             self.model_copy(update={"final": replace(self.final, deliver=deliver, all_rows=all_rows)}).fingerprint()
-            for deliver in DELIVER
+            for deliver in get_args(Deliver)
             for all_rows in (False, True)
         }
 
@@ -173,14 +173,6 @@ def seen_from(folder: Path, value: Any) -> Any:
     return without_place(value)
 
 
-def _on(stage: TrainingSettings, usual: TrainingSettings, common: dict[str, Any], section: Mapping[str, Any]) -> Any:
-    """The training of a stage: its keys on the usual settings where there are keys, else the stage's own."""
-    if "training" not in section:
-        return replace(stage, **common)
-    keys = section["training"]
-    return Based(replace(usual, **common), keys) if isinstance(keys, Mapping) else keys
-
-
 def _has_dev(data: Any) -> bool:
     """Whether the target of a recipe's plain values will have a dev set."""
     target = data.get("target") if isinstance(data, dict) else None
@@ -188,15 +180,7 @@ def _has_dev(data: Any) -> bool:
         return True
     splits = target.get("files")
     pool = not isinstance(splits, Mapping) or "train" not in splits
-    return not _is_zero(target.get("dev")) and (pool or "dev" in (splits or {}))
-
-
-def _is_zero(value: Any) -> bool:
-    """Whether a value will be read as the number 0."""
-    try:
-        return not isinstance(value, bool) and float(value) == 0.0
-    except (TypeError, ValueError):
-        return False
+    return target.get("dev") != 0 and (pool or "dev" in (splits or {}))
 
 
 def schema_text() -> str:

@@ -5,11 +5,11 @@ Fields that are no keys have one right answer, or the one of the preset: `HIDDEN
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
-from grasp_lora.method.masks import MASK_MODES, MaskSettings
+from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.search import (
     POLICIES,
     PRESETS,
@@ -20,7 +20,6 @@ from grasp_lora.method.search import (
     Rounds,
     plain_policy,
     policy_class,
-    preset,
 )
 from grasp_lora.recipes.section import Based, Section, values_of
 from grasp_lora.text.display import quoted
@@ -51,16 +50,14 @@ class PolicySection(Section):
 
     def read(self, settings: type[Any], base: Any, keys: Any) -> RatioPolicy:
         """Build a policy of the kind that is named, or of the preset's kind."""
-        if not isinstance(keys, Mapping):
-            raise ValueError(f"a policy is a section (it is {quoted(keys)}); set controller.preset to a name")
-        kind = keys.get("kind", None if base is None else plain_policy(base)["kind"])
-        if not isinstance(kind, str):
-            allowed = ", ".join(POLICIES)
-            raise ValueError(f"kind is {quoted(kind)}; allowed: {allowed}, or the import path package.module:name")
-        chosen = policy_class(kind)
-        base = base if type(base) is chosen else chosen() if chosen in POLICIES.values() else None
-        known = {} if base is None else self.write(base)
-        values = values_of(self.keys(chosen).model_validate({**known, **keys, "kind": kind}))
+        kind = keys.get("kind", "") if isinstance(keys, Mapping) else ""
+        chosen = type(base) if kind == "" and base is not None else policy_class(kind)
+        if type(base) is not chosen:
+            base = chosen() if chosen in POLICIES.values() else None
+        defaults = {} if base is None else self.write(base)
+        if isinstance(keys, Mapping):
+            keys = {**defaults, **keys}
+        values = values_of(self.keys(chosen).model_validate(keys))
         del values["kind"]
         if base is not None and "ratio_init" not in keys:  # the first ratio lies within the bounds
             values["ratio_init"] = min(max(base.ratio_init, values["ratio_min"]), values["ratio_max"])
@@ -84,9 +81,9 @@ def from_preset(stage: Mapping[str, Any], dev: bool) -> dict[str, Any]:
     """
     stage = {key: value for key, value in stage.items() if value is not None}  # an empty section says nothing
     name = stage.get("preset", WITH_DEV if dev else WITHOUT_DEV)
-    if not isinstance(name, str) or name not in PRESETS:
+    if str(name) not in PRESETS:  # an import path would run its code
         raise ValueError(f"controller.preset is {quoted(name)}; allowed: {', '.join(PRESETS)}")
-    base = preset(name)
+    base = PRESETS[name]
     sections = {"policy": base.policy, "rounds": base.rounds, "training": CONTROLLER_TRAINING}
     values = {"preset": name, "rule": base.rule} | stage
     for key, settings in sections.items():
@@ -95,9 +92,8 @@ def from_preset(stage: Mapping[str, Any], dev: bool) -> dict[str, Any]:
     return values
 
 
-CONTROLLER_TRAINING = TrainingSettings(
-    patience=None, keep="last"
-)  # the masks of a controller run are those of its last step
+# The masks of a controller run are those of its last step.
+CONTROLLER_TRAINING = TrainingSettings(patience=None, keep="last")
 
 
 @dataclass(frozen=True)
@@ -112,13 +108,8 @@ class SourceStage:
     adapters: tuple[str, ...] = ()
     training: Training = field(default_factory=lambda: TrainingSettings(epochs=2.0, learning_rate=3e-4))
 
-    def __post_init__(self) -> None:
-        if not all(adapter.strip() for adapter in self.adapters):
-            raise ValueError("adapters names an empty place; give a folder or a hub id")
-
 
 AUTO = "auto"
-ON = ("source", AUTO)
 
 
 @dataclass(frozen=True)
@@ -134,18 +125,14 @@ class TargetStage:
     """
 
     adapter: str | None = None
-    on: str | None = None
+    on: Literal["source", "auto"] | None = None
     training: Training = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
-        if self.on not in (None, *ON):
-            raise ValueError(f"on is {quoted(self.on)}; allowed: {', '.join(ON)}, or null for the backbone alone")
         if self.on is not None and self.adapter is not None:
             raise ValueError(
                 f"on is {self.on!r}, but an adapter is given, which was trained already; remove one of them"
             )
-        if self.adapter is not None and not self.adapter.strip():
-            raise ValueError("adapter is empty; give a folder or a hub id, or leave it out to train one")
 
 
 @dataclass(frozen=True)
@@ -174,15 +161,10 @@ class ControllerStage(Controller):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.training.patience is not None and self.policy.regime != "held":
+        if self.training.patience is not None and (self.policy.regime != "held" or self.rounds.start > 0.0):
             raise ValueError(
-                f"training.patience is {self.training.patience}, but this policy trains at many ratios, so "
-                "no dev loss is that of the run; remove it"
-            )
-        if self.training.patience is not None and self.rounds.start > 0.0:
-            raise ValueError(
-                f"training.patience is {self.training.patience}, but preset {self.preset!r} leaves rounds to the end of the run, "
-                "which may stop before; remove one of them"
+                f"training.patience is {self.training.patience}, but this policy, or preset {self.preset!r}, needs all steps; "
+                "remove it"
             )
 
     @property
@@ -200,7 +182,7 @@ class ControllerStage(Controller):
         return self.rounds.round_steps(self.training.steps(train_examples), self.spacing(train_examples))
 
 
-DELIVER = ("best", "grasp")
+Deliver = Literal["best", "grasp"]
 
 
 @dataclass(frozen=True)
@@ -219,19 +201,9 @@ class FinalStage:
             optimizer steps as the adapter had that was kept. `compare` leaves this aside.
     """
 
-    mode: str = "hold"
+    mode: Literal["hold", "reselect"] = "hold"
     mask: MaskSettings | None = None
-    prune_ratio: float | None = None
+    prune_ratio: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     training: Training = field(default_factory=TrainingSettings)
-    deliver: str = "best"
+    deliver: Deliver = "best"
     all_rows: bool = False
-
-    def __post_init__(self) -> None:
-        if self.deliver not in DELIVER:
-            raise ValueError(f"deliver is {self.deliver!r}; allowed: {', '.join(DELIVER)}")
-        if self.mode not in MASK_MODES:
-            raise ValueError(f"mode is {self.mode!r}; allowed: {', '.join(MASK_MODES)}")
-        if self.prune_ratio is not None and not 0.0 <= self.prune_ratio <= 1.0:
-            ratio = self.prune_ratio
-            hint = f"; for {ratio:g} % write {ratio / 100:g}" if 1 < ratio <= 100 else ""
-            raise ValueError(f"prune_ratio is {ratio}; it must be a fraction in [0, 1]{hint}")
