@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from grasp_lora.data.data_settings import CorpusSettings, DataSettings
 from grasp_lora.data.encode import Example, Tally
-from grasp_lora.data.groups import join_groups
+from grasp_lora.data.files import Row, Table
+from grasp_lora.data.groups import MOST_CONTINUED, join_groups, keys_with_turns
+from grasp_lora.data.records import Record, make_pool
 from grasp_lora.data.splits import HELD_OUT, SPLITS, DataReport, Splits, assign, build_splits, check_disjoint
 from grasp_lora.errors import DataError
 
@@ -75,6 +77,42 @@ class TestGroups:
             assert {groups[key] for key in reached} == {min(k[5:] for k in reached if k.startswith("text:"))}
         generator.shuffle(keys)
         assert join_groups(keys) == groups
+
+
+def talk(*said: str) -> dict[str, object]:
+    roles = ("user", "assistant")
+    return {"messages": [{"role": roles[place % 2], "content": text} for place, text in enumerate(said)]}
+
+
+def groups(*pools: list[dict[str, object]]) -> list[str]:
+    """The group of each row, where each list is a file of its own."""
+    records: list[Record] = []
+    for number, rows in enumerate(pools):
+        table = Table(f"file {number}", [Row(f"row {place}", row) for place, row in enumerate(rows)])
+        records += make_pool([table], "completion").records
+    names = join_groups(keys_with_turns(records))
+    return [names[min(record.keys)] for record in records]
+
+
+def test_a_row_and_what_goes_on_after_it_join_also_across_files():
+    first, second, third = groups(
+        [talk("hi", "hello", "a", "b")], [talk("hi", "hello", "a ", "b", "c", "d"), talk("hi", "hello", "e", "f")]
+    )
+    assert first == second != third  # the opening that all share joins none
+
+
+def test_rows_of_prompt_and_history_join():
+    plain = {"instruction": "a", "output": "b"}
+    first, second = groups([plain, {"instruction": "c", "output": "d", "history": [["a", "b"]]}])
+    assert first == second
+
+
+def test_an_opening_of_many_conversations_is_no_conversation():
+    def found(count: int) -> set[str]:
+        return set(groups([talk("hi", "hello"), *(talk("hi", "hello", f"q{i}", "a") for i in range(count))]))
+
+    assert len(found(MOST_CONTINUED)) == 1
+    assert len(found(MOST_CONTINUED + 1)) == MOST_CONTINUED + 2
 
 
 class TestAssign:
@@ -160,13 +198,11 @@ class TestSettings:
         ("changes", "message"),
         [
             ({"micro_dev": -1}, "micro_dev must be >= 0, or left out; it is -1"),
-            ({"train": 0}, "train must be >= 1"),
             ({"language": " "}, "' ' is no language code; give one of two or three letters"),
             ({"format": "xml"}, "format is 'xml'; allowed: auto, squad, xlsum, alpaca, sharegpt, records, hub"),
             ({"files": ()}, "data of ar is given by nothing; give exactly one of files"),
             ({"dev_files": ("b",)}, "files of single splits need files of train, and exclude files"),
             ({"format": "hub"}, "need hub: the name of the data set"),
-            ({"files": (), "hub": "a/b", "format": "squad"}, "format squad reads files"),
             ({"columns": {"body": "text"}}, "columns names body; allowed: answer, completion, context"),
             ({"columns": {"id": "key"}, "format": "xlsum"}, "columns apply to generic records, not to format xlsum"),
             ({"files": (), "train_files": ("b",), "dev": 5}, "dev is 5 but there are no files of dev"),
@@ -181,11 +217,9 @@ class TestSettings:
         [
             ({"task": "qna"}, "there is no task 'qna'; allowed: qa, summarization, classification"),
             ({"max_tokens": 4}, "max_tokens is 4; it must be >= 8"),
-            ({"max_document_tokens": 0}, "max_document_tokens is 0; it must be >= 1"),
             ({"task": "completion", "max_document_tokens": 9}, "the task completion has no document to cut"),
             ({"prompt": "{context} {title}"}, r"names \{title\}; allowed fields: \{context\}, \{question\}"),
             ({"prompt": "{question.__class__}"}, r"names \{question.__class__\}"),
-            ({"prompt": "plain"}, "names no field"),
             ({"prompt": "{question"}, r"prompt template '\{question'.*write \{\{ or \}\} for a literal brace"),
             ({"completion": "yes"}, r"completion template 'yes' names no field; allowed fields: \{answer\}"),
             ({"source": CorpusSettings("en", files=("a",), test=5)}, "the source has only train and dev splits"),

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp_lora.errors import RecipeError
-from grasp_lora.method.rules import RatioEstimate, Round, Rule, best_reward, smooth_fit, surrogate
+from grasp_lora.method.rules import RatioEstimate, Round, Rule, best_reward, settle, smooth_fit, surrogate
 from grasp_lora.method.search import RULES
 
 LOW, HIGH = 0.1, 0.8
@@ -194,6 +195,17 @@ def test_smooth_fit_weighs_early_rounds_by_their_place_in_the_first_half(
     minima: tuple[float, ...], best: float
 ) -> None:
     assert smooth_fit(noiseless(minima), LOW, HIGH).ratio == pytest.approx(best, abs=GRID_STEP)
+
+
+@pytest.mark.parametrize("elsewhere", [0, 3])
+def test_an_interval_holds_its_ratio_wherever_resampling_goes(elsewhere: int) -> None:
+    grid = torch.tensor([0.2, 0.4, 0.6, 0.8], dtype=torch.float64)
+    fitted = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    resampled = torch.ones(50, 4, dtype=torch.float64)
+    resampled[:, elsewhere] = 0.0
+    estimate = settle("smooth_fit", grid, 5, fitted, resampled)
+    assert estimate.ratio == 0.4
+    assert (estimate.low, estimate.high) == (min(0.4, float(grid[elsewhere])), max(0.4, float(grid[elsewhere])))
 
 
 @settings(deadline=None, max_examples=25)

@@ -259,13 +259,6 @@ def test_paper_sum_multiplies_the_sums(unscaled: bool) -> None:
         assert merged[module].segments == (Segment("merged", 3),)
 
 
-def test_unscaled_at_weight_one_is_the_released_codes_merge() -> None:
-    adapters = [adapter(0, scaling=4.0), adapter(1, scaling=4.0)]
-    pair = merge(adapters, MergeSettings("paper_sum_unscaled", weights=(1.0, 1.0)))[MODULES[0]]
-    first, second = (one[MODULES[0]] for one in adapters)
-    assert_same(pair.delta(), (first.B + second.B) @ (first.A + second.A), 1e-5)
-
-
 def test_kept_apart_the_released_codes_adapters_stay_as_they_were() -> None:
     adapters = [adapter(0, scaling=4.0), adapter(1, scaling=0.5)]
     merged = merge(adapters, MergeSettings("paper_apart"))

@@ -5,7 +5,7 @@ import itertools
 import json
 import math
 import statistics
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
@@ -52,6 +52,32 @@ def merged_adapter(model, architecture: str) -> AdapterWeights:
         with fresh_adapter(model, LoraSettings(rank=rank, target_modules=TARGETS[architecture]), seed) as peft_model:
             parts.append(random_like(peft_model, generator, 0.3))
     return merge(parts, MergeSettings())
+
+
+@contextmanager
+def adapted(make_tiny_model, architecture: str = "llama", dropout: float = 0.0):
+    """A tiny model with the merged adapter, and its weights."""
+    backbone = make_tiny_model(architecture)
+    weights = merged_adapter(backbone, architecture)
+    with attached(backbone, weights, dropout=dropout) as model:
+        yield model, weights
+
+
+@pytest.fixture(name="adapter")
+def fixture_adapter(make_tiny_model):
+    """Of a Llama, without dropout."""
+    with adapted(make_tiny_model) as both:
+        yield both
+
+
+@pytest.fixture
+def model(adapter) -> PeftModel:
+    return adapter[0]
+
+
+@pytest.fixture
+def weights(adapter) -> AdapterWeights:
+    return adapter[1]
 
 
 class Watch(TrainerCallback):
@@ -156,29 +182,31 @@ def arguments(folder, kind=TrainingArguments, **changes):
 
 
 def train_transformers(model, folder, controller, callbacks=()) -> Trainer:
-    trainer = Trainer(
-        model=model,
-        args=arguments(folder, remove_unused_columns=False),
-        train_dataset=TRAIN,
-        data_collator=lambda examples: collate(examples, PAD),
-    )
-    controller.add_to(trainer)
+    trainer = make_trainer(model, folder, controller)
     for callback in callbacks:
         trainer.add_callback(callback)
     trainer.train()
     return trainer
 
 
-def resumable(model, folder, callback, save_steps: int = 5) -> Trainer:
-    """A trainer that saves checkpoints."""
-    trainer = Trainer(
+def make_trainer(model, folder, callback, kind=Trainer, **changes) -> Trainer:
+    trainer = kind(
         model=model,
-        args=arguments(folder, remove_unused_columns=False, save_strategy="steps", save_steps=save_steps),
+        args=arguments(folder, remove_unused_columns=False, **changes),
         train_dataset=TRAIN,
+        eval_dataset=TRAIN,
         data_collator=lambda examples: collate(examples, PAD),
     )
-    trainer.add_callback(callback)
+    if isinstance(callback, GraspController):
+        callback.add_to(trainer)
+    else:
+        trainer.add_callback(callback)
     return trainer
+
+
+def resumable(model, folder, callback, save_steps: int = 5) -> Trainer:
+    """A trainer that saves checkpoints."""
+    return make_trainer(model, folder, callback, save_strategy="steps", save_steps=save_steps)
 
 
 ROWS = [{"prompt": f"What is {i} + {i}?", "completion": f" It is {2 * i}."} for i in range(12)]
@@ -246,14 +274,9 @@ def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
         with attached(backbone, weights, dropout=0.2) as model:
             if trainer_name == "trl":
                 trainer = make_sft_trainer(model, tmp_path, tiny_tokenizer, **saving)
+                controller.add_to(trainer)
             else:
-                trainer = Trainer(
-                    model=model,
-                    args=arguments(tmp_path, remove_unused_columns=False, **saving),
-                    train_dataset=TRAIN,
-                    data_collator=lambda examples: collate(examples, PAD),
-                )
-            controller.add_to(trainer)
+                trainer = make_trainer(model, tmp_path, controller, **saving)
             trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5") if resume else None)
             factors = [factor.detach().clone() for pair in live_pairs(model).values() for factor in (pair.A, pair.B)]
         return factors, searched(controller), read_rows(tmp_path / "records" / "rounds.jsonl")
@@ -267,10 +290,8 @@ def test_a_resumed_training_of_any_trainer_ends_in_the_same_bits(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("trainer_name", TRAINERS)
 def test_masks_hold_and_rounds_add_up(make_tiny_model, tiny_tokenizer, tmp_path, architecture, trainer_name):
-    backbone = make_tiny_model(architecture)
-    weights = merged_adapter(backbone, architecture)
     micro_dev = ProbeSet.from_rows(ROWS[:5], tiny_tokenizer) if trainer_name == "trl" else None
-    with attached(backbone, weights, dropout=0.05) as model:
+    with adapted(make_tiny_model, architecture, dropout=0.05) as (model, weights):
         controller = controller_for(weights, micro_dev, folder=tmp_path / "controller", every=3, candidates=3)
         watch = Watch(controller)
         callbacks = [AfterTheController(watch)] if trainer_name == "ours" else [watch]
@@ -312,10 +333,8 @@ def test_masks_hold_and_rounds_add_up(make_tiny_model, tiny_tokenizer, tmp_path,
 
 
 def test_mixed_precision_and_checkpointing_as_trl_has_them_by_default(make_tiny_model, tiny_tokenizer, tmp_path):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
     micro_dev = ProbeSet.from_rows(ROWS[:5], tiny_tokenizer)
-    with attached(backbone, weights, dropout=0.05) as model:
+    with adapted(make_tiny_model, dropout=0.05) as (model, weights):
         trainer = make_sft_trainer(model, tmp_path, tiny_tokenizer, bf16=True, activation_checkpointing=True)
         controller = controller_for(weights, micro_dev, MaskSettings("input_aware"), folder=tmp_path).add_to(trainer)
         watch = Watch(controller)
@@ -354,7 +373,7 @@ def test_rows_are_tokenised_as_trl_tokenises_them(make_tiny_model, tiny_tokenize
 
 
 @pytest.mark.parametrize("trainer_name", ["transformers", "trl"])
-def test_trackers_receive_the_rounds(make_tiny_model, tiny_tokenizer, tmp_path, trainer_name):
+def test_trackers_receive_the_rounds(model, weights, tiny_tokenizer, tmp_path, trainer_name):
     class Tracker(TrainerCallback):
         def __init__(self) -> None:
             self.rows: list[dict] = []
@@ -362,23 +381,18 @@ def test_trackers_receive_the_rounds(make_tiny_model, tiny_tokenizer, tmp_path, 
         def on_log(self, args, state, control, logs=None, **kwargs):
             self.rows.append({"step": state.global_step, **logs})
 
-    tracker = Tracker()
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        controller = controller_for(weights, folder=tmp_path / "controller")
-        trainer = train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller, [tracker])
+    tracker, same = Tracker(), ("policy_mean", "policy_std", "measured_sparsity")
+    controller = controller_for(weights, folder=tmp_path / "controller")
+    trainer = train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller, [tracker])
     rounds = read_rows(tmp_path / "controller" / "rounds.jsonl")
     for rows in (tracker.rows, trainer.state.log_history):
         rows = [row for row in rows if "grasp/prune_ratio" in row]
         assert [row["step"] for row in rows] == [3, 6, 9, 12]
         for row, measured in zip(rows, rounds, strict=True):
+            assert {key: row[f"grasp/{key}"] for key in same} == {key: measured[key] for key in same}
             assert row["grasp/prune_ratio"] == measured["ratio"]
-            assert row["grasp/policy_mean"] == measured["policy_mean"]
-            assert row["grasp/policy_std"] == measured["policy_std"]
             assert row["grasp/best_reward"] == max(measured["rewards"])
             assert row["grasp/micro_dev_loss"] == pytest.approx(sum(measured["baseline_losses"]) / 5)
-            assert row["grasp/measured_sparsity"] == measured["measured_sparsity"]
             assert all(key.startswith("grasp/") or key in ("step", "epoch") for key in row)
 
 
@@ -391,9 +405,7 @@ def test_a_round_takes_no_row_from_the_trainers_own_log(
     for rounds in (True, False):
         if not rounds:
             monkeypatch.setattr(GraspController, "_round_follows", lambda *_: False)
-        backbone = make_tiny_model("llama")
-        weights = merged_adapter(backbone, "llama")
-        with attached(backbone, weights) as model:
+        with adapted(make_tiny_model) as (model, weights):
             controller = controller_for(weights, every=3, policy=NeverCommits())
             trainer = train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller)
         rows = [row for row in trainer.state.log_history if "loss" in row]
@@ -406,7 +418,7 @@ def test_a_round_takes_no_row_from_the_trainers_own_log(
 
 
 @pytest.mark.parametrize("score", ["magnitude", "input_aware", "gradient_of_delta"])
-def test_candidate_losses_are_those_of_the_pruned_model(make_tiny_model, tmp_path, monkeypatch, score):
+def test_candidate_losses_are_those_of_the_pruned_model(model, weights, tmp_path, monkeypatch, score):
     """A round's numbers, measured again by hand from the weights that it found."""
     rank, rankings = MaskSet.rank, []
     monkeypatch.setattr(MaskSet, "rank", lambda self: rankings.append(rank(self)) or rankings[-1])
@@ -420,25 +432,22 @@ def test_candidate_losses_are_those_of_the_pruned_model(make_tiny_model, tmp_pat
                     key: torch.where(masks.keep[key], weight, masks.stash[key]) for key, weight in self.pruned.items()
                 }
 
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
     keep = Keep()
-    with attached(backbone, weights) as model:
-        controller = controller_for(weights, folder=tmp_path, mask=MaskSettings(score), every=3)
-        train_ours(model, tmp_path, controller, callbacks=[keep])
-        row = read_rows(tmp_path / "rounds.jsonl")[0]
+    controller = controller_for(weights, folder=tmp_path, mask=MaskSettings(score), every=3)
+    train_ours(model, tmp_path, controller, callbacks=[keep])
+    row = read_rows(tmp_path / "rounds.jsonl")[0]
 
-        def measure(values) -> list[float]:
-            with torch.no_grad():
-                for key, value in values.items():
-                    controller.masks.weights[key].copy_(value)
-            return ProbeSet(MICRO_DEV, PAD).losses(model)
+    def measure(values) -> list[float]:
+        with torch.no_grad():
+            for key, value in values.items():
+                controller.masks.weights[key].copy_(value)
+        return ProbeSet(MICRO_DEV, PAD).losses(model)
 
-        assert measure(keep.pruned) == pytest.approx(row["baseline_losses"], abs=1e-5)
-        for candidate, losses in zip(row["candidates"], row["candidate_losses"], strict=True):
-            masks = controller.masks.keep_masks(candidate, rankings[1])  # the first is that of the beginning
-            pruned = {key: torch.where(masks[key], value, 0.0) for key, value in keep.dense.items()}
-            assert measure(pruned) == pytest.approx(losses, abs=1e-5)
+    assert measure(keep.pruned) == pytest.approx(row["baseline_losses"], abs=1e-5)
+    for candidate, losses in zip(row["candidates"], row["candidate_losses"], strict=True):
+        masks = controller.masks.keep_masks(candidate, rankings[1])  # the first is that of the beginning
+        pruned = {key: torch.where(masks[key], value, 0.0) for key, value in keep.dense.items()}
+        assert measure(pruned) == pytest.approx(losses, abs=1e-5)
 
 
 @dataclass(frozen=True)
@@ -449,16 +458,11 @@ class InForce(Spread):
         return [search.current_ratio, 0.3, 0.6]
 
 
-def test_a_candidate_at_the_ratio_in_force_has_the_baseline_of_its_own_examples(make_tiny_model, tmp_path):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        probes = ProbesInTurn(make_examples(7, 1, "m"), PAD, count=3, seed=5)
-        controller = controller_for(weights, probes, folder=tmp_path, patience=99, policy=InForce())
-        train_ours(model, tmp_path, controller)
-    rows = read_rows(tmp_path / "rounds.jsonl")
-    assert [row["places"] for row in rows[:3]] == [[0, 1, 2], [3, 4, 5], [6, 0, 1]]
-    for row in rows:
+def test_a_candidate_at_the_ratio_in_force_has_the_baseline_of_its_own_examples(model, weights, tmp_path):
+    probes = ProbesInTurn(make_examples(7, 1, "m"), PAD, count=3, seed=5)
+    controller = controller_for(weights, probes, folder=tmp_path, patience=99, policy=InForce())
+    train_ours(model, tmp_path, controller)
+    for row in read_rows(tmp_path / "rounds.jsonl"):
         assert row["candidate_losses"][0] == [row["baseline_losses"][place] for place in row["places"]]
         assert row["rewards"][0] == 0.0
 
@@ -482,9 +486,7 @@ def test_probing_without_a_commit_does_not_change_the_training(
     for rounds in (6, 0):
         if not rounds:
             monkeypatch.setattr(GraspController, "_round_follows", lambda *_: False)
-        backbone = make_tiny_model(architecture)
-        weights = merged_adapter(backbone, architecture)
-        with attached(backbone, weights, dropout=0.3) as model:
+        with adapted(make_tiny_model, architecture, dropout=0.3) as (model, weights):
             controller = controller_for(weights, mask=MaskSettings(score), every=2, policy=NeverCommits())
             train_ours(model, tmp_path, controller)
             assert len(controller.search.history) == rounds
@@ -505,13 +507,10 @@ class Scripted(Gaussian):
         return Decision(measured.rewards, True, self.ratios[len(search.history) - 1], True)
 
 
-def test_ratios_that_rise_and_fall_are_followed_exactly(make_tiny_model, tmp_path):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        controller = controller_for(weights, policy=Scripted())
-        watch = Watch(controller)
-        train_transformers(model, tmp_path, controller, [watch])
+def test_ratios_that_rise_and_fall_are_followed_exactly(model, weights, tmp_path):
+    controller = controller_for(weights, policy=Scripted())
+    watch = Watch(controller)
+    train_transformers(model, tmp_path, controller, [watch])
     assert watch.ratios == [0.4, 0.4, 0.5, 0.5, 0.5, 0.2, 0.2, 0.2, 0.7, 0.7, 0.7, 0.0]
     assert watch.masks[-1].all()
     shares = [1 - float(mask.float().mean()) for mask in watch.masks]
@@ -553,32 +552,12 @@ def test_a_probe_that_fails_names_the_ratio_and_the_example(make_tiny_model, tmp
 def test_modes_and_ratios_that_do_not_exist_are_an_error():
     with pytest.raises(ValueError, match="mask mode is 'keep'; allowed: hold, reselect"):
         PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), mode="keep")
-    for ratio in (40, math.nan, "0.4"):
-        with pytest.raises(
-            ValueError, match=r"prune_ratio is .*; it must be a fraction in \[0, 1\], such as learned\.ratio"
-        ):
+    for ratio in (40, math.nan, RatioEstimate(0.4, 0.3, 0.5, "best_reward", 3)):
+        with pytest.raises(ValueError, match=r"prune_ratio is .*; it must be a fraction in .*, such as learned\.ratio"):
             PrunedTraining(ratio, ProbeSet(MICRO_DEV, PAD))
-    with pytest.raises(ValueError, match=r"prune_ratio is .*RatioEstimate.*, such as learned\.ratio"):
-        PrunedTraining(RatioEstimate(0.4, 0.3, 0.5, "best_reward", 3), ProbeSet(MICRO_DEV, PAD))
     with pytest.raises(ValueError, match="micro_dev is a list; give a ProbeSet, or rows to GraspController"):
         GraspController(MICRO_DEV)
     assert PrunedTraining(torch.tensor(0.5), ProbeSet(MICRO_DEV, PAD)).prune_ratio == 0.5
-
-
-def test_on_round_gets_each_record(make_tiny_model, tmp_path):
-    seen = []
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        controller = GraspController(
-            ProbeSet(MICRO_DEV, PAD),
-            Controller(Gaussian(), Rounds(5), "smooth_fit"),
-            folder=tmp_path / "new",
-            on_round=seen.append,
-        )
-        train_ours(model, tmp_path, controller)
-    assert seen == read_rows(tmp_path / "new" / "rounds.jsonl")
-    assert len(seen) == 12 // 5
 
 
 # The final run
@@ -590,9 +569,7 @@ def test_on_round_gets_each_record(make_tiny_model, tmp_path):
     [*((name, "gradient_of_delta") for name in ARCHITECTURES), ("llama", "magnitude"), ("gemma3", "input_aware")],
 )
 def test_a_fixed_ratio_holds_after_every_step(make_tiny_model, tmp_path, architecture, mode, score):
-    backbone = make_tiny_model(architecture)
-    weights = merged_adapter(backbone, architecture)
-    with attached(backbone, weights, dropout=0.05) as model:
+    with adapted(make_tiny_model, architecture, dropout=0.05) as (model, weights):
         pruned = PrunedTraining(0.37, ProbeSet(MICRO_DEV, PAD), MaskSettings(score), mode, segments_of(weights))
         watch = Watch(pruned)
         train_ours(model, tmp_path, callbacks=[pruned, watch], learning_rate=5e-2)
@@ -601,7 +578,7 @@ def test_a_fixed_ratio_holds_after_every_step(make_tiny_model, tmp_path, archite
     assert changed == (mode == "reselect")
 
 
-def test_reselect_takes_the_least_important_of_the_weights_as_they_are(make_tiny_model, tmp_path):
+def test_reselect_takes_the_least_important_of_the_weights_as_they_are(model, weights, tmp_path):
     class Dense(TrainerCallback):
         """Stands before the pruning: sees what the optimizer made of the weights."""
 
@@ -621,28 +598,22 @@ def test_reselect_takes_the_least_important_of_the_weights_as_they_are(make_tiny
                     assert part[~mask].abs().max() <= part[mask].abs().min()
             self.steps += 1
 
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), None, "reselect", segments_of(weights))
-        dense, check = Dense(), Check()
-        train_ours(model, tmp_path, callbacks=[dense, pruned, check])
+    pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), None, "reselect", segments_of(weights))
+    dense, check = Dense(), Check()
+    train_ours(model, tmp_path, callbacks=[dense, pruned, check])
     assert check.steps == 12
 
 
-def test_a_held_mask_survives_a_step_that_moves_every_weight(make_tiny_model, tmp_path):
+def test_a_held_mask_survives_a_step_that_moves_every_weight(model, weights, tmp_path):
     # Gradients of masked weights are stopped, so Adam leaves them alone; an optimizer with noise of its own does not.
     class Disturb(TrainerCallback):
         def on_optimizer_step(self, args, state, control, **kwargs):
             for weight in pruned.masks.weights.values():
                 weight.data += 1.0
 
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), segments=segments_of(weights))
-        watch = Watch(pruned)
-        train_ours(model, tmp_path, callbacks=[Disturb(), pruned, watch])
+    pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), segments=segments_of(weights))
+    watch = Watch(pruned)
+    train_ours(model, tmp_path, callbacks=[Disturb(), pruned, watch])
     assert watch.steps == 12
 
 
@@ -662,38 +633,30 @@ BEST = [(0, [1.0, 2.0, 3.0, 4.0, 5.0]), (6, [3.0, 2.0, 1.0, 4.0, 5.0]), (12, [5.
 
 @pytest.mark.parametrize("mode", ["hold", "reselect"])
 @pytest.mark.parametrize(("best_step", "losses"), BEST)
-def test_the_best_weights_are_pruned_exactly(make_tiny_model, tmp_path, monkeypatch, mode, best_step, losses):
+def test_the_best_weights_are_pruned_exactly(model, weights, tmp_path, monkeypatch, mode, best_step, losses):
     script_dev_losses(monkeypatch, losses)
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), None, mode, segments_of(weights))
-        result = train_ours(model, tmp_path, dev=MICRO_DEV[:2], callbacks=[pruned], evaluate_every=0.25)
-        assert result.best_step == best_step
-        for row in survival(live_pairs(model, segments_of(weights))):
-            assert row["weights"] - row["kept"] == prune_count(0.5, row["weights"])
+    pruned = PrunedTraining(0.5, ProbeSet(MICRO_DEV, PAD), None, mode, segments_of(weights))
+    result = train_ours(model, tmp_path, dev=MICRO_DEV[:2], callbacks=[pruned], evaluate_every=0.25)
+    assert result.best_step == best_step
+    for row in survival(live_pairs(model, segments_of(weights))):
+        assert row["weights"] - row["kept"] == prune_count(0.5, row["weights"])
 
 
 @pytest.mark.parametrize(("best_step", "losses"), BEST)
-def test_a_controller_prunes_before_the_dev_loss_is_measured(make_tiny_model, tmp_path, monkeypatch, best_step, losses):
+def test_a_controller_prunes_before_the_dev_loss_is_measured(model, weights, tmp_path, monkeypatch, best_step, losses):
     script_dev_losses(monkeypatch, losses)
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        controller = controller_for(weights, folder=tmp_path, every=3, policy=Scripted())
-        result = train_ours(model, tmp_path, controller, dev=MICRO_DEV[:2], evaluate_every=0.25)  # every third step
-        assert result.best_step == best_step
-        ratio = {0: 0.4, 6: 0.2, 12: 0.0}[best_step]
-        for row in survival(live_pairs(model, segments_of(weights))):
-            assert row["weights"] - row["kept"] == prune_count(ratio, row["weights"])
+    controller = controller_for(weights, folder=tmp_path, every=3, policy=Scripted())
+    result = train_ours(model, tmp_path, controller, dev=MICRO_DEV[:2], evaluate_every=0.25)  # every third step
+    assert result.best_step == best_step
+    ratio = {0: 0.4, 6: 0.2, 12: 0.0}[best_step]
+    for row in survival(live_pairs(model, segments_of(weights))):
+        assert row["weights"] - row["kept"] == prune_count(ratio, row["weights"])
 
 
 def test_a_ratio_of_zero_trains_as_if_there_were_no_masks(make_tiny_model, tmp_path):
     found = []
     for with_masks in (True, False):
-        backbone = make_tiny_model("llama")
-        weights = merged_adapter(backbone, "llama")
-        with attached(backbone, weights, dropout=0.3) as model:
+        with adapted(make_tiny_model, dropout=0.3) as (model, _):
             callbacks = [PrunedTraining(0.0, ProbeSet(MICRO_DEV, PAD))] if with_masks else []
             train_ours(model, tmp_path, callbacks=callbacks, weight_decay=0.1)
             found.append(adapter_weights(model))
@@ -702,14 +665,12 @@ def test_a_ratio_of_zero_trains_as_if_there_were_no_masks(make_tiny_model, tmp_p
         assert torch.equal(pair.B, found[1][name].B)
 
 
-def test_accumulation_counts_optimizer_steps(make_tiny_model, tmp_path):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        controller = controller_for(weights, folder=tmp_path, every=2)
-        result = train_ours(model, tmp_path, controller, accumulation=3, epochs=2)
-    assert result.steps == 8
-    assert [row["step"] for row in read_rows(tmp_path / "rounds.jsonl")] == [2, 4, 6, 8]
+@pytest.mark.parametrize(("every", "accumulation", "steps"), [(2, 3, [2, 4, 6, 8]), ("epoch", 5, [3, 6])])
+def test_rounds_and_epochs_count_optimizer_steps(model, weights, tmp_path, every, accumulation, steps):
+    controller = controller_for(weights, folder=tmp_path, every=every)
+    result = train_ours(model, tmp_path, controller, accumulation=accumulation, epochs=2)
+    assert result.steps == steps[-1]
+    assert [row["step"] for row in read_rows(tmp_path / "rounds.jsonl")] == steps
 
 
 # All ratios together
@@ -732,10 +693,8 @@ class WatchSteps(TrainerCallback):
 
 @pytest.mark.parametrize("trainer_name", TRAINERS)
 def test_each_step_of_spread_trains_at_its_own_ratio(make_tiny_model, tiny_tokenizer, tmp_path, trainer_name):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
     micro_dev = ProbeSet.from_rows(ROWS[:5], tiny_tokenizer) if trainer_name == "trl" else None
-    with attached(backbone, weights, dropout=0.05) as model:
+    with adapted(make_tiny_model, dropout=0.05) as (model, weights):
         controller = controller_for(weights, micro_dev, folder=tmp_path, every=4, kind="spread")
         watch = WatchSteps(controller)
         train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller, [watch])
@@ -768,20 +727,17 @@ def test_the_first_round_of_spread_sees_the_untrained_adapter(make_tiny_model, t
     assert read_rows(tmp_path / "rounds.jsonl")[0]["baseline_losses"] == pytest.approx(untrained, abs=1e-6)
 
 
-def test_a_weight_that_is_masked_for_a_step_is_not_trained_in_it(make_tiny_model, tmp_path):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        controller = controller_for(weights, every=50, kind="spread")
-        dense: list[dict] = []
+def test_a_weight_that_is_masked_for_a_step_is_not_trained_in_it(model, weights, tmp_path):
+    controller = controller_for(weights, every=50, kind="spread")
+    dense: list[dict] = []
 
-        class Dense(TrainerCallback):
-            def on_step_begin(self, args, state, control, **kwargs):
-                masks = controller.masks
-                stashed = {k: torch.where(masks.keep[k], w, masks.stash[k]) for k, w in masks.weights.items()}
-                dense.append({"values": stashed, "keep": dict(masks.keep)})
+    class Dense(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            masks = controller.masks
+            stashed = {k: torch.where(masks.keep[k], w, masks.stash[k]) for k, w in masks.weights.items()}
+            dense.append({"values": stashed, "keep": dict(masks.keep)})
 
-        train_ours(model, tmp_path, controller, callbacks=[AfterwardsOnly(Dense(), controller)])
+    train_ours(model, tmp_path, controller, callbacks=[Dense()])
     moved = 0
     for before, after in itertools.pairwise(dense):
         for key, keep in before["keep"].items():
@@ -789,16 +745,6 @@ def test_a_weight_that_is_masked_for_a_step_is_not_trained_in_it(make_tiny_model
             assert same[~keep].all()
             moved += int((~same[keep]).sum())
     assert moved
-
-
-class AfterwardsOnly(TrainerCallback):
-    """`finetune` registers the controller after the callbacks: this one looks once the controller has put its masks on."""
-
-    def __init__(self, inner: TrainerCallback, controller: GraspController) -> None:
-        self.inner, self.controller = inner, controller
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.inner.on_step_begin(args, state, control, **kwargs)
 
 
 # Scripted baselines
@@ -826,14 +772,11 @@ class ScriptedBaselines(ProbeSet):
         ([1.0, 2.0, 3.0, 4.0, 5.0], None, 5),
     ],
 )
-def test_training_stops_when_no_ratio_gets_lower(make_tiny_model, tmp_path, baselines, patience, rounds):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        controller = controller_for(
-            weights, ScriptedBaselines(baselines, candidates=3), folder=tmp_path, kind="spread", patience=patience
-        )
-        result = train_ours(model, tmp_path, controller)
+def test_training_stops_when_no_ratio_gets_lower(model, weights, tmp_path, baselines, patience, rounds):
+    controller = controller_for(
+        weights, ScriptedBaselines(baselines, candidates=3), folder=tmp_path, kind="spread", patience=patience
+    )
+    result = train_ours(model, tmp_path, controller)
     assert len(read_rows(tmp_path / "rounds.jsonl")) == rounds
     assert result.steps == 3 * (rounds - 1)  # the first round comes before training
 
@@ -842,9 +785,7 @@ def test_a_training_that_patience_had_stopped_stops_again_without_a_round(make_t
     """In a trainer of one's own, which saves at the very step that patience stops."""
 
     def train(resume: bool) -> tuple[int, list[dict]]:
-        backbone = make_tiny_model("llama")
-        weights = merged_adapter(backbone, "llama")
-        with attached(backbone, weights) as model:
+        with adapted(make_tiny_model) as (model, weights):
             probes = ScriptedBaselines([1.0, *itertools.repeat(9.0, 9)], candidates=3)
             controller = controller_for(weights, probes, folder=tmp_path / "records", kind="spread", patience=1)
             trainer = resumable(model, tmp_path, controller, save_steps=3)
@@ -859,7 +800,6 @@ def test_a_training_that_patience_had_stopped_stops_again_without_a_round(make_t
 @pytest.mark.parametrize(
     ("name", "plugin", "message"),
     [
-        ("fsdp_plugin", SimpleNamespace(fsdp_version=1), "FSDP by accelerate.*backbone.shard"),
         ("fsdp_plugin", SimpleNamespace(fsdp_version=2), "FSDP by accelerate.*backbone.shard"),
         ("deepspeed_plugin", SimpleNamespace(), "DeepSpeed.*backbone.shard"),
     ],
@@ -880,64 +820,43 @@ def probed(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize("compared_by", ["nothing", "patience", "surrogate"])
 @pytest.mark.parametrize("kind", ["spread", "gaussian"])
-def test_examples_take_turns_and_a_round_compares_like_with_like(make_tiny_model, tmp_path, probed, kind):
-    pool = make_examples(7, 1, "m")
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        probes = ProbesInTurn(pool, PAD, count=3, seed=5)
-        controller = controller_for(weights, probes, folder=tmp_path, kind=kind)
-        train_ours(model, tmp_path, controller)
-    rows = read_rows(tmp_path / "rounds.jsonl")
-    turns = [probes.at(number).ids for number in range(len(rows))]
-    assert probed == [ids for ids in turns for _ in range(4)]  # baseline and three candidates on the same ones
-    assert len({name for ids in turns for name in ids}) == 7
-    assert sorted(itertools.chain(*turns[:2], turns[2][:1])) == sorted(
-        one.id for one in pool
-    )  # each once before any comes again
-    assert all(len(row["baseline_losses"]) == 3 for row in rows)
-    assert turns != [ProbesInTurn(pool, PAD, count=3, seed=6).at(number).ids for number in range(len(rows))]
-
-
-@pytest.mark.parametrize("compared_by", ["patience", "surrogate"])
-@pytest.mark.parametrize("kind", ["spread", "gaussian"])
-def test_the_baseline_is_measured_on_all_where_rounds_are_compared(
-    make_tiny_model, tmp_path, probed, kind, compared_by
+def test_examples_take_turns_and_a_baseline_is_of_all_where_rounds_are_compared(
+    model, weights, tmp_path, probed, kind, compared_by
 ):
     pool = make_examples(7, 1, "m")
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    how = {"patience": {"patience": 99}, "surrogate": {"rule": "surrogate"}}
-    with attached(backbone, weights) as model:
-        probes = ProbesInTurn(pool, PAD, count=3, seed=5)
-        controller = controller_for(weights, probes, folder=tmp_path, kind=kind, **how[compared_by])
-        train_ours(model, tmp_path, controller)
+    how = {"nothing": {}, "patience": {"patience": 99}, "surrogate": {"rule": "surrogate"}}
+    probes = ProbesInTurn(pool, PAD, count=3, seed=5)
+    controller = controller_for(weights, probes, folder=tmp_path, kind=kind, **how[compared_by])
+    train_ours(model, tmp_path, controller)
     rows = read_rows(tmp_path / "rounds.jsonl")
-    whole = probes.whole.ids
+    whole, turns = probes.whole.ids, [probes.at(number).ids for number in range(len(rows))]
     assert sorted(whole) == sorted(one.id for one in pool)
-    expected = [[whole, *[probes.at(number).ids] * 3] for number in range(len(rows))]
+    # The baseline and three candidates of a round on the same ones, or the baseline on all.
+    expected = [[turn if compared_by == "nothing" else whole, *[turn] * 3] for turn in turns]
     assert probed == list(itertools.chain(*expected))
-    for number, (row, told) in enumerate(zip(rows, controller.search.history, strict=True)):
-        assert [whole[place] for place in row["places"]] == probes.at(number).ids
-        assert (len(row["baseline_losses"]), {len(one) for one in row["candidate_losses"]}) == (7, {3})
-        baseline = [row["baseline_losses"][place] for place in row["places"]]
+    assert turns != [ProbesInTurn(pool, PAD, count=3, seed=6).at(number).ids for number in range(len(rows))]
+    for turn, row, measured in zip(turns, rows, controller.search.history, strict=True):
+        baseline = row["baseline_losses"]
+        if compared_by != "nothing":
+            assert [whole[place] for place in row["places"]] == turn
+            assert len(baseline) == 7
+            baseline = [baseline[place] for place in row["places"]]
+        assert {len(one) for one in [baseline, *row["candidate_losses"]]} == {3}
         rewards = [statistics.fmean(baseline) - statistics.fmean(one) for one in row["candidate_losses"]]
         assert row["rewards"] == pytest.approx(rewards)
-        assert told == Round.from_json(row)
+        assert measured == Round.from_json(row)
 
 
 @pytest.mark.parametrize(
     ("kind", "start", "steps"),
     [("spread", 1.0, [12]), ("spread", 0.6, [10, 12]), ("gaussian", 0.6, [10, 12]), ("gaussian", 0.0, [5, 10])],
 )
-def test_rounds_may_begin_late(make_tiny_model, tmp_path, kind, start, steps):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        controller = controller_for(weights, folder=tmp_path, kind=kind, start=start, every=5)
-        train_ours(model, tmp_path, controller)
-        kept = adapter_weights(model, segments_of(weights))
+def test_rounds_may_begin_late(model, weights, tmp_path, kind, start, steps):
+    controller = controller_for(weights, folder=tmp_path, kind=kind, start=start, every=5)
+    train_ours(model, tmp_path, controller)
+    kept = adapter_weights(model, segments_of(weights))
     rows = read_rows(tmp_path / "rounds.jsonl")
     assert [row["step"] for row in rows] == steps
     assert rows[0]["ratio_before"] == 0.4
@@ -974,14 +893,7 @@ def test_a_run_of_spread_is_saved_evaluated_and_reloaded_at_the_policys_ratio(ma
     watch = AtThePolicysRatio(controller)
     saving = {"save_strategy": strategy, "save_steps": 4, "eval_strategy": strategy, "eval_steps": 4}
     with attached(backbone, weights) as model:
-        trainer = Trainer(
-            model=model,
-            args=arguments(tmp_path, remove_unused_columns=False, load_best_model_at_end=True, **saving),
-            train_dataset=TRAIN,
-            eval_dataset=TRAIN,
-            data_collator=lambda examples: collate(examples, PAD),
-        )
-        controller.add_to(trainer)
+        trainer = make_trainer(model, tmp_path, controller, load_best_model_at_end=True, **saving)
         trainer.add_callback(watch)
         trainer.train()
         best = PeftModel.from_pretrained(make_tiny_model("llama"), trainer.state.best_model_checkpoint)
@@ -995,15 +907,12 @@ def test_a_run_of_spread_is_saved_evaluated_and_reloaded_at_the_policys_ratio(ma
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "spread"])
-def test_a_second_training_begins_dense_with_a_policy_of_its_own(make_tiny_model, tmp_path, kind):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
+def test_a_second_training_begins_dense_with_a_policy_of_its_own(model, weights, tmp_path, kind):
     controller = controller_for(weights, kind=kind, ratio_init=0.5)
-    with attached(backbone, weights) as model:
-        train_transformers(model, tmp_path, controller)
-        first = controller.search
-        dense = [torch.where(controller.masks.keep[key], *pair) for key, pair in _live_and_stash(controller.masks)]
-        train_transformers(model, tmp_path, controller)
+    train_transformers(model, tmp_path, controller)
+    first = controller.search
+    dense = [torch.where(controller.masks.keep[key], *pair) for key, pair in _live_and_stash(controller.masks)]
+    train_transformers(model, tmp_path, controller)
 
     assert controller.search is not first
     assert len(controller.search.history) == len(first.history) > 0
@@ -1013,20 +922,17 @@ def test_a_second_training_begins_dense_with_a_policy_of_its_own(make_tiny_model
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "spread"])
-def test_a_controller_that_has_trained_already_takes_up_a_checkpoint_as_it_is(make_tiny_model, tmp_path, kind):
+def test_a_controller_that_has_trained_already_takes_up_a_checkpoint_as_it_is(model, weights, tmp_path, kind):
     class AtTheBeginning(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             masks = controller.masks
             self.pruned = all((masks.weights[key][~keep] == 0).all() for key, keep in masks.keep.items())
 
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
     controller, first = controller_for(weights, kind=kind, ratio_init=0.5), AtTheBeginning()
-    with attached(backbone, weights) as model:
-        trainer = resumable(model, tmp_path, controller)
-        trainer.train()
-        trainer.add_callback(first)
-        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
+    trainer = resumable(model, tmp_path, controller)
+    trainer.train()
+    trainer.add_callback(first)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-5"))
 
     assert first.pruned
     assert controller.search.history
@@ -1102,7 +1008,7 @@ def _live_and_stash(masks):
     return [(key, (masks.weights[key].detach(), masks.stash[key])) for key in masks.weights]
 
 
-def loading_the_best(model, folder, controller, best: int, **changes) -> Trainer:
+def loading_the_best(model, folder, controller, best: int) -> Trainer:
     """A trainer whose checkpoint of step `best` is the best of those of steps 4, 8 and 12."""
 
     class Scripted(Trainer):
@@ -1112,15 +1018,7 @@ def loading_the_best(model, folder, controller, best: int, **changes) -> Trainer
             return metrics
 
     saving = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
-    trainer = Scripted(
-        model=model,
-        args=arguments(folder, remove_unused_columns=False, load_best_model_at_end=True, **saving, **changes),
-        train_dataset=TRAIN,
-        eval_dataset=TRAIN,
-        data_collator=lambda examples: collate(examples, PAD),
-    )
-    controller.add_to(trainer)
-    return trainer
+    return make_trainer(model, folder, controller, Scripted, load_best_model_at_end=True, **saving)
 
 
 class AtTheBeginning(TrainerCallback):
@@ -1142,53 +1040,47 @@ def same(one: dict, other: dict) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "spread"])
-def test_the_best_checkpoint_brings_its_own_masks_rounds_and_stash(make_tiny_model, tmp_path, caplog, kind):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
+def test_the_best_checkpoint_brings_its_own_masks_rounds_and_stash(model, weights, tmp_path, caplog, kind):
     controller = controller_for(weights, kind=kind, folder=tmp_path, ratio_init=0.5)
     beginning = AtTheBeginning(controller)
-    with attached(backbone, weights) as model:
-        trainer = loading_the_best(model, tmp_path, controller, best=4)
-        trainer.train()
-        values, tensors = read_state(tmp_path / "run" / "checkpoint-4", controller.state_name)
-        masks, search = controller.masks, controller.search
-        rounds = values["rows"]["rounds.jsonl"]
-        assert [row["step"] for row in rounds] == ([0, 3] if kind == "spread" else [3])
-        assert len(search.history) == len(rounds)
-        assert read_rows(tmp_path / "rounds.jsonl") == controller.rows()[0] == rounds
-        assert controller.learned.ratio > 0
-        assert controller.prune_ratio == search.current_ratio == masks.ratio == values["ratio"] == rounds[-1]["ratio"]
-        for key, weight in masks.weights.items():
-            assert weight is getattr(live_pairs(model)[key[0]], key[1])
-            assert torch.equal(masks.keep[key], weight != 0)  # the best checkpoint's, not the last round's
-            assert torch.equal(masks.stash[key], tensors[f"stash.{key[1]}.{key[0]}"])
-        assert "checkpoint-4" in caplog.text
-        best = dense(masks)
-        trainer.add_callback(beginning)
-        trainer.args.load_best_model_at_end = False
-        trainer.train()
+    trainer = loading_the_best(model, tmp_path, controller, best=4)
+    trainer.train()
+    values, tensors = read_state(tmp_path / "run" / "checkpoint-4", controller.state_name)
+    masks, search = controller.masks, controller.search
+    rounds = values["rows"]["rounds.jsonl"]
+    assert [row["step"] for row in rounds] == ([0, 3] if kind == "spread" else [3])
+    assert len(search.history) == len(rounds)
+    assert read_rows(tmp_path / "rounds.jsonl") == controller.rows()[0] == rounds
+    assert controller.learned.ratio > 0
+    assert controller.prune_ratio == search.current_ratio == masks.ratio == values["ratio"] == rounds[-1]["ratio"]
+    for key, weight in masks.weights.items():
+        assert weight is getattr(live_pairs(model)[key[0]], key[1])
+        assert torch.equal(masks.keep[key], weight != 0)  # the best checkpoint's, not the last round's
+        assert torch.equal(masks.stash[key], tensors[f"stash.{key[1]}.{key[0]}"])
+    assert "checkpoint-4" in caplog.text
+    best = dense(masks)
+    trainer.add_callback(beginning)
+    trainer.args.load_best_model_at_end = False
+    trainer.train()
     assert same(beginning.dense, best)
 
 
 @pytest.mark.parametrize("change", ["doubled", "trained anew", "reloaded after a failure"])
-def test_no_stash_goes_back_on_weights_that_it_was_not_taken_from(make_tiny_model, tmp_path, caplog, change):
+def test_no_stash_goes_back_on_weights_that_it_was_not_taken_from(model, weights, tmp_path, caplog, change):
     class Fails(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if change == "reloaded after a failure":
                 raise KeyboardInterrupt
 
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
     controller = controller_for(weights, ratio_init=0.5)
     beginning = AtTheBeginning(controller)
-    with attached(backbone, weights) as model:
-        with pytest.raises(KeyboardInterrupt) if "failure" in change else nullcontext():
-            train_transformers(model, tmp_path, controller, [Fails()])
-        with torch.no_grad():
-            for (module, factor), weight in controller.masks.weights.items():
-                weight.copy_(2 * weight if change == "doubled" else getattr(weights[module], factor))
-        loaded = {key: weight.detach().clone() for key, weight in controller.masks.weights.items()}
-        train_transformers(model, tmp_path, controller, [beginning])
+    with pytest.raises(KeyboardInterrupt) if "failure" in change else nullcontext():
+        train_transformers(model, tmp_path, controller, [Fails()])
+    with torch.no_grad():
+        for (module, factor), weight in controller.masks.weights.items():
+            weight.copy_(2 * weight if change == "doubled" else getattr(weights[module], factor))
+    loaded = {key: weight.detach().clone() for key, weight in controller.masks.weights.items()}
+    train_transformers(model, tmp_path, controller, [beginning])
     assert same(beginning.dense, loaded)
     assert "changed since" in caplog.text
 
@@ -1306,7 +1198,7 @@ def test_a_training_of_any_trainer_that_trains_nothing_stops_at_its_first_step(
         train_with(trainer_name, model, tmp_path, tiny_tokenizer, controller)
 
 
-@pytest.mark.parametrize("trainer_name", ["transformers", "trl"])
+@pytest.mark.parametrize("trainer_name", TRAINERS)
 def test_a_frozen_adapter_is_named_by_any_trainer(make_tiny_model, tiny_tokenizer, tmp_path, trainer_name):
     model = own_adapters(make_tiny_model, "default").requires_grad_(False)
     with pytest.raises(GraspError, match=r"the adapter is frozen: .*is_trainable=True"):
@@ -1317,10 +1209,8 @@ def test_a_frozen_adapter_is_named_by_any_trainer(make_tiny_model, tiny_tokenize
 
 
 def test_from_rows_builds_the_measured_default(make_tiny_model, tiny_tokenizer, tmp_path):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
     rows = [{"prompt": f"What is {i}?", "completion": f" {i}."} for i in range(14)]
-    with attached(backbone, weights) as model:
+    with adapted(make_tiny_model) as (model, weights):
         controller = GraspController.from_rows(rows, tiny_tokenizer, segments=segments_of(weights), folder=tmp_path)
         with pytest.raises(ValueError, match="no round was measured yet"):
             _ = controller.learned
@@ -1331,12 +1221,9 @@ def test_from_rows_builds_the_measured_default(make_tiny_model, tiny_tokenizer, 
     assert {(len(row["baseline_losses"]), len(row["candidate_losses"][0])) for row in written} == {(14, 12)}
     assert controller.learned == controller.search.best_ratio()
     assert controller.learned.ratio == controller.search.current_ratio
-    assert len(repr(controller.learned)) < 150
     whole = GraspController.from_rows(rows[:5], tiny_tokenizer, Controller(Gaussian(), Rounds(4), "best_reward"))
     assert whole.micro_dev.at(0) is whole.micro_dev.at(1)
     assert GraspController.from_rows(rows, tiny_tokenizer, "paper").settings == PRESETS["paper"]
-    with pytest.raises(ValueError, match="preset is 'papers'; allowed: spread"):
-        GraspController.from_rows(rows, tiny_tokenizer, "papers")
     with pytest.raises(ValueError, match="settings is 3; give a Controller, or the name of a preset: spread"):
         GraspController.from_rows(rows, tiny_tokenizer, 3)
     with attached(make_tiny_model("llama"), weights) as model:
@@ -1387,15 +1274,6 @@ def test_zeros_that_an_earlier_training_left_are_told(make_tiny_model, tmp_path,
     assert int(told.split()[0]) > 15
 
 
-def test_an_epoch_counts_optimizer_steps(make_tiny_model, tmp_path):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        controller = controller_for(weights, folder=tmp_path, every="epoch")
-        train_ours(model, tmp_path, controller, accumulation=5, epochs=2)
-    assert [row["step"] for row in read_rows(tmp_path / "rounds.jsonl")] == [3, 6]
-
-
 def test_a_training_without_rounds_ends_before_it_begins(make_tiny_model, tmp_path, caplog):
     backbone = make_tiny_model("llama")
     weights = merged_adapter(backbone, "llama")
@@ -1409,32 +1287,27 @@ def test_a_training_without_rounds_ends_before_it_begins(make_tiny_model, tmp_pa
     assert "the only round of this training comes before its first step" in caplog.text
 
 
-def test_a_checkpoint_holds_every_loss_once_and_a_search_that_differs_is_refused(make_tiny_model, tmp_path):
-    backbone = make_tiny_model("llama")
-    weights = merged_adapter(backbone, "llama")
-    with attached(backbone, weights) as model:
-        first = controller_for(weights)
-        train_ours(model, tmp_path, first)
-        values, tensors = first.state()
-        loss = repr(first.search.history[0].baseline_losses[0])
-        assert json.dumps(values).count(loss) == 1
-        second = controller_for(weights)
-        second._masks = MaskSet(live_pairs(model, segments_of(weights)), MaskSettings())
-        second.restore(json.loads(json.dumps(values)), tensors)
-        assert searched(second) == searched(first)
-        changes = {"policy.candidates": 4, "rule": "best_reward", "policy.seed": 7, "rounds.every": 4}
-        for name, change in changes.items():
-            other = controller_for(weights, **{name.rpartition(".")[2]: change})
-            other._masks = second.masks
-            with pytest.raises(
-                GraspError, match=f"training began with {name} .* and resumes with '?{change}'?; give it"
-            ):
-                other.restore(values, tensors)
-        other = controller_for(weights)
+def test_a_checkpoint_holds_every_loss_once_and_a_search_that_differs_is_refused(model, weights, tmp_path):
+    first = controller_for(weights)
+    train_ours(model, tmp_path, first)
+    values, tensors = first.state()
+    loss = repr(first.search.history[0].baseline_losses[0])
+    assert json.dumps(values).count(loss) == 1
+    second = controller_for(weights)
+    second._masks = MaskSet(live_pairs(model, segments_of(weights)), MaskSettings())
+    second.restore(json.loads(json.dumps(values)), tensors)
+    assert searched(second) == searched(first)
+    changes = {"policy.candidates": 4, "rule": "best_reward", "policy.seed": 7, "rounds.every": 4}
+    for name, change in changes.items():
+        other = controller_for(weights, **{name.rpartition(".")[2]: change})
         other._masks = second.masks
-        other.micro_dev = ProbeSet([replace(one, completion_ids=(3, 3)) for one in other.micro_dev._examples], 0)
-        with pytest.raises(GraspError, match="training began with probed rows of hash"):
+        with pytest.raises(GraspError, match=f"training began with {name} .* and resumes with '?{change}'?; give it"):
             other.restore(values, tensors)
-        values["rows"]["rounds.jsonl"][1]["policy_mean"] += 1e-12
-        with pytest.raises(GraspError, match="round 2 of the checkpoint led to ratio"):
-            second.restore(values, tensors)
+    other = controller_for(weights)
+    other._masks = second.masks
+    other.micro_dev = ProbeSet([replace(one, completion_ids=(3, 3)) for one in other.micro_dev._examples], 0)
+    with pytest.raises(GraspError, match="training began with probed rows of hash"):
+        other.restore(values, tensors)
+    values["rows"]["rounds.jsonl"][1]["policy_mean"] += 1e-12
+    with pytest.raises(GraspError, match="round 2 of the checkpoint led to ratio"):
+        second.restore(values, tensors)

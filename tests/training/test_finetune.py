@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from random_examples import TARGETS, Example, make_examples, random_adapter
+from random_examples import TARGETS, Example, make_examples, naive_losses, random_adapter
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, TrainerCallback
 from transformers.utils import logging as transformers_logging
 
@@ -19,16 +19,6 @@ from grasp_lora.training.trainer import finetune
 from grasp_lora.training.training_settings import TrainingSettings
 
 PAD = 0
-
-
-def naive_loss(model, examples) -> torch.Tensor:
-    """Mean over examples of the mean NLL of the answer, each example alone and unpadded."""
-    losses = []
-    for example in examples:
-        tokens = torch.tensor([[*example.prompt_ids, *example.completion_ids]])
-        logits = model(input_ids=tokens, use_cache=False).logits[0, len(example.prompt_ids) - 1 : -1]
-        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(example.completion_ids)))
-    return torch.stack(losses).mean()
 
 
 def factors(model) -> list[torch.Tensor]:
@@ -123,7 +113,7 @@ def test_a_step_follows_the_mean_over_its_examples(
             with torch.no_grad():
                 for factor, value in zip(factors(peft_model), watch.before[step], strict=True):
                     factor.copy_(value)
-            loss = naive_loss(peft_model, [example for batch in batches for example in batch])
+            loss = naive_losses(peft_model, [example for batch in batches for example in batch]).mean()
             expected = torch.autograd.grad(loss, factors(peft_model))
             for found, gradient in zip(watch.gradients[step], expected, strict=True):
                 torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
@@ -212,7 +202,7 @@ def test_the_model_has_the_dev_loss_of_the_result(make_tiny_model, run, architec
         result = run(dev=dev, on=peft_model, keep=keep, epochs=3, learning_rate=3e-2)
         losses = ProbeSet(dev, PAD).losses(peft_model)
         with torch.no_grad():
-            naive = naive_loss(peft_model, dev).item()
+            naive = naive_losses(peft_model, dev).mean().item()
     assert result.dev_loss == pytest.approx(sum(losses) / len(losses), abs=1e-6)
     assert result.dev_loss == pytest.approx(naive, abs=1e-5)
 
@@ -223,12 +213,6 @@ def test_without_a_dev_set_all_epochs_are_trained(run, model):
     assert (result.steps, result.best_step, result.dev_loss) == (10, 10, None)
     assert torch.equal(values(model), watch.after[10])
     assert all("dev_loss" not in row for row in result.history)
-
-
-def test_training_lowers_the_loss(run):
-    result = run(train=make_examples(4), dev=make_examples(4), epochs=8)
-    assert result.dev_loss < 0.7 * result.history[0]["dev_loss"]
-    assert result.best_step > 0
 
 
 # Records
@@ -314,8 +298,6 @@ def test_examples_without_a_loss_are_refused_before_training(run):
         run(train=[])
     with pytest.raises(DataError, match="example empty has no answer tokens"):
         run(train=[*make_examples(3), Example("empty", (4, 5), ())])
-    with pytest.raises(DataError, match="example bare has no prompt tokens"):
-        run(train=[*make_examples(3), Example("bare", (), (4, 2))])
 
 
 # What it leaves behind
@@ -353,16 +335,9 @@ def test_the_backbone_is_left_as_it_was(make_tiny_model, run, fails):
 
 def test_a_model_with_an_image_encoder_trains_its_text_part(run):
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
-    image = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "image_size": 32,
-    }
     config = Gemma3Config(
         text_config={**text, "num_key_value_heads": 2, "vocab_size": 260, "query_pre_attn_scalar": 8},
-        vision_config={**image, "patch_size": 16, "vision_use_head": False},
+        vision_config={**text, "num_hidden_layers": 1, "image_size": 32, "patch_size": 16, "vision_use_head": False},
         mm_tokens_per_image=4,
         tie_word_embeddings=False,
     )

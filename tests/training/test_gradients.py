@@ -1,27 +1,22 @@
 """A training in which no LoRA weight has a gradient ends in one line at its first step, and no other does."""
 
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from test_finetune import Example
-from transformers import Trainer, TrainingArguments
+from random_examples import make_examples
 
 from grasp_lora.errors import GraspError
 from grasp_lora.method.lora import AdapterWeights, LoraPair
 from grasp_lora.models.adapters import attached, fresh_adapter
 from grasp_lora.models.live import live_pairs
 from grasp_lora.models.model_settings import LoraSettings
-from grasp_lora.training.probes import collate
-from grasp_lora.training.pruned import GradientCheck, check_gradients
 from grasp_lora.training.trainer import finetune
 from grasp_lora.training.training_settings import TrainingSettings
 
-draw = random.Random(0)
-EXAMPLES = [Example(f"e{n}", tuple(draw.choices(range(4, 260), k=5)), (draw.randrange(4, 260), 2)) for n in range(4)]
+EXAMPLES = make_examples(4)
 
 
 @pytest.fixture
@@ -45,13 +40,6 @@ def test_a_fresh_adapter_passes(model: PeftModel, train: Callable) -> None:
     assert train(model) == 4  # only its B have gradients, since they are zero
 
 
-def test_a_frozen_adapter_is_named(model: PeftModel, train: Callable) -> None:
-    model.requires_grad_(False)
-    with pytest.raises(GraspError, match=r"the adapter is frozen: .*is_trainable=True") as error:
-        train(model)
-    assert "\n" not in str(error.value)
-
-
 def test_a_backbone_that_cuts_gradients_is_named_before_the_first_step(model: PeftModel, train: Callable) -> None:
     before = [pair.A.detach().clone() for pair in live_pairs(model).values()]
     cut(model.get_base_model().model.norm)
@@ -70,23 +58,3 @@ def test_an_adapter_that_is_pruned_to_nothing_has_none_to_have(make_tiny_model: 
     weights = {f"model.layers.{n}.self_attn.q_proj": LoraPair(torch.zeros(2, 32), torch.zeros(32, 2)) for n in (0, 1)}
     with attached(make_tiny_model("llama"), AdapterWeights(weights)) as model:
         assert train(model) == 4
-
-
-def test_it_works_in_a_script_of_ones_own(model: PeftModel, tmp_path: Path) -> None:
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to="none", disable_tqdm=True
-    )
-    cut(model.get_base_model().model.norm)
-    trainer = Trainer(
-        model, arguments, lambda batch: collate(batch, 0), train_dataset=EXAMPLES, callbacks=[GradientCheck()]
-    )
-    arguments.remove_unused_columns = False
-    with pytest.raises(GraspError, match="no LoRA weight has a gradient"):
-        trainer.train()
-
-
-def test_before_the_first_backward_pass_there_is_none(model: PeftModel) -> None:
-    with pytest.raises(GraspError, match="no LoRA weight has a gradient"):
-        check_gradients(model)
-    model(input_ids=torch.tensor([[1, 5, 6]]), labels=torch.tensor([[1, 5, 6]])).loss.backward()
-    check_gradients(model)
