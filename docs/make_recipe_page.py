@@ -18,7 +18,7 @@ INTRO = """\
 
 Written from the docstrings of the settings by `python docs/make_recipe_page.py`. Keys that are not here are refused.
 `--set a.b=value` changes single ones for one command. `grasp-lora init` writes a recipe that fits your data.
-`grasp-lora schema` prints all of it as a JSON schema, from which editors complete keys.
+`grasp-lora recipes --schema` prints all of it as a JSON schema, from which editors complete keys.
 The resolved recipe in the folder of a run shows every value that held.
 Defaults are those of a recipe that says nothing but its data and has a dev set.
 What the presets of the controller say: [which to choose](../method/presets.md).
