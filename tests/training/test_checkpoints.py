@@ -5,7 +5,6 @@ import functools
 import gc
 import json
 import os
-import pickle
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,16 +15,14 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from random_examples import make_examples, random_like
+from random_examples import make_examples, random_merged
 from transformers import TrainerCallback
 
 from grasp_lora.errors import GraspError, Interrupted
-from grasp_lora.method.lora import AdapterWeights, Segment
 from grasp_lora.method.masks import MaskSettings
 from grasp_lora.method.search import Controller, Gaussian, Rounds
-from grasp_lora.models.adapters import attached, fresh_adapter
+from grasp_lora.models.adapters import attached
 from grasp_lora.models.live import live_pairs, segments_of
-from grasp_lora.models.model_settings import LoraSettings
 from grasp_lora.storage import checkpoints as checkpoint_module
 from grasp_lora.storage.checkpoints import (
     KEPT,
@@ -57,15 +54,6 @@ def little_garbage() -> Iterator[None]:
 
 
 DEV, MICRO_DEV = make_examples(4, 1), make_examples(3, 2)
-
-
-def merged(backbone, apart: bool = False) -> AdapterWeights:
-    """An adapter of two segments with no weight at zero."""
-    generator = torch.Generator().manual_seed(3)
-    segments = (Segment("source", 3), Segment("target", 3 if apart else 2))
-    rank = sum(segment.rank for segment in segments)
-    with fresh_adapter(backbone, LoraSettings(rank=rank), 0) as model:
-        return random_like(model, generator, 0.3, segments=segments, apart=apart)
 
 
 class AtStep(TrainerCallback):
@@ -120,7 +108,7 @@ class Training:
             return "SIGTERM" if steps == stop_at else None
 
         backbone = self.make_tiny_model("llama")
-        weights = merged(backbone, self.apart)
+        weights = random_merged(backbone, (3, 3 if self.apart else 2), 0.3, self.apart)
         callbacks, controller = [], None
         if self.kind == "controller":
             controller = GraspController(
@@ -237,11 +225,21 @@ def test_saving_changes_nothing(make_tiny_model, uninterrupted, tmp_path):
     assert names == ["checkpoint-10", "checkpoint-11"]  # the newest two; the last step needs none
 
 
-def test_a_checkpoint_holds_no_pickle_of_ours_and_no_place_of_this_machine(make_tiny_model, tmp_path):
-    training = Training(make_tiny_model, tmp_path, "controller")
-    with pytest.raises(Interrupted):
-        training.run(stop_at=4)
-    found = newest_checkpoint(training.folder)
+@pytest.fixture
+def stopped(make_tiny_model, tmp_path) -> Callable[..., tuple[Training, Path]]:
+    """Give a training that was stopped at step 4, and its checkpoint."""
+
+    def stop(kind: str = "plain") -> tuple[Training, Path]:
+        training = Training(make_tiny_model, tmp_path, kind)
+        with pytest.raises(Interrupted):
+            training.run(stop_at=4)
+        return training, newest_checkpoint(training.folder)
+
+    return stop
+
+
+def test_a_checkpoint_holds_no_pickle_of_ours_and_no_place_of_this_machine(stopped, tmp_path):
+    _, found = stopped("controller")
     assert {file.name for file in found.iterdir()} == {
         "weights.safetensors", "controller.json", "controller.safetensors", "dev.json", "dev.safetensors",
         "loss.json", "loss.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", MANIFEST,
@@ -326,10 +324,8 @@ def flip(file: Path) -> None:
         ("weights.safetensors", flip, "weights.safetensors has changed"),
         ("dev.json", Path.unlink, "dev.json is missing"),
         (MANIFEST, lambda file: file.write_bytes(b""), "its manifest cannot be read"),
-        (MANIFEST, lambda file: file.write_bytes(b"\xff"), "its manifest cannot be read"),
         (MANIFEST, lambda file: file.write_text("[]"), "its manifest cannot be read"),
         (MANIFEST, lambda file: file.write_text('{"seconds": 1, "files": {"a": 1}}'), "its manifest cannot be read"),
-        (MANIFEST, lambda file: file.write_text('{"seconds": "long", "files": {}}'), "its manifest cannot be read"),
     ],
 )
 def test_a_damaged_newest_is_reported_and_the_one_before_it_is_used(tmp_path, caplog, name, damage, reason):
@@ -365,46 +361,21 @@ class Evil:
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_a_pickle_that_runs_code_is_refused(make_tiny_model, tmp_path, name):
-    training = Training(make_tiny_model, tmp_path)
-    with pytest.raises(Interrupted):
-        training.run(stop_at=4)
-    found = newest_checkpoint(training.folder)
+def test_a_pickle_that_runs_code_is_refused(stopped, tmp_path, name):
+    training, found = stopped()
     torch.save(Evil(tmp_path / "ran"), found / name)
     complete(found, 1.0)
     with pytest.raises(GraspError, match="checkpoint-4 holds a file that is unsafe to load; remove it to start anew"):
         training.run()
     assert not (tmp_path / "ran").exists()
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(found / name, weights_only=True)
 
 
-def test_other_settings_of_the_policy_are_refused(make_tiny_model, tmp_path, monkeypatch):
-    training = Training(make_tiny_model, tmp_path, "controller")
-    with pytest.raises(Interrupted):
-        training.run(stop_at=4)
-    other = Gaussian(seed=7)
-    monkeypatch.setattr(f"{__name__}.Gaussian", lambda: other)
-    with pytest.raises(GraspError, match=r"training began with policy\.seed 42 and resumes with 7"):
-        training.run()
-
-
-def test_a_checkpoint_of_other_callbacks_is_refused(make_tiny_model, tmp_path):
-    training = Training(make_tiny_model, tmp_path)
-    with pytest.raises(Interrupted):
-        training.run(stop_at=4)
+def test_a_checkpoint_of_other_callbacks_or_of_another_adapter_is_refused(stopped):
+    training, found = stopped()
     training.kind = "controller"
-    with pytest.raises(
-        GraspError, match=r"checkpoint-4, but that holds no state of the controller; use a checkpoint that"
-    ):
+    with pytest.raises(GraspError, match=r"checkpoint-4, but that holds no state of the controller; use a checkpoint"):
         training.run()
-
-
-def test_a_checkpoint_of_another_adapter_is_refused(make_tiny_model, tmp_path):
-    training = Training(make_tiny_model, tmp_path)
-    with pytest.raises(Interrupted):
-        training.run(stop_at=4)
-    found = newest_checkpoint(training.folder)
+    training.kind = "plain"
     safetensors.torch.save_file({"other": torch.zeros(2)}, found / "weights.safetensors")
     complete(found, 1.0)
     with pytest.raises(GraspError, match="checkpoint-4 is of another adapter; remove it to start anew"):
@@ -431,17 +402,15 @@ def failing(monkeypatch, what: str, number: int) -> Iterator[None]:
             f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
         )
 
+    place, name, failure = {
+        "weights": (trainer_module, "save_file", fail_as_safetensors_does),
+        "state": (checkpoint_module, "save_file", fail_as_safetensors_does),
+        "torch": (torch, "save", fail_as_torch_does),
+        "sync": (checkpoint_module, "sync", fail),
+        "manifest": (checkpoint_module, "write_whole", fail),
+    }[what]
     with monkeypatch.context() as patch:
-        if what == "weights":
-            patch.setattr(trainer_module, "save_file", fail_as_safetensors_does)
-        elif what == "state":
-            patch.setattr(checkpoint_module, "save_file", fail_as_safetensors_does)
-        elif what == "torch":
-            patch.setattr(torch, "save", fail_as_torch_does)
-        elif what == "sync":
-            patch.setattr(checkpoint_module, "sync", fail)
-        else:
-            patch.setattr(checkpoint_module, "write_whole", fail)
+        patch.setattr(place, name, failure)
         yield
 
 
@@ -453,7 +422,6 @@ def failing(monkeypatch, what: str, number: int) -> Iterator[None]:
         ("torch", errno.ENOSPC),
         ("sync", errno.EIO),
         ("manifest", errno.ENOSPC),
-        ("manifest", errno.EROFS),
     ],
 )
 def test_a_disk_that_fails_is_one_line_and_the_last_good_checkpoint_stays(
@@ -478,19 +446,14 @@ def test_a_disk_that_fails_is_one_line_and_the_last_good_checkpoint_stays(
     assert_same(training.run(), uninterrupted("controller"))
 
 
-def test_a_folder_that_vanishes_is_one_line_and_is_not_made_again(make_tiny_model, tmp_path):
-    training = Training(make_tiny_model, tmp_path, "hold")
+@pytest.mark.parametrize(("kind", "save_every"), [("hold", 3), ("controller", 1000)])
+def test_a_folder_that_vanishes_is_one_line_and_is_not_made_again(make_tiny_model, tmp_path, kind, save_every):
+    training = Training(make_tiny_model, tmp_path, kind)
     with pytest.raises(
         GraspError, match=r"^the folder .*stage has vanished: it was removed or moved, or its disk is gone$"
     ):
-        training.run(at=(5, lambda: shutil.rmtree(training.folder)))
+        training.run(save_every, at=(5, lambda: shutil.rmtree(training.folder)))
     assert not training.folder.exists()
-
-
-def test_a_folder_that_vanishes_from_under_the_records_is_one_line(make_tiny_model, tmp_path):
-    training = Training(make_tiny_model, tmp_path, "controller")
-    with pytest.raises(GraspError, match="has vanished"):
-        training.run(save_every=1000, at=(5, lambda: shutil.rmtree(training.folder)))
 
 
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path, monkeypatch):
@@ -513,9 +476,6 @@ def test_only_errors_of_the_folder_are_translated(tmp_path):
             raise other
     with pytest.raises(GraspError, match=r"cannot be written \(denied\)"), clear_write_errors(tmp_path):
         raise PermissionError(errno.EACCES, "denied", str(tmp_path / "a" / "b"))
-    with (
-        pytest.raises(GraspError, match=r"cannot be written \(full: /elsewhere/cache\)"),
-        clear_write_errors(tmp_path),
-    ):
+    with pytest.raises(GraspError, match=r"cannot be written \(full: /elsewhere/cache\)"), clear_write_errors(tmp_path):
         raise OSError(errno.ENOSPC, "full", "/elsewhere/cache")
     assert "has vanished" in str(cannot_write(tmp_path / "gone", "no"))
