@@ -58,21 +58,6 @@ def read_needed(file: Path, shape: type[Shape], made_by: str = "run its recipe a
     return content
 
 
-def read_lines(file: Path, shape: type[Shape]) -> list[Shape]:
-    """Read a file of JSON lines; empty where it is not there.
-
-    Raises:
-        RecipeError: a line is damaged.
-    """
-    if not file.is_file():
-        return []
-    read = TypeAdapter(shape).validate_json
-    try:
-        return [read(line) for line in file.read_bytes().split(b"\n") if line.strip()]
-    except ValidationError as error:
-        raise _damaged(file, error) from error
-
-
 def _damaged(file: Path, error: ValidationError) -> RecipeError:
     first = error.errors()[0]
     place = ".".join(map(str, first["loc"]))
