@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 DATA_VARIABLE = "GRASP_LORA_DATA"
 DEMO_PREFIX = "demo:"
 PARQUET_EXPORT = "refs/convert/parquet"  # where the hub keeps data sets that have a loading script
+WORKBOOKS = (".xlsx",)  # kinds of files that have sheets
 MOST_UNPACKED = 2**30  # bytes of a workbook, which is a zip archive
 MOST_CELL = 10_000_000  # characters; the csv module's own limit is 131,072
 
@@ -84,12 +85,11 @@ def read_file(name: str, path: Path, format: str = "auto", sheet: str | None = N
     suffix = {"squad": ".json", "xlsum": ".jsonl"}.get(format, path.suffix.lower())
     if suffix not in READERS:
         raise DataError(
-            f"{name}: cannot tell the format from the suffix {quoted(path.suffix)}; "
-            f"allowed: {', '.join(READERS)} (or set format to squad or xlsum)"
+            f"{name}: cannot tell the format from the suffix {quoted(path.suffix)}; allowed: {', '.join(READERS)}"
         )
     reader = READERS[suffix]
     if sheet is not None:
-        if suffix != ".xlsx":
+        if suffix not in WORKBOOKS:
             raise DataError(
                 f"{name} has no sheets, but sheet is {quoted(sheet)}; leave it out, or give an .xlsx workbook"
             )
@@ -97,7 +97,7 @@ def read_file(name: str, path: Path, format: str = "auto", sheet: str | None = N
     with reading(name):
         rows = list(reader(path, name))
     # Source and target may be sheets of one workbook, and their rows are told by the name of the table.
-    return Table(name if sheet is None else f"{name}, sheet {sheet}", rows, suffix in (".csv", ".tsv", ".xlsx"))
+    return Table(name if sheet is None else f"{name}, sheet {sheet}", rows, suffix in (".csv", ".tsv", *WORKBOOKS))
 
 
 def _text(path: Path, name: str) -> str:

@@ -233,7 +233,7 @@ def build_splits(
     if micro_dev.groups < min(FEW_GROUPS, micro_dev.examples // FEW_GROUPS):
         logger.warning(
             "the %d micro-dev examples come from %d group(s) only, so their losses say little about other articles; "
-            "set target.train to a number, so that they can be drawn from more",
+            "set data.target.train to a number, so that they can be drawn from more",
             micro_dev.examples,
             micro_dev.groups,
         )

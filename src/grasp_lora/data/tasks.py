@@ -129,7 +129,7 @@ def resolve_template(
         if prompt is None or completion is None:
             logger.warning(
                 "no built-in %s templates for language %r: using the English ones; "
-                "set prompt and completion of data.target or data.source to write your own",
+                "set data.prompt and data.completion to write your own",
                 task,
                 language,
             )

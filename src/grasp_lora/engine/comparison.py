@@ -29,7 +29,7 @@ PLANNED = ("grasp", "continued", "joint", "grid")  # less the reference: GRASP a
 # Standard deviation over examples of the difference of two systems, each the mean of three seeds: the largest of the planned
 # ones in `lab/results`, rounded up. One seed alone has about 1.3 times that, two have 1.1 times.
 ASSUMED_SD = {"f1": 26.0, "exact_match": 28.0, "rougeL": 9.0, "accuracy": 33.0}
-# Correlation of that difference within a group, as of F1 on TyDi QA Swahili (`lab/verdict.py`); MLQA has none.
+# Correlation of that difference within a group, as of F1 on TyDi QA Swahili (`lab/results/README.md`); MLQA has none.
 ALIKE = 0.2
 FEWER_SEEDS = {1: 1.3, 2: 1.1}
 

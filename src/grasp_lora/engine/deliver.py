@@ -13,7 +13,7 @@ The rule, for `final.deliver: best`, by losses on dev, or on micro-dev where the
 4. In a classification a lower loss is often no more than less over-confidence. So where that is GRASP's result, the continued
    source adapter is handed over all the same if it answers more of these rows right, by more than `AHEAD` standard errors.
 
-Replayed on finished comparisons (`lab/verdict.py`) it gains nearly as much as GRASP's result where that is the best,
+Replayed on finished comparisons (`lab/results/README.md`) it gains nearly as much as GRASP's result where that is the best,
 and loses little where the continued adapter is.
 The backbone alone is measured beside them and never handed over: it tells whether any adapter has learned something.
 """

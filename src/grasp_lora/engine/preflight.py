@@ -15,7 +15,7 @@ import torch
 
 from grasp_lora.data.encode import Example, Tally
 from grasp_lora.data.splits import SPLITS, group_numbers, group_size
-from grasp_lora.engine.check import check, check_files
+from grasp_lora.engine.check import check
 from grasp_lora.engine.comparison import PLANNED, SEEDS, expected_width
 from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import choosing_splits
@@ -56,7 +56,6 @@ def preflight(session: Session) -> list[Finding]:
     Raises:
         GraspError: something does not fit, so that a run would stop.
     """
-    check_files(session)
     check(session)
     return [
         *_inputs(session),
@@ -286,7 +285,7 @@ def _plan(session: Session) -> Iterator[Finding]:
         yield _warning("rounds", text + hint) if few else _ok("rounds", text)
     trained, probed = _cost(recipe, session)
     passes = TRAINED_AS_MEASURED * trained + probed
-    text = f"at most {trained:.0f} training examples and {probed} probed examples, {passes:.0f} forward passes in all"
+    text = f"at most {trained:.0f} training examples and {probed} probed ones, {passes:.0f} forward passes; dev losses and answers come on top"
     yield _ok("cost", text)
     keeps_best = recipe.final.training.keep == "best"
     for sentence in advice(
@@ -362,5 +361,5 @@ def _measured(session: Session) -> list[Finding]:
         else f"{peak / GIGABYTE:.1f} GB {'on the GPU' if on_gpu else 'in all'}"
     )
     minutes = max(1, math.ceil(total / 60))
-    text = f"at most about {minutes} min here: a training example takes {trained:.2f} s, an answer {answered:.2f} s"
+    text = f"about {minutes} min here, dev losses aside: a training example takes {trained:.2f} s, an answer {answered:.2f} s"
     return [_ok("time", text), _ok("memory", size)]

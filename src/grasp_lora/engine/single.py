@@ -24,6 +24,7 @@ from grasp_lora.engine.session import Session
 from grasp_lora.engine.steps import Steps, given_adapter
 from grasp_lora.engine.store import ADAPTER, Store
 from grasp_lora.errors import RecipeError
+from grasp_lora.method.lora import AdapterWeights
 from grasp_lora.method.merging import MergeSettings, merge_rule
 from grasp_lora.method.merging import merge as merge_weights
 from grasp_lora.models.adapter_files import Answers, LoadedAdapter, read_adapter
@@ -112,14 +113,17 @@ def learn_folder(session: Session, place: str, output: Path) -> Learned:
     refuse_existing(output)
     check(session, parents=False)
     check_rounds(session)
-    adapter = session.read(_from_here(place))
+    adapter = given_adapter(session.read(_from_here(place)))
     with _scratch() as scratch, new_folder(output) as draft:
+
+        def leave(weights: AdapterWeights) -> None:
+            session.save(draft / ADAPTER_FOLDER, weights)
+
         steps = Steps(session, Store(scratch))
-        learned, left = steps.control(adapter.weights, session.recipe.controller, scratch / "controller")
+        learned = steps.control(adapter, session.recipe.controller, scratch / "controller", leave)
         write_json(draft / RATIO_FILE, asdict(learned.estimate))
         for name, rows in (("rounds", learned.rounds), ("timings", learned.timings), ("history", learned.history)):
             write_jsonl(draft / f"{name}.jsonl", rows)
-        session.save(draft / ADAPTER_FOLDER, left)
     return learned
 
 

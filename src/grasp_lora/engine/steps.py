@@ -15,6 +15,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -314,7 +315,8 @@ class Steps:
                 result = finetune(model, train_rows, dev_rows, **how)
                 return self._save(folder, adapter_weights(model), result, training, train_rows, dev_rows)
 
-        return self._trained(name, inputs, work, [] if on is None else [on])
+        made = self.store.step(name, inputs, Trained, work, trains=True)
+        return _adapter_of(made, [] if on is None else [on])
 
     def finetune(self, start: Adapter, prune_ratio: float, stage: FinalStage | None = None) -> Adapter:
         """Prune an adapter at a ratio and fine-tune it on the target rows: the final run, or one run of a grid.
@@ -354,7 +356,8 @@ class Steps:
                     folder, adapter_weights(model, segments), result, training, self.splits.train, dev, pruned=True
                 )
 
-        return self._trained(f"final-{prune_ratio:.2f}", inputs, work, [start])
+        made = self.store.step(f"final-{prune_ratio:.2f}", inputs, Trained, work, trains=True)
+        return _adapter_of(made, [start])
 
     def continued(self) -> Adapter:
         """The source adapter, trained on the target rows as the final run is, nothing pruned."""
@@ -385,16 +388,22 @@ class Steps:
             mask=asdict(self.recipe.mask),
             dropout=self.recipe.dropout,
         )
-        return self.store.step(
-            "controller", inputs, Learned, lambda folder: self.control(merged.weights, stage, folder)[0], trains=True
-        )
+        work = partial(self.control, merged, stage)
+        return self.store.step("controller", inputs, Learned, work, trains=True)
 
-    def control(self, merged: AdapterWeights, stage: ControllerStage, folder: Path) -> tuple[Learned, AdapterWeights]:
-        """Run the controller, and return what it learned and the adapter as it left it."""
+    def control(
+        self,
+        merged: Adapter,
+        stage: ControllerStage,
+        folder: Path,
+        leave: Callable[[AdapterWeights], None] | None = None,
+    ) -> Learned:
+        """Run the controller and return what it learned; `leave` is given the adapter as the run left it."""
         from grasp_lora.training.controller import GraspController
         from grasp_lora.training.trainer import finetune
 
-        self._check_trained(merged)
+        weights = merged.weights
+        self._check_trained(weights)
         recipe, train = self.recipe, self.splits.train
         policy = replace(stage.policy, seed=recipe.seed_of(f"policy {stage.policy.seed}"))
         pool = [row for split in stage.rounds.splits for row in getattr(self.splits, split)]
@@ -402,15 +411,16 @@ class Steps:
             probes_of(pool, self.session.pad_id, stage.rounds.turn(len(pool)), policy.seed),
             replace(stage, policy=policy),
             recipe.mask,
-            segments_of(merged),
+            segments_of(weights),
             folder / WORK,
             self.session.progress.round,
         )
         dev = () if stage.training.patience is None else self.splits.dev
         how = self._how(stage.training, recipe.seed_of("controller order"), folder)
-        with attached(self._backbone, merged, dropout=recipe.dropout) as model:
+        with attached(self._backbone, weights, dropout=recipe.dropout) as model:
             result = finetune(model, train, dev, controller=controller, **how)
-            left = adapter_weights(model, segments_of(merged))
+            if leave:
+                leave(adapter_weights(model, segments_of(weights)))
         rounds, timings = controller.rows()
         # A round before training shows nothing of training. It is enough only where none but it was planned.
         if not any(row["step"] for row in rounds) and stage.round_steps(len(train)) != [0]:
@@ -431,7 +441,7 @@ class Steps:
             trained_examples=_trained_examples(result, stage.training, train),
             measured_examples=probed + _evaluated_examples(result, dev),
         )
-        return learned, left
+        return learned
 
     def on_all_rows(self, target_epochs: float, final_epochs: float) -> "Steps":
         """The steps whose training rows are all rows outside the test, so that none is left to stop by.
@@ -484,13 +494,6 @@ class Steps:
             trained_examples=_trained_examples(result, training, train),
             measured_examples=_evaluated_examples(result, dev),
         )
-
-    def _trained(
-        self, name: str, inputs: Mapping[str, Any], work: Callable[[Path], Trained], starts: Sequence[Adapter]
-    ) -> Adapter:
-        made = self.store.step(name, inputs, Trained, work, trains=True)
-        before = [step for start in starts for step in start.trail]
-        return Adapter(made.key, lambda: read_adapter(made.folder / ADAPTER).weights, made, each_once([*before, made]))
 
     def _check_trained(self, weights: AdapterWeights) -> None:
         """Refuse to prune what no training has changed: nothing says which of its weights matter."""
@@ -616,6 +619,12 @@ class Steps:
 
     def _data(self, *splits: str) -> str:
         return hash_of(self.splits, splits)
+
+
+def _adapter_of(made: Finished[Trained], starts: Sequence[Adapter]) -> Adapter:
+    """The adapter of a finished training, with the steps that led to what it started from."""
+    before = [step for start in starts for step in start.trail]
+    return Adapter(made.key, lambda: read_adapter(made.folder / ADAPTER).weights, made, each_once([*before, made]))
 
 
 def names_of(sources: int) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ Every few optimizer steps `GraspController` runs a round (`run_round`, one scree
     ask         the search gives candidate ratios, say 0.31 and 0.66
     probe       the loss of the same examples under the mask of each; afterwards every weight is what it was
     tell        the search takes all losses, and says whether the current ratio moves
-    commit      prune at the new ratio; what the mask takes is stashed, so that a lower ratio can give it back
+    commit      the current ratio moves; where it is held, its mask comes on, and what that takes is stashed for a lower ratio
 
 Two regimes say under which mask the steps between rounds train. `Held` (the paper): that of the current ratio. `EachStep` (preset
 `spread`, the default): each step under a ratio of its own, so that no ratio is favoured by what the network has healed around.

@@ -74,7 +74,7 @@ class TrainingSettings:
         if rest or not examples:
             raise ValueError(
                 f"an optimizer step takes batch_size {self.batch_size} times accumulation {self.accumulation} examples, which "
-                f"{processes} processes cannot share evenly; make accumulation a multiple of {processes}"
+                f"{processes} processes cannot share evenly; make their product a multiple of {processes}"
             )
         return replace(self, batch_size=examples, accumulation=self.accumulation // passes)
 
