@@ -285,8 +285,8 @@ def _plan(session: Session) -> Iterator[Finding]:
         yield _warning("rounds", text + hint) if few else _ok("rounds", text)
     trained, probed = _cost(recipe, session)
     passes = TRAINED_AS_MEASURED * trained + probed
-    text = f"at most {trained:.0f} training examples and {probed} probed ones, {passes:.0f} forward passes; dev losses and answers come on top"
-    yield _ok("cost", text)
+    text = f"at most {trained:.0f} training examples and {probed} probed ones, {passes:.0f} forward passes"
+    yield _ok("cost", f"{text}; dev losses and answers come on top")
     keeps_best = recipe.final.training.keep == "best"
     for sentence in advice(
         len(splits.dev), keeps_best=keeps_best, on=recipe.target.on, has_source_rows=bool(splits.source_train)

@@ -432,7 +432,7 @@ class Steps:
             len(row["baseline_losses"]) + len(set(row["candidates"])) * len(row["candidate_losses"][0])
             for row in rounds
         )
-        learned = Learned(
+        return Learned(
             estimate=controller.learned,
             rounds=rounds,
             timings=timings,
@@ -441,7 +441,6 @@ class Steps:
             trained_examples=_trained_examples(result, stage.training, train),
             measured_examples=probed + _evaluated_examples(result, dev),
         )
-        return learned
 
     def on_all_rows(self, target_epochs: float, final_epochs: float) -> "Steps":
         """The steps whose training rows are all rows outside the test, so that none is left to stop by.

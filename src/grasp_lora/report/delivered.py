@@ -192,7 +192,7 @@ def next_steps(run: Run, recipe: str, overrides: Sequence[str], folder: Path, al
             if files
             else f"add examples and raise {key} (now {delivered.examples})"
         )
-        steps.append(f"more {delivered.split} rows tell more: {how}")
+        steps.append(f"more {delivered.split} rows tell more: add examples {place}")
     if delivered.name != "grasp":
         steps.append(f"GRASP's result all the same, at no cost: it is {folder / FINAL_FOLDER}")
     return steps
